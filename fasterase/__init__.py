@@ -1,1 +1,67 @@
 """fasterase: make a CLIP model forget chosen image-text associations, fast, and prove it."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# In a checkout kernels/ and csrc/ sit beside this folder; an installed wheel has them inside it.
+if not (Path(__file__).parent / "kernels").is_dir():
+    __path__.append(str(Path(__file__).resolve().parent.parent))
+
+if TYPE_CHECKING:
+    from fasterase.api import UnlearnResult as UnlearnResult
+    from fasterase.api import unlearn as unlearn
+    from fasterase.config import UnlearnConfig as UnlearnConfig
+    from fasterase.errors import FaseraseError as FaseraseError
+    from fasterase.errors import InputError as InputError
+    from fasterase.errors import MissingExtraError as MissingExtraError
+    from fasterase.errors import NonFiniteError as NonFiniteError
+    from fasterase.errors import PreemptedError as PreemptedError
+    from fasterase.errors import ResumeError as ResumeError
+    from fasterase.evaluation.api import Evaluation as Evaluation
+    from fasterase.evaluation.api import evaluate as evaluate
+    from fasterase.objective import EraseLoss as EraseLoss
+    from fasterase.objective import erase_loss as erase_loss
+    from fasterase.ops.contrastive import Contrastive as Contrastive
+    from fasterase.ops.contrastive import available_backends as available_backends
+    from fasterase.ops.contrastive import contrastive as contrastive
+    from fasterase.ops.contrastive import explain_backend as explain_backend
+    from fasterase.pairs.split import split as split
+
+__version__ = "0.1.0"
+
+# Imported when first used, so that `fasterase --help` and a mistyped flag need not wait for torch.
+_HOME = {
+    "unlearn": "fasterase.api",
+    "UnlearnResult": "fasterase.api",
+    "UnlearnConfig": "fasterase.config",
+    "evaluate": "fasterase.evaluation.api",
+    "Evaluation": "fasterase.evaluation.api",
+    "split": "fasterase.pairs.split",
+    "erase_loss": "fasterase.objective",
+    "EraseLoss": "fasterase.objective",
+    "contrastive": "fasterase.ops.contrastive",
+    "Contrastive": "fasterase.ops.contrastive",
+    "available_backends": "fasterase.ops.contrastive",
+    "explain_backend": "fasterase.ops.contrastive",
+    "FaseraseError": "fasterase.errors",
+    "InputError": "fasterase.errors",
+    "MissingExtraError": "fasterase.errors",
+    "NonFiniteError": "fasterase.errors",
+    "PreemptedError": "fasterase.errors",
+    "ResumeError": "fasterase.errors",
+}
+
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fasterase' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -68,7 +68,7 @@ def _spelled(option: Any) -> str:
     if isinstance(option, str):
         return repr(option)
     if option is type(None):
-        return "None"
+        return "None (null in YAML)"
     if get_origin(option) is tuple:
         return f"{len(get_args(option))} numbers"
     if get_origin(option) is dict:

@@ -1,0 +1,62 @@
+"""The command line: `fasterase unlearn | evaluate | demo`. It parses, calls the API and reports."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+
+from fasterase.cli import commands
+from fasterase.cli.parser import parse
+from fasterase.errors import FaseraseError, InputError, NonFiniteError, PreemptedError
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_WRONG_INPUT = 2
+EXIT_NON_FINITE = 3
+EXIT_PREEMPTED = 75
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. An error is one line on stderr."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        _run(argv)
+    except (Exception, KeyboardInterrupt) as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        print(f"fasterase: error: {_line(error)}", file=sys.stderr)
+        return _exit_code(error)
+    return EXIT_DONE
+
+
+def _run(argv: Sequence[str]) -> None:
+    parsed = parse(argv)
+    if parsed.command == "unlearn":
+        commands.unlearn(parsed.values, print_config=parsed.print_config)
+    elif parsed.command == "evaluate":
+        commands.evaluate(parsed.values)
+    else:
+        commands.demo(parsed.values)
+
+
+def _line(error: BaseException) -> str:
+    if isinstance(error, FaseraseError):
+        return " ".join(str(error).split())
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted."
+    found = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"{found} (unexpected; --debug shows the traceback)"
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, InputError):
+        return EXIT_WRONG_INPUT
+    if isinstance(error, NonFiniteError):
+        return EXIT_NON_FINITE
+    if isinstance(error, PreemptedError):
+        return EXIT_PREEMPTED
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
+    return EXIT_FAILED

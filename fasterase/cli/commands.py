@@ -1,0 +1,115 @@
+"""What each sub-command does with its parsed values."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import fasterase
+from fasterase.cli.flags import DemoFlags, EvaluateFlags, UnlearnFlags
+from fasterase.config import UnlearnConfig
+from fasterase.errors import InputError
+
+
+def unlearn(values: dict[str, Any], *, print_config: bool) -> None:
+    """Erase, and say where the result lies; or only print the settings."""
+    inputs, fields = _parted(values, UnlearnFlags)
+    flags = UnlearnFlags(**inputs)
+    recipe = UnlearnConfig.cliperase if flags.recipe == "cliperase" else UnlearnConfig
+    config = recipe(**fields)
+    if print_config:
+        print(_yaml({**inputs, **config.to_dict()}), end="")
+        return
+    needed = {**dataclasses.asdict(flags), "output_dir": config.output_dir}
+    _require("unlearn", needed, ("model", "forget", "retain", "output_dir"))
+    arguments = dataclasses.asdict(flags)
+    for name in ("model", "forget", "retain", "recipe"):
+        del arguments[name]
+    result = fasterase.unlearn(flags.model, flags.forget, flags.retain, config=config, **arguments)
+    if result.evaluation is not None:
+        print(result.evaluation.table())
+    print(f"{'Forgotten' if result.forgotten else 'NOT forgotten'}. See {config.output_dir}.")
+
+
+def evaluate(values: dict[str, Any]) -> None:
+    """Measure, print the table, and write it where `output` says."""
+    from fasterase.pairs.sources import open_pairs
+
+    flags = EvaluateFlags(**values)
+    _require("evaluate", values, ("model", "forget", "retain"))
+    paths = {"forget": flags.forget, "retain": flags.retain, "holdout": flags.holdout}
+    named = _named("sets", flags.sets)
+    sources = {
+        name: open_pairs(path, name=name, image_key=flags.image_key, text_key=flags.text_key)
+        for name, path in {**paths, **named}.items()
+        if path is not None
+    }
+    evaluation = fasterase.evaluate(
+        flags.model,
+        sources["forget"],
+        sources["retain"],
+        holdout=sources.get("holdout"),
+        sets={name: sources[name] for name in named},
+        original=flags.original,
+        references=_named("references", flags.references),
+        class_names=None if flags.class_names is None else _lines(flags.class_names),
+        max_pairs=flags.max_pairs,
+        seed=flags.seed,
+    )
+    print(evaluation.table())
+    if flags.output is not None:
+        print(f"Written to {evaluation.report(flags.output)}.")
+
+
+def demo(values: dict[str, Any]) -> None:
+    """Run the demo; what is no flag of its own goes on as a field of `UnlearnConfig`."""
+    from fasterase.demo.run import run_demo
+
+    inputs, fields = _parted(values, DemoFlags)
+    run_demo(**dataclasses.asdict(DemoFlags(**inputs)), **fields)
+
+
+def _parted(values: dict[str, Any], flags: type) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`values` of the fields of `flags`, and the others."""
+    names = {field.name for field in dataclasses.fields(flags)}
+    own = {name: value for name, value in values.items() if name in names}
+    return own, {name: value for name, value in values.items() if name not in names}
+
+
+def _require(command: str, values: dict[str, Any], names: Sequence[str]) -> None:
+    missing = [f"--{name}" for name in names if values.get(name) is None]
+    if missing:
+        raise InputError(
+            f"{command} needs {', '.join(missing)}. Give each as a flag, or without the dashes as "
+            f"a key of the YAML file of --config; `fasterase {command} --help` explains them."
+        )
+
+
+def _named(flag: str, entries: Any) -> dict[str, str]:
+    """NAME=WHERE entries of a command line, or a mapping or list of YAML, as a mapping."""
+    if isinstance(entries, Mapping):
+        entries = [f"{name}={where}" for name, where in entries.items()]
+    named: dict[str, str] = {}
+    for entry in entries if isinstance(entries, list) else [entries]:
+        name, _, where = str(entry).partition("=")
+        if not (name and where):
+            raise InputError(f"--{flag} {entry}: expected NAME=WHERE, such as neighbours=near.csv.")
+        if name in named:
+            raise InputError(f"--{flag}: the name {name} is given twice.")
+        named[name] = where
+    return named
+
+
+def _lines(file: str) -> list[str]:
+    path = Path(file)
+    if not path.is_file():
+        raise InputError(f"class_names: no file {path}. Give a text file with one name a line.")
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _yaml(values: dict[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
