@@ -1,0 +1,160 @@
+"""A sheet of pictures with the captions a model puts first, before and after erasing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from fasterase.errors import InputError
+from fasterase.report.files import replacing
+
+# Pixels.
+PICTURE, LINE, GAP, TEXT_WIDTH = 96, 20, 12, 190
+CELL_WIDTH = PICTURE + 2 * TEXT_WIDTH + 3 * GAP
+MARGIN = 20
+
+INK, FAINT, ERASED, OWN, RULE = "#202020", "#808080", "#c8102e", "#1a7f37", "#d0d0d0"
+
+
+@dataclass(frozen=True)
+class SheetRow:
+    """One picture.
+
+    Attributes:
+        section: its set; consecutive pictures of one section stand under one heading.
+        image: the picture, of any size; scaled to a square thumbnail.
+        caption: what it shows.
+        before: the original model's top captions, best first.
+        after: the erased model's.
+    """
+
+    section: str
+    image: Image.Image
+    caption: str
+    before: Sequence[str]
+    after: Sequence[str]
+
+
+def top_captions(
+    image: Tensor,  # [n, D] unit rows
+    text: Tensor,  # [m, D] unit rows
+    captions: Sequence[str],  # [m]
+    k: int = 3,
+) -> list[list[str]]:
+    """The `k` captions closest to each image, best first. Makes the [n, m] similarities."""
+    best = (image @ text.T).topk(min(k, len(captions)), dim=1).indices
+    return [[captions[i] for i in row] for row in best.tolist()]
+
+
+def picture_sheet(
+    rows: Sequence[SheetRow],
+    path: str | PathLike[str],
+    *,
+    erased: Collection[str] = (),
+    columns: int = 2,
+) -> Path:
+    """Draw the pictures with their top captions before and after, and write one image file.
+
+    Args:
+        rows: pictures in order.
+        path: file to write, `.png` by preference.
+        erased: captions of the erased concept, drawn in red; a picture's own caption is green.
+        columns: pictures side by side.
+
+    Raises:
+        InputError: there are no rows.
+    """
+    if not rows:
+        raise InputError("rows is empty: there is no picture to draw.")
+    sections: list[tuple[str, list[SheetRow]]] = []
+    for row in rows:
+        if not sections or sections[-1][0] != row.section:
+            sections.append((row.section, []))
+        sections[-1][1].append(row)
+    depth = max(len(names) for row in rows for names in (row.before, row.after))
+    cell_height = max(PICTURE, LINE * (2 + depth)) + GAP
+    heading_height = 2 * LINE + GAP
+    grid_rows = [-(-len(members) // columns) for _, members in sections]
+    width = 2 * MARGIN + columns * CELL_WIDTH + (columns - 1) * GAP
+    height = 2 * MARGIN + LINE + len(sections) * heading_height + sum(grid_rows) * cell_height
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    _legend(draw, MARGIN, MARGIN)
+    top = MARGIN + LINE
+    for (name, members), lines in zip(sections, grid_rows, strict=True):
+        draw.line((MARGIN, top + GAP, width - MARGIN, top + GAP), fill=RULE)
+        draw.text((MARGIN, top + GAP + 6), name, fill=INK, font=_font(18))
+        top += heading_height
+        for index, row in enumerate(members):
+            left = MARGIN + (index % columns) * (CELL_WIDTH + GAP)
+            _cell(sheet, draw, left, top + index // columns * cell_height, row, frozenset(erased))
+        top += lines * cell_height
+    path = Path(path)
+    with replacing(path) as temporary:
+        sheet.save(temporary)
+    return path
+
+
+def _legend(draw: ImageDraw.ImageDraw, left: float, top: int) -> None:
+    words = (
+        ("Top captions before and after.", INK),
+        ("red: a caption of the erased concept", ERASED),
+        ("green: the picture's own caption, to be kept", OWN),
+    )
+    for text, colour in words:
+        draw.text((left, top), text, fill=colour, font=_font(14))
+        left += draw.textlength(text, font=_font(14)) + 2 * GAP
+
+
+def _cell(
+    sheet: Image.Image,
+    draw: ImageDraw.ImageDraw,
+    left: int,
+    top: int,
+    row: SheetRow,
+    erased: frozenset[str],
+) -> None:
+    sheet.paste(_thumbnail(row.image), (left, top))
+    text_left = left + PICTURE + GAP
+    own = _fitted(draw, row.caption, 2 * TEXT_WIDTH + GAP, _font(15))
+    draw.text((text_left, top - 2), own, fill=INK, font=_font(15))
+    for title, names in (("before", row.before), ("after", row.after)):
+        draw.text((text_left, top + LINE), title, fill=FAINT, font=_font(12))
+        for place, name in enumerate(names):
+            colour = ERASED if name in erased else OWN if name == row.caption else INK
+            text = _fitted(draw, name, TEXT_WIDTH, _font(14))
+            position = (text_left, top + (2 + place) * LINE - 3)
+            draw.text(position, text, fill=colour, font=_font(14))
+        text_left += TEXT_WIDTH + GAP
+
+
+def _thumbnail(image: Image.Image) -> Image.Image:
+    """The picture on white, scaled to fit a square of `PICTURE` pixels and centred."""
+    layer = image.convert("RGBA")
+    scale = PICTURE / max(layer.size)
+    size = (max(1, round(layer.width * scale)), max(1, round(layer.height * scale)))
+    layer = layer.resize(size, Image.Resampling.BICUBIC)
+    square = Image.new("RGB", (PICTURE, PICTURE), "white")
+    square.paste(layer, ((PICTURE - size[0]) // 2, (PICTURE - size[1]) // 2), layer)
+    return square
+
+
+def _fitted(draw: ImageDraw.ImageDraw, text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+    """`text`, cut with dots to at most `width` pixels."""
+    if draw.textlength(text, font=font) <= width:
+        return text
+    while text and draw.textlength(text + "...", font=font) > width:
+        text = text[:-1]
+    return text.rstrip() + "..."
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    font = ImageFont.load_default(size=size)
+    if not isinstance(font, ImageFont.FreeTypeFont):
+        raise InputError("Pillow was built without FreeType and cannot draw text at a given size.")
+    return font

@@ -1,0 +1,60 @@
+"""Tables of rows in titled sections, as aligned plain text and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Section:
+    """Rows under one title."""
+
+    title: str
+    rows: list[list[str]]
+
+
+def text_table(columns: Sequence[str], sections: Sequence[Section], *, left: int) -> str:
+    """Aligned plain text.
+
+    Args:
+        columns: headers; a line break in one makes the header taller instead of wider.
+        sections: rows, each with a cell a column.
+        left: number of leading columns aligned to the left, the others to the right.
+    """
+    headers = [column.split("\n") for column in columns]
+    height = max(map(len, headers))
+    header_rows = [
+        [([""] * (height - len(lines)) + lines)[level] for lines in headers]
+        for level in range(height)
+    ]
+    rows = [row for section in sections for row in section.rows]
+    widths = [max(len(row[i]) for row in header_rows + rows) for i in range(len(columns))]
+
+    def line(cells: Sequence[str]) -> str:
+        aligned = [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return ("  " + "  ".join(aligned)).rstrip()
+
+    lines = [line(row) for row in header_rows]
+    rule = "-" * (2 + sum(widths) + 2 * (len(widths) - 1))
+    for section in sections:
+        lines += [rule, section.title, *(line(row) for row in section.rows)]
+    return "\n".join(lines)
+
+
+def markdown_table(columns: Sequence[str], sections: Sequence[Section], *, left: int) -> str:
+    """A Markdown table a section, under its title as a heading."""
+    rule = ["---" if i < left else "---:" for i in range(len(columns))]
+    blocks = []
+    for section in sections:
+        rows = [list(columns), rule, *section.rows]
+        table = "\n".join(f"| {' | '.join(map(_escaped, row))} |" for row in rows)
+        blocks.append(f"## {section.title}\n\n{table}")
+    return "\n\n".join(blocks)
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("|", "\\|")
