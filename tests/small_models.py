@@ -1,0 +1,275 @@
+"""Random-weight CLIP models of every supported kind, a few layers wide and deep, built offline.
+
+Each builder is a pure function of its arguments (`seed` fixes the weights) and returns the
+library's own module in eval mode. `vocab_size` defaults to what the matching small tokenizer needs:
+`simple_tokenizer()` for open_clip, `hf_tokenizer()` for transformers.
+"""
+
+from __future__ import annotations
+
+import string
+from typing import Any
+
+import torch
+from torch import nn
+
+IMAGE_SIZE = 32
+CONTEXT_LENGTH = 16
+EMBED_DIM = 16
+MEAN = (0.5, 0.4, 0.3)
+STD = (0.3, 0.3, 0.2)
+
+_CHARACTERS = string.ascii_lowercase + string.digits + " .,-'"
+HF_VOCABULARY = {c: i for i, c in enumerate(["<pad>", "<unk>", *_CHARACTERS, "<start>", "<end>"])}
+SIMPLE_VOCABULARY_SIZE = 49408
+
+
+def _vit_config(image_size: int, layers: int) -> dict[str, Any]:
+    return {
+        "image_size": image_size,
+        "layers": layers,
+        "width": 32,
+        "head_width": 16,
+        "patch_size": 8,
+    }
+
+
+def _text_config(context_length: int, vocab_size: int, layers: int) -> dict[str, Any]:
+    return {
+        "context_length": context_length,
+        "vocab_size": vocab_size,
+        "width": 32,
+        "heads": 2,
+        "layers": layers,
+    }
+
+
+def open_clip_config(
+    *,
+    image_size: int = IMAGE_SIZE,
+    embed_dim: int = EMBED_DIM,
+    layers: int = 2,
+    context_length: int = CONTEXT_LENGTH,
+    vocab_size: int = SIMPLE_VOCABULARY_SIZE,
+) -> dict[str, Any]:
+    """The `model_cfg` that `open_clip_vit` builds from the same arguments."""
+    return {
+        "embed_dim": embed_dim,
+        "vision_cfg": _vit_config(image_size, layers),
+        "text_cfg": _text_config(context_length, vocab_size, layers),
+    }
+
+
+def _finish_open_clip(module: nn.Module) -> nn.Module:
+    from open_clip.model import set_model_preprocess_cfg
+
+    set_model_preprocess_cfg(
+        module,
+        {
+            "size": module.visual.image_size,
+            "mode": "RGB",
+            "mean": MEAN,
+            "std": STD,
+            "interpolation": "bicubic",
+            "resize_mode": "shortest",
+            "fill_color": 0,
+        },
+    )
+    return module.eval()
+
+
+def open_clip_vit(*, seed: int = 0, **sizes: Any) -> nn.Module:
+    """open_clip `CLIP` with a ViT tower; `sizes` as in `open_clip_config`."""
+    from open_clip.model import CLIP
+
+    torch.manual_seed(seed)
+    return _finish_open_clip(CLIP(**open_clip_config(**sizes)))
+
+
+def open_clip_resnet(*, seed: int = 0, **sizes: Any) -> nn.Module:
+    """open_clip `CLIP` with a ModifiedResNet tower (BatchNorm), one bottleneck a stage."""
+    from open_clip.model import CLIP
+
+    config = open_clip_config(**sizes)
+    config["vision_cfg"] = {
+        "image_size": config["vision_cfg"]["image_size"],
+        "layers": [1, 1, 1, 1],
+        "width": 8,
+        "head_width": 64,
+    }
+    torch.manual_seed(seed)
+    return _finish_open_clip(CLIP(**config))
+
+
+def open_clip_custom_text(*, seed: int = 0, siglip: bool = False, **sizes: Any) -> nn.Module:
+    """open_clip `CustomTextCLIP`; `siglip` adds a logit_bias and a bias to the projection."""
+    from open_clip.model import CustomTextCLIP
+
+    config = open_clip_config(**sizes)
+    if siglip:
+        config["init_logit_bias"] = -10.0
+        config["text_cfg"] |= {"no_causal_mask": True, "proj_bias": True, "pool_type": "last"}
+    torch.manual_seed(seed)
+    return _finish_open_clip(CustomTextCLIP(**config))
+
+
+def open_clip_coca(*, seed: int = 0, **sizes: Any) -> nn.Module:
+    """open_clip `CoCa`: attentional pooling and a text decoder that no contrastive loss reaches."""
+    from open_clip.coca_model import CoCa
+
+    config = open_clip_config(**sizes)
+    config["vision_cfg"] |= {
+        "attentional_pool": True,
+        "attn_pooler_heads": 2,
+        "attn_pooler_queries": 8,
+        "output_tokens": True,
+    }
+    config["multimodal_cfg"] = {**config["text_cfg"], "attn_pooler_heads": 2}
+    config["text_cfg"] |= {"embed_cls": True, "output_tokens": True}
+    torch.manual_seed(seed)
+    return _finish_open_clip(CoCa(**config))
+
+
+def simple_tokenizer(context_length: int = CONTEXT_LENGTH) -> Any:
+    """open_clip's SimpleTokenizer at the small models' context length."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer(context_length=context_length)
+
+
+def _hf_text(context_length: int, layers: int) -> dict[str, Any]:
+    return {
+        "vocab_size": len(HF_VOCABULARY),
+        "max_position_embeddings": context_length,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "bos_token_id": HF_VOCABULARY["<start>"],
+        "eos_token_id": HF_VOCABULARY["<end>"],
+        "pad_token_id": HF_VOCABULARY["<pad>"],
+    }
+
+
+def _hf_vision(image_size: int, layers: int) -> dict[str, Any]:
+    return {
+        "image_size": image_size,
+        "patch_size": 8,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+    }
+
+
+def hf_clip(
+    *,
+    seed: int = 0,
+    image_size: int = IMAGE_SIZE,
+    context_length: int = CONTEXT_LENGTH,
+    layers: int = 2,
+) -> nn.Module:
+    """transformers `CLIPModel`."""
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(seed)
+    config = CLIPConfig(
+        text_config=_hf_text(context_length, layers),
+        vision_config=_hf_vision(image_size, layers),
+        projection_dim=EMBED_DIM,
+    )
+    return CLIPModel(config).eval()
+
+
+def hf_siglip(
+    *,
+    seed: int = 0,
+    image_size: int = IMAGE_SIZE,
+    context_length: int = CONTEXT_LENGTH,
+    layers: int = 2,
+) -> nn.Module:
+    """transformers `SiglipModel`; its embedding width is the towers' width, 32."""
+    from transformers import SiglipConfig, SiglipModel
+
+    torch.manual_seed(seed)
+    config = SiglipConfig(
+        text_config=_hf_text(context_length, layers), vision_config=_hf_vision(image_size, layers)
+    )
+    return _warm_siglip(SiglipModel(config))
+
+
+def hf_siglip2(
+    *,
+    seed: int = 0,
+    image_size: int = IMAGE_SIZE,
+    context_length: int = CONTEXT_LENGTH,
+    layers: int = 2,
+) -> nn.Module:
+    """transformers `Siglip2Model` (NaFlex) whose patch grid covers `image_size` pixels."""
+    from transformers import Siglip2Config, Siglip2Model
+
+    torch.manual_seed(seed)
+    vision = _hf_vision(image_size, layers)
+    vision["num_patches"] = (vision.pop("image_size") // vision["patch_size"]) ** 2
+    text = {**_hf_text(context_length, layers), "projection_size": vision["hidden_size"]}
+    return _warm_siglip(Siglip2Model(Siglip2Config(text_config=text, vision_config=vision)))
+
+
+def _warm_siglip(module: nn.Module) -> nn.Module:
+    # The library initialises both to 0; a real checkpoint has about log(10) and -10.
+    with torch.no_grad():
+        module.logit_scale.fill_(2.3)
+        module.logit_bias.fill_(-10.0)
+    return module.eval()
+
+
+def hf_tokenizer(context_length: int = CONTEXT_LENGTH) -> Any:
+    """A transformers fast tokenizer over single lower-case characters, for the `hf_*` models."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel(HF_VOCABULARY, unk_token="<unk>"))
+    core.normalizer = normalizers.Lowercase()
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    core.post_processor = processors.TemplateProcessing(
+        single="<start> $A <end>",
+        special_tokens=[(t, HF_VOCABULARY[t]) for t in ("<start>", "<end>")],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<start>",
+        eos_token="<end>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        model_max_length=context_length,
+    )
+
+
+def hf_image_processor(image_size: int = IMAGE_SIZE) -> Any:
+    """A transformers `CLIPImageProcessor` at the small models' size and statistics."""
+    from transformers import CLIPImageProcessor
+
+    return CLIPImageProcessor(
+        size={"shortest_edge": image_size},
+        crop_size={"height": image_size, "width": image_size},
+        image_mean=list(MEAN),
+        image_std=list(STD),
+    )
+
+
+def random_pairs(
+    module_vocab: int = len(HF_VOCABULARY),
+    *,
+    count: int = 8,
+    image_size: int = IMAGE_SIZE,
+    context_length: int = CONTEXT_LENGTH,
+    seed: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixels [count, 3, image_size, image_size] and ids [count, context_length] that end in the
+    vocabulary's last id, which every small model reads as the end of text."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randn(count, 3, image_size, image_size, generator=generator)
+    ids = torch.randint(2, module_vocab - 2, (count, context_length), generator=generator)
+    ids[:, 0] = module_vocab - 2
+    ids[:, -1] = module_vocab - 1
+    return pixels, ids
