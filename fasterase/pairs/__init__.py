@@ -1,0 +1,1 @@
+"""Image-text pairs: from what users have to seeded batches of pixels and tokens."""

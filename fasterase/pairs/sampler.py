@@ -1,0 +1,103 @@
+"""Which pairs each step draws: a pure function of the seed and the step."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from fasterase.errors import InputError
+
+# Streams of random numbers that must not coincide.
+_FORGET, _RETAIN, _CAPTIONS = 0, 1, 2
+
+
+class Draw(NamedTuple):
+    """Rows of one step and, for each, which of its captions is used.
+
+    The caption numbers are reduced modulo the captions a row has where the sampler knows the
+    counts; where not, they are raw, and `Preparer` reduces them alike.
+    """
+
+    forget: np.ndarray  # [n_forget] int64
+    retain: np.ndarray  # [n_retain] int64
+    forget_captions: np.ndarray  # [n_forget] int64
+    retain_captions: np.ndarray  # [n_retain] int64
+
+
+class Sampler:
+    """Draws a forget and a retain batch for any step, with no state: a run resumes anywhere.
+
+    One epoch is one pass over the forget set: a fresh permutation, cut into `steps_per_epoch`
+    batches that differ in size by at most one, so that no pair is left out and none is a batch of
+    its own. The retain set cycles in passes of its own, each a fresh permutation cut into full
+    batches; the remainder, other pairs in each pass, waits for the next. So no batch holds a row
+    twice.
+
+    Args:
+        n_forget, n_retain: pairs in the sets; 0 draws none.
+        caption_counts_forget, caption_counts_retain: captions of each row, [n]; see `Draw`.
+        forget_batch_size, batch_size: forget and retain pairs a step, clipped to the sets.
+        seed: not negative.
+    """
+
+    def __init__(
+        self,
+        n_forget: int,
+        n_retain: int,
+        *,
+        caption_counts_forget: np.ndarray | None = None,
+        caption_counts_retain: np.ndarray | None = None,
+        forget_batch_size: int,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        for option, value in (("forget_batch_size", forget_batch_size), ("batch_size", batch_size)):
+            if value < 1:
+                raise InputError(f"`{option}` must be at least 1; found {value}")
+        if seed < 0:
+            raise InputError(f"`seed` must not be negative; found {seed}")
+        self.n_forget = n_forget
+        self.n_retain = n_retain
+        self.seed = seed
+        self.steps_per_epoch = max(1, -(-n_forget // forget_batch_size))
+        self._retain_batch = min(batch_size, n_retain)
+        self._counts = (caption_counts_forget, caption_counts_retain)
+        self._passes: dict[int, tuple[int, np.ndarray]] = {}
+
+    def draw(self, step: int) -> Draw:
+        """The pairs of a step, counted from 0."""
+        forget = self._forget_rows(step)
+        retain = self._retain_rows(step)
+        stream = np.random.default_rng([self.seed, _CAPTIONS, step])
+        raw = stream.integers(0, 2**31, size=len(forget) + len(retain))
+        captions = [raw[: len(forget)], raw[len(forget) :]]
+        for i, rows in enumerate((forget, retain)):
+            counts = self._counts[i]
+            if counts is not None:
+                captions[i] = captions[i] % counts[rows]
+        return Draw(forget, retain, captions[0], captions[1])
+
+    def _forget_rows(self, step: int) -> np.ndarray:
+        number, part = divmod(step, self.steps_per_epoch)
+        order = self._permutation(_FORGET, number, self.n_forget)
+        bounds = [self.n_forget * k // self.steps_per_epoch for k in (part, part + 1)]
+        return order[bounds[0] : bounds[1]].astype(np.int64)
+
+    def _retain_rows(self, step: int) -> np.ndarray:
+        size = self._retain_batch
+        if size == 0:
+            return np.empty(0, dtype=np.int64)
+        number, part = divmod(step, self.n_retain // size)
+        order = self._permutation(_RETAIN, number, self.n_retain)
+        return order[part * size : (part + 1) * size].astype(np.int64)
+
+    def _permutation(self, stream: int, number: int, length: int) -> np.ndarray:
+        # The pass in use is kept: permuting ten million rows takes a second.
+        kept = self._passes.get(stream)
+        if kept is None or kept[0] != number:
+            generator = np.random.default_rng([self.seed, stream, number])
+            rows = np.arange(length, dtype=np.int32 if length < 2**31 else np.int64)
+            kept = (number, generator.permutation(rows))
+            self._passes[stream] = kept
+        return kept[1]

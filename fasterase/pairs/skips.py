@@ -1,0 +1,86 @@
+"""Pairs that cannot be read: skipped, counted, named, and an error once they are too many."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from fasterase.errors import FaseraseError, InputError
+
+_NAMED = 10
+# A share taken over fewer pairs would stop a large run on the luck of its first batch.
+_LEAST_COUNTED = 1000
+
+
+class BrokenPair(FaseraseError):  # noqa: N818 (the name says what it is)
+    """One pair whose image or caption cannot be used; whoever loads batches leaves it out."""
+
+    def __init__(self, id: str, reason: str) -> None:
+        super().__init__(id, reason)
+        self.id = id
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.id}: {self.reason}"
+
+
+class Skip(NamedTuple):
+    """A pair that was left out, and why."""
+
+    id: str
+    reason: str
+
+
+class SkipLedger:
+    """Counts skipped pairs over distinct ids.
+
+    Args:
+        total: pairs in all sets together.
+        max_skipped: the share of skipped pairs that is still accepted, 0 to 1. It is taken over the
+            distinct pairs seen so far, but over at least `min(total, 1000)` of them.
+    """
+
+    def __init__(self, total: int, *, max_skipped: float = 0.01) -> None:
+        self.max_skipped = max_skipped
+        self._least = min(total, _LEAST_COUNTED)
+        self._seen: set[str] = set()
+        self._skips: dict[str, Skip] = {}
+        self._warned = 0
+
+    @property
+    def skips(self) -> list[Skip]:
+        """Every skipped pair once, in the order met."""
+        return list(self._skips.values())
+
+    def add(self, seen: Iterable[str], skipped: Iterable[Skip]) -> None:
+        """Count the pairs that were read (`seen`, ids) and those that were left out.
+
+        Raises:
+            InputError: more than `max_skipped` of the pairs are broken; names them.
+        """
+        self._seen.update(seen)
+        for skip in skipped:
+            self._seen.add(skip.id)
+            self._skips.setdefault(skip.id, skip)
+        counted = max(len(self._seen), self._least)
+        if len(self._skips) > self.max_skipped * counted:
+            raise InputError(
+                f"{len(self._skips)} of {len(self._seen)} pairs cannot be used, more than the "
+                f"{self.max_skipped:.1%} that `max_skipped` allows of {counted}: "
+                f"{self._named(self.skips)}. Repair or remove them, or raise `max_skipped`."
+            )
+
+    def warn(self) -> None:
+        """Name the pairs skipped since the last call in one warning; silent when there are none."""
+        fresh = self.skips[self._warned :]
+        self._warned = len(self._skips)
+        if fresh:
+            warnings.warn(
+                f"{len(fresh)} broken pairs are skipped: {self._named(fresh)}", stacklevel=2
+            )
+
+    @staticmethod
+    def _named(skips: list[Skip]) -> str:
+        shown = "; ".join(f"{skip.id} ({skip.reason})" for skip in skips[:_NAMED])
+        return shown + (f"; and {len(skips) - _NAMED} more" if len(skips) > _NAMED else "")
