@@ -1,0 +1,69 @@
+"""The definition of the contrastive operator, on whole matrices: every backend must match it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Contrastive(NamedTuple):
+    """Per-sample losses of a batch; the KLs are None where no reference was given."""
+
+    ce_row: Tensor  # [N] InfoNCE image -> text
+    ce_col: Tensor  # [N] InfoNCE text -> image
+    kl_row: Tensor | None  # [N] KL(original || current) image -> text
+    kl_col: Tensor | None  # [N] KL(original || current) text -> image
+
+
+def contrastive_dense(
+    image: Tensor,  # [N, D] current features
+    text: Tensor,  # [N, D]
+    scale: Tensor,  # [] exp(logit_scale), in the dtype of the computation
+    ref_image: Tensor | None,  # [N, D0] features of the frozen original
+    ref_text: Tensor | None,  # [N, D0]
+    ref_scale: Tensor | None,  # []
+    groups: tuple[int, ...],  # rows of each independent square problem, none empty; sums to N
+) -> Contrastive:
+    """Plain autograd over S; a pair's positive is its own partner. Peak memory O(max n^2)."""
+    parts: list[tuple[Tensor, ...]] = []
+    for k, n in enumerate(groups):
+        rows = slice(sum(groups[:k]), sum(groups[:k]) + n)
+        logits = _logits(image[rows], text[rows], scale)
+        part: tuple[Tensor, ...] = (_cross_entropy(logits), _cross_entropy(logits.T))
+        if ref_image is not None and ref_text is not None and ref_scale is not None:
+            ref = _logits(ref_image[rows], ref_text[rows], ref_scale)
+            part += (_kl(ref, logits), _kl(ref.T, logits.T))
+        parts.append(part)
+    ce_row, ce_col, *kl = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Contrastive(ce_row, ce_col, *(kl or (None, None)))
+
+
+def _logits(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    with torch.autocast(image.device.type, enabled=False):
+        return scale * image.to(scale.dtype) @ text.to(scale.dtype).T
+
+
+def _gaps(logits: Tensor) -> Tensor:
+    """Every logit from the diagonal of its row: log-softmax up to the row's cross-entropy."""
+    return logits - logits.diagonal().unsqueeze(1)
+
+
+def _cross_entropy(logits: Tensor) -> Tensor:
+    """`logits.logsumexp(1) - logits.diagonal()`, right also where it is 1e-12 (scale 100, matched).
+
+    There the difference of the two is rounding noise in fp32; with the diagonal out of the sum it
+    is `log(1 + sum over j != i of exp(gap_ij))`.
+    """
+    gaps = _gaps(logits)
+    peak = gaps.detach().amax(1)  # at least 0, the diagonal's own gap
+    own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    off = (gaps - peak.unsqueeze(1)).exp().masked_fill(own, 0.0).sum(1)
+    return peak + torch.log1p(off + torch.expm1(-peak))
+
+
+def _kl(ref: Tensor, logits: Tensor) -> Tensor:
+    """`(p0 * (log p0 - log p)).sum(1)` with `log p = gap - cross-entropy`."""
+    gap = (ref.softmax(1) * (_gaps(ref) - _gaps(logits))).sum(1)
+    return gap + _cross_entropy(logits) - _cross_entropy(ref)
