@@ -1,0 +1,192 @@
+"""Pack the demo's pairs: emoji drawings by three teams, their names, groups and keywords.
+
+Run as `python -m fasterase.demo.pack`: gets the npm packages by name (needs npm and network) and
+writes WebDataset shards and the packages' licence texts to `fasterase/demo/data`. The same
+packages and Pillow give the same bytes: sorted keys, fixed times and owners.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import random
+import re
+import shutil
+import subprocess
+import tarfile
+import tempfile
+import unicodedata
+from collections import defaultdict
+from pathlib import Path
+
+from PIL import Image
+
+from fasterase.demo.emoji import DATA, DEFAULT_FORGET, Record
+
+SIZE = 64
+SAMPLES_PER_SHARD = 512
+# The groups that show things; people, flags, symbols and components are skin tones, families,
+# letters and near-copies of one drawing.
+GROUPS = (
+    "smileys-emotion",
+    "animals-nature",
+    "food-drink",
+    "travel-places",
+    "activities",
+    "objects",
+)
+# Versions as ATTRIBUTION.md states them.
+PACKAGES = {
+    "noto": "emoji-datasource-google@16.0.0",
+    "twemoji": "emoji-datasource-twitter@16.0.0",
+    "fluent": "@lobehub/fluent-emoji-3d@1.1.0",
+    "names": "emojibase-data@17.0.0",
+}
+# Only these two packages carry a licence text; the others' lie in the folder already.
+LICENSES = {"noto": "emoji-datasource-MIT.txt", "names": "emojibase-data-MIT.txt"}
+FOLDERS = {"noto": "img/google/64", "twemoji": "img/twitter/64", "fluent": "assets"}
+NON_MEMBER_SHARE = 0.1
+NON_MEMBER_SEED = 0
+
+
+def fetch(work: Path) -> dict[str, Path]:
+    """Download and unpack every npm package; returns the folder of each."""
+    folders = {}
+    for role, package in PACKAGES.items():
+        done = subprocess.run(
+            ["npm", "pack", "--json", package], cwd=work, check=True, capture_output=True, text=True
+        )
+        answer = json.loads(done.stdout)[0]
+        # npm before 9 reports a scoped package as @scope/name but writes scope-name.
+        archive = work / answer["filename"].replace("@", "").replace("/", "-")
+        folders[role] = work / role
+        with tarfile.open(archive) as packed:
+            packed.extractall(folders[role], filter="data")
+        folders[role] = folders[role] / "package"
+    return folders
+
+
+def picture(folder: Path, hexcode: str) -> Path | None:
+    """The drawing of a code point sequence; the teams differ on the variation selector fe0f."""
+    code = hexcode.lower()
+    for spelling in (code, code.replace("-fe0f", ""), f"{code}-fe0f"):
+        for ending in (".png", ".webp"):
+            path = folder / f"{spelling}{ending}"
+            if path.is_file():
+                return path
+    return None
+
+
+def encode(path: Path) -> bytes:
+    """A drawing as a 64 x 64 palette PNG on white."""
+    drawing = Image.open(path).convert("RGBA")
+    canvas = Image.new("RGBA", drawing.size, "white")
+    canvas.alpha_composite(drawing)
+    small = canvas.convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+    # 64 colours keep the shards below 13 MB, and nobody sees the difference at 64 pixels.
+    palette = small.quantize(64, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    buffer = io.BytesIO()
+    palette.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def slug(name: str) -> str:
+    """A name as a WebDataset key: lower-case ASCII without dots."""
+    ascii_name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "-", ascii_name).strip("-")
+
+
+def read_concepts(folders: dict[str, Path]) -> list[Record]:
+    """The concepts of `GROUPS` that all three teams drew, in the order of their key.
+
+    Skin-tone variants are not entries of their own in emojibase, so none comes in.
+    """
+    names = folders["names"]
+    entries = json.loads((names / "en/data.json").read_text(encoding="utf-8"))
+    levels = json.loads((names / "meta/groups.json").read_text(encoding="utf-8"))
+    concepts: list[Record] = []
+    for entry in entries:
+        group = levels["groups"].get(str(entry.get("group")))
+        drawn = all(picture(folders[team] / FOLDERS[team], entry["hexcode"]) for team in FOLDERS)
+        if group in GROUPS and drawn:
+            concepts.append(
+                Record(
+                    concept=entry["label"],
+                    group=group,
+                    subgroup=levels["subgroups"][str(entry["subgroup"])],
+                    keywords=entry["tags"],
+                    team="",
+                    hexcode=entry["hexcode"],
+                    member=True,
+                )
+            )
+    concepts.sort(key=lambda concept: slug(concept["concept"]))
+    assert len({slug(concept["concept"]) for concept in concepts}) == len(concepts)
+    return concepts
+
+
+def leave_out(concepts: list[Record]) -> None:
+    """Mark a tenth of the concepts as non-members, spread evenly over the subgroups.
+
+    None of them is of the concept that the default demo erases: the base must know all of it.
+    """
+    draw = random.Random(NON_MEMBER_SEED)
+    by_subgroup = defaultdict(list)
+    for concept in concepts:
+        if concept["subgroup"] != DEFAULT_FORGET:
+            by_subgroup[concept["subgroup"]].append(concept)
+    ordered = []
+    for subgroup in sorted(by_subgroup):
+        draw.shuffle(by_subgroup[subgroup])
+        ordered += by_subgroup[subgroup]
+    # One of every tenth in subgroup order: a subgroup of n gives n/10, rounded either way.
+    count = round(NON_MEMBER_SHARE * len(concepts))
+    for rank in range(count):
+        ordered[int((rank + 0.5) * len(ordered) / count)]["member"] = False
+
+
+def add_file(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    """Add a file whose header depends on its name and size only."""
+    header = tarfile.TarInfo(name)
+    header.size = len(content)
+    archive.addfile(header, io.BytesIO(content))
+
+
+def write_shards(concepts: list[Record], team: str, folder: Path, output: Path) -> None:
+    """Write one team's samples, key = the concept's slug, in order."""
+    for number, start in enumerate(range(0, len(concepts), SAMPLES_PER_SHARD)):
+        target = output / f"{team}-{number:03d}.tar"
+        partial = target.with_suffix(".tar.partial")
+        with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as archive:
+            for concept in concepts[start : start + SAMPLES_PER_SHARD]:
+                path = picture(folder, concept["hexcode"])
+                assert path is not None
+                key = slug(concept["concept"])
+                record = json.dumps({**concept, "team": team}, ensure_ascii=False)
+                add_file(archive, f"{key}.png", encode(path))
+                add_file(archive, f"{key}.txt", concept["concept"].encode())
+                add_file(archive, f"{key}.json", record.encode())
+        partial.replace(target)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Fetch, choose, encode and write everything under `fasterase/demo/data`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=DATA, help="folder for the shards")
+    output = parser.parse_args(arguments).output
+    (output / "licenses").mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as work:
+        folders = fetch(Path(work))
+        concepts = read_concepts(folders)
+        leave_out(concepts)
+        for team, inside in FOLDERS.items():
+            write_shards(concepts, team, folders[team] / inside, output)
+        for role, name in LICENSES.items():
+            shutil.copyfile(folders[role] / "LICENSE", output / "licenses" / name)
+    members = sum(concept["member"] for concept in concepts)
+    print(f"{len(concepts)} concepts, {members} members, in {output}")
+
+
+if __name__ == "__main__":
+    main()
