@@ -1,0 +1,9 @@
+"""How much a model knows of the pairs to forget, and what was damaged besides."""
+
+from __future__ import annotations
+
+from fasterase.evaluation.api import evaluate
+from fasterase.evaluation.evaluator import Evaluator, Measurement
+from fasterase.evaluation.result import Evaluation
+
+__all__ = ["Evaluation", "Evaluator", "Measurement", "evaluate"]

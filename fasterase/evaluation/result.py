@@ -1,0 +1,141 @@
+"""What an evaluation found: values, intervals and chance levels, as table, JSON and Markdown."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from dataclasses import asdict, dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from fasterase.errors import InputError
+from fasterase.evaluation.metrics import METRICS, Metric, is_forget_set, wanted
+from fasterase.report.files import write_text
+from fasterase.report.table import Section, markdown_table, text_table
+
+Scores = dict[str, dict[str, float]]
+
+LEGEND = (
+    "Wanted on sets to forget: ↓ at or below chance; ↓ chance and ↑ chance: as far as the chance\n"
+    "level, beyond it is a trace too. On all other sets: ↑ or ↓, no worse than the original."
+)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics of a model on every set, beside the original's and further models'.
+
+    Shares (accuracy, recall, hit) are 0 to 1 here and percent in tables. All models were measured
+    on the same pairs and candidates.
+
+    Attributes:
+        scores: set -> metric -> value of the model, as `to_dict()` gives it.
+        intervals: set -> metric -> (low, high), 95 % percentile bootstrap over pairs.
+        chance: set -> metric -> value of a random order of the candidates; for the cosine the
+            model's mean over unmatched pairs.
+        pairs: set -> number of pairs measured.
+        settings: model name, number of candidate captions, max_pairs, seed, resamples.
+        original: the original's scores, or None where it was not measured.
+        references: name -> a further model's scores.
+    """
+
+    scores: Scores
+    intervals: dict[str, dict[str, tuple[float, float]]]
+    chance: Scores
+    pairs: dict[str, int]
+    settings: dict[str, Any]
+    original: Scores | None = None
+    references: dict[str, Scores] = field(default_factory=dict)
+
+    def to_dict(self) -> Scores:
+        """Set -> metric -> value of the model."""
+        return {name: dict(values) for name, values in self.scores.items()}
+
+    def table(self) -> str:
+        """Plain text, a row a set and metric; 100 columns wide with up to two references."""
+        columns = self._columns(["\n".join(_wrapped(name)) for name in self.references])
+        return f"{text_table(columns, self._sections(), left=2)}\n\n{self._legend()}"
+
+    def markdown(self) -> str:
+        """The same table in Markdown, with a heading."""
+        table = markdown_table(self._columns([*self.references]), self._sections(), left=2)
+        title = f"# Evaluation of {self.settings['model']}"
+        return f"{title}\n\n{table}\n\n{self._legend()}\n"
+
+    def report(self, path: str | PathLike[str]) -> Path:
+        """Write the report to `path`: Markdown, or JSON where the name ends in `.json`.
+
+        Raises:
+            InputError: the name ends in something else than .md, .markdown, .txt or .json.
+        """
+        path = Path(path)
+        if path.suffix == ".json":
+            return self.to_json(path)
+        if path.suffix not in ("", ".md", ".markdown", ".txt"):
+            raise InputError(f"path={str(path)!r}: a report is Markdown (.md) or JSON (.json).")
+        return write_text(path, self.markdown())
+
+    def to_json(self, path: str | PathLike[str]) -> Path:
+        """Write everything to a JSON file that `from_json` reads."""
+        return write_text(Path(path), json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def from_json(cls, path: str | PathLike[str]) -> Evaluation:
+        """Read what `to_json` wrote.
+
+        Raises:
+            InputError: the file is missing or is not an evaluation.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise InputError(f"path: no file {path}. Give one that Evaluation.to_json wrote.")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            values["intervals"] = {
+                name: {key: (low, high) for key, (low, high) in found.items()}
+                for name, found in values["intervals"].items()
+            }
+            return cls(**values)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"path: {path} is not an evaluation ({error}).") from error
+
+    def _sections(self) -> list[Section]:
+        return [
+            Section(self._set_title(name), [self._row(name, m) for m in METRICS if m.key in values])
+            for name, values in self.scores.items()
+        ]
+
+    def _row(self, name: str, metric: Metric) -> list[str]:
+        key = metric.key
+        low, high = self.intervals[name][key]
+        cells = [metric.title, wanted(metric, name), metric.spelled(self.chance[name][key])]
+        if self.original is not None:
+            cells.append(_spelled(metric, self.original, name))
+        cells.append(metric.spelled(self.scores[name][key]))
+        cells.append(f"{metric.spelled(low)} to {metric.spelled(high)}")
+        return cells + [_spelled(metric, other, name) for other in self.references.values()]
+
+    def _set_title(self, name: str) -> str:
+        count = self.pairs[name]
+        aim = "to forget" if is_forget_set(name) else "to keep"
+        return f"{name} ({count:,} pair{'' if count == 1 else 's'}, {aim})"
+
+    def _columns(self, references: list[str]) -> list[str]:
+        original = [] if self.original is None else ["original"]
+        return ["metric", "wanted", "chance", *original, "model", "95 % interval", *references]
+
+    def _legend(self) -> str:
+        return (
+            f"{LEGEND}\nimage->text ranks among {self.settings['candidates']:,} captions, "
+            "text->image among the set's images and the\nretain set's."
+        )
+
+
+def _spelled(metric: Metric, scores: Scores, name: str) -> str:
+    value = scores.get(name, {}).get(metric.key)
+    return "-" if value is None else metric.spelled(value)
+
+
+def _wrapped(name: str) -> list[str]:
+    return textwrap.wrap(name, width=10) or [name]

@@ -1,0 +1,63 @@
+"""A two-tower model whose features are looked up, so that a test chooses every similarity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fasterase.models.tuning import TowerParts
+from fasterase.models.two_tower import Tokens, TwoTower
+
+
+class LookupTokenizer:
+    """A text's token ids are its number in `texts`."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.number = {text: i for i, text in enumerate(texts)}
+
+    def __call__(self, texts: Sequence[str]) -> Tokens:
+        return Tokens(torch.tensor([[self.number[text]] for text in texts]))
+
+
+class LookupTower(TwoTower):
+    """Image number i (see `picture`) and text number i have the given features."""
+
+    def __init__(self, image: Tensor, text: Tensor, texts: Sequence[str], name: str) -> None:
+        self.module = nn.Module()
+        self.module.image = nn.Parameter(image.clone())
+        self.module.text = nn.Parameter(text.clone())
+        self.module.logit_scale = nn.Parameter(torch.zeros(()))
+        self.module.dropout = nn.Dropout(0.5)
+        self.name = name
+        self.embed_dim = image.shape[1]
+        self.image_size = (1, 1)
+        self.context_length = 1
+        self.image_transform = _no_transform
+        self.text_tokenizer = LookupTokenizer(texts)
+
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        return self.module.dropout(self.module.image[pixels[:, 0, 0, 0].long()])
+
+    def _text_features(self, tokens: Tokens) -> Tensor:
+        return self.module.dropout(self.module.text[tokens.ids[:, 0]])
+
+    def image_parts(self) -> TowerParts:
+        raise NotImplementedError
+
+    def text_parts(self) -> TowerParts:
+        raise NotImplementedError
+
+    def save(self, folder: Path) -> None:
+        raise NotImplementedError
+
+
+def _no_transform(image: object) -> Tensor:
+    raise AssertionError("the pictures of these tests are preprocessed")
+
+
+def picture(number: int) -> Tensor:
+    """[3, 1, 1] pixels that stand for image `number`."""
+    return torch.full((3, 1, 1), float(number))

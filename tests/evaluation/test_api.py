@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fasterase
+from fasterase.errors import InputError
+from tests import small_models
+from tests.evaluation.fake_tower import LookupTower, picture
+
+TEXTS = ["cat", "dog", "hen", "owl", "a photo of a cat.", "a photo of a dog."]
+FORGET, RETAIN = [(picture(0), "cat")], [(picture(1), "dog"), (picture(2), "hen")]
+
+
+def tower(noise: float = 0.0) -> LookupTower:
+    torch.manual_seed(0)
+    features = torch.eye(6)
+    return LookupTower(features + noise * torch.randn(6, 6), features, TEXTS, "fake")
+
+
+def test_the_signature_is_as_promised() -> None:
+    parameters = inspect.signature(fasterase.evaluate).parameters
+    by_position = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert by_position == ["model", "forget", "retain"]
+    defaults = {n: p.default for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    assert " ".join(defaults) == (
+        "sets holdout original references class_names templates attacks max_pairs seed "
+        "tokenizer preprocess"
+    )
+    assert (defaults["attacks"], defaults["max_pairs"], defaults["seed"]) == ((), 5000, 0)
+    assert dict(defaults["sets"]) == dict(defaults["references"]) == {}
+
+
+def test_all_sets_and_models_are_measured() -> None:
+    found = fasterase.evaluate(
+        tower(),
+        FORGET,
+        RETAIN,
+        holdout=[(picture(3), "owl")],
+        sets={"neighbour": RETAIN[:1], "forget-unseen": FORGET},
+        original=tower(0.5),
+        references={"other": tower(3)},
+        class_names=["cat", "dog"],
+    )
+    names = ["forget", "forget-unseen", "retain", "holdout", "neighbour"]
+    assert list(found.to_dict()) == names
+    assert found.original is not None
+    assert list(found.original) == list(found.references["other"]) == names
+    assert found.pairs == {name: 2 if name == "retain" else 1 for name in names}
+    assert found.to_dict()["holdout"]["image_to_text_recall@1"] == 1
+    assert found.to_dict()["forget"]["zero_shot_accuracy"] == 1
+    assert found.original["retain"]["matched_cosine"] < 1
+
+
+def small_pairs(count: int, *, first: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    torch.manual_seed(first)
+    size = small_models.IMAGE_SIZE
+    return [
+        (torch.randn(3, size, size), torch.tensor([49406, first + i, 49407])) for i in range(count)
+    ]
+
+
+def test_a_model_of_a_library_is_measured_and_left_as_it_was() -> None:
+    model = small_models.open_clip_vit()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    forget, retain = small_pairs(3, first=10), small_pairs(6, first=20)
+    padded = [
+        [
+            (image, nn.functional.pad(ids, (0, small_models.CONTEXT_LENGTH - len(ids))))
+            for image, ids in s
+        ]
+        for s in (forget, retain)
+    ]
+    found = fasterase.evaluate(model, *padded, original=model, max_pairs=5)
+    assert found.pairs == {"forget": 3, "retain": 5}
+    assert found.original == found.to_dict()
+    with torch.no_grad():
+        image = model.encode_image(torch.stack([i for i, _ in forget]), normalize=True)
+        text = model.encode_text(torch.stack([t for _, t in padded[0]]), normalize=True)
+    assert found.to_dict()["forget"]["matched_cosine"] == pytest.approx(
+        float((image * text).sum(1).mean()), abs=1e-5
+    )
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_strings_go_through_the_given_tokenizer_and_pictures_through_preprocess() -> None:
+    size = small_models.IMAGE_SIZE
+    pictures = torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8)
+    forget = [(pictures[0], "a cat")]
+    retain = [(pictures[i], text) for i, text in ((1, "a dog"), (2, "a hen"), (3, "an owl"))]
+    model = small_models.open_clip_vit()
+    found = fasterase.evaluate(
+        model,
+        forget,
+        retain,
+        class_names=["cat", "dog", "hen"],
+        tokenizer=small_models.simple_tokenizer(),
+    )
+    assert 0 <= found.to_dict()["retain"]["zero_shot_accuracy"] <= 1
+
+
+def test_broken_pairs_are_named_in_a_warning() -> None:
+    broken = [*FORGET, (torch.full((3, 1, 1), torch.nan), "cat")]
+    with pytest.warns(UserWarning, match=r"1 broken pairs.*forget\[1\]"):
+        found = fasterase.evaluate(tower(), broken, RETAIN, original=tower())
+    assert found.pairs["forget"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attacks": ["relearning"]}, r"attacks=\['relearning'\]: none are known"),
+        ({"sets": {"forget": FORGET}}, "sets: 'forget' is an argument of its own"),
+        ({"sets": {"holdout": FORGET}}, "sets: 'holdout' is an argument of its own"),
+        ({"sets": {" ": FORGET}}, "sets: ' ' is not a name"),
+        ({"sets": [FORGET]}, "sets must map names to pairs, found list"),
+        ({"sets": {"empty": []}}, "empty"),
+        ({"forget": []}, "forget"),
+        ({"retain": []}, "retain"),
+        ({"holdout": "missing/file.csv"}, "holdout"),
+        ({"references": {"original": None}}, "references: 'original' cannot name"),
+        ({"references": [1]}, "references must map names to models, found list"),
+        ({"max_pairs": 0}, "max_pairs=0"),
+        ({"max_pairs": 2.5}, "max_pairs=2.5"),
+        ({"seed": "x"}, "seed='x'"),
+        ({"class_names": ["cat"]}, "class_names has 1 distinct names"),
+        ({"class_names": 3}, "class_names=3"),
+        ({"templates": ["a photo"]}, "templates: 'a photo'"),
+        ({"forget": [(torch.zeros(3, 2, 2), "cat")]}, r"\[3, 1, 1\]"),
+        ({"model": nn.Linear(2, 2)}, "model"),
+    ],
+)
+def test_wrong_input_is_named(options: dict[str, Any], message: str) -> None:
+    given = {"model": tower(), "forget": FORGET, "retain": RETAIN, **options}
+    with pytest.raises(InputError, match=message):
+        fasterase.evaluate(**given)

@@ -1,0 +1,357 @@
+"""The evaluator's numbers against loops written from the metrics' definitions."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from fasterase.errors import InputError
+from fasterase.evaluation import ranking
+from fasterase.evaluation.evaluator import Evaluator
+from fasterase.evaluation.features import encode_set, sampled_rows
+from fasterase.pairs.sources import PairSource, open_pairs
+from tests.evaluation.fake_tower import LookupTower, picture
+
+WIDTH = 6
+# Set -> the captions of each pair. "cat" and "dog" have many images; some pairs have several
+# captions, of which the first is the pair's own and others stand in the pool through other pairs.
+CAPTIONS: dict[str, list[list[str]]] = {
+    "forget": [["cat"]] * 4 + [["kitten", "cat"], ["lynx", "puma"], ["puma"]],
+    "retain": [["dog"]] * 5 + [[f"thing {i}"] for i in range(14)] + [["wolf", "dog"]],
+    "forget-unseen": [["tiger", "lynx"], ["cat"], ["a feline"]],
+    "holdout": [[f"other {i}", f"thing {i}"] for i in range(9)],
+}
+TEXTS = sorted({caption for pairs in CAPTIONS.values() for c in pairs for caption in c})
+IMAGES = sum(map(len, CAPTIONS.values()))
+
+
+def sources() -> dict[str, PairSource]:
+    opened, number = {}, 0
+    for name, pairs in CAPTIONS.items():
+        items: list[Any] = []
+        for captions in pairs:
+            items.append((picture(number), captions if len(captions) > 1 else captions[0]))
+            number += 1
+        opened[name] = open_pairs(items, name=name)
+    return opened
+
+
+def tower(seed: int, *, name: str = "fake", texts: list[str] = TEXTS) -> LookupTower:
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randn(IMAGES, WIDTH, generator=generator)
+    text = torch.randn(len(texts), WIDTH, generator=generator)
+    # Nearer to its own caption than to others, but not always.
+    own = [c[0] for pairs in CAPTIONS.values() for c in pairs]
+    image += 1.5 * text[[texts.index(caption) for caption in own]]
+    return LookupTower(image, text, texts, name)
+
+
+def brute_force(model: LookupTower) -> dict[str, dict[str, float]]:
+    image = normalize(model.module.image.detach().double(), dim=1).numpy()
+    text = normalize(model.module.text.detach().double(), dim=1).numpy()
+    vector = {caption: text[i] for i, caption in enumerate(TEXTS)}
+    numbered, number = {}, 0
+    for name, pairs in CAPTIONS.items():
+        numbered[name] = [(number + i, captions) for i, captions in enumerate(pairs)]
+        number += len(pairs)
+    pool = sorted({captions[0] for pairs in CAPTIONS.values() for captions in pairs})
+    concept = {caption for captions in CAPTIONS["forget"] for caption in captions}
+    result = {}
+    for name, pairs in numbered.items():
+        rows: dict[str, list[float]] = {}
+        for i, captions in pairs:
+            order = sorted(pool, key=lambda c, i=i: -image[i] @ vector[c])
+            candidates = pairs if name == "retain" else pairs + numbered["retain"]
+            query = vector[captions[0]]
+            images = sorted(candidates, key=lambda pair, q=query: -image[pair[0]] @ q)
+            values = {
+                "median_rank": order.index(captions[0]) + 1,
+                "matched_cosine": image[i] @ vector[captions[0]],
+            }
+            for k in (1, 5, 10):
+                values[f"image_to_text_recall@{k}"] = bool(set(captions) & set(order[:k]))
+                right = [captions[0] in others for _, others in images[:k]]
+                values[f"text_to_image_recall@{k}"] = any(right)
+            for k in (1, 5):
+                values[f"concept_hit@{k}"] = bool(concept & set(order[:k]))
+            for key, value in values.items():
+                rows.setdefault(key, []).append(float(value))
+        result[name] = {
+            key: float(np.median(v) if key == "median_rank" else np.mean(v))
+            for key, v in rows.items()
+        }
+    return result
+
+
+@pytest.mark.parametrize("chunk", [40, 4_000_000])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_every_number_equals_the_loops(
+    seed: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranking, "CHUNK_ELEMENTS", chunk)
+    evaluator = Evaluator(sources(), batch_size=3)
+    model = tower(seed)
+    found = evaluator.compare(evaluator.measure(model)).to_dict()
+    expected = brute_force(model)
+    assert list(found) == ["forget", "forget-unseen", "retain", "holdout"]
+    for name, values in expected.items():
+        assert found[name] == pytest.approx(values, abs=1e-6), name
+
+
+def test_chance_levels_are_of_the_pools() -> None:
+    evaluator = Evaluator(sources())
+    chance = evaluator.compare(evaluator.measure(tower(0))).chance
+    pool = len({captions[0] for pairs in CAPTIONS.values() for captions in pairs})
+
+    def among(right: int, candidates: int, k: int) -> float:
+        return 1 - math.comb(candidates - right, k) / math.comb(candidates, k)
+
+    # cat x 4, kitten + cat, lynx + puma, puma: own captions in the pool.
+    own = [1, 1, 1, 1, 2, 2, 1]
+    # Images with the pair's first caption among the 7 forget and 20 retain images.
+    images = [5, 5, 5, 5, 1, 1, 2]
+    for k in (1, 5, 10):
+        assert chance["forget"][f"image_to_text_recall@{k}"] == pytest.approx(
+            np.mean([among(c, pool, k) for c in own])
+        )
+        assert chance["forget"][f"text_to_image_recall@{k}"] == pytest.approx(
+            np.mean([among(c, 27, k) for c in images])
+        )
+    for name in CAPTIONS:
+        # cat, kitten, lynx, puma
+        assert chance[name]["concept_hit@5"] == pytest.approx(among(4, pool, 5))
+        assert chance[name]["median_rank"] == (pool + 1) / 2
+
+
+def test_the_cosine_s_chance_is_the_mean_over_unmatched_captions() -> None:
+    model = tower(0)
+    evaluator = Evaluator(sources())
+    found = evaluator.compare(evaluator.measure(model)).chance["holdout"]["matched_cosine"]
+    pool = sorted({captions[0] for pairs in CAPTIONS.values() for captions in pairs})
+    image = normalize(model.module.image.detach(), dim=1)[-9:]
+    text = normalize(model.module.text.detach(), dim=1)
+    cosines = [
+        [float(image[i] @ text[TEXTS.index(c)]) for c in pool if c not in captions]
+        for i, captions in enumerate(CAPTIONS["holdout"])
+    ]
+    assert found == pytest.approx(np.mean([np.mean(row) for row in cosines]), abs=1e-6)
+
+
+def test_a_collapsed_model_is_at_chance_everywhere() -> None:
+    same = torch.ones(IMAGES, WIDTH), torch.ones(len(TEXTS), WIDTH)
+    evaluator = Evaluator(sources())
+    found = evaluator.compare(evaluator.measure(LookupTower(*same, TEXTS, "flat")))
+    for name, values in found.to_dict().items():
+        assert values == pytest.approx(found.chance[name], abs=1e-6)
+
+
+def test_intervals_contain_the_value_and_shrink_with_the_number_of_pairs() -> None:
+    texts = [f"t{i}" for i in range(400)]
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randn(400, 16, generator=generator)
+    image = text + 0.8 * torch.randn(400, 16, generator=generator)
+    model = LookupTower(image, text, texts, "fake")
+
+    def width(n: int) -> float:
+        pairs = [(picture(i), texts[i]) for i in range(400)]
+        evaluator = Evaluator(
+            {
+                "forget": open_pairs(pairs[:n], name="forget"),
+                "retain": open_pairs(pairs[200:], name="retain"),
+            }
+        )
+        found = evaluator.compare(evaluator.measure(model))
+        for name, values in found.to_dict().items():
+            for key, value in values.items():
+                low, high = found.intervals[name][key]
+                assert low <= value <= high
+        low, high = found.intervals["forget"]["matched_cosine"]
+        return high - low
+
+    assert width(200) < 0.6 * width(20)
+
+
+def test_the_original_and_references_stand_beside_the_model() -> None:
+    evaluator = Evaluator(sources())
+    measured = {seed: evaluator.measure(tower(seed)) for seed in (0, 1, 2)}
+    found = evaluator.compare(measured[0], original=measured[1], references={"re": measured[2]})
+    assert found.to_dict() == evaluator.compare(measured[0]).to_dict()
+    assert found.original == evaluator.compare(measured[1]).to_dict()
+    assert found.references == {"re": evaluator.compare(measured[2]).to_dict()}
+    assert evaluator.compare(measured[0]).original is None
+
+
+def test_other_pairs_cannot_be_compared() -> None:
+    evaluator = Evaluator(sources())
+    other = Evaluator(sources(), max_pairs=2)
+    with pytest.raises(InputError, match="original: measured on other pairs of 'forget'"):
+        evaluator.compare(evaluator.measure(tower(0)), original=other.measure(tower(0)))
+
+
+def test_max_pairs_draws_a_seeded_sample_of_each_set() -> None:
+    def ids(seed: int, **sets: Any) -> dict[str, list[str]]:
+        evaluator = Evaluator({**sources(), **sets}, max_pairs=5, seed=seed)
+        return {name: s.ids for name, s in evaluator.measure(tower(0)).sets.items()}
+
+    first = ids(0)
+    assert {name: len(those) for name, those in first.items()} == {
+        "forget": 5,
+        "retain": 5,
+        "forget-unseen": 3,
+        "holdout": 5,
+    }
+    assert first == ids(0)
+    assert first["retain"] != ids(1)["retain"]
+    more = ids(0, other=open_pairs([(picture(0), "cat")], name="other"))
+    assert {name: more[name] for name in first} == first
+    assert len(np.unique(sampled_rows(50, 20, seed=3, name="retain"))) == 20
+
+
+def test_captions_of_unsampled_forget_pairs_count_as_the_concept() -> None:
+    # One forget pair is drawn; "b" stands in the pool only through forget-unseen.
+    model = LookupTower(torch.eye(4), torch.eye(4), list("abcd"), "fake")
+    sets = {
+        "forget": [(picture(0), "a"), (picture(1), "b")],
+        "forget-unseen": [(picture(1), "b")],
+        "retain": [(picture(2), "c")],
+    }
+    for seed in range(4):
+        opened = {name: open_pairs(pairs, name=name) for name, pairs in sets.items()}
+        evaluator = Evaluator(opened, max_pairs=1, seed=seed)
+        found = evaluator.compare(evaluator.measure(model)).to_dict()
+        assert found["forget-unseen"]["concept_hit@1"] == 1
+        assert found["retain"]["concept_hit@1"] == 0
+
+
+def test_quick_takes_fewer_pairs_and_resamples() -> None:
+    evaluator = Evaluator(sources(), quick=True, max_pairs=None)
+    assert evaluator.max_pairs == 1000
+    found = evaluator.compare(evaluator.measure(tower(0)))
+    assert found.settings["resamples"] == 200
+    assert Evaluator(sources(), quick=True, max_pairs=7).max_pairs == 7
+
+
+def test_token_ids_need_no_tokenizer_and_name_captions_alike() -> None:
+    model = tower(0)
+    by_text = Evaluator(sources())
+    expected = by_text.compare(by_text.measure(model)).to_dict()
+    as_ids, number = {}, 0
+    for name, pairs in CAPTIONS.items():
+        items = []
+        for captions in pairs:
+            items.append((picture(number), torch.tensor([TEXTS.index(captions[0])])))
+            number += 1
+        as_ids[name] = open_pairs(items, name=name)
+    model.text_tokenizer = None
+    evaluator = Evaluator(as_ids)
+    found = evaluator.compare(evaluator.measure(model)).to_dict()
+    # Only first captions are there: what stands on the others may differ.
+    for name, values in found.items():
+        for key in ("median_rank", "matched_cosine"):
+            assert values[key] == pytest.approx(expected[name][key])
+    with pytest.raises(InputError, match="tokenizer"):
+        Evaluator(sources()).measure(model)
+
+
+def test_accuracy_of_classes_that_captions_name() -> None:
+    texts = [*TEXTS, "a photo of a cat.", "a photo of a dog."]
+    model = tower(0, texts=texts)
+    evaluator = Evaluator(sources(), class_names=["cat", "dog"])
+    found = evaluator.compare(evaluator.measure(model))
+    image = normalize(model.module.image.detach(), dim=1)
+    text = normalize(model.module.text.detach(), dim=1)
+    nearest = (image @ text[-2:].T).argmax(dim=1)
+    # forget: "cat" x 4 and "kitten, cat"; retain: "dog" x 5 and "wolf, dog".
+    assert found.to_dict()["forget"]["zero_shot_accuracy"] == pytest.approx(
+        float((nearest[[0, 1, 2, 3, 4]] == 0).double().mean())
+    )
+    assert found.to_dict()["retain"]["zero_shot_accuracy"] == pytest.approx(
+        float((nearest[[7, 8, 9, 10, 11, 26]] == 1).double().mean())
+    )
+    assert found.chance["forget"]["zero_shot_accuracy"] == 0.5
+    assert "zero_shot_accuracy" not in found.to_dict()["holdout"]
+    assert "zero_shot_accuracy" in found.intervals["retain"]
+
+
+def test_classes_that_the_sources_carry_need_no_names() -> None:
+    texts = [*TEXTS, "the cat", "the dog"]
+    opened = sources()
+    for name, classes in (("forget", ["cat"]), ("retain", ["dog"])):
+        opened[name].classes = classes
+    evaluator = Evaluator(opened, templates=["the {}"])
+    assert evaluator.class_names == ["cat", "dog"]
+    found = evaluator.compare(evaluator.measure(tower(0, texts=texts))).to_dict()
+    assert 0 <= found["forget"]["zero_shot_accuracy"] <= 1
+
+
+def test_class_names_that_no_pair_has_are_an_error() -> None:
+    evaluator = Evaluator(sources(), class_names=["zebra", "gnu"])
+    with pytest.raises(InputError, match=r"class_names: no pair of forget, .* zebra, gnu"):
+        evaluator.measure(tower(0))
+
+
+def test_broken_pairs_are_left_out_and_kept_in_mind() -> None:
+    opened = sources()
+    broken = [(picture(0), "cat"), (torch.full((3, 1, 1), torch.nan), "puma"), (picture(1), "cat")]
+    opened["forget"] = open_pairs(broken, name="forget")
+    evaluator = Evaluator(opened)
+    assert evaluator.measure(tower(0)).sets["forget"].ids == ["forget[0]", "forget[2]"]
+    assert [skip.id for skip in evaluator.skipped] == ["forget[1]"]
+
+
+def test_a_set_without_a_readable_pair_is_an_error() -> None:
+    source = open_pairs([(torch.full((3, 1, 1), torch.nan), "cat")] * 2, name="holdout")
+    with pytest.raises(InputError, match=r"`holdout`: none of its 2 pairs can be read.*NaN"):
+        encode_set(tower(0), source)
+
+
+def test_features_that_are_not_finite_are_an_error() -> None:
+    model = tower(0)
+    with torch.no_grad():
+        model.module.image[2] = torch.nan
+    with pytest.raises(InputError, match=r"not finite for 1 of 7 inputs.*forget\[2\]"):
+        Evaluator(sources()).measure(model)
+
+
+def test_measuring_leaves_the_module_as_it_was() -> None:
+    model = tower(0)
+    model.module.train()
+    before = {name: value.clone() for name, value in model.module.state_dict().items()}
+    evaluator = Evaluator(sources())
+    training = evaluator.measure(model)
+    assert model.module.dropout.training  # and yet Dropout was off:
+    model.module.eval()
+    assert (
+        evaluator.compare(training).to_dict()
+        == evaluator.compare(evaluator.measure(model)).to_dict()
+    )
+    assert not model.module.training
+    for name, value in model.module.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert all(parameter.requires_grad for parameter in model.module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_pairs": 0}, "max_pairs=0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"templates": ["a photo"]}, "templates"),
+        ({"class_names": "cat"}, "class_names"),
+    ],
+)
+def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Evaluator(sources(), **options)
+
+
+def test_forget_and_retain_must_be_there() -> None:
+    opened = sources()
+    del opened["retain"]
+    with pytest.raises(InputError, match="no set 'retain', only forget, forget-unseen, holdout"):
+        Evaluator(opened)

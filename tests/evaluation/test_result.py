@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fasterase.errors import InputError
+from fasterase.evaluation.result import Evaluation
+
+
+def scores(recall: float, rank: float, cosine: float) -> dict[str, dict[str, float]]:
+    values = {"image_to_text_recall@1": recall, "median_rank": rank, "matched_cosine": cosine}
+    return {"forget": dict(values), "retain": dict(values)}
+
+
+def interval(low: float, high: float) -> dict[str, dict[str, tuple[float, float]]]:
+    keys = scores(0, 0, 0)["forget"]
+    return {name: dict.fromkeys(keys, (low, high)) for name in ("forget", "retain")}
+
+
+EVALUATION = Evaluation(
+    scores=scores(0.125, 512, -0.08),
+    intervals=interval(-0.25, 0.5),
+    chance=scores(0.001, 508, 0.01),
+    pairs={"forget": 1, "retain": 1234},
+    settings={"model": "fake", "candidates": 1015, "max_pairs": None, "seed": 0, "resamples": 9},
+    original=scores(1, 1, 0.76),
+    references={"fine-tuned on retain": scores(0.5, 3.5, 0.1)},
+)
+
+
+def test_table_says_for_every_row_what_is_wanted() -> None:
+    lines = EVALUATION.table().split("\n")
+    assert lines[:12] == [
+        "                                                                          fine-tuned",
+        "  metric               wanted    chance  original  model   95 % interval   on retain",
+        "------------------------------------------------------------------------------------",
+        "forget (1 pair, to forget)",
+        "  image->text R@1, %   ↓            0.1     100.0   12.5   -25.0 to 50.0        50.0",
+        "  median caption rank  ↑ chance   508.0       1.0  512.0     -0.2 to 0.5         3.5",
+        "  mean matched cosine  ↓ chance   +0.01     +0.76  -0.08  -0.25 to +0.50       +0.10",
+        "------------------------------------------------------------------------------------",
+        "retain (1,234 pairs, to keep)",
+        "  image->text R@1, %   ↑            0.1     100.0   12.5   -25.0 to 50.0        50.0",
+        "  median caption rank  ↓          508.0       1.0  512.0     -0.2 to 0.5         3.5",
+        "  mean matched cosine  ↑          +0.01     +0.76  -0.08  -0.25 to +0.50       +0.10",
+    ]
+    assert "among 1,015 captions" in lines[-2]
+    assert max(map(len, lines)) <= 100
+
+
+def test_json_brings_everything_back(tmp_path: Path) -> None:
+    path = EVALUATION.to_json(tmp_path / "evaluation.json")
+    assert Evaluation.from_json(path) == EVALUATION
+    assert json.loads(path.read_text())["scores"] == EVALUATION.to_dict()
+    assert [p.name for p in tmp_path.iterdir()] == ["evaluation.json"]
+
+
+def test_report_is_markdown_or_json_by_its_name(tmp_path: Path) -> None:
+    text = EVALUATION.report(tmp_path / "new" / "report.md").read_text(encoding="utf-8")
+    assert text.startswith("# Evaluation of fake\n\n## forget (1 pair, to forget)\n\n| metric |")
+    assert "| image->text R@1, % | ↓ | 0.1 | 100.0 | 12.5 | -25.0 to 50.0 | 50.0 |" in text
+    assert Evaluation.from_json(EVALUATION.report(tmp_path / "report.json")) == EVALUATION
+    with pytest.raises(InputError, match=r"report\.pdf"):
+        EVALUATION.report(tmp_path / "report.pdf")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"intervals": {"forget": 1}}', "{"])
+def test_other_files_are_no_evaluation(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match="is not an evaluation"):
+        Evaluation.from_json(path)
+    with pytest.raises(InputError, match="no file"):
+        Evaluation.from_json(tmp_path / "missing.json")
+
+
+def test_to_dict_is_a_copy() -> None:
+    EVALUATION.to_dict()["forget"]["median_rank"] = -1
+    assert EVALUATION.scores["forget"]["median_rank"] == 512
