@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 from fasterase.cli import commands
@@ -22,7 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. An error is one line on stderr."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        _run(argv)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            _run(argv)
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in argv:
             traceback.print_exc()
@@ -39,6 +42,10 @@ def _run(argv: Sequence[str]) -> None:
         commands.evaluate(parsed.values)
     else:
         commands.demo(parsed.values)
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _line(error: BaseException) -> str:

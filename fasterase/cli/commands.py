@@ -22,15 +22,23 @@ def unlearn(values: dict[str, Any], *, print_config: bool) -> None:
     if print_config:
         print(_yaml({**inputs, **config.to_dict()}), end="")
         return
-    needed = {**dataclasses.asdict(flags), "output_dir": config.output_dir}
-    _require("unlearn", needed, ("model", "forget", "retain", "output_dir"))
-    arguments = dataclasses.asdict(flags)
-    for name in ("model", "forget", "retain", "recipe"):
-        del arguments[name]
-    result = fasterase.unlearn(flags.model, flags.forget, flags.retain, config=config, **arguments)
+    given = _required("unlearn", values, ("model", "forget", "retain", "output_dir"))
+    result = fasterase.unlearn(
+        given["model"],
+        given["forget"],
+        given["retain"],
+        config=config,
+        holdout=flags.holdout,
+        image_key=flags.image_key,
+        text_key=flags.text_key,
+        model_name=flags.model_name,
+    )
     if result.evaluation is not None:
         print(result.evaluation.table())
-    print(f"{'Forgotten' if result.forgotten else 'NOT forgotten'}. See {config.output_dir}.")
+    state = "forgotten" if result.forgotten else "not forgotten, see the warning"
+    print(
+        f"Done in {result.seconds:.0f} s: {state}. Model, history and report: {config.output_dir}"
+    )
 
 
 def evaluate(values: dict[str, Any]) -> None:
@@ -38,16 +46,20 @@ def evaluate(values: dict[str, Any]) -> None:
     from fasterase.pairs.sources import open_pairs
 
     flags = EvaluateFlags(**values)
-    _require("evaluate", values, ("model", "forget", "retain"))
-    paths = {"forget": flags.forget, "retain": flags.retain, "holdout": flags.holdout}
+    given = _required("evaluate", values, ("model", "forget", "retain"))
+    paths = {"forget": given["forget"], "retain": given["retain"]}
+    if flags.holdout is not None:
+        paths["holdout"] = flags.holdout
     named = _named("sets", flags.sets)
+    for name in named:
+        if name in ("forget", "retain", "holdout"):
+            raise InputError(f"--sets: the name {name} is taken; use --{name}.")
     sources = {
         name: open_pairs(path, name=name, image_key=flags.image_key, text_key=flags.text_key)
         for name, path in {**paths, **named}.items()
-        if path is not None
     }
     evaluation = fasterase.evaluate(
-        flags.model,
+        given["model"],
         sources["forget"],
         sources["retain"],
         holdout=sources.get("holdout"),
@@ -78,13 +90,14 @@ def _parted(values: dict[str, Any], flags: type) -> tuple[dict[str, Any], dict[s
     return own, {name: value for name, value in values.items() if name not in names}
 
 
-def _require(command: str, values: dict[str, Any], names: Sequence[str]) -> None:
+def _required(command: str, values: dict[str, Any], names: Sequence[str]) -> dict[str, str]:
     missing = [f"--{name}" for name in names if values.get(name) is None]
     if missing:
         raise InputError(
             f"{command} needs {', '.join(missing)}. Give each as a flag, or without the dashes as "
             f"a key of the YAML file of --config; `fasterase {command} --help` explains them."
         )
+    return {name: values[name] for name in names}
 
 
 def _named(flag: str, entries: Any) -> dict[str, str]:
