@@ -1,0 +1,196 @@
+"""`fasterase.unlearn`: wires models, pairs, engine and evaluation, and decides nothing else."""
+
+from __future__ import annotations
+
+import copy as copying
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from fasterase.config import UnlearnConfig
+from fasterase.engine.erase import FORGOTTEN_EXCESS, Outcome, erase
+from fasterase.engine.history import StepRecord
+from fasterase.engine.model_state import best_device, borrowed, resolve_device
+from fasterase.engine.settings import check_environment
+from fasterase.evaluation.evaluator import Evaluator
+from fasterase.models.load import load_tower
+from fasterase.pairs.overlap import without_overlap
+from fasterase.pairs.pair_source import PairSource
+from fasterase.pairs.prepare import Preparer
+from fasterase.pairs.skips import SkipLedger
+from fasterase.pairs.sources import open_pairs
+from fasterase.report.files import write_text
+from fasterase.report.run_report import describe_recipe
+from fasterase.result import UnlearnResult
+
+log = logging.getLogger(__name__)
+
+
+def unlearn(
+    model: nn.Module | str | os.PathLike[str],
+    forget: Any,
+    retain: Any,
+    *,
+    config: UnlearnConfig | None = None,
+    tokenizer: Any = None,
+    preprocess: Any = None,
+    model_name: str | None = None,
+    holdout: Any = None,
+    image_key: str | None = None,
+    text_key: str | None = None,
+    callback: Callable[[StepRecord], object] | None = None,
+    copy: bool = False,
+    **overrides: Any,
+) -> UnlearnResult:
+    """Make `model` forget the associations of the `forget` pairs and keep the rest (CLIPErase).
+
+    Minimises `forget_weight L_F + retain_weight L_R + consistency_weight L_C + anchor_weight L_A`
+    (Yang et al., CLIPErase, ACL 2025, and our floor and anchor; see `fasterase.erase_loss`) over
+    both towers, and changes the weights in place.
+
+    Args:
+        model: an open_clip model; a transformers `CLIPModel`, `SiglipModel` or `Siglip2Model`; or a
+            string: `"ViT-B-32/laion2b_s34b_b79k"` (open_clip name/tag), `"hf-hub:org/name"`
+            (open_clip), `"hf:org/name"` (transformers), or a folder that either library or
+            `result.save` wrote. For SigLIP the softmax objective acts on its similarities;
+            logit_bias is left alone.
+        forget: pairs whose association goes. A map-style dataset, a DataLoader (its dataset is
+            taken), an iterable of `(image, text)` pairs, `{"image", "text"}` or
+            `{"pixel_values", "input_ids"}` dicts or batches of these; a CSV/TSV/JSONL path; a
+            class-per-folder directory; a folder of `x.jpg` + `x.txt`; a WebDataset pattern; what
+            `fasterase.split` returned. An image that is a float tensor (3, H, W) counts as
+            preprocessed; a text is a str, a list of str of which one is drawn each time, or token
+            ids.
+        retain: pairs to keep. Those that also stand in `forget` are left out, with a warning.
+        config: settings; `overrides` are fields of it by name.
+        tokenizer, preprocess: of the model, where it does not carry its own.
+        model_name: architecture of an open_clip instance, for its tokenizer and `save`.
+        holdout: pairs in neither set, for the evaluation only.
+        image_key, text_key: columns of tables, keys of dicts and fields of tar samples.
+        callback: called after each step with its record; returning True ends the run cleanly.
+        copy: work on a deep copy and leave `model` alone.
+        overrides: fields of `UnlearnConfig`, such as `lr=1e-5` or `output_dir="erased"`.
+
+    Returns:
+        The result, whose `.model` is the object passed in.
+
+    Raises:
+        InputError: an argument is not usable; the model is untouched.
+        ResumeError: `output_dir` holds a checkpoint of another run.
+        NonFiniteError: the loss stayed non-finite; the model holds the last good weights.
+        PreemptedError: SIGTERM arrived; a checkpoint was written.
+    """
+    started = time.perf_counter()
+    settings = (config or UnlearnConfig()).replace(**overrides)
+    check_environment(settings)
+    tower = load_tower(model, tokenizer=tokenizer, preprocess=preprocess, model_name=model_name)
+    if copy:
+        tower = copying.deepcopy(tower)
+    named = isinstance(model, (str, os.PathLike))
+    device = resolve_device(settings.device, default=best_device() if named else tower.device)
+
+    sets = {
+        name: open_pairs(source, name=name, image_key=image_key, text_key=text_key)
+        for name, source in (("forget", forget), ("retain", retain), ("holdout", holdout))
+        if source is not None
+    }
+    sets["retain"], removed = without_overlap(sets["retain"], sets["forget"])
+    _warn_overlap(removed)
+    ledger = SkipLedger(len(sets["forget"]) + len(sets["retain"]), max_skipped=settings.max_skipped)
+    prepare = Preparer(
+        tower.image_transform,
+        tower.text_tokenizer,
+        image_size=tower.image_size,
+        context_length=tower.context_length,
+    )
+    output = Path(settings.output_dir) if settings.output_dir is not None else None
+    if settings.progress:
+        tqdm.write(f"fasterase: erasing from {tower.name}; recipe: {describe_recipe(settings)}")
+
+    evaluator = _evaluator(sets, settings)
+    with borrowed(tower, device=device) as state:
+        original = evaluator.measure(tower) if evaluator else None
+        outcome = erase(
+            tower,
+            sets["forget"],
+            sets["retain"],
+            prepare,
+            ledger,
+            state=state,
+            settings=settings,
+            output_dir=output,
+            callback=callback,
+        )
+        evaluation = None
+        if evaluator and original:
+            evaluation = evaluator.compare(evaluator.measure(tower), original=original)
+    _warn_not_forgotten(outcome, settings)
+    result = UnlearnResult(
+        model=tower.module,
+        history=outcome.history,
+        evaluation=evaluation,
+        forgotten=outcome.forgotten,
+        config=settings,
+        skipped=ledger.skips,
+        floor=outcome.floor,
+        excess=outcome.excess,
+        removed_from_retain=removed,
+        seconds=time.perf_counter() - started,
+        tower=tower,
+    )
+    if output is not None:
+        _write(result, output)
+    return result
+
+
+def _evaluator(sets: dict[str, PairSource], settings: UnlearnConfig) -> Evaluator | None:
+    if settings.evaluation is None:
+        return None
+    return Evaluator(
+        sets,
+        seed=settings.seed,
+        quick=settings.evaluation == "quick",
+        num_workers=settings.num_workers,
+    )
+
+
+def _warn_overlap(removed: list[str]) -> None:
+    if removed:
+        shown = ", ".join(removed[:5]) + (", ..." if len(removed) > 5 else "")
+        warnings.warn(
+            f"{len(removed)} retain pairs also stand in the forget set and are left out of retain, "
+            f"since they would undo the erasure: {shown}",
+            stacklevel=3,
+        )
+
+
+def _warn_not_forgotten(outcome: Outcome, settings: UnlearnConfig) -> None:
+    if not outcome.forgotten:
+        warnings.warn(
+            f"not forgotten: the forget pairs' cosines are on average {outcome.excess:.3f} above "
+            f"the floor {outcome.floor:+.3f} after {len(outcome.history)} steps (below "
+            f"{FORGOTTEN_EXCESS} counts as forgotten). Train longer (max_steps or epochs), or "
+            f"raise lr (now {settings.lr:g}) or forget_weight (now {settings.forget_weight:g}).",
+            stacklevel=3,
+        )
+
+
+def _write(result: UnlearnResult, output: Path) -> None:
+    result.save(output / "model")
+    if result.evaluation is not None:
+        result.evaluation.to_json(output / "evaluation.json")
+    write_text(output / "config.yaml", _yaml(result.config))
+    result.report(output / "report.md")
+
+
+def _yaml(settings: UnlearnConfig) -> str:
+    import yaml
+
+    return yaml.safe_dump(settings.to_dict(), sort_keys=False)

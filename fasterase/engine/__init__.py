@@ -1,0 +1,1 @@
+"""The erasing engine: steps, gradients, optimiser, checkpoints and guards."""

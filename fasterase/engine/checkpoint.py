@@ -1,0 +1,148 @@
+"""Checkpoints of a run: written whole or not at all, the last two kept, foreign ones refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fasterase.errors import ResumeError
+
+# Settings that do not change which weights a run ends with, so that a resumed run may change them.
+FREE_FIELDS = frozenset(
+    {
+        "num_workers",
+        "progress",
+        "reference_cache",
+        "output_dir",
+        "save_every",
+        "resume",
+        "evaluation",
+        "max_skipped",
+    }
+)
+KEPT = 2
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """State after `step` steps: all that is needed to go on as if nothing had happened.
+
+    Attributes:
+        step: steps done.
+        tensors: trained parameters by name, and buffers where training moves them.
+        optimizer: its state dict.
+        scaler: state dict of the loss scaling.
+        non_finite: steps in a row that were not applied.
+        forgotten: the run ended because all was forgotten.
+    """
+
+    step: int
+    tensors: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+    non_finite: int
+    forgotten: bool
+
+
+class CheckpointFolder:
+    """`output_dir/checkpoints` of one run, identified by its settings, model and data.
+
+    Args:
+        folder: where the checkpoints live.
+        identity: what must be equal for a run to go on: the config's fields, the model's
+            fingerprint, the manifests of forget and retain.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
+        self.folder = folder
+        # Through JSON, so that tuples and numbers compare as they will be read back.
+        self.identity = json.loads(
+            json.dumps({k: v for k, v in identity.items() if k not in FREE_FIELDS})
+        )
+
+    def _steps(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*")) if self.folder.is_dir() else []
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write `checkpoint` and remove all but the last two."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        target = self.folder / f"step-{checkpoint.step:09d}"
+        if target.is_dir():
+            return
+        temporary = self.folder / f"writing-{os.getpid()}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        save_file(checkpoint.tensors, temporary / "weights.safetensors")
+        torch.save(
+            {"optimizer": checkpoint.optimizer, "scaler": checkpoint.scaler},
+            temporary / "optimizer.pt",
+        )
+        state = {
+            "step": checkpoint.step,
+            "non_finite": checkpoint.non_finite,
+            "forgotten": checkpoint.forgotten,
+            "identity": self.identity,
+        }
+        (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        for file in temporary.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        os.replace(temporary, target)
+        for old in self._steps()[:-KEPT]:
+            shutil.rmtree(old)
+
+    def clear(self) -> None:
+        """Remove what an earlier run left here."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def load(self, resume: str, *, device: torch.device) -> Checkpoint | None:
+        """The last checkpoint, or None where there is none (or `resume="never"`).
+
+        Raises:
+            ResumeError: it belongs to a run with other settings, model or data; or
+                `resume="must"` and there is none.
+        """
+        found = self._steps()
+        if resume == "never":
+            return None
+        if not found:
+            if resume == "must":
+                raise ResumeError(
+                    f"resume='must', but {self.folder} holds no checkpoint. "
+                    "Give the output_dir of the interrupted run, or resume='auto'."
+                )
+            return None
+        last = found[-1]
+        state = json.loads((last / "state.json").read_text(encoding="utf-8"))
+        self._check_identity(state["identity"])
+        saved = torch.load(last / "optimizer.pt", map_location=device, weights_only=True)
+        return Checkpoint(
+            step=state["step"],
+            tensors=load_file(last / "weights.safetensors", device=str(device)),
+            optimizer=saved["optimizer"],
+            scaler=saved["scaler"],
+            non_finite=state["non_finite"],
+            forgotten=state["forgotten"],
+        )
+
+    def _check_identity(self, found: Mapping[str, Any]) -> None:
+        changed = [
+            f"{name} was {found.get(name)!r}, now {self.identity.get(name)!r}"
+            for name in sorted(set(found) | set(self.identity))
+            if found.get(name) != self.identity.get(name)
+        ]
+        if changed:
+            raise ResumeError(
+                f"output_dir: {self.folder.parent} holds the checkpoint of another run "
+                f"({'; '.join(changed)}). Go on with the settings, model and data of that run, "
+                "choose another output_dir, or start anew with resume='never'."
+            )

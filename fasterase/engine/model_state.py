@@ -1,0 +1,112 @@
+"""What a run borrows of the user's model (device, dtype, mode, requires_grad) and gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from fasterase.errors import InputError
+from fasterase.models.two_tower import TwoTower
+
+
+class Borrowed:
+    """A model in the run's hands, in fp32."""
+
+    def __init__(self, tower: TwoTower) -> None:
+        module = tower.module
+        self._module = module
+        self._home = tower.device
+        self._flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+        self._modes = [(part, part.training) for part in module.modules()]
+        self._half = [(t, t.dtype) for t in _floating(module) if t.dtype.itemsize < 4]
+
+    def take(self, device: torch.device) -> None:
+        """Move to `device`, to fp32 and eval mode, with nothing requiring a gradient."""
+        for tensor, _ in self._half:
+            tensor.data = tensor.data.float()
+        self._module.to(device)
+        self._module.requires_grad_(False)
+        self._module.eval()
+
+    def round_to_own_dtype(self) -> None:
+        """Round half-precision weights as they will be given back, so that those are measured."""
+        for tensor, dtype in self._half:
+            tensor.data = tensor.data.to(dtype).float()
+
+    def give_back(self) -> None:
+        """Restore device, dtypes, modes and requires_grad."""
+        self._module.to(self._home)
+        for tensor, dtype in self._half:
+            tensor.data = tensor.data.to(dtype)
+        for parameter, flag in self._flags:
+            parameter.grad = None
+            parameter.requires_grad_(flag)
+        for part, mode in self._modes:
+            part.training = mode
+
+
+@contextmanager
+def borrowed(tower: TwoTower, *, device: torch.device) -> Iterator[Borrowed]:
+    """The model on `device` and in fp32 inside the block; after it as it was but for its weights.
+
+    An lr of 1e-6 is below the resolution of a bf16 weight, so half-precision models are trained in
+    fp32 and rounded once, at the end.
+    """
+    state = Borrowed(tower)
+    try:
+        state.take(device)
+        yield state
+    finally:
+        state.give_back()
+
+
+@contextmanager
+def training(module: nn.Module, trained: list[nn.Parameter], *, train_mode: bool) -> Iterator[None]:
+    """Only `trained` require a gradient, and the towers are in train mode where asked."""
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    module.train(train_mode)
+    try:
+        yield
+    finally:
+        module.eval()
+        for parameter in trained:
+            parameter.requires_grad_(False)
+
+
+def _floating(module: nn.Module) -> Iterator[torch.Tensor]:
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point():
+            yield tensor
+
+
+def resolve_device(device: str | None, *, default: torch.device) -> torch.device:
+    """`device` as asked, else `default`.
+
+    Raises:
+        InputError: torch does not know it or cannot use it here.
+    """
+    if device is None:
+        return default
+    try:
+        resolved = torch.device(device)
+        torch.empty(1, device=resolved)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"device={device!r} cannot be used here ({reason}). "
+            "Give 'cpu', 'cuda', 'cuda:N' or 'mps' as this machine has it, or None."
+        ) from error
+    return resolved
+
+
+def best_device() -> torch.device:
+    """The accelerator there is, else the CPU: where a model that was given by name goes."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")

@@ -1,0 +1,1 @@
+"""The original model's features: cached on disk, or computed in the step."""

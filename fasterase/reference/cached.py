@@ -1,0 +1,243 @@
+"""The original's features of the pairs that a run draws, computed once and kept between runs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from fasterase.errors import FaseraseError
+from fasterase.models.two_tower import Tokens, TwoTower
+from fasterase.pairs.batches import StepBatch, sweep
+from fasterase.pairs.pair_source import PairSource, Subset
+from fasterase.pairs.prepare import Preparer
+from fasterase.pairs.skips import SkipLedger
+from fasterase.reference.store import FeatureStore
+
+# Rows encoded at a time, and rows of a block on disk: 1024 rows of D=1024 are 4 MB. A block holds
+# whole batches, so that a sweep that was killed repeats the same batches, and with them the same
+# last bits, when it goes on.
+ENCODED = 64
+BLOCK = 16 * ENCODED
+
+
+@dataclass(frozen=True)
+class Sweeper:
+    """How the original reads and encodes pairs.
+
+    Attributes:
+        tower: the original, in eval mode.
+        prepare: records to pixels and tokens.
+        ledger: counts unreadable pairs.
+        autocast: makes the context of a tower's forward.
+        num_workers: processes that decode.
+        progress: whether to show a bar.
+    """
+
+    tower: TwoTower
+    prepare: Preparer
+    ledger: SkipLedger
+    autocast: Callable[[], AbstractContextManager[object]]
+    num_workers: int
+    progress: bool
+
+    @torch.no_grad()
+    def image(self, pixels: Tensor) -> np.ndarray:
+        with self.autocast():
+            features = self.tower.encode_image(pixels.to(self.tower.device))
+        return features.float().cpu().numpy()
+
+    @torch.no_grad()
+    def text(self, tokens: Tokens) -> np.ndarray:
+        parts = []
+        for start in range(0, len(tokens.ids), 4 * ENCODED):
+            part = tokens.index(slice(start, start + 4 * ENCODED)).to(self.tower.device)
+            with self.autocast():
+                parts.append(self.tower.encode_text(part).float().cpu().numpy())
+        return np.concatenate(parts)
+
+
+class FeatureCache:
+    """Features of one model over any number of sources, in `folder`.
+
+    Images are kept by the row of the source they came from, under the source's manifest; captions
+    by their content, whatever source they stand in. Views of one source (`fasterase.split`, overlap
+    removal) share its rows, so that erasing another concept finds them again.
+
+    Args:
+        folder: root of the cache.
+        model_key: tells models apart: weights, preprocessing and compute dtype.
+        width: D0.
+    """
+
+    def __init__(self, folder: Path, model_key: str, width: int) -> None:
+        self._folder = folder / model_key[:16]
+        self._width = width
+        self._images: dict[str, FeatureStore] = {}
+        self.captions = FeatureStore(self._folder / "captions", width)
+
+    def images(self, source: PairSource) -> FeatureStore:
+        """The store of the source's images, whose keys `image_keys` gives."""
+        manifest = (source.base if isinstance(source, Subset) else source).manifest()
+        if manifest not in self._images:
+            store = FeatureStore(self._folder / f"images-{manifest[:16]}", self._width)
+            self._images[manifest] = store
+        return self._images[manifest]
+
+    def fill(self, source: PairSource, rows: np.ndarray, sweeper: Sweeper) -> None:
+        """Encode, with all captions, those of `rows` (sorted, distinct) that are not there yet.
+
+        Raises:
+            InputError: too many pairs cannot be read.
+        """
+        store = self.images(source)
+        bar = tqdm(
+            total=len(rows),
+            desc=f"original's features ({source.name})",
+            unit="pair",
+            disable=not sweeper.progress,
+        )
+        with bar:
+            there = store.has(image_keys(source, rows))
+            bar.update(int(there.sum()))
+            for part in _parts(rows, there):
+                self._sweep(source, part, store, sweeper, bar)
+        store.refresh()
+        self.captions.refresh()
+        sweeper.ledger.warn()
+
+    def _sweep(
+        self,
+        source: PairSource,
+        rows: np.ndarray,
+        store: FeatureStore,
+        sweeper: Sweeper,
+        bar: tqdm,
+    ) -> None:
+        images = _Block(store)
+        captions = _Block(self.captions)
+        batches = sweep(
+            source,
+            rows,
+            None,
+            sweeper.prepare,
+            batch_size=ENCODED,
+            num_workers=sweeper.num_workers,
+        )
+        for number, batch in enumerate(batches, start=1):
+            sweeper.ledger.add(batch.ids, batch.skipped)
+            if len(batch.rows):
+                images.add(image_keys(source, batch.rows), sweeper.image(batch.pixels))
+            keys = caption_keys(batch.new_keys)
+            fresh = ~self.captions.has(keys)
+            if fresh.any():
+                rows_of = torch.from_numpy(np.flatnonzero(fresh))
+                captions.add(keys[fresh], sweeper.text(batch.tokens.index(rows_of)))
+            bar.update(len(batch.rows) + len(batch.skipped))
+            if number % (BLOCK // ENCODED) == 0:
+                captions.flush()
+                images.flush()
+        # Captions first: an image whose captions are missing would never be swept again.
+        captions.flush()
+        images.flush()
+
+
+class _Block:
+    """Rows gathered for the next block of a store."""
+
+    def __init__(self, store: FeatureStore) -> None:
+        self._store = store
+        self._keys: list[np.ndarray] = []
+        self._features: list[np.ndarray] = []
+
+    def add(self, keys: np.ndarray, features: np.ndarray) -> None:
+        self._keys.append(keys)
+        self._features.append(features)
+
+    def flush(self) -> None:
+        if self._keys:
+            self._store.put(np.concatenate(self._keys), np.concatenate(self._features))
+        self._keys, self._features = [], []
+
+
+class CachedReference:
+    """The original's features of a step's batch, from a filled cache.
+
+    Args:
+        cache: the cache, filled with the rows that are asked for.
+        forget, retain: the sources that batches' rows belong to.
+        scale: 0-d, exp(logit_scale) of the original.
+        with_forget: also give forget rows their features. Where the losses do not use them they
+            are zeros. A cached row is of the image as it is, not as augmented: what the original
+            says of a picture is the target for every view of it.
+    """
+
+    def __init__(
+        self,
+        cache: FeatureCache,
+        forget: PairSource,
+        retain: PairSource,
+        *,
+        scale: Tensor,
+        with_forget: bool,
+    ) -> None:
+        self._cache = cache
+        self._forget = forget
+        self._retain = retain
+        self._with_forget = with_forget
+        self.scale = scale
+
+    def features(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
+        n = batch.n_forget
+        parts = [(self._retain, batch.retain_rows, slice(n, None))]
+        if self._with_forget:
+            parts.append((self._forget, batch.forget_rows, slice(0, n)))
+        width = self._cache.captions.width
+        image = np.zeros((len(batch.ids), width), np.float32)
+        text = np.zeros((len(batch.ids), width), np.float32)
+        for source, rows, where in parts:
+            try:
+                image[where] = self._cache.images(source).get(image_keys(source, rows))
+                text[where] = self._cache.captions.get(caption_keys(batch.keys[where]))
+            except KeyError as error:
+                raise FaseraseError(
+                    f"step {batch.step + 1}: a {source.name} pair or its caption has no reference "
+                    "features: it could not be read, or was another, when they were computed. "
+                    "Check that the data does not change during the run, and run again."
+                ) from error
+        device = self.scale.device
+        return torch.from_numpy(image).to(device), torch.from_numpy(text).to(device)
+
+
+def image_keys(source: PairSource, rows: np.ndarray) -> np.ndarray:
+    """Keys (n,) of rows of `source`: rows of the source that it is a view of."""
+    return source.indices[rows] if isinstance(source, Subset) else rows
+
+
+def caption_keys(captions: Sequence[str]) -> np.ndarray:
+    """64-bit keys (n,) of caption identities."""
+    digests = (
+        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        for text in captions
+    )
+    return np.frombuffer(b"".join(digests), dtype="<i8")
+
+
+def _parts(rows: np.ndarray, there: np.ndarray) -> Iterator[np.ndarray]:
+    """Missing rows: first those of blocks that are partly there, then those of untouched blocks.
+
+    Untouched blocks so keep their batches, wherever an earlier sweep was killed and however many
+    unreadable rows it left out.
+    """
+    block = np.arange(len(rows)) // BLOCK
+    touched = np.isin(block, np.unique(block[there]))
+    for chosen in (touched & ~there, ~touched):
+        if chosen.any():
+            yield rows[chosen]
