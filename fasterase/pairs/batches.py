@@ -35,6 +35,7 @@ class StepBatch:
         tokens: ids [n, L].
         n_forget: how many of the n are forget pairs.
         labels: [n] int64, equal for equal captions.
+        keys: the captions' identities behind `labels`, [n].
         ids: the pairs' ids, [n].
         forget_rows, retain_rows: their rows in the two sources.
         forget_captions, retain_captions: which of a row's captions is in the batch.
@@ -46,6 +47,7 @@ class StepBatch:
     tokens: Tokens
     n_forget: int
     labels: Tensor
+    keys: list[str]
     ids: list[str]
     forget_rows: np.ndarray
     retain_rows: np.ndarray
@@ -197,6 +199,7 @@ class _Steps(Dataset[Any]):
             tokens=stack_tokens([t.tokens for t in texts], self._prepare.context_length),
             n_forget=n_forget,
             labels=_labels([text.key for text in texts]),
+            keys=[text.key for text in texts],
             ids=ids,
             forget_rows=draw.forget[kept[0]],
             retain_rows=draw.retain[kept[1]],

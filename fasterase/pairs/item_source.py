@@ -173,8 +173,6 @@ def open_items(source: Any, name: str, image_key: str | None, text_key: str | No
                 f"pairs, pass iter(loader) instead.)"
             ) from error
     random_access = hasattr(source, "__getitem__") and hasattr(source, "__len__")
-    if random_access and hasattr(source, "select_columns"):
-        return _open_hugging_face(source, name, image_key, text_key)
     if isinstance(source, Mapping):
         if source and all(hasattr(value, "select_columns") for value in source.values()):
             raise InputError(
@@ -184,6 +182,8 @@ def open_items(source: Any, name: str, image_key: str | None, text_key: str | No
         source = [source]
     elif isinstance(source, tuple) and _is_one_batch(source):
         source = [source]
+    elif random_access and hasattr(source, "select_columns"):
+        return _open_hugging_face(source, name, image_key, text_key)
     if isinstance(source, IterableDataset) or not random_access:
         if not isinstance(source, Iterable):
             raise InputError(

@@ -145,7 +145,7 @@ def parse_text(text: Any, *, id: str) -> str | list[str] | Tensor:
         captions = [t for t in text if t is not None and t.strip()]
         if not captions:
             raise BrokenPair(id, "no caption in the list")
-        return captions
+        return captions if len(captions) > 1 else captions[0]
     if isinstance(text, np.ndarray) or (
         isinstance(text, tuple | list) and all(isinstance(t, int | np.integer) for t in text)
     ):

@@ -7,7 +7,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from fasterase.pairs.skips import BrokenPair
@@ -44,6 +44,8 @@ def decode_image(data: bytes, *, id: str) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data))
             image.load()
+    except UnidentifiedImageError as error:
+        raise BrokenPair(id, "image cannot be decoded: not a picture format known here") from error
     # PIL's plugins raise OSError, SyntaxError, ValueError, struct.error, ... on damaged input.
     except Exception as error:
         raise BrokenPair(id, f"image cannot be decoded: {error}") from error

@@ -92,12 +92,12 @@ def _separated_rows(
         if not header.strip():
             raise InputError("the file has no header line")
         separator = sniff_separator(header, image_key, text_key)
-        names = next(csv.reader([header], delimiter=separator))
+        names = _names(header, separator)
         reader = csv.reader(file, delimiter=separator)
         try:
             for row in reader:
                 if row:
-                    yield dict(zip(names, row, strict=False))
+                    yield dict.fromkeys(names) | dict(zip(names, row, strict=False))
         except csv.Error as error:
             raise InputError(
                 f"line {reader.line_num + 1}: {error}; an unclosed quote, perhaps?"
@@ -110,8 +110,12 @@ def sniff_separator(header: str, image_key: str | None, text_key: str | None) ->
     text_names = (text_key,) if text_key is not None else _TEXT_COLUMNS
 
     def fit(separator: str) -> tuple[int, int]:
-        names = next(csv.reader([header], delimiter=separator))
+        names = _names(header, separator)
         wanted = any(n in image_names for n in names) + any(n in text_names for n in names)
         return wanted, len(names)
 
     return max(SEPARATORS, key=fit)
+
+
+def _names(header: str, separator: str) -> list[str]:
+    return [name.strip() for name in next(csv.reader([header], delimiter=separator))]

@@ -1,0 +1,312 @@
+"""Every Python object that counts as a set of pairs, and those that do not."""
+
+from __future__ import annotations
+
+import pickle
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from fasterase.errors import InputError
+from fasterase.pairs.skips import BrokenPair
+from fasterase.pairs.sources import open_pairs
+
+
+def floats(n: int) -> list[torch.Tensor]:
+    return [torch.full((3, 4, 4), float(i)) for i in range(n)]
+
+
+def ids(n: int) -> list[torch.Tensor]:
+    return [torch.tensor([1, i + 2, 0]) for i in range(n)]
+
+
+class Pairs(Dataset):
+    """Map-style, with items made by a function."""
+
+    def __init__(self, make, n: int = 5) -> None:
+        self.make, self.n = make, n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int):
+        return self.make(index)
+
+
+class Stream(IterableDataset):
+    def __init__(self, items) -> None:
+        self.items = items
+
+    def __iter__(self):
+        return iter(self.items)
+
+
+TUPLES = list(zip(floats(4), ids(4), strict=True))
+TEXT_TUPLES = [(image, f"caption {i}") for i, image in enumerate(floats(4))]
+DICTS = [{"image": image, "text": text} for image, text in TEXT_TUPLES]
+TOKEN_DICTS = [
+    {"pixel_values": image, "input_ids": row, "attention_mask": torch.tensor([1, 1, 0])}
+    for image, row in TUPLES
+]
+STACKED = torch.stack(floats(4))
+
+FORMS = {
+    "list of tuples": (TEXT_TUPLES, "text"),
+    "tuple of lists": (tuple(list(pair) for pair in TEXT_TUPLES), "text"),
+    "list of dicts": (DICTS, "text"),
+    "caption key": ([{"image": d["image"], "caption": d["text"]} for d in DICTS], "text"),
+    "token ids": (TUPLES, "ids"),
+    "token ids [1, L]": ([(image, row[None]) for image, row in TUPLES], "ids"),
+    "token dicts": (TOKEN_DICTS, "ids"),
+    "token dicts with a leading 1": (
+        [{key: value[None] for key, value in item.items()} for item in TOKEN_DICTS],
+        "ids",
+    ),
+    "ids as lists": ([(image, row.tolist()) for image, row in TUPLES], "ids"),
+    "map-style dataset": (Pairs(lambda i: TEXT_TUPLES[i], 4), "text"),
+    "tensor dataset": (TensorDataset(STACKED, torch.stack(ids(4))), "ids"),
+    "data loader": (DataLoader(Pairs(lambda i: TEXT_TUPLES[i], 4), batch_size=3), "text"),
+    "data loader of a list": (DataLoader(TOKEN_DICTS, batch_size=2, shuffle=True), "ids"),
+    "data loader of a stream": (DataLoader(Stream(TEXT_TUPLES), batch_size=3), "text"),
+    "iterable dataset": (Stream(DICTS), "text"),
+    "generator": (lambda: (pair for pair in TEXT_TUPLES), "text"),
+    "batch of tensors": (
+        [(STACKED[:3], ["caption 0", "caption 1", "caption 2"]), (STACKED[3:], ["caption 3"])],
+        "text",
+    ),
+    "one batch": ((STACKED, [f"caption {i}" for i in range(4)]), "text"),
+    "one batch dict": ({"image": STACKED, "text": [f"caption {i}" for i in range(4)]}, "text"),
+    "batches of a loader": (lambda: iter(DataLoader(TOKEN_DICTS, batch_size=3)), "ids"),
+    "batches [B, 1, L]": ([(STACKED, torch.stack(ids(4))[:, None])], "ids"),
+    "list columns": ([(floats(4), [f"caption {i}" for i in range(4)])], "text"),
+    "lists of pairs": ([TEXT_TUPLES[:2], TEXT_TUPLES[2:]], "text"),
+    "lists of dicts": ([DICTS[:2], DICTS[2:]], "text"),
+    "dataset of batches": (
+        Pairs(
+            lambda i: (STACKED[2 * i : 2 * i + 2], [f"caption {2 * i}", f"caption {2 * i + 1}"]), 2
+        ),
+        "text",
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_reads_the_same_pairs(form):
+    source, kind = FORMS[form]
+    if callable(source) and not isinstance(source, Dataset):
+        source = source()
+    pairs = open_pairs(source, name="forget")
+    assert len(pairs) == 4
+    assert pairs.stable
+    for i in range(4):
+        record = pairs[i]
+        assert record.id == pairs.id(i) == f"forget[{i}]"
+        assert torch.equal(record.image, floats(4)[i])
+        if kind == "text":
+            assert record.text == f"caption {i}"
+            assert pairs.texts(i) == [f"caption {i}"]
+        else:
+            assert torch.equal(record.text, ids(4)[i])
+            assert torch.equal(pairs.texts(i), ids(4)[i])
+    assert pairs.caption_counts().tolist() == [1] * 4
+
+
+@pytest.mark.parametrize("form", ["token dicts", "batches of a loader"])
+def test_attention_mask_comes_along(form):
+    source, _ = FORMS[form]
+    pairs = open_pairs(source() if callable(source) else source, name="forget")
+    assert pairs[2].mask.tolist() == [1, 1, 0]
+
+
+def test_a_list_of_str_beside_one_image_is_its_alternatives(picture):
+    pairs = open_pairs([(picture(1), ["a", "b"]), (floats(1)[0], ["c", "", "d", "e"])], name="x")
+    assert len(pairs) == 2
+    assert pairs[0].text == ["a", "b"]
+    assert pairs.texts(1) == ["c", "d", "e"]
+    assert pairs.caption_counts().tolist() == [2, 3]
+    assert pairs.caption_counts(np.array([1])).tolist() == [3]
+
+
+def test_keys_name_columns_of_dicts_and_of_batches():
+    items = [{"img": image, "label_text": text, "source": "s"} for image, text in TEXT_TUPLES]
+    pairs = open_pairs(items, name="x", image_key="img", text_key="label_text")
+    assert pairs[1].text == "caption 1"
+    assert pairs.meta(1) == {"source": "s"}
+    batch = {"img": STACKED, "label_text": ["a", "b", "c", "d"]}
+    assert open_pairs([batch], name="x", image_key="img", text_key="label_text")[3].text == "d"
+
+
+def test_paths_are_read_and_missing_files_are_broken(pictures):
+    items = [(str(pictures / "2.png"), "two"), (pictures / "none.png", "none")]
+    pairs = open_pairs(items, name="x")
+    assert pairs[0].image.size == (9, 7)
+    with pytest.raises(BrokenPair, match=r"none\.png cannot be read: No such file"):
+        pairs[1]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        (None, "text"),
+        (torch.zeros(3, 4, 4), None),
+        (torch.zeros(3, 4, 4), " "),
+        (torch.zeros(3, 4, 4), [""]),
+    ],
+)
+def test_missing_parts_make_a_broken_pair_not_an_error(bad):
+    pairs = open_pairs([TEXT_TUPLES[0], bad], name="forget")
+    with pytest.raises(BrokenPair) as caught:
+        pairs[1]
+    assert caught.value.id == "forget[1]"
+    assert pairs.caption_counts().tolist() == [1, 1]
+
+
+def test_a_dataset_that_fails_on_an_item_has_a_broken_pair():
+    def make(index: int):
+        if index == 1:
+            raise OSError("disk on fire")
+        return TEXT_TUPLES[index]
+
+    pairs = open_pairs(Pairs(make, 4), name="retain")
+    with pytest.raises(BrokenPair, match="OSError: disk on fire"):
+        pairs[1]
+
+
+def test_a_dataset_that_fails_on_every_item_is_an_error():
+    def make(index: int):
+        raise OSError("disk on fire")
+
+    with pytest.raises(InputError, match=r"`retain`: no pair can be read.*disk on fire"):
+        open_pairs(Pairs(make, 4), name="retain")
+
+
+def test_random_augmentation_is_seen():
+    flips = Pairs(lambda i: (TEXT_TUPLES[1][0] * (torch.rand(()) < 0.5), "text"), 50)
+    torch.manual_seed(0)
+    assert not open_pairs(flips, name="x").stable
+    captions = Pairs(lambda i: (TEXT_TUPLES[0][0], f"text {torch.rand(())}"), 5)
+    assert not open_pairs(captions, name="x").stable
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ([], "`forget` is empty"),
+        ((), "`forget` is empty"),
+        (iter(()), "`forget` is empty"),
+        (Pairs(lambda i: None, 0), "`forget` is empty"),
+        (None, "`forget` must be a dataset.*found NoneType"),
+        (7, "`forget` must be a dataset.*found int"),
+        ([1, 2], r"`forget`.*a pair must be .*found 1"),
+        ([(torch.zeros(3, 4, 4), "a", "b")], "tuple of 3"),
+        ([{"image": 1, "label": 2}], r"columns found are \['image', 'label'\].*`text_key`"),
+        ([{"picture": 1, "text": "a"}], r"columns found are \['picture', 'text'\].*`image_key`"),
+        ([(torch.zeros(3, 4, 4), 3)], "found 3: that looks like a class number"),
+        ([(torch.zeros(3, 4, 4), torch.tensor(3))], "looks like a class number"),
+        ([(torch.zeros(3, 4, 4), torch.zeros(3))], "found a tensor .3. of float32"),
+        ([(torch.zeros(4, 4), "a")], "image tensor must be .* found a tensor .4, 4."),
+        ([(torch.zeros(4, 4, 3, dtype=torch.uint8), "a")], r"\[3, height, width\]"),
+        ([(torch.zeros(3, 4, 4, dtype=torch.int64), "a")], "of int64"),
+        ([(np.zeros((4, 4, 3)), "a")], "PIL.Image.fromarray"),
+        ([(torch.zeros(2, 3, 4, 4), ["a", "b", "c"])], "2 images and 3 texts"),
+        ([(torch.zeros(2, 3, 4, 4), "a")], "2 images and 1 texts"),
+        (
+            [
+                {
+                    "pixel_values": torch.zeros(3, 4, 4),
+                    "input_ids": torch.tensor([1, 2]),
+                    "attention_mask": torch.tensor([1]),
+                }
+            ],
+            "attention_mask has 1 entries for 2 token ids",
+        ),
+    ],
+)
+def test_wrong_inputs_are_named(source, message):
+    with pytest.raises(InputError, match=message):
+        open_pairs(source, name="forget")
+
+
+def test_a_named_key_that_is_not_there_lists_the_columns():
+    with pytest.raises(InputError, match=r"`forget`: `text_key`: no column 'x'.*'image', 'text'"):
+        open_pairs(DICTS, name="forget", text_key="x")
+
+
+def test_a_loader_whose_collation_makes_the_pairs_says_what_to_do():
+    loader = DataLoader(Pairs(lambda i: i, 4), collate_fn=lambda rows: rows)
+    with pytest.raises(InputError, match=r"pass iter\(loader\) instead"):
+        open_pairs(loader, name="forget")
+
+
+def test_manifest_follows_captions_pixels_and_order():
+    manifest = open_pairs(TEXT_TUPLES, name="a").manifest()
+    assert manifest == open_pairs(list(TEXT_TUPLES), name="b").manifest()
+    changed = [(TEXT_TUPLES[0][0] + 1, "caption 0"), *TEXT_TUPLES[1:]]
+    assert manifest != open_pairs(changed, name="a").manifest()
+    renamed = [(TEXT_TUPLES[0][0], "other"), *TEXT_TUPLES[1:]]
+    assert manifest != open_pairs(renamed, name="a").manifest()
+    assert manifest != open_pairs(TEXT_TUPLES[::-1], name="a").manifest()
+
+
+def test_sources_pickle_for_spawned_workers():
+    pairs = pickle.loads(pickle.dumps(open_pairs([*TEXT_TUPLES, (None, "x")], name="x")))
+    assert pairs[1].text == "caption 1"
+    with pytest.raises(BrokenPair):
+        pairs[4]
+
+
+class TestHuggingFace:
+    def dataset(self, picture, **columns):
+        images = [picture(i) for i in range(3)]
+        features = {"image": datasets.Image()}
+        return datasets.Dataset.from_dict({"image": images, **columns}).cast_column(
+            "image", features["image"]
+        )
+
+    def test_columns_by_name(self, picture):
+        source = self.dataset(picture, caption=["a", "b", "c"], source=["x", "y", "z"])
+        pairs = open_pairs(source, name="retain")
+        assert len(pairs) == 3
+        assert pairs.texts(1) == ["b"]
+        assert pairs.meta(1) == {"source": "y"}
+        assert pairs[1].image.getpixel((0, 0)) == picture(1).getpixel((0, 0))
+        assert pairs.stable
+
+    def test_captions_do_not_decode_images(self, picture, monkeypatch):
+        pairs = open_pairs(self.dataset(picture, text=["a", "b", "c"]), name="retain")
+        monkeypatch.setattr(datasets.Image, "decode_example", None)
+        assert pairs.texts(2) == ["c"]
+
+    def test_alternatives_and_keys(self, picture):
+        source = self.dataset(picture, alt=[["a", "b"], ["c"], ["d"]])
+        pairs = open_pairs(source, name="retain", text_key="alt")
+        assert pairs[0].text == ["a", "b"]
+        assert pairs.caption_counts().tolist() == [2, 1, 1]
+
+    def test_manifest_repeats(self, picture):
+        first = open_pairs(self.dataset(picture, text=["a", "b", "c"]), name="x").manifest()
+        assert first == open_pairs(self.dataset(picture, text=["a", "b", "c"]), name="x").manifest()
+        assert first != open_pairs(self.dataset(picture, text=["a", "b", "d"]), name="x").manifest()
+
+    def test_user_transform_keeps_working(self, picture):
+        source = self.dataset(picture, text=["a", "b", "c"])
+        source.set_transform(
+            lambda rows: {"image": rows["image"], "text": [t.upper() for t in rows["text"]]}
+        )
+        assert open_pairs(source, name="x").texts(1) == ["B"]
+
+    def test_streams_are_spooled(self, picture):
+        source = self.dataset(picture, text=["a", "b", "c"]).to_iterable_dataset()
+        pairs = open_pairs(source, name="x")
+        assert [pairs.texts(i) for i in range(len(pairs))] == [["a"], ["b"], ["c"]]
+
+    def test_wrong_columns_and_missing_split(self, picture):
+        source = self.dataset(picture, label=[0, 1, 2])
+        with pytest.raises(InputError, match=r"`x`.*\['image', 'label'\]"):
+            open_pairs(source, name="x")
+        splits = datasets.DatasetDict({"train": source})
+        with pytest.raises(InputError, match=r"DatasetDict.*\['train'\]"):
+            open_pairs(splits, name="x")

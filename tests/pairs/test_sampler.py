@@ -1,0 +1,107 @@
+"""The sampler: passes are permutations, batches hold no row twice, steps depend on nothing else."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fasterase.errors import InputError
+from fasterase.pairs.sampler import Sampler
+
+SIZES = {
+    "n_forget": st.integers(1, 40),
+    "n_retain": st.integers(1, 60),
+    "forget_batch_size": st.integers(1, 50),
+    "batch_size": st.integers(1, 70),
+    "seed": st.integers(0, 2**40),
+}
+
+
+@given(sizes=st.fixed_dictionaries(SIZES))
+@settings(max_examples=100, deadline=None)
+def test_every_pass_over_the_forget_set_is_a_permutation(sizes):
+    sampler = Sampler(**sizes)
+    steps = sampler.steps_per_epoch
+    assert steps == -(-sizes["n_forget"] // sizes["forget_batch_size"])
+    for epoch in range(2):
+        parts = [sampler.draw(epoch * steps + i).forget for i in range(steps)]
+        assert sorted(np.concatenate(parts)) == list(range(sizes["n_forget"]))
+        lengths = [len(part) for part in parts]
+        assert max(lengths) <= sizes["forget_batch_size"]
+        assert max(lengths) - min(lengths) <= 1
+
+
+@given(sizes=st.fixed_dictionaries(SIZES))
+@settings(max_examples=100, deadline=None)
+def test_retain_batches_are_full_and_hold_no_row_twice(sizes):
+    sampler = Sampler(**sizes)
+    size = min(sizes["batch_size"], sizes["n_retain"])
+    per_pass = sizes["n_retain"] // size
+    for number in range(2):
+        parts = [sampler.draw(number * per_pass + i).retain for i in range(per_pass)]
+        assert all(len(part) == size for part in parts)
+        rows = np.concatenate(parts)
+        assert len(set(rows)) == len(rows)
+        assert set(rows) <= set(range(sizes["n_retain"]))
+
+
+@given(sizes=st.fixed_dictionaries(SIZES), steps=st.lists(st.integers(0, 200), max_size=5))
+@settings(max_examples=50, deadline=None)
+def test_a_step_depends_on_nothing_but_seed_and_number(sizes, steps):
+    used = Sampler(**sizes)
+    for step in steps:
+        drawn, fresh = used.draw(step), Sampler(**sizes).draw(step)
+        for one, other in zip(drawn, fresh, strict=True):
+            assert np.array_equal(one, other)
+
+
+def test_seeds_passes_and_sets_differ():
+    def sampler(seed):
+        return Sampler(30, 30, forget_batch_size=30, batch_size=30, seed=seed)
+
+    orders = [
+        sampler(0).draw(0).forget,
+        sampler(1).draw(0).forget,
+        sampler(0).draw(1).forget,
+        sampler(0).draw(0).retain,
+    ]
+    for i, one in enumerate(orders):
+        for other in orders[:i]:
+            assert not np.array_equal(one, other)
+
+
+def test_every_retain_row_is_drawn_in_the_long_run():
+    sampler = Sampler(1, 10, forget_batch_size=1, batch_size=7, seed=0)
+    drawn = np.concatenate([sampler.draw(step).retain for step in range(300)])
+    counts = np.bincount(drawn, minlength=10)
+    assert counts.min() > 0.8 * counts.mean()
+
+
+def test_captions_stay_below_their_counts_and_agree_with_raw_numbers():
+    counts = np.array([1, 2, 3, 7])
+    options = {"forget_batch_size": 4, "batch_size": 3, "seed": 5}
+    known = Sampler(4, 4, caption_counts_forget=counts, caption_counts_retain=counts, **options)
+    raw = Sampler(4, 4, **options)
+    seen = set()
+    for step in range(60):
+        one, other = known.draw(step), raw.draw(step)
+        assert np.array_equal(one.forget_captions, other.forget_captions % counts[one.forget])
+        assert np.array_equal(one.retain_captions, other.retain_captions % counts[one.retain])
+        seen |= set(zip(one.forget.tolist(), one.forget_captions.tolist(), strict=True))
+    assert len(seen) == counts.sum()
+
+
+def test_an_empty_set_draws_nothing():
+    draw = Sampler(0, 5, forget_batch_size=2, batch_size=2, seed=0).draw(3)
+    assert len(draw.forget) == 0
+    assert len(draw.retain) == 2
+    assert len(Sampler(5, 0, forget_batch_size=2, batch_size=2, seed=0).draw(3).retain) == 0
+
+
+@pytest.mark.parametrize("option", ["forget_batch_size", "batch_size", "seed"])
+def test_bad_options_are_named(option):
+    options = {"forget_batch_size": 1, "batch_size": 1, "seed": 0, option: -1}
+    with pytest.raises(InputError, match=f"`{option}`"):
+        Sampler(5, 5, **options)

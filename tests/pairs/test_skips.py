@@ -1,0 +1,51 @@
+"""When broken pairs are a warning and when an error."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+
+from fasterase.errors import InputError
+from fasterase.pairs.skips import Skip, SkipLedger
+
+
+def skips(*numbers):
+    return [Skip(f"x[{n}]", "image is torn") for n in numbers]
+
+
+def test_a_small_share_is_warned_of_once_by_name():
+    ledger = SkipLedger(500)
+    ledger.add((f"x[{n}]" for n in range(300)), skips(300, 301))
+    ledger.add((f"x[{n}]" for n in range(300)), skips(300))
+    with pytest.warns(UserWarning, match=r"2 broken pairs.*x\[300\] \(image is torn\); x\[301\]"):
+        ledger.warn()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ledger.warn()
+    assert ledger.skips == skips(300, 301)
+
+
+def test_too_many_are_an_error_that_names_them():
+    with pytest.raises(InputError, match=r"1 of 24 pairs .*`max_skipped`.*x\[7\] \(image is torn"):
+        SkipLedger(24).add([f"y[{n}]" for n in range(23)], skips(7))
+
+
+def test_the_share_counts_distinct_pairs():
+    ledger = SkipLedger(200)
+    for _ in range(50):
+        ledger.add(["x[1]", "x[2]"], skips(300))
+    assert len(ledger.skips) == 1
+
+
+def test_a_large_set_is_not_stopped_by_its_first_batch():
+    ledger = SkipLedger(100_000)
+    ledger.add((f"y[{n}]" for n in range(100)), skips(*range(10)))
+    with pytest.raises(InputError):
+        ledger.add((), skips(11))
+
+
+def test_the_share_can_be_set_and_long_lists_are_cut():
+    SkipLedger(10, max_skipped=0.5).add(["a"], skips(1, 2, 3, 4, 5))
+    with pytest.raises(InputError, match="and 5 more"):
+        SkipLedger(10, max_skipped=0.0).add([], skips(*range(15)))
