@@ -52,9 +52,14 @@ def position(similarity: Tensor, right: Tensor) -> Position:
         right: [n, m] or [1, m] bool, at least one True in each row.
     """
     best = similarity.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-    tied = (similarity - best).abs() <= TIE
-    above = (similarity > best + TIE).sum(dim=1)
-    return Position(above.numpy(), tied.sum(dim=1).numpy(), (tied & right).sum(dim=1).numpy())
+    above = similarity > best + TIE
+    tied = (similarity >= best - TIE) & ~above
+    return Position(_count(above), _count(tied), _count(tied & right))
+
+
+def _count(mask: Tensor) -> np.ndarray:
+    """True values of each row. Summing bytes is ten times faster than summing bool on a CPU."""
+    return mask.view(torch.uint8).sum(dim=1, dtype=torch.int32).numpy()
 
 
 def chance(candidates: int, right: np.ndarray) -> Position:

@@ -77,7 +77,7 @@ def retrieval_scores(
         first_parts.append(position(similarity, canonical))
         concept_parts.append(position(similarity, concept[None]))
         matched.append(similarity[canonical].double().numpy())
-        wrong = similarity.double().masked_fill(right, 0).sum(dim=1).numpy()
+        wrong = similarity.masked_fill(right, 0).sum(dim=1).double().numpy()
         unmatched.append(wrong / np.maximum(size - own_count[rows], 1))
 
     image_side, text_side, images = _text_to_image(features, distractors)
