@@ -40,13 +40,15 @@ class TowerPass:
     text_trained: bool
     micro_batch_size: int | None
 
-    def encode(self, pixels: Tensor, tokens: Tokens, *, graph: bool) -> tuple[Tensor, Tensor]:
-        """Unit features (n, D) fp32 of both towers, with a graph where asked and trained."""
+    def encode_image(self, pixels: Tensor, *, graph: bool) -> Tensor:
+        """Unit image features (n, D) fp32, with a graph where asked and the tower is trained."""
         with torch.set_grad_enabled(graph and self.image_trained), self.autocast():
-            image = self.tower.encode_image(pixels)
+            return self.tower.encode_image(pixels).float()
+
+    def encode_text(self, tokens: Tokens, *, graph: bool) -> Tensor:
+        """Unit text features (n, D) fp32, with a graph where asked and the tower is trained."""
         with torch.set_grad_enabled(graph and self.text_trained), self.autocast():
-            text = self.tower.encode_text(tokens)
-        return image.float(), text.float()
+            return self.tower.encode_text(tokens).float()
 
 
 def backward(
@@ -70,7 +72,8 @@ def backward(
     """
     size = towers.micro_batch_size
     if size is None or size >= len(pixels):
-        loss = loss_of(*towers.encode(pixels, tokens, graph=True))
+        features = towers.encode_image(pixels, graph=True), towers.encode_text(tokens, graph=True)
+        loss = loss_of(*features)
         if bool(loss.total.isfinite()) and loss.total.requires_grad:
             scaler.scale(loss.total).backward()
         return loss
@@ -80,9 +83,8 @@ def backward(
     images, texts = [], []
     for rows in _micro_batches(len(pixels), size):
         generators.append(RandomState(pixels.device))
-        image, text = towers.encode(pixels[rows], tokens.index(rows), graph=False)
-        images.append(image)
-        texts.append(text)
+        images.append(towers.encode_image(pixels[rows], graph=False))
+        texts.append(towers.encode_text(tokens.index(rows), graph=False))
     image = torch.cat(images).requires_grad_(towers.image_trained)
     text = torch.cat(texts).requires_grad_(towers.text_trained)
 
@@ -98,15 +100,33 @@ def backward(
     with RandomState(pixels.device).restored_after():
         for rows, generator in zip(_micro_batches(len(pixels), size), generators, strict=True):
             generator.restore()
-            features = towers.encode(pixels[rows], tokens.index(rows), graph=True)
-            pairs = [
-                (feature, leaf.grad[rows])
-                for feature, leaf in zip(features, (image, text), strict=True)
-                if feature.requires_grad and leaf.grad is not None
-            ]
-            if pairs:
-                torch.autograd.backward([f for f, _ in pairs], [g for _, g in pairs])
+            _second_pass(
+                towers, pixels[rows], tokens.index(rows), _grad(image, rows), _grad(text, rows)
+            )
     return loss
+
+
+def _second_pass(
+    towers: TowerPass,
+    pixels: Tensor,
+    tokens: Tokens,
+    image_grad: Tensor | None,
+    text_grad: Tensor | None,
+) -> None:
+    """Send the features' gradients on to the weights; a tower without one is not encoded again,
+    unless its Dropout stands between the other's and the generator.
+    """
+    if image_grad is not None:
+        image = towers.encode_image(pixels, graph=True)
+        image.backward(image_grad)
+    elif towers.tower.module.training and text_grad is not None:
+        towers.encode_image(pixels, graph=False)
+    if text_grad is not None:
+        towers.encode_text(tokens, graph=True).backward(text_grad)
+
+
+def _grad(leaf: Tensor, rows: slice) -> Tensor | None:
+    return None if leaf.grad is None else leaf.grad[rows]
 
 
 def _micro_batches(count: int, size: int) -> Iterator[slice]:

@@ -259,6 +259,7 @@ class Trainer:
         loss = backward(
             self.towers, batch.pixels.to(device), batch.tokens.to(device), loss_of, self.scaler
         )
+        loss = EraseLoss(*(term.detach() for term in loss))
         parameters = [parameter for _, parameter in self.trained.parameters]
         self._unscaled = any(parameter.grad is not None for parameter in parameters)
         if not self._unscaled:

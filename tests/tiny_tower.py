@@ -1,0 +1,73 @@
+"""A two-tower model of a few hundred weights with Dropout and BatchNorm, for the engine's tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fasterase.models.tuning import TowerParts
+from fasterase.models.two_tower import Tokens, TwoTower
+
+SIZE = 4
+VOCABULARY = 50
+LENGTH = 5
+
+
+class TinyModule(nn.Module):
+    def __init__(self, *, dropout: float, batch_norm: bool) -> None:
+        super().__init__()
+        self.image = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(3 * SIZE * SIZE, 24),
+            nn.BatchNorm1d(24) if batch_norm else nn.LayerNorm(24),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(24, 12),
+        )
+        self.embedding = nn.Embedding(VOCABULARY, 16)
+        self.text = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Dropout(dropout))
+        self.text_projection = nn.Linear(16, 12)
+        self.logit_scale = nn.Parameter(torch.tensor(2.5))
+
+
+class TinyTower(TwoTower):
+    name = "tiny"
+    embed_dim = 12
+    image_size = (SIZE, SIZE)
+    context_length = LENGTH
+    text_tokenizer = None
+
+    def __init__(self, *, seed: int = 0, dropout: float = 0.0, batch_norm: bool = False) -> None:
+        torch.manual_seed(seed)
+        self.module = TinyModule(dropout=dropout, batch_norm=batch_norm).eval()
+        self.image_transform = None  # type: ignore[assignment]
+
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        return self.module.image(pixels)
+
+    def _text_features(self, tokens: Tokens) -> Tensor:
+        return self.module.text_projection(
+            self.module.text(self.module.embedding(tokens.ids).mean(1))
+        )
+
+    def image_parts(self) -> TowerParts:
+        layers = list(self.module.image)
+        return TowerParts([self.module.image], [layers[1]], layers[2:], [layers[5]])
+
+    def text_parts(self) -> TowerParts:
+        module = self.module
+        every = [module.embedding, module.text, module.text_projection]
+        return TowerParts(every, [module.text], [module.text_projection], [module.text_projection])
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        torch.save(self.module.state_dict(), folder / "weights.pt")
+
+
+def batch(count: int, *, seed: int = 1) -> tuple[Tensor, Tokens]:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randn(count, 3, SIZE, SIZE, generator=generator)
+    ids = torch.randint(1, VOCABULARY, (count, LENGTH), generator=generator)
+    return pixels, Tokens(ids)
