@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 
 def label_terms(
@@ -43,15 +44,13 @@ class _KindMean(torch.autograd.Function):
     """Each row replaced by the mean of the rows of its kind: a symmetric map, its own transpose."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, rows: Tensor, kind: Tensor, count: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, kind: Tensor, count: Tensor) -> Tensor:
         ctx.save_for_backward(kind, count)
         return _kind_mean(rows, kind, count)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
-        kind, count = ctx.saved_tensors  # type: ignore[attr-defined]
-        return _kind_mean(grad, kind, count), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _KindMean.apply(grad, *ctx.saved_tensors), None, None
 
 
 def _kind_mean(rows: Tensor, kind: Tensor, count: Tensor) -> Tensor:

@@ -1,0 +1,143 @@
+"""What a tiled backend costs: products it skips, memory it does not take, the same bits twice."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fasterase.ops.contrastive import available_backends, contrastive
+
+TILED = [name for name in available_backends() if name != "dense"]
+N, D = 600, 32
+
+
+class MultiplyAdds(TorchDispatchMode):
+    """Counts those of matrix products, in place or not."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
+            left, right = args[-2:]
+            self.total += left.shape[0] * left.shape[1] * right.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+def batch(**grads):
+    torch.manual_seed(0)
+    features = [torch.nn.functional.normalize(torch.randn(N, D), dim=1) for _ in range(4)]
+    image, text = (
+        x.requires_grad_(grads.get(name, True))
+        for name, x in zip(("image", "text"), features, strict=False)
+    )
+    scale = torch.tensor(20.0, requires_grad=grads.get("scale", True))
+    reference = {"ref_image": features[2], "ref_text": features[3], "ref_scale": 20.0}
+    return image, text, scale, reference
+
+
+def products(function):
+    """How many N x N x D products `function` computes."""
+    with MultiplyAdds() as counter:
+        function()
+    return counter.total / (N * N * D)
+
+
+def test_forward_and_backward_products():
+    image, text, scale, reference = batch()
+    losses = []
+    assert products(lambda: losses.extend(contrastive(image, text, scale, **reference))) == 2
+    assert products(lambda: sum(x.sum() for x in losses).backward()) == 4
+    assert products(lambda: losses.extend(contrastive(image, text, scale)[:2])) == 1
+    assert products(lambda: sum(x.sum() for x in losses[4:]).backward()) == 3
+
+
+@pytest.mark.parametrize(
+    ("grads", "expected"),
+    [
+        ({"text": False}, 2),
+        ({"image": False}, 2),
+        ({"image": False, "text": False}, 2),
+        ({"scale": False}, 3),
+    ],
+)
+def test_inputs_without_gradient_cost_nothing(grads, expected):
+    image, text, scale, _ = batch(**grads)
+    losses = contrastive(image, text, scale)
+    assert products(lambda: (losses.ce_row.sum() + losses.ce_col.sum()).backward()) == expected
+
+
+def test_losses_without_upstream_gradient_cost_nothing():
+    image, text, scale, reference = batch()
+    losses = contrastive(image, text, scale, **reference, groups=(N // 2, N // 2))
+    group = N * N / 4 / N / N  # the products of one group
+    first, zeros = slice(0, N // 2), torch.zeros(N)
+
+    def backward(total):
+        return products(lambda: total.backward(retain_graph=True))
+
+    assert backward(losses.ce_row.sum()) == 3 * 2 * group  # no product of the reference
+    assert backward(losses.ce_row[first].sum()) == 3 * group
+    assert backward(losses.kl_col[first].sum()) == 4 * group
+    assert backward(sum((zeros * x).sum() for x in losses)) == 0
+    assert backward(losses.ce_row[first].sum() + (losses.kl_row * zeros).sum()) == 3 * group
+
+
+@pytest.mark.parametrize("backend", TILED)
+def test_the_same_bits_twice(backend):
+    def once():
+        image, text, scale, reference = batch()
+        labels = torch.arange(N) % 50
+        losses = contrastive(image, text, scale, **reference, labels=labels, backend=backend)
+        sum(x.mean() for x in losses).backward()
+        return (*losses, image.grad, text.grad, scale.grad)
+
+    assert all(map(torch.equal, once(), once()))
+
+
+@pytest.mark.parametrize("backend", TILED)
+def test_a_second_derivative_is_refused(backend):
+    image, text, scale, _ = batch()
+    total = (contrastive(image, text, scale, backend=backend).ce_row * image[:, 0]).sum()
+    gradient = torch.autograd.grad(total, image, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+_PEAK = """
+import sys, torch, fasterase.objective as objective
+def status(key):
+    line = next(x for x in open("/proc/self/status") if x.startswith(key + ":"))
+    return int(line.split()[1]) / 1024
+def batch(n):
+    return [torch.nn.functional.normalize(torch.randn(n, 64), dim=1) for _ in range(4)]
+def run(image, text, ref_image, ref_text):
+    image.requires_grad_(), text.requires_grad_()
+    n = len(image)
+    loss = objective.erase_loss(image, text, torch.tensor(50.0, requires_grad=True), ref_image,
+        ref_text, 50.0, n_forget=n // 2, forget_loss="contrastive", negatives=sys.argv[2],
+        anchor_weight=1.0, labels=torch.arange(n) // 2, backend=sys.argv[1])
+    loss.total.backward()
+torch.set_num_threads(1)
+run(*batch(64))
+inputs = batch(6144)
+before = status("VmRSS")
+run(*inputs)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+@pytest.mark.parametrize("backend", TILED)
+def test_peak_memory_holds_no_square_matrix(backend):
+    """6144^2 fp32 is 144 MB; [N, D] is 1.5 MB here, and tiles take about 10."""
+    run = subprocess.run(
+        [sys.executable, "-c", _PEAK, backend, "joint"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert float(run.stdout) < 60
