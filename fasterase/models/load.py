@@ -1,0 +1,128 @@
+"""Whatever a user calls a model, as a `TwoTower`: an instance, a name, a hub id or a folder."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fasterase.errors import InputError
+from fasterase.models import open_clip, transformers
+from fasterase.models.folder import MARKER
+from fasterase.models.open_clip_files import CONFIG_FILE
+from fasterase.models.two_tower import TwoTower
+
+FORMS = (
+    'an open_clip or transformers CLIP model, "ViT-B-32/laion2b_s34b_b79k" (open_clip name/tag), '
+    '"hf-hub:org/name" (open_clip), "hf:org/name" (transformers) or a folder that either library '
+    "or fasterase wrote"
+)
+
+
+def load_tower(
+    model: nn.Module | TwoTower | str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    preprocess: Any = None,
+    model_name: str | None = None,
+) -> TwoTower:
+    """Adapt or load a CLIP model. Weights named by a string are always real ones, in fp32.
+
+    Args:
+        model: an open_clip `CLIP`, `CustomTextCLIP` or `CoCa`; a transformers `CLIPModel`,
+            `SiglipModel` or `Siglip2Model`; or a string or path naming one (see `FORMS`).
+        tokenizer: open_clip tokenizer, transformers tokenizer or processor, or any callable
+            list of str -> [B, L] ids; default the model's own where it is known.
+        preprocess: callable PIL image -> [3, H, W] float tensor, or a transformers image processor
+            or processor; default the model's own.
+        model_name: open_clip's architecture name, for an open_clip instance that is not recognised.
+
+    Raises:
+        InputError: names `model`, `tokenizer`, `preprocess` or `model_name`, whichever is unusable.
+        MissingExtraError: the library that reads the model is not installed.
+    """
+    if isinstance(model, TwoTower):
+        return model
+    if isinstance(model, nn.Module):
+        return _adapt(model, tokenizer, preprocess, model_name)
+    if not isinstance(model, (str, os.PathLike)):
+        raise InputError(f"model: {type(model).__name__} is not a model. Give {FORMS}")
+    if model_name is not None:
+        raise InputError(
+            f"model_name: {model_name!r} is for open_clip instances; {os.fspath(model)!r} already "
+            "says what to load"
+        )
+    return _load(model, tokenizer=tokenizer, preprocess=preprocess)
+
+
+def _adapt(module: nn.Module, tokenizer: Any, preprocess: Any, model_name: str | None) -> TwoTower:
+    if open_clip.is_open_clip(module):
+        return open_clip.from_instance(
+            module, tokenizer=tokenizer, preprocess=preprocess, model_name=model_name
+        )
+    if transformers.is_transformers(module):
+        if model_name is not None:
+            raise InputError(
+                f"model_name: {model_name!r} names an open_clip architecture, but the model is a "
+                f"{type(module).__name__} of transformers; leave model_name out"
+            )
+        return transformers.from_instance(module, tokenizer=tokenizer, preprocess=preprocess)
+    inner = getattr(module, "_orig_mod", None) or getattr(module, "module", None)
+    if isinstance(inner, nn.Module):
+        raise InputError(
+            f"model: {type(module).__name__} wraps a {type(inner).__name__}; pass the model inside"
+        )
+    raise InputError(f"model: {type(module).__name__} is not a supported CLIP model. Give {FORMS}")
+
+
+def _load(model: str | os.PathLike[str], **given: Any) -> TwoTower:
+    name = os.fspath(model)
+    folder = Path(name.removeprefix("local-dir:")).expanduser()
+    if isinstance(model, os.PathLike) or name.startswith("local-dir:") or folder.is_dir():
+        return _load_folder(folder, **given)
+    if name.startswith("hf-hub:"):
+        return open_clip.from_source(name, name=name, **given)
+    if name.startswith("hf:"):
+        return transformers.from_source(name.removeprefix("hf:"), name=name, online=True, **given)
+    return _load_named(name, **given)
+
+
+def _load_folder(folder: Path, **given: Any) -> TwoTower:
+    if not folder.is_dir():
+        found = "is a file" if folder.exists() else "does not exist"
+        raise InputError(f"model: {folder} {found}; a folder with a saved model is needed")
+    if (folder / CONFIG_FILE).is_file():
+        return open_clip.from_source(f"local-dir:{folder}", name=str(folder), **given)
+    if (folder / "config.json").is_file():
+        return transformers.from_source(str(folder), name=str(folder), online=False, **given)
+    if (folder / MARKER).is_file():
+        raise InputError(
+            f"model: {folder} holds weights of an architecture that open_clip does not describe; "
+            "build the module yourself, load the weights as README.md there says, and pass it"
+        )
+    raise InputError(
+        f"model: {folder} holds neither {CONFIG_FILE} (open_clip) nor config.json "
+        "(transformers), so it is no model folder"
+    )
+
+
+def _load_named(name: str, **given: Any) -> TwoTower:
+    import open_clip as library
+
+    architecture, _, tag = name.partition("/")
+    if architecture in library.list_models():
+        return open_clip.from_name(architecture, tag or None, **given)
+    if name.startswith((".", "~", "/")) or os.sep * 2 in name or Path(name).suffix in _WEIGHT_FILES:
+        found = "is a file" if Path(name).expanduser().exists() else "does not exist"
+        raise InputError(f"model: {name} {found}; a folder with a saved model is needed")
+    near = difflib.get_close_matches(architecture, library.list_models(), n=3, cutoff=0.6)
+    hint = f" Close open_clip names: {', '.join(near)}." if near else ""
+    raise InputError(
+        f"model: {name!r} is neither an open_clip model nor a folder here.{hint} Give {FORMS}"
+    )
+
+
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
