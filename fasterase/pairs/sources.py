@@ -11,7 +11,7 @@ from fasterase.pairs.folders import open_folder
 from fasterase.pairs.item_source import open_items
 from fasterase.pairs.pair_source import PairSource, Subset
 from fasterase.pairs.tables import open_table
-from fasterase.pairs.tars import expand_pattern, is_tar_pattern, open_tars
+from fasterase.pairs.tars import TAR_ENDINGS, expand_pattern, is_tar_pattern, open_tars
 
 __all__ = ["PairSource", "Subset", "open_pairs"]
 
@@ -61,7 +61,7 @@ def _open(source: Any, name: str, image_key: str | None, text_key: str | None) -
             return open_tars(shards, name=name, image_key=image_key, text_key=text_key)
         return open_folder(path, name=name)
     if os.path.isfile(path):
-        if ".tar" in path.name or path.suffix == ".tgz":
+        if path.name.lower().endswith(TAR_ENDINGS):
             return open_tars([str(path)], name=name, image_key=image_key, text_key=text_key)
         return open_table(path, name=name, image_key=image_key, text_key=text_key)
     if is_tar_pattern(text):

@@ -23,7 +23,8 @@ from fasterase.pairs.skips import BrokenPair
 IMAGE_ENTRIES = "jpg;png;jpeg;webp"
 TEXT_ENTRIES = "txt"
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:")
-_COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst")
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+TAR_ENDINGS = (".tar", *_COMPRESSED)
 
 
 def is_tar_pattern(source: str) -> bool:
@@ -275,9 +276,9 @@ def _spool(shards: list[str], name: str, entries: _Entries) -> SpooledTars:
     images: list[bytes | None] = []
     ids, captions, metas = PackedStrings(), PackedCaptions(), PackedStrings()
     seen: set[str] = set()
-    # Every rank and worker needs all of it, so no splitter.
-    samples = webdataset.WebDataset(
-        shards, shardshuffle=False, nodesplitter=None, workersplitter=None, empty_check=False
+    # Not `WebDataset`, which splits shards over ranks: every rank needs all of them.
+    samples = webdataset.DataPipeline(
+        webdataset.SimpleShardList(shards), webdataset.tarfile_to_samples()
     )
     try:
         for sample in tqdm(samples, desc=f"reading {name}", unit=" pairs", delay=2):
