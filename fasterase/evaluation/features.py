@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,7 +59,7 @@ def encode_set(
     Raises:
         InputError: no pair can be read, or features are not finite.
     """
-    rows = sampled_rows(len(source), max_pairs, seed=seed, name=source.name)
+    rows = sampled_rows(len(source), max_pairs, seed=seed)
     first_captions = np.stack([rows, np.zeros_like(rows)], axis=1)
     prepare = Preparer(
         tower.image_transform, tower.text_tokenizer, tower.image_size, tower.context_length
@@ -114,14 +113,13 @@ def encode_texts(tower: TwoTower, texts: Sequence[str], *, batch_size: int = 64)
     return torch.cat(parts)
 
 
-def sampled_rows(length: int, max_pairs: int | None, *, seed: int, name: str) -> np.ndarray:
-    """Ascending rows, at most `max_pairs`. The set's name goes into the seed, so that a set is
-    sampled alike whichever other sets there are.
+def sampled_rows(length: int, max_pairs: int | None, *, seed: int) -> np.ndarray:
+    """Ascending rows, at most `max_pairs`; the same for every set of that length, so that sets
+    which list the same concepts in the same order stay comparable.
     """
     if max_pairs is None or length <= max_pairs:
         return np.arange(length)
-    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    return np.sort(rng.choice(length, size=max_pairs, replace=False))
+    return np.sort(np.random.default_rng(seed).choice(length, size=max_pairs, replace=False))
 
 
 def caption_keys(source: PairSource, row: int) -> list[str]:

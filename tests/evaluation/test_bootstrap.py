@@ -7,11 +7,13 @@ from fasterase.evaluation import bootstrap
 from fasterase.evaluation.bootstrap import intervals
 
 
-def brute_force(values: np.ndarray, statistic, resamples: int, seed: int) -> tuple[float, float]:
+def brute_force(
+    values: np.ndarray, statistic, resamples: int, seed: int, level: float = 0.95
+) -> tuple[float, float]:
     rng = np.random.default_rng(seed)
     drawn = rng.integers(0, len(values), size=(resamples, len(values)))
     found = [statistic(values[rows]) for rows in drawn]
-    low, high = np.percentile(found, [2.5, 97.5])
+    low, high = np.percentile(found, [50 - 50 * level, 50 + 50 * level])
     return low, high
 
 
@@ -21,6 +23,13 @@ def test_equals_resampling_in_a_loop(n: int) -> None:
     found = intervals({"mean": values}, {"median": values}, resamples=300, seed=5)
     assert found["mean"] == pytest.approx(brute_force(values, np.mean, 300, 5))
     assert found["median"] == pytest.approx(brute_force(values, np.median, 300, 5))
+
+
+def test_the_median_of_an_even_number_lies_between_the_middle_two() -> None:
+    values = np.array([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
+    for level in (0.2, 0.5, 0.8):
+        found = intervals({}, {"m": values}, resamples=300, seed=5, level=level)["m"]
+        assert found == pytest.approx(brute_force(values, np.median, 300, 5, level))
 
 
 def test_pairs_without_a_value_do_not_count() -> None:

@@ -21,9 +21,9 @@ WIDTH = 6
 # Set -> the captions of each pair. "cat" and "dog" have many images; some pairs have several
 # captions, of which the first is the pair's own and others stand in the pool through other pairs.
 CAPTIONS: dict[str, list[list[str]]] = {
-    "forget": [["cat"]] * 4 + [["kitten", "cat"], ["lynx", "puma"], ["puma"]],
+    "forget": [["cat"]] * 4 + [["kitten", "cat"], ["lynx", "puma"], ["puma", "cougar"]],
     "retain": [["dog"]] * 5 + [[f"thing {i}"] for i in range(14)] + [["wolf", "dog"]],
-    "forget-unseen": [["tiger", "lynx"], ["cat"], ["a feline"]],
+    "forget-unseen": [["tiger", "lynx"], ["cat"], ["cougar"]],
     "holdout": [[f"other {i}", f"thing {i}"] for i in range(9)],
 }
 TEXTS = sorted({caption for pairs in CAPTIONS.values() for c in pairs for caption in c})
@@ -111,8 +111,8 @@ def test_chance_levels_are_of_the_pools() -> None:
     def among(right: int, candidates: int, k: int) -> float:
         return 1 - math.comb(candidates - right, k) / math.comb(candidates, k)
 
-    # cat x 4, kitten + cat, lynx + puma, puma: own captions in the pool.
-    own = [1, 1, 1, 1, 2, 2, 1]
+    # cat x 4, kitten + cat, lynx + puma, puma + cougar: own captions in the pool.
+    own = [1, 1, 1, 1, 2, 2, 2]
     # Images with the pair's first caption among the 7 forget and 20 retain images.
     images = [5, 5, 5, 5, 1, 1, 2]
     for k in (1, 5, 10):
@@ -123,8 +123,8 @@ def test_chance_levels_are_of_the_pools() -> None:
             np.mean([among(c, 27, k) for c in images])
         )
     for name in CAPTIONS:
-        # cat, kitten, lynx, puma
-        assert chance[name]["concept_hit@5"] == pytest.approx(among(4, pool, 5))
+        # cat, kitten, lynx, puma, and cougar, which only forget-unseen has as a first caption.
+        assert chance[name]["concept_hit@5"] == pytest.approx(among(5, pool, 5))
         assert chance[name]["median_rank"] == (pool + 1) / 2
 
 
@@ -209,7 +209,7 @@ def test_max_pairs_draws_a_seeded_sample_of_each_set() -> None:
     assert first["retain"] != ids(1)["retain"]
     more = ids(0, other=open_pairs([(picture(0), "cat")], name="other"))
     assert {name: more[name] for name in first} == first
-    assert len(np.unique(sampled_rows(50, 20, seed=3, name="retain"))) == 20
+    assert len(np.unique(sampled_rows(50, 20, seed=3))) == 20
 
 
 def test_captions_of_unsampled_forget_pairs_count_as_the_concept() -> None:
