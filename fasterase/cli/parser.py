@@ -84,6 +84,8 @@ def parse(argv: Sequence[str]) -> Parsed:
         raise InputError(_explained(str(error), flags)) from error
     except UnicodeDecodeError as error:
         raise InputError(f"config: not a text file in UTF-8 ({error}).") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"a value cannot be read ({error}).") from error
     given = found[found["command"]].as_dict()
     for name in ("config", "debug"):
         given.pop(name, None)

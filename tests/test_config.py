@@ -1,0 +1,187 @@
+"""`UnlearnConfig`: the contract's defaults, checks that name the field, YAML, the recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fasterase.config import UnlearnConfig, field_names
+from fasterase.errors import InputError
+
+CONTRACT = {
+    "forget_weight": 3.0,
+    "retain_weight": 1.0,
+    "consistency_weight": 3.0,
+    "anchor_weight": 10.0,
+    "forget_loss": "similarity",
+    "floor": "auto",
+    "forget_augment": True,
+    "negatives": "own",
+    "epochs": 20,
+    "max_steps": None,
+    "batch_size": 256,
+    "forget_batch_size": 64,
+    "micro_batch_size": None,
+    "stop_when_forgotten": False,
+    "lr": 1e-5,
+    "optimizer": "adamw",
+    "betas": (0.9, 0.98),
+    "weight_decay": 0.0,
+    "warmup_steps": 0,
+    "schedule": "constant",
+    "max_grad_norm": 1.0,
+    "tune": "all",
+    "train_logit_scale": False,
+    "train_mode": False,
+    "precision": "auto",
+    "backend": "auto",
+    "device": None,
+    "deepspeed": None,
+    "seed": 0,
+    "num_workers": 0,
+    "progress": True,
+    "reference_cache": None,
+    "output_dir": None,
+    "save_every": None,
+    "resume": "auto",
+    "evaluation": "quick",
+}
+
+
+def test_defaults_are_the_contract():
+    values = {field.name: getattr(UnlearnConfig(), field.name) for field in _fields()}
+    assert {name: values[name] for name in CONTRACT} == CONTRACT
+    assert set(values) - set(CONTRACT) == {"max_skipped"}
+
+
+def test_cliperase_is_the_paper_and_takes_overrides():
+    paper = UnlearnConfig.cliperase()
+    assert (paper.floor, paper.anchor_weight, paper.forget_augment) == (None, 0.0, False)
+    assert (paper.lr, paper.optimizer, paper.max_grad_norm) == (1e-6, "adam", None)
+    assert (paper.batch_size, paper.forget_batch_size) == (16, 16)
+    weights = (paper.forget_weight, paper.retain_weight, paper.consistency_weight)
+    assert weights == (3.0, 1.0, 3.0)
+    assert UnlearnConfig.cliperase(lr=1e-8) == paper.replace(lr=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("forget_weight", -1.0),
+        ("forget_weight", "heavy"),
+        ("forget_weight", float("nan")),
+        ("forget_weight", True),
+        ("forget_loss", "cosine"),
+        ("floor", 1.5),
+        ("floor", "high"),
+        ("floor", float("inf")),
+        ("forget_augment", 1),
+        ("negatives", "both"),
+        ("epochs", 0),
+        ("epochs", 1.5),
+        ("epochs", True),
+        ("max_steps", 0),
+        ("micro_batch_size", 0),
+        ("lr", 0.0),
+        ("betas", (0.9,)),
+        ("betas", (0.9, 1.0)),
+        ("betas", 0.9),
+        ("max_grad_norm", 0.0),
+        ("tune", "last"),
+        ("tune", "last:0"),
+        ("precision", "fp8"),
+        ("backend", "cuda"),
+        ("device", 0),
+        ("deepspeed", 3),
+        ("seed", -1),
+        ("save_every", 0),
+        ("resume", True),
+        ("evaluation", "thorough"),
+        ("max_skipped", 1.5),
+    ],
+)
+def test_a_bad_value_is_named(field, value):
+    with pytest.raises(InputError, match=re.escape(f"{field}={value!r} ")):
+        UnlearnConfig(**{field: value})
+
+
+def test_contradictions_are_refused():
+    with pytest.raises(InputError, match="forget_weight, retain_weight and consistency_weight"):
+        UnlearnConfig(forget_weight=0, retain_weight=0, consistency_weight=0)
+    with pytest.raises(InputError, match="floor"):
+        UnlearnConfig(forget_loss="contrastive", floor=0.1)
+
+
+def test_values_are_converted():
+    config = UnlearnConfig(lr="1e-6", floor=0, betas=[0, "0.5"], output_dir=Path("out"))
+    assert config.lr == 1e-6
+    assert isinstance(config.floor, float)
+    assert config.betas == (0.0, 0.5)
+    assert config.output_dir == "out"
+
+
+def test_unknown_option_gets_a_suggestion():
+    for make in (UnlearnConfig.cliperase, UnlearnConfig().replace):
+        with pytest.raises(InputError, match="`learning_rate`"):
+            make(learning_rate=1)
+        with pytest.raises(InputError, match="Did you mean epochs"):
+            make(epoch=1)
+
+
+def test_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        UnlearnConfig().lr = 1.0  # type: ignore[misc]
+
+
+def test_replace_changes_a_copy():
+    config = UnlearnConfig()
+    assert config.replace(lr=1.0).lr == 1.0
+    assert config.lr == 1e-5
+
+
+def test_yaml(tmp_path):
+    file = tmp_path / "erase.yaml"
+    file.write_text("lr: 1e-6\nfloor: null\nbetas: [0.9, 0.95]\n")
+    expected = UnlearnConfig(lr=1e-6, floor=None, betas=(0.9, 0.95), seed=3)
+    assert UnlearnConfig.from_yaml(file, seed=3) == expected
+    file.write_text("")
+    assert UnlearnConfig.from_yaml(file) == UnlearnConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [("lr: [", "YAML"), ("- lr", "mapping"), ("rate: 1", "`rate`"), ("1: 2", "`1`")],
+)
+def test_wrong_yaml(text, named, tmp_path):
+    file = tmp_path / "erase.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError, match=named):
+        UnlearnConfig.from_yaml(file)
+
+
+def test_missing_yaml(tmp_path):
+    with pytest.raises(InputError, match=r"none\.yaml"):
+        UnlearnConfig.from_yaml(tmp_path / "none.yaml")
+
+
+VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.floats())
+
+
+@settings(deadline=None)
+@given(name=st.sampled_from(field_names()), value=VALUES)
+def test_any_value_is_taken_or_refused_by_name(name, value):
+    try:
+        config = UnlearnConfig(**{name: value})
+    except InputError as error:
+        assert name in str(error)  # noqa: PT017
+    else:
+        assert UnlearnConfig(**config.to_dict()) == config
+
+
+def _fields() -> tuple[dataclasses.Field, ...]:
+    return dataclasses.fields(UnlearnConfig)
