@@ -7,6 +7,7 @@ library's own module in eval mode. `vocab_size` defaults to what the matching sm
 
 from __future__ import annotations
 
+import functools
 import string
 from typing import Any
 
@@ -130,6 +131,7 @@ def open_clip_coca(*, seed: int = 0, **sizes: Any) -> nn.Module:
     return _finish_open_clip(CoCa(**config))
 
 
+@functools.cache
 def simple_tokenizer(context_length: int = CONTEXT_LENGTH) -> Any:
     """open_clip's SimpleTokenizer at the small models' context length."""
     from open_clip.tokenizer import SimpleTokenizer

@@ -24,7 +24,7 @@ def written_whole(folder: str | os.PathLike[str], *, library: str) -> Iterator[P
         InputError: `folder` is a file, or holds anything but a model saved by fasterase.
     """
     target = Path(folder).expanduser().absolute()
-    _check_replaceable(target)
+    check_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{target.name}.new-", dir=target.parent))
     try:
@@ -39,7 +39,8 @@ def written_whole(folder: str | os.PathLike[str], *, library: str) -> Iterator[P
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _check_replaceable(target: Path) -> None:
+def check_replaceable(target: Path) -> None:
+    """`InputError` where saving to `target` would replace what fasterase did not write."""
     if not target.exists():
         return
     if not target.is_dir():

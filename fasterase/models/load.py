@@ -81,7 +81,11 @@ def _adapt(module: nn.Module, tokenizer: Any, preprocess: Any, model_name: str |
 def _load(model: str | os.PathLike[str], **given: Any) -> TwoTower:
     name = os.fspath(model)
     folder = Path(name.removeprefix("local-dir:")).expanduser()
-    if isinstance(model, os.PathLike) or name.startswith("local-dir:") or folder.is_dir():
+    if (
+        isinstance(model, os.PathLike)
+        or name.startswith("local-dir:")
+        or (name and folder.is_dir())
+    ):
         return _load_folder(folder, **given)
     if name.startswith("hf-hub:"):
         return open_clip.from_source(name, name=name, **given)

@@ -1,0 +1,227 @@
+"""Strings, folders and instances that load, and those that must not."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fasterase.errors import InputError, MissingExtraError
+from fasterase.models import load_tower
+from tests import small_models
+from tests.models.conftest import batch_for, build_tower
+
+
+@pytest.fixture(scope="module")
+def open_clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "open_clip"
+    build_tower("open_clip_vit").save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "hf"
+    build_tower("hf_clip").save(folder)
+    return folder
+
+
+def test_folders_load_as_str_path_and_local_dir(open_clip_folder: Path, hf_folder: Path) -> None:
+    expected = build_tower("open_clip_vit")
+    pixels, _ = batch_for(expected)
+    for form in (open_clip_folder, str(open_clip_folder), f"local-dir:{open_clip_folder}"):
+        assert torch.equal(load_tower(form).encode_image(pixels), expected.encode_image(pixels))
+    for form in (hf_folder, str(hf_folder), f"hf:{hf_folder}"):
+        tower = load_tower(form)
+        assert type(tower.module).__name__ == "CLIPModel"
+        assert tower.tokenize(["a cat"]).ids.shape == (1, 16)
+        assert tower.image_transform is not None
+
+
+def test_a_tower_is_taken_as_it_is() -> None:
+    tower = build_tower("hf_clip")
+    assert load_tower(tower) is tower
+
+
+def test_an_hf_instance_finds_its_tokenizer_where_it_came_from(hf_folder: Path) -> None:
+    from transformers import CLIPModel
+
+    tower = load_tower(CLIPModel.from_pretrained(hf_folder))
+    assert tower.text_tokenizer is not None
+    assert tower.image_transform is not None
+
+
+def test_named_open_clip_instances_are_recognised() -> None:
+    import open_clip
+
+    with torch.device("meta"):
+        module = open_clip.CLIP(**open_clip.get_model_config("ViT-S-32-alt"))
+    tower = load_tower(module)
+    assert tower.name == "ViT-S-32-alt"
+    assert tower.tokenize(["a cat"]).ids.shape == (1, 77)
+    assert tower.config == open_clip.get_model_config("ViT-S-32-alt")
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (nn.Linear(2, 2), "Linear is not a supported CLIP"),
+        (nn.DataParallel(nn.Linear(2, 2)), "wraps a Linear"),
+        (3, "int is not a model"),
+        (None, "NoneType is not a model"),
+        ("nonsense", "neither an open_clip model nor a folder"),
+        ("", "neither an open_clip model nor a folder"),
+        ("ViT-B32", "Close open_clip names: ViT-B-32"),
+        ("ViT-B-32", "Its tags: .*laion2b_s34b_b79k"),
+        ("ViT-B-32/", "Its tags: .*laion2b_s34b_b79k"),
+        ("ViT-B-32/laion2b_s34b", "close: .*laion2b_s34b_b79k"),
+        ("ViT-S-32-alt/openai", "has no weights"),
+        ("./no/such/folder", "does not exist"),
+        ("weights.safetensors", "does not exist"),
+        (Path("no/such/folder"), "does not exist"),
+        ("local-dir:no/such/folder", "does not exist"),
+        (Path(__file__), "is a file"),
+    ],
+)
+def test_what_is_no_model_is_named(model: object, says: str) -> None:
+    with pytest.raises(InputError, match=rf"(?s)^model: .*{says}"):
+        load_tower(model)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "model", ["ViT-B-32/laion2b_s34b_b79k", "hf-hub:no-org/no-model", "hf:no-org/no-model"]
+)
+def test_without_network_there_are_no_random_weights(
+    model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(InputError, match=r"(?s)^model: .*could not load.*network"):
+        load_tower(model)
+
+
+def test_folders_without_weights_or_config(
+    open_clip_folder: Path, hf_folder: Path, tmp_path: Path
+) -> None:
+    for source, weights in (
+        (open_clip_folder, "open_clip_model.safetensors"),
+        (hf_folder, "model.safetensors"),
+    ):
+        folder = shutil.copytree(source, tmp_path / source.name)
+        (folder / weights).unlink()
+        with pytest.raises(InputError, match=r"^model: .*could not load"):
+            load_tower(folder)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(InputError, match="no model folder"):
+        load_tower(empty)
+
+
+def test_missing_weights_are_not_made_up(hf_folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(hf_folder, tmp_path / "hf")
+    state = load_file(folder / "model.safetensors")
+    del state["visual_projection.weight"]
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"lacks 1 of .*visual_projection\.weight"):
+        load_tower(folder)
+
+
+def test_damaged_open_clip_folders(open_clip_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(open_clip_folder, tmp_path / "damaged")
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"]["layers"] = 3
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"^model: .*could not load"):
+        load_tower(folder)
+    (folder / "open_clip_config.json").write_text("{")
+    with pytest.raises(InputError, match=r"^model: .*could not load"):
+        load_tower(folder)
+
+
+class Malicious:
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self):
+        return (self.trace.write_text, ("executed",))
+
+
+def test_no_folder_is_unpickled(open_clip_folder: Path, hf_folder: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    for source, name in (
+        (open_clip_folder, "open_clip_pytorch_model.bin"),
+        (hf_folder, "pytorch_model.bin"),
+    ):
+        folder = shutil.copytree(source, tmp_path / source.name)
+        for weights in folder.glob("*.safetensors"):
+            weights.unlink()
+        torch.save({"logit_scale": Malicious(trace)}, folder / name)
+        with pytest.raises(InputError, match=r"^model: .*could not load"):
+            load_tower(folder)
+        (folder / name).write_bytes(pickle.dumps(Malicious(trace)))
+        with pytest.raises(InputError, match=r"^model: .*could not load"):
+            load_tower(folder)
+    assert not trace.exists()
+
+
+def test_tensors_in_a_bin_file_do_load(open_clip_folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    folder = shutil.copytree(open_clip_folder, tmp_path / "bin")
+    state = load_file(folder / "open_clip_model.safetensors")
+    (folder / "open_clip_model.safetensors").unlink()
+    torch.save(state, folder / "open_clip_pytorch_model.bin")
+    assert load_tower(folder).fingerprint() == load_tower(open_clip_folder).fingerprint()
+
+
+def test_another_transformers_model_is_refused(tmp_path: Path) -> None:
+    from transformers import BertConfig
+
+    BertConfig(hidden_size=16, num_attention_heads=2).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"'bert' model; .*CLIPModel"):
+        load_tower(tmp_path)
+
+
+def test_without_transformers_the_extra_is_named(
+    hf_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(MissingExtraError, match=r"fasterase\[hf\]"):
+        load_tower(hf_folder)
+
+
+def test_model_name_must_fit() -> None:
+    module = small_models.open_clip_vit()
+    with pytest.raises(InputError, match=r"model_name: .*do not have the shapes"):
+        load_tower(module, model_name="ViT-B-32")
+    with pytest.raises(InputError, match="model_name: open_clip knows no"):
+        load_tower(module, model_name="ViT-Z")
+    with pytest.raises(InputError, match=r"model_name: .*transformers"):
+        load_tower(small_models.hf_clip(), model_name="ViT-B-32")
+    with pytest.raises(InputError, match=r"model_name: .*already says"):
+        load_tower("ViT-B-32/openai", model_name="ViT-B-32")
+
+
+def test_openai_tags_run_with_their_own_activation(monkeypatch: pytest.MonkeyPatch) -> None:
+    import open_clip
+
+    asked: dict[str, object] = {}
+
+    def create_model(name: str, **options: object) -> nn.Module:
+        asked.update(options, name=name)
+        raise RuntimeError("stop here")
+
+    monkeypatch.setattr(open_clip, "create_model", create_model)
+    for tag, quick in (("openai", True), ("laion2b_s34b_b79k", False)):
+        with pytest.raises(InputError, match="stop here"):
+            load_tower(f"ViT-B-32/{tag}")
+        assert asked["force_quick_gelu"] is quick
+        assert asked["require_pretrained"] is True
+        assert asked["weights_only"] is True

@@ -1,0 +1,235 @@
+"""Saved folders, read back by the libraries themselves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+from fasterase.errors import InputError
+from fasterase.models import TwoTower, load_tower
+from fasterase.models.folder import written_whole
+from tests import small_models
+from tests.models.conftest import batch_for, build_tower
+
+
+def safetensors_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("**/*.safetensors"))
+
+
+def nudged(tower: TwoTower) -> TwoTower:
+    """Weights that no builder makes, so that a loader cannot pass by rebuilding the model."""
+    with torch.no_grad():
+        for parameter in tower.module.parameters():
+            parameter.mul_(1.01)
+    return tower
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "open_clip_vit",
+        "open_clip_resnet",
+        "open_clip_custom_text",
+        "open_clip_siglip",
+        "open_clip_coca",
+    ],
+)
+def test_open_clip_reads_it_as_local_dir(kind: str, tmp_path: Path) -> None:
+    tower = nudged(build_tower(kind))
+    pixels, tokens = batch_for(tower)
+    tower.save(tmp_path / "erased")
+    assert safetensors_in(tmp_path) == ["open_clip_model.safetensors"]
+
+    module, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}/erased")
+    module.eval()
+    image = module.encode_image(pixels, normalize=True)
+    text = module.encode_text(tokens.ids, normalize=True)
+    torch.testing.assert_close(image, tower.encode_image(pixels), rtol=0, atol=1e-6)
+    torch.testing.assert_close(text, tower.encode_text(tokens), rtol=0, atol=1e-6)
+    assert module.logit_scale.detach().exp().item() == pytest.approx(tower.scale().item())
+    picture = Image.effect_noise((50, 40), 80).convert("RGB")
+    assert torch.equal(preprocess(picture), tower.preprocess(picture))
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{tmp_path}/erased")
+    assert torch.equal(tokenizer(["a cat"]), tower.tokenize(["a cat"]).ids)
+
+
+@pytest.mark.parametrize("kind", ["hf_clip", "hf_siglip", "hf_siglip2"])
+def test_transformers_reads_it_with_from_pretrained(kind: str, tmp_path: Path) -> None:
+    from transformers import AutoImageProcessor, AutoModel
+
+    tower = nudged(build_tower(kind))
+    tower.save(tmp_path / "erased")
+    assert safetensors_in(tmp_path) == ["model.safetensors"]
+    module = AutoModel.from_pretrained(tmp_path / "erased")
+    assert type(module) is type(tower.module)
+    for name, tensor in tower.module.state_dict().items():
+        assert torch.equal(module.state_dict()[name], tensor), name
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "erased")
+    assert list(processor.image_mean) == list(tower._processor.image_mean)
+
+
+def test_transformers_tokenizer_comes_back(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tower = build_tower("hf_clip")
+    tower.save(tmp_path / "erased")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "erased")
+    ids = tokenizer(["a cat"], padding="max_length", max_length=16)["input_ids"]
+    assert ids == tower.tokenize(["a cat"]).ids.tolist()
+
+
+def test_own_folders_come_back_whole(kind: str, tmp_path: Path) -> None:
+    tower = nudged(build_tower(kind))
+    pixels, tokens = batch_for(tower)
+    tower.save(tmp_path / "erased")
+    again = load_tower(tmp_path / "erased")
+    assert type(again) is type(tower)
+    assert not again.module.training
+    assert torch.equal(again.encode_image(pixels), tower.encode_image(pixels))
+    assert torch.equal(again.encode_text(tokens), tower.encode_text(tokens))
+    if kind != "hf_siglip2":  # transformers puts its own tokenizer class around a saved one there
+        assert again.fingerprint() == tower.fingerprint()
+    again.save(tmp_path / "twice")
+    for name in ("open_clip_config.json", "preprocessor_config.json"):
+        first, second = tmp_path / "erased" / name, tmp_path / "twice" / name
+        assert first.exists() == second.exists()
+        if first.exists():
+            assert json.loads(first.read_text()) == json.loads(second.read_text())
+
+
+def test_temperature_is_written_0d(tmp_path: Path) -> None:
+    module = small_models.open_clip_custom_text(siglip=True)
+    module.logit_scale = nn.Parameter(module.logit_scale.detach().reshape(1))
+    module.logit_bias = nn.Parameter(module.logit_bias.detach().reshape(1))
+    tower = load_tower(module)
+    assert tower.scale().ndim == 0
+    tower.save(tmp_path / "erased")
+    state = load_file(tmp_path / "erased" / "open_clip_model.safetensors")
+    assert state["logit_scale"].ndim == 0
+    assert state["logit_bias"].ndim == 0
+    open_clip.create_model(f"local-dir:{tmp_path}/erased", require_pretrained=True)
+
+
+def test_tied_weights_are_written_twice(tmp_path: Path) -> None:
+    module = small_models.open_clip_vit()
+    blocks = module.transformer.resblocks
+    blocks[1].ln_1.weight = blocks[0].ln_1.weight
+    load_tower(module).save(tmp_path / "erased")
+    open_clip.create_model(f"local-dir:{tmp_path}/erased", require_pretrained=True)
+
+
+def test_hf_tokenizer_of_an_open_clip_folder_is_kept(tmp_path: Path) -> None:
+    vocabulary = len(small_models.HF_VOCABULARY)
+    source = tmp_path / "source"
+    tower = load_tower(
+        small_models.open_clip_custom_text(vocab_size=vocabulary),
+        tokenizer=small_models.hf_tokenizer(),
+    )
+    tower.save(source)
+    expected = tower.tokenize(["a red cat"]).ids
+    loaded = load_tower(source)
+    assert torch.equal(loaded.tokenize(["a red cat"]).ids, expected)
+    loaded.save(tmp_path / "again")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{tmp_path}/again")
+    assert torch.equal(tokenizer(["a red cat"]), expected)
+    assert load_tower(tmp_path / "again").fingerprint() == loaded.fingerprint()
+
+
+def test_the_fallback_tokenizer_is_not_taken_for_another_vocabulary(tmp_path: Path) -> None:
+    load_tower(small_models.open_clip_vit(vocab_size=500)).save(tmp_path / "erased")
+    assert load_tower(tmp_path / "erased").text_tokenizer is None
+
+
+def test_unknown_architecture_saves_weights_and_says_how(tmp_path: Path) -> None:
+    from open_clip.model import CustomTextCLIP
+
+    config = small_models.open_clip_config()
+    config["vision_cfg"] = {"timm_model_name": "test_vit", "image_size": 160}
+    module = CustomTextCLIP(**config).eval()
+    tower = load_tower(module)
+    tower.save(tmp_path / "erased")
+    folder = tmp_path / "erased"
+    assert not (folder / "open_clip_config.json").exists()
+    assert "load_file" in (folder / "README.md").read_text()
+    state = load_file(folder / "open_clip_model.safetensors")
+    assert state.keys() == module.state_dict().keys()
+    with pytest.raises(InputError, match=r"model: .*README\.md"):
+        load_tower(folder)
+
+
+def test_model_name_makes_an_unknown_architecture_loadable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from open_clip import factory
+    from open_clip.model import CustomTextCLIP
+
+    config = small_models.open_clip_config()
+    config["vision_cfg"] = {"timm_model_name": "test_vit", "image_size": 160}
+    config["custom_text"] = True
+    monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny-timm", config)
+    arguments = {key: value for key, value in config.items() if key != "custom_text"}
+    module = CustomTextCLIP(**arguments).eval()
+    for tower in (load_tower(module, model_name="tiny-timm"), load_tower(module)):
+        assert tower.name == "tiny-timm"
+        assert tower.text_tokenizer is not None
+        tower.save(tmp_path / "erased")
+        read = open_clip.create_model(f"local-dir:{tmp_path}/erased", require_pretrained=True)
+        assert torch.equal(read.visual.head.proj.weight, module.visual.head.proj.weight)
+
+
+def test_saving_again_replaces_only_what_fasterase_wrote(tmp_path: Path) -> None:
+    tower = build_tower("open_clip_vit")
+    target = tmp_path / "deep" / "erased"
+    tower.save(target)
+    (target / "stale").write_text("x")
+    tower.save(str(target))  # type: ignore[arg-type]
+    assert not (target / "stale").exists()
+
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    tower.save(empty)
+    assert (empty / "open_clip_config.json").exists()
+
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="folder"):
+        tower.save(foreign)
+    assert (foreign / "thesis.tex").read_text() == "years of work"
+    with pytest.raises(InputError, match="is a file"):
+        tower.save(foreign / "thesis.tex")
+
+
+def test_a_failed_save_leaves_the_old_model_and_no_litter(tmp_path: Path) -> None:
+    target = tmp_path / "erased"
+    build_tower("hf_clip").save(target)
+    before = sorted(path.name for path in target.iterdir())
+
+    def fill_the_disk() -> None:
+        with written_whole(target, library="open_clip") as new:
+            (new / "half").write_text("x")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fill_the_disk()
+    assert sorted(path.name for path in target.iterdir()) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["erased"]
+
+
+def test_saved_half_precision_is_read_back_as_fp32(tmp_path: Path) -> None:
+    tower = build_tower("hf_clip")
+    tower.module.half()
+    tower.save(tmp_path / "half")
+    again = load_tower(tmp_path / "half")
+    assert {parameter.dtype for parameter in again.module.parameters()} == {torch.float32}
+    pixels, _ = batch_for(again)
+    features = F.normalize(again.module.get_image_features(pixels).pooler_output, dim=-1)
+    torch.testing.assert_close(again.encode_image(pixels), features)
