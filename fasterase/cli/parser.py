@@ -82,10 +82,8 @@ def parse(argv: Sequence[str]) -> Parsed:
         found = parser.parse_args(_canonical(argv, flags), defaults=False)
     except argparse.ArgumentError as error:
         raise InputError(_explained(str(error), flags)) from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"config: not a text file in UTF-8 ({error}).") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"a value cannot be read ({error}).") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"a value or the config file cannot be read: {error}") from error
     given = found[found["command"]].as_dict()
     for name in ("config", "debug"):
         given.pop(name, None)
@@ -212,8 +210,16 @@ def _explained(message: str, flags: Sequence[Flag]) -> str:
     where = re.search(r'Parser key "(?:\w+\.)?(\w+)":?', message)
     found = re.search(r"(?:Given value|Got value): (.*)", message)
     if where and found and where[1] in hints:
-        for value in (found[1], yaml.safe_load(found[1])):
+        # As text first: what YAML reads differently is refused for its type, with its own message.
+        for value in (found[1], _read(found[1])):
             coerced(where[1], value, hints[where[1]])
     if where:
         message = message.replace(where[0], f"--{where[1]}:")
     return " ".join(message.split())
+
+
+def _read(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text

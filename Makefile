@@ -1,0 +1,78 @@
+# `make demo` and `make test` set up .venv by themselves, also when the other has not run.
+#
+#   PYTHON=python3.12       the interpreter of a new .venv (3.10 or newer)
+#   PIP_ARGS="..."          handed to pip, such as the index of CPU-only torch wheels
+#   ARGS="..."              handed to the command: make demo ARGS="--forget animal-bird"
+
+PYTHON ?= python3
+PIP_ARGS ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+APT := on Debian or Ubuntu: apt install git make python3-venv
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean installed venv
+
+help:
+	@echo 'make demo     erase a concept from the small CLIP that ships with fasterase, show the result'
+	@echo 'make test     lint, format check, type check and all tests'
+	@echo 'make lint     the checks without the tests'
+	@echo 'make format   put the code into its standard form'
+	@echo 'make clean    remove .venv and everything built'
+	@echo
+	@sed -n 's/^#   //p' Makefile
+
+demo: EXTRAS := demo
+demo: installed
+	$(BIN)/python -m fasterase demo $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: EXTRAS := hf,eval,demo,dev
+lint: installed
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+format: EXTRAS := hf,eval,demo,dev
+format: installed
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# Installs a set of extras once, and again when pyproject.toml has changed.
+installed: STAMP = $(VENV)/.has-$(EXTRAS)
+installed: venv
+	@[ $(STAMP) -nt pyproject.toml ] || { \
+	  echo 'Installing fasterase[$(EXTRAS)] into $(VENV); this takes minutes.' && \
+	  { $(BIN)/python -c 'import torch' 2>/dev/null || printf '%s\n' \
+	    'It downloads about 0.6 GB, but on Linux 2 to 4 GB, since the torch that pip takes by' \
+	    'default there brings CUDA. For a CPU alone give PIP_ARGS="--extra-index-url URL" with' \
+	    'the URL of the CPU wheels from the install page of PyTorch.'; } && \
+	  $(PIP) install --quiet $(PIP_ARGS) --editable '.[$(EXTRAS)]' && touch $(STAMP); }
+
+# Makes .venv where there is none or where an earlier try was cut short.
+venv:
+	@command -v git >/dev/null || echo 'Note: git is missing; $(APT).'
+	@set -e; \
+	if [ -e $(VENV)/.unfinished ] || ! $(PIP) --version >/dev/null 2>&1; then \
+	  command -v $(PYTHON) >/dev/null || { \
+	    echo '$(PYTHON) is missing; $(APT), or name another with PYTHON=.'; exit 1; }; \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "fasterase needs Python 3.10 or newer, $(PYTHON) is $$($(PYTHON) --version);" \
+	      'name another with PYTHON=.'; exit 1; }; \
+	  $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	    echo '$(PYTHON) cannot make virtual environments; $(APT).'; exit 1; }; \
+	  if [ -e $(VENV) ]; then echo 'Removing the half-made $(VENV).'; rm -rf $(VENV); fi; \
+	  echo "Making $(VENV) with $$($(PYTHON) --version)."; \
+	  mkdir $(VENV); \
+	  touch $(VENV)/.unfinished; \
+	  $(PYTHON) -m venv $(VENV); \
+	  rm $(VENV)/.unfinished; \
+	fi
