@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -19,14 +20,16 @@ from fasterase.engine.erase import FORGOTTEN_EXCESS, Outcome, erase
 from fasterase.engine.history import StepRecord
 from fasterase.engine.model_state import best_device, borrowed, resolve_device
 from fasterase.engine.settings import check_environment
-from fasterase.evaluation.evaluator import Evaluator
+from fasterase.errors import InputError
+from fasterase.evaluation.evaluator import Evaluator, Measurement
+from fasterase.models.folder import check_replaceable
 from fasterase.models.load import load_tower
+from fasterase.models.two_tower import TwoTower
 from fasterase.pairs.overlap import without_overlap
 from fasterase.pairs.pair_source import PairSource
 from fasterase.pairs.prepare import Preparer
 from fasterase.pairs.skips import SkipLedger
 from fasterase.pairs.sources import open_pairs
-from fasterase.report.files import write_text
 from fasterase.report.run_report import describe_recipe
 from fasterase.result import UnlearnResult
 
@@ -88,12 +91,15 @@ def unlearn(
         PreemptedError: SIGTERM arrived; a checkpoint was written.
     """
     started = time.perf_counter()
+    _check_arguments(config, callback)
     settings = (config or UnlearnConfig()).replace(**overrides)
     check_environment(settings)
+    output = _output_folder(settings)
     tower = load_tower(model, tokenizer=tokenizer, preprocess=preprocess, model_name=model_name)
-    if copy:
-        tower = copying.deepcopy(tower)
     named = isinstance(model, (str, os.PathLike))
+    if copy and not named:
+        tower = copying.copy(tower)
+        tower.module = copying.deepcopy(tower.module)
     device = resolve_device(settings.device, default=best_device() if named else tower.device)
 
     sets = {
@@ -103,20 +109,24 @@ def unlearn(
     }
     sets["retain"], removed = without_overlap(sets["retain"], sets["forget"])
     _warn_overlap(removed)
-    ledger = SkipLedger(len(sets["forget"]) + len(sets["retain"]), max_skipped=settings.max_skipped)
+    ledger = SkipLedger(sum(map(len, sets.values())), max_skipped=settings.max_skipped)
     prepare = Preparer(
         tower.image_transform,
         tower.text_tokenizer,
         image_size=tower.image_size,
         context_length=tower.context_length,
     )
-    output = Path(settings.output_dir) if settings.output_dir is not None else None
     if settings.progress:
         tqdm.write(f"fasterase: erasing from {tower.name}; recipe: {describe_recipe(settings)}")
 
     evaluator = _evaluator(sets, settings)
-    with borrowed(tower, device=device) as state:
-        original = evaluator.measure(tower) if evaluator else None
+    # A caller's no_grad or inference mode would train nothing without a word.
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        borrowed(tower, device=device) as state,
+    ):
+        original = _measured(evaluator, tower, ledger) if evaluator else None
         outcome = erase(
             tower,
             sets["forget"],
@@ -150,6 +160,33 @@ def unlearn(
     return result
 
 
+def _check_arguments(config: object, callback: object) -> None:
+    if not isinstance(config, UnlearnConfig | None):
+        raise InputError(
+            f"config: expected an UnlearnConfig, found {type(config).__name__}. Use "
+            "UnlearnConfig(**fields) or UnlearnConfig.from_yaml(path)."
+        )
+    if callback is not None and not callable(callback):
+        raise InputError(
+            f"callback: expected a function of the step's record, found {type(callback).__name__}."
+        )
+
+
+def _output_folder(settings: UnlearnConfig) -> Path | None:
+    """`output_dir`, made; refused now where the result could not be written hours later."""
+    if settings.output_dir is None:
+        return None
+    output = Path(settings.output_dir)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"output_dir: {output} cannot be made a folder ({error.strerror}). Give another path."
+        ) from error
+    check_replaceable(output / "model")
+    return output
+
+
 def _evaluator(sets: dict[str, PairSource], settings: UnlearnConfig) -> Evaluator | None:
     if settings.evaluation is None:
         return None
@@ -159,6 +196,15 @@ def _evaluator(sets: dict[str, PairSource], settings: UnlearnConfig) -> Evaluato
         quick=settings.evaluation == "quick",
         num_workers=settings.num_workers,
     )
+
+
+def _measured(evaluator: Evaluator, tower: TwoTower, ledger: SkipLedger) -> Measurement:
+    """The original measured; what could not be read, of a holdout set too, counts as skipped."""
+    measured = evaluator.measure(tower)
+    read = (id for scores in measured.sets.values() for id in scores.ids)
+    ledger.add(read, evaluator.skipped)
+    ledger.warn()
+    return measured
 
 
 def _warn_overlap(removed: list[str]) -> None:
@@ -186,11 +232,4 @@ def _write(result: UnlearnResult, output: Path) -> None:
     result.save(output / "model")
     if result.evaluation is not None:
         result.evaluation.to_json(output / "evaluation.json")
-    write_text(output / "config.yaml", _yaml(result.config))
     result.report(output / "report.md")
-
-
-def _yaml(settings: UnlearnConfig) -> str:
-    import yaml
-
-    return yaml.safe_dump(settings.to_dict(), sort_keys=False)

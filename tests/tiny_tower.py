@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fasterase.models.folder import written_whole
 from fasterase.models.tuning import TowerParts
 from fasterase.models.two_tower import Tokens, TwoTower
 
@@ -62,8 +64,25 @@ class TinyTower(TwoTower):
         return TowerParts(every, [module.text], [module.text_projection], [module.text_projection])
 
     def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True)
-        torch.save(self.module.state_dict(), folder / "weights.pt")
+        with written_whole(folder, library="none") as new:
+            save_file(self.module.state_dict(), new / "model.safetensors")
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of all parameters and buffers."""
+        return {name: tensor.clone() for name, tensor in self.module.state_dict().items()}
+
+
+def pairs(count: int, *, seed: int) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of pixels [3, SIZE, SIZE] and token ids [LENGTH]."""
+    pixels, tokens = batch(count, seed=seed)
+    return list(zip(pixels, tokens.ids, strict=True))
+
+
+def same_weights(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Whether two state dicts are equal bit for bit."""
+    return one.keys() == other.keys() and all(
+        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
+    )
 
 
 def batch(count: int, *, seed: int = 1) -> tuple[Tensor, Tokens]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fasterase.errors import ResumeError
+
+log = logging.getLogger(__name__)
 
 # Settings that do not change which weights a run ends with, so that a resumed run may change them.
 FREE_FIELDS = frozenset(
@@ -78,7 +81,8 @@ class CheckpointFolder:
         target = self.folder / f"step-{checkpoint.step:09d}"
         if target.is_dir():
             return
-        temporary = self.folder / f"writing-{os.getpid()}"
+        # One name for all, so that the next save takes away what a kill left half written.
+        temporary = self.folder / "writing"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         save_file(checkpoint.tensors, temporary / "weights.safetensors")
@@ -105,29 +109,42 @@ class CheckpointFolder:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def load(self, resume: str, *, device: torch.device) -> Checkpoint | None:
-        """The last checkpoint, or None where there is none (or `resume="never"`).
+        """The last checkpoint that can be read, or None where there is none (or `resume="never"`).
 
         Raises:
-            ResumeError: it belongs to a run with other settings, model or data; or
-                `resume="must"` and there is none.
+            ResumeError: it belongs to a run with other settings, model or data; or there are some
+                and none can be read; or `resume="must"` and there is none.
         """
-        found = self._steps()
         if resume == "never":
             return None
-        if not found:
-            if resume == "must":
-                raise ResumeError(
-                    f"resume='must', but {self.folder} holds no checkpoint. "
-                    "Give the output_dir of the interrupted run, or resume='auto'."
-                )
-            return None
-        last = found[-1]
-        state = json.loads((last / "state.json").read_text(encoding="utf-8"))
+        found = self._steps()
+        for path in reversed(found):
+            try:
+                return self._read(path, device)
+            except ResumeError:
+                raise
+            # Damaged files make the readers raise errors of many kinds.
+            except Exception as error:
+                log.warning("The checkpoint %s cannot be read (%s).", path, error)
+        if found:
+            raise ResumeError(
+                f"output_dir: none of the checkpoints in {self.folder} can be read. "
+                "Start anew with resume='never', or choose another output_dir."
+            )
+        if resume == "must":
+            raise ResumeError(
+                f"resume='must', but {self.folder} holds no checkpoint. "
+                "Give the output_dir of the interrupted run, or resume='auto'."
+            )
+        return None
+
+    def _read(self, path: Path, device: torch.device) -> Checkpoint:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         self._check_identity(state["identity"])
-        saved = torch.load(last / "optimizer.pt", map_location=device, weights_only=True)
+        saved = torch.load(path / "optimizer.pt", map_location=device, weights_only=True)
         return Checkpoint(
             step=state["step"],
-            tensors=load_file(last / "weights.safetensors", device=str(device)),
+            tensors=load_file(path / "weights.safetensors", device=str(device)),
             optimizer=saved["optimizer"],
             scaler=saved["scaler"],
             non_finite=state["non_finite"],

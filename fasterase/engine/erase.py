@@ -22,7 +22,9 @@ from fasterase.pairs.batches import Sampler, step_batches
 from fasterase.pairs.pair_source import PairSource
 from fasterase.pairs.prepare import Preparer
 from fasterase.pairs.skips import SkipLedger
-from fasterase.reference.cached import Sweeper
+from fasterase.reference.sweeper import Sweeper
+from fasterase.report.files import write_text
+from fasterase.report.run_report import settings_yaml
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,21 @@ def erase(
         seed=settings.seed,
     )
     total_steps = settings.max_steps or settings.epochs * sampler.steps_per_epoch
-    checkpoints = _checkpoints(tower, forget, retain, settings, output_dir)
-    # Before the sweep: a checkpoint of another run is refused at once.
-    saved = checkpoints.load(settings.resume, device=device) if checkpoints else None
+    fingerprint = tower.fingerprint()
+    checkpoints = saved = None
+    if output_dir is not None:
+        identity = {
+            **settings.to_dict(),
+            "model weights": fingerprint,
+            "forget pairs": forget.manifest(),
+            "retain pairs": retain.manifest(),
+        }
+        checkpoints = CheckpointFolder(output_dir / "checkpoints", identity)
+        # Before the sweep: a checkpoint of another run is refused at once.
+        saved = checkpoints.load(settings.resume, device=device)
+        write_text(output_dir / "config.yaml", settings_yaml(settings))
     sweeper = Sweeper(tower, prepare, ledger, cast, settings.num_workers, settings.progress)
-    with cache_folder(settings, stable=forget.stable and retain.stable) as folder:
+    with cache_folder(settings) as folder:
         reference, unmatched = build_reference(
             sweeper,
             forget,
@@ -85,6 +97,7 @@ def erase(
             sampler,
             total_steps=total_steps,
             settings=settings,
+            fingerprint=fingerprint,
             precision=precision,
             folder=folder,
         )
@@ -142,21 +155,3 @@ def erase(
             )
     state.round_to_own_dtype()
     return Outcome(history, floor, excess())
-
-
-def _checkpoints(
-    tower: TwoTower,
-    forget: PairSource,
-    retain: PairSource,
-    settings: UnlearnConfig,
-    output_dir: Path | None,
-) -> CheckpointFolder | None:
-    if output_dir is None:
-        return None
-    identity = {
-        **settings.to_dict(),
-        "model weights": tower.fingerprint(),
-        "forget pairs": forget.manifest(),
-        "retain pairs": retain.manifest(),
-    }
-    return CheckpointFolder(output_dir / "checkpoints", identity)

@@ -79,7 +79,7 @@ def backward(
         return loss
 
     generators: list[RandomState] = []
-    buffers = _moved_buffers(towers.tower.module)
+    buffers = buffers_in_train_mode(towers.tower.module)
     images, texts = [], []
     for rows in _micro_batches(len(pixels), size):
         generators.append(RandomState(pixels.device))
@@ -95,8 +95,7 @@ def backward(
 
     # The second pass must be the first one again: the same Dropout masks, and BatchNorm statistics
     # that move once, not twice.
-    for buffer, value in buffers:
-        buffer.copy_(value)
+    put_back(buffers)
     with RandomState(pixels.device).restored_after():
         for rows, generator in zip(_micro_batches(len(pixels), size), generators, strict=True):
             generator.restore()
@@ -134,8 +133,14 @@ def _micro_batches(count: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, count))
 
 
-def _moved_buffers(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
+def buffers_in_train_mode(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """Buffers that a forward in train mode changes, with a copy of each; none in eval mode."""
     if not module.training:
         return []
     return [(buffer, buffer.clone()) for buffer in module.buffers()]
+
+
+def put_back(buffers: list[tuple[Tensor, Tensor]]) -> None:
+    """Undo what forwards did to the buffers since `buffers_in_train_mode`."""
+    for buffer, value in buffers:
+        buffer.copy_(value)

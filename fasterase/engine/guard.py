@@ -28,16 +28,15 @@ class NonFiniteGuard:
         self.limit = LIMITS[precision]
         self.in_a_row = in_a_row
 
-    def passed(self, loss: EraseLoss, grad_norm: float, *, step: int, ids: Sequence[str]) -> bool:
-        """Whether the step may be applied.
+    def count(self, term: str | None, *, step: int, ids: Sequence[str]) -> None:
+        """Take note of a step: `term` is what was not finite in it, None for a good step.
 
         Raises:
             NonFiniteError: too many in a row were not; names the term, the step and the pair ids.
         """
-        term = non_finite_term(loss, grad_norm)
         if term is None:
             self.in_a_row = 0
-            return True
+            return
         self.in_a_row += 1
         log.warning("Step %d: %s is not finite; the step is not applied.", step, term)
         if self.in_a_row >= self.limit:
@@ -50,7 +49,6 @@ class NonFiniteGuard:
                 step=step,
                 pair_ids=ids,
             )
-        return False
 
 
 def non_finite_term(loss: EraseLoss, grad_norm: float) -> str | None:

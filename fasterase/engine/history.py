@@ -28,6 +28,7 @@ class HistoryFile:
     def __init__(self, path: Path, *, keep_steps: int) -> None:
         """Open for appending behind the records of the first `keep_steps` steps."""
         self.kept = [record for record in read_history(path) if record["step"] <= keep_steps]
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
         with temporary.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in self.kept)

@@ -9,14 +9,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fasterase.config import UnlearnConfig
 from fasterase.engine.checkpoint import Checkpoint, CheckpointFolder
-from fasterase.engine.grad_cache import TowerPass, backward
-from fasterase.engine.guard import NonFiniteGuard
+from fasterase.engine.grad_cache import TowerPass, backward, buffers_in_train_mode, put_back
+from fasterase.engine.guard import NonFiniteGuard, non_finite_term
 from fasterase.engine.history import HistoryFile, StepRecord
 from fasterase.engine.interrupt import StopRequests
 from fasterase.engine.optim import build_optimizer, lr_at
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 
 # Seconds between checkpoints where `save_every` is None.
 SAVE_SECONDS = 600.0
+# Stream of random numbers beside those of the sampler and the augmentation.
+_DROPOUT = 6
 # CLIP's own ceiling of the scale (Radford et al., 2021, section 2.5).
 MAX_SCALE = 100.0
 
@@ -64,7 +67,7 @@ class Trainer:
     Args:
         tower: the model, prepared (device, dtype, requires_grad).
         trained: what is trained.
-        reference: the original's features.
+        reference: the original's features, None where no loss uses them.
         settings: the run's config.
         precision: compute dtype, resolved.
         floor: cosine floor of the forgetting loss, None for none.
@@ -75,7 +78,7 @@ class Trainer:
         self,
         tower: TwoTower,
         trained: Trained,
-        reference: Reference,
+        reference: Reference | None,
         *,
         settings: UnlearnConfig,
         precision: str,
@@ -160,13 +163,14 @@ class Trainer:
                     if forgotten is not None and self.step % steps_per_epoch == 0:
                         self.forgotten = self._is_forgotten(forgotten)
                     done = done or self.forgotten
-                    if checkpoints and self._is_due(last_save, end=done or stop.signal is not None):
+                    end = done or stop.signal is not None
+                    if checkpoints and self._is_due(last_save, end=end):
                         checkpoints.save(self.checkpoint())
                         last_save = time.monotonic()
-                    if stop.signal is not None:
-                        self._stopped(stop.signal, checkpoints)
-                    if done:
+                    if end:
                         break
+                if stop.signal is not None:
+                    self._stopped(stop.signal, checkpoints)
         finally:
             if history_file:
                 history_file.close()
@@ -190,16 +194,19 @@ class Trainer:
     def _stopped(self, number: signal.Signals, checkpoints: CheckpointFolder | None) -> None:
         if number == signal.SIGINT:
             raise KeyboardInterrupt
-        saved = f"a checkpoint is in {checkpoints.folder}" if checkpoints else "nothing was saved"
-        raise PreemptedError(
-            f"stopped by {number.name} after step {self.step}; {saved}. Run it again to go on."
+        saved = (
+            f"A checkpoint is in {checkpoints.folder}: run it again to go on."
+            if checkpoints
+            else "Nothing was saved: give an output_dir, and running it again goes on from there."
         )
+        raise PreemptedError(f"stopped by {number.name} after step {self.step}. {saved}")
 
     def _take(self, batch: StepBatch) -> StepRecord:
         started = time.perf_counter()
         settings = self.settings
         # A step's randomness depends on its number only, so that a resumed run repeats it.
-        torch.manual_seed(settings.seed * 1_000_003 + batch.step)
+        stream = np.random.SeedSequence([settings.seed, _DROPOUT, batch.step])
+        torch.manual_seed(int(stream.generate_state(1, np.uint64)[0]))
         lr = lr_at(
             batch.step,
             lr=settings.lr,
@@ -209,11 +216,16 @@ class Trainer:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        buffers = buffers_in_train_mode(self.tower.module)
         loss, grad_norm = self._gradients(batch)
         self.step = batch.step + 1
-        applied = self.guard.passed(loss, grad_norm, step=self.step, ids=batch.ids)
-        if applied:
+        term = non_finite_term(loss, grad_norm)
+        if term is None:
             self.scaler.step(self.optimizer)
+        else:
+            # BatchNorm statistics have seen the step all the same, and would keep its NaN.
+            put_back(buffers)
+        self.guard.count(term, step=self.step, ids=batch.ids)
         if self.scaler.is_enabled() and self._unscaled:
             self.scaler.update()
         return StepRecord(
@@ -221,7 +233,7 @@ class Trainer:
             **{name: float(value) for name, value in loss._asdict().items()},
             lr=lr,
             grad_norm=grad_norm,
-            applied=applied,
+            applied=term is None,
             seconds=time.perf_counter() - started,
         )
 
@@ -229,10 +241,10 @@ class Trainer:
         """Loss of the batch, and the gradient norm left (clipped) in the parameters' `.grad`."""
         settings = self.settings
         device = self.tower.device
-        ref_image: Tensor | None = None
-        ref_text: Tensor | None = None
-        if settings.consistency_weight or settings.anchor_weight:
+        ref_image = ref_text = ref_scale = None
+        if self.reference is not None:
             ref_image, ref_text = self.reference.features(batch)
+            ref_scale = self.reference.scale
         labels = batch.labels.to(device)
 
         def loss_of(image: Tensor, text: Tensor) -> EraseLoss:
@@ -242,7 +254,7 @@ class Trainer:
                 self._scale(),
                 ref_image,
                 ref_text,
-                self.reference.scale,
+                ref_scale,
                 n_forget=batch.n_forget,
                 forget_weight=settings.forget_weight,
                 retain_weight=settings.retain_weight,

@@ -24,7 +24,9 @@ class Borrowed:
         self._half = [(t, t.dtype) for t in _floating(module) if t.dtype.itemsize < 4]
 
     def take(self, device: torch.device) -> None:
-        """Move to `device`, to fp32 and eval mode, with nothing requiring a gradient."""
+        """Move to `device`, to fp32 and eval mode, with no gradients and nothing requiring one."""
+        for parameter, _ in self._flags:
+            parameter.grad = None
         for tensor, _ in self._half:
             tensor.data = tensor.data.float()
         self._module.to(device)

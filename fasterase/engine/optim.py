@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from types import ModuleType
 
 import torch
 from torch import nn
 
 from fasterase.extras import require
+
+# Classes of bitsandbytes behind the names of the setting.
+EIGHT_BIT = {
+    "adamw8bit": "AdamW8bit",
+    "paged_adamw8bit": "PagedAdamW8bit",
+    "lion8bit": "Lion8bit",
+}
 
 
 def build_optimizer(
@@ -40,13 +48,12 @@ def build_optimizer(
         return torch.optim.AdamW(groups, lr=lr, betas=betas)
     if name == "adam":
         return torch.optim.Adam(groups, lr=lr, betas=betas)
-    bitsandbytes = require("bitsandbytes", "scale", f"optimizer={name!r}")
-    classes = {
-        "adamw8bit": "AdamW8bit",
-        "paged_adamw8bit": "PagedAdamW8bit",
-        "lion8bit": "Lion8bit",
-    }
-    return getattr(bitsandbytes.optim, classes[name])(groups, lr=lr, betas=betas)
+    return getattr(bitsandbytes_for(name).optim, EIGHT_BIT[name])(groups, lr=lr, betas=betas)
+
+
+def bitsandbytes_for(optimizer: str) -> ModuleType:
+    """The library behind the 8-bit optimisers, or `MissingExtraError`."""
+    return require("bitsandbytes", "scale", f"optimizer={optimizer!r}")
 
 
 def lr_at(step: int, *, lr: float, warmup_steps: int, total_steps: int, schedule: str) -> float:

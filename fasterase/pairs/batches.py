@@ -231,7 +231,8 @@ class _Rows(Dataset[Any]):
 
     def __getitem__(self, chunk: int) -> SweepBatch | InputError:
         try:
-            return self._batch(chunk)
+            with _seeded(0, chunk, needed=not self._source.stable):
+                return self._batch(chunk)
         except InputError as error:
             return error
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,54 +13,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fasterase.errors import FaseraseError
-from fasterase.models.two_tower import Tokens, TwoTower
 from fasterase.pairs.batches import StepBatch, sweep
 from fasterase.pairs.pair_source import PairSource, Subset
-from fasterase.pairs.prepare import Preparer
-from fasterase.pairs.skips import SkipLedger
 from fasterase.reference.store import FeatureStore
+from fasterase.reference.sweeper import ENCODED, Sweeper
 
-# Rows encoded at a time, and rows of a block on disk: 1024 rows of D=1024 are 4 MB. A block holds
-# whole batches, so that a sweep that was killed repeats the same batches, and with them the same
-# last bits, when it goes on.
-ENCODED = 64
+# Rows of a block on disk: 1024 rows of D=1024 are 4 MB. A block holds whole batches, so that a
+# sweep that was killed repeats the same batches, and with them the same last bits, when it goes on.
 BLOCK = 16 * ENCODED
-
-
-@dataclass(frozen=True)
-class Sweeper:
-    """How the original reads and encodes pairs.
-
-    Attributes:
-        tower: the original, in eval mode.
-        prepare: records to pixels and tokens.
-        ledger: counts unreadable pairs.
-        autocast: makes the context of a tower's forward.
-        num_workers: processes that decode.
-        progress: whether to show a bar.
-    """
-
-    tower: TwoTower
-    prepare: Preparer
-    ledger: SkipLedger
-    autocast: Callable[[], AbstractContextManager[object]]
-    num_workers: int
-    progress: bool
-
-    @torch.no_grad()
-    def image(self, pixels: Tensor) -> np.ndarray:
-        with self.autocast():
-            features = self.tower.encode_image(pixels.to(self.tower.device))
-        return features.float().cpu().numpy()
-
-    @torch.no_grad()
-    def text(self, tokens: Tokens) -> np.ndarray:
-        parts = []
-        for start in range(0, len(tokens.ids), 4 * ENCODED):
-            part = tokens.index(slice(start, start + 4 * ENCODED)).to(self.tower.device)
-            with self.autocast():
-                parts.append(self.tower.encode_text(part).float().cpu().numpy())
-        return np.concatenate(parts)
 
 
 class FeatureCache:
@@ -82,6 +41,10 @@ class FeatureCache:
         self._width = width
         self._images: dict[str, FeatureStore] = {}
         self.captions = FeatureStore(self._folder / "captions", width)
+        if self.captions.damaged:
+            # Images are not swept again while they are there, and with them their captions.
+            shutil.rmtree(self._folder)
+            self.captions = FeatureStore(self._folder / "captions", width)
 
     def images(self, source: PairSource) -> FeatureStore:
         """The store of the source's images, whose keys `image_keys` gives."""
@@ -110,7 +73,6 @@ class FeatureCache:
             for part in _parts(rows, there):
                 self._sweep(source, part, store, sweeper, bar)
         store.refresh()
-        self.captions.refresh()
         sweeper.ledger.warn()
 
     def _sweep(
@@ -147,6 +109,7 @@ class FeatureCache:
         # Captions first: an image whose captions are missing would never be swept again.
         captions.flush()
         images.flush()
+        self.captions.refresh()
 
 
 class _Block:
@@ -188,24 +151,24 @@ class CachedReference:
         scale: Tensor,
         with_forget: bool,
     ) -> None:
-        self._cache = cache
-        self._forget = forget
-        self._retain = retain
-        self._with_forget = with_forget
+        # Looked up here, since it goes through the manifest of the whole set.
+        self._forget = (forget, cache.images(forget)) if with_forget else None
+        self._retain = (retain, cache.images(retain))
+        self._captions = cache.captions
         self.scale = scale
 
     def features(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
         n = batch.n_forget
-        parts = [(self._retain, batch.retain_rows, slice(n, None))]
-        if self._with_forget:
-            parts.append((self._forget, batch.forget_rows, slice(0, n)))
-        width = self._cache.captions.width
+        parts = [(*self._retain, batch.retain_rows, slice(n, None))]
+        if self._forget is not None:
+            parts.append((*self._forget, batch.forget_rows, slice(0, n)))
+        width = self._captions.width
         image = np.zeros((len(batch.ids), width), np.float32)
         text = np.zeros((len(batch.ids), width), np.float32)
-        for source, rows, where in parts:
+        for source, images, rows, where in parts:
             try:
-                image[where] = self._cache.images(source).get(image_keys(source, rows))
-                text[where] = self._cache.captions.get(caption_keys(batch.keys[where]))
+                image[where] = images.get(image_keys(source, rows))
+                text[where] = self._captions.get(caption_keys(batch.keys[where]))
             except KeyError as error:
                 raise FaseraseError(
                     f"step {batch.step + 1}: a {source.name} pair or its caption has no reference "

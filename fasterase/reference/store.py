@@ -23,6 +23,9 @@ class FeatureStore:
     Args:
         folder: where the blocks live; made if missing.
         width: D0, numbers in a feature.
+
+    Attributes:
+        damaged: a block was not as it had been written when the store was opened, and was removed.
     """
 
     def __init__(self, folder: Path, width: int) -> None:
@@ -30,10 +33,13 @@ class FeatureStore:
         self.width = width
         self._dtype = np.dtype([("key", "<i8"), ("feature", "<f4", (width,))])
         self._blocks: list[np.ndarray] = []
+        self.damaged = False
         folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(folder.glob("*.npy")):
             block = self._open(path)
-            if block is not None:
+            if block is None:
+                self.damaged = True
+            else:
                 self._blocks.append(block)
         self._index()
 

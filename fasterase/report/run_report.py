@@ -38,6 +38,13 @@ def _changes(config: UnlearnConfig, base: UnlearnConfig) -> dict[str, Any]:
     }
 
 
+def settings_yaml(config: UnlearnConfig) -> str:
+    """All fields, as `UnlearnConfig.from_yaml` reads them."""
+    import yaml
+
+    return yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
+
+
 def run_report(
     path: Path,
     *,
@@ -72,8 +79,7 @@ def run_report(
     if evaluation is not None:
         lines += ["## Evaluation", "", "```", evaluation, "```", ""]
     lines += ["## Settings", "", "```yaml"]
-    lines += [f"{name}: {value}" for name, value in config.to_dict().items()]
-    lines += ["```", ""]
+    lines += [settings_yaml(config) + "```", ""]
     if skipped:
         lines += ["## Skipped pairs", ""] + [f"- {id}: {reason}" for id, reason in skipped] + [""]
     write_text(path, "\n".join(lines))

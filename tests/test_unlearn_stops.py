@@ -1,0 +1,279 @@
+"""Runs that end early: non-finite steps, signals, callbacks, and errors before the first step."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+import torch
+
+import fasterase
+from fasterase.errors import InputError, NonFiniteError, PreemptedError
+from tests.tiny_tower import TinyTower, pairs, same_weights
+
+FORGET, RETAIN = pairs(6, seed=1), pairs(20, seed=2)
+QUIET = {"progress": False, "evaluation": None}
+
+
+@pytest.fixture(autouse=True)
+def _not_forgotten_is_no_news(recwarn):
+    """Short runs warn that they have not forgotten."""
+
+
+def run(tower, *, forget=FORGET, retain=RETAIN, callback=None, **config):
+    settings = {"lr": 1e-3, "batch_size": 8, "forget_batch_size": 4, "max_steps": 5}
+    return fasterase.unlearn(
+        tower, forget, retain, callback=callback, **{**settings, **QUIET, **config}
+    )
+
+
+def break_from(tower, step: int, *, steps: int | None = None, side: str = "image"):
+    """Features turn NaN in training step `step` and the `steps` after it."""
+    plain = getattr(tower, f"encode_{side}")
+    seen = [0]
+
+    def encode(batch):
+        features = plain(batch)
+        if features.requires_grad:
+            seen[0] += 1
+            if seen[0] >= step and (steps is None or seen[0] < step + steps):
+                return features * float("nan")
+        return features
+
+    setattr(tower, f"encode_{side}", encode)
+
+
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_a_lasting_nan_stops_with_the_last_good_weights(side):
+    tower = TinyTower()
+    break_from(tower, 3, side=side)
+    good = []
+    with pytest.raises(NonFiniteError, match="not finite at step 5") as caught:
+        run(
+            tower,
+            max_steps=50,
+            callback=lambda record: good.append((record, tower.weights())),
+        )
+    assert caught.value.term == "forget"
+    assert caught.value.step == 5
+    assert set(caught.value.pair_ids) <= {
+        *(f"forget[{i}]" for i in range(6)),
+        *(f"retain[{i}]" for i in range(20)),
+    }
+    assert len(caught.value.pair_ids) == 8 + 3
+    assert [record.applied for record, _ in good] == [True, True, False, False]
+    assert same_weights(tower.weights(), good[1][1])
+    assert all(
+        not parameter.requires_grad or parameter.grad is None
+        for parameter in tower.module.parameters()
+    )
+
+
+def test_one_nan_batch_is_left_out_and_the_run_goes_on():
+    tower = TinyTower()
+    break_from(tower, 2, steps=2)
+    seen = []
+    result = run(tower, callback=lambda _: seen.append(tower.weights()))
+    assert [record.applied for record in result.history] == [True, False, False, True, True]
+    assert same_weights(seen[0], seen[2])
+    assert not same_weights(seen[2], seen[3])
+    assert all(torch.isfinite(tensor).all() for tensor in tower.weights().values())
+
+
+def test_a_nan_gradient_of_a_finite_loss_is_not_applied():
+    tower = TinyTower()
+    weight = tower.module.text_projection.weight
+    before = tower.weights()
+    handle = []
+
+    def poison(record):
+        if not handle:
+            handle.append(weight.register_hook(lambda grad: grad * float("inf")))
+
+    with pytest.raises(NonFiniteError) as caught:
+        run(tower, max_steps=9, callback=poison)
+    assert (caught.value.term, caught.value.step) == ("gradient", 4)
+    assert not same_weights(tower.weights(), before)
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 3])
+def test_a_nan_step_does_not_reach_batch_norm_statistics(micro_batch_size):
+    tower = TinyTower(batch_norm=True)
+    statistics = tower.module.image[2]
+    layer = tower.module.image[1]
+    broken = [0]
+
+    def hook(module, inputs, output):
+        if tower.module.training and broken[0] == 1:
+            return output * float("nan")
+        return output
+
+    layer.register_forward_hook(hook)
+
+    def count(record):
+        broken[0] = 1 if record.step == 2 else 0
+
+    result = run(tower, callback=count, train_mode=True, micro_batch_size=micro_batch_size)
+    assert [record.applied for record in result.history] == [True, True, False, True, True]
+    assert statistics.running_mean.isfinite().all()
+    assert statistics.running_var.isfinite().all()
+
+
+def test_sigterm_stops_after_the_step_with_a_checkpoint(tmp_path):
+    tower = TinyTower()
+
+    def terminate(record):
+        if record.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with pytest.raises(PreemptedError, match=r"SIGTERM after step 2\. A checkpoint is in"):
+        run(tower, callback=terminate, output_dir=tmp_path)
+    assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step-000000002"]
+    again = TinyTower()
+    result = run(again, output_dir=tmp_path)
+    whole = TinyTower()
+    run(whole)
+    assert [record.step for record in result.history] == [1, 2, 3, 4, 5]
+    assert same_weights(again.weights(), whole.weights())
+
+
+def test_sigterm_without_output_dir_says_that_nothing_was_saved():
+    with pytest.raises(PreemptedError, match="Nothing was saved: give an output_dir"):
+        run(TinyTower(), callback=lambda _: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def test_sigterm_in_the_last_step_is_not_lost():
+    with pytest.raises(PreemptedError, match="after step 1"):
+        run(TinyTower(), callback=lambda _: os.kill(os.getpid(), signal.SIGTERM), max_steps=1)
+
+
+@pytest.mark.parametrize("saving", [False, True])
+def test_ctrl_c_finishes_the_step(tmp_path, saving):
+    tower = TinyTower()
+    seen = []
+
+    def interrupt(record):
+        seen.append(tower.weights())
+        if record.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    output = {"output_dir": tmp_path} if saving else {}
+    with pytest.raises(KeyboardInterrupt):
+        run(tower, callback=interrupt, **output)
+    assert same_weights(tower.weights(), seen[1])
+    assert all(parameter.requires_grad for parameter in tower.module.parameters())
+    assert (tmp_path / "checkpoints" / "step-000000002").is_dir() == saving
+
+
+def test_ctrl_c_in_the_sweep_leaves_the_model_as_it_was():
+    tower = TinyTower()
+    before = tower.weights()
+    plain = tower.encode_text
+
+    def encode(tokens):
+        os.kill(os.getpid(), signal.SIGINT)
+        return plain(tokens)
+
+    tower.encode_text = encode  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        run(tower)
+    assert same_weights(tower.weights(), before)
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step():
+    tower = TinyTower()
+    plain = tower.encode_text
+
+    def encode(tokens):
+        features = plain(tokens)
+        if features.requires_grad:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return features
+
+    tower.encode_text = encode  # type: ignore[method-assign]
+    history = []
+    with pytest.raises(KeyboardInterrupt):
+        run(tower, callback=history.append)
+    assert not history
+
+
+def test_runs_in_a_thread_which_may_set_no_handlers():
+    results = []
+    thread = threading.Thread(target=lambda: results.append(run(TinyTower(), max_steps=2)))
+    thread.start()
+    thread.join()
+    assert len(results[0].history) == 2
+
+
+def test_callback_true_ends_the_run_and_anything_else_does_not(tmp_path):
+    result = run(TinyTower(), callback=lambda record: record.step == 3, output_dir=tmp_path)
+    assert len(result.history) == 3
+    assert (tmp_path / "checkpoints" / "step-000000003").is_dir()
+    assert (tmp_path / "model").is_dir()
+    assert len(run(TinyTower(), callback=lambda record: record).history) == 5
+
+
+def test_an_error_of_the_callback_comes_through():
+    tower = TinyTower()
+
+    def fail(record):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(tower, callback=fail)
+    assert all(parameter.requires_grad for parameter in tower.module.parameters())
+
+
+def test_stops_when_forgotten_and_stays_stopped(tmp_path):
+    config = {"stop_when_forgotten": True, "lr": 0.01, "max_steps": 400, "output_dir": tmp_path}
+    tower = TinyTower()
+    result = run(tower, **config)
+    steps = len(result.history)
+    assert result.forgotten
+    assert 2 <= steps < 400
+    assert steps % 2 == 0, "checked once a pass over the six forget pairs, two steps"
+    again = TinyTower()
+    repeated = run(again, **config)
+    assert repeated.forgotten
+    assert len(repeated.history) == steps
+    assert same_weights(again.weights(), tower.weights())
+
+
+def test_not_forgotten_is_a_warning_that_says_what_to_change():
+    with pytest.warns(UserWarning, match="not forgotten: .*max_steps or epochs.*raise lr"):
+        result = run(TinyTower(), lr=1e-7)
+    assert not result.forgotten
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_an_error_before_the_first_step_leaves_everything_as_it_was(dtype):
+    tower = TinyTower(dropout=0.1, batch_norm=True)
+    module = tower.module.to(dtype)
+    module.train()
+    module.image[2].eval()
+    module.embedding.weight.requires_grad_(False)
+    before = tower.weights()
+    modes = [part.training for part in module.modules()]
+    flags = [parameter.requires_grad for parameter in module.parameters()]
+    broken = [*RETAIN[:10], (torch.zeros(3, 5, 5), RETAIN[0][1])]
+    with pytest.raises(InputError, match=r"retain\[10\]"):
+        run(tower, retain=broken)
+    assert same_weights(tower.weights(), before)
+    assert modes == [part.training for part in module.modules()]
+    assert flags == [parameter.requires_grad for parameter in module.parameters()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_models_are_trained_in_fp32_and_rounded_once(dtype):
+    half, full = TinyTower(), TinyTower()
+    half.module.to(dtype)
+    full.module.load_state_dict({k: v.float() for k, v in half.weights().items()})
+    run(half)
+    run(full)
+    rounded = {name: tensor.to(dtype) for name, tensor in full.weights().items()}
+    assert same_weights(half.weights(), rounded)
