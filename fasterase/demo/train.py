@@ -331,13 +331,15 @@ def save(model: nn.Module, tokenizer: Any, output: Path) -> None:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.save(str(output / "tokenizer.json"))
-    # Written by hand: transformers 5 would name a class that transformers 4 does not know.
+    # Written by hand: transformers 5 would name a class that transformers 4 does not know, and
+    # transformers 4 takes add_prefix_space from here, over what tokenizer.json says.
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": CONTEXT_LENGTH,
         "bos_token": "<start>",
         "eos_token": "<end>",
         "pad_token": "<pad>",
+        "add_prefix_space": True,
         "clean_up_tokenization_spaces": False,
     }
     preprocess = {
