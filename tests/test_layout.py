@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -138,6 +141,51 @@ def _folder(package: str, renamed: dict[str, str]) -> Path:
 
 def _is_data(path: Path) -> bool:
     return path.is_file() and path.suffix not in (".py", ".pyc") and not path.name.startswith(".")
+
+
+def test_sdist_gives_a_wheel_that_imports_without_the_checkout(tmp_path):
+    tree = tmp_path / "tree"
+    for name in ("fasterase", "kernels", "csrc"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        shutil.copytree(ROOT / name, tree / name, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree / name)
+    expected = {
+        _installed(path.relative_to(tree)) for path in tree.glob("*/**/*") if path.is_file()
+    }
+    _python("import setuptools.build_meta as b; b.build_sdist('..')", cwd=tree)
+    (sdist,) = tmp_path.glob("fasterase-*.tar.gz")
+    shutil.unpack_archive(sdist, tmp_path)
+    unpacked = tmp_path / sdist.name.removesuffix(".tar.gz")
+    _python("import setuptools.build_meta as b; b.build_wheel('..')", cwd=unpacked)
+    (wheel,) = tmp_path.glob("fasterase-*.whl")
+    installed = tmp_path / "installed"
+    shutil.unpack_archive(wheel, installed, format="zip")
+
+    found = {path.relative_to(installed) for path in installed.rglob("*") if path.is_file()}
+    assert expected <= found
+    assert {path.name for path in found if "licenses" in path.parts} >= {"LICENSE"}
+    printed = _python(
+        "import fasterase, fasterase.kernels, importlib.resources as r\n"
+        "print(len(fasterase.__path__), (r.files('fasterase.csrc') / 'README.md').is_file())\n"
+        "print(fasterase.UnlearnConfig().lr, fasterase.__file__)",
+        cwd=tmp_path,
+        path=installed,
+    )
+    assert printed.split() == ["1", "True", "1e-05", str(installed / "fasterase" / "__init__.py")]
+
+
+def _installed(path: Path) -> Path:
+    return path if path.parts[0] == "fasterase" else "fasterase" / path
+
+
+def _python(code: str, *, cwd: Path, path: Path | None = None) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(path or "")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_licences_are_declared():

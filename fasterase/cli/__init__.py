@@ -6,6 +6,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from fasterase.cli import commands
 from fasterase.cli.parser import parse
@@ -44,7 +45,7 @@ def _run(argv: Sequence[str]) -> None:
         commands.demo(parsed.values)
 
 
-def _show_warning(message: Warning | str, *_: object) -> None:
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 

@@ -99,7 +99,7 @@ class DemoFlags:
             expression on the names.
         model: erase from this model instead of the one that ships with the package, named as in
             `fasterase unlearn`.
-        recipe: `fasterase`, or `cliperase` for the paper's settings.
+        recipe: `fasterase`, or `cliperase` for the paper's; the other one is shown beside it.
         output_dir: folder for the erased model, history, plot and picture sheet.
     """
 
