@@ -13,12 +13,14 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import fasterase
 from fasterase.cli import main
 from fasterase.cli.flags import flags_of
 from fasterase.cli.parser import COMMANDS, parse
 from fasterase.config import UnlearnConfig, field_names
+from tests import small_models
 
 REQUIRED = ["--model", "m", "--forget", "f.csv", "--retain", "r.csv", "--output_dir", "out"]
 
@@ -345,3 +347,32 @@ def test_help(command, capsys):
     for flag in flags_of(command) if command else []:
         assert f"--{flag.name}" in shown
     assert "%%" not in shown
+
+
+def test_unlearn_and_evaluate_on_a_saved_model(tmp_path, capsys):
+    from fasterase.models.load import load_tower
+
+    model = small_models.open_clip_vit()
+    load_tower(model, tokenizer=small_models.simple_tokenizer()).save(tmp_path / "original")
+    for name, colours in {"forget": ["red", "pink"], "retain": ["blue", "green", "black"]}.items():
+        for colour in colours:
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.new("RGB", (40, 32), colour).save(tmp_path / name / f"{colour}.png")
+            (tmp_path / name / f"{colour}.txt").write_text(f"a {colour} square")
+    pairs = ["--forget", str(tmp_path / "forget"), "--retain", str(tmp_path / "retain")]
+    folder = tmp_path / "out"
+    flags = ["--output_dir", str(folder), "--max_steps", "2", "--progress", "false"]
+    assert main(["unlearn", "--model", str(tmp_path / "original"), *pairs, *flags]) == 0
+    assert str(folder) in capsys.readouterr().out
+    assert len((folder / "history.jsonl").read_text().splitlines()) == 2
+    assert (folder / "evaluation.json").is_file()
+
+    report = tmp_path / "report.json"
+    flags = ["--original", str(tmp_path / "original"), "--sets", f"near={tmp_path / 'forget'}"]
+    flags += ["--output", str(report)]
+    assert main(["evaluate", "--model", str(folder / "model"), *pairs, *flags]) == 0
+    assert set(json.loads(report.read_text())["scores"]) == {"forget", "retain", "near"}
+
+    missing = ["--forget", "missing.csv", "--retain", str(tmp_path / "retain")]
+    assert main(["unlearn", "--model", str(folder / "model"), *missing, "--output_dir", "o"]) == 2
+    assert "missing.csv" in capsys.readouterr().err

@@ -31,7 +31,6 @@ def unlearn(values: dict[str, Any], *, print_config: bool) -> None:
         holdout=flags.holdout,
         image_key=flags.image_key,
         text_key=flags.text_key,
-        model_name=flags.model_name,
     )
     if result.evaluation is not None:
         print(result.evaluation.table())

@@ -21,13 +21,13 @@ class UnlearnFlags:
     Args:
         model: the model to change: open_clip name/tag (`ViT-B-32/laion2b_s34b_b79k`),
             `hf-hub:org/name` (open_clip), `hf:org/name` (transformers), or a folder.
-        forget: pairs to forget: a CSV, TSV or JSONL file, a folder of images with captions, a
-            class-per-folder directory, or a WebDataset pattern (`shards/{000..099}.tar`).
+        forget: pairs to forget: a CSV, TSV or JSONL file (columns `filepath` and `title`), a folder
+            of `x.jpg` + `x.txt`, a class-per-folder directory, or a WebDataset pattern
+            (`shards/{000..099}.tar`).
         retain: pairs whose association must stay, in any of the same forms.
         holdout: pairs that are only measured, before and after.
-        image_key: column or key of the image (default: `filepath`).
-        text_key: column or key of the caption (default: `title`).
-        model_name: open_clip architecture, where the folder does not tell.
+        image_key: column or tar ending of the image, where it is not the usual one.
+        text_key: column or tar ending of the caption, where it is not the usual one.
         recipe: the defaults to start from: `fasterase`, or `cliperase` for the paper's. A flag or
             YAML key that is given wins over the recipe.
     """
@@ -38,7 +38,6 @@ class UnlearnFlags:
     holdout: str | None = None
     image_key: str | None = None
     text_key: str | None = None
-    model_name: str | None = None
     recipe: Literal["fasterase", "cliperase"] = "fasterase"
 
 
@@ -54,8 +53,8 @@ class EvaluateFlags:
         retain: the pairs whose association was to stay.
         holdout: pairs that no run has seen.
         sets: further pair sets, each as NAME=PATH (in YAML also a mapping).
-        image_key: column or key of the image (default: `filepath`).
-        text_key: column or key of the caption (default: `title`).
+        image_key: column or tar ending of the image, where it is not the usual one.
+        text_key: column or tar ending of the caption, where it is not the usual one.
 
     > Comparison
 
