@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +21,7 @@ from PIL import Image
 import fasterase
 from fasterase.cli import main
 from fasterase.cli.flags import flags_of
-from fasterase.cli.parser import COMMANDS, parse
+from fasterase.cli.parser import COMMANDS, EXAMPLES, parse
 from fasterase.config import UnlearnConfig, field_names
 from tests import small_models
 
@@ -347,6 +350,23 @@ def test_help(command, capsys):
     for flag in flags_of(command) if command else []:
         assert f"--{flag.name}" in shown
     assert "%%" not in shown
+
+
+def _examples() -> list[str]:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```sh\n(.*?)```", readme, flags=re.DOTALL)
+    text = "\n".join([*blocks, *EXAMPLES.values()]).replace("\\\n", " ")
+    lines = [line.strip().partition(" > ")[0] for line in text.splitlines()]
+    return [line for line in lines if line.startswith("fasterase ")]
+
+
+def test_every_example_parses(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "erase.yaml").write_text("lr: 1e-6\n")
+    examples = _examples()
+    assert len(examples) >= 8
+    for example in examples:
+        assert parse(shlex.split(example)[1:]).command in COMMANDS
 
 
 def test_unlearn_and_evaluate_on_a_saved_model(tmp_path, capsys):

@@ -28,7 +28,7 @@ _USAGE = {
     "demo": "[--forget food-fruit] [--model M] [--output_dir D] [options]",
 }
 
-_EXAMPLES = {
+EXAMPLES = {
     "unlearn": """\
 examples:
   fasterase unlearn --model ViT-B-32/laion2b_s34b_b79k --forget forget.csv \\
@@ -110,7 +110,7 @@ def _command_parser(command: str, purpose: str) -> ArgumentParser:
     parser = _new_parser(
         usage=f"fasterase {command} {_USAGE[command]}",
         description=f"{purpose[0].upper()}{purpose[1:]}.",
-        epilog=_EXAMPLES[command],
+        epilog=EXAMPLES[command],
     )
     _add_debug(parser)
     parser.add_argument("--config", action="config", help="YAML file whose keys are flags below")
