@@ -81,8 +81,8 @@ def erase(
         identity = {
             **settings.to_dict(),
             "model weights": fingerprint,
-            "forget pairs": forget.manifest(),
-            "retain pairs": retain.manifest(),
+            "forget pairs": _identity(forget),
+            "retain pairs": _identity(retain),
         }
         checkpoints = CheckpointFolder(output_dir / "checkpoints", identity)
         # Before the sweep: a checkpoint of another run is refused at once.
@@ -155,3 +155,8 @@ def erase(
             )
     state.round_to_own_dtype()
     return Outcome(history, floor, excess())
+
+
+def _identity(source: PairSource) -> str:
+    """What tells a set from others; of one that differs at every read only the size is lasting."""
+    return source.manifest() if source.stable else f"{len(source)} pairs, changing"

@@ -1,0 +1,209 @@
+"""A run that was killed goes on and ends with the very weights of one that was not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import fasterase
+from fasterase.errors import ResumeError
+from tests.tiny_run import CONFIG, in_process, run
+from tests.tiny_tower import TinyTower, pairs, same_weights
+
+EVERYTHING = {
+    "train_mode": True,
+    "train_logit_scale": True,
+    "micro_batch_size": 3,
+    "warmup_steps": 2,
+    "schedule": "cosine",
+    "weight_decay": 0.1,
+    "negatives": "joint",
+}
+
+
+def steps(folder):
+    lines = (folder / "history.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return in_process(tmp_path_factory.mktemp("whole") / "run")
+
+
+@pytest.mark.parametrize(
+    "die_at",
+    [
+        ("sweep block", 2),
+        ("optimiser step", 1),
+        ("optimiser step", 4),
+        ("history line", 3),
+        ("checkpoint optimiser", 2),
+        ("checkpoint removal", 4),
+    ],
+    ids=lambda moment: f"{moment[0]} {moment[1]}",
+)
+def test_killed_once_and_run_again(tmp_path, whole, die_at):
+    folder = tmp_path / "run"
+    in_process(folder, die_at=die_at)
+    assert same_weights(in_process(folder), whole)
+    assert steps(folder) == [1, 2, 3, 4, 5, 6]
+    assert sorted(f.name for f in (folder / "checkpoints").iterdir()) == [
+        "step-000000004",
+        "step-000000006",
+    ]
+
+
+def test_killed_at_every_kind_of_moment_with_everything_on(tmp_path):
+    tower = {"dropout": 0.3, "batch_norm": True}
+    options = {"config": EVERYTHING, "tower": tower, "n_retain": 1100}
+    expected = in_process(tmp_path / "whole", **options)
+    folder = tmp_path / "run"
+    moments = [
+        ("sweep block", 3),
+        ("optimiser step", 3),
+        ("checkpoint optimiser", 1),
+        ("optimiser step", 4),
+    ]
+    for die_at in moments:
+        in_process(folder, die_at=die_at, **options)
+    options["config"] = {**EVERYTHING, "num_workers": 2}
+    assert same_weights(in_process(folder, **options), expected)
+    assert steps(folder) == [1, 2, 3, 4, 5, 6]
+
+
+def go(folder, *, tower=None, forget=None, retain=None, **config):
+    tower = tower or TinyTower()
+    settings = {**CONFIG, "progress": False, "evaluation": None, "output_dir": folder, **config}
+    forget, retain = forget or pairs(6, seed=1), retain or pairs(20, seed=2)
+    return fasterase.unlearn(tower, forget, retain, **settings)
+
+
+@pytest.fixture
+def stopped(tmp_path):
+    """A folder with a run that was stopped after three of its six steps."""
+    go(tmp_path, callback=lambda record: record.step == 3)
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore:not forgotten")
+class TestResume:
+    @pytest.mark.parametrize(
+        ("change", "named"),
+        [
+            ({"lr": 2e-3}, "lr was 0.001, now 0.002"),
+            ({"seed": 1}, "seed was 0, now 1"),
+            ({"max_steps": 7}, "max_steps was 6, now 7"),
+            ({"betas": (0.9, 0.99)}, "betas was"),
+            ({"tower": TinyTower(seed=5)}, "model weights was"),
+            ({"retain": pairs(21, seed=2)}, "retain pairs was"),
+            ({"forget": pairs(6, seed=4)}, "forget pairs was"),
+        ],
+        ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    )
+    def test_another_run_is_refused_by_name(self, stopped, change, named):
+        tower = change.get("tower") or TinyTower()
+        before = tower.weights()
+        config = (stopped / "config.yaml").read_text()
+        with pytest.raises(ResumeError, match=named) as caught:
+            go(stopped, **{**change, "tower": tower})
+        assert "resume='never'" in str(caught.value)
+        assert same_weights(tower.weights(), before)
+        assert (stopped / "config.yaml").read_text() == config
+        assert steps(stopped) == [1, 2, 3]
+
+    def test_what_changes_no_weight_may_change(self, stopped):
+        result = go(stopped, num_workers=1, save_every=5, max_skipped=0.5)
+        assert [record.step for record in result.history] == [1, 2, 3, 4, 5, 6]
+
+    def test_never_starts_anew(self, stopped):
+        tower, fresh = TinyTower(), TinyTower()
+        result = go(stopped, tower=tower, resume="never", lr=2e-3, max_steps=2)
+        assert [record.step for record in result.history] == [1, 2]
+        assert steps(stopped) == [1, 2]
+        go(stopped / "other", tower=fresh, lr=2e-3, max_steps=2)
+        assert same_weights(tower.weights(), fresh.weights())
+        assert [f.name for f in (stopped / "checkpoints").iterdir()] == ["step-000000002"]
+
+    def test_must_needs_a_checkpoint(self, tmp_path, stopped):
+        with pytest.raises(ResumeError, match="holds no checkpoint"):
+            go(tmp_path / "empty", resume="must")
+        with pytest.raises(ResumeError, match="without output_dir"):
+            go(None, resume="must")
+        assert len(go(stopped, resume="must").history) == 6
+
+    def test_a_finished_run_does_nothing_more(self, tmp_path):
+        first, second = TinyTower(), TinyTower()
+        go(tmp_path, tower=first)
+        seen = []
+        result = go(tmp_path, tower=second, callback=seen.append)
+        assert not seen
+        assert same_weights(first.weights(), second.weights())
+        assert [record.step for record in result.history] == [1, 2, 3, 4, 5, 6]
+
+    def test_a_damaged_checkpoint_gives_way_to_the_one_before(self, stopped):
+        whole, again = TinyTower(), TinyTower()
+        go(stopped / "whole", tower=whole)
+        newest = stopped / "checkpoints" / "step-000000003"
+        (newest / "weights.safetensors").write_bytes(b"cut off")
+        result = go(stopped, tower=again)
+        assert same_weights(again.weights(), whole.weights())
+        assert [record.step for record in result.history] == [1, 2, 3, 4, 5, 6]
+
+    def test_no_readable_checkpoint_is_an_error(self, stopped):
+        for folder in (stopped / "checkpoints").iterdir():
+            (folder / "state.json").unlink()
+        with pytest.raises(ResumeError, match="none of the checkpoints .* can be read"):
+            go(stopped)
+
+    def test_a_history_line_cut_off_by_a_kill_is_written_again(self, stopped):
+        with (stopped / "history.jsonl").open("a") as file:
+            file.write('{"step": 4, "tot')
+        go(stopped)
+        assert steps(stopped) == [1, 2, 3, 4, 5, 6]
+
+    def test_fp16_loss_scale_and_counts_go_on(self, stopped):
+        folder = stopped / "fp16"
+        config = {"precision": "fp16", "max_steps": 5, "save_every": 1}
+        go(folder, callback=lambda record: record.step == 3, **config)
+        whole, again = TinyTower(), TinyTower()
+        go(folder, tower=again, **config)
+        go(stopped / "whole", tower=whole, **config)
+        assert same_weights(again.weights(), whole.weights())
+
+    def test_random_data_is_repeated_too(self, tmp_path):
+        class Noisy(torch.utils.data.Dataset):
+            def __init__(self, seed):
+                self.items = pairs(10, seed=seed)
+
+            def __len__(self):
+                return 10
+
+            def __getitem__(self, index):
+                pixels, ids = self.items[index]
+                return pixels + 0.1 * torch.randn_like(pixels), ids.roll(int(torch.randint(5, ())))
+
+        def noisy(folder, tower, **options):
+            with pytest.warns(UserWarning, match="runs beside the trained one in every step"):
+                go(folder, tower=tower, forget=Noisy(1), retain=Noisy(2), **options)
+
+        whole, again = TinyTower(), TinyTower()
+        noisy(tmp_path / "whole", whole)
+        noisy(tmp_path / "run", TinyTower(), callback=lambda record: record.step == 3)
+        torch.manual_seed(77)
+        noisy(tmp_path / "run", again)
+        assert same_weights(again.weights(), whole.weights())
+        assert not (tmp_path / "run" / "reference").exists()
+
+
+def test_last_two_checkpoints_are_kept(tmp_path):
+    run(tmp_path, config={"save_every": 1}, tower={}, n_retain=20)
+    names = sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-000000005", "step-000000006"]
+    shutil.rmtree(tmp_path / "checkpoints" / names[-1])
+    erased = run(tmp_path, config={"save_every": 1}, tower={}, n_retain=20)
+    assert (tmp_path / "checkpoints" / names[-1]).is_dir()
+    assert erased.module is not None

@@ -1,0 +1,94 @@
+"""Runs of the tiny tower in processes of their own, which may be killed at a chosen moment."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo  # The first optimiser step would import it, in every process anew.
+
+import fasterase
+import fasterase.api
+import fasterase.engine.checkpoint
+import fasterase.engine.history
+import fasterase.reference.store
+from tests.tiny_tower import TinyTower, pairs
+
+# Processes come out of a server without torch's threads, which do not survive a fork.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.tiny_run"])
+
+CONFIG = {"lr": 1e-3, "batch_size": 8, "forget_batch_size": 4, "max_steps": 6, "save_every": 2}
+
+
+def run(folder: Path, *, config: dict[str, Any], tower: dict[str, Any], n_retain: int) -> TinyTower:
+    """One run with its files in `folder`; returns the erased tower."""
+    erased = TinyTower(**tower)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "not forgotten")
+        fasterase.unlearn(
+            erased,
+            pairs(6, seed=1),
+            pairs(n_retain, seed=2),
+            progress=False,
+            evaluation=None,
+            output_dir=folder,
+            **{**CONFIG, **config},
+        )
+    return erased
+
+
+def _die_at(place: str, number: int) -> None:
+    """Make the `number`-th passage through `place` the last thing that this process does."""
+    owner, name = {
+        "optimiser step": (torch.optim.AdamW, "step"),
+        "sweep block": (fasterase.reference.store.FeatureStore, "put"),
+        "checkpoint optimiser": (torch, "save"),
+        "checkpoint rename": (os, "replace"),
+        "checkpoint removal": (shutil, "rmtree"),
+        "history line": (fasterase.engine.history.HistoryFile, "append"),
+    }[place]
+    plain = getattr(owner, name)
+    passed = [0]
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        passed[0] += 1
+        if passed[0] == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(*args, **kwargs)
+
+    setattr(owner, name, dying)
+
+
+def _child(folder: Path, weights: Path, die_at: tuple[str, int] | None, **options: Any) -> None:
+    torch.set_num_threads(1)
+    if die_at is not None:
+        _die_at(*die_at)
+    torch.save(run(folder, **options).weights(), weights)
+
+
+def in_process(
+    folder: Path,
+    *,
+    die_at: tuple[str, int] | None = None,
+    config: dict[str, Any] | None = None,
+    tower: dict[str, Any] | None = None,
+    n_retain: int = 20,
+) -> dict[str, torch.Tensor]:
+    """Weights after a run in a new process; a run that is to die must have died."""
+    weights = folder.with_suffix(".pt")
+    process = _CONTEXT.Process(
+        target=_child,
+        args=(folder, weights, die_at),
+        kwargs={"config": config or {}, "tower": tower or {}, "n_retain": n_retain},
+    )
+    process.start()
+    process.join(120)
+    assert process.exitcode == (0 if die_at is None else -signal.SIGKILL), process.exitcode
+    return {} if die_at is not None else torch.load(weights, weights_only=True)
