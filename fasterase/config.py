@@ -16,7 +16,7 @@ from fasterase.field_types import coerced
 
 @dataclass(frozen=True)
 class UnlearnConfig:
-    """Settings of `fasterase.unlearn`. The defaults are fasterase's recipe, `cliperase()` the paper's.
+    """Settings of `fasterase.unlearn`. Defaults are fasterase's recipe, `cliperase()` the paper's.
 
     > Objective
 

@@ -1,4 +1,4 @@
-"""Check and convert a setting's value against its type hint, with an error that names the setting."""
+"""Check and convert a setting's value against its type hint; errors name the setting."""
 
 from __future__ import annotations
 

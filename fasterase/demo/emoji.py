@@ -67,6 +67,11 @@ def class_name(group_or_subgroup: str) -> str:
     return group_or_subgroup.replace("-", " ")
 
 
+def name_only(record: Record) -> list[str]:
+    """The concept's name, the caption that everything is measured with."""
+    return [record["concept"]]
+
+
 def naming_captions(record: Record) -> list[str]:
     """Captions that single out this concept (its keywords together nearly always do); name first.
 

@@ -70,6 +70,8 @@ def user_tokenizer(
     Raises:
         InputError: not a tokenizer, or its ids do not fit the model's vocabulary or length.
     """
+    if isinstance(tokenizer, TextTokenizer):  # another TwoTower's
+        tokenizer = tokenizer.source
     if hasattr(tokenizer, "image_processor") and hasattr(tokenizer, "tokenizer"):
         tokenizer = tokenizer.tokenizer
     if not callable(tokenizer):

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from fasterase.pairs.augment import TINT, augment
+from fasterase.pairs.augment import PLAIN, TINT, altered, augment
 
 
 def view(pixels, seed=0, **options):
-    return augment(pixels, np.random.default_rng(seed), **options)
+    return altered(pixels, np.random.default_rng(seed), **options)
 
 
 def drawing(height=32, width=48):
@@ -63,3 +63,10 @@ def test_without_a_black_level_the_darkest_pixel_stays():
     result = view(drawing() * 2 - 5)
     assert torch.isfinite(result).all()
     assert result.min() >= -4.8 - 1e-4
+
+
+def test_a_share_of_the_views_is_the_image_itself():
+    pixels = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))
+    generator = np.random.default_rng(0)
+    same = [torch.equal(augment(pixels, generator), pixels) for _ in range(400)]
+    assert abs(np.mean(same) - PLAIN) < 0.1

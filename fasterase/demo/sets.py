@@ -1,0 +1,157 @@
+"""The demo's pair sets: what is forgotten, what is kept, and what only measures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from fasterase.demo import emoji
+from fasterase.errors import InputError
+from fasterase.models.load import load_tower
+from fasterase.models.two_tower import TwoTower
+from fasterase.pairs.pair_source import PairSource
+from fasterase.pairs.sources import open_pairs
+
+# Share of the kept concepts that goes into neither set: what the run never saw.
+HOLDOUT_SHARE = 0.25
+NEIGHBOURS_PER_CONCEPT = 5
+
+
+class Drawings(Dataset[dict[str, Any]]):
+    """Drawings of some concepts as `{"image", "text"}`, their texts by `wording` of their record.
+
+    Attributes:
+        names: the concept of each drawing.
+    """
+
+    def __init__(
+        self, source: PairSource, rows: list[int], wording: Callable[[emoji.Record], list[str]]
+    ) -> None:
+        self._source = source
+        self._rows = rows
+        self._wording = wording
+        self.names = [source.meta(row)["concept"] for row in rows]
+
+    @classmethod
+    def of(
+        cls,
+        source: PairSource,
+        concepts: Collection[str],
+        wording: Callable[[emoji.Record], list[str]] = emoji.name_only,
+    ) -> Drawings:
+        """Every drawing in `source` of one of the concepts."""
+        rows = [row for row in range(len(source)) if source.meta(row)["concept"] in concepts]
+        return cls(source, rows, wording)
+
+    def reworded(self, wording: Callable[[emoji.Record], list[str]]) -> Drawings:
+        """The same drawings with other captions."""
+        return Drawings(self._source, self._rows, wording)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self._source[self._rows[index]]
+        return {"image": record.image, "text": self._wording(cast(emoji.Record, record.meta))}
+
+    def picture(self, index: int) -> Image.Image:
+        """The drawing as it lies in the shard."""
+        return self._source[self._rows[index]].image
+
+
+@dataclass(frozen=True)
+class DemoSets:
+    """Pair sets of one erasure. Kept concepts are split, by concept, into retain and held-out.
+
+    Attributes:
+        concepts: names of the forgotten concepts.
+        forget: their drawings of the training teams, worded in every way.
+        retain: three quarters of the other member concepts.
+        holdout: the last quarter.
+        sets: `forget-unseen`, the concepts as a team drew them whose pictures no model saw; and
+            `neighbour`, the kept concepts nearest to them in the original's text features (most
+            of them in retain, some in held-out).
+    """
+
+    concepts: list[str]
+    forget: Drawings
+    retain: Drawings
+    holdout: Drawings
+    sets: dict[str, Drawings]
+
+
+def open_teams(teams: Sequence[str]) -> PairSource:
+    """The teams' drawings, through the WebDataset path."""
+    shards = [str(path) for team in teams for path in emoji.shards(team)]
+    return open_pairs("::".join(shards), name=" and ".join(teams))
+
+
+def chosen_concepts(records: list[emoji.Record], expression: str) -> set[str]:
+    """Concepts of a group or subgroup, or whose name matches a regular expression.
+
+    Raises:
+        InputError: nothing or everything is chosen, or the expression is not valid.
+    """
+    for level in ("group", "subgroup"):
+        chosen = {record["concept"] for record in records if record[level] == expression}
+        if chosen:
+            return chosen
+    try:
+        pattern = re.compile(expression, re.IGNORECASE)
+    except re.error as error:
+        raise InputError(f"forget={expression!r} is not a valid expression: {error}") from error
+    chosen = {record["concept"] for record in records if pattern.search(record["concept"])}
+    if not chosen or len(chosen) == len({record["concept"] for record in records}):
+        known = sorted({record["subgroup"] for record in records})
+        raise InputError(
+            f"forget={expression!r} chooses {'every' if chosen else 'no'} concept. Give a group "
+            f"or subgroup ({', '.join(known)}) or an expression that some names match."
+        )
+    return chosen
+
+
+def build_sets(expression: str, *, original: str, seed: int) -> DemoSets:
+    """Sets for forgetting what `expression` chooses among the concepts the base was trained on.
+
+    Args:
+        expression: group, subgroup or regular expression on concept names.
+        original: the model whose text features say which concepts are neighbours.
+        seed: of the split into retain and held-out.
+
+    Raises:
+        InputError: see `chosen_concepts`.
+    """
+    trained, unseen = open_teams(emoji.TRAIN_TEAMS), open_teams([emoji.UNSEEN_TEAM])
+    records = [cast(emoji.Record, trained.meta(row)) for row in range(len(trained))]
+    members = [record for record in records if record["member"]]
+    chosen = chosen_concepts(members, expression)
+    kept = sorted({record["concept"] for record in members} - chosen)
+    order = np.random.default_rng(seed).permutation(len(kept))
+    held_out = {kept[i] for i in order[: int(len(kept) * HOLDOUT_SHARE)]}
+    near = _nearest(load_tower(original), sorted(chosen), kept)
+    return DemoSets(
+        concepts=sorted(chosen),
+        forget=Drawings.of(trained, chosen, emoji.captions),
+        retain=Drawings.of(trained, set(kept) - held_out),
+        holdout=Drawings.of(trained, held_out),
+        sets={
+            "forget-unseen": Drawings.of(unseen, chosen),
+            "neighbour": Drawings.of(trained, near),
+        },
+    )
+
+
+def _nearest(tower: TwoTower, chosen: list[str], kept: list[str]) -> set[str]:
+    with torch.no_grad():
+        own = tower.encode_text(tower.tokenize(chosen))
+        others = tower.encode_text(tower.tokenize(kept))
+    closeness = (others @ own.T).amax(1)
+    count = min(len(kept), NEIGHBOURS_PER_CONCEPT * len(chosen))
+    return {kept[i] for i in closeness.topk(count).indices.tolist()}
