@@ -1,0 +1,104 @@
+"""The demo is the public `unlearn` on the shipped pairs: its sets, its outputs, its errors."""
+
+from __future__ import annotations
+
+import json
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+import fasterase
+from fasterase.demo import emoji
+from fasterase.demo.run import RECIPES, recipe_config, run_demo
+from fasterase.demo.sets import HOLDOUT_SHARE, build_sets
+
+
+@pytest.fixture(scope="module")
+def fruit():
+    return build_sets("food-fruit", original=str(emoji.BASE_MODEL), seed=0)
+
+
+def test_kept_concepts_are_split_by_concept_and_forgotten_ones_are_in_neither(fruit):
+    retain, holdout, forget = (set(s.names) for s in (fruit.retain, fruit.holdout, fruit.forget))
+    assert forget == set(fruit.concepts)
+    assert not forget & (retain | holdout)
+    assert not retain & holdout
+    share = len(holdout) / (len(retain) + len(holdout))
+    assert abs(share - HOLDOUT_SHARE) < 0.01
+
+
+def test_no_set_of_the_training_teams_holds_a_concept_kept_out_of_base_training(fruit):
+    outside = {record["concept"] for record, _ in emoji.samples("noto") if not record["member"]}
+    every = {name for pairs in (fruit.retain, fruit.holdout, fruit.forget) for name in pairs.names}
+    assert outside
+    assert not outside & every
+
+
+def test_neighbours_are_kept_concepts_that_resemble_the_forgotten(fruit):
+    neighbours = set(fruit.sets["neighbour"].names)
+    kept = set(fruit.retain.names) | set(fruit.holdout.names)
+    assert neighbours <= kept
+    group = {record["concept"]: record["group"] for record, _ in emoji.samples("noto")}
+
+    def share_of_food(names: set[str]) -> float:
+        return sum(group[name] == "food-drink" for name in names) / len(names)
+
+    assert share_of_food(neighbours) > 2 * share_of_food(kept)
+
+
+def test_unseen_drawings_are_of_the_same_concepts_by_the_team_kept_out_of_training(fruit):
+    assert set(fruit.sets["forget-unseen"].names) == set(fruit.concepts)
+    assert len(fruit.sets["forget-unseen"]) == len(fruit.concepts)
+    assert len(fruit.forget) == len(emoji.TRAIN_TEAMS) * len(fruit.concepts)
+
+
+def test_forget_captions_are_many_and_start_with_the_name(fruit):
+    pair = fruit.forget[0]
+    assert isinstance(pair["image"], Image.Image)
+    assert pair["text"][0] == fruit.forget.names[0]
+    assert len(pair["text"]) > 3
+    assert fruit.forget.reworded(emoji.name_only)[0]["text"] == [fruit.forget.names[0]]
+
+
+@pytest.mark.parametrize("expression", ["no such thing", ".", "("])
+def test_an_expression_that_chooses_nothing_or_everything_is_refused(expression):
+    with pytest.raises(fasterase.InputError, match="forget"):
+        build_sets(expression, original=str(emoji.BASE_MODEL), seed=0)
+
+
+def test_unknown_recipe_is_refused():
+    with pytest.raises(fasterase.InputError, match="recipe"):
+        recipe_config("magic", small_model=True)
+
+
+def test_recipes_are_the_public_ones_with_a_budget_for_the_small_model():
+    for recipe in RECIPES:
+        small, large = (recipe_config(recipe, small_model=flag) for flag in (True, False))
+        assert small.forget_augment == large.forget_augment == (recipe == "fasterase")
+        assert small.lr > large.lr
+
+
+def test_the_demo_leaves_what_it_says(tmp_path, capsys):
+    evaluation = run_demo(
+        forget="lemon|melon", output_dir=str(tmp_path), max_steps=2, progress=False
+    )
+    shown = capsys.readouterr().out
+    assert evaluation.table() in shown
+    assert set(evaluation.references) == {"cliperase recipe"}
+    assert {"forget", "retain", "holdout", "forget-unseen", "neighbour"} <= set(evaluation.scores)
+    assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 2
+    stored = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
+    assert stored
+    for name in ("losses.png", "pictures.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert min(picture.size) > 300
+    erased, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'model'}")
+    base, _, _ = open_clip.create_model_and_transforms(f"local-dir:{emoji.BASE_MODEL}")
+    changed = [
+        name
+        for name, weight in erased.state_dict().items()
+        if not torch.equal(weight, base.state_dict()[name])
+    ]
+    assert changed
