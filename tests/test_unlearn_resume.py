@@ -156,7 +156,7 @@ class TestResume:
     def test_no_readable_checkpoint_is_an_error(self, stopped):
         for folder in (stopped / "checkpoints").iterdir():
             (folder / "state.json").unlink()
-        with pytest.raises(ResumeError, match="none of the checkpoints .* can be read"):
+        with pytest.raises(ResumeError, match=r"none of the checkpoints .* can be read"):
             go(stopped)
 
     def test_a_history_line_cut_off_by_a_kill_is_written_again(self, stopped):

@@ -11,6 +11,7 @@ import torch
 
 import fasterase
 from fasterase.errors import InputError, NonFiniteError, PreemptedError
+from tests.tiny_run import preempted_with_workers
 from tests.tiny_tower import TinyTower, pairs, same_weights
 
 FORGET, RETAIN = pairs(6, seed=1), pairs(20, seed=2)
@@ -139,6 +140,12 @@ def test_sigterm_stops_after_the_step_with_a_checkpoint(tmp_path):
     run(whole)
     assert [record.step for record in result.history] == [1, 2, 3, 4, 5]
     assert same_weights(again.weights(), whole.weights())
+
+
+def test_sigterm_to_all_processes_of_the_run(tmp_path):
+    """As schedulers send it: workers that died of it would take the step with them."""
+    assert preempted_with_workers(tmp_path) == 75
+    assert (tmp_path / "checkpoints" / "step-000000002").is_dir()
 
 
 def test_sigterm_without_output_dir_says_that_nothing_was_saved():

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import fasterase.api
 import fasterase.engine.checkpoint
 import fasterase.engine.history
 import fasterase.reference.store
+from fasterase.errors import PreemptedError
 from tests.tiny_tower import TinyTower, pairs
 
 # Processes come out of a server without torch's threads, which do not survive a fork.
@@ -27,7 +29,14 @@ _CONTEXT.set_forkserver_preload(["tests.tiny_run"])
 CONFIG = {"lr": 1e-3, "batch_size": 8, "forget_batch_size": 4, "max_steps": 6, "save_every": 2}
 
 
-def run(folder: Path, *, config: dict[str, Any], tower: dict[str, Any], n_retain: int) -> TinyTower:
+def run(
+    folder: Path,
+    *,
+    config: dict[str, Any],
+    tower: dict[str, Any],
+    n_retain: int,
+    callback: Callable[[dict[str, Any]], object] | None = None,
+) -> TinyTower:
     """One run with its files in `folder`; returns the erased tower."""
     erased = TinyTower(**tower)
     with warnings.catch_warnings():
@@ -39,6 +48,7 @@ def run(folder: Path, *, config: dict[str, Any], tower: dict[str, Any], n_retain
             progress=False,
             evaluation=None,
             output_dir=folder,
+            callback=callback,
             **{**CONFIG, **config},
         )
     return erased
@@ -71,6 +81,28 @@ def _child(folder: Path, weights: Path, die_at: tuple[str, int] | None, **option
     if die_at is not None:
         _die_at(*die_at)
     torch.save(run(folder, **options).weights(), weights)
+
+
+def _preempted(folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.setpgrp()
+
+    def signal_all(record: dict[str, Any]) -> None:
+        if record["step"] == 2:
+            os.killpg(os.getpgrp(), signal.SIGTERM)
+
+    try:
+        run(folder, config={"num_workers": 1}, tower={}, n_retain=20, callback=signal_all)
+    except PreemptedError:
+        raise SystemExit(75) from None
+
+
+def preempted_with_workers(folder: Path) -> int:
+    """Exit status, 75 for a clean stop, of a run whose data-loading worker got the SIGTERM too."""
+    process = _CONTEXT.Process(target=_preempted, args=(folder,))
+    process.start()
+    process.join(120)
+    return process.exitcode
 
 
 def in_process(

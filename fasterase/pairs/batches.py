@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -279,6 +280,7 @@ def _load(dataset: Dataset[Any], order: range, num_workers: int) -> Iterator[Any
         num_workers=num_workers,
         # Its own, or every loader would take a number from the global one and change Dropout.
         generator=torch.Generator(),
+        worker_init_fn=_leave_signals_to_parent,
     )
     batches = iter(loader)
     try:
@@ -290,6 +292,14 @@ def _load(dataset: Dataset[Any], order: range, num_workers: int) -> Iterator[Any
     finally:
         # Drops the last reference, on which the loader ends its workers.
         del batches
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """A scheduler's SIGTERM and a terminal's Ctrl-C reach every process of the run. A worker that
+    died of one would fail the step that the main process wants to finish and save.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _stack(pixels: list[Tensor], image_size: tuple[int, int]) -> Tensor:
