@@ -52,7 +52,7 @@ installed: venv
 	@[ $(STAMP) -nt pyproject.toml ] || { \
 	  echo 'Installing fasterase[$(EXTRAS)] into $(VENV); this takes minutes.' && \
 	  { $(BIN)/python -c 'import torch' 2>/dev/null || printf '%s\n' \
-	    'It downloads about 0.6 GB, but on Linux 2 to 4 GB, since the torch that pip takes by' \
+	    'It downloads about 0.7 GB, but on Linux 2 to 4 GB, since the torch that pip takes by' \
 	    'default there brings CUDA. For a CPU alone give PIP_ARGS="--extra-index-url URL" with' \
 	    'the URL of the CPU wheels from the install page of PyTorch.'; } && \
 	  $(PIP) install --quiet $(PIP_ARGS) --editable '.[$(EXTRAS)]' && touch $(STAMP); }
