@@ -1,0 +1,131 @@
+"""Parameter groups, schedules, and the small parts that a run is steered by."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from fasterase.engine import optim
+from fasterase.engine.guard import NonFiniteGuard, non_finite_term
+from fasterase.engine.history import HistoryFile, StepRecord, read_history
+from fasterase.engine.optim import build_optimizer, lr_at
+from fasterase.engine.precision import grad_scaler, resolve_precision
+from fasterase.errors import NonFiniteError
+from fasterase.objective import EraseLoss
+from tests.tiny_tower import TinyTower
+
+PARAMETERS = [
+    ("block.weight", nn.Parameter(torch.ones(2, 2))),
+    ("block.bias", nn.Parameter(torch.ones(2))),
+    ("norm.weight", nn.Parameter(torch.ones(2))),
+    ("logit_scale", nn.Parameter(torch.ones(1, 1))),
+]
+
+
+def optimizer(name: str, **options):
+    settings = {"lr": 0.1, "betas": (0.9, 0.98), "weight_decay": 0.5, **options}
+    return build_optimizer(PARAMETERS, name=name, **settings)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adamw", "AdamW"), ("adam", "Adam")])
+def test_only_matrices_decay(name, kind):
+    made = optimizer(name)
+    assert type(made).__name__ == kind
+    groups = {group["weight_decay"]: group["params"] for group in made.param_groups}
+    assert [p.shape for p in groups[0.5]] == [(2, 2)]
+    assert len(groups[0.0]) == 3
+    assert all(group["betas"] == (0.9, 0.98) for group in made.param_groups)
+
+
+def test_eight_bit_optimisers_are_those_of_bitsandbytes(monkeypatch):
+    made = []
+    classes = {
+        name: (lambda groups, name=name, **options: made.append((name, options)))
+        for name in ("AdamW8bit", "PagedAdamW8bit", "Lion8bit")
+    }
+    library = SimpleNamespace(optim=SimpleNamespace(**classes))
+    monkeypatch.setattr(optim, "require", lambda *_: library)
+    for name in ("adamw8bit", "paged_adamw8bit", "lion8bit"):
+        optimizer(name)
+    assert [name for name, _ in made] == ["AdamW8bit", "PagedAdamW8bit", "Lion8bit"]
+
+
+def test_every_parameter_is_in_one_group():
+    trained = TinyTower().trainable("all")
+    made = build_optimizer(trained, name="adamw", lr=1, betas=(0.9, 0.98), weight_decay=0.1)
+    grouped = [id(p) for group in made.param_groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for _, p in trained)
+
+
+def test_learning_rates():
+    def rates(schedule, **options):
+        settings = {"lr": 2.0, "warmup_steps": 4, "total_steps": 12, **options}
+        return [lr_at(step, schedule=schedule, **settings) for step in range(12)]
+
+    assert rates("constant") == [0.5, 1.0, 1.5, 2.0] + [2.0] * 8
+    cosine = rates("cosine")
+    assert cosine[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
+    assert cosine[8] == pytest.approx(1.0)
+    assert all(a > b for a, b in itertools.pairwise(cosine[4:]))
+    assert 0 < cosine[-1] < 0.1
+    assert rates("constant", warmup_steps=0) == [2.0] * 12
+    assert rates("cosine", warmup_steps=50) == [2.0 * (step + 1) / 50 for step in range(12)]
+
+
+def loss(**terms):
+    values = dict.fromkeys(EraseLoss._fields, 1.0) | terms
+    return EraseLoss(**{name: torch.tensor(value) for name, value in values.items()})
+
+
+def test_the_first_broken_term_is_named():
+    nan, inf = math.nan, math.inf
+    assert non_finite_term(loss(), 1.0) is None
+    assert non_finite_term(loss(total=nan, consistency=nan, anchor=inf), nan) == "consistency"
+    assert non_finite_term(loss(total=inf), 1.0) == "total"
+    assert non_finite_term(loss(), inf) == "gradient"
+
+
+@pytest.mark.parametrize(("precision", "limit"), [("fp32", 3), ("bf16", 3), ("fp16", 20)])
+def test_a_few_broken_steps_in_a_row_stop(precision, limit):
+    guard = NonFiniteGuard(precision)
+    for step in range(1, limit):
+        guard.count("retain", step=step, ids=["a"])
+    guard.count(None, step=limit, ids=["a"])
+    for step in range(1, limit):
+        guard.count("retain", step=step, ids=["a"])
+    ids = [f"pair {i}" for i in range(30)]
+    with pytest.raises(
+        NonFiniteError, match=r"retain .* step 99.*pair 7, \.\.\. \(30 in all\)"
+    ) as e:
+        guard.count("retain", step=99, ids=ids)
+    assert e.value.pair_ids == tuple(ids)
+
+
+def test_history_keeps_the_first_steps_and_drops_a_torn_line(tmp_path):
+    path = tmp_path / "history.jsonl"
+    file = HistoryFile(path, keep_steps=0)
+    for step in (1, 2, 3):
+        file.append(StepRecord(step=step, total=0.1 * step))
+    file.close()
+    with path.open("a") as raw:
+        raw.write('{"step": 4, "to')
+    assert [record.step for record in read_history(path)] == [1, 2, 3]
+    file = HistoryFile(path, keep_steps=2)
+    file.append(StepRecord(step=3, total=7.0))
+    file.close()
+    assert [record.total for record in read_history(path)] == [0.1, 0.2, 7.0]
+    with pytest.raises(AttributeError, match="loss"):
+        _ = file.kept[0].loss
+
+
+def test_precision_on_the_cpu():
+    cpu = torch.device("cpu")
+    assert resolve_precision("auto", cpu) == "fp32"
+    assert resolve_precision("bf16", cpu) == "bf16"
+    assert grad_scaler("fp16", cpu).is_enabled()
+    assert not grad_scaler("bf16", cpu).is_enabled()

@@ -1,0 +1,32 @@
+"""The cosine of unrelated pairs, against its definition pair by pair."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fasterase.reference.floor import PairFeatures, unmatched_cosine
+
+
+def features(keys, seed):
+    generator = torch.Generator().manual_seed(seed)
+    image, text = torch.nn.functional.normalize(
+        torch.randn(2, len(keys), 5, generator=generator), dim=-1
+    )
+    return PairFeatures(image, text, np.array(keys, dtype=object))
+
+
+def test_equal_captions_are_left_out():
+    forget, retain = features(["a", "a", "b"], 1), features(["c", "a", "d", "b"], 2)
+    cosines = []
+    for i, key in enumerate(forget.keys):
+        for j, other in enumerate(retain.keys):
+            if key != other:
+                cosines.append(float(forget.image[i] @ retain.text[j]))
+                cosines.append(float(retain.image[j] @ forget.text[i]))
+    assert unmatched_cosine(forget, retain) == pytest.approx(np.mean(cosines), abs=1e-6)
+
+
+def test_nothing_to_compare_is_zero():
+    assert unmatched_cosine(features(["a"], 1), features(["a", "a"], 2)) == 0.0

@@ -1,0 +1,306 @@
+"""`fasterase.unlearn`: models of every kind, every setting, and what the result promises."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+import yaml
+
+import fasterase
+from tests import small_models
+from tests.tiny_tower import TinyTower, pairs, same_weights
+
+VOCABULARY = len(small_models.HF_VOCABULARY)
+STEPS = {"max_steps": 3, "lr": 1e-3, "batch_size": 8, "forget_batch_size": 4, "progress": False}
+RECORD = {
+    "step",
+    "total",
+    "forget",
+    "retain",
+    "consistency",
+    "anchor",
+    "lr",
+    "grad_norm",
+    "applied",
+    "seconds",
+}
+
+
+@pytest.fixture(autouse=True)
+def _quiet(recwarn):
+    """A few steps do not forget, and `unlearn` warns of it."""
+
+
+def image_pairs(count: int):
+    pixels, ids = small_models.random_pairs(count=count)
+    return list(zip(pixels, ids, strict=True))
+
+
+def open_clip_loaded(folder):
+    import open_clip
+
+    return open_clip.create_model_and_transforms(f"local-dir:{folder}")[0].eval()
+
+
+def hf_loaded(folder):
+    import transformers
+
+    kind = json.loads((folder / "config.json").read_text())["architectures"][0]
+    return getattr(transformers, kind).from_pretrained(folder).eval()
+
+
+def features(model, pixels, ids):
+    with torch.no_grad():
+        if hasattr(model, "encode_image"):
+            return model.encode_image(pixels), model.encode_text(ids)
+        tower = fasterase.models.load.load_tower(model)
+        return tower.encode_image(pixels), tower.encode_text(fasterase.models.two_tower.Tokens(ids))
+
+
+@pytest.mark.parametrize(
+    ("build", "load"),
+    [
+        (small_models.open_clip_vit, open_clip_loaded),
+        (small_models.open_clip_resnet, open_clip_loaded),
+        (small_models.hf_clip, hf_loaded),
+        (small_models.hf_siglip, hf_loaded),
+        (small_models.hf_siglip2, hf_loaded),
+    ],
+    ids=lambda function: function.__name__,
+)
+def test_models_of_every_kind_and_their_libraries_load_what_is_saved(tmp_path, build, load):
+    model = build(**({"vocab_size": VOCABULARY} if "open_clip" in build.__name__ else {}))
+    names = {name for name, _ in model.named_parameters()}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    items = image_pairs(24)
+    result = fasterase.unlearn(
+        model, items[:6], items[6:], micro_batch_size=5, evaluation=None, **STEPS
+    )
+    assert result.model is model
+    after = model.state_dict()
+    kept = {name for name in before if torch.equal(before[name], after[name])}
+    assert kept & names == {"logit_scale", "logit_bias"} & names
+    assert not model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+    folder = result.save(tmp_path / "erased")
+    assert len(list(folder.glob("*.safetensors"))) == 1
+    pixels, ids = small_models.random_pairs(count=4, seed=9)
+    for found, expected in zip(
+        features(load(folder), pixels, ids), features(model, pixels, ids), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("build", [small_models.open_clip_vit, small_models.hf_clip])
+def test_train_mode_with_dropout_inside_the_library(build):
+    model = build(**({"vocab_size": VOCABULARY} if "open_clip" in build.__name__ else {}))
+    if build is small_models.hf_clip:
+        for part in model.modules():
+            if hasattr(part, "dropout"):
+                part.dropout = 0.3
+    items = image_pairs(24)
+    result = fasterase.unlearn(
+        model,
+        items[:6],
+        items[6:],
+        train_mode=True,
+        micro_batch_size=5,
+        evaluation=None,
+        train_logit_scale=True,
+        **STEPS,
+    )
+    assert all(record.applied for record in result.history)
+    assert not model.training
+
+
+def test_output_folder(tmp_path):
+    tower = TinyTower()
+    retain = pairs(20, seed=2)
+    retain[4] = (pairs(6, seed=1)[3][0], retain[4][1])
+    with pytest.warns(UserWarning, match=r"1 retain pairs also stand in the forget set.*\[4\]"):
+        result = fasterase.unlearn(
+            tower, pairs(6, seed=1), retain, output_dir=tmp_path, holdout=pairs(9, seed=3), **STEPS
+        )
+    assert result.removed_from_retain == ["retain[4]"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "evaluation.json",
+        "history.jsonl",
+        "model",
+        "reference",
+        "report.md",
+    ]
+    assert fasterase.UnlearnConfig.from_yaml(tmp_path / "config.yaml") == result.config
+    lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert lines == result.history
+    assert all(set(line) == RECORD for line in lines)
+    assert result.history[1].step == 2
+    assert set(result.evaluation.to_dict()) == {"forget", "retain", "holdout"}
+    report = (tmp_path / "report.md").read_text()
+    assert "Erasure report" in report
+    assert yaml.safe_load(report.partition("```yaml")[2].partition("```")[0])["max_steps"] == 3
+
+
+def test_copy_leaves_the_model_alone():
+    model = small_models.open_clip_vit(vocab_size=VOCABULARY)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    items = image_pairs(24)
+    result = fasterase.unlearn(model, items[:6], items[6:], copy=True, evaluation=None, **STEPS)
+    assert same_weights(before, model.state_dict())
+    assert result.model is not model
+    assert type(result.model) is type(model)
+    again = fasterase.unlearn(model, items[:6], items[6:], evaluation=None, **STEPS)
+    assert same_weights(result.model.state_dict(), again.model.state_dict())
+
+
+def test_broken_pairs_are_named_counted_and_left_out():
+    forget, retain, holdout = pairs(6, seed=1), pairs(400, seed=2), pairs(50, seed=3)
+    retain[7][0][0, 0, 0] = float("nan")
+    retain[9] = (retain[9][0], None)
+    holdout[5][0][0, 0, 0] = float("inf")
+    with pytest.warns(UserWarning, match=r"retain\[7\] \(image holds NaN"):
+        result = fasterase.unlearn(TinyTower(), forget, retain, holdout=holdout, **STEPS)
+    assert {skip.id for skip in result.skipped} == {"retain[7]", "retain[9]", "holdout[5]"}
+    assert dict(result.skipped)["retain[9]"] == "no caption"
+
+
+def test_erases_what_it_says_and_keeps_the_rest():
+    tower, original = TinyTower(), TinyTower()
+    forget, retain = pairs(6, seed=1), pairs(40, seed=2)
+    config = {**STEPS, "max_steps": 300, "lr": 3e-3, "forget_augment": False}
+    result = fasterase.unlearn(tower, forget, retain, evaluation=None, **config)
+    assert result.forgotten
+    assert result.excess < 0.01
+    tokens = fasterase.models.two_tower.Tokens
+
+    def cosines(model, items):
+        pixels, ids = map(torch.stack, zip(*items, strict=True))
+        with torch.no_grad():
+            return (model.encode_image(pixels) * model.encode_text(tokens(ids))).sum(1)
+
+    excess = (cosines(tower, forget) - result.floor).clamp_min(0).mean()
+    assert float(excess) == pytest.approx(result.excess, abs=1e-6)
+    assert float((cosines(original, forget) - result.floor).clamp_min(0).mean()) > 0.02
+    moved = cosines(tower, retain) - cosines(original, retain)
+    assert float(moved.mean()) > -0.05
+
+
+@pytest.mark.parametrize("wrapper", [torch.no_grad, torch.inference_mode])
+def test_trains_also_where_the_caller_has_gradients_off(wrapper):
+    plain, wrapped = TinyTower(), TinyTower()
+    sets = pairs(6, seed=1), pairs(20, seed=2)
+    fasterase.unlearn(plain, *sets, **STEPS)
+    with wrapper():
+        fasterase.unlearn(wrapped, *sets, **STEPS)
+        assert not torch.is_grad_enabled()
+    assert same_weights(plain.weights(), wrapped.weights())
+
+
+def test_the_callers_random_numbers_are_not_touched():
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    tower = TinyTower.__new__(TinyTower)
+    state = torch.get_rng_state()
+    tower.__init__(dropout=0.2)
+    torch.set_rng_state(state)
+    fasterase.unlearn(tower, pairs(6, seed=1), pairs(20, seed=2), train_mode=True, **STEPS)
+    assert torch.equal(torch.rand(2), expected)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"precision": "bf16"},
+        {"precision": "fp16"},
+        {"micro_batch_size": 1},
+        {"optimizer": "adam", "weight_decay": 0.1},
+        {"negatives": "joint"},
+        {"negatives": "joint", "forget_loss": "contrastive"},
+        {"forget_loss": "contrastive", "consistency_weight": 0.0, "anchor_weight": 0.0},
+        {"floor": None},
+        {"floor": 0.1, "retain_weight": 0.0},
+        {"max_grad_norm": None},
+        {"backend": "dense"},
+        {"forget_weight": 0.0},
+        {"batch_size": 1000, "forget_batch_size": 1000},
+        {"max_steps": None, "epochs": 2},
+        {"seed": 2**70},
+        {"evaluation": "full"},
+    ],
+    ids=lambda config: ",".join(f"{name}={value}" for name, value in config.items()),
+)
+def test_settings(config):
+    tower = TinyTower()
+    before = tower.weights()
+    settings = {**STEPS, "evaluation": None, **config}
+    result = fasterase.unlearn(tower, pairs(6, seed=1), pairs(20, seed=2), **settings)
+    assert [record.step for record in result.history] == list(range(1, len(result.history) + 1))
+    assert len(result.history) == (4 if "epochs" in config else 3)
+    assert any(record.applied for record in result.history)
+    assert all(tensor.dtype == torch.float32 for tensor in tower.weights().values())
+    assert not same_weights(before, tower.weights())
+
+
+@pytest.mark.parametrize(
+    ("tune", "moved"),
+    [
+        ("image", {"image.1", "image.2", "image.5"}),
+        ("text", {"embedding", "text.0", "text_projection"}),
+        ("projections", {"image.5", "text_projection"}),
+        ("last:1", {"image.1", "image.2", "image.5", "text.0", "text_projection"}),
+    ],
+)
+@pytest.mark.parametrize("micro_batch_size", [None, 3])
+def test_tune_moves_what_it_names(tune, moved, micro_batch_size):
+    tower = TinyTower()
+    before = tower.weights()
+    fasterase.unlearn(
+        tower,
+        pairs(6, seed=1),
+        pairs(20, seed=2),
+        tune=tune,
+        weight_decay=0.5,
+        micro_batch_size=micro_batch_size,
+        evaluation=None,
+        **STEPS,
+    )
+    changed = {
+        name.rpartition(".")[0]
+        for name, tensor in tower.weights().items()
+        if not torch.equal(tensor, before[name])
+    }
+    assert changed == moved
+
+
+@pytest.mark.parametrize(("start", "ceiling"), [(4.0, 100.0), (6.0, 403.4288)])
+def test_a_trained_logit_scale_is_clamped_inside_the_loss(start, ceiling):
+    from fasterase.engine import loop
+
+    tower = TinyTower()
+    with torch.no_grad():
+        tower.module.logit_scale.fill_(start)
+    seen = []
+    plain = loop.erase_loss
+
+    def spy(image, text, scale, *rest, **options):
+        seen.append(float(scale))
+        return plain(image, text, scale, *rest, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "erase_loss", spy)
+        fasterase.unlearn(
+            tower,
+            pairs(6, seed=1),
+            pairs(20, seed=2),
+            train_logit_scale=True,
+            evaluation=None,
+            callback=lambda _: tower.module.logit_scale.data.add_(1.0) and None,
+            **STEPS,
+        )
+    assert seen == pytest.approx([math.exp(start), ceiling, ceiling])
