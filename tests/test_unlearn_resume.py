@@ -174,6 +174,7 @@ class TestResume:
         go(stopped / "whole", tower=whole, **config)
         assert same_weights(again.weights(), whole.weights())
 
+    @pytest.mark.filterwarnings("ignore:.retain. is not checked for images")
     def test_random_data_is_repeated_too(self, tmp_path):
         class Noisy(torch.utils.data.Dataset):
             def __init__(self, seed):

@@ -38,7 +38,14 @@ def forget_excess(
     device = tower.device
     excesses: list[float] = []
     text_of: dict[str, torch.Tensor] = {}
-    bar = tqdm(total=len(forget), desc="is it forgotten?", unit="pair", disable=not progress)
+    # Removed when full: it comes once an epoch, below the bar of the steps.
+    bar = tqdm(
+        total=len(forget),
+        desc="is it forgotten?",
+        unit="pair",
+        leave=False,
+        disable=not progress,
+    )
     batches = sweep(
         forget,
         np.arange(len(forget)),
