@@ -10,7 +10,7 @@ class FaseraseError(Exception):
 
 
 class InputError(FaseraseError, ValueError):
-    """An argument, option or file is not usable. The message names it, what was found and the mend."""
+    """An argument, option or file is unusable. The message names it, what was found, the mend."""
 
 
 class MissingExtraError(InputError, ImportError):
@@ -38,4 +38,4 @@ class NonFiniteError(FaseraseError):
 
 
 class PreemptedError(FaseraseError):
-    """The run was asked to stop (SIGTERM) and did so after writing a checkpoint; run it again to go on."""
+    """The run was asked to stop (SIGTERM) and did so after a checkpoint; run it again to go on."""

@@ -9,7 +9,7 @@ from fasterase.errors import MissingExtraError
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:
-    """Import `module`, or raise `MissingExtraError` saying what needs it and which extra brings it."""
+    """Import `module`, or raise `MissingExtraError` naming what needs it and the extra it is in."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
