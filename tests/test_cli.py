@@ -394,5 +394,6 @@ def test_unlearn_and_evaluate_on_a_saved_model(tmp_path, capsys):
     assert set(json.loads(report.read_text())["scores"]) == {"forget", "retain", "near"}
 
     missing = ["--forget", "missing.csv", "--retain", str(tmp_path / "retain")]
-    assert main(["unlearn", "--model", str(folder / "model"), *missing, "--output_dir", "o"]) == 2
+    missing += ["--output_dir", str(tmp_path / "refused")]
+    assert main(["unlearn", "--model", str(folder / "model"), *missing]) == 2
     assert "missing.csv" in capsys.readouterr().err
