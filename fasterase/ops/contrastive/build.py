@@ -8,6 +8,7 @@ import hashlib
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -16,18 +17,29 @@ from pathlib import Path
 
 import torch
 
+from fasterase.errors import FaseraseError
+
 # Never -ffast-math: linked in, it turns on flush-to-zero for the whole process. Reassociation would
 # break the argument reduction of exp.
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 
 
-class BuildError(RuntimeError):
-    """The kernels cannot be built here; the message is the reason, in a form that follows a colon."""
+class BuildError(FaseraseError):
+    """The kernels cannot be built here; the message is the reason, fit to follow a colon."""
+
+
+def problem() -> str | None:
+    """Build and load the kernels, once a process; the reason where that fails, else None."""
+    return _problem()
+
+
+# torch.compile runs it while tracing and takes its answer for a constant. This is what
+# torch.compiler.assume_constant_result does, which would import all of dynamo here.
+problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
-def problem() -> str | None:
-    """Build and load the kernels, once a process; the reason where that fails, else None."""
+def _problem() -> str | None:
     try:
         torch.ops.load_library(str(build()))
     except (BuildError, OSError) as error:
@@ -75,7 +87,7 @@ def _compile(name: str, sources: list[Path], library: Path) -> None:
                 build_directory=folder,
                 is_python_module=False,
             )
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, subprocess.SubprocessError) as error:
             lines = str(error).splitlines()
             found = next((line for line in lines if "error:" in line), lines[0])
             raise BuildError(f"compiling the C++ kernels failed ({found.strip()})") from error
@@ -128,7 +140,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ninja_on_path() -> Iterator[None]:
-    """torch looks for `ninja` on PATH, where a virtual environment that is not activated has none."""
+    """torch looks for `ninja` on PATH, where an environment that is not activated has none."""
     import ninja
 
     before = os.environ.get("PATH", "")

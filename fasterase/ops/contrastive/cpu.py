@@ -1,4 +1,4 @@
-"""The contrastive operator in C++ (csrc/), registered with torch: compiles, autograd, fake tensors."""
+"""The contrastive operator in C++ (csrc/), registered with torch: autograd and fake tensors."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def contrastive_cpu(
     losses = torch.ops.fasterase.contrastive_cpu(
         image, text, scale, ref_image, ref_text, ref_scale, groups, _TILE, kept
     )[0].unbind(0)
-    return Contrastive(*losses) if ref_image is not None else Contrastive(*losses, None, None)
+    return Contrastive(*(*losses, None, None)[:4])
 
 
 @torch.library.register_fake("fasterase::contrastive_cpu", lib=_LIBRARY)
