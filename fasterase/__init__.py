@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from fasterase.errors import ResumeError as ResumeError
     from fasterase.evaluation.api import Evaluation as Evaluation
     from fasterase.evaluation.api import evaluate as evaluate
+    from fasterase.losses import ClipLoss as ClipLoss
+    from fasterase.losses import DistillClipLoss as DistillClipLoss
     from fasterase.objective import EraseLoss as EraseLoss
     from fasterase.objective import erase_loss as erase_loss
     from fasterase.ops.contrastive import Contrastive as Contrastive
@@ -42,6 +44,8 @@ _HOME = {
     "split": "fasterase.pairs.split",
     "erase_loss": "fasterase.objective",
     "EraseLoss": "fasterase.objective",
+    "ClipLoss": "fasterase.losses",
+    "DistillClipLoss": "fasterase.losses",
     "contrastive": "fasterase.ops.contrastive",
     "Contrastive": "fasterase.ops.contrastive",
     "available_backends": "fasterase.ops.contrastive",

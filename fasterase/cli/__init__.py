@@ -1,4 +1,4 @@
-"""The command line: `fasterase unlearn | evaluate | demo`. It parses, calls the API and reports."""
+"""The command line: `fasterase unlearn | evaluate | demo | compile`. Parse, call, report."""
 
 from __future__ import annotations
 
@@ -41,6 +41,8 @@ def _run(argv: Sequence[str]) -> None:
         commands.unlearn(parsed.values, print_config=parsed.print_config)
     elif parsed.command == "evaluate":
         commands.evaluate(parsed.values)
+    elif parsed.command == "compile":
+        commands.compile_kernels()
     else:
         commands.demo(parsed.values)
 

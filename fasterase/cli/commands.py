@@ -82,6 +82,17 @@ def demo(values: dict[str, Any]) -> None:
     run_demo(**dataclasses.asdict(DemoFlags(**inputs)), **fields)
 
 
+def compile_kernels() -> None:
+    """Build the C++ kernels and say where they lie."""
+    from fasterase.ops.contrastive import build
+
+    library = build.build()
+    reason = build.problem()
+    if reason is not None:
+        raise build.BuildError(f"built {library}, but it cannot be loaded: {reason}")
+    print(f"The C++ kernels are ready: {library}")
+
+
 def _parted(values: dict[str, Any], flags: type) -> tuple[dict[str, Any], dict[str, Any]]:
     """`values` of the fields of `flags`, and the others."""
     names = {field.name for field in dataclasses.fields(flags)}

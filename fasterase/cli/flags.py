@@ -128,6 +128,8 @@ def flags_of(command: str) -> list[Flag]:
         return [*_fields(UnlearnFlags), *_fields(UnlearnConfig)]
     if command == "evaluate":
         return list(_fields(EvaluateFlags))
+    if command == "compile":
+        return []
     overrides = [flag for flag in _fields(UnlearnConfig) if flag.name in _DEMO_FIELDS]
     return [*_fields(DemoFlags), *overrides]
 

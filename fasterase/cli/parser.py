@@ -20,12 +20,14 @@ COMMANDS = {
     "unlearn": "make a CLIP model forget a set of image-text pairs",
     "evaluate": "measure what a model knows of forget, retain and further pairs",
     "demo": "erase a concept from the small CLIP that ships with the package",
+    "compile": "build the C++ kernels of the loss now instead of at first use",
 }
 
 _USAGE = {
     "unlearn": "--model M --forget F --retain R --output_dir D [--config FILE] [--field VALUE ...]",
     "evaluate": "--model M --forget F --retain R [--original M0] [options]",
     "demo": "[--forget food-fruit] [--model M] [--output_dir D] [options]",
+    "compile": "",
 }
 
 EXAMPLES = {
@@ -53,6 +55,10 @@ examples:
   fasterase demo
   fasterase demo --forget animal-bird --output_dir runs/birds
   fasterase demo --recipe cliperase""",
+    "compile": """\
+The library goes into TORCH_EXTENSIONS_DIR, or else ~/.cache/torch_extensions, under a name that
+tells compilers' flags, torch versions and CPU types apart; run it once for each type of node that
+shares a home folder. Needs a C++ compiler: c++ on PATH, or the one that CXX names.""",
 }
 
 
@@ -108,7 +114,7 @@ def _parser() -> ArgumentParser:
 
 def _command_parser(command: str, purpose: str) -> ArgumentParser:
     parser = _new_parser(
-        usage=f"fasterase {command} {_USAGE[command]}",
+        usage=f"fasterase {command} {_USAGE[command]}".rstrip(),
         description=f"{purpose[0].upper()}{purpose[1:]}.",
         epilog=EXAMPLES[command],
     )

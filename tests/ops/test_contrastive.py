@@ -11,14 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fasterase.ops.contrastive import available_backends, contrastive, tiles
+from fasterase.ops.contrastive import available_backends, contrastive, cpu, tiles
 from tests import oracle
 
 BACKENDS = available_backends()
 # Of each value, or of 1e-2 x max(1, scale / 10) where the value is smaller. Upstream gradients are
 # N(0, 1) a sample, not 1/N, so that almost no gradient hides below that floor; autograd's plain
 # fp32 then errs up to 2.4e-4 (labels, N = 1031, scale 14.3).
-FP32 = {"dense": 4e-4}
+FP32 = {"dense": 4e-4, "cpu": 3e-4}
 FP32_DEFAULT = 2e-4
 
 # (N, D), D0, scale, labels, groups. 252 and 507: multiples of no tile; 1031: three tiles, the last
@@ -259,6 +259,7 @@ def test_any_shape_groups_and_labels(problem, tile, backend):
     batch, groups = problem
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "_TILE_CPU", tile)
+        patch.setattr(cpu, "_TILE", tile)
         check(batch, groups, backend, torch.float64, 1e-9)
 
 
@@ -266,6 +267,7 @@ def test_any_shape_groups_and_labels(problem, tile, backend):
 @pytest.mark.parametrize("gap", [0.0, 5.0])  # 5: under the guard's fallback
 def test_gradcheck(backend, gap, monkeypatch):
     monkeypatch.setattr(tiles, "_TILE_CPU", 3)
+    monkeypatch.setattr(cpu, "_TILE", 3)
     batch = oracle.clip_like(
         7, 4, 60.0 if gap else 4.0, ref_width=3, num_labels=4, modality_gap=gap
     )

@@ -1,0 +1,218 @@
+"""Special to the C++ backend: its build, its registration with torch, threads, kept logits."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fasterase
+from fasterase.cli import main
+from fasterase.errors import InputError
+from fasterase.ops.contrastive import backends, build, contrastive, cpu, explain_backend
+
+needs_kernels = pytest.mark.skipif(build.problem() is not None, reason=f"{build.problem()}")
+
+
+def features(n=40, width=8, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    sides = [torch.nn.functional.normalize(torch.randn(n, width, dtype=dtype)) for _ in range(4)]
+    scale = torch.tensor(30.0, dtype=dtype, requires_grad=True)
+    ref_scale = torch.tensor(20.0, dtype=dtype)
+    image, text = (side.requires_grad_() for side in sides[:2])
+    return image, text, scale, sides[2], sides[3], ref_scale
+
+
+def loss(image, text, scale, ref_image, ref_text, ref_scale, backend="cpu"):
+    reference = {"ref_image": ref_image, "ref_text": ref_text, "ref_scale": ref_scale}
+    losses = contrastive(image, text, scale, **reference, backend=backend)
+    return sum(weight * x.mean() for weight, x in enumerate(losses, 1))
+
+
+def gradients(function, inputs):
+    total = function(*inputs)
+    return (total, *torch.autograd.grad(total, inputs[:3]))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck(dtype):
+    *inputs, ref_image, ref_text, ref_scale = features(dtype=dtype)
+    forward = torch.ops.fasterase.contrastive_cpu.default
+    # Some of the logits kept: tiles of 8, and 2 x 15 x 15 + 2 x 25 x 25 logits in all.
+    torch.library.opcheck(forward, (*inputs, ref_image, ref_text, ref_scale, [15, 25], 8, 700))
+    torch.library.opcheck(forward, (*inputs, None, None, None, [40], 512, 0))
+    arguments = [x.detach() for x in (*inputs, ref_image, ref_text, ref_scale)]
+    losses, *found = forward(*arguments, [15, 25], 8, 700)
+    upstream = torch.randn_like(losses)
+    torch.library.opcheck(
+        torch.ops.fasterase.contrastive_cpu_backward.default,
+        (upstream, *arguments, *found, [15, 25], True, False, True),
+    )
+
+
+@needs_kernels
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+def test_compiles_as_one_graph(backend):
+    compiled = torch.compile(
+        lambda *inputs: loss(*inputs, backend=backend), fullgraph=True, backend="aot_eager"
+    )
+    for n in (40, 52, 57):  # from the second on with symbolic sizes
+        inputs = features(n)
+        assert all(map(torch.equal, gradients(compiled, inputs), gradients(loss, inputs)))
+
+
+@needs_kernels
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_threads_change_the_tiles_but_hardly_the_numbers(num_threads):
+    inputs = features(300, 64)
+    expected = gradients(lambda *x: loss(*x, backend="chunked"), inputs)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(num_threads)
+        found, again = gradients(loss, inputs), gradients(loss, inputs)
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, found, again))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@needs_kernels
+def test_threads_may_change_between_forward_and_backward():
+    inputs = features(300, 64)
+    expected = gradients(loss, inputs)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        total = loss(*inputs)
+        torch.set_num_threads(1)
+        found = torch.autograd.grad(total, inputs[:3])
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(found, expected[1:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@needs_kernels
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_kept_logits_change_no_bit(share, monkeypatch):
+    inputs = features(100, 8)
+    monkeypatch.setattr(cpu, "_TILE", 16)
+    expected = gradients(loss, inputs)
+    monkeypatch.setattr(cpu, "_KEPT_BYTES", int(share * 2 * 100 * 100 * 4))
+    assert all(map(torch.equal, gradients(loss, inputs), expected))
+
+
+@needs_kernels
+def test_rows_may_lie_apart():
+    image, text, *rest = features(50, 8)
+    expected = gradients(loss, (image, text, *rest))
+    inside = torch.zeros(50, 20)
+    inside[:, 4:12] = image.detach()
+    apart = inside[:, 4:12].requires_grad_()
+    turned = text.detach().t().contiguous().t().requires_grad_()
+    found = gradients(loss, (apart, turned, *rest))
+    assert all(map(torch.equal, found, expected))
+
+
+@needs_kernels
+def test_small_numbers_survive_the_library():
+    """-ffast-math in a shared library would flush them to zero for the whole process."""
+    assert (torch.tensor([1e-40]) * torch.tensor([1.0])).item() > 0
+
+
+@needs_kernels
+def test_compile_command(capsys):
+    assert main(["compile"]) == 0
+    path = capsys.readouterr().out.split()[-1]
+    assert Path(path).is_file()
+
+
+@needs_kernels
+def test_auto_takes_it_for_cpu_tensors():
+    image, text, scale, *_ = features()
+    assert "cpu" in fasterase.available_backends()
+    assert explain_backend(image, text, scale).name == "cpu"
+
+
+def test_other_devices_are_refused(monkeypatch):
+    monkeypatch.setattr(build, "problem", lambda: None)
+    with pytest.raises(InputError, match="takes CPU tensors; image is on meta"):
+        backends.choose("cpu", torch.empty(2, 2, device="meta"))
+
+
+def python(program, **environment):
+    """Start a fresh interpreter on `program`, with a cache of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", program],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+_WITHOUT_COMPILER = """
+import torch, warnings, fasterase
+x = torch.eye(3)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        fasterase.contrastive(x, x, 2.0)
+assert [w.category for w in caught] == [UserWarning], caught
+print(caught[0].message)
+print(fasterase.explain_backend(x, x, 2.0))
+print(fasterase.available_backends())
+try:
+    fasterase.contrastive(x, x, 2.0, backend="cpu")
+except fasterase.InputError as error:
+    print(error)
+"""
+
+
+def test_without_a_compiler_torch_tiles_run_and_one_warning_says_so(tmp_path):
+    process = python(_WITHOUT_COMPILER, TORCH_EXTENSIONS_DIR=str(tmp_path), CXX="no-such-compiler")
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    warning, choice, names, error = out.splitlines()
+    assert "slower: no C++ compiler (no-such-compiler is not on PATH)" in warning
+    assert choice.startswith("chunked: auto")
+    assert "cpu" not in names
+    assert "backend='cpu' is not available in this installation: no C++ compiler" in error
+
+
+_BUILD = """
+from fasterase.ops.contrastive import build
+reason = build.problem()
+assert reason is None, reason
+print(build.build())
+"""
+
+
+@needs_kernels
+def test_processes_may_build_at_once(tmp_path):
+    builders = [python(_BUILD, TORCH_EXTENSIONS_DIR=str(tmp_path)) for _ in range(2)]
+    results = [process.communicate() for process in builders]
+    assert [process.returncode for process in builders] == [0, 0], results
+    assert results[0] == results[1]
+    assert {path.suffix for path in tmp_path.iterdir()} == {".so", ".lock"}
+
+
+def test_a_failing_compiler_is_a_reason(tmp_path, monkeypatch):
+    compiler = tmp_path / "broken"
+    compiler.write_text(
+        "#!/bin/sh\n"
+        '[ "$1" = --version ] && exec c++ --version\n'
+        "echo 'x.cpp:1:1: error: nothing works' >&2; exit 1\n"
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    with pytest.raises(build.BuildError, match=r"failed .*nothing works"):
+        build.build()
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]

@@ -1,0 +1,111 @@
+"""`ClipLoss` and `DistillClipLoss` against the classes of open_clip that they stand in for."""
+
+from __future__ import annotations
+
+import inspect
+
+import open_clip.loss
+import pytest
+import torch
+
+import fasterase
+from fasterase.errors import InputError
+
+NAMES = ("ClipLoss", "DistillClipLoss")
+
+
+def arguments(name, n=70, width=24, scale=50.0, dtype=torch.float32):
+    torch.manual_seed(0)
+    shared = torch.randn(n, width)
+    sides = [
+        torch.nn.functional.normalize(shared + 0.7 * torch.randn(n, width)).to(dtype)
+        for _ in range(4)
+    ]
+    student = [sides[0].requires_grad_(), sides[1].requires_grad_()]
+    student.append(torch.tensor(scale, requires_grad=True))
+    return student + ([*sides[2:], torch.tensor(20.0)] if name == "DistillClipLoss" else [])
+
+
+def both(name, *args, **options):
+    return [getattr(module, name)()(*args, **options) for module in (fasterase, open_clip.loss)]
+
+
+def total(result):
+    return sum((1, 3)[k] * x for k, x in enumerate(result)) if isinstance(result, tuple) else result
+
+
+def close(found, expected, tolerance=1e-4):
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, check_dtype=False)
+
+
+@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
+@pytest.mark.parametrize("name", NAMES)
+def test_values_and_gradients(name, scale):
+    args = arguments(name, scale=scale)
+    found, expected = both(name, *args)
+    assert isinstance(found, tuple) == (name == "DistillClipLoss")
+    close(found, expected)
+    wanted = args[:3]
+    close(
+        torch.autograd.grad(total(found), wanted),
+        torch.autograd.grad(total(expected), wanted),
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_output_dict(name):
+    found, expected = both(name, *arguments(name), output_dict=True)
+    assert list(found) == list(expected)
+    close(found, expected)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)])
+@pytest.mark.parametrize("name", NAMES)
+def test_some_inputs_require_grad(name, wanted):
+    args = arguments(name)
+    for k in range(3):
+        args[k].requires_grad_(k in wanted)
+    found, expected = both(name, *args)
+    inputs = [args[k] for k in wanted]
+    close(torch.autograd.grad(total(found), inputs), torch.autograd.grad(total(expected), inputs))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bf16_autocast(name):
+    """open_clip rounds its logits to bf16 there; ours are those of fp32."""
+    args = arguments(name)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, rounded = both(name, *args)
+    close(found, getattr(open_clip.loss, name)()(*args))
+    close(found, rounded, tolerance=5e-2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bf16_features(name):
+    args = arguments(name, dtype=torch.bfloat16)
+    found = getattr(fasterase, name)()(*args)
+    exact = getattr(open_clip.loss, name)()(*(x.float() for x in args))
+    close(found, exact)
+
+
+def test_bias_and_scale_of_shape_one():
+    args = arguments("ClipLoss")
+    args[2] = args[2].detach().reshape(1).requires_grad_()
+    found, expected = both("ClipLoss", *args, logit_bias=torch.tensor(-3.0))
+    close(found, expected)
+    close(torch.autograd.grad(found, args[2]), torch.autograd.grad(expected, args[2]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_constructor(name):
+    ours, theirs = (inspect.signature(getattr(m, name)) for m in (fasterase, open_clip.loss))
+    assert list(ours.parameters) == list(theirs.parameters)
+    assert [p.default for p in ours.parameters.values()] == [
+        p.default for p in theirs.parameters.values()
+    ]
+    with pytest.raises(InputError, match=r"world_size must be 1; got 8"):
+        getattr(fasterase, name)(world_size=8)
+    ours, theirs = (
+        inspect.signature(getattr(m, name).forward) for m in (fasterase, open_clip.loss)
+    )
+    assert list(ours.parameters) == list(theirs.parameters)
