@@ -170,9 +170,11 @@ def sweep(
                     EVEN_K,
                     PRECISION,
                 )
-                exists = off_diagonal(rows, cols, n)
+                # What is no element beside the diagonal becomes -inf: no mask to carry in registers
+                # through the second product.
+                s = tl.where(off_diagonal(rows, cols, n), s, -float("inf"))
                 has_earlier = cols < tl.where(row_block > first_row, n, 0)
-                e = tl.where(exists, exp_gap(s, c), 0.0)
+                e = exp_gap(s, c)
                 row_sum += tl.sum(e, 1)
                 col = col_parts + cols
                 earlier = tl.load(col, mask=has_earlier, other=0.0)
@@ -193,12 +195,16 @@ def sweep(
                         EVEN_REF_K,
                         PRECISION,
                     )
-                    e0 = tl.where(exists, exp_gap(s0, ref_c), 0.0)
-                    cross = tl.where(exists, e0 * (s0 - s), 0.0)
+                    # In an order that needs no third tile of registers: the gap replaces s, e0
+                    # replaces s0, and their product the gap.
+                    exists = s != -float("inf")
+                    gap = tl.where(exists, s0 - s, 0.0)
+                    e0 = exp_gap(tl.where(exists, s0, -float("inf")), ref_c)
                     ref_row_sum += tl.sum(e0, 1)
-                    cross_row_sum += tl.sum(cross, 1)
                     earlier = tl.load(col + slot, mask=has_earlier, other=0.0)
                     tl.store(col + slot, earlier + tl.sum(e0, 0), mask=cols < n)
+                    cross = e0 * gap
+                    cross_row_sum += tl.sum(cross, 1)
                     earlier = tl.load(col + 2 * slot, mask=has_earlier, other=0.0)
                     tl.store(col + 2 * slot, earlier + tl.sum(cross, 0), mask=cols < n)
                 # The next row block reads these slots from other threads.

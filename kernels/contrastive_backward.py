@@ -63,12 +63,15 @@ def _weighted_exp(
     s,
     shift,  # [2, N]
     factors,  # [2, N]
-    rows,  # in the batch, in bounds
+    start,  # the group's first row
+    rows,  # in the group, in bounds
     cols,
     num_rows,
     is_online,
 ):
     """weight * p over rows plus the same over columns: one exp where both have one shift."""
+    shift += start
+    factors += start
     row_shift = tl.load(shift + rows)
     row_factor = tl.load(factors + rows)[:, None]
     col_factor = tl.load(factors + num_rows + cols)[None, :]
@@ -130,8 +133,8 @@ def strip(
     rows = row_start + tl.arange(0, BLOCK_M)
     cols = col_start + tl.arange(0, BLOCK_N)
     is_online = tl.load(flags + tl.load(entry + 7)) != 0
-    all_rows = start + tl.minimum(rows, n - 1)
-    all_cols = start + tl.minimum(cols, n - 1)
+    held_rows = tl.minimum(rows, n - 1)
+    held_cols = tl.minimum(cols, n - 1)
     total = tl.cast(num_rows, tl.int64)
     s = tl.load(scale) * tile_product(
         image + start * image_stride,
@@ -148,7 +151,7 @@ def strip(
         EVEN_K,
         PRECISION,
     )
-    g = _weighted_exp(s, softmaxes, factors, all_rows, all_cols, total, is_online)
+    g = _weighted_exp(s, softmaxes, factors, start, held_rows, held_cols, total, is_online)
     if HAS_REF:
         s0 = tl.load(ref_scale) * tile_product(
             ref_image + start * ref_image_stride,
@@ -165,8 +168,10 @@ def strip(
             EVEN_REF_K,
             PRECISION,
         )
+        softmaxes += 6 * total
+        factors += 2 * total
         g -= _weighted_exp(
-            s0, softmaxes + 6 * total, factors + 2 * total, all_rows, all_cols, total, is_online
+            s0, softmaxes, factors, start, held_rows, held_cols, total, is_online
         )
     g = tl.where(off_diagonal(rows, cols, n), g * gain, 0.0)
     workspace += tl.load(entry + 4) + (row_start - first).to(tl.int64) * tl.load(entry + 5)
@@ -206,16 +211,18 @@ def strip_of_logits(
     cols = col_start + tl.arange(0, BLOCK_N)
     inside_strip = (strip_rows < num_strip_rows)[:, None] & (cols < n)[None, :]
     is_online = tl.load(flags + group) != 0
-    all_rows = start + tl.minimum(rows, n - 1)
-    all_cols = start + tl.minimum(cols, n - 1)
+    held_rows = tl.minimum(rows, n - 1)
+    held_cols = tl.minimum(cols, n - 1)
     total = tl.cast(num_rows, tl.int64)
     at = strip_rows[:, None] * cosines_stride + cols[None, :]
     s = tl.load(scale) * tl.load(cosines + at, mask=inside_strip, other=0.0)
-    g = _weighted_exp(s, softmaxes, factors, all_rows, all_cols, total, is_online)
+    g = _weighted_exp(s, softmaxes, factors, start, held_rows, held_cols, total, is_online)
     if HAS_REF:
         s0 = tl.load(ref_scale) * tl.load(ref_cosines + at, mask=inside_strip, other=0.0)
+        softmaxes += 6 * total
+        factors += 2 * total
         g -= _weighted_exp(
-            s0, softmaxes + 6 * total, factors + 2 * total, all_rows, all_cols, total, is_online
+            s0, softmaxes, factors, start, held_rows, held_cols, total, is_online
         )
     g = tl.where(off_diagonal(rows, cols, n), g * gain, 0.0)
     at = strip_rows[:, None] * workspace_stride + cols[None, :]

@@ -66,7 +66,7 @@ def off_diagonal(rows, cols, n):
 @triton.jit
 def exp_gap(x, shift):
     """exp(x - shift): the multiply-add rounds once, where the result is small, and feeds ex2."""
-    return tl.exp2(x * 1.4426950408889634 - shift * 1.4426950408889634)
+    return tl.exp2(tl.fma(x, 1.4426950408889634, shift * -1.4426950408889634))
 
 
 @triton.jit

@@ -1,0 +1,1 @@
+"""Measurements that the README quotes; each module is a command that makes its results again."""
