@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
 
 from fasterase.errors import InputError
+from fasterase.ops.contrastive import build
 from fasterase.ops.contrastive.chunked import contrastive_chunked
+from fasterase.ops.contrastive.cpu import contrastive_cpu
 from fasterase.ops.contrastive.dense import Contrastive, contrastive_dense
 
 Backend = Callable[
@@ -19,6 +23,7 @@ Backend = Callable[
 BACKENDS: dict[str, Backend] = {
     "dense": contrastive_dense,
     "chunked": contrastive_chunked,
+    "cpu": contrastive_cpu,
 }
 
 # Names of the interface; those without an entry above are not built into this installation.
@@ -36,23 +41,58 @@ class BackendChoice(NamedTuple):
 
 
 def available_backends() -> tuple[str, ...]:
-    """Names that `backend=` accepts here, beside "auto"."""
-    return tuple(name for name in NAMES if name in BACKENDS)
+    """Names that `backend=` accepts here, beside "auto". Builds the C++ kernels where it can."""
+    return tuple(name for name in NAMES if _missing(name) is None)
 
 
-def choose(backend: str) -> BackendChoice:
+def choose(backend: str, image: Tensor | None = None) -> BackendChoice:
     """Resolve `backend`; a named one is taken or refused, never replaced by another.
 
+    `image` is what the call is about; without it the name is only checked.
+
     Raises:
-        InputError: the name is unknown, or known but not available here.
+        InputError: the name is unknown, not available here, or not for image's device.
     """
     if backend == "auto":
-        return BackendChoice("chunked", "auto: O(N D) memory on any device and dtype")
-    if backend in BACKENDS:
-        return BackendChoice(backend, "named by the caller")
-    usable = ", ".join(repr(name) for name in ("auto", *available_backends()))
-    if backend in NAMES:
+        return _automatic(image)
+    if backend not in NAMES:
+        usable = ", ".join(repr(name) for name in ("auto", *available_backends()))
+        raise InputError(f"backend must be one of {usable}; got {backend!r}.")
+    reason = _missing(backend)
+    if reason is not None:
+        usable = ", ".join(repr(name) for name in ("auto", *available_backends()))
         raise InputError(
-            f"backend={backend!r} is not available in this installation. Use one of {usable}."
+            f"backend={backend!r} is not available in this installation: {reason}. "
+            f"Use one of {usable}."
         )
-    raise InputError(f"backend must be one of {usable}; got {backend!r}.")
+    if backend == "cpu" and image is not None and image.device.type != "cpu":
+        raise InputError(
+            f"backend='cpu' takes CPU tensors; image is on {image.device}. Use backend='auto'."
+        )
+    return BackendChoice(backend, "named by the caller")
+
+
+def _automatic(image: Tensor | None) -> BackendChoice:
+    if image is not None and image.device.type == "cpu":
+        reason = build.problem()
+        if reason is None:
+            return BackendChoice("cpu", "auto: C++ tiles for tensors on the CPU")
+        _warn_of_fallback(reason)
+        return BackendChoice("chunked", f"auto: torch tiles, for the C++ ones are missing: {reason}")
+    return BackendChoice("chunked", "auto: O(N D) memory on any device and dtype")
+
+
+@functools.cache
+def _warn_of_fallback(reason: str) -> None:
+    warnings.warn(
+        f"The contrastive loss runs on torch tiles (backend='chunked'), which is slower: {reason}. "
+        f"`fasterase compile` tries again.",
+        stacklevel=4,
+    )
+
+
+def _missing(backend: str) -> str | None:
+    """Why a backend of the interface cannot run here; None where it can."""
+    if backend not in BACKENDS:
+        return "it is not part of this version"
+    return build.problem() if backend == "cpu" else None

@@ -1,0 +1,148 @@
+// One square problem: its logits by tiles, who computes which, and what is kept of them.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include <vector>
+
+#include "rows.h"
+
+namespace fasterase {
+
+using at::Tensor;
+
+// Tensor calls below autograd, autocast and dispatch modes; a worker thread needs its own.
+struct PlainTensors {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autograd_dispatch_keyset |
+                                                 c10::autocast_dispatch_keyset};
+};
+
+struct Span {
+  int64_t begin, size;
+};
+
+// A group's rows, and likewise its columns, in `count` nearly equal parts.
+struct Parts {
+  int64_t n, count;
+
+  // Parts of at most `tile` rows, a multiple of the number of threads where they stay large enough.
+  static Parts choose(int64_t n, int64_t width, int64_t tile) {
+    constexpr int64_t smallest_tile = 64;
+    // Below this many multiply-adds a second thread costs more than it brings.
+    constexpr int64_t worth_a_thread = int64_t(1) << 22;
+    const int64_t few = std::max<int64_t>(1, at::divup(n, tile));
+    const int64_t threads = at::get_num_threads();
+    if (threads == 1 || n * n * width < worth_a_thread) return {n, few};
+    const int64_t even = at::divup(few, threads) * threads;
+    return {n, std::max(few, std::min(even, at::divup(n, smallest_tile)))};
+  }
+
+  int64_t largest() const { return at::divup(n, count); }
+
+  Span operator[](int64_t k) const {
+    const int64_t begin = n * k / count;
+    return {begin, n * (k + 1) / count - begin};
+  }
+
+  // visit(row part, column part) for every tile. In a step no two threads share rows or columns, so
+  // that each may add to what belongs to either; the order of additions is the same for any number
+  // of threads.
+  template <typename Visit>
+  void for_each_tile(const Visit& visit) const {
+    for (int64_t step = 0; step < count; ++step) {
+      at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+        PlainTensors guard;
+        for (int64_t r = begin; r < end; ++r) visit(r, (r + step) % count);
+      });
+    }
+  }
+};
+
+// What a softmax over S comes down to; index 0: of the rows, 1: of the columns.
+template <typename T>
+struct Softmax {
+  T* shift[2];  // taken off the logits before exp
+  T* sums[2];   // of exp(s - shift) beside the diagonal
+  T* off[2];    // the probability beside the diagonal
+  bool shared;  // one shift everywhere, so that one exp serves both directions
+};
+
+// S = scale * image @ text.T of one group, in T.
+template <typename T>
+struct Logits {
+  Tensor image, text;  // [n, D]
+  T scale;
+
+  Tensor image_rows(Span rows) const { return rows_of(image, rows); }
+  Tensor text_rows(Span cols) const { return rows_of(text, cols); }
+
+ private:
+  static Tensor rows_of(const Tensor& side, Span rows) {
+    return side.narrow(0, rows.begin, rows.size).to(c10::CppTypeToScalarType<T>::value);
+  }
+};
+
+template <typename T>
+inline Tensor view(T* data, int64_t rows, int64_t cols) {
+  return at::from_blob(data, {rows, cols}, c10::CppTypeToScalarType<T>::value);
+}
+
+// Memory of one thread. `tile(k)` holds an edge x edge tile, `line(k)` one row of it.
+template <typename T>
+class Scratch {
+ public:
+  Scratch(int64_t edge, int64_t tiles, int64_t lines)
+      : edge_(edge),
+        tiles_(tiles),
+        each_(tiles * edge * edge + lines * edge),
+        memory_(at::empty({at::get_num_threads(), each_}, c10::CppTypeToScalarType<T>::value)) {}
+
+  T* tile(int64_t k) const { return mine() + k * edge_ * edge_; }
+  T* line(int64_t k) const { return mine() + tiles_ * edge_ * edge_ + k * edge_; }
+
+ private:
+  T* mine() const { return memory_.template mutable_data_ptr<T>() + at::get_thread_num() * each_; }
+
+  int64_t edge_, tiles_, each_;
+  Tensor memory_;
+};
+
+// The matrices of one group: the current one and, where there is a reference, the original's.
+template <typename T>
+struct Group {
+  // Far below every logit and far from overflow: exp makes 0 of it, a difference of two as well.
+  static constexpr T nothing = T(-1e30);
+
+  std::vector<Logits<T>> matrices;
+  std::vector<Softmax<T>> softmaxes;
+  Parts parts;
+  T* kept;                // tiles of the first `kept_parts` parts of rows
+  int64_t kept_parts;
+  int64_t kept_matrices;  // how many of a tile lie there one after another
+  bool filled;            // whether they are there already
+
+  int64_t rows() const { return parts.n; }
+
+  // Tile (r, c) of matrix k with `nothing` on the group's diagonal; in `scratch` unless it is kept.
+  T* tile(int64_t k, int64_t r, int64_t c, T* scratch) const {
+    const Span rows = parts[r], cols = parts[c];
+    const bool is_kept = r < kept_parts;
+    T* s = is_kept ? kept + kept_matrices * (rows.begin * parts.n + rows.size * cols.begin) +
+                         k * rows.size * cols.size
+                   : scratch;
+    if (is_kept && filled) return s;
+    const Logits<T>& logits = matrices[k];
+    Tensor out = view(s, rows.size, cols.size);
+    at::addmm_out(out, out, logits.image_rows(rows), logits.text_rows(cols).t(), 0, logits.scale);
+    if (r == c) {
+      for (int64_t i = 0; i < rows.size; ++i) s[i * cols.size + i] = nothing;
+    }
+    return s;
+  }
+};
+
+}  // namespace fasterase

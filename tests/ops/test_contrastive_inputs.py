@@ -1,0 +1,87 @@
+"""What `contrastive` refuses and how it says so; which backend a call takes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fasterase.errors import InputError
+from fasterase.ops.contrastive import available_backends, contrastive, explain_backend
+
+
+def call(**changes):
+    arguments = {
+        "image": torch.zeros(4, 3),
+        "text": torch.zeros(4, 3),
+        "scale": 10.0,
+        "ref_image": torch.zeros(4, 2),
+        "ref_text": torch.zeros(4, 2),
+        "ref_scale": 10.0,
+    }
+    arguments.update(changes)
+    return arguments
+
+
+WRONG = [
+    ({"image": np.zeros((4, 3))}, "image must be a torch.Tensor.*ndarray"),
+    ({"text": [[0.0] * 3] * 4}, "text must be a torch.Tensor.*list"),
+    ({"image": torch.zeros(4, 3, 1)}, r"image must have shape \(N, D\).*\(4, 3, 1\)"),
+    ({"text": torch.zeros(4, 3).long()}, "text must be float.*int64"),
+    ({"text": torch.zeros(5, 3)}, r"image and text must have the same shape.*\(5, 3\)"),
+    ({"text": torch.zeros(4, 2)}, "image and text must have the same shape"),
+    ({"text": torch.zeros(4, 3, device="meta")}, "on one device; got cpu and meta"),
+    ({"scale": "100"}, "scale must be a 0-d tensor or a float.*str"),
+    ({"scale": None}, "scale must be .*NoneType"),
+    ({"scale": True}, "scale must be .*bool"),
+    ({"scale": -1.0}, "scale must be a positive number.*-1.0"),
+    ({"scale": float("nan")}, "scale must be a positive number"),
+    ({"scale": torch.ones(1)}, r"scale must be a 0-d floating-point tensor.*\(1,\)"),
+    ({"scale": torch.tensor(3)}, "scale must be a 0-d floating-point tensor.*int64"),
+    ({"ref_scale": 0.0}, "ref_scale must be a positive number"),
+    ({"ref_image": None}, "go together; ref_image missing"),
+    ({"ref_text": None, "ref_scale": None}, "go together; ref_text and ref_scale missing"),
+    ({"ref_text": torch.zeros(4, 3)}, "ref_image and ref_text must have the same shape"),
+    (
+        {"ref_image": torch.zeros(3, 2), "ref_text": torch.zeros(3, 2)},
+        "ref_image and ref_text must have one row a pair, 4.*got 3",
+    ),
+    (
+        {k: torch.zeros(4, 2, device="meta") for k in ("ref_image", "ref_text")},
+        "must be on image's device cpu; got meta",
+    ),
+    ({"ref_text": torch.zeros(4, 2, requires_grad=True)}, "ref_text requires grad.*detach"),
+    ({"labels": [0, 0, 1, 1]}, "labels must be a tensor of 4 integers.*list"),
+    ({"labels": torch.zeros(4)}, "labels must be integers; got torch.float32"),
+    ({"labels": torch.zeros(4, dtype=torch.bool)}, "labels must be integers; got torch.bool"),
+    ({"labels": torch.zeros(3).long()}, r"labels must have shape \(4,\).*\(3,\)"),
+    ({"groups": 4}, "groups must be a tuple of row counts; got 4"),
+    ({"groups": (2.0, 2.0)}, "groups must be a tuple of row counts"),
+    ({"groups": (2, 1)}, "sum to the 4 rows.*sum 3"),
+    ({"groups": (5, -1)}, "non-negative"),
+    ({"backend": "fast"}, "backend must be one of 'auto', 'dense', 'chunked'.*'fast'"),
+    ({"backend": None}, "backend must be one of"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG)
+def test_wrong_arguments_are_named(changes, message):
+    for function in (contrastive, explain_backend):
+        with pytest.raises(InputError, match=message):
+            function(**call(**changes))
+
+
+@pytest.mark.parametrize("name", sorted({"cpu", "triton"} - set(available_backends())))
+def test_a_backend_that_is_not_built_in_says_so(name):
+    with pytest.raises(InputError, match=f"backend='{name}' is not available in this installation"):
+        contrastive(**call(backend=name))
+
+
+def test_explain_backend_names_what_runs_and_why():
+    assert {"dense", "chunked"} <= set(available_backends())
+    for name in available_backends():
+        choice = explain_backend(**call(backend=name))
+        assert (choice.name, choice.reason) == (name, "named by the caller")
+    choice = explain_backend(**call())
+    assert choice.name in available_backends()
+    assert str(choice).startswith(f"{choice.name}: auto")
