@@ -14,7 +14,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fasterase.kernels.contrastive_tiles import exp_below, exp_gap, off_diagonal, tile_product
+from fasterase.kernels.contrastive_tiles import (
+    exp_below,
+    exp_gap,
+    is_edge,
+    off_diagonal,
+    tile_product,
+)
 
 # start, n, first row in group, rows, offset in the workspace, row stride there, last tile, group
 SEGMENT_FIELDS = tl.constexpr(8)
@@ -178,7 +184,9 @@ def strip(
         g = _add_weighted_exp(
             g, s0, softmaxes, factors, start, held_rows, held_cols, total, is_online
         )
-    g = tl.where(off_diagonal(rows, cols, n), g * gain, 0.0)
+    g *= gain
+    if is_edge(row_start, col_start, n, BLOCK_M, BLOCK_N):
+        g = tl.where(off_diagonal(rows, cols, n), g, 0.0)
     workspace += tl.load(entry + 4) + (row_start - first).to(tl.int64) * tl.load(entry + 5)
     at = tl.arange(0, BLOCK_M).to(tl.int64)[:, None] * tl.load(entry + 5) + cols[None, :]
     inside_strip = (rows < first + num_strip_rows)[:, None] & (cols < n)[None, :]

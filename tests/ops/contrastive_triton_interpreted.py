@@ -1,4 +1,4 @@
-"""The Triton kernels under the interpreter; run by test_contrastive_triton.py in its own process."""
+"""The Triton kernels under the interpreter; test_contrastive_triton.py runs this in a process."""
 
 from __future__ import annotations
 

@@ -93,7 +93,9 @@ def _automatic(image: Tensor | None) -> BackendChoice:
         if reason is None:
             return BackendChoice("cpu", "auto: C++ tiles for tensors on the CPU")
         _warn_of_fallback(reason)
-        return BackendChoice("chunked", f"auto: torch tiles, for the C++ ones are missing: {reason}")
+        return BackendChoice(
+            "chunked", f"auto: torch tiles, for the C++ ones are missing: {reason}"
+        )
     return BackendChoice("chunked", "auto: O(N D) memory on any device and dtype")
 
 

@@ -31,8 +31,8 @@ _FEATURES = (
 _LIBRARY = torch.library.Library("fasterase", "FRAGMENT")
 _LIBRARY.define(f"{_NAME}({_FEATURES}, SymInt[] groups) -> (Tensor, Tensor, Tensor)")
 _LIBRARY.define(
-    f"{_NAME}_backward(Tensor upstream, {_FEATURES}, Tensor softmaxes, Tensor flags, SymInt[] groups, "
-    "bool wants_image, bool wants_text) -> (Tensor, Tensor, Tensor)"
+    f"{_NAME}_backward(Tensor upstream, {_FEATURES}, Tensor softmaxes, Tensor flags, "
+    "SymInt[] groups, bool wants_image, bool wants_text) -> (Tensor, Tensor, Tensor)"
 )
 
 
