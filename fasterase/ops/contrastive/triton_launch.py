@@ -37,8 +37,8 @@ class Tile(NamedTuple):
 
 
 # By (kernel, with reference, half-precision features): the largest that spill nothing on sm_80
-# and sm_90 (benchmarks/compiled_kernels.py): with a reference, 128 x 128 tiles of S and S0 spill 112
-# to 208 bytes a thread. fp32 products run without tensor cores ("ieee"), on smaller tiles.
+# and sm_90 (benchmarks/compiled_kernels.py): with a reference, 128 x 128 tiles of S and S0 spill
+# 112 to 208 bytes a thread. fp32 products run without tensor cores ("ieee"), on smaller tiles.
 TILES = {
     ("sweep", False, True): Tile(128, 128, 64, 8, 3),
     ("sweep", True, True): Tile(128, 64, 64, 8, 3),
