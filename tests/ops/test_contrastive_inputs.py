@@ -79,7 +79,7 @@ def test_a_backend_that_is_not_built_in_says_so(name):
 
 def test_explain_backend_names_what_runs_and_why():
     assert {"dense", "chunked"} <= set(available_backends())
-    for name in available_backends():
+    for name in set(available_backends()) - {"triton"}:  # which takes GPU tensors
         choice = explain_backend(**call(backend=name))
         assert (choice.name, choice.reason) == (name, "named by the caller")
     choice = explain_backend(**call())

@@ -1,0 +1,289 @@
+"""What every Triton kernel compiles to, without a GPU: `python -m benchmarks.compiled_kernels`.
+
+The launchers run on CPU tensors with the kernels replaced by recorders, so that what is compiled is
+what a call would launch, and each recorded launch is compiled for sm_80, sm_90 and sm_100. Prints a
+table and writes `benchmarks/results/compiled_kernels.csv`: registers a thread, bytes of stack
+(spills), shared memory, and the instruction mix, in the loop over the features' depth and in all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fasterase.kernels import contrastive, contrastive_backward
+from fasterase.ops.contrastive import triton_launch
+
+ARCHITECTURES = (80, 90, 100)
+# Bytes of shared memory that one block may take.
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+RESULTS = Path(__file__).parent / "results" / "compiled_kernels.csv"
+
+_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+# By the unit that executes them; a SASS name belongs to the first pattern that fits.
+UNITS = {
+    "tensor": r"HGMMA|HMMA|UTCHMMA|UTCQMMA|QGMMA",
+    "special": r"MUFU",
+    "shuffle": r"SHFL|REDUX",
+    "shared": r"LDS|STS|LDSM|STSM|LDT",
+    "global": r"LDG|STG|UTMA|UBLKCP",
+    "local": r"LDL|STL",
+    "fp32": r"FFMA|FADD|FMUL|FSEL|FSETP|FMNMX",
+}
+
+
+class Launch(NamedTuple):
+    """One kernel and the arguments of one call of it."""
+
+    kernel: Any
+    case: str
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+
+class Compiled(NamedTuple):
+    """A row of the table."""
+
+    kernel: str
+    case: str
+    sm: int
+    warps: int
+    stages: int
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    wgmma: bool
+    loop: dict[str, int]  # instructions by unit in the innermost loop with tensor-core products
+    total: dict[str, int]
+
+
+class _Recorder:
+    """Stands for a kernel; `recorder[grid](...)` keeps the call."""
+
+    def __init__(self, kernel: Any, case: str, launches: list[Launch]) -> None:
+        self.kernel, self.case, self.launches = kernel, case, launches
+
+    def __getitem__(self, grid: Any) -> Any:
+        def record(*args: Any, **kwargs: Any) -> None:
+            names = self.kernel.arg_names
+            options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
+            arguments = dict(zip(names, args, strict=False)) | kwargs
+            self.launches.append(Launch(self.kernel, self.case, arguments, options))
+
+        return record
+
+
+def launches(dtype: torch.dtype, width: int, ref_width: int | None) -> list[Launch]:
+    """Every launch of a forward and of both backwards, at N = 4096."""
+    n = 4096
+    case = f"{str(dtype).removeprefix('torch.')} D={width}"
+    case += "" if ref_width is None else f" D0={ref_width}"
+    found: list[Launch] = []
+    image = torch.zeros(n, width, dtype=dtype)
+    ref = None if ref_width is None else torch.zeros(n, ref_width, dtype=dtype)
+    scale = torch.ones(())
+    features = triton_launch.Features.of(
+        image, image, scale, ref, ref, None if ref is None else scale
+    )
+    with mock.patch.multiple(
+        triton_launch, _num_programs=lambda device, wanted: wanted, _product=lambda *_, **__: None
+    ):
+        kernels = {
+            triton_launch: ("sweep_online",),
+            contrastive: ("row_statistics", "bounds", "sweep", "reduce_sums", "finalise"),
+            contrastive_backward: ("coefficients", "strip", "strip_of_logits", "gradients"),
+        }
+        patches = [
+            mock.patch.object(module, name, _Recorder(getattr(module, name), case, found))
+            for module, names in kernels.items()
+            for name in names
+        ]
+        for patch in patches:
+            patch.start()
+        try:
+            losses, softmaxes, flags = triton_launch.forward(features, (n,))
+            for is_fused in (True, False):
+                triton_launch.backward(
+                    losses,
+                    features,
+                    softmaxes,
+                    flags,
+                    (n,),
+                    wants_image=True,
+                    wants_text=True,
+                    is_fused=is_fused,
+                )
+        finally:
+            for patch in patches:
+                patch.stop()
+    return list({launch.name: launch for launch in found}.values())
+
+
+def compile_launch(launch: Launch, sm: int) -> Compiled:
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for k, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = _POINTERS[value.dtype]
+            attributes[(k,)] = [["tt.divisibility", 16]]
+        elif parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(k,)] = value
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32"
+            if value % 16 == 0:
+                attributes[(k,)] = [["tt.divisibility", 16]]
+    compiled = triton.compile(
+        ASTSource(launch.kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", sm, 32),
+        options=launch.options,
+    )
+    registers, stack = _resources(compiled.asm["cubin"])
+    loop, total = _instructions(compiled.asm["cubin"])
+    return Compiled(
+        launch.name,
+        launch.case,
+        sm,
+        compiled.metadata.num_warps,
+        compiled.metadata.num_stages,
+        registers,
+        stack,
+        compiled.metadata.shared,
+        "wgmma" in compiled.asm["ptx"],
+        loop,
+        total,
+    )
+
+
+def tool_path(name: str) -> str:
+    return str(_BIN / name)
+
+
+def _tool(name: str, *flags: str, cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool_path(name), *flags, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    usage = _tool("cuobjdump", "--dump-resource-usage", cubin=cubin)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    return int(found[1]), int(found[2])
+
+
+def _instructions(cubin: bytes) -> tuple[dict[str, int], dict[str, int]]:
+    """Instruction counts by unit, in the innermost loop with products and in the whole kernel."""
+    code: list[tuple[int, str, int | None]] = []
+    for line in _tool("cuobjdump", "--dump-sass", cubin=cubin).splitlines():
+        found = re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)(.*?);", line)
+        if found:
+            target = re.search(r"BRA.*?0x([0-9a-f]+)", found[2] + found[3])
+            code.append((int(found[1], 16), found[2], int(target[1], 16) if target else None))
+    loops = [
+        [name for at, name, _ in code if target <= at <= end]
+        for end, _, target in code
+        if target is not None and target < end
+    ]
+    with_products = [loop for loop in loops if _count(loop)["tensor"]]
+    inner = min(with_products, key=len, default=[])
+    return _count(inner), _count([name for _, name, _ in code])
+
+
+def _count(names: list[str]) -> dict[str, int]:
+    counts = dict.fromkeys((*UNITS, "other"), 0)
+    for name in names:
+        unit = next((u for u, pattern in UNITS.items() if re.match(pattern, name)), "other")
+        counts[unit] += 1
+    return counts
+
+
+def cases() -> Iterator[Launch]:
+    """Kernels that multiply features in every variant: widths that BLOCK_K divides and does not,
+    with and without reference, bf16 and fp32; the others, which only stream, once."""
+    seen: set[str] = set()
+    for dtype, width, ref_width in (
+        (torch.bfloat16, 768, 768),
+        (torch.bfloat16, 768, None),
+        (torch.bfloat16, 1280, 500),
+        (torch.float32, 512, 512),
+        (torch.float32, 512, None),
+    ):
+        for launch in launches(dtype, width, ref_width):
+            if "BLOCK_K" in launch.arguments and "HAS_REF" in launch.arguments:
+                yield launch
+            elif launch.name not in seen:
+                seen.add(launch.name)
+                yield launch
+
+
+def row(compiled: Compiled) -> dict[str, Any]:
+    flat = compiled._asdict()
+    for place in ("loop", "total"):
+        flat |= {f"{place}_{unit}": count for unit, count in flat.pop(place).items()}
+    return flat
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kernel", help="only this one")
+    parser.add_argument("--sm", type=int, choices=ARCHITECTURES, help="only this architecture")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    if triton_launch.INTERPRETED:
+        sys.exit("TRITON_INTERPRET is set: kernels do not compile under the interpreter.")
+    rows = []
+    for launch in cases():
+        if args.kernel in (None, launch.name):
+            for sm in ARCHITECTURES if args.sm is None else (args.sm,):
+                compiled = compile_launch(launch, sm)
+                rows.append(row(compiled))
+                loop = " ".join(f"{unit} {n}" for unit, n in compiled.loop.items() if n)
+                print(
+                    f"{compiled.kernel:16} {compiled.case:24} sm_{sm:<4} {compiled.warps} warps "
+                    f"{compiled.registers:4} registers {compiled.stack_bytes:4} B stack "
+                    f"{compiled.shared_bytes:7} B shared {'wgmma' if compiled.wgmma else '     '} "
+                    f"loop: {loop}",
+                    flush=True,
+                )
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = args.output.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.rename(args.output)
+
+
+if __name__ == "__main__":
+    main()
