@@ -21,6 +21,7 @@ from fasterase.kernels.contrastive_tiles import (
     SLOTS,
     SPAN_FIELDS,
     exp_gap,
+    is_edge,
     off_diagonal,
     sigmoid,
     softplus,
@@ -172,7 +173,9 @@ def sweep(
                 )
                 # What is no element beside the diagonal becomes -inf: no mask to carry in registers
                 # through the second product.
-                s = tl.where(off_diagonal(rows, cols, n), s, -float("inf"))
+                edge = is_edge(row_block * BLOCK_M, col_block * BLOCK_N, n, BLOCK_M, BLOCK_N)
+                if edge:
+                    s = tl.where(off_diagonal(rows, cols, n), s, -float("inf"))
                 has_earlier = cols < tl.where(row_block > first_row, n, 0)
                 e = exp_gap(s, c)
                 row_sum += tl.sum(e, 1)
@@ -197,9 +200,11 @@ def sweep(
                     )
                     # In an order that needs no third tile of registers: the gap replaces s, e0
                     # replaces s0, and their product the gap.
-                    exists = s != -float("inf")
-                    gap = tl.where(exists, s0 - s, 0.0)
-                    e0 = exp_gap(tl.where(exists, s0, -float("inf")), ref_c)
+                    gap = s0 - s
+                    if edge:
+                        gap = tl.where(s == -float("inf"), 0.0, gap)
+                        s0 = tl.where(s == -float("inf"), s, s0)
+                    e0 = exp_gap(s0, ref_c)
                     ref_row_sum += tl.sum(e0, 1)
                     earlier = tl.load(col + slot, mask=has_earlier, other=0.0)
                     tl.store(col + slot, earlier + tl.sum(e0, 0), mask=cols < n)
@@ -243,7 +248,9 @@ def reduce_sums(
             part = parts + (side * part_stats + stat) * slot + rows
             for k in range(num_slots):
                 total += tl.load(part + k * tl.cast(num_rows, tl.int64), mask=exists, other=0.0)
-            tl.store(sums + (side * stats + stat) * tl.cast(num_rows, tl.int64) + rows, total, exists)
+            tl.store(
+                sums + (side * stats + stat) * tl.cast(num_rows, tl.int64) + rows, total, exists
+            )
             sound = tl.abs(total) < float("inf")
             if stat < 2:
                 sound &= total >= _UNDERFLOW
@@ -288,9 +295,8 @@ def finalise(
         part = parts + side * part_stats * slot + rows
         by = tl.zeros((BLOCK_R,), dtype=tl.float32) + c
         mass = tl.zeros((BLOCK_R,), dtype=tl.float32)
-        unused = tl.zeros((BLOCK_R,), dtype=tl.float32)
         if is_online:
-            by, mass, unused = merge_slots(
+            by, mass, _ = merge_slots(
                 part, part + slot, part, num_slots, total, exists, False, BLOCK_R
             )
         else:

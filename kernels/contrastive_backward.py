@@ -14,7 +14,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fasterase.kernels.contrastive_tiles import exp_below, exp_gap, off_diagonal, tile_product
+from fasterase.kernels.contrastive_tiles import (
+    exp_below,
+    exp_gap,
+    is_edge,
+    off_diagonal,
+    tile_product,
+)
 
 # start, n, first row in group, rows, offset in the workspace, row stride there, last tile, group
 SEGMENT_FIELDS = tl.constexpr(8)
@@ -27,13 +33,13 @@ def coefficients(
     upstream,  # [4 or 2, N] gradients: ce row, ce column, kl row, kl column
     unit,  # [] their largest magnitude: weights near 1 keep a 1/N out of factors near 1e-34
     softmaxes,  # [matrices, 3, 2, N]
-    factors,  # [matrices, 2, N] out: what turns exp(s - shift) into weight * p
+    factors,  # [matrices, 2, N] out: what turns exp(s - shift) into weight * p, or into -kl * p0
     own,  # [N] out: G's diagonal
     num_rows,
     HAS_REF: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """G = e * (factor_i + factor_j) - e0 * (ref_factor_i + ref_factor_j) beside the diagonal.
+    """G = e * (factor_i + factor_j) + e0 * (ref_factor_i + ref_factor_j) beside the diagonal.
 
     Factors are off / sum and not exp(shift - lse): then a row of p adds up to `off` to the last
     bit, where an lse near 100, rounded, would tilt the whole row by 4e-6.
@@ -50,7 +56,7 @@ def coefficients(
             kl = tl.load(upstream + 2 * total + at, mask=exists, other=0.0) / by
             weight += kl
             ref_ratio = tl.load(softmaxes + 8 * total + at, mask=exists, other=0.0)
-            tl.store(factors + 2 * total + at, kl * ref_ratio, mask=exists)
+            tl.store(factors + 2 * total + at, -kl * ref_ratio, mask=exists)
             diagonal += kl * tl.load(softmaxes + 10 * total + at, mask=exists, other=0.0)
         ratio = tl.load(softmaxes + 2 * total + at, mask=exists, other=0.0)
         tl.store(factors + at, weight * ratio, mask=exists)
@@ -59,7 +65,8 @@ def coefficients(
 
 
 @triton.jit
-def _weighted_exp(
+def _add_weighted_exp(
+    g,
     s,
     shift,  # [2, N]
     factors,  # [2, N]
@@ -69,18 +76,21 @@ def _weighted_exp(
     num_rows,
     is_online,
 ):
-    """weight * p over rows plus the same over columns: one exp where both have one shift."""
+    """g + factor * exp(s - shift) by rows and by columns: one exp where both have one shift.
+
+    Added to g term by term, so that no third tile of registers is needed.
+    """
     shift += start
     factors += start
-    row_shift = tl.load(shift + rows)
+    row_shift = tl.load(shift + rows)[:, None]
     row_factor = tl.load(factors + rows)[:, None]
     col_factor = tl.load(factors + num_rows + cols)[None, :]
     if is_online:
-        col_shift = tl.load(shift + num_rows + cols)
-        g = exp_below(s, row_shift[:, None]) * row_factor
-        g += exp_below(s, col_shift[None, :]) * col_factor
+        g += exp_below(s, row_shift) * row_factor
+        col_shift = tl.load(shift + num_rows + cols)[None, :]
+        g += exp_below(s, col_shift) * col_factor
     else:
-        g = exp_gap(s, row_shift[:, None]) * (row_factor + col_factor)
+        g += exp_gap(s, row_shift) * (row_factor + col_factor)
     return g
 
 
@@ -151,7 +161,8 @@ def strip(
         EVEN_K,
         PRECISION,
     )
-    g = _weighted_exp(s, softmaxes, factors, start, held_rows, held_cols, total, is_online)
+    g = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    g = _add_weighted_exp(g, s, softmaxes, factors, start, held_rows, held_cols, total, is_online)
     if HAS_REF:
         s0 = tl.load(ref_scale) * tile_product(
             ref_image + start * ref_image_stride,
@@ -170,10 +181,12 @@ def strip(
         )
         softmaxes += 6 * total
         factors += 2 * total
-        g -= _weighted_exp(
-            s0, softmaxes, factors, start, held_rows, held_cols, total, is_online
+        g = _add_weighted_exp(
+            g, s0, softmaxes, factors, start, held_rows, held_cols, total, is_online
         )
-    g = tl.where(off_diagonal(rows, cols, n), g * gain, 0.0)
+    g *= gain
+    if is_edge(row_start, col_start, n, BLOCK_M, BLOCK_N):
+        g = tl.where(off_diagonal(rows, cols, n), g, 0.0)
     workspace += tl.load(entry + 4) + (row_start - first).to(tl.int64) * tl.load(entry + 5)
     at = tl.arange(0, BLOCK_M).to(tl.int64)[:, None] * tl.load(entry + 5) + cols[None, :]
     inside_strip = (rows < first + num_strip_rows)[:, None] & (cols < n)[None, :]
@@ -216,13 +229,14 @@ def strip_of_logits(
     total = tl.cast(num_rows, tl.int64)
     at = strip_rows[:, None] * cosines_stride + cols[None, :]
     s = tl.load(scale) * tl.load(cosines + at, mask=inside_strip, other=0.0)
-    g = _weighted_exp(s, softmaxes, factors, start, held_rows, held_cols, total, is_online)
+    g = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    g = _add_weighted_exp(g, s, softmaxes, factors, start, held_rows, held_cols, total, is_online)
     if HAS_REF:
         s0 = tl.load(ref_scale) * tl.load(ref_cosines + at, mask=inside_strip, other=0.0)
         softmaxes += 6 * total
         factors += 2 * total
-        g -= _weighted_exp(
-            s0, softmaxes, factors, start, held_rows, held_cols, total, is_online
+        g = _add_weighted_exp(
+            g, s0, softmaxes, factors, start, held_rows, held_cols, total, is_online
         )
     g = tl.where(off_diagonal(rows, cols, n), g * gain, 0.0)
     at = strip_rows[:, None] * workspace_stride + cols[None, :]

@@ -137,9 +137,7 @@ def sweep_online(
 
 
 @triton.jit
-def _fold(
-    peak, mass, cross, x, gap, exists, AXIS: tl.constexpr, HAS_CROSS: tl.constexpr
-):
+def _fold(peak, mass, cross, x, gap, exists, AXIS: tl.constexpr, HAS_CROSS: tl.constexpr):
     """Take a tile along AXIS into (largest x, sum of exp(x - it), sum of exp(x - it) * gap)."""
     top = tl.maximum(peak, tl.max(tl.where(exists, x, -float("inf")), AXIS))
     # Nothing seen yet: any finite number serves.

@@ -64,6 +64,13 @@ def off_diagonal(rows, cols, n):
 
 
 @triton.jit
+def is_edge(row_start, col_start, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Whether a tile crosses the diagonal or the end of its group; the others need no mask."""
+    crosses = (row_start < col_start + BLOCK_N) & (col_start < row_start + BLOCK_M)
+    return crosses | (row_start + BLOCK_M > n) | (col_start + BLOCK_N > n)
+
+
+@triton.jit
 def exp_gap(x, shift):
     """exp(x - shift): the multiply-add rounds once, where the result is small, and feeds ex2."""
     return tl.exp2(tl.fma(x, 1.4426950408889634, shift * -1.4426950408889634))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fasterase.errors import InputError
@@ -20,14 +22,22 @@ Backend = Callable[
     Contrastive,
 ]
 
+
+def _triton(*call: Any) -> Contrastive:
+    """Imports triton when first used: it is not installed everywhere, and takes 0.3 s."""
+    from fasterase.ops.contrastive.triton import contrastive_triton
+
+    return contrastive_triton(*call)
+
+
 BACKENDS: dict[str, Backend] = {
     "dense": contrastive_dense,
     "chunked": contrastive_chunked,
     "cpu": contrastive_cpu,
+    "triton": _triton,
 }
 
-# Names of the interface; those without an entry above are not built into this installation.
-NAMES = ("dense", "chunked", "cpu", "triton")
+NAMES = tuple(BACKENDS)
 
 
 class BackendChoice(NamedTuple):
@@ -73,12 +83,19 @@ def choose(backend: str, image: Tensor | None = None) -> BackendChoice:
 
 
 def _automatic(image: Tensor | None) -> BackendChoice:
+    if image is not None and image.is_cuda and image.dtype != torch.float64:
+        reason = _missing("triton")
+        if reason is None:
+            return BackendChoice("triton", "auto: fused Triton kernels for tensors on a GPU")
+        return BackendChoice("chunked", f"auto: torch tiles, for {reason}")
     if image is not None and image.device.type == "cpu":
         reason = build.problem()
         if reason is None:
             return BackendChoice("cpu", "auto: C++ tiles for tensors on the CPU")
         _warn_of_fallback(reason)
-        return BackendChoice("chunked", f"auto: torch tiles, for the C++ ones are missing: {reason}")
+        return BackendChoice(
+            "chunked", f"auto: torch tiles, for the C++ ones are missing: {reason}"
+        )
     return BackendChoice("chunked", "auto: O(N D) memory on any device and dtype")
 
 
@@ -93,6 +110,16 @@ def _warn_of_fallback(reason: str) -> None:
 
 def _missing(backend: str) -> str | None:
     """Why a backend of the interface cannot run here; None where it can."""
-    if backend not in BACKENDS:
-        return "it is not part of this version"
-    return build.problem() if backend == "cpu" else None
+    if backend == "cpu":
+        return build.problem()
+    return _triton_missing() if backend == "triton" else None
+
+
+def _triton_missing() -> str | None:
+    if find_spec("triton") is None:
+        return "the package triton is not installed (it comes with torch on Linux)"
+    if torch.cuda.is_available():
+        return None
+    from fasterase.ops.contrastive.triton_launch import INTERPRETED
+
+    return None if INTERPRETED else "there is no CUDA device"

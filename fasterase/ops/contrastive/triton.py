@@ -10,10 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fasterase.errors import InputError
 from fasterase.ops.contrastive.dense import Contrastive
-from fasterase.ops.contrastive.triton_launch import INTERPRETED, Features, backward, forward
+from fasterase.ops.contrastive.triton_launch import (
+    INTERPRETED,
+    Features,
+    backward,
+    forward,
+    is_fused_faster,
+)
 
 _NAME = "contrastive_triton_interpreted" if INTERPRETED else "contrastive_triton"
 _KEY = "CPU" if INTERPRETED else "CUDA"
@@ -22,10 +29,10 @@ _FEATURES = (
     "Tensor? ref_image, Tensor? ref_text, Tensor? ref_scale"
 )
 _LIBRARY = torch.library.Library("fasterase", "FRAGMENT")
-_LIBRARY.define(f"{_NAME}({_FEATURES}, int[] groups) -> (Tensor, Tensor, Tensor)")
+_LIBRARY.define(f"{_NAME}({_FEATURES}, SymInt[] groups) -> (Tensor, Tensor, Tensor)")
 _LIBRARY.define(
-    f"{_NAME}_backward(Tensor upstream, {_FEATURES}, Tensor softmaxes, Tensor flags, int[] groups, "
-    "bool wants_image, bool wants_text) -> (Tensor, Tensor, Tensor)"
+    f"{_NAME}_backward(Tensor upstream, {_FEATURES}, Tensor softmaxes, Tensor flags, "
+    "SymInt[] groups, bool wants_image, bool wants_text) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -117,6 +124,7 @@ def _backward(
             tuple(groups),
             wants_image=wants_image,
             wants_text=wants_text,
+            is_fused=is_fused_faster(features),
         )
     return (
         image.new_empty(0) if d_image is None else d_image.to(image.dtype),
@@ -152,9 +160,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(*features, softmaxes, flags)
     ctx.groups = groups
     ctx.mark_non_differentiable(softmaxes, flags)
+    ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+@once_differentiable
+def _autograd(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * 7
     *features, softmaxes, flags = ctx.saved_tensors
     wants_image, wants_text, wants_scale = ctx.needs_input_grad[:3]
     operator = getattr(torch.ops.fasterase, f"{_NAME}_backward").default

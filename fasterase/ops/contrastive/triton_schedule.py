@@ -63,9 +63,7 @@ def sweep_tables(
                     items.append((start, n, *rows, strip, *cols, chunk, group))
         for first in range(0, n, SPAN):
             rows_here = min(SPAN, n - first)
-            spans.append(
-                (start + first, rows_here, len(strips), len(chunks), group, int(n > 1))
-            )
+            spans.append((start + first, rows_here, len(strips), len(chunks), group, int(n > 1)))
     return Sweep(*(_table(rows, torch.int32, device) for rows in (starts, items, spans)))
 
 

@@ -1,0 +1,229 @@
+"""The Triton kernels under the interpreter; test_contrastive_triton.py runs this in a process."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+
+from fasterase.errors import InputError
+from fasterase.kernels import contrastive as kernels
+from fasterase.kernels import contrastive_online
+from fasterase.ops.contrastive import (
+    available_backends,
+    contrastive,
+    explain_backend,
+    triton_launch,
+    triton_schedule,
+)
+from tests.ops.triton_checks import SMALL_TILE, batch_on, check, flags, poisoned, run
+
+FP32, FP16 = torch.float32, torch.float16
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    for key in triton_launch.TILES:
+        monkeypatch.setitem(triton_launch.TILES, key, SMALL_TILE)
+
+
+@pytest.fixture
+def two_slots(monkeypatch):
+    """At most 2 x 2 items a group, so that each walks several row and column blocks."""
+    for module in (kernels, contrastive_online, triton_schedule, triton_launch):
+        monkeypatch.setattr(module, "SLOTS", tl.constexpr(2))
+    triton_schedule.sweep_tables.cache_clear()
+    yield
+    triton_schedule.sweep_tables.cache_clear()
+
+
+# Multiples of no tile, of some, of all; widths below, at and above BLOCK_K; groups of very
+# different sizes, none and one pair among them.
+@pytest.mark.parametrize(
+    ("dtype", "n", "width", "ref_width", "scale", "groups", "labels"),
+    [
+        (FP32, 123, 80, 48, 14.3, None, None),
+        (FP16, 123, 80, 48, 100.0, (0, 123), 60),
+        (FP32, 67, 33, 33, 100.0, (3, 64), 20),
+        (FP16, 67, 33, 33, 14.3, None, None),
+        (FP32, 130, 64, 96, 100.0, (130, 0), None),
+        (FP16, 130, 64, 96, 14.3, (1, 2, 127), 90),
+        (FP32, 65, 128, 128, 14.3, (64, 1), None),
+        (FP16, 65, 128, 128, 100.0, None, None),
+    ],
+)
+def test_matches_the_oracle(dtype, n, width, ref_width, scale, groups, labels):
+    check("cpu", dtype, n, width, ref_width, scale, groups, labels=labels)
+
+
+@pytest.mark.usefixtures("two_slots")
+@pytest.mark.parametrize("dtype", [FP32, FP16])
+def test_items_of_several_blocks_and_backwards_of_several_strips(dtype, monkeypatch):
+    size = 2 if dtype == FP16 else 12
+    monkeypatch.setattr(triton_launch, "WORKSPACE_BYTES", 110 * 320 * size)
+    check("cpu", dtype, 300, 320, 200, 14.3, (300,), labels=200)
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_both_backwards_for_either_precision(is_fused, monkeypatch):
+    operator = "fasterase.ops.contrastive.triton.is_fused_faster"
+    monkeypatch.setattr(operator, lambda features: is_fused)
+    monkeypatch.setattr(triton_launch, "WORKSPACE_BYTES", 32 * 64 * 4)  # a row block a strip
+    for dtype in (FP32, FP16):
+        check("cpu", dtype, 70, 40, 24, 100.0, (20, 50))
+
+
+@pytest.mark.usefixtures("two_slots")
+@pytest.mark.parametrize("dtype", [FP32, FP16])
+def test_opposite_cones_fire_the_guard(dtype, monkeypatch):
+    call, _ = batch_on("cpu", dtype, 160, 64, 32, 100.0, gap=5.0)
+    assert flags(call, (20, 140)) == [1, 1]
+    for is_fused in (True, False):
+        monkeypatch.setattr(
+            "fasterase.ops.contrastive.triton.is_fused_faster", lambda features, x=is_fused: x
+        )
+        check("cpu", dtype, 160, 64, 64, 100.0, (20, 140), gap=5.0)
+
+
+def test_the_guard_is_a_group_s_own():
+    call, _ = batch_on("cpu", FP32, 60, 32, 16, 100.0)
+    with torch.no_grad():
+        call["image"][20:] = -call["text"][20]
+        call["text"][20:] = call["text"][20]
+    assert flags(call, (1, 19, 40)) == [0, 0, 1]
+
+
+def test_without_reference():
+    call, batch = batch_on("cpu", FP32, 50, 24, None, 14.3)
+    for name in ("ref_image", "ref_text", "ref_scale"):
+        del call[name]
+    upstream = np.ones((2, 50))
+    losses, gradients = run(call, upstream, (20, 30))
+    chunked = contrastive(**call, groups=(20, 30), backend="chunked")
+    expected = torch.autograd.grad(chunked.ce_row.sum() + chunked.ce_col.sum(), list(call.values()))
+    assert len(losses) == 2
+    for found, value in zip((*losses, *gradients), (*chunked[:2], *expected), strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-5)
+    assert batch.labels is None
+
+
+def test_nothing_beyond_the_tensors_is_read():
+    call, _ = batch_on("cpu", FP32, 45, 20, 12, 100.0)
+    upstream = np.ones((4, 45))
+    clean = run(call, upstream, (15, 30))
+    held = {k: poisoned(v) if v.dim() == 2 else v for k, v in call.items()}
+    for name in ("image", "text"):
+        held[name].requires_grad_()
+    found = run(held, upstream, (15, 30))
+    for left, right in zip(clean, found, strict=True):
+        assert all(map(torch.equal, left, right))
+
+
+def test_columns_stored_first_and_mixed_precisions():
+    call, _ = batch_on("cpu", FP32, 45, 20, 12, 14.3)
+    clean = contrastive(**call, backend="triton")
+    call["image"] = call["image"].detach().T.contiguous().T
+    call["ref_text"] = call["ref_text"].double()
+    assert all(map(torch.equal, clean, contrastive(**call, backend="triton")))
+    call["image"] = call["image"].half()
+    mixed = contrastive(**call, backend="triton")
+    assert all(x.dtype == FP32 for x in mixed)
+
+
+def test_the_same_bits_every_time_and_over_a_retained_graph():
+    call, _ = batch_on("cpu", FP16, 70, 40, 24, 100.0)
+    upstream = np.random.default_rng(0).normal(size=(4, 70))
+    first, second = (run(call, upstream, (30, 40)) for _ in range(2))
+    for left, right in zip(first, second, strict=True):
+        assert all(map(torch.equal, left, right))
+
+
+@pytest.mark.parametrize("wanted", [("image",), ("text",), ("scale",), ("image", "scale")])
+def test_inputs_without_gradient(wanted):
+    call, _ = batch_on("cpu", FP32, 30, 20, 12, 14.3)
+    gradients = {}
+    for chosen in (("image", "text", "scale"), wanted):
+        for name in ("image", "text", "scale"):
+            call[name] = call[name].detach().requires_grad_(name in chosen)
+        sum(x.sum() for x in contrastive(**call, backend="triton")).backward()
+        for name in chosen:
+            gradients.setdefault(name, []).append(call[name].grad)
+    for name in wanted:
+        torch.testing.assert_close(*gradients[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("groups", [(1,), (1, 1), (2, 1, 0, 3)])
+def test_small_groups(groups):
+    n = sum(groups)
+    check("cpu", FP32, n, 5, 3, 30.0, groups)
+    call, _ = batch_on("cpu", FP32, n, 1, 1, 30.0)
+    losses, gradients = run(call, np.ones((4, n)), groups)
+    assert all(bool(x.isfinite().all()) for x in (*losses, *gradients))
+    if groups[0] == 1:
+        assert all(x[0].item() == 0 for x in losses)
+
+
+@pytest.mark.parametrize("where", ["image", "text", "ref_image"])
+def test_nan_stays_nan_and_in_its_group(where):
+    call, _ = batch_on("cpu", FP32, 30, 8, 8, 100.0)
+    with torch.no_grad():
+        call[where][4, 2] = torch.nan
+    losses = contrastive(**call, groups=(10, 20), backend="triton")
+    reached = losses if where in ("image", "text") else losses[2:]
+    assert all(bool(x[4].isnan()) for x in reached)
+    assert all(bool(x[10:].isfinite().all()) for x in losses)
+    if where != "text":  # a NaN image is a candidate in every column
+        assert all(bool(x[:10].isnan().all()) for x in reached[1::2])
+    if where != "ref_image":
+        gradient = torch.autograd.grad(sum(x[:10].sum() for x in losses), call["image"])[0]
+        assert bool(gradient[:10].isnan().any())
+        assert not gradient[10:].any()
+
+
+@pytest.mark.parametrize("scale", [torch.nan, torch.inf])
+def test_nan_and_infinite_scales_do_not_give_numbers(scale):
+    call, _ = batch_on("cpu", FP32, 6, 4, 4, 1.0)
+    call["scale"] = torch.tensor(scale)
+    assert not any(bool(x.isfinite().any()) for x in contrastive(**call, backend="triton"))
+
+
+def test_a_matched_pair_keeps_its_tiny_cross_entropy():
+    call, batch = batch_on("cpu", FP32, 40, 128, 128, 100.0)
+    call["text"] = call["image"].detach()
+    ce = contrastive(**call, backend="triton").ce_row.double()
+    cosine = batch.image @ batch.image.T
+    gaps = 100.0 * (cosine - np.diag(cosine)[:, None])
+    np.fill_diagonal(gaps, -np.inf)
+    expected = np.log1p(np.exp(gaps).sum(1))
+    assert expected.max() < 1e-12
+    torch.testing.assert_close(ce.detach(), torch.tensor(expected), rtol=1e-4, atol=0)
+
+
+def test_torch_operator_and_compile():
+    call, _ = batch_on("cpu", FP32, 20, 8, 8, 14.3)
+    operator = torch.ops.fasterase.contrastive_triton_interpreted.default
+    names = ("image", "text", "scale", "ref_image", "ref_text", "ref_scale")
+    contrastive(**call, backend="triton")
+    torch.library.opcheck(operator, (*(call[k] for k in names), [8, 12]))
+
+    def losses(image, text, scale):
+        rest = {k: call[k] for k in names[3:]}
+        return contrastive(image, text, scale, **rest, groups=(8, 12), backend="triton")
+
+    arguments = [call[k] for k in names[:3]]
+    compiled = torch.compile(losses, fullgraph=True, backend="aot_eager")(*arguments)
+    plain = losses(*arguments)
+    assert all(map(torch.equal, compiled, plain))
+    gradients = [torch.autograd.grad(x.ce_row.sum(), arguments) for x in (compiled, plain)]
+    assert all(map(torch.equal, *gradients))
+
+
+def test_the_backend_is_named_and_refuses_fp64():
+    assert "triton" in available_backends()
+    call, _ = batch_on("cpu", FP32, 6, 4, 4, 1.0)
+    assert explain_backend(**call, backend="triton").name == "triton"
+    for name in ("image", "text"):
+        call[name] = call[name].double()
+    with pytest.raises(InputError, match="float64"):
+        contrastive(**call, backend="triton")

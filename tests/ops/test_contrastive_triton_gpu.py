@@ -1,0 +1,134 @@
+"""The Triton backend on a GPU, bf16 among the dtypes; skipped elsewhere."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fasterase.ops.contrastive import contrastive, explain_backend
+from fasterase.ops.contrastive.triton_schedule import sweep_tables
+from tests.ops import triton_checks
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("n", "width", "ref_width", "scale", "groups", "labels"),
+    [
+        (123, 80, 48, 14.3, None, None),
+        (67, 33, 33, 100.0, (3, 64), 20),
+        (130, 64, 96, 100.0, (130, 0), None),
+        (300, 320, 200, 14.3, (1, 299), 90),
+        (700, 1280, 512, 100.0, (200, 500), None),
+    ],
+)
+def test_matches_the_oracle(dtype, n, width, ref_width, scale, groups, labels):
+    triton_checks.check("cuda", dtype, n, width, ref_width, scale, groups, labels=labels)
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opposite_cones_fire_the_guard(dtype, is_fused, monkeypatch):
+    monkeypatch.setattr(
+        "fasterase.ops.contrastive.triton.is_fused_faster", lambda features: is_fused
+    )
+    call, _ = triton_checks.batch_on("cuda", dtype, 400, 64, 64, 100.0, gap=5.0)
+    assert triton_checks.flags(call, (100, 300)) == [1, 1]
+    triton_checks.check("cuda", dtype, 400, 64, 64, 100.0, (100, 300), gap=5.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_items_of_several_blocks_and_backwards_of_several_strips(dtype, monkeypatch):
+    """6000 rows are more than 32 blocks of 128; held against torch tiles in fp32."""
+    operator = "fasterase.ops.contrastive.triton_launch.WORKSPACE_BYTES"
+    monkeypatch.setattr(operator, 2**23)
+    call, _ = triton_checks.batch_on("cuda", dtype, 6000, 96, 40, 14.3)
+    groups = (900, 5100)
+    tables = sweep_tables(groups, 128, 128, torch.device("cuda"))
+    assert bool((tables.items[:, 3] - tables.items[:, 2] > 1).any())
+    upstream = np.random.default_rng(0).normal(size=(4, 6000))
+    found = triton_checks.run(call, upstream, groups)
+    wide = {k: v.detach().float() for k, v in call.items()}
+    for name in ("image", "text", "scale"):
+        wide[name].requires_grad_()
+    losses = contrastive(**wide, groups=groups, backend="chunked")
+    total = sum((torch.tensor(w).cuda() * x).sum() for w, x in zip(upstream, losses, strict=True))
+    gradients = torch.autograd.grad(total, [wide["image"], wide["text"], wide["scale"]])
+    for left, right in zip(found[0], losses, strict=True):
+        torch.testing.assert_close(left, right, rtol=3e-4, atol=3e-5)
+    for left, right in zip(found[1][:2], gradients[:2], strict=True):
+        error = triton_checks.norm_error(left, right.double().cpu().numpy())
+        assert error < max(3e-4, 2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_same_bits_every_time(dtype):
+    call, _ = triton_checks.batch_on("cuda", dtype, 3000, 96, 40, 100.0)
+    upstream = np.random.default_rng(0).normal(size=(4, 3000))
+    first = triton_checks.run(call, upstream, (1000, 2000))
+    for _ in range(3):
+        for left, right in zip(first, triton_checks.run(call, upstream, (1000, 2000)), strict=True):
+            assert all(map(torch.equal, left, right))
+
+
+def test_nothing_beyond_the_tensors_is_read():
+    call, _ = triton_checks.batch_on("cuda", torch.bfloat16, 300, 100, 60, 100.0)
+    upstream = np.ones((4, 300))
+    clean = triton_checks.run(call, upstream, (100, 200))
+    held = {k: triton_checks.poisoned(v) if v.dim() == 2 else v for k, v in call.items()}
+    for name in ("image", "text"):
+        held[name].requires_grad_()
+    for left, right in zip(clean, triton_checks.run(held, upstream, (100, 200)), strict=True):
+        assert all(map(torch.equal, left, right))
+
+
+def test_auto_opcheck_compile_and_autocast():
+    call, _ = triton_checks.batch_on("cuda", torch.bfloat16, 200, 64, 64, 14.3)
+    assert explain_backend(**call).name == "triton"
+    names = ("image", "text", "scale", "ref_image", "ref_text", "ref_scale")
+    plain = contrastive(**call)
+    operator = torch.ops.fasterase.contrastive_triton.default
+    torch.library.opcheck(operator, (*(call[k] for k in names), [80, 120]))
+    compiled = torch.compile(lambda **kwargs: contrastive(**kwargs), fullgraph=True)(**call)
+    assert all(map(torch.equal, plain, compiled))
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        inside = contrastive(**call)
+        inside.ce_row.sum().backward()
+    assert all(map(torch.equal, plain, inside))
+
+
+def test_cuda_graph():
+    call, _ = triton_checks.batch_on("cuda", torch.bfloat16, 500, 64, 64, 14.3)
+    upstream = np.ones((4, 500))
+    weights = torch.ones(4, 500, device="cuda")
+
+    def step():
+        losses = torch.stack(list(contrastive(**call, groups=(200, 300))))
+        return losses, torch.autograd.grad((losses * weights).sum(), [call["image"], call["text"]])
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        losses, gradients = step()
+    with torch.no_grad():
+        call["image"].copy_(call["image"].flip(0))
+        call["text"].copy_(call["text"].flip(0))
+    graph.replay()
+    expected = triton_checks.run(call, upstream, (200, 300))
+    assert all(map(torch.equal, losses, expected[0]))
+    assert all(map(torch.equal, gradients, expected[1][:2]))
+
+
+def test_memory_is_not_quadratic():
+    """N = 16384: one fp32 matrix would be 1 GiB; the strips of G take the workspace's 256 MiB."""
+    call, _ = triton_checks.batch_on("cuda", torch.bfloat16, 16384, 128, 128, 14.3)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    sum(x.sum() for x in contrastive(**call)).backward()
+    assert torch.cuda.max_memory_allocated() - before < 450 * 2**20

@@ -1,0 +1,99 @@
+"""Checks of the Triton backend that its tests run under the interpreter and on a GPU alike."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from fasterase.ops.contrastive import contrastive, triton_launch
+from tests import oracle
+
+# Under the interpreter: small tiles, so that every loop runs in seconds.
+SMALL_TILE = triton_launch.Tile(32, 64, 32, 4, 1)
+
+
+def batch_on(device, dtype, n, width, ref_width, scale, *, labels=None, gap=0.0, seed=0):
+    """(call, batch): a call's arguments and, for the oracle, the same rounded to `dtype`."""
+    batch = oracle.clip_like(
+        n, width, scale, ref_width=ref_width, num_labels=labels, modality_gap=gap, seed=seed
+    )
+    call = {}
+    for name in ("image", "text", "ref_image", "ref_text"):
+        value = torch.tensor(getattr(batch, name)).to(dtype)
+        setattr(batch, name, value.double().numpy())
+        call[name] = value.to(device)
+    batch.scale, batch.ref_scale = float(np.float32(scale)), 100.0 if gap else 20.0
+    call["scale"] = torch.tensor(batch.scale, device=device)
+    call["ref_scale"] = torch.tensor(batch.ref_scale, device=device)
+    if labels is not None:
+        call["labels"] = torch.tensor(batch.labels, device=device)
+    for name in ("image", "text", "scale"):
+        call[name].requires_grad_()
+    return call, batch
+
+
+def run(call, upstream, groups):
+    """Losses and gradients of (upstream * losses).sum() in image, text and scale."""
+    losses = [x for x in contrastive(**call, groups=groups, backend="triton") if x is not None]
+    total = sum(
+        (torch.tensor(w, device=x.device) * x.double()).sum()
+        for w, x in zip(upstream, losses, strict=False)
+    )
+    return losses, torch.autograd.grad(total, [call["image"], call["text"], call["scale"]])
+
+
+def relative_error(found, expected, scale):
+    """Of each value, or of 1e-2 x max(1, scale / 10) where the value is smaller."""
+    expected = np.asarray(expected)
+    error = np.abs(found.detach().double().cpu().numpy() - expected)
+    floor = 1e-2 * max(1.0, scale / 10)
+    return float((error / np.maximum(np.abs(expected), floor)).max(initial=0.0))
+
+
+def norm_error(found, expected):
+    error = np.linalg.norm(found.detach().double().cpu().numpy() - expected)
+    return float(error / np.linalg.norm(expected))
+
+
+def check(device, dtype, n, width, ref_width, scale, groups, *, labels=None, gap=0.0):
+    """Values to 3e-4; gradients to 3e-4 in fp32, in half precision to a few roundings' norm."""
+    call, batch = batch_on(device, dtype, n, width, ref_width, scale, labels=labels, gap=gap)
+    # Logits near -95 carry 1e-5 of fp32 rounding, which the weight of a whole direction multiplies
+    # by 100: weights of 1 / sqrt(N), between a mean's and a single sample's.
+    weight, tolerance = (n**-0.5, 5e-4) if gap else (1.0, 3e-4)
+    upstream = weight * np.random.default_rng(3).normal(size=(4, n))
+    losses, gradients = run(call, upstream, groups)
+    expected, exact = oracle.contrastive(batch, upstream, groups)
+    for found, value in zip(losses, expected, strict=True):
+        assert found.dtype == torch.float32
+        assert relative_error(found, value, scale) < tolerance
+    for name, found in zip(("image", "text"), gradients, strict=False):
+        assert found.dtype == dtype
+        if dtype == torch.float32:
+            assert relative_error(found, getattr(exact, name), scale) < tolerance
+        else:
+            epsilon = torch.finfo(dtype).eps
+            assert norm_error(found, getattr(exact, name)) < (8 if gap else 2) * epsilon
+    if dtype == torch.float32:
+        assert relative_error(gradients[2], exact.scale, scale) < tolerance
+    else:
+        # A sum over cosines of either sign: its error counts against the terms, not the result.
+        terms = np.abs(batch.image * exact.image).sum() / scale
+        assert abs(gradients[2].item() - exact.scale) < torch.finfo(dtype).eps * terms
+
+
+def poisoned(rows):
+    """The same rows, in the middle of NaN."""
+    buffer = torch.full((len(rows) + 70, rows.shape[1] + 70), torch.nan).to(rows)
+    inside = buffer[: len(rows), : rows.shape[1]]
+    inside.copy_(rows.detach())
+    return inside
+
+
+def flags(call, groups):
+    """Whether the guard fired, a group."""
+    features = triton_launch.Features.of(
+        *(call[k].detach() for k in ("image", "text", "scale")),
+        *(call[k] for k in ("ref_image", "ref_text", "ref_scale")),
+    )
+    return triton_launch.forward(features, groups)[2].tolist()
