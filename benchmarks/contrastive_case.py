@@ -1,0 +1,121 @@
+"""What the contrastive benchmark computes: a case, its tensors, its FLOPs, its true losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, logsigmoid, normalize
+
+MODES = ("full", "forward", "backward", "no-grad-forward")
+REF_SCALE = 100.0
+SIGLIP_BIAS = -10.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem; `kl` adds the KL to a frozen original of the same width."""
+
+    num_pairs: int
+    width: int
+    dtype: str = "float32"
+    scale: float = 100.0
+    kl: bool = False
+    device: str = "cpu"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        found = getattr(torch, self.dtype)
+        assert isinstance(found, torch.dtype)
+        return found
+
+    @property
+    def matrix_bytes(self) -> int:
+        """Of one [N, N] matrix of logits in the case's dtype."""
+        return self.num_pairs**2 * self.torch_dtype.itemsize
+
+
+class Inputs(NamedTuple):
+    """Leaves of the loss; the reference's are constants, None without the KL."""
+
+    image: Tensor  # [N, D]
+    text: Tensor  # [N, D]
+    scale: Tensor  # [] fp32 (fp64 for fp64 features)
+    ref_image: Tensor | None  # [N, D]
+    ref_text: Tensor | None  # [N, D]
+    ref_scale: Tensor | None  # []
+
+    @property
+    def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.image, self.text, self.scale
+
+
+class Losses(NamedTuple):
+    """The scalars that the providers compute, differentiable, of one set of inputs."""
+
+    clip: Tensor  # mean InfoNCE of both directions, with the mean KL of both where there is one
+    teacher_entropy: Tensor  # what open_clip's distillation term lacks to be a KL, negated
+    siglip: Tensor  # pairwise sigmoid loss
+
+
+def make_inputs(case: Case, seed: int = 0) -> Inputs:
+    """Matched pairs with noise, unit rows, as a trained CLIP gives; the original is close by."""
+    random = torch.Generator().manual_seed(seed)
+
+    def rows() -> Tensor:
+        return torch.randn(case.num_pairs, case.width, generator=random)
+
+    concept = rows()
+    image, text = (normalize(concept + 2.0 * rows()) for _ in range(2))
+    ref = (normalize(x + 0.3 * normalize(rows())) for x in (image, text)) if case.kl else ()
+    features = [x.to(case.device, case.torch_dtype) for x in (image, text, *ref)]
+    scale_dtype = torch.float64 if case.dtype == "float64" else torch.float32
+    scale = torch.tensor(case.scale, device=case.device, dtype=scale_dtype)
+    for leaf in (*features[:2], scale):
+        leaf.requires_grad_()
+    if not case.kl:
+        return Inputs(features[0], features[1], scale, None, None, None)
+    ref_scale = torch.tensor(REF_SCALE, device=case.device, dtype=scale_dtype)
+    return Inputs(features[0], features[1], scale, features[2], features[3], ref_scale)
+
+
+def flops(case: Case, mode: str, objective: str = "clip") -> int:
+    """Multiplications and additions that the loss needs if no [N, N] matrix is kept.
+
+    In units of N^2 D: forward 2 (4 with the KL), backward 6 (8): the logits again and two
+    gradients. The sigmoid loss makes its gradients beside the loss: 2 and 4. The same for every
+    provider, whatever it does, so that rates compare like times.
+    """
+    forward = 4 if case.kl else 2
+    backward = 4 if objective == "siglip" else forward + 4
+    units = {"forward": forward, "no-grad-forward": forward, "backward": backward}
+    return units.get(mode, forward + backward) * case.num_pairs**2 * case.width
+
+
+def exact_losses(inputs: Inputs) -> Losses:
+    """In the inputs' own dtype, from whole matrices: the truth for fp64 inputs."""
+    logits = inputs.scale * inputs.image @ inputs.text.T
+    target = torch.arange(len(logits), device=logits.device)
+    clip = (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
+    entropy = torch.zeros_like(clip)
+    _, _, _, ref_image, ref_text, ref_scale = inputs
+    if ref_image is not None and ref_text is not None and ref_scale is not None:
+        ref = ref_scale * ref_image @ ref_text.T
+        for now, before in ((logits, ref), (logits.T, ref.T)):
+            p0, log_p0 = before.softmax(1), before.log_softmax(1)
+            clip = clip + (p0 * (log_p0 - now.log_softmax(1))).sum(1).mean() / 2
+            entropy = entropy - (p0 * log_p0).sum(1).mean() / 2
+    sign = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1
+    siglip = -logsigmoid(sign * (logits + SIGLIP_BIAS)).sum() / len(logits)
+    return Losses(clip, entropy, siglip)
+
+
+def in_fp64(inputs: Inputs) -> Inputs:
+    """The same numbers as fresh fp64 leaves."""
+    copies = [None if x is None else x.detach().double() for x in inputs]
+    for leaf in copies[:3]:
+        assert leaf is not None
+        leaf.requires_grad_()
+    return Inputs(*copies)  # type: ignore[arg-type]

@@ -1,0 +1,242 @@
+"""How the benchmarks measure: interleaved times, peak extra memory, error against fp64."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import multiprocessing
+import os
+import re
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.contrastive_case import Case, Inputs, exact_losses, in_fp64, make_inputs
+from benchmarks.providers import PROVIDERS, Loss, Provider, UnavailableError
+
+# Written before every timed call on a GPU, so that each starts with a cold L2 (50 MB on an H100).
+_FLUSH_BYTES = 256 * 2**20
+# Pairs of the call before a memory measurement: it loads libraries and starts threads.
+_WARM_UP_PAIRS = 64
+_MEMORY_LIMIT_SECONDS = 600
+
+Repetition = Callable[[], float]
+
+
+def repetition(loss: Loss, inputs: Inputs, mode: str, device: str) -> Repetition:
+    """A call that runs `mode` once and returns its milliseconds.
+
+    "backward" builds a fresh graph before its clock starts; "forward" frees it after its clock
+    stops.
+    """
+
+    def run() -> float:
+        for leaf in inputs.leaves:
+            leaf.grad = None
+        if mode == "no-grad-forward":
+            with torch.no_grad():
+                return clock(lambda: loss(inputs), device)
+        if mode == "forward":
+            return clock(lambda: loss(inputs), device)
+        if mode == "backward":
+            value = loss(inputs)
+            return clock(value.backward, device)
+        return clock(lambda: loss(inputs).backward(), device)
+
+    return run
+
+
+def clock(call: Callable[[], object], device: str) -> float:
+    """Milliseconds of one call; on a GPU by events on its stream, from a cold L2."""
+    if device == "cpu":
+        start = time.perf_counter()
+        result = call()
+        elapsed = time.perf_counter() - start
+        del result
+        return elapsed * 1e3
+    torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device).zero_()
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before.record()
+    call()
+    after.record()
+    torch.cuda.synchronize()
+    return before.elapsed_time(after)
+
+
+def time_interleaved(
+    repetitions: dict[str, Repetition],
+    *,
+    seconds: float,
+    patience: float,
+    min_samples: int,
+    max_samples: int,
+    compiled: frozenset[str] = frozenset(),
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Milliseconds a name, and the reason of each that failed: (samples, failures).
+
+    Rounds over the names, each round from another start, so that a drift of the machine meets all
+    alike. A name leaves when its calls have taken `seconds` and it has `min_samples`, or when they
+    have taken `patience`. The first call warms up and is dropped, unless it alone takes `seconds`,
+    where a start matters little, and nothing was compiled in it.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in repetitions}
+    spent = dict.fromkeys(repetitions, 0.0)
+    failures: dict[str, str] = {}
+    active = list(repetitions)
+    turn = 0
+    gc.disable()
+    try:
+        while active:
+            start = turn % len(active)
+            for name in active[start:] + active[:start]:
+                began = time.perf_counter()
+                try:
+                    elapsed = repetitions[name]()
+                except Exception as error:
+                    failures[name] = reason(error)
+                    continue
+                took = time.perf_counter() - began
+                if turn > 0 or (took > seconds and name not in compiled):
+                    samples[name].append(elapsed)
+                    spent[name] += took
+            active = [
+                name
+                for name in active
+                if name not in failures
+                and len(samples[name]) < max_samples
+                and (
+                    not samples[name]
+                    or spent[name] < seconds
+                    or (len(samples[name]) < min_samples and spent[name] < patience)
+                )
+            ]
+            gc.collect()
+            turn += 1
+    finally:
+        gc.enable()
+    return {name: found for name, found in samples.items() if name not in failures}, failures
+
+
+def gemm_repetition(size: int, dtype: torch.dtype, device: str) -> Repetition:
+    """A square product of random numbers: what the device's matrix units do at best."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return lambda: clock(lambda: torch.mm(a, b, out=out), device)
+
+
+def peak_extra_bytes(provider: Provider, case: Case, mode: str) -> int:
+    """Peak memory of one call above its inputs, gradients included.
+
+    On a GPU by torch's allocator; on a CPU resident memory, in a process of its own.
+
+    Raises:
+        UnavailableError: the provider's reason, or that of the process's death.
+    """
+    if case.device == "cuda":
+        return _measured_peak(provider, case, mode)
+    context = multiprocessing.get_context("forkserver")
+    # Forked from a process that has imported torch but computed nothing: no pools, no threads.
+    context.set_forkserver_preload(["benchmarks.harness", "open_clip.loss"])
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(
+        target=_memory_child, args=(theirs, provider.name, case, mode, torch.get_num_threads())
+    )
+    child.start()
+    theirs.close()
+    try:
+        if not ours.poll(_MEMORY_LIMIT_SECONDS):
+            child.kill()
+            raise UnavailableError(f"took more than {_MEMORY_LIMIT_SECONDS} s")
+        found = ours.recv()
+    except EOFError:
+        child.join()
+        raise UnavailableError(f"its process ended with code {child.exitcode}") from None
+    finally:
+        child.join()
+        ours.close()
+    if isinstance(found, str):
+        raise UnavailableError(found)
+    return found
+
+
+def _memory_child(to: Connection, name: str, case: Case, mode: str, num_threads: int) -> None:
+    torch.set_num_threads(num_threads)
+    try:
+        to.send(_measured_peak(PROVIDERS[name], case, mode))
+    except Exception as error:
+        to.send(reason(error))
+
+
+def _measured_peak(provider: Provider, case: Case, mode: str) -> int:
+    small = Case(**{**vars(case), "num_pairs": min(case.num_pairs, _WARM_UP_PAIRS)})
+    warm = case if provider.compiles else small
+    repetition(provider.build(warm), make_inputs(warm), mode, case.device)()
+    run = repetition(provider.build(case), make_inputs(case), mode, case.device)
+    gc.collect()
+    if case.device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM = VmRSS
+    before = _resident_bytes("VmRSS")
+    run()
+    return _resident_bytes("VmHWM") - before
+
+
+def _resident_bytes(field: str) -> int:
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def available_bytes(device: str) -> int:
+    """Memory that a provider could still take."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    if found is None:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(found[1]) * 1024
+
+
+def errors_against_fp64(provider: Provider, case: Case) -> dict[str, float]:
+    """Errors of the loss and of each gradient: the largest deviation over the largest value.
+
+    The truth is computed in fp64 from the very numbers that the provider is given.
+    """
+    loss, inputs = provider.build(case), make_inputs(case)
+    exact = in_fp64(inputs)
+    losses = exact_losses(exact)
+    truth: Tensor = getattr(losses, provider.objective)
+    if provider.omits_teacher_entropy:
+        truth = truth + losses.teacher_entropy
+    truth.backward()
+    value = loss(inputs)
+    value.backward()
+    found = {"loss_error": _relative(value.detach(), truth.detach())}
+    names = ("image_grad_error", "text_grad_error", "scale_grad_error")
+    for name, leaf, true_leaf in zip(names, inputs.leaves, exact.leaves, strict=True):
+        if name != "scale_grad_error" or provider.has_scale_gradient:
+            assert leaf.grad is not None
+            assert true_leaf.grad is not None
+            found[name] = _relative(leaf.grad, true_leaf.grad)
+    return found
+
+
+def _relative(value: Tensor, truth: Tensor) -> float:
+    return ((value.double() - truth).abs().max() / truth.abs().max()).item()
+
+
+def reason(error: Exception) -> str:
+    """One line for a row of the results."""
+    if isinstance(error, UnavailableError):
+        return str(error)
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}"[:300]
