@@ -90,7 +90,9 @@ class _Recorder:
     def __getitem__(self, grid: Any) -> Any:
         def record(*args: Any, **kwargs: Any) -> None:
             names = self.kernel.arg_names
-            options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
+            options: dict[str, int] = {
+                name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs
+            }
             arguments = dict(zip(names, args, strict=False)) | kwargs
             self.launches.append(Launch(self.kernel, self.case, arguments, options))
 
@@ -143,7 +145,8 @@ def launches(dtype: torch.dtype, width: int, ref_width: int | None) -> list[Laun
     return list({launch.name: launch for launch in found}.values())
 
 
-def compile_launch(launch: Launch, sm: int) -> Compiled:
+def build(launch: Launch, sm: int) -> Any:
+    """Triton's compiled kernel: `.asm["cubin"]`, `.metadata`."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -161,12 +164,16 @@ def compile_launch(launch: Launch, sm: int) -> Compiled:
             signature[parameter.name] = "i32"
             if value % 16 == 0:
                 attributes[(k,)] = [["tt.divisibility", 16]]
-    compiled = triton.compile(
+    return triton.compile(
         ASTSource(launch.kernel, signature, constants, attributes),
         target=GPUTarget("cuda", sm, 32),
         options=launch.options,
     )
-    registers, stack = _resources(compiled.asm["cubin"])
+
+
+def compile_launch(launch: Launch, sm: int) -> Compiled:
+    compiled = build(launch, sm)
+    registers, stack = resources(compiled.asm["cubin"])
     loop, total = _instructions(compiled.asm["cubin"])
     return Compiled(
         launch.name,
@@ -187,7 +194,8 @@ def tool_path(name: str) -> str:
     return str(_BIN / name)
 
 
-def _tool(name: str, *flags: str, cubin: bytes) -> str:
+def tool(name: str, *flags: str, cubin: bytes) -> str:
+    """Output of one of Triton's CUDA binary tools on a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -195,8 +203,8 @@ def _tool(name: str, *flags: str, cubin: bytes) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    usage = _tool("cuobjdump", "--dump-resource-usage", cubin=cubin)
+def resources(cubin: bytes) -> tuple[int, int]:
+    usage = tool("cuobjdump", "--dump-resource-usage", cubin=cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     return int(found[1]), int(found[2])
@@ -205,7 +213,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 def _instructions(cubin: bytes) -> tuple[dict[str, int], dict[str, int]]:
     """Instruction counts by unit, in the innermost loop with products and in the whole kernel."""
     code: list[tuple[int, str, int | None]] = []
-    for line in _tool("cuobjdump", "--dump-sass", cubin=cubin).splitlines():
+    for line in tool("cuobjdump", "--dump-sass", cubin=cubin).splitlines():
         found = re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)(.*?);", line)
         if found:
             target = re.search(r"BRA.*?0x([0-9a-f]+)", found[2] + found[3])
