@@ -24,9 +24,13 @@ EVERYTHING = {
 }
 
 
+def lines(folder):
+    path = folder / "history.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
 def steps(folder):
-    lines = (folder / "history.jsonl").read_text().splitlines()
-    return [json.loads(line)["step"] for line in lines]
+    return [json.loads(line)["step"] for line in lines(folder)]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +53,10 @@ def whole(tmp_path_factory):
 def test_killed_once_and_run_again(tmp_path, whole, die_at):
     folder = tmp_path / "run"
     in_process(folder, die_at=die_at)
+    saved = max((int(path.name[5:]) for path in folder.glob("checkpoints/step-*")), default=0)
+    before = lines(folder)[:saved]
     assert same_weights(in_process(folder), whole)
+    assert lines(folder)[:saved] == before, "with its times, so these steps were not taken again"
     assert steps(folder) == [1, 2, 3, 4, 5, 6]
     assert sorted(f.name for f in (folder / "checkpoints").iterdir()) == [
         "step-000000004",
@@ -189,13 +196,14 @@ class TestResume:
 
         def noisy(folder, tower, **options):
             with pytest.warns(UserWarning, match="runs beside the trained one in every step"):
-                go(folder, tower=tower, forget=Noisy(1), retain=Noisy(2), **options)
+                return go(folder, tower=tower, forget=Noisy(1), retain=Noisy(2), **options)
 
         whole, again = TinyTower(), TinyTower()
-        noisy(tmp_path / "whole", whole)
+        expected = noisy(tmp_path / "whole", whole)
         noisy(tmp_path / "run", TinyTower(), callback=lambda record: record.step == 3)
         torch.manual_seed(77)
-        noisy(tmp_path / "run", again)
+        result = noisy(tmp_path / "run", again)
+        assert (result.floor, result.excess) == (expected.floor, expected.excess)
         assert same_weights(again.weights(), whole.weights())
         assert not (tmp_path / "run" / "reference").exists()
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -76,31 +77,44 @@ def _die_at(place: str, number: int) -> None:
     setattr(owner, name, dying)
 
 
-def _child(folder: Path, weights: Path, die_at: tuple[str, int] | None, **options: Any) -> None:
+def _like_a_program() -> None:
     torch.set_num_threads(1)
+    # The server's children would have their data-loading workers made by the server.
+    multiprocessing.set_start_method("fork", force=True)
+
+
+def _child(folder: Path, weights: Path, die_at: tuple[str, int] | None, **options: Any) -> None:
+    _like_a_program()
     if die_at is not None:
         _die_at(*die_at)
     torch.save(run(folder, **options).weights(), weights)
 
 
 def _preempted(folder: Path) -> None:
-    torch.set_num_threads(1)
+    _like_a_program()
     os.setpgrp()
 
-    def signal_all(record: dict[str, Any]) -> None:
+    def await_signal(record: dict[str, Any]) -> None:
         if record["step"] == 2:
-            os.killpg(os.getpgrp(), signal.SIGTERM)
+            (folder / "ready").touch()
+            time.sleep(2)
 
     try:
-        run(folder, config={"num_workers": 1}, tower={}, n_retain=20, callback=signal_all)
+        run(folder, config={"num_workers": 1}, tower={}, n_retain=20, callback=await_signal)
     except PreemptedError:
         raise SystemExit(75) from None
 
 
 def preempted_with_workers(folder: Path) -> int:
-    """Exit status, 75 for a clean stop, of a run whose data-loading worker got the SIGTERM too."""
+    """Exit status, 75 for a clean stop, of a run whose data-loading worker got the SIGTERM too.
+
+    Sent from here: a worker takes one from its own parent for an orderly end.
+    """
     process = _CONTEXT.Process(target=_preempted, args=(folder,))
     process.start()
+    while process.is_alive() and not (folder / "ready").exists():
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
     process.join(120)
     return process.exitcode
 

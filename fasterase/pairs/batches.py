@@ -297,8 +297,10 @@ def _load(dataset: Dataset[Any], order: range, num_workers: int) -> Iterator[Any
 def _leave_signals_to_parent(worker: int) -> None:
     """A scheduler's SIGTERM and a terminal's Ctrl-C reach every process of the run. A worker that
     died of one would fail the step that the main process wants to finish and save.
+
+    Only the first SIGTERM is passed over, so that the parent can still end a worker that hangs.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
