@@ -26,6 +26,7 @@ ORDER = [
     "kernels",
     "csrc",
     "ops",
+    "losses",
     "objective",
     "models",
     "pairs",
