@@ -115,10 +115,12 @@ def unlearn(
         tower.text_tokenizer,
         image_size=tower.image_size,
         context_length=tower.context_length,
+        vocab_size=tower.vocab_size,
     )
     if settings.progress:
         tqdm.write(f"fasterase: erasing from {tower.name}; recipe: {describe_recipe(settings)}")
 
+    tower.trainable(settings.tune)  # refuses a wrong `tune` before minutes of measuring
     evaluator = _evaluator(sets, settings)
     # A caller's no_grad or inference mode would train nothing without a word.
     with (

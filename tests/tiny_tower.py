@@ -39,6 +39,7 @@ class TinyTower(TwoTower):
     embed_dim = 12
     image_size = (SIZE, SIZE)
     context_length = LENGTH
+    vocab_size = VOCABULARY
     text_tokenizer = None
 
     def __init__(self, *, seed: int = 0, dropout: float = 0.0, batch_norm: bool = False) -> None:

@@ -62,7 +62,11 @@ def encode_set(
     rows = sampled_rows(len(source), max_pairs, seed=seed)
     first_captions = np.stack([rows, np.zeros_like(rows)], axis=1)
     prepare = Preparer(
-        tower.image_transform, tower.text_tokenizer, tower.image_size, tower.context_length
+        tower.image_transform,
+        tower.text_tokenizer,
+        tower.image_size,
+        tower.context_length,
+        tower.vocab_size,
     )
     image, text = [], []
     captions: list[str] = []

@@ -67,6 +67,7 @@ class OpenClipTower(TwoTower):
             self.context_length = min(
                 stated or _DEFAULT_CONTEXT_LENGTH, self.context_length or _DEFAULT_CONTEXT_LENGTH
             )
+        self.vocab_size = int(text.vocab_size)
         settings = getattr(self.module.visual, "preprocess_cfg", None)
         if preprocess is not None:
             self.image_transform = user_transform(preprocess, self.image_size)
@@ -75,13 +76,12 @@ class OpenClipTower(TwoTower):
         self.text_tokenizer = self._choose_tokenizer(tokenizer, found_tokenizer)
 
     def _choose_tokenizer(self, given: Any, found: Any) -> TextTokenizer | None:
-        vocab_size = int(text_tower(self.module).vocab_size)
         if given is not None:
-            return user_tokenizer(given, self.context_length, vocab_size, with_mask=False)
+            return user_tokenizer(given, self.context_length, self.vocab_size, with_mask=False)
         if found is None:
             return None
         try:
-            return user_tokenizer(found, self.context_length, vocab_size, with_mask=False)
+            return user_tokenizer(found, self.context_length, self.vocab_size, with_mask=False)
         except InputError:
             # open_clip's fallback tokenizer on a model of another vocabulary: not this model's.
             return None

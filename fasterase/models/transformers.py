@@ -64,6 +64,7 @@ class TransformersTower(TwoTower):
         config = self.module.config
         text, vision = config.text_config, config.vision_config
         self.context_length = int(text.max_position_embeddings)
+        self.vocab_size = int(text.vocab_size)
         self._patch_size = int(vision.patch_size) if _is_naflex(module) else None
         self.image_size = _naflex_size(vision) if _is_naflex(module) else _size(vision.image_size)
         # SigLIP states its width in text_config, where it is also the vision tower's.
@@ -80,8 +81,7 @@ class TransformersTower(TwoTower):
         self.image_transform = self._choose_transform(preprocess, tokenizer, source, online)
 
     def _wrap_tokenizer(self, tokenizer: Any) -> TextTokenizer:
-        vocab_size = int(self.module.config.text_config.vocab_size)
-        return user_tokenizer(tokenizer, self.context_length, vocab_size, with_mask=True)
+        return user_tokenizer(tokenizer, self.context_length, self.vocab_size, with_mask=True)
 
     def _found_tokenizer(self, source: str, online: bool) -> TextTokenizer | None:
         from transformers import AutoTokenizer

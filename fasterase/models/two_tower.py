@@ -50,6 +50,7 @@ class TwoTower(abc.ABC):
         embed_dim: D, the width of the shared embedding.
         image_size: (height, width) in pixels that the image tower takes.
         context_length: L, tokens that the text tower takes.
+        vocab_size: token ids are below it.
         image_transform: PIL image -> [3, H, W] float32, the deterministic evaluation transform;
             None when unknown. Holds no weights, so data-loader workers can pickle it.
         text_tokenizer: list of str -> `Tokens`, equally picklable; None when unknown.
@@ -60,6 +61,7 @@ class TwoTower(abc.ABC):
     embed_dim: int
     image_size: tuple[int, int]
     context_length: int
+    vocab_size: int
     image_transform: Callable[[Image], Tensor] | None
     text_tokenizer: Callable[[Sequence[str]], Tokens] | None
 

@@ -42,6 +42,7 @@ class Preparer:
         text_tokenizer: list of str -> `Tokens`; None where texts must be token ids.
         image_size: (H, W) pixels that the image tower takes.
         context_length: the most tokens that the text tower takes.
+        vocab_size: token ids are below it.
     """
 
     def __init__(
@@ -50,11 +51,13 @@ class Preparer:
         text_tokenizer: Callable[[Sequence[str]], Tokens] | None,
         image_size: tuple[int, int],
         context_length: int,
+        vocab_size: int,
     ) -> None:
         self.image_transform = image_transform
         self.text_tokenizer = text_tokenizer
         self.image_size = image_size
         self.context_length = context_length
+        self.vocab_size = vocab_size
 
     def __call__(self, record: Record, caption: int = 0) -> Prepared:
         """Both halves of a record; see `image` and `text`."""
@@ -95,7 +98,7 @@ class Preparer:
         """Tokens of the record's caption number `caption` modulo how many it has.
 
         Raises:
-            InputError: a str without a tokenizer, or too many token ids.
+            InputError: a str without a tokenizer, too many token ids, or ids that the model lacks.
         """
         text = record.text
         if isinstance(text, Tensor):
@@ -116,6 +119,11 @@ class Preparer:
             raise InputError(
                 f"{record.id}: {len(ids)} token ids, and the model takes at most "
                 f"{self.context_length}"
+            )
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
+            raise InputError(
+                f"{record.id}: token ids from {int(ids.min())} to {int(ids.max())}, and the "
+                f"model's vocabulary has {self.vocab_size}; they come from another tokenizer"
             )
         return PreparedText(Tokens(ids, record.mask), caption_key(ids), 0)
 

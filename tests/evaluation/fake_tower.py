@@ -35,6 +35,7 @@ class LookupTower(TwoTower):
         self.embed_dim = image.shape[1]
         self.image_size = (1, 1)
         self.context_length = 1
+        self.vocab_size = 1 << 31
         self.image_transform = _no_transform
         self.text_tokenizer = LookupTokenizer(texts)
 

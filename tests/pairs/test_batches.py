@@ -30,7 +30,7 @@ def tokenizer(texts):
     return Tokens(ids, None)
 
 
-PREPARE = Preparer(transform, tokenizer, (4, 4), 6)
+PREPARE = Preparer(transform, tokenizer, (4, 4), 6, 1000)
 
 
 def pairs(name, n, *, texts=None, bad=()):
@@ -146,7 +146,7 @@ def test_a_wholly_broken_batch_is_empty():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_input_errors_arrive_as_they_were_raised(workers):
-    prepare = Preparer(None, None, (4, 4), 6)
+    prepare = Preparer(None, None, (4, 4), 6, 1000)
     with pytest.raises(InputError) as caught:
         load(pairs("forget", 4), pairs("retain", 6), workers=workers, prepare=prepare)
     assert "`tokenizer`" in str(caught.value)

@@ -30,8 +30,8 @@ def tokenizer(texts) -> Tokens:
     return Tokens(ids, (ids > 0).long())
 
 
-READY = Preparer(transform, tokenizer, (4, 4), 8)
-BARE = Preparer(None, None, (4, 4), 8)
+READY = Preparer(transform, tokenizer, (4, 4), 8, 1000)
+BARE = Preparer(None, None, (4, 4), 8, 1000)
 
 
 def test_float_tensors_pass_as_they_are():
@@ -113,3 +113,10 @@ def test_stacking_pads_to_the_longest_row():
 
 def test_a_preparer_pickles():
     assert pickle.loads(pickle.dumps(READY)).image_size == (4, 4)
+
+
+@pytest.mark.parametrize("ids", [[1, 1000], [-1, 5]])
+def test_token_ids_that_the_model_lacks_are_refused(ids):
+    record = Record(torch.zeros(3, 4, 4), torch.tensor(ids), "pair 7")
+    with pytest.raises(InputError, match=r"pair 7: token ids .* vocabulary has 1000"):
+        BARE.text(record)
