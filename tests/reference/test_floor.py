@@ -37,5 +37,5 @@ def test_nothing_to_compare_is_zero():
 def test_a_model_of_non_finite_features_is_refused_as_such(tower):
     forget, retain = features(["a"], 1), features(["b", "c"], 2)
     getattr(retain, tower)[1, 0] = torch.nan
-    with pytest.raises(InputError, match="^model: its features are NaN"):
+    with pytest.raises(InputError, match=r"^model: its features are NaN"):
         unmatched_cosine(forget, retain)
