@@ -95,17 +95,19 @@ def unlearn(
     settings = (config or UnlearnConfig()).replace(**overrides)
     check_environment(settings)
     output = _output_folder(settings)
-    tower = load_tower(model, tokenizer=tokenizer, preprocess=preprocess, model_name=model_name)
     named = isinstance(model, (str, os.PathLike))
-    if copy and not named:
-        tower = copying.copy(tower)
-        tower.module = copying.deepcopy(tower.module)
+    # What is loaded or copied inside a caller's inference mode could never be trained.
+    with torch.inference_mode(False):
+        tower = load_tower(model, tokenizer=tokenizer, preprocess=preprocess, model_name=model_name)
+        if copy and not named:
+            tower = copying.copy(tower)
+            tower.module = copying.deepcopy(tower.module)
     device = resolve_device(settings.device, default=best_device() if named else tower.device)
 
     sets = {
         name: open_pairs(source, name=name, image_key=image_key, text_key=text_key)
         for name, source in (("forget", forget), ("retain", retain), ("holdout", holdout))
-        if source is not None
+        if source is not None or name != "holdout"
     }
     sets["retain"], removed = without_overlap(sets["retain"], sets["forget"])
     _warn_overlap(removed)

@@ -23,6 +23,7 @@ from fasterase.cli import main
 from fasterase.cli.flags import flags_of
 from fasterase.cli.parser import COMMANDS, EXAMPLES, parse
 from fasterase.config import UnlearnConfig, field_names
+from fasterase.demo.run import BATCHES, FASTERASE
 from tests import small_models
 
 REQUIRED = ["--model", "m", "--forget", "f.csv", "--retain", "r.csv", "--output_dir", "out"]
@@ -306,6 +307,26 @@ def test_evaluate(monkeypatch, tmp_path, capsys):
     assert kwargs["class_names"] == ["apple", "pear"]
     assert kwargs["max_pairs"] == 9
     assert "THE TABLE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("output", ["report.pdf", ".", "file/report.md"])
+def test_evaluate_refuses_a_report_that_could_not_be_written(output, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    api = FakeApi()
+    monkeypatch.setitem(vars(fasterase), "evaluate", api)
+    assert main(["evaluate", *REQUIRED[:-2], "--output", output]) == 2
+    assert f"--output={output!r}" in capsys.readouterr().err
+    assert not api.calls
+
+
+def test_demo_help_gives_no_default_that_the_demo_does_not_use():
+    shown = {flag.name: flag for flag in flags_of("demo")}
+    assert "epochs" not in shown
+    for name in FASTERASE | BATCHES:
+        if name in shown:
+            assert shown[name].default is None
+            assert "as tuned" in shown[name].help
 
 
 def test_demo_passes_only_what_was_given(monkeypatch):

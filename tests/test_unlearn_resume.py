@@ -105,9 +105,9 @@ class TestResume:
             ({"seed": 1}, "seed was 0, now 1"),
             ({"max_steps": 7}, "max_steps was 6, now 7"),
             ({"betas": (0.9, 0.99)}, "betas was"),
-            ({"tower": TinyTower(seed=5)}, "model weights was"),
-            ({"retain": pairs(21, seed=2)}, "retain pairs was"),
-            ({"forget": pairs(6, seed=4)}, "forget pairs was"),
+            ({"tower": TinyTower(seed=5)}, "the model weights differ"),
+            ({"retain": pairs(21, seed=2)}, "the retain pairs differ"),
+            ({"forget": pairs(6, seed=4)}, "the forget pairs differ"),
         ],
         ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
     )

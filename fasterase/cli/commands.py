@@ -42,6 +42,7 @@ def unlearn(values: dict[str, Any], *, print_config: bool) -> None:
 
 def evaluate(values: dict[str, Any]) -> None:
     """Measure, print the table, and write it where `output` says."""
+    from fasterase.evaluation.result import check_report_path
     from fasterase.pairs.sources import open_pairs
 
     flags = EvaluateFlags(**values)
@@ -53,6 +54,8 @@ def evaluate(values: dict[str, Any]) -> None:
     for name in named:
         if name in ("forget", "retain", "holdout"):
             raise InputError(f"--sets: the name {name} is taken; use --{name}.")
+    if flags.output is not None:
+        check_report_path(Path(flags.output), argument="--output")
     sources = {
         name: open_pairs(path, name=name, image_key=flags.image_key, text_key=flags.text_key)
         for name, path in {**paths, **named}.items()

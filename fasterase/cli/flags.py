@@ -99,7 +99,8 @@ class DemoFlags:
         model: erase from this model instead of the one that ships with the package, named as in
             `fasterase unlearn`.
         recipe: `fasterase`, or `cliperase` for the paper's; the other one is shown beside it.
-        output_dir: folder for the erased model, history, plot and picture sheet.
+        output_dir: folder for the erased model, history, plot and picture sheet. `null`:
+            `runs/demo-` and what is erased.
     """
 
     forget: str = "food-fruit"
@@ -118,8 +119,10 @@ class Flag(NamedTuple):
     help: str
 
 
-# The demo's settings are tuned; these are the ones that a visitor may want to turn.
-_DEMO_FIELDS = ("lr", "epochs", "max_steps", "batch_size", "seed", "num_workers", "progress")
+# The ones that a visitor of the demo may want to turn. It runs by steps, so it has no `epochs`.
+_DEMO_FIELDS = ("lr", "max_steps", "batch_size", "seed", "num_workers", "progress")
+# Their defaults are not those of `UnlearnConfig`.
+_DEMO_TUNED = ("lr", "max_steps", "batch_size")
 
 
 def flags_of(command: str) -> list[Flag]:
@@ -131,7 +134,14 @@ def flags_of(command: str) -> list[Flag]:
     if command == "compile":
         return []
     overrides = [flag for flag in _fields(UnlearnConfig) if flag.name in _DEMO_FIELDS]
-    return [*_fields(DemoFlags), *overrides]
+    return [*_fields(DemoFlags), *map(_tuned, overrides)]
+
+
+def _tuned(flag: Flag) -> Flag:
+    if flag.name not in _DEMO_TUNED:
+        return flag
+    text = f"{flag.help.split(';')[0].rstrip('.')}. `null`: as tuned for the shipped model."
+    return flag._replace(default=None, help=text)
 
 
 def _fields(cls: type) -> Iterator[Flag]:

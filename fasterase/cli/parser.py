@@ -44,7 +44,7 @@ checkpoint. `-` and `_` in flags are the same, `none` and `null` mean no value, 
 the same key in the YAML file.
 
 exit codes: 0 done, 2 wrong input, 3 losses stayed non-finite, 75 preempted after a checkpoint
-(run again), 1 anything else.""",
+(run again), 130 Ctrl-C (run again), 1 anything else.""",
     "evaluate": """\
 examples:
   fasterase evaluate --model runs/one/model --forget forget.csv --retain retain.csv

@@ -6,6 +6,7 @@ image-text pairs; they say nothing about photographs.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ def run_demo(
         forget: a group or subgroup of emoji ("food-fruit"), or a regular expression on names.
         model: any model that `fasterase.unlearn` takes; None is the small CLIP of the package.
         recipe: "fasterase" or "cliperase" (the paper's); the other one is shown beside it.
-        output_dir: folder of the results; None is `runs/demo-<forget>`.
+        output_dir: folder of the results; None is `runs/demo-<forget>`, what is no part of a word
+            in it written as `_`.
         fields: further fields of `UnlearnConfig`.
 
     Returns:
@@ -71,7 +73,7 @@ def run_demo(
         InputError: an argument is not usable.
     """
     original = str(emoji.BASE_MODEL) if model is None else model
-    folder = Path(output_dir or f"runs/demo-{forget}")
+    folder = Path(output_dir or "runs/demo-" + re.sub(r"[^\w-]+", "_", forget))
     small_model = model is None
     configs = {
         name: recipe_config(name, small_model=small_model, **fields)
@@ -118,8 +120,8 @@ def run_demo(
     print(evaluation.table())
     print(f"\nForgotten: {'yes' if results[recipe].forgotten else 'no'}.")
     print(
-        f"In {folder}: model/ (loads in open_clip), history.jsonl, evaluation.json, losses.png, "
-        "pictures.png."
+        f"In {folder}: model/ (the erased model), history.jsonl, evaluation.json and .txt, "
+        "losses.png, pictures.png, report.md."
     )
     print("Emoji prove that the machinery works, on real pairs; they say nothing of photographs.")
     return evaluation

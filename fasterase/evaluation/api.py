@@ -82,10 +82,10 @@ def evaluate(
     evaluator = Evaluator(
         sources, max_pairs=max_pairs, seed=seed, class_names=class_names, templates=templates
     )
-    measured = evaluator.measure(_tower(model, tokenizer, preprocess))
+    measured = evaluator.measure(_tower("model", model, tokenizer, preprocess))
     # One at a time, so that of models given by name only one is in memory.
     compared = {
-        name: evaluator.measure(_tower(other, tokenizer, preprocess))
+        name: evaluator.measure(_tower(name, other, tokenizer, preprocess))
         for name, other in others.items()
     }
     if evaluator.skipped:
@@ -124,7 +124,13 @@ def _named_models(original: Model | None, references: Mapping[str, Model]) -> di
     return {**({} if original is None else {"original": original}), **references}
 
 
-def _tower(model: Model, tokenizer: Any, preprocess: Any) -> TwoTower:
+def _tower(name: str, model: Model, tokenizer: Any, preprocess: Any) -> TwoTower:
     if isinstance(model, TwoTower):
         return model
-    return load_tower(model, tokenizer=tokenizer, preprocess=preprocess)
+    try:
+        return load_tower(model, tokenizer=tokenizer, preprocess=preprocess)
+    except InputError as error:
+        if name == "model":
+            raise
+        argument = name if name == "original" else f"references[{name!r}]"
+        raise type(error)(f"{argument}: {error}") from error

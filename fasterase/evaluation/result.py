@@ -67,13 +67,13 @@ class Evaluation:
         """Write the report to `path`: Markdown, or JSON where the name ends in `.json`.
 
         Raises:
-            InputError: the name ends in something else than .md, .markdown, .txt or .json.
+            InputError: the name ends in something else than .md, .markdown, .txt or .json, or is
+                no name for a file.
         """
         path = Path(path)
+        check_report_path(path, argument="path")
         if path.suffix == ".json":
             return self.to_json(path)
-        if path.suffix not in ("", ".md", ".markdown", ".txt"):
-            raise InputError(f"path={str(path)!r}: a report is Markdown (.md) or JSON (.json).")
         return write_text(path, self.markdown())
 
     def to_json(self, path: str | PathLike[str]) -> Path:
@@ -130,6 +130,17 @@ class Evaluation:
             f"{LEGEND}\nimage->text ranks among {self.settings['candidates']:,} captions, "
             "text->image among the set's images and the\nretain set's."
         )
+
+
+def check_report_path(path: Path, *, argument: str) -> None:
+    """Refuse, before anything is measured, a path that `Evaluation.report` could not write to."""
+    if path.suffix not in ("", ".md", ".markdown", ".txt", ".json"):
+        raise InputError(f"{argument}={str(path)!r}: a report is Markdown (.md) or JSON (.json).")
+    if path.is_dir():
+        raise InputError(f"{argument}={str(path)!r} is a folder. Give the name of a file.")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        raise InputError(f"{argument}={str(path)!r}: {parent} is no folder. Give another path.")
 
 
 def _spelled(metric: Metric, scores: Scores, name: str) -> str:

@@ -55,9 +55,11 @@ def split(
     for outcome, empty in ((not matches.any(), "forget"), (matches.all(), "retain")):
         if outcome:
             share = "no pair" if empty == "forget" else "every pair"
+            no_file = empty == "forget" and isinstance(forget, str)
+            hint = ", and there is no file of ids of that name" if no_file else ""
             raise InputError(
                 f"`forget`={_shown(forget)} matches {share} of {len(pairs)}, so the {empty} set "
-                f"would be empty"
+                f"would be empty{hint}"
             )
     return (
         Subset(pairs, np.flatnonzero(matches), name="forget"),

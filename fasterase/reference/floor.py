@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fasterase.errors import InputError
+
 
 class PairFeatures(NamedTuple):
     """Pairs of one set under the original."""
@@ -25,7 +27,16 @@ def unmatched_cosine(forget: PairFeatures, retain: PairFeatures) -> float:
 
     Returns:
         The mean; 0 where every caption of one set equals one of the other.
+
+    Raises:
+        InputError: the model's features are not finite, so that no run can start from them.
     """
+    for pairs in (forget, retain):
+        if not (torch.isfinite(pairs.image).all() and torch.isfinite(pairs.text).all()):
+            raise InputError(
+                "model: its features are NaN or infinite before the first step. Give a model with "
+                "finite weights, and precision='fp32' if it overflows in fp16."
+            )
     differ = torch.from_numpy(forget.keys[:, None] != retain.keys[None, :])
     cosines = forget.image @ retain.text.T + forget.text @ retain.image.T
     count = 2 * int(differ.sum())

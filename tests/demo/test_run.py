@@ -80,10 +80,10 @@ def test_recipes_are_the_public_ones_with_a_budget_for_the_small_model():
         assert small.lr > large.lr
 
 
-def test_the_demo_leaves_what_it_says(tmp_path, capsys):
-    evaluation = run_demo(
-        forget="lemon|melon", output_dir=str(tmp_path), max_steps=2, progress=False
-    )
+def test_the_demo_leaves_what_it_says(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    evaluation = run_demo(forget="lemon|melon", max_steps=2, progress=False)
+    tmp_path /= "runs/demo-lemon_melon"
     shown = capsys.readouterr().out
     assert evaluation.table() in shown
     assert set(evaluation.references) == {"cliperase recipe"}

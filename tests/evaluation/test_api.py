@@ -133,7 +133,9 @@ def test_broken_pairs_are_named_in_a_warning() -> None:
         ({"class_names": 3}, "class_names=3"),
         ({"templates": ["a photo"]}, "templates: 'a photo'"),
         ({"forget": [(torch.zeros(3, 2, 2), "cat")]}, r"\[3, 1, 1\]"),
-        ({"model": nn.Linear(2, 2)}, "model"),
+        ({"model": nn.Linear(2, 2)}, "^model: Linear"),
+        ({"original": nn.Linear(2, 2)}, "^original: model: Linear"),
+        ({"references": {"tuned": "no/folder"}}, r"^references\['tuned'\]: model: 'no/folder'"),
     ],
 )
 def test_wrong_input_is_named(options: dict[str, Any], message: str) -> None:

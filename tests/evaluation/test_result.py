@@ -64,6 +64,10 @@ def test_report_is_markdown_or_json_by_its_name(tmp_path: Path) -> None:
     assert Evaluation.from_json(EVALUATION.report(tmp_path / "report.json")) == EVALUATION
     with pytest.raises(InputError, match=r"report\.pdf"):
         EVALUATION.report(tmp_path / "report.pdf")
+    with pytest.raises(InputError, match="is a folder"):
+        EVALUATION.report(tmp_path)
+    with pytest.raises(InputError, match=r"report\.json is no folder"):
+        EVALUATION.report(tmp_path / "report.json" / "new" / "report.md")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"intervals": {"forget": 1}}', "{"])

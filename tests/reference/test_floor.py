@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from fasterase.errors import InputError
 from fasterase.reference.floor import PairFeatures, unmatched_cosine
 
 
@@ -30,3 +31,11 @@ def test_equal_captions_are_left_out():
 
 def test_nothing_to_compare_is_zero():
     assert unmatched_cosine(features(["a"], 1), features(["a", "a"], 2)) == 0.0
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_a_model_of_non_finite_features_is_refused_as_such(tower):
+    forget, retain = features(["a"], 1), features(["b", "c"], 2)
+    getattr(retain, tower)[1, 0] = torch.nan
+    with pytest.raises(InputError, match=r"^model: its features are NaN"):
+        unmatched_cosine(forget, retain)
