@@ -119,6 +119,10 @@ def _missing(backend: str) -> str | None:
 def _triton_missing() -> str | None:
     if find_spec("triton") is None:
         return "the package triton is not installed (it comes with torch on Linux)"
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5):  # tl.range(disable_licm=)
+        return f"triton is {triton.__version__}, and the kernels need 3.5 (torch 2.9 brings it)"
     if torch.cuda.is_available():
         return None
     from fasterase.ops.contrastive.triton_launch import INTERPRETED
