@@ -1,9 +1,10 @@
 """What every Triton kernel compiles to, without a GPU: `python -m benchmarks.compiled_kernels`.
 
 The launchers run on CPU tensors with the kernels replaced by recorders, so that what is compiled is
-what a call would launch, and each recorded launch is compiled for sm_80, sm_90 and sm_100. Prints a
-table and writes `benchmarks/results/compiled_kernels.csv`: registers a thread, bytes of stack
-(spills), shared memory, and the instruction mix, in the loop over the features' depth and in all.
+what a call would launch, and each recorded launch is compiled for sm_80, sm_90, sm_100 and gfx942,
+an AMD MI300. Prints a table and writes `benchmarks/results/compiled_kernels.csv`: registers a
+thread, bytes of stack (spills), shared memory, and the instruction mix, in the loop over the
+features' depth and in all.
 """
 
 from __future__ import annotations
@@ -24,12 +25,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.listing import Counts, count_amd, count_nvidia
 from fasterase.kernels import contrastive, contrastive_backward
 from fasterase.ops.contrastive import triton_launch
 
-ARCHITECTURES = (80, 90, 100)
-# Bytes of shared memory that one block may take.
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# Bytes of shared memory that one block may take, by architecture.
+SHARED_LIMIT = {
+    "sm_80": 163 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "gfx942": 64 * 1024,
+}
 RESULTS = Path(__file__).parent / "results" / "compiled_kernels.csv"
 
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -39,16 +45,6 @@ _POINTERS = {
     torch.float32: "*fp32",
     torch.int32: "*i32",
     torch.int64: "*i64",
-}
-# By the unit that executes them; a SASS name belongs to the first pattern that fits.
-UNITS = {
-    "tensor": r"HGMMA|HMMA|UTCHMMA|UTCQMMA|QGMMA",
-    "special": r"MUFU",
-    "shuffle": r"SHFL|REDUX",
-    "shared": r"LDS|STS|LDSM|STSM|LDT",
-    "global": r"LDG|STG|UTMA|UBLKCP",
-    "local": r"LDL|STL",
-    "fp32": r"FFMA|FADD|FMUL|FSEL|FSETP|FMNMX",
 }
 
 
@@ -62,7 +58,8 @@ class Launch(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.kernel.fn.__name__
+        is_online = self.arguments.get("IS_ONLINE", False)
+        return self.kernel.fn.__name__ + ("_online" if is_online else "")
 
 
 class Compiled(NamedTuple):
@@ -70,15 +67,14 @@ class Compiled(NamedTuple):
 
     kernel: str
     case: str
-    sm: int
+    target: str
     warps: int
     stages: int
     registers: int
     stack_bytes: int
     shared_bytes: int
     wgmma: bool
-    loop: dict[str, int]  # instructions by unit in the innermost loop with tensor-core products
-    total: dict[str, int]
+    instructions: Counts
 
 
 class _Recorder:
@@ -145,8 +141,8 @@ def launches(dtype: torch.dtype, width: int, ref_width: int | None) -> list[Laun
     return list({launch.name: launch for launch in found}.values())
 
 
-def build(launch: Launch, sm: int) -> Any:
-    """Triton's compiled kernel: `.asm["cubin"]`, `.metadata`."""
+def build(launch: Launch, target: str) -> Any:
+    """Triton's compiled kernel: `.asm["cubin"]` or `.asm["amdgcn"]`, `.metadata`."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -164,29 +160,40 @@ def build(launch: Launch, sm: int) -> Any:
             signature[parameter.name] = "i32"
             if value % 16 == 0:
                 attributes[(k,)] = [["tt.divisibility", 16]]
+    if target.startswith("sm_"):
+        gpu = GPUTarget("cuda", int(target[3:]), 32)
+    else:
+        gpu = GPUTarget("hip", target, 64)
     return triton.compile(
         ASTSource(launch.kernel, signature, constants, attributes),
-        target=GPUTarget("cuda", sm, 32),
+        target=gpu,
         options=launch.options,
     )
 
 
-def compile_launch(launch: Launch, sm: int) -> Compiled:
-    compiled = build(launch, sm)
-    registers, stack = resources(compiled.asm["cubin"])
-    loop, total = _instructions(compiled.asm["cubin"])
+def compile_launch(launch: Launch, target: str) -> Compiled:
+    compiled = build(launch, target)
+    if "cubin" in compiled.asm:
+        registers, stack = resources(compiled.asm["cubin"])
+        counts = count_nvidia(tool("cuobjdump", "--dump-sass", cubin=compiled.asm["cubin"]))
+    else:
+        assembly = compiled.asm["amdgcn"]
+        registers, stack = (
+            int(re.findall(rf"\.{name}: +(\d+)", assembly)[-1])
+            for name in ("vgpr_count", "private_segment_fixed_size")
+        )
+        counts = count_amd(assembly)
     return Compiled(
         launch.name,
         launch.case,
-        sm,
+        target,
         compiled.metadata.num_warps,
         compiled.metadata.num_stages,
         registers,
         stack,
         compiled.metadata.shared,
-        "wgmma" in compiled.asm["ptx"],
-        loop,
-        total,
+        "wgmma" in compiled.asm.get("ptx", ""),
+        counts,
     )
 
 
@@ -210,32 +217,6 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _instructions(cubin: bytes) -> tuple[dict[str, int], dict[str, int]]:
-    """Instruction counts by unit, in the innermost loop with products and in the whole kernel."""
-    code: list[tuple[int, str, int | None]] = []
-    for line in tool("cuobjdump", "--dump-sass", cubin=cubin).splitlines():
-        found = re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)(.*?);", line)
-        if found:
-            target = re.search(r"BRA.*?0x([0-9a-f]+)", found[2] + found[3])
-            code.append((int(found[1], 16), found[2], int(target[1], 16) if target else None))
-    loops = [
-        [name for at, name, _ in code if target <= at <= end]
-        for end, _, target in code
-        if target is not None and target < end
-    ]
-    with_products = [loop for loop in loops if _count(loop)["tensor"]]
-    inner = min(with_products, key=len, default=[])
-    return _count(inner), _count([name for _, name, _ in code])
-
-
-def _count(names: list[str]) -> dict[str, int]:
-    counts = dict.fromkeys((*UNITS, "other"), 0)
-    for name in names:
-        unit = next((u for u, pattern in UNITS.items() if re.match(pattern, name)), "other")
-        counts[unit] += 1
-    return counts
-
-
 def cases() -> Iterator[Launch]:
     """Kernels that multiply features in every variant: widths that BLOCK_K divides and does not,
     with and without reference, bf16 and fp32; the others, which only stream, once."""
@@ -257,15 +238,15 @@ def cases() -> Iterator[Launch]:
 
 def row(compiled: Compiled) -> dict[str, Any]:
     flat = compiled._asdict()
-    for place in ("loop", "total"):
-        flat |= {f"{place}_{unit}": count for unit, count in flat.pop(place).items()}
+    for place, counts in flat.pop("instructions")._asdict().items():
+        flat |= {f"{place}_{unit}": count for unit, count in counts.items()}
     return flat
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kernel", help="only this one")
-    parser.add_argument("--sm", type=int, choices=ARCHITECTURES, help="only this architecture")
+    parser.add_argument("--target", choices=list(SHARED_LIMIT), help="only this architecture")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     if triton_launch.INTERPRETED:
@@ -273,15 +254,16 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     for launch in cases():
         if args.kernel in (None, launch.name):
-            for sm in ARCHITECTURES if args.sm is None else (args.sm,):
-                compiled = compile_launch(launch, sm)
+            for target in SHARED_LIMIT if args.target is None else (args.target,):
+                compiled = compile_launch(launch, target)
                 rows.append(row(compiled))
-                loop = " ".join(f"{unit} {n}" for unit, n in compiled.loop.items() if n)
+                loop = compiled.instructions.loop.items()
+                mix = " ".join(f"{unit} {count}" for unit, count in loop if count)
                 print(
-                    f"{compiled.kernel:16} {compiled.case:24} sm_{sm:<4} {compiled.warps} warps "
+                    f"{compiled.kernel:16} {compiled.case:24} {target:6} {compiled.warps} warps "
                     f"{compiled.registers:4} registers {compiled.stack_bytes:4} B stack "
                     f"{compiled.shared_bytes:7} B shared {'wgmma' if compiled.wgmma else '     '} "
-                    f"loop: {loop}",
+                    f"loop: {mix}",
                     flush=True,
                 )
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -59,7 +59,7 @@ _WIDTH = {"64": 2, "128": 4, "U16": 1, "U8": 1}
 
 def measure(launch: compiled_kernels.Launch, sm: int) -> Path:
     """The path of a launch, compiled for an architecture."""
-    cubin = compiled_kernels.build(launch, sm)
+    cubin = compiled_kernels.build(launch, f"sm_{sm}")
     registers, stack = compiled_kernels.resources(cubin.asm["cubin"])
     sass = compiled_kernels.tool("cuobjdump", "--dump-sass", cubin=cubin.asm["cubin"])
     steps, rest = trace(sass)

@@ -154,7 +154,8 @@ def sweep(
             row_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
             ref_row_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
             cross_row_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
-            for col_block in range(first_col, last_col):
+            # What is hoisted out of the loop would be held in registers through it, and spill.
+            for col_block in tl.range(first_col, last_col, disable_licm=True):
                 cols = col_block * BLOCK_N + tl.arange(0, BLOCK_N)
                 s = by * tile_product(
                     image + first * image_stride,

@@ -85,7 +85,7 @@ def _add_weighted_exp(
     row_shift = tl.load(shift + rows)[:, None]
     row_factor = tl.load(factors + rows)[:, None]
     col_factor = tl.load(factors + num_rows + cols)[None, :]
-    if is_online:
+    if is_online:  # known when `strip` compiles, read by `strip_of_logits`
         g += exp_below(s, row_shift) * row_factor
         col_shift = tl.load(shift + num_rows + cols)[None, :]
         g += exp_below(s, col_shift) * col_factor
@@ -111,10 +111,12 @@ def strip(
     text_stride,
     ref_image_stride,
     ref_text_stride,
+    num_tiles,
     num_rows,
     width,
     ref_width,
     gain,  # G is multiplied by it, so that fp16 holds small probabilities
+    IS_ONLINE: tl.constexpr,  # for the groups whose flag is set, or for the others
     HAS_REF: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -123,74 +125,90 @@ def strip(
     EVEN_REF_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A tile of G from the features. One program a tile, over the segments of all groups."""
-    tile = tl.program_id(0)
-    entry = segments
-    first_tile = tile * 0
-    while tl.load(entry + 6) <= tile:
-        first_tile = tl.load(entry + 6).to(tl.int32)
-        entry += SEGMENT_FIELDS
-    start, n = tl.load(entry), tl.load(entry + 1).to(tl.int32)
-    first, num_strip_rows = tl.load(entry + 2).to(tl.int32), tl.load(entry + 3).to(tl.int32)
-    num_row_blocks = tl.cdiv(num_strip_rows, BLOCK_M)
-    num_col_blocks = tl.cdiv(n, BLOCK_N)
-    tile -= first_tile
-    band = tile // (_GROUPED_ROWS * num_col_blocks) * _GROUPED_ROWS
-    band_rows = tl.minimum(num_row_blocks - band, _GROUPED_ROWS)
-    inside = tile % (_GROUPED_ROWS * num_col_blocks)
-    row_start = first + (band + inside % band_rows) * BLOCK_M
-    col_start = inside // band_rows * BLOCK_N
-    rows = row_start + tl.arange(0, BLOCK_M)
-    cols = col_start + tl.arange(0, BLOCK_N)
-    is_online = tl.load(flags + tl.load(entry + 7)) != 0
-    held_rows = tl.minimum(rows, n - 1)
-    held_cols = tl.minimum(cols, n - 1)
+    """Tiles of G from the features, over the segments of all groups.
+
+    Launched for either kind of group, because both kinds in one kernel take registers of both.
+    """
     total = tl.cast(num_rows, tl.int64)
-    s = tl.load(scale) * tile_product(
-        image + start * image_stride,
-        text + start * text_stride,
-        image_stride,
-        text_stride,
-        row_start,
-        col_start,
-        n,
-        width,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        EVEN_K,
-        PRECISION,
-    )
-    g = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    g = _add_weighted_exp(g, s, softmaxes, factors, start, held_rows, held_cols, total, is_online)
-    if HAS_REF:
-        s0 = tl.load(ref_scale) * tile_product(
-            ref_image + start * ref_image_stride,
-            ref_text + start * ref_text_stride,
-            ref_image_stride,
-            ref_text_stride,
-            row_start,
-            col_start,
-            n,
-            ref_width,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            EVEN_REF_K,
-            PRECISION,
-        )
-        softmaxes += 6 * total
-        factors += 2 * total
-        g = _add_weighted_exp(
-            g, s0, softmaxes, factors, start, held_rows, held_cols, total, is_online
-        )
-    g *= gain
-    if is_edge(row_start, col_start, n, BLOCK_M, BLOCK_N):
-        g = tl.where(off_diagonal(rows, cols, n), g, 0.0)
-    workspace += tl.load(entry + 4) + (row_start - first).to(tl.int64) * tl.load(entry + 5)
-    at = tl.arange(0, BLOCK_M).to(tl.int64)[:, None] * tl.load(entry + 5) + cols[None, :]
-    inside_strip = (rows < first + num_strip_rows)[:, None] & (cols < n)[None, :]
-    tl.store(workspace + at, g.to(workspace.dtype.element_ty), mask=inside_strip)
+    # What is hoisted out of the loop would be held in registers through the products.
+    for index in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), disable_licm=True):
+        entry = segments
+        first_tile = index * 0
+        while tl.load(entry + 6) <= index:
+            first_tile = tl.load(entry + 6).to(tl.int32)
+            entry += SEGMENT_FIELDS
+        if (tl.load(flags + tl.load(entry + 7)) != 0) == IS_ONLINE:
+            start, n = tl.load(entry), tl.load(entry + 1).to(tl.int32)
+            first = tl.load(entry + 2).to(tl.int32)
+            num_strip_rows = tl.load(entry + 3).to(tl.int32)
+            num_col_blocks = tl.cdiv(n, BLOCK_N)
+            tile = index - first_tile
+            band = tile // (_GROUPED_ROWS * num_col_blocks) * _GROUPED_ROWS
+            band_rows = tl.minimum(tl.cdiv(num_strip_rows, BLOCK_M) - band, _GROUPED_ROWS)
+            inside = tile % (_GROUPED_ROWS * num_col_blocks)
+            row_start = first + (band + inside % band_rows) * BLOCK_M
+            col_start = inside // band_rows * BLOCK_N
+            s = tl.load(scale) * tile_product(
+                image + start * image_stride,
+                text + start * text_stride,
+                image_stride,
+                text_stride,
+                row_start,
+                col_start,
+                n,
+                width,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+                EVEN_K,
+                PRECISION,
+            )
+            # Indices are made after the product: none is held in registers through its loop.
+            rows = row_start + tl.arange(0, BLOCK_M)
+            cols = col_start + tl.arange(0, BLOCK_N)
+            held_rows = tl.minimum(rows, n - 1)
+            held_cols = tl.minimum(cols, n - 1)
+            g = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            g = _add_weighted_exp(
+                g, s, softmaxes, factors, start, held_rows, held_cols, total, IS_ONLINE
+            )
+            if HAS_REF:
+                s0 = tl.load(ref_scale) * tile_product(
+                    ref_image + start * ref_image_stride,
+                    ref_text + start * ref_text_stride,
+                    ref_image_stride,
+                    ref_text_stride,
+                    row_start,
+                    col_start,
+                    n,
+                    ref_width,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_K,
+                    EVEN_REF_K,
+                    PRECISION,
+                )
+                g = _add_weighted_exp(
+                    g,
+                    s0,
+                    softmaxes + 6 * total,
+                    factors + 2 * total,
+                    start,
+                    held_rows,
+                    held_cols,
+                    total,
+                    IS_ONLINE,
+                )
+            g *= gain
+            if is_edge(row_start, col_start, n, BLOCK_M, BLOCK_N):
+                g = tl.where(off_diagonal(rows, cols, n), g, 0.0)
+            # Whole cache lines, padding and all: vector stores need a mask even over 16 bytes.
+            offset = tl.multiple_of(tl.load(entry + 4), 64)
+            stride = tl.multiple_of(tl.load(entry + 5), 64)
+            corner = workspace + offset + (row_start - first).to(tl.int64) * stride
+            at = tl.arange(0, BLOCK_M)[:, None] * stride.to(tl.int32) + cols[None, :]
+            inside_strip = (rows < first + num_strip_rows)[:, None] & (cols < stride)[None, :]
+            tl.store(corner + at, g.to(workspace.dtype.element_ty), mask=inside_strip)
 
 
 @triton.jit

@@ -142,8 +142,9 @@ def test_auto_takes_it_for_cpu_tensors():
 
 def test_other_devices_are_refused(monkeypatch):
     monkeypatch.setattr(build, "problem", lambda: None)
+    elsewhere = torch.empty(2, 2, device="meta")
     with pytest.raises(InputError, match="takes CPU tensors; image is on meta"):
-        backends.choose("cpu", torch.empty(2, 2, device="meta"))
+        backends.choose("cpu", (elsewhere, elsewhere))
 
 
 def python(program, **environment):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fasterase.errors import InputError
-from fasterase.ops.contrastive import available_backends, contrastive, explain_backend
+from fasterase.ops.contrastive import available_backends, backends, contrastive, explain_backend
 
 
 def call(**changes):
@@ -85,3 +86,14 @@ def test_explain_backend_names_what_runs_and_why():
     choice = explain_backend(**call())
     assert choice.name in available_backends()
     assert str(choice).startswith(f"{choice.name}: auto")
+
+
+@pytest.mark.parametrize("image_dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("text_dtype", [torch.float32, torch.float64])
+def test_auto_leaves_fp64_on_a_gpu_to_torch_tiles(image_dtype, text_dtype, monkeypatch):
+    monkeypatch.setattr(backends, "_missing", lambda name: None)
+    with FakeTensorMode():
+        image = torch.empty(4, 3, dtype=image_dtype, device="cuda")
+        text = torch.empty(4, 3, dtype=text_dtype, device="cuda")
+        has_fp64 = torch.float64 in (image_dtype, text_dtype)
+        assert explain_backend(image, text, 1.0).name == ("chunked" if has_fp64 else "triton")

@@ -42,3 +42,10 @@ def test_without_a_gpu_the_backend_is_refused():
     features = torch.zeros(4, 3)
     with pytest.raises(InputError, match="no CUDA device"):
         contrastive(features, features, 1.0, backend="triton")
+
+
+def test_an_old_triton_is_refused(monkeypatch):
+    monkeypatch.setattr("triton.__version__", "3.4.1+git")
+    features = torch.zeros(4, 3)
+    with pytest.raises(InputError, match="kernels need"):
+        contrastive(features, features, 1.0, backend="triton")

@@ -54,7 +54,7 @@ def contrastive(
             grad, or a backend that is unknown or not available here.
     """
     sizes = _check(image, text, scale, ref_image, ref_text, ref_scale, labels, groups)
-    run = BACKENDS[choose(backend, image).name]
+    run = BACKENDS[choose(backend, (image, text)).name]
     dtype = checks.compute_dtype(image, text)
     scale = checks.scale_tensor(scale, image, dtype)
     if ref_scale is not None:
@@ -90,7 +90,7 @@ def explain_backend(
         InputError: where `contrastive` would.
     """
     _check(image, text, scale, ref_image, ref_text, ref_scale, labels, groups)
-    return choose(backend, image)
+    return choose(backend, (image, text))
 
 
 def _check(

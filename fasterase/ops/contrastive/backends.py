@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fasterase.errors import InputError
 from fasterase.ops.contrastive import build
+from fasterase.ops.contrastive.checks import compute_dtype
 from fasterase.ops.contrastive.chunked import contrastive_chunked
 from fasterase.ops.contrastive.cpu import contrastive_cpu
 from fasterase.ops.contrastive.dense import Contrastive, contrastive_dense
@@ -55,16 +56,16 @@ def available_backends() -> tuple[str, ...]:
     return tuple(name for name in NAMES if _missing(name) is None)
 
 
-def choose(backend: str, image: Tensor | None = None) -> BackendChoice:
+def choose(backend: str, pairs: tuple[Tensor, Tensor] | None = None) -> BackendChoice:
     """Resolve `backend`; a named one is taken or refused, never replaced by another.
 
-    `image` is what the call is about; without it the name is only checked.
+    `pairs`, image and text, are what the call is about; without them the name is only checked.
 
     Raises:
         InputError: the name is unknown, not available here, or not for image's device.
     """
     if backend == "auto":
-        return _automatic(image)
+        return _automatic(pairs)
     if backend not in NAMES:
         usable = ", ".join(repr(name) for name in ("auto", *available_backends()))
         raise InputError(f"backend must be one of {usable}; got {backend!r}.")
@@ -75,20 +76,20 @@ def choose(backend: str, image: Tensor | None = None) -> BackendChoice:
             f"backend={backend!r} is not available in this installation: {reason}. "
             f"Use one of {usable}."
         )
-    if backend == "cpu" and image is not None and image.device.type != "cpu":
+    if backend == "cpu" and pairs is not None and pairs[0].device.type != "cpu":
         raise InputError(
-            f"backend='cpu' takes CPU tensors; image is on {image.device}. Use backend='auto'."
+            f"backend='cpu' takes CPU tensors; image is on {pairs[0].device}. Use backend='auto'."
         )
     return BackendChoice(backend, "named by the caller")
 
 
-def _automatic(image: Tensor | None) -> BackendChoice:
-    if image is not None and image.is_cuda and image.dtype != torch.float64:
+def _automatic(pairs: tuple[Tensor, Tensor] | None) -> BackendChoice:
+    if pairs is not None and pairs[0].is_cuda and compute_dtype(*pairs) != torch.float64:
         reason = _missing("triton")
         if reason is None:
             return BackendChoice("triton", "auto: fused Triton kernels for tensors on a GPU")
         return BackendChoice("chunked", f"auto: torch tiles, for {reason}")
-    if image is not None and image.device.type == "cpu":
+    if pairs is not None and pairs[0].device.type == "cpu":
         reason = build.problem()
         if reason is None:
             return BackendChoice("cpu", "auto: C++ tiles for tensors on the CPU")
@@ -118,6 +119,10 @@ def _missing(backend: str) -> str | None:
 def _triton_missing() -> str | None:
     if find_spec("triton") is None:
         return "the package triton is not installed (it comes with torch on Linux)"
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5):  # tl.range(disable_licm=)
+        return f"triton is {triton.__version__}, and the kernels need 3.5 (torch 2.9 brings it)"
     if torch.cuda.is_available():
         return None
     from fasterase.ops.contrastive.triton_launch import INTERPRETED

@@ -36,22 +36,27 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# By (kernel, with reference, half-precision features): the largest that spill nothing on sm_80
-# and sm_90 (benchmarks/compiled_kernels.py): with a reference, 128 x 128 tiles of S and S0 spill
-# 112 to 208 bytes a thread. fp32 products run without tensor cores ("ieee"), on smaller tiles.
+# By (kernel, with reference, half-precision features): of those that spill nothing on sm_80, sm_90
+# and sm_100 (benchmarks/compiled_kernels.py) the fastest by benchmarks/cost_model.py. fp32 products
+# run without tensor cores ("ieee"), on smaller tiles. "strip" and "strip_online" fill the same
+# strips and agree in block_m.
 TILES = {
     ("sweep", False, True): Tile(128, 128, 64, 8, 3),
     ("sweep", True, True): Tile(128, 64, 64, 8, 3),
     ("online", False, True): Tile(64, 128, 64, 8, 3),
     ("online", True, True): Tile(64, 64, 64, 8, 3),
     ("strip", False, True): Tile(128, 128, 64, 8, 3),
-    ("strip", True, True): Tile(128, 64, 64, 8, 3),
+    ("strip", True, True): Tile(128, 128, 64, 8, 3),
+    ("strip_online", False, True): Tile(128, 64, 64, 8, 3),
+    ("strip_online", True, True): Tile(128, 32, 64, 8, 3),
     ("sweep", False, False): Tile(64, 64, 32, 4, 3),
     ("sweep", True, False): Tile(64, 64, 16, 8, 3),
     ("online", False, False): Tile(64, 64, 32, 8, 3),
     ("online", True, False): Tile(64, 64, 16, 8, 3),
     ("strip", False, False): Tile(64, 64, 32, 4, 3),
     ("strip", True, False): Tile(64, 64, 32, 8, 3),
+    ("strip_online", False, False): Tile(64, 64, 32, 4, 3),
+    ("strip_online", True, False): Tile(64, 64, 32, 8, 3),
 }
 # Of `strip_of_logits`, which only reads and writes.
 _LOGITS_TILE = (32, 128)
@@ -100,7 +105,12 @@ class Features(NamedTuple):
         )
 
     def tile(self, kernel: str) -> Tile:
-        return TILES[kernel, self.has_ref, self.is_half]
+        tile = TILES[kernel, self.has_ref, self.is_half]
+        is_even = self.image.shape[1] % tile.block_k == self.ref_image.shape[1] % tile.block_k == 0
+        if kernel == "strip" and self.has_ref and self.is_half and not is_even:
+            # The masks of such widths would spill.
+            return tile._replace(block_n=tile.block_n // 2)
+        return tile
 
     def meta(self, tile: Tile) -> dict[str, object]:
         """Compile-time arguments of the kernels that multiply features."""
@@ -132,8 +142,11 @@ def _allows_tf32() -> bool:
 
 
 def _num_programs(device: torch.device, wanted: int) -> int:
-    """Enough to fill the device: two a multiprocessor, so that one's epilogue hides in the other's
-    products."""
+    """Programs for two blocks a multiprocessor.
+
+    Kernels of more than 128 registers a thread have room for one at a time; the second block then
+    follows the first, and the work is spread as evenly.
+    """
     if INTERPRETED:
         return min(wanted, 2)
     return min(wanted, 2 * torch.cuda.get_device_properties(device).multi_processor_count)
@@ -239,17 +252,20 @@ def backward(
 
     size = image.element_size() + (0 if is_fused else 4 * len(softmaxes))
     elements = WORKSPACE_BYTES // size
-    tile = features.tile("strip")
-    launches = strip_tables(groups, elements, tile.block_m, tile.block_n, image.device)
+    launches, online_launches = (
+        strip_tables(groups, elements, tile.block_m, tile.block_n, image.device)
+        for tile in (features.tile("strip"), features.tile("strip_online"))
+    )
     largest = max(last.offset + last.rows * last.stride for (*_, last), _ in launches)
     workspace = image.new_empty(largest)
-    for segments, table in launches:
+    for (segments, table), (online_segments, online_table) in zip(
+        launches, online_launches, strict=True
+    ):
         if is_fused:
-            backward_kernels.strip[(segments[-1].last_tile,)](
-                image, text, features.ref_image, features.ref_text, scale, features.ref_scale,
-                softmaxes, factors, flags, table, workspace, *features.strides(), n, width,
-                features.ref_image.shape[1], gain, **features.meta(tile),
-            )  # fmt: skip
+            num_tiles = segments[-1].last_tile, online_segments[-1].last_tile
+            arguments = (features, softmaxes, factors, flags, workspace, gain)
+            _strip(*arguments, table, num_tiles[0], is_online=False)
+            _strip(*arguments, online_table, num_tiles[1], is_online=True)
         for segment in segments:
             rows, cols = segment.batch_rows, segment.batch_cols
             g = workspace[segment.offset :][: segment.rows * segment.stride]
@@ -275,6 +291,32 @@ def backward(
         )  # fmt: skip
         results.append(out)
     return results[0] if wants_image else None, results[1], d_scale.sum()
+
+
+def _strip(
+    features: Features,
+    softmaxes: Tensor,
+    factors: Tensor,
+    flags: Tensor,
+    workspace: Tensor,
+    gain: float,
+    table: Tensor,
+    num_tiles: int,
+    *,
+    is_online: bool,
+) -> None:
+    """Write the strips of one launch, of the groups whose flag is set or of the others.
+
+    A program a tile; where seldom one has work, just enough programs to look at all tiles.
+    """
+    image, text, scale, ref_image, ref_text, ref_scale, _ = features
+    programs = _num_programs(image.device, num_tiles) if is_online else num_tiles
+    backward_kernels.strip[(programs,)](
+        image, text, ref_image, ref_text, scale, ref_scale, softmaxes, factors, flags, table,
+        workspace, *features.strides(), num_tiles, len(image), image.shape[1], ref_image.shape[1],
+        gain, IS_ONLINE=is_online,
+        **features.meta(features.tile("strip_online" if is_online else "strip")),
+    )  # fmt: skip
 
 
 def _strip_of_logits(
