@@ -62,10 +62,6 @@ class Cost(NamedTuple):
     alone: float  # clocks from start to end of one block alone
     binds: str
 
-    @property
-    def tensor_share(self) -> float:
-        return self.clocks.tensor / self.tile
-
 
 def cost(phases: tuple[Phase, ...], resident: int) -> Cost:
     """resident: blocks an SM holds at once."""

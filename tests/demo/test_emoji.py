@@ -59,7 +59,8 @@ def test_non_members_are_spread_over_subgroups() -> None:
 
 
 def test_plain_webdataset_reads_the_shards() -> None:
-    webdataset = pytest.importorskip("webdataset")
+    import webdataset
+
     paths = [str(path) for path in emoji.shards("twemoji")]
     rows = list(webdataset.WebDataset(paths, shardshuffle=False))
     assert len(rows) == CONCEPTS
@@ -98,7 +99,6 @@ def test_captions_begin_with_the_name_and_end_with_the_classes() -> None:
 @pytest.mark.parametrize("folder", [emoji.BASE_MODEL, emoji.RETRAINED_MODEL])
 def test_model_loads_in_plain_open_clip(folder: Path) -> None:
     """Loading, tokenizing and preprocessing need nothing of fasterase."""
-    pytest.importorskip("transformers")
     import open_clip
     import torch
 

@@ -1,4 +1,4 @@
-"""No test here may reach the network, and every kind of model is built once a session."""
+"""No test here may reach the network, and every kind of model is built once a run."""
 
 from __future__ import annotations
 
