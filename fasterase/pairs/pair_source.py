@@ -55,17 +55,6 @@ class PairSource(abc.ABC):
     def manifest(self) -> str:
         """Hex digest over names, sizes and captions: a cache made for other data has another."""
 
-    def caption_counts(self, rows: np.ndarray | None = None) -> np.ndarray:
-        """Captions of each row, [len(rows)] int64, at least 1. All rows where `rows` is None."""
-        counts = []
-        for row in range(len(self)) if rows is None else rows:
-            try:
-                texts = self.texts(int(row))
-            except BrokenPair:
-                texts = []
-            counts.append(1 if isinstance(texts, Tensor) else max(len(texts), 1))
-        return np.array(counts, dtype=np.int64)
-
     def encoded_sizes(self) -> np.ndarray | None:
         """Bytes of each encoded image, [n] int64, -1 where missing; None for decoded images."""
         return None
@@ -123,10 +112,6 @@ class EncodedSource(PairSource):
 
     def meta(self, index: int) -> dict[str, Any]:
         return json.loads(self._metas[index]) if self._metas is not None else {}
-
-    def caption_counts(self, rows: np.ndarray | None = None) -> np.ndarray:
-        counts = np.maximum(self._captions.counts(), 1)
-        return counts if rows is None else counts[rows]
 
     @abc.abstractmethod
     def encoded_sizes(self) -> np.ndarray: ...
@@ -186,9 +171,6 @@ class Subset(PairSource):
 
     def meta(self, index: int) -> dict[str, Any]:
         return self.base.meta(self._row(index))
-
-    def caption_counts(self, rows: np.ndarray | None = None) -> np.ndarray:
-        return self.base.caption_counts(self.indices if rows is None else self.indices[rows])
 
     def encoded_sizes(self) -> np.ndarray | None:
         sizes = self.base.encoded_sizes()

@@ -15,8 +15,8 @@ _FORGET, _RETAIN, _CAPTIONS = 0, 1, 2
 class Draw(NamedTuple):
     """Rows of one step and, for each, which of its captions is used.
 
-    The caption numbers are reduced modulo the captions a row has where the sampler knows the
-    counts; where not, they are raw, and `Preparer` reduces them alike.
+    The caption numbers may be as large as 2^31 - 1: `Preparer` takes them modulo the captions that
+    a row has, which are not known before it is read.
     """
 
     forget: np.ndarray  # [n_forget] int64
@@ -36,7 +36,6 @@ class Sampler:
 
     Args:
         n_forget, n_retain: pairs in the sets; 0 draws none.
-        caption_counts_forget, caption_counts_retain: captions of each row, [n]; see `Draw`.
         forget_batch_size, batch_size: forget and retain pairs a step, clipped to the sets.
         seed: not negative.
     """
@@ -46,8 +45,6 @@ class Sampler:
         n_forget: int,
         n_retain: int,
         *,
-        caption_counts_forget: np.ndarray | None = None,
-        caption_counts_retain: np.ndarray | None = None,
         forget_batch_size: int,
         batch_size: int,
         seed: int,
@@ -62,7 +59,6 @@ class Sampler:
         self.seed = seed
         self.steps_per_epoch = max(1, -(-n_forget // forget_batch_size))
         self._retain_batch = min(batch_size, n_retain)
-        self._counts = (caption_counts_forget, caption_counts_retain)
         self._passes: dict[int, tuple[int, np.ndarray]] = {}
 
     def draw(self, step: int) -> Draw:
@@ -70,13 +66,8 @@ class Sampler:
         forget = self._forget_rows(step)
         retain = self._retain_rows(step)
         stream = np.random.default_rng([self.seed, _CAPTIONS, step])
-        raw = stream.integers(0, 2**31, size=len(forget) + len(retain))
-        captions = [raw[: len(forget)], raw[len(forget) :]]
-        for i, rows in enumerate((forget, retain)):
-            counts = self._counts[i]
-            if counts is not None:
-                captions[i] = captions[i] % counts[rows]
-        return Draw(forget, retain, captions[0], captions[1])
+        captions = stream.integers(0, 2**31, size=len(forget) + len(retain))
+        return Draw(forget, retain, captions[: len(forget)], captions[len(forget) :])
 
     def _forget_rows(self, step: int) -> np.ndarray:
         number, part = divmod(step, self.steps_per_epoch)

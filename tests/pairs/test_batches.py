@@ -100,6 +100,17 @@ def test_workers_and_restarts_give_the_same_batches(pictures):
     assert {c for batch in alone for c in batch.forget_captions} == {0, 1, 2}
 
 
+def test_every_caption_of_every_pair_is_drawn_in_the_long_run():
+    texts = [[f"{row} {number}" for number in range(n)] for row, n in enumerate([1, 2, 3, 7])]
+    forget, retain = pairs("forget", 4, texts=texts), pairs("retain", 6)
+    seen = {
+        drawn
+        for batch in load(forget, retain, steps=(0, 60))
+        for drawn in zip(batch.forget_rows.tolist(), batch.forget_captions.tolist(), strict=True)
+    }
+    assert seen == {(row, n) for row, captions in enumerate(texts) for n in range(len(captions))}
+
+
 def test_only_forget_images_are_augmented():
     forget, retain = pairs("forget", 8), pairs("retain", 12)
     altered = 0

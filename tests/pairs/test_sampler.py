@@ -79,20 +79,6 @@ def test_every_retain_row_is_drawn_in_the_long_run():
     assert counts.min() > 0.8 * counts.mean()
 
 
-def test_captions_stay_below_their_counts_and_agree_with_raw_numbers():
-    counts = np.array([1, 2, 3, 7])
-    options = {"forget_batch_size": 4, "batch_size": 3, "seed": 5}
-    known = Sampler(4, 4, caption_counts_forget=counts, caption_counts_retain=counts, **options)
-    raw = Sampler(4, 4, **options)
-    seen = set()
-    for step in range(60):
-        one, other = known.draw(step), raw.draw(step)
-        assert np.array_equal(one.forget_captions, other.forget_captions % counts[one.forget])
-        assert np.array_equal(one.retain_captions, other.retain_captions % counts[one.retain])
-        seen |= set(zip(one.forget.tolist(), one.forget_captions.tolist(), strict=True))
-    assert len(seen) == counts.sum()
-
-
 def test_an_empty_set_draws_nothing():
     draw = Sampler(0, 5, forget_batch_size=2, batch_size=2, seed=0).draw(3)
     assert len(draw.forget) == 0
