@@ -11,16 +11,13 @@ when started again. The output folder is a plain open_clip model: `local-dir:` l
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import math
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -28,155 +25,23 @@ from fasterase.demo.emoji import (
     DEFAULT_FORGET,
     TEAMS,
     TRAIN_TEAMS,
-    Record,
     class_name,
     naming_captions,
-    samples,
 )
+from fasterase.demo.small_clip import build_model, build_tokenizer, model_config, save, tokenize
+from fasterase.demo.train_data import Pairs, augment, find_classes, load_pairs
 from fasterase.errors import InputError
-
-IMAGE_SIZE = 64
-CONTEXT_LENGTH = 16
-VOCABULARY = 3400  # nearly every word of the captions is then one token
-MEAN = STD = (0.5, 0.5, 0.5)  # so white, the background, is +1
+from fasterase.report.files import replacing, write_text
 
 LEARNING_RATE = 1.5e-3
 BETAS = (0.9, 0.98)
 WEIGHT_DECAY = 0.05
 WARM_UP = 20
 BATCH = 256
-FIRST_SCALE = 25.0
 MAX_SCALE = 100.0
 CLASS_WEIGHT = 0.3
-# Light augmentation: uniform within these bounds.
-ROTATION_DEGREES = 15.0
-SHIFT = 0.12  # of the half width
-ZOOM = (0.8, 1.15)
 
 CHECKPOINT_EVERY = 100
-
-
-class Pairs(NamedTuple):
-    """Every drawing in memory; the records are in the order of the rows."""
-
-    images: Tensor  # [teams, concepts, 3, 64, 64], normalised
-    records: list[Record]  # one a concept
-
-
-def load_pairs(teams: tuple[str, ...]) -> Pairs:
-    """Decode the shards of the teams; every team holds the same concepts in the same order."""
-    rows: list[np.ndarray] = []
-    records: list[Record] = []
-    for team in teams:
-        found = list(samples(team))
-        records = [record for record, _ in found]
-        rows += [np.asarray(Image.open(io.BytesIO(png)).convert("RGB")) for _, png in found]
-    pixels = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).float().div_(255)
-    images = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-    return Pairs(images.unflatten(0, (len(teams), len(records))), records)
-
-
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Rotate, shift and scale each image of [B, 3, H, W] by its own draw, on white."""
-
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return torch.rand(len(images), *shape, generator=generator) * (high - low) + low
-
-    angle = uniform(-ROTATION_DEGREES, ROTATION_DEGREES).deg2rad()
-    zoom = uniform(*ZOOM)
-    rows = [
-        torch.stack([angle.cos() / zoom, -angle.sin() / zoom], dim=1),
-        torch.stack([angle.sin() / zoom, angle.cos() / zoom], dim=1),
-    ]
-    affine = torch.cat([torch.stack(rows, dim=1), uniform(-SHIFT, SHIFT, 2, 1)], dim=2)
-    grid = functional.affine_grid(affine, list(images.shape), align_corners=False)
-    # grid_sample pads with 0; white is +1 here.
-    return functional.grid_sample(images - 1, grid, align_corners=False) + 1
-
-
-def build_tokenizer(records: list[Record]) -> Any:
-    """A byte-level BPE over the captions of every concept, so all models share one vocabulary."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-    from tokenizers.trainers import BpeTrainer
-
-    texts = [caption for record in records for caption in naming_captions(record)]
-    texts += [class_name(record[level]) for record in records for level in ("group", "subgroup")]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = BpeTrainer(
-        vocab_size=VOCABULARY - 1,
-        special_tokens=["<pad>", "<start>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    # open_clip reads the text feature at the highest id of the row, so <end> comes last.
-    tokenizer.add_special_tokens(["<end>"])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<start> $A <end>",
-        special_tokens=[(name, tokenizer.token_to_id(name)) for name in ("<start>", "<end>")],
-    )
-    return tokenizer
-
-
-def tokenize(tokenizer: Any, texts: list[str]) -> Tensor:
-    """Token ids [len(texts), 16], as open_clip's tokenizer gives them for the saved folder."""
-    tokenizer.enable_truncation(CONTEXT_LENGTH)
-    tokenizer.enable_padding(pad_id=0, pad_token="<pad>", length=CONTEXT_LENGTH)
-    return torch.tensor([encoded.ids for encoded in tokenizer.encode_batch(texts)])
-
-
-def model_config(vocab_size: int) -> dict[str, Any]:
-    """open_clip's configuration of the model."""
-    return {
-        "embed_dim": 128,
-        "vision_cfg": {
-            "image_size": IMAGE_SIZE,
-            "patch_size": 16,
-            "width": 192,
-            "layers": 4,
-            "head_width": 64,
-        },
-        "text_cfg": {
-            "context_length": CONTEXT_LENGTH,
-            "vocab_size": vocab_size,
-            "width": 128,
-            "heads": 2,
-            "layers": 2,
-            # Any name makes open_clip read the tokenizer files of the folder itself.
-            "hf_tokenizer_name": "fasterase-demo",
-        },
-    }
-
-
-def build_model(config: dict[str, Any]) -> Any:
-    """An untrained open_clip CLIP with the first scale set."""
-    from open_clip import CLIP
-
-    return CLIP(**config, init_logit_scale=math.log(FIRST_SCALE))
-
-
-class Classes(NamedTuple):
-    """The group and subgroup names as zero-shot classes."""
-
-    groups: list[str]
-    subgroups: list[str]
-    group_of: Tensor  # [concepts]
-    subgroup_of: Tensor  # [concepts]
-
-
-def find_classes(records: list[Record]) -> Classes:
-    """The classes of these records, sorted."""
-    groups = sorted({record["group"] for record in records})
-    subgroups = sorted({record["subgroup"] for record in records})
-    return Classes(
-        groups,
-        subgroups,
-        torch.tensor([groups.index(record["group"]) for record in records]),
-        torch.tensor([subgroups.index(record["subgroup"]) for record in records]),
-    )
 
 
 def training_loss(
@@ -274,9 +139,8 @@ def train(
         losses.append(loss.item())
         if len(losses) % CHECKPOINT_EVERY == 0:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            partial = checkpoint.with_suffix(".partial")
-            torch.save({**state, "losses": losses}, partial)
-            partial.replace(checkpoint)
+            with replacing(checkpoint) as temporary:
+                torch.save({**state, "losses": losses}, temporary)
         if len(losses) % 20 == 0:
             passed = time.perf_counter() - started
             print(f"step {len(losses)} loss {losses[-1]:.4f} {passed:.0f} s", flush=True)
@@ -317,49 +181,6 @@ def measure(model: Any, tokenizer: Any, pairs: Pairs, teams: tuple[str, ...]) ->
             for which, rows in sets.items()
         }
     return result
-
-
-def save(model: nn.Module, tokenizer: Any, output: Path) -> None:
-    """Write an open_clip folder: weights in fp16, configuration, tokenizer files."""
-    from safetensors.torch import save_file
-
-    weights = {
-        name: tensor if name == "logit_scale" else tensor.half()
-        for name, tensor in model.state_dict().items()
-    }
-    save_file(weights, output / "open_clip_model.safetensors")
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.save(str(output / "tokenizer.json"))
-    # Written by hand: transformers 5 would name a class that transformers 4 does not know, and
-    # transformers 4 takes add_prefix_space from here, over what tokenizer.json says.
-    tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": CONTEXT_LENGTH,
-        "bos_token": "<start>",
-        "eos_token": "<end>",
-        "pad_token": "<pad>",
-        "add_prefix_space": True,
-        "clean_up_tokenization_spaces": False,
-    }
-    preprocess = {
-        "size": [IMAGE_SIZE, IMAGE_SIZE],
-        "mean": MEAN,
-        "std": STD,
-        "interpolation": "bicubic",
-        "resize_mode": "shortest",
-    }
-    config = {
-        "model_cfg": model_config(tokenizer.get_vocab_size()),
-        "preprocess_cfg": preprocess,
-    }
-    write_json(output / "tokenizer_config.json", tokenizer_config)
-    write_json(output / "open_clip_config.json", config)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Indented JSON with a final newline."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -413,7 +234,7 @@ def main(arguments: list[str] | None = None) -> None:
         "loss_every_20_steps": [round(loss, 4) for loss in losses[19::20]],
         "metrics": measure(model, tokenizer, everything, TEAMS),
     }
-    write_json(options.output / "training.json", log)
+    write_text(options.output / "training.json", json.dumps(log, indent=2) + "\n")
     checkpoint.unlink(missing_ok=True)
     print(json.dumps(log["metrics"], indent=2))
 

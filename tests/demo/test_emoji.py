@@ -137,7 +137,8 @@ def test_training_step_draws_depend_on_seed_and_step_alone() -> None:
     """A resumed training must see the batches that an unbroken one sees."""
     import torch
 
-    from fasterase.demo.train import IMAGE_SIZE, augment
+    from fasterase.demo.small_clip import IMAGE_SIZE
+    from fasterase.demo.train_data import augment
 
     images = torch.rand(4, 3, IMAGE_SIZE, IMAGE_SIZE) * 2 - 1
     first = augment(images, torch.Generator().manual_seed(7))
