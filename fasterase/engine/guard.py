@@ -21,12 +21,14 @@ class NonFiniteGuard:
 
     Args:
         precision: compute dtype, which sets how many such steps in a row are too many.
-        in_a_row: count to go on from (a resumed run).
+
+    Attributes:
+        in_a_row: the count; a resumed run sets it.
     """
 
-    def __init__(self, precision: str, *, in_a_row: int = 0) -> None:
+    def __init__(self, precision: str) -> None:
         self.limit = LIMITS[precision]
-        self.in_a_row = in_a_row
+        self.in_a_row = 0
 
     def count(self, term: str | None, *, step: int, ids: Sequence[str]) -> None:
         """Take note of a step: `term` is what was not finite in it, None for a good step.

@@ -18,6 +18,8 @@ PICTURE, LINE, GAP, TEXT_WIDTH = 96, 20, 12, 190
 CELL_WIDTH = PICTURE + 2 * TEXT_WIDTH + 3 * GAP
 MARGIN = 20
 
+COLUMNS = 2  # pictures side by side
+
 INK, FAINT, ERASED, OWN, RULE = "#202020", "#808080", "#c8102e", "#1a7f37", "#d0d0d0"
 
 
@@ -56,7 +58,6 @@ def picture_sheet(
     path: str | PathLike[str],
     *,
     erased: Collection[str] = (),
-    columns: int = 2,
 ) -> Path:
     """Draw the pictures with their top captions before and after, and write one image file.
 
@@ -64,7 +65,6 @@ def picture_sheet(
         rows: pictures in order.
         path: file to write, `.png` by preference.
         erased: captions of the erased concept, drawn in red; a picture's own caption is green.
-        columns: pictures side by side.
 
     Raises:
         InputError: there are no rows.
@@ -79,8 +79,8 @@ def picture_sheet(
     depth = max(len(names) for row in rows for names in (row.before, row.after))
     cell_height = max(PICTURE, LINE * (2 + depth)) + GAP
     heading_height = 2 * LINE + GAP
-    grid_rows = [-(-len(members) // columns) for _, members in sections]
-    width = 2 * MARGIN + columns * CELL_WIDTH + (columns - 1) * GAP
+    grid_rows = [-(-len(members) // COLUMNS) for _, members in sections]
+    width = 2 * MARGIN + COLUMNS * CELL_WIDTH + (COLUMNS - 1) * GAP
     height = 2 * MARGIN + LINE + len(sections) * heading_height + sum(grid_rows) * cell_height
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
@@ -91,8 +91,8 @@ def picture_sheet(
         draw.text((MARGIN, top + GAP + 6), name, fill=INK, font=_font(18))
         top += heading_height
         for index, row in enumerate(members):
-            left = MARGIN + (index % columns) * (CELL_WIDTH + GAP)
-            _cell(sheet, draw, left, top + index // columns * cell_height, row, frozenset(erased))
+            left = MARGIN + (index % COLUMNS) * (CELL_WIDTH + GAP)
+            _cell(sheet, draw, left, top + index // COLUMNS * cell_height, row, frozenset(erased))
         top += lines * cell_height
     path = Path(path)
     with replacing(path) as temporary:
