@@ -1,0 +1,137 @@
+"""What each command hands to the library, and what it prints and writes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from PIL import Image
+
+from fasterase.cli import main
+from fasterase.config import UnlearnConfig, field_names
+from tests import small_models
+from tests.cli.fake_api import REQUIRED, FakeApi
+
+
+def test_flags_reach_unlearn(unlearn, capsys):
+    flags = ["--holdout", "h.csv", "--text_key", "caption", "--lr", "3e-6", "--betas", "0.8,0.9"]
+    assert main(["unlearn", *REQUIRED, *flags]) == 0
+    args, kwargs = unlearn.calls[0]
+    assert args == ("m", "f.csv", "r.csv")
+    assert kwargs["holdout"] == "h.csv"
+    assert kwargs["text_key"] == "caption"
+    assert kwargs["image_key"] is None
+    assert unlearn.config == UnlearnConfig(lr=3e-6, betas=(0.8, 0.9), output_dir="out")
+    assert "THE TABLE" in capsys.readouterr().out
+
+
+def test_yaml_and_flags_win_in_this_order(unlearn, tmp_path):
+    file = tmp_path / "erase.yaml"
+    file.write_text(
+        "model: m\nforget: f\nretain: r\noutput_dir: out\nlr: 1e-4\nrecipe: cliperase\n"
+        "batch_size: 32\nfloor: 0.1\n"
+    )
+    assert main(["unlearn", "--config", str(file), "--lr", "2e-4"]) == 0
+    expected = UnlearnConfig.cliperase(lr=2e-4, batch_size=32, floor=0.1, output_dir="out")
+    assert unlearn.config == expected
+    assert unlearn.calls[0][0] == ("m", "f", "r")
+
+
+def test_recipe_supplies_only_what_is_left_open(unlearn):
+    flags = ["--recipe", "cliperase", "--floor", "auto", "--optimizer", "adamw"]
+    assert main(["unlearn", *REQUIRED, *flags]) == 0
+    expected = UnlearnConfig.cliperase(floor="auto", optimizer="adamw", output_dir="out")
+    assert unlearn.config == expected
+
+
+@pytest.mark.parametrize("recipe", ["fasterase", "cliperase"])
+def test_print_config_gives_a_file_that_repeats_the_run(recipe, unlearn, tmp_path, capsys):
+    flags = [*REQUIRED, "--recipe", recipe, "--seed", "5"]
+    assert main(["unlearn", *flags, "--print_config"]) == 0
+    assert not unlearn.calls
+    printed = capsys.readouterr().out
+    assert set(field_names()) < set(yaml.safe_load(printed))
+    file = tmp_path / "printed.yaml"
+    file.write_text(printed)
+    assert main(["unlearn", *flags]) == 0
+    assert main(["unlearn", "--config", str(file)]) == 0
+    assert unlearn.calls[0] == unlearn.calls[1]
+
+
+def test_evaluate(evaluate, tmp_path, capsys):
+    for name in ("forget", "retain", "near"):
+        (tmp_path / f"{name}.csv").write_text("filepath,title\na.png,apple\n")
+    (tmp_path / "classes.txt").write_text("apple\n\n pear \n")
+    flags = ["--model", "m", "--forget", str(tmp_path / "forget.csv")]
+    flags += ["--retain", str(tmp_path / "retain.csv"), "--sets", f"near={tmp_path / 'near.csv'}"]
+    flags += ["--references", "retrained=other", "--original", "m0", "--max-pairs", "9"]
+    flags += ["--class_names", str(tmp_path / "classes.txt"), "--output", "report.md"]
+    assert main(["evaluate", *flags]) == 0
+    (model, forget, retain), kwargs = evaluate.calls[0]
+    assert (model, forget.name, retain.name) == ("m", "forget", "retain")
+    assert kwargs["sets"]["near"].name == "near"
+    assert kwargs["holdout"] is None
+    assert kwargs["original"] == "m0"
+    assert kwargs["references"] == {"retrained": "other"}
+    assert kwargs["class_names"] == ["apple", "pear"]
+    assert kwargs["max_pairs"] == 9
+    assert "THE TABLE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("output", ["report.pdf", ".", "file/report.md"])
+def test_evaluate_refuses_a_report_that_could_not_be_written(
+    output, evaluate, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert main(["evaluate", *REQUIRED[:-2], "--output", output]) == 2
+    assert f"--output={output!r}" in capsys.readouterr().err
+    assert not evaluate.calls
+
+
+def test_demo_passes_only_what_was_given(monkeypatch):
+    api = FakeApi()
+    module = SimpleNamespace(run_demo=api)
+    monkeypatch.setitem(sys.modules, "fasterase.demo.run", module)
+    assert main(["demo", "--forget", "animal-bird", "--seed", "3"]) == 0
+    kwargs = api.calls[0][1]
+    assert kwargs == {
+        "forget": "animal-bird",
+        "model": None,
+        "recipe": "fasterase",
+        "output_dir": None,
+        "seed": 3,
+    }
+
+
+def test_unlearn_and_evaluate_on_a_saved_model(tmp_path, capsys):
+    from fasterase.models.load import load_tower
+
+    model = small_models.open_clip_vit()
+    load_tower(model, tokenizer=small_models.simple_tokenizer()).save(tmp_path / "original")
+    for name, colours in {"forget": ["red", "pink"], "retain": ["blue", "green", "black"]}.items():
+        for colour in colours:
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.new("RGB", (40, 32), colour).save(tmp_path / name / f"{colour}.png")
+            (tmp_path / name / f"{colour}.txt").write_text(f"a {colour} square")
+    pairs = ["--forget", str(tmp_path / "forget"), "--retain", str(tmp_path / "retain")]
+    folder = tmp_path / "out"
+    flags = ["--output_dir", str(folder), "--max_steps", "2", "--progress", "false"]
+    assert main(["unlearn", "--model", str(tmp_path / "original"), *pairs, *flags]) == 0
+    assert str(folder) in capsys.readouterr().out
+    assert len((folder / "history.jsonl").read_text().splitlines()) == 2
+    assert (folder / "evaluation.json").is_file()
+
+    report = tmp_path / "report.json"
+    flags = ["--original", str(tmp_path / "original"), "--sets", f"near={tmp_path / 'forget'}"]
+    flags += ["--output", str(report)]
+    assert main(["evaluate", "--model", str(folder / "model"), *pairs, *flags]) == 0
+    assert set(json.loads(report.read_text())["scores"]) == {"forget", "retain", "near"}
+
+    missing = ["--forget", "missing.csv", "--retain", str(tmp_path / "retain")]
+    missing += ["--output_dir", str(tmp_path / "refused")]
+    assert main(["unlearn", "--model", str(folder / "model"), *missing]) == 2
+    assert "missing.csv" in capsys.readouterr().err

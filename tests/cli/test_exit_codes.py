@@ -1,0 +1,111 @@
+"""Wrong input and every other failure: one line on stderr, and the exit code."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import fasterase
+from fasterase.cli import main
+from tests.cli.fake_api import REQUIRED
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["unlearn", "--learning-rat", "3"], "--learning_rat"),
+        (["unlearn", "--epoch", "3"], "Did you mean --epochs"),
+        (["unlearn", "--lr"], "--lr"),
+        (["unlearn", "--lr", "fast"], "lr='fast'"),
+        (["unlearn", "--lr", "nan"], "lr='nan'"),
+        (["unlearn", "--lr", "="], "lr='='"),
+        (["unlearn", "--floor", "high"], "'auto'"),
+        (["unlearn", "--epochs", "1.5"], "whole number"),
+        (["unlearn", "--betas", "0.9"], "2 numbers"),
+        (["unlearn", "--recipe", "paper"], "'cliperase'"),
+        (["unlearn", "--config", "missing.yaml"], "missing.yaml"),
+        (["unlearn", "--epochs", "0", *REQUIRED], "epochs=0"),
+        (["unlearn", "--model", "m"], "--forget, --retain, --output_dir"),
+        (["unlearn", *REQUIRED[:-2]], "--output_dir"),
+        (["unlearn", "stray", *REQUIRED], "stray"),
+        (["erase"], "erase"),
+        ([], "command"),
+        (["--versio"], "--version"),
+        (["evaluate", "--model", "m"], "--forget, --retain"),
+        (["evaluate", *REQUIRED[:-2], "--sets", "near.csv"], "NAME=WHERE"),
+        (["evaluate", *REQUIRED[:-2], "--sets", "retain=x.csv"], "taken"),
+        (["evaluate", "--lr", "3"], "--lr"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(flags, named, unlearn, capsys):
+    assert main(flags) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("fasterase: error: ")
+    assert printed.err.count("\n") == 1
+    assert named in printed.err
+    assert not unlearn.calls
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("learning_rat: 3\n", "`learning_rat`"),
+        ("max_step: 3\n", "max_steps"),
+        ("lr: [a\n", "config"),
+        ("- lr\n", "mapping"),
+        ("lr: fast\n", "lr='fast'"),
+        ("output_dir: 3\n", "output_dir=3"),
+        ("floor: none\n", "null in YAML"),
+        ("forget: \ud83c".encode("utf-8", "surrogatepass"), "utf-8"),
+    ],
+)
+def test_wrong_yaml(text, named, tmp_path, capsys):
+    file = tmp_path / "erase.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert main(["unlearn", "--config", str(file), *REQUIRED]) == 2
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (fasterase.InputError("forget: empty.\nGive pairs."), 2),
+        (fasterase.MissingExtraError("needs transformers"), 2),
+        (fasterase.ResumeError("changed config"), 2),
+        (fasterase.NonFiniteError("nan", term="forget", step=3, pair_ids=["a"]), 3),
+        (fasterase.PreemptedError("run again"), 75),
+        (fasterase.FaseraseError("other"), 1),
+        (ZeroDivisionError("division by zero"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_exit_codes(error, code, unlearn, capsys):
+    unlearn.error = error
+    assert main(["unlearn", *REQUIRED]) == code
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert "Traceback" not in printed
+    assert main(["unlearn", *REQUIRED, "--debug"]) == code
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_module_runs_as_a_command_without_torch():
+    check = (
+        "import sys, runpy; sys.argv = ['fasterase', 'unlearn', '--epoch', '3']\n"
+        "try: runpy.run_module('fasterase', run_name='__main__')\n"
+        "except SystemExit as stop: print(stop.code, 'torch' in sys.modules)\n"
+    )
+    root = os.path.dirname(os.path.dirname(fasterase.__file__))
+    done = subprocess.run(
+        [sys.executable, "-c", check],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": root},
+    )
+    assert done.stdout.split() == ["2", "False"]
+    assert "Did you mean --epochs?" in done.stderr

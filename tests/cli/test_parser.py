@@ -1,0 +1,143 @@
+"""From the command line and YAML to values: spelling, round trips, help, the examples shown."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fasterase
+from fasterase.cli import main
+from fasterase.cli.flags import flags_of
+from fasterase.cli.parser import COMMANDS, EXAMPLES, parse
+from fasterase.config import UnlearnConfig
+from tests.cli.fake_api import REQUIRED
+
+
+@pytest.mark.parametrize("launcher", [["--local_rank=3"], ["--local-rank", "3"], []])
+def test_dashes_and_launcher_flags(launcher, unlearn):
+    flags = ["--max-grad-norm=none", "--train-mode", "--max_steps", "7"]
+    assert main([*launcher, "unlearn", *REQUIRED, *flags]) == 0
+    assert unlearn.config.max_grad_norm is None
+    assert unlearn.config.train_mode is True
+    assert unlearn.config.max_steps == 7
+
+
+@pytest.mark.parametrize(
+    ("flags", "field", "value"),
+    [
+        (["--floor", "none"], "floor", None),
+        (["--floor", "null"], "floor", None),
+        (["--floor=None"], "floor", None),
+        (["--floor", "0.2"], "floor", 0.2),
+        (["--floor", "-0.2"], "floor", -0.2),
+        (["--floor", "auto"], "floor", "auto"),
+        (["--floor", "0"], "floor", 0.0),
+        (["--evaluation", "none"], "evaluation", None),
+        (["--progress", "false"], "progress", False),
+        (["--progress"], "progress", True),
+        (["--betas", "[0.1, 0.2]"], "betas", (0.1, 0.2)),
+        (["--deepspeed", "zero3.json"], "deepspeed", "zero3.json"),
+        (["--deepspeed", '{"a": {"b": 1}}'], "deepspeed", {"a": {"b": 1}}),
+        (["--tune", "last:4"], "tune", "last:4"),
+        (["--lr", "1e-8"], "lr", 1e-8),
+    ],
+)
+def test_values(flags, field, value):
+    assert parse(["unlearn", *flags]).values == {field: value}
+
+
+def _unit(low: float, high: float) -> st.SearchStrategy[float]:
+    return st.floats(low, high, allow_nan=False)
+
+
+FIELD_VALUES = {
+    "forget_weight": _unit(0, 1e6),
+    "anchor_weight": _unit(0, 1e6),
+    "retain_weight": _unit(1e-3, 10),
+    "floor": st.one_of(st.none(), st.just("auto"), _unit(-1, 1)),
+    "forget_augment": st.booleans(),
+    "negatives": st.sampled_from(["own", "joint"]),
+    "epochs": st.integers(1, 10**9),
+    "max_steps": st.none() | st.integers(1, 10**9),
+    "micro_batch_size": st.none() | st.integers(1, 4096),
+    "lr": st.floats(1e-300, 1e300, allow_nan=False),
+    "betas": st.tuples(_unit(0, 0.999), _unit(0, 0.999)),
+    "schedule": st.sampled_from(["constant", "cosine"]),
+    "max_grad_norm": st.none() | st.floats(1e-30, 1e30),
+    "tune": st.sampled_from(["all", "image", "projections", "last:12"]),
+    "train_mode": st.booleans(),
+    "deepspeed": st.none()
+    | st.dictionaries(st.from_regex(r"[a-z_]{1,8}", fullmatch=True), st.integers() | st.booleans()),
+    "output_dir": st.none() | st.from_regex(r"[A-Za-z][A-Za-z0-9 _./-]{0,20}", fullmatch=True),
+    "seed": st.integers(0, 2**63 - 1),
+    "evaluation": st.sampled_from([None, "quick", "full"]),
+    "max_skipped": _unit(0, 1),
+}
+
+
+@settings(max_examples=40, deadline=None)
+@given(values=st.fixed_dictionaries({}, optional=FIELD_VALUES))
+def test_config_round_trips_through_yaml_and_flags(values, tmp_path_factory):
+    config = UnlearnConfig(**values)
+    file = tmp_path_factory.mktemp("config") / "erase.yaml"
+    file.write_text(yaml.safe_dump(config.to_dict()))
+    assert UnlearnConfig(**parse(["unlearn", "--config", str(file)]).values) == config
+    assert UnlearnConfig.from_yaml(file) == config
+
+    flags = [f"--{name}={_spelled(value)}" for name, value in values.items()]
+    assert UnlearnConfig(**parse(["unlearn", *flags]).values) == config
+
+
+def _spelled(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+TOKENS = st.text(max_size=12) | st.sampled_from(
+    [*COMMANDS, "--lr", "--floor", "--sets", "=", "\x0f"]
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(argv=st.lists(TOKENS, max_size=5))
+def test_any_command_line_is_parsed_or_refused_as_wrong_input(argv):
+    # --help or --version among the tokens ends with SystemExit(0)
+    with contextlib.suppress(fasterase.InputError, SystemExit):
+        parse(argv)
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"] if command else ["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    for flag in flags_of(command) if command else []:
+        assert f"--{flag.name}" in shown
+    assert "%%" not in shown
+
+
+def _examples() -> list[str]:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```sh\n(.*?)```", readme, flags=re.DOTALL)
+    text = "\n".join([*blocks, *EXAMPLES.values()]).replace("\\\n", " ")
+    lines = [line.strip().partition(" > ")[0] for line in text.splitlines()]
+    return [line for line in lines if line.startswith("fasterase ")]
+
+
+def test_every_example_parses(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "erase.yaml").write_text("lr: 1e-6\n")
+    examples = _examples()
+    assert len(examples) >= 8
+    for example in examples:
+        assert parse(shlex.split(example)[1:]).command in COMMANDS
