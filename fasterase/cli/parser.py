@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -96,6 +97,7 @@ def parse(argv: Sequence[str]) -> Parsed:
     return Parsed(found["command"], given, given.pop("print_config", False))
 
 
+@functools.cache
 def _parser() -> ArgumentParser:
     parser = _new_parser(
         prog="fasterase",
