@@ -176,6 +176,15 @@ def test_ctrl_c_finishes_the_step(tmp_path, saving):
     assert (tmp_path / "checkpoints" / "step-000000002").is_dir() == saving
 
 
+@pytest.fixture
+def _ctrl_c_is_heard():
+    """A shell has what it starts in the background ignore it."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("_ctrl_c_is_heard")
 def test_ctrl_c_in_the_sweep_leaves_the_model_as_it_was():
     tower = TinyTower()
     before = tower.weights()
