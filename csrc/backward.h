@@ -79,38 +79,26 @@ struct Coefficients {
 };
 
 template <typename T>
-inline void coefficient_row(const Exponentials<T>& e, T by_row, const T* by_col, T* g, int64_t n) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) g[j] = e.row[j] * by_row + e.col[j] * by_col[j];
-}
-
-template <typename T>
-inline void subtract_coefficient_row(const Exponentials<T>& e, T by_row, const T* by_col, T* g,
-                                     int64_t n) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) g[j] -= e.row[j] * by_row + e.col[j] * by_col[j];
-}
-
-template <typename T>
 void add_products(const Group<T>& group, const Coefficients<T>& by, Gradients<T>& gradients) {
   const bool has_ref = group.matrices.size() > 1;
   const Logits<T>& logits = group.matrices[0];
-  const Scratch<T> scratch(group.parts.largest(), 2, 2);
+  const Scratch<T> scratch(group.parts.largest(), 2, 0);
   group.parts.for_each_tile([&](int64_t r, int64_t c) {
     const Span rows = group.parts[r], cols = group.parts[c];
     const int64_t width = cols.size;
     const T* s = group.tile(0, r, c, scratch.tile(0));
     const T* s0 = has_ref ? group.tile(1, r, c, scratch.tile(1)) : nullptr;
-    T *row = scratch.line(0), *col = scratch.line(1);
     T* g = scratch.tile(0);
     for (int64_t i = 0; i < rows.size; ++i, s += width, g += width) {
       const int64_t at_row = rows.begin + i;
-      const Exponentials<T> e(group.softmaxes[0], s, at_row, cols, row, col);
-      coefficient_row(e, by.factors[0][at_row], by.factors[1].data() + cols.begin, g, width);
+      group.softmaxes[0].visit_exps(s, at_row, cols, [&](auto current) {
+        weigh_exps(current, by.factors[0][at_row], by.factors[1].data() + cols.begin, g, width);
+      });
       if (!has_ref) continue;
-      const Exponentials<T> e0(group.softmaxes[1], s0, at_row, cols, row, col);
-      subtract_coefficient_row(e0, by.factors[2][at_row], by.factors[3].data() + cols.begin, g,
-                               width);
+      group.softmaxes[1].visit_exps(s0, at_row, cols, [&](auto original) {
+        subtract_weighed_exps(original, by.factors[2][at_row], by.factors[3].data() + cols.begin,
+                              g, width);
+      });
       s0 += width;
     }
     const Tensor tile = view(scratch.tile(0), rows.size, width);

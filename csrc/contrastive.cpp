@@ -4,12 +4,9 @@
 
 #include <torch/library.h>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include "backward.h"
 #include "forward.h"
+#include "workspace.h"
 
 namespace fasterase {
 namespace {
@@ -75,20 +72,6 @@ int64_t kept_size(const Parts& parts, int64_t matrices, int64_t count) {
   return count == 0 ? 0 : matrices * (parts[count - 1].begin + parts[count - 1].size) * parts.n;
 }
 
-// Memory for kept logits, in huge pages where the system has them: the first touch of 4 kB pages
-// took 13 % of the forward pass (N = 2048, D = 512, with KL).
-template <typename T>
-Tensor room_for(int64_t elements) {
-  Tensor room = at::empty({elements}, c10::CppTypeToScalarType<T>::value);
-#ifdef __linux__
-  constexpr uintptr_t page = uintptr_t(1) << 21;
-  const auto begin = reinterpret_cast<uintptr_t>(room.mutable_data_ptr()), end = begin + room.nbytes();
-  const uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-  return room;
-}
-
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const std::vector<Features<T>>& features,
                                                    at::IntArrayRef groups, int64_t tile,
@@ -98,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const std::vector<Features<T>
   const int64_t width = features[0].image.size(1);
   Tensor losses = at::empty({2 * matrices, total}, type);
   Tensor statistics = at::empty({matrices, 3, 2, total}, type);
-  Tensor kept = room_for<T>(room);
+  Tensor kept = Workspace::instance().take<T>(room);
   Tensor plan = at::empty({int64_t(groups.size()), 2}, at::kLong);
   T* kept_next = kept.mutable_data_ptr<T>();
   int64_t begin = 0;

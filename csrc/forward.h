@@ -71,18 +71,6 @@ void shift_by_peaks(Group<T>& group, int64_t matrix) {
   softmax.shared = false;
 }
 
-// exp(s - shift) of one row of a tile, for the row's direction and for the columns'.
-template <typename T>
-struct Exponentials {
-  const T *row, *col;
-
-  Exponentials(const Softmax<T>& softmax, const T* s, int64_t i, Span cols, T* row_out, T* col_out)
-      : row(row_out), col(softmax.shared ? row_out : col_out) {
-    exp_row(s, softmax.shift[0][i], row_out, cols.size);
-    if (!softmax.shared) exp_row(s, softmax.shift[1] + cols.begin, col_out, cols.size);
-  }
-};
-
 // Row and column sums of e = exp(S - shift), of e0, and in `cross` [2][n] of e0 * (S0 - S).
 template <typename T>
 void add_up(Group<T>& group, T* const cross[2]) {
@@ -91,28 +79,26 @@ void add_up(Group<T>& group, T* const cross[2]) {
     for (T* sums : softmax.sums) std::fill_n(sums, group.rows(), T(0));
   }
   for (int way = 0; has_ref && way < 2; ++way) std::fill_n(cross[way], group.rows(), T(0));
-  const Scratch<T> scratch(group.parts.largest(), 2, 6);
+  const Scratch<T> scratch(group.parts.largest(), 2, 3);
   group.parts.for_each_tile([&](int64_t r, int64_t c) {
     const Span rows = group.parts[r], cols = group.parts[c];
     const int64_t width = cols.size;
     const T* s = group.tile(0, r, c, scratch.tile(0));
     const T* s0 = has_ref ? group.tile(1, r, c, scratch.tile(1)) : nullptr;
-    T *row = scratch.line(0), *col = scratch.line(1), *gap = scratch.line(2);
     // Columns first add up within the tile: shorter chains of additions, smaller rounding errors.
-    T *down = scratch.line(3), *down0 = scratch.line(4), *down_cross = scratch.line(5);
+    T *down = scratch.line(0), *down0 = scratch.line(1), *down_cross = scratch.line(2);
     for (T* sums : {down, down0, down_cross}) std::fill_n(sums, width, T(0));
     for (int64_t i = 0; i < rows.size; ++i, s += width) {
       const int64_t at_row = rows.begin + i;
-      const Exponentials<T> e(group.softmaxes[0], s, at_row, cols, row, col);
-      group.softmaxes[0].sums[0][at_row] += sum_row(e.row, width);
-      add_row(e.col, down, width);
+      group.softmaxes[0].visit_exps(s, at_row, cols, [&](auto current) {
+        group.softmaxes[0].sums[0][at_row] += add_exps(current, down, width);
+      });
       if (!has_ref) continue;
-      const Exponentials<T> e0(group.softmaxes[1], s0, at_row, cols, row, col);
-      subtract_row(s0, s, gap, width);
-      group.softmaxes[1].sums[0][at_row] += sum_row(e0.row, width);
-      cross[0][at_row] += dot_row(e0.row, gap, width);
-      add_row(e0.col, down0, width);
-      add_product_row(e0.col, gap, down_cross, width);
+      group.softmaxes[1].visit_exps(s0, at_row, cols, [&](auto original) {
+        const RefSums<T> sums = add_ref_exps(original, s, down0, down_cross, width);
+        group.softmaxes[1].sums[0][at_row] += sums.exps;
+        cross[0][at_row] += sums.cross;
+      });
       s0 += width;
     }
     add_row(down, group.softmaxes[0].sums[1] + cols.begin, width);

@@ -69,6 +69,16 @@ struct Softmax {
   T* sums[2];   // of exp(s - shift) beside the diagonal
   T* off[2];    // the probability beside the diagonal
   bool shared;  // one shift everywhere, so that one exp serves both directions
+
+  // visit(exps) of row i of a tile over `cols`, whose logits are `s`.
+  template <typename Visit>
+  void visit_exps(const T* s, int64_t i, Span cols, const Visit& visit) const {
+    if (shared) {
+      visit(Exponentials<true, T>{s, shift[0][i], nullptr});
+    } else {
+      visit(Exponentials<false, T>{s, shift[0][i], shift[1] + cols.begin});
+    }
+  }
 };
 
 // S = scale * image @ text.T of one group, in T.

@@ -17,7 +17,7 @@ template <>
 struct Exp<float> {
   using Bits = uint32_t;
   static constexpr int mantissa = 23, degree = 7;
-  static constexpr float lowest = -87.3f, highest = 88.0f;
+  static constexpr float lowest = -127 * 0.693147f, highest = 128 * 0.693147f;
   static constexpr float ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
   static constexpr float round = 0x1.8p23f;  // added and taken off again: rounds to an integer
 };
@@ -26,7 +26,7 @@ template <>
 struct Exp<double> {
   using Bits = uint64_t;
   static constexpr int mantissa = 52, degree = 13;
-  static constexpr double lowest = -708.3, highest = 709.0;
+  static constexpr double lowest = -1023 * 0.693147, highest = 1024 * 0.693147;
   static constexpr double ln2_high = 0x1.62e42feep-1, ln2_low = 0x1.a39ef35793c76p-33;
   static constexpr double round = 0x1.8p52;
 };
@@ -41,13 +41,16 @@ inline To bit_cast(From from) {
 
 constexpr double inverse_factorial(int k) { return k < 2 ? 1.0 : inverse_factorial(k - 1) / k; }
 
-// exp to about one unit in the last place; 0 below the smallest normal number, NaN of NaN.
+// exp to about one unit in the last place; 0 below 2^-126.5 (2^-1022.5), infinite above 2^127.5
+// (2^1023.5), NaN of NaN.
 //
 // libm's own vector expf is out of reach without -ffast-math, which would also turn on
 // flush-to-zero for the whole process. exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2) / 2,
-// exp(r) by its Taylor series (remainder 5e-9 in float, 4e-18 in double).
+// exp(r) by its Taylor series (remainder 5e-9 in float, 4e-18 in double). At either end of n the
+// bits of 2^n are those of 0 and of infinity: no case apart, which with a call in place of the
+// inlined code would keep the loops around it from being vectorised.
 template <typename T>
-inline T exp(T x) {
+[[gnu::always_inline]] inline T exp(T x) {
   using E = Exp<T>;
   using Bits = typename E::Bits;
   constexpr T log2e = T(1.442695040888963407);
@@ -60,30 +63,78 @@ inline T exp(T x) {
 #pragma GCC unroll 16
   for (int k = E::degree - 1; k >= 0; --k) series = series * r + T(inverse_factorial(k));
   const Bits power = (bit_cast<Bits>(rounded) << E::mantissa) + bit_cast<Bits>(T(1));
-  T value = series * bit_cast<T>(power);
-  value = x < E::lowest ? T(0) : value;
-  return x > E::highest ? std::numeric_limits<T>::infinity() : value;
+  return series * bit_cast<T>(power);
 }
 
-// out = exp(s - shift); out may be s.
-template <typename T>
-inline void exp_row(const T* s, T shift, T* out, int64_t n) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) out[j] = exp(s[j] - shift);
-}
+// The exps of one row of logits: exp(s - shift) for the row's direction and for the columns', which
+// are one number where a matrix has one shift.
+template <bool is_shared, typename T>
+struct Exponentials {
+  const T* s;
+  T row_shift;
+  const T* col_shift;
 
-template <typename T>
-inline void exp_row(const T* s, const T* shift, T* out, int64_t n) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) out[j] = exp(s[j] - shift[j]);
-}
+  [[gnu::always_inline]] T row(int64_t j) const { return exp(s[j] - row_shift); }
+  [[gnu::always_inline]] T col(int64_t j, T row) const {
+    return is_shared ? row : exp(s[j] - col_shift[j]);
+  }
+};
 
-template <typename T>
-inline T sum_row(const T* x, int64_t n) {
+// None of the loops over exps is inlined: in the middle of a tile's code GCC gives up on some.
+
+// Adds the exps to the columns' sums; returns the row's.
+template <bool is_shared, typename T>
+[[gnu::noinline]] T add_exps(Exponentials<is_shared, T> current, T* down, int64_t n) {
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) sum += x[j];
+  for (int64_t j = 0; j < n; ++j) {
+    const T row = current.row(j);
+    sum += row;
+    down[j] += current.col(j, row);
+  }
   return sum;
+}
+
+template <typename T>
+struct RefSums {
+  T exps, cross;
+};
+
+// Likewise of the original, and of its exps times s0 - s.
+template <bool is_shared, typename T>
+[[gnu::noinline]] RefSums<T> add_ref_exps(Exponentials<is_shared, T> original, const T* s, T* down,
+                               T* down_cross, int64_t n) {
+  T sum = 0, cross = 0;
+#pragma omp simd reduction(+ : sum, cross)
+  for (int64_t j = 0; j < n; ++j) {
+    const T row = original.row(j), col = original.col(j, row), gap = original.s[j] - s[j];
+    sum += row;
+    cross += row * gap;
+    down[j] += col;
+    down_cross[j] += col * gap;
+  }
+  return {sum, cross};
+}
+
+// g = exps * weights, of the row and of the columns; `g` may be the logits' own place.
+template <bool is_shared, typename T>
+[[gnu::noinline]] void weigh_exps(Exponentials<is_shared, T> current, T by_row, const T* by_col, T* g,
+                       int64_t n) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) {
+    const T row = current.row(j);
+    g[j] = row * by_row + current.col(j, row) * by_col[j];
+  }
+}
+
+template <bool is_shared, typename T>
+[[gnu::noinline]] void subtract_weighed_exps(Exponentials<is_shared, T> original, T by_row, const T* by_col,
+                                  T* g, int64_t n) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) {
+    const T row = original.row(j);
+    g[j] -= row * by_row + original.col(j, row) * by_col[j];
+  }
 }
 
 template <typename T>
@@ -98,18 +149,6 @@ template <typename T>
 inline void add_row(const T* x, T* to, int64_t n) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) to[j] += x[j];
-}
-
-template <typename T>
-inline void add_product_row(const T* x, const T* y, T* to, int64_t n) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) to[j] += x[j] * y[j];
-}
-
-template <typename T>
-inline void subtract_row(const T* x, const T* y, T* out, int64_t n) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) out[j] = x[j] - y[j];
 }
 
 // The larger of two; a NaN in x is passed over.

@@ -113,6 +113,18 @@ def test_kept_logits_change_no_bit(share, monkeypatch):
 
 
 @needs_kernels
+def test_graphs_alive_at_once_share_no_kept_logits():
+    """The memory of a finished step serves the next one, and only then. 3 MB: large enough to."""
+    batches = [features(620, 8, seed=seed) for seed in range(3)]
+    small = features(300, 8, seed=3)
+    expected = [gradients(loss, inputs)[1:] for inputs in (*batches, small)]
+    for _ in range(2):
+        totals = [loss(*inputs) for inputs in (*batches, small)]
+        for inputs, total, exact in zip((*batches, small), totals, expected, strict=True):
+            assert all(map(torch.equal, torch.autograd.grad(total, inputs[:3]), exact))
+
+
+@needs_kernels
 def test_rows_may_lie_apart():
     image, text, *rest = features(50, 8)
     expected = gradients(loss, (image, text, *rest))

@@ -41,9 +41,10 @@ def contrastive_cpu(
 ) -> Contrastive:
     """Same numbers as `contrastive_dense`; differentiable once, the same bits every time.
 
-    Memory O(N D) for the gradients, `_KEPT_BYTES` of logits between the passes at most, and two
-    tiles a thread. FLOPs, forward and backward: 8 n^2 D a group with the KL where its logits are
-    kept, 12 where they are not (6 and 8 without the KL).
+    Memory O(N D) for the gradients, `_KEPT_BYTES` of logits between the passes at most (one such
+    block stays for the next call; the system may take its pages meanwhile), and two tiles a thread.
+    FLOPs, forward and backward: 8 n^2 D a group with the KL where its logits are kept, 12 where
+    they are not (6 and 8 without the KL).
     """
     differentiable = torch.is_grad_enabled() and (
         image.requires_grad or text.requires_grad or scale.requires_grad
