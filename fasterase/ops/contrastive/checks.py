@@ -108,6 +108,34 @@ def check_groups(groups: Any, rows: int) -> tuple[int, ...]:
     return tuple(n for n in sizes if n)
 
 
+def check_call(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor | float,
+    ref_image: Tensor | None,
+    ref_text: Tensor | None,
+    ref_scale: Tensor | float | None,
+    labels: Tensor | None,
+    groups: tuple[int, ...] | None,
+) -> tuple[int, ...]:
+    """All arguments of `contrastive` but the backend; the sizes of the groups that have rows."""
+    check_pairs(image, text)
+    check_scale(scale, "scale")
+    reference = {"ref_image": ref_image, "ref_text": ref_text, "ref_scale": ref_scale}
+    missing = [name for name, value in reference.items() if value is None]
+    if 0 < len(missing) < 3:
+        raise InputError(
+            f"ref_image, ref_text and ref_scale go together; {' and '.join(missing)} missing. "
+            f"Pass all three, or none."
+        )
+    if not missing:
+        check_reference(image, ref_image, ref_text)
+        check_scale(ref_scale, "ref_scale")
+    if labels is not None:
+        check_labels(labels, len(image))
+    return check_groups(groups, len(image))
+
+
 def compute_dtype(image: Tensor, text: Tensor) -> torch.dtype:
     """fp64 where a feature is fp64, else fp32, whatever the inputs' own precision."""
     return torch.float64 if torch.float64 in (image.dtype, text.dtype) else torch.float32
