@@ -136,6 +136,33 @@ def check_call(
     return check_groups(groups, len(image))
 
 
+def check_weights(weights: Any, image: Tensor, has_reference: bool) -> None:
+    """[4, N] constants, one a loss and pair; [2, N] where there are no KLs."""
+    names = ("ce_row", "ce_col", "kl_row", "kl_col")[: 4 if has_reference else 2]
+    shape = (len(names), len(image))
+    if not isinstance(weights, Tensor):
+        raise InputError(
+            f"weights must be a tensor of shape {shape}, of {', '.join(names)}; "
+            f"got {type(weights).__name__}."
+        )
+    if weights.shape != shape:
+        raise InputError(
+            f"weights must have shape {shape}, of {', '.join(names)}; got {tuple(weights.shape)}."
+        )
+    if weights.dtype not in _FLOATS:
+        raise InputError(
+            f"weights must be float16, bfloat16, float32 or float64; got {weights.dtype}. "
+            f"Convert them with weights.float()."
+        )
+    if weights.device != image.device:
+        raise InputError(f"weights must be on image's device {image.device}; got {weights.device}.")
+    if weights.requires_grad:
+        raise InputError(
+            "weights require grad, but are constants here. Pass weights.detach(), or weight the "
+            "losses of contrastive()."
+        )
+
+
 def compute_dtype(image: Tensor, text: Tensor) -> torch.dtype:
     """fp64 where a feature is fp64, else fp32, whatever the inputs' own precision."""
     return torch.float64 if torch.float64 in (image.dtype, text.dtype) else torch.float32
