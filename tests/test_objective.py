@@ -146,6 +146,17 @@ def test_gradients_made_in_the_forward_compile_as_one_graph(backend, negatives):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("negatives", ["own", "joint"])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "dense"])
+def test_only_gradients_live_between_the_passes(backend, negatives):
+    call = tensors(oracle.clip_like(60, 16, 10.0))
+    options = {"n_forget": 20, "forget_loss": "contrastive", "negatives": negatives}
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(x) or x, lambda x: x):
+        erase_loss(**call, **options, backend=backend, grad_in_forward=True)
+    assert sum(x.numel() for x in packed) <= 2 * 60 * 16 + 20  # a few numbers beside
+
+
 @pytest.fixture(params=["contrastive", "weighted_contrastive"])
 def matrices(monkeypatch, request):
     """(rows, has KL) of each similarity problem that a call computes, and how it is called."""
