@@ -133,6 +133,7 @@ def launches(dtype: torch.dtype, width: int, ref_width: int | None) -> list[Laun
                     (n,),
                     wants_image=True,
                     wants_text=True,
+                    is_rounded=True,
                     is_fused=is_fused,
                 )
         finally:

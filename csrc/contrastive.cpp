@@ -1,6 +1,6 @@
 // The contrastive operator on CPUs. fasterase/ops/contrastive/README.md derives the formulas; the
 // names here are those used there. Registered as fasterase::contrastive_cpu and its backward, whose
-// schemas are in fasterase/ops/contrastive/cpu.py.
+// schemas are in fasterase/ops/contrastive/operator.py.
 
 #include <torch/library.h>
 
@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& upstream,
                                             const std::vector<Features<T>>& features,
                                             const Tensor& statistics, const Tensor& kept,
                                             const Tensor& plan, at::IntArrayRef groups,
-                                            Wanted wanted) {
+                                            Wanted wanted, bool rounded) {
   const auto type = c10::CppTypeToScalarType<T>::value;
   const int64_t total = features[0].image.size(0), matrices = features.size();
   const Tensor weights = upstream.to(type).contiguous();
@@ -158,8 +158,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& upstream,
     }
     begin += n;
   }
-  const auto returned = [](const Tensor& made, bool is_wanted, const Tensor& like) {
-    return is_wanted ? made.to(like.scalar_type()) : at::empty({0}, like.scalar_type());
+  const auto returned = [&](const Tensor& made, bool is_wanted, const Tensor& like) {
+    const auto precision = rounded ? like.scalar_type() : type;
+    return is_wanted ? made.to(precision) : at::empty({0}, precision);
   };
   return {returned(d_image, wanted.image, features[0].image),
           returned(d_text, wanted.text, features[0].text),
@@ -182,12 +183,12 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_cpu_backward(
     const Tensor& upstream, const Tensor& image, const Tensor& text, const Tensor& scale,
     const MaybeTensor& ref_image, const MaybeTensor& ref_text, const MaybeTensor& ref_scale,
     const Tensor& statistics, const Tensor& kept, const Tensor& plan, at::IntArrayRef groups,
-    bool wants_image, bool wants_text, bool wants_scale) {
+    bool wants_image, bool wants_text, bool wants_scale, bool rounded) {
   PlainTensors guard;
   return AT_DISPATCH_FLOATING_TYPES(scale.scalar_type(), "contrastive_cpu_backward", [&] {
     return backward(
         upstream, all_features<scalar_t>(image, text, scale, ref_image, ref_text, ref_scale),
-        statistics, kept, plan, groups, Wanted{wants_image, wants_text, wants_scale});
+        statistics, kept, plan, groups, Wanted{wants_image, wants_text, wants_scale}, rounded);
   });
 }
 

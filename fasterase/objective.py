@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fasterase.errors import InputError
-from fasterase.ops.contrastive import Contrastive, contrastive
+from fasterase.ops.contrastive import Contrastive, contrastive, weighted_contrastive
 from fasterase.ops.contrastive.backends import choose
 from fasterase.ops.contrastive.checks import (
     check_labels,
@@ -27,7 +27,10 @@ NEGATIVES = ("own", "joint")
 
 
 class EraseLoss(NamedTuple):
-    """The weighted total and its terms, 0-d tensors, each differentiable."""
+    """The weighted total and its terms, 0-d tensors.
+
+    Each is differentiable; with `grad_in_forward=True` only the total, and the terms are constants.
+    """
 
     total: Tensor
     forget: Tensor
@@ -54,6 +57,7 @@ def erase_loss(
     labels: Tensor | None = None,  # [N]
     negatives: str = "own",
     backend: str = "auto",
+    grad_in_forward: bool = False,
 ) -> EraseLoss:
     """CLIPErase (Yang et al., ACL 2025): `3 L_F + 1 L_R + 3 L_C`, by default as in the paper.
 
@@ -84,10 +88,14 @@ def erase_loss(
         negatives: "own": forget and retain are two similarity matrices. "joint": one over all rows,
             each loss the mean over its own rows.
         backend: as in `fasterase.contrastive`.
+        grad_in_forward: make the gradients of the similarity matrices at once, for these weights,
+            and keep them, [N, D] in the returned dtype, in the place of what a backward pass would
+            need: no reference, no logits. The backward pass only multiplies them by the upstream
+            gradient. The FLOPs are those of both passes. `backend="dense"` stays plain autograd.
 
     Returns:
         `EraseLoss(total, forget, retain, consistency, anchor)`, fp32 (fp64 for fp64 features),
-        differentiable in image, text and scale.
+        differentiable in image, text and scale; with `grad_in_forward` only the total, once.
 
     Raises:
         InputError: any argument that is not as described.
@@ -99,34 +107,44 @@ def erase_loss(
         "anchor_weight": anchor_weight,
     }
     _check_batch(image, text, scale, labels, n_forget)
-    _check_options(weights, forget_loss, floor, negatives, backend)
+    _check_options(weights, forget_loss, floor, negatives, backend, grad_in_forward)
     _check_originals(image, ref_image, ref_text, ref_scale, consistency_weight, anchor_weight)
     dtype = compute_dtype(image, text)
     scale = scale_tensor(scale, image, dtype)
+    everything = slice(0, len(image))
+    forget_rows, retain_rows = slice(0, n_forget), slice(n_forget, len(image))
+    n_retain = len(image) - n_forget
+    uses_forget = forget_loss == "contrastive" and forget_weight != 0
+    uses_retain = retain_weight != 0 or consistency_weight != 0
     # 0 with a gradient of 0, so that a loss without rows does not break the caller's backward pass.
     nothing = image[:0].to(dtype).sum() + text[:0].to(dtype).sum() + scale.expand(0).sum()
 
     def mean(samples: Tensor) -> Tensor:
         return samples.mean() if len(samples) else nothing
 
+    matrix_totals: list[Tensor] = []  # with grad_in_forward
+
     def matrix(rows: slice) -> Contrastive:
         has_retain = rows.stop > n_forget
         has_kl = consistency_weight != 0 and has_retain
-        return contrastive(
-            image[rows],
-            text[rows],
-            scale,
-            ref_image=ref_image[rows] if has_kl and ref_image is not None else None,
-            ref_text=ref_text[rows] if has_kl and ref_text is not None else None,
-            ref_scale=ref_scale if has_kl else None,
-            labels=None if labels is None else labels[rows],
-            backend=backend,
-        )
+        options: dict[str, Any] = {
+            "ref_image": ref_image[rows] if has_kl and ref_image is not None else None,
+            "ref_text": ref_text[rows] if has_kl and ref_text is not None else None,
+            "ref_scale": ref_scale if has_kl else None,
+            "labels": None if labels is None else labels[rows],
+            "backend": backend,
+        }
+        if not grad_in_forward:
+            return contrastive(image[rows], text[rows], scale, **options)
+        shares = scale.new_zeros(4 if has_kl else 2, len(image))
+        if uses_forget:
+            shares[:2, forget_rows] = -forget_weight / (2 * max(n_forget, 1))
+        shares[:2, retain_rows] = retain_weight / (2 * max(n_retain, 1))
+        shares[2:, retain_rows] = consistency_weight / max(n_retain, 1)
+        found = weighted_contrastive(image[rows], text[rows], scale, shares[:, rows], **options)
+        matrix_totals.append(found.total)
+        return found.losses
 
-    everything = slice(0, len(image))
-    forget_rows, retain_rows = slice(0, n_forget), slice(n_forget, len(image))
-    uses_forget = forget_loss == "contrastive" and forget_weight != 0
-    uses_retain = retain_weight != 0 or consistency_weight != 0
     forget_matrix = retain_matrix = None
     if negatives == "joint" and (uses_forget or uses_retain):
         joint = matrix(everything)
@@ -156,7 +174,13 @@ def erase_loss(
         + consistency_weight * consistency
         + anchor_weight * anchor
     )
-    return EraseLoss(total, forget, retain, consistency, anchor)
+    terms = (forget, retain, consistency, anchor)
+    if not grad_in_forward:
+        return EraseLoss(total, *terms)
+    for matrix_total in matrix_totals:
+        # The terms have counted its value already: this adds 0, and its gradient.
+        total = total + (matrix_total - matrix_total.detach())
+    return EraseLoss(total, *(term.detach() for term in terms))
 
 
 def _take(losses: Contrastive, rows: slice) -> Contrastive:
@@ -182,7 +206,12 @@ def _check_batch(image: Any, text: Any, scale: Any, labels: Any, n_forget: Any) 
 
 
 def _check_options(
-    weights: dict[str, Any], forget_loss: Any, floor: Any, negatives: Any, backend: Any
+    weights: dict[str, Any],
+    forget_loss: Any,
+    floor: Any,
+    negatives: Any,
+    backend: Any,
+    grad_in_forward: Any,
 ) -> None:
     for name, weight in weights.items():
         if not _is_number(weight) or weight < 0:
@@ -205,6 +234,8 @@ def _check_options(
                 f"got floor={floor} with forget_loss={forget_loss!r}. Pass floor=None."
             )
     choose(backend)
+    if not isinstance(grad_in_forward, bool):
+        raise InputError(f"grad_in_forward must be True or False; got {grad_in_forward!r}.")
 
 
 def _is_number(value: Any) -> bool:

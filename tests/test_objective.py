@@ -110,18 +110,65 @@ def test_terms_are_differentiable_one_by_one():
         np.testing.assert_allclose(found.numpy(), expected, rtol=1e-10, atol=1e-13)
 
 
-@pytest.fixture
-def matrices(monkeypatch):
-    """(rows, has KL) of each similarity problem that a call computes."""
+@pytest.mark.parametrize("index", range(len(CASES)))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_made_in_the_forward_are_the_same(backend, index):
+    batch, options = expectation(index)[0], CASES[index][-1]
+    call = tensors(batch)
+    inputs = [call["image"], call["text"], call["scale"]]
+    plain, ahead = (
+        erase_loss(**call, **options, backend=backend, grad_in_forward=x) for x in (False, True)
+    )
+    assert ahead == plain  # the values, to the bit
+    assert not any(getattr(ahead, name).requires_grad for name in TERMS)
+    expected = torch.autograd.grad(7.0 * plain.total, inputs)
+    for one, other in zip(torch.autograd.grad(7.0 * ahead.total, inputs), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6 * other.abs().max().item())
+
+
+@pytest.mark.parametrize("negatives", ["own", "joint"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_made_in_the_forward_compile_as_one_graph(backend, negatives):
+    def total(image, text, scale, ref_image, ref_text):
+        options = {"forget_loss": "contrastive", "negatives": negatives, "anchor_weight": 1.0}
+        options |= {"backend": backend, "grad_in_forward": True, "n_forget": 7}
+        return erase_loss(image, text, scale, ref_image, ref_text, 20.0, **options).total
+
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    names = ("image", "text", "scale", "ref_image", "ref_text")
+    for n in (24, 30):
+        call = tensors(oracle.clip_like(n, 6, 10.0))
+        arguments = [call[name] for name in names]
+        found, expected = compiled(*arguments), total(*arguments)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+        pair = [torch.autograd.grad(x, arguments[:3]) for x in (found, expected)]
+        for one, other in zip(*pair, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("negatives", ["own", "joint"])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "dense"])
+def test_only_gradients_live_between_the_passes(backend, negatives):
+    call = tensors(oracle.clip_like(60, 16, 10.0))
+    options = {"n_forget": 20, "forget_loss": "contrastive", "negatives": negatives}
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(x) or x, lambda x: x):
+        erase_loss(**call, **options, backend=backend, grad_in_forward=True)
+    assert sum(x.numel() for x in packed) <= 2 * 60 * 16 + 20  # a few numbers beside
+
+
+@pytest.fixture(params=["contrastive", "weighted_contrastive"])
+def matrices(monkeypatch, request):
+    """(rows, has KL) of each similarity problem that a call computes, and how it is called."""
     calls = []
 
-    def spy(image, text, scale, **options):
-        calls.append((len(image), options["ref_image"] is not None))
-        return objective_contrastive(image, text, scale, **options)
+    def spy(*arguments, **options):
+        calls.append((len(arguments[0]), options["ref_image"] is not None))
+        return called(*arguments, **options)
 
-    objective_contrastive = objective.contrastive
-    monkeypatch.setattr(objective, "contrastive", spy)
-    return calls
+    called = getattr(objective, request.param)
+    monkeypatch.setattr(objective, request.param, spy)
+    return calls, {"grad_in_forward": request.param == "weighted_contrastive"}
 
 
 @pytest.mark.parametrize(
@@ -139,8 +186,9 @@ def matrices(monkeypatch):
     ],
 )
 def test_matrices_that_no_weight_uses_are_not_computed(matrices, options, expected):
-    loss = erase_loss(**tensors(oracle.clip_like(30, 8, 10.0)), n_forget=10, **options)
-    assert matrices == expected
+    calls, how = matrices
+    loss = erase_loss(**tensors(oracle.clip_like(30, 8, 10.0)), n_forget=10, **options, **how)
+    assert calls == expected
     if not expected:
         assert loss.retain == loss.consistency == 0
     if "forget_loss" in options and not options.get("forget_weight", 1):
@@ -150,10 +198,11 @@ def test_matrices_that_no_weight_uses_are_not_computed(matrices, options, expect
 
 @pytest.mark.parametrize("n_forget", [0, 6])
 @pytest.mark.parametrize("weights", [0.0, 1.0])
-def test_every_input_gets_a_gradient_also_where_it_is_zero(n_forget, weights):
+@pytest.mark.parametrize("ahead", [False, True])
+def test_every_input_gets_a_gradient_also_where_it_is_zero(n_forget, weights, ahead):
     call = tensors(oracle.clip_like(6, 4, 10.0))
-    names = [f"{name}_weight" for name in TERMS]
-    loss = erase_loss(**call, n_forget=n_forget, **dict.fromkeys(names, weights))
+    options = dict.fromkeys((f"{name}_weight" for name in TERMS), weights)
+    loss = erase_loss(**call, n_forget=n_forget, **options, grad_in_forward=ahead)
     inputs = [call["image"], call["text"], call["scale"]]
     gradients = torch.autograd.grad(loss.total, inputs)
     assert all(bool(x.isfinite().all()) for x in gradients)
@@ -161,20 +210,24 @@ def test_every_input_gets_a_gradient_also_where_it_is_zero(n_forget, weights):
         assert loss.retain == loss.consistency == loss.anchor == gradients[2] == 0
 
 
-def test_an_empty_batch_is_worth_nothing():
+@pytest.mark.parametrize("ahead", [False, True])
+def test_an_empty_batch_is_worth_nothing(ahead):
     empty = torch.zeros(0, 4, requires_grad=True)
-    loss = erase_loss(empty, empty, 10.0, None, None, None, n_forget=0, consistency_weight=0)
+    options = {"n_forget": 0, "consistency_weight": 0, "grad_in_forward": ahead}
+    loss = erase_loss(empty, empty, 10.0, None, None, None, **options)
     assert torch.stack(loss).tolist() == [0.0] * 5
     loss.total.backward()
 
 
 @pytest.mark.parametrize("name", ["image", "text", "ref_image", "scale"])
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nan_in_nan_out(name, backend):
+def test_nan_in_nan_out(name, ahead, backend):
     call = tensors(oracle.clip_like(12, 4, 100.0))
     with torch.no_grad():
         call[name].view(-1)[-1] = torch.nan
-    assert bool(erase_loss(**call, n_forget=4, backend=backend).total.isnan())
+    loss = erase_loss(**call, n_forget=4, backend=backend, grad_in_forward=ahead)
+    assert bool(loss.total.isnan())
 
 
 def test_half_precision_and_autocast():
@@ -218,6 +271,7 @@ WRONG = [
     ({"floor": "auto"}, "floor must be None or a number.*unlearn"),
     ({"floor": float("nan")}, "floor must be None or a number"),
     ({"floor": 0.1, "forget_loss": "contrastive"}, "floor is a cosine and goes with"),
+    ({"grad_in_forward": 1}, "grad_in_forward must be True or False; got 1"),
     ({"backend": "cuda"}, "backend must be one of"),
     ({"backend": "cuda", "retain_weight": 0, "consistency_weight": 0}, "backend must be one of"),
     ({"labels": torch.zeros(6)}, "labels must be integers"),

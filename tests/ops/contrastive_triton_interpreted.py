@@ -16,6 +16,7 @@ from fasterase.ops.contrastive import (
     explain_backend,
     triton_launch,
     triton_schedule,
+    weighted_contrastive,
 )
 from tests.ops.triton_checks import SMALL_TILE, batch_on, check, flags, poisoned, run
 
@@ -202,10 +203,14 @@ def test_a_matched_pair_keeps_its_tiny_cross_entropy():
 
 def test_torch_operator_and_compile():
     call, _ = batch_on("cpu", FP32, 20, 8, 8, 14.3)
-    operator = torch.ops.fasterase.contrastive_triton_interpreted.default
     names = ("image", "text", "scale", "ref_image", "ref_text", "ref_scale")
     contrastive(**call, backend="triton")
+    operator = torch.ops.fasterase.contrastive_triton_interpreted.default
     torch.library.opcheck(operator, (*(call[k] for k in names), [8, 12]))
+    held = [call[k].detach() for k in names]
+    upstream, *saved = operator(*held, [8, 12])
+    backward = torch.ops.fasterase.contrastive_triton_interpreted_backward.default
+    torch.library.opcheck(backward, (upstream, *held, *saved, [8, 12], True, False, True, True))
 
     def losses(image, text, scale):
         rest = {k: call[k] for k in names[3:]}
@@ -217,6 +222,24 @@ def test_torch_operator_and_compile():
     assert all(map(torch.equal, compiled, plain))
     gradients = [torch.autograd.grad(x.ce_row.sum(), arguments) for x in (compiled, plain)]
     assert all(map(torch.equal, *gradients))
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16])
+def test_gradients_made_in_the_forward_are_the_same_bits(dtype):
+    """Under a GradScaler's power of two, and as one graph."""
+    call, _ = batch_on("cpu", dtype, 70, 40, 24, 100.0)
+    call |= {"groups": (30, 40), "backend": "triton"}
+    inputs = [call[k] for k in ("image", "text", "scale")]
+    weights = torch.tensor(np.random.default_rng(0).normal(size=(4, 70)), dtype=FP32) / 2**20
+    losses = contrastive(**call)
+    plain = torch.autograd.grad(65536.0 * (weights * torch.stack(losses)).sum(), inputs)
+    compiled = torch.compile(weighted_contrastive, fullgraph=True, backend="aot_eager")
+    for function in (weighted_contrastive, compiled):
+        found = function(weights=weights, **call)
+        assert all(map(torch.equal, found.losses, losses))
+        gradients = torch.autograd.grad(65536.0 * found.total, inputs)
+        assert [x.dtype for x in gradients] == [dtype, dtype, FP32]
+        assert all(map(torch.equal, gradients, plain))
 
 
 def test_the_backend_is_named_and_refuses_fp64():

@@ -8,21 +8,26 @@ import sys
 
 import pytest
 import torch
+from torch._C import DispatchKey, DispatchKeySet
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasterase.ops.contrastive import available_backends, contrastive
 
 TILED = [name for name in available_backends() if name not in ("dense", "triton")]
 N, D = 600, 32
+PRODUCTS = (torch.ops.aten.matmul, torch.ops.aten.mm, torch.ops.aten.addmm_)
 
 
 class MultiplyAdds(TorchDispatchMode):
-    """Counts those of matrix products in torch, in place or not."""
+    """Counts those of matrix products in torch, in place or not, also inside our operators."""
 
     total = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
+        if func.namespace == "fasterase":
+            with self:
+                return func.redispatch(DispatchKeySet(DispatchKey.CPU), *args, **(kwargs or {}))
+        if func.overloadpacket in PRODUCTS:
             left, right = args[-2:]
             self.total += left.shape[0] * left.shape[1] * right.shape[1]
         return func(*args, **(kwargs or {}))

@@ -42,35 +42,6 @@ def gradients(function, inputs):
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_opcheck(dtype):
-    assert build.problem() is None
-    *inputs, ref_image, ref_text, ref_scale = features(dtype=dtype)
-    forward = torch.ops.fasterase.contrastive_cpu.default
-    # Some of the logits kept: tiles of 8, and 2 x 15 x 15 + 2 x 25 x 25 logits in all.
-    torch.library.opcheck(forward, (*inputs, ref_image, ref_text, ref_scale, [15, 25], 8, 700))
-    torch.library.opcheck(forward, (*inputs, None, None, None, [40], 512, 0))
-    arguments = [x.detach() for x in (*inputs, ref_image, ref_text, ref_scale)]
-    losses, *found = forward(*arguments, [15, 25], 8, 700)
-    upstream = torch.randn_like(losses)
-    torch.library.opcheck(
-        torch.ops.fasterase.contrastive_cpu_backward.default,
-        (upstream, *arguments, *found, [15, 25], True, False, True),
-    )
-
-
-@needs_kernels
-@pytest.mark.parametrize("backend", ["auto", "cpu"])
-def test_compiles_as_one_graph(backend):
-    compiled = torch.compile(
-        lambda *inputs: loss(*inputs, backend=backend), fullgraph=True, backend="aot_eager"
-    )
-    for n in (40, 52, 57):  # from the second on with symbolic sizes
-        inputs = features(n)
-        assert all(map(torch.equal, gradients(compiled, inputs), gradients(loss, inputs)))
-
-
-@needs_kernels
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
 def test_threads_change_the_tiles_but_hardly_the_numbers(num_threads):
     inputs = features(300, 64)

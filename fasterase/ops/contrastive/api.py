@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fasterase.errors import InputError
-from fasterase.ops.contrastive import checks
-from fasterase.ops.contrastive.backends import BACKENDS, BackendChoice, choose
+from fasterase.ops.contrastive.backends import BackendChoice, choose, load
+from fasterase.ops.contrastive.checks import check_call
 from fasterase.ops.contrastive.dense import Contrastive
+from fasterase.ops.contrastive.operator import Batch
 from fasterase.ops.contrastive.positives import label_terms
 
 
@@ -53,20 +53,13 @@ def contrastive(
         InputError: an argument of the wrong type, shape, dtype or device, a reference that requires
             grad, or a backend that is unknown or not available here.
     """
-    sizes = _check(image, text, scale, ref_image, ref_text, ref_scale, labels, groups)
-    run = BACKENDS[choose(backend, (image, text)).name]
-    dtype = checks.compute_dtype(image, text)
-    scale = checks.scale_tensor(scale, image, dtype)
-    if ref_scale is not None:
-        ref_scale = checks.scale_tensor(ref_scale, image, dtype).detach()
-    if not sizes:
-        empty = scale * (image.to(dtype) + text.to(dtype)).sum(1)
-        kl = None if ref_image is None else empty
-        return Contrastive(empty, empty, kl, kl)
-    result = run(image, text, scale, ref_image, ref_text, ref_scale, sizes)
+    sizes = check_call(image, text, scale, ref_image, ref_text, ref_scale, labels, groups)
+    run = load(choose(backend, (image, text)).name)
+    batch = Batch.of(image, text, scale, ref_image, ref_text, ref_scale)
+    result = run(*batch, sizes) if sizes else batch.no_losses()
     if labels is None:
         return result
-    extra = label_terms(image, text, scale, labels.to(image.device), sizes)
+    extra = label_terms(image, text, batch.scale, labels.to(image.device), sizes)
     if extra is None:
         return result
     return result._replace(ce_row=result.ce_row + extra[0], ce_col=result.ce_col + extra[1])
@@ -89,32 +82,5 @@ def explain_backend(
     Raises:
         InputError: where `contrastive` would.
     """
-    _check(image, text, scale, ref_image, ref_text, ref_scale, labels, groups)
+    check_call(image, text, scale, ref_image, ref_text, ref_scale, labels, groups)
     return choose(backend, (image, text))
-
-
-def _check(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor | float,
-    ref_image: Tensor | None,
-    ref_text: Tensor | None,
-    ref_scale: Tensor | float | None,
-    labels: Tensor | None,
-    groups: tuple[int, ...] | None,
-) -> tuple[int, ...]:
-    checks.check_pairs(image, text)
-    checks.check_scale(scale, "scale")
-    reference = {"ref_image": ref_image, "ref_text": ref_text, "ref_scale": ref_scale}
-    missing = [name for name, value in reference.items() if value is None]
-    if 0 < len(missing) < 3:
-        raise InputError(
-            f"ref_image, ref_text and ref_scale go together; {' and '.join(missing)} missing. "
-            f"Pass all three, or none."
-        )
-    if not missing:
-        checks.check_reference(image, ref_image, ref_text)
-        checks.check_scale(ref_scale, "ref_scale")
-    if labels is not None:
-        checks.check_labels(labels, len(image))
-    return checks.check_groups(groups, len(image))

@@ -6,7 +6,7 @@ import functools
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,21 +24,27 @@ Backend = Callable[
 ]
 
 
-def _triton(*call: Any) -> Contrastive:
-    """Imports triton when first used: it is not installed everywhere, and takes 0.3 s."""
-    from fasterase.ops.contrastive.triton import contrastive_triton
-
-    return contrastive_triton(*call)
-
-
-BACKENDS: dict[str, Backend] = {
+BACKENDS: dict[str, Backend | None] = {
     "dense": contrastive_dense,
     "chunked": contrastive_chunked,
     "cpu": contrastive_cpu,
-    "triton": _triton,
+    "triton": None,
 }
 
 NAMES = tuple(BACKENDS)
+
+
+def load(name: str) -> Backend:
+    """The backend of that name.
+
+    Triton's is imported when first used: it is not installed everywhere, and takes 0.3 s.
+    """
+    backend = BACKENDS[name]
+    if backend is not None:
+        return backend
+    from fasterase.ops.contrastive.triton import contrastive_triton
+
+    return contrastive_triton
 
 
 class BackendChoice(NamedTuple):

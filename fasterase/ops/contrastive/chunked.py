@@ -6,31 +6,13 @@ README.md has the maths; the names here are those used there.
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fasterase.ops.contrastive.dense import Contrastive
+from fasterase.ops.contrastive.operator import Batch, Gradients, Groups, Wanted, register
 from fasterase.ops.contrastive.tiles import Logits, Shift, Sums, stable_sums, walk
-
-
-def contrastive_chunked(
-    image: Tensor,  # [N, D]
-    text: Tensor,  # [N, D]
-    scale: Tensor,  # [] in the dtype of the computation
-    ref_image: Tensor | None,  # [N, D0]
-    ref_text: Tensor | None,  # [N, D0]
-    ref_scale: Tensor | None,  # []
-    groups: tuple[int, ...],  # none empty
-) -> Contrastive:
-    """Same numbers as `contrastive_dense`; differentiable once, deterministic.
-
-    Memory O(N D) for the gradients and a few tiles. FLOPs, forward and backward: 12 n^2 D a group
-    with the KL, 8 n^2 D without.
-    """
-    return Contrastive(*_Chunked.apply(image, text, scale, ref_image, ref_text, ref_scale, groups))
 
 
 class _Softmax(NamedTuple):
@@ -50,91 +32,15 @@ class _Softmax(NamedTuple):
         return weight * (self.off / self.sums)
 
 
-class _Chunked(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        image: Tensor,
-        text: Tensor,
-        scale: Tensor,
-        ref_image: Tensor | None,
-        ref_text: Tensor | None,
-        ref_scale: Tensor | None,
-        groups: tuple[int, ...],
-    ) -> tuple[Tensor | None, ...]:
-        features = (image, text, scale, ref_image, ref_text, ref_scale)
-        losses = scale.new_empty(2 if ref_image is None else 4, len(image))
-        softmaxes = scale.new_empty(len(losses) // 2, 3, 2, len(image))
-        shared: list[list[bool]] = []
-        with torch.autocast(image.device.type, enabled=False):
-            for rows in _rows(groups):
-                logits, ref = _group(features, rows)
-                shift, ref_shift, sums = stable_sums(logits, ref)
-                losses[:, rows], found = _losses(logits, ref, shift, ref_shift, sums)
-                for kept, softmax in zip(softmaxes[..., rows], found, strict=True):
-                    kept.copy_(torch.stack((softmax.shift.by, softmax.sums, softmax.off)))
-                shared.append([softmax.shift.shared for softmax in found])
-        ctx.groups, ctx.shared = groups, shared
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*features, softmaxes)
-        return (*losses, None, None)[:4]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        *features, softmaxes = ctx.saved_tensors
-        image, text, scale = features[:3]
-        wants_image, wants_text, wants_scale = ctx.needs_input_grad[:3]
-        weights, unit = _weights(upstream, scale, len(image))
-        # dscale follows from either feature gradient; one is made for it where none is wanted.
-        d_image = _zeros(image, scale) if wants_image or not wants_text else None
-        d_text = _zeros(text, scale) if wants_text else None
-        with torch.autocast(image.device.type, enabled=False):
-            for rows, shared in zip(_rows(ctx.groups), ctx.shared, strict=True):
-                ce, kl = weights[:, :, rows]
-                ce_used, kl_used = weights[:, :, rows].ne(0).flatten(1).any(1).tolist()
-                if not (ce_used or kl_used):
-                    continue
-                logits, ref = _group(features, rows, reference=kl_used)
-                _add_gradients(
-                    None if d_image is None else d_image[rows],
-                    None if d_text is None else d_text[rows],
-                    logits,
-                    ref,
-                    [
-                        _Softmax(Shift(by, is_shared), sums, off)
-                        for (by, sums, off), is_shared in zip(
-                            softmaxes[..., rows], shared, strict=True
-                        )
-                    ],
-                    ce,
-                    kl,
-                )
-            d_scale = None
-            if wants_scale:
-                side, d_side = (text, d_text) if d_image is None else (image, d_image)
-                assert d_side is not None
-                d_scale = (side.to(scale.dtype) * d_side).sum() * unit
-        for gradient in (d_image, d_text):
-            if gradient is not None:
-                gradient.mul_(scale * unit)
-        return (
-            d_image.to(image.dtype) if wants_image and d_image is not None else None,
-            d_text.to(text.dtype) if d_text is not None else None,
-            d_scale,
-            *(None,) * 4,
-        )
-
-
-def _rows(groups: tuple[int, ...]) -> list[slice]:
+def _rows(groups: Groups) -> list[slice]:
     ends = accumulate(groups)
     return [slice(end - n, end) for end, n in zip(ends, groups, strict=True)]
 
 
-def _group(features: Any, rows: slice, *, reference: bool = True) -> tuple[Logits, Logits | None]:
-    image, text, scale, ref_image, ref_text, ref_scale = features
-    logits = Logits(image[rows], text[rows], scale)
-    if ref_image is None or not reference:
+def _group(batch: Batch, rows: slice, *, reference: bool = True) -> tuple[Logits, Logits | None]:
+    logits = Logits(batch.image[rows], batch.text[rows], batch.scale)
+    ref_image, ref_text, ref_scale = batch[3:]
+    if not reference or ref_image is None or ref_text is None or ref_scale is None:
         return logits, None
     return logits, Logits(ref_image[rows], ref_text[rows], ref_scale)
 
@@ -163,15 +69,17 @@ def _softmax(shift: Shift, sums: Tensor, own: Tensor) -> tuple[Tensor, _Softmax]
     return ce, _Softmax(shift, sums, gap.sigmoid())
 
 
-def _weights(upstream: tuple[Tensor | None, ...], like: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Upstream gradients [2 (ce, kl), 2 (row, col), N] over their largest magnitude, and that.
+def _weights(upstream: Tensor) -> tuple[Tensor, Tensor]:
+    """Upstream gradients [2 or 4, N] as [2 (ce, kl), 2 (row, col), N] over their largest magnitude,
+    and that.
 
     Weights of about 1 keep a 1/N out of factors that may be 1e-34 already (sums up to exp(78)).
     """
-    rows = [like.new_zeros(n) if gradient is None else gradient for gradient in upstream]
-    weights = torch.stack(rows).view(2, 2, n)
-    unit = weights.abs().amax()
-    return weights / torch.where(unit == 0, torch.ones_like(unit), unit), unit
+    unit = upstream.abs().amax()
+    weights = upstream / torch.where(unit == 0, torch.ones_like(unit), unit)
+    if len(weights) == 2:
+        weights = torch.cat((weights, torch.zeros_like(weights)))
+    return weights.reshape(2, 2, -1), unit
 
 
 def _zeros(features: Tensor, scale: Tensor) -> Tensor:
@@ -208,3 +116,82 @@ def _add_gradients(
         d_image.addcmul_(own, logits.text.to(dtype))
     if d_text is not None:
         d_text.addcmul_(own, logits.image.to(dtype))
+
+
+def _forward(batch: Batch, groups: Groups) -> tuple[Tensor, Tensor, Tensor]:
+    losses = batch.scale.new_empty(2 * batch.matrices, len(batch.image))
+    statistics = batch.scale.new_empty(batch.matrices, 3, 2, len(batch.image))
+    shared: list[list[bool]] = []
+    with torch.autocast(batch.image.device.type, enabled=False):
+        for rows in _rows(groups):
+            logits, ref = _group(batch, rows)
+            shift, ref_shift, sums = stable_sums(logits, ref)
+            losses[:, rows], found = _losses(logits, ref, shift, ref_shift, sums)
+            for kept, softmax in zip(statistics[..., rows], found, strict=True):
+                kept.copy_(torch.stack((softmax.shift.by, softmax.sums, softmax.off)))
+            shared.append([softmax.shift.shared for softmax in found])
+    return losses, statistics, torch.tensor(shared)
+
+
+def _backward(
+    upstream: Tensor,
+    batch: Batch,
+    saved: tuple[Tensor, ...],
+    groups: Groups,
+    wanted: Wanted,
+) -> Gradients:
+    statistics, all_shared = saved
+    image, text, scale = batch[:3]
+    weights, unit = _weights(upstream)
+    # dscale follows from either feature gradient; one is made for it where none is wanted.
+    d_image = _zeros(image, scale) if wanted.image or not wanted.text else None
+    d_text = _zeros(text, scale) if wanted.text else None
+    with torch.autocast(image.device.type, enabled=False):
+        for rows, shared in zip(_rows(groups), all_shared.tolist(), strict=True):
+            ce, kl = weights[:, :, rows]
+            ce_used, kl_used = weights[:, :, rows].ne(0).flatten(1).any(1).tolist()
+            if not (ce_used or kl_used):
+                continue
+            logits, ref = _group(batch, rows, reference=kl_used)
+            _add_gradients(
+                None if d_image is None else d_image[rows],
+                None if d_text is None else d_text[rows],
+                logits,
+                ref,
+                [
+                    _Softmax(Shift(by, is_shared), sums, off)
+                    for (by, sums, off), is_shared in zip(
+                        statistics[..., rows], shared, strict=True
+                    )
+                ],
+                ce,
+                kl,
+            )
+        d_scale = None
+        if wanted.scale:
+            side, d_side = (text, d_text) if d_image is None else (image, d_image)
+            assert d_side is not None
+            d_scale = (side.to(scale.dtype) * d_side).sum() * unit
+    for gradient in (d_image, d_text):
+        if gradient is not None:
+            gradient.mul_(scale * unit)
+    if wanted.rounded:
+        d_image = None if d_image is None else d_image.to(image.dtype)
+        d_text = None if d_text is None else d_text.to(text.dtype)
+    return d_image if wanted.image else None, d_text, d_scale
+
+
+# Memory O(N D) for the gradients and a few tiles. FLOPs, forward and backward: 12 n^2 D a group
+# with the KL, 8 n^2 D without. Beside the statistics a group and matrix saves whether its shift is
+# one number: on the CPU, where the backward pass asks.
+contrastive_chunked = register(
+    "contrastive_chunked",
+    {
+        "shared": lambda batch, groups: batch.scale.new_empty(
+            len(groups), batch.matrices, dtype=torch.bool, device="cpu"
+        )
+    },
+    key="CompositeExplicitAutograd",
+    forward=_forward,
+    backward=_backward,
+)

@@ -228,10 +228,12 @@ def backward(
     *,
     wants_image: bool,
     wants_text: bool,
+    is_rounded: bool,
     is_fused: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """Gradients of `(upstream * losses).sum()` in image, text and scale.
 
+    is_rounded: whether image's and text's come in the features' dtype, else in fp32.
     is_fused: whether one kernel makes a strip of G from the features, or cuBLAS makes S and S0 in
         fp32 and a kernel turns them into G; `is_fused_faster` chooses.
     """
@@ -283,8 +285,8 @@ def backward(
         if products is None:
             results.append(None)
             continue
-        is_fp32 = side.dtype == torch.float32
-        out = products if is_fp32 else torch.empty_like(products, dtype=side.dtype)
+        in_place = side.dtype == torch.float32 or not is_rounded
+        out = products if in_place else torch.empty_like(products, dtype=side.dtype)
         backward_kernels.gradients[(triton.cdiv(n, _ROWS),)](
             products, own, side, other, scale, unit, out, d_scale, side.stride(0), other.stride(0),
             n, width, gain, BLOCK_R=_ROWS, BLOCK_K=_DEPTH,

@@ -1,0 +1,79 @@
+"""The backends as torch operators: schemas, fake tensors, autograd, one graph under compile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fasterase.ops.contrastive import available_backends, contrastive
+
+# On CPU tensors; test_contrastive_triton*.py have the GPU's backend.
+BACKENDS = tuple(name for name in available_backends() if name not in ("dense", "triton"))
+# Further arguments of each forward. cpu: tiles of 8, some of the 2 x 15 x 15 + 2 x 25 x 25 logits
+# kept; tiles of 512, none kept.
+OPTIONS = {"chunked": [(), ()], "cpu": [(8, 700), (512, 0)]}
+
+
+def features(n=40, dtype=torch.float32, *, feature_dtype=None):
+    torch.manual_seed(0)
+    sides = [torch.nn.functional.normalize(torch.randn(n, 8, dtype=dtype)) for _ in range(4)]
+    image, text, ref_image, ref_text = (side.to(feature_dtype or dtype) for side in sides)
+    scale, ref_scale = torch.tensor(30.0, dtype=dtype), torch.tensor(20.0, dtype=dtype)
+    differentiable = (x.requires_grad_() for x in (image, text, scale))
+    return *differentiable, ref_image, ref_text, ref_scale
+
+
+def operators(backend):
+    name = f"contrastive_{backend}"
+    namespace = torch.ops.fasterase
+    return getattr(namespace, name).default, getattr(namespace, f"{name}_backward").default
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend, dtype):
+    forward, backward = operators(backend)
+    batch = features(dtype=dtype)
+    some, others = OPTIONS[backend]
+    torch.library.opcheck(forward, (*batch, [15, 25], *some))
+    torch.library.opcheck(forward, (*batch[:3], None, None, None, [40], *others))
+    arguments = [x.detach() for x in batch]
+    losses, *found = forward(*arguments, [15, 25], *some)
+    upstream = torch.randn_like(losses)
+    for wanted in ((True, False, True, True), (False, True, False, False)):
+        torch.library.opcheck(backward, (upstream, *arguments, *found, [15, 25], *wanted))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_come_rounded_or_in_the_dtype_of_the_computation(backend):
+    forward, backward = operators(backend)
+    batch = [x.detach() for x in features(feature_dtype=torch.float16)]
+    losses, *found = forward(*batch, [40], *OPTIONS[backend][0])
+    upstream = torch.ones_like(losses)
+    call = (upstream, *batch, *found, [40])
+    exact = backward(*call, True, True, True, False)
+    rounded = backward(*call, True, True, True, True)
+    assert [x.dtype for x in exact] == [torch.float32] * 3
+    assert [x.dtype for x in rounded] == [torch.float16, torch.float16, torch.float32]
+    assert all(torch.equal(x.to(y.dtype), y) for x, y in zip(exact, rounded, strict=True))
+    assert not torch.equal(exact[0], rounded[0].float())
+    only_text = backward(*call, False, True, False, False)
+    assert only_text[0].shape == (0,)
+    assert torch.equal(only_text[1], exact[1])
+
+
+def total(image, text, scale, ref_image, ref_text, ref_scale, backend):
+    reference = {"ref_image": ref_image, "ref_text": ref_text, "ref_scale": ref_scale}
+    losses = contrastive(image, text, scale, **reference, backend=backend)
+    return sum(weight * x.mean() for weight, x in enumerate(losses, 1))
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_compiles_as_one_graph(backend):
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    for n in (40, 52, 57):  # from the second on with symbolic sizes
+        batch = features(n)
+        found, expected = (f(*batch, backend) for f in (compiled, total))
+        assert torch.equal(found, expected)
+        gradients = [torch.autograd.grad(x, batch[:3]) for x in (found, expected)]
+        assert all(map(torch.equal, *gradients))
