@@ -66,10 +66,8 @@ def contrastive(
     result = run(image, text, scale, ref_image, ref_text, ref_scale, sizes)
     if labels is None:
         return result
-    extra = label_terms(image, text, scale, labels.to(image.device), sizes)
-    if extra is None:
-        return result
-    return result._replace(ce_row=result.ce_row + extra[0], ce_col=result.ce_col + extra[1])
+    row, col = label_terms(image, text, scale, labels.to(image.device), sizes)
+    return result._replace(ce_row=result.ce_row + row, ce_col=result.ce_col + col)
 
 
 def explain_backend(

@@ -115,4 +115,6 @@ def compute_dtype(image: Tensor, text: Tensor) -> torch.dtype:
 
 def scale_tensor(value: Tensor | float, image: Tensor, dtype: torch.dtype) -> Tensor:
     """0-d, in `dtype`, on image's device; differentiable where `value` is."""
-    return torch.as_tensor(value).to(device=image.device, dtype=dtype)
+    if isinstance(value, Tensor):
+        return value.to(device=image.device, dtype=dtype)
+    return image.new_full((), value, dtype=dtype)  # filled there: a copy would wait for the device
