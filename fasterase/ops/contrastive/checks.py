@@ -100,7 +100,7 @@ def check_groups(groups: Any, rows: int) -> tuple[int, ...]:
     sizes = tuple(groups) if isinstance(groups, list | tuple) else None
     if sizes is None or any(isinstance(n, bool) or not isinstance(n, int) for n in sizes):
         raise InputError(f"groups must be a tuple of row counts; got {groups!r}.")
-    if min(sizes, default=0) < 0 or sum(sizes) != rows:
+    if any(n < 0 for n in sizes) or sum(sizes) != rows:
         raise InputError(
             f"groups must be non-negative row counts that sum to the {rows} rows of image; "
             f"got {sizes}, sum {sum(sizes)}."

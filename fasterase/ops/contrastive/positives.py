@@ -49,11 +49,10 @@ def label_terms(
 
 
 def _kinds(labels: Tensor, groups: tuple[int, ...]) -> Tensor:
-    """[4, N]: of each row its kind, the piece that it is added to and how many share its kind; the
-    kind of each piece.
+    """[4, N]: a row's kind, the piece that it is added to, how many rows its kind has; a piece's kind.
 
-    A kind is a label in its group. Kinds and pieces are numbered from 0 and at most N; a number
-    that none has is a piece, and a kind, without rows.
+    A kind is a label in its group, a piece up to `_PIECE` rows of one kind. Both are numbered from
+    0. Of N numbers the last may go to no row: those are pieces, and kinds, without rows.
     """
     labels = labels.long()  # of uint64 a bijection, and only equality counts
     place = torch.arange(len(labels), device=labels.device)
@@ -122,7 +121,8 @@ def _blocks(
     step = max(_LEAST_COLUMNS, block // (n * dtype.itemsize))
     for start in range(0, width, step):
         columns = slice(start, start + step)
-        yield columns, *(side[:, columns].to(dtype).contiguous() for side in (image, text))
+        own_image, own_text = (side[:, columns].to(dtype).contiguous() for side in (image, text))
+        yield columns, own_image, own_text
 
 
 def _gaps(rows: Tensor, kinds: Tensor) -> Tensor:
@@ -171,9 +171,10 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _first_derivative(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    image, text, kinds = ctx.saved_tensors
     wants = ctx.needs_input_grad[:2]
-    found = _gradients(upstream, *ctx.saved_tensors, wants)
-    return (*(x if wanted else None for x, wanted in zip(found, wants, strict=True)), None, None)
+    d_image, d_text = _gradients(upstream, image, text, kinds, wants)
+    return d_image if wants[0] else None, d_text if wants[1] else None, None, None
 
 
 def _keep_all(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
