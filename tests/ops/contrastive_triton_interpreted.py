@@ -18,6 +18,7 @@ from fasterase.ops.contrastive import (
     triton_schedule,
     weighted_contrastive,
 )
+from tests.ops import criterion_checks
 from tests.ops.triton_checks import SMALL_TILE, batch_on, check, flags, poisoned, run
 
 FP32, FP16 = torch.float32, torch.float16
@@ -56,6 +57,14 @@ def two_slots(monkeypatch):
 )
 def test_matches_the_oracle(dtype, n, width, ref_width, scale, groups, labels):
     check("cpu", dtype, n, width, ref_width, scale, groups, labels=labels)
+
+
+# All of the small shapes, one of the large one, which takes seconds; options and labels in turn.
+@pytest.mark.parametrize("index", range(9))
+def test_near_the_oracle_and_no_worse_than_eager(index):
+    shape, scale, _ = criterion_checks.CASES[2 * index]
+    options = criterion_checks.OPTIONS[index % 4]
+    criterion_checks.check("triton", shape, scale, index // 2 % 2 == 0, **options)
 
 
 @pytest.mark.usefixtures("two_slots")

@@ -100,8 +100,9 @@ def test_auto_opcheck_compile_and_autocast():
     assert all(map(torch.equal, plain, inside))
 
 
-def test_cuda_graph():
-    call, _ = triton_checks.batch_on("cuda", torch.bfloat16, 500, 64, 64, 14.3)
+@pytest.mark.parametrize("labels", [None, 300])
+def test_cuda_graph(labels):
+    call, _ = triton_checks.batch_on("cuda", torch.bfloat16, 500, 64, 64, 14.3, labels=labels)
     upstream = np.ones((4, 500))
     weights = torch.ones(4, 500, device="cuda")
 

@@ -59,10 +59,8 @@ def contrastive(
     result = run(*batch, sizes) if sizes else batch.no_losses()
     if labels is None:
         return result
-    extra = label_terms(image, text, batch.scale, labels.to(image.device), sizes)
-    if extra is None:
-        return result
-    return result._replace(ce_row=result.ce_row + extra[0], ce_col=result.ce_col + extra[1])
+    row, col = label_terms(image, text, batch.scale, labels.to(image.device), sizes)
+    return result._replace(ce_row=result.ce_row + row, ce_col=result.ce_col + col)
 
 
 def explain_backend(

@@ -100,7 +100,7 @@ def check_groups(groups: Any, rows: int) -> tuple[int, ...]:
     sizes = tuple(groups) if isinstance(groups, list | tuple) else None
     if sizes is None or any(isinstance(n, bool) or not isinstance(n, int) for n in sizes):
         raise InputError(f"groups must be a tuple of row counts; got {groups!r}.")
-    if min(sizes, default=0) < 0 or sum(sizes) != rows:
+    if any(n < 0 for n in sizes) or sum(sizes) != rows:
         raise InputError(
             f"groups must be non-negative row counts that sum to the {rows} rows of image; "
             f"got {sizes}, sum {sum(sizes)}."
@@ -170,4 +170,6 @@ def compute_dtype(image: Tensor, text: Tensor) -> torch.dtype:
 
 def scale_tensor(value: Tensor | float, image: Tensor, dtype: torch.dtype) -> Tensor:
     """0-d, in `dtype`, on image's device; differentiable where `value` is."""
-    return torch.as_tensor(value).to(device=image.device, dtype=dtype)
+    if isinstance(value, Tensor):
+        return value.to(device=image.device, dtype=dtype)
+    return image.new_full((), value, dtype=dtype)  # filled there: a copy would wait for the device

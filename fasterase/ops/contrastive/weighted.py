@@ -71,10 +71,7 @@ def weighted_contrastive(
         total, losses = _plain(found, weights)
     if labels is None:
         return Weighted(total, losses)
-    extra = label_terms(image, text, batch.scale, labels.to(image.device), sizes)
-    if extra is None:
-        return Weighted(total, losses)
-    row, col = extra
+    row, col = label_terms(image, text, batch.scale, labels.to(image.device), sizes)
     losses = losses._replace(
         ce_row=losses.ce_row + row.detach(), ce_col=losses.ce_col + col.detach()
     )

@@ -1,0 +1,92 @@
+"""The losses under torch.compile, as one graph: eager's numbers, whatever the sizes."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+
+import pytest
+import torch
+
+import fasterase
+from fasterase import losses
+from fasterase.ops.contrastive import contrastive
+from tests.ops.test_contrastive_cpu import COMPILER
+
+NO_KERNELS = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no {COMPILER} here")
+BACKENDS = [pytest.param("cpu", marks=NO_KERNELS), "dense"]
+SIZES = (40, 52, 57)  # from the second on with symbolic sizes
+
+
+def features(n, *, labelled):
+    """(image, text, scale, ref_image, ref_text, ref_scale, labels)."""
+    torch.manual_seed(n)
+    sides = [torch.nn.functional.normalize(torch.randn(n, 8)) for _ in range(4)]
+    image, text = (side.requires_grad_() for side in sides[:2])
+    labels = torch.randint(-3, 9, (n,)) if labelled else None
+    return image, text, torch.tensor(30.0, requires_grad=True), *sides[2:], 20.0, labels
+
+
+def gradients(function, *inputs):
+    total = function(*inputs)
+    return (total, *torch.autograd.grad(total, inputs[:3]))
+
+
+def check(function, calls):
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for call in calls:
+        for found, value in zip(
+            gradients(compiled, *call), gradients(function, *call), strict=True
+        ):
+            torch.testing.assert_close(found, value, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("labelled", "grouped"), [(False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_contrastive(backend, labelled, grouped):
+    def total(image, text, scale, ref_image, ref_text, ref_scale, labels, groups):
+        found = contrastive(
+            image,
+            text,
+            scale,
+            ref_image=ref_image,
+            ref_text=ref_text,
+            ref_scale=ref_scale,
+            labels=labels,
+            groups=groups,
+            backend=backend,
+        )
+        return sum(weight * x.mean() for weight, x in enumerate(found, 1))
+
+    groups = [(n // 3, n - n // 3) if grouped else None for n in SIZES]
+    calls = [features(n, labelled=labelled) for n in SIZES]
+    check(total, [(*call, sizes) for call, sizes in zip(calls, groups, strict=True)])
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("negatives", ["own", "joint"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_erase_loss(backend, negatives, labelled):
+    def total(*call):
+        *call, labels, n_forget = call
+        options = {"labels": labels, "negatives": negatives, "backend": backend}
+        loss = fasterase.erase_loss(*call, n_forget=n_forget, anchor_weight=1.0, **options)
+        return loss.total
+
+    sizes = ((40, 0), (40, 12), (52, 52), (57, 11))
+    check(total, [(*features(n, labelled=labelled), n_forget) for n, n_forget in sizes])
+
+
+@pytest.mark.parametrize("name", ["ClipLoss", "DistillClipLoss"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_losses_of_open_clip(backend, name, monkeypatch):
+    monkeypatch.setattr(losses, "contrastive", functools.partial(contrastive, backend=backend))
+    loss = getattr(fasterase, name)()
+
+    def total(*call):
+        found = loss(*call)
+        return found if name == "ClipLoss" else found[0] + 3 * found[1]
+
+    width = 3 if name == "ClipLoss" else 6
+    check(total, [features(n, labelled=False)[:width] for n in SIZES])
