@@ -115,4 +115,7 @@ def compute_dtype(image: Tensor, text: Tensor) -> torch.dtype:
 
 def scale_tensor(value: Tensor | float, image: Tensor, dtype: torch.dtype) -> Tensor:
     """0-d, in `dtype`, on image's device; differentiable where `value` is."""
-    return torch.as_tensor(value).to(device=image.device, dtype=dtype)
+    if isinstance(value, Tensor):
+        return value.to(device=image.device, dtype=dtype)
+    # Made on the device: a copy from the host would wait for it, and fail in a CUDA graph.
+    return torch.full((), value, device=image.device, dtype=dtype)

@@ -29,10 +29,13 @@ _FEATURES = (
     "Tensor? ref_image, Tensor? ref_text, Tensor? ref_scale"
 )
 _LIBRARY = torch.library.Library("fasterase", "FRAGMENT")
-_LIBRARY.define(f"{_NAME}({_FEATURES}, SymInt[] groups) -> (Tensor, Tensor, Tensor)")
+# torch.compile(mode="reduce-overhead") would take the tables of a first call for leaked outputs.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+_LIBRARY.define(f"{_NAME}({_FEATURES}, SymInt[] groups) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
 _LIBRARY.define(
     f"{_NAME}_backward(Tensor upstream, {_FEATURES}, Tensor softmaxes, Tensor flags, "
-    "SymInt[] groups, bool wants_image, bool wants_text) -> (Tensor, Tensor, Tensor)"
+    "SymInt[] groups, bool wants_image, bool wants_text) -> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
 )
 
 
