@@ -201,9 +201,9 @@ def test_a_matched_pair_keeps_its_tiny_cross_entropy():
 
 def test_torch_operator_and_compile():
     call, _ = batch_on("cpu", FP32, 20, 8, 8, 14.3)
+    contrastive(**call, backend="triton")
     operator = torch.ops.fasterase.contrastive_triton_interpreted.default
     names = ("image", "text", "scale", "ref_image", "ref_text", "ref_scale")
-    contrastive(**call, backend="triton")
     torch.library.opcheck(operator, (*(call[k] for k in names), [8, 12]))
 
     def losses(image, text, scale):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -17,13 +18,15 @@ from fasterase.ops.contrastive import backends, contrastive, explain_backend
 
 triton = pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
-new_triton = pytest.mark.skipif(
-    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5),
-    reason="the kernels need Triton 3.5",
-)
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+new_triton = pytest.mark.skipif(VERSION < (3, 5), reason="the kernels need Triton 3.5")
 
 
 @new_triton
+@pytest.mark.skipif(
+    VERSION < (3, 7) and np.lib.NumpyVersion(np.__version__) >= "2.4.0",
+    reason="the interpreter of Triton 3.6 needs numpy < 2.4",
+)
 def test_numerics_under_the_interpreter():
     """In a process of their own: kernels are made for the interpreter when they are imported."""
     found = subprocess.run(

@@ -130,3 +130,7 @@ def _triton_missing() -> str | None:
     from fasterase.ops.contrastive.triton_launch import INTERPRETED
 
     return None if INTERPRETED else "there is no CUDA device"
+
+
+# As of `build.problem`: a constant to torch.compile, which in torch 2.11 cannot trace find_spec.
+_triton_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
