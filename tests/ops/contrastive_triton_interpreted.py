@@ -35,9 +35,8 @@ def two_slots(monkeypatch):
     """At most 2 x 2 items a group, so that each walks several row and column blocks."""
     for module in (kernels, contrastive_online, triton_schedule, triton_launch):
         monkeypatch.setattr(module, "SLOTS", tl.constexpr(2))
-    triton_schedule.sweep_tables.cache_clear()
-    yield
-    triton_schedule.sweep_tables.cache_clear()
+    uncached = triton_schedule.sweep_tables.__wrapped__
+    monkeypatch.setattr(triton_launch, "sweep_tables", uncached)
 
 
 # Multiples of no tile, of some, of all; widths below, at and above BLOCK_K; groups of very
@@ -249,6 +248,25 @@ def test_gradients_made_in_the_forward_are_the_same_bits(dtype):
         gradients = torch.autograd.grad(65536.0 * found.total, inputs)
         assert [x.dtype for x in gradients] == [dtype, dtype, FP32]
         assert all(map(torch.equal, gradients, plain))
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch 2.9 has the setting"
+)
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_products_follow_the_precision_set_for_cuda(precision):
+    """Set that way, `torch.get_float32_matmul_precision` raises."""
+    call, _ = batch_on("cpu", FP32, 6, 4, 4, 1.0)
+    features = triton_launch.Features.of(
+        *(call[k] for k in ("image", "text", "scale", "ref_image", "ref_text", "ref_scale"))
+    )
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = precision
+    try:
+        assert features.meta(features.tile("sweep"))["PRECISION"] == precision
+        contrastive(**call, backend="triton")
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def test_the_backend_is_named_and_refuses_fp64():

@@ -187,12 +187,13 @@ def test_processes_may_build_at_once(tmp_path):
     builders = [python(_BUILD, TORCH_EXTENSIONS_DIR=str(tmp_path)) for _ in range(2)]
     results = [process.communicate() for process in builders]
     assert [process.returncode for process in builders] == [0, 0], results
-    assert results[0] == results[1]
+    (library, _), (other, _) = results  # beside what torch says of a missing GPU
+    assert library == other
     assert {path.suffix for path in tmp_path.iterdir()} == {".so", ".lock"}
 
 
 def test_a_failing_compiler_is_a_reason(tmp_path, monkeypatch):
-    compiler = tmp_path / "broken"
+    compiler = tmp_path / "broken-g++"  # torch looks for a name that it knows
     compiler.write_text(
         "#!/bin/sh\n"
         '[ "$1" = --version ] && exec c++ --version\n'

@@ -6,9 +6,16 @@ import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasterase.errors import InputError
-from fasterase.ops.contrastive import available_backends, backends, contrastive, explain_backend
+from fasterase.ops.contrastive import (
+    available_backends,
+    backends,
+    checks,
+    contrastive,
+    explain_backend,
+)
 
 
 def call(**changes):
@@ -86,6 +93,23 @@ def test_explain_backend_names_what_runs_and_why():
     choice = explain_backend(**call())
     assert choice.name in available_backends()
     assert str(choice).startswith(f"{choice.name}: auto")
+
+
+def test_a_number_for_the_scale_is_made_on_the_device():
+    """Copied there, it would wait for the device at every call."""
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    seen: list[str] = []
+    image = torch.empty(4, 3, device="meta")
+    with Operators():
+        scale = checks.scale_tensor(10.0, image, torch.float32)
+    assert (scale.device.type, scale.dtype, scale.shape) == ("meta", torch.float32, ())
+    assert seen == ["full"]
+    assert checks.scale_tensor(10, torch.zeros(4, 3), torch.float64).item() == 10
 
 
 @pytest.mark.parametrize("image_dtype", [torch.bfloat16, torch.float32, torch.float64])

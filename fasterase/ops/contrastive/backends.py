@@ -130,7 +130,13 @@ def _triton_missing() -> str | None:
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5):  # tl.range(disable_licm=)
         return f"triton is {triton.__version__}, and the kernels need 3.5 (torch 2.9 brings it)"
     if torch.cuda.is_available():
+        if torch.cuda.get_device_properties().major < 8:
+            return "the kernels need a GPU of compute capability 8.0 (such as an A100) or newer"
         return None
     from fasterase.ops.contrastive.triton_launch import INTERPRETED
 
     return None if INTERPRETED else "there is no CUDA device"
+
+
+# As of `build.problem`: a constant to torch.compile, which in torch 2.11 cannot trace find_spec.
+_triton_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]

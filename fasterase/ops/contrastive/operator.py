@@ -135,6 +135,7 @@ def register(
     backward: Backward | None = None,
     options_schema: str = "",
     options: Options = _no_options,
+    tags: tuple[torch.Tag, ...] = (),
 ) -> Operator:
     """Define `fasterase::{name}` and `fasterase::{name}_backward`, with fakes and autograd.
 
@@ -146,14 +147,18 @@ def register(
         backward: of (upstream, batch, (statistics, *saved), groups, wanted); None for a gradient
             that is not wanted.
         options_schema: of the arguments that `options` gives.
+        tags: of both operators, for torch.compile.
     """
     outputs = ", ".join(f"Tensor {output}" for output in ("statistics", *saved))
     more = f", {options_schema}" if options_schema else ""
-    _LIBRARY.define(f"{name}({_BATCH}, SymInt[] groups{more}) -> (Tensor losses, {outputs})")
+    _LIBRARY.define(
+        f"{name}({_BATCH}, SymInt[] groups{more}) -> (Tensor losses, {outputs})", tags=tags
+    )
     _LIBRARY.define(
         f"{name}_backward(Tensor upstream, {_BATCH}, {outputs}, SymInt[] groups, bool wants_image, "
         "bool wants_text, bool wants_scale, bool rounded) "
-        "-> (Tensor d_image, Tensor d_text, Tensor d_scale)"
+        "-> (Tensor d_image, Tensor d_text, Tensor d_scale)",
+        tags=tags,
     )
     operator = Operator(
         getattr(torch.ops.fasterase, name).default,

@@ -138,7 +138,11 @@ def _pair(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _allows_tf32() -> bool:
-    return torch.get_float32_matmul_precision() != "highest"
+    """As cuBLAS decides: torch 2.9 has settings a backend, which older functions fail to read."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):
+        return matmul.fp32_precision == "tf32"
+    return matmul.allow_tf32
 
 
 def _num_programs(device: torch.device, wanted: int) -> int:

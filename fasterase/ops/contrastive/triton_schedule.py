@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from fasterase.errors import InputError
 from fasterase.kernels.contrastive_tiles import SLOTS
 
 # Rows that one program of the reductions takes.
 SPAN = 128
 # Strips walked together, so that the tiles of one moment share rows and columns in L2.
 _BAND = 8
+
+
+_Tables = TypeVar("_Tables")
+
+
+def _is_capturing() -> bool:
+    """Whether launches are recorded into a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def _cached(make: Callable[..., _Tables]) -> Callable[..., _Tables]:
+    """Keeps the tables of the last 64 shapes, and for good those that CUDA graphs will read."""
+    recent = functools.lru_cache(maxsize=64)(make)
+    captured = functools.cache(recent)
+
+    @functools.wraps(make)
+    def tables(*shape: Hashable) -> _Tables:
+        return (captured if _is_capturing() else recent)(*shape)
+
+    return tables
 
 
 class Sweep(NamedTuple):
@@ -47,7 +68,7 @@ class Segment(NamedTuple):
         return slice(self.start, self.start + self.n)
 
 
-@functools.lru_cache(maxsize=64)
+@_cached
 def sweep_tables(
     groups: tuple[int, ...], block_m: int, block_n: int, device: torch.device
 ) -> Sweep:
@@ -74,7 +95,7 @@ def _parts(n: int, block: int) -> list[tuple[int, int]]:
     return [(first, min(first + step, blocks)) for first in range(0, blocks, step)]
 
 
-@functools.lru_cache(maxsize=64)
+@_cached
 def strip_tables(
     groups: tuple[int, ...], elements: int, block_m: int, block_n: int, device: torch.device
 ) -> tuple[tuple[tuple[Segment, ...], Tensor], ...]:
@@ -115,4 +136,9 @@ def _launches(
 
 
 def _table(rows: object, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if _is_capturing():
+        raise InputError(
+            "groups and the shape of image are new to this process, and a CUDA graph that is being "
+            "captured cannot copy tables to the GPU. Run the same step once before the capture."
+        )
     return torch.tensor(rows, dtype=dtype).to(device)
