@@ -49,7 +49,7 @@ def label_terms(
 
 
 def _kinds(labels: Tensor, groups: tuple[int, ...]) -> Tensor:
-    """[4, N]: a row's kind, the piece that it is added to, its kind's number of rows; a piece's kind.
+    """[4, N]: a row's kind, the piece it is added to, its kind's number of rows; a piece's kind.
 
     A kind is a label in its group, a piece up to `_PIECE` rows of one kind. Both are numbered from
     0. Of N numbers the last may go to no row: those are pieces, and kinds, without rows.
