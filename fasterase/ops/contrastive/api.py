@@ -57,7 +57,7 @@ def contrastive(
     run = load(choose(backend, (image, text)).name)
     batch = Batch.of(image, text, scale, ref_image, ref_text, ref_scale)
     result = run(*batch, sizes) if sizes else batch.no_losses()
-    if labels is None:
+    if labels is None or not sizes:
         return result
     row, col = label_terms(image, text, batch.scale, labels.to(image.device), sizes)
     return result._replace(ce_row=result.ce_row + row, ce_col=result.ce_col + col)

@@ -75,6 +75,6 @@ contrastive_triton = register(
     forward=_forward,
     backward=_backward,
     options=_check,
-    # torch.compile(mode="reduce-overhead") would take the tables of a first call for leaked outputs.
+    # torch.compile(mode="reduce-overhead") would take a first call's tables for leaked outputs.
     tags=(torch.Tag.cudagraph_unsafe,),
 )

@@ -69,7 +69,7 @@ def weighted_contrastive(
     else:
         found = run(*batch, sizes) if sizes else batch.no_losses()
         total, losses = _plain(found, weights)
-    if labels is None:
+    if labels is None or not sizes:
         return Weighted(total, losses)
     row, col = label_terms(image, text, batch.scale, labels.to(image.device), sizes)
     losses = losses._replace(
