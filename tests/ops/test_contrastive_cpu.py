@@ -74,7 +74,7 @@ def test_threads_may_change_between_forward_and_backward():
 
 
 @needs_kernels
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.3, 0.99])
 def test_kept_logits_change_no_bit(share, monkeypatch):
     inputs = features(100, 8)
     monkeypatch.setattr(cpu, "_TILE", 16)
