@@ -112,6 +112,17 @@ def test_a_number_for_the_scale_is_made_on_the_device():
     assert checks.scale_tensor(10, torch.zeros(4, 3), torch.float64).item() == 10
 
 
+def test_torch_compile_traces_the_checks():
+    """torch 2.9 does not know `isinstance(x, int | float)`."""
+
+    def losses(image, text):
+        return contrastive(image, text, 10.0, groups=(1, 3), backend="dense").ce_row
+
+    batch = torch.randn(4, 3), torch.randn(4, 3)
+    compiled = torch.compile(losses, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(*batch), losses(*batch))
+
+
 @pytest.mark.parametrize("image_dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("text_dtype", [torch.float32, torch.float64])
 def test_auto_leaves_fp64_on_a_gpu_to_torch_tiles(image_dtype, text_dtype, monkeypatch):

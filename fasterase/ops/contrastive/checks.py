@@ -71,7 +71,7 @@ def check_scale(value: Any, name: str) -> None:
                 f"{name} must be a 0-d floating-point tensor or a float, exp(logit_scale); "
                 f"got shape {tuple(value.shape)}, {value.dtype}."
             )
-    elif isinstance(value, bool) or not isinstance(value, int | float):
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InputError(
             f"{name} must be a 0-d tensor or a float, exp(logit_scale); got {type(value).__name__}."
         )
@@ -97,7 +97,7 @@ def check_groups(groups: Any, rows: int) -> tuple[int, ...]:
     """The sizes of the groups that have rows; None is one group of all rows."""
     if groups is None:
         return (rows,) if rows else ()
-    sizes = tuple(groups) if isinstance(groups, list | tuple) else None
+    sizes = tuple(groups) if isinstance(groups, (list, tuple)) else None
     if sizes is None or any(isinstance(n, bool) or not isinstance(n, int) for n in sizes):
         raise InputError(f"groups must be a tuple of row counts; got {groups!r}.")
     if any(n < 0 for n in sizes) or sum(sizes) != rows:
