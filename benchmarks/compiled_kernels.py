@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.listing import Counts, count_amd, count_nvidia
-from fasterase.kernels import contrastive, contrastive_backward
+from fasterase.kernels import contrastive, contrastive_backward, contrastive_sweep
 from fasterase.ops.contrastive import triton_launch
 
 # Bytes of shared memory that one block may take, by architecture.
@@ -61,6 +61,11 @@ class Launch(NamedTuple):
         is_online = self.arguments.get("IS_ONLINE", False)
         return self.kernel.fn.__name__ + ("_online" if is_online else "")
 
+    @property
+    def tile(self) -> str:
+        sizes = (self.arguments.get(f"BLOCK_{axis}") for axis in "MNK")
+        return "x".join(str(size) for size in sizes if size is not None)
+
 
 class Compiled(NamedTuple):
     """A row of the table."""
@@ -68,6 +73,7 @@ class Compiled(NamedTuple):
     kernel: str
     case: str
     target: str
+    tile: str  # BLOCK_M x BLOCK_N x BLOCK_K
     warps: int
     stages: int
     registers: int
@@ -95,8 +101,10 @@ class _Recorder:
         return record
 
 
-def launches(dtype: torch.dtype, width: int, ref_width: int | None) -> list[Launch]:
-    """Every launch of a forward and of both backwards, at N = 4096."""
+def launches(
+    dtype: torch.dtype, width: int, ref_width: int | None, target: str
+) -> list[Launch]:
+    """Every launch of a forward and of both backwards on an architecture, at N = 4096."""
     n = 4096
     case = f"{str(dtype).removeprefix('torch.')} D={width}"
     case += "" if ref_width is None else f" D0={ref_width}"
@@ -108,11 +116,15 @@ def launches(dtype: torch.dtype, width: int, ref_width: int | None) -> list[Laun
         image, image, scale, ref, ref, None if ref is None else scale
     )
     with mock.patch.multiple(
-        triton_launch, _num_programs=lambda device, wanted: wanted, _product=lambda *_, **__: None
+        triton_launch,
+        _architecture=lambda device: target,
+        _num_programs=lambda device, wanted: wanted,
+        _product=lambda *_, **__: None,
     ):
         kernels = {
             triton_launch: ("sweep_online",),
-            contrastive: ("row_statistics", "bounds", "sweep", "reduce_sums", "finalise"),
+            contrastive: ("row_statistics", "bounds", "reduce_sums", "finalise"),
+            contrastive_sweep: ("sweep", "sweep_reference"),
             contrastive_backward: ("coefficients", "strip", "strip_of_logits", "gradients"),
         }
         patches = [
@@ -187,6 +199,7 @@ def compile_launch(launch: Launch, target: str) -> Compiled:
         launch.name,
         launch.case,
         target,
+        launch.tile,
         compiled.metadata.num_warps,
         compiled.metadata.num_stages,
         registers,
@@ -217,7 +230,7 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def cases() -> Iterator[Launch]:
+def cases(target: str) -> Iterator[Launch]:
     """Kernels that multiply features in every variant: widths that BLOCK_K divides and does not,
     with and without reference, bf16 and fp32; the others, which only stream, once."""
     seen: set[str] = set()
@@ -225,11 +238,12 @@ def cases() -> Iterator[Launch]:
         (torch.bfloat16, 768, 768),
         (torch.bfloat16, 768, None),
         (torch.bfloat16, 1280, 500),
+        (torch.bfloat16, 500, None),
         (torch.float32, 512, 512),
         (torch.float32, 512, None),
     ):
-        for launch in launches(dtype, width, ref_width):
-            if "BLOCK_K" in launch.arguments and "HAS_REF" in launch.arguments:
+        for launch in launches(dtype, width, ref_width, target):
+            if "BLOCK_N" in launch.arguments and launch.name != "strip_of_logits":
                 yield launch
             elif launch.name not in seen:
                 seen.add(launch.name)
@@ -252,20 +266,22 @@ def main(argv: list[str] | None = None) -> None:
     if triton_launch.INTERPRETED:
         sys.exit("TRITON_INTERPRET is set: kernels do not compile under the interpreter.")
     rows = []
-    for launch in cases():
-        if args.kernel in (None, launch.name):
-            for target in SHARED_LIMIT if args.target is None else (args.target,):
-                compiled = compile_launch(launch, target)
-                rows.append(row(compiled))
-                loop = compiled.instructions.loop.items()
-                mix = " ".join(f"{unit} {count}" for unit, count in loop if count)
-                print(
-                    f"{compiled.kernel:16} {compiled.case:24} {target:6} {compiled.warps} warps "
-                    f"{compiled.registers:4} registers {compiled.stack_bytes:4} B stack "
-                    f"{compiled.shared_bytes:7} B shared {'wgmma' if compiled.wgmma else '     '} "
-                    f"loop: {mix}",
-                    flush=True,
-                )
+    for target in SHARED_LIMIT if args.target is None else (args.target,):
+        for launch in cases(target):
+            if args.kernel not in (None, launch.name):
+                continue
+            compiled = compile_launch(launch, target)
+            rows.append(row(compiled))
+            loop = compiled.instructions.loop.items()
+            mix = " ".join(f"{unit} {count}" for unit, count in loop if count)
+            print(
+                f"{compiled.kernel:16} {compiled.case:24} {target:6} {compiled.tile:12} "
+                f"{compiled.warps} warps "
+                f"{compiled.registers:4} registers {compiled.stack_bytes:4} B stack "
+                f"{compiled.shared_bytes:7} B shared {'wgmma' if compiled.wgmma else '     '} "
+                f"loop: {mix}",
+                flush=True,
+            )
     args.output.parent.mkdir(parents=True, exist_ok=True)
     temporary = args.output.with_suffix(".tmp")
     with temporary.open("w", newline="") as file:

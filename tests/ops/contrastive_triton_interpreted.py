@@ -9,13 +9,14 @@ import triton.language as tl
 
 from fasterase.errors import InputError
 from fasterase.kernels import contrastive as kernels
-from fasterase.kernels import contrastive_online
+from fasterase.kernels import contrastive_online, contrastive_sweep
 from fasterase.ops.contrastive import (
     available_backends,
     contrastive,
     explain_backend,
     triton_launch,
     triton_schedule,
+    triton_tiles,
 )
 from tests.ops.triton_checks import SMALL_TILE, batch_on, check, flags, poisoned, run
 
@@ -24,14 +25,14 @@ FP32, FP16 = torch.float32, torch.float16
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    for key in triton_launch.TILES:
-        monkeypatch.setitem(triton_launch.TILES, key, SMALL_TILE)
+    for key in triton_tiles.TILES:
+        monkeypatch.setitem(triton_tiles.TILES, key, SMALL_TILE)
 
 
 @pytest.fixture
 def two_slots(monkeypatch):
     """At most 2 x 2 items a group, so that each walks several row and column blocks."""
-    for module in (kernels, contrastive_online, triton_schedule, triton_launch):
+    for module in (kernels, contrastive_online, contrastive_sweep, triton_schedule, triton_launch):
         monkeypatch.setattr(module, "SLOTS", tl.constexpr(2))
     triton_schedule.sweep_tables.cache_clear()
     yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from fasterase.kernels import contrastive as forward_kernels
 from fasterase.kernels import contrastive_backward as backward_kernels
+from fasterase.kernels import contrastive_sweep as sweep_kernels
 from fasterase.kernels.contrastive_online import sweep_online
 from fasterase.kernels.contrastive_tiles import SLOTS
 from fasterase.ops.contrastive.triton_schedule import (
@@ -18,46 +20,15 @@ from fasterase.ops.contrastive.triton_schedule import (
     strip_tables,
     sweep_tables,
 )
+from fasterase.ops.contrastive.triton_tiles import Tile, choose_tile
 
 # Kernels defined under TRITON_INTERPRET=1 run in numpy, on CPU tensors.
-INTERPRETED = not isinstance(forward_kernels.sweep, triton.JITFunction)
+INTERPRETED = not isinstance(sweep_kernels.sweep, triton.JITFunction)
 
 # Bytes of G (and of S and S0 where cuBLAS makes them) alive in a backward.
 WORKSPACE_BYTES = 256 * 2**20
 
 
-class Tile(NamedTuple):
-    """A kernel's tile and launch parameters."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-
-# By (kernel, with reference, half-precision features): of those that spill nothing on sm_80, sm_90
-# and sm_100 (benchmarks/compiled_kernels.py) the fastest by benchmarks/cost_model.py. fp32 products
-# run without tensor cores ("ieee"), on smaller tiles. "strip" and "strip_online" fill the same
-# strips and agree in block_m.
-TILES = {
-    ("sweep", False, True): Tile(128, 128, 64, 8, 3),
-    ("sweep", True, True): Tile(128, 64, 64, 8, 3),
-    ("online", False, True): Tile(64, 128, 64, 8, 3),
-    ("online", True, True): Tile(64, 64, 64, 8, 3),
-    ("strip", False, True): Tile(128, 128, 64, 8, 3),
-    ("strip", True, True): Tile(128, 128, 64, 8, 3),
-    ("strip_online", False, True): Tile(128, 64, 64, 8, 3),
-    ("strip_online", True, True): Tile(128, 32, 64, 8, 3),
-    ("sweep", False, False): Tile(64, 64, 32, 4, 3),
-    ("sweep", True, False): Tile(64, 64, 16, 8, 3),
-    ("online", False, False): Tile(64, 64, 32, 8, 3),
-    ("online", True, False): Tile(64, 64, 16, 8, 3),
-    ("strip", False, False): Tile(64, 64, 32, 4, 3),
-    ("strip", True, False): Tile(64, 64, 32, 8, 3),
-    ("strip_online", False, False): Tile(64, 64, 32, 4, 3),
-    ("strip_online", True, False): Tile(64, 64, 32, 8, 3),
-}
 # Of `strip_of_logits`, which only reads and writes.
 _LOGITS_TILE = (32, 128)
 # Rows and depth of `row_statistics` and `gradients`, which stream the features.
@@ -105,26 +76,29 @@ class Features(NamedTuple):
         )
 
     def tile(self, kernel: str) -> Tile:
-        tile = TILES[kernel, self.has_ref, self.is_half]
-        is_even = self.image.shape[1] % tile.block_k == self.ref_image.shape[1] % tile.block_k == 0
-        if kernel == "strip" and self.has_ref and self.is_half and not is_even:
-            # The masks of such widths would spill.
-            return tile._replace(block_n=tile.block_n // 2)
-        return tile
+        return choose_tile(
+            kernel,
+            self.has_ref,
+            self.is_half,
+            (self.image.shape[1], self.ref_image.shape[1]),
+            _architecture(self.image.device),
+        )
 
     def meta(self, tile: Tile) -> dict[str, object]:
-        """Compile-time arguments of the kernels that multiply features."""
+        """Compile-time arguments of the kernels that multiply image and text."""
         return {
-            "HAS_REF": self.has_ref,
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
             "BLOCK_K": tile.block_k,
             "EVEN_K": self.image.shape[1] % tile.block_k == 0,
-            "EVEN_REF_K": self.ref_image.shape[1] % tile.block_k == 0,
             "PRECISION": "tf32" if _allows_tf32() else "ieee",
             "num_warps": tile.num_warps,
             "num_stages": tile.num_stages,
         }
+
+    def ref_meta(self, tile: Tile) -> dict[str, object]:
+        """Of those that multiply their originals too."""
+        return self.meta(tile) | {"EVEN_REF_K": self.ref_image.shape[1] % tile.block_k == 0}
 
 
 def _pair(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,6 +113,15 @@ def _pair(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
 
 def _allows_tf32() -> bool:
     return torch.get_float32_matmul_precision() != "highest"
+
+
+@functools.cache
+def _architecture(device: torch.device) -> str:
+    """As in `triton_tiles`: "sm_90" and its like, or what no entry of a table names."""
+    if INTERPRETED or torch.version.hip is not None:
+        return "other"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 def _num_programs(device: torch.device, wanted: int) -> int:
@@ -187,10 +170,17 @@ def forward(features: Features, groups: tuple[int, ...]) -> tuple[Tensor, Tensor
     arguments = (image, text, ref_image, ref_text, scale, ref_scale)
     widths = (image.shape[1], ref_image.shape[1])
     num_items = len(tables.items)
-    forward_kernels.sweep[(_num_programs(device, num_items),)](
-        *arguments, shift, tables.items, parts, *features.strides(), num_items, num_groups, n,
-        *widths, **features.meta(tile),
-    )  # fmt: skip
+    programs = (_num_programs(device, num_items),)
+    if has_ref:
+        sweep_kernels.sweep_reference[programs](
+            *arguments, shift, tables.items, parts, *features.strides(), num_items, num_groups, n,
+            *widths, **features.ref_meta(tile),
+        )  # fmt: skip
+    else:
+        sweep_kernels.sweep[programs](
+            image, text, scale, shift, tables.items, parts, image.stride(0), text.stride(0),
+            num_items, n, widths[0], LANES=tile.lanes, **features.meta(tile),
+        )  # fmt: skip
     spans = (len(tables.spans),)
     forward_kernels.reduce_sums[spans](
         parts, tables.spans, sums, flags, n, HAS_REF=has_ref, BLOCK_R=SPAN
@@ -200,7 +190,7 @@ def forward(features: Features, groups: tuple[int, ...]) -> tuple[Tensor, Tensor
     num_items = len(online.items)
     sweep_online[(_num_programs(device, num_items),)](
         *arguments, flags, online.items, parts, *features.strides(), num_items, n, *widths,
-        **features.meta(tile),
+        HAS_REF=has_ref, **features.ref_meta(tile),
     )  # fmt: skip
     forward_kernels.finalise[spans](
         parts, sums, online.spans, shift, flags, own, losses, softmaxes, num_groups,
@@ -309,13 +299,13 @@ def _strip(
 
     A program a tile; where seldom one has work, just enough programs to look at all tiles.
     """
-    image, text, scale, ref_image, ref_text, ref_scale, _ = features
+    image, text, scale, ref_image, ref_text, ref_scale, has_ref = features
     programs = _num_programs(image.device, num_tiles) if is_online else num_tiles
     backward_kernels.strip[(programs,)](
         image, text, ref_image, ref_text, scale, ref_scale, softmaxes, factors, flags, table,
         workspace, *features.strides(), num_tiles, len(image), image.shape[1], ref_image.shape[1],
-        gain, IS_ONLINE=is_online,
-        **features.meta(features.tile("strip_online" if is_online else "strip")),
+        gain, IS_ONLINE=is_online, HAS_REF=has_ref,
+        **features.ref_meta(features.tile("strip_online" if is_online else "strip")),
     )  # fmt: skip
 
 
