@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 
 from benchmarks.listing import Counts, count_amd, count_nvidia
 from fasterase.kernels import contrastive, contrastive_backward, contrastive_sweep
-from fasterase.ops.contrastive import triton_launch
+from fasterase.ops.contrastive import triton_features, triton_launch
 
 # Bytes of shared memory that one block may take, by architecture.
 SHARED_LIMIT = {
@@ -101,9 +101,7 @@ class _Recorder:
         return record
 
 
-def launches(
-    dtype: torch.dtype, width: int, ref_width: int | None, target: str
-) -> list[Launch]:
+def launches(dtype: torch.dtype, width: int, ref_width: int | None, target: str) -> list[Launch]:
     """Every launch of a forward and of both backwards on an architecture, at N = 4096."""
     n = 4096
     case = f"{str(dtype).removeprefix('torch.')} D={width}"
@@ -112,14 +110,13 @@ def launches(
     image = torch.zeros(n, width, dtype=dtype)
     ref = None if ref_width is None else torch.zeros(n, ref_width, dtype=dtype)
     scale = torch.ones(())
-    features = triton_launch.Features.of(
+    features = triton_features.Features.of(
         image, image, scale, ref, ref, None if ref is None else scale
     )
-    with mock.patch.multiple(
-        triton_launch,
-        _architecture=lambda device: target,
-        _num_programs=lambda device, wanted: wanted,
-        _product=lambda *_, **__: None,
+    with (
+        mock.patch.object(triton_features, "_architecture", return_value=target),
+        mock.patch.object(triton_launch, "_num_programs", lambda device, wanted: wanted),
+        mock.patch.object(triton_launch, "_product"),
     ):
         kernels = {
             triton_launch: ("sweep_online",),
@@ -263,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--target", choices=list(SHARED_LIMIT), help="only this architecture")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
-    if triton_launch.INTERPRETED:
+    if triton_features.INTERPRETED:
         sys.exit("TRITON_INTERPRET is set: kernels do not compile under the interpreter.")
     rows = []
     for target in SHARED_LIMIT if args.target is None else (args.target,):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 
@@ -11,56 +13,73 @@ from benchmarks import compiled_kernels
 from benchmarks.gpu_rates import Gpu, clocks_of, occupancy
 from benchmarks.instruction_path import Instructions, Path, measure
 from benchmarks.phase_cost import LAUNCH_S, Cost, Phase, clock, cost, gemm_seconds, waves
+from fasterase.ops.contrastive import triton_features
+from fasterase.ops.contrastive.triton_tiles import Tile
+
+# Tiles of an item of `sweep` that share one loop over depth: at most 32 strips a matrix.
+_STRIPS = 32
 
 
-def kernel_phases(gpu: Gpu, launch: compiled_kernels.Launch, path: Path) -> tuple[Phase, ...]:
-    """A tile of `sweep` or `strip`: the products of each matrix, then the epilogue."""
+def kernel_phases(
+    gpu: Gpu, launch: compiled_kernels.Launch, path: Path, n: int
+) -> tuple[Phase, ...]:
+    """A tile of a sweep or a strip over n rows: the products of each matrix, then the epilogue.
+
+    Where tiles share one loop over depth, all but one stage of the next tile's features arrive
+    during the epilogue, no tile waits for its first ones, and what begins and ends the loop is
+    shared.
+    """
     block_m, block_n, block_k = (
         launch.arguments[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")
     )
-    widths = [launch.arguments[name] for name in ("width", "ref_width")][: len(path.steps)]
+    steps, end, run = path.trace
+    widths = [launch.arguments[name] for name in ("width", "ref_width")[: len(steps)]]
     warps = launch.options["num_warps"]
     loaded = (block_m + block_n) * block_k * 2
-    phases = []
-    for width, step in zip(widths, path.steps, strict=True):
-        clocks = clocks_of(gpu, step, warps, shared_bytes=loaded, l2_bytes=loaded)
-        phases.append(Phase(clocks.times(math.ceil(width / block_k)), gpu.latency))
-    stats = 3 if len(path.steps) == 2 else 1
-    # strip writes its tile of G; sweep updates its columns' sums, after a load.
+    load = clocks_of(gpu, Instructions(), warps, shared_bytes=loaded, l2_bytes=loaded)
+    # strip writes its tile of G; a sweep updates sums after a load, the row sums where run is.
     is_strip = launch.name == "strip"
-    moved = 2 * block_m * block_n if is_strip else 8 * stats * block_n
+    if is_strip:
+        moved = 2 * block_m * block_n
+    else:
+        moved = 8 * block_m if run is not None else 8 * (3 if len(steps) == 2 else 1) * block_n
     rest = clocks_of(
         gpu,
-        path.rest,
+        end,
         warps,
         l2_bytes=moved,
         hbm_bytes=moved if is_strip else 0,
         clock_hz=clock(gpu),
     )
-    phases.append(Phase(rest, 0.0 if is_strip else gpu.latency))
-    return tuple(phases)
+    if run is not None:
+        num_steps = math.ceil(widths[0] / block_k)
+        ahead = min(launch.options["num_stages"] - 1, num_steps)
+        computed = clocks_of(gpu, steps[0], warps).times(num_steps)
+        shared_by = math.ceil(math.ceil(n / block_m) / _STRIPS)
+        run_clocks = clocks_of(gpu, run, warps, l2_bytes=4 * block_n)
+        return (
+            Phase(computed.plus(load.times(num_steps - ahead))),
+            Phase(rest.plus(load.times(ahead))),
+            Phase(run_clocks.times(1 / shared_by), gpu.latency / shared_by),
+        )
+    loops = [
+        Phase(clocks_of(gpu, step, warps).plus(load).times(math.ceil(width / block_k)), gpu.latency)
+        for width, step in zip(widths, steps, strict=True)
+    ]
+    return (*loops, Phase(rest, 0.0 if is_strip else gpu.latency))
 
 
 def find_launch(
-    name: str, width: int, ref_width: int | None, tile: tuple[int, ...] | None = None
+    gpu: Gpu, name: str, width: int, ref_width: int | None, tile: Tile | None = None
 ) -> compiled_kernels.Launch:
-    """The bf16 launch of a kernel, with another tile where one is given."""
-    launches = compiled_kernels.launches(torch.bfloat16, width, ref_width)
-    launch = next(launch for launch in launches if launch.name == name)
-    if tile is None:
-        return launch
-    block_m, block_n, block_k, warps, stages = tile
-    arguments = launch.arguments | {
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-        "BLOCK_K": block_k,
-        "EVEN_K": width % block_k == 0,
-        "EVEN_REF_K": (ref_width or width) % block_k == 0,
-    }
-    return launch._replace(
-        arguments=arguments,
-        options=launch.options | {"num_warps": warps, "num_stages": stages},
-    )
+    """The bf16 launch of a kernel on this GPU, with another tile where one is given."""
+    name = "sweep_reference" if name == "sweep" and ref_width is not None else name
+    with contextlib.ExitStack() as stack:
+        if tile is not None:
+            patch = mock.patch.object(triton_features, "choose_tile", return_value=tile)
+            stack.enter_context(patch)
+        launches = compiled_kernels.launches(torch.bfloat16, width, ref_width, f"sm_{gpu.sm}")
+    return next(launch for launch in launches if launch.name == name)
 
 
 class Modelled(NamedTuple):
@@ -69,7 +88,7 @@ class Modelled(NamedTuple):
     name: str
     width: int
     has_ref: bool
-    tile: tuple[int, ...]
+    tile: Tile
     path: Path
     phases: tuple[Phase, ...]
     resident: int
@@ -84,27 +103,28 @@ class Modelled(NamedTuple):
         """Over one matrix of this shape; is_overlapped: as if phases hid behind one another."""
         block_m, block_n = self.tile[:2]
         blocks = math.ceil(num_rows / block_m), math.ceil(num_cols / block_n)
-        # Blocks of `sweep` take rectangles of tiles, at most 32 x 32 of them.
-        units = math.prod(min(32, b) if self.name == "sweep" else b for b in blocks)
+        # Blocks of a sweep take rectangles of tiles, at most 32 x 32 of them.
+        units = math.prod(min(_STRIPS, b) if self.name == "sweep" else b for b in blocks)
         uneven = waves(units, gpu.num_sms * self.resident)
         tile = max(self.cost.clocks) if is_overlapped else self.cost.tile
         return tile * uneven * math.prod(blocks) / gpu.num_sms / clock(gpu)
 
 
 def modelled(
-    gpu: Gpu, name: str, width: int, has_ref: bool, tile: tuple[int, ...] | None = None
+    gpu: Gpu, name: str, width: int, has_ref: bool, n: int, tile: Tile | None = None
 ) -> Modelled:
-    launch = find_launch(name, width, width if has_ref else None, tile)
+    """A kernel over n rows: "sweep" or "strip"."""
+    launch = find_launch(gpu, name, width, width if has_ref else None, tile)
     path = measure(launch, gpu.sm)
-    shape = tuple(launch.arguments[f"BLOCK_{axis}"] for axis in "MNK")
     warps, stages = launch.options["num_warps"], launch.options["num_stages"]
+    block_m, block_n, block_k = (launch.arguments[f"BLOCK_{axis}"] for axis in "MNK")
     return Modelled(
         name,
         width,
         has_ref,
-        (*shape, warps, stages),
+        Tile(block_m, block_n, block_k, warps, stages),
         path,
-        kernel_phases(gpu, launch, path),
+        kernel_phases(gpu, launch, path, n),
         occupancy(gpu, warps, path.registers, path.shared_bytes),
     )
 
