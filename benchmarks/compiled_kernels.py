@@ -119,7 +119,7 @@ def launches(dtype: torch.dtype, width: int, ref_width: int | None, target: str)
         mock.patch.object(triton_launch, "_product"),
     ):
         kernels = {
-            triton_launch: ("sweep_online",),
+            triton_launch: ("sweep_online", "strip_run"),
             contrastive: ("row_statistics", "bounds", "reduce_sums", "finalise"),
             contrastive_sweep: ("sweep", "sweep_reference"),
             contrastive_backward: ("coefficients", "strip", "strip_of_logits", "gradients"),
@@ -160,14 +160,14 @@ def build(launch: Launch, target: str) -> Any:
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = _POINTERS[value.dtype]
             attributes[(k,)] = [["tt.divisibility", 16]]
-        elif parameter.is_constexpr or (isinstance(value, int) and value == 1):
+        elif parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):
             signature[parameter.name] = "constexpr"
             constants[(k,)] = value
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32"
-            if value % 16 == 0:
+            if value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[(k,)] = [["tt.divisibility", 16]]
     if target.startswith("sm_"):
         gpu = GPUTarget("cuda", int(target[3:]), 32)

@@ -13,11 +13,17 @@ from benchmarks import compiled_kernels
 from benchmarks.gpu_rates import Gpu, clocks_of, occupancy
 from benchmarks.instruction_path import Instructions, Path, measure
 from benchmarks.phase_cost import LAUNCH_S, Cost, Phase, clock, cost, gemm_seconds, waves
-from fasterase.ops.contrastive import triton_features
+from fasterase.ops.contrastive import triton_features, triton_launch
 from fasterase.ops.contrastive.triton_tiles import Tile
 
 # Tiles of an item of `sweep` that share one loop over depth: at most 32 strips a matrix.
 _STRIPS = 32
+_KERNELS = {
+    ("sweep", False): "sweep",
+    ("sweep", True): "sweep_reference",
+    ("strip", False): "strip_run",
+    ("strip", True): "strip",
+}
 
 
 def kernel_phases(
@@ -38,7 +44,7 @@ def kernel_phases(
     loaded = (block_m + block_n) * block_k * 2
     load = clocks_of(gpu, Instructions(), warps, shared_bytes=loaded, l2_bytes=loaded)
     # strip writes its tile of G; a sweep updates sums after a load, the row sums where run is.
-    is_strip = launch.name == "strip"
+    is_strip = launch.name.startswith("strip")
     if is_strip:
         moved = 2 * block_m * block_n
     else:
@@ -55,8 +61,8 @@ def kernel_phases(
         num_steps = math.ceil(widths[0] / block_k)
         ahead = min(launch.options["num_stages"] - 1, num_steps)
         computed = clocks_of(gpu, steps[0], warps).times(num_steps)
-        shared_by = math.ceil(math.ceil(n / block_m) / _STRIPS)
-        run_clocks = clocks_of(gpu, run, warps, l2_bytes=4 * block_n)
+        shared_by = triton_launch.RUN if is_strip else math.ceil(math.ceil(n / block_m) / _STRIPS)
+        run_clocks = clocks_of(gpu, run, warps, l2_bytes=0 if is_strip else 4 * block_n)
         return (
             Phase(computed.plus(load.times(num_steps - ahead))),
             Phase(rest.plus(load.times(ahead))),
@@ -73,13 +79,13 @@ def find_launch(
     gpu: Gpu, name: str, width: int, ref_width: int | None, tile: Tile | None = None
 ) -> compiled_kernels.Launch:
     """The bf16 launch of a kernel on this GPU, with another tile where one is given."""
-    name = "sweep_reference" if name == "sweep" and ref_width is not None else name
+    kernel = _KERNELS[name, ref_width is not None]
     with contextlib.ExitStack() as stack:
         if tile is not None:
             patch = mock.patch.object(triton_features, "choose_tile", return_value=tile)
             stack.enter_context(patch)
         launches = compiled_kernels.launches(torch.bfloat16, width, ref_width, f"sm_{gpu.sm}")
-    return next(launch for launch in launches if launch.name == name)
+    return next(launch for launch in launches if launch.name == kernel)
 
 
 class Modelled(NamedTuple):
@@ -105,6 +111,8 @@ class Modelled(NamedTuple):
         blocks = math.ceil(num_rows / block_m), math.ceil(num_cols / block_n)
         # Blocks of a sweep take rectangles of tiles, at most 32 x 32 of them.
         units = math.prod(min(_STRIPS, b) if self.name == "sweep" else b for b in blocks)
+        if self.name == "strip" and self.path.trace.run is not None:
+            units = math.ceil(units / triton_launch.RUN)
         uneven = waves(units, gpu.num_sms * self.resident)
         tile = max(self.cost.clocks) if is_overlapped else self.cost.tile
         return tile * uneven * math.prod(blocks) / gpu.num_sms / clock(gpu)

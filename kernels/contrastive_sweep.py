@@ -86,7 +86,8 @@ def sweep(
                 is_last = step == steps - 1
                 if is_last:
                     rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
-                    # Stored a column earlier; the barriers of the loads in between order it.
+                    # Stored a column of tiles earlier: each step since had a barrier for its loads,
+                    # and an explicit one would keep the loop from being pipelined.
                     has_earlier = rows < tl.where(col_block > first_col, n, 0)
                     earlier = tl.load(row_parts + rows, mask=has_earlier, other=0.0)
                     s = by * product
@@ -105,8 +106,8 @@ def sweep(
 def _sum_of_thread(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr):
     """[LANES / 8, 8, BLOCK_N] sums over the rows that one thread holds, without a shuffle.
 
-    Tensor cores leave with a thread the rows that differ by 8, and by 2 * LANES, 16 a warp. On
-    other layouts the sums are as right.
+    Of a tensor core's result, where a warp has 16 rows of every 2 * LANES, a thread holds those
+    that differ by 8 and by multiples of 2 * LANES. The sums are right on any layout.
     """
     x = tl.reshape(x, (BLOCK_M // (2 * LANES), LANES // 8, 2, 8, BLOCK_N))
     return tl.sum(tl.sum(x, 2), 0)

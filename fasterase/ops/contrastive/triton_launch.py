@@ -10,6 +10,7 @@ from fasterase.kernels import contrastive as forward_kernels
 from fasterase.kernels import contrastive_backward as backward_kernels
 from fasterase.kernels import contrastive_sweep as sweep_kernels
 from fasterase.kernels.contrastive_online import sweep_online
+from fasterase.kernels.contrastive_strip_run import strip_run
 from fasterase.kernels.contrastive_tiles import SLOTS
 from fasterase.ops.contrastive.triton_features import INTERPRETED as INTERPRETED
 from fasterase.ops.contrastive.triton_features import Features as Features
@@ -23,7 +24,8 @@ from fasterase.ops.contrastive.triton_schedule import (
 # Bytes of G (and of S and S0 where cuBLAS makes them) alive in a backward.
 WORKSPACE_BYTES = 256 * 2**20
 
-
+# Tiles that share one loop over depth in `strip_run`: more would leave fewer programs to even out.
+RUN = 4
 # Of `strip_of_logits`, which only reads and writes.
 _LOGITS_TILE = (32, 128)
 # Rows and depth of `row_statistics` and `gradients`, which stream the features.
@@ -160,10 +162,12 @@ def backward(
         launches, online_launches, strict=True
     ):
         if is_fused:
-            num_tiles = segments[-1].last_tile, online_segments[-1].last_tile
             arguments = (features, softmaxes, factors, flags, workspace, gain)
-            _strip(*arguments, table, num_tiles[0], is_online=False)
-            _strip(*arguments, online_table, num_tiles[1], is_online=True)
+            if has_ref:
+                _strip(*arguments, segments, table, is_online=False)
+            else:
+                _strip_run(*arguments, segments, table)
+            _strip(*arguments, online_segments, online_table, is_online=True)
         for segment in segments:
             rows, cols = segment.batch_rows, segment.batch_cols
             g = workspace[segment.offset :][: segment.rows * segment.stride]
@@ -191,6 +195,33 @@ def backward(
     return results[0] if wants_image else None, results[1], d_scale.sum()
 
 
+def _strip_run(
+    features: Features,
+    softmaxes: Tensor,
+    factors: Tensor,
+    flags: Tensor,
+    workspace: Tensor,
+    gain: float,
+    segments: tuple[Segment, ...],
+    table: Tensor,
+) -> None:
+    """Write the strips of one launch without a reference, of the groups whose flag is not set."""
+    image, text, scale = features[:3]
+    tile = features.tile("strip")
+    num_tiles = segments[-1].last_tile
+    # Longer runs only where there are tiles enough for all multiprocessors.
+    run = max(1, min(RUN, num_tiles // _num_programs(image.device, num_tiles)))
+    programs = sum(
+        triton.cdiv(triton.cdiv(segment.rows, tile.block_m), run)
+        * triton.cdiv(segment.n, tile.block_n)
+        for segment in segments
+    )
+    strip_run[(programs,)](
+        image, text, scale, softmaxes, factors, flags, table, workspace, image.stride(0),
+        text.stride(0), len(image), image.shape[1], run, gain, **features.meta(tile),
+    )  # fmt: skip
+
+
 def _strip(
     features: Features,
     softmaxes: Tensor,
@@ -198,8 +229,8 @@ def _strip(
     flags: Tensor,
     workspace: Tensor,
     gain: float,
+    segments: tuple[Segment, ...],
     table: Tensor,
-    num_tiles: int,
     *,
     is_online: bool,
 ) -> None:
@@ -208,6 +239,7 @@ def _strip(
     A program a tile; where seldom one has work, just enough programs to look at all tiles.
     """
     image, text, scale, ref_image, ref_text, ref_scale, has_ref = features
+    num_tiles = segments[-1].last_tile
     programs = _num_programs(image.device, num_tiles) if is_online else num_tiles
     backward_kernels.strip[(programs,)](
         image, text, ref_image, ref_text, scale, ref_scale, softmaxes, factors, flags, table,

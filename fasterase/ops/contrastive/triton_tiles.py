@@ -40,7 +40,7 @@ TILES = {
     ("sweep", True, False): Tile(64, 64, 16, 8, 3),
     ("online", False, False): Tile(64, 64, 32, 8, 3),
     ("online", True, False): Tile(64, 64, 16, 8, 3),
-    ("strip", False, False): Tile(64, 64, 32, 4, 3),
+    ("strip", False, False): Tile(64, 64, 32, 8, 3),
     ("strip", True, False): Tile(64, 64, 32, 8, 3),
     ("strip_online", False, False): Tile(64, 64, 32, 4, 3),
     ("strip_online", True, False): Tile(64, 64, 32, 8, 3),
