@@ -104,6 +104,7 @@ class _Recorder:
 def launches(dtype: torch.dtype, width: int, ref_width: int | None, target: str) -> list[Launch]:
     """Every launch of a forward and of both backwards on an architecture, at N = 4096."""
     n = 4096
+    architecture = target if target.startswith("sm_") else "gfx"
     case = f"{str(dtype).removeprefix('torch.')} D={width}"
     case += "" if ref_width is None else f" D0={ref_width}"
     found: list[Launch] = []
@@ -114,7 +115,7 @@ def launches(dtype: torch.dtype, width: int, ref_width: int | None, target: str)
         image, image, scale, ref, ref, None if ref is None else scale
     )
     with (
-        mock.patch.object(triton_features, "_architecture", return_value=target),
+        mock.patch.object(triton_features, "_architecture", return_value=architecture),
         mock.patch.object(triton_launch, "_num_programs", lambda device, wanted: wanted),
         mock.patch.object(triton_launch, "_product"),
     ):

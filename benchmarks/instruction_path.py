@@ -98,15 +98,27 @@ def trace(sass: str) -> Trace:
     ]
     first, last = min(outer, key=lambda x: x[1] - x[0]) if outer else (0, code[-1].at)
     executed = _executed([op for op in code if first <= op.at <= last], products)
-    rest = [op for op in executed if not any(a <= op.at <= b for a, b in inner)]
-    loops_over_depth = [[op for op in code if a <= op.at <= b] for a, b in inner]
-    if len(inner) == 1:
-        (loop,) = loops_over_depth
+    ranges = [[op for op in code if a <= op.at <= b] for a, b in inner]
+    rest = _sum([op for op in executed if not any(a <= op.at <= b for a, b in inner)])
+    step, epilogue = _shared_loop(ranges, products)
+    if epilogue:
+        return Trace((_sum(step),), _sum(_executed(epilogue, products)), rest)
+    return Trace(tuple(map(_sum, ranges)), rest)
+
+
+def _shared_loop(loops: list[list[_Op]], products: list[int]) -> tuple[list[_Op], list[_Op]]:
+    """(a step, the epilogue) of one loop for several tiles, or nothing.
+
+    The epilogue stands inside the loop, and most steps jump over it; or before the loop, and the
+    last step jumps back to it.
+    """
+    if len(loops) == 1:
+        (loop,) = loops
         epilogue = _epilogue(loop, products)
-        if epilogue:
-            step = [op for op in loop if op not in epilogue]
-            return Trace((_sum(step),), _sum(_executed(epilogue, products)), _sum(rest))
-    return Trace(tuple(map(_sum, loops_over_depth)), _sum(rest))
+        return [op for op in loop if op not in epilogue], epilogue
+    if len(loops) == 2 and loops[0][0].at < loops[1][0].at <= loops[0][-1].at < loops[1][-1].at:
+        return loops[1], [op for op in loops[0] if op.at < loops[1][0].at]
+    return [], []
 
 
 def _epilogue(loop: list[_Op], products: list[int]) -> list[_Op]:

@@ -36,6 +36,7 @@ strip:
     [
         ("sweep", None, "sm_80"),
         ("sweep", None, "sm_90"),
+        ("sweep", None, "gfx942"),
         ("sweep_reference", 768, "sm_90"),
         ("strip_run", None, "sm_90"),
         ("strip", 768, "sm_90"),
@@ -82,11 +83,11 @@ def test_tiles_of_an_architecture(has_ref, is_half, widths):
     tiles = {
         (kernel, architecture): choose_tile(kernel, has_ref, is_half, widths, architecture)
         for kernel in ("sweep", "online", "strip", "strip_online")
-        for architecture in ("sm_80", "sm_90", "sm_100", "other")
+        for architecture in ("sm_80", "sm_90", "sm_100", "gfx", "interpreter")
     }
     for kernel, architecture in tiles:
-        if architecture != "sm_90" or not is_half or widths != (768, 768):
-            assert tiles[kernel, architecture] == tiles[kernel, "other"]
+        if architecture in ("sm_80", "sm_100") or not is_half or widths != (768, 768):
+            assert tiles[kernel, architecture] == tiles[kernel, "interpreter"]
         # Both fill the same strips.
         assert tiles["strip", architecture].block_m == tiles["strip_online", architecture].block_m
     if is_half and widths == (768, 768):

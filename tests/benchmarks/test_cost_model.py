@@ -60,6 +60,27 @@ def test_trace_of_tiles_that_share_a_loop() -> None:
     assert run == Instructions(issued=3, shuffle=1)
 
 
+ROTATED_LISTING = """
+        /*0000*/                   BRA 0x40 ;
+        /*0010*/                   MUFU.EX2 R1, R1 ;
+        /*0020*/                   FADD R2, R2, R1 ;
+        /*0030*/                   STG.E [R2], R1 ;
+        /*0040*/                   HMMA.16816.F32.BF16 R24, R4, R8, R24 ;
+        /*0050*/               @P0 BRA 0x10 ;
+        /*0060*/                   LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64] ;
+        /*0070*/                   BRA 0x40 ;
+        /*0080*/                   EXIT ;
+"""
+
+
+def test_trace_of_a_loop_whose_last_step_jumps_back_to_the_epilogue() -> None:
+    (step,), rest, run = trace(ROTATED_LISTING)
+    assert step == Instructions(issued=4, flops=2 * 16 * 8 * 16)
+    assert rest == Instructions(issued=3, fp32=1, special=1)
+    assert run is not None
+    assert run.issued == 2
+
+
 def test_tiles_that_share_a_loop_load_ahead() -> None:
     """Two of the twelve steps' loads move to the epilogue, and the run is shared by four tiles."""
     tile = Tile(256, 128, 64, 8, 3)

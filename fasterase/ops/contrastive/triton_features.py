@@ -96,8 +96,10 @@ def _allows_tf32() -> bool:
 
 @functools.cache
 def _architecture(device: torch.device) -> str:
-    """As in `triton_tiles`: "sm_90" and its like, or what no entry of a table names."""
-    if INTERPRETED or torch.version.hip is not None:
-        return "other"
+    """As in `triton_tiles`: "sm_90" and its like, "gfx" for AMD's."""
+    if INTERPRETED:
+        return "interpreter"
+    if torch.version.hip is not None:
+        return "gfx"
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"

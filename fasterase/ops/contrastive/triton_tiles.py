@@ -53,6 +53,8 @@ EVEN_TILES = {
         ("sweep", True, True): Tile(64, 128, 64, 4, 3),
         ("strip", False, True): Tile(128, 256, 64, 8, 3),
     },
+    # 64 KB of shared memory.
+    "gfx": {("sweep", False, True): Tile(128, 128, 64, 8, 2)},
 }
 
 
@@ -63,7 +65,7 @@ def choose_tile(
 
     kernel: "sweep", "online", "strip" or "strip_online".
     widths: D of the features, and of their reference.
-    architecture: "sm_90" and the like; others have the general tiles.
+    architecture: "sm_90" and the like, "gfx" for AMD's; one without entries has the general tiles.
     """
     key = kernel, has_ref, is_half
     even = EVEN_TILES.get(architecture, {}).get(key)
