@@ -26,8 +26,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.listing import Counts, count_amd, count_nvidia
-from fasterase.kernels import contrastive, contrastive_backward
-from fasterase.ops.contrastive import triton_launch
+from fasterase.kernels import contrastive, contrastive_backward, contrastive_sweep
+from fasterase.ops.contrastive import triton_features, triton_launch
 
 # Bytes of shared memory that one block may take, by architecture.
 SHARED_LIMIT = {
@@ -61,6 +61,11 @@ class Launch(NamedTuple):
         is_online = self.arguments.get("IS_ONLINE", False)
         return self.kernel.fn.__name__ + ("_online" if is_online else "")
 
+    @property
+    def tile(self) -> str:
+        sizes = (self.arguments.get(f"BLOCK_{axis}") for axis in "MNK")
+        return "x".join(str(size) for size in sizes if size is not None)
+
 
 class Compiled(NamedTuple):
     """A row of the table."""
@@ -68,6 +73,7 @@ class Compiled(NamedTuple):
     kernel: str
     case: str
     target: str
+    tile: str  # BLOCK_M x BLOCK_N x BLOCK_K
     warps: int
     stages: int
     registers: int
@@ -95,24 +101,28 @@ class _Recorder:
         return record
 
 
-def launches(dtype: torch.dtype, width: int, ref_width: int | None) -> list[Launch]:
-    """Every launch of a forward and of both backwards, at N = 4096."""
+def launches(dtype: torch.dtype, width: int, ref_width: int | None, target: str) -> list[Launch]:
+    """Every launch of a forward and of both backwards on an architecture, at N = 4096."""
     n = 4096
+    architecture = target if target.startswith("sm_") else "gfx"
     case = f"{str(dtype).removeprefix('torch.')} D={width}"
     case += "" if ref_width is None else f" D0={ref_width}"
     found: list[Launch] = []
     image = torch.zeros(n, width, dtype=dtype)
     ref = None if ref_width is None else torch.zeros(n, ref_width, dtype=dtype)
     scale = torch.ones(())
-    features = triton_launch.Features.of(
+    features = triton_features.Features.of(
         image, image, scale, ref, ref, None if ref is None else scale
     )
-    with mock.patch.multiple(
-        triton_launch, _num_programs=lambda device, wanted: wanted, _product=lambda *_, **__: None
+    with (
+        mock.patch.object(triton_features, "_architecture", return_value=architecture),
+        mock.patch.object(triton_launch, "_num_programs", lambda device, wanted: wanted),
+        mock.patch.object(triton_launch, "_product"),
     ):
         kernels = {
-            triton_launch: ("sweep_online",),
-            contrastive: ("row_statistics", "bounds", "sweep", "reduce_sums", "finalise"),
+            triton_launch: ("sweep_online", "strip_run"),
+            contrastive: ("row_statistics", "bounds", "reduce_sums", "finalise"),
+            contrastive_sweep: ("sweep", "sweep_reference"),
             contrastive_backward: ("coefficients", "strip", "strip_of_logits", "gradients"),
         }
         patches = [
@@ -152,14 +162,14 @@ def build(launch: Launch, target: str) -> Any:
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = _POINTERS[value.dtype]
             attributes[(k,)] = [["tt.divisibility", 16]]
-        elif parameter.is_constexpr or (isinstance(value, int) and value == 1):
+        elif parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):
             signature[parameter.name] = "constexpr"
             constants[(k,)] = value
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32"
-            if value % 16 == 0:
+            if value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[(k,)] = [["tt.divisibility", 16]]
     if target.startswith("sm_"):
         gpu = GPUTarget("cuda", int(target[3:]), 32)
@@ -188,6 +198,7 @@ def compile_launch(launch: Launch, target: str) -> Compiled:
         launch.name,
         launch.case,
         target,
+        launch.tile,
         compiled.metadata.num_warps,
         compiled.metadata.num_stages,
         registers,
@@ -218,7 +229,7 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def cases() -> Iterator[Launch]:
+def cases(target: str) -> Iterator[Launch]:
     """Kernels that multiply features in every variant: widths that BLOCK_K divides and does not,
     with and without reference, bf16 and fp32; the others, which only stream, once."""
     seen: set[str] = set()
@@ -226,11 +237,12 @@ def cases() -> Iterator[Launch]:
         (torch.bfloat16, 768, 768),
         (torch.bfloat16, 768, None),
         (torch.bfloat16, 1280, 500),
+        (torch.bfloat16, 500, None),
         (torch.float32, 512, 512),
         (torch.float32, 512, None),
     ):
-        for launch in launches(dtype, width, ref_width):
-            if "BLOCK_K" in launch.arguments and "HAS_REF" in launch.arguments:
+        for launch in launches(dtype, width, ref_width, target):
+            if "BLOCK_N" in launch.arguments and launch.name != "strip_of_logits":
                 yield launch
             elif launch.name not in seen:
                 seen.add(launch.name)
@@ -250,23 +262,25 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--target", choices=list(SHARED_LIMIT), help="only this architecture")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
-    if triton_launch.INTERPRETED:
+    if triton_features.INTERPRETED:
         sys.exit("TRITON_INTERPRET is set: kernels do not compile under the interpreter.")
     rows = []
-    for launch in cases():
-        if args.kernel in (None, launch.name):
-            for target in SHARED_LIMIT if args.target is None else (args.target,):
-                compiled = compile_launch(launch, target)
-                rows.append(row(compiled))
-                loop = compiled.instructions.loop.items()
-                mix = " ".join(f"{unit} {count}" for unit, count in loop if count)
-                print(
-                    f"{compiled.kernel:16} {compiled.case:24} {target:6} {compiled.warps} warps "
-                    f"{compiled.registers:4} registers {compiled.stack_bytes:4} B stack "
-                    f"{compiled.shared_bytes:7} B shared {'wgmma' if compiled.wgmma else '     '} "
-                    f"loop: {mix}",
-                    flush=True,
-                )
+    for target in SHARED_LIMIT if args.target is None else (args.target,):
+        for launch in cases(target):
+            if args.kernel not in (None, launch.name):
+                continue
+            compiled = compile_launch(launch, target)
+            rows.append(row(compiled))
+            loop = compiled.instructions.loop.items()
+            mix = " ".join(f"{unit} {count}" for unit, count in loop if count)
+            print(
+                f"{compiled.kernel:16} {compiled.case:24} {target:6} {compiled.tile:12} "
+                f"{compiled.warps} warps "
+                f"{compiled.registers:4} registers {compiled.stack_bytes:4} B stack "
+                f"{compiled.shared_bytes:7} B shared {'wgmma' if compiled.wgmma else '     '} "
+                f"loop: {mix}",
+                flush=True,
+            )
     args.output.parent.mkdir(parents=True, exist_ok=True)
     temporary = args.output.with_suffix(".tmp")
     with temporary.open("w", newline="") as file:

@@ -1,8 +1,9 @@
 """What one tile of a compiled kernel executes: instructions by pipe, along the usual path.
 
 `compiled_kernels` counts what a kernel contains. A tile runs less of it: of an if/else, one arm
-(the shorter: the slow arm of these kernels is for batches whose fixed shift failed), and the loop
-over the features' depth many times. All counts are warp instructions, a warp.
+(the shorter: the slow arm of these kernels is for batches whose fixed shift failed), no mask of
+tiles at an edge, and the loop over the features' depth many times. All counts are warp
+instructions, a warp.
 """
 
 from __future__ import annotations
@@ -31,11 +32,18 @@ class Instructions(NamedTuple):
         return Instructions(*(a * by for a in self))
 
 
-class Path(NamedTuple):
-    """One tile's instructions: of a step of each loop over depth, and of all the rest."""
+class Trace(NamedTuple):
+    """One tile's instructions."""
 
-    steps: tuple[Instructions, ...]
+    steps: tuple[Instructions, ...]  # of a step of each loop over depth
     rest: Instructions
+    run: Instructions | None = None  # once for the tiles that share one loop over depth, if so
+
+
+class Path(NamedTuple):
+    """What one tile takes."""
+
+    trace: Trace
     registers: int
     stack_bytes: int
     shared_bytes: int
@@ -53,6 +61,7 @@ _FP32 = re.compile(r"FFMA|FADD|FMUL|IMAD")
 _ALU = re.compile(
     r"I|LOP|SHF|LEA|SEL|FSEL|FSETP|FMNMX|PRMT|F2F|PLOP|VOTE|BMSK|SGXT|POPC|FLO|LEA|P2R|R2P"
 )
+_EFFECT = re.compile(r"MUFU|SHFL|BAR|LD|ST|RED|ATOM|EXIT|BRA")
 # Registers a thread of a shared-memory instruction: .32 where nothing says more.
 _WIDTH = {"64": 2, "128": 4, "U16": 1, "U8": 1}
 
@@ -62,12 +71,14 @@ def measure(launch: compiled_kernels.Launch, sm: int) -> Path:
     cubin = compiled_kernels.build(launch, f"sm_{sm}")
     registers, stack = compiled_kernels.resources(cubin.asm["cubin"])
     sass = compiled_kernels.tool("cuobjdump", "--dump-sass", cubin=cubin.asm["cubin"])
-    steps, rest = trace(sass)
-    return Path(steps, rest, registers, stack, cubin.metadata.shared)
+    return Path(trace(sass), registers, stack, cubin.metadata.shared)
 
 
-def trace(sass: str) -> tuple[tuple[Instructions, ...], Instructions]:
-    """(a step of each loop over depth, the rest of a tile) of a kernel's SASS listing."""
+def trace(sass: str) -> Trace:
+    """Of a kernel's SASS listing.
+
+    A loop over depth with a conditional epilogue inside is one for several tiles.
+    """
     code = _parse(sass)
     products = [op.at for op in code if _is_product(op)]
     loops = [(op.target, op.at) for op in code if op.target is not None and op.target < op.at]
@@ -87,14 +98,43 @@ def trace(sass: str) -> tuple[tuple[Instructions, ...], Instructions]:
     ]
     first, last = min(outer, key=lambda x: x[1] - x[0]) if outer else (0, code[-1].at)
     executed = _executed([op for op in code if first <= op.at <= last], products)
-    steps = tuple(
-        sum((_cost(op) for op in code if a <= op.at <= b), Instructions()) for a, b in inner
-    )
-    rest = sum(
-        (_cost(op) for op in executed if not any(a <= op.at <= b for a, b in inner)),
-        Instructions(),
-    )
-    return steps, rest
+    ranges = [[op for op in code if a <= op.at <= b] for a, b in inner]
+    rest = _sum([op for op in executed if not any(a <= op.at <= b for a, b in inner)])
+    step, epilogue = _shared_loop(ranges, products)
+    if epilogue:
+        return Trace((_sum(step),), _sum(_executed(epilogue, products)), rest)
+    return Trace(tuple(map(_sum, ranges)), rest)
+
+
+def _shared_loop(loops: list[list[_Op]], products: list[int]) -> tuple[list[_Op], list[_Op]]:
+    """(a step, the epilogue) of one loop for several tiles, or nothing.
+
+    The epilogue stands inside the loop, and most steps jump over it; or before the loop, and the
+    last step jumps back to it.
+    """
+    if len(loops) == 1:
+        (loop,) = loops
+        epilogue = _epilogue(loop, products)
+        return [op for op in loop if op not in epilogue], epilogue
+    if len(loops) == 2 and loops[0][0].at < loops[1][0].at <= loops[0][-1].at < loops[1][-1].at:
+        return loops[1], [op for op in loops[0] if op.at < loops[1][0].at]
+    return [], []
+
+
+def _epilogue(loop: list[_Op], products: list[int]) -> list[_Op]:
+    """What the loop skips, exponentials among it, but for a tile's last step."""
+    skipped = [
+        [other for other in loop if op.at < other.at < op.target]
+        for op in loop
+        if op.is_conditional and op.target is not None and op.at < op.target <= loop[-1].at
+        if not _has(products, op.at, op.target)
+    ]
+    with_exponentials = [ops for ops in skipped if any(op.name.startswith("MUFU") for op in ops)]
+    return max(with_exponentials, key=len, default=[])
+
+
+def _sum(ops: list[_Op]) -> Instructions:
+    return sum(map(_cost, ops), Instructions())
 
 
 def _parse(sass: str) -> list[_Op]:
@@ -117,7 +157,10 @@ def _has(products: list[int], first: int, last: int) -> bool:
 
 
 def _executed(code: list[_Op], products: list[int]) -> list[_Op]:
-    """Straight through, the shorter arm of every if/else, up to an unconditional exit."""
+    """Straight through, the shorter arm of every if/else, up to an unconditional exit.
+
+    An if without else that only selects is the mask of a tile at an edge, and left out.
+    """
     index = {op.at: k for k, op in enumerate(code)}
     executed = []
     k = 0
@@ -141,6 +184,10 @@ def _executed(code: list[_Op], products: list[int]) -> list[_Op]:
             end = index[jump.target]
             if end - other < other - k and not _has(products, op.target, jump.target):
                 k = other
+        elif any(x.name.startswith("FSEL") for x in code[k:other]) and not any(
+            _EFFECT.match(x.name) for x in code[k:other]
+        ):
+            k = other
     return executed
 
 

@@ -1,13 +1,11 @@
-"""Forward kernels of the contrastive operator: sums of exp(S) and of the KL, rows and columns.
+"""Forward kernels of the contrastive operator around its sweep: what is O(N D) or O(N).
 
-In order of launch: `row_statistics` (a matrix), `bounds`, `sweep`, `reduce_sums`, `sweep_online`,
-`finalise`. No atomics, no barrier between programs, no host sync; results depend on the shapes
-alone, not on the number of programs.
+In order of launch: `row_statistics` (a matrix), `bounds`, `sweep` or `sweep_reference`,
+`reduce_sums`, `sweep_online`, `finalise`. No atomics, no barrier between programs, no host sync;
+results depend on the shapes and tiles alone, not on the number of programs.
 
-An *item* is a rectangle of tiles of one group: strip x chunk. Its row sums stay in registers over
-the chunk; its column sums are added up, row block after row block, in a private slot of `parts`.
-`parts` is [2 (row, column), statistics, SLOTS, N]; a slot is a chunk for row sums, a strip for
-column sums. `fasterase.ops.contrastive.triton_schedule` makes the tables.
+The sweeps leave their sums in `parts`, [2 (row, column), statistics, SLOTS, N], which the kernels
+here add up; `fasterase.ops.contrastive.triton_schedule` makes the tables of who writes which slot.
 """
 
 from __future__ import annotations
@@ -17,15 +15,10 @@ import triton.language as tl
 
 from fasterase.kernels.contrastive_online import merge_slots
 from fasterase.kernels.contrastive_tiles import (
-    ITEM_FIELDS,
     SLOTS,
     SPAN_FIELDS,
-    exp_gap,
-    is_edge,
-    off_diagonal,
     sigmoid,
     softplus,
-    tile_product,
 )
 
 # exp(66) times 2^20 columns, also times the KL's (s0 - s), still fits fp32.
@@ -103,122 +96,6 @@ def bounds(
     tl.store(shift + matrix * tl.num_programs(0) + group, tl.maximum(bound - _HEADROOM, 0.0))
     if matrix == 0:
         tl.store(flags + group, 0)
-
-
-@triton.jit
-def sweep(
-    image,
-    text,
-    ref_image,
-    ref_text,
-    scale,
-    ref_scale,
-    shift,  # [matrices, num_groups]
-    items,  # [num_items, ITEM_FIELDS]
-    parts,  # [2, 5 or 2, SLOTS, N] out: slots of e, e0, e0 * (s0 - s), or of e alone
-    image_stride,
-    text_stride,
-    ref_image_stride,
-    ref_text_stride,
-    num_items,
-    num_groups,
-    num_rows,
-    width,
-    ref_width,
-    HAS_REF: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    EVEN_REF_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Row and column sums of e = exp(s - shift), the diagonal left out, in one pass over tiles."""
-    slot = SLOTS * tl.cast(num_rows, tl.int64)
-    stats: tl.constexpr = 5 if HAS_REF else 2
-    by = tl.load(scale)
-    ref_by = tl.load(ref_scale) if HAS_REF else by
-    for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
-        entry = items + item * ITEM_FIELDS
-        start, n = tl.load(entry), tl.load(entry + 1)
-        first_row, last_row = tl.load(entry + 2), tl.load(entry + 3)
-        first_col, last_col = tl.load(entry + 5), tl.load(entry + 6)
-        group = tl.load(entry + 8)
-        row_parts = parts + tl.load(entry + 7).to(tl.int64) * num_rows + start
-        col_parts = parts + stats * slot + tl.load(entry + 4).to(tl.int64) * num_rows + start
-        first = start.to(tl.int64)
-        c = tl.load(shift + group)
-        ref_c = tl.load(shift + num_groups + group) if HAS_REF else c
-        for row_block in range(first_row, last_row):
-            rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
-            row_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
-            ref_row_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
-            cross_row_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
-            # What is hoisted out of the loop would be held in registers through it, and spill.
-            for col_block in tl.range(first_col, last_col, disable_licm=True):
-                cols = col_block * BLOCK_N + tl.arange(0, BLOCK_N)
-                s = by * tile_product(
-                    image + first * image_stride,
-                    text + first * text_stride,
-                    image_stride,
-                    text_stride,
-                    row_block * BLOCK_M,
-                    col_block * BLOCK_N,
-                    n,
-                    width,
-                    BLOCK_M,
-                    BLOCK_N,
-                    BLOCK_K,
-                    EVEN_K,
-                    PRECISION,
-                )
-                # What is no element beside the diagonal becomes -inf: no mask to carry in registers
-                # through the second product.
-                edge = is_edge(row_block * BLOCK_M, col_block * BLOCK_N, n, BLOCK_M, BLOCK_N)
-                if edge:
-                    s = tl.where(off_diagonal(rows, cols, n), s, -float("inf"))
-                has_earlier = cols < tl.where(row_block > first_row, n, 0)
-                e = exp_gap(s, c)
-                row_sum += tl.sum(e, 1)
-                col = col_parts + cols
-                earlier = tl.load(col, mask=has_earlier, other=0.0)
-                tl.store(col, earlier + tl.sum(e, 0), mask=cols < n)
-                if HAS_REF:
-                    s0 = ref_by * tile_product(
-                        ref_image + first * ref_image_stride,
-                        ref_text + first * ref_text_stride,
-                        ref_image_stride,
-                        ref_text_stride,
-                        row_block * BLOCK_M,
-                        col_block * BLOCK_N,
-                        n,
-                        ref_width,
-                        BLOCK_M,
-                        BLOCK_N,
-                        BLOCK_K,
-                        EVEN_REF_K,
-                        PRECISION,
-                    )
-                    # In an order that needs no third tile of registers: the gap replaces s, e0
-                    # replaces s0, and their product the gap.
-                    gap = s0 - s
-                    if edge:
-                        gap = tl.where(s == -float("inf"), 0.0, gap)
-                        s0 = tl.where(s == -float("inf"), s, s0)
-                    e0 = exp_gap(s0, ref_c)
-                    ref_row_sum += tl.sum(e0, 1)
-                    earlier = tl.load(col + slot, mask=has_earlier, other=0.0)
-                    tl.store(col + slot, earlier + tl.sum(e0, 0), mask=cols < n)
-                    cross = e0 * gap
-                    cross_row_sum += tl.sum(cross, 1)
-                    earlier = tl.load(col + 2 * slot, mask=has_earlier, other=0.0)
-                    tl.store(col + 2 * slot, earlier + tl.sum(cross, 0), mask=cols < n)
-                # The next row block reads these slots from other threads.
-                tl.debug_barrier()
-            tl.store(row_parts + rows, row_sum, mask=rows < n)
-            if HAS_REF:
-                tl.store(row_parts + slot + rows, ref_row_sum, mask=rows < n)
-                tl.store(row_parts + 2 * slot + rows, cross_row_sum, mask=rows < n)
 
 
 @triton.jit

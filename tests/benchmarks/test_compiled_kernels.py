@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton")
 from benchmarks import compiled_kernels
 from benchmarks.listing import count_amd
+from fasterase.ops.contrastive.triton_tiles import choose_tile
 
 # A loop over depth, inside a loop over tiles.
 AMD_LISTING = """
@@ -35,13 +36,22 @@ strip:
     reason="the kernels need Triton 3.5",
 )
 @pytest.mark.parametrize(
-    ("name", "target"),
-    [("sweep", "sm_90"), ("strip", "sm_90"), ("strip_online", "sm_90"), ("strip", "gfx942")],
+    ("name", "ref_width", "target"),
+    [
+        ("sweep", None, "sm_80"),
+        ("sweep", None, "sm_90"),
+        ("sweep", None, "gfx942"),
+        ("sweep_reference", 768, "sm_90"),
+        ("strip_run", None, "sm_90"),
+        ("strip", 768, "sm_90"),
+        ("strip_online", 768, "sm_90"),
+        ("strip", 768, "gfx942"),
+    ],
 )
-def test_no_spills_tensor_cores_and_shared_memory_within_the_limit(name, target):
+def test_no_spills_tensor_cores_and_shared_memory_within_the_limit(name, ref_width, target):
     if not shutil.which(compiled_kernels.tool_path("cuobjdump")):
         pytest.skip("this triton has no cuobjdump")
-    launches = compiled_kernels.launches(torch.bfloat16, 768, 768)
+    launches = compiled_kernels.launches(torch.bfloat16, 768, ref_width, target)
     (launch,) = [launch for launch in launches if launch.name == name]
     compiled = compiled_kernels.compile_launch(launch, target)
     assert compiled.wgmma == (target == "sm_90")
@@ -49,6 +59,43 @@ def test_no_spills_tensor_cores_and_shared_memory_within_the_limit(name, target)
     assert compiled.instructions.loop["tensor"] > 0
     assert compiled.instructions.loop["local"] == 0
     assert compiled.shared_bytes <= compiled_kernels.SHARED_LIMIT[target]
+
+
+@pytest.mark.parametrize("name", ["sweep", "strip_run"])
+def test_products_of_one_tile_run_beside_the_loads_of_the_next(name):
+    """On Hopper: a step leaves its product in flight and loads on; the epilogue waits for it.
+
+    Each step waits for loads, and all threads for one another: that orders the row sums that one
+    column of tiles stores and the next one reads.
+    """
+    if not shutil.which(compiled_kernels.tool_path("cuobjdump")):
+        pytest.skip("this triton has no cuobjdump")
+    launches = compiled_kernels.launches(torch.bfloat16, 768, None, "sm_90")
+    (launch,) = [launch for launch in launches if launch.name == name]
+    loop = compiled_kernels.build(launch, "sm_90").asm["ttgir"].split("scf.for")[-1]
+    product, epilogue = loop.index("warp_group_dot "), loop.index("scf.if")
+    assert "async_wait" in loop[:product]
+    assert "pendings = 1" in loop[product:epilogue]
+    assert "async_copy_global_to_local" in loop[product:epilogue]
+    assert "pendings = 0" in loop[epilogue:]
+
+
+@pytest.mark.parametrize("has_ref", [False, True])
+@pytest.mark.parametrize("is_half", [False, True])
+@pytest.mark.parametrize("widths", [(768, 768), (500, 768), (768, 500)])
+def test_tiles_of_an_architecture(has_ref, is_half, widths):
+    tiles = {
+        (kernel, architecture): choose_tile(kernel, has_ref, is_half, widths, architecture)
+        for kernel in ("sweep", "online", "strip", "strip_online")
+        for architecture in ("sm_80", "sm_90", "sm_100", "gfx", "interpreter")
+    }
+    for kernel, architecture in tiles:
+        if architecture in ("sm_80", "sm_100") or not is_half or widths != (768, 768):
+            assert tiles[kernel, architecture] == tiles[kernel, "interpreter"]
+        # Both fill the same strips.
+        assert tiles["strip", architecture].block_m == tiles["strip_online", architecture].block_m
+    if is_half and widths == (768, 768):
+        assert tiles["sweep", "sm_90"] != tiles["sweep", "sm_80"]
 
 
 def test_amd_instructions_are_counted_in_the_inner_loop_and_in_all():

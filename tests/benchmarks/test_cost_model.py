@@ -7,9 +7,12 @@ import csv
 import pytest
 
 from benchmarks import cost_model
-from benchmarks.cost_model import Phase, cost, gemm_seconds, waves
-from benchmarks.gpu_rates import A100, H100, Clocks, clocks_of, occupancy
-from benchmarks.instruction_path import Instructions, trace
+from benchmarks.gpu_rates import A100, H100, Clocks, Gpu, clocks_of, occupancy
+from benchmarks.instruction_path import Instructions, Path, Trace, trace
+from benchmarks.kernel_cost import find_launch, kernel_phases
+from benchmarks.peer_cost import published_rows, siglip_seconds
+from benchmarks.phase_cost import Phase, clock, cost, gemm_seconds, waves
+from fasterase.ops.contrastive.triton_tiles import Tile
 
 DRAIN = 91
 
@@ -32,8 +35,73 @@ LISTING = """
 """
 
 
+# One loop over the depth of several tiles: a step skips the epilogue, and a tile its mask.
+RUN_LISTING = """
+        /*0000*/                   LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64] ;
+        /*0010*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*0020*/               @P0 BRA 0x80 ;
+        /*0030*/                   FMUL R24, R24, R1 ;
+        /*0040*/               @P1 BRA P2, 0x60 ;
+        /*0050*/                   FSEL R24, R24, -INF , P0 ;
+        /*0060*/                   MUFU.EX2 R1, R1 ;
+        /*0070*/                   FADD R2, R2, R1 ;
+        /*0080*/               @P3 BRA 0x10 ;
+        /*0090*/                   SHFL.BFLY PT, R1, R1, 0x1, 0x1f ;
+        /*00a0*/               @P4 BRA 0x0 ;
+        /*00b0*/                   EXIT ;
+"""
+
+
+def test_trace_of_tiles_that_share_a_loop() -> None:
+    (step,), rest, run = trace(RUN_LISTING)
+    assert step.issued == 3
+    assert step.flops > 0
+    assert rest == Instructions(issued=4, fp32=2, special=1)
+    assert run == Instructions(issued=3, shuffle=1)
+
+
+ROTATED_LISTING = """
+        /*0000*/                   BRA 0x40 ;
+        /*0010*/                   MUFU.EX2 R1, R1 ;
+        /*0020*/                   FADD R2, R2, R1 ;
+        /*0030*/                   STG.E [R2], R1 ;
+        /*0040*/                   HMMA.16816.F32.BF16 R24, R4, R8, R24 ;
+        /*0050*/               @P0 BRA 0x10 ;
+        /*0060*/                   LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64] ;
+        /*0070*/                   BRA 0x40 ;
+        /*0080*/                   EXIT ;
+"""
+
+
+def test_trace_of_a_loop_whose_last_step_jumps_back_to_the_epilogue() -> None:
+    (step,), rest, run = trace(ROTATED_LISTING)
+    assert step == Instructions(issued=4, flops=2 * 16 * 8 * 16)
+    assert rest == Instructions(issued=3, fp32=1, special=1)
+    assert run is not None
+    assert run.issued == 2
+
+
+def test_tiles_that_share_a_loop_load_ahead() -> None:
+    """Two of the twelve steps' loads move to the epilogue, and the run is shared by four tiles."""
+    tile = Tile(256, 128, 64, 8, 3)
+    launch = find_launch(H100, "sweep", 768, None, tile)
+    step, rest = Instructions(flops=2 * 256 * 128 * 64 / 8), Instructions(issued=100)
+    path = Path(Trace((step,), rest, Instructions(issued=400)), 255, 0, 0)
+    main, end, run = kernel_phases(H100, launch, path, 32768)
+    load = (256 + 128) * 64 * 2 / (5120 / 132)
+    assert main.clocks.tensor == 12 * 1024
+    assert main.clocks.l2 == pytest.approx(10 * load)
+    assert end.clocks.l2 == pytest.approx(2 * load + 8 * 256 / (5120 / 132))
+    assert (main.latency, end.latency, run.latency) == (0, 0, 120)
+    assert run.clocks.issue == 400 * 8 / 4 / 4
+    apart = kernel_phases(H100, launch, path._replace(trace=Trace((step,), rest)), 32768)
+    assert [phase.latency for phase in apart] == [480, 480]
+    assert apart[0].clocks.l2 == pytest.approx(12 * load)
+
+
 def test_trace_counts_a_step_and_the_shorter_arm() -> None:
-    (step,), rest = trace(LISTING)
+    (step,), rest, run = trace(LISTING)
+    assert run is None
     assert step.issued == 3
     assert step.flops * 4 == 2 * 64 * 128 * 16  # four warps execute one instruction together
     assert step.shared_bytes * 4 == (64 + 128) * 16 * 2
@@ -103,14 +171,14 @@ def test_more_work_and_fewer_blocks_never_take_less() -> None:
 
 
 @pytest.mark.parametrize("gpu", [H100, A100])
-def test_the_clock_reproduces_the_large_product(gpu: cost_model.Gpu) -> None:
-    seconds = gemm_seconds(gpu, 8192, 8192, 8192, cost_model.clock(gpu))
+def test_the_clock_reproduces_the_large_product(gpu: Gpu) -> None:
+    seconds = gemm_seconds(gpu, 8192, 8192, 8192, clock(gpu))
     assert 2 * 8192**3 / seconds == pytest.approx(gpu.gemm_flops, rel=0.02)
-    assert cost_model.clock(gpu) <= gpu.boost_hz
+    assert clock(gpu) <= gpu.boost_hz
 
 
 def test_published_times_within_a_quarter() -> None:
-    rows = list(cost_model.published_rows())
+    rows = list(published_rows())
     assert len(rows) == 3
     for row in rows:
         assert abs(row["error"]) < 0.25, row
@@ -118,12 +186,12 @@ def test_published_times_within_a_quarter() -> None:
 
 def test_siglip_slows_down_with_small_chunks() -> None:
     # Published: 53.7 ms at 1024 rows a chunk, 48.2 at 4096.
-    large, small = (cost_model.siglip_seconds(H100, 65536, 768, rows)[0] for rows in (4096, 1024))
+    large, small = (siglip_seconds(H100, 65536, 768, rows)[0] for rows in (4096, 1024))
     assert 1.05 < small / large < 1.25
 
 
 def test_main_writes_the_table_of_all_rows(tmp_path, monkeypatch, capsys) -> None:
-    rows = list(cost_model.published_rows())
+    rows = list(published_rows())
     monkeypatch.setattr(cost_model, "rows", lambda n, wants_tiles: iter(rows))
     cost_model.main(["--output", str(tmp_path / "table.csv")])
     with (tmp_path / "table.csv").open() as file:

@@ -9,31 +9,32 @@ import triton.language as tl
 
 from fasterase.errors import InputError
 from fasterase.kernels import contrastive as kernels
-from fasterase.kernels import contrastive_online
+from fasterase.kernels import contrastive_online, contrastive_sweep
 from fasterase.ops.contrastive import (
     available_backends,
     contrastive,
     explain_backend,
     triton_launch,
     triton_schedule,
+    triton_tiles,
     weighted_contrastive,
 )
 from tests.ops import criterion_checks
-from tests.ops.triton_checks import SMALL_TILE, batch_on, check, flags, poisoned, run
+from tests.ops.triton_checks import SMALL_TILE, batch_on, check, flags, norm_error, poisoned, run
 
 FP32, FP16 = torch.float32, torch.float16
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    for key in triton_launch.TILES:
-        monkeypatch.setitem(triton_launch.TILES, key, SMALL_TILE)
+    for key in triton_tiles.TILES:
+        monkeypatch.setitem(triton_tiles.TILES, key, SMALL_TILE)
 
 
 @pytest.fixture
 def two_slots(monkeypatch):
     """At most 2 x 2 items a group, so that each walks several row and column blocks."""
-    for module in (kernels, contrastive_online, triton_schedule, triton_launch):
+    for module in (kernels, contrastive_online, contrastive_sweep, triton_schedule, triton_launch):
         monkeypatch.setattr(module, "SLOTS", tl.constexpr(2))
     uncached = triton_schedule.sweep_tables.__wrapped__
     monkeypatch.setattr(triton_launch, "sweep_tables", uncached)
@@ -103,17 +104,38 @@ def test_the_guard_is_a_group_s_own():
     assert flags(call, (1, 19, 40)) == [0, 0, 1]
 
 
-def test_without_reference():
-    call, batch = batch_on("cpu", FP32, 50, 24, None, 14.3)
+@pytest.mark.usefixtures("two_slots")
+@pytest.mark.parametrize(
+    ("dtype", "n", "width", "groups", "strip_rows"),
+    [
+        (FP32, 50, 24, (20, 30), 50),
+        (FP32, 170, 70, (37, 133), 170),
+        (FP16, 170, 64, (0, 170), 100),
+        (FP16, 161, 33, (1, 160), 161),
+    ],
+)
+def test_without_reference(dtype, n, width, groups, strip_rows, monkeypatch):
+    """Items, strips and runs of one tile and of several."""
+    monkeypatch.setattr(triton_launch, "WORKSPACE_BYTES", strip_rows * 192 * dtype.itemsize)
+    call, batch = batch_on("cpu", dtype, n, width, None, 14.3)
     for name in ("ref_image", "ref_text", "ref_scale"):
         del call[name]
-    upstream = np.ones((2, 50))
-    losses, gradients = run(call, upstream, (20, 30))
-    chunked = contrastive(**call, groups=(20, 30), backend="chunked")
-    expected = torch.autograd.grad(chunked.ce_row.sum() + chunked.ce_col.sum(), list(call.values()))
-    assert len(losses) == 2
-    for found, value in zip((*losses, *gradients), (*chunked[:2], *expected), strict=True):
-        torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-5)
+    upstream = np.random.default_rng(0).normal(size=(2, n))
+    found = []
+    for is_fused in (True, False):
+        monkeypatch.setattr(
+            "fasterase.ops.contrastive.triton.is_fused_faster", lambda features, x=is_fused: x
+        )
+        found.append(run(call, upstream, groups))
+    wide = {k: v.detach().float().requires_grad_() for k, v in call.items()}
+    chunked = contrastive(**wide, groups=groups, backend="chunked")
+    total = sum((torch.tensor(w) * x).sum() for w, x in zip(upstream, chunked[:2], strict=True))
+    expected = torch.autograd.grad(total, list(wide.values()))
+    for losses, gradients in found:
+        for left, right in zip(losses, chunked[:2], strict=True):
+            torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
+        for left, right in zip(gradients[:2], expected[:2], strict=True):
+            assert norm_error(left, right.numpy()) < max(1e-5, 2 * torch.finfo(dtype).eps)
     assert batch.labels is None
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fasterase.ops.contrastive import contrastive, triton_launch
+from fasterase.ops.contrastive import contrastive, triton_launch, triton_tiles
 from tests import oracle
 
 # Under the interpreter: small tiles, so that every loop runs in seconds.
-SMALL_TILE = triton_launch.Tile(32, 64, 32, 4, 1)
+SMALL_TILE = triton_tiles.Tile(32, 64, 32, 4, 1)
 
 
 def batch_on(device, dtype, n, width, ref_width, scale, *, labels=None, gap=0.0, seed=0):

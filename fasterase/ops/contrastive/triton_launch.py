@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 from torch import Tensor
 
 from fasterase.kernels import contrastive as forward_kernels
 from fasterase.kernels import contrastive_backward as backward_kernels
+from fasterase.kernels import contrastive_sweep as sweep_kernels
 from fasterase.kernels.contrastive_online import sweep_online
+from fasterase.kernels.contrastive_strip_run import strip_run
 from fasterase.kernels.contrastive_tiles import SLOTS
+from fasterase.ops.contrastive.triton_features import INTERPRETED as INTERPRETED
+from fasterase.ops.contrastive.triton_features import Features as Features
 from fasterase.ops.contrastive.triton_schedule import (
     SPAN,
     Segment,
@@ -19,130 +21,17 @@ from fasterase.ops.contrastive.triton_schedule import (
     sweep_tables,
 )
 
-# Kernels defined under TRITON_INTERPRET=1 run in numpy, on CPU tensors.
-INTERPRETED = not isinstance(forward_kernels.sweep, triton.JITFunction)
-
 # Bytes of G (and of S and S0 where cuBLAS makes them) alive in a backward.
 WORKSPACE_BYTES = 256 * 2**20
 
-
-class Tile(NamedTuple):
-    """A kernel's tile and launch parameters."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-
-# By (kernel, with reference, half-precision features): of those that spill nothing on sm_80, sm_90
-# and sm_100 (benchmarks/compiled_kernels.py) the fastest by benchmarks/cost_model.py. fp32 products
-# run without tensor cores ("ieee"), on smaller tiles. "strip" and "strip_online" fill the same
-# strips and agree in block_m.
-TILES = {
-    ("sweep", False, True): Tile(128, 128, 64, 8, 3),
-    ("sweep", True, True): Tile(128, 64, 64, 8, 3),
-    ("online", False, True): Tile(64, 128, 64, 8, 3),
-    ("online", True, True): Tile(64, 64, 64, 8, 3),
-    ("strip", False, True): Tile(128, 128, 64, 8, 3),
-    ("strip", True, True): Tile(128, 128, 64, 8, 3),
-    ("strip_online", False, True): Tile(128, 64, 64, 8, 3),
-    ("strip_online", True, True): Tile(128, 32, 64, 8, 3),
-    ("sweep", False, False): Tile(64, 64, 32, 4, 3),
-    ("sweep", True, False): Tile(64, 64, 16, 8, 3),
-    ("online", False, False): Tile(64, 64, 32, 8, 3),
-    ("online", True, False): Tile(64, 64, 16, 8, 3),
-    ("strip", False, False): Tile(64, 64, 32, 4, 3),
-    ("strip", True, False): Tile(64, 64, 32, 8, 3),
-    ("strip_online", False, False): Tile(64, 64, 32, 4, 3),
-    ("strip_online", True, False): Tile(64, 64, 32, 8, 3),
-}
+# Tiles that share one loop over depth in `strip_run`: more would leave fewer programs to even out.
+RUN = 4
 # Of `strip_of_logits`, which only reads and writes.
 _LOGITS_TILE = (32, 128)
 # Rows and depth of `row_statistics` and `gradients`, which stream the features.
 _ROWS, _DEPTH = 16, 128
 # fp16 is normal down to 6e-5; with |G| <= 6 this keeps probabilities of 1e-8 and stays below 65504.
 _GAIN_FP16 = 8192.0
-
-
-class Features(NamedTuple):
-    """A batch as the kernels take it: pairs of one dtype, rows of contiguous numbers."""
-
-    image: Tensor  # [N, D]
-    text: Tensor  # [N, D]
-    scale: Tensor  # [] fp32
-    ref_image: Tensor  # [N, D0]; without a reference, image, text and scale once more
-    ref_text: Tensor
-    ref_scale: Tensor
-    has_ref: bool
-
-    @classmethod
-    def of(
-        cls,
-        image: Tensor,
-        text: Tensor,
-        scale: Tensor,
-        ref_image: Tensor | None,
-        ref_text: Tensor | None,
-        ref_scale: Tensor | None,
-    ) -> Features:
-        image, text = _pair(image, text)
-        if ref_image is None or ref_text is None or ref_scale is None:
-            return cls(image, text, scale, image, text, scale, False)
-        return cls(image, text, scale, *_pair(ref_image, ref_text), ref_scale, True)
-
-    @property
-    def is_half(self) -> bool:
-        return torch.float32 not in (self.image.dtype, self.ref_image.dtype)
-
-    def strides(self) -> tuple[int, int, int, int]:
-        return (
-            self.image.stride(0),
-            self.text.stride(0),
-            self.ref_image.stride(0),
-            self.ref_text.stride(0),
-        )
-
-    def tile(self, kernel: str) -> Tile:
-        tile = TILES[kernel, self.has_ref, self.is_half]
-        is_even = self.image.shape[1] % tile.block_k == self.ref_image.shape[1] % tile.block_k == 0
-        if kernel == "strip" and self.has_ref and self.is_half and not is_even:
-            # The masks of such widths would spill.
-            return tile._replace(block_n=tile.block_n // 2)
-        return tile
-
-    def meta(self, tile: Tile) -> dict[str, object]:
-        """Compile-time arguments of the kernels that multiply features."""
-        return {
-            "HAS_REF": self.has_ref,
-            "BLOCK_M": tile.block_m,
-            "BLOCK_N": tile.block_n,
-            "BLOCK_K": tile.block_k,
-            "EVEN_K": self.image.shape[1] % tile.block_k == 0,
-            "EVEN_REF_K": self.ref_image.shape[1] % tile.block_k == 0,
-            "PRECISION": "tf32" if _allows_tf32() else "ieee",
-            "num_warps": tile.num_warps,
-            "num_stages": tile.num_stages,
-        }
-
-
-def _pair(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(image.dtype, text.dtype)
-    dtype = torch.float32 if dtype == torch.float64 else dtype
-    image, text = (
-        (x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()).to(dtype)
-        for x in (image, text)
-    )
-    return image, text
-
-
-def _allows_tf32() -> bool:
-    """As cuBLAS decides: torch 2.9 has settings a backend, which older functions fail to read."""
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):
-        return matmul.fp32_precision == "tf32"
-    return matmul.allow_tf32
 
 
 def _num_programs(device: torch.device, wanted: int) -> int:
@@ -191,10 +80,17 @@ def forward(features: Features, groups: tuple[int, ...]) -> tuple[Tensor, Tensor
     arguments = (image, text, ref_image, ref_text, scale, ref_scale)
     widths = (image.shape[1], ref_image.shape[1])
     num_items = len(tables.items)
-    forward_kernels.sweep[(_num_programs(device, num_items),)](
-        *arguments, shift, tables.items, parts, *features.strides(), num_items, num_groups, n,
-        *widths, **features.meta(tile),
-    )  # fmt: skip
+    programs = (_num_programs(device, num_items),)
+    if has_ref:
+        sweep_kernels.sweep_reference[programs](
+            *arguments, shift, tables.items, parts, *features.strides(), num_items, num_groups, n,
+            *widths, **features.ref_meta(tile),
+        )  # fmt: skip
+    else:
+        sweep_kernels.sweep[programs](
+            image, text, scale, shift, tables.items, parts, image.stride(0), text.stride(0),
+            num_items, n, widths[0], LANES=tile.lanes, **features.meta(tile),
+        )  # fmt: skip
     spans = (len(tables.spans),)
     forward_kernels.reduce_sums[spans](
         parts, tables.spans, sums, flags, n, HAS_REF=has_ref, BLOCK_R=SPAN
@@ -204,7 +100,7 @@ def forward(features: Features, groups: tuple[int, ...]) -> tuple[Tensor, Tensor
     num_items = len(online.items)
     sweep_online[(_num_programs(device, num_items),)](
         *arguments, flags, online.items, parts, *features.strides(), num_items, n, *widths,
-        **features.meta(tile),
+        HAS_REF=has_ref, **features.ref_meta(tile),
     )  # fmt: skip
     forward_kernels.finalise[spans](
         parts, sums, online.spans, shift, flags, own, losses, softmaxes, num_groups,
@@ -268,10 +164,12 @@ def backward(
         launches, online_launches, strict=True
     ):
         if is_fused:
-            num_tiles = segments[-1].last_tile, online_segments[-1].last_tile
             arguments = (features, softmaxes, factors, flags, workspace, gain)
-            _strip(*arguments, table, num_tiles[0], is_online=False)
-            _strip(*arguments, online_table, num_tiles[1], is_online=True)
+            if has_ref:
+                _strip(*arguments, segments, table, is_online=False)
+            else:
+                _strip_run(*arguments, segments, table)
+            _strip(*arguments, online_segments, online_table, is_online=True)
         for segment in segments:
             rows, cols = segment.batch_rows, segment.batch_cols
             g = workspace[segment.offset :][: segment.rows * segment.stride]
@@ -299,6 +197,33 @@ def backward(
     return results[0] if wants_image else None, results[1], d_scale.sum()
 
 
+def _strip_run(
+    features: Features,
+    softmaxes: Tensor,
+    factors: Tensor,
+    flags: Tensor,
+    workspace: Tensor,
+    gain: float,
+    segments: tuple[Segment, ...],
+    table: Tensor,
+) -> None:
+    """Write the strips of one launch without a reference, of the groups whose flag is not set."""
+    image, text, scale = features[:3]
+    tile = features.tile("strip")
+    num_tiles = segments[-1].last_tile
+    # Longer runs only where there are tiles enough for all multiprocessors.
+    run = max(1, min(RUN, num_tiles // _num_programs(image.device, num_tiles)))
+    programs = sum(
+        triton.cdiv(triton.cdiv(segment.rows, tile.block_m), run)
+        * triton.cdiv(segment.n, tile.block_n)
+        for segment in segments
+    )
+    strip_run[(programs,)](
+        image, text, scale, softmaxes, factors, flags, table, workspace, image.stride(0),
+        text.stride(0), len(image), image.shape[1], run, gain, **features.meta(tile),
+    )  # fmt: skip
+
+
 def _strip(
     features: Features,
     softmaxes: Tensor,
@@ -306,8 +231,8 @@ def _strip(
     flags: Tensor,
     workspace: Tensor,
     gain: float,
+    segments: tuple[Segment, ...],
     table: Tensor,
-    num_tiles: int,
     *,
     is_online: bool,
 ) -> None:
@@ -315,13 +240,14 @@ def _strip(
 
     A program a tile; where seldom one has work, just enough programs to look at all tiles.
     """
-    image, text, scale, ref_image, ref_text, ref_scale, _ = features
+    image, text, scale, ref_image, ref_text, ref_scale, has_ref = features
+    num_tiles = segments[-1].last_tile
     programs = _num_programs(image.device, num_tiles) if is_online else num_tiles
     backward_kernels.strip[(programs,)](
         image, text, ref_image, ref_text, scale, ref_scale, softmaxes, factors, flags, table,
         workspace, *features.strides(), num_tiles, len(image), image.shape[1], ref_image.shape[1],
-        gain, IS_ONLINE=is_online,
-        **features.meta(features.tile("strip_online" if is_online else "strip")),
+        gain, IS_ONLINE=is_online, HAS_REF=has_ref,
+        **features.ref_meta(features.tile("strip_online" if is_online else "strip")),
     )  # fmt: skip
 
 
