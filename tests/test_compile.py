@@ -95,3 +95,18 @@ def test_losses_of_open_clip(backend, name, monkeypatch):
 
     width = 3 if name == "ClipLoss" else 6
     check(total, [features(n, labelled=False)[:width] for n in SIZES])
+
+
+@pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no {COMPILER} here")
+@pytest.mark.parametrize("backend", ["cpu", "dense"])
+def test_inductor(backend):
+    """Of `dense` it compiles every operation anew, and once made wrong gradients of one."""
+    image, text, scale, *_ = features(40, labelled=False)
+
+    def total(image, text, scale):
+        return contrastive(image, text, scale, backend=backend).ce_row.sum()
+
+    torch._dynamo.reset()
+    compiled = gradients(torch.compile(total, fullgraph=True), image, text, scale)
+    for found, value in zip(compiled, gradients(total, image, text, scale), strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-5)

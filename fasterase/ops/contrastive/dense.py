@@ -47,7 +47,9 @@ def _logits(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
 
 def _gaps(logits: Tensor) -> Tensor:
     """Every logit from the diagonal of its row: log-softmax up to the row's cross-entropy."""
-    return logits - logits.diagonal().unsqueeze(1)
+    # Not `diagonal()`: inductor of torch 2.13 then makes gradients that are off by 1e6.
+    own = torch.arange(len(logits), device=logits.device).unsqueeze(1)
+    return logits - logits.gather(1, own)
 
 
 def _cross_entropy(logits: Tensor) -> Tensor:
