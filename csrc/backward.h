@@ -9,10 +9,13 @@ struct Wanted {
   bool image, text, scale;
 };
 
+// Of the finite numbers: one that is not must spoil no group but its own.
 template <typename T>
 T largest_magnitude(const T* x, int64_t n) {
   T largest = 0;
-  for (int64_t j = 0; j < n; ++j) largest = std::max(largest, std::abs(x[j]));
+  for (int64_t j = 0; j < n; ++j) {
+    if (std::isfinite(x[j])) largest = std::max(largest, std::abs(x[j]));
+  }
   return largest == 0 ? T(1) : largest;
 }
 
@@ -23,7 +26,7 @@ bool one_number(T* const shift[2], int64_t n) {
          std::all_of(shift[1], shift[1] + n, [&](T by) { return by == shift[0][0]; });
 }
 
-// Upstream gradients of a group over their largest magnitude `unit` in the batch: weights of about
+// Upstream gradients of a group over their largest finite magnitude `unit` in the batch: weights of about
 // 1 keep a 1/N out of factors that may be 1e-34 already (sums up to exp(78)).
 template <typename T>
 struct Weights {

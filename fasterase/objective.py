@@ -178,8 +178,9 @@ def erase_loss(
     if not grad_in_forward:
         return EraseLoss(total, *terms)
     for matrix_total in matrix_totals:
-        # The terms have counted its value already: this adds 0, and its gradient.
-        total = total + (matrix_total - matrix_total.detach())
+        # The terms have counted its value already: this adds 0 (where it is infinite too, which
+        # has no gradient worth having), and its gradient.
+        total = total + (matrix_total - matrix_total.detach()).nan_to_num(nan=0.0)
     return EraseLoss(total, *(term.detach() for term in terms))
 
 

@@ -31,7 +31,7 @@ _GROUPED_ROWS = tl.constexpr(8)
 @triton.jit
 def coefficients(
     upstream,  # [4 or 2, N] gradients: ce row, ce column, kl row, kl column
-    unit,  # [] their largest magnitude: weights near 1 keep a 1/N out of factors near 1e-34
+    unit,  # [] their largest finite magnitude: weights near 1 keep 1/N out of factors near 1e-34
     softmaxes,  # [matrices, 3, 2, N]
     factors,  # [matrices, 2, N] out: what turns exp(s - shift) into weight * p, or into -kl * p0
     own,  # [N] out: G's diagonal

@@ -126,6 +126,13 @@ def test_gradients_made_in_the_forward_are_the_same(backend, index):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6 * other.abs().max().item())
 
 
+def test_an_infinite_total_stays_so_with_gradients_made_in_the_forward():
+    call = {"image": torch.eye(4), "text": torch.eye(4).flip(0), "scale": torch.tensor(3e38)}
+    rest = {"ref_image": None, "ref_text": None, "ref_scale": None, "consistency_weight": 0.0}
+    for ahead in (False, True):
+        assert erase_loss(**call, **rest, n_forget=1, grad_in_forward=ahead).total == torch.inf
+
+
 @pytest.mark.parametrize("negatives", ["own", "joint"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_made_in_the_forward_compile_as_one_graph(backend, negatives):

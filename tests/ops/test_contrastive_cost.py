@@ -11,7 +11,7 @@ import torch
 from torch._C import DispatchKey, DispatchKeySet
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fasterase.ops.contrastive import available_backends, contrastive
+from fasterase.ops.contrastive import available_backends, contrastive, weighted_contrastive
 
 TILED = [name for name in available_backends() if name not in ("dense", "triton")]
 N, D = 600, 32
@@ -113,6 +113,45 @@ def test_a_second_derivative_is_refused(backend):
     gradient = torch.autograd.grad(total, image, create_graph=True)[0]
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("backend", TILED)
+def test_a_second_derivative_of_a_plain_sum_is_refused(backend, ahead):
+    """Its upstream gradient requires no grad; what labels add does have second derivatives."""
+    image, text, scale, _ = batch()
+    call = {"labels": torch.arange(len(image)) // 2, "backend": backend}
+    if ahead:
+        weights = torch.ones(2, len(image))
+        total = weighted_contrastive(image, text, scale, weights, **call).total
+    else:
+        total = contrastive(image, text, scale, **call).ce_row.sum()
+    gradient = torch.autograd.grad(total, image, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+@pytest.mark.parametrize("backend", TILED)
+def test_an_upstream_gradient_that_is_not_finite_spoils_its_group_alone(backend, bad):
+    image, text, scale, _ = batch()
+    n = len(image) // 2
+    losses = contrastive(image, text, scale, groups=(n, len(image) - n), backend=backend)
+    upstream = torch.ones(len(image))
+    upstream[0] = bad
+    gradient = torch.autograd.grad(losses.ce_row, image, upstream)[0]
+    assert gradient[n:].isfinite().all()
+    assert not gradient[0].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", TILED)
+def test_a_reference_of_a_wider_dtype_is_computed_in_that_of_the_features(backend):
+    image, text, scale, _ = batch()
+    reference = {"ref_image": image.detach(), "ref_text": text.detach().flip(0)}
+    expected = contrastive(image, text, scale, **reference, ref_scale=9.0, backend=backend)
+    wide = {name: value.double() for name, value in reference.items()}
+    found = contrastive(image, text, scale, **wide, ref_scale=9.0, backend=backend)
+    assert all(map(torch.equal, found, expected))
 
 
 _PEAK = """

@@ -44,6 +44,8 @@ WRONG = [
     ({"scale": True}, "scale must be .*bool"),
     ({"scale": -1.0}, "scale must be a positive number.*-1.0"),
     ({"scale": float("nan")}, "scale must be a positive number"),
+    ({"scale": 1e300}, "scale must be a positive number.* that fits fp32; got 1e\\+300"),
+    ({"scale": 10**400}, "scale must be a positive number"),
     ({"scale": torch.ones(1)}, r"scale must be a 0-d floating-point tensor.*\(1,\)"),
     ({"scale": torch.tensor(3)}, "scale must be a 0-d floating-point tensor.*int64"),
     ({"ref_scale": 0.0}, "ref_scale must be a positive number"),
@@ -108,7 +110,7 @@ def test_a_number_for_the_scale_is_made_on_the_device():
     with Operators():
         scale = checks.scale_tensor(10.0, image, torch.float32)
     assert (scale.device.type, scale.dtype, scale.shape) == ("meta", torch.float32, ())
-    assert seen == ["full"]
+    assert seen == ["new_full"]
     assert checks.scale_tensor(10, torch.zeros(4, 3), torch.float64).item() == 10
 
 

@@ -45,6 +45,15 @@ def test_opcheck(backend, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_of_turned_features(backend):
+    forward, backward = operators(backend)
+    turned = [x.detach().t().contiguous().t() if x.dim() == 2 else x.detach() for x in features()]
+    losses, *found = forward(*turned, [40], *OPTIONS[backend][1])
+    call = (torch.ones_like(losses), *turned, *found, [40], True, True, True, True)
+    torch.library.opcheck(backward, call)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_come_rounded_or_in_the_dtype_of_the_computation(backend):
     forward, backward = operators(backend)
     batch = [x.detach() for x in features(feature_dtype=torch.float16)]

@@ -42,17 +42,29 @@ def test_opposite_cones_fire_the_guard(dtype, is_fused, monkeypatch):
 
 @pytest.mark.parametrize("has_ref", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_runs_of_tiles_that_take_one_step_each(dtype, has_ref, monkeypatch):
+    """One row block, several column blocks an item: every step reloads the row sums of the last."""
+    hold_against_torch_tiles(dtype, has_ref, 64, (100, 4300), monkeypatch)
+
+
+@pytest.mark.parametrize("has_ref", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_items_of_several_blocks_and_backwards_of_several_strips(dtype, has_ref, monkeypatch):
-    """8700 rows are more than 32 blocks of 256; held against torch tiles in fp32."""
+    """8700 rows are more than 32 blocks of 256."""
+    tables = sweep_tables((900, 8700), 256, 128, torch.device("cuda"))
+    assert bool((tables.items[:, 3] - tables.items[:, 2] > 1).any())
+    hold_against_torch_tiles(dtype, has_ref, 128, (900, 8700), monkeypatch)
+
+
+def hold_against_torch_tiles(dtype, has_ref, width, groups, monkeypatch):
+    """In fp32, with a workspace of several strips."""
+    n = sum(groups)
     operator = "fasterase.ops.contrastive.triton_launch.WORKSPACE_BYTES"
     monkeypatch.setattr(operator, 2**23)
-    call, _ = triton_checks.batch_on("cuda", dtype, 9600, 128, 64, 14.3)
+    call, _ = triton_checks.batch_on("cuda", dtype, n, width, 64, 14.3)
     if not has_ref:
         call = {k: v for k, v in call.items() if not k.startswith("ref_")}
-    groups = (900, 8700)
-    tables = sweep_tables(groups, 256, 128, torch.device("cuda"))
-    assert bool((tables.items[:, 3] - tables.items[:, 2] > 1).any())
-    upstream = np.random.default_rng(0).normal(size=(4 if has_ref else 2, 9600))
+    upstream = np.random.default_rng(0).normal(size=(4 if has_ref else 2, n))
     found = triton_checks.run(call, upstream, groups)
     wide = {k: v.detach().float() for k, v in call.items()}
     for name in ("image", "text", "scale"):

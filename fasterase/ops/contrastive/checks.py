@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -75,8 +74,10 @@ def check_scale(value: Any, name: str) -> None:
         raise InputError(
             f"{name} must be a 0-d tensor or a float, exp(logit_scale); got {type(value).__name__}."
         )
-    elif not (math.isfinite(value) and value > 0):
-        raise InputError(f"{name} must be a positive number, exp(logit_scale); got {value}.")
+    elif not 0 < value <= torch.finfo(torch.float32).max:
+        raise InputError(
+            f"{name} must be a positive number, exp(logit_scale), that fits fp32; got {value}."
+        )
 
 
 def check_labels(labels: Any, rows: int) -> None:

@@ -70,12 +70,12 @@ def _softmax(shift: Shift, sums: Tensor, own: Tensor) -> tuple[Tensor, _Softmax]
 
 
 def _weights(upstream: Tensor) -> tuple[Tensor, Tensor]:
-    """Upstream gradients [2 or 4, N] as [2 (ce, kl), 2 (row, col), N] over their largest magnitude,
-    and that.
+    """Upstream gradients [2 or 4, N] as [2 (ce, kl), 2 (row, col), N] over their largest finite
+    magnitude, and that.
 
     Weights of about 1 keep a 1/N out of factors that may be 1e-34 already (sums up to exp(78)).
     """
-    unit = upstream.abs().amax()
+    unit = upstream.abs().masked_fill(~upstream.isfinite(), 0.0).amax()
     weights = upstream / torch.where(unit == 0, torch.ones_like(unit), unit)
     if len(weights) == 2:
         weights = torch.cat((weights, torch.zeros_like(weights)))
@@ -83,7 +83,7 @@ def _weights(upstream: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _zeros(features: Tensor, scale: Tensor) -> Tensor:
-    return torch.zeros_like(features, dtype=scale.dtype)
+    return scale.new_zeros(features.shape)
 
 
 def _add_gradients(

@@ -77,7 +77,8 @@ class Wanted(NamedTuple):
 
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-# Losses [2 or 4, N], statistics [matrices, 3 (shift, sums, off), 2 (rows, columns), N], and what
+# Losses [2 or 4, N], statistics [matrices, 3, 2 (rows, columns), N] (shift, sums or what follows
+# from them, off), and what
 # else the backward pass needs.
 Forward = Callable[..., tuple[Tensor, ...]]
 Backward = Callable[[Tensor, Batch, tuple[Tensor, ...], Groups, Wanted], Gradients]
@@ -242,14 +243,26 @@ def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> No
     ctx.save_for_backward(*inputs[:6], *found)
 
 
+def refusing_second(upstream: Tensor) -> Tensor:
+    """What makes `once_differentiable` refuse a second derivative whatever it would be of.
+
+    By itself it does so only where the upstream gradient requires grad, though the gradients depend
+    on the features as well.
+    """
+    return upstream.detach().requires_grad_() if torch.is_grad_enabled() else upstream
+
+
 def _autograd(operator: Operator) -> Callable[..., tuple[Tensor | None, ...]]:
     @once_differentiable
-    def differentiate(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    def once(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         gradients: list[Tensor | None] = [None] * ctx.num_inputs
         wants = ctx.needs_input_grad[:3]
         if upstream is not None:
             made = operator.backward(upstream, *ctx.saved_tensors, ctx.groups, *wants, True)
             gradients[:3] = [g if wanted else None for g, wanted in zip(made, wants, strict=True)]
         return tuple(gradients)
+
+    def differentiate(ctx: Any, upstream: Tensor | None, *rest: None) -> tuple[Tensor | None, ...]:
+        return once(ctx, None if upstream is None else refusing_second(upstream), *rest)
 
     return differentiate

@@ -62,7 +62,7 @@ class Shift(NamedTuple):
         """max(0, B - 66) with B >= |S|. NaN rows are left out of B: they must not reach others."""
         bound = logits.scale.abs()
         for side in (logits.image, logits.text):
-            norms = torch.linalg.vector_norm(side, dim=1, dtype=bound.dtype)
+            norms = torch.linalg.vector_norm(side.to(bound.dtype), dim=1)
             bound = bound * norms.nan_to_num(nan=0.0, posinf=0.0).amax()
         return cls((bound - _HEADROOM).clamp_min(0).expand(2, len(logits.image)), shared=True)
 

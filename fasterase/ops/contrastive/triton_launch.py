@@ -139,7 +139,7 @@ def backward(
     """
     image, text, scale, _, _, _, has_ref = features
     n, width = image.shape
-    unit = upstream.abs().amax()
+    unit = upstream.abs().masked_fill(~upstream.isfinite(), 0.0).amax()
     unit = torch.where(unit == 0, 1.0, unit)
     factors = softmaxes.new_empty(len(softmaxes), 2, n)
     own = softmaxes.new_empty(n)

@@ -11,7 +11,14 @@ from torch.autograd.function import once_differentiable
 from fasterase.ops.contrastive.backends import choose, load
 from fasterase.ops.contrastive.checks import check_call, check_weights
 from fasterase.ops.contrastive.dense import Contrastive
-from fasterase.ops.contrastive.operator import Batch, Groups, Operator, Wanted, per_sample
+from fasterase.ops.contrastive.operator import (
+    Batch,
+    Groups,
+    Operator,
+    Wanted,
+    per_sample,
+    refusing_second,
+)
 from fasterase.ops.contrastive.positives import label_terms
 
 
@@ -116,12 +123,14 @@ class _GradientsAhead(torch.autograd.Function):
         return (weights * losses).sum(), losses
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = (
-            (gradient * upstream).to(dtype) if is_wanted else None
-            for gradient, dtype, is_wanted in zip(
-                ctx.saved_tensors, ctx.dtypes, ctx.wants, strict=True
-            )
-        )
-        return (*(None,) * 4, *gradients, *(None,) * 3)
+        return _scaled(ctx, refusing_second(upstream))
+
+
+@once_differentiable
+def _scaled(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = (
+        (gradient * upstream).to(dtype) if is_wanted else None
+        for gradient, dtype, is_wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wants, strict=True)
+    )
+    return (*(None,) * 4, *gradients, *(None,) * 3)
