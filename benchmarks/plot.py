@@ -9,8 +9,8 @@ from typing import Any
 
 from benchmarks.contrastive_case import Case, flops
 from benchmarks.rows import Row
-from fasterase.extras import require
-from fasterase.report.files import replacing
+from fasterase.errors import require
+from fasterase.files import replacing
 
 
 def plot_rows(rows: list[Row], metric: str, csv: Path, mode: str = "full") -> list[Path]:

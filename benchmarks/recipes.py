@@ -32,8 +32,8 @@ from fasterase.config import UnlearnConfig
 from fasterase.demo import emoji
 from fasterase.demo.run import forget_pairs, recipe_config
 from fasterase.demo.sets import build_sets
-from fasterase.models.load import load_tower
-from fasterase.report.files import write_text
+from fasterase.files import write_text
+from fasterase.models.load import load_model
 
 VALIDATION = ("animal-marine", "food-asian")
 TEST = (
@@ -127,7 +127,7 @@ def execute(run: Run, work: Path) -> list[Value]:
     torch.set_num_threads(1)
     wording = "cliperase" if run.recipe == "cliperase" else "fasterase"
     sets = build_sets(run.subgroup, original=str(emoji.BASE_MODEL), seed=run.seed)
-    tower = load_tower(str(emoji.BASE_MODEL))
+    tower = load_model(str(emoji.BASE_MODEL))
     values: list[Value] = []
 
     def measure(record: Any) -> None:

@@ -10,7 +10,7 @@ from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from fasterase.report.files import write_text
+from fasterase.files import write_text
 
 # Of extra_benchmark_config_str: what tells two measurements apart. The rest of it was found out.
 _SETTINGS = ("D", "dtype", "scale", "kl", "threads")

@@ -22,14 +22,14 @@ from fasterase.engine.model_state import best_device, borrowed, resolve_device
 from fasterase.engine.settings import check_environment
 from fasterase.errors import InputError
 from fasterase.evaluation.evaluator import Evaluator, Measurement
-from fasterase.models.folder import check_replaceable
-from fasterase.models.load import load_tower
-from fasterase.models.two_tower import TwoTower
-from fasterase.pairs.overlap import without_overlap
-from fasterase.pairs.pair_source import PairSource
+from fasterase.files import check_replaceable
+from fasterase.models.dual_encoder import DualEncoder
+from fasterase.models.load import load_model
+from fasterase.pairs.open import open_pairs
 from fasterase.pairs.prepare import Preparer
 from fasterase.pairs.skips import SkipLedger
-from fasterase.pairs.sources import open_pairs
+from fasterase.pairs.source import PairSource
+from fasterase.pairs.split import without_overlap
 from fasterase.report.run_report import describe_recipe
 from fasterase.result import UnlearnResult
 
@@ -98,7 +98,7 @@ def unlearn(
     named = isinstance(model, (str, os.PathLike))
     # What is loaded or copied inside a caller's inference mode could never be trained.
     with torch.inference_mode(False):
-        tower = load_tower(model, tokenizer=tokenizer, preprocess=preprocess, model_name=model_name)
+        tower = load_model(model, tokenizer=tokenizer, preprocess=preprocess, model_name=model_name)
         if copy and not named:
             tower = copying.copy(tower)
             tower.module = copying.deepcopy(tower.module)
@@ -202,7 +202,7 @@ def _evaluator(sets: dict[str, PairSource], settings: UnlearnConfig) -> Evaluato
     )
 
 
-def _measured(evaluator: Evaluator, tower: TwoTower, ledger: SkipLedger) -> Measurement:
+def _measured(evaluator: Evaluator, tower: DualEncoder, ledger: SkipLedger) -> Measurement:
     """The original measured; what could not be read, of a holdout set too, counts as skipped."""
     measured = evaluator.measure(tower)
     read = (id for scores in measured.sets.values() for id in scores.ids)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
+from types import ModuleType
 
 
 class FaseraseError(Exception):
@@ -39,3 +41,14 @@ class NonFiniteError(FaseraseError):
 
 class PreemptedError(FaseraseError):
     """The run was asked to stop (SIGTERM) and did so after a checkpoint; run it again to go on."""
+
+
+def require(module: str, extra: str, purpose: str) -> ModuleType:
+    """Import `module`, or raise `MissingExtraError` naming what needs it and the extra it is in."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{purpose} needs `{module.partition('.')[0]}`, which cannot be imported ({error}). "
+            f"Install it with: pip install 'fasterase[{extra}]'"
+        ) from error

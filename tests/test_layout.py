@@ -20,9 +20,8 @@ PACKAGE = ROOT / "fasterase"
 # Each part may import itself and what stands before it.
 ORDER = [
     "errors",
-    "extras",
-    "field_types",
     "config",
+    "files",
     "kernels",
     "csrc",
     "ops",
@@ -30,6 +29,7 @@ ORDER = [
     "objective",
     "models",
     "pairs",
+    "encode",
     "reference",
     "report",
     "evaluation",

@@ -56,8 +56,10 @@ def features(model, pixels, ids):
     with torch.no_grad():
         if hasattr(model, "encode_image"):
             return model.encode_image(pixels), model.encode_text(ids)
-        tower = fasterase.models.load.load_tower(model)
-        return tower.encode_image(pixels), tower.encode_text(fasterase.models.two_tower.Tokens(ids))
+        tower = fasterase.models.load.load_model(model)
+        return tower.encode_image(pixels), tower.encode_text(
+            fasterase.models.dual_encoder.Tokens(ids)
+        )
 
 
 @pytest.mark.parametrize(
@@ -176,7 +178,7 @@ def test_erases_what_it_says_and_keeps_the_rest():
     result = fasterase.unlearn(tower, forget, retain, evaluation=None, **config)
     assert result.forgotten
     assert result.excess < 0.01
-    tokens = fasterase.models.two_tower.Tokens
+    tokens = fasterase.models.dual_encoder.Tokens
 
     def cosines(model, items):
         pixels, ids = map(torch.stack, zip(*items, strict=True))

@@ -19,7 +19,7 @@ import fasterase
 import fasterase.api
 import fasterase.engine.checkpoint
 import fasterase.engine.history
-import fasterase.reference.store
+import fasterase.reference.cache
 from fasterase.errors import PreemptedError
 from tests.tiny_tower import TinyTower, pairs
 
@@ -59,7 +59,7 @@ def _die_at(place: str, number: int) -> None:
     """Make the `number`-th passage through `place` the last thing that this process does."""
     owner, name = {
         "optimiser step": (torch.optim.AdamW, "step"),
-        "sweep block": (fasterase.reference.store.FeatureStore, "put"),
+        "sweep block": (fasterase.reference.cache.FeatureStore, "put"),
         "checkpoint optimiser": (torch, "save"),
         "checkpoint rename": (os, "replace"),
         "checkpoint removal": (shutil, "rmtree"),

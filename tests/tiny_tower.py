@@ -8,9 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fasterase.models.folder import written_whole
-from fasterase.models.tuning import TowerParts
-from fasterase.models.two_tower import Tokens, TwoTower
+from fasterase.files import written_whole
+from fasterase.models.dual_encoder import DualEncoder, Tokens, TowerParts
 
 SIZE = 4
 VOCABULARY = 50
@@ -34,7 +33,7 @@ class TinyModule(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(2.5))
 
 
-class TinyTower(TwoTower):
+class TinyTower(DualEncoder):
     name = "tiny"
     embed_dim = 12
     image_size = (SIZE, SIZE)

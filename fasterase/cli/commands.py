@@ -42,8 +42,8 @@ def unlearn(values: dict[str, Any], *, print_config: bool) -> None:
 
 def evaluate(values: dict[str, Any]) -> None:
     """Measure, print the table, and write it where `output` says."""
-    from fasterase.evaluation.result import check_report_path
-    from fasterase.pairs.sources import open_pairs
+    from fasterase.evaluation.evaluation import check_report_path
+    from fasterase.pairs.open import open_pairs
 
     flags = EvaluateFlags(**values)
     given = _required("evaluate", values, ("model", "forget", "retain"))

@@ -14,8 +14,8 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 import fasterase
 from fasterase.cli.flags import Flag, flags_of
+from fasterase.config import coerced
 from fasterase.errors import InputError
-from fasterase.field_types import coerced
 
 COMMANDS = {
     "unlearn": "make a CLIP model forget a set of image-text pairs",

@@ -16,9 +16,9 @@ from fasterase.demo import emoji
 from fasterase.demo.sets import DemoSets, Drawings, build_sets
 from fasterase.demo.show import draw_sheet
 from fasterase.errors import InputError
-from fasterase.evaluation.result import Evaluation
-from fasterase.report.files import write_text
-from fasterase.report.plots import plot_history
+from fasterase.evaluation.evaluation import Evaluation
+from fasterase.files import write_text
+from fasterase.report.pictures import plot_history
 
 # Rates and weights as `python -m benchmarks.recipes` chose them on its validation subgroups. Of its
 # 100 steps, after which no drawing finds its name, ours takes half as many more, to be "forgotten"

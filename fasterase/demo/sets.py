@@ -14,10 +14,10 @@ from torch.utils.data import Dataset
 
 from fasterase.demo import emoji
 from fasterase.errors import InputError
-from fasterase.models.load import load_tower
-from fasterase.models.two_tower import TwoTower
-from fasterase.pairs.pair_source import PairSource
-from fasterase.pairs.sources import open_pairs
+from fasterase.models.dual_encoder import DualEncoder
+from fasterase.models.load import load_model
+from fasterase.pairs.open import open_pairs
+from fasterase.pairs.source import PairSource
 
 # Share of the kept concepts that goes into neither set: what the run never saw.
 HOLDOUT_SHARE = 0.25
@@ -135,7 +135,7 @@ def build_sets(expression: str, *, original: str, seed: int) -> DemoSets:
     kept = sorted({record["concept"] for record in members} - chosen)
     order = np.random.default_rng(seed).permutation(len(kept))
     held_out = {kept[i] for i in order[: int(len(kept) * HOLDOUT_SHARE)]}
-    near = _nearest(load_tower(original), sorted(chosen), kept)
+    near = _nearest(load_model(original), sorted(chosen), kept)
     return DemoSets(
         concepts=sorted(chosen),
         forget=Drawings.of(trained, chosen, emoji.captions),
@@ -148,7 +148,7 @@ def build_sets(expression: str, *, original: str, seed: int) -> DemoSets:
     )
 
 
-def _nearest(tower: TwoTower, chosen: list[str], kept: list[str]) -> set[str]:
+def _nearest(tower: DualEncoder, chosen: list[str], kept: list[str]) -> set[str]:
     with torch.no_grad():
         own = tower.encode_text(tower.tokenize(chosen))
         others = tower.encode_text(tower.tokenize(kept))

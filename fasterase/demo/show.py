@@ -9,16 +9,16 @@ import torch
 from PIL import Image
 
 from fasterase.demo.sets import DemoSets, Drawings
-from fasterase.models.load import load_tower
-from fasterase.models.two_tower import TwoTower
-from fasterase.report.sheet import SheetRow, picture_sheet, top_captions
+from fasterase.models.dual_encoder import DualEncoder
+from fasterase.models.load import load_model
+from fasterase.report.pictures import SheetRow, picture_sheet, top_captions
 
 PICTURES = 12
 
 
 def draw_sheet(sets: DemoSets, original: str, erased: Path, path: Path) -> None:
     """Write the sheet of `PICTURES` drawings each of forget, neighbour and retain to `path`."""
-    before, after = load_tower(original), load_tower(erased)
+    before, after = load_model(original), load_model(erased)
     names = sorted(
         {name for pairs in (sets.forget, sets.retain, sets.holdout) for name in pairs.names}
     )
@@ -44,7 +44,7 @@ def _spread(pairs: Drawings) -> list[int]:
 
 
 @torch.no_grad()
-def _top(tower: TwoTower, pictures: list[Image.Image], names: list[str]) -> list[list[str]]:
+def _top(tower: DualEncoder, pictures: list[Image.Image], names: list[str]) -> list[list[str]]:
     image = tower.encode_image(torch.stack([tower.preprocess(picture) for picture in pictures]))
     text = tower.encode_text(tower.tokenize(names))
     return top_captions(image, text, names)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fasterase.demo.emoji import Record, class_name, naming_captions
-from fasterase.report.files import replacing, write_text
+from fasterase.files import replacing, write_text
 
 IMAGE_SIZE = 64
 CONTEXT_LENGTH = 16

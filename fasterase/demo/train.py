@@ -31,7 +31,7 @@ from fasterase.demo.emoji import (
 from fasterase.demo.small_clip import build_model, build_tokenizer, model_config, save, tokenize
 from fasterase.demo.train_data import Pairs, augment, find_classes, load_pairs
 from fasterase.errors import InputError
-from fasterase.report.files import replacing, write_text
+from fasterase.files import replacing, write_text
 
 LEARNING_RATE = 1.5e-3
 BETAS = (0.9, 0.98)

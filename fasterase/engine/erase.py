@@ -17,13 +17,13 @@ from fasterase.engine.loop import Trained, Trainer
 from fasterase.engine.model_state import Borrowed, training
 from fasterase.engine.precision import autocast, resolve_precision
 from fasterase.engine.reference_setup import build_reference, cache_folder
-from fasterase.models.two_tower import TwoTower
+from fasterase.files import write_text
+from fasterase.models.dual_encoder import DualEncoder
 from fasterase.pairs.batches import Sampler, step_batches
-from fasterase.pairs.pair_source import PairSource
 from fasterase.pairs.prepare import Preparer
 from fasterase.pairs.skips import SkipLedger
+from fasterase.pairs.source import PairSource
 from fasterase.reference.sweeper import Sweeper
-from fasterase.report.files import write_text
 from fasterase.report.run_report import settings_yaml
 
 
@@ -47,7 +47,7 @@ class Outcome:
 
 
 def erase(
-    tower: TwoTower,
+    tower: DualEncoder,
     forget: PairSource,
     retain: PairSource,
     prepare: Preparer,

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from fasterase.models.two_tower import TwoTower
+from fasterase.models.dual_encoder import DualEncoder
 from fasterase.pairs.batches import sweep
-from fasterase.pairs.pair_source import PairSource
 from fasterase.pairs.prepare import Preparer
+from fasterase.pairs.source import PairSource
 
 # Mean excess below which the set counts as forgotten.
 FORGOTTEN_EXCESS = 0.01
@@ -21,7 +21,7 @@ _ENCODED = 64
 
 @torch.no_grad()
 def forget_excess(
-    tower: TwoTower,
+    tower: DualEncoder,
     forget: PairSource,
     prepare: Preparer,
     *,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fasterase.engine.random_state import RandomState
-from fasterase.models.two_tower import Tokens, TwoTower
+from fasterase.models.dual_encoder import DualEncoder, Tokens
 from fasterase.objective import EraseLoss
 
 LossFunction = Callable[[Tensor, Tensor], EraseLoss]
@@ -34,7 +34,7 @@ class TowerPass:
         micro_batch_size: pairs encoded at a time, None for all.
     """
 
-    tower: TwoTower
+    tower: DualEncoder
     autocast: Callable[[], AbstractContextManager[object]]
     image_trained: bool
     text_trained: bool

@@ -23,7 +23,7 @@ from fasterase.engine.interrupt import StopRequests
 from fasterase.engine.optim import build_optimizer, lr_at
 from fasterase.engine.precision import autocast, grad_scaler
 from fasterase.errors import PreemptedError
-from fasterase.models.two_tower import TwoTower
+from fasterase.models.dual_encoder import DualEncoder
 from fasterase.objective import EraseLoss, erase_loss
 from fasterase.pairs.batches import StepBatch
 from fasterase.pairs.skips import SkipLedger
@@ -48,7 +48,7 @@ class Trained:
     text: bool
 
     @classmethod
-    def of(cls, tower: TwoTower, settings: UnlearnConfig) -> Trained:
+    def of(cls, tower: DualEncoder, settings: UnlearnConfig) -> Trained:
         parameters = tower.trainable(settings.tune)
         chosen = {id(parameter) for _, parameter in parameters}
 
@@ -76,7 +76,7 @@ class Trainer:
 
     def __init__(
         self,
-        tower: TwoTower,
+        tower: DualEncoder,
         trained: Trained,
         reference: Reference | None,
         *,

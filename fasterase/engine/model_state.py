@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from fasterase.errors import InputError
-from fasterase.models.two_tower import TwoTower
+from fasterase.models.dual_encoder import DualEncoder
 
 
 class Borrowed:
     """A model in the run's hands, in fp32."""
 
-    def __init__(self, tower: TwoTower) -> None:
+    def __init__(self, tower: DualEncoder) -> None:
         module = tower.module
         self._module = module
         self._home = tower.device
@@ -51,7 +51,7 @@ class Borrowed:
 
 
 @contextmanager
-def borrowed(tower: TwoTower, *, device: torch.device) -> Iterator[Borrowed]:
+def borrowed(tower: DualEncoder, *, device: torch.device) -> Iterator[Borrowed]:
     """The model on `device` and in fp32 inside the block; after it as it was but for its weights.
 
     An lr of 1e-6 is below the resolution of a bf16 weight, so half-precision models are trained in

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from fasterase.extras import require
+from fasterase.errors import require
 
 # Classes of bitsandbytes behind the names of the setting.
 EIGHT_BIT = {

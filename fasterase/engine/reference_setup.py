@@ -15,9 +15,9 @@ import torch
 from fasterase.config import UnlearnConfig
 from fasterase.errors import InputError
 from fasterase.pairs.batches import Sampler
-from fasterase.pairs.pair_source import PairSource
 from fasterase.pairs.prepare import caption_key
-from fasterase.reference.cached import CachedReference, FeatureCache, caption_keys, image_keys
+from fasterase.pairs.source import PairSource
+from fasterase.reference.cache import CachedReference, FeatureCache, caption_keys, image_keys
 from fasterase.reference.floor import PairFeatures, unmatched_cosine
 from fasterase.reference.live import LiveReference, Reference
 from fasterase.reference.sweeper import Sweeper

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fasterase.evaluation.api import evaluate
+from fasterase.evaluation.evaluation import Evaluation
 from fasterase.evaluation.evaluator import Evaluator, Measurement
-from fasterase.evaluation.result import Evaluation
 
 __all__ = ["Evaluation", "Evaluator", "Measurement", "evaluate"]

@@ -10,15 +10,15 @@ from typing import Any
 from torch import nn
 
 from fasterase.errors import InputError
+from fasterase.evaluation.evaluation import Evaluation
 from fasterase.evaluation.evaluator import Evaluator
-from fasterase.evaluation.result import Evaluation
-from fasterase.models.load import load_tower
-from fasterase.models.two_tower import TwoTower
-from fasterase.pairs.pair_source import PairSource
+from fasterase.models.dual_encoder import DualEncoder
+from fasterase.models.load import load_model
+from fasterase.pairs.open import open_pairs
 from fasterase.pairs.skips import SkipLedger
-from fasterase.pairs.sources import open_pairs
+from fasterase.pairs.source import PairSource
 
-Model = nn.Module | str | PathLike[str] | TwoTower
+Model = nn.Module | str | PathLike[str] | DualEncoder
 
 NONE: Mapping[str, Any] = MappingProxyType({})
 
@@ -124,11 +124,11 @@ def _named_models(original: Model | None, references: Mapping[str, Model]) -> di
     return {**({} if original is None else {"original": original}), **references}
 
 
-def _tower(name: str, model: Model, tokenizer: Any, preprocess: Any) -> TwoTower:
-    if isinstance(model, TwoTower):
+def _tower(name: str, model: Model, tokenizer: Any, preprocess: Any) -> DualEncoder:
+    if isinstance(model, DualEncoder):
         return model
     try:
-        return load_tower(model, tokenizer=tokenizer, preprocess=preprocess)
+        return load_model(model, tokenizer=tokenizer, preprocess=preprocess)
     except InputError as error:
         if name == "model":
             raise

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from fasterase.config import coerced
 from fasterase.errors import InputError
-from fasterase.evaluation import bootstrap
+from fasterase.evaluation.evaluation import Evaluation
 from fasterase.evaluation.features import (
     SetFeatures,
     all_captions,
@@ -16,20 +17,20 @@ from fasterase.evaluation.features import (
     encode_texts,
     evaluating,
 )
-from fasterase.evaluation.metrics import METRICS, is_forget_set
-from fasterase.evaluation.result import Evaluation
-from fasterase.evaluation.scores import CaptionPool, SetScores, retrieval_scores
-from fasterase.evaluation.zero_shot import (
+from fasterase.evaluation.metrics import METRICS, bootstrap_intervals, is_forget_set
+from fasterase.evaluation.scores import (
+    CaptionPool,
     ClassLabels,
+    SetScores,
     accuracy,
     checked_class_names,
     checked_templates,
     class_vectors,
+    retrieval_scores,
 )
-from fasterase.field_types import coerced
-from fasterase.models.two_tower import TwoTower
-from fasterase.pairs.pair_source import PairSource
+from fasterase.models.dual_encoder import DualEncoder
 from fasterase.pairs.skips import Skip
+from fasterase.pairs.source import PairSource
 
 FULL_RESAMPLES = 1000
 QUICK_RESAMPLES = 200
@@ -109,7 +110,7 @@ class Evaluator:
         # All of the forget set, sampled or not: its captions may stand in other sets too.
         self._concept = all_captions(sources["forget"])
 
-    def measure(self, tower: TwoTower) -> Measurement:
+    def measure(self, tower: DualEncoder) -> Measurement:
         """Encode all sets with `tower` and score them. The module's mode and gradients are kept.
 
         Raises:
@@ -141,7 +142,7 @@ class Evaluator:
 
     def _add_accuracy(
         self,
-        tower: TwoTower,
+        tower: DualEncoder,
         features: Mapping[str, SetFeatures],
         scores: Mapping[str, SetScores],
         class_names: list[str],
@@ -216,7 +217,7 @@ class Evaluator:
         for metric in METRICS:
             if metric.key in scores.values:
                 by_average[metric.average][metric.key] = scores.values[metric.key]
-        found = bootstrap.intervals(
+        found = bootstrap_intervals(
             by_average["mean"], by_average["median"], resamples=self._resamples, seed=self.seed
         )
         return {metric.key: found[metric.key] for metric in METRICS if metric.key in found}

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from fasterase.errors import InputError
-from fasterase.models.two_tower import TwoTower
+from fasterase.models.dual_encoder import DualEncoder
 from fasterase.pairs.batches import sweep
-from fasterase.pairs.pair_source import PairSource
 from fasterase.pairs.prepare import Preparer, caption_key
 from fasterase.pairs.skips import BrokenPair, Skip
+from fasterase.pairs.source import PairSource
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class SetFeatures:
 
 
 def encode_set(
-    tower: TwoTower,
+    tower: DualEncoder,
     source: PairSource,
     *,
     max_pairs: int | None = None,
@@ -107,7 +107,7 @@ def encode_set(
     return found
 
 
-def encode_texts(tower: TwoTower, texts: Sequence[str], *, batch_size: int = 64) -> Tensor:
+def encode_texts(tower: DualEncoder, texts: Sequence[str], *, batch_size: int = 64) -> Tensor:
     """[len(texts), D] unit rows on the CPU."""
     parts = []
     with evaluating(tower):
@@ -144,7 +144,7 @@ def all_captions(source: PairSource) -> set[str]:
 
 
 @contextmanager
-def evaluating(tower: TwoTower) -> Iterator[None]:
+def evaluating(tower: DualEncoder) -> Iterator[None]:
     """No gradients, and eval mode; each part of the module gets its own mode back."""
     modes = [(part, part.training) for part in tower.module.modules()]
     tower.module.eval()
@@ -156,7 +156,7 @@ def evaluating(tower: TwoTower) -> Iterator[None]:
             part.training = training
 
 
-def _check_finite(features: Tensor, names: Sequence[str], tower: TwoTower) -> None:
+def _check_finite(features: Tensor, names: Sequence[str], tower: DualEncoder) -> None:
     broken = (~features.isfinite().all(dim=1)).nonzero().flatten().tolist()
     if broken:
         raise InputError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fasterase.models.load import load_tower
-from fasterase.models.two_tower import Tokens, TwoTower, frozen_copy
+from fasterase.models.dual_encoder import DualEncoder, Tokens, frozen_copy
+from fasterase.models.load import load_model
 
-__all__ = ["Tokens", "TwoTower", "frozen_copy", "load_tower"]
+__all__ = ["DualEncoder", "Tokens", "frozen_copy", "load_model"]

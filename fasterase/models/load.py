@@ -1,4 +1,4 @@
-"""Whatever a user calls a model, as a `TwoTower`: an instance, a name, a hub id or a folder."""
+"""Whatever a user calls a model, as a `DualEncoder`: an instance, a name, a hub id or a folder."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 from torch import nn
 
 from fasterase.errors import InputError
-from fasterase.models import open_clip, transformers
-from fasterase.models.folder import MARKER
-from fasterase.models.open_clip_files import CONFIG_FILE
-from fasterase.models.two_tower import TwoTower
+from fasterase.files import MARKER
+from fasterase.models import huggingface, openclip
+from fasterase.models.dual_encoder import DualEncoder
+from fasterase.models.openclip import CONFIG_FILE
 
 FORMS = (
     'an open_clip or transformers CLIP model, "ViT-B-32/laion2b_s34b_b79k" (open_clip name/tag), '
@@ -22,13 +22,13 @@ FORMS = (
 )
 
 
-def load_tower(
-    model: nn.Module | TwoTower | str | os.PathLike[str],
+def load_model(
+    model: nn.Module | DualEncoder | str | os.PathLike[str],
     *,
     tokenizer: Any = None,
     preprocess: Any = None,
     model_name: str | None = None,
-) -> TwoTower:
+) -> DualEncoder:
     """Adapt or load a CLIP model. Weights named by a string are always real ones, in fp32.
 
     Args:
@@ -44,7 +44,7 @@ def load_tower(
         InputError: names `model`, `tokenizer`, `preprocess` or `model_name`, whichever is unusable.
         MissingExtraError: the library that reads the model is not installed.
     """
-    if isinstance(model, TwoTower):
+    if isinstance(model, DualEncoder):
         return model
     if isinstance(model, nn.Module):
         return _adapt(model, tokenizer, preprocess, model_name)
@@ -58,18 +58,20 @@ def load_tower(
     return _load(model, tokenizer=tokenizer, preprocess=preprocess)
 
 
-def _adapt(module: nn.Module, tokenizer: Any, preprocess: Any, model_name: str | None) -> TwoTower:
-    if open_clip.is_open_clip(module):
-        return open_clip.from_instance(
+def _adapt(
+    module: nn.Module, tokenizer: Any, preprocess: Any, model_name: str | None
+) -> DualEncoder:
+    if openclip.is_open_clip(module):
+        return openclip.from_instance(
             module, tokenizer=tokenizer, preprocess=preprocess, model_name=model_name
         )
-    if transformers.is_transformers(module):
+    if huggingface.is_transformers(module):
         if model_name is not None:
             raise InputError(
                 f"model_name: {model_name!r} names an open_clip architecture, but the model is a "
                 f"{type(module).__name__} of transformers; leave model_name out"
             )
-        return transformers.from_instance(module, tokenizer=tokenizer, preprocess=preprocess)
+        return huggingface.from_instance(module, tokenizer=tokenizer, preprocess=preprocess)
     inner = getattr(module, "_orig_mod", None) or getattr(module, "module", None)
     if isinstance(inner, nn.Module):
         raise InputError(
@@ -78,7 +80,7 @@ def _adapt(module: nn.Module, tokenizer: Any, preprocess: Any, model_name: str |
     raise InputError(f"model: {type(module).__name__} is not a supported CLIP model. Give {FORMS}")
 
 
-def _load(model: str | os.PathLike[str], **given: Any) -> TwoTower:
+def _load(model: str | os.PathLike[str], **given: Any) -> DualEncoder:
     name = os.fspath(model)
     folder = Path(name.removeprefix("local-dir:")).expanduser()
     if (
@@ -88,20 +90,20 @@ def _load(model: str | os.PathLike[str], **given: Any) -> TwoTower:
     ):
         return _load_folder(folder, **given)
     if name.startswith("hf-hub:"):
-        return open_clip.from_source(name, name=name, **given)
+        return openclip.from_source(name, name=name, **given)
     if name.startswith("hf:"):
-        return transformers.from_source(name.removeprefix("hf:"), name=name, online=True, **given)
+        return huggingface.from_source(name.removeprefix("hf:"), name=name, online=True, **given)
     return _load_named(name, **given)
 
 
-def _load_folder(folder: Path, **given: Any) -> TwoTower:
+def _load_folder(folder: Path, **given: Any) -> DualEncoder:
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "does not exist"
         raise InputError(f"model: {folder} {found}; a folder with a saved model is needed")
     if (folder / CONFIG_FILE).is_file():
-        return open_clip.from_source(f"local-dir:{folder}", name=str(folder), **given)
+        return openclip.from_source(f"local-dir:{folder}", name=str(folder), **given)
     if (folder / "config.json").is_file():
-        return transformers.from_source(str(folder), name=str(folder), online=False, **given)
+        return huggingface.from_source(str(folder), name=str(folder), online=False, **given)
     if (folder / MARKER).is_file():
         raise InputError(
             f"model: {folder} holds weights of an architecture that open_clip does not describe; "
@@ -113,12 +115,12 @@ def _load_folder(folder: Path, **given: Any) -> TwoTower:
     )
 
 
-def _load_named(name: str, **given: Any) -> TwoTower:
+def _load_named(name: str, **given: Any) -> DualEncoder:
     import open_clip as library
 
     architecture, _, tag = name.partition("/")
     if architecture in library.list_models():
-        return open_clip.from_name(architecture, tag or None, **given)
+        return openclip.from_name(architecture, tag or None, **given)
     if name.startswith((".", "~", "/")) or os.sep * 2 in name or Path(name).suffix in _WEIGHT_FILES:
         found = "is a file" if Path(name).expanduser().exists() else "does not exist"
         raise InputError(f"model: {name} {found}; a folder with a saved model is needed")

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fasterase.errors import InputError
-from fasterase.models.two_tower import Tokens
+from fasterase.models.dual_encoder import Tokens
 from fasterase.pairs.augment import augment as augmented
-from fasterase.pairs.pair_source import PairSource
 from fasterase.pairs.prepare import PreparedText, Preparer, stack_tokens
 from fasterase.pairs.sampler import Draw, Sampler
 from fasterase.pairs.skips import BrokenPair, Skip, SkipLedger
+from fasterase.pairs.source import PairSource
 
 __all__ = ["Draw", "Sampler", "SkipLedger", "StepBatch", "SweepBatch", "step_batches", "sweep"]
 

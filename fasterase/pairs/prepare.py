@@ -10,9 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from fasterase.errors import InputError
-from fasterase.models.two_tower import Tokens
-from fasterase.pairs.records import Record
+from fasterase.models.dual_encoder import Tokens
 from fasterase.pairs.skips import BrokenPair
+from fasterase.pairs.source import Record
 
 
 class PreparedText(NamedTuple):

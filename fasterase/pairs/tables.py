@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fasterase.errors import InputError
-from fasterase.pairs.image_files import ImageFiles
-from fasterase.pairs.items import IMAGE_KEYS, TEXT_KEYS, choose_key
-from fasterase.pairs.packed import PackedCaptions, PackedStrings
+from fasterase.pairs.objects import IMAGE_KEYS, TEXT_KEYS, choose_key
+from fasterase.pairs.source import ImageFiles, PackedCaptions, PackedStrings
 
 SEPARATORS = ("\t", ",", ";", "|")
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")

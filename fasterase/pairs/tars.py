@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fasterase.errors import InputError
-from fasterase.pairs.packed import PackedCaptions, PackedStrings
-from fasterase.pairs.pair_source import EncodedSource
 from fasterase.pairs.skips import BrokenPair
+from fasterase.pairs.source import EncodedSource, PackedCaptions, PackedStrings
 
 IMAGE_ENTRIES = "jpg;png;jpeg;webp"
 TEXT_ENTRIES = "txt"

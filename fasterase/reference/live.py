@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fasterase.models.two_tower import TwoTower, frozen_copy
+from fasterase.models.dual_encoder import DualEncoder, frozen_copy
 from fasterase.pairs.batches import StepBatch
 
 
@@ -36,7 +36,7 @@ class LiveReference:
 
     def __init__(
         self,
-        tower: TwoTower,
+        tower: DualEncoder,
         *,
         autocast: Callable[[], AbstractContextManager[object]],
         micro_batch_size: int | None,

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasterase.models.two_tower import Tokens, TwoTower
+from fasterase.models.dual_encoder import DualEncoder, Tokens
 from fasterase.pairs.batches import sweep
-from fasterase.pairs.pair_source import PairSource
 from fasterase.pairs.prepare import Preparer
 from fasterase.pairs.skips import SkipLedger
+from fasterase.pairs.source import PairSource
 from fasterase.reference.floor import PairFeatures
 
 # Rows encoded at a time.
@@ -34,7 +34,7 @@ class Sweeper:
         progress: whether to show a bar.
     """
 
-    tower: TwoTower
+    tower: DualEncoder
     prepare: Preparer
     ledger: SkipLedger
     autocast: Callable[[], AbstractContextManager[object]]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fasterase.config import UnlearnConfig
-from fasterase.report.files import write_text
+from fasterase.files import write_text
 
 TERMS = ("total", "forget", "retain", "consistency", "anchor")
 

@@ -108,10 +108,10 @@ def test_demo_passes_only_what_was_given(monkeypatch):
 
 
 def test_unlearn_and_evaluate_on_a_saved_model(tmp_path, capsys):
-    from fasterase.models.load import load_tower
+    from fasterase.models.load import load_model
 
     model = small_models.open_clip_vit()
-    load_tower(model, tokenizer=small_models.simple_tokenizer()).save(tmp_path / "original")
+    load_model(model, tokenizer=small_models.simple_tokenizer()).save(tmp_path / "original")
     for name, colours in {"forget": ["red", "pink"], "retain": ["blue", "green", "black"]}.items():
         for colour in colours:
             (tmp_path / name).mkdir(exist_ok=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fasterase.engine.grad_cache import TowerPass, backward
 from fasterase.engine.precision import grad_scaler
-from fasterase.models.two_tower import Tokens
+from fasterase.models.dual_encoder import Tokens
 from fasterase.objective import EraseLoss, erase_loss
 from tests.tiny_tower import TinyTower, batch
 

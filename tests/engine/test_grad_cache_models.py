@@ -9,8 +9,8 @@ import torch
 
 from fasterase.engine.grad_cache import TowerPass, backward
 from fasterase.engine.precision import grad_scaler
-from fasterase.models.load import load_tower
-from fasterase.models.two_tower import Tokens
+from fasterase.models.dual_encoder import Tokens
+from fasterase.models.load import load_model
 from fasterase.objective import erase_loss
 from tests import small_models
 
@@ -25,7 +25,7 @@ def built(kind):
     for part in model.modules():
         if isinstance(getattr(part, "dropout", None), float):
             part.dropout = 0.2
-    return load_tower(model)
+    return load_model(model)
 
 
 def batch():

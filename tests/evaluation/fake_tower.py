@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fasterase.models.tuning import TowerParts
-from fasterase.models.two_tower import Tokens, TwoTower
+from fasterase.models.dual_encoder import DualEncoder, Tokens, TowerParts
 
 
 class LookupTokenizer:
@@ -22,7 +21,7 @@ class LookupTokenizer:
         return Tokens(torch.tensor([[self.number[text]] for text in texts]))
 
 
-class LookupTower(TwoTower):
+class LookupTower(DualEncoder):
     """Image number i (see `picture`) and text number i have the given features."""
 
     def __init__(self, image: Tensor, text: Tensor, texts: Sequence[str], name: str) -> None:

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fasterase.evaluation import bootstrap
-from fasterase.evaluation.bootstrap import intervals
+from fasterase.evaluation import metrics as bootstrap
+from fasterase.evaluation.metrics import bootstrap_intervals
 
 
 def brute_force(
@@ -20,7 +20,7 @@ def brute_force(
 @pytest.mark.parametrize("n", [1, 2, 17, 30])
 def test_equals_resampling_in_a_loop(n: int) -> None:
     values = np.random.default_rng(1).normal(size=n).round(1)  # rounded: with repetitions
-    found = intervals({"mean": values}, {"median": values}, resamples=300, seed=5)
+    found = bootstrap_intervals({"mean": values}, {"median": values}, resamples=300, seed=5)
     assert found["mean"] == pytest.approx(brute_force(values, np.mean, 300, 5))
     assert found["median"] == pytest.approx(brute_force(values, np.median, 300, 5))
 
@@ -28,13 +28,13 @@ def test_equals_resampling_in_a_loop(n: int) -> None:
 def test_the_median_of_an_even_number_lies_between_the_middle_two() -> None:
     values = np.array([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
     for level in (0.2, 0.5, 0.8):
-        found = intervals({}, {"m": values}, resamples=300, seed=5, level=level)["m"]
+        found = bootstrap_intervals({}, {"m": values}, resamples=300, seed=5, level=level)["m"]
         assert found == pytest.approx(brute_force(values, np.median, 300, 5, level))
 
 
 def test_pairs_without_a_value_do_not_count() -> None:
     values = np.array([1.0, 0.0, np.nan, 1.0, np.nan, 0.0, 1.0])
-    found = intervals({"accuracy": values}, {}, resamples=300, seed=2)
+    found = bootstrap_intervals({"accuracy": values}, {}, resamples=300, seed=2)
     assert found["accuracy"] == pytest.approx(brute_force(values, np.nanmean, 300, 2))
 
 
@@ -43,7 +43,7 @@ def test_contains_the_value_and_shrinks_with_the_number_of_pairs() -> None:
     widths = []
     for n in (50, 5000):
         values = (rng.random(n) < 0.3).astype(float)
-        low, high = intervals({"hit": values}, {}, resamples=1000, seed=0)["hit"]
+        low, high = bootstrap_intervals({"hit": values}, {}, resamples=1000, seed=0)["hit"]
         assert low < values.mean() < high
         # Normal approximation of the binomial.
         half = 1.96 * np.sqrt(values.mean() * (1 - values.mean()) / n)
@@ -54,6 +54,6 @@ def test_contains_the_value_and_shrinks_with_the_number_of_pairs() -> None:
 
 def test_chunks_of_resamples_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(0).random(20)
-    whole = intervals({"a": values}, {"b": values}, resamples=100, seed=0)
-    monkeypatch.setattr(bootstrap, "CHUNK_ELEMENTS", 20 * 7)
-    assert intervals({"a": values}, {"b": values}, resamples=100, seed=0) == whole
+    whole = bootstrap_intervals({"a": values}, {"b": values}, resamples=100, seed=0)
+    monkeypatch.setattr(bootstrap, "RESAMPLE_ELEMENTS", 20 * 7)
+    assert bootstrap_intervals({"a": values}, {"b": values}, resamples=100, seed=0) == whole

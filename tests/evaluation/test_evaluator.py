@@ -11,10 +11,10 @@ import torch
 from torch.nn.functional import normalize
 
 from fasterase.errors import InputError
-from fasterase.evaluation import ranking
+from fasterase.evaluation import scores as ranking
 from fasterase.evaluation.evaluator import Evaluator
 from fasterase.evaluation.features import encode_set, sampled_rows
-from fasterase.pairs.sources import PairSource, open_pairs
+from fasterase.pairs.open import PairSource, open_pairs
 from tests.evaluation.fake_tower import LookupTower, picture
 
 WIDTH = 6

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fasterase.evaluation import ranking
-from fasterase.evaluation.ranking import chance, joined, position, similarity_chunks
+from fasterase.evaluation import scores as ranking
+from fasterase.evaluation.scores import chance, joined, position, similarity_chunks
 
 
 def test_hit_is_the_share_of_orders_of_the_tied_that_put_a_right_one_among_the_first() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fasterase.errors import InputError
-from fasterase.evaluation.result import Evaluation
+from fasterase.evaluation.evaluation import Evaluation
 
 
 def scores(recall: float, rank: float, cosine: float) -> dict[str, dict[str, float]]:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fasterase.errors import InputError
-from fasterase.evaluation.zero_shot import (
+from fasterase.evaluation.scores import (
     ClassLabels,
     accuracy,
     checked_class_names,

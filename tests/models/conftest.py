@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fasterase.models import Tokens, TwoTower, load_tower
+from fasterase.models import DualEncoder, Tokens, load_model
 from tests import small_models
 
 
@@ -32,7 +32,7 @@ BUILDERS: dict[str, Callable[[], torch.nn.Module]] = {
 }
 
 
-def build_tower(kind: str) -> TwoTower:
+def build_tower(kind: str) -> DualEncoder:
     """A tower of its own weights, with the tokenizer and preprocessing that suit it."""
     tower = copy.copy(_template(kind))
     tower.module = copy.deepcopy(tower.module)
@@ -40,17 +40,17 @@ def build_tower(kind: str) -> TwoTower:
 
 
 @functools.cache
-def _template(kind: str) -> TwoTower:
+def _template(kind: str) -> DualEncoder:
     module = BUILDERS[kind]()
     if kind.startswith("open_clip"):
-        return load_tower(module, tokenizer=small_models.simple_tokenizer())
+        return load_model(module, tokenizer=small_models.simple_tokenizer())
     if kind == "hf_siglip2":
         from transformers import Siglip2ImageProcessor
 
         processor = Siglip2ImageProcessor(patch_size=8, max_num_patches=16)
     else:
         processor = small_models.hf_image_processor()
-    return load_tower(module, tokenizer=small_models.hf_tokenizer(), preprocess=processor)
+    return load_model(module, tokenizer=small_models.hf_tokenizer(), preprocess=processor)
 
 
 @pytest.fixture(params=list(BUILDERS))
@@ -59,11 +59,11 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def tower(kind: str) -> TwoTower:
+def tower(kind: str) -> DualEncoder:
     return build_tower(kind)
 
 
-def batch_for(tower: TwoTower, count: int = 4) -> tuple[torch.Tensor, Tokens]:
+def batch_for(tower: DualEncoder, count: int = 4) -> tuple[torch.Tensor, Tokens]:
     """Random pixels and ids that the tower takes."""
     hf = type(tower.module).__module__.startswith("transformers")
     vocabulary = len(small_models.HF_VOCABULARY) if hf else small_models.SIMPLE_VOCABULARY_SIZE

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fasterase.errors import InputError, MissingExtraError
-from fasterase.models import load_tower
+from fasterase.models import load_model
 from tests import small_models
 from tests.models.conftest import batch_for, build_tower
 
@@ -36,9 +36,9 @@ def test_folders_load_as_str_path_and_local_dir(open_clip_folder: Path, hf_folde
     expected = build_tower("open_clip_vit")
     pixels, _ = batch_for(expected)
     for form in (open_clip_folder, str(open_clip_folder), f"local-dir:{open_clip_folder}"):
-        assert torch.equal(load_tower(form).encode_image(pixels), expected.encode_image(pixels))
+        assert torch.equal(load_model(form).encode_image(pixels), expected.encode_image(pixels))
     for form in (hf_folder, str(hf_folder), f"hf:{hf_folder}"):
-        tower = load_tower(form)
+        tower = load_model(form)
         assert type(tower.module).__name__ == "CLIPModel"
         assert tower.tokenize(["a cat"]).ids.shape == (1, 16)
         assert tower.image_transform is not None
@@ -46,13 +46,13 @@ def test_folders_load_as_str_path_and_local_dir(open_clip_folder: Path, hf_folde
 
 def test_a_tower_is_taken_as_it_is() -> None:
     tower = build_tower("hf_clip")
-    assert load_tower(tower) is tower
+    assert load_model(tower) is tower
 
 
 def test_an_hf_instance_finds_its_tokenizer_where_it_came_from(hf_folder: Path) -> None:
     from transformers import CLIPModel
 
-    tower = load_tower(CLIPModel.from_pretrained(hf_folder))
+    tower = load_model(CLIPModel.from_pretrained(hf_folder))
     assert tower.text_tokenizer is not None
     assert tower.image_transform is not None
 
@@ -62,7 +62,7 @@ def test_named_open_clip_instances_are_recognised() -> None:
 
     with torch.device("meta"):
         module = open_clip.CLIP(**open_clip.get_model_config("ViT-S-32-alt"))
-    tower = load_tower(module)
+    tower = load_model(module)
     assert tower.name == "ViT-S-32-alt"
     assert tower.tokenize(["a cat"]).ids.shape == (1, 77)
     assert tower.config == open_clip.get_model_config("ViT-S-32-alt")
@@ -91,7 +91,7 @@ def test_named_open_clip_instances_are_recognised() -> None:
 )
 def test_what_is_no_model_is_named(model: object, says: str) -> None:
     with pytest.raises(InputError, match=rf"(?s)^model: .*{says}"):
-        load_tower(model)  # type: ignore[arg-type]
+        load_model(model)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_without_network_there_are_no_random_weights(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(InputError, match=r"(?s)^model: .*could not load.*network"):
-        load_tower(model)
+        load_model(model)
 
 
 def test_folders_without_weights_or_config(
@@ -115,11 +115,11 @@ def test_folders_without_weights_or_config(
         folder = shutil.copytree(source, tmp_path / source.name)
         (folder / weights).unlink()
         with pytest.raises(InputError, match=r"^model: .*could not load"):
-            load_tower(folder)
+            load_model(folder)
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(InputError, match="no model folder"):
-        load_tower(empty)
+        load_model(empty)
 
 
 def test_missing_weights_are_not_made_up(hf_folder: Path, tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_missing_weights_are_not_made_up(hf_folder: Path, tmp_path: Path) -> Non
     del state["visual_projection.weight"]
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=r"lacks 1 of .*visual_projection\.weight"):
-        load_tower(folder)
+        load_model(folder)
 
 
 def test_damaged_open_clip_folders(open_clip_folder: Path, tmp_path: Path) -> None:
@@ -139,10 +139,10 @@ def test_damaged_open_clip_folders(open_clip_folder: Path, tmp_path: Path) -> No
     config["model_cfg"]["text_cfg"]["layers"] = 3
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=r"^model: .*could not load"):
-        load_tower(folder)
+        load_model(folder)
     (folder / "open_clip_config.json").write_text("{")
     with pytest.raises(InputError, match=r"^model: .*could not load"):
-        load_tower(folder)
+        load_model(folder)
 
 
 class Malicious:
@@ -164,10 +164,10 @@ def test_no_folder_is_unpickled(open_clip_folder: Path, hf_folder: Path, tmp_pat
             weights.unlink()
         torch.save({"logit_scale": Malicious(trace)}, folder / name)
         with pytest.raises(InputError, match=r"^model: .*could not load"):
-            load_tower(folder)
+            load_model(folder)
         (folder / name).write_bytes(pickle.dumps(Malicious(trace)))
         with pytest.raises(InputError, match=r"^model: .*could not load"):
-            load_tower(folder)
+            load_model(folder)
     assert not trace.exists()
 
 
@@ -178,7 +178,7 @@ def test_tensors_in_a_bin_file_do_load(open_clip_folder: Path, tmp_path: Path) -
     state = load_file(folder / "open_clip_model.safetensors")
     (folder / "open_clip_model.safetensors").unlink()
     torch.save(state, folder / "open_clip_pytorch_model.bin")
-    assert load_tower(folder).fingerprint() == load_tower(open_clip_folder).fingerprint()
+    assert load_model(folder).fingerprint() == load_model(open_clip_folder).fingerprint()
 
 
 def test_another_transformers_model_is_refused(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_another_transformers_model_is_refused(tmp_path: Path) -> None:
 
     BertConfig(hidden_size=16, num_attention_heads=2).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"'bert' model; .*CLIPModel"):
-        load_tower(tmp_path)
+        load_model(tmp_path)
 
 
 def test_without_transformers_the_extra_is_named(
@@ -194,19 +194,19 @@ def test_without_transformers_the_extra_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(MissingExtraError, match=r"fasterase\[hf\]"):
-        load_tower(hf_folder)
+        load_model(hf_folder)
 
 
 def test_model_name_must_fit() -> None:
     module = small_models.open_clip_vit()
     with pytest.raises(InputError, match=r"model_name: .*do not have the shapes"):
-        load_tower(module, model_name="ViT-B-32")
+        load_model(module, model_name="ViT-B-32")
     with pytest.raises(InputError, match="model_name: open_clip knows no"):
-        load_tower(module, model_name="ViT-Z")
+        load_model(module, model_name="ViT-Z")
     with pytest.raises(InputError, match=r"model_name: .*transformers"):
-        load_tower(small_models.hf_clip(), model_name="ViT-B-32")
+        load_model(small_models.hf_clip(), model_name="ViT-B-32")
     with pytest.raises(InputError, match=r"model_name: .*already says"):
-        load_tower("ViT-B-32/openai", model_name="ViT-B-32")
+        load_model("ViT-B-32/openai", model_name="ViT-B-32")
 
 
 def test_openai_tags_run_with_their_own_activation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +221,7 @@ def test_openai_tags_run_with_their_own_activation(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(open_clip, "create_model", create_model)
     for tag, quick in (("openai", True), ("laion2b_s34b_b79k", False)):
         with pytest.raises(InputError, match="stop here"):
-            load_tower(f"ViT-B-32/{tag}")
+            load_model(f"ViT-B-32/{tag}")
         assert asked["force_quick_gelu"] is quick
         assert asked["require_pretrained"] is True
         assert asked["weights_only"] is True

@@ -11,8 +11,7 @@ import torch
 from open_clip.coca_model import CoCa
 from open_clip.model import CLIP, CustomTextCLIP
 
-from fasterase.models.open_clip_config import builds_same, recognised
-from fasterase.models.open_clip_reading import read_config
+from fasterase.models.openclip_config import builds_same, read_config, recognised
 from tests import small_models
 
 

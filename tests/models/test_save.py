@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fasterase.errors import InputError
-from fasterase.models import TwoTower, load_tower
-from fasterase.models.folder import written_whole
+from fasterase.files import written_whole
+from fasterase.models import DualEncoder, load_model
 from tests import small_models
 from tests.models.conftest import batch_for, build_tower
 
@@ -24,7 +24,7 @@ def safetensors_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("**/*.safetensors"))
 
 
-def nudged(tower: TwoTower) -> TwoTower:
+def nudged(tower: DualEncoder) -> DualEncoder:
     """Weights that no builder makes, so that a loader cannot pass by rebuilding the model."""
     with torch.no_grad():
         for parameter in tower.module.parameters():
@@ -90,7 +90,7 @@ def test_own_folders_come_back_whole(kind: str, tmp_path: Path) -> None:
     tower = nudged(build_tower(kind))
     pixels, tokens = batch_for(tower)
     tower.save(tmp_path / "erased")
-    again = load_tower(tmp_path / "erased")
+    again = load_model(tmp_path / "erased")
     assert type(again) is type(tower)
     assert not again.module.training
     assert torch.equal(again.encode_image(pixels), tower.encode_image(pixels))
@@ -109,7 +109,7 @@ def test_temperature_is_written_0d(tmp_path: Path) -> None:
     module = small_models.open_clip_custom_text(siglip=True)
     module.logit_scale = nn.Parameter(module.logit_scale.detach().reshape(1))
     module.logit_bias = nn.Parameter(module.logit_bias.detach().reshape(1))
-    tower = load_tower(module)
+    tower = load_model(module)
     assert tower.scale().ndim == 0
     tower.save(tmp_path / "erased")
     state = load_file(tmp_path / "erased" / "open_clip_model.safetensors")
@@ -122,30 +122,30 @@ def test_tied_weights_are_written_twice(tmp_path: Path) -> None:
     module = small_models.open_clip_vit()
     blocks = module.transformer.resblocks
     blocks[1].ln_1.weight = blocks[0].ln_1.weight
-    load_tower(module).save(tmp_path / "erased")
+    load_model(module).save(tmp_path / "erased")
     open_clip.create_model(f"local-dir:{tmp_path}/erased", require_pretrained=True)
 
 
 def test_hf_tokenizer_of_an_open_clip_folder_is_kept(tmp_path: Path) -> None:
     vocabulary = len(small_models.HF_VOCABULARY)
     source = tmp_path / "source"
-    tower = load_tower(
+    tower = load_model(
         small_models.open_clip_custom_text(vocab_size=vocabulary),
         tokenizer=small_models.hf_tokenizer(),
     )
     tower.save(source)
     expected = tower.tokenize(["a red cat"]).ids
-    loaded = load_tower(source)
+    loaded = load_model(source)
     assert torch.equal(loaded.tokenize(["a red cat"]).ids, expected)
     loaded.save(tmp_path / "again")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{tmp_path}/again")
     assert torch.equal(tokenizer(["a red cat"]), expected)
-    assert load_tower(tmp_path / "again").fingerprint() == loaded.fingerprint()
+    assert load_model(tmp_path / "again").fingerprint() == loaded.fingerprint()
 
 
 def test_the_fallback_tokenizer_is_not_taken_for_another_vocabulary(tmp_path: Path) -> None:
-    load_tower(small_models.open_clip_vit(vocab_size=500)).save(tmp_path / "erased")
-    assert load_tower(tmp_path / "erased").text_tokenizer is None
+    load_model(small_models.open_clip_vit(vocab_size=500)).save(tmp_path / "erased")
+    assert load_model(tmp_path / "erased").text_tokenizer is None
 
 
 def test_unknown_architecture_saves_weights_and_says_how(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_unknown_architecture_saves_weights_and_says_how(tmp_path: Path) -> None
     config = small_models.open_clip_config()
     config["vision_cfg"] = {"timm_model_name": "test_vit", "image_size": 160}
     module = CustomTextCLIP(**config).eval()
-    tower = load_tower(module)
+    tower = load_model(module)
     tower.save(tmp_path / "erased")
     folder = tmp_path / "erased"
     assert not (folder / "open_clip_config.json").exists()
@@ -162,7 +162,7 @@ def test_unknown_architecture_saves_weights_and_says_how(tmp_path: Path) -> None
     state = load_file(folder / "open_clip_model.safetensors")
     assert state.keys() == module.state_dict().keys()
     with pytest.raises(InputError, match=r"model: .*README\.md"):
-        load_tower(folder)
+        load_model(folder)
 
 
 def test_model_name_makes_an_unknown_architecture_loadable(
@@ -177,7 +177,7 @@ def test_model_name_makes_an_unknown_architecture_loadable(
     monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny-timm", config)
     arguments = {key: value for key, value in config.items() if key != "custom_text"}
     module = CustomTextCLIP(**arguments).eval()
-    for tower in (load_tower(module, model_name="tiny-timm"), load_tower(module)):
+    for tower in (load_model(module, model_name="tiny-timm"), load_model(module)):
         assert tower.name == "tiny-timm"
         assert tower.text_tokenizer is not None
         tower.save(tmp_path / "erased")
@@ -228,7 +228,7 @@ def test_saved_half_precision_is_read_back_as_fp32(tmp_path: Path) -> None:
     tower = build_tower("hf_clip")
     tower.module.half()
     tower.save(tmp_path / "half")
-    again = load_tower(tmp_path / "half")
+    again = load_model(tmp_path / "half")
     assert {parameter.dtype for parameter in again.module.parameters()} == {torch.float32}
     pixels, _ = batch_for(again)
     features = F.normalize(again.module.get_image_features(pixels).pooler_output, dim=-1)

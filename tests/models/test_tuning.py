@@ -7,16 +7,16 @@ import torch
 from torch import nn
 
 from fasterase.errors import InputError
-from fasterase.models import TwoTower, load_tower
+from fasterase.models import DualEncoder, load_model
 from tests import small_models
 from tests.models.conftest import batch_for, build_tower
 
 
-def names(tower: TwoTower, tune: str) -> set[str]:
+def names(tower: DualEncoder, tune: str) -> set[str]:
     return {name for name, _ in tower.trainable(tune)}
 
 
-def test_all_is_both_towers_and_never_the_temperature(tower: TwoTower) -> None:
+def test_all_is_both_towers_and_never_the_temperature(tower: DualEncoder) -> None:
     image, text = names(tower, "image"), names(tower, "text")
     assert image
     assert text
@@ -31,14 +31,14 @@ def test_all_is_both_towers_and_never_the_temperature(tower: TwoTower) -> None:
     assert "logit_scale" in left
 
 
-def test_parameters_come_in_the_module_s_order(tower: TwoTower) -> None:
+def test_parameters_come_in_the_module_s_order(tower: DualEncoder) -> None:
     order = [name for name, _ in tower.module.named_parameters()]
     chosen = [name for name, _ in tower.trainable("all")]
     assert chosen == [name for name in order if name in set(chosen)]
     assert all(p is dict(tower.module.named_parameters())[n] for n, p in tower.trainable("all"))
 
 
-def test_projections_are_within_last_within_all(tower: TwoTower) -> None:
+def test_projections_are_within_last_within_all(tower: DualEncoder) -> None:
     projections = names(tower, "projections")
     last, both = names(tower, "last:1"), names(tower, "last:2")
     assert projections < last < both < names(tower, "all")
@@ -80,7 +80,7 @@ def test_unknown_tune_is_named(tune: str) -> None:
         build_tower("hf_clip").trainable(tune)
 
 
-def test_more_blocks_than_there_are(tower: TwoTower) -> None:
+def test_more_blocks_than_there_are(tower: DualEncoder) -> None:
     with pytest.raises(InputError, match=r"tune: .*has 2 blocks"):
         tower.trainable("last:3")
 
@@ -94,7 +94,7 @@ def custom_text(**config: object) -> nn.Module:
 
 def test_timm_tower() -> None:
     vision = {"timm_model_name": "test_vit", "image_size": 160, "timm_proj": "linear"}
-    tower = load_tower(custom_text(vision_cfg=vision))
+    tower = load_model(custom_text(vision_cfg=vision))
     assert tower.image_size == (160, 160)
     assert names(tower, "projections") == {"visual.head.proj.weight", "text.text_projection"}
     last = names(tower, "last:1")
@@ -118,11 +118,11 @@ def test_transformers_text_tower_inside_open_clip(tmp_path) -> None:
         "hf_model_pretrained": False,
         "hf_proj_type": "linear",
     }
-    tower = load_tower(custom_text(text_cfg=text))
+    tower = load_model(custom_text(text_cfg=text))
     assert tower.embed_dim == small_models.EMBED_DIM
     assert "text.proj.weight" in names(tower, "projections")
     last = names(tower, "last:1")
     assert any(".encoder.layer.1." in name for name in last)
     assert not any(".encoder.layer.0." in name or "embeddings" in name for name in last)
-    _, tokens = batch_for(load_tower(small_models.hf_clip()))
+    _, tokens = batch_for(load_model(small_models.hf_clip()))
     assert tower.encode_text(tokens).shape == (4, tower.embed_dim)

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 from fasterase.errors import InputError
-from fasterase.models import Tokens, TwoTower, frozen_copy, load_tower
+from fasterase.models import DualEncoder, Tokens, frozen_copy, load_model
 from tests import small_models
 from tests.models.conftest import batch_for, build_tower
 
 
-def library_features(tower: TwoTower, pixels: torch.Tensor, ids: torch.Tensor):
+def library_features(tower: DualEncoder, pixels: torch.Tensor, ids: torch.Tensor):
     module = tower.module
     if type(module).__module__.startswith("open_clip"):
         return module.encode_image(pixels, normalize=True), module.encode_text(ids, normalize=True)
@@ -33,14 +33,14 @@ def library_features(tower: TwoTower, pixels: torch.Tensor, ids: torch.Tensor):
     return F.normalize(image, dim=-1), F.normalize(text, dim=-1)
 
 
-def test_features_are_the_library_s_own(tower: TwoTower) -> None:
+def test_features_are_the_library_s_own(tower: DualEncoder) -> None:
     pixels, tokens = batch_for(tower)
     image, text = library_features(tower, pixels, tokens.ids)
     torch.testing.assert_close(tower.encode_image(pixels), image, rtol=0, atol=1e-6)
     torch.testing.assert_close(tower.encode_text(tokens), text, rtol=0, atol=1e-6)
 
 
-def test_sizes_and_units(tower: TwoTower) -> None:
+def test_sizes_and_units(tower: DualEncoder) -> None:
     pixels, tokens = batch_for(tower)
     for features in (tower.encode_image(pixels), tower.encode_text(tokens)):
         assert features.shape == (4, tower.embed_dim)
@@ -51,7 +51,7 @@ def test_sizes_and_units(tower: TwoTower) -> None:
     assert tower.device == torch.device("cpu")
 
 
-def test_scale_is_differentiable_and_0d(tower: TwoTower) -> None:
+def test_scale_is_differentiable_and_0d(tower: DualEncoder) -> None:
     scale = tower.scale()
     assert scale.ndim == 0
     assert float(scale.detach()) == pytest.approx(float(tower.logit_scale.detach().exp()))
@@ -59,7 +59,7 @@ def test_scale_is_differentiable_and_0d(tower: TwoTower) -> None:
     assert tower.logit_scale.grad is not None
 
 
-def test_every_trainable_parameter_gets_a_gradient(tower: TwoTower) -> None:
+def test_every_trainable_parameter_gets_a_gradient(tower: DualEncoder) -> None:
     pixels, tokens = batch_for(tower)
     # A random direction: the row sums of normalised features would leave some gradients at zero.
     direction = torch.randn(2, 4, tower.embed_dim, generator=torch.Generator().manual_seed(1))
@@ -73,7 +73,7 @@ def test_every_trainable_parameter_gets_a_gradient(tower: TwoTower) -> None:
         assert name in chosen or parameter.grad is None, name
 
 
-def test_autocast_still_gives_fp32_units(tower: TwoTower) -> None:
+def test_autocast_still_gives_fp32_units(tower: DualEncoder) -> None:
     pixels, tokens = batch_for(tower)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         image, text = tower.encode_image(pixels), tower.encode_text(tokens)
@@ -93,7 +93,7 @@ def test_bf16_and_fp64_weights() -> None:
     assert tower.encode_text(tokens).dtype == torch.float64
 
 
-def test_callables_for_workers_pickle_without_weights(tower: TwoTower) -> None:
+def test_callables_for_workers_pickle_without_weights(tower: DualEncoder) -> None:
     before = tower.tokenize(["a red cat", "Two dogs."]).ids
     image = Image.new("RGB", (50, 40), (200, 30, 90))
     callables = pickle.dumps((tower.image_transform, tower.text_tokenizer))
@@ -115,9 +115,9 @@ def test_fingerprint_follows_weights_preprocess_and_tokenizer() -> None:
     changed = tower.fingerprint()
     assert changed != first
     module = small_models.open_clip_vit()
-    assert load_tower(module).fingerprint() != first  # no tokenizer
+    assert load_model(module).fingerprint() != first  # no tokenizer
     module.visual.preprocess_cfg["mean"] = (0.1, 0.1, 0.1)
-    other = load_tower(module, tokenizer=small_models.simple_tokenizer())
+    other = load_model(module, tokenizer=small_models.simple_tokenizer())
     assert other.fingerprint() != first
 
 
@@ -180,13 +180,13 @@ def test_naflex_refuses_pixels_between_patches() -> None:
 def test_unknown_tokenizer_and_preprocess_are_named() -> None:
     module = small_models.open_clip_vit()
     del module.visual.preprocess_cfg
-    tower = load_tower(module)
+    tower = load_model(module)
     assert tower.text_tokenizer is None
     assert tower.image_transform is None
     with pytest.raises(InputError, match="tokenizer"):
         tower.tokenize(["a cat"])
     with pytest.raises(InputError, match="preprocess"):
         tower.preprocess(Image.new("RGB", (8, 8)))
-    hf = load_tower(small_models.hf_clip())
+    hf = load_model(small_models.hf_clip())
     with pytest.raises(InputError, match="tokenizer"):
         hf.tokenize(["a cat"])

@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision import transforms
 
 from fasterase.errors import InputError
-from fasterase.models import load_tower
+from fasterase.models import load_model
 from tests import small_models
 
 MODULE = small_models.open_clip_vit()
@@ -25,7 +25,7 @@ def words(texts: list[str]) -> torch.Tensor:
 
 
 def test_any_callable_tokenizes() -> None:
-    tokens = load_tower(MODULE, tokenizer=words).tokenize(("a red cat",))
+    tokens = load_model(MODULE, tokenizer=words).tokenize(("a red cat",))
     assert tokens.ids.tolist() == [[1, 3, 3, *[0] * 12, 49407]]
     assert tokens.ids.dtype == torch.int64
     assert tokens.mask is None
@@ -34,7 +34,7 @@ def test_any_callable_tokenizes() -> None:
 def test_open_clip_tokenizers_are_run_at_the_model_s_length() -> None:
     import open_clip
 
-    tower = load_tower(MODULE, tokenizer=open_clip.get_tokenizer("ViT-B-32"))
+    tower = load_model(MODULE, tokenizer=open_clip.get_tokenizer("ViT-B-32"))
     assert tower.tokenize(["a cat"]).ids.shape == (1, 16)
 
 
@@ -48,10 +48,10 @@ def test_a_processor_brings_both() -> None:
             self.tokenizer = small_models.hf_tokenizer()
             self.image_processor = small_models.hf_image_processor()
 
-    both = load_tower(small_models.hf_clip(), tokenizer=Processor())
+    both = load_model(small_models.hf_clip(), tokenizer=Processor())
     assert both.tokenize(["a cat"]).mask is not None
     assert both.preprocess(Image.new("RGB", (9, 9))).shape == (3, 32, 32)
-    either = load_tower(small_models.hf_clip(), preprocess=Processor())
+    either = load_model(small_models.hf_clip(), preprocess=Processor())
     assert either.text_tokenizer is None
     assert either.preprocess(Image.new("L", (9, 9))).shape == (3, 32, 32)
 
@@ -69,7 +69,7 @@ def test_a_processor_brings_both() -> None:
 )
 def test_wrong_tokenizers_are_named(tokenizer: object, says: str) -> None:
     with pytest.raises(InputError, match=f"^tokenizer: .*{says}"):
-        load_tower(MODULE, tokenizer=tokenizer)
+        load_model(MODULE, tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -85,15 +85,15 @@ def test_wrong_tokenizers_are_named(tokenizer: object, says: str) -> None:
 )
 def test_wrong_preprocess_is_named(preprocess: object, says: str) -> None:
     with pytest.raises(InputError, match=f"^preprocess: .*{says}"):
-        load_tower(MODULE, preprocess=preprocess)
+        load_model(MODULE, preprocess=preprocess)
 
 
 def test_a_torchvision_transform_is_taken() -> None:
     transform = transforms.Compose([transforms.Resize((32, 32)), transforms.ToTensor()])
-    tower = load_tower(MODULE, preprocess=transform)
+    tower = load_model(MODULE, preprocess=transform)
     assert tower.preprocess(Image.new("RGB", (10, 20), (255, 0, 0)))[:, 0, 0].tolist() == [1, 0, 0]
 
 
 def test_an_image_processor_of_another_size_is_named() -> None:
     with pytest.raises(InputError, match=r"^preprocess: .*\(3, 48, 48\)"):
-        load_tower(small_models.hf_clip(), preprocess=small_models.hf_image_processor(48))
+        load_model(small_models.hf_clip(), preprocess=small_models.hf_image_processor(48))

@@ -11,10 +11,10 @@ import torch
 from torch.utils.data import Dataset
 
 from fasterase.errors import InputError
-from fasterase.models.two_tower import Tokens
+from fasterase.models.dual_encoder import Tokens
 from fasterase.pairs.batches import Sampler, step_batches, sweep
+from fasterase.pairs.open import open_pairs
 from fasterase.pairs.prepare import Preparer
-from fasterase.pairs.sources import open_pairs
 
 
 def transform(image):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fasterase.errors import InputError
+from fasterase.pairs.open import open_pairs
 from fasterase.pairs.skips import BrokenPair
-from fasterase.pairs.sources import open_pairs
 
 
 def write(folder, files):

@@ -11,8 +11,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from fasterase.errors import InputError
+from fasterase.pairs.open import open_pairs
 from fasterase.pairs.skips import BrokenPair
-from fasterase.pairs.sources import open_pairs
 
 
 def floats(n: int) -> list[torch.Tensor]:

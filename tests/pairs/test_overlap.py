@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import Dataset
 
 from fasterase.errors import InputError
-from fasterase.pairs.overlap import without_overlap
-from fasterase.pairs.sources import open_pairs
+from fasterase.pairs.open import open_pairs
+from fasterase.pairs.split import without_overlap
 
 
 def remaining(retain, forget):
@@ -55,7 +55,7 @@ def test_files_of_other_sizes_are_not_read(pictures, monkeypatch):
     (pictures / "1.png").write_bytes((pictures / "1.png").read_bytes() + b"\0")
     (pictures / "r.csv").write_text("image,text\n0.png,a\n2.png,a\n")
     monkeypatch.setattr(
-        "fasterase.pairs.image_files.ImageFiles.encoded_image",
+        "fasterase.pairs.source.ImageFiles.encoded_image",
         lambda *_: pytest.fail("read a file"),
     )
     assert remaining(pictures / "r.csv", pictures / "f.csv")[1] == []

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fasterase.pairs.packed import PackedCaptions, PackedStrings
+from fasterase.pairs.source import PackedCaptions, PackedStrings
 
 
 @given(st.lists(st.text(st.characters())))

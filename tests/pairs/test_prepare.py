@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from fasterase.errors import InputError
-from fasterase.models.two_tower import Tokens
+from fasterase.models.dual_encoder import Tokens
 from fasterase.pairs.prepare import Preparer, caption_key, stack_tokens
-from fasterase.pairs.records import Record
 from fasterase.pairs.skips import BrokenPair
+from fasterase.pairs.source import Record
 
 
 def transform(image: Image.Image) -> torch.Tensor:

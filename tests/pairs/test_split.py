@@ -9,8 +9,8 @@ import torch
 
 from fasterase import split
 from fasterase.errors import InputError
+from fasterase.pairs.open import open_pairs
 from fasterase.pairs.skips import BrokenPair
-from fasterase.pairs.sources import open_pairs
 
 TEXTS = ["a red apple", "pineapple", "APPLE", ["a pear", "an apple-like pear"], "sea lion"]
 

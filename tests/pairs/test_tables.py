@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fasterase.errors import InputError
+from fasterase.pairs.open import open_pairs
 from fasterase.pairs.skips import BrokenPair
-from fasterase.pairs.sources import open_pairs
 from fasterase.pairs.tables import SEPARATORS, open_table, sniff_separator
 
 TEXT = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=20).filter(

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fasterase.errors import InputError
+from fasterase.pairs.open import open_pairs
 from fasterase.pairs.skips import BrokenPair
-from fasterase.pairs.sources import open_pairs
 from fasterase.pairs.tars import split_entry
 
 

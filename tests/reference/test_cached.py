@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import fasterase
-from fasterase.pairs.pair_source import Subset
-from fasterase.pairs.sources import open_pairs
+from fasterase.pairs.open import open_pairs
+from fasterase.pairs.source import Subset
 from tests.tiny_tower import TinyTower, pairs, same_weights
 
 STEPS = {
@@ -107,7 +107,7 @@ def test_views_of_one_source_share_its_features(tmp_path):
 def test_all_captions_of_a_pair_are_there_and_equal_ones_encoded_once(tmp_path):
     def tokenizer(texts):
         rows = [[1 + sum(map(ord, text)) % 40, len(text), 3, 4, 5] for text in texts]
-        return fasterase.models.two_tower.Tokens(torch.tensor(rows))
+        return fasterase.models.dual_encoder.Tokens(torch.tensor(rows))
 
     tower = Counting()
     tower.text_tokenizer = tokenizer
@@ -157,7 +157,7 @@ def test_the_floor_is_between_unrelated_pairs():
         for items in (forget, retain):
             pixels, ids = map(torch.stack, zip(*items, strict=True))
             image.append(tower.encode_image(pixels).numpy())
-            text.append(tower.encode_text(fasterase.models.two_tower.Tokens(ids)).numpy())
+            text.append(tower.encode_text(fasterase.models.dual_encoder.Tokens(ids)).numpy())
     expected = np.mean([image[0] @ text[1].T, (image[1] @ text[0].T).T])
     assert result.floor == pytest.approx(expected, abs=1e-6)
     assert fasterase.unlearn(TinyTower(), forget, retain, floor=0.3, **STEPS).floor == 0.3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fasterase.reference.store import FeatureStore
+from fasterase.reference.cache import FeatureStore
 
 
 def filled(folder, *blocks):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fasterase.report.files import replacing, write_text
+from fasterase.files import replacing, write_text
 
 
 def test_write_text_makes_folders_and_leaves_only_the_file(tmp_path: Path) -> None:

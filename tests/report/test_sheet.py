@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from fasterase.errors import InputError
-from fasterase.report.sheet import SheetRow, picture_sheet, top_captions
+from fasterase.report.pictures import SheetRow, picture_sheet, top_captions
 
 RED, GREEN = (0xC8, 0x10, 0x2E), (0x1A, 0x7F, 0x37)
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from fasterase.report.table import Section, markdown_table, text_table
+from fasterase.report.tables import Section, markdown_table, text_table
 
 COLUMNS = ["metric", "a longer\nheader", "x"]
 SECTIONS = [

@@ -1,6 +1,6 @@
 """The one interface over CLIP libraries: two encoders, scale, tokenizer, preprocess and save.
 
-All of fasterase sees a `TwoTower`; only the adapters (`open_clip.py`, `transformers.py`) know a
+All of fasterase sees a `DualEncoder`; only the adapters (`open_clip.py`, `transformers.py`) know a
 library. SigLIP models are taken too: the objective's softmax acts on their similarities, and
 their `logit_bias`, which moves every logit alike and so cancels in a softmax, is left alone.
 """
@@ -10,38 +10,24 @@ from __future__ import annotations
 import abc
 import copy
 import hashlib
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasterase.errors import InputError
-from fasterase.models.image_transform import describe_transform
-from fasterase.models.tuning import TowerParts, select_parameters
+from fasterase.models.preprocessing import Tokens, describe_transform
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-class Tokens(NamedTuple):
-    """Token ids of a batch of texts, with the attention mask where the model takes one."""
-
-    ids: Tensor  # [B, L] int64
-    mask: Tensor | None = None  # [B, L] int64, 1 on tokens and 0 on padding
-
-    def to(self, device: torch.device | str) -> Tokens:
-        """The same tokens on `device`."""
-        return Tokens(self.ids.to(device), None if self.mask is None else self.mask.to(device))
-
-    def index(self, rows: Any) -> Tokens:  # type: ignore[override]
-        """The rows picked by whatever indexes a tensor: a slice, a mask, a list or a tensor."""
-        return Tokens(self.ids[rows], None if self.mask is None else self.mask[rows])
-
-
-class TwoTower(abc.ABC):
+class DualEncoder(abc.ABC):
     """A CLIP model of some library: what the objective needs of it, under one set of names.
 
     Attributes:
@@ -176,9 +162,76 @@ def _unit_rows(features: Tensor) -> Tensor:
     return F.normalize(features, dim=-1)
 
 
-def frozen_copy(tower: TwoTower) -> TwoTower:
+def frozen_copy(tower: DualEncoder) -> DualEncoder:
     """A copy that shares nothing trainable with `tower`: own weights, eval mode, no gradients."""
     frozen = copy.copy(tower)
     frozen.module = copy.deepcopy(tower.module).eval().requires_grad_(False)
     frozen.module.zero_grad(set_to_none=True)
     return frozen
+
+
+Part = nn.Module | nn.Parameter
+
+CHOICES = '"all", "image", "text", "projections" or "last:N" (N a positive number, as in "last:4")'
+
+
+@dataclass(frozen=True)
+class TowerParts:
+    """One tower, front to back. Parts may overlap: a parameter is chosen once."""
+
+    everything: Sequence[Part]  # all that the tower's features depend on
+    blocks: Sequence[Part]  # transformer blocks or ResNet stages, first to last
+    after_blocks: Sequence[Part]  # final norm, pooling and projection
+    projection: Sequence[Part]  # the last map into the shared space
+
+
+def select_parameters(
+    module: nn.Module, image: TowerParts, text: TowerParts, tune: str
+) -> list[tuple[str, nn.Parameter]]:
+    """Name and parameter of what `tune` names, in module order; see `DualEncoder.trainable`."""
+    if tune == "all":
+        parts = [*image.everything, *text.everything]
+    elif tune == "image":
+        parts = [*image.everything]
+    elif tune == "text":
+        parts = [*text.everything]
+    elif tune == "projections":
+        parts = [*image.projection, *text.projection]
+    else:
+        count = _last_count(tune)
+        parts = [*_last_blocks("image", image, count), *_last_blocks("text", text, count)]
+    chosen = {id(parameter) for parameter in _parameters(parts)}
+    return [
+        (name, parameter)
+        for name, parameter in module.named_parameters()
+        if id(parameter) in chosen and name not in ("logit_scale", "logit_bias")
+    ]
+
+
+def _last_count(tune: str) -> int:
+    match = re.fullmatch(r"last:([1-9][0-9]*)", tune) if isinstance(tune, str) else None
+    if match is None:
+        raise InputError(f"tune: {tune!r} is not one of {CHOICES}")
+    return int(match[1])
+
+
+def _last_blocks(tower: str, parts: TowerParts, count: int) -> list[Part]:
+    if count > len(parts.blocks):
+        found = (
+            f"the {tower} tower has {len(parts.blocks)} blocks"
+            if parts.blocks
+            else f"the {tower} tower's blocks cannot be told apart"
+        )
+        raise InputError(
+            f'tune: "last:{count}" asks for {count} blocks of each tower, but {found}. '
+            f'Use a smaller number or "{tower}" or "all".'
+        )
+    return [*parts.blocks[-count:], *parts.after_blocks]
+
+
+def _parameters(parts: Iterable[Part]) -> Iterable[nn.Parameter]:
+    for part in parts:
+        if isinstance(part, nn.Parameter):
+            yield part
+        else:
+            yield from part.parameters()

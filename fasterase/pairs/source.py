@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import abc
 import hashlib
+import io
 import json
-from collections.abc import Sequence
+import os
+import warnings
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from fasterase.pairs.packed import PackedCaptions, PackedStrings
-from fasterase.pairs.records import Record, decode_image
 from fasterase.pairs.skips import BrokenPair
 
 
@@ -186,3 +191,154 @@ class Subset(PairSource):
         digest = hashlib.blake2b(self.base.manifest().encode(), digest_size=16)
         digest.update(self.indices.tobytes())
         return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Record:
+    """A decoded pair.
+
+    Attributes:
+        image: PIL image, uint8 tensor [3, H, W], or float tensor [3, H, W] (already preprocessed).
+        text: a caption, a list of alternative captions, or token ids [L] int64.
+        id: stable and readable: a file path, `shard.tar/key`, or `forget[12]`.
+        mask: attention mask [L] that came with token ids.
+        meta: what else the source knows: json of a tar sample, other columns of a table row,
+            `{"class": name}` of a class-per-folder image.
+    """
+
+    image: Any
+    text: Any
+    id: str
+    mask: Tensor | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+def decode_image(data: bytes, *, id: str) -> Image.Image:
+    """Decode the bytes of a JPEG, PNG, WebP, ... completely; `BrokenPair` where that fails.
+
+    Decompression bombs (PIL's limit, here an error from the first threshold on) and truncated
+    files count as broken: a half-grey picture must not be trained on.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data))
+            image.load()
+    except UnidentifiedImageError as error:
+        raise BrokenPair(id, "image cannot be decoded: not a picture format known here") from error
+    # PIL's plugins raise OSError, SyntaxError, ValueError, struct.error, ... on damaged input.
+    except Exception as error:
+        raise BrokenPair(id, f"image cannot be decoded: {error}") from error
+    return image
+
+
+def read_image_file(path: str, *, id: str) -> bytes:
+    """Bytes of an image file; `BrokenPair` where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise BrokenPair(id, f"image file {path} cannot be read: {reason}") from error
+
+
+# File names may carry undecodable bytes as lone surrogates.
+_ERRORS = "surrogatepass"
+
+
+class PackedStrings:
+    """An append-only sequence of strings."""
+
+    def __init__(self, strings: Iterable[str] = ()) -> None:
+        self._data = bytearray()
+        self._ends = array("q", [0])
+        for string in strings:
+            self.append(string)
+
+    def append(self, string: str) -> None:
+        self._data += string.encode("utf-8", _ERRORS)
+        self._ends.append(len(self._data))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self._data[self._ends[index] : self._ends[index + 1]].decode("utf-8", _ERRORS)
+
+    def digest(self) -> bytes:
+        """Hash over all strings and their borders."""
+        return hashlib.blake2b(self._data + self._ends.tobytes()).digest()
+
+
+class PackedCaptions:
+    """An append-only sequence of caption lists; an empty list marks a pair without a usable one."""
+
+    def __init__(self, rows: Iterable[Sequence[str]] = ()) -> None:
+        self._captions = PackedStrings()
+        self._ends = array("q", [0])
+        for row in rows:
+            self.append(row)
+
+    def append(self, captions: Sequence[str]) -> None:
+        """Blank captions are left out."""
+        for caption in captions:
+            if caption.strip():
+                self._captions.append(caption.strip())
+        self._ends.append(len(self._captions))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> list[str]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return [self._captions[i] for i in range(self._ends[index], self._ends[index + 1])]
+
+    def counts(self) -> np.ndarray:
+        """Captions a row, [n] int64."""
+        return np.diff(np.frombuffer(self._ends, dtype=np.int64))
+
+    def digest(self) -> bytes:
+        return hashlib.blake2b(self._captions.digest() + self._ends.tobytes()).digest()
+
+
+class ImageFiles(EncodedSource):
+    """Image files under `root`; the ids are their paths, relative to it or absolute."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        root: Path,
+        ids: PackedStrings,
+        captions: PackedCaptions,
+        metas: PackedStrings | None = None,
+        classes: list[str] | None = None,
+    ) -> None:
+        super().__init__(name, ids=ids, captions=captions, metas=metas, classes=classes)
+        self.root = os.path.abspath(root)
+
+    def path(self, index: int) -> str:
+        return os.path.join(self.root, self.id(index))
+
+    @cached_property
+    def _sizes(self) -> np.ndarray:
+        return np.fromiter((_file_size(self.path(i)) for i in range(len(self))), dtype=np.int64)
+
+    def encoded_sizes(self) -> np.ndarray:
+        return self._sizes
+
+    def encoded_image(self, index: int) -> bytes:
+        return read_image_file(self.path(index), id=self.id(index))
+
+    def encoded_place(self, index: int) -> str:
+        return os.path.realpath(self.path(index))
+
+
+def _file_size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except (OSError, ValueError):
+        return -1

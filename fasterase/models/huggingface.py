@@ -1,4 +1,4 @@
-"""transformers' `CLIPModel`, `SiglipModel` and `Siglip2Model` as a `TwoTower`.
+"""transformers' `CLIPModel`, `SiglipModel` and `Siglip2Model` as a `DualEncoder`.
 
 SigLIP was trained with a sigmoid loss; here the objective's softmax acts on its similarities at
 its own scale, and `logit_bias` is left alone (a softmax does not see it).
@@ -19,23 +19,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fasterase.errors import InputError
-from fasterase.extras import require
-from fasterase.models.folder import written_whole
-from fasterase.models.image_transform import is_image_processor, user_transform
-from fasterase.models.text_tokenizer import TextTokenizer, user_tokenizer
-from fasterase.models.tuning import TowerParts
-from fasterase.models.two_tower import Tokens, TwoTower
+from fasterase.errors import InputError, require
+from fasterase.files import written_whole
+from fasterase.models.dual_encoder import DualEncoder, Tokens, TowerParts
+from fasterase.models.preprocessing import (
+    TextTokenizer,
+    is_image_processor,
+    user_tokenizer,
+    user_transform,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
 
 CLASSES = {"clip": "CLIPModel", "siglip": "SiglipModel", "siglip2": "Siglip2Model"}
 # One safetensors file up to this size; the library would shard (v4) or not (v5) by itself.
 MAX_SHARD_SIZE = "5GB"
 
 
-class TransformersTower(TwoTower):
+class HuggingFaceEncoder(DualEncoder):
     """A transformers model.
 
     Args:
@@ -171,12 +174,12 @@ def is_transformers(module: nn.Module) -> bool:
     )
 
 
-def from_instance(module: nn.Module, *, tokenizer: Any, preprocess: Any) -> TransformersTower:
+def from_instance(module: nn.Module, *, tokenizer: Any, preprocess: Any) -> HuggingFaceEncoder:
     """Adapt a module of transformers, with the tokenizer and processor it was loaded beside.
 
     Those are looked for only on this machine: in its folder, or in the hub's cache.
     """
-    return TransformersTower(
+    return HuggingFaceEncoder(
         module,
         name=type(module).__name__,
         source=getattr(module, "name_or_path", None) or None,
@@ -188,7 +191,7 @@ def from_instance(module: nn.Module, *, tokenizer: Any, preprocess: Any) -> Tran
 
 def from_source(
     source: str, *, name: str, online: bool, tokenizer: Any, preprocess: Any
-) -> TransformersTower:
+) -> HuggingFaceEncoder:
     """Load a hub id or a `from_pretrained` folder, in fp32, all weights real.
 
     Raises:
@@ -222,7 +225,7 @@ def from_source(
             f"model: {name} lacks {len(missing)} of the model's weights, which would be random: "
             f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
         )
-    return TransformersTower(
+    return HuggingFaceEncoder(
         # Version 5 keeps the checkpoint's dtype, which may be half; training needs fp32 weights.
         module.float(),
         name=name,

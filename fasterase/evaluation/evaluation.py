@@ -11,8 +11,8 @@ from typing import Any
 
 from fasterase.errors import InputError
 from fasterase.evaluation.metrics import METRICS, Metric, is_forget_set, wanted
-from fasterase.report.files import write_text
-from fasterase.report.table import Section, markdown_table, text_table
+from fasterase.files import write_text
+from fasterase.report.tables import Section, markdown_table, text_table
 
 Scores = dict[str, dict[str, float]]
 
