@@ -11,7 +11,7 @@ if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).resolve().parent.parent))
 
 if TYPE_CHECKING:
-    from fasterase.api import UnlearnResult as UnlearnResult
+    from fasterase.api import evaluate as evaluate
     from fasterase.api import unlearn as unlearn
     from fasterase.config import UnlearnConfig as UnlearnConfig
     from fasterase.errors import FaseraseError as FaseraseError
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from fasterase.errors import NonFiniteError as NonFiniteError
     from fasterase.errors import PreemptedError as PreemptedError
     from fasterase.errors import ResumeError as ResumeError
-    from fasterase.evaluation.api import Evaluation as Evaluation
-    from fasterase.evaluation.api import evaluate as evaluate
+    from fasterase.evaluation.evaluation import Evaluation as Evaluation
     from fasterase.losses import ClipLoss as ClipLoss
     from fasterase.losses import DistillClipLoss as DistillClipLoss
     from fasterase.objective import EraseLoss as EraseLoss
@@ -31,16 +30,17 @@ if TYPE_CHECKING:
     from fasterase.ops.contrastive import contrastive as contrastive
     from fasterase.ops.contrastive import explain_backend as explain_backend
     from fasterase.pairs.split import split as split
+    from fasterase.result import UnlearnResult as UnlearnResult
 
 __version__ = "0.1.0"
 
 # Imported when first used, so that `fasterase --help` and a mistyped flag need not wait for torch.
 _HOME = {
     "unlearn": "fasterase.api",
-    "UnlearnResult": "fasterase.api",
+    "UnlearnResult": "fasterase.result",
     "UnlearnConfig": "fasterase.config",
-    "evaluate": "fasterase.evaluation.api",
-    "Evaluation": "fasterase.evaluation.api",
+    "evaluate": "fasterase.api",
+    "Evaluation": "fasterase.evaluation.evaluation",
     "split": "fasterase.pairs.split",
     "erase_loss": "fasterase.objective",
     "EraseLoss": "fasterase.objective",

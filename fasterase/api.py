@@ -1,14 +1,14 @@
-"""`fasterase.unlearn`: wires models, pairs, engine and evaluation, and decides nothing else."""
+"""`fasterase.unlearn` and `fasterase.evaluate`: open models and pairs, run, hand back a result."""
 
 from __future__ import annotations
 
 import copy as copying
-import logging
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,24 +16,27 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from fasterase.config import UnlearnConfig
-from fasterase.engine.erase import FORGOTTEN_EXCESS, Outcome, erase
+from fasterase.encode import PairEncoder
+from fasterase.engine.erase import Outcome, check_environment, erase
 from fasterase.engine.history import StepRecord
 from fasterase.engine.model_state import best_device, borrowed, resolve_device
-from fasterase.engine.settings import check_environment
 from fasterase.errors import InputError
+from fasterase.evaluation.evaluation import Evaluation
 from fasterase.evaluation.evaluator import Evaluator, Measurement
+from fasterase.evaluation.verdict import FORGOTTEN_EXCESS
 from fasterase.files import check_replaceable
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.load import load_model
 from fasterase.pairs.open import open_pairs
-from fasterase.pairs.prepare import Preparer
 from fasterase.pairs.skips import SkipLedger
 from fasterase.pairs.source import PairSource
 from fasterase.pairs.split import without_overlap
 from fasterase.report.run_report import describe_recipe
 from fasterase.result import UnlearnResult
 
-log = logging.getLogger(__name__)
+Model = nn.Module | str | os.PathLike[str] | DualEncoder
+
+NO_SETS: Mapping[str, Any] = MappingProxyType({})
 
 
 def unlearn(
@@ -92,17 +95,19 @@ def unlearn(
     """
     started = time.perf_counter()
     _check_arguments(config, callback)
-    settings = (config or UnlearnConfig()).replace(**overrides)
-    check_environment(settings)
-    output = _output_folder(settings)
+    config = (config or UnlearnConfig()).replace(**overrides)
+    check_environment(config)
+    output = _make_output_folder(config)
     named = isinstance(model, (str, os.PathLike))
-    # What is loaded or copied inside a caller's inference mode could never be trained.
+    # Weights loaded or copied inside a caller's inference mode could never be trained.
     with torch.inference_mode(False):
-        tower = load_model(model, tokenizer=tokenizer, preprocess=preprocess, model_name=model_name)
+        encoder = load_model(
+            model, tokenizer=tokenizer, preprocess=preprocess, model_name=model_name
+        )
         if copy and not named:
-            tower = copying.copy(tower)
-            tower.module = copying.deepcopy(tower.module)
-    device = resolve_device(settings.device, default=best_device() if named else tower.device)
+            encoder = copying.copy(encoder)
+            encoder.module = copying.deepcopy(encoder.module)
+    device = resolve_device(config.device, default=best_device() if named else encoder.device)
 
     sets = {
         name: open_pairs(source, name=name, image_key=image_key, text_key=text_key)
@@ -111,57 +116,121 @@ def unlearn(
     }
     sets["retain"], removed = without_overlap(sets["retain"], sets["forget"])
     _warn_overlap(removed)
-    ledger = SkipLedger(sum(map(len, sets.values())), max_skipped=settings.max_skipped)
-    prepare = Preparer(
-        tower.image_transform,
-        tower.text_tokenizer,
-        image_size=tower.image_size,
-        context_length=tower.context_length,
-        vocab_size=tower.vocab_size,
-    )
-    if settings.progress:
-        tqdm.write(f"fasterase: erasing from {tower.name}; recipe: {describe_recipe(settings)}")
+    ledger = SkipLedger(sum(map(len, sets.values())), max_skipped=config.max_skipped)
+    if config.progress:
+        tqdm.write(f"fasterase: erasing from {encoder.name}; recipe: {describe_recipe(config)}")
 
-    tower.trainable(settings.tune)  # refuses a wrong `tune` before minutes of measuring
-    evaluator = _evaluator(sets, settings)
-    # A caller's no_grad or inference mode would train nothing without a word.
+    encoder.trainable(config.tune)  # refuses a wrong `tune` before minutes of measuring
+    evaluator = None
+    if config.evaluation is not None:
+        evaluator = Evaluator(sets, seed=config.seed, quick=config.evaluation == "quick")
+    # A caller's no_grad or inference mode would train nothing, silently.
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
-        borrowed(tower, device=device) as state,
+        borrowed(encoder, device=device) as state,
     ):
-        original = _measured(evaluator, tower, ledger) if evaluator else None
         outcome = erase(
-            tower,
-            sets["forget"],
-            sets["retain"],
-            prepare,
-            ledger,
+            encoder,
+            sets,
+            config=config,
+            evaluator=evaluator,
+            ledger=ledger,
             state=state,
-            settings=settings,
             output_dir=output,
             callback=callback,
         )
-        evaluation = None
-        if evaluator and original:
-            evaluation = evaluator.compare(evaluator.measure(tower), original=original)
-    _warn_not_forgotten(outcome, settings)
+    _warn_not_forgotten(outcome, config)
     result = UnlearnResult(
-        model=tower.module,
+        model=encoder.module,
         history=outcome.history,
-        evaluation=evaluation,
+        evaluation=outcome.evaluation,
         forgotten=outcome.forgotten,
-        config=settings,
+        config=config,
         skipped=ledger.skips,
         floor=outcome.floor,
         excess=outcome.excess,
         removed_from_retain=removed,
         seconds=time.perf_counter() - started,
-        tower=tower,
+        encoder=encoder,
     )
     if output is not None:
-        _write(result, output)
+        result.save(output / "model")
+        if result.evaluation is not None:
+            result.evaluation.to_json(output / "evaluation.json")
+        result.report(output / "report.md")
     return result
+
+
+def evaluate(
+    model: Model,
+    forget: Any,
+    retain: Any,
+    *,
+    sets: Mapping[str, Any] = NO_SETS,
+    holdout: Any = None,
+    original: Model | None = None,
+    references: Mapping[str, Model] = NO_SETS,
+    class_names: Sequence[str] | None = None,
+    templates: Sequence[str] | None = None,
+    attacks: Sequence[str] = (),
+    max_pairs: int | None = 5000,
+    seed: int = 0,
+    tokenizer: Any = None,
+    preprocess: Any = None,
+) -> Evaluation:
+    """Measure what a model knows of the pairs to forget and of all others.
+
+    On every set: zero-shot accuracy (where classes are known), image->text and text->image
+    recall@1/5/10, concept hit@1/5 (an image's first captions hold any caption of the forget set),
+    median rank of the true caption and mean matched cosine; each with a 95 % percentile-bootstrap
+    interval over pairs (1,000 resamples) and its chance level.
+
+    image->text ranks among the distinct first captions of all sets together, so that numbers
+    compare across sets; any caption of the pair that is among them counts as right. text->image of
+    a set ranks among its own images and the retain set's; any image with that caption is right.
+    Ties count as a random order would break them.
+
+    Args:
+        model: the model to measure, or a name or folder of one; see `fasterase.unlearn`.
+        forget: pairs to forget, in any form that `fasterase.unlearn` takes.
+        retain: pairs to keep.
+        sets: name -> further pairs. Names that start with "forget" (forget-unseen) should be
+            forgotten, all others kept.
+        holdout: pairs in neither set, reported as "holdout".
+        original: the model before erasing, measured on the same pairs beside `model`.
+        references: name -> further models for comparison (retrained, fine-tuned on retain).
+        class_names: classes of the zero-shot accuracy, kept ones too. None: the classes that the
+            sources carry (class-per-folder), if any.
+        templates: prompts with `{}` for the class name. None: "a photo of a {}.".
+        attacks: none are known yet; anything but an empty sequence is an error.
+        max_pairs: pairs measured of each set, drawn by `seed` where it has more. None: all.
+        seed: of that drawing and of the bootstrap.
+        tokenizer: for string captions, used for every model here; see `fasterase.unlearn`.
+        preprocess: from image to tensor, likewise.
+
+    Pairs that cannot be read are left out for all models, and named in a warning.
+
+    Raises:
+        InputError: an argument is unusable; the message names it.
+    """
+    if attacks:
+        raise InputError(f"attacks={attacks!r}: none are known yet. Leave `attacks` empty.")
+    sources = _open_sets(forget, retain, holdout, sets)
+    others = _named_models(original, references)
+    evaluator = Evaluator(
+        sources, max_pairs=max_pairs, seed=seed, class_names=class_names, templates=templates
+    )
+    ledger = SkipLedger(sum(map(len, sources.values())), max_skipped=1.0)
+
+    def measure(name: str, each: Model) -> Measurement:
+        # One model at a time, so that of models given by name only one is in memory.
+        encoder = _load_compared(name, each, tokenizer, preprocess)
+        return evaluator.measure(PairEncoder(encoder, ledger=ledger))
+
+    measured = measure("model", model)
+    compared = {name: measure(name, other) for name, other in others.items()}
+    return evaluator.compare(measured, original=compared.pop("original", None), references=compared)
 
 
 def _check_arguments(config: object, callback: object) -> None:
@@ -176,11 +245,11 @@ def _check_arguments(config: object, callback: object) -> None:
         )
 
 
-def _output_folder(settings: UnlearnConfig) -> Path | None:
-    """`output_dir`, made; refused now where the result could not be written hours later."""
-    if settings.output_dir is None:
+def _make_output_folder(config: UnlearnConfig) -> Path | None:
+    """Create `output_dir`; refuse now what could not be written to hours later."""
+    if config.output_dir is None:
         return None
-    output = Path(settings.output_dir)
+    output = Path(config.output_dir)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -189,26 +258,6 @@ def _output_folder(settings: UnlearnConfig) -> Path | None:
         ) from error
     check_replaceable(output / "model")
     return output
-
-
-def _evaluator(sets: dict[str, PairSource], settings: UnlearnConfig) -> Evaluator | None:
-    if settings.evaluation is None:
-        return None
-    return Evaluator(
-        sets,
-        seed=settings.seed,
-        quick=settings.evaluation == "quick",
-        num_workers=settings.num_workers,
-    )
-
-
-def _measured(evaluator: Evaluator, tower: DualEncoder, ledger: SkipLedger) -> Measurement:
-    """The original measured; what could not be read, of a holdout set too, counts as skipped."""
-    measured = evaluator.measure(tower)
-    read = (id for scores in measured.sets.values() for id in scores.ids)
-    ledger.add(read, evaluator.skipped)
-    ledger.warn()
-    return measured
 
 
 def _warn_overlap(removed: list[str]) -> None:
@@ -221,19 +270,54 @@ def _warn_overlap(removed: list[str]) -> None:
         )
 
 
-def _warn_not_forgotten(outcome: Outcome, settings: UnlearnConfig) -> None:
+def _warn_not_forgotten(outcome: Outcome, config: UnlearnConfig) -> None:
     if not outcome.forgotten:
         warnings.warn(
             f"not forgotten: the forget pairs' cosines are on average {outcome.excess:.3f} above "
             f"the floor {outcome.floor:+.3f} after {len(outcome.history)} steps (below "
             f"{FORGOTTEN_EXCESS} counts as forgotten). Train longer (max_steps or epochs), or "
-            f"raise lr (now {settings.lr:g}) or forget_weight (now {settings.forget_weight:g}).",
+            f"raise lr (now {config.lr:g}) or forget_weight (now {config.forget_weight:g}).",
             stacklevel=3,
         )
 
 
-def _write(result: UnlearnResult, output: Path) -> None:
-    result.save(output / "model")
-    if result.evaluation is not None:
-        result.evaluation.to_json(output / "evaluation.json")
-    result.report(output / "report.md")
+def _open_sets(
+    forget: Any, retain: Any, holdout: Any, sets: Mapping[str, Any]
+) -> dict[str, PairSource]:
+    given = {"forget": forget, "retain": retain}
+    if holdout is not None:
+        given["holdout"] = holdout
+    if not isinstance(sets, Mapping):
+        raise InputError(f"sets must map names to pairs, found {type(sets).__name__}.")
+    for name, source in sets.items():
+        if not isinstance(name, str) or not name.strip():
+            raise InputError(f"sets: {name!r} is not a name.")
+        if name in ("forget", "retain", "holdout"):
+            raise InputError(f"sets: {name!r} is an argument of its own. Choose another name.")
+        given[name] = source
+    return {name: open_pairs(source, name=name) for name, source in given.items()}
+
+
+def _named_models(original: Model | None, references: Mapping[str, Model]) -> dict[str, Model]:
+    if not isinstance(references, Mapping):
+        raise InputError(f"references must map names to models, found {type(references).__name__}.")
+    for name in references:
+        if not isinstance(name, str) or name in ("", "model", "original"):
+            raise InputError(
+                f"references: {name!r} cannot name a further model. Choose another name; "
+                "the original has its own argument."
+            )
+    return {**({} if original is None else {"original": original}), **references}
+
+
+def _load_compared(name: str, model: Model, tokenizer: Any, preprocess: Any) -> DualEncoder:
+    """Load one of the models that are compared; an error names the argument it came from."""
+    if isinstance(model, DualEncoder):
+        return model
+    try:
+        return load_model(model, tokenizer=tokenizer, preprocess=preprocess)
+    except InputError as error:
+        if name == "model":
+            raise
+        argument = name if name == "original" else f"references[{name!r}]"
+        raise type(error)(f"{argument}: {error}") from error

@@ -11,7 +11,7 @@ from torch import nn
 
 from fasterase.config import UnlearnConfig
 from fasterase.engine.history import StepRecord
-from fasterase.evaluation.api import Evaluation
+from fasterase.evaluation.evaluation import Evaluation
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.pairs.skips import Skip
 from fasterase.report.run_report import run_report
@@ -45,7 +45,7 @@ class UnlearnResult:
     excess: float
     removed_from_retain: Sequence[str]
     seconds: float
-    tower: DualEncoder = field(repr=False)
+    encoder: DualEncoder = field(repr=False)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the erased model: what open_clip (`local-dir:`) or `from_pretrained` loads.
@@ -56,7 +56,7 @@ class UnlearnResult:
             InputError: `folder` holds something else.
         """
         path = Path(folder)
-        self.tower.save(path)
+        self.encoder.save(path)
         return path
 
     def report(self, path: str | os.PathLike[str]) -> Path:

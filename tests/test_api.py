@@ -7,12 +7,12 @@ import torch
 
 import fasterase
 from tests import small_models
-from tests.tiny_tower import TinyTower, pairs, same_weights
+from tests.tiny_model import TinyModel, pairs, same_weights
 
 
 @pytest.mark.parametrize("name", ["forget", "retain"])
 def test_a_set_that_is_none_is_named(name):
-    tower = TinyTower()
+    tower = TinyModel()
     before = tower.weights()
     sets = {"forget": pairs(3, seed=1), "retain": pairs(4, seed=2), name: None}
     with pytest.raises(fasterase.InputError, match=f"`{name}` must be a dataset.*NoneType"):

@@ -11,7 +11,7 @@ import yaml
 
 import fasterase
 from tests import small_models
-from tests.tiny_tower import TinyTower, pairs, same_weights
+from tests.tiny_model import TinyModel, pairs, same_weights
 
 VOCABULARY = len(small_models.HF_VOCABULARY)
 STEPS = {"max_steps": 3, "lr": 1e-3, "batch_size": 8, "forget_batch_size": 4, "progress": False}
@@ -120,7 +120,7 @@ def test_train_mode_with_dropout_inside_the_library(build):
 
 
 def test_output_folder(tmp_path):
-    tower = TinyTower()
+    tower = TinyModel()
     retain = pairs(20, seed=2)
     retain[4] = (pairs(6, seed=1)[3][0], retain[4][1])
     with pytest.warns(UserWarning, match=r"1 retain pairs also stand in the forget set.*\[4\]"):
@@ -166,13 +166,13 @@ def test_broken_pairs_are_named_counted_and_left_out():
     retain[9] = (retain[9][0], None)
     holdout[5][0][0, 0, 0] = float("inf")
     with pytest.warns(UserWarning, match=r"retain\[7\] \(image holds NaN"):
-        result = fasterase.unlearn(TinyTower(), forget, retain, holdout=holdout, **STEPS)
+        result = fasterase.unlearn(TinyModel(), forget, retain, holdout=holdout, **STEPS)
     assert {skip.id for skip in result.skipped} == {"retain[7]", "retain[9]", "holdout[5]"}
     assert dict(result.skipped)["retain[9]"] == "no caption"
 
 
 def test_erases_what_it_says_and_keeps_the_rest():
-    tower, original = TinyTower(), TinyTower()
+    tower, original = TinyModel(), TinyModel()
     forget, retain = pairs(6, seed=1), pairs(40, seed=2)
     config = {**STEPS, "max_steps": 300, "lr": 3e-3, "forget_augment": False}
     result = fasterase.unlearn(tower, forget, retain, evaluation=None, **config)
@@ -194,7 +194,7 @@ def test_erases_what_it_says_and_keeps_the_rest():
 
 @pytest.mark.parametrize("wrapper", [torch.no_grad, torch.inference_mode])
 def test_trains_also_where_the_caller_has_gradients_off(wrapper):
-    plain, wrapped = TinyTower(), TinyTower()
+    plain, wrapped = TinyModel(), TinyModel()
     sets = pairs(6, seed=1), pairs(20, seed=2)
     fasterase.unlearn(plain, *sets, **STEPS)
     with wrapper():
@@ -207,7 +207,7 @@ def test_the_callers_random_numbers_are_not_touched():
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    tower = TinyTower.__new__(TinyTower)
+    tower = TinyModel.__new__(TinyModel)
     state = torch.get_rng_state()
     tower.__init__(dropout=0.2)
     torch.set_rng_state(state)
@@ -238,7 +238,7 @@ def test_the_callers_random_numbers_are_not_touched():
     ids=lambda config: ",".join(f"{name}={value}" for name, value in config.items()),
 )
 def test_settings(config):
-    tower = TinyTower()
+    tower = TinyModel()
     before = tower.weights()
     settings = {**STEPS, "evaluation": None, **config}
     result = fasterase.unlearn(tower, pairs(6, seed=1), pairs(20, seed=2), **settings)
@@ -260,7 +260,7 @@ def test_settings(config):
 )
 @pytest.mark.parametrize("micro_batch_size", [None, 3])
 def test_tune_moves_what_it_names(tune, moved, micro_batch_size):
-    tower = TinyTower()
+    tower = TinyModel()
     before = tower.weights()
     fasterase.unlearn(
         tower,
@@ -282,20 +282,20 @@ def test_tune_moves_what_it_names(tune, moved, micro_batch_size):
 
 @pytest.mark.parametrize(("start", "ceiling"), [(4.0, 100.0), (6.0, 403.4288)])
 def test_a_trained_logit_scale_is_clamped_inside_the_loss(start, ceiling):
-    from fasterase.engine import loop
+    from fasterase.engine import feature_loss
 
-    tower = TinyTower()
+    tower = TinyModel()
     with torch.no_grad():
         tower.module.logit_scale.fill_(start)
     seen = []
-    plain = loop.erase_loss
+    plain = feature_loss.erase_loss
 
     def spy(image, text, scale, *rest, **options):
         seen.append(float(scale))
         return plain(image, text, scale, *rest, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "erase_loss", spy)
+        patch.setattr(feature_loss, "erase_loss", spy)
         fasterase.unlearn(
             tower,
             pairs(6, seed=1),

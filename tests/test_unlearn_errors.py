@@ -11,14 +11,14 @@ from torch import nn
 import fasterase
 from fasterase.errors import FaseraseError, InputError, MissingExtraError
 from tests.small_models import hf_clip, open_clip_vit
-from tests.tiny_tower import TinyTower, pairs, same_weights
+from tests.tiny_model import TinyModel, pairs, same_weights
 
 FORGET, RETAIN = pairs(4, seed=1), pairs(8, seed=2)
 
 
 def refused(named: str, *, model=None, forget=FORGET, retain=RETAIN, error=InputError, **arguments):
     """`unlearn` refuses; its message matches `named`, and the model is as it was."""
-    model = TinyTower() if model is None else model
+    model = TinyModel() if model is None else model
     module = getattr(model, "module", model)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     modes = [part.training for part in module.modules()]
@@ -115,7 +115,7 @@ def test_eight_bit_optimisers_name_the_extra(optimizer, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     encoded = []
-    tower = TinyTower()
+    tower = TinyModel()
     tower.encode_image = encoded.append  # type: ignore
     message = refused(
         re.escape("fasterase[scale]"), model=tower, optimizer=optimizer, error=MissingExtraError
@@ -129,7 +129,7 @@ def test_several_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused("WORLD_SIZE=2: this version trains in one process")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    fasterase.unlearn(TinyTower(), FORGET, RETAIN, max_steps=1, progress=False, evaluation=None)
+    fasterase.unlearn(TinyModel(), FORGET, RETAIN, max_steps=1, progress=False, evaluation=None)
 
 
 def test_files(tmp_path):

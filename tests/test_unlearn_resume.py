@@ -10,8 +10,8 @@ import torch
 
 import fasterase
 from fasterase.errors import ResumeError
+from tests.tiny_model import TinyModel, pairs, same_weights
 from tests.tiny_run import CONFIG, in_process, run
-from tests.tiny_tower import TinyTower, pairs, same_weights
 
 EVERYTHING = {
     "train_mode": True,
@@ -83,7 +83,7 @@ def test_killed_at_every_kind_of_moment_with_everything_on(tmp_path):
 
 
 def go(folder, *, tower=None, forget=None, retain=None, **config):
-    tower = tower or TinyTower()
+    tower = tower or TinyModel()
     settings = {**CONFIG, "progress": False, "evaluation": None, "output_dir": folder, **config}
     forget, retain = forget or pairs(6, seed=1), retain or pairs(20, seed=2)
     return fasterase.unlearn(tower, forget, retain, **settings)
@@ -105,14 +105,14 @@ class TestResume:
             ({"seed": 1}, "seed was 0, now 1"),
             ({"max_steps": 7}, "max_steps was 6, now 7"),
             ({"betas": (0.9, 0.99)}, "betas was"),
-            ({"tower": TinyTower(seed=5)}, "the model weights differ"),
+            ({"tower": TinyModel(seed=5)}, "the model weights differ"),
             ({"retain": pairs(21, seed=2)}, "the retain pairs differ"),
             ({"forget": pairs(6, seed=4)}, "the forget pairs differ"),
         ],
         ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
     )
     def test_another_run_is_refused_by_name(self, stopped, change, named):
-        tower = change.get("tower") or TinyTower()
+        tower = change.get("tower") or TinyModel()
         before = tower.weights()
         config = (stopped / "config.yaml").read_text()
         with pytest.raises(ResumeError, match=named) as caught:
@@ -127,7 +127,7 @@ class TestResume:
         assert [record.step for record in result.history] == [1, 2, 3, 4, 5, 6]
 
     def test_never_starts_anew(self, stopped):
-        tower, fresh = TinyTower(), TinyTower()
+        tower, fresh = TinyModel(), TinyModel()
         result = go(stopped, tower=tower, resume="never", lr=2e-3, max_steps=2)
         assert [record.step for record in result.history] == [1, 2]
         assert steps(stopped) == [1, 2]
@@ -143,7 +143,7 @@ class TestResume:
         assert len(go(stopped, resume="must").history) == 6
 
     def test_a_finished_run_does_nothing_more(self, tmp_path):
-        first, second = TinyTower(), TinyTower()
+        first, second = TinyModel(), TinyModel()
         go(tmp_path, tower=first)
         seen = []
         result = go(tmp_path, tower=second, callback=seen.append)
@@ -152,7 +152,7 @@ class TestResume:
         assert [record.step for record in result.history] == [1, 2, 3, 4, 5, 6]
 
     def test_a_damaged_checkpoint_gives_way_to_the_one_before(self, stopped):
-        whole, again = TinyTower(), TinyTower()
+        whole, again = TinyModel(), TinyModel()
         go(stopped / "whole", tower=whole)
         newest = stopped / "checkpoints" / "step-000000003"
         (newest / "weights.safetensors").write_bytes(b"cut off")
@@ -176,7 +176,7 @@ class TestResume:
         folder = stopped / "fp16"
         config = {"precision": "fp16", "max_steps": 5, "save_every": 1}
         go(folder, callback=lambda record: record.step == 3, **config)
-        whole, again = TinyTower(), TinyTower()
+        whole, again = TinyModel(), TinyModel()
         go(folder, tower=again, **config)
         go(stopped / "whole", tower=whole, **config)
         assert same_weights(again.weights(), whole.weights())
@@ -198,9 +198,9 @@ class TestResume:
             with pytest.warns(UserWarning, match="runs beside the trained one in every step"):
                 return go(folder, tower=tower, forget=Noisy(1), retain=Noisy(2), **options)
 
-        whole, again = TinyTower(), TinyTower()
+        whole, again = TinyModel(), TinyModel()
         expected = noisy(tmp_path / "whole", whole)
-        noisy(tmp_path / "run", TinyTower(), callback=lambda record: record.step == 3)
+        noisy(tmp_path / "run", TinyModel(), callback=lambda record: record.step == 3)
         torch.manual_seed(77)
         result = noisy(tmp_path / "run", again)
         assert (result.floor, result.excess) == (expected.floor, expected.excess)

@@ -11,8 +11,8 @@ import torch
 
 import fasterase
 from fasterase.errors import InputError, NonFiniteError, PreemptedError
+from tests.tiny_model import TinyModel, pairs, same_weights
 from tests.tiny_run import preempted_with_workers
-from tests.tiny_tower import TinyTower, pairs, same_weights
 
 FORGET, RETAIN = pairs(6, seed=1), pairs(20, seed=2)
 QUIET = {"progress": False, "evaluation": None}
@@ -48,7 +48,7 @@ def break_from(tower, step: int, *, steps: int | None = None, side: str = "image
 
 @pytest.mark.parametrize("side", ["image", "text"])
 def test_a_lasting_nan_stops_with_the_last_good_weights(side):
-    tower = TinyTower()
+    tower = TinyModel()
     break_from(tower, 3, side=side)
     good = []
     with pytest.raises(NonFiniteError, match="not finite at step 5") as caught:
@@ -73,7 +73,7 @@ def test_a_lasting_nan_stops_with_the_last_good_weights(side):
 
 
 def test_one_nan_batch_is_left_out_and_the_run_goes_on():
-    tower = TinyTower()
+    tower = TinyModel()
     break_from(tower, 2, steps=2)
     seen = []
     result = run(tower, callback=lambda _: seen.append(tower.weights()))
@@ -84,7 +84,7 @@ def test_one_nan_batch_is_left_out_and_the_run_goes_on():
 
 
 def test_a_nan_gradient_of_a_finite_loss_is_not_applied():
-    tower = TinyTower()
+    tower = TinyModel()
     weight = tower.module.text_projection.weight
     before = tower.weights()
     handle = []
@@ -101,7 +101,7 @@ def test_a_nan_gradient_of_a_finite_loss_is_not_applied():
 
 @pytest.mark.parametrize("micro_batch_size", [None, 3])
 def test_a_nan_step_does_not_reach_batch_norm_statistics(micro_batch_size):
-    tower = TinyTower(batch_norm=True)
+    tower = TinyModel(batch_norm=True)
     statistics = tower.module.image[2]
     layer = tower.module.image[1]
     broken = [0]
@@ -123,7 +123,7 @@ def test_a_nan_step_does_not_reach_batch_norm_statistics(micro_batch_size):
 
 
 def test_sigterm_stops_after_the_step_with_a_checkpoint(tmp_path):
-    tower = TinyTower()
+    tower = TinyModel()
 
     def terminate(record):
         if record.step == 2:
@@ -134,9 +134,9 @@ def test_sigterm_stops_after_the_step_with_a_checkpoint(tmp_path):
         run(tower, callback=terminate, output_dir=tmp_path)
     assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step-000000002"]
-    again = TinyTower()
+    again = TinyModel()
     result = run(again, output_dir=tmp_path)
-    whole = TinyTower()
+    whole = TinyModel()
     run(whole)
     assert [record.step for record in result.history] == [1, 2, 3, 4, 5]
     assert same_weights(again.weights(), whole.weights())
@@ -150,17 +150,17 @@ def test_sigterm_to_all_processes_of_the_run(tmp_path):
 
 def test_sigterm_without_output_dir_says_that_nothing_was_saved():
     with pytest.raises(PreemptedError, match="Nothing was saved: give an output_dir"):
-        run(TinyTower(), callback=lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        run(TinyModel(), callback=lambda _: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def test_sigterm_in_the_last_step_is_not_lost():
     with pytest.raises(PreemptedError, match="after step 1"):
-        run(TinyTower(), callback=lambda _: os.kill(os.getpid(), signal.SIGTERM), max_steps=1)
+        run(TinyModel(), callback=lambda _: os.kill(os.getpid(), signal.SIGTERM), max_steps=1)
 
 
 @pytest.mark.parametrize("saving", [False, True])
 def test_ctrl_c_finishes_the_step(tmp_path, saving):
-    tower = TinyTower()
+    tower = TinyModel()
     seen = []
 
     def interrupt(record):
@@ -186,7 +186,7 @@ def _ctrl_c_is_heard():
 
 @pytest.mark.usefixtures("_ctrl_c_is_heard")
 def test_ctrl_c_in_the_sweep_leaves_the_model_as_it_was():
-    tower = TinyTower()
+    tower = TinyModel()
     before = tower.weights()
     plain = tower.encode_text
 
@@ -201,7 +201,7 @@ def test_ctrl_c_in_the_sweep_leaves_the_model_as_it_was():
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_step():
-    tower = TinyTower()
+    tower = TinyModel()
     plain = tower.encode_text
 
     def encode(tokens):
@@ -220,22 +220,22 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step():
 
 def test_runs_in_a_thread_which_may_set_no_handlers():
     results = []
-    thread = threading.Thread(target=lambda: results.append(run(TinyTower(), max_steps=2)))
+    thread = threading.Thread(target=lambda: results.append(run(TinyModel(), max_steps=2)))
     thread.start()
     thread.join()
     assert len(results[0].history) == 2
 
 
 def test_callback_true_ends_the_run_and_anything_else_does_not(tmp_path):
-    result = run(TinyTower(), callback=lambda record: record.step == 3, output_dir=tmp_path)
+    result = run(TinyModel(), callback=lambda record: record.step == 3, output_dir=tmp_path)
     assert len(result.history) == 3
     assert (tmp_path / "checkpoints" / "step-000000003").is_dir()
     assert (tmp_path / "model").is_dir()
-    assert len(run(TinyTower(), callback=lambda record: record).history) == 5
+    assert len(run(TinyModel(), callback=lambda record: record).history) == 5
 
 
 def test_an_error_of_the_callback_comes_through():
-    tower = TinyTower()
+    tower = TinyModel()
 
     def fail(record):
         raise ZeroDivisionError
@@ -247,13 +247,13 @@ def test_an_error_of_the_callback_comes_through():
 
 def test_stops_when_forgotten_and_stays_stopped(tmp_path):
     config = {"stop_when_forgotten": True, "lr": 0.01, "max_steps": 400, "output_dir": tmp_path}
-    tower = TinyTower()
+    tower = TinyModel()
     result = run(tower, **config)
     steps = len(result.history)
     assert result.forgotten
     assert 2 <= steps < 400
     assert steps % 2 == 0, "checked once a pass over the six forget pairs, two steps"
-    again = TinyTower()
+    again = TinyModel()
     repeated = run(again, **config)
     assert repeated.forgotten
     assert len(repeated.history) == steps
@@ -262,13 +262,13 @@ def test_stops_when_forgotten_and_stays_stopped(tmp_path):
 
 def test_not_forgotten_is_a_warning_that_says_what_to_change():
     with pytest.warns(UserWarning, match="not forgotten: .*max_steps or epochs.*raise lr"):
-        result = run(TinyTower(), lr=1e-7)
+        result = run(TinyModel(), lr=1e-7)
     assert not result.forgotten
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_an_error_before_the_first_step_leaves_everything_as_it_was(dtype):
-    tower = TinyTower(dropout=0.1, batch_norm=True)
+    tower = TinyModel(dropout=0.1, batch_norm=True)
     module = tower.module.to(dtype)
     module.train()
     module.image[2].eval()
@@ -286,7 +286,7 @@ def test_an_error_before_the_first_step_leaves_everything_as_it_was(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_models_are_trained_in_fp32_and_rounded_once(dtype):
-    half, full = TinyTower(), TinyTower()
+    half, full = TinyModel(), TinyModel()
     half.module.to(dtype)
     full.module.load_state_dict({k: v.float() for k, v in half.weights().items()})
     run(half)

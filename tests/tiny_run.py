@@ -21,7 +21,7 @@ import fasterase.engine.checkpoint
 import fasterase.engine.history
 import fasterase.reference.cache
 from fasterase.errors import PreemptedError
-from tests.tiny_tower import TinyTower, pairs
+from tests.tiny_model import TinyModel, pairs
 
 # Processes come out of a server without torch's threads, which do not survive a fork.
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -37,9 +37,9 @@ def run(
     tower: dict[str, Any],
     n_retain: int,
     callback: Callable[[dict[str, Any]], object] | None = None,
-) -> TinyTower:
+) -> TinyModel:
     """One run with its files in `folder`; returns the erased tower."""
-    erased = TinyTower(**tower)
+    erased = TinyModel(**tower)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "not forgotten")
         fasterase.unlearn(

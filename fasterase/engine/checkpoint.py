@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole or not at all, the last two kept, foreign ones refused."""
+"""Checkpoints of a run: written atomically, the last two kept, those of other runs refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fasterase.errors import ResumeError
 
 log = logging.getLogger(__name__)
 
-# Settings that do not change which weights a run ends with, so that a resumed run may change them.
+# Fields that do not change the final weights: a resumed run may change them.
 FREE_FIELDS = frozenset(
     {
         "num_workers",
@@ -32,22 +32,22 @@ FREE_FIELDS = frozenset(
         "max_skipped",
     }
 )
-# Parts of a run's identity that are digests, which tell a reader nothing.
+# Parts of a run's identity that are digests, whose values tell a reader nothing.
 DIGESTS = frozenset({"model weights", "forget pairs", "retain pairs"})
 KEPT = 2
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """State after `step` steps: all that is needed to go on as if nothing had happened.
+    """State after `step` steps: all that is needed to continue as if nothing had happened.
 
     Attributes:
         step: steps done.
         tensors: trained parameters by name, and buffers where training moves them.
         optimizer: its state dict.
         scaler: state dict of the loss scaling.
-        non_finite: steps in a row that were not applied.
-        forgotten: the run ended because all was forgotten.
+        non_finite: consecutive steps that were not applied.
+        forgotten: the run ended because everything was forgotten.
     """
 
     step: int
@@ -59,12 +59,12 @@ class Checkpoint:
 
 
 class CheckpointFolder:
-    """`output_dir/checkpoints` of one run, identified by its settings, model and data.
+    """`output_dir/checkpoints` of one run, identified by its config, model and data.
 
     Args:
-        folder: where the checkpoints live.
-        identity: what must be equal for a run to go on: the config's fields, the model's
-            fingerprint, the manifests of forget and retain.
+        folder: where the checkpoints are.
+        identity: what must be equal to resume: the config's fields, the model's fingerprint, the
+            manifests of forget and retain.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
@@ -83,7 +83,7 @@ class CheckpointFolder:
         target = self.folder / f"step-{checkpoint.step:09d}"
         if target.is_dir():
             return
-        # One name for all, so that the next save takes away what a kill left half written.
+        # The same name each time, so that the next save removes what a kill left half written.
         temporary = self.folder / "writing"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
@@ -107,15 +107,15 @@ class CheckpointFolder:
             shutil.rmtree(old)
 
     def clear(self) -> None:
-        """Remove what an earlier run left here."""
+        """Remove the checkpoints of an earlier run."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def load(self, resume: str, *, device: torch.device) -> Checkpoint | None:
-        """The last checkpoint that can be read, or None where there is none (or `resume="never"`).
+        """Return the last readable checkpoint; None if there is none, or for `resume="never"`.
 
         Raises:
-            ResumeError: it belongs to a run with other settings, model or data; or there are some
-                and none can be read; or `resume="must"` and there is none.
+            ResumeError: it belongs to a run with another config, model or data; or none of several
+                can be read; or `resume="must"` and there is none.
         """
         if resume == "never":
             return None
@@ -131,7 +131,7 @@ class CheckpointFolder:
         if found:
             raise ResumeError(
                 f"output_dir: none of the checkpoints in {self.folder} can be read. "
-                "Start anew with resume='never', or choose another output_dir."
+                "Start afresh with resume='never', or choose another output_dir."
             )
         if resume == "must":
             raise ResumeError(
@@ -164,6 +164,6 @@ class CheckpointFolder:
         if changed:
             raise ResumeError(
                 f"output_dir: {self.folder.parent} holds the checkpoint of another run "
-                f"({'; '.join(changed)}). Go on with the settings, model and data of that run, "
-                "choose another output_dir, or start anew with resume='never'."
+                f"({'; '.join(changed)}). Continue with the config, model and data of that run, "
+                "choose another output_dir, or start afresh with resume='never'."
             )

@@ -1,146 +1,99 @@
 """Gradients of a loss over a whole batch in the memory of one micro-batch (GradCache).
 
-A contrastive loss couples all pairs of a batch, so accumulating micro-batch losses optimises
-something else. GradCache (Gao et al., 2021, "Scaling Deep Contrastive Learning Batch Size under
-Memory Limited Setup") encodes without a graph, takes the loss's gradient with respect to the
-features, and encodes again, one micro-batch at a time, to send that gradient on to the weights.
+A contrastive loss couples all pairs of a batch, so accumulating the losses of micro-batches would
+optimise something else. GradCache (Gao et al., 2021, "Scaling Deep Contrastive Learning Batch Size
+under Memory Limited Setup") encodes without a graph, takes the gradient of the loss with respect
+to the features, and encodes again, one micro-batch at a time, to send it on to the weights. A
+batch of one micro-batch keeps the graph of its only encoding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from fasterase.engine.random_state import RandomState
-from fasterase.models.dual_encoder import DualEncoder, Tokens
+from fasterase.engine.feature_loss import FeatureGradients
+from fasterase.models.forward import Features, TowerForward
 from fasterase.objective import EraseLoss
+from fasterase.pairs.batches import MicroBatch
 
-LossFunction = Callable[[Tensor, Tensor], EraseLoss]
-
-
-@dataclass(frozen=True)
-class TowerPass:
-    """How the towers are run.
-
-    Attributes:
-        tower: the model.
-        autocast: makes the context of a tower's forward (mixed precision).
-        image_trained, text_trained: whether each tower has trained parameters; one that has none
-            is encoded once, without a graph.
-        micro_batch_size: pairs encoded at a time, None for all.
-    """
-
-    tower: DualEncoder
-    autocast: Callable[[], AbstractContextManager[object]]
-    image_trained: bool
-    text_trained: bool
-    micro_batch_size: int | None
-
-    def encode_image(self, pixels: Tensor, *, graph: bool) -> Tensor:
-        """Unit image features (n, D) fp32, with a graph where asked and the tower is trained."""
-        with torch.set_grad_enabled(graph and self.image_trained), self.autocast():
-            return self.tower.encode_image(pixels).float()
-
-    def encode_text(self, tokens: Tokens, *, graph: bool) -> Tensor:
-        """Unit text features (n, D) fp32, with a graph where asked and the tower is trained."""
-        with torch.set_grad_enabled(graph and self.text_trained), self.autocast():
-            return self.tower.encode_text(tokens).float()
+LossOfFeatures = Callable[[Tensor, Tensor, Tensor], FeatureGradients]
 
 
-def backward(
-    towers: TowerPass,
-    pixels: Tensor,
-    tokens: Tokens,
-    loss_of: LossFunction,
-    scaler: torch.amp.GradScaler,
+def backpropagate(
+    forward: TowerForward,
+    micro_batches: Sequence[MicroBatch],
+    loss_of: LossOfFeatures,
+    *,
+    device: torch.device,
+    seed_of: Callable[[MicroBatch], int],
 ) -> EraseLoss:
-    """Add the gradient of `loss_of(image, text).total` to the parameters' `.grad`.
-
-    A loss that is not finite is returned without a backward pass.
+    """Add the gradient of the loss over all micro-batches to the parameters' `.grad`.
 
     Args:
-        towers: the model and how to run it.
-        pixels: (n, 3, H, W).
-        tokens: of the n captions.
-        loss_of: the loss of features (n, D), (n, D); its own parameters (logit_scale) receive
-            their gradient too.
-        scaler: loss scaling; gradients come out scaled by it.
+        forward: the towers.
+        micro_batches: the batch in parts.
+        loss_of: maps image features (n, D), text features (n, D) and scale of the whole batch to
+            the loss and its gradients. If all gradients are None there is no backward pass.
+        device: where the towers run.
+        seed_of: seed of the generators while a micro-batch is encoded; both encodings of it then
+            have the same Dropout masks.
+
+    Returns:
+        The loss, detached.
     """
-    size = towers.micro_batch_size
-    if size is None or size >= len(pixels):
-        features = towers.encode_image(pixels, graph=True), towers.encode_text(tokens, graph=True)
-        loss = loss_of(*features)
-        if bool(loss.total.isfinite()) and loss.total.requires_grad:
-            scaler.scale(loss.total).backward()
-        return loss
+    keep_graph = len(micro_batches) == 1
+    module = forward.module
 
-    generators: list[RandomState] = []
-    buffers = buffers_in_train_mode(towers.tower.module)
-    images, texts = [], []
-    for rows in _micro_batches(len(pixels), size):
-        generators.append(RandomState(pixels.device))
-        images.append(towers.encode_image(pixels[rows], graph=False))
-        texts.append(towers.encode_text(tokens.index(rows), graph=False))
-    image = torch.cat(images).requires_grad_(towers.image_trained)
-    text = torch.cat(texts).requires_grad_(towers.text_trained)
+    def encode(part: MicroBatch, *, graph: bool, image: bool = True, text: bool = True) -> Features:
+        torch.manual_seed(seed_of(part))
+        pixels = part.pixels.to(device) if image else None
+        tokens = part.tokens.to(device) if text else None
+        with torch.set_grad_enabled(graph):
+            return forward(pixels, tokens)
 
-    loss = loss_of(image, text)
-    if not (bool(loss.total.isfinite()) and loss.total.requires_grad):
-        return loss
-    scaler.scale(loss.total).backward()
-
-    # The second pass must be the first one again: the same Dropout masks, and BatchNorm statistics
-    # that move once, not twice.
-    put_back(buffers)
-    with RandomState(pixels.device).restored_after():
-        for rows, generator in zip(_micro_batches(len(pixels), size), generators, strict=True):
-            generator.restore()
-            _second_pass(
-                towers, pixels[rows], tokens.index(rows), _grad(image, rows), _grad(text, rows)
-            )
-    return loss
-
-
-def _second_pass(
-    towers: TowerPass,
-    pixels: Tensor,
-    tokens: Tokens,
-    image_grad: Tensor | None,
-    text_grad: Tensor | None,
-) -> None:
-    """Send the features' gradients on to the weights; a tower without one is not encoded again,
-    unless its Dropout stands between the other's and the generator.
-    """
-    if image_grad is not None:
-        image = towers.encode_image(pixels, graph=True)
-        image.backward(image_grad)
-    elif towers.tower.module.training and text_grad is not None:
-        towers.encode_image(pixels, graph=False)
-    if text_grad is not None:
-        towers.encode_text(tokens, graph=True).backward(text_grad)
-
-
-def _grad(leaf: Tensor, rows: slice) -> Tensor | None:
-    return None if leaf.grad is None else leaf.grad[rows]
-
-
-def _micro_batches(count: int, size: int) -> Iterator[slice]:
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
+    buffers = buffers_in_train_mode(module)
+    encoded = [encode(part, graph=keep_graph) for part in micro_batches]
+    image = torch.cat([features.image for features in encoded if features.image is not None])
+    text = torch.cat([features.text for features in encoded if features.text is not None])
+    found = loss_of(image, text, encoded[0].scale)
+    if found.image is None and found.text is None and found.scale is None:
+        return found.loss
+    if not keep_graph:
+        # The second encoding moves BatchNorm's statistics again.
+        restore_buffers(buffers)
+    # A tower without a gradient is encoded again only for its Dropout and BatchNorm.
+    needs = {
+        "image": found.image is not None or module.training,
+        "text": found.text is not None or module.training,
+    }
+    start = 0
+    for part, kept in zip(micro_batches, encoded, strict=True):
+        features = kept if keep_graph else encode(part, graph=True, **needs)
+        rows = slice(start, start + len(part.ids))
+        # The scale is the same in every part: its gradient is applied once.
+        gradients = (
+            None if found.image is None else found.image[rows],
+            None if found.text is None else found.text[rows],
+            found.scale if start == 0 else None,
+        )
+        reached = [i for i in range(3) if features[i] is not None and gradients[i] is not None]
+        if reached:
+            torch.autograd.backward([features[i] for i in reached], [gradients[i] for i in reached])
+        start = rows.stop
+    return found.loss
 
 
 def buffers_in_train_mode(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Buffers that a forward in train mode changes, with a copy of each; none in eval mode."""
+    """Return the buffers that a forward pass in train mode changes, with a copy of each."""
     if not module.training:
         return []
     return [(buffer, buffer.clone()) for buffer in module.buffers()]
 
 
-def put_back(buffers: list[tuple[Tensor, Tensor]]) -> None:
-    """Undo what forwards did to the buffers since `buffers_in_train_mode`."""
+def restore_buffers(buffers: list[tuple[Tensor, Tensor]]) -> None:
+    """Undo what forward passes did to the buffers since `buffers_in_train_mode`."""
     for buffer, value in buffers:
         buffer.copy_(value)

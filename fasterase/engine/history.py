@@ -1,18 +1,19 @@
-"""What each step did: a record, and a JSON-lines file of them that survives being killed."""
+"""What each step did: a record, and a JSON-lines file of them that survives a kill."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from fasterase.files import write_text
 
 
 class StepRecord(dict[str, Any]):
     """One step: `step` (from 1), `total`, `forget`, `retain`, `consistency`, `anchor`, `lr`,
-    `grad_norm`, `applied` (False where a non-finite step was left out) and `seconds`.
+    `grad_norm`, `applied` (False if the step was not finite and left out) and `seconds`.
 
-    A dict, fit for JSON and trackers, whose keys also read as attributes.
+    A dict, ready for JSON and trackers, whose keys are also attributes.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -23,16 +24,12 @@ class StepRecord(dict[str, Any]):
 
 
 class HistoryFile:
-    """`history.jsonl`, one record a line, appended and flushed at each step."""
+    """`history.jsonl`: one record per line, appended and flushed at each step."""
 
     def __init__(self, path: Path, *, keep_steps: int) -> None:
-        """Open for appending behind the records of the first `keep_steps` steps."""
+        """Open for appending after the records of the first `keep_steps` steps."""
         self.kept = [record for record in read_history(path) if record["step"] <= keep_steps]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in self.kept)
-        os.replace(temporary, path)
+        write_text(path, "".join(json.dumps(record) + "\n" for record in self.kept))
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, record: StepRecord) -> None:
@@ -44,7 +41,7 @@ class HistoryFile:
 
 
 def read_history(path: Path) -> list[StepRecord]:
-    """Records of a history file; a last line cut off by a kill is left out."""
+    """Return the records of a history file; a last line cut off by a kill is left out."""
     if not path.is_file():
         return []
     records = []

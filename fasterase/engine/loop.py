@@ -1,4 +1,4 @@
-"""The training loop: batches in, weights changed in place, a record of every step out."""
+"""The training loop: batches in, weights changed in place, one record per step out."""
 
 from __future__ import annotations
 
@@ -6,228 +6,118 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from fasterase.config import UnlearnConfig
 from fasterase.engine.checkpoint import Checkpoint, CheckpointFolder
-from fasterase.engine.grad_cache import TowerPass, backward, buffers_in_train_mode, put_back
-from fasterase.engine.guard import NonFiniteGuard, non_finite_term
+from fasterase.engine.feature_loss import FeatureLoss
+from fasterase.engine.grad_cache import backpropagate, buffers_in_train_mode, restore_buffers
 from fasterase.engine.history import HistoryFile, StepRecord
-from fasterase.engine.interrupt import StopRequests
-from fasterase.engine.optim import build_optimizer, lr_at
-from fasterase.engine.precision import autocast, grad_scaler
+from fasterase.engine.optim import Trained, build_grad_scaler
+from fasterase.engine.stops import NonFiniteGuard, StopRequests, non_finite_term
 from fasterase.errors import PreemptedError
-from fasterase.models.dual_encoder import DualEncoder
-from fasterase.objective import EraseLoss, erase_loss
-from fasterase.pairs.batches import StepBatch
+from fasterase.models.forward import TowerForward
+from fasterase.pairs.batches import MicroBatch, StepBatch
 from fasterase.pairs.skips import SkipLedger
 from fasterase.reference.live import Reference
+from fasterase.seeds import Stream, torch_seed
 
 log = logging.getLogger(__name__)
 
-# Seconds between checkpoints where `save_every` is None.
+# Seconds between checkpoints if `save_every` is None.
 SAVE_SECONDS = 600.0
-# Stream of random numbers beside those of the sampler and the augmentation.
-_DROPOUT = 6
-# CLIP's own ceiling of the scale (Radford et al., 2021, section 2.5).
-MAX_SCALE = 100.0
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a run trains: parameters by name, and which towers they touch."""
-
-    parameters: list[tuple[str, nn.Parameter]]
-    image: bool
-    text: bool
-
-    @classmethod
-    def of(cls, tower: DualEncoder, settings: UnlearnConfig) -> Trained:
-        parameters = tower.trainable(settings.tune)
-        chosen = {id(parameter) for _, parameter in parameters}
-
-        def touches(side: str) -> bool:
-            return any(id(parameter) in chosen for _, parameter in tower.trainable(side))
-
-        image, text = touches("image"), touches("text")
-        if settings.train_logit_scale:
-            parameters = [*parameters, ("logit_scale", tower.logit_scale)]
-        return cls(parameters, image, text)
 
 
 class Trainer:
-    """State of one run over the tower's weights.
+    """Takes steps, and holds all state that they change.
 
     Args:
-        tower: the model, prepared (device, dtype, requires_grad).
-        trained: what is trained.
-        reference: the original's features, None where no loss uses them.
-        settings: the run's config.
-        precision: compute dtype, resolved.
-        floor: cosine floor of the forgetting loss, None for none.
-        total_steps: steps of the whole run.
+        forward: the towers, on their device.
+        trained: which of their parameters are trained.
+        optimizer: over those parameters.
+        feature_loss: the objective.
+        reference: the original's features; None if no loss uses them.
+        lr_at: learning rate of each step, counted from 0.
+        precision: compute dtype of the towers, resolved.
+        max_grad_norm: limit of the global gradient norm; None does not clip.
+        train_mode: whether BatchNorm statistics move and Dropout is active.
+        seed: of Dropout.
+
+    Attributes:
+        step: steps taken so far.
+        forgotten: the run ended because everything was forgotten.
     """
 
     def __init__(
         self,
-        tower: DualEncoder,
+        forward: TowerForward,
         trained: Trained,
+        optimizer: torch.optim.Optimizer,
+        feature_loss: FeatureLoss,
         reference: Reference | None,
         *,
-        settings: UnlearnConfig,
+        lr_at: Callable[[int], float],
         precision: str,
-        floor: float | None,
-        total_steps: int,
+        max_grad_norm: float | None,
+        train_mode: bool,
+        seed: int,
     ) -> None:
-        device = tower.device
-        self.tower = tower
-        self.trained = trained
-        self.reference = reference
-        self.settings = settings
-        self.floor = floor
-        self.total_steps = total_steps
         self.step = 0
         self.forgotten = False
-        self._unscaled = False
-        self.max_scale = max(MAX_SCALE, float(tower.scale().detach()))
-        self.towers = TowerPass(
-            tower,
-            lambda: autocast(precision, device),
-            trained.image,
-            trained.text,
-            settings.micro_batch_size,
-        )
-        self.optimizer = build_optimizer(
-            trained.parameters,
-            name=settings.optimizer,
-            lr=settings.lr,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-        )
-        self.scaler = grad_scaler(precision, device)
-        self.guard = NonFiniteGuard(precision)
+        self._forward = forward
+        self._parameters = trained.parameters(forward.module)
+        self._device = next(iter(self._parameters.values())).device
+        self._optimizer = optimizer
+        self._feature_loss = feature_loss
+        self._reference = reference
+        self._lr_at = lr_at
+        self._max_grad_norm = float("inf") if max_grad_norm is None else max_grad_norm
+        self._train_mode = train_mode
+        self._seed = seed
+        self._scaler = build_grad_scaler(precision, self._device)
+        self._guard = NonFiniteGuard(precision)
 
-    def run(
-        self,
-        batches: Iterator[StepBatch],
-        *,
-        ledger: SkipLedger,
-        checkpoints: CheckpointFolder | None,
-        history_path: Path | None,
-        callback: Callable[[StepRecord], object] | None,
-        forgotten: Callable[[], bool] | None,
-        steps_per_epoch: int,
-    ) -> list[StepRecord]:
-        """Take the remaining steps; returns the records of all steps, earlier ones included.
-
-        Args:
-            batches: of the steps from `self.step` on.
-            ledger: counts unreadable pairs.
-            checkpoints: where to save, or None.
-            history_path: the history file, or None.
-            callback: called after each step with its record; True ends the run.
-            forgotten: checked once an epoch; True ends the run. None for no check.
-            steps_per_epoch: steps of one pass over the forget set.
+    def train_step(self, batch: StepBatch) -> StepRecord:
+        """Take one step: encode, loss, gradients, clip, update; a non-finite step is left out.
 
         Raises:
             NonFiniteError: several steps in a row were not finite.
-            PreemptedError: SIGTERM arrived; a checkpoint was written.
         """
-        history_file = HistoryFile(history_path, keep_steps=self.step) if history_path else None
-        history = list(history_file.kept) if history_file else []
-        last_save = time.monotonic()
-        progress = tqdm(
-            total=self.total_steps,
-            initial=self.step,
-            desc="erasing",
-            unit="step",
-            disable=not self.settings.progress,
-        )
-        try:
-            with StopRequests() as stop, progress:
-                for batch in batches:
-                    ledger.add(batch.ids, batch.skipped)
-                    ledger.warn()
-                    record = self._take(batch)
-                    history.append(record)
-                    if history_file:
-                        history_file.append(record)
-                    _show(progress, record, pairs=len(batch.ids))
-                    done = callback is not None and callback(record) is True
-                    if forgotten is not None and self.step % steps_per_epoch == 0:
-                        self.forgotten = self._is_forgotten(forgotten)
-                    done = done or self.forgotten
-                    end = done or stop.signal is not None
-                    if checkpoints and self._is_due(last_save, end=end):
-                        checkpoints.save(self.checkpoint())
-                        last_save = time.monotonic()
-                    if end:
-                        break
-                if stop.signal is not None:
-                    self._stopped(stop.signal, checkpoints)
-        finally:
-            if history_file:
-                history_file.close()
-        return history
-
-    def _is_forgotten(self, forgotten: Callable[[], bool]) -> bool:
-        module = self.tower.module
-        module.eval()
-        try:
-            return forgotten()
-        finally:
-            module.train(self.settings.train_mode)
-
-    def _is_due(self, last_save: float, *, end: bool) -> bool:
-        if end or self.step == self.total_steps:
-            return True
-        if self.settings.save_every is None:
-            return time.monotonic() - last_save > SAVE_SECONDS
-        return self.step % self.settings.save_every == 0
-
-    def _stopped(self, number: signal.Signals, checkpoints: CheckpointFolder | None) -> None:
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        saved = (
-            f"A checkpoint is in {checkpoints.folder}: run it again to go on."
-            if checkpoints
-            else "Nothing was saved: give an output_dir, and running it again goes on from there."
-        )
-        raise PreemptedError(f"stopped by {number.name} after step {self.step}. {saved}")
-
-    def _take(self, batch: StepBatch) -> StepRecord:
         started = time.perf_counter()
-        settings = self.settings
-        # A step's randomness depends on its number only, so that a resumed run repeats it.
-        stream = np.random.SeedSequence([settings.seed, _DROPOUT, batch.step])
-        torch.manual_seed(int(stream.generate_state(1, np.uint64)[0]))
-        lr = lr_at(
-            batch.step,
-            lr=settings.lr,
-            warmup_steps=settings.warmup_steps,
-            total_steps=self.total_steps,
-            schedule=settings.schedule,
-        )
-        for group in self.optimizer.param_groups:
+        lr = self._lr_at(batch.step)
+        for group in self._optimizer.param_groups:
             group["lr"] = lr
-        buffers = buffers_in_train_mode(self.tower.module)
-        loss, grad_norm = self._gradients(batch)
+        self._optimizer.zero_grad(set_to_none=True)
+        buffers = buffers_in_train_mode(self._forward.module)
+        loss = backpropagate(
+            self._forward,
+            batch.micro_batches,
+            partial(
+                self._feature_loss,
+                reference=self._reference_features(batch),
+                n_forget=batch.n_forget,
+                labels=batch.labels.to(self._device),
+                upstream=self._scaler.scale(torch.ones((), device=self._device)),
+            ),
+            device=self._device,
+            seed_of=self._dropout_seed,
+        )
+        has_gradients = any(each.grad is not None for each in self._parameters.values())
+        grad_norm = self._clip_gradients() if has_gradients else 0.0
         self.step = batch.step + 1
         term = non_finite_term(loss, grad_norm)
         if term is None:
-            self.scaler.step(self.optimizer)
+            self._scaler.step(self._optimizer)
         else:
-            # BatchNorm statistics have seen the step all the same, and would keep its NaN.
-            put_back(buffers)
-        self.guard.count(term, step=self.step, ids=batch.ids)
-        if self.scaler.is_enabled() and self._unscaled:
-            self.scaler.update()
+            # BatchNorm statistics saw the step too, and would keep its NaN.
+            restore_buffers(buffers)
+        self._guard.count(term, step=self.step, ids=batch.ids)
+        if self._scaler.is_enabled() and has_gradients:
+            self._scaler.update()
         return StepRecord(
             step=self.step,
             **{name: float(value) for name, value in loss._asdict().items()},
@@ -237,95 +127,142 @@ class Trainer:
             seconds=time.perf_counter() - started,
         )
 
-    def _gradients(self, batch: StepBatch) -> tuple[EraseLoss, float]:
-        """Loss of the batch, and the gradient norm left (clipped) in the parameters' `.grad`."""
-        settings = self.settings
-        device = self.tower.device
-        ref_image = ref_text = ref_scale = None
-        if self.reference is not None:
-            ref_image, ref_text = self.reference.features(batch)
-            ref_scale = self.reference.scale
-        labels = batch.labels.to(device)
+    def _reference_features(
+        self, batch: StepBatch
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if self._reference is None:
+            return None, None, None
+        return (*self._reference.features(batch), self._reference.scale)
 
-        def loss_of(image: Tensor, text: Tensor) -> EraseLoss:
-            return erase_loss(
-                image,
-                text,
-                self._scale(),
-                ref_image,
-                ref_text,
-                ref_scale,
-                n_forget=batch.n_forget,
-                forget_weight=settings.forget_weight,
-                retain_weight=settings.retain_weight,
-                consistency_weight=settings.consistency_weight,
-                forget_loss=settings.forget_loss,
-                floor=self.floor,
-                anchor_weight=settings.anchor_weight,
-                labels=labels,
-                negatives=settings.negatives,
-                backend=settings.backend,
-            )
+    def _dropout_seed(self, part: MicroBatch) -> int:
+        return torch_seed(self._seed, Stream.TOWERS, part.step, part.first)
 
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = backward(
-            self.towers, batch.pixels.to(device), batch.tokens.to(device), loss_of, self.scaler
-        )
-        loss = EraseLoss(*(term.detach() for term in loss))
-        parameters = [parameter for _, parameter in self.trained.parameters]
-        self._unscaled = any(parameter.grad is not None for parameter in parameters)
-        if not self._unscaled:
-            return loss, 0.0
-        self.scaler.unscale_(self.optimizer)
-        limit = float("inf") if settings.max_grad_norm is None else settings.max_grad_norm
-        return loss, float(torch.nn.utils.clip_grad_norm_(parameters, limit))
-
-    def _scale(self) -> Tensor:
-        scale = self.tower.scale()
-        if not self.settings.train_logit_scale:
-            return scale.detach()
-        # Clamped here, not in the weights: a write after the step is lost where the optimiser keeps
-        # master weights of its own.
-        return scale.clamp(max=self.max_scale)
-
-    @property
-    def last_step(self) -> int:
-        """Where the run ends: at once where it had ended by forgetting."""
-        return self.step if self.forgotten else self.total_steps
+    def _clip_gradients(self) -> float:
+        """Remove the loss scaling, clip, and return the norm before clipping."""
+        self._scaler.unscale_(self._optimizer)
+        parameters = list(self._parameters.values())
+        return float(torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm))
 
     def checkpoint(self) -> Checkpoint:
-        """State after the steps taken so far."""
+        """Return the state after the steps taken so far."""
         return Checkpoint(
             step=self.step,
-            tensors={name: tensor.detach().contiguous() for name, tensor in self._moved()},
-            optimizer=self.optimizer.state_dict(),
-            scaler=self.scaler.state_dict(),
-            non_finite=self.guard.in_a_row,
+            tensors={name: tensor.detach().contiguous() for name, tensor in self._state()},
+            optimizer=self._optimizer.state_dict(),
+            scaler=self._scaler.state_dict(),
+            non_finite=self._guard.in_a_row,
             forgotten=self.forgotten,
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from `checkpoint`."""
+        """Continue from `checkpoint`."""
         with torch.no_grad():
-            for name, tensor in self._moved():
+            for name, tensor in self._state():
                 tensor.copy_(checkpoint.tensors[name])
-        self.optimizer.load_state_dict(checkpoint.optimizer)
-        self.scaler.load_state_dict(checkpoint.scaler)
-        self.guard.in_a_row = checkpoint.non_finite
+        self._optimizer.load_state_dict(checkpoint.optimizer)
+        self._scaler.load_state_dict(checkpoint.scaler)
+        self._guard.in_a_row = checkpoint.non_finite
         self.step = checkpoint.step
         self.forgotten = checkpoint.forgotten
-        log.info("Going on from the checkpoint after step %d.", self.step)
+        log.info("Resuming after step %d.", self.step)
 
-    def _moved(self) -> Iterator[tuple[str, Tensor]]:
-        """Tensors that training changes: trained parameters, and buffers in train mode."""
-        yield from self.trained.parameters
-        if self.settings.train_mode:
-            for name, buffer in self.tower.module.named_buffers():
+    def _state(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors that training changes: trained parameters, and buffers if they move."""
+        yield from self._parameters.items()
+        if self._train_mode:
+            for name, buffer in self._forward.module.named_buffers():
                 yield f"buffer:{name}", buffer
 
 
-def _show(progress: tqdm, record: StepRecord, *, pairs: int) -> None:
-    progress.set_postfix(
+def run_steps(
+    trainer: Trainer,
+    batches: Iterator[StepBatch],
+    *,
+    total_steps: int,
+    steps_per_epoch: int,
+    ledger: SkipLedger,
+    checkpoints: CheckpointFolder | None,
+    save_every: int | None,
+    history_path: Path | None,
+    callback: Callable[[StepRecord], object] | None,
+    is_forgotten: Callable[[], bool] | None,
+    progress: bool,
+) -> list[StepRecord]:
+    """Take the remaining steps; return the records of all steps, earlier ones included.
+
+    Args:
+        trainer: takes the steps.
+        batches: of the steps after `trainer.step`.
+        total_steps: steps of the whole run.
+        steps_per_epoch: steps of one pass over the forget set.
+        ledger: counts unreadable pairs.
+        checkpoints: where to save, or None.
+        save_every: steps between checkpoints; None: every ten minutes. The last step is saved too.
+        history_path: the history file, or None.
+        callback: called after each step with its record; True ends the run.
+        is_forgotten: checked once per epoch; True ends the run. None for no check.
+        progress: whether to show a progress bar.
+
+    Raises:
+        NonFiniteError: several steps in a row were not finite.
+        PreemptedError: SIGTERM arrived; a checkpoint was written.
+    """
+    history_file = HistoryFile(history_path, keep_steps=trainer.step) if history_path else None
+    history = list(history_file.kept) if history_file else []
+    last_save = time.monotonic()
+
+    def is_save_due() -> bool:
+        if save_every is None:
+            return time.monotonic() - last_save > SAVE_SECONDS
+        return trainer.step % save_every == 0
+
+    bar = tqdm(
+        total=total_steps,
+        initial=trainer.step,
+        desc="erasing",
+        unit="step",
+        disable=not progress,
+    )
+    try:
+        with StopRequests() as stop, bar:
+            for batch in batches:
+                ledger.add(batch.ids, batch.skipped)
+                ledger.warn()
+                record = trainer.train_step(batch)
+                history.append(record)
+                if history_file:
+                    history_file.append(record)
+                _show(bar, record, pairs=len(batch.ids))
+                done = callback is not None and callback(record) is True
+                if is_forgotten is not None and trainer.step % steps_per_epoch == 0:
+                    trainer.forgotten = is_forgotten()
+                ends = done or trainer.forgotten or stop.signal is not None
+                if checkpoints and (ends or trainer.step == total_steps or is_save_due()):
+                    checkpoints.save(trainer.checkpoint())
+                    last_save = time.monotonic()
+                if ends:
+                    break
+            if stop.signal is not None:
+                _raise_stopped(stop.signal, trainer.step, checkpoints)
+    finally:
+        if history_file:
+            history_file.close()
+    return history
+
+
+def _raise_stopped(number: signal.Signals, step: int, checkpoints: CheckpointFolder | None) -> None:
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    saved = (
+        f"A checkpoint is in {checkpoints.folder}: run it again to continue."
+        if checkpoints
+        else "Nothing was saved: give an output_dir, and running it again continues from there."
+    )
+    raise PreemptedError(f"stopped by {number.name} after step {step}. {saved}")
+
+
+def _show(bar: tqdm, record: StepRecord, *, pairs: int) -> None:
+    bar.set_postfix(
         {
             "loss": f"{record.total:.3f}",
             "forget": f"{record.forget:.3f}",
@@ -336,4 +273,4 @@ def _show(progress: tqdm, record: StepRecord, *, pairs: int) -> None:
         },
         refresh=False,
     )
-    progress.update()
+    bar.update()

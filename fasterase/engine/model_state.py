@@ -1,8 +1,11 @@
-"""What a run borrows of the user's model (device, dtype, mode, requires_grad) and gives back."""
+"""A run's changes to the user's model besides its weights, and how they are undone.
+
+These are device, dtype, train or eval mode, and requires_grad.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -13,12 +16,12 @@ from fasterase.models.dual_encoder import DualEncoder
 
 
 class Borrowed:
-    """A model in the run's hands, in fp32."""
+    """A model lent to a run, in fp32."""
 
-    def __init__(self, tower: DualEncoder) -> None:
-        module = tower.module
+    def __init__(self, model: DualEncoder) -> None:
+        module = model.module
         self._module = module
-        self._home = tower.device
+        self._home = model.device
         self._flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
         self._modes = [(part, part.training) for part in module.modules()]
         self._half = [(t, t.dtype) for t in _floating(module) if t.dtype.itemsize < 4]
@@ -34,7 +37,7 @@ class Borrowed:
         self._module.eval()
 
     def round_to_own_dtype(self) -> None:
-        """Round half-precision weights as they will be given back, so that those are measured."""
+        """Round half-precision weights as they will be returned, so that those are measured."""
         for tensor, dtype in self._half:
             tensor.data = tensor.data.to(dtype).float()
 
@@ -51,13 +54,13 @@ class Borrowed:
 
 
 @contextmanager
-def borrowed(tower: DualEncoder, *, device: torch.device) -> Iterator[Borrowed]:
-    """The model on `device` and in fp32 inside the block; after it as it was but for its weights.
+def borrowed(model: DualEncoder, *, device: torch.device) -> Iterator[Borrowed]:
+    """Lend the model to a run: on `device` and in fp32; afterwards only its weights differ.
 
     An lr of 1e-6 is below the resolution of a bf16 weight, so half-precision models are trained in
     fp32 and rounded once, at the end.
     """
-    state = Borrowed(tower)
+    state = Borrowed(model)
     try:
         state.take(device)
         yield state
@@ -66,8 +69,10 @@ def borrowed(tower: DualEncoder, *, device: torch.device) -> Iterator[Borrowed]:
 
 
 @contextmanager
-def training(module: nn.Module, trained: list[nn.Parameter], *, train_mode: bool) -> Iterator[None]:
-    """Only `trained` require a gradient, and the towers are in train mode where asked."""
+def training(
+    module: nn.Module, trained: Collection[nn.Parameter], *, train_mode: bool
+) -> Iterator[None]:
+    """Let only `trained` require a gradient, and switch to train mode if asked."""
     for parameter in trained:
         parameter.requires_grad_(True)
     module.train(train_mode)
@@ -86,10 +91,10 @@ def _floating(module: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def resolve_device(device: str | None, *, default: torch.device) -> torch.device:
-    """`device` as asked, else `default`.
+    """Return `device`, or `default` if it is None.
 
     Raises:
-        InputError: torch does not know it or cannot use it here.
+        InputError: torch cannot use it here.
     """
     if device is None:
         return default
@@ -106,7 +111,7 @@ def resolve_device(device: str | None, *, default: torch.device) -> torch.device
 
 
 def best_device() -> torch.device:
-    """The accelerator there is, else the CPU: where a model that was given by name goes."""
+    """Return the accelerator of this machine, else the CPU: for models given by name."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     if torch.backends.mps.is_available():

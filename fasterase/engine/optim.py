@@ -1,17 +1,19 @@
-"""Optimiser, parameter groups and learning-rate schedule."""
+"""What a run trains, the optimiser over it, and the learning rate of each step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 from torch import nn
 
 from fasterase.errors import require
+from fasterase.models.dual_encoder import DualEncoder
 
-# Classes of bitsandbytes behind the names of the setting.
+# Classes of bitsandbytes behind the names of the option.
 EIGHT_BIT = {
     "adamw8bit": "AdamW8bit",
     "paged_adamw8bit": "PagedAdamW8bit",
@@ -19,48 +21,105 @@ EIGHT_BIT = {
 }
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What a run trains, by name: chosen before anything wraps the model or splits its tensors.
+
+    Attributes:
+        decayed: names of the parameters with weight decay: matrices.
+        undecayed: names of the others. Gains, biases, class tokens and logit_scale (which some
+            libraries keep as a vector) stay where the data puts them; pulling them to zero changes
+            the function, not its complexity.
+        image, text, scale: whether each tower and the scale are trained.
+    """
+
+    decayed: tuple[str, ...]
+    undecayed: tuple[str, ...]
+    image: bool
+    text: bool
+    scale: bool
+
+    @classmethod
+    def choose(cls, model: DualEncoder, tune: str, *, logit_scale: bool) -> Trained:
+        """Choose what `tune` names, and logit_scale if asked.
+
+        Raises:
+            InputError: see `DualEncoder.trainable`.
+        """
+        chosen = model.trainable(tune)
+        names = {name for name, _ in chosen}
+        if logit_scale:
+            name_of = {id(parameter): name for name, parameter in model.module.named_parameters()}
+            chosen = [*chosen, (name_of[id(model.logit_scale)], model.logit_scale)]
+        decays = {
+            name: parameter.ndim >= 2 and not name.endswith("logit_scale")
+            for name, parameter in chosen
+        }
+        return cls(
+            decayed=tuple(name for name, decay in decays.items() if decay),
+            undecayed=tuple(name for name, decay in decays.items() if not decay),
+            image=any(name in names for name, _ in model.trainable("image")),
+            text=any(name in names for name, _ in model.trainable("text")),
+            scale=logit_scale,
+        )
+
+    def parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the trained parameters of `module` by name, in its own order."""
+        names = {*self.decayed, *self.undecayed}
+        return {name: each for name, each in module.named_parameters() if name in names}
+
+
 def build_optimizer(
-    parameters: Iterable[tuple[str, nn.Parameter]],
+    module: nn.Module,
+    trained: Trained,
     *,
     name: str,
     lr: float,
     betas: tuple[float, float],
     weight_decay: float,
 ) -> torch.optim.Optimizer:
-    """The optimiser over `parameters` (name, parameter): matrices decay, the rest does not.
+    """Return the optimiser over the trained parameters of `module`.
 
     Raises:
         MissingExtraError: an 8-bit optimiser without bitsandbytes.
     """
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
-    for parameter_name, parameter in parameters:
-        # Gains, biases, class tokens and logit_scale (which some libraries keep as a vector) stay
-        # where the data puts them; pulling them to zero changes the function, not its complexity.
-        is_matrix = parameter.ndim >= 2 and not parameter_name.endswith("logit_scale")
-        (matrices if is_matrix else vectors).append(parameter)
+    parameters = trained.parameters(module)
     groups = [
-        {"params": group, "weight_decay": decay}
-        for group, decay in ((matrices, weight_decay), (vectors, 0.0))
-        if group
+        {"params": [parameters[each] for each in names], "weight_decay": decay}
+        for names, decay in ((trained.decayed, weight_decay), (trained.undecayed, 0.0))
+        if names
     ]
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=betas)
     if name == "adam":
         return torch.optim.Adam(groups, lr=lr, betas=betas)
-    return getattr(bitsandbytes_for(name).optim, EIGHT_BIT[name])(groups, lr=lr, betas=betas)
+    return getattr(require_bitsandbytes(name).optim, EIGHT_BIT[name])(groups, lr=lr, betas=betas)
 
 
-def bitsandbytes_for(optimizer: str) -> ModuleType:
-    """The library behind the 8-bit optimisers, or `MissingExtraError`."""
+def require_bitsandbytes(optimizer: str) -> ModuleType:
+    """Import the library behind the 8-bit optimisers, or raise `MissingExtraError`."""
     return require("bitsandbytes", "scale", f"optimizer={optimizer!r}")
 
 
-def lr_at(step: int, *, lr: float, warmup_steps: int, total_steps: int, schedule: str) -> float:
-    """Learning rate of `step` (from 0): linear warm-up to `lr`, then constant or a cosine to 0."""
-    if step < warmup_steps:
-        return lr * (step + 1) / warmup_steps
-    if schedule == "constant":
-        return lr
-    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return lr * 0.5 * (1 + math.cos(math.pi * done))
+def build_grad_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
+    """Return dynamic loss scaling, active for fp16 only (bf16 has fp32's range)."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+
+def lr_schedule(
+    *, lr: float, warmup_steps: int, total_steps: int, schedule: str
+) -> Callable[[int], float]:
+    """Return the learning rate as a function of the step, counted from 0.
+
+    It warms up linearly to `lr`, then is constant or a cosine to 0 at `total_steps`.
+    """
+
+    def lr_at(step: int) -> float:
+        if step < warmup_steps:
+            return lr * (step + 1) / warmup_steps
+        if schedule == "constant":
+            return lr
+        done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        return lr * 0.5 * (1 + math.cos(math.pi * done))
+
+    return lr_at

@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from fasterase.config import coerced
+from fasterase.encode import PairEncoder, PairFeatures
 from fasterase.errors import InputError
 from fasterase.evaluation.evaluation import Evaluation
-from fasterase.evaluation.features import (
-    SetFeatures,
-    all_captions,
-    encode_set,
-    encode_texts,
-    evaluating,
-)
+from fasterase.evaluation.features import SetFeatures, all_captions, sampled_rows
 from fasterase.evaluation.metrics import METRICS, bootstrap_intervals, is_forget_set
 from fasterase.evaluation.scores import (
     CaptionPool,
@@ -28,7 +24,6 @@ from fasterase.evaluation.scores import (
     class_vectors,
     retrieval_scores,
 )
-from fasterase.models.dual_encoder import DualEncoder
 from fasterase.pairs.skips import Skip
 from fasterase.pairs.source import PairSource
 
@@ -54,15 +49,13 @@ class Evaluator:
     similarities.
 
     Args:
-        sources: set name -> pairs; `"forget"` and `"retain"` must be there. Names that start with
+        sources: set name -> pairs; `"forget"` and `"retain"` are required. Names that start with
             "forget" are sets to forget and come first, all others are sets to keep.
-        max_pairs: pairs taken from each set, drawn by `seed` where it has more. None takes all.
+        max_pairs: pairs taken from each set, drawn by `seed` if it has more. None takes all.
         seed: of that drawing and of the bootstrap.
         class_names: classes for zero-shot accuracy. None: those that the sources carry, if any.
         templates: prompts with `{}` for the class name. None: "a photo of a {}.".
-        quick: at most 1,000 pairs a set and 200 bootstrap resamples instead of 1,000.
-        batch_size: pairs encoded at a time.
-        num_workers: processes that decode images.
+        quick: at most 1,000 pairs per set and 200 bootstrap resamples instead of 1,000.
 
     Attributes:
         skipped: pairs that the last `measure` could not read.
@@ -80,8 +73,6 @@ class Evaluator:
         class_names: Sequence[str] | None = None,
         templates: Sequence[str] | None = None,
         quick: bool = False,
-        batch_size: int = 64,
-        num_workers: int = 0,
     ) -> None:
         for name in ("forget", "retain"):
             if name not in sources:
@@ -104,46 +95,51 @@ class Evaluator:
         if self.class_names is None:
             self.class_names = _carried_classes(sources)
         self._resamples = QUICK_RESAMPLES if quick else FULL_RESAMPLES
-        self._batch_size = batch_size
-        self._num_workers = num_workers
         self.skipped: list[Skip] = []
-        # All of the forget set, sampled or not: its captions may stand in other sets too.
+        # Of the whole forget set, sampled or not: other sets may have its captions too.
         self._concept = all_captions(sources["forget"])
 
-    def measure(self, tower: DualEncoder) -> Measurement:
-        """Encode all sets with `tower` and score them. The module's mode and gradients are kept.
+    def rows(self, name: str) -> np.ndarray:
+        """Return the rows (ascending) of a set that are measured."""
+        return sampled_rows(len(self.sources[name]), self.max_pairs, seed=self.seed)
+
+    def measure(
+        self, encoder: PairEncoder, features: Mapping[str, PairFeatures] | None = None
+    ) -> Measurement:
+        """Score a model on all sets.
+
+        Args:
+            encoder: the model.
+            features: its features of the `rows` of each set, if they have been computed already.
 
         Raises:
             InputError: a set has no readable pair, features are not finite, or `class_names` were
                 given and no pair of any set belongs to one of them.
         """
-        with evaluating(tower):
+        if features is None:
             features = {
-                name: encode_set(
-                    tower,
-                    source,
-                    max_pairs=self.max_pairs,
-                    seed=self.seed,
-                    batch_size=self._batch_size,
-                    num_workers=self._num_workers,
-                )
+                name: encoder.pairs(source, self.rows(name), description=f"measuring ({name})")
                 for name, source in self.sources.items()
             }
-            self.skipped = [skip for found in features.values() for skip in found.skipped]
-            pool = CaptionPool.of(features)
-            concept = torch.tensor([caption in self._concept for caption in pool.captions])
-            scores = {}
-            for name, found in features.items():
-                distractors = None if name == "retain" else features["retain"]
-                scores[name] = retrieval_scores(found, pool, concept, distractors)
-            if self.class_names is not None:
-                self._add_accuracy(tower, features, scores, self.class_names)
-        return Measurement(tower.name, scores, len(pool.captions))
+        self.skipped = [skip for name in self.sources for skip in features[name].skipped]
+        sets = {
+            name: SetFeatures.of(source, features[name], model=encoder.model.name)
+            for name, source in self.sources.items()
+        }
+        pool = CaptionPool.of(sets)
+        concept = torch.tensor([caption in self._concept for caption in pool.captions])
+        scores = {}
+        for name, found in sets.items():
+            distractors = None if name == "retain" else sets["retain"]
+            scores[name] = retrieval_scores(found, pool, concept, distractors)
+        if self.class_names is not None:
+            self._add_accuracy(encoder, sets, scores, self.class_names)
+        return Measurement(encoder.model.name, scores, len(pool.captions))
 
     def _add_accuracy(
         self,
-        tower: DualEncoder,
-        features: Mapping[str, SetFeatures],
+        encoder: PairEncoder,
+        sets: Mapping[str, SetFeatures],
         scores: Mapping[str, SetScores],
         class_names: list[str],
     ) -> None:
@@ -153,24 +149,20 @@ class Evaluator:
                 labels_of.of(meta, captions)
                 for meta, captions in zip(found.meta, found.pair_captions, strict=True)
             ]
-            for name, found in features.items()
+            for name, found in sets.items()
         }
         known = [name for name, those in labels.items() if any(i is not None for i in those)]
         if not known:
             if self._classes_asked_for:
                 raise InputError(
-                    f"class_names: no pair of {', '.join(features)} belongs to one of "
+                    f"class_names: no pair of {', '.join(sets)} belongs to one of "
                     f"{', '.join(class_names[:5])}{', ...' if len(class_names) > 5 else ''}. "
                     "A pair's class is its folder or the one class that its caption names."
                 )
             return
-        classes = class_vectors(
-            lambda texts: encode_texts(tower, texts, batch_size=self._batch_size),
-            class_names,
-            self.templates,
-        )
+        classes = class_vectors(encoder.texts, class_names, self.templates)
         for name in known:
-            values = accuracy(features[name].image, classes, labels[name])
+            values = accuracy(sets[name].image, classes, labels[name])
             scores[name].values["zero_shot_accuracy"] = values
             scores[name].chance["zero_shot_accuracy"] = 1 / len(class_names)
 
@@ -181,10 +173,10 @@ class Evaluator:
         original: Measurement | None = None,
         references: Mapping[str, Measurement] | None = None,
     ) -> Evaluation:
-        """Set values, intervals and chance levels of `model` beside those of the others.
+        """Return values, intervals and chance levels of `model` beside those of the others.
 
         Raises:
-            InputError: the measurements do not stand on the same pairs.
+            InputError: the measurements are of different pairs.
         """
         others = {**({} if original is None else {"original": original}), **(references or {})}
         for name, other in others.items():
@@ -213,7 +205,7 @@ class Evaluator:
         )
 
     def _intervals(self, scores: SetScores) -> dict[str, tuple[float, float]]:
-        by_average: dict[str, dict] = {"mean": {}, "median": {}}
+        by_average: dict[str, dict[str, np.ndarray]] = {"mean": {}, "median": {}}
         for metric in METRICS:
             if metric.key in scores.values:
                 by_average[metric.average][metric.key] = scores.values[metric.key]

@@ -1,38 +1,36 @@
-"""A set's image and caption features under one model."""
+"""A set's features as the evaluation uses them: one caption per pair, names instead of rows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from fasterase.encode import PairFeatures
 from fasterase.errors import InputError
-from fasterase.models.dual_encoder import DualEncoder
-from fasterase.pairs.batches import sweep
-from fasterase.pairs.prepare import Preparer, caption_key
-from fasterase.pairs.skips import BrokenPair, Skip
+from fasterase.pairs.prepare import caption_key
+from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.source import PairSource
+from fasterase.seeds import Stream, generator
 
 
 @dataclass(frozen=True)
 class SetFeatures:
-    """Features of n pairs with m distinct first captions, on the CPU in fp32, rows of length 1.
+    """Features of n pairs with m distinct first captions, on the CPU, fp32, unit rows.
 
-    A pair with several captions stands for its first one; the others only count as right too.
+    A pair with several captions is represented by its first one; the others only count as right
+    answers.
 
     Attributes:
         image: [n, D].
-        text: [m, D], a row a distinct first caption.
+        text: [m, D], one row per distinct first caption.
         captions: [m] those captions; token ids are spelled out.
         pair_text: [n] row in `text` of each pair's first caption.
         pair_captions: [n] all captions of each pair, the first one first.
         ids, meta: [n] of the pairs, as the source gives them.
-        skipped: pairs that could not be read; they are in none of the above.
     """
 
     image: Tensor
@@ -42,124 +40,70 @@ class SetFeatures:
     pair_captions: list[list[str]]
     ids: list[str]
     meta: list[dict[str, Any]]
-    skipped: list[Skip]
 
+    @classmethod
+    def of(cls, source: PairSource, features: PairFeatures, *, model: str) -> SetFeatures:
+        """Name the rows of `features` by their source.
 
-def encode_set(
-    tower: DualEncoder,
-    source: PairSource,
-    *,
-    max_pairs: int | None = None,
-    seed: int = 0,
-    batch_size: int = 64,
-    num_workers: int = 0,
-) -> SetFeatures:
-    """Encode the pairs of a set, or a seeded sample of `max_pairs` of them, without gradients.
+        Args:
+            source: what was encoded.
+            features: of some of its rows.
+            model: name of the model, for errors.
 
-    Raises:
-        InputError: no pair can be read, or features are not finite.
-    """
-    rows = sampled_rows(len(source), max_pairs, seed=seed)
-    first_captions = np.stack([rows, np.zeros_like(rows)], axis=1)
-    prepare = Preparer(
-        tower.image_transform,
-        tower.text_tokenizer,
-        tower.image_size,
-        tower.context_length,
-        tower.vocab_size,
-    )
-    image, text = [], []
-    captions: list[str] = []
-    key_of: dict[int, str] = {}
-    skipped: list[Skip] = []
-    with evaluating(tower):
-        for batch in sweep(
-            source,
-            rows,
-            first_captions,
-            prepare,
-            batch_size=batch_size,
-            num_workers=num_workers,
-        ):
-            skipped += batch.skipped
-            key_of.update((row, key) for row, _, key in batch.captions)
-            if batch.ids:
-                image.append(tower.encode_image(batch.pixels.to(tower.device)).cpu())
-            if batch.new_keys:
-                captions += batch.new_keys
-                text.append(tower.encode_text(batch.tokens.to(tower.device)).cpu())
-    if not key_of:
-        first = f" The first: {skipped[0].id}: {skipped[0].reason}." if skipped else ""
-        raise InputError(f"`{source.name}`: none of its {len(rows)} pairs can be read.{first}")
-    place = {caption: i for i, caption in enumerate(captions)}
-    found = SetFeatures(
-        image=torch.cat(image),
-        text=torch.cat(text),
-        captions=captions,
-        pair_text=np.array([place[key] for key in key_of.values()]),
-        pair_captions=[caption_keys(source, row) for row in key_of],
-        ids=[source.id(row) for row in key_of],
-        meta=[source.meta(row) for row in key_of],
-        skipped=skipped,
-    )
-    _check_finite(found.image, found.ids, tower)
-    _check_finite(found.text, captions, tower)
-    return found
-
-
-def encode_texts(tower: DualEncoder, texts: Sequence[str], *, batch_size: int = 64) -> Tensor:
-    """[len(texts), D] unit rows on the CPU."""
-    parts = []
-    with evaluating(tower):
-        for start in range(0, len(texts), batch_size):
-            tokens = tower.tokenize(texts[start : start + batch_size]).to(tower.device)
-            parts.append(tower.encode_text(tokens).cpu())
-    return torch.cat(parts)
+        Raises:
+            InputError: features are not finite.
+        """
+        rows = features.rows.tolist()
+        first_rows = [captions[0] for captions in features.pair_text]
+        distinct = list(dict.fromkeys(first_rows))
+        place = {row: i for i, row in enumerate(distinct)}
+        found = cls(
+            image=features.image,
+            text=features.text[distinct],
+            captions=[features.captions[row] for row in distinct],
+            pair_text=np.array([place[row] for row in first_rows]),
+            pair_captions=[captions_of(source, row) for row in rows],
+            ids=[source.id(row) for row in rows],
+            meta=[source.meta(row) for row in rows],
+        )
+        _check_finite(found.image, found.ids, model)
+        _check_finite(found.text, found.captions, model)
+        return found
 
 
 def sampled_rows(length: int, max_pairs: int | None, *, seed: int) -> np.ndarray:
-    """Ascending rows, at most `max_pairs`; the same for every set of that length, so that sets
-    which list the same concepts in the same order stay comparable.
+    """Return ascending rows, at most `max_pairs`.
+
+    Every set of one length gets the same rows, so that sets which list the same concepts in the
+    same order stay comparable.
     """
     if max_pairs is None or length <= max_pairs:
         return np.arange(length)
-    return np.sort(np.random.default_rng(seed).choice(length, size=max_pairs, replace=False))
+    drawn = generator(seed, Stream.EVALUATION).choice(length, size=max_pairs, replace=False)
+    return np.sort(drawn)
 
 
-def caption_keys(source: PairSource, row: int) -> list[str]:
-    """All captions of a pair as text, the first one first."""
+def captions_of(source: PairSource, row: int) -> list[str]:
+    """Return the identities of all captions of a pair, the first one first."""
     texts = source.texts(row)
     return [caption_key(texts)] if isinstance(texts, Tensor) else list(map(caption_key, texts))
 
 
 def all_captions(source: PairSource) -> set[str]:
-    """Every caption of every readable pair of a set."""
+    """Return every caption of every readable pair of a set."""
     found: set[str] = set()
     for row in range(len(source)):
         try:
-            found.update(caption_keys(source, row))
+            found.update(captions_of(source, row))
         except BrokenPair:  # counted and named when the pair is encoded
             continue
     return found
 
 
-@contextmanager
-def evaluating(tower: DualEncoder) -> Iterator[None]:
-    """No gradients, and eval mode; each part of the module gets its own mode back."""
-    modes = [(part, part.training) for part in tower.module.modules()]
-    tower.module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part, training in modes:
-            part.training = training
-
-
-def _check_finite(features: Tensor, names: Sequence[str], tower: DualEncoder) -> None:
+def _check_finite(features: Tensor, names: Sequence[str], model: str) -> None:
     broken = (~features.isfinite().all(dim=1)).nonzero().flatten().tolist()
     if broken:
         raise InputError(
-            f"model: {tower.name} gives features that are not finite for {len(broken)} of "
+            f"model: {model} gives features that are not finite for {len(broken)} of "
             f"{len(names)} inputs, the first {names[broken[0]]!r}. Its weights may hold NaN."
         )

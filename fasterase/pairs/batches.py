@@ -1,83 +1,131 @@
-"""Batches for training steps and for sweeps over a set, loaded in parallel."""
+"""Loading of pairs, in parallel: micro-batches for training steps, and sweeps over a set."""
 
 from __future__ import annotations
 
 import random
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fasterase.errors import InputError
-from fasterase.models.dual_encoder import Tokens
-from fasterase.pairs.augment import augment as augmented
-from fasterase.pairs.prepare import PreparedText, Preparer, stack_tokens
-from fasterase.pairs.sampler import Draw, Sampler
-from fasterase.pairs.skips import BrokenPair, Skip, SkipLedger
-from fasterase.pairs.source import PairSource
+from fasterase.models.preprocessing import Tokens
+from fasterase.pairs.augment import augment
+from fasterase.pairs.prepare import PreparedText, Preparer, hash_captions, stack_tokens
+from fasterase.pairs.sampler import Sampler
+from fasterase.pairs.skips import BrokenPair, Skip
+from fasterase.pairs.source import PairSource, Record
+from fasterase.seeds import Stream, generator
 
-__all__ = ["Draw", "Sampler", "SkipLedger", "StepBatch", "SweepBatch", "step_batches", "sweep"]
-
-
-@dataclass
-class StepBatch:
-    """The pairs of one step, forget pairs first, broken ones left out.
-
-    Attributes:
-        step: counted from 0.
-        pixels: [n, 3, H, W] float32.
-        tokens: ids [n, L].
-        n_forget: how many of the n are forget pairs.
-        labels: [n] int64, equal for equal captions.
-        keys: the captions' identities behind `labels`, [n].
-        ids: the pairs' ids, [n].
-        forget_rows, retain_rows: their rows in the two sources.
-        forget_captions, retain_captions: which of a row's captions is in the batch.
-        skipped: pairs that were drawn and are broken.
-    """
-
-    step: int
-    pixels: Tensor
-    tokens: Tokens
-    n_forget: int
-    labels: Tensor
-    keys: list[str]
-    ids: list[str]
-    forget_rows: np.ndarray
-    retain_rows: np.ndarray
-    forget_captions: np.ndarray
-    retain_captions: np.ndarray
-    skipped: list[Skip]
+Captions = Literal["all", "first"]
 
 
 @dataclass
-class SweepBatch:
-    """Some rows of a source, not augmented, broken ones left out.
+class Loaded:
+    """Some pairs, ready for the towers; broken ones are left out.
 
     Attributes:
-        rows: [n] int64.
+        rows: [n] int64, rows of their source.
         ids: [n].
-        pixels: [n, 3, H, W] float32.
-        captions: (row, caption index, caption key) of every caption asked for.
-        new_keys: keys that no batch before this one had; their texts are in `tokens`.
-        tokens: ids [len(new_keys), L].
+        pixels: [n, 3, H, W] uint8, or float32 (normalised) where the transform does not split.
         skipped: rows that are broken.
     """
 
     rows: np.ndarray
     ids: list[str]
     pixels: Tensor
+    skipped: list[Skip]
+
+
+@dataclass
+class MicroBatch(Loaded):
+    """Consecutive pairs of one step, forget pairs first.
+
+    Attributes:
+        step: counted from 0.
+        first: position in the step's draw of the first pair, broken ones counted.
+        n_forget: how many of the n are forget pairs.
+        tokens: ids [n, L].
+        keys: [n] identities of the captions.
+        captions: [n] which of a row's captions was drawn.
+    """
+
+    step: int
+    first: int
+    n_forget: int
+    tokens: Tokens
+    keys: list[str]
+    captions: np.ndarray
+
+
+@dataclass
+class StepBatch:
+    """The pairs of one step, in micro-batches, broken pairs left out. Forget pairs come first.
+
+    Attributes:
+        step: counted from 0.
+        micro_batches: at least one; none is empty unless every pair of the step is broken.
+        skipped: pairs that were drawn and are broken.
+    """
+
+    step: int
+    micro_batches: list[MicroBatch]
+    skipped: list[Skip] = field(default_factory=list)
+
+    @property
+    def n_forget(self) -> int:
+        return sum(part.n_forget for part in self.micro_batches)
+
+    @property
+    def ids(self) -> list[str]:
+        return [id for part in self.micro_batches for id in part.ids]
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """[n] int64, equal for equal captions, whatever step or process they are drawn in."""
+        return torch.from_numpy(hash_captions(self.keys).astype(np.int64))
+
+    @property
+    def keys(self) -> list[str]:
+        """[n] identities of the captions."""
+        return [key for part in self.micro_batches for key in part.keys]
+
+    @property
+    def forget_rows(self) -> np.ndarray:
+        """Rows of the forget pairs in their source."""
+        return np.concatenate([part.rows for part in self.micro_batches])[: self.n_forget]
+
+    @property
+    def retain_rows(self) -> np.ndarray:
+        """Rows of the retain pairs in their source."""
+        return np.concatenate([part.rows for part in self.micro_batches])[self.n_forget :]
+
+    @property
+    def captions(self) -> np.ndarray:
+        """[n] which of a row's captions was drawn."""
+        return np.concatenate([part.captions for part in self.micro_batches])
+
+
+@dataclass
+class SweepBatch(Loaded):
+    """Some rows of a source, not augmented.
+
+    Attributes:
+        captions: (row, caption index, caption key) of every caption read.
+        new_keys: keys that no earlier batch had; their texts are in `tokens`.
+        tokens: ids [len(new_keys), L].
+    """
+
     captions: list[tuple[int, int, str]]
     new_keys: list[str]
     tokens: Tokens
-    skipped: list[Skip]
 
 
 def step_batches(
@@ -88,247 +136,182 @@ def step_batches(
     *,
     first_step: int,
     last_step: int,
-    augment: bool,
-    seed: int,
+    micro_batch_size: int | None = None,
+    augment_forget: bool,
     num_workers: int = 0,
 ) -> Iterator[StepBatch]:
-    """Batches of steps `first_step` to `last_step - 1`, the same for any number of workers.
+    """Yield the batches of steps `first_step` to `last_step - 1`.
 
-    Augmentation of forget images is seeded by (seed, step, position). Where a source is not stable
-    its own random numbers (Python's, NumPy's and PyTorch's) are seeded by (seed, step) while it is
-    read, so that its augmentation repeats too.
+    The pairs and their augmentation do not depend on the number of workers nor on the micro-batch
+    size: both are seeded by (seed, step, position in the step). If a source is not stable, the
+    generators of Python, NumPy and PyTorch are seeded in the same way while one of its items is
+    read, so that its own augmentation repeats too. Workers load one micro-batch at a time.
 
     Raises:
-        InputError: as `Preparer` does, also out of a worker.
+        InputError: as `Preparer` does, also from inside a worker.
     """
-    steps = _Steps(forget, retain, sampler, prepare, augment=augment, seed=seed)
-    yield from _load(steps, range(first_step, last_step), num_workers)
+    size = micro_batch_size or sampler.largest
+    # The last part of a step may be empty: steps differ in size by one pair.
+    parts = max(1, -(-sampler.largest // size))
+    black = prepare.black_level() if augment_forget else None
+    load = partial(
+        _load_micro_batch,
+        (forget, retain),
+        sampler,
+        prepare,
+        size=size,
+        parts=parts,
+        augment_forget=augment_forget,
+        black=black,
+    )
+    loaded: list[MicroBatch] = []
+    for part in _load(load, range(first_step * parts, last_step * parts), num_workers):
+        loaded.append(part)
+        if len(loaded) == parts:
+            skipped = [skip for each in loaded for skip in each.skipped]
+            readable = [each for each in loaded if each.ids] or loaded[:1]
+            yield StepBatch(part.step, readable, skipped)
+            loaded = []
 
 
 def sweep(
     source: PairSource,
     rows: Sequence[int] | np.ndarray,
-    caption_rows: np.ndarray | None,
     prepare: Preparer,
     *,
+    captions: Captions,
     batch_size: int,
     num_workers: int = 0,
 ) -> Iterator[SweepBatch]:
-    """Read rows once each, in the given order, with the captions that are wanted of them.
+    """Read rows once each, in the given order, with all their captions or the first one.
 
     Args:
+        source: the pairs.
         rows: distinct rows.
-        caption_rows: [m, 2] int64 of (row, caption index), every row among `rows`; None for all
-            captions of each row.
-        batch_size: rows a batch.
+        prepare: records to pixels and tokens.
+        captions: which captions of each row.
+        batch_size: rows per batch.
+        num_workers: processes that load and decode.
     """
-    wanted: dict[int, list[int]] | None = None
-    if caption_rows is not None:
-        wanted = {}
-        for row, caption in np.asarray(caption_rows, dtype=np.int64).reshape(-1, 2).tolist():
-            wanted.setdefault(row, []).append(caption)
-    chunks = _Rows(source, np.asarray(rows, dtype=np.int64), wanted, prepare, batch_size)
+    rows = np.asarray(rows, dtype=np.int64)
+    load = partial(_load_rows, source, rows, prepare, captions=captions, batch_size=batch_size)
     seen: set[str] = set()
-    for batch in _load(chunks, range(len(chunks)), num_workers):
+    for batch in _load(load, range(-(-len(rows) // batch_size)), num_workers):
         fresh = [i for i, key in enumerate(batch.new_keys) if key not in seen]
         if len(fresh) < len(batch.new_keys):
-            mask = batch.tokens.mask
-            batch.tokens = Tokens(batch.tokens.ids[fresh], None if mask is None else mask[fresh])
+            batch.tokens = batch.tokens.index(fresh)
             batch.new_keys = [batch.new_keys[i] for i in fresh]
         seen.update(batch.new_keys)
         yield batch
 
 
-class _Steps(Dataset[Any]):
-    """Step -> StepBatch, or the InputError that making it met."""
-
-    def __init__(
-        self,
-        forget: PairSource,
-        retain: PairSource,
-        sampler: Sampler,
-        prepare: Preparer,
-        *,
-        augment: bool,
-        seed: int,
-    ) -> None:
-        self._sources = (forget, retain)
-        self._sampler = sampler
-        self._prepare = prepare
-        self._augment = augment
-        self._seed = seed
-        self._black: Tensor | None = None
-        if augment and prepare.image_transform is not None:
-            self._black = _black_level(prepare)
-
-    def __getitem__(self, step: int) -> StepBatch | InputError:
+def _load_micro_batch(
+    sources: tuple[PairSource, PairSource],
+    sampler: Sampler,
+    prepare: Preparer,
+    number: int,
+    *,
+    size: int,
+    parts: int,
+    augment_forget: bool,
+    black: Tensor | None,
+) -> MicroBatch:
+    step, part = divmod(number, parts)
+    draw = sampler.draw(step)
+    rows = np.concatenate([draw.forget, draw.retain])
+    captions = np.concatenate([draw.forget_captions, draw.retain_captions])
+    first = part * size
+    positions = range(first, min(first + size, len(rows)))
+    pixels: list[Tensor] = []
+    texts: list[PreparedText] = []
+    ids: list[str] = []
+    kept: list[int] = []
+    skipped: list[Skip] = []
+    for position in positions:
+        is_forget = position < len(draw.forget)
+        source = sources[0] if is_forget else sources[1]
         try:
-            return self._batch(step)
-        except InputError as error:
-            return error
-
-    def _batch(self, step: int) -> StepBatch:
-        draw = self._sampler.draw(step)
-        pixels: list[Tensor] = []
-        texts: list[PreparedText] = []
-        ids: list[str] = []
-        skipped: list[Skip] = []
-        kept: tuple[list[int], list[int]] = ([], [])
-        sets = ((draw.forget, draw.forget_captions), (draw.retain, draw.retain_captions))
-        with _seeded(self._seed, step, needed=not all(s.stable for s in self._sources)):
-            for which, (rows, captions) in enumerate(sets):
-                source = self._sources[which]
-                for position, (row, caption) in enumerate(zip(rows, captions, strict=True)):
-                    try:
-                        record = source[int(row)]
-                        image, text = self._prepare(record, int(caption))
-                    except BrokenPair as broken:
-                        skipped.append(Skip(broken.id, broken.reason))
-                        continue
-                    if which == 0 and self._augment:
-                        generator = np.random.default_rng([self._seed, 3, step, position])
-                        image = augmented(image, generator, black=self._black)
-                    pixels.append(image)
-                    texts.append(text)
-                    ids.append(record.id)
-                    kept[which].append(position)
-        chosen = np.array([text.caption for text in texts], dtype=np.int64)
-        n_forget = len(kept[0])
-        return StepBatch(
-            step=step,
-            pixels=_stack(pixels, self._prepare.image_size),
-            tokens=stack_tokens([t.tokens for t in texts], self._prepare.context_length),
-            n_forget=n_forget,
-            labels=_labels([text.key for text in texts]),
-            keys=[text.key for text in texts],
-            ids=ids,
-            forget_rows=draw.forget[kept[0]],
-            retain_rows=draw.retain[kept[1]],
-            forget_captions=chosen[:n_forget],
-            retain_captions=chosen[n_forget:],
-            skipped=skipped,
-        )
-
-
-class _Rows(Dataset[Any]):
-    """Chunk number -> SweepBatch, or the InputError that making it met."""
-
-    def __init__(
-        self,
-        source: PairSource,
-        rows: np.ndarray,
-        wanted: dict[int, list[int]] | None,
-        prepare: Preparer,
-        batch_size: int,
-    ) -> None:
-        self._source = source
-        self._rows = rows
-        self._wanted = wanted
-        self._prepare = prepare
-        self._batch_size = batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self._rows) // self._batch_size)
-
-    def __getitem__(self, chunk: int) -> SweepBatch | InputError:
-        try:
-            with _seeded(0, chunk, needed=not self._source.stable):
-                return self._batch(chunk)
-        except InputError as error:
-            return error
-
-    def _batch(self, chunk: int) -> SweepBatch:
-        rows = self._rows[chunk * self._batch_size : (chunk + 1) * self._batch_size]
-        kept: list[int] = []
-        ids: list[str] = []
-        pixels: list[Tensor] = []
-        captions: list[tuple[int, int, str]] = []
-        tokens: dict[str, Tokens] = {}
-        skipped: list[Skip] = []
-        for row in rows.tolist():
-            try:
-                record = self._source[row]
-                image = self._prepare.image(record)
-            except BrokenPair as broken:
-                skipped.append(Skip(broken.id, broken.reason))
-                continue
-            count = len(record.text) if isinstance(record.text, list) else 1
-            chosen = range(count) if self._wanted is None else self._wanted.get(row, [])
-            for caption in chosen:
-                text = self._prepare.text(record, caption)
-                captions.append((row, text.caption, text.key))
-                tokens[text.key] = text.tokens
-            kept.append(row)
-            ids.append(record.id)
-            pixels.append(image)
-        return SweepBatch(
-            rows=np.array(kept, dtype=np.int64),
-            ids=ids,
-            pixels=_stack(pixels, self._prepare.image_size),
-            captions=captions,
-            new_keys=list(tokens),
-            tokens=stack_tokens(list(tokens.values()), self._prepare.context_length),
-            skipped=skipped,
-        )
-
-
-def _load(dataset: Dataset[Any], order: range, num_workers: int) -> Iterator[Any]:
-    loader = DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=order,
-        num_workers=num_workers,
-        # Its own, or every loader would take a number from the global one and change Dropout.
-        generator=torch.Generator(),
-        worker_init_fn=_leave_signals_to_parent,
+            record = _read(source, int(rows[position]), sampler.seed, step, position)
+            image = prepare.image(record)
+            text = prepare.text(record, int(captions[position]))
+        except BrokenPair as broken:
+            skipped.append(Skip(broken.id, broken.reason))
+            continue
+        if is_forget and augment_forget:
+            numbers = generator(sampler.seed, Stream.AUGMENTATION, step, position)
+            image = augment(image, numbers, black=black)
+        pixels.append(image)
+        texts.append(text)
+        ids.append(record.id)
+        kept.append(position)
+    return MicroBatch(
+        rows=rows[kept],
+        ids=ids,
+        pixels=prepare.stack(pixels),
+        skipped=skipped,
+        step=step,
+        first=first,
+        n_forget=sum(position < len(draw.forget) for position in kept),
+        tokens=stack_tokens([text.tokens for text in texts], prepare.context_length),
+        keys=[text.key for text in texts],
+        captions=np.array([text.caption for text in texts], dtype=np.int64),
     )
-    batches = iter(loader)
-    try:
-        for batch in batches:
-            # A value rather than an exception, which DataLoader would wrap in a worker's traceback.
-            if isinstance(batch, InputError):
-                raise batch
-            yield batch
-    finally:
-        # Drops the last reference, on which the loader ends its workers.
-        del batches
 
 
-def _leave_signals_to_parent(worker: int) -> None:
-    """A scheduler's SIGTERM and a terminal's Ctrl-C reach every process of the run. A worker that
-    died of one would fail the step that the main process wants to finish and save.
+def _load_rows(
+    source: PairSource,
+    rows: np.ndarray,
+    prepare: Preparer,
+    number: int,
+    *,
+    captions: Captions,
+    batch_size: int,
+) -> SweepBatch:
+    kept: list[int] = []
+    ids: list[str] = []
+    pixels: list[Tensor] = []
+    found: list[tuple[int, int, str]] = []
+    tokens: dict[str, Tokens] = {}
+    skipped: list[Skip] = []
+    for row in rows[number * batch_size : (number + 1) * batch_size].tolist():
+        try:
+            record = _read(source, row, 0, row)
+            image = prepare.image(record)
+        except BrokenPair as broken:
+            skipped.append(Skip(broken.id, broken.reason))
+            continue
+        count = len(record.text) if isinstance(record.text, list) and captions == "all" else 1
+        for caption in range(count):
+            text = prepare.text(record, caption)
+            found.append((row, text.caption, text.key))
+            tokens[text.key] = text.tokens
+        kept.append(row)
+        ids.append(record.id)
+        pixels.append(image)
+    return SweepBatch(
+        rows=np.array(kept, dtype=np.int64),
+        ids=ids,
+        pixels=prepare.stack(pixels),
+        skipped=skipped,
+        captions=found,
+        new_keys=list(tokens),
+        tokens=stack_tokens(list(tokens.values()), prepare.context_length),
+    )
 
-    Only the first SIGTERM is passed over, so that the parent can still end a worker that hangs.
-    """
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-
-def _stack(pixels: list[Tensor], image_size: tuple[int, int]) -> Tensor:
-    return torch.stack(pixels) if pixels else torch.empty(0, 3, *image_size)
-
-
-def _labels(keys: list[str]) -> Tensor:
-    """Numbers in order of first appearance, equal for equal keys."""
-    numbers: dict[str, int] = {}
-    return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys], dtype=torch.long)
-
-
-def _black_level(prepare: Preparer) -> Tensor:
-    """What preprocessing makes of a black picture, [3]."""
-    assert prepare.image_transform is not None
-    height, width = prepare.image_size
-    return prepare.image_transform(Image.new("RGB", (width, height))).amin(dim=(1, 2))
+def _read(source: PairSource, row: int, seed: int, *position: int) -> Record:
+    """Return a record; if the source is random, the global generators are seeded by position."""
+    if source.stable:
+        return source[row]
+    with _seeded(seed, *position):
+        return source[row]
 
 
 @contextmanager
-def _seeded(seed: int, step: int, *, needed: bool) -> Iterator[None]:
-    """Seed the global random generators for the block and put them back after it."""
-    if not needed:
-        yield
-        return
+def _seeded(seed: int, *position: int) -> Iterator[None]:
+    """Seed Python's, NumPy's and PyTorch's generators for the block; restore them afterwards."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    value = int(np.random.SeedSequence([seed, 4, step]).generate_state(1)[0])
+    value = int(generator(seed, Stream.DATASET, *position).integers(2**32))
     random.seed(value)
     np.random.seed(value)
     # Not torch.manual_seed, which reseeds accelerators too.
@@ -339,3 +322,48 @@ def _seeded(seed: int, step: int, *, needed: bool) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
+
+
+class _Numbered(Dataset[Any]):
+    """Number -> what `load` makes of it, or the InputError that it raised."""
+
+    def __init__(self, load: Callable[[int], Loaded]) -> None:
+        self._load = load
+
+    def __getitem__(self, number: int) -> Loaded | InputError:
+        try:
+            return self._load(number)
+        # A value rather than an exception, which DataLoader would wrap in a worker's traceback.
+        except InputError as error:
+            return error
+
+
+def _load(load: Callable[[int], Loaded], numbers: range, num_workers: int) -> Iterator[Any]:
+    loader = DataLoader(
+        _Numbered(load),
+        batch_size=None,
+        sampler=numbers,
+        num_workers=num_workers,
+        # Its own, or every loader would take a number from the global one and change Dropout.
+        generator=torch.Generator(),
+        worker_init_fn=_leave_signals_to_parent,
+    )
+    batches = iter(loader)
+    try:
+        for batch in batches:
+            if isinstance(batch, InputError):
+                raise batch
+            yield batch
+    finally:
+        # Drops the last reference, on which the loader ends its workers.
+        del batches
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """Ignore the signals that end a run, so that the main process can finish its step and save.
+
+    A scheduler's SIGTERM and a terminal's Ctrl-C reach every process of the run. Only the first
+    SIGTERM is ignored, so that the parent can still end a worker that hangs.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,16 +1,19 @@
-"""From a decoded pair to what the towers take."""
+"""From a decoded pair to pixels, tokens and the identity of its caption."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from fasterase.errors import InputError
-from fasterase.models.dual_encoder import Tokens
+from fasterase.models.dual_encoder import DualEncoder
+from fasterase.models.preprocessing import ImageTransform, Tokens
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.source import Record
 
@@ -20,7 +23,7 @@ class PreparedText(NamedTuple):
 
     Attributes:
         tokens: ids [L] and mask [L] or None.
-        key: equal for equal captions and for no others.
+        key: the caption's identity, see `caption_key`.
         caption: its index among the record's captions.
     """
 
@@ -29,25 +32,20 @@ class PreparedText(NamedTuple):
     caption: int
 
 
-class Prepared(NamedTuple):
-    pixels: Tensor  # [3, H, W] float32
-    text: PreparedText
-
-
 class Preparer:
-    """Turns records into pixels and tokens; picklable as its two callables are, holds no weights.
+    """Turns records into pixels and tokens. Picklable if its two callables are; holds no weights.
 
     Args:
-        image_transform: PIL image -> [3, H, W] float32; None where images must be float tensors.
-        text_tokenizer: list of str -> `Tokens`; None where texts must be token ids.
+        image_transform: turns PIL images into pixels; None if images must be float tensors.
+        text_tokenizer: list of str -> `Tokens`; None if texts must be token ids.
         image_size: (H, W) pixels that the image tower takes.
-        context_length: the most tokens that the text tower takes.
+        context_length: the largest number of tokens that the text tower takes.
         vocab_size: token ids are below it.
     """
 
     def __init__(
         self,
-        image_transform: Callable[[Image.Image], Tensor] | None,
+        image_transform: ImageTransform | None,
         text_tokenizer: Callable[[Sequence[str]], Tokens] | None,
         image_size: tuple[int, int],
         context_length: int,
@@ -59,12 +57,21 @@ class Preparer:
         self.context_length = context_length
         self.vocab_size = vocab_size
 
-    def __call__(self, record: Record, caption: int = 0) -> Prepared:
-        """Both halves of a record; see `image` and `text`."""
-        return Prepared(self.image(record), self.text(record, caption))
+    @classmethod
+    def for_model(cls, model: DualEncoder) -> Preparer:
+        """Return the preparer of a model's inputs."""
+        return cls(
+            model.image_transform,
+            model.text_tokenizer,
+            model.image_size,
+            model.context_length,
+            model.vocab_size,
+        )
 
     def image(self, record: Record) -> Tensor:
-        """Pixels [3, H, W] float32: float tensors as they are, everything else transformed.
+        """Return pixels [3, H, W]: uint8 where the model's transform splits, else float32.
+
+        uint8 pixels are normalised later, on the device. Float tensors are returned as they are.
 
         Raises:
             InputError: a float tensor of another size than the model's.
@@ -88,21 +95,36 @@ class Preparer:
                 )
             if isinstance(image, Tensor):
                 image = Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy())
-            pixels = self.image_transform(image.convert("RGB"))
-        if not torch.isfinite(pixels).all():
+            pixels = self.image_transform.pixels(image.convert("RGB"))
+        if pixels.is_floating_point() and not torch.isfinite(pixels).all():
             kind = "NaN" if torch.isnan(pixels).any() else "infinite"
             raise BrokenPair(record.id, f"image holds {kind} values")
         return pixels
 
+    def stack(self, images: Sequence[Tensor]) -> Tensor:
+        """Stack pixels to [n, 3, H, W]: uint8 if all are, else float32, normalised."""
+        if not images:
+            return torch.empty(0, 3, *self.image_size)
+        if self.image_transform is not None and any(i.is_floating_point() for i in images):
+            images = [self.image_transform.normalise(image) for image in images]
+        return torch.stack(list(images))
+
+    def black_level(self) -> Tensor | None:
+        """Return what preprocessing makes of a black picture, [3]; None if it is not known."""
+        if self.image_transform is None:
+            return None
+        height, width = self.image_size
+        return self.image_transform(Image.new("RGB", (width, height))).amin(dim=(1, 2))
+
     def text(self, record: Record, caption: int = 0) -> PreparedText:
-        """Tokens of the record's caption number `caption` modulo how many it has.
+        """Return tokens of the record's caption number `caption` modulo how many it has.
 
         Raises:
             InputError: a str without a tokenizer, too many token ids, or ids that the model lacks.
         """
         text = record.text
         if isinstance(text, Tensor):
-            return self._ids(record, text)
+            return self._check_ids(record, text)
         captions = [text] if isinstance(text, str) else text
         index = caption % len(captions)
         if self.text_tokenizer is None:
@@ -114,7 +136,7 @@ class Preparer:
         mask = None if tokens.mask is None else tokens.mask[0]
         return PreparedText(Tokens(tokens.ids[0], mask), caption_key(captions[index]), index)
 
-    def _ids(self, record: Record, ids: Tensor) -> PreparedText:
+    def _check_ids(self, record: Record, ids: Tensor) -> PreparedText:
         if len(ids) > self.context_length:
             raise InputError(
                 f"{record.id}: {len(ids)} token ids, and the model takes at most "
@@ -129,7 +151,7 @@ class Preparer:
 
 
 def caption_key(text: str | Tensor) -> str:
-    """The identity of a caption: the string itself, or token ids without their trailing zeros."""
+    """Return the identity of a caption: the string, or token ids without trailing zeros."""
     if isinstance(text, str):
         return text
     values = text.tolist()
@@ -138,10 +160,23 @@ def caption_key(text: str | Tensor) -> str:
     return f"ids {values}"
 
 
-def stack_tokens(rows: Sequence[Tokens], context_length: int) -> Tokens:
-    """Rows [L] to Tokens [B, L]; shorter rows are padded with zeros to the longest of the batch.
+def hash_captions(keys: Sequence[str]) -> np.ndarray:
+    """Return 64-bit hashes [n] int64 of caption identities, the same in every process.
 
-    Where only some rows have a mask, the others' is ones over their own length.
+    They label the pairs of a batch and name the rows of the feature cache. Among 12 million
+    captions the chance of any collision is 4e-6.
+    """
+    digests = (
+        hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        for key in keys
+    )
+    return np.frombuffer(b"".join(digests), dtype="<i8")
+
+
+def stack_tokens(rows: Sequence[Tokens], context_length: int) -> Tokens:
+    """Stack rows [L] to Tokens [B, L], padded with zeros to the longest row of the batch.
+
+    If only some rows have a mask, the others' is ones over their own length.
     """
     length = max((len(row.ids) for row in rows), default=context_length)
     masked = any(row.mask is not None for row in rows)

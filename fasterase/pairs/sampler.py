@@ -7,16 +7,14 @@ from typing import NamedTuple
 import numpy as np
 
 from fasterase.errors import InputError
-
-# Streams of random numbers that must not coincide.
-_FORGET, _RETAIN, _CAPTIONS = 0, 1, 2
+from fasterase.seeds import Stream, generator
 
 
 class Draw(NamedTuple):
     """Rows of one step and, for each, which of its captions is used.
 
-    The caption numbers may be as large as 2^31 - 1: `Preparer` takes them modulo the captions that
-    a row has, which are not known before it is read.
+    Caption numbers may be as large as 2^31 - 1: `Preparer` takes them modulo the number of captions
+    that a row has, which is only known once it is read.
     """
 
     forget: np.ndarray  # [n_forget] int64
@@ -26,17 +24,16 @@ class Draw(NamedTuple):
 
 
 class Sampler:
-    """Draws a forget and a retain batch for any step, with no state: a run resumes anywhere.
+    """Draws a forget and a retain batch for any step, without state: a run resumes anywhere.
 
     One epoch is one pass over the forget set: a fresh permutation, cut into `steps_per_epoch`
-    batches that differ in size by at most one, so that no pair is left out and none is a batch of
-    its own. The retain set cycles in passes of its own, each a fresh permutation cut into full
-    batches; the remainder, other pairs in each pass, waits for the next. So no batch holds a row
-    twice.
+    batches whose sizes differ by at most one, so that no pair is left out and no batch is tiny.
+    The retain set cycles in passes of its own, each a fresh permutation cut into full batches; the
+    remainder, other pairs in each pass, is left for the next pass. No batch holds a row twice.
 
     Args:
         n_forget, n_retain: pairs in the sets; 0 draws none.
-        forget_batch_size, batch_size: forget and retain pairs a step, clipped to the sets.
+        forget_batch_size, batch_size: forget and retain pairs per step, clipped to the sets.
         seed: not negative.
     """
 
@@ -59,19 +56,21 @@ class Sampler:
         self.seed = seed
         self.steps_per_epoch = max(1, -(-n_forget // forget_batch_size))
         self._retain_batch = min(batch_size, n_retain)
-        self._passes: dict[int, tuple[int, np.ndarray]] = {}
+        # Pairs of the largest step.
+        self.largest = -(-n_forget // self.steps_per_epoch) + self._retain_batch
+        self._passes: dict[Stream, tuple[int, np.ndarray]] = {}
 
     def draw(self, step: int) -> Draw:
-        """The pairs of a step, counted from 0."""
+        """Return the pairs of a step, counted from 0."""
         forget = self._forget_rows(step)
         retain = self._retain_rows(step)
-        stream = np.random.default_rng([self.seed, _CAPTIONS, step])
-        captions = stream.integers(0, 2**31, size=len(forget) + len(retain))
+        numbers = generator(self.seed, Stream.CAPTIONS, step)
+        captions = numbers.integers(0, 2**31, size=len(forget) + len(retain))
         return Draw(forget, retain, captions[: len(forget)], captions[len(forget) :])
 
     def _forget_rows(self, step: int) -> np.ndarray:
         number, part = divmod(step, self.steps_per_epoch)
-        order = self._permutation(_FORGET, number, self.n_forget)
+        order = self._permutation(Stream.FORGET_ORDER, number, self.n_forget)
         bounds = [self.n_forget * k // self.steps_per_epoch for k in (part, part + 1)]
         return order[bounds[0] : bounds[1]].astype(np.int64)
 
@@ -80,15 +79,25 @@ class Sampler:
         if size == 0:
             return np.empty(0, dtype=np.int64)
         number, part = divmod(step, self.n_retain // size)
-        order = self._permutation(_RETAIN, number, self.n_retain)
+        order = self._permutation(Stream.RETAIN_ORDER, number, self.n_retain)
         return order[part * size : (part + 1) * size].astype(np.int64)
 
-    def _permutation(self, stream: int, number: int, length: int) -> np.ndarray:
-        # The pass in use is kept: permuting ten million rows takes a second.
+    def _permutation(self, stream: Stream, number: int, length: int) -> np.ndarray:
+        # Keep the current pass: permuting ten million rows takes a second.
         kept = self._passes.get(stream)
         if kept is None or kept[0] != number:
-            generator = np.random.default_rng([self.seed, stream, number])
             rows = np.arange(length, dtype=np.int32 if length < 2**31 else np.int64)
-            kept = (number, generator.permutation(rows))
+            kept = (number, generator(self.seed, stream, number).permutation(rows))
             self._passes[stream] = kept
         return kept[1]
+
+
+def drawn_rows(sampler: Sampler, total_steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows (sorted, distinct) of the forget and retain sets that the steps draw."""
+    forget = np.zeros(sampler.n_forget, bool)
+    retain = np.zeros(sampler.n_retain, bool)
+    for step in range(total_steps):
+        draw = sampler.draw(step)
+        forget[draw.forget] = True
+        retain[draw.retain] = True
+    return np.flatnonzero(forget), np.flatnonzero(retain)

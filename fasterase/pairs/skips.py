@@ -1,4 +1,4 @@
-"""Pairs that cannot be read: skipped, counted, named, and an error once they are too many."""
+"""Pairs that cannot be read: skipped, counted, named, and an error once there are too many."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import NamedTuple
 from fasterase.errors import FaseraseError, InputError
 
 _NAMED = 10
-# A share taken over fewer pairs would stop a large run on the luck of its first batch.
+# A share of fewer pairs would stop a large run because of an unlucky first batch.
 _LEAST_COUNTED = 1000
 
 
 class BrokenPair(FaseraseError):  # noqa: N818 (the name says what it is)
-    """One pair whose image or caption cannot be used; whoever loads batches leaves it out."""
+    """One pair whose image or caption cannot be used; loaders leave it out."""
 
     def __init__(self, id: str, reason: str) -> None:
         super().__init__(id, reason)
@@ -37,8 +37,8 @@ class SkipLedger:
 
     Args:
         total: pairs in all sets together.
-        max_skipped: the share of skipped pairs that is still accepted, 0 to 1. It is taken over the
-            distinct pairs seen so far, but over at least `min(total, 1000)` of them.
+        max_skipped: accepted share of skipped pairs, 0 to 1. It is taken of the distinct pairs seen
+            so far, but of at least `min(total, 1000)`.
     """
 
     def __init__(self, total: int, *, max_skipped: float = 0.01) -> None:
@@ -72,7 +72,7 @@ class SkipLedger:
             )
 
     def warn(self) -> None:
-        """Name the pairs skipped since the last call in one warning; silent when there are none."""
+        """Name the pairs skipped since the last call in one warning; silent if there are none."""
         fresh = self.skips[self._warned :]
         self._warned = len(self._skips)
         if fresh:

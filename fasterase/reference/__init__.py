@@ -1,1 +1,1 @@
-"""The original model's features: cached on disk, or computed in the step."""
+"""The original model's features: encoded once and cached on disk, or computed in each step."""

@@ -2,61 +2,71 @@
 
 from __future__ import annotations
 
-import contextlib
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from fasterase.engine.grad_cache import TowerPass, backward
-from fasterase.engine.precision import grad_scaler
-from fasterase.models.dual_encoder import Tokens
-from fasterase.objective import EraseLoss, erase_loss
-from tests.tiny_tower import TinyTower, batch
+from fasterase.engine.feature_loss import FeatureLoss
+from fasterase.engine.grad_cache import backpropagate
+from fasterase.models.forward import TowerForward
+from fasterase.objective import erase_loss
+from tests.tiny_model import TinyModel, batch, micro_batches
 
 N, N_FORGET = 22, 6
-NO_SCALING = grad_scaler("fp32", torch.device("cpu"))
+CPU = torch.device("cpu")
+ONE = torch.ones(())
 
 
-def towers(tower: TinyTower, size: int | None, *, image: bool = True, text: bool = True):
-    return TowerPass(tower, contextlib.nullcontext, image, text, size)
+OPTIONS = {
+    "forget_weight": 3.0,
+    "retain_weight": 1.0,
+    "consistency_weight": 3.0,
+    "floor": -0.5,
+    "anchor_weight": 2.0,
+}
 
 
-def loss_of(tower: TinyTower):
+def original() -> tuple[Tensor, Tensor, Tensor]:
     pixels, tokens = batch(N, seed=9)
     with torch.no_grad():
-        original = TinyTower(seed=3)
-        reference = original.encode_image(pixels), original.encode_text(tokens)
-
-    def loss(image: Tensor, text: Tensor) -> EraseLoss:
-        return erase_loss(
-            image,
-            text,
-            tower.scale(),
-            *reference,
-            10.0,
-            n_forget=N_FORGET,
-            floor=-0.5,
-            anchor_weight=2.0,
-        )
-
-    return loss
+        model = TinyModel(seed=3)
+        return model.encode_image(pixels), model.encode_text(tokens), torch.tensor(10.0)
 
 
-def gradients(tower: TinyTower, size: int | None, *, seed: int = 5, **sides: bool):
-    pixels, tokens = batch(N)
-    tower.module.zero_grad(set_to_none=True)
-    function = loss_of(tower)
-    torch.manual_seed(seed)
-    loss = backward(towers(tower, size, **sides), pixels, tokens, function, NO_SCALING)
-    return loss, {n: p.grad for n, p in tower.module.named_parameters() if p.grad is not None}
+def loss_of(*, image: bool = True, text: bool = True, upstream: Tensor = ONE):
+    loss = FeatureLoss(
+        image_trained=image, text_trained=text, scale_trained=True, max_scale=100.0, **OPTIONS
+    )
+    return partial(
+        loss,
+        reference=original(),
+        n_forget=N_FORGET,
+        labels=torch.arange(N),
+        upstream=upstream,
+    )
+
+
+def backpropagated(model: TinyModel, size: int | None, *, pixels=None, upstream=ONE, **sides: bool):
+    plain, tokens = batch(N)
+    model.module.zero_grad(set_to_none=True)
+    trained = {f"{side}_trained": value for side, value in sides.items()}
+    loss = backpropagate(
+        TowerForward(model, precision="fp32", **trained),
+        micro_batches(plain if pixels is None else pixels, tokens, size, n_forget=N_FORGET),
+        loss_of(upstream=upstream, **sides),
+        device=CPU,
+        seed_of=lambda part: 1000 + part.first,
+    )
+    return loss, {n: p.grad for n, p in model.module.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("size", [1, 5, 11, 21])
 def test_gradients_equal_the_full_batch(size):
-    tower = TinyTower()
-    expected_loss, expected = gradients(tower, None)
-    loss, found = gradients(tower, size)
+    model = TinyModel()
+    expected_loss, expected = backpropagated(model, None)
+    loss, found = backpropagated(model, size)
     torch.testing.assert_close(loss.total, expected_loss.total, rtol=1e-5, atol=0)
     assert found.keys() == expected.keys()
     assert "logit_scale" in found
@@ -65,36 +75,73 @@ def test_gradients_equal_the_full_batch(size):
         assert error < 1e-5, f"{name}: {error:.1e}"
 
 
+@pytest.mark.parametrize("size", [None, 7])
+def test_gradients_equal_plain_autograd(size):
+    """One graph from the pixels to the loss, nothing cut in between."""
+    model = TinyModel()
+    loss, found = backpropagated(model, size)
+    model.module.zero_grad(set_to_none=True)
+    pixels, tokens = batch(N)
+    expected = erase_loss(
+        model.encode_image(pixels),
+        model.encode_text(tokens),
+        model.scale(),
+        *original(),
+        n_forget=N_FORGET,
+        labels=torch.arange(N),
+        **OPTIONS,
+    )
+    expected.total.backward()
+    torch.testing.assert_close(loss, type(loss)(*(term.detach() for term in expected)))
+    for name, parameter in model.module.named_parameters():
+        assert (found[name] - parameter.grad).norm() < 1e-5 * parameter.grad.norm(), name
+
+
+@pytest.mark.parametrize("size", [None, 8])
+def test_loss_scaling_scales_every_gradient(size):
+    model = TinyModel()
+    _, expected = backpropagated(model, size)
+    expected = {name: gradient.clone() for name, gradient in expected.items()}
+    loss, found = backpropagated(model, size, upstream=torch.tensor(1024.0))
+    assert float(loss.total) < 100
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, 1024 * expected[name], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_second_pass_repeats_the_first_in_train_mode(batch_norm):
     """Dropout masks and BatchNorm statistics: as one graph kept over the same micro-batches."""
     size = 6
 
-    def kept_graph(tower: TinyTower) -> tuple[dict[str, Tensor], list[Tensor]]:
+    def kept_graph(model: TinyModel) -> tuple[dict[str, Tensor], list[Tensor]]:
         pixels, tokens = batch(N)
-        torch.manual_seed(5)
-        parts = [
-            (
-                towers(tower, None).encode_image(pixels[i : i + size], graph=True),
-                towers(tower, None).encode_text(tokens.index(slice(i, i + size)), graph=True),
-            )
-            for i in range(0, N, size)
-        ]
-        loss = loss_of(tower)(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
+        images, texts = [], []
+        for i in range(0, N, size):
+            torch.manual_seed(1000 + i)
+            images.append(model.encode_image(pixels[i : i + size]))
+            texts.append(model.encode_text(tokens.index(slice(i, i + size))))
+        loss = erase_loss(
+            torch.cat(images),
+            torch.cat(texts),
+            model.scale(),
+            *original(),
+            n_forget=N_FORGET,
+            **OPTIONS,
+        )
         loss.total.backward()
-        grads = {n: p.grad for n, p in tower.module.named_parameters() if p.grad is not None}
-        return grads, [buffer.clone() for buffer in tower.module.buffers()]
+        grads = {n: p.grad for n, p in model.module.named_parameters() if p.grad is not None}
+        return grads, [buffer.clone() for buffer in model.module.buffers()]
 
-    first = TinyTower(dropout=0.4, batch_norm=batch_norm)
+    first = TinyModel(dropout=0.4, batch_norm=batch_norm)
     first.module.train()
     expected, expected_buffers = kept_graph(first)
 
-    second = TinyTower(dropout=0.4, batch_norm=batch_norm)
+    second = TinyModel(dropout=0.4, batch_norm=batch_norm)
     second.module.train()
     seen: list[Tensor] = []
     encode_image = second.encode_image
     second.encode_image = lambda x: seen.append(encode_image(x)) or seen[-1]  # type: ignore
-    _, found = gradients(second, size)
+    _, found = backpropagated(second, size)
     parts = len(seen) // 2
     for one, two in zip(seen[:parts], seen[parts:], strict=True):
         assert torch.equal(one, two), "pass two must repeat pass one bit for bit"
@@ -105,39 +152,47 @@ def test_second_pass_repeats_the_first_in_train_mode(batch_norm):
 
 
 def test_dropout_masks_differ_between_micro_batches():
-    tower = TinyTower(dropout=0.5)
-    tower.module.train()
-    pixels, tokens = batch(1)
-    twice = pixels.repeat(2, 1, 1, 1), Tokens(tokens.ids.repeat(2, 1))
-    features = []
+    model = TinyModel(dropout=0.5)
+    model.module.train()
+    pixels, _ = batch(1)
+    seen: list[Tensor] = []
+    encode_image = model.encode_image
+    model.encode_image = lambda x: seen.append(encode_image(x)) or seen[-1]  # type: ignore
+    backpropagated(model, 1, pixels=pixels.repeat(N, 1, 1, 1))
+    assert not torch.equal(seen[0], seen[1])
 
-    def loss(image: Tensor, text: Tensor) -> EraseLoss:
-        features.append(image.detach())
-        return erase_loss(image, text, 10.0, None, None, None, n_forget=2, consistency_weight=0)
 
-    backward(towers(tower, 1), *twice, loss, NO_SCALING)
-    assert not torch.equal(features[0][0], features[0][1])
+@pytest.mark.parametrize("train_mode", [False, True])
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_a_frozen_tower_in_train_mode_still_moves_its_statistics_once(side, train_mode):
+    """Encoding is done twice; whichever tower is trained, the statistics move as in one pass."""
+    models = [TinyModel(batch_norm=True, dropout=0.3) for _ in range(2)]
+    for model, size in zip(models, (None, N // 2), strict=True):
+        model.module.train(train_mode)
+        backpropagated(model, size, image=side == "image", text=side == "text")
+    counts = [int(model.module.image[2].num_batches_tracked) for model in models]
+    assert counts == ([1, 2] if train_mode else [0, 0])
 
 
 @pytest.mark.parametrize("size", [None, 7])
 def test_a_frozen_tower_gets_no_gradient_and_one_encoding(size):
-    tower = TinyTower()
-    for name, parameter in tower.module.named_parameters():
-        parameter.requires_grad_(name.startswith("image"))
+    model = TinyModel()
+    for name, parameter in model.module.named_parameters():
+        parameter.requires_grad_(name.startswith(("image", "logit_scale")))
     calls = []
-    encode_text = tower.encode_text
-    tower.encode_text = lambda tokens: calls.append(1) or encode_text(tokens)  # type: ignore
-    _, found = gradients(tower, size, text=False)
+    encode_text = model.encode_text
+    model.encode_text = lambda tokens: calls.append(1) or encode_text(tokens)  # type: ignore
+    _, found = backpropagated(model, size, text=False)
     assert found
-    assert all(name.startswith("image") for name in found)
+    assert all(name.startswith(("image", "logit_scale")) for name in found)
     assert len(calls) == (1 if size is None else -(-N // size))
 
 
 def test_a_non_finite_loss_leaves_no_gradient():
-    tower = TinyTower()
-    pixels, tokens = batch(N)
+    model = TinyModel()
+    pixels, _ = batch(N)
     pixels[3] = float("nan")
     for size in (None, 8):
-        loss = backward(towers(tower, size), pixels, tokens, loss_of(tower), NO_SCALING)
+        loss, found = backpropagated(model, size, pixels=pixels)
         assert not torch.isfinite(loss.total)
-        assert all(p.grad is None for p in tower.module.parameters())
+        assert not found

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
+from functools import partial
 
 import pytest
 import torch
 
-from fasterase.engine.grad_cache import TowerPass, backward
-from fasterase.engine.precision import grad_scaler
-from fasterase.models.dual_encoder import Tokens
+from fasterase.engine.feature_loss import FeatureLoss
+from fasterase.engine.grad_cache import backpropagate
+from fasterase.models.forward import TowerForward
 from fasterase.models.load import load_model
+from fasterase.models.preprocessing import Tokens
 from fasterase.objective import erase_loss
 from tests import small_models
+from tests.tiny_model import micro_batches
 
 N, N_FORGET, SIZE = 13, 4, 5
-NO_SCALING = grad_scaler("fp32", torch.device("cpu"))
 VOCABULARY = len(small_models.HF_VOCABULARY)
+OPTIONS = {"anchor_weight": 2.0, "floor": -0.9}
 
 
 def built(kind):
@@ -33,23 +35,37 @@ def batch():
     return pixels, Tokens(ids)
 
 
-def loss_of(tower):
+def original(model):
     generator = torch.Generator().manual_seed(4)
-    reference = torch.nn.functional.normalize(
-        torch.randn(2, N, tower.embed_dim, generator=generator), dim=-1
+    image, text = torch.nn.functional.normalize(
+        torch.randn(2, N, model.embed_dim, generator=generator), dim=-1
+    )
+    return image, text, torch.tensor(10.0)
+
+
+def backpropagated(model, size):
+    loss = FeatureLoss(
+        image_trained=True, text_trained=True, scale_trained=True, max_scale=1e9, **OPTIONS
+    )
+    backpropagate(
+        TowerForward(model, precision="fp32"),
+        micro_batches(*batch(), size, n_forget=N_FORGET),
+        partial(
+            loss,
+            reference=original(model),
+            n_forget=N_FORGET,
+            labels=torch.arange(N),
+            upstream=torch.ones(()),
+        ),
+        device=torch.device("cpu"),
+        seed_of=lambda part: 1000 + part.first,
     )
 
-    def loss(image, text):
-        options = {"n_forget": N_FORGET, "anchor_weight": 2.0, "floor": -0.9}
-        return erase_loss(image, text, tower.scale(), *reference, 10.0, **options)
 
-    return loss
-
-
-def gradients(tower):
+def gradients(model):
     return {
         name: parameter.grad.clone()
-        for name, parameter in tower.module.named_parameters()
+        for name, parameter in model.module.named_parameters()
         if parameter.grad is not None
     }
 
@@ -67,22 +83,12 @@ def assert_close(found, expected):
 @pytest.mark.parametrize("size", [1, SIZE])
 @pytest.mark.parametrize("kind", ["open_clip_vit", "open_clip_resnet", "hf_clip", "hf_siglip"])
 def test_equals_the_full_batch(kind, size):
-    tower = built(kind)
-    backward(
-        TowerPass(tower, contextlib.nullcontext, True, True, None),
-        *batch(),
-        loss_of(tower),
-        NO_SCALING,
-    )
-    expected = gradients(tower)
-    tower.module.zero_grad(set_to_none=True)
-    backward(
-        TowerPass(tower, contextlib.nullcontext, True, True, size),
-        *batch(),
-        loss_of(tower),
-        NO_SCALING,
-    )
-    assert_close(gradients(tower), expected)
+    model = built(kind)
+    backpropagated(model, None)
+    expected = gradients(model)
+    model.module.zero_grad(set_to_none=True)
+    backpropagated(model, size)
+    assert_close(gradients(model), expected)
 
 
 @pytest.mark.parametrize("kind", ["open_clip_resnet", "hf_clip"])
@@ -91,25 +97,26 @@ def test_equals_one_graph_over_the_micro_batches_in_train_mode(kind):
     pixels, tokens = batch()
     kept.module.train()
     cached.module.train()
-    torch.manual_seed(8)
     images, texts = [], []
     for start in range(0, N, SIZE):
+        torch.manual_seed(1000 + start)
         rows = slice(start, start + SIZE)
         images.append(kept.encode_image(pixels[rows]))
         texts.append(kept.encode_text(tokens.index(rows)))
-    loss_of(kept)(torch.cat(images), torch.cat(texts)).total.backward()
+    loss = erase_loss(
+        torch.cat(images),
+        torch.cat(texts),
+        kept.scale(),
+        *original(kept),
+        n_forget=N_FORGET,
+        **OPTIONS,
+    )
+    loss.total.backward()
 
     seen = []
     plain = cached.encode_text
     cached.encode_text = lambda t: seen.append(plain(t)) or seen[-1]
-    torch.manual_seed(8)
-    backward(
-        TowerPass(cached, contextlib.nullcontext, True, True, SIZE),
-        pixels,
-        tokens,
-        loss_of(cached),
-        NO_SCALING,
-    )
+    backpropagated(cached, SIZE)
     passes = len(seen) // 2
     assert all(torch.equal(a, b) for a, b in zip(seen[:passes], seen[passes:], strict=True))
     if kind == "hf_clip":

@@ -11,34 +11,33 @@ import torch
 from torch import nn
 
 from fasterase.engine import optim
-from fasterase.engine.guard import NonFiniteGuard, non_finite_term
 from fasterase.engine.history import HistoryFile, StepRecord, read_history
-from fasterase.engine.optim import build_optimizer, lr_at
-from fasterase.engine.precision import grad_scaler, resolve_precision
+from fasterase.engine.optim import Trained, build_grad_scaler, build_optimizer, lr_schedule
+from fasterase.engine.stops import NonFiniteGuard, non_finite_term
 from fasterase.errors import NonFiniteError
+from fasterase.models.forward import resolve_precision
 from fasterase.objective import EraseLoss
-from tests.tiny_tower import TinyTower
-
-PARAMETERS = [
-    ("block.weight", nn.Parameter(torch.ones(2, 2))),
-    ("block.bias", nn.Parameter(torch.ones(2))),
-    ("norm.weight", nn.Parameter(torch.ones(2))),
-    ("logit_scale", nn.Parameter(torch.ones(1, 1))),
-]
+from tests.tiny_model import TinyModel
 
 
-def optimizer(name: str, **options):
-    settings = {"lr": 0.1, "betas": (0.9, 0.98), "weight_decay": 0.5, **options}
-    return build_optimizer(PARAMETERS, name=name, **settings)
+def optimizer(name: str, model: TinyModel | None = None, **options):
+    model = model or TinyModel()
+    trained = Trained.choose(model, "all", logit_scale=True)
+    config = {"lr": 0.1, "betas": (0.9, 0.98), "weight_decay": 0.5, **options}
+    return build_optimizer(model.module, trained, name=name, **config)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("adamw", "AdamW"), ("adam", "Adam")])
 def test_only_matrices_decay(name, kind):
-    made = optimizer(name)
+    model = TinyModel()
+    # transformers and open_clip keep it 0-d, others as a vector or a matrix.
+    model.module.logit_scale = nn.Parameter(torch.ones(1, 1))
+    made = optimizer(name, model)
     assert type(made).__name__ == kind
     groups = {group["weight_decay"]: group["params"] for group in made.param_groups}
-    assert [p.shape for p in groups[0.5]] == [(2, 2)]
-    assert len(groups[0.0]) == 3
+    assert [p.shape for p in groups[0.5]] == [(24, 48), (12, 24), (50, 16), (16, 16), (12, 16)]
+    assert any(p is model.module.logit_scale for p in groups[0.0])
+    assert len(groups[0.0]) == 7
     assert all(group["betas"] == (0.9, 0.98) for group in made.param_groups)
 
 
@@ -56,16 +55,33 @@ def test_eight_bit_optimisers_are_those_of_bitsandbytes(monkeypatch):
 
 
 def test_every_parameter_is_in_one_group():
-    trained = TinyTower().trainable("all")
-    made = build_optimizer(trained, name="adamw", lr=1, betas=(0.9, 0.98), weight_decay=0.1)
+    model = TinyModel()
+    made = optimizer("adamw", model)
     grouped = [id(p) for group in made.param_groups for p in group["params"]]
-    assert sorted(grouped) == sorted(id(p) for _, p in trained)
+    assert sorted(grouped) == sorted(id(p) for p in model.module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("tune", "touched"),
+    [("all", (True, True)), ("image", (True, False)), ("text", (False, True))],
+)
+def test_what_is_trained_is_chosen_by_name(tune, touched):
+    """Before anything wraps the model: sharded parameters keep names, not identities or shapes."""
+    model = TinyModel()
+    trained = Trained.choose(model, tune, logit_scale=False)
+    assert (trained.image, trained.text) == touched
+    assert not trained.scale
+    copy = TinyModel(seed=3).module
+    found = trained.parameters(copy)
+    assert list(found) == [name for name, _ in model.trainable(tune)]
+    assert all(found[name] is copy.get_parameter(name) for name in found)
 
 
 def test_learning_rates():
     def rates(schedule, **options):
-        settings = {"lr": 2.0, "warmup_steps": 4, "total_steps": 12, **options}
-        return [lr_at(step, schedule=schedule, **settings) for step in range(12)]
+        config = {"lr": 2.0, "warmup_steps": 4, "total_steps": 12, **options}
+        lr_at = lr_schedule(schedule=schedule, **config)
+        return [lr_at(step) for step in range(12)]
 
     assert rates("constant") == [0.5, 1.0, 1.5, 2.0] + [2.0] * 8
     cosine = rates("cosine")
@@ -127,5 +143,5 @@ def test_precision_on_the_cpu():
     cpu = torch.device("cpu")
     assert resolve_precision("auto", cpu) == "fp32"
     assert resolve_precision("bf16", cpu) == "bf16"
-    assert grad_scaler("fp16", cpu).is_enabled()
-    assert not grad_scaler("bf16", cpu).is_enabled()
+    assert build_grad_scaler("fp16", cpu).is_enabled()
+    assert not build_grad_scaler("bf16", cpu).is_enabled()

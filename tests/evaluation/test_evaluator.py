@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from fasterase.encode import PairEncoder
 from fasterase.errors import InputError
 from fasterase.evaluation import scores as ranking
 from fasterase.evaluation.evaluator import Evaluator
-from fasterase.evaluation.features import encode_set, sampled_rows
+from fasterase.evaluation.features import sampled_rows
 from fasterase.pairs.open import PairSource, open_pairs
-from tests.evaluation.fake_tower import LookupTower, picture
+from tests.evaluation.lookup_model import LookupModel, picture
 
 WIDTH = 6
 # Set -> the captions of each pair. "cat" and "dog" have many images; some pairs have several
@@ -41,17 +42,21 @@ def sources() -> dict[str, PairSource]:
     return opened
 
 
-def tower(seed: int, *, name: str = "fake", texts: list[str] = TEXTS) -> LookupTower:
+def lookup_model(seed: int, *, name: str = "fake", texts: list[str] = TEXTS) -> LookupModel:
     generator = torch.Generator().manual_seed(seed)
     image = torch.randn(IMAGES, WIDTH, generator=generator)
     text = torch.randn(len(texts), WIDTH, generator=generator)
     # Nearer to its own caption than to others, but not always.
     own = [c[0] for pairs in CAPTIONS.values() for c in pairs]
     image += 1.5 * text[[texts.index(caption) for caption in own]]
-    return LookupTower(image, text, texts, name)
+    return LookupModel(image, text, texts, name)
 
 
-def brute_force(model: LookupTower) -> dict[str, dict[str, float]]:
+def encoder(seed: int) -> PairEncoder:
+    return PairEncoder(lookup_model(seed))
+
+
+def brute_force(model: LookupModel) -> dict[str, dict[str, float]]:
     image = normalize(model.module.image.detach().double(), dim=1).numpy()
     text = normalize(model.module.text.detach().double(), dim=1).numpy()
     vector = {caption: text[i] for i, caption in enumerate(TEXTS)}
@@ -94,9 +99,9 @@ def test_every_number_equals_the_loops(
     seed: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ranking, "CHUNK_ELEMENTS", chunk)
-    evaluator = Evaluator(sources(), batch_size=3)
-    model = tower(seed)
-    found = evaluator.compare(evaluator.measure(model)).to_dict()
+    evaluator = Evaluator(sources())
+    model = lookup_model(seed)
+    found = evaluator.compare(evaluator.measure(PairEncoder(model, batch_size=3))).to_dict()
     expected = brute_force(model)
     assert list(found) == ["forget", "forget-unseen", "retain", "holdout"]
     for name, values in expected.items():
@@ -105,7 +110,7 @@ def test_every_number_equals_the_loops(
 
 def test_chance_levels_are_of_the_pools() -> None:
     evaluator = Evaluator(sources())
-    chance = evaluator.compare(evaluator.measure(tower(0))).chance
+    chance = evaluator.compare(evaluator.measure(encoder(0))).chance
     pool = len({captions[0] for pairs in CAPTIONS.values() for captions in pairs})
 
     def among(right: int, candidates: int, k: int) -> float:
@@ -129,9 +134,11 @@ def test_chance_levels_are_of_the_pools() -> None:
 
 
 def test_the_cosine_s_chance_is_the_mean_over_unmatched_captions() -> None:
-    model = tower(0)
+    model = lookup_model(0)
     evaluator = Evaluator(sources())
-    found = evaluator.compare(evaluator.measure(model)).chance["holdout"]["matched_cosine"]
+    found = evaluator.compare(evaluator.measure(PairEncoder(model))).chance["holdout"][
+        "matched_cosine"
+    ]
     pool = sorted({captions[0] for pairs in CAPTIONS.values() for captions in pairs})
     image = normalize(model.module.image.detach(), dim=1)[-9:]
     text = normalize(model.module.text.detach(), dim=1)
@@ -145,7 +152,7 @@ def test_the_cosine_s_chance_is_the_mean_over_unmatched_captions() -> None:
 def test_a_collapsed_model_is_at_chance_everywhere() -> None:
     same = torch.ones(IMAGES, WIDTH), torch.ones(len(TEXTS), WIDTH)
     evaluator = Evaluator(sources())
-    found = evaluator.compare(evaluator.measure(LookupTower(*same, TEXTS, "flat")))
+    found = evaluator.compare(evaluator.measure(PairEncoder(LookupModel(*same, TEXTS, "flat"))))
     for name, values in found.to_dict().items():
         assert values == pytest.approx(found.chance[name], abs=1e-6)
 
@@ -155,7 +162,7 @@ def test_intervals_contain_the_value_and_shrink_with_the_number_of_pairs() -> No
     generator = torch.Generator().manual_seed(0)
     text = torch.randn(400, 16, generator=generator)
     image = text + 0.8 * torch.randn(400, 16, generator=generator)
-    model = LookupTower(image, text, texts, "fake")
+    model = LookupModel(image, text, texts, "fake")
 
     def width(n: int) -> float:
         pairs = [(picture(i), texts[i]) for i in range(400)]
@@ -165,7 +172,7 @@ def test_intervals_contain_the_value_and_shrink_with_the_number_of_pairs() -> No
                 "retain": open_pairs(pairs[200:], name="retain"),
             }
         )
-        found = evaluator.compare(evaluator.measure(model))
+        found = evaluator.compare(evaluator.measure(PairEncoder(model)))
         for name, values in found.to_dict().items():
             for key, value in values.items():
                 low, high = found.intervals[name][key]
@@ -178,7 +185,7 @@ def test_intervals_contain_the_value_and_shrink_with_the_number_of_pairs() -> No
 
 def test_the_original_and_references_stand_beside_the_model() -> None:
     evaluator = Evaluator(sources())
-    measured = {seed: evaluator.measure(tower(seed)) for seed in (0, 1, 2)}
+    measured = {seed: evaluator.measure(encoder(seed)) for seed in (0, 1, 2)}
     found = evaluator.compare(measured[0], original=measured[1], references={"re": measured[2]})
     assert found.to_dict() == evaluator.compare(measured[0]).to_dict()
     assert found.original == evaluator.compare(measured[1]).to_dict()
@@ -190,13 +197,13 @@ def test_other_pairs_cannot_be_compared() -> None:
     evaluator = Evaluator(sources())
     other = Evaluator(sources(), max_pairs=2)
     with pytest.raises(InputError, match="original: measured on other pairs of 'forget'"):
-        evaluator.compare(evaluator.measure(tower(0)), original=other.measure(tower(0)))
+        evaluator.compare(evaluator.measure(encoder(0)), original=other.measure(encoder(0)))
 
 
 def test_max_pairs_draws_a_seeded_sample_of_each_set() -> None:
     def ids(seed: int, **sets: Any) -> dict[str, list[str]]:
         evaluator = Evaluator({**sources(), **sets}, max_pairs=5, seed=seed)
-        return {name: s.ids for name, s in evaluator.measure(tower(0)).sets.items()}
+        return {name: s.ids for name, s in evaluator.measure(encoder(0)).sets.items()}
 
     first = ids(0)
     assert {name: len(those) for name, those in first.items()} == {
@@ -214,7 +221,7 @@ def test_max_pairs_draws_a_seeded_sample_of_each_set() -> None:
 
 def test_captions_of_unsampled_forget_pairs_count_as_the_concept() -> None:
     # One forget pair is drawn; "b" stands in the pool only through forget-unseen.
-    model = LookupTower(torch.eye(4), torch.eye(4), list("abcd"), "fake")
+    model = LookupModel(torch.eye(4), torch.eye(4), list("abcd"), "fake")
     sets = {
         "forget": [(picture(0), "a"), (picture(1), "b")],
         "forget-unseen": [(picture(1), "b")],
@@ -223,7 +230,7 @@ def test_captions_of_unsampled_forget_pairs_count_as_the_concept() -> None:
     for seed in range(4):
         opened = {name: open_pairs(pairs, name=name) for name, pairs in sets.items()}
         evaluator = Evaluator(opened, max_pairs=1, seed=seed)
-        found = evaluator.compare(evaluator.measure(model)).to_dict()
+        found = evaluator.compare(evaluator.measure(PairEncoder(model))).to_dict()
         assert found["forget-unseen"]["concept_hit@1"] == 1
         assert found["retain"]["concept_hit@1"] == 0
 
@@ -231,15 +238,15 @@ def test_captions_of_unsampled_forget_pairs_count_as_the_concept() -> None:
 def test_quick_takes_fewer_pairs_and_resamples() -> None:
     evaluator = Evaluator(sources(), quick=True, max_pairs=None)
     assert evaluator.max_pairs == 1000
-    found = evaluator.compare(evaluator.measure(tower(0)))
+    found = evaluator.compare(evaluator.measure(encoder(0)))
     assert found.settings["resamples"] == 200
     assert Evaluator(sources(), quick=True, max_pairs=7).max_pairs == 7
 
 
 def test_token_ids_need_no_tokenizer_and_name_captions_alike() -> None:
-    model = tower(0)
+    model = lookup_model(0)
     by_text = Evaluator(sources())
-    expected = by_text.compare(by_text.measure(model)).to_dict()
+    expected = by_text.compare(by_text.measure(PairEncoder(model))).to_dict()
     as_ids, number = {}, 0
     for name, pairs in CAPTIONS.items():
         items = []
@@ -249,20 +256,20 @@ def test_token_ids_need_no_tokenizer_and_name_captions_alike() -> None:
         as_ids[name] = open_pairs(items, name=name)
     model.text_tokenizer = None
     evaluator = Evaluator(as_ids)
-    found = evaluator.compare(evaluator.measure(model)).to_dict()
+    found = evaluator.compare(evaluator.measure(PairEncoder(model))).to_dict()
     # Only first captions are there: what stands on the others may differ.
     for name, values in found.items():
         for key in ("median_rank", "matched_cosine"):
             assert values[key] == pytest.approx(expected[name][key])
     with pytest.raises(InputError, match="tokenizer"):
-        Evaluator(sources()).measure(model)
+        Evaluator(sources()).measure(PairEncoder(model))
 
 
 def test_accuracy_of_classes_that_captions_name() -> None:
     texts = [*TEXTS, "a photo of a cat.", "a photo of a dog."]
-    model = tower(0, texts=texts)
+    model = lookup_model(0, texts=texts)
     evaluator = Evaluator(sources(), class_names=["cat", "dog"])
-    found = evaluator.compare(evaluator.measure(model))
+    found = evaluator.compare(evaluator.measure(PairEncoder(model)))
     image = normalize(model.module.image.detach(), dim=1)
     text = normalize(model.module.text.detach(), dim=1)
     nearest = (image @ text[-2:].T).argmax(dim=1)
@@ -285,14 +292,16 @@ def test_classes_that_the_sources_carry_need_no_names() -> None:
         opened[name].classes = classes
     evaluator = Evaluator(opened, templates=["the {}"])
     assert evaluator.class_names == ["cat", "dog"]
-    found = evaluator.compare(evaluator.measure(tower(0, texts=texts))).to_dict()
+    found = evaluator.compare(
+        evaluator.measure(PairEncoder(lookup_model(0, texts=texts)))
+    ).to_dict()
     assert 0 <= found["forget"]["zero_shot_accuracy"] <= 1
 
 
 def test_class_names_that_no_pair_has_are_an_error() -> None:
     evaluator = Evaluator(sources(), class_names=["zebra", "gnu"])
     with pytest.raises(InputError, match=r"class_names: no pair of forget, .* zebra, gnu"):
-        evaluator.measure(tower(0))
+        evaluator.measure(encoder(0))
 
 
 def test_broken_pairs_are_left_out_and_kept_in_mind() -> None:
@@ -300,35 +309,35 @@ def test_broken_pairs_are_left_out_and_kept_in_mind() -> None:
     broken = [(picture(0), "cat"), (torch.full((3, 1, 1), torch.nan), "puma"), (picture(1), "cat")]
     opened["forget"] = open_pairs(broken, name="forget")
     evaluator = Evaluator(opened)
-    assert evaluator.measure(tower(0)).sets["forget"].ids == ["forget[0]", "forget[2]"]
+    assert evaluator.measure(encoder(0)).sets["forget"].ids == ["forget[0]", "forget[2]"]
     assert [skip.id for skip in evaluator.skipped] == ["forget[1]"]
 
 
 def test_a_set_without_a_readable_pair_is_an_error() -> None:
     source = open_pairs([(torch.full((3, 1, 1), torch.nan), "cat")] * 2, name="holdout")
     with pytest.raises(InputError, match=r"`holdout`: none of its 2 pairs can be read.*NaN"):
-        encode_set(tower(0), source)
+        encoder(0).pairs(source, np.arange(2), description="")
 
 
 def test_features_that_are_not_finite_are_an_error() -> None:
-    model = tower(0)
+    model = lookup_model(0)
     with torch.no_grad():
         model.module.image[2] = torch.nan
     with pytest.raises(InputError, match=r"not finite for 1 of 7 inputs.*forget\[2\]"):
-        Evaluator(sources()).measure(model)
+        Evaluator(sources()).measure(PairEncoder(model))
 
 
 def test_measuring_leaves_the_module_as_it_was() -> None:
-    model = tower(0)
+    model = lookup_model(0)
     model.module.train()
     before = {name: value.clone() for name, value in model.module.state_dict().items()}
     evaluator = Evaluator(sources())
-    training = evaluator.measure(model)
+    training = evaluator.measure(PairEncoder(model))
     assert model.module.dropout.training  # and yet Dropout was off:
     model.module.eval()
     assert (
         evaluator.compare(training).to_dict()
-        == evaluator.compare(evaluator.measure(model)).to_dict()
+        == evaluator.compare(evaluator.measure(PairEncoder(model))).to_dict()
     )
     assert not model.module.training
     for name, value in model.module.state_dict().items():

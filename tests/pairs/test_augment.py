@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from fasterase.pairs.augment import PLAIN, TINT, altered, augment
+from fasterase.pairs.augment import PLAIN, TINT, alter, augment
 
 
 def view(pixels, seed=0, **options):
-    return altered(pixels, np.random.default_rng(seed), **options)
+    return alter(pixels, np.random.default_rng(seed), **options)
 
 
 def drawing(height=32, width=48):
@@ -70,3 +70,16 @@ def test_a_share_of_the_views_is_the_image_itself():
     generator = np.random.default_rng(0)
     same = [torch.equal(augment(pixels, generator), pixels) for _ in range(400)]
     assert abs(np.mean(same) - PLAIN) < 0.1
+
+
+def test_uint8_pixels_get_the_view_of_their_floats_rounded():
+    pixels = (drawing() * 255).round().to(torch.uint8)
+    seeds = [seed for seed in range(20) if np.random.default_rng(seed).uniform() >= PLAIN]
+    for seed in seeds:
+        generator = np.random.default_rng(seed)
+        found = augment(pixels, np.random.default_rng(seed))
+        generator.uniform()
+        expected = alter(pixels.float(), generator, black=torch.zeros(3))
+        assert found.dtype == torch.uint8
+        assert (found.float() - expected.clamp(0, 255)).abs().max() <= 0.5
+        assert not torch.equal(found, pixels)

@@ -11,10 +11,11 @@ import torch
 from torch.utils.data import Dataset
 
 from fasterase.errors import InputError
-from fasterase.models.dual_encoder import Tokens
-from fasterase.pairs.batches import Sampler, step_batches, sweep
+from fasterase.models.preprocessing import ImageTransform, Split, Tokens
+from fasterase.pairs.batches import step_batches, sweep
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.prepare import Preparer
+from fasterase.pairs.sampler import Sampler
 
 
 def transform(image):
@@ -30,7 +31,7 @@ def tokenizer(texts):
     return Tokens(ids, None)
 
 
-PREPARE = Preparer(transform, tokenizer, (4, 4), 6, 1000)
+PREPARE = Preparer(ImageTransform(transform), tokenizer, (4, 4), 6, 1000)
 
 
 def pairs(name, n, *, texts=None, bad=()):
@@ -42,7 +43,9 @@ def pairs(name, n, *, texts=None, bad=()):
     return open_pairs(items, name=name)
 
 
-def load(forget, retain, *, steps=(0, 7), workers=0, augment=False, seed=3, prepare=PREPARE):
+def load(
+    forget, retain, *, steps=(0, 7), workers=0, augment=False, seed=3, prepare=PREPARE, size=None
+):
     sampler = Sampler(len(forget), len(retain), forget_batch_size=4, batch_size=6, seed=seed)
     return list(
         step_batches(
@@ -52,21 +55,30 @@ def load(forget, retain, *, steps=(0, 7), workers=0, augment=False, seed=3, prep
             prepare,
             first_step=steps[0],
             last_step=steps[1],
-            augment=augment,
-            seed=seed,
+            micro_batch_size=size,
+            augment_forget=augment,
             num_workers=workers,
         )
     )
 
 
+def pixels_of(batch):
+    return torch.cat([part.pixels for part in batch.micro_batches])
+
+
+def ids_of(batch):
+    ids = [part.tokens.ids for part in batch.micro_batches]
+    return torch.cat([torch.nn.functional.pad(each, (0, 6 - each.shape[1])) for each in ids])
+
+
 def assert_same(one, other):
     assert one.step == other.step
-    assert torch.equal(one.pixels, other.pixels)
-    assert torch.equal(one.tokens.ids, other.tokens.ids)
+    assert torch.equal(pixels_of(one), pixels_of(other))
+    assert torch.equal(ids_of(one), ids_of(other))
     assert torch.equal(one.labels, other.labels)
     assert one.ids == other.ids
     assert one.skipped == other.skipped
-    for rows in ("forget_rows", "retain_rows", "forget_captions", "retain_captions"):
+    for rows in ("forget_rows", "retain_rows", "captions"):
         assert np.array_equal(getattr(one, rows), getattr(other, rows))
 
 
@@ -75,12 +87,12 @@ def test_rows_ids_pixels_and_tokens_belong_together():
     for batch in load(forget, retain):
         rows = [*batch.forget_rows, *batch.retain_rows]
         assert batch.n_forget == len(batch.forget_rows) <= 4
-        assert len(rows) == len(batch.pixels) == len(batch.tokens.ids) == len(batch.labels)
+        assert len(rows) == len(pixels_of(batch)) == len(ids_of(batch)) == len(batch.labels)
         for i, row in enumerate(rows):
             source = forget if i < batch.n_forget else retain
             assert batch.ids[i] == source.id(int(row))
-            assert torch.equal(batch.pixels[i], source[int(row)].image)
-            assert torch.equal(batch.tokens.ids[i], tokenizer(source.texts(int(row))).ids[0])
+            assert torch.equal(pixels_of(batch)[i], source[int(row)].image)
+            assert torch.equal(ids_of(batch)[i], tokenizer(source.texts(int(row))).ids[0])
 
 
 def test_workers_and_restarts_give_the_same_batches(pictures):
@@ -97,7 +109,7 @@ def test_workers_and_restarts_give_the_same_batches(pictures):
     for one, other in zip(alone[3:], load(forget, retain, augment=True, steps=(3, 7)), strict=True):
         assert_same(one, other)
     assert any(batch.skipped for batch in alone)
-    assert {c for batch in alone for c in batch.forget_captions} == {0, 1, 2}
+    assert {c for batch in alone for c in batch.captions[: batch.n_forget]} == {0, 1, 2}
 
 
 def test_every_caption_of_every_pair_is_drawn_in_the_long_run():
@@ -106,7 +118,7 @@ def test_every_caption_of_every_pair_is_drawn_in_the_long_run():
     seen = {
         drawn
         for batch in load(forget, retain, steps=(0, 60))
-        for drawn in zip(batch.forget_rows.tolist(), batch.forget_captions.tolist(), strict=True)
+        for drawn in zip(batch.forget_rows.tolist(), batch.captions.tolist(), strict=False)
     }
     assert seen == {(row, n) for row, captions in enumerate(texts) for n in range(len(captions))}
 
@@ -118,8 +130,9 @@ def test_only_forget_images_are_augmented():
         load(forget, retain), load(forget, retain, augment=True), strict=True
     ):
         n = plain.n_forget
-        assert torch.equal(plain.pixels[n:], changed.pixels[n:])
-        altered += int((plain.pixels[:n] != changed.pixels[:n]).flatten(1).any(1).sum())
+        before, after = pixels_of(plain), pixels_of(changed)
+        assert torch.equal(before[n:], after[n:])
+        altered += int((before[:n] != after[:n]).flatten(1).any(1).sum())
     assert altered > 0
 
 
@@ -136,7 +149,7 @@ def test_broken_pairs_are_left_out_and_named():
     forget, retain = pairs("forget", 4, bad=range(4)), pairs("retain", 6, bad=[1])
     batch = load(forget, retain, steps=(0, 1))[0]
     assert batch.n_forget == 0
-    assert len(batch.pixels) == 5
+    assert len(pixels_of(batch)) == 5
     assert {skip.id for skip in batch.skipped} == {
         "forget[0]",
         "forget[1]",
@@ -150,8 +163,8 @@ def test_broken_pairs_are_left_out_and_named():
 
 def test_a_wholly_broken_batch_is_empty():
     batch = load(pairs("forget", 2, bad=[0, 1]), pairs("retain", 2, bad=[0, 1]), steps=(0, 1))[0]
-    assert batch.pixels.shape == (0, 3, 4, 4)
-    assert batch.tokens.ids.shape == (0, 6)
+    assert pixels_of(batch).shape == (0, 3, 4, 4)
+    assert ids_of(batch).shape == (0, 6)
     assert len(batch.labels) == 0
 
 
@@ -198,8 +211,7 @@ def test_stopping_early_leaves_no_workers():
         PREPARE,
         first_step=0,
         last_step=10**6,
-        augment=False,
-        seed=0,
+        augment_forget=False,
         num_workers=2,
     )
     next(batches)
@@ -212,25 +224,69 @@ def test_stopping_early_leaves_no_workers():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("size", [1, 4, 7, 100])
+def test_micro_batches_are_the_same_batch_in_parts(pictures, size, workers):
+    """Whatever the size: pairs, captions and views, also of data that is random itself."""
+    table = pictures / "t.jsonl"
+    table.write_text("\n".join(f'{{"image": "{i}.png", "text": ["a{i}", "b"]}}' for i in range(6)))
+    forget, retain = open_pairs(table, name="forget"), open_pairs(Noisy(), name="retain")
+    whole = load(forget, retain, augment=True)
+    parted = load(forget, retain, augment=True, size=size, workers=workers)
+    for one, other in zip(whole, parted, strict=True):
+        assert_same(one, other)
+        assert len(one.micro_batches) == 1
+        sizes = [len(part.ids) for part in other.micro_batches]
+        assert all(found == size for found in sizes[:-1])
+        assert [part.first for part in other.micro_batches] == [size * i for i in range(len(sizes))]
+
+
+def test_broken_pairs_leave_the_cuts_between_micro_batches_alone():
+    """Cut by what was drawn: every process then has the same number of them."""
+    forget, retain = pairs("forget", 4, bad=[0, 1, 2, 3]), pairs("retain", 6, bad=[1])
+    (batch,) = load(forget, retain, steps=(0, 1), size=2)
+    assert [part.first for part in batch.micro_batches] == [4, 6, 8]
+    assert sorted(len(part.ids) for part in batch.micro_batches) == [1, 2, 2]
+    assert len(batch.skipped) == 5
+
+
+def resized(image):
+    return torch.from_numpy(np.asarray(image.resize((4, 4))).copy()).permute(2, 0, 1)
+
+
+def test_pictures_travel_as_uint8(pictures):
+    """And so do their augmented views: a fourth of the bytes of floats."""
+    table = pictures / "t.csv"
+    table.write_text("filepath,title\n" + "\n".join(f"{i}.png,t{i}" for i in range(6)))
+    source = open_pairs(table, name="forget")
+    prepare = Preparer(ImageTransform(transform, Split(resized)), tokenizer, (4, 4), 6, 1000)
+    (batch,) = load(source, source, steps=(0, 1), augment=True, prepare=prepare)
+    assert pixels_of(batch).dtype == torch.uint8
+    (plain,) = load(source, source, steps=(0, 1))
+    n = plain.n_forget
+    normalised = prepare.image_transform.normalise(pixels_of(batch))
+    torch.testing.assert_close(normalised[n:], pixels_of(plain)[n:])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
 def test_sweep_reads_each_row_once_with_the_captions_wanted(workers):
     source = pairs("retain", 9, texts=[["a", "b"], "c", ["b", "d", "e"]], bad=[4])
-    rows = [8, 0, 4, 5, 1]
-    wanted = np.array([[8, 0], [8, 2], [0, 1], [5, 0], [1, 0], [4, 0]])
-    batches = list(sweep(source, rows, wanted, PREPARE, batch_size=2, num_workers=workers))
+    options = {"captions": "first", "batch_size": 2, "num_workers": workers}
+    batches = list(sweep(source, [8, 0, 4, 5, 1], PREPARE, **options))
     assert [row for batch in batches for row in batch.rows] == [8, 0, 5, 1]
     assert [skip.id for batch in batches for skip in batch.skipped] == ["retain[4]"]
     captions = [caption for batch in batches for caption in batch.captions]
-    assert captions == [(8, 0, "b"), (8, 2, "e"), (0, 1, "b"), (5, 0, "b"), (1, 0, "c")]
-    assert [key for batch in batches for key in batch.new_keys] == ["b", "e", "c"]
+    assert captions == [(8, 0, "b"), (0, 0, "a"), (5, 0, "b"), (1, 0, "c")]
+    assert [key for batch in batches for key in batch.new_keys] == ["b", "a", "c"]
     for batch in batches:
-        assert torch.equal(batch.tokens.ids, tokenizer(batch.new_keys).ids)
+        if batch.new_keys:
+            assert torch.equal(batch.tokens.ids, tokenizer(batch.new_keys).ids)
         for row, pixels, id in zip(batch.rows, batch.pixels, batch.ids, strict=True):
             assert id == f"retain[{row}]"
             assert torch.equal(pixels, source[int(row)].image)
 
 
-def test_sweep_takes_all_captions_by_default():
+def test_sweep_takes_all_captions():
     source = pairs("retain", 3, texts=[["a", "b"], "c", ["b", "d", "e"]])
-    batches = list(sweep(source, range(3), None, PREPARE, batch_size=8))
+    batches = list(sweep(source, range(3), PREPARE, captions="all", batch_size=8))
     assert [key for batch in batches for _, _, key in batch.captions] == list("abcbde")
     assert [key for batch in batches for key in batch.new_keys] == list("abcde")

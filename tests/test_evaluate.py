@@ -10,17 +10,17 @@ from torch import nn
 import fasterase
 from fasterase.errors import InputError
 from tests import small_models
-from tests.evaluation.fake_tower import LookupTower, picture
+from tests.evaluation.lookup_model import LookupModel, picture
 
 TEXTS = ["cat", "dog", "hen", "owl", "a photo of a cat.", "a photo of a dog."]
 FORGET, RETAIN = [(picture(0), "cat")], [(picture(1), "dog"), (picture(2), "hen")]
 
 
-def tower(noise: float = 0.0) -> LookupTower:
+def lookup_model(noise: float = 0.0) -> LookupModel:
     torch.manual_seed(0)
     image = torch.eye(4) + noise * torch.randn(4, 4)
     text = torch.eye(4)[[0, 1, 2, 3, 0, 1]]  # the class prompts are like their classes
-    return LookupTower(image, text, TEXTS, "fake")
+    return LookupModel(image, text, TEXTS, "fake")
 
 
 def test_the_signature_is_as_promised() -> None:
@@ -38,13 +38,13 @@ def test_the_signature_is_as_promised() -> None:
 
 def test_all_sets_and_models_are_measured() -> None:
     found = fasterase.evaluate(
-        tower(),
+        lookup_model(),
         FORGET,
         RETAIN,
         holdout=[(picture(3), "owl")],
         sets={"neighbour": RETAIN[:1], "forget-unseen": FORGET},
-        original=tower(0.5),
-        references={"other": tower(3)},
+        original=lookup_model(0.5),
+        references={"other": lookup_model(3)},
         class_names=["cat", "dog"],
     )
     names = ["forget", "forget-unseen", "retain", "holdout", "neighbour"]
@@ -108,7 +108,7 @@ def test_strings_go_through_the_given_tokenizer_and_pictures_through_preprocess(
 def test_broken_pairs_are_named_in_a_warning() -> None:
     broken = [*FORGET, (torch.full((3, 1, 1), torch.nan), "cat")]
     with pytest.warns(UserWarning, match=r"1 broken pairs.*forget\[1\]"):
-        found = fasterase.evaluate(tower(), broken, RETAIN, original=tower())
+        found = fasterase.evaluate(lookup_model(), broken, RETAIN, original=lookup_model())
     assert found.pairs["forget"] == 1
 
 
@@ -139,6 +139,6 @@ def test_broken_pairs_are_named_in_a_warning() -> None:
     ],
 )
 def test_wrong_input_is_named(options: dict[str, Any], message: str) -> None:
-    given = {"model": tower(), "forget": FORGET, "retain": RETAIN, **options}
+    given = {"model": lookup_model(), "forget": FORGET, "retain": RETAIN, **options}
     with pytest.raises(InputError, match=message):
         fasterase.evaluate(**given)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fasterase.files import written_whole
 from fasterase.models.dual_encoder import DualEncoder, Tokens, TowerParts
+from fasterase.pairs.batches import MicroBatch
 
 SIZE = 4
 VOCABULARY = 50
@@ -33,7 +35,7 @@ class TinyModule(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(2.5))
 
 
-class TinyTower(DualEncoder):
+class TinyModel(DualEncoder):
     name = "tiny"
     embed_dim = 12
     image_size = (SIZE, SIZE)
@@ -90,3 +92,25 @@ def batch(count: int, *, seed: int = 1) -> tuple[Tensor, Tokens]:
     pixels = torch.randn(count, 3, SIZE, SIZE, generator=generator)
     ids = torch.randint(1, VOCABULARY, (count, LENGTH), generator=generator)
     return pixels, Tokens(ids)
+
+
+def micro_batches(
+    pixels: Tensor, tokens: Tokens, size: int | None, *, n_forget: int
+) -> list[MicroBatch]:
+    """A batch cut into micro-batches of `size` pairs."""
+    size = size or len(pixels)
+    return [
+        MicroBatch(
+            rows=np.arange(i, min(i + size, len(pixels))),
+            ids=[str(row) for row in range(i, min(i + size, len(pixels)))],
+            pixels=pixels[i : i + size],
+            skipped=[],
+            step=0,
+            first=i,
+            n_forget=max(0, min(size, n_forget - i)),
+            tokens=tokens.index(slice(i, i + size)),
+            keys=[],
+            captions=np.zeros(0),
+        )
+        for i in range(0, len(pixels), size)
+    ]

@@ -9,7 +9,7 @@ import torch
 import fasterase
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.source import Subset
-from tests.tiny_tower import TinyTower, pairs, same_weights
+from tests.tiny_model import TinyModel, pairs, same_weights
 
 STEPS = {
     "lr": 1e-3,
@@ -26,7 +26,7 @@ def _quiet(recwarn):
     """A few steps do not forget, and `unlearn` warns of it."""
 
 
-class Counting(TinyTower):
+class Counting(TinyModel):
     """Counts the rows that are encoded without a graph: the sweep's, and the last check's."""
 
     def __init__(self, **options) -> None:
@@ -140,18 +140,18 @@ def test_random_items_get_a_live_reference_that_is_right():
 
     config = {**STEPS, "forget_augment": False, "max_steps": 1}
     with pytest.warns(UserWarning, match="beside the trained one in every step"):
-        result = fasterase.unlearn(TinyTower(), pairs(6, seed=1), Flipping(0.5), **config)
+        result = fasterase.unlearn(TinyModel(), pairs(6, seed=1), Flipping(0.5), **config)
     # At the first step the model is the original: nothing has moved yet if both saw the same view.
     assert result.history[0].anchor < 1e-9
     assert result.history[0].consistency < 1e-6
-    still = fasterase.unlearn(TinyTower(), pairs(6, seed=1), Flipping(0.0), **config)
+    still = fasterase.unlearn(TinyModel(), pairs(6, seed=1), Flipping(0.0), **config)
     assert still.history[0].anchor < 1e-9
 
 
 def test_the_floor_is_between_unrelated_pairs():
-    tower = TinyTower()
+    tower = TinyModel()
     forget, retain = pairs(6, seed=1), pairs(12, seed=2)
-    result = fasterase.unlearn(TinyTower(), forget, retain, **STEPS)
+    result = fasterase.unlearn(TinyModel(), forget, retain, **STEPS)
     with torch.no_grad():
         image, text = [], []
         for items in (forget, retain):
@@ -160,4 +160,4 @@ def test_the_floor_is_between_unrelated_pairs():
             text.append(tower.encode_text(fasterase.models.dual_encoder.Tokens(ids)).numpy())
     expected = np.mean([image[0] @ text[1].T, (image[1] @ text[0].T).T])
     assert result.floor == pytest.approx(expected, abs=1e-6)
-    assert fasterase.unlearn(TinyTower(), forget, retain, floor=0.3, **STEPS).floor == 0.3
+    assert fasterase.unlearn(TinyModel(), forget, retain, floor=0.3, **STEPS).floor == 0.3

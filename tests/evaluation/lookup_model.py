@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fasterase.models.dual_encoder import DualEncoder, Tokens, TowerParts
+from fasterase.models.dual_encoder import DualEncoder, TowerParts
+from fasterase.models.preprocessing import ImageTransform, Tokens
 
 
 class LookupTokenizer:
@@ -21,7 +22,7 @@ class LookupTokenizer:
         return Tokens(torch.tensor([[self.number[text]] for text in texts]))
 
 
-class LookupTower(DualEncoder):
+class LookupModel(DualEncoder):
     """Image number i (see `picture`) and text number i have the given features."""
 
     def __init__(self, image: Tensor, text: Tensor, texts: Sequence[str], name: str) -> None:
@@ -35,7 +36,7 @@ class LookupTower(DualEncoder):
         self.image_size = (1, 1)
         self.context_length = 1
         self.vocab_size = 1 << 31
-        self.image_transform = _no_transform
+        self.image_transform = ImageTransform(_no_transform)
         self.text_tokenizer = LookupTokenizer(texts)
 
     def _image_features(self, pixels: Tensor) -> Tensor:

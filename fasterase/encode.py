@@ -1,0 +1,272 @@
+"""The one loop that reads pairs and runs a model over them.
+
+Evaluation, verdict, floor and feature cache all encode through `PairEncoder`: one rule for
+precision, workers, progress, skipped pairs and batch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from fasterase.errors import InputError
+from fasterase.models.dual_encoder import DualEncoder
+from fasterase.models.forward import TowerForward, resolve_precision
+from fasterase.models.preprocessing import Tokens
+from fasterase.pairs.batches import Captions, sweep
+from fasterase.pairs.prepare import Preparer
+from fasterase.pairs.skips import Skip, SkipLedger
+from fasterase.pairs.source import PairSource
+
+# Images encoded at a time. Texts are shorter: four times as many.
+BATCH_SIZE = 64
+TEXTS_PER_IMAGE = 4
+
+
+class EncodedBatch(NamedTuple):
+    """Some pairs of a source with their features on the CPU, fp32, unit rows.
+
+    Attributes:
+        rows: [n] int64, rows of the source.
+        image: [n, D].
+        captions: (row, key) of each caption of these rows, in order.
+        text_keys: [m] identities of the captions that were encoded: neither in an earlier batch
+            nor among those that the caller already has.
+        text: [m, D].
+        skipped: pairs that cannot be read; they are in none of the above.
+    """
+
+    rows: np.ndarray
+    image: Tensor
+    captions: list[tuple[int, str]]
+    text_keys: list[str]
+    text: Tensor
+    skipped: list[Skip]
+
+
+@dataclass(frozen=True)
+class PairFeatures:
+    """Features of n pairs of one source under one model, on the CPU, fp32, unit rows.
+
+    Attributes:
+        rows: [n] int64, rows of the source.
+        image: [n, D].
+        text: [m, D], one row per distinct caption.
+        captions: [m] identities of those captions.
+        pair_text: [n] rows in `text` of each pair's captions, the first caption first.
+        skipped: pairs that cannot be read; they are in none of the above.
+    """
+
+    rows: np.ndarray
+    image: Tensor
+    text: Tensor
+    captions: list[str]
+    pair_text: list[list[int]]
+    skipped: list[Skip]
+
+    @property
+    def first_text(self) -> Tensor:
+        """[n, D] features of each pair's first caption."""
+        return self.text[[captions[0] for captions in self.pair_text]]
+
+    @property
+    def first_captions(self) -> list[str]:
+        """[n] identity of each pair's first caption."""
+        return [self.captions[captions[0]] for captions in self.pair_text]
+
+    def at(self, rows: np.ndarray) -> PairFeatures:
+        """Return the features of those of `rows` (sorted) that could be read."""
+        kept = np.flatnonzero(np.isin(self.rows, rows))
+        return PairFeatures(
+            self.rows[kept],
+            self.image[kept],
+            self.text,
+            self.captions,
+            [self.pair_text[i] for i in kept],
+            self.skipped,
+        )
+
+
+class PairEncoder:
+    """Reads pairs and encodes them with one model, without gradients and in eval mode.
+
+    Args:
+        model: the model, on its device.
+        precision: compute dtype of the towers, as in `UnlearnConfig`.
+        ledger: counts unreadable pairs; None accepts any number of them.
+        batch_size: images encoded at a time.
+        num_workers: processes that load and decode pairs.
+        progress: whether to show progress bars.
+    """
+
+    def __init__(
+        self,
+        model: DualEncoder,
+        *,
+        precision: str = "auto",
+        ledger: SkipLedger | None = None,
+        batch_size: int = BATCH_SIZE,
+        num_workers: int = 0,
+        progress: bool = False,
+    ) -> None:
+        self.model = model
+        self.precision = resolve_precision(precision, model.device)
+        self.ledger = ledger or SkipLedger(0, max_skipped=1.0)
+        self.prepare = Preparer.for_model(model)
+        self._forward = TowerForward(model, precision=self.precision)
+        self._batch_size = batch_size
+        self._num_workers = num_workers
+        self._progress = progress
+
+    def progress_bar(self, description: str, total: int, *, leave: bool = True) -> tqdm:
+        """Return a bar that counts pairs, for `batches`."""
+        return tqdm(
+            total=total, desc=description, unit="pair", leave=leave, disable=not self._progress
+        )
+
+    def batches(
+        self,
+        source: PairSource,
+        rows: np.ndarray,
+        *,
+        captions: Captions,
+        bar: tqdm,
+        is_known: Callable[[list[str]], np.ndarray] | None = None,
+    ) -> Iterator[EncodedBatch]:
+        """Encode rows in the given order, each image and each distinct caption once.
+
+        Args:
+            source: the pairs.
+            rows: [n] distinct rows.
+            captions: whether to read all captions of a pair, or the first one.
+            bar: advanced by the pairs read.
+            is_known: which of some caption keys need no encoding; None encodes all.
+
+        Raises:
+            InputError: too many pairs cannot be read.
+        """
+        loaded = sweep(
+            source,
+            rows,
+            self.prepare,
+            captions=captions,
+            batch_size=self._batch_size,
+            num_workers=self._num_workers,
+        )
+        for batch in loaded:
+            self.ledger.add(batch.ids, batch.skipped)
+            keys, tokens = batch.new_keys, batch.tokens
+            if is_known is not None and keys:
+                fresh = np.flatnonzero(~is_known(keys)).tolist()
+                keys, tokens = [keys[i] for i in fresh], tokens.index(fresh)
+            yield EncodedBatch(
+                batch.rows,
+                self._encode_images(batch.pixels),
+                [(row, key) for row, _, key in batch.captions],
+                keys,
+                self._encode_tokens(tokens),
+                batch.skipped,
+            )
+            bar.update(len(batch.rows) + len(batch.skipped))
+        self.ledger.warn()
+
+    def pairs(
+        self,
+        source: PairSource,
+        rows: np.ndarray,
+        *,
+        captions: Captions = "first",
+        description: str,
+        leave: bool = True,
+    ) -> PairFeatures:
+        """Encode rows (sorted, distinct) and keep all features in memory.
+
+        Raises:
+            InputError: too many pairs cannot be read, or none.
+        """
+        images: list[Tensor] = []
+        texts: list[Tensor] = []
+        place: dict[str, int] = {}
+        pair_text: dict[int, list[int]] = {}
+        skipped: list[Skip] = []
+        with self.progress_bar(description, len(rows), leave=leave) as bar:
+            for batch in self.batches(source, rows, captions=captions, bar=bar):
+                images.append(batch.image)
+                texts.append(batch.text)
+                for key in batch.text_keys:
+                    place[key] = len(place)
+                for row, key in batch.captions:
+                    pair_text.setdefault(row, []).append(place[key])
+                skipped += batch.skipped
+        check_readable(source, len(rows), len(pair_text), skipped)
+        return PairFeatures(
+            np.fromiter(pair_text, dtype=np.int64),
+            torch.cat(images),
+            torch.cat(texts),
+            list(place),
+            list(pair_text.values()),
+            skipped,
+        )
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Encode texts that belong to no pair, such as class prompts; [len(texts), D]."""
+        step = TEXTS_PER_IMAGE * self._batch_size
+        parts = [
+            self._encode_tokens(self.model.tokenize(texts[start : start + step]))
+            for start in range(0, len(texts), step)
+        ]
+        return torch.cat(parts)
+
+    def _encode_images(self, pixels: Tensor) -> Tensor:
+        """[n, D] on the CPU of pixels [n, 3, H, W]; n may be 0."""
+        if not len(pixels):
+            return torch.empty(0, self.model.embed_dim)
+        with measuring(self.model.module):
+            image = self._forward(pixels=pixels.to(self.model.device)).image
+        assert image is not None
+        return image.cpu()
+
+    def _encode_tokens(self, tokens: Tokens) -> Tensor:
+        """[m, D] on the CPU of token ids [m, L]; m may be 0."""
+        parts = [torch.empty(0, self.model.embed_dim)]
+        step = TEXTS_PER_IMAGE * self._batch_size
+        with measuring(self.model.module):
+            for start in range(0, len(tokens.ids), step):
+                part = tokens.index(slice(start, start + step)).to(self.model.device)
+                text = self._forward(tokens=part).text
+                assert text is not None
+                parts.append(text.cpu())
+        return torch.cat(parts)
+
+
+def check_readable(
+    source: PairSource, tried: int, readable: int, skipped: Sequence[Skip] = ()
+) -> None:
+    """Raise `InputError` if none of the pairs tried could be read."""
+    if not readable:
+        first = f" The first: {skipped[0].id}: {skipped[0].reason}." if skipped else ""
+        raise InputError(
+            f"`{source.name}`: none of its {tried} pairs can be read.{first} Repair them, or give "
+            "other pairs."
+        )
+
+
+@contextmanager
+def measuring(module: nn.Module) -> Iterator[None]:
+    """Disable gradients and switch to eval mode; afterwards each part gets its own mode back."""
+    modes = [(part, part.training) for part in module.modules() if part.training]
+    if modes:
+        module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, training in modes:
+            part.training = training

@@ -1,0 +1,96 @@
+"""The objective over one step's features, and its gradients with respect to them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fasterase.objective import EraseLoss, erase_loss
+
+# CLIP's own ceiling of the scale (Radford et al., 2021, section 2.5).
+MAX_SCALE = 100.0
+
+
+class FeatureGradients(NamedTuple):
+    """The loss of a step and what it sends back to the towers.
+
+    Attributes:
+        loss: the total and its terms, detached.
+        image, text: [n, D] gradients of the total; None for a tower that is not trained, and if the
+            total is not finite or does not depend on it.
+        scale: [] gradient of the total, likewise.
+    """
+
+    loss: EraseLoss
+    image: Tensor | None
+    text: Tensor | None
+    scale: Tensor | None
+
+
+class FeatureLoss:
+    """Computes the loss of features and its gradients. Nothing of the towers takes part.
+
+    Args:
+        image_trained, text_trained, scale_trained: which gradients are needed.
+        max_scale: the scale is clamped to it inside the loss, if it is trained. Clamping the weight
+            would be lost in optimisers that keep master weights of their own.
+        options: weights and options of `erase_loss`.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_trained: bool,
+        text_trained: bool,
+        scale_trained: bool,
+        max_scale: float,
+        **options: Any,
+    ) -> None:
+        self._trained = (image_trained, text_trained, scale_trained)
+        self._max_scale = max_scale
+        self._options = options
+
+    def __call__(
+        self,
+        image: Tensor,  # [n, D]
+        text: Tensor,  # [n, D]
+        scale: Tensor,  # []
+        reference: tuple[Tensor | None, Tensor | None, Tensor | None],
+        *,
+        n_forget: int,
+        labels: Tensor,  # [n]
+        upstream: Tensor,  # []
+    ) -> FeatureGradients:
+        """Return the loss and the gradients of `upstream * total`.
+
+        Args:
+            image, text, scale: features, forget pairs first, and exp(logit_scale).
+            reference: the original's image features, text features and scale, or Nones.
+            n_forget: how many of the pairs are forget pairs.
+            labels: equal for equal captions.
+            upstream: the scaling of the loss in fp16, else 1.
+        """
+        leaves = [
+            tensor.detach().requires_grad_(trained)
+            for tensor, trained in zip((image, text, scale), self._trained, strict=True)
+        ]
+        clamped = leaves[2].clamp(max=self._max_scale) if self._trained[2] else leaves[2]
+        with torch.enable_grad():
+            loss = erase_loss(
+                leaves[0],
+                leaves[1],
+                clamped,
+                *reference,
+                n_forget=n_forget,
+                labels=labels,
+                **self._options,
+            )
+        detached = EraseLoss(*(term.detach() for term in loss))
+        if not (bool(detached.total.isfinite()) and loss.total.requires_grad):
+            return FeatureGradients(detached, None, None, None)
+        needed = [leaf for leaf in leaves if leaf.requires_grad]
+        gradients = iter(torch.autograd.grad(loss.total, needed, upstream, allow_unused=True))
+        found = [next(gradients) if leaf.requires_grad else None for leaf in leaves]
+        return FeatureGradients(detached, *found)

@@ -1,0 +1,101 @@
+"""What skips a step or ends a run early: non-finite values, and signals."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import threading
+from collections.abc import Sequence
+from types import FrameType, TracebackType
+from typing import Any
+
+from fasterase.errors import NonFiniteError
+from fasterase.objective import EraseLoss
+
+log = logging.getLogger(__name__)
+
+# In fp16 the loss scale finds its level by overflowing (it halves at each overflow, from 2^16), so
+# that many steps may fail before such a run counts as broken.
+LIMITS = {"fp32": 3, "bf16": 3, "fp16": 20}
+
+
+class NonFiniteGuard:
+    """Counts consecutive steps that could not be applied.
+
+    Args:
+        precision: compute dtype, which sets how many such steps are too many.
+
+    Attributes:
+        in_a_row: the count; a resumed run sets it.
+    """
+
+    def __init__(self, precision: str) -> None:
+        self.limit = LIMITS[precision]
+        self.in_a_row = 0
+
+    def count(self, term: str | None, *, step: int, ids: Sequence[str]) -> None:
+        """Take note of a step: `term` is what was not finite in it, None for a good step.
+
+        Raises:
+            NonFiniteError: too many in a row were not; names the term, the step and the pair ids.
+        """
+        if term is None:
+            self.in_a_row = 0
+            return
+        self.in_a_row += 1
+        log.warning("Step %d: %s is not finite; the step is not applied.", step, term)
+        if self.in_a_row >= self.limit:
+            shown = ", ".join(ids[:8]) + (f", ... ({len(ids)} in all)" if len(ids) > 8 else "")
+            raise NonFiniteError(
+                f"{term} is not finite at step {step}, for {self.in_a_row} steps in a row. The "
+                f"model holds the weights of the last good step. Pairs of this step: {shown}. "
+                "Try a lower lr, max_grad_norm=1.0 or precision='fp32', and look at these pairs.",
+                term=term,
+                step=step,
+                pair_ids=ids,
+            )
+
+
+def non_finite_term(loss: EraseLoss, grad_norm: float) -> str | None:
+    """Return the first loss term that is NaN or infinite, else `"gradient"` if the norm is."""
+    for name in ("forget", "retain", "consistency", "anchor", "total"):
+        if not math.isfinite(float(getattr(loss, name))):
+            return name
+    return None if math.isfinite(grad_norm) else "gradient"
+
+
+class StopRequests:
+    """Turns Ctrl-C and SIGTERM into a request, so that no step is left half done.
+
+    While active, the first SIGINT or SIGTERM sets `signal`; a second SIGINT raises at once. Outside
+    the main thread, where Python allows no handlers, signals keep their usual effect.
+
+    Attributes:
+        signal: the signal that requested the stop, else None.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+
+    def __enter__(self) -> StopRequests:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            # None stands for a handler that was not set from Python and cannot be restored.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

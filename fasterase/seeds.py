@@ -1,0 +1,35 @@
+"""The streams of random numbers of a run, in one table so that no two ever coincide.
+
+Every draw depends only on the run's seed, its stream and its position (step, row, ...). A resumed
+run, or one with another number of workers, therefore repeats it.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import numpy as np
+
+
+class Stream(enum.IntEnum):
+    """One entry per use of random numbers; the values are part of what a seed means."""
+
+    FORGET_ORDER = 0  # permutation of the forget set, per pass
+    RETAIN_ORDER = 1  # permutation of the retain set, per pass
+    CAPTIONS = 2  # which caption of a pair, per step
+    AUGMENTATION = 3  # view of a forget image, per step and position in the batch
+    DATASET = 4  # global generators while a dataset with its own randomness is read, per item
+    FLOOR = 5  # pairs behind the automatic floor
+    TOWERS = 6  # Dropout, per step and micro-batch
+    EVALUATION = 7  # pairs that the evaluation measures
+
+
+def generator(seed: int, stream: Stream, *position: int) -> np.random.Generator:
+    """Return the NumPy generator of one position of a stream."""
+    return np.random.default_rng([seed, stream, *position])
+
+
+def torch_seed(seed: int, stream: Stream, *position: int) -> int:
+    """Return a 64-bit seed for PyTorch's generators at one position of a stream."""
+    state = np.random.SeedSequence([seed, stream, *position]).generate_state(1, np.uint64)
+    return int(state[0])
