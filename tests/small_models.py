@@ -1,8 +1,8 @@
-"""Random-weight CLIP models of every supported kind, a few layers wide and deep, built offline.
+"""Small CLIP models of every supported kind with random weights, built offline.
 
 Each builder is a pure function of its arguments (`seed` fixes the weights) and returns the
-library's own module in eval mode. `vocab_size` defaults to what the matching small tokenizer needs:
-`simple_tokenizer()` for open_clip, `hf_tokenizer()` for transformers.
+library's own module in eval mode. `vocab_size` defaults to the needs of the matching small
+tokenizer: `simple_tokenizer()` for open_clip, `hf_tokenizer()` for transformers.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def open_clip_config(
     context_length: int = CONTEXT_LENGTH,
     vocab_size: int = SIMPLE_VOCABULARY_SIZE,
 ) -> dict[str, Any]:
-    """The `model_cfg` that `open_clip_vit` builds from the same arguments."""
+    """Return the `model_cfg` of `open_clip_vit` with the same arguments."""
     return {
         "embed_dim": embed_dim,
         "vision_cfg": _vit_config(image_size, layers),
@@ -80,7 +80,7 @@ def _finish_open_clip(module: nn.Module) -> nn.Module:
 
 
 def open_clip_vit(*, seed: int = 0, **sizes: Any) -> nn.Module:
-    """open_clip `CLIP` with a ViT tower; `sizes` as in `open_clip_config`."""
+    """Build an open_clip `CLIP` with a ViT tower; `sizes` as in `open_clip_config`."""
     from open_clip.model import CLIP
 
     torch.manual_seed(seed)
@@ -88,7 +88,7 @@ def open_clip_vit(*, seed: int = 0, **sizes: Any) -> nn.Module:
 
 
 def open_clip_resnet(*, seed: int = 0, **sizes: Any) -> nn.Module:
-    """open_clip `CLIP` with a ModifiedResNet tower (BatchNorm), one bottleneck a stage."""
+    """Build an open_clip `CLIP` with a ModifiedResNet (BatchNorm), one bottleneck per stage."""
     from open_clip.model import CLIP
 
     config = open_clip_config(**sizes)
@@ -103,7 +103,7 @@ def open_clip_resnet(*, seed: int = 0, **sizes: Any) -> nn.Module:
 
 
 def open_clip_custom_text(*, seed: int = 0, siglip: bool = False, **sizes: Any) -> nn.Module:
-    """open_clip `CustomTextCLIP`; `siglip` adds a logit_bias and a bias to the projection."""
+    """Build an open_clip `CustomTextCLIP`; `siglip` adds a logit_bias and a projection bias."""
     from open_clip.model import CustomTextCLIP
 
     config = open_clip_config(**sizes)
@@ -115,7 +115,7 @@ def open_clip_custom_text(*, seed: int = 0, siglip: bool = False, **sizes: Any) 
 
 
 def open_clip_coca(*, seed: int = 0, **sizes: Any) -> nn.Module:
-    """open_clip `CoCa`: attentional pooling and a text decoder that no contrastive loss reaches."""
+    """Build an open_clip `CoCa`: attentional pooling, and a text decoder that no feature uses."""
     from open_clip.coca_model import CoCa
 
     config = open_clip_config(**sizes)
@@ -128,12 +128,15 @@ def open_clip_coca(*, seed: int = 0, **sizes: Any) -> nn.Module:
     config["multimodal_cfg"] = {**config["text_cfg"], "attn_pooler_heads": 2}
     config["text_cfg"] |= {"embed_cls": True, "output_tokens": True}
     torch.manual_seed(seed)
-    return _finish_open_clip(CoCa(**config))
+    module = CoCa(**config)
+    # The library leaves this one uninitialised, and so different in every process.
+    nn.init.normal_(module.text_decoder.text_projection, std=0.02)
+    return _finish_open_clip(module)
 
 
 @functools.cache
 def simple_tokenizer(context_length: int = CONTEXT_LENGTH) -> Any:
-    """open_clip's SimpleTokenizer at the small models' context length."""
+    """Return open_clip's SimpleTokenizer at the small models' context length."""
     from open_clip.tokenizer import SimpleTokenizer
 
     return SimpleTokenizer(context_length=context_length)
@@ -171,7 +174,7 @@ def hf_clip(
     context_length: int = CONTEXT_LENGTH,
     layers: int = 2,
 ) -> nn.Module:
-    """transformers `CLIPModel`."""
+    """Build a transformers `CLIPModel`."""
     from transformers import CLIPConfig, CLIPModel
 
     torch.manual_seed(seed)
@@ -190,7 +193,7 @@ def hf_siglip(
     context_length: int = CONTEXT_LENGTH,
     layers: int = 2,
 ) -> nn.Module:
-    """transformers `SiglipModel`; its embedding width is the towers' width, 32."""
+    """Build a transformers `SiglipModel`; its embedding is as wide as its towers, 32."""
     from transformers import SiglipConfig, SiglipModel
 
     torch.manual_seed(seed)
@@ -207,7 +210,7 @@ def hf_siglip2(
     context_length: int = CONTEXT_LENGTH,
     layers: int = 2,
 ) -> nn.Module:
-    """transformers `Siglip2Model` (NaFlex) whose patch grid covers `image_size` pixels."""
+    """Build a transformers `Siglip2Model` (NaFlex) with a patch grid for `image_size` pixels."""
     from transformers import Siglip2Config, Siglip2Model
 
     torch.manual_seed(seed)
@@ -226,7 +229,7 @@ def _warm_siglip(module: nn.Module) -> nn.Module:
 
 
 def hf_tokenizer(context_length: int = CONTEXT_LENGTH) -> Any:
-    """A transformers fast tokenizer over single lower-case characters, for the `hf_*` models."""
+    """Build a transformers fast tokenizer of lower-case characters, for the `hf_*` models."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -248,7 +251,7 @@ def hf_tokenizer(context_length: int = CONTEXT_LENGTH) -> Any:
 
 
 def hf_image_processor(image_size: int = IMAGE_SIZE) -> Any:
-    """A transformers `CLIPImageProcessor` at the small models' size and statistics."""
+    """Build a transformers `CLIPImageProcessor` of the small models' size and statistics."""
     from transformers import CLIPImageProcessor
 
     return CLIPImageProcessor(
@@ -267,8 +270,10 @@ def random_pairs(
     context_length: int = CONTEXT_LENGTH,
     seed: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixels [count, 3, image_size, image_size] and ids [count, context_length] that end in the
-    vocabulary's last id, which every small model reads as the end of text."""
+    """Return pixels [count, 3, image_size, image_size] and ids [count, context_length].
+
+    The ids end in the vocabulary's last id, which every small model reads as the end of text.
+    """
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randn(count, 3, image_size, image_size, generator=generator)
     ids = torch.randint(2, module_vocab - 2, (count, context_length), generator=generator)
