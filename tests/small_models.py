@@ -142,82 +142,54 @@ def simple_tokenizer(context_length: int = CONTEXT_LENGTH) -> Any:
     return SimpleTokenizer(context_length=context_length)
 
 
-def _hf_text(context_length: int, layers: int) -> dict[str, Any]:
-    return {
-        "vocab_size": len(HF_VOCABULARY),
-        "max_position_embeddings": context_length,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 2,
-        "bos_token_id": HF_VOCABULARY["<start>"],
-        "eos_token_id": HF_VOCABULARY["<end>"],
-        "pad_token_id": HF_VOCABULARY["<pad>"],
-    }
-
-
-def _hf_vision(image_size: int, layers: int) -> dict[str, Any]:
-    return {
-        "image_size": image_size,
-        "patch_size": 8,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 2,
-    }
-
-
-def hf_clip(
-    *,
-    seed: int = 0,
-    image_size: int = IMAGE_SIZE,
-    context_length: int = CONTEXT_LENGTH,
-    layers: int = 2,
-) -> nn.Module:
-    """Build a transformers `CLIPModel`."""
+def hf_clip(*, seed: int = 0, **sizes: int) -> nn.Module:
+    """Build a transformers `CLIPModel`; `sizes` as in `_hf_towers`."""
     from transformers import CLIPConfig, CLIPModel
 
     torch.manual_seed(seed)
-    config = CLIPConfig(
-        text_config=_hf_text(context_length, layers),
-        vision_config=_hf_vision(image_size, layers),
-        projection_dim=EMBED_DIM,
-    )
-    return CLIPModel(config).eval()
+    return CLIPModel(CLIPConfig(**_hf_towers(**sizes), projection_dim=EMBED_DIM)).eval()
 
 
-def hf_siglip(
-    *,
-    seed: int = 0,
-    image_size: int = IMAGE_SIZE,
-    context_length: int = CONTEXT_LENGTH,
-    layers: int = 2,
-) -> nn.Module:
+def hf_siglip(*, seed: int = 0, **sizes: int) -> nn.Module:
     """Build a transformers `SiglipModel`; its embedding is as wide as its towers, 32."""
     from transformers import SiglipConfig, SiglipModel
 
     torch.manual_seed(seed)
-    config = SiglipConfig(
-        text_config=_hf_text(context_length, layers), vision_config=_hf_vision(image_size, layers)
-    )
-    return _warm_siglip(SiglipModel(config))
+    return _warm_siglip(SiglipModel(SiglipConfig(**_hf_towers(**sizes))))
 
 
-def hf_siglip2(
-    *,
-    seed: int = 0,
-    image_size: int = IMAGE_SIZE,
-    context_length: int = CONTEXT_LENGTH,
-    layers: int = 2,
-) -> nn.Module:
+def hf_siglip2(*, seed: int = 0, **sizes: int) -> nn.Module:
     """Build a transformers `Siglip2Model` (NaFlex) with a patch grid for `image_size` pixels."""
     from transformers import Siglip2Config, Siglip2Model
 
     torch.manual_seed(seed)
-    vision = _hf_vision(image_size, layers)
+    towers = _hf_towers(**sizes)
+    text, vision = towers["text_config"], towers["vision_config"]
     vision["num_patches"] = (vision.pop("image_size") // vision["patch_size"]) ** 2
-    text = {**_hf_text(context_length, layers), "projection_size": vision["hidden_size"]}
-    return _warm_siglip(Siglip2Model(Siglip2Config(text_config=text, vision_config=vision)))
+    text["projection_size"] = vision["hidden_size"]
+    return _warm_siglip(Siglip2Model(Siglip2Config(**towers)))
+
+
+def _hf_towers(
+    *, image_size: int = IMAGE_SIZE, context_length: int = CONTEXT_LENGTH, layers: int = 2
+) -> dict[str, dict[str, Any]]:
+    transformer = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+    }
+    text = {
+        "vocab_size": len(HF_VOCABULARY),
+        "max_position_embeddings": context_length,
+        "bos_token_id": HF_VOCABULARY["<start>"],
+        "eos_token_id": HF_VOCABULARY["<end>"],
+        "pad_token_id": HF_VOCABULARY["<pad>"],
+    }
+    return {
+        "text_config": {**text, **transformer},
+        "vision_config": {"image_size": image_size, "patch_size": 8, **transformer},
+    }
 
 
 def _warm_siglip(module: nn.Module) -> nn.Module:
