@@ -1,8 +1,8 @@
-"""Random-weight CLIP models of every supported kind, a few layers wide and deep, built offline.
+"""Small CLIP models of every supported kind with random weights, built offline.
 
 Each builder is a pure function of its arguments (`seed` fixes the weights) and returns the
-library's own module in eval mode. `vocab_size` defaults to what the matching small tokenizer needs:
-`simple_tokenizer()` for open_clip, `hf_tokenizer()` for transformers.
+library's own module in eval mode. `vocab_size` defaults to the needs of the matching small
+tokenizer: `simple_tokenizer()` for open_clip, `hf_tokenizer()` for transformers.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def open_clip_config(
     context_length: int = CONTEXT_LENGTH,
     vocab_size: int = SIMPLE_VOCABULARY_SIZE,
 ) -> dict[str, Any]:
-    """The `model_cfg` that `open_clip_vit` builds from the same arguments."""
+    """Return the `model_cfg` of `open_clip_vit` with the same arguments."""
     return {
         "embed_dim": embed_dim,
         "vision_cfg": _vit_config(image_size, layers),
@@ -80,7 +80,7 @@ def _finish_open_clip(module: nn.Module) -> nn.Module:
 
 
 def open_clip_vit(*, seed: int = 0, **sizes: Any) -> nn.Module:
-    """open_clip `CLIP` with a ViT tower; `sizes` as in `open_clip_config`."""
+    """Build an open_clip `CLIP` with a ViT tower; `sizes` as in `open_clip_config`."""
     from open_clip.model import CLIP
 
     torch.manual_seed(seed)
@@ -88,7 +88,7 @@ def open_clip_vit(*, seed: int = 0, **sizes: Any) -> nn.Module:
 
 
 def open_clip_resnet(*, seed: int = 0, **sizes: Any) -> nn.Module:
-    """open_clip `CLIP` with a ModifiedResNet tower (BatchNorm), one bottleneck a stage."""
+    """Build an open_clip `CLIP` with a ModifiedResNet (BatchNorm), one bottleneck per stage."""
     from open_clip.model import CLIP
 
     config = open_clip_config(**sizes)
@@ -103,7 +103,7 @@ def open_clip_resnet(*, seed: int = 0, **sizes: Any) -> nn.Module:
 
 
 def open_clip_custom_text(*, seed: int = 0, siglip: bool = False, **sizes: Any) -> nn.Module:
-    """open_clip `CustomTextCLIP`; `siglip` adds a logit_bias and a bias to the projection."""
+    """Build an open_clip `CustomTextCLIP`; `siglip` adds a logit_bias and a projection bias."""
     from open_clip.model import CustomTextCLIP
 
     config = open_clip_config(**sizes)
@@ -115,7 +115,7 @@ def open_clip_custom_text(*, seed: int = 0, siglip: bool = False, **sizes: Any) 
 
 
 def open_clip_coca(*, seed: int = 0, **sizes: Any) -> nn.Module:
-    """open_clip `CoCa`: attentional pooling and a text decoder that no contrastive loss reaches."""
+    """Build an open_clip `CoCa`: attentional pooling, and a text decoder that no feature uses."""
     from open_clip.coca_model import CoCa
 
     config = open_clip_config(**sizes)
@@ -128,93 +128,68 @@ def open_clip_coca(*, seed: int = 0, **sizes: Any) -> nn.Module:
     config["multimodal_cfg"] = {**config["text_cfg"], "attn_pooler_heads": 2}
     config["text_cfg"] |= {"embed_cls": True, "output_tokens": True}
     torch.manual_seed(seed)
-    return _finish_open_clip(CoCa(**config))
+    module = CoCa(**config)
+    # The library leaves this one uninitialised, and so different in every process.
+    nn.init.normal_(module.text_decoder.text_projection, std=0.02)
+    return _finish_open_clip(module)
 
 
 @functools.cache
 def simple_tokenizer(context_length: int = CONTEXT_LENGTH) -> Any:
-    """open_clip's SimpleTokenizer at the small models' context length."""
+    """Return open_clip's SimpleTokenizer at the small models' context length."""
     from open_clip.tokenizer import SimpleTokenizer
 
     return SimpleTokenizer(context_length=context_length)
 
 
-def _hf_text(context_length: int, layers: int) -> dict[str, Any]:
-    return {
-        "vocab_size": len(HF_VOCABULARY),
-        "max_position_embeddings": context_length,
+def hf_clip(*, seed: int = 0, **sizes: int) -> nn.Module:
+    """Build a transformers `CLIPModel`; `sizes` as in `_hf_towers`."""
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(seed)
+    return CLIPModel(CLIPConfig(**_hf_towers(**sizes), projection_dim=EMBED_DIM)).eval()
+
+
+def hf_siglip(*, seed: int = 0, **sizes: int) -> nn.Module:
+    """Build a transformers `SiglipModel`; its embedding is as wide as its towers, 32."""
+    from transformers import SiglipConfig, SiglipModel
+
+    torch.manual_seed(seed)
+    return _warm_siglip(SiglipModel(SiglipConfig(**_hf_towers(**sizes))))
+
+
+def hf_siglip2(*, seed: int = 0, **sizes: int) -> nn.Module:
+    """Build a transformers `Siglip2Model` (NaFlex) with a patch grid for `image_size` pixels."""
+    from transformers import Siglip2Config, Siglip2Model
+
+    torch.manual_seed(seed)
+    towers = _hf_towers(**sizes)
+    text, vision = towers["text_config"], towers["vision_config"]
+    vision["num_patches"] = (vision.pop("image_size") // vision["patch_size"]) ** 2
+    text["projection_size"] = vision["hidden_size"]
+    return _warm_siglip(Siglip2Model(Siglip2Config(**towers)))
+
+
+def _hf_towers(
+    *, image_size: int = IMAGE_SIZE, context_length: int = CONTEXT_LENGTH, layers: int = 2
+) -> dict[str, dict[str, Any]]:
+    transformer = {
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": layers,
         "num_attention_heads": 2,
+    }
+    text = {
+        "vocab_size": len(HF_VOCABULARY),
+        "max_position_embeddings": context_length,
         "bos_token_id": HF_VOCABULARY["<start>"],
         "eos_token_id": HF_VOCABULARY["<end>"],
         "pad_token_id": HF_VOCABULARY["<pad>"],
     }
-
-
-def _hf_vision(image_size: int, layers: int) -> dict[str, Any]:
     return {
-        "image_size": image_size,
-        "patch_size": 8,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 2,
+        "text_config": {**text, **transformer},
+        "vision_config": {"image_size": image_size, "patch_size": 8, **transformer},
     }
-
-
-def hf_clip(
-    *,
-    seed: int = 0,
-    image_size: int = IMAGE_SIZE,
-    context_length: int = CONTEXT_LENGTH,
-    layers: int = 2,
-) -> nn.Module:
-    """transformers `CLIPModel`."""
-    from transformers import CLIPConfig, CLIPModel
-
-    torch.manual_seed(seed)
-    config = CLIPConfig(
-        text_config=_hf_text(context_length, layers),
-        vision_config=_hf_vision(image_size, layers),
-        projection_dim=EMBED_DIM,
-    )
-    return CLIPModel(config).eval()
-
-
-def hf_siglip(
-    *,
-    seed: int = 0,
-    image_size: int = IMAGE_SIZE,
-    context_length: int = CONTEXT_LENGTH,
-    layers: int = 2,
-) -> nn.Module:
-    """transformers `SiglipModel`; its embedding width is the towers' width, 32."""
-    from transformers import SiglipConfig, SiglipModel
-
-    torch.manual_seed(seed)
-    config = SiglipConfig(
-        text_config=_hf_text(context_length, layers), vision_config=_hf_vision(image_size, layers)
-    )
-    return _warm_siglip(SiglipModel(config))
-
-
-def hf_siglip2(
-    *,
-    seed: int = 0,
-    image_size: int = IMAGE_SIZE,
-    context_length: int = CONTEXT_LENGTH,
-    layers: int = 2,
-) -> nn.Module:
-    """transformers `Siglip2Model` (NaFlex) whose patch grid covers `image_size` pixels."""
-    from transformers import Siglip2Config, Siglip2Model
-
-    torch.manual_seed(seed)
-    vision = _hf_vision(image_size, layers)
-    vision["num_patches"] = (vision.pop("image_size") // vision["patch_size"]) ** 2
-    text = {**_hf_text(context_length, layers), "projection_size": vision["hidden_size"]}
-    return _warm_siglip(Siglip2Model(Siglip2Config(text_config=text, vision_config=vision)))
 
 
 def _warm_siglip(module: nn.Module) -> nn.Module:
@@ -226,7 +201,7 @@ def _warm_siglip(module: nn.Module) -> nn.Module:
 
 
 def hf_tokenizer(context_length: int = CONTEXT_LENGTH) -> Any:
-    """A transformers fast tokenizer over single lower-case characters, for the `hf_*` models."""
+    """Build a transformers fast tokenizer of lower-case characters, for the `hf_*` models."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -248,7 +223,7 @@ def hf_tokenizer(context_length: int = CONTEXT_LENGTH) -> Any:
 
 
 def hf_image_processor(image_size: int = IMAGE_SIZE) -> Any:
-    """A transformers `CLIPImageProcessor` at the small models' size and statistics."""
+    """Build a transformers `CLIPImageProcessor` of the small models' size and statistics."""
     from transformers import CLIPImageProcessor
 
     return CLIPImageProcessor(
@@ -267,8 +242,10 @@ def random_pairs(
     context_length: int = CONTEXT_LENGTH,
     seed: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixels [count, 3, image_size, image_size] and ids [count, context_length] that end in the
-    vocabulary's last id, which every small model reads as the end of text."""
+    """Return pixels [count, 3, image_size, image_size] and ids [count, context_length].
+
+    The ids end in the vocabulary's last id, which every small model reads as the end of text.
+    """
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randn(count, 3, image_size, image_size, generator=generator)
     ids = torch.randint(2, module_vocab - 2, (count, context_length), generator=generator)

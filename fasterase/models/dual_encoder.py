@@ -1,8 +1,10 @@
-"""The one interface over CLIP libraries: two encoders, scale, tokenizer, preprocess and save.
+"""The one interface to CLIP models: two encoders, scale, tokenizer, preprocessing and save.
 
-All of fasterase sees a `DualEncoder`; only the adapters (`open_clip.py`, `transformers.py`) know a
-library. SigLIP models are taken too: the objective's softmax acts on their similarities, and
-their `logit_bias`, which moves every logit alike and so cancels in a softmax, is left alone.
+All of fasterase works with a `DualEncoder`; only the adapters (`openclip.py`, `huggingface.py`)
+know a library. SigLIP models are supported too: the objective's softmax acts on their similarities
+and ignores `logit_bias`, which shifts every logit equally and therefore cancels.
+
+A "tower" is one encoder: the image tower or the text tower.
 """
 
 from __future__ import annotations
@@ -21,25 +23,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasterase.errors import InputError
-from fasterase.models.preprocessing import Tokens, describe_transform
+from fasterase.models.preprocessing import ImageTransform, Tokens, describe_transform
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
 class DualEncoder(abc.ABC):
-    """A CLIP model of some library: what the objective needs of it, under one set of names.
+    """A CLIP model of any library, under one set of names.
 
     Attributes:
-        module: the library's own object; `trainable` and training change it in place.
+        module: the library's own object; training changes it in place.
         name: for people, "ViT-B-32/laion2b_s34b_b79k" or "CLIPModel".
         embed_dim: D, the width of the shared embedding.
         image_size: (height, width) in pixels that the image tower takes.
-        context_length: L, tokens that the text tower takes.
+        context_length: L, the tokens that the text tower takes.
         vocab_size: token ids are below it.
-        image_transform: PIL image -> [3, H, W] float32, the deterministic evaluation transform;
-            None when unknown. Holds no weights, so data-loader workers can pickle it.
-        text_tokenizer: list of str -> `Tokens`, equally picklable; None when unknown.
+        image_transform: PIL image -> [3, H, W], the deterministic evaluation transform; None when
+            unknown. Holds no weights, so data-loader workers can pickle it.
+        text_tokenizer: list of str -> `Tokens`, picklable in the same way; None when unknown.
     """
 
     module: nn.Module
@@ -48,28 +50,28 @@ class DualEncoder(abc.ABC):
     image_size: tuple[int, int]
     context_length: int
     vocab_size: int
-    image_transform: Callable[[Image], Tensor] | None
+    image_transform: ImageTransform | None
     text_tokenizer: Callable[[Sequence[str]], Tokens] | None
 
     @abc.abstractmethod
     def _image_features(self, pixels: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, D], as the library gives them, before normalisation."""
+        """Run the library's image encoder: [B, 3, H, W] float -> [B, D], not normalised."""
 
     @abc.abstractmethod
     def _text_features(self, tokens: Tokens) -> Tensor:
-        """[B, L] ids -> [B, D], as the library gives them, before normalisation."""
+        """Run the library's text encoder: [B, L] ids -> [B, D], not normalised."""
 
     @abc.abstractmethod
     def image_parts(self) -> TowerParts:
-        """What the image tower is made of, for `trainable`."""
+        """List the parts of the image tower, for `trainable`."""
 
     @abc.abstractmethod
     def text_parts(self) -> TowerParts:
-        """What the text tower is made of, for `trainable`."""
+        """List the parts of the text tower, for `trainable`."""
 
     @abc.abstractmethod
     def save(self, folder: Path) -> None:
-        """Write a folder that the model's own library loads, in one piece or not at all.
+        """Write a folder that the model's own library loads, completely or not at all.
 
         Raises:
             InputError: `folder` exists and is neither empty nor a model saved by fasterase.
@@ -77,16 +79,22 @@ class DualEncoder(abc.ABC):
 
     def encode_image(
         self,
-        pixels: Tensor,  # [B, 3, H, W] preprocessed
+        pixels: Tensor,  # [B, 3, H, W] uint8 of `image_transform.pixels`, or preprocessed floats
     ) -> Tensor:  # [B, D] unit rows
-        """Image features of unit length; fp32 whatever autocast or the weights are (fp64 stays)."""
+        """Encode images; fp32 under autocast and for half-precision weights (fp64 stays fp64).
+
+        Raises:
+            InputError: uint8 pixels, and `image_transform` is unknown or does not split.
+        """
+        if pixels.dtype == torch.uint8:
+            pixels = self._known_transform("uint8 pixels").normalise(pixels)
         return _unit_rows(self._image_features(pixels))
 
     def encode_text(
         self,
         tokens: Tokens,  # [B, L]
     ) -> Tensor:  # [B, D] unit rows
-        """Text features of unit length; fp32 whatever autocast or the weights are (fp64 stays)."""
+        """Encode texts; fp32 under autocast and for half-precision weights (fp64 stays fp64)."""
         return _unit_rows(self._text_features(tokens))
 
     @property
@@ -95,16 +103,20 @@ class DualEncoder(abc.ABC):
         return self.module.logit_scale  # type: ignore[return-value]
 
     def scale(self) -> Tensor:
-        """[] exp(logit_scale), differentiable."""
+        """Return [] exp(logit_scale), differentiable."""
         return self.logit_scale.exp().reshape(())
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.logit_scale.device
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
-        """Token ids [B, L] of `texts`; `InputError` naming `tokenizer` when none is known."""
+        """Encode `texts` as token ids [B, L].
+
+        Raises:
+            InputError: names `tokenizer` when the model has none.
+        """
         if self.text_tokenizer is None:
             raise InputError(
                 f"tokenizer: {self.name} came without one and its architecture names none, so "
@@ -115,32 +127,35 @@ class DualEncoder(abc.ABC):
         return self.text_tokenizer(texts)
 
     def preprocess(self, image: Image) -> Tensor:
-        """[3, H, W] float32; `InputError` naming `preprocess` when the model carries none."""
-        if self.image_transform is None:
-            raise InputError(
-                f"preprocess: {self.name} came without its image preprocessing, so images that are "
-                "not float tensors cannot be read. Pass preprocess= (a callable PIL image -> "
-                "[3, H, W] float tensor, or a transformers image processor), or give float tensors "
-                "that are already preprocessed."
-            )
-        return self.image_transform(image)
-
-    def trainable(self, tune: str) -> list[tuple[str, nn.Parameter]]:
-        """Name and parameter of what `tune` trains, in the module's order.
-
-        Args:
-            tune: `"all"`; `"image"` or `"text"`, one tower; `"projections"`, the last map into the
-                shared space of each tower; `"last:N"`, the last N blocks of each tower (stages of a
-                ResNet) and all that follows them. The temperature (logit_scale) and logit_bias are
-                never among them, nor are weights that no feature depends on (CoCa's decoder).
+        """Transform a picture to [3, H, W] float32.
 
         Raises:
-            InputError: unknown `tune`, or N beyond the blocks that a tower has.
+            InputError: names `preprocess` when the model has none.
         """
-        return select_parameters(self.module, self.image_parts(), self.text_parts(), tune)
+        return self._known_transform("images that are not float tensors")(image)
+
+    def trainable(self, tune: str) -> list[tuple[str, nn.Parameter]]:
+        """Return name and parameter of everything that `tune` trains, in the module's order.
+
+        Args:
+            tune: `"all"`; `"image"` or `"text"`, one tower; `"projections"`, the last map of each
+                tower into the shared space; `"last:N"`, the last N blocks of each tower (stages of
+                a ResNet) and everything after them. Never included: the temperature (logit_scale),
+                logit_bias, and weights that no feature depends on (CoCa's decoder).
+
+        Raises:
+            InputError: unknown `tune`, or a tower has fewer than N blocks.
+        """
+        parts = _select_parts(self.image_parts(), self.text_parts(), tune)
+        chosen = {id(parameter) for parameter in _parameters(parts)}
+        return [
+            (name, parameter)
+            for name, parameter in self.module.named_parameters()
+            if id(parameter) in chosen and name not in ("logit_scale", "logit_bias")
+        ]
 
     def fingerprint(self) -> str:
-        """SHA-256 over weights, image size, preprocessing and tokenizer: equal means same features.
+        """Hash weights, image size, preprocessing and tokenizer (SHA-256): equal, same features.
 
         Weights on the CPU are hashed in place (about 1 GB/s); others are copied one at a time.
         """
@@ -155,29 +170,23 @@ class DualEncoder(abc.ABC):
             digest.update(f"{self.context_length};{probe.tolist()}".encode())
         return digest.hexdigest()
 
-
-def _unit_rows(features: Tensor) -> Tensor:
-    if features.dtype != torch.float64:
-        features = features.float()
-    return F.normalize(features, dim=-1)
-
-
-def frozen_copy(tower: DualEncoder) -> DualEncoder:
-    """A copy that shares nothing trainable with `tower`: own weights, eval mode, no gradients."""
-    frozen = copy.copy(tower)
-    frozen.module = copy.deepcopy(tower.module).eval().requires_grad_(False)
-    frozen.module.zero_grad(set_to_none=True)
-    return frozen
+    def _known_transform(self, images: str) -> ImageTransform:
+        if self.image_transform is None:
+            raise InputError(
+                f"preprocess: {self.name} came without its image preprocessing, so {images} cannot "
+                "be read. Pass preprocess= (a callable PIL image -> [3, H, W] float tensor, or a "
+                "transformers image processor), or give float tensors that are already "
+                "preprocessed."
+            )
+        return self.image_transform
 
 
 Part = nn.Module | nn.Parameter
 
-CHOICES = '"all", "image", "text", "projections" or "last:N" (N a positive number, as in "last:4")'
-
 
 @dataclass(frozen=True)
 class TowerParts:
-    """One tower, front to back. Parts may overlap: a parameter is chosen once."""
+    """The parts of one tower, front to back. They may overlap: a parameter counts once."""
 
     everything: Sequence[Part]  # all that the tower's features depend on
     blocks: Sequence[Part]  # transformer blocks or ResNet stages, first to last
@@ -185,33 +194,40 @@ class TowerParts:
     projection: Sequence[Part]  # the last map into the shared space
 
 
-def select_parameters(
-    module: nn.Module, image: TowerParts, text: TowerParts, tune: str
-) -> list[tuple[str, nn.Parameter]]:
-    """Name and parameter of what `tune` names, in module order; see `DualEncoder.trainable`."""
+def frozen_copy(model: DualEncoder) -> DualEncoder:
+    """Copy a model with weights of its own, in eval mode and without gradients."""
+    frozen = copy.copy(model)
+    frozen.module = copy.deepcopy(model.module).eval().requires_grad_(False)
+    frozen.module.zero_grad(set_to_none=True)
+    return frozen
+
+
+def _unit_rows(features: Tensor) -> Tensor:
+    if features.dtype != torch.float64:
+        features = features.float()
+    return F.normalize(features, dim=-1)
+
+
+def _select_parts(image: TowerParts, text: TowerParts, tune: str) -> list[Part]:
     if tune == "all":
-        parts = [*image.everything, *text.everything]
-    elif tune == "image":
-        parts = [*image.everything]
-    elif tune == "text":
-        parts = [*text.everything]
-    elif tune == "projections":
-        parts = [*image.projection, *text.projection]
-    else:
-        count = _last_count(tune)
-        parts = [*_last_blocks("image", image, count), *_last_blocks("text", text, count)]
-    chosen = {id(parameter) for parameter in _parameters(parts)}
-    return [
-        (name, parameter)
-        for name, parameter in module.named_parameters()
-        if id(parameter) in chosen and name not in ("logit_scale", "logit_bias")
-    ]
+        return [*image.everything, *text.everything]
+    if tune == "image":
+        return [*image.everything]
+    if tune == "text":
+        return [*text.everything]
+    if tune == "projections":
+        return [*image.projection, *text.projection]
+    count = _parse_block_count(tune)
+    return [*_last_blocks("image", image, count), *_last_blocks("text", text, count)]
 
 
-def _last_count(tune: str) -> int:
+def _parse_block_count(tune: str) -> int:
     match = re.fullmatch(r"last:([1-9][0-9]*)", tune) if isinstance(tune, str) else None
     if match is None:
-        raise InputError(f"tune: {tune!r} is not one of {CHOICES}")
+        raise InputError(
+            f'tune: {tune!r} is not one of "all", "image", "text", "projections" or "last:N" '
+            '(N a positive number, as in "last:4")'
+        )
     return int(match[1])
 
 

@@ -1,20 +1,16 @@
 """transformers' `CLIPModel`, `SiglipModel` and `Siglip2Model` as a `DualEncoder`.
 
-SigLIP was trained with a sigmoid loss; here the objective's softmax acts on its similarities at
-its own scale, and `logit_bias` is left alone (a softmax does not see it).
-
-A SigLIP 2 of the NaFlex kind (`Siglip2Model`) takes patches of any aspect. Here it is run at one
-resolution, the square that its position grid covers: images are resized to it whatever their
-aspect, and cut into patches in the adapter. Checkpoints of SigLIP 2 at a fixed resolution are
-`SiglipModel`s and need none of this.
+A NaFlex SigLIP 2 (`Siglip2Model`) takes patches of images of any aspect ratio. Here it runs at one
+resolution, the square that its position grid covers: images are resized to that square, and the
+adapter cuts them into patches. Fixed-resolution SigLIP 2 checkpoints are `SiglipModel`s and need
+none of this.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,19 +19,16 @@ from fasterase.errors import InputError, require
 from fasterase.files import written_whole
 from fasterase.models.dual_encoder import DualEncoder, Tokens, TowerParts
 from fasterase.models.preprocessing import (
+    ImageTransform,
     TextTokenizer,
     is_image_processor,
-    user_tokenizer,
-    user_transform,
+    wrap_tokenizer,
+    wrap_transform,
 )
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-
-CLASSES = {"clip": "CLIPModel", "siglip": "SiglipModel", "siglip2": "Siglip2Model"}
-# One safetensors file up to this size; the library would shard (v4) or not (v5) by itself.
-MAX_SHARD_SIZE = "5GB"
+_CLASSES = {"clip": "CLIPModel", "siglip": "SiglipModel", "siglip2": "Siglip2Model"}
+# One safetensors file up to this size; by default the library shards in version 4, not in 5.
+_MAX_SHARD_SIZE = "5GB"
 
 
 class HuggingFaceEncoder(DualEncoder):
@@ -44,9 +37,12 @@ class HuggingFaceEncoder(DualEncoder):
     Args:
         module: `CLIPModel`, `SiglipModel` or `Siglip2Model`.
         name: for people.
-        source: folder or hub id that its tokenizer and image processor are looked for in.
-        online: whether that look may use the network.
-        tokenizer, preprocess: the caller's, which come first.
+        source: folder or hub id to look for its tokenizer and image processor in.
+        online: whether that search may use the network.
+        tokenizer, preprocess: the caller's, which take precedence.
+
+    Attributes:
+        image_processor: the library's image processor, which `save` writes; None when unknown.
     """
 
     module: Any
@@ -74,57 +70,60 @@ class HuggingFaceEncoder(DualEncoder):
         self.embed_dim = int(
             text.projection_size if hasattr(text, "projection_size") else config.projection_dim
         )
-        if tokenizer is None and source is not None:
-            self.text_tokenizer = self._found_tokenizer(source, online)
-        elif tokenizer is not None:
-            self.text_tokenizer = self._wrap_tokenizer(tokenizer)
-        else:
-            self.text_tokenizer = None
-        self._processor: Any = None
-        self.image_transform = self._choose_transform(preprocess, tokenizer, source, online)
-
-    def _wrap_tokenizer(self, tokenizer: Any) -> TextTokenizer:
-        return user_tokenizer(tokenizer, self.context_length, self.vocab_size, with_mask=True)
-
-    def _found_tokenizer(self, source: str, online: bool) -> TextTokenizer | None:
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=not online)
-            wrapped = self._wrap_tokenizer(tokenizer)
-            first, second = wrapped(["a photo of a cat", "two dogs on the grass"]).ids
-        except Exception:
-            return None  # None there, or not for this model: the caller is told when it is needed.
-        # Without its files the library may hand out a tokenizer with an empty vocabulary.
-        return None if torch.equal(first, second) else wrapped
-
-    def _choose_transform(
-        self, preprocess: Any, tokenizer: Any, source: str | None, online: bool
-    ) -> Callable[[Image], Tensor] | None:
+        self.text_tokenizer = self._choose_tokenizer(tokenizer, source, online)
         if preprocess is None and is_image_processor(getattr(tokenizer, "image_processor", None)):
             preprocess = tokenizer  # A CLIPProcessor given as tokenizer brings both.
-        if preprocess is None and source is not None:
+        self.image_processor: Any = None
+        self.image_transform = self._choose_transform(preprocess, source, online)
+
+    def _choose_tokenizer(
+        self, given: Any, source: str | None, online: bool
+    ) -> TextTokenizer | None:
+        if given is not None:
+            return self._wrap_tokenizer(given)
+        if source is None:
+            return None
+        try:
+            from transformers import AutoTokenizer
+
+            found = AutoTokenizer.from_pretrained(source, local_files_only=not online)
+            wrapped = self._wrap_tokenizer(found)
+            first, second = wrapped(["a photo of a cat", "two dogs on the grass"]).ids
+        except Exception:
+            return None  # Missing, or of another model: `tokenize` says so when it is needed.
+        # Without the tokenizer's files the library may return one with an empty vocabulary.
+        return None if torch.equal(first, second) else wrapped
+
+    def _wrap_tokenizer(self, tokenizer: Any) -> TextTokenizer:
+        return wrap_tokenizer(tokenizer, self.context_length, self.vocab_size, with_mask=True)
+
+    def _choose_transform(
+        self, given: Any, source: str | None, online: bool
+    ) -> ImageTransform | None:
+        if given is not None:
+            return self._wrap_transform(given)
+        if source is None:
+            return None
+        try:
             from transformers import AutoImageProcessor
 
-            try:
-                preprocess = AutoImageProcessor.from_pretrained(source, local_files_only=not online)
-                transform = user_transform(preprocess, self.image_size)
-            except Exception:
-                return None
-            self._processor = preprocess
-            return transform
-        if preprocess is None:
-            return None
+            found = AutoImageProcessor.from_pretrained(source, local_files_only=not online)
+            return self._wrap_transform(found)
+        except Exception:
+            return None  # Missing, or of another model: `preprocess` says so when it is needed.
+
+    def _wrap_transform(self, preprocess: Any) -> ImageTransform:
+        transform = wrap_transform(preprocess, self.image_size)
         processor = getattr(preprocess, "image_processor", preprocess)
         if is_image_processor(processor):
-            self._processor = processor
-        return user_transform(preprocess, self.image_size)
+            self.image_processor = processor
+        return transform
 
     def _image_features(self, pixels: Tensor) -> Tensor:
         if self._patch_size is None:
             output = self.module.get_image_features(pixel_values=pixels)
         else:
-            patches, mask, shapes = cut_patches(pixels, self._patch_size)
+            patches, mask, shapes = _cut_patches(pixels, self._patch_size)
             output = self.module.get_image_features(
                 pixel_values=patches, pixel_attention_mask=mask, spatial_shapes=shapes
             )
@@ -155,29 +154,28 @@ class HuggingFaceEncoder(DualEncoder):
         )
 
     def save(self, folder: Path) -> None:
-        """Write what `from_pretrained` reads, with tokenizer and image processor where known."""
+        """Write a `from_pretrained` folder, with tokenizer and image processor where known."""
         with written_whole(folder, library="transformers") as new:
-            self.module.save_pretrained(new, max_shard_size=MAX_SHARD_SIZE)
-            tokenizer = getattr(self.text_tokenizer, "source", None)
-            companions: tuple[Any, ...] = (tokenizer, self._processor)
-            for companion in companions:
+            self.module.save_pretrained(new, max_shard_size=_MAX_SHARD_SIZE)
+            tokenizer: Any = getattr(self.text_tokenizer, "source", None)
+            for companion in (tokenizer, self.image_processor):
                 if hasattr(companion, "save_pretrained"):
                     companion.save_pretrained(new)
 
 
 def is_transformers(module: nn.Module) -> bool:
-    """Whether the module is one that this adapter takes, told without importing the library."""
+    """Whether this adapter takes the module; does not import the library."""
     return any(
         ancestor.__module__.partition(".")[0] == "transformers"
-        and ancestor.__name__ in CLASSES.values()
+        and ancestor.__name__ in _CLASSES.values()
         for ancestor in type(module).__mro__
     )
 
 
 def from_instance(module: nn.Module, *, tokenizer: Any, preprocess: Any) -> HuggingFaceEncoder:
-    """Adapt a module of transformers, with the tokenizer and processor it was loaded beside.
+    """Adapt a transformers module, with the tokenizer and image processor of its checkpoint.
 
-    Those are looked for only on this machine: in its folder, or in the hub's cache.
+    They are looked for on this machine only: in the module's folder or in the hub's cache.
     """
     return HuggingFaceEncoder(
         module,
@@ -192,10 +190,10 @@ def from_instance(module: nn.Module, *, tokenizer: Any, preprocess: Any) -> Hugg
 def from_source(
     source: str, *, name: str, online: bool, tokenizer: Any, preprocess: Any
 ) -> HuggingFaceEncoder:
-    """Load a hub id or a `from_pretrained` folder, in fp32, all weights real.
+    """Load a hub id or a `from_pretrained` folder in fp32, never with random weights.
 
     Raises:
-        InputError: not a supported CLIP, out of reach, or some weights are missing.
+        InputError: not a supported CLIP model, out of reach, or some weights are missing.
         MissingExtraError: transformers is not installed.
     """
     transformers = require("transformers", "hf", f"Loading {name}")
@@ -203,12 +201,12 @@ def from_source(
         config = transformers.AutoConfig.from_pretrained(source, local_files_only=not online)
     except Exception as error:
         raise _unreachable(name, error) from error
-    if config.model_type not in CLASSES:
+    if config.model_type not in _CLASSES:
         raise InputError(
-            f"model: {name} is a {config.model_type!r} model; of transformers only "
-            f"{', '.join(CLASSES.values())} are supported"
+            f"model: {name} is a {config.model_type!r} model; the supported transformers "
+            f"classes are {', '.join(_CLASSES.values())}"
         )
-    kind = getattr(transformers, CLASSES[config.model_type])
+    kind = getattr(transformers, _CLASSES[config.model_type])
     try:
         module, report = kind.from_pretrained(
             source,
@@ -236,14 +234,14 @@ def from_source(
     )
 
 
-def cut_patches(
+def _cut_patches(
     pixels: Tensor,  # [B, 3, H, W]
     patch_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, P, 3 * patch_size^2] patches, row by row, each pixel's channels together; mask; grid.
+    """Cut images into patches [B, P, 3 * patch_size^2], row by row, a pixel's channels together.
 
-    The order of `Siglip2ImageProcessor`, without its padding: mask [B, P] is all ones and the grid
-    [B, 2] holds every image's (rows, columns).
+    This is the order of `Siglip2ImageProcessor`, without padding: the mask [B, P] is all ones, and
+    the grid [B, 2] holds the (rows, columns) of every image.
     """
     batch, channels, height, width = pixels.shape
     if height % patch_size or width % patch_size:
@@ -260,7 +258,7 @@ def cut_patches(
 
 
 def _features(output: Any) -> Tensor:
-    # A tensor before version 5, since then an output object whose pooled part is projected.
+    # A tensor before version 5; since then an output object with the projection as pooler_output.
     return output if isinstance(output, Tensor) else output.pooler_output
 
 

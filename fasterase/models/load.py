@@ -1,4 +1,4 @@
-"""Whatever a user calls a model, as a `DualEncoder`: an instance, a name, a hub id or a folder."""
+"""Load a model given as an instance, a name, a hub id or a folder."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from fasterase.models import huggingface, openclip
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.openclip import CONFIG_FILE
 
-FORMS = (
+_FORMS = (
     'an open_clip or transformers CLIP model, "ViT-B-32/laion2b_s34b_b79k" (open_clip name/tag), '
     '"hf-hub:org/name" (open_clip), "hf:org/name" (transformers) or a folder that either library '
     "or fasterase wrote"
 )
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
 def load_model(
@@ -29,19 +30,21 @@ def load_model(
     preprocess: Any = None,
     model_name: str | None = None,
 ) -> DualEncoder:
-    """Adapt or load a CLIP model. Weights named by a string are always real ones, in fp32.
+    """Adapt or load a CLIP model; what a string names is loaded in fp32, never with random weights.
 
     Args:
         model: an open_clip `CLIP`, `CustomTextCLIP` or `CoCa`; a transformers `CLIPModel`,
-            `SiglipModel` or `Siglip2Model`; or a string or path naming one (see `FORMS`).
+            `SiglipModel` or `Siglip2Model`; or a string or path: "ViT-B-32/laion2b_s34b_b79k"
+            (open_clip name/tag), "hf-hub:org/name" (open_clip), "hf:org/name" (transformers), or a
+            folder that either library or fasterase wrote.
         tokenizer: open_clip tokenizer, transformers tokenizer or processor, or any callable
-            list of str -> [B, L] ids; default the model's own where it is known.
+            list of str -> [B, L] ids; by default the model's own, if known.
         preprocess: callable PIL image -> [3, H, W] float tensor, or a transformers image processor
-            or processor; default the model's own.
-        model_name: open_clip's architecture name, for an open_clip instance that is not recognised.
+            or processor; by default the model's own.
+        model_name: open_clip's architecture name, for an open_clip instance it cannot be read off.
 
     Raises:
-        InputError: names `model`, `tokenizer`, `preprocess` or `model_name`, whichever is unusable.
+        InputError: names the unusable argument.
         MissingExtraError: the library that reads the model is not installed.
     """
     if isinstance(model, DualEncoder):
@@ -49,7 +52,7 @@ def load_model(
     if isinstance(model, nn.Module):
         return _adapt(model, tokenizer, preprocess, model_name)
     if not isinstance(model, (str, os.PathLike)):
-        raise InputError(f"model: {type(model).__name__} is not a model. Give {FORMS}")
+        raise InputError(f"model: {type(model).__name__} is not a model. Give {_FORMS}")
     if model_name is not None:
         raise InputError(
             f"model_name: {model_name!r} is for open_clip instances; {os.fspath(model)!r} already "
@@ -77,7 +80,7 @@ def _adapt(
         raise InputError(
             f"model: {type(module).__name__} wraps a {type(inner).__name__}; pass the model inside"
         )
-    raise InputError(f"model: {type(module).__name__} is not a supported CLIP model. Give {FORMS}")
+    raise InputError(f"model: {type(module).__name__} is not a supported CLIP model. Give {_FORMS}")
 
 
 def _load(model: str | os.PathLike[str], **given: Any) -> DualEncoder:
@@ -98,8 +101,7 @@ def _load(model: str | os.PathLike[str], **given: Any) -> DualEncoder:
 
 def _load_folder(folder: Path, **given: Any) -> DualEncoder:
     if not folder.is_dir():
-        found = "is a file" if folder.exists() else "does not exist"
-        raise InputError(f"model: {folder} {found}; a folder with a saved model is needed")
+        raise _no_folder(folder)
     if (folder / CONFIG_FILE).is_file():
         return openclip.from_source(f"local-dir:{folder}", name=str(folder), **given)
     if (folder / "config.json").is_file():
@@ -107,7 +109,7 @@ def _load_folder(folder: Path, **given: Any) -> DualEncoder:
     if (folder / MARKER).is_file():
         raise InputError(
             f"model: {folder} holds weights of an architecture that open_clip does not describe; "
-            "build the module yourself, load the weights as README.md there says, and pass it"
+            "build the module yourself, load the weights as its README.md says, and pass the module"
         )
     raise InputError(
         f"model: {folder} holds neither {CONFIG_FILE} (open_clip) nor config.json "
@@ -122,13 +124,14 @@ def _load_named(name: str, **given: Any) -> DualEncoder:
     if architecture in library.list_models():
         return openclip.from_name(architecture, tag or None, **given)
     if name.startswith((".", "~", "/")) or os.sep * 2 in name or Path(name).suffix in _WEIGHT_FILES:
-        found = "is a file" if Path(name).expanduser().exists() else "does not exist"
-        raise InputError(f"model: {name} {found}; a folder with a saved model is needed")
+        raise _no_folder(Path(name).expanduser())
     near = difflib.get_close_matches(architecture, library.list_models(), n=3, cutoff=0.6)
     hint = f" Close open_clip names: {', '.join(near)}." if near else ""
     raise InputError(
-        f"model: {name!r} is neither an open_clip model nor a folder here.{hint} Give {FORMS}"
+        f"model: {name!r} is neither an open_clip model nor a folder here.{hint} Give {_FORMS}"
     )
 
 
-_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+def _no_folder(path: Path) -> InputError:
+    found = "is a file" if path.exists() else "does not exist"
+    return InputError(f"model: {path} {found}; a folder with a saved model is needed")

@@ -1,11 +1,12 @@
-"""The name and `model_cfg` of an open_clip instance, found among open_clip's own configurations.
+"""Find the name and `model_cfg` of an open_clip instance among open_clip's own configurations.
 
-A configuration, also one read off the module, is believed only when the library, given it, builds
-a module with the same state dict (on the meta device, so in no memory and little time).
+A configuration, even one read off the module, is trusted only if the library builds a module with
+the same state dict from it. The build is on the meta device: no memory and little time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -14,7 +15,10 @@ from torch import nn
 
 from fasterase.errors import InputError
 
-# Keys that change no feature of a model whose weights are loaded, or that no module reveals.
+# A `model_cfg`: what open_clip keeps in its json files and builds models from.
+Config = dict[str, Any]
+
+# Keys that change no feature once weights are loaded, or that cannot be read off a module.
 _IGNORED_VISION = {
     "head_width",
     "mlp_ratio",
@@ -36,8 +40,8 @@ _IGNORED_TEXT = {
 }
 
 
-def named_config(module: nn.Module, model_name: str) -> Config:
-    """The configuration that open_clip keeps under `model_name`, adjusted to the module's sizes.
+def get_named_config(module: nn.Module, model_name: str) -> Config:
+    """Return open_clip's configuration named `model_name`, adjusted to the module's sizes.
 
     Raises:
         InputError: no such configuration, or the module is of another architecture.
@@ -50,7 +54,7 @@ def named_config(module: nn.Module, model_name: str) -> Config:
             f"model_name: open_clip knows no {model_name!r}; see open_clip.list_models(), or "
             "register a configuration with open_clip.add_model_config(path)"
         )
-    config = adjusted(config, module)
+    config = adjust_config(config, module)
     if not builds_same(config, module):
         raise InputError(
             f"model_name: the weights of this {type(module).__name__} do not have the shapes of "
@@ -59,8 +63,8 @@ def named_config(module: nn.Module, model_name: str) -> Config:
     return config
 
 
-def recognised(module: nn.Module) -> tuple[Config | None, list[str]]:
-    """The module's `model_cfg`, None where unknown, and the names open_clip has for it, if any."""
+def find_config(module: nn.Module) -> tuple[Config | None, list[str]]:
+    """Return the module's `model_cfg`, None if unknown, and the names open_clip has for it."""
     import open_clip
 
     read = read_config(module)
@@ -73,16 +77,53 @@ def recognised(module: nn.Module) -> tuple[Config | None, list[str]]:
         if own is not None:
             same = _comparable(config) == own
         else:
-            same = _plausible(config, module) and builds_same(adjusted(config, module), module)
+            same = _may_match(config, module) and builds_same(adjust_config(config, module), module)
         if same:
             names.append(name)
     if names:
-        return adjusted(open_clip.get_model_config(names[0]), module), names
+        return adjust_config(open_clip.get_model_config(names[0]), module), names
     return read, names
 
 
+def adjust_config(config: Config, module: nn.Module) -> Config:
+    """Copy `config`, taking from the module all that open_clip lets a caller override."""
+    config = deepcopy(config)
+    found = read_image_size(module)
+    if found != _size_pair(config["vision_cfg"].get("image_size", 224)):
+        config["vision_cfg"]["image_size"] = _side(found)
+    if not config["text_cfg"].get("hf_model_name"):
+        config["text_cfg"]["context_length"] = int(text_tower(module).context_length)
+    if _uses_quick_gelu(module):
+        config["quick_gelu"] = True
+    # The module decides whether there is a logit_bias; both scalars are written 0-d.
+    config.pop("nonscalar_logit_scale", None)
+    bias = getattr(module, "logit_bias", None)
+    if bias is None:
+        config.pop("init_logit_bias", None)
+    else:
+        config.setdefault("init_logit_bias", float(bias.detach().reshape(())))
+    return config
+
+
+def read_config(module: Any) -> Config | None:
+    """Read `model_cfg` off the module; None if a tower is not one of open_clip's own."""
+    vision, text = _read_vision(module.visual), _read_text(module)
+    if vision is None or text is None:
+        return None
+    config: Config = {"embed_dim": read_embed_dim(module), "vision_cfg": vision, "text_cfg": text}
+    if _uses_quick_gelu(module):
+        config["quick_gelu"] = True
+    if kind_of(module) != "CLIP":
+        config["custom_text"] = True
+    if kind_of(module) == "CoCa":
+        config["multimodal_cfg"] = _read_decoder(module, text)
+    if module.logit_bias is not None:
+        config["init_logit_bias"] = float(module.logit_bias.detach().reshape(()))
+    return config
+
+
 def builds_same(config: Config, module: nn.Module) -> bool:
-    """Whether the library builds from `config` a module with this one's state dict and settings."""
+    """Whether the library builds a module with the same state dict from `config`."""
     from open_clip.coca_model import CoCa
     from open_clip.model import CLIP, CustomTextCLIP
 
@@ -95,8 +136,8 @@ def builds_same(config: Config, module: nn.Module) -> bool:
         with torch.device("meta"):
             built = classes[kind_of(module) or ""](**arguments)
     except Exception:
-        # A configuration of another class, or a transformers tower whose own configuration is
-        # not on this machine: either way not known to be the same.
+        # The configuration is for another class, or a transformers tower's own configuration is
+        # not on this machine. Either way it is not known to be the same.
         return False
 
     def shapes(model: nn.Module) -> dict[str, torch.Size]:
@@ -109,33 +150,58 @@ def builds_same(config: Config, module: nn.Module) -> bool:
     return shapes(built) == shapes(module)
 
 
-def adjusted(config: Config, module: nn.Module) -> Config:
-    """`config` with what open_clip lets a caller override at creation taken from the module."""
-    config = deepcopy(config)
-    size = config["vision_cfg"].get("image_size", 224)
-    found = image_size(module)
-    if found != (tuple(size) if isinstance(size, (list, tuple)) else (size, size)):
-        config["vision_cfg"]["image_size"] = found[0] if found[0] == found[1] else list(found)
-    if not config["text_cfg"].get("hf_model_name"):
-        config["text_cfg"]["context_length"] = int(text_tower(module).context_length)
-    if uses_quick_gelu(module):
-        config["quick_gelu"] = True
-    with_logit_bias(config, module)
-    return config
+def kind_of(module: nn.Module) -> str | None:
+    """`"CLIP"`, `"CustomTextCLIP"` or `"CoCa"` for an instance of that class, else None."""
+    for ancestor in type(module).__mro__:
+        if ancestor.__module__.partition(".")[0] == "open_clip" and ancestor.__name__ in (
+            "CLIP",
+            "CustomTextCLIP",
+            "CoCa",
+        ):
+            return ancestor.__name__
+    return None
 
 
-def with_logit_bias(config: Config, module: nn.Module) -> None:
-    """Make `config` ask for a logit_bias exactly where the module has one, written 0-d."""
-    config.pop("nonscalar_logit_scale", None)
-    bias = getattr(module, "logit_bias", None)
-    if bias is None:
-        config.pop("init_logit_bias", None)
-    else:
-        config.setdefault("init_logit_bias", float(bias.detach().reshape(())))
+def text_tower(module: Any) -> Any:
+    """Return the text transformer; for `CLIP`, the model itself, which holds its parts."""
+    return module if kind_of(module) == "CLIP" else module.text
+
+
+def is_hf_text(text: nn.Module) -> bool:
+    """Whether a text tower is a transformers model inside open_clip."""
+    return type(text).__name__ == "HFTextEncoder"
+
+
+def read_embed_dim(module: Any) -> int:
+    """Return D, the width of the shared embedding; every kind states it in the text tower."""
+    text = text_tower(module)
+    if kind_of(module) != "CLIP":
+        return int(text.output_dim)
+    projection = text.text_projection
+    if projection is None:
+        return int(text.ln_final.normalized_shape[0])
+    return int(
+        projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1]
+    )
+
+
+def read_image_size(module: Any) -> tuple[int, int]:
+    """Return (height, width) in pixels that the image tower takes."""
+    return _size_pair(module.visual.image_size)
+
+
+def _size_pair(size: int | Sequence[int]) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)
+
+
+def _uses_quick_gelu(module: Any) -> bool:
+    """Whether OpenAI's activation is in use; no weight shows it."""
+    return any(type(part).__name__ == "QuickGELU" for part in module.modules())
 
 
 def _comparable(config: Config) -> dict[str, Any]:
-    """A configuration with every default filled in and without what changes no feature."""
+    """Fill in every default and drop everything that changes no feature."""
     from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
     vision = vars(CLIPVisionCfg(**config["vision_cfg"])).copy()
@@ -161,7 +227,7 @@ def _comparable(config: Config) -> dict[str, Any]:
         "text": {k: _plain(v) for k, v in text.items() if k not in _IGNORED_TEXT},
         "heads": heads,
         "hidden": hidden,
-        "image_size": list(size) if isinstance(size, (tuple, list)) else [size, size],
+        "image_size": _size_pair(size),
         "layer_scale": (vision["ls_init_value"] is None, text["ls_init_value"] is None),
         "embed_dim": config["embed_dim"],
         "quick_gelu": config.get("quick_gelu", False),
@@ -179,91 +245,22 @@ def _is_resnet(vision: Config) -> bool:
     return isinstance(vision["layers"], (list, tuple))
 
 
-def _plausible(config: Config, module: nn.Module) -> bool:
-    """A cheap comparison that leaves only a few candidates to build."""
+def _may_match(config: Config, module: nn.Module) -> bool:
+    """Compare cheaply, so that only a few candidates need to be built."""
     vision, text = config["vision_cfg"], config["text_cfg"]
     trunk = getattr(module.visual, "trunk", None)
     timm_settings = getattr(trunk, "pretrained_cfg", None) or getattr(trunk, "default_cfg", {})
     timm_name = vision.get("timm_model_name")
-    size = vision.get("image_size", 224)
     tower = text_tower(module)
     hf_name = getattr(getattr(tower, "config", None), "_name_or_path", None)
     return (
-        config["embed_dim"] == embed_dim(module)
+        config["embed_dim"] == read_embed_dim(module)
         and bool(timm_name) == (trunk is not None)
         and (not timm_name or timm_name.partition(".")[0] == timm_settings.get("architecture"))
-        and image_size(module) == (tuple(size) if isinstance(size, list) else (size, size))
+        and read_image_size(module) == _size_pair(vision.get("image_size", 224))
         and text.get("hf_model_name") == hf_name
         and (hf_name is not None or text.get("vocab_size", 49408) == tower.vocab_size)
     )
-
-
-# Modules are `Any` below: their attributes are the library's, which torch's types do not know.
-Config = dict[str, Any]
-
-
-def kind_of(module: nn.Module) -> str | None:
-    """`"CLIP"`, `"CustomTextCLIP"` or `"CoCa"` for open_clip's classes and heirs, else None."""
-    for ancestor in type(module).__mro__:
-        if ancestor.__module__.partition(".")[0] == "open_clip" and ancestor.__name__ in (
-            "CLIP",
-            "CustomTextCLIP",
-            "CoCa",
-        ):
-            return ancestor.__name__
-    return None
-
-
-def text_tower(module: Any) -> Any:
-    """The text transformer; for `CLIP`, the model itself, which holds the text tower's parts."""
-    return module if kind_of(module) == "CLIP" else module.text
-
-
-def is_hf_text(text: nn.Module) -> bool:
-    """Whether a text tower is one of transformers inside open_clip."""
-    return type(text).__name__ == "HFTextEncoder"
-
-
-def embed_dim(module: Any) -> int:
-    """D, the width of the shared embedding, told by the text tower (every kind states it there)."""
-    text = text_tower(module)
-    if kind_of(module) != "CLIP":
-        return int(text.output_dim)
-    projection = text.text_projection
-    if projection is None:
-        return int(text.ln_final.normalized_shape[0])
-    return int(
-        projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1]
-    )
-
-
-def image_size(module: Any) -> tuple[int, int]:
-    """(height, width) in pixels that the image tower takes."""
-    size = module.visual.image_size
-    height, width = size if isinstance(size, (tuple, list)) else (size, size)
-    return int(height), int(width)
-
-
-def uses_quick_gelu(module: Any) -> bool:
-    """Whether OpenAI's activation is in use, which no weight shows."""
-    return any(type(part).__name__ == "QuickGELU" for part in module.modules())
-
-
-def read_config(module: Any) -> Config | None:
-    """The `model_cfg` read off the module, or None where a tower is not one of the native ones."""
-    vision, text = _read_vision(module.visual), _read_text(module)
-    if vision is None or text is None:
-        return None
-    config: Config = {"embed_dim": embed_dim(module), "vision_cfg": vision, "text_cfg": text}
-    if uses_quick_gelu(module):
-        config["quick_gelu"] = True
-    if kind_of(module) != "CLIP":
-        config["custom_text"] = True
-    if kind_of(module) == "CoCa":
-        config["multimodal_cfg"] = _read_decoder(module, text)
-    if module.logit_bias is not None:
-        config["init_logit_bias"] = float(module.logit_bias.detach().reshape(()))
-    return config
 
 
 def _read_vision(visual: Any) -> Config | None:
@@ -350,7 +347,7 @@ def _read_decoder(module: Any, text: Config) -> Config:
 
 
 def _read_blocks(transformer: Any) -> Config | None:
-    """Sizes and options of a stack of open_clip's standard blocks; None for custom ones."""
+    """Read sizes and options of a stack of open_clip's standard blocks; None for custom ones."""
     block = transformer.resblocks[0]
     if type(block).__name__ != "ResidualAttentionBlock":
         return None
@@ -363,7 +360,7 @@ def _read_blocks(transformer: Any) -> Config | None:
         **_read_layer_scale(block),
     }
     if hidden != 4 * width:
-        # The library takes int(width * ratio); half a unit more survives a quotient rounded down.
+        # The library takes int(width * ratio); half a unit more survives rounding down.
         config["mlp_ratio"] = ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
     if getattr(block.mlp.gelu, "approximate", "none") != "none":
         config["act_kwargs"] = {"approximate": block.mlp.gelu.approximate}
@@ -371,7 +368,7 @@ def _read_blocks(transformer: Any) -> Config | None:
 
 
 def _read_layer_scale(block: Any) -> Config:
-    # The initial value is gone and does not matter to loaded weights; that there is a scale does.
+    # The initial value is unknown and irrelevant to loaded weights; that a scale exists is not.
     return {} if isinstance(block.ls_1, nn.Identity) else {"ls_init_value": 1e-5}
 
 
@@ -379,7 +376,6 @@ def _read_norm(norm: Any) -> Config:
     return {} if norm.eps == 1e-5 else {"norm_kwargs": {"eps": norm.eps}}
 
 
-def _side(size: int | tuple[int, int] | list[int]) -> int | list[int]:
-    if isinstance(size, int):
-        return size
-    return int(size[0]) if size[0] == size[1] else [int(size[0]), int(size[1])]
+def _side(size: int | Sequence[int]) -> int | list[int]:
+    height, width = _size_pair(size)
+    return height if height == width else [height, width]

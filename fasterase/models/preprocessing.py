@@ -1,4 +1,8 @@
-"""What turns pictures and captions into the pixels and token ids that a model takes."""
+"""Turn pictures and captions into the pixels and token ids that a model takes.
+
+An `ImageTransform` works in two parts where it can: data-loader workers resize and crop, and send
+bytes; the device normalises them. That is a quarter of the memory and transfer of float32 pixels.
+"""
 
 from __future__ import annotations
 
@@ -17,106 +21,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-@dataclass(frozen=True)
-class ProcessorTransform:
-    """A transformers image processor, one image at a time."""
-
-    processor: Any
-
-    def __call__(self, image: Image) -> Tensor:
-        batch = self.processor(images=image.convert("RGB"), return_tensors="pt")
-        return batch["pixel_values"][0].float()
-
-
-@dataclass(frozen=True)
-class SquashTransform:
-    """Resize to exactly `size`, whatever the aspect, rescale to 0..1 and normalise.
-
-    What a fixed-resolution SigLIP does; also how a NaFlex SigLIP 2 is given images here, whose own
-    processor would keep the aspect and give every image another patch grid.
-    """
-
-    size: tuple[int, int]  # (height, width) pixels
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    resample: int  # PIL's number
-
-    def __call__(self, image: Image) -> Tensor:
-        from torchvision.transforms.functional import normalize, to_tensor
-
-        height, width = self.size
-        resized = image.convert("RGB").resize((width, height), resample=self.resample)
-        return normalize(to_tensor(resized), list(self.mean), list(self.std))
-
-
-def open_clip_transform(settings: Mapping[str, Any]) -> Callable[[Image], Tensor]:
-    """The evaluation transform that open_clip makes of a model's `visual.preprocess_cfg`."""
-    from open_clip.transform import PreprocessCfg, image_transform_v2
-
-    # Settings read from a file hold lists for tuples; the same model must describe itself the same.
-    plain = {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()}
-    return image_transform_v2(PreprocessCfg(**plain), is_train=False)
-
-
-def user_transform(preprocess: Any, image_size: tuple[int, int]) -> Callable[[Image], Tensor]:
-    """The caller's `preprocess=` as a transform, tried once on a grey image.
-
-    Raises:
-        InputError: not a transform or image processor, or its pixels are not [3, *image_size].
-    """
-    from PIL import Image
-
-    processor = getattr(preprocess, "image_processor", preprocess)
-    if hasattr(processor, "max_num_patches"):
-        transform: Callable[[Any], Any] = naflex_transform(processor, image_size)
-    elif is_image_processor(processor):
-        transform = ProcessorTransform(processor)
-    elif callable(preprocess):
-        transform = preprocess
-    else:
-        raise InputError(
-            f"preprocess: {type(preprocess).__name__} is neither a callable PIL image -> "
-            "[3, H, W] tensor nor a transformers image processor"
-        )
-    height, width = image_size
-    try:
-        pixels = transform(Image.new("RGB", (width + 7, height + 3), (128, 128, 128)))
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"preprocess: {type(preprocess).__name__} failed on a plain RGB image: {error}"
-        ) from error
-    if not isinstance(pixels, Tensor) or not torch.is_floating_point(pixels):
-        found = pixels.dtype if isinstance(pixels, Tensor) else type(pixels).__name__
-        raise InputError(f"preprocess: gave {found} where a float tensor [3, H, W] is needed")
-    if tuple(pixels.shape) != (3, height, width):
-        raise InputError(
-            f"preprocess: gave an image of shape {tuple(pixels.shape)}, but the model takes "
-            f"{(3, height, width)} (channels, height, width)"
-        )
-    return transform
-
-
-def is_image_processor(candidate: Any) -> bool:
-    """Whether it is an image processor of transformers, told without importing that library."""
-    return hasattr(candidate, "image_mean") and hasattr(candidate, "preprocess")
-
-
-def naflex_transform(processor: Any, image_size: tuple[int, int]) -> SquashTransform:
-    """A fixed-resolution transform with the statistics of a NaFlex (SigLIP 2) image processor."""
-    mean: Sequence[float] = processor.image_mean
-    std: Sequence[float] = processor.image_std
-    return SquashTransform(image_size, tuple(mean), tuple(std), int(processor.resample))
-
-
-def describe_transform(transform: Callable[..., Any] | None) -> str:
-    """The settings of a transform as text, the same in every process."""
-    if isinstance(transform, ProcessorTransform):
-        return transform.processor.to_json_string()
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(transform))
-
-
 class Tokens(NamedTuple):
     """Token ids of a batch of texts, with the attention mask where the model takes one."""
 
@@ -124,21 +28,96 @@ class Tokens(NamedTuple):
     mask: Tensor | None = None  # [B, L] int64, 1 on tokens and 0 on padding
 
     def to(self, device: torch.device | str) -> Tokens:
-        """The same tokens on `device`."""
+        """Move the tokens to `device`."""
         return Tokens(self.ids.to(device), None if self.mask is None else self.mask.to(device))
 
     def index(self, rows: Any) -> Tokens:  # type: ignore[override]
-        """The rows picked by whatever indexes a tensor: a slice, a mask, a list or a tensor."""
+        """Pick rows by anything that indexes a tensor: a slice, a mask, a list or a tensor."""
         return Tokens(self.ids[rows], None if self.mask is None else self.mask[rows])
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """PIL image -> pixels, whole or in two parts; picklable as its callables are, no weights.
+
+    The two parts are `pixels`, which runs in data-loader workers, and `normalise`, which runs on
+    the device. Build one with `wrap_transform` or `build_open_clip_transform`: they check that both
+    parts together give what the whole gives.
+
+    Attributes:
+        whole: PIL image -> [3, H, W] float32: the model's own transform or the caller's.
+        split: its two parts; None where they cannot be told apart.
+    """
+
+    whole: Callable[[Image], Tensor]
+    split: Split | None = None
+
+    def __call__(self, image: Image) -> Tensor:
+        """Return [3, H, W] float32, resized, cropped and normalised."""
+        return self.whole(image)
+
+    @property
+    def splits(self) -> bool:
+        """Whether `pixels` returns uint8 that `normalise` finishes."""
+        return self.split is not None
+
+    def pixels(self, image: Image) -> Tensor:
+        """Resize and crop: [3, H, W] uint8, or the float32 of the whole where it does not split."""
+        return self.whole(image) if self.split is None else self.split.pixels(image)
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Turn uint8 [..., 3, H, W] into float32 on the same device; return floats unchanged.
+
+        Raises:
+            InputError: integers that are not uint8, or uint8 where the transform does not split.
+        """
+        if pixels.is_floating_point():
+            return pixels
+        if self.split is None:
+            raise InputError(
+                f"preprocess: {pixels.dtype} pixels cannot be normalised, because this preprocess "
+                "has no mean and standard deviation of its own to apply. Give the float tensors "
+                "that it returns, or a torchvision Compose that ends in ToTensor and Normalize"
+            )
+        if pixels.dtype != torch.uint8:
+            raise InputError(
+                f"preprocess: {pixels.dtype} pixels cannot be normalised; give uint8 pixels, or "
+                "float pixels that are already preprocessed"
+            )
+        return self.split.normalise(pixels)
+
+
+@dataclass(frozen=True)
+class Split:
+    """The two parts of an image transform.
+
+    Attributes:
+        pixels: PIL image -> [3, H, W] uint8.
+        divisor: maps 0..255 to the range that mean and std refer to; 255 for 0..1.
+        mean, std: one value per channel, or one for all.
+    """
+
+    pixels: Callable[[Image], Tensor]
+    divisor: float = 255.0
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+    def normalise(
+        self,
+        pixels: Tensor,  # [..., 3, H, W] uint8
+    ) -> Tensor:
+        """(pixels / divisor - mean) / std in float32, in torchvision's order of operations."""
+        values = pixels.to(torch.float32).div_(self.divisor)
+        return values.sub_(_per_channel(self.mean, pixels)).div_(_per_channel(self.std, pixels))
 
 
 class TextTokenizer:
     """A tokenizer of either library, or any callable, at one model's context length.
 
-    Picklable wherever the tokenizer is, and holds no weights: data-loader workers receive a copy.
+    Picklable if the tokenizer is, and holds no weights: data-loader workers receive a copy.
 
     Attributes:
-        source: the tokenizer as it was given; what `save` writes beside the weights.
+        source: the tokenizer as given; `save` writes it next to the weights.
     """
 
     def __init__(self, source: Any, context_length: int, *, with_mask: bool) -> None:
@@ -148,7 +127,7 @@ class TextTokenizer:
         self._takes_length = not is_hf_tokenizer(source) and _accepts(source, "context_length")
 
     def __call__(self, texts: Sequence[str]) -> Tokens:
-        """Ids [B, context_length] int64 of `texts`, with a mask where the model takes one."""
+        """Encode `texts`: ids [B, context_length] int64, with a mask where the model takes one."""
         ids, mask = self._encode(list(texts))
         if ids.ndim != 2 or ids.shape[0] != len(texts) or torch.is_floating_point(ids):
             raise InputError(
@@ -158,7 +137,7 @@ class TextTokenizer:
             )
         if ids.shape[1] > self.context_length:
             raise InputError(
-                f"tokenizer: {type(self.source).__name__} gave {ids.shape[1]} tokens a text, but "
+                f"tokenizer: {type(self.source).__name__} gave {ids.shape[1]} tokens per text, but "
                 f"the model takes {self.context_length}; make it truncate to that length"
             )
         return Tokens(ids.long(), mask.long() if self.with_mask and mask is not None else None)
@@ -181,10 +160,77 @@ class TextTokenizer:
         return torch.as_tensor(encoded), None
 
 
-def user_tokenizer(
+def wrap_transform(preprocess: Any, image_size: tuple[int, int]) -> ImageTransform:
+    """Make the caller's `preprocess=` an `ImageTransform`, after trying it on one picture.
+
+    Args:
+        preprocess: a callable PIL image -> [3, H, W] float tensor, a transformers image processor
+            or a processor that holds one, or the `image_transform` of another model.
+        image_size: (height, width) in pixels that the model takes.
+
+    Raises:
+        InputError: `preprocess` is none of these, or its pixels are not [3, *image_size].
+    """
+    if isinstance(preprocess, ImageTransform):
+        preprocess = preprocess.whole
+    processor = getattr(preprocess, "image_processor", preprocess)
+    if hasattr(processor, "max_num_patches"):
+        whole: Callable[[Image], Any] = SquashTransform.from_naflex(processor, image_size)
+    elif is_image_processor(processor):
+        whole = ProcessorTransform(processor)
+    elif callable(preprocess):
+        whole = preprocess
+    else:
+        raise InputError(
+            f"preprocess: {type(preprocess).__name__} is neither a callable PIL image -> "
+            "[3, H, W] tensor nor a transformers image processor"
+        )
+    picture = _noise_picture(image_size)
+    try:
+        pixels = _run_seeded(whole, picture)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"preprocess: {type(preprocess).__name__} failed on a plain RGB image: {error}"
+        ) from error
+    if not isinstance(pixels, Tensor) or not torch.is_floating_point(pixels):
+        found = pixels.dtype if isinstance(pixels, Tensor) else type(pixels).__name__
+        raise InputError(f"preprocess: gave {found} where a float tensor [3, H, W] is needed")
+    expected = (3, *image_size)
+    if tuple(pixels.shape) != expected:
+        raise InputError(
+            f"preprocess: gave an image of shape {tuple(pixels.shape)}, but the model takes "
+            f"{expected} (channels, height, width)"
+        )
+    return ImageTransform(whole, _find_split(whole, picture))
+
+
+def build_open_clip_transform(
+    settings: Mapping[str, Any], image_size: tuple[int, int]
+) -> ImageTransform:
+    """Build the evaluation transform that open_clip makes from `visual.preprocess_cfg`."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    # Settings read from a file hold lists instead of tuples; the description must not differ.
+    plain = {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()}
+    whole = image_transform_v2(PreprocessCfg(**plain), is_train=False)
+    return ImageTransform(whole, _find_split(whole, _noise_picture(image_size)))
+
+
+def describe_transform(transform: Callable[..., Any] | None) -> str:
+    """Describe the settings of a transform as text, the same in every process."""
+    if isinstance(transform, ImageTransform):
+        transform = transform.whole
+    if isinstance(transform, ProcessorTransform):
+        return transform.processor.to_json_string()
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(transform))
+
+
+def wrap_tokenizer(
     tokenizer: Any, context_length: int, vocab_size: int, *, with_mask: bool
 ) -> TextTokenizer:
-    """The caller's `tokenizer=` at a model's context length, tried once on a caption.
+    """Make the caller's `tokenizer=` a `TextTokenizer`, after trying it on one caption.
 
     Raises:
         InputError: not a tokenizer, or its ids do not fit the model's vocabulary or length.
@@ -215,9 +261,152 @@ def user_tokenizer(
     return wrapped
 
 
+def is_image_processor(candidate: Any) -> bool:
+    """Whether it is a transformers image processor, without importing that library."""
+    return hasattr(candidate, "image_mean") and hasattr(candidate, "preprocess")
+
+
 def is_hf_tokenizer(candidate: Any) -> bool:
-    """Whether it is a tokenizer of transformers, told without importing that library."""
+    """Whether it is a transformers tokenizer, without importing that library."""
     return hasattr(candidate, "convert_tokens_to_ids") and hasattr(candidate, "pad_token_id")
+
+
+@dataclass(frozen=True)
+class ProcessorTransform:
+    """Run a transformers image processor on one image."""
+
+    processor: Any
+
+    def __call__(self, image: Image) -> Tensor:
+        return self._run(image).float()
+
+    def split(self) -> Split:
+        """Take rescaling and normalisation out of the processor."""
+        processor = self.processor
+        rescales = getattr(processor, "do_rescale", False)
+        normalises = getattr(processor, "do_normalize", False)
+        return Split(
+            self._resize,
+            divisor=1 / processor.rescale_factor if rescales else 1.0,
+            mean=tuple(processor.image_mean) if normalises else (0.0,),
+            std=tuple(processor.image_std) if normalises else (1.0,),
+        )
+
+    def _resize(self, image: Image) -> Tensor:
+        return self._run(image, do_rescale=False, do_normalize=False)
+
+    def _run(self, image: Image, **options: bool) -> Tensor:
+        batch = self.processor(images=image.convert("RGB"), return_tensors="pt", **options)
+        return batch["pixel_values"][0]
+
+
+@dataclass(frozen=True)
+class SquashTransform:
+    """Resize to exactly `size`, ignoring the aspect ratio, rescale to 0..1 and normalise.
+
+    A fixed-resolution SigLIP does this. A NaFlex SigLIP 2 gets its images this way too: its own
+    processor would keep the aspect ratio and give every image another patch grid.
+    """
+
+    size: tuple[int, int]  # (height, width) pixels
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resample: int  # PIL's number
+
+    @classmethod
+    def from_naflex(cls, processor: Any, image_size: tuple[int, int]) -> SquashTransform:
+        """Use the statistics of a NaFlex (SigLIP 2) image processor at one resolution."""
+        mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+        return cls(image_size, mean, std, int(processor.resample))
+
+    def __call__(self, image: Image) -> Tensor:
+        from torchvision.transforms.functional import normalize, to_tensor
+
+        return normalize(to_tensor(self._squash(image)), list(self.mean), list(self.std))
+
+    def split(self) -> Split:
+        """Take rescaling and normalisation out."""
+        return Split(self._resize, mean=self.mean, std=self.std)
+
+    def _resize(self, image: Image) -> Tensor:
+        from torchvision.transforms.functional import pil_to_tensor
+
+        return pil_to_tensor(self._squash(image)).contiguous()
+
+    def _squash(self, image: Image) -> Image:
+        height, width = self.size
+        return image.convert("RGB").resize((width, height), resample=self.resample)
+
+
+@dataclass(frozen=True)
+class _ComposeHead:
+    """The steps of a torchvision Compose before ToTensor."""
+
+    steps: tuple[Callable[[Any], Any], ...]
+
+    def __call__(self, image: Image) -> Tensor:
+        from torchvision.transforms.functional import pil_to_tensor
+
+        for step in self.steps:
+            image = step(image)
+        return pil_to_tensor(image).contiguous()
+
+
+def _find_split(whole: Callable[[Image], Tensor], picture: Image) -> Split | None:
+    """The two parts of `whole`; None unless they give the same numbers on `picture`."""
+    try:
+        split = _propose_split(whole)
+        if split is None:
+            return None
+        expected, pixels = _run_seeded(whole, picture), _run_seeded(split.pixels, picture)
+        if pixels.dtype != torch.uint8 or pixels.shape != expected.shape:
+            return None
+        same = torch.allclose(split.normalise(pixels), expected, rtol=1e-6, atol=1e-5)
+    except Exception:
+        return None  # An unusual transform: it runs whole, which is correct and only slower.
+    return split if same else None
+
+
+def _propose_split(whole: Callable[[Image], Tensor]) -> Split | None:
+    from torchvision.transforms import Compose, Normalize, ToTensor
+
+    if isinstance(whole, (ProcessorTransform, SquashTransform)):
+        return whole.split()
+    if not isinstance(whole, Compose):
+        return None
+    *steps, last = whole.transforms
+    mean: Sequence[float] = (0.0,)
+    std: Sequence[float] = (1.0,)
+    if isinstance(last, Normalize):
+        mean, std = last.mean, last.std
+        *steps, last = steps
+    if not isinstance(last, ToTensor):  # open_clip's MaybeToTensor is a ToTensor
+        return None
+    head = _ComposeHead(tuple(steps))
+    return Split(head, mean=tuple(map(float, mean)), std=tuple(map(float, std)))
+
+
+def _per_channel(values: tuple[float, ...], like: Tensor) -> Tensor:
+    # Filled on the device: copying from the host would wait for all work queued before.
+    columns = [torch.full((1, 1), v, dtype=torch.float32, device=like.device) for v in values]
+    return torch.stack(columns)  # [3, 1, 1] or [1, 1, 1]
+
+
+def _noise_picture(image_size: tuple[int, int]) -> Image:
+    """A random RGB picture a little larger than `image_size`, the same at every call."""
+    from PIL import Image
+
+    height, width = image_size
+    generator = torch.Generator().manual_seed(0)
+    shape = (height + 3, width + 7, 3)
+    return Image.fromarray(torch.randint(256, shape, generator=generator).byte().numpy())
+
+
+def _run_seeded(transform: Callable[[Image], Tensor], picture: Image) -> Tensor:
+    """Run a transform, which may be a random augmentation, without touching the global state."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return transform(picture)
 
 
 def _accepts(function: Callable[..., Any], argument: str) -> bool:

@@ -1,4 +1,4 @@
-"""No test here may reach the network, and every kind of model is built once a run."""
+"""Models of every kind, each built once per run; no test here may reach the network."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from PIL import Image
 
 from fasterase.models import DualEncoder, Tokens, load_model
 from tests import small_models
@@ -15,7 +16,7 @@ from tests import small_models
 
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The library reads the environment once, at import, which may lie before this fixture.
+    # The library reads the environment once, at import, which may happen before this fixture.
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
@@ -32,11 +33,11 @@ BUILDERS: dict[str, Callable[[], torch.nn.Module]] = {
 }
 
 
-def build_tower(kind: str) -> DualEncoder:
-    """A tower of its own weights, with the tokenizer and preprocessing that suit it."""
-    tower = copy.copy(_template(kind))
-    tower.module = copy.deepcopy(tower.module)
-    return tower
+def build_model(kind: str) -> DualEncoder:
+    """Build a model with weights of its own, a matching tokenizer and preprocessing."""
+    model = copy.copy(_template(kind))
+    model.module = copy.deepcopy(model.module)
+    return model
 
 
 @functools.cache
@@ -59,13 +60,20 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def tower(kind: str) -> DualEncoder:
-    return build_tower(kind)
+def model(kind: str) -> DualEncoder:
+    return build_model(kind)
 
 
-def batch_for(tower: DualEncoder, count: int = 4) -> tuple[torch.Tensor, Tokens]:
-    """Random pixels and ids that the tower takes."""
-    hf = type(tower.module).__module__.startswith("transformers")
+def batch_for(model: DualEncoder, count: int = 4) -> tuple[torch.Tensor, Tokens]:
+    """Return random pixels and ids that the model takes."""
+    hf = type(model.module).__module__.startswith("transformers")
     vocabulary = len(small_models.HF_VOCABULARY) if hf else small_models.SIMPLE_VOCABULARY_SIZE
     pixels, ids = small_models.random_pairs(vocabulary, count=count)
     return pixels, Tokens(ids)
+
+
+def noise_picture(width: int, height: int) -> Image.Image:
+    """Return an RGB picture in which every value of a channel occurs."""
+    generator = torch.Generator().manual_seed(width)
+    values = torch.randint(256, (height, width, 3), generator=generator).to(torch.uint8)
+    return Image.fromarray(values.numpy())

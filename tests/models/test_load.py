@@ -1,4 +1,4 @@
-"""Strings, folders and instances that load, and those that must not."""
+"""Strings, folders and instances that load, and those that must be refused."""
 
 from __future__ import annotations
 
@@ -15,46 +15,46 @@ from torch import nn
 from fasterase.errors import InputError, MissingExtraError
 from fasterase.models import load_model
 from tests import small_models
-from tests.models.conftest import batch_for, build_tower
+from tests.models.conftest import batch_for, build_model
 
 
 @pytest.fixture(scope="module")
 def open_clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "open_clip"
-    build_tower("open_clip_vit").save(folder)
+    build_model("open_clip_vit").save(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "hf"
-    build_tower("hf_clip").save(folder)
+    build_model("hf_clip").save(folder)
     return folder
 
 
 def test_folders_load_as_str_path_and_local_dir(open_clip_folder: Path, hf_folder: Path) -> None:
-    expected = build_tower("open_clip_vit")
+    expected = build_model("open_clip_vit")
     pixels, _ = batch_for(expected)
     for form in (open_clip_folder, str(open_clip_folder), f"local-dir:{open_clip_folder}"):
         assert torch.equal(load_model(form).encode_image(pixels), expected.encode_image(pixels))
     for form in (hf_folder, str(hf_folder), f"hf:{hf_folder}"):
-        tower = load_model(form)
-        assert type(tower.module).__name__ == "CLIPModel"
-        assert tower.tokenize(["a cat"]).ids.shape == (1, 16)
-        assert tower.image_transform is not None
+        model = load_model(form)
+        assert type(model.module).__name__ == "CLIPModel"
+        assert model.tokenize(["a cat"]).ids.shape == (1, 16)
+        assert model.image_transform is not None
 
 
-def test_a_tower_is_taken_as_it_is() -> None:
-    tower = build_tower("hf_clip")
-    assert load_model(tower) is tower
+def test_a_dual_encoder_is_returned_unchanged() -> None:
+    model = build_model("hf_clip")
+    assert load_model(model) is model
 
 
 def test_an_hf_instance_finds_its_tokenizer_where_it_came_from(hf_folder: Path) -> None:
     from transformers import CLIPModel
 
-    tower = load_model(CLIPModel.from_pretrained(hf_folder))
-    assert tower.text_tokenizer is not None
-    assert tower.image_transform is not None
+    model = load_model(CLIPModel.from_pretrained(hf_folder))
+    assert model.text_tokenizer is not None
+    assert model.image_transform is not None
 
 
 def test_named_open_clip_instances_are_recognised() -> None:
@@ -62,10 +62,10 @@ def test_named_open_clip_instances_are_recognised() -> None:
 
     with torch.device("meta"):
         module = open_clip.CLIP(**open_clip.get_model_config("ViT-S-32-alt"))
-    tower = load_model(module)
-    assert tower.name == "ViT-S-32-alt"
-    assert tower.tokenize(["a cat"]).ids.shape == (1, 77)
-    assert tower.config == open_clip.get_model_config("ViT-S-32-alt")
+    model = load_model(module)
+    assert model.name == "ViT-S-32-alt"
+    assert model.tokenize(["a cat"]).ids.shape == (1, 77)
+    assert model.config == open_clip.get_model_config("ViT-S-32-alt")
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_named_open_clip_instances_are_recognised() -> None:
         (Path(__file__), "is a file"),
     ],
 )
-def test_what_is_no_model_is_named(model: object, says: str) -> None:
+def test_unusable_models_are_named(model: object, says: str) -> None:
     with pytest.raises(InputError, match=rf"(?s)^model: .*{says}"):
         load_model(model)  # type: ignore[arg-type]
 

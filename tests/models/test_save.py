@@ -1,4 +1,4 @@
-"""Saved folders, read back by the libraries themselves."""
+"""Saved folders, read back by the libraries themselves and by `load_model`."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from fasterase.errors import InputError
 from fasterase.files import written_whole
 from fasterase.models import DualEncoder, load_model
 from tests import small_models
-from tests.models.conftest import batch_for, build_tower
+from tests.models.conftest import batch_for, build_model
 
 
 def safetensors_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("**/*.safetensors"))
 
 
-def nudged(tower: DualEncoder) -> DualEncoder:
-    """Weights that no builder makes, so that a loader cannot pass by rebuilding the model."""
+def nudged(model: DualEncoder) -> DualEncoder:
+    """Change all weights, so that a loader cannot pass by rebuilding the model."""
     with torch.no_grad():
-        for parameter in tower.module.parameters():
+        for parameter in model.module.parameters():
             parameter.mul_(1.01)
-    return tower
+    return model
 
 
 @pytest.mark.parametrize(
@@ -43,60 +43,60 @@ def nudged(tower: DualEncoder) -> DualEncoder:
     ],
 )
 def test_open_clip_reads_it_as_local_dir(kind: str, tmp_path: Path) -> None:
-    tower = nudged(build_tower(kind))
-    pixels, tokens = batch_for(tower)
-    tower.save(tmp_path / "erased")
+    model = nudged(build_model(kind))
+    pixels, tokens = batch_for(model)
+    model.save(tmp_path / "erased")
     assert safetensors_in(tmp_path) == ["open_clip_model.safetensors"]
 
     module, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}/erased")
     module.eval()
     image = module.encode_image(pixels, normalize=True)
     text = module.encode_text(tokens.ids, normalize=True)
-    torch.testing.assert_close(image, tower.encode_image(pixels), rtol=0, atol=1e-6)
-    torch.testing.assert_close(text, tower.encode_text(tokens), rtol=0, atol=1e-6)
-    assert module.logit_scale.detach().exp().item() == pytest.approx(tower.scale().item())
+    torch.testing.assert_close(image, model.encode_image(pixels), rtol=0, atol=1e-6)
+    torch.testing.assert_close(text, model.encode_text(tokens), rtol=0, atol=1e-6)
+    assert module.logit_scale.detach().exp().item() == pytest.approx(model.scale().item())
     picture = Image.effect_noise((50, 40), 80).convert("RGB")
-    assert torch.equal(preprocess(picture), tower.preprocess(picture))
+    assert torch.equal(preprocess(picture), model.preprocess(picture))
     tokenizer = open_clip.get_tokenizer(f"local-dir:{tmp_path}/erased")
-    assert torch.equal(tokenizer(["a cat"]), tower.tokenize(["a cat"]).ids)
+    assert torch.equal(tokenizer(["a cat"]), model.tokenize(["a cat"]).ids)
 
 
 @pytest.mark.parametrize("kind", ["hf_clip", "hf_siglip", "hf_siglip2"])
 def test_transformers_reads_it_with_from_pretrained(kind: str, tmp_path: Path) -> None:
     from transformers import AutoImageProcessor, AutoModel
 
-    tower = nudged(build_tower(kind))
-    tower.save(tmp_path / "erased")
+    model = nudged(build_model(kind))
+    model.save(tmp_path / "erased")
     assert safetensors_in(tmp_path) == ["model.safetensors"]
     module = AutoModel.from_pretrained(tmp_path / "erased")
-    assert type(module) is type(tower.module)
-    for name, tensor in tower.module.state_dict().items():
+    assert type(module) is type(model.module)
+    for name, tensor in model.module.state_dict().items():
         assert torch.equal(module.state_dict()[name], tensor), name
     processor = AutoImageProcessor.from_pretrained(tmp_path / "erased")
-    assert list(processor.image_mean) == list(tower._processor.image_mean)
+    assert list(processor.image_mean) == list(model.image_processor.image_mean)
 
 
 def test_transformers_tokenizer_comes_back(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    tower = build_tower("hf_clip")
-    tower.save(tmp_path / "erased")
+    model = build_model("hf_clip")
+    model.save(tmp_path / "erased")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "erased")
     ids = tokenizer(["a cat"], padding="max_length", max_length=16)["input_ids"]
-    assert ids == tower.tokenize(["a cat"]).ids.tolist()
+    assert ids == model.tokenize(["a cat"]).ids.tolist()
 
 
 def test_own_folders_come_back_whole(kind: str, tmp_path: Path) -> None:
-    tower = nudged(build_tower(kind))
-    pixels, tokens = batch_for(tower)
-    tower.save(tmp_path / "erased")
+    model = nudged(build_model(kind))
+    pixels, tokens = batch_for(model)
+    model.save(tmp_path / "erased")
     again = load_model(tmp_path / "erased")
-    assert type(again) is type(tower)
+    assert type(again) is type(model)
     assert not again.module.training
-    assert torch.equal(again.encode_image(pixels), tower.encode_image(pixels))
-    assert torch.equal(again.encode_text(tokens), tower.encode_text(tokens))
+    assert torch.equal(again.encode_image(pixels), model.encode_image(pixels))
+    assert torch.equal(again.encode_text(tokens), model.encode_text(tokens))
     if kind != "hf_siglip2":  # transformers puts its own tokenizer class around a saved one there
-        assert again.fingerprint() == tower.fingerprint()
+        assert again.fingerprint() == model.fingerprint()
     again.save(tmp_path / "twice")
     for name in ("open_clip_config.json", "preprocessor_config.json"):
         first, second = tmp_path / "erased" / name, tmp_path / "twice" / name
@@ -109,9 +109,9 @@ def test_temperature_is_written_0d(tmp_path: Path) -> None:
     module = small_models.open_clip_custom_text(siglip=True)
     module.logit_scale = nn.Parameter(module.logit_scale.detach().reshape(1))
     module.logit_bias = nn.Parameter(module.logit_bias.detach().reshape(1))
-    tower = load_model(module)
-    assert tower.scale().ndim == 0
-    tower.save(tmp_path / "erased")
+    model = load_model(module)
+    assert model.scale().ndim == 0
+    model.save(tmp_path / "erased")
     state = load_file(tmp_path / "erased" / "open_clip_model.safetensors")
     assert state["logit_scale"].ndim == 0
     assert state["logit_bias"].ndim == 0
@@ -129,12 +129,12 @@ def test_tied_weights_are_written_twice(tmp_path: Path) -> None:
 def test_hf_tokenizer_of_an_open_clip_folder_is_kept(tmp_path: Path) -> None:
     vocabulary = len(small_models.HF_VOCABULARY)
     source = tmp_path / "source"
-    tower = load_model(
+    model = load_model(
         small_models.open_clip_custom_text(vocab_size=vocabulary),
         tokenizer=small_models.hf_tokenizer(),
     )
-    tower.save(source)
-    expected = tower.tokenize(["a red cat"]).ids
+    model.save(source)
+    expected = model.tokenize(["a red cat"]).ids
     loaded = load_model(source)
     assert torch.equal(loaded.tokenize(["a red cat"]).ids, expected)
     loaded.save(tmp_path / "again")
@@ -154,8 +154,8 @@ def test_unknown_architecture_saves_weights_and_says_how(tmp_path: Path) -> None
     config = small_models.open_clip_config()
     config["vision_cfg"] = {"timm_model_name": "test_vit", "image_size": 160}
     module = CustomTextCLIP(**config).eval()
-    tower = load_model(module)
-    tower.save(tmp_path / "erased")
+    model = load_model(module)
+    model.save(tmp_path / "erased")
     folder = tmp_path / "erased"
     assert not (folder / "open_clip_config.json").exists()
     assert "load_file" in (folder / "README.md").read_text()
@@ -177,40 +177,40 @@ def test_model_name_makes_an_unknown_architecture_loadable(
     monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny-timm", config)
     arguments = {key: value for key, value in config.items() if key != "custom_text"}
     module = CustomTextCLIP(**arguments).eval()
-    for tower in (load_model(module, model_name="tiny-timm"), load_model(module)):
-        assert tower.name == "tiny-timm"
-        assert tower.text_tokenizer is not None
-        tower.save(tmp_path / "erased")
+    for model in (load_model(module, model_name="tiny-timm"), load_model(module)):
+        assert model.name == "tiny-timm"
+        assert model.text_tokenizer is not None
+        model.save(tmp_path / "erased")
         read = open_clip.create_model(f"local-dir:{tmp_path}/erased", require_pretrained=True)
         assert torch.equal(read.visual.head.proj.weight, module.visual.head.proj.weight)
 
 
 def test_saving_again_replaces_only_what_fasterase_wrote(tmp_path: Path) -> None:
-    tower = build_tower("open_clip_vit")
+    model = build_model("open_clip_vit")
     target = tmp_path / "deep" / "erased"
-    tower.save(target)
+    model.save(target)
     (target / "stale").write_text("x")
-    tower.save(str(target))  # type: ignore[arg-type]
+    model.save(str(target))  # type: ignore[arg-type]
     assert not (target / "stale").exists()
 
     empty = tmp_path / "empty"
     empty.mkdir()
-    tower.save(empty)
+    model.save(empty)
     assert (empty / "open_clip_config.json").exists()
 
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("years of work")
     with pytest.raises(InputError, match="folder"):
-        tower.save(foreign)
+        model.save(foreign)
     assert (foreign / "thesis.tex").read_text() == "years of work"
     with pytest.raises(InputError, match="is a file"):
-        tower.save(foreign / "thesis.tex")
+        model.save(foreign / "thesis.tex")
 
 
 def test_a_failed_save_leaves_the_old_model_and_no_litter(tmp_path: Path) -> None:
     target = tmp_path / "erased"
-    build_tower("hf_clip").save(target)
+    build_model("hf_clip").save(target)
     before = sorted(path.name for path in target.iterdir())
 
     def fill_the_disk() -> None:
@@ -225,9 +225,9 @@ def test_a_failed_save_leaves_the_old_model_and_no_litter(tmp_path: Path) -> Non
 
 
 def test_saved_half_precision_is_read_back_as_fp32(tmp_path: Path) -> None:
-    tower = build_tower("hf_clip")
-    tower.module.half()
-    tower.save(tmp_path / "half")
+    model = build_model("hf_clip")
+    model.module.half()
+    model.save(tmp_path / "half")
     again = load_model(tmp_path / "half")
     assert {parameter.dtype for parameter in again.module.parameters()} == {torch.float32}
     pixels, _ = batch_for(again)

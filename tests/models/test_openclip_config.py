@@ -1,4 +1,4 @@
-"""Reading an open_clip module's configuration off it."""
+"""Read an open_clip module's configuration off it, or find it among the named ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from open_clip.coca_model import CoCa
 from open_clip.model import CLIP, CustomTextCLIP
 
-from fasterase.models.openclip_config import builds_same, read_config, recognised
+from fasterase.models.openclip_config import builds_same, find_config, read_config
 from tests import small_models
 
 
@@ -38,10 +38,10 @@ def on_meta(config: dict[str, Any]) -> torch.nn.Module:
     ],
 )
 def test_named_architectures_are_told_apart(name: str) -> None:
-    config, names = recognised(on_meta(open_clip.get_model_config(name)))
+    config, names = find_config(on_meta(open_clip.get_model_config(name)))
     assert names == [name]
     expected = open_clip.get_model_config(name)
-    if name == "EVA02-B-16":  # states what is the default
+    if name == "EVA02-B-16":  # states the default
         expected["text_cfg"].setdefault("context_length", 77)
     assert config == expected
 
@@ -86,4 +86,4 @@ def test_options_are_read_and_rebuild_the_same_function(
 def test_custom_blocks_are_not_read_wrongly() -> None:
     config = small_models.open_clip_config()
     config["vision_cfg"]["qk_norm"] = True
-    assert recognised(CLIP(**config)) == (None, [])
+    assert find_config(CLIP(**config)) == (None, [])

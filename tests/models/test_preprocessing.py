@@ -1,0 +1,260 @@
+"""`tokenizer=` and `preprocess=` in every form, also wrong ones; transforms in two parts."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from fasterase.errors import InputError
+from fasterase.models import load_model
+from fasterase.models.preprocessing import (
+    ImageTransform,
+    build_open_clip_transform,
+    describe_transform,
+    wrap_transform,
+)
+from tests import small_models
+from tests.models.conftest import noise_picture
+
+MODULE = small_models.open_clip_vit()
+
+
+def words(texts: list[str]) -> torch.Tensor:
+    ids = torch.zeros(len(texts), 16, dtype=torch.int32)
+    for row, text in enumerate(texts):
+        for column, word in enumerate(text.split()[:15]):
+            ids[row, column] = len(word)
+    ids[:, 15] = 49407
+    return ids
+
+
+def test_any_callable_tokenizes() -> None:
+    tokens = load_model(MODULE, tokenizer=words).tokenize(("a red cat",))
+    assert tokens.ids.tolist() == [[1, 3, 3, *[0] * 12, 49407]]
+    assert tokens.ids.dtype == torch.int64
+    assert tokens.mask is None
+
+
+def test_open_clip_tokenizers_are_run_at_the_model_s_length() -> None:
+    import open_clip
+
+    model = load_model(MODULE, tokenizer=open_clip.get_tokenizer("ViT-B-32"))
+    assert model.tokenize(["a cat"]).ids.shape == (1, 16)
+
+
+def test_a_processor_brings_both() -> None:
+    from transformers import CLIPProcessor
+
+    class Processor(CLIPProcessor):
+        """The library checks the tokenizer's class, which the small one does not have."""
+
+        def __init__(self) -> None:
+            self.tokenizer = small_models.hf_tokenizer()
+            self.image_processor = small_models.hf_image_processor()
+
+    both = load_model(small_models.hf_clip(), tokenizer=Processor())
+    assert both.tokenize(["a cat"]).mask is not None
+    assert both.preprocess(Image.new("RGB", (9, 9))).shape == (3, 32, 32)
+    either = load_model(small_models.hf_clip(), preprocess=Processor())
+    assert either.text_tokenizer is None
+    assert either.preprocess(Image.new("L", (9, 9))).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "says"),
+    [
+        (7, "not callable"),
+        (lambda texts: torch.zeros(len(texts), 99, dtype=torch.long), "99 tokens per text"),
+        (lambda texts: torch.zeros(len(texts), 16), "float32"),
+        (lambda texts: torch.zeros(3, 16, dtype=torch.long), r"\[1, 16\] are needed"),
+        (lambda texts: torch.full((1, 16), 49408), "vocabulary has 49408"),
+        (lambda texts: texts.nonsense, "failed on a plain caption"),
+    ],
+)
+def test_wrong_tokenizers_are_named(tokenizer: object, says: str) -> None:
+    with pytest.raises(InputError, match=f"^tokenizer: .*{says}"):
+        load_model(MODULE, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("preprocess", "says"),
+    [
+        (7, "neither a callable"),
+        (lambda image: image, "gave Image where a float tensor"),
+        (lambda image: np.zeros((3, 32, 32)), "gave ndarray"),
+        (lambda image: torch.zeros(3, 32, 32, dtype=torch.uint8), r"gave torch\.uint8"),
+        (transforms.ToTensor(), r"\(3, 35, 39\), but the model takes \(3, 32, 32\)"),
+        (lambda image: image.nonsense, "failed on a plain RGB image"),
+    ],
+)
+def test_wrong_preprocess_is_named(preprocess: object, says: str) -> None:
+    with pytest.raises(InputError, match=f"^preprocess: .*{says}"):
+        load_model(MODULE, preprocess=preprocess)
+
+
+def test_a_torchvision_transform_is_taken() -> None:
+    transform = transforms.Compose([transforms.Resize((32, 32)), transforms.ToTensor()])
+    model = load_model(MODULE, preprocess=transform)
+    assert model.preprocess(Image.new("RGB", (10, 20), (255, 0, 0)))[:, 0, 0].tolist() == [1, 0, 0]
+
+
+def test_an_image_processor_of_another_size_is_named() -> None:
+    with pytest.raises(InputError, match=r"^preprocess: .*\(3, 48, 48\)"):
+        load_model(small_models.hf_clip(), preprocess=small_models.hf_image_processor(48))
+
+
+NORMALISE = transforms.Normalize(small_models.MEAN, small_models.STD)
+
+
+def compose(*ending: Callable[..., object]) -> transforms.Compose:
+    return transforms.Compose([transforms.Resize((32, 32)), *ending])
+
+
+def siglip_processor(**options: object) -> object:
+    from transformers import SiglipImageProcessor
+
+    return SiglipImageProcessor(size={"height": 32, "width": 32}, **options)
+
+
+def naflex_processor() -> object:
+    from transformers import Siglip2ImageProcessor
+
+    return Siglip2ImageProcessor(patch_size=8, max_num_patches=16, image_mean=[0.1, 0.2, 0.3])
+
+
+SPLITTING: dict[str, Callable[[], object]] = {
+    "compose": lambda: compose(transforms.ToTensor(), NORMALISE),
+    "compose of one mean": lambda: compose(
+        transforms.ToTensor(), transforms.Normalize([0.4], [0.2])
+    ),
+    "compose without normalise": lambda: compose(transforms.ToTensor()),
+    "random crop": lambda: transforms.Compose(
+        [transforms.RandomResizedCrop(32), transforms.ToTensor(), NORMALISE]
+    ),
+    "clip": small_models.hf_image_processor,
+    "siglip": siglip_processor,
+    "siglip without rescaling": lambda: siglip_processor(do_rescale=False, do_normalize=False),
+    "siglip without normalise": lambda: siglip_processor(do_normalize=False),
+    "naflex": naflex_processor,
+}
+WHOLE: dict[str, Callable[[], object]] = {
+    "callable": lambda: lambda image: compose(transforms.ToTensor(), NORMALISE)(image),
+    "step after normalise": lambda: compose(
+        transforms.ToTensor(), NORMALISE, transforms.RandomErasing(p=1.0)
+    ),
+    "step between": lambda: compose(
+        transforms.ToTensor(), transforms.ColorJitter(brightness=0.5), NORMALISE
+    ),
+    "head that returns a tensor": lambda: compose(transforms.PILToTensor(), FloatTensor()),
+    "other statistics": lambda: compose(transforms.ToTensor(), OffsetNormalise((0.5,), (0.5,))),
+    "another ending": lambda: transforms.Compose([Resized()]),
+}
+
+
+class FloatTensor(transforms.ToTensor):
+    def __call__(self, pic: torch.Tensor) -> torch.Tensor:
+        return pic / 255
+
+
+class OffsetNormalise(transforms.Normalize):
+    """Not what its mean and std say."""
+
+    def forward(self, tensor: torch.Tensor) -> torch.Tensor:
+        return super().forward(tensor) + 0.01
+
+
+class Resized:
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        return compose(transforms.ToTensor())(image)
+
+
+def seeded(run: Callable[[Image.Image], torch.Tensor], picture: Image.Image) -> torch.Tensor:
+    torch.manual_seed(5)
+    return run(picture)
+
+
+@pytest.mark.parametrize("form", SPLITTING)
+def test_both_parts_give_what_the_whole_gives(form: str) -> None:
+    transform = wrap_transform(SPLITTING[form](), (32, 32))
+    assert transform.splits
+    picture = noise_picture(51, 43)
+    pixels = seeded(transform.pixels, picture)
+    assert pixels.dtype == torch.uint8
+    assert pixels.shape == (3, 32, 32)
+    assert pixels.is_contiguous()
+    expected = seeded(transform, picture)
+    assert expected.dtype == torch.float32
+    torch.testing.assert_close(transform.normalise(pixels), expected, rtol=0, atol=1e-5)
+    batch = torch.stack([pixels, 255 - pixels])
+    torch.testing.assert_close(transform.normalise(batch)[0], expected, rtol=0, atol=1e-5)
+    assert batch.dtype == torch.uint8
+    assert transform.normalise(expected) is expected
+
+
+@pytest.mark.parametrize("form", WHOLE)
+def test_other_callables_run_whole(form: str) -> None:
+    preprocess = WHOLE[form]()
+    transform = wrap_transform(preprocess, (32, 32))
+    assert not transform.splits
+    picture = noise_picture(51, 43)
+    expected = seeded(preprocess, picture)  # type: ignore[arg-type]
+    for part in (transform, transform.pixels):
+        assert torch.equal(seeded(part, picture), expected)
+    assert transform.normalise(expected) is expected
+    with pytest.raises(InputError, match=r"^preprocess: torch\.uint8 .*Compose that ends in ToTen"):
+        transform.normalise(torch.zeros(3, 32, 32, dtype=torch.uint8))
+
+
+def test_open_clip_transforms_split_exactly() -> None:
+    for mode in ("shortest", "longest", "squash"):
+        settings = {"size": [32, 32], "mean": small_models.MEAN, "resize_mode": mode}
+        transform = build_open_clip_transform(settings, (32, 32))
+        for picture in (noise_picture(51, 43), noise_picture(20, 90).convert("L")):
+            pixels = transform.pixels(picture)
+            assert pixels.dtype == torch.uint8
+            assert torch.equal(transform.normalise(pixels), transform(picture))
+
+
+@pytest.mark.parametrize("form", SPLITTING)
+def test_transforms_pickle_and_describe_themselves_as_before(form: str) -> None:
+    preprocess = SPLITTING[form]()
+    transform = wrap_transform(preprocess, (32, 32))
+    again = pickle.loads(pickle.dumps(transform))
+    picture = noise_picture(40, 60)
+    assert torch.equal(seeded(again.pixels, picture), seeded(transform.pixels, picture))
+    assert torch.equal(seeded(again, picture), seeded(transform, picture))
+    assert describe_transform(again) == describe_transform(transform)
+    assert describe_transform(transform) == describe_transform(transform.whole)
+    assert "Split" not in describe_transform(transform)
+
+
+def test_wrapping_leaves_the_random_state_alone() -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(2)
+    torch.manual_seed(1)
+    wrap_transform(SPLITTING["random crop"](), (32, 32))
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_another_model_s_transform_is_taken() -> None:
+    first = wrap_transform(small_models.hf_image_processor(), (32, 32))
+    second = wrap_transform(first, (32, 32))
+    assert isinstance(second, ImageTransform)
+    assert second == first
+    with pytest.raises(InputError, match="int32"):
+        second.normalise(torch.zeros(3, 32, 32, dtype=torch.int32))
+
+
+def test_a_user_s_compose_encodes_uint8_images() -> None:
+    model = load_model(MODULE, preprocess=compose(transforms.ToTensor(), NORMALISE))
+    assert model.image_transform is not None
+    picture = noise_picture(51, 43)
+    features = model.encode_image(model.image_transform.pixels(picture)[None])
+    expected = model.encode_image(model.preprocess(picture)[None])
+    torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
