@@ -79,9 +79,14 @@ def backpropagate(
             None if found.text is None else found.text[rows],
             found.scale if start == 0 else None,
         )
-        reached = [i for i in range(3) if features[i] is not None and gradients[i] is not None]
-        if reached:
-            torch.autograd.backward([features[i] for i in reached], [gradients[i] for i in reached])
+        outputs: list[Tensor] = []
+        upstream: list[Tensor] = []
+        for output, gradient in zip(features, gradients, strict=True):
+            if output is not None and gradient is not None:
+                outputs.append(output)
+                upstream.append(gradient)
+        if outputs:
+            torch.autograd.backward(outputs, upstream)
         start = rows.stop
     return found.loss
 
