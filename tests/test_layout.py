@@ -22,6 +22,7 @@ ORDER = [
     "errors",
     "config",
     "files",
+    "seeds",
     "kernels",
     "csrc",
     "ops",

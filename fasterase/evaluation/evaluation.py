@@ -1,4 +1,4 @@
-"""What an evaluation found: values, intervals and chance levels, as table, JSON and Markdown."""
+"""The result of an evaluation: values, intervals and chance levels, as table, JSON, Markdown."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fasterase.errors import InputError
-from fasterase.evaluation.metrics import METRICS, Metric, is_forget_set, wanted
+from fasterase.evaluation.metrics import METRICS, Metric, is_forget_set, wanted_direction
 from fasterase.files import write_text
 from fasterase.report.tables import Section, markdown_table, text_table
 
@@ -24,7 +24,7 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics of a model on every set, beside the original's and further models'.
+    """Metrics of a model on every set, beside those of the original and further models.
 
     Shares (accuracy, recall, hit) are 0 to 1 here and percent in tables. All models were measured
     on the same pairs and candidates.
@@ -36,7 +36,7 @@ class Evaluation:
             model's mean over unmatched pairs.
         pairs: set -> number of pairs measured.
         settings: model name, number of candidate captions, max_pairs, seed, resamples.
-        original: the original's scores, or None where it was not measured.
+        original: the original's scores, or None if it was not measured.
         references: name -> a further model's scores.
     """
 
@@ -49,26 +49,26 @@ class Evaluation:
     references: dict[str, Scores] = field(default_factory=dict)
 
     def to_dict(self) -> Scores:
-        """Set -> metric -> value of the model."""
+        """Return set -> metric -> value of the model."""
         return {name: dict(values) for name, values in self.scores.items()}
 
     def table(self) -> str:
-        """Plain text, a row a set and metric; 100 columns wide with up to two references."""
+        """Return plain text, one row per set and metric; 100 columns wide with two references."""
         columns = self._columns(["\n".join(_wrapped(name)) for name in self.references])
         return f"{text_table(columns, self._sections(), left=2)}\n\n{self._legend()}"
 
     def markdown(self) -> str:
-        """The same table in Markdown, with a heading."""
+        """Return the same table in Markdown, with a heading."""
         table = markdown_table(self._columns([*self.references]), self._sections(), left=2)
         title = f"# Evaluation of {self.settings['model']}"
         return f"{title}\n\n{table}\n\n{self._legend()}\n"
 
     def report(self, path: str | PathLike[str]) -> Path:
-        """Write the report to `path`: Markdown, or JSON where the name ends in `.json`.
+        """Write the report to `path`: Markdown, or JSON if the name ends in `.json`.
 
         Raises:
-            InputError: the name ends in something else than .md, .markdown, .txt or .json, or is
-                no name for a file.
+            InputError: the name does not end in .md, .markdown, .txt or .json, or cannot be a
+                file.
         """
         path = Path(path)
         check_report_path(path, argument="path")
@@ -109,12 +109,16 @@ class Evaluation:
     def _row(self, name: str, metric: Metric) -> list[str]:
         key = metric.key
         low, high = self.intervals[name][key]
-        cells = [metric.title, wanted(metric, name), metric.spelled(self.chance[name][key])]
+        cells = [
+            metric.title,
+            wanted_direction(metric, name),
+            metric.format(self.chance[name][key]),
+        ]
         if self.original is not None:
-            cells.append(_spelled(metric, self.original, name))
-        cells.append(metric.spelled(self.scores[name][key]))
-        cells.append(f"{metric.spelled(low)} to {metric.spelled(high)}")
-        return cells + [_spelled(metric, other, name) for other in self.references.values()]
+            cells.append(_format_score(metric, self.original, name))
+        cells.append(metric.format(self.scores[name][key]))
+        cells.append(f"{metric.format(low)} to {metric.format(high)}")
+        return cells + [_format_score(metric, other, name) for other in self.references.values()]
 
     def _set_title(self, name: str) -> str:
         count = self.pairs[name]
@@ -133,7 +137,7 @@ class Evaluation:
 
 
 def check_report_path(path: Path, *, argument: str) -> None:
-    """Refuse, before anything is measured, a path that `Evaluation.report` could not write to."""
+    """Refuse a path that `Evaluation.report` could not write to, before anything is measured."""
     if path.suffix not in ("", ".md", ".markdown", ".txt", ".json"):
         raise InputError(f"{argument}={str(path)!r}: a report is Markdown (.md) or JSON (.json).")
     if path.is_dir():
@@ -143,9 +147,9 @@ def check_report_path(path: Path, *, argument: str) -> None:
         raise InputError(f"{argument}={str(path)!r}: {parent} is no folder. Give another path.")
 
 
-def _spelled(metric: Metric, scores: Scores, name: str) -> str:
+def _format_score(metric: Metric, scores: Scores, name: str) -> str:
     value = scores.get(name, {}).get(metric.key)
-    return "-" if value is None else metric.spelled(value)
+    return "-" if value is None else metric.format(value)
 
 
 def _wrapped(name: str) -> list[str]:

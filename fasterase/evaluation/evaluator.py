@@ -14,15 +14,13 @@ from fasterase.errors import InputError
 from fasterase.evaluation.evaluation import Evaluation
 from fasterase.evaluation.features import SetFeatures, all_captions, sampled_rows
 from fasterase.evaluation.metrics import METRICS, bootstrap_intervals, is_forget_set
-from fasterase.evaluation.scores import (
-    CaptionPool,
+from fasterase.evaluation.scores import CaptionPool, SetScores, retrieval_scores
+from fasterase.evaluation.zero_shot import (
     ClassLabels,
-    SetScores,
-    accuracy,
-    checked_class_names,
-    checked_templates,
-    class_vectors,
-    retrieval_scores,
+    check_class_names,
+    check_templates,
+    encode_classes,
+    score_accuracy,
 )
 from fasterase.pairs.skips import Skip
 from fasterase.pairs.source import PairSource
@@ -89,8 +87,8 @@ class Evaluator:
         }
         self.max_pairs = max_pairs
         self.seed = seed
-        self.templates = checked_templates(templates)
-        self.class_names = checked_class_names(class_names)
+        self.templates = check_templates(templates)
+        self.class_names = check_class_names(class_names)
         self._classes_asked_for = self.class_names is not None
         if self.class_names is None:
             self.class_names = _carried_classes(sources)
@@ -160,9 +158,9 @@ class Evaluator:
                     "A pair's class is its folder or the one class that its caption names."
                 )
             return
-        classes = class_vectors(encoder.texts, class_names, self.templates)
+        classes = encode_classes(encoder.texts, class_names, self.templates)
         for name in known:
-            values = accuracy(sets[name].image, classes, labels[name])
+            values = score_accuracy(sets[name].image, classes, labels[name])
             scores[name].values["zero_shot_accuracy"] = values
             scores[name].chance["zero_shot_accuracy"] = 1 / len(class_names)
 
@@ -219,7 +217,7 @@ def _averages(measurement: Measurement) -> dict[str, dict[str, float]]:
     averages = {}
     for name, scores in measurement.sets.items():
         averages[name] = {
-            metric.key: metric.averaged(scores.values[metric.key])
+            metric.key: metric.average_of(scores.values[metric.key])
             for metric in METRICS
             if metric.key in scores.values
         }

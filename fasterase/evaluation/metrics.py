@@ -1,4 +1,4 @@
-"""The metrics: names, units, and the direction wanted on sets to forget and on sets to keep."""
+"""The metrics: names, units, wanted directions, and bootstrap intervals of their values."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ import numpy as np
 
 RECALL_DEPTHS = (1, 5, 10)
 CONCEPT_DEPTHS = (1, 5)
+# Elements of one chunk of resampling counts: 32 MB as fp64.
+RESAMPLE_ELEMENTS = 4_000_000
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One number a set.
+    """One number per set.
 
     Attributes:
         key: name in dictionaries and JSON.
         title: name in tables.
         unit: `"share"` (0 to 1, printed in percent), `"rank"` (1 is best) or `"cosine"`.
-        average: how the per-pair values become the set's value.
-        forget: wanted on sets to forget. Beyond chance is a trace too, so ranks and cosines aim at
-            the chance level and not past it.
-        keep: wanted on all other sets.
+        average: how per-pair values become the set's value.
+        forget: wanted direction on sets to forget. Values beyond chance are a trace too, so ranks
+            and cosines aim at the chance level and not past it.
+        keep: wanted direction on all other sets.
     """
 
     key: str
@@ -33,12 +35,12 @@ class Metric:
     forget: str
     keep: str
 
-    def averaged(self, values: np.ndarray) -> float:
-        """The set's value of per-pair `values` [n]; NaN marks pairs that do not count."""
+    def average_of(self, values: np.ndarray) -> float:
+        """Return the set's value from per-pair `values` [n]; NaN marks pairs that do not count."""
         return float(np.nanmean(values) if self.average == "mean" else np.nanmedian(values))
 
-    def spelled(self, value: float) -> str:
-        """`value` as tables print it: shares in percent, without the sign."""
+    def format(self, value: float) -> str:
+        """Format `value` for tables: shares in percent, without the sign."""
         if self.unit == "share":
             return f"{100 * value:.1f}"
         if self.unit == "rank":
@@ -61,17 +63,13 @@ METRICS: tuple[Metric, ...] = (
 
 
 def is_forget_set(name: str) -> bool:
-    """Sets whose name starts with `forget` ("forget", "forget-unseen") should be forgotten."""
+    """Tell whether a set is to be forgotten: its name starts with "forget" ("forget-unseen")."""
     return name.startswith("forget")
 
 
-def wanted(metric: Metric, set_name: str) -> str:
-    """The arrow of `metric` on the set of that name."""
+def wanted_direction(metric: Metric, set_name: str) -> str:
+    """Return the arrow of `metric` for the set of that name."""
     return metric.forget if is_forget_set(set_name) else metric.keep
-
-
-# Elements of one chunk of resampling counts: 32 MB as fp64.
-RESAMPLE_ELEMENTS = 4_000_000
 
 
 def bootstrap_intervals(
@@ -82,14 +80,14 @@ def bootstrap_intervals(
     seed: int,
     level: float = 0.95,
 ) -> dict[str, tuple[float, float]]:
-    """Percentile intervals of the mean or the median of per-pair values.
+    """Return percentile intervals of the mean or the median of per-pair values.
 
     All metrics share the resampled pairs. Time is O(resamples x n), memory O(1) in both.
 
     Args:
         means: name -> [n] values whose mean is wanted; NaN marks pairs that do not count.
         medians: name -> [n] values whose median is wanted.
-        resamples: how many resamples of n pairs, drawn with replacement.
+        resamples: number of resamples of n pairs, drawn with replacement.
         seed: of the drawing.
         level: share of the resampled statistics inside the interval.
 
@@ -117,7 +115,7 @@ def bootstrap_intervals(
 
 
 def _resample_counts(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """[r, n] how often each pair was drawn in each of `r` resamples."""
+    """Yield [r, n]: how often each pair was drawn in each of `r` resamples."""
     rng = np.random.default_rng(seed)
     step = max(1, RESAMPLE_ELEMENTS // n)
     for start in range(0, resamples, step):
@@ -127,7 +125,7 @@ def _resample_counts(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
 
 
 def _weighted_median(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """[r] median of `values` [n], each taken `counts` [r, n] times."""
+    """Return [r]: the median of `values` [n], each taken `counts` [r, n] times."""
     order = np.argsort(values, kind="stable")
     ordered = values[order]
     reached = np.cumsum(counts[:, order], axis=1)

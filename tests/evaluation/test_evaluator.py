@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from fasterase.encode import PairEncoder
 from fasterase.errors import InputError
-from fasterase.evaluation import scores as ranking
+from fasterase.evaluation import scores
 from fasterase.evaluation.evaluator import Evaluator
 from fasterase.evaluation.features import sampled_rows
 from fasterase.pairs.open import PairSource, open_pairs
@@ -98,7 +98,7 @@ def brute_force(model: LookupModel) -> dict[str, dict[str, float]]:
 def test_every_number_equals_the_loops(
     seed: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranking, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(scores, "CHUNK_ELEMENTS", chunk)
     evaluator = Evaluator(sources())
     model = lookup_model(seed)
     found = evaluator.compare(evaluator.measure(PairEncoder(model, batch_size=3))).to_dict()

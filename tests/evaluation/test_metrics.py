@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fasterase.evaluation import metrics as bootstrap
+from fasterase.evaluation import metrics
 from fasterase.evaluation.metrics import bootstrap_intervals
 
 
@@ -55,5 +55,5 @@ def test_contains_the_value_and_shrinks_with_the_number_of_pairs() -> None:
 def test_chunks_of_resamples_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(0).random(20)
     whole = bootstrap_intervals({"a": values}, {"b": values}, resamples=100, seed=0)
-    monkeypatch.setattr(bootstrap, "RESAMPLE_ELEMENTS", 20 * 7)
+    monkeypatch.setattr(metrics, "RESAMPLE_ELEMENTS", 20 * 7)
     assert bootstrap_intervals({"a": values}, {"b": values}, resamples=100, seed=0) == whole

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from fasterase.errors import InputError
-from fasterase.evaluation.scores import (
+from fasterase.evaluation.zero_shot import (
     ClassLabels,
-    accuracy,
-    checked_class_names,
-    checked_templates,
-    class_vectors,
+    check_class_names,
+    check_templates,
+    encode_classes,
+    score_accuracy,
 )
 
 
@@ -43,11 +43,11 @@ def test_accuracy_is_of_the_nearest_mean_prompt() -> None:
         prompts.extend(texts)
         return vectors
 
-    classes = class_vectors(encode, ["dog", "cat", "hen"], ["a {}", "the {}"])
+    classes = encode_classes(encode, ["dog", "cat", "hen"], ["a {}", "the {}"])
     assert prompts == ["a dog", "the dog", "a cat", "the cat", "a hen", "the hen"]
     image = torch.nn.functional.normalize(torch.randn(40, 8), dim=1)
     labels = [None if i % 5 == 0 else i % 3 for i in range(40)]
-    found = accuracy(image, classes, labels)
+    found = score_accuracy(image, classes, labels)
     for i, label in enumerate(labels):
         if label is None:
             assert np.isnan(found[i])
@@ -58,13 +58,13 @@ def test_accuracy_is_of_the_nearest_mean_prompt() -> None:
 
 
 def test_names_and_templates_are_checked() -> None:
-    assert checked_class_names(["dog", "Dog", "cat"]) == ["dog", "cat"]
-    assert checked_class_names(None) is None
-    assert checked_templates(None) == ("a photo of a {}.",)
-    assert checked_templates("a {}") == ("a {}",)
+    assert check_class_names(["dog", "Dog", "cat"]) == ["dog", "cat"]
+    assert check_class_names(None) is None
+    assert check_templates(None) == ("a photo of a {}.",)
+    assert check_templates("a {}") == ("a {}",)
     for names in ("dog", ["dog"], ["dog", 3], []):
         with pytest.raises(InputError, match="class_names"):
-            checked_class_names(names)  # type: ignore[arg-type]
+            check_class_names(names)  # type: ignore[arg-type]
     for templates in ([], ["a photo"], ["{} and {}"], [3]):
         with pytest.raises(InputError, match="templates"):
-            checked_templates(templates)  # type: ignore[arg-type]
+            check_templates(templates)  # type: ignore[arg-type]

@@ -1,0 +1,108 @@
+"""Zero-shot classification: an image belongs to the class whose prompts it is closest to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from fasterase.errors import InputError
+from fasterase.evaluation.scores import find_position, join_positions, similarity_chunks
+
+TEMPLATES: tuple[str, ...] = ("a photo of a {}.",)
+
+
+class ClassLabels:
+    """Finds the class of a pair.
+
+    It is the class that its source gives (`meta["class"]`, as class-per-folder sources do), else
+    the one class that a caption names as whole words; a caption that names several names none.
+    "hot dog" is not "dog": the longer of overlapping names counts.
+    """
+
+    def __init__(self, class_names: Sequence[str]) -> None:
+        self._index = {name.casefold(): i for i, name in enumerate(class_names)}
+        longest_first = sorted(map(re.escape, self._index), key=len, reverse=True)
+        self._pattern = re.compile(rf"(?<!\w)(?:{'|'.join(longest_first)})(?!\w)")
+
+    def of(self, meta: Mapping[str, Any], captions: Sequence[str]) -> int | None:
+        """Return the index of the pair's class, or None."""
+        known = self._index.get(str(meta.get("class", "")).casefold())
+        if known is not None:
+            return known
+        for caption in captions:
+            named = set(self._pattern.findall(caption.casefold()))
+            if len(named) == 1:
+                return self._index[named.pop()]
+        return None
+
+
+def encode_classes(
+    encode: Callable[[list[str]], Tensor], class_names: Sequence[str], templates: Sequence[str]
+) -> Tensor:
+    """Return [C, D], the unit mean of each class's prompts; `encode` maps texts to unit rows."""
+    prompts = [template.format(name) for name in class_names for template in templates]
+    rows = encode(prompts).view(len(class_names), len(templates), -1)
+    return normalize(rows.mean(dim=1), dim=-1)
+
+
+def score_accuracy(image: Tensor, classes: Tensor, labels: Sequence[int | None]) -> np.ndarray:
+    """Return [n]: 1 if the nearest of `classes` [C, D] is the label, else 0; NaN without label."""
+    index = torch.tensor([-1 if label is None else label for label in labels])
+    parts = []
+    for rows, similarity in similarity_chunks(image, classes):
+        right = torch.zeros_like(similarity, dtype=torch.bool)
+        right.scatter_(1, index[rows, None].clamp(min=0), True)
+        parts.append(find_position(similarity, right))
+    return np.where(index.numpy() < 0, np.nan, join_positions(parts).hit(1))
+
+
+def check_templates(templates: Sequence[str] | None) -> tuple[str, ...]:
+    """Return `templates`, by default `TEMPLATES`.
+
+    Raises:
+        InputError: one is not text with one `{}` for the class name.
+    """
+    if templates is None:
+        return TEMPLATES
+    if isinstance(templates, str):
+        templates = (templates,)
+    if not isinstance(templates, list | tuple):
+        raise InputError(f"templates={templates!r} must be a list of texts.")
+    for template in templates:
+        if not isinstance(template, str) or template.count("{}") != 1:
+            raise InputError(
+                f"templates: {template!r} must be text with one {{}} for the class name, "
+                f"such as {TEMPLATES[0]!r}."
+            )
+    if not templates:
+        raise InputError("templates is empty. Leave it out for the default, or give one or more.")
+    return tuple(templates)
+
+
+def check_class_names(class_names: Sequence[str] | None) -> list[str] | None:
+    """Return `class_names` without repetitions.
+
+    Raises:
+        InputError: it is a single text, contains anything but text, or has fewer than two names.
+    """
+    if class_names is None:
+        return None
+    listed = isinstance(class_names, list | tuple)
+    if not listed or not all(isinstance(name, str) for name in class_names):
+        raise InputError(f"class_names={class_names!r} must be a list of names, one per class.")
+    first_spelling: dict[str, str] = {}
+    for name in filter(str.strip, class_names):
+        first_spelling.setdefault(name.casefold(), name)
+    names = list(first_spelling.values())
+    if len(names) < 2:
+        raise InputError(
+            f"class_names has {len(names)} distinct names; accuracy needs two or more. "
+            "List all classes to choose from, kept ones too."
+        )
+    return names
