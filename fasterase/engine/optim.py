@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from fasterase.errors import require
+from fasterase.errors import import_extra
 
 # Classes of bitsandbytes behind the names of the setting.
 EIGHT_BIT = {
@@ -53,7 +53,7 @@ def build_optimizer(
 
 def bitsandbytes_for(optimizer: str) -> ModuleType:
     """The library behind the 8-bit optimisers, or `MissingExtraError`."""
-    return require("bitsandbytes", "scale", f"optimizer={optimizer!r}")
+    return import_extra("bitsandbytes", "scale", f"optimizer={optimizer!r}")
 
 
 def lr_at(step: int, *, lr: float, warmup_steps: int, total_steps: int, schedule: str) -> float:

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fasterase.errors import InputError, require
-from fasterase.files import written_whole
+from fasterase.errors import InputError, import_extra
+from fasterase.files import replace_model_folder
 from fasterase.models.dual_encoder import DualEncoder, Part, Tokens, TowerParts
 from fasterase.models.openclip_config import (
     Config,
@@ -114,7 +114,7 @@ class OpenClipEncoder(DualEncoder):
         load either.
         """
         tokenizer: Any = getattr(self.text_tokenizer, "source", None)
-        with written_whole(folder, library="open_clip") as new:
+        with replace_model_folder(folder, library="open_clip") as new:
             write_weights(self.module, new)
             if hasattr(tokenizer, "save_pretrained"):
                 tokenizer.save_pretrained(new)
@@ -226,7 +226,7 @@ def _check_text_extra(name: str) -> None:
     except (OSError, ValueError):
         return  # A folder without a readable configuration: create_model says so.
     if config.get("text_cfg", {}).get("hf_model_name"):
-        require("transformers", "hf", f"The text tower of {name}")
+        import_extra("transformers", "hf", f"The text tower of {name}")
 
 
 def _found_tokenizer(name: str) -> Any:

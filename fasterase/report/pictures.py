@@ -11,8 +11,8 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from fasterase.errors import InputError, require
-from fasterase.files import replacing
+from fasterase.errors import InputError, import_extra
+from fasterase.files import replace_file
 
 # Pixels.
 PICTURE, LINE, GAP, TEXT_WIDTH = 96, 20, 12, 190
@@ -96,7 +96,7 @@ def picture_sheet(
             _cell(sheet, draw, left, top + index // COLUMNS * cell_height, row, frozenset(erased))
         top += lines * cell_height
     path = Path(path)
-    with replacing(path) as temporary:
+    with replace_file(path) as temporary:
         sheet.save(temporary)
     return path
 
@@ -178,7 +178,7 @@ def plot_history(history: Sequence[Mapping[str, Any]], path: str | PathLike[str]
     """
     if not history:
         raise InputError("history is empty: there is nothing to plot.")
-    figure_module = require("matplotlib.figure", "eval", "plotting the history")
+    figure_module = import_extra("matplotlib.figure", "eval", "plotting the history")
     # A bare Figure draws with Agg and leaves pyplot's global state and backend alone.
     figure = figure_module.Figure(figsize=(9, 5.5), layout="constrained")
     losses, rate = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
@@ -196,6 +196,6 @@ def plot_history(history: Sequence[Mapping[str, Any]], path: str | PathLike[str]
     rate.set_ylabel("learning rate")
     rate.set_xlabel("step")
     path = Path(path)
-    with replacing(path) as temporary:
+    with replace_file(path) as temporary:
         figure.savefig(temporary, dpi=120)
     return path
