@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from fasterase.config import UnlearnConfig
+from fasterase.config import UnlearnConfig, describe_recipe
 from fasterase.engine.erase import FORGOTTEN_EXCESS, Outcome, erase
 from fasterase.engine.history import StepRecord
 from fasterase.engine.model_state import best_device, borrowed, resolve_device
@@ -30,7 +30,6 @@ from fasterase.pairs.prepare import Preparer
 from fasterase.pairs.skips import SkipLedger
 from fasterase.pairs.source import PairSource
 from fasterase.pairs.split import without_overlap
-from fasterase.report.run_report import describe_recipe
 from fasterase.result import UnlearnResult
 
 log = logging.getLogger(__name__)

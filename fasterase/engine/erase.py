@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fasterase.config import UnlearnConfig
+from fasterase.config import UnlearnConfig, format_yaml
 from fasterase.engine.checkpoint import CheckpointFolder
 from fasterase.engine.forgotten import FORGOTTEN_EXCESS, forget_excess
 from fasterase.engine.history import StepRecord
@@ -24,7 +24,6 @@ from fasterase.pairs.prepare import Preparer
 from fasterase.pairs.skips import SkipLedger
 from fasterase.pairs.source import PairSource
 from fasterase.reference.sweeper import Sweeper
-from fasterase.report.run_report import settings_yaml
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def erase(
         checkpoints = CheckpointFolder(output_dir / "checkpoints", identity)
         # Before the sweep: a checkpoint of another run is refused at once.
         saved = checkpoints.load(settings.resume, device=device)
-        write_text(output_dir / "config.yaml", settings_yaml(settings))
+        write_text(output_dir / "config.yaml", format_yaml(settings.to_dict()))
     sweeper = Sweeper(tower, prepare, ledger, cast, settings.num_workers, settings.progress)
     with cache_folder(settings) as folder:
         reference, unmatched = build_reference(

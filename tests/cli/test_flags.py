@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from fasterase.cli.flags import flags_of
-from fasterase.cli.parser import COMMANDS
+from fasterase.cli.parser import COMMANDS, flags_of
 from fasterase.config import UnlearnConfig, field_names
 from fasterase.demo.run import BATCHES, FASTERASE
 
@@ -25,4 +24,4 @@ def test_demo_help_gives_no_default_that_the_demo_does_not_use():
     for name in FASTERASE | BATCHES:
         if name in shown:
             assert shown[name].default is None
-            assert "as tuned" in shown[name].help
+            assert "tuned for the shipped model" in shown[name].help

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 import fasterase
 from fasterase.cli import main
-from fasterase.cli.flags import flags_of
-from fasterase.cli.parser import COMMANDS, EXAMPLES, parse
+from fasterase.cli.parser import COMMANDS, EXAMPLES, flags_of, parse
 from fasterase.config import UnlearnConfig
 from tests.cli.fake_api import REQUIRED
 
