@@ -29,7 +29,7 @@ from fasterase.pairs.open import open_pairs
 from fasterase.pairs.prepare import Preparer
 from fasterase.pairs.skips import SkipLedger
 from fasterase.pairs.source import PairSource
-from fasterase.pairs.split import without_overlap
+from fasterase.pairs.split import remove_overlap
 from fasterase.result import UnlearnResult
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def unlearn(
         for name, source in (("forget", forget), ("retain", retain), ("holdout", holdout))
         if source is not None or name != "holdout"
     }
-    sets["retain"], removed = without_overlap(sets["retain"], sets["forget"])
+    sets["retain"], removed = remove_overlap(sets["retain"], sets["forget"])
     _warn_overlap(removed)
     ledger = SkipLedger(sum(map(len, sets.values())), max_skipped=settings.max_skipped)
     prepare = Preparer(

@@ -14,7 +14,8 @@ from fasterase.errors import InputError
 from fasterase.evaluation import scores as ranking
 from fasterase.evaluation.evaluator import Evaluator
 from fasterase.evaluation.features import encode_set, sampled_rows
-from fasterase.pairs.open import PairSource, open_pairs
+from fasterase.pairs.open import open_pairs
+from fasterase.pairs.source import PairSource
 from tests.evaluation.fake_tower import LookupTower, picture
 
 WIDTH = 6
