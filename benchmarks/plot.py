@@ -9,8 +9,8 @@ from typing import Any
 
 from benchmarks.contrastive_case import Case, flops
 from benchmarks.rows import Row
-from fasterase.errors import require
-from fasterase.files import replacing
+from fasterase.errors import import_extra
+from fasterase.files import replace_file
 
 
 def plot_rows(rows: list[Row], metric: str, csv: Path, mode: str = "full") -> list[Path]:
@@ -19,7 +19,7 @@ def plot_rows(rows: list[Row], metric: str, csv: Path, mode: str = "full") -> li
     Raises:
         MissingExtraError: matplotlib is missing.
     """
-    require("matplotlib", "eval", "--plot").use("Agg")
+    import_extra("matplotlib", "eval", "--plot").use("Agg")
     shown = [r for r in rows if r.metric_name == metric and r.kernel_operation_mode == mode]
     settings = sorted({(row.extra["dtype"], row.extra["scale"]) for row in shown})
     pictures = []
@@ -55,7 +55,7 @@ def _draw(rows: list[Row], title: str, path: Path) -> None:
         list(handles.values()), list(handles), loc="outside lower center", ncols=4, fontsize=8
     )
     figure.suptitle(f"{title}: {rows[0].gpu_name}", fontsize=10)
-    with replacing(path) as temporary:
+    with replace_file(path) as temporary:
         figure.savefig(temporary)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from fasterase.config import UnlearnConfig
+from fasterase.config import UnlearnConfig, describe_recipe
 from fasterase.encode import PairEncoder
 from fasterase.engine.erase import Outcome, check_environment, erase
 from fasterase.engine.history import StepRecord
@@ -30,8 +30,7 @@ from fasterase.models.load import load_model
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.skips import SkipLedger
 from fasterase.pairs.source import PairSource
-from fasterase.pairs.split import without_overlap
-from fasterase.report.run_report import describe_recipe
+from fasterase.pairs.split import remove_overlap
 from fasterase.result import UnlearnResult
 
 Model = nn.Module | str | os.PathLike[str] | DualEncoder
@@ -114,7 +113,7 @@ def unlearn(
         for name, source in (("forget", forget), ("retain", retain), ("holdout", holdout))
         if source is not None or name != "holdout"
     }
-    sets["retain"], removed = without_overlap(sets["retain"], sets["forget"])
+    sets["retain"], removed = remove_overlap(sets["retain"], sets["forget"])
     _warn_overlap(removed)
     ledger = SkipLedger(sum(map(len, sets.values())), max_skipped=config.max_skipped)
     if config.progress:

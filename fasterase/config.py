@@ -1,50 +1,57 @@
-"""`UnlearnConfig`: every setting of a run in one flat, frozen dataclass, loadable from YAML."""
+"""`UnlearnConfig`, every option of a run in one frozen dataclass, and its YAML form."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from fasterase.errors import InputError
 
 
 @dataclass(frozen=True)
 class UnlearnConfig:
-    """Settings of `fasterase.unlearn`. Defaults are fasterase's recipe, `cliperase()` the paper's.
+    """Configuration of `fasterase.unlearn`.
+
+    The defaults are fasterase's own recipe; `UnlearnConfig.cliperase()` gives the paper's.
 
     > Objective
 
     Args:
         forget_weight: weight of the forgetting loss (paper: 3).
         retain_weight: weight of the retention loss, CLIP's symmetric InfoNCE (paper: 1).
-        consistency_weight: weight of the KL to the original's similarity distributions (paper: 3).
-        anchor_weight: weight of the squared distance to the original's features over the retain
-            pairs. Holds what InfoNCE and KL rows cannot see, a common shift of all features.
+        consistency_weight: weight of the KL divergence to the similarity distributions of the
+            original (paper: 3).
+        anchor_weight: weight of the squared distance to the original's features, over the retain
+            pairs. Prevents a common shift of all features, which InfoNCE and the KL cannot see.
             0 is the paper.
         forget_loss: `"similarity"` lowers the cosine of matched forget pairs (paper);
             `"contrastive"` is gradient ascent on their InfoNCE.
         floor: cosine below which a forget pair is no longer pushed. `"auto"` takes the original's
-            mean cosine of forget images with retain captions and the reverse; `None` is the paper.
-        forget_augment: random affine and tint on forget images, so that the association goes from
-            unseen pictures too. False is the paper.
-        negatives: `"own"` two similarity matrices, forget and retain; `"joint"` one over both.
+            mean cosine between forget images and retain captions, and between retain images and
+            forget captions; `None` is the paper.
+        forget_augment: apply random affine transforms and tints to forget images, so that the
+            association is erased for unseen pictures too. False is the paper.
+        negatives: `"own"` uses one similarity matrix per set; `"joint"` uses one over both sets.
 
     > Steps
 
     Args:
-        epochs: passes over the forget set; the retain set cycles.
-        max_steps: optimiser steps; replaces `epochs`.
-        batch_size: retain pairs a step, over all ranks, clipped to the set.
-        forget_batch_size: forget pairs a step, over all ranks, clipped to the set.
-        micro_batch_size: pairs encoded at a time. Below the batch, GradCache's two passes give the
-            full batch's gradient in one micro-batch's memory. `None`: the whole batch at once.
-        stop_when_forgotten: check the whole forget set once an epoch; stop when forgotten.
+        epochs: passes over the forget set; the retain set is cycled.
+        max_steps: number of optimiser steps; replaces `epochs`.
+        batch_size: retain pairs per step over all ranks, at most the size of the set.
+        forget_batch_size: forget pairs per step over all ranks, at most the size of the set.
+        micro_batch_size: pairs encoded at a time. If smaller than the batch, GradCache's two passes
+            compute the gradient of the full batch in the memory of one micro-batch. `None`: encode
+            the whole batch at once.
+        stop_when_forgotten: check the whole forget set once per epoch, and stop once forgotten.
 
     > Optimiser
 
@@ -53,38 +60,39 @@ class UnlearnConfig:
         optimizer: `"adamw"`, `"adam"`, or with bitsandbytes (extra `scale`) `"adamw8bit"`,
             `"paged_adamw8bit"`, `"lion8bit"`.
         betas: decay rates of the moments.
-        weight_decay: on matrices only; gains, biases and logit_scale never decay.
-        warmup_steps: linear warm-up to `lr`.
+        weight_decay: applied to matrices only; gains, biases and logit_scale never decay.
+        warmup_steps: steps of linear warm-up to `lr`.
         schedule: `"constant"`, or `"cosine"` to 0 at the last step.
-        max_grad_norm: clip the global gradient norm; `None` does not clip.
+        max_grad_norm: clip the global gradient norm to this value; `None` does not clip.
 
     > Model
 
     Args:
-        tune: `"all"`, `"image"`, `"text"`, `"projections"`, or `"last:N"` (blocks of each tower).
-        train_logit_scale: train it too, clamped in the loss at max(100, its initial value).
-        train_mode: towers in train mode (BatchNorm statistics move, Dropout active). False keeps
-            them frozen in eval mode.
-        precision: compute dtype of the towers, `"auto"` (bf16 on CUDA where the device has it,
-            otherwise fp16; fp32 elsewhere), `"fp32"`, `"bf16"`, `"fp16"`. Weights stay fp32.
-        backend: of the loss, see `fasterase.available_backends()`.
-        device: where to run, such as `"cuda:0"`. `None`: where the model is, or for a model given
-            by name the best device there is.
+        tune: what to train: `"all"`, `"image"`, `"text"`, `"projections"`, or `"last:N"` (the last
+            N blocks of each tower).
+        train_logit_scale: train logit_scale too; the loss clamps it at max(100, its initial value).
+        train_mode: put the towers in train mode (BatchNorm statistics move, Dropout is active).
+            False keeps them in eval mode.
+        precision: compute dtype of the towers: `"auto"` (bf16 on CUDA devices that support it, fp16
+            on other CUDA devices, fp32 elsewhere), `"fp32"`, `"bf16"`, `"fp16"`. Weights stay fp32.
+        backend: implementation of the loss, see `fasterase.available_backends()`.
+        device: where to run, such as `"cuda:0"`. `None`: where the model is, or the best available
+            device for a model given by name.
         deepspeed: DeepSpeed configuration (path or dict).
 
     > Run
 
     Args:
-        seed: of sampling, caption choice, augmentation and Dropout.
-        num_workers: processes that load and decode pairs. The order does not depend on it.
+        seed: seed of sampling, caption choice, augmentation and Dropout.
+        num_workers: processes that load and decode pairs. Does not affect the order of the pairs.
         progress: show progress bars.
-        reference_cache: folder of the original's cached features, kept between runs. `None`: inside
-            `output_dir`, or a temporary folder.
-        output_dir: where history, checkpoints, the erased model and the evaluation go.
+        reference_cache: folder for the cached features of the original, kept between runs. `None`:
+            inside `output_dir`, or a temporary folder.
+        output_dir: folder for the history, checkpoints, the erased model and the evaluation.
         save_every: steps between checkpoints. `None`: every ten minutes and at the end.
-        resume: `"auto"` goes on from the last checkpoint in `output_dir` where there is one,
-            `"never"` starts anew, `"must"` refuses to start anew.
-        evaluation: measure before and after: `"quick"`, `"full"` or `None`.
+        resume: `"auto"` resumes from the last checkpoint in `output_dir` if there is one,
+            `"never"` starts from scratch, `"must"` fails without a checkpoint.
+        evaluation: measure before and after erasing: `"quick"`, `"full"` or `None`.
         max_skipped: share of unreadable pairs above which the run stops (0.01 is 1 %).
 
     Raises:
@@ -137,7 +145,7 @@ class UnlearnConfig:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            value = coerced(field.name, getattr(self, field.name), hints[field.name])
+            value = parse_value(field.name, getattr(self, field.name), hints[field.name])
             object.__setattr__(self, field.name, value)
         self._check_ranges()
 
@@ -152,21 +160,21 @@ class UnlearnConfig:
             "seed",
             "num_workers",
         ):
-            _require(self, name, getattr(self, name) >= 0, "be 0 or more")
+            _check(self, name, getattr(self, name) >= 0, "be 0 or more")
         for name in ("epochs", "batch_size", "forget_batch_size"):
-            _require(self, name, getattr(self, name) >= 1, "be 1 or more")
+            _check(self, name, getattr(self, name) >= 1, "be 1 or more")
         for name in ("max_steps", "micro_batch_size", "save_every"):
             value = getattr(self, name)
-            _require(self, name, value is None or value >= 1, "be 1 or more, or None")
-        _require(self, "lr", self.lr > 0, "be above 0")
-        _require(self, "betas", all(0 <= beta < 1 for beta in self.betas), "lie in [0, 1)")
+            _check(self, name, value is None or value >= 1, "be 1 or more, or None")
+        _check(self, "lr", self.lr > 0, "be above 0")
+        _check(self, "betas", all(0 <= beta < 1 for beta in self.betas), "be in [0, 1)")
         clip = self.max_grad_norm
-        _require(self, "max_grad_norm", clip is None or clip > 0, "be above 0, or None")
-        _require(self, "max_skipped", 0 <= self.max_skipped <= 1, "lie in [0, 1]")
+        _check(self, "max_grad_norm", clip is None or clip > 0, "be above 0, or None")
+        _check(self, "max_skipped", 0 <= self.max_skipped <= 1, "be in [0, 1]")
         if isinstance(self.floor, float):
-            _require(self, "floor", -1 <= self.floor <= 1, "be a cosine in [-1, 1], 'auto' or None")
+            _check(self, "floor", -1 <= self.floor <= 1, "be a cosine in [-1, 1], 'auto' or None")
         tune = re.fullmatch(r"all|image|text|projections|last:[1-9]\d*", self.tune)
-        _require(
+        _check(
             self,
             "tune",
             tune is not None,
@@ -185,12 +193,12 @@ class UnlearnConfig:
 
     @classmethod
     def cliperase(cls, **overrides: Any) -> UnlearnConfig:
-        """The paper's recipe as far as it is known, with `overrides`.
+        """Return the paper's recipe as far as it is known, with `overrides`.
 
         Yang et al., CLIPErase, ACL 2025 (long.1469), as published descriptions report it: losses
-        weighted 3, 1, 3, both encoders trained, Adam with betas (0.9, 0.98), lr 1e-6 (1e-8 on
+        weighted 3, 1, 3; both encoders trained; Adam with betas (0.9, 0.98), lr 1e-6 (1e-8 on
         Flickr30K), batch 16, 20 epochs; no floor, no anchor, no augmentation and no clipping.
-        Where the descriptions are silent the defaults of `UnlearnConfig` stand.
+        Anything the descriptions do not mention keeps the default of `UnlearnConfig`.
         """
         paper: dict[str, Any] = {
             "floor": None,
@@ -202,7 +210,7 @@ class UnlearnConfig:
             "forget_batch_size": 16,
             "max_grad_norm": None,
         }
-        return cls(**_known_fields({**paper, **overrides}))
+        return cls(**_check_names({**paper, **overrides}))
 
     @classmethod
     def from_yaml(cls, path: str | PathLike[str], **overrides: Any) -> UnlearnConfig:
@@ -211,124 +219,167 @@ class UnlearnConfig:
         Raises:
             InputError: the file is missing, is not a mapping, or names an unknown field.
         """
-        import yaml
-
-        file = Path(path)
-        if not file.is_file():
-            raise InputError(f"config: no file {file}. Give the path of a YAML file.")
-        try:
-            values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        except yaml.YAMLError as error:
-            raise InputError(f"config: {file} is not valid YAML: {error}") from error
-        if not isinstance(values, Mapping):
-            raise InputError(
-                f"config: {file} holds a {type(values).__name__}, expected a mapping "
-                "of field names to values, one `name: value` a line."
-            )
-        return cls(**_known_fields({**values, **overrides}))
+        return cls(**_check_names({**read_yaml(path), **overrides}))
 
     def replace(self, **overrides: Any) -> UnlearnConfig:
-        """A copy with some fields changed.
+        """Return a copy with some fields changed.
 
         Raises:
             InputError: an override is not a field.
         """
-        return dataclasses.replace(self, **_known_fields(overrides))
+        return dataclasses.replace(self, **_check_names(overrides))
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields as plain values, fit for JSON and YAML."""
+        """Return the fields as plain values, ready for JSON and YAML."""
         values = dataclasses.asdict(self)
         values["betas"] = list(self.betas)
         return values
 
 
 def field_names() -> tuple[str, ...]:
-    """Names of all fields, in the order of their definition."""
+    """Return the names of all fields, in the order of their definition."""
     return tuple(field.name for field in dataclasses.fields(UnlearnConfig))
 
 
-def _known_fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    import difflib
+# Where a run keeps its files and how it shows progress is not part of its recipe.
+_NOT_RECIPE = {"output_dir", "reference_cache", "progress", "num_workers", "resume", "save_every"}
 
+
+def describe_recipe(config: UnlearnConfig) -> str:
+    """Return the name of the closest recipe and the fields in which `config` differs from it."""
+    recipes = {
+        "fasterase defaults": UnlearnConfig(),
+        "cliperase (the paper's)": UnlearnConfig.cliperase(),
+    }
+    fields = [name for name in field_names() if name not in _NOT_RECIPE]
+    changes = {
+        recipe: [name for name in fields if getattr(config, name) != getattr(base, name)]
+        for recipe, base in recipes.items()
+    }
+    closest = min(changes, key=lambda recipe: len(changes[recipe]))
+    changed = ", ".join(f"{name}={getattr(config, name)!r}" for name in changes[closest])
+    return f"{closest}; {changed}" if changed else closest
+
+
+def read_yaml(path: str | PathLike[str]) -> dict[str, Any]:
+    """Read the mapping in a YAML configuration file; an empty file gives an empty one.
+
+    Raises:
+        InputError: the file is missing, cannot be read, or does not hold a mapping.
+    """
+    import yaml
+
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"config: no file {file}. Give the path of a YAML file.")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise InputError(f"config: {file} cannot be read: {error.strerror}") from error
+    # PyYAML raises YAMLError for the syntax, and ValueError or KeyError for malformed scalars.
+    except (yaml.YAMLError, ValueError, KeyError) as error:
+        raise InputError(f"config: {file} is not valid YAML: {error}") from error
+    if not isinstance(values, Mapping):
+        raise InputError(
+            f"config: {file} holds a {type(values).__name__}, expected a mapping "
+            "of field names to values, with one `name: value` per line."
+        )
+    return dict(values)
+
+
+def format_yaml(values: Mapping[str, Any]) -> str:
+    """Format plain values as YAML that `read_yaml` reads back."""
+    import yaml
+
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+
+
+def parse_value(name: str, value: Any, hint: Any) -> Any:
+    """Convert `value` to the type that `hint` asks for.
+
+    A string that spells a number is accepted as a float, since YAML reads `1e-5` as a string.
+
+    Raises:
+        InputError: no type in `hint` accepts the value; the message starts with `name`.
+    """
+    for kind in _kinds(hint):
+        try:
+            return _convert(value, kind)
+        except (ValueError, OverflowError):
+            continue
+    null = " (null in YAML)" if type(None) in _kinds(hint) else ""
+    raise InputError(f"{name}={value!r} is not usable: expected {describe_type(hint)}{null}.")
+
+
+def describe_type(hint: Any) -> str:
+    """Describe a type hint in words, such as "a finite number or 'auto' or None"."""
+    words = {int: "a whole number", float: "a finite number", bool: "True or False", str: "text"}
+    described = []
+    for kind in _kinds(hint):
+        container, items = get_origin(kind), get_args(kind)
+        if isinstance(kind, str):
+            described.append(repr(kind))
+        elif kind is type(None):
+            described.append("None")
+        elif container is tuple:
+            described.append(f"{len(items)} numbers")
+        else:
+            described.append(words.get(kind) or f"a {container.__name__}")
+    return " or ".join(described)
+
+
+def suggest_names(name: object, known: Iterable[str], *, otherwise: str) -> str:
+    """Return " Did you mean x?" with the names closest to `name`, or `otherwise` if none is."""
+    close = get_close_matches(str(name), list(known), n=3)
+    return f" Did you mean {' or '.join(close)}?" if close else f" {otherwise}"
+
+
+def _check_names(values: Mapping[str, Any]) -> dict[str, Any]:
     known = field_names()
     for name in values:
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=3)
-            hint = (
-                f" Did you mean {' or '.join(close)}?" if close else f" Known: {', '.join(known)}."
-            )
+            hint = suggest_names(name, known, otherwise=f"Known: {', '.join(known)}.")
             raise InputError(f"unknown option `{name}`.{hint}")
     return dict(values)
 
 
-def _require(config: UnlearnConfig, name: str, holds: bool, must: str) -> None:
+def _check(config: UnlearnConfig, name: str, holds: bool, must: str) -> None:
     if not holds:
         raise InputError(f"{name}={getattr(config, name)!r} must {must}.")
 
 
-def coerced(name: str, value: Any, hint: Any) -> Any:
-    """`value` as `hint` asks, so that YAML's `1e-5` (a string) and ints for floats are accepted."""
-    for option in _options(hint):
-        accepted, result = _as_option(value, option)
-        if accepted:
-            return result
-    expected = " or ".join(_spelled(option) for option in _options(hint))
-    raise InputError(f"{name}={value!r} is not usable: expected {expected}.")
-
-
-def _options(hint: Any) -> tuple[Any, ...]:
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """List the alternatives of a union: types, and the strings of a `Literal`."""
     if get_origin(hint) is Literal:
-        return tuple(get_args(hint))
-    if get_origin(hint) is tuple or get_origin(hint) is dict:
-        return (hint,)
-    parts = get_args(hint)
-    if not parts:
-        return (hint,)
-    return tuple(option for part in parts for option in _options(part))
+        return get_args(hint)
+    if get_origin(hint) in (Union, UnionType):
+        return tuple(kind for part in get_args(hint) for kind in _kinds(part))
+    return (hint,)
 
 
-def _as_option(value: Any, option: Any) -> tuple[bool, Any]:
-    if isinstance(option, str):
-        return value == option, value
-    if option is type(None):
-        return value is None, None
-    if option is bool:
-        return isinstance(value, bool), value
-    if option is int:
-        return isinstance(value, int) and not isinstance(value, bool), value
-    if option is float:
-        return _as_float(value)
-    if get_origin(option) is tuple:
-        if isinstance(value, (list, tuple)) and len(value) == len(get_args(option)):
-            floats = [_as_float(item) for item in value]
-            return all(ok for ok, _ in floats), tuple(item for _, item in floats)
-        return False, None
-    if get_origin(option) is dict:
-        return isinstance(value, Mapping), dict(value) if isinstance(value, Mapping) else None
-    if option is str and isinstance(value, PathLike):
-        return True, str(value)
-    return isinstance(value, option), value
-
-
-def _as_float(value: Any) -> tuple[bool, float]:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return False, 0.0
-    try:
-        number = float(value)
-    except ValueError:
-        return False, 0.0
-    return math.isfinite(number), number
-
-
-def _spelled(option: Any) -> str:
-    if isinstance(option, str):
-        return repr(option)
-    if option is type(None):
-        return "None (null in YAML)"
-    if get_origin(option) is tuple:
-        return f"{len(get_args(option))} numbers"
-    if get_origin(option) is dict:
-        return "a dict"
-    return {"int": "a whole number", "float": "a finite number", "bool": "True or False"}.get(
-        option.__name__, "text"
-    )
+def _convert(value: Any, kind: Any) -> Any:
+    """Return `value` as `kind`, one of `_kinds`; `ValueError` or `OverflowError` if it is not."""
+    container, items = get_origin(kind), get_args(kind)
+    if isinstance(kind, str):
+        if isinstance(value, str) and value == kind:
+            return value
+    elif kind is float:
+        if isinstance(value, int | float | str) and not isinstance(value, bool):
+            number = float(value)
+            if math.isfinite(number):
+                return number
+    elif kind is str:
+        if isinstance(value, str | PathLike):
+            return str(value)
+    elif container is tuple:
+        if isinstance(value, list | tuple) and len(value) == len(items):
+            return tuple(_convert(item, part) for item, part in zip(value, items, strict=True))
+    elif container is list:
+        if isinstance(value, list):
+            return [_convert(item, items[0]) for item in value]
+    elif container is dict:
+        if isinstance(value, Mapping):
+            return dict(value)
+    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    raise ValueError

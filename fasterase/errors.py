@@ -1,4 +1,4 @@
-"""What fasterase raises. Everything is a `FaseraseError`, so one `except` catches all of it."""
+"""The errors that fasterase raises. All are `FaseraseError`s, so one `except` catches them all."""
 
 from __future__ import annotations
 
@@ -8,27 +8,30 @@ from types import ModuleType
 
 
 class FaseraseError(Exception):
-    """Base of all errors raised by fasterase."""
+    """Base class of all errors raised by fasterase."""
 
 
 class InputError(FaseraseError, ValueError):
-    """An argument, option or file is unusable. The message names it, what was found, the mend."""
+    """An argument, option or file cannot be used.
+
+    The message names it and says what was found and how to fix it.
+    """
 
 
 class MissingExtraError(InputError, ImportError):
-    """An optional dependency is not installed. The message names the extra that brings it."""
+    """An optional dependency is not installed. The message names the extra that installs it."""
 
 
 class ResumeError(InputError):
-    """A checkpoint exists but belongs to another run (changed config, data or model)."""
+    """A checkpoint exists but belongs to another run (different config, data or model)."""
 
 
 class NonFiniteError(FaseraseError):
     """Loss or gradient stayed non-finite for several steps; none of those steps was applied.
 
     Attributes:
-        term: the first term found non-finite (`"forget"`, `"retain"`, ..., or `"gradient"`).
-        step: the step, counted from 1, at which the run stopped.
+        term: the first non-finite term (`"forget"`, `"retain"`, ..., or `"gradient"`).
+        step: the step at which the run stopped, counted from 1.
         pair_ids: ids of the pairs in that step's batch.
     """
 
@@ -40,11 +43,20 @@ class NonFiniteError(FaseraseError):
 
 
 class PreemptedError(FaseraseError):
-    """The run was asked to stop (SIGTERM) and did so after a checkpoint; run it again to go on."""
+    """The run was told to stop (SIGTERM) and wrote a checkpoint; start it again to resume."""
 
 
-def require(module: str, extra: str, purpose: str) -> ModuleType:
-    """Import `module`, or raise `MissingExtraError` naming what needs it and the extra it is in."""
+def import_extra(module: str, extra: str, purpose: str) -> ModuleType:
+    """Import a module of an optional dependency.
+
+    Args:
+        module: what to import, such as `"matplotlib.figure"`.
+        extra: the extra of fasterase that installs it.
+        purpose: what needs it; the message starts with these words.
+
+    Raises:
+        MissingExtraError: the module cannot be imported.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all."""
+"""Write files and folders atomically: readers see the old content or the new, never a part."""
 
 from __future__ import annotations
 
@@ -12,58 +12,69 @@ from pathlib import Path
 
 from fasterase.errors import InputError
 
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; renamed to `path` on leaving without an error.
-
-    The suffix stays, for writers that choose the format by it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Write `text` as UTF-8; returns `path`."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return path
-
-
-# Marks a folder as ours to replace, and says which library reads it.
+# Marks a folder as a model that fasterase saved and may replace; names the library that loads it.
 MARKER = "fasterase.json"
 
+_STAGE_SUFFIX = ".partial"
+
 
 @contextmanager
-def written_whole(folder: str | os.PathLike[str], *, library: str) -> Iterator[Path]:
-    """A new folder beside `folder` to write into; on leaving without an error it takes its name.
+def replace_file(path: Path, *, sync: bool = False) -> Iterator[Path]:
+    """Yield a temporary path to write to, and rename it to `path` if the block succeeds.
+
+    The temporary file has the same name as `path`, in a hidden folder beside it, so writers that
+    choose the format by the suffix see the right one. Missing parent folders are created. After an
+    error `path` is unchanged and nothing is left behind; after a kill see `remove_leftovers`.
+
+    Args:
+        sync: flush the content to disk before the rename, so that a power cut cannot leave an
+            empty or truncated file under the final name.
+    """
+    with _staging_folder(path) as stage:
+        temporary = stage / path.name
+        yield temporary
+        if sync:
+            _flush_to_disk(temporary)
+        os.replace(temporary, path)
+
+
+@contextmanager
+def replace_folder(path: Path, *, sync: bool = False) -> Iterator[Path]:
+    """Yield a new empty folder to fill, and rename it to `path` if the block succeeds.
+
+    An existing folder is removed only once the new one has taken its place. Otherwise as
+    `replace_file`.
+    """
+    with _staging_folder(path) as stage:
+        new = stage / path.name
+        new.mkdir()
+        yield new
+        if sync:
+            for file in new.rglob("*"):
+                if file.is_file():
+                    _flush_to_disk(file)
+        _swap(new, path, replaced=stage / f"{path.name}.replaced")
+
+
+@contextmanager
+def replace_model_folder(folder: str | os.PathLike[str], *, library: str) -> Iterator[Path]:
+    """`replace_folder` for a saved model: refuse foreign folders, and mark the new one as ours.
+
+    Args:
+        library: the library that loads the model, recorded in the marker file.
 
     Raises:
         InputError: `folder` is a file, or holds anything but a model saved by fasterase.
     """
     target = Path(folder).expanduser().absolute()
     check_replaceable(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{target.name}.new-", dir=target.parent))
-    try:
-        # mkdtemp gives 0700; a model folder is as readable as any other folder the user makes.
-        umask = os.umask(0)
-        os.umask(umask)
-        new.chmod(0o777 & ~umask)
+    with replace_folder(target) as new:
         yield new
         (new / MARKER).write_text(json.dumps({"saved_by": "fasterase", "library": library}) + "\n")
-        _swap(new, target)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def check_replaceable(target: Path) -> None:
-    """`InputError` where saving to `target` would replace what fasterase did not write."""
+    """Raise `InputError` if saving a model to `target` would replace files of somebody else."""
     if not target.exists():
         return
     if not target.is_dir():
@@ -75,16 +86,49 @@ def check_replaceable(target: Path) -> None:
         )
 
 
-def _swap(new: Path, target: Path) -> None:
+def write_text(path: Path, text: str) -> Path:
+    """Write `text` to `path` atomically, as UTF-8, and return `path`."""
+    with replace_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left half written in `folder`.
+
+    Call it only where no other process can be writing to `folder`: its unfinished files would go.
+    """
+    for stage in folder.glob(f".*{_STAGE_SUFFIX}"):
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextmanager
+def _staging_folder(target: Path) -> Iterator[Path]:
+    """Make a hidden folder on the file system of `target`, and remove it in the end."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stage = tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_STAGE_SUFFIX, dir=target.parent)
+    try:
+        yield Path(stage)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _flush_to_disk(file: Path) -> None:
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def _swap(new: Path, target: Path, *, replaced: Path) -> None:
+    """Rename `new` to `target`, moving an existing `target` to `replaced` first.
+
+    A folder that is not empty cannot be renamed over.
+    """
     if not target.exists():
         new.rename(target)
         return
-    # A non-empty folder cannot be renamed over: the old one steps aside first, and goes last.
-    old = new.with_name(new.name.replace(".new-", ".old-", 1))
-    target.rename(old)
+    target.rename(replaced)
     try:
         new.rename(target)
     except OSError:
-        old.rename(target)
+        replaced.rename(target)
         raise
-    shutil.rmtree(old, ignore_errors=True)

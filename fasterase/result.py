@@ -1,4 +1,4 @@
-"""`UnlearnResult`: what a run leaves in the caller's hands."""
+"""`UnlearnResult`: the erased model, the record of the run, and its Markdown report."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from pathlib import Path
 
 from torch import nn
 
-from fasterase.config import UnlearnConfig
+from fasterase.config import UnlearnConfig, describe_recipe, format_yaml
 from fasterase.engine.history import StepRecord
 from fasterase.evaluation.evaluation import Evaluation
+from fasterase.files import write_text
 from fasterase.models.dual_encoder import DualEncoder
+from fasterase.objective import EraseLoss
 from fasterase.pairs.skips import Skip
-from fasterase.report.run_report import run_report
 
 
 @dataclass(frozen=True)
@@ -22,16 +23,16 @@ class UnlearnResult:
     """Result of `fasterase.unlearn`.
 
     Attributes:
-        model: the object that was passed in (its copy with `copy=True`), erased.
-        history: a record a step: `step` (from 1), `total`, `forget`, `retain`, `consistency`,
+        model: the erased model: the object that was passed in, or its copy with `copy=True`.
+        history: one record per step: `step` (from 1), `total`, `forget`, `retain`, `consistency`,
             `anchor`, `lr`, `grad_norm`, `applied`, `seconds`; as keys and as attributes.
-        evaluation: before and after, `None` where the config asked for none.
+        evaluation: measurements before and after; `None` if the config asked for none.
         forgotten: whether the mean excess of matched forget cosines over `floor` is below 0.01.
-        config: the active recipe.
-        skipped: pairs that could not be read: `(id, reason)`.
-        floor: the original's mean cosine of unrelated pairs, or the config's.
-        excess: mean over the forget set of `max(cos - floor, 0)`; below 0.01 is forgotten.
-        removed_from_retain: ids of retain pairs left out because they stand in the forget set too.
+        config: the configuration of the run.
+        skipped: pairs that could not be read, as `(id, reason)`.
+        floor: the floor of the config, or the original's mean cosine of unrelated pairs.
+        excess: mean over the forget set of `max(cos - floor, 0)`.
+        removed_from_retain: ids of retain pairs left out because they are also in the forget set.
         seconds: wall time of the whole call.
     """
 
@@ -48,12 +49,12 @@ class UnlearnResult:
     encoder: DualEncoder = field(repr=False)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the erased model: what open_clip (`local-dir:`) or `from_pretrained` loads.
+        """Write the erased model so that open_clip (`local-dir:`) or `from_pretrained` loads it.
 
-        One safetensors file up to 5 GB. The folder appears whole or not at all.
+        The weights are one safetensors file up to 5 GB. The folder is written atomically.
 
         Raises:
-            InputError: `folder` holds something else.
+            InputError: `folder` holds files that fasterase did not write.
         """
         path = Path(folder)
         self.encoder.save(path)
@@ -61,17 +62,37 @@ class UnlearnResult:
 
     def report(self, path: str | os.PathLike[str]) -> Path:
         """Write a Markdown report: recipe, losses, forgetting, and the evaluation's table."""
-        file = Path(path)
-        run_report(
-            file,
-            config=self.config,
-            history=self.history,
-            evaluation=self.evaluation.table() if self.evaluation else None,
-            forgotten=self.forgotten,
-            floor=self.floor,
-            excess=self.excess,
-            skipped=self.skipped,
-            removed_from_retain=self.removed_from_retain,
-            seconds=self.seconds,
-        )
-        return file
+        return write_text(Path(path), _format_report(self))
+
+
+def _format_report(result: UnlearnResult) -> str:
+    lines = [
+        "# Erasure report",
+        "",
+        f"- forgotten: **{'yes' if result.forgotten else 'no'}** (mean excess of matched forget "
+        f"cosines over the floor {result.floor:+.3f}: {result.excess:.4f}; below 0.01 counts as "
+        "forgotten)",
+        f"- steps: {len(result.history)}, {result.seconds:.1f} s in all",
+        f"- recipe: {describe_recipe(result.config)}",
+        f"- unreadable pairs skipped: {len(result.skipped)}",
+        f"- retain pairs left out because they are also in the forget set: "
+        f"{len(result.removed_from_retain)}",
+        "",
+    ]
+    if result.history:
+        terms = EraseLoss._fields
+        lines += ["## Losses", "", "| | " + " | ".join(terms) + " |"]
+        lines.append("|---" * (len(terms) + 1) + "|")
+        for label, record in (
+            ("first step", result.history[0]),
+            ("last step", result.history[-1]),
+        ):
+            lines.append(f"| {label} | " + " | ".join(f"{record[t]:.4f}" for t in terms) + " |")
+        lines.append("")
+    if result.evaluation is not None:
+        lines += ["## Evaluation", "", "```", result.evaluation.table(), "```", ""]
+    lines += ["## Settings", "", "```yaml", format_yaml(result.config.to_dict()) + "```", ""]
+    if result.skipped:
+        lines += ["## Skipped pairs", ""]
+        lines += [*(f"- {id}: {reason}" for id, reason in result.skipped), ""]
+    return "\n".join(lines)

@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fasterase.config import UnlearnConfig, field_names
+from fasterase.config import (
+    UnlearnConfig,
+    describe_recipe,
+    describe_type,
+    field_names,
+    format_yaml,
+    parse_value,
+    read_yaml,
+)
 from fasterase.errors import InputError
 
 CONTRACT = {
@@ -167,6 +175,51 @@ def test_wrong_yaml(text, named, tmp_path):
 def test_missing_yaml(tmp_path):
     with pytest.raises(InputError, match=r"none\.yaml"):
         UnlearnConfig.from_yaml(tmp_path / "none.yaml")
+
+
+def test_recipes_are_named_by_what_they_differ_in():
+    assert describe_recipe(UnlearnConfig()) == "fasterase defaults"
+    assert (
+        describe_recipe(UnlearnConfig(lr=1e-4, output_dir="x")) == "fasterase defaults; lr=0.0001"
+    )
+    assert describe_recipe(UnlearnConfig.cliperase()) == "cliperase (the paper's)"
+    paper = describe_recipe(UnlearnConfig.cliperase(epochs=5))
+    assert paper == "cliperase (the paper's); epochs=5"
+
+
+def test_yaml_is_read_back_as_it_was_written(tmp_path):
+    values = {**UnlearnConfig(floor=None, lr=1e-7).to_dict(), "forget": "größe.csv"}
+    file = tmp_path / "erase.yaml"
+    file.write_text(format_yaml(values), encoding="utf-8")
+    assert read_yaml(file) == values
+    assert list(read_yaml(file)) == list(values)
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "expected"),
+    [
+        (["a", "b"], list[str] | dict[str, str], ["a", "b"]),
+        ({"a": "b"}, list[str] | dict[str, str], {"a": "b"}),
+        ((1, "2"), tuple[float, float], (1.0, 2.0)),
+        (Path("x"), str | None, "x"),
+    ],
+)
+def test_containers_and_paths_are_converted(value, hint, expected):
+    assert parse_value("name", value, hint) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "expected"),
+    [
+        ([1], list[str] | dict[str, str], "a list or a dict"),
+        (10**400, float, "a finite number"),
+        (True, int | None, "a whole number or None"),
+    ],
+)
+def test_a_value_of_another_type_is_described(value, hint, expected):
+    assert describe_type(hint) == expected
+    with pytest.raises(InputError, match=rf"^name=.*expected {expected}"):
+        parse_value("name", value, hint)
 
 
 VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.floats())

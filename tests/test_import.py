@@ -14,7 +14,6 @@ import fasterase
 HEAVY = [
     "datasets",
     "deepspeed",
-    "jsonargparse",
     "matplotlib",
     "open_clip",
     "sklearn",

@@ -46,7 +46,7 @@ def whole(tmp_path_factory):
         ("optimiser step", 4),
         ("history line", 3),
         ("checkpoint optimiser", 2),
-        ("checkpoint removal", 4),
+        ("checkpoint removal", 1),
     ],
     ids=lambda moment: f"{moment[0]} {moment[1]}",
 )

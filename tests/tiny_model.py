@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fasterase.files import written_whole
+from fasterase.files import replace_model_folder
 from fasterase.models.dual_encoder import DualEncoder, Tokens, TowerParts
 from fasterase.pairs.batches import MicroBatch
 
@@ -66,7 +66,7 @@ class TinyModel(DualEncoder):
         return TowerParts(every, [module.text], [module.text_projection], [module.text_projection])
 
     def save(self, folder: Path) -> None:
-        with written_whole(folder, library="none") as new:
+        with replace_model_folder(folder, library="none") as new:
             save_file(self.module.state_dict(), new / "model.safetensors")
 
     def weights(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The command line: `fasterase unlearn | evaluate | demo | compile`. Parse, call, report."""
+"""The command line: `fasterase unlearn | evaluate | demo | compile`, and its exit codes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from fasterase.cli import commands
+from fasterase.cli.commands import run_command
 from fasterase.cli.parser import parse
 from fasterase.errors import FaseraseError, InputError, NonFiniteError, PreemptedError
 
@@ -21,37 +21,26 @@ EXIT_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code. An error is one line on stderr."""
+    """Run one command and return its exit code; an error prints one line on stderr."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            _run(argv)
+            parsed = parse(argv)
+            run_command(parsed.command, parsed.values)
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in argv:
             traceback.print_exc()
-        print(f"fasterase: error: {_line(error)}", file=sys.stderr)
-        return _exit_code(error)
+        print(f"fasterase: error: {_format_error(error)}", file=sys.stderr)
+        return _exit_code_of(error)
     return EXIT_DONE
-
-
-def _run(argv: Sequence[str]) -> None:
-    parsed = parse(argv)
-    if parsed.command == "unlearn":
-        commands.unlearn(parsed.values, print_config=parsed.print_config)
-    elif parsed.command == "evaluate":
-        commands.evaluate(parsed.values)
-    elif parsed.command == "compile":
-        commands.compile_kernels()
-    else:
-        commands.demo(parsed.values)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
-def _line(error: BaseException) -> str:
+def _format_error(error: BaseException) -> str:
     if isinstance(error, FaseraseError):
         return " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
@@ -60,7 +49,7 @@ def _line(error: BaseException) -> str:
     return f"{found} (unexpected; --debug shows the traceback)"
 
 
-def _exit_code(error: BaseException) -> int:
+def _exit_code_of(error: BaseException) -> int:
     if isinstance(error, InputError):
         return EXIT_WRONG_INPUT
     if isinstance(error, NonFiniteError):

@@ -1,25 +1,23 @@
-"""From the command line to plain values: jsonargparse over the flags, with messages that help."""
+"""Parse the command line: flags generated from dataclasses, their values checked by type."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
+import inspect
 import re
-from collections.abc import Sequence
-from difflib import get_close_matches
-from typing import Any, NamedTuple, get_args, get_origin
-
-import yaml
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn, get_type_hints
 
 import fasterase
-from fasterase.cli.flags import Flag, flags_of
-from fasterase.config import coerced
+from fasterase.cli.commands import DemoFlags, EvaluateFlags, UnlearnFlags
+from fasterase.config import UnlearnConfig, describe_type, parse_value, read_yaml, suggest_names
 from fasterase.errors import InputError
 
 COMMANDS = {
     "unlearn": "make a CLIP model forget a set of image-text pairs",
-    "evaluate": "measure what a model knows of forget, retain and further pairs",
+    "evaluate": "measure how well a model knows forget, retain and further pairs",
     "demo": "erase a concept from the small CLIP that ships with the package",
     "compile": "build the C++ kernels of the loss now instead of at first use",
 }
@@ -39,10 +37,10 @@ examples:
   fasterase unlearn --config erase.yaml --lr 3e-6 --floor none
   fasterase unlearn --recipe cliperase --print_config > erase.yaml
 
-D/model holds the erased model afterwards, D/history.jsonl the losses of every step and
-D/evaluation.json the measurement. The same command after an interruption goes on from the last
-checkpoint. `-` and `_` in flags are the same, `none` and `null` mean no value, and a flag wins over
-the same key in the YAML file.
+The erased model is written to D/model, the losses of every step to D/history.jsonl, and the
+measurement to D/evaluation.json. Run the same command again after an interruption to resume from
+the last checkpoint. `-` and `_` in flags are the same, `none` and `null` mean no value, and a flag
+overrides the same key in the YAML file.
 
 exit codes: 0 done, 2 wrong input, 3 losses stayed non-finite, 75 preempted after a checkpoint
 (run again), 130 Ctrl-C (run again), 1 anything else.""",
@@ -57,22 +55,35 @@ examples:
   fasterase demo --forget animal-bird --output_dir runs/birds
   fasterase demo --recipe cliperase""",
     "compile": """\
-The library goes into TORCH_EXTENSIONS_DIR, or else ~/.cache/torch_extensions, under a name that
-tells compilers' flags, torch versions and CPU types apart; run it once for each type of node that
-shares a home folder. Needs a C++ compiler: c++ on PATH, or the one that CXX names.""",
+The library is cached in TORCH_EXTENSIONS_DIR, or else ~/.cache/torch_extensions, under a name that
+depends on compiler flags, torch version and CPU type. Run this once per type of node if nodes share
+a home folder. Needs a C++ compiler: c++ on PATH, or the one named by CXX.""",
 }
+
+# Flags that set no field of a dataclass.
+_GENERAL = ("help", "version", "debug", "local_rank", "config", "print_config")
+
+# The fields of `UnlearnConfig` that the demo takes. It counts steps, so it has no `epochs`.
+_DEMO_FIELDS = ("lr", "max_steps", "batch_size", "seed", "num_workers", "progress")
+# Those for which the demo does not use the default of `UnlearnConfig`.
+_DEMO_TUNED = ("lr", "max_steps", "batch_size")
 
 
 class Parsed(NamedTuple):
-    """A command with the values that flags or YAML gave, and no defaults among them."""
+    """A command, and the values given by flags and YAML; defaults are not filled in."""
 
     command: str
     values: dict[str, Any]
-    print_config: bool
 
 
-class _Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """jsonargparse's help, with the examples left as they are written."""
+class Flag(NamedTuple):
+    """A flag that sets one field of a dataclass."""
+
+    name: str
+    hint: Any
+    default: Any
+    group: str
+    help: str
 
 
 def parse(argv: Sequence[str]) -> Parsed:
@@ -82,152 +93,199 @@ def parse(argv: Sequence[str]) -> Parsed:
         InputError: an unknown command or flag, or a value or file that cannot be used.
         SystemExit: after printing `--help` or `--version`.
     """
-    parser = _parser()
-    command = next((token for token in argv if token in COMMANDS), None)
-    flags = flags_of(command) if command else []
-    try:
-        found = parser.parse_args(_canonical(argv, flags), defaults=False)
-    except argparse.ArgumentError as error:
-        raise InputError(_explained(str(error), flags)) from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"a value or the config file cannot be read: {error}") from error
-    given = found[found["command"]].as_dict()
-    for name in ("config", "debug"):
-        given.pop(name, None)
-    return Parsed(found["command"], given, given.pop("print_config", False))
+    argv = [re.sub(r"^--[^=]+", lambda flag: _with_underscores(flag[0]), token) for token in argv]
+    found, unknown = _parser().parse_known_args(argv)
+    texts = vars(found)
+    command = texts.pop("command", None)
+    flags = {flag.name: flag for flag in flags_of(command)} if command else {}
+    if unknown:
+        raise _unknown_argument(unknown[0], flags)
+    if command is None:
+        raise InputError(f"no command. Give one of {', '.join(COMMANDS)}; --help explains them.")
+    texts.pop("local_rank", None)
+    texts.pop("debug", None)
+    values: dict[str, Any] = {}
+    for file in texts.pop("config", []):
+        values.update(_read_config(file, flags))
+    if "print_config" in texts:
+        values["print_config"] = texts.pop("print_config")
+    for name, text in texts.items():
+        values[name] = _parse_text(name, text, flags[name].hint)
+    return Parsed(command, values)
+
+
+def flags_of(command: str) -> list[Flag]:
+    """List the flags of a sub-command in the order of its help."""
+    if command == "unlearn":
+        return [*_flags_from(UnlearnFlags), *_flags_from(UnlearnConfig)]
+    if command == "evaluate":
+        return list(_flags_from(EvaluateFlags))
+    if command == "compile":
+        return []
+    fields = [flag for flag in _flags_from(UnlearnConfig) if flag.name in _DEMO_FIELDS]
+    return [*_flags_from(DemoFlags), *map(_without_default, fields)]
+
+
+def _without_default(flag: Flag) -> Flag:
+    if flag.name not in _DEMO_TUNED:
+        return flag
+    text = f"{flag.help.split(';')[0].rstrip('.')}. If not given: tuned for the shipped model."
+    return flag._replace(default=None, help=text)
+
+
+def _flags_from(cls: type) -> Iterator[Flag]:
+    hints = get_type_hints(cls)
+    documented = _read_docstring(cls)
+    for field in dataclasses.fields(cls):
+        group, text = documented.get(field.name, ("Settings", ""))
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        yield Flag(field.name, hints[field.name], default, group, text)
+
+
+def _read_docstring(cls: type) -> dict[str, tuple[str, str]]:
+    """Read the group and help text of each field: `> Group` lines, then `Args:` entries."""
+    documented: dict[str, tuple[str, str]] = {}
+    group, name = "", ""
+    for line in (inspect.getdoc(cls) or "").splitlines():
+        if line.startswith("> "):
+            group = line[2:].strip()
+        elif entry := re.match(r" {4}(\w+): (.*)", line):
+            name = entry[1]
+            documented[name] = (group, entry[2])
+        elif name and line.startswith(" " * 8):
+            documented[name] = (group, f"{documented[name][1]} {line.strip()}")
+        elif line and not line.startswith(" "):
+            name = ""
+    return documented
+
+
+class _ArgumentParser(argparse.ArgumentParser):
+    """An argparse parser that raises `InputError`, and keeps only the flags that were given."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(
+            allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **options,
+        )
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}. `{self.prog} --help` explains the usage.")
 
 
 @functools.cache
-def _parser() -> ArgumentParser:
-    parser = _new_parser(
-        prog="fasterase",
-        description="Make a CLIP model forget chosen image-text associations.",
-        version=fasterase.__version__,
+def _parser() -> _ArgumentParser:
+    parser = _ArgumentParser(
+        prog="fasterase", description="Make a CLIP model forget chosen image-text associations."
     )
+    parser.add_argument("--version", action="version", version=f"fasterase {fasterase.__version__}")
     parser.add_argument(
         "--local_rank", type=int, help="set by launchers such as deepspeed and torchrun"
     )
-    _add_debug(parser)
-    commands = parser.add_subcommands(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for command, purpose in COMMANDS.items():
-        commands.add_subcommand(command, _command_parser(command, purpose), help=purpose)
+        _add_flags(
+            commands.add_parser(
+                command,
+                help=purpose,
+                usage=f"fasterase {command} {_USAGE[command]}".rstrip(),
+                description=f"{purpose[0].upper()}{purpose[1:]}.",
+                epilog=EXAMPLES[command],
+            ),
+            command,
+        )
     return parser
 
 
-def _command_parser(command: str, purpose: str) -> ArgumentParser:
-    parser = _new_parser(
-        usage=f"fasterase {command} {_USAGE[command]}".rstrip(),
-        description=f"{purpose[0].upper()}{purpose[1:]}.",
-        epilog=EXAMPLES[command],
+def _add_flags(parser: argparse.ArgumentParser, command: str) -> None:
+    parser.add_argument(
+        "--config", action="append", metavar="FILE", help="YAML file whose keys are flags below"
     )
-    _add_debug(parser)
-    parser.add_argument("--config", action="config", help="YAML file whose keys are flags below")
     if command == "unlearn":
         parser.add_argument(
             "--print_config",
             action="store_true",
-            help="print all settings as YAML, fit for --config, and stop",
+            help="print the configuration as YAML for --config, and exit",
         )
     groups: dict[str, Any] = {}
     for flag in flags_of(command):
         if flag.group not in groups:
             groups[flag.group] = parser.add_argument_group(flag.group)
-        groups[flag.group].add_argument(f"--{flag.name}", **_argument(flag))
-    return parser
+        groups[flag.group].add_argument(f"--{flag.name}", **_argparse_options(flag))
 
 
-def _new_parser(**settings: Any) -> ArgumentParser:
-    return ArgumentParser(
-        exit_on_error=False,
-        allow_abbrev=False,
-        default_env=False,
-        print_config=None,
-        formatter_class=_Formatter,
-        **settings,
-    )
+def _argparse_options(flag: Flag) -> dict[str, Any]:
+    if isinstance(flag.default, list):
+        return {"nargs": "+", "action": "extend", "metavar": "NAME=WHERE", "help": flag.help}
+    expected = describe_type(flag.hint)
+    details = [] if expected in ("text", "text or None") else [expected]
+    if flag.default is not None:
+        shown = (
+            ",".join(map(str, flag.default)) if isinstance(flag.default, tuple) else flag.default
+        )
+        details.append(f"default: {shown}")
+    text = f"{flag.help} ({'; '.join(details)})" if details else flag.help
+    # argparse formats help texts with %.
+    options = {"metavar": "VALUE", "help": text.replace("%", "%%")}
+    return {**options, "nargs": "?", "const": "true"} if flag.hint is bool else options
 
 
-def _add_debug(parser: ArgumentParser) -> None:
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+def _read_config(file: str, flags: Mapping[str, Flag]) -> dict[str, Any]:
+    values = read_yaml(file)
+    for name in values:
+        if name not in flags:
+            hint = suggest_names(
+                name, flags, otherwise="--help lists the flags, which are the keys."
+            )
+            raise InputError(f"config: unknown key `{name}` in {file}.{hint}")
+    return {name: parse_value(name, value, flags[name].hint) for name, value in values.items()}
 
 
-def _argument(flag: Flag) -> dict[str, Any]:
-    argument: dict[str, Any] = {
-        "type": flag.hint,
-        "default": flag.default,
-        "help": flag.help,
-    }
-    if flag.hint is bool:
-        argument.update(nargs="?", const=True)
-    elif isinstance(flag.default, list):
-        del argument["type"]
-        argument.update(nargs="+", action="extend", metavar="NAME=WHERE")
-    return argument
+def _parse_text(name: str, text: str | list[str], hint: Any) -> Any:
+    """Parse the text of a flag as the first of its readings that has the type `hint`.
+
+    Besides the text itself these are no value, YAML (for numbers, booleans and dicts) and a comma-
+    separated list.
+    """
+    if isinstance(text, list):
+        return parse_value(name, text, hint)
+    in_yaml = _read_yaml_scalar(text)
+    readings = [text, in_yaml, text.strip("()[] ").split(",")]
+    if text.lower() in ("none", "null"):
+        readings.insert(0, None)
+    # Before the text, which a flag that also takes a path would accept.
+    elif isinstance(in_yaml, dict):
+        readings.insert(0, in_yaml)
+    for reading in readings:
+        try:
+            return parse_value(name, reading, hint)
+        except InputError:
+            continue
+    return parse_value(name, text, hint)
 
 
-def _canonical(argv: Sequence[str], flags: Sequence[Flag]) -> list[str]:
-    """Spell flags with `_`, None as YAML's null and a pair of numbers as YAML's list."""
-    hints = {flag.name: flag.hint for flag in flags}
-    canonical: list[str] = []
-    current = ""
-    for token in argv:
-        if token.startswith("--"):
-            name, equals, value = token[2:].partition("=")
-            current = name.replace("-", "_")
-            _check_known(current, flags)
-            canonical.append(f"--{current}{equals}{_value(value, hints.get(current))}")
-        else:
-            canonical.append(_value(token, hints.get(current)))
-            current = ""
-    return canonical
+def _read_yaml_scalar(text: str) -> Any:
+    import yaml
 
-
-def _value(text: str, hint: Any) -> str:
-    if text.lower() in ("none", "null") and type(None) in get_args(hint):
-        return "null"
-    if get_origin(hint) is tuple and text[:1] not in ("", "[", "("):
-        return f"[{text}]"
-    return text
-
-
-_GENERAL = ("help", "version", "debug", "local_rank", "config", "print_config")
-
-
-def _check_known(name: str, flags: Sequence[Flag]) -> None:
-    known = [flag.name for flag in flags]
-    if name in known or name in _GENERAL:
-        return
-    raise InputError(f"unknown flag --{name}.{_near(name, known)}")
-
-
-def _near(name: str, known: Sequence[str]) -> str:
-    close = get_close_matches(name, [*known, *_GENERAL], n=3)
-    if close:
-        return f" Did you mean {' or '.join(f'--{match}' for match in close)}?"
-    return " The flag --help lists what there is."
-
-
-def _explained(message: str, flags: Sequence[Flag]) -> str:
-    """jsonargparse's message as one line that names the flag, what was found and what to do."""
-    hints = {flag.name: flag.hint for flag in flags}
-    if unknown := re.search(r"does not accept (?:option|nested key) '([^']+)'", message):
-        name = unknown[1]
-        return f"config: unknown key `{name}`.{_near(name, list(hints))}"
-    if message.startswith("Unexpected config"):
-        return "config: expected a YAML mapping, one `name: value` a line."
-    where = re.search(r'Parser key "(?:\w+\.)?(\w+)":?', message)
-    found = re.search(r"(?:Given value|Got value): (.*)", message)
-    if where and found and where[1] in hints:
-        # As text first: what YAML reads differently is refused for its type, with its own message.
-        for value in (found[1], _read(found[1])):
-            coerced(where[1], value, hints[where[1]])
-    if where:
-        message = message.replace(where[0], f"--{where[1]}:")
-    return " ".join(message.split())
-
-
-def _read(text: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    # Not YAML, so it stands for itself; PyYAML also raises ValueError, KeyError, OverflowError ...
+    except Exception:
         return text
+
+
+def _unknown_argument(argument: str, flags: Mapping[str, Flag]) -> InputError:
+    if not argument.startswith("-"):
+        return InputError(f"unexpected argument {argument!r}. Values need a flag before them.")
+    flag = argument.partition("=")[0]
+    known = [f"--{name}" for name in (*flags, *_GENERAL)]
+    hint = suggest_names(flag, known, otherwise="--help lists the flags.")
+    return InputError(f"unknown flag {flag}.{hint}")
+
+
+def _with_underscores(flag: str) -> str:
+    return "--" + flag[2:].replace("-", "_")

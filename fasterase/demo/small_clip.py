@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fasterase.demo.emoji import Record, class_name, naming_captions
-from fasterase.files import replacing, write_text
+from fasterase.files import replace_file, write_text
 
 IMAGE_SIZE = 64
 CONTEXT_LENGTH = 16
@@ -92,11 +92,11 @@ def save(model: nn.Module, tokenizer: Any, output: Path) -> None:
         name: tensor if name == "logit_scale" else tensor.half()
         for name, tensor in model.state_dict().items()
     }
-    with replacing(output / "open_clip_model.safetensors") as temporary:
+    with replace_file(output / "open_clip_model.safetensors") as temporary:
         save_file(weights, temporary)
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    with replacing(output / "tokenizer.json") as temporary:
+    with replace_file(output / "tokenizer.json") as temporary:
         tokenizer.save(str(temporary))
     # Written by hand: transformers 5 would name a class that transformers 4 does not know, and
     # transformers 4 takes add_prefix_space from here, over what tokenizer.json says.

@@ -31,7 +31,7 @@ from fasterase.demo.emoji import (
 from fasterase.demo.small_clip import build_model, build_tokenizer, model_config, save, tokenize
 from fasterase.demo.train_data import Pairs, augment, find_classes, load_pairs
 from fasterase.errors import InputError
-from fasterase.files import replacing, write_text
+from fasterase.files import replace_file, write_text
 
 LEARNING_RATE = 1.5e-3
 BETAS = (0.9, 0.98)
@@ -139,7 +139,7 @@ def train(
         losses.append(loss.item())
         if len(losses) % CHECKPOINT_EVERY == 0:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            with replacing(checkpoint) as temporary:
+            with replace_file(checkpoint) as temporary:
                 torch.save({**state, "losses": losses}, temporary)
         if len(losses) % 20 == 0:
             passed = time.perf_counter() - started

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fasterase.errors import ResumeError
+from fasterase.files import remove_leftovers, replace_folder
 
 log = logging.getLogger(__name__)
 
@@ -74,37 +74,26 @@ class CheckpointFolder:
             json.dumps({k: v for k, v in identity.items() if k not in FREE_FIELDS})
         )
 
-    def _steps(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*")) if self.folder.is_dir() else []
-
     def save(self, checkpoint: Checkpoint) -> None:
         """Write `checkpoint` and remove all but the last two."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         target = self.folder / f"step-{checkpoint.step:09d}"
         if target.is_dir():
             return
-        # The same name each time, so that the next save removes what a kill left half written.
-        temporary = self.folder / "writing"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        save_file(checkpoint.tensors, temporary / "weights.safetensors")
-        torch.save(
-            {"optimizer": checkpoint.optimizer, "scaler": checkpoint.scaler},
-            temporary / "optimizer.pt",
-        )
+        remove_leftovers(self.folder)
         state = {
             "step": checkpoint.step,
             "non_finite": checkpoint.non_finite,
             "forgotten": checkpoint.forgotten,
             "identity": self.identity,
         }
-        (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        for file in temporary.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        os.replace(temporary, target)
-        for old in self._steps()[:-KEPT]:
-            shutil.rmtree(old)
+        with replace_folder(target, sync=True) as new:
+            save_file(checkpoint.tensors, new / "weights.safetensors")
+            torch.save(
+                {"optimizer": checkpoint.optimizer, "scaler": checkpoint.scaler},
+                new / "optimizer.pt",
+            )
+            (new / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        self._remove_old()
 
     def clear(self) -> None:
         """Remove the checkpoints of an earlier run."""
@@ -119,6 +108,7 @@ class CheckpointFolder:
         """
         if resume == "never":
             return None
+        self._remove_old()
         found = self._steps()
         for path in reversed(found):
             try:
@@ -139,6 +129,13 @@ class CheckpointFolder:
                 "Give the output_dir of the interrupted run, or resume='auto'."
             )
         return None
+
+    def _steps(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*")) if self.folder.is_dir() else []
+
+    def _remove_old(self) -> None:
+        for old in self._steps()[:-KEPT]:
+            shutil.rmtree(old)
 
     def _read(self, path: Path, device: torch.device) -> Checkpoint:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fasterase.config import UnlearnConfig
+from fasterase.config import UnlearnConfig, format_yaml
 from fasterase.encode import PairEncoder, PairFeatures
 from fasterase.engine.checkpoint import CheckpointFolder
 from fasterase.engine.feature_loss import MAX_SCALE, FeatureLoss
@@ -48,7 +48,6 @@ from fasterase.reference.original import (
     floor_rows,
     unmatched_cosine,
 )
-from fasterase.report.run_report import settings_yaml
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ def erase(
         checkpoints = CheckpointFolder(output_dir / "checkpoints", identity)
         # Before anything is encoded: a checkpoint of another run is refused at once.
         saved = checkpoints.load(config.resume, device=model.device)
-        write_text(output_dir / "config.yaml", settings_yaml(config))
+        write_text(output_dir / "config.yaml", format_yaml(config.to_dict()))
 
     encoder = PairEncoder(
         model,

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from fasterase.errors import require
+from fasterase.errors import import_extra
 from fasterase.models.dual_encoder import DualEncoder
 
 # Classes of bitsandbytes behind the names of the option.
@@ -98,7 +98,7 @@ def build_optimizer(
 
 def require_bitsandbytes(optimizer: str) -> ModuleType:
     """Import the library behind the 8-bit optimisers, or raise `MissingExtraError`."""
-    return require("bitsandbytes", "scale", f"optimizer={optimizer!r}")
+    return import_extra("bitsandbytes", "scale", f"optimizer={optimizer!r}")
 
 
 def build_grad_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:

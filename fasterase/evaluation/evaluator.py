@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fasterase.config import coerced
+from fasterase.config import parse_value
 from fasterase.encode import PairEncoder, PairFeatures
 from fasterase.errors import InputError
 from fasterase.evaluation.evaluation import Evaluation
@@ -75,10 +75,10 @@ class Evaluator:
         for name in ("forget", "retain"):
             if name not in sources:
                 raise InputError(f"sources has no set {name!r}, only {', '.join(sources)}.")
-        max_pairs = coerced("max_pairs", max_pairs, int | None)
+        max_pairs = parse_value("max_pairs", max_pairs, int | None)
         if max_pairs is not None and max_pairs < 1:
             raise InputError(f"max_pairs={max_pairs!r} must be 1 or more, or None for all pairs.")
-        if coerced("seed", seed, int) < 0:
+        if parse_value("seed", seed, int) < 0:
             raise InputError(f"seed={seed!r} must be 0 or more.")
         if quick:
             max_pairs = min(max_pairs or QUICK_PAIRS, QUICK_PAIRS)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasterase.errors import InputError, require
-from fasterase.files import written_whole
+from fasterase.errors import InputError, import_extra
+from fasterase.files import replace_model_folder
 from fasterase.models.dual_encoder import DualEncoder, Tokens, TowerParts
 from fasterase.models.preprocessing import (
     ImageTransform,
@@ -155,7 +155,7 @@ class HuggingFaceEncoder(DualEncoder):
 
     def save(self, folder: Path) -> None:
         """Write a `from_pretrained` folder, with tokenizer and image processor where known."""
-        with written_whole(folder, library="transformers") as new:
+        with replace_model_folder(folder, library="transformers") as new:
             self.module.save_pretrained(new, max_shard_size=_MAX_SHARD_SIZE)
             tokenizer: Any = getattr(self.text_tokenizer, "source", None)
             for companion in (tokenizer, self.image_processor):
@@ -196,7 +196,7 @@ def from_source(
         InputError: not a supported CLIP model, out of reach, or some weights are missing.
         MissingExtraError: transformers is not installed.
     """
-    transformers = require("transformers", "hf", f"Loading {name}")
+    transformers = import_extra("transformers", "hf", f"Loading {name}")
     try:
         config = transformers.AutoConfig.from_pretrained(source, local_files_only=not online)
     except Exception as error:

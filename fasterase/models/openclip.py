@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fasterase.errors import InputError, require
-from fasterase.files import written_whole
+from fasterase.errors import InputError, import_extra
+from fasterase.files import replace_model_folder
 from fasterase.models.dual_encoder import DualEncoder, Part, Tokens, TowerParts
 from fasterase.models.openclip_config import (
     Config,
@@ -120,7 +120,7 @@ class OpenClipEncoder(DualEncoder):
         from safetensors.torch import save_file
 
         tokenizer: Any = getattr(self.text_tokenizer, "source", None)
-        with written_whole(folder, library="open_clip") as new:
+        with replace_model_folder(folder, library="open_clip") as new:
             save_file(_state_to_write(self.module), new / WEIGHTS_FILE, {"format": "pt"})
             if hasattr(tokenizer, "save_pretrained"):
                 tokenizer.save_pretrained(new)
@@ -236,7 +236,7 @@ def _check_text_extra(source: str) -> None:
     except (OSError, ValueError):
         return  # A folder without a readable configuration: create_model says so.
     if config.get("text_cfg", {}).get("hf_model_name"):
-        require("transformers", "hf", f"The text tower of {source}")
+        import_extra("transformers", "hf", f"The text tower of {source}")
 
 
 def _context_length(module: nn.Module, config: Config | None) -> int:

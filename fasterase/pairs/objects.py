@@ -18,145 +18,25 @@ from fasterase.errors import InputError
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.source import PairSource, Record, decode_image, read_image_file
 
-# Items read twice to see whether a dataset is deterministic. One would miss a flip of
-# probability 1/2 half of the time, eight miss it once in 256.
+IMAGE_KEYS = ("image", "pixel_values", "filepath", "image_path", "path", "file_name", "filename")
+TEXT_KEYS = ("text", "caption", "input_ids", "title", "texts", "captions")
+
+# Items read twice to see whether a dataset is deterministic. One would miss a flip of probability
+# 1/2 half of the time; eight miss it once in 256.
 _PROBES = 8
-# Items whose captions and a few pixels enter the manifest of a dataset that must decode to tell.
+# Items of which captions and a few pixels enter the manifest, if the others would need decoding.
 _MANIFEST_ITEMS = 64
 
 
-class ItemSource(PairSource):
-    """Items of a map-style dataset, or a list of parsed ones.
-
-    Args:
-        items: a map-style dataset of items, or a list of `Item` and `BrokenPair`.
-        columns: the dataset without its images, giving dicts, where that exists (Hugging Face).
-        in_memory: the items lie decoded in memory.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        items: Any,
-        *,
-        image_key: str | None = None,
-        text_key: str | None = None,
-        columns: Any = None,
-        in_memory: bool = False,
-    ) -> None:
-        self.name = name
-        self.cheap_pixels = in_memory
-        self._items = items
-        self._columns = columns
-        self._image_key = image_key
-        self._text_key = text_key
-        self.stable = isinstance(items, list) or self._reads_alike()
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def id(self, index: int) -> str:
-        return f"{self.name}[{index}]"
-
-    def _item(self, index: int) -> Item:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        try:
-            item = self._items[index]
-        # A user's dataset may fail on one item in any way; that is a broken pair.
-        except Exception as error:
-            raise BrokenPair(self.id(index), f"{type(error).__name__}: {error}") from error
-        if isinstance(item, BrokenPair):
-            raise item
-        if isinstance(item, Item):
-            return item
-        return parse_item(item, self._image_key, self._text_key, id=self.id(index))
-
-    def __getitem__(self, index: int) -> Record:
-        item = self._item(index)
-        image = item.image
-        if isinstance(image, str):
-            image = decode_image(read_image_file(image, id=self.id(index)), id=self.id(index))
-        return Record(image, item.text, self.id(index), item.mask, item.meta)
-
-    def texts(self, index: int) -> list[str] | Tensor:
-        if self._columns is None:
-            text = self._item(index).text
-        else:
-            text = parse_text(self._columns[index][self._text_key], id=self.id(index))
-        return [text] if isinstance(text, str) else text
-
-    def meta(self, index: int) -> dict[str, Any]:
-        if self._columns is None:
-            return self._item(index).meta
-        return plain_values(self._columns[index], without=(self._text_key,))
-
-    def _reads_alike(self) -> bool:
-        """Read a few items twice; raise where none can be read at all."""
-        failure = None
-        readable = False
-        for index in _spread(len(self), _PROBES):
-            try:
-                first, second = self[index], self[index]
-            except BrokenPair as error:
-                failure = error
-                continue
-            readable = True
-            if _sample(first, whole=True) != _sample(second, whole=True):
-                return False
-        if failure is not None and not readable:
-            raise InputError(f"`{self.name}`: no pair can be read; for example {failure}")
-        return True
-
-    def manifest(self) -> str:
-        """Length, captions and shapes of all items where that needs no decoding, else of a few.
-
-        A few items also give a few pixel values, so that equal captions on other images differ.
-        """
-        digest = hashlib.blake2b(f"{len(self)}".encode(), digest_size=16)
-        sampled = set(_spread(len(self), _MANIFEST_ITEMS))
-        all_captions = isinstance(self._items, list) or self._columns is not None
-        for index in range(len(self)) if all_captions else sorted(sampled):
-            try:
-                if index in sampled:
-                    digest.update(_sample(self[index], whole=False))
-                else:
-                    digest.update(_text_bytes(self.texts(index)))
-            except BrokenPair as error:
-                digest.update(str(error).encode())
-        return digest.hexdigest()
-
-
-def _spread(length: int, count: int) -> list[int]:
-    return sorted({int(i) for i in np.linspace(0, length - 1, min(count, length))})
-
-
-def _text_bytes(text: Any) -> bytes:
-    return repr(text.tolist() if isinstance(text, Tensor) else text).encode("utf-8", "replace")
-
-
-def _sample(record: Record, *, whole: bool) -> bytes:
-    """Text, shape and pixels of a record (`whole`) or 16 values of them."""
-    image = record.image
-    if isinstance(image, Image.Image):
-        values = np.asarray(image.convert("RGB")).reshape(-1)
-    else:
-        values = image.detach().cpu().reshape(-1).float().numpy()
-    if not whole:
-        values = values[_spread(len(values), 16)]
-    shape = image.size if isinstance(image, Image.Image) else tuple(image.shape)
-    return repr(shape).encode() + values.tobytes() + _text_bytes(record.text)
-
-
-def open_items(source: Any, name: str, image_key: str | None, text_key: str | None) -> ItemSource:
-    """A source from any Python object of the accepted kinds; `InputError` for others.
+def open_objects(source: Any, name: str, image_key: str | None, text_key: str | None) -> ItemSource:
+    """Open a Python object of any accepted kind; raise `InputError` for others.
 
     A `DataLoader` is unwrapped to its dataset. Iterables without random access, and batches, are
-    read to the end once and kept in memory: an endless iterable never returns from here.
+    read to the end once and kept in memory, so this never returns for an endless iterable.
     """
     if isinstance(source, DataLoader):
         try:
-            return open_items(source.dataset, name, image_key, text_key)
+            return open_objects(source.dataset, name, image_key, text_key)
         except InputError as error:
             raise InputError(
                 f"{error} (A DataLoader is unwrapped to its dataset; if its collate_fn makes the "
@@ -170,7 +50,7 @@ def open_items(source: Any, name: str, image_key: str | None, text_key: str | No
                 f"{[str(key) for key in source]}"
             )
         source = [source]
-    elif isinstance(source, tuple) and _is_one_batch(source):
+    elif isinstance(source, tuple) and _is_batch_tuple(source):
         source = [source]
     elif random_access and hasattr(source, "select_columns"):
         return _open_hugging_face(source, name, image_key, text_key)
@@ -180,29 +60,29 @@ def open_items(source: Any, name: str, image_key: str | None, text_key: str | No
                 f"`{name}` must be a dataset, a data loader, an iterable of pairs, or a path; "
                 f"found {type(source).__name__}"
             )
-        source = _spool(source, name)
+        source = _read_all(source, name)
     if isinstance(source, list | tuple):
         return _open_list(source, name, image_key, text_key)
     if len(source) > 0 and _first_is_batch(source, image_key, text_key):
         return _open_list(
-            _spool((source[i] for i in range(len(source))), name), name, image_key, text_key
+            _read_all((source[i] for i in range(len(source))), name), name, image_key, text_key
         )
     in_memory = isinstance(source, TensorDataset)
     return ItemSource(name, source, image_key=image_key, text_key=text_key, in_memory=in_memory)
 
 
-def _spool(items: Iterable[Any], name: str) -> list[Any]:
+def _read_all(items: Iterable[Any], name: str) -> list[Any]:
     return list(tqdm(items, desc=f"reading {name}", unit=" items", delay=2))
 
 
-def _is_one_batch(source: tuple[Any, ...]) -> bool:
+def _is_batch_tuple(source: tuple[Any, ...]) -> bool:
     return len(source) == 2 and isinstance(source[0], Tensor) and source[0].ndim == 4
 
 
 def _first_is_batch(dataset: Any, image_key: str | None, text_key: str | None) -> bool:
     try:
         first = dataset[0]
-    # Counted and named as a broken pair when it is read for real.
+    # It will be reported as a broken pair when it is read as one.
     except Exception:
         return False
     return is_batch(first, image_key, text_key)
@@ -213,13 +93,13 @@ def _open_list(
 ) -> ItemSource:
     pairs: list[Item | BrokenPair] = []
     for item in items:
-        # The parts of a batch come in the usual form, whatever the keys were.
+        # `unbatch` returns pairs in a standard form, so the keys no longer apply.
         batch = is_batch(item, image_key, text_key)
         keys = (None, None) if batch else (image_key, text_key)
         for part in unbatch(item, image_key, text_key) if batch else [item]:
             try:
                 pairs.append(parse_item(part, *keys, id=f"{name}[{len(pairs)}]"))
-            # Stays in the list, so that it is counted and named when it is drawn.
+            # Kept in the list, so that it is reported when it is drawn.
             except BrokenPair as error:
                 pairs.append(error)
     in_memory = not any(isinstance(pair, Item) and isinstance(pair.image, str) for pair in pairs)
@@ -229,8 +109,8 @@ def _open_list(
 def _open_hugging_face(
     source: Any, name: str, image_key: str | None, text_key: str | None
 ) -> ItemSource:
-    """A `datasets.Dataset`; captions and other columns are read without decoding images."""
-    # A transform set by the user may need the image column to make its outputs.
+    """Open a `datasets.Dataset`; captions and other columns are read without decoding images."""
+    # A transform set by the user may need the image column for its outputs.
     if source.format["type"] == "custom":
         return ItemSource(name, source, image_key=image_key, text_key=text_key)
     found = list(source.column_names)
@@ -240,28 +120,141 @@ def _open_hugging_face(
     return ItemSource(name, source, image_key=image, text_key=text, columns=columns)
 
 
-IMAGE_KEYS = ("image", "pixel_values", "filepath", "image_path", "path", "file_name", "filename")
-TEXT_KEYS = ("text", "caption", "input_ids", "title", "texts", "captions")
+class ItemSource(PairSource):
+    """The items of a map-style dataset, or a list of parsed items.
+
+    Args:
+        items: a map-style dataset of items, or a list of `Item` and `BrokenPair`.
+        columns: the dataset without the image column, if it has columns (Hugging Face).
+        in_memory: whether the images are held decoded in memory.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        items: Any,
+        *,
+        image_key: str | None = None,
+        text_key: str | None = None,
+        columns: Any = None,
+        in_memory: bool = False,
+    ) -> None:
+        self.name = name
+        self.in_memory = in_memory
+        self._items = items
+        self._columns = columns
+        self._image_key = image_key
+        self._text_key = text_key
+        self.stable = isinstance(items, list) or self._is_deterministic()
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def id(self, index: int) -> str:
+        return f"{self.name}[{index}]"
+
+    def _parse(self, index: int) -> Item:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        try:
+            item = self._items[index]
+        # A dataset may fail on an item in any way; that item is a broken pair.
+        except Exception as error:
+            raise BrokenPair(self.id(index), f"{type(error).__name__}: {error}") from error
+        if isinstance(item, BrokenPair):
+            raise item
+        if isinstance(item, Item):
+            return item
+        return parse_item(item, self._image_key, self._text_key, id=self.id(index))
+
+    def __getitem__(self, index: int) -> Record:
+        item = self._parse(index)
+        image = item.image
+        if isinstance(image, str):
+            image = decode_image(read_image_file(image, id=self.id(index)), id=self.id(index))
+        return Record(image, item.text, self.id(index), item.mask, item.meta)
+
+    def texts(self, index: int) -> list[str] | Tensor:
+        if self._columns is None:
+            text = self._parse(index).text
+        else:
+            text = parse_text(self._columns[index][self._text_key], id=self.id(index))
+        return [text] if isinstance(text, str) else text
+
+    def meta(self, index: int) -> dict[str, Any]:
+        if self._columns is None:
+            return self._parse(index).meta
+        return select_plain(self._columns[index], without=(self._text_key,))
+
+    def _is_deterministic(self) -> bool:
+        """Read a few items twice and compare; raise `InputError` if none can be read."""
+        failure = None
+        readable = False
+        for index in _spread_indices(len(self), _PROBES):
+            try:
+                first, second = self[index], self[index]
+            except BrokenPair as error:
+                failure = error
+                continue
+            readable = True
+            if _fingerprint(first, whole=True) != _fingerprint(second, whole=True):
+                return False
+        if failure is not None and not readable:
+            raise InputError(f"`{self.name}`: no pair can be read; for example {failure}")
+        return True
+
+    def manifest(self) -> str:
+        """Digest the length, the captions, and the shape and some pixel values of a few items.
+
+        Captions are those of all items if reading them decodes no images, else of the same few.
+        """
+        digest = hashlib.blake2b(f"{len(self)}".encode(), digest_size=16)
+        sampled = set(_spread_indices(len(self), _MANIFEST_ITEMS))
+        all_captions = isinstance(self._items, list) or self._columns is not None
+        for index in range(len(self)) if all_captions else sorted(sampled):
+            try:
+                if index in sampled:
+                    digest.update(_fingerprint(self[index], whole=False))
+                else:
+                    digest.update(_serialize_text(self.texts(index)))
+            except BrokenPair as error:
+                digest.update(str(error).encode())
+        return digest.hexdigest()
+
+
+def _spread_indices(length: int, count: int) -> list[int]:
+    """Return at most `count` evenly spaced indices below `length`."""
+    return sorted({int(i) for i in np.linspace(0, length - 1, min(count, length))})
+
+
+def _serialize_text(text: Any) -> bytes:
+    return repr(text.tolist() if isinstance(text, Tensor) else text).encode("utf-8", "replace")
+
+
+def _fingerprint(record: Record, *, whole: bool) -> bytes:
+    """Serialize text, shape and pixels of a record: all pixel values, or 16 of them."""
+    image = record.image
+    if isinstance(image, Image.Image):
+        values = np.asarray(image.convert("RGB")).reshape(-1)
+    else:
+        values = image.detach().cpu().reshape(-1).float().numpy()
+    if not whole:
+        values = values[_spread_indices(len(values), 16)]
+    shape = image.size if isinstance(image, Image.Image) else tuple(image.shape)
+    return repr(shape).encode() + values.tobytes() + _serialize_text(record.text)
 
 
 class Item(NamedTuple):
-    """One pair, not decoded: `image` may be a path, `text` is a str, list of str or ids [L]."""
+    """A checked pair before decoding: `image` may be a path; `text` is str, list of str or ids."""
 
     image: Any
     text: Any
     mask: Tensor | None = None
-    meta: dict[str, Any] = {}  # noqa: RUF012 (never written to)
-
-
-class _Columns(NamedTuple):
-    image: Any
-    text: Any
-    mask: Any
-    meta: dict[str, Any]
+    meta: dict[str, Any] = {}  # noqa: RUF012 (never modified)
 
 
 def choose_key(found: list[str], given: str | None, usual: tuple[str, ...], option: str) -> str:
-    """The column to read: the one the user named, or the first usual name that is there."""
+    """Choose the column to read: the one the user named, or the first usual name found."""
     if given is not None:
         if given not in found:
             raise InputError(f"`{option}`: no column {given!r}; the columns found are {found}")
@@ -275,8 +268,8 @@ def choose_key(found: list[str], given: str | None, usual: tuple[str, ...], opti
     )
 
 
-def plain_values(item: Mapping[str, Any], *, without: tuple[str | None, ...]) -> dict[str, Any]:
-    """The entries that are plain values, as `Record.meta` keeps them."""
+def select_plain(item: Mapping[str, Any], *, without: tuple[str | None, ...]) -> dict[str, Any]:
+    """Return the entries that are plain values, for `Record.meta`."""
     return {
         key: value
         for key, value in item.items()
@@ -284,38 +277,14 @@ def plain_values(item: Mapping[str, Any], *, without: tuple[str | None, ...]) ->
     }
 
 
-def _columns(item: Any, image_key: str | None, text_key: str | None) -> _Columns:
-    if isinstance(item, Mapping):
-        keys = [str(key) for key in item]
-        image = choose_key(keys, image_key, IMAGE_KEYS, "image_key")
-        text = choose_key(keys, text_key, TEXT_KEYS, "text_key")
-        mask = item.get("attention_mask") if text == "input_ids" else None
-        return _Columns(item[image], item[text], mask, plain_values(item, without=(image, text)))
-    if isinstance(item, tuple | list) and len(item) == 2:
-        return _Columns(item[0], item[1], None, {})
-    what = (
-        f"{type(item).__name__} of {len(item)}" if isinstance(item, tuple | list) else _name(item)
-    )
-    raise InputError(
-        f"a pair must be (image, text), {{'image', 'text'}} or {{'pixel_values', 'input_ids'}}; "
-        f"found {what}"
-    )
-
-
-def _name(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
-    return f"{value!r}" if isinstance(value, int | float) else type(value).__name__
-
-
 def parse_item(item: Any, image_key: str | None, text_key: str | None, *, id: str) -> Item:
-    """One item in its checked form; a leading dimension of 1 on its tensors is dropped.
+    """Check an item; a leading dimension of 1 on its tensors is dropped.
 
     Raises:
         InputError: the item's form is wrong (wrong keys, a batch, a class number as text, ...).
-        BrokenPair: the form is right but this image or caption is missing or blank.
+        BrokenPair: the form is right, but the image or caption is missing or blank.
     """
-    image, text, mask, meta = _columns(item, image_key, text_key)
+    image, text, mask, meta = _find_columns(item, image_key, text_key)
     text = parse_text(text, id=id)
     if mask is not None:
         mask = torch.as_tensor(mask).reshape(-1).long()
@@ -325,6 +294,35 @@ def parse_item(item: Any, image_key: str | None, text_key: str | None, *, id: st
                 f"{text.numel() if isinstance(text, Tensor) else 'no'} token ids"
             )
     return Item(_parse_image(image, id=id), text, mask, meta)
+
+
+class _Columns(NamedTuple):
+    """The parts of a pair or of a batch, not checked yet."""
+
+    image: Any
+    text: Any
+    mask: Any
+    meta: dict[str, Any]
+
+
+def _find_columns(item: Any, image_key: str | None, text_key: str | None) -> _Columns:
+    if isinstance(item, Mapping):
+        keys = [str(key) for key in item]
+        image = choose_key(keys, image_key, IMAGE_KEYS, "image_key")
+        text = choose_key(keys, text_key, TEXT_KEYS, "text_key")
+        mask = item.get("attention_mask") if text == "input_ids" else None
+        return _Columns(item[image], item[text], mask, select_plain(item, without=(image, text)))
+    if isinstance(item, tuple | list) and len(item) == 2:
+        return _Columns(item[0], item[1], None, {})
+    what = (
+        f"{type(item).__name__} of {len(item)}"
+        if isinstance(item, tuple | list)
+        else _describe(item)
+    )
+    raise InputError(
+        f"a pair must be (image, text), {{'image', 'text'}} or {{'pixel_values', 'input_ids'}}; "
+        f"found {what}"
+    )
 
 
 def _parse_image(image: Any, *, id: str) -> Any:
@@ -338,7 +336,7 @@ def _parse_image(image: Any, *, id: str) -> Any:
             return image
         raise InputError(
             f"{id}: an image tensor must be uint8 or float of shape [3, height, width]; "
-            f"found {_name(image)}"
+            f"found {_describe(image)}"
         )
     if isinstance(image, Image.Image):
         return image
@@ -350,12 +348,12 @@ def _parse_image(image: Any, *, id: str) -> Any:
     elif isinstance(image, list):
         hint = "; for a Hugging Face dataset use with_format('torch')"
     raise InputError(
-        f"{id}: an image must be a tensor, a PIL image or a path; found {_name(image)}{hint}"
+        f"{id}: an image must be a tensor, a PIL image or a path; found {_describe(image)}{hint}"
     )
 
 
 def parse_text(text: Any, *, id: str) -> str | list[str] | Tensor:
-    """A caption, its alternatives or token ids [L]; raises as `parse_item` does."""
+    """Check a caption, its alternatives or token ids [L]; raises as `parse_item` does."""
     if isinstance(text, str):
         if not text.strip():
             raise BrokenPair(id, "caption is blank")
@@ -381,23 +379,23 @@ def parse_text(text: Any, *, id: str) -> str | list[str] | Tensor:
         hint = ": that looks like a class number, give the class name as caption instead"
     raise InputError(
         f"{id}: a text must be a str, a list of str or token ids [length]; "
-        f"found {_name(text)}{hint}"
+        f"found {_describe(text)}{hint}"
     )
 
 
 def is_batch(item: Any, image_key: str | None, text_key: str | None) -> bool:
-    """Whether `item` holds several pairs; a tensor batch of one is taken for a pair."""
+    """Tell whether `item` holds several pairs; a tensor batch of one counts as a pair."""
     if isinstance(item, list) and item and all(_is_plain_pair(part) for part in item):
         return True
-    image = _columns(item, image_key, text_key).image
+    image = _find_columns(item, image_key, text_key).image
     if isinstance(image, Tensor):
         return image.ndim == 4 and image.shape[0] != 1
     return isinstance(image, tuple | list)
 
 
 def _is_plain_pair(value: Any) -> bool:
-    # A tuple of strings may as well be a column, so pairs of (path, caption) inside a list do not
-    # count: a list of path columns is what a DataLoader's default collation makes of them.
+    # Pairs of (path, caption) in a list do not count: DataLoader's default collation turns them
+    # into a list of two tuples of strings, which are columns.
     if isinstance(value, Mapping):
         return True
     return (
@@ -410,14 +408,14 @@ def _is_plain_pair(value: Any) -> bool:
 
 
 def unbatch(item: Any, image_key: str | None, text_key: str | None) -> list[Any]:
-    """The items of a batch, as `(image, text)` or `{"pixel_values", "input_ids", ...}`.
+    """Split a batch into `(image, text)` or `{"pixel_values", "input_ids", ...}` items.
 
     Raises:
         InputError: the columns differ in length.
     """
     if isinstance(item, list) and item and all(_is_plain_pair(part) for part in item):
         return list(item)
-    images, texts, masks, _ = _columns(item, image_key, text_key)
+    images, texts, masks, _ = _find_columns(item, image_key, text_key)
     for column, values in (("texts", texts), ("attention masks", masks)):
         if values is None and column != "texts":
             continue
@@ -432,3 +430,9 @@ def unbatch(item: Any, image_key: str | None, text_key: str | None) -> list[Any]
         {"pixel_values": image, "input_ids": ids, "attention_mask": mask}
         for image, ids, mask in zip(images, texts, masks, strict=True)
     ]
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
+    return f"{value!r}" if isinstance(value, int | float) else type(value).__name__

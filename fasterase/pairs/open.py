@@ -1,4 +1,4 @@
-"""The way in: whatever a user calls a set of pairs becomes a `PairSource`."""
+"""Open any form of image-text pairs as a `PairSource`; read folders of images."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from fasterase.errors import InputError
-from fasterase.pairs.objects import open_items
-from fasterase.pairs.source import ImageFiles, PackedCaptions, PackedStrings, PairSource, Subset
+from fasterase.pairs.objects import open_objects
+from fasterase.pairs.source import ImageFiles, PackedCaptions, PackedStrings, PairSource
 from fasterase.pairs.tables import open_table
 from fasterase.pairs.tars import TAR_ENDINGS, expand_pattern, is_tar_pattern, open_tars
 
-__all__ = ["PairSource", "Subset", "open_pairs"]
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def open_pairs(
@@ -29,12 +29,13 @@ def open_pairs(
               "attention_mask"]}` dicts, or batches of these; a Hugging Face dataset;
             - the path of a CSV, TSV or JSONL table, of a class-per-folder directory, of a folder of
               `x.jpg` + `x.txt`, of a tar or a folder of tars; a WebDataset pattern;
-            - a `PairSource`, such as `fasterase.split` returns, which is passed through.
-        name: the argument's name, for messages and ids.
-        image_key, text_key: column, dict key or tar ending, where it is not the usual one.
+            - a `PairSource`, such as `fasterase.split` returns, which is returned unchanged.
+        name: the name of the argument, for messages and ids.
+        image_key, text_key: column, dict key or tar entry, if it does not have a usual name.
 
     Raises:
-        InputError: nothing of the kind, not there, or empty; names `name` and what was found.
+        InputError: the source has none of these forms, is missing or is empty; the message starts
+            with `name` and says what was found.
     """
     try:
         opened = _open(source, name, image_key, text_key)
@@ -51,7 +52,7 @@ def _open(source: Any, name: str, image_key: str | None, text_key: str | None) -
     if isinstance(source, PairSource):
         return source
     if not isinstance(source, str | os.PathLike):
-        return open_items(source, name, image_key, text_key)
+        return open_objects(source, name, image_key, text_key)
     text = os.fspath(source)
     if not text:
         raise InputError(f"`{name}` is an empty path")
@@ -74,22 +75,20 @@ def _open(source: Any, name: str, image_key: str | None, text_key: str | None) -
     )
 
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-
-
 def open_folder(folder: Path, *, name: str) -> ImageFiles:
     """Read a folder of images.
 
-    Where any image, at any depth, has a `.txt` of its own stem beside it, captions come from those
-    files (one caption a file) and an image without one is a broken pair. Otherwise the first level
-    of folders are classes, and the caption is the folder's name, underscores read as spaces.
+    If any image, at any depth, has a `.txt` file with the same stem beside it, the captions come
+    from those files (one caption per file), and an image without one is a broken pair. Otherwise
+    the first level of folders are classes, and the caption is the name of the folder with spaces
+    for underscores.
 
     Raises:
-        InputError: no images, or images outside any class folder.
+        InputError: there are no images, or some are outside any class folder.
     """
     images: list[str] = []
     captioned: set[str] = set()
-    for relative in _files(folder):
+    for relative in _walk(folder):
         _, ending = os.path.splitext(relative)
         if ending.lower() in IMAGE_ENDINGS:
             images.append(relative)
@@ -100,19 +99,19 @@ def open_folder(folder: Path, *, name: str) -> ImageFiles:
             f"`{name}`: folder {folder} holds neither images ({', '.join(IMAGE_ENDINGS)}) nor .tar "
             f"shards"
         )
-    if any(_caption_file(image) in captioned for image in images):
+    if any(_caption_path(image) in captioned for image in images):
         captions = PackedCaptions(
-            _read_caption(folder / _caption_file(image))
-            if _caption_file(image) in captioned
+            _read_caption_file(folder / _caption_path(image))
+            if _caption_path(image) in captioned
             else []
             for image in images
         )
         return ImageFiles(name, root=folder, ids=PackedStrings(images), captions=captions)
-    return _class_folders(folder, images, name)
+    return _open_class_folders(folder, images, name)
 
 
-def _files(folder: Path) -> Iterator[str]:
-    """Relative paths of all files in sorted order; hidden files and folders are left out."""
+def _walk(folder: Path) -> Iterator[str]:
+    """Yield the relative paths of all files in sorted order, without hidden files and folders."""
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(f for f in folders if not f.startswith((".", "__MACOSX")))
         relative = os.path.relpath(parent, folder)
@@ -121,19 +120,19 @@ def _files(folder: Path) -> Iterator[str]:
                 yield file if relative == "." else os.path.join(relative, file)
 
 
-def _caption_file(image: str) -> str:
+def _caption_path(image: str) -> str:
     return os.path.splitext(image)[0] + ".txt"
 
 
-def _read_caption(path: Path) -> list[str]:
+def _read_caption_file(path: Path) -> list[str]:
     try:
         return [path.read_text(encoding="utf-8-sig")]
-    # An unreadable caption makes a broken pair, as an unreadable image does.
+    # Like an unreadable image, an unreadable caption makes a broken pair.
     except (OSError, UnicodeDecodeError):
         return []
 
 
-def _class_folders(folder: Path, images: list[str], name: str) -> ImageFiles:
+def _open_class_folders(folder: Path, images: list[str], name: str) -> ImageFiles:
     loose = [image for image in images if os.sep not in image]
     if loose:
         raise InputError(
@@ -141,7 +140,7 @@ def _class_folders(folder: Path, images: list[str], name: str) -> ImageFiles:
             f"folder around them, such as {loose[0]}"
         )
     folders = [image.split(os.sep, 1)[0] for image in images]
-    class_of = {each: class_name(each) for each in sorted(set(folders))}
+    class_of = {each: normalize_class_name(each) for each in sorted(set(folders))}
     return ImageFiles(
         name,
         root=folder,
@@ -152,6 +151,6 @@ def _class_folders(folder: Path, images: list[str], name: str) -> ImageFiles:
     )
 
 
-def class_name(folder: str) -> str:
-    """A folder's name as a caption."""
-    return " ".join(folder.replace("_", " ").split())
+def normalize_class_name(name: str) -> str:
+    """Turn a folder name into a caption: underscores become spaces."""
+    return " ".join(name.replace("_", " ").split())

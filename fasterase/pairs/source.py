@@ -1,4 +1,4 @@
-"""What every set of pairs offers, whatever it was read from."""
+"""`PairSource`: random access to image-text pairs, whatever they were read from."""
 
 from __future__ import annotations
 
@@ -22,59 +22,80 @@ from torch import Tensor
 from fasterase.pairs.skips import BrokenPair
 
 
+@dataclass(frozen=True)
+class Record:
+    """A decoded pair.
+
+    Attributes:
+        image: PIL image, uint8 tensor [3, H, W], or float tensor [3, H, W] (already preprocessed).
+        text: a caption, a list of alternative captions, or token ids [L] int64.
+        id: stable and readable: a file path, `shard.tar/key`, or `forget[12]`.
+        mask: attention mask [L] that came with the token ids.
+        meta: other data of the pair: the json entry of a tar sample, the other columns of a table
+            row, or `{"class": name}` for a class-per-folder image.
+    """
+
+    image: Any
+    text: Any
+    id: str
+    mask: Tensor | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
 class PairSource(abc.ABC):
     """Random access to pairs.
 
     Attributes:
-        name: the argument it came from (`"forget"`, `"retain"`, ...), for messages.
-        stable: item i is the same on every read; False for a dataset with random augmentation.
-        classes: class names where the source has them (class-per-folder), else None.
-        cheap_pixels: reading every image costs little (they lie decoded in memory).
+        name: the argument it was given as (`"forget"`, `"retain"`, ...), for messages.
+        stable: whether item i is the same on every read. False for a dataset with random
+            augmentation.
+        classes: class names if the source has them (class-per-folder), else None.
+        in_memory: whether the images are held decoded in memory, so that reading all is cheap.
     """
 
     name: str
     stable: bool = True
     classes: list[str] | None = None
-    cheap_pixels: bool = False
+    in_memory: bool = False
 
     @abc.abstractmethod
     def __len__(self) -> int: ...
 
     @abc.abstractmethod
     def __getitem__(self, index: int) -> Record:
-        """The decoded pair; `BrokenPair` where its image or caption cannot be read."""
+        """Decode a pair; raise `BrokenPair` if its image or caption cannot be read."""
 
     @abc.abstractmethod
     def id(self, index: int) -> str:
-        """The pair's id, without decoding the image."""
+        """Return the pair's id without decoding the image."""
 
     @abc.abstractmethod
     def texts(self, index: int) -> list[str] | Tensor:
-        """All captions, or token ids [L], without decoding the image where the source can."""
+        """Return all captions, or token ids [L], if possible without decoding the image."""
 
     @abc.abstractmethod
     def meta(self, index: int) -> dict[str, Any]:
-        """What else is known of the pair; see `Record.meta`."""
+        """Return other data of the pair; see `Record.meta`."""
 
     @abc.abstractmethod
     def manifest(self) -> str:
-        """Hex digest over names, sizes and captions: a cache made for other data has another."""
+        """Return a hex digest of names, sizes and captions, by which caches recognise the data."""
 
     def encoded_sizes(self) -> np.ndarray | None:
-        """Bytes of each encoded image, [n] int64, -1 where missing; None for decoded images."""
+        """Return the bytes of each encoded image, [n] int64, -1 if missing; None if decoded."""
         return None
 
     def encoded_image(self, index: int) -> bytes:
-        """The image file's bytes, where `encoded_sizes` is not None."""
+        """Return the bytes of the image file. Only if `encoded_sizes` is not None."""
         raise NotImplementedError
 
-    def encoded_place(self, index: int) -> str:
-        """Where those bytes lie: the resolved path, and for a tar the key."""
+    def encoded_location(self, index: int) -> str:
+        """Return what identifies those bytes: the resolved path, and the position in a tar."""
         raise NotImplementedError
 
 
 class EncodedSource(PairSource):
-    """Pairs whose captions are held in memory and whose images are decoded when read."""
+    """Pairs with captions held in memory and images decoded when they are read."""
 
     def __init__(
         self,
@@ -97,14 +118,11 @@ class EncodedSource(PairSource):
     def __getitem__(self, index: int) -> Record:
         captions = self.texts(index)
         return Record(
-            image=self._decode(index),
+            image=decode_image(self.encoded_image(index), id=self.id(index)),
             text=captions[0] if len(captions) == 1 else captions,
             id=self.id(index),
             meta=self.meta(index),
         )
-
-    def _decode(self, index: int) -> Image.Image:
-        return decode_image(self.encoded_image(index), id=self.id(index))
 
     def id(self, index: int) -> str:
         return self._ids[index]
@@ -125,7 +143,7 @@ class EncodedSource(PairSource):
     def encoded_image(self, index: int) -> bytes: ...
 
     @abc.abstractmethod
-    def encoded_place(self, index: int) -> str: ...
+    def encoded_location(self, index: int) -> str: ...
 
     def manifest(self) -> str:
         digest = hashlib.blake2b(self._ids.digest(), digest_size=16)
@@ -134,8 +152,41 @@ class EncodedSource(PairSource):
         return digest.hexdigest()
 
 
+class ImageFiles(EncodedSource):
+    """Image files under `root`; the ids are their paths, absolute or relative to `root`."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        root: Path,
+        ids: PackedStrings,
+        captions: PackedCaptions,
+        metas: PackedStrings | None = None,
+        classes: list[str] | None = None,
+    ) -> None:
+        super().__init__(name, ids=ids, captions=captions, metas=metas, classes=classes)
+        self.root = os.path.abspath(root)
+
+    def path(self, index: int) -> str:
+        return os.path.join(self.root, self.id(index))
+
+    @cached_property
+    def _sizes(self) -> np.ndarray:
+        return np.fromiter((_file_size(self.path(i)) for i in range(len(self))), dtype=np.int64)
+
+    def encoded_sizes(self) -> np.ndarray:
+        return self._sizes
+
+    def encoded_image(self, index: int) -> bytes:
+        return read_image_file(self.path(index), id=self.id(index))
+
+    def encoded_location(self, index: int) -> str:
+        return os.path.realpath(self.path(index))
+
+
 class Subset(PairSource):
-    """Some rows of another source, in the given order."""
+    """Selected rows of another source, in the given order."""
 
     def __init__(self, base: PairSource, indices: Sequence[int] | np.ndarray, *, name: str) -> None:
         rows = np.asarray(indices, dtype=np.int64)
@@ -152,8 +203,8 @@ class Subset(PairSource):
         return self.base.classes
 
     @property
-    def cheap_pixels(self) -> bool:  # type: ignore[override]
-        return self.base.cheap_pixels
+    def in_memory(self) -> bool:  # type: ignore[override]
+        return self.base.in_memory
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -184,8 +235,8 @@ class Subset(PairSource):
     def encoded_image(self, index: int) -> bytes:
         return self.base.encoded_image(self._row(index))
 
-    def encoded_place(self, index: int) -> str:
-        return self.base.encoded_place(self._row(index))
+    def encoded_location(self, index: int) -> str:
+        return self.base.encoded_location(self._row(index))
 
     def manifest(self) -> str:
         digest = hashlib.blake2b(self.base.manifest().encode(), digest_size=16)
@@ -193,31 +244,11 @@ class Subset(PairSource):
         return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class Record:
-    """A decoded pair.
-
-    Attributes:
-        image: PIL image, uint8 tensor [3, H, W], or float tensor [3, H, W] (already preprocessed).
-        text: a caption, a list of alternative captions, or token ids [L] int64.
-        id: stable and readable: a file path, `shard.tar/key`, or `forget[12]`.
-        mask: attention mask [L] that came with token ids.
-        meta: what else the source knows: json of a tar sample, other columns of a table row,
-            `{"class": name}` of a class-per-folder image.
-    """
-
-    image: Any
-    text: Any
-    id: str
-    mask: Tensor | None = None
-    meta: dict[str, Any] = field(default_factory=dict)
-
-
 def decode_image(data: bytes, *, id: str) -> Image.Image:
-    """Decode the bytes of a JPEG, PNG, WebP, ... completely; `BrokenPair` where that fails.
+    """Decode the bytes of a JPEG, PNG, WebP, ... completely; raise `BrokenPair` on failure.
 
-    Decompression bombs (PIL's limit, here an error from the first threshold on) and truncated
-    files count as broken: a half-grey picture must not be trained on.
+    Truncated files count as broken, since a half-grey picture must not be trained on. So do
+    decompression bombs, from the size at which PIL only warns.
     """
     try:
         with warnings.catch_warnings():
@@ -225,7 +256,7 @@ def decode_image(data: bytes, *, id: str) -> Image.Image:
             image = Image.open(io.BytesIO(data))
             image.load()
     except UnidentifiedImageError as error:
-        raise BrokenPair(id, "image cannot be decoded: not a picture format known here") from error
+        raise BrokenPair(id, "image cannot be decoded: unknown image format") from error
     # PIL's plugins raise OSError, SyntaxError, ValueError, struct.error, ... on damaged input.
     except Exception as error:
         raise BrokenPair(id, f"image cannot be decoded: {error}") from error
@@ -233,7 +264,7 @@ def decode_image(data: bytes, *, id: str) -> Image.Image:
 
 
 def read_image_file(path: str, *, id: str) -> bytes:
-    """Bytes of an image file; `BrokenPair` where it cannot be read."""
+    """Read the bytes of an image file; raise `BrokenPair` if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return file.read()
@@ -242,12 +273,23 @@ def read_image_file(path: str, *, id: str) -> bytes:
         raise BrokenPair(id, f"image file {path} cannot be read: {reason}") from error
 
 
-# File names may carry undecodable bytes as lone surrogates.
+def _file_size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except (OSError, ValueError):
+        return -1
+
+
+# File names may contain undecodable bytes as lone surrogates.
 _ERRORS = "surrogatepass"
 
 
 class PackedStrings:
-    """An append-only sequence of strings."""
+    """An append-only sequence of strings in one buffer.
+
+    Takes less memory than a list of str. Reading it updates no reference counts, so the memory
+    stays shared with forked workers.
+    """
 
     def __init__(self, strings: Iterable[str] = ()) -> None:
         self._data = bytearray()
@@ -268,12 +310,12 @@ class PackedStrings:
         return self._data[self._ends[index] : self._ends[index + 1]].decode("utf-8", _ERRORS)
 
     def digest(self) -> bytes:
-        """Hash over all strings and their borders."""
+        """Hash all strings and their boundaries."""
         return hashlib.blake2b(self._data + self._ends.tobytes()).digest()
 
 
 class PackedCaptions:
-    """An append-only sequence of caption lists; an empty list marks a pair without a usable one."""
+    """An append-only sequence of caption lists; an empty list is a pair without a caption."""
 
     def __init__(self, rows: Iterable[Sequence[str]] = ()) -> None:
         self._captions = PackedStrings()
@@ -282,7 +324,7 @@ class PackedCaptions:
             self.append(row)
 
     def append(self, captions: Sequence[str]) -> None:
-        """Blank captions are left out."""
+        """Append the captions of one pair, without blank ones."""
         for caption in captions:
             if caption.strip():
                 self._captions.append(caption.strip())
@@ -297,48 +339,9 @@ class PackedCaptions:
         return [self._captions[i] for i in range(self._ends[index], self._ends[index + 1])]
 
     def counts(self) -> np.ndarray:
-        """Captions a row, [n] int64."""
+        """Return the number of captions per pair, [n] int64."""
         return np.diff(np.frombuffer(self._ends, dtype=np.int64))
 
     def digest(self) -> bytes:
+        """Hash all captions and their boundaries."""
         return hashlib.blake2b(self._captions.digest() + self._ends.tobytes()).digest()
-
-
-class ImageFiles(EncodedSource):
-    """Image files under `root`; the ids are their paths, relative to it or absolute."""
-
-    def __init__(
-        self,
-        name: str,
-        *,
-        root: Path,
-        ids: PackedStrings,
-        captions: PackedCaptions,
-        metas: PackedStrings | None = None,
-        classes: list[str] | None = None,
-    ) -> None:
-        super().__init__(name, ids=ids, captions=captions, metas=metas, classes=classes)
-        self.root = os.path.abspath(root)
-
-    def path(self, index: int) -> str:
-        return os.path.join(self.root, self.id(index))
-
-    @cached_property
-    def _sizes(self) -> np.ndarray:
-        return np.fromiter((_file_size(self.path(i)) for i in range(len(self))), dtype=np.int64)
-
-    def encoded_sizes(self) -> np.ndarray:
-        return self._sizes
-
-    def encoded_image(self, index: int) -> bytes:
-        return read_image_file(self.path(index), id=self.id(index))
-
-    def encoded_place(self, index: int) -> str:
-        return os.path.realpath(self.path(index))
-
-
-def _file_size(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except (OSError, ValueError):
-        return -1

@@ -1,4 +1,4 @@
-"""Cut one set of pairs into what is to be forgotten and what is to be kept."""
+"""Split pairs into a forget and a retain set, and keep the two from overlapping."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from PIL import Image
 from torch import Tensor
 
 from fasterase.errors import InputError
-from fasterase.pairs.open import class_name, open_pairs
+from fasterase.pairs.open import normalize_class_name, open_pairs
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.source import PairSource, Record, Subset
 
 Rule = Callable[[int], bool]
+
+# Comparing decoded images reads the whole set; a million would take hours.
+_MAX_DECODED = 20_000
 
 
 def split(
@@ -33,25 +36,25 @@ def split(
     """Split pairs into `(forget, retain)`, both accepted by `fasterase.unlearn`.
 
     Args:
-        source: any set of pairs that `unlearn` takes.
-        forget: which pairs go to the forget set:
+        source: pairs in any form that `unlearn` takes.
+        forget: selects the pairs of the forget set:
             - a list of str: class names. In a class-per-folder source they must be its classes; in
-              others they are whole captions. Case and underscores do not matter.
-            - a str: the path of a file of ids, where such a file is there; else a class, where the
-              source has classes and one is called so; else a regular expression that some caption
-              of the pair must match anywhere, case ignored (`"apple"` also hits "pineapple";
+              others they are compared with whole captions. Case and underscores do not matter.
+            - a str: the path of a file of ids, if that file exists; else the name of a class, if
+              the source has such a class; else a regular expression that must match anywhere in one
+              of the pair's captions, ignoring case (`"apple"` also matches "pineapple";
               `r"\\bapple\\b"` does not).
-            - a compiled pattern: as the expression, with its own flags.
-            - a `Path`: a file with one id a line. An id names the pairs whose id equals it or ends
-              with `/` and it.
-            - a callable on the record (`.image`, `.text`, `.id`, `.mask`, `.meta`), true for pairs
-              to forget. The image is decoded only if it is looked at.
+            - a compiled pattern: the same, with its own flags.
+            - a `Path`: a file with one id per line. It selects the pairs with that id, or with an
+              id that ends in `/` and that id.
+            - a callable that gets the record (`.image`, `.text`, `.id`, `.mask`, `.meta`) and
+              returns true for pairs to forget. The image is decoded only if it is accessed.
 
     Raises:
-        InputError: unknown class or id, bad expression, or nothing or everything matches.
+        InputError: a class or id is unknown, the expression is invalid, or all or no pairs match.
     """
     pairs = open_pairs(source, name="source", image_key=image_key, text_key=text_key)
-    rule = _rule(pairs, forget)
+    rule = _make_rule(pairs, forget)
     matches = np.fromiter((rule(i) for i in range(len(pairs))), dtype=bool, count=len(pairs))
     for outcome, empty in ((not matches.any(), "forget"), (matches.all(), "retain")):
         if outcome:
@@ -59,8 +62,8 @@ def split(
             no_file = empty == "forget" and isinstance(forget, str)
             hint = ", and there is no file of ids of that name" if no_file else ""
             raise InputError(
-                f"`forget`={_shown(forget)} matches {share} of {len(pairs)}, so the {empty} set "
-                f"would be empty{hint}"
+                f"`forget`={_format_rule(forget)} matches {share} of {len(pairs)}, so the {empty} "
+                f"set would be empty{hint}"
             )
     return (
         Subset(pairs, np.flatnonzero(matches), name="forget"),
@@ -68,38 +71,67 @@ def split(
     )
 
 
-def _shown(forget: Any) -> str:
+def remove_overlap(retain: PairSource, forget: PairSource) -> tuple[PairSource, list[str]]:
+    """Remove from `retain` the pairs with an image of `forget`, whatever their captions.
+
+    Image files and tar entries are compared by size, then by location, then by content, so only
+    files of equal size are read. Decoded images are compared by their pixels (RGB or tensor
+    values); if that means decoding more than 20,000 items, a warning says that they were not.
+
+    Returns:
+        The remaining pairs, and the ids of those removed.
+
+    Raises:
+        InputError: nothing would be left of `retain`.
+    """
+    mine, others = retain.encoded_sizes(), forget.encoded_sizes()
+    if mine is not None and others is not None:
+        duplicates = _find_same_files(retain, mine, forget, others)
+    else:
+        duplicates = _find_same_pixels(retain, forget)
+    if not duplicates:
+        return retain, []
+    if len(duplicates) == len(retain):
+        raise InputError(
+            f"`retain`: all {len(retain)} pairs show images that are in `forget` too; give pairs "
+            f"that the model should keep"
+        )
+    keep = np.setdiff1d(np.arange(len(retain)), duplicates)
+    return Subset(retain, keep, name=retain.name), [retain.id(row) for row in duplicates]
+
+
+def _format_rule(forget: Any) -> str:
     if isinstance(forget, re.Pattern):
         return repr(forget.pattern)
     return repr(os.fspath(forget) if isinstance(forget, os.PathLike) else forget)
 
 
-def _rule(pairs: PairSource, forget: Any) -> Rule:
+def _make_rule(pairs: PairSource, forget: Any) -> Rule:
     if isinstance(forget, os.PathLike) or (isinstance(forget, str) and os.path.isfile(forget)):
-        return _by_ids(pairs, Path(forget))
+        return _match_ids(pairs, Path(forget))
     if isinstance(forget, str):
-        names = {_folded(each) for each in pairs.classes or ()}
-        return (
-            _by_class(pairs, [forget]) if _folded(forget) in names else _by_caption(pairs, forget)
-        )
+        if _fold(forget) in map(_fold, pairs.classes or ()):
+            return _match_classes(pairs, [forget])
+        return _match_captions(pairs, forget)
     if isinstance(forget, re.Pattern):
-        return _by_caption(pairs, forget)
+        return _match_captions(pairs, forget)
     if callable(forget):
-        return lambda index: bool(forget(LazyRecord(pairs, index)))
+        return lambda index: bool(forget(_LazyRecord(pairs, index)))
     if isinstance(forget, Sequence) and forget and all(isinstance(name, str) for name in forget):
-        return _by_class(pairs, forget)
+        return _match_classes(pairs, forget)
     raise InputError(
         f"`forget` must be class names, a regular expression, a callable on the record or a file "
         f"of ids; found {forget!r}"
     )
 
 
-def _folded(name: str) -> str:
-    return class_name(name).casefold()
+def _fold(name: str) -> str:
+    """Return the form in which class names are compared."""
+    return normalize_class_name(name).casefold()
 
 
-def _captions(pairs: PairSource, index: int) -> list[str]:
-    """Captions of a pair, none where it is broken: loading skips and names it later."""
+def _get_captions(pairs: PairSource, index: int) -> list[str]:
+    """Return the captions of a pair; none if it is broken, which is reported on loading."""
     try:
         texts = pairs.texts(index)
     except BrokenPair:
@@ -112,28 +144,28 @@ def _captions(pairs: PairSource, index: int) -> list[str]:
     return texts
 
 
-def _by_class(pairs: PairSource, names: Sequence[str]) -> Rule:
-    wanted = {_folded(name) for name in names}
+def _match_classes(pairs: PairSource, names: Sequence[str]) -> Rule:
+    wanted = {_fold(name) for name in names}
     if pairs.classes is not None:
-        unknown = [name for name in names if _folded(name) not in map(_folded, pairs.classes)]
+        unknown = [name for name in names if _fold(name) not in map(_fold, pairs.classes)]
         if unknown:
             raise InputError(
                 f"`forget`: no class {unknown[0]!r}; the classes are {', '.join(pairs.classes)}"
             )
-        return lambda index: _folded(pairs.meta(index)["class"]) in wanted
-    return lambda index: any(_folded(text) in wanted for text in _captions(pairs, index))
+        return lambda index: _fold(pairs.meta(index)["class"]) in wanted
+    return lambda index: any(_fold(text) in wanted for text in _get_captions(pairs, index))
 
 
-def _by_caption(pairs: PairSource, expression: str | re.Pattern[str]) -> Rule:
+def _match_captions(pairs: PairSource, expression: str | re.Pattern[str]) -> Rule:
     try:
         flags = re.IGNORECASE if isinstance(expression, str) else 0
         pattern = re.compile(expression, flags)
     except re.error as error:
         raise InputError(f"`forget`={expression!r} is not a regular expression: {error}") from error
-    return lambda index: any(pattern.search(text) for text in _captions(pairs, index))
+    return lambda index: any(pattern.search(text) for text in _get_captions(pairs, index))
 
 
-def _by_ids(pairs: PairSource, path: Path) -> Rule:
+def _match_ids(pairs: PairSource, path: Path) -> Rule:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -156,8 +188,8 @@ def _by_ids(pairs: PairSource, path: Path) -> Rule:
     return chosen.__contains__
 
 
-class LazyRecord:
-    """A `Record` whose parts are read when looked at."""
+class _LazyRecord:
+    """Stands in for a `Record`; reads each part when it is accessed."""
 
     def __init__(self, pairs: PairSource, index: int) -> None:
         self._pairs = pairs
@@ -189,77 +221,49 @@ class LazyRecord:
         return self._record.mask
 
 
-# Comparing decoded images reads the whole set; a million would take hours.
-_MOST_DECODED = 20_000
-
-
-def without_overlap(retain: PairSource, forget: PairSource) -> tuple[PairSource, list[str]]:
-    """`retain` without the pairs whose image is in `forget`, whatever the caption, and their ids.
-
-    Image files and tar entries are compared by size, then by place, then by content, so that only
-    files of equal size are read. Images that come decoded are compared by their pixels, RGB or
-    tensor values; where that would decode more than 20,000 items a warning says that it was left.
-
-    Raises:
-        InputError: nothing would be left of `retain`.
-    """
-    mine, others = retain.encoded_sizes(), forget.encoded_sizes()
-    if mine is not None and others is not None:
-        doubles = _same_files(retain, mine, forget, others)
-    else:
-        doubles = _same_pixels(retain, forget)
-    if not doubles:
-        return retain, []
-    if len(doubles) == len(retain):
-        raise InputError(
-            f"`retain`: all {len(retain)} pairs show images that are in `forget` too; give pairs "
-            f"that the model should keep"
-        )
-    keep = np.setdiff1d(np.arange(len(retain)), doubles)
-    return Subset(retain, keep, name=retain.name), [retain.id(row) for row in doubles]
-
-
-def _same_files(
+def _find_same_files(
     retain: PairSource, retain_sizes: np.ndarray, forget: PairSource, forget_sizes: np.ndarray
 ) -> list[int]:
+    """Return the rows of `retain` whose image file is also in `forget`."""
     sizes = np.unique(forget_sizes[forget_sizes >= 0])
     candidates = np.flatnonzero(np.isin(retain_sizes, sizes)).tolist()
     if not candidates:
         return []
     shared = np.unique(retain_sizes[candidates])
     known = np.flatnonzero(np.isin(forget_sizes, shared)).tolist()
-    places = {forget.encoded_place(row) for row in known}
-    contents = {digest for row in known if (digest := _file_digest(forget, row)) is not None}
+    locations = {forget.encoded_location(row) for row in known}
+    contents = {digest for row in known if (digest := _digest_file(forget, row)) is not None}
     return [
         row
         for row in candidates
-        if retain.encoded_place(row) in places or _file_digest(retain, row) in contents
+        if retain.encoded_location(row) in locations or _digest_file(retain, row) in contents
     ]
 
 
-def _file_digest(source: PairSource, row: int) -> bytes | None:
+def _digest_file(source: PairSource, row: int) -> bytes | None:
     try:
         return hashlib.blake2b(source.encoded_image(row), digest_size=16).digest()
     except BrokenPair:
         return None
 
 
-def _same_pixels(retain: PairSource, forget: PairSource) -> list[int]:
+def _find_same_pixels(retain: PairSource, forget: PairSource) -> list[int]:
+    """Return the rows of `retain` whose decoded image is also in `forget`."""
     for source in (retain, forget):
-        too_many = not source.cheap_pixels and len(source) > _MOST_DECODED
+        too_many = not source.in_memory and len(source) > _MAX_DECODED
         if too_many or not source.stable:
-            reason = "is too large to decode for it" if too_many else "differs at every read"
+            reason = "is too large to decode for that" if too_many else "differs on every read"
             warnings.warn(
                 f"`retain` is not checked for images that are in `forget` too: `{source.name}` "
                 f"{reason}",
                 stacklevel=2,
             )
             return []
-    known = {_pixel_digest(forget, row) for row in range(len(forget))} - {None}
-    return [row for row in range(len(retain)) if _pixel_digest(retain, row) in known]
+    known = {_digest_pixels(forget, row) for row in range(len(forget))} - {None}
+    return [row for row in range(len(retain)) if _digest_pixels(retain, row) in known]
 
 
-def _pixel_digest(source: PairSource, row: int) -> bytes | None:
+def _digest_pixels(source: PairSource, row: int) -> bytes | None:
     try:
         image = source[row].image
     except BrokenPair:

@@ -1,4 +1,4 @@
-"""CSV, TSV and JSONL files that list image files and captions."""
+"""Read CSV, TSV and JSONL files that list image files and captions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fasterase.pairs.source import ImageFiles, PackedCaptions, PackedStrings
 
 SEPARATORS = ("\t", ",", ";", "|")
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
-# A column of token ids or pixels makes no sense in a table.
+# Tables hold neither pixels nor token ids.
 _IMAGE_COLUMNS = tuple(key for key in IMAGE_KEYS if key != "pixel_values")
 _TEXT_COLUMNS = tuple(key for key in TEXT_KEYS if key != "input_ids")
 
@@ -24,22 +24,22 @@ def open_table(
 ) -> ImageFiles:
     """Read a table; relative image paths are resolved against its folder.
 
-    A `.jsonl` file holds one JSON object a line, whose text may be a list of alternatives. Any
-    other file is read as separated values with a header; tab, comma, semicolon or bar is sniffed
-    from that header. Columns that are neither image nor text become the pairs' meta. A row without
-    image or caption is kept as a broken pair.
+    A `.jsonl` file has one JSON object per line; its text may be a list of alternative captions.
+    Any other file is read as separated values with a header, from which the separator (tab, comma,
+    semicolon or bar) is detected. Other columns become the `meta` of the pairs. A row without an
+    image or a caption is kept as a broken pair.
 
     Raises:
-        InputError: not such a table, or the columns are not there (lists those found).
+        InputError: the file is not such a table, or lacks the columns; lists those found.
     """
     ids, captions, metas = PackedStrings(), PackedCaptions(), PackedStrings()
     any_meta = False
     is_json = path.suffix.lower() in JSON_ENDINGS
-    rows = _json_rows(path) if is_json else _separated_rows(path, image_key, text_key)
+    rows = _read_json_lines(path) if is_json else _read_separated(path, image_key, text_key)
     image_column = text_column = None
     try:
         for row in rows:
-            # JSON objects may leave out keys; a table's rows all have the header's columns.
+            # The first row decides; JSON objects after it may lack keys.
             if image_column is None or text_column is None:
                 found = list(row)
                 image_column = choose_key(found, image_key, _IMAGE_COLUMNS, "image_key")
@@ -47,7 +47,7 @@ def open_table(
             image, text = row.pop(image_column, None), row.pop(text_column, None)
             named = isinstance(image, str) and image
             ids.append(image if named else f"{path.name}, row {len(ids) + 1} without an image")
-            captions.append(_captions(text))
+            captions.append(_parse_captions(text))
             any_meta = any_meta or bool(row)
             metas.append(json.dumps(row))
     except UnicodeDecodeError as error:
@@ -61,13 +61,13 @@ def open_table(
     )
 
 
-def _captions(text: Any) -> list[str]:
+def _parse_captions(text: Any) -> list[str]:
     if isinstance(text, str):
         return [text]
     return [t for t in text if isinstance(t, str)] if isinstance(text, list) else []
 
 
-def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -83,15 +83,15 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _separated_rows(
+def _read_separated(
     path: Path, image_key: str | None, text_key: str | None
 ) -> Iterator[dict[str, Any]]:
     with open(path, encoding="utf-8-sig", newline="") as file:
         header = file.readline()
         if not header.strip():
             raise InputError("the file has no header line")
-        separator = sniff_separator(header, image_key, text_key)
-        names = _names(header, separator)
+        separator = detect_separator(header, image_key, text_key)
+        names = _split_header(header, separator)
         reader = csv.reader(file, delimiter=separator)
         try:
             for row in reader:
@@ -103,18 +103,18 @@ def _separated_rows(
             ) from error
 
 
-def sniff_separator(header: str, image_key: str | None, text_key: str | None) -> str:
-    """The separator under which the header has the wanted columns, else the most columns."""
+def detect_separator(header: str, image_key: str | None, text_key: str | None) -> str:
+    """Return the separator that gives the header the wanted columns, or else most columns."""
     image_names = (image_key,) if image_key is not None else _IMAGE_COLUMNS
     text_names = (text_key,) if text_key is not None else _TEXT_COLUMNS
 
-    def fit(separator: str) -> tuple[int, int]:
-        names = _names(header, separator)
+    def score(separator: str) -> tuple[int, int]:
+        names = _split_header(header, separator)
         wanted = any(n in image_names for n in names) + any(n in text_names for n in names)
         return wanted, len(names)
 
-    return max(SEPARATORS, key=fit)
+    return max(SEPARATORS, key=score)
 
 
-def _names(header: str, separator: str) -> list[str]:
+def _split_header(header: str, separator: str) -> list[str]:
     return [name.strip() for name in next(csv.reader([header], delimiter=separator))]

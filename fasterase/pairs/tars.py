@@ -1,4 +1,4 @@
-"""WebDataset shards: local tars are indexed and read by offset, others spooled into memory."""
+"""WebDataset shards: index local tars and read them by offset, load others into memory."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ TAR_ENDINGS = (".tar", *_COMPRESSED)
 
 
 def is_tar_pattern(source: str) -> bool:
-    """Whether a string names tars: by ending, `::` or URL."""
+    """Tell whether a string names tars: by its ending, `::` or a URL."""
     return bool(_URL.match(source)) or "::" in source or ".tar" in source
 
 
 def expand_pattern(pattern: str, *, name: str) -> list[str]:
-    """Shards of a pattern, by webdataset's rules (`::`, braces) and shell wildcards.
+    """List the shards of a pattern, by webdataset's rules (`::`, braces) and shell wildcards.
 
     Raises:
-        InputError: unbalanced braces, or local shards that are not there (named).
+        InputError: the braces are unbalanced, or local shards are missing; names one.
     """
     from webdataset.shardlists import expand_urls
 
     try:
         urls = expand_urls(pattern)
-    # braceexpand's own ValueError, and KeyError for an environment variable that is not set.
+    # ValueError from braceexpand, KeyError for an environment variable that is not set.
     except (ValueError, KeyError) as error:
         raise InputError(f"`{name}`: bad shard pattern {pattern!r}: {error}") from error
     shards: list[str] = []
@@ -61,36 +61,49 @@ def expand_pattern(pattern: str, *, name: str) -> list[str]:
 def open_tars(
     shards: list[str], *, name: str, image_key: str | None = None, text_key: str | None = None
 ) -> EncodedSource:
-    """Pairs of tar shards, in order; the ids are `shard.tar/key`.
+    """Open the pairs of tar shards, in order; the ids are `shard.tar/key`.
 
-    Images are the entries `jpg;png;jpeg;webp` (or `image_key`, endings joined by `;`), captions the
-    entry `txt` (or `text_key`: endings, or a field of the `json` entry, which may be a list). The
-    `json` entry becomes the pair's meta.
+    Images are the entries `jpg;png;jpeg;webp` (or `image_key`: endings joined by `;`). Captions are
+    the entry `txt` (or `text_key`: endings, or a field of the `json` entry, which may be a list).
+    The `json` entry becomes the pair's `meta`.
 
-    Local uncompressed tars are indexed by one pass over their headers and read by offset. Remote
-    and compressed ones cannot be: they are read to the end once, encoded images kept in memory.
+    Local uncompressed tars are indexed in one pass over their headers and read by offset. Remote
+    and compressed ones allow no random access: they are read once from start to end, and their
+    encoded images are kept in memory.
 
     Raises:
-        InputError: a damaged shard, no images or no captions under those endings.
+        InputError: a shard is damaged, or has no images or no captions under those endings.
     """
-    spooled = any(not os.path.isfile(s) or s.lower().endswith(_COMPRESSED) for s in shards)
+    sequential = any(not os.path.isfile(s) or s.lower().endswith(_COMPRESSED) for s in shards)
     entries = _Entries(
         (image_key or IMAGE_ENTRIES).lower().split(";"),
         (text_key or TEXT_ENTRIES).lower().split(";"),
         text_key or "",
     )
-    return _spool(shards, name, entries) if spooled else _index(shards, name, entries)
+    return _load_tars(shards, name, entries) if sequential else _index_tars(shards, name, entries)
+
+
+def split_entry(path: str) -> tuple[str, str] | None:
+    """Split `dir/key.ending` into (`dir/key`, `ending`) at the first dot of the file name.
+
+    This is how WebDataset groups files into samples; None for files that it ignores.
+    """
+    folder, _, file = path.rpartition("/")
+    stem, dot, ending = file.partition(".")
+    if not stem or not dot or stem.startswith("__"):
+        return None
+    return (f"{folder}/{stem}" if folder else stem), ending.lower()
 
 
 class _Entries(NamedTuple):
-    """Which entries of a sample are its image and its caption."""
+    """The entries of a sample that are its image and its caption."""
 
     image: list[str]
     text: list[str]
     json_field: str
 
-    def captions(self, texts: Mapping[str, bytes]) -> list[str]:
-        """Captions of a sample, from its text and json entries; empty where none is readable."""
+    def read_captions(self, texts: Mapping[str, bytes]) -> list[str]:
+        """Return the readable captions of a sample, from its text and json entries."""
         try:
             for ending in self.text:
                 if ending in texts:
@@ -101,7 +114,8 @@ class _Entries(NamedTuple):
         values = value if isinstance(value, list) else [value]
         return [text for text in values if isinstance(text, str)]
 
-    def check(self, name: str, seen: set[str], images: int, captions: PackedCaptions) -> None:
+    def check_found(self, name: str, seen: set[str], images: int, captions: PackedCaptions) -> None:
+        """Raise `InputError` if the shards held no samples, no images or no captions."""
         found = ", ".join(sorted(seen)) or "none"
         if not len(captions):
             raise InputError(f"`{name}`: the shards hold no samples; entries found: {found}")
@@ -117,13 +131,15 @@ class _Entries(NamedTuple):
             )
 
 
-class _Place(NamedTuple):
+class _Extent(NamedTuple):
+    """The bytes of a tar entry."""
+
     offset: int
     size: int
 
 
 class TarFiles(EncodedSource):
-    """Local tars, read by shard and offset."""
+    """Local uncompressed tars, read by shard and offset."""
 
     def __init__(
         self,
@@ -132,14 +148,14 @@ class TarFiles(EncodedSource):
         shards: list[str],
         ids: PackedStrings,
         captions: PackedCaptions,
-        places: np.ndarray,  # [n, 5] int64: shard, image offset and size, json offset and size
+        extents: np.ndarray,  # [n, 5] int64: shard, image offset and size, json offset and size
     ) -> None:
         super().__init__(name, ids=ids, captions=captions)
         self._shards = [os.path.abspath(shard) for shard in shards]
-        self._places = places
+        self._extents = extents
 
     def _read(self, index: int, offset: int, size: int, what: str) -> bytes:
-        shard = self._shards[int(self._places[index, 0])]
+        shard = self._shards[int(self._extents[index, 0])]
         if size < 0:
             raise BrokenPair(self.id(index), f"the sample has no {what}")
         try:
@@ -150,7 +166,7 @@ class TarFiles(EncodedSource):
             raise BrokenPair(self.id(index), f"{shard} cannot be read: {error}") from error
 
     def meta(self, index: int) -> dict[str, Any]:
-        offset, size = self._places[index, 3:].tolist()
+        offset, size = self._extents[index, 3:].tolist()
         if size < 0:
             return {}
         try:
@@ -160,82 +176,19 @@ class TarFiles(EncodedSource):
         return meta if isinstance(meta, dict) else {}
 
     def encoded_sizes(self) -> np.ndarray:
-        return self._places[:, 2]
+        return self._extents[:, 2]
 
     def encoded_image(self, index: int) -> bytes:
-        offset, size = self._places[index, 1:3].tolist()
+        offset, size = self._extents[index, 1:3].tolist()
         return self._read(index, offset, size, "image")
 
-    def encoded_place(self, index: int) -> str:
-        shard = self._shards[int(self._places[index, 0])]
-        return f"{os.path.realpath(shard)}::{self._places[index, 1]}"
+    def encoded_location(self, index: int) -> str:
+        shard = self._shards[int(self._extents[index, 0])]
+        return f"{os.path.realpath(shard)}::{self._extents[index, 1]}"
 
 
-def _index(shards: list[str], name: str, entries: _Entries) -> TarFiles:
-    ids, captions, places = PackedStrings(), PackedCaptions(), array("q")
-    seen: set[str] = set()
-    images = 0
-    none = _Place(-1, -1)
-    for number, shard in enumerate(shards):
-        base = os.path.basename(shard)
-        try:
-            for key, sample, texts in _samples(shard, entries):
-                seen.update(sample)
-                image = next((sample[e] for e in entries.image if e in sample), none)
-                if image is none and not any(ending in sample for ending in entries.text):
-                    continue
-                images += image is not none
-                ids.append(f"{base}/{key}")
-                captions.append(entries.captions(texts))
-                places.extend((number, *image, *sample.get("json", none)))
-        except (tarfile.TarError, OSError, EOFError) as error:
-            raise InputError(f"`{name}`: shard {shard} cannot be read: {error}") from error
-    entries.check(name, seen, images, captions)
-    table = np.frombuffer(places, dtype=np.int64).reshape(-1, 5)
-    return TarFiles(name, shards=shards, ids=ids, captions=captions, places=table)
-
-
-def _samples(
-    shard: str, entries: _Entries
-) -> Iterator[tuple[str, dict[str, _Place], dict[str, bytes]]]:
-    """Key, places and the bytes that may hold captions, of each run of files with one stem."""
-    wanted = {*entries.text, "json"} if entries.json_field else set(entries.text)
-    key: str | None = None
-    sample: dict[str, _Place] = {}
-    texts: dict[str, bytes] = {}
-    with open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-        while (member := tar.next()) is not None:
-            # tarfile keeps every header it has read: gigabytes for a large shard set.
-            tar.members = []  # type: ignore[attr-defined]
-            parts = split_entry(member.name)
-            if not member.isfile() or parts is None:
-                continue
-            if parts[0] != key:
-                if key is not None:
-                    yield key, sample, texts
-                key, sample, texts = parts[0], {}, {}
-            sample[parts[1]] = _Place(member.offset_data, member.size)
-            if parts[1] in wanted:
-                file.seek(member.offset_data)
-                texts[parts[1]] = file.read(member.size)
-    if key is not None:
-        yield key, sample, texts
-
-
-def split_entry(path: str) -> tuple[str, str] | None:
-    """`dir/key.ending` as (`dir/key`, `ending`), the ending starting at the file's first dot.
-
-    The grouping rule of WebDataset; None for files that it leaves out.
-    """
-    folder, _, file = path.rpartition("/")
-    stem, dot, ending = file.partition(".")
-    if not stem or not dot or stem.startswith("__"):
-        return None
-    return (f"{folder}/{stem}" if folder else stem), ending.lower()
-
-
-class SpooledTars(EncodedSource):
-    """Samples of tars that allow no random access, encoded images held in memory."""
+class LoadedTars(EncodedSource):
+    """Samples of tars without random access; their encoded images are held in memory."""
 
     def __init__(
         self,
@@ -259,23 +212,74 @@ class SpooledTars(EncodedSource):
             raise BrokenPair(self.id(index), "the sample has no image")
         return image
 
-    def encoded_place(self, index: int) -> str:
+    def encoded_location(self, index: int) -> str:
         return self.id(index)
 
 
-def _spool(shards: list[str], name: str, entries: _Entries) -> SpooledTars:
+def _index_tars(shards: list[str], name: str, entries: _Entries) -> TarFiles:
+    ids, captions, extents = PackedStrings(), PackedCaptions(), array("q")
+    seen: set[str] = set()
+    images = 0
+    none = _Extent(-1, -1)
+    for number, shard in enumerate(shards):
+        base = os.path.basename(shard)
+        try:
+            for key, sample, texts in _read_samples(shard, entries):
+                seen.update(sample)
+                image = next((sample[e] for e in entries.image if e in sample), none)
+                if image is none and not any(ending in sample for ending in entries.text):
+                    continue
+                images += image is not none
+                ids.append(f"{base}/{key}")
+                captions.append(entries.read_captions(texts))
+                extents.extend((number, *image, *sample.get("json", none)))
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise InputError(f"`{name}`: shard {shard} cannot be read: {error}") from error
+    entries.check_found(name, seen, images, captions)
+    table = np.frombuffer(extents, dtype=np.int64).reshape(-1, 5)
+    return TarFiles(name, shards=shards, ids=ids, captions=captions, extents=table)
+
+
+def _read_samples(
+    shard: str, entries: _Entries
+) -> Iterator[tuple[str, dict[str, _Extent], dict[str, bytes]]]:
+    """Yield key, extents, and bytes that may hold captions, for each run of files of one stem."""
+    wanted = {*entries.text, "json"} if entries.json_field else set(entries.text)
+    key: str | None = None
+    sample: dict[str, _Extent] = {}
+    texts: dict[str, bytes] = {}
+    with open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        while (member := tar.next()) is not None:
+            # tarfile keeps every header that it has read: gigabytes for a large set of shards.
+            tar.members = []  # type: ignore[attr-defined]
+            parts = split_entry(member.name)
+            if not member.isfile() or parts is None:
+                continue
+            if parts[0] != key:
+                if key is not None:
+                    yield key, sample, texts
+                key, sample, texts = parts[0], {}, {}
+            sample[parts[1]] = _Extent(member.offset_data, member.size)
+            if parts[1] in wanted:
+                file.seek(member.offset_data)
+                texts[parts[1]] = file.read(member.size)
+    if key is not None:
+        yield key, sample, texts
+
+
+def _load_tars(shards: list[str], name: str, entries: _Entries) -> LoadedTars:
     import webdataset
     from tqdm import tqdm
 
     warnings.warn(
-        f"`{name}`: remote or compressed shards cannot be read at random; they are read to the end "
-        f"once and their images kept in memory. For large sets, copy them here as plain .tar.",
+        f"`{name}`: remote or compressed shards allow no random access; they are read once and "
+        f"their images kept in memory. For large sets, use local uncompressed .tar files.",
         stacklevel=2,
     )
     images: list[bytes | None] = []
     ids, captions, metas = PackedStrings(), PackedCaptions(), PackedStrings()
     seen: set[str] = set()
-    # Not `WebDataset`, which splits shards over ranks: every rank needs all of them.
+    # Not `WebDataset`, which splits the shards over ranks; every rank needs all of them.
     samples = webdataset.DataPipeline(
         webdataset.SimpleShardList(shards), webdataset.tarfile_to_samples()
     )
@@ -288,16 +292,17 @@ def _spool(shards: list[str], name: str, entries: _Entries) -> SpooledTars:
                 continue
             images.append(image)
             ids.append(f"{Path(sample['__url__']).name}/{sample['__key__']}")
-            captions.append(entries.captions(sample))
-            metas.append(_json_object(sample.get("json", b"{}")))
-    # The reader's transports (curl, pipes, cloud clients) raise errors of their own.
+            captions.append(entries.read_captions(sample))
+            metas.append(_dump_object(sample.get("json", b"{}")))
+    # The transports (curl, pipes, cloud clients) raise errors of their own.
     except Exception as error:
         raise InputError(f"`{name}`: the shards cannot be read: {error}") from error
-    entries.check(name, seen, sum(image is not None for image in images), captions)
-    return SpooledTars(name, images=images, ids=ids, captions=captions, metas=metas)
+    entries.check_found(name, seen, sum(image is not None for image in images), captions)
+    return LoadedTars(name, images=images, ids=ids, captions=captions, metas=metas)
 
 
-def _json_object(data: bytes) -> str:
+def _dump_object(data: bytes) -> str:
+    """Normalise a json entry; anything but an object becomes an empty one."""
     try:
         value = json.loads(data)
     except ValueError:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import logging
-import os
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ import numpy as np
 
 from fasterase.encode import BATCH_SIZE, PairEncoder
 from fasterase.errors import InputError
+from fasterase.files import replace_file
 from fasterase.pairs.prepare import hash_captions
 from fasterase.pairs.source import PairSource, Subset
 
@@ -170,13 +171,12 @@ class FeatureStore:
         block = np.empty(len(keys), self._dtype)
         block["key"] = keys
         block["feature"] = features
-        temporary = self.folder / f"{os.getpid()}-{len(self._blocks)}.tmp"
-        with temporary.open("wb") as file:
-            np.save(file, block)
-            file.flush()
-            os.fsync(file.fileno())
-        path = self.folder / f"{int(keys[0]) & (2**64 - 1):016x}-{_crc32(temporary):08x}.npy"
-        os.replace(temporary, path)
+        buffer = io.BytesIO()
+        np.save(buffer, block)
+        data = buffer.getbuffer()
+        path = self.folder / f"{int(keys[0]) & (2**64 - 1):016x}-{zlib.crc32(data):08x}.npy"
+        with replace_file(path, sync=True) as temporary:
+            temporary.write_bytes(data)
         self._blocks.append(np.load(path, mmap_mode="r"))
 
     def refresh(self) -> None:

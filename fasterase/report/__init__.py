@@ -1,1 +1,1 @@
-"""What people read: tables, plots and picture sheets. Knows nothing of models or metrics."""
+"""Output for people: tables, plots and picture sheets. Independent of models and metrics."""

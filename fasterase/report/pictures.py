@@ -1,4 +1,4 @@
-"""Pictures of a run: captions before and after, and the course of the losses."""
+"""Pictures of a run: sheets of captions before and after, and plots of the losses."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from fasterase.errors import InputError, require
-from fasterase.files import replacing
+from fasterase.errors import InputError, import_extra
+from fasterase.files import replace_file
+from fasterase.objective import EraseLoss
 
 # Pixels.
 PICTURE, LINE, GAP, TEXT_WIDTH = 96, 20, 12, 190
@@ -26,14 +27,14 @@ INK, FAINT, ERASED, OWN, RULE = "#202020", "#808080", "#c8102e", "#1a7f37", "#d0
 
 @dataclass(frozen=True)
 class SheetRow:
-    """One picture.
+    """One picture of a sheet.
 
     Attributes:
-        section: its set; consecutive pictures of one section stand under one heading.
-        image: the picture, of any size; scaled to a square thumbnail.
+        section: the name of its set; consecutive pictures of a section share one heading.
+        image: the picture, of any size; it is scaled to a square thumbnail.
         caption: what it shows.
-        before: the original model's top captions, best first.
-        after: the erased model's.
+        before: the top captions of the original model, best first.
+        after: the top captions of the erased model.
     """
 
     section: str
@@ -49,7 +50,7 @@ def top_captions(
     captions: Sequence[str],  # [m]
     k: int = 3,
 ) -> list[list[str]]:
-    """The `k` captions closest to each image, best first. Makes the [n, m] similarities."""
+    """Return the `k` captions closest to each image, best first. Materialises [n, m] scores."""
     best = (image @ text.T).topk(min(k, len(captions)), dim=1).indices
     return [[captions[i] for i in row] for row in best.tolist()]
 
@@ -60,15 +61,16 @@ def picture_sheet(
     *,
     erased: Collection[str] = (),
 ) -> Path:
-    """Draw the pictures with their top captions before and after, and write one image file.
+    """Draw pictures with their top captions before and after erasing, and write an image file.
 
     Args:
         rows: pictures in order.
-        path: file to write, `.png` by preference.
-        erased: captions of the erased concept, drawn in red; a picture's own caption is green.
+        path: file to write, preferably `.png`.
+        erased: captions of the erased concept, drawn in red. The caption of a picture itself is
+            drawn in green.
 
     Raises:
-        InputError: there are no rows.
+        InputError: `rows` is empty.
     """
     if not rows:
         raise InputError("rows is empty: there is no picture to draw.")
@@ -85,7 +87,7 @@ def picture_sheet(
     height = 2 * MARGIN + LINE + len(sections) * heading_height + sum(grid_rows) * cell_height
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
-    _legend(draw, MARGIN, MARGIN)
+    _draw_legend(draw, MARGIN, MARGIN)
     top = MARGIN + LINE
     for (name, members), lines in zip(sections, grid_rows, strict=True):
         draw.line((MARGIN, top + GAP, width - MARGIN, top + GAP), fill=RULE)
@@ -93,15 +95,56 @@ def picture_sheet(
         top += heading_height
         for index, row in enumerate(members):
             left = MARGIN + (index % COLUMNS) * (CELL_WIDTH + GAP)
-            _cell(sheet, draw, left, top + index // COLUMNS * cell_height, row, frozenset(erased))
+            _draw_row(
+                sheet, draw, left, top + index // COLUMNS * cell_height, row, frozenset(erased)
+            )
         top += lines * cell_height
     path = Path(path)
-    with replacing(path) as temporary:
+    with replace_file(path) as temporary:
         sheet.save(temporary)
     return path
 
 
-def _legend(draw: ImageDraw.ImageDraw, left: float, top: int) -> None:
+def plot_history(history: Sequence[Mapping[str, Any]], path: str | PathLike[str]) -> Path:
+    """Plot the losses and the learning rate over steps; the suffix (.png, .svg) sets the format.
+
+    Args:
+        history: one record per step with `step`, the losses and `lr`, as in
+            `UnlearnResult.history`. Terms that are always 0 were switched off and are left out.
+        path: file to write.
+
+    Raises:
+        InputError: `history` is empty.
+        MissingExtraError: matplotlib is not installed.
+    """
+    if not history:
+        raise InputError("history is empty: there is nothing to plot.")
+    figure_module = import_extra("matplotlib.figure", "eval", "plotting the history")
+    # A bare Figure draws with Agg and leaves pyplot's global state and backend alone.
+    figure = figure_module.Figure(figsize=(9, 5.5), layout="constrained")
+    losses, rate = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    steps = [record["step"] for record in history]
+    marker = "o" if len(steps) == 1 else None
+    for term in EraseLoss._fields:
+        values = [record[term] for record in history]
+        if any(values):
+            width = 2.0 if term == "total" else 1.2
+            losses.plot(steps, values, label=term, linewidth=width, marker=marker)
+    losses.set_ylabel("loss (terms before weighting)")
+    losses.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+    losses.legend(
+        frameon=False, ncols=len(EraseLoss._fields), loc="lower left", bbox_to_anchor=(0, 1)
+    )
+    rate.plot(steps, [record["lr"] for record in history], color="0.3", marker=marker)
+    rate.set_ylabel("learning rate")
+    rate.set_xlabel("step")
+    path = Path(path)
+    with replace_file(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+    return path
+
+
+def _draw_legend(draw: ImageDraw.ImageDraw, left: float, top: int) -> None:
     words = (
         ("Top captions before and after.", INK),
         ("red: a caption of the erased concept", ERASED),
@@ -112,7 +155,7 @@ def _legend(draw: ImageDraw.ImageDraw, left: float, top: int) -> None:
         left += draw.textlength(text, font=_font(14)) + 2 * GAP
 
 
-def _cell(
+def _draw_row(
     sheet: Image.Image,
     draw: ImageDraw.ImageDraw,
     left: int,
@@ -120,22 +163,22 @@ def _cell(
     row: SheetRow,
     erased: frozenset[str],
 ) -> None:
-    sheet.paste(_thumbnail(row.image), (left, top))
+    sheet.paste(_make_thumbnail(row.image), (left, top))
     text_left = left + PICTURE + GAP
-    own = _fitted(draw, row.caption, 2 * TEXT_WIDTH + GAP, _font(15))
+    own = _shorten(draw, row.caption, 2 * TEXT_WIDTH + GAP, _font(15))
     draw.text((text_left, top - 2), own, fill=INK, font=_font(15))
     for title, names in (("before", row.before), ("after", row.after)):
         draw.text((text_left, top + LINE), title, fill=FAINT, font=_font(12))
         for place, name in enumerate(names):
             colour = ERASED if name in erased else OWN if name == row.caption else INK
-            text = _fitted(draw, name, TEXT_WIDTH, _font(14))
+            text = _shorten(draw, name, TEXT_WIDTH, _font(14))
             position = (text_left, top + (2 + place) * LINE - 3)
             draw.text(position, text, fill=colour, font=_font(14))
         text_left += TEXT_WIDTH + GAP
 
 
-def _thumbnail(image: Image.Image) -> Image.Image:
-    """The picture on white, scaled to fit a square of `PICTURE` pixels and centred."""
+def _make_thumbnail(image: Image.Image) -> Image.Image:
+    """Scale the picture to fit a square of `PICTURE` pixels, centred on white."""
     layer = image.convert("RGBA")
     scale = PICTURE / max(layer.size)
     size = (max(1, round(layer.width * scale)), max(1, round(layer.height * scale)))
@@ -145,8 +188,8 @@ def _thumbnail(image: Image.Image) -> Image.Image:
     return square
 
 
-def _fitted(draw: ImageDraw.ImageDraw, text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
-    """`text`, cut with dots to at most `width` pixels."""
+def _shorten(draw: ImageDraw.ImageDraw, text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+    """Shorten `text` with dots to at most `width` pixels."""
     if draw.textlength(text, font=font) <= width:
         return text
     while text and draw.textlength(text + "...", font=font) > width:
@@ -159,43 +202,3 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     if not isinstance(font, ImageFont.FreeTypeFont):
         raise InputError("Pillow was built without FreeType and cannot draw text at a given size.")
     return font
-
-
-TERMS = ("total", "forget", "retain", "consistency", "anchor")
-
-
-def plot_history(history: Sequence[Mapping[str, Any]], path: str | PathLike[str]) -> Path:
-    """Draw the losses and the learning rate over steps; the format follows the name (.png, .svg).
-
-    Args:
-        history: a record a step, as in `UnlearnResult.history`: `step`, the losses and `lr`. Terms
-            that are 0 throughout were switched off and are left out.
-        path: file to write.
-
-    Raises:
-        InputError: the history is empty.
-        MissingExtraError: matplotlib is not installed.
-    """
-    if not history:
-        raise InputError("history is empty: there is nothing to plot.")
-    figure_module = require("matplotlib.figure", "eval", "plotting the history")
-    # A bare Figure draws with Agg and leaves pyplot's global state and backend alone.
-    figure = figure_module.Figure(figsize=(9, 5.5), layout="constrained")
-    losses, rate = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    steps = [record["step"] for record in history]
-    marker = "o" if len(steps) == 1 else None
-    for term in TERMS:
-        values = [record[term] for record in history]
-        if any(values):
-            width = 2.0 if term == "total" else 1.2
-            losses.plot(steps, values, label=term, linewidth=width, marker=marker)
-    losses.set_ylabel("loss (terms before weighting)")
-    losses.axhline(0, color="0.8", linewidth=0.8, zorder=0)
-    losses.legend(frameon=False, ncols=len(TERMS), loc="lower left", bbox_to_anchor=(0, 1))
-    rate.plot(steps, [record["lr"] for record in history], color="0.3", marker=marker)
-    rate.set_ylabel("learning rate")
-    rate.set_xlabel("step")
-    path = Path(path)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120)
-    return path

@@ -1,4 +1,4 @@
-"""Tables of rows in titled sections, as aligned plain text and as Markdown."""
+"""Format tables with titled sections, as aligned plain text and as Markdown."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Section:
-    """Rows under one title."""
+    """Table rows under one title."""
 
     title: str
     rows: list[list[str]]
 
 
 def text_table(columns: Sequence[str], sections: Sequence[Section], *, left: int) -> str:
-    """Aligned plain text.
+    """Format a table as aligned plain text.
 
     Args:
-        columns: headers; a line break in one makes the header taller instead of wider.
-        sections: rows, each with a cell a column.
-        left: number of leading columns aligned to the left, the others to the right.
+        columns: headers; a line break makes the header taller instead of wider.
+        sections: the rows, each with one cell per column.
+        left: number of leading columns aligned left; the others are aligned right.
     """
     headers = [column.split("\n") for column in columns]
     height = max(map(len, headers))
@@ -46,15 +46,15 @@ def text_table(columns: Sequence[str], sections: Sequence[Section], *, left: int
 
 
 def markdown_table(columns: Sequence[str], sections: Sequence[Section], *, left: int) -> str:
-    """A Markdown table a section, under its title as a heading."""
+    """Format one Markdown table per section, with its title as a heading."""
     rule = ["---" if i < left else "---:" for i in range(len(columns))]
     blocks = []
     for section in sections:
         rows = [list(columns), rule, *section.rows]
-        table = "\n".join(f"| {' | '.join(map(_escaped, row))} |" for row in rows)
+        table = "\n".join(f"| {' | '.join(map(_escape_bars, row))} |" for row in rows)
         blocks.append(f"## {section.title}\n\n{table}")
     return "\n\n".join(blocks)
 
 
-def _escaped(cell: str) -> str:
+def _escape_bars(cell: str) -> str:
     return cell.replace("|", "\\|")

@@ -1,4 +1,4 @@
-"""From the command line and YAML to values: spelling, round trips, help, the examples shown."""
+"""Parsing the command line and YAML: flags, spelling, round trips, help, the examples shown."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 import fasterase
 from fasterase.cli import main
-from fasterase.cli.flags import flags_of
-from fasterase.cli.parser import COMMANDS, EXAMPLES, parse
-from fasterase.config import UnlearnConfig
+from fasterase.cli.parser import COMMANDS, EXAMPLES, flags_of, parse
+from fasterase.config import UnlearnConfig, field_names
+from fasterase.demo.run import BATCHES, FASTERASE
 from tests.cli.fake_api import REQUIRED
 
 
@@ -52,6 +52,27 @@ def test_dashes_and_launcher_flags(launcher, unlearn):
 )
 def test_values(flags, field, value):
     assert parse(["unlearn", *flags]).values == {field: value}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("0.1,0.2", (0.1, 0.2)), ("(0.1, 0.2)", (0.1, 0.2)), ("[1e-1,.2]", (0.1, 0.2))],
+)
+def test_spellings_of_a_pair_of_numbers(text, value):
+    assert parse(["unlearn", "--betas", text]).values == {"betas": value}
+
+
+def test_a_path_that_reads_as_a_number_or_none_stays_text():
+    flags = ["--output_dir", "3", "--tune", "none", "--deepspeed", "7", "--device", "NONE"]
+    expected = {"output_dir": "3", "tune": "none", "deepspeed": "7", "device": None}
+    assert parse(["unlearn", *flags]).values == expected
+
+
+def test_flags_win_over_the_file_wherever_they_stand_and_later_files_over_earlier(tmp_path):
+    for name, text in {"a": "lr: 1e-4\nseed: 1\nepochs: 7\n", "b": "seed: 2\n"}.items():
+        (tmp_path / name).write_text(text)
+    files = ["--config", str(tmp_path / "a"), "--config", str(tmp_path / "b")]
+    assert parse(["unlearn", "--lr", "2e-4", *files]).values == {"lr": 2e-4, "seed": 2, "epochs": 7}
 
 
 def _unit(low: float, high: float) -> st.SearchStrategy[float]:
@@ -124,6 +145,26 @@ def test_help(command, capsys):
     for flag in flags_of(command) if command else []:
         assert f"--{flag.name}" in shown
     assert "%%" not in shown
+
+
+def test_every_field_is_a_flag_with_help_in_a_group():
+    flags = {flag.name: flag for flag in flags_of("unlearn")}
+    assert set(field_names()) < set(flags)
+    for command in COMMANDS:
+        for flag in flags_of(command):
+            assert flag.help, flag.name
+            assert flag.group not in ("", "Settings"), flag.name
+    assert flags["lr"].group == "Optimiser"
+    assert flags["lr"].default == UnlearnConfig().lr
+
+
+def test_demo_help_gives_no_default_that_the_demo_does_not_use():
+    shown = {flag.name: flag for flag in flags_of("demo")}
+    assert "epochs" not in shown
+    for name in FASTERASE | BATCHES:
+        if name in shown:
+            assert shown[name].default is None
+            assert "tuned for the shipped model" in shown[name].help
 
 
 def _examples() -> list[str]:

@@ -48,7 +48,7 @@ def test_eight_bit_optimisers_are_those_of_bitsandbytes(monkeypatch):
         for name in ("AdamW8bit", "PagedAdamW8bit", "Lion8bit")
     }
     library = SimpleNamespace(optim=SimpleNamespace(**classes))
-    monkeypatch.setattr(optim, "require", lambda *_: library)
+    monkeypatch.setattr(optim, "import_extra", lambda *_: library)
     for name in ("adamw8bit", "paged_adamw8bit", "lion8bit"):
         optimizer(name)
     assert [name for name, _ in made] == ["AdamW8bit", "PagedAdamW8bit", "Lion8bit"]

@@ -15,7 +15,8 @@ from fasterase.errors import InputError
 from fasterase.evaluation import scores
 from fasterase.evaluation.evaluator import Evaluator
 from fasterase.evaluation.features import sampled_rows
-from fasterase.pairs.open import PairSource, open_pairs
+from fasterase.pairs.open import open_pairs
+from fasterase.pairs.source import PairSource
 from tests.evaluation.lookup_model import LookupModel, picture
 
 WIDTH = 6

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fasterase.errors import InputError
-from fasterase.files import written_whole
+from fasterase.files import replace_model_folder
 from fasterase.models import DualEncoder, load_model
 from tests import small_models
 from tests.models.conftest import batch_for, build_model
@@ -214,7 +214,7 @@ def test_a_failed_save_leaves_the_old_model_and_no_litter(tmp_path: Path) -> Non
     before = sorted(path.name for path in target.iterdir())
 
     def fill_the_disk() -> None:
-        with written_whole(target, library="open_clip") as new:
+        with replace_model_folder(target, library="open_clip") as new:
             (new / "half").write_text("x")
             raise OSError("disk full")
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fasterase.errors import InputError
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.skips import BrokenPair
-from fasterase.pairs.tables import SEPARATORS, open_table, sniff_separator
+from fasterase.pairs.tables import SEPARATORS, detect_separator, open_table
 
 TEXT = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=20).filter(
     lambda text: bool(text.strip())
@@ -173,6 +173,6 @@ def test_no_text_file_makes_it_crash(tmp_path, content):
 
 
 def test_the_header_with_the_wanted_columns_wins():
-    assert sniff_separator("image, text\n", None, None) == ","
-    assert sniff_separator("filepath;title;a,b,c,d,e\n", None, None) == ";"
-    assert sniff_separator("one|two\n", "one", "two") == "|"
+    assert detect_separator("image, text\n", None, None) == ","
+    assert detect_separator("filepath;title;a,b,c,d,e\n", None, None) == ";"
+    assert detect_separator("one|two\n", "one", "two") == "|"

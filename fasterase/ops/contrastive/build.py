@@ -10,7 +10,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 
 from fasterase.errors import FaseraseError
+from fasterase.files import replace_file
 
 # Never -ffast-math: linked in, it turns on flush-to-zero for the whole process. Reassociation would
 # break the argument reduction of exp.
@@ -76,22 +76,21 @@ def build() -> Path:
 def _compile(name: str, sources: list[Path], library: Path) -> None:
     from torch.utils import cpp_extension
 
-    # Built aside and renamed, so that a killed build leaves nothing that looks like a library.
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder, _ninja_on_path():
+    # A killed build must leave nothing that looks like a library.
+    with replace_file(library) as temporary, _ninja_on_path():
         try:
             cpp_extension.load(
                 name,
                 [str(source) for source in sources if source.suffix == ".cpp"],
                 extra_cflags=list(_FLAGS),
                 extra_ldflags=["-fopenmp"],
-                build_directory=folder,
+                build_directory=str(temporary.parent),
                 is_python_module=False,
             )
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
             lines = str(error).splitlines()
             found = next((line for line in lines if "error:" in line), lines[0])
             raise BuildError(f"compiling the C++ kernels failed ({found.strip()})") from error
-        os.replace(Path(folder) / library.name, library)
 
 
 def _check_tools() -> None:

@@ -1,4 +1,4 @@
-"""Class-per-folder directories and folders of pictures with caption files."""
+"""Opening folders: class-per-folder directories, pictures with caption files, damaged ones."""
 
 from __future__ import annotations
 

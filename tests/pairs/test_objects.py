@@ -1,4 +1,4 @@
-"""Every Python object that counts as a set of pairs, and those that do not."""
+"""Pairs from Python objects: every accepted form, and helpful errors for the others."""
 
 from __future__ import annotations
 

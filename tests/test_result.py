@@ -2,42 +2,40 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import yaml
+from torch import nn
 
 from fasterase.config import UnlearnConfig
-from fasterase.report.run_report import describe_recipe, run_report
-
-
-def test_recipes_are_named_by_what_they_differ_in():
-    assert describe_recipe(UnlearnConfig()) == "fasterase defaults"
-    assert (
-        describe_recipe(UnlearnConfig(lr=1e-4, output_dir="x")) == "fasterase defaults; lr=0.0001"
-    )
-    assert describe_recipe(UnlearnConfig.cliperase()) == "cliperase (the paper's)"
-    paper = describe_recipe(UnlearnConfig.cliperase(epochs=5))
-    assert paper == "cliperase (the paper's); epochs=5"
+from fasterase.engine.history import StepRecord
+from fasterase.pairs.skips import Skip
+from fasterase.result import UnlearnResult
 
 
 @pytest.mark.parametrize("steps", [0, 2])
 def test_report(tmp_path, steps):
     terms = dict.fromkeys(("total", "forget", "retain", "consistency", "anchor"), 0.25)
     path = tmp_path / "new" / "report.md"
-    run_report(
-        path,
-        config=UnlearnConfig(betas=(0.5, 0.75)),
-        history=[terms] * steps,
-        evaluation="a table",
+    result = UnlearnResult(
+        model=nn.Identity(),
+        history=[StepRecord(terms)] * steps,
+        evaluation=SimpleNamespace(table=lambda: "THE TABLE"),  # type: ignore[arg-type]
         forgotten=False,
+        config=UnlearnConfig(betas=(0.5, 0.75)),
+        skipped=[Skip("retain[3]", "image holds NaN values")],
         floor=0.1,
         excess=0.034,
-        skipped=[("retain[3]", "image holds NaN values")],
         removed_from_retain=["retain[5]"],
         seconds=12.0,
+        tower=None,  # type: ignore[arg-type]
     )
+    assert result.report(path) == path
     text = path.read_text()
     assert "forgotten: **no**" in text
     assert "+0.100: 0.0340" in text
+    assert "THE TABLE" in text
     assert "- retain[3]: image holds NaN values" in text
     assert ("| last step | 0.2500 |" in text) == bool(steps)
     settings = yaml.safe_load(text.partition("```yaml")[2].partition("```")[0])

@@ -1,0 +1,144 @@
+"""Atomic writes: all or nothing, on success, on an error and after a kill."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fasterase.files import remove_leftovers, replace_file, replace_folder, write_text
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_write_text_makes_folders_and_leaves_only_the_file(tmp_path: Path) -> None:
+    path = write_text(tmp_path / "deep" / "report.md", "ä ↓\n")
+    assert path.read_text(encoding="utf-8") == "ä ↓\n"
+    assert names_in(path.parent) == ["report.md"]
+
+
+def test_an_error_while_writing_keeps_the_old_file(tmp_path: Path) -> None:
+    path = write_text(tmp_path / "report.md", "old")
+
+    def fail() -> None:
+        with replace_file(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert path.read_text() == "old"
+    assert names_in(tmp_path) == ["report.md"]
+
+
+def test_the_temporary_file_has_the_final_name_and_no_glob_of_it_matches(tmp_path: Path) -> None:
+    with replace_file(tmp_path / "weights.tar.gz") as temporary:
+        assert temporary.name == "weights.tar.gz"
+        assert list(tmp_path.glob("*.gz")) == []
+        temporary.touch()
+    assert names_in(tmp_path) == ["weights.tar.gz"]
+
+
+def test_permissions_are_those_of_any_new_file_or_folder(tmp_path: Path) -> None:
+    def mode(path: Path) -> int:
+        return stat.S_IMODE(path.stat().st_mode)
+
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    write_text(tmp_path / "written", "")
+    with replace_folder(tmp_path / "replaced"):
+        pass
+    assert mode(tmp_path / "written") == mode(tmp_path / "file")
+    assert mode(tmp_path / "replaced") == mode(tmp_path / "folder")
+
+
+def test_a_folder_replaces_the_old_one_as_a_whole(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "step-1"
+    for name in ("first", "second"):
+        with replace_folder(target) as new:
+            (new / name).write_text(name)
+            assert not (target / name).exists()
+        assert names_in(target) == [name]
+    assert names_in(target.parent) == ["step-1"]
+
+
+def test_an_error_while_filling_keeps_the_old_folder(tmp_path: Path) -> None:
+    target = tmp_path / "step-1"
+    with replace_folder(target) as new:
+        (new / "old").touch()
+
+    def fail() -> None:
+        with replace_folder(target) as new:
+            (new / "half").touch()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert names_in(target) == ["old"]
+    assert names_in(tmp_path) == ["step-1"]
+
+
+def test_a_folder_that_cannot_be_put_in_place_gives_the_old_one_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "step-1"
+    with replace_folder(target) as new:
+        (new / "old").touch()
+    rename = Path.rename
+
+    def refuse_new(self: Path, to: Path) -> Path:
+        if self.name == target.name and self.parent != tmp_path:
+            raise OSError("no")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", refuse_new)
+    with pytest.raises(OSError, match="no"), replace_folder(target) as new:
+        (new / "new").touch()
+    assert names_in(target) == ["old"]
+    assert names_in(tmp_path) == ["step-1"]
+
+
+def test_sync_flushes_every_file_before_it_takes_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[int] = []
+
+    def record(descriptor: int) -> None:
+        flushed.append(os.fstat(descriptor).st_ino)
+        assert not (tmp_path / "folder").exists()
+
+    monkeypatch.setattr(os, "fsync", record)
+    with replace_file(tmp_path / "file", sync=True) as temporary:
+        temporary.write_text("c")
+    with replace_folder(tmp_path / "folder", sync=True) as new:
+        (new / "deep").mkdir()
+        (new / "deep" / "a").write_text("a")
+        (new / "b").write_text("b")
+    write_text(tmp_path / "unsynced", "d")
+    written = [tmp_path / name for name in ("file", "folder/deep/a", "folder/b")]
+    assert sorted(flushed) == sorted(path.stat().st_ino for path in written)
+
+
+def test_leftovers_of_a_kill_are_removed_on_request_and_the_old_file_is_whole(
+    tmp_path: Path,
+) -> None:
+    path = write_text(tmp_path / "history.jsonl", "old")
+    code = (
+        "import os, signal, sys; from pathlib import Path; from fasterase.files import *\n"
+        "with replace_file(Path(sys.argv[1])) as temporary:\n"
+        "    temporary.write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert len(names_in(tmp_path)) == 2
+    remove_leftovers(tmp_path)
+    assert names_in(tmp_path) == ["history.jsonl"]
+    assert path.read_text() == "old"
