@@ -2,11 +2,11 @@
 
     python -m benchmarks.recipes [--processes 2]
 
-The same procedure chooses, for each recipe, the learning rate, the number of steps and the weight of
-the keeping term (fasterase: the anchor; the paper: consistency) on the validation subgroups. It then
-runs the chosen settings on the test subgroups and reports the mean over those with a 95 % interval
-(bootstrap over subgroups). "retain only" is the retain loss alone on fasterase's budget, which shows
-what fine-tuning does without erasing. --work keeps every run, so an interrupted command resumes.
+The learning rate, the number of steps and the weight of the keeping term (fasterase: the anchor;
+the paper: consistency) are chosen in the same way for each recipe, on the validation subgroups. The
+chosen settings then run on the test subgroups; the mean over those is reported with a 95 % interval
+(bootstrap over subgroups). "retain only" is the retain loss alone on fasterase's budget: what
+fine-tuning does without erasing. --work keeps every run, so an interrupted command resumes.
 Writes recipes.csv (every number), recipes_summary.csv and recipes.txt (the table) to --output.
 """
 
@@ -189,7 +189,7 @@ def setting(value: Value) -> Setting:
 
 
 def damage(values: list[Value]) -> float:
-    """Return the quantity that tuning minimises: what remains of the concept plus what else was lost.
+    """Return what tuning minimises: the trace of the concept plus the loss of everything else.
 
     It is the sum of the concept hit@1 beyond chance on forget and forget-unseen and of the recall@1
     lost on retain, neighbour and holdout, averaged over subgroups. All are shares, 0 to 1.

@@ -101,12 +101,14 @@ class DemoFlags:
         recipe: `fasterase`, or `cliperase` for the paper's; the other one is shown beside it.
         output_dir: folder for the erased model, history, plot and picture sheet. `null`:
             `runs/demo-` and what is erased.
+        full: also print the table of every metric, which is always in `evaluation.txt`.
     """
 
     forget: str = "food-fruit"
     model: str | None = None
     recipe: Literal["fasterase", "cliperase"] = "fasterase"
     output_dir: str | None = None
+    full: bool = False
 
 
 class Flag(NamedTuple):

@@ -134,7 +134,7 @@ def read_concepts(folders: dict[str, Path]) -> list[Record]:
 def mark_non_members(concepts: list[Record]) -> None:
     """Mark a tenth of the concepts as non-members, spread evenly over the subgroups.
 
-    The concept that the demo erases by default has none, because the base model must know all of it.
+    The concept that the demo erases by default has none: the base model must know all of it.
     """
     draw = random.Random(NON_MEMBER_SEED)
     by_subgroup = defaultdict(list)

@@ -21,7 +21,7 @@ INITIAL_SCALE = 25.0
 
 
 def build_tokenizer(records: list[Record]) -> Any:
-    """Train a byte-level BPE on the captions of every concept, so all models share its vocabulary."""
+    """Train a byte-level BPE on the captions of all concepts; all models share its vocabulary."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from tokenizers.trainers import BpeTrainer
 
@@ -48,7 +48,7 @@ def build_tokenizer(records: list[Record]) -> Any:
 
 
 def tokenize(tokenizer: Any, texts: list[str]) -> Tensor:
-    """Return token ids [len(texts), 16] as open_clip's tokenizer gives them for the saved folder."""
+    """Return token ids [len(texts), 16], the same as open_clip's from the saved folder."""
     tokenizer.enable_truncation(CONTEXT_LENGTH)
     tokenizer.enable_padding(pad_id=0, pad_token="<pad>", length=CONTEXT_LENGTH)
     return torch.tensor([encoded.ids for encoded in tokenizer.encode_batch(texts)])
