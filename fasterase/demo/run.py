@@ -128,9 +128,12 @@ def run_demo(
 def _comparison(recipe: str) -> Iterator[None]:
     """Announce the run of the other recipe, and put its name before the warnings of the run."""
     title = RECIPE_TITLES[recipe]
-    print(f"For comparison, the same with {title}:")
-    with warnings.catch_warnings(record=True) as caught:
-        yield
-    for warning in caught:
-        text = f"{title} (comparison): {warning.message}"
-        warnings.warn(text, warning.category, stacklevel=2)
+    print(f"For comparison: {title}.")
+    caught: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            yield
+    finally:
+        for warning in caught:
+            text = f"{title} (comparison): {warning.message}"
+            warnings.warn(text, warning.category, stacklevel=2)
