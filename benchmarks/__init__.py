@@ -1,1 +1,1 @@
-"""Measurements that the README quotes; each module is a command that makes its results again."""
+"""Measurements that the documentation quotes: erasing recipes, the loss, a model of its kernels."""

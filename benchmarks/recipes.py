@@ -2,19 +2,17 @@
 
     python -m benchmarks.recipes [--processes 2]
 
-Learning rate, number of steps and the weight of the keeping term (fasterase: the anchor; the paper:
-consistency) are chosen for each recipe alike on the validation subgroups; the choice is then run on
-the test subgroups, and the mean over those is reported with a 95 % interval (bootstrap over
-subgroups). "retain only" is the retain loss alone on fasterase's budget: what
-fine-tuning does without erasing. Every run is kept in --work, so that a killed command goes on.
+The learning rate, the number of steps and the weight of the keeping term (fasterase: the anchor;
+the paper: consistency) are chosen in the same way for each recipe, on the validation subgroups. The
+chosen settings then run on the test subgroups; the mean over those is reported with a 95 % interval
+(bootstrap over subgroups). "retain only" is the retain loss alone on fasterase's budget: what
+fine-tuning does without erasing. --work keeps every run, so an interrupted command resumes.
 Writes recipes.csv (every number), recipes_summary.csv and recipes.txt (the table) to --output.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import tempfile
 from collections.abc import Iterable
@@ -28,6 +26,7 @@ import numpy as np
 import torch
 
 import fasterase
+from benchmarks.result_files import RESULTS, write_csv
 from fasterase.config import UnlearnConfig
 from fasterase.demo import emoji
 from fasterase.demo.run import forget_pairs, recipe_config
@@ -48,7 +47,8 @@ TEST = (
 )
 RATES = (3e-5, 1e-4, 2e-4)
 STEPS = (60, 100)
-# The term that keeps the rest, and its candidate weights: the recipe's own and three times that.
+# The term that protects everything else, and its candidate weights: the recipe's own and three
+# times that.
 KEEPING = {
     "fasterase": ("anchor_weight", (10.0, 30.0)),
     "cliperase": ("consistency_weight", (3.0, 9.0)),
@@ -58,7 +58,7 @@ TUNED = tuple(KEEPING)
 RETAIN_ONLY = {"forget_weight": 0.0, "consistency_weight": 0.0, "anchor_weight": 0.0}
 RECIPES = (*TUNED, "retain only")
 
-KEPT_SETS = ("retain", "neighbour", "holdout")
+KEEP_SETS = ("retain", "neighbour", "holdout")
 FORGET_SETS = ("forget", "forget-unseen")
 REPORTED = (
     ("forget", "image_to_text_recall@1"),
@@ -70,8 +70,7 @@ REPORTED = (
     ("holdout", "image_to_text_recall@1"),
 )
 
-
-Setting = tuple[float, float, int]
+Setting = tuple[float, float, int]  # learning rate, weight of the keeping term, steps
 
 
 @dataclass(frozen=True)
@@ -91,8 +90,8 @@ class Run:
         parts = (self.recipe, self.subgroup, f"{self.lr:g}", f"{self.keeping:g}", steps, self.seed)
         return "_".join(map(str, parts)).replace(" ", "-")
 
-    def settings(self) -> UnlearnConfig:
-        """The run's recipe on the small model."""
+    def config(self) -> UnlearnConfig:
+        """Return the run's recipe for the small model."""
         if self.recipe == "retain only":
             base, own = "fasterase", RETAIN_ONLY
         else:
@@ -104,7 +103,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Value:
-    """A metric of a set after a run, beside the original's and its chance level."""
+    """A metric of a set after a run, with the original's value and the chance level."""
 
     recipe: str
     subgroup: str
@@ -120,21 +119,21 @@ class Value:
 
 
 def execute(run: Run, work: Path) -> list[Value]:
-    """Carry out a run, or read what it found before."""
-    kept = work / f"{run.name}.json"
-    if kept.is_file():
-        return [Value(**row) for row in json.loads(kept.read_text(encoding="utf-8"))]
+    """Carry out a run, or read its result if it has already run."""
+    result = work / f"{run.name}.json"
+    if result.is_file():
+        return [Value(**row) for row in json.loads(result.read_text(encoding="utf-8"))]
     torch.set_num_threads(1)
     wording = "cliperase" if run.recipe == "cliperase" else "fasterase"
     sets = build_sets(run.subgroup, original=str(emoji.BASE_MODEL), seed=run.seed)
-    tower = load_model(str(emoji.BASE_MODEL))
+    model = load_model(str(emoji.BASE_MODEL))
     values: list[Value] = []
 
     def measure(record: Any) -> None:
         if record.step not in run.steps:
             return
         evaluation = fasterase.evaluate(
-            tower,
+            model,
             sets.forget,
             sets.retain,
             holdout=sets.holdout,
@@ -162,19 +161,19 @@ def execute(run: Run, work: Path) -> list[Value]:
 
     with tempfile.TemporaryDirectory() as cache:
         fasterase.unlearn(
-            tower.module,
+            model.module,
             forget_pairs(sets, wording),
             sets.retain,
-            config=run.settings().replace(progress=False, reference_cache=cache),
-            tokenizer=tower.text_tokenizer,
+            config=run.config().replace(progress=False, reference_cache=cache),
+            tokenizer=model.text_tokenizer,
             callback=measure,
         )
-    write_text(kept, json.dumps([asdict(value) for value in values]))
+    write_text(result, json.dumps([asdict(value) for value in values]))
     return values
 
 
 def execute_all(runs: Iterable[Run], work: Path, processes: int) -> list[Value]:
-    """Carry out runs in parallel, one thread each."""
+    """Carry out runs in parallel, each with one thread."""
     values: list[Value] = []
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         pending = {pool.submit(execute, run, work): run for run in runs}
@@ -185,27 +184,27 @@ def execute_all(runs: Iterable[Run], work: Path, processes: int) -> list[Value]:
 
 
 def setting(value: Value) -> Setting:
-    """What was tuned: learning rate, weight of the keeping term, steps."""
+    """Return the tuned settings of the run that a value belongs to."""
     return value.lr, value.keeping, value.steps
 
 
 def damage(values: list[Value]) -> float:
-    """What tuning minimises: what is still known of the concept, plus what else was lost.
+    """Return what tuning minimises: the trace of the concept plus the loss of everything else.
 
-    Sum of the concept hit@1 beyond chance on forget and forget-unseen, and of the recall@1 lost on
-    retain, neighbour and held-out, averaged over subgroups. Shares, 0 to 1.
+    It is the sum of the concept hit@1 beyond chance on forget and forget-unseen and of the recall@1
+    lost on retain, neighbour and holdout, averaged over subgroups. All are shares, 0 to 1.
     """
     terms = []
     for value in values:
         if value.set in FORGET_SETS and value.metric == "concept_hit@1":
             terms.append(max(value.value - value.chance, 0.0))
-        if value.set in KEPT_SETS and value.metric == "image_to_text_recall@1":
+        if value.set in KEEP_SETS and value.metric == "image_to_text_recall@1":
             terms.append(max(value.original - value.value, 0.0))
     return sum(terms) / len({value.subgroup for value in values})
 
 
 def choose(values: list[Value]) -> dict[str, Setting]:
-    """The setting of least damage on the validation subgroups, for each recipe."""
+    """Choose for each recipe the setting of least damage on the validation subgroups."""
     chosen: dict[str, Setting] = {}
     for recipe in TUNED:
         by_setting: dict[Setting, list[Value]] = {}
@@ -223,7 +222,7 @@ def choose(values: list[Value]) -> dict[str, Setting]:
 
 
 def summarise(values: list[Value]) -> list[dict[str, Any]]:
-    """Mean over subgroups of each reported metric, its change, and 95 % intervals of both."""
+    """Average each reported metric and its change over subgroups, with 95 % intervals of both."""
     rows = []
     for recipe in RECIPES:
         for name, metric in REPORTED:
@@ -255,7 +254,7 @@ def summarise(values: list[Value]) -> list[dict[str, Any]]:
 
 
 def interval(values: np.ndarray, resamples: int = 10_000) -> tuple[float, float]:
-    """95 % percentile bootstrap of the mean over subgroups (and seeds)."""
+    """Bootstrap the 95 % percentile interval of the mean over subgroups (and seeds)."""
     rng = np.random.default_rng(0)
     means = values[rng.integers(0, len(values), (resamples, len(values)))].mean(1)
     low, high = np.percentile(means, [2.5, 97.5])
@@ -263,7 +262,7 @@ def interval(values: np.ndarray, resamples: int = 10_000) -> tuple[float, float]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The summary as text, in percent."""
+    """Format the summary as text, in percent."""
     lines = [
         f"{'recipe':12} {'set':14} {'metric':22} {'chance':>6} {'original':>8} {'after':>6} "
         f"{'95 % interval':>16} {'change':>7}"
@@ -278,24 +277,17 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def csv_text(rows: list[dict[str, Any]]) -> str:
-    """Rows as CSV."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue()
-
-
 def main(arguments: list[str] | None = None) -> None:
-    """Tune, test, write."""
+    """Tune, test and write the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--processes", type=int, default=2, help="runs at a time, a thread each")
-    parser.add_argument("--seeds", type=int, default=1, help="seeds of the test runs")
+    parser.add_argument(
+        "--processes", type=int, default=2, help="number of parallel runs, each with one thread"
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds of the test runs")
     parser.add_argument("--work", type=Path, default=Path("runs/recipes"))
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     tuning = [
         Run(recipe, subgroup, lr, keeping, STEPS, seed=0)
@@ -316,8 +308,8 @@ def main(arguments: list[str] | None = None) -> None:
     rows = summarise(tested)
     every = [{"phase": "validation", **asdict(value)} for value in tuned]
     every += [{"phase": "test", **asdict(value)} for value in tested]
-    write_text(options.output / "recipes.csv", csv_text(every))
-    write_text(options.output / "recipes_summary.csv", csv_text(rows))
+    write_csv(options.output / "recipes.csv", every)
+    write_csv(options.output / "recipes_summary.csv", rows)
     text = table(rows)
     write_text(options.output / "recipes.txt", text)
     print(text)

@@ -102,12 +102,14 @@ class DemoFlags:
         recipe: `fasterase`, or `cliperase` for the paper's; the other one is shown for comparison.
         output_dir: folder for the erased model, history, plot and picture sheet. `none`:
             `runs/demo-` followed by what is erased.
+        full: also print the table of every metric, which is always in `evaluation.txt`.
     """
 
     forget: str = "food-fruit"
     model: str | None = None
     recipe: Literal["fasterase", "cliperase"] = "fasterase"
     output_dir: str | None = None
+    full: bool = False
 
 
 def run_command(command: str, values: dict[str, Any]) -> None:

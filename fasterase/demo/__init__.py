@@ -1,4 +1,4 @@
-"""The demo: real image-text pairs (emoji drawings, their names) and a small CLIP that knows them.
+"""The demo: real image-text pairs (emoji drawings and names) and a small CLIP trained on them.
 
-Emoji prove the machinery, not photographs: the pairs are few, clean and drawn.
+Emoji test the machinery. They are few, clean and drawn, so they say nothing about photographs.
 """

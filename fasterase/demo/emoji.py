@@ -1,4 +1,4 @@
-"""The demo's pairs and models: where they lie, how to read them, how a concept is worded."""
+"""The demo's pairs and models: their paths, how to read them, how to word a concept."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fasterase.errors import InputError
 DATA = Path(__file__).parent / "data"
 MODELS = Path(__file__).parent / "models"
 
-# Noto and Fluent drawings train the model; Twemoji's are kept out of it: the unseen images.
+# The models are trained on the Noto and Fluent drawings. Twemoji's are the unseen images.
 TRAIN_TEAMS = ("noto", "fluent")
 UNSEEN_TEAM = "twemoji"
 TEAMS = (*TRAIN_TEAMS, UNSEEN_TEAM)
@@ -27,7 +27,7 @@ TEMPLATES = ("a picture of {}", "a drawing of {}", "an emoji of {}")
 
 
 class Record(TypedDict):
-    """What the `json` of a sample holds; groups and subgroups as emojibase spells them."""
+    """The `json` of a sample; groups and subgroups as emojibase spells them."""
 
     concept: str
     group: str
@@ -39,10 +39,10 @@ class Record(TypedDict):
 
 
 def shards(team: str) -> list[Path]:
-    """The team's WebDataset shards (`png;txt;json`), sorted.
+    """Return the team's WebDataset shards (`png;txt;json`), sorted.
 
     Raises:
-        InputError: `team` is none of `TEAMS`.
+        InputError: `team` is not one of `TEAMS`.
     """
     if team not in TEAMS:
         raise InputError(f"team must be one of {', '.join(TEAMS)}; found {team!r}")
@@ -50,7 +50,7 @@ def shards(team: str) -> list[Path]:
 
 
 def samples(team: str) -> Iterator[tuple[Record, bytes]]:
-    """Every (record, PNG bytes) of a team in shard order: the concepts sorted by their key."""
+    """Yield every (record, PNG bytes) of a team in shard order: concepts sorted by their key."""
     for shard in shards(team):
         with tarfile.open(fileobj=io.BytesIO(shard.read_bytes())) as archive:
             content = {member.name: archive.extractfile(member) for member in archive}
@@ -63,20 +63,21 @@ def samples(team: str) -> Iterator[tuple[Record, bytes]]:
 
 
 def class_name(group_or_subgroup: str) -> str:
-    """A group or subgroup as a caption: "food-fruit" -> "food fruit"."""
+    """Return a group or subgroup as a caption: "food-fruit" -> "food fruit"."""
     return group_or_subgroup.replace("-", " ")
 
 
 def name_only(record: Record) -> list[str]:
-    """The concept's name, the caption that everything is measured with."""
+    """Return the concept's name, the caption used for all measurements."""
     return [record["concept"]]
 
 
 def naming_captions(record: Record) -> list[str]:
-    """Captions that single out this concept (its keywords together nearly always do); name first.
+    """Return captions that identify this concept, its name first.
 
-    The base model is trained on these alone: a caption such as "food fruit" is as true for a pear
-    as for an apple, so within a contrastive batch it would be a false negative.
+    All keywords together nearly always identify a concept. The base model is trained on these
+    captions alone: one such as "food fruit" fits a pear as well as an apple, so it would be a false
+    negative in a contrastive batch.
     """
     name = record["concept"]
     keywords = [keyword for keyword in record["keywords"] if keyword != name]
@@ -90,5 +91,5 @@ def naming_captions(record: Record) -> list[str]:
 
 
 def captions(record: Record) -> list[str]:
-    """Every wording of the concept: `naming_captions`, then its subgroup's and group's names."""
+    """Return all wordings: `naming_captions`, then the names of the subgroup and the group."""
     return [*naming_captions(record), class_name(record["subgroup"]), class_name(record["group"])]

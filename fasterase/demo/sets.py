@@ -1,4 +1,4 @@
-"""The demo's pair sets: what is forgotten, what is kept, and what only measures."""
+"""The demo's pair sets: to forget, to keep, and only to measure."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from fasterase.models.load import load_model
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.source import PairSource
 
-# Share of the kept concepts that goes into neither set: what the run never saw.
+# Share of the kept concepts that the run never sees.
 HOLDOUT_SHARE = 0.25
 NEIGHBOURS_PER_CONCEPT = 5
 
 
 class Drawings(Dataset[dict[str, Any]]):
-    """Drawings of some concepts as `{"image", "text"}`, their texts by `wording` of their record.
+    """Drawings of some concepts as `{"image", "text"}`; `wording` makes the text from the record.
 
     Attributes:
         names: the concept of each drawing.
@@ -46,12 +46,12 @@ class Drawings(Dataset[dict[str, Any]]):
         concepts: Collection[str],
         wording: Callable[[emoji.Record], list[str]] = emoji.name_only,
     ) -> Drawings:
-        """Every drawing in `source` of one of the concepts."""
+        """Return every drawing in `source` of any of the concepts."""
         rows = [row for row in range(len(source)) if source.meta(row)["concept"] in concepts]
         return cls(source, rows, wording)
 
     def reworded(self, wording: Callable[[emoji.Record], list[str]]) -> Drawings:
-        """The same drawings with other captions."""
+        """Return the same drawings with other captions."""
         return Drawings(self._source, self._rows, wording)
 
     def __len__(self) -> int:
@@ -62,22 +62,22 @@ class Drawings(Dataset[dict[str, Any]]):
         return {"image": record.image, "text": self._wording(cast(emoji.Record, record.meta))}
 
     def picture(self, index: int) -> Image.Image:
-        """The drawing as it lies in the shard."""
+        """Return the drawing as stored in the shard."""
         return self._source[self._rows[index]].image
 
 
 @dataclass(frozen=True)
 class DemoSets:
-    """Pair sets of one erasure. Kept concepts are split, by concept, into retain and held-out.
+    """Pair sets of one erasure; kept concepts are split, by concept, into retain and holdout.
 
     Attributes:
         concepts: names of the forgotten concepts.
-        forget: their drawings of the training teams, worded in every way.
+        forget: their drawings by the training teams, with all wordings.
         retain: three quarters of the other member concepts.
         holdout: the last quarter.
-        sets: `forget-unseen`, the concepts as a team drew them whose pictures no model saw; and
-            `neighbour`, the kept concepts nearest to them in the original's text features (most
-            of them in retain, some in held-out).
+        sets: `forget-unseen`, the same concepts drawn by a team whose pictures no model has seen;
+            and `neighbour`, the kept concepts nearest to them in the original's text features (most
+            of them in retain, some in holdout).
     """
 
     concepts: list[str]
@@ -88,16 +88,16 @@ class DemoSets:
 
 
 def open_teams(teams: Sequence[str]) -> PairSource:
-    """The teams' drawings, through the WebDataset path."""
+    """Open the teams' drawings through the WebDataset reader."""
     shards = [str(path) for team in teams for path in emoji.shards(team)]
     return open_pairs("::".join(shards), name=" and ".join(teams))
 
 
 def chosen_concepts(records: list[emoji.Record], expression: str) -> set[str]:
-    """Concepts of a group or subgroup, or whose name matches a regular expression.
+    """Return the concepts of a group or subgroup, or those with names matching an expression.
 
     Raises:
-        InputError: nothing or everything is chosen, or the expression is not valid.
+        InputError: no concept or every concept is chosen, or the expression is not valid.
     """
     for level in ("group", "subgroup"):
         chosen = {record["concept"] for record in records if record[level] == expression}
@@ -118,12 +118,12 @@ def chosen_concepts(records: list[emoji.Record], expression: str) -> set[str]:
 
 
 def build_sets(expression: str, *, original: str, seed: int) -> DemoSets:
-    """Sets for forgetting what `expression` chooses among the concepts the base was trained on.
+    """Build the sets to forget the concepts that `expression` chooses from the base's training set.
 
     Args:
         expression: group, subgroup or regular expression on concept names.
-        original: the model whose text features say which concepts are neighbours.
-        seed: of the split into retain and held-out.
+        original: the model that provides the text features to find neighbours.
+        seed: of the split into retain and holdout.
 
     Raises:
         InputError: see `chosen_concepts`.
@@ -148,10 +148,10 @@ def build_sets(expression: str, *, original: str, seed: int) -> DemoSets:
     )
 
 
-def _nearest(tower: DualEncoder, chosen: list[str], kept: list[str]) -> set[str]:
+def _nearest(model: DualEncoder, chosen: list[str], kept: list[str]) -> set[str]:
     with torch.no_grad():
-        own = tower.encode_text(tower.tokenize(chosen))
-        others = tower.encode_text(tower.tokenize(kept))
+        own = model.encode_text(model.tokenize(chosen))
+        others = model.encode_text(model.tokenize(kept))
     closeness = (others @ own.T).amax(1)
     count = min(len(kept), NEIGHBOURS_PER_CONCEPT * len(chosen))
     return {kept[i] for i in closeness.topk(count).indices.tolist()}

@@ -1,7 +1,8 @@
-"""The demo's picture sheet: a dozen drawings of each set with their top captions."""
+"""Show what the demo did: a short summary, and a sheet of pictures with their captions."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,34 +10,122 @@ import torch
 from PIL import Image
 
 from fasterase.demo.sets import DemoSets, Drawings
+from fasterase.evaluation.evaluation import Evaluation
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.load import load_model
 from fasterase.report.pictures import SheetRow, picture_sheet, top_captions
 
 PICTURES = 12
+CAPTIONS = 3  # per picture, before and after
+
+# What the summary calls each recipe.
+RECIPE_TITLES = {"fasterase": "fasterase", "cliperase": "paper's recipe"}
+
+# Set, metric and meaning of each line of the summary.
+_FORGET, _KEEP = "concept_hit@1", "image_to_text_recall@1"
+_SUMMARY = (
+    ("forget", _FORGET, "forget: still named (by chance: {chance})"),
+    ("forget-unseen", _FORGET, "forget-unseen: other drawings of them"),
+    ("neighbour", _KEEP, "neighbour: similar, named correctly"),
+    ("retain", _KEEP, "retain: all others, named correctly"),
+    ("holdout", _KEEP, "holdout: not in the run, named correctly"),
+)
+
+
+def summary(evaluation: Evaluation, recipe: str) -> str:
+    """Return six lines: the share of pictures that each model names, by set.
+
+    On sets to forget, a picture counts as named if the closest of all names is any name of the
+    erased concept; on the other sets, if it is the picture's own name.
+
+    Args:
+        evaluation: of the model that `recipe` made, beside the original and the references.
+        recipe: name of the recipe, the heading of its column.
+    """
+    models = {
+        "original": evaluation.original or {},
+        RECIPE_TITLES[recipe]: evaluation.scores,
+        **{_title(name): scores for name, scores in evaluation.references.items()},
+    }
+    lines = [["share of pictures", *models]]
+    for name, metric, text in _SUMMARY:
+        chance = _percent(evaluation.chance.get(name, {}).get(metric))
+        values = [_percent(scores.get(name, {}).get(metric)) for scores in models.values()]
+        lines.append([text.format(chance=chance), *values])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            [label.ljust(widths[0])]
+            + [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        )
+        for label, *cells in lines
+    )
+
+
+def print_result(
+    evaluation: Evaluation, folder: Path, *, recipe: str, forgotten: bool, full: bool
+) -> None:
+    """Print the summary, the full table if wanted, and what the output folder contains."""
+    print(f"\n{summary(evaluation, recipe)}\n")
+    print(f"Forgotten: {'yes' if forgotten else 'no'}.")
+    if full:
+        print(f"\n{evaluation.table()}\n")
+    hint = "" if full else " (--full prints it)"
+    print(f"Every metric, with 95 % intervals: {folder / 'evaluation.txt'}{hint}.")
+    print(
+        f"Also in {folder}:\n  model/ (the erased model), pictures.png (captions before and "
+        "after), losses.png,\n  report.md, evaluation.json, history.jsonl."
+    )
+    print("The pairs are emoji: real image-text pairs, but no evidence about photographs.")
 
 
 def draw_sheet(sets: DemoSets, original: str, erased: Path, path: Path) -> None:
     """Write the sheet of `PICTURES` drawings each of forget, neighbour and retain to `path`."""
-    before, after = load_model(original), load_model(erased)
-    names = sorted(
-        {name for pairs in (sets.forget, sets.retain, sets.holdout) for name in pairs.names}
-    )
-    rows: list[SheetRow] = []
+    models = load_model(original), load_model(erased)
     sections = {"forget": sets.forget, "neighbour": sets.sets["neighbour"], "retain": sets.retain}
-    for section, pairs in sections.items():
-        drawn = _spread(pairs)
-        pictures = [pairs.picture(row) for row in drawn]
-        top = [_top(tower, pictures, names) for tower in (before, after)]
-        rows += [
-            SheetRow(section, picture, pairs.names[row], *captions)
-            for row, picture, *captions in zip(drawn, pictures, *top, strict=True)
-        ]
+    rows = [
+        row
+        for section, pairs in sections.items()
+        for row in sheet_rows(section, pairs, _spread(pairs), models, candidate_names(sets))
+    ]
     picture_sheet(rows, path, erased=sets.concepts)
 
 
+def candidate_names(sets: DemoSets) -> list[str]:
+    """Return the names of all concepts of the run, among which the captions are ranked."""
+    return sorted(
+        {name for pairs in (sets.forget, sets.retain, sets.holdout) for name in pairs.names}
+    )
+
+
+def sheet_rows(
+    section: str,
+    pairs: Drawings,
+    indices: Sequence[int],
+    models: tuple[DualEncoder, DualEncoder],
+    names: list[str],
+    num_captions: int = CAPTIONS,
+) -> list[SheetRow]:
+    """Return the drawings at `indices`, each with the closest `names` before and after erasing."""
+    pictures = [pairs.picture(index) for index in indices]
+    before, after = (_top(model, pictures, names, num_captions) for model in models)
+    return [
+        SheetRow(section, picture, pairs.names[index], *captions)
+        for index, picture, *captions in zip(indices, pictures, before, after, strict=True)
+    ]
+
+
+def _title(reference: str) -> str:
+    """Name a reference in the summary: `cliperase recipe` as its title, others as they are."""
+    return RECIPE_TITLES.get(reference.removesuffix(" recipe"), reference)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
 def _spread(pairs: Drawings) -> list[int]:
-    """Rows spread evenly over the set, so that no two show the same concept where avoidable."""
+    """Choose `PICTURES` drawings spread evenly over the set, of different concepts if possible."""
     count = min(PICTURES, len(pairs))
     first_of = {name: row for row, name in reversed(list(enumerate(pairs.names)))}
     rows = sorted(first_of.values())
@@ -44,7 +133,9 @@ def _spread(pairs: Drawings) -> list[int]:
 
 
 @torch.no_grad()
-def _top(tower: DualEncoder, pictures: list[Image.Image], names: list[str]) -> list[list[str]]:
-    image = tower.encode_image(torch.stack([tower.preprocess(picture) for picture in pictures]))
-    text = tower.encode_text(tower.tokenize(names))
-    return top_captions(image, text, names)
+def _top(
+    model: DualEncoder, pictures: list[Image.Image], names: list[str], count: int
+) -> list[list[str]]:
+    image = model.encode_image(torch.stack([model.preprocess(picture) for picture in pictures]))
+    text = model.encode_text(model.tokenize(names))
+    return top_captions(image, text, names, count)

@@ -17,7 +17,6 @@ from fasterase.objective import EraseLoss
 
 # Pixels.
 PICTURE, LINE, GAP, TEXT_WIDTH = 96, 20, 12, 190
-CELL_WIDTH = PICTURE + 2 * TEXT_WIDTH + 3 * GAP
 MARGIN = 20
 
 COLUMNS = 2  # pictures side by side
@@ -60,6 +59,7 @@ def picture_sheet(
     path: str | PathLike[str],
     *,
     erased: Collection[str] = (),
+    text_width: int = TEXT_WIDTH,
 ) -> Path:
     """Draw pictures with their top captions before and after erasing, and write an image file.
 
@@ -68,6 +68,7 @@ def picture_sheet(
         path: file to write, preferably `.png`.
         erased: captions of the erased concept, drawn in red. The caption of a picture itself is
             drawn in green.
+        text_width: pixels of each of a picture's two columns of captions.
 
     Raises:
         InputError: `rows` is empty.
@@ -83,7 +84,8 @@ def picture_sheet(
     cell_height = max(PICTURE, LINE * (2 + depth)) + GAP
     heading_height = 2 * LINE + GAP
     grid_rows = [-(-len(members) // COLUMNS) for _, members in sections]
-    width = 2 * MARGIN + COLUMNS * CELL_WIDTH + (COLUMNS - 1) * GAP
+    cell_width = PICTURE + 2 * text_width + 3 * GAP
+    width = 2 * MARGIN + COLUMNS * cell_width + (COLUMNS - 1) * GAP
     height = 2 * MARGIN + LINE + len(sections) * heading_height + sum(grid_rows) * cell_height
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
@@ -94,10 +96,9 @@ def picture_sheet(
         draw.text((MARGIN, top + GAP + 6), name, fill=INK, font=_font(18))
         top += heading_height
         for index, row in enumerate(members):
-            left = MARGIN + (index % COLUMNS) * (CELL_WIDTH + GAP)
-            _draw_row(
-                sheet, draw, left, top + index // COLUMNS * cell_height, row, frozenset(erased)
-            )
+            left = MARGIN + (index % COLUMNS) * (cell_width + GAP)
+            place = left, top + index // COLUMNS * cell_height
+            _draw_row(sheet, draw, place, text_width, row, frozenset(erased))
         top += lines * cell_height
     path = Path(path)
     with replace_file(path) as temporary:
@@ -158,23 +159,24 @@ def _draw_legend(draw: ImageDraw.ImageDraw, left: float, top: int) -> None:
 def _draw_row(
     sheet: Image.Image,
     draw: ImageDraw.ImageDraw,
-    left: int,
-    top: int,
+    place: tuple[int, int],
+    text_width: int,
     row: SheetRow,
     erased: frozenset[str],
 ) -> None:
+    left, top = place
     sheet.paste(_make_thumbnail(row.image), (left, top))
     text_left = left + PICTURE + GAP
-    own = _shorten(draw, row.caption, 2 * TEXT_WIDTH + GAP, _font(15))
+    own = _shorten(draw, row.caption, 2 * text_width + GAP, _font(15))
     draw.text((text_left, top - 2), own, fill=INK, font=_font(15))
     for title, names in (("before", row.before), ("after", row.after)):
         draw.text((text_left, top + LINE), title, fill=FAINT, font=_font(12))
-        for place, name in enumerate(names):
+        for rank, name in enumerate(names):
             colour = ERASED if name in erased else OWN if name == row.caption else INK
-            text = _shorten(draw, name, TEXT_WIDTH, _font(14))
-            position = (text_left, top + (2 + place) * LINE - 3)
+            text = _shorten(draw, name, text_width, _font(14))
+            position = (text_left, top + (2 + rank) * LINE - 3)
             draw.text(position, text, fill=colour, font=_font(14))
-        text_left += TEXT_WIDTH + GAP
+        text_left += text_width + GAP
 
 
 def _make_thumbnail(image: Image.Image) -> Image.Image:

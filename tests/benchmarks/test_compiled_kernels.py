@@ -8,8 +8,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from benchmarks import compiled_kernels
-from benchmarks.listing import count_amd
+from benchmarks.gpu_model import compiled_kernels
+from benchmarks.gpu_model.instructions import count_amd
 from fasterase.ops.contrastive.triton_tiles import choose_tile
 
 # A loop over depth, inside a loop over tiles.

@@ -1,4 +1,4 @@
-"""The contrastive benchmark: what it measures is what it says, and a killed run goes on."""
+"""The contrastive benchmark: what it measures is what it says, and a killed run resumes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import contrastive, harness
-from benchmarks.contrastive_case import Case, exact_losses, flops, in_fp64, make_inputs
-from benchmarks.providers import PROVIDERS, UnavailableError
-from benchmarks.rows import read_rows, write_rows
-from benchmarks.table import table
+from benchmarks.contrastive import measure, sweep
+from benchmarks.contrastive.case import Case, exact_losses, flops, in_fp64, make_inputs
+from benchmarks.contrastive.providers import PROVIDERS, UnavailableError
+from benchmarks.contrastive.report import markdown_tables
+from benchmarks.contrastive.rows import read_rows, write_rows
 from tests import oracle
 
 NO_COMPILER = ["fasterase-cpu", "fasterase-chunked", "fasterase-dense", "open_clip"]
@@ -26,7 +26,7 @@ LIGER_HEADER = (
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """A small sweep into a file of its own; returns its rows."""
-    monkeypatch.setattr(contrastive, "GEMM_SIZE", {"cpu": 64})
+    monkeypatch.setattr(sweep, "GEMM_SIZE", {"cpu": 64})
     path = tmp_path / "results.csv"
 
     def call(*extra: str):
@@ -34,7 +34,7 @@ def run(tmp_path, monkeypatch):
             f"--output {path} --device cpu --sizes 24 40 --widths 16 --seconds 0 --error-size 20"
         )
         providers = ["--providers", "fasterase-chunked", "open_clip", "memeff"]
-        contrastive.main([*fixed.split(), *providers, *extra])
+        sweep.main([*fixed.split(), *providers, *extra])
         return read_rows(path)
 
     call.path = path
@@ -57,7 +57,7 @@ def test_truth_agrees_with_the_oracle(kl):
     logits = float(scale) * image @ text.T - 10
     sign = 2 * np.eye(12) - 1
     assert losses.siglip.item() == pytest.approx(np.log1p(np.exp(-sign * logits)).sum() / 12)
-    assert (losses.teacher_entropy.item() > 0) == kl
+    assert (losses.reference_entropy.item() > 0) == kl
 
 
 @pytest.mark.parametrize("kl", [False, True])
@@ -65,10 +65,10 @@ def test_truth_agrees_with_the_oracle(kl):
 def test_providers_compute_the_same_loss_and_gradients(name, kl):
     case = Case(65, 24, scale=14.3, kl=kl)
     try:
-        errors = harness.errors_against_fp64(PROVIDERS[name], case)
+        errors = measure.errors_against_fp64(PROVIDERS[name], case)
     except UnavailableError as why:
         pytest.skip(str(why))
-    assert set(errors) == set(contrastive.ERRORS)
+    assert set(errors) == set(sweep.ERRORS)
     assert max(errors.values()) < 1e-5
 
 
@@ -79,7 +79,7 @@ def test_an_error_is_seen():
             lambda inputs: 1.01 * (inputs.scale * inputs.image @ inputs.text.T).sum()
         ),
     )
-    assert min(harness.errors_against_fp64(wrong, Case(20, 8)).values()) > 0.05
+    assert min(measure.errors_against_fp64(wrong, Case(20, 8)).values()) > 0.05
 
 
 def test_flops_are_those_of_the_algorithm():
@@ -103,15 +103,15 @@ def test_modes_time_their_own_part(monkeypatch):
         seen.append((before, inputs.image.grad is not None, getattr(result, "requires_grad", None)))
         return 1.0
 
-    monkeypatch.setattr(harness, "clock", clock)
+    monkeypatch.setattr(measure, "clock", clock)
     for mode in ("no-grad-forward", "forward", "backward", "full"):
-        harness.repetition(loss, inputs, mode, "cpu")()
+        measure.repetition(loss, inputs, mode, "cpu")()
     assert seen == [(False, False, False), (False, False, True), *[(False, True, None)] * 2]
 
 
 def test_times_are_interleaved_and_share_out_the_budget(monkeypatch):
     now, order = 0.0, []
-    monkeypatch.setattr(harness.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now)
 
     def takes(name: str, seconds: float):
         def call() -> float:
@@ -125,7 +125,7 @@ def test_times_are_interleaved_and_share_out_the_budget(monkeypatch):
     def fails() -> float:
         raise RuntimeError("out of luck\nand a stack")
 
-    samples, failures = harness.time_interleaved(
+    samples, failures = measure.time_interleaved(
         {"quick": takes("quick", 0.25), "slow": takes("slow", 3.0), "broken": fails},
         seconds=1.0,
         patience=5.0,
@@ -141,7 +141,7 @@ def test_times_are_interleaved_and_share_out_the_budget(monkeypatch):
 def test_memory_is_that_of_the_matrices():
     case = Case(2048, 8)  # 16 MB a matrix, far above what a first call touches besides
     matrices = [
-        harness.peak_extra_bytes(PROVIDERS[name], case, "full") / case.matrix_bytes
+        measure.peak_extra_bytes(PROVIDERS[name], case, "full") / case.matrix_bytes
         for name in ("fasterase-dense", "fasterase-chunked")
     ]
     assert 4 < matrices[0] <= PROVIDERS["fasterase-dense"].dense_matrices[0] + 0.5
@@ -150,7 +150,7 @@ def test_memory_is_that_of_the_matrices():
 
 def test_memory_of_a_provider_that_fails_says_why():
     with pytest.raises(UnavailableError, match="need a CUDA GPU"):
-        harness.peak_extra_bytes(PROVIDERS["memeff"], Case(64, 8), "full")
+        measure.peak_extra_bytes(PROVIDERS["memeff"], Case(64, 8), "full")
 
 
 def test_every_cell_is_a_row_and_a_failure_says_why(run):
@@ -159,7 +159,7 @@ def test_every_cell_is_a_row_and_a_failure_says_why(run):
     assert run.path.read_text().splitlines()[0] == LIGER_HEADER
     speed = [row for row in rows if row.metric_name == "speed"]
     assert len(speed) == 2 * 2 * len(modes) * (3 + 1)  # sizes, teachers; gemm beside providers
-    assert len(rows) - len(speed) == 2 * 3 * len(contrastive.ERRORS)
+    assert len(rows) - len(speed) == 2 * 3 * len(sweep.ERRORS)
     for row in rows:
         if row.kernel_provider == "memeff":
             assert row.y_value_50 is None
@@ -173,7 +173,7 @@ def test_every_cell_is_a_row_and_a_failure_says_why(run):
             assert row.extra["tflops"] == pytest.approx(rate, abs=1e-4)
 
 
-def test_a_killed_run_goes_on(run):
+def test_a_killed_run_resumes(run):
     whole = run("--metrics", "speed")
     text = run.path.read_text()
     run("--metrics", "speed")
@@ -193,7 +193,7 @@ def test_a_killed_run_goes_on(run):
 
 
 def test_too_large_a_size_is_not_tried(run, monkeypatch):
-    monkeypatch.setattr(contrastive, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(sweep, "available_bytes", lambda device: 1000)
     rows = run("--metrics", "speed", "--teacher", "without")
     found = {row.kernel_provider: row for row in rows}
     assert "not tried: its dense matrices" in found["open_clip"].extra["why"]
@@ -212,12 +212,12 @@ def test_pictures_and_tables_show_what_was_measured(run, capsys):
     picture = run.path.with_name("results_speed_float32_100.svg")
     assert picture.stat().st_size > 5000
     assert not run.path.with_name("results_memory_float32_100.svg").exists()
-    assert table(rows) in capsys.readouterr().out
-    lines = table(rows).splitlines()
+    assert markdown_tables(rows) in capsys.readouterr().out
+    lines = markdown_tables(rows).splitlines()
     assert sum(line.startswith("| open_clip | ") for line in lines) == 2
     assert sum(line.startswith("- memeff: memeff has no KL") for line in lines) == 1
     value = next(r.y_value_50 for r in rows if (r.kernel_provider, r.x_value) == ("open_clip", 40))
-    assert f"| {value:.3g} (" in table(rows)
+    assert f"| {value:.3g} (" in markdown_tables(rows)
 
 
 def test_inputs_are_unit_rows_and_the_same_every_time():

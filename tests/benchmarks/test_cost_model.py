@@ -6,12 +6,23 @@ import csv
 
 import pytest
 
-from benchmarks import cost_model
-from benchmarks.gpu_rates import A100, H100, Clocks, Gpu, clocks_of, occupancy
-from benchmarks.instruction_path import Instructions, Path, Trace, trace
-from benchmarks.kernel_cost import find_launch, kernel_phases
-from benchmarks.peer_cost import published_rows, siglip_seconds
-from benchmarks.phase_cost import Phase, clock, cost, gemm_seconds, waves
+from benchmarks.gpu_model import cost_model
+from benchmarks.gpu_model.fasterase_kernels import TilePath, find_launch, kernel_phases
+from benchmarks.gpu_model.gpu_time import (
+    A100,
+    H100,
+    Clocks,
+    Gpu,
+    Phase,
+    clock,
+    clocks_of,
+    cost,
+    gemm_seconds,
+    occupancy,
+    waves,
+)
+from benchmarks.gpu_model.instructions import Instructions, Trace, trace
+from benchmarks.gpu_model.peer_kernels import published_rows, siglip_seconds
 from fasterase.ops.contrastive.triton_tiles import Tile
 
 DRAIN = 91
@@ -86,7 +97,7 @@ def test_tiles_that_share_a_loop_load_ahead() -> None:
     tile = Tile(256, 128, 64, 8, 3)
     launch = find_launch(H100, "sweep", 768, None, tile)
     step, rest = Instructions(flops=2 * 256 * 128 * 64 / 8), Instructions(issued=100)
-    path = Path(Trace((step,), rest, Instructions(issued=400)), 255, 0, 0)
+    path = TilePath(Trace((step,), rest, Instructions(issued=400)), 255, 0, 0)
     main, end, run = kernel_phases(H100, launch, path, 32768)
     load = (256 + 128) * 64 * 2 / (5120 / 132)
     assert main.clocks.tensor == 12 * 1024

@@ -77,9 +77,9 @@ def test_interval_of_equal_values_is_a_point():
 def test_runs_differ_in_name_and_use_their_settings():
     grid = [Run("fasterase", "x", lr, w, (60, 100), 0) for lr in (1e-4, 2e-4) for w in (10.0, 30.0)]
     assert len({run.name for run in grid}) == 4
-    assert grid[1].settings().anchor_weight == 30.0
-    assert grid[1].settings().max_steps == 100
-    paper = Run("cliperase", "x", 3e-5, 9.0, (60,), 0).settings()
+    assert grid[1].config().anchor_weight == 30.0
+    assert grid[1].config().max_steps == 100
+    paper = Run("cliperase", "x", 3e-5, 9.0, (60,), 0).config()
     assert (paper.consistency_weight, paper.anchor_weight, paper.floor) == (9.0, 0.0, None)
-    plain = Run("retain only", "x", 1e-4, 30.0, (60,), 0).settings()
+    plain = Run("retain only", "x", 1e-4, 30.0, (60,), 0).config()
     assert (plain.forget_weight, plain.consistency_weight, plain.anchor_weight) == (0, 0, 0)

@@ -103,6 +103,7 @@ def test_demo_passes_only_what_was_given(monkeypatch):
         "model": None,
         "recipe": "fasterase",
         "output_dir": None,
+        "full": False,
         "seed": 3,
     }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 
 import open_clip
 import pytest
@@ -13,6 +15,8 @@ import fasterase
 from fasterase.demo import emoji
 from fasterase.demo.run import RECIPES, recipe_config, run_demo
 from fasterase.demo.sets import HOLDOUT_SHARE, build_sets
+from fasterase.demo.show import print_result, summary
+from fasterase.evaluation.evaluation import Evaluation
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +86,16 @@ def test_recipes_are_the_public_ones_with_a_budget_for_the_small_model():
 
 def test_the_demo_leaves_what_it_says(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    evaluation = run_demo(forget="lemon|melon", max_steps=2, progress=False)
+    with pytest.warns(UserWarning, match="not forgotten") as caught:
+        evaluation = run_demo(forget="lemon|melon", max_steps=2, progress=False)
+    own, other = (str(w.message) for w in caught if "not forgotten" in str(w.message))
+    assert own.startswith("not forgotten")
+    assert other.startswith("paper's recipe (comparison): not forgotten")
     tmp_path /= "runs/demo-lemon_melon"
     shown = capsys.readouterr().out
-    assert evaluation.table() in shown
+    assert summary(evaluation, "fasterase") in shown
+    assert evaluation.table() not in shown
+    assert evaluation.table() in (tmp_path / "evaluation.txt").read_text(encoding="utf-8")
     assert set(evaluation.references) == {"cliperase recipe"}
     assert {"forget", "retain", "holdout", "forget-unseen", "neighbour"} <= set(evaluation.scores)
     assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 2
@@ -102,3 +112,51 @@ def test_the_demo_leaves_what_it_says(tmp_path, capsys, monkeypatch):
         if not torch.equal(weight, base.state_dict()[name])
     ]
     assert changed
+
+
+NAMED, RIGHT = "concept_hit@1", "image_to_text_recall@1"
+
+
+@pytest.fixture
+def evaluation() -> Evaluation:
+    """An evaluation whose values differ by model: 0.9 the original, 0.1 the model, 0.3, 0.2."""
+
+    def scores(value: float) -> dict[str, dict[str, float]]:
+        names = ("forget", "forget-unseen", "retain", "holdout", "neighbour")
+        return {name: {RIGHT: value, NAMED: value / 2} for name in names}
+
+    return Evaluation(
+        scores=scores(0.1),
+        intervals={name: dict.fromkeys(values, (0.0, 1.0)) for name, values in scores(0).items()},
+        chance=scores(0.042),
+        pairs=dict.fromkeys(scores(0), 7),
+        settings={"model": "m", "candidates": 9},
+        original=scores(0.9),
+        references={"cliperase recipe": scores(0.3), "retrained without it": scores(0.2)},
+    )
+
+
+def test_summary_is_six_lines_of_at_most_100_columns(evaluation):
+    lines = summary(evaluation, "fasterase").splitlines()
+    assert len(lines) == 6
+    assert max(map(len, lines)) <= 100
+    assert lines[0].split("  ")[-3:] == ["fasterase", "paper's recipe", "retrained without it"]
+    for line in lines[1:3]:  # any name of the erased concept counts
+        assert line.startswith("forget")
+        assert re.findall(r"[\d.]+ %", line)[-4:] == ["45.0 %", "5.0 %", "15.0 %", "10.0 %"]
+    assert "by chance: 2.1 %" in lines[1]
+    for line in lines[3:]:
+        assert re.findall(r"[\d.]+ %", line) == ["90.0 %", "10.0 %", "30.0 %", "20.0 %"]
+    other = dataclasses.replace(evaluation, references={"fasterase recipe": evaluation.scores})
+    assert summary(other, "cliperase").splitlines()[0].endswith("  paper's recipe  fasterase")
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_long_table_is_printed_only_if_wanted(evaluation, capsys, tmp_path, full):
+    print_result(evaluation, tmp_path, recipe="fasterase", forgotten=True, full=full)
+    shown = capsys.readouterr().out
+    assert shown.lstrip().startswith(summary(evaluation, "fasterase"))
+    assert (evaluation.table() in shown) == full
+    assert str(tmp_path / "evaluation.txt") in shown
+    assert ("--full" in shown) != full
+    assert "Forgotten: yes." in shown

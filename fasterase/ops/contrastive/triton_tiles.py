@@ -24,7 +24,7 @@ class Tile(NamedTuple):
 
 
 # By (kernel, with reference, half-precision features): of those that spill nothing on sm_80, sm_90
-# and sm_100 (benchmarks/compiled_kernels.py) the fastest by benchmarks/cost_model.py. fp32 products
+# and sm_100 (benchmarks/gpu_model) the fastest by its cost model. fp32 products
 # run without tensor cores ("ieee"), on smaller tiles. "strip" and "strip_online" fill the same
 # strips and agree in block_m.
 TILES = {

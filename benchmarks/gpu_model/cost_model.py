@@ -1,27 +1,27 @@
-"""Which unit binds each kernel, without a GPU: `python -m benchmarks.cost_model`.
+"""Predict without a GPU which unit limits each kernel.
 
-The model is `phase_cost`'s, the instruction counts those of the compiled kernels
-(`instruction_path`). What it must reproduce, memeff's and siglip-kernel's published times
-(`peer_cost`), shows how optimistic it is: kernels take about a quarter longer than predicted (1.24
-and 1.25 times; an elementwise pass as predicted). Prints tables and writes
-`benchmarks/results/cost_model.csv`; `--tiles` compiles and ranks other tiles too.
+    python -m benchmarks.gpu_model.cost_model [--tiles]
+
+The model is in `gpu_time`; its instruction counts are those of the compiled kernels
+(`instructions`). The published times of memeff and siglip-kernel (`peer_kernels`) show how
+optimistic it is: kernels take about a quarter longer than predicted (1.24 and 1.25 times; an
+elementwise pass takes as long as predicted). The command prints tables and writes
+`benchmarks/results/cost_model.csv`; `--tiles` also compiles and ranks other tiles.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_rates import A100, H100, Clocks, Gpu
-from benchmarks.kernel_cost import Modelled, modelled, step
-from benchmarks.peer_cost import published_rows
-from benchmarks.phase_cost import clock
+from benchmarks.gpu_model.fasterase_kernels import Modelled, modelled, step
+from benchmarks.gpu_model.gpu_time import A100, H100, Clocks, Gpu, clock
+from benchmarks.gpu_model.peer_kernels import published_rows
+from benchmarks.result_files import RESULTS, write_csv
 from fasterase.ops.contrastive.triton_tiles import Tile
 
-RESULTS = Path(__file__).parent / "results" / "cost_model.csv"
 CANDIDATES = (
     Tile(128, 128, 64, 8, 3),
     Tile(128, 128, 64, 4, 3),
@@ -35,6 +35,7 @@ CANDIDATES = (
 
 
 def kernel_row(gpu: Gpu, kernel: Modelled, n: int, table: str = "kernel") -> dict[str, Any]:
+    """Predict one kernel over n rows."""
     result = kernel.cost
     at_load = clock(gpu) / gpu.boost_hz
     flops = (2 if kernel.has_ref else 1) * 2 * n * n * kernel.width
@@ -68,6 +69,7 @@ def step_row(
     *,
     is_overlapped: bool = False,
 ) -> dict[str, Any]:
+    """Predict a training step from its (sweep, strip) kernels."""
     sweep, strip = pair
     strip_rows = min(n, 2**27 // n)  # 256 MB of G, as launched
     parts = step(gpu, n, sweep, strip, strip_rows, is_overlapped=is_overlapped)
@@ -88,6 +90,7 @@ def step_row(
 
 
 def rows(n: int, wants_tiles: bool) -> Iterator[dict[str, Any]]:
+    """Yield all rows: published times, shipped kernels, other tiles if wanted, training steps."""
     yield from published_rows()
     shipped = {
         (gpu, name, width, has_ref): modelled(gpu, name, width, has_ref, n)
@@ -141,7 +144,7 @@ _COLUMNS["tile"] = _COLUMNS["kernel"]
 
 
 def show(table: str, found: list[dict[str, Any]]) -> str:
-    """The rows of one table as text."""
+    """Format the rows of one table as text."""
     columns = _COLUMNS[table]
     cells = [list(columns)] + [[_text(c, row[c]) for c in columns] for row in found]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -161,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=32768, help="N")
     parser.add_argument("--tiles", action="store_true", help="compile and rank other tiles")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=RESULTS / "cost_model.csv")
     args = parser.parse_args(argv)
     found = list(rows(args.rows, args.tiles))
     for gpu in (H100, A100):
@@ -172,16 +175,13 @@ def main(argv: list[str] | None = None) -> None:
         of_table = [row for row in found if row["table"] == table]
         if of_table:
             print(f"\n{table}\n{show(table, of_table)}")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.output.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        names = dict.fromkeys(name for row in found for name in row)
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(
-            {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()} for row in found
-        )
-    temporary.rename(args.output)
+    write_csv(
+        args.output,
+        [
+            {name: round(v, 5) if isinstance(v, float) else v for name, v in row.items()}
+            for row in found
+        ],
+    )
 
 
 if __name__ == "__main__":

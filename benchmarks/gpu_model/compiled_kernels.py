@@ -1,16 +1,16 @@
-"""What every Triton kernel compiles to, without a GPU: `python -m benchmarks.compiled_kernels`.
+"""Compile every Triton kernel without a GPU, and tabulate its resources and instructions.
 
-The launchers run on CPU tensors with the kernels replaced by recorders, so that what is compiled is
-what a call would launch, and each recorded launch is compiled for sm_80, sm_90, sm_100 and gfx942,
-an AMD MI300. Prints a table and writes `benchmarks/results/compiled_kernels.csv`: registers a
-thread, bytes of stack (spills), shared memory, and the instruction mix, in the loop over the
-features' depth and in all.
+    python -m benchmarks.gpu_model.compiled_kernels
+
+The launchers run on CPU tensors, with the kernels replaced by recorders: exactly what a call would
+launch is compiled, for sm_80, sm_90, sm_100 and gfx942 (an AMD MI300). The command prints a table
+and writes `benchmarks/results/compiled_kernels.csv`: registers per thread, bytes of stack (spills),
+shared memory, and the instruction mix in the loop over the features' depth and in the whole kernel.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 import subprocess
 import sys
@@ -25,18 +25,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.listing import Counts, count_amd, count_nvidia
+from benchmarks.gpu_model.instructions import Counts, count_amd, count_nvidia
+from benchmarks.result_files import RESULTS, write_csv
 from fasterase.kernels import contrastive, contrastive_backward, contrastive_sweep
 from fasterase.ops.contrastive import triton_features, triton_launch
 
-# Bytes of shared memory that one block may take, by architecture.
+# Bytes of shared memory available to one block, by architecture.
 SHARED_LIMIT = {
     "sm_80": 163 * 1024,
     "sm_90": 227 * 1024,
     "sm_100": 227 * 1024,
     "gfx942": 64 * 1024,
 }
-RESULTS = Path(__file__).parent / "results" / "compiled_kernels.csv"
 
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _POINTERS = {
@@ -49,7 +49,7 @@ _POINTERS = {
 
 
 class Launch(NamedTuple):
-    """One kernel and the arguments of one call of it."""
+    """A kernel and the arguments of one call."""
 
     kernel: Any
     case: str
@@ -68,7 +68,7 @@ class Launch(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """A row of the table."""
+    """One row of the table."""
 
     kernel: str
     case: str
@@ -84,7 +84,7 @@ class Compiled(NamedTuple):
 
 
 class _Recorder:
-    """Stands for a kernel; `recorder[grid](...)` keeps the call."""
+    """Replaces a kernel; `recorder[grid](...)` records the call."""
 
     def __init__(self, kernel: Any, case: str, launches: list[Launch]) -> None:
         self.kernel, self.case, self.launches = kernel, case, launches
@@ -102,7 +102,7 @@ class _Recorder:
 
 
 def launches(dtype: torch.dtype, width: int, ref_width: int | None, target: str) -> list[Launch]:
-    """Every launch of a forward and of both backwards on an architecture, at N = 4096."""
+    """Record every launch of a forward and of both backwards on an architecture, at N = 4096."""
     n = 4096
     architecture = target if target.startswith("sm_") else "gfx"
     case = f"{str(dtype).removeprefix('torch.')} D={width}"
@@ -153,7 +153,7 @@ def launches(dtype: torch.dtype, width: int, ref_width: int | None, target: str)
 
 
 def build(launch: Launch, target: str) -> Any:
-    """Triton's compiled kernel: `.asm["cubin"]` or `.asm["amdgcn"]`, `.metadata`."""
+    """Compile a launch; the result has `.asm["cubin"]` or `.asm["amdgcn"]`, and `.metadata`."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -183,6 +183,7 @@ def build(launch: Launch, target: str) -> Any:
 
 
 def compile_launch(launch: Launch, target: str) -> Compiled:
+    """Compile a launch and count its resources and instructions."""
     compiled = build(launch, target)
     if "cubin" in compiled.asm:
         registers, stack = resources(compiled.asm["cubin"])
@@ -210,11 +211,12 @@ def compile_launch(launch: Launch, target: str) -> Compiled:
 
 
 def tool_path(name: str) -> str:
+    """Return the path of a CUDA binary tool that Triton ships with."""
     return str(_BIN / name)
 
 
 def tool(name: str, *flags: str, cubin: bytes) -> str:
-    """Output of one of Triton's CUDA binary tools on a cubin."""
+    """Run one of Triton's CUDA binary tools on a cubin and return its output."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -223,6 +225,7 @@ def tool(name: str, *flags: str, cubin: bytes) -> str:
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
+    """Return the registers per thread and the bytes of stack."""
     usage = tool("cuobjdump", "--dump-resource-usage", cubin=cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
@@ -230,8 +233,11 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 
 def cases(target: str) -> Iterator[Launch]:
-    """Kernels that multiply features in every variant: widths that BLOCK_K divides and does not,
-    with and without reference, bf16 and fp32; the others, which only stream, once."""
+    """Yield every launch to compile for a target.
+
+    Kernels that multiply features come in every variant: widths that BLOCK_K divides and does not,
+    with and without reference, bf16 and fp32. The others only stream and come once.
+    """
     seen: set[str] = set()
     for dtype, width, ref_width in (
         (torch.bfloat16, 768, 768),
@@ -250,6 +256,7 @@ def cases(target: str) -> Iterator[Launch]:
 
 
 def row(compiled: Compiled) -> dict[str, Any]:
+    """Flatten a result to the columns of the CSV file."""
     flat = compiled._asdict()
     for place, counts in flat.pop("instructions")._asdict().items():
         flat |= {f"{place}_{unit}": count for unit, count in counts.items()}
@@ -258,9 +265,9 @@ def row(compiled: Compiled) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kernel", help="only this one")
-    parser.add_argument("--target", choices=list(SHARED_LIMIT), help="only this architecture")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--kernel", help="compile only this kernel")
+    parser.add_argument("--target", choices=list(SHARED_LIMIT), help="compile only for this target")
+    parser.add_argument("--output", type=Path, default=RESULTS / "compiled_kernels.csv")
     args = parser.parse_args(argv)
     if triton_features.INTERPRETED:
         sys.exit("TRITON_INTERPRET is set: kernels do not compile under the interpreter.")
@@ -281,13 +288,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"loop: {mix}",
                 flush=True,
             )
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.output.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.rename(args.output)
+    write_csv(args.output, rows)
 
 
 if __name__ == "__main__":

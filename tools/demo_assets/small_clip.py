@@ -1,4 +1,4 @@
-"""The demo's small CLIP: tokenizer, architecture, and the open_clip folder it is saved as."""
+"""Define the demo's small CLIP: tokenizer, architecture, and the open_clip folder to save it as."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fasterase.files import replace_file, write_text
 
 IMAGE_SIZE = 64
 CONTEXT_LENGTH = 16
-VOCABULARY = 3400  # nearly every word of the captions is then one token
+VOCABULARY = 3400  # makes nearly every word of the captions one token
 MEAN = STD = (0.5, 0.5, 0.5)  # so white, the background, is +1
-FIRST_SCALE = 25.0
+INITIAL_SCALE = 25.0
 
 
 def build_tokenizer(records: list[Record]) -> Any:
-    """A byte-level BPE over the captions of every concept, so all models share one vocabulary."""
+    """Train a byte-level BPE on the captions of all concepts; all models share its vocabulary."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from tokenizers.trainers import BpeTrainer
 
@@ -38,7 +38,7 @@ def build_tokenizer(records: list[Record]) -> Any:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    # open_clip reads the text feature at the highest id of the row, so <end> comes last.
+    # open_clip reads the text feature at the highest id in a row, so <end> must come last.
     tokenizer.add_special_tokens(["<end>"])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<start> $A <end>",
@@ -48,14 +48,14 @@ def build_tokenizer(records: list[Record]) -> Any:
 
 
 def tokenize(tokenizer: Any, texts: list[str]) -> Tensor:
-    """Token ids [len(texts), 16], as open_clip's tokenizer gives them for the saved folder."""
+    """Return token ids [len(texts), 16], the same as open_clip's from the saved folder."""
     tokenizer.enable_truncation(CONTEXT_LENGTH)
     tokenizer.enable_padding(pad_id=0, pad_token="<pad>", length=CONTEXT_LENGTH)
     return torch.tensor([encoded.ids for encoded in tokenizer.encode_batch(texts)])
 
 
 def model_config(vocab_size: int) -> dict[str, Any]:
-    """open_clip's configuration of the model."""
+    """Return open_clip's configuration of the model."""
     return {
         "embed_dim": 128,
         "vision_cfg": {
@@ -71,17 +71,17 @@ def model_config(vocab_size: int) -> dict[str, Any]:
             "width": 128,
             "heads": 2,
             "layers": 2,
-            # Any name makes open_clip read the tokenizer files of the folder itself.
+            # Any name makes open_clip read the tokenizer files in the folder.
             "hf_tokenizer_name": "fasterase-demo",
         },
     }
 
 
 def build_model(config: dict[str, Any]) -> Any:
-    """An untrained open_clip CLIP with the first scale set."""
+    """Build an untrained open_clip CLIP with the initial scale."""
     from open_clip import CLIP
 
-    return CLIP(**config, init_logit_scale=math.log(FIRST_SCALE))
+    return CLIP(**config, init_logit_scale=math.log(INITIAL_SCALE))
 
 
 def save(model: nn.Module, tokenizer: Any, output: Path) -> None:
@@ -98,8 +98,8 @@ def save(model: nn.Module, tokenizer: Any, output: Path) -> None:
     tokenizer.no_padding()
     with replace_file(output / "tokenizer.json") as temporary:
         tokenizer.save(str(temporary))
-    # Written by hand: transformers 5 would name a class that transformers 4 does not know, and
-    # transformers 4 takes add_prefix_space from here, over what tokenizer.json says.
+    # Written by hand: transformers 5 would name a class that transformers 4 does not know, and for
+    # transformers 4 add_prefix_space here overrides tokenizer.json.
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": CONTEXT_LENGTH,

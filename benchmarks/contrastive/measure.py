@@ -1,4 +1,4 @@
-"""How the benchmarks measure: interleaved times, peak extra memory, error against fp64."""
+"""Measure a provider: interleaved times, peak extra memory, errors against fp64."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.contrastive_case import Case, Inputs, exact_losses, in_fp64, make_inputs
-from benchmarks.providers import PROVIDERS, Loss, Provider, UnavailableError
+from benchmarks.contrastive.case import Case, Inputs, exact_losses, in_fp64, make_inputs
+from benchmarks.contrastive.providers import PROVIDERS, Loss, Provider, UnavailableError
 
 # Written before every timed call on a GPU, so that each starts with a cold L2 (50 MB on an H100).
 _FLUSH_BYTES = 256 * 2**20
-# Pairs of the call before a memory measurement: it loads libraries and starts threads.
+# Pairs of the warm-up before a memory measurement, which loads libraries and starts threads.
 _WARM_UP_PAIRS = 64
 _MEMORY_LIMIT_SECONDS = 600
 
@@ -28,9 +28,9 @@ Repetition = Callable[[], float]
 
 
 def repetition(loss: Loss, inputs: Inputs, mode: str, device: str) -> Repetition:
-    """A call that runs `mode` once and returns its milliseconds.
+    """Return a function that runs `mode` once and returns the milliseconds it took.
 
-    "backward" builds a fresh graph before its clock starts; "forward" frees it after its clock
+    "backward" builds a new graph before its clock starts; "forward" frees it after its clock
     stops.
     """
 
@@ -51,7 +51,7 @@ def repetition(loss: Loss, inputs: Inputs, mode: str, device: str) -> Repetition
 
 
 def clock(call: Callable[[], object], device: str) -> float:
-    """Milliseconds of one call; on a GPU by events on its stream, from a cold L2."""
+    """Time one call in milliseconds; on a GPU by events on its stream, from a cold L2."""
     if device == "cpu":
         start = time.perf_counter()
         result = call()
@@ -76,12 +76,12 @@ def time_interleaved(
     max_samples: int,
     compiled: frozenset[str] = frozenset(),
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Milliseconds a name, and the reason of each that failed: (samples, failures).
+    """Call all repetitions in turn, and return (samples in ms, reasons of failures) by name.
 
-    Rounds over the names, each round from another start, so that a drift of the machine meets all
-    alike. A name leaves when its calls have taken `seconds` and it has `min_samples`, or when they
-    have taken `patience`. The first call warms up and is dropped, unless it alone takes `seconds`,
-    where a start matters little, and nothing was compiled in it.
+    Every round over the names starts at another one, so that a drift of the machine affects all
+    alike. A name drops out when its calls have taken `seconds` and it has `min_samples`, or when
+    they have taken `patience`. The first call warms up and is not counted, unless it alone takes
+    `seconds`, which makes a warm-up negligible, and compiles nothing.
     """
     samples: dict[str, list[float]] = {name: [] for name in repetitions}
     spent = dict.fromkeys(repetitions, 0.0)
@@ -122,25 +122,26 @@ def time_interleaved(
 
 
 def gemm_repetition(size: int, dtype: torch.dtype, device: str) -> Repetition:
-    """A square product of random numbers: what the device's matrix units do at best."""
+    """Time a square product of random numbers: the best that the device's matrix units do."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     return lambda: clock(lambda: torch.mm(a, b, out=out), device)
 
 
 def peak_extra_bytes(provider: Provider, case: Case, mode: str) -> int:
-    """Peak memory of one call above its inputs, gradients included.
+    """Measure the peak memory of one call above its inputs, gradients included.
 
-    On a GPU by torch's allocator; on a CPU resident memory, in a process of its own.
+    On a GPU this is what torch's allocator counts; on a CPU it is resident memory, measured in a
+    separate process.
 
     Raises:
-        UnavailableError: the provider's reason, or that of the process's death.
+        UnavailableError: the provider cannot take the case, or the process died or took too long.
     """
     if case.device == "cuda":
         return _measured_peak(provider, case, mode)
     context = multiprocessing.get_context("forkserver")
-    # Forked from a process that has imported torch but computed nothing: no pools, no threads.
-    context.set_forkserver_preload(["benchmarks.harness", "open_clip.loss"])
+    # Children fork from a process that has imported torch but not computed: no pools, no threads.
+    context.set_forkserver_preload(["benchmarks.contrastive.measure", "open_clip.loss"])
     ours, theirs = context.Pipe(duplex=False)
     child = context.Process(
         target=_memory_child, args=(theirs, provider.name, case, mode, torch.get_num_threads())
@@ -185,49 +186,52 @@ def _measured_peak(provider: Provider, case: Case, mode: str) -> int:
         return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM = VmRSS
-    before = _resident_bytes("VmRSS")
+    before = _proc_bytes("self/status", "VmRSS")
     run()
-    return _resident_bytes("VmHWM") - before
+    return _proc_bytes("self/status", "VmHWM") - before
 
 
-def _resident_bytes(field: str) -> int:
-    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None
+def _proc_bytes(file: str, field: str) -> int:
+    text = (Path("/proc") / file).read_text(encoding="utf-8")
+    found = re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)
+    if found is None:
+        raise LookupError(f"/proc/{file} has no line {field}")
     return int(found[1]) * 1024
 
 
 def available_bytes(device: str) -> int:
-    """Memory that a provider could still take."""
+    """Return the memory that a provider could still allocate."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    if found is None:
+    try:
+        return _proc_bytes("meminfo", "MemAvailable")
+    except LookupError:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(found[1]) * 1024
 
 
 def errors_against_fp64(provider: Provider, case: Case) -> dict[str, float]:
-    """Errors of the loss and of each gradient: the largest deviation over the largest value.
+    """Return the relative error of the loss and of each gradient.
 
-    The truth is computed in fp64 from the very numbers that the provider is given.
+    A relative error is the largest deviation divided by the largest true value. The truth is
+    computed in fp64 from the same numbers that the provider gets.
     """
     loss, inputs = provider.build(case), make_inputs(case)
     exact = in_fp64(inputs)
     losses = exact_losses(exact)
     truth: Tensor = getattr(losses, provider.objective)
-    if provider.omits_teacher_entropy:
-        truth = truth + losses.teacher_entropy
+    if provider.omits_reference_entropy:
+        truth = truth + losses.reference_entropy
     truth.backward()
     value = loss(inputs)
     value.backward()
-    found = {"loss_error": _relative(value.detach(), truth.detach())}
+    errors = {"loss_error": _relative(value.detach(), truth.detach())}
     names = ("image_grad_error", "text_grad_error", "scale_grad_error")
     for name, leaf, true_leaf in zip(names, inputs.leaves, exact.leaves, strict=True):
         if name != "scale_grad_error" or provider.has_scale_gradient:
             assert leaf.grad is not None
             assert true_leaf.grad is not None
-            found[name] = _relative(leaf.grad, true_leaf.grad)
-    return found
+            errors[name] = _relative(leaf.grad, true_leaf.grad)
+    return errors
 
 
 def _relative(value: Tensor, truth: Tensor) -> float:
@@ -235,7 +239,7 @@ def _relative(value: Tensor, truth: Tensor) -> float:
 
 
 def reason(error: Exception) -> str:
-    """One line for a row of the results."""
+    """Describe an error in one line."""
     if isinstance(error, UnavailableError):
         return str(error)
     first = (str(error).strip().splitlines() or [""])[0]

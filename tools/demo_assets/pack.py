@@ -1,8 +1,10 @@
-"""Pack the demo's pairs: emoji drawings by three teams, their names, groups and keywords.
+"""Pack the demo's pairs: emoji drawings by three teams, with their names, groups and keywords.
 
-Run as `python -m fasterase.demo.pack`: gets the npm packages by name (needs npm and network) and
-writes WebDataset shards and the packages' licence texts to `fasterase/demo/data`. The same
-packages and Pillow give the same bytes: sorted keys, fixed times and owners.
+    python -m tools.demo_assets.pack
+
+Downloads four npm packages (needs npm and network access) and writes WebDataset shards and the
+packages' licence texts to `fasterase/demo/data`. The same versions of the packages and of Pillow
+give the same bytes: sorted keys, fixed times and owners.
 """
 
 from __future__ import annotations
@@ -23,10 +25,11 @@ from pathlib import Path
 from PIL import Image
 
 from fasterase.demo.emoji import DATA, DEFAULT_FORGET, Record
+from fasterase.files import replace_file
 
 SIZE = 64
 SAMPLES_PER_SHARD = 512
-# The groups that show things; people, flags, symbols and components are skin tones, families,
+# Groups of things. The others (people, flags, symbols, components) are mostly skin tones, families,
 # letters and near-copies of one drawing.
 GROUPS = (
     "smileys-emotion",
@@ -36,14 +39,14 @@ GROUPS = (
     "activities",
     "objects",
 )
-# Versions as ATTRIBUTION.md states them.
+# The versions that ATTRIBUTION.md states.
 PACKAGES = {
     "noto": "emoji-datasource-google@16.0.0",
     "twemoji": "emoji-datasource-twitter@16.0.0",
     "fluent": "@lobehub/fluent-emoji-3d@1.1.0",
     "names": "emojibase-data@17.0.0",
 }
-# Only these two packages carry a licence text; the others' lie in the folder already.
+# Only these two packages contain a licence text; the other texts are already in the folder.
 LICENSES = {"noto": "emoji-datasource-MIT.txt", "names": "emojibase-data-MIT.txt"}
 FOLDERS = {"noto": "img/google/64", "twemoji": "img/twitter/64", "fluent": "assets"}
 NON_MEMBER_SHARE = 0.1
@@ -51,7 +54,7 @@ NON_MEMBER_SEED = 0
 
 
 def fetch(work: Path) -> dict[str, Path]:
-    """Download and unpack every npm package; returns the folder of each."""
+    """Download and unpack every npm package, and return the folder of each."""
     folders = {}
     for role, package in PACKAGES.items():
         done = subprocess.run(
@@ -67,8 +70,8 @@ def fetch(work: Path) -> dict[str, Path]:
     return folders
 
 
-def picture(folder: Path, hexcode: str) -> Path | None:
-    """The drawing of a code point sequence; the teams differ on the variation selector fe0f."""
+def find_drawing(folder: Path, hexcode: str) -> Path | None:
+    """Find the drawing of a code point sequence; teams differ on the variation selector fe0f."""
     code = hexcode.lower()
     for spelling in (code, code.replace("-fe0f", ""), f"{code}-fe0f"):
         for ending in (".png", ".webp"):
@@ -79,12 +82,12 @@ def picture(folder: Path, hexcode: str) -> Path | None:
 
 
 def encode(path: Path) -> bytes:
-    """A drawing as a 64 x 64 palette PNG on white."""
+    """Return a drawing as a 64 x 64 palette PNG on white."""
     drawing = Image.open(path).convert("RGBA")
     canvas = Image.new("RGBA", drawing.size, "white")
     canvas.alpha_composite(drawing)
     small = canvas.convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
-    # 64 colours keep the shards below 13 MB, and nobody sees the difference at 64 pixels.
+    # 64 colours keep the shards below 13 MB; at 64 pixels the difference is invisible.
     palette = small.quantize(64, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     buffer = io.BytesIO()
     palette.save(buffer, "PNG", optimize=True)
@@ -92,15 +95,15 @@ def encode(path: Path) -> bytes:
 
 
 def slug(name: str) -> str:
-    """A name as a WebDataset key: lower-case ASCII without dots."""
+    """Turn a name into a WebDataset key: lower-case ASCII without dots."""
     ascii_name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
     return re.sub(r"[^a-z0-9]+", "-", ascii_name).strip("-")
 
 
 def read_concepts(folders: dict[str, Path]) -> list[Record]:
-    """The concepts of `GROUPS` that all three teams drew, in the order of their key.
+    """Return the concepts of `GROUPS` that all three teams drew, in the order of their keys.
 
-    Skin-tone variants are not entries of their own in emojibase, so none comes in.
+    Skin-tone variants have no entries of their own in emojibase, so none is included.
     """
     names = folders["names"]
     entries = json.loads((names / "en/data.json").read_text(encoding="utf-8"))
@@ -108,7 +111,9 @@ def read_concepts(folders: dict[str, Path]) -> list[Record]:
     concepts: list[Record] = []
     for entry in entries:
         group = levels["groups"].get(str(entry.get("group")))
-        drawn = all(picture(folders[team] / FOLDERS[team], entry["hexcode"]) for team in FOLDERS)
+        drawn = all(
+            find_drawing(folders[team] / FOLDERS[team], entry["hexcode"]) for team in FOLDERS
+        )
         if group in GROUPS and drawn:
             concepts.append(
                 Record(
@@ -126,10 +131,10 @@ def read_concepts(folders: dict[str, Path]) -> list[Record]:
     return concepts
 
 
-def leave_out(concepts: list[Record]) -> None:
+def mark_non_members(concepts: list[Record]) -> None:
     """Mark a tenth of the concepts as non-members, spread evenly over the subgroups.
 
-    None of them is of the concept that the default demo erases: the base must know all of it.
+    The concept that the demo erases by default has none: the base model must know all of it.
     """
     draw = random.Random(NON_MEMBER_SEED)
     by_subgroup = defaultdict(list)
@@ -140,38 +145,39 @@ def leave_out(concepts: list[Record]) -> None:
     for subgroup in sorted(by_subgroup):
         draw.shuffle(by_subgroup[subgroup])
         ordered += by_subgroup[subgroup]
-    # One of every tenth in subgroup order: a subgroup of n gives n/10, rounded either way.
+    # Every tenth in subgroup order, so a subgroup of n gives n/10, rounded up or down.
     count = round(NON_MEMBER_SHARE * len(concepts))
     for rank in range(count):
         ordered[int((rank + 0.5) * len(ordered) / count)]["member"] = False
 
 
 def add_file(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-    """Add a file whose header depends on its name and size only."""
+    """Add a file whose header depends only on its name and size."""
     header = tarfile.TarInfo(name)
     header.size = len(content)
     archive.addfile(header, io.BytesIO(content))
 
 
 def write_shards(concepts: list[Record], team: str, folder: Path, output: Path) -> None:
-    """Write one team's samples, key = the concept's slug, in order."""
+    """Write one team's samples in order; their keys are the concepts' slugs."""
     for number, start in enumerate(range(0, len(concepts), SAMPLES_PER_SHARD)):
         target = output / f"{team}-{number:03d}.tar"
-        partial = target.with_suffix(".tar.partial")
-        with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as archive:
+        with (
+            replace_file(target) as temporary,
+            tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as archive,
+        ):
             for concept in concepts[start : start + SAMPLES_PER_SHARD]:
-                path = picture(folder, concept["hexcode"])
+                path = find_drawing(folder, concept["hexcode"])
                 assert path is not None
                 key = slug(concept["concept"])
                 record = json.dumps({**concept, "team": team}, ensure_ascii=False)
                 add_file(archive, f"{key}.png", encode(path))
                 add_file(archive, f"{key}.txt", concept["concept"].encode())
                 add_file(archive, f"{key}.json", record.encode())
-        partial.replace(target)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Fetch, choose, encode and write everything under `fasterase/demo/data`."""
+    """Download, select, encode and write everything to the output folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=DATA, help="folder for the shards")
     output = parser.parse_args(arguments).output
@@ -179,7 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as work:
         folders = fetch(Path(work))
         concepts = read_concepts(folders)
-        leave_out(concepts)
+        mark_non_members(concepts)
         for team, inside in FOLDERS.items():
             write_shards(concepts, team, folders[team] / inside, output)
         for role, name in LICENSES.items():

@@ -1,4 +1,4 @@
-"""Our kernels, as compiled, in the model of `phase_cost`: a tile, a matrix, a training step."""
+"""Predict fasterase's kernels as compiled: a tile, a whole matrix, a training step."""
 
 from __future__ import annotations
 
@@ -9,14 +9,25 @@ from unittest import mock
 
 import torch
 
-from benchmarks import compiled_kernels
-from benchmarks.gpu_rates import Gpu, clocks_of, occupancy
-from benchmarks.instruction_path import Instructions, Path, measure
-from benchmarks.phase_cost import LAUNCH_S, Cost, Phase, clock, cost, gemm_seconds, waves
+from benchmarks.gpu_model import compiled_kernels
+from benchmarks.gpu_model.gpu_time import (
+    LAUNCH_S,
+    Cost,
+    Gpu,
+    Phase,
+    clock,
+    clocks_of,
+    cost,
+    gemm_seconds,
+    occupancy,
+    waves,
+)
+from benchmarks.gpu_model.instructions import Instructions, Trace, trace
 from fasterase.ops.contrastive import triton_features, triton_launch
 from fasterase.ops.contrastive.triton_tiles import Tile
 
-# Tiles of an item of `sweep` that share one loop over depth: at most 32 strips a matrix.
+# A work item of `sweep` is a strip of tiles that share one loop over depth; at most so many strips
+# per matrix.
 _STRIPS = 32
 _KERNELS = {
     ("sweep", False): "sweep",
@@ -26,14 +37,30 @@ _KERNELS = {
 }
 
 
-def kernel_phases(
-    gpu: Gpu, launch: compiled_kernels.Launch, path: Path, n: int
-) -> tuple[Phase, ...]:
-    """A tile of a sweep or a strip over n rows: the products of each matrix, then the epilogue.
+class TilePath(NamedTuple):
+    """What one tile executes, and what its block occupies."""
 
-    Where tiles share one loop over depth, all but one stage of the next tile's features arrive
-    during the epilogue, no tile waits for its first ones, and what begins and ends the loop is
-    shared.
+    trace: Trace
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+
+
+def compile_path(launch: compiled_kernels.Launch, sm: int) -> TilePath:
+    """Compile a launch for an architecture and find the path of one tile."""
+    compiled = compiled_kernels.build(launch, f"sm_{sm}")
+    registers, stack = compiled_kernels.resources(compiled.asm["cubin"])
+    sass = compiled_kernels.tool("cuobjdump", "--dump-sass", cubin=compiled.asm["cubin"])
+    return TilePath(trace(sass), registers, stack, compiled.metadata.shared)
+
+
+def kernel_phases(
+    gpu: Gpu, launch: compiled_kernels.Launch, path: TilePath, n: int
+) -> tuple[Phase, ...]:
+    """Return the phases of one tile of a sweep or strip over n rows: products, then epilogue.
+
+    If tiles share one loop over depth, all but one stage of the next tile's features arrive during
+    the epilogue, no tile waits for its first features, and all share the code around the loop.
     """
     block_m, block_n, block_k = (
         launch.arguments[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")
@@ -43,7 +70,7 @@ def kernel_phases(
     warps = launch.options["num_warps"]
     loaded = (block_m + block_n) * block_k * 2
     load = clocks_of(gpu, Instructions(), warps, shared_bytes=loaded, l2_bytes=loaded)
-    # strip writes its tile of G; a sweep updates sums after a load, the row sums where run is.
+    # A strip writes its tile of G. A sweep loads and updates sums: row sums only if `run` exists.
     is_strip = launch.name.startswith("strip")
     if is_strip:
         moved = 2 * block_m * block_n
@@ -78,7 +105,7 @@ def kernel_phases(
 def find_launch(
     gpu: Gpu, name: str, width: int, ref_width: int | None, tile: Tile | None = None
 ) -> compiled_kernels.Launch:
-    """The bf16 launch of a kernel on this GPU, with another tile where one is given."""
+    """Return the bf16 launch of a kernel on this GPU, with another tile if one is given."""
     kernel = _KERNELS[name, ref_width is not None]
     with contextlib.ExitStack() as stack:
         if tile is not None:
@@ -89,13 +116,13 @@ def find_launch(
 
 
 class Modelled(NamedTuple):
-    """A kernel of ours at one tile shape."""
+    """A kernel at one tile shape."""
 
     name: str
     width: int
     has_ref: bool
     tile: Tile
-    path: Path
+    path: TilePath
     phases: tuple[Phase, ...]
     resident: int
 
@@ -106,10 +133,10 @@ class Modelled(NamedTuple):
     def seconds(
         self, gpu: Gpu, num_rows: int, num_cols: int, *, is_overlapped: bool = False
     ) -> float:
-        """Over one matrix of this shape; is_overlapped: as if phases hid behind one another."""
+        """Predict one matrix of this shape; is_overlapped: as if all phases overlapped."""
         block_m, block_n = self.tile[:2]
         blocks = math.ceil(num_rows / block_m), math.ceil(num_cols / block_n)
-        # Blocks of a sweep take rectangles of tiles, at most 32 x 32 of them.
+        # Blocks of a sweep take rectangles of tiles, at most 32 x 32 rectangles.
         units = math.prod(min(_STRIPS, b) if self.name == "sweep" else b for b in blocks)
         if self.name == "strip" and self.path.trace.run is not None:
             units = math.ceil(units / triton_launch.RUN)
@@ -121,9 +148,9 @@ class Modelled(NamedTuple):
 def modelled(
     gpu: Gpu, name: str, width: int, has_ref: bool, n: int, tile: Tile | None = None
 ) -> Modelled:
-    """A kernel over n rows: "sweep" or "strip"."""
+    """Compile "sweep" or "strip" and model it over n rows."""
     launch = find_launch(gpu, name, width, width if has_ref else None, tile)
-    path = measure(launch, gpu.sm)
+    path = compile_path(launch, gpu.sm)
     warps, stages = launch.options["num_warps"], launch.options["num_stages"]
     block_m, block_n, block_k = (launch.arguments[f"BLOCK_{axis}"] for axis in "MNK")
     return Modelled(
@@ -138,7 +165,7 @@ def modelled(
 
 
 class Step(NamedTuple):
-    """Seconds of a training step: forward, and gradients of both towers."""
+    """Seconds of one training step: forward, and gradients of both towers."""
 
     sweep: float
     strip: float
@@ -155,13 +182,13 @@ def step(
     *,
     is_overlapped: bool = False,
 ) -> Step:
-    """sweep + strips of G + two products a strip, d_text accumulated in fp32."""
+    """Predict a step: sweep, strips of G, two products per strip; d_text accumulates in fp32."""
     width, has_ref = sweep.width, sweep.has_ref
     num_strips = math.ceil(n / strip_rows)
     image = gemm_seconds(gpu, strip_rows, width, n, clock(gpu), out_bytes=4)
     text = gemm_seconds(gpu, n, width, strip_rows, clock(gpu), out_bytes=8)
     stats = 3 if has_ref else 1
-    # row_statistics; slots written and read; gradients (products, both towers, the result).
+    # row_statistics; partial sums written and read; gradients (products, both towers, the result).
     streamed = (2 if has_ref else 1) * 4 * n * width + 2 * stats * 32 * n * 8 + 2 * n * width * 10
     return Step(
         sweep.seconds(gpu, n, n, is_overlapped=is_overlapped),

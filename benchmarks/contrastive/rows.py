@@ -1,24 +1,23 @@
-"""Benchmark results in Liger-Kernel's CSV schema, with what it has no column for as JSON."""
+"""Benchmark rows in Liger-Kernel's CSV schema; values without a column of it are kept as JSON."""
 
 from __future__ import annotations
 
 import csv
-import io
 import json
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from fasterase.files import write_text
+from benchmarks.result_files import write_csv
 
-# Of extra_benchmark_config_str: what tells two measurements apart. The rest of it was found out.
+# Keys of extra_benchmark_config_str that tell two measurements apart; the others are results.
 _SETTINGS = ("D", "dtype", "scale", "kl", "threads")
 
 
 @dataclass
 class Row:
-    """One measured quantity; a row without values says in `extra["why"]` why there are none."""
+    """One measured quantity; a row without values gives the reason in `extra["why"]`."""
 
     kernel_name: str
     kernel_provider: str
@@ -32,7 +31,7 @@ class Row:
     y_value_20: float | None
     y_value_80: float | None
     extra: dict[str, Any] = field(default_factory=dict)
-    gpu_name: str = ""  # the CPU's name where there is no GPU
+    gpu_name: str = ""  # the CPU's name if there is no GPU
     timestamp: str = ""
     version: str = ""
 
@@ -58,7 +57,7 @@ _COLUMNS = [
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Rows of a file, none where there is none."""
+    """Return the rows of a file; none if the file does not exist."""
     if not path.exists():
         return []
     with path.open(encoding="utf-8", newline="") as file:
@@ -66,14 +65,10 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Replace the file; of rows with one key the last stays, in the place of the first."""
+    """Replace the file; of rows with equal keys the last is kept, in the place of the first."""
     latest = {row.key: row for row in rows}
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_COLUMNS)
-    for row in latest.values():
-        writer.writerow(_format(value) for value in astuple(row))
-    write_text(path, text.getvalue())
+    lines = [map(_format, astuple(row)) for row in latest.values()]
+    write_csv(path, [dict(zip(_COLUMNS, line, strict=True)) for line in lines])
 
 
 def _format(value: Any) -> Any:

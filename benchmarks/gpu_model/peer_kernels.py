@@ -1,4 +1,4 @@
-"""Others' kernels in the model of `phase_cost`, against the times that their authors published."""
+"""Predict the kernels of other libraries, to compare with the times their authors published."""
 
 from __future__ import annotations
 
@@ -6,14 +6,24 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.gpu_rates import A100, H100, Gpu, clocks_of
-from benchmarks.instruction_path import Instructions
-from benchmarks.phase_cost import LAUNCH_S, Phase, clock, cost, gemm_seconds, waves
+from benchmarks.gpu_model.gpu_time import (
+    A100,
+    H100,
+    LAUNCH_S,
+    Gpu,
+    Phase,
+    clock,
+    clocks_of,
+    cost,
+    gemm_seconds,
+    waves,
+)
+from benchmarks.gpu_model.instructions import Instructions
 
-# memeff 0.3.1 and siglip-kernel 0.1.2, compiled by Triton 3.9 and counted by `instruction_path`, a
-# warp. memeff: a j-block of clip_fa_grad_kernel (64 x 64, D = 512, 8 warps; its accumulator leaves
-# room for one block an SM), and clip_denom_kernel (128 x 128 x 64, 4 warps), a step and the rest.
-# siglip-kernel: 16 elements a thread of _sigmoid_bce_fwd_kernel.
+# memeff 0.3.1 and siglip-kernel 0.1.2, compiled by Triton 3.9 and counted by `instructions.trace`,
+# per warp. memeff: one j-block of clip_fa_grad_kernel (64 x 64, D = 512, 8 warps; its accumulator
+# leaves room for one block per SM), and of clip_denom_kernel (128 x 128 x 64, 4 warps) one step and
+# the rest. siglip-kernel: 16 elements per thread of _sigmoid_bce_fwd_kernel.
 _MEMEFF_LOGITS = Instructions(295, 9, 6, 4, 0, 73984, 524288)
 _MEMEFF_SOFTMAX = Instructions(235, 124, 63, 22, 0, 9728, 0)
 _MEMEFF_PRODUCT = Instructions(243, 1, 73, 0, 0, 8064, 524288)
@@ -23,7 +33,7 @@ _BCE = Instructions(913, 509, 314, 32, 21, 768, 0)
 
 
 def memeff_seconds(gpu: Gpu, n: int) -> float:
-    """memeff's forward and backward at D = 512: 10 N^2 D, of which 8 N^2 D are counted."""
+    """Predict memeff's forward and backward at D = 512: 10 N^2 D, of which 8 N^2 D are counted."""
     loaded = 64 * 512 * 2  # the next j-block, while this one's product runs
     block = cost(
         (
@@ -44,7 +54,7 @@ def memeff_seconds(gpu: Gpu, n: int) -> float:
 
 
 def siglip_seconds(gpu: Gpu, n: int, width: int, rows: int = 4096) -> tuple[float, float]:
-    """(whole loss, its elementwise pass) of siglip-kernel's chunks of bf16 products by cuBLAS."""
+    """Predict siglip-kernel with bf16 products by cuBLAS: (whole loss, its elementwise pass)."""
     hz = clock(gpu)
     clocks = clocks_of(gpu, _BCE, 4, l2_bytes=2 * 4 * 2048, hbm_bytes=2 * 2 * 2048, clock_hz=hz)
     blocks = n * n / 2048
@@ -55,11 +65,11 @@ def siglip_seconds(gpu: Gpu, n: int, width: int, rows: int = 4096) -> tuple[floa
         + gemm_seconds(gpu, n, width, rows, hz, out_bytes=4)
     )
     chunks = math.ceil(n / rows)
-    scaling = 2 * 2 * 2 * n * width / gpu.hbm_bytes  # of both gradients, in the backward
+    scaling = 2 * 2 * 2 * n * width / gpu.hbm_bytes  # both gradients, in the backward
     return elementwise + chunks * (products + LAUNCH_S) + scaling, elementwise
 
 
-# Published, in seconds: B = 65,536, forward and backward (kernels' own documentation).
+# Published seconds and FLOPs at B = 65,536, forward and backward (the libraries' documentation).
 PUBLISHED = {
     "memeff 0.3.1, D=512, A100": (0.201, 8 * 65536**2 * 512),
     "siglip-kernel 0.1.2, D=768, H100": (0.0478, 6 * 65536**2 * 768),
@@ -68,6 +78,7 @@ PUBLISHED = {
 
 
 def published_rows() -> Iterator[dict[str, Any]]:
+    """Yield one row per published time, with the prediction beside it."""
     whole, elementwise = siglip_seconds(H100, 65536, 768)
     predictions = (memeff_seconds(A100, 65536), whole, elementwise)
     for (name, (measured, flops)), predicted in zip(PUBLISHED.items(), predictions, strict=True):

@@ -2,14 +2,14 @@
 
     python -m benchmarks.contrastive [--plot] [--table]
 
-Sweeps N and D with and without the KL to a frozen original, every provider of
-benchmarks/providers.py in one process and in turns, and writes a row for every number to
-benchmarks/results/contrastive_<device>.csv as it is measured. A killed command goes on where it
-was; --fresh begins again. A provider that cannot take a case is a row that says why.
+Sweeps N and D, with and without the KL to a frozen original. All providers (providers.py) run in
+one process and in turn. Each number becomes one row of benchmarks/results/contrastive_<device>.csv
+as soon as it is measured. An interrupted command resumes from there; --fresh starts again. If a
+provider cannot take a case, its row gives the reason.
 
-Rates are the FLOPs of an implementation that keeps no [N, N] matrix over the median time, also as
-a fraction of the rate of one large matrix product timed in turn with the providers ("gemm"). One
-that keeps logits between the passes can so exceed 1.
+Rates are the FLOPs of an implementation that keeps no [N, N] matrix, divided by the median time.
+They are also given as a fraction of the rate of one large matrix product timed in turn with the
+providers ("gemm"); an implementation that keeps logits between the passes can exceed 1.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ import torch
 from tqdm import tqdm
 
 import fasterase
-from benchmarks.contrastive_case import MODES, Case, flops, make_inputs
-from benchmarks.harness import (
+from benchmarks.contrastive.case import MODES, Case, Inputs, flops, make_inputs
+from benchmarks.contrastive.measure import (
     Repetition,
     available_bytes,
     errors_against_fp64,
@@ -42,17 +42,17 @@ from benchmarks.harness import (
     repetition,
     time_interleaved,
 )
-from benchmarks.plot import plot_rows
-from benchmarks.providers import PROVIDERS, Provider, UnavailableError
-from benchmarks.rows import Row, read_rows, write_rows
-from benchmarks.table import table
+from benchmarks.contrastive.providers import PROVIDERS, Provider, UnavailableError
+from benchmarks.contrastive.report import draw_curves, markdown_tables
+from benchmarks.contrastive.rows import Row, read_rows, write_rows
+from benchmarks.result_files import RESULTS
 
 KERNEL = "contrastive"
 METRICS = ("speed", "memory", "error")
 ERRORS = ("loss_error", "image_grad_error", "text_grad_error", "scale_grad_error")
-# Edge of the matrix product that is taken for the device's best.
+# Edge of the matrix product whose rate counts as the device's best.
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
-# Of the memory that is free, what a provider's dense matrices may take.
+# Share of the free memory that a provider's dense matrices may take.
 _SHARE_OF_MEMORY = 0.9
 
 Work = tuple[str, Case, str]  # metric, case, mode
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    path = args.output or Path(__file__).parent / "results" / f"contrastive_{args.device}.csv"
+    path = args.output or RESULTS / f"contrastive_{args.device}.csv"
     rows = [] if args.fresh else read_rows(path)
     warnings.filterwarnings("ignore", message=".*[Tt]ensor [Cc]ores.*")
     reported: set[tuple[str, str]] = set()
@@ -87,14 +87,14 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{len(rows)} rows in {path}")
     if args.plot:
         for metric in ("speed", "memory"):
-            for picture in plot_rows(read_rows(path), metric, path):
+            for picture in draw_curves(read_rows(path), metric, path):
                 print(f"drawn: {picture}")
     if args.table:
-        print(table(read_rows(path)))
+        print(markdown_tables(read_rows(path)))
 
 
 def cases(args: argparse.Namespace) -> Iterator[Work]:
-    """The sweep, small sizes first; memory at the first width, errors at one size."""
+    """Yield the sweep, small sizes first; memory at the first width, errors at one size."""
     with_kl = [{"without": False, "with": True}[word] for word in args.teacher]
     for dtype, scale in product(args.dtypes, args.scales):
         for size, width, kl in product(args.sizes, args.widths, with_kl):
@@ -160,8 +160,8 @@ def _repetition(provider: Provider, case: Case, mode: str) -> Repetition:
 
 
 @functools.lru_cache(maxsize=1)
-def _inputs(case: Case) -> Any:
-    """Shared by the providers of a case, whose results do not outlive a repetition."""
+def _inputs(case: Case) -> Inputs:
+    """Make the inputs that all providers of a case share; no result outlives a repetition."""
     return make_inputs(case)
 
 
@@ -290,15 +290,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--metrics", nargs="+", default=list(METRICS), choices=METRICS)
     add("--providers", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS))
     add("--error-size", type=int, default=1000, help="N of the comparison with fp64")
-    add("--seconds", type=float, default=1.0, help="time of a provider in a cell, at least")
-    add("--patience", type=float, default=5.0, help="time that a slow one gets for --min-samples")
+    add("--seconds", type=float, default=1.0, help="minimum time per provider and cell")
+    add(
+        "--patience",
+        type=float,
+        default=5.0,
+        help="time in which to reach --min-samples",
+    )
     add("--min-samples", type=int, default=3)
     add("--max-samples", type=int, default=100)
-    add("--threads", type=int, help="of the CPU; torch's default otherwise")
-    add("--output", type=Path, help="the CSV")
+    add("--threads", type=int, help="CPU threads; default: torch's")
+    add("--output", type=Path, help="CSV file to write")
     add("--fresh", action="store_true", help="measure everything again")
-    add("--plot", action="store_true", help="draw curves beside the CSV")
-    add("--table", action="store_true", help="print tables in Markdown")
+    add("--plot", action="store_true", help="draw curves into files beside the CSV")
+    add("--table", action="store_true", help="print Markdown tables")
     return parser
 
 

@@ -1,7 +1,7 @@
-"""Who computes the contrastive loss in the benchmark: fasterase's backends and the public peers.
+"""The implementations that the benchmark compares: fasterase's backends and public peers.
 
 Each provider is one scalar function of `Inputs`, called as its own documentation says. A peer that
-is not installed, or not for this device or size, raises `UnavailableError` with the reason.
+is not installed, or does not support the device or size, raises `UnavailableError` with the reason.
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from benchmarks.contrastive_case import SIGLIP_BIAS, Case, Inputs
+from benchmarks.contrastive.case import SIGLIP_BIAS, Case, Inputs
 
 Loss = Callable[[Inputs], Tensor]
 
 
 class UnavailableError(Exception):
-    """Why a provider cannot take a case."""
+    """A provider cannot take a case; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Provider:
-    """`build(case)` gives the loss.
+    """One implementation; `build(case)` returns its loss.
 
-    `dense_matrices`: the [N, N] matrices alive at its peak, without and with the KL, by the
-    benchmark's own memory rows; 0 where memory does not grow with N^2.
-    `objective`: the field of `contrastive_case.Losses` that it computes; with
-    `omits_teacher_entropy` its KL is a cross-entropy.
+    Attributes:
+        dense_matrices: number of [N, N] matrices alive at its peak, without and with the KL,
+            taken from the benchmark's own memory rows; 0 if memory does not grow with N^2.
+        objective: the field of `Losses` that it computes.
+        omits_reference_entropy: its KL is a cross-entropy.
     """
 
     name: str
@@ -40,7 +41,7 @@ class Provider:
     package: str = "fasterase"
     dense_matrices: tuple[int, int] = (0, 0)
     objective: str = "clip"
-    omits_teacher_entropy: bool = False
+    omits_reference_entropy: bool = False
     has_scale_gradient: bool = True
     compiles: bool = False
 
@@ -119,7 +120,7 @@ def _torch_linear_cross_entropy(case: Case) -> Loss:
 
 
 def _liger(case: Case) -> Loss:
-    """With the KL: the chunked distillation loss in torch; without: the Triton cross-entropy."""
+    """Build the chunked distillation loss in torch, or without the KL the Triton cross-entropy."""
     target = torch.arange(case.num_pairs, device=case.device)
     if not case.kl:
         _need_cuda(case, "Liger-Kernel's fused linear cross-entropy (without a teacher)")
@@ -207,14 +208,14 @@ _ALL = (
         _open_clip,
         package="open_clip_torch",
         dense_matrices=(6, 12),
-        omits_teacher_entropy=True,
+        omits_reference_entropy=True,
     ),
     Provider(
         "open_clip-compiled",
         _open_clip_compiled,
         package="open_clip_torch",
         dense_matrices=(3, 9),
-        omits_teacher_entropy=True,
+        omits_reference_entropy=True,
         compiles=True,
     ),
     Provider("torch-linear-ce", _torch_linear_cross_entropy, package="torch"),

@@ -1,9 +1,9 @@
-"""What one tile of a compiled kernel executes: instructions by pipe, along the usual path.
+"""Count the instructions of a compiled kernel: all of it by unit, and the path of one tile.
 
-`compiled_kernels` counts what a kernel contains. A tile runs less of it: of an if/else, one arm
-(the shorter: the slow arm of these kernels is for batches whose fixed shift failed), no mask of
-tiles at an edge, and the loop over the features' depth many times. All counts are warp
-instructions, a warp.
+`count_nvidia` and `count_amd` count what a listing contains. One tile executes less of it, which
+`trace` finds: one arm of each if/else (the shorter: the slow arm of these kernels serves batches
+whose fixed shift failed), no mask of tiles at an edge, and the loop over the features' depth many
+times. A trace counts the warp instructions of one warp.
 """
 
 from __future__ import annotations
@@ -11,13 +11,55 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
-from benchmarks import compiled_kernels
+# An instruction belongs to the first pattern that its name matches.
+_NVIDIA = {
+    "tensor": r"HGMMA|HMMA|UTCHMMA|UTCQMMA|QGMMA",
+    "special": r"MUFU",
+    "shuffle": r"SHFL|REDUX",
+    "shared": r"LDS|STS|LDSM|STSM|LDT",
+    "global": r"LDG|STG|UTMA|UBLKCP",
+    "local": r"LDL|STL",
+    "fp32": r"FFMA|FADD|FMUL|FSEL|FSETP|FMNMX",
+}
+_AMD = {
+    "tensor": r"v_mfma|v_smfmac",
+    "special": r"v_(exp|log|rcp|rsq|sqrt)_",
+    "shuffle": r"ds_bpermute|ds_permute|ds_swizzle|v_permlane|v_\w+_dpp",
+    "shared": r"ds_",
+    "global": r"global_|buffer_|flat_",
+    "local": r"scratch_",
+    "fp32": r"v_(pk_)?(fma|fmac|add|sub|mul|max|min|cmp_\w+)_f32",
+}
+
+
+class _Op(NamedTuple):
+    at: int  # address, or line number
+    name: str
+    is_conditional: bool
+    target: int | None  # of a jump
+
+
+_SASS_LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Zx0-9_.]+)(.*?);")
+_FP32 = re.compile(r"FFMA|FADD|FMUL|IMAD")
+_ALU = re.compile(
+    r"I|LOP|SHF|LEA|SEL|FSEL|FSETP|FMNMX|PRMT|F2F|PLOP|VOTE|BMSK|SGXT|POPC|FLO|LEA|P2R|R2P"
+)
+_EFFECT = re.compile(r"MUFU|SHFL|BAR|LD|ST|RED|ATOM|EXIT|BRA")
+# Registers per thread of a shared-memory instruction, by its suffix; 1 without one of these.
+_WIDTH = {"64": 2, "128": 4, "U16": 1, "U8": 1}
+
+
+class Counts(NamedTuple):
+    """Number of instructions by unit."""
+
+    loop: dict[str, int]  # in the innermost loop with tensor-core products
+    total: dict[str, int]
 
 
 class Instructions(NamedTuple):
-    """Of one warp; what a tile's warps do together is this times their number."""
+    """Instructions of one warp; multiply by the number of warps for a tile."""
 
-    issued: float = 0.0  # all of them: a scheduler issues one a clock
+    issued: float = 0.0  # all of them: a scheduler issues one per clock
     fp32: float = 0.0  # FFMA, FADD, FMUL, IMAD
     alu: float = 0.0  # integers, logic, comparisons, selects, conversions
     special: float = 0.0  # MUFU
@@ -35,51 +77,27 @@ class Instructions(NamedTuple):
 class Trace(NamedTuple):
     """One tile's instructions."""
 
-    steps: tuple[Instructions, ...]  # of a step of each loop over depth
+    steps: tuple[Instructions, ...]  # one step of each loop over depth
     rest: Instructions
-    run: Instructions | None = None  # once for the tiles that share one loop over depth, if so
+    run: Instructions | None = None  # once for all tiles that share one loop over depth, if any do
 
 
-class Path(NamedTuple):
-    """What one tile takes."""
-
-    trace: Trace
-    registers: int
-    stack_bytes: int
-    shared_bytes: int
+def count_nvidia(sass: str) -> Counts:
+    """Count the instructions of a SASS listing."""
+    return _counts(_parse_sass(sass), _NVIDIA)
 
 
-class _Op(NamedTuple):
-    at: int
-    name: str
-    is_conditional: bool
-    target: int | None
-
-
-_LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Zx0-9_.]+)(.*?);")
-_FP32 = re.compile(r"FFMA|FADD|FMUL|IMAD")
-_ALU = re.compile(
-    r"I|LOP|SHF|LEA|SEL|FSEL|FSETP|FMNMX|PRMT|F2F|PLOP|VOTE|BMSK|SGXT|POPC|FLO|LEA|P2R|R2P"
-)
-_EFFECT = re.compile(r"MUFU|SHFL|BAR|LD|ST|RED|ATOM|EXIT|BRA")
-# Registers a thread of a shared-memory instruction: .32 where nothing says more.
-_WIDTH = {"64": 2, "128": 4, "U16": 1, "U8": 1}
-
-
-def measure(launch: compiled_kernels.Launch, sm: int) -> Path:
-    """The path of a launch, compiled for an architecture."""
-    cubin = compiled_kernels.build(launch, f"sm_{sm}")
-    registers, stack = compiled_kernels.resources(cubin.asm["cubin"])
-    sass = compiled_kernels.tool("cuobjdump", "--dump-sass", cubin=cubin.asm["cubin"])
-    return Path(trace(sass), registers, stack, cubin.metadata.shared)
+def count_amd(assembly: str) -> Counts:
+    """Count the instructions of AMD assembly."""
+    return _counts(_parse_amd(assembly), _AMD)
 
 
 def trace(sass: str) -> Trace:
-    """Of a kernel's SASS listing.
+    """Find what one tile executes, from a kernel's SASS listing.
 
-    A loop over depth with a conditional epilogue inside is one for several tiles.
+    Several tiles share a loop over depth that has a conditional epilogue inside.
     """
-    code = _parse(sass)
+    code = _parse_sass(sass)
     products = [op.at for op in code if _is_product(op)]
     loops = [(op.target, op.at) for op in code if op.target is not None and op.target < op.at]
     inner = sorted(
@@ -107,10 +125,10 @@ def trace(sass: str) -> Trace:
 
 
 def _shared_loop(loops: list[list[_Op]], products: list[int]) -> tuple[list[_Op], list[_Op]]:
-    """(a step, the epilogue) of one loop for several tiles, or nothing.
+    """Split a loop that several tiles share into (one step, the epilogue); both empty otherwise.
 
-    The epilogue stands inside the loop, and most steps jump over it; or before the loop, and the
-    last step jumps back to it.
+    The epilogue is either inside the loop, where most steps jump over it, or before the loop,
+    where the last step jumps back to it.
     """
     if len(loops) == 1:
         (loop,) = loops
@@ -122,7 +140,7 @@ def _shared_loop(loops: list[list[_Op]], products: list[int]) -> tuple[list[_Op]
 
 
 def _epilogue(loop: list[_Op], products: list[int]) -> list[_Op]:
-    """What the loop skips, exponentials among it, but for a tile's last step."""
+    """Find the instructions, exponentials included, that only the last step of a tile executes."""
     skipped = [
         [other for other in loop if op.at < other.at < op.target]
         for op in loop
@@ -137,14 +155,27 @@ def _sum(ops: list[_Op]) -> Instructions:
     return sum(map(_cost, ops), Instructions())
 
 
-def _parse(sass: str) -> list[_Op]:
+def _parse_sass(sass: str) -> list[_Op]:
     code = []
     for line in sass.splitlines():
-        found = _LINE.match(line)
+        found = _SASS_LINE.match(line)
         if found:
             target = re.search(r"BRA.*?0x([0-9a-f]+)", found[3] + found[4])
             at = int(found[1], 16)
             code.append(_Op(at, found[3], bool(found[2]), int(target[1], 16) if target else None))
+    return code
+
+
+def _parse_amd(assembly: str) -> list[_Op]:
+    """Parse a listing without addresses; line numbers stand in for them."""
+    lines = assembly.splitlines()
+    labels = {line.split(":")[0]: at for at, line in enumerate(lines) if line.startswith(".LBB")}
+    code = []
+    for at, line in enumerate(lines):
+        found = re.match(r"\s+([a-z]+_\w+)(?:\s+(\.LBB\w+))?", line)
+        if found:
+            is_conditional = found[1].startswith("s_cbranch")
+            code.append(_Op(at, found[1], is_conditional, labels.get(found[2])))
     return code
 
 
@@ -157,9 +188,9 @@ def _has(products: list[int], first: int, last: int) -> bool:
 
 
 def _executed(code: list[_Op], products: list[int]) -> list[_Op]:
-    """Straight through, the shorter arm of every if/else, up to an unconditional exit.
+    """Follow the code up to an unconditional exit, through the shorter arm of every if/else.
 
-    An if without else that only selects is the mask of a tile at an edge, and left out.
+    An if without else that only selects masks a tile at an edge; it is left out.
     """
     index = {op.at: k for k, op in enumerate(code)}
     executed = []
@@ -196,7 +227,7 @@ def _cost(op: _Op) -> Instructions:
     one = Instructions(issued=1)
     product = re.match(r"HGMMA\.64x(\d+)x(\d+)", name)
     if product:
-        # One instruction of a warpgroup: a quarter of it a warp. Both operands from shared memory.
+        # A quarter of a warpgroup's instruction per warp. Both operands come from shared memory.
         n, depth = int(product[1]), int(product[2])
         flops, operands = 2 * 64 * n * depth, (64 + n) * depth * 2
         return one._replace(flops=flops / 4, shared_bytes=operands / 4)
@@ -208,10 +239,29 @@ def _cost(op: _Op) -> Instructions:
         return one._replace(shuffle=1)
     if name.startswith(("LDSM", "STSM")):
         return one._replace(shared_bytes=128 * int(name[-1] if name[-1].isdigit() else 1))
-    if name.startswith(("LDS", "STS", "LDL", "STL")):  # spills take the same way as shared memory
+    if name.startswith(("LDS", "STS", "LDL", "STL")):  # spills use the same unit
         return one._replace(shared_bytes=128 * _WIDTH.get(name.split(".")[-1], 1))
     if _FP32.match(name):
         return one._replace(fp32=1)
     if _ALU.match(name):
         return one._replace(alu=1)
     return one
+
+
+def _counts(code: list[_Op], units: dict[str, str]) -> Counts:
+    loops = [
+        [op.name for op in code if jump.target <= op.at <= jump.at]
+        for jump in code
+        if jump.target is not None and jump.target < jump.at
+    ]
+    with_products = [loop for loop in loops if _by_unit(loop, units)["tensor"]]
+    inner = min(with_products, key=len, default=[])
+    return Counts(_by_unit(inner, units), _by_unit([op.name for op in code], units))
+
+
+def _by_unit(names: list[str], units: dict[str, str]) -> dict[str, int]:
+    counts = dict.fromkeys((*units, "other"), 0)
+    for name in names:
+        unit = next((u for u, pattern in units.items() if re.match(pattern, name)), "other")
+        counts[unit] += 1
+    return counts

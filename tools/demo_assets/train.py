@@ -1,11 +1,11 @@
 """Train the demo's small CLIP on the Noto and Fluent drawings of the member concepts.
 
-    python -m fasterase.demo.train --output fasterase/demo/models/base
-    python -m fasterase.demo.train --without food-fruit \\
+    python -m tools.demo_assets.train --output fasterase/demo/models/base
+    python -m tools.demo_assets.train --without food-fruit \\
         --output fasterase/demo/models/without-food-fruit
 
-1,600 steps take about half an hour on one core. A killed run goes on from its last checkpoint
-when started again. The output folder is a plain open_clip model: `local-dir:` loads it.
+1,600 steps take about half an hour on one core. An interrupted run resumes from its last checkpoint
+when started again. The output folder is a plain open_clip model that `local-dir:` loads.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from fasterase.demo.emoji import (
     class_name,
     naming_captions,
 )
-from fasterase.demo.small_clip import build_model, build_tokenizer, model_config, save, tokenize
-from fasterase.demo.train_data import Pairs, augment, find_classes, load_pairs
 from fasterase.errors import InputError
 from fasterase.files import replace_file, write_text
+from tools.demo_assets.small_clip import build_model, build_tokenizer, model_config, save, tokenize
+from tools.demo_assets.train_data import Pairs, augment, find_classes, load_pairs
 
 LEARNING_RATE = 1.5e-3
 BETAS = (0.9, 0.98)
@@ -54,7 +54,7 @@ def training_loss(
 ) -> Tensor:
     """Symmetric InfoNCE + 0.3 x cross-entropy against the group and the subgroup names.
 
-    The class names stay out of the InfoNCE batch: there they would be false negatives.
+    The InfoNCE batch leaves out the class names, which would be false negatives there.
     """
     size = len(images)
     image = model.encode_image(images, normalize=True)
@@ -71,14 +71,14 @@ def training_loss(
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine to zero."""
+    """Return the rate of a step: linear warm-up, then a cosine to zero."""
     if step < WARM_UP:
         return LEARNING_RATE * (step + 1) / WARM_UP
     return LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * (step - WARM_UP) / (steps - WARM_UP)))
 
 
 def optimizer_for(model: nn.Module) -> torch.optim.AdamW:
-    """AdamW that decays matrices only."""
+    """Build an AdamW that decays only matrices."""
     parameters = list(model.parameters())
     return torch.optim.AdamW(
         [
@@ -93,9 +93,9 @@ def optimizer_for(model: nn.Module) -> torch.optim.AdamW:
 def train(
     model: Any, tokenizer: Any, pairs: Pairs, *, steps: int, seed: int, checkpoint: Path
 ) -> list[float]:
-    """Train in place on `pairs`; returns the loss of every step.
+    """Train in place on `pairs`, and return the loss of every step.
 
-    Every draw of a step depends on (seed, step) alone, so a resumed run sees the same batches.
+    The random draws of a step depend only on (seed, step), so a resumed run sees the same batches.
     """
     classes = find_classes(pairs.records)
     caption_ids = [tokenize(tokenizer, naming_captions(record)) for record in pairs.records]
@@ -149,9 +149,10 @@ def train(
 
 @torch.no_grad()
 def measure(model: Any, tokenizer: Any, pairs: Pairs, teams: tuple[str, ...]) -> dict[str, Any]:
-    """Recall@1 and @10 image->text among all names, and group and subgroup accuracy, higher better.
+    """Measure recall@1 and @10 image->text among all names, and group and subgroup accuracy.
 
-    In percent, for each team over the default forget concept, other members, and non-members.
+    All are in percent, higher is better. Each team has values for the concept that the demo forgets
+    by default, for other members, and for non-members.
     """
     model.eval()
     classes = find_classes(pairs.records)
@@ -189,7 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for the model")
-    parser.add_argument("--without", help="group or subgroup to keep out of training")
+    parser.add_argument("--without", help="group or subgroup to leave out of training")
     parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
@@ -219,7 +220,7 @@ def main(arguments: list[str] | None = None) -> None:
         model, tokenizer, pairs, steps=options.steps, seed=options.seed, checkpoint=checkpoint
     )
     seconds = time.perf_counter() - started
-    # The shipped weights are the rounded ones, so measure those.
+    # Measure the rounded weights, which are the ones that ship.
     model.load_state_dict({k: v.half().float() for k, v in model.state_dict().items()})
     save(model, tokenizer, options.output)
     log = {

@@ -1,4 +1,4 @@
-"""What the contrastive benchmark computes: a case, its tensors, its FLOPs, its true losses."""
+"""One case of the contrastive benchmark: its inputs, its FLOPs and its exact losses in fp64."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class Case:
 
     @property
     def matrix_bytes(self) -> int:
-        """Of one [N, N] matrix of logits in the case's dtype."""
+        """Size of one [N, N] matrix of logits in the case's dtype."""
         return self.num_pairs**2 * self.torch_dtype.itemsize
 
 
 class Inputs(NamedTuple):
-    """Leaves of the loss; the reference's are constants, None without the KL."""
+    """Leaves of the loss; the reference's features are constants, None without the KL."""
 
     image: Tensor  # [N, D]
     text: Tensor  # [N, D]
@@ -53,15 +53,18 @@ class Inputs(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """The scalars that the providers compute, differentiable, of one set of inputs."""
+    """The scalars that the providers compute from one set of inputs, differentiable."""
 
-    clip: Tensor  # mean InfoNCE of both directions, with the mean KL of both where there is one
-    teacher_entropy: Tensor  # what open_clip's distillation term lacks to be a KL, negated
+    clip: Tensor  # mean InfoNCE of both directions, plus the mean KL of both with a reference
+    reference_entropy: Tensor  # open_clip's distillation term is the KL plus this constant
     siglip: Tensor  # pairwise sigmoid loss
 
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
-    """Matched pairs with noise, unit rows, as a trained CLIP gives; the original is close by."""
+    """Return noisy matched pairs as a trained CLIP gives them; the reference is close to them.
+
+    All features are unit rows.
+    """
     random = torch.Generator().manual_seed(seed)
 
     def rows() -> Tensor:
@@ -82,11 +85,11 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
 
 
 def flops(case: Case, mode: str, objective: str = "clip") -> int:
-    """Multiplications and additions that the loss needs if no [N, N] matrix is kept.
+    """Count the multiplications and additions of the loss if no [N, N] matrix is kept.
 
-    In units of N^2 D: forward 2 (4 with the KL), backward 6 (8): the logits again and two
-    gradients. The sigmoid loss makes its gradients beside the loss: 2 and 4. The same for every
-    provider, whatever it does, so that rates compare like times.
+    In units of N^2 D: forward 2 (4 with the KL), backward 6 (8), for the logits again and two
+    gradients. The sigmoid loss computes its gradients with the loss: 2 and 4. The count is the
+    same for every provider, whatever it does, so rates compare as times do.
     """
     forward = 4 if case.kl else 2
     backward = 4 if objective == "siglip" else forward + 4
@@ -95,7 +98,7 @@ def flops(case: Case, mode: str, objective: str = "clip") -> int:
 
 
 def exact_losses(inputs: Inputs) -> Losses:
-    """In the inputs' own dtype, from whole matrices: the truth for fp64 inputs."""
+    """Compute the losses from whole matrices in the inputs' dtype; fp64 inputs give the truth."""
     logits = inputs.scale * inputs.image @ inputs.text.T
     target = torch.arange(len(logits), device=logits.device)
     clip = (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
@@ -113,7 +116,7 @@ def exact_losses(inputs: Inputs) -> Losses:
 
 
 def in_fp64(inputs: Inputs) -> Inputs:
-    """The same numbers as fresh fp64 leaves."""
+    """Copy the inputs to new fp64 leaves."""
     copies = [None if x is None else x.detach().double() for x in inputs]
     for leaf in copies[:3]:
         assert leaf is not None

@@ -1,4 +1,4 @@
-"""What the demo's small CLIP learns from: every drawing in memory, augmented, and its classes."""
+"""Training data of the demo's small CLIP: all drawings in memory, augmentation, classes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fasterase.demo.emoji import Record, samples
-from fasterase.demo.small_clip import MEAN, STD
+from tools.demo_assets.small_clip import MEAN, STD
 
 # Light augmentation: uniform within these bounds.
 ROTATION_DEGREES = 15.0
@@ -21,14 +21,14 @@ ZOOM = (0.8, 1.15)
 
 
 class Pairs(NamedTuple):
-    """Every drawing in memory; the records are in the order of the rows."""
+    """All drawings in memory; the records are in the order of the concepts."""
 
     images: Tensor  # [teams, concepts, 3, 64, 64], normalised
-    records: list[Record]  # one a concept
+    records: list[Record]  # one per concept
 
 
 def load_pairs(teams: tuple[str, ...]) -> Pairs:
-    """Decode the shards of the teams; every team holds the same concepts in the same order."""
+    """Decode the teams' shards; every team has the same concepts in the same order."""
     rows: list[np.ndarray] = []
     records: list[Record] = []
     for team in teams:
@@ -41,7 +41,7 @@ def load_pairs(teams: tuple[str, ...]) -> Pairs:
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Rotate, shift and scale each image of [B, 3, H, W] by its own draw, on white."""
+    """Rotate, shift and scale each image of [B, 3, H, W] at random, on white."""
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return torch.rand(len(images), *shape, generator=generator) * (high - low) + low
@@ -59,7 +59,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class Classes(NamedTuple):
-    """The group and subgroup names as zero-shot classes."""
+    """Group and subgroup names as zero-shot classes."""
 
     groups: list[str]
     subgroups: list[str]
@@ -68,7 +68,7 @@ class Classes(NamedTuple):
 
 
 def find_classes(records: list[Record]) -> Classes:
-    """The classes of these records, sorted."""
+    """Return the classes of these records, sorted."""
     groups = sorted({record["group"] for record in records})
     subgroups = sorted({record["subgroup"] for record in records})
     return Classes(

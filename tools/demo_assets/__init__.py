@@ -1,0 +1,1 @@
+"""Make what the demo ships with: the shards of drawings and the small CLIP models."""
