@@ -178,41 +178,47 @@ def from_name(name: str, tag: str | None, *, tokenizer: Any, preprocess: Any) ->
         )
     # Some tags' weights were trained with QuickGELU under a name without it; open_clip only warns
     # and would run them with the wrong activation.
-    quick = bool(settings.get("quick_gelu"))
-    return _create(
+    quick_gelu = bool(settings.get("quick_gelu"))
+    return from_source(
         name,
         name=f"{name}/{tag}",
         tokenizer=tokenizer,
         preprocess=preprocess,
-        pretrained=tag,
-        force_quick_gelu=quick,
+        tag=tag,
+        quick_gelu=quick_gelu,
     )
 
 
-def from_source(source: str, *, name: str, tokenizer: Any, preprocess: Any) -> OpenClipEncoder:
-    """Load `"hf-hub:org/name"` or `"local-dir:FOLDER"`.
+def from_source(
+    source: str,
+    *,
+    name: str,
+    tokenizer: Any,
+    preprocess: Any,
+    tag: str | None = None,
+    quick_gelu: bool = False,
+) -> OpenClipEncoder:
+    """Load `"hf-hub:org/name"`, `"local-dir:FOLDER"`, or an architecture name with its `tag`.
+
+    Never with random weights, and never by unpickling objects.
 
     Raises:
-        InputError: the hub or the folder does not give a model with all its weights.
+        InputError: the source does not give a model with all its weights.
     """
-    return _create(source, name=name, tokenizer=tokenizer, preprocess=preprocess)
-
-
-def _create(
-    source: str, *, name: str, tokenizer: Any, preprocess: Any, **options: Any
-) -> OpenClipEncoder:
-    """Run the library's `create_model`, but never with random weights nor by unpickling objects."""
     import open_clip
 
     _check_text_extra(source)
     try:
         module = open_clip.create_model(
-            source, require_pretrained=True, weights_only=True, **options
+            source,
+            pretrained=tag,
+            force_quick_gelu=quick_gelu,
+            require_pretrained=True,
+            weights_only=True,
         ).eval()
     except Exception as error:
-        tag = f"/{options['pretrained']}" if options.get("pretrained") else ""
         raise InputError(
-            f"model: open_clip could not load {source}{tag}: {error}. Its weights must be on this "
+            f"model: open_clip could not load {name}: {error}. Its weights must be on this "
             "machine, complete and of this architecture, or reachable over the network (see "
             "HF_HUB_OFFLINE and the hub's cache); a folder works without network"
         ) from error
