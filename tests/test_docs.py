@@ -1,0 +1,192 @@
+"""Every code block of the README and of docs/ is run, in order, in one folder per page."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import importlib.util
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import fasterase
+from fasterase.cli import main
+from fasterase.cli.parser import parse
+from tests import small_models
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+WORDS = ("apple", "apples", "dog", "cat", "house", "tree", "boat", "plane", "chair", "lamp")
+
+pytestmark = pytest.mark.filterwarnings("ignore:not forgotten", "ignore:.*quick_gelu")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with the files that the pages name, and a ViT-B-32 of their tag that is tiny."""
+    from open_clip import factory
+
+    monkeypatch.chdir(tmp_path)
+    rows = []
+    for i in range(20):
+        Image.new("RGB", (40, 40), (12 * i, 255 - 12 * i, 99)).save(f"{i}.png")
+        rows.append(f"{i}.png\ta photo of {WORDS[i % len(WORDS)]} number {i}")
+    for name, chosen in (("pairs", rows), ("forget", rows[:4]), ("retain", rows[4:])):
+        Path(f"{name}.csv").write_text("\n".join(["filepath\ttitle", *chosen]))
+    config = small_models.open_clip_config(context_length=77)
+    monkeypatch.setitem(factory._MODEL_CONFIGS, "ViT-B-32", config)
+    weights = open_clip.CLIP(**config).state_dict()
+    save_file(weights, tmp_path / "weights.safetensors")
+    path = str(tmp_path / "weights.safetensors")
+    monkeypatch.setattr(factory, "download_pretrained", lambda *_, **__: path)
+    return tmp_path
+
+
+def taken_for_granted() -> dict[str, object]:
+    """Names that the pages use without saying where they come from."""
+    import transformers
+
+    pixels, tokens = small_models.random_pairs()
+    model = small_models.open_clip_vit()
+    generator = torch.Generator().manual_seed(0)
+    image, text, ref_image, ref_text = torch.nn.functional.normalize(
+        torch.randn(4, 100, 16, generator=generator), dim=-1
+    )
+    return {
+        "fasterase": fasterase,
+        "open_clip": open_clip,
+        "transformers": transformers,
+        "images": [Image.new("RGB", (40, 40), (200, i, 0)) for i in range(3)],
+        "forget": "forget.csv",
+        "retain": "retain.csv",
+        "loader": [(pixels, tokens)],
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=1e-3),
+        "image": image.requires_grad_(),
+        "text": text.requires_grad_(),
+        "scale": torch.tensor(10.0),
+        "ref_image": ref_image,
+        "ref_text": ref_text,
+        "ref_scale": torch.tensor(10.0),
+    }
+
+
+def test_python_blocks_of_the_readme(workplace, capsys):
+    for block in blocks(ROOT / "README.md", "python"):
+        # Each block stands for itself; what one of them trains must not break the next.
+        exec(compile(block, "README.md", "exec"), taken_for_granted())
+    assert "forget (" in capsys.readouterr().out
+    open_clip.create_model_and_transforms("local-dir:erased")
+
+
+def test_python_blocks_of_the_docs(workplace):
+    fasterase.unlearn("ViT-B-32/laion2b_s34b_b79k", "forget.csv", "retain.csv", max_steps=1).save(
+        "erased"
+    )
+    for page in PAGES[1:]:
+        for block in blocks(page, "python"):
+            if "transformers." in block:
+                continue
+            exec(compile(block, page.name, "exec"), taken_for_granted())
+
+
+def test_what_is_saved_loads_as_the_docs_say_of_transformers(workplace):
+    (block,) = (b for b in blocks(ROOT / "docs/inputs.md", "python") if "transformers." in b)
+    pixels, ids = small_models.random_pairs(count=12)
+    pairs = list(zip(pixels, ids, strict=True))
+    result = fasterase.unlearn(small_models.hf_clip(), pairs[:4], pairs[4:], max_steps=1)
+    result.save("erased")
+    exec(compile(block, "inputs.md", "exec"), taken_for_granted())
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The commands of a page, without comments and with continued lines joined."""
+    text = "\n".join(blocks(page, "sh")).replace("\\\n", " ")
+    return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_shell_blocks(workplace, page):
+    for words in commands(page):
+        if words[0] == "fasterase":
+            run(words[1:])
+        elif words[0] == "make":
+            # What it does takes minutes: demo and tests have tests of their own.
+            done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True)
+            assert done.returncode == 0, done.stderr
+        elif words[:2] == ["python", "-m"]:
+            assert importlib.util.find_spec(words[2]) is not None, words
+        else:
+            assert words == ["pip", "install", "."], words
+
+
+def run(arguments: list[str]) -> None:
+    target = arguments.index(">") if ">" in arguments else None
+    if arguments[0] == "demo":
+        parse(arguments)
+    elif target is None:
+        assert main(arguments) == 0, arguments
+    else:
+        with Path(arguments[target + 1]).open("w") as file, contextlib.redirect_stdout(file):
+            assert main(arguments[:target]) == 0, arguments
+
+
+def test_every_relative_link_leads_somewhere():
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        text = page.read_text(encoding="utf-8")
+        for link in re.findall(r"\]\(([^)#]+)", text):
+            if "://" not in link:
+                assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def summary_value(recipe: str, name: str, metric: str, column: str = "mean") -> str:
+    with (ROOT / "benchmarks/results/recipes_summary.csv").open() as file:
+        (row,) = (
+            row
+            for row in csv.DictReader(file)
+            if (row["recipe"], row["set"], row["metric"]) == (recipe, name, metric)
+        )
+    return f"{100 * float(row[column]):.1f} %"
+
+
+def peak_memory(provider: str) -> str:
+    with (ROOT / "benchmarks/results/contrastive_cpu.csv").open() as file:
+        (row,) = (
+            row
+            for row in csv.DictReader(file)
+            if (row["kernel_provider"], row["metric_name"], row["x_value"])
+            == (provider, "memory", "8192")
+            and row["kernel_operation_mode"] == "full"
+            and (extra := json.loads(row["extra_benchmark_config_str"]))["kl"]
+            and extra["D"] == 512
+        )
+    return f"{float(row['y_value_50']):,.0f} MiB"
+
+
+def test_numbers_of_the_first_screen_are_in_the_results():
+    table = re.findall(r"^\| \*\*(\w+)\*\*.*?\|(.*)\|$", (ROOT / "README.md").read_text(), re.M)
+    found = {name: re.sub(r"[*]| \(open_clip\)", "", cells).split("|") for name, cells in table}
+    found = {name: [cell.strip() for cell in cells] for name, cells in found.items()}
+    for name, of_set, metric in (
+        ("forgotten", "forget-unseen", "concept_hit@1"),
+        ("kept", "retain", "image_to_text_recall@1"),
+        ("neighbours", "neighbour", "image_to_text_recall@1"),
+    ):
+        assert found[name] == [
+            summary_value("fasterase", of_set, metric, "original"),
+            summary_value("fasterase", of_set, metric),
+            summary_value("cliperase", of_set, metric),
+        ]
+    assert found["memory"] == [peak_memory("open_clip"), peak_memory("fasterase-cpu"), ""]
