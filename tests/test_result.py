@@ -29,7 +29,7 @@ def test_report(tmp_path, steps):
         excess=0.034,
         removed_from_retain=["retain[5]"],
         seconds=12.0,
-        tower=None,  # type: ignore[arg-type]
+        encoder=None,  # type: ignore[arg-type]
     )
     assert result.report(path) == path
     text = path.read_text()
