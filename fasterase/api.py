@@ -66,14 +66,14 @@ def unlearn(
             (open_clip), `"hf:org/name"` (transformers), or a folder that either library or
             `result.save` wrote. For SigLIP the softmax objective acts on its similarities;
             logit_bias is left alone.
-        forget: pairs whose association goes. A map-style dataset, a DataLoader (its dataset is
+        forget: pairs whose association is erased. A map-style dataset, a DataLoader (its dataset is
             taken), an iterable of `(image, text)` pairs, `{"image", "text"}` or
             `{"pixel_values", "input_ids"}` dicts or batches of these; a CSV/TSV/JSONL path; a
             class-per-folder directory; a folder of `x.jpg` + `x.txt`; a WebDataset pattern; what
             `fasterase.split` returned. An image that is a float tensor (3, H, W) counts as
             preprocessed; a text is a str, a list of str of which one is drawn each time, or token
             ids.
-        retain: pairs to keep. Those that also stand in `forget` are left out, with a warning.
+        retain: pairs to keep. Pairs that are also in `forget` are left out, with a warning.
         config: settings; `overrides` are fields of it by name.
         tokenizer, preprocess: of the model, where it does not carry its own.
         model_name: architecture of an open_clip instance, for its tokenizer and `save`.
@@ -263,7 +263,7 @@ def _warn_overlap(removed: list[str]) -> None:
     if removed:
         shown = ", ".join(removed[:5]) + (", ..." if len(removed) > 5 else "")
         warnings.warn(
-            f"{len(removed)} retain pairs also stand in the forget set and are left out of retain, "
+            f"{len(removed)} retain pairs are also in the forget set and are left out of retain, "
             f"since they would undo the erasure: {shown}",
             stacklevel=3,
         )

@@ -123,7 +123,7 @@ def test_output_folder(tmp_path):
     tower = TinyModel()
     retain = pairs(20, seed=2)
     retain[4] = (pairs(6, seed=1)[3][0], retain[4][1])
-    with pytest.warns(UserWarning, match=r"1 retain pairs also stand in the forget set.*\[4\]"):
+    with pytest.warns(UserWarning, match=r"1 retain pairs are also in the forget set.*\[4\]"):
         result = fasterase.unlearn(
             tower, pairs(6, seed=1), retain, output_dir=tmp_path, holdout=pairs(9, seed=3), **STEPS
         )

@@ -273,7 +273,7 @@ def _read_yaml_scalar(text: str) -> Any:
 
     try:
         return yaml.safe_load(text)
-    # Not YAML, so it stands for itself; PyYAML also raises ValueError, KeyError, OverflowError ...
+    # Not YAML: take the text itself. PyYAML also raises ValueError, KeyError, OverflowError ...
     except Exception:
         return text
 

@@ -1,1 +1,1 @@
-"""The erasing engine: steps, gradients, optimiser, checkpoints and what ends a run."""
+"""The erasing engine: steps, gradients, optimiser, checkpoints, early stops."""

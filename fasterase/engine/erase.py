@@ -52,7 +52,7 @@ from fasterase.reference.original import (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run did.
+    """The outcome of a run.
 
     Attributes:
         history: one record per step.
@@ -208,7 +208,7 @@ def erase(
 
 
 class _Original(NamedTuple):
-    """What a run needs to know of the original model.
+    """The original model's measurements and features that a run uses.
 
     Attributes:
         unmatched_cosine: mean cosine of unrelated pairs, the automatic floor.

@@ -1,4 +1,4 @@
-"""What each step did: a record, and a JSON-lines file of them that survives a kill."""
+"""Records of the steps taken, and a JSON-lines file of them that survives a kill."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run trains, the optimiser over it, and the learning rate of each step."""
+"""The trained parameters, the optimiser over them, and the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EIGHT_BIT = {
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run trains, by name: chosen before anything wraps the model or splits its tensors.
+    """Names of the trained parameters, chosen before anything wraps the model or shards it.
 
     Attributes:
         decayed: names of the parameters with weight decay: matrices.

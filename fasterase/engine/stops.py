@@ -1,4 +1,4 @@
-"""What skips a step or ends a run early: non-finite values, and signals."""
+"""Non-finite values, which skip a step, and signals, which end a run early."""
 
 from __future__ import annotations
 
@@ -97,5 +97,5 @@ class StopRequests:
         traceback: TracebackType | None,
     ) -> None:
         for number, handler in self._previous.items():
-            # None stands for a handler that was not set from Python and cannot be restored.
+            # None means that the handler was not set from Python, and cannot be restored.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

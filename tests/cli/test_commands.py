@@ -108,6 +108,7 @@ def test_demo_passes_only_what_was_given(monkeypatch):
     }
 
 
+@pytest.mark.filterwarnings("ignore:not forgotten")
 def test_unlearn_and_evaluate_on_a_saved_model(tmp_path, capsys):
     from fasterase.models.load import load_model
 
