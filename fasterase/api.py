@@ -75,7 +75,7 @@ def unlearn(
             ids.
         retain: pairs to keep. Pairs that are also in `forget` are left out, with a warning.
         config: settings; `overrides` are fields of it by name.
-        tokenizer, preprocess: of the model, where it does not carry its own.
+        tokenizer, preprocess: the model's own, if it does not carry them.
         model_name: architecture of an open_clip instance, for its tokenizer and `save`.
         holdout: pairs in neither set, for the evaluation only.
         image_key, text_key: columns of tables, keys of dicts and fields of tar samples.
@@ -87,10 +87,13 @@ def unlearn(
         The result, whose `.model` is the object passed in.
 
     Raises:
-        InputError: an argument is not usable; the model is untouched.
-        ResumeError: `output_dir` holds a checkpoint of another run.
+        InputError: an argument is not usable; the model is untouched. If too many pairs turn out
+            to be unreadable during training, the model keeps the weights of the last step.
+        ResumeError: `output_dir` holds a checkpoint of another run or an unreadable one, or
+            `resume="must"` and there is none.
         NonFiniteError: the loss stayed non-finite; the model holds the last good weights.
-        PreemptedError: SIGTERM arrived; a checkpoint was written.
+        PreemptedError: SIGTERM arrived; with an `output_dir`, a checkpoint was written.
+        KeyboardInterrupt: Ctrl-C; likewise, after the current step.
     """
     started = time.perf_counter()
     _check_arguments(config, callback)
@@ -178,7 +181,7 @@ def evaluate(
     tokenizer: Any = None,
     preprocess: Any = None,
 ) -> Evaluation:
-    """Measure what a model knows of the pairs to forget and of all others.
+    """Measure how well a model still knows the pairs to forget, and all others.
 
     On every set: zero-shot accuracy (where classes are known), image->text and text->image
     recall@1/5/10, concept hit@1/5 (an image's first captions hold any caption of the forget set),
@@ -203,10 +206,10 @@ def evaluate(
             sources carry (class-per-folder), if any.
         templates: prompts with `{}` for the class name. None: "a photo of a {}.".
         attacks: none are known yet; anything but an empty sequence is an error.
-        max_pairs: pairs measured of each set, drawn by `seed` where it has more. None: all.
-        seed: of that drawing and of the bootstrap.
+        max_pairs: maximum number of pairs measured per set, drawn with `seed`; None measures all.
+        seed: seed of the draw and of the bootstrap.
         tokenizer: for string captions, used for every model here; see `fasterase.unlearn`.
-        preprocess: from image to tensor, likewise.
+        preprocess: from image to tensor; used for every model here.
 
     Pairs that cannot be read are left out for all models, and named in a warning.
 
@@ -245,7 +248,7 @@ def _check_arguments(config: object, callback: object) -> None:
 
 
 def _make_output_folder(config: UnlearnConfig) -> Path | None:
-    """Create `output_dir`; refuse now what could not be written to hours later."""
+    """Create `output_dir`, and fail now rather than hours later if it cannot be written."""
     if config.output_dir is None:
         return None
     output = Path(config.output_dir)
@@ -253,9 +256,9 @@ def _make_output_folder(config: UnlearnConfig) -> Path | None:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
-            f"output_dir: {output} cannot be made a folder ({error.strerror}). Give another path."
+            f"output_dir: {output} cannot be created ({error.strerror}). Give another path."
         ) from error
-    check_replaceable(output / "model")
+    check_replaceable(output / "model", argument="output_dir")
     return output
 
 

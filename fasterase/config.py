@@ -89,10 +89,12 @@ class UnlearnConfig:
         reference_cache: folder for the cached features of the original, kept between runs. `None`:
             inside `output_dir`, or a temporary folder.
         output_dir: folder for the history, checkpoints, the erased model and the evaluation.
-        save_every: steps between checkpoints. `None`: every ten minutes and at the end.
+        save_every: steps between checkpoints; `None` saves every ten minutes. The last step is
+            always saved.
         resume: `"auto"` resumes from the last checkpoint in `output_dir` if there is one,
             `"never"` starts from scratch, `"must"` fails without a checkpoint.
-        evaluation: measure before and after erasing: `"quick"`, `"full"` or `None`.
+        evaluation: measure before and after erasing: `"quick"` (at most 1,000 pairs per set, 200
+            bootstrap resamples), `"full"` (at most 5,000 pairs, 1,000 resamples) or `None`.
         max_skipped: share of unreadable pairs above which the run stops (0.01 is 1 %).
 
     Raises:

@@ -169,7 +169,7 @@ class PairEncoder:
             yield EncodedBatch(
                 batch.rows,
                 self._encode_images(batch.pixels),
-                [(row, key) for row, _, key in batch.captions],
+                batch.captions,
                 keys,
                 self._encode_tokens(tokens),
                 batch.skipped,

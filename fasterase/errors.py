@@ -23,7 +23,7 @@ class MissingExtraError(InputError, ImportError):
 
 
 class ResumeError(InputError):
-    """A checkpoint exists but belongs to another run (different config, data or model)."""
+    """A run cannot be resumed: its checkpoint is missing, unreadable or belongs to another run."""
 
 
 class NonFiniteError(FaseraseError):
@@ -43,7 +43,10 @@ class NonFiniteError(FaseraseError):
 
 
 class PreemptedError(FaseraseError):
-    """The run was told to stop (SIGTERM) and wrote a checkpoint; start it again to resume."""
+    """The run was told to stop (SIGTERM).
+
+    With an `output_dir` it wrote a checkpoint; start it again to resume.
+    """
 
 
 def import_extra(module: str, extra: str, purpose: str) -> ModuleType:

@@ -73,16 +73,20 @@ def replace_model_folder(folder: str | os.PathLike[str], *, library: str) -> Ite
         (new / MARKER).write_text(json.dumps({"saved_by": "fasterase", "library": library}) + "\n")
 
 
-def check_replaceable(target: Path) -> None:
-    """Raise `InputError` if saving a model to `target` would replace files of somebody else."""
+def check_replaceable(target: Path, *, argument: str = "folder") -> None:
+    """Raise `InputError` if saving a model to `target` would replace files of somebody else.
+
+    Args:
+        argument: the name of the argument that `target` comes from, for the message.
+    """
     if not target.exists():
         return
     if not target.is_dir():
-        raise InputError(f"folder: {target} is a file; name a folder to save the model in")
+        raise InputError(f"{argument}: {target} is a file; name a folder to save the model in")
     if any(target.iterdir()) and not (target / MARKER).is_file():
         raise InputError(
-            f"folder: {target} holds files that fasterase did not write, and saving would replace "
-            "them; name a new or empty folder"
+            f"{argument}: {target} holds files that fasterase did not write, and saving would "
+            "replace them; name a new or empty folder"
         )
 
 
@@ -96,7 +100,8 @@ def write_text(path: Path, text: str) -> Path:
 def remove_leftovers(folder: Path) -> None:
     """Remove what killed processes left half written in `folder`.
 
-    Call it only where no other process can be writing to `folder`: its unfinished files would go.
+    Call it only where no other process can be writing to `folder`: it would lose its unfinished
+    files.
     """
     for stage in folder.glob(f".*{_STAGE_SUFFIX}"):
         shutil.rmtree(stage, ignore_errors=True)

@@ -1,7 +1,8 @@
 """The streams of random numbers of a run, in one table so that no two ever coincide.
 
 Every draw depends only on the run's seed, its stream and its position (step, row, ...). A resumed
-run, or one with another number of workers, therefore repeats it.
+run, or one with another number of workers, therefore repeats it. The bootstrap
+(`evaluation/metrics.py`) and the demo's split (`demo/sets.py`) have generators of their own.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class Stream(enum.IntEnum):
     AUGMENTATION = 3  # view of a forget image, per step and position in the batch
     DATASET = 4  # global generators while a dataset with its own randomness is read, per item
     FLOOR = 5  # pairs behind the automatic floor
-    TOWERS = 6  # Dropout, per step and micro-batch
+    DROPOUT = 6  # Dropout, per step and micro-batch
     EVALUATION = 7  # pairs that the evaluation measures
 
 

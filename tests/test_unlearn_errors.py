@@ -139,7 +139,7 @@ def test_files(tmp_path):
     refused(r"`retain`.*`text_key`", retain=str(table), text_key="titel")
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
-    refused("output_dir: .* cannot be made a folder", output_dir=blocked)
+    refused("output_dir: .* cannot be created", output_dir=blocked)
     refused("reference_cache: .* cannot be used", reference_cache=blocked)
     (tmp_path / "out" / "model").mkdir(parents=True)
     (tmp_path / "out" / "model" / "thesis.txt").write_text("mine")

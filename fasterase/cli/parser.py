@@ -17,7 +17,9 @@ from fasterase.errors import InputError
 
 COMMANDS = {
     "unlearn": "make a CLIP model forget a set of image-text pairs",
-    "evaluate": "measure how well a model knows forget, retain and further pairs",
+    "evaluate": (
+        "measure how well a model still knows the pairs to forget, to keep and in further sets"
+    ),
     "demo": "erase a concept from the small CLIP that ships with the package",
     "compile": "build the C++ kernels of the loss now instead of at first use",
 }
@@ -129,7 +131,7 @@ def flags_of(command: str) -> list[Flag]:
 def _without_default(flag: Flag) -> Flag:
     if flag.name not in _DEMO_TUNED:
         return flag
-    text = f"{flag.help.split(';')[0].rstrip('.')}. If not given: tuned for the shipped model."
+    text = f"{flag.help.split(';')[0].rstrip('.')}. Default: tuned for the shipped model."
     return flag._replace(default=None, help=text)
 
 

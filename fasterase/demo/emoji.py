@@ -26,7 +26,7 @@ DEFAULT_FORGET = "food-fruit"
 TEMPLATES = ("a picture of {}", "a drawing of {}", "an emoji of {}")
 
 
-class Record(TypedDict):
+class EmojiInfo(TypedDict):
     """The `json` of a sample; groups and subgroups as emojibase spells them."""
 
     concept: str
@@ -49,7 +49,7 @@ def shards(team: str) -> list[Path]:
     return sorted(DATA.glob(f"{team}-*.tar"))
 
 
-def samples(team: str) -> Iterator[tuple[Record, bytes]]:
+def samples(team: str) -> Iterator[tuple[EmojiInfo, bytes]]:
     """Yield every (record, PNG bytes) of a team in shard order: concepts sorted by their key."""
     for shard in shards(team):
         with tarfile.open(fileobj=io.BytesIO(shard.read_bytes())) as archive:
@@ -67,12 +67,12 @@ def class_name(group_or_subgroup: str) -> str:
     return group_or_subgroup.replace("-", " ")
 
 
-def name_only(record: Record) -> list[str]:
+def name_only(record: EmojiInfo) -> list[str]:
     """Return the concept's name, the caption used for all measurements."""
     return [record["concept"]]
 
 
-def naming_captions(record: Record) -> list[str]:
+def naming_captions(record: EmojiInfo) -> list[str]:
     """Return captions that identify this concept, its name first.
 
     All keywords together nearly always identify a concept. The base model is trained on these
@@ -90,6 +90,6 @@ def naming_captions(record: Record) -> list[str]:
     return list(dict.fromkeys(captions))
 
 
-def captions(record: Record) -> list[str]:
+def captions(record: EmojiInfo) -> list[str]:
     """Return all wordings: `naming_captions`, then the names of the subgroup and the group."""
     return [*naming_captions(record), class_name(record["subgroup"]), class_name(record["group"])]

@@ -32,7 +32,7 @@ class Drawings(Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, source: PairSource, rows: list[int], wording: Callable[[emoji.Record], list[str]]
+        self, source: PairSource, rows: list[int], wording: Callable[[emoji.EmojiInfo], list[str]]
     ) -> None:
         self._source = source
         self._rows = rows
@@ -44,13 +44,13 @@ class Drawings(Dataset[dict[str, Any]]):
         cls,
         source: PairSource,
         concepts: Collection[str],
-        wording: Callable[[emoji.Record], list[str]] = emoji.name_only,
+        wording: Callable[[emoji.EmojiInfo], list[str]] = emoji.name_only,
     ) -> Drawings:
         """Return every drawing in `source` of any of the concepts."""
         rows = [row for row in range(len(source)) if source.meta(row)["concept"] in concepts]
         return cls(source, rows, wording)
 
-    def reworded(self, wording: Callable[[emoji.Record], list[str]]) -> Drawings:
+    def reworded(self, wording: Callable[[emoji.EmojiInfo], list[str]]) -> Drawings:
         """Return the same drawings with other captions."""
         return Drawings(self._source, self._rows, wording)
 
@@ -59,7 +59,7 @@ class Drawings(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self._source[self._rows[index]]
-        return {"image": record.image, "text": self._wording(cast(emoji.Record, record.meta))}
+        return {"image": record.image, "text": self._wording(cast(emoji.EmojiInfo, record.meta))}
 
     def picture(self, index: int) -> Image.Image:
         """Return the drawing as stored in the shard."""
@@ -93,7 +93,7 @@ def open_teams(teams: Sequence[str]) -> PairSource:
     return open_pairs("::".join(shards), name=" and ".join(teams))
 
 
-def chosen_concepts(records: list[emoji.Record], expression: str) -> set[str]:
+def chosen_concepts(records: list[emoji.EmojiInfo], expression: str) -> set[str]:
     """Return the concepts of a group or subgroup, or those with names matching an expression.
 
     Raises:
@@ -123,13 +123,13 @@ def build_sets(expression: str, *, original: str, seed: int) -> DemoSets:
     Args:
         expression: group, subgroup or regular expression on concept names.
         original: the model that provides the text features to find neighbours.
-        seed: of the split into retain and holdout.
+        seed: seed of the split into retain and holdout.
 
     Raises:
         InputError: see `chosen_concepts`.
     """
     trained, unseen = open_teams(emoji.TRAIN_TEAMS), open_teams([emoji.UNSEEN_TEAM])
-    records = [cast(emoji.Record, trained.meta(row)) for row in range(len(trained))]
+    records = [cast(emoji.EmojiInfo, trained.meta(row)) for row in range(len(trained))]
     members = [record for record in records if record["member"]]
     chosen = chosen_concepts(members, expression)
     kept = sorted({record["concept"] for record in members} - chosen)

@@ -39,7 +39,8 @@ def summary(evaluation: Evaluation, recipe: str) -> str:
     erased concept; on the other sets, if it is the picture's own name.
 
     Args:
-        evaluation: of the model that `recipe` made, beside the original and the references.
+        evaluation: evaluation of the model that `recipe` made, beside the original and the
+            references.
         recipe: name of the recipe, the heading of its column.
     """
     models = {

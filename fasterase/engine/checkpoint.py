@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written atomically, the last two kept, those of other runs refused."""
+"""Checkpoints of a run: written atomically, the last two kept, other runs' checkpoints refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FREE_FIELDS = frozenset(
         "max_skipped",
     }
 )
-# Parts of a run's identity that are digests, whose values tell a reader nothing.
+# Entries of a run's identity that are digests: messages do not print their values.
 DIGESTS = frozenset({"model weights", "forget pairs", "retain pairs"})
 KEPT = 2
 

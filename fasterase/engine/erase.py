@@ -58,7 +58,7 @@ class Outcome:
         history: one record per step.
         floor: the cosine that forgetting is judged against.
         excess: mean of `max(cos - floor, 0)` over the forget set.
-        evaluation: of the erased model beside the original, None without an evaluator.
+        evaluation: the erased model beside the original; None without an evaluator.
     """
 
     history: list[StepRecord]
@@ -87,8 +87,8 @@ def erase(
     Args:
         model: on its device, in fp32 and eval mode.
         sets: `"forget"`, `"retain"` and sets that are only measured.
-        config: of the run.
-        evaluator: over `sets`, None to measure nothing but forgetting.
+        config: the run's settings.
+        evaluator: measures `sets`; None to measure nothing but forgetting.
         ledger: counts unreadable pairs.
         state: rounds the weights as they will be returned.
         output_dir: for checkpoints, history and features; None keeps nothing.
@@ -231,7 +231,7 @@ def _encode_original(
     config: UnlearnConfig,
     total_steps: int,
 ) -> _Original:
-    """Encode each pair that floor, evaluation or reference need, once, with the original."""
+    """Encode, once, every pair that the floor, the evaluation or the reference needs."""
     forget, retain = sets["forget"], sets["retain"]
     uses_reference = bool(config.consistency_weight or config.anchor_weight)
     uses_cache = uses_reference and forget.stable and retain.stable
@@ -268,9 +268,10 @@ def _encode_original(
     elif uses_reference:
         reference = LiveReference(encoder.model, precision=encoder.precision)
         warnings.warn(
-            "forget or retain gives another item at a second read (random augmentation?), so the "
-            "original model runs beside the trained one in every step: slower, with a second copy "
-            "of the weights. Give plain images to have its features cached.",
+            "`forget` or `retain` returns a different item on a second read (random "
+            "augmentation?), so the original model runs beside the trained one in every step. "
+            "This is slower and needs a second copy of the weights. Pass images without random "
+            "augmentation to have its features cached.",
             stacklevel=4,
         )
     return _Original(unmatched, measured, reference)
@@ -361,5 +362,8 @@ def check_environment(config: UnlearnConfig) -> None:
 
 
 def _identify(source: PairSource) -> str:
-    """Return what tells a set from others; if it changes on each read, only its size does."""
+    """Return a string that identifies the set.
+
+    It is the set's manifest, or only its size if it changes on every read.
+    """
     return source.manifest() if source.stable else f"{len(source)} pairs, changing"

@@ -14,7 +14,7 @@ MAX_SCALE = 100.0
 
 
 class FeatureGradients(NamedTuple):
-    """The loss of a step and what it sends back to the towers.
+    """The loss of a step and its gradients with respect to features and scale.
 
     Attributes:
         loss: the total and its terms, detached.
@@ -30,7 +30,7 @@ class FeatureGradients(NamedTuple):
 
 
 class FeatureLoss:
-    """Computes the loss of features and its gradients. Nothing of the towers takes part.
+    """Computes the loss from features, and its gradients, without touching the towers.
 
     Args:
         image_trained, text_trained, scale_trained: which gradients are needed.
@@ -91,6 +91,6 @@ class FeatureLoss:
         if not (bool(detached.total.isfinite()) and loss.total.requires_grad):
             return FeatureGradients(detached, None, None, None)
         needed = [leaf for leaf in leaves if leaf.requires_grad]
-        gradients = iter(torch.autograd.grad(loss.total, needed, upstream, allow_unused=True))
-        found = [next(gradients) if leaf.requires_grad else None for leaf in leaves]
-        return FeatureGradients(detached, *found)
+        computed = iter(torch.autograd.grad(loss.total, needed, upstream, allow_unused=True))
+        gradients = [next(computed) if leaf.requires_grad else None for leaf in leaves]
+        return FeatureGradients(detached, *gradients)

@@ -58,37 +58,37 @@ def backpropagate(
     encoded = [encode(part, graph=keep_graph) for part in micro_batches]
     image = torch.cat([features.image for features in encoded if features.image is not None])
     text = torch.cat([features.text for features in encoded if features.text is not None])
-    found = loss_of(image, text, encoded[0].scale)
-    if found.image is None and found.text is None and found.scale is None:
-        return found.loss
+    gradients = loss_of(image, text, encoded[0].scale)
+    if gradients.image is None and gradients.text is None and gradients.scale is None:
+        return gradients.loss
     if not keep_graph:
         # The second encoding moves BatchNorm's statistics again.
         restore_buffers(buffers)
     # A tower without a gradient is encoded again only for its Dropout and BatchNorm.
     needs = {
-        "image": found.image is not None or module.training,
-        "text": found.text is not None or module.training,
+        "image": gradients.image is not None or module.training,
+        "text": gradients.text is not None or module.training,
     }
     start = 0
     for part, kept in zip(micro_batches, encoded, strict=True):
         features = kept if keep_graph else encode(part, graph=True, **needs)
         rows = slice(start, start + len(part.ids))
         # The scale is the same in every part: its gradient is applied once.
-        gradients = (
-            None if found.image is None else found.image[rows],
-            None if found.text is None else found.text[rows],
-            found.scale if start == 0 else None,
+        of_part = (
+            None if gradients.image is None else gradients.image[rows],
+            None if gradients.text is None else gradients.text[rows],
+            gradients.scale if start == 0 else None,
         )
         outputs: list[Tensor] = []
         upstream: list[Tensor] = []
-        for output, gradient in zip(features, gradients, strict=True):
+        for output, gradient in zip(features, of_part, strict=True):
             if output is not None and gradient is not None:
                 outputs.append(output)
                 upstream.append(gradient)
         if outputs:
             torch.autograd.backward(outputs, upstream)
         start = rows.stop
-    return found.loss
+    return gradients.loss
 
 
 def buffers_in_train_mode(module: nn.Module) -> list[tuple[Tensor, Tensor]]:

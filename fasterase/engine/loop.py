@@ -38,14 +38,14 @@ class Trainer:
     Args:
         forward: the towers, on their device.
         trained: which of their parameters are trained.
-        optimizer: over those parameters.
+        optimizer: optimises those parameters.
         feature_loss: the objective.
         reference: the original's features; None if no loss uses them.
         lr_at: learning rate of each step, counted from 0.
         precision: compute dtype of the towers, resolved.
         max_grad_norm: limit of the global gradient norm; None does not clip.
         train_mode: whether BatchNorm statistics move and Dropout is active.
-        seed: of Dropout.
+        seed: seed for Dropout.
 
     Attributes:
         step: steps taken so far.
@@ -115,7 +115,7 @@ class Trainer:
         else:
             # BatchNorm statistics saw the step too, and would keep its NaN.
             restore_buffers(buffers)
-        self._guard.count(term, step=self.step, ids=batch.ids)
+        self._guard.record(term, step=self.step, ids=batch.ids)
         if self._scaler.is_enabled() and has_gradients:
             self._scaler.update()
         return StepRecord(
@@ -135,7 +135,7 @@ class Trainer:
         return (*self._reference.features(batch), self._reference.scale)
 
     def _dropout_seed(self, part: MicroBatch) -> int:
-        return torch_seed(self._seed, Stream.TOWERS, part.step, part.first)
+        return torch_seed(self._seed, Stream.DROPOUT, part.step, part.offset)
 
     def _clip_gradients(self) -> float:
         """Remove the loss scaling, clip, and return the norm before clipping."""
@@ -192,7 +192,7 @@ def run_steps(
 
     Args:
         trainer: takes the steps.
-        batches: of the steps after `trainer.step`.
+        batches: the batches after `trainer.step`.
         total_steps: steps of the whole run.
         steps_per_epoch: steps of one pass over the forget set.
         ledger: counts unreadable pairs.
@@ -205,7 +205,8 @@ def run_steps(
 
     Raises:
         NonFiniteError: several steps in a row were not finite.
-        PreemptedError: SIGTERM arrived; a checkpoint was written.
+        PreemptedError: SIGTERM arrived; with `checkpoints`, one was written.
+        KeyboardInterrupt: Ctrl-C; likewise, after the current step.
     """
     history_file = HistoryFile(history_path, keep_steps=trainer.step) if history_path else None
     history = list(history_file.kept) if history_file else []
@@ -254,9 +255,9 @@ def _raise_stopped(number: signal.Signals, step: int, checkpoints: CheckpointFol
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     saved = (
-        f"A checkpoint is in {checkpoints.folder}: run it again to continue."
+        f"A checkpoint is in {checkpoints.folder}; run the same command again to continue."
         if checkpoints
-        else "Nothing was saved: give an output_dir, and running it again continues from there."
+        else "Nothing was saved; give an output_dir to make runs resumable."
     )
     raise PreemptedError(f"stopped by {number.name} after step {step}. {saved}")
 

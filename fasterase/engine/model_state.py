@@ -1,4 +1,4 @@
-"""A run's changes to the user's model besides its weights, and how they are undone.
+"""Temporary changes to the user's model during a run, and their reversal.
 
 These are device, dtype, train or eval mode, and requires_grad.
 """

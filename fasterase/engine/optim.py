@@ -13,7 +13,7 @@ from torch import nn
 from fasterase.errors import import_extra
 from fasterase.models.dual_encoder import DualEncoder
 
-# Classes of bitsandbytes behind the names of the option.
+# Option values -> bitsandbytes classes.
 EIGHT_BIT = {
     "adamw8bit": "AdamW8bit",
     "paged_adamw8bit": "PagedAdamW8bit",

@@ -34,11 +34,12 @@ class NonFiniteGuard:
         self.limit = LIMITS[precision]
         self.in_a_row = 0
 
-    def count(self, term: str | None, *, step: int, ids: Sequence[str]) -> None:
-        """Take note of a step: `term` is what was not finite in it, None for a good step.
+    def record(self, term: str | None, *, step: int, ids: Sequence[str]) -> None:
+        """Record a step: `term` is its first non-finite term, None if all were finite.
 
         Raises:
-            NonFiniteError: too many in a row were not; names the term, the step and the pair ids.
+            NonFiniteError: too many consecutive steps were not finite; names the term, the step and
+                the pair ids.
         """
         if term is None:
             self.in_a_row = 0

@@ -17,8 +17,8 @@ from fasterase.report.tables import Section, markdown_table, text_table
 Scores = dict[str, dict[str, float]]
 
 LEGEND = (
-    "Wanted on sets to forget: ↓ at or below chance; ↓ chance and ↑ chance: as far as the chance\n"
-    "level, beyond it is a trace too. On all other sets: ↑ or ↓, no worse than the original."
+    "Sets to forget: ↓ should fall to chance or below; ↓ chance and ↑ chance should reach chance\n"
+    "and not pass it. All other sets, against the original: ↑ should not fall, ↓ should not rise."
 )
 
 
@@ -144,7 +144,7 @@ def check_report_path(path: Path, *, argument: str) -> None:
         raise InputError(f"{argument}={str(path)!r} is a folder. Give the name of a file.")
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir():
-        raise InputError(f"{argument}={str(path)!r}: {parent} is no folder. Give another path.")
+        raise InputError(f"{argument}={str(path)!r}: {parent} is not a folder. Give another path.")
 
 
 def _format_score(metric: Metric, scores: Scores, name: str) -> str:

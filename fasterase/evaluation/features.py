@@ -43,11 +43,11 @@ class SetFeatures:
 
     @classmethod
     def of(cls, source: PairSource, features: PairFeatures, *, model: str) -> SetFeatures:
-        """Name the rows of `features` by their source.
+        """Add ids, captions and metadata from the source to `features`.
 
         Args:
             source: what was encoded.
-            features: of some of its rows.
+            features: features of some of its rows.
             model: name of the model, for errors.
 
         Raises:

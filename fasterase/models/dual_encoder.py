@@ -34,7 +34,7 @@ class DualEncoder(abc.ABC):
 
     Attributes:
         module: the library's own object; training changes it in place.
-        name: for people, "ViT-B-32/laion2b_s34b_b79k" or "CLIPModel".
+        name: display name, such as "ViT-B-32/laion2b_s34b_b79k" or "CLIPModel".
         embed_dim: D, the width of the shared embedding.
         image_size: (height, width) in pixels that the image tower takes.
         context_length: L, the tokens that the text tower takes.
@@ -155,7 +155,9 @@ class DualEncoder(abc.ABC):
         ]
 
     def fingerprint(self) -> str:
-        """Hash weights, image size, preprocessing and tokenizer (SHA-256): equal, same features.
+        """Return a SHA-256 of weights, image size, preprocessing and tokenizer.
+
+        Models with equal fingerprints give equal features.
 
         Weights on the CPU are hashed in place (about 1 GB/s); others are copied one at a time.
         """

@@ -1,7 +1,7 @@
 """The forward pass of both towers as one module, and the precision it runs in.
 
-Training calls this module only. Sharded training (ZeRO-3, FSDP2) gathers parameters inside the
-forward of the module it wraps, so no code outside may touch a parameter, not even `logit_scale`.
+Training calls this module only, so that a wrapper around it sees every use of a parameter,
+`logit_scale` included.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class TowerForward(nn.Module):
     Args:
         model: the model; its module becomes the submodule `module`, not a copy.
         precision: `"bf16"`, `"fp16"` or `"fp32"`, for the matrix products; weights stay fp32.
-        image_trained, text_trained: whether a tower has trained parameters. One without is run
-            without a graph even in grad mode.
+        image_trained, text_trained: whether a tower has trained parameters. A tower without any is
+            run without a graph, even in grad mode.
     """
 
     def __init__(

@@ -22,6 +22,7 @@ from fasterase.models.preprocessing import (
     ImageTransform,
     TextTokenizer,
     is_image_processor,
+    read_size,
     wrap_tokenizer,
     wrap_transform,
 )
@@ -36,7 +37,7 @@ class HuggingFaceEncoder(DualEncoder):
 
     Args:
         module: `CLIPModel`, `SiglipModel` or `Siglip2Model`.
-        name: for people.
+        name: display name.
         source: folder or hub id to look for its tokenizer and image processor in.
         online: whether that search may use the network.
         tokenizer, preprocess: the caller's, which take precedence.
@@ -65,7 +66,9 @@ class HuggingFaceEncoder(DualEncoder):
         self.context_length = int(text.max_position_embeddings)
         self.vocab_size = int(text.vocab_size)
         self._patch_size = int(vision.patch_size) if _is_naflex(module) else None
-        self.image_size = _naflex_size(vision) if _is_naflex(module) else _size(vision.image_size)
+        self.image_size = (
+            _naflex_size(vision) if _is_naflex(module) else read_size(vision.image_size)
+        )
         # SigLIP states its width in text_config, where it is also the vision tower's.
         self.embed_dim = int(
             text.projection_size if hasattr(text, "projection_size") else config.projection_dim
@@ -269,10 +272,6 @@ def _is_naflex(module: nn.Module) -> bool:
 def _naflex_size(vision: Any) -> tuple[int, int]:
     side = math.isqrt(vision.num_patches) * int(vision.patch_size)
     return side, side
-
-
-def _size(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def _unreachable(name: str, error: Exception) -> InputError:

@@ -41,7 +41,8 @@ def load_model(
             list of str -> [B, L] ids; by default the model's own, if known.
         preprocess: callable PIL image -> [3, H, W] float tensor, or a transformers image processor
             or processor; by default the model's own.
-        model_name: open_clip's architecture name, for an open_clip instance it cannot be read off.
+        model_name: open_clip's architecture name, for an open_clip instance whose architecture
+            cannot be inferred.
 
     Raises:
         InputError: names the unusable argument.
@@ -113,7 +114,7 @@ def _load_folder(folder: Path, **given: Any) -> DualEncoder:
         )
     raise InputError(
         f"model: {folder} holds neither {CONFIG_FILE} (open_clip) nor config.json "
-        "(transformers), so it is no model folder"
+        "(transformers), so it is not a model folder"
     )
 
 

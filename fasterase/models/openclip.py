@@ -44,7 +44,7 @@ class OpenClipEncoder(DualEncoder):
 
     Args:
         module: `CLIP`, `CustomTextCLIP` or `CoCa`.
-        name: for people.
+        name: display name.
         config: its `model_cfg`; None when unknown, and then `save` writes the weights alone.
         source: the name, hub id or folder that open_clip finds its tokenizer by; None if unknown.
         tokenizer, preprocess: the caller's, which take precedence.

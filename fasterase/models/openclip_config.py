@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fasterase.errors import InputError
+from fasterase.models.preprocessing import read_size
 
 # A `model_cfg`: what open_clip keeps in its json files and builds models from.
 Config = dict[str, Any]
@@ -89,7 +90,7 @@ def adjust_config(config: Config, module: nn.Module) -> Config:
     """Copy `config`, taking from the module all that open_clip lets a caller override."""
     config = deepcopy(config)
     found = read_image_size(module)
-    if found != _size_pair(config["vision_cfg"].get("image_size", 224)):
+    if found != read_size(config["vision_cfg"].get("image_size", 224)):
         config["vision_cfg"]["image_size"] = _side(found)
     if not config["text_cfg"].get("hf_model_name"):
         config["text_cfg"]["context_length"] = int(text_tower(module).context_length)
@@ -187,12 +188,7 @@ def read_embed_dim(module: Any) -> int:
 
 def read_image_size(module: Any) -> tuple[int, int]:
     """Return (height, width) in pixels that the image tower takes."""
-    return _size_pair(module.visual.image_size)
-
-
-def _size_pair(size: int | Sequence[int]) -> tuple[int, int]:
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(height), int(width)
+    return read_size(module.visual.image_size)
 
 
 def _uses_quick_gelu(module: Any) -> bool:
@@ -227,7 +223,7 @@ def _comparable(config: Config) -> dict[str, Any]:
         "text": {k: _plain(v) for k, v in text.items() if k not in _IGNORED_TEXT},
         "heads": heads,
         "hidden": hidden,
-        "image_size": _size_pair(size),
+        "image_size": read_size(size),
         "layer_scale": (vision["ls_init_value"] is None, text["ls_init_value"] is None),
         "embed_dim": config["embed_dim"],
         "quick_gelu": config.get("quick_gelu", False),
@@ -257,7 +253,7 @@ def _may_match(config: Config, module: nn.Module) -> bool:
         config["embed_dim"] == read_embed_dim(module)
         and bool(timm_name) == (trunk is not None)
         and (not timm_name or timm_name.partition(".")[0] == timm_settings.get("architecture"))
-        and read_image_size(module) == _size_pair(vision.get("image_size", 224))
+        and read_image_size(module) == read_size(vision.get("image_size", 224))
         and text.get("hf_model_name") == hf_name
         and (hf_name is not None or text.get("vocab_size", 49408) == tower.vocab_size)
     )
@@ -377,5 +373,5 @@ def _read_norm(norm: Any) -> Config:
 
 
 def _side(size: int | Sequence[int]) -> int | list[int]:
-    height, width = _size_pair(size)
+    height, width = read_size(size)
     return height if height == width else [height, width]

@@ -41,8 +41,8 @@ class ImageTransform:
     """PIL image -> pixels, whole or in two parts; picklable as its callables are, no weights.
 
     The two parts are `pixels`, which runs in data-loader workers, and `normalise`, which runs on
-    the device. Build one with `wrap_transform` or `build_open_clip_transform`: they check that both
-    parts together give what the whole gives.
+    the device. Build one with `wrap_transform` or `build_open_clip_transform`: they check that the
+    two parts give the same result as the whole.
 
     Attributes:
         whole: PIL image -> [3, H, W] float32: the model's own transform or the caller's.
@@ -55,11 +55,6 @@ class ImageTransform:
     def __call__(self, image: Image) -> Tensor:
         """Return [3, H, W] float32, resized, cropped and normalised."""
         return self.whole(image)
-
-    @property
-    def splits(self) -> bool:
-        """Whether `pixels` returns uint8 that `normalise` finishes."""
-        return self.split is not None
 
     def pixels(self, image: Image) -> Tensor:
         """Resize and crop: [3, H, W] uint8, or the float32 of the whole where it does not split."""
@@ -259,6 +254,12 @@ def wrap_tokenizer(
             f"vocabulary has {vocab_size}: it is not this model's tokenizer"
         )
     return wrapped
+
+
+def read_size(size: int | Sequence[int]) -> tuple[int, int]:
+    """Return (height, width) of a size that a library gives as one number or two."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)
 
 
 def is_image_processor(candidate: Any) -> bool:

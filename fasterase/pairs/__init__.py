@@ -1,1 +1,1 @@
-"""Image-text pairs: from what users have to seeded batches of pixels and tokens."""
+"""Image-text pairs: open any input and load it in seeded batches of pixels and tokens."""

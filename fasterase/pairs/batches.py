@@ -50,19 +50,17 @@ class MicroBatch(Loaded):
 
     Attributes:
         step: counted from 0.
-        first: position in the step's draw of the first pair, broken ones counted.
+        offset: position of its first pair in the step's draw, counting broken pairs.
         n_forget: how many of the n are forget pairs.
         tokens: ids [n, L].
         keys: [n] identities of the captions.
-        captions: [n] which of a row's captions was drawn.
     """
 
     step: int
-    first: int
+    offset: int
     n_forget: int
     tokens: Tokens
     keys: list[str]
-    captions: np.ndarray
 
 
 @dataclass
@@ -107,23 +105,18 @@ class StepBatch:
         """Rows of the retain pairs in their source."""
         return np.concatenate([part.rows for part in self.micro_batches])[self.n_forget :]
 
-    @property
-    def captions(self) -> np.ndarray:
-        """[n] which of a row's captions was drawn."""
-        return np.concatenate([part.captions for part in self.micro_batches])
-
 
 @dataclass
 class SweepBatch(Loaded):
     """Some rows of a source, not augmented.
 
     Attributes:
-        captions: (row, caption index, caption key) of every caption read.
+        captions: (row, caption key) of every caption read.
         new_keys: keys that no earlier batch had; their texts are in `tokens`.
         tokens: ids [len(new_keys), L].
     """
 
-    captions: list[tuple[int, int, str]]
+    captions: list[tuple[int, str]]
     new_keys: list[str]
     tokens: Tokens
 
@@ -150,9 +143,9 @@ def step_batches(
     Raises:
         InputError: as `Preparer` does, also from inside a worker.
     """
-    size = micro_batch_size or sampler.largest
+    size = micro_batch_size or sampler.max_pairs_per_step
     # The last part of a step may be empty: steps differ in size by one pair.
-    parts = max(1, -(-sampler.largest // size))
+    parts = max(1, -(-sampler.max_pairs_per_step // size))
     black = prepare.black_level() if augment_forget else None
     load = partial(
         _load_micro_batch,
@@ -220,8 +213,8 @@ def _load_micro_batch(
     draw = sampler.draw(step)
     rows = np.concatenate([draw.forget, draw.retain])
     captions = np.concatenate([draw.forget_captions, draw.retain_captions])
-    first = part * size
-    positions = range(first, min(first + size, len(rows)))
+    offset = part * size
+    positions = range(offset, min(offset + size, len(rows)))
     pixels: list[Tensor] = []
     texts: list[PreparedText] = []
     ids: list[str] = []
@@ -250,11 +243,10 @@ def _load_micro_batch(
         pixels=prepare.stack(pixels),
         skipped=skipped,
         step=step,
-        first=first,
+        offset=offset,
         n_forget=sum(position < len(draw.forget) for position in kept),
         tokens=stack_tokens([text.tokens for text in texts], prepare.context_length),
         keys=[text.key for text in texts],
-        captions=np.array([text.caption for text in texts], dtype=np.int64),
     )
 
 
@@ -270,7 +262,7 @@ def _load_rows(
     kept: list[int] = []
     ids: list[str] = []
     pixels: list[Tensor] = []
-    found: list[tuple[int, int, str]] = []
+    found: list[tuple[int, str]] = []
     tokens: dict[str, Tokens] = {}
     skipped: list[Skip] = []
     for row in rows[number * batch_size : (number + 1) * batch_size].tolist():
@@ -283,7 +275,7 @@ def _load_rows(
         count = len(record.text) if isinstance(record.text, list) and captions == "all" else 1
         for caption in range(count):
             text = prepare.text(record, caption)
-            found.append((row, text.caption, text.key))
+            found.append((row, text.key))
             tokens[text.key] = text.tokens
         kept.append(row)
         ids.append(record.id)
@@ -324,8 +316,8 @@ def _seeded(seed: int, *position: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-class _Numbered(Dataset[Any]):
-    """Number -> what `load` makes of it, or the InputError that it raised."""
+class _LoadDataset(Dataset[Any]):
+    """Maps a number to `load(number)`, or to the InputError that it raised."""
 
     def __init__(self, load: Callable[[int], Loaded]) -> None:
         self._load = load
@@ -340,11 +332,12 @@ class _Numbered(Dataset[Any]):
 
 def _load(load: Callable[[int], Loaded], numbers: range, num_workers: int) -> Iterator[Any]:
     loader = DataLoader(
-        _Numbered(load),
+        _LoadDataset(load),
         batch_size=None,
         sampler=numbers,
         num_workers=num_workers,
-        # Its own, or every loader would take a number from the global one and change Dropout.
+        # A generator of its own; otherwise each loader would draw from the global one and change
+        # Dropout.
         generator=torch.Generator(),
         worker_init_fn=_leave_signals_to_parent,
     )
@@ -355,7 +348,7 @@ def _load(load: Callable[[int], Loaded], numbers: range, num_workers: int) -> It
                 raise batch
             yield batch
     finally:
-        # Drops the last reference, on which the loader ends its workers.
+        # The loader stops its workers when its last reference is dropped.
         del batches
 
 

@@ -1,4 +1,4 @@
-"""From a decoded pair to pixels, tokens and the identity of its caption."""
+"""Turn decoded pairs into pixels, tokens and caption keys."""
 
 from __future__ import annotations
 
@@ -24,12 +24,10 @@ class PreparedText(NamedTuple):
     Attributes:
         tokens: ids [L] and mask [L] or None.
         key: the caption's identity, see `caption_key`.
-        caption: its index among the record's captions.
     """
 
     tokens: Tokens
     key: str
-    caption: int
 
 
 class Preparer:
@@ -117,37 +115,38 @@ class Preparer:
         return self.image_transform(Image.new("RGB", (width, height))).amin(dim=(1, 2))
 
     def text(self, record: Record, caption: int = 0) -> PreparedText:
-        """Return tokens of the record's caption number `caption` modulo how many it has.
+        """Return the tokens of caption number `caption`, modulo the number of captions.
 
         Raises:
-            InputError: a str without a tokenizer, too many token ids, or ids that the model lacks.
+            InputError: a str without a tokenizer, too many token ids, or ids outside the
+                vocabulary.
         """
         text = record.text
         if isinstance(text, Tensor):
             return self._check_ids(record, text)
         captions = [text] if isinstance(text, str) else text
-        index = caption % len(captions)
+        chosen = captions[caption % len(captions)]
         if self.text_tokenizer is None:
             raise InputError(
                 f"{record.id}: captions are strings and the model's `tokenizer` is not known; pass "
                 f"`tokenizer`, or texts as token ids"
             )
-        tokens = self.text_tokenizer([captions[index]])
+        tokens = self.text_tokenizer([chosen])
         mask = None if tokens.mask is None else tokens.mask[0]
-        return PreparedText(Tokens(tokens.ids[0], mask), caption_key(captions[index]), index)
+        return PreparedText(Tokens(tokens.ids[0], mask), caption_key(chosen))
 
     def _check_ids(self, record: Record, ids: Tensor) -> PreparedText:
         if len(ids) > self.context_length:
             raise InputError(
-                f"{record.id}: {len(ids)} token ids, and the model takes at most "
+                f"{record.id}: {len(ids)} token ids, but the model takes at most "
                 f"{self.context_length}"
             )
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
             raise InputError(
-                f"{record.id}: token ids from {int(ids.min())} to {int(ids.max())}, and the "
+                f"{record.id}: token ids from {int(ids.min())} to {int(ids.max())}, but the "
                 f"model's vocabulary has {self.vocab_size}; they come from another tokenizer"
             )
-        return PreparedText(Tokens(ids, record.mask), caption_key(ids), 0)
+        return PreparedText(Tokens(ids, record.mask), caption_key(ids))
 
 
 def caption_key(text: str | Tensor) -> str:

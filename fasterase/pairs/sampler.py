@@ -29,7 +29,7 @@ class Sampler:
     One epoch is one pass over the forget set: a fresh permutation, cut into `steps_per_epoch`
     batches whose sizes differ by at most one, so that no pair is left out and no batch is tiny.
     The retain set cycles in passes of its own, each a fresh permutation cut into full batches; the
-    remainder, other pairs in each pass, is left for the next pass. No batch holds a row twice.
+    rows that do not fill a batch are skipped in that pass. No batch holds a row twice.
 
     Args:
         n_forget, n_retain: pairs in the sets; 0 draws none.
@@ -56,8 +56,7 @@ class Sampler:
         self.seed = seed
         self.steps_per_epoch = max(1, -(-n_forget // forget_batch_size))
         self._retain_batch = min(batch_size, n_retain)
-        # Pairs of the largest step.
-        self.largest = -(-n_forget // self.steps_per_epoch) + self._retain_batch
+        self.max_pairs_per_step = -(-n_forget // self.steps_per_epoch) + self._retain_batch
         self._passes: dict[Stream, tuple[int, np.ndarray]] = {}
 
     def draw(self, step: int) -> Draw:

@@ -9,9 +9,9 @@ import re
 import tarfile
 import warnings
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,8 @@ TEXT_ENTRIES = "txt"
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 TAR_ENDINGS = (".tar", *_COMPRESSED)
+
+Entry = TypeVar("Entry")
 
 
 def is_tar_pattern(source: str) -> bool:
@@ -114,20 +116,45 @@ class _Entries(NamedTuple):
         values = value if isinstance(value, list) else [value]
         return [text for text in values if isinstance(text, str)]
 
-    def check_found(self, name: str, seen: set[str], images: int, captions: PackedCaptions) -> None:
-        """Raise `InputError` if the shards held no samples, no images or no captions."""
-        found = ", ".join(sorted(seen)) or "none"
-        if not len(captions):
+    def image_of(self, sample: Mapping[str, Entry]) -> Entry | None:
+        """Return the sample's image entry, None if it has none."""
+        return next((sample[ending] for ending in self.image if ending in sample), None)
+
+
+class _Collected:
+    """Ids and captions of the samples read so far, except those with neither image nor text."""
+
+    def __init__(self, entries: _Entries) -> None:
+        self.ids, self.captions = PackedStrings(), PackedCaptions()
+        self._entries = entries
+        self._endings: set[str] = set()
+        self._images = 0
+
+    def add(self, id: str, endings: Collection[str], texts: Mapping[str, bytes]) -> bool:
+        """Add a sample by the endings of its entries; return whether it counts."""
+        self._endings.update(endings)
+        has_image = any(ending in endings for ending in self._entries.image)
+        if not has_image and not any(ending in endings for ending in self._entries.text):
+            return False
+        self._images += has_image
+        self.ids.append(id)
+        self.captions.append(self._entries.read_captions(texts))
+        return True
+
+    def check(self, name: str) -> None:
+        """Raise `InputError` if there were no samples, no images or no captions."""
+        found = ", ".join(sorted(self._endings)) or "none"
+        if not len(self.captions):
             raise InputError(f"`{name}`: the shards hold no samples; entries found: {found}")
-        if images == 0:
+        if self._images == 0:
             raise InputError(
-                f"`{name}`: no images under {';'.join(self.image)}; entries found: {found}. "
-                f"Name the right ending with `image_key`."
+                f"`{name}`: no images under {';'.join(self._entries.image)}; entries found: "
+                f"{found}. Name the right ending with `image_key`."
             )
-        if not captions.counts().any():
+        if not self.captions.counts().any():
             raise InputError(
-                f"`{name}`: no captions under {';'.join(self.text)}; entries found: {found}. "
-                f"Name the right ending, or a field of the json entry, with `text_key`."
+                f"`{name}`: no captions under {';'.join(self._entries.text)}; entries found: "
+                f"{found}. Name the right ending, or a field of the json entry, with `text_key`."
             )
 
 
@@ -217,27 +244,22 @@ class LoadedTars(EncodedSource):
 
 
 def _index_tars(shards: list[str], name: str, entries: _Entries) -> TarFiles:
-    ids, captions, extents = PackedStrings(), PackedCaptions(), array("q")
-    seen: set[str] = set()
-    images = 0
+    collected, extents = _Collected(entries), array("q")
     none = _Extent(-1, -1)
     for number, shard in enumerate(shards):
         base = os.path.basename(shard)
         try:
             for key, sample, texts in _read_samples(shard, entries):
-                seen.update(sample)
-                image = next((sample[e] for e in entries.image if e in sample), none)
-                if image is none and not any(ending in sample for ending in entries.text):
-                    continue
-                images += image is not none
-                ids.append(f"{base}/{key}")
-                captions.append(entries.read_captions(texts))
-                extents.extend((number, *image, *sample.get("json", none)))
+                if collected.add(f"{base}/{key}", sample, texts):
+                    image = entries.image_of(sample) or none
+                    extents.extend((number, *image, *sample.get("json", none)))
         except (tarfile.TarError, OSError, EOFError) as error:
             raise InputError(f"`{name}`: shard {shard} cannot be read: {error}") from error
-    entries.check_found(name, seen, images, captions)
+    collected.check(name)
     table = np.frombuffer(extents, dtype=np.int64).reshape(-1, 5)
-    return TarFiles(name, shards=shards, ids=ids, captions=captions, extents=table)
+    return TarFiles(
+        name, shards=shards, ids=collected.ids, captions=collected.captions, extents=table
+    )
 
 
 def _read_samples(
@@ -277,28 +299,25 @@ def _load_tars(shards: list[str], name: str, entries: _Entries) -> LoadedTars:
         stacklevel=2,
     )
     images: list[bytes | None] = []
-    ids, captions, metas = PackedStrings(), PackedCaptions(), PackedStrings()
-    seen: set[str] = set()
-    # Not `WebDataset`, which splits the shards over ranks; every rank needs all of them.
+    collected, metas = _Collected(entries), PackedStrings()
+    # Not `WebDataset`, which would split the shards over distributed ranks.
     samples = webdataset.DataPipeline(
         webdataset.SimpleShardList(shards), webdataset.tarfile_to_samples()
     )
     try:
         for sample in tqdm(samples, desc=f"reading {name}", unit=" pairs", delay=2):
             endings = {key for key in sample if not key.startswith("__")}
-            seen.update(endings)
-            image = next((sample[e] for e in entries.image if e in endings), None)
-            if image is None and not any(ending in endings for ending in entries.text):
-                continue
-            images.append(image)
-            ids.append(f"{Path(sample['__url__']).name}/{sample['__key__']}")
-            captions.append(entries.read_captions(sample))
-            metas.append(_dump_object(sample.get("json", b"{}")))
+            id = f"{Path(sample['__url__']).name}/{sample['__key__']}"
+            if collected.add(id, endings, sample):
+                images.append(entries.image_of(sample))
+                metas.append(_dump_object(sample.get("json", b"{}")))
     # The transports (curl, pipes, cloud clients) raise errors of their own.
     except Exception as error:
         raise InputError(f"`{name}`: the shards cannot be read: {error}") from error
-    entries.check_found(name, seen, sum(image is not None for image in images), captions)
-    return LoadedTars(name, images=images, ids=ids, captions=captions, metas=metas)
+    collected.check(name)
+    return LoadedTars(
+        name, images=images, ids=collected.ids, captions=collected.captions, metas=metas
+    )
 
 
 def _dump_object(data: bytes) -> str:

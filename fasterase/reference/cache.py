@@ -55,7 +55,8 @@ class FeatureCache:
                 "Give a folder that can be written to."
             ) from error
         if captions.damaged:
-            # Images that are in the cache are not read again, and neither would be their captions.
+            # Captions are encoded only when their images are read, and cached images are not read
+            # again.
             shutil.rmtree(self._folder)
             captions = FeatureStore(self._folder / "captions", self.width)
         return captions
@@ -125,7 +126,7 @@ class FeatureStore:
         width: D0, numbers per feature.
 
     Attributes:
-        damaged: a block was not as it had been written when the store was opened, and was removed.
+        damaged: whether a damaged block was found, and removed, on opening.
     """
 
     def __init__(self, folder: Path, width: int) -> None:
@@ -142,9 +143,6 @@ class FeatureStore:
             else:
                 self._blocks.append(block)
         self.refresh()
-
-    def __len__(self) -> int:
-        return sum(len(block) for block in self._blocks)
 
     def has(self, keys: np.ndarray) -> np.ndarray:
         """Return which of `keys` (n,) had a feature at the last `refresh`, (n,) bool."""
@@ -180,7 +178,10 @@ class FeatureStore:
         self._blocks.append(np.load(path, mmap_mode="r"))
 
     def refresh(self) -> None:
-        """Let `has` and `get` find what was put. Not done by `put`: it sorts all keys each time."""
+        """Make what was `put` visible to `has` and `get`.
+
+        A separate step, because it sorts all keys.
+        """
         # Offsets of each block in the concatenation of all, so that one sorted array of keys finds
         # both the block and the row inside it.
         sizes = [len(block) for block in self._blocks]
@@ -195,7 +196,11 @@ class FeatureStore:
             block = np.load(path, mmap_mode="r")
             if block.dtype == self._dtype and block.ndim == 1:
                 return block
-        log.warning("Reference cache: %s is damaged or foreign; its features are made again.", path)
+        log.warning(
+            "Reference cache: %s is damaged or was not written by fasterase; its features are "
+            "computed again.",
+            path,
+        )
         path.unlink()
         return None
 

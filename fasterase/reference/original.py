@@ -142,8 +142,8 @@ def floor_rows(count: int, encoded: np.ndarray | None, *, seed: int) -> np.ndarr
 
     Args:
         count: rows of the set.
-        encoded: rows that the reference needs; None where it needs none.
-        seed: of the drawing.
+        encoded: rows that the reference needs; None if it needs none.
+        seed: seed of the draw.
     """
     rows = np.arange(count) if encoded is None else encoded
     order = generator(seed, Stream.FLOOR).permutation(len(rows))

@@ -57,7 +57,7 @@ def backpropagated(model: TinyModel, size: int | None, *, pixels=None, upstream=
         micro_batches(plain if pixels is None else pixels, tokens, size, n_forget=N_FORGET),
         loss_of(upstream=upstream, **sides),
         device=CPU,
-        seed_of=lambda part: 1000 + part.first,
+        seed_of=lambda part: 1000 + part.offset,
     )
     return loss, {n: p.grad for n, p in model.module.named_parameters() if p.grad is not None}
 

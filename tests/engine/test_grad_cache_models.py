@@ -58,7 +58,7 @@ def backpropagated(model, size):
             upstream=torch.ones(()),
         ),
         device=torch.device("cpu"),
-        seed_of=lambda part: 1000 + part.first,
+        seed_of=lambda part: 1000 + part.offset,
     )
 
 

@@ -110,15 +110,15 @@ def test_the_first_broken_term_is_named():
 def test_a_few_broken_steps_in_a_row_stop(precision, limit):
     guard = NonFiniteGuard(precision)
     for step in range(1, limit):
-        guard.count("retain", step=step, ids=["a"])
-    guard.count(None, step=limit, ids=["a"])
+        guard.record("retain", step=step, ids=["a"])
+    guard.record(None, step=limit, ids=["a"])
     for step in range(1, limit):
-        guard.count("retain", step=step, ids=["a"])
+        guard.record("retain", step=step, ids=["a"])
     ids = [f"pair {i}" for i in range(30)]
     with pytest.raises(
         NonFiniteError, match=r"retain .* step 99.*pair 7, \.\.\. \(30 in all\)"
     ) as e:
-        guard.count("retain", step=99, ids=ids)
+        guard.record("retain", step=99, ids=ids)
     assert e.value.pair_ids == tuple(ids)
 
 

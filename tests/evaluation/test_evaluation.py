@@ -66,7 +66,7 @@ def test_report_is_markdown_or_json_by_its_name(tmp_path: Path) -> None:
         EVALUATION.report(tmp_path / "report.pdf")
     with pytest.raises(InputError, match="is a folder"):
         EVALUATION.report(tmp_path)
-    with pytest.raises(InputError, match=r"report\.json is no folder"):
+    with pytest.raises(InputError, match=r"report\.json is not a folder"):
         EVALUATION.report(tmp_path / "report.json" / "new" / "report.md")
 
 

@@ -83,7 +83,6 @@ def test_caption_index_wraps_around():
     record = Record(None, ["a", "b", "c"], "id")
     for raw in range(7):
         text = READY.text(record, raw)
-        assert text.caption == raw % 3
         assert text.key == "abc"[raw % 3]
         assert text.tokens.ids.tolist() == [ord(text.key)] + [0] * 7
         assert text.tokens.mask.tolist() == [1] + [0] * 7
@@ -92,9 +91,8 @@ def test_caption_index_wraps_around():
 def test_ids_keep_their_mask_and_may_not_be_too_long():
     mask = torch.tensor([1, 1, 0])
     text = BARE.text(Record(None, torch.tensor([5, 6, 0]), "a", mask=mask), 17)
-    assert text.caption == 0
     assert text.tokens.mask is mask
-    with pytest.raises(InputError, match="a: 9 token ids, and the model takes at most 8"):
+    with pytest.raises(InputError, match="a: 9 token ids, but the model takes at most 8"):
         BARE.text(Record(None, torch.arange(9), "a"))
 
 

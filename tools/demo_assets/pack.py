@@ -24,7 +24,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from fasterase.demo.emoji import DATA, DEFAULT_FORGET, Record
+from fasterase.demo.emoji import DATA, DEFAULT_FORGET, EmojiInfo
 from fasterase.files import replace_file
 
 SIZE = 64
@@ -100,7 +100,7 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", ascii_name).strip("-")
 
 
-def read_concepts(folders: dict[str, Path]) -> list[Record]:
+def read_concepts(folders: dict[str, Path]) -> list[EmojiInfo]:
     """Return the concepts of `GROUPS` that all three teams drew, in the order of their keys.
 
     Skin-tone variants have no entries of their own in emojibase, so none is included.
@@ -108,7 +108,7 @@ def read_concepts(folders: dict[str, Path]) -> list[Record]:
     names = folders["names"]
     entries = json.loads((names / "en/data.json").read_text(encoding="utf-8"))
     levels = json.loads((names / "meta/groups.json").read_text(encoding="utf-8"))
-    concepts: list[Record] = []
+    concepts: list[EmojiInfo] = []
     for entry in entries:
         group = levels["groups"].get(str(entry.get("group")))
         drawn = all(
@@ -116,7 +116,7 @@ def read_concepts(folders: dict[str, Path]) -> list[Record]:
         )
         if group in GROUPS and drawn:
             concepts.append(
-                Record(
+                EmojiInfo(
                     concept=entry["label"],
                     group=group,
                     subgroup=levels["subgroups"][str(entry["subgroup"])],
@@ -131,7 +131,7 @@ def read_concepts(folders: dict[str, Path]) -> list[Record]:
     return concepts
 
 
-def mark_non_members(concepts: list[Record]) -> None:
+def mark_non_members(concepts: list[EmojiInfo]) -> None:
     """Mark a tenth of the concepts as non-members, spread evenly over the subgroups.
 
     The concept that the demo erases by default has none: the base model must know all of it.
@@ -158,7 +158,7 @@ def add_file(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     archive.addfile(header, io.BytesIO(content))
 
 
-def write_shards(concepts: list[Record], team: str, folder: Path, output: Path) -> None:
+def write_shards(concepts: list[EmojiInfo], team: str, folder: Path, output: Path) -> None:
     """Write one team's samples in order; their keys are the concepts' slugs."""
     for number, start in enumerate(range(0, len(concepts), SAMPLES_PER_SHARD)):
         target = output / f"{team}-{number:03d}.tar"

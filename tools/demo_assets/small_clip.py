@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasterase.demo.emoji import Record, class_name, naming_captions
+from fasterase.demo.emoji import EmojiInfo, class_name, naming_captions
 from fasterase.files import replace_file, write_text
 
 IMAGE_SIZE = 64
@@ -20,7 +20,7 @@ MEAN = STD = (0.5, 0.5, 0.5)  # so white, the background, is +1
 INITIAL_SCALE = 25.0
 
 
-def build_tokenizer(records: list[Record]) -> Any:
+def build_tokenizer(records: list[EmojiInfo]) -> Any:
     """Train a byte-level BPE on the captions of all concepts; all models share its vocabulary."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from tokenizers.trainers import BpeTrainer

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from fasterase.demo.emoji import Record, samples
+from fasterase.demo.emoji import EmojiInfo, samples
 from tools.demo_assets.small_clip import MEAN, STD
 
 # Light augmentation: uniform within these bounds.
@@ -24,13 +24,13 @@ class Pairs(NamedTuple):
     """All drawings in memory; the records are in the order of the concepts."""
 
     images: Tensor  # [teams, concepts, 3, 64, 64], normalised
-    records: list[Record]  # one per concept
+    records: list[EmojiInfo]  # one per concept
 
 
 def load_pairs(teams: tuple[str, ...]) -> Pairs:
     """Decode the teams' shards; every team has the same concepts in the same order."""
     rows: list[np.ndarray] = []
-    records: list[Record] = []
+    records: list[EmojiInfo] = []
     for team in teams:
         found = list(samples(team))
         records = [record for record, _ in found]
@@ -67,7 +67,7 @@ class Classes(NamedTuple):
     subgroup_of: Tensor  # [concepts]
 
 
-def find_classes(records: list[Record]) -> Classes:
+def find_classes(records: list[EmojiInfo]) -> Classes:
     """Return the classes of these records, sorted."""
     groups = sorted({record["group"] for record in records})
     subgroups = sorted({record["subgroup"] for record in records})
