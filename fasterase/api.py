@@ -208,8 +208,8 @@ def evaluate(
         attacks: none are known yet; anything but an empty sequence is an error.
         max_pairs: maximum number of pairs measured per set, drawn with `seed`; None measures all.
         seed: seed of the draw and of the bootstrap.
-        tokenizer: for string captions, used for every model here; see `fasterase.unlearn`.
-        preprocess: from image to tensor; used for every model here.
+        tokenizer: reads string captions; used for every model here; see `fasterase.unlearn`.
+        preprocess: turns images into tensors; used for every model here.
 
     Pairs that cannot be read are left out for all models, and named in a warning.
 

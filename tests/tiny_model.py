@@ -106,11 +106,10 @@ def micro_batches(
             pixels=pixels[i : i + size],
             skipped=[],
             step=0,
-            first=i,
+            offset=i,
             n_forget=max(0, min(size, n_forget - i)),
             tokens=tokens.index(slice(i, i + size)),
             keys=[],
-            captions=np.zeros(0),
         )
         for i in range(0, len(pixels), size)
     ]

@@ -85,13 +85,13 @@ def erase(
     """Train the (borrowed) model in place, and measure it before and after.
 
     Args:
-        model: on its device, in fp32 and eval mode.
+        model: the model, on its device, in fp32 and eval mode.
         sets: `"forget"`, `"retain"` and sets that are only measured.
         config: the run's settings.
         evaluator: measures `sets`; None to measure nothing but forgetting.
         ledger: counts unreadable pairs.
         state: rounds the weights as they will be returned.
-        output_dir: for checkpoints, history and features; None keeps nothing.
+        output_dir: folder for checkpoints, history and features; None keeps nothing.
         callback: see `run_steps`.
 
     Raises:

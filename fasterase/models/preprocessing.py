@@ -46,11 +46,11 @@ class ImageTransform:
 
     Attributes:
         whole: PIL image -> [3, H, W] float32: the model's own transform or the caller's.
-        split: its two parts; None where they cannot be told apart.
+        parts: its two parts; None where they cannot be told apart.
     """
 
     whole: Callable[[Image], Tensor]
-    split: Split | None = None
+    parts: TransformParts | None = None
 
     def __call__(self, image: Image) -> Tensor:
         """Return [3, H, W] float32, resized, cropped and normalised."""
@@ -58,7 +58,7 @@ class ImageTransform:
 
     def pixels(self, image: Image) -> Tensor:
         """Resize and crop: [3, H, W] uint8, or the float32 of the whole where it does not split."""
-        return self.whole(image) if self.split is None else self.split.pixels(image)
+        return self.whole(image) if self.parts is None else self.parts.pixels(image)
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Turn uint8 [..., 3, H, W] into float32 on the same device; return floats unchanged.
@@ -68,7 +68,7 @@ class ImageTransform:
         """
         if pixels.is_floating_point():
             return pixels
-        if self.split is None:
+        if self.parts is None:
             raise InputError(
                 f"preprocess: {pixels.dtype} pixels cannot be normalised, because this preprocess "
                 "has no mean and standard deviation of its own to apply. Give the float tensors "
@@ -79,11 +79,11 @@ class ImageTransform:
                 f"preprocess: {pixels.dtype} pixels cannot be normalised; give uint8 pixels, or "
                 "float pixels that are already preprocessed"
             )
-        return self.split.normalise(pixels)
+        return self.parts.normalise(pixels)
 
 
 @dataclass(frozen=True)
-class Split:
+class TransformParts:
     """The two parts of an image transform.
 
     Attributes:
@@ -198,7 +198,7 @@ def wrap_transform(preprocess: Any, image_size: tuple[int, int]) -> ImageTransfo
             f"preprocess: gave an image of shape {tuple(pixels.shape)}, but the model takes "
             f"{expected} (channels, height, width)"
         )
-    return ImageTransform(whole, _find_split(whole, picture))
+    return ImageTransform(whole, _find_parts(whole, picture))
 
 
 def build_open_clip_transform(
@@ -210,7 +210,7 @@ def build_open_clip_transform(
     # Settings read from a file hold lists instead of tuples; the description must not differ.
     plain = {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()}
     whole = image_transform_v2(PreprocessCfg(**plain), is_train=False)
-    return ImageTransform(whole, _find_split(whole, _noise_picture(image_size)))
+    return ImageTransform(whole, _find_parts(whole, _noise_picture(image_size)))
 
 
 def describe_transform(transform: Callable[..., Any] | None) -> str:
@@ -281,12 +281,12 @@ class ProcessorTransform:
     def __call__(self, image: Image) -> Tensor:
         return self._run(image).float()
 
-    def split(self) -> Split:
+    def parts(self) -> TransformParts:
         """Take rescaling and normalisation out of the processor."""
         processor = self.processor
         rescales = getattr(processor, "do_rescale", False)
         normalises = getattr(processor, "do_normalize", False)
-        return Split(
+        return TransformParts(
             self._resize,
             divisor=1 / processor.rescale_factor if rescales else 1.0,
             mean=tuple(processor.image_mean) if normalises else (0.0,),
@@ -325,9 +325,9 @@ class SquashTransform:
 
         return normalize(to_tensor(self._squash(image)), list(self.mean), list(self.std))
 
-    def split(self) -> Split:
+    def parts(self) -> TransformParts:
         """Take rescaling and normalisation out."""
-        return Split(self._resize, mean=self.mean, std=self.std)
+        return TransformParts(self._resize, mean=self.mean, std=self.std)
 
     def _resize(self, image: Image) -> Tensor:
         from torchvision.transforms.functional import pil_to_tensor
@@ -353,26 +353,26 @@ class _ComposeHead:
         return pil_to_tensor(image).contiguous()
 
 
-def _find_split(whole: Callable[[Image], Tensor], picture: Image) -> Split | None:
+def _find_parts(whole: Callable[[Image], Tensor], picture: Image) -> TransformParts | None:
     """The two parts of `whole`; None unless they give the same numbers on `picture`."""
     try:
-        split = _propose_split(whole)
-        if split is None:
+        parts = _propose_parts(whole)
+        if parts is None:
             return None
-        expected, pixels = _run_seeded(whole, picture), _run_seeded(split.pixels, picture)
+        expected, pixels = _run_seeded(whole, picture), _run_seeded(parts.pixels, picture)
         if pixels.dtype != torch.uint8 or pixels.shape != expected.shape:
             return None
-        same = torch.allclose(split.normalise(pixels), expected, rtol=1e-6, atol=1e-5)
+        same = torch.allclose(parts.normalise(pixels), expected, rtol=1e-6, atol=1e-5)
     except Exception:
         return None  # An unusual transform: it runs whole, which is correct and only slower.
-    return split if same else None
+    return parts if same else None
 
 
-def _propose_split(whole: Callable[[Image], Tensor]) -> Split | None:
+def _propose_parts(whole: Callable[[Image], Tensor]) -> TransformParts | None:
     from torchvision.transforms import Compose, Normalize, ToTensor
 
     if isinstance(whole, (ProcessorTransform, SquashTransform)):
-        return whole.split()
+        return whole.parts()
     if not isinstance(whole, Compose):
         return None
     *steps, last = whole.transforms
@@ -384,7 +384,7 @@ def _propose_split(whole: Callable[[Image], Tensor]) -> Split | None:
     if not isinstance(last, ToTensor):  # open_clip's MaybeToTensor is a ToTensor
         return None
     head = _ComposeHead(tuple(steps))
-    return Split(head, mean=tuple(map(float, mean)), std=tuple(map(float, std)))
+    return TransformParts(head, mean=tuple(map(float, mean)), std=tuple(map(float, std)))
 
 
 def _per_channel(values: tuple[float, ...], like: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ def test_folders_without_weights_or_config(
             load_model(folder)
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(InputError, match="no model folder"):
+    with pytest.raises(InputError, match="not a model folder"):
         load_model(empty)
 
 

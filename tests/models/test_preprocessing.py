@@ -182,7 +182,7 @@ def seeded(run: Callable[[Image.Image], torch.Tensor], picture: Image.Image) -> 
 @pytest.mark.parametrize("form", SPLITTING)
 def test_both_parts_give_what_the_whole_gives(form: str) -> None:
     transform = wrap_transform(SPLITTING[form](), (32, 32))
-    assert transform.split is not None
+    assert transform.parts is not None
     picture = noise_picture(51, 43)
     pixels = seeded(transform.pixels, picture)
     assert pixels.dtype == torch.uint8
@@ -201,7 +201,7 @@ def test_both_parts_give_what_the_whole_gives(form: str) -> None:
 def test_other_callables_run_whole(form: str) -> None:
     preprocess = WHOLE[form]()
     transform = wrap_transform(preprocess, (32, 32))
-    assert transform.split is None
+    assert transform.parts is None
     picture = noise_picture(51, 43)
     expected = seeded(preprocess, picture)  # type: ignore[arg-type]
     for part in (transform, transform.pixels):
@@ -231,7 +231,7 @@ def test_transforms_pickle_and_describe_themselves_as_before(form: str) -> None:
     assert torch.equal(seeded(again, picture), seeded(transform, picture))
     assert describe_transform(again) == describe_transform(transform)
     assert describe_transform(transform) == describe_transform(transform.whole)
-    assert "Split" not in describe_transform(transform)
+    assert "Parts" not in describe_transform(transform)
 
 
 def test_wrapping_leaves_the_random_state_alone() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from fasterase.errors import InputError
-from fasterase.models.preprocessing import ImageTransform, Split, Tokens
+from fasterase.models.preprocessing import ImageTransform, Tokens, TransformParts
 from fasterase.pairs.batches import step_batches, sweep
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.prepare import Preparer
@@ -261,7 +261,9 @@ def test_pictures_travel_as_uint8(pictures):
     table = pictures / "t.csv"
     table.write_text("filepath,title\n" + "\n".join(f"{i}.png,t{i}" for i in range(6)))
     source = open_pairs(table, name="forget")
-    prepare = Preparer(ImageTransform(transform, Split(resized)), tokenizer, (4, 4), 6, 1000)
+    prepare = Preparer(
+        ImageTransform(transform, TransformParts(resized)), tokenizer, (4, 4), 6, 1000
+    )
     (batch,) = load(source, source, steps=(0, 1), augment=True, prepare=prepare)
     assert pixels_of(batch).dtype == torch.uint8
     (plain,) = load(source, source, steps=(0, 1))

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from fasterase.errors import InputError
-from fasterase.models.preprocessing import ImageTransform, Split, Tokens
+from fasterase.models.preprocessing import ImageTransform, Tokens, TransformParts
 from fasterase.pairs.prepare import Preparer, caption_key, hash_captions, stack_tokens
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.source import Record
@@ -101,7 +101,7 @@ def resized(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(values.copy()).permute(2, 0, 1)
 
 
-SPLIT = Preparer(ImageTransform(transform, Split(resized)), tokenizer, (4, 4), 8, 1000)
+SPLIT = Preparer(ImageTransform(transform, TransformParts(resized)), tokenizer, (4, 4), 8, 1000)
 
 
 def test_pixels_stay_uint8_if_the_transform_splits_and_all_are(picture):
