@@ -62,20 +62,20 @@ def row_and_column_sums(
     steps = tl.cdiv(width, BLOCK_K)
     features = (image, text, image_stride, text_stride, width)
     for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
-        start, n, first_row, last_row, strip, first_col, last_col, chunk, group = load_item(
+        start, n, first_row, end_row, strip, first_col, end_col, chunk, group = load_item(
             items, item
         )
         row_slot, col_slot = item_slots(parts, start, strip, chunk, num_rows, PART_STATS)
         first = start.to(tl.int64)
         shift = tl.load(shifts + group)
         # disable_licm: hoisted values would occupy registers throughout the loops, and spill.
-        for col_block in tl.range(first_col, last_col, disable_licm=True):
+        for col_block in tl.range(first_col, end_col, disable_licm=True):
             cols = col_block * BLOCK_N + tl.arange(0, BLOCK_N)
             col_sum = tl.zeros((LANES // 8, 8, BLOCK_N), dtype=tl.float32)
             product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
             row_block = first_row
             step = 0
-            for _ in tl.range(0, (last_row - first_row) * steps, disable_licm=True):
+            for _ in tl.range(0, (end_row - first_row) * steps, disable_licm=True):
                 row_start, col_start = row_block * BLOCK_M, col_block * BLOCK_N
                 tile = (first, n, row_start, col_start)
                 product = add_depth_step(
@@ -149,20 +149,20 @@ def row_and_column_sums_with_reference(
     features = (image, text, image_stride, text_stride, width)
     ref_features = (ref_image, ref_text, ref_image_stride, ref_text_stride, ref_width)
     for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
-        start, n, first_row, last_row, strip, first_col, last_col, chunk, group = load_item(
+        start, n, first_row, end_row, strip, first_col, end_col, chunk, group = load_item(
             items, item
         )
         row_slot, col_slot = item_slots(parts, start, strip, chunk, num_rows, PART_STATS_WITH_REF)
         first = start.to(tl.int64)
         shift = tl.load(shifts + group)
         ref_shift = tl.load(shifts + num_groups + group)
-        for row_block in range(first_row, last_row):
+        for row_block in range(first_row, end_row):
             rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
             row_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
             ref_row_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
             cross_row_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
             # disable_licm: hoisted values would occupy registers throughout the loop, and spill.
-            for col_block in tl.range(first_col, last_col, disable_licm=True):
+            for col_block in tl.range(first_col, end_col, disable_licm=True):
                 row_start, col_start = row_block * BLOCK_M, col_block * BLOCK_N
                 cols = col_start + tl.arange(0, BLOCK_N)
                 tile = (first, n, row_start, col_start)

@@ -56,20 +56,20 @@ def row_and_column_sums_online(
     features = (image, text, image_stride, text_stride, width)
     ref_features = (ref_image, ref_text, ref_image_stride, ref_text_stride, ref_width)
     for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
-        start, n, first_row, last_row, strip, first_col, last_col, chunk, group = load_item(
+        start, n, first_row, end_row, strip, first_col, end_col, chunk, group = load_item(
             items, item
         )
         if tl.load(flags + group) != 0:
             row_slot, col_slot = item_slots(parts, start, strip, chunk, num_rows, part_stats)
             first = start.to(tl.int64)
-            for row_block in range(first_row, last_row):
+            for row_block in range(first_row, end_row):
                 rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
                 peak = tl.full((BLOCK_M,), -float("inf"), dtype=tl.float32)
                 mass = tl.zeros((BLOCK_M,), dtype=tl.float32)
                 ref_peak = tl.full((BLOCK_M,), -float("inf"), dtype=tl.float32)
                 ref_mass = tl.zeros((BLOCK_M,), dtype=tl.float32)
                 cross = tl.zeros((BLOCK_M,), dtype=tl.float32)
-                for col_block in range(first_col, last_col):
+                for col_block in range(first_col, end_col):
                     row_start, col_start = row_block * BLOCK_M, col_block * BLOCK_N
                     cols = col_start + tl.arange(0, BLOCK_N)
                     tile = (first, n, row_start, col_start)

@@ -31,23 +31,29 @@ MISS_PROBABILITY = tl.constexpr(2)  # 1 - p_ii: the softmax's mass beside the di
 
 
 class Item(NamedTuple):
-    """A rectangle of tiles of one group, for one program of a kernel that makes sums."""
+    """A rectangle of tiles of one group, for one program of a kernel that makes sums.
+
+    Its rows and columns are counted in blocks, from the group's start; the ends are exclusive.
+    """
 
     start: int  # the group's first row in the batch
     n: int  # rows of the group
-    first_row_block: int
-    last_row_block: int  # exclusive, as is last_col_block
+    first_row: int
+    end_row: int
     strip: int  # slot of the column sums
-    first_col_block: int
-    last_col_block: int
+    first_col: int
+    end_col: int
     chunk: int  # slot of the row sums
     group: int
+
+
+ITEM_FIELDS = tl.constexpr(len(Item._fields))
 
 
 @triton.jit
 def load_item(items, index):
     """Load the fields of an `Item`."""
-    entry = items + index * 9
+    entry = items + index * ITEM_FIELDS
     return (
         tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3),
         tl.load(entry + 4), tl.load(entry + 5), tl.load(entry + 6), tl.load(entry + 7),
@@ -66,10 +72,13 @@ class Span(NamedTuple):
     has_negatives: int  # 1 if the group has more than one row
 
 
+SPAN_FIELDS = tl.constexpr(len(Span._fields))
+
+
 @triton.jit
 def load_span(spans, index):
     """Load the fields of a `Span`."""
-    entry = spans + index * 6
+    entry = spans + index * SPAN_FIELDS
     return (
         tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3),
         tl.load(entry + 4), tl.load(entry + 5),
