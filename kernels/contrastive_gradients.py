@@ -267,6 +267,7 @@ def gradient_strip_without_reference(
         num_blocks = tl.minimum(tl.cdiv(num_segment_rows, BLOCK_M) - row_block, run_length)
         scale_value = tl.load(scale)
         steps = tl.cdiv(width, BLOCK_K)
+        depth = tl.arange(0, BLOCK_K)
         features = (image, text, image_stride, text_stride, width)
         product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         step = 0
@@ -275,7 +276,7 @@ def gradient_strip_without_reference(
             row_start = first + row_block * BLOCK_M
             tile = (start, n, row_start, col_start)
             product = add_depth_step(
-                product, features, tile, step, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
+                product, features, tile, depth, step, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
             )
             is_last = step == steps - 1
             if is_last:

@@ -60,6 +60,7 @@ def row_and_column_sums(
     """
     scale_value = tl.load(scale)
     steps = tl.cdiv(width, BLOCK_K)
+    depth = tl.arange(0, BLOCK_K)
     features = (image, text, image_stride, text_stride, width)
     for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
         start, n, first_row, end_row, strip, first_col, end_col, chunk, group = load_item(
@@ -79,7 +80,16 @@ def row_and_column_sums(
                 row_start, col_start = row_block * BLOCK_M, col_block * BLOCK_N
                 tile = (first, n, row_start, col_start)
                 product = add_depth_step(
-                    product, features, tile, step, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
+                    product,
+                    features,
+                    tile,
+                    depth,
+                    step,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_K,
+                    EVEN_K,
+                    PRECISION,
                 )
                 is_last = step == steps - 1
                 if is_last:

@@ -156,6 +156,6 @@ def item_slots(parts, start, strip, chunk, num_rows, NUM_STATS: tl.constexpr):
 def softmax_field(
     softmaxes, MATRIX: tl.constexpr, FIELD: tl.constexpr, DIRECTION: tl.constexpr, num_rows
 ):
-    """Pointer to one field [N] of `softmaxes`."""
+    """Pointer to one field [N] of `softmaxes`; MATRIX is 0 for S, 1 for the reference's S0."""
     index: tl.constexpr = (MATRIX * SOFTMAX_FIELDS + FIELD) * 2 + DIRECTION
     return softmaxes + index * tl.cast(num_rows, tl.int64)

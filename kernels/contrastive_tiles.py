@@ -54,6 +54,7 @@ def add_depth_step(
     product,
     features,  # as in tile_product
     tile,
+    depth,  # arange(0, BLOCK_K), made outside the loop: otherwise 30 more registers
     step,  # of cdiv(width, BLOCK_K)
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -69,7 +70,6 @@ def add_depth_step(
     start, n, row_start, col_start = tile
     rows = tl.minimum(tl.arange(0, BLOCK_M), n - 1 - row_start)
     cols = tl.minimum(tl.arange(0, BLOCK_N), n - 1 - col_start)
-    depth = tl.arange(0, BLOCK_K)
     left = left + (start + row_start) * left_stride + step * BLOCK_K
     right = right + (start + col_start) * right_stride + step * BLOCK_K
     left += rows[:, None] * left_stride + depth[None, :]
