@@ -27,8 +27,8 @@ from triton.compiler import ASTSource
 
 from benchmarks.gpu_model.instructions import Counts, count_amd, count_nvidia
 from benchmarks.result_files import RESULTS, write_csv
-from fasterase.kernels import contrastive, contrastive_backward, contrastive_sweep
-from fasterase.ops.contrastive import triton_features, triton_launch
+from fasterase.ops.contrastive import triton as triton_backend
+from fasterase.ops.contrastive import triton_plan
 
 # Bytes of shared memory available to one block, by architecture.
 SHARED_LIMIT = {
@@ -111,31 +111,25 @@ def launches(dtype: torch.dtype, width: int, ref_width: int | None, target: str)
     image = torch.zeros(n, width, dtype=dtype)
     ref = None if ref_width is None else torch.zeros(n, ref_width, dtype=dtype)
     scale = torch.ones(())
-    features = triton_features.Features.of(
+    features = triton_plan.Features.of(
         image, image, scale, ref, ref, None if ref is None else scale
     )
     with (
-        mock.patch.object(triton_features, "_architecture", return_value=architecture),
-        mock.patch.object(triton_launch, "_num_programs", lambda device, wanted: wanted),
-        mock.patch.object(triton_launch, "_product"),
+        mock.patch.object(triton_plan, "_architecture", return_value=architecture),
+        mock.patch.object(triton_backend, "_num_programs", lambda device, wanted: wanted),
+        mock.patch.object(triton_backend, "_multiply"),
     ):
-        kernels = {
-            triton_launch: ("sweep_online", "strip_run"),
-            contrastive: ("row_statistics", "bounds", "reduce_sums", "finalise"),
-            contrastive_sweep: ("sweep", "sweep_reference"),
-            contrastive_backward: ("coefficients", "strip", "strip_of_logits", "gradients"),
-        }
         patches = [
-            mock.patch.object(module, name, _Recorder(getattr(module, name), case, found))
-            for module, names in kernels.items()
-            for name in names
+            mock.patch.object(triton_backend, name, _Recorder(value, case, found))
+            for name, value in vars(triton_backend).items()
+            if isinstance(value, triton.JITFunction)
         ]
         for patch in patches:
             patch.start()
         try:
-            losses, softmaxes, flags = triton_launch.forward(features, (n,))
+            losses, softmaxes, flags = triton_backend.forward(features, (n,))
             for is_fused in (True, False):
-                triton_launch.backward(
+                triton_backend.backward(
                     losses,
                     features,
                     softmaxes,
@@ -248,7 +242,7 @@ def cases(target: str) -> Iterator[Launch]:
         (torch.float32, 512, None),
     ):
         for launch in launches(dtype, width, ref_width, target):
-            if "BLOCK_N" in launch.arguments and launch.name != "strip_of_logits":
+            if "BLOCK_N" in launch.arguments and launch.name != "gradient_strip_from_cosines":
                 yield launch
             elif launch.name not in seen:
                 seen.add(launch.name)
@@ -269,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--target", choices=list(SHARED_LIMIT), help="compile only for this target")
     parser.add_argument("--output", type=Path, default=RESULTS / "compiled_kernels.csv")
     args = parser.parse_args(argv)
-    if triton_features.INTERPRETED:
+    if triton_plan.INTERPRETED:
         sys.exit("TRITON_INTERPRET is set: kernels do not compile under the interpreter.")
     rows = []
     for target in SHARED_LIMIT if args.target is None else (args.target,):
@@ -281,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
             loop = compiled.instructions.loop.items()
             mix = " ".join(f"{unit} {count}" for unit, count in loop if count)
             print(
-                f"{compiled.kernel:16} {compiled.case:24} {target:6} {compiled.tile:12} "
+                f"{compiled.kernel:34} {compiled.case:24} {target:6} {compiled.tile:12} "
                 f"{compiled.warps} warps "
                 f"{compiled.registers:4} registers {compiled.stack_bytes:4} B stack "
                 f"{compiled.shared_bytes:7} B shared {'wgmma' if compiled.wgmma else '     '} "

@@ -20,7 +20,7 @@ from benchmarks.gpu_model.fasterase_kernels import Modelled, modelled, step
 from benchmarks.gpu_model.gpu_time import A100, H100, Clocks, Gpu, clock
 from benchmarks.gpu_model.peer_kernels import published_rows
 from benchmarks.result_files import RESULTS, write_csv
-from fasterase.ops.contrastive.triton_tiles import Tile
+from fasterase.ops.contrastive.triton_plan import Tile
 
 CANDIDATES = (
     Tile(128, 128, 64, 8, 3),
@@ -69,18 +69,18 @@ def step_row(
     *,
     is_overlapped: bool = False,
 ) -> dict[str, Any]:
-    """Predict a training step from its (sweep, strip) kernels."""
-    sweep, strip = pair
+    """Predict a training step from its (sums, strip) kernels."""
+    sums, strip = pair
     strip_rows = min(n, 2**27 // n)  # 256 MB of G, as launched
-    parts = step(gpu, n, sweep, strip, strip_rows, is_overlapped=is_overlapped)
-    flops = (12 if sweep.has_ref else 8) * n * n * sweep.width
+    parts = step(gpu, n, sums, strip, strip_rows, is_overlapped=is_overlapped)
+    flops = (12 if sums.has_ref else 8) * n * n * sums.width
     seconds = sum(parts)
     return {
         "table": "step",
-        "name": f"{name}, {'InfoNCE + KL' if sweep.has_ref else 'InfoNCE'}",
+        "name": f"{name}, {'InfoNCE + KL' if sums.has_ref else 'InfoNCE'}",
         "gpu": gpu.name,
         "n": n,
-        "width": sweep.width,
+        "width": sums.width,
         "strip_rows": strip_rows,
         **{f"{part}_ms": value * 1e3 for part, value in parts._asdict().items()},
         "ms": seconds * 1e3,
@@ -95,7 +95,7 @@ def rows(n: int, wants_tiles: bool) -> Iterator[dict[str, Any]]:
     shipped = {
         (gpu, name, width, has_ref): modelled(gpu, name, width, has_ref, n)
         for gpu in (H100, A100)
-        for name in ("sweep", "strip")
+        for name in ("sums", "strip")
         for has_ref in (False, True)
         for width in (512, 768, 1280)
     }
@@ -104,7 +104,7 @@ def rows(n: int, wants_tiles: bool) -> Iterator[dict[str, Any]]:
             yield kernel_row(gpu, kernel, n)
     best: dict[tuple[str, bool], Tile] = {}
     if wants_tiles:
-        for name in ("sweep", "strip"):
+        for name in ("sums", "strip"):
             for has_ref in (False, True):
                 candidates = [modelled(H100, name, 768, has_ref, n, tile) for tile in CANDIDATES]
                 ranked = sorted(
@@ -116,15 +116,15 @@ def rows(n: int, wants_tiles: bool) -> Iterator[dict[str, Any]]:
                 yield from (kernel_row(H100, kernel, n, "tile") for kernel in ranked)
     for width in (512, 768, 1280):
         for has_ref in (False, True):
-            sweep, strip = (shipped[H100, name, width, has_ref] for name in ("sweep", "strip"))
-            yield step_row(H100, n, (sweep, strip), "as launched")
+            sums, strip = (shipped[H100, name, width, has_ref] for name in ("sums", "strip"))
+            yield step_row(H100, n, (sums, strip), "as launched")
             if best:
-                sweep, strip = (
+                sums, strip = (
                     modelled(H100, name, width, has_ref, n, best[name, has_ref])
-                    for name in ("sweep", "strip")
+                    for name in ("sums", "strip")
                 )
-                yield step_row(H100, n, (sweep, strip), "best spill-free tiles")
-            yield step_row(H100, n, (sweep, strip), "and overlapped", is_overlapped=True)
+                yield step_row(H100, n, (sums, strip), "best spill-free tiles")
+            yield step_row(H100, n, (sums, strip), "and overlapped", is_overlapped=True)
 
 
 _COLUMNS: dict[str, tuple[str, ...]] = {
@@ -136,7 +136,7 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
         "binds",
     ),
     "step": (
-        *("name", "width", "strip_rows", "sweep_ms", "strip_ms", "gemms_ms", "small_ms", "ms"),
+        *("name", "width", "strip_rows", "sums_ms", "strip_ms", "gemms_ms", "small_ms", "ms"),
         *("of_peak", "of_gemm"),
     ),
 }

@@ -23,17 +23,18 @@ from benchmarks.gpu_model.gpu_time import (
     waves,
 )
 from benchmarks.gpu_model.instructions import Instructions, Trace, trace
-from fasterase.ops.contrastive import triton_features, triton_launch
-from fasterase.ops.contrastive.triton_tiles import Tile
+from fasterase.ops.contrastive import triton_plan
+from fasterase.ops.contrastive.triton import RUN_LENGTH
+from fasterase.ops.contrastive.triton_plan import Tile
 
-# A work item of `sweep` is a strip of tiles that share one loop over depth; at most so many strips
-# per matrix.
+# A work item of `row_and_column_sums` is a strip of tiles that share one loop over depth. At most
+# this many strips per matrix.
 _STRIPS = 32
 _KERNELS = {
-    ("sweep", False): "sweep",
-    ("sweep", True): "sweep_reference",
-    ("strip", False): "strip_run",
-    ("strip", True): "strip",
+    ("sums", False): "row_and_column_sums",
+    ("sums", True): "row_and_column_sums_with_reference",
+    ("strip", False): "gradient_strip_without_reference",
+    ("strip", True): "gradient_strip",
 }
 
 
@@ -57,7 +58,7 @@ def compile_path(launch: compiled_kernels.Launch, sm: int) -> TilePath:
 def kernel_phases(
     gpu: Gpu, launch: compiled_kernels.Launch, path: TilePath, n: int
 ) -> tuple[Phase, ...]:
-    """Return the phases of one tile of a sweep or strip over n rows: products, then epilogue.
+    """Return the phases of one tile of a sums or strip kernel over n rows: products, then epilogue.
 
     If tiles share one loop over depth, all but one stage of the next tile's features arrive during
     the epilogue, no tile waits for its first features, and all share the code around the loop.
@@ -70,8 +71,8 @@ def kernel_phases(
     warps = launch.options["num_warps"]
     loaded = (block_m + block_n) * block_k * 2
     load = clocks_of(gpu, Instructions(), warps, shared_bytes=loaded, l2_bytes=loaded)
-    # A strip writes its tile of G. A sweep loads and updates sums: row sums only if `run` exists.
-    is_strip = launch.name.startswith("strip")
+    # A strip writes its tile of G. A sums kernel updates sums: row sums only if `run` exists.
+    is_strip = launch.name.startswith("gradient_strip")
     if is_strip:
         moved = 2 * block_m * block_n
     else:
@@ -88,7 +89,7 @@ def kernel_phases(
         num_steps = math.ceil(widths[0] / block_k)
         ahead = min(launch.options["num_stages"] - 1, num_steps)
         computed = clocks_of(gpu, steps[0], warps).times(num_steps)
-        shared_by = triton_launch.RUN if is_strip else math.ceil(math.ceil(n / block_m) / _STRIPS)
+        shared_by = RUN_LENGTH if is_strip else math.ceil(math.ceil(n / block_m) / _STRIPS)
         run_clocks = clocks_of(gpu, run, warps, l2_bytes=0 if is_strip else 4 * block_n)
         return (
             Phase(computed.plus(load.times(num_steps - ahead))),
@@ -109,7 +110,7 @@ def find_launch(
     kernel = _KERNELS[name, ref_width is not None]
     with contextlib.ExitStack() as stack:
         if tile is not None:
-            patch = mock.patch.object(triton_features, "choose_tile", return_value=tile)
+            patch = mock.patch.object(triton_plan, "choose_tile", return_value=tile)
             stack.enter_context(patch)
         launches = compiled_kernels.launches(torch.bfloat16, width, ref_width, f"sm_{gpu.sm}")
     return next(launch for launch in launches if launch.name == kernel)
@@ -136,10 +137,10 @@ class Modelled(NamedTuple):
         """Predict one matrix of this shape; is_overlapped: as if all phases overlapped."""
         block_m, block_n = self.tile[:2]
         blocks = math.ceil(num_rows / block_m), math.ceil(num_cols / block_n)
-        # Blocks of a sweep take rectangles of tiles, at most 32 x 32 rectangles.
-        units = math.prod(min(_STRIPS, b) if self.name == "sweep" else b for b in blocks)
+        # Blocks of a sums kernel take rectangles of tiles, at most 32 x 32 rectangles.
+        units = math.prod(min(_STRIPS, b) if self.name == "sums" else b for b in blocks)
         if self.name == "strip" and self.path.trace.run is not None:
-            units = math.ceil(units / triton_launch.RUN)
+            units = math.ceil(units / RUN_LENGTH)
         uneven = waves(units, gpu.num_sms * self.resident)
         tile = max(self.cost.clocks) if is_overlapped else self.cost.tile
         return tile * uneven * math.prod(blocks) / gpu.num_sms / clock(gpu)
@@ -148,7 +149,7 @@ class Modelled(NamedTuple):
 def modelled(
     gpu: Gpu, name: str, width: int, has_ref: bool, n: int, tile: Tile | None = None
 ) -> Modelled:
-    """Compile "sweep" or "strip" and model it over n rows."""
+    """Compile "sums" or "strip" and model it over n rows."""
     launch = find_launch(gpu, name, width, width if has_ref else None, tile)
     path = compile_path(launch, gpu.sm)
     warps, stages = launch.options["num_warps"], launch.options["num_stages"]
@@ -167,7 +168,7 @@ def modelled(
 class Step(NamedTuple):
     """Seconds of one training step: forward, and gradients of both towers."""
 
-    sweep: float
+    sums: float
     strip: float
     gemms: float
     small: float  # O(N D) kernels and launches
@@ -176,22 +177,23 @@ class Step(NamedTuple):
 def step(
     gpu: Gpu,
     n: int,
-    sweep: Modelled,
+    sums: Modelled,
     strip: Modelled,
     strip_rows: int,
     *,
     is_overlapped: bool = False,
 ) -> Step:
-    """Predict a step: sweep, strips of G, two products per strip; d_text accumulates in fp32."""
-    width, has_ref = sweep.width, sweep.has_ref
+    """Predict a step: sums, strips of G, two products per strip; d_text accumulates in fp32."""
+    width, has_ref = sums.width, sums.has_ref
     num_strips = math.ceil(n / strip_rows)
     image = gemm_seconds(gpu, strip_rows, width, n, clock(gpu), out_bytes=4)
     text = gemm_seconds(gpu, n, width, strip_rows, clock(gpu), out_bytes=8)
     stats = 3 if has_ref else 1
-    # row_statistics; partial sums written and read; gradients (products, both towers, the result).
+    # norms_and_diagonal; partial sums, written and read; feature_gradients (products, both towers,
+    # the result).
     streamed = (2 if has_ref else 1) * 4 * n * width + 2 * stats * 32 * n * 8 + 2 * n * width * 10
     return Step(
-        sweep.seconds(gpu, n, n, is_overlapped=is_overlapped),
+        sums.seconds(gpu, n, n, is_overlapped=is_overlapped),
         num_strips * (strip.seconds(gpu, strip_rows, n, is_overlapped=is_overlapped) + LAUNCH_S),
         num_strips * (image + text),
         streamed / gpu.hbm_bytes + 10 * LAUNCH_S,

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 from benchmarks.gpu_model import compiled_kernels
 from benchmarks.gpu_model.instructions import count_amd
-from fasterase.ops.contrastive.triton_tiles import choose_tile
+from fasterase.ops.contrastive.triton_plan import choose_tile
 
 # A loop over depth, inside a loop over tiles.
 AMD_LISTING = """
@@ -38,14 +38,14 @@ strip:
 @pytest.mark.parametrize(
     ("name", "ref_width", "target"),
     [
-        ("sweep", None, "sm_80"),
-        ("sweep", None, "sm_90"),
-        ("sweep", None, "gfx942"),
-        ("sweep_reference", 768, "sm_90"),
-        ("strip_run", None, "sm_90"),
-        ("strip", 768, "sm_90"),
-        ("strip_online", 768, "sm_90"),
-        ("strip", 768, "gfx942"),
+        ("row_and_column_sums", None, "sm_80"),
+        ("row_and_column_sums", None, "sm_90"),
+        ("row_and_column_sums", None, "gfx942"),
+        ("row_and_column_sums_with_reference", 768, "sm_90"),
+        ("gradient_strip_without_reference", None, "sm_90"),
+        ("gradient_strip", 768, "sm_90"),
+        ("gradient_strip_online", 768, "sm_90"),
+        ("gradient_strip", 768, "gfx942"),
     ],
 )
 def test_no_spills_tensor_cores_and_shared_memory_within_the_limit(name, ref_width, target):
@@ -61,7 +61,7 @@ def test_no_spills_tensor_cores_and_shared_memory_within_the_limit(name, ref_wid
     assert compiled.shared_bytes <= compiled_kernels.SHARED_LIMIT[target]
 
 
-@pytest.mark.parametrize("name", ["sweep", "strip_run"])
+@pytest.mark.parametrize("name", ["row_and_column_sums", "gradient_strip_without_reference"])
 def test_products_of_one_tile_run_beside_the_loads_of_the_next(name):
     """On Hopper: a step leaves its product in flight and loads on; the epilogue waits for it.
 
@@ -86,7 +86,7 @@ def test_products_of_one_tile_run_beside_the_loads_of_the_next(name):
 def test_tiles_of_an_architecture(has_ref, is_half, widths):
     tiles = {
         (kernel, architecture): choose_tile(kernel, has_ref, is_half, widths, architecture)
-        for kernel in ("sweep", "online", "strip", "strip_online")
+        for kernel in ("sums", "sums_online", "strip", "strip_online")
         for architecture in ("sm_80", "sm_90", "sm_100", "gfx", "interpreter")
     }
     for kernel, architecture in tiles:
@@ -95,7 +95,7 @@ def test_tiles_of_an_architecture(has_ref, is_half, widths):
         # Both fill the same strips.
         assert tiles["strip", architecture].block_m == tiles["strip_online", architecture].block_m
     if is_half and widths == (768, 768):
-        assert tiles["sweep", "sm_90"] != tiles["sweep", "sm_80"]
+        assert tiles["sums", "sm_90"] != tiles["sums", "sm_80"]
 
 
 def test_amd_instructions_are_counted_in_the_inner_loop_and_in_all():

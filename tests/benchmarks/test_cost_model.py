@@ -23,7 +23,7 @@ from benchmarks.gpu_model.gpu_time import (
 )
 from benchmarks.gpu_model.instructions import Instructions, Trace, trace
 from benchmarks.gpu_model.peer_kernels import published_rows, siglip_seconds
-from fasterase.ops.contrastive.triton_tiles import Tile
+from fasterase.ops.contrastive.triton_plan import Tile
 
 DRAIN = 91
 
@@ -95,7 +95,7 @@ def test_trace_of_a_loop_whose_last_step_jumps_back_to_the_epilogue() -> None:
 def test_tiles_that_share_a_loop_load_ahead() -> None:
     """Two of the twelve steps' loads move to the epilogue, and the run is shared by four tiles."""
     tile = Tile(256, 128, 64, 8, 3)
-    launch = find_launch(H100, "sweep", 768, None, tile)
+    launch = find_launch(H100, "sums", 768, None, tile)
     step, rest = Instructions(flops=2 * 256 * 128 * 64 / 8), Instructions(issued=100)
     path = TilePath(Trace((step,), rest, Instructions(issued=400)), 255, 0, 0)
     main, end, run = kernel_phases(H100, launch, path, 32768)

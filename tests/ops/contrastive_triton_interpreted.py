@@ -8,36 +8,41 @@ import torch
 import triton.language as tl
 
 from fasterase.errors import InputError
-from fasterase.kernels import contrastive as kernels
-from fasterase.kernels import contrastive_online, contrastive_sweep
+from fasterase.kernels import contrastive_tables
 from fasterase.ops.contrastive import (
     available_backends,
     contrastive,
     explain_backend,
-    triton_launch,
-    triton_schedule,
-    triton_tiles,
+    triton_plan,
     weighted_contrastive,
 )
+from fasterase.ops.contrastive import triton as triton_backend
 from tests.ops import criterion_checks
 from tests.ops.triton_checks import SMALL_TILE, batch_on, check, flags, norm_error, poisoned, run
 
 FP32, FP16 = torch.float32, torch.float16
 
+# The interpreter computes in NumPy, which warns of infinities that the kernels handle: log(0) in a
+# group of one pair, exponentials that overflow before the guard replaces them.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+]
+
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    for key in triton_tiles.TILES:
-        monkeypatch.setitem(triton_tiles.TILES, key, SMALL_TILE)
+    for key in triton_plan.TILES:
+        monkeypatch.setitem(triton_plan.TILES, key, SMALL_TILE)
 
 
 @pytest.fixture
 def two_slots(monkeypatch):
     """At most 2 x 2 items a group, so that each walks several row and column blocks."""
-    for module in (kernels, contrastive_online, contrastive_sweep, triton_schedule, triton_launch):
+    for module in (contrastive_tables, triton_plan, triton_backend):
         monkeypatch.setattr(module, "SLOTS", tl.constexpr(2))
-    uncached = triton_schedule.sweep_tables.__wrapped__
-    monkeypatch.setattr(triton_launch, "sweep_tables", uncached)
+    uncached = triton_plan.sum_tables.__wrapped__
+    monkeypatch.setattr(triton_backend, "sum_tables", uncached)
 
 
 # Multiples of no tile, of some, of all; widths below, at and above BLOCK_K; groups of very
@@ -71,7 +76,7 @@ def test_near_the_oracle_and_no_worse_than_eager(index):
 @pytest.mark.parametrize("dtype", [FP32, FP16])
 def test_items_of_several_blocks_and_backwards_of_several_strips(dtype, monkeypatch):
     size = 2 if dtype == FP16 else 12
-    monkeypatch.setattr(triton_launch, "WORKSPACE_BYTES", 110 * 320 * size)
+    monkeypatch.setattr(triton_backend, "WORKSPACE_BYTES", 110 * 320 * size)
     check("cpu", dtype, 300, 320, 200, 14.3, (300,), labels=200)
 
 
@@ -79,7 +84,7 @@ def test_items_of_several_blocks_and_backwards_of_several_strips(dtype, monkeypa
 def test_both_backwards_for_either_precision(is_fused, monkeypatch):
     operator = "fasterase.ops.contrastive.triton.is_fused_faster"
     monkeypatch.setattr(operator, lambda features: is_fused)
-    monkeypatch.setattr(triton_launch, "WORKSPACE_BYTES", 32 * 64 * 4)  # a row block a strip
+    monkeypatch.setattr(triton_backend, "WORKSPACE_BYTES", 32 * 64 * 4)  # a row block a strip
     for dtype in (FP32, FP16):
         check("cpu", dtype, 70, 40, 24, 100.0, (20, 50))
 
@@ -116,7 +121,7 @@ def test_the_guard_is_a_group_s_own():
 )
 def test_without_reference(dtype, n, width, groups, strip_rows, monkeypatch):
     """Items, strips and runs of one tile and of several."""
-    monkeypatch.setattr(triton_launch, "WORKSPACE_BYTES", strip_rows * 192 * dtype.itemsize)
+    monkeypatch.setattr(triton_backend, "WORKSPACE_BYTES", strip_rows * 192 * dtype.itemsize)
     call, batch = batch_on("cpu", dtype, n, width, None, 14.3)
     for name in ("ref_image", "ref_text", "ref_scale"):
         del call[name]
@@ -279,13 +284,13 @@ def test_gradients_made_in_the_forward_are_the_same_bits(dtype):
 def test_products_follow_the_precision_set_for_cuda(precision):
     """Set that way, `torch.get_float32_matmul_precision` raises."""
     call, _ = batch_on("cpu", FP32, 6, 4, 4, 1.0)
-    features = triton_launch.Features.of(
+    features = triton_plan.Features.of(
         *(call[k] for k in ("image", "text", "scale", "ref_image", "ref_text", "ref_scale"))
     )
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = precision
     try:
-        assert features.meta(features.tile("sweep"))["PRECISION"] == precision
+        assert features.meta(features.tile("sums"))["PRECISION"] == precision
         contrastive(**call, backend="triton")
     finally:
         torch.backends.cuda.matmul.fp32_precision = before

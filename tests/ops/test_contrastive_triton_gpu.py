@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from fasterase.kernels.contrastive_tables import Item
 from fasterase.ops.contrastive import contrastive, explain_backend
-from fasterase.ops.contrastive.triton_schedule import sweep_tables
+from fasterase.ops.contrastive.triton_plan import sum_tables
 from tests.ops import triton_checks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -51,15 +52,16 @@ def test_runs_of_tiles_that_take_one_step_each(dtype, has_ref, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_items_of_several_blocks_and_backwards_of_several_strips(dtype, has_ref, monkeypatch):
     """8700 rows are more than 32 blocks of 256."""
-    tables = sweep_tables((900, 8700), 256, 128, torch.device("cuda"))
-    assert bool((tables.items[:, 3] - tables.items[:, 2] > 1).any())
+    tables = sum_tables((900, 8700), 256, 128, torch.device("cuda"))
+    first, end = (tables.items[:, Item._fields.index(name)] for name in ("first_row", "end_row"))
+    assert bool((end - first > 1).any())
     hold_against_torch_tiles(dtype, has_ref, 128, (900, 8700), monkeypatch)
 
 
 def hold_against_torch_tiles(dtype, has_ref, width, groups, monkeypatch):
     """In fp32, with a workspace of several strips."""
     n = sum(groups)
-    operator = "fasterase.ops.contrastive.triton_launch.WORKSPACE_BYTES"
+    operator = "fasterase.ops.contrastive.triton.WORKSPACE_BYTES"
     monkeypatch.setattr(operator, 2**23)
     call, _ = triton_checks.batch_on("cuda", dtype, n, width, 64, 14.3)
     if not has_ref:

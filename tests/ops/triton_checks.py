@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fasterase.ops.contrastive import contrastive, triton_launch, triton_tiles
+from fasterase.ops.contrastive import contrastive, triton_plan
+from fasterase.ops.contrastive import triton as triton_backend
 from tests import oracle
 
 # Under the interpreter: small tiles, so that every loop runs in seconds.
-SMALL_TILE = triton_tiles.Tile(32, 64, 32, 4, 1)
+SMALL_TILE = triton_plan.Tile(32, 64, 32, 4, 1)
 
 
 def batch_on(device, dtype, n, width, ref_width, scale, *, labels=None, gap=0.0, seed=0):
@@ -92,8 +93,8 @@ def poisoned(rows):
 
 def flags(call, groups):
     """Whether the guard fired, a group."""
-    features = triton_launch.Features.of(
+    features = triton_plan.Features.of(
         *(call[k].detach() for k in ("image", "text", "scale")),
         *(call[k] for k in ("ref_image", "ref_text", "ref_scale")),
     )
-    return triton_launch.forward(features, groups)[2].tolist()
+    return triton_backend.forward(features, groups)[2].tolist()

@@ -133,7 +133,7 @@ def _triton_missing() -> str | None:
         if torch.cuda.get_device_properties().major < 8:
             return "the kernels need a GPU of compute capability 8.0 (such as an A100) or newer"
         return None
-    from fasterase.ops.contrastive.triton_launch import INTERPRETED
+    from fasterase.ops.contrastive.triton_plan import INTERPRETED
 
     return None if INTERPRETED else "there is no CUDA device"
 

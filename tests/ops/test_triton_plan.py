@@ -8,8 +8,8 @@ import torch
 from fasterase.errors import InputError
 
 pytest.importorskip("triton")
-from fasterase.ops.contrastive import triton_schedule
-from fasterase.ops.contrastive.triton_schedule import strip_tables, sweep_tables
+from fasterase.ops.contrastive import triton_plan
+from fasterase.ops.contrastive.triton_plan import strip_launches, sum_tables
 
 CPU = torch.device("cpu")
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def capturing(monkeypatch):
     def switch(on):
-        monkeypatch.setattr(triton_schedule, "_is_capturing", lambda: on)
+        monkeypatch.setattr(triton_plan, "_is_capturing", lambda: on)
 
     return switch
 
@@ -25,8 +25,8 @@ def capturing(monkeypatch):
 @pytest.mark.parametrize(
     "tables",
     [
-        lambda n: sweep_tables((n, 9), 16, 16, CPU).items,
-        lambda n: strip_tables((n, 9), 2**20, 16, 16, CPU)[0][1],
+        lambda n: sum_tables((n, 9), 16, 16, CPU).items,
+        lambda n: strip_launches((n, 9), 2**20, 16, 16, CPU)[0].table,
     ],
 )
 def test_what_a_graph_reads_outlives_other_shapes(tables, capturing):

@@ -1,0 +1,123 @@
+"""Forward, last step: the losses from the sums, and what a backward pass needs of each softmax."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fasterase.kernels.contrastive_sums_online import merge_slots
+from fasterase.kernels.contrastive_tables import (
+    MISS_PROBABILITY,
+    MISS_RATIO,
+    PART_STATS,
+    PART_STATS_WITH_REF,
+    SHIFT,
+    SUMS,
+    SUMS_WITH_REF,
+    load_span,
+    softmax_field,
+    stat_stride,
+)
+from fasterase.kernels.contrastive_tiles import sigmoid, softplus
+
+_TINY = tl.constexpr(2.0**-126)
+
+
+@triton.jit
+def losses_and_softmaxes(
+    parts,  # [2, PART_STATS(_WITH_REF), SLOTS, N] of the online kernel, read for flagged groups
+    sums,  # [2, SUMS or SUMS_WITH_REF, N] read for the other groups
+    spans,  # [num_spans, fields of Span]
+    shifts,  # [matrices, num_groups]
+    flags,  # [num_groups]
+    diagonals,  # [matrices, N]
+    losses,  # [4 or 2, N] out: ce row, ce column, kl row, kl column
+    softmaxes,  # [matrices, SOFTMAX_FIELDS, 2, N] out
+    num_groups,
+    num_rows,
+    HAS_REF: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Losses, and the fields of `softmaxes`.
+
+    Every logit is measured from its own diagonal (lse - diagonal is ce), so that a matched pair's
+    KL is made of small numbers, not of differences of large ones.
+    """
+    start, num_span_rows, num_strips, num_chunks, group, _has_negatives = load_span(
+        spans, tl.program_id(0)
+    )
+    rows = start + tl.arange(0, BLOCK_R)
+    exists = tl.arange(0, BLOCK_R) < num_span_rows
+    num_sums: tl.constexpr = SUMS_WITH_REF if HAS_REF else SUMS
+    part_stats: tl.constexpr = PART_STATS_WITH_REF if HAS_REF else PART_STATS
+    total_rows = tl.cast(num_rows, tl.int64)
+    stride = stat_stride(num_rows)
+    is_online = tl.load(flags + group) != 0
+    group_shift = tl.load(shifts + group)
+    diagonal = tl.load(diagonals + rows, mask=exists, other=0.0)
+    for direction in tl.static_range(2):  # rows, columns
+        num_slots = num_chunks if direction == 0 else num_strips
+        part = parts + direction * part_stats * stride + rows
+        shift = tl.zeros((BLOCK_R,), dtype=tl.float32) + group_shift
+        mass = tl.zeros((BLOCK_R,), dtype=tl.float32)
+        if is_online:
+            shift, mass, _ = merge_slots(part, num_slots, num_rows, exists, False, BLOCK_R)
+        else:
+            mass = tl.load(sums + direction * num_sums * total_rows + rows, mask=exists, other=1.0)
+        gap = tl.log(mass) + shift - diagonal
+        ce = softplus(gap)
+        tl.store(losses + direction * total_rows + rows, ce, mask=exists)
+        _store_softmax(softmaxes, 0, direction, rows, exists, shift, mass, sigmoid(gap), num_rows)
+        if HAS_REF:
+            ref_diagonal = tl.load(diagonals + total_rows + rows, mask=exists, other=0.0)
+            ref_group_shift = tl.load(shifts + num_groups + group)
+            ref_shift = tl.zeros((BLOCK_R,), dtype=tl.float32) + ref_group_shift
+            ref_mass = tl.zeros((BLOCK_R,), dtype=tl.float32)
+            cross = tl.zeros((BLOCK_R,), dtype=tl.float32)
+            if is_online:
+                ref_shift, ref_mass, cross = merge_slots(
+                    part + 2 * stride, num_slots, num_rows, exists, True, BLOCK_R
+                )
+            else:
+                ref_sum = sums + (direction * num_sums + 1) * total_rows + rows
+                ref_mass = tl.load(ref_sum, mask=exists, other=1.0)
+                cross = tl.load(ref_sum + total_rows, mask=exists, other=0.0)
+            ref_gap = tl.log(ref_mass) + ref_shift - ref_diagonal
+            ref_miss_probability = sigmoid(ref_gap)
+            # A group of one pair has no sums: 0 / tiny.
+            mean_gap = cross / tl.maximum(ref_mass, _TINY) - (ref_diagonal - diagonal)
+            kl = ref_miss_probability * mean_gap + ce - softplus(ref_gap)
+            tl.store(losses + (2 + direction) * total_rows + rows, kl, mask=exists)
+            _store_softmax(
+                softmaxes,
+                1,
+                direction,
+                rows,
+                exists,
+                ref_shift,
+                ref_mass,
+                ref_miss_probability,
+                num_rows,
+            )
+
+
+@triton.jit
+def _store_softmax(
+    softmaxes,
+    MATRIX: tl.constexpr,
+    DIRECTION: tl.constexpr,
+    rows,
+    exists,
+    shift,
+    mass,
+    miss_probability,
+    num_rows,
+):
+    """Store the fields of one matrix and direction."""
+    ratio = tl.where(mass == 0, 0.0, miss_probability / mass)
+    shift_at = softmax_field(softmaxes, MATRIX, SHIFT, DIRECTION, num_rows) + rows
+    ratio_at = softmax_field(softmaxes, MATRIX, MISS_RATIO, DIRECTION, num_rows) + rows
+    miss_at = softmax_field(softmaxes, MATRIX, MISS_PROBABILITY, DIRECTION, num_rows) + rows
+    tl.store(shift_at, shift, mask=exists)
+    tl.store(ratio_at, ratio, mask=exists)
+    tl.store(miss_at, miss_probability, mask=exists)
