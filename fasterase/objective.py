@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fasterase.errors import InputError
 from fasterase.ops.contrastive import Contrastive, contrastive, weighted_contrastive
-from fasterase.ops.contrastive.backends import choose
+from fasterase.ops.contrastive.api import choose_backend
 from fasterase.ops.contrastive.checks import (
     check_labels,
     check_pairs,
@@ -234,7 +234,7 @@ def _check_options(
                 f"floor is a cosine and goes with forget_loss='similarity'; "
                 f"got floor={floor} with forget_loss={forget_loss!r}. Pass floor=None."
             )
-    choose(backend)
+    choose_backend(backend)
     if not isinstance(grad_in_forward, bool):
         raise InputError(f"grad_in_forward must be True or False; got {grad_in_forward!r}.")
 
