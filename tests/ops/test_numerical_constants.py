@@ -1,4 +1,4 @@
-"""The limits of the shift are the same in torch, C++ and Triton, which cannot import each other's."""
+"""The limits of the shift are equal in torch, C++ and Triton, which cannot share one definition."""
 
 from __future__ import annotations
 
