@@ -1,6 +1,6 @@
-// The contrastive operator on CPUs. fasterase/ops/contrastive/README.md derives the formulas; the
-// names here are those used there. Registered as fasterase::contrastive_cpu and its backward, whose
-// schemas are in fasterase/ops/contrastive/operator.py.
+// The contrastive operator on CPUs. fasterase/ops/contrastive/README.md derives the formulas; names
+// here follow it. Registers fasterase::contrastive_cpu and its backward, whose schemas are in
+// fasterase/ops/contrastive/operator.py.
 
 #include <torch/library.h>
 
@@ -14,62 +14,77 @@ namespace {
 using MaybeTensor = std::optional<Tensor>;
 
 // Rows of unit stride, as the tiles read them.
-Tensor readable(const Tensor& x) { return x.stride(1) == 1 ? x : x.contiguous(); }
+Tensor make_readable(const Tensor& x) { return x.stride(1) == 1 ? x : x.contiguous(); }
 
 template <typename T>
-T number(const Tensor& scale) {
+T read_scale(const Tensor& scale) {
   return scale.to(c10::CppTypeToScalarType<T>::value).template item<T>();
 }
 
-// The features of all groups, as rows of groups are taken from them.
+// The features of all groups.
 template <typename T>
 struct Features {
   Tensor image, text;
   T scale;
 
   Features(const Tensor& image, const Tensor& text, const Tensor& scale)
-      : image(readable(image)), text(readable(text)), scale(number<T>(scale)) {}
+      : image(make_readable(image)), text(make_readable(text)), scale(read_scale<T>(scale)) {}
 
-  Logits<T> group(Span rows) const {
+  Logits<T> select(Span rows) const {
     return {image.narrow(0, rows.begin, rows.size), text.narrow(0, rows.begin, rows.size), scale};
   }
 };
 
 template <typename T>
-std::vector<Features<T>> all_features(const Tensor& image, const Tensor& text, const Tensor& scale,
-                                      const MaybeTensor& ref_image, const MaybeTensor& ref_text,
-                                      const MaybeTensor& ref_scale) {
+std::vector<Features<T>> collect_features(const Tensor& image, const Tensor& text,
+                                          const Tensor& scale, const MaybeTensor& ref_image,
+                                          const MaybeTensor& ref_text,
+                                          const MaybeTensor& ref_scale) {
   std::vector<Features<T>> features;
   features.emplace_back(image, text, scale);
   if (ref_image) features.emplace_back(*ref_image, *ref_text, *ref_scale);
   return features;
 }
 
-// Statistics [matrices, 3 (shift, sums, off), 2 (rows, columns), N] from row `begin` on.
+// Views statistics [matrices, 3 (shift, sums, miss probability), 2 (rows, columns), N] from row
+// `begin` on.
 template <typename T>
-Softmax<T> softmax_of(const Tensor& statistics, int64_t matrix, int64_t begin) {
+Softmax<T> view_softmax(const Tensor& statistics, int64_t matrix, int64_t begin) {
   const int64_t total = statistics.size(3);
   T* data = statistics.mutable_data_ptr<T>() + matrix * 6 * total + begin;
   Softmax<T> softmax{};
   for (int way = 0; way < 2; ++way) {
     softmax.shift[way] = data + way * total;
     softmax.sums[way] = data + (2 + way) * total;
-    softmax.off[way] = data + (4 + way) * total;
+    softmax.miss_probability[way] = data + (4 + way) * total;
   }
   return softmax;
 }
 
-// How many parts of rows fit into `room` elements, all matrices together.
-int64_t parts_within(const Parts& parts, int64_t matrices, int64_t room) {
-  int64_t fit = 0;
-  while (fit < parts.count && matrices * parts[fit].begin * parts.n +
-                                      matrices * parts[fit].size * parts.n <= room) ++fit;
-  return fit;
+// The kept elements of the first `count` parts.
+int64_t count_kept(const Parts& parts, int64_t matrices, int64_t count) {
+  return count == 0 ? 0 : matrices * (parts[count - 1].begin + parts[count - 1].size) * parts.n;
 }
 
-// The kept elements of `count` parts.
-int64_t kept_size(const Parts& parts, int64_t matrices, int64_t count) {
-  return count == 0 ? 0 : matrices * (parts[count - 1].begin + parts[count - 1].size) * parts.n;
+// How many parts of rows fit into `room` elements, all matrices together.
+int64_t count_fitting_parts(const Parts& parts, int64_t matrices, int64_t room) {
+  int64_t count = 0;
+  while (count < parts.count && count_kept(parts, matrices, count + 1) <= room) ++count;
+  return count;
+}
+
+// A group of the rows `rows`, with its first `used` matrices.
+template <typename T>
+Group<T> make_group(const std::vector<Features<T>>& features, const Tensor& statistics, Span rows,
+                    Parts parts, int64_t used) {
+  Group<T> group{};
+  group.parts = parts;
+  group.kept_matrices = features.size();
+  for (int64_t k = 0; k < used; ++k) {
+    group.matrices.push_back(features[k].select(rows));
+    group.softmaxes.push_back(view_softmax<T>(statistics, k, rows.begin));
+  }
+  return group;
 }
 
 template <typename T>
@@ -87,25 +102,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const std::vector<Features<T>
   int64_t begin = 0;
   for (size_t g = 0; g < groups.size(); ++g) {
     const int64_t n = groups[g];
-    Group<T> group{};
-    group.parts = Parts::choose(n, width, tile);
-    for (int64_t k = 0; k < matrices; ++k) {
-      group.matrices.push_back(features[k].group({begin, n}));
-      group.softmaxes.push_back(softmax_of<T>(statistics, k, begin));
-    }
+    Group<T> group =
+        make_group(features, statistics, {begin, n}, Parts::choose(n, width, tile), matrices);
     group.kept = kept_next;
-    group.kept_matrices = matrices;
-    group.kept_parts = n < 2 ? 0 : parts_within(group.parts, matrices, room);
-    const int64_t used = kept_size(group.parts, matrices, group.kept_parts);
-    kept_next += used;
-    room -= used;
+    group.kept_parts = n < 2 ? 0 : count_fitting_parts(group.parts, matrices, room);
+    const int64_t filled = count_kept(group.parts, matrices, group.kept_parts);
+    kept_next += filled;
+    room -= filled;
     compute_losses(group, losses.mutable_data_ptr<T>() + begin, total);
     int64_t* planned = plan.mutable_data_ptr<int64_t>() + 2 * g;
     planned[0] = group.parts.count;
     planned[1] = group.kept_parts;
     begin += n;
   }
-  std::fill_n(kept_next, room, T(0));  // an operator returns no memory that it never wrote
+  std::fill_n(kept_next, room, T(0));  // an operator must not return uninitialised memory
   return {losses, statistics, kept, plan};
 }
 
@@ -118,52 +128,48 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& upstream,
   const auto type = c10::CppTypeToScalarType<T>::value;
   const int64_t total = features[0].image.size(0), matrices = features.size();
   const Tensor weights = upstream.to(type).contiguous();
-  const T unit = largest_magnitude(weights.const_data_ptr<T>(), weights.numel());
+  const T largest = largest_finite(weights.const_data_ptr<T>(), weights.numel());
   const bool from_text = wanted.scale && wanted.text && !wanted.image;
   const bool makes_image = wanted.image || (wanted.scale && !wanted.text);
-  const auto gradient = [&](const Tensor& side, bool made) {
-    return at::empty({made ? side.size(0) : 0, side.size(1)}, type);
+  const auto allocate = [&](const Tensor& side, bool is_made) {
+    return at::empty({is_made ? side.size(0) : 0, side.size(1)}, type);
   };
-  Tensor d_image = gradient(features[0].image, makes_image);
-  Tensor d_text = gradient(features[0].text, wanted.text);
+  Tensor d_image = allocate(features[0].image, makes_image);
+  Tensor d_text = allocate(features[0].text, wanted.text);
   double d_scale = 0;
   const T* kept_next = kept.const_data_ptr<T>();
   int64_t begin = 0;
   for (size_t g = 0; g < groups.size(); ++g) {
     const int64_t n = groups[g];
     const int64_t* planned = plan.const_data_ptr<int64_t>() + 2 * g;
-    Group<T> group{};
-    group.parts = {n, planned[0]};
+    const Weights<T> group_weights{weights.const_data_ptr<T>() + begin, total, n,
+                                   largest == 0 ? T(1) : largest};
+    const bool has_kl = matrices > 1 && group_weights.has_loss(1);
+    const bool is_used = has_kl || group_weights.has_loss(0);
+    Group<T> group = make_group(features, statistics, {begin, n}, Parts{n, planned[0]},
+                                is_used ? 1 + has_kl : 0);
+    for (Softmax<T>& softmax : group.softmaxes) {
+      softmax.is_shared = has_one_shift(softmax.shift, n);
+    }
     group.kept = const_cast<T*>(kept_next);
     group.kept_parts = planned[1];
-    group.kept_matrices = matrices;
-    group.filled = true;
-    kept_next += kept_size(group.parts, matrices, group.kept_parts);
-    const Weights<T> upstream_of{weights.const_data_ptr<T>() + begin, total, n, unit};
-    const bool any = upstream_of.used(0) || (matrices > 1 && upstream_of.used(1));
-    const int64_t used = matrices > 1 && upstream_of.used(1) ? 2 : 1;
-    for (int64_t k = 0; any && k < used; ++k) {
-      group.matrices.push_back(features[k].group({begin, n}));
-      group.softmaxes.push_back(softmax_of<T>(statistics, k, begin));
-      group.softmaxes[k].shared = one_number(group.softmaxes[k].shift, n);
-    }
+    group.is_filled = true;
+    kept_next += count_kept(group.parts, matrices, group.kept_parts);
     Gradients<T> gradients{makes_image ? d_image.narrow(0, begin, n) : Tensor(),
                            wanted.text ? d_text.narrow(0, begin, n) : Tensor()};
-    if (any && n > 0) {
-      d_scale += compute_gradients(group, upstream_of, gradients, from_text);
+    if (is_used && n > 0) {
+      d_scale += compute_gradients(group, group_weights, gradients, from_text);
     } else {
-      for (Tensor* side : {&gradients.image, &gradients.text}) {
-        if (side->defined()) side->zero_();
-      }
+      gradients.fill_with_zeros();
     }
     begin += n;
   }
-  const auto returned = [&](const Tensor& made, bool is_wanted, const Tensor& like) {
-    const auto precision = rounded ? like.scalar_type() : type;
-    return is_wanted ? made.to(precision) : at::empty({0}, precision);
+  const auto convert = [&](const Tensor& gradient, bool is_wanted, const Tensor& side) {
+    const auto precision = rounded ? side.scalar_type() : type;
+    return is_wanted ? gradient.to(precision) : at::empty({0}, precision);
   };
-  return {returned(d_image, wanted.image, features[0].image),
-          returned(d_text, wanted.text, features[0].text),
+  return {convert(d_image, wanted.image, features[0].image),
+          convert(d_text, wanted.text, features[0].text),
           at::scalar_tensor(d_scale, type)};
 }
 
@@ -174,8 +180,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_cpu(
   PlainTensors guard;
   return AT_DISPATCH_FLOATING_TYPES(scale.scalar_type(), "contrastive_cpu", [&] {
     return forward(
-        all_features<scalar_t>(image, text, scale, ref_image, ref_text, ref_scale), groups, tile,
-        kept);
+        collect_features<scalar_t>(image, text, scale, ref_image, ref_text, ref_scale), groups,
+        tile, kept);
   });
 }
 
@@ -187,7 +193,7 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_cpu_backward(
   PlainTensors guard;
   return AT_DISPATCH_FLOATING_TYPES(scale.scalar_type(), "contrastive_cpu_backward", [&] {
     return backward(
-        upstream, all_features<scalar_t>(image, text, scale, ref_image, ref_text, ref_scale),
+        upstream, collect_features<scalar_t>(image, text, scale, ref_image, ref_text, ref_scale),
         statistics, kept, plan, groups, Wanted{wants_image, wants_text, wants_scale}, rounded);
   });
 }

@@ -1,4 +1,4 @@
-// One square problem: its logits by tiles, who computes which, and what is kept of them.
+// One square problem: its logits by tiles, their distribution over threads, and the kept ones.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -14,7 +14,12 @@ namespace fasterase {
 
 using at::Tensor;
 
-// Tensor calls below autograd, autocast and dispatch modes; a worker thread needs its own.
+// exp(66) times 2^20 columns, also times the KL's (s0 - s), still fits fp32.
+constexpr double kHeadroom = 66.0;
+// A smaller sum may have lost terms to underflow: fp32 is normal down to 2^-126.
+constexpr double kUnderflow = 0x1p-80;
+
+// Runs tensor calls below autograd, autocast and dispatch modes; each worker thread needs one.
 struct PlainTensors {
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autograd_dispatch_keyset |
@@ -32,11 +37,11 @@ struct Parts {
   // Parts of at most `tile` rows, a multiple of the number of threads where they stay large enough.
   static Parts choose(int64_t n, int64_t width, int64_t tile) {
     constexpr int64_t smallest_tile = 64;
-    // Below this many multiply-adds a second thread costs more than it brings.
-    constexpr int64_t worth_a_thread = int64_t(1) << 22;
+    // Below this many multiply-adds a second thread costs more than it saves.
+    constexpr int64_t least_work = int64_t(1) << 22;
     const int64_t few = std::max<int64_t>(1, at::divup(n, tile));
     const int64_t threads = at::get_num_threads();
-    if (threads == 1 || n * n * width < worth_a_thread) return {n, few};
+    if (threads == 1 || n * n * width < least_work) return {n, few};
     const int64_t even = at::divup(few, threads) * threads;
     return {n, std::max(few, std::min(even, at::divup(n, smallest_tile)))};
   }
@@ -48,8 +53,17 @@ struct Parts {
     return {begin, n * (k + 1) / count - begin};
   }
 
-  // visit(row part, column part) for every tile. In a step no two threads share rows or columns, so
-  // that each may add to what belongs to either; the order of additions is the same for any number
+  // Calls visit(rows) for every part, in parallel.
+  template <typename Visit>
+  void for_each_part(const Visit& visit) const {
+    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      PlainTensors guard;
+      for (int64_t k = begin; k < end; ++k) visit((*this)[k]);
+    });
+  }
+
+  // Calls visit(row part, column part) for every tile. In a step no two threads share rows or
+  // columns, so each may add to sums of either; the order of additions is the same for any number
   // of threads.
   template <typename Visit>
   void for_each_tile(const Visit& visit) const {
@@ -62,23 +76,13 @@ struct Parts {
   }
 };
 
-// What a softmax over S comes down to; index 0: of the rows, 1: of the columns.
+// The softmax over S, in O(n). Index 0: rows, 1: columns.
 template <typename T>
 struct Softmax {
-  T* shift[2];  // taken off the logits before exp
-  T* sums[2];   // of exp(s - shift) beside the diagonal
-  T* off[2];    // the probability beside the diagonal
-  bool shared;  // one shift everywhere, so that one exp serves both directions
-
-  // visit(exps) of row i of a tile over `cols`, whose logits are `s`.
-  template <typename Visit>
-  void visit_exps(const T* s, int64_t i, Span cols, const Visit& visit) const {
-    if (shared) {
-      visit(Exponentials<true, T>{s, shift[0][i], nullptr});
-    } else {
-      visit(Exponentials<false, T>{s, shift[0][i], shift[1] + cols.begin});
-    }
-  }
+  T* shift[2];             // subtracted from the logits before exp
+  T* sums[2];              // of exp(s - shift) beside the diagonal
+  T* miss_probability[2];  // the probability beside the diagonal
+  bool is_shared;          // one shift everywhere, so one exp is enough for both directions
 };
 
 // S = scale * image @ text.T of one group, in T.
@@ -101,7 +105,14 @@ inline Tensor view(T* data, int64_t rows, int64_t cols) {
   return at::from_blob(data, {rows, cols}, c10::CppTypeToScalarType<T>::value);
 }
 
-// Memory of one thread. `tile(k)` holds an edge x edge tile, `line(k)` one row of it.
+// One tile of the group's matrices, `logits[1]` of the original's where there is a reference.
+template <typename T>
+struct Tile {
+  Span rows, cols;
+  const T* logits[2];
+};
+
+// Memory of each thread. `tile(k)` holds an edge x edge tile, `line(k)` one row of it.
 template <typename T>
 class Scratch {
  public:
@@ -124,7 +135,7 @@ class Scratch {
 // The matrices of one group: the current one and, where there is a reference, the original's.
 template <typename T>
 struct Group {
-  // Far below every logit and far from overflow: exp makes 0 of it, a difference of two as well.
+  // Far below every logit and far from overflow: its exp is 0, and a difference of two is 0.
   static constexpr T nothing = T(-1e30);
 
   std::vector<Logits<T>> matrices;
@@ -132,19 +143,43 @@ struct Group {
   Parts parts;
   T* kept;                // tiles of the first `kept_parts` parts of rows
   int64_t kept_parts;
-  int64_t kept_matrices;  // how many of a tile lie there one after another
-  bool filled;            // whether they are there already
+  int64_t kept_matrices;  // for each tile, how many matrices are kept, one after another
+  bool is_filled;         // whether the kept logits have been computed
 
   int64_t rows() const { return parts.n; }
+  bool has_ref() const { return matrices.size() > 1; }
+
+  // Calls visit(tile) for every tile of all matrices; two tiles of `scratch` hold those not kept.
+  template <typename Visit>
+  void for_each_tile(const Scratch<T>& scratch, const Visit& visit) const {
+    parts.for_each_tile([&](int64_t r, int64_t c) {
+      const T* s = compute_tile(0, r, c, scratch.tile(0));
+      const T* s0 = has_ref() ? compute_tile(1, r, c, scratch.tile(1)) : nullptr;
+      visit(Tile<T>{parts[r], parts[c], {s, s0}});
+    });
+  }
+
+  // Calls visit(exps) for row i of a tile of matrix k.
+  template <typename Visit>
+  void visit_exps(int64_t k, const Tile<T>& tile, int64_t i, const Visit& visit) const {
+    const Softmax<T>& softmax = softmaxes[k];
+    const T* s = tile.logits[k] + i * tile.cols.size;
+    const T row_shift = softmax.shift[0][tile.rows.begin + i];
+    if (softmax.is_shared) {
+      visit(Exponentials<true, T>{s, row_shift, nullptr});
+    } else {
+      visit(Exponentials<false, T>{s, row_shift, softmax.shift[1] + tile.cols.begin});
+    }
+  }
 
   // Tile (r, c) of matrix k with `nothing` on the group's diagonal; in `scratch` unless it is kept.
-  T* tile(int64_t k, int64_t r, int64_t c, T* scratch) const {
+  T* compute_tile(int64_t k, int64_t r, int64_t c, T* scratch) const {
     const Span rows = parts[r], cols = parts[c];
     const bool is_kept = r < kept_parts;
     T* s = is_kept ? kept + kept_matrices * (rows.begin * parts.n + rows.size * cols.begin) +
                          k * rows.size * cols.size
                    : scratch;
-    if (is_kept && filled) return s;
+    if (is_kept && is_filled) return s;
     const Logits<T>& logits = matrices[k];
     Tensor out = view(s, rows.size, cols.size);
     at::addmm_out(out, out, logits.image_rows(rows), logits.text_rows(cols).t(), 0, logits.scale);

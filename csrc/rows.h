@@ -1,9 +1,11 @@
 // Elementwise work on one row of a tile, in loops that compilers vectorise.
 //
-// Nothing here may be compiled with -fassociative-math: exp splits its argument by sums whose order
-// matters. Where a sum may be reordered, the loop says so (omp simd reduction).
+// Do not compile this with -fassociative-math: exp splits its argument by sums whose order matters.
+// Loops whose sums may be reordered say so (omp simd reduction).
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -19,7 +21,7 @@ struct Exp<float> {
   static constexpr int mantissa = 23, degree = 7;
   static constexpr float lowest = -127 * 0.693147f, highest = 128 * 0.693147f;
   static constexpr float ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
-  static constexpr float round = 0x1.8p23f;  // added and taken off again: rounds to an integer
+  static constexpr float round = 0x1.8p23f;  // adding and subtracting it rounds to an integer
 };
 
 template <>
@@ -44,11 +46,11 @@ constexpr double inverse_factorial(int k) { return k < 2 ? 1.0 : inverse_factori
 // exp to about one unit in the last place; 0 below 2^-126.5 (2^-1022.5), infinite above 2^127.5
 // (2^1023.5), NaN of NaN.
 //
-// libm's own vector expf is out of reach without -ffast-math, which would also turn on
-// flush-to-zero for the whole process. exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2) / 2,
-// exp(r) by its Taylor series (remainder 5e-9 in float, 4e-18 in double). At either end of n the
-// bits of 2^n are those of 0 and of infinity: no case apart, which with a call in place of the
-// inlined code would keep the loops around it from being vectorised.
+// libm's own vector expf needs -ffast-math, which would also turn on flush-to-zero for the whole
+// process. exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2) / 2,
+// exp(r) by its Taylor series (remainder 5e-9 in float, 4e-18 in double). At the ends of the range
+// of n the bits of 2^n are those of 0 and of infinity, so no branch is needed. A branch, or a call
+// that is not inlined, would prevent the vectorisation of the loops around it.
 template <typename T>
 [[gnu::always_inline]] inline T exp(T x) {
   using E = Exp<T>;
@@ -66,8 +68,8 @@ template <typename T>
   return series * bit_cast<T>(power);
 }
 
-// The exps of one row of logits: exp(s - shift) for the row's direction and for the columns', which
-// are one number where a matrix has one shift.
+// The exps of one row of logits: exp(s - shift) for the row's direction and for the columns'; both
+// are the same number if a matrix has one shift.
 template <bool is_shared, typename T>
 struct Exponentials {
   const T* s;
@@ -80,17 +82,17 @@ struct Exponentials {
   }
 };
 
-// None of the loops over exps is inlined: in the middle of a tile's code GCC gives up on some.
+// The loops over exps are not inlined: inside a tile's code GCC fails to vectorise some of them.
 
 // Adds the exps to the columns' sums; returns the row's.
 template <bool is_shared, typename T>
-[[gnu::noinline]] T add_exps(Exponentials<is_shared, T> current, T* down, int64_t n) {
+[[gnu::noinline]] T add_exps(Exponentials<is_shared, T> current, T* col_sums, int64_t n) {
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < n; ++j) {
     const T row = current.row(j);
     sum += row;
-    down[j] += current.col(j, row);
+    col_sums[j] += current.col(j, row);
   }
   return sum;
 }
@@ -100,40 +102,40 @@ struct RefSums {
   T exps, cross;
 };
 
-// Likewise of the original, and of its exps times s0 - s.
+// The same for the original, and for its exps times s0 - s.
 template <bool is_shared, typename T>
-[[gnu::noinline]] RefSums<T> add_ref_exps(Exponentials<is_shared, T> original, const T* s, T* down,
-                               T* down_cross, int64_t n) {
+[[gnu::noinline]] RefSums<T> add_ref_exps(Exponentials<is_shared, T> original, const T* s,
+                                          T* col_sums, T* col_cross, int64_t n) {
   T sum = 0, cross = 0;
 #pragma omp simd reduction(+ : sum, cross)
   for (int64_t j = 0; j < n; ++j) {
     const T row = original.row(j), col = original.col(j, row), gap = original.s[j] - s[j];
     sum += row;
     cross += row * gap;
-    down[j] += col;
-    down_cross[j] += col * gap;
+    col_sums[j] += col;
+    col_cross[j] += col * gap;
   }
   return {sum, cross};
 }
 
-// g = exps * weights, of the row and of the columns; `g` may be the logits' own place.
+// g = row exps * row factor + column exps * column factors; `g` may overwrite the logits.
 template <bool is_shared, typename T>
-[[gnu::noinline]] void weigh_exps(Exponentials<is_shared, T> current, T by_row, const T* by_col, T* g,
-                       int64_t n) {
+[[gnu::noinline]] void weigh_exps(Exponentials<is_shared, T> current, T row_factor,
+                                  const T* col_factors, T* g, int64_t n) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
     const T row = current.row(j);
-    g[j] = row * by_row + current.col(j, row) * by_col[j];
+    g[j] = row * row_factor + current.col(j, row) * col_factors[j];
   }
 }
 
 template <bool is_shared, typename T>
-[[gnu::noinline]] void subtract_weighed_exps(Exponentials<is_shared, T> original, T by_row, const T* by_col,
-                                  T* g, int64_t n) {
+[[gnu::noinline]] void subtract_weighed_exps(Exponentials<is_shared, T> original, T row_factor,
+                                             const T* col_factors, T* g, int64_t n) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
     const T row = original.row(j);
-    g[j] -= row * by_row + original.col(j, row) * by_col[j];
+    g[j] -= row * row_factor + original.col(j, row) * col_factors[j];
   }
 }
 
@@ -151,11 +153,21 @@ inline void add_row(const T* x, T* to, int64_t n) {
   for (int64_t j = 0; j < n; ++j) to[j] += x[j];
 }
 
-// The larger of two; a NaN in x is passed over.
+// Elementwise maximum; NaNs in x are ignored.
 template <typename T>
 inline void max_row(const T* x, T* to, int64_t n) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) to[j] = x[j] > to[j] ? x[j] : to[j];
+}
+
+// The largest finite magnitude, 0 if there is none.
+template <typename T>
+inline T largest_finite(const T* x, int64_t n) {
+  T largest = 0;
+  for (int64_t j = 0; j < n; ++j) {
+    if (std::isfinite(x[j])) largest = std::max(largest, std::abs(x[j]));
+  }
+  return largest;
 }
 
 template <typename T>

@@ -1,4 +1,4 @@
-// Memory for kept logits that a step hands to the next one.
+// Memory for kept logits, passed from one step to the next.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -14,8 +14,8 @@
 
 namespace fasterase {
 
-// The block of the last call that is done, if any: fresh memory is paid for at its first touch, page
-// by page, which took a tenth of a step (N = 4096, D = 512, with the KL; more in virtual machines).
+// Keeps the block of the last finished call. Fresh memory costs a page fault per page at its first
+// touch, a tenth of a step in all (N = 4096, D = 512, with the KL; more in virtual machines).
 class Workspace {
  public:
   static Workspace& instance() {
@@ -23,7 +23,7 @@ class Workspace {
     return *only;
   }
 
-  // Elements of any value. They go back when the tensor dies.
+  // A tensor of uninitialised elements. Its memory returns here when the tensor is freed.
   template <typename T>
   at::Tensor take(int64_t elements) {
     const size_t bytes = elements * sizeof(T);
@@ -36,13 +36,15 @@ class Workspace {
 
  private:
   using Block = std::pair<void*, size_t>;
-  static constexpr size_t page = size_t(1) << 21;  // a huge one
+  static constexpr size_t page = size_t(1) << 21;  // a huge page
 
   Block reuse_or_allocate(size_t bytes) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      // A small call leaves a large block for the large call of the same step.
-      if (spare_.second >= bytes && spare_.second / 4 <= bytes) return std::exchange(spare_, Block());
+      // A small call leaves a large block to the large call of the same step.
+      if (spare_.second >= bytes && spare_.second / 4 <= bytes) {
+        return std::exchange(spare_, Block());
+      }
     }
     const size_t rounded = (bytes + page - 1) / page * page;
     void* data = nullptr;
@@ -55,7 +57,7 @@ class Workspace {
 
   void give_back(Block block) {
 #ifdef __linux__
-    // The system may take the pages where memory runs short; else they cost nothing to use again.
+    // The system may reclaim the pages when memory is short; otherwise reusing them is free.
     madvise(block.first, block.second, MADV_FREE);
 #endif
     const std::lock_guard<std::mutex> lock(mutex_);

@@ -1,6 +1,6 @@
 """The erasure objective: CLIPErase's three losses, a floor and an anchor, on [N] vectors.
 
-Weights, signs and sets live here; the similarity matrices are the business of `ops.contrastive`.
+This module applies weights, signs and sets; `ops.contrastive` computes the similarity matrices.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fasterase.errors import InputError
 from fasterase.ops.contrastive import Contrastive, contrastive, weighted_contrastive
-from fasterase.ops.contrastive.backends import choose
+from fasterase.ops.contrastive.api import choose_backend
 from fasterase.ops.contrastive.checks import (
     check_labels,
     check_pairs,
@@ -71,104 +71,50 @@ def erase_loss(
                       + consistency_weight * consistency + anchor_weight * anchor
 
     An empty set contributes 0. A similarity matrix that no weight uses is not computed, and its
-    terms are reported as 0; likewise the KL and the anchor at weight 0.
+    terms are reported as 0; the same holds for the KL and the anchor at weight 0.
 
     Args:
-        image, text: L2-normalised features, row i of both being pair i, forget pairs first. They
-            are used as given: of rows that are not normalised, "cos" is their dot product.
+        image, text: L2-normalised features; row i of both is pair i, forget pairs first. They are
+            used as given: for rows that are not normalised, "cos" is the dot product.
         scale: exp(logit_scale), a 0-d tensor or a float.
         ref_image, ref_text, ref_scale: the frozen original's, constants; may be None where the
             weights of consistency and anchor are 0. The anchor needs D0 == D.
         n_forget: how many rows are forget pairs, 0 to N.
         forget_loss: "similarity", or "contrastive": minus the symmetric InfoNCE of the forget rows.
-            With one caption for the whole forget set that needs `negatives="joint"` to act.
+            If the whole forget set has one caption, it needs `negatives="joint"` to have an effect.
         floor: with "similarity", the cosine below which a forget pair is left alone:
             mean of `max(cos - floor, 0)`.
-        labels: integers; pairs with the same label are each other's positives.
+        labels: any integers; pairs with the same label are each other's positives.
         negatives: "own": forget and retain are two similarity matrices. "joint": one over all rows,
             each loss the mean over its own rows.
         backend: as in `fasterase.contrastive`.
         grad_in_forward: make the gradients of the similarity matrices at once, for these weights,
-            and keep them, [N, D] in the returned dtype, in the place of what a backward pass would
-            need: no reference, no logits. The backward pass only multiplies them by the upstream
-            gradient. The FLOPs are those of both passes. `backend="dense"` stays plain autograd.
+            and save them, [N, D] in the returned dtype, instead of the inputs of a backward pass
+            (reference, logits). The backward pass only multiplies them by the upstream gradient.
+            The FLOPs are those of both passes. `backend="dense"` stays plain autograd.
 
     Returns:
         `EraseLoss(total, forget, retain, consistency, anchor)`, fp32 (fp64 for fp64 features),
         differentiable in image, text and scale; with `grad_in_forward` only the total, once.
 
     Raises:
-        InputError: any argument that is not as described.
+        InputError: an argument is not as described.
     """
-    weights = {
-        "forget_weight": forget_weight,
-        "retain_weight": retain_weight,
-        "consistency_weight": consistency_weight,
-        "anchor_weight": anchor_weight,
-    }
+    weights = _Weights(forget_weight, retain_weight, consistency_weight, anchor_weight)
     _check_batch(image, text, scale, labels, n_forget)
     _check_options(weights, forget_loss, floor, negatives, backend, grad_in_forward)
-    _check_originals(image, ref_image, ref_text, ref_scale, consistency_weight, anchor_weight)
-    dtype = compute_dtype(image, text)
-    scale = scale_tensor(scale, image, dtype)
-    everything = slice(0, len(image))
-    forget_rows, retain_rows = slice(0, n_forget), slice(n_forget, len(image))
-    n_retain = len(image) - n_forget
-    uses_forget = forget_loss == "contrastive" and forget_weight != 0
-    uses_retain = retain_weight != 0 or consistency_weight != 0
-    # 0 with a gradient of 0, so that a loss without rows does not break the caller's backward pass.
-    nothing = image[:0].to(dtype).sum() + text[:0].to(dtype).sum() + scale.expand(0).sum()
+    _check_originals(image, ref_image, ref_text, ref_scale, weights)
 
-    def mean(samples: Tensor) -> Tensor:
-        return samples.mean() if len(samples) else nothing
+    scale = scale_tensor(scale, image, compute_dtype(image, text))
+    zero = _make_zero(image, text, scale)
+    pairs = _Pairs(image, text, scale, ref_image, ref_text, ref_scale, labels, n_forget, zero)
+    matrices = _compute_matrices(pairs, weights, forget_loss, negatives, backend, grad_in_forward)
 
-    matrix_totals: list[Tensor] = []  # with grad_in_forward
-
-    def matrix(rows: slice) -> Contrastive:
-        has_retain = rows.stop > n_forget
-        has_kl = consistency_weight != 0 and has_retain
-        options: dict[str, Any] = {
-            "ref_image": ref_image[rows] if has_kl and ref_image is not None else None,
-            "ref_text": ref_text[rows] if has_kl and ref_text is not None else None,
-            "ref_scale": ref_scale if has_kl else None,
-            "labels": None if labels is None else labels[rows],
-            "backend": backend,
-        }
-        if not grad_in_forward:
-            return contrastive(image[rows], text[rows], scale, **options)
-        shares = scale.new_zeros(4 if has_kl else 2, len(image))
-        if uses_forget:
-            shares[:2, forget_rows] = -forget_weight / (2 * max(n_forget, 1))
-        shares[:2, retain_rows] = retain_weight / (2 * max(n_retain, 1))
-        shares[2:, retain_rows] = consistency_weight / max(n_retain, 1)
-        found = weighted_contrastive(image[rows], text[rows], scale, shares[:, rows], **options)
-        matrix_totals.append(found.total)
-        return found.losses
-
-    forget_matrix = retain_matrix = None
-    if negatives == "joint" and (uses_forget or uses_retain):
-        joint = matrix(everything)
-        forget_matrix, retain_matrix = _take(joint, forget_rows), _take(joint, retain_rows)
-    elif negatives == "own":
-        forget_matrix = matrix(forget_rows) if uses_forget else None
-        retain_matrix = matrix(retain_rows) if uses_retain else None
-
-    forget = retain = consistency = anchor = nothing
-    if forget_loss == "similarity":
-        cosine = (image[forget_rows].to(dtype) * text[forget_rows].to(dtype)).sum(1)
-        forget = mean(cosine if floor is None else (cosine - floor).clamp_min(0))
-    elif forget_matrix is not None:
-        forget = -mean((forget_matrix.ce_row + forget_matrix.ce_col) / 2)
-    if retain_matrix is not None:
-        retain = mean((retain_matrix.ce_row + retain_matrix.ce_col) / 2)
-        if retain_matrix.kl_row is not None and retain_matrix.kl_col is not None:
-            consistency = mean(retain_matrix.kl_row + retain_matrix.kl_col)
-    if anchor_weight and ref_image is not None and ref_text is not None:
-        moved_image = image[retain_rows].to(dtype) - ref_image[retain_rows].to(dtype)
-        moved_text = text[retain_rows].to(dtype) - ref_text[retain_rows].to(dtype)
-        anchor = mean(moved_image.square().sum(1) + moved_text.square().sum(1))
+    forget = _compute_forget(pairs, forget_loss, floor, matrices.forget)
+    retain, consistency = _compute_retain(pairs, matrices.retain)
+    anchor = _compute_anchor(pairs) if anchor_weight else zero
     total = (
-        nothing
+        zero
         + forget_weight * forget
         + retain_weight * retain
         + consistency_weight * consistency
@@ -177,16 +123,150 @@ def erase_loss(
     terms = (forget, retain, consistency, anchor)
     if not grad_in_forward:
         return EraseLoss(total, *terms)
-    for matrix_total in matrix_totals:
-        # The terms have counted its value already: this adds 0 (where it is infinite too, which
-        # has no gradient worth having), and its gradient.
+    for matrix_total in matrices.totals:
+        # The terms already contain its value: this adds 0 and its gradient. Where the value is
+        # infinite it adds 0 too; the gradient is meaningless there.
         total = total + (matrix_total - matrix_total.detach()).nan_to_num(nan=0.0)
     return EraseLoss(total, *(term.detach() for term in terms))
 
 
-def _take(losses: Contrastive, rows: slice) -> Contrastive:
+class _Weights(NamedTuple):
+    forget: float
+    retain: float
+    consistency: float
+    anchor: float
+
+
+class _Pairs(NamedTuple):
+    """The checked batch; scale has the dtype of the computation."""
+
+    image: Tensor  # [N, D]
+    text: Tensor  # [N, D]
+    scale: Tensor  # []
+    ref_image: Tensor | None  # [N, D0]
+    ref_text: Tensor | None  # [N, D0]
+    ref_scale: Tensor | float | None
+    labels: Tensor | None  # [N]
+    n_forget: int
+    zero: Tensor  # [] a term without rows
+
+    @property
+    def forget_rows(self) -> slice:
+        return slice(0, self.n_forget)
+
+    @property
+    def retain_rows(self) -> slice:
+        return slice(self.n_forget, len(self.image))
+
+    def mean(self, samples: Tensor) -> Tensor:
+        return samples.mean() if len(samples) else self.zero
+
+
+class _Matrices(NamedTuple):
+    """Losses of the similarity matrices, by the rows that use them; None where none is used."""
+
+    forget: Contrastive | None
+    retain: Contrastive | None
+    totals: tuple[Tensor, ...]  # [] with grad_in_forward the weighted total of each matrix
+
+
+def _make_zero(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    """0 with gradients of 0, so a loss without rows does not break the caller's backward pass."""
+    dtype = scale.dtype
+    return image[:0].to(dtype).sum() + text[:0].to(dtype).sum() + scale.expand(0).sum()
+
+
+def _compute_matrices(
+    pairs: _Pairs,
+    weights: _Weights,
+    forget_loss: str,
+    negatives: str,
+    backend: str,
+    grad_in_forward: bool,
+) -> _Matrices:
+    """Compute the similarity matrices that a weight uses: one, or one per set."""
+    uses_forget = forget_loss == "contrastive" and weights.forget != 0
+    uses_retain = weights.retain != 0 or weights.consistency != 0
+    forget_rows, retain_rows = pairs.forget_rows, pairs.retain_rows
+    forget = retain = None
+    totals: list[Tensor] = []
+
+    def compute(rows: slice) -> Contrastive:
+        has_kl = weights.consistency != 0 and rows.stop > pairs.n_forget
+        call = _select_rows(pairs, rows, has_kl) | {"backend": backend}
+        if not grad_in_forward:
+            return contrastive(**call)
+        sample_weights = _spread_weights(pairs, weights, uses_forget, has_kl)
+        weighted = weighted_contrastive(weights=sample_weights[:, rows], **call)
+        totals.append(weighted.total)
+        return weighted.losses
+
+    if negatives == "own":
+        forget = compute(forget_rows) if uses_forget else None
+        retain = compute(retain_rows) if uses_retain else None
+    elif uses_forget or uses_retain:
+        joint = compute(slice(0, len(pairs.image)))
+        forget, retain = (_select_losses(joint, rows) for rows in (forget_rows, retain_rows))
+    return _Matrices(forget, retain, tuple(totals))
+
+
+def _select_rows(pairs: _Pairs, rows: slice, has_kl: bool) -> dict[str, Any]:
+    """Arguments of `contrastive` for these rows, with the reference if `has_kl`."""
+    ref_image, ref_text = pairs.ref_image, pairs.ref_text
+    return {
+        "image": pairs.image[rows],
+        "text": pairs.text[rows],
+        "scale": pairs.scale,
+        "ref_image": ref_image[rows] if has_kl and ref_image is not None else None,
+        "ref_text": ref_text[rows] if has_kl and ref_text is not None else None,
+        "ref_scale": pairs.ref_scale if has_kl else None,
+        "labels": None if pairs.labels is None else pairs.labels[rows],
+    }
+
+
+def _spread_weights(pairs: _Pairs, weights: _Weights, uses_forget: bool, has_kl: bool) -> Tensor:
+    """[4 or 2, N] weights of the per-sample losses in the total."""
+    n_forget, n_retain = pairs.n_forget, len(pairs.image) - pairs.n_forget
+    spread = pairs.scale.new_zeros(4 if has_kl else 2, len(pairs.image))
+    if uses_forget:
+        spread[:2, pairs.forget_rows] = -weights.forget / (2 * max(n_forget, 1))
+    spread[:2, pairs.retain_rows] = weights.retain / (2 * max(n_retain, 1))
+    spread[2:, pairs.retain_rows] = weights.consistency / max(n_retain, 1)
+    return spread
+
+
+def _select_losses(losses: Contrastive, rows: slice) -> Contrastive:
     kl_row, kl_col = (None if kl is None else kl[rows] for kl in (losses.kl_row, losses.kl_col))
     return Contrastive(losses.ce_row[rows], losses.ce_col[rows], kl_row, kl_col)
+
+
+def _compute_forget(
+    pairs: _Pairs, forget_loss: str, floor: float | None, losses: Contrastive | None
+) -> Tensor:
+    if forget_loss == "similarity":
+        dtype, rows = pairs.scale.dtype, pairs.forget_rows
+        cosine = (pairs.image[rows].to(dtype) * pairs.text[rows].to(dtype)).sum(1)
+        return pairs.mean(cosine if floor is None else (cosine - floor).clamp_min(0))
+    return pairs.zero if losses is None else -pairs.mean((losses.ce_row + losses.ce_col) / 2)
+
+
+def _compute_retain(pairs: _Pairs, losses: Contrastive | None) -> tuple[Tensor, Tensor]:
+    """(retain, consistency)."""
+    if losses is None:
+        return pairs.zero, pairs.zero
+    retain = pairs.mean((losses.ce_row + losses.ce_col) / 2)
+    if losses.kl_row is None or losses.kl_col is None:
+        return retain, pairs.zero
+    return retain, pairs.mean(losses.kl_row + losses.kl_col)
+
+
+def _compute_anchor(pairs: _Pairs) -> Tensor:
+    dtype, rows = pairs.scale.dtype, pairs.retain_rows
+    assert pairs.ref_image is not None
+    assert pairs.ref_text is not None
+    moved_image = pairs.image[rows].to(dtype) - pairs.ref_image[rows].to(dtype)
+    moved_text = pairs.text[rows].to(dtype) - pairs.ref_text[rows].to(dtype)
+    return pairs.mean(moved_image.square().sum(1) + moved_text.square().sum(1))
 
 
 def _check_batch(image: Any, text: Any, scale: Any, labels: Any, n_forget: Any) -> None:
@@ -207,16 +287,16 @@ def _check_batch(image: Any, text: Any, scale: Any, labels: Any, n_forget: Any) 
 
 
 def _check_options(
-    weights: dict[str, Any],
+    weights: _Weights,
     forget_loss: Any,
     floor: Any,
     negatives: Any,
     backend: Any,
     grad_in_forward: Any,
 ) -> None:
-    for name, weight in weights.items():
+    for name, weight in weights._asdict().items():
         if not _is_number(weight) or weight < 0:
-            raise InputError(f"{name} must be a number of at least 0; got {weight!r}.")
+            raise InputError(f"{name}_weight must be a number of at least 0; got {weight!r}.")
     for name, value, known in (
         ("forget_loss", forget_loss, FORGET_LOSSES),
         ("negatives", negatives, NEGATIVES),
@@ -227,14 +307,14 @@ def _check_options(
         if not _is_number(floor):
             raise InputError(
                 f"floor must be None or a number, a cosine; got {floor!r}. "
-                f"Only fasterase.unlearn finds one by itself (floor='auto')."
+                f"Only fasterase.unlearn measures one (floor='auto')."
             )
         if forget_loss != "similarity":
             raise InputError(
                 f"floor is a cosine and goes with forget_loss='similarity'; "
                 f"got floor={floor} with forget_loss={forget_loss!r}. Pass floor=None."
             )
-    choose(backend)
+    choose_backend(backend)
     if not isinstance(grad_in_forward, bool):
         raise InputError(f"grad_in_forward must be True or False; got {grad_in_forward!r}.")
 
@@ -248,13 +328,12 @@ def _check_originals(
     ref_image: Any,
     ref_text: Any,
     ref_scale: Any,
-    consistency_weight: float,
-    anchor_weight: float,
+    weights: _Weights,
 ) -> None:
     features, scale = {"ref_image": ref_image, "ref_text": ref_text}, {"ref_scale": ref_scale}
     for weight_name, weight, needed in (
-        ("consistency_weight", consistency_weight, features | scale),
-        ("anchor_weight", anchor_weight, features),
+        ("consistency_weight", weights.consistency, features | scale),
+        ("anchor_weight", weights.anchor, features),
     ):
         missing = [name for name, value in needed.items() if value is None]
         if weight and missing:
@@ -266,9 +345,9 @@ def _check_originals(
         raise InputError("ref_image and ref_text go together; pass both, or None for both.")
     if ref_image is not None:
         check_reference(image, ref_image, ref_text)
-        if anchor_weight and ref_image.shape != image.shape:
+        if weights.anchor and ref_image.shape != image.shape:
             raise InputError(
-                f"anchor_weight={anchor_weight} needs original features as wide as the current "
+                f"anchor_weight={weights.anchor} needs original features as wide as the current "
                 f"ones; got {ref_image.shape[1]} and {image.shape[1]}. Pass anchor_weight=0."
             )
     if ref_scale is not None:

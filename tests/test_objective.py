@@ -169,9 +169,9 @@ def matrices(monkeypatch, request):
     """(rows, has KL) of each similarity problem that a call computes, and how it is called."""
     calls = []
 
-    def spy(*arguments, **options):
-        calls.append((len(arguments[0]), options["ref_image"] is not None))
-        return called(*arguments, **options)
+    def spy(**options):
+        calls.append((len(options["image"]), options["ref_image"] is not None))
+        return called(**options)
 
     called = getattr(objective, request.param)
     monkeypatch.setattr(objective, request.param, spy)

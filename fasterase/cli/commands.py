@@ -209,12 +209,12 @@ def _run_demo(values: dict[str, Any]) -> None:
 
 def _compile_kernels() -> None:
     """Build the C++ kernels and print the path of the library."""
-    from fasterase.ops.contrastive import build
+    from fasterase.ops.contrastive.cpu import BuildError, build_library, load_kernels
 
-    library = build.build()
-    reason = build.problem()
+    library = build_library()
+    reason = load_kernels()
     if reason is not None:
-        raise build.BuildError(f"built {library}, but it cannot be loaded: {reason}")
+        raise BuildError(f"built {library}, but it cannot be loaded: {reason}")
     print(f"The C++ kernels are ready: {library}")
 
 

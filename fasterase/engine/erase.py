@@ -34,7 +34,7 @@ from fasterase.evaluation.verdict import FORGOTTEN_EXCESS, mean_excess
 from fasterase.files import write_text
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.forward import TowerForward, resolve_precision
-from fasterase.ops.contrastive.backends import choose
+from fasterase.ops.contrastive.api import choose_backend
 from fasterase.pairs.batches import step_batches
 from fasterase.pairs.sampler import Sampler, drawn_rows
 from fasterase.pairs.skips import SkipLedger
@@ -340,7 +340,7 @@ def check_environment(config: UnlearnConfig) -> None:
             `output_dir`.
         MissingExtraError: an 8-bit optimiser without bitsandbytes.
     """
-    choose(config.backend)
+    choose_backend(config.backend)
     if config.optimizer in EIGHT_BIT:
         require_bitsandbytes(config.optimizer)
     if config.resume == "must" and config.output_dir is None:

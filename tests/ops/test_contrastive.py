@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fasterase.ops.contrastive import available_backends, contrastive, cpu, tiles
+from fasterase.ops.contrastive import available_backends, chunked, contrastive, cpu
 from tests import oracle
 
 # On CPU tensors; test_contrastive_triton*.py have the GPU's backend.
@@ -116,8 +116,10 @@ def test_opposite_cones_at_scale_100(backend, monkeypatch):
     batch.ref_scale = 100.0
     assert (batch.image @ batch.text.T).max() < -0.8
     fired = []
-    peaks = tiles.Shift.peaks
-    monkeypatch.setattr(tiles.Shift, "peaks", lambda logits: fired.append(1) or peaks(logits))
+    from_peaks = chunked.Shift.from_peaks
+    monkeypatch.setattr(
+        chunked.Shift, "from_peaks", lambda logits: fired.append(1) or from_peaks(logits)
+    )
     # Logits near -95 carry 1e-5 of fp32 rounding, which the weight of a whole direction multiplies
     # by 100: weights of 1 / sqrt(N), between a mean's and a single sample's.
     check(batch, (100, 152), backend, torch.float32, 5e-4, weight=252**-0.5)
@@ -259,7 +261,7 @@ def problems(draw):
 def test_any_shape_groups_and_labels(problem, tile, backend):
     batch, groups = problem
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "_TILE_CPU", tile)
+        patch.setattr(chunked, "_TILE_CPU", tile)
         patch.setattr(cpu, "_TILE", tile)
         check(batch, groups, backend, torch.float64, 1e-9)
 
@@ -267,7 +269,7 @@ def test_any_shape_groups_and_labels(problem, tile, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("gap", [0.0, 5.0])  # 5: under the guard's fallback
 def test_gradcheck(backend, gap, monkeypatch):
-    monkeypatch.setattr(tiles, "_TILE_CPU", 3)
+    monkeypatch.setattr(chunked, "_TILE_CPU", 3)
     monkeypatch.setattr(cpu, "_TILE", 3)
     batch = oracle.clip_like(
         7, 4, 60.0 if gap else 4.0, ref_width=3, num_labels=4, modality_gap=gap

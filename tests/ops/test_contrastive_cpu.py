@@ -14,7 +14,7 @@ import torch
 import fasterase
 from fasterase.cli import main
 from fasterase.errors import InputError
-from fasterase.ops.contrastive import backends, build, contrastive, cpu, explain_backend
+from fasterase.ops.contrastive import api, contrastive, cpu, explain_backend
 
 # Only without a compiler: kernels that do not compile must fail here, not be passed over.
 COMPILER = os.environ.get("CXX", "c++")
@@ -128,10 +128,10 @@ def test_auto_takes_it_for_cpu_tensors():
 
 
 def test_other_devices_are_refused(monkeypatch):
-    monkeypatch.setattr(build, "problem", lambda: None)
+    monkeypatch.setattr(cpu, "load_kernels", lambda: None)
     elsewhere = torch.empty(2, 2, device="meta")
     with pytest.raises(InputError, match="takes CPU tensors; image is on meta"):
-        backends.choose("cpu", (elsewhere, elsewhere))
+        api.choose_backend("cpu", (elsewhere, elsewhere))
 
 
 def python(program, **environment):
@@ -175,10 +175,10 @@ def test_without_a_compiler_torch_tiles_run_and_one_warning_says_so(tmp_path):
 
 
 _BUILD = """
-from fasterase.ops.contrastive import build
-reason = build.problem()
+from fasterase.ops.contrastive.cpu import build_library, load_kernels
+reason = load_kernels()
 assert reason is None, reason
-print(build.build())
+print(build_library())
 """
 
 
@@ -202,6 +202,6 @@ def test_a_failing_compiler_is_a_reason(tmp_path, monkeypatch):
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
-    with pytest.raises(build.BuildError, match=r"failed .*nothing works"):
-        build.build()
+    with pytest.raises(cpu.BuildError, match=r"failed .*nothing works"):
+        cpu.build_library()
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]

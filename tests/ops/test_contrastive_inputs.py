@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasterase.errors import InputError
 from fasterase.ops.contrastive import (
+    api,
     available_backends,
-    backends,
     checks,
     contrastive,
     explain_backend,
@@ -128,7 +128,7 @@ def test_torch_compile_traces_the_checks():
 @pytest.mark.parametrize("image_dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("text_dtype", [torch.float32, torch.float64])
 def test_auto_leaves_fp64_on_a_gpu_to_torch_tiles(image_dtype, text_dtype, monkeypatch):
-    monkeypatch.setattr(backends, "_missing", lambda name: None)
+    monkeypatch.setattr(api, "_explain_missing", lambda name: None)
     with FakeTensorMode():
         image = torch.empty(4, 3, dtype=image_dtype, device="cuda")
         text = torch.empty(4, 3, dtype=text_dtype, device="cuda")

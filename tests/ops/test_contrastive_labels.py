@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fasterase.ops.contrastive import contrastive, positives
-from fasterase.ops.contrastive.positives import label_terms
+from fasterase.ops.contrastive import available_backends, contrastive
+from fasterase.ops.contrastive import labels as label_ops
+from fasterase.ops.contrastive.labels import compute_label_terms
 from tests import oracle
 
 
@@ -35,8 +36,13 @@ def gradients(terms, inputs):
     return torch.autograd.grad((torch.stack(tuple(terms)) * weights).sum(), inputs)
 
 
+def find_stacked_kinds(labels, groups):
+    """As the operators take them."""
+    return torch.stack(label_ops._find_kinds(labels, groups))
+
+
 def check(inputs, labels, groups):
-    found = label_terms(*inputs, labels, groups)
+    found = compute_label_terms(*inputs, labels, groups)
     wanted = expected(*inputs, labels.tolist(), groups)
     for one, other in zip(
         (*found, *gradients(found, inputs)), (*wanted, *gradients(wanted, inputs)), strict=True
@@ -56,12 +62,28 @@ def test_any_integers(dtype, groups):
     check(features(), labels, groups)
 
 
+@pytest.mark.parametrize("backend", [x for x in available_backends() if x != "triton"])
+def test_every_backend_takes_any_int64(backend):
+    """Neighbours above 2^53, which fp64 merges, stay apart; only equality counts."""
+    values = [-(2**63), 2**63 - 1, 2**53, 2**53 + 1, -1, -(2**53) - 1, -(2**53), 0]
+    small = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 3, 5])
+    large = torch.tensor(values)[small]
+    image, text, scale = features(dtype=torch.float32)
+    found, expected = (
+        contrastive(image, text, scale, labels=labels, groups=(9, 3), backend=backend)[:2]
+        for labels in (large, small)
+    )
+    assert all(map(torch.equal, found, expected))
+    assert not torch.equal(found[0], contrastive(image, text, scale, backend=backend).ce_row)
+    assert all(map(torch.equal, gradients(found, [image]), gradients(expected, [image])))
+
+
 @pytest.mark.parametrize("piece", [1, 2, 3])
 @pytest.mark.parametrize("block", [1, 150, 2**20])
 def test_pieces_of_long_runs_and_blocks_of_columns(piece, block, monkeypatch):
-    monkeypatch.setattr(positives, "_PIECE", piece)
-    monkeypatch.setattr(positives, "_BLOCK_CPU", block)
-    monkeypatch.setattr(positives, "_LEAST_COLUMNS", 1)
+    monkeypatch.setattr(label_ops, "_PIECE", piece)
+    monkeypatch.setattr(label_ops, "_BLOCK_CPU", block)
+    monkeypatch.setattr(label_ops, "_LEAST_COLUMNS", 1)
     labels = torch.tensor([2, 2, 2, 0, 2, 2, 1, 0, 1, 2, 2, 2])
     for groups in ((12,), (4, 8)):
         check(features(), labels, groups)
@@ -73,7 +95,7 @@ def test_a_label_that_occurs_once_adds_exactly_nothing():
         inputs[0][3] = torch.nan
         inputs[1][7] = torch.inf
     for groups, labels in (((12,), torch.arange(12)), ((6, 6), torch.arange(12) % 6)):
-        terms = label_terms(*inputs, labels, groups)
+        terms = compute_label_terms(*inputs, labels, groups)
         assert not torch.stack(terms).any()
         assert not any(bool(x.any()) for x in gradients(terms, inputs[:2]))
 
@@ -83,7 +105,7 @@ def test_nan_reaches_its_own_label_alone():
     with torch.no_grad():
         inputs[0][3] = torch.nan
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 3, 0, 4, 5, 6, 0])
-    row, col = label_terms(*inputs, labels, (10, 2))
+    row, col = compute_label_terms(*inputs, labels, (10, 2))
     touched = torch.zeros(12, dtype=torch.bool)
     touched[[0, 3, 7]] = True  # row 11 has the label in another group
     assert torch.equal(row.isnan(), touched & (torch.arange(12) == 3))
@@ -97,7 +119,7 @@ def test_one_caption_for_all_keeps_its_precision():
     """A running fp32 sum of 20000 equal rows is off by 2e-4 of it."""
     image, text, scale = features(20000, 4, torch.float32)
     text = torch.nn.functional.normalize(text[:1].detach()).expand(20000, 4)
-    row, _ = label_terms(image, text, scale, torch.zeros(20000, dtype=torch.long), (20000,))
+    row, _ = compute_label_terms(image, text, scale, torch.zeros(20000, dtype=torch.long), (20000,))
     assert row.abs().max() < 2e-5 * scale * image.norm(dim=1).max()
 
 
@@ -119,11 +141,11 @@ class Refused(TorchDispatchMode):
 def test_no_value_is_read_back():
     inputs, labels = features(dtype=torch.float32), torch.arange(12) // 2
     with Refused():
-        terms = label_terms(*inputs, labels, (5, 7))
+        terms = compute_label_terms(*inputs, labels, (5, 7))
         gradients(terms, inputs)
-        kinds = positives._kinds(labels, (5, 7))
-        terms = positives._forward(*(x.detach() for x in inputs[:2]), kinds, torch.float32)
-        positives._backward(terms, *(x.detach() for x in inputs[:2]), kinds, True, True)
+        kinds = find_stacked_kinds(labels, (5, 7))
+        terms = label_ops._forward(*(x.detach() for x in inputs[:2]), kinds, torch.float32)
+        label_ops._backward(terms, *(x.detach() for x in inputs[:2]), kinds, True, True)
     with Refused(), pytest.raises(AssertionError, match="unique"):
         torch.unique(labels)
 
@@ -131,7 +153,7 @@ def test_no_value_is_read_back():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_operators(dtype):
     image, text, _ = features(dtype=dtype)
-    kinds = positives._kinds(torch.arange(12) // 2, (5, 7))
+    kinds = find_stacked_kinds(torch.arange(12) // 2, (5, 7))
     call = (image, text, kinds, torch.float32)
     torch.library.opcheck(torch.ops.fasterase.label_terms.default, call)
     upstream = torch.randn(2, 12)
@@ -160,7 +182,7 @@ def test_the_same_bits_with_any_number_of_threads():
     try:
         for num_threads in (1, 2, 3):
             torch.set_num_threads(num_threads)
-            terms = label_terms(*inputs, labels, (1000, 2000))
+            terms = compute_label_terms(*inputs, labels, (1000, 2000))
             found.append((*terms, *gradients(terms, inputs[:2])))
     finally:
         torch.set_num_threads(before)

@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fasterase.errors import InputError
-from fasterase.ops.contrastive import backends, contrastive, explain_backend
+from fasterase.ops.contrastive import available_backends, contrastive, explain_backend
 
 triton = pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
@@ -73,7 +73,7 @@ def test_an_old_gpu_is_refused_and_auto_takes_torch_tiles(monkeypatch):
     for major in (7, 8):
         properties = SimpleNamespace(major=major)
         monkeypatch.setattr("torch.cuda.get_device_properties", lambda x=properties: x)
-        assert ("triton" in backends.available_backends()) == (major == 8)
+        assert ("triton" in available_backends()) == (major == 8)
     features = torch.zeros(4, 3)
     properties.major = 7
     with pytest.raises(InputError, match=r"compute capability 8\.0"):

@@ -1,14 +1,58 @@
-"""The public contrastive operator: check, choose a backend, call it."""
+"""The public contrastive operators and the choice of their backend."""
 
 from __future__ import annotations
 
+import functools
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
-from fasterase.ops.contrastive.backends import BackendChoice, choose, load
-from fasterase.ops.contrastive.checks import check_call
-from fasterase.ops.contrastive.dense import Contrastive
-from fasterase.ops.contrastive.operator import Batch
-from fasterase.ops.contrastive.positives import label_terms
+from fasterase.errors import InputError
+from fasterase.ops.contrastive import cpu
+from fasterase.ops.contrastive.checks import check_call, check_weights, compute_dtype
+from fasterase.ops.contrastive.chunked import contrastive_chunked
+from fasterase.ops.contrastive.dense import Contrastive, contrastive_dense
+from fasterase.ops.contrastive.labels import compute_label_terms
+from fasterase.ops.contrastive.operator import (
+    Batch,
+    Groups,
+    Operator,
+    sum_weighted_losses,
+    unpack_losses,
+)
+
+Backend = Callable[
+    [Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Groups],
+    Contrastive,
+]
+
+BACKENDS: dict[str, Backend | None] = {
+    "dense": contrastive_dense,
+    "chunked": contrastive_chunked,
+    "cpu": cpu.contrastive_cpu,
+    "triton": None,  # imported by `load_backend`
+}
+
+
+class BackendChoice(NamedTuple):
+    """The backend that a call uses, and the reason in words."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+class Weighted(NamedTuple):
+    """A differentiable total and the losses that it sums."""
+
+    total: Tensor  # []
+    losses: Contrastive  # constants
 
 
 def contrastive(
@@ -23,9 +67,9 @@ def contrastive(
     groups: tuple[int, ...] | None = None,
     backend: str = "auto",
 ) -> Contrastive:
-    """Per-sample InfoNCE and KL to a frozen original, image -> text (row), text -> image (col).
+    """Per-sample InfoNCE and KL to a frozen original, image -> text (row) and text -> image (col).
 
-    Equal to, a group, with `S = scale * image @ text.T` and `S0` from the reference:
+    Equal to, per group, with `S = scale * image @ text.T` and `S0` from the reference:
 
         ce_row = S.logsumexp(1) - S.diagonal()
         ce_col = S.logsumexp(0) - S.diagonal()
@@ -36,31 +80,89 @@ def contrastive(
     image, text and scale, for arbitrary upstream gradients. NaN features give NaN losses.
 
     Args:
-        image, text: features, row i of both being pair i; fp16, bf16, fp32 or fp64. Meant to have
-            unit rows; others are computed as they are.
+        image, text: features; row i of both is pair i. fp16, bf16, fp32 or fp64. Rows are used as
+            given; they usually have unit length.
         scale: exp(logit_scale), a 0-d tensor or a float.
-        ref_image, ref_text, ref_scale: the original's, constants, all three or none; D0 may differ.
-        labels: pairs of one group with the same label are each other's positives:
+        ref_image, ref_text, ref_scale: the original's, constants, all three or none; D0 may differ
+            from D.
+        labels: any integers. Pairs of one group with the same label are each other's positives:
             `ce_row_i = lse_i - mean over {j: label_j = label_i} of S_ij`, likewise columns.
         groups: row counts, zeros allowed, that split the batch into independent square problems.
         backend: "auto" or one of `available_backends()`; a named one never falls back.
 
     Returns:
-        `Contrastive(ce_row, ce_col, kl_row, kl_col)`, each [N], fp32 (fp64 for fp64 features); the
-        KLs None without a reference.
+        `Contrastive(ce_row, ce_col, kl_row, kl_col)`, each [N], fp32 (fp64 for fp64 features). The
+        KLs are None without a reference.
 
     Raises:
-        InputError: an argument of the wrong type, shape, dtype or device, a reference that requires
-            grad, or a backend that is unknown or not available here.
+        InputError: an argument has the wrong type, shape, dtype or device, the reference requires
+            grad, or the backend is unknown or not available here.
     """
     sizes = check_call(image, text, scale, ref_image, ref_text, ref_scale, labels, groups)
-    run = load(choose(backend, (image, text)).name)
+    run = load_backend(choose_backend(backend, (image, text)).name)
     batch = Batch.of(image, text, scale, ref_image, ref_text, ref_scale)
-    result = run(*batch, sizes) if sizes else batch.no_losses()
+    losses = run(*batch, sizes) if sizes else batch.empty_losses()
     if labels is None or not sizes:
-        return result
-    row, col = label_terms(image, text, batch.scale, labels.to(image.device), sizes)
-    return result._replace(ce_row=result.ce_row + row, ce_col=result.ce_col + col)
+        return losses
+    row, col = compute_label_terms(image, text, batch.scale, labels.to(image.device), sizes)
+    return losses._replace(ce_row=losses.ce_row + row, ce_col=losses.ce_col + col)
+
+
+def weighted_contrastive(
+    image: Tensor,  # [N, D]
+    text: Tensor,  # [N, D]
+    scale: Tensor | float,
+    weights: Tensor,  # [4, N], or [2, N] without a reference
+    *,
+    ref_image: Tensor | None = None,  # [N, D0]
+    ref_text: Tensor | None = None,  # [N, D0]
+    ref_scale: Tensor | float | None = None,
+    labels: Tensor | None = None,  # [N]
+    groups: tuple[int, ...] | None = None,
+    backend: str = "auto",
+) -> Weighted:
+    """`(weights * losses).sum()` over `contrastive`'s losses, with gradients made in the forward.
+
+    Between the passes only the gradients stay in memory, [N, D] in the dtype of the computation for
+    each of image and text that requires one: no features, no reference, no kept logits. The
+    backward pass multiplies them by the upstream gradient and rounds them to the features' dtype
+    afterwards, so a GradScaler's factor arrives before the rounding. FLOPs are those of
+    `contrastive` and its backward pass. If no input requires grad, no gradient is made.
+
+    `backend="dense"` is plain autograd and saves what autograd saves. Autograd also differentiates
+    the term of repeated labels, on [N, D], with every backend.
+
+    Args:
+        weights: constants for ce_row, ce_col and, with a reference, kl_row, kl_col.
+        image, text, scale, ref_image, ref_text, ref_scale, labels, groups, backend: as in
+            `contrastive`.
+
+    Returns:
+        `Weighted(total, losses)`: total 0-d, differentiable once in image, text and scale; losses
+        as `contrastive` returns them, without gradients.
+
+    Raises:
+        InputError: `contrastive` would raise it, or weights have the wrong shape, dtype or device,
+            or require grad.
+    """
+    sizes = check_call(image, text, scale, ref_image, ref_text, ref_scale, labels, groups)
+    check_weights(weights, image, ref_image is not None)
+    run = load_backend(choose_backend(backend, (image, text)).name)
+    batch = Batch.of(image, text, scale, ref_image, ref_text, ref_scale)
+    weights = weights.to(batch.scale.dtype)
+    if sizes and isinstance(run, Operator):
+        total, losses = sum_weighted_losses(run, batch, weights, sizes)
+    else:
+        differentiable = run(*batch, sizes) if sizes else batch.empty_losses()
+        stacked = torch.stack([loss for loss in differentiable if loss is not None])
+        total, losses = (weights * stacked).sum(), unpack_losses(stacked.detach())
+    if labels is None or not sizes:
+        return Weighted(total, losses)
+    row, col = compute_label_terms(image, text, batch.scale, labels.to(image.device), sizes)
+    losses = losses._replace(
+        ce_row=losses.ce_row + row.detach(), ce_col=losses.ce_col + col.detach()
+    )
+    return Weighted(total + (weights[0] * row + weights[1] * col).sum(), losses)
 
 
 def explain_backend(
@@ -75,10 +177,112 @@ def explain_backend(
     groups: tuple[int, ...] | None = None,
     backend: str = "auto",
 ) -> BackendChoice:
-    """Which backend the same call of `contrastive` would take, and why: `.name`, `.reason`.
+    """The backend that the same call of `contrastive` uses, and why: `.name`, `.reason`.
 
     Raises:
-        InputError: where `contrastive` would.
+        InputError: `contrastive` would raise it.
     """
     check_call(image, text, scale, ref_image, ref_text, ref_scale, labels, groups)
-    return choose(backend, (image, text))
+    return choose_backend(backend, (image, text))
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names that `backend=` accepts here, besides "auto". Builds the C++ kernels if possible."""
+    return tuple(name for name in BACKENDS if _explain_missing(name) is None)
+
+
+def choose_backend(backend: str, pairs: tuple[Tensor, Tensor] | None = None) -> BackendChoice:
+    """Resolve `backend`; a named one is used or refused, never replaced by another.
+
+    Args:
+        backend: "auto" or a name.
+        pairs: image and text of the call; without them only the name is checked.
+
+    Raises:
+        InputError: the name is unknown, not available here, or not for image's device.
+    """
+    if backend == "auto":
+        return _choose_automatically(pairs)
+    if backend not in BACKENDS:
+        raise InputError(f"backend must be one of {_list_usable()}; got {backend!r}.")
+    reason = _explain_missing(backend)
+    if reason is not None:
+        raise InputError(
+            f"backend={backend!r} is not available in this installation: {reason}. "
+            f"Use one of {_list_usable()}."
+        )
+    if backend == "cpu" and pairs is not None and pairs[0].device.type != "cpu":
+        raise InputError(
+            f"backend='cpu' takes CPU tensors; image is on {pairs[0].device}. Use backend='auto'."
+        )
+    return BackendChoice(backend, "named by the caller")
+
+
+def load_backend(name: str) -> Backend:
+    """The function of a backend that `choose_backend` returned.
+
+    Triton is imported on first use: it is not installed everywhere, and the import takes 0.3 s.
+    """
+    backend = BACKENDS[name]
+    if backend is not None:
+        return backend
+    from fasterase.ops.contrastive.triton import contrastive_triton
+
+    return contrastive_triton
+
+
+def _choose_automatically(pairs: tuple[Tensor, Tensor] | None) -> BackendChoice:
+    if pairs is not None and pairs[0].is_cuda and compute_dtype(*pairs) != torch.float64:
+        reason = _explain_missing("triton")
+        if reason is None:
+            return BackendChoice("triton", "auto: fused Triton kernels for tensors on a GPU")
+        return BackendChoice("chunked", f"auto: torch tiles, because {reason}")
+    if pairs is not None and pairs[0].device.type == "cpu":
+        reason = _explain_missing("cpu")
+        if reason is None:
+            return BackendChoice("cpu", "auto: C++ tiles for tensors on the CPU")
+        _warn_of_fallback(reason)
+        return BackendChoice(
+            "chunked", f"auto: torch tiles, because the C++ kernels are missing: {reason}"
+        )
+    return BackendChoice("chunked", "auto: O(N D) memory on any device and dtype")
+
+
+@functools.cache
+def _warn_of_fallback(reason: str) -> None:
+    warnings.warn(
+        f"The contrastive loss runs on torch tiles (backend='chunked'), which is slower: {reason}. "
+        f"`fasterase compile` tries again.",
+        stacklevel=4,
+    )
+
+
+def _list_usable() -> str:
+    return ", ".join(repr(name) for name in ("auto", *available_backends()))
+
+
+def _explain_missing(backend: str) -> str | None:
+    """Why a backend cannot run here; None if it can."""
+    if backend == "cpu":
+        return cpu.load_kernels()
+    return _explain_missing_triton() if backend == "triton" else None
+
+
+def _explain_missing_triton() -> str | None:
+    if find_spec("triton") is None:
+        return "the package triton is not installed (it comes with torch on Linux)"
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5):  # tl.range(disable_licm=)
+        return f"triton is {triton.__version__}, and the kernels need 3.5 (torch 2.9 brings it)"
+    if torch.cuda.is_available():
+        if torch.cuda.get_device_properties().major < 8:
+            return "the kernels need a GPU of compute capability 8.0 (such as an A100) or newer"
+        return None
+    from fasterase.ops.contrastive.triton_plan import INTERPRETED
+
+    return None if INTERPRETED else "there is no CUDA device"
+
+
+# A constant to torch.compile, like `cpu.load_kernels`: torch 2.11 cannot trace find_spec.
+_explain_missing_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,27 +1,45 @@
-"""The contrastive operator in C++ (csrc/), as torch operators.
+"""The contrastive operator in C++ (csrc/): its torch operators, and how the library is built.
 
-Memory O(N D) for the gradients, `_KEPT_BYTES` of logits between the passes at most (one such block
-stays for the next call; the system may take its pages meanwhile), and two tiles a thread. FLOPs,
-forward and backward: 8 n^2 D a group with the KL where its logits are kept, 12 where they are not
-(6 and 8 without the KL).
+Memory: O(N D) for the gradients, at most `_KEPT_BYTES` of logits between the passes (one such block
+is kept for the next call; the system may reclaim its pages meanwhile), and two tiles per thread.
+FLOPs, forward and backward: per group 8 n^2 D with the KL where its logits are kept, 12 n^2 D where
+they are not (6 and 8 without the KL).
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+
 import torch
 
+from fasterase.errors import FaseraseError
+from fasterase.files import replace_file
 from fasterase.ops.contrastive.operator import Batch, Groups, register
 
 # Edge of a tile: two fp32 tiles of 512 x 512 (S and S0) are 2 MB.
 _TILE = 512
-# Logits that the forward pass may keep for the backward pass, which else computes them again: both
+# Logits that the forward pass may keep, so that the backward pass need not compute them again: both
 # fp32 matrices of N = 4096. Keeping all takes 8 instead of 12 N^2 D FLOPs with the KL.
 _KEPT_BYTES = 128 * 2**20
 # Keeping less than this share of the logits would save under a twelfth of the FLOPs.
 _LEAST_SHARE = 0.25
 
+# Never -ffast-math: linked in, it turns on flush-to-zero for the whole process. Reassociation would
+# break the argument reduction of exp.
+_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 
-def _options(batch: Batch, groups: Groups, is_differentiable: bool) -> tuple[int, int]:
+
+def _choose_options(batch: Batch, groups: Groups, is_differentiable: bool) -> tuple[int, int]:
     """(tile, kept): the edge of a tile, and how many logits the forward pass keeps."""
     if not is_differentiable:
         return _TILE, 0
@@ -39,5 +57,131 @@ contrastive_cpu = register(
         ),
     },
     options_schema="int tile, SymInt kept",
-    options=_options,
+    options=_choose_options,
 )
+
+
+class BuildError(FaseraseError):
+    """The kernels cannot be built here. The message is the reason, worded to follow a colon."""
+
+
+def load_kernels() -> str | None:
+    """Build and load the kernels, once per process; return the reason if that fails, else None."""
+    return _load_kernels()
+
+
+# torch.compile calls it while tracing and takes its answer for a constant. This is what
+# torch.compiler.assume_constant_result does, which would import all of dynamo here.
+load_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _load_kernels() -> str | None:
+    try:
+        torch.ops.load_library(str(build_library()))
+    except (BuildError, OSError) as error:
+        return str(error)
+    return None
+
+
+def build_library() -> Path:
+    """The shared library, compiled if it is not in the cache; any number of processes may ask.
+
+    The cache is `TORCH_EXTENSIONS_DIR`, else `~/.cache/torch_extensions`. The name of the library
+    contains a digest of sources, compiler flags, torch and the CPU's features, so neither an update
+    nor a home folder shared by different machines can load the wrong code.
+
+    Raises:
+        BuildError: there is no compiler, it failed, or the cache cannot be written.
+    """
+    sources = _list_sources()
+    name = f"fasterase_contrastive_{_compute_digest(sources)}"
+    library = _find_cache() / f"{name}.so"
+    if library.exists():
+        return library
+    _check_tools()
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with _lock_file(library.with_suffix(".lock")):
+            if not library.exists():
+                _compile_library(name, sources, library)
+    except OSError as error:
+        raise BuildError(f"the cache {library.parent} cannot be written ({error})") from error
+    return library
+
+
+def _compile_library(name: str, sources: list[Path], library: Path) -> None:
+    from torch.utils import cpp_extension
+
+    # A killed build must leave nothing that looks like a library.
+    with replace_file(library) as temporary, _add_ninja_to_path():
+        try:
+            cpp_extension.load(
+                name,
+                [str(source) for source in sources if source.suffix == ".cpp"],
+                extra_cflags=list(_FLAGS),
+                extra_ldflags=["-fopenmp"],
+                build_directory=str(temporary.parent),
+                is_python_module=False,
+            )
+        except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+            lines = str(error).splitlines()
+            message = next((line for line in lines if "error:" in line), lines[0])
+            raise BuildError(f"compiling the C++ kernels failed ({message.strip()})") from error
+
+
+def _check_tools() -> None:
+    if sys.platform == "win32":
+        raise BuildError("the C++ kernels are not built on Windows")
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        raise BuildError(f"no C++ compiler ({compiler} is not on PATH); install g++ or set CXX")
+
+
+def _list_sources() -> list[Path]:
+    paths = (Path(str(entry)) for entry in files("fasterase.csrc").iterdir())
+    return sorted(path for path in paths if path.suffix in (".cpp", ".h"))
+
+
+def _compute_digest(sources: list[Path]) -> str:
+    parts = [torch.__version__, *_FLAGS, os.environ.get("CXX", "c++"), _read_cpu_features()]
+    parts += [source.read_text(encoding="utf-8") for source in sources]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _read_cpu_features() -> str:
+    """The description of the CPU that the result of -march=native depends on."""
+    features = {platform.machine(), platform.processor()}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.partition(":")[0].strip() in ("model name", "flags", "Features", "CPU part"):
+                features.add(line)
+    return "\n".join(sorted(features))
+
+
+def _find_cache() -> Path:
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    return Path(root) if root else Path("~/.cache/torch_extensions").expanduser()
+
+
+@contextlib.contextmanager
+def _lock_file(path: Path) -> Iterator[None]:
+    """Admit one process at a time; the lock of a process that dies is released."""
+    import fcntl
+
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _add_ninja_to_path() -> Iterator[None]:
+    """Let torch find `ninja`, which is not on PATH in an environment that is not activated."""
+    import ninja
+
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = os.pathsep.join((ninja.BIN_DIR, before))
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Contrastive(NamedTuple):
-    """Per-sample losses of a batch; the KLs are None where no reference was given."""
+    """Per-sample losses of a batch; the KLs are None without a reference."""
 
     ce_row: Tensor  # [N] InfoNCE image -> text
     ce_col: Tensor  # [N] InfoNCE text -> image
@@ -30,42 +30,42 @@ def contrastive_dense(
     parts: list[tuple[Tensor, ...]] = []
     for k, n in enumerate(groups):
         rows = slice(sum(groups[:k]), sum(groups[:k]) + n)
-        logits = _logits(image[rows], text[rows], scale)
+        logits = _compute_logits(image[rows], text[rows], scale)
         part: tuple[Tensor, ...] = (_cross_entropy(logits), _cross_entropy(logits.T))
         if ref_image is not None and ref_text is not None and ref_scale is not None:
-            ref = _logits(ref_image[rows], ref_text[rows], ref_scale)
-            part += (_kl(ref, logits), _kl(ref.T, logits.T))
+            ref = _compute_logits(ref_image[rows], ref_text[rows], ref_scale)
+            part += (_kl_divergence(ref, logits), _kl_divergence(ref.T, logits.T))
         parts.append(part)
     ce_row, ce_col, *kl = (torch.cat(column) for column in zip(*parts, strict=True))
     return Contrastive(ce_row, ce_col, *(kl or (None, None)))
 
 
-def _logits(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+def _compute_logits(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     with torch.autocast(image.device.type, enabled=False):
         return scale * image.to(scale.dtype) @ text.to(scale.dtype).T
 
 
-def _gaps(logits: Tensor) -> Tensor:
-    """Every logit from the diagonal of its row: log-softmax up to the row's cross-entropy."""
+def _subtract_diagonal(logits: Tensor) -> Tensor:
+    """Each logit minus the diagonal of its row: log-softmax up to the row's cross-entropy."""
     # Not `diagonal()`: inductor of torch 2.13 then makes gradients that are off by 1e6.
-    own = torch.arange(len(logits), device=logits.device).unsqueeze(1)
-    return logits - logits.gather(1, own)
+    index = torch.arange(len(logits), device=logits.device).unsqueeze(1)
+    return logits - logits.gather(1, index)
 
 
 def _cross_entropy(logits: Tensor) -> Tensor:
-    """`logits.logsumexp(1) - logits.diagonal()`, right also where it is 1e-12 (scale 100, matched).
+    """`logits.logsumexp(1) - logits.diagonal()`, also accurate at 1e-12 (scale 100, matched pair).
 
     There the difference of the two is rounding noise in fp32; with the diagonal out of the sum it
     is `log(1 + sum over j != i of exp(gap_ij))`.
     """
-    gaps = _gaps(logits)
+    gaps = _subtract_diagonal(logits)
     peak = gaps.detach().amax(1)  # at least 0, the diagonal's own gap
-    own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
-    off = (gaps - peak.unsqueeze(1)).exp().masked_fill(own, 0.0).sum(1)
-    return peak + torch.log1p(off + torch.expm1(-peak))
+    is_diagonal = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    others = (gaps - peak.unsqueeze(1)).exp().masked_fill(is_diagonal, 0.0).sum(1)
+    return peak + torch.log1p(others + torch.expm1(-peak))
 
 
-def _kl(ref: Tensor, logits: Tensor) -> Tensor:
+def _kl_divergence(ref: Tensor, logits: Tensor) -> Tensor:
     """`(p0 * (log p0 - log p)).sum(1)` with `log p = gap - cross-entropy`."""
-    gap = (ref.softmax(1) * (_gaps(ref) - _gaps(logits))).sum(1)
+    gap = (ref.softmax(1) * (_subtract_diagonal(ref) - _subtract_diagonal(logits))).sum(1)
     return gap + _cross_entropy(logits) - _cross_entropy(ref)

@@ -14,7 +14,7 @@ from fasterase.ops.contrastive.checks import compute_dtype, scale_tensor
 from fasterase.ops.contrastive.dense import Contrastive
 
 _LIBRARY = torch.library.Library("fasterase", "FRAGMENT")
-_BATCH = (
+_BATCH_SCHEMA = (
     "Tensor image, Tensor text, Tensor scale, "
     "Tensor? ref_image, Tensor? ref_text, Tensor? ref_scale"
 )
@@ -23,7 +23,7 @@ Groups = tuple[int, ...]
 
 
 class Batch(NamedTuple):
-    """What the losses are of; the reference is there whole or not at all."""
+    """The tensors of a call; the reference is complete or absent."""
 
     image: Tensor  # [N, D]
     text: Tensor  # [N, D]
@@ -42,7 +42,7 @@ class Batch(NamedTuple):
         ref_text: Tensor | None,
         ref_scale: Tensor | float | None,
     ) -> Batch:
-        """From arguments that `checks.check_call` has passed."""
+        """Make a batch from arguments that `checks.check_call` has passed."""
         dtype = compute_dtype(image, text)
         scale = scale_tensor(scale, image, dtype)
         if ref_scale is not None:
@@ -51,17 +51,17 @@ class Batch(NamedTuple):
 
     @property
     def matrices(self) -> int:
-        """S, and S0 where there is a reference."""
+        """1 for S, 2 with S0 of the reference."""
         return 1 if self.ref_image is None else 2
 
-    def no_losses(self) -> Contrastive:
-        """Of a batch without rows: empty, with gradients of 0 to image, text and scale."""
+    def empty_losses(self) -> Contrastive:
+        """Losses of a batch without rows, with gradients of 0 to image, text and scale."""
         dtype = self.scale.dtype
         empty = self.scale * (self.image.to(dtype) + self.text.to(dtype)).sum(1)
         return Contrastive(empty, empty, *((None, None) if self.matrices == 1 else (empty, empty)))
 
     def requires_grad(self) -> tuple[bool, bool, bool]:
-        """Of image, text and scale: whether a gradient can be asked for."""
+        """Whether a backward pass can ask for the gradients of image, text and scale."""
         if not torch.is_grad_enabled():
             return False, False, False
         return self.image.requires_grad, self.text.requires_grad, self.scale.requires_grad
@@ -73,20 +73,15 @@ class Wanted(NamedTuple):
     image: bool
     text: bool
     scale: bool
-    rounded: bool  # image's and text's to their own dtype, else in that of the computation
+    rounded: bool  # those of image and text to their own dtype, else in that of the computation
 
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-# Losses [2 or 4, N], statistics [matrices, 3, 2 (rows, columns), N] (shift, sums or what follows
-# from them, off), and what
-# else the backward pass needs.
+# Returns losses [2 or 4, N], statistics [matrices, 3, 2 (rows, columns), N] (the shift, the sums or
+# a value that replaces them, the miss probability), and the backend's own saved tensors.
 Forward = Callable[..., tuple[Tensor, ...]]
 Backward = Callable[[Tensor, Batch, tuple[Tensor, ...], Groups, Wanted], Gradients]
 Options = Callable[[Batch, Groups, bool], tuple[int, ...]]
-
-
-def _no_options(batch: Batch, groups: Groups, is_differentiable: bool) -> tuple[int, ...]:
-    return ()
 
 
 @dataclass(frozen=True)
@@ -96,9 +91,9 @@ class Operator:
     Attributes:
         forward: `(*batch, groups, *options) -> (losses, statistics, *saved)`.
         backward: `(upstream, *batch, statistics, *saved, groups, *wanted) -> (d_image, d_text,
-            d_scale)`; of one that is not wanted nothing but the dtype means anything.
-        options: of (batch, groups, whether a backward pass may follow); raises InputError where the
-            backend cannot take the batch.
+            d_scale)`. Gradients not requested are placeholders; only their dtype is meaningful.
+        options: a function of (batch, groups, whether a backward pass may follow); raises
+            InputError where the backend cannot take the batch.
     """
 
     forward: Callable[..., tuple[Tensor, ...]]
@@ -115,16 +110,20 @@ class Operator:
         ref_scale: Tensor | None,
         groups: Groups,  # none empty
     ) -> Contrastive:
-        """Same numbers as `contrastive_dense`, the same bits every time."""
+        """Same numbers as `contrastive_dense`, and the same bits every time."""
         batch = Batch(image, text, scale, ref_image, ref_text, ref_scale)
         options = self.options(batch, groups, any(batch.requires_grad()))
-        return per_sample(self.forward(*batch, groups, *options)[0])
+        return unpack_losses(self.forward(*batch, groups, *options)[0])
 
 
-def per_sample(losses: Tensor) -> Contrastive:
-    """The rows of `losses` [2 or 4, N] by name."""
+def unpack_losses(losses: Tensor) -> Contrastive:
+    """Name the rows of `losses` [2 or 4, N]."""
     ce_row, ce_col, *kl = losses.unbind(0)
     return Contrastive(ce_row, ce_col, *(kl or (None, None)))
+
+
+def _no_options(batch: Batch, groups: Groups, is_differentiable: bool) -> tuple[int, ...]:
+    return ()
 
 
 def register(
@@ -141,23 +140,23 @@ def register(
     """Define `fasterase::{name}` and `fasterase::{name}_backward`, with fakes and autograd.
 
     Args:
-        saved: by name, what forward returns beside losses and statistics: a function of
-            (batch, groups, *options) that makes an empty tensor like it.
+        saved: the tensors that forward returns after losses and statistics: for each name a
+            function of (batch, groups, *options) that makes an empty tensor like it.
         key: dispatch key of forward and backward, None where C++ registers them.
-        forward: of (batch, groups, *options).
-        backward: of (upstream, batch, (statistics, *saved), groups, wanted); None for a gradient
-            that is not wanted.
-        options_schema: of the arguments that `options` gives.
-        tags: of both operators, for torch.compile.
+        forward: a function of (batch, groups, *options).
+        backward: a function of (upstream, batch, (statistics, *saved), groups, wanted); returns
+            None for a gradient that is not wanted.
+        options_schema: schema of the arguments that `options` returns.
+        tags: tags of both operators, for torch.compile.
     """
     outputs = ", ".join(f"Tensor {output}" for output in ("statistics", *saved))
     more = f", {options_schema}" if options_schema else ""
     _LIBRARY.define(
-        f"{name}({_BATCH}, SymInt[] groups{more}) -> (Tensor losses, {outputs})", tags=tags
+        f"{name}({_BATCH_SCHEMA}, SymInt[] groups{more}) -> (Tensor losses, {outputs})", tags=tags
     )
     _LIBRARY.define(
-        f"{name}_backward(Tensor upstream, {_BATCH}, {outputs}, SymInt[] groups, bool wants_image, "
-        "bool wants_text, bool wants_scale, bool rounded) "
+        f"{name}_backward(Tensor upstream, {_BATCH_SCHEMA}, {outputs}, SymInt[] groups, "
+        "bool wants_image, bool wants_text, bool wants_scale, bool rounded) "
         "-> (Tensor d_image, Tensor d_text, Tensor d_scale)",
         tags=tags,
     )
@@ -167,94 +166,87 @@ def register(
         options,
     )
     if key is not None and forward is not None and backward is not None:
-        _LIBRARY.impl(name, _flat_forward(forward), key)
-        _LIBRARY.impl(f"{name}_backward", _flat_backward(backward), key)
+        _LIBRARY.impl(name, _flatten_forward(forward), key)
+        _LIBRARY.impl(f"{name}_backward", _flatten_backward(backward), key)
 
-    def fake(*arguments: Any) -> tuple[Tensor, ...]:
+    def make_fake_outputs(*arguments: Any) -> tuple[Tensor, ...]:
         batch, *rest = Batch(*arguments[:6]), *arguments[6:]
         n = batch.image.shape[0]
         return (
             batch.scale.new_empty(2 * batch.matrices, n),
             batch.scale.new_empty(batch.matrices, 3, 2, n),
-            *(like(batch, *rest) for like in saved.values()),
+            *(make_empty(batch, *rest) for make_empty in saved.values()),
         )
 
-    torch.library.register_fake(f"fasterase::{name}", fake, lib=_LIBRARY)
-    torch.library.register_fake(f"fasterase::{name}_backward", _fake_backward, lib=_LIBRARY)
+    torch.library.register_fake(f"fasterase::{name}", make_fake_outputs, lib=_LIBRARY)
+    torch.library.register_fake(f"fasterase::{name}_backward", _make_fake_gradients, lib=_LIBRARY)
     torch.library.register_autograd(
-        f"fasterase::{name}", _autograd(operator), setup_context=_set_up, lib=_LIBRARY
+        f"fasterase::{name}", _make_backward(operator), setup_context=_save_context, lib=_LIBRARY
     )
     return operator
 
 
-def _flat_forward(forward: Forward) -> Callable[..., tuple[Tensor, ...]]:
-    def flat(*arguments: Any) -> tuple[Tensor, ...]:
+def _flatten_forward(forward: Forward) -> Callable[..., tuple[Tensor, ...]]:
+    def run_forward(*arguments: Any) -> tuple[Tensor, ...]:
         groups, *options = arguments[6:]
         return forward(Batch(*arguments[:6]), tuple(groups), *options)
 
-    return flat
+    return run_forward
 
 
-def _flat_backward(backward: Backward) -> Callable[..., tuple[Tensor, ...]]:
-    def flat(upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        batch, found, groups, wanted = _split(arguments)
-        image, text, scale = backward(upstream, batch, found, groups, wanted)
+def _flatten_backward(backward: Backward) -> Callable[..., tuple[Tensor, ...]]:
+    def run_backward(upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        batch, saved, groups, wanted = _parse_backward_arguments(arguments)
+        image, text, scale = backward(upstream, batch, saved, groups, wanted)
         return (
-            _nothing(batch.image, batch, wanted) if image is None else image,
-            _nothing(batch.text, batch, wanted) if text is None else text,
+            _make_placeholder(batch.image, batch, wanted) if image is None else image,
+            _make_placeholder(batch.text, batch, wanted) if text is None else text,
             batch.scale.new_zeros(()) if scale is None else scale,
         )
 
-    return flat
+    return run_backward
 
 
-def _fake_backward(upstream: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    batch, _, _, wanted = _split(arguments)
+def _make_fake_gradients(upstream: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    batch, _, _, wanted = _parse_backward_arguments(arguments)
     image, text = (
-        side.new_empty(side.shape, dtype=_dtype(side, batch, wanted))
+        side.new_empty(side.shape, dtype=_gradient_dtype(side, batch, wanted))
         if is_wanted
-        else _nothing(side, batch, wanted)
+        else _make_placeholder(side, batch, wanted)
         for side, is_wanted in ((batch.image, wanted.image), (batch.text, wanted.text))
     )
     return image, text, batch.scale.new_empty(())
 
 
-def _split(arguments: tuple[Any, ...]) -> tuple[Batch, tuple[Tensor, ...], Groups, Wanted]:
-    """Arguments of the backward operator, but for the first."""
+def _parse_backward_arguments(
+    arguments: tuple[Any, ...],
+) -> tuple[Batch, tuple[Tensor, ...], Groups, Wanted]:
+    """Arguments of the backward operator after `upstream`."""
     *tensors, groups, wants_image, wants_text, wants_scale, rounded = arguments
     wanted = Wanted(wants_image, wants_text, wants_scale, rounded)
     return Batch(*tensors[:6]), tuple(tensors[6:]), tuple(groups), wanted
 
 
-def _dtype(side: Tensor, batch: Batch, wanted: Wanted) -> torch.dtype:
+def _gradient_dtype(side: Tensor, batch: Batch, wanted: Wanted) -> torch.dtype:
     return side.dtype if wanted.rounded else batch.scale.dtype
 
 
-def _nothing(side: Tensor, batch: Batch, wanted: Wanted) -> Tensor:
-    """In the place of a gradient that is not wanted."""
-    return side.new_empty(0, dtype=_dtype(side, batch, wanted))
+def _make_placeholder(side: Tensor, batch: Batch, wanted: Wanted) -> Tensor:
+    """An empty tensor in the place of a gradient that is not wanted."""
+    return side.new_empty(0, dtype=_gradient_dtype(side, batch, wanted))
 
 
-def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.groups, ctx.num_inputs = inputs[6], len(inputs)
-    _, *found = output
-    ctx.mark_non_differentiable(*found)
+    _, *saved = output
+    ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:6], *found)
+    ctx.save_for_backward(*inputs[:6], *saved)
 
 
-def refusing_second(upstream: Tensor) -> Tensor:
-    """What makes `once_differentiable` refuse a second derivative whatever it would be of.
-
-    By itself it does so only where the upstream gradient requires grad, though the gradients depend
-    on the features as well.
-    """
-    return upstream.detach().requires_grad_() if torch.is_grad_enabled() else upstream
-
-
-def _autograd(operator: Operator) -> Callable[..., tuple[Tensor | None, ...]]:
+def _make_backward(operator: Operator) -> Callable[..., tuple[Tensor | None, ...]]:
     @once_differentiable
-    def once(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    def run_operator(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         gradients: list[Tensor | None] = [None] * ctx.num_inputs
         wants = ctx.needs_input_grad[:3]
         if upstream is not None:
@@ -263,6 +255,66 @@ def _autograd(operator: Operator) -> Callable[..., tuple[Tensor | None, ...]]:
         return tuple(gradients)
 
     def differentiate(ctx: Any, upstream: Tensor | None, *rest: None) -> tuple[Tensor | None, ...]:
-        return once(ctx, None if upstream is None else refusing_second(upstream), *rest)
+        refusing = None if upstream is None else _refuse_second_derivative(upstream)
+        return run_operator(ctx, refusing, *rest)
 
     return differentiate
+
+
+def _refuse_second_derivative(upstream: Tensor) -> Tensor:
+    """Make `once_differentiable` refuse every second derivative.
+
+    By itself it refuses only where the upstream gradient requires grad, but the gradients depend on
+    the features as well.
+    """
+    return upstream.detach().requires_grad_() if torch.is_grad_enabled() else upstream
+
+
+def sum_weighted_losses(
+    operator: Operator,
+    batch: Batch,
+    weights: Tensor,  # [2 or 4, N]
+    groups: Groups,
+) -> tuple[Tensor, Contrastive]:
+    """(total, losses): `(weights * losses).sum()`, whose gradients are made here, and constants."""
+    wants = batch.requires_grad()
+    if any(wants):
+        total, losses = _GradientsInForward.apply(operator, groups, wants, weights, *batch)
+    else:
+        losses = operator.forward(*batch, groups, *operator.options(batch, groups, False))[0]
+        total = (weights * losses).sum()
+    return total, unpack_losses(losses)
+
+
+class _GradientsInForward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        operator: Operator,
+        groups: Groups,
+        wants: tuple[bool, bool, bool],
+        weights: Tensor,
+        *tensors: Any,
+    ) -> tuple[Tensor, Tensor]:
+        batch = Batch(*tensors)
+        options = operator.options(batch, groups, True)
+        losses, *saved = operator.forward(*batch, groups, *options)
+        wanted = Wanted(*wants, rounded=False)
+        ctx.save_for_backward(*operator.backward(weights, *batch, *saved, groups, *wanted))
+        ctx.wants = wants
+        ctx.dtypes = batch.image.dtype, batch.text.dtype, batch.scale.dtype
+        ctx.mark_non_differentiable(losses)
+        return (weights * losses).sum(), losses
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return _multiply_saved_gradients(ctx, _refuse_second_derivative(upstream))
+
+
+@once_differentiable
+def _multiply_saved_gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = (
+        (gradient * upstream).to(dtype) if is_wanted else None
+        for gradient, dtype, is_wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wants, strict=True)
+    )
+    return (*(None,) * 4, *gradients, *(None,) * 3)

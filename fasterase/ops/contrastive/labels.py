@@ -1,0 +1,217 @@
+"""Repeated labels: pairs that share a label are each other's positives, at O(N D).
+
+Every shape follows from the shapes of the inputs and no value is read back to the host, so a step
+with labels compiles to one graph and can be captured as a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# Rows of one label that are added up one after the other; longer runs are split into such pieces.
+# The mean of 24576 equal rows is then off by 5e-6 of it in fp32 and not by 4e-4, and a GPU, which
+# gives a run to one warp, walks 64 + 384 rows.
+_PIECE = 64
+
+# Bytes of a block of columns: on a CPU it stays in the L2, on an accelerator it keeps the launches
+# few. Means of 32 columns or fewer cost more in overhead than they save.
+_BLOCK_CPU, _BLOCK_ACCELERATOR = 2**20, 2**26
+_LEAST_COLUMNS = 32
+
+# Separate operators, because a compiler would replace ordered additions by atomic ones.
+_LIBRARY = torch.library.Library("fasterase", "FRAGMENT")
+_LIBRARY.define("label_terms(Tensor image, Tensor text, Tensor kinds, ScalarType dtype) -> Tensor")
+_LIBRARY.define(
+    "label_terms_backward(Tensor upstream, Tensor image, Tensor text, Tensor kinds, "
+    "bool wants_image, bool wants_text) -> (Tensor, Tensor)"
+)
+
+
+class Kinds(NamedTuple):
+    """Which rows share a label. The operators take the fields stacked, [4, N].
+
+    A kind is a label in its group; a piece is up to `_PIECE` rows of one kind. Both are numbered
+    from 0. There may be fewer than N of them; the last numbers then belong to no row.
+    """
+
+    of_row: Tensor  # [N] the kind of a row
+    piece_of_row: Tensor  # [N] the piece that a row is added to
+    rows_of_kind: Tensor  # [N] for each row, how many rows its kind has
+    of_piece: Tensor  # [N] the kind of a piece
+
+    def is_alone(self) -> Tensor:
+        """[N] whether a row is the only one of its kind: it has no gap, even where it is NaN."""
+        return self.rows_of_kind == 1
+
+
+def compute_label_terms(
+    image: Tensor,  # [N, D]
+    text: Tensor,  # [N, D]
+    scale: Tensor,  # []
+    labels: Tensor,  # [N] integers
+    groups: tuple[int, ...],
+) -> tuple[Tensor, Tensor]:
+    """The (row, column) terms, each [N], that labels add to the cross-entropies.
+
+    The operator yields `lse_i - s_ii`; the positive of row i is the mean of s_ij over its label,
+    `s * <I_i, mean text of the label>`, so the row gains `s * <I_i, T_i - mean text>`, which is
+    exactly 0 for a label that occurs once in its group. Memory: the gradients, [N, D] each.
+    """
+    kinds = torch.stack(_find_kinds(labels, groups))
+    row, col = scale * _multiply_gaps(image, text, kinds, scale.dtype)
+    return row, col
+
+
+def _find_kinds(labels: Tensor, groups: tuple[int, ...]) -> Kinds:
+    labels = labels.long()  # a bijection for uint64 too, and only equality counts
+    place = torch.arange(len(labels), device=labels.device)
+    order = labels.argsort(stable=True)
+    if len(groups) > 1:
+        group = torch.cat([labels.new_full((n,), k) for k, n in enumerate(groups)])
+        order = order[group[order].argsort(stable=True)]
+        keys = torch.stack((labels, group))[:, order]
+    else:
+        keys = labels[order].unsqueeze(0)
+    is_first = torch.cat((place[:1] == 0, (keys[:, 1:] != keys[:, :-1]).any(0)))
+    start = torch.where(is_first, place, 0).cummax(0).values
+    kind = is_first.cumsum(0) - 1
+    piece = ((place - start) % _PIECE == 0).cumsum(0) - 1
+    count = torch.zeros_like(place).scatter_add(0, kind, torch.ones_like(place))[kind]
+    rank = torch.empty_like(place).scatter(0, order, place)
+    return Kinds(kind[rank], piece[rank], count[rank], place.scatter(0, piece, kind))
+
+
+def _multiply_gaps(image: Tensor, text: Tensor, kinds: Tensor, dtype: torch.dtype) -> Tensor:
+    """[2, N]: `<I_i, gap of T_i>` and `<T_i, gap of I_i>`, linear in image and in text."""
+    return torch.ops.fasterase.label_terms.default(image, text, kinds, dtype)
+
+
+def _differentiate_terms(
+    upstream: Tensor, image: Tensor, text: Tensor, kinds: Tensor, wants: tuple[bool, bool]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `(upstream * terms).sum()` in image and text; empty where not wanted."""
+    return torch.ops.fasterase.label_terms_backward.default(upstream, image, text, kinds, *wants)
+
+
+def _forward(image: Tensor, text: Tensor, stacked: Tensor, dtype: torch.dtype) -> Tensor:
+    kinds = Kinds(*stacked)
+    terms = image.new_zeros(2, len(image), dtype=dtype)
+    for _, image_block, text_block in _iterate_blocks(image, text, dtype):
+        terms[0] += _subtract_means(text_block, kinds).mul_(image_block).sum(1)
+        terms[1] += _subtract_means(image_block, kinds).mul_(text_block).sum(1)
+    return terms.masked_fill_(kinds.is_alone(), 0.0)
+
+
+def _make_fake_terms(image: Tensor, text: Tensor, kinds: Tensor, dtype: torch.dtype) -> Tensor:
+    return image.new_empty(2, image.shape[0], dtype=dtype)
+
+
+def _backward(
+    upstream: Tensor, image: Tensor, text: Tensor, stacked: Tensor, *wants: bool
+) -> tuple[Tensor, Tensor]:
+    kinds = Kinds(*stacked)
+    gradients = _make_empty_gradients(upstream, image, text, stacked, *wants)
+    row, col, is_alone = (x.unsqueeze(1) for x in (*upstream, kinds.is_alone()))
+    for columns, image_block, text_block in _iterate_blocks(image, text, upstream.dtype):
+        for gradient, wanted, weight, other, other_weight in (
+            (gradients[0], wants[0], row, text_block, col),
+            (gradients[1], wants[1], col, image_block, row),
+        ):
+            if wanted:  # subtracting means is a symmetric map, its own transpose
+                block = _subtract_means(other * other_weight, kinds)
+                block.addcmul_(weight, _subtract_means(other, kinds))
+                gradient[:, columns] = block.masked_fill_(is_alone, 0.0)
+    return gradients
+
+
+def _make_empty_gradients(
+    upstream: Tensor, image: Tensor, text: Tensor, kinds: Tensor, *wants: bool
+) -> tuple[Tensor, Tensor]:
+    return (
+        image.new_empty(image.shape if wants[0] else (0,)),
+        text.new_empty(text.shape if wants[1] else (0,)),
+    )
+
+
+def _iterate_blocks(
+    image: Tensor, text: Tensor, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(columns, block of image, block of text), contiguous and in `dtype`."""
+    n, width = image.shape
+    block_bytes = _BLOCK_CPU if image.device.type == "cpu" else _BLOCK_ACCELERATOR
+    step = max(_LEAST_COLUMNS, block_bytes // (n * dtype.itemsize))
+    for start in range(0, width, step):
+        columns = slice(start, start + step)
+        image_block, text_block = (
+            side[:, columns].to(dtype).contiguous() for side in (image, text)
+        )
+        yield columns, image_block, text_block
+
+
+def _subtract_means(rows: Tensor, kinds: Kinds) -> Tensor:
+    """The gaps: each row minus the mean of its kind."""
+    sums_of_pieces = _sum_rows(rows, kinds.piece_of_row)
+    sums = _sum_rows(sums_of_pieces, kinds.of_piece).index_select(0, kinds.of_row)
+    share = kinds.rows_of_kind.to(rows.dtype).reciprocal().unsqueeze(1)
+    return torch.addcmul(rows, sums, share, value=-1, out=sums)
+
+
+def _sum_rows(rows: Tensor, target: Tensor) -> Tensor:
+    """The sum of the rows of each target, added up in a fixed order."""
+    sums = torch.zeros_like(rows)
+    # index_put_ sorts on CUDA, where index_add_ is atomic; on the CPU, index_add_ is the one that
+    # runs in order.
+    if rows.is_cuda:
+        return sums.index_put_((target,), rows, accumulate=True)
+    return sums.index_add_(0, target, rows)
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _first_derivative(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    image, text, kinds = ctx.saved_tensors
+    wants = ctx.needs_input_grad[:2]
+    d_image, d_text = _differentiate_terms(upstream, image, text, kinds, wants)
+    return d_image if wants[0] else None, d_text if wants[1] else None, None, None
+
+
+def _save_backward_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, wants_image, wants_text = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.wants = wants_image, wants_text
+
+
+def _second_derivative(ctx: Any, g_image: Tensor, g_text: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients are linear in upstream, image and text, so each swaps with its own gradient."""
+    upstream, image, text, kinds = ctx.saved_tensors
+    d_upstream, d_image, d_text = torch.zeros_like(upstream), None, None
+    if ctx.wants[0]:
+        d_upstream = d_upstream + _multiply_gaps(g_image, text, kinds, upstream.dtype)
+        d_text = _differentiate_terms(upstream, g_image, text, kinds, (False, True))[1]
+    if ctx.wants[1]:
+        d_upstream = d_upstream + _multiply_gaps(image, g_text, kinds, upstream.dtype)
+        d_image = _differentiate_terms(upstream, image, g_text, kinds, (True, False))[0]
+    return d_upstream, d_image, d_text, None, None, None
+
+
+for _name, _kernel, _fake, _derivative, _save in (
+    ("label_terms", _forward, _make_fake_terms, _first_derivative, _save_inputs),
+    (
+        "label_terms_backward",
+        _backward,
+        _make_empty_gradients,
+        _second_derivative,
+        _save_backward_inputs,
+    ),
+):
+    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fasterase::{_name}", _fake, lib=_LIBRARY)
+    torch.library.register_autograd(
+        f"fasterase::{_name}", _derivative, setup_context=_save, lib=_LIBRARY
+    )
