@@ -149,7 +149,7 @@ def test_sigterm_to_all_processes_of_the_run(tmp_path):
 
 
 def test_sigterm_without_output_dir_says_that_nothing_was_saved():
-    with pytest.raises(PreemptedError, match="Nothing was saved: give an output_dir"):
+    with pytest.raises(PreemptedError, match="Nothing was saved; give an output_dir"):
         run(TinyModel(), callback=lambda _: os.kill(os.getpid(), signal.SIGTERM))
 
 
