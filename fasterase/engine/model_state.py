@@ -22,18 +22,15 @@ class Borrowed:
         module = model.module
         self._module = module
         self._home = model.device
-        self._flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
         self._modes = [(part, part.training) for part in module.modules()]
         self._half = [(t, t.dtype) for t in _floating(module) if t.dtype.itemsize < 4]
 
     def take(self, device: torch.device) -> None:
-        """Move to `device`, to fp32 and eval mode, with no gradients and nothing requiring one."""
-        for parameter, _ in self._flags:
-            parameter.grad = None
+        """Move to `device`, to fp32 and eval mode, without gradients."""
+        self._module.zero_grad(set_to_none=True)
         for tensor, _ in self._half:
             tensor.data = tensor.data.float()
         self._module.to(device)
-        self._module.requires_grad_(False)
         self._module.eval()
 
     def round_to_own_dtype(self) -> None:
@@ -42,13 +39,11 @@ class Borrowed:
             tensor.data = tensor.data.to(dtype).float()
 
     def give_back(self) -> None:
-        """Restore device, dtypes, modes and requires_grad."""
+        """Restore device, dtypes and modes."""
         self._module.to(self._home)
         for tensor, dtype in self._half:
             tensor.data = tensor.data.to(dtype)
-        for parameter, flag in self._flags:
-            parameter.grad = None
-            parameter.requires_grad_(flag)
+        self._module.zero_grad(set_to_none=True)
         for part, mode in self._modes:
             part.training = mode
 
@@ -72,16 +67,26 @@ def borrowed(model: DualEncoder, *, device: torch.device) -> Iterator[Borrowed]:
 def training(
     module: nn.Module, trained: Collection[nn.Parameter], *, train_mode: bool
 ) -> Iterator[None]:
-    """Let only `trained` require a gradient, and switch to train mode if asked."""
+    """Let only `trained` require a gradient, and switch to train mode if asked.
+
+    Parts without a trained parameter stay in eval mode: the BatchNorm statistics of a frozen tower
+    are as frozen as its weights. Afterwards every `requires_grad` is as the caller left it.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    module.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)
     module.train(train_mode)
+    for part in module.modules():
+        own = list(part.parameters())
+        if own and not any(parameter.requires_grad for parameter in own):
+            part.eval()
     try:
         yield
     finally:
         module.eval()
-        for parameter in trained:
-            parameter.requires_grad_(False)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def _floating(module: nn.Module) -> Iterator[torch.Tensor]:

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from fasterase.errors import import_extra
+from fasterase.errors import InputError, import_extra
 from fasterase.models.dual_encoder import DualEncoder
 
 # Option values -> bitsandbytes classes.
@@ -41,14 +41,19 @@ class Trained:
 
     @classmethod
     def choose(cls, model: DualEncoder, tune: str, *, logit_scale: bool) -> Trained:
-        """Choose what `tune` names, and logit_scale if asked.
+        """Choose what `tune` names, and logit_scale if asked, without what the caller has frozen.
 
         Raises:
-            InputError: see `DualEncoder.trainable`.
+            InputError: see `DualEncoder.trainable`; or logit_scale is asked for and frozen.
         """
         chosen = model.trainable(tune)
         names = {name for name, _ in chosen}
         if logit_scale:
+            if not model.logit_scale.requires_grad:
+                raise InputError(
+                    "train_logit_scale: logit_scale is frozen (requires_grad=False). Unfreeze it "
+                    "with requires_grad_(True), or leave train_logit_scale False"
+                )
             name_of = {id(parameter): name for name, parameter in model.module.named_parameters()}
             chosen = [*chosen, (name_of[id(model.logit_scale)], model.logit_scale)]
         decays = {
@@ -58,8 +63,8 @@ class Trained:
         return cls(
             decayed=tuple(name for name, decay in decays.items() if decay),
             undecayed=tuple(name for name, decay in decays.items() if not decay),
-            image=any(name in names for name, _ in model.trainable("image")),
-            text=any(name in names for name, _ in model.trainable("text")),
+            image=any(name in names for name, _ in model.selected("image")),
+            text=any(name in names for name, _ in model.selected("text")),
             scale=logit_scale,
         )
 

@@ -134,8 +134,8 @@ class DualEncoder(abc.ABC):
         """
         return self._known_transform("images that are not float tensors")(image)
 
-    def trainable(self, tune: str) -> list[tuple[str, nn.Parameter]]:
-        """Return name and parameter of everything that `tune` trains, in the module's order.
+    def selected(self, tune: str) -> list[tuple[str, nn.Parameter]]:
+        """Return name and parameter of everything that `tune` names, in the module's order.
 
         Args:
             tune: `"all"`; `"image"` or `"text"`, one tower; `"projections"`, the last map of each
@@ -153,6 +153,22 @@ class DualEncoder(abc.ABC):
             for name, parameter in self.module.named_parameters()
             if id(parameter) in chosen and name not in ("logit_scale", "logit_bias")
         ]
+
+    def trainable(self, tune: str) -> list[tuple[str, nn.Parameter]]:
+        """Return what `tune` names and the caller has not frozen (`requires_grad=False`).
+
+        Raises:
+            InputError: as `selected`, or all of it is frozen.
+        """
+        selected = self.selected(tune)
+        free = [(name, parameter) for name, parameter in selected if parameter.requires_grad]
+        if not free:
+            raise InputError(
+                f'tune: "{tune}" names {len(selected)} parameters of {self.name}, and all are '
+                "frozen (requires_grad=False), so nothing is left to train. Unfreeze what may "
+                "change, as in model.requires_grad_(True), or choose another tune"
+            )
+        return free
 
     def fingerprint(self) -> str:
         """Return a SHA-256 of weights, image size, preprocessing and tokenizer.

@@ -142,10 +142,12 @@ def builds_same(config: Config, module: nn.Module) -> bool:
         return False
 
     def shapes(model: nn.Module) -> dict[str, torch.Size]:
-        # The temperature is written 0-d whatever shape it has in memory.
+        # The temperature is written 0-d whatever shape it has in memory; a locked ResNet's
+        # BatchNorm counts no batches.
         return {
             name: torch.Size() if name in ("logit_scale", "logit_bias") else tensor.shape
             for name, tensor in model.state_dict().items()
+            if not name.endswith("num_batches_tracked")
         }
 
     return shapes(built) == shapes(module)
