@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from fasterase.errors import InputError
 from fasterase.models.dual_encoder import DualEncoder
@@ -24,6 +24,7 @@ from fasterase.pairs.batches import Captions, sweep
 from fasterase.pairs.prepare import Preparer
 from fasterase.pairs.skips import Skip, SkipLedger
 from fasterase.pairs.source import PairSource
+from fasterase.progress import progress_bar
 
 # Images encoded at a time. Texts are shorter: four times as many.
 BATCH_SIZE = 64
@@ -127,8 +128,8 @@ class PairEncoder:
 
     def progress_bar(self, description: str, total: int, *, leave: bool = True) -> tqdm:
         """Return a bar that counts pairs, for `batches`."""
-        return tqdm(
-            total=total, desc=description, unit="pair", leave=leave, disable=not self._progress
+        return progress_bar(
+            description, total=total, unit="pair", leave=leave, shown=self._progress
         )
 
     def batches(

@@ -23,6 +23,7 @@ ORDER = [
     "config",
     "files",
     "seeds",
+    "progress",
     "kernels",
     "csrc",
     "ops",

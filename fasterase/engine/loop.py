@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from fasterase.engine.checkpoint import Checkpoint, CheckpointFolder
 from fasterase.engine.feature_loss import FeatureLoss
@@ -23,6 +23,7 @@ from fasterase.errors import PreemptedError
 from fasterase.models.forward import TowerForward
 from fasterase.pairs.batches import MicroBatch, StepBatch
 from fasterase.pairs.skips import SkipLedger
+from fasterase.progress import progress_bar
 from fasterase.reference.live import Reference
 from fasterase.seeds import Stream, torch_seed
 
@@ -217,12 +218,8 @@ def run_steps(
             return time.monotonic() - last_save > SAVE_SECONDS
         return trainer.step % save_every == 0
 
-    bar = tqdm(
-        total=total_steps,
-        initial=trainer.step,
-        desc="erasing",
-        unit="step",
-        disable=not progress,
+    bar = progress_bar(
+        "erasing", total=total_steps, initial=trainer.step, unit="step", shown=progress
     )
     try:
         with StopRequests() as stop, bar:

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
-from tqdm import tqdm
 
 from fasterase.errors import InputError
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.source import PairSource, Record, decode_image, read_image_file
+from fasterase.progress import progress_bar
 
 IMAGE_KEYS = ("image", "pixel_values", "filepath", "image_path", "path", "file_name", "filename")
 TEXT_KEYS = ("text", "caption", "input_ids", "title", "texts", "captions")
@@ -72,7 +72,7 @@ def open_objects(source: Any, name: str, image_key: str | None, text_key: str | 
 
 
 def _read_all(items: Iterable[Any], name: str) -> list[Any]:
-    return list(tqdm(items, desc=f"reading {name}", unit=" items", delay=2))
+    return list(progress_bar(f"reading {name}", items=items, unit="item", delay=2))
 
 
 def _is_batch_tuple(source: tuple[Any, ...]) -> bool:

@@ -18,6 +18,7 @@ import numpy as np
 from fasterase.errors import InputError
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.source import EncodedSource, PackedCaptions, PackedStrings
+from fasterase.progress import progress_bar
 
 IMAGE_ENTRIES = "jpg;png;jpeg;webp"
 TEXT_ENTRIES = "txt"
@@ -291,7 +292,6 @@ def _read_samples(
 
 def _load_tars(shards: list[str], name: str, entries: _Entries) -> LoadedTars:
     import webdataset
-    from tqdm import tqdm
 
     warnings.warn(
         f"`{name}`: remote or compressed shards allow no random access; they are read once and "
@@ -305,7 +305,7 @@ def _load_tars(shards: list[str], name: str, entries: _Entries) -> LoadedTars:
         webdataset.SimpleShardList(shards), webdataset.tarfile_to_samples()
     )
     try:
-        for sample in tqdm(samples, desc=f"reading {name}", unit=" pairs", delay=2):
+        for sample in progress_bar(f"reading {name}", items=samples, unit="pair", delay=2):
             endings = {key for key in sample if not key.startswith("__")}
             id = f"{Path(sample['__url__']).name}/{sample['__key__']}"
             if collected.add(id, endings, sample):

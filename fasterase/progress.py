@@ -1,0 +1,77 @@
+"""Progress bars: live in a terminal or a notebook, and a line every few seconds in a log."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any, TextIO
+
+from tqdm.asyncio import tqdm_asyncio
+from tqdm.auto import tqdm
+
+# Seconds between two lines of one bar in a log.
+LOG_SECONDS = 10.0
+_LOG_LINE = "{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+
+
+def progress_bar(
+    description: str,
+    *,
+    total: int | None = None,
+    items: Iterable[Any] | None = None,
+    unit: str,
+    initial: int = 0,
+    leave: bool = True,
+    delay: float = 0.0,
+    shown: bool = True,
+) -> tqdm:
+    """Return a tqdm bar on stderr.
+
+    Args:
+        description: what is going on.
+        total: how many units there are, if known.
+        items: iterated over by the bar itself; None if the caller calls `update`.
+        unit: what is counted, such as "pair".
+        initial: units that are already done.
+        leave: keep the bar when it is complete.
+        delay: seconds before the bar appears.
+        shown: False shows nothing.
+    """
+    common: dict[str, Any] = {
+        "iterable": items,
+        "total": total,
+        "desc": description,
+        "unit": unit,
+        "initial": initial,
+        "leave": leave,
+        "disable": not shown,
+    }
+    # A notebook draws widgets; its stderr is no terminal either.
+    if sys.stderr.isatty() or tqdm is not tqdm_asyncio:
+        return tqdm(**common, delay=delay)
+    return tqdm(
+        **common,
+        # A bar that will vanish need not leave a line for each time that it is quickly done.
+        delay=delay if leave else max(delay, LOG_SECONDS),
+        file=_Lines(sys.stderr),
+        bar_format=_LOG_LINE,
+        mininterval=LOG_SECONDS,
+        miniters=1,  # tqdm's estimate of the steps until the next line is slow to notice a stall
+    )
+
+
+class _Lines:
+    """A stream in which each state of a bar is a line of its own, not written over the last."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._last = ""
+
+    def write(self, text: str) -> None:
+        line = text.strip()
+        if line and line != self._last:
+            self._stream.write(line + "\n")
+            self._last = line
+
+    def flush(self) -> None:
+        self._stream.flush()
