@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fasterase.errors import InputError
+from fasterase.pairs.classes import normalize_class_name
 from fasterase.pairs.objects import open_objects
 from fasterase.pairs.source import ImageFiles, PackedCaptions, PackedStrings, PairSource
 from fasterase.pairs.tables import open_table
@@ -149,8 +150,3 @@ def _open_class_folders(folder: Path, images: list[str], name: str) -> ImageFile
         metas=PackedStrings(json.dumps({"class": class_of[each]}) for each in folders),
         classes=list(dict.fromkeys(class_of.values())),
     )
-
-
-def normalize_class_name(name: str) -> str:
-    """Turn a folder name into a caption: underscores become spaces."""
-    return " ".join(name.replace("_", " ").split())

@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from fasterase.errors import InputError
-from fasterase.pairs.open import normalize_class_name, open_pairs
+from fasterase.pairs.classes import normalize_class_name
+from fasterase.pairs.open import open_pairs
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.source import PairSource, Record, Subset
 

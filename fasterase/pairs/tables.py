@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fasterase.errors import InputError
-from fasterase.pairs.objects import IMAGE_KEYS, TEXT_KEYS, choose_key
+from fasterase.pairs.items import IMAGE_KEYS, TEXT_KEYS, choose_key
 from fasterase.pairs.source import ImageFiles, PackedCaptions, PackedStrings
 
 SEPARATORS = ("\t", ",", ";", "|")

@@ -136,6 +136,19 @@ def test_keys_name_columns_of_dicts_and_of_batches():
     assert open_pairs([batch], name="x", image_key="img", text_key="label_text")[3].text == "d"
 
 
+def test_numpy_images_are_pictures_in_colour_or_grey():
+    colour = np.arange(2 * 5 * 3, dtype=np.uint8).reshape(2, 5, 3)
+    grey = colour[..., 0]
+    pairs = open_pairs([(colour, "a"), (grey, "b"), (grey[..., None], "c")], name="x")
+    assert np.array_equal(np.asarray(pairs[0].image), colour)
+    assert pairs[0].image.mode == "RGB"
+    for index in (1, 2):
+        assert np.array_equal(np.asarray(pairs[index].image), grey)
+        assert pairs[index].image.mode == "L"
+    for batch in ((colour[None].repeat(2, 0), ["a", "b"]), [(colour, "a"), (grey, "b")]):
+        assert [record.text for record in open_pairs([batch], name="x")] == ["a", "b"]
+
+
 def test_paths_are_read_and_missing_files_are_broken(pictures):
     items = [(str(pictures / "2.png"), "two"), (pictures / "none.png", "none")]
     pairs = open_pairs(items, name="x")
@@ -206,7 +219,10 @@ def test_random_augmentation_is_seen():
         ([(torch.zeros(4, 4), "a")], "image tensor must be .* found a tensor .4, 4."),
         ([(torch.zeros(4, 4, 3, dtype=torch.uint8), "a")], r"\[3, height, width\]"),
         ([(torch.zeros(3, 4, 4, dtype=torch.int64), "a")], "of int64"),
-        ([(np.zeros((4, 4, 3)), "a")], "PIL.Image.fromarray"),
+        ([(np.zeros((4, 4, 3)), "a")], r"\[4, 4, 3\] of float64. Scale it to 0..255"),
+        ([(np.zeros((3, 4, 4), np.uint8), "a")], r"image.transpose\(1, 2, 0\)"),
+        ([(np.zeros((4, 5, 4), np.uint8), "a")], r"found an array \[4, 5, 4\] of uint8.*alpha"),
+        ([(np.zeros(4, np.uint8), "a")], r"shape \[height, width, 3\], or \[height, width\]"),
         ([(torch.zeros(2, 3, 4, 4), ["a", "b", "c"])], "2 images and 3 texts"),
         ([(torch.zeros(2, 3, 4, 4), "a")], "2 images and 1 texts"),
         (

@@ -1,0 +1,235 @@
+"""One pair as a Python object: its forms, and what is wrong with others; batches of pairs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fasterase.errors import InputError
+from fasterase.pairs.classes import class_number
+from fasterase.pairs.skips import BrokenPair
+
+IMAGE_KEYS = ("image", "pixel_values", "filepath", "image_path", "path", "file_name", "filename")
+TEXT_KEYS = ("text", "caption", "input_ids", "title", "texts", "captions")
+
+
+class Item(NamedTuple):
+    """A checked pair before decoding: `image` may be a path; `text` is str, list of str or ids."""
+
+    image: Any
+    text: Any
+    mask: Tensor | None = None
+    meta: dict[str, Any] = {}  # noqa: RUF012 (never modified)
+
+
+def choose_key(found: list[str], given: str | None, usual: tuple[str, ...], option: str) -> str:
+    """Choose the column to read: the one the user named, or the first usual name found."""
+    if given is not None:
+        if given not in found:
+            raise InputError(f"`{option}`: no column {given!r}; the columns found are {found}")
+        return given
+    for key in usual:
+        if key in found:
+            return key
+    raise InputError(
+        f"no column named {', '.join(usual)}; the columns found are {found}. "
+        f"Name the right one with `{option}`."
+    )
+
+
+def select_plain(item: Mapping[str, Any], *, without: tuple[str | None, ...]) -> dict[str, Any]:
+    """Return the entries that are plain values, for `Record.meta`."""
+    return {
+        key: value
+        for key, value in item.items()
+        if key not in without and isinstance(value, str | int | float | bool)
+    }
+
+
+def parse_item(item: Any, image_key: str | None, text_key: str | None, *, id: str) -> Item:
+    """Check an item; a leading dimension of 1 on its tensors is dropped.
+
+    Raises:
+        InputError: the item's form is wrong (wrong keys, a batch, a class number as text, ...).
+        BrokenPair: the form is right, but the image or caption is missing or blank.
+    """
+    image, text, mask, meta = _find_columns(item, image_key, text_key)
+    text = parse_text(text, id=id)
+    if mask is not None:
+        mask = torch.as_tensor(mask).reshape(-1).long()
+        if not isinstance(text, Tensor) or mask.shape != text.shape:
+            raise InputError(
+                f"{id}: attention_mask has {mask.numel()} entries for "
+                f"{text.numel() if isinstance(text, Tensor) else 'no'} token ids"
+            )
+    return Item(_parse_image(image, id=id), text, mask, meta)
+
+
+class _Columns(NamedTuple):
+    """The parts of a pair or of a batch, not checked yet."""
+
+    image: Any
+    text: Any
+    mask: Any
+    meta: dict[str, Any]
+
+
+def _find_columns(item: Any, image_key: str | None, text_key: str | None) -> _Columns:
+    if isinstance(item, Mapping):
+        keys = [str(key) for key in item]
+        image = choose_key(keys, image_key, IMAGE_KEYS, "image_key")
+        text = choose_key(keys, text_key, TEXT_KEYS, "text_key")
+        mask = item.get("attention_mask") if text == "input_ids" else None
+        return _Columns(item[image], item[text], mask, select_plain(item, without=(image, text)))
+    if isinstance(item, tuple | list) and len(item) == 2:
+        return _Columns(item[0], item[1], None, {})
+    what = (
+        f"{type(item).__name__} of {len(item)}"
+        if isinstance(item, tuple | list)
+        else _describe(item)
+    )
+    raise InputError(
+        f"a pair must be (image, text), {{'image', 'text'}} or {{'pixel_values', 'input_ids'}}; "
+        f"found {what}"
+    )
+
+
+def _parse_image(image: Any, *, id: str) -> Any:
+    if image is None:
+        raise BrokenPair(id, "no image")
+    if isinstance(image, Tensor):
+        if image.ndim == 4 and image.shape[0] == 1:
+            image = image[0]
+        usable = image.ndim == 3 and (image.is_floating_point() or image.dtype == torch.uint8)
+        if usable and (image.is_floating_point() or image.shape[0] == 3):
+            return image
+        raise InputError(
+            f"{id}: an image tensor must be uint8 or float of shape [3, height, width]; "
+            f"found {_describe(image)}"
+        )
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, np.ndarray):
+        return _image_from_array(image, id=id)
+    if isinstance(image, str | os.PathLike):
+        return os.fspath(image)
+    hint = "; for a Hugging Face dataset use with_format('torch')" * isinstance(image, list)
+    raise InputError(
+        f"{id}: an image must be a tensor, a NumPy array, a PIL image or a path; found "
+        f"{_describe(image)}{hint}"
+    )
+
+
+def _image_from_array(image: np.ndarray, *, id: str) -> Image.Image:
+    """Return the picture of a uint8 array [H, W, 3], or grey [H, W] or [H, W, 1]."""
+    grey = image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
+    usable = grey.ndim == 2 or (grey.ndim == 3 and grey.shape[2] == 3)
+    if usable and grey.size > 0 and grey.dtype == np.uint8:
+        return Image.fromarray(np.ascontiguousarray(grey))
+    if grey.dtype != np.uint8:
+        hint = (
+            "Scale it to 0..255 and use image.astype('uint8'); if it is preprocessed already, pass "
+            "torch.from_numpy(image), float of shape [3, height, width]"
+        )
+    elif grey.ndim == 3 and grey.shape[0] == 3:
+        hint = "Move the channels last: image.transpose(1, 2, 0)"
+    else:
+        hint = "Drop other channels, such as alpha: image[..., :3]"
+    raise InputError(
+        f"{id}: an image array must be uint8 of shape [height, width, 3], or [height, width] for "
+        f"grey; found {_describe(image)}. {hint}."
+    )
+
+
+def parse_text(text: Any, *, id: str) -> str | list[str] | Tensor:
+    """Check a caption, its alternatives or token ids [L]; raises as `parse_item` does."""
+    if isinstance(text, str):
+        if not text.strip():
+            raise BrokenPair(id, "caption is blank")
+        return text
+    if text is None:
+        raise BrokenPair(id, "no caption")
+    if isinstance(text, tuple | list) and all(isinstance(t, str) or t is None for t in text):
+        captions = [t for t in text if t is not None and t.strip()]
+        if not captions:
+            raise BrokenPair(id, "no caption in the list")
+        return captions if len(captions) > 1 else captions[0]
+    if isinstance(text, np.ndarray) or (
+        isinstance(text, tuple | list) and all(isinstance(t, int | np.integer) for t in text)
+    ):
+        text = torch.as_tensor(np.asarray(text))
+    if isinstance(text, Tensor) and not text.is_floating_point() and text.dtype != torch.bool:
+        if text.ndim == 2 and text.shape[0] == 1:
+            text = text[0]
+        if text.ndim == 1 and text.numel() > 0:
+            return text.long()
+    hint = ""
+    if class_number(text) is not None:
+        hint = ": that looks like a class number, give the class name as caption instead"
+    raise InputError(
+        f"{id}: a text must be a str, a list of str or token ids [length]; "
+        f"found {_describe(text)}{hint}"
+    )
+
+
+def is_batch(item: Any, image_key: str | None, text_key: str | None) -> bool:
+    """Tell whether `item` holds several pairs; a tensor batch of one counts as a pair."""
+    if isinstance(item, list) and item and all(_is_plain_pair(part) for part in item):
+        return True
+    image = _find_columns(item, image_key, text_key).image
+    if isinstance(image, Tensor | np.ndarray):
+        return image.ndim == 4 and image.shape[0] != 1
+    return isinstance(image, tuple | list)
+
+
+def _is_plain_pair(value: Any) -> bool:
+    # Pairs of (path, caption) in a list do not count: DataLoader's default collation turns them
+    # into a list of two tuples of strings, which are columns.
+    if isinstance(value, Mapping):
+        return True
+    return (
+        isinstance(value, tuple)
+        and len(value) == 2
+        and isinstance(value[0], Tensor | np.ndarray | Image.Image)
+        and not isinstance(value[1], Image.Image)
+        and not (isinstance(value[1], Tensor) and value[1].is_floating_point())
+    )
+
+
+def unbatch(item: Any, image_key: str | None, text_key: str | None) -> list[Any]:
+    """Split a batch into `(image, text)` or `{"pixel_values", "input_ids", ...}` items.
+
+    Raises:
+        InputError: the columns differ in length.
+    """
+    if isinstance(item, list) and item and all(_is_plain_pair(part) for part in item):
+        return list(item)
+    images, texts, masks, _ = _find_columns(item, image_key, text_key)
+    for column, values in (("texts", texts), ("attention masks", masks)):
+        if values is None and column != "texts":
+            continue
+        count = len(values) if isinstance(values, tuple | list | Tensor | np.ndarray) else 1
+        if count != len(images):
+            raise InputError(
+                f"a batch holds {len(images)} images and {count} {column}; the numbers must agree"
+            )
+    if masks is None:
+        return list(zip(images, texts, strict=True))
+    return [
+        {"pixel_values": image, "input_ids": ids, "attention_mask": mask}
+        for image, ids, mask in zip(images, texts, masks, strict=True)
+    ]
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, np.ndarray):
+        return f"an array {list(value.shape)} of {value.dtype}"
+    return f"{value!r}" if isinstance(value, int | float) else type(value).__name__

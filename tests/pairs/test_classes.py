@@ -1,0 +1,185 @@
+"""Datasets of class numbers: torchvision's, subsets of them, Hugging Face `ClassLabel` columns."""
+
+from __future__ import annotations
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset, Subset
+from torchvision.datasets import DatasetFolder, FakeData, ImageFolder
+
+from fasterase.errors import InputError
+from fasterase.pairs.classes import normalize_class_name
+from fasterase.pairs.open import open_pairs
+from fasterase.pairs.skips import BrokenPair
+from fasterase.pairs.split import split
+
+
+@pytest.fixture
+def folder(tmp_path, encoded):
+    for number, name in enumerate(["apple", "sea_lion"]):
+        (tmp_path / name).mkdir()
+        for n in range(2):
+            (tmp_path / name / f"{n}.png").write_bytes(encoded(10 * number + n))
+    return tmp_path
+
+
+class Numbered(Dataset):
+    """Images with class numbers, as torchvision's datasets keep them."""
+
+    def __init__(self, numbers, classes=("apple", "pear"), **attributes) -> None:
+        self.numbers, self.classes = numbers, list(classes)
+        vars(self).update(attributes)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index):
+        return torch.full((3, 2, 2), float(index)), self.numbers[index]
+
+
+def captions(pairs):
+    return [pairs.texts(i) for i in range(len(pairs))]
+
+
+@pytest.mark.parametrize(
+    "open_folder", [ImageFolder, lambda path: DatasetFolder(path, lambda file: file, (".png",))]
+)
+def test_torchvision_folders_have_class_names_as_captions(folder, open_folder):
+    pairs = open_pairs(open_folder(str(folder)), name="forget")
+    assert pairs.classes == ["apple", "sea lion"]
+    assert pairs[2].text == "sea lion"
+    assert pairs[2].meta == pairs.meta(2) == {"class": "sea lion"}
+    assert pairs[2].image.getpixel((0, 0))[0] == 10
+    assert captions(pairs) == [["apple"], ["apple"], ["sea lion"], ["sea lion"]]
+
+
+def test_captions_are_found_without_reading_an_image(folder):
+    pairs = open_pairs(ImageFolder(str(folder)), name="x")
+    for file in folder.rglob("*.png"):
+        file.unlink()
+    assert pairs.texts(3) == ["sea lion"]
+    assert pairs.meta(0) == {"class": "apple"}
+
+
+def test_splits_by_class(folder):
+    forget, retain = split(ImageFolder(str(folder)), forget=["Sea Lion"])
+    assert (len(forget), len(retain)) == (2, 2)
+    assert forget.texts(0) == ["sea lion"]
+    with pytest.raises(InputError, match="no class 'pear'; the classes are apple, sea lion"):
+        split(ImageFolder(str(folder)), forget=["pear"])
+
+
+def test_subsets_keep_their_classes(folder):
+    inner = Subset(ImageFolder(str(folder)), [3, 0, 2])
+    pairs = open_pairs(Subset(inner, [0, 1]), name="x")
+    assert pairs.classes == ["apple", "sea lion"]
+    assert captions(pairs) == [["sea lion"], ["apple"]]
+    assert [record.text for record in pairs] == ["sea lion", "apple"]
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {},
+        {"targets": [1, 0, 1]},
+        {"targets": torch.tensor([1, 0, 1])},
+        {"labels": np.array([1, 0, 1])},
+        {"targets": [0, 0, 0]},  # not what the items hold
+        {"targets": [1]},
+    ],
+)
+@pytest.mark.parametrize("kind", [int, np.int64, torch.tensor])
+def test_class_numbers_in_any_form(attributes, kind):
+    pairs = open_pairs(Numbered([kind(1), kind(0), kind(1)], **attributes), name="x")
+    assert captions(pairs) == [["pear"], ["apple"], ["pear"]]
+    assert pairs[1].text == "apple"
+
+
+def test_several_names_of_a_class_and_unlabelled_items():
+    names = [("tench", "Tinca tinca"), ("sea_lion",)]
+    pairs = open_pairs(Numbered([0, 1, -1], names), name="x")
+    assert (pairs[0].text, pairs[1].text) == ("tench", "sea lion")
+    with pytest.raises(BrokenPair, match="no caption"):
+        pairs[2]
+
+
+def test_numbers_that_name_no_class_are_errors():
+    with pytest.raises(InputError, match="`x`: the class number 7 is none of the 2 classes"):
+        open_pairs(Numbered([0, 7]), name="x")
+    with pytest.raises(InputError, match="target_transform"):
+        open_pairs(Numbered([0, 1], target_transform=lambda number: 1 - number), name="x")
+    with pytest.raises(InputError, match="give the class name as caption"):
+        open_pairs(FakeData(2, (3, 4, 4)), name="x")
+
+
+def test_captions_of_a_dataset_with_classes_are_left_alone():
+    pairs = open_pairs(Numbered(["a red apple", "a pear"]), name="x")
+    assert pairs[0].text == "a red apple"
+    assert pairs.classes is None
+
+
+@pytest.mark.parametrize(
+    ("name", "caption"), [("hot_dog", "hot dog"), ("pine apple", "pine apple"), ("_a__b_", "a b")]
+)
+def test_names_of_folders_become_captions(name, caption):
+    assert normalize_class_name(name) == caption
+
+
+class TestHuggingFace:
+    def dataset(self, picture, **columns):
+        features = {name: datasets.ClassLabel(names=["apple", "sea_lion"]) for name in columns}
+        images = {"image": [picture(i) for i in range(3)], "shade": [0, 1, 2]}
+        return datasets.Dataset.from_dict(
+            {**images, **columns},
+            features=datasets.Features(
+                {"image": datasets.Image(), "shade": datasets.Value("int64"), **features}
+            ),
+        )
+
+    @pytest.mark.parametrize("form", [None, "torch"])
+    def test_names_of_the_label_column(self, picture, form):
+        pairs = open_pairs(self.dataset(picture, label=[0, 1, 1]).with_format(form), name="x")
+        assert pairs.classes == ["apple", "sea lion"]
+        assert captions(pairs) == [["apple"], ["sea lion"], ["sea lion"]]
+        assert pairs[1].text == "sea lion"
+        assert pairs.meta(1)["class"] == "sea lion"
+
+    def test_other_columns_stay_in_meta_and_images_unread(self, picture, monkeypatch):
+        pairs = open_pairs(self.dataset(picture, label=[0, 1, 1]), name="x")
+        monkeypatch.setattr(datasets.Image, "decode_example", None)
+        assert pairs.meta(2) == {"shade": 2, "class": "sea lion"}
+
+    def test_a_caption_column_wins_unless_the_label_is_named(self, picture):
+        source = self.dataset(picture, label=[0, 1, 1]).add_column("text", ["a", "b", "c"])
+        assert captions(open_pairs(source, name="x")) == [["a"], ["b"], ["c"]]
+        named = open_pairs(source, name="x", text_key="label")
+        assert captions(named) == [["apple"], ["sea lion"], ["sea lion"]]
+
+    def test_several_label_columns_need_a_choice(self, picture):
+        source = self.dataset(picture, fine=[0, 1, 1], coarse=[0, 0, 0])
+        with pytest.raises(InputError, match=r"'fine', 'coarse'.*`text_key`"):
+            open_pairs(source, name="x")
+        assert open_pairs(source, name="x", text_key="fine").texts(1) == ["sea lion"]
+
+    def test_streams_and_transforms(self, picture):
+        source = self.dataset(picture, label=[0, 1, 1])
+        assert captions(open_pairs(source.to_iterable_dataset(), name="x"))[1] == ["sea lion"]
+        stream = open_pairs(source.to_iterable_dataset(), name="x")
+        assert stream.classes == ["apple", "sea lion"]
+        images = source.with_transform(
+            lambda rows: {
+                "pixel_values": [torch.full((3, 2, 2), float(n)) for n in rows["shade"]],
+                "label": rows["label"],
+            }
+        )
+        pairs = open_pairs(images, name="x")
+        assert pairs[1].text == "sea lion"
+        assert torch.equal(pairs[1].image, torch.ones(3, 2, 2))
+
+    def test_unlabelled_rows_are_broken_pairs(self, picture):
+        pairs = open_pairs(self.dataset(picture, label=[0, -1, None]), name="x")
+        for row in (1, 2):
+            with pytest.raises(BrokenPair, match="no caption"):
+                pairs[row]
