@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fasterase.evaluation.evaluation import Evaluation as Evaluation
     from fasterase.losses import ClipLoss as ClipLoss
     from fasterase.losses import DistillClipLoss as DistillClipLoss
+    from fasterase.models.delta import apply_delta as apply_delta
     from fasterase.objective import EraseLoss as EraseLoss
     from fasterase.objective import erase_loss as erase_loss
     from fasterase.ops.contrastive import Contrastive as Contrastive
@@ -42,6 +43,7 @@ _HOME = {
     "evaluate": "fasterase.api",
     "Evaluation": "fasterase.evaluation.evaluation",
     "split": "fasterase.pairs.split",
+    "apply_delta": "fasterase.models.delta",
     "erase_loss": "fasterase.objective",
     "EraseLoss": "fasterase.objective",
     "ClipLoss": "fasterase.losses",

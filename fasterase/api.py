@@ -25,6 +25,7 @@ from fasterase.evaluation.evaluation import Evaluation
 from fasterase.evaluation.evaluator import Evaluator, Measurement
 from fasterase.evaluation.verdict import FORGOTTEN_EXCESS
 from fasterase.files import check_replaceable
+from fasterase.models.delta import keep_original
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.load import load_model
 from fasterase.pairs.open import open_pairs
@@ -122,7 +123,13 @@ def unlearn(
     if config.progress:
         tqdm.write(f"fasterase: erasing from {encoder.name}; recipe: {describe_recipe(config)}")
 
-    encoder.trainable(config.tune)  # refuses a wrong `tune` before minutes of measuring
+    # Refuses a wrong `tune`, before minutes of measuring.
+    original_weights = keep_original(
+        encoder,
+        config.tune,
+        logit_scale=config.train_logit_scale,
+        buffers=config.train_mode,
+    )
     evaluator = None
     if config.evaluation is not None:
         evaluator = Evaluator(sets, seed=config.seed, quick=config.evaluation == "quick")
@@ -155,6 +162,7 @@ def unlearn(
         removed_from_retain=removed,
         seconds=time.perf_counter() - started,
         encoder=encoder,
+        original_weights=original_weights,
     )
     if output is not None:
         result.save(output / "model")

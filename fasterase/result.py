@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from fasterase.config import UnlearnConfig, describe_recipe, format_yaml
 from fasterase.engine.history import StepRecord
 from fasterase.evaluation.evaluation import Evaluation
 from fasterase.files import write_text
+from fasterase.models.delta import save_delta
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.objective import EraseLoss
 from fasterase.pairs.skips import Skip
@@ -34,6 +35,8 @@ class UnlearnResult:
         excess: mean over the forget set of `max(cos - floor, 0)`.
         removed_from_retain: ids of retain pairs left out because they are also in the forget set.
         seconds: wall time of the whole call.
+        encoder: `model` with its tokenizer and preprocessing, under fasterase's own interface.
+        original_weights: what the run may have changed, as it was before, on the CPU.
     """
 
     model: nn.Module
@@ -47,16 +50,24 @@ class UnlearnResult:
     removed_from_retain: Sequence[str]
     seconds: float
     encoder: DualEncoder = field(repr=False)
+    original_weights: Mapping[str, Tensor] = field(repr=False)
 
-    def save(self, folder: str | os.PathLike[str]) -> Path:
+    def save(self, folder: str | os.PathLike[str], *, delta: bool = False) -> Path:
         """Write the erased model so that open_clip (`local-dir:`) or `from_pretrained` loads it.
 
         The weights are one safetensors file up to 5 GB. The folder is written atomically.
+
+        Args:
+            folder: the folder to write.
+            delta: write only what changed, for `fasterase.apply_delta`; no library loads that by
+                itself.
 
         Raises:
             InputError: `folder` holds files that fasterase did not write.
         """
         path = Path(folder)
+        if delta:
+            return save_delta(self.encoder, self.original_weights, path)
         self.encoder.save(path)
         return path
 

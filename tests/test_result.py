@@ -30,6 +30,7 @@ def test_report(tmp_path, steps):
         removed_from_retain=["retain[5]"],
         seconds=12.0,
         encoder=None,  # type: ignore[arg-type]
+        original_weights={},
     )
     assert result.report(path) == path
     text = path.read_text()

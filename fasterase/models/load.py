@@ -20,6 +20,8 @@ _FORMS = (
     '"hf-hub:org/name" (open_clip), "hf:org/name" (transformers) or a folder that either library '
     "or fasterase wrote"
 )
+# What an erasure changed, written by fasterase/models/delta.py: no model by itself.
+DELTA_FILE = "delta.safetensors"
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -107,6 +109,11 @@ def _load_folder(folder: Path, **given: Any) -> DualEncoder:
         return openclip.from_source(f"local-dir:{folder}", name=str(folder), **given)
     if (folder / "config.json").is_file():
         return huggingface.from_source(str(folder), name=str(folder), online=False, **given)
+    if (folder / DELTA_FILE).is_file():
+        raise InputError(
+            f"model: {folder} holds only what an erasure changed; load the original model and put "
+            "it on with fasterase.apply_delta(model, folder)"
+        )
     if (folder / MARKER).is_file():
         raise InputError(
             f"model: {folder} holds weights of an architecture that open_clip does not describe; "

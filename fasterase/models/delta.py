@@ -1,0 +1,257 @@
+"""What an erasure changed in a model, as a file that can be put on and taken off again.
+
+`delta.safetensors` holds, for every tensor that changed, `delta/<name>`: erased minus original, in
+fp32 (fp64 for fp64 weights). Where adding or subtracting it rounds to a neighbour of the right
+value, `erased/<name>` and `original/<name>` hold the right values and `.../<name>/at` their
+positions, so that both directions are exact.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fasterase.errors import InputError
+from fasterase.files import replace_model_folder
+from fasterase.models.dual_encoder import DualEncoder
+from fasterase.models.load import DELTA_FILE, load_model
+
+_FORMAT = "fasterase-delta-1"
+
+
+def keep_original(
+    model: DualEncoder, tune: str, *, logit_scale: bool, buffers: bool
+) -> dict[str, Tensor]:
+    """Copy to the CPU, in their own dtype, the tensors that a run may change.
+
+    Args:
+        model: the model before the run.
+        tune: what is trained, as in `DualEncoder.trainable`.
+        logit_scale: whether the temperature is trained.
+        buffers: whether the run moves buffers (statistics of BatchNorm).
+
+    Raises:
+        InputError: see `DualEncoder.trainable`.
+    """
+    changing: dict[str, Tensor] = dict(model.trainable(tune))
+    for name, parameter in model.module.named_parameters():
+        if logit_scale and parameter is model.logit_scale:
+            changing[name] = parameter
+    if buffers:
+        changing.update(model.module.named_buffers())
+    return {
+        name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in changing.items()
+    }
+
+
+def save_delta(
+    model: DualEncoder, original: Mapping[str, Tensor], folder: str | os.PathLike[str]
+) -> Path:
+    """Write the folder that `apply_delta` reads: erased minus original of what changed.
+
+    Args:
+        model: the erased model.
+        original: what `keep_original` returned before the run.
+        folder: written atomically.
+
+    Raises:
+        InputError: `folder` holds files that fasterase did not write.
+    """
+    from safetensors.torch import save_file
+
+    now = _tensors(model.module)
+    stored: dict[str, Tensor] = {}
+    dtypes: dict[str, str] = {}
+    for name, before in original.items():
+        after = now[name].detach().cpu()
+        if _same_bits(before, after).all():
+            continue
+        delta = _wide(after) - _wide(before)
+        stored[f"delta/{name}"] = delta.contiguous()
+        dtypes[name] = str(after.dtype).removeprefix("torch.")
+        for side, start, goal, sign in (
+            ("erased", before, after, 1),
+            ("original", after, before, -1),
+        ):
+            wrong = ~_same_bits(_moved(start, delta, sign, goal.dtype), goal)
+            if wrong.any():
+                at = wrong.flatten().nonzero()[:, 0]
+                stored[f"{side}/{name}/at"] = at
+                stored[f"{side}/{name}"] = goal.flatten()[at]
+    metadata = {
+        "format": _FORMAT,
+        "model": model.name,
+        "original": fingerprint_weights(model.module, original),
+        "erased": fingerprint_weights(model.module),
+        "dtypes": json.dumps(dtypes),
+    }
+    with replace_model_folder(folder, library="fasterase.apply_delta") as new:
+        save_file(stored, new / DELTA_FILE, metadata=metadata)
+        (new / "README.md").write_text(_README.format(name=model.name), encoding="utf-8")
+    return Path(folder)
+
+
+def apply_delta(
+    model: nn.Module | DualEncoder | str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    sign: int = 1,
+) -> nn.Module:
+    """Put a delta that `result.save(folder, delta=True)` wrote on its original, or take it off.
+
+    Both are exact: the original with the delta on has the erased model's weights bit for bit, and
+    the other way round.
+
+    Args:
+        model: the original (`sign=1`) or the erased model (`sign=-1`), changed in place; anything
+            that `fasterase.unlearn` takes.
+        folder: the folder of the delta.
+        sign: 1 puts the delta on, -1 takes it off.
+
+    Returns:
+        The library's own module: `model`, or what its name loaded.
+
+    Raises:
+        InputError: `sign` is neither 1 nor -1; `folder` holds no readable delta; the model has
+            another architecture, or other weights than the delta was made for. The model is
+            untouched.
+    """
+    if isinstance(sign, bool) or sign not in (1, -1):
+        raise InputError(f"sign={sign!r} is neither 1 (put the delta on) nor -1 (take it off).")
+    stored, metadata = _read(Path(folder).expanduser())
+    encoder = load_model(model)
+    module = encoder.module
+    tensors = _tensors(module)
+    deltas = {
+        key.removeprefix("delta/"): delta
+        for key, delta in stored.items()
+        if key.startswith("delta/")
+    }
+    for name, delta in deltas.items():
+        found = tuple(tensors[name].shape) if name in tensors else None
+        if found is None or tensors[name].numel() != delta.numel():
+            raise InputError(
+                f"model: {encoder.name} has another architecture than {metadata['model']}, for "
+                f"which the delta in {folder} was made: its `{name}` is {_shape(delta.shape)}, "
+                f"the model's {'is missing' if found is None else 'is ' + _shape(found)}. "
+                "Give the model that was erased."
+            )
+    _check_weights(encoder, metadata, sign, folder)
+    side = "erased" if sign == 1 else "original"
+    dtypes = json.loads(metadata["dtypes"])
+    with torch.no_grad():
+        for name, delta in deltas.items():
+            dtype = getattr(torch, dtypes[name])
+            moved = _moved(tensors[name].detach().cpu().reshape(delta.shape), delta, sign, dtype)
+            at = stored.get(f"{side}/{name}/at")
+            if at is not None:
+                moved.view(-1)[at] = stored[f"{side}/{name}"]
+            tensors[name].copy_(moved.reshape(tensors[name].shape))
+    return module
+
+
+def fingerprint_weights(module: nn.Module, replaced: Mapping[str, Tensor] | None = None) -> str:
+    """Return a SHA-256 of the weights alone, whatever their dtype, device, tokenizer or transform.
+
+    Half-precision weights have the fingerprint of the same values in fp32, in which some libraries
+    load them.
+
+    Args:
+        module: the library's own module.
+        replaced: values to take instead of the module's own, by name.
+    """
+    own = _tensors(module)
+    instead = {id(own[name]): tensor for name, tensor in (replaced or {}).items()}
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict(keep_vars=True).items()):
+        values = _wide(instead.get(id(tensor), tensor).detach().cpu()).contiguous().reshape(-1)
+        digest.update(f"{name} {values.dtype} {len(values)};".encode())
+        digest.update(values.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _check_weights(
+    encoder: DualEncoder, metadata: Mapping[str, str], sign: int, folder: str | os.PathLike[str]
+) -> None:
+    found = fingerprint_weights(encoder.module)
+    wanted, other = ("original", "erased") if sign == 1 else ("erased", "original")
+    if found == metadata[wanted]:
+        return
+    if found == metadata[other]:
+        state = "already on" if sign == 1 else "not on"
+        raise InputError(
+            f"sign={sign}: the delta in {folder} is {state} {encoder.name}. "
+            f"sign={-sign} {'takes it off' if sign == 1 else 'puts it on'}."
+        )
+    raise InputError(
+        f"model: the weights of {encoder.name} are not those of the {wanted} model that the delta "
+        f"in {folder} was made for ({metadata['model']}), so the result would be neither model. "
+        f"Load that {wanted} model, unchanged and in the precision in which it was erased."
+    )
+
+
+def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    file = folder / DELTA_FILE
+    if not file.is_file():
+        raise InputError(
+            f"folder: {folder} holds no {DELTA_FILE}. Give a folder that "
+            "result.save(folder, delta=True) wrote."
+        )
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata: dict[str, str] = opened.metadata() or {}
+            stored = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"folder: {file} cannot be read ({error}). Save it again.") from error
+    if metadata.get("format") != _FORMAT:
+        raise InputError(
+            f"folder: {file} has the format {metadata.get('format')!r}, and this version of "
+            f"fasterase reads {_FORMAT!r}."
+        )
+    return stored, metadata
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _wide(values: Tensor) -> Tensor:
+    """The dtype in which differences are taken; integers (counters of BatchNorm) stay."""
+    if values.is_floating_point() and values.dtype != torch.float64:
+        return values.float()
+    return values
+
+
+def _moved(start: Tensor, delta: Tensor, sign: int, dtype: torch.dtype) -> Tensor:
+    return (_wide(start) + sign * delta).to(dtype)
+
+
+def _same_bits(one: Tensor, other: Tensor) -> Tensor:
+    """Elementwise; a difference between 0.0 and -0.0 counts, NaN equals itself."""
+    bits: Any = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
+    return one.contiguous().view(bits) == other.contiguous().view(bits)
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return str(list(shape))
+
+
+_README = """# What an erasure changed in {name}
+
+Put it on the original model, or take it off the erased one:
+
+```python
+import fasterase
+
+fasterase.apply_delta(original, "this folder")
+fasterase.apply_delta(erased, "this folder", sign=-1)
+```
+"""
