@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from fasterase.errors import InputError
 from fasterase.pairs.classes import normalize_class_name
+from fasterase.pairs.frames import PARQUET_ENDINGS, is_frame, open_frame, open_parquet
 from fasterase.pairs.objects import open_objects
 from fasterase.pairs.source import ImageFiles, PackedCaptions, PackedStrings, PairSource
 from fasterase.pairs.tables import open_table
@@ -28,8 +29,10 @@ def open_pairs(
             - a map-style `Dataset`, a `DataLoader` (unwrapped to its dataset), or any iterable, of
               `(image, text)` pairs, `{"image", "text"}` dicts, `{"pixel_values", "input_ids"[,
               "attention_mask"]}` dicts, or batches of these; a Hugging Face dataset;
-            - the path of a CSV, TSV or JSONL table, of a class-per-folder directory, of a folder of
-              `x.jpg` + `x.txt`, of a tar or a folder of tars; a WebDataset pattern;
+            - a pandas DataFrame;
+            - the path of a CSV, TSV, JSONL, JSON or Parquet table, of a class-per-folder directory,
+              of a folder of `x.jpg` + `x.txt`, of a tar or a folder of tars; a WebDataset pattern;
+            - a list of the paths or patterns of tars;
             - a `PairSource`, such as `fasterase.split` returns, which is returned unchanged.
         name: the name of the argument, for messages and ids.
         image_key, text_key: column, dict key or tar entry, if it does not have a usual name.
@@ -53,7 +56,7 @@ def _open(source: Any, name: str, image_key: str | None, text_key: str | None) -
     if isinstance(source, PairSource):
         return source
     if not isinstance(source, str | os.PathLike):
-        return open_objects(source, name, image_key, text_key)
+        return _open_object(source, name, image_key, text_key)
     text = os.fspath(source)
     if not text:
         raise InputError(f"`{name}` is an empty path")
@@ -66,14 +69,50 @@ def _open(source: Any, name: str, image_key: str | None, text_key: str | None) -
     if os.path.isfile(path):
         if path.name.lower().endswith(TAR_ENDINGS):
             return open_tars([str(path)], name=name, image_key=image_key, text_key=text_key)
+        if path.name.lower().endswith(PARQUET_ENDINGS):
+            return open_parquet(path, name=name, image_key=image_key, text_key=text_key)
         return open_table(path, name=name, image_key=image_key, text_key=text_key)
     if is_tar_pattern(text):
         shards = expand_pattern(text, name=name)
         return open_tars(shards, name=name, image_key=image_key, text_key=text_key)
     raise InputError(
-        f"`{name}`: no file or folder {text!r}. A path must be a CSV, TSV or JSONL table, a folder "
-        f"of images or shards, or a shard pattern such as 'shards/{{000..099}}.tar'."
+        f"`{name}`: no file or folder {text!r}. A path must be a CSV, TSV, JSONL, JSON or Parquet "
+        f"table, a folder of images or shards, or a shard pattern such as "
+        f"'shards/{{000..099}}.tar'."
     )
+
+
+def _open_object(source: Any, name: str, image_key: str | None, text_key: str | None) -> PairSource:
+    if is_frame(source):
+        return open_frame(source, name=name, image_key=image_key, text_key=text_key)
+    if hasattr(source, "to_pandas") and not hasattr(source, "select_columns"):
+        kind = f"{type(source).__module__.partition('.')[0]} {type(source).__name__}"
+        raise InputError(f"`{name}` is a {kind}; pass its .to_pandas(), a pandas DataFrame")
+    if isinstance(source, list | tuple) and _lists_tars(source):
+        shards = [
+            shard
+            for pattern in map(os.fspath, source)
+            for shard in expand_pattern(pattern, name=name)
+        ]
+        return open_tars(shards, name=name, image_key=image_key, text_key=text_key)
+    return open_objects(source, name, image_key, text_key)
+
+
+def _lists_tars(source: Sequence[Any]) -> bool:
+    """Tell whether `source` lists tars.
+
+    Raises:
+        InputError: it lists other paths.
+    """
+    if not source or not all(isinstance(each, str | os.PathLike) for each in source):
+        return False
+    other = next((each for each in source if not is_tar_pattern(os.fspath(each))), None)
+    if other is not None:
+        raise InputError(
+            f"a list of paths must name tars; found {os.fspath(other)!r}. Give a table or folder "
+            f"as one path, and pairs as (image, text)."
+        )
+    return True
 
 
 def open_folder(folder: Path, *, name: str) -> ImageFiles:

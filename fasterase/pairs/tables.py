@@ -1,4 +1,4 @@
-"""Read CSV, TSV and JSONL files that list image files and captions."""
+"""Read CSV, TSV, JSONL and JSON files that list image files and captions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from fasterase.errors import InputError
 from fasterase.pairs.items import IMAGE_KEYS, TEXT_KEYS, choose_key
@@ -24,7 +24,8 @@ def open_table(
 ) -> ImageFiles:
     """Read a table; relative image paths are resolved against its folder.
 
-    A `.jsonl` file has one JSON object per line; its text may be a list of alternative captions.
+    A `.jsonl` file has one JSON object per line, a `.json` file the same or one array of objects;
+    their text may be a list of alternative captions.
     Any other file is read as separated values with a header, from which the separator (tab, comma,
     semicolon or bar) is detected. Other columns become the `meta` of the pairs. A row without an
     image or a caption is kept as a broken pair.
@@ -35,7 +36,7 @@ def open_table(
     ids, captions, metas = PackedStrings(), PackedCaptions(), PackedStrings()
     any_meta = False
     is_json = path.suffix.lower() in JSON_ENDINGS
-    rows = _read_json_lines(path) if is_json else _read_separated(path, image_key, text_key)
+    rows = _read_json(path) if is_json else _read_separated(path, image_key, text_key)
     image_column = text_column = None
     try:
         for row in rows:
@@ -47,7 +48,7 @@ def open_table(
             image, text = row.pop(image_column, None), row.pop(text_column, None)
             named = isinstance(image, str) and image
             ids.append(image if named else f"{path.name}, row {len(ids) + 1} without an image")
-            captions.append(_parse_captions(text))
+            captions.append(parse_captions(text))
             any_meta = any_meta or bool(row)
             metas.append(json.dumps(row))
     except UnicodeDecodeError as error:
@@ -61,26 +62,56 @@ def open_table(
     )
 
 
-def _parse_captions(text: Any) -> list[str]:
+def parse_captions(text: Any) -> list[str]:
+    """Return the captions in a cell: a str, or a list of str; none in any other."""
     if isinstance(text, str):
         return [text]
-    return [t for t in text if isinstance(t, str)] if isinstance(text, list) else []
+    return (
+        [each for each in text if isinstance(each, str)] if isinstance(text, list | tuple) else []
+    )
 
 
-def _read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+def _read_json(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a file with one per line, or with one array of them."""
     with open(path, encoding="utf-8-sig") as file:
+        if _first_character(file) == "[" and path.suffix.lower() == ".json":
+            yield from _read_json_array(file)
+            return
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise InputError(f"line {number} is not a JSON object: {error.msg}") from error
+                raise InputError(
+                    f"line {number} is not a JSON object: {error.msg}. A file holds one object per "
+                    f"line, or (.json) one array of objects."
+                ) from error
             if not isinstance(row, dict):
                 raise InputError(
                     f"line {number} must hold one JSON object; found a {type(row).__name__}"
                 )
             yield row
+
+
+def _first_character(file: TextIO) -> str:
+    """Return the first character that is no white space, "" if there is none; rewind the file."""
+    first = next((line.lstrip()[0] for line in file if line.strip()), "")
+    file.seek(0)
+    return first
+
+
+def _read_json_array(file: TextIO) -> Iterator[dict[str, Any]]:
+    try:
+        rows = json.load(file)
+    except json.JSONDecodeError as error:
+        raise InputError(f"line {error.lineno} is not valid JSON: {error.msg}") from error
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise InputError(
+                f"entry {number} of the array must be a JSON object; found a {type(row).__name__}"
+            )
+        yield row
 
 
 def _read_separated(

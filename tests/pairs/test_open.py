@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from fasterase.errors import InputError
@@ -91,3 +93,21 @@ def test_decompression_bombs_are_broken_pairs(tmp_path, encoded, monkeypatch):
 def test_missing_paths_are_named(path):
     with pytest.raises(InputError, match="`forget`"):
         open_pairs(path, name="forget")
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_a_list_of_tars(make_tar, encoded, kind):
+    shards = [make_tar(f"{n}.tar", {"k.png": encoded(n), "k.txt": f"text {n}"}) for n in range(3)]
+    pairs = open_pairs(kind([Path(shards[2]), shards[0]]), name="retain")
+    assert [pairs.id(i) for i in range(len(pairs))] == ["2.tar/k", "0.tar/k"]
+    pattern = shards[0].replace("0.tar", "{0..1}.tar")
+    assert len(open_pairs(kind([pattern, shards[2]]), name="retain")) == 3
+    with pytest.raises(InputError, match=r"`retain`.*missing, such as .*9\.tar"):
+        open_pairs(kind([shards[0], shards[1].replace("1.tar", "9.tar")]), name="retain")
+
+
+def test_a_list_of_other_paths_says_what_to_give():
+    with pytest.raises(InputError, match=r"`x`: a list of paths must name tars; found 'b\.csv'"):
+        open_pairs(["a.tar", "b.csv"], name="x")
+    with pytest.raises(InputError, match=r"pairs as \(image, text\)"):
+        open_pairs(["x.jpg", "a caption"], name="x")

@@ -76,6 +76,21 @@ def test_jsonl_with_alternatives_and_meta(pictures):
         pairs[2]
 
 
+@pytest.mark.parametrize("mark", ["", "\ufeff", "\n \n"])
+def test_json_array(pictures, mark):
+    rows = [
+        {"filepath": "0.png", "title": "zero", "score": 1.5},
+        {"filepath": "1.png", "title": ["one", "1"]},
+    ]
+    path = table(pictures, mark + json.dumps(rows, indent=1), "t.json")
+    pairs = open_pairs(path, name="x")
+    assert [pairs.texts(i) for i in range(len(pairs))] == [["zero"], ["one", "1"]]
+    assert pairs[0].image.getpixel((0, 0))[0] == 0
+    assert pairs.meta(0) == {"score": 1.5}
+    lines = table(pictures, "\n".join(map(json.dumps, rows)), "lines.json")
+    assert open_pairs(lines, name="x").manifest() == pairs.manifest()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -84,6 +99,10 @@ def test_jsonl_with_alternatives_and_meta(pictures):
         ("t.jsonl", "{oops}\n", "line 1 is not a JSON object"),
         ("t.jsonl", "[1]\n", "line 1 must hold one JSON object; found a list"),
         ("t.jsonl", "", "`x` is empty"),
+        ("t.json", "[]", "`x` is empty"),
+        ("t.json", '[{"image": "0.png", "text": "a"}, 3]', "entry 2 of the array must be a JSON"),
+        ("t.json", '[{"image":\n "0.png"', "line 2 is not valid JSON"),
+        ("t.json", '{\n"images": []}', "line 1 is not a JSON object.*one array of objects"),
         ("t.csv", 'filepath,title\n0.png,"' + "a\n" * 70000, "unclosed quote"),
     ],
 )
