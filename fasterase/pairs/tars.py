@@ -6,16 +6,17 @@ import glob
 import json
 import os
 import re
+import statistics
 import tarfile
 import warnings
 from array import array
 from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from fasterase.errors import InputError
+from fasterase.pairs.shards import Damage, Extent, Sample, ShardReader, count_lost, open_sequential
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.source import EncodedSource, PackedCaptions, PackedStrings
 from fasterase.progress import progress_bar
@@ -74,8 +75,12 @@ def open_tars(
     and compressed ones allow no random access: they are read once from start to end, and their
     encoded images are kept in memory.
 
+    Of a damaged or truncated shard, every sample that can be read is read, and a warning names it.
+    The others are broken pairs: `shard.tar/lost sample 1`, ... where their keys are lost too.
+
     Raises:
-        InputError: a shard is damaged, or has no images or no captions under those endings.
+        InputError: a shard is no tar at all, or there are no images or no captions under those
+            endings.
     """
     sequential = any(not os.path.isfile(s) or s.lower().endswith(_COMPRESSED) for s in shards)
     entries = _Entries(
@@ -84,18 +89,6 @@ def open_tars(
         text_key or "",
     )
     return _load_tars(shards, name, entries) if sequential else _index_tars(shards, name, entries)
-
-
-def split_entry(path: str) -> tuple[str, str] | None:
-    """Split `dir/key.ending` into (`dir/key`, `ending`) at the first dot of the file name.
-
-    This is how WebDataset groups files into samples; None for files that it ignores.
-    """
-    folder, _, file = path.rpartition("/")
-    stem, dot, ending = file.partition(".")
-    if not stem or not dot or stem.startswith("__"):
-        return None
-    return (f"{folder}/{stem}" if folder else stem), ending.lower()
 
 
 class _Entries(NamedTuple):
@@ -117,34 +110,103 @@ class _Entries(NamedTuple):
         values = value if isinstance(value, list) else [value]
         return [text for text in values if isinstance(text, str)]
 
+    def captions(self) -> set[str]:
+        """Return the endings of the entries that may hold captions."""
+        return {*self.text, "json"} if self.json_field else set(self.text)
+
     def image_of(self, sample: Mapping[str, Entry]) -> Entry | None:
         """Return the sample's image entry, None if it has none."""
         return next((sample[ending] for ending in self.image if ending in sample), None)
 
 
-class _Collected:
-    """Ids and captions of the samples read so far, except those with neither image nor text."""
+class _DamagedShard(NamedTuple):
+    number: int
+    found: int
+    torn: int
+    readable: int
+    damage: list[Damage]
 
-    def __init__(self, entries: _Entries) -> None:
+
+class _Collected:
+    """Ids and captions of the samples read so far, except those with neither image nor text.
+
+    Attributes:
+        lost: why a row that a damaged shard has lost cannot be read, by row.
+    """
+
+    def __init__(self, name: str, shards: list[str], entries: _Entries) -> None:
         self.ids, self.captions = PackedStrings(), PackedCaptions()
+        self.lost: dict[int, str] = {}
+        self._name = name
+        self._shards = shards
         self._entries = entries
         self._endings: set[str] = set()
         self._images = 0
+        self._undamaged: list[int] = []  # samples of each undamaged shard
+        self._damaged: list[_DamagedShard] = []
 
-    def add(self, id: str, endings: Collection[str], texts: Mapping[str, bytes]) -> bool:
-        """Add a sample by the endings of its entries; return whether it counts."""
-        self._endings.update(endings)
-        has_image = any(ending in endings for ending in self._entries.image)
-        if not has_image and not any(ending in endings for ending in self._entries.text):
-            return False
-        self._images += has_image
-        self.ids.append(id)
-        self.captions.append(self._entries.read_captions(texts))
-        return True
+    def read(
+        self, number: int, file: IO[bytes], *, wanted: Collection[str], damage: Damage | None = None
+    ) -> Iterator[Sample]:
+        """Yield the samples that count, a row each, of shard `number`.
 
-    def check(self, name: str) -> None:
+        Args:
+            file: the shard, decompressed.
+            wanted: endings of the entries whose bytes are needed, beyond captions.
+            damage: what is known to be damaged already.
+        """
+        reader = ShardReader(file)
+        base = os.path.basename(self._shards[number])
+        found = torn = 0
+        for sample in reader.samples({*wanted, *self._entries.captions()}):
+            endings = {*sample.extents, *([sample.cut] if sample.cut else [])}
+            self._endings |= endings
+            has_image = self._entries.image_of(sample.extents) is not None
+            if not endings & {*self._entries.image, *self._entries.text}:
+                continue
+            if sample.cut:
+                self.lost[len(self.ids)] = f"the shard ends inside its {sample.cut}"
+            captions = self._entries.read_captions(sample.data)
+            self.ids.append(f"{base}/{sample.key}")
+            self.captions.append(captions)
+            self._images += has_image
+            found += 1
+            torn += sample.torn and not (has_image and captions and not sample.cut)
+            yield sample
+        stretches = [*([damage] if damage else []), *reader.damage]
+        if stretches:
+            shard = _DamagedShard(number, found, torn, reader.readable, stretches)
+            self._damaged.append(shard)
+        else:
+            self._undamaged.append(found)
+
+    def add_lost(self) -> list[int]:
+        """Add a row for each lost sample, and warn; return the number of each row's shard."""
+        usual = round(statistics.median(self._undamaged)) if self._undamaged else 0
+        rows: list[int] = []
+        for number, found, torn, readable, damage in self._damaged:
+            shard = self._shards[number]
+            lost = count_lost(
+                shard, found, torn=torn, readable=readable, damage=damage, usual=usual
+            )
+            where = "; ".join(f"byte {stretch.offset}: {stretch.reason}" for stretch in damage)
+            for each in range(lost):
+                self.lost[len(self.ids)] = f"lost from a damaged shard ({where})"
+                self.ids.append(f"{os.path.basename(shard)}/lost sample {each + 1}")
+                self.captions.append([])
+            rows += [number] * lost
+            warnings.warn(
+                f"`{self._name}`: shard {shard} is damaged ({where}). At least "
+                f"{lost + torn} of its samples cannot be used and count as skipped, "
+                f"{found - torn} can. Fetch or write it again.",
+                stacklevel=2,
+            )
+        return rows
+
+    def check(self) -> None:
         """Raise `InputError` if there were no samples, no images or no captions."""
         found = ", ".join(sorted(self._endings)) or "none"
+        name = self._name
         if not len(self.captions):
             raise InputError(f"`{name}`: the shards hold no samples; entries found: {found}")
         if self._images == 0:
@@ -159,26 +221,33 @@ class _Collected:
             )
 
 
-class _Extent(NamedTuple):
-    """The bytes of a tar entry."""
+class _TarPairs(EncodedSource):
+    """Samples of shards, some of them perhaps lost."""
 
-    offset: int
-    size: int
+    def __init__(
+        self, name: str, collected: _Collected, *, metas: PackedStrings | None = None
+    ) -> None:
+        super().__init__(name, ids=collected.ids, captions=collected.captions, metas=metas)
+        self._lost = collected.lost
+
+    def texts(self, index: int) -> list[str]:
+        if index in self._lost:
+            raise BrokenPair(self.id(index), self._lost[index])
+        return super().texts(index)
 
 
-class TarFiles(EncodedSource):
+class TarFiles(_TarPairs):
     """Local uncompressed tars, read by shard and offset."""
 
     def __init__(
         self,
         name: str,
+        collected: _Collected,
         *,
         shards: list[str],
-        ids: PackedStrings,
-        captions: PackedCaptions,
         extents: np.ndarray,  # [n, 5] int64: shard, image offset and size, json offset and size
     ) -> None:
-        super().__init__(name, ids=ids, captions=captions)
+        super().__init__(name, collected)
         self._shards = [os.path.abspath(shard) for shard in shards]
         self._extents = extents
 
@@ -189,9 +258,12 @@ class TarFiles(EncodedSource):
         try:
             with open(shard, "rb") as file:
                 file.seek(offset)
-                return file.read(size)
+                data = file.read(size)
         except OSError as error:
             raise BrokenPair(self.id(index), f"{shard} cannot be read: {error}") from error
+        if len(data) < size:
+            raise BrokenPair(self.id(index), f"{shard} was cut off after it was opened")
+        return data
 
     def meta(self, index: int) -> dict[str, Any]:
         offset, size = self._extents[index, 3:].tolist()
@@ -215,19 +287,18 @@ class TarFiles(EncodedSource):
         return f"{os.path.realpath(shard)}::{self._extents[index, 1]}"
 
 
-class LoadedTars(EncodedSource):
+class LoadedTars(_TarPairs):
     """Samples of tars without random access; their encoded images are held in memory."""
 
     def __init__(
         self,
         name: str,
+        collected: _Collected,
         *,
         images: list[bytes | None],
-        ids: PackedStrings,
-        captions: PackedCaptions,
         metas: PackedStrings,
     ) -> None:
-        super().__init__(name, ids=ids, captions=captions, metas=metas)
+        super().__init__(name, collected, metas=metas)
         self._images = images
 
     def encoded_sizes(self) -> np.ndarray:
@@ -245,79 +316,48 @@ class LoadedTars(EncodedSource):
 
 
 def _index_tars(shards: list[str], name: str, entries: _Entries) -> TarFiles:
-    collected, extents = _Collected(entries), array("q")
-    none = _Extent(-1, -1)
+    collected, extents = _Collected(name, shards, entries), array("q")
+    none = Extent(-1, -1)
     for number, shard in enumerate(shards):
-        base = os.path.basename(shard)
         try:
-            for key, sample, texts in _read_samples(shard, entries):
-                if collected.add(f"{base}/{key}", sample, texts):
-                    image = entries.image_of(sample) or none
-                    extents.extend((number, *image, *sample.get("json", none)))
-        except (tarfile.TarError, OSError, EOFError) as error:
+            with open(shard, "rb") as file:
+                for sample in collected.read(number, file, wanted=()):
+                    image = entries.image_of(sample.extents) or none
+                    extents.extend((number, *image, *sample.extents.get("json", none)))
+        except (tarfile.TarError, OSError) as error:
             raise InputError(f"`{name}`: shard {shard} cannot be read: {error}") from error
-    collected.check(name)
+    collected.check()
+    for number in collected.add_lost():
+        extents.extend((number, *none, *none))
     table = np.frombuffer(extents, dtype=np.int64).reshape(-1, 5)
-    return TarFiles(
-        name, shards=shards, ids=collected.ids, captions=collected.captions, extents=table
-    )
-
-
-def _read_samples(
-    shard: str, entries: _Entries
-) -> Iterator[tuple[str, dict[str, _Extent], dict[str, bytes]]]:
-    """Yield key, extents, and bytes that may hold captions, for each run of files of one stem."""
-    wanted = {*entries.text, "json"} if entries.json_field else set(entries.text)
-    key: str | None = None
-    sample: dict[str, _Extent] = {}
-    texts: dict[str, bytes] = {}
-    with open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-        while (member := tar.next()) is not None:
-            # tarfile keeps every header that it has read: gigabytes for a large set of shards.
-            tar.members = []  # type: ignore[attr-defined]
-            parts = split_entry(member.name)
-            if not member.isfile() or parts is None:
-                continue
-            if parts[0] != key:
-                if key is not None:
-                    yield key, sample, texts
-                key, sample, texts = parts[0], {}, {}
-            sample[parts[1]] = _Extent(member.offset_data, member.size)
-            if parts[1] in wanted:
-                file.seek(member.offset_data)
-                texts[parts[1]] = file.read(member.size)
-    if key is not None:
-        yield key, sample, texts
+    return TarFiles(name, collected, shards=shards, extents=table)
 
 
 def _load_tars(shards: list[str], name: str, entries: _Entries) -> LoadedTars:
-    import webdataset
-
     warnings.warn(
         f"`{name}`: remote or compressed shards allow no random access; they are read once and "
         f"their images kept in memory. For large sets, use local uncompressed .tar files.",
         stacklevel=2,
     )
     images: list[bytes | None] = []
-    collected, metas = _Collected(entries), PackedStrings()
-    # Not `WebDataset`, which would split the shards over distributed ranks.
-    samples = webdataset.DataPipeline(
-        webdataset.SimpleShardList(shards), webdataset.tarfile_to_samples()
-    )
-    try:
-        for sample in progress_bar(f"reading {name}", items=samples, unit="pair", delay=2):
-            endings = {key for key in sample if not key.startswith("__")}
-            id = f"{Path(sample['__url__']).name}/{sample['__key__']}"
-            if collected.add(id, endings, sample):
-                images.append(entries.image_of(sample))
-                metas.append(_dump_object(sample.get("json", b"{}")))
-    # The transports (curl, pipes, cloud clients) raise errors of their own.
-    except Exception as error:
-        raise InputError(f"`{name}`: the shards cannot be read: {error}") from error
-    collected.check(name)
-    return LoadedTars(
-        name, images=images, ids=collected.ids, captions=collected.captions, metas=metas
-    )
+    collected, metas = _Collected(name, shards, entries), PackedStrings()
+    with progress_bar(f"reading {name}", unit="pair", delay=2) as bar:
+        for number, shard in enumerate(shards):
+            try:
+                with open_sequential(shard) as (file, damage):
+                    wanted = {*entries.image, "json"}
+                    for sample in collected.read(number, file, wanted=wanted, damage=damage):
+                        images.append(entries.image_of(sample.data))
+                        metas.append(_dump_object(sample.data.get("json", b"{}")))
+                        bar.update()
+            # The transports (curl, pipes, cloud clients) raise errors of their own.
+            except Exception as error:
+                raise InputError(f"`{name}`: shard {shard} cannot be read: {error}") from error
+    collected.check()
+    for _ in collected.add_lost():
+        images.append(None)
+        metas.append("{}")
+    return LoadedTars(name, collected, images=images, metas=metas)
 
 
 def _dump_object(data: bytes) -> str:
