@@ -14,6 +14,7 @@ from torch import Tensor
 from fasterase.errors import InputError
 from fasterase.pairs.classes import class_number
 from fasterase.pairs.skips import BrokenPair
+from fasterase.pairs.source import Record
 
 IMAGE_KEYS = ("image", "pixel_values", "filepath", "image_path", "path", "file_name", "filename")
 TEXT_KEYS = ("text", "caption", "input_ids", "title", "texts", "captions")
@@ -59,6 +60,8 @@ def parse_item(item: Any, image_key: str | None, text_key: str | None, *, id: st
         InputError: the item's form is wrong (wrong keys, a batch, a class number as text, ...).
         BrokenPair: the form is right, but the image or caption is missing or blank.
     """
+    if isinstance(item, Record):
+        return Item(item.image, item.text, item.mask, item.meta)
     image, text, mask, meta = _find_columns(item, image_key, text_key)
     text = parse_text(text, id=id)
     if mask is not None:

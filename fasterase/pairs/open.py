@@ -8,11 +8,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
 from fasterase.errors import InputError
 from fasterase.pairs.classes import normalize_class_name
 from fasterase.pairs.frames import PARQUET_ENDINGS, is_frame, open_frame, open_parquet
 from fasterase.pairs.objects import open_objects
-from fasterase.pairs.source import ImageFiles, PackedCaptions, PackedStrings, PairSource
+from fasterase.pairs.source import ImageFiles, PackedCaptions, PackedStrings, PairSource, Subset
 from fasterase.pairs.tables import open_table
 from fasterase.pairs.tars import TAR_ENDINGS, expand_pattern, is_tar_pattern, open_tars
 
@@ -33,7 +37,8 @@ def open_pairs(
             - the path of a CSV, TSV, JSONL, JSON or Parquet table, of a class-per-folder directory,
               of a folder of `x.jpg` + `x.txt`, of a tar or a folder of tars; a WebDataset pattern;
             - a list of the paths or patterns of tars;
-            - a `PairSource`, such as `fasterase.split` returns, which is returned unchanged.
+            - a `PairSource`, such as `fasterase.split` returns, which is returned unchanged, or a
+              `torch.utils.data.Subset` of one.
         name: the name of the argument, for messages and ids.
         image_key, text_key: column, dict key or tar entry, if it does not have a usual name.
 
@@ -49,12 +54,21 @@ def open_pairs(
         raise type(error)(f"`{name}`: {error}") from error
     if len(opened) == 0:
         raise InputError(f"`{name}` is empty; it needs at least one image-text pair")
+    if opened is not source and opened.origin is None:
+        opened.origin = _describe_origin(source)
     return opened
 
 
+def _describe_origin(source: Any) -> str:
+    if isinstance(source, str | os.PathLike):
+        return os.path.basename(os.fspath(source).rstrip("/")) or os.fspath(source)
+    return f"a {type(source).__name__}"
+
+
 def _open(source: Any, name: str, image_key: str | None, text_key: str | None) -> PairSource:
-    if isinstance(source, PairSource):
-        return source
+    view = _find_view(source)
+    if view is not None:
+        return view
     if not isinstance(source, str | os.PathLike):
         return _open_object(source, name, image_key, text_key)
     text = os.fspath(source)
@@ -80,6 +94,19 @@ def _open(source: Any, name: str, image_key: str | None, text_key: str | None) -
         f"table, a folder of images or shards, or a shard pattern such as "
         f"'shards/{{000..099}}.tar'."
     )
+
+
+def _find_view(source: Any) -> PairSource | None:
+    """Return the `PairSource` that `source` is, loads from, or is a `torch` `Subset` of."""
+    if isinstance(source, PairSource):
+        return source
+    if isinstance(source, DataLoader):
+        return _find_view(source.dataset)
+    if isinstance(source, torch.utils.data.Subset):
+        whole = _find_view(source.dataset)
+        if whole is not None:
+            return Subset(whole, np.asarray(source.indices, dtype=np.int64), name=whole.name)
+    return None
 
 
 def _open_object(source: Any, name: str, image_key: str | None, text_key: str | None) -> PairSource:

@@ -6,14 +6,14 @@ import abc
 import hashlib
 import io
 import json
+import operator
 import os
 import warnings
 from array import array
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -22,9 +22,8 @@ from torch import Tensor
 from fasterase.pairs.skips import BrokenPair
 
 
-@dataclass(frozen=True)
-class Record:
-    """A decoded pair.
+class Record(tuple[Any, Any]):
+    """A decoded pair: a tuple `(image, text)` that also knows where it comes from.
 
     Attributes:
         image: PIL image, uint8 tensor [3, H, W], or float tensor [3, H, W] (already preprocessed).
@@ -35,11 +34,37 @@ class Record:
             row, or `{"class": name}` for a class-per-folder image.
     """
 
-    image: Any
-    text: Any
     id: str
-    mask: Tensor | None = None
-    meta: dict[str, Any] = field(default_factory=dict)
+    mask: Tensor | None
+    meta: dict[str, Any]
+
+    def __new__(
+        cls,
+        image: Any,
+        text: Any,
+        id: str,
+        mask: Tensor | None = None,
+        meta: dict[str, Any] | None = None,
+    ) -> Record:
+        record = super().__new__(cls, (image, text))
+        record.id = id
+        record.mask = mask
+        record.meta = {} if meta is None else meta
+        return record
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return self.image, self.text, self.id, self.mask, self.meta
+
+    def __repr__(self) -> str:
+        return f"Record(image={self.image!r}, text={self.text!r}, id={self.id!r})"
+
+    @property
+    def image(self) -> Any:
+        return self[0]
+
+    @property
+    def text(self) -> Any:
+        return self[1]
 
 
 class PairSource(abc.ABC):
@@ -47,6 +72,7 @@ class PairSource(abc.ABC):
 
     Attributes:
         name: the argument it was given as (`"forget"`, `"retain"`, ...), for messages.
+        origin: what it was read from, in a few words, such as the name of a file.
         stable: whether item i is the same on every read. False for a dataset with random
             augmentation.
         classes: class names if the source has them (class-per-folder), else None.
@@ -54,9 +80,14 @@ class PairSource(abc.ABC):
     """
 
     name: str
+    origin: str | None = None
     stable: bool = True
     classes: list[str] | None = None
     in_memory: bool = False
+
+    def __repr__(self) -> str:
+        origin = "" if self.origin is None else f" of {self.origin}"
+        return f"{self.name} pairs: {len(self):,}{origin}"
 
     @abc.abstractmethod
     def __len__(self) -> int: ...
@@ -186,7 +217,10 @@ class ImageFiles(EncodedSource):
 
 
 class Subset(PairSource):
-    """Selected rows of another source, in the given order."""
+    """Selected rows of another source, in the given order: a sequence of `(image, text)` pairs.
+
+    A slice of it is another view; nothing is read before an item is asked for.
+    """
 
     def __init__(self, base: PairSource, indices: Sequence[int] | np.ndarray, *, name: str) -> None:
         rows = np.asarray(indices, dtype=np.int64)
@@ -206,18 +240,28 @@ class Subset(PairSource):
     def in_memory(self) -> bool:  # type: ignore[override]
         return self.base.in_memory
 
+    def __repr__(self) -> str:
+        origin = "" if self.base.origin is None else f" of {self.base.origin}"
+        return f"{self.name} pairs: {len(self):,} of {len(self.base):,}{origin}"
+
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> Record:
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> Subset: ...
+    def __getitem__(self, index: int | slice) -> Record | Subset:
+        if isinstance(index, slice):
+            return Subset(self, np.arange(len(self))[index], name=self.name)
         return self.base[self._row(index)]
 
+    def __iter__(self) -> Iterator[Record]:
+        return (self[index] for index in range(len(self)))
+
     def _row(self, index: int) -> int:
-        # Without this check -1 would wrap around, and a plain `for` would never end on a base
-        # that does not raise IndexError itself.
-        if not 0 <= index < len(self.indices):
-            raise IndexError(index)
-        return int(self.indices[index])
+        # NumPy raises IndexError outside the length, and takes -1 as the last.
+        return int(self.indices[operator.index(index)])
 
     def id(self, index: int) -> str:
         return self.base.id(self._row(index))

@@ -33,8 +33,11 @@ def split(
     forget: str | os.PathLike[str] | re.Pattern[str] | Sequence[str] | Callable[[Any], bool],
     image_key: str | None = None,
     text_key: str | None = None,
-) -> tuple[PairSource, PairSource]:
+) -> tuple[Subset, Subset]:
     """Split pairs into `(forget, retain)`, both accepted by `fasterase.unlearn`.
+
+    Both are sequences of records, which are `(image, text)` tuples with `.id` and `.meta`. Slices
+    are views that `unlearn` accepts too, as is a `torch.utils.data.Subset` or `DataLoader` of them.
 
     Args:
         source: pairs in any form that `unlearn` takes.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils.data import Subset as TorchSubset
 
 from fasterase import split
 from fasterase.errors import InputError
@@ -127,8 +130,54 @@ def test_subsets_delegate(items):
     inner, _ = split(part, forget="pear")
     assert inner.indices.tolist() == [3]
     assert [record.id for record in inner] == ["source[3]"]
-    with pytest.raises(IndexError):
-        part[-1]
+    for index in (len(part), -len(part) - 1):
+        with pytest.raises(IndexError):
+            part[index]
+
+
+def test_results_are_sequences_of_pairs(items):
+    part, _ = split(items, forget="apple")
+    assert len(part) == 4
+    image, text = part[np.int64(2)]
+    assert torch.equal(image, items[2][0])
+    assert text == items[2][1]
+    assert part[-1].id == "source[3]"
+    assert [record.id for record in part] == [f"source[{i}]" for i in range(4)]
+    assert [record.id for record in reversed(part)] == [f"source[{i}]" for i in (3, 2, 1, 0)]
+    view = part[::-2]
+    assert [record.id for record in view] == ["source[3]", "source[1]"]
+    assert open_pairs(view, name="forget") is view
+    assert len(part[2:2]) == 0
+    with pytest.raises(InputError, match="`forget` is empty"):
+        open_pairs(part[2:2], name="forget")
+
+
+def test_records_are_pairs_that_survive_pickling(items):
+    part, _ = split(items, forget="lion")
+    record = pickle.loads(pickle.dumps(part[0]))
+    assert torch.equal(record.image, part[0].image)
+    assert (record.text, record.id, record.mask, record.meta) == ("sea lion", "source[4]", None, {})
+
+
+def test_torch_subsets_and_loaders_of_results_are_read(items):
+    part, _ = split(items, forget="apple")
+    chosen = TorchSubset(TorchSubset(part, [3, 1, 0]), [0, 2])
+    for source in (chosen, DataLoader(chosen, batch_size=2, shuffle=True)):
+        pairs = open_pairs(source, name="retain")
+        assert [pairs.id(i) for i in range(len(pairs))] == ["source[3]", "source[0]"]
+    images, texts = next(iter(DataLoader(part[:2], batch_size=2)))
+    assert torch.equal(images, torch.stack([items[0][0], items[1][0]]))
+    assert list(texts) == [items[0][1], items[1][1]]
+    joined = open_pairs(ConcatDataset([part, part[:1]]), name="x")
+    assert joined[4].text == items[0][1]
+
+
+def test_results_say_what_they_are(items, classes):
+    part, rest = split(classes, forget=["apple"])
+    assert repr(part) == "forget pairs: 2 of 6 of data"
+    assert repr(rest[1:]) == "retain pairs: 3 of 6 of data"
+    assert repr(split(items, forget="lion")[0]) == "forget pairs: 1 of 5 of a list"
+    assert repr(open_pairs(items * 300, name="retain")) == "retain pairs: 1,500 of a list"
 
 
 def test_keys_are_passed_on(items):
