@@ -12,7 +12,8 @@ from fasterase.errors import InputError
 from fasterase.pairs.items import IMAGE_KEYS, TEXT_KEYS, choose_key
 from fasterase.pairs.source import ImageFiles, PackedCaptions, PackedStrings
 
-SEPARATORS = ("\t", ",", ";", "|")
+_NAMES = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar"}
+SEPARATORS = tuple(_NAMES)
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 # Tables hold neither pixels nor token ids.
 _IMAGE_COLUMNS = tuple(key for key in IMAGE_KEYS if key != "pixel_values")
@@ -27,11 +28,12 @@ def open_table(
     A `.jsonl` file has one JSON object per line, a `.json` file the same or one array of objects;
     their text may be a list of alternative captions.
     Any other file is read as separated values with a header, from which the separator (tab, comma,
-    semicolon or bar) is detected. Other columns become the `meta` of the pairs. A row without an
-    image or a caption is kept as a broken pair.
+    semicolon or bar) is detected. Other columns become the `meta` of the pairs. A row whose image
+    or caption is blank is kept as a broken pair.
 
     Raises:
-        InputError: the file is not such a table, or lacks the columns; lists those found.
+        InputError: the file is not such a table, or lacks the columns (lists those found); a row
+            has more or fewer cells than the header, or an unclosed quote (names the line).
     """
     ids, captions, metas = PackedStrings(), PackedCaptions(), PackedStrings()
     any_meta = False
@@ -123,15 +125,70 @@ def _read_separated(
             raise InputError("the file has no header line")
         separator = detect_separator(header, image_key, text_key)
         names = _split_header(header, separator)
-        reader = csv.reader(file, delimiter=separator)
+        _check_header(names, path.parent, separator)
+        for line, row in _read_rows(file, separator):
+            if len(row) != len(names):
+                raise InputError(
+                    f"line {line} has {_count_cells(row)}, but the header has {len(names)} "
+                    f"({', '.join(names)}). Put cells that hold a {_NAMES[separator]} or a line "
+                    "break in double quotes, and leave none out."
+                )
+            yield dict(zip(names, row, strict=True))
+
+
+def _read_rows(file: TextIO, separator: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield the rows after the header, each with the number of its first line.
+
+    Raises:
+        InputError: a quote is not closed. The reader would make one caption of the rest of the
+            file, or of all lines up to the next quote.
+    """
+    read: list[str] = []
+    ended = False
+
+    def lines() -> Iterator[str]:
+        nonlocal ended
+        for line in file:
+            read.append(line)
+            yield line
+        ended = True
+
+    reader = csv.reader(lines(), delimiter=separator)
+    while True:
+        first = reader.line_num + 2  # counted from 1, and after the header
+        read.clear()
         try:
-            for row in reader:
-                if row:
-                    yield dict.fromkeys(names) | dict(zip(names, row, strict=False))
+            row = next(reader, None)
+            if row is None:
+                return
+            if ended or len(read) > 1:
+                # Lenient reading takes `"two\nlines" and more` for one cell.
+                next(csv.reader(read, delimiter=separator, strict=True))
         except csv.Error as error:
             raise InputError(
-                f"line {reader.line_num + 1}: {error}; an unclosed quote, perhaps?"
+                f"line {first}: {error}; a double quote that begins a cell is not closed. Close "
+                'it, or write the cell in double quotes and each quote inside it twice ("").'
             ) from error
+        if len(row) > 1 or "".join(row).strip():
+            yield first, row
+
+
+def _check_header(names: list[str], folder: Path, separator: str) -> None:
+    """Raise `InputError` if the first line names an image file, as a pair does."""
+    for name in names:
+        try:
+            is_pair = bool(name) and (folder / name).is_file()
+        except (OSError, ValueError):
+            continue  # too long for a path, or with a null character
+        if is_pair:
+            raise InputError(
+                f"the first line is a pair, not a header ({name!r} is a file). Put the names of "
+                f"the columns there, such as: {separator.join(('filepath', 'title'))!r}"
+            )
+
+
+def _count_cells(row: list[str]) -> str:
+    return f"{len(row)} cells" if len(row) != 1 else "1 cell"
 
 
 def detect_separator(header: str, image_key: str | None, text_key: str | None) -> str:

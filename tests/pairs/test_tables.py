@@ -103,7 +103,15 @@ def test_json_array(pictures, mark):
         ("t.json", '[{"image": "0.png", "text": "a"}, 3]', "entry 2 of the array must be a JSON"),
         ("t.json", '[{"image":\n "0.png"', "line 2 is not valid JSON"),
         ("t.json", '{\n"images": []}', "line 1 is not a JSON object.*one array of objects"),
-        ("t.csv", 'filepath,title\n0.png,"' + "a\n" * 70000, "unclosed quote"),
+        ("t.csv", 'filepath,title\n0.png,"' + "a\n" * 70000, "line 2: .*not closed"),
+        ("t.csv", 'filepath,title\n0.png,a\n1.png,"b\n2.png,c\n', "line 3: .*not closed"),
+        ("t.csv", 'filepath,title\n0.png,"a', "line 2: .*not closed"),
+        ("t.csv", 'filepath,title\n0.png,"a\n1.png,"b"\n2.png,c\n', "line 2: .*not closed"),
+        ("t.csv", "filepath,title\n0.png,a\n1.png,b, c\n", "line 3 has 3 cells, .* has 2"),
+        ("t.csv", 'filepath,title\n0.png,"a\nb"\n1.png\n', "line 4 has 1 cell, .* has 2"),
+        ("t.tsv", "filepath\ttitle\n0.png\ta\tb\n", "hold a tab"),
+        ("t.csv", "0.png,zero\n1.png,one\n", r"first line is a pair, .*'0\.png' is a file"),
+        ("t.tsv", "zero\t0.png\n", r"such as: 'filepath\\ttitle'"),
     ],
 )
 def test_damaged_tables(pictures, name, content, message):
@@ -118,8 +126,14 @@ def test_binary_file_is_refused(tmp_path):
         open_pairs(tmp_path / "t.csv", name="x")
 
 
-def test_short_rows_and_missing_images_are_broken_pairs(pictures):
-    path = table(pictures, "filepath,title\n0.png\n,only a caption\ngone.png,gone\n5.png,ok\n")
+def test_quotes_that_lose_nothing_are_read(pictures):
+    path = table(pictures, 'filepath\ttitle\n0.png\ta "b" c\n1.png\t"d" e\n2.png\t"f\n""g"""\n')
+    pairs = open_pairs(path, name="x")
+    assert [pairs.texts(i) for i in range(3)] == [['a "b" c'], ["d e"], ['f\n"g"']]
+
+
+def test_blank_cells_and_missing_images_are_broken_pairs(pictures):
+    path = table(pictures, "filepath,title\n0.png,\n,only a caption\ngone.png,gone\n5.png,ok\n")
     pairs = open_pairs(path, name="x")
     assert len(pairs) == 4
     for row in range(3):
