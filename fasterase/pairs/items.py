@@ -104,7 +104,7 @@ def _find_columns(item: Any, image_key: str | None, text_key: str | None) -> _Co
 
 
 def _parse_image(image: Any, *, id: str) -> Any:
-    if image is None:
+    if _is_missing(image):
         raise BrokenPair(id, "no image")
     if isinstance(image, Tensor):
         if image.ndim == 4 and image.shape[0] == 1:
@@ -156,10 +156,10 @@ def parse_text(text: Any, *, id: str) -> str | list[str] | Tensor:
         if not text.strip():
             raise BrokenPair(id, "caption is blank")
         return text
-    if text is None:
+    if _is_missing(text):
         raise BrokenPair(id, "no caption")
-    if isinstance(text, tuple | list) and all(isinstance(t, str) or t is None for t in text):
-        captions = [t for t in text if t is not None and t.strip()]
+    if isinstance(text, tuple | list) and all(isinstance(t, str) or _is_missing(t) for t in text):
+        captions = [t for t in text if isinstance(t, str) and t.strip()]
         if not captions:
             raise BrokenPair(id, "no caption in the list")
         return captions if len(captions) > 1 else captions[0]
@@ -179,6 +179,11 @@ def parse_text(text: Any, *, id: str) -> str | list[str] | Tensor:
         f"{id}: a text must be a str, a list of str or token ids [length]; "
         f"found {_describe(text)}{hint}"
     )
+
+
+def _is_missing(value: Any) -> bool:
+    """Tell whether it is None, or the NaN by which pandas and NumPy mark a missing cell."""
+    return value is None or (isinstance(value, float | np.floating) and bool(np.isnan(value)))
 
 
 def is_batch(item: Any, image_key: str | None, text_key: str | None) -> bool:

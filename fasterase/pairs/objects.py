@@ -29,6 +29,7 @@ from fasterase.pairs.items import (
     select_plain,
     unbatch,
 )
+from fasterase.pairs.pictures import to_rgb
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.source import PairSource, Record, decode_image, read_image_file
 from fasterase.progress import progress_bar
@@ -262,12 +263,12 @@ class ItemSource(PairSource):
         readable = False
         for index in _spread_indices(len(self), _PROBES):
             try:
-                first, second = self[index], self[index]
+                first, second = (_fingerprint(self[index], whole=True) for _ in range(2))
             except BrokenPair as error:
                 failure = error
                 continue
             readable = True
-            if _fingerprint(first, whole=True) != _fingerprint(second, whole=True):
+            if first != second:
                 return False
         if failure is not None and not readable:
             raise InputError(f"`{self.name}`: no pair can be read; for example {failure}")
@@ -305,7 +306,7 @@ def _fingerprint(record: Record, *, whole: bool) -> bytes:
     """Serialize text, shape and pixels of a record: all pixel values, or 16 of them."""
     image = record.image
     if isinstance(image, Image.Image):
-        values = np.asarray(image.convert("RGB")).reshape(-1)
+        values = np.asarray(to_rgb(image, id=record.id)).reshape(-1)
     else:
         values = image.detach().cpu().reshape(-1).float().numpy()
     if not whole:

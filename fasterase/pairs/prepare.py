@@ -14,6 +14,7 @@ from torch import Tensor
 from fasterase.errors import InputError
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.preprocessing import ImageTransform, Tokens
+from fasterase.pairs.pictures import to_rgb
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.source import Record
 
@@ -93,7 +94,7 @@ class Preparer:
                 )
             if isinstance(image, Tensor):
                 image = Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy())
-            pixels = self.image_transform.pixels(image.convert("RGB"))
+            pixels = self.image_transform.pixels(to_rgb(image, id=record.id))
         if pixels.is_floating_point() and not torch.isfinite(pixels).all():
             kind = "NaN" if torch.isnan(pixels).any() else "infinite"
             raise BrokenPair(record.id, f"image holds {kind} values")

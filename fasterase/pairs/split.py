@@ -18,6 +18,7 @@ from torch import Tensor
 from fasterase.errors import InputError
 from fasterase.pairs.classes import normalize_class_name
 from fasterase.pairs.open import open_pairs
+from fasterase.pairs.pictures import to_rgb
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.source import PairSource, Record, Subset
 
@@ -270,10 +271,12 @@ def _find_same_pixels(retain: PairSource, forget: PairSource) -> list[int]:
 def _digest_pixels(source: PairSource, row: int) -> bytes | None:
     try:
         image = source[row].image
+        if isinstance(image, Image.Image):
+            image = to_rgb(image, id=source.id(row))
     except BrokenPair:
         return None
     if isinstance(image, Image.Image):
-        values = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+        values = np.asarray(image).transpose(2, 0, 1)
     else:
         values = (image.float() if image.is_floating_point() else image).detach().cpu().numpy()
     digest = hashlib.blake2b(f"{values.dtype} {values.shape}".encode(), digest_size=16)

@@ -162,6 +162,10 @@ def test_paths_are_read_and_missing_files_are_broken(pictures):
     [
         (None, "text"),
         (torch.zeros(3, 4, 4), None),
+        (torch.zeros(3, 4, 4), float("nan")),
+        (torch.zeros(3, 4, 4), np.float32("nan")),
+        (torch.zeros(3, 4, 4), [float("nan"), None]),
+        (float("nan"), "text"),
         (torch.zeros(3, 4, 4), " "),
         (torch.zeros(3, 4, 4), [""]),
     ],
