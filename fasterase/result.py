@@ -10,13 +10,17 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from fasterase.config import UnlearnConfig, describe_recipe, format_yaml
+from fasterase.encode import PairEncoder
 from fasterase.engine.history import StepRecord
 from fasterase.evaluation.evaluation import Evaluation
 from fasterase.files import write_text
-from fasterase.models.delta import save_delta
+from fasterase.models.delta import restored_original, save_delta
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.objective import EraseLoss
 from fasterase.pairs.skips import Skip
+from fasterase.pairs.source import PairSource
+from fasterase.report.examples import Examples, example_rows
+from fasterase.report.folder import write_report_folder
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class UnlearnResult:
         seconds: wall time of the whole call.
         encoder: `model` with its tokenizer and preprocessing, under fasterase's own interface.
         original_weights: what the run may have changed, as it was before, on the CPU.
+        sets: the opened pairs by name, retain without those that are also in forget.
     """
 
     model: nn.Module
@@ -51,6 +56,7 @@ class UnlearnResult:
     seconds: float
     encoder: DualEncoder = field(repr=False)
     original_weights: Mapping[str, Tensor] = field(repr=False)
+    sets: Mapping[str, PairSource] = field(repr=False)
 
     def save(self, folder: str | os.PathLike[str], *, delta: bool = False) -> Path:
         """Write the erased model so that open_clip (`local-dir:`) or `from_pretrained` loads it.
@@ -72,8 +78,36 @@ class UnlearnResult:
         return path
 
     def report(self, path: str | os.PathLike[str]) -> Path:
-        """Write a Markdown report: recipe, losses, forgetting, and the evaluation's table."""
-        return write_text(Path(path), _format_report(self))
+        """Write a report: recipe, losses, forgetting, and the evaluation's table.
+
+        Args:
+            path: a file for the Markdown alone; or a folder (an existing one, or a name without a
+                suffix) for `report.md`, `losses.png` (losses and learning rate over the steps) and
+                `pictures.png`: pictures of the forget set, of its neighbours and of the rest of
+                the retain set, with the captions closest to each before and after. The pictures
+                are read again, and encoded by the model as it is now.
+
+        Raises:
+            MissingExtraError: `path` is a folder and matplotlib is missing (extra `eval`); all but
+                the plot is written.
+        """
+        path = Path(path)
+        if path.suffix and not path.is_dir():
+            return write_text(path, _format_report(self))
+        return write_report_folder(
+            path, _format_report(self), history=self.history, examples=self._examples()
+        )
+
+    def _examples(self) -> Examples:
+        before = restored_original(self.encoder, self.original_weights)
+        precision = self.config.precision
+        return example_rows(
+            self.sets["forget"],
+            self.sets["retain"],
+            PairEncoder(before, precision=precision),
+            PairEncoder(self.encoder, precision=precision),
+            seed=self.config.seed,
+        )
 
 
 def _format_report(result: UnlearnResult) -> str:

@@ -23,6 +23,7 @@ class Stream(enum.IntEnum):
     FLOOR = 5  # pairs behind the automatic floor
     DROPOUT = 6  # Dropout, per step and micro-batch
     EVALUATION = 7  # pairs that the evaluation measures
+    EXAMPLES = 10  # captions and pictures of the picture sheet
 
 
 def generator(seed: int, stream: Stream, *position: int) -> np.random.Generator:

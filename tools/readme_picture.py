@@ -13,8 +13,8 @@ from pathlib import Path
 
 from fasterase.demo import emoji
 from fasterase.demo.sets import Drawings, build_sets
-from fasterase.demo.show import candidate_names, sheet_rows
-from fasterase.models.load import load_model
+from fasterase.demo.show import rank_names
+from fasterase.pairs.open import open_pairs
 from fasterase.report.pictures import picture_sheet
 
 FORGOTTEN = ("pineapple", "grapes", "red apple", "watermelon")
@@ -27,7 +27,7 @@ TEXT_WIDTH = 140
 def draw(run: Path, output: Path) -> Path:
     """Draw `FORGOTTEN` and `KEPT` by the base model and by the model in `run`; return the file."""
     sets = build_sets(emoji.DEFAULT_FORGET, original=str(emoji.BASE_MODEL), seed=0)
-    models = load_model(str(emoji.BASE_MODEL)), load_model(run / "model")
+    ranking = rank_names(sets, str(emoji.BASE_MODEL), run / "model")
     sections = (
         ("Erased: fruit", sets.forget, FORGOTTEN),
         ("Kept: similar concepts", sets.sets["neighbour"], KEPT),
@@ -35,8 +35,8 @@ def draw(run: Path, output: Path) -> Path:
     rows = [
         row
         for title, pairs, concepts in sections
-        for row in sheet_rows(
-            title, pairs, _first_drawings(pairs, concepts), models, candidate_names(sets), 1
+        for row in ranking.rows(
+            title, open_pairs(pairs, name=title), _first_drawings(pairs, concepts), 1
         )
     ]
     return picture_sheet(rows, output, erased=sets.concepts, text_width=TEXT_WIDTH)

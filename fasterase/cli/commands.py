@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 import fasterase
 from fasterase.config import UnlearnConfig, format_yaml
-from fasterase.errors import InputError
+from fasterase.errors import InputError, MissingExtraError
 
 
 @dataclass(frozen=True)
@@ -156,10 +157,19 @@ def _unlearn(values: dict[str, Any]) -> None:
     )
     if result.evaluation is not None:
         print(result.evaluation.table())
+    _write_report(result, Path(config.output_dir or ""))
     state = "forgotten" if result.forgotten else "not forgotten, see the warning"
     print(
         f"Done in {result.seconds:.0f} s: {state}. Model, history and report: {config.output_dir}"
     )
+
+
+def _write_report(result: fasterase.UnlearnResult, output_dir: Path) -> None:
+    """Write the report with its pictures; without matplotlib, the plot is left out."""
+    try:
+        result.report(output_dir / "report")
+    except MissingExtraError as error:
+        warnings.warn(f"The report has no loss plot: {error}", stacklevel=2)
 
 
 def _evaluate(values: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from fasterase.demo.show import RECIPE_TITLES, draw_sheet, print_result
 from fasterase.errors import InputError
 from fasterase.evaluation.evaluation import Evaluation
 from fasterase.files import write_text
-from fasterase.report.pictures import plot_history
+from fasterase.report.losses import plot_history
 
 # Values chosen by `python -m benchmarks.recipes` on its validation subgroups, except `max_steps` of
 # fasterase: the benchmark chose 100, after which no drawing is matched to its name. 150 also brings

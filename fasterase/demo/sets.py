@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 
 from fasterase.demo import emoji
@@ -60,10 +59,6 @@ class Drawings(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self._source[self._rows[index]]
         return {"image": record.image, "text": self._wording(cast(emoji.EmojiInfo, record.meta))}
-
-    def picture(self, index: int) -> Image.Image:
-        """Return the drawing as stored in the shard."""
-        return self._source[self._rows[index]].image
 
 
 @dataclass(frozen=True)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
-
 from fasterase.demo.sets import DemoSets, Drawings
+from fasterase.encode import PairEncoder
 from fasterase.evaluation.evaluation import Evaluation
-from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.load import load_model
-from fasterase.report.pictures import SheetRow, picture_sheet, top_captions
+from fasterase.pairs.open import open_pairs
+from fasterase.report.examples import CaptionRanking, spread
+from fasterase.report.pictures import picture_sheet
 
 PICTURES = 12
-CAPTIONS = 3  # per picture, before and after
 
 # What the summary calls each recipe.
 RECIPE_TITLES = {"fasterase": "fasterase", "cliperase": "paper's recipe"}
@@ -82,38 +78,22 @@ def print_result(
 
 def draw_sheet(sets: DemoSets, original: str, erased: Path, path: Path) -> None:
     """Write the sheet of `PICTURES` drawings each of forget, neighbour and retain to `path`."""
-    models = load_model(original), load_model(erased)
+    ranking = rank_names(sets, original, erased)
     sections = {"forget": sets.forget, "neighbour": sets.sets["neighbour"], "retain": sets.retain}
     rows = [
         row
         for section, pairs in sections.items()
-        for row in sheet_rows(section, pairs, _spread(pairs), models, candidate_names(sets))
+        for row in ranking.rows(section, open_pairs(pairs, name=section), _spread(pairs))
     ]
     picture_sheet(rows, path, erased=sets.concepts)
 
 
-def candidate_names(sets: DemoSets) -> list[str]:
-    """Return the names of all concepts of the run, among which the captions are ranked."""
-    return sorted(
-        {name for pairs in (sets.forget, sets.retain, sets.holdout) for name in pairs.names}
+def rank_names(sets: DemoSets, original: str, erased: Path) -> CaptionRanking:
+    """Let the names of all concepts of the run compete for the drawings."""
+    names = {name for pairs in (sets.forget, sets.retain, sets.holdout) for name in pairs.names}
+    return CaptionRanking(
+        sorted(names), PairEncoder(load_model(original)), PairEncoder(load_model(erased))
     )
-
-
-def sheet_rows(
-    section: str,
-    pairs: Drawings,
-    indices: Sequence[int],
-    models: tuple[DualEncoder, DualEncoder],
-    names: list[str],
-    num_captions: int = CAPTIONS,
-) -> list[SheetRow]:
-    """Return the drawings at `indices`, each with the closest `names` before and after erasing."""
-    pictures = [pairs.picture(index) for index in indices]
-    before, after = (_top(model, pictures, names, num_captions) for model in models)
-    return [
-        SheetRow(section, picture, pairs.names[index], *captions)
-        for index, picture, *captions in zip(indices, pictures, before, after, strict=True)
-    ]
 
 
 def _title(reference: str) -> str:
@@ -127,16 +107,5 @@ def _percent(share: float | None) -> str:
 
 def _spread(pairs: Drawings) -> list[int]:
     """Choose `PICTURES` drawings spread evenly over the set, of different concepts if possible."""
-    count = min(PICTURES, len(pairs))
     first_of = {name: row for row, name in reversed(list(enumerate(pairs.names)))}
-    rows = sorted(first_of.values())
-    return [rows[i] for i in np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
-
-
-@torch.no_grad()
-def _top(
-    model: DualEncoder, pictures: list[Image.Image], names: list[str], count: int
-) -> list[list[str]]:
-    image = model.encode_image(torch.stack([model.preprocess(picture) for picture in pictures]))
-    text = model.encode_text(model.tokenize(names))
-    return top_captions(image, text, names, count)
+    return spread(sorted(first_of.values()), PICTURES)

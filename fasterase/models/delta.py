@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fasterase.errors import InputError
 from fasterase.files import replace_model_folder
-from fasterase.models.dual_encoder import DualEncoder
+from fasterase.models.dual_encoder import DualEncoder, frozen_copy
 from fasterase.models.load import DELTA_FILE, load_model
 
 _FORMAT = "fasterase-delta-1"
@@ -49,6 +49,21 @@ def keep_original(
     return {
         name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in changing.items()
     }
+
+
+def restored_original(model: DualEncoder, original: Mapping[str, Tensor]) -> DualEncoder:
+    """Return a copy of the erased model with its weights as they were before the run.
+
+    Args:
+        model: the erased model.
+        original: what `keep_original` returned.
+    """
+    restored = frozen_copy(model)
+    tensors = _tensors(restored.module)
+    with torch.no_grad():
+        for name, before in original.items():
+            tensors[name].copy_(before)
+    return restored
 
 
 def save_delta(

@@ -1,1 +1,1 @@
-"""Output for people: tables, plots and picture sheets. Independent of models and metrics."""
+"""Output for people: tables, plots, picture sheets and the examples on them."""

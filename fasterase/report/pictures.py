@@ -1,19 +1,17 @@
-"""Pictures of a run: sheets of captions before and after, and plots of the losses."""
+"""Picture sheets: pictures with their top captions before and after erasing."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from fasterase.errors import InputError, import_extra
+from fasterase.errors import InputError
 from fasterase.files import replace_file
-from fasterase.objective import EraseLoss
 
 # Pixels.
 PICTURE, LINE, GAP, TEXT_WIDTH = 96, 20, 12, 190
@@ -103,45 +101,6 @@ def picture_sheet(
     path = Path(path)
     with replace_file(path) as temporary:
         sheet.save(temporary)
-    return path
-
-
-def plot_history(history: Sequence[Mapping[str, Any]], path: str | PathLike[str]) -> Path:
-    """Plot the losses and the learning rate over steps; the suffix (.png, .svg) sets the format.
-
-    Args:
-        history: one record per step with `step`, the losses and `lr`, as in
-            `UnlearnResult.history`. Terms that are always 0 were switched off and are left out.
-        path: file to write.
-
-    Raises:
-        InputError: `history` is empty.
-        MissingExtraError: matplotlib is not installed.
-    """
-    if not history:
-        raise InputError("history is empty: there is nothing to plot.")
-    figure_module = import_extra("matplotlib.figure", "eval", "plotting the history")
-    # A bare Figure draws with Agg and leaves pyplot's global state and backend alone.
-    figure = figure_module.Figure(figsize=(9, 5.5), layout="constrained")
-    losses, rate = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    steps = [record["step"] for record in history]
-    marker = "o" if len(steps) == 1 else None
-    for term in EraseLoss._fields:
-        values = [record[term] for record in history]
-        if any(values):
-            width = 2.0 if term == "total" else 1.2
-            losses.plot(steps, values, label=term, linewidth=width, marker=marker)
-    losses.set_ylabel("loss (terms before weighting)")
-    losses.axhline(0, color="0.8", linewidth=0.8, zorder=0)
-    losses.legend(
-        frameon=False, ncols=len(EraseLoss._fields), loc="lower left", bbox_to_anchor=(0, 1)
-    )
-    rate.plot(steps, [record["lr"] for record in history], color="0.3", marker=marker)
-    rate.set_ylabel("learning rate")
-    rate.set_xlabel("step")
-    path = Path(path)
-    with replace_file(path) as temporary:
-        figure.savefig(temporary, dpi=120)
     return path
 
 

@@ -15,6 +15,8 @@ class FakeApi:
     def __init__(self) -> None:
         self.calls: list[tuple[tuple, dict]] = []
         self.error: BaseException | None = None
+        self.reports: list[object] = []
+        self.report_error: BaseException | None = None
 
     def __call__(self, *args: object, **kwargs: object) -> SimpleNamespace:
         self.calls.append((args, kwargs))
@@ -22,8 +24,14 @@ class FakeApi:
             raise self.error
         table = SimpleNamespace(table=lambda: "THE TABLE", report=lambda path: path)
         return SimpleNamespace(
-            evaluation=table, forgotten=True, seconds=1.0, table=table.table, report=table.report
+            evaluation=table, forgotten=True, seconds=1.0, table=table.table, report=self.report
         )
+
+    def report(self, path: object) -> object:
+        self.reports.append(path)
+        if self.report_error is not None:
+            raise self.report_error
+        return path
 
     @property
     def config(self) -> UnlearnConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 
 from fasterase.cli import main
 from fasterase.config import UnlearnConfig, field_names
+from fasterase.errors import MissingExtraError
 from tests import small_models
 from tests.cli.fake_api import REQUIRED, FakeApi
 
@@ -59,6 +61,16 @@ def test_print_config_gives_a_file_that_repeats_the_run(recipe, unlearn, tmp_pat
     assert main(["unlearn", *flags]) == 0
     assert main(["unlearn", "--config", str(file)]) == 0
     assert unlearn.calls[0] == unlearn.calls[1]
+
+
+@pytest.mark.filterwarnings("always:The report has no loss plot")
+def test_unlearn_does_without_the_plot_if_matplotlib_is_missing(unlearn, capsys):
+    unlearn.report_error = MissingExtraError("plotting needs `matplotlib`")
+    assert main(["unlearn", *REQUIRED]) == 0
+    assert unlearn.reports == [Path("out/report")]
+    shown = capsys.readouterr()
+    assert "no loss plot: plotting needs `matplotlib`" in shown.err
+    assert "Done" in shown.out
 
 
 def test_evaluate(evaluate, tmp_path, capsys):
@@ -126,6 +138,8 @@ def test_unlearn_and_evaluate_on_a_saved_model(tmp_path, capsys):
     assert str(folder) in capsys.readouterr().out
     assert len((folder / "history.jsonl").read_text().splitlines()) == 2
     assert (folder / "evaluation.json").is_file()
+    written = {path.name for path in (folder / "report").iterdir()}
+    assert written == {"report.md", "losses.png", "pictures.png"}
 
     report = tmp_path / "report.json"
     flags = ["--original", str(tmp_path / "original"), "--sets", f"near={tmp_path / 'forget'}"]

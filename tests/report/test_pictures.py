@@ -1,9 +1,7 @@
-"""Picture sheets and loss plots."""
+"""Picture sheets."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,7 @@ import torch
 from PIL import Image
 
 from fasterase.errors import InputError
-from fasterase.report.pictures import SheetRow, picture_sheet, plot_history, top_captions
+from fasterase.report.pictures import SheetRow, picture_sheet, top_captions
 
 RED, GREEN = (0xC8, 0x10, 0x2E), (0x1A, 0x7F, 0x37)
 
@@ -64,34 +62,3 @@ def test_top_captions_are_the_closest_best_first() -> None:
     image = torch.tensor([[0.1, 0.9, 0.3, 0.2], [0.9, 0.0, 0.1, 0.5]])
     assert top_captions(image, text, list("abcd"), k=2) == [["b", "c"], ["a", "d"]]
     assert top_captions(image, text, list("abcd"), k=9)[0] == ["b", "c", "d", "a"]
-
-
-HISTORY = [
-    {"step": step, "total": 3 / step, "forget": 0.7 / step, "retain": 0.1, "consistency": 0.02}
-    | {"anchor": 0.0, "lr": 1e-5}
-    for step in range(1, 20)
-]
-
-
-@pytest.mark.parametrize("history", [HISTORY, HISTORY[:1]])
-def test_plot_history_writes_a_picture_that_is_not_blank(tmp_path: Path, history: list) -> None:
-    path = plot_history(history, tmp_path / "loss.png")
-    with Image.open(path) as image:
-        assert image.size == (1080, 660)
-        assert len(image.convert("RGB").getcolors(1 << 20) or []) > 50
-    assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]
-
-
-def test_plot_history_leaves_pyplot_alone(tmp_path: Path) -> None:
-    code = (
-        "import sys; from fasterase.report.pictures import plot_history; "
-        f"plot_history({HISTORY[:2]!r}, {str(tmp_path / 'loss.svg')!r}); "
-        "assert 'matplotlib.pyplot' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-    assert "<svg" in (tmp_path / "loss.svg").read_text()
-
-
-def test_an_empty_history_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="history is empty"):
-        plot_history([], tmp_path / "loss.png")
