@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy as copying
 import os
 import time
 import warnings
@@ -26,7 +25,7 @@ from fasterase.evaluation.evaluator import Evaluator, Measurement
 from fasterase.evaluation.verdict import FORGOTTEN_EXCESS
 from fasterase.files import check_replaceable
 from fasterase.models.delta import keep_original
-from fasterase.models.dual_encoder import DualEncoder
+from fasterase.models.dual_encoder import DualEncoder, separate_copy
 from fasterase.models.load import load_model
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.skips import SkipLedger
@@ -108,8 +107,7 @@ def unlearn(
             model, tokenizer=tokenizer, preprocess=preprocess, model_name=model_name
         )
         if copy and not named:
-            encoder = copying.copy(encoder)
-            encoder.module = copying.deepcopy(encoder.module)
+            encoder = separate_copy(encoder)
     device = resolve_device(config.device, default=best_device() if named else encoder.device)
 
     sets = {
@@ -151,7 +149,7 @@ def unlearn(
         )
     _warn_not_forgotten(outcome, config)
     result = UnlearnResult(
-        model=encoder.module,
+        model=encoder.given,
         history=outcome.history,
         evaluation=outcome.evaluation,
         forgotten=outcome.forgotten,

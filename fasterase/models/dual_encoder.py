@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from fasterase.errors import InputError
 from fasterase.models.preprocessing import ImageTransform, Tokens, describe_transform
+from fasterase.models.wrapped import check_trainable, unwrap
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,6 +35,8 @@ class DualEncoder(abc.ABC):
 
     Attributes:
         module: the library's own object; training changes it in place.
+        wrapper: what the caller put around `module` and passed in, such as a `PeftModel`; None if
+            `module` itself was passed in.
         name: display name, such as "ViT-B-32/laion2b_s34b_b79k" or "CLIPModel".
         embed_dim: D, the width of the shared embedding.
         image_size: (height, width) in pixels that the image tower takes.
@@ -45,6 +48,7 @@ class DualEncoder(abc.ABC):
     """
 
     module: nn.Module
+    wrapper: nn.Module | None = None
     name: str
     embed_dim: int
     image_size: tuple[int, int]
@@ -96,6 +100,11 @@ class DualEncoder(abc.ABC):
     ) -> Tensor:  # [B, D] unit rows
         """Encode texts; fp32 under autocast and for half-precision weights (fp64 stays fp64)."""
         return _unit_rows(self._text_features(tokens))
+
+    @property
+    def given(self) -> nn.Module:
+        """The object that the caller passed in: `wrapper`, or `module` itself."""
+        return self.module if self.wrapper is None else self.wrapper
 
     @property
     def logit_scale(self) -> nn.Parameter:
@@ -158,8 +167,9 @@ class DualEncoder(abc.ABC):
         """Return what `tune` names and the caller has not frozen (`requires_grad=False`).
 
         Raises:
-            InputError: as `selected`, or all of it is frozen.
+            InputError: as `selected` and `check_trainable`, or all of it is frozen.
         """
+        check_trainable(self.module, self.name)
         selected = self.selected(tune)
         free = [(name, parameter) for name, parameter in selected if parameter.requires_grad]
         if not free:
@@ -215,9 +225,20 @@ class TowerParts:
 def frozen_copy(model: DualEncoder) -> DualEncoder:
     """Copy a model with weights of its own, in eval mode and without gradients."""
     frozen = copy.copy(model)
+    frozen.wrapper = None
     frozen.module = copy.deepcopy(model.module).eval().requires_grad_(False)
     frozen.module.zero_grad(set_to_none=True)
     return frozen
+
+
+def separate_copy(model: DualEncoder) -> DualEncoder:
+    """Copy a model with weights of its own, and the wrapper with it."""
+    separate = copy.copy(model)
+    given = copy.deepcopy(model.given)
+    if model.wrapper is not None:
+        separate.wrapper = given
+    separate.module = unwrap(given)
+    return separate
 
 
 def _unit_rows(features: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fasterase.errors import InputError, import_extra
 from fasterase.files import replace_model_folder
+from fasterase.models.adapters import has_adapters, save_adapters
 from fasterase.models.dual_encoder import DualEncoder, Tokens, TowerParts
 from fasterase.models.preprocessing import (
     ImageTransform,
@@ -26,6 +27,7 @@ from fasterase.models.preprocessing import (
     wrap_tokenizer,
     wrap_transform,
 )
+from fasterase.models.wrapped import plain_state
 
 _CLASSES = {"clip": "CLIPModel", "siglip": "SiglipModel", "siglip2": "Siglip2Model"}
 # One safetensors file up to this size; by default the library shards in version 4, not in 5.
@@ -157,9 +159,18 @@ class HuggingFaceEncoder(DualEncoder):
         )
 
     def save(self, folder: Path) -> None:
-        """Write a `from_pretrained` folder, with tokenizer and image processor where known."""
-        with replace_model_folder(folder, library="transformers") as new:
-            self.module.save_pretrained(new, max_shard_size=_MAX_SHARD_SIZE)
+        """Write a `from_pretrained` folder, with tokenizer and image processor where known.
+
+        Of a model with adapters, the adapters are written (see `save_adapters`).
+        """
+        adapted = has_adapters(self.module)
+        with replace_model_folder(folder, library="peft" if adapted else "transformers") as new:
+            if adapted:
+                save_adapters(self.module, new)
+            else:
+                self.module.save_pretrained(
+                    new, state_dict=plain_state(self.module), max_shard_size=_MAX_SHARD_SIZE
+                )
             tokenizer: Any = getattr(self.text_tokenizer, "source", None)
             for companion in (tokenizer, self.image_processor):
                 if hasattr(companion, "save_pretrained"):

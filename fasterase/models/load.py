@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from torch import nn
 
 from fasterase.errors import InputError
 from fasterase.files import MARKER
-from fasterase.models import huggingface, openclip
+from fasterase.models import adapters, huggingface, openclip
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.openclip import CONFIG_FILE
+from fasterase.models.wrapped import unwrap
 
 _FORMS = (
     'an open_clip or transformers CLIP model, "ViT-B-32/laion2b_s34b_b79k" (open_clip name/tag), '
@@ -36,7 +38,8 @@ def load_model(
 
     Args:
         model: an open_clip `CLIP`, `CustomTextCLIP` or `CoCa`; a transformers `CLIPModel`,
-            `SiglipModel` or `Siglip2Model`; or a string or path: "ViT-B-32/laion2b_s34b_b79k"
+            `SiglipModel` or `Siglip2Model`; one of these in a `PeftModel`, a `DataParallel` or
+            compiled; or a string or path: "ViT-B-32/laion2b_s34b_b79k"
             (open_clip name/tag), "hf-hub:org/name" (open_clip), "hf:org/name" (transformers), or a
             folder that either library or fasterase wrote.
         tokenizer: open_clip tokenizer, transformers tokenizer or processor, or any callable
@@ -65,25 +68,30 @@ def load_model(
 
 
 def _adapt(
-    module: nn.Module, tokenizer: Any, preprocess: Any, model_name: str | None
+    given: nn.Module, tokenizer: Any, preprocess: Any, model_name: str | None
 ) -> DualEncoder:
+    module = unwrap(given)
+    encoder: DualEncoder
     if openclip.is_open_clip(module):
-        return openclip.from_instance(
+        encoder = openclip.from_instance(
             module, tokenizer=tokenizer, preprocess=preprocess, model_name=model_name
         )
-    if huggingface.is_transformers(module):
+    elif huggingface.is_transformers(module):
         if model_name is not None:
             raise InputError(
                 f"model_name: {model_name!r} names an open_clip architecture, but the model is a "
                 f"{type(module).__name__} of transformers; leave model_name out"
             )
-        return huggingface.from_instance(module, tokenizer=tokenizer, preprocess=preprocess)
-    inner = getattr(module, "_orig_mod", None) or getattr(module, "module", None)
-    if isinstance(inner, nn.Module):
+        encoder = huggingface.from_instance(module, tokenizer=tokenizer, preprocess=preprocess)
+    else:
+        inner = getattr(module, "module", None)
         raise InputError(
             f"model: {type(module).__name__} wraps a {type(inner).__name__}; pass the model inside"
+            if isinstance(inner, nn.Module)
+            else f"model: {type(module).__name__} is not a supported CLIP model. Give {_FORMS}"
         )
-    raise InputError(f"model: {type(module).__name__} is not a supported CLIP model. Give {_FORMS}")
+    encoder.wrapper = None if module is given else given
+    return encoder
 
 
 def _load(model: str | os.PathLike[str], **given: Any) -> DualEncoder:
@@ -105,6 +113,8 @@ def _load(model: str | os.PathLike[str], **given: Any) -> DualEncoder:
 def _load_folder(folder: Path, **given: Any) -> DualEncoder:
     if not folder.is_dir():
         raise _no_folder(folder)
+    if (folder / adapters.CONFIG_FILE).is_file():
+        return _load_adapter(folder, **given)
     if (folder / CONFIG_FILE).is_file():
         return openclip.from_source(f"local-dir:{folder}", name=str(folder), **given)
     if (folder / "config.json").is_file():
@@ -123,6 +133,20 @@ def _load_folder(folder: Path, **given: Any) -> DualEncoder:
         f"model: {folder} holds neither {CONFIG_FILE} (open_clip) nor config.json "
         "(transformers), so it is not a model folder"
     )
+
+
+def _load_adapter(folder: Path, **given: Any) -> DualEncoder:
+    config = json.loads((folder / adapters.CONFIG_FILE).read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise InputError(
+            f"model: {folder} holds an adapter and does not say for which model. Load that model, "
+            f"put the adapter on it with peft.PeftModel.from_pretrained(model, {str(folder)!r}), "
+            "and pass the result"
+        )
+    encoder = huggingface.from_source(base, name=str(folder), online=True, **given)
+    encoder.wrapper = adapters.load_adapters(encoder.module, folder)
+    return encoder
 
 
 def _load_named(name: str, **given: Any) -> DualEncoder:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fasterase.errors import InputError, import_extra
 from fasterase.files import replace_model_folder
+from fasterase.models.adapters import has_adapters, save_adapters
 from fasterase.models.dual_encoder import DualEncoder, Part, Tokens, TowerParts
 from fasterase.models.openclip_config import (
     Config,
@@ -33,6 +34,7 @@ from fasterase.models.preprocessing import (
     wrap_tokenizer,
     wrap_transform,
 )
+from fasterase.models.wrapped import plain_state
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -115,11 +117,17 @@ class OpenClipEncoder(DualEncoder):
 
         It holds `open_clip_config.json`, one safetensors file and the tokenizer's files. If the
         architecture is unknown, the weights are written alone. README.md in the folder says how to
-        load either.
+        load either. Of a model with adapters, the adapters are written (see `save_adapters`).
         """
         from safetensors.torch import save_file
 
         tokenizer: Any = getattr(self.text_tokenizer, "source", None)
+        if has_adapters(self.module):
+            with replace_model_folder(folder, library="peft") as new:
+                save_adapters(self.module, new)
+                if hasattr(tokenizer, "save_pretrained"):
+                    tokenizer.save_pretrained(new)
+            return
         with replace_model_folder(folder, library="open_clip") as new:
             save_file(_state_to_write(self.module), new / WEIGHTS_FILE, {"format": "pt"})
             if hasattr(tokenizer, "save_pretrained"):
@@ -285,7 +293,7 @@ def _state_to_write(module: nn.Module) -> dict[str, Tensor]:
     """Every tensor on the CPU, contiguous and with memory of its own, the temperature 0-d."""
     state: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for name, tensor in module.state_dict().items():
+    for name, tensor in plain_state(module).items():
         written = tensor.detach().cpu().contiguous()
         if name in ("logit_scale", "logit_bias"):
             written = written.reshape(())

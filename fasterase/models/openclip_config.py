@@ -15,6 +15,7 @@ from torch import nn
 
 from fasterase.errors import InputError
 from fasterase.models.preprocessing import read_size
+from fasterase.models.wrapped import plain_state
 
 # A `model_cfg`: what open_clip keeps in its json files and builds models from.
 Config = dict[str, Any]
@@ -146,7 +147,7 @@ def builds_same(config: Config, module: nn.Module) -> bool:
         # BatchNorm counts no batches.
         return {
             name: torch.Size() if name in ("logit_scale", "logit_bias") else tensor.shape
-            for name, tensor in model.state_dict().items()
+            for name, tensor in plain_state(model).items()
             if not name.endswith("num_batches_tracked")
         }
 

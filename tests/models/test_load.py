@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from fasterase.errors import InputError, MissingExtraError
 from fasterase.models import load_model
@@ -72,7 +73,8 @@ def test_named_open_clip_instances_are_recognised() -> None:
     ("model", "says"),
     [
         (nn.Linear(2, 2), "Linear is not a supported CLIP"),
-        (nn.DataParallel(nn.Linear(2, 2)), "wraps a Linear"),
+        (AveragedModel(nn.Linear(2, 2)), "wraps a Linear; pass the model inside"),
+        (nn.DataParallel(nn.Linear(2, 2)), "Linear is not a supported CLIP"),
         (3, "int is not a model"),
         (None, "NoneType is not a model"),
         ("nonsense", "neither an open_clip model nor a folder"),
