@@ -130,7 +130,7 @@ def apply_delta(
         sign: 1 puts the delta on, -1 takes it off.
 
     Returns:
-        The library's own module: `model`, or what its name loaded.
+        `model`, or the module that its name loaded.
 
     Raises:
         InputError: `sign` is neither 1 nor -1; `folder` holds no readable delta; the model has
@@ -168,7 +168,7 @@ def apply_delta(
             if at is not None:
                 moved.view(-1)[at] = stored[f"{side}/{name}"]
             tensors[name].copy_(moved.reshape(tensors[name].shape))
-    return module
+    return encoder.given
 
 
 def fingerprint_weights(module: nn.Module, replaced: Mapping[str, Tensor] | None = None) -> str:

@@ -24,7 +24,7 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module
 
 
-def _inside(module: nn.Module) -> nn.Module | None:
+def _inside(module: Any) -> nn.Module | None:
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return module.module
     if _is_compiled(module):
