@@ -15,6 +15,23 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from fasterase.errors import InputError
 
+Recipe = Literal["fasterase", "cliperase"]
+
+# What a YAML file for `fasterase unlearn --config` may hold besides fields: `unlearn`'s arguments.
+COMMAND_KEYS = (
+    "model",
+    "forget",
+    "retain",
+    "holdout",
+    "data",
+    "forget_expression",
+    "forget_ids",
+    "forget_classes",
+    "image_key",
+    "text_key",
+    "recipe",
+)
+
 
 @dataclass(frozen=True)
 class UnlearnConfig:
@@ -218,10 +235,18 @@ class UnlearnConfig:
     def from_yaml(cls, path: str | PathLike[str], **overrides: Any) -> UnlearnConfig:
         """Read a YAML mapping of fields; `overrides` win.
 
+        The file may be one for `--config`, such as `--print_config` writes: `recipe` chooses the
+        defaults, and other keys of the command line (`COMMAND_KEYS`) are left out.
+
         Raises:
             InputError: the file is missing, is not a mapping, or names an unknown field.
         """
-        return cls(**_check_names({**read_yaml(path), **overrides}))
+        values = read_yaml(path)
+        recipe = parse_value("recipe", values.pop("recipe", "fasterase"), Recipe)
+        fields = {name: value for name, value in values.items() if name not in COMMAND_KEYS}
+        return (cls.cliperase if recipe == "cliperase" else cls)(
+            **_check_names({**fields, **overrides})
+        )
 
     def replace(self, **overrides: Any) -> UnlearnConfig:
         """Return a copy with some fields changed.
@@ -266,6 +291,9 @@ def describe_recipe(config: UnlearnConfig) -> str:
 def read_yaml(path: str | PathLike[str]) -> dict[str, Any]:
     """Read the mapping in a YAML configuration file; an empty file gives an empty one.
 
+    The words `none` and `None` mean no value, as they do on the command line; in YAML only `null`
+    does.
+
     Raises:
         InputError: the file is missing, cannot be read, or does not hold a mapping.
     """
@@ -286,7 +314,7 @@ def read_yaml(path: str | PathLike[str]) -> dict[str, Any]:
             f"config: {file} holds a {type(values).__name__}, expected a mapping "
             "of field names to values, with one `name: value` per line."
         )
-    return dict(values)
+    return {name: None if value in ("none", "None") else value for name, value in values.items()}
 
 
 def format_yaml(values: Mapping[str, Any]) -> str:

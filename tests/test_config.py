@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fasterase.config import (
+    COMMAND_KEYS,
     UnlearnConfig,
     describe_recipe,
     describe_type,
@@ -159,6 +160,23 @@ def test_yaml(tmp_path):
     assert UnlearnConfig.from_yaml(file, seed=3) == expected
     file.write_text("")
     assert UnlearnConfig.from_yaml(file) == UnlearnConfig()
+
+
+def test_a_file_for_the_command_line_is_read(tmp_path):
+    file = tmp_path / "erase.yaml"
+    keys = "".join(f"{name}: x\n" for name in COMMAND_KEYS if name != "recipe")
+    file.write_text(f"{keys}recipe: cliperase\nlr: 1e-7\n")
+    assert UnlearnConfig.from_yaml(file, seed=3) == UnlearnConfig.cliperase(lr=1e-7, seed=3)
+    file.write_text("recipe: paper\n")
+    with pytest.raises(InputError, match=r"recipe='paper'.*'cliperase'"):
+        UnlearnConfig.from_yaml(file)
+
+
+@pytest.mark.parametrize("word", ["none", "None", "null", "~"])
+def test_words_for_no_value_in_yaml(word, tmp_path):
+    file = tmp_path / "erase.yaml"
+    file.write_text(f"evaluation: {word}\n")
+    assert UnlearnConfig.from_yaml(file).evaluation is None
 
 
 @pytest.mark.parametrize(

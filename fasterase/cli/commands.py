@@ -1,123 +1,26 @@
-"""The sub-commands: the flags that each takes, and what it does with their values."""
+"""The sub-commands: what each does with the values of its flags."""
 
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import fasterase
+from fasterase.cli.flags import DemoFlags, EvaluateFlags, SplitFlags, UnlearnFlags
+from fasterase.cli.sets import check_sets, split_data
 from fasterase.config import UnlearnConfig, format_yaml
 from fasterase.errors import InputError, MissingExtraError
-
-
-@dataclass(frozen=True)
-class UnlearnFlags:
-    """Flags of `fasterase unlearn` other than the fields of `UnlearnConfig`.
-
-    > Model and pairs
-
-    Args:
-        model: the model to change: an open_clip name/tag (`ViT-B-32/laion2b_s34b_b79k`),
-            `hf-hub:org/name` (open_clip), `hf:org/name` (transformers), or a folder.
-        forget: pairs to forget: a CSV, TSV or JSONL file (columns `filepath` and `title`), a folder
-            of `x.jpg` + `x.txt`, a class-per-folder directory, or a WebDataset pattern
-            (`shards/{000..099}.tar`).
-        retain: pairs to keep, in any of the same forms.
-        holdout: pairs used only to measure the model before and after, in any of the same forms.
-        image_key: column or tar entry of the image, if it does not have one of the usual names.
-        text_key: column or tar entry of the caption, if it does not have one of the usual names.
-        recipe: defaults to start from: `fasterase`, or `cliperase` for the paper's. Flags and YAML
-            keys override the recipe.
-    """
-
-    model: str | None = None
-    forget: str | None = None
-    retain: str | None = None
-    holdout: str | None = None
-    image_key: str | None = None
-    text_key: str | None = None
-    recipe: Literal["fasterase", "cliperase"] = "fasterase"
-
-
-@dataclass(frozen=True)
-class EvaluateFlags:
-    """Flags of `fasterase evaluate`.
-
-    > Model and pairs
-
-    Args:
-        model: the model to measure, named as for `fasterase unlearn`.
-        forget: the pairs that were to be forgotten, in any form that `fasterase unlearn` takes.
-        retain: the pairs that were to be kept.
-        holdout: pairs that no run has seen.
-        sets: further sets of pairs, each as NAME=PATH (in YAML also a mapping).
-        image_key: column or tar entry of the image, if it does not have one of the usual names.
-        text_key: column or tar entry of the caption, if it does not have one of the usual names.
-
-    > Comparison
-
-    Args:
-        original: the model before erasing, for comparison.
-        references: further models to compare with, each as NAME=MODEL, such as one retrained
-            without the forget set.
-
-    > Measuring
-
-    Args:
-        class_names: text file with one class name per line, for zero-shot accuracy.
-        max_pairs: number of pairs to measure per set, drawn with `seed`.
-        seed: seed of the draw and of the bootstrap intervals.
-        output: also write the result to this file: the values as `.json`, or the report as `.md`.
-    """
-
-    model: str | None = None
-    forget: str | None = None
-    retain: str | None = None
-    holdout: str | None = None
-    sets: list[str] | dict[str, str] | str = dataclasses.field(default_factory=list)
-    image_key: str | None = None
-    text_key: str | None = None
-    original: str | None = None
-    references: list[str] | dict[str, str] | str = dataclasses.field(default_factory=list)
-    class_names: str | None = None
-    max_pairs: int = 5000
-    seed: int = 0
-    output: str | None = None
-
-
-@dataclass(frozen=True)
-class DemoFlags:
-    """Flags of `fasterase demo` other than a few fields of `UnlearnConfig`.
-
-    > Demo
-
-    Args:
-        forget: what to erase: a group (`food-drink`), a subgroup (`food-fruit`) or a regular
-            expression on the names.
-        model: erase from this model, named as for `fasterase unlearn`, instead of the one that
-            ships with the package.
-        recipe: `fasterase`, or `cliperase` for the paper's; the other one is shown for comparison.
-        output_dir: folder for the erased model, history, plot and picture sheet. `none`:
-            `runs/demo-` followed by what is erased.
-        full: also print the table of every metric, which is always in `evaluation.txt`.
-    """
-
-    forget: str = "food-fruit"
-    model: str | None = None
-    recipe: Literal["fasterase", "cliperase"] = "fasterase"
-    output_dir: str | None = None
-    full: bool = False
 
 
 def run_command(command: str, values: dict[str, Any]) -> None:
     """Run a sub-command.
 
     Args:
-        command: `"unlearn"`, `"evaluate"`, `"demo"` or `"compile"`.
+        command: `"unlearn"`, `"evaluate"`, `"split"`, `"demo"` or `"compile"`.
         values: the values of the flags that were given, by name.
 
     Raises:
@@ -127,6 +30,8 @@ def run_command(command: str, values: dict[str, Any]) -> None:
         _unlearn(values)
     elif command == "evaluate":
         _evaluate(values)
+    elif command == "split":
+        _split(values)
     elif command == "demo":
         _run_demo(values)
     else:
@@ -143,9 +48,7 @@ def _unlearn(values: dict[str, Any]) -> None:
     if only_print:
         print(format_yaml({**inputs, **config.to_dict()}), end="")
         return
-    model, forget, retain, _ = _require_flags(
-        "unlearn", values, ("model", "forget", "retain", "output_dir")
-    )
+    model, forget, retain = _require_sets("unlearn", values, further=("output_dir",))
     result = fasterase.unlearn(
         model,
         forget,
@@ -178,7 +81,7 @@ def _evaluate(values: dict[str, Any]) -> None:
     from fasterase.pairs.open import open_pairs
 
     flags = EvaluateFlags(**values)
-    model, forget, retain = _require_flags("evaluate", values, ("model", "forget", "retain"))
+    model, forget, retain = _require_sets("evaluate", values)
     paths = {"forget": forget, "retain": retain}
     if flags.holdout is not None:
         paths["holdout"] = flags.holdout
@@ -209,6 +112,35 @@ def _evaluate(values: dict[str, Any]) -> None:
         print(f"Written to {evaluation.report(flags.output)}.")
 
 
+def _split(values: dict[str, Any]) -> None:
+    """Write the pairs to forget and those to keep to files, and print how to use them."""
+    from fasterase.pairs.split_files import write_split
+
+    flags = SplitFlags(**values)
+    check_sets("split", values)
+    data, output = _require_flags("split", values, ("data", "output_dir"))
+    folder = Path(output)
+    if Path(data).resolve().parent == folder.resolve() and Path(data).stem in ("forget", "retain"):
+        raise InputError(f"--output_dir={output!r}: the split would replace --data={data!r}.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--output_dir={output!r} cannot be created ({error.strerror}). Give another path."
+        ) from error
+    forget, retain = split_data(values)
+    files = write_split(forget, retain, folder)
+    print(f"{forget!r}: {files.forget}\n{retain!r}: {files.retain}")
+    if files.tables:
+        sets = ["--forget", str(files.forget), "--retain", str(files.retain)]
+    else:
+        sets = ["--data", data, "--forget_ids", str(files.forget)]
+    for name in ("image_key", "text_key"):
+        if not files.tables and getattr(flags, name) is not None:
+            sets += [f"--{name}", getattr(flags, name)]
+    print(f"Next: fasterase unlearn --model MODEL --output_dir RUN {shlex.join(sets)}")
+
+
 def _run_demo(values: dict[str, Any]) -> None:
     """Run the demo; flags that are not its own override fields of its `UnlearnConfig`."""
     from fasterase.demo.run import run_demo
@@ -233,6 +165,20 @@ def _split_values(values: dict[str, Any], flags: type) -> tuple[dict[str, Any], 
     names = {field.name for field in dataclasses.fields(flags)}
     own = {name: value for name, value in values.items() if name in names}
     return own, {name: value for name, value in values.items() if name not in names}
+
+
+def _require_sets(
+    command: str, values: dict[str, Any], *, further: Sequence[str] = ()
+) -> tuple[str, Any, Any]:
+    """Return the model, the pairs to forget and those to keep; check that `further` are given."""
+    check_sets(command, values)
+    if values.get("data") is None:
+        model, forget, retain, *_ = _require_flags(
+            command, values, ("model", "forget", "retain", *further)
+        )
+        return model, forget, retain
+    model, *_ = _require_flags(command, values, ("model", *further))
+    return model, *split_data(values)
 
 
 def _require_flags(command: str, values: dict[str, Any], names: Sequence[str]) -> list[str]:

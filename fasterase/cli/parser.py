@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, get_type_hints
 
 import fasterase
-from fasterase.cli.commands import DemoFlags, EvaluateFlags, UnlearnFlags
+from fasterase.cli.flags import DemoFlags, EvaluateFlags, SplitFlags, UnlearnFlags
 from fasterase.config import UnlearnConfig, describe_type, parse_value, read_yaml, suggest_names
 from fasterase.errors import InputError
 
@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": (
         "measure how well a model still knows the pairs to forget, to keep and in further sets"
     ),
+    "split": "split pairs into those to forget and those to keep",
     "demo": "erase a concept from the small CLIP that ships with the package",
     "compile": "build the C++ kernels of the loss now instead of at first use",
 }
@@ -27,6 +28,7 @@ COMMANDS = {
 _USAGE = {
     "unlearn": "--model M --forget F --retain R --output_dir D [--config FILE] [--field VALUE ...]",
     "evaluate": "--model M --forget F --retain R [--original M0] [options]",
+    "split": "--data D --forget_expression REGEX --output_dir O [options]",
     "demo": "[--forget food-fruit] [--model M] [--output_dir D] [options]",
     "compile": "",
 }
@@ -36,6 +38,8 @@ EXAMPLES = {
 examples:
   fasterase unlearn --model ViT-B-32/laion2b_s34b_b79k --forget forget.csv \\
       --retain 'shards/{000..099}.tar' --output_dir runs/one
+  fasterase unlearn --model ViT-B-32/laion2b_s34b_b79k --data pairs.csv \\
+      --forget_expression '\\bapples?\\b' --output_dir runs/apples
   fasterase unlearn --config erase.yaml --lr 3e-6 --floor none
   fasterase unlearn --recipe cliperase --print_config > erase.yaml
 
@@ -51,6 +55,13 @@ examples:
   fasterase evaluate --model runs/one/model --forget forget.csv --retain retain.csv
   fasterase evaluate --model runs/one/model --original ViT-B-32/laion2b_s34b_b79k \\
       --forget forget.csv --retain retain.csv --sets neighbours=near.csv --output report.md""",
+    "split": """\
+examples:
+  fasterase split --data pairs.csv --forget_expression '\\bapples?\\b' --output_dir sets
+  fasterase split --data photos --forget_classes apple,pear --output_dir sets
+
+Give exactly one of --forget_expression, --forget_ids and --forget_classes. `fasterase unlearn`
+takes them too and splits --data itself; this command shows what they select.""",
     "demo": """\
 examples:
   fasterase demo
@@ -69,6 +80,9 @@ _GENERAL = ("help", "version", "debug", "local_rank", "config", "print_config")
 _DEMO_FIELDS = ("lr", "max_steps", "batch_size", "seed", "num_workers", "progress")
 # Those for which the demo does not use the default of `UnlearnConfig`.
 _DEMO_TUNED = ("lr", "max_steps", "batch_size")
+
+
+_FLAGS = {"evaluate": EvaluateFlags, "split": SplitFlags}
 
 
 class Parsed(NamedTuple):
@@ -96,6 +110,7 @@ def parse(argv: Sequence[str]) -> Parsed:
         SystemExit: after printing `--help` or `--version`.
     """
     argv = [re.sub(r"^--[^=]+", lambda flag: _with_underscores(flag[0]), token) for token in argv]
+    _check_command(argv)
     found, unknown = _parser().parse_known_args(argv)
     texts = vars(found)
     command = texts.pop("command", None)
@@ -120,8 +135,8 @@ def flags_of(command: str) -> list[Flag]:
     """List the flags of a sub-command in the order of its help."""
     if command == "unlearn":
         return [*_flags_from(UnlearnFlags), *_flags_from(UnlearnConfig)]
-    if command == "evaluate":
-        return list(_flags_from(EvaluateFlags))
+    if command in _FLAGS:
+        return list(_flags_from(_FLAGS[command]))
     if command == "compile":
         return []
     fields = [flag for flag in _flags_from(UnlearnConfig) if flag.name in _DEMO_FIELDS]
@@ -147,10 +162,14 @@ def _flags_from(cls: type) -> Iterator[Flag]:
 
 
 def _read_docstring(cls: type) -> dict[str, tuple[str, str]]:
-    """Read the group and help text of each field: `> Group` lines, then `Args:` entries."""
+    """Read the group and help text of each field: `> Group` lines, then `Args:` entries.
+
+    Bases come first, so that a class may describe a field anew.
+    """
     documented: dict[str, tuple[str, str]] = {}
     group, name = "", ""
-    for line in (inspect.getdoc(cls) or "").splitlines():
+    docstrings = [inspect.cleandoc(vars(base).get("__doc__") or "") for base in cls.__mro__]
+    for line in "\n".join(reversed(docstrings)).splitlines():
         if line.startswith("> "):
             group = line[2:].strip()
         elif entry := re.match(r" {4}(\w+): (.*)", line):
@@ -287,6 +306,31 @@ def _unknown_argument(argument: str, flags: Mapping[str, Flag]) -> InputError:
     known = [f"--{name}" for name in (*flags, *_GENERAL)]
     hint = suggest_names(flag, known, otherwise="--help lists the flags.")
     return InputError(f"unknown flag {flag}.{hint}")
+
+
+def _check_command(argv: Sequence[str]) -> None:
+    """Check the word that stands first, apart from general flags.
+
+    Raises:
+        InputError: it is not the name of a command, or flags of a command stand before it.
+    """
+    tokens = iter(argv)
+    for token in tokens:
+        if not token.startswith("-"):
+            if token not in COMMANDS:
+                hint = suggest_names(
+                    token, COMMANDS, otherwise=f"The commands are {', '.join(COMMANDS)}."
+                )
+                raise InputError(f"unknown command {token}.{hint}")
+            return
+        name = token.partition("=")[0].lstrip("-")
+        if name == "local_rank" and "=" not in token:
+            next(tokens, None)
+        elif any(name == flag.name for command in COMMANDS for flag in flags_of(command)):
+            raise InputError(
+                f"{token} stands before the command. Write the command first: fasterase "
+                f"{next((each for each in argv if each in COMMANDS), 'unlearn')} {token} ..."
+            )
 
 
 def _with_underscores(flag: str) -> str:

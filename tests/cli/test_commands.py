@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import yaml
 from PIL import Image
 
 from fasterase.cli import main
-from fasterase.config import UnlearnConfig, field_names
+from fasterase.cli.flags import UnlearnFlags
+from fasterase.config import COMMAND_KEYS, UnlearnConfig, field_names
 from fasterase.errors import MissingExtraError
 from tests import small_models
 from tests.cli.fake_api import REQUIRED, FakeApi
@@ -61,6 +63,11 @@ def test_print_config_gives_a_file_that_repeats_the_run(recipe, unlearn, tmp_pat
     assert main(["unlearn", *flags]) == 0
     assert main(["unlearn", "--config", str(file)]) == 0
     assert unlearn.calls[0] == unlearn.calls[1]
+    assert UnlearnConfig.from_yaml(file) == unlearn.config
+
+
+def test_the_keys_of_the_command_line_are_known_to_from_yaml():
+    assert set(COMMAND_KEYS) == {field.name for field in dataclasses.fields(UnlearnFlags)}
 
 
 @pytest.mark.filterwarnings("always:The report has no loss plot")

@@ -1,0 +1,150 @@
+"""The flags of each sub-command that set no field of `UnlearnConfig`, as dataclasses.
+
+A flag's help and group come from the docstring of the class that defines it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from fasterase.config import Recipe
+
+
+@dataclass(frozen=True)
+class SetFlags:
+    """Flags that name a model and the sets of pairs.
+
+    > Model and pairs
+
+    Args:
+        model: an open_clip name/tag (`ViT-B-32/laion2b_s34b_b79k`), `hf-hub:org/name` (open_clip),
+            `hf:org/name` (transformers), or a folder.
+        forget: pairs to forget: a CSV, TSV, JSONL, JSON or Parquet file (columns `filepath` and
+            `title`), a folder of `x.jpg` + `x.txt`, a class-per-folder directory, or a WebDataset
+            pattern (`shards/{000..099}.tar`).
+        retain: pairs to keep, in any of the same forms.
+        holdout: pairs in neither set, only measured, in any of the same forms.
+    """
+
+    model: str | None = None
+    forget: str | None = None
+    retain: str | None = None
+    holdout: str | None = None
+
+
+@dataclass(frozen=True)
+class DataFlags:
+    """Flags that split one source of pairs, and that name its columns.
+
+    > One source to split
+
+    Args:
+        data: one source of pairs, in any form that `fasterase unlearn --forget` takes, that is
+            split into those to forget and those to keep by exactly one of the next three flags.
+        forget_expression: forget the pairs with a caption in which this regular expression is
+            found, ignoring case, such as `\\bapples?\\b`.
+        forget_ids: forget the pairs whose ids this file lists, one per line.
+        forget_classes: forget the pairs of these classes, or with these captions, separated by
+            commas.
+
+    > Columns
+
+    Args:
+        image_key: column or tar entry of the image, if it does not have one of the usual names.
+        text_key: column or tar entry of the caption, if it does not have one of the usual names.
+    """
+
+    data: str | None = None
+    forget_expression: str | None = None
+    forget_ids: str | None = None
+    forget_classes: list[str] | None = None
+    image_key: str | None = None
+    text_key: str | None = None
+
+
+@dataclass(frozen=True)
+class UnlearnFlags(DataFlags, SetFlags):
+    """Flags of `fasterase unlearn` other than the fields of `UnlearnConfig`.
+
+    > Model and pairs
+
+    Args:
+        recipe: defaults to start from: `fasterase`, or `cliperase` for the paper's. Flags and YAML
+            keys override the recipe.
+    """
+
+    recipe: Recipe = "fasterase"
+
+
+@dataclass(frozen=True)
+class EvaluateFlags(DataFlags, SetFlags):
+    """Flags of `fasterase evaluate`.
+
+    > Model and pairs
+
+    Args:
+        sets: further sets of pairs, each as NAME=PATH (in YAML also a mapping).
+
+    > Comparison
+
+    Args:
+        original: the model before erasing, for comparison.
+        references: further models to compare with, each as NAME=MODEL, such as one retrained
+            without the forget set.
+
+    > Measuring
+
+    Args:
+        class_names: text file with one class name per line, for zero-shot accuracy.
+        max_pairs: number of pairs to measure per set, drawn with `seed`.
+        seed: seed of the draw and of the bootstrap intervals.
+        output: also write the result to this file: the values as `.json`, or the report as `.md`.
+    """
+
+    sets: list[str] | dict[str, str] | str = dataclasses.field(default_factory=list)
+    original: str | None = None
+    references: list[str] | dict[str, str] | str = dataclasses.field(default_factory=list)
+    class_names: str | None = None
+    max_pairs: int = 5000
+    seed: int = 0
+    output: str | None = None
+
+
+@dataclass(frozen=True)
+class SplitFlags(DataFlags):
+    """Flags of `fasterase split`.
+
+    > Output
+
+    Args:
+        output_dir: folder for the two sets: tables `forget.csv` and `retain.csv` (`.jsonl` where
+            pairs have several captions) if the images are files, else lists of ids `forget.txt` and
+            `retain.txt`.
+    """
+
+    output_dir: str | None = None
+
+
+@dataclass(frozen=True)
+class DemoFlags:
+    """Flags of `fasterase demo` other than a few fields of `UnlearnConfig`.
+
+    > Demo
+
+    Args:
+        forget: what to erase: a group (`food-drink`), a subgroup (`food-fruit`) or a regular
+            expression on the names.
+        model: erase from this model, named as for `fasterase unlearn`, instead of the one that
+            ships with the package.
+        recipe: `fasterase`, or `cliperase` for the paper's; the other one is shown for comparison.
+        output_dir: folder for the erased model, history, plot and picture sheet. `none`:
+            `runs/demo-` followed by what is erased.
+        full: also print the table of every metric, which is always in `evaluation.txt`.
+    """
+
+    forget: str = "food-fruit"
+    model: str | None = None
+    recipe: Recipe = "fasterase"
+    output_dir: str | None = None
+    full: bool = False

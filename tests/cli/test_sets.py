@@ -1,0 +1,164 @@
+"""Two sets, or one source that is split: what commands take, and `fasterase split`."""
+
+from __future__ import annotations
+
+import io
+import shlex
+import tarfile
+
+import pytest
+
+from fasterase.cli import main
+from fasterase.pairs.open import open_pairs
+
+OTHERS = ["--model", "m", "--output_dir", "out"]
+
+
+@pytest.fixture
+def data(tmp_path):
+    rows = ["apple.png,a red Apple", "pear.png,a pear", "pineapple.png,pineapple"]
+    path = tmp_path / "pairs.csv"
+    path.write_text("\n".join(["filepath,title", *rows]) + "\n")
+    return str(path)
+
+
+def ids(pairs):
+    return [pairs.id(i) for i in range(len(pairs))]
+
+
+@pytest.mark.parametrize(
+    ("rule", "value", "expected"),
+    [
+        ("expression", r"\bapple\b", ["apple.png"]),
+        ("expression", "apple", ["apple.png", "pineapple.png"]),
+        ("classes", "pineapple", ["pineapple.png"]),
+        ("classes", "A pear, pineapple", ["pear.png", "pineapple.png"]),
+        ("ids", "ids.txt", ["pear.png"]),
+    ],
+)
+def test_unlearn_splits_data(rule, value, expected, data, unlearn, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ids.txt").write_text("pear.png\n")
+    assert main(["unlearn", *OTHERS, "--data", data, f"--forget_{rule}", value]) == 0
+    (model, forget, retain), _ = unlearn.calls[0]
+    assert model == "m"
+    assert ids(forget) == expected
+    assert sorted(ids(forget) + ids(retain)) == ["apple.png", "pear.png", "pineapple.png"]
+
+
+def test_an_expression_is_never_taken_for_a_file_or_a_class(data, unlearn, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "apple").write_text("pear.png\n")
+    assert main(["unlearn", *OTHERS, "--data", data, "--forget_expression", "apple"]) == 0
+    assert ids(unlearn.calls[0][0][1]) == ["apple.png", "pineapple.png"]
+
+
+def test_evaluate_splits_data(data, evaluate):
+    flags = ["--model", "m", "--data", data, "--forget_expression", "pear"]
+    assert main(["evaluate", *flags]) == 0
+    (_, forget, retain), _ = evaluate.calls[0]
+    assert (ids(forget), ids(retain)) == (["pear.png"], ["apple.png", "pineapple.png"])
+
+
+def test_data_and_rule_in_yaml(data, unlearn, tmp_path):
+    file = tmp_path / "erase.yaml"
+    file.write_text(f"model: m\noutput_dir: out\ndata: {data}\nforget_classes: [pineapple]\n")
+    assert main(["unlearn", "--config", str(file)]) == 0
+    assert ids(unlearn.calls[0][0][1]) == ["pineapple.png"]
+
+
+RULES = "one of --forget_expression, --forget_ids, --forget_classes"
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--data", "DATA"], f"--data needs {RULES}"),
+        (["--data", "DATA", "--forget", "f.csv"], "--data and --forget exclude each other"),
+        (
+            ["--data", "DATA", "--forget_expression", "a", "--retain", "r.csv"],
+            "--data and --retain exclude each other",
+        ),
+        (
+            ["--data", "DATA", "--forget_expression", "a", "--forget_ids", "i.txt"],
+            "found --forget_expression and --forget_ids",
+        ),
+        (["--forget_expression", "a"], "--forget_expression splits the pairs of --data"),
+        (
+            ["--data", "DATA", "--forget_expression", "("],
+            "--forget_expression='(' is not a regular",
+        ),
+        (["--data", "DATA", "--forget_expression", "cat"], "--forget_expression='cat' matches no"),
+        (["--data", "DATA", "--forget_ids", "none.txt"], "--forget_ids: the file of ids none.txt"),
+        (
+            ["--data", "none.csv", "--forget_expression", "a"],
+            "--data: no file or folder 'none.csv'",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["unlearn", "split"])
+def test_wrong_combinations(command, flags, named, data, unlearn, tmp_path, capsys):
+    flags = [data if flag == "DATA" else flag for flag in flags]
+    if command == "split" and {"--forget", "--retain"} & set(flags):
+        named = "unknown flag"
+    others = OTHERS if command == "unlearn" else ["--output_dir", str(tmp_path / "sets")]
+    assert main([command, *others, *flags]) == 2
+    printed = capsys.readouterr()
+    assert named in printed.err
+    assert printed.err.count("\n") == 1
+    assert not unlearn.calls
+    assert printed.out == ""
+
+
+def test_split_needs_its_flags(data, tmp_path, capsys):
+    assert main(["split", "--output_dir", str(tmp_path)]) == 2
+    assert "split needs --data" in capsys.readouterr().err
+    assert main(["split", "--data", data, "--forget_expression", "apple"]) == 2
+    assert "split needs --output_dir" in capsys.readouterr().err
+
+
+def next_command(printed):
+    (line,) = [line for line in printed.splitlines() if line.startswith("Next: fasterase ")]
+    return [flag.replace("MODEL", "m") for flag in shlex.split(line)[2:]]
+
+
+def test_split_writes_tables_that_unlearn_reads(data, unlearn, tmp_path, capsys):
+    sets = tmp_path / "my sets"
+    flags = ["--data", data, "--forget_expression", "apple", "--output_dir", str(sets)]
+    assert main(["split", *flags]) == 0
+    printed = capsys.readouterr().out
+    assert f"forget pairs: 2 of 3 of pairs.csv: {sets / 'forget.csv'}" in printed
+    assert main(next_command(printed)) == 0
+    (_, forget, retain), _ = unlearn.calls[0]
+    assert (len(open_pairs(forget, name="f")), len(open_pairs(retain, name="r"))) == (2, 1)
+
+
+def test_split_of_tars_gives_ids_that_unlearn_takes(unlearn, tmp_path, capsys):
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for entry, content in {
+            "a.alt": "apple",
+            "a.png": "1",
+            "b.alt": "pear",
+            "b.png": "2",
+        }.items():
+            info = tarfile.TarInfo(entry)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content.encode()))
+    flags = ["--data", str(tmp_path / "s.tar"), "--text_key", "alt", "--forget_classes", "pear"]
+    assert main(["split", *flags, "--output_dir", str(tmp_path / "sets")]) == 0
+    assert (tmp_path / "sets/forget.txt").read_text() == "s.tar/b\n"
+    assert main(next_command(capsys.readouterr().out)) == 0
+    (_, forget, retain), kwargs = unlearn.calls[0]
+    assert (ids(forget), ids(retain)) == (["s.tar/b"], ["s.tar/a"])
+    assert kwargs["text_key"] == "alt"
+
+
+def test_split_does_not_replace_its_source(data, tmp_path, capsys):
+    (tmp_path / "forget.csv").write_bytes((tmp_path / "pairs.csv").read_bytes())
+    flags = ["--data", str(tmp_path / "forget.csv"), "--forget_expression", "apple"]
+    assert main(["split", *flags, "--output_dir", str(tmp_path)]) == 2
+    assert "would replace" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    flags = ["--data", data, "--forget_expression", "apple"]
+    assert main(["split", *flags, "--output_dir", str(tmp_path / "file" / "sets")]) == 2
+    assert "cannot be created" in capsys.readouterr().err
