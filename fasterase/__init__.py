@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fasterase.api import evaluate as evaluate
     from fasterase.api import unlearn as unlearn
     from fasterase.config import UnlearnConfig as UnlearnConfig
+    from fasterase.errors import DiskFullError as DiskFullError
     from fasterase.errors import FaseraseError as FaseraseError
     from fasterase.errors import InputError as InputError
     from fasterase.errors import MissingExtraError as MissingExtraError
@@ -52,6 +53,7 @@ _HOME = {
     "Contrastive": "fasterase.ops.contrastive",
     "available_backends": "fasterase.ops.contrastive",
     "explain_backend": "fasterase.ops.contrastive",
+    "DiskFullError": "fasterase.errors",
     "FaseraseError": "fasterase.errors",
     "InputError": "fasterase.errors",
     "MissingExtraError": "fasterase.errors",

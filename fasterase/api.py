@@ -23,7 +23,7 @@ from fasterase.errors import InputError
 from fasterase.evaluation.evaluation import Evaluation
 from fasterase.evaluation.evaluator import Evaluator, Measurement
 from fasterase.evaluation.verdict import FORGOTTEN_EXCESS
-from fasterase.files import check_replaceable
+from fasterase.files import check_replaceable, check_writable
 from fasterase.models.delta import keep_original
 from fasterase.models.dual_encoder import DualEncoder, separate_copy
 from fasterase.models.load import load_model
@@ -259,12 +259,7 @@ def _make_output_folder(config: UnlearnConfig) -> Path | None:
     if config.output_dir is None:
         return None
     output = Path(config.output_dir)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"output_dir: {output} cannot be created ({error.strerror}). Give another path."
-        ) from error
+    check_writable(output, argument="output_dir")
     check_replaceable(output / "model", argument="output_dir")
     return output
 

@@ -49,6 +49,14 @@ class PreemptedError(FaseraseError):
     """
 
 
+class DiskFullError(FaseraseError, OSError):
+    """The disk or the quota has no room for a file.
+
+    What was there under its name before is unchanged, and nothing half written is left behind. The
+    last checkpoint is kept.
+    """
+
+
 def import_extra(module: str, extra: str, purpose: str) -> ModuleType:
     """Import a module of an optional dependency.
 

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 
-from fasterase.errors import InputError
+from fasterase.errors import DiskFullError, FaseraseError, InputError
 
 # Marks a folder as a model that fasterase saved and may replace; names the library that loads it.
 MARKER = "fasterase.json"
 
 _STAGE_SUFFIX = ".partial"
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_PROBE_BYTES = 1 << 20
+
 
 @contextmanager
-def replace_file(path: Path, *, sync: bool = False) -> Iterator[Path]:
+def replace_file(
+    path: Path, *, sync: bool = False, size_bytes: int | None = None
+) -> Iterator[Path]:
     """Yield a temporary path to write to, and rename it to `path` if the block succeeds.
 
     The temporary file has the same name as `path`, in a hidden folder beside it, so writers that
@@ -29,8 +37,13 @@ def replace_file(path: Path, *, sync: bool = False) -> Iterator[Path]:
     Args:
         sync: flush the content to disk before the rename, so that a power cut cannot leave an
             empty or truncated file under the final name.
+        size_bytes: what will be written, if known, for the message of `DiskFullError`.
+
+    Raises:
+        InputError: the folder cannot be made or written to.
+        DiskFullError: there is no room for the content.
     """
-    with _staging_folder(path) as stage:
+    with _staging_folder(path, size_bytes) as stage:
         temporary = stage / path.name
         yield temporary
         if sync:
@@ -39,13 +52,15 @@ def replace_file(path: Path, *, sync: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def replace_folder(path: Path, *, sync: bool = False) -> Iterator[Path]:
+def replace_folder(
+    path: Path, *, sync: bool = False, size_bytes: int | None = None
+) -> Iterator[Path]:
     """Yield a new empty folder to fill, and rename it to `path` if the block succeeds.
 
     An existing folder is removed only once the new one has taken its place. Otherwise as
     `replace_file`.
     """
-    with _staging_folder(path) as stage:
+    with _staging_folder(path, size_bytes) as stage:
         new = stage / path.name
         new.mkdir()
         yield new
@@ -92,9 +107,47 @@ def check_replaceable(target: Path, *, argument: str = "folder") -> None:
 
 def write_text(path: Path, text: str) -> Path:
     """Write `text` to `path` atomically, as UTF-8, and return `path`."""
-    with replace_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    data = text.encode()
+    with replace_file(path, size_bytes=len(data)) as temporary:
+        temporary.write_bytes(data)
     return path
+
+
+def append_whole(file: FileIO, data: bytes, *, path: Path) -> None:
+    """Append all of `data` or nothing to an unbuffered file, whose path is for the message.
+
+    Raises:
+        DiskFullError: there is no room for it.
+    """
+    end = file.seek(0, os.SEEK_END)
+    written = 0
+    try:
+        while written < len(data):
+            written += file.write(data[written:])
+    except OSError as error:
+        file.truncate(end)
+        if error.errno not in _FULL:
+            raise
+        size = end + len(data)
+        raise _full_disk_error(path, error.errno, size, written_bytes=written) from error
+
+
+def check_writable(folder: Path, *, argument: str) -> None:
+    """Create `folder`, and try to write to it: better now than after hours.
+
+    Raises:
+        InputError: one or the other fails; names `argument`.
+    """
+    action = "created"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        action = "written to"
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\n")
+    except OSError as error:
+        raise InputError(
+            f"{argument}: {folder} cannot be {action} ({error.strerror}). Give another path."
+        ) from error
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -108,14 +161,75 @@ def remove_leftovers(folder: Path) -> None:
 
 
 @contextmanager
-def _staging_folder(target: Path) -> Iterator[Path]:
+def _staging_folder(target: Path, size_bytes: int | None) -> Iterator[Path]:
     """Make a hidden folder on the file system of `target`, and remove it in the end."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    stage = tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_STAGE_SUFFIX, dir=target.parent)
     try:
-        yield Path(stage)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(
+            tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_STAGE_SUFFIX, dir=target.parent)
+        )
+    except OSError as error:
+        raise InputError(
+            f"{target} cannot be written ({error.strerror}). Give a folder that can be written to."
+        ) from error
+    try:
+        yield stage
+    except FaseraseError:
+        raise
+    except Exception as error:
+        number = _full_disk_number(error, stage)
+        if number is None:
+            raise
+        written = sum(file.stat().st_size for file in stage.rglob("*") if file.is_file())
+        raise _full_disk_error(target, number, size_bytes, written_bytes=written) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def _full_disk_number(error: Exception, stage: Path) -> int | None:
+    """Return the system's number of an error that a full disk raised; None for any other."""
+    if isinstance(error, OSError):
+        return error.errno if error.errno in _FULL else None
+    # safetensors raises an error of its own, which quotes the system's. torch does not even that,
+    # but leaves what it has written, so that the disk is still full.
+    quoted = re.search(r"\(os error (\d+)\)", str(error))
+    if quoted is not None:
+        return int(quoted[1]) if int(quoted[1]) in _FULL else None
+    try:
+        (stage / "probe").write_bytes(bytes(_PROBE_BYTES))
+    except OSError as full:
+        return full.errno if full.errno in _FULL else None
+    finally:
+        (stage / "probe").unlink(missing_ok=True)
+    return None
+
+
+def _full_disk_error(
+    target: Path, number: int, size_bytes: int | None, *, written_bytes: int
+) -> DiskFullError:
+    """Return the error that names the file, its size and the room there is for it."""
+    facts = [f"{target} cannot be written"]
+    if size_bytes is not None:
+        facts.append(f"it takes {_format_bytes(size_bytes)}")
+    if number == errno.ENOSPC:  # of a quota, the system does not tell what is left
+        free = shutil.disk_usage(target.parent).free + written_bytes
+        facts.append(f"{_format_bytes(free)} are free")
+    return DiskFullError(
+        f"{os.strerror(number)}: {', '.join(facts)}. What was there before is unchanged. Free some "
+        "space, or choose another folder, and start again."
+    )
+
+
+def _format_bytes(size: int) -> str:
+    """Return a size such as `3 bytes` or `1.2 GB`."""
+    if size < 1000:
+        return f"{size} bytes"
+    value = float(size)
+    for unit in ("kB", "MB", "GB"):
+        value /= 1000
+        if value < 1000:
+            return f"{value:.1f} {unit}"
+    return f"{value / 1000:.1f} TB"
 
 
 def _flush_to_disk(file: Path) -> None:

@@ -140,7 +140,7 @@ def test_files(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
     refused("output_dir: .* cannot be created", output_dir=blocked)
-    refused("reference_cache: .* cannot be used", reference_cache=blocked)
+    refused("reference_cache: .* cannot be created", reference_cache=blocked)
     (tmp_path / "out" / "model").mkdir(parents=True)
     (tmp_path / "out" / "model" / "thesis.txt").write_text("mine")
     refused("holds files that fasterase did not write", output_dir=tmp_path / "out")

@@ -86,7 +86,7 @@ class CheckpointFolder:
             "forgotten": checkpoint.forgotten,
             "identity": self.identity,
         }
-        with replace_folder(target, sync=True) as new:
+        with replace_folder(target, sync=True, size_bytes=_tensor_bytes(checkpoint)) as new:
             save_file(checkpoint.tensors, new / "weights.safetensors")
             torch.save(
                 {"optimizer": checkpoint.optimizer, "scaler": checkpoint.scaler},
@@ -164,3 +164,11 @@ class CheckpointFolder:
                 f"({'; '.join(changed)}). Continue with the config, model and data of that run, "
                 "choose another output_dir, or start afresh with resume='never'."
             )
+
+
+def _tensor_bytes(checkpoint: Checkpoint) -> int:
+    """Return what the tensors of a checkpoint take on disk."""
+    states = checkpoint.optimizer["state"].values()
+    moments = (value for state in states for value in state.values())
+    tensors = [*checkpoint.tensors.values(), *(t for t in moments if isinstance(t, Tensor))]
+    return sum(tensor.nbytes for tensor in tensors)

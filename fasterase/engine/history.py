@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fasterase.files import write_text
+from fasterase.files import append_whole, write_text
 
 
 class StepRecord(dict[str, Any]):
@@ -30,11 +30,17 @@ class HistoryFile:
         """Open for appending after the records of the first `keep_steps` steps."""
         self.kept = [record for record in read_history(path) if record["step"] <= keep_steps]
         write_text(path, "".join(json.dumps(record) + "\n" for record in self.kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        # Unbuffered: a buffer that could not be written would be tried again on closing.
+        self._file = path.open("ab", buffering=0)
 
     def append(self, record: StepRecord) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """Append a line.
+
+        Raises:
+            DiskFullError: there is no room for it; the lines before it are kept.
+        """
+        append_whole(self._file, json.dumps(record).encode() + b"\n", path=self._path)
 
     def close(self) -> None:
         self._file.close()

@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from fasterase.encode import BATCH_SIZE, PairEncoder
-from fasterase.errors import InputError
-from fasterase.files import replace_file
+from fasterase.files import check_writable, replace_file
 from fasterase.pairs.prepare import hash_captions
 from fasterase.pairs.source import PairSource, Subset
 
@@ -47,13 +46,8 @@ class FeatureCache:
 
     @cached_property
     def _captions(self) -> FeatureStore:
-        try:
-            captions = FeatureStore(self._folder / "captions", self.width)
-        except OSError as error:
-            raise InputError(
-                f"reference_cache: {self._root} cannot be used ({error.strerror}). "
-                "Give a folder that can be written to."
-            ) from error
+        check_writable(self._root, argument="reference_cache")
+        captions = FeatureStore(self._folder / "captions", self.width)
         if captions.damaged:
             # Captions are encoded only when their images are read, and cached images are not read
             # again.
@@ -173,7 +167,7 @@ class FeatureStore:
         np.save(buffer, block)
         data = buffer.getbuffer()
         path = self.folder / f"{int(keys[0]) & (2**64 - 1):016x}-{zlib.crc32(data):08x}.npy"
-        with replace_file(path, sync=True) as temporary:
+        with replace_file(path, sync=True, size_bytes=len(data)) as temporary:
             temporary.write_bytes(data)
         self._blocks.append(np.load(path, mmap_mode="r"))
 

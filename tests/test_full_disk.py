@@ -1,0 +1,173 @@
+"""A disk without room: the error names the file and its size, and what was there before is whole.
+
+The limit on the size of files stands in for the disk: the system refuses writes in the same way.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import fasterase
+from fasterase.engine.history import HistoryFile, StepRecord, read_history
+from fasterase.errors import DiskFullError, FaseraseError, InputError
+from fasterase.files import check_writable, replace_file, replace_folder, write_text
+from tests.tiny_model import TinyModel, pairs, same_weights
+
+resource = pytest.importorskip("resource", reason="the limit exists on Unix only")
+
+FORGET, RETAIN = pairs(6, seed=1), pairs(20, seed=2)
+
+
+@pytest.fixture
+def limit_files() -> Iterator[Callable[[int], None]]:
+    """Let no file grow beyond some bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def save_tensors(file: Path) -> None:
+    save_file({"a": torch.zeros(1000)}, file)
+
+
+def save_pickle(file: Path) -> None:
+    torch.save({"a": torch.zeros(1000)}, file)
+
+
+@pytest.mark.parametrize(
+    "write", [save_tensors, save_pickle, lambda file: file.write_bytes(b"x" * 4000)]
+)
+def test_any_writer_on_a_full_disk(tmp_path, limit_files, write):
+    path = write_text(tmp_path / "file", "old")
+    limit_files(2000)
+    named = r"File too large: .*file cannot be written, it takes 4\.0 kB\. .* unchanged"
+    with (
+        pytest.raises(DiskFullError, match=named),
+        replace_file(path, size_bytes=4000) as temporary,
+    ):
+        write(temporary)
+    assert path.read_text() == "old"
+    assert names_in(tmp_path) == ["file"]
+
+
+def test_a_folder_on_a_full_disk(tmp_path, limit_files):
+    def fill() -> None:
+        with replace_folder(tmp_path / "step-1") as new:
+            (new / "small").write_text("fits")
+            save_tensors(new / "large")
+
+    limit_files(2000)
+    with pytest.raises(DiskFullError, match="step-1 cannot be written"):
+        fill()
+    assert names_in(tmp_path) == []
+
+
+def test_an_error_of_another_kind_is_not_blamed_on_the_disk(tmp_path):
+    with pytest.raises(RuntimeError, match="mine"), replace_file(tmp_path / "file"):
+        raise RuntimeError("mine")
+
+
+@pytest.mark.parametrize(
+    ("number", "free"), [(errno.ENOSPC, r", \d.* are free\."), (errno.EDQUOT, r"written\.")]
+)
+def test_the_systems_words_for_it(tmp_path, number, free):
+    named = f"{os.strerror(number)}.*{free}"
+    with pytest.raises(DiskFullError, match=named), replace_file(tmp_path / "file"):
+        raise OSError(number, os.strerror(number))
+
+
+def test_a_line_of_the_history_is_written_whole_or_not_at_all(tmp_path, limit_files):
+    path = tmp_path / "history.jsonl"
+    history = HistoryFile(path, keep_steps=0)
+    history.append(StepRecord(step=1, total=0.5))
+    limit_files(path.stat().st_size + 5)
+    with pytest.raises(DiskFullError, match=r"history\.jsonl"):
+        history.append(StepRecord(step=2, total=0.5))
+    history.close()
+    assert path.read_bytes().endswith(b"}\n")
+    assert [record.step for record in read_history(path)] == [1]
+
+
+def run(tower: TinyModel, folder: Path, **options: object):
+    settings = {"lr": 1e-3, "batch_size": 8, "forget_batch_size": 4, "max_steps": 4}
+    settings |= {"save_every": 1, "progress": False, "evaluation": None, "output_dir": folder}
+    return fasterase.unlearn(tower, FORGET, RETAIN, **{**settings, **options})
+
+
+@pytest.mark.filterwarnings("ignore:not forgotten")
+def test_a_run_keeps_its_last_checkpoint_and_goes_on_when_there_is_room(tmp_path, limit_files):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(record):
+        if record.step == 3:
+            limit_files((tmp_path / "history.jsonl").stat().st_size + 10)
+
+    with pytest.raises(DiskFullError, match=r"step-000000003 cannot be written, it takes \d"):
+        run(TinyModel(), tmp_path, callback=fill)
+    assert names_in(tmp_path / "checkpoints") == ["step-000000001", "step-000000002"]
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resumed, whole = TinyModel(), TinyModel()
+    run(resumed, tmp_path, resume="must")
+    run(whole, tmp_path / "whole")
+    assert same_weights(resumed.weights(), whole.weights())
+
+
+@pytest.mark.filterwarnings("ignore:not forgotten")
+def test_the_cache_on_a_full_disk(tmp_path, limit_files):
+    tower = TinyModel()
+    before = tower.weights()
+    limit_files(100)
+    with pytest.raises(DiskFullError, match=r"\.npy cannot be written"):
+        run(tower, tmp_path / "out", reference_cache=tmp_path / "cache", output_dir=None)
+    assert not list((tmp_path / "cache").rglob("*.npy"))
+    assert not list((tmp_path / "cache").rglob(".*"))
+    assert same_weights(tower.weights(), before)
+
+
+class TestFoldersThatCannotBeWritten:
+    """Tests may run as root, whom permissions do not stop; a file in the way stops anybody."""
+
+    def test_a_file_in_the_way(self, tmp_path):
+        blocked = tmp_path / "file"
+        blocked.touch()
+        with pytest.raises(
+            InputError, match=r"report\.md cannot be written \((File exists|Not a directory)\)"
+        ):
+            write_text(blocked / "report.md", "text")
+        for argument in ("output_dir", "reference_cache"):
+            with pytest.raises(InputError, match=f"{argument}: .* cannot be created"):
+                run(TinyModel(), tmp_path / "out", **{argument: blocked / "deep"})
+
+    @pytest.mark.parametrize("argument", ["output_dir", "reference_cache"])
+    def test_a_folder_that_takes_no_files(self, tmp_path, monkeypatch, argument):
+        import tempfile
+
+        plain = tempfile.TemporaryFile
+
+        def refuse(*args, dir, **options):
+            if Path(dir).name == "locked":
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+            return plain(*args, dir=dir, **options)
+
+        monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+        named = f"{argument}: .*locked cannot be written to .Read-only file system"
+        with pytest.raises(InputError, match=named):
+            check_writable(tmp_path / "locked", argument=argument)
+        with pytest.raises(InputError, match=named):
+            run(TinyModel(), tmp_path / "out", **{argument: tmp_path / "locked"})
+
+
+def test_it_is_an_os_error_too():
+    assert issubclass(DiskFullError, OSError)
+    assert issubclass(fasterase.DiskFullError, FaseraseError)
