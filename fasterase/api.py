@@ -19,6 +19,7 @@ from fasterase.encode import PairEncoder
 from fasterase.engine.erase import Outcome, check_environment, erase
 from fasterase.engine.history import StepRecord
 from fasterase.engine.model_state import best_device, borrowed, resolve_device
+from fasterase.engine.trackers import tracking
 from fasterase.errors import InputError
 from fasterase.evaluation.evaluation import Evaluation
 from fasterase.evaluation.evaluator import Evaluator, Measurement
@@ -133,6 +134,7 @@ def unlearn(
         evaluator = Evaluator(sets, seed=config.seed, quick=config.evaluation == "quick")
     # A caller's no_grad or inference mode would train nothing, silently.
     with (
+        tracking(config) as tracker,
         torch.inference_mode(False),
         torch.enable_grad(),
         borrowed(encoder, device=device) as state,
@@ -145,8 +147,10 @@ def unlearn(
             ledger=ledger,
             state=state,
             output_dir=output,
-            callback=callback,
+            callback=tracker.followed_by(callback),
         )
+        if outcome.evaluation is not None:
+            tracker.summarise(outcome.evaluation.flat())
     _warn_not_forgotten(outcome, config)
     result = UnlearnResult(
         model=encoder.given,

@@ -113,6 +113,8 @@ class UnlearnConfig:
         evaluation: measure before and after erasing: `"quick"` (at most 1,000 pairs per set, 200
             bootstrap resamples), `"full"` (at most 5,000 pairs, 1,000 resamples) or `None`.
         max_skipped: share of unreadable pairs above which the run stops (0.01 is 1 %).
+        report_to: log each step, the settings and the evaluation to `"tensorboard"` or `"wandb"`
+            (extras of these names), in `output_dir` or else in `runs/`. `None` logs to neither.
 
     Raises:
         InputError: a value is outside its range; the message names the field.
@@ -160,6 +162,7 @@ class UnlearnConfig:
     resume: Literal["auto", "never", "must"] = "auto"
     evaluation: Literal["quick", "full"] | None = "quick"
     max_skipped: float = 0.01
+    report_to: Literal["tensorboard", "wandb"] | None = None
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -269,7 +272,15 @@ def field_names() -> tuple[str, ...]:
 
 
 # Where a run keeps its files and how it shows progress is not part of its recipe.
-_NOT_RECIPE = {"output_dir", "reference_cache", "progress", "num_workers", "resume", "save_every"}
+_NOT_RECIPE = {
+    "output_dir",
+    "reference_cache",
+    "progress",
+    "num_workers",
+    "resume",
+    "save_every",
+    "report_to",
+}
 
 
 def describe_recipe(config: UnlearnConfig) -> str:

@@ -54,6 +54,7 @@ CONTRACT = {
     "seed": 0,
     "num_workers": 0,
     "progress": True,
+    "report_to": None,
     "reference_cache": None,
     "output_dir": None,
     "save_every": None,

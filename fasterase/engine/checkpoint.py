@@ -30,6 +30,7 @@ FREE_FIELDS = frozenset(
         "resume",
         "evaluation",
         "max_skipped",
+        "report_to",
     }
 )
 # Entries of a run's identity that are digests: messages do not print their values.

@@ -27,6 +27,7 @@ from fasterase.engine.optim import (
     lr_schedule,
     require_bitsandbytes,
 )
+from fasterase.engine.trackers import require_tracker
 from fasterase.errors import InputError, ResumeError
 from fasterase.evaluation.evaluation import Evaluation
 from fasterase.evaluation.evaluator import Evaluator, Measurement
@@ -338,11 +339,12 @@ def check_environment(config: UnlearnConfig) -> None:
         InputError: `deepspeed` is set, or a launcher started more than one process, each of which
             would train on its own; `backend` is not available; `resume="must"` without an
             `output_dir`.
-        MissingExtraError: an 8-bit optimiser without bitsandbytes.
+        MissingExtraError: an 8-bit optimiser without bitsandbytes; `report_to` without its tracker.
     """
     choose_backend(config.backend)
     if config.optimizer in EIGHT_BIT:
         require_bitsandbytes(config.optimizer)
+    require_tracker(config.report_to)
     if config.resume == "must" and config.output_dir is None:
         raise ResumeError(
             "resume='must' without output_dir: a run resumes from the checkpoints in its "

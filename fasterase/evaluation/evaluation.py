@@ -52,6 +52,14 @@ class Evaluation:
         """Return set -> metric -> value of the model."""
         return {name: dict(values) for name, values in self.scores.items()}
 
+    def flat(self) -> dict[str, float]:
+        """Return `set/metric` -> value of the model, for trackers."""
+        return {
+            f"{name}/{metric}": value
+            for name, values in self.scores.items()
+            for metric, value in values.items()
+        }
+
     def table(self) -> str:
         """Return plain text, one row per set and metric; 100 columns wide with two references."""
         columns = self._columns(["\n".join(_wrapped(name)) for name in self.references])

@@ -1,0 +1,156 @@
+"""Trackers see every step, the settings and the evaluation; a missing one is refused at once."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from types import SimpleNamespace
+
+import pytest
+
+import fasterase
+from fasterase.config import UnlearnConfig
+from tests.tiny_model import TinyModel, pairs
+
+STEPS = {"lr": 1e-2, "batch_size": 8, "forget_batch_size": 4, "progress": False, "max_steps": 3}
+
+
+def run(**options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return fasterase.unlearn(
+            TinyModel(), pairs(6, seed=1), pairs(20, seed=2), **{**STEPS, **options}
+        )
+
+
+def events(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(folder))
+    found.Reload()
+    return found
+
+
+def test_tensorboard_gets_steps_settings_and_evaluation(tmp_path):
+    seen = []
+    result = run(report_to="tensorboard", output_dir=tmp_path, callback=seen.append)
+    assert seen == result.history
+    found = events(tmp_path / "tensorboard")
+    for term in ("total", "forget", "anchor"):
+        logged = [(event.step, event.value) for event in found.Scalars(f"loss/{term}")]
+        expected = [(record["step"], record[term]) for record in result.history]
+        assert logged == [(step, pytest.approx(value)) for step, value in expected]
+    assert [event.value for event in found.Scalars("lr")] == pytest.approx([1e-2] * 3)
+    for name, value in result.evaluation.flat().items():
+        assert [event.value for event in found.Scalars(name)] == [pytest.approx(value)], name
+    (start,) = (
+        data.session_start_info
+        for name, data in (
+            (name, _hparams(found, name)) for name in found.PluginTagToContent("hparams")
+        )
+        if name == "_hparams_/session_start_info"
+    )
+    assert start.hparams["lr"].number_value == 1e-2
+    assert start.hparams["forget_loss"].string_value == "similarity"
+
+
+def _hparams(found, name):
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    return HParamsPluginData.FromString(found.PluginTagToContent("hparams")[name])
+
+
+def test_a_resumed_run_logs_each_step_once(tmp_path):
+    def stop(record):
+        return record["step"] == 2
+
+    options = {"report_to": "tensorboard", "output_dir": tmp_path, "evaluation": None}
+    run(**options, max_steps=4, save_every=1, callback=stop)
+    run(**options, max_steps=4)
+    steps = [event.step for event in events(tmp_path / "tensorboard").Scalars("loss/total")]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_without_output_dir_the_logs_are_in_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(report_to="tensorboard", evaluation=None)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert len(events(folder).Scalars("loss/total")) == 3
+
+
+class Wandb:
+    """Stands in for the library: keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.run = None
+        self.arguments = None
+        self.logged: list[dict] = []
+        self.summary: dict = {}
+        self.finished: list[int] = []
+        self.config = SimpleNamespace(update=lambda values, allow_val_change: self.set(values))
+
+    def set(self, values) -> None:
+        self.arguments = values
+
+    def init(self, **arguments):
+        self.arguments = arguments
+        return self
+
+    def log(self, values) -> None:
+        self.logged.append(values)
+
+    def finish(self, exit_code: int) -> None:
+        self.finished.append(exit_code)
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    module = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    return module
+
+
+def test_wandb_gets_steps_settings_and_evaluation(tmp_path, wandb):
+    result = run(report_to="wandb", output_dir=tmp_path)
+    assert wandb.arguments == {
+        "project": "fasterase",
+        "dir": str(tmp_path),
+        "config": result.config.to_dict(),
+    }
+    assert [values["step"] for values in wandb.logged] == [1, 2, 3]
+    assert [values["loss/total"] for values in wandb.logged] == [r.total for r in result.history]
+    assert wandb.summary == result.evaluation.flat()
+    assert wandb.finished == [0]
+
+
+def test_a_run_that_fails_is_marked_as_failed(wandb, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def fail(record):
+        raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        run(report_to="wandb", callback=fail)
+    assert wandb.finished == [1]
+    assert wandb.arguments["dir"] == "runs"
+
+
+def test_an_active_run_is_used_and_left_open(wandb):
+    wandb.run = wandb
+    result = run(report_to="wandb", evaluation=None)
+    assert wandb.arguments == result.config.to_dict()
+    assert len(wandb.logged) == 3
+    assert not wandb.finished
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_missing_tracker_is_refused_before_the_model_is_loaded(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(fasterase.MissingExtraError, match=rf"fasterase\[{name}\]"):
+        fasterase.unlearn("no such model", "f", "r", report_to=name)
+
+
+def test_other_trackers_are_refused():
+    with pytest.raises(fasterase.InputError, match="report_to"):
+        UnlearnConfig(report_to="mlflow")
