@@ -15,7 +15,7 @@ from torch import nn
 
 from fasterase.errors import InputError
 from fasterase.models.preprocessing import read_size
-from fasterase.models.wrapped import plain_state
+from fasterase.models.wrapped import plain_state, uncompiled
 
 # A `model_cfg`: what open_clip keeps in its json files and builds models from.
 Config = dict[str, Any]
@@ -109,7 +109,7 @@ def adjust_config(config: Config, module: nn.Module) -> Config:
 
 def read_config(module: Any) -> Config | None:
     """Read `model_cfg` off the module; None if a tower is not one of open_clip's own."""
-    vision, text = _read_vision(module.visual), _read_text(module)
+    vision, text = _read_vision(uncompiled(module.visual)), _read_text(module)
     if vision is None or text is None:
         return None
     config: Config = {"embed_dim": read_embed_dim(module), "vision_cfg": vision, "text_cfg": text}
@@ -300,7 +300,7 @@ def _read_vision(visual: Any) -> Config | None:
 
 
 def _read_text(module: Any) -> Config | None:
-    text = text_tower(module)
+    text = uncompiled(text_tower(module))
     if text is not module and type(text).__name__ != "TextTransformer":
         return None
     blocks = _read_blocks(text.transformer)
@@ -347,7 +347,7 @@ def _read_decoder(module: Any, text: Config) -> Config:
 
 def _read_blocks(transformer: Any) -> Config | None:
     """Read sizes and options of a stack of open_clip's standard blocks; None for custom ones."""
-    block = transformer.resblocks[0]
+    block = uncompiled(transformer.resblocks[0])
     if type(block).__name__ != "ResidualAttentionBlock":
         return None
     width, hidden = transformer.width, block.mlp.c_fc.out_features

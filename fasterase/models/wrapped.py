@@ -27,27 +27,27 @@ def unwrap(module: nn.Module) -> nn.Module:
 def _inside(module: Any) -> nn.Module | None:
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return module.module
-    if _is_compiled(module):
+    if uncompiled(module) is not module:
         warnings.warn(
             "model: it is compiled, and fasterase runs the module inside without compilation. The "
             "compiled one shares its weights, so it has the erased ones too",
             stacklevel=2,
         )
-        return module._orig_mod
+        return uncompiled(module)
     return adapters.base_of(module)
 
 
 def plain_state(module: nn.Module) -> dict[str, Tensor]:
     """Return the state dict under the names it has without adapters and compiled parts.
 
-    The weights of adapters are left out.
+    The weights of adapters are left out, and what is no tensor (packed, quantised weights).
     """
     originals = {  # path of a part -> its attribute that holds the original part
-        path: "_orig_mod" if _is_compiled(part) else adapters.original_attribute(part)
+        path: adapters.original_attribute(part) if uncompiled(part) is part else "_orig_mod"
         for path, part in module.named_modules()
     }
     inner = {path: attribute for path, attribute in originals.items() if attribute is not None}
-    state = module.state_dict()
+    state = {k: v for k, v in module.state_dict().items() if isinstance(v, Tensor)}
     if not inner:
         return state
     named = ((_plain_name(name, inner), tensor) for name, tensor in state.items())
@@ -67,10 +67,13 @@ def _plain_name(name: str, inner: dict[str, str]) -> str | None:
     return ".".join(kept)
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def uncompiled(module: Any) -> Any:
+    """Return the module inside what `torch.compile` made of it, or itself."""
     # Importing torch._dynamo takes a second, and without it nothing is compiled.
     dynamo: Any = sys.modules.get("torch._dynamo")
-    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+    if dynamo is None or not isinstance(module, dynamo.OptimizedModule):
+        return module
+    return module._orig_mod
 
 
 def check_trainable(module: nn.Module, name: str) -> None:

@@ -1,0 +1,132 @@
+"""Wrapped, compiled, quantised and inference-mode models: taken, or refused with what to pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fasterase
+from fasterase.errors import InputError
+from fasterase.models import load_model
+from tests import small_models
+
+STEPS = {
+    "lr": 1e-2,
+    "max_steps": 1,
+    "batch_size": 8,
+    "forget_batch_size": 4,
+    "progress": False,
+    "evaluation": None,
+}
+
+pytestmark = pytest.mark.filterwarnings("ignore:(not forgotten|remembered|over-erased|never known)")
+
+
+def items(vocabulary: int = len(small_models.HF_VOCABULARY)) -> list[tuple[Tensor, Tensor]]:
+    pixels, ids = small_models.random_pairs(vocabulary, count=12)
+    return list(zip(pixels, ids, strict=True))
+
+
+def erase(model: nn.Module, pairs: list[tuple[Tensor, Tensor]], **options: Any) -> Any:
+    return fasterase.unlearn(model, pairs[:4], pairs[4:], **{**STEPS, **options})
+
+
+def measurable(model: nn.Module, pairs: list[tuple[Tensor, Tensor]]) -> bool:
+    return "forget" in fasterase.evaluate(model, pairs[:4], pairs[4:]).to_dict()
+
+
+def test_data_parallel_models_are_unwrapped(tmp_path: Path) -> None:
+    inside = small_models.hf_clip()
+    before = inside.text_projection.weight.detach().clone()
+    given = nn.DataParallel(inside)
+    result = erase(given, items())
+    assert result.model is given
+    assert given.module is inside
+    assert not torch.equal(inside.text_projection.weight, before)
+    again: Any = load_model(result.save(tmp_path / "erased")).module
+    assert torch.equal(again.text_projection.weight, inside.text_projection.weight)
+
+
+def test_under_a_compiled_model_the_original_is_trained() -> None:
+    inside = small_models.hf_clip()
+    given: Any = torch.compile(inside, backend="eager")
+    with pytest.warns(UserWarning, match="model: it is compiled, .* without compilation"):
+        result = erase(given, items())
+    assert result.model is given
+    pixels, ids = small_models.random_pairs(count=2)
+    with torch.no_grad():
+        compiled, plain = given(ids, pixels), inside(ids, pixels)
+    torch.testing.assert_close(compiled.logits_per_image, plain.logits_per_image)
+
+
+@pytest.mark.parametrize("build", [small_models.hf_clip, small_models.open_clip_vit])
+def test_a_compiled_part_is_saved_under_its_plain_names(build: Any, tmp_path: Path) -> None:
+    model = build()
+    tower = "vision_model" if build is small_models.hf_clip else "visual"
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    setattr(model, tower, torch.compile(getattr(model, tower), backend="eager"))
+    load_model(model).save(tmp_path / "saved")
+    again = load_model(tmp_path / "saved").module.state_dict()
+    assert again.keys() == expected.keys()
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+
+
+# Of torch, about a future without its own quantisation.
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_quantised_models_are_measured_but_not_trained() -> None:
+    named = r"model: \S+ of CLIP\w* is quantised.*before quantisation"
+    model = torch.ao.quantization.quantize_dynamic(small_models.hf_clip(), {nn.Linear})
+    with pytest.raises(InputError, match=named):
+        erase(model, items())
+    assert measurable(model, items())
+    model = torch.ao.quantization.quantize_dynamic(small_models.open_clip_vit(), {nn.Linear})
+    with pytest.raises(InputError, match=named):
+        erase(model, items(small_models.SIMPLE_VOCABULARY_SIZE))
+
+
+class EightBit(nn.Linear):
+    """A layer of integer weights and a scale, as quantising libraries make them."""
+
+    def __init__(self, full: nn.Linear) -> None:
+        super().__init__(full.in_features, full.out_features, bias=False)
+        self.bias = full.bias
+        largest = full.weight.detach().abs().max()
+        self.register_buffer("step", largest / 127)
+        whole = (full.weight.detach() / self.step).round().to(torch.int8)
+        self.weight = nn.Parameter(whole, requires_grad=False)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return nn.functional.linear(values, self.weight.float() * self.step, self.bias)
+
+
+def test_adapters_on_quantised_weights_do_train() -> None:
+    import peft
+
+    model: Any = small_models.hf_clip()
+    layer = model.vision_model.encoder.layers[0].mlp
+    layer.fc1 = EightBit(layer.fc1)
+    with pytest.raises(InputError, match=r"fc1\.weight of CLIPModel is quantised"):
+        erase(model, items())
+    given = peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"]), model)
+    before = layer.fc1.weight.clone()
+    assert erase(given, items()).model is model
+    assert torch.equal(layer.fc1.weight, before)
+
+
+def test_inference_mode_weights_say_how_to_load_them() -> None:
+    with torch.inference_mode():
+        model = small_models.hf_clip()
+    with pytest.raises(InputError, match=r"model: .*torch\.inference_mode.*copy=True"):
+        erase(model, items())
+    assert measurable(model, items())
+    result = erase(model, items(), copy=True)
+    assert not torch.equal(result.model.text_projection.weight, model.text_projection.weight)
+
+
+def test_an_unknown_wrapper_is_named() -> None:
+    with pytest.raises(InputError, match=r"model: AveragedModel wraps a CLIPModel; pass the model"):
+        load_model(torch.optim.swa_utils.AveragedModel(small_models.hf_clip()))
