@@ -99,7 +99,7 @@ def find_classified(dataset: Any) -> ClassifiedItems | None:
     names = getattr(whole, "classes", None)
     if not isinstance(names, Sequence) or isinstance(names, str) or len(dataset) == 0:
         return None
-    number = _number_of_first(dataset)
+    index, number = _first_number(dataset)
     if number is None:
         return None
     if getattr(whole, "target_transform", None) is not None:
@@ -111,13 +111,13 @@ def find_classified(dataset: Any) -> ClassifiedItems | None:
     captions = [name if isinstance(name, str) else str(name[0]) for name in names]
     classes = ClassNames([normalize_class_name(caption) for caption in captions])
     targets = _known_targets(whole, rows)
-    if targets is not None and class_number(targets[0]) != number:
+    if targets is not None and class_number(targets[index]) != number:
         targets = None
     return ClassifiedItems(dataset, classes, targets)
 
 
-def _number_of_first(dataset: Any) -> int | None:
-    """Return the class number of the first readable item, None if it is not `(image, number)`."""
+def _first_number(dataset: Any) -> tuple[int, int | None]:
+    """Return the first readable item's index and class number; None if it has no such number."""
     for index in range(min(len(dataset), 8)):
         try:
             item = dataset[index]
@@ -125,8 +125,8 @@ def _number_of_first(dataset: Any) -> int | None:
         except Exception:
             continue
         is_pair = isinstance(item, tuple | list) and len(item) == 2
-        return class_number(item[1]) if is_pair else None
-    return None
+        return index, class_number(item[1]) if is_pair else None
+    return 0, None
 
 
 def _known_targets(whole: Any, rows: np.ndarray | None) -> list[Any] | None:

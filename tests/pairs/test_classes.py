@@ -63,6 +63,14 @@ def test_captions_are_found_without_reading_an_image(folder):
     assert pairs.meta(0) == {"class": "apple"}
 
 
+def test_a_broken_first_item_does_not_hide_the_classes(folder):
+    (folder / "apple" / "0.png").write_bytes(b"damaged")
+    pairs = open_pairs(ImageFolder(str(folder)), name="x")
+    for file in folder.rglob("*.png"):
+        file.unlink()
+    assert captions(pairs) == [["apple"], ["apple"], ["sea lion"], ["sea lion"]]
+
+
 def test_splits_by_class(folder):
     forget, retain = split(ImageFolder(str(folder)), forget=["Sea Lion"])
     assert (len(forget), len(retain)) == (2, 2)
