@@ -243,7 +243,7 @@ def _argparse_options(flag: Flag) -> dict[str, Any]:
     if isinstance(flag.default, list):
         return {"nargs": "+", "action": "extend", "metavar": "NAME=WHERE", "help": flag.help}
     expected = describe_type(flag.hint)
-    details = [] if expected in ("text", "text or None") else [expected]
+    details = [] if expected in ("text", "text or None", "a list or None") else [expected]
     if flag.default is not None:
         shown = (
             ",".join(map(str, flag.default)) if isinstance(flag.default, tuple) else flag.default

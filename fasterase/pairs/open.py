@@ -62,7 +62,8 @@ def open_pairs(
 def _describe_origin(source: Any) -> str:
     if isinstance(source, str | os.PathLike):
         return os.path.basename(os.fspath(source).rstrip("/")) or os.fspath(source)
-    return f"a {type(source).__name__}"
+    kind = type(source).__name__
+    return f"{'an' if kind[0] in 'AEIOU' else 'a'} {kind}"
 
 
 def _open(source: Any, name: str, image_key: str | None, text_key: str | None) -> PairSource:

@@ -75,6 +75,7 @@ def test_splits_by_class(folder):
     forget, retain = split(ImageFolder(str(folder)), forget=["Sea Lion"])
     assert (len(forget), len(retain)) == (2, 2)
     assert forget.texts(0) == ["sea lion"]
+    assert repr(forget) == "forget pairs: 2 of 4 of an ImageFolder"
     with pytest.raises(InputError, match="no class 'pear'; the classes are apple, sea lion"):
         split(ImageFolder(str(folder)), forget=["pear"])
 
