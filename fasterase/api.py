@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,7 +22,13 @@ from fasterase.engine.trackers import tracking
 from fasterase.errors import InputError
 from fasterase.evaluation.evaluation import Evaluation
 from fasterase.evaluation.evaluator import Evaluator, Measurement
-from fasterase.evaluation.verdict import FORGOTTEN_EXCESS
+from fasterase.evaluation.verdict import (
+    FEW_IMAGES,
+    FORGOTTEN,
+    NEVER_KNOWN,
+    OVER_ERASED,
+    describe_verdict,
+)
 from fasterase.files import check_replaceable, check_writable
 from fasterase.models.delta import keep_original
 from fasterase.models.dual_encoder import DualEncoder, separate_copy
@@ -36,8 +41,6 @@ from fasterase.result import UnlearnResult
 
 Model = nn.Module | str | os.PathLike[str] | DualEncoder
 
-NO_SETS: Mapping[str, Any] = MappingProxyType({})
-
 
 def unlearn(
     model: nn.Module | str | os.PathLike[str],
@@ -49,6 +52,8 @@ def unlearn(
     preprocess: Any = None,
     model_name: str | None = None,
     holdout: Any = None,
+    sets: Mapping[str, Any] | None = None,
+    forget_sets: Mapping[str, Any] | None = None,
     image_key: str | None = None,
     text_key: str | None = None,
     callback: Callable[[StepRecord], object] | None = None,
@@ -59,7 +64,9 @@ def unlearn(
 
     Minimises `forget_weight L_F + retain_weight L_R + consistency_weight L_C + anchor_weight L_A`
     (Yang et al., CLIPErase, ACL 2025, and our floor and anchor; see `fasterase.erase_loss`) over
-    both towers, and changes the weights in place.
+    both towers, and changes the weights in place. By default the run ends once the concept is
+    forgotten (`result.verdict`), within a budget of steps and of damage to everything else; a model
+    that does not know the pairs is left as it is. Any verdict but "forgotten" warns.
 
     Args:
         model: an open_clip model; a transformers `CLIPModel`, `SiglipModel` or `Siglip2Model`; or a
@@ -79,6 +86,10 @@ def unlearn(
         tokenizer, preprocess: the model's own, if it does not carry them.
         model_name: architecture of an open_clip instance, for its tokenizer and `save`.
         holdout: pairs in neither set, for the evaluation only.
+        sets: name -> further pairs that should be kept (similar things, another data set); they
+            are only measured.
+        forget_sets: name -> further pairs that should be forgotten as well (unseen pictures, other
+            wordings); they are only measured, and the verdict is the worst over all of them.
         image_key, text_key: columns of tables, keys of dicts and fields of tar samples.
         callback: called after each step with its record; returning True ends the run cleanly.
         copy: work on a deep copy and leave `model` alone.
@@ -111,14 +122,12 @@ def unlearn(
             encoder = separate_copy(encoder)
     device = resolve_device(config.device, default=best_device() if named else encoder.device)
 
-    sets = {
-        name: open_pairs(source, name=name, image_key=image_key, text_key=text_key)
-        for name, source in (("forget", forget), ("retain", retain), ("holdout", holdout))
-        if source is not None or name != "holdout"
-    }
-    sets["retain"], removed = remove_overlap(sets["retain"], sets["forget"])
+    opened, to_forget = _open_sets(
+        forget, retain, holdout, sets, forget_sets, image_key=image_key, text_key=text_key
+    )
+    opened["retain"], removed = remove_overlap(opened["retain"], opened["forget"])
     _warn_overlap(removed)
-    ledger = SkipLedger(sum(map(len, sets.values())), max_skipped=config.max_skipped)
+    ledger = SkipLedger(sum(map(len, opened.values())), max_skipped=config.max_skipped)
     if config.progress:
         tqdm.write(f"fasterase: erasing from {encoder.name}; recipe: {describe_recipe(config)}")
 
@@ -129,9 +138,6 @@ def unlearn(
         logit_scale=config.train_logit_scale,
         buffers=config.train_mode,
     )
-    evaluator = None
-    if config.evaluation is not None:
-        evaluator = Evaluator(sets, seed=config.seed, quick=config.evaluation == "quick")
     # A caller's no_grad or inference mode would train nothing, silently.
     with (
         tracking(config) as tracker,
@@ -141,9 +147,9 @@ def unlearn(
     ):
         outcome = erase(
             encoder,
-            sets,
+            opened,
+            forget_sets=to_forget,
             config=config,
-            evaluator=evaluator,
             ledger=ledger,
             state=state,
             output_dir=output,
@@ -151,16 +157,16 @@ def unlearn(
         )
         if outcome.evaluation is not None:
             tracker.summarise(outcome.evaluation.flat())
-    _warn_not_forgotten(outcome, config)
+    _warn_of_verdict(outcome, config)
     result = UnlearnResult(
         model=encoder.given,
         history=outcome.history,
         evaluation=outcome.evaluation,
-        forgotten=outcome.forgotten,
+        verdict=outcome.verdict,
+        traces=outcome.traces,
         config=config,
         skipped=ledger.skips,
         floor=outcome.floor,
-        excess=outcome.excess,
         removed_from_retain=removed,
         seconds=time.perf_counter() - started,
         encoder=encoder,
@@ -180,10 +186,11 @@ def evaluate(
     forget: Any,
     retain: Any,
     *,
-    sets: Mapping[str, Any] = NO_SETS,
+    sets: Mapping[str, Any] | None = None,
+    forget_sets: Mapping[str, Any] | None = None,
     holdout: Any = None,
     original: Model | None = None,
-    references: Mapping[str, Model] = NO_SETS,
+    references: Mapping[str, Model] | None = None,
     class_names: Sequence[str] | None = None,
     templates: Sequence[str] | None = None,
     attacks: Sequence[str] = (),
@@ -191,13 +198,16 @@ def evaluate(
     seed: int = 0,
     tokenizer: Any = None,
     preprocess: Any = None,
+    image_key: str | None = None,
+    text_key: str | None = None,
 ) -> Evaluation:
     """Measure how well a model still knows the pairs to forget, and all others.
 
     On every set: zero-shot accuracy (where classes are known), image->text and text->image
     recall@1/5/10, concept hit@1/5 (an image's first captions hold any caption of the forget set),
     median rank of the true caption and mean matched cosine; each with a 95 % percentile-bootstrap
-    interval over pairs (1,000 resamples) and its chance level.
+    interval over pairs (1,000 resamples) and its chance level. On sets to forget also the residues
+    behind the verdict (see `fasterase.evaluation.verdict`).
 
     image->text ranks among the distinct first captions of all sets together, so that numbers
     compare across sets; any caption of the pair that is among them counts as right. text->image of
@@ -208,8 +218,8 @@ def evaluate(
         model: the model to measure, or a name or folder of one; see `fasterase.unlearn`.
         forget: pairs to forget, in any form that `fasterase.unlearn` takes.
         retain: pairs to keep.
-        sets: name -> further pairs. Names that start with "forget" (forget-unseen) should be
-            forgotten, all others kept.
+        sets: name -> further pairs that should be kept.
+        forget_sets: name -> further pairs that should be forgotten as well.
         holdout: pairs in neither set, reported as "holdout".
         original: the model before erasing, measured on the same pairs beside `model`.
         references: name -> further models for comparison (retrained, fine-tuned on retain).
@@ -221,6 +231,7 @@ def evaluate(
         seed: seed of the draw and of the bootstrap.
         tokenizer: reads string captions; used for every model here; see `fasterase.unlearn`.
         preprocess: turns images into tensors; used for every model here.
+        image_key, text_key: columns of tables, keys of dicts and fields of tar samples.
 
     Pairs that cannot be read are left out for all models, and named in a warning.
 
@@ -229,10 +240,17 @@ def evaluate(
     """
     if attacks:
         raise InputError(f"attacks={attacks!r}: none are known yet. Leave `attacks` empty.")
-    sources = _open_sets(forget, retain, holdout, sets)
+    sources, to_forget = _open_sets(
+        forget, retain, holdout, sets, forget_sets, image_key=image_key, text_key=text_key
+    )
     others = _named_models(original, references)
     evaluator = Evaluator(
-        sources, max_pairs=max_pairs, seed=seed, class_names=class_names, templates=templates
+        sources,
+        forget_sets=to_forget,
+        max_pairs=max_pairs,
+        seed=seed,
+        class_names=class_names,
+        templates=templates,
     )
     ledger = SkipLedger(sum(map(len, sources.values())), max_skipped=1.0)
 
@@ -278,35 +296,95 @@ def _warn_overlap(removed: list[str]) -> None:
         )
 
 
-def _warn_not_forgotten(outcome: Outcome, config: UnlearnConfig) -> None:
-    if not outcome.forgotten:
-        warnings.warn(
-            f"not forgotten: the forget pairs' cosines are on average {outcome.excess:.3f} above "
-            f"the floor {outcome.floor:+.3f} after {len(outcome.history)} steps (below "
-            f"{FORGOTTEN_EXCESS} counts as forgotten). Train longer (max_steps or epochs), or "
-            f"raise lr (now {config.lr:g}) or forget_weight (now {config.forget_weight:g}).",
-            stacklevel=3,
+def _warn_of_verdict(outcome: Outcome, config: UnlearnConfig) -> None:
+    """Warn of every verdict but "forgotten", and of one that few images show."""
+    if outcome.verdict is None:
+        return
+    found = describe_verdict(outcome.verdict, outcome.traces)
+    advice = "" if outcome.verdict == FORGOTTEN else _advise(outcome, config)
+    images = outcome.traces["forget"].pairs
+    if images < FEW_IMAGES:
+        advice += (
+            f" {images} forget image{' shows' if images == 1 else 's show'} little: one picture "
+            "more or less may change the verdict. Give more pictures of the concept, if only as "
+            "forget_sets."
         )
+    if advice:
+        warnings.warn(f"{found}.{advice}", stacklevel=3)
+
+
+def _advise(outcome: Outcome, config: UnlearnConfig) -> str:
+    steps = len(outcome.history)
+    if outcome.verdict == NEVER_KNOWN:
+        return (
+            " The original model does not know these pairs, so there is nothing to forget"
+            f"{'; it was left as it is' if not steps else ''}. Check the model, its tokenizer and "
+            "preprocess, and that the captions belong to the images."
+        )
+    if outcome.verdict == OVER_ERASED:
+        return (
+            " The pairs are less similar than unrelated ones, which shows what was erased. Train "
+            "for fewer steps, with a lower lr, or with the automatic recipe (lr, epochs and floor "
+            "'auto')."
+        )
+    if outcome.limit == "damage":
+        return (
+            f" Forgetting it costs kept pairs more than max_damage={config.max_damage:g} of their "
+            "recall@1, so the weights with the least residue within it were kept. Allow more "
+            "(max_damage=None allows any), or give more retain pairs close to the concept."
+        )
+    if outcome.limit == "steps":
+        return (
+            f" It is still known after the {steps} steps that an automatic run takes at most. Give "
+            "more forget pairs or larger batches, or numbers for max_steps and lr."
+        )
+    lr = "" if config.lr == "auto" else f", a higher lr (now {config.lr:g})"
+    return (
+        f" It is still known after {steps} steps. Give more steps (max_steps or epochs; with the "
+        f"same output_dir the run continues){lr} or a higher forget_weight (now "
+        f"{config.forget_weight:g}), or leave lr and epochs 'auto'."
+    )
 
 
 def _open_sets(
-    forget: Any, retain: Any, holdout: Any, sets: Mapping[str, Any]
-) -> dict[str, PairSource]:
+    forget: Any,
+    retain: Any,
+    holdout: Any,
+    sets: Mapping[str, Any] | None,
+    forget_sets: Mapping[str, Any] | None,
+    *,
+    image_key: str | None,
+    text_key: str | None,
+) -> tuple[dict[str, PairSource], list[str]]:
+    """Open all sets; return them by name, and the names of the further ones to forget."""
     given = {"forget": forget, "retain": retain}
     if holdout is not None:
         given["holdout"] = holdout
-    if not isinstance(sets, Mapping):
-        raise InputError(f"sets must map names to pairs, found {type(sets).__name__}.")
-    for name, source in sets.items():
-        if not isinstance(name, str) or not name.strip():
-            raise InputError(f"sets: {name!r} is not a name.")
-        if name in ("forget", "retain", "holdout"):
-            raise InputError(f"sets: {name!r} is an argument of its own. Choose another name.")
-        given[name] = source
-    return {name: open_pairs(source, name=name) for name, source in given.items()}
+    for argument, named in (("forget_sets", forget_sets), ("sets", sets)):
+        if not isinstance(named, Mapping | None):
+            raise InputError(f"{argument} must map names to pairs, found {type(named).__name__}.")
+        for name, source in (named or {}).items():
+            if not isinstance(name, str) or not name.strip():
+                raise InputError(f"{argument}: {name!r} is not a name.")
+            if name in given:
+                what = (
+                    "an argument of its own"
+                    if name in ("forget", "retain", "holdout")
+                    else "also one of forget_sets"
+                )
+                raise InputError(f"{argument}: {name!r} is {what}. Choose another name.")
+            given[name] = source
+    opened = {
+        name: open_pairs(source, name=name, image_key=image_key, text_key=text_key)
+        for name, source in given.items()
+    }
+    return opened, list(forget_sets or {})
 
 
-def _named_models(original: Model | None, references: Mapping[str, Model]) -> dict[str, Model]:
+def _named_models(
+    original: Model | None, references: Mapping[str, Model] | None
+) -> dict[str, Model]:
+    references = {} if references is None else references
     if not isinstance(references, Mapping):
         raise InputError(f"references must map names to models, found {type(references).__name__}.")
     for name in references:

@@ -61,19 +61,26 @@ class UnlearnConfig:
     > Steps
 
     Args:
-        epochs: passes over the forget set; the retain set is cycled.
+        epochs: `"auto"` trains until the verdict is "forgotten", within `max_damage` and 400 steps
+            (or one pass over the forget set, if that is more); a number is passes over the forget
+            set. The retain set is cycled.
         max_steps: number of optimiser steps; replaces `epochs`.
+        max_damage: share of recall@1 that retain pairs withheld from training, and the forget set's
+            neighbours, may lose with `epochs="auto"` (0.03 is 3 points); `None` for any. It counts
+            as exceeded when the near end of its confidence interval is.
         batch_size: retain pairs per step over all ranks, at most the size of the set.
         forget_batch_size: forget pairs per step over all ranks, at most the size of the set.
         micro_batch_size: pairs encoded at a time. If smaller than the batch, GradCache's two passes
             compute the gradient of the full batch in the memory of one micro-batch. `None`: encode
             the whole batch at once.
-        stop_when_forgotten: check the whole forget set once per epoch, and stop once forgotten.
+        stop_when_forgotten: check the verdict once per epoch, and stop once it is no longer
+            "remembered". For a number of `epochs`; automatic ones stop anyway.
 
     > Optimiser
 
     Args:
-        lr: peak learning rate.
+        lr: `"auto"` makes the forgetting loss follow a falling line and is held back by how far the
+            features of retain pairs move; or the peak learning rate.
         optimizer: `"adamw"`, `"adam"`, or with bitsandbytes (extra `scale`) `"adamw8bit"`,
             `"paged_adamw8bit"`, `"lion8bit"`.
         betas: decay rates of the moments.
@@ -124,20 +131,21 @@ class UnlearnConfig:
     forget_weight: float = 3.0
     retain_weight: float = 1.0
     consistency_weight: float = 3.0
-    anchor_weight: float = 10.0
+    anchor_weight: float = 30.0
     forget_loss: Literal["similarity", "contrastive"] = "similarity"
     floor: float | Literal["auto"] | None = "auto"
     forget_augment: bool = True
     negatives: Literal["own", "joint"] = "own"
     # steps
-    epochs: int = 20
+    epochs: int | Literal["auto"] = "auto"
     max_steps: int | None = None
+    max_damage: float | None = 0.03
     batch_size: int = 256
     forget_batch_size: int = 64
     micro_batch_size: int | None = None
     stop_when_forgotten: bool = False
     # optimiser
-    lr: float = 1e-5
+    lr: float | Literal["auto"] = "auto"
     optimizer: Literal["adamw", "adam", "adamw8bit", "paged_adamw8bit", "lion8bit"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.0
@@ -183,12 +191,17 @@ class UnlearnConfig:
             "num_workers",
         ):
             _check(self, name, getattr(self, name) >= 0, "be 0 or more")
-        for name in ("epochs", "batch_size", "forget_batch_size"):
+        if self.epochs != "auto":
+            _check(self, "epochs", self.epochs >= 1, "be 1 or more, or 'auto'")
+        for name in ("batch_size", "forget_batch_size"):
             _check(self, name, getattr(self, name) >= 1, "be 1 or more")
         for name in ("max_steps", "micro_batch_size", "save_every"):
             value = getattr(self, name)
             _check(self, name, value is None or value >= 1, "be 1 or more, or None")
-        _check(self, "lr", self.lr > 0, "be above 0")
+        if self.lr != "auto":
+            _check(self, "lr", self.lr > 0, "be above 0, or 'auto'")
+        damage = self.max_damage
+        _check(self, "max_damage", damage is None or 0 <= damage <= 1, "be in [0, 1], or None")
         _check(self, "betas", all(0 <= beta < 1 for beta in self.betas), "be in [0, 1)")
         clip = self.max_grad_norm
         _check(self, "max_grad_norm", clip is None or clip > 0, "be above 0, or None")
@@ -212,6 +225,40 @@ class UnlearnConfig:
                 f"floor={self.floor} acts on cosines, but forget_loss='contrastive' has none. "
                 "Use floor='auto' or None, or forget_loss='similarity'."
             )
+        self._check_automatic()
+
+    def _check_automatic(self) -> None:
+        """Refuse options that the automatic recipe cannot be combined with."""
+        chosen = [f"lr={self.lr!r}"] if self.lr == "auto" else []
+        if self.runs_until_forgotten:
+            chosen.append(f"epochs={self.epochs!r}")
+        if not chosen:
+            return
+        automatic, numbers = " and ".join(chosen), "numbers for lr and epochs (or max_steps)"
+        if self.forget_loss == "contrastive":
+            raise InputError(
+                f"forget_loss='contrastive' has no end that {automatic} could aim at. Give "
+                f"{numbers}, or use forget_loss='similarity'."
+            )
+        if self.floor is None:
+            raise InputError(
+                f"floor=None has no end that {automatic} could aim at. Give {numbers}, or use "
+                "floor='auto'."
+            )
+        if not self.forget_weight:
+            raise InputError(
+                f"forget_weight=0 with {automatic}: nothing is forgotten. Give {numbers}."
+            )
+        for name, default in (("schedule", "constant"), ("warmup_steps", 0)):
+            value = getattr(self, name)
+            _check(
+                self, name, value == default, f"be {default!r} with {automatic}; or give {numbers}"
+            )
+
+    @property
+    def runs_until_forgotten(self) -> bool:
+        """Whether the run ends by itself: `epochs="auto"`, and no `max_steps`."""
+        return self.epochs == "auto" and self.max_steps is None
 
     @classmethod
     def cliperase(cls, **overrides: Any) -> UnlearnConfig:
@@ -226,6 +273,7 @@ class UnlearnConfig:
             "floor": None,
             "anchor_weight": 0.0,
             "forget_augment": False,
+            "epochs": 20,
             "lr": 1e-6,
             "optimizer": "adam",
             "batch_size": 16,

@@ -264,9 +264,19 @@ def _compute_anchor(pairs: _Pairs) -> Tensor:
     dtype, rows = pairs.scale.dtype, pairs.retain_rows
     assert pairs.ref_image is not None
     assert pairs.ref_text is not None
-    moved_image = pairs.image[rows].to(dtype) - pairs.ref_image[rows].to(dtype)
-    moved_text = pairs.text[rows].to(dtype) - pairs.ref_text[rows].to(dtype)
-    return pairs.mean(moved_image.square().sum(1) + moved_text.square().sum(1))
+    if rows.start == rows.stop:
+        return pairs.zero
+    features = (pairs.image, pairs.text, pairs.ref_image, pairs.ref_text)
+    return moved_distance(*(each[rows].to(dtype) for each in features))
+
+
+def moved_distance(image: Tensor, text: Tensor, ref_image: Tensor, ref_text: Tensor) -> Tensor:
+    """Return the mean over pairs of `|image - ref_image|^2 + |text - ref_text|^2`.
+
+    All are [n, D] with n >= 1.
+    """
+    moved = (image - ref_image).square().sum(1) + (text - ref_text).square().sum(1)
+    return moved.mean()
 
 
 def _check_batch(image: Any, text: Any, scale: Any, labels: Any, n_forget: Any) -> None:

@@ -13,6 +13,7 @@ from fasterase.config import UnlearnConfig, describe_recipe, format_yaml
 from fasterase.encode import PairEncoder
 from fasterase.engine.history import StepRecord
 from fasterase.evaluation.evaluation import Evaluation
+from fasterase.evaluation.verdict import REMEMBERED, Trace
 from fasterase.files import write_text
 from fasterase.models.delta import restored_original, save_delta
 from fasterase.models.dual_encoder import DualEncoder
@@ -32,11 +33,14 @@ class UnlearnResult:
         history: one record per step: `step` (from 1), `total`, `forget`, `retain`, `consistency`,
             `anchor`, `lr`, `grad_norm`, `applied`, `seconds`; as keys and as attributes.
         evaluation: measurements before and after; `None` if the config asked for none.
-        forgotten: whether the mean excess of matched forget cosines over `floor` is below 0.01.
+        verdict: `"forgotten"`, `"remembered"`, `"over-erased"` (less similar than unrelated pairs)
+            or `"never known"` (by the original), the worst over the forget set and all
+            `forget_sets`; see `fasterase.evaluation.verdict`. None if every retain caption is a
+            forget caption.
+        traces: set to forget -> the figures behind its verdict.
         config: the configuration of the run.
         skipped: pairs that could not be read, as `(id, reason)`.
-        floor: the floor of the config, or the original's mean cosine of unrelated pairs.
-        excess: mean over the forget set of `max(cos - floor, 0)`.
+        floor: the original's mean cosine of unrelated pairs.
         removed_from_retain: ids of retain pairs left out because they are also in the forget set.
         seconds: wall time of the whole call.
         encoder: `model` with its tokenizer and preprocessing, under fasterase's own interface.
@@ -47,16 +51,26 @@ class UnlearnResult:
     model: nn.Module
     history: list[StepRecord]
     evaluation: Evaluation | None
-    forgotten: bool
+    verdict: str | None
+    traces: Mapping[str, Trace]
     config: UnlearnConfig
     skipped: Sequence[Skip]
     floor: float
-    excess: float
     removed_from_retain: Sequence[str]
     seconds: float
     encoder: DualEncoder = field(repr=False)
     original_weights: Mapping[str, Tensor] = field(repr=False)
     sets: Mapping[str, PairSource] = field(repr=False)
+
+    @property
+    def forgotten(self) -> bool:
+        """Whether there is a verdict, and it is not "remembered"."""
+        return self.verdict not in (None, REMEMBERED)
+
+    @property
+    def residue(self) -> float | None:
+        """Mean residue of the forget set: 1 known, 0.5 no trace, 0 loudly absent; or None."""
+        return self.traces["forget"].residue if "forget" in self.traces else None
 
     def save(self, folder: str | os.PathLike[str], *, delta: bool = False) -> Path:
         """Write the erased model so that open_clip (`local-dir:`) or `from_pretrained` loads it.
@@ -114,9 +128,8 @@ def _format_report(result: UnlearnResult) -> str:
     lines = [
         "# Erasure report",
         "",
-        f"- forgotten: **{'yes' if result.forgotten else 'no'}** (mean excess of matched forget "
-        f"cosines over the floor {result.floor:+.3f}: {result.excess:.4f}; below 0.01 counts as "
-        "forgotten)",
+        f"- verdict: **{result.verdict or 'none'}**",
+        *(f"  - {name}: {trace.describe()}" for name, trace in result.traces.items()),
         f"- steps: {len(result.history)}, {result.seconds:.1f} s in all",
         f"- recipe: {describe_recipe(result.config)}",
         f"- unreadable pairs skipped: {len(result.skipped)}",

@@ -23,6 +23,8 @@ class Stream(enum.IntEnum):
     FLOOR = 5  # pairs behind the automatic floor
     DROPOUT = 6  # Dropout, per step and micro-batch
     EVALUATION = 7  # pairs that the evaluation measures
+    VERDICT = 8  # pairs and rivals of the verdict
+    RETAIN_POOL = 9  # retain pairs of the automatic recipe, and those withheld to measure damage
     EXAMPLES = 10  # captions and pictures of the picture sheet
 
 

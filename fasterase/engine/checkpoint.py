@@ -19,9 +19,15 @@ from fasterase.files import remove_leftovers, replace_folder
 
 log = logging.getLogger(__name__)
 
-# Fields that do not change the final weights: a resumed run may change them.
+# Fields that a resumed run may change: how far it goes, and what does not change its weights (but
+# for the last bits: `device` and `micro_batch_size`).
 FREE_FIELDS = frozenset(
     {
+        "epochs",
+        "max_steps",
+        "stop_when_forgotten",
+        "micro_batch_size",
+        "device",
         "num_workers",
         "progress",
         "reference_cache",
@@ -48,7 +54,8 @@ class Checkpoint:
         optimizer: its state dict.
         scaler: state dict of the loss scaling.
         non_finite: consecutive steps that were not applied.
-        forgotten: the run ended because everything was forgotten.
+        pacing: state of the pacing.
+        best: the best weights so far, where the pacing keeps them.
     """
 
     step: int
@@ -56,7 +63,8 @@ class Checkpoint:
     optimizer: dict[str, Any]
     scaler: dict[str, Any]
     non_finite: int
-    forgotten: bool
+    pacing: dict[str, Any]
+    best: dict[str, Tensor]
 
 
 class CheckpointFolder:
@@ -84,11 +92,13 @@ class CheckpointFolder:
         state = {
             "step": checkpoint.step,
             "non_finite": checkpoint.non_finite,
-            "forgotten": checkpoint.forgotten,
+            "pacing": checkpoint.pacing,
             "identity": self.identity,
         }
         with replace_folder(target, sync=True, size_bytes=_tensor_bytes(checkpoint)) as new:
             save_file(checkpoint.tensors, new / "weights.safetensors")
+            if checkpoint.best:
+                save_file(checkpoint.best, new / "best.safetensors")
             torch.save(
                 {"optimizer": checkpoint.optimizer, "scaler": checkpoint.scaler},
                 new / "optimizer.pt",
@@ -142,13 +152,15 @@ class CheckpointFolder:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         self._check_identity(state["identity"])
         saved = torch.load(path / "optimizer.pt", map_location=device, weights_only=True)
+        best = path / "best.safetensors"
         return Checkpoint(
             step=state["step"],
             tensors=load_file(path / "weights.safetensors", device=str(device)),
             optimizer=saved["optimizer"],
             scaler=saved["scaler"],
             non_finite=state["non_finite"],
-            forgotten=state["forgotten"],
+            pacing=state["pacing"],
+            best=load_file(best) if best.is_file() else {},
         )
 
     def _check_identity(self, found: Mapping[str, Any]) -> None:

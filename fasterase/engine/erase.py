@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import os
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from fasterase.config import UnlearnConfig, format_yaml
-from fasterase.encode import PairEncoder, PairFeatures
-from fasterase.engine.checkpoint import CheckpointFolder
+from fasterase.encode import PairEncoder
+from fasterase.engine.baseline import (
+    Checks,
+    RetainPool,
+    measure_original,
+    undrawn_rows,
+)
+from fasterase.engine.checkpoint import Checkpoint, CheckpointFolder
 from fasterase.engine.feature_loss import MAX_SCALE, FeatureLoss
 from fasterase.engine.history import StepRecord
 from fasterase.engine.loop import Trainer, run_steps
@@ -27,28 +32,32 @@ from fasterase.engine.optim import (
     lr_schedule,
     require_bitsandbytes,
 )
+from fasterase.engine.pacing import (
+    MAX_STEPS,
+    AutomaticPacing,
+    FixedPacing,
+    LineFollower,
+    LinePacing,
+    Pacing,
+    Rate,
+)
 from fasterase.engine.trackers import require_tracker
 from fasterase.errors import InputError, ResumeError
 from fasterase.evaluation.evaluation import Evaluation
-from fasterase.evaluation.evaluator import Evaluator, Measurement
-from fasterase.evaluation.verdict import FORGOTTEN_EXCESS, mean_excess
+from fasterase.evaluation.evaluator import Evaluator
+from fasterase.evaluation.features import sampled_rows
+from fasterase.evaluation.verdict import JUDGED_PAIRS, Judge, Trace, decide, summarise
 from fasterase.files import write_text
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.forward import TowerForward, resolve_precision
 from fasterase.ops.contrastive.api import choose_backend
 from fasterase.pairs.batches import step_batches
-from fasterase.pairs.sampler import Sampler, drawn_rows
+from fasterase.pairs.sampler import Sampler
 from fasterase.pairs.skips import SkipLedger
 from fasterase.pairs.source import PairSource
 from fasterase.reference.cache import FeatureCache
-from fasterase.reference.live import LiveReference, Reference
-from fasterase.reference.original import (
-    CachedReference,
-    OriginalFeatures,
-    cache_folder,
-    floor_rows,
-    unmatched_cosine,
-)
+from fasterase.reference.live import Reference
+from fasterase.reference.original import cache_folder
 
 
 @dataclass(frozen=True)
@@ -57,27 +66,30 @@ class Outcome:
 
     Attributes:
         history: one record per step.
-        floor: the cosine that forgetting is judged against.
-        excess: mean of `max(cos - floor, 0)` over the forget set.
-        evaluation: the erased model beside the original; None without an evaluator.
+        floor: the cosine of unrelated pairs under the original.
+        verdict: see `fasterase.evaluation.verdict.decide`; None if there was nothing to compare
+            with.
+        traces: set to forget -> what is left of it.
+        original_traces: the same of the original.
+        evaluation: the erased model beside the original; None if the config asked for none.
+        limit: what kept an automatic run from forgetting: `"damage"`, `"steps"` or None.
     """
 
     history: list[StepRecord]
     floor: float
-    excess: float
+    verdict: str | None
+    traces: dict[str, Trace]
+    original_traces: dict[str, Trace]
     evaluation: Evaluation | None
-
-    @property
-    def forgotten(self) -> bool:
-        return self.excess < FORGOTTEN_EXCESS
+    limit: str | None
 
 
 def erase(
     model: DualEncoder,
     sets: Mapping[str, PairSource],
     *,
+    forget_sets: Collection[str],
     config: UnlearnConfig,
-    evaluator: Evaluator | None,
     ledger: SkipLedger,
     state: Borrowed,
     output_dir: Path | None,
@@ -88,8 +100,8 @@ def erase(
     Args:
         model: the model, on its device, in fp32 and eval mode.
         sets: `"forget"`, `"retain"` and sets that are only measured.
+        forget_sets: names of those of them that are to be forgotten too.
         config: the run's settings.
-        evaluator: measures `sets`; None to measure nothing but forgetting.
         ledger: counts unreadable pairs.
         state: rounds the weights as they will be returned.
         output_dir: folder for checkpoints, history and features; None keeps nothing.
@@ -101,19 +113,25 @@ def erase(
     forget, retain = sets["forget"], sets["retain"]
     precision = resolve_precision(config.precision, model.device)
     trained = Trained.choose(model, config.tune, logit_scale=config.train_logit_scale)
+    pool = None
+    if config.runs_until_forgotten:
+        pool = RetainPool.choose(len(retain), batch_size=config.batch_size, seed=config.seed)
     sampler = Sampler(
         len(forget),
         len(retain),
         forget_batch_size=config.forget_batch_size,
         batch_size=config.batch_size,
         seed=config.seed,
+        retain_rows=None if pool is None else pool.drawn,
     )
-    total_steps = config.max_steps or config.epochs * sampler.steps_per_epoch
+    total_steps = _count_steps(config, sampler)
     fingerprint = model.fingerprint()
     checkpoints = saved = None
     if output_dir is not None:
         identity = {
             **config.to_dict(),
+            # The pool of retain pairs depends on it.
+            "runs_until_forgotten": config.runs_until_forgotten,
             "model weights": fingerprint,
             "forget pairs": _identify(forget),
             "retain pairs": _identify(retain),
@@ -130,51 +148,64 @@ def erase(
         num_workers=config.num_workers,
         progress=config.progress,
     )
-
-    def forget_features(*, leave: bool) -> PairFeatures:
-        return encoder.pairs(
-            forget,
-            np.arange(len(forget)),
-            captions="all",
-            description="is it forgotten?",
-            leave=leave,
+    preferred = {"forget": undrawn_rows(sampler, min(total_steps, MAX_STEPS))}
+    evaluator = None
+    if config.evaluation is not None:
+        evaluator = Evaluator(
+            dict(sets),
+            forget_sets=forget_sets,
+            preferred=preferred,
+            seed=config.seed,
+            quick=config.evaluation == "quick",
+        )
+    judge = evaluator.judge if evaluator else _build_judge(sets, forget_sets, preferred, config)
+    if pool is not None and not judge.rows:
+        raise InputError(
+            "retain: every caption is also a caption of the forget set, so there is nothing to "
+            "tell by when the concept is forgotten. Give numbers for lr and epochs (or max_steps), "
+            "or retain pairs with other captions."
         )
 
     with cache_folder(config.reference_cache, output_dir) as folder:
         key = hashlib.sha256(f"{fingerprint} {precision}".encode()).hexdigest()
         cache = FeatureCache(folder, key, model.embed_dim)
-        original = _encode_original(
-            encoder, cache, sets, sampler, evaluator, config=config, total_steps=total_steps
+        baseline = measure_original(
+            encoder,
+            cache,
+            sets,
+            config=config,
+            sampler=sampler,
+            total_steps=total_steps,
+            judge=judge,
+            evaluator=evaluator,
+            pool=pool,
         )
-        floor = config.floor if isinstance(config.floor, float) else original.unmatched_cosine
         trainer = _build_trainer(
             model,
             trained,
-            original.reference,
+            baseline.reference,
             config=config,
             precision=precision,
-            floor=floor,
-            total_steps=total_steps,
+            floor=baseline.floor,
         )
+        checks = Checks(encoder, sets, judge, baseline, max_damage=config.max_damage)
+        pacing = _build_pacing(config, sampler, trainer, checks, total_steps=total_steps)
         if saved is not None:
-            trainer.restore(saved)
+            _resume(saved, trainer, pacing, progress=config.progress)
         elif checkpoints is not None:
             checkpoints.clear()
+        never_known = pool is not None and baseline.is_never_known
         batches = step_batches(
             forget,
             retain,
             sampler,
             encoder.prepare,
             first_step=trainer.step,
-            last_step=trainer.step if trainer.forgotten else total_steps,
+            last_step=trainer.step if pacing.is_done or never_known else pacing.total_steps,
             micro_batch_size=config.micro_batch_size,
             augment_forget=config.forget_augment,
             num_workers=config.num_workers,
         )
-
-        def is_forgotten() -> bool:
-            return mean_excess(forget_features(leave=False), floor) < FORGOTTEN_EXCESS
-
         parameters = trained.parameters(model.module).values()
         with (
             torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []),
@@ -183,99 +214,94 @@ def erase(
             history = run_steps(
                 trainer,
                 batches,
-                total_steps=total_steps,
-                steps_per_epoch=sampler.steps_per_epoch,
+                pacing,
                 ledger=ledger,
                 checkpoints=checkpoints,
                 save_every=config.save_every,
                 history_path=output_dir / "history.jsonl" if output_dir else None,
                 callback=callback,
-                is_forgotten=is_forgotten if config.stop_when_forgotten else None,
                 progress=config.progress,
             )
 
     state.round_to_own_dtype()
-    forget_after = forget_features(leave=True)
+    rows = dict(judge.rows)
+    if evaluator is not None:
+        rows |= {name: evaluator.rows(name) for name in sets}
+    features = {
+        name: encoder.pairs(sets[name], these, description=f"erased model ({name})")
+        for name, these in rows.items()
+    }
+    traces = summarise(judge.judge(features))
     evaluation = None
     if evaluator is not None:
-        features = {"forget": forget_after.at(evaluator.rows("forget"))}
-        for name in sets.keys() - {"forget"}:
-            features[name] = encoder.pairs(
-                sets[name], evaluator.rows(name), description=f"erased model ({name})"
-            )
         measured = evaluator.measure(encoder, features)
-        evaluation = evaluator.compare(measured, original=original.measured)
-    return Outcome(history, floor, mean_excess(forget_after, floor), evaluation)
-
-
-class _Original(NamedTuple):
-    """The original model's measurements and features that a run uses.
-
-    Attributes:
-        unmatched_cosine: mean cosine of unrelated pairs, the automatic floor.
-        measured: its scores, None without an evaluator.
-        reference: its features for each step, None if no loss uses them.
-    """
-
-    unmatched_cosine: float
-    measured: Measurement | None
-    reference: Reference | None
-
-
-def _encode_original(
-    encoder: PairEncoder,
-    cache: FeatureCache,
-    sets: Mapping[str, PairSource],
-    sampler: Sampler,
-    evaluator: Evaluator | None,
-    *,
-    config: UnlearnConfig,
-    total_steps: int,
-) -> _Original:
-    """Encode, once, every pair that the floor, the evaluation or the reference needs."""
-    forget, retain = sets["forget"], sets["retain"]
-    uses_reference = bool(config.consistency_weight or config.anchor_weight)
-    uses_cache = uses_reference and forget.stable and retain.stable
-    with_forget = uses_cache and config.negatives == "joint"
-    # A retain set of millions is not encoded for a run that draws a fraction of it.
-    drawn = drawn_rows(sampler, total_steps) if uses_cache else None
-    referenced = {
-        "forget": drawn[0] if drawn and with_forget else None,
-        "retain": drawn[1] if drawn else None,
-    }
-    sampled = {
-        name: floor_rows(len(sets[name]), rows, seed=config.seed)
-        for name, rows in referenced.items()
-    }
-    measured_rows = {name: evaluator.rows(name) for name in sets} if evaluator else {}
-    original = OriginalFeatures(encoder, cache)
-    for name, source in sets.items():
-        wanted = [rows.get(name) for rows in (referenced, sampled, measured_rows)]
-        given = [rows for rows in wanted if rows is not None]
-        if given:
-            original.encode(source, np.unique(np.concatenate(given)))
-
-    unmatched = unmatched_cosine(
-        original.pairs(forget, sampled["forget"]), original.pairs(retain, sampled["retain"])
+        evaluation = evaluator.compare(measured, original=baseline.measured)
+    return Outcome(
+        history,
+        baseline.floor,
+        decide(traces, baseline.traces),
+        traces,
+        baseline.traces,
+        evaluation,
+        limit=pacing.limit,
     )
-    measured = None
-    if evaluator is not None:
-        features = {name: original.pairs(sets[name], rows) for name, rows in measured_rows.items()}
-        measured = evaluator.measure(encoder, features)
-    reference: Reference | None = None
-    if uses_cache:
-        scale = encoder.model.scale().detach().clone()
-        reference = CachedReference(cache, forget, retain, scale=scale, with_forget=with_forget)
-    elif uses_reference:
-        reference = LiveReference(encoder.model, precision=encoder.precision)
-        warnings.warn(
-            "`forget` or `retain` returns a different item on a second read (random "
-            "augmentation?), so the original model runs beside the trained one in every step. "
-            "This is slower and needs a second copy of the weights. Pass images without random "
-            "augmentation to have its features cached.",
-            stacklevel=4,
+
+
+def _count_steps(config: UnlearnConfig, sampler: Sampler) -> int:
+    """Return the largest number of steps of the run."""
+    if config.max_steps is not None:
+        return config.max_steps
+    if config.epochs == "auto":
+        return max(MAX_STEPS, sampler.steps_per_epoch)
+    return config.epochs * sampler.steps_per_epoch
+
+
+def _build_judge(
+    sets: Mapping[str, PairSource],
+    forget_sets: Collection[str],
+    preferred: Mapping[str, np.ndarray],
+    config: UnlearnConfig,
+) -> Judge:
+    rows = sampled_rows(
+        len(sets["forget"]), JUDGED_PAIRS, seed=config.seed, preferred=preferred["forget"]
+    )
+    return Judge(sets, ("forget", *forget_sets), seed=config.seed, rows={"forget": rows})
+
+
+def _build_pacing(
+    config: UnlearnConfig, sampler: Sampler, trainer: Trainer, checks: Checks, *, total_steps: int
+) -> Pacing:
+    if config.runs_until_forgotten:
+        return AutomaticPacing(
+            LineFollower() if config.lr == "auto" else Rate(config.lr),
+            check=checks,
+            weights=trainer.weights,
+            load=trainer.load_weights,
+            original=checks.original(),
+            max_steps=total_steps,
         )
-    return _Original(unmatched, measured, reference)
+    is_forgotten = checks.is_forgotten if config.stop_when_forgotten else None
+    check_steps = sampler.steps_per_epoch
+    if config.lr == "auto":
+        return LinePacing(
+            total_steps=total_steps, is_forgotten=is_forgotten, check_steps=check_steps
+        )
+    lr_at = lr_schedule(
+        lr=config.lr,
+        warmup_steps=config.warmup_steps,
+        total_steps=total_steps,
+        schedule=config.schedule,
+    )
+    return FixedPacing(
+        lr_at, total_steps=total_steps, is_forgotten=is_forgotten, check_steps=check_steps
+    )
+
+
+def _resume(saved: Checkpoint, trainer: Trainer, pacing: Pacing, *, progress: bool) -> None:
+    trainer.restore(saved)
+    pacing.restore(saved.pacing, saved.best)
+    if progress:
+        tqdm.write(f"fasterase: resuming after step {saved.step}")
 
 
 def _build_trainer(
@@ -286,14 +312,15 @@ def _build_trainer(
     config: UnlearnConfig,
     precision: str,
     floor: float,
-    total_steps: int,
 ) -> Trainer:
+    floor = config.floor if isinstance(config.floor, float) else floor
     applies_floor = config.floor is not None and config.forget_loss == "similarity"
     feature_loss = FeatureLoss(
         image_trained=trained.image,
         text_trained=trained.text,
         scale_trained=trained.scale,
         max_scale=max(MAX_SCALE, float(model.scale().detach())),
+        measures_distance=config.lr == "auto",
         forget_weight=config.forget_weight,
         retain_weight=config.retain_weight,
         consistency_weight=config.consistency_weight,
@@ -307,7 +334,7 @@ def _build_trainer(
         model.module,
         trained,
         name=config.optimizer,
-        lr=config.lr,
+        lr=0.0,  # the pacing sets it at each step
         betas=config.betas,
         weight_decay=config.weight_decay,
     )
@@ -319,12 +346,6 @@ def _build_trainer(
         optimizer,
         feature_loss,
         reference,
-        lr_at=lr_schedule(
-            lr=config.lr,
-            warmup_steps=config.warmup_steps,
-            total_steps=total_steps,
-            schedule=config.schedule,
-        ),
         precision=precision,
         max_grad_norm=config.max_grad_norm,
         train_mode=config.train_mode,

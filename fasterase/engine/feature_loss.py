@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fasterase.objective import EraseLoss, erase_loss
+from fasterase.objective import EraseLoss, erase_loss, moved_distance
 
 # CLIP's own ceiling of the scale (Radford et al., 2021, section 2.5).
 MAX_SCALE = 100.0
@@ -36,6 +36,8 @@ class FeatureLoss:
         image_trained, text_trained, scale_trained: which gradients are needed.
         max_scale: the scale is clamped to it inside the loss, if it is trained. Clamping the weight
             would be lost in optimisers that keep master weights of their own.
+        measures_distance: report the anchor term, the distance that kept features have moved,
+            even where its weight is 0 and it is no part of the total.
         options: weights and options of `erase_loss`.
     """
 
@@ -46,10 +48,12 @@ class FeatureLoss:
         text_trained: bool,
         scale_trained: bool,
         max_scale: float,
+        measures_distance: bool = False,
         **options: Any,
     ) -> None:
         self._trained = (image_trained, text_trained, scale_trained)
         self._max_scale = max_scale
+        self._measures_distance = measures_distance and not options.get("anchor_weight")
         self._options = options
 
     def __call__(
@@ -88,6 +92,20 @@ class FeatureLoss:
                 **self._options,
             )
         detached = EraseLoss(*(term.detach() for term in loss))
+        has_retain = n_forget < len(image)
+        if (
+            self._measures_distance
+            and has_retain
+            and reference[0] is not None
+            and reference[1] is not None
+        ):
+            moved = moved_distance(
+                leaves[0].detach()[n_forget:],
+                leaves[1].detach()[n_forget:],
+                reference[0][n_forget:],
+                reference[1][n_forget:],
+            )
+            detached = detached._replace(anchor=moved)
         if not (bool(detached.total.isfinite()) and loss.total.requires_grad):
             return FeatureGradients(detached, None, None, None)
         needed = [leaf for leaf in leaves if leaf.requires_grad]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from fasterase.engine.feature_loss import FeatureLoss
 from fasterase.engine.grad_cache import backpropagate, buffers_in_train_mode, restore_buffers
 from fasterase.engine.history import HistoryFile, StepRecord
 from fasterase.engine.optim import Trained, build_grad_scaler
+from fasterase.engine.pacing import Pacing
 from fasterase.engine.stops import NonFiniteGuard, StopRequests, non_finite_term
 from fasterase.errors import PreemptedError
 from fasterase.models.forward import TowerForward
@@ -26,8 +26,6 @@ from fasterase.pairs.skips import SkipLedger
 from fasterase.progress import progress_bar
 from fasterase.reference.live import Reference
 from fasterase.seeds import Stream, torch_seed
-
-log = logging.getLogger(__name__)
 
 # Seconds between checkpoints if `save_every` is None.
 SAVE_SECONDS = 600.0
@@ -61,35 +59,31 @@ class Trainer:
         feature_loss: FeatureLoss,
         reference: Reference | None,
         *,
-        lr_at: Callable[[int], float],
         precision: str,
         max_grad_norm: float | None,
         train_mode: bool,
         seed: int,
     ) -> None:
         self.step = 0
-        self.forgotten = False
         self._forward = forward
         self._parameters = trained.parameters(forward.module)
         self._device = next(iter(self._parameters.values())).device
         self._optimizer = optimizer
         self._feature_loss = feature_loss
         self._reference = reference
-        self._lr_at = lr_at
         self._max_grad_norm = float("inf") if max_grad_norm is None else max_grad_norm
         self._train_mode = train_mode
         self._seed = seed
         self._scaler = build_grad_scaler(precision, self._device)
         self._guard = NonFiniteGuard(precision)
 
-    def train_step(self, batch: StepBatch) -> StepRecord:
+    def train_step(self, batch: StepBatch, lr: float) -> StepRecord:
         """Take one step: encode, loss, gradients, clip, update; a non-finite step is left out.
 
         Raises:
             NonFiniteError: several steps in a row were not finite.
         """
         started = time.perf_counter()
-        lr = self._lr_at(batch.step)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.zero_grad(set_to_none=True)
@@ -144,28 +138,35 @@ class Trainer:
         parameters = list(self._parameters.values())
         return float(torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm))
 
-    def checkpoint(self) -> Checkpoint:
-        """Return the state after the steps taken so far."""
+    def checkpoint(self, pacing: Pacing) -> Checkpoint:
+        """Return the state after the steps taken so far, with that of the pacing."""
         return Checkpoint(
             step=self.step,
             tensors={name: tensor.detach().contiguous() for name, tensor in self._state()},
             optimizer=self._optimizer.state_dict(),
             scaler=self._scaler.state_dict(),
             non_finite=self._guard.in_a_row,
-            forgotten=self.forgotten,
+            pacing=pacing.state(),
+            best=pacing.tensors(),
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from `checkpoint`."""
-        with torch.no_grad():
-            for name, tensor in self._state():
-                tensor.copy_(checkpoint.tensors[name])
+        self.load_weights(checkpoint.tensors)
         self._optimizer.load_state_dict(checkpoint.optimizer)
         self._scaler.load_state_dict(checkpoint.scaler)
         self._guard.in_a_row = checkpoint.non_finite
         self.step = checkpoint.step
-        self.forgotten = checkpoint.forgotten
-        log.info("Resuming after step %d.", self.step)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return a copy on the CPU of all that training changes in the model."""
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._state()}
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Put back what `weights` returned."""
+        with torch.no_grad():
+            for name, tensor in self._state():
+                tensor.copy_(weights[name])
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors that training changes: trained parameters, and buffers if they move."""
@@ -178,15 +179,13 @@ class Trainer:
 def run_steps(
     trainer: Trainer,
     batches: Iterator[StepBatch],
+    pacing: Pacing,
     *,
-    total_steps: int,
-    steps_per_epoch: int,
     ledger: SkipLedger,
     checkpoints: CheckpointFolder | None,
     save_every: int | None,
     history_path: Path | None,
     callback: Callable[[StepRecord], object] | None,
-    is_forgotten: Callable[[], bool] | None,
     progress: bool,
 ) -> list[StepRecord]:
     """Take the remaining steps; return the records of all steps, earlier ones included.
@@ -194,14 +193,12 @@ def run_steps(
     Args:
         trainer: takes the steps.
         batches: the batches after `trainer.step`.
-        total_steps: steps of the whole run.
-        steps_per_epoch: steps of one pass over the forget set.
+        pacing: gives each step its learning rate, and ends the run.
         ledger: counts unreadable pairs.
         checkpoints: where to save, or None.
         save_every: steps between checkpoints; None: every ten minutes. The last step is saved too.
         history_path: the history file, or None.
         callback: called after each step with its record; True ends the run.
-        is_forgotten: checked once per epoch; True ends the run. None for no check.
         progress: whether to show a progress bar.
 
     Raises:
@@ -219,24 +216,23 @@ def run_steps(
         return trainer.step % save_every == 0
 
     bar = progress_bar(
-        "erasing", total=total_steps, initial=trainer.step, unit="step", shown=progress
+        "erasing", total=pacing.total_steps, initial=trainer.step, unit="step", shown=progress
     )
     try:
         with StopRequests() as stop, bar:
             for batch in batches:
                 ledger.add(batch.ids, batch.skipped)
                 ledger.warn()
-                record = trainer.train_step(batch)
+                record = trainer.train_step(batch, pacing.lr(batch.step))
                 history.append(record)
                 if history_file:
                     history_file.append(record)
                 _show(bar, record, pairs=len(batch.ids))
                 done = callback is not None and callback(record) is True
-                if is_forgotten is not None and trainer.step % steps_per_epoch == 0:
-                    trainer.forgotten = is_forgotten()
-                ends = done or trainer.forgotten or stop.signal is not None
-                if checkpoints and (ends or trainer.step == total_steps or is_save_due()):
-                    checkpoints.save(trainer.checkpoint())
+                pacing.after_step(record)
+                ends = done or pacing.is_done or stop.signal is not None
+                if checkpoints and (ends or trainer.step == pacing.total_steps or is_save_due()):
+                    checkpoints.save(trainer.checkpoint(pacing))
                     last_save = time.monotonic()
                 if ends:
                     break

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fasterase.errors import InputError
-from fasterase.evaluation.metrics import METRICS, Metric, is_forget_set, wanted_direction
+from fasterase.evaluation.metrics import METRICS, Metric
 from fasterase.files import write_text
 from fasterase.report.tables import Section, markdown_table, text_table
 
@@ -36,6 +36,9 @@ class Evaluation:
             model's mean over unmatched pairs.
         pairs: set -> number of pairs measured.
         settings: model name, number of candidate captions, max_pairs, seed, resamples.
+        forget_sets: names of the sets to forget, `"forget"` first; all others are to be kept.
+        verdicts: `"model"`, `"original"` or name of a reference -> its verdict; see `verdict`.
+            Empty if no retain pair is unrelated to the forget set.
         original: the original's scores, or None if it was not measured.
         references: name -> a further model's scores.
     """
@@ -45,8 +48,36 @@ class Evaluation:
     chance: Scores
     pairs: dict[str, int]
     settings: dict[str, Any]
+    forget_sets: list[str] = field(default_factory=lambda: ["forget"])
+    verdicts: dict[str, str] = field(default_factory=dict)
     original: Scores | None = None
     references: dict[str, Scores] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> str | None:
+        """The verdict on the model: `"remembered"`, `"over-erased"`, `"forgotten"` or `"never
+        known"` (only if the original was measured); None without unrelated retain pairs.
+
+        It is the worst over all sets to forget; see `fasterase.evaluation.verdict`.
+        """
+        return self.verdicts.get("model")
+
+    @property
+    def residue(self) -> float | None:
+        """Mean residue of the forget set over both directions: 1 known, 0.5 no trace."""
+        return self.mean_residue("forget")
+
+    def mean_residue(self, name: str, scores: Scores | None = None) -> float | None:
+        """Return the mean over both directions of a set's residue; None if it was not judged.
+
+        Args:
+            name: a set to forget.
+            scores: of the original or a reference; None for the model's.
+        """
+        found = (self.scores if scores is None else scores).get(name, {})
+        if "image_to_text_residue" not in found:
+            return None
+        return (found["image_to_text_residue"] + found["text_to_image_residue"]) / 2
 
     def to_dict(self) -> Scores:
         """Return set -> metric -> value of the model."""
@@ -63,13 +94,15 @@ class Evaluation:
     def table(self) -> str:
         """Return plain text, one row per set and metric; 100 columns wide with two references."""
         columns = self._columns(["\n".join(_wrapped(name)) for name in self.references])
-        return f"{text_table(columns, self._sections(), left=2)}\n\n{self._legend()}"
+        table = text_table(columns, self._sections(), left=2)
+        return "\n\n".join(filter(None, (table, self._describe_verdicts(), self._legend())))
 
     def markdown(self) -> str:
         """Return the same table in Markdown, with a heading."""
         table = markdown_table(self._columns([*self.references]), self._sections(), left=2)
         title = f"# Evaluation of {self.settings['model']}"
-        return f"{title}\n\n{table}\n\n{self._legend()}\n"
+        parts = (title, table, self._describe_verdicts(), self._legend())
+        return "\n\n".join(filter(None, parts)) + "\n"
 
     def report(self, path: str | PathLike[str]) -> Path:
         """Write the report to `path`: Markdown, or JSON if the name ends in `.json`.
@@ -119,7 +152,7 @@ class Evaluation:
         low, high = self.intervals[name][key]
         cells = [
             metric.title,
-            wanted_direction(metric, name),
+            metric.wanted(forget=name in self.forget_sets),
             metric.format(self.chance[name][key]),
         ]
         if self.original is not None:
@@ -130,12 +163,18 @@ class Evaluation:
 
     def _set_title(self, name: str) -> str:
         count = self.pairs[name]
-        aim = "to forget" if is_forget_set(name) else "to keep"
+        aim = "to forget" if name in self.forget_sets else "to keep"
         return f"{name} ({count:,} pair{'' if count == 1 else 's'}, {aim})"
 
     def _columns(self, references: list[str]) -> list[str]:
         original = [] if self.original is None else ["original"]
         return ["metric", "wanted", "chance", *original, "model", "95 % interval", *references]
+
+    def _describe_verdicts(self) -> str:
+        if not self.verdicts:
+            return ""
+        listed = ", ".join(f"{name} {verdict}" for name, verdict in self.verdicts.items())
+        return f"Verdict: {listed}."
 
     def _legend(self) -> str:
         return (

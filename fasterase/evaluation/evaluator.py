@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +13,9 @@ from fasterase.encode import PairEncoder, PairFeatures
 from fasterase.errors import InputError
 from fasterase.evaluation.evaluation import Evaluation
 from fasterase.evaluation.features import SetFeatures, all_captions, sampled_rows
-from fasterase.evaluation.metrics import METRICS, bootstrap_intervals, is_forget_set
+from fasterase.evaluation.metrics import METRICS, bootstrap_intervals
 from fasterase.evaluation.scores import CaptionPool, SetScores, retrieval_scores
+from fasterase.evaluation.verdict import Judge, PairTraces, Trace, decide, summarise
 from fasterase.evaluation.zero_shot import (
     ClassLabels,
     check_class_names,
@@ -32,10 +33,18 @@ QUICK_PAIRS = 1000
 
 @dataclass(frozen=True)
 class Measurement:
-    """One model's per-pair values on every set, and the number of candidate captions."""
+    """One model's values.
+
+    Attributes:
+        model: its name.
+        sets: set -> per-pair values.
+        traces: set to forget -> what is left of it; empty without unrelated pairs.
+        candidates: number of candidate captions.
+    """
 
     model: str
     sets: dict[str, SetScores]
+    traces: dict[str, Trace]
     candidates: int
 
 
@@ -47,8 +56,10 @@ class Evaluator:
     similarities.
 
     Args:
-        sources: set name -> pairs; `"forget"` and `"retain"` are required. Names that start with
-            "forget" are sets to forget and come first, all others are sets to keep.
+        sources: set name -> pairs; `"forget"` and `"retain"` are required.
+        forget_sets: names of further sets to forget. They come first, with `"forget"`; all others
+            are sets to keep.
+        preferred: set -> rows that make up half of the sample, where they are enough.
         max_pairs: pairs taken from each set, drawn by `seed` if it has more. None takes all.
         seed: of that drawing and of the bootstrap.
         class_names: classes for zero-shot accuracy. None: those that the sources carry, if any.
@@ -57,6 +68,7 @@ class Evaluator:
 
     Attributes:
         skipped: pairs that the last `measure` could not read.
+        judge: judges the sets to forget, on pairs that are measured anyway.
 
     Raises:
         InputError: a name or value is unusable.
@@ -66,13 +78,15 @@ class Evaluator:
         self,
         sources: dict[str, PairSource],
         *,
+        forget_sets: Collection[str] = (),
+        preferred: Mapping[str, np.ndarray] | None = None,
         max_pairs: int | None = 5000,
         seed: int = 0,
         class_names: Sequence[str] | None = None,
         templates: Sequence[str] | None = None,
         quick: bool = False,
     ) -> None:
-        for name in ("forget", "retain"):
+        for name in ("forget", "retain", *forget_sets):
             if name not in sources:
                 raise InputError(f"sources has no set {name!r}, only {', '.join(sources)}.")
         max_pairs = parse_value("max_pairs", max_pairs, int | None)
@@ -82,9 +96,9 @@ class Evaluator:
             raise InputError(f"seed={seed!r} must be 0 or more.")
         if quick:
             max_pairs = min(max_pairs or QUICK_PAIRS, QUICK_PAIRS)
-        self.sources = {
-            name: sources[name] for name in sorted(sources, key=is_forget_set, reverse=True)
-        }
+        self.forget_sets = ("forget", *(name for name in sources if name in forget_sets))
+        kept = [name for name in sources if name not in self.forget_sets]
+        self.sources = {name: sources[name] for name in (*self.forget_sets, *kept)}
         self.max_pairs = max_pairs
         self.seed = seed
         self.templates = check_templates(templates)
@@ -94,12 +108,24 @@ class Evaluator:
             self.class_names = _carried_classes(sources)
         self._resamples = QUICK_RESAMPLES if quick else FULL_RESAMPLES
         self.skipped: list[Skip] = []
+        self._preferred = dict(preferred or {})
         # Of the whole forget set, sampled or not: other sets may have its captions too.
         self._concept = all_captions(sources["forget"])
+        self.judge = Judge(
+            self.sources,
+            self.forget_sets,
+            seed=seed,
+            rows={name: self.rows(name) for name in ("retain", *self.forget_sets)},
+        )
 
     def rows(self, name: str) -> np.ndarray:
         """Return the rows (ascending) of a set that are measured."""
-        return sampled_rows(len(self.sources[name]), self.max_pairs, seed=self.seed)
+        return sampled_rows(
+            len(self.sources[name]),
+            self.max_pairs,
+            seed=self.seed,
+            preferred=self._preferred.get(name),
+        )
 
     def measure(
         self, encoder: PairEncoder, features: Mapping[str, PairFeatures] | None = None
@@ -132,7 +158,10 @@ class Evaluator:
             scores[name] = retrieval_scores(found, pool, concept, distractors)
         if self.class_names is not None:
             self._add_accuracy(encoder, sets, scores, self.class_names)
-        return Measurement(encoder.model.name, scores, len(pool.captions))
+        traces = self.judge.judge(features)
+        for name, trace in traces.items():
+            _add_residues(scores[name], features[name], trace)
+        return Measurement(encoder.model.name, scores, summarise(traces), len(pool.captions))
 
     def _add_accuracy(
         self,
@@ -179,6 +208,11 @@ class Evaluator:
         others = {**({} if original is None else {"original": original}), **(references or {})}
         for name, other in others.items():
             _check_same_pairs(model, other, name)
+        original_traces = None if original is None else original.traces
+        verdicts = {"model": decide(model.traces, original_traces)}
+        verdicts |= {name: decide(other.traces, original_traces) for name, other in others.items()}
+        if original is not None:
+            verdicts["original"] = decide(original.traces, original.traces)
         return Evaluation(
             scores=_averages(model),
             intervals={
@@ -191,6 +225,8 @@ class Evaluator:
                 for name, s in model.sets.items()
             },
             pairs={name: len(set_scores.ids) for name, set_scores in model.sets.items()},
+            forget_sets=list(self.forget_sets),
+            verdicts={name: verdict for name, verdict in verdicts.items() if verdict is not None},
             original=None if original is None else _averages(original),
             references={name: _averages(other) for name, other in (references or {}).items()},
             settings={
@@ -222,6 +258,15 @@ def _averages(measurement: Measurement) -> dict[str, dict[str, float]]:
             if metric.key in scores.values
         }
     return averages
+
+
+def _add_residues(scores: SetScores, measured: PairFeatures, traces: PairTraces) -> None:
+    """Add the residues of the judged pairs; the other measured pairs have no value."""
+    judged = np.isin(measured.rows, traces.rows)
+    for key, (values, chance) in traces.metrics().items():
+        scores.values[key] = np.full(len(measured.rows), np.nan)
+        scores.values[key][judged] = values
+        scores.chance[key] = chance
 
 
 def _carried_classes(sources: Mapping[str, PairSource]) -> list[str] | None:

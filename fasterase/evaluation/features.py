@@ -71,16 +71,27 @@ class SetFeatures:
         return found
 
 
-def sampled_rows(length: int, max_pairs: int | None, *, seed: int) -> np.ndarray:
+def sampled_rows(
+    length: int, max_pairs: int | None, *, seed: int, preferred: np.ndarray | None = None
+) -> np.ndarray:
     """Return ascending rows, at most `max_pairs`.
 
     Every set of one length gets the same rows, so that sets which list the same concepts in the
     same order stay comparable.
+
+    Args:
+        length: rows of the set.
+        max_pairs: maximum number of rows; None for all.
+        seed: seed of the draw.
+        preferred: rows that make up half of a draw, or all that there are if they are fewer.
     """
     if max_pairs is None or length <= max_pairs:
         return np.arange(length)
-    drawn = generator(seed, Stream.EVALUATION).choice(length, size=max_pairs, replace=False)
-    return np.sort(drawn)
+    order = generator(seed, Stream.EVALUATION).permutation(length)
+    if preferred is not None and len(preferred):
+        first = order[np.isin(order, preferred)][: -(-max_pairs // 2)]
+        order = np.concatenate([first, order[~np.isin(order, first)]])
+    return np.sort(order[:max_pairs])
 
 
 def captions_of(source: PairSource, row: int) -> list[str]:

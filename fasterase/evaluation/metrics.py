@@ -25,7 +25,7 @@ class Metric:
         average: how per-pair values become the set's value.
         forget: wanted direction on sets to forget. Values beyond chance are a trace too, so ranks
             and cosines aim at the chance level and not past it.
-        keep: wanted direction on all other sets.
+        keep: wanted direction on all other sets; empty for metrics of sets to forget only.
     """
 
     key: str
@@ -34,6 +34,10 @@ class Metric:
     average: Literal["mean", "median"]
     forget: str
     keep: str
+
+    def wanted(self, *, forget: bool) -> str:
+        """Return the arrow of a set to forget, or of one to keep."""
+        return self.forget if forget else self.keep
 
     def average_of(self, values: np.ndarray) -> float:
         """Return the set's value from per-pair `values` [n]; NaN marks pairs that do not count."""
@@ -59,17 +63,12 @@ METRICS: tuple[Metric, ...] = (
     *(_share(f"concept_hit@{k}", f"concept hit@{k}", keep="↓") for k in CONCEPT_DEPTHS),
     Metric("median_rank", "median caption rank", "rank", "median", "↑ chance", "↓"),
     Metric("matched_cosine", "mean matched cosine", "cosine", "mean", "↓ chance", "↑"),
+    *(
+        Metric(f"{key}_residue", f"{title} residue, %", "share", "mean", "↓ chance", "")
+        for key, title in (("image_to_text", "image->text"), ("text_to_image", "text->image"))
+    ),
+    Metric("contest_hit@1", "hit@1 in the verdict, %", "share", "mean", "↓", ""),
 )
-
-
-def is_forget_set(name: str) -> bool:
-    """Tell whether a set is to be forgotten: its name starts with "forget" ("forget-unseen")."""
-    return name.startswith("forget")
-
-
-def wanted_direction(metric: Metric, set_name: str) -> str:
-    """Return the arrow of `metric` for the set of that name."""
-    return metric.forget if is_forget_set(set_name) else metric.keep
 
 
 def bootstrap_intervals(

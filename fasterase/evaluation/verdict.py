@@ -1,25 +1,311 @@
-"""Whether the forget pairs are forgotten: how far their cosines are above the floor."""
+"""Whether a concept is forgotten: its residue against unrelated pairs, and the verdict from it.
+
+No threshold on a cosine could serve two models: their scales differ. Everything here is a rank of
+the concept's own pairs among unrelated captions and images, where 0.5 means that nothing is known.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from fasterase.encode import PairFeatures
+from fasterase.evaluation.features import all_captions, captions_of
+from fasterase.evaluation.scores import TIE
+from fasterase.pairs.skips import BrokenPair
+from fasterase.pairs.source import PairSource
+from fasterase.seeds import Stream, generator
 
-# Mean excess below which a set counts as forgotten.
-FORGOTTEN_EXCESS = 0.01
+FORGOTTEN, REMEMBERED = "forgotten", "remembered"
+OVER_ERASED, NEVER_KNOWN = "over-erased", "never known"
+# The worst first: a result of several sets is the worst of theirs.
+PRECEDENCE = (REMEMBERED, OVER_ERASED, FORGOTTEN, NEVER_KNOWN)
+
+# Models retrained without a concept have residues of .60 to .70: they still know that an apple is
+# food and red. Above this a direction counts as known.
+REMEMBERED_RESIDUE = 0.75
+# As far below "no trace" (0.5) as the other threshold is above it: loudly absent.
+OVER_ERASED_RESIDUE = 0.25
+# Hit rates that chance and a few lucky images explain.
+HARMLESS_HIT = 0.10
+# Pairs of each set, and unrelated pairs, that are judged at most.
+JUDGED_PAIRS = 1000
+# Unrelated captions per caption of the concept in the contest, so that chance is at most 5 %.
+RIVALS = 19
+# Forget images below which a verdict shows little.
+FEW_IMAGES = 20
+WILSON_Z = 1.959964  # 95 %
 
 
-def mean_excess(forget: PairFeatures, floor: float) -> float:
-    """Return the mean over pairs of `max(cos - floor, 0)`; a pair's value is that of its captions.
+@dataclass(frozen=True)
+class Trace:
+    """What is left of a set to forget.
+
+    Attributes:
+        image_to_text: mean over pairs of the share of unrelated captions that are less similar to
+            the image than its own caption: 1 is known, 0.5 no trace, 0 loudly absent.
+        text_to_image: the same of unrelated images and the caption.
+        hit: share of images won by a caption of the set in a contest with the unrelated captions.
+        hit_low, hit_high: 95 % Wilson interval of `hit`.
+        chance: share that a random order would give.
+        pairs: number of pairs judged.
+    """
+
+    image_to_text: float
+    text_to_image: float
+    hit: float
+    hit_low: float
+    hit_high: float
+    chance: float
+    pairs: int
+
+    @property
+    def residue(self) -> float:
+        """Mean of both directions."""
+        return (self.image_to_text + self.text_to_image) / 2
+
+    @property
+    def is_remembered(self) -> bool:
+        return max(
+            self.image_to_text, self.text_to_image
+        ) > REMEMBERED_RESIDUE or self.hit_low > max(HARMLESS_HIT, 2 * self.chance)
+
+    @property
+    def is_over_erased(self) -> bool:
+        return min(self.image_to_text, self.text_to_image) < OVER_ERASED_RESIDUE
+
+    def describe(self) -> str:
+        """Describe the figures in one line."""
+        return (
+            f"residue {self.image_to_text:.2f} image->text, {self.text_to_image:.2f} text->image "
+            f"(1 known, 0.5 no trace, 0 loudly absent); hit@1 {100 * self.hit:.0f} % "
+            f"(chance {100 * self.chance:.0f} %) of {self.pairs} images"
+        )
+
+
+class PairTraces(NamedTuple):
+    """Per-pair figures of one set, [n] each; the chance of its contest.
+
+    Attributes:
+        rows: rows of the source.
+        image_to_text, text_to_image: residues.
+        hit: 1 if a caption of the set wins the image, 0 if not; a share for ties.
+        chance: of `hit`.
+    """
+
+    rows: np.ndarray
+    image_to_text: np.ndarray
+    text_to_image: np.ndarray
+    hit: np.ndarray
+    chance: float
+
+    def metrics(self) -> dict[str, tuple[np.ndarray, float]]:
+        """Return metric -> per-pair values and chance level, as the evaluation lists them."""
+        return {
+            "image_to_text_residue": (self.image_to_text, 0.5),
+            "text_to_image_residue": (self.text_to_image, 0.5),
+            "contest_hit@1": (self.hit, self.chance),
+        }
+
+    def summary(self) -> Trace:
+        count = len(self.rows)
+        hit = float(self.hit.mean())
+        low, high = wilson_interval(hit, count)
+        return Trace(
+            float(self.image_to_text.mean()),
+            float(self.text_to_image.mean()),
+            hit,
+            low,
+            high,
+            self.chance,
+            count,
+        )
+
+
+def decide(traces: Mapping[str, Trace], original: Mapping[str, Trace] | None = None) -> str | None:
+    """Return the verdict on a model: the worst over its sets to forget.
 
     Args:
-        forget: plain images with all their captions.
-        floor: cosine of unrelated pairs.
+        traces: set -> trace of the model.
+        original: set -> trace of the model before erasing; a set that it does not remember was
+            never known. None if the original was not measured.
+
+    Returns:
+        `"remembered"`, `"over-erased"`, `"forgotten"` or `"never known"`; None without traces.
     """
-    excesses = [
-        float((forget.text[captions] @ image - floor).clamp_min(0).mean())
-        for image, captions in zip(forget.image, map(torch.tensor, forget.pair_text), strict=True)
-    ]
-    return float(np.mean(excesses))
+    verdicts = {
+        NEVER_KNOWN
+        if original is not None and not original[name].is_remembered
+        else REMEMBERED
+        if trace.is_remembered
+        else OVER_ERASED
+        if trace.is_over_erased
+        else FORGOTTEN
+        for name, trace in traces.items()
+    }
+    return next((verdict for verdict in PRECEDENCE if verdict in verdicts), None)
+
+
+class Judge:
+    """Compares the pairs of sets to forget with unrelated pairs of the retain set.
+
+    Unrelated pairs are retain pairs whose first caption is none of the captions to forget.
+
+    Args:
+        sources: set -> pairs, with a set `"retain"`.
+        forget_sets: names of the sets to forget.
+        seed: seed of the choice of pairs.
+        rows: set -> rows (sorted) to choose from; all rows of a set that is missing here.
+        limit: pairs judged of each set at most.
+
+    Attributes:
+        rows: set -> rows (sorted) that are judged. Empty if no retain pair is unrelated: then there
+            is nothing to compare with, and no verdict.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, PairSource],
+        forget_sets: Collection[str],
+        *,
+        seed: int,
+        rows: Mapping[str, np.ndarray] | None = None,
+        limit: int = JUDGED_PAIRS,
+    ) -> None:
+        self._seed = seed
+        given = rows or {}
+        concept = set().union(*(all_captions(sources[name]) for name in forget_sets))
+
+        def choose(name: str) -> np.ndarray:
+            count = len(sources[name])
+            order = generator(seed, Stream.VERDICT).permutation(given.get(name, np.arange(count)))
+            if name != "retain":
+                return order[:limit]
+            unrelated: list[int] = []
+            for row in order.tolist():
+                if len(unrelated) == limit:
+                    break
+                if _first_caption(sources[name], row) not in concept:
+                    unrelated.append(row)
+            return np.array(unrelated, dtype=np.int64)
+
+        chosen = {name: choose(name) for name in ("retain", *forget_sets)}
+        self._order = chosen if len(chosen["retain"]) else {}
+        self.rows = {name: np.sort(those) for name, those in self._order.items()}
+
+    def narrowed(self, limit: int) -> Judge:
+        """Return a judge of at most `limit` pairs of each set, a subset of this one's."""
+        narrow = object.__new__(Judge)
+        narrow._seed = self._seed
+        narrow._order = {name: order[:limit] for name, order in self._order.items()}
+        narrow.rows = {name: np.sort(those) for name, those in narrow._order.items()}
+        return narrow
+
+    def judge(self, features: Mapping[str, PairFeatures]) -> dict[str, PairTraces]:
+        """Return set -> figures of the judged pairs among `features`; unreadable ones are left out.
+
+        Args:
+            features: set -> features under the model, of `rows` or more. Sets to forget that are
+                missing are not judged.
+        """
+        judged = {
+            name: features[name].at(rows) for name, rows in self.rows.items() if name in features
+        }
+        unrelated = judged.pop("retain", None)
+        if unrelated is None or not len(unrelated.rows):
+            return {}
+        return {
+            name: _compare(found, unrelated, seed=self._seed)
+            for name, found in judged.items()
+            if len(found.rows)
+        }
+
+
+def summarise(traces: Mapping[str, PairTraces]) -> dict[str, Trace]:
+    """Return set -> summary."""
+    return {name: found.summary() for name, found in traces.items()}
+
+
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of a share of `count` trials."""
+    square = WILSON_Z**2 / count
+    centre = (share + square / 2) / (1 + square)
+    spread = math.sqrt(share * (1 - share) * square + square**2 / 4) / (1 + square)
+    return max(0.0, centre - spread), min(1.0, centre + spread)
+
+
+def describe_verdict(verdict: str, traces: Mapping[str, Trace]) -> str:
+    """Return the verdict with the figures of each set, one line per set."""
+    lines = [f"{name}: {trace.describe()}" for name, trace in traces.items()]
+    return "\n".join([f"verdict: {verdict}", *lines])
+
+
+def _compare(forget: PairFeatures, unrelated: PairFeatures, *, seed: int) -> PairTraces:
+    captions, own = _distinct(forget)
+    others, _ = _distinct(unrelated)
+    text, rival_text = forget.text[captions], unrelated.text[others]
+    matched = (forget.image * text[own]).sum(1, keepdim=True)
+    image_rivals = forget.image @ rival_text.T
+    text_rivals = (text @ unrelated.image.T)[own]
+    size = min(len(captions), max(1, len(others) // RIVALS))
+    hit = _contest(forget.image @ text.T, image_rivals, own, size=size, seed=seed)
+    return PairTraces(
+        rows=forget.rows,
+        image_to_text=_share_below(image_rivals, matched),
+        text_to_image=_share_below(text_rivals, matched),
+        hit=hit,
+        chance=size / (size + len(others)),
+    )
+
+
+def _contest(
+    concept: Tensor,  # [n, m] cosines of images with captions of the set
+    rivals: Tensor,  # [n, U] cosines of images with unrelated captions
+    own: Tensor,  # [n] column of each image's own caption
+    *,
+    size: int,
+    seed: int,
+) -> np.ndarray:
+    """Return [n], 1 where one of `size` captions of the set, the own included, beats all rivals.
+
+    Ties count as a random order would break them.
+    """
+    drawn = generator(seed, Stream.VERDICT, 1).permutation(concept.shape[1])
+    runs = torch.zeros(concept.shape, dtype=torch.bool)
+    runs[:, drawn[: size - 1].tolist()] = True
+    # The own caption takes a place of its own; where it was drawn anyway, the next one does.
+    already = runs.gather(1, own[:, None])[:, 0]
+    runs[torch.arange(len(own)), own] = True
+    runs[already, int(drawn[size - 1])] = True
+    entered = concept.masked_fill(~runs, -torch.inf)
+    best = torch.maximum(entered.amax(1), rivals.amax(1))[:, None] - TIE
+    winners = (entered >= best).sum(1)
+    losers = (rivals >= best).sum(1)
+    return (winners / (winners + losers)).double().numpy()
+
+
+def _share_below(rivals: Tensor, matched: Tensor) -> np.ndarray:
+    """Return [n], the share of each row of `rivals` [n, U] below `matched` [n, 1]; ties half."""
+    below = (rivals < matched - TIE).double() + (rivals <= matched + TIE).double()
+    return (below.mean(1) / 2).numpy()
+
+
+def _distinct(pairs: PairFeatures) -> tuple[list[int], Tensor]:
+    """Return the rows in `pairs.text` of distinct first captions, and each pair's among them."""
+    firsts = [captions[0] for captions in pairs.pair_text]
+    place: dict[int, int] = {}
+    own = [place.setdefault(row, len(place)) for row in firsts]
+    return list(place), torch.tensor(own, dtype=torch.int64)
+
+
+def _first_caption(source: PairSource, row: int) -> str | None:
+    try:
+        return captions_of(source, row)[0]
+    except BrokenPair:  # counted and named when the pair is encoded
+        return None

@@ -33,6 +33,7 @@ class Sampler:
 
     Args:
         n_forget, n_retain: pairs in the sets; 0 draws none.
+        retain_rows: the rows of the retain set to draw from; None for all.
         forget_batch_size, batch_size: forget and retain pairs per step, clipped to the sets.
         seed: not negative.
     """
@@ -45,6 +46,7 @@ class Sampler:
         forget_batch_size: int,
         batch_size: int,
         seed: int,
+        retain_rows: np.ndarray | None = None,
     ) -> None:
         for option, value in (("forget_batch_size", forget_batch_size), ("batch_size", batch_size)):
             if value < 1:
@@ -53,9 +55,11 @@ class Sampler:
             raise InputError(f"`seed` must not be negative; found {seed}")
         self.n_forget = n_forget
         self.n_retain = n_retain
+        self._pool = retain_rows
+        self._retain_count = n_retain if retain_rows is None else len(retain_rows)
         self.seed = seed
         self.steps_per_epoch = max(1, -(-n_forget // forget_batch_size))
-        self._retain_batch = min(batch_size, n_retain)
+        self._retain_batch = min(batch_size, self._retain_count)
         self.max_pairs_per_step = -(-n_forget // self.steps_per_epoch) + self._retain_batch
         self._passes: dict[Stream, tuple[int, np.ndarray]] = {}
 
@@ -77,9 +81,10 @@ class Sampler:
         size = self._retain_batch
         if size == 0:
             return np.empty(0, dtype=np.int64)
-        number, part = divmod(step, self.n_retain // size)
-        order = self._permutation(Stream.RETAIN_ORDER, number, self.n_retain)
-        return order[part * size : (part + 1) * size].astype(np.int64)
+        number, part = divmod(step, self._retain_count // size)
+        order = self._permutation(Stream.RETAIN_ORDER, number, self._retain_count)
+        drawn = order[part * size : (part + 1) * size].astype(np.int64)
+        return drawn if self._pool is None else self._pool[drawn]
 
     def _permutation(self, stream: Stream, number: int, length: int) -> np.ndarray:
         # Keep the current pass: permuting ten million rows takes a second.

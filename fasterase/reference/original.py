@@ -137,17 +137,14 @@ def cache_folder(reference_cache: str | None, output_dir: Path | None) -> Iterat
             yield Path(folder)
 
 
-def floor_rows(count: int, encoded: np.ndarray | None, *, seed: int) -> np.ndarray:
-    """Return the rows (sorted) behind the floor: drawn from those that are encoded anyway, if any.
+def floor_rows(count: int) -> np.ndarray:
+    """Return the rows (sorted) of a set of `count` that the floor is measured on.
 
-    Args:
-        count: rows of the set.
-        encoded: rows that the reference needs; None if it needs none.
-        seed: seed of the draw.
+    They depend on nothing else, so that runs with other steps, batches or seeds have one floor.
     """
-    rows = np.arange(count) if encoded is None else encoded
-    order = generator(seed, Stream.FLOOR).permutation(len(rows))
-    return np.sort(rows[order[:FLOOR_PAIRS]])
+    if count <= FLOOR_PAIRS:
+        return np.arange(count)
+    return np.sort(generator(0, Stream.FLOOR).choice(count, size=FLOOR_PAIRS, replace=False))
 
 
 def unmatched_cosine(forget: PairFeatures, retain: PairFeatures) -> float:

@@ -1,0 +1,312 @@
+"""The original before the first step: what it knows of the concept, and what a run may cost.
+
+Each pair is encoded once, for floor, reference, verdict, damage and evaluation together.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from fasterase.config import UnlearnConfig
+from fasterase.encode import PairEncoder, PairFeatures
+from fasterase.engine.damage import (
+    MAX_NEIGHBOURS,
+    SAME_MEANING,
+    Damage,
+    DamageMeter,
+    closeness,
+    find_neighbours,
+)
+from fasterase.engine.pacing import Check
+from fasterase.evaluation.evaluator import Evaluator, Measurement
+from fasterase.evaluation.verdict import REMEMBERED, Judge, Trace, summarise
+from fasterase.pairs.sampler import Sampler, drawn_rows
+from fasterase.pairs.source import PairSource
+from fasterase.reference.cache import FeatureCache
+from fasterase.reference.live import LiveReference, Reference
+from fasterase.reference.original import (
+    CachedReference,
+    OriginalFeatures,
+    floor_rows,
+    unmatched_cosine,
+)
+from fasterase.seeds import Stream, generator
+
+# Retain batches' worth of pairs that an automatic run encodes first and then cycles.
+POOL_BATCHES = 100
+WITHHELD_SHARE, MAX_WITHHELD = 0.05, 1000
+# Smaller pools are needed whole for training.
+LEAST_POOL = 100
+# Pairs of each set in a check during a run.
+CHECKED_PAIRS = 256
+# Retain captions that a warning lists, and words of a forget caption that are looked for in them.
+LISTED, MAX_WORDS = 5, 8
+
+
+@dataclass(frozen=True)
+class RetainPool:
+    """The part of the retain set that an automatic run uses.
+
+    Attributes:
+        drawn: rows (sorted) that training draws.
+        withheld: rows (sorted) that training never draws; damage is measured on them.
+    """
+
+    drawn: np.ndarray
+    withheld: np.ndarray
+
+    @classmethod
+    def choose(cls, count: int, *, batch_size: int, seed: int) -> RetainPool:
+        """Choose at most `POOL_BATCHES` batches of `count` pairs."""
+        order = generator(seed, Stream.RETAIN_POOL).permutation(count)[: POOL_BATCHES * batch_size]
+        size = len(order)
+        kept_back = min(int(WITHHELD_SHARE * size), MAX_WITHHELD) if size >= LEAST_POOL else 0
+        return cls(drawn=np.sort(order[kept_back:]), withheld=np.sort(order[:kept_back]))
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The original's measurements and features that a run uses.
+
+    Attributes:
+        floor: mean cosine of unrelated pairs, the automatic floor.
+        traces: set to forget -> what the original knows of it, by the verdict's measure.
+        measured: its scores, None without an evaluator.
+        reference: its features for each step, None if nothing uses them.
+        damage: compares recall on kept pairs with the original's; None without an automatic run.
+        damage_rows: rows (sorted) of the retain set that it compares.
+    """
+
+    floor: float
+    traces: dict[str, Trace]
+    measured: Measurement | None
+    reference: Reference | None
+    damage: DamageMeter | None
+    damage_rows: np.ndarray
+
+    @property
+    def known_sets(self) -> list[str]:
+        """The sets to forget that the original remembers."""
+        return [name for name, trace in self.traces.items() if trace.is_remembered]
+
+    @property
+    def is_never_known(self) -> bool:
+        return bool(self.traces) and not self.known_sets
+
+
+def measure_original(
+    encoder: PairEncoder,
+    cache: FeatureCache,
+    sets: Mapping[str, PairSource],
+    *,
+    config: UnlearnConfig,
+    sampler: Sampler,
+    total_steps: int,
+    judge: Judge,
+    evaluator: Evaluator | None,
+    pool: RetainPool | None,
+) -> Baseline:
+    """Encode the original's features, once, and measure it.
+
+    Args:
+        encoder: the original.
+        cache: where its features are kept.
+        sets: `"forget"`, `"retain"` and sets that are only measured.
+        config: weights of the losses, negatives, lr and seed.
+        sampler: the draws of the run.
+        total_steps: how many of them there are at most.
+        judge: measures what it knows of the sets to forget.
+        evaluator: measures everything; None to measure nothing else.
+        pool: the retain rows of an automatic run, whose damage is to be measured; else None.
+
+    Raises:
+        InputError: too many pairs cannot be read, or features are not finite.
+    """
+    forget, retain = sets["forget"], sets["retain"]
+    uses_reference = bool(
+        config.consistency_weight or config.anchor_weight or config.lr == "auto"
+    ) and bool(len(retain))
+    uses_cache = uses_reference and forget.stable and retain.stable
+    with_forget = uses_cache and config.negatives == "joint"
+    wanted: dict[str, list[np.ndarray]] = {name: [] for name in sets}
+    if uses_cache:
+        # A retain set of millions is not encoded for a run that draws a fraction of it.
+        drawn = drawn_rows(sampler, total_steps)
+        wanted["retain"].append(drawn[1])
+        if with_forget:
+            wanted["forget"].append(drawn[0])
+    if pool is not None:
+        wanted["retain"] += [pool.drawn, pool.withheld]
+    floor_samples = {name: floor_rows(len(sets[name])) for name in ("forget", "retain")}
+    for chosen in (floor_samples, judge.rows, _measured_rows(evaluator, sets)):
+        for name, rows in chosen.items():
+            wanted[name].append(rows)
+    original = OriginalFeatures(encoder, cache)
+    for name, source in sets.items():
+        rows = np.unique(np.concatenate(wanted[name])) if wanted[name] else np.empty(0, np.int64)
+        if len(rows):
+            original.encode(source, rows)
+
+    floor = unmatched_cosine(
+        original.pairs(forget, floor_samples["forget"]),
+        original.pairs(retain, floor_samples["retain"]),
+    )
+    judged = {name: original.pairs(sets[name], rows) for name, rows in judge.rows.items()}
+    traces = summarise(judge.judge(judged))
+    measured = None
+    if evaluator is not None:
+        features = {
+            name: original.pairs(sets[name], rows)
+            for name, rows in _measured_rows(evaluator, sets).items()
+        }
+        measured = evaluator.measure(encoder, features)
+    damage, damage_rows = None, np.empty(0, np.int64)
+    if pool is not None and judged:
+        near = find_neighbours(
+            judged["forget"].first_text, original.pairs(retain, pool.drawn), MAX_NEIGHBOURS
+        )
+        damage_rows = np.union1d(near, pool.withheld)
+        damage = DamageMeter(original.pairs(retain, damage_rows))
+    if any(trace.is_remembered for trace in traces.values()):
+        # `judge` leaves out retain captions that are forget captions: look at all that are encoded.
+        known = np.unique(np.concatenate(wanted["retain"]))
+        _warn_of_naming_captions(judged["forget"], original.pairs(retain, known))
+    reference: Reference | None = None
+    if uses_cache:
+        scale = encoder.model.scale().detach().clone()
+        reference = CachedReference(cache, forget, retain, scale=scale, with_forget=with_forget)
+    elif uses_reference:
+        reference = LiveReference(encoder.model, precision=encoder.precision)
+        warnings.warn(
+            "`forget` or `retain` returns a different item on a second read (random "
+            "augmentation?), so the original model runs beside the trained one in every step. "
+            "This is slower and needs a second copy of the weights. Pass images without random "
+            "augmentation to have its features cached.",
+            stacklevel=4,
+        )
+    return Baseline(floor, traces, measured, reference, damage, damage_rows)
+
+
+class Checks:
+    """Measures the model in the middle of a run, on few pairs.
+
+    Args:
+        encoder: the model.
+        sets: the pairs.
+        judge: of which it takes at most `CHECKED_PAIRS` pairs of each set.
+        baseline: the original. Sets that it does not remember are left out.
+        max_damage: share of recall@1 that kept pairs may lose; None for any.
+    """
+
+    def __init__(
+        self,
+        encoder: PairEncoder,
+        sets: Mapping[str, PairSource],
+        judge: Judge,
+        baseline: Baseline,
+        *,
+        max_damage: float | None,
+    ) -> None:
+        self._encoder = encoder
+        self._sets = sets
+        self._judge = judge.narrowed(CHECKED_PAIRS)
+        self._baseline = baseline
+        self._max_damage = max_damage
+
+    def original(self) -> Check:
+        """Return the check of the original."""
+        return self._make_check(self._baseline.traces, Damage(0.0, 0.0))
+
+    def __call__(self) -> Check:
+        rows = {name: self._judge.rows[name] for name in self._baseline.known_sets}
+        rows["retain"] = np.union1d(self._judge.rows["retain"], self._baseline.damage_rows)
+        features = {
+            name: self._encoder.pairs(
+                self._sets[name], these, description="is it forgotten?", leave=False
+            )
+            for name, these in rows.items()
+        }
+        # Sets that were never known are not encoded: nothing of them is to be forgotten.
+        judged = self._judge.judge(features)
+        meter = self._baseline.damage
+        damage = Damage(0.0, 0.0)
+        if meter is not None:
+            damage = meter.measure(features["retain"].at(self._baseline.damage_rows))
+        return self._make_check(summarise(judged), damage)
+
+    def _make_check(self, traces: Mapping[str, Trace], damage: Damage) -> Check:
+        known = {name: traces[name] for name in self._baseline.known_sets}
+        exceeded = self._max_damage is not None and damage.low > self._max_damage
+        return Check(known, damage.mean, exceeded)
+
+    def is_forgotten(self) -> bool:
+        """Check only whether the verdict is no longer "remembered"."""
+        return self().verdict != REMEMBERED
+
+
+def undrawn_rows(sampler: Sampler, steps: int) -> np.ndarray:
+    """Return the forget rows (sorted) that the first `steps` steps do not draw."""
+    if steps >= sampler.steps_per_epoch:
+        return np.empty(0, np.int64)
+    drawn = np.zeros(sampler.n_forget, bool)
+    for step in range(steps):
+        drawn[sampler.draw(step).forget] = True
+    return np.flatnonzero(~drawn)
+
+
+def _measured_rows(
+    evaluator: Evaluator | None, sets: Mapping[str, PairSource]
+) -> dict[str, np.ndarray]:
+    return {} if evaluator is None else {name: evaluator.rows(name) for name in sets}
+
+
+def _warn_of_naming_captions(forget: PairFeatures, retain: PairFeatures) -> None:
+    """Warn of retain captions that name the concept: training on them would teach it again."""
+    captions = dict.fromkeys(forget.first_captions)
+    place: dict[str, int] = {}
+    for row, caption in enumerate(retain.first_captions):
+        place.setdefault(caption, row)
+    others = [caption for caption in place if caption not in captions]
+    if not others:
+        return
+    near = closeness(forget.first_text, retain.first_text[[place[each] for each in others]])
+    named = _contains_one(others, captions)
+    found = [
+        (bool(says), float(cosine), caption)
+        for says, cosine, caption in zip(named, near, others, strict=True)
+        if says or cosine > SAME_MEANING
+    ]
+    if not found:
+        return
+    shown = ", ".join(
+        f"{caption!r} ({cosine:.2f})"
+        for _, cosine, caption in sorted(found, key=lambda each: -each[1])[:LISTED]
+    )
+    warnings.warn(
+        f"retain: {len(found)} of {len(place)} captions seem to name what is to be forgotten "
+        f"(cosine with the nearest forget caption in brackets): {shown}"
+        f"{', ...' if len(found) > LISTED else ''}. Training on them may undo the erasure. Move "
+        "such pairs to `forget`, or leave them out of `retain`; ignore this if they mean "
+        "something else.",
+        stacklevel=5,
+    )
+
+
+def _contains_one(captions: Iterable[str], phrases: Iterable[str]) -> list[bool]:
+    """Tell which captions contain one of the phrases as whole words, ignoring case."""
+    wanted = {tuple(phrase.casefold().split()) for phrase in phrases}
+    lengths = sorted({len(words) for words in wanted if 0 < len(words) <= MAX_WORDS})
+
+    def contains(caption: str) -> bool:
+        words = tuple(word.strip(".,;:!?\"'()") for word in caption.casefold().split())
+        return any(
+            words[start : start + length] in wanted
+            for length in lengths
+            for start in range(len(words) - length + 1)
+        )
+
+    return [contains(caption) for caption in captions]

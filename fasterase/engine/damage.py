@@ -1,0 +1,93 @@
+"""What erasing costs the rest: recall lost on kept pairs, each compared with the original's."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fasterase.encode import PairFeatures
+from fasterase.evaluation.scores import find_position
+
+# Captions whose features under the original are this close mean the same: either counts as right.
+SAME_MEANING = 0.95
+# Kept pairs nearest to the forget captions, where damage shows first.
+MAX_NEIGHBOURS = 256
+NORMAL_Z = 1.645  # of a one-sided 95 % interval
+
+
+class Damage(NamedTuple):
+    """Recall@1 image->text lost since the original.
+
+    Attributes:
+        mean: share of pairs, positive for a loss.
+        low: near end of its interval (one-sided 95 %).
+    """
+
+    mean: float
+    low: float
+
+
+class DamageMeter:
+    """Compares a model's recall@1 image->text on kept pairs with the original's, pair by pair.
+
+    Args:
+        original: the original's features of the pairs; their first captions are the candidates.
+    """
+
+    def __init__(self, original: PairFeatures) -> None:
+        place = {key: row for row, key in enumerate(original.captions)}
+        self._keys = list(dict.fromkeys(original.first_captions))
+        text = original.text[[place[key] for key in self._keys]]
+        self._alike = text @ text.T > SAME_MEANING
+        self._alike.fill_diagonal_(True)
+        self._rows = original.rows
+        self._before = self._hits(original)
+
+    def measure(self, features: PairFeatures) -> Damage:
+        """Return the loss of a model, from its features of the same pairs.
+
+        Pairs that only one of the two could read are left out.
+        """
+        shared = np.intersect1d(self._rows, features.rows)
+        if not len(shared):
+            return Damage(0.0, 0.0)
+        before = self._before[np.isin(self._rows, shared)]
+        after = self._hits(features)[np.isin(features.rows, shared)]
+        lost = before - after
+        mean = float(lost.mean())
+        deviation = float(lost.std(ddof=1)) if len(lost) > 1 else 0.0
+        return Damage(mean, mean - NORMAL_Z * deviation / math.sqrt(len(lost)))
+
+    def _hits(self, features: PairFeatures) -> np.ndarray:
+        """[n], 1 if the nearest caption is the own one or means the same; a share for ties."""
+        place = {key: row for row, key in enumerate(features.captions)}
+        known = [place.get(key) for key in self._keys]
+        # A caption that this model did not encode, since its pair was unreadable, is no candidate.
+        text = features.text[[row or 0 for row in known]]
+        missing = torch.tensor([row is None for row in known])
+        similarity = (features.image @ text.T).masked_fill(missing, -torch.inf)
+        column = {key: i for i, key in enumerate(self._keys)}
+        own = torch.tensor([column[key] for key in features.first_captions])
+        return find_position(similarity, self._alike[own]).hit(1)
+
+
+def find_neighbours(forget_text: Tensor, retain: PairFeatures, count: int) -> np.ndarray:
+    """Return the rows (sorted) of the pairs whose captions are nearest to those to forget.
+
+    Args:
+        forget_text: [m, D] captions to forget under the original.
+        retain: the original's features of kept pairs.
+        count: number of pairs.
+    """
+    nearest = closeness(forget_text, retain.first_text)
+    order = nearest.argsort(descending=True, stable=True)[:count]
+    return np.sort(retain.rows[order.numpy()])
+
+
+def closeness(forget_text: Tensor, text: Tensor) -> Tensor:
+    """Return [n], the largest cosine of each row of `text` [n, D] with `forget_text` [m, D]."""
+    return (text @ forget_text.T).amax(1)

@@ -1,0 +1,401 @@
+"""How fast a run learns and when it ends: the learning rate of each step, and the stop.
+
+With numbers for `lr` and the steps both are fixed beforehand. The automatic recipe needs neither:
+the learning rate follows the forgetting loss along a line, held back by how far kept features have
+moved, and the run ends once the concept is forgotten.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from fasterase.engine.history import StepRecord
+from fasterase.evaluation.verdict import FORGOTTEN, OVER_ERASED, REMEMBERED, Trace, decide
+
+# The automatic learning rate, whatever the model: it finds its level within tens of steps.
+FIRST_LR = 1e-5
+LR_RANGE = (1e-7, 1e-2)
+FASTER, SLOWER = 1.12, 0.9
+# The line leads from the first forgetting loss to this share of it, in this many steps.
+LINE_END = 0.05
+LINE_STEPS = 80
+# Squared distance that kept features may move (the anchor loss) before lr falls: a trust region. It
+# widens by a factor per step once the line has ended: a run that lags behind the whole line would
+# else stand still, held at its border.
+TRUSTED_DISTANCE = 0.012
+WIDENING = 1.02
+# Weight of the past in running averages of the loss and the distance.
+SMOOTHING = 0.8
+# Forgetting losses below it leave nothing to follow; they must not drive lr up.
+NEGLIGIBLE_LOSS = 1e-3
+
+# Steps between checks of the verdict, which begin once the loss is this share of its first value.
+CHECK_STEPS = 5
+CHECKED_LOSS = 0.6
+# lr fades once the residue is at most this and images are won hardly more often than by chance:
+# fading and unseen pictures need a margin below the verdict's own thresholds.
+MARGIN_RESIDUE = 0.6
+MARGIN_HIT = 0.05
+FADE_STEPS = 20
+# The first fade and two more.
+MAX_FADES = 3
+# Steps of an automatic run, or one pass over the forget set if that is more.
+MAX_STEPS = 400
+
+
+class Check(NamedTuple):
+    """A measurement in the middle of a run.
+
+    Attributes:
+        traces: set to forget -> what is left of it.
+        damage: share of recall@1 lost on kept pairs.
+        exceeded: whether the damage is above `max_damage`, beyond chance.
+    """
+
+    traces: dict[str, Trace]
+    damage: float
+    exceeded: bool
+
+    @property
+    def verdict(self) -> str:
+        return decide(self.traces) or REMEMBERED
+
+    @property
+    def residue(self) -> float:
+        """The largest residue of a direction."""
+        return max(max(trace.image_to_text, trace.text_to_image) for trace in self.traces.values())
+
+    @property
+    def is_safely_forgotten(self) -> bool:
+        """Whether the traces are below the verdict's thresholds by a margin."""
+        return (
+            self.verdict != REMEMBERED
+            and self.residue <= MARGIN_RESIDUE
+            and all(
+                trace.hit <= max(MARGIN_HIT, 1.5 * trace.chance) for trace in self.traces.values()
+            )
+        )
+
+
+class Pacing(Protocol):
+    """The learning rate of each step, and when the run ends. Its state is in checkpoints.
+
+    Attributes:
+        total_steps: the largest number of steps.
+        is_done: whether the run has ended.
+        limit: what kept an automatic run from forgetting: `"damage"` or `"steps"`; else None.
+    """
+
+    total_steps: int
+    is_done: bool
+    limit: str | None
+
+    def lr(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        ...
+
+    def after_step(self, record: StepRecord) -> None:
+        """Take note of a step."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run needs, ready for JSON."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the weights that a resumed run may have to restore; empty if there are none."""
+        ...
+
+    def restore(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Continue from `state` and `tensors`."""
+        ...
+
+
+class FixedPacing:
+    """A schedule and a number of steps, as the user gave them.
+
+    Args:
+        lr_at: learning rate of each step, counted from 0.
+        total_steps: number of steps.
+        is_forgotten: checked every `check_steps`; True ends the run. None for no check.
+        check_steps: steps of one pass over the forget set.
+    """
+
+    def __init__(
+        self,
+        lr_at: Callable[[int], float],
+        *,
+        total_steps: int,
+        is_forgotten: Callable[[], bool] | None = None,
+        check_steps: int = 1,
+    ) -> None:
+        self.total_steps = total_steps
+        self.is_done = False
+        self.limit: str | None = None
+        self._lr_at = lr_at
+        self._is_forgotten = is_forgotten
+        self._check_steps = check_steps
+
+    def lr(self, step: int) -> float:
+        return self._lr_at(step)
+
+    def after_step(self, record: StepRecord) -> None:
+        if self._is_forgotten is not None and record.step % self._check_steps == 0:
+            self.is_done = self._is_forgotten()
+
+    def state(self) -> dict[str, Any]:
+        return {"is_done": self.is_done}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def restore(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        # A user who no longer wants the run to stop early gets the steps that are left.
+        self.is_done = state["is_done"] and self._is_forgotten is not None
+
+
+class LinePacing(FixedPacing):
+    """The automatic learning rate over a number of steps that the user gave: the line spans them.
+
+    Args:
+        total_steps, is_forgotten, check_steps: see `FixedPacing`.
+    """
+
+    def __init__(
+        self,
+        *,
+        total_steps: int,
+        is_forgotten: Callable[[], bool] | None = None,
+        check_steps: int = 1,
+    ) -> None:
+        self._rate = LineFollower(line_steps=total_steps)
+        super().__init__(
+            lambda step: self._rate.lr,
+            total_steps=total_steps,
+            is_forgotten=is_forgotten,
+            check_steps=check_steps,
+        )
+
+    def after_step(self, record: StepRecord) -> None:
+        self._rate.follow(record)
+        super().after_step(record)
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "rate": self._rate.state()}
+
+    def restore(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        super().restore(state, tensors)
+        self._rate.restore(state["rate"])
+
+
+@dataclass
+class _RateState:
+    lr: float
+    steps: int = 0  # applied ones
+    first: float = 0.0
+    loss: float = 0.0
+    distance: float = 0.0
+
+
+class Rate:
+    """A constant learning rate, with running averages of the steps that were applied.
+
+    Args:
+        lr: the learning rate.
+    """
+
+    def __init__(self, lr: float) -> None:
+        self._now = _RateState(lr)
+
+    @property
+    def lr(self) -> float:
+        return self._now.lr
+
+    @property
+    def share_left(self) -> float:
+        """The smoothed forgetting loss, as a share of its first value."""
+        now = self._now
+        return now.loss / now.first if now.first > NEGLIGIBLE_LOSS else 0.0
+
+    def follow(self, record: StepRecord) -> None:
+        """Take note of a step; `record.anchor` is the distance that kept features have moved."""
+        if not record.applied:
+            return
+        now = self._now
+        if now.steps == 0:
+            now.first, now.loss, now.distance = record.forget, record.forget, record.anchor
+        else:
+            now.loss = SMOOTHING * now.loss + (1 - SMOOTHING) * record.forget
+            now.distance = SMOOTHING * now.distance + (1 - SMOOTHING) * record.anchor
+        now.steps += 1
+        self._adjust(now)
+
+    def _adjust(self, now: _RateState) -> None:
+        """Change the learning rate after a step."""
+
+    def state(self) -> dict[str, Any]:
+        return asdict(self._now)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._now = _RateState(**state)
+
+
+class LineFollower(Rate):
+    """A learning rate that makes the smoothed forgetting loss follow a falling line.
+
+    It rises while the loss lags behind the line, falls while it leads, and falls while kept
+    features have moved too far, so that one start serves all models.
+
+    Args:
+        line_steps: steps in which the loss should fall to 5 % of its first value.
+    """
+
+    def __init__(self, *, line_steps: int = LINE_STEPS) -> None:
+        super().__init__(FIRST_LR)
+        self._line_steps = line_steps
+
+    def _adjust(self, now: _RateState) -> None:
+        line = now.first * (1 - (1 - LINE_END) * min(1.0, now.steps / self._line_steps))
+        late = max(0, now.steps - self._line_steps)
+        # exp: the bound passes any distance long before the power could overflow.
+        bound = TRUSTED_DISTANCE * math.exp(min(late * math.log(WIDENING), 50.0))
+        if now.distance > bound or now.loss < line:
+            now.lr *= SLOWER
+        elif now.loss > max(line, NEGLIGIBLE_LOSS):
+            now.lr *= FASTER
+        now.lr = min(max(now.lr, LR_RANGE[0]), LR_RANGE[1])
+
+
+class AutomaticPacing:
+    """Runs until the verdict holds, within a budget of steps and damage.
+
+    The verdict is checked every few steps. Once it holds by a margin, or the damage is exceeded, lr
+    fades to 0, which heals damage; if the verdict does not hold then, the run resumes, at most
+    twice. The best weights seen are restored at the end: of forgotten ones those with the least
+    damage, faded ones first; else those with the least residue within `max_damage`.
+
+    Args:
+        rate: the learning rate while forgetting.
+        check: measures the model.
+        weights: copies the trained weights, to CPU.
+        load: puts such a copy back.
+        original: the check of the original, the first candidate for the best weights.
+        max_steps: the budget.
+    """
+
+    def __init__(
+        self,
+        rate: Rate,
+        *,
+        check: Callable[[], Check],
+        weights: Callable[[], dict[str, Tensor]],
+        load: Callable[[dict[str, Tensor]], None],
+        original: Check,
+        max_steps: int,
+    ) -> None:
+        self.total_steps = max_steps
+        self.is_done = False
+        self.limit: str | None = None
+        self._rate = rate
+        self._check = check
+        self._weights = weights
+        self._load = load
+        self._step = 0
+        self._fade_from: tuple[int, float] | None = None  # first step and its lr
+        self._fades = 0
+        self._has_exceeded = False
+        self._best_rank = _rank(original, faded=False)
+        self._best = weights()
+
+    def lr(self, step: int) -> float:
+        if self._fade_from is None:
+            return self._rate.lr
+        start, lr = self._fade_from
+        return lr * max(0.0, 1 - (step - start + 1) / (FADE_STEPS + 1))
+
+    def after_step(self, record: StepRecord) -> None:
+        self._step = record.step
+        if self._fade_from is not None:
+            if record.step - self._fade_from[0] >= FADE_STEPS or record.step == self.total_steps:
+                self._end_fade()
+            return
+        self._rate.follow(record)
+        last = record.step == self.total_steps - FADE_STEPS
+        due = record.step % CHECK_STEPS == 0 and self._rate.share_left <= CHECKED_LOSS
+        if last or due:
+            found = self._check()
+            self._consider(found, faded=False)
+            if last or found.is_safely_forgotten or found.exceeded:
+                self._fade_from = record.step, self._rate.lr
+                self._fades += 1
+        if record.step == self.total_steps:
+            self._finish()
+
+    def _end_fade(self) -> None:
+        found = self._check()
+        self._consider(found, faded=True)
+        is_settled = found.verdict in (FORGOTTEN, OVER_ERASED) or found.exceeded
+        if is_settled or self._fades == MAX_FADES or self._step == self.total_steps:
+            self._finish()
+        else:
+            self._fade_from = None
+
+    def _finish(self) -> None:
+        self._load(self._best)
+        self.is_done = True
+        if self._best_rank[1] == REMEMBERED_RANK:
+            self.limit = "damage" if self._has_exceeded else "steps"
+
+    def _consider(self, found: Check, *, faded: bool) -> None:
+        """Keep the weights if they are better than the best so far."""
+        self._has_exceeded |= found.exceeded
+        rank = _rank(found, faded=faded)
+        if rank < self._best_rank:
+            self._best_rank, self._best = rank, self._weights()
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "is_done": self.is_done,
+            "limit": self.limit,
+            "has_exceeded": self._has_exceeded,
+            "rate": self._rate.state(),
+            "fade_from": self._fade_from,
+            "fades": self._fades,
+            "best_rank": list(self._best_rank),
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        # After the end the best weights are those of the checkpoint itself.
+        return {} if self.is_done else self._best
+
+    def restore(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        self.is_done = state["is_done"]
+        self.limit = state["limit"]
+        self._has_exceeded = state["has_exceeded"]
+        self._rate.restore(state["rate"])
+        self._fade_from = tuple(state["fade_from"]) if state["fade_from"] else None
+        self._fades = state["fades"]
+        self._best_rank = tuple(state["best_rank"])
+        if tensors:
+            self._best = tensors
+
+
+# Ranks of verdicts among the candidates for the best weights; a faded forgotten one is the best.
+FADED_RANK, FORGOTTEN_RANK, OVER_ERASED_RANK, REMEMBERED_RANK = range(4)
+
+
+def _rank(found: Check, *, faded: bool) -> tuple[float, ...]:
+    """Return what orders candidates for the best weights, the smallest first."""
+    verdict = found.verdict
+    if verdict == FORGOTTEN:
+        order = (FADED_RANK if faded else FORGOTTEN_RANK, found.damage)
+    elif verdict == OVER_ERASED:
+        order = (OVER_ERASED_RANK, found.damage)
+    else:
+        order = (REMEMBERED_RANK, found.residue)
+    return (int(found.exceeded), *order)
