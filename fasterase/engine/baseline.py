@@ -245,7 +245,7 @@ class Checks:
 
     def is_forgotten(self) -> bool:
         """Check only whether the verdict is no longer "remembered"."""
-        return self().verdict != REMEMBERED
+        return self._baseline.is_never_known or self().verdict != REMEMBERED
 
 
 def undrawn_rows(sampler: Sampler, steps: int) -> np.ndarray:
