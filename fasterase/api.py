@@ -171,7 +171,7 @@ def unlearn(
         seconds=time.perf_counter() - started,
         encoder=encoder,
         original_weights=original_weights,
-        sets=sets,
+        sets=opened,
     )
     if output is not None:
         result.save(output / "model")
