@@ -17,6 +17,7 @@ from fasterase.evaluation.verdict import REMEMBERED, Trace
 from fasterase.files import write_text
 from fasterase.models.delta import restored_original, save_delta
 from fasterase.models.dual_encoder import DualEncoder
+from fasterase.models.hub import push_model
 from fasterase.objective import EraseLoss
 from fasterase.pairs.skips import Skip
 from fasterase.pairs.source import PairSource
@@ -90,6 +91,44 @@ class UnlearnResult:
             return save_delta(self.encoder, self.original_weights, path)
         self.encoder.save(path)
         return path
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        private: bool = False,
+        commit_message: str = "Upload the model erased with fasterase",
+        token: str | None = None,
+    ) -> str:
+        """Upload the erased model to the Hugging Face hub, and return its URL.
+
+        open_clip loads it as `hf-hub:<name>`, transformers by `from_pretrained(name)`. The model
+        card tells the verdict and how the model was erased, but nothing about the pairs.
+
+        Args:
+            name: `organisation/name`, or `name` for a repository of your own. An existing one gets
+                a new commit.
+            private: make a new repository private; refuse an existing one that is public.
+            commit_message: of that commit.
+            token: of the hub; None: as `hf auth login` or `HF_TOKEN` left it.
+
+        Raises:
+            InputError: `name` is not a repository's name; the hub refuses the token; the repository
+                is public and `private` was asked for. Other errors of the hub are passed on.
+        """
+        facts = [
+            f"forgotten: {'yes' if self.forgotten else 'no'}",
+            f"steps: {len(self.history)}",
+            f"recipe: {describe_recipe(self.config)}",
+        ]
+        return push_model(
+            self.encoder,
+            name,
+            facts=facts,
+            private=private,
+            commit_message=commit_message,
+            token=token,
+        )
 
     def report(self, path: str | os.PathLike[str]) -> Path:
         """Write a report: recipe, losses, forgetting, and the evaluation's table.
