@@ -14,6 +14,7 @@ from fasterase.cli.flags import DemoFlags, EvaluateFlags, SplitFlags, UnlearnFla
 from fasterase.cli.sets import check_sets, split_data
 from fasterase.config import UnlearnConfig, format_yaml
 from fasterase.errors import InputError, MissingExtraError
+from fasterase.files import check_writable
 
 
 def run_command(command: str, values: dict[str, Any]) -> None:
@@ -122,12 +123,7 @@ def _split(values: dict[str, Any]) -> None:
     folder = Path(output)
     if Path(data).resolve().parent == folder.resolve() and Path(data).stem in ("forget", "retain"):
         raise InputError(f"--output_dir={output!r}: the split would replace --data={data!r}.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"--output_dir={output!r} cannot be created ({error.strerror}). Give another path."
-        ) from error
+    check_writable(folder, argument=f"--output_dir={output!r}")
     forget, retain = split_data(values)
     files = write_split(forget, retain, folder)
     print(f"{forget!r}: {files.forget}\n{retain!r}: {files.retain}")

@@ -41,10 +41,8 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def _format_error(error: BaseException) -> str:
-    if isinstance(error, FaseraseError):
-        return " ".join(str(error).split())
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted."
+    if isinstance(error, FaseraseError | KeyboardInterrupt):
+        return " ".join(str(error).split()) or "interrupted."
     found = " ".join(f"{type(error).__name__}: {error}".split())
     return f"{found} (unexpected; --debug shows the traceback)"
 

@@ -245,13 +245,14 @@ def run_steps(
 
 
 def _raise_stopped(number: signal.Signals, step: int, checkpoints: CheckpointFolder | None) -> None:
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
     saved = (
-        f"A checkpoint is in {checkpoints.folder}; run the same command again to continue."
+        f"A checkpoint is in {checkpoints.folder}; make the same call or run the same command "
+        "again to continue."
         if checkpoints
         else "Nothing was saved; give an output_dir to make runs resumable."
     )
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt(f"stopped by Ctrl-C after step {step}. {saved}")
     raise PreemptedError(f"stopped by {number.name} after step {step}. {saved}")
 
 

@@ -82,6 +82,7 @@ def test_wrong_yaml(text, named, tmp_path, capsys):
         (fasterase.NonFiniteError("nan", term="forget", step=3, pair_ids=["a"]), 3),
         (fasterase.PreemptedError("run again"), 75),
         (fasterase.FaseraseError("other"), 1),
+        (fasterase.DiskFullError("No space left on device"), 1),
         (ZeroDivisionError("division by zero"), 1),
         (KeyboardInterrupt(), 130),
     ],
@@ -94,6 +95,20 @@ def test_exit_codes(error, code, unlearn, capsys):
     assert "Traceback" not in printed
     assert main(["unlearn", *REQUIRED, "--debug"]) == code
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (KeyboardInterrupt("stopped by Ctrl-C after step 2. A checkpoint is in d."), "is in d."),
+        (KeyboardInterrupt(), "interrupted."),
+        (fasterase.DiskFullError("No space left on device: a cannot be written."), "No space left"),
+    ],
+)
+def test_an_interruption_and_a_full_disk_say_what_to_do(error, said, unlearn, capsys):
+    unlearn.error = error
+    main(["unlearn", *REQUIRED])
+    assert said in capsys.readouterr().err
 
 
 def test_module_runs_as_a_command_without_torch():
