@@ -155,8 +155,7 @@ def unlearn(
             output_dir=output,
             callback=tracker.followed_by(callback),
         )
-        if outcome.evaluation is not None:
-            tracker.summarise(outcome.evaluation.flat())
+        tracker.summarise(outcome.figures())
     _warn_of_verdict(outcome, config)
     result = UnlearnResult(
         model=encoder.given,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -23,9 +23,10 @@ from fasterase.pairs.skips import Skip
 from fasterase.pairs.source import PairSource
 from fasterase.report.examples import Examples, example_rows
 from fasterase.report.folder import write_report_folder
+from fasterase.report.tables import Section, html_table
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class UnlearnResult:
     """Result of `fasterase.unlearn`.
 
@@ -59,9 +60,9 @@ class UnlearnResult:
     floor: float
     removed_from_retain: Sequence[str]
     seconds: float
-    encoder: DualEncoder = field(repr=False)
-    original_weights: Mapping[str, Tensor] = field(repr=False)
-    sets: Mapping[str, PairSource] = field(repr=False)
+    encoder: DualEncoder
+    original_weights: Mapping[str, Tensor]
+    sets: Mapping[str, PairSource]
 
     @property
     def forgotten(self) -> bool:
@@ -72,6 +73,28 @@ class UnlearnResult:
     def residue(self) -> float | None:
         """Mean residue of the forget set: 1 known, 0.5 no trace, 0 loudly absent; or None."""
         return self.traces["forget"].residue if "forget" in self.traces else None
+
+    def __repr__(self) -> str:
+        return "\n  ".join(["UnlearnResult:", *(f"{k}: {v}" for k, v in self._facts().items())])
+
+    def _repr_html_(self) -> str:
+        """Show a table in a notebook."""
+        rows = [[fact, value] for fact, value in self._facts().items()]
+        table = html_table(["", "erasure"], [Section("", rows)], left=2)
+        return table if self.evaluation is None else table + self.evaluation._repr_html_()
+
+    def _facts(self) -> dict[str, str]:
+        """What fits on one screen: neither weights nor history."""
+        facts = {
+            "model": self.encoder.name,
+            "verdict": self.verdict or "none",
+            **({} if self.residue is None else {"residue": f"{self.residue:.2f}"}),
+            "steps": f"{len(self.history):,}",
+            "seconds": f"{self.seconds:.1f}",
+        }
+        if self.config.output_dir is not None:
+            facts["saved in"] = self.config.output_dir
+        return facts
 
     def save(self, folder: str | os.PathLike[str], *, delta: bool = False) -> Path:
         """Write the erased model so that open_clip (`local-dir:`) or `from_pretrained` loads it.
@@ -116,15 +139,13 @@ class UnlearnResult:
             InputError: `name` is not a repository's name; the hub refuses the token; the repository
                 is public and `private` was asked for. Other errors of the hub are passed on.
         """
-        facts = [
-            f"forgotten: {'yes' if self.forgotten else 'no'}",
-            f"steps: {len(self.history)}",
-            f"recipe: {describe_recipe(self.config)}",
-        ]
+        facts = {**self._facts(), "recipe": describe_recipe(self.config)}
+        # The others may name folders of this machine.
+        told = [fact for fact in facts if fact not in ("model", "saved in")]
         return push_model(
             self.encoder,
             name,
-            facts=facts,
+            facts=[f"{fact}: {facts[fact]}" for fact in told],
             private=private,
             commit_message=commit_message,
             token=token,

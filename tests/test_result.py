@@ -14,6 +14,7 @@ from torch import nn
 import fasterase
 from fasterase.config import UnlearnConfig
 from fasterase.engine.history import StepRecord
+from fasterase.evaluation.verdict import Trace
 from fasterase.pairs.skips import Skip
 from fasterase.result import UnlearnResult
 from tests import small_models
@@ -22,29 +23,39 @@ from tests.tiny_model import same_weights
 QUIET = {"progress": False, "evaluation": None}
 
 
+TRACE = Trace(0.7, 0.5, 0.1, 0.02, 0.3, 0.05, 38)
+
+
+def short_result(steps: int, **fields) -> UnlearnResult:
+    """A result without a run behind it."""
+    terms = dict.fromkeys(("total", "forget", "retain", "consistency", "anchor"), 0.25)
+    values = {
+        "model": nn.Identity(),
+        "history": [StepRecord(terms)] * steps,
+        "evaluation": SimpleNamespace(
+            table=lambda: "THE TABLE", _repr_html_=lambda: "<table>EVALUATION</table>"
+        ),
+        "verdict": "forgotten",
+        "traces": {"forget": TRACE},
+        "config": UnlearnConfig(betas=(0.5, 0.75)),
+        "skipped": [Skip("retain[3]", "image holds NaN values")],
+        "floor": 0.1,
+        "removed_from_retain": ["retain[5]"],
+        "seconds": 12.0,
+        "encoder": SimpleNamespace(name="ViT-B-32/<tag>"),
+        "original_weights": {},
+        "sets": {},
+    }
+    return UnlearnResult(**{**values, **fields})
+
+
 @pytest.mark.parametrize("steps", [0, 2])
 def test_report(tmp_path, steps):
-    terms = dict.fromkeys(("total", "forget", "retain", "consistency", "anchor"), 0.25)
     path = tmp_path / "new" / "report.md"
-    result = UnlearnResult(
-        model=nn.Identity(),
-        history=[StepRecord(terms)] * steps,
-        evaluation=SimpleNamespace(table=lambda: "THE TABLE"),  # type: ignore[arg-type]
-        forgotten=False,
-        config=UnlearnConfig(betas=(0.5, 0.75)),
-        skipped=[Skip("retain[3]", "image holds NaN values")],
-        floor=0.1,
-        excess=0.034,
-        removed_from_retain=["retain[5]"],
-        seconds=12.0,
-        encoder=None,  # type: ignore[arg-type]
-        original_weights={},
-        sets={},
-    )
+    result = short_result(steps)
     assert result.report(path) == path
     text = path.read_text()
-    assert "forgotten: **no**" in text
-    assert "+0.100: 0.0340" in text
+    assert "verdict: **forgotten**" in text
     assert "THE TABLE" in text
     assert "- retain[3]: image holds NaN values" in text
     assert ("| last step | 0.2500 |" in text) == bool(steps)
@@ -88,3 +99,28 @@ def test_without_matplotlib_all_but_the_plot_is_written(result, tmp_path, monkey
         result.report(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"report.md", "pictures.png"}
     assert "losses.png" not in (tmp_path / "report.md").read_text()
+
+
+def test_repr_fits_one_screen():
+    saved = short_result(2000, config=UnlearnConfig(output_dir="runs/apples"))
+    assert repr(saved).splitlines() == [
+        "UnlearnResult:",
+        "  model: ViT-B-32/<tag>",
+        "  verdict: forgotten",
+        "  residue: 0.60",
+        "  steps: 2,000",
+        "  seconds: 12.0",
+        "  saved in: runs/apples",
+    ]
+    unjudged = repr(short_result(0, verdict=None, traces={}))
+    assert "verdict: none" in unjudged
+    assert "residue" not in unjudged
+    assert "saved" not in unjudged
+
+
+def test_a_notebook_shows_tables():
+    table = short_result(1)._repr_html_()
+    assert "ViT-B-32/&lt;tag&gt;" in table
+    assert '<td style="text-align: left">forgotten</td>' in table
+    assert table.endswith("<table>EVALUATION</table>")
+    assert "EVALUATION" not in short_result(1, evaluation=None)._repr_html_()

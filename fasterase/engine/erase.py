@@ -83,6 +83,11 @@ class Outcome:
     evaluation: Evaluation | None
     limit: str | None
 
+    def figures(self) -> dict[str, float]:
+        """Return `set/name` -> value of what is left of each set, and of the evaluation."""
+        residues = {f"{name}/residue": trace.residue for name, trace in self.traces.items()}
+        return residues | ({} if self.evaluation is None else self.evaluation.flat())
+
 
 def erase(
     model: DualEncoder,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import textwrap
 from dataclasses import asdict, dataclass, field
@@ -12,7 +13,7 @@ from typing import Any
 from fasterase.errors import InputError
 from fasterase.evaluation.metrics import METRICS, Metric
 from fasterase.files import write_text
-from fasterase.report.tables import Section, markdown_table, text_table
+from fasterase.report.tables import Section, html_table, markdown_table, text_table
 
 Scores = dict[str, dict[str, float]]
 
@@ -103,6 +104,12 @@ class Evaluation:
         title = f"# Evaluation of {self.settings['model']}"
         parts = (title, table, self._describe_verdicts(), self._legend())
         return "\n\n".join(filter(None, parts)) + "\n"
+
+    def _repr_html_(self) -> str:
+        """Show the table in a notebook."""
+        table = html_table(self._columns([*self.references]), self._sections(), left=2)
+        notes = filter(None, (self._describe_verdicts(), self._legend()))
+        return table + "".join(f"<p>{html.escape(note)}</p>" for note in notes)
 
     def report(self, path: str | PathLike[str]) -> Path:
         """Write the report to `path`: Markdown, or JSON if the name ends in `.json`.

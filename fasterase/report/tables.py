@@ -1,7 +1,8 @@
-"""Format tables with titled sections, as aligned plain text and as Markdown."""
+"""Format tables with titled sections, as aligned plain text, as Markdown and as HTML."""
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -54,6 +55,28 @@ def markdown_table(columns: Sequence[str], sections: Sequence[Section], *, left:
         table = "\n".join(f"| {' | '.join(map(_escape_bars, row))} |" for row in rows)
         blocks.append(f"## {section.title}\n\n{table}")
     return "\n\n".join(blocks)
+
+
+def html_table(columns: Sequence[str], sections: Sequence[Section], *, left: int) -> str:
+    """Format a table as HTML, for notebooks; each title is a row of its own."""
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        sides = ["left"] * left + ["right"] * (len(cells) - left)
+        styled = [
+            f'<{tag} style="text-align: {side}">{html.escape(cell)}</{tag}>'
+            for cell, side in zip(cells, sides, strict=True)
+        ]
+        return f"<tr>{''.join(styled)}</tr>"
+
+    lines = []
+    for section in sections:
+        if section.title:
+            title = html.escape(section.title)
+            heading = f'<th colspan="{len(columns)}" style="text-align: left">{title}</th>'
+            lines.append(f"<tr>{heading}</tr>")
+        lines += [line(row, "td") for row in section.rows]
+    head = f"<thead>{line(columns, 'th')}</thead>"
+    return f"<table>{head}<tbody>{''.join(lines)}</tbody></table>"
 
 
 def _escape_bars(cell: str) -> str:

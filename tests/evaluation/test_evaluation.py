@@ -83,3 +83,12 @@ def test_other_files_are_no_evaluation(tmp_path: Path, text: str) -> None:
 def test_to_dict_is_a_copy() -> None:
     EVALUATION.to_dict()["forget"]["median_rank"] = -1
     assert EVALUATION.scores["forget"]["median_rank"] == 512
+
+
+def test_a_notebook_shows_the_table() -> None:
+    shown = EVALUATION._repr_html_()
+    assert shown.count("<tr>") == 1 + 2 * (1 + 3)
+    assert "image-&gt;text R@1, %" in shown
+    assert '<th colspan="7" style="text-align: left">forget (1 pair, to forget)</th>' in shown
+    assert shown.count("<table>") == shown.count("</table>") == 1
+    assert "should fall to chance" in shown

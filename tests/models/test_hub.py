@@ -69,11 +69,11 @@ def result(module, **options) -> UnlearnResult:
         model=encoder.module,
         history=[],
         evaluation=None,
-        forgotten=True,
+        verdict="forgotten",
+        traces={},
         config=UnlearnConfig(lr=3e-5, output_dir="/home/me/secret"),
         skipped=[],
         floor=0.0,
-        excess=0.0,
         removed_from_retain=[],
         seconds=1.0,
         encoder=encoder,
@@ -95,7 +95,7 @@ def test_an_open_clip_model_is_uploaded_with_a_card(hub):
     header, text = card(hub.folder / "org/erased")
     assert header["library_name"] == "open_clip"
     assert {"fasterase", "machine-unlearning"} <= set(header["tags"])
-    assert "forgotten" in text
+    assert "verdict: forgotten" in text
     assert "lr=3e-05" in text
     assert "secret" not in text
     assert 'create_model_and_transforms("hf-hub:org/erased")' in text
