@@ -16,7 +16,16 @@ from fasterase.pairs.classes import class_number
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.source import Record
 
-IMAGE_KEYS = ("image", "pixel_values", "filepath", "image_path", "path", "file_name", "filename")
+IMAGE_KEYS = (
+    "image",
+    "pixel_values",
+    "filepath",
+    "image_path",
+    "path",
+    "file_name",
+    "filename",
+    "img",
+)
 TEXT_KEYS = ("text", "caption", "input_ids", "title", "texts", "captions")
 
 

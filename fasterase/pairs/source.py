@@ -216,7 +216,7 @@ class ImageFiles(EncodedSource):
         return os.path.realpath(self.path(index))
 
 
-class Subset(PairSource):
+class Subset(PairSource, Sequence[Record]):
     """Selected rows of another source, in the given order: a sequence of `(image, text)` pairs.
 
     A slice of it is another view; nothing is read before an item is asked for.

@@ -166,6 +166,10 @@ class TestHuggingFace:
         named = open_pairs(source, name="x", text_key="label")
         assert captions(named) == [["apple"], ["sea lion"], ["sea lion"]]
 
+    def test_columns_of_cifar(self, picture):
+        source = self.dataset(picture, fine_label=[0, 1, 1]).rename_column("image", "img")
+        assert open_pairs(source, name="x")[1].text == "sea lion"
+
     def test_several_label_columns_need_a_choice(self, picture):
         source = self.dataset(picture, fine=[0, 1, 1], coarse=[0, 0, 0])
         with pytest.raises(InputError, match=r"'fine', 'coarse'.*`text_key`"):

@@ -51,10 +51,10 @@ def test_frame_of_paths(pictures, monkeypatch):
 
 
 def test_keys_name_columns(pictures):
-    frame = pandas.DataFrame({"img": [str(pictures / "2.png")], "title": ["no"], "alt": [["a"]]})
-    pairs = open_pairs(frame, name="x", image_key="img", text_key="alt")
+    frame = pandas.DataFrame({"photo": [str(pictures / "2.png")], "title": ["no"], "alt": [["a"]]})
+    pairs = open_pairs(frame, name="x", image_key="photo", text_key="alt")
     assert (shade(pairs, 0), pairs[0].text) == (2, "a")
-    with pytest.raises(InputError, match=r"`x`: `image_key`: no column 'i'.*\['img', 'title'"):
+    with pytest.raises(InputError, match=r"`x`: `image_key`: no column 'i'.*\['photo', 'title'"):
         open_pairs(frame, name="x", image_key="i")
     with pytest.raises(InputError, match=r"`x`: no column named .*`image_key`"):
         open_pairs(frame, name="x")

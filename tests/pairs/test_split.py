@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import shutil
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -137,6 +138,7 @@ def test_subsets_delegate(items):
 
 def test_results_are_sequences_of_pairs(items):
     part, _ = split(items, forget="apple")
+    assert isinstance(part, Sequence)
     assert len(part) == 4
     image, text = part[np.int64(2)]
     assert torch.equal(image, items[2][0])
