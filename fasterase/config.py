@@ -23,6 +23,8 @@ COMMAND_KEYS = (
     "forget",
     "retain",
     "holdout",
+    "sets",
+    "forget_sets",
     "data",
     "forget_expression",
     "forget_ids",

@@ -17,8 +17,8 @@ from fasterase.errors import InputError, MissingExtraError
 from fasterase.files import check_writable
 
 
-def run_command(command: str, values: dict[str, Any]) -> None:
-    """Run a sub-command.
+def run_command(command: str, values: dict[str, Any]) -> str | None:
+    """Run a sub-command; return the verdict, if it comes to one.
 
     Args:
         command: `"unlearn"`, `"evaluate"`, `"split"`, `"demo"` or `"compile"`.
@@ -28,18 +28,19 @@ def run_command(command: str, values: dict[str, Any]) -> None:
         InputError: a required flag is missing, or a value cannot be used.
     """
     if command == "unlearn":
-        _unlearn(values)
-    elif command == "evaluate":
-        _evaluate(values)
-    elif command == "split":
+        return _unlearn(values)
+    if command == "evaluate":
+        return _evaluate(values)
+    if command == "split":
         _split(values)
     elif command == "demo":
         _run_demo(values)
     else:
         _compile_kernels()
+    return None
 
 
-def _unlearn(values: dict[str, Any]) -> None:
+def _unlearn(values: dict[str, Any]) -> str | None:
     """Erase and print the evaluation; with `print_config` only print the configuration."""
     only_print = values.pop("print_config", False)
     inputs, fields = _split_values(values, UnlearnFlags)
@@ -48,7 +49,7 @@ def _unlearn(values: dict[str, Any]) -> None:
     config = recipe(**fields)
     if only_print:
         print(format_yaml({**inputs, **config.to_dict()}), end="")
-        return
+        return None
     model, forget, retain = _require_sets("unlearn", values, further=("output_dir",))
     result = fasterase.unlearn(
         model,
@@ -56,16 +57,19 @@ def _unlearn(values: dict[str, Any]) -> None:
         retain,
         config=config,
         holdout=flags.holdout,
+        sets=_parse_named("sets", flags.sets),
+        forget_sets=_parse_named("forget_sets", flags.forget_sets),
         image_key=flags.image_key,
         text_key=flags.text_key,
     )
     if result.evaluation is not None:
         print(result.evaluation.table())
     _write_report(result, Path(config.output_dir or ""))
-    state = "forgotten" if result.forgotten else "not forgotten, see the warning"
+    verdict = result.verdict or "no verdict"
     print(
-        f"Done in {result.seconds:.0f} s: {state}. Model, history and report: {config.output_dir}"
+        f"Done in {result.seconds:.0f} s: {verdict}. Model, history and report: {config.output_dir}"
     )
+    return result.verdict
 
 
 def _write_report(result: fasterase.UnlearnResult, output_dir: Path) -> None:
@@ -76,41 +80,36 @@ def _write_report(result: fasterase.UnlearnResult, output_dir: Path) -> None:
         warnings.warn(f"The report has no loss plot: {error}", stacklevel=2)
 
 
-def _evaluate(values: dict[str, Any]) -> None:
+def _evaluate(values: dict[str, Any]) -> str | None:
     """Measure, print the table, and write it to `output` if given."""
     from fasterase.evaluation.evaluation import check_report_path
-    from fasterase.pairs.open import open_pairs
 
     flags = EvaluateFlags(**values)
     model, forget, retain = _require_sets("evaluate", values)
-    paths = {"forget": forget, "retain": retain}
-    if flags.holdout is not None:
-        paths["holdout"] = flags.holdout
-    further = _parse_named("sets", flags.sets)
-    for name in further:
-        if name in ("forget", "retain", "holdout"):
-            raise InputError(f"--sets: the name {name} is taken; use --{name}.")
     if flags.output is not None:
         check_report_path(Path(flags.output), argument="--output")
-    sources = {
-        name: open_pairs(path, name=name, image_key=flags.image_key, text_key=flags.text_key)
-        for name, path in {**paths, **further}.items()
-    }
     evaluation = fasterase.evaluate(
         model,
-        sources["forget"],
-        sources["retain"],
-        holdout=sources.get("holdout"),
-        sets={name: sources[name] for name in further},
+        forget,
+        retain,
+        holdout=flags.holdout,
+        sets=_parse_named("sets", flags.sets),
+        forget_sets=_parse_named("forget_sets", flags.forget_sets),
+        image_key=flags.image_key,
+        text_key=flags.text_key,
         original=flags.original,
         references=_parse_named("references", flags.references),
         class_names=None if flags.class_names is None else _read_lines(flags.class_names),
         max_pairs=flags.max_pairs,
         seed=flags.seed,
+        device=flags.device,
+        num_workers=flags.num_workers,
+        progress=flags.progress,
     )
     print(evaluation.table())
     if flags.output is not None:
         print(f"Written to {evaluation.report(flags.output)}.")
+    return evaluation.verdict
 
 
 def _split(values: dict[str, Any]) -> None:

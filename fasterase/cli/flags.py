@@ -25,12 +25,18 @@ class SetFlags:
             pattern (`shards/{000..099}.tar`).
         retain: pairs to keep, in any of the same forms.
         holdout: pairs in neither set, only measured, in any of the same forms.
+        sets: further pairs that should be kept, only measured, each set as NAME=PATH (in YAML also
+            a mapping).
+        forget_sets: further pairs that should be forgotten as well, such as pictures that were not
+            trained on, only measured, each set as NAME=PATH. The verdict is the worst over all.
     """
 
     model: str | None = None
     forget: str | None = None
     retain: str | None = None
     holdout: str | None = None
+    sets: list[str] | dict[str, str] | str = dataclasses.field(default_factory=list)
+    forget_sets: list[str] | dict[str, str] | str = dataclasses.field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -81,11 +87,6 @@ class UnlearnFlags(DataFlags, SetFlags):
 class EvaluateFlags(DataFlags, SetFlags):
     """Flags of `fasterase evaluate`.
 
-    > Model and pairs
-
-    Args:
-        sets: further sets of pairs, each as NAME=PATH (in YAML also a mapping).
-
     > Comparison
 
     Args:
@@ -99,15 +100,20 @@ class EvaluateFlags(DataFlags, SetFlags):
         class_names: text file with one class name per line, for zero-shot accuracy.
         max_pairs: number of pairs to measure per set, drawn with `seed`.
         seed: seed of the draw and of the bootstrap intervals.
+        device: where to run, such as `cuda:0`. `none`: the best available device.
+        num_workers: processes that load and decode pairs.
+        progress: show progress bars.
         output: also write the result to this file: the values as `.json`, or the report as `.md`.
     """
 
-    sets: list[str] | dict[str, str] | str = dataclasses.field(default_factory=list)
     original: str | None = None
     references: list[str] | dict[str, str] | str = dataclasses.field(default_factory=list)
     class_names: str | None = None
     max_pairs: int = 5000
     seed: int = 0
+    device: str | None = None
+    num_workers: int = 0
+    progress: bool = True
     output: str | None = None
 
 

@@ -16,6 +16,7 @@ EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_WRONG_INPUT = 2
 EXIT_NON_FINITE = 3
+EXIT_REMEMBERED = 4
 EXIT_PREEMPTED = 75
 EXIT_INTERRUPTED = 130
 
@@ -27,13 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             parsed = parse(argv)
-            run_command(parsed.command, parsed.values)
+            verdict = run_command(parsed.command, parsed.values)
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in argv:
             traceback.print_exc()
         print(f"fasterase: error: {_format_error(error)}", file=sys.stderr)
         return _exit_code_of(error)
-    return EXIT_DONE
+    return EXIT_REMEMBERED if verdict == "remembered" else EXIT_DONE
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -48,13 +48,17 @@ measurement to D/evaluation.json. Run the same command again after an interrupti
 the last checkpoint. `-` and `_` in flags are the same, `none` and `null` mean no value, and a flag
 overrides the same key in the YAML file.
 
-exit codes: 0 done, 2 wrong input, 3 losses stayed non-finite, 75 preempted after a checkpoint
-(run again), 130 Ctrl-C (run again), 1 anything else.""",
+exit codes: 0 done, 2 wrong input, 3 losses stayed non-finite, 4 done but the verdict is
+"remembered", 75 preempted after a checkpoint (run again), 130 Ctrl-C (run again), 1 anything
+else.""",
     "evaluate": """\
 examples:
   fasterase evaluate --model runs/one/model --forget forget.csv --retain retain.csv
   fasterase evaluate --model runs/one/model --original ViT-B-32/laion2b_s34b_b79k \\
-      --forget forget.csv --retain retain.csv --sets neighbours=near.csv --output report.md""",
+      --forget forget.csv --retain retain.csv --sets neighbours=near.csv \\
+      --forget_sets unseen=unseen.csv --output report.md
+
+exit codes: 0 done, 2 wrong input, 4 the verdict is "remembered", 1 anything else.""",
     "split": """\
 examples:
   fasterase split --data pairs.csv --forget_expression '\\bapples?\\b' --output_dir sets

@@ -15,6 +15,7 @@ class FakeApi:
     def __init__(self) -> None:
         self.calls: list[tuple[tuple, dict]] = []
         self.error: BaseException | None = None
+        self.verdict: str | None = "forgotten"
         self.reports: list[object] = []
         self.report_error: BaseException | None = None
 
@@ -24,7 +25,11 @@ class FakeApi:
             raise self.error
         table = SimpleNamespace(table=lambda: "THE TABLE", report=lambda path: path)
         return SimpleNamespace(
-            evaluation=table, forgotten=True, seconds=1.0, table=table.table, report=self.report
+            evaluation=table,
+            verdict=self.verdict,
+            seconds=1.0,
+            table=table.table,
+            report=self.report,
         )
 
     def report(self, path: object) -> object:

@@ -81,23 +81,54 @@ def test_unlearn_does_without_the_plot_if_matplotlib_is_missing(unlearn, capsys)
 
 
 def test_evaluate(evaluate, tmp_path, capsys):
-    for name in ("forget", "retain", "near"):
-        (tmp_path / f"{name}.csv").write_text("filepath,title\na.png,apple\n")
     (tmp_path / "classes.txt").write_text("apple\n\n pear \n")
-    flags = ["--model", "m", "--forget", str(tmp_path / "forget.csv")]
-    flags += ["--retain", str(tmp_path / "retain.csv"), "--sets", f"near={tmp_path / 'near.csv'}"]
+    flags = [*REQUIRED[:-2], "--image_key", "img", "--text_key", "alt"]
+    flags += ["--device", "cpu", "--num_workers", "3", "--progress", "false"]
     flags += ["--references", "retrained=other", "--original", "m0", "--max-pairs", "9"]
     flags += ["--class_names", str(tmp_path / "classes.txt"), "--output", "report.md"]
     assert main(["evaluate", *flags]) == 0
-    (model, forget, retain), kwargs = evaluate.calls[0]
-    assert (model, forget.name, retain.name) == ("m", "forget", "retain")
-    assert kwargs["sets"]["near"].name == "near"
-    assert kwargs["holdout"] is None
-    assert kwargs["original"] == "m0"
-    assert kwargs["references"] == {"retrained": "other"}
-    assert kwargs["class_names"] == ["apple", "pear"]
-    assert kwargs["max_pairs"] == 9
+    args, kwargs = evaluate.calls[0]
+    assert args == ("m", "f.csv", "r.csv")
+    assert kwargs == {
+        "holdout": None,
+        "sets": {},
+        "forget_sets": {},
+        "image_key": "img",
+        "text_key": "alt",
+        "original": "m0",
+        "references": {"retrained": "other"},
+        "class_names": ["apple", "pear"],
+        "max_pairs": 9,
+        "seed": 0,
+        "device": "cpu",
+        "num_workers": 3,
+        "progress": False,
+    }
     assert "THE TABLE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["unlearn", "evaluate"])
+def test_further_sets_to_keep_and_to_forget(command, request):
+    api = request.getfixturevalue(command)
+    flags = REQUIRED if command == "unlearn" else REQUIRED[:-2]
+    sets = ["--sets", "near=n.csv", "forget-this=a=b.csv", "--sets=far=shards/{0..9}.tar"]
+    assert main([command, *flags, *sets, "--forget_sets", "unseen=u.csv"]) == 0
+    _, kwargs = api.calls[0]
+    assert kwargs["sets"] == {
+        "near": "n.csv",
+        "forget-this": "a=b.csv",
+        "far": "shards/{0..9}.tar",
+    }
+    assert kwargs["forget_sets"] == {"unseen": "u.csv"}
+
+
+def test_further_sets_in_yaml(unlearn, tmp_path):
+    file = tmp_path / "erase.yaml"
+    file.write_text("sets: {near: n.csv}\nforget_sets: [unseen=u.csv, hidden=h.csv]\n")
+    assert main(["unlearn", *REQUIRED, "--config", str(file)]) == 0
+    _, kwargs = unlearn.calls[0]
+    assert kwargs["sets"] == {"near": "n.csv"}
+    assert kwargs["forget_sets"] == {"unseen": "u.csv", "hidden": "h.csv"}
 
 
 @pytest.mark.parametrize("output", ["report.pdf", ".", "file/report.md"])

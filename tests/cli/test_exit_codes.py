@@ -39,7 +39,10 @@ from tests.cli.fake_api import REQUIRED
         (["--versio"], "--version"),
         (["evaluate", "--model", "m"], "--forget, --retain"),
         (["evaluate", *REQUIRED[:-2], "--sets", "near.csv"], "NAME=WHERE"),
-        (["evaluate", *REQUIRED[:-2], "--sets", "retain=x.csv"], "taken"),
+        (["evaluate", *REQUIRED[:-2], "--sets", "a=x", "a=y"], "the name a is given twice"),
+        (["evaluate", *REQUIRED[:-2], "--forget_sets", "=x.csv"], "NAME=WHERE"),
+        (["evaluate", *REQUIRED[:-2], "--sets", "retain=x.csv"], "'retain' is an argument"),
+        (["evaluate", *REQUIRED[:-2], "--num_workers", "many"], "num_workers='many'"),
         (["evaluate", "--lr", "3"], "--lr"),
     ],
 )
@@ -109,6 +112,22 @@ def test_an_interruption_and_a_full_disk_say_what_to_do(error, said, unlearn, ca
     unlearn.error = error
     main(["unlearn", *REQUIRED])
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["unlearn", "evaluate"])
+@pytest.mark.parametrize(
+    ("verdict", "code"),
+    [("remembered", 4), ("forgotten", 0), ("over-erased", 0), ("never known", 0), (None, 0)],
+)
+def test_a_verdict_of_remembered_has_an_exit_code(command, verdict, code, request, capsys):
+    api = request.getfixturevalue(command)
+    api.verdict = verdict
+    flags = REQUIRED if command == "unlearn" else REQUIRED[:-2]
+    assert main([command, *flags]) == code
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    if command == "unlearn":
+        assert f"Done in 1 s: {verdict or 'no verdict'}." in printed.out
 
 
 def test_module_runs_as_a_command_without_torch():
