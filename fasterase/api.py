@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from fasterase.config import UnlearnConfig, describe_recipe
+from fasterase.config import UnlearnConfig, describe_recipe, parse_value
 from fasterase.encode import PairEncoder
 from fasterase.engine.erase import Outcome, check_environment, erase
 from fasterase.engine.history import StepRecord
-from fasterase.engine.model_state import best_device, borrowed, resolve_device
+from fasterase.engine.model_state import best_device, borrowed, placed, resolve_device
 from fasterase.engine.trackers import tracking
 from fasterase.errors import InputError
 from fasterase.evaluation.evaluation import Evaluation
@@ -199,6 +199,9 @@ def evaluate(
     preprocess: Any = None,
     image_key: str | None = None,
     text_key: str | None = None,
+    device: str | None = None,
+    num_workers: int = 0,
+    progress: bool = True,
 ) -> Evaluation:
     """Measure how well a model still knows the pairs to forget, and all others.
 
@@ -231,6 +234,10 @@ def evaluate(
         tokenizer: reads string captions; used for every model here; see `fasterase.unlearn`.
         preprocess: turns images into tensors; used for every model here.
         image_key, text_key: columns of tables, keys of dicts and fields of tar samples.
+        device: where to measure, such as `"cuda:0"`; a model passed in is moved back afterwards.
+            None: where the model is, or the best available device for one given by name.
+        num_workers: processes that load and decode pairs.
+        progress: show progress bars.
 
     Pairs that cannot be read are left out for all models, and named in a warning.
 
@@ -243,6 +250,8 @@ def evaluate(
         forget, retain, holdout, sets, forget_sets, image_key=image_key, text_key=text_key
     )
     others = _named_models(original, references)
+    if parse_value("num_workers", num_workers, int) < 0:
+        raise InputError(f"num_workers={num_workers} must be 0 or more.")
     evaluator = Evaluator(
         sources,
         forget_sets=to_forget,
@@ -256,7 +265,11 @@ def evaluate(
     def measure(name: str, each: Model) -> Measurement:
         # One model at a time, so that of models given by name only one is in memory.
         encoder = _load_compared(name, each, tokenizer, preprocess)
-        return evaluator.measure(PairEncoder(encoder, ledger=ledger))
+        named = isinstance(each, (str, os.PathLike))
+        default = best_device() if named else encoder.device
+        with placed(encoder, device=resolve_device(device, default=default)):
+            pairs = PairEncoder(encoder, ledger=ledger, num_workers=num_workers, progress=progress)
+            return evaluator.measure(pairs)
 
     measured = measure("model", model)
     compared = {name: measure(name, other) for name, other in others.items()}

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import nn
 
 import fasterase
+from fasterase.encode import PairEncoder
+from fasterase.engine.model_state import placed
 from fasterase.errors import InputError
 from tests import small_models
 from tests.evaluation.lookup_model import LookupModel, picture
@@ -105,6 +108,36 @@ def test_strings_go_through_the_given_tokenizer_and_pictures_through_preprocess(
     assert 0 <= found.to_dict()["retain"]["zero_shot_accuracy"] <= 1
 
 
+def test_workers_progress_and_device_reach_the_encoder(monkeypatch) -> None:
+    made = []
+
+    def encoder(model: Any, **options: Any) -> PairEncoder:
+        made.append({**options, "device": str(model.device)})
+        return PairEncoder(model, **options)
+
+    monkeypatch.setattr("fasterase.api.PairEncoder", encoder)
+    fasterase.evaluate(lookup_model(), FORGET, RETAIN, device="cpu", num_workers=1, progress=False)
+    assert (made[0]["num_workers"], made[0]["progress"], made[0]["device"]) == (1, False, "cpu")
+
+
+def test_progress_is_shown_unless_switched_off(capsys) -> None:
+    fasterase.evaluate(lookup_model(), FORGET, RETAIN, progress=False)
+    assert capsys.readouterr().err == ""
+    fasterase.evaluate(lookup_model(), FORGET, RETAIN)
+    assert "measuring (retain)" in capsys.readouterr().err
+
+
+def test_a_model_is_moved_for_the_measurement_and_back() -> None:
+    moves: list[object] = []
+    module = SimpleNamespace(to=moves.append)
+    model = cast(Any, SimpleNamespace(device=torch.device("cpu"), module=module))
+    with placed(model, device=torch.device("cuda:1")):
+        assert moves == [torch.device("cuda:1")]
+    assert moves == [torch.device("cuda:1"), torch.device("cpu")]
+    with placed(model, device=torch.device("cpu")):
+        assert len(moves) == 2
+
+
 def test_broken_pairs_are_named_in_a_warning() -> None:
     broken = [*FORGET, (torch.full((3, 1, 1), torch.nan), "cat")]
     with pytest.warns(UserWarning, match=r"1 broken pairs.*forget\[1\]"):
@@ -129,6 +162,8 @@ def test_broken_pairs_are_named_in_a_warning() -> None:
         ({"max_pairs": 0}, "max_pairs=0"),
         ({"max_pairs": 2.5}, "max_pairs=2.5"),
         ({"seed": "x"}, "seed='x'"),
+        ({"num_workers": -1}, "num_workers=-1 must be 0 or more"),
+        ({"device": "cuda:99"}, "device='cuda:99' cannot be used here"),
         ({"class_names": ["cat"]}, "class_names has 1 distinct names"),
         ({"class_names": 3}, "class_names=3"),
         ({"templates": ["a photo"]}, "templates: 'a photo'"),

@@ -95,6 +95,21 @@ def _floating(module: nn.Module) -> Iterator[torch.Tensor]:
             yield tensor
 
 
+@contextmanager
+def placed(model: DualEncoder, *, device: torch.device) -> Iterator[None]:
+    """Move the model to `device`, and back afterwards."""
+    home = model.device
+    # Quantised models refuse to be moved, even to where they are.
+    moves = device != home
+    if moves:
+        model.module.to(device)
+    try:
+        yield
+    finally:
+        if moves:
+            model.module.to(home)
+
+
 def resolve_device(device: str | None, *, default: torch.device) -> torch.device:
     """Return `device`, or `default` if it is None.
 
