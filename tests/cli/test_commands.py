@@ -158,7 +158,7 @@ def test_demo_passes_only_what_was_given(monkeypatch):
     }
 
 
-@pytest.mark.filterwarnings("ignore:not forgotten")
+@pytest.mark.filterwarnings("ignore:verdict")
 def test_unlearn_and_evaluate_on_a_saved_model(tmp_path, capsys):
     from fasterase.models.load import load_model
 
@@ -171,7 +171,8 @@ def test_unlearn_and_evaluate_on_a_saved_model(tmp_path, capsys):
             (tmp_path / name / f"{colour}.txt").write_text(f"a {colour} square")
     pairs = ["--forget", str(tmp_path / "forget"), "--retain", str(tmp_path / "retain")]
     folder = tmp_path / "out"
-    flags = ["--output_dir", str(folder), "--max_steps", "2", "--progress", "false"]
+    flags = ["--output_dir", str(folder), "--max_steps", "2", "--lr", "1e-5"]
+    flags += ["--progress", "false", "--forget_sets", f"unseen={tmp_path / 'forget'}"]
     assert main(["unlearn", "--model", str(tmp_path / "original"), *pairs, *flags]) == 0
     assert str(folder) in capsys.readouterr().out
     assert len((folder / "history.jsonl").read_text().splitlines()) == 2
@@ -181,9 +182,14 @@ def test_unlearn_and_evaluate_on_a_saved_model(tmp_path, capsys):
 
     report = tmp_path / "report.json"
     flags = ["--original", str(tmp_path / "original"), "--sets", f"near={tmp_path / 'forget'}"]
-    flags += ["--output", str(report)]
+    flags += ["--forget_sets", f"unseen={tmp_path / 'forget'}", "--output", str(report)]
     assert main(["evaluate", "--model", str(folder / "model"), *pairs, *flags]) == 0
-    assert set(json.loads(report.read_text())["scores"]) == {"forget", "retain", "near"}
+    assert set(json.loads(report.read_text())["scores"]) == {
+        "forget",
+        "unseen",
+        "retain",
+        "near",
+    }
 
     missing = ["--forget", "missing.csv", "--retain", str(tmp_path / "retain")]
     missing += ["--output_dir", str(tmp_path / "refused")]
