@@ -80,7 +80,7 @@ def unlearn(
             class-per-folder directory; a folder of `x.jpg` + `x.txt`; a WebDataset pattern; what
             `fasterase.split` returned. An image that is a float tensor (3, H, W) counts as
             preprocessed; a text is a str, a list of str of which one is drawn each time, or token
-            ids.
+            ids. docs/inputs.md lists further forms: DataFrames, Parquet, datasets of class numbers.
         retain: pairs to keep. Pairs that are also in `forget` are left out, with a warning.
         config: settings; `overrides` are fields of it by name.
         tokenizer, preprocess: the model's own, if it does not carry them.
