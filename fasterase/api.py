@@ -214,6 +214,8 @@ def evaluate(
     image->text ranks among the distinct first captions of all sets together, so that numbers
     compare across sets; any caption of the pair that is among them counts as right. text->image of
     a set ranks among its own images and the retain set's; any image with that caption is right.
+    text->old image, if there is an `original`, ranks among its features of the same images: what an
+    image index finds that is not rebuilt after erasing.
     Ties count as a random order would break them.
 
     Args:
@@ -262,18 +264,23 @@ def evaluate(
     )
     ledger = SkipLedger(sum(map(len, sources.values())), max_skipped=1.0)
 
-    def measure(name: str, each: Model) -> Measurement:
+    def measure(name: str, each: Model, *, before: Measurement | None = None) -> Measurement:
         # One model at a time, so that of models given by name only one is in memory.
         encoder = _load_compared(name, each, tokenizer, preprocess)
         named = isinstance(each, (str, os.PathLike))
         default = best_device() if named else encoder.device
         with placed(encoder, device=resolve_device(device, default=default)):
             pairs = PairEncoder(encoder, ledger=ledger, num_workers=num_workers, progress=progress)
-            return evaluator.measure(pairs)
+            return evaluator.measure(pairs, original=before)
 
-    measured = measure("model", model)
-    compared = {name: measure(name, other) for name, other in others.items()}
-    return evaluator.compare(measured, original=compared.pop("original", None), references=compared)
+    before = None if original is None else measure("original", original)
+    measured = measure("model", model, before=before)
+    compared = {
+        name: measure(name, other, before=before)
+        for name, other in others.items()
+        if name != "original"
+    }
+    return evaluator.compare(measured, original=before, references=compared)
 
 
 def _check_arguments(config: object, callback: object) -> None:

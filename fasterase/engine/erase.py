@@ -239,7 +239,7 @@ def erase(
     traces = summarise(judge.judge(features))
     evaluation = None
     if evaluator is not None:
-        measured = evaluator.measure(encoder, features)
+        measured = evaluator.measure(encoder, features, original=baseline.measured)
         evaluation = evaluator.compare(measured, original=baseline.measured)
     return Outcome(
         history,

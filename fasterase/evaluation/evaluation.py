@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fasterase.errors import InputError
-from fasterase.evaluation.metrics import METRICS, Metric
+from fasterase.evaluation.metrics import METRICS, OLD_INDEX, Metric
 from fasterase.files import write_text
 from fasterase.report.tables import Section, html_table, markdown_table, text_table
 
@@ -184,9 +184,15 @@ class Evaluation:
         return f"Verdict: {listed}."
 
     def _legend(self) -> str:
+        old_index = (
+            "\ntext->old image ranks the original's features of the images, an index not rebuilt."
+            if any(OLD_INDEX in values for values in self.scores.values())
+            else ""
+        )
         return (
             f"{LEGEND}\nimage->text ranks among {self.settings['candidates']:,} captions, "
             "text->image among the set's images and the\nretain set's."
+            f"{old_index}"
         )
 
 

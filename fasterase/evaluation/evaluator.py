@@ -7,14 +7,20 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fasterase.config import parse_value
 from fasterase.encode import PairEncoder, PairFeatures
 from fasterase.errors import InputError
 from fasterase.evaluation.evaluation import Evaluation
 from fasterase.evaluation.features import SetFeatures, all_captions, sampled_rows
-from fasterase.evaluation.metrics import METRICS, bootstrap_intervals
-from fasterase.evaluation.scores import CaptionPool, SetScores, retrieval_scores
+from fasterase.evaluation.metrics import METRICS, OLD_INDEX, bootstrap_intervals
+from fasterase.evaluation.scores import (
+    CaptionPool,
+    SetScores,
+    old_index_scores,
+    retrieval_scores,
+)
 from fasterase.evaluation.verdict import Judge, PairTraces, Trace, decide, summarise
 from fasterase.evaluation.zero_shot import (
     ClassLabels,
@@ -40,12 +46,14 @@ class Measurement:
         sets: set -> per-pair values.
         traces: set to forget -> what is left of it; empty without unrelated pairs.
         candidates: number of candidate captions.
+        images: set -> image features of its pairs [n, D].
     """
 
     model: str
     sets: dict[str, SetScores]
     traces: dict[str, Trace]
     candidates: int
+    images: dict[str, Tensor]
 
 
 class Evaluator:
@@ -128,13 +136,19 @@ class Evaluator:
         )
 
     def measure(
-        self, encoder: PairEncoder, features: Mapping[str, PairFeatures] | None = None
+        self,
+        encoder: PairEncoder,
+        features: Mapping[str, PairFeatures] | None = None,
+        *,
+        original: Measurement | None = None,
     ) -> Measurement:
         """Score a model on all sets.
 
         Args:
             encoder: the model.
             features: its features of the `rows` of each set, if they have been computed already.
+            original: of the original, whose image features the captions are also searched in,
+                unless their width differs.
 
         Raises:
             InputError: a set has no readable pair, features are not finite, or `class_names` were
@@ -161,7 +175,16 @@ class Evaluator:
         traces = self.judge.judge(features)
         for name, trace in traces.items():
             _add_residues(scores[name], features[name], trace)
-        return Measurement(encoder.model.name, scores, summarise(traces), len(pool.captions))
+        measured = Measurement(
+            encoder.model.name,
+            scores,
+            summarise(traces),
+            len(pool.captions),
+            {name: features.image for name, features in sets.items()},
+        )
+        if original is not None:
+            _add_old_index(measured, original, sets)
+        return measured
 
     def _add_accuracy(
         self,
@@ -227,7 +250,7 @@ class Evaluator:
             pairs={name: len(set_scores.ids) for name, set_scores in model.sets.items()},
             forget_sets=list(self.forget_sets),
             verdicts={name: verdict for name, verdict in verdicts.items() if verdict is not None},
-            original=None if original is None else _averages(original),
+            original=None if original is None else _averages_of_original(original, model),
             references={name: _averages(other) for name, other in (references or {}).items()},
             settings={
                 "model": model.model,
@@ -258,6 +281,33 @@ def _averages(measurement: Measurement) -> dict[str, dict[str, float]]:
             if metric.key in scores.values
         }
     return averages
+
+
+def _averages_of_original(original: Measurement, model: Measurement) -> dict[str, dict[str, float]]:
+    """Add, if the model has it, the recall in the old index: the original's own images are that."""
+    averages = _averages(original)
+    for name, values in averages.items():
+        if OLD_INDEX in model.sets[name].values:
+            values[OLD_INDEX] = values["text_to_image_recall@1"]
+    return averages
+
+
+def _add_old_index(
+    found: Measurement, original: Measurement, sets: Mapping[str, SetFeatures]
+) -> None:
+    """Add the recall of the captions among the original's image features."""
+    _check_same_pairs(found, original, "original")
+    if found.images["retain"].shape[1] != original.images["retain"].shape[1]:
+        return
+    for name, features in sets.items():
+        values, chance = old_index_scores(
+            features,
+            None if name == "retain" else sets["retain"],
+            original.images[name],
+            original.images["retain"],
+        )
+        found.sets[name].values[OLD_INDEX] = values
+        found.sets[name].chance[OLD_INDEX] = chance
 
 
 def _add_residues(scores: SetScores, measured: PairFeatures, traces: PairTraces) -> None:

@@ -10,6 +10,9 @@ import numpy as np
 
 RECALL_DEPTHS = (1, 5, 10)
 CONCEPT_DEPTHS = (1, 5)
+# Recall of the model's captions among the original's image features: of an image index that was
+# not rebuilt. Of the original itself it is its text->image recall.
+OLD_INDEX = "text_to_original_image_recall@1"
 # Elements of one chunk of resampling counts: 32 MB as fp64.
 RESAMPLE_ELEMENTS = 4_000_000
 
@@ -60,6 +63,7 @@ METRICS: tuple[Metric, ...] = (
     _share("zero_shot_accuracy", "zero-shot accuracy"),
     *(_share(f"image_to_text_recall@{k}", f"image->text R@{k}") for k in RECALL_DEPTHS),
     *(_share(f"text_to_image_recall@{k}", f"text->image R@{k}") for k in RECALL_DEPTHS),
+    _share(OLD_INDEX, "text->old image R@1"),
     *(_share(f"concept_hit@{k}", f"concept hit@{k}", keep="↓") for k in CONCEPT_DEPTHS),
     Metric("median_rank", "median caption rank", "rank", "median", "↑ chance", "↓"),
     Metric("matched_cosine", "mean matched cosine", "cosine", "mean", "↓ chance", "↑"),

@@ -11,7 +11,7 @@ scores exactly chance, neither 0 nor 100 %.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -114,6 +114,20 @@ def retrieval_scores(
     values["matched_cosine"] = np.concatenate(matched)
     expected["matched_cosine"] = float(np.concatenate(unmatched).mean())
     return SetScores(features.ids, values, expected)
+
+
+def old_index_scores(
+    features: SetFeatures,
+    distractors: SetFeatures | None,
+    images: Tensor,  # [n, D] the original's, of the pairs of `features`
+    distractor_images: Tensor,  # the same of `distractors`
+) -> tuple[np.ndarray, float]:
+    """Return [n] text->image hit@1 among the original's image features, and its chance level."""
+    found, right, count = _text_to_image(
+        replace(features, image=images),
+        None if distractors is None else replace(distractors, image=distractor_images),
+    )
+    return found.hit(1), float(chance_position(count, right).hit(1).mean())
 
 
 def _text_to_image(

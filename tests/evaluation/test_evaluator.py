@@ -94,6 +94,27 @@ def brute_force(model: LookupModel) -> dict[str, dict[str, float]]:
     return result
 
 
+def test_new_captions_are_searched_in_the_originals_images() -> None:
+    original, model = lookup_model(0), lookup_model(1)
+    mixed = LookupModel(original.module.image.detach(), model.module.text.detach(), TEXTS, "mixed")
+    evaluator = Evaluator(sources())
+    before = evaluator.measure(PairEncoder(original))
+    after = evaluator.measure(PairEncoder(model), original=before)
+    found = evaluator.compare(after, original=before, references={"same": before})
+    expected = brute_force(mixed)
+    key = "text_to_original_image_recall@1"
+    assert found.original is not None
+    for name, values in expected.items():
+        assert found.scores[name][key] == pytest.approx(values["text_to_image_recall@1"])
+        assert found.chance[name][key] == found.chance[name]["text_to_image_recall@1"]
+        assert found.original[name][key] == found.original[name]["text_to_image_recall@1"]
+    assert len({found.scores[name][key] for name in expected}) > 1
+    assert "text->old image ranks" in found.table()
+    alone = evaluator.compare(evaluator.measure(PairEncoder(model)))
+    assert key not in alone.scores["forget"]
+    assert "old image" not in alone.table()
+
+
 @pytest.mark.parametrize("chunk", [40, 4_000_000])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_every_number_equals_the_loops(
