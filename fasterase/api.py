@@ -30,6 +30,7 @@ from fasterase.evaluation.verdict import (
     describe_verdict,
 )
 from fasterase.files import check_replaceable, check_writable
+from fasterase.models.companions import remember
 from fasterase.models.delta import keep_original
 from fasterase.models.dual_encoder import DualEncoder, separate_copy
 from fasterase.models.load import load_model
@@ -83,7 +84,8 @@ def unlearn(
             ids. docs/inputs.md lists further forms: DataFrames, Parquet, datasets of class numbers.
         retain: pairs to keep. Pairs that are also in `forget` are left out, with a warning.
         config: settings; `overrides` are fields of it by name.
-        tokenizer, preprocess: the model's own, if it does not carry them.
+        tokenizer, preprocess: the model's own, if it does not carry them; a transformers processor
+            gives both. They stay with the result: `unlearn(result.model, ...)` finds them.
         model_name: architecture of an open_clip instance, for its tokenizer and `save`.
         holdout: pairs in neither set, for the evaluation only.
         sets: name -> further pairs that should be kept (similar things, another data set); they
@@ -157,6 +159,7 @@ def unlearn(
         )
         tracker.summarise(outcome.figures())
     _warn_of_verdict(outcome, config)
+    remember(encoder.module, encoder.companions)
     result = UnlearnResult(
         model=encoder.given,
         history=outcome.history,

@@ -425,11 +425,21 @@ def suggest_names(name: object, known: Iterable[str], *, otherwise: str) -> str:
     return f" Did you mean {' or '.join(close)}?" if close else f" {otherwise}"
 
 
+# Other libraries' words for arguments of `unlearn`.
+_ARGUMENTS = {
+    "processor": " Pass it as preprocess= or tokenizer=: it gives both.",
+    "image_processor": " Pass it as preprocess=.",
+    "transform": " Pass it as preprocess=.",
+}
+
+
 def _check_names(values: Mapping[str, Any]) -> dict[str, Any]:
     known = field_names()
     for name in values:
         if name not in known:
-            hint = suggest_names(name, known, otherwise=f"Known: {', '.join(known)}.")
+            hint = _ARGUMENTS.get(name) or suggest_names(
+                name, known, otherwise=f"Known: {', '.join(known)}."
+            )
             raise InputError(f"unknown option `{name}`.{hint}")
     return dict(values)
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -73,6 +74,16 @@ class UnlearnResult:
     def residue(self) -> float | None:
         """Mean residue of the forget set: 1 known, 0.5 no trace, 0 loudly absent; or None."""
         return self.traces["forget"].residue if "forget" in self.traces else None
+
+    @property
+    def tokenizer(self) -> Any:
+        """What reads captions, as the model's library or the caller gave it; None if unknown."""
+        return self.encoder.companions.tokenizer
+
+    @property
+    def preprocess(self) -> Any:
+        """What reads pictures: a transform or a transformers image processor; None if unknown."""
+        return self.encoder.companions.preprocess
 
     def __repr__(self) -> str:
         return "\n  ".join(["UnlearnResult:", *(f"{k}: {v}" for k, v in self._facts().items())])

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasterase.errors import InputError
+from fasterase.models.companions import Companions
 from fasterase.models.preprocessing import ImageTransform, Tokens, describe_transform
 from fasterase.models.wrapped import check_trainable, unwrap
 
@@ -105,6 +106,14 @@ class DualEncoder(abc.ABC):
     def given(self) -> nn.Module:
         """The object that the caller passed in: `wrapper`, or `module` itself."""
         return self.module if self.wrapper is None else self.wrapper
+
+    @property
+    def companions(self) -> Companions:
+        """Tokenizer and preprocessing in the form in which they can be passed in again."""
+        return Companions(
+            getattr(self.text_tokenizer, "source", self.text_tokenizer),
+            getattr(self.image_transform, "whole", self.image_transform),
+        )
 
     @property
     def logit_scale(self) -> nn.Parameter:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fasterase.errors import InputError, import_extra
 from fasterase.files import replace_model_folder
 from fasterase.models.adapters import has_adapters, save_adapters
+from fasterase.models.companions import Companions
 from fasterase.models.dual_encoder import DualEncoder, Tokens, TowerParts
 from fasterase.models.preprocessing import (
     ImageTransform,
@@ -76,8 +77,6 @@ class HuggingFaceEncoder(DualEncoder):
             text.projection_size if hasattr(text, "projection_size") else config.projection_dim
         )
         self.text_tokenizer = self._choose_tokenizer(tokenizer, source, online)
-        if preprocess is None and is_image_processor(getattr(tokenizer, "image_processor", None)):
-            preprocess = tokenizer  # A CLIPProcessor given as tokenizer brings both.
         self.image_processor: Any = None
         self.image_transform = self._choose_transform(preprocess, source, online)
 
@@ -119,10 +118,19 @@ class HuggingFaceEncoder(DualEncoder):
 
     def _wrap_transform(self, preprocess: Any) -> ImageTransform:
         transform = wrap_transform(preprocess, self.image_size)
-        processor = getattr(preprocess, "image_processor", preprocess)
-        if is_image_processor(processor):
-            self.image_processor = processor
+        if is_image_processor(preprocess):
+            self.image_processor = preprocess
         return transform
+
+    @property
+    def companions(self) -> Companions:
+        """The tokenizer, and the image processor itself where there is one."""
+        known = super().companions
+        return (
+            known
+            if self.image_processor is None
+            else Companions(known.tokenizer, self.image_processor)
+        )
 
     def _image_features(self, pixels: Tensor) -> Tensor:
         if self._patch_size is None:

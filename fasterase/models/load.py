@@ -13,6 +13,7 @@ from torch import nn
 from fasterase.errors import InputError
 from fasterase.files import MARKER
 from fasterase.models import adapters, huggingface, openclip
+from fasterase.models.companions import Companions, remember, remembered
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.openclip import CONFIG_FILE
 from fasterase.models.wrapped import unwrap
@@ -43,9 +44,10 @@ def load_model(
             (open_clip name/tag), "hf-hub:org/name" (open_clip), "hf:org/name" (transformers), or a
             folder that either library or fasterase wrote.
         tokenizer: open_clip tokenizer, transformers tokenizer or processor, or any callable
-            list of str -> [B, L] ids; by default the model's own, if known.
+            list of str -> [B, L] ids; by default those that an earlier call knew, or the model's
+            own, if known.
         preprocess: callable PIL image -> [3, H, W] float tensor, or a transformers image processor
-            or processor; by default the model's own.
+            or processor; by default likewise. A processor gives both where the other is None.
         model_name: open_clip's architecture name, for an open_clip instance whose architecture
             cannot be inferred.
 
@@ -55,8 +57,9 @@ def load_model(
     """
     if isinstance(model, DualEncoder):
         return model
+    given = Companions.from_arguments(tokenizer, preprocess)
     if isinstance(model, nn.Module):
-        return _adapt(model, tokenizer, preprocess, model_name)
+        return _adapt(model, given, model_name)
     if not isinstance(model, (str, os.PathLike)):
         raise InputError(f"model: {type(model).__name__} is not a model. Give {_FORMS}")
     if model_name is not None:
@@ -64,13 +67,15 @@ def load_model(
             f"model_name: {model_name!r} is for open_clip instances; {os.fspath(model)!r} already "
             "says what to load"
         )
-    return _load(model, tokenizer=tokenizer, preprocess=preprocess)
+    encoder = _load(model, tokenizer=given.tokenizer, preprocess=given.preprocess)
+    remember(encoder.module, encoder.companions)
+    return encoder
 
 
-def _adapt(
-    given: nn.Module, tokenizer: Any, preprocess: Any, model_name: str | None
-) -> DualEncoder:
+def _adapt(given: nn.Module, companions: Companions, model_name: str | None) -> DualEncoder:
     module = unwrap(given)
+    companions = companions.or_else(remembered(module))
+    tokenizer, preprocess = companions.tokenizer, companions.preprocess
     encoder: DualEncoder
     if openclip.is_open_clip(module):
         encoder = openclip.from_instance(

@@ -159,8 +159,8 @@ def wrap_transform(preprocess: Any, image_size: tuple[int, int]) -> ImageTransfo
     """Make the caller's `preprocess=` an `ImageTransform`, after trying it on one picture.
 
     Args:
-        preprocess: a callable PIL image -> [3, H, W] float tensor, a transformers image processor
-            or a processor that holds one, or the `image_transform` of another model.
+        preprocess: a callable PIL image -> [3, H, W] float tensor, a transformers image processor,
+            or the `image_transform` of another model.
         image_size: (height, width) in pixels that the model takes.
 
     Raises:
@@ -168,11 +168,14 @@ def wrap_transform(preprocess: Any, image_size: tuple[int, int]) -> ImageTransfo
     """
     if isinstance(preprocess, ImageTransform):
         preprocess = preprocess.whole
-    processor = getattr(preprocess, "image_processor", preprocess)
-    if hasattr(processor, "max_num_patches"):
-        whole: Callable[[Image], Any] = SquashTransform.from_naflex(processor, image_size)
-    elif is_image_processor(processor):
-        whole = ProcessorTransform(processor)
+    if is_hf_tokenizer(preprocess):
+        raise InputError(
+            f"preprocess: {type(preprocess).__name__} is a tokenizer; pass it as tokenizer="
+        )
+    if hasattr(preprocess, "max_num_patches"):
+        whole: Callable[[Image], Any] = SquashTransform.from_naflex(preprocess, image_size)
+    elif is_image_processor(preprocess):
+        whole = ProcessorTransform(preprocess)
     elif callable(preprocess):
         whole = preprocess
     else:
@@ -232,8 +235,10 @@ def wrap_tokenizer(
     """
     if isinstance(tokenizer, TextTokenizer):  # another DualEncoder's
         tokenizer = tokenizer.source
-    if hasattr(tokenizer, "image_processor") and hasattr(tokenizer, "tokenizer"):
-        tokenizer = tokenizer.tokenizer
+    if is_image_processor(tokenizer):
+        raise InputError(
+            f"tokenizer: {type(tokenizer).__name__} is an image processor; pass it as preprocess="
+        )
     if not callable(tokenizer):
         raise InputError(
             f"tokenizer: {type(tokenizer).__name__} is not callable. Give an open_clip tokenizer, "

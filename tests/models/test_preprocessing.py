@@ -48,24 +48,6 @@ def test_open_clip_tokenizers_are_run_at_the_model_s_length() -> None:
     assert model.tokenize(["a cat"]).ids.shape == (1, 16)
 
 
-def test_a_processor_brings_both() -> None:
-    from transformers import CLIPProcessor
-
-    class Processor(CLIPProcessor):
-        """The library checks the tokenizer's class, which the small one does not have."""
-
-        def __init__(self) -> None:
-            self.tokenizer = small_models.hf_tokenizer()
-            self.image_processor = small_models.hf_image_processor()
-
-    both = load_model(small_models.hf_clip(), tokenizer=Processor())
-    assert both.tokenize(["a cat"]).mask is not None
-    assert both.preprocess(Image.new("RGB", (9, 9))).shape == (3, 32, 32)
-    either = load_model(small_models.hf_clip(), preprocess=Processor())
-    assert either.text_tokenizer is None
-    assert either.preprocess(Image.new("L", (9, 9))).shape == (3, 32, 32)
-
-
 @pytest.mark.parametrize(
     ("tokenizer", "says"),
     [
