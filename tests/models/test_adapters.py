@@ -29,7 +29,7 @@ STEPS = {
 }
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:(not forgotten|remembered|over-erased|never known)"),
+    pytest.mark.filterwarnings("ignore:(verdict|retain): "),
     # Of peft, about names that transformers has renamed.
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
 ]

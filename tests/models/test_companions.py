@@ -22,7 +22,7 @@ from tests.models.conftest import build_model, noise_picture
 STEPS = {"max_steps": 1, "batch_size": 4, "forget_batch_size": 2, "progress": False}
 PAIRS = [(noise_picture(40, 36 + i), f"thing number {i}") for i in range(8)]
 
-pytestmark = pytest.mark.filterwarnings("ignore:(not forgotten|remembered|over-erased|never known)")
+pytestmark = pytest.mark.filterwarnings("ignore:(verdict|retain): ")
 
 
 class Processor(CLIPProcessor):
@@ -103,7 +103,7 @@ def test_they_are_in_no_state_dict_and_no_pickle() -> None:
     )
     assert list(result.model.state_dict()) == expected
     pickled = pickle.dumps(result.model)
-    assert b"fasterase" not in pickled, "it can be read where fasterase is not installed"
+    assert b"fasterase." not in pickled, "it can be read where fasterase is not installed"
     assert load_model(pickle.loads(pickled)).text_tokenizer is None
 
 

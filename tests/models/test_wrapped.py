@@ -23,7 +23,7 @@ STEPS = {
     "evaluation": None,
 }
 
-pytestmark = pytest.mark.filterwarnings("ignore:(not forgotten|remembered|over-erased|never known)")
+pytestmark = pytest.mark.filterwarnings("ignore:(verdict|retain): ")
 
 
 def items(vocabulary: int = len(small_models.HF_VOCABULARY)) -> list[tuple[Tensor, Tensor]]:
