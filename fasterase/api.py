@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,9 +14,11 @@ from tqdm.auto import tqdm
 
 from fasterase.config import UnlearnConfig, describe_recipe, parse_value
 from fasterase.encode import PairEncoder
+from fasterase.engine.clock import RunClock
 from fasterase.engine.erase import Outcome, check_environment, erase
 from fasterase.engine.history import StepRecord
 from fasterase.engine.model_state import best_device, borrowed, placed, resolve_device
+from fasterase.engine.run_lock import lock_run
 from fasterase.engine.trackers import tracking
 from fasterase.errors import InputError
 from fasterase.evaluation.evaluation import Evaluation
@@ -105,15 +106,57 @@ def unlearn(
             to be unreadable during training, the model keeps the weights of the last step.
         ResumeError: `output_dir` holds a checkpoint of another run or an unreadable one, or
             `resume="must"` and there is none.
+        DiskFullError: there was no room for a file; the last checkpoint is kept.
         NonFiniteError: the loss stayed non-finite; the model holds the last good weights.
         PreemptedError: SIGTERM arrived; with an `output_dir`, a checkpoint was written.
         KeyboardInterrupt: Ctrl-C; likewise, after the current step.
     """
-    started = time.perf_counter()
+    clock = RunClock()
     _check_arguments(config, callback)
     config = (config or UnlearnConfig()).replace(**overrides)
     check_environment(config)
     output = _make_output_folder(config)
+    with lock_run(output):
+        return _unlearn(
+            model,
+            forget,
+            retain,
+            config=config,
+            tokenizer=tokenizer,
+            preprocess=preprocess,
+            model_name=model_name,
+            holdout=holdout,
+            sets=sets,
+            forget_sets=forget_sets,
+            image_key=image_key,
+            text_key=text_key,
+            callback=callback,
+            copy=copy,
+            output=output,
+            clock=clock,
+        )
+
+
+def _unlearn(
+    model: nn.Module | str | os.PathLike[str],
+    forget: Any,
+    retain: Any,
+    *,
+    config: UnlearnConfig,
+    tokenizer: Any,
+    preprocess: Any,
+    model_name: str | None,
+    holdout: Any,
+    sets: Mapping[str, Any] | None,
+    forget_sets: Mapping[str, Any] | None,
+    image_key: str | None,
+    text_key: str | None,
+    callback: Callable[[StepRecord], object] | None,
+    copy: bool,
+    output: Path | None,
+    clock: RunClock,
+) -> UnlearnResult:
+    """Run `unlearn` with checked settings and the output folder locked."""
     named = isinstance(model, (str, os.PathLike))
     # Weights loaded or copied inside a caller's inference mode could never be trained.
     with torch.inference_mode(False):
@@ -153,6 +196,7 @@ def unlearn(
             forget_sets=to_forget,
             config=config,
             ledger=ledger,
+            clock=clock,
             state=state,
             output_dir=output,
             callback=tracker.followed_by(callback),
@@ -170,7 +214,7 @@ def unlearn(
         skipped=ledger.skips,
         floor=outcome.floor,
         removed_from_retain=removed,
-        seconds=time.perf_counter() - started,
+        seconds=clock.seconds(),
         encoder=encoder,
         original_weights=original_weights,
         sets=opened,
@@ -314,7 +358,7 @@ def _warn_overlap(removed: list[str]) -> None:
         warnings.warn(
             f"{len(removed)} retain pairs are also in the forget set and are left out of retain, "
             f"since they would undo the erasure: {shown}",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -332,7 +376,7 @@ def _warn_of_verdict(outcome: Outcome, config: UnlearnConfig) -> None:
             "forget_sets."
         )
     if advice:
-        warnings.warn(f"{found}.{advice}", stacklevel=3)
+        warnings.warn(f"{found}.{advice}", stacklevel=4)
 
 
 def _advise(outcome: Outcome, config: UnlearnConfig) -> str:

@@ -45,7 +45,7 @@ class UnlearnResult:
         skipped: pairs that could not be read, as `(id, reason)`.
         floor: the original's mean cosine of unrelated pairs.
         removed_from_retain: ids of retain pairs left out because they are also in the forget set.
-        seconds: wall time of the whole call.
+        seconds: wall time of the run. A resumed one adds the seconds up to its checkpoint.
         encoder: `model` with its tokenizer and preprocessing, under fasterase's own interface.
         original_weights: what the run may have changed, as it was before, on the CPU.
         sets: the opened pairs by name, retain without those that are also in forget.

@@ -186,7 +186,7 @@ def measure_original(
             "augmentation?), so the original model runs beside the trained one in every step. "
             "This is slower and needs a second copy of the weights. Pass images without random "
             "augmentation to have its features cached.",
-            stacklevel=4,
+            stacklevel=5,
         )
     return Baseline(floor, traces, measured, reference, damage, damage_rows)
 
@@ -292,7 +292,7 @@ def _warn_of_naming_captions(forget: PairFeatures, retain: PairFeatures) -> None
         f"{', ...' if len(found) > LISTED else ''}. Training on them may undo the erasure. Move "
         "such pairs to `forget`, or leave them out of `retain`; ignore this if they mean "
         "something else.",
-        stacklevel=5,
+        stacklevel=6,
     )
 
 

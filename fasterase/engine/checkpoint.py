@@ -56,6 +56,7 @@ class Checkpoint:
         non_finite: consecutive steps that were not applied.
         pacing: state of the pacing.
         best: the best weights so far, where the pacing keeps them.
+        seconds: wall time of the run so far.
     """
 
     step: int
@@ -65,6 +66,7 @@ class Checkpoint:
     non_finite: int
     pacing: dict[str, Any]
     best: dict[str, Tensor]
+    seconds: float
 
 
 class CheckpointFolder:
@@ -93,6 +95,7 @@ class CheckpointFolder:
             "step": checkpoint.step,
             "non_finite": checkpoint.non_finite,
             "pacing": checkpoint.pacing,
+            "seconds": checkpoint.seconds,
             "identity": self.identity,
         }
         with replace_folder(target, sync=True, size_bytes=_tensor_bytes(checkpoint)) as new:
@@ -161,6 +164,7 @@ class CheckpointFolder:
             non_finite=state["non_finite"],
             pacing=state["pacing"],
             best=load_file(best) if best.is_file() else {},
+            seconds=state["seconds"],
         )
 
     def _check_identity(self, found: Mapping[str, Any]) -> None:
@@ -183,5 +187,5 @@ def _tensor_bytes(checkpoint: Checkpoint) -> int:
     """Return what the tensors of a checkpoint take on disk."""
     states = checkpoint.optimizer["state"].values()
     moments = (value for state in states for value in state.values())
-    tensors = [*checkpoint.tensors.values(), *(t for t in moments if isinstance(t, Tensor))]
-    return sum(tensor.nbytes for tensor in tensors)
+    weights = [*checkpoint.tensors.values(), *checkpoint.best.values()]
+    return sum(value.nbytes for value in [*weights, *moments] if isinstance(value, Tensor))

@@ -21,6 +21,7 @@ from fasterase.engine.baseline import (
     undrawn_rows,
 )
 from fasterase.engine.checkpoint import Checkpoint, CheckpointFolder
+from fasterase.engine.clock import RunClock
 from fasterase.engine.feature_loss import MAX_SCALE, FeatureLoss
 from fasterase.engine.history import StepRecord
 from fasterase.engine.loop import Trainer, run_steps
@@ -96,6 +97,7 @@ def erase(
     forget_sets: Collection[str],
     config: UnlearnConfig,
     ledger: SkipLedger,
+    clock: RunClock,
     state: Borrowed,
     output_dir: Path | None,
     callback: Callable[[StepRecord], object] | None,
@@ -108,6 +110,7 @@ def erase(
         forget_sets: names of those of them that are to be forgotten too.
         config: the run's settings.
         ledger: counts unreadable pairs.
+        clock: gets the seconds of the run that this one resumes.
         state: rounds the weights as they will be returned.
         output_dir: folder for checkpoints, history and features; None keeps nothing.
         callback: see `run_steps`.
@@ -196,6 +199,7 @@ def erase(
         checks = Checks(encoder, sets, judge, baseline, max_damage=config.max_damage)
         pacing = _build_pacing(config, sampler, trainer, checks, total_steps=total_steps)
         if saved is not None:
+            clock.earlier = saved.seconds
             _resume(saved, trainer, pacing, progress=config.progress)
         elif checkpoints is not None:
             checkpoints.clear()
@@ -220,6 +224,7 @@ def erase(
                 trainer,
                 batches,
                 pacing,
+                clock=clock,
                 ledger=ledger,
                 checkpoints=checkpoints,
                 save_every=config.save_every,

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fasterase.engine.checkpoint import Checkpoint, CheckpointFolder
+from fasterase.engine.clock import RunClock
 from fasterase.engine.feature_loss import FeatureLoss
 from fasterase.engine.grad_cache import backpropagate, buffers_in_train_mode, restore_buffers
 from fasterase.engine.history import HistoryFile, StepRecord
@@ -138,7 +139,7 @@ class Trainer:
         parameters = list(self._parameters.values())
         return float(torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm))
 
-    def checkpoint(self, pacing: Pacing) -> Checkpoint:
+    def checkpoint(self, pacing: Pacing, *, seconds: float) -> Checkpoint:
         """Return the state after the steps taken so far, with that of the pacing."""
         return Checkpoint(
             step=self.step,
@@ -148,6 +149,7 @@ class Trainer:
             non_finite=self._guard.in_a_row,
             pacing=pacing.state(),
             best=pacing.tensors(),
+            seconds=seconds,
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -181,6 +183,7 @@ def run_steps(
     batches: Iterator[StepBatch],
     pacing: Pacing,
     *,
+    clock: RunClock,
     ledger: SkipLedger,
     checkpoints: CheckpointFolder | None,
     save_every: int | None,
@@ -194,6 +197,7 @@ def run_steps(
         trainer: takes the steps.
         batches: the batches after `trainer.step`.
         pacing: gives each step its learning rate, and ends the run.
+        clock: the run's, for checkpoints.
         ledger: counts unreadable pairs.
         checkpoints: where to save, or None.
         save_every: steps between checkpoints; None: every ten minutes. The last step is saved too.
@@ -232,7 +236,7 @@ def run_steps(
                 pacing.after_step(record)
                 ends = done or pacing.is_done or stop.signal is not None
                 if checkpoints and (ends or trainer.step == pacing.total_steps or is_save_due()):
-                    checkpoints.save(trainer.checkpoint(pacing))
+                    checkpoints.save(trainer.checkpoint(pacing, seconds=clock.seconds()))
                     last_save = time.monotonic()
                 if ends:
                     break
