@@ -105,7 +105,7 @@ def run(tower: TinyModel, folder: Path, **options: object):
     return fasterase.unlearn(tower, FORGET, RETAIN, **{**settings, **options})
 
 
-@pytest.mark.filterwarnings("ignore:not forgotten")
+@pytest.mark.filterwarnings("ignore:verdict")
 def test_a_run_keeps_its_last_checkpoint_and_goes_on_when_there_is_room(tmp_path, limit_files):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -123,7 +123,7 @@ def test_a_run_keeps_its_last_checkpoint_and_goes_on_when_there_is_room(tmp_path
     assert same_weights(resumed.weights(), whole.weights())
 
 
-@pytest.mark.filterwarnings("ignore:not forgotten")
+@pytest.mark.filterwarnings("ignore:verdict")
 def test_the_cache_on_a_full_disk(tmp_path, limit_files):
     tower = TinyModel()
     before = tower.weights()

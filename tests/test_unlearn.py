@@ -129,6 +129,7 @@ def test_output_folder(tmp_path):
         )
     assert result.removed_from_retain == ["retain[4]"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".run.lock",
         "checkpoints",
         "config.yaml",
         "evaluation.json",
