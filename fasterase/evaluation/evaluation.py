@@ -12,7 +12,7 @@ from typing import Any
 
 from fasterase.errors import InputError
 from fasterase.evaluation.metrics import METRICS, OLD_INDEX, Metric
-from fasterase.files import write_text
+from fasterase.files import check_writable, write_text
 from fasterase.report.tables import Section, html_table, markdown_table, text_table
 
 Scores = dict[str, dict[str, float]]
@@ -205,6 +205,7 @@ def check_report_path(path: Path, *, argument: str) -> None:
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir():
         raise InputError(f"{argument}={str(path)!r}: {parent} is not a folder. Give another path.")
+    check_writable(parent, argument=f"{argument}={str(path)!r}")
 
 
 def _format_score(metric: Metric, scores: Scores, name: str) -> str:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import errno
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from fasterase.errors import InputError
-from fasterase.evaluation.evaluation import Evaluation
+from fasterase.evaluation.evaluation import Evaluation, check_report_path
 
 
 def scores(recall: float, rank: float, cosine: float) -> dict[str, dict[str, float]]:
@@ -68,6 +70,17 @@ def test_report_is_markdown_or_json_by_its_name(tmp_path: Path) -> None:
         EVALUATION.report(tmp_path)
     with pytest.raises(InputError, match=r"report\.json is not a folder"):
         EVALUATION.report(tmp_path / "report.json" / "new" / "report.md")
+
+
+def test_a_report_that_could_not_be_written_is_refused_before_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(InputError, match=r"--output='.*report\.md'.*written to \(Permission"):
+        check_report_path(tmp_path / "new" / "report.md", argument="--output")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"intervals": {"forget": 1}}', "{"])
