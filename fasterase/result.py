@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fasterase.config import UnlearnConfig, describe_recipe, format_yaml
 from fasterase.encode import PairEncoder
 from fasterase.engine.history import StepRecord
+from fasterase.engine.model_state import best_device, placed, resolve_device
 from fasterase.evaluation.evaluation import Evaluation
 from fasterase.evaluation.verdict import REMEMBERED, Trace
 from fasterase.files import write_text
@@ -185,14 +186,15 @@ class UnlearnResult:
 
     def _examples(self) -> Examples:
         before = restored_original(self.encoder, self.original_weights)
-        precision = self.config.precision
-        return example_rows(
-            self.sets["forget"],
-            self.sets["retain"],
-            PairEncoder(before, precision=precision),
-            PairEncoder(self.encoder, precision=precision),
-            seed=self.config.seed,
-        )
+        device = resolve_device(self.config.device, default=best_device())
+        with placed(before, device=device), placed(self.encoder, device=device):
+            return example_rows(
+                self.sets["forget"],
+                self.sets["retain"],
+                PairEncoder(before, precision=self.config.precision),
+                PairEncoder(self.encoder, precision=self.config.precision),
+                seed=self.config.seed,
+            )
 
 
 def _format_report(result: UnlearnResult) -> str:

@@ -7,6 +7,7 @@ import warnings
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 from torch import nn
@@ -63,10 +64,8 @@ def test_report(tmp_path, steps):
     assert UnlearnConfig(**settings) == UnlearnConfig(betas=(0.5, 0.75))
 
 
-@pytest.fixture(scope="module")
-def result():
+def run(model):
     """A short run on pictures with captions."""
-    model = small_models.open_clip_vit()
     forget = [(Image.new("RGB", (40, 30), (200, i, 9)), f"apple {i}") for i in range(4)]
     retain = [(Image.new("RGB", (40, 30), (9, i, 200)), f"boat {i}") for i in range(20)]
     with warnings.catch_warnings():
@@ -74,6 +73,11 @@ def result():
         return fasterase.unlearn(
             model, forget, retain, tokenizer=small_models.simple_tokenizer(), max_steps=2, **QUIET
         )
+
+
+@pytest.fixture(scope="module")
+def result():
+    return run(small_models.open_clip_vit())
 
 
 def test_a_folder_gets_the_report_the_plot_and_the_pictures(result, tmp_path):
@@ -124,3 +128,9 @@ def test_a_notebook_shows_tables():
     assert '<td style="text-align: left">forgotten</td>' in table
     assert table.endswith("<table>EVALUATION</table>")
     assert "EVALUATION" not in short_result(1, evaluation=None)._repr_html_()
+
+
+def test_a_half_precision_model_is_shown_too(tmp_path):
+    result = run(small_models.open_clip_vit().half())
+    assert (result.report(tmp_path / "report") / "pictures.png").is_file()
+    assert next(result.model.parameters()).dtype == torch.float16

@@ -19,7 +19,7 @@ from fasterase.seeds import Stream, generator
 PICTURES = 8  # of each section
 CAPTIONS = 3  # per picture, before and after
 # Captions that compete, at most.
-FORGET_CANDIDATES, RETAIN_CANDIDATES = 200, 800
+FORGET_CANDIDATES, RETAIN_CANDIDATES = 100, 400
 
 
 class Examples(NamedTuple):

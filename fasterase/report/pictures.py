@@ -150,7 +150,8 @@ def _make_thumbnail(image: Image.Image) -> Image.Image:
 
 
 def _shorten(draw: ImageDraw.ImageDraw, text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
-    """Shorten `text` with dots to at most `width` pixels."""
+    """Shorten `text` with dots to at most `width` pixels, on one line."""
+    text = " ".join(text.split())
     if draw.textlength(text, font=font) <= width:
         return text
     while text and draw.textlength(text + "...", font=font) > width:

@@ -52,6 +52,13 @@ def test_the_sheet_grows_by_rows_and_sections(tmp_path: Path) -> None:
     assert height(["forget"] * 3) < height(["forget", "retain", "holdout"])
 
 
+def test_captions_of_several_lines_are_drawn_on_one(tmp_path: Path) -> None:
+    for caption in ("a dog\non a hill", "a dog on a hill"):
+        path = picture_sheet([row("retain", caption, [caption], [caption])], tmp_path / "new.png")
+        path.rename(tmp_path / f"{caption.count(chr(10))}.png")
+    assert (tmp_path / "0.png").read_bytes() == (tmp_path / "1.png").read_bytes()
+
+
 def test_no_rows_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="rows is empty"):
         picture_sheet([], tmp_path / "sheet.png")
