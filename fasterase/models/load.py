@@ -16,12 +16,13 @@ from fasterase.models import adapters, huggingface, openclip
 from fasterase.models.companions import Companions, remember, remembered
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.openclip import CONFIG_FILE
+from fasterase.models.openclip_checkpoint import from_checkpoint
 from fasterase.models.wrapped import unwrap
 
 _FORMS = (
     'an open_clip or transformers CLIP model, "ViT-B-32/laion2b_s34b_b79k" (open_clip name/tag), '
-    '"hf-hub:org/name" (open_clip), "hf:org/name" (transformers) or a folder that either library '
-    "or fasterase wrote"
+    '"hf-hub:org/name" (open_clip), "hf:org/name" (transformers), a folder that either library '
+    'or fasterase wrote, or "weights.pt" (open_clip checkpoint)'
 )
 # What an erasure changed, written by fasterase/models/delta.py: no model by itself.
 DELTA_FILE = "delta.safetensors"
@@ -41,15 +42,15 @@ def load_model(
         model: an open_clip `CLIP`, `CustomTextCLIP` or `CoCa`; a transformers `CLIPModel`,
             `SiglipModel` or `Siglip2Model`; one of these in a `PeftModel`, a `DataParallel` or
             compiled; or a string or path: "ViT-B-32/laion2b_s34b_b79k"
-            (open_clip name/tag), "hf-hub:org/name" (open_clip), "hf:org/name" (transformers), or a
-            folder that either library or fasterase wrote.
+            (open_clip name/tag), "hf-hub:org/name" (open_clip), "hf:org/name" (transformers), a
+            folder that either library or fasterase wrote, or an open_clip checkpoint file.
         tokenizer: open_clip tokenizer, transformers tokenizer or processor, or any callable
             list of str -> [B, L] ids; by default those that an earlier call knew, or the model's
             own, if known.
         preprocess: callable PIL image -> [3, H, W] float tensor, or a transformers image processor
             or processor; by default likewise. A processor gives both where the other is None.
-        model_name: open_clip's architecture name, for an open_clip instance whose architecture
-            cannot be inferred.
+        model_name: open_clip's architecture name, for an open_clip instance or checkpoint whose
+            architecture cannot be inferred.
 
     Raises:
         InputError: names the unusable argument.
@@ -62,12 +63,7 @@ def load_model(
         return _adapt(model, given, model_name)
     if not isinstance(model, (str, os.PathLike)):
         raise InputError(f"model: {type(model).__name__} is not a model. Give {_FORMS}")
-    if model_name is not None:
-        raise InputError(
-            f"model_name: {model_name!r} is for open_clip instances; {os.fspath(model)!r} already "
-            "says what to load"
-        )
-    encoder = _load(model, tokenizer=given.tokenizer, preprocess=given.preprocess)
+    encoder = _load(model, model_name, tokenizer=given.tokenizer, preprocess=given.preprocess)
     remember(encoder.module, encoder.companions)
     return encoder
 
@@ -99,8 +95,16 @@ def _adapt(given: nn.Module, companions: Companions, model_name: str | None) -> 
     return encoder
 
 
-def _load(model: str | os.PathLike[str], **given: Any) -> DualEncoder:
+def _load(model: str | os.PathLike[str], model_name: str | None, **given: Any) -> DualEncoder:
     name = os.fspath(model)
+    file = Path(name).expanduser()
+    if file.suffix in _WEIGHT_FILES and file.is_file():
+        return from_checkpoint(file, model_name=model_name, **given)
+    if model_name is not None:
+        raise InputError(
+            f"model_name: {model_name!r} is for open_clip instances and checkpoint files; "
+            f"{name!r} already says what to load"
+        )
     folder = Path(name.removeprefix("local-dir:")).expanduser()
     if (
         isinstance(model, os.PathLike)

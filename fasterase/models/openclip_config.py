@@ -6,12 +6,12 @@ the same state dict from it. The build is on the meta device: no memory and litt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fasterase.errors import InputError
 from fasterase.models.preprocessing import read_size
@@ -19,6 +19,9 @@ from fasterase.models.wrapped import plain_state, uncompiled
 
 # A `model_cfg`: what open_clip keeps in its json files and builds models from.
 Config = dict[str, Any]
+
+# Weight -> its shape.
+Shapes = dict[str, torch.Size]
 
 # Keys that change no feature once weights are loaded, or that cannot be read off a module.
 _IGNORED_VISION = {
@@ -72,12 +75,12 @@ def find_config(module: nn.Module) -> tuple[Config | None, list[str]]:
     read = read_config(module)
     if read is not None and not builds_same(read, module):
         read = None
-    own = None if read is None else _comparable(read)
+    own = None if read is None else comparable(read)
     names = []
     for name in open_clip.list_models():
         config = open_clip.get_model_config(name)
         if own is not None:
-            same = _comparable(config) == own
+            same = comparable(config) == own
         else:
             same = _may_match(config, module) and builds_same(adjust_config(config, module), module)
         if same:
@@ -126,32 +129,47 @@ def read_config(module: Any) -> Config | None:
 
 def builds_same(config: Config, module: nn.Module) -> bool:
     """Whether the library builds a module with the same state dict from `config`."""
+    return shapes_of_config(config, kind_of(module)) == shapes_of_state(plain_state(module))
+
+
+def shapes_of_config(config: Config, kind: str | None = None) -> Shapes | None:
+    """Return the shapes of the state dict that the library builds from `config`.
+
+    Args:
+        config: a `model_cfg`.
+        kind: the class, as `kind_of` names it; None: the one that the library would choose.
+
+    None: the configuration is for another class, or a transformers tower's own configuration is not
+    on this machine.
+    """
     from open_clip.coca_model import CoCa
     from open_clip.model import CLIP, CustomTextCLIP
 
     arguments = deepcopy(config)
-    arguments.pop("custom_text", None)
-    classes = {"CLIP": CLIP, "CustomTextCLIP": CustomTextCLIP, "CoCa": CoCa}
+    custom = arguments.pop("custom_text", False) or "hf_model_name" in arguments["text_cfg"]
+    if kind is None:
+        kind = "CoCa" if "multimodal_cfg" in config else "CustomTextCLIP" if custom else "CLIP"
     if arguments["text_cfg"].get("hf_model_name"):
         arguments["text_cfg"]["hf_model_pretrained"] = False
     try:
         with torch.device("meta"):
-            built = classes[kind_of(module) or ""](**arguments)
+            built = {"CLIP": CLIP, "CustomTextCLIP": CustomTextCLIP, "CoCa": CoCa}[kind](
+                **arguments
+            )
     except Exception:
-        # The configuration is for another class, or a transformers tower's own configuration is
-        # not on this machine. Either way it is not known to be the same.
-        return False
+        return None
+    return shapes_of_state(built.state_dict())
 
-    def shapes(model: nn.Module) -> dict[str, torch.Size]:
-        # The temperature is written 0-d whatever shape it has in memory; a locked ResNet's
-        # BatchNorm counts no batches.
-        return {
-            name: torch.Size() if name in ("logit_scale", "logit_bias") else tensor.shape
-            for name, tensor in plain_state(model).items()
-            if not name.endswith("num_batches_tracked")
-        }
 
-    return shapes(built) == shapes(module)
+def shapes_of_state(state: Mapping[str, Tensor]) -> Shapes:
+    """Return the shape of every weight that tells architectures apart."""
+    # The temperature is written 0-d whatever shape it has in memory; a locked ResNet's BatchNorm
+    # counts no batches.
+    return {
+        name: torch.Size() if name in ("logit_scale", "logit_bias") else tensor.shape
+        for name, tensor in state.items()
+        if not name.endswith("num_batches_tracked")
+    }
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -199,7 +217,7 @@ def _uses_quick_gelu(module: Any) -> bool:
     return any(type(part).__name__ == "QuickGELU" for part in module.modules())
 
 
-def _comparable(config: Config) -> dict[str, Any]:
+def comparable(config: Config) -> dict[str, Any]:
     """Fill in every default and drop everything that changes no feature."""
     from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 

@@ -1,0 +1,141 @@
+"""open_clip weights in a file: loaded by name, recognised by their shapes, or refused."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import fasterase
+from fasterase.errors import InputError
+from fasterase.models import load_model
+from tests import small_models
+from tests.models.conftest import batch_for
+
+
+@pytest.fixture(autouse=True)
+def _architectures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """open_clip knows three small architectures and nothing else."""
+    config = small_models.open_clip_config()
+    resnet = copy.deepcopy(config)
+    resnet["vision_cfg"] = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}
+    deeper = small_models.open_clip_config(layers=3)
+    known = {"small": config, "small-resnet": resnet, "small-deeper": deeper}
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", known)
+
+
+def training_checkpoint(module: nn.Module) -> dict[str, Any]:
+    """What open_clip's training writes, here after data-parallel training."""
+    state = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
+    optimizer = torch.optim.AdamW(module.parameters())
+    return {"epoch": 3, "name": "run", "state_dict": state, "optimizer": optimizer.state_dict()}
+
+
+def write(folder: Path, module: nn.Module, name: str = "epoch_3.pt") -> Path:
+    torch.save(training_checkpoint(module), folder / name)
+    return folder / name
+
+
+@pytest.mark.parametrize("model_name", [None, "small"])
+@pytest.mark.parametrize("form", ["training", "state dict", "safetensors"])
+def test_files_of_every_form(form: str, model_name: str | None, tmp_path: Path) -> None:
+    module = small_models.open_clip_vit(seed=3)
+    file = tmp_path / "weights.pt"
+    if form == "training":
+        torch.save(training_checkpoint(module), file)
+    elif form == "state dict":
+        torch.save(module.state_dict(), file)
+    else:
+        file = file.with_suffix(".safetensors")
+        save_file(module.state_dict(), file)
+    model = load_model(str(file), model_name=model_name)
+    assert not model.module.training
+    assert model.tokenize(["a cat"]).ids.shape == (1, 16)
+    pixels, tokens = batch_for(model)
+    expected = load_model(module)
+    assert torch.equal(model.encode_image(pixels), expected.encode_image(pixels))
+    assert torch.equal(model.encode_text(tokens), expected.encode_text(tokens))
+
+
+def test_erase_from_a_checkpoint_and_save_it(tmp_path: Path) -> None:
+    pixels, ids = small_models.random_pairs(small_models.SIMPLE_VOCABULARY_SIZE, count=12)
+    pairs: list[tuple[Tensor, Tensor]] = list(zip(pixels, ids, strict=True))
+    file = write(tmp_path, small_models.open_clip_resnet())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(verdict|retain): ")
+        result = fasterase.unlearn(
+            file, pairs[:4], pairs[4:], max_steps=1, progress=False, evaluation=None
+        )
+    assert result.encoder.name == "small-resnet (epoch_3.pt)"
+    again: Any = open_clip.create_model(f"local-dir:{result.save(tmp_path / 'erased')}")
+    assert torch.equal(again.text_projection, result.model.text_projection.cpu())
+
+
+def test_options_of_the_training_are_seen_in_the_weights(tmp_path: Path) -> None:
+    module = small_models.open_clip_vit(image_size=48, context_length=10)
+    module.logit_bias = nn.Parameter(torch.tensor(-9.0))
+    model: Any = load_model(write(tmp_path, module))
+    assert model.image_size == (48, 48)
+    assert model.context_length == 10
+    assert model.module.logit_bias.item() == -9
+    custom = write(tmp_path, small_models.open_clip_custom_text(), "custom.pt")
+    assert type(load_model(custom).module).__name__ == "CustomTextCLIP"
+    assert type(load_model(custom, model_name="small").module).__name__ == "CustomTextCLIP"
+
+
+def test_what_weights_do_not_show_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = {**small_models.open_clip_config(), "quick_gelu": True}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "small-quickgelu", quick)
+    file = write(tmp_path, small_models.open_clip_vit())
+    with pytest.warns(UserWarning, match="taken for small, .*small-quickgelu.*model_name="):
+        assert load_model(file).name.startswith("small (")
+    assert load_model(file, model_name="small-quickgelu").config["quick_gelu"]  # type: ignore[attr-defined]
+
+
+def test_wrong_names_and_unknown_shapes(tmp_path: Path) -> None:
+    file = write(tmp_path, small_models.open_clip_vit())
+    with pytest.raises(InputError, match=r"(?s)model_name: .*do not fit 'small-deeper'"):
+        load_model(file, model_name="small-deeper")
+    with pytest.raises(InputError, match="model_name: open_clip knows no 'ViT-Z'"):
+        load_model(file, model_name="ViT-Z")
+    unknown = write(tmp_path, small_models.open_clip_vit(embed_dim=24), "unknown.pt")
+    with pytest.raises(
+        InputError, match=r"model: .*unknown\.pt have the shapes of no .*model_name="
+    ):
+        load_model(unknown)
+
+
+class Malicious:
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> Any:
+        return (self.trace.write_text, ("executed",))
+
+
+def test_what_is_not_weights(tmp_path: Path) -> None:
+    file = tmp_path / "weights.pt"
+    torch.save({"state_dict": Malicious(tmp_path / "trace")}, file)
+    with pytest.raises(InputError, match=r"model: .*cannot be read as weights.*weights_only"):
+        load_model(file)
+    assert not (tmp_path / "trace").exists()
+    for content in (b"", b"not a checkpoint"):
+        file.write_bytes(content)
+        with pytest.raises(InputError, match=r"model: .*cannot be read as weights"):
+            load_model(file)
+    for other in ({}, {"state_dict": {}}, [1, 2], {"epoch": 3}, nn.Linear(2, 2).state_dict()):
+        torch.save(other, file)
+        with pytest.raises(InputError, match=r"model: .*(cannot be read as|no) weights"):
+            load_model(file)
+    torch.save(small_models.hf_clip().state_dict(), file)
+    with pytest.raises(InputError, match=r"no weights of an open_clip model.*folder"):
+        load_model(file)
