@@ -64,9 +64,11 @@ def replace_folder(
         new = stage / path.name
         new.mkdir()
         yield new
-        if sync:
-            for file in new.rglob("*"):
-                if file.is_file():
+        for file in new.rglob("*"):
+            if file.is_file():
+                # safetensors lets the owner alone read its files, whatever the umask allows.
+                file.chmod(file.stat().st_mode | (new.stat().st_mode & 0o666))
+                if sync:
                     _flush_to_disk(file)
         _swap(new, path, replaced=stage / f"{path.name}.replaced")
 

@@ -16,7 +16,7 @@ from fasterase.engine.history import StepRecord
 from fasterase.engine.model_state import best_device, placed, resolve_device
 from fasterase.evaluation.evaluation import Evaluation
 from fasterase.evaluation.verdict import REMEMBERED, Trace
-from fasterase.files import write_text
+from fasterase.files import check_writable, write_text
 from fasterase.models.delta import restored_original, save_delta
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.hub import push_model
@@ -167,19 +167,21 @@ class UnlearnResult:
         """Write a report: recipe, losses, forgetting, and the evaluation's table.
 
         Args:
-            path: a file for the Markdown alone; or a folder (an existing one, or a name without a
-                suffix) for `report.md`, `losses.png` (losses and learning rate over the steps) and
+            path: a file (an existing one, or a name with a suffix) for the Markdown alone; or a
+                folder for `report.md`, `losses.png` (losses and learning rate over the steps) and
                 `pictures.png`: pictures of the forget set, of its neighbours and of the rest of
                 the retain set, with the captions closest to each before and after. The pictures
                 are read again, and encoded by the model as it is now.
 
         Raises:
+            InputError: the folder cannot be written to.
             MissingExtraError: `path` is a folder and matplotlib is missing (extra `eval`); all but
                 the plot is written.
         """
         path = Path(path)
-        if path.suffix and not path.is_dir():
+        if path.is_file() or (path.suffix and not path.is_dir()):
             return write_text(path, _format_report(self))
+        check_writable(path, argument="path")
         return write_report_folder(
             path, _format_report(self), history=self.history, examples=self._examples()
         )

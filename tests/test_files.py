@@ -142,3 +142,13 @@ def test_leftovers_of_a_kill_are_removed_on_request_and_the_old_file_is_whole(
     remove_leftovers(tmp_path)
     assert names_in(tmp_path) == ["history.jsonl"]
     assert path.read_text() == "old"
+
+
+def test_files_of_a_new_folder_may_be_read_by_whom_the_umask_allows(tmp_path):
+    with replace_folder(tmp_path / "model") as new:
+        (new / "weights").touch(mode=0o600)
+        (new / "tool").touch(mode=0o700)
+    allowed = (tmp_path / "model").stat().st_mode & 0o666
+    assert allowed & 0o444 == 0o444
+    assert (tmp_path / "model" / "weights").stat().st_mode & 0o777 == allowed | 0o600
+    assert (tmp_path / "model" / "tool").stat().st_mode & 0o777 == allowed | 0o700

@@ -95,6 +95,10 @@ def test_a_folder_gets_the_report_the_plot_and_the_pictures(result, tmp_path):
     (tmp_path / "v1.0").mkdir()
     result.report(tmp_path / "v1.0")
     assert (tmp_path / "v1.0" / "report.md").is_file()
+    (tmp_path / "notes").touch()
+    assert result.report(tmp_path / "notes").read_text().startswith("# Erasure report")
+    with pytest.raises(fasterase.InputError, match="path: "):
+        result.report(tmp_path / "notes" / "report")
 
 
 def test_without_matplotlib_all_but_the_plot_is_written(result, tmp_path, monkeypatch):
