@@ -2,12 +2,15 @@
 
     python -m benchmarks.recipes [--processes 2]
 
-The learning rate, the number of steps and the weight of the keeping term (fasterase: the anchor;
-the paper: consistency) are chosen in the same way for each recipe, on the validation subgroups. The
-chosen settings then run on the test subgroups; the mean over those is reported with a 95 % interval
-(bootstrap over subgroups). "retain only" is the retain loss alone on fasterase's budget: what
-fine-tuning does without erasing. --work keeps every run, so an interrupted command resumes.
-Writes recipes.csv (every number), recipes_summary.csv and recipes.txt (the table) to --output.
+"fasterase" is the library's default: no learning rate, no number of steps, once with its budget of
+damage and once without. The others need numbers: learning rate, steps and the weight of the keeping
+term (fixed rate: the anchor; the paper: consistency) are chosen in the same way for each, on the
+validation subgroups. All run on the test subgroups; the mean over those is reported with a 95 %
+interval (bootstrap over subgroups and seeds). "retain only" is the retain loss alone on the budget
+of "fixed rate": what fine-tuning does without erasing. "cliperase, untuned" is the paper's
+objective and weights at lr 1e-4 for 90 steps. --work keeps every run, so an interrupted command
+resumes. Writes recipes.csv (every number), recipes_verdicts.csv (how each run ended),
+recipes_summary.csv and recipes.txt (the table) to --output.
 """
 
 from __future__ import annotations
@@ -15,9 +18,12 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import warnings
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -50,55 +56,77 @@ STEPS = (60, 100)
 # The term that protects everything else, and its candidate weights: the recipe's own and three
 # times that.
 KEEPING = {
-    "fasterase": ("anchor_weight", (10.0, 30.0)),
+    "fixed rate": ("anchor_weight", (10.0, 30.0)),
     "cliperase": ("consistency_weight", (3.0, 9.0)),
 }
-
 TUNED = tuple(KEEPING)
+# What the others are given besides batch sizes.
+AUTOMATIC: dict[str, dict[str, Any]] = {
+    "fasterase": {},
+    "fasterase, no limit": {"max_damage": None},
+}
 RETAIN_ONLY = {"forget_weight": 0.0, "consistency_weight": 0.0, "anchor_weight": 0.0}
-RECIPES = (*TUNED, "retain only")
+UNTUNED = "cliperase, untuned"
+RECIPES = (*AUTOMATIC, *TUNED, UNTUNED, "retain only")
+# Seeds of the automatic runs, which decide for themselves when to stop.
+AUTOMATIC_SEEDS = 3
 
 KEEP_SETS = ("retain", "neighbour", "holdout")
 FORGET_SETS = ("forget", "forget-unseen")
 REPORTED = (
     ("forget", "image_to_text_recall@1"),
     ("forget", "concept_hit@1"),
+    ("forget", "image_to_text_residue"),
+    ("forget", "text_to_image_residue"),
     ("forget-unseen", "image_to_text_recall@1"),
     ("forget-unseen", "concept_hit@1"),
+    ("forget-unseen", "image_to_text_residue"),
+    ("forget-unseen", "text_to_image_residue"),
     ("retain", "image_to_text_recall@1"),
     ("neighbour", "image_to_text_recall@1"),
     ("holdout", "image_to_text_recall@1"),
 )
 
-Setting = tuple[float, float, int]  # learning rate, weight of the keeping term, steps
+# Learning rate, weight of the keeping term, steps; None where the recipe chooses for itself.
+Setting = tuple[float | None, float | None, int | None]
+UNTUNED_SETTING: Setting = (1e-4, 3.0, 90)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One erasure, measured at one or more step counts."""
+    """One erasure, measured at one or more step counts; without any, when it ends."""
 
     recipe: str
     subgroup: str
-    lr: float
-    keeping: float
+    lr: float | None
+    keeping: float | None
     steps: tuple[int, ...]
     seed: int
 
     @property
     def name(self) -> str:
-        steps = "-".join(map(str, self.steps))
-        parts = (self.recipe, self.subgroup, f"{self.lr:g}", f"{self.keeping:g}", steps, self.seed)
-        return "_".join(map(str, parts)).replace(" ", "-")
+        rate = "auto" if self.lr is None else f"{self.lr:g}"
+        steps = "-".join(map(str, self.steps)) or "auto"
+        parts = (self.recipe, self.subgroup, rate, self.keeping, steps, self.seed)
+        return "_".join(map(str, parts)).replace(" ", "-").replace(",", "")
+
+    @property
+    def is_papers(self) -> bool:
+        return self.recipe in ("cliperase", UNTUNED)
 
     def config(self) -> UnlearnConfig:
         """Return the run's recipe for the small model."""
-        if self.recipe == "retain only":
-            base, own = "fasterase", RETAIN_ONLY
+        base = "cliperase" if self.is_papers else "fasterase"
+        own: dict[str, Any] = {}
+        if self.recipe in AUTOMATIC:
+            own = AUTOMATIC[self.recipe]
         else:
-            base, own = self.recipe, {KEEPING[self.recipe][0]: self.keeping}
-        return recipe_config(
-            base, small_model=True, **own, lr=self.lr, max_steps=max(self.steps), seed=self.seed
-        )
+            own = {"lr": self.lr, "max_steps": max(self.steps)}
+            if self.recipe == "retain only":
+                own |= {**RETAIN_ONLY, "floor": None}
+            else:
+                own[KEEPING["cliperase" if self.is_papers else self.recipe][0]] = self.keeping
+        return recipe_config(base, small_model=True, **own, seed=self.seed)
 
 
 @dataclass(frozen=True)
@@ -107,8 +135,8 @@ class Value:
 
     recipe: str
     subgroup: str
-    lr: float
-    keeping: float
+    lr: float | None
+    keeping: float | None
     steps: int
     seed: int
     set: str
@@ -118,69 +146,119 @@ class Value:
     chance: float
 
 
-def execute(run: Run, work: Path) -> list[Value]:
-    """Carry out a run, or read its result if it has already run."""
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended: the verdict on a set to forget, and its mean residue.
+
+    The recipes "original" and "retrained" are models that no run made.
+    """
+
+    recipe: str
+    subgroup: str
+    steps: int
+    seed: int
+    set: str
+    verdict: str
+    residue: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The measurements of a run."""
+
+    values: list[Value]
+    endings: list[Ending]
+
+
+def execute(run: Run, work: Path, retrained: dict[str, str]) -> Outcome:
+    """Carry out a run, or read its result if it has already run.
+
+    Args:
+        run: the erasure.
+        work: folder of the results.
+        retrained: subgroup -> folder of a model that was trained without it.
+    """
     result = work / f"{run.name}.json"
     if result.is_file():
-        return [Value(**row) for row in json.loads(result.read_text(encoding="utf-8"))]
+        stored = json.loads(result.read_text(encoding="utf-8"))
+        return Outcome(
+            [Value(**row) for row in stored["values"]], [Ending(**row) for row in stored["endings"]]
+        )
     torch.set_num_threads(1)
-    wording = "cliperase" if run.recipe == "cliperase" else "fasterase"
     sets = build_sets(run.subgroup, original=str(emoji.BASE_MODEL), seed=run.seed)
     model = load_model(str(emoji.BASE_MODEL))
     values: list[Value] = []
+    endings: list[Ending] = []
 
-    def measure(record: Any) -> None:
-        if record.step not in run.steps:
-            return
+    def measure(steps: int) -> None:
         evaluation = fasterase.evaluate(
             model,
             sets.forget,
             sets.retain,
             holdout=sets.holdout,
-            sets=sets.sets,
+            sets={"neighbour": sets.neighbour},
+            forget_sets={"forget-unseen": sets.unseen},
             original=str(emoji.BASE_MODEL),
+            references=(
+                {"retrained": retrained[run.subgroup]} if run.subgroup in retrained else None
+            ),
         )
         assert evaluation.original is not None
+        here = (run.recipe, run.subgroup, run.lr, run.keeping, steps, run.seed)
         for name, scores in evaluation.scores.items():
+            original, chance = evaluation.original[name], evaluation.chance[name]
             for metric, value in scores.items():
-                values.append(
-                    Value(
-                        run.recipe,
-                        run.subgroup,
-                        run.lr,
-                        run.keeping,
-                        record.step,
-                        run.seed,
-                        name,
-                        metric,
-                        value,
-                        evaluation.original[name][metric],
-                        evaluation.chance[name][metric],
-                    )
-                )
+                values.append(Value(*here, name, metric, value, original[metric], chance[metric]))
+        models = {"model": evaluation.scores, "original": evaluation.original}
+        for model_name, scores_of in {**models, **evaluation.references}.items():
+            for name, verdict in evaluation.set_verdicts[model_name].items():
+                residue = evaluation.mean_residue(name, scores_of)
+                assert residue is not None
+                recipe = run.recipe if model_name == "model" else model_name
+                ending = Ending(recipe, run.subgroup, steps, run.seed, name, verdict, residue)
+                endings.append(ending)
 
-    with tempfile.TemporaryDirectory() as cache:
-        fasterase.unlearn(
+    def measure_at(record: Any) -> None:
+        if record.step in run.steps:
+            measure(record.step)
+
+    with tempfile.TemporaryDirectory() as cache, warnings.catch_warnings():
+        # The verdict is in the results.
+        warnings.filterwarnings("ignore", "verdict: ")
+        erased = fasterase.unlearn(
             model.module,
-            forget_pairs(sets, wording),
+            forget_pairs(sets, "cliperase" if run.is_papers else "fasterase"),
             sets.retain,
             config=run.config().replace(progress=False, reference_cache=cache),
             tokenizer=model.text_tokenizer,
-            callback=measure,
+            callback=measure_at,
         )
-    write_text(result, json.dumps([asdict(value) for value in values]))
-    return values
+    if not run.steps:
+        measure(len(erased.history))
+    stored = {
+        "values": [asdict(value) for value in values],
+        "endings": [asdict(ending) for ending in endings],
+    }
+    write_text(result, json.dumps(stored))
+    return Outcome(values, endings)
 
 
-def execute_all(runs: Iterable[Run], work: Path, processes: int) -> list[Value]:
+def execute_all(
+    runs: Iterable[Run], work: Path, processes: int, retrained: dict[str, str]
+) -> Outcome:
     """Carry out runs in parallel, each with one thread."""
     values: list[Value] = []
+    endings: list[Ending] = []
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        pending = {pool.submit(execute, run, work): run for run in runs}
+        pending = {pool.submit(execute, run, work, retrained): run for run in runs}
         for number, done in enumerate(as_completed(pending), start=1):
-            values += done.result()
+            outcome = done.result()
+            values += outcome.values
+            endings += outcome.endings
             print(f"[{number}/{len(pending)}] {pending[done].name}", flush=True)
-    return sorted(values, key=lambda v: (v.recipe, v.subgroup, *setting(v), v.seed))
+    values.sort(key=lambda v: (v.recipe, v.subgroup, *map(str, setting(v)), v.seed))
+    endings.sort(key=lambda e: (e.recipe, e.subgroup, e.steps, e.seed, e.set))
+    return Outcome(values, endings)
 
 
 def setting(value: Value) -> Setting:
@@ -218,7 +296,7 @@ def choose(values: list[Value]) -> dict[str, Setting]:
             mark = "  <- chosen" if tried == chosen[recipe] else ""
             name = f"{recipe:10} lr {lr:g}, {KEEPING[recipe][0]} {keeping:g}, {steps:3} steps"
             print(f"{name}: damage {score:.3f}{mark}")
-    return {**chosen, "retain only": chosen["fasterase"]}
+    return {**chosen, "retain only": chosen["fixed rate"], UNTUNED: UNTUNED_SETTING}
 
 
 def summarise(values: list[Value]) -> list[dict[str, Any]]:
@@ -227,19 +305,23 @@ def summarise(values: list[Value]) -> list[dict[str, Any]]:
     for recipe in RECIPES:
         for name, metric in REPORTED:
             found = [v for v in values if (v.recipe, v.set, v.metric) == (recipe, name, metric)]
+            if not found:
+                continue
             after = np.array([v.value for v in found])
             change = after - np.array([v.original for v in found])
             low, high = interval(after)
             change_low, change_high = interval(change)
+            automatic = recipe in AUTOMATIC
             rows.append(
                 {
                     "recipe": recipe,
-                    "lr": found[0].lr,
-                    "keeping": found[0].keeping,
-                    "steps": found[0].steps,
+                    "lr": "auto" if automatic else found[0].lr,
+                    "keeping": "" if automatic else found[0].keeping,
+                    "steps": float(np.mean([v.steps for v in found])),
                     "set": name,
                     "metric": metric,
                     "subgroups": len({v.subgroup for v in found}),
+                    "runs": len(found),
                     "chance": float(np.mean([v.chance for v in found])),
                     "original": float(np.mean([v.original for v in found])),
                     "mean": float(after.mean()),
@@ -253,6 +335,24 @@ def summarise(values: list[Value]) -> list[dict[str, Any]]:
     return rows
 
 
+def count_verdicts(endings: list[Ending]) -> list[str]:
+    """Describe how the runs of each recipe ended, one line per recipe and set to forget."""
+    lines = []
+    for recipe in (*RECIPES, "original", "retrained"):
+        for name in FORGET_SETS:
+            found = [e for e in endings if (e.recipe, e.set) == (recipe, name)]
+            if not found:
+                continue
+            verdicts = Counter(ending.verdict for ending in found)
+            listed = ", ".join(f"{verdict} {count}" for verdict, count in verdicts.most_common())
+            residues = [ending.residue for ending in found]
+            lines.append(
+                f"{recipe:20} {name:14} {len(found):3} models: {listed}; residue "
+                f"{np.mean(residues):.2f} ({min(residues):.2f} to {max(residues):.2f})"
+            )
+    return lines
+
+
 def interval(values: np.ndarray, resamples: int = 10_000) -> tuple[float, float]:
     """Bootstrap the 95 % percentile interval of the mean over subgroups (and seeds)."""
     rng = np.random.default_rng(0)
@@ -264,13 +364,13 @@ def interval(values: np.ndarray, resamples: int = 10_000) -> tuple[float, float]
 def table(rows: list[dict[str, Any]]) -> str:
     """Format the summary as text, in percent."""
     lines = [
-        f"{'recipe':12} {'set':14} {'metric':22} {'chance':>6} {'original':>8} {'after':>6} "
+        f"{'recipe':20} {'set':14} {'metric':22} {'chance':>6} {'original':>8} {'after':>6} "
         f"{'95 % interval':>16} {'change':>7}"
     ]
     for row in rows:
         span = f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"
         lines.append(
-            f"{row['recipe']:12} {row['set']:14} {row['metric']:22} {100 * row['chance']:6.1f} "
+            f"{row['recipe']:20} {row['set']:14} {row['metric']:22} {100 * row['chance']:6.1f} "
             f"{100 * row['original']:8.1f} {100 * row['mean']:6.1f} {span:>16} "
             f"{100 * row['change']:+7.1f}"
         )
@@ -285,32 +385,59 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--processes", type=int, default=2, help="number of parallel runs, each with one thread"
     )
-    parser.add_argument("--seeds", type=int, default=1, help="number of seeds of the test runs")
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="number of seeds of the test runs with numbers"
+    )
+    parser.add_argument(
+        "--retrained",
+        nargs="*",
+        default=[],
+        metavar="SUBGROUP=FOLDER",
+        help="further models trained without a subgroup (tools.demo_assets.train), to judge",
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/recipes"))
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    tuning = [
+    retrained = {emoji.DEFAULT_FORGET: str(emoji.RETRAINED_MODEL)}
+    retrained |= dict(entry.split("=", 1) for entry in options.retrained)
+    run_all = partial(
+        execute_all, work=options.work, processes=options.processes, retrained=retrained
+    )
+    tuned = run_all(
         Run(recipe, subgroup, lr, keeping, STEPS, seed=0)
         for recipe in TUNED
         for subgroup in VALIDATION
         for lr in RATES
         for keeping in KEEPING[recipe][1]
-    ]
-    tuned = execute_all(tuning, options.work, options.processes)
-    chosen = choose(tuned)
+    )
     testing = [
-        Run(recipe, subgroup, lr, keeping, (steps,), seed)
-        for recipe, (lr, keeping, steps) in chosen.items()
+        Run(recipe, subgroup, None, None, (), seed)
+        for recipe in reversed(AUTOMATIC)
+        for seed in range(AUTOMATIC_SEEDS)
+        for subgroup in TEST
+    ]
+    testing += [
+        Run(recipe, subgroup, lr, keeping, (steps,) if steps else (), seed)
+        for recipe, (lr, keeping, steps) in choose(tuned.values).items()
         for subgroup in TEST
         for seed in range(options.seeds)
     ]
-    tested = execute_all(testing, options.work, options.processes)
-    rows = summarise(tested)
-    every = [{"phase": "validation", **asdict(value)} for value in tuned]
-    every += [{"phase": "test", **asdict(value)} for value in tested]
+    tested = run_all(testing)
+    every = [{"phase": "validation", **asdict(value)} for value in tuned.values]
+    every += [{"phase": "test", **asdict(value)} for value in tested.values]
+    # Each run of a subgroup measures the original and the retrained model anew.
+    endings = {
+        (e.recipe, e.subgroup, e.set, *(() if e.recipe in ("original", "retrained") else (e,))): e
+        for e in tested.endings
+    }
+    summary = summarise(tested.values)
     write_csv(options.output / "recipes.csv", every)
-    write_csv(options.output / "recipes_summary.csv", rows)
-    text = table(rows)
+    write_csv(
+        options.output / "recipes_verdicts.csv", [asdict(ending) for ending in endings.values()]
+    )
+    write_csv(options.output / "recipes_summary.csv", summary)
+    counted = "\n".join(count_verdicts(list(endings.values())))
+    text = f"{table(summary)}\n{counted}\n"
     write_text(options.output / "recipes.txt", text)
     print(text)
 

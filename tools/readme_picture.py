@@ -30,7 +30,7 @@ def draw(run: Path, output: Path) -> Path:
     ranking = rank_names(sets, str(emoji.BASE_MODEL), run / "model")
     sections = (
         ("Erased: fruit", sets.forget, FORGOTTEN),
-        ("Kept: similar concepts", sets.sets["neighbour"], KEPT),
+        ("Kept: similar concepts", sets.neighbour, KEPT),
     )
     rows = [
         row

@@ -70,16 +70,17 @@ class DemoSets:
         forget: their drawings by the training teams, with all wordings.
         retain: three quarters of the other member concepts.
         holdout: the last quarter.
-        sets: `forget-unseen`, the same concepts drawn by a team whose pictures no model has seen;
-            and `neighbour`, the kept concepts nearest to them in the original's text features (most
-            of them in retain, some in holdout).
+        unseen: the same concepts drawn by a team whose pictures no model has seen; also to forget.
+        neighbour: the kept concepts nearest to them in the original's text features (most of them
+            in retain, some in holdout).
     """
 
     concepts: list[str]
     forget: Drawings
     retain: Drawings
     holdout: Drawings
-    sets: dict[str, Drawings]
+    unseen: Drawings
+    neighbour: Drawings
 
 
 def open_teams(teams: Sequence[str]) -> PairSource:
@@ -136,10 +137,8 @@ def build_sets(expression: str, *, original: str, seed: int) -> DemoSets:
         forget=Drawings.of(trained, chosen, emoji.captions),
         retain=Drawings.of(trained, set(kept) - held_out),
         holdout=Drawings.of(trained, held_out),
-        sets={
-            "forget-unseen": Drawings.of(unseen, chosen),
-            "neighbour": Drawings.of(trained, near),
-        },
+        unseen=Drawings.of(unseen, chosen),
+        neighbour=Drawings.of(trained, near),
     )
 
 

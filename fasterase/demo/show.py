@@ -59,12 +59,19 @@ def summary(evaluation: Evaluation, recipe: str) -> str:
     )
 
 
-def print_result(
-    evaluation: Evaluation, folder: Path, *, recipe: str, forgotten: bool, full: bool
-) -> None:
+def print_result(evaluation: Evaluation, folder: Path, *, recipe: str, full: bool) -> None:
     """Print the summary, the full table if wanted, and what the output folder contains."""
     print(f"\n{summary(evaluation, recipe)}\n")
-    print(f"Forgotten: {'yes' if forgotten else 'no'}.")
+    verdicts = {"model": RECIPE_TITLES[recipe], **{n: _title(n) for n in evaluation.references}}
+    for name, title in verdicts.items():
+        scores = None if name == "model" else evaluation.references[name]
+        listed = ", ".join(
+            f"{each} {verdict} (residue {evaluation.mean_residue(each, scores):.2f})"
+            for each, verdict in evaluation.set_verdicts.get(name, {}).items()
+        )
+        if listed:
+            print(f"Verdict on {title}: {listed}.")
+    print("Residue: 1 is known, 0.5 no trace, 0 loudly absent.")
     if full:
         print(f"\n{evaluation.table()}\n")
     hint = "" if full else " (--full prints it)"
@@ -79,7 +86,7 @@ def print_result(
 def draw_sheet(sets: DemoSets, original: str, erased: Path, path: Path) -> None:
     """Write the sheet of `PICTURES` drawings each of forget, neighbour and retain to `path`."""
     ranking = rank_names(sets, original, erased)
-    sections = {"forget": sets.forget, "neighbour": sets.sets["neighbour"], "retain": sets.retain}
+    sections = {"forget": sets.forget, "neighbour": sets.neighbour, "retain": sets.retain}
     rows = [
         row
         for section, pairs in sections.items()

@@ -40,6 +40,7 @@ class Evaluation:
         forget_sets: names of the sets to forget, `"forget"` first; all others are to be kept.
         verdicts: `"model"`, `"original"` or name of a reference -> its verdict; see `verdict`.
             Empty if no retain pair is unrelated to the forget set.
+        set_verdicts: the same names -> set to forget -> its verdict alone.
         original: the original's scores, or None if it was not measured.
         references: name -> a further model's scores.
     """
@@ -51,6 +52,7 @@ class Evaluation:
     settings: dict[str, Any]
     forget_sets: list[str] = field(default_factory=lambda: ["forget"])
     verdicts: dict[str, str] = field(default_factory=dict)
+    set_verdicts: dict[str, dict[str, str]] = field(default_factory=dict)
     original: Scores | None = None
     references: dict[str, Scores] = field(default_factory=dict)
 

@@ -21,7 +21,14 @@ from fasterase.evaluation.scores import (
     old_index_scores,
     retrieval_scores,
 )
-from fasterase.evaluation.verdict import Judge, PairTraces, Trace, decide, summarise
+from fasterase.evaluation.verdict import (
+    Judge,
+    PairTraces,
+    Trace,
+    decide,
+    decide_each,
+    summarise,
+)
 from fasterase.evaluation.zero_shot import (
     ClassLabels,
     check_class_names,
@@ -232,10 +239,14 @@ class Evaluator:
         for name, other in others.items():
             _check_same_pairs(model, other, name)
         original_traces = None if original is None else original.traces
-        verdicts = {"model": decide(model.traces, original_traces)}
-        verdicts |= {name: decide(other.traces, original_traces) for name, other in others.items()}
-        if original is not None:
-            verdicts["original"] = decide(original.traces, original.traces)
+        verdicts = {
+            name: decide(each.traces, original_traces)
+            for name, each in {"model": model, **others}.items()
+        }
+        set_verdicts = {
+            name: decide_each(each.traces, original_traces)
+            for name, each in {"model": model, **others}.items()
+        }
         return Evaluation(
             scores=_averages(model),
             intervals={
@@ -250,6 +261,7 @@ class Evaluator:
             pairs={name: len(set_scores.ids) for name, set_scores in model.sets.items()},
             forget_sets=list(self.forget_sets),
             verdicts={name: verdict for name, verdict in verdicts.items() if verdict is not None},
+            set_verdicts=set_verdicts,
             original=None if original is None else _averages_of_original(original, model),
             references={name: _averages(other) for name, other in (references or {}).items()},
             settings={

@@ -139,17 +139,23 @@ def decide(traces: Mapping[str, Trace], original: Mapping[str, Trace] | None = N
     Returns:
         `"remembered"`, `"over-erased"`, `"forgotten"` or `"never known"`; None without traces.
     """
-    verdicts = {
-        NEVER_KNOWN
-        if original is not None and not original[name].is_remembered
-        else REMEMBERED
-        if trace.is_remembered
-        else OVER_ERASED
-        if trace.is_over_erased
-        else FORGOTTEN
-        for name, trace in traces.items()
-    }
+    verdicts = decide_each(traces, original).values()
     return next((verdict for verdict in PRECEDENCE if verdict in verdicts), None)
+
+
+def decide_each(
+    traces: Mapping[str, Trace], original: Mapping[str, Trace] | None = None
+) -> dict[str, str]:
+    """Return set -> verdict of each set alone; see `decide`."""
+
+    def of(name: str, trace: Trace) -> str:
+        if original is not None and not original[name].is_remembered:
+            return NEVER_KNOWN
+        if trace.is_remembered:
+            return REMEMBERED
+        return OVER_ERASED if trace.is_over_erased else FORGOTTEN
+
+    return {name: of(name, trace) for name, trace in traces.items()}
 
 
 class Judge:
