@@ -42,6 +42,8 @@ CHECKED_LOSS = 0.6
 MARGIN_RESIDUE = 0.6
 MARGIN_HIT = 0.05
 FADE_STEPS = 20
+# A fade ends early below this residue, before it leads to "over-erased".
+LEAST_RESIDUE = 0.35
 # The first fade and two more.
 MAX_FADES = 3
 # Steps of an automatic run, or one pass over the forget set if that is more.
@@ -69,6 +71,12 @@ class Check(NamedTuple):
     def residue(self) -> float:
         """The largest residue of a direction."""
         return max(max(trace.image_to_text, trace.text_to_image) for trace in self.traces.values())
+
+    @property
+    def is_nearly_over_erased(self) -> bool:
+        return LEAST_RESIDUE > min(
+            min(trace.image_to_text, trace.text_to_image) for trace in self.traces.values()
+        )
 
     @property
     def is_safely_forgotten(self) -> bool:
@@ -321,8 +329,7 @@ class AutomaticPacing:
     def after_step(self, record: StepRecord) -> None:
         self._step = record.step
         if self._fade_from is not None:
-            if record.step - self._fade_from[0] >= FADE_STEPS or record.step == self.total_steps:
-                self._end_fade()
+            self._fade(record.step - self._fade_from[0])
             return
         self._rate.follow(record)
         last = record.step == self.total_steps - FADE_STEPS
@@ -336,8 +343,14 @@ class AutomaticPacing:
         if record.step == self.total_steps:
             self._finish()
 
-    def _end_fade(self) -> None:
+    def _fade(self, steps: int) -> None:
+        """Check now and then how far the fade has come, and end it in time."""
+        is_last = steps >= FADE_STEPS or self._step == self.total_steps
+        if not is_last and steps % CHECK_STEPS:
+            return
         found = self._check()
+        if not is_last and not found.is_nearly_over_erased:
+            return
         self._consider(found, faded=True)
         is_settled = found.verdict in (FORGOTTEN, OVER_ERASED) or found.exceeded
         if is_settled or self._fades == MAX_FADES or self._step == self.total_steps:
