@@ -74,9 +74,8 @@ class Check(NamedTuple):
 
     @property
     def is_nearly_over_erased(self) -> bool:
-        return LEAST_RESIDUE > min(
-            min(trace.image_to_text, trace.text_to_image) for trace in self.traces.values()
-        )
+        least = min(min(each.image_to_text, each.text_to_image) for each in self.traces.values())
+        return least < LEAST_RESIDUE
 
     @property
     def is_safely_forgotten(self) -> bool:

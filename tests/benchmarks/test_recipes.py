@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import recipes
-from benchmarks.recipes import Run, Value
+from benchmarks.recipes import Ending, Run, Value
 
 
 def value(recipe: str, subgroup: str, name: str, metric: str, after: float, **changes) -> Value:
@@ -43,14 +43,15 @@ def test_damage_counts_what_is_still_known_and_what_was_lost():
 
 def test_each_recipe_gets_its_own_best_setting_and_retain_only_ours():
     values = []
-    for recipe, best in (("fasterase", 1e-4), ("cliperase", 3e-5)):
+    for recipe, best in (("fixed rate", 1e-4), ("cliperase", 3e-5)):
         for lr in recipes.RATES:
             kept = 0.9 if lr == best else 0.5
             values += measured(recipe, "x", known=0, kept=kept, lr=lr)
     chosen = recipes.choose(values)
-    assert chosen["fasterase"] == (1e-4, 10.0, 60)
+    assert chosen["fixed rate"] == (1e-4, 10.0, 60)
     assert chosen["cliperase"] == (3e-5, 10.0, 60)
-    assert chosen["retain only"] == chosen["fasterase"]
+    assert chosen["retain only"] == chosen["fixed rate"]
+    assert chosen[recipes.UNTUNED] == (1e-4, 3.0, 90)
 
 
 def test_summary_is_the_macro_mean_over_subgroups_with_its_interval():
@@ -75,7 +76,8 @@ def test_interval_of_equal_values_is_a_point():
 
 
 def test_runs_differ_in_name_and_use_their_settings():
-    grid = [Run("fasterase", "x", lr, w, (60, 100), 0) for lr in (1e-4, 2e-4) for w in (10.0, 30.0)]
+    pairs = [(lr, weight) for lr in (1e-4, 2e-4) for weight in (10.0, 30.0)]
+    grid = [Run("fixed rate", "x", lr, weight, (60, 100), 0) for lr, weight in pairs]
     assert len({run.name for run in grid}) == 4
     assert grid[1].config().anchor_weight == 30.0
     assert grid[1].config().max_steps == 100
@@ -83,3 +85,20 @@ def test_runs_differ_in_name_and_use_their_settings():
     assert (paper.consistency_weight, paper.anchor_weight, paper.floor) == (9.0, 0.0, None)
     plain = Run("retain only", "x", 1e-4, 30.0, (60,), 0).config()
     assert (plain.forget_weight, plain.consistency_weight, plain.anchor_weight) == (0, 0, 0)
+    own = Run("fasterase", "x", None, None, (), 0).config()
+    free = Run("fasterase, no limit", "x", None, None, (), 0).config()
+    assert own.runs_until_forgotten
+    assert (own.lr, own.max_damage, free.max_damage) == ("auto", 0.03, None)
+
+
+def test_verdicts_are_counted_by_recipe_and_set():
+    endings = [
+        Ending("fasterase", subgroup, 120, 0, "forget", verdict, residue)
+        for subgroup, verdict, residue in (
+            ("x", "forgotten", 0.4),
+            ("y", "forgotten", 0.6),
+            ("z", "remembered", 0.8),
+        )
+    ]
+    (line,) = recipes.count_verdicts(endings)
+    assert "3 models: forgotten 2, remembered 1; residue 0.60 (0.40 to 0.80)" in line

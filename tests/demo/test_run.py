@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import fasterase
+from fasterase.config import UnlearnConfig
 from fasterase.demo import emoji
 from fasterase.demo.run import RECIPES, recipe_config, run_demo
 from fasterase.demo.sets import HOLDOUT_SHARE, build_sets
@@ -41,7 +42,7 @@ def test_no_set_of_the_training_teams_holds_a_concept_kept_out_of_base_training(
 
 
 def test_neighbours_are_kept_concepts_that_resemble_the_forgotten(fruit):
-    neighbours = set(fruit.sets["neighbour"].names)
+    neighbours = set(fruit.neighbour.names)
     kept = set(fruit.retain.names) | set(fruit.holdout.names)
     assert neighbours <= kept
     group = {record["concept"]: record["group"] for record, _ in emoji.samples("noto")}
@@ -53,8 +54,8 @@ def test_neighbours_are_kept_concepts_that_resemble_the_forgotten(fruit):
 
 
 def test_unseen_drawings_are_of_the_same_concepts_by_the_team_kept_out_of_training(fruit):
-    assert set(fruit.sets["forget-unseen"].names) == set(fruit.concepts)
-    assert len(fruit.sets["forget-unseen"]) == len(fruit.concepts)
+    assert set(fruit.unseen.names) == set(fruit.concepts)
+    assert len(fruit.unseen) == len(fruit.concepts)
     assert len(fruit.forget) == len(emoji.TRAIN_TEAMS) * len(fruit.concepts)
 
 
@@ -77,20 +78,21 @@ def test_unknown_recipe_is_refused():
         recipe_config("magic", small_model=True)
 
 
-def test_recipes_are_the_public_ones_with_a_budget_for_the_small_model():
-    for recipe in RECIPES:
-        small, large = (recipe_config(recipe, small_model=flag) for flag in (True, False))
-        assert small.forget_augment == large.forget_augment == (recipe == "fasterase")
-        assert small.lr > large.lr
+def test_recipes_are_the_public_ones_and_only_the_papers_has_numbers_for_the_small_model():
+    own, papers = (recipe_config(recipe, small_model=True) for recipe in RECIPES)
+    batches = {"batch_size": own.batch_size, "forget_batch_size": own.forget_batch_size}
+    assert own == UnlearnConfig(evaluation=None, **batches)
+    assert papers.lr > recipe_config("cliperase", small_model=False).lr
+    assert not papers.forget_augment
 
 
 def test_the_demo_leaves_what_it_says(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.warns(UserWarning, match="not forgotten") as caught:
+    with pytest.warns(UserWarning, match="verdict: remembered") as caught:
         evaluation = run_demo(forget="lemon|melon", max_steps=2, progress=False)
-    own, other = (str(w.message) for w in caught if "not forgotten" in str(w.message))
-    assert own.startswith("not forgotten")
-    assert other.startswith("paper's recipe (comparison): not forgotten")
+    own, other = (str(w.message) for w in caught if "verdict" in str(w.message))
+    assert own.startswith("verdict: remembered")
+    assert other.startswith("paper's recipe (comparison): verdict: remembered")
     tmp_path /= "runs/demo-lemon_melon"
     shown = capsys.readouterr().out
     assert summary(evaluation, "fasterase") in shown
@@ -131,6 +133,7 @@ def evaluation() -> Evaluation:
         chance=scores(0.042),
         pairs=dict.fromkeys(scores(0), 7),
         settings={"model": "m", "candidates": 9},
+        forget_sets=["forget", "forget-unseen"],
         original=scores(0.9),
         references={"cliperase recipe": scores(0.3), "retrained without it": scores(0.2)},
     )
@@ -153,10 +156,19 @@ def test_summary_is_six_lines_of_at_most_100_columns(evaluation):
 
 @pytest.mark.parametrize("full", [False, True])
 def test_the_long_table_is_printed_only_if_wanted(evaluation, capsys, tmp_path, full):
-    print_result(evaluation, tmp_path, recipe="fasterase", forgotten=True, full=full)
+    evaluation = dataclasses.replace(
+        evaluation, set_verdicts={"model": {"forget": "forgotten", "forget-unseen": "remembered"}}
+    )
+    for name, residue in (("forget", 0.4), ("forget-unseen", 0.8)):
+        for direction in ("image_to_text", "text_to_image"):
+            evaluation.scores[name][f"{direction}_residue"] = residue
+            evaluation.intervals[name][f"{direction}_residue"] = (0.0, 1.0)
+            evaluation.chance[name][f"{direction}_residue"] = 0.5
+    print_result(evaluation, tmp_path, recipe="fasterase", full=full)
     shown = capsys.readouterr().out
     assert shown.lstrip().startswith(summary(evaluation, "fasterase"))
     assert (evaluation.table() in shown) == full
     assert str(tmp_path / "evaluation.txt") in shown
     assert ("--full" in shown) != full
-    assert "Forgotten: yes." in shown
+    verdicts = "forget forgotten (residue 0.40), forget-unseen remembered (residue 0.80)."
+    assert f"Verdict on fasterase: {verdicts}" in shown
