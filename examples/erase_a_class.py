@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> fasterase.UnlearnResult:
     assert before is not None
     for name, metric in (("forget", "concept_hit@1"), ("retain", "image_to_text_recall@1")):
         print(f"{name}: {metric} {before[name][metric]:.1%} -> {after[name][metric]:.1%}")
-    print(f"forgotten: {result.forgotten}; the model is in {options.output}/model")
+    print(f"verdict: {result.verdict}; the model is in {options.output}/model")
     return result
 
 

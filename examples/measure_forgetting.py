@@ -48,8 +48,8 @@ def main(arguments: list[str] | None = None) -> fasterase.Evaluation:
         options.model,
         forget,
         retain,
-        # Names that start with "forget" are to be forgotten, all others to be kept.
-        sets={"forget-unseen": unseen, "neighbour": neighbours},
+        sets={"neighbour": neighbours},
+        forget_sets={"unseen": unseen},
         original=options.original,
         max_pairs=options.max_pairs,
     )
