@@ -23,8 +23,7 @@ def main(arguments: list[str] | None = None) -> fasterase.UnlearnResult:
     parser.add_argument("--model", default=str(DEMO / "models" / "base"))
     parser.add_argument("--pairs", default=str(DEMO / "data" / "noto-*.tar"))
     parser.add_argument("--forget", default="apple|banana|grapes|melon|pear", help="of captions")
-    parser.add_argument("--lr", type=float, default=1e-4)
-    parser.add_argument("--max_steps", type=int, default=100)
+    parser.add_argument("--max_steps", type=int, help="by default until it is forgotten")
     parser.add_argument("--output", default="runs/example", help="folder of the run")
     options = parser.parse_args(arguments)
 
@@ -34,7 +33,6 @@ def main(arguments: list[str] | None = None) -> fasterase.UnlearnResult:
         options.model,
         forget,
         retain,
-        lr=options.lr,
         max_steps=options.max_steps,
         batch_size=128,
         forget_batch_size=32,
