@@ -73,9 +73,10 @@ def unlearn(
     Args:
         model: an open_clip model; a transformers `CLIPModel`, `SiglipModel` or `Siglip2Model`; or a
             string: `"ViT-B-32/laion2b_s34b_b79k"` (open_clip name/tag), `"hf-hub:org/name"`
-            (open_clip), `"hf:org/name"` (transformers), or a folder that either library or
-            `result.save` wrote. For SigLIP the softmax objective acts on its similarities;
-            logit_bias is left alone.
+            (open_clip), `"hf:org/name"` (transformers), a folder that either library or
+            `result.save` wrote, or an open_clip checkpoint file. Parameters that do not require a
+            gradient are never trained; of a `PeftModel` only the adapters are. For SigLIP the
+            softmax objective acts on its similarities; logit_bias is left alone.
         forget: pairs whose association is erased. A map-style dataset, a DataLoader (its dataset is
             taken), an iterable of `(image, text)` pairs, `{"image", "text"}` or
             `{"pixel_values", "input_ids"}` dicts or batches of these; a CSV/TSV/JSONL path; a
@@ -87,7 +88,8 @@ def unlearn(
         config: settings; `overrides` are fields of it by name.
         tokenizer, preprocess: the model's own, if it does not carry them; a transformers processor
             gives both. They stay with the result: `unlearn(result.model, ...)` finds them.
-        model_name: architecture of an open_clip instance, for its tokenizer and `save`.
+        model_name: open_clip's name for the architecture of an instance (for its tokenizer and
+            `save`) or of a checkpoint file.
         holdout: pairs in neither set, for the evaluation only.
         sets: name -> further pairs that should be kept (similar things, another data set); they
             are only measured.

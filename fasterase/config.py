@@ -20,6 +20,7 @@ Recipe = Literal["fasterase", "cliperase"]
 # What a YAML file for `fasterase unlearn --config` may hold besides fields: `unlearn`'s arguments.
 COMMAND_KEYS = (
     "model",
+    "model_name",
     "forget",
     "retain",
     "holdout",

@@ -111,7 +111,8 @@ class UnlearnResult:
     def save(self, folder: str | os.PathLike[str], *, delta: bool = False) -> Path:
         """Write the erased model so that open_clip (`local-dir:`) or `from_pretrained` loads it.
 
-        The weights are one safetensors file up to 5 GB. The folder is written atomically.
+        The weights are one safetensors file up to 5 GB. The folder is written atomically. Of a
+        model with adapters, only those are written; `PeftModel.from_pretrained` loads them.
 
         Args:
             folder: the folder to write.

@@ -56,6 +56,7 @@ def _unlearn(values: dict[str, Any]) -> str | None:
         forget,
         retain,
         config=config,
+        model_name=flags.model_name,
         holdout=flags.holdout,
         sets=_parse_named("sets", flags.sets),
         forget_sets=_parse_named("forget_sets", flags.forget_sets),

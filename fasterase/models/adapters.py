@@ -100,6 +100,7 @@ def save_adapters(module: nn.Module, folder: Path) -> None:
         }
         save_file(written, target / WEIGHTS_FILE, {"format": "pt"})
         _describe(config, module).save_pretrained(str(target))
+    (folder / "README.md").write_text(_README, encoding="utf-8")
     left_out = [
         name
         for name, parameter in module.named_parameters()
@@ -112,6 +113,18 @@ def save_adapters(module: nn.Module, folder: Path) -> None:
             "adapter's modules_to_save, or save the state dict of result.model yourself",
             stacklevel=4,
         )
+
+
+_README = """# Adapters, after unlearning with fasterase
+
+Load the base model as before, then put them on it:
+
+```python
+import peft
+
+model = peft.PeftModel.from_pretrained(base_model, "this folder")
+```
+"""
 
 
 def load_adapters(base: nn.Module, folder: Path) -> nn.Module:
