@@ -199,6 +199,7 @@ def execute(run: Run, work: Path, retrained: dict[str, str]) -> Outcome:
             sets={"neighbour": sets.neighbour},
             forget_sets={"forget-unseen": sets.unseen},
             original=str(emoji.BASE_MODEL),
+            progress=False,
             references=(
                 {"retrained": retrained[run.subgroup]} if run.subgroup in retrained else None
             ),

@@ -26,7 +26,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WORDS = ("apple", "apples", "dog", "cat", "house", "tree", "boat", "plane", "chair", "lamp")
 
-pytestmark = pytest.mark.filterwarnings("ignore:verdict", "ignore:retain: .* captions seem to name", "ignore:.*quick_gelu")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:verdict", "ignore:retain: .* captions seem to name", "ignore:.*quick_gelu"
+)
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -21,6 +21,8 @@ from fasterase.evaluation.verdict import FORGOTTEN, OVER_ERASED, REMEMBERED, Tra
 FIRST_LR = 1e-5
 LR_RANGE = (1e-7, 1e-2)
 FASTER, SLOWER = 1.12, 0.9
+# Steps that the loss is extrapolated, to change the learning rate before it is too late.
+HORIZON = 5
 # The line leads from the first forgetting loss to this share of it, in this many steps.
 LINE_END = 0.05
 LINE_STEPS = 80
@@ -206,6 +208,7 @@ class _RateState:
     steps: int = 0  # applied ones
     first: float = 0.0
     loss: float = 0.0
+    trend: float = 0.0  # of the loss, per step
     distance: float = 0.0
 
 
@@ -237,7 +240,9 @@ class Rate:
         if now.steps == 0:
             now.first, now.loss, now.distance = record.forget, record.forget, record.anchor
         else:
+            before = now.loss
             now.loss = SMOOTHING * now.loss + (1 - SMOOTHING) * record.forget
+            now.trend = SMOOTHING * now.trend + (1 - SMOOTHING) * (now.loss - before)
             now.distance = SMOOTHING * now.distance + (1 - SMOOTHING) * record.anchor
         now.steps += 1
         self._adjust(now)
@@ -267,13 +272,15 @@ class LineFollower(Rate):
         self._line_steps = line_steps
 
     def _adjust(self, now: _RateState) -> None:
-        line = now.first * (1 - (1 - LINE_END) * min(1.0, now.steps / self._line_steps))
+        ahead = now.steps + HORIZON
+        line = now.first * (1 - (1 - LINE_END) * min(1.0, ahead / self._line_steps))
+        expected = now.loss + HORIZON * now.trend
         late = max(0, now.steps - self._line_steps)
         # exp: the bound passes any distance long before the power could overflow.
         bound = TRUSTED_DISTANCE * math.exp(min(late * math.log(WIDENING), 50.0))
-        if now.distance > bound or now.loss < line:
+        if now.distance > bound or expected < line:
             now.lr *= SLOWER
-        elif now.loss > max(line, NEGLIGIBLE_LOSS):
+        elif now.loss > NEGLIGIBLE_LOSS:
             now.lr *= FASTER
         now.lr = min(max(now.lr, LR_RANGE[0]), LR_RANGE[1])
 
