@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fasterase.encode import PairFeatures
-from fasterase.evaluation.scores import find_position
+from fasterase.evaluation.scores import find_position, similarity_chunks
 
 # Captions whose features under the original are this close mean the same: either counts as right.
 SAME_MEANING = 0.95
@@ -90,4 +90,4 @@ def find_neighbours(forget_text: Tensor, retain: PairFeatures, count: int) -> np
 
 def closeness(forget_text: Tensor, text: Tensor) -> Tensor:
     """Return [n], the largest cosine of each row of `text` [n, D] with `forget_text` [m, D]."""
-    return (text @ forget_text.T).amax(1)
+    return torch.cat([chunk.amax(1) for _, chunk in similarity_chunks(text, forget_text)])
