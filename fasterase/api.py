@@ -14,8 +14,9 @@ from tqdm.auto import tqdm
 
 from fasterase.config import UnlearnConfig, describe_recipe, parse_value
 from fasterase.encode import PairEncoder
+from fasterase.engine.advice import advise
 from fasterase.engine.clock import RunClock
-from fasterase.engine.erase import Outcome, check_environment, erase
+from fasterase.engine.erase import check_environment, erase
 from fasterase.engine.history import StepRecord
 from fasterase.engine.model_state import best_device, borrowed, placed, resolve_device
 from fasterase.engine.run_lock import lock_run
@@ -23,13 +24,6 @@ from fasterase.engine.trackers import tracking
 from fasterase.errors import InputError
 from fasterase.evaluation.evaluation import Evaluation
 from fasterase.evaluation.evaluator import Evaluator, Measurement
-from fasterase.evaluation.verdict import (
-    FEW_IMAGES,
-    FORGOTTEN,
-    NEVER_KNOWN,
-    OVER_ERASED,
-    describe_verdict,
-)
 from fasterase.files import check_replaceable, check_writable
 from fasterase.models.companions import remember
 from fasterase.models.delta import keep_original
@@ -204,7 +198,9 @@ def _unlearn(
             callback=tracker.followed_by(callback),
         )
         tracker.summarise(outcome.figures())
-    _warn_of_verdict(outcome, config)
+    advice = advise(outcome, config)
+    if advice is not None:
+        warnings.warn(advice, stacklevel=4)
     remember(encoder.module, encoder.companions)
     result = UnlearnResult(
         model=encoder.given,
@@ -362,56 +358,6 @@ def _warn_overlap(removed: list[str]) -> None:
             f"since they would undo the erasure: {shown}",
             stacklevel=4,
         )
-
-
-def _warn_of_verdict(outcome: Outcome, config: UnlearnConfig) -> None:
-    """Warn of every verdict but "forgotten", and of one that few images show."""
-    if outcome.verdict is None:
-        return
-    found = describe_verdict(outcome.verdict, outcome.traces)
-    advice = "" if outcome.verdict == FORGOTTEN else _advise(outcome, config)
-    images = outcome.traces["forget"].pairs
-    if images < FEW_IMAGES:
-        advice += (
-            f" {images} forget image{' shows' if images == 1 else 's show'} little: one picture "
-            "more or less may change the verdict. Give more pictures of the concept, if only as "
-            "forget_sets."
-        )
-    if advice:
-        warnings.warn(f"{found}.{advice}", stacklevel=4)
-
-
-def _advise(outcome: Outcome, config: UnlearnConfig) -> str:
-    steps = len(outcome.history)
-    if outcome.verdict == NEVER_KNOWN:
-        return (
-            " The original model does not know these pairs, so there is nothing to forget"
-            f"{'; it was left as it is' if not steps else ''}. Check the model, its tokenizer and "
-            "preprocess, and that the captions belong to the images."
-        )
-    if outcome.verdict == OVER_ERASED:
-        return (
-            " The pairs are less similar than unrelated ones, which shows what was erased. Train "
-            "for fewer steps, with a lower lr, or with the automatic recipe (lr, epochs and floor "
-            "'auto')."
-        )
-    if outcome.limit == "damage":
-        return (
-            f" Forgetting it costs kept pairs more than max_damage={config.max_damage:g} of their "
-            "recall@1, so the weights with the least residue within it were kept. Allow more "
-            "(max_damage=None allows any), or give more retain pairs close to the concept."
-        )
-    if outcome.limit == "steps":
-        return (
-            f" It is still known after the {steps} steps that an automatic run takes at most. Give "
-            "more forget pairs or larger batches, or numbers for max_steps and lr."
-        )
-    lr = "" if config.lr == "auto" else f", a higher lr (now {config.lr:g})"
-    return (
-        f" It is still known after {steps} steps. Give more steps (max_steps or epochs; with the "
-        f"same output_dir the run continues){lr} or a higher forget_weight (now "
-        f"{config.forget_weight:g}), or leave lr and epochs 'auto'."
-    )
 
 
 def _open_sets(

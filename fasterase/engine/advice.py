@@ -1,0 +1,64 @@
+"""What a run's verdict means for its user, in words: the figures, and what to do next."""
+
+from __future__ import annotations
+
+from fasterase.config import UnlearnConfig
+from fasterase.engine.erase import Outcome
+from fasterase.evaluation.verdict import (
+    FEW_IMAGES,
+    FORGOTTEN,
+    NEVER_KNOWN,
+    OVER_ERASED,
+    describe_verdict,
+)
+
+
+def advise(outcome: Outcome, config: UnlearnConfig) -> str | None:
+    """Return a warning of any verdict but "forgotten", and of one that few images show.
+
+    None if there is nothing to warn of.
+    """
+    if outcome.verdict is None:
+        return None
+    advice = "" if outcome.verdict == FORGOTTEN else _next_step(outcome, config)
+    images = outcome.traces["forget"].pairs
+    if images < FEW_IMAGES:
+        advice += (
+            f" {images} forget image{' shows' if images == 1 else 's show'} little: one picture "
+            "more or less may change the verdict. Give more pictures of the concept, if only as "
+            "forget_sets."
+        )
+    return f"{describe_verdict(outcome.verdict, outcome.traces)}.{advice}" if advice else None
+
+
+def _next_step(outcome: Outcome, config: UnlearnConfig) -> str:
+    steps = len(outcome.history)
+    if outcome.verdict == NEVER_KNOWN:
+        return (
+            " The original model does not know these pairs, so there is nothing to forget"
+            f"{'; it was left as it is' if not steps else ''}. Check the model, its tokenizer and "
+            "preprocess, and that the captions belong to the images."
+        )
+    if outcome.verdict == OVER_ERASED:
+        return (
+            " The pairs are less similar than unrelated ones, which shows what was erased. Train "
+            "for fewer steps, with a lower lr, or with the automatic recipe (lr, epochs and floor "
+            "'auto')."
+        )
+    if outcome.limit == "damage":
+        return (
+            f" Forgetting it costs kept pairs more than max_damage={config.max_damage:g} of their "
+            "recall@1, so the weights with the least residue within it were kept. Allow more "
+            "(max_damage=None allows any), or give more retain pairs close to the concept."
+        )
+    if outcome.limit == "steps":
+        return (
+            f" It is still known after the {steps} steps that an automatic run takes at most. Give "
+            "more forget pairs or larger batches, or numbers for max_steps and lr."
+        )
+    lr = "" if config.lr == "auto" else f", a higher lr (now {config.lr:g})"
+    return (
+        f" It is still known after {steps} steps. Give more steps (max_steps or epochs; with the "
+        f"same output_dir the run continues){lr} or a higher forget_weight (now "
+        f"{config.forget_weight:g}), or leave lr and epochs 'auto'."
+    )
