@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from fasterase.pairs.source import PairSource
 from fasterase.pairs.split import remove_overlap
 from fasterase.result import UnlearnResult
 
+NO_SETS: Mapping[str, Any] = MappingProxyType({})
 Model = nn.Module | str | os.PathLike[str] | DualEncoder
 
 
@@ -230,13 +232,14 @@ def evaluate(
     forget: Any,
     retain: Any,
     *,
-    sets: Mapping[str, Any] | None = None,
-    forget_sets: Mapping[str, Any] | None = None,
+    sets: Mapping[str, Any] = NO_SETS,
+    forget_sets: Mapping[str, Any] = NO_SETS,
     holdout: Any = None,
     original: Model | None = None,
-    references: Mapping[str, Model] | None = None,
+    references: Mapping[str, Model] = NO_SETS,
     class_names: Sequence[str] | None = None,
     templates: Sequence[str] | None = None,
+    tasks: Sequence[str] = (),
     attacks: Sequence[str] = (),
     max_pairs: int | None = 5000,
     seed: int = 0,
@@ -275,7 +278,7 @@ def evaluate(
         class_names: classes of the zero-shot accuracy, kept ones too. None: the classes that the
             sources carry (class-per-folder), if any.
         templates: prompts with `{}` for the class name. None: "a photo of a {}.".
-        attacks: none are known yet; anything but an empty sequence is an error.
+        tasks, attacks: none are known yet; anything but an empty sequence is an error.
         max_pairs: maximum number of pairs measured per set, drawn with `seed`; None measures all.
         seed: seed of the draw and of the bootstrap.
         tokenizer: reads string captions; used for every model here; see `fasterase.unlearn`.
@@ -291,8 +294,9 @@ def evaluate(
     Raises:
         InputError: an argument is unusable; the message names it.
     """
-    if attacks:
-        raise InputError(f"attacks={attacks!r}: none are known yet. Leave `attacks` empty.")
+    for argument, names in (("tasks", tasks), ("attacks", attacks)):
+        if names:
+            raise InputError(f"{argument}={names!r}: none are known yet. Leave `{argument}` empty.")
     sources, to_forget = _open_sets(
         forget, retain, holdout, sets, forget_sets, image_key=image_key, text_key=text_key
     )
@@ -395,10 +399,7 @@ def _open_sets(
     return opened, list(forget_sets or {})
 
 
-def _named_models(
-    original: Model | None, references: Mapping[str, Model] | None
-) -> dict[str, Model]:
-    references = {} if references is None else references
+def _named_models(original: Model | None, references: Mapping[str, Model]) -> dict[str, Model]:
     if not isinstance(references, Mapping):
         raise InputError(f"references must map names to models, found {type(references).__name__}.")
     for name in references:
