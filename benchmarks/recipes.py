@@ -200,9 +200,9 @@ def execute(run: Run, work: Path, retrained: dict[str, str]) -> Outcome:
             forget_sets={"forget-unseen": sets.unseen},
             original=str(emoji.BASE_MODEL),
             progress=False,
-            references=(
-                {"retrained": retrained[run.subgroup]} if run.subgroup in retrained else None
-            ),
+            references={
+                "retrained": folder for name, folder in retrained.items() if name == run.subgroup
+            },
         )
         assert evaluation.original is not None
         here = (run.recipe, run.subgroup, run.lr, run.keeping, steps, run.seed)
