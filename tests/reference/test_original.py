@@ -10,6 +10,7 @@ import fasterase
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.source import Subset
 from fasterase.reference.original import floor_rows
+from tests.marks import SHORT_RUN
 from tests.tiny_model import TinyModel, pairs, same_weights
 
 STEPS = {
@@ -20,11 +21,7 @@ STEPS = {
     "progress": False,
     "evaluation": None,
 }
-
-
-@pytest.fixture(autouse=True)
-def _quiet(recwarn):
-    """A few steps do not forget, and `unlearn` warns of it."""
+pytestmark = SHORT_RUN
 
 
 class Watched(TinyModel):
@@ -45,7 +42,9 @@ class Watched(TinyModel):
 
     def _note(self, seen, rows):
         moment = "after" if seen["steps"] else "before"
-        seen["steps" if torch.is_grad_enabled() else moment] += [row.numpy().tobytes() for row in rows]
+        seen["steps" if torch.is_grad_enabled() else moment] += [
+            row.numpy().tobytes() for row in rows
+        ]
 
     @property
     def swept(self):
@@ -141,6 +140,7 @@ def test_a_joint_matrix_needs_the_forget_pairs_reference_too(tmp_path):
     assert not same_weights(tower.weights(), swept(None).weights())
 
 
+@pytest.mark.filterwarnings("ignore:.retain. is not checked for images")
 def test_random_items_get_a_live_reference_that_is_right():
     class Flipping(torch.utils.data.Dataset):
         def __init__(self, noise):
@@ -185,7 +185,9 @@ def test_the_floor_is_between_unrelated_pairs():
     assert given.history[0].forget == pytest.approx(np.maximum(cosines - 0.02, 0).mean(), abs=1e-6)
 
 
-@pytest.mark.parametrize("changed", [{"seed": 5}, {"batch_size": 3}, {"max_steps": 7}, {"lr": "auto"}])
+@pytest.mark.parametrize(
+    "changed", [{"seed": 5}, {"batch_size": 3}, {"max_steps": 7}, {"lr": "auto"}]
+)
 def test_the_floor_depends_on_model_and_pairs_only(tmp_path, changed):
     forget, retain = pairs(6, seed=1), pairs(1100, seed=2)
     config = {**STEPS, "max_steps": 1, "reference_cache": tmp_path}
