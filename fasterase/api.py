@@ -384,12 +384,9 @@ def _open_sets(
         for name, source in (named or {}).items():
             if not isinstance(name, str) or not name.strip():
                 raise InputError(f"{argument}: {name!r} is not a name.")
-            if name in given:
-                what = (
-                    "an argument of its own"
-                    if name in ("forget", "retain", "holdout")
-                    else "also one of forget_sets"
-                )
+            own = name in ("forget", "retain", "holdout")
+            if own or name in given:
+                what = "an argument of its own" if own else "also one of forget_sets"
                 raise InputError(f"{argument}: {name!r} is {what}. Choose another name.")
             given[name] = source
     opened = {

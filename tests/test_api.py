@@ -7,6 +7,7 @@ import torch
 
 import fasterase
 from tests import small_models
+from tests.marks import SHORT_RUN
 from tests.tiny_model import TinyModel, pairs, same_weights
 
 
@@ -20,7 +21,7 @@ def test_a_set_that_is_none_is_named(name):
     assert same_weights(tower.weights(), before)
 
 
-@pytest.mark.filterwarnings("ignore:not forgotten")
+@SHORT_RUN
 def test_a_copy_made_in_the_callers_inference_mode_is_trained():
     model = small_models.open_clip_vit()
     pixels, ids = small_models.random_pairs(count=10)

@@ -26,18 +26,19 @@ CONTRACT = {
     "forget_weight": 3.0,
     "retain_weight": 1.0,
     "consistency_weight": 3.0,
-    "anchor_weight": 10.0,
+    "anchor_weight": 30.0,
     "forget_loss": "similarity",
     "floor": "auto",
     "forget_augment": True,
     "negatives": "own",
-    "epochs": 20,
+    "epochs": "auto",
     "max_steps": None,
+    "max_damage": 0.03,
     "batch_size": 256,
     "forget_batch_size": 64,
     "micro_batch_size": None,
     "stop_when_forgotten": False,
-    "lr": 1e-5,
+    "lr": "auto",
     "optimizer": "adamw",
     "betas": (0.9, 0.98),
     "weight_decay": 0.0,
@@ -94,10 +95,14 @@ def test_cliperase_is_the_paper_and_takes_overrides():
         ("negatives", "both"),
         ("epochs", 0),
         ("epochs", 1.5),
+        ("epochs", "never"),
         ("epochs", True),
         ("max_steps", 0),
         ("micro_batch_size", 0),
         ("lr", 0.0),
+        ("lr", "automatic"),
+        ("max_damage", -0.1),
+        ("max_damage", 1.1),
         ("betas", (0.9,)),
         ("betas", (0.9, 1.0)),
         ("betas", 0.9),
@@ -127,6 +132,34 @@ def test_contradictions_are_refused():
         UnlearnConfig(forget_loss="contrastive", floor=0.1)
 
 
+@pytest.mark.parametrize(
+    ("automatic", "named"),
+    [
+        ({}, "lr='auto' and epochs='auto'"),
+        ({"epochs": 3}, "lr='auto'"),
+        ({"max_steps": 3}, "lr='auto'"),
+        ({"lr": 1e-5}, "epochs='auto'"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"schedule": "cosine"}, "^schedule='cosine' must be 'constant' with {}; or give numbers"),
+        ({"warmup_steps": 5}, "^warmup_steps=5 must be 0 with {}; or give numbers"),
+        ({"forget_loss": "contrastive"}, "^forget_loss='contrastive' has no end that {} could"),
+        ({"floor": None}, "^floor=None has no end that {} could aim at. Give numbers for lr and"),
+        ({"forget_weight": 0.0}, "^forget_weight=0 with {}: nothing is forgotten. Give numbers"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_the_automatic_recipe_goes_with_its_own_loss_and_schedule_only(
+    automatic, named, option, message
+):
+    with pytest.raises(InputError, match=message.format(named)):
+        UnlearnConfig(**automatic, **option)
+    UnlearnConfig(**{"lr": 1e-5, "epochs": 3, **option})
+
+
 def test_values_are_converted():
     config = UnlearnConfig(lr="1e-6", floor=0, betas=[0, "0.5"], output_dir=Path("out"))
     assert config.lr == 1e-6
@@ -151,13 +184,13 @@ def test_frozen():
 def test_replace_changes_a_copy():
     config = UnlearnConfig()
     assert config.replace(lr=1.0).lr == 1.0
-    assert config.lr == 1e-5
+    assert config.lr == "auto"
 
 
 def test_yaml(tmp_path):
     file = tmp_path / "erase.yaml"
-    file.write_text("lr: 1e-6\nfloor: null\nbetas: [0.9, 0.95]\n")
-    expected = UnlearnConfig(lr=1e-6, floor=None, betas=(0.9, 0.95), seed=3)
+    file.write_text("lr: 1e-6\nepochs: 3\nfloor: null\nbetas: [0.9, 0.95]\n")
+    expected = UnlearnConfig(lr=1e-6, epochs=3, floor=None, betas=(0.9, 0.95), seed=3)
     assert UnlearnConfig.from_yaml(file, seed=3) == expected
     file.write_text("")
     assert UnlearnConfig.from_yaml(file) == UnlearnConfig()
@@ -207,7 +240,7 @@ def test_recipes_are_named_by_what_they_differ_in():
 
 
 def test_yaml_is_read_back_as_it_was_written(tmp_path):
-    values = {**UnlearnConfig(floor=None, lr=1e-7).to_dict(), "forget": "größe.csv"}
+    values = {**UnlearnConfig(floor=None, lr=1e-7, epochs=3).to_dict(), "forget": "größe.csv"}
     file = tmp_path / "erase.yaml"
     file.write_text(format_yaml(values), encoding="utf-8")
     assert read_yaml(file) == values

@@ -32,11 +32,11 @@ def test_the_signature_is_as_promised() -> None:
     assert by_position == ["model", "forget", "retain"]
     defaults = {n: p.default for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
     assert " ".join(defaults) == (
-        "sets holdout original references class_names templates attacks max_pairs seed "
-        "tokenizer preprocess"
+        "sets forget_sets holdout original references class_names templates attacks max_pairs seed "
+        "tokenizer preprocess image_key text_key device num_workers progress"
     )
     assert (defaults["attacks"], defaults["max_pairs"], defaults["seed"]) == ((), 5000, 0)
-    assert dict(defaults["sets"]) == dict(defaults["references"]) == {}
+    assert not any(defaults[name] for name in ("sets", "forget_sets", "references"))
 
 
 def test_all_sets_and_models_are_measured() -> None:
@@ -45,7 +45,8 @@ def test_all_sets_and_models_are_measured() -> None:
         FORGET,
         RETAIN,
         holdout=[(picture(3), "owl")],
-        sets={"neighbour": RETAIN[:1], "forget-unseen": FORGET},
+        sets={"neighbour": RETAIN[:1]},
+        forget_sets={"forget-unseen": FORGET},
         original=lookup_model(0.5),
         references={"other": lookup_model(3)},
         class_names=["cat", "dog"],
@@ -152,6 +153,9 @@ def test_broken_pairs_are_named_in_a_warning() -> None:
         ({"sets": {"forget": FORGET}}, "sets: 'forget' is an argument of its own"),
         ({"sets": {"holdout": FORGET}}, "sets: 'holdout' is an argument of its own"),
         ({"sets": {" ": FORGET}}, "sets: ' ' is not a name"),
+        ({"forget_sets": {"retain": FORGET}}, "forget_sets: 'retain' is an argument of its own"),
+        ({"forget_sets": {"x": FORGET}, "sets": {"x": FORGET}}, "sets: 'x' is also one of forget_"),
+        ({"forget_sets": [FORGET]}, "forget_sets must map names to pairs, found list"),
         ({"sets": [FORGET]}, "sets must map names to pairs, found list"),
         ({"sets": {"empty": []}}, "empty"),
         ({"forget": []}, "forget"),

@@ -18,6 +18,7 @@ import fasterase
 from fasterase.engine.history import HistoryFile, StepRecord, read_history
 from fasterase.errors import DiskFullError, FaseraseError, InputError
 from fasterase.files import check_writable, replace_file, replace_folder, write_text
+from tests.marks import SHORT_RUN
 from tests.tiny_model import TinyModel, pairs, same_weights
 
 resource = pytest.importorskip("resource", reason="the limit exists on Unix only")
@@ -105,7 +106,7 @@ def run(tower: TinyModel, folder: Path, **options: object):
     return fasterase.unlearn(tower, FORGET, RETAIN, **{**settings, **options})
 
 
-@pytest.mark.filterwarnings("ignore:verdict")
+@SHORT_RUN
 def test_a_run_keeps_its_last_checkpoint_and_goes_on_when_there_is_room(tmp_path, limit_files):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -123,7 +124,7 @@ def test_a_run_keeps_its_last_checkpoint_and_goes_on_when_there_is_room(tmp_path
     assert same_weights(resumed.weights(), whole.weights())
 
 
-@pytest.mark.filterwarnings("ignore:verdict")
+@SHORT_RUN
 def test_the_cache_on_a_full_disk(tmp_path, limit_files):
     tower = TinyModel()
     before = tower.weights()

@@ -175,7 +175,7 @@ def test_sdist_gives_a_wheel_that_imports_without_the_checkout(tmp_path):
         cwd=tmp_path,
         path=installed,
     )
-    assert printed.split() == ["1", "True", "1e-05", str(installed / "fasterase" / "__init__.py")]
+    assert printed.split() == ["1", "True", "auto", str(installed / "fasterase" / "__init__.py")]
 
 
 def _installed(path: Path) -> Path:

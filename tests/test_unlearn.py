@@ -11,6 +11,8 @@ import yaml
 
 import fasterase
 from tests import small_models
+from tests.marks import SHORT_RUN
+from tests.tiny_concepts import FORGOTTEN, KEPT, concept_pairs, knowing_model
 from tests.tiny_model import TinyModel, pairs, same_weights
 
 VOCABULARY = len(small_models.HF_VOCABULARY)
@@ -27,11 +29,7 @@ RECORD = {
     "applied",
     "seconds",
 }
-
-
-@pytest.fixture(autouse=True)
-def _quiet(recwarn):
-    """A few steps do not forget, and `unlearn` warns of it."""
+pytestmark = SHORT_RUN
 
 
 def image_pairs(count: int):
@@ -161,6 +159,7 @@ def test_copy_leaves_the_model_alone():
     assert same_weights(result.model.state_dict(), again.model.state_dict())
 
 
+@pytest.mark.filterwarnings("ignore:1 broken pairs")
 def test_broken_pairs_are_named_counted_and_left_out():
     forget, retain, holdout = pairs(6, seed=1), pairs(400, seed=2), pairs(50, seed=3)
     retain[7][0][0, 0, 0] = float("nan")
@@ -173,12 +172,17 @@ def test_broken_pairs_are_named_counted_and_left_out():
 
 
 def test_erases_what_it_says_and_keeps_the_rest():
-    tower, original = TinyModel(), TinyModel()
-    forget, retain = pairs(6, seed=1), pairs(40, seed=2)
-    config = {**STEPS, "max_steps": 300, "lr": 3e-3, "forget_augment": False}
+    tower, original = knowing_model(), knowing_model()
+    forget, retain = concept_pairs([FORGOTTEN], 24, seed=1), concept_pairs(KEPT, 20, seed=2)
+    config = {**STEPS, "max_steps": 60, "lr": 1e-3, "batch_size": 32, "forget_batch_size": 12}
     result = fasterase.unlearn(tower, forget, retain, evaluation=None, **config)
+    assert result.verdict == "forgotten"
     assert result.forgotten
-    assert result.excess < 0.01
+    assert 0.25 < result.residue < 0.6
+    measured = fasterase.evaluate(tower, forget, retain, original=original, progress=False)
+    assert measured.verdicts == {"model": "forgotten", "original": "remembered"}
+    assert measured.residue == pytest.approx(result.residue, abs=0.02), "drawn by another seed"
+    assert measured.mean_residue("forget", measured.original) > 0.95
     tokens = fasterase.models.dual_encoder.Tokens
 
     def cosines(model, items):
@@ -186,9 +190,10 @@ def test_erases_what_it_says_and_keeps_the_rest():
         with torch.no_grad():
             return (model.encode_image(pixels) * model.encode_text(tokens(ids))).sum(1)
 
-    excess = (cosines(tower, forget) - result.floor).clamp_min(0).mean()
-    assert float(excess) == pytest.approx(result.excess, abs=1e-6)
-    assert float((cosines(original, forget) - result.floor).clamp_min(0).mean()) > 0.02
+    def excess(model):
+        return float((cosines(model, forget) - result.floor).clamp_min(0).mean())
+
+    assert excess(tower) < 0.1 * excess(original)
     moved = cosines(tower, retain) - cosines(original, retain)
     assert float(moved.mean()) > -0.05
 
@@ -292,7 +297,7 @@ def test_a_trained_logit_scale_is_clamped_inside_the_loss(start, ceiling):
     plain = feature_loss.erase_loss
 
     def spy(image, text, scale, *rest, **options):
-        seen.append(float(scale))
+        seen.append(float(scale.detach()))
         return plain(image, text, scale, *rest, **options)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -10,6 +10,7 @@ from torch import nn
 
 import fasterase
 from fasterase.errors import FaseraseError, InputError, MissingExtraError
+from tests.marks import SHORT_RUN
 from tests.small_models import hf_clip, open_clip_vit
 from tests.tiny_model import TinyModel, pairs, same_weights
 
@@ -45,7 +46,7 @@ def refused(named: str, *, model=None, forget=FORGET, retain=RETAIN, error=Input
         ({"forget": [(torch.zeros(2, 3, 4, 4), FORGET[0][1])]}, "forget.*2 images and"),
         ({"retain": [(torch.zeros(3, 4, 4), torch.ones(9).long())]}, r"retain\[0\]: 9 token ids"),
         ({"retain": [(RETAIN[0][0], "a dog")]}, r"retain\[0\].*`tokenizer` is not known"),
-        ({"retain": [(torch.zeros(3, 4, 4).byte(), FORGET[0][1])]}, "`preprocess` is not known"),
+        ({"retain": [(torch.zeros(3, 4, 4).byte(), RETAIN[0][1])]}, "`preprocess` is not known"),
         ({"retain": 7}, "`retain` must be a dataset"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -124,7 +125,7 @@ def test_eight_bit_optimisers_name_the_extra(optimizer, monkeypatch):
     assert not encoded, "noticed before the sweep"
 
 
-@pytest.mark.filterwarnings("ignore:not forgotten")
+@SHORT_RUN
 def test_several_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused("WORLD_SIZE=2: this version trains in one process")

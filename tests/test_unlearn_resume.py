@@ -10,6 +10,7 @@ import torch
 
 import fasterase
 from fasterase.errors import ResumeError
+from tests.marks import SHORT_RUN
 from tests.tiny_model import TinyModel, pairs, same_weights
 from tests.tiny_run import CONFIG, in_process, run
 
@@ -96,14 +97,16 @@ def stopped(tmp_path):
     return tmp_path
 
 
-@pytest.mark.filterwarnings("ignore:not forgotten")
+@SHORT_RUN
 class TestResume:
     @pytest.mark.parametrize(
         ("change", "named"),
         [
             ({"lr": 2e-3}, "lr was 0.001, now 0.002"),
             ({"seed": 1}, "seed was 0, now 1"),
-            ({"max_steps": 7}, "max_steps was 6, now 7"),
+            ({"lr": "auto", "warmup_steps": 0}, "lr was 0.001, now 'auto'"),
+            ({"max_steps": None}, "runs_until_forgotten was False, now True"),
+            ({"forget_batch_size": 3}, "forget_batch_size was 4, now 3"),
             ({"betas": (0.9, 0.99)}, "betas was"),
             ({"tower": TinyModel(seed=5)}, "the model weights differ"),
             ({"retain": pairs(21, seed=2)}, "the retain pairs differ"),
@@ -203,7 +206,7 @@ class TestResume:
         noisy(tmp_path / "run", TinyModel(), callback=lambda record: record.step == 3)
         torch.manual_seed(77)
         result = noisy(tmp_path / "run", again)
-        assert (result.floor, result.excess) == (expected.floor, expected.excess)
+        assert (result.floor, result.traces) == (expected.floor, expected.traces)
         assert same_weights(again.weights(), whole.weights())
         assert not (tmp_path / "run" / "reference").exists()
 

@@ -11,16 +11,14 @@ import torch
 
 import fasterase
 from fasterase.errors import InputError, NonFiniteError, PreemptedError
+from tests.marks import SHORT_RUN
+from tests.tiny_concepts import FORGOTTEN, KEPT, concept_pairs, knowing_model
 from tests.tiny_model import TinyModel, pairs, same_weights
 from tests.tiny_run import preempted_with_workers
 
 FORGET, RETAIN = pairs(6, seed=1), pairs(20, seed=2)
 QUIET = {"progress": False, "evaluation": None}
-
-
-@pytest.fixture(autouse=True)
-def _not_forgotten_is_no_news(recwarn):
-    """Short runs warn that they have not forgotten."""
+pytestmark = SHORT_RUN
 
 
 def run(tower, *, forget=FORGET, retain=RETAIN, callback=None, **config):
@@ -248,24 +246,47 @@ def test_an_error_of_the_callback_comes_through():
     assert all(parameter.requires_grad for parameter in tower.module.parameters())
 
 
-def test_stops_when_forgotten_and_stays_stopped(tmp_path):
-    config = {"stop_when_forgotten": True, "lr": 0.01, "max_steps": 400, "output_dir": tmp_path}
-    tower = TinyModel()
-    result = run(tower, **config)
+CONCEPT = {
+    "forget": concept_pairs([FORGOTTEN], 24, seed=1),
+    "retain": concept_pairs(KEPT, 20, seed=2),
+    "batch_size": 32,
+    "forget_batch_size": 8,
+}
+
+
+@pytest.mark.parametrize("lr", [2e-3, "auto"])
+def test_stops_when_forgotten_and_stays_stopped(tmp_path, lr):
+    config = {"stop_when_forgotten": True, "lr": lr, "max_steps": 300, "output_dir": tmp_path}
+    tower = knowing_model()
+    result = run(tower, **CONCEPT, **config)
     steps = len(result.history)
-    assert result.forgotten
-    assert 2 <= steps < 400
-    assert steps % 2 == 0, "checked once a pass over the six forget pairs, two steps"
-    again = TinyModel()
-    repeated = run(again, **config)
-    assert repeated.forgotten
+    assert result.verdict == "forgotten"
+    assert 3 <= steps < 300
+    assert steps % 3 == 0, "checked once a pass over the 24 forget pairs, three steps"
+    longer = run(knowing_model(), **CONCEPT, **{**config, "output_dir": None}, resume="never")
+    assert len(longer.history) == steps
+    again = knowing_model()
+    repeated = run(again, **CONCEPT, **config)
+    assert repeated.verdict == "forgotten"
     assert len(repeated.history) == steps
     assert same_weights(again.weights(), tower.weights())
+    on = run(
+        knowing_model(),
+        **CONCEPT,
+        **{**config, "stop_when_forgotten": False, "max_steps": steps + 3},
+    )
+    assert len(on.history) == steps + 3, "who no longer wants it to stop gets the steps left"
 
 
-def test_not_forgotten_is_a_warning_that_says_what_to_change():
-    with pytest.warns(UserWarning, match="not forgotten: .*max_steps or epochs.*raise lr"):
-        result = run(TinyModel(), lr=1e-7)
+def test_a_model_that_never_knew_stops_at_the_first_check():
+    result = run(TinyModel(), **CONCEPT, stop_when_forgotten=True, max_steps=300)
+    assert (result.verdict, len(result.history)) == ("never known", 3)
+
+
+def test_remembered_is_a_warning_that_says_what_to_change():
+    remembered = r"^verdict: remembered\nforget: residue [\d.]+ image->text.*max_steps or epochs"
+    with pytest.warns(UserWarning, match=rf"(?s){remembered}.*higher lr \(now 1e-07\)"):
+        result = run(knowing_model(), **CONCEPT, lr=1e-7)
     assert not result.forgotten
 
 

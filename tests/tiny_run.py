@@ -41,7 +41,8 @@ def run(
     """One run with its files in `folder`; returns the erased tower."""
     erased = TinyModel(**tower)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "not forgotten")
+        # A few steps on random weights forget nothing, and random captions are close to each other.
+        warnings.filterwarnings("ignore", "verdict|retain: .* seem to name")
         fasterase.unlearn(
             erased,
             pairs(6, seed=1),

@@ -18,6 +18,7 @@ from fasterase.config import COMMAND_KEYS, UnlearnConfig, field_names
 from fasterase.errors import MissingExtraError
 from tests import small_models
 from tests.cli.fake_api import REQUIRED, FakeApi
+from tests.marks import SHORT_RUN
 
 
 def test_flags_reach_unlearn(unlearn, capsys):
@@ -158,7 +159,7 @@ def test_demo_passes_only_what_was_given(monkeypatch):
     }
 
 
-@pytest.mark.filterwarnings("ignore:verdict")
+@SHORT_RUN
 def test_unlearn_and_evaluate_on_a_saved_model(tmp_path, capsys):
     from fasterase.models.load import load_model
 

@@ -28,6 +28,7 @@ CAPTIONS: dict[str, list[list[str]]] = {
     "forget-unseen": [["tiger", "lynx"], ["cat"], ["cougar"]],
     "holdout": [[f"other {i}", f"thing {i}"] for i in range(9)],
 }
+FORGET_SETS = ("forget", "forget-unseen")
 TEXTS = sorted({caption for pairs in CAPTIONS.values() for c in pairs for caption in c})
 IMAGES = sum(map(len, CAPTIONS.values()))
 
@@ -85,6 +86,15 @@ def brute_force(model: LookupModel) -> dict[str, dict[str, float]]:
                 values[f"text_to_image_recall@{k}"] = any(right)
             for k in (1, 5):
                 values[f"concept_hit@{k}"] = bool(concept & set(order[:k]))
+            if name in FORGET_SETS:
+                # All of retain is unrelated, and so few captions that the contest holds one of
+                # the concept's: the pair's own.
+                matched, distinct = image[i] @ query, {c[0] for _, c in numbered["retain"]}
+                rivals = [image[i] @ vector[c] for c in distinct]
+                values["image_to_text_residue"] = np.mean([matched > rival for rival in rivals])
+                rivals_of_text = [query @ image[other] for other, _ in numbered["retain"]]
+                values["text_to_image_residue"] = np.mean([matched > r for r in rivals_of_text])
+                values["contest_hit@1"] = matched > max(rivals)
             for key, value in values.items():
                 rows.setdefault(key, []).append(float(value))
         result[name] = {
@@ -121,13 +131,29 @@ def test_every_number_equals_the_loops(
     seed: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scores, "CHUNK_ELEMENTS", chunk)
-    evaluator = Evaluator(sources())
+    evaluator = Evaluator(sources(), forget_sets=["forget-unseen"])
     model = lookup_model(seed)
-    found = evaluator.compare(evaluator.measure(PairEncoder(model, batch_size=3))).to_dict()
-    expected = brute_force(model)
+    measured = evaluator.compare(evaluator.measure(PairEncoder(model, batch_size=3)))
+    found, expected = measured.to_dict(), brute_force(model)
     assert list(found) == ["forget", "forget-unseen", "retain", "holdout"]
     for name, values in expected.items():
         assert found[name] == pytest.approx(values, abs=1e-6), name
+        if name in FORGET_SETS:
+            residues = values["image_to_text_residue"], values["text_to_image_residue"]
+            assert measured.mean_residue(name) == pytest.approx(np.mean(residues), abs=1e-6)
+    assert measured.residue == measured.mean_residue("forget")
+    assert measured.mean_residue("holdout") is None
+
+
+def test_a_set_is_to_be_forgotten_only_if_it_is_said_to_be() -> None:
+    evaluator = Evaluator(sources())
+    found = evaluator.compare(evaluator.measure(encoder(0)))
+    assert found.forget_sets == ["forget"]
+    assert list(found.to_dict()) == ["forget", "retain", "forget-unseen", "holdout"]
+    assert "image_to_text_residue" not in found.to_dict()["forget-unseen"]
+    assert "forget-unseen (3 pairs, to keep)" in found.table()
+    with pytest.raises(InputError, match="no set 'other', only forget, retain, forget-unseen"):
+        Evaluator(sources(), forget_sets=["other"])
 
 
 def test_chance_levels_are_of_the_pools() -> None:

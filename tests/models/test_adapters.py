@@ -18,6 +18,7 @@ from fasterase.errors import InputError, MissingExtraError
 from fasterase.models import DualEncoder, Tokens, load_model
 from fasterase.result import UnlearnResult
 from tests import small_models
+from tests.marks import SHORT_RUN
 
 STEPS = {
     "lr": 1e-2,
@@ -29,7 +30,7 @@ STEPS = {
 }
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:(verdict|retain): "),
+    SHORT_RUN,
     # Of peft, about names that transformers has renamed.
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
 ]

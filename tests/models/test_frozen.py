@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import fasterase
 from fasterase.errors import InputError
 from tests import small_models
+from tests.marks import SHORT_RUN
 from tests.tiny_model import TinyModel, pairs
 
 FORGET, RETAIN = pairs(4, seed=1), pairs(8, seed=2)
@@ -23,7 +24,7 @@ STEPS = {
     "evaluation": None,
 }
 
-pytestmark = pytest.mark.filterwarnings("ignore:(verdict|retain): ")
+pytestmark = SHORT_RUN
 
 
 def changed_by(module: nn.Module, run: Callable[[], object]) -> set[str]:

@@ -13,6 +13,7 @@ import fasterase
 from fasterase.errors import InputError
 from fasterase.models import load_model
 from tests import small_models
+from tests.marks import SHORT_RUN
 
 STEPS = {
     "lr": 1e-2,
@@ -23,7 +24,7 @@ STEPS = {
     "evaluation": None,
 }
 
-pytestmark = pytest.mark.filterwarnings("ignore:(verdict|retain): ")
+pytestmark = SHORT_RUN
 
 
 def items(vocabulary: int = len(small_models.HF_VOCABULARY)) -> list[tuple[Tensor, Tensor]]:

@@ -9,6 +9,8 @@ import torch
 import fasterase
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.source import Subset
+from fasterase.reference.original import floor_rows
+from tests.marks import SHORT_RUN
 from tests.tiny_model import TinyModel, pairs, same_weights
 
 STEPS = {
@@ -19,46 +21,66 @@ STEPS = {
     "progress": False,
     "evaluation": None,
 }
+pytestmark = SHORT_RUN
 
 
-@pytest.fixture(autouse=True)
-def _quiet(recwarn):
-    """A few steps do not forget, and `unlearn` warns of it."""
-
-
-class Counting(TinyModel):
-    """Counts the rows that are encoded without a graph: the sweep's, and the last check's."""
+class Watched(TinyModel):
+    """Keeps what it encodes, apart: before the first step, in steps, and after the last one."""
 
     def __init__(self, **options) -> None:
         super().__init__(**options)
-        self.images = self.texts = 0
+        self.images: dict[str, list[bytes]] = {"before": [], "steps": [], "after": []}
+        self.texts: dict[str, list[bytes]] = {"before": [], "steps": [], "after": []}
 
     def encode_image(self, pixels):
-        self.images += 0 if torch.is_grad_enabled() else len(pixels)
+        self._note(self.images, pixels)
         return super().encode_image(pixels)
 
     def encode_text(self, tokens):
-        self.texts += 0 if torch.is_grad_enabled() else len(tokens.ids)
+        self._note(self.texts, tokens.ids)
         return super().encode_text(tokens)
+
+    def _note(self, seen, rows):
+        moment = "after" if seen["steps"] else "before"
+        seen["steps" if torch.is_grad_enabled() else moment] += [
+            row.numpy().tobytes() for row in rows
+        ]
+
+    @property
+    def swept(self):
+        """Number of images and of texts encoded before the first step."""
+        return len(self.images["before"]), len(self.texts["before"])
 
 
 def swept(folder, *, forget=None, retain=None, tower=None, **config):
-    """Rows (images, texts) that the sweep before training encoded, and the erased tower."""
-    tower = tower or Counting()
+    """The tower after a run, with what it has encoded."""
+    tower = tower or Watched()
     forget, retain = forget or pairs(6, seed=1), retain or pairs(40, seed=2)
-    settings = {**STEPS, "reference_cache": folder, **config}
+    settings = {**STEPS, "reference_cache": folder, "forget_augment": False, **config}
     fasterase.unlearn(tower, forget, retain, **settings)
-    return (tower.images - len(forget), tower.texts - len(forget)), tower
+    return tower
 
 
-def test_only_drawn_pairs_are_swept_and_only_once(tmp_path):
-    first, one = swept(tmp_path)
-    assert first == (6 + 24, 6 + 24), "forget for the floor, and three batches of eight of retain"
-    again, two = swept(tmp_path)
-    assert again == (0, 0)
-    assert same_weights(one.weights(), two.weights())
-    longer, _ = swept(tmp_path, max_steps=5)
-    assert longer == (16, 16)
+@pytest.mark.parametrize("uses_reference", [True, False])
+def test_only_pairs_that_are_used_are_swept_and_only_once(tmp_path, uses_reference):
+    forget, retain = pairs(6, seed=1), pairs(3000, seed=2)
+    weights = {} if uses_reference else {"consistency_weight": 0.0, "anchor_weight": 0.0}
+    config = {"forget": forget, "retain": retain, **weights}
+    first = swept(tmp_path, **config)
+    floor = [retain[row] for row in floor_rows(3000)]
+    for seen, part in ((first.images, 0), (first.texts, 1)):
+        wanted = {pair[part].numpy().tobytes() for pair in (*forget, *floor)} | set(seen["after"])
+        assert len(seen["after"]) == 6 + 1000, "the pairs that are judged"
+        assert not set(seen["steps"]) <= wanted
+        if uses_reference:
+            wanted |= set(seen["steps"])
+        assert len(wanted) < 2000
+        assert sorted(seen["before"]) == sorted(wanted)
+    again = swept(tmp_path, **config)
+    assert again.swept == (0, 0)
+    assert same_weights(first.weights(), again.weights())
+    longer = swept(tmp_path, **config, max_steps=5)
+    assert 0 < longer.swept[0] <= 16 if uses_reference else longer.swept == (0, 0)
 
 
 def test_without_a_folder_nothing_is_left(tmp_path, monkeypatch):
@@ -68,40 +90,34 @@ def test_without_a_folder_nothing_is_left(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unused_references_are_not_swept_but_for_the_floor(tmp_path):
-    retain = pairs(1100, seed=2)
-    rows, _ = swept(tmp_path, retain=retain, consistency_weight=0.0, anchor_weight=0.0)
-    assert rows == (6 + 1024, 6 + 1024)
-
-
 @pytest.mark.parametrize("part", ["captions", "images"])
 def test_a_damaged_cache_is_remade(tmp_path, part):
-    _, one = swept(tmp_path)
+    one = swept(tmp_path)
     block = next(tmp_path.glob(f"*/{part}*/*.npy"))
     data = bytearray(block.read_bytes())
     data[-3] ^= 0xFF
     block.write_bytes(data)
-    rows, two = swept(tmp_path)
-    assert sum(rows) > 0
+    two = swept(tmp_path)
+    assert sum(two.swept) > 0
     assert same_weights(one.weights(), two.weights())
 
 
 def test_other_models_data_and_precisions_find_nothing(tmp_path):
     swept(tmp_path)
-    everything = (30, 30)
-    assert swept(tmp_path, tower=Counting(seed=7))[0] == everything
-    assert swept(tmp_path, precision="bf16")[0] == everything
+    everything = (46, 46)
+    assert swept(tmp_path, tower=Watched(seed=7)).swept == everything
+    assert swept(tmp_path, precision="bf16").swept == everything
     other = pairs(40, seed=2)
     other[0] = (other[0][0] + 1, other[0][1])
-    assert swept(tmp_path, retain=other)[0] == (24, 0), "images anew, captions are known"
+    assert swept(tmp_path, retain=other).swept == (40, 0), "images anew, captions are known"
 
 
 def test_views_of_one_source_share_its_features(tmp_path):
     source = open_pairs(pairs(30, seed=1), name="retain")
     forget, retain = Subset(source, range(6), name="f"), Subset(source, range(6, 30), name="r")
-    assert swept(tmp_path, forget=forget, retain=retain)[0] == (30, 30)
+    assert swept(tmp_path, forget=forget, retain=retain).swept == (30, 30)
     forget, retain = Subset(source, range(9), name="f"), Subset(source, range(9, 30), name="r")
-    assert swept(tmp_path, forget=forget, retain=retain)[0] == (0, 0)
+    assert swept(tmp_path, forget=forget, retain=retain).swept == (0, 0)
 
 
 def test_all_captions_of_a_pair_are_there_and_equal_ones_encoded_once(tmp_path):
@@ -109,20 +125,22 @@ def test_all_captions_of_a_pair_are_there_and_equal_ones_encoded_once(tmp_path):
         rows = [[1 + sum(map(ord, text)) % 40, len(text), 3, 4, 5] for text in texts]
         return fasterase.models.dual_encoder.Tokens(torch.tensor(rows))
 
-    tower = Counting()
+    tower = Watched()
     tower.text_tokenizer = tokenizer
     images = [image for image, _ in pairs(20, seed=2)]
     retain = [(image, ["one", "two words", f"number {i % 2}"]) for i, image in enumerate(images)]
     forget = [(image, "gone") for image, _ in pairs(6, seed=1)]
     fasterase.unlearn(tower, forget, retain, reference_cache=tmp_path, **STEPS)
-    assert tower.texts == 1 + 4 + 1, "and the forgotten caption once more at the end"
+    assert tower.swept == (26, 1 + 4)
+    assert len(tower.texts["after"]) == 1 + 1, "the first captions, to judge"
 
 
 def test_a_joint_matrix_needs_the_forget_pairs_reference_too(tmp_path):
-    _, tower = swept(tmp_path, negatives="joint")
-    assert not same_weights(tower.weights(), swept(None)[1].weights())
+    tower = swept(tmp_path, negatives="joint")
+    assert not same_weights(tower.weights(), swept(None).weights())
 
 
+@pytest.mark.filterwarnings("ignore:.retain. is not checked for images")
 def test_random_items_get_a_live_reference_that_is_right():
     class Flipping(torch.utils.data.Dataset):
         def __init__(self, noise):
@@ -160,4 +178,19 @@ def test_the_floor_is_between_unrelated_pairs():
             text.append(tower.encode_text(fasterase.models.dual_encoder.Tokens(ids)).numpy())
     expected = np.mean([image[0] @ text[1].T, (image[1] @ text[0].T).T])
     assert result.floor == pytest.approx(expected, abs=1e-6)
-    assert fasterase.unlearn(TinyModel(), forget, retain, floor=0.3, **STEPS).floor == 0.3
+    plain = {**STEPS, "forget_batch_size": 6, "forget_augment": False, "floor": 0.02}
+    given = fasterase.unlearn(TinyModel(), forget, retain, **plain)
+    assert given.floor == result.floor, "the original's, whatever the loss is given"
+    cosines = (image[0] * text[0]).sum(1)
+    assert given.history[0].forget == pytest.approx(np.maximum(cosines - 0.02, 0).mean(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"seed": 5}, {"batch_size": 3}, {"max_steps": 7}, {"lr": "auto"}]
+)
+def test_the_floor_depends_on_model_and_pairs_only(tmp_path, changed):
+    forget, retain = pairs(6, seed=1), pairs(1100, seed=2)
+    config = {**STEPS, "max_steps": 1, "reference_cache": tmp_path}
+    first = fasterase.unlearn(TinyModel(), forget, retain, **config)
+    other = fasterase.unlearn(TinyModel(), forget, retain, **{**config, **changed})
+    assert other.floor == first.floor
