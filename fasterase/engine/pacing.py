@@ -71,8 +71,9 @@ class Check(NamedTuple):
 
     @property
     def residue(self) -> float:
-        """The largest residue of a direction."""
-        return max(max(trace.image_to_text, trace.text_to_image) for trace in self.traces.values())
+        """The largest residue of a direction; 0 if no set was ever known."""
+        residues = (max(each.image_to_text, each.text_to_image) for each in self.traces.values())
+        return max(residues, default=0.0)
 
     @property
     def is_nearly_over_erased(self) -> bool:
