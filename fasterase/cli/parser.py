@@ -80,11 +80,10 @@ a home folder. Needs a C++ compiler: c++ on PATH, or the one named by CXX.""",
 # Flags that set no field of a dataclass.
 _GENERAL = ("help", "version", "debug", "local_rank", "config", "print_config")
 
-# The fields of `UnlearnConfig` that the demo takes. It counts steps, so it has no `epochs`.
+# The fields of `UnlearnConfig` that the demo takes. A run is limited by steps, not by epochs.
 _DEMO_FIELDS = ("lr", "max_steps", "batch_size", "seed", "num_workers", "progress")
 # Those for which the demo does not use the default of `UnlearnConfig`.
-_DEMO_TUNED = ("lr", "max_steps", "batch_size")
-
+_DEMO_TUNED = ("batch_size",)
 
 _FLAGS = {"evaluate": EvaluateFlags, "split": SplitFlags}
 
@@ -150,7 +149,7 @@ def flags_of(command: str) -> list[Flag]:
 def _without_default(flag: Flag) -> Flag:
     if flag.name not in _DEMO_TUNED:
         return flag
-    text = f"{flag.help.split(';')[0].rstrip('.')}. Default: tuned for the shipped model."
+    text = f"{flag.help.split(';')[0].rstrip('.')}. Default: chosen for the shipped model."
     return flag._replace(default=None, help=text)
 
 

@@ -121,6 +121,8 @@ def run_demo(
         forget_sets={"forget-unseen": sets.unseen},
         original=original,
         references=references,
+        num_workers=configs[recipe].num_workers,
+        progress=configs[recipe].progress,
     )
     evaluation.to_json(folder / "evaluation.json")
     write_text(folder / "evaluation.txt", evaluation.table() + "\n")

@@ -17,7 +17,7 @@ import fasterase
 from fasterase.cli import main
 from fasterase.cli.parser import COMMANDS, EXAMPLES, flags_of, parse
 from fasterase.config import UnlearnConfig, field_names
-from fasterase.demo.run import BATCHES, FASTERASE
+from fasterase.demo.run import BATCHES
 from tests.cli.fake_api import REQUIRED
 
 
@@ -166,10 +166,10 @@ def test_every_field_is_a_flag_with_help_in_a_group():
 def test_demo_help_gives_no_default_that_the_demo_does_not_use():
     shown = {flag.name: flag for flag in flags_of("demo")}
     assert "epochs" not in shown
-    for name in FASTERASE | BATCHES:
+    for name in BATCHES:
         if name in shown:
             assert shown[name].default is None
-            assert "tuned for the shipped model" in shown[name].help
+            assert "chosen for the shipped model" in shown[name].help
 
 
 def _examples() -> list[str]:

@@ -94,7 +94,8 @@ def test_the_demo_leaves_what_it_says(tmp_path, capsys, monkeypatch):
     assert own.startswith("verdict: remembered")
     assert other.startswith("paper's recipe (comparison): verdict: remembered")
     tmp_path /= "runs/demo-lemon_melon"
-    shown = capsys.readouterr().out
+    shown, bars = capsys.readouterr()
+    assert bars == ""
     assert summary(evaluation, "fasterase") in shown
     assert evaluation.table() not in shown
     assert evaluation.table() in (tmp_path / "evaluation.txt").read_text(encoding="utf-8")
