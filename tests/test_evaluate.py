@@ -32,8 +32,8 @@ def test_the_signature_is_as_promised() -> None:
     assert by_position == ["model", "forget", "retain"]
     defaults = {n: p.default for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
     assert " ".join(defaults) == (
-        "sets forget_sets holdout original references class_names templates tasks attacks max_pairs "
-        "seed tokenizer preprocess image_key text_key device num_workers progress"
+        "sets forget_sets holdout original references class_names templates tasks attacks "
+        "max_pairs seed tokenizer preprocess image_key text_key device num_workers progress"
     )
     assert (defaults["attacks"], defaults["max_pairs"], defaults["seed"]) == ((), 5000, 0)
     assert not any(defaults[name] for name in ("sets", "forget_sets", "references"))
