@@ -23,7 +23,8 @@ class Borrowed:
         self._module = module
         self._home = model.device
         self._modes = [(part, part.training) for part in module.modules()]
-        self._half = [(t, t.dtype) for t in _floating(module) if t.dtype.itemsize < 4]
+        # 8 bits are quantised values, which mean nothing without their scales.
+        self._half = [(t, t.dtype) for t in _floating(module) if t.dtype.itemsize == 2]
 
     def take(self, device: torch.device) -> None:
         """Move to `device`, to fp32 and eval mode, without gradients."""

@@ -247,7 +247,8 @@ def from_source(
         )
     return HuggingFaceEncoder(
         # Version 5 keeps the checkpoint's dtype, which may be half; training needs fp32 weights.
-        module.float(),
+        # Quantised ones can only be measured, and the library refuses to change their dtype.
+        module if getattr(module, "is_quantized", False) else module.float(),
         name=name,
         source=source,
         online=online,

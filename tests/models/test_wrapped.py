@@ -89,6 +89,20 @@ def test_quantised_models_are_measured_but_not_trained() -> None:
         erase(model, items(small_models.SIMPLE_VOCABULARY_SIZE))
 
 
+def test_a_quantised_checkpoint_keeps_its_dtypes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    model = load_model(small_models.hf_clip())
+    model.module.half()
+    model.save(tmp_path / "saved")
+    # Set by the quantiser of a checkpoint; the library then raises on any call of float().
+    monkeypatch.setattr(transformers.CLIPModel, "is_quantized", True, raising=False)
+    again = load_model(tmp_path / "saved").module
+    assert {parameter.dtype for parameter in again.parameters()} == {torch.float16}
+
+
 class EightBit(nn.Linear):
     """A layer of integer weights and a scale, as quantising libraries make them."""
 
@@ -113,9 +127,11 @@ def test_adapters_on_quantised_weights_do_train() -> None:
     with pytest.raises(InputError, match=r"fc1\.weight of CLIPModel is quantised"):
         erase(model, items())
     given = peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"]), model)
+    layer.register_buffer("scales", torch.ones(2).to(torch.float8_e4m3fn))
     before = layer.fc1.weight.clone()
     assert erase(given, items()).model is model
     assert torch.equal(layer.fc1.weight, before)
+    assert layer.scales.dtype == torch.float8_e4m3fn
 
 
 def test_inference_mode_weights_say_how_to_load_them() -> None:
