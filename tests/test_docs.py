@@ -27,7 +27,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WORDS = ("apple", "apples", "dog", "cat", "house", "tree", "boat", "plane", "chair", "lamp")
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:verdict", "ignore:retain: .* captions seem to name", "ignore:.*quick_gelu"
+    "ignore:verdict", "ignore:retain. .* captions seem to name", "ignore:.*quick_gelu"
 )
 
 
