@@ -84,7 +84,8 @@ def erase_loss(
             If the whole forget set has one caption, it needs `negatives="joint"` to have an effect.
         floor: with "similarity", the cosine below which a forget pair is left alone:
             mean of `max(cos - floor, 0)`.
-        labels: any integers; pairs with the same label are each other's positives.
+        labels: any integers; pairs with the same label are each other's positives. Best on the
+            CPU, as in `fasterase.contrastive`.
         negatives: "own": forget and retain are two similarity matrices. "joint": one over all rows,
             each loss the mean over its own rows.
         backend: as in `fasterase.contrastive`.

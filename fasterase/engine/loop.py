@@ -96,7 +96,7 @@ class Trainer:
                 self._feature_loss,
                 reference=self._reference_features(batch),
                 n_forget=batch.n_forget,
-                labels=batch.labels.to(self._device),
+                labels=batch.labels,
                 upstream=self._scaler.scale(torch.ones((), device=self._device)),
             ),
             device=self._device,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fasterase.ops.contrastive import available_backends, contrastive
+from fasterase.ops.contrastive import api, available_backends, contrastive, weighted_contrastive
 from fasterase.ops.contrastive import labels as label_ops
 from fasterase.ops.contrastive.labels import compute_label_terms
 from tests import oracle
@@ -98,6 +99,32 @@ def test_a_label_that_occurs_once_adds_exactly_nothing():
         terms = compute_label_terms(*inputs, labels, groups)
         assert not torch.stack(terms).any()
         assert not any(bool(x.any()) for x in gradients(terms, inputs[:2]))
+
+
+@pytest.mark.parametrize("function", [contrastive, weighted_contrastive])
+def test_labels_on_the_host_that_are_distinct_in_their_groups_cost_nothing(function, monkeypatch):
+    """Nor is anything read back of those that are elsewhere."""
+    calls = []
+
+    def spy(*arguments):
+        calls.append(arguments)
+        return compute_label_terms(*arguments)
+
+    monkeypatch.setattr(api, "compute_label_terms", spy)
+    inputs = features(dtype=torch.float32)
+    call = dict(zip(("image", "text", "scale"), inputs, strict=True)) | {"backend": "chunked"}
+    if function is weighted_contrastive:
+        call["weights"] = torch.ones(2, 12)
+    labels = torch.arange(12) % 6
+    function(**call, labels=labels, groups=(6, 6))
+    function(**call, labels=torch.arange(12).to(torch.uint64))
+    assert not calls
+    function(**call, labels=labels, groups=(7, 5))
+    function(**call, labels=labels)
+    assert len(calls) == 2
+    with FakeTensorMode():
+        assert not label_ops.are_distinct(torch.arange(12), (12,))
+        assert not label_ops.are_distinct(torch.arange(12, device="cuda"), (12,))
 
 
 def test_nan_reaches_its_own_label_alone():

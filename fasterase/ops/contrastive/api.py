@@ -16,7 +16,7 @@ from fasterase.ops.contrastive import cpu
 from fasterase.ops.contrastive.checks import check_call, check_weights, compute_dtype
 from fasterase.ops.contrastive.chunked import contrastive_chunked
 from fasterase.ops.contrastive.dense import Contrastive, contrastive_dense
-from fasterase.ops.contrastive.labels import compute_label_terms
+from fasterase.ops.contrastive.labels import are_distinct, compute_label_terms
 from fasterase.ops.contrastive.operator import (
     Batch,
     Groups,
@@ -86,7 +86,8 @@ def contrastive(
         ref_image, ref_text, ref_scale: the original's, constants, all three or none; D0 may differ
             from D.
         labels: any integers. Pairs of one group with the same label are each other's positives:
-            `ce_row_i = lse_i - mean over {j: label_j = label_i} of S_ij`, likewise columns.
+            `ce_row_i = lse_i - mean over {j: label_j = label_i} of S_ij`, likewise columns. On the
+            CPU, whatever image's device: labels that are all distinct then cost nothing.
         groups: row counts, zeros allowed, that split the batch into independent square problems.
         backend: "auto" or one of `available_backends()`; a named one never falls back.
 
@@ -102,7 +103,7 @@ def contrastive(
     run = load_backend(choose_backend(backend, (image, text)).name)
     batch = Batch.of(image, text, scale, ref_image, ref_text, ref_scale)
     losses = run(*batch, sizes) if sizes else batch.empty_losses()
-    if labels is None or not sizes:
+    if labels is None or not sizes or are_distinct(labels, sizes):
         return losses
     row, col = compute_label_terms(image, text, batch.scale, labels.to(image.device), sizes)
     return losses._replace(ce_row=losses.ce_row + row, ce_col=losses.ce_col + col)
@@ -156,7 +157,7 @@ def weighted_contrastive(
         differentiable = run(*batch, sizes) if sizes else batch.empty_losses()
         stacked = torch.stack([loss for loss in differentiable if loss is not None])
         total, losses = (weights * stacked).sum(), unpack_losses(stacked.detach())
-    if labels is None or not sizes:
+    if labels is None or not sizes or are_distinct(labels, sizes):
         return Weighted(total, losses)
     row, col = compute_label_terms(image, text, batch.scale, labels.to(image.device), sizes)
     losses = losses._replace(

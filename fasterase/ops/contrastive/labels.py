@@ -1,7 +1,8 @@
 """Repeated labels: pairs that share a label are each other's positives, at O(N D).
 
 Every shape follows from the shapes of the inputs and no value is read back to the host, so a step
-with labels compiles to one graph and can be captured as a CUDA graph.
+with labels compiles to one graph and can be captured as a CUDA graph. `are_distinct` looks at labels
+that already are on the host.
 """
 
 from __future__ import annotations
@@ -46,6 +47,17 @@ class Kinds(NamedTuple):
     def is_alone(self) -> Tensor:
         """[N] whether a row is the only one of its kind: it has no gap, even where it is NaN."""
         return self.rows_of_kind == 1
+
+
+def are_distinct(labels: Tensor, groups: tuple[int, ...]) -> bool:
+    """Whether no label occurs twice in a group, as far as that costs no wait for a device.
+
+    The terms are then exactly 0 and need not be computed. False for labels on a device and where
+    there are no values to look at, as while torch.compile traces.
+    """
+    if torch.compiler.is_compiling() or type(labels) is not Tensor or labels.device.type != "cpu":
+        return False
+    return all(len(part.unique()) == len(part) for part in labels.long().split(groups))
 
 
 def compute_label_terms(
