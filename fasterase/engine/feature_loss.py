@@ -73,7 +73,7 @@ class FeatureLoss:
             image, text, scale: features, forget pairs first, and exp(logit_scale).
             reference: the original's image features, text features and scale, or Nones.
             n_forget: how many of the pairs are forget pairs.
-            labels: equal for equal captions; on the CPU, where the operator can look whether any is.
+            labels: equal for equal captions; on the CPU, where the operator can look at them.
             upstream: the scaling of the loss in fp16, else 1.
         """
         leaves = [

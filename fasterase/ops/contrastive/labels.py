@@ -1,8 +1,8 @@
 """Repeated labels: pairs that share a label are each other's positives, at O(N D).
 
 Every shape follows from the shapes of the inputs and no value is read back to the host, so a step
-with labels compiles to one graph and can be captured as a CUDA graph. `are_distinct` looks at labels
-that already are on the host.
+with labels compiles to one graph and can be captured as a CUDA graph. `are_distinct` looks at
+labels that already are on the host.
 """
 
 from __future__ import annotations
