@@ -1,0 +1,368 @@
+"""The learning rate that follows a line, and the run that ends by itself, with scripted losses."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from fasterase.engine.history import StepRecord
+from fasterase.engine.pacing import (
+    CHECK_STEPS,
+    FADE_STEPS,
+    FIRST_LR,
+    LINE_STEPS,
+    LR_RANGE,
+    TRUSTED_DISTANCE,
+    AutomaticPacing,
+    Check,
+    FixedPacing,
+    LineFollower,
+    LinePacing,
+    Rate,
+)
+from fasterase.evaluation.verdict import Trace
+
+TOTAL = 400
+
+
+def record(step: int, forget: float, anchor: float = 0.0, *, applied: bool = True) -> StepRecord:
+    return StepRecord(step=step, forget=forget, anchor=anchor, applied=applied)
+
+
+def rates(rate: Rate, losses: Callable[[int], float], steps: int, *, anchor: float = 0.0):
+    """The learning rate after each step."""
+    found = []
+    for step in range(1, steps + 1):
+        rate.follow(record(step, losses(step), anchor))
+        found.append(rate.lr)
+    return found
+
+
+class TestLine:
+    def test_it_rises_while_the_loss_lags_up_to_a_limit(self):
+        found = rates(LineFollower(), lambda step: 0.8, 100)
+        assert found[0] >= FIRST_LR
+        assert all(later >= lr for lr, later in itertools.pairwise(found))
+        assert found[30] > 10 * FIRST_LR
+        assert found[-1] == LR_RANGE[1]
+
+    def test_it_falls_while_the_loss_leads_down_to_a_limit(self):
+        found = rates(LineFollower(), lambda step: 0.8 if step == 1 else 0.01, 70)
+        assert all(later <= lr for lr, later in itertools.pairwise(found[5:]))
+        assert found[-1] == LR_RANGE[0]
+
+    @pytest.mark.parametrize("sensitivity", [10.0, 300.0, 1e4])
+    def test_models_of_any_sensitivity_follow_it(self, sensitivity):
+        """The loss of each step falls by a share that lr and the model decide."""
+        rate, loss, below = LineFollower(), 0.7, []
+        for step in range(1, 200):
+            rate.follow(record(step, loss))
+            loss *= math.exp(-sensitivity * rate.lr)
+            below.append(loss < 0.07)
+        assert 40 < below.index(True) < 130
+
+    def test_steps_that_were_not_applied_are_ignored(self):
+        plain, broken = LineFollower(), LineFollower()
+        for step in range(1, 30):
+            plain.follow(record(step, 0.8 / step, 0.001))
+            if step % 3 == 0:
+                broken.follow(record(step, float("nan"), float("nan"), applied=False))
+            broken.follow(record(step, 0.8 / step, 0.001))
+        assert plain.state() == broken.state()
+
+    @pytest.mark.parametrize("loss", [0.0, 5e-4, -0.1])
+    def test_a_first_loss_near_zero_does_not_raise_it(self, loss):
+        found = rates(LineFollower(), lambda step: loss, 300)
+        assert max(found) <= FIRST_LR
+
+    def test_it_falls_while_kept_features_have_moved_too_far(self):
+        inside = rates(LineFollower(), lambda step: 0.8, 40, anchor=TRUSTED_DISTANCE)
+        outside = rates(LineFollower(), lambda step: 0.8, 40, anchor=TRUSTED_DISTANCE * 1.01)
+        assert inside[-1] > 10 * FIRST_LR
+        assert all(later < lr for lr, later in itertools.pairwise(outside))
+
+    def test_distances_are_smoothed_as_losses_are(self):
+        rate = LineFollower()
+        rates(rate, lambda step: 0.8, 20)
+        before = rate.lr
+        rate.follow(record(21, 0.8, 3 * TRUSTED_DISTANCE))
+        assert rate.lr > before, "one step beyond the border is not yet a move"
+
+    def test_the_region_widens_after_the_line(self):
+        """A run that lags behind the whole line would else stand still at the border."""
+        found = rates(LineFollower(), lambda step: 0.8, 400, anchor=2 * TRUSTED_DISTANCE)
+        assert found[LINE_STEPS] == pytest.approx(LR_RANGE[0])
+        assert found[LINE_STEPS + 30] == pytest.approx(LR_RANGE[0])
+        assert found[LINE_STEPS + 60] > 10 * LR_RANGE[0]
+
+    def test_very_long_runs_overflow_nothing(self):
+        rate = LineFollower(line_steps=1)
+        for step in range(1, 50_000, 7):
+            rate.follow(record(step, 0.8, 1e6))
+        rate.restore({**rate.state(), "steps": 10**9})
+        rate.follow(record(2, 0.8, 0.0))
+        assert LR_RANGE[0] <= rate.lr <= LR_RANGE[1]
+
+    def test_the_state_goes_through_json(self):
+        rate = LineFollower()
+        rates(rate, lambda step: 0.9**step, 17, anchor=0.003)
+        again = LineFollower()
+        again.restore(json.loads(json.dumps(rate.state())))
+        losses = [0.8 * 0.97**step for step in range(30)]
+        assert rates(rate, lambda step: losses[step - 1], 30) == rates(
+            again, lambda step: losses[step - 1], 30
+        )
+
+
+def test_a_given_rate_is_constant_and_knows_the_share_left():
+    rate = Rate(3e-4)
+    assert rate.share_left == 0.0
+    found = rates(rate, lambda step: 0.8 if step == 1 else 0.2, 60, anchor=9.0)
+    assert set(found) == {3e-4}
+    assert rate.share_left == pytest.approx(0.25, abs=1e-3)
+
+
+class TestNumbers:
+    """Steps that the user gave."""
+
+    def test_a_schedule_is_followed_and_the_verdict_checked_once_a_pass(self):
+        checks = iter([False, True])
+        pacing = FixedPacing(
+            lambda step: 1.0 / (step + 1),
+            total_steps=30,
+            is_forgotten=lambda: next(checks),
+            check_steps=4,
+        )
+        done = []
+        for step in range(8):
+            assert pacing.lr(step) == 1.0 / (step + 1)
+            pacing.after_step(record(step + 1, 0.5))
+            done.append(pacing.is_done)
+        assert done == [False] * 7 + [True]
+        assert pacing.tensors() == {}
+
+    def test_who_no_longer_wants_it_to_stop_gets_the_steps_left(self):
+        def pacing(**options):
+            return FixedPacing(lambda step: 1.0, total_steps=30, **options)
+
+        stopped = pacing(is_forgotten=lambda: True)
+        stopped.after_step(record(1, 0.5))
+        again, on = pacing(is_forgotten=lambda: True), pacing()
+        for each in (again, on):
+            each.restore(stopped.state(), {})
+        assert (again.is_done, on.is_done) == (True, False)
+
+    def test_the_automatic_rate_spans_the_steps(self):
+        """Losses that follow the line of 40 steps lead one of 400."""
+
+        def last_lr(total):
+            pacing = LinePacing(total_steps=total)
+            for step in range(1, 41):
+                pacing.after_step(record(step, 0.8 * (1 - 0.8 * step / 40)))
+            again = LinePacing(total_steps=total)
+            again.restore(json.loads(json.dumps(pacing.state())), {})
+            assert again.lr(40) == pacing.lr(40)
+            return pacing.lr(40)
+
+        assert last_lr(40) > 10 * FIRST_LR
+        assert last_lr(400) < FIRST_LR
+
+
+def check(
+    residue: float, *, damage: float = 0.0, exceeded: bool = False, least: float | None = None
+) -> Check:
+    least = residue if least is None else least
+    return Check({"forget": Trace(residue, least, 0.0, 0.0, 0.1, 0.05, 50)}, damage, exceeded)
+
+
+KNOWN = check(1.0)
+SAFE = check(0.5)
+
+
+class Run:
+    """Drives an automatic run whose checks are a function of the step."""
+
+    def __init__(
+        self,
+        script: Callable[[int], Check],
+        *,
+        loss: Callable[[int], float] = lambda step: 0.8 if step < 3 else 0.1,
+        total: int = TOTAL,
+        rate: Rate | None = None,
+    ) -> None:
+        self.step = 0
+        self.checked: list[int] = []
+        self.lrs: list[float] = []
+        self.loaded: list[int] = []
+        self._loss = loss
+        self._script = script
+        self.pacing = AutomaticPacing(
+            rate or Rate(1e-3),
+            check=self._check,
+            weights=lambda: {"step": torch.tensor(self.step)},
+            load=self._load,
+            original=KNOWN,
+            max_steps=total,
+        )
+
+    def _check(self) -> Check:
+        self.checked.append(self.step)
+        return self._script(self.step)
+
+    def _load(self, weights: dict[str, Tensor]) -> None:
+        self.loaded.append(int(weights["step"]))
+
+    def take(self, steps: int | None = None) -> Run:
+        """Take some steps, or all that there are."""
+        last = self.pacing.total_steps if steps is None else self.step + steps
+        while self.step < last and not self.pacing.is_done:
+            self.lrs.append(self.pacing.lr(self.step))
+            self.step += 1
+            self.pacing.after_step(record(self.step, self._loss(self.step)))
+        return self
+
+
+def at(checks: dict[int, Check], otherwise: Check) -> Callable[[int], Check]:
+    """A check at each of some steps, and another at all others."""
+    return lambda step: checks.get(step, otherwise)
+
+
+class TestAutomatic:
+    def test_checks_begin_once_the_loss_has_fallen(self):
+        run = Run(lambda step: KNOWN, loss=lambda step: 1.0 if step < 42 else 0.5)
+        run.take(60)
+        assert run.checked == [50, 55, 60]
+        assert set(run.lrs) == {1e-3}
+
+    def test_lr_fades_once_the_verdict_holds_and_the_run_ends(self):
+        run = Run(at({5: KNOWN}, SAFE)).take()
+        assert run.step == 10 + FADE_STEPS
+        assert run.lrs[:10] == [1e-3] * 10
+        fade = run.lrs[10:]
+        assert len(fade) == FADE_STEPS
+        steps = [lr - later for lr, later in itertools.pairwise([1e-3, *fade])]
+        assert steps == pytest.approx([1e-3 / (FADE_STEPS + 1)] * FADE_STEPS)
+        assert fade[-1] > 0
+        assert run.loaded == [run.step]
+        assert (run.pacing.is_done, run.pacing.limit) == (True, None)
+        assert run.pacing.tensors() == {}
+
+    def test_forgotten_without_a_margin_is_not_enough(self):
+        """Fading, and pictures that training has not seen, need one."""
+        run = Run(at({25: SAFE}, check(0.7))).take(25)
+        assert run.checked == [5, 10, 15, 20, 25]
+        assert len(set(run.lrs)) == 1
+        run.take()
+        assert run.step == 25 + FADE_STEPS
+
+    def test_it_resumes_at_most_twice(self):
+        """Each fade ends remembered: the concept comes back as lr falls."""
+        ends = [5 + FADE_STEPS, 10 + 2 * FADE_STEPS, 15 + 3 * FADE_STEPS]
+        run = Run(at({ends[0]: check(0.9), ends[1]: check(0.8), ends[2]: check(0.85)}, SAFE)).take()
+        assert run.step == ends[2]
+        assert run.lrs[ends[0]] == run.lrs[ends[1]] == 1e-3, "resumed at full speed"
+        assert run.loaded == [5], "forgotten, if only before fading"
+        assert run.pacing.limit is None
+
+    def test_a_fade_ends_before_it_leads_to_over_erased(self):
+        run = Run(at({15: check(0.5, least=0.3)}, SAFE)).take()
+        assert run.step == 15
+        assert run.loaded == [15]
+
+    @pytest.mark.parametrize(
+        ("checks", "best"),
+        [
+            # Faded ones first, even with more damage; then the least damage.
+            ({5: check(0.7, damage=0.01), 10: SAFE, 30: check(0.6, damage=0.02)}, 30),
+            ({5: check(0.7, damage=0.02), 10: check(0.5, damage=0.03), 30: check(0.1)}, 5),
+            ({5: check(0.7, damage=0.03), 10: check(0.5, damage=0.02), 30: check(0.1)}, 10),
+            # Within the budget of damage first.
+            (
+                {
+                    5: check(0.7, damage=0.01),
+                    10: SAFE,
+                    30: check(0.6, damage=0.09, exceeded=True),
+                },
+                10,
+            ),
+            # Over-erased before remembered.
+            ({5: check(0.2), 25: check(0.2, damage=0.01)}, 5),
+        ],
+    )
+    def test_the_best_weights_are_restored(self, checks, best):
+        run = Run(at(checks, check(0.7, damage=1.0))).take()
+        assert run.loaded == [best]
+        assert run.pacing.limit is None
+
+    def test_beyond_the_damage_it_fades_and_keeps_the_least_residue_within(self):
+        hurt = check(0.8, damage=0.09, exceeded=True)
+        run = Run(at({5: check(0.9), 10: check(0.85), 15: hurt, 35: hurt}, KNOWN)).take()
+        assert run.step == 15 + FADE_STEPS
+        assert run.loaded == [10]
+        assert run.pacing.limit == "damage"
+
+    def test_damage_that_fading_heals_is_no_end(self):
+        hurt = check(0.8, damage=0.09, exceeded=True)
+        healed = {5: hurt, 25: check(0.8, damage=0.01), 30: SAFE}
+        run = Run(at(healed, check(0.6, damage=0.02))).take()
+        assert run.step == 30 + FADE_STEPS
+        assert run.loaded == [run.step]
+        assert run.pacing.limit is None
+
+    def test_a_run_that_never_gets_there_fades_in_its_last_steps(self):
+        run = Run(lambda step: check(1.0 - step / 2000)).take()
+        assert run.step == TOTAL
+        assert run.lrs[TOTAL - FADE_STEPS - 1] == 1e-3
+        assert run.lrs[-1] == pytest.approx(1e-3 / (FADE_STEPS + 1))
+        assert run.loaded == [TOTAL]
+        assert run.pacing.limit == "steps"
+
+    def test_a_run_that_only_makes_it_worse_gives_the_original_back(self):
+        run = Run(lambda step: KNOWN).take()
+        assert run.loaded == [0]
+        assert run.pacing.limit == "steps"
+
+    @pytest.mark.parametrize(
+        "script",
+        [
+            at({5: KNOWN}, SAFE),
+            at({25: check(0.9), 50: check(0.8)}, SAFE),
+            at({5: check(0.9), 10: check(0.8, damage=0.1, exceeded=True)}, check(0.79)),
+            lambda step: check(1.0 - step / 2000),
+        ],
+        ids=["forgotten", "resumes", "damage", "steps"],
+    )
+    def test_a_run_that_is_continued_anywhere_has_the_same_future(self, script):
+        def start() -> Run:
+            loss = 0.8
+            return Run(
+                script,
+                loss=lambda step: loss * 0.95**step,
+                total=120,
+                rate=LineFollower(),
+            )
+
+        whole = start().take()
+        for step in range(whole.step + 1):
+            first, second = start().take(step), start()
+            state = json.loads(json.dumps(first.pacing.state()))
+            second.pacing.restore(state, first.pacing.tensors())
+            second.step = step
+            second.take()
+            assert first.lrs + second.lrs == whole.lrs
+            assert first.checked + second.checked == whole.checked
+            assert first.loaded + second.loaded == whole.loaded
+            assert second.pacing.limit == whole.pacing.limit
+            assert second.pacing.is_done
+
+    def test_checks_are_every_few_steps_only(self):
+        run = Run(lambda step: check(0.7)).take()
+        assert run.checked == [*range(CHECK_STEPS, TOTAL - FADE_STEPS + 1, CHECK_STEPS)] + [
+            step for step in run.checked if step > TOTAL - FADE_STEPS
+        ]
