@@ -56,7 +56,7 @@ class DamageMeter:
         if not len(shared):
             return Damage(0.0, 0.0)
         before = self._before[np.isin(self._rows, shared)]
-        after = self._hits(features)[np.isin(features.rows, shared)]
+        after = self._hits(features.at(shared))
         lost = before - after
         mean = float(lost.mean())
         deviation = float(lost.std(ddof=1)) if len(lost) > 1 else 0.0
