@@ -187,6 +187,7 @@ def execute(run: Run, work: Path, retrained: dict[str, str]) -> Outcome:
     torch.set_num_threads(1)
     sets = build_sets(run.subgroup, original=str(emoji.BASE_MODEL), seed=run.seed)
     model = load_model(str(emoji.BASE_MODEL))
+    references = {"retrained": retrained[run.subgroup]} if run.subgroup in retrained else {}
     values: list[Value] = []
     endings: list[Ending] = []
 
@@ -200,9 +201,7 @@ def execute(run: Run, work: Path, retrained: dict[str, str]) -> Outcome:
             forget_sets={"forget-unseen": sets.unseen},
             original=str(emoji.BASE_MODEL),
             progress=False,
-            references={
-                "retrained": folder for name, folder in retrained.items() if name == run.subgroup
-            },
+            references=references,
         )
         assert evaluation.original is not None
         here = (run.recipe, run.subgroup, run.lr, run.keeping, steps, run.seed)

@@ -24,6 +24,8 @@ from tests import small_models
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Exit codes: done, and done but remembered, as the tiny model ends.
+DONE = (0, 4)
 WORDS = ("apple", "apples", "dog", "cat", "house", "tree", "boat", "plane", "chair", "lamp")
 
 pytestmark = pytest.mark.filterwarnings(
@@ -53,6 +55,8 @@ def workplace(tmp_path, monkeypatch):
     save_file(weights, tmp_path / "weights.safetensors")
     path = str(tmp_path / "weights.safetensors")
     monkeypatch.setattr(factory, "download_pretrained", lambda *_, **__: path)
+    # The tiny model knows nothing to forget, and would use up the budget of an automatic run.
+    monkeypatch.setattr("fasterase.engine.erase.MAX_STEPS", 4)
     return tmp_path
 
 
@@ -139,10 +143,10 @@ def run(arguments: list[str]) -> None:
     if arguments[0] == "demo":
         parse(arguments)
     elif target is None:
-        assert main(arguments) == 0, arguments
+        assert main(arguments) in DONE, arguments
     else:
         with Path(arguments[target + 1]).open("w") as file, contextlib.redirect_stdout(file):
-            assert main(arguments[:target]) == 0, arguments
+            assert main(arguments[:target]) in DONE, arguments
 
 
 def test_every_relative_link_leads_somewhere():
