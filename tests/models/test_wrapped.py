@@ -54,14 +54,13 @@ def test_data_parallel_models_are_unwrapped(tmp_path: Path) -> None:
 
 def test_under_a_compiled_model_the_original_is_trained() -> None:
     inside = small_models.hf_clip()
+    before = inside.text_projection.weight.detach().clone()
     given: Any = torch.compile(inside, backend="eager")
     with pytest.warns(UserWarning, match="model: it is compiled, .* without compilation"):
         result = erase(given, items())
     assert result.model is given
-    pixels, ids = small_models.random_pairs(count=2)
-    with torch.no_grad():
-        compiled, plain = given(ids, pixels), inside(ids, pixels)
-    torch.testing.assert_close(compiled.logits_per_image, plain.logits_per_image)
+    assert not torch.equal(inside.text_projection.weight, before)
+    assert given.text_projection.weight is inside.text_projection.weight
 
 
 @pytest.mark.parametrize("build", [small_models.hf_clip, small_models.open_clip_vit])
