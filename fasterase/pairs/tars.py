@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
 import re
@@ -312,7 +313,8 @@ class LoadedTars(_TarPairs):
         return image
 
     def encoded_location(self, index: int) -> str:
-        return self.id(index)
+        # Shards in different folders may have one name, and ids are not unique then.
+        return f"bytes {hashlib.blake2b(self.encoded_image(index)).hexdigest()}"
 
 
 def _index_tars(shards: list[str], name: str, entries: _Entries) -> TarFiles:
