@@ -12,11 +12,15 @@ from torch.nn.functional import cross_entropy, logsigmoid, normalize
 MODES = ("full", "forward", "backward", "no-grad-forward")
 REF_SCALE = 100.0
 SIGLIP_BIAS = -10.0
+PAIRS_PER_LABEL = 4
 
 
 @dataclass(frozen=True)
 class Case:
-    """One problem; `kl` adds the KL to a frozen original of the same width."""
+    """One problem; `kl` adds the KL to a frozen original of the same width.
+
+    `labels` makes four pairs at a time each other's positives, as pairs with equal captions are.
+    """
 
     num_pairs: int
     width: int
@@ -24,6 +28,11 @@ class Case:
     scale: float = 100.0
     kl: bool = False
     device: str = "cpu"
+    labels: bool = False
+
+    @property
+    def num_labels(self) -> int:
+        return -(-self.num_pairs // PAIRS_PER_LABEL)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -46,6 +55,7 @@ class Inputs(NamedTuple):
     ref_image: Tensor | None  # [N, D]
     ref_text: Tensor | None  # [N, D]
     ref_scale: Tensor | None  # []
+    labels: Tensor | None = None  # [N] 0 to num_labels - 1
 
     @property
     def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,7 +73,7 @@ class Losses(NamedTuple):
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
     """Return noisy matched pairs as a trained CLIP gives them; the reference is close to them.
 
-    All features are unit rows.
+    All features are unit rows. Pairs with the same label are scattered over the batch.
     """
     random = torch.Generator().manual_seed(seed)
 
@@ -78,10 +88,14 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     scale = torch.tensor(case.scale, device=case.device, dtype=scale_dtype)
     for leaf in (*features[:2], scale):
         leaf.requires_grad_()
+    labels = None
+    if case.labels:
+        order = torch.randperm(case.num_pairs, generator=random)
+        labels = (order % case.num_labels).to(case.device)
     if not case.kl:
-        return Inputs(features[0], features[1], scale, None, None, None)
+        return Inputs(features[0], features[1], scale, None, None, None, labels)
     ref_scale = torch.tensor(REF_SCALE, device=case.device, dtype=scale_dtype)
-    return Inputs(features[0], features[1], scale, features[2], features[3], ref_scale)
+    return Inputs(features[0], features[1], scale, features[2], features[3], ref_scale, labels)
 
 
 def flops(case: Case, mode: str, objective: str = "clip") -> int:
@@ -100,10 +114,14 @@ def flops(case: Case, mode: str, objective: str = "clip") -> int:
 def exact_losses(inputs: Inputs) -> Losses:
     """Compute the losses from whole matrices in the inputs' dtype; fp64 inputs give the truth."""
     logits = inputs.scale * inputs.image @ inputs.text.T
-    target = torch.arange(len(logits), device=logits.device)
+    labels = inputs.labels
+    if labels is None:
+        labels = torch.arange(len(logits), device=logits.device)
+    target = (labels[:, None] == labels).to(logits.dtype)
+    target = target / target.sum(1, keepdim=True)
     clip = (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
     entropy = torch.zeros_like(clip)
-    _, _, _, ref_image, ref_text, ref_scale = inputs
+    ref_image, ref_text, ref_scale = inputs[3:6]
     if ref_image is not None and ref_text is not None and ref_scale is not None:
         ref = ref_scale * ref_image @ ref_text.T
         for now, before in ((logits, ref), (logits.T, ref.T)):
@@ -117,8 +135,8 @@ def exact_losses(inputs: Inputs) -> Losses:
 
 def in_fp64(inputs: Inputs) -> Inputs:
     """Copy the inputs to new fp64 leaves."""
-    copies = [None if x is None else x.detach().double() for x in inputs]
+    copies = [None if x is None else x.detach().double() for x in inputs[:6]]
     for leaf in copies[:3]:
         assert leaf is not None
         leaf.requires_grad_()
-    return Inputs(*copies)  # type: ignore[arg-type]
+    return Inputs(*copies)._replace(labels=inputs.labels)  # type: ignore[arg-type]

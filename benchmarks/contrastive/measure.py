@@ -71,7 +71,6 @@ def time_interleaved(
     repetitions: dict[str, Repetition],
     *,
     seconds: float,
-    patience: float,
     min_samples: int,
     max_samples: int,
     compiled: frozenset[str] = frozenset(),
@@ -79,9 +78,9 @@ def time_interleaved(
     """Call all repetitions in turn, and return (samples in ms, reasons of failures) by name.
 
     Every round over the names starts at another one, so that a drift of the machine affects all
-    alike. A name drops out when its calls have taken `seconds` and it has `min_samples`, or when
-    they have taken `patience`. The first call warms up and is not counted, unless it alone takes
-    `seconds`, which makes a warm-up negligible, and compiles nothing.
+    alike. A name drops out when its calls have taken `seconds` and it has `min_samples`. The first
+    call warms up and is not counted, unless it alone takes `seconds`, which makes a warm-up
+    negligible, and compiles nothing.
     """
     samples: dict[str, list[float]] = {name: [] for name in repetitions}
     spent = dict.fromkeys(repetitions, 0.0)
@@ -108,11 +107,7 @@ def time_interleaved(
                 for name in active
                 if name not in failures
                 and len(samples[name]) < max_samples
-                and (
-                    not samples[name]
-                    or spent[name] < seconds
-                    or (len(samples[name]) < min_samples and spent[name] < patience)
-                )
+                and (len(samples[name]) < min_samples or spent[name] < seconds)
             ]
             gc.collect()
             turn += 1

@@ -32,6 +32,8 @@ class Provider:
     Attributes:
         dense_matrices: number of [N, N] matrices alive at its peak, without and with the KL,
             taken from the benchmark's own memory rows; 0 if memory does not grow with N^2.
+        keeps_logits: it may keep logits for the backward pass, which the FLOPs of `case.flops`
+            compute twice.
         objective: the field of `Losses` that it computes.
         omits_reference_entropy: its KL is a cross-entropy.
     """
@@ -40,6 +42,7 @@ class Provider:
     build: Callable[[Case], Loss]
     package: str = "fasterase"
     dense_matrices: tuple[int, int] = (0, 0)
+    keeps_logits: bool = False
     objective: str = "clip"
     omits_reference_entropy: bool = False
     has_scale_gradient: bool = True
@@ -67,7 +70,7 @@ def _fasterase(backend: str, case: Case) -> Loss:
         raise UnavailableError(str(error)) from error
 
     def loss(inputs: Inputs) -> Tensor:
-        image, text, scale, ref_image, ref_text, ref_scale = inputs
+        image, text, scale, ref_image, ref_text, ref_scale, labels = inputs
         found = contrastive(
             image,
             text,
@@ -75,6 +78,7 @@ def _fasterase(backend: str, case: Case) -> Loss:
             ref_image=ref_image,
             ref_text=ref_text,
             ref_scale=ref_scale,
+            labels=labels,
             backend=backend,
         )
         total = (found.ce_row + found.ce_col).mean() / 2
@@ -85,14 +89,42 @@ def _fasterase(backend: str, case: Case) -> Loss:
     return loss
 
 
+def _torch_dense(case: Case) -> Loss:
+    """The best that a few lines of torch do: one product per matrix, softmax both ways from it."""
+
+    def loss(inputs: Inputs) -> Tensor:
+        image, text, scale, ref_image, ref_text, ref_scale, labels = inputs
+        # Rounded to the features' dtype by the product, as torch does under autocast.
+        logits = ((scale * image) @ text.T).float()
+        row, col = logits.log_softmax(1), logits.log_softmax(0)
+        if labels is None:
+            total = -(row.diagonal() + col.diagonal()).mean() / 2
+        else:
+            # The mean over a pair's positives: a product with the mean of their features.
+            count = labels.bincount(minlength=case.num_labels)[labels, None].to(image.dtype)
+            mean = image.new_zeros(case.num_labels, case.width).index_add(0, labels, text / count)
+            positive = (scale * image * mean[labels]).sum(1).float().mean()
+            lse = (logits.diagonal() - (row.diagonal() + col.diagonal()) / 2).mean()
+            total = lse - positive  # columns have the same mean
+        if ref_image is not None and ref_text is not None and ref_scale is not None:
+            with torch.no_grad():
+                ref = ((ref_scale * ref_image) @ ref_text.T).float()
+            for now, before in ((row, ref.log_softmax(1)), (col, ref.log_softmax(0))):
+                total = total + (before.exp() * (before - now)).sum() / (2 * case.num_pairs)
+        return total
+
+    return loss
+
+
 def _open_clip(case: Case) -> Loss:
+    _refuse_labels(case, "open_clip")
     from open_clip.loss import ClipLoss, DistillClipLoss
 
     if not case.kl:
         plain = ClipLoss()
         return lambda inputs: plain(*inputs[:3])
     distill = DistillClipLoss()
-    return lambda inputs: sum(distill(*inputs))
+    return lambda inputs: sum(distill(*inputs[:6]))
 
 
 def _open_clip_compiled(case: Case) -> Loss:
@@ -101,6 +133,7 @@ def _open_clip_compiled(case: Case) -> Loss:
 
 def _torch_linear_cross_entropy(case: Case) -> Loss:
     _refuse_kl(case, "torch's linear_cross_entropy")
+    _refuse_labels(case, "torch's linear_cross_entropy")
     try:
         from torch.nn import LinearCrossEntropyOptions
         from torch.nn.functional import linear_cross_entropy
@@ -121,6 +154,7 @@ def _torch_linear_cross_entropy(case: Case) -> Loss:
 
 def _liger(case: Case) -> Loss:
     """Build the chunked distillation loss in torch, or without the KL the Triton cross-entropy."""
+    _refuse_labels(case, "Liger-Kernel")
     target = torch.arange(case.num_pairs, device=case.device)
     if not case.kl:
         _need_cuda(case, "Liger-Kernel's fused linear cross-entropy (without a teacher)")
@@ -138,7 +172,7 @@ def _liger(case: Case) -> Loss:
     )
 
     def with_kl(inputs: Inputs) -> Tensor:
-        image, text, scale, ref_image, ref_text, ref_scale = inputs
+        image, text, scale, ref_image, ref_text, ref_scale, _ = inputs
         assert ref_image is not None
         assert ref_text is not None
         assert ref_scale is not None
@@ -151,6 +185,7 @@ def _liger(case: Case) -> Loss:
 
 def _memeff(case: Case) -> Loss:
     _refuse_kl(case, "memeff")
+    _refuse_labels(case, "memeff")
     _need_cuda(case, "memeff")
     # stable=True, its default, would give gradients times sqrt(N / scale).
     loss = _imported("memeff").MemoryEfficientCLIPLoss(
@@ -161,6 +196,7 @@ def _memeff(case: Case) -> Loss:
 
 def _siglip(case: Case) -> Loss:
     _refuse_kl(case, "siglip-kernel")
+    _refuse_labels(case, "siglip-kernel")
     _need_cuda(case, "siglip-kernel")
     run = _imported("siglip_kernel").fused_siglip_loss
     bias = torch.tensor(SIGLIP_BIAS, device=case.device)
@@ -169,6 +205,7 @@ def _siglip(case: Case) -> Loss:
 
 def _inf_cl(case: Case) -> Loss:
     _refuse_kl(case, "inf-cl")
+    _refuse_labels(case, "inf-cl")
     _need_cuda(case, "inf-cl")
     if case.width % 256:
         raise UnavailableError(f"inf-cl needs a multiple of its head width, 256; D is {case.width}")
@@ -186,6 +223,11 @@ def _refuse_kl(case: Case, name: str) -> None:
         raise UnavailableError(f"{name} has no KL to a teacher")
 
 
+def _refuse_labels(case: Case, name: str) -> None:
+    if case.labels:
+        raise UnavailableError(f"{name} knows no pairs that are each other's positives")
+
+
 def _need_cuda(case: Case, name: str) -> None:
     if case.device != "cuda":
         raise UnavailableError(f"{name} is Triton kernels, which need a CUDA GPU")
@@ -200,14 +242,24 @@ def _imported(module: str) -> ModuleType:
 
 _ALL = (
     Provider("fasterase-triton", partial(_fasterase, "triton")),
-    Provider("fasterase-cpu", partial(_fasterase, "cpu")),
+    Provider("fasterase-cpu", partial(_fasterase, "cpu"), keeps_logits=True),
     Provider("fasterase-chunked", partial(_fasterase, "chunked")),
-    Provider("fasterase-dense", partial(_fasterase, "dense"), dense_matrices=(7, 20)),
+    Provider(
+        "fasterase-dense", partial(_fasterase, "dense"), dense_matrices=(7, 20), keeps_logits=True
+    ),
+    Provider(
+        "torch-dense",
+        _torch_dense,
+        package="torch",
+        dense_matrices=(5, 10),
+        keeps_logits=True,
+    ),
     Provider(
         "open_clip",
         _open_clip,
         package="open_clip_torch",
         dense_matrices=(6, 12),
+        keeps_logits=True,
         omits_reference_entropy=True,
     ),
     Provider(
@@ -215,6 +267,7 @@ _ALL = (
         _open_clip_compiled,
         package="open_clip_torch",
         dense_matrices=(3, 9),
+        keeps_logits=True,
         omits_reference_entropy=True,
         compiles=True,
     ),

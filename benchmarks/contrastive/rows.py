@@ -11,8 +11,16 @@ from typing import Any
 
 from benchmarks.result_files import write_csv
 
-# Keys of extra_benchmark_config_str that tell two measurements apart; the others are results.
-_SETTINGS = ("D", "dtype", "scale", "kl", "threads")
+# Keys of extra_benchmark_config_str that tell two measurements apart, with the values of rows that
+# lack them; the other keys are results.
+_SETTINGS = {
+    "D": None,
+    "dtype": None,
+    "scale": None,
+    "kl": None,
+    "threads": None,
+    "labels": False,
+}
 
 
 @dataclass
@@ -38,7 +46,7 @@ class Row:
     @property
     def key(self) -> tuple[Any, ...]:
         """Equal for two measurements of the same thing."""
-        settings = tuple(self.extra.get(name) for name in _SETTINGS)
+        settings = tuple(self.extra.get(name, default) for name, default in _SETTINGS.items())
         return (
             self.kernel_name,
             self.kernel_provider,

@@ -2,14 +2,17 @@
 
     python -m benchmarks.contrastive [--plot] [--table]
 
-Sweeps N and D, with and without the KL to a frozen original. All providers (providers.py) run in
-one process and in turn. Each number becomes one row of benchmarks/results/contrastive_<device>.csv
-as soon as it is measured. An interrupted command resumes from there; --fresh starts again. If a
-provider cannot take a case, its row gives the reason.
+Sweeps N and D, with and without the KL to a frozen original, and at the first width also with
+labels, under which four pairs at a time are each other's positives. All providers (providers.py)
+run in one process and in turn; times of different cells were not measured in turn. Each number
+becomes one row of benchmarks/results/contrastive_<device>.csv as soon as its cell is measured. An
+interrupted command resumes from there; --fresh starts again. If a provider cannot take a case, its
+row gives the reason.
 
 Rates are the FLOPs of an implementation that keeps no [N, N] matrix, divided by the median time.
 They are also given as a fraction of the rate of one large matrix product timed in turn with the
-providers ("gemm"); an implementation that keeps logits between the passes can exceed 1.
+providers ("gemm"). An implementation that keeps logits between the passes can exceed 1; the tables
+(--table, also written beside the CSV) say so, and leave out a share that nothing explains.
 """
 
 from __future__ import annotations
@@ -43,9 +46,10 @@ from benchmarks.contrastive.measure import (
     time_interleaved,
 )
 from benchmarks.contrastive.providers import PROVIDERS, Provider, UnavailableError
-from benchmarks.contrastive.report import draw_curves, markdown_tables
+from benchmarks.contrastive.report import draw_curves, explain_share, markdown_tables
 from benchmarks.contrastive.rows import Row, read_rows, write_rows
 from benchmarks.result_files import RESULTS
+from fasterase.files import write_text
 
 KERNEL = "contrastive"
 METRICS = ("speed", "memory", "error")
@@ -70,11 +74,14 @@ def main(argv: list[str] | None = None) -> None:
         for metric, case, mode in bar:
             bar.set_postfix_str(f"{metric} {mode} N={case.num_pairs} D={case.width} kl={case.kl}")
             done = {row.key for row in rows}
+            asked = [PROVIDERS[name] for name in args.providers]
             missing = [
-                PROVIDERS[name]
-                for name in args.providers
-                if not {_row(case, name, mode, m).key for m in _metrics(metric)} <= done
+                provider
+                for provider in asked
+                if not {_row(case, provider.name, mode, m).key for m in _metrics(metric)} <= done
             ]
+            if missing and metric == "speed":
+                missing = asked  # times compare only if measured in turn
             if missing:
                 found = _measure(metric, case, mode, missing, args)
                 rows += found
@@ -90,23 +97,34 @@ def main(argv: list[str] | None = None) -> None:
             for picture in draw_curves(read_rows(path), metric, path):
                 print(f"drawn: {picture}")
     if args.table:
-        print(markdown_tables(read_rows(path)))
+        tables = markdown_tables(read_rows(path))
+        write_text(path.with_suffix(".md"), f"{tables}\n")
+        print(tables)
 
 
 def cases(args: argparse.Namespace) -> Iterator[Work]:
-    """Yield the sweep, small sizes first; memory at the first width, errors at one size."""
-    with_kl = [{"without": False, "with": True}[word] for word in args.teacher]
+    """Yield the sweep, small sizes first.
+
+    Memory and labels are at the first width only, errors at one size.
+    """
+    kls, labelled = ([word == "with" for word in words] for words in (args.teacher, args.labels))
+    variants = [
+        variant
+        for variant in product(args.widths, kls, labelled)
+        if variant[0] == args.widths[0] or not variant[2]
+    ]
     for dtype, scale in product(args.dtypes, args.scales):
-        for size, width, kl in product(args.sizes, args.widths, with_kl):
-            case = Case(size, width, dtype, scale, kl, args.device)
+        for size, (width, kl, labels) in product(args.sizes, variants):
+            case = Case(size, width, dtype, scale, kl, args.device, labels)
             for mode in args.modes:
                 if "speed" in args.metrics:
                     yield "speed", case, mode
                 if "memory" in args.metrics and width == args.widths[0]:
                     yield "memory", case, mode
         if "error" in args.metrics:
-            for width, kl in product(args.widths, with_kl):
-                yield "error", Case(args.error_size, width, dtype, scale, kl, args.device), "full"
+            for width, kl, labels in variants:
+                size = args.error_size
+                yield "error", Case(size, width, dtype, scale, kl, args.device, labels), "full"
 
 
 def _measure(
@@ -133,7 +151,6 @@ def _speed_rows(
     samples, failures = time_interleaved(
         repetitions,
         seconds=args.seconds,
-        patience=args.patience,
         min_samples=args.min_samples,
         max_samples=args.max_samples,
         compiled=frozenset(p.name for p in providers if p.compiles),
@@ -208,6 +225,7 @@ def _row(case: Case, provider: str, mode: str, metric: str) -> Row:
         "dtype": case.dtype,
         "scale": case.scale,
         "kl": case.kl,
+        "labels": case.labels,
         "threads": torch.get_num_threads() if case.device == "cpu" else None,
         "load": round(os.getloadavg()[0], 1),
         "torch": torch.__version__,
@@ -245,11 +263,16 @@ def _fill(row: Row, values: list[float]) -> None:
 
 def _line(row: Row) -> str:
     case = f"N={row.x_value:<6} D={row.extra['D']:<5} {'KL' if row.extra['kl'] else '--'}"
+    case += " labels" if row.extra["labels"] else ""
     head = f"{row.kernel_provider:<20} {row.metric_name:<17} {row.kernel_operation_mode:<9} {case}"
     if row.y_value_50 is None:
         return f"{head}  {row.extra['why']}"
+    spread = f"[{row.y_value_20:.4g}, {row.y_value_80:.4g}] " if row.metric_name == "speed" else ""
     rate = f"  {row.extra['of_gemm']:.0%} of gemm" if "of_gemm" in row.extra else ""
-    return f"{head}  {row.y_value_50:.4g} {row.metric_unit}{rate}"
+    note = explain_share(row)
+    return f"{head}  {row.y_value_50:.4g} {spread}{row.metric_unit}{rate}" + (
+        f" ({note})" if note else ""
+    )
 
 
 @functools.cache
@@ -286,24 +309,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtypes", nargs="+", default=["float32"], choices=("float32", "bfloat16", "float16"))
     add("--scales", type=float, nargs="+", default=[100.0])
     add("--teacher", nargs="+", default=["without", "with"], choices=("without", "with"))
+    add("--labels", nargs="+", default=["without", "with"], choices=("without", "with"))
     add("--modes", nargs="+", default=["full"], choices=MODES)
     add("--metrics", nargs="+", default=list(METRICS), choices=METRICS)
     add("--providers", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS))
     add("--error-size", type=int, default=1000, help="N of the comparison with fp64")
     add("--seconds", type=float, default=1.0, help="minimum time per provider and cell")
-    add(
-        "--patience",
-        type=float,
-        default=5.0,
-        help="time in which to reach --min-samples",
-    )
-    add("--min-samples", type=int, default=3)
+    add("--min-samples", type=int, default=5)
     add("--max-samples", type=int, default=100)
     add("--threads", type=int, help="CPU threads; default: torch's")
     add("--output", type=Path, help="CSV file to write")
     add("--fresh", action="store_true", help="measure everything again")
     add("--plot", action="store_true", help="draw curves into files beside the CSV")
-    add("--table", action="store_true", help="print Markdown tables")
+    add("--table", action="store_true", help="print Markdown tables, and write them beside the CSV")
     return parser
 
 
