@@ -13,8 +13,9 @@ class ClipLoss(nn.Module):
     """Drop-in for `open_clip.loss.ClipLoss`: symmetric InfoNCE in O(N D) memory.
 
     `F.cross_entropy(S, arange(N)) / 2 + F.cross_entropy(S.T, arange(N)) / 2`, with
-    `S = logit_scale * image_features @ text_features.T` in fp32 whatever the features' dtype and
-    autocast. `local_loss`, `gather_with_grad` and `cache_labels` are accepted and make no
+    `S = logit_scale * image_features @ text_features.T`, never rounded to half precision. Inside
+    `torch.autocast("cuda", dtype)` the features are, before they are multiplied; on the CPU nothing
+    is. `local_loss`, `gather_with_grad` and `cache_labels` are accepted and make no
     difference on one process.
 
     Raises:

@@ -21,6 +21,7 @@ from fasterase.ops.contrastive.checks import (
     compute_dtype,
     scale_tensor,
 )
+from fasterase.ops.contrastive.products import check_products
 
 FORGET_LOSSES = ("similarity", "contrastive")
 NEGATIVES = ("own", "joint")
@@ -57,6 +58,7 @@ def erase_loss(
     labels: Tensor | None = None,  # [N]
     negatives: str = "own",
     backend: str = "auto",
+    products: str = "auto",
     grad_in_forward: bool = False,
 ) -> EraseLoss:
     """CLIPErase (Yang et al., ACL 2025): `3 L_F + 1 L_R + 3 L_C`, by default as in the paper.
@@ -88,7 +90,7 @@ def erase_loss(
             CPU, as in `fasterase.contrastive`.
         negatives: "own": forget and retain are two similarity matrices. "joint": one over all rows,
             each loss the mean over its own rows.
-        backend: as in `fasterase.contrastive`.
+        backend, products: as in `fasterase.contrastive`.
         grad_in_forward: make the gradients of the similarity matrices at once, for these weights,
             and save them, [N, D] in the returned dtype, instead of the inputs of a backward pass
             (reference, logits). The backward pass only multiplies them by the upstream gradient.
@@ -104,12 +106,14 @@ def erase_loss(
     weights = _Weights(forget_weight, retain_weight, consistency_weight, anchor_weight)
     _check_batch(image, text, scale, labels, n_forget)
     _check_options(weights, forget_loss, floor, negatives, backend, grad_in_forward)
+    check_products(products)
     _check_originals(image, ref_image, ref_text, ref_scale, weights)
 
     scale = scale_tensor(scale, image, compute_dtype(image, text))
     zero = _make_zero(image, text, scale)
     pairs = _Pairs(image, text, scale, ref_image, ref_text, ref_scale, labels, n_forget, zero)
-    matrices = _compute_matrices(pairs, weights, forget_loss, negatives, backend, grad_in_forward)
+    how = {"backend": backend, "products": products}
+    matrices = _compute_matrices(pairs, weights, forget_loss, negatives, how, grad_in_forward)
 
     forget = _compute_forget(pairs, forget_loss, floor, matrices.forget)
     retain, consistency = _compute_retain(pairs, matrices.retain)
@@ -182,7 +186,7 @@ def _compute_matrices(
     weights: _Weights,
     forget_loss: str,
     negatives: str,
-    backend: str,
+    how: dict[str, str],
     grad_in_forward: bool,
 ) -> _Matrices:
     """Compute the similarity matrices that a weight uses: one, or one per set."""
@@ -194,7 +198,7 @@ def _compute_matrices(
 
     def compute(rows: slice) -> Contrastive:
         has_kl = weights.consistency != 0 and rows.stop > pairs.n_forget
-        call = _select_rows(pairs, rows, has_kl) | {"backend": backend}
+        call = _select_rows(pairs, rows, has_kl) | how
         if not grad_in_forward:
             return contrastive(**call)
         sample_weights = _spread_weights(pairs, weights, uses_forget, has_kl)

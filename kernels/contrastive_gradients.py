@@ -350,6 +350,7 @@ def feature_gradients(
     partner,  # [N, width] the other tower's features
     scale,
     upstream_peak,  # [] as in gradient_factors
+    stretch,  # [] as in round_features, of the partner in `products`; read if IS_STRETCHED
     gradients,  # [N, width] out: in the tower's dtype; may be `products`
     d_scale,  # [N] out: what each row adds to the gradient of scale
     tower_stride,
@@ -357,6 +358,7 @@ def feature_gradients(
     num_rows,
     width,
     gain,  # as in gradient_strip
+    IS_STRETCHED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -367,13 +369,16 @@ def feature_gradients(
     diagonal_value = tl.load(diagonal + rows, mask=exists, other=0.0)[:, None]
     peak = tl.load(upstream_peak)
     factor = tl.load(scale) * peak
+    divisor = tl.cast(gain, tl.float32)
+    if IS_STRETCHED:
+        divisor *= tl.load(stretch)
     total = tl.zeros((BLOCK_R,), dtype=tl.float32)
     for start in range(0, width, BLOCK_K):
         depth = start + tl.arange(0, BLOCK_K)[None, :]
         mask = exists[:, None] & (depth < width)
         own = tl.load(tower + at * tower_stride + depth, mask=mask, other=0.0).to(tl.float32)
         other = tl.load(partner + at * partner_stride + depth, mask=mask, other=0.0).to(tl.float32)
-        gradient = tl.load(products + at * width + depth, mask=mask, other=0.0) / gain
+        gradient = tl.load(products + at * width + depth, mask=mask, other=0.0) / divisor
         gradient += diagonal_value * other
         total += tl.sum(own * gradient, 1)
         rounded = (gradient * factor).to(gradients.dtype.element_ty)

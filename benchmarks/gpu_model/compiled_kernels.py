@@ -29,6 +29,8 @@ from benchmarks.gpu_model.instructions import Counts, count_amd, count_nvidia
 from benchmarks.result_files import RESULTS, write_csv
 from fasterase.ops.contrastive import triton as triton_backend
 from fasterase.ops.contrastive import triton_plan
+from fasterase.ops.contrastive.operator import Batch
+from fasterase.ops.contrastive.products import resolve_products
 
 # Bytes of shared memory available to one block, by architecture.
 SHARED_LIMIT = {
@@ -101,19 +103,27 @@ class _Recorder:
         return record
 
 
-def launches(dtype: torch.dtype, width: int, ref_width: int | None, target: str) -> list[Launch]:
-    """Record every launch of a forward and of both backwards on an architecture, at N = 4096."""
+def launches(
+    dtype: torch.dtype,
+    width: int,
+    ref_width: int | None,
+    target: str,
+    products: str | None = None,
+) -> list[Launch]:
+    """Record every launch of a forward and of both backwards on an architecture, at N = 4096.
+
+    products: as `resolve_products` returns them; None multiplies features of `dtype` as they are.
+    """
     n = 4096
     architecture = target if target.startswith("sm_") else "gfx"
-    case = f"{str(dtype).removeprefix('torch.')} D={width}"
+    case = f"{str(dtype).removeprefix('torch.')}{f' as {products}' if products else ''} D={width}"
     case += "" if ref_width is None else f" D0={ref_width}"
     found: list[Launch] = []
     image = torch.zeros(n, width, dtype=dtype)
     ref = None if ref_width is None else torch.zeros(n, ref_width, dtype=dtype)
     scale = torch.ones(())
-    features = triton_plan.Features.of(
-        image, image, scale, ref, ref, None if ref is None else scale
-    )
+    batch = Batch(image, image, scale, ref, ref, None if ref is None else scale)
+    products = products or resolve_products("auto", "triton", (image,))
     with (
         mock.patch.object(triton_plan, "_architecture", return_value=architecture),
         mock.patch.object(triton_backend, "_num_programs", lambda device, wanted: wanted),
@@ -127,14 +137,16 @@ def launches(dtype: torch.dtype, width: int, ref_width: int | None, target: str)
         for patch in patches:
             patch.start()
         try:
-            losses, softmaxes, flags = triton_backend.forward(features, (n,))
+            losses, softmaxes, flags, peaks = triton_backend.forward(batch, (n,), products)
             for is_fused in (True, False):
                 triton_backend.backward(
                     losses,
-                    features,
+                    batch,
                     softmaxes,
                     flags,
+                    peaks,
                     (n,),
+                    products,
                     wants_image=True,
                     wants_text=True,
                     is_rounded=True,
@@ -230,18 +242,22 @@ def cases(target: str) -> Iterator[Launch]:
     """Yield every launch to compile for a target.
 
     Kernels that multiply features come in every variant: widths that BLOCK_K divides and does not,
-    with and without reference, bf16 and fp32. The others only stream and come once.
+    with and without reference, bf16, fp32, and fp32 rounded as `unlearn` and `ClipLoss` under
+    autocast do. The others only stream and come once.
     """
     seen: set[str] = set()
-    for dtype, width, ref_width in (
-        (torch.bfloat16, 768, 768),
-        (torch.bfloat16, 768, None),
-        (torch.bfloat16, 1280, 500),
-        (torch.bfloat16, 500, None),
-        (torch.float32, 512, 512),
-        (torch.float32, 512, None),
+    for dtype, width, ref_width, products in (
+        (torch.bfloat16, 768, 768, None),
+        (torch.bfloat16, 768, None, None),
+        (torch.bfloat16, 1280, 500, None),
+        (torch.bfloat16, 500, None, None),
+        (torch.float32, 768, 768, "fp16"),
+        (torch.float32, 768, None, "fp16"),
+        (torch.float32, 768, None, "bf16"),
+        (torch.float32, 512, 512, None),
+        (torch.float32, 512, None, None),
     ):
-        for launch in launches(dtype, width, ref_width, target):
+        for launch in launches(dtype, width, ref_width, target, products):
             if "BLOCK_N" in launch.arguments and launch.name != "gradient_strip_from_cosines":
                 yield launch
             elif launch.name not in seen:

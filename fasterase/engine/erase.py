@@ -22,7 +22,7 @@ from fasterase.engine.baseline import (
 )
 from fasterase.engine.checkpoint import Checkpoint, CheckpointFolder
 from fasterase.engine.clock import RunClock
-from fasterase.engine.feature_loss import MAX_SCALE, FeatureLoss
+from fasterase.engine.feature_loss import MAX_SCALE, FeatureLoss, loss_products
 from fasterase.engine.history import StepRecord
 from fasterase.engine.loop import Trainer, run_steps
 from fasterase.engine.model_state import Borrowed, training
@@ -339,6 +339,7 @@ def _build_trainer(
         floor=floor if applies_floor else None,
         negatives=config.negatives,
         backend=config.backend,
+        products=loss_products(precision),
     )
     optimizer = build_optimizer(
         model.module,

@@ -13,6 +13,14 @@ from fasterase.objective import EraseLoss, erase_loss, moved_distance
 MAX_SCALE = 100.0
 
 
+def loss_products(precision: str) -> str:
+    """Return how the loss multiplies features where the towers run in `precision` (resolved).
+
+    fp16 for bf16 towers too: of unit rows it keeps eight times bf16's precision at the same speed.
+    """
+    return "fp32" if precision == "fp32" else "fp16"
+
+
 class FeatureGradients(NamedTuple):
     """The loss of a step and its gradients with respect to features and scale.
 

@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton")
 from benchmarks.gpu_model import compiled_kernels
 from benchmarks.gpu_model.instructions import count_amd
+from fasterase.engine.feature_loss import loss_products
 from fasterase.ops.contrastive.triton_plan import choose_tile
 
 # A loop over depth, inside a loop over tiles.
@@ -59,6 +60,33 @@ def test_no_spills_tensor_cores_and_shared_memory_within_the_limit(name, ref_wid
     assert compiled.instructions.loop["tensor"] > 0
     assert compiled.instructions.loop["local"] == 0
     assert compiled.shared_bytes <= compiled_kernels.SHARED_LIMIT[target]
+
+
+@pytest.mark.skipif(
+    tuple(map(int, compiled_kernels.triton.__version__.split(".")[:2])) < (3, 5),
+    reason="the kernels need Triton 3.5",
+)
+@pytest.mark.parametrize(
+    ("ref_width", "products"),
+    [
+        pytest.param(512, loss_products("bf16"), id="unlearn"),
+        pytest.param(None, "bf16", id="ClipLoss under autocast"),
+    ],
+)
+def test_fp32_features_reach_the_tensor_cores(ref_width, products):
+    """As `unlearn` and `ClipLoss` under autocast give them; the table has the same cases."""
+    if not shutil.which(compiled_kernels.tool_path("cuobjdump")):
+        pytest.skip("this triton has no cuobjdump")
+    launches = compiled_kernels.launches(torch.float32, 512, ref_width, "sm_90", products)
+    multiplying = [launch for launch in launches if "PRECISION" in launch.arguments]
+    assert len(multiplying) == 4
+    for launch in multiplying:
+        compiled = compiled_kernels.compile_launch(launch, "sm_90")
+        assert compiled.wgmma
+        assert compiled.stack_bytes == 0
+    assert any(launch.name == "round_features" for launch in launches)
+    cases = {launch.case.split(" D=")[0] for launch in compiled_kernels.cases("sm_90")}
+    assert f"float32 as {products}" in cases
 
 
 @pytest.mark.parametrize("name", ["row_and_column_sums", "gradient_strip_without_reference"])

@@ -241,11 +241,13 @@ def test_torch_operator_and_compile():
     names = ("image", "text", "scale", "ref_image", "ref_text", "ref_scale")
     contrastive(**call, backend="triton")
     operator = torch.ops.fasterase.contrastive_triton_interpreted.default
-    torch.library.opcheck(operator, (*(call[k] for k in names), [8, 12]))
-    held = [call[k].detach() for k in names]
-    upstream, *saved = operator(*held, [8, 12])
     backward = torch.ops.fasterase.contrastive_triton_interpreted_backward.default
-    torch.library.opcheck(backward, (upstream, *held, *saved, [8, 12], True, False, True, True))
+    held = [call[k].detach() for k in names]
+    for products in ("fp32", "fp16"):
+        torch.library.opcheck(operator, (*(call[k] for k in names), [8, 12], products))
+        upstream, *saved = operator(*held, [8, 12], products)
+        wanted = True, False, True, True
+        torch.library.opcheck(backward, (upstream, *held, *saved, [8, 12], *wanted, products))
 
     def losses(image, text, scale):
         rest = {k: call[k] for k in names[3:]}
@@ -284,13 +286,11 @@ def test_gradients_made_in_the_forward_are_the_same_bits(dtype):
 def test_products_follow_the_precision_set_for_cuda(precision):
     """Set that way, `torch.get_float32_matmul_precision` raises."""
     call, _ = batch_on("cpu", FP32, 6, 4, 4, 1.0)
-    features = triton_plan.Features.of(
-        *(call[k] for k in ("image", "text", "scale", "ref_image", "ref_text", "ref_scale"))
-    )
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = precision
     try:
-        assert features.meta(features.tile("sums"))["PRECISION"] == precision
+        found = explain_backend(**call, backend="triton").products
+        assert found == {"ieee": "fp32", "tf32": "tf32"}[precision]
         contrastive(**call, backend="triton")
     finally:
         torch.backends.cuda.matmul.fp32_precision = before

@@ -27,7 +27,8 @@ new_triton = pytest.mark.skipif(VERSION < (3, 5), reason="the kernels need Trito
     VERSION < (3, 7) and np.lib.NumpyVersion(np.__version__) >= "2.4.0",
     reason="the interpreter of Triton 3.6 needs numpy < 2.4",
 )
-def test_numerics_under_the_interpreter():
+@pytest.mark.parametrize("name", ["interpreted", "products"])
+def test_numerics_under_the_interpreter(name):
     """In a process of their own: kernels are made for the interpreter when they are imported."""
     found = subprocess.run(
         [
@@ -39,7 +40,7 @@ def test_numerics_under_the_interpreter():
             "no:cacheprovider",
             "-W",  # of NumPy, which the interpreter computes rows of NaN and log(0) in
             "ignore::RuntimeWarning",
-            "tests/ops/contrastive_triton_interpreted.py",
+            f"tests/ops/contrastive_triton_{name}.py",
         ],
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},

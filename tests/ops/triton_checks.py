@@ -7,6 +7,8 @@ import torch
 
 from fasterase.ops.contrastive import contrastive, triton_plan
 from fasterase.ops.contrastive import triton as triton_backend
+from fasterase.ops.contrastive.operator import Batch
+from fasterase.ops.contrastive.products import resolve_products
 from tests import oracle
 
 # Under the interpreter: small tiles, so that every loop runs in seconds.
@@ -93,8 +95,9 @@ def poisoned(rows):
 
 def flags(call, groups):
     """Whether the guard fired, a group."""
-    features = triton_plan.Features.of(
+    batch = Batch(
         *(call[k].detach() for k in ("image", "text", "scale")),
         *(call[k] for k in ("ref_image", "ref_text", "ref_scale")),
     )
-    return triton_backend.forward(features, groups)[2].tolist()
+    products = resolve_products("auto", "triton", (batch.image, batch.ref_image))
+    return triton_backend.forward(batch, groups, products)[2].tolist()

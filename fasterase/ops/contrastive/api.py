@@ -24,6 +24,7 @@ from fasterase.ops.contrastive.operator import (
     sum_weighted_losses,
     unpack_losses,
 )
+from fasterase.ops.contrastive.products import check_products, resolve_products
 
 Backend = Callable[
     [Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Groups],
@@ -39,13 +40,17 @@ BACKENDS: dict[str, Backend | None] = {
 
 
 class BackendChoice(NamedTuple):
-    """The backend that a call uses, and the reason in words."""
+    """The backend that a call uses, the reason in words, and how it multiplies features.
+
+    products is "fp16", "bf16", "tf32", "fp32" or "fp64"; sums and gradients are fp32 (fp64) always.
+    """
 
     name: str
     reason: str
+    products: str
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.reason}"
+        return f"{self.name}, {self.products} products: {self.reason}"
 
 
 class Weighted(NamedTuple):
@@ -66,6 +71,7 @@ def contrastive(
     labels: Tensor | None = None,  # [N]
     groups: tuple[int, ...] | None = None,
     backend: str = "auto",
+    products: str = "auto",
 ) -> Contrastive:
     """Per-sample InfoNCE and KL to a frozen original, image -> text (row) and text -> image (col).
 
@@ -90,6 +96,13 @@ def contrastive(
             CPU, whatever image's device: labels that are all distinct then cost nothing.
         groups: row counts, zeros allowed, that split the batch into independent square problems.
         backend: "auto" or one of `available_backends()`; a named one never falls back.
+        products: how `"triton"` multiplies image by text; the other backends do so in fp32. "fp16"
+            and "bf16" round the features first, current and reference alike, "fp32" multiplies them
+            exactly. "auto" follows torch: inside `torch.autocast("cuda", dtype)` that dtype, else
+            half-precision features as they are, if all have one dtype, and fp32 products in TF32 if
+            `torch.set_float32_matmul_precision` allows it. The diagonal of S, all sums and the
+            gradients are fp32. Rounding to fp16 needs no unit rows: a power of two brings the
+            longest row of image, and likewise of text, to a length between 1 and 2 first.
 
     Returns:
         `Contrastive(ce_row, ce_col, kl_row, kl_col)`, each [N], fp32 (fp64 for fp64 features). The
@@ -97,12 +110,12 @@ def contrastive(
 
     Raises:
         InputError: an argument has the wrong type, shape, dtype or device, the reference requires
-            grad, or the backend is unknown or not available here.
+            grad, the backend is unknown or not available here, or products is unknown.
     """
     sizes = check_call(image, text, scale, ref_image, ref_text, ref_scale, labels, groups)
-    run = load_backend(choose_backend(backend, (image, text)).name)
     batch = Batch.of(image, text, scale, ref_image, ref_text, ref_scale)
-    losses = run(*batch, sizes) if sizes else batch.empty_losses()
+    choice = _choose(backend, products, batch)
+    losses = _compute(choice, batch, sizes) if sizes else batch.empty_losses()
     if labels is None or not sizes or are_distinct(labels, sizes):
         return losses
     row, col = compute_label_terms(image, text, batch.scale, labels.to(image.device), sizes)
@@ -121,6 +134,7 @@ def weighted_contrastive(
     labels: Tensor | None = None,  # [N]
     groups: tuple[int, ...] | None = None,
     backend: str = "auto",
+    products: str = "auto",
 ) -> Weighted:
     """`(weights * losses).sum()` over `contrastive`'s losses, with gradients made in the forward.
 
@@ -135,7 +149,7 @@ def weighted_contrastive(
 
     Args:
         weights: constants for ce_row, ce_col and, with a reference, kl_row, kl_col.
-        image, text, scale, ref_image, ref_text, ref_scale, labels, groups, backend: as in
+        image, text, scale, ref_image, ref_text, ref_scale, labels, groups, backend, products: as in
             `contrastive`.
 
     Returns:
@@ -148,13 +162,14 @@ def weighted_contrastive(
     """
     sizes = check_call(image, text, scale, ref_image, ref_text, ref_scale, labels, groups)
     check_weights(weights, image, ref_image is not None)
-    run = load_backend(choose_backend(backend, (image, text)).name)
     batch = Batch.of(image, text, scale, ref_image, ref_text, ref_scale)
+    choice = _choose(backend, products, batch)
     weights = weights.to(batch.scale.dtype)
+    run = load_backend(choice.name)
     if sizes and isinstance(run, Operator):
-        total, losses = sum_weighted_losses(run, batch, weights, sizes)
+        total, losses = sum_weighted_losses(run, batch, weights, sizes, choice.products)
     else:
-        differentiable = run(*batch, sizes) if sizes else batch.empty_losses()
+        differentiable = _compute(choice, batch, sizes) if sizes else batch.empty_losses()
         stacked = torch.stack([loss for loss in differentiable if loss is not None])
         total, losses = (weights * stacked).sum(), unpack_losses(stacked.detach())
     if labels is None or not sizes or are_distinct(labels, sizes):
@@ -177,14 +192,18 @@ def explain_backend(
     labels: Tensor | None = None,
     groups: tuple[int, ...] | None = None,
     backend: str = "auto",
+    products: str = "auto",
 ) -> BackendChoice:
     """The backend that the same call of `contrastive` uses, and why: `.name`, `.reason`.
+
+    `.products` says how it multiplies the features.
 
     Raises:
         InputError: `contrastive` would raise it.
     """
     check_call(image, text, scale, ref_image, ref_text, ref_scale, labels, groups)
-    return choose_backend(backend, (image, text))
+    batch = Batch.of(image, text, scale, ref_image, ref_text, ref_scale)
+    return _choose(backend, products, batch)
 
 
 def available_backends() -> tuple[str, ...]:
@@ -192,8 +211,8 @@ def available_backends() -> tuple[str, ...]:
     return tuple(name for name in BACKENDS if _explain_missing(name) is None)
 
 
-def choose_backend(backend: str, pairs: tuple[Tensor, Tensor] | None = None) -> BackendChoice:
-    """Resolve `backend`; a named one is used or refused, never replaced by another.
+def choose_backend(backend: str, pairs: tuple[Tensor, Tensor] | None = None) -> tuple[str, str]:
+    """Resolve `backend` to (name, reason); a named one is used or refused, never replaced.
 
     Args:
         backend: "auto" or a name.
@@ -216,7 +235,22 @@ def choose_backend(backend: str, pairs: tuple[Tensor, Tensor] | None = None) -> 
         raise InputError(
             f"backend='cpu' takes CPU tensors; image is on {pairs[0].device}. Use backend='auto'."
         )
-    return BackendChoice(backend, "named by the caller")
+    return backend, "named by the caller"
+
+
+def _choose(backend: str, products: str, batch: Batch) -> BackendChoice:
+    check_products(products)
+    name, reason = choose_backend(backend, (batch.image, batch.text))
+    features = (batch.image, batch.text, batch.ref_image, batch.ref_text)
+    given = [each for each in features if each is not None]
+    return BackendChoice(name, reason, resolve_products(products, name, given))
+
+
+def _compute(choice: BackendChoice, batch: Batch, groups: Groups) -> Contrastive:
+    backend = load_backend(choice.name)
+    if isinstance(backend, Operator):
+        return backend(*batch, groups, choice.products)
+    return backend(*batch, groups)
 
 
 def load_backend(name: str) -> Backend:
@@ -232,21 +266,19 @@ def load_backend(name: str) -> Backend:
     return contrastive_triton
 
 
-def _choose_automatically(pairs: tuple[Tensor, Tensor] | None) -> BackendChoice:
+def _choose_automatically(pairs: tuple[Tensor, Tensor] | None) -> tuple[str, str]:
     if pairs is not None and pairs[0].is_cuda and compute_dtype(*pairs) != torch.float64:
         reason = _explain_missing("triton")
         if reason is None:
-            return BackendChoice("triton", "auto: fused Triton kernels for tensors on a GPU")
-        return BackendChoice("chunked", f"auto: torch tiles, because {reason}")
+            return "triton", "auto: fused Triton kernels for tensors on a GPU"
+        return "chunked", f"auto: torch tiles, because {reason}"
     if pairs is not None and pairs[0].device.type == "cpu":
         reason = _explain_missing("cpu")
         if reason is None:
-            return BackendChoice("cpu", "auto: C++ tiles for tensors on the CPU")
+            return "cpu", "auto: C++ tiles for tensors on the CPU"
         _warn_of_fallback(reason)
-        return BackendChoice(
-            "chunked", f"auto: torch tiles, because the C++ kernels are missing: {reason}"
-        )
-    return BackendChoice("chunked", "auto: O(N D) memory on any device and dtype")
+        return ("chunked", f"auto: torch tiles, because the C++ kernels are missing: {reason}")
+    return "chunked", "auto: O(N D) memory on any device and dtype"
 
 
 @functools.cache

@@ -39,7 +39,9 @@ _LEAST_SHARE = 0.25
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 
 
-def _choose_options(batch: Batch, groups: Groups, is_differentiable: bool) -> tuple[int, int]:
+def _choose_options(
+    batch: Batch, groups: Groups, is_differentiable: bool, products: str
+) -> tuple[int, int]:
     """(tile, kept): the edge of a tile, and how many logits the forward pass keeps."""
     if not is_differentiable:
         return _TILE, 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -80,8 +81,8 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 # Returns losses [2 or 4, N], statistics [matrices, 3, 2 (rows, columns), N] (the shift, the sums or
 # a value that replaces them, the miss probability), and the backend's own saved tensors.
 Forward = Callable[..., tuple[Tensor, ...]]
-Backward = Callable[[Tensor, Batch, tuple[Tensor, ...], Groups, Wanted], Gradients]
-Options = Callable[[Batch, Groups, bool], tuple[int, ...]]
+Backward = Callable[..., Gradients]
+Options = Callable[[Batch, Groups, bool, str], tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
@@ -90,15 +91,18 @@ class Operator:
 
     Attributes:
         forward: `(*batch, groups, *options) -> (losses, statistics, *saved)`.
-        backward: `(upstream, *batch, statistics, *saved, groups, *wanted) -> (d_image, d_text,
-            d_scale)`. Gradients not requested are placeholders; only their dtype is meaningful.
-        options: a function of (batch, groups, whether a backward pass may follow); raises
-            InputError where the backend cannot take the batch.
+        backward: `(upstream, *batch, statistics, *saved, groups, *wanted, *options) -> (d_image,
+            d_text, d_scale)`. Gradients not requested are placeholders; only their dtype is
+            meaningful.
+        options: a function of (batch, groups, whether a backward pass may follow, the resolved
+            products); raises InputError where the backend cannot take the batch.
+        backward_takes_options: whether the backward operator has the arguments `options`.
     """
 
     forward: Callable[..., tuple[Tensor, ...]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     options: Options
+    backward_takes_options: bool
 
     def __call__(
         self,
@@ -109,11 +113,24 @@ class Operator:
         ref_text: Tensor | None,
         ref_scale: Tensor | None,
         groups: Groups,  # none empty
+        products: str = "fp32",  # as `resolve_products` returns them
     ) -> Contrastive:
         """Same numbers as `contrastive_dense`, and the same bits every time."""
         batch = Batch(image, text, scale, ref_image, ref_text, ref_scale)
-        options = self.options(batch, groups, any(batch.requires_grad()))
+        options = self.options(batch, groups, any(batch.requires_grad()), products)
         return unpack_losses(self.forward(*batch, groups, *options)[0])
+
+    def differentiate(
+        self,
+        upstream: Tensor,
+        tensors: tuple[Any, ...],
+        groups: Groups,
+        wanted: Wanted,
+        options: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Call `backward`; tensors: the batch, and what forward returned after the losses."""
+        more = options if self.backward_takes_options else ()
+        return self.backward(upstream, *tensors, groups, *wanted, *more)
 
 
 def unpack_losses(losses: Tensor) -> Contrastive:
@@ -122,7 +139,9 @@ def unpack_losses(losses: Tensor) -> Contrastive:
     return Contrastive(ce_row, ce_col, *(kl or (None, None)))
 
 
-def _no_options(batch: Batch, groups: Groups, is_differentiable: bool) -> tuple[int, ...]:
+def _no_options(
+    batch: Batch, groups: Groups, is_differentiable: bool, products: str
+) -> tuple[Any, ...]:
     return ()
 
 
@@ -135,6 +154,7 @@ def register(
     backward: Backward | None = None,
     options_schema: str = "",
     options: Options = _no_options,
+    backward_takes_options: bool = False,
     tags: tuple[torch.Tag, ...] = (),
 ) -> Operator:
     """Define `fasterase::{name}` and `fasterase::{name}_backward`, with fakes and autograd.
@@ -144,19 +164,21 @@ def register(
             function of (batch, groups, *options) that makes an empty tensor like it.
         key: dispatch key of forward and backward, None where C++ registers them.
         forward: a function of (batch, groups, *options).
-        backward: a function of (upstream, batch, (statistics, *saved), groups, wanted); returns
-            None for a gradient that is not wanted.
+        backward: a function of (upstream, batch, (statistics, *saved), groups, wanted) and, if
+            `backward_takes_options`, *options; returns None for a gradient that is not wanted.
         options_schema: schema of the arguments that `options` returns.
         tags: tags of both operators, for torch.compile.
     """
     outputs = ", ".join(f"Tensor {output}" for output in ("statistics", *saved))
     more = f", {options_schema}" if options_schema else ""
+    backward_more = more if backward_takes_options else ""
+    num_tensors = len(Batch._fields) + 1 + len(saved)
     _LIBRARY.define(
         f"{name}({_BATCH_SCHEMA}, SymInt[] groups{more}) -> (Tensor losses, {outputs})", tags=tags
     )
     _LIBRARY.define(
         f"{name}_backward(Tensor upstream, {_BATCH_SCHEMA}, {outputs}, SymInt[] groups, "
-        "bool wants_image, bool wants_text, bool wants_scale, bool rounded) "
+        f"bool wants_image, bool wants_text, bool wants_scale, bool rounded{backward_more}) "
         "-> (Tensor d_image, Tensor d_text, Tensor d_scale)",
         tags=tags,
     )
@@ -164,10 +186,11 @@ def register(
         getattr(torch.ops.fasterase, name).default,
         getattr(torch.ops.fasterase, f"{name}_backward").default,
         options,
+        backward_takes_options,
     )
     if key is not None and forward is not None and backward is not None:
         _LIBRARY.impl(name, _flatten_forward(forward), key)
-        _LIBRARY.impl(f"{name}_backward", _flatten_backward(backward), key)
+        _LIBRARY.impl(f"{name}_backward", _flatten_backward(backward, num_tensors), key)
 
     def make_fake_outputs(*arguments: Any) -> tuple[Tensor, ...]:
         batch, *rest = Batch(*arguments[:6]), *arguments[6:]
@@ -179,7 +202,9 @@ def register(
         )
 
     torch.library.register_fake(f"fasterase::{name}", make_fake_outputs, lib=_LIBRARY)
-    torch.library.register_fake(f"fasterase::{name}_backward", _make_fake_gradients, lib=_LIBRARY)
+    torch.library.register_fake(
+        f"fasterase::{name}_backward", partial(_make_fake_gradients, num_tensors), lib=_LIBRARY
+    )
     torch.library.register_autograd(
         f"fasterase::{name}", _make_backward(operator), setup_context=_save_context, lib=_LIBRARY
     )
@@ -194,10 +219,10 @@ def _flatten_forward(forward: Forward) -> Callable[..., tuple[Tensor, ...]]:
     return run_forward
 
 
-def _flatten_backward(backward: Backward) -> Callable[..., tuple[Tensor, ...]]:
+def _flatten_backward(backward: Backward, num_tensors: int) -> Callable[..., tuple[Tensor, ...]]:
     def run_backward(upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        batch, saved, groups, wanted = _parse_backward_arguments(arguments)
-        image, text, scale = backward(upstream, batch, saved, groups, wanted)
+        batch, saved, groups, wanted, *options = _parse_backward_arguments(num_tensors, arguments)
+        image, text, scale = backward(upstream, batch, saved, groups, wanted, *options)
         return (
             _make_placeholder(batch.image, batch, wanted) if image is None else image,
             _make_placeholder(batch.text, batch, wanted) if text is None else text,
@@ -207,8 +232,10 @@ def _flatten_backward(backward: Backward) -> Callable[..., tuple[Tensor, ...]]:
     return run_backward
 
 
-def _make_fake_gradients(upstream: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    batch, _, _, wanted = _parse_backward_arguments(arguments)
+def _make_fake_gradients(
+    num_tensors: int, upstream: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, _, _, wanted, *_ = _parse_backward_arguments(num_tensors, arguments)
     image, text = (
         side.new_empty(side.shape, dtype=_gradient_dtype(side, batch, wanted))
         if is_wanted
@@ -218,13 +245,12 @@ def _make_fake_gradients(upstream: Tensor, *arguments: Any) -> tuple[Tensor, Ten
     return image, text, batch.scale.new_empty(())
 
 
-def _parse_backward_arguments(
-    arguments: tuple[Any, ...],
-) -> tuple[Batch, tuple[Tensor, ...], Groups, Wanted]:
-    """Arguments of the backward operator after `upstream`."""
-    *tensors, groups, wants_image, wants_text, wants_scale, rounded = arguments
-    wanted = Wanted(wants_image, wants_text, wants_scale, rounded)
-    return Batch(*tensors[:6]), tuple(tensors[6:]), tuple(groups), wanted
+def _parse_backward_arguments(num_tensors: int, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """(batch, saved, groups, wanted, *options) from the arguments that follow `upstream`."""
+    tensors, (groups, *rest) = arguments[:num_tensors], arguments[num_tensors:]
+    num_wanted = len(Wanted._fields)
+    wanted, options = Wanted(*rest[:num_wanted]), rest[num_wanted:]
+    return Batch(*tensors[:6]), tensors[6:], tuple(groups), wanted, *options
 
 
 def _gradient_dtype(side: Tensor, batch: Batch, wanted: Wanted) -> torch.dtype:
@@ -237,7 +263,7 @@ def _make_placeholder(side: Tensor, batch: Batch, wanted: Wanted) -> Tensor:
 
 
 def _save_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.groups, ctx.num_inputs = inputs[6], len(inputs)
+    ctx.groups, *ctx.options = inputs[6:]
     _, *saved = output
     ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
@@ -247,10 +273,13 @@ def _save_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 def _make_backward(operator: Operator) -> Callable[..., tuple[Tensor | None, ...]]:
     @once_differentiable
     def run_operator(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        gradients: list[Tensor | None] = [None] * ctx.num_inputs
+        gradients: list[Tensor | None] = [None] * (len(Batch._fields) + 1 + len(ctx.options))
         wants = ctx.needs_input_grad[:3]
         if upstream is not None:
-            made = operator.backward(upstream, *ctx.saved_tensors, ctx.groups, *wants, True)
+            wanted = Wanted(wants[0], wants[1], wants[2], rounded=True)
+            made = operator.differentiate(
+                upstream, ctx.saved_tensors, ctx.groups, wanted, ctx.options
+            )
             gradients[:3] = [g if wanted else None for g, wanted in zip(made, wants, strict=True)]
         return tuple(gradients)
 
@@ -275,13 +304,17 @@ def sum_weighted_losses(
     batch: Batch,
     weights: Tensor,  # [2 or 4, N]
     groups: Groups,
+    products: str,
 ) -> tuple[Tensor, Contrastive]:
     """(total, losses): `(weights * losses).sum()`, whose gradients are made here, and constants."""
     wants = batch.requires_grad()
     if any(wants):
-        total, losses = _GradientsInForward.apply(operator, groups, wants, weights, *batch)
+        total, losses = _GradientsInForward.apply(
+            operator, groups, products, wants, weights, *batch
+        )
     else:
-        losses = operator.forward(*batch, groups, *operator.options(batch, groups, False))[0]
+        options = operator.options(batch, groups, False, products)
+        losses = operator.forward(*batch, groups, *options)[0]
         total = (weights * losses).sum()
     return total, unpack_losses(losses)
 
@@ -292,15 +325,16 @@ class _GradientsInForward(torch.autograd.Function):
         ctx: Any,
         operator: Operator,
         groups: Groups,
+        options: tuple[Any, ...],
         wants: tuple[bool, bool, bool],
         weights: Tensor,
         *tensors: Any,
     ) -> tuple[Tensor, Tensor]:
         batch = Batch(*tensors)
-        options = operator.options(batch, groups, True)
         losses, *saved = operator.forward(*batch, groups, *options)
         wanted = Wanted(*wants, rounded=False)
-        ctx.save_for_backward(*operator.backward(weights, *batch, *saved, groups, *wanted))
+        made = operator.differentiate(weights, (*batch, *saved), groups, wanted, options)
+        ctx.save_for_backward(*made)
         ctx.wants = wants
         ctx.dtypes = batch.image.dtype, batch.text.dtype, batch.scale.dtype
         ctx.mark_non_differentiable(losses)
@@ -317,4 +351,4 @@ def _multiply_saved_gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None
         (gradient * upstream).to(dtype) if is_wanted else None
         for gradient, dtype, is_wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wants, strict=True)
     )
-    return (*(None,) * 4, *gradients, *(None,) * 3)
+    return (*(None,) * 5, *gradients, *(None,) * 3)

@@ -4,13 +4,15 @@
 CPU tensors as `fasterase::contrastive_triton_interpreted`.
 
 Memory O(N D) and a workspace of WORKSPACE_BYTES. FLOPs, forward and backward: 12 n^2 D per group
-with the KL, 8 n^2 D without. fp16 and bf16 features are multiplied as they are, into fp32 logits,
-and G is rounded to their dtype beside its diagonal.
+with the KL, 8 n^2 D without. Half-precision products go into fp32 logits, and G is rounded to their
+dtype beside its diagonal. The diagonal and the features' gradients come from the features as given.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,7 +27,11 @@ from fasterase.kernels.contrastive_gradients import (
     gradient_strip_without_reference,
 )
 from fasterase.kernels.contrastive_losses import losses_and_softmaxes
-from fasterase.kernels.contrastive_shift import group_shifts, norms_and_diagonal
+from fasterase.kernels.contrastive_shift import (
+    group_shifts,
+    norms_and_diagonal,
+    round_features,
+)
 from fasterase.kernels.contrastive_sums import (
     add_partial_sums,
     row_and_column_sums,
@@ -42,6 +48,7 @@ from fasterase.kernels.contrastive_tables import (
     Segment,
 )
 from fasterase.ops.contrastive.operator import Batch, Gradients, Groups, Wanted, register
+from fasterase.ops.contrastive.products import refuse_tf32
 from fasterase.ops.contrastive.triton_plan import (
     INTERPRETED,
     SPAN,
@@ -49,6 +56,7 @@ from fasterase.ops.contrastive.triton_plan import (
     StripLaunch,
     strip_launches,
     sum_tables,
+    with_contiguous_rows,
 )
 
 # Bytes of G (and of S and S0 if cuBLAS makes them) allocated at one time in a backward pass.
@@ -76,16 +84,18 @@ def _num_programs(device: torch.device, wanted: int) -> int:
     return min(wanted, 2 * torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def forward(features: Features, groups: Groups) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute (losses [4 or 2, N], softmaxes [matrices, SOFTMAX_FIELDS, 2, N], flags [num_groups]).
+def forward(batch: Batch, groups: Groups, products: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute (losses [4 or 2, N], softmaxes [matrices, SOFTMAX_FIELDS, 2, N], flags, peaks).
 
     losses: ce row, ce column, kl row, kl column; fp32.
     softmaxes: as in `kernels/contrastive_tables.py`; fp32.
-    flags: int32; 1 if a group has one shift per row and column instead of one for all.
+    flags: [num_groups] int32; 1 if a group has one shift per row and column instead of one for all.
+    peaks: [matrices, 2, num_groups] fp32, the length of the longest row of either tower.
     """
-    image, text, scale, ref_image, ref_text, ref_scale, has_ref = features
-    device, n = image.device, len(image)
-    matrices = 2 if has_ref else 1
+    batch = with_contiguous_rows(batch)
+    features = Features.of(batch, products)
+    image, text, scale, ref_image, ref_text, ref_scale, has_ref = features[:7]
+    device, n, matrices = image.device, len(image), batch.matrices
     num_groups = len(groups)
     num_parts = int(PART_STATS_WITH_REF if has_ref else PART_STATS)
     num_sums = int(SUMS_WITH_REF if has_ref else SUMS)
@@ -94,13 +104,13 @@ def forward(features: Features, groups: Groups) -> tuple[Tensor, Tensor, Tensor]
     diagonals = new((matrices, n), dtype=torch.float32)
     shifts = new((matrices, num_groups), dtype=torch.float32)
     flags = new((num_groups,), dtype=torch.int32)
+    peaks = new((matrices, 2, num_groups), dtype=torch.float32)
     parts = new((2, num_parts, int(SLOTS), n), dtype=torch.float32)
     sums = new((2, num_sums, n), dtype=torch.float32)
     losses = new((2 * matrices, n), dtype=torch.float32)
     softmaxes = new((matrices, int(SOFTMAX_FIELDS), 2, n), dtype=torch.float32)
 
-    pairs = ((image, text, scale), (ref_image, ref_text, ref_scale))[:matrices]
-    for k, (left, right, pair_scale) in enumerate(pairs):
+    for k, (left, right, pair_scale) in enumerate(_pairs(batch)):
         norms_and_diagonal[(triton.cdiv(n, _ROWS),)](
             left, right, pair_scale, norms[k], diagonals[k], left.stride(0), right.stride(0), n,
             left.shape[1], BLOCK_R=_ROWS, BLOCK_K=_DEPTH,
@@ -108,8 +118,10 @@ def forward(features: Features, groups: Groups) -> tuple[Tensor, Tensor, Tensor]
     tile = features.tile("sums")
     tables = sum_tables(groups, tile.block_m, tile.block_n, device)
     group_shifts[(num_groups, matrices)](
-        norms, scale, ref_scale, tables.starts, shifts, flags, n, BLOCK=1024
-    )
+        norms, batch.scale, batch.ref_scale if has_ref else batch.scale, tables.starts, shifts,
+        peaks, flags, n, BLOCK=1024,
+    )  # fmt: skip
+    _round(features, batch, peaks)
     arguments = (image, text, ref_image, ref_text, scale, ref_scale)
     widths = (image.shape[1], ref_image.shape[1])
     num_items = len(tables.items)
@@ -137,7 +149,27 @@ def forward(features: Features, groups: Groups) -> tuple[Tensor, Tensor, Tensor]
         parts, sums, online.spans, shifts, flags, diagonals, losses, softmaxes, num_groups,
         n, HAS_REF=has_ref, BLOCK_R=SPAN,
     )  # fmt: skip
-    return losses, softmaxes, flags
+    return losses, softmaxes, flags, peaks
+
+
+def _pairs(batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The current image, text and scale, and the reference's if there is one."""
+    yield batch.image, batch.text, batch.scale
+    if batch.ref_image is not None and batch.ref_text is not None and batch.ref_scale is not None:
+        yield batch.ref_image, batch.ref_text, batch.ref_scale
+
+
+def _round(features: Features, batch: Batch, peaks: Tensor) -> None:
+    """Fill features of half precision from the batch, where the batch has others."""
+    if features.stretches is None:
+        return
+    rounded = (features[:3], features[3:6])
+    for k, (image, text, scale) in enumerate(_pairs(batch)):
+        n, width = image.shape
+        round_features[(triton.cdiv(n, _ROWS),)](
+            image, text, scale, peaks[k], *rounded[k], features.stretches[k], image.stride(0),
+            text.stride(0), peaks.shape[2], n, width, BLOCK_R=_ROWS, BLOCK_K=_DEPTH,
+        )  # fmt: skip
 
 
 def is_fused_faster(features: Features) -> bool:
@@ -174,7 +206,7 @@ class _Strips(NamedTuple):
         One program per tile; online, where tiles seldom have work, only as many as run at once.
         """
         features = self.features
-        image, text, scale, ref_image, ref_text, ref_scale, has_ref = features
+        image, text, scale, ref_image, ref_text, ref_scale, has_ref = features[:7]
         num_tiles = launch.segments[-1].last_tile
         programs = _num_programs(image.device, num_tiles) if is_online else num_tiles
         gradient_strip[(programs,)](
@@ -223,23 +255,30 @@ class _Strips(NamedTuple):
 
 def backward(
     upstream: Tensor,  # [4 or 2, N]
-    features: Features,
+    batch: Batch,
     softmaxes: Tensor,
     flags: Tensor,
+    peaks: Tensor,
     groups: Groups,
+    products: str,
     *,
     wants_image: bool,
     wants_text: bool,
     is_rounded: bool,
-    is_fused: bool,
+    is_fused: bool | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """Compute the gradients of `(upstream * losses).sum()` in image, text and scale.
 
-    is_rounded: return image's and text's in the features' dtype, otherwise in fp32.
+    is_rounded: return image's and text's in their own dtypes, otherwise in fp32.
     is_fused: make strips of G from the features in one kernel, otherwise S and S0 by cuBLAS in fp32
-        and G from them; `is_fused_faster` chooses.
+        and G from them; None: as `is_fused_faster` chooses.
     """
-    image, text, scale, _, _, _, has_ref = features
+    batch = with_contiguous_rows(batch)
+    features = Features.of(batch, products)
+    _round(features, batch, peaks)
+    if is_fused is None:
+        is_fused = is_fused_faster(features)
+    image, text, has_ref = features.image, features.text, features.has_ref
     n, width = image.shape
     peak = upstream.abs().masked_fill(~upstream.isfinite(), 0.0).amax()
     peak = torch.where(peak == 0, 1.0, peak)
@@ -279,16 +318,24 @@ def backward(
                 _multiply(g.T, image[rows], d_text[cols], beta=1)
 
     d_scale = softmaxes.new_empty(n)
+    is_stretched = features.stretches is not None
+    image_stretch, text_stretch = peak, peak  # not read
+    if features.stretches is not None:
+        image_stretch, text_stretch = features.stretches[0]
     results: list[Tensor | None] = []
-    for products, tower, partner in ((d_image, image, text), (d_text, text, image)):
-        if products is None:
+    for made, tower, partner, stretch in (
+        (d_image, batch.image, batch.text, text_stretch),
+        (d_text, batch.text, batch.image, image_stretch),
+    ):
+        if made is None:
             results.append(None)
             continue
         in_place = tower.dtype == torch.float32 or not is_rounded
-        gradients = products if in_place else torch.empty_like(products, dtype=tower.dtype)
+        gradients = made if in_place else torch.empty_like(made, dtype=tower.dtype)
         feature_gradients[(triton.cdiv(n, _ROWS),)](
-            products, diagonal, tower, partner, scale, peak, gradients, d_scale, tower.stride(0),
-            partner.stride(0), n, width, gain, BLOCK_R=_ROWS, BLOCK_K=_DEPTH,
+            made, diagonal, tower, partner, batch.scale, peak, stretch, gradients, d_scale,
+            tower.stride(0), partner.stride(0), n, width, gain, IS_STRETCHED=is_stretched,
+            BLOCK_R=_ROWS, BLOCK_K=_DEPTH,
         )  # fmt: skip
         results.append(gradients)
     return results[0] if wants_image else None, results[1], d_scale.sum()
@@ -304,8 +351,8 @@ def _multiply(left: Tensor, right: Tensor, out: Tensor, *, beta: int) -> None:
         torch.mm(left, right, out_dtype=torch.float32, out=out)
 
 
-def _check(batch: Batch, groups: Groups, is_differentiable: bool) -> tuple[int, ...]:
-    """Refuse what the kernels cannot take. The operator has no options."""
+def _check(batch: Batch, groups: Groups, is_differentiable: bool, products: str) -> tuple[Any, ...]:
+    """Refuse what the kernels cannot take; the operators' option is how to multiply."""
     if not batch.image.is_cuda and not INTERPRETED:
         raise InputError(
             f"backend='triton' needs CUDA tensors; image is on {batch.image.device}. Move the "
@@ -316,45 +363,59 @@ def _check(batch: Batch, groups: Groups, is_differentiable: bool) -> tuple[int, 
             "backend='triton' computes in fp32; got float64 features. Convert them with .float(), "
             "or use backend='chunked'."
         )
-    return ()
+    return (products,)
 
 
-def _forward(batch: Batch, groups: Groups) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(batch: Batch, groups: Groups, products: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.cuda.device_of(batch.image):
-        return forward(Features.of(*batch), groups)
+        return forward(batch, groups, products)
 
 
 def _backward(
-    upstream: Tensor, batch: Batch, saved: tuple[Tensor, ...], groups: Groups, wanted: Wanted
+    upstream: Tensor,
+    batch: Batch,
+    saved: tuple[Tensor, ...],
+    groups: Groups,
+    wanted: Wanted,
+    products: str,
 ) -> Gradients:
-    features = Features.of(*batch)
-    softmaxes, flags = saved
-    device = batch.image.device.type
-    with torch.cuda.device_of(batch.image), torch.autocast(device, enabled=False):
-        d_image, d_text, d_scale = backward(
+    softmaxes, flags, peaks = saved
+    device = batch.image.device
+    with (
+        torch.cuda.device_of(batch.image),
+        torch.autocast(device.type, enabled=False),
+        refuse_tf32() if products == "fp32" else contextlib.nullcontext(),
+    ):
+        return backward(
             upstream,
-            features,
+            batch,
             softmaxes,
             flags,
+            peaks,
             groups,
+            products,
             wants_image=wanted.image,
             wants_text=wanted.text,
             is_rounded=wanted.rounded,
-            is_fused=is_fused_faster(features),
         )
-    if wanted.rounded:  # the kernels round to the dtype that image and text were promoted to
-        d_image = None if d_image is None else d_image.to(batch.image.dtype)
-        d_text = None if d_text is None else d_text.to(batch.text.dtype)
-    return d_image, d_text, d_scale
 
 
 contrastive_triton = register(
     "contrastive_triton_interpreted" if INTERPRETED else "contrastive_triton",
-    {"flags": lambda batch, groups: batch.scale.new_empty(len(groups), dtype=torch.int32)},
+    {
+        "flags": lambda batch, groups, products: batch.scale.new_empty(
+            len(groups), dtype=torch.int32
+        ),
+        "peaks": lambda batch, groups, products: batch.scale.new_empty(
+            batch.matrices, 2, len(groups)
+        ),
+    },
     key="CPU" if INTERPRETED else "CUDA",
     forward=_forward,
     backward=_backward,
+    options_schema="str products",
     options=_check,
+    backward_takes_options=True,
     # torch.compile(mode="reduce-overhead") would take a first call's tables for leaked outputs.
     tags=(torch.Tag.cudagraph_unsafe,),
 )

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fasterase.errors import InputError
 from fasterase.kernels.contrastive_tables import SLOTS, Item, Segment, Span, load_item
+from fasterase.ops.contrastive.operator import Batch
+from fasterase.ops.contrastive.products import HALF_DTYPES
 
 # Kernels defined under TRITON_INTERPRET=1 run in numpy, on CPU tensors.
 INTERPRETED = not isinstance(load_item, triton.JITFunction)
@@ -97,7 +99,7 @@ def choose_tile(
 
 
 class Features(NamedTuple):
-    """A batch as the kernels take it: each pair in one dtype, rows contiguous."""
+    """A batch as the kernels multiply it: rows contiguous, all in one dtype."""
 
     image: Tensor  # [N, D]
     text: Tensor  # [N, D]
@@ -106,25 +108,34 @@ class Features(NamedTuple):
     ref_text: Tensor
     ref_scale: Tensor
     has_ref: bool
+    products: str  # as `resolve_products` returns them
+    stretches: Tensor | None  # [matrices, 2] if rounded by `round_features`, which fills them
 
     @classmethod
-    def of(
-        cls,
-        image: Tensor,
-        text: Tensor,
-        scale: Tensor,
-        ref_image: Tensor | None,
-        ref_text: Tensor | None,
-        ref_scale: Tensor | None,
-    ) -> Features:
-        image, text = _with_one_dtype(image, text)
-        if ref_image is None or ref_text is None or ref_scale is None:
-            return cls(image, text, scale, image, text, scale, False)
-        return cls(image, text, scale, *_with_one_dtype(ref_image, ref_text), ref_scale, True)
+    def of(cls, batch: Batch, products: str) -> Features:
+        """Prepare the features of `with_contiguous_rows`.
+
+        Features to be rounded to half precision have their memory here, and their numbers after
+        `round_features`.
+        """
+        image, text, scale, ref_image, ref_text, ref_scale = batch
+        given = [side for side in (image, text, ref_image, ref_text) if side is not None]
+        dtype = HALF_DTYPES.get(products, torch.float32)
+        stretches = None
+        if products in HALF_DTYPES and any(side.dtype != dtype for side in given):
+            stretches = scale.new_empty(batch.matrices, 2)
+            sides = [torch.empty_like(side, dtype=dtype) for side in given]
+            scale = torch.empty_like(scale)
+            ref_scale = None if ref_scale is None else torch.empty_like(scale)
+        else:
+            sides = [side.to(dtype) for side in given]
+        pair = (sides[0], sides[1], scale)
+        ref = pair if ref_scale is None else (sides[2], sides[3], ref_scale)
+        return cls(*pair, *ref, ref_scale is not None, products, stretches)
 
     @property
     def is_half(self) -> bool:
-        return torch.float32 not in (self.image.dtype, self.ref_image.dtype)
+        return self.products in HALF_DTYPES
 
     def strides(self) -> tuple[int, int, int, int]:
         return (
@@ -150,7 +161,7 @@ class Features(NamedTuple):
             "BLOCK_N": tile.block_n,
             "BLOCK_K": tile.block_k,
             "EVEN_K": self.image.shape[1] % tile.block_k == 0,
-            "PRECISION": "tf32" if _allows_tf32() else "ieee",
+            "PRECISION": "tf32" if self.products == "tf32" else "ieee",
             "num_warps": tile.num_warps,
             "num_stages": tile.num_stages,
         }
@@ -160,22 +171,22 @@ class Features(NamedTuple):
         return self.meta(tile) | {"EVEN_REF_K": self.ref_image.shape[1] % tile.block_k == 0}
 
 
-def _with_one_dtype(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(image.dtype, text.dtype)
-    dtype = torch.float32 if dtype == torch.float64 else dtype
-    image, text = (
-        (x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()).to(dtype)
-        for x in (image, text)
+def with_contiguous_rows(batch: Batch) -> Batch:
+    """Make the rows contiguous, and an fp64 reference fp32."""
+
+    def prepare(side: Tensor) -> Tensor:
+        side = side if side.stride(1) == 1 or side.shape[1] == 1 else side.contiguous()
+        return side.float() if side.dtype == torch.float64 else side
+
+    ref_image, ref_text = (
+        None if side is None else prepare(side) for side in (batch.ref_image, batch.ref_text)
     )
-    return image, text
-
-
-def _allows_tf32() -> bool:
-    """Decide as cuBLAS does. torch 2.9 has settings per backend, which older functions reject."""
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):
-        return matmul.fp32_precision == "tf32"
-    return matmul.allow_tf32
+    return batch._replace(
+        image=prepare(batch.image),
+        text=prepare(batch.text),
+        ref_image=ref_image,
+        ref_text=ref_text,
+    )
 
 
 @functools.cache
