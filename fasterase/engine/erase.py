@@ -176,7 +176,8 @@ def erase(
 
     with cache_folder(config.reference_cache, output_dir) as folder:
         key = hashlib.sha256(f"{fingerprint} {precision}".encode()).hexdigest()
-        cache = FeatureCache(folder, key, model.embed_dim)
+        is_half = model.device.type == "cuda" and loss_products(precision) == "fp16"
+        cache = FeatureCache(folder, key, model.embed_dim, is_half=is_half)
         baseline = measure_original(
             encoder,
             cache,

@@ -61,6 +61,7 @@ WRONG = [
         "must be on image's device cpu; got meta",
     ),
     ({"ref_text": torch.zeros(4, 2, requires_grad=True)}, "ref_text requires grad.*detach"),
+    ({"products": "tf16"}, "products must be one of 'auto', 'fp32', 'fp16', 'bf16'; got 'tf16'"),
     ({"labels": [0, 0, 1, 1]}, "labels must be a tensor of 4 integers.*list"),
     ({"labels": torch.zeros(4)}, "labels must be integers; got torch.float32"),
     ({"labels": torch.zeros(4, dtype=torch.bool)}, "labels must be integers; got torch.bool"),
@@ -94,7 +95,8 @@ def test_explain_backend_names_what_runs_and_why():
         assert (choice.name, choice.reason) == (name, "named by the caller")
     choice = explain_backend(**call())
     assert choice.name in available_backends()
-    assert str(choice).startswith(f"{choice.name}: auto")
+    assert str(choice).startswith(f"{choice.name}, fp32 products: auto")
+    assert explain_backend(**call(products="fp16")).products == "fp32"  # nothing is rounded here
 
 
 def test_a_number_for_the_scale_is_made_on_the_device():
@@ -133,4 +135,6 @@ def test_auto_leaves_fp64_on_a_gpu_to_torch_tiles(image_dtype, text_dtype, monke
         image = torch.empty(4, 3, dtype=image_dtype, device="cuda")
         text = torch.empty(4, 3, dtype=text_dtype, device="cuda")
         has_fp64 = torch.float64 in (image_dtype, text_dtype)
-        assert explain_backend(image, text, 1.0).name == ("chunked" if has_fp64 else "triton")
+        choice = explain_backend(image, text, 1.0, products="fp16")
+        assert choice.name == ("chunked" if has_fp64 else "triton")
+        assert choice.products == ("fp64" if has_fp64 else "fp16")

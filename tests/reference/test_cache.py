@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fasterase.reference.cache import FeatureStore
+from fasterase.pairs.open import open_pairs
+from fasterase.reference.cache import FeatureCache, FeatureStore
+from tests.tiny_model import pairs
 
 
 def filled(folder, *blocks):
@@ -27,6 +29,27 @@ def test_rows_come_back_in_the_order_asked_for(tmp_path):
     np.testing.assert_array_equal(store.has(np.array([5, 6, -7, 10**12])), [1, 0, 1, 0])
     with pytest.raises(KeyError, match="6"):
         store.get(np.array([5, 6]))
+
+
+def test_fp16_takes_half_the_disk_and_a_place_of_its_own(tmp_path):
+    features = np.random.default_rng(0).normal(size=(64, 512)).astype(np.float32)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    keys, sizes = np.arange(64), []
+    source = open_pairs(pairs(2, seed=0), name="forget")
+    folders = {
+        FeatureCache(tmp_path, "model", 512, is_half=x).images(source).folder for x in (True, False)
+    }
+    assert len(folders) == 2
+    for is_half in (False, True):
+        store = FeatureStore(tmp_path / str(is_half), 512, is_half=is_half)
+        store.put(keys, features)
+        store = FeatureStore(store.folder, 512, is_half=is_half)
+        assert not store.damaged
+        found = store.get(keys)
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, features, atol=1e-4 if is_half else 0)
+        sizes.append(sum(path.stat().st_size for path in store.folder.iterdir()))
+    assert sizes[1] < 0.52 * sizes[0]
 
 
 def test_an_empty_store_has_nothing(tmp_path):
