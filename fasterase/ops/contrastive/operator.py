@@ -309,9 +309,8 @@ def sum_weighted_losses(
     """(total, losses): `(weights * losses).sum()`, whose gradients are made here, and constants."""
     wants = batch.requires_grad()
     if any(wants):
-        total, losses = _GradientsInForward.apply(
-            operator, groups, products, wants, weights, *batch
-        )
+        options = operator.options(batch, groups, True, products)
+        total, losses = _GradientsInForward.apply(operator, groups, options, wants, weights, *batch)
     else:
         options = operator.options(batch, groups, False, products)
         losses = operator.forward(*batch, groups, *options)[0]
