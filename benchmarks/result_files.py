@@ -1,13 +1,19 @@
-"""Where committed results are kept, and how every benchmark writes its CSV files."""
+"""Where committed results are kept, how benchmarks write them, and what they were measured on."""
 
 from __future__ import annotations
 
 import csv
+import functools
 import io
+import platform
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import fasterase
 from fasterase.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
@@ -25,3 +31,25 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())
+
+
+@functools.cache
+def device_name(device: str) -> str:
+    """Return the name of the GPU, or of the CPU with the instructions that torch uses."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    name = next(names, "") or platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+@functools.cache
+def code_version() -> str:
+    """Return fasterase's version and commit."""
+    here = Path(__file__).parent
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True
+    )
+    return f"{fasterase.__version__} {found.stdout.strip()}".strip()

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import multiprocessing
 import os
-import re
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks.contrastive.case import Case, Inputs, exact_losses, in_fp64, make_inputs
 from benchmarks.contrastive.providers import PROVIDERS, Loss, Provider, UnavailableError
+from benchmarks.processes import (
+    MeasurementError,
+    PeakMemory,
+    call_in_process,
+    describe_error,
+    proc_bytes,
+)
 
 # Written before every timed call on a GPU, so that each starts with a cold L2 (50 MB on an H100).
 _FLUSH_BYTES = 256 * 2**20
@@ -96,7 +98,7 @@ def time_interleaved(
                 try:
                     elapsed = repetitions[name]()
                 except Exception as error:
-                    failures[name] = reason(error)
+                    failures[name] = describe_error(error)
                     continue
                 took = time.perf_counter() - began
                 if turn > 0 or (took > seconds and name not in compiled):
@@ -133,65 +135,27 @@ def peak_extra_bytes(provider: Provider, case: Case, mode: str) -> int:
         UnavailableError: the provider cannot take the case, or the process died or took too long.
     """
     if case.device == "cuda":
-        return _measured_peak(provider, case, mode)
-    context = multiprocessing.get_context("forkserver")
-    # Children fork from a process that has imported torch but not computed: no pools, no threads.
-    context.set_forkserver_preload(["benchmarks.contrastive.measure", "open_clip.loss"])
-    ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(
-        target=_memory_child, args=(theirs, provider.name, case, mode, torch.get_num_threads())
-    )
-    child.start()
-    theirs.close()
+        return _measured_peak(provider.name, case, mode)
     try:
-        if not ours.poll(_MEMORY_LIMIT_SECONDS):
-            child.kill()
-            raise UnavailableError(f"took more than {_MEMORY_LIMIT_SECONDS} s")
-        found = ours.recv()
-    except EOFError:
-        child.join()
-        raise UnavailableError(f"its process ended with code {child.exitcode}") from None
-    finally:
-        child.join()
-        ours.close()
-    if isinstance(found, str):
-        raise UnavailableError(found)
-    return found
+        return call_in_process(
+            _measured_peak,
+            *(provider.name, case, mode),
+            seconds=_MEMORY_LIMIT_SECONDS,
+            preload=["open_clip.loss"],
+        )
+    except MeasurementError as error:
+        raise UnavailableError(str(error)) from None
 
 
-def _memory_child(to: Connection, name: str, case: Case, mode: str, num_threads: int) -> None:
-    torch.set_num_threads(num_threads)
-    try:
-        to.send(_measured_peak(PROVIDERS[name], case, mode))
-    except Exception as error:
-        to.send(reason(error))
-
-
-def _measured_peak(provider: Provider, case: Case, mode: str) -> int:
+def _measured_peak(name: str, case: Case, mode: str) -> int:
+    provider = PROVIDERS[name]
     small = Case(**{**vars(case), "num_pairs": min(case.num_pairs, _WARM_UP_PAIRS)})
     warm = case if provider.compiles else small
     repetition(provider.build(warm), make_inputs(warm), mode, case.device)()
     run = repetition(provider.build(case), make_inputs(case), mode, case.device)
-    gc.collect()
-    if case.device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM = VmRSS
-    before = _proc_bytes("self/status", "VmRSS")
+    peak = PeakMemory(case.device)
     run()
-    return _proc_bytes("self/status", "VmHWM") - before
-
-
-def _proc_bytes(file: str, field: str) -> int:
-    text = (Path("/proc") / file).read_text(encoding="utf-8")
-    found = re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)
-    if found is None:
-        raise LookupError(f"/proc/{file} has no line {field}")
-    return int(found[1]) * 1024
+    return peak.bytes()
 
 
 def available_bytes(device: str) -> int:
@@ -199,7 +163,7 @@ def available_bytes(device: str) -> int:
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     try:
-        return _proc_bytes("meminfo", "MemAvailable")
+        return proc_bytes("meminfo", "MemAvailable")
     except LookupError:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
@@ -231,11 +195,3 @@ def errors_against_fp64(provider: Provider, case: Case) -> dict[str, float]:
 
 def _relative(value: Tensor, truth: Tensor) -> float:
     return ((value.double() - truth).abs().max() / truth.abs().max()).item()
-
-
-def reason(error: Exception) -> str:
-    """Describe an error in one line."""
-    if isinstance(error, UnavailableError):
-        return str(error)
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}"[:300]

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.contrastive.case import SIGLIP_BIAS, Case, Inputs
+from benchmarks.processes import MeasurementError
 
 Loss = Callable[[Inputs], Tensor]
 
 
-class UnavailableError(Exception):
+class UnavailableError(MeasurementError):
     """A provider cannot take a case; the message gives the reason."""
 
 

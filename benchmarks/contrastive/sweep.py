@@ -20,8 +20,6 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import platform
-import subprocess
 import warnings
 from collections.abc import Iterator
 from datetime import datetime, timezone
@@ -33,7 +31,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import fasterase
 from benchmarks.contrastive.case import MODES, Case, Inputs, flops, make_inputs
 from benchmarks.contrastive.measure import (
     Repetition,
@@ -41,14 +38,14 @@ from benchmarks.contrastive.measure import (
     errors_against_fp64,
     gemm_repetition,
     peak_extra_bytes,
-    reason,
     repetition,
     time_interleaved,
 )
 from benchmarks.contrastive.providers import PROVIDERS, Provider, UnavailableError
 from benchmarks.contrastive.report import draw_curves, explain_share, markdown_tables
 from benchmarks.contrastive.rows import Row, read_rows, write_rows
-from benchmarks.result_files import RESULTS
+from benchmarks.processes import describe_error
+from benchmarks.result_files import RESULTS, code_version, device_name
 from fasterase.files import write_text
 
 KERNEL = "contrastive"
@@ -147,7 +144,7 @@ def _speed_rows(
         try:
             repetitions[provider.name] = _repetition(provider, case, mode)
         except Exception as error:
-            refused[provider.name] = reason(error)
+            refused[provider.name] = describe_error(error)
     samples, failures = time_interleaved(
         repetitions,
         seconds=args.seconds,
@@ -188,7 +185,7 @@ def _memory_row(case: Case, mode: str, provider: Provider) -> Row:
         _refuse_too_large(provider, case)
         _fill(row, [peak_extra_bytes(provider, case, mode) / 2**20])
     except Exception as error:
-        row.extra["why"] = reason(error)
+        row.extra["why"] = describe_error(error)
     return row
 
 
@@ -198,7 +195,7 @@ def _error_rows(case: Case, mode: str, provider: Provider) -> list[Row]:
     try:
         found = errors_against_fp64(provider, case)
     except Exception as error:
-        why = reason(error)
+        why = describe_error(error)
     rows = []
     for metric in ERRORS:
         row = _row(case, provider.name, mode, metric)
@@ -245,9 +242,9 @@ def _row(case: Case, provider: str, mode: str, metric: str) -> Row:
         y_value_20=None,
         y_value_80=None,
         extra=extra,
-        gpu_name=_device_name(case.device),
+        gpu_name=device_name(case.device),
         timestamp=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        version=_version(),
+        version=code_version(),
     )
 
 
@@ -273,26 +270,6 @@ def _line(row: Row) -> str:
     return f"{head}  {row.y_value_50:.4g} {spread}{row.metric_unit}{rate}" + (
         f" ({note})" if note else ""
     )
-
-
-@functools.cache
-def _device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    name = next(names, "") or platform.processor() or platform.machine()
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
-
-
-@functools.cache
-def _version() -> str:
-    here = Path(__file__).parent
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True
-    )
-    return f"{fasterase.__version__} {found.stdout.strip()}".strip()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,0 +1,111 @@
+"""CLIPErase as a short loop in plain open_clip and PyTorch: what the library is measured against.
+
+The original model runs in every step, the losses are dense and eager, and each similarity matrix is
+multiplied once. Everything else is as in `fasterase.unlearn`: objective, pairs, optimiser.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div
+
+from fasterase.config import UnlearnConfig
+from fasterase.pairs.sampler import Draw
+
+
+class Pairs(Protocol):
+    """Pairs `{"image", "text"}`; a text is a string or several, of which one is drawn."""
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
+
+
+def erase_naively(
+    model: nn.Module,
+    forget: Pairs,
+    retain: Pairs,
+    draws: Iterable[Draw],
+    *,
+    config: UnlearnConfig,
+    preprocess: Callable[[Any], Tensor],
+    tokenizer: Callable[[list[str]], Tensor],
+    after_step: Callable[[], object],
+) -> None:
+    """Train an open_clip model in place, one step per draw.
+
+    Args:
+        model: the model, on its device.
+        forget, retain: the pairs.
+        draws: which pairs each step takes.
+        config: weights, lr and betas; see `erasure_config` in `end_to_end`.
+        preprocess, tokenizer: the model's own.
+        after_step: called after each step.
+    """
+    assert config.lr != "auto"
+    model.eval()
+    original = copy.deepcopy(model).requires_grad_(False)
+    model.logit_scale.requires_grad_(False)
+    device = next(model.parameters()).device
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=config.lr, betas=config.betas)
+    for draw in draws:
+        pairs = [forget[int(row)] for row in draw.forget]
+        pairs += [retain[int(row)] for row in draw.retain]
+        numbers = [*draw.forget_captions, *draw.retain_captions]
+        captions = [_caption(pair, int(k)) for pair, k in zip(pairs, numbers, strict=True)]
+        images = torch.stack([preprocess(pair["image"]) for pair in pairs]).to(device)
+        tokens = tokenizer(captions).to(device)
+        places = {caption: place for place, caption in enumerate(captions)}
+        labels = torch.tensor([places[caption] for caption in captions], device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            features = _encode(model, images, tokens)
+            with torch.no_grad():
+                reference = _encode(original, images, tokens)
+        optimizer.zero_grad()
+        _dense_loss(features, reference, labels, len(draw.forget), config).backward()
+        optimizer.step()
+        after_step()
+
+
+def _caption(pair: dict[str, Any], number: int) -> str:
+    texts = [pair["text"]] if isinstance(pair["text"], str) else pair["text"]
+    return texts[number % len(texts)]
+
+
+def _encode(model: Any, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(image [N, D], text [N, D], scale [])."""
+    image = model.encode_image(images, normalize=True).float()
+    text = model.encode_text(tokens, normalize=True).float()
+    return image, text, model.logit_scale.exp()
+
+
+def _dense_loss(
+    features: tuple[Tensor, Tensor, Tensor],
+    reference: tuple[Tensor, Tensor, Tensor],
+    labels: Tensor,  # [N] equal for equal captions
+    n_forget: int,
+    config: UnlearnConfig,
+) -> Tensor:
+    image, text, _ = features
+    forget = (image[:n_forget] * text[:n_forget]).sum(1).mean()
+    logits, ref_logits = (
+        scale * image[n_forget:] @ text[n_forget:].T for image, text, scale in (features, reference)
+    )
+    kept = labels[n_forget:]
+    target = (kept[:, None] == kept).float()
+    target = target / target.sum(1, keepdim=True)
+    retain = (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
+    consistency = logits.new_zeros(())
+    for now, before in ((logits, ref_logits), (logits.T, ref_logits.T)):
+        consistency = consistency + kl_div(
+            now.log_softmax(1), before.log_softmax(1), reduction="batchmean", log_target=True
+        )
+    return (
+        config.forget_weight * forget
+        + config.retain_weight * retain
+        + config.consistency_weight * consistency
+    )
