@@ -128,10 +128,10 @@ def erase_loss(
     terms = (forget, retain, consistency, anchor)
     if not grad_in_forward:
         return EraseLoss(total, *terms)
-    for matrix_total in matrices.totals:
+    if matrices.total is not None:
         # The terms already contain its value: this adds 0 and its gradient. Where the value is
         # infinite it adds 0 too; the gradient is meaningless there.
-        total = total + (matrix_total - matrix_total.detach()).nan_to_num(nan=0.0)
+        total = total + (matrices.total - matrices.total.detach()).nan_to_num(nan=0.0)
     return EraseLoss(total, *(term.detach() for term in terms))
 
 
@@ -172,7 +172,7 @@ class _Matrices(NamedTuple):
 
     forget: Contrastive | None
     retain: Contrastive | None
-    totals: tuple[Tensor, ...]  # [] with grad_in_forward the weighted total of each matrix
+    total: Tensor | None  # [] their weighted total, with grad_in_forward
 
 
 def _make_zero(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
@@ -189,30 +189,35 @@ def _compute_matrices(
     how: dict[str, str],
     grad_in_forward: bool,
 ) -> _Matrices:
-    """Compute the similarity matrices that a weight uses: one, or one per set."""
+    """Compute the similarity matrices that a weight uses, one or one per set, in one call.
+
+    Two in one call have the KL for both sets or for neither. That of the forget rows is not used;
+    its cost is a part of one matrix, where a second call would double the launches.
+    """
     uses_forget = forget_loss == "contrastive" and weights.forget != 0
     uses_retain = weights.retain != 0 or weights.consistency != 0
-    forget_rows, retain_rows = pairs.forget_rows, pairs.retain_rows
-    forget = retain = None
-    totals: list[Tensor] = []
+    groups = None
+    if not (uses_forget or uses_retain):
+        return _Matrices(None, None, None)
+    if negatives == "joint" or (uses_forget and uses_retain):
+        rows = slice(0, len(pairs.image))
+        if negatives == "own":
+            groups = pairs.n_forget, len(pairs.image) - pairs.n_forget
+    else:
+        rows = pairs.forget_rows if uses_forget else pairs.retain_rows
 
-    def compute(rows: slice) -> Contrastive:
-        has_kl = weights.consistency != 0 and rows.stop > pairs.n_forget
-        call = _select_rows(pairs, rows, has_kl) | how
-        if not grad_in_forward:
-            return contrastive(**call)
-        sample_weights = _spread_weights(pairs, weights, uses_forget, has_kl)
-        weighted = weighted_contrastive(weights=sample_weights[:, rows], **call)
-        totals.append(weighted.total)
-        return weighted.losses
-
-    if negatives == "own":
-        forget = compute(forget_rows) if uses_forget else None
-        retain = compute(retain_rows) if uses_retain else None
-    elif uses_forget or uses_retain:
-        joint = compute(slice(0, len(pairs.image)))
-        forget, retain = (_select_losses(joint, rows) for rows in (forget_rows, retain_rows))
-    return _Matrices(forget, retain, tuple(totals))
+    has_kl = weights.consistency != 0 and rows.stop > pairs.n_forget
+    call = _select_rows(pairs, rows, has_kl) | how | {"groups": groups}
+    total = None
+    if grad_in_forward:
+        spread = _spread_weights(pairs, weights, uses_forget, has_kl)
+        total, losses = weighted_contrastive(weights=spread[:, rows], **call)
+    else:
+        losses = contrastive(**call)
+    if rows == slice(0, len(pairs.image)):
+        forget, retain = (_select_losses(losses, x) for x in (pairs.forget_rows, pairs.retain_rows))
+        return _Matrices(forget, retain, total)
+    return _Matrices(losses, None, total) if uses_forget else _Matrices(None, losses, total)
 
 
 def _select_rows(pairs: _Pairs, rows: slice, has_kl: bool) -> dict[str, Any]:

@@ -166,11 +166,11 @@ def test_only_gradients_live_between_the_passes(backend, negatives):
 
 @pytest.fixture(params=["contrastive", "weighted_contrastive"])
 def matrices(monkeypatch, request):
-    """(rows, has KL) of each similarity problem that a call computes, and how it is called."""
+    """(rows, has KL, groups) of each call of the operator, and how `erase_loss` is called."""
     calls = []
 
     def spy(**options):
-        calls.append((len(options["image"]), options["ref_image"] is not None))
+        calls.append((len(options["image"]), options["ref_image"] is not None, options["groups"]))
         return called(**options)
 
     called = getattr(objective, request.param)
@@ -181,15 +181,20 @@ def matrices(monkeypatch, request):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, [(20, True)]),
-        ({"consistency_weight": 0}, [(20, False)]),
-        ({"retain_weight": 0}, [(20, True)]),
+        ({}, [(20, True, None)]),
+        ({"consistency_weight": 0}, [(20, False, None)]),
+        ({"retain_weight": 0}, [(20, True, None)]),
         ({"retain_weight": 0, "consistency_weight": 0}, []),
-        ({"forget_loss": "contrastive"}, [(10, False), (20, True)]),
-        ({"forget_loss": "contrastive", "forget_weight": 0}, [(20, True)]),
-        ({"negatives": "joint"}, [(30, True)]),
+        ({"forget_loss": "contrastive"}, [(30, True, (10, 20))]),
+        ({"forget_loss": "contrastive", "forget_weight": 0}, [(20, True, None)]),
+        ({"negatives": "joint"}, [(30, True, None)]),
         ({"negatives": "joint", "retain_weight": 0, "consistency_weight": 0}, []),
-        ({"negatives": "joint", "forget_loss": "contrastive"}, [(30, True)]),
+        ({"negatives": "joint", "forget_loss": "contrastive"}, [(30, True, None)]),
+        ({"forget_loss": "contrastive", "consistency_weight": 0}, [(30, False, (10, 20))]),
+        (
+            {"forget_loss": "contrastive", "retain_weight": 0, "consistency_weight": 0},
+            [(10, False, None)],
+        ),
     ],
 )
 def test_matrices_that_no_weight_uses_are_not_computed(matrices, options, expected):

@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from triton.runtime.interpreter import InterpretedFunction
 
 import fasterase
 from fasterase import losses
@@ -24,6 +25,17 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
 ]
+
+
+class Counted:
+    """A kernel that notes its launches."""
+
+    def __init__(self, kernel, name, launched):
+        self.kernel, self.name, self.launched = kernel, name, launched
+
+    def __getitem__(self, grid):
+        self.launched.append(self.name)
+        return self.kernel[grid]
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +123,26 @@ def test_an_engine_s_step_with_fp16_products(moved, multiplied):
     for found, value in zip(gradients, exact, strict=True):
         assert found.dtype == FP32
         assert norm_error(found, value.numpy()) < 5e-3
+
+
+def test_both_sets_take_the_launches_of_one(monkeypatch):
+    """16 where G fits one strip: 9 forward, 7 backward; 4 of them round the features."""
+    launched = []
+    for name, kernel in vars(triton_backend).items():
+        if isinstance(kernel, InterpretedFunction):
+            monkeypatch.setattr(triton_backend, name, Counted(kernel, name, launched))
+    features = unit_features(30, 32, moved=0.3)
+    counts = []
+    for options in ({}, {"forget_loss": "contrastive"}):
+        launched.clear()
+        image, text = (side.detach().requires_grad_() for side in features[:2])
+        loss = fasterase.erase_loss(
+            image, text, 50.0, *features[2:], 50.0, n_forget=12, products="fp16",
+            backend="triton", **options,
+        )  # fmt: skip
+        loss.total.backward()
+        counts.append(len(launched))
+    assert counts == [16, 16], launched
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", FP32), ("bf16", FP16)])
