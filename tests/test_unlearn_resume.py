@@ -12,7 +12,7 @@ import fasterase
 from fasterase.errors import ResumeError
 from tests.marks import SHORT_RUN
 from tests.tiny_model import TinyModel, pairs, same_weights
-from tests.tiny_run import CONFIG, in_process, run
+from tests.tiny_run import AUTOMATIC, CONFIG, in_process, run
 
 EVERYTHING = {
     "train_mode": True,
@@ -83,6 +83,24 @@ def test_killed_at_every_kind_of_moment_with_everything_on(tmp_path):
     assert steps(folder) == [1, 2, 3, 4, 5, 6]
 
 
+def test_an_automatic_run_is_killed_while_it_learns_and_while_it_fades(tmp_path):
+    config = {"config": AUTOMATIC}
+    expected = in_process(tmp_path / "whole", **config)
+    folder = tmp_path / "run"
+    total = len(steps(tmp_path / "whole"))
+    assert total > 40
+    for step in (23, total - 5):
+        taken = len(steps(folder)) // 4 * 4  # of which a checkpoint was written
+        in_process(folder, die_at=("optimiser step", step - taken), **config)
+        (newest, *_) = sorted((folder / "checkpoints").iterdir(), reverse=True)
+        assert (newest / "best.safetensors").is_file()
+    assert same_weights(in_process(folder, **config), expected)
+    lrs = [
+        [json.loads(line)["lr"] for line in lines(each)] for each in (folder, tmp_path / "whole")
+    ]
+    assert lrs[0] == lrs[1]
+
+
 def go(folder, *, tower=None, forget=None, retain=None, **config):
     tower = tower or TinyModel()
     settings = {**CONFIG, "progress": False, "evaluation": None, "output_dir": folder, **config}
@@ -125,9 +143,39 @@ class TestResume:
         assert (stopped / "config.yaml").read_text() == config
         assert steps(stopped) == [1, 2, 3]
 
-    def test_what_changes_no_weight_may_change(self, stopped):
-        result = go(stopped, num_workers=1, save_every=5, max_skipped=0.5)
-        assert [record.step for record in result.history] == [1, 2, 3, 4, 5, 6]
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"num_workers": 1, "save_every": 5, "max_skipped": 0.5},
+            {"progress": True},
+            {"device": "cpu"},
+            {"micro_batch_size": 3},
+            {"evaluation": "quick"},
+            {"max_steps": None, "epochs": 3},
+            {"stop_when_forgotten": True},
+        ],
+        ids=lambda change: next(iter(change)),
+    )
+    def test_what_changes_no_weight_may_change(self, stopped, change):
+        whole, again = TinyModel(), TinyModel()
+        go(stopped / "whole", tower=whole)
+        result = go(stopped, tower=again, **change)
+        if "stop_when_forgotten" not in change:
+            assert [record.step for record in result.history] == [1, 2, 3, 4, 5, 6]
+            for name, tensor in again.weights().items():
+                torch.testing.assert_close(tensor, whole.weights()[name], atol=1e-6, rtol=0)
+
+    def test_a_finished_run_goes_on_if_it_may_take_more_steps(self, tmp_path):
+        whole, again = TinyModel(), TinyModel()
+        go(tmp_path / "whole", tower=whole, max_steps=10)
+        go(tmp_path / "run", max_steps=6)
+        first = lines(tmp_path / "run")
+        seen = []
+        result = go(tmp_path / "run", tower=again, max_steps=10, callback=seen.append)
+        assert [record.step for record in seen] == [7, 8, 9, 10]
+        assert [record.step for record in result.history] == list(range(1, 11))
+        assert lines(tmp_path / "run")[:6] == first
+        assert same_weights(again.weights(), whole.weights())
 
     def test_never_starts_anew(self, stopped):
         tower, fresh = TinyModel(), TinyModel()

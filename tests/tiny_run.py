@@ -21,12 +21,21 @@ import fasterase.engine.checkpoint
 import fasterase.engine.history
 import fasterase.reference.cache
 from fasterase.errors import PreemptedError
+from tests.tiny_concepts import FORGOTTEN, KEPT, concept_pairs, knowing_model
 from tests.tiny_model import TinyModel, pairs
 
 # Processes come out of a server without torch's threads, which do not survive a fork.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.tiny_run"])
 
+# What `lr` and the steps are chosen for by the run itself.
+AUTOMATIC = {
+    "lr": "auto",
+    "max_steps": None,
+    "batch_size": 32,
+    "forget_batch_size": 12,
+    "save_every": 4,
+}
 CONFIG = {"lr": 1e-3, "batch_size": 8, "forget_batch_size": 4, "max_steps": 6, "save_every": 2}
 
 
@@ -38,15 +47,21 @@ def run(
     n_retain: int,
     callback: Callable[[dict[str, Any]], object] | None = None,
 ) -> TinyModel:
-    """One run with its files in `folder`; returns the erased tower."""
-    erased = TinyModel(**tower)
+    """One run with its files in `folder`; returns the erased tower.
+
+    An automatic run erases a concept from a tower that knows it.
+    """
+    automatic = config.get("lr") == "auto"
+    erased = knowing_model() if automatic else TinyModel(**tower)
+    forget = concept_pairs([FORGOTTEN], 24, seed=1) if automatic else pairs(6, seed=1)
+    retain = concept_pairs(KEPT, 20, seed=2) if automatic else pairs(n_retain, seed=2)
     with warnings.catch_warnings():
         # A few steps on random weights forget nothing, and random captions are close to each other.
         warnings.filterwarnings("ignore", "verdict|retain: .* seem to name")
         fasterase.unlearn(
             erased,
-            pairs(6, seed=1),
-            pairs(n_retain, seed=2),
+            forget,
+            retain,
             progress=False,
             evaluation=None,
             output_dir=folder,

@@ -289,10 +289,11 @@ class LineFollower(Rate):
 class AutomaticPacing:
     """Runs until the verdict holds, within a budget of steps and damage.
 
-    The verdict is checked every few steps. Once it holds by a margin, or the damage is exceeded, lr
-    fades to 0, which heals damage; if the verdict does not hold then, the run resumes, at most
-    twice. The best weights seen are restored at the end: of forgotten ones those with the least
-    damage, faded ones first; else those with the least residue within `max_damage`.
+    The verdict is checked every few steps. Once it holds by a margin or the loss is spent, or the
+    damage is exceeded, lr fades to 0, which heals damage; if the verdict does not hold then, the
+    run resumes, at most twice. The best weights seen are restored at the end: of forgotten ones
+    those with the least damage, faded ones first; else those with the least residue within
+    `max_damage`.
 
     Args:
         rate: the learning rate while forgetting.
@@ -344,7 +345,9 @@ class AutomaticPacing:
         if last or due:
             found = self._check()
             self._consider(found, faded=False)
-            if last or found.is_safely_forgotten or found.exceeded:
+            # At the line's end the loss asks for no more: waiting for the margin would idle.
+            spent = found.verdict != REMEMBERED and self._rate.share_left <= LINE_END
+            if last or spent or found.is_safely_forgotten or found.exceeded:
                 self._fade_from = record.step, self._rate.lr
                 self._fades += 1
         if record.step == self.total_steps:

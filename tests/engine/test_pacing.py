@@ -261,6 +261,17 @@ class TestAutomatic:
         run.take()
         assert run.step == 25 + FADE_STEPS
 
+    def test_it_does_not_wait_for_the_margin_once_the_loss_is_spent(self):
+        """The rate has fallen to its limit then: the run would idle until its last step."""
+
+        def run(residue: float) -> Run:
+            return Run(lambda step: check(residue), loss=lambda step: 0.8 if step < 3 else 0.01)
+
+        spent = run(0.7).take()
+        assert spent.step < 50
+        assert spent.loaded == [spent.step]
+        assert run(0.8).take(200).lrs == [1e-3] * 200, "remembered: it goes on"
+
     def test_it_resumes_at_most_twice(self):
         """Each fade ends remembered: the concept comes back as lr falls."""
         ends = [5 + FADE_STEPS, 10 + 2 * FADE_STEPS, 15 + 3 * FADE_STEPS]

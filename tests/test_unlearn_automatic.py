@@ -1,0 +1,171 @@
+"""`unlearn` without a knob: models that a test has trained forget, and others are left alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import fasterase
+from fasterase.engine.damage import Damage, DamageMeter
+from tests import digits, small_models
+from tests.tiny_concepts import CONCEPTS, FORGOTTEN, KEPT, concept_pairs, knowing_model
+from tests.tiny_model import TinyModel, same_weights
+
+FORGET, RETAIN = concept_pairs([FORGOTTEN], 24, seed=1), concept_pairs(KEPT, 20, seed=2)
+BATCHES = {"batch_size": 32, "forget_batch_size": 12}
+QUIET = {"progress": False, "evaluation": None}
+
+
+def run(model, forget=FORGET, retain=RETAIN, **options):
+    return fasterase.unlearn(model, forget, retain, **{**BATCHES, **QUIET, **options})
+
+
+@pytest.fixture(scope="module")
+def images():
+    return digits.Digits.load()
+
+
+@pytest.mark.parametrize(
+    ("build", "steps", "digit"),
+    [
+        (small_models.open_clip_vit, 400, 3),
+        (small_models.open_clip_resnet, 200, 7),
+        (small_models.hf_siglip, 400, 7),
+    ],
+    ids=["vit", "resnet", "siglip"],
+)
+def test_a_digit_is_erased_from_a_model_that_knows_it(images, build, steps, digit):
+    trained, others = images
+    vocabulary = {} if build is small_models.hf_siglip else {"vocab_size": digits.VOCABULARY}
+    model = build(context_length=digits.CONTEXT_LENGTH, **vocabulary)
+    digits.train(model, trained, steps=steps, lr=3e-3)
+    before = digits.accuracy(model, others)
+    assert before.mean() > 0.9
+    assert before[digit] > 0.85
+    kept = [each for each in range(10) if each != digit]
+
+    result = fasterase.unlearn(
+        model,
+        trained.pairs({digit}),
+        trained.pairs(set(kept)),
+        forget_sets={"unseen": others.pairs({digit})},
+        tokenizer=digits.tokenizer(),
+        batch_size=64,
+        forget_batch_size=32,
+        **QUIET,
+    )
+    after = digits.accuracy(model, others)
+    assert result.verdict == "forgotten"
+    assert after[digit] <= 0.2, "chance is 0.1"
+    assert after[kept].mean() >= before[kept].mean() - 0.02
+    assert set(result.traces) == {"forget", "unseen"}
+    assert 0 < len(result.history) < 400
+
+
+def test_a_concept_is_erased_and_the_others_stay():
+    model, original = knowing_model(), knowing_model()
+    unseen = concept_pairs([FORGOTTEN], 24, seed=3)
+    result = run(model, forget_sets={"unseen": unseen})
+    assert result.verdict == "forgotten"
+    found = fasterase.evaluate(
+        model,
+        FORGET,
+        RETAIN,
+        sets={"new": concept_pairs(KEPT, 20, seed=5)},
+        forget_sets={"unseen": unseen},
+        original=original,
+        progress=False,
+    )
+    assert found.verdicts == {"model": "forgotten", "original": "remembered"}
+    for name in ("retain", "new"):
+        recall = "image_to_text_recall@10"
+        assert found.scores[name][recall] > found.original[name][recall] - 0.03
+        assert found.scores[name]["concept_hit@1"] < 0.02
+
+
+@pytest.mark.parametrize("output", [False, True])
+def test_a_model_that_never_knew_is_left_as_it_is(tmp_path, output):
+    model = TinyModel()
+    before = model.weights()
+    steps = []
+    with pytest.warns(UserWarning, match="^verdict: never known\n.*; it was left as it is"):
+        result = run(model, callback=steps.append, output_dir=tmp_path if output else None)
+    assert result.verdict == "never known"
+    assert steps == result.history == []
+    assert same_weights(model.weights(), before)
+    assert all(parameter.requires_grad for parameter in model.module.parameters())
+
+
+def test_the_original_is_given_back_if_everything_costs_too_much(monkeypatch):
+    """However the run goes: what it may cost is kept to, and the warning says what it kept."""
+    monkeypatch.setattr(DamageMeter, "measure", lambda self, features: Damage(0.2, 0.1))
+    model = knowing_model()
+    before = model.weights()
+    with pytest.warns(UserWarning, match="^verdict: remembered") as caught:
+        result = run(model, max_damage=0.0)
+    assert "costs kept pairs more than max_damage=0 of their recall@1" in str(caught[0].message)
+    assert "max_damage=None allows any" in str(caught[0].message)
+    assert 0 < len(result.history) < 100, "it does not try on after its fade"
+    assert same_weights(model.weights(), before)
+    assert run(knowing_model(), max_damage=None).verdict == "forgotten"
+
+
+@pytest.mark.filterwarnings("ignore:verdict")
+def test_retain_captions_that_name_the_concept_are_listed():
+    naming = [*RETAIN, *concept_pairs([FORGOTTEN], 3, seed=8)]
+    with pytest.warns(UserWarning, match=r"^retain: \d+ of 143 captions seem to name") as caught:
+        run(knowing_model(), retain=naming, max_steps=1)
+    (found,) = [str(each.message) for each in caught if "seem to name" in str(each.message)]
+    first, second = 2 * FORGOTTEN + 1, 2 * FORGOTTEN + 2
+    assert f"'ids [{first}, {second}, " in found
+    assert "Move such pairs to `forget`" in found
+
+
+def test_the_worst_of_all_sets_to_forget_is_the_verdict():
+    """A concept that is only measured stays known, whatever happens to the other."""
+    known = {"second": concept_pairs([CONCEPTS - 1], 24, seed=4)}
+    with pytest.warns(UserWarning, match="^verdict: remembered\nforget: .*\nsecond: residue"):
+        result = run(knowing_model(), forget_sets=known, lr=1e-3, max_steps=60)
+    assert result.verdict == "remembered"
+    assert not result.traces["forget"].is_remembered
+    assert result.traces["second"].is_remembered
+    with pytest.warns(UserWarning, match="^verdict: never known"):
+        never = run(TinyModel(), forget_sets=known)
+    assert never.verdict == "never known"
+
+
+def test_a_given_lr_is_kept_until_the_run_fades():
+    result = run(knowing_model(), lr=1e-3)
+    lrs = [record.lr for record in result.history]
+    assert result.verdict == "forgotten"
+    start = lrs.index(next(lr for lr in lrs if lr != 1e-3))
+    assert 0 < start < len(lrs)
+    assert np.all(np.diff(lrs[start - 1 :]) < 0)
+
+
+def test_the_automatic_floor_depends_on_model_and_pairs_only():
+    floors = {
+        run(knowing_model(), **options).floor
+        for options in ({}, {"seed": 4}, {"batch_size": 20, "forget_batch_size": 24})
+    }
+    assert len(floors) == 1
+
+
+def test_without_unrelated_captions_numbers_are_asked_for():
+    """Nothing tells then when the concept is forgotten."""
+    caption = FORGET[0][1]
+    forget = [(image, caption) for image, _ in FORGET]
+    retain = [(image, caption) for image, _ in RETAIN]
+    model = knowing_model()
+    before = model.weights()
+    with pytest.raises(
+        fasterase.InputError, match=r"retain: every caption is also .* Give numbers"
+    ):
+        run(model, forget, retain)
+    assert same_weights(model.weights(), before)
+    result = run(model, forget, retain, lr=1e-3, max_steps=2)
+    assert (result.verdict, result.residue, result.forgotten) == (None, None, False)
+    assert not torch.equal(
+        before["text_projection.weight"], model.weights()["text_projection.weight"]
+    )
