@@ -21,6 +21,7 @@ from fasterase.engine.erase import check_environment, erase
 from fasterase.engine.history import StepRecord
 from fasterase.engine.model_state import best_device, borrowed, placed, resolve_device
 from fasterase.engine.run_lock import lock_run
+from fasterase.engine.stops import explaining_interrupts
 from fasterase.engine.trackers import tracking
 from fasterase.errors import InputError
 from fasterase.evaluation.evaluation import Evaluation
@@ -107,14 +108,14 @@ def unlearn(
         DiskFullError: there was no room for a file; the last checkpoint is kept.
         NonFiniteError: the loss stayed non-finite; the model holds the last good weights.
         PreemptedError: SIGTERM arrived; with an `output_dir`, a checkpoint was written.
-        KeyboardInterrupt: Ctrl-C; likewise, after the current step.
+        KeyboardInterrupt: Ctrl-C; likewise, after the current step. The message says how to go on.
     """
     clock = RunClock()
     _check_arguments(config, callback)
     config = (config or UnlearnConfig()).replace(**overrides)
     check_environment(config)
     output = _make_output_folder(config)
-    with lock_run(output):
+    with lock_run(output), explaining_interrupts(output):
         return _unlearn(
             model,
             forget,
@@ -202,7 +203,7 @@ def _unlearn(
         tracker.summarise(outcome.figures())
     advice = advise(outcome, config)
     if advice is not None:
-        warnings.warn(advice, stacklevel=4)
+        warnings.warn(advice, stacklevel=3)
     remember(encoder.module, encoder.companions)
     result = UnlearnResult(
         model=encoder.given,

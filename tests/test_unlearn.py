@@ -317,8 +317,9 @@ def test_a_trained_logit_scale_is_clamped_inside_the_loss(start, ceiling):
 def test_a_model_that_never_knew_the_pairs_is_left_as_it_is():
     model = TinyModel()
     before = model.weights()
-    with pytest.warns(UserWarning, match="verdict: never known"):
+    with pytest.warns(UserWarning, match="verdict: never known") as warned:
         result = fasterase.unlearn(model, pairs(30, seed=1), pairs(60, seed=2), progress=False)
+    assert warned[-1].filename == __file__
     assert result.verdict == "never known"
     assert result.history == []
     assert same_weights(model.weights(), before)

@@ -123,7 +123,7 @@ class TestResume:
             ({"lr": 2e-3}, "lr was 0.001, now 0.002"),
             ({"seed": 1}, "seed was 0, now 1"),
             ({"lr": "auto", "warmup_steps": 0}, "lr was 0.001, now 'auto'"),
-            ({"max_steps": None}, "runs_until_forgotten was False, now True"),
+            ({"max_steps": None}, "whether the run ends by itself was False, now True"),
             ({"forget_batch_size": 3}, "forget_batch_size was 4, now 3"),
             ({"betas": (0.9, 0.99)}, "betas was"),
             ({"tower": TinyModel(seed=5)}, "the model weights differ"),

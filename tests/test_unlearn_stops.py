@@ -185,8 +185,9 @@ def _ctrl_c_is_heard():
     signal.signal(signal.SIGINT, previous)
 
 
+@pytest.mark.parametrize("saving", [False, True])
 @pytest.mark.usefixtures("_ctrl_c_is_heard")
-def test_ctrl_c_in_the_sweep_leaves_the_model_as_it_was():
+def test_ctrl_c_in_the_sweep_leaves_the_model_as_it_was(tmp_path, saving):
     tower = TinyModel()
     before = tower.weights()
     plain = tower.encode_text
@@ -196,8 +197,9 @@ def test_ctrl_c_in_the_sweep_leaves_the_model_as_it_was():
         return plain(tokens)
 
     tower.encode_text = encode  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        run(tower)
+    said = "No step was saved yet; make the same call" if saving else "Nothing was saved"
+    with pytest.raises(KeyboardInterrupt, match=rf"^stopped by Ctrl-C\. {said}"):
+        run(tower, **({"output_dir": tmp_path} if saving else {}))
     assert same_weights(tower.weights(), before)
 
 

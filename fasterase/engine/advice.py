@@ -14,13 +14,16 @@ from fasterase.evaluation.verdict import (
 
 
 def advise(outcome: Outcome, config: UnlearnConfig) -> str | None:
-    """Return a warning of any verdict but "forgotten", and of one that few images show.
+    """Return a warning of any verdict but "forgotten", of none, and of one that few images show.
 
     None if there is nothing to warn of.
     """
     if outcome.verdict is None:
-        return None
-    advice = "" if outcome.verdict == FORGOTTEN else _next_step(outcome, config)
+        return (
+            "no verdict: every retain caption is also a caption of the forget set, so there is "
+            "nothing to tell by whether it is forgotten. Give retain pairs with other captions."
+        )
+    advice = "" if outcome.verdict == FORGOTTEN else f" {_next_step(outcome, config)}"
     images = outcome.traces["forget"].pairs
     if images < FEW_IMAGES:
         advice += (
@@ -35,30 +38,45 @@ def _next_step(outcome: Outcome, config: UnlearnConfig) -> str:
     steps = len(outcome.history)
     if outcome.verdict == NEVER_KNOWN:
         return (
-            " The original model does not know these pairs, so there is nothing to forget"
-            f"{'; it was left as it is' if not steps else ''}. Check the model, its tokenizer and "
-            "preprocess, and that the captions belong to the images."
+            "The original model does not know these pairs, so there is nothing to forget"
+            f"{'; it was left as it is' if not steps else ''}. Unless they were erased before, "
+            "check the model, its tokenizer and preprocess, and that the captions belong to the "
+            "images."
         )
+    return f"{_remedy(outcome, config, steps)}{_where(config)}"
+
+
+def _remedy(outcome: Outcome, config: UnlearnConfig, steps: int) -> str:
+    known = f"It is still known after {steps} step{'' if steps == 1 else 's'}"
     if outcome.verdict == OVER_ERASED:
         return (
-            " The pairs are less similar than unrelated ones, which shows what was erased. Train "
+            "The pairs are less similar than unrelated ones, which shows what was erased. Train "
             "for fewer steps, with a lower lr, or with the automatic recipe (lr, epochs and floor "
             "'auto')."
         )
     if outcome.limit == "damage":
         return (
-            f" Forgetting it costs kept pairs more than max_damage={config.max_damage:g} of their "
+            f"Forgetting it costs kept pairs more than max_damage={config.max_damage:g} of their "
             "recall@1, so the weights with the least residue within it were kept. Allow more "
             "(max_damage=None allows any), or give more retain pairs close to the concept."
         )
-    if outcome.limit == "steps":
+    if config.runs_until_forgotten:
+        most = ", the most that an automatic run takes" if outcome.limit == "steps" else ""
         return (
-            f" It is still known after the {steps} steps that an automatic run takes at most. Give "
-            "more forget pairs or larger batches, or numbers for max_steps and lr."
+            f"{known}{most}. Give more forget pairs or larger "
+            "batches, or numbers for max_steps and lr."
         )
+    further = "" if config.output_dir is None else ": the run in output_dir continues"
     lr = "" if config.lr == "auto" else f", a higher lr (now {config.lr:g})"
     return (
-        f" It is still known after {steps} steps. Give more steps (max_steps or epochs; with the "
-        f"same output_dir the run continues){lr} or a higher forget_weight (now "
-        f"{config.forget_weight:g}), or leave lr and epochs 'auto'."
+        f"{known}. Give more steps (max_steps or epochs{further})"
+        f"{lr} or a higher forget_weight (now {config.forget_weight:g}); or give neither lr nor "
+        "epochs nor max_steps: the run then ends once it is forgotten."
     )
+
+
+def _where(config: UnlearnConfig) -> str:
+    """Say where a run with other settings can go: checkpoints of this one refuse them."""
+    if config.output_dir is None:
+        return ""
+    return " Other settings need another output_dir, or resume='never'."

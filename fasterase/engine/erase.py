@@ -139,7 +139,7 @@ def erase(
         identity = {
             **config.to_dict(),
             # The pool of retain pairs depends on it.
-            "runs_until_forgotten": config.runs_until_forgotten,
+            "whether the run ends by itself": config.runs_until_forgotten,
             "model weights": fingerprint,
             "forget pairs": _identify(forget),
             "retain pairs": _identify(retain),

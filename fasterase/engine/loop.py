@@ -19,7 +19,12 @@ from fasterase.engine.grad_cache import backpropagate, buffers_in_train_mode, re
 from fasterase.engine.history import HistoryFile, StepRecord
 from fasterase.engine.optim import Trained, build_grad_scaler
 from fasterase.engine.pacing import Pacing
-from fasterase.engine.stops import NonFiniteGuard, StopRequests, non_finite_term
+from fasterase.engine.stops import (
+    NonFiniteGuard,
+    StopRequests,
+    how_to_continue,
+    non_finite_term,
+)
 from fasterase.errors import PreemptedError
 from fasterase.models.forward import TowerForward
 from fasterase.pairs.batches import MicroBatch, StepBatch
@@ -41,7 +46,6 @@ class Trainer:
         optimizer: optimises those parameters.
         feature_loss: the objective.
         reference: the original's features; None if no loss uses them.
-        lr_at: learning rate of each step, counted from 0.
         precision: compute dtype of the towers, resolved.
         max_grad_norm: limit of the global gradient norm; None does not clip.
         train_mode: whether BatchNorm statistics move and Dropout is active.
@@ -49,7 +53,6 @@ class Trainer:
 
     Attributes:
         step: steps taken so far.
-        forgotten: the run ended because everything was forgotten.
     """
 
     def __init__(
@@ -249,12 +252,7 @@ def run_steps(
 
 
 def _raise_stopped(number: signal.Signals, step: int, checkpoints: CheckpointFolder | None) -> None:
-    saved = (
-        f"A checkpoint is in {checkpoints.folder}; make the same call or run the same command "
-        "again to continue."
-        if checkpoints
-        else "Nothing was saved; give an output_dir to make runs resumable."
-    )
+    saved = how_to_continue(checkpoints.folder if checkpoints else None)
     if number == signal.SIGINT:
         raise KeyboardInterrupt(f"stopped by Ctrl-C after step {step}. {saved}")
     raise PreemptedError(f"stopped by {number.name} after step {step}. {saved}")

@@ -6,7 +6,9 @@ import logging
 import math
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -100,3 +102,30 @@ class StopRequests:
         for number, handler in self._previous.items():
             # None means that the handler was not set from Python, and cannot be restored.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+@contextmanager
+def explaining_interrupts(output_dir: Path | None) -> Iterator[None]:
+    """Add to a Ctrl-C between steps, such as while pairs are measured, how to go on.
+
+    Raises:
+        KeyboardInterrupt: as the block did, with that message if it had none.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if error.args:
+            raise
+        folder = None if output_dir is None else output_dir / "checkpoints"
+        raise KeyboardInterrupt(f"stopped by Ctrl-C. {how_to_continue(folder)}") from None
+
+
+def how_to_continue(checkpoints: Path | None) -> str:
+    """Say what a stopped run has saved in its folder of checkpoints, and how to go on."""
+    if checkpoints is None:
+        return "Nothing was saved; give an output_dir to make runs resumable."
+    if any(checkpoints.glob("step-*")):
+        saved = f"A checkpoint is in {checkpoints}"
+    else:
+        saved = "No step was saved yet"
+    return f"{saved}; make the same call or run the same command again to continue."

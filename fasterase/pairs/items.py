@@ -184,6 +184,8 @@ def parse_text(text: Any, *, id: str) -> str | list[str] | Tensor:
     hint = ""
     if class_number(text) is not None:
         hint = ": that looks like a class number, give the class name as caption instead"
+    elif isinstance(text, Image.Image):
+        hint = ": a pair is (image, text), in this order"
     raise InputError(
         f"{id}: a text must be a str, a list of str or token ids [length]; "
         f"found {_describe(text)}{hint}"
@@ -231,7 +233,12 @@ def unbatch(item: Any, image_key: str | None, text_key: str | None) -> list[Any]
     for column, values in (("texts", texts), ("attention masks", masks)):
         if values is None and column != "texts":
             continue
-        count = len(values) if isinstance(values, tuple | list | Tensor | np.ndarray) else 1
+        if not isinstance(values, tuple | list | Tensor | np.ndarray):
+            raise InputError(
+                f"a batch of {len(images)} images needs as many {column}; found "
+                f"{_describe(values)}. If it is one pair: the image comes first, then the text."
+            )
+        count = len(values)
         if count != len(images):
             raise InputError(
                 f"a batch holds {len(images)} images and {count} {column}; the numbers must agree"

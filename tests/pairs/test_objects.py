@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from fasterase.errors import InputError
@@ -228,7 +229,9 @@ def test_random_augmentation_is_seen():
         ([(np.zeros((4, 5, 4), np.uint8), "a")], r"found an array \[4, 5, 4\] of uint8.*alpha"),
         ([(np.zeros(4, np.uint8), "a")], r"shape \[height, width, 3\], or \[height, width\]"),
         ([(torch.zeros(2, 3, 4, 4), ["a", "b", "c"])], "2 images and 3 texts"),
-        ([(torch.zeros(2, 3, 4, 4), "a")], "2 images and 1 texts"),
+        ([(torch.zeros(2, 3, 4, 4), "a")], "2 images needs as many texts; found str"),
+        ([("a", Image.new("RGB", (4, 4)))], r"found Image: a pair is \(image, text\)"),
+        ([(["a", "b"], Image.new("RGB", (4, 4)))], "found Image. .*the image comes first"),
         (
             [
                 {

@@ -1,0 +1,41 @@
+"""What a run warns of at its end: advice that can be followed."""
+
+from __future__ import annotations
+
+import pytest
+
+from fasterase.config import UnlearnConfig
+from fasterase.engine.advice import advise
+from fasterase.engine.erase import Outcome
+from fasterase.evaluation.verdict import Trace
+
+TRACES = {"forget": Trace(0.9, 0.9, 0.9, 0.8, 1.0, 0.05, 30)}
+
+
+def warning(verdict: str | None = "remembered", *, limit: str | None = None, **settings) -> str:
+    traces = {} if verdict is None else TRACES
+    outcome = Outcome([], 0.0, verdict, traces, traces, None, limit)
+    return advise(outcome, UnlearnConfig(**settings)) or ""
+
+
+def test_a_forgotten_set_needs_no_words_and_no_verdict_says_why():
+    assert not warning("forgotten")
+    assert warning(None).startswith("no verdict: every retain caption is also")
+
+
+def test_more_steps_continue_only_where_there_is_a_folder():
+    assert "(max_steps or epochs)" in warning(max_steps=3)
+    assert "the run in output_dir continues" in warning(max_steps=3, output_dir="runs/a")
+
+
+@pytest.mark.parametrize("limit", ["damage", "steps", None])
+def test_an_automatic_run_is_not_told_to_continue(limit):
+    """Neither numbers nor another max_damage continue it: its checkpoint refuses them."""
+    said = warning(limit=limit, output_dir="runs/a")
+    assert "continues" not in said
+    assert "Other settings need another output_dir, or resume='never'" in said
+    assert "output_dir" not in warning(limit=limit)
+
+
+def test_what_was_erased_before_is_not_the_model_at_fault():
+    assert "Unless they were erased before" in warning("never known")
