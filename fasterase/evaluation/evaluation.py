@@ -181,9 +181,21 @@ class Evaluation:
 
     def _describe_verdicts(self) -> str:
         if not self.verdicts:
+            return (
+                "Verdict: none. No retain pair has a caption that is not in a set to forget, so\n"
+                "there is nothing to compare with."
+            )
+        listed = (
+            f"{name} {verdict}{self._by_set(name)}" for name, verdict in self.verdicts.items()
+        )
+        return f"Verdict: {', '.join(listed)}."
+
+    def _by_set(self, name: str) -> str:
+        """Say which set the verdict on a model comes from, where there are several."""
+        each = self.set_verdicts.get(name, {})
+        if len(each) < 2:
             return ""
-        listed = ", ".join(f"{name} {verdict}" for name, verdict in self.verdicts.items())
-        return f"Verdict: {listed}."
+        return f" ({', '.join(f'{verdict} by {one}' for one, verdict in each.items())})"
 
     def _legend(self) -> str:
         old_index = (

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import tempfile
@@ -50,6 +51,15 @@ def test_table_says_for_every_row_what_is_wanted() -> None:
     ]
     assert "among 1,015 captions" in lines[-2]
     assert max(map(len, lines)) <= 100
+
+
+def test_verdicts_are_told_by_set_and_their_absence_is_explained() -> None:
+    assert "\n\nVerdict: none. No retain pair has a caption" in EVALUATION.table()
+    sets = {"forget": "forgotten", "unseen": "remembered"}
+    verdicts = {"model": "remembered", "original": "remembered"}
+    judged = dataclasses.replace(EVALUATION, verdicts=verdicts, set_verdicts={"model": sets})
+    said = "model remembered (forgotten by forget, remembered by unseen), original remembered."
+    assert f"\n\nVerdict: {said}\n\n" in judged.table()
 
 
 def test_json_brings_everything_back(tmp_path: Path) -> None:
