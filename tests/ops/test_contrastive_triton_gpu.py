@@ -111,7 +111,7 @@ def test_auto_opcheck_compile_and_autocast():
     names = ("image", "text", "scale", "ref_image", "ref_text", "ref_scale")
     plain = contrastive(**call)
     operator = torch.ops.fasterase.contrastive_triton.default
-    torch.library.opcheck(operator, (*(call[k] for k in names), [80, 120]))
+    torch.library.opcheck(operator, (*(call[k] for k in names), [80, 120], "bf16"))
     compiled = torch.compile(lambda **kwargs: contrastive(**kwargs), fullgraph=True)(**call)
     assert all(map(torch.equal, plain, compiled))
     with torch.autocast("cuda", dtype=torch.bfloat16):
