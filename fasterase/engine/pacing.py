@@ -233,6 +233,11 @@ class Rate:
         now = self._now
         return now.loss / now.first if now.first > NEGLIGIBLE_LOSS else 0.0
 
+    @property
+    def is_spent(self) -> bool:
+        """Whether the loss asks for no more: waiting for the verdict's margin would idle."""
+        return self.share_left <= LINE_END
+
     def follow(self, record: StepRecord) -> None:
         """Take note of a step; `record.anchor` is the distance that kept features have moved."""
         if not record.applied:
@@ -271,6 +276,11 @@ class LineFollower(Rate):
     def __init__(self, *, line_steps: int = LINE_STEPS) -> None:
         super().__init__(FIRST_LR)
         self._line_steps = line_steps
+
+    @property
+    def is_spent(self) -> bool:
+        # A higher lr still moves the features on.
+        return super().is_spent and self.lr <= FIRST_LR
 
     def _adjust(self, now: _RateState) -> None:
         ahead = now.steps + HORIZON
@@ -345,8 +355,7 @@ class AutomaticPacing:
         if last or due:
             found = self._check()
             self._consider(found, faded=False)
-            # At the line's end the loss asks for no more: waiting for the margin would idle.
-            spent = found.verdict != REMEMBERED and self._rate.share_left <= LINE_END
+            spent = found.verdict != REMEMBERED and self._rate.is_spent
             if last or spent or found.is_safely_forgotten or found.exceeded:
                 self._fade_from = record.step, self._rate.lr
                 self._fades += 1
