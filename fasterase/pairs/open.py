@@ -53,7 +53,8 @@ def open_pairs(
             raise
         raise type(error)(f"`{name}`: {error}") from error
     if len(opened) == 0:
-        raise InputError(f"`{name}` is empty; it needs at least one image-text pair")
+        place = f" ({os.fspath(source)})" if isinstance(source, str | os.PathLike) else ""
+        raise InputError(f"`{name}` is empty{place}; it needs at least one image-text pair")
     if opened is not source and opened.origin is None:
         opened.origin = _describe_origin(source)
     return opened

@@ -158,7 +158,20 @@ def _match_classes(pairs: PairSource, names: Sequence[str]) -> Rule:
                 f"`forget`: no class {unknown[0]!r}; the classes are {', '.join(pairs.classes)}"
             )
         return lambda index: _fold(pairs.meta(index)["class"]) in wanted
-    return lambda index: any(_fold(text) in wanted for text in _get_captions(pairs, index))
+    chosen: set[int] = set()
+    found: set[str] = set()
+    for index in range(len(pairs)):
+        matched = {_fold(text) for text in _get_captions(pairs, index)} & wanted
+        if matched:
+            chosen.add(index)
+            found |= matched
+    missing = [name for name in names if _fold(name) not in found]
+    if missing and found:
+        raise InputError(
+            f"`forget`: {missing[0]!r} is no caption of the {len(pairs)} pairs, nor their class. "
+            "Names are compared with whole captions; give a regular expression to search in them"
+        )
+    return chosen.__contains__
 
 
 def _match_captions(pairs: PairSource, expression: str | re.Pattern[str]) -> Rule:

@@ -56,6 +56,8 @@ def test_expressions_search_captions_without_case(items):
 def test_lists_are_whole_captions_where_there_are_no_classes(items):
     assert chosen(items, ["apple", "sea_lion"]) == [2, 4]
     assert chosen(items, ["A pear"]) == [3]
+    with pytest.raises(InputError, match="'lemon' is no caption of the 5 pairs"):
+        split(items, forget=["apple", "lemon"])
 
 
 def test_classes_by_name(classes):

@@ -95,7 +95,7 @@ def test_json_array(pictures, mark):
     ("name", "content", "message"),
     [
         ("t.csv", "", "no header line"),
-        ("t.csv", "filepath,title\n", "`x` is empty"),
+        ("t.csv", "filepath,title\n", r"`x` is empty \(.*t.csv\)"),
         ("t.jsonl", "{oops}\n", "line 1 is not a JSON object"),
         ("t.jsonl", "[1]\n", "line 1 must hold one JSON object; found a list"),
         ("t.jsonl", "", "`x` is empty"),
