@@ -2,11 +2,14 @@
 #
 #   PYTHON=python3.12       the interpreter of a new .venv (3.10 or newer)
 #   PIP_ARGS="..."          handed to pip, such as the index of CPU-only torch wheels
+#   STAGE=name WHEELS=dir   one stage of `make gpu`; a folder of wheels to install before it
 #   ARGS="..."              handed to the command: make demo ARGS="--forget animal-bird"
 
 PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
+STAGE ?=
+WHEELS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,12 +17,13 @@ PIP := $(BIN)/python -m pip
 APT := on Debian or Ubuntu: apt install git make python3-venv
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean installed venv
+.PHONY: help demo gpu test lint format clean installed venv
 
 help:
 	@echo 'make demo     erase a concept from the small CLIP that ships with fasterase, show the result'
 	@echo 'make test     lint, format check, type check and all tests'
 	@echo 'make lint     the checks without the tests'
+	@echo 'make gpu      on a machine with a GPU: its tests, checks and benchmarks, in stages'
 	@echo 'make format   put the code into its standard form'
 	@echo 'make clean    remove .venv and everything built'
 	@echo
@@ -42,6 +46,11 @@ format: EXTRAS := hf,eval,demo,dev
 format: installed
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
+
+# In .venv if there is one, else with PYTHON: it installs nothing by itself and needs no network.
+gpu:
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_stages \
+	  $(if $(STAGE),--stage $(STAGE)) $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,4 +2,5 @@
 
 - `python -m benchmarks.gpu_model.compiled_kernels`: registers, spills and instruction mix.
 - `python -m benchmarks.gpu_model.cost_model`: predicted times and limiting units.
+- `python -m benchmarks.gpu_model --against FILE`: the predictions against measured times.
 """
