@@ -6,10 +6,11 @@ Each pair is encoded once, for floor, reference, verdict, damage and evaluation 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from fasterase.config import UnlearnConfig
 from fasterase.encode import PairEncoder, PairFeatures
@@ -171,10 +172,11 @@ def measure_original(
         )
         damage_rows = np.union1d(near, pool.withheld)
         damage = DamageMeter(original.pairs(retain, damage_rows))
-    if any(trace.is_remembered for trace in traces.values()):
+    remembered = [judged[name] for name, trace in traces.items() if trace.is_remembered]
+    if remembered:
         # `judge` leaves out retain captions that are forget captions: look at all that are encoded.
         known = np.unique(np.concatenate(wanted["retain"]))
-        _warn_of_naming_captions(judged["forget"], original.pairs(retain, known))
+        _warn_of_naming_captions(remembered, original.pairs(retain, known))
     reference: Reference | None = None
     if uses_cache:
         scale = encoder.model.scale().detach().clone()
@@ -264,20 +266,18 @@ def _measured_rows(
     return {} if evaluator is None else {name: evaluator.rows(name) for name in sets}
 
 
-def _warn_of_naming_captions(forget: PairFeatures, retain: PairFeatures) -> None:
+def _warn_of_naming_captions(forget_sets: Sequence[PairFeatures], retain: PairFeatures) -> None:
     """Warn of retain captions that name the concept: training on them would teach it again."""
-    captions = dict.fromkeys(forget.first_captions)
     place: dict[str, int] = {}
     for row, caption in enumerate(retain.first_captions):
         place.setdefault(caption, row)
-    others = [caption for caption in place if caption not in captions]
-    if not others:
-        return
-    near = closeness(forget.first_text, retain.first_text[[place[each] for each in others]])
-    named = _contains_one(others, captions)
+    text = retain.first_text[list(place.values())]
+    near = torch.stack([closeness(each.first_text, text) for each in forget_sets]).amax(0)
+    phrases = {caption for each in forget_sets for caption in each.first_captions}
+    named = _contains_one(place, phrases)
     found = [
         (bool(says), float(cosine), caption)
-        for says, cosine, caption in zip(named, near, others, strict=True)
+        for says, cosine, caption in zip(named, near, place, strict=True)
         if says or cosine > SAME_MEANING
     ]
     if not found:

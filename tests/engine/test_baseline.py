@@ -31,14 +31,14 @@ FORGET = features(["apple", "Granny Smith"], [0, 1])
 def test_captions_that_hold_one_of_the_concept_s_are_named(caption):
     retain = features([caption, "a boat"], [20, 21])
     with pytest.warns(UserWarning, match=r"^retain: 1 of 2 captions seem to name") as caught:
-        _warn_of_naming_captions(FORGET, retain)
+        _warn_of_naming_captions([FORGET], retain)
     assert f"{caption!r} (0.00)" in str(caught[0].message)
 
 
 def test_captions_that_mean_the_same_are_named_nearest_first_and_few():
     retain = features([f"pomme {i}" for i in range(6)] + ["an apple"], [0] * 6 + [20])
     with pytest.warns(UserWarning, match=r"^retain: 7 of 7 captions") as caught:
-        _warn_of_naming_captions(FORGET, retain)
+        _warn_of_naming_captions([FORGET], retain)
     message = str(caught[0].message)
     assert message.count("(1.00)") == 5
     assert "an apple" not in message
@@ -48,9 +48,16 @@ def test_captions_that_mean_the_same_are_named_nearest_first_and_few():
 def test_other_captions_are_no_reason_to_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _warn_of_naming_captions(FORGET, features(["pineapple", "granny", "a boat"], [20, 21, 22]))
-        # Equal captions are handled as such: they are not unrelated.
-        _warn_of_naming_captions(FORGET, features(["apple"], [0]))
+        _warn_of_naming_captions(
+            [FORGET], features(["pineapple", "granny", "a boat"], [20, 21, 22])
+        )
+
+
+def test_equal_captions_and_those_of_further_sets_are_named():
+    """The verdict leaves them out, but training on them teaches them again."""
+    further = features(["pear"], [5])
+    with pytest.warns(UserWarning, match=r"^retain: 2 of 3 captions.*'apple' \(1.00\), 'pear'"):
+        _warn_of_naming_captions([FORGET, further], features(["apple", "pear", "x"], [0, 5, 9]))
 
 
 def test_a_share_of_the_retain_pool_is_withheld():
