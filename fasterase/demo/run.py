@@ -21,7 +21,7 @@ from fasterase.demo.show import RECIPE_TITLES, draw_sheet, print_result
 from fasterase.errors import InputError
 from fasterase.evaluation.evaluation import Evaluation
 from fasterase.files import write_text
-from fasterase.report.losses import plot_history
+from fasterase.report.losses import plot_history, require_matplotlib
 
 # The paper's recipe has numbers to choose; `python -m benchmarks.recipes` chose these on its
 # validation subgroups. Ours has none: the demo gives it nothing but batches for a small set.
@@ -82,7 +82,9 @@ def run_demo(
 
     Raises:
         InputError: an argument is not usable.
+        MissingExtraError: matplotlib is not installed (extra `eval`).
     """
+    require_matplotlib()  # now, not after minutes of erasing
     original = str(emoji.BASE_MODEL) if model is None else model
     folder = Path(output_dir or "runs/demo-" + re.sub(r"[^\w-]+", "_", forget))
     small_model = model is None
@@ -126,7 +128,8 @@ def run_demo(
     )
     evaluation.to_json(folder / "evaluation.json")
     write_text(folder / "evaluation.txt", evaluation.table() + "\n")
-    plot_history(results[recipe].history, folder / "losses.png")
+    if results[recipe].history:  # empty where the model never knew the concept
+        plot_history(results[recipe].history, folder / "losses.png")
     draw_sheet(sets, original, folder / "model", folder / "pictures.png")
     print_result(evaluation, folder, recipe=recipe, full=full)
     return evaluation

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
+from types import SimpleNamespace
 
 import open_clip
 import pytest
@@ -115,6 +117,23 @@ def test_the_demo_leaves_what_it_says(tmp_path, capsys, monkeypatch):
         if not torch.equal(weight, base.state_dict()[name])
     ]
     assert changed
+
+
+def test_a_missing_matplotlib_is_told_before_the_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(fasterase.MissingExtraError, match="eval"):
+        run_demo(output_dir=str(tmp_path / "demo"))
+    assert not (tmp_path / "demo").exists()
+
+
+def test_a_model_that_never_knew_the_concept_has_no_losses_to_plot(tmp_path, monkeypatch):
+    untouched = SimpleNamespace(history=[])
+    evaluation = SimpleNamespace(table=lambda: "", to_json=lambda path: None)
+    monkeypatch.setattr(fasterase, "unlearn", lambda *args, **kwargs: untouched)
+    monkeypatch.setattr(fasterase, "evaluate", lambda *args, **kwargs: evaluation)
+    for shown in ("draw_sheet", "print_result"):
+        monkeypatch.setattr(f"fasterase.demo.run.{shown}", lambda *args, **kwargs: None)
+    assert run_demo(output_dir=str(tmp_path)) is evaluation
 
 
 NAMED, RIGHT = "concept_hit@1", "image_to_text_recall@1"
