@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,12 +27,23 @@ resource = pytest.importorskip("resource", reason="the limit exists on Unix only
 FORGET, RETAIN = pairs(6, seed=1), pairs(20, seed=2)
 
 
-@pytest.fixture
-def limit_files() -> Iterator[Callable[[int], None]]:
-    """Let no file grow beyond some bytes."""
+@contextmanager
+def small_files(size: int | None = None) -> Iterator[Callable[[int], None]]:
+    """Let no file grow beyond `size` bytes in the block, or beyond what the yielded function sets.
+
+    Not a fixture, which ends only after the test is reported: the report may go to a larger file.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    def limit(size: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+
+    try:
+        if size is not None:
+            limit(size)
+        yield limit
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def names_in(folder: Path) -> list[str]:
@@ -49,11 +61,11 @@ def save_pickle(file: Path) -> None:
 @pytest.mark.parametrize(
     "write", [save_tensors, save_pickle, lambda file: file.write_bytes(b"x" * 4000)]
 )
-def test_any_writer_on_a_full_disk(tmp_path, limit_files, write):
+def test_any_writer_on_a_full_disk(tmp_path, write):
     path = write_text(tmp_path / "file", "old")
-    limit_files(2000)
     named = r"File too large: .*file cannot be written, it takes 4\.0 kB\. .* unchanged"
     with (
+        small_files(2000),
         pytest.raises(DiskFullError, match=named),
         replace_file(path, size_bytes=4000) as temporary,
     ):
@@ -62,14 +74,13 @@ def test_any_writer_on_a_full_disk(tmp_path, limit_files, write):
     assert names_in(tmp_path) == ["file"]
 
 
-def test_a_folder_on_a_full_disk(tmp_path, limit_files):
+def test_a_folder_on_a_full_disk(tmp_path):
     def fill() -> None:
         with replace_folder(tmp_path / "step-1") as new:
             (new / "small").write_text("fits")
             save_tensors(new / "large")
 
-    limit_files(2000)
-    with pytest.raises(DiskFullError, match="step-1 cannot be written"):
+    with small_files(2000), pytest.raises(DiskFullError, match="step-1 cannot be written"):
         fill()
     assert names_in(tmp_path) == []
 
@@ -88,12 +99,12 @@ def test_the_systems_words_for_it(tmp_path, number, free):
         raise OSError(number, os.strerror(number))
 
 
-def test_a_line_of_the_history_is_written_whole_or_not_at_all(tmp_path, limit_files):
+def test_a_line_of_the_history_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "history.jsonl"
     history = HistoryFile(path, keep_steps=0)
     history.append(StepRecord(step=1, total=0.5))
-    limit_files(path.stat().st_size + 5)
-    with pytest.raises(DiskFullError, match=r"history\.jsonl"):
+    size = path.stat().st_size + 5
+    with small_files(size), pytest.raises(DiskFullError, match=r"history\.jsonl"):
         history.append(StepRecord(step=2, total=0.5))
     history.close()
     assert path.read_bytes().endswith(b"}\n")
@@ -107,17 +118,16 @@ def run(tower: TinyModel, folder: Path, **options: object):
 
 
 @SHORT_RUN
-def test_a_run_keeps_its_last_checkpoint_and_goes_on_when_there_is_room(tmp_path, limit_files):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+def test_a_run_keeps_its_last_checkpoint_and_goes_on_when_there_is_room(tmp_path):
+    named = r"step-000000003 cannot be written, it takes \d"
+    with small_files() as limit, pytest.raises(DiskFullError, match=named):
 
-    def fill(record):
-        if record.step == 3:
-            limit_files((tmp_path / "history.jsonl").stat().st_size + 10)
+        def fill(record):
+            if record.step == 3:
+                limit((tmp_path / "history.jsonl").stat().st_size + 10)
 
-    with pytest.raises(DiskFullError, match=r"step-000000003 cannot be written, it takes \d"):
         run(TinyModel(), tmp_path, callback=fill)
     assert names_in(tmp_path / "checkpoints") == ["step-000000001", "step-000000002"]
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
     resumed, whole = TinyModel(), TinyModel()
     run(resumed, tmp_path, resume="must")
     run(whole, tmp_path / "whole")
@@ -125,11 +135,10 @@ def test_a_run_keeps_its_last_checkpoint_and_goes_on_when_there_is_room(tmp_path
 
 
 @SHORT_RUN
-def test_the_cache_on_a_full_disk(tmp_path, limit_files):
+def test_the_cache_on_a_full_disk(tmp_path):
     tower = TinyModel()
     before = tower.weights()
-    limit_files(100)
-    with pytest.raises(DiskFullError, match=r"\.npy cannot be written"):
+    with small_files(100), pytest.raises(DiskFullError, match=r"\.npy cannot be written"):
         run(tower, tmp_path / "out", reference_cache=tmp_path / "cache", output_dir=None)
     assert not list((tmp_path / "cache").rglob("*.npy"))
     assert not list((tmp_path / "cache").rglob(".*"))
