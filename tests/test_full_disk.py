@@ -119,14 +119,17 @@ def run(tower: TinyModel, folder: Path, **options: object):
 
 @SHORT_RUN
 def test_a_run_keeps_its_last_checkpoint_and_goes_on_when_there_is_room(tmp_path):
-    named = r"step-000000003 cannot be written, it takes \d"
-    with small_files() as limit, pytest.raises(DiskFullError, match=named):
+    def run_until_full() -> None:
+        with small_files() as limit:
 
-        def fill(record):
-            if record.step == 3:
-                limit((tmp_path / "history.jsonl").stat().st_size + 10)
+            def fill(record):
+                if record.step == 3:
+                    limit((tmp_path / "history.jsonl").stat().st_size + 10)
 
-        run(TinyModel(), tmp_path, callback=fill)
+            run(TinyModel(), tmp_path, callback=fill)
+
+    with pytest.raises(DiskFullError, match=r"step-000000003 cannot be written, it takes \d"):
+        run_until_full()
     assert names_in(tmp_path / "checkpoints") == ["step-000000001", "step-000000002"]
     resumed, whole = TinyModel(), TinyModel()
     run(resumed, tmp_path, resume="must")

@@ -32,7 +32,7 @@ def pairs(count: int, offset: int) -> list[dict]:
     ]
 
 
-@pytest.mark.filterwarnings("ignore:verdict", "ignore:.*captions seem to name")
+@pytest.mark.filterwarnings("ignore:no verdict", "ignore:.*captions seem to name")
 def test_the_loop_does_what_the_library_does():
     setting = Setting("", "", "cpu", 3, 1e-3, 8, 4, 0, 10)
     forget, retain = pairs(6, 0), pairs(14, 1)

@@ -264,7 +264,7 @@ def test_without_unrelated_pairs_there_is_no_verdict() -> None:
     model = LookupModel(torch.eye(5), torch.eye(5)[:2], ["cat", "lynx"], "lookup")
     found = evaluator.compare(evaluator.measure(PairEncoder(model)))
     assert (found.verdict, found.residue, found.verdicts) == (None, None, {})
-    assert "Verdict" not in found.table()
+    assert "Verdict: none. No retain pair" in found.table()
 
 
 def test_at_most_so_many_pairs_are_judged_by_a_seeded_draw() -> None:

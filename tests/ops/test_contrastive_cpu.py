@@ -169,7 +169,7 @@ def test_without_a_compiler_torch_tiles_run_and_one_warning_says_so(tmp_path):
     assert process.returncode == 0, err
     warning, choice, names, error = out.splitlines()
     assert "slower: no C++ compiler (no-such-compiler is not on PATH)" in warning
-    assert choice.startswith("chunked: auto")
+    assert choice.startswith("chunked, fp32 products: auto")
     assert "cpu" not in names
     assert "backend='cpu' is not available in this installation: no C++ compiler" in error
 
