@@ -211,6 +211,7 @@ class _RateState:
     loss: float = 0.0
     trend: float = 0.0  # of the loss, per step
     distance: float = 0.0
+    end: float = LINE_END  # share of the first loss at which the line ends
 
 
 class Rate:
@@ -237,6 +238,9 @@ class Rate:
     def is_spent(self) -> bool:
         """Whether the loss asks for no more: waiting for the verdict's margin would idle."""
         return self.share_left <= LINE_END
+
+    def aim_lower(self) -> None:
+        """Ask for a smaller loss: the concept is still remembered at the one reached."""
 
     def follow(self, record: StepRecord) -> None:
         """Take note of a step; `record.anchor` is the distance that kept features have moved."""
@@ -282,9 +286,12 @@ class LineFollower(Rate):
         # A higher lr still moves the features on.
         return super().is_spent and self.lr <= FIRST_LR
 
+    def aim_lower(self) -> None:
+        self._now.end /= 2
+
     def _adjust(self, now: _RateState) -> None:
         ahead = now.steps + HORIZON
-        line = now.first * (1 - (1 - LINE_END) * min(1.0, ahead / self._line_steps))
+        line = now.first * (1 - (1 - now.end) * min(1.0, ahead / self._line_steps))
         expected = now.loss + HORIZON * now.trend
         late = max(0, now.steps - self._line_steps)
         # exp: the bound passes any distance long before the power could overflow.
@@ -356,6 +363,8 @@ class AutomaticPacing:
             found = self._check()
             self._consider(found, faded=False)
             spent = found.verdict != REMEMBERED and self._rate.is_spent
+            if found.verdict == REMEMBERED and self._rate.is_spent:
+                self._rate.aim_lower()
             if last or spent or found.is_safely_forgotten or found.exceeded:
                 self._fade_from = record.step, self._rate.lr
                 self._fades += 1

@@ -377,3 +377,27 @@ class TestAutomatic:
         assert run.checked == [*range(CHECK_STEPS, TOTAL - FADE_STEPS + 1, CHECK_STEPS)] + [
             step for step in run.checked if step > TOTAL - FADE_STEPS
         ]
+
+
+def test_a_line_that_ends_too_high_is_lowered_until_the_rate_rises_again():
+    """A concept that is still remembered at a spent loss: waiting would change nothing."""
+    rate = LineFollower()
+
+    def follow(steps: int, loss: float) -> None:
+        for _ in range(steps):
+            rate.follow(StepRecord(forget=loss, anchor=0.0, applied=True))
+
+    follow(1, 0.8)
+    follow(120, 0.01)
+    assert rate.is_spent
+    fallen = rate.lr
+    follow(5, 0.01)
+    assert rate.lr <= fallen
+    fallen = rate.lr
+    for _ in range(4):
+        rate.aim_lower()
+    other = LineFollower()
+    other.restore(rate.state())
+    rate = other
+    follow(20, 0.01)
+    assert rate.lr > 5 * fallen
