@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -91,6 +91,7 @@ class Operator:
 
     Attributes:
         forward: `(*batch, groups, *options) -> (losses, statistics, *saved)`.
+        differentiable: the same, for calls that autograd follows.
         backward: `(upstream, *batch, statistics, *saved, groups, *wanted, *options) -> (d_image,
             d_text, d_scale)`. Gradients not requested are placeholders; only their dtype is
             meaningful.
@@ -100,6 +101,7 @@ class Operator:
     """
 
     forward: Callable[..., tuple[Tensor, ...]]
+    differentiable: Callable[..., tuple[Tensor, ...]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     options: Options
     backward_takes_options: bool
@@ -118,7 +120,7 @@ class Operator:
         """Same numbers as `contrastive_dense`, and the same bits every time."""
         batch = Batch(image, text, scale, ref_image, ref_text, ref_scale)
         options = self.options(batch, groups, any(batch.requires_grad()), products)
-        return unpack_losses(self.forward(*batch, groups, *options)[0])
+        return unpack_losses(self.differentiable(*batch, groups, *options)[0])
 
     def differentiate(
         self,
@@ -182,12 +184,10 @@ def register(
         "-> (Tensor d_image, Tensor d_text, Tensor d_scale)",
         tags=tags,
     )
-    operator = Operator(
-        getattr(torch.ops.fasterase, name).default,
-        getattr(torch.ops.fasterase, f"{name}_backward").default,
-        options,
-        backward_takes_options,
+    forward_op, backward_op = (
+        getattr(torch.ops.fasterase, each).default for each in (name, f"{name}_backward")
     )
+    operator = Operator(forward_op, forward_op, backward_op, options, backward_takes_options)
     if key is not None and forward is not None and backward is not None:
         _LIBRARY.impl(name, _flatten_forward(forward), key)
         _LIBRARY.impl(f"{name}_backward", _flatten_backward(backward, num_tensors), key)
@@ -205,10 +205,38 @@ def register(
     torch.library.register_fake(
         f"fasterase::{name}_backward", partial(_make_fake_gradients, num_tensors), lib=_LIBRARY
     )
-    torch.library.register_autograd(
-        f"fasterase::{name}", _make_backward(operator), setup_context=_save_context, lib=_LIBRARY
+    differentiate = _make_backward(operator)
+    return replace(
+        operator, differentiable=add_autograd(operator.forward, _save_context, differentiate)
     )
-    return operator
+
+
+def add_autograd(
+    run: torch._ops.OpOverload,
+    save_context: Callable[..., None],
+    differentiate: Callable[..., Any],
+) -> Callable[..., Any]:
+    """Give a torch operator its derivative; return what to call in its place.
+
+    A derivative in Python costs the dispatcher 0.1 ms per step, as much as the products of 64
+    pairs. Eager calls go around it, through an autograd function of the same parts.
+    """
+    torch.library.register_autograd(
+        run.name(), differentiate, setup_context=save_context, lib=_LIBRARY
+    )
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = run(*inputs)
+        save_context(ctx, inputs, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
+    function: Any = type("Eager", (torch.autograd.Function,), methods)
+
+    def call(*inputs: Any) -> Any:
+        return (run if torch.compiler.is_compiling() else function.apply)(*inputs)
+
+    return call
 
 
 def _flatten_forward(forward: Forward) -> Callable[..., tuple[Tensor, ...]]:
