@@ -85,7 +85,9 @@ class UnlearnConfig:
         lr: `"auto"` makes the forgetting loss follow a falling line and is held back by how far the
             features of retain pairs move; or the peak learning rate.
         optimizer: `"adamw"`, `"adam"`, or with bitsandbytes (extra `scale`) `"adamw8bit"`,
-            `"paged_adamw8bit"`, `"lion8bit"`.
+            `"paged_adamw8bit"`, `"lion8bit"`: the states of large matrices take 8 bits, all others
+            (norms, biases, embeddings, logit_scale) and the weights stay fp32. Lion's step is the
+            sign of its moment, so it needs a smaller rate than Adam's.
         betas: decay rates of the moments.
         weight_decay: applied to matrices only; gains, biases and logit_scale never decay.
         warmup_steps: steps of linear warm-up to `lr`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,7 +185,14 @@ class CheckpointFolder:
 
 def _tensor_bytes(checkpoint: Checkpoint) -> int:
     """Return what the tensors of a checkpoint take on disk."""
-    states = checkpoint.optimizer["state"].values()
-    moments = (value for state in states for value in state.values())
-    weights = [*checkpoint.tensors.values(), *checkpoint.best.values()]
-    return sum(value.nbytes for value in [*weights, *moments] if isinstance(value, Tensor))
+    stored = (checkpoint.tensors, checkpoint.best, checkpoint.optimizer["state"])
+    return sum(tensor.nbytes for values in stored for tensor in _tensors(values))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested dicts, in which bitsandbytes keeps its states."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for entry in value.values():
+            yield from _tensors(entry)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +20,9 @@ EIGHT_BIT = {
     "paged_adamw8bit": "PagedAdamW8bit",
     "lion8bit": "Lion8bit",
 }
+# bitsandbytes keeps 32 bits for smaller tensors. Once DeepSpeed has flattened a group into one
+# tensor it can no longer tell, so the groups are made with the same limit.
+_SMALLEST_QUANTISED = 4096
 
 
 @dataclass(frozen=True)
@@ -30,11 +34,15 @@ class Trained:
         undecayed: names of the others. Gains, biases, class tokens and logit_scale (which some
             libraries keep as a vector) stay where the data puts them; pulling them to zero changes
             the function, not its complexity.
+        quantisable: names of those whose optimiser state may have 8 bits: the large weights of
+            linear maps and convolutions. All others keep 32 bits: norms, biases, embeddings,
+            positions, learnt tokens, logit_scale, and what is not recognised.
         image, text, scale: whether each tower and the scale are trained.
     """
 
     decayed: tuple[str, ...]
     undecayed: tuple[str, ...]
+    quantisable: frozenset[str]
     image: bool
     text: bool
     scale: bool
@@ -63,6 +71,11 @@ class Trained:
         return cls(
             decayed=tuple(name for name, decay in decays.items() if decay),
             undecayed=tuple(name for name, decay in decays.items() if not decay),
+            quantisable=frozenset(
+                name
+                for name, parameter in chosen
+                if decays[name] and _is_quantisable(model.module, name, parameter)
+            ),
             image=any(name in names for name, _ in model.selected("image")),
             text=any(name in names for name, _ in model.selected("text")),
             scale=logit_scale,
@@ -85,20 +98,65 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Return the optimiser over the trained parameters of `module`.
 
+    It steps on its own, or inside DeepSpeed, which may flatten and shard its groups.
+
     Raises:
         MissingExtraError: an 8-bit optimiser without bitsandbytes.
     """
-    parameters = trained.parameters(module)
-    groups = [
-        {"params": [parameters[each] for each in names], "weight_decay": decay}
-        for names, decay in ((trained.decayed, weight_decay), (trained.undecayed, 0.0))
-        if names
-    ]
+    groups = _group_parameters(module, trained, weight_decay, eight_bit=name in EIGHT_BIT)
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=betas)
     if name == "adam":
         return torch.optim.Adam(groups, lr=lr, betas=betas)
-    return getattr(require_bitsandbytes(name).optim, EIGHT_BIT[name])(groups, lr=lr, betas=betas)
+    library = require_bitsandbytes(name)
+    kind = _with_bits_of_group(getattr(library.optim, EIGHT_BIT[name]))
+    return kind(groups, lr=lr, betas=betas)
+
+
+def _group_parameters(
+    module: nn.Module, trained: Trained, weight_decay: float, *, eight_bit: bool
+) -> list[dict[str, Any]]:
+    """Return the trained parameters in groups: by weight decay, and by the bits of their state."""
+    quantised = trained.quantisable if eight_bit else frozenset()
+    groups = [
+        ([name for name in trained.decayed if name in quantised], weight_decay, 8),
+        ([name for name in trained.decayed if name not in quantised], weight_decay, 32),
+        (trained.undecayed, 0.0, 32),
+    ]
+    parameters = trained.parameters(module)
+    return [
+        {
+            "params": [parameters[name] for name in names],
+            "weight_decay": decay,
+            **({"optim_bits": bits} if eight_bit else {}),
+        }
+        for names, decay, bits in groups
+        if names
+    ]
+
+
+def _is_quantisable(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    path, _, own = name.rpartition(".")
+    is_table = isinstance(module.get_submodule(path), nn.Embedding)
+    # Projections are bare parameters in some libraries: `proj`, `text_projection`.
+    is_product = own.endswith(("weight", "proj", "projection")) and not is_table
+    return is_product and parameter.ndim >= 2 and parameter.numel() >= _SMALLEST_QUANTISED
+
+
+def _with_bits_of_group(kind: type[torch.optim.Optimizer]) -> Any:
+    """Return a subclass of a bitsandbytes optimiser that reads `optim_bits` off its groups.
+
+    bitsandbytes has exceptions by the index of a parameter, which DeepSpeed loses: it steps one
+    flattened group at a time.
+    """
+
+    class BitsOfGroup(kind):  # type: ignore[valid-type, misc]
+        def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
+            config = super().get_config(gindex, pindex, group)
+            return {**config, "optim_bits": group["optim_bits"]}
+
+    BitsOfGroup.__name__ = BitsOfGroup.__qualname__ = kind.__name__
+    return BitsOfGroup
 
 
 def require_bitsandbytes(optimizer: str) -> ModuleType:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from fasterase.engine import optim
 from fasterase.engine.history import HistoryFile, StepRecord, read_history
 from fasterase.engine.optim import Trained, build_grad_scaler, build_optimizer, lr_schedule
 from fasterase.engine.stops import NonFiniteGuard, non_finite_term
@@ -39,19 +37,6 @@ def test_only_matrices_decay(name, kind):
     assert any(p is model.module.logit_scale for p in groups[0.0])
     assert len(groups[0.0]) == 7
     assert all(group["betas"] == (0.9, 0.98) for group in made.param_groups)
-
-
-def test_eight_bit_optimisers_are_those_of_bitsandbytes(monkeypatch):
-    made = []
-    classes = {
-        name: (lambda groups, name=name, **options: made.append((name, options)))
-        for name in ("AdamW8bit", "PagedAdamW8bit", "Lion8bit")
-    }
-    library = SimpleNamespace(optim=SimpleNamespace(**classes))
-    monkeypatch.setattr(optim, "import_extra", lambda *_: library)
-    for name in ("adamw8bit", "paged_adamw8bit", "lion8bit"):
-        optimizer(name)
-    assert [name for name, _ in made] == ["AdamW8bit", "PagedAdamW8bit", "Lion8bit"]
 
 
 def test_every_parameter_is_in_one_group():

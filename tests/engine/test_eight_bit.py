@@ -1,0 +1,183 @@
+"""8-bit optimiser states: which parameters have them, and that nothing is lost with them."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fasterase
+from fasterase.engine.model_state import borrowed
+from fasterase.engine.optim import Trained, build_optimizer
+from fasterase.models.dual_encoder import DualEncoder
+from fasterase.models.load import load_model
+from tests import small_models
+
+SMALL = {"vocab_size": 200}
+OPTIMIZERS = ("adamw8bit", "paged_adamw8bit", "lion8bit")
+# On the CPU it cannot page, and says so.
+unpaged = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+
+
+def optimizer_of(model: DualEncoder, name: str, lr: float = 1e-3) -> torch.optim.Optimizer:
+    trained = Trained.choose(model, "all", logit_scale=True)
+    return build_optimizer(
+        model.module, trained, name=name, lr=lr, betas=(0.9, 0.98), weight_decay=0.1
+    )
+
+
+def take_steps(optimizer: torch.optim.Optimizer, count: int, *, first: int = 0) -> None:
+    for step in range(first, first + count):
+        generator = torch.Generator().manual_seed(step)
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        optimizer.step()
+
+
+def state_dtypes(model: DualEncoder, optimizer: torch.optim.Optimizer) -> dict[str, torch.dtype]:
+    return {
+        name: optimizer.state[parameter]["state1"].dtype
+        for name, parameter in model.module.named_parameters()
+        if parameter in optimizer.state
+    }
+
+
+@unpaged
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("build", "sizes", "eight_bit"),
+    [
+        # Two towers of 2 blocks with 2 matrices large enough; the patches; both projections.
+        (small_models.open_clip_vit, {"embed_dim": 128, **SMALL}, 2 * 2 * 2 + 1 + 2),
+        (small_models.open_clip_coca, SMALL, 2 * 2 * 2 + 1),
+        (small_models.open_clip_resnet, SMALL, 15),
+        (small_models.hf_clip, {"image_size": 256}, 1),  # the patches
+        (small_models.hf_siglip, {"image_size": 256}, 1),
+    ],
+)
+def test_only_large_products_have_8_bits(build, sizes, eight_bit, name):
+    model = load_model(build(**sizes))
+    optimizer = optimizer_of(model, name)
+    take_steps(optimizer, 1)
+    dtypes = state_dtypes(model, optimizer)
+    products = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)
+    owners = {
+        parameter: module
+        for module in model.module.modules()
+        for parameter in module.parameters(recurse=False)
+    }
+    assert len(dtypes) == sum(len(group["params"]) for group in optimizer.param_groups)
+    for path, dtype in dtypes.items():
+        parameter = model.module.get_parameter(path)
+        expected = parameter.numel() >= 4096 and parameter.ndim >= 2
+        if path.rpartition(".")[2] not in ("proj", "text_projection"):
+            expected = expected and isinstance(owners[parameter], products)
+        assert dtype == (torch.uint8 if expected else torch.float32), path
+    counted = sum(dtype == torch.uint8 for dtype in dtypes.values())
+    assert counted == eight_bit
+    exact = [p for p, dtype in dtypes.items() if dtype == torch.float32]
+    assert "logit_scale" in exact
+    assert any("bias" in p for p in exact)
+    assert any("embedding" in p and model.module.get_parameter(p).numel() > 4096 for p in exact)
+
+
+@unpaged
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_groups_keep_their_bits_when_stepped_alone_and_flattened(name):
+    """As ZeRO does: one tensor per group, and the optimiser sees one group at a time."""
+    optimizer = optimizer_of(load_model(small_models.open_clip_vit(**SMALL)), name)
+    groups = list(optimizer.param_groups)
+    found = []
+    for group in groups:
+        flat = nn.Parameter(torch.cat([p.detach().flatten() for p in group["params"]]))
+        group["params"] = [flat]
+        optimizer.param_groups = [group]
+        take_steps(optimizer, 1)
+        found.append((group["weight_decay"], optimizer.state[flat]["state1"].dtype))
+    assert found == [(0.1, torch.uint8), (0.1, torch.float32), (0.0, torch.float32)]
+
+
+@unpaged
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_saved_states_continue_bit_for_bit(name):
+    model = load_model(small_models.open_clip_vit(**SMALL))
+    optimizer = optimizer_of(model, name)
+    take_steps(optimizer, 3)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    other = load_model(copy.deepcopy(model.module))
+    restored = optimizer_of(other, name)
+    restored.load_state_dict(torch.load(file, weights_only=True))
+    assert state_dtypes(other, restored) == state_dtypes(model, optimizer)
+    for each in (optimizer, restored):
+        take_steps(each, 3, first=3)
+    for one, two in zip(model.module.parameters(), other.module.parameters(), strict=True):
+        assert torch.equal(one, two)
+        for key, value in optimizer.state[one].items():
+            same = torch.equal if isinstance(value, Tensor) else int.__eq__
+            assert same(value, restored.state[two][key]), key
+
+
+@pytest.mark.filterwarnings("ignore:verdict: ")
+def test_an_interrupted_run_ends_with_the_same_weights(tmp_path):
+    images, tokens = small_models.random_pairs(SMALL["vocab_size"], count=12)
+    pairs = list(zip(images, tokens, strict=True))
+    options = {
+        "optimizer": "adamw8bit",
+        "lr": 1e-3,
+        "max_steps": 4,
+        "batch_size": 4,
+        "forget_batch_size": 2,
+        "evaluation": None,
+        "progress": False,
+    }
+
+    def run(**more) -> dict[str, Tensor]:
+        model = small_models.open_clip_vit(**SMALL)
+        fasterase.unlearn(model, pairs[:4], pairs[4:], **options, **more)
+        return model.state_dict()
+
+    whole = run()
+    run(output_dir=tmp_path, callback=lambda record: record.step == 2)
+    resumed = run(output_dir=tmp_path, resume="must")
+    for name, weight in whole.items():
+        assert torch.equal(weight, resumed[name]), name
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_small_rates_vanish_in_bf16_weights_and_not_in_a_run(name):
+    """A run holds fp32 weights whatever the model's own dtype, and rounds them once, at the end."""
+    steps, rate = 60, 1e-6
+
+    def moved(plain: bool) -> float:
+        """Share of a bf16 model's weights that change, of those whose neighbours are 8e-6 to 3e-5
+        away."""
+        module = small_models.open_clip_vit(**SMALL).to(torch.bfloat16)
+        model = load_model(module)
+        before = [p.detach().clone() for p in module.parameters()]
+        if plain:
+            push(optimizer_of(model, name, lr=rate))
+        else:
+            with borrowed(model, device=torch.device("cpu")):
+                push(optimizer_of(model, name, lr=rate))
+        changes = [
+            (p != q)[(q.abs() > 1e-3) & (q.abs() < 8e-3)]
+            for p, q in zip(module.parameters(), before, strict=True)
+        ]
+        return torch.cat(changes).float().mean().item()
+
+    def push(optimizer: torch.optim.Optimizer) -> None:
+        for group in optimizer.param_groups:
+            group["weight_decay"] = 0.0
+            for p in group["params"]:
+                p.grad = torch.ones_like(p)
+        for _ in range(steps):
+            optimizer.step()
+
+    assert moved(plain=True) == 0.0
+    assert moved(plain=False) > 0.9
