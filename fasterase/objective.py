@@ -28,16 +28,27 @@ NEGATIVES = ("own", "joint")
 
 
 class EraseLoss(NamedTuple):
-    """The weighted total and its terms, 0-d tensors.
-
-    Each is differentiable; with `grad_in_forward=True` only the total, and the terms are constants.
-    """
+    """The weighted total and its terms, 0-d tensors."""
 
     total: Tensor
     forget: Tensor
     retain: Tensor
     consistency: Tensor
     anchor: Tensor
+
+
+class Objective(NamedTuple):
+    """Weights and options of `erase_loss`."""
+
+    forget_weight: float = 3.0
+    retain_weight: float = 1.0
+    consistency_weight: float = 3.0
+    forget_loss: str = "similarity"
+    floor: float | None = None
+    anchor_weight: float = 0.0
+    negatives: str = "own"
+    backend: str = "auto"
+    products: str = "auto"
 
 
 def erase_loss(
@@ -59,7 +70,6 @@ def erase_loss(
     negatives: str = "own",
     backend: str = "auto",
     products: str = "auto",
-    grad_in_forward: bool = False,
 ) -> EraseLoss:
     """CLIPErase (Yang et al., ACL 2025): `3 L_F + 1 L_R + 3 L_C`, by default as in the paper.
 
@@ -91,55 +101,64 @@ def erase_loss(
         negatives: "own": forget and retain are two similarity matrices. "joint": one over all rows,
             each loss the mean over its own rows.
         backend, products: as in `fasterase.contrastive`.
-        grad_in_forward: make the gradients of the similarity matrices at once, for these weights,
-            and save them, [N, D] in the returned dtype, instead of the inputs of a backward pass
-            (reference, logits). The backward pass only multiplies them by the upstream gradient.
-            The FLOPs are those of both passes. `backend="dense"` stays plain autograd.
 
     Returns:
         `EraseLoss(total, forget, retain, consistency, anchor)`, fp32 (fp64 for fp64 features),
-        differentiable in image, text and scale; with `grad_in_forward` only the total, once.
+        each term differentiable in image, text and scale.
 
     Raises:
         InputError: an argument is not as described.
     """
-    weights = _Weights(forget_weight, retain_weight, consistency_weight, anchor_weight)
-    _check_batch(image, text, scale, labels, n_forget)
-    _check_options(weights, forget_loss, floor, negatives, backend, grad_in_forward)
-    check_products(products)
-    _check_originals(image, ref_image, ref_text, ref_scale, weights)
-
-    scale = scale_tensor(scale, image, compute_dtype(image, text))
-    zero = _make_zero(image, text, scale)
-    pairs = _Pairs(image, text, scale, ref_image, ref_text, ref_scale, labels, n_forget, zero)
-    how = {"backend": backend, "products": products}
-    matrices = _compute_matrices(pairs, weights, forget_loss, negatives, how, grad_in_forward)
-
-    forget = _compute_forget(pairs, forget_loss, floor, matrices.forget)
-    retain, consistency = _compute_retain(pairs, matrices.retain)
-    anchor = _compute_anchor(pairs) if anchor_weight else zero
+    objective = Objective(
+        forget_weight,
+        retain_weight,
+        consistency_weight,
+        forget_loss,
+        floor,
+        anchor_weight,
+        negatives,
+        backend,
+        products,
+    )
+    pairs = _check(objective, image, text, scale, ref_image, ref_text, ref_scale, labels, n_forget)
+    forget, retain, consistency, anchor = _compute_terms(pairs, objective, is_weighted=False)[1]
     total = (
-        zero
+        pairs.zero
         + forget_weight * forget
         + retain_weight * retain
         + consistency_weight * consistency
         + anchor_weight * anchor
     )
-    terms = (forget, retain, consistency, anchor)
-    if not grad_in_forward:
-        return EraseLoss(total, *terms)
-    if matrices.total is not None:
-        # The terms already contain its value: this adds 0 and its gradient. Where the value is
-        # infinite it adds 0 too; the gradient is meaningless there.
-        total = total + (matrices.total - matrices.total.detach()).nan_to_num(nan=0.0)
+    return EraseLoss(total, forget, retain, consistency, anchor)
+
+
+def weighted_erase_loss(
+    image: Tensor,  # [N, D]
+    text: Tensor,  # [N, D]
+    scale: Tensor | float,
+    ref_image: Tensor | None,  # [N, D0]
+    ref_text: Tensor | None,  # [N, D0]
+    ref_scale: Tensor | float | None,
+    objective: Objective,
+    *,
+    n_forget: int,
+    labels: Tensor | None = None,  # [N]
+) -> EraseLoss:
+    """`erase_loss` for a training step: only the total is differentiable, once.
+
+    The gradients of the similarity matrices are made together with the losses, by
+    `weighted_contrastive`; the backward pass multiplies them by the upstream gradient.
+
+    Raises:
+        InputError: `erase_loss` would raise it.
+    """
+    pairs = _check(objective, image, text, scale, ref_image, ref_text, ref_scale, labels, n_forget)
+    total, terms = _compute_terms(pairs, objective, is_weighted=True)
+    if objective.forget_loss == "similarity":
+        total = total + objective.forget_weight * terms[0]
+    if objective.anchor_weight:
+        total = total + objective.anchor_weight * terms[3]
     return EraseLoss(total, *(term.detach() for term in terms))
-
-
-class _Weights(NamedTuple):
-    forget: float
-    retain: float
-    consistency: float
-    anchor: float
 
 
 class _Pairs(NamedTuple):
@@ -172,7 +191,18 @@ class _Matrices(NamedTuple):
 
     forget: Contrastive | None
     retain: Contrastive | None
-    total: Tensor | None  # [] their weighted total, with grad_in_forward
+    total: Tensor  # [] their differentiable weighted total, if that was asked for; else 0
+
+
+def _compute_terms(
+    pairs: _Pairs, objective: Objective, *, is_weighted: bool
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """The weighted total of the similarity matrices, as in `_Matrices`, and the four terms."""
+    matrices = _compute_matrices(pairs, objective, is_weighted)
+    forget = _compute_forget(pairs, objective, matrices.forget)
+    retain, consistency = _compute_retain(pairs, matrices.retain)
+    anchor = _compute_anchor(pairs) if objective.anchor_weight else pairs.zero
+    return matrices.total, (forget, retain, consistency, anchor)
 
 
 def _make_zero(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
@@ -181,37 +211,32 @@ def _make_zero(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     return image[:0].to(dtype).sum() + text[:0].to(dtype).sum() + scale.expand(0).sum()
 
 
-def _compute_matrices(
-    pairs: _Pairs,
-    weights: _Weights,
-    forget_loss: str,
-    negatives: str,
-    how: dict[str, str],
-    grad_in_forward: bool,
-) -> _Matrices:
+def _compute_matrices(pairs: _Pairs, objective: Objective, is_weighted: bool) -> _Matrices:
     """Compute the similarity matrices that a weight uses, one or one per set, in one call.
 
     Two in one call have the KL for both sets or for neither. That of the forget rows is not used;
     its cost is a part of one matrix, where a second call would double the launches.
     """
-    uses_forget = forget_loss == "contrastive" and weights.forget != 0
-    uses_retain = weights.retain != 0 or weights.consistency != 0
+    uses_forget = objective.forget_loss == "contrastive" and objective.forget_weight != 0
+    uses_retain = objective.retain_weight != 0 or objective.consistency_weight != 0
     groups = None
     if not (uses_forget or uses_retain):
-        return _Matrices(None, None, None)
-    if negatives == "joint" or (uses_forget and uses_retain):
+        return _Matrices(None, None, pairs.zero)
+    if objective.negatives == "joint" or (uses_forget and uses_retain):
         rows = slice(0, len(pairs.image))
-        if negatives == "own":
+        if objective.negatives == "own":
             groups = pairs.n_forget, len(pairs.image) - pairs.n_forget
     else:
         rows = pairs.forget_rows if uses_forget else pairs.retain_rows
 
-    has_kl = weights.consistency != 0 and rows.stop > pairs.n_forget
-    call = _select_rows(pairs, rows, has_kl) | how | {"groups": groups}
-    total = None
-    if grad_in_forward:
-        spread = _spread_weights(pairs, weights, uses_forget, has_kl)
-        total, losses = weighted_contrastive(weights=spread[:, rows], **call)
+    has_kl = objective.consistency_weight != 0 and rows.stop > pairs.n_forget
+    call = _select_rows(pairs, rows, has_kl)
+    call |= {"groups": groups, "backend": objective.backend, "products": objective.products}
+    total = pairs.zero
+    if is_weighted:
+        spread = _spread_weights(pairs, objective, uses_forget, has_kl)
+        weighted, losses = weighted_contrastive(weights=spread[:, rows], **call)
+        total = total + weighted
     else:
         losses = contrastive(**call)
     if rows == slice(0, len(pairs.image)):
@@ -234,14 +259,14 @@ def _select_rows(pairs: _Pairs, rows: slice, has_kl: bool) -> dict[str, Any]:
     }
 
 
-def _spread_weights(pairs: _Pairs, weights: _Weights, uses_forget: bool, has_kl: bool) -> Tensor:
+def _spread_weights(pairs: _Pairs, objective: Objective, uses_forget: bool, has_kl: bool) -> Tensor:
     """[4 or 2, N] weights of the per-sample losses in the total."""
     n_forget, n_retain = pairs.n_forget, len(pairs.image) - pairs.n_forget
     spread = pairs.scale.new_zeros(4 if has_kl else 2, len(pairs.image))
     if uses_forget:
-        spread[:2, pairs.forget_rows] = -weights.forget / (2 * max(n_forget, 1))
-    spread[:2, pairs.retain_rows] = weights.retain / (2 * max(n_retain, 1))
-    spread[2:, pairs.retain_rows] = weights.consistency / max(n_retain, 1)
+        spread[:2, pairs.forget_rows] = -objective.forget_weight / (2 * max(n_forget, 1))
+    spread[:2, pairs.retain_rows] = objective.retain_weight / (2 * max(n_retain, 1))
+    spread[2:, pairs.retain_rows] = objective.consistency_weight / max(n_retain, 1)
     return spread
 
 
@@ -250,10 +275,9 @@ def _select_losses(losses: Contrastive, rows: slice) -> Contrastive:
     return Contrastive(losses.ce_row[rows], losses.ce_col[rows], kl_row, kl_col)
 
 
-def _compute_forget(
-    pairs: _Pairs, forget_loss: str, floor: float | None, losses: Contrastive | None
-) -> Tensor:
-    if forget_loss == "similarity":
+def _compute_forget(pairs: _Pairs, objective: Objective, losses: Contrastive | None) -> Tensor:
+    floor = objective.floor
+    if objective.forget_loss == "similarity":
         dtype, rows = pairs.scale.dtype, pairs.forget_rows
         cosine = (pairs.image[rows].to(dtype) * pairs.text[rows].to(dtype)).sum(1)
         return pairs.mean(cosine if floor is None else (cosine - floor).clamp_min(0))
@@ -289,6 +313,26 @@ def moved_distance(image: Tensor, text: Tensor, ref_image: Tensor, ref_text: Ten
     return moved.mean()
 
 
+def _check(
+    objective: Objective,
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor | float,
+    ref_image: Tensor | None,
+    ref_text: Tensor | None,
+    ref_scale: Tensor | float | None,
+    labels: Tensor | None,
+    n_forget: int,
+) -> _Pairs:
+    """Check everything and pack the batch."""
+    _check_batch(image, text, scale, labels, n_forget)
+    _check_options(objective)
+    _check_originals(image, ref_image, ref_text, ref_scale, objective)
+    scale = scale_tensor(scale, image, compute_dtype(image, text))
+    zero = _make_zero(image, text, scale)
+    return _Pairs(image, text, scale, ref_image, ref_text, ref_scale, labels, n_forget, zero)
+
+
 def _check_batch(image: Any, text: Any, scale: Any, labels: Any, n_forget: Any) -> None:
     check_pairs(image, text)
     check_scale(scale, "scale")
@@ -306,37 +350,29 @@ def _check_batch(image: Any, text: Any, scale: Any, labels: Any, n_forget: Any) 
         )
 
 
-def _check_options(
-    weights: _Weights,
-    forget_loss: Any,
-    floor: Any,
-    negatives: Any,
-    backend: Any,
-    grad_in_forward: Any,
-) -> None:
-    for name, weight in weights._asdict().items():
+def _check_options(objective: Objective) -> None:
+    for name in ("forget_weight", "retain_weight", "consistency_weight", "anchor_weight"):
+        weight = getattr(objective, name)
         if not _is_number(weight) or weight < 0:
-            raise InputError(f"{name}_weight must be a number of at least 0; got {weight!r}.")
-    for name, value, known in (
-        ("forget_loss", forget_loss, FORGET_LOSSES),
-        ("negatives", negatives, NEGATIVES),
-    ):
+            raise InputError(f"{name} must be a number of at least 0; got {weight!r}.")
+    for name, known in (("forget_loss", FORGET_LOSSES), ("negatives", NEGATIVES)):
+        value = getattr(objective, name)
         if value not in known:
             raise InputError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}.")
+    floor = objective.floor
     if floor is not None:
         if not _is_number(floor):
             raise InputError(
                 f"floor must be None or a number, a cosine; got {floor!r}. "
                 f"Only fasterase.unlearn measures one (floor='auto')."
             )
-        if forget_loss != "similarity":
+        if objective.forget_loss != "similarity":
             raise InputError(
                 f"floor is a cosine and goes with forget_loss='similarity'; "
-                f"got floor={floor} with forget_loss={forget_loss!r}. Pass floor=None."
+                f"got floor={floor} with forget_loss={objective.forget_loss!r}. Pass floor=None."
             )
-    choose_backend(backend)
-    if not isinstance(grad_in_forward, bool):
-        raise InputError(f"grad_in_forward must be True or False; got {grad_in_forward!r}.")
+    choose_backend(objective.backend)
+    check_products(objective.products)
 
 
 def _is_number(value: Any) -> bool:
@@ -348,12 +384,12 @@ def _check_originals(
     ref_image: Any,
     ref_text: Any,
     ref_scale: Any,
-    weights: _Weights,
+    objective: Objective,
 ) -> None:
     features, scale = {"ref_image": ref_image, "ref_text": ref_text}, {"ref_scale": ref_scale}
     for weight_name, weight, needed in (
-        ("consistency_weight", weights.consistency, features | scale),
-        ("anchor_weight", weights.anchor, features),
+        ("consistency_weight", objective.consistency_weight, features | scale),
+        ("anchor_weight", objective.anchor_weight, features),
     ):
         missing = [name for name, value in needed.items() if value is None]
         if weight and missing:
@@ -365,10 +401,11 @@ def _check_originals(
         raise InputError("ref_image and ref_text go together; pass both, or None for both.")
     if ref_image is not None:
         check_reference(image, ref_image, ref_text)
-        if weights.anchor and ref_image.shape != image.shape:
+        if objective.anchor_weight and ref_image.shape != image.shape:
             raise InputError(
-                f"anchor_weight={weights.anchor} needs original features as wide as the current "
-                f"ones; got {ref_image.shape[1]} and {image.shape[1]}. Pass anchor_weight=0."
+                f"anchor_weight={objective.anchor_weight} needs original features as wide as "
+                f"the current ones; got {ref_image.shape[1]} and {image.shape[1]}. "
+                f"Pass anchor_weight=0."
             )
     if ref_scale is not None:
         check_scale(ref_scale, "ref_scale")

@@ -10,7 +10,7 @@ import torch
 
 from fasterase import objective
 from fasterase.errors import InputError
-from fasterase.objective import erase_loss
+from fasterase.objective import Objective, erase_loss, weighted_erase_loss
 from fasterase.ops.contrastive import available_backends
 from tests import oracle
 
@@ -53,6 +53,16 @@ def tensors(batch, dtype=torch.float32):
         "ref_scale": tensor(batch.ref_scale),
         "labels": None if batch.labels is None else torch.tensor(batch.labels),
     }
+
+
+def weighted(*arguments, n_forget, labels=None, **rest):
+    """`weighted_erase_loss`, called like `erase_loss`."""
+    batch = {key: rest.pop(key) for key in list(rest) if key not in Objective._fields}
+    options = {"objective": Objective(**rest), "n_forget": n_forget, "labels": labels}
+    return weighted_erase_loss(*arguments, **batch, **options)
+
+
+EITHER = pytest.mark.parametrize("loss_of", [erase_loss, weighted])
 
 
 @functools.cache
@@ -117,9 +127,9 @@ def test_gradients_made_in_the_forward_are_the_same(backend, index):
     call = tensors(batch)
     inputs = [call["image"], call["text"], call["scale"]]
     plain, ahead = (
-        erase_loss(**call, **options, backend=backend, grad_in_forward=x) for x in (False, True)
+        loss_of(**call, **options, backend=backend) for loss_of in (erase_loss, weighted)
     )
-    assert ahead == plain  # the values, to the bit
+    torch.testing.assert_close(torch.stack(ahead), torch.stack(plain), rtol=1e-5, atol=1e-6)
     assert not any(getattr(ahead, name).requires_grad for name in TERMS)
     expected = torch.autograd.grad(7.0 * plain.total, inputs)
     for one, other in zip(torch.autograd.grad(7.0 * ahead.total, inputs), expected, strict=True):
@@ -129,8 +139,8 @@ def test_gradients_made_in_the_forward_are_the_same(backend, index):
 def test_an_infinite_total_stays_so_with_gradients_made_in_the_forward():
     call = {"image": torch.eye(4), "text": torch.eye(4).flip(0), "scale": torch.tensor(3e38)}
     rest = {"ref_image": None, "ref_text": None, "ref_scale": None, "consistency_weight": 0.0}
-    for ahead in (False, True):
-        assert erase_loss(**call, **rest, n_forget=1, grad_in_forward=ahead).total == torch.inf
+    for loss_of in (erase_loss, weighted):
+        assert loss_of(**call, **rest, n_forget=1, retain_weight=4.0).total == torch.inf
 
 
 @pytest.mark.parametrize("negatives", ["own", "joint"])
@@ -138,8 +148,8 @@ def test_an_infinite_total_stays_so_with_gradients_made_in_the_forward():
 def test_gradients_made_in_the_forward_compile_as_one_graph(backend, negatives):
     def total(image, text, scale, ref_image, ref_text):
         options = {"forget_loss": "contrastive", "negatives": negatives, "anchor_weight": 1.0}
-        options |= {"backend": backend, "grad_in_forward": True, "n_forget": 7}
-        return erase_loss(image, text, scale, ref_image, ref_text, 20.0, **options).total
+        options |= {"backend": backend, "n_forget": 7}
+        return weighted(image, text, scale, ref_image, ref_text, 20.0, **options).total
 
     compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
     names = ("image", "text", "scale", "ref_image", "ref_text")
@@ -160,13 +170,13 @@ def test_only_gradients_live_between_the_passes(backend, negatives):
     options = {"n_forget": 20, "forget_loss": "contrastive", "negatives": negatives}
     packed = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(x) or x, lambda x: x):
-        erase_loss(**call, **options, backend=backend, grad_in_forward=True)
+        weighted(**call, **options, backend=backend)
     assert sum(x.numel() for x in packed) <= 2 * 60 * 16 + 20  # a few numbers beside
 
 
 @pytest.fixture(params=["contrastive", "weighted_contrastive"])
 def matrices(monkeypatch, request):
-    """(rows, has KL, groups) of each call of the operator, and how `erase_loss` is called."""
+    """(rows, has KL, groups) of each call of the operator, and the loss that makes them."""
     calls = []
 
     def spy(**options):
@@ -175,7 +185,7 @@ def matrices(monkeypatch, request):
 
     called = getattr(objective, request.param)
     monkeypatch.setattr(objective, request.param, spy)
-    return calls, {"grad_in_forward": request.param == "weighted_contrastive"}
+    return calls, weighted if request.param == "weighted_contrastive" else erase_loss
 
 
 @pytest.mark.parametrize(
@@ -198,8 +208,8 @@ def matrices(monkeypatch, request):
     ],
 )
 def test_matrices_that_no_weight_uses_are_not_computed(matrices, options, expected):
-    calls, how = matrices
-    loss = erase_loss(**tensors(oracle.clip_like(30, 8, 10.0)), n_forget=10, **options, **how)
+    calls, loss_of = matrices
+    loss = loss_of(**tensors(oracle.clip_like(30, 8, 10.0)), n_forget=10, **options)
     assert calls == expected
     if not expected:
         assert loss.retain == loss.consistency == 0
@@ -210,11 +220,11 @@ def test_matrices_that_no_weight_uses_are_not_computed(matrices, options, expect
 
 @pytest.mark.parametrize("n_forget", [0, 6])
 @pytest.mark.parametrize("weights", [0.0, 1.0])
-@pytest.mark.parametrize("ahead", [False, True])
-def test_every_input_gets_a_gradient_also_where_it_is_zero(n_forget, weights, ahead):
+@EITHER
+def test_every_input_gets_a_gradient_also_where_it_is_zero(n_forget, weights, loss_of):
     call = tensors(oracle.clip_like(6, 4, 10.0))
     options = dict.fromkeys((f"{name}_weight" for name in TERMS), weights)
-    loss = erase_loss(**call, n_forget=n_forget, **options, grad_in_forward=ahead)
+    loss = loss_of(**call, n_forget=n_forget, **options)
     inputs = [call["image"], call["text"], call["scale"]]
     gradients = torch.autograd.grad(loss.total, inputs)
     assert all(bool(x.isfinite().all()) for x in gradients)
@@ -222,23 +232,23 @@ def test_every_input_gets_a_gradient_also_where_it_is_zero(n_forget, weights, ah
         assert loss.retain == loss.consistency == loss.anchor == gradients[2] == 0
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-def test_an_empty_batch_is_worth_nothing(ahead):
+@EITHER
+def test_an_empty_batch_is_worth_nothing(loss_of):
     empty = torch.zeros(0, 4, requires_grad=True)
-    options = {"n_forget": 0, "consistency_weight": 0, "grad_in_forward": ahead}
-    loss = erase_loss(empty, empty, 10.0, None, None, None, **options)
+    options = {"n_forget": 0, "consistency_weight": 0}
+    loss = loss_of(empty, empty, 10.0, None, None, None, **options)
     assert torch.stack(loss).tolist() == [0.0] * 5
     loss.total.backward()
 
 
 @pytest.mark.parametrize("name", ["image", "text", "ref_image", "scale"])
-@pytest.mark.parametrize("ahead", [False, True])
+@EITHER
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nan_in_nan_out(name, ahead, backend):
+def test_nan_in_nan_out(name, loss_of, backend):
     call = tensors(oracle.clip_like(12, 4, 100.0))
     with torch.no_grad():
         call[name].view(-1)[-1] = torch.nan
-    loss = erase_loss(**call, n_forget=4, backend=backend, grad_in_forward=ahead)
+    loss = loss_of(**call, n_forget=4, backend=backend)
     assert bool(loss.total.isnan())
 
 
@@ -283,7 +293,6 @@ WRONG = [
     ({"floor": "auto"}, "floor must be None or a number.*unlearn"),
     ({"floor": float("nan")}, "floor must be None or a number"),
     ({"floor": 0.1, "forget_loss": "contrastive"}, "floor is a cosine and goes with"),
-    ({"grad_in_forward": 1}, "grad_in_forward must be True or False; got 1"),
     ({"backend": "cuda"}, "backend must be one of"),
     ({"backend": "cuda", "retain_weight": 0, "consistency_weight": 0}, "backend must be one of"),
     ({"labels": torch.zeros(6)}, "labels must be integers"),

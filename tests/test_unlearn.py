@@ -294,14 +294,14 @@ def test_a_trained_logit_scale_is_clamped_inside_the_loss(start, ceiling):
     with torch.no_grad():
         tower.module.logit_scale.fill_(start)
     seen = []
-    plain = feature_loss.erase_loss
+    plain = feature_loss.weighted_erase_loss
 
     def spy(image, text, scale, *rest, **options):
         seen.append(float(scale.detach()))
         return plain(image, text, scale, *rest, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(feature_loss, "erase_loss", spy)
+        patch.setattr(feature_loss, "weighted_erase_loss", spy)
         fasterase.unlearn(
             tower,
             pairs(6, seed=1),

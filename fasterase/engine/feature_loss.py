@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fasterase.objective import EraseLoss, erase_loss, moved_distance
+from fasterase.objective import EraseLoss, Objective, moved_distance, weighted_erase_loss
 
 # CLIP's own ceiling of the scale (Radford et al., 2021, section 2.5).
 MAX_SCALE = 100.0
@@ -46,7 +46,7 @@ class FeatureLoss:
             would be lost in optimisers that keep master weights of their own.
         measures_distance: report the anchor term, the distance that kept features have moved,
             even where its weight is 0 and it is no part of the total.
-        options: weights and options of `erase_loss`.
+        options: fields of `Objective`.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class FeatureLoss:
         self._trained = (image_trained, text_trained, scale_trained)
         self._max_scale = max_scale
         self._measures_distance = measures_distance and not options.get("anchor_weight")
-        self._options = options
+        self._objective = Objective(**options)
 
     def __call__(
         self,
@@ -90,14 +90,14 @@ class FeatureLoss:
         ]
         clamped = leaves[2].clamp(max=self._max_scale) if self._trained[2] else leaves[2]
         with torch.enable_grad():
-            loss = erase_loss(
+            loss = weighted_erase_loss(
                 leaves[0],
                 leaves[1],
                 clamped,
                 *reference,
+                self._objective,
                 n_forget=n_forget,
                 labels=labels,
-                **self._options,
             )
         detached = EraseLoss(*(term.detach() for term in loss))
         has_retain = n_forget < len(image)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from fasterase import erase_loss
+from fasterase.objective import Objective, weighted_erase_loss
 from fasterase.ops.contrastive import contrastive, explain_backend
 from tests.ops import triton_checks
 
@@ -204,15 +204,14 @@ def test_a_cuda_graph_of_a_whole_step():
         optimizer.zero_grad(set_to_none=False)
         with torch.autocast("cuda", dtype=torch.float16):
             image, text = (tower(x).float() for tower, x in zip(towers, inputs, strict=True))
-        loss = erase_loss(
+        loss = weighted_erase_loss(
             normalize(image),
             normalize(text),
             scale,
             *reference,
             ref_scale,
+            Objective(anchor_weight=30.0),
             n_forget=64,
-            anchor_weight=30.0,
-            grad_in_forward=True,
         )
         loss.total.backward()
         optimizer.step()
