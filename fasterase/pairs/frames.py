@@ -15,8 +15,8 @@ from fasterase.pairs.items import IMAGE_KEYS, TEXT_KEYS, choose_key, select_plai
 from fasterase.pairs.objects import open_objects
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.source import (
-    EncodedSource,
     ImageFiles,
+    ListedSource,
     PackedCaptions,
     PackedStrings,
     PairSource,
@@ -147,7 +147,7 @@ def _resolve(image: Any, root: Path) -> Any:
     return os.path.join(root, image) if isinstance(image, str) else image
 
 
-class EncodedImages(EncodedSource):
+class EncodedImages(ListedSource):
     """Pairs whose encoded images are held in memory."""
 
     def __init__(

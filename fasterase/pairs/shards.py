@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import os
+import re
 import shutil
 import tarfile
 import tempfile
@@ -22,6 +23,11 @@ _ZEROS = bytes(_BLOCK)
 # An archive ends in two blocks of zeros, padded to a record of twenty; joined archives have that in
 # the middle. More zeros are the hole of a download or of a disk.
 _MOST_PADDING = 2 * tarfile.RECORDSIZE // _BLOCK
+_PAX = ord("x")
+_FILES = b"0\0"
+# Records of extended headers by which a file differs from what its own header says.
+_TELLING_PAX = re.compile(rb" (path|size|GNU\.[^=\n]*|hdrcharset)=")
+_MOST_PAX = 1 << 16
 _DECOMPRESSORS = ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ\x00", lzma.open))
 _ZSTD = b"\x28\xb5\x2f\xfd"
 
@@ -45,6 +51,22 @@ class Extent(NamedTuple):
 
     offset: int
     size: int
+
+
+class Entry(NamedTuple):
+    """What the headers of a tar entry tell.
+
+    Attributes:
+        start: where its first header is.
+        offset: where its bytes are.
+        size: their number.
+    """
+
+    name: str
+    start: int
+    offset: int
+    size: int
+    is_file: bool
 
 
 @dataclass
@@ -95,28 +117,24 @@ class ShardReader(tarfile.TarFile):
         if self.firstmember is None and self.damage:
             raise tarfile.ReadError("it is not a tar")
 
-    def next(self) -> tarfile.TarInfo | None:
+    def next(self) -> Entry | None:  # type: ignore[override]
         """Return the next entry; unlike the base class, go on after damage, and keep no entry."""
-        first = getattr(self, "firstmember", None)
+        first: Entry | None = getattr(self, "firstmember", None)
         if first is not None:
             self.firstmember = None
             return first
         start = self.offset
         zeros = damaged = 0
         while len(block := self._block()) == _BLOCK:
-            if block == _ZEROS:
+            entry = self._plain_entry(block)
+            if entry is None and block == _ZEROS:
                 zeros += 1
-            else:
-                self.fileobj.seek(self.offset)
-                try:
-                    member = tarfile.TarInfo.fromtarfile(self)
-                # Damaged extended headers raise errors of many kinds.
-                except (tarfile.HeaderError, ValueError, KeyError, IndexError, zlib.error):
-                    damaged += 1
-                else:
-                    self._note(start, zeros, damaged)
-                    self.readable += self.offset - member.offset
-                    return member
+            elif entry is None and (entry := self._any_entry()) is None:
+                damaged += 1
+            if entry is not None:
+                self._note(start, zeros, damaged)
+                self.readable += self.offset - entry.start
+                return entry
             self.offset += _BLOCK
         if start > self.size:
             self.damage.append(Damage(self.size, 0, "it ends inside an entry"))
@@ -125,29 +143,67 @@ class ShardReader(tarfile.TarFile):
         self._note(start, zeros, damaged)
         return None
 
+    def _plain_entry(self, block: bytes) -> Entry | None:
+        """Read the header of a file in the form that nearly all have, and move on past the file.
+
+        This takes a tenth of the time of `tarfile`, which reads every field. None leaves the header
+        to `_any_entry`.
+        """
+        start = offset = self.offset
+        if block[156] == _PAX:
+            # webdataset's writer puts one before each file, for the fraction of a second.
+            size = _plain_size(block)
+            if size is None or size > _MOST_PAX:
+                return None
+            padded = -(-size // _BLOCK) * _BLOCK
+            data = self.fileobj.read(padded + _BLOCK)
+            if _TELLING_PAX.search(data, 0, size):
+                return None
+            block = data[padded:]
+            offset += _BLOCK + padded
+        if len(block) < _BLOCK or block[156] not in _FILES or block[345]:
+            return None
+        size = _plain_size(block)
+        name = block[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape")
+        if size is None or name.endswith("/"):
+            return None
+        offset += _BLOCK
+        self.offset = offset + -(-size // _BLOCK) * _BLOCK
+        return Entry(name, start, offset, size, True)
+
+    def _any_entry(self) -> Entry | None:
+        """Read a header of any kind, and move on past its entry; None if it is damaged."""
+        self.fileobj.seek(self.offset)
+        try:
+            member = tarfile.TarInfo.fromtarfile(self)
+        # Damaged extended headers raise errors of many kinds.
+        except (tarfile.HeaderError, ValueError, KeyError, IndexError, zlib.error):
+            return None
+        return Entry(member.name, member.offset, member.offset_data, member.size, member.isfile())
+
     def samples(self, wanted: Collection[str]) -> Iterator[Sample]:
         """Yield the samples of the shard; the entries with a `wanted` ending with their bytes."""
         sample: Sample | None = None
         known = 0
-        while (member := self.next()) is not None:
+        while (entry := self.next()) is not None:
             torn, known = len(self.damage) > known, len(self.damage)
             if torn and sample is not None:
                 sample.torn = True
-            parts = split_entry(member.name)
-            if not member.isfile() or parts is None:
+            parts = split_entry(entry.name)
+            if not entry.is_file or parts is None:
                 continue
             key, ending = parts
             if sample is None or key != sample.key:
                 if sample is not None:
                     yield sample
                 sample = Sample(key, torn=torn)
-            if member.offset_data + member.size > self.size:
+            if entry.offset + entry.size > self.size:
                 sample.cut = ending
                 continue
-            sample.extents[ending] = Extent(member.offset_data, member.size)
+            sample.extents[ending] = Extent(entry.offset, entry.size)
             if ending in wanted:
-                self.fileobj.seek(member.offset_data)
-                sample.data[ending] = self.fileobj.read(member.size)
+                self.fileobj.seek(entry.offset)
+                sample.data[ending] = self.fileobj.read(entry.size)
         if sample is not None:
             sample.torn |= len(self.damage) > known
             yield sample
@@ -162,6 +218,21 @@ class ShardReader(tarfile.TarFile):
             self.damage.append(Damage(start, size, "headers cannot be read"))
         elif zeros > _MOST_PADDING:
             self.damage.append(Damage(start, size, "a hole of zeros"))
+
+
+def _plain_size(block: bytes) -> int | None:
+    """Return the size in a header of 512 bytes; None if it or the checksum has a rare form."""
+    if block[257:262] != b"ustar":
+        return None
+    try:
+        size = int(block[124:136].partition(b"\0")[0], 8)
+        checksum = int(block[148:156].partition(b"\0")[0], 8)
+    except ValueError:
+        return None
+    # Adler-32's low half is 1 + the sum of the bytes, modulo 65,521; summing them takes 20 times
+    # as long. The checksum counts its own field as eight spaces.
+    total = (zlib.adler32(block) & 0xFFFF) - 1 - sum(block[148:156]) + 8 * 32
+    return size if size >= 0 and (total - checksum) % 65521 == 0 else None
 
 
 def split_entry(path: str) -> tuple[str, str] | None:

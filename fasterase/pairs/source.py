@@ -126,7 +126,32 @@ class PairSource(abc.ABC):
 
 
 class EncodedSource(PairSource):
-    """Pairs with captions held in memory and images decoded when they are read."""
+    """Pairs whose images are decoded from the bytes of image files when they are read."""
+
+    def __getitem__(self, index: int) -> Record:
+        captions = self.texts(index)
+        return Record(
+            image=decode_image(self.encoded_image(index), id=self.id(index)),
+            text=captions[0] if len(captions) == 1 else captions,
+            id=self.id(index),
+            meta=self.meta(index),
+        )
+
+    @abc.abstractmethod
+    def texts(self, index: int) -> list[str]: ...
+
+    @abc.abstractmethod
+    def encoded_sizes(self) -> np.ndarray: ...
+
+    @abc.abstractmethod
+    def encoded_image(self, index: int) -> bytes: ...
+
+    @abc.abstractmethod
+    def encoded_location(self, index: int) -> str: ...
+
+
+class ListedSource(EncodedSource):
+    """Pairs whose ids and captions are held in memory."""
 
     def __init__(
         self,
@@ -146,15 +171,6 @@ class EncodedSource(PairSource):
     def __len__(self) -> int:
         return len(self._ids)
 
-    def __getitem__(self, index: int) -> Record:
-        captions = self.texts(index)
-        return Record(
-            image=decode_image(self.encoded_image(index), id=self.id(index)),
-            text=captions[0] if len(captions) == 1 else captions,
-            id=self.id(index),
-            meta=self.meta(index),
-        )
-
     def id(self, index: int) -> str:
         return self._ids[index]
 
@@ -167,15 +183,6 @@ class EncodedSource(PairSource):
     def meta(self, index: int) -> dict[str, Any]:
         return json.loads(self._metas[index]) if self._metas is not None else {}
 
-    @abc.abstractmethod
-    def encoded_sizes(self) -> np.ndarray: ...
-
-    @abc.abstractmethod
-    def encoded_image(self, index: int) -> bytes: ...
-
-    @abc.abstractmethod
-    def encoded_location(self, index: int) -> str: ...
-
     def manifest(self) -> str:
         digest = hashlib.blake2b(self._ids.digest(), digest_size=16)
         digest.update(self._captions.digest())
@@ -183,7 +190,7 @@ class EncodedSource(PairSource):
         return digest.hexdigest()
 
 
-class ImageFiles(EncodedSource):
+class ImageFiles(ListedSource):
     """Image files under `root`; the ids are their paths, absolute or relative to `root`."""
 
     def __init__(
@@ -353,6 +360,10 @@ class PackedStrings:
             raise IndexError(index)
         return self._data[self._ends[index] : self._ends[index + 1]].decode("utf-8", _ERRORS)
 
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the encoded strings one after another, uint8, and their bounds, [n + 1] int64."""
+        return np.frombuffer(self._data, np.uint8), np.frombuffer(self._ends, np.int64)
+
     def digest(self) -> bytes:
         """Hash all strings and their boundaries."""
         return hashlib.blake2b(self._data + self._ends.tobytes()).digest()
@@ -385,6 +396,10 @@ class PackedCaptions:
     def counts(self) -> np.ndarray:
         """Return the number of captions per pair, [n] int64."""
         return np.diff(np.frombuffer(self._ends, dtype=np.int64))
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return `PackedStrings.arrays` of the captions, and bounds of each pair's, [n + 1]."""
+        return *self._captions.arrays(), np.frombuffer(self._ends, np.int64)
 
     def digest(self) -> bytes:
         """Hash all captions and their boundaries."""
