@@ -6,6 +6,7 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "labels.h"
 #include "workspace.h"
 
 namespace fasterase {
@@ -198,10 +199,38 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_cpu_backward(
   });
 }
 
+Tensor label_terms(const Tensor& image, const Tensor& text, const Tensor& kinds,
+                   at::ScalarType dtype) {
+  PlainTensors guard;
+  return AT_DISPATCH_FLOATING_TYPES(
+      dtype, "label_terms", [&] { return compute_terms<scalar_t>(image, text, kinds); });
+}
+
+std::tuple<Tensor, Tensor> label_terms_backward(const Tensor& upstream, const Tensor& image,
+                                                const Tensor& text, const Tensor& kinds,
+                                                bool wants_image, bool wants_text) {
+  PlainTensors guard;
+  const Tensor weights = upstream.contiguous();
+  return AT_DISPATCH_FLOATING_TYPES(weights.scalar_type(), "label_terms_backward", [&] {
+    const scalar_t* row = weights.const_data_ptr<scalar_t>();
+    const scalar_t* col = row + weights.size(1);
+    const auto make = [&](bool is_wanted, const Tensor& side, const Tensor& other,
+                          const scalar_t* own_weights, const scalar_t* other_weights) {
+      if (!is_wanted) return at::empty({0}, side.options());
+      return differentiate_terms(other, own_weights, other_weights, kinds).to(side.scalar_type());
+    };
+    return std::make_tuple(make(wants_image, image, text, row, col),
+                           make(wants_text, text, image, col, row));
+  });
+}
+
 }  // namespace
 }  // namespace fasterase
 
 TORCH_LIBRARY_IMPL(fasterase, CPU, m) {
   m.impl("contrastive_cpu", fasterase::contrastive_cpu);
   m.impl("contrastive_cpu_backward", fasterase::contrastive_cpu_backward);
+  m.impl("label_kinds", fasterase::find_kinds);
+  m.impl("label_terms", fasterase::label_terms);
+  m.impl("label_terms_backward", fasterase::label_terms_backward);
 }

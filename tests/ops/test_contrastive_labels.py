@@ -37,18 +37,26 @@ def gradients(terms, inputs):
     return torch.autograd.grad((torch.stack(tuple(terms)) * weights).sum(), inputs)
 
 
-def find_stacked_kinds(labels, groups):
-    """As the operators take them."""
-    return torch.stack(label_ops._find_kinds(labels, groups))
+def compute_in_torch(image, text, scale, labels, groups):
+    """The terms and their gradients by torch's operators, also where there are C++ kernels."""
+    image, text, scale = (x.detach() for x in (image, text, scale))
+    kinds = label_ops._find_kinds(labels, groups)
+    terms = label_ops._forward(image, text, kinds, scale.dtype)
+    weights = torch.linspace(-1, 2, terms.numel(), dtype=terms.dtype).view(2, -1)
+    d_image, d_text = label_ops._backward(weights * scale, image, text, kinds, True, True)
+    return (*(scale * terms), d_image, d_text, (weights * terms).sum())
 
 
 def check(inputs, labels, groups):
     found = compute_label_terms(*inputs, labels, groups)
     wanted = expected(*inputs, labels.tolist(), groups)
-    for one, other in zip(
-        (*found, *gradients(found, inputs)), (*wanted, *gradients(wanted, inputs)), strict=True
+    exact = (*wanted, *gradients(wanted, inputs))
+    for results in (
+        (*found, *gradients(found, inputs)),
+        compute_in_torch(*inputs, labels, groups),
     ):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+        for one, other in zip(results, exact, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +87,19 @@ def test_every_backend_takes_any_int64(backend):
     assert all(map(torch.equal, gradients(found, [image]), gradients(expected, [image])))
 
 
+@pytest.mark.parametrize("num_labels", [1, 3, 150])
+def test_kernels_number_kinds_as_torch_does(num_labels):
+    labels = torch.randint(num_labels, (200,)) - 1
+    for groups in ((200,), (70, 130)):
+        found, expected = (
+            label_ops.Kinds(*find(labels, groups))
+            for find in (torch.ops.fasterase.label_kinds.default, label_ops._find_kinds)
+        )
+        assert all(map(torch.equal, found[:3], expected[:3]))
+        used = expected.piece_of_row.unique()
+        assert torch.equal(found.of_piece[used], expected.of_piece[used])
+
+
 @pytest.mark.parametrize("piece", [1, 2, 3])
 @pytest.mark.parametrize("block", [1, 150, 2**20])
 def test_pieces_of_long_runs_and_blocks_of_columns(piece, block, monkeypatch):
@@ -97,7 +118,7 @@ def test_a_label_that_occurs_once_adds_exactly_nothing():
         inputs[1][7] = torch.inf
     for groups, labels in (((12,), torch.arange(12)), ((6, 6), torch.arange(12) % 6)):
         terms = compute_label_terms(*inputs, labels, groups)
-        assert not torch.stack(terms).any()
+        assert not terms.any()
         assert not any(bool(x.any()) for x in gradients(terms, inputs[:2]))
 
 
@@ -146,8 +167,9 @@ def test_one_caption_for_all_keeps_its_precision():
     """A running fp32 sum of 20000 equal rows is off by 2e-4 of it."""
     image, text, scale = features(20000, 4, torch.float32)
     text = torch.nn.functional.normalize(text[:1].detach()).expand(20000, 4)
-    row, _ = compute_label_terms(image, text, scale, torch.zeros(20000, dtype=torch.long), (20000,))
-    assert row.abs().max() < 2e-5 * scale * image.norm(dim=1).max()
+    call = (image, text, scale, torch.zeros(20000, dtype=torch.long), (20000,))
+    for row in (compute_label_terms(*call)[0], compute_in_torch(*call)[0]):
+        assert row.abs().max() < 2e-5 * scale * image.norm(dim=1).max()
 
 
 class Refused(TorchDispatchMode):
@@ -170,7 +192,7 @@ def test_no_value_is_read_back():
     with Refused():
         terms = compute_label_terms(*inputs, labels, (5, 7))
         gradients(terms, inputs)
-        kinds = find_stacked_kinds(labels, (5, 7))
+        kinds = label_ops._find_kinds(labels, (5, 7))
         terms = label_ops._forward(*(x.detach() for x in inputs[:2]), kinds, torch.float32)
         label_ops._backward(terms, *(x.detach() for x in inputs[:2]), kinds, True, True)
     with Refused(), pytest.raises(AssertionError, match="unique"):
@@ -180,7 +202,9 @@ def test_no_value_is_read_back():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_operators(dtype):
     image, text, _ = features(dtype=dtype)
-    kinds = find_stacked_kinds(torch.arange(12) // 2, (5, 7))
+    labels = torch.arange(12) // 2
+    kinds = label_ops._find_kinds(labels, (5, 7))
+    torch.library.opcheck(torch.ops.fasterase.label_kinds.default, (labels, (5, 7)))
     call = (image, text, kinds, torch.float32)
     torch.library.opcheck(torch.ops.fasterase.label_terms.default, call)
     upstream = torch.randn(2, 12)

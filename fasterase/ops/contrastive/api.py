@@ -116,10 +116,8 @@ def contrastive(
     batch = Batch.of(image, text, scale, ref_image, ref_text, ref_scale)
     choice = _choose(backend, products, batch)
     losses = _compute(choice, batch, sizes) if sizes else batch.empty_losses()
-    if labels is None or not sizes or are_distinct(labels, sizes):
-        return losses
-    row, col = compute_label_terms(image, text, batch.scale, labels.to(image.device), sizes)
-    return losses._replace(ce_row=losses.ce_row + row, ce_col=losses.ce_col + col)
+    terms = _compute_terms(batch, labels, sizes)
+    return losses if terms is None else _add_terms(losses, terms)
 
 
 def weighted_contrastive(
@@ -172,13 +170,10 @@ def weighted_contrastive(
         differentiable = _compute(choice, batch, sizes) if sizes else batch.empty_losses()
         stacked = torch.stack([loss for loss in differentiable if loss is not None])
         total, losses = (weights * stacked).sum(), unpack_losses(stacked.detach())
-    if labels is None or not sizes or are_distinct(labels, sizes):
+    terms = _compute_terms(batch, labels, sizes)
+    if terms is None:
         return Weighted(total, losses)
-    row, col = compute_label_terms(image, text, batch.scale, labels.to(image.device), sizes)
-    losses = losses._replace(
-        ce_row=losses.ce_row + row.detach(), ce_col=losses.ce_col + col.detach()
-    )
-    return Weighted(total + (weights[0] * row + weights[1] * col).sum(), losses)
+    return Weighted(total + (weights[:2] * terms).sum(), _add_terms(losses, terms.detach()))
 
 
 def explain_backend(
@@ -251,6 +246,19 @@ def _compute(choice: BackendChoice, batch: Batch, groups: Groups) -> Contrastive
     if isinstance(backend, Operator):
         return backend(*batch, groups, choice.products)
     return backend(*batch, groups)
+
+
+def _compute_terms(batch: Batch, labels: Tensor | None, groups: Groups) -> Tensor | None:
+    """The terms of repeated labels, [2, N]; None if they are known to be 0."""
+    if labels is None or not groups or are_distinct(labels, groups):
+        return None
+    labels = labels.to(batch.image.device)
+    return compute_label_terms(batch.image, batch.text, batch.scale, labels, groups)
+
+
+def _add_terms(losses: Contrastive, terms: Tensor) -> Contrastive:
+    row, col = terms.unbind()
+    return losses._replace(ce_row=losses.ce_row + row, ce_col=losses.ce_col + col)
 
 
 def load_backend(name: str) -> Backend:

@@ -2,16 +2,18 @@
 
 Every shape follows from the shapes of the inputs and no value is read back to the host, so a step
 with labels compiles to one graph and can be captured as a CUDA graph. `are_distinct` looks at
-labels that already are on the host.
+labels that already are on the host. Where csrc/ is loaded, its labels.h computes CPU tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from fasterase.ops.contrastive.operator import add_autograd
 
 # Rows of one label that are added up one after the other; longer runs are split into such pieces.
 # The mean of 24576 equal rows is then off by 5e-6 of it in fp32 and not by 4e-4, and a GPU, which
@@ -25,6 +27,7 @@ _LEAST_COLUMNS = 32
 
 # Separate operators, because a compiler would replace ordered additions by atomic ones.
 _LIBRARY = torch.library.Library("fasterase", "FRAGMENT")
+_LIBRARY.define("label_kinds(Tensor labels, SymInt[] groups) -> Tensor")
 _LIBRARY.define("label_terms(Tensor image, Tensor text, Tensor kinds, ScalarType dtype) -> Tensor")
 _LIBRARY.define(
     "label_terms_backward(Tensor upstream, Tensor image, Tensor text, Tensor kinds, "
@@ -57,7 +60,7 @@ def are_distinct(labels: Tensor, groups: tuple[int, ...]) -> bool:
     """
     if torch.compiler.is_compiling() or type(labels) is not Tensor or labels.device.type != "cpu":
         return False
-    return all(len(part.unique()) == len(part) for part in labels.long().split(groups))
+    return all(len(set(part.tolist())) == len(part) for part in labels.split(groups))
 
 
 def compute_label_terms(
@@ -66,19 +69,18 @@ def compute_label_terms(
     scale: Tensor,  # []
     labels: Tensor,  # [N] integers
     groups: tuple[int, ...],
-) -> tuple[Tensor, Tensor]:
-    """The (row, column) terms, each [N], that labels add to the cross-entropies.
+) -> Tensor:
+    """The terms, [2 (row, column), N], that labels add to the cross-entropies.
 
     The operator yields `lse_i - s_ii`; the positive of row i is the mean of s_ij over its label,
     `s * <I_i, mean text of the label>`, so the row gains `s * <I_i, T_i - mean text>`, which is
     exactly 0 for a label that occurs once in its group. Memory: the gradients, [N, D] each.
     """
-    kinds = torch.stack(_find_kinds(labels, groups))
-    row, col = scale * _multiply_gaps(image, text, kinds, scale.dtype)
-    return row, col
+    kinds = torch.ops.fasterase.label_kinds.default(labels, groups)
+    return scale * _multiply_gaps(image, text, kinds, scale.dtype)
 
 
-def _find_kinds(labels: Tensor, groups: tuple[int, ...]) -> Kinds:
+def _find_kinds(labels: Tensor, groups: Sequence[int]) -> Tensor:
     labels = labels.long()  # a bijection for uint64 too, and only equality counts
     place = torch.arange(len(labels), device=labels.device)
     order = labels.argsort(stable=True)
@@ -94,21 +96,15 @@ def _find_kinds(labels: Tensor, groups: tuple[int, ...]) -> Kinds:
     piece = ((place - start) % _PIECE == 0).cumsum(0) - 1
     count = torch.zeros_like(place).scatter_add(0, kind, torch.ones_like(place))[kind]
     rank = torch.empty_like(place).scatter(0, order, place)
-    return Kinds(kind[rank], piece[rank], count[rank], place.scatter(0, piece, kind))
+    return torch.stack(Kinds(kind[rank], piece[rank], count[rank], place.scatter(0, piece, kind)))
 
 
-def _multiply_gaps(image: Tensor, text: Tensor, kinds: Tensor, dtype: torch.dtype) -> Tensor:
-    """[2, N]: `<I_i, gap of T_i>` and `<T_i, gap of I_i>`, linear in image and in text."""
-    return torch.ops.fasterase.label_terms.default(image, text, kinds, dtype)
+def _make_fake_kinds(labels: Tensor, groups: Sequence[int]) -> Tensor:
+    return labels.new_empty(4, labels.shape[0], dtype=torch.long)
 
 
-def _differentiate_terms(
-    upstream: Tensor, image: Tensor, text: Tensor, kinds: Tensor, wants: tuple[bool, bool]
-) -> tuple[Tensor, Tensor]:
-    """Gradients of `(upstream * terms).sum()` in image and text; empty where not wanted."""
-    return torch.ops.fasterase.label_terms_backward.default(upstream, image, text, kinds, *wants)
-
-
+# The operators below: `<I_i, gap of T_i>` and `<T_i, gap of I_i>`, [2, N], linear in image and in
+# text, and the gradients of `(upstream * terms).sum()` in both, empty where not wanted.
 def _forward(image: Tensor, text: Tensor, stacked: Tensor, dtype: torch.dtype) -> Tensor:
     kinds = Kinds(*stacked)
     terms = image.new_zeros(2, len(image), dtype=dtype)
@@ -189,7 +185,7 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _first_derivative(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     image, text, kinds = ctx.saved_tensors
     wants = ctx.needs_input_grad[:2]
-    d_image, d_text = _differentiate_terms(upstream, image, text, kinds, wants)
+    d_image, d_text = _differentiate_terms(upstream, image, text, kinds, *wants)
     return d_image if wants[0] else None, d_text if wants[1] else None, None, None
 
 
@@ -205,25 +201,24 @@ def _second_derivative(ctx: Any, g_image: Tensor, g_text: Tensor) -> tuple[Tenso
     d_upstream, d_image, d_text = torch.zeros_like(upstream), None, None
     if ctx.wants[0]:
         d_upstream = d_upstream + _multiply_gaps(g_image, text, kinds, upstream.dtype)
-        d_text = _differentiate_terms(upstream, g_image, text, kinds, (False, True))[1]
+        d_text = _differentiate_terms(upstream, g_image, text, kinds, False, True)[1]
     if ctx.wants[1]:
         d_upstream = d_upstream + _multiply_gaps(image, g_text, kinds, upstream.dtype)
-        d_image = _differentiate_terms(upstream, image, g_text, kinds, (True, False))[0]
+        d_image = _differentiate_terms(upstream, image, g_text, kinds, True, False)[0]
     return d_upstream, d_image, d_text, None, None, None
 
 
-for _name, _kernel, _fake, _derivative, _save in (
-    ("label_terms", _forward, _make_fake_terms, _first_derivative, _save_inputs),
-    (
-        "label_terms_backward",
-        _backward,
-        _make_empty_gradients,
-        _second_derivative,
-        _save_backward_inputs,
-    ),
+for _name, _kernel, _fake in (
+    ("label_kinds", _find_kinds, _make_fake_kinds),
+    ("label_terms", _forward, _make_fake_terms),
+    ("label_terms_backward", _backward, _make_empty_gradients),
 ):
     _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fasterase::{_name}", _fake, lib=_LIBRARY)
-    torch.library.register_autograd(
-        f"fasterase::{_name}", _derivative, setup_context=_save, lib=_LIBRARY
-    )
+
+_multiply_gaps = add_autograd(
+    torch.ops.fasterase.label_terms.default, _save_inputs, _first_derivative
+)
+_differentiate_terms = add_autograd(
+    torch.ops.fasterase.label_terms_backward.default, _save_backward_inputs, _second_derivative
+)

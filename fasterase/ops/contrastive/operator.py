@@ -206,13 +206,11 @@ def register(
         f"fasterase::{name}_backward", partial(_make_fake_gradients, num_tensors), lib=_LIBRARY
     )
     differentiate = _make_backward(operator)
-    return replace(
-        operator, differentiable=add_autograd(operator.forward, _save_context, differentiate)
-    )
+    return replace(operator, differentiable=add_autograd(forward_op, _save_context, differentiate))
 
 
 def add_autograd(
-    run: torch._ops.OpOverload,
+    run: torch._ops.OpOverload[..., Any],
     save_context: Callable[..., None],
     differentiate: Callable[..., Any],
 ) -> Callable[..., Any]:
