@@ -182,6 +182,21 @@ print(build_library())
 """
 
 
+# Compiling takes long; a copy of what it would give does as well.
+_REBUILD = """
+import os, pathlib
+from fasterase.ops.contrastive import cpu
+whole = pathlib.Path(os.environ["WHOLE"]).read_bytes()
+calls = []
+def copy(name, sources, library):
+    calls.append(name)
+    library.write_bytes(whole)
+cpu._compile_library = copy
+reason = cpu.load_kernels()
+print(len(calls), reason and reason.replace(" ", "_"))
+"""
+
+
 @needs_kernels
 def test_processes_may_build_at_once(tmp_path):
     builders = [python(_BUILD, TORCH_EXTENSIONS_DIR=str(tmp_path)) for _ in range(2)]
@@ -190,6 +205,41 @@ def test_processes_may_build_at_once(tmp_path):
     (library, _), (other, _) = results  # beside what torch says of a missing GPU
     assert library == other
     assert {path.suffix for path in tmp_path.iterdir()} == {".so", ".lock"}
+
+
+@needs_kernels
+def test_a_damaged_library_is_built_again_once(tmp_path, monkeypatch):
+    """In processes of their own: a truncated library could kill one."""
+    whole = cpu.build_library()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    damaged = tmp_path / whole.name
+    for content in (whole.read_bytes()[:-1000], b"\x7fELF\2", b"no library"):
+        damaged.write_bytes(content)
+        process = python(_REBUILD, WHOLE=str(whole))
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        assert out.split()[-2:] == ["1", "None"]
+        assert damaged.read_bytes() == whole.read_bytes()
+    damaged.write_bytes(b"no library")
+    process = python(_REBUILD, WHOLE=str(damaged))
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    calls, reason = out.split()[-2:]
+    assert calls == "1"
+    assert damaged.name in reason
+
+
+@needs_kernels
+def test_a_library_runs_without_its_compiler(tmp_path, monkeypatch):
+    whole = cpu.build_library()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(whole.parent))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert cpu.build_library() == max(
+        whole.parent.glob(f"{whole.stem.rpartition('_')[0]}_*.so"), key=os.path.getmtime
+    )
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    with pytest.raises(cpu.BuildError, match="no-such-compiler is not on PATH"):
+        cpu.build_library()
 
 
 def test_a_failing_compiler_is_a_reason(tmp_path, monkeypatch):

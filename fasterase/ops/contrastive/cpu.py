@@ -14,6 +14,7 @@ import hashlib
 import os
 import platform
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -80,28 +81,52 @@ load_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @functools.cache
 def _load_kernels() -> str | None:
     try:
-        torch.ops.load_library(str(build_library()))
+        library = build_library()
+        try:
+            _load_library(library)
+        except OSError:  # damaged, or made for another system's libraries: once more
+            library.unlink()
+            _load_library(build_library())
     except (BuildError, OSError) as error:
         return str(error)
     return None
+
+
+def _load_library(library: Path) -> None:
+    """Load it; a truncated one raises here, where reading past its end would kill the process."""
+    header = library.read_bytes()[:64]
+    if header[:5] == b"\x7fELF\2" and len(header) == 64:
+        sections, each, count = struct.unpack_from("=Q10xHH", header, 40)  # which end the file
+        if library.stat().st_size < sections + each * count:
+            raise OSError(f"{library} is truncated")
+    torch.ops.load_library(str(library))
 
 
 def build_library() -> Path:
     """The shared library, compiled if it is not in the cache; any number of processes may ask.
 
     The cache is `TORCH_EXTENSIONS_DIR`, else `~/.cache/torch_extensions`. The name of the library
-    contains a digest of sources, compiler flags, torch and the CPU's features, so neither an update
-    nor a home folder shared by different machines can load the wrong code.
+    contains digests of sources, compiler flags, torch, libc and the CPU's features, and of the
+    compiler, so neither an update nor a home folder shared by different machines can load the wrong
+    code. Where there is no compiler, that of any compiler will do.
 
     Raises:
         BuildError: there is no compiler, it failed, or the cache cannot be written.
     """
     sources = _list_sources()
-    name = f"fasterase_contrastive_{_compute_digest(sources)}"
+    texts = [source.read_text(encoding="utf-8") for source in sources]
+    system = (torch.__version__, *platform.libc_ver(), _read_cpu_features())
+    stem = f"fasterase_contrastive_{_compute_digest(*_FLAGS, *system, *texts)}"
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        built = sorted(_find_cache().glob(f"{stem}_*.so"), key=os.path.getmtime)
+        if built:
+            return built[-1]
+    _check_tools()
+    name = f"{stem}_{_compute_digest(str(compiler), _ask_version(str(compiler)))}"
     library = _find_cache() / f"{name}.so"
     if library.exists():
         return library
-    _check_tools()
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         with _lock_file(library.with_suffix(".lock")):
@@ -145,10 +170,13 @@ def _list_sources() -> list[Path]:
     return sorted(path for path in paths if path.suffix in (".cpp", ".h"))
 
 
-def _compute_digest(sources: list[Path]) -> str:
-    parts = [torch.__version__, *_FLAGS, os.environ.get("CXX", "c++"), _read_cpu_features()]
-    parts += [source.read_text(encoding="utf-8") for source in sources]
+def _compute_digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _ask_version(compiler: str) -> str:
+    asked = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
+    return asked.stdout
 
 
 def _read_cpu_features() -> str:
