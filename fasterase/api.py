@@ -187,7 +187,9 @@ def _unlearn(
         tracking(config) as tracker,
         torch.inference_mode(False),
         torch.enable_grad(),
-        borrowed(encoder, device=device) as state,
+        borrowed(
+            encoder, device=device, activation_checkpointing=config.activation_checkpointing
+        ) as state,
     ):
         outcome = erase(
             encoder,

@@ -104,6 +104,8 @@ class UnlearnConfig:
             False keeps them in eval mode.
         precision: compute dtype of the towers: `"auto"` (bf16 on CUDA devices that support it, fp16
             on other CUDA devices, fp32 elsewhere), `"fp32"`, `"bf16"`, `"fp16"`. Weights stay fp32.
+        activation_checkpointing: keep only the input of each block of both towers for the backward
+            pass, which runs the block again: less memory, same gradients, one more forward pass.
         backend: implementation of the loss, see `fasterase.available_backends()`.
         device: where to run, such as `"cuda:0"`. `None`: where the model is, or the best available
             device for a model given by name.
@@ -162,6 +164,7 @@ class UnlearnConfig:
     train_logit_scale: bool = False
     train_mode: bool = False
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    activation_checkpointing: bool = False
     backend: Literal["auto", "dense", "chunked", "cpu", "triton"] = "auto"
     device: str | None = None
     deepspeed: str | dict[str, Any] | None = None

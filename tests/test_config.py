@@ -49,6 +49,7 @@ CONTRACT = {
     "train_logit_scale": False,
     "train_mode": False,
     "precision": "auto",
+    "activation_checkpointing": False,
     "backend": "auto",
     "device": None,
     "deepspeed": None,

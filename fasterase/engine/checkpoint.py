@@ -27,6 +27,7 @@ FREE_FIELDS = frozenset(
         "max_steps",
         "stop_when_forgotten",
         "micro_batch_size",
+        "activation_checkpointing",
         "device",
         "num_workers",
         "progress",

@@ -1,16 +1,17 @@
 """Temporary changes to the user's model during a run, and their reversal.
 
-These are device, dtype, train or eval mode, and requires_grad.
+These are device, dtype, train or eval mode, requires_grad, and activation checkpointing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
 
+from fasterase.engine.activation_checkpointing import checkpointed_activations
 from fasterase.errors import InputError
 from fasterase.models.dual_encoder import DualEncoder
 
@@ -50,16 +51,22 @@ class Borrowed:
 
 
 @contextmanager
-def borrowed(model: DualEncoder, *, device: torch.device) -> Iterator[Borrowed]:
+def borrowed(
+    model: DualEncoder, *, device: torch.device, activation_checkpointing: bool = False
+) -> Iterator[Borrowed]:
     """Lend the model to a run: on `device` and in fp32; afterwards only its weights differ.
 
     An lr of 1e-6 is below the resolution of a bf16 weight, so half-precision models are trained in
     fp32 and rounded once, at the end.
+
+    Raises:
+        InputError: `activation_checkpointing` of a model whose blocks are not known.
     """
     state = Borrowed(model)
     try:
-        state.take(device)
-        yield state
+        with checkpointed_activations(model) if activation_checkpointing else nullcontext():
+            state.take(device)
+            yield state
     finally:
         state.give_back()
 
