@@ -32,9 +32,9 @@ from fasterase.models.delta import keep_original
 from fasterase.models.dual_encoder import DualEncoder, separate_copy
 from fasterase.models.load import load_model
 from fasterase.pairs.open import open_pairs
+from fasterase.pairs.overlap import remove_overlap
 from fasterase.pairs.skips import SkipLedger
 from fasterase.pairs.source import PairSource
-from fasterase.pairs.split import remove_overlap
 from fasterase.result import UnlearnResult
 
 NO_SETS: Mapping[str, Any] = MappingProxyType({})

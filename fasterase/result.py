@@ -27,6 +27,8 @@ from fasterase.report.examples import Examples, example_rows
 from fasterase.report.folder import write_report_folder
 from fasterase.report.tables import Section, html_table
 
+_NAMED_SKIPS = 100  # in a report
+
 
 @dataclass(frozen=True, repr=False)
 class UnlearnResult:
@@ -228,5 +230,8 @@ def _format_report(result: UnlearnResult) -> str:
     lines += ["## Settings", "", "```yaml", format_yaml(result.config.to_dict()) + "```", ""]
     if result.skipped:
         lines += ["## Skipped pairs", ""]
-        lines += [*(f"- {id}: {reason}" for id, reason in result.skipped), ""]
+        lines += [f"- {id}: {reason}" for id, reason in result.skipped[:_NAMED_SKIPS]]
+        if len(result.skipped) > _NAMED_SKIPS:
+            lines.append(f"- and {len(result.skipped) - _NAMED_SKIPS} more (`result.skipped`)")
+        lines.append("")
     return "\n".join(lines)

@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import numpy as np
+
 from fasterase.errors import FaseraseError, InputError
 
 _NAMED = 10
@@ -32,6 +34,30 @@ class Skip(NamedTuple):
     reason: str
 
 
+class _DistinctIds:
+    """Counts distinct ids in 8 bytes each: a set of the strings takes 120.
+
+    Their hashes are kept in sorted runs, each at least twice as long as the next.
+    """
+
+    def __init__(self) -> None:
+        self._runs: list[np.ndarray] = []
+
+    def __len__(self) -> int:
+        return sum(map(len, self._runs))
+
+    def add(self, ids: list[str]) -> None:
+        fresh = np.unique(np.fromiter(map(hash, ids), np.int64, len(ids)))
+        for run in self._runs:
+            at = np.minimum(np.searchsorted(run, fresh), len(run) - 1)
+            fresh = fresh[run[at] != fresh]
+        if len(fresh) == 0:
+            return
+        while self._runs and len(self._runs[-1]) < 2 * len(fresh):
+            fresh = np.sort(np.concatenate([self._runs.pop(), fresh]))
+        self._runs.append(fresh)
+
+
 class SkipLedger:
     """Counts skipped pairs over distinct ids.
 
@@ -44,7 +70,7 @@ class SkipLedger:
     def __init__(self, total: int, *, max_skipped: float = 0.01) -> None:
         self.max_skipped = max_skipped
         self._least = min(total, _LEAST_COUNTED)
-        self._seen: set[str] = set()
+        self._seen = _DistinctIds()
         self._skips: dict[str, Skip] = {}
         self._warned = 0
 
@@ -59,9 +85,9 @@ class SkipLedger:
         Raises:
             InputError: more than `max_skipped` of the pairs are broken; names them.
         """
-        self._seen.update(seen)
+        skipped = list(skipped)
+        self._seen.add([*seen, *(skip.id for skip in skipped)])
         for skip in skipped:
-            self._seen.add(skip.id)
             self._skips.setdefault(skip.id, skip)
         counted = max(len(self._seen), self._least)
         if len(self._skips) > self.max_skipped * counted:

@@ -12,14 +12,17 @@ import warnings
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from fasterase.pairs.skips import BrokenPair
+
+Item = TypeVar("Item")
 
 
 class Record(tuple[Any, Any]):
@@ -111,6 +114,18 @@ class PairSource(abc.ABC):
     @abc.abstractmethod
     def manifest(self) -> str:
         """Return a hex digest of names, sizes and captions, by which caches recognise the data."""
+
+    def every_id(self) -> Iterator[str]:
+        """Yield the ids of all pairs in order."""
+        return map(self.id, range(len(self)))
+
+    def every_text(self) -> Iterator[list[str] | Tensor]:
+        """Yield what `texts` returns for all pairs in order; an empty list for a broken pair."""
+        for index in range(len(self)):
+            try:
+                yield self.texts(index)
+            except BrokenPair:
+                yield []
 
     def encoded_sizes(self) -> np.ndarray | None:
         """Return the bytes of each encoded image, [n] int64, -1 if missing; None if decoded."""
@@ -278,6 +293,21 @@ class Subset(PairSource, Sequence[Record]):
 
     def meta(self, index: int) -> dict[str, Any]:
         return self.base.meta(self._row(index))
+
+    def every_id(self) -> Iterator[str]:
+        return super().every_id() if self._is_sparse() else self._from(self.base.every_id())
+
+    def every_text(self) -> Iterator[list[str] | Tensor]:
+        return super().every_text() if self._is_sparse() else self._from(self.base.every_text())
+
+    def _is_sparse(self) -> bool:
+        """Tell whether a pass over the whole base is no way to read these rows in order."""
+        return 8 * len(self) < len(self.base) or bool((np.diff(self.indices) <= 0).any())
+
+    def _from(self, every: Iterator[Item]) -> Iterator[Item]:
+        chosen = np.zeros(len(self.base), bool)
+        chosen[self.indices] = True
+        return compress(every, chosen.tolist())
 
     def encoded_sizes(self) -> np.ndarray | None:
         sizes = self.base.encoded_sizes()

@@ -1,37 +1,34 @@
-"""Split pairs into a forget and a retain set, and keep the two from overlapping."""
+"""Split pairs into a forget and a retain set, in one pass over their captions or ids."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from fasterase.errors import InputError
 from fasterase.pairs.classes import normalize_class_name
 from fasterase.pairs.open import open_pairs
-from fasterase.pairs.pictures import to_rgb
-from fasterase.pairs.skips import BrokenPair
+from fasterase.pairs.overlap import caption_hashes
 from fasterase.pairs.source import PairSource, Record, Subset
-
-Rule = Callable[[int], bool]
-
-# Comparing decoded images reads the whole set; a million would take hours.
-_MAX_DECODED = 20_000
+from fasterase.progress import progress_bar
 
 
 def split(
     source: Any,
     *,
-    forget: str | os.PathLike[str] | re.Pattern[str] | Sequence[str] | Callable[[Any], bool],
+    forget: str
+    | os.PathLike[str]
+    | re.Pattern[str]
+    | Sequence[str]
+    | np.ndarray
+    | Callable[[Any], bool],
     image_key: str | None = None,
     text_key: str | None = None,
 ) -> tuple[Subset, Subset]:
@@ -52,15 +49,17 @@ def split(
             - a compiled pattern: the same, with its own flags.
             - a `Path`: a file with one id per line. It selects the pairs with that id, or with an
               id that ends in `/` and that id.
+            - an array of int64: caption hashes, as `fasterase.pairs.prepare.hash_captions` returns
+              them. It selects the pairs with one of these captions, unfolded.
             - a callable that gets the record (`.image`, `.text`, `.id`, `.mask`, `.meta`) and
               returns true for pairs to forget. The image is decoded only if it is accessed.
 
     Raises:
-        InputError: a class or id is unknown, the expression is invalid, or all or no pairs match.
+        InputError: a class, id or caption hash is unknown, the expression is invalid, or all or no
+            pairs match.
     """
     pairs = open_pairs(source, name="source", image_key=image_key, text_key=text_key)
-    rule = _make_rule(pairs, forget)
-    matches = np.fromiter((rule(i) for i in range(len(pairs))), dtype=bool, count=len(pairs))
+    matches = _select(pairs, forget)
     for outcome, empty in ((not matches.any(), "forget"), (matches.all(), "retain")):
         if outcome:
             share = "no pair" if empty == "forget" else "every pair"
@@ -76,42 +75,16 @@ def split(
     )
 
 
-def remove_overlap(retain: PairSource, forget: PairSource) -> tuple[PairSource, list[str]]:
-    """Remove from `retain` the pairs with an image of `forget`, whatever their captions.
-
-    Image files and tar entries are compared by size, then by location, then by content, so only
-    files of equal size are read. Decoded images are compared by their pixels (RGB or tensor
-    values); if that means decoding more than 20,000 items, a warning says that they were not.
-
-    Returns:
-        The remaining pairs, and the ids of those removed.
-
-    Raises:
-        InputError: nothing would be left of `retain`.
-    """
-    mine, others = retain.encoded_sizes(), forget.encoded_sizes()
-    if mine is not None and others is not None:
-        duplicates = _find_same_files(retain, mine, forget, others)
-    else:
-        duplicates = _find_same_pixels(retain, forget)
-    if not duplicates:
-        return retain, []
-    if len(duplicates) == len(retain):
-        raise InputError(
-            f"`retain`: all {len(retain)} pairs show images that are in `forget` too; give pairs "
-            f"that the model should keep"
-        )
-    keep = np.setdiff1d(np.arange(len(retain)), duplicates)
-    return Subset(retain, keep, name=retain.name), [retain.id(row) for row in duplicates]
-
-
 def _format_rule(forget: Any) -> str:
     if isinstance(forget, re.Pattern):
         return repr(forget.pattern)
+    if isinstance(forget, np.ndarray):
+        return f"{len(forget)} caption hashes"
     return repr(os.fspath(forget) if isinstance(forget, os.PathLike) else forget)
 
 
-def _make_rule(pairs: PairSource, forget: Any) -> Rule:
+def _select(pairs: PairSource, forget: Any) -> np.ndarray:
+    """Return which pairs the rule `forget` selects, [n] bool."""
     if isinstance(forget, os.PathLike) or (isinstance(forget, str) and os.path.isfile(forget)):
         return _match_ids(pairs, Path(forget))
     if isinstance(forget, str):
@@ -120,14 +93,26 @@ def _make_rule(pairs: PairSource, forget: Any) -> Rule:
         return _match_captions(pairs, forget)
     if isinstance(forget, re.Pattern):
         return _match_captions(pairs, forget)
+    if isinstance(forget, np.ndarray) and forget.dtype == np.int64 and forget.ndim == 1:
+        return _match_hashes(pairs, forget)
     if callable(forget):
-        return lambda index: bool(forget(_LazyRecord(pairs, index)))
+        records = (_LazyRecord(pairs, index) for index in range(len(pairs)))
+        return _mark(pairs, (bool(forget(record)) for record in records))
     if isinstance(forget, Sequence) and forget and all(isinstance(name, str) for name in forget):
         return _match_classes(pairs, forget)
     raise InputError(
-        f"`forget` must be class names, a regular expression, a callable on the record or a file "
-        f"of ids; found {forget!r}"
+        f"`forget` must be class names, a regular expression, a callable on the record, a file of "
+        f"ids or an array of caption hashes; found {forget!r}"
     )
+
+
+def _mark(pairs: PairSource, matches: Iterable[bool]) -> np.ndarray:
+    """Collect whether each pair matches, [n] bool, with a progress bar."""
+    total = len(pairs)
+    bar = progress_bar(
+        f"splitting {pairs.name}", total=total, items=matches, unit="pair", leave=False, delay=2
+    )
+    return np.fromiter(bar, dtype=bool, count=total)
 
 
 def _fold(name: str) -> str:
@@ -135,21 +120,18 @@ def _fold(name: str) -> str:
     return normalize_class_name(name).casefold()
 
 
-def _get_captions(pairs: PairSource, index: int) -> list[str]:
-    """Return the captions of a pair; none if it is broken, which is reported on loading."""
-    try:
-        texts = pairs.texts(index)
-    except BrokenPair:
-        return []
-    if isinstance(texts, Tensor):
-        raise InputError(
-            f"`forget`: the captions of {pairs.id(index)} are token ids, which names and "
-            f"expressions cannot match; give a callable or a file of ids"
-        )
-    return texts
+def _every_captions(pairs: PairSource) -> Iterator[list[str]]:
+    """Yield the captions of each pair; none if it is broken, which is reported on loading."""
+    for index, texts in enumerate(pairs.every_text()):
+        if isinstance(texts, Tensor):
+            raise InputError(
+                f"`forget`: the captions of {pairs.id(index)} are token ids, which names and "
+                f"expressions cannot match; give a callable or a file of ids"
+            )
+        yield texts
 
 
-def _match_classes(pairs: PairSource, names: Sequence[str]) -> Rule:
+def _match_classes(pairs: PairSource, names: Sequence[str]) -> np.ndarray:
     wanted = {_fold(name) for name in names}
     if pairs.classes is not None:
         unknown = [name for name in names if _fold(name) not in map(_fold, pairs.classes)]
@@ -157,53 +139,73 @@ def _match_classes(pairs: PairSource, names: Sequence[str]) -> Rule:
             raise InputError(
                 f"`forget`: no class {unknown[0]!r}; the classes are {', '.join(pairs.classes)}"
             )
-        return lambda index: _fold(pairs.meta(index)["class"]) in wanted
-    chosen: set[int] = set()
+        return _mark(pairs, (_fold(pairs.meta(i)["class"]) in wanted for i in range(len(pairs))))
     found: set[str] = set()
-    for index in range(len(pairs)):
-        matched = {_fold(text) for text in _get_captions(pairs, index)} & wanted
-        if matched:
-            chosen.add(index)
-            found |= matched
+
+    def matches(texts: list[str]) -> bool:
+        matched = wanted.intersection(map(_fold, texts))
+        found.update(matched)
+        return bool(matched)
+
+    chosen = _mark(pairs, map(matches, _every_captions(pairs)))
     missing = [name for name in names if _fold(name) not in found]
     if missing and found:
         raise InputError(
             f"`forget`: {missing[0]!r} is no caption of the {len(pairs)} pairs, nor their class. "
             "Names are compared with whole captions; give a regular expression to search in them"
         )
-    return chosen.__contains__
+    return chosen
 
 
-def _match_captions(pairs: PairSource, expression: str | re.Pattern[str]) -> Rule:
+def _match_captions(pairs: PairSource, expression: str | re.Pattern[str]) -> np.ndarray:
     try:
         flags = re.IGNORECASE if isinstance(expression, str) else 0
-        pattern = re.compile(expression, flags)
+        search = re.compile(expression, flags).search
     except re.error as error:
         raise InputError(f"`forget`={expression!r} is not a regular expression: {error}") from error
-    return lambda index: any(pattern.search(text) for text in _get_captions(pairs, index))
+    return _mark(pairs, (any(map(search, texts)) for texts in _every_captions(pairs)))
 
 
-def _match_ids(pairs: PairSource, path: Path) -> Rule:
+def _match_hashes(pairs: PairSource, wanted: np.ndarray) -> np.ndarray:
+    hashes, rows = caption_hashes(pairs)
+    unknown = np.setdiff1d(wanted, hashes)
+    if len(unknown):
+        raise InputError(
+            f"`forget`: {len(unknown)} of the {len(np.unique(wanted))} caption hashes belong to no "
+            f"pair, such as {unknown[0]}"
+        )
+    chosen = np.zeros(len(pairs), bool)
+    chosen[rows[np.isin(hashes, wanted)]] = True
+    return chosen
+
+
+def _match_ids(pairs: PairSource, path: Path) -> np.ndarray:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"`forget`: the file of ids {path} cannot be read: {error}") from error
     wanted = {line.strip() for line in lines} - {""}
-    chosen: set[int] = set()
     found: set[str] = set()
-    for index in range(len(pairs)):
-        parts = pairs.id(index).split("/")
-        names = {"/".join(parts[i:]) for i in range(len(parts))} & wanted
-        if names:
-            chosen.add(index)
-            found |= names
+
+    def matches(id: str) -> bool:
+        start, matched = 0, False
+        while True:
+            name = id[start:]
+            if name in wanted:
+                found.add(name)
+                matched = True
+            start = id.find("/", start) + 1
+            if start == 0:
+                return matched
+
+    chosen = _mark(pairs, map(matches, pairs.every_id()))
     missing = sorted(wanted - found)
     if missing:
         raise InputError(
             f"`forget`: {len(missing)} of the {len(wanted)} ids in {path} name no pair, such as "
             f"{missing[0]!r}; the first pair's id is {pairs.id(0)!r}"
         )
-    return chosen.__contains__
+    return chosen
 
 
 class _LazyRecord:
@@ -237,61 +239,3 @@ class _LazyRecord:
     @property
     def mask(self) -> Tensor | None:
         return self._record.mask
-
-
-def _find_same_files(
-    retain: PairSource, retain_sizes: np.ndarray, forget: PairSource, forget_sizes: np.ndarray
-) -> list[int]:
-    """Return the rows of `retain` whose image file is also in `forget`."""
-    sizes = np.unique(forget_sizes[forget_sizes >= 0])
-    candidates = np.flatnonzero(np.isin(retain_sizes, sizes)).tolist()
-    if not candidates:
-        return []
-    shared = np.unique(retain_sizes[candidates])
-    known = np.flatnonzero(np.isin(forget_sizes, shared)).tolist()
-    locations = {forget.encoded_location(row) for row in known}
-    contents = {digest for row in known if (digest := _digest_file(forget, row)) is not None}
-    return [
-        row
-        for row in candidates
-        if retain.encoded_location(row) in locations or _digest_file(retain, row) in contents
-    ]
-
-
-def _digest_file(source: PairSource, row: int) -> bytes | None:
-    try:
-        return hashlib.blake2b(source.encoded_image(row), digest_size=16).digest()
-    except BrokenPair:
-        return None
-
-
-def _find_same_pixels(retain: PairSource, forget: PairSource) -> list[int]:
-    """Return the rows of `retain` whose decoded image is also in `forget`."""
-    for source in (retain, forget):
-        too_many = not source.in_memory and len(source) > _MAX_DECODED
-        if too_many or not source.stable:
-            reason = "is too large to decode for that" if too_many else "differs on every read"
-            warnings.warn(
-                f"`retain` is not checked for images that are in `forget` too: `{source.name}` "
-                f"{reason}",
-                stacklevel=2,
-            )
-            return []
-    known = {_digest_pixels(forget, row) for row in range(len(forget))} - {None}
-    return [row for row in range(len(retain)) if _digest_pixels(retain, row) in known]
-
-
-def _digest_pixels(source: PairSource, row: int) -> bytes | None:
-    try:
-        image = source[row].image
-        if isinstance(image, Image.Image):
-            image = to_rgb(image, id=source.id(row))
-    except BrokenPair:
-        return None
-    if isinstance(image, Image.Image):
-        values = np.asarray(image).transpose(2, 0, 1)
-    else:
-        values = (image.float() if image.is_floating_point() else image).detach().cpu().numpy()
-    digest = hashlib.blake2b(f"{values.dtype} {values.shape}".encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(values).tobytes())
-    return digest.digest()

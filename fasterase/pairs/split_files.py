@@ -52,7 +52,7 @@ def write_split(forget: Subset, retain: Subset, folder: Path) -> SplitFiles:
     for name, path in paths.items():
         with replace_file(path) as temporary:
             if not tables:
-                _write_lines(temporary, map(parts[name].id, range(len(parts[name]))))
+                _write_lines(temporary, parts[name].every_id())
             elif ending == ".jsonl":
                 _write_lines(temporary, map(json.dumps, _rows(parts[name])))
             else:
@@ -61,8 +61,8 @@ def write_split(forget: Subset, retain: Subset, folder: Path) -> SplitFiles:
 
 
 def _check_ids(forget: Subset, retain: Subset) -> None:
-    ids = {forget.id(index) for index in range(len(forget))}
-    shared = next((id for index in range(len(retain)) if (id := retain.id(index)) in ids), None)
+    ids = set(forget.every_id())
+    shared = next((id for id in retain.every_id() if id in ids), None)
     if shared is not None:
         raise InputError(
             f"the id {shared!r} belongs to pairs in both parts, so that a list of ids cannot hold "

@@ -8,10 +8,12 @@ import json
 import os
 import re
 import warnings
-from functools import cached_property
+from collections.abc import Iterator
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from fasterase.errors import InputError
 from fasterase.pairs.shard_block import BlockBuilder, Entries
@@ -94,8 +96,8 @@ def open_tars(
     return TarFiles(name, index_shards(paths, name=name, entries=entries))
 
 
-class _TarPairs(EncodedSource):
-    """Samples of shards, some of them perhaps lost."""
+class TarPairs(EncodedSource):
+    """Samples of shards, some of them perhaps lost; ids and captions come from their index."""
 
     def __init__(self, name: str, index: ShardIndex) -> None:
         self.name = name
@@ -115,11 +117,17 @@ class _TarPairs(EncodedSource):
             raise BrokenPair(self.id(index), "no readable caption")
         return captions
 
+    def every_id(self) -> Iterator[str]:
+        return self.index.every_id()
+
+    def every_text(self) -> Iterator[list[str] | Tensor]:
+        return self.index.every_caption()
+
     def manifest(self) -> str:
         return self.index.digest()
 
 
-class TarFiles(_TarPairs):
+class TarFiles(TarPairs):
     """Local uncompressed tars, read by shard and offset."""
 
     def __getitem__(self, index: int) -> Record:
@@ -169,10 +177,10 @@ class TarFiles(_TarPairs):
 
     def encoded_location(self, index: int) -> str:
         offset = self.index.extent("image", index).offset
-        return f"{os.path.realpath(self._shard(index))}::{offset}"
+        return f"{_resolve(self._shard(index))}::{offset}"
 
 
-class LoadedTars(_TarPairs):
+class LoadedTars(TarPairs):
     """Samples of tars without random access; their encoded images are held in memory."""
 
     def __init__(
@@ -203,6 +211,10 @@ class LoadedTars(_TarPairs):
     def encoded_location(self, index: int) -> str:
         # Shards in different folders may have one name, and ids are not unique then.
         return f"bytes {hashlib.blake2b(self.encoded_image(index)).hexdigest()}"
+
+
+# Resolving a path asks the file system about each of its folders.
+_resolve = cache(os.path.realpath)
 
 
 def _load_tars(shards: list[str], name: str, entries: Entries) -> LoadedTars:

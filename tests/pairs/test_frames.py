@@ -13,8 +13,8 @@ from pyarrow import parquet
 
 from fasterase.errors import InputError, MissingExtraError
 from fasterase.pairs.open import open_pairs
+from fasterase.pairs.overlap import remove_overlap
 from fasterase.pairs.skips import BrokenPair
-from fasterase.pairs.split import remove_overlap
 
 
 def captions(pairs):

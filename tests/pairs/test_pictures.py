@@ -9,10 +9,10 @@ from PIL import ExifTags, Image
 
 from fasterase.models.preprocessing import ImageTransform
 from fasterase.pairs.open import open_pairs
+from fasterase.pairs.overlap import remove_overlap
 from fasterase.pairs.pictures import to_rgb
 from fasterase.pairs.prepare import Preparer
 from fasterase.pairs.skips import BrokenPair
-from fasterase.pairs.split import remove_overlap
 
 RAMP = np.linspace(0, 255, 12, dtype=np.uint8).reshape(3, 4)
 PREPARE = Preparer(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import warnings
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fasterase.errors import InputError
-from fasterase.pairs.skips import Skip, SkipLedger
+from fasterase.pairs.skips import Skip, SkipLedger, _DistinctIds
 
 
 def skips(*numbers):
@@ -49,3 +51,11 @@ def test_the_share_can_be_set_and_long_lists_are_cut():
     SkipLedger(10, max_skipped=0.5).add(["a"], skips(1, 2, 3, 4, 5))
     with pytest.raises(InputError, match="and 5 more"):
         SkipLedger(10, max_skipped=0.0).add([], skips(*range(15)))
+
+
+@given(st.lists(st.lists(st.integers(0, 60)), max_size=30))
+def test_distinct_pairs_are_counted_exactly(batches):
+    seen = _DistinctIds()
+    for batch in batches:
+        seen.add([f"x[{n}]" for n in batch])
+    assert len(seen) == len({n for batch in batches for n in batch})

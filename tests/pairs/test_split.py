@@ -1,23 +1,23 @@
-"""Split pairs by classes, captions, callables and ids; remove retain pairs with forget images."""
+"""Split pairs by classes, captions, caption hashes, callables and ids."""
 
 from __future__ import annotations
 
 import pickle
 import re
-import shutil
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader
 from torch.utils.data import Subset as TorchSubset
 
 from fasterase import split
 from fasterase.errors import InputError
 from fasterase.pairs.open import open_pairs
+from fasterase.pairs.prepare import hash_captions
 from fasterase.pairs.skips import BrokenPair
-from fasterase.pairs.split import remove_overlap
+from fasterase.pairs.source import Subset
 
 TEXTS = ["a red apple", "pineapple", "APPLE", ["a pear", "an apple-like pear"], "sea lion"]
 
@@ -190,103 +190,26 @@ def test_keys_are_passed_on(items):
     assert part.texts(0) == ["sea lion"]
 
 
-def remaining(retain, forget):
-    left, removed = remove_overlap(
-        open_pairs(retain, name="retain"), open_pairs(forget, name="forget")
-    )
-    return [left.id(i) for i in range(len(left))], removed
+def test_caption_hashes(items):
+    assert chosen(items, hash_captions(["an apple-like pear", "a red apple"])) == [0, 3]
+    with pytest.raises(InputError, match="1 of the 2 caption hashes belong to no pair"):
+        split(items, forget=hash_captions(["a red apple", "A red apple"]))
 
 
-def test_same_file_by_another_path_and_copies_by_content(pictures, tmp_path):
-    (tmp_path / "link").symlink_to(pictures)
-    copies = tmp_path / "copies"
-    copies.mkdir()
-    for n in (0, 2, 4):
-        shutil.copy(pictures / f"{n}.png", copies / f"copy{n}.png")
-    (tmp_path / "f.csv").write_text("image,text\nlink/1.png,a\ncopies/copy2.png,b\n")
-    (tmp_path / "r.csv").write_text(
-        "image,text\n" + "".join(f"pictures/{n}.png,other\n" for n in range(5)) + "gone.png,x\n"
-    )
-    left, removed = remaining(tmp_path / "r.csv", tmp_path / "f.csv")
-    assert removed == ["pictures/1.png", "pictures/2.png"]
-    assert left == ["pictures/0.png", "pictures/3.png", "pictures/4.png", "gone.png"]
-
-
-def test_tars_and_files_are_compared(pictures, make_tar, encoded, tmp_path):
-    shard = make_tar(
-        "r.tar",
-        {
-            f"k{n}{ending}": encoded(n) if ending == ".png" else f"text {n}"
-            for n in range(3)
-            for ending in (".png", ".txt")
-        },
-    )
-    (pictures / "f.csv").write_text("image,text\n1.png,a\n")
-    assert remaining(shard, pictures / "f.csv") == (["r.tar/k0", "r.tar/k2"], ["r.tar/k1"])
-    with pytest.raises(InputError, match="all 3 pairs show images"):
-        remaining(shard, shard)
-
-
-@pytest.mark.filterwarnings("ignore:`x`. remote or compressed shards")
-def test_compressed_shards_of_one_name_are_compared_by_their_images(make_tar, encoded, tmp_path):
-    folders = [tmp_path / name for name in ("one", "two")]
-    shards = []
-    for folder, shade in zip(folders, (10, 20), strict=True):
-        folder.mkdir()
-        entries = {"a.png": encoded(shade), "a.txt": "cat"}
-        shards.append(shutil.move(make_tar("s.tar.gz", entries, "w:gz"), folder / "s.tar.gz"))
-    forget, retain = (open_pairs(str(shard), name="x") for shard in shards)
-    assert forget.id(0) == retain.id(0)
-    assert len(forget.encoded_image(0)) == len(retain.encoded_image(0))
-    assert remove_overlap(retain, forget) == (retain, [])
-
-
-def test_files_of_other_sizes_are_not_read(pictures, monkeypatch):
-    (pictures / "f.csv").write_text("image,text\n1.png,a\n")
-    (pictures / "1.png").write_bytes((pictures / "1.png").read_bytes() + b"\0")
-    (pictures / "r.csv").write_text("image,text\n0.png,a\n2.png,a\n")
-    monkeypatch.setattr(
-        "fasterase.pairs.source.ImageFiles.encoded_image",
-        lambda *_: pytest.fail("read a file"),
-    )
-    assert remaining(pictures / "r.csv", pictures / "f.csv")[1] == []
-
-
-def test_tensors_and_pictures_by_content(picture):
-    forget = [(torch.full((3, 2, 2), 1.0), "a"), (picture(1), "b"), (None, "broken")]
-    retain = [
-        (torch.full((3, 2, 2), 1.0), "c"),
-        (torch.full((3, 2, 2), 2.0), "a"),
-        (picture(1), "b"),
-        (picture(2), "b"),
-        (torch.ones(3, 2, 2, dtype=torch.uint8), "a"),
-        (None, "broken"),
-    ]
-    left, removed = remaining(retain, forget)
-    assert removed == ["retain[0]", "retain[2]"]
-    assert left == ["retain[1]", "retain[3]", "retain[4]", "retain[5]"]
-
-
-def test_decoded_pictures_are_found_among_files(pictures, picture, tmp_path):
-    (pictures / "r.csv").write_text("image,text\n0.png,a\n3.png,a\n")
-    assert remaining(pictures / "r.csv", [(picture(3), "x")])[1] == ["3.png"]
-
-
-class Lazy(Dataset):
-    def __init__(self, n, noise=0.0):
-        self.n, self.noise = n, noise
-
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, index):
-        return torch.full((3, 2, 2), float(index)) + self.noise * torch.rand(()), "text"
-
-
-def test_what_cannot_be_compared_is_said():
-    forget = [(torch.zeros(3, 2, 2), "a")]
-    assert remaining(Lazy(10), forget)[1] == ["retain[0]"]
-    with pytest.warns(UserWarning, match="`retain` is too large to decode"):
-        assert remaining(Lazy(20_001), forget)[1] == []
-    with pytest.warns(UserWarning, match="`retain` differs on every read"):
-        assert remaining(Lazy(10, noise=1.0), forget)[1] == []
+def test_passes_over_views_and_shards_give_what_single_rows_give(make_tar, encoded):
+    entries = {"b/2.png": encoded(1)}
+    for number in range(40):
+        entries |= {f"k{number}.png": encoded(number)}
+        if number % 7:
+            entries |= {f"k{number}.txt": f"caption {number % 5}"}
+    pairs = open_pairs(make_tar("s.tar", entries), name="x")
+    rows = [list(range(1, 39, 2)), [30, 2], [5, 5, *range(20)]]
+    for source in (pairs, *(Subset(pairs, each, name="x") for each in rows)):
+        indices = range(len(source))
+        assert list(source.every_id()) == [source.id(i) for i in indices]
+        for texts, i in zip(source.every_text(), indices, strict=True):
+            if texts:
+                assert texts == source.texts(i)
+            else:
+                with pytest.raises(BrokenPair):
+                    source.texts(i)
