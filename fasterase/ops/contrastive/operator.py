@@ -91,7 +91,7 @@ class Operator:
 
     Attributes:
         forward: `(*batch, groups, *options) -> (losses, statistics, *saved)`.
-        differentiable: the same, for calls that autograd follows.
+        differentiable: the losses of the same call, followed by autograd.
         backward: `(upstream, *batch, statistics, *saved, groups, *wanted, *options) -> (d_image,
             d_text, d_scale)`. Gradients not requested are placeholders; only their dtype is
             meaningful.
@@ -101,7 +101,7 @@ class Operator:
     """
 
     forward: Callable[..., tuple[Tensor, ...]]
-    differentiable: Callable[..., tuple[Tensor, ...]]
+    differentiable: Callable[..., Tensor]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     options: Options
     backward_takes_options: bool
@@ -120,7 +120,7 @@ class Operator:
         """Same numbers as `contrastive_dense`, and the same bits every time."""
         batch = Batch(image, text, scale, ref_image, ref_text, ref_scale)
         options = self.options(batch, groups, any(batch.requires_grad()), products)
-        return unpack_losses(self.differentiable(*batch, groups, *options)[0])
+        return unpack_losses(self.differentiable(*batch, groups, *options))
 
     def differentiate(
         self,
@@ -206,16 +206,20 @@ def register(
         f"fasterase::{name}_backward", partial(_make_fake_gradients, num_tensors), lib=_LIBRARY
     )
     differentiate = _make_backward(operator)
-    return replace(operator, differentiable=add_autograd(forward_op, _save_context, differentiate))
+    losses_of = add_autograd(forward_op, _save_context, differentiate, first_only=True)
+    return replace(operator, differentiable=losses_of)
 
 
 def add_autograd(
     run: torch._ops.OpOverload[..., Any],
     save_context: Callable[..., None],
     differentiate: Callable[..., Any],
+    *,
+    first_only: bool = False,
 ) -> Callable[..., Any]:
     """Give a torch operator its derivative; return what to call in its place.
 
+    With `first_only` that returns the first output alone, and only `save_context` sees the others.
     A derivative in Python costs the dispatcher 0.1 ms per step, as much as the products of 64
     pairs. Eager calls go around it, through an autograd function of the same parts.
     """
@@ -224,15 +228,19 @@ def add_autograd(
     )
 
     def forward(ctx: Any, *inputs: Any) -> Any:
-        output = run(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            output = run(*inputs)
         save_context(ctx, inputs, output)
-        return output
+        return output[0] if first_only else output
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
     function: Any = type("Eager", (torch.autograd.Function,), methods)
 
     def call(*inputs: Any) -> Any:
-        return (run if torch.compiler.is_compiling() else function.apply)(*inputs)
+        if not torch.compiler.is_compiling():
+            return function.apply(*inputs)
+        output = run(*inputs)
+        return output[0] if first_only else output
 
     return call
 
@@ -297,21 +305,20 @@ def _save_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def _make_backward(operator: Operator) -> Callable[..., tuple[Tensor | None, ...]]:
-    @once_differentiable
-    def run_operator(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        gradients: list[Tensor | None] = [None] * (len(Batch._fields) + 1 + len(ctx.options))
+    def run_operator(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         wants = ctx.needs_input_grad[:3]
-        if upstream is not None:
-            wanted = Wanted(wants[0], wants[1], wants[2], rounded=True)
-            made = operator.differentiate(
-                upstream, ctx.saved_tensors, ctx.groups, wanted, ctx.options
-            )
-            gradients[:3] = [g if wanted else None for g, wanted in zip(made, wants, strict=True)]
-        return tuple(gradients)
+        wanted = Wanted(wants[0], wants[1], wants[2], rounded=True)
+        made = operator.differentiate(upstream, ctx.saved_tensors, ctx.groups, wanted, ctx.options)
+        gradients = (g if wanted else None for g, wanted in zip(made, wants, strict=True))
+        return (*gradients, *(None,) * (len(ctx.needs_input_grad) - 3))
 
-    def differentiate(ctx: Any, upstream: Tensor | None, *rest: None) -> tuple[Tensor | None, ...]:
-        refusing = None if upstream is None else _refuse_second_derivative(upstream)
-        return run_operator(ctx, refusing, *rest)
+    refuse_or_run = once_differentiable(run_operator)
+
+    def differentiate(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * len(ctx.needs_input_grad)
+        run = refuse_or_run if torch.is_grad_enabled() else run_operator
+        return run(ctx, _refuse_second_derivative(upstream))
 
     return differentiate
 
