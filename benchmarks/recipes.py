@@ -65,6 +65,8 @@ AUTOMATIC: dict[str, dict[str, Any]] = {
     "fasterase": {},
     "fasterase, no limit": {"max_damage": None},
 }
+# The default with other optimisers, which `benchmarks.eight_bit` compares with it.
+OPTIMIZERS = {f"fasterase, {name}": {"optimizer": name} for name in ("adamw8bit", "lion8bit")}
 RETAIN_ONLY = {"forget_weight": 0.0, "consistency_weight": 0.0, "anchor_weight": 0.0}
 UNTUNED = "cliperase, untuned"
 RECIPES = (*AUTOMATIC, *TUNED, UNTUNED, "retain only")
@@ -118,8 +120,9 @@ class Run:
         """Return the run's recipe for the small model."""
         base = "cliperase" if self.is_papers else "fasterase"
         own: dict[str, Any] = {}
-        if self.recipe in AUTOMATIC:
-            own = AUTOMATIC[self.recipe]
+        automatic = {**AUTOMATIC, **OPTIMIZERS}
+        if self.recipe in automatic:
+            own = automatic[self.recipe]
         else:
             own = {"lr": self.lr, "max_steps": max(self.steps)}
             if self.recipe == "retain only":

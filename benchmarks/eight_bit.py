@@ -1,0 +1,139 @@
+"""Compare 8-bit optimiser states with 32-bit ones, in the default recipe on the demo's model.
+
+    python -m benchmarks.eight_bit [--subgroups food-fruit drink] [--seeds 2] [--processes 2]
+
+Every optimiser erases the same subgroups with the same seeds; measurement and subgroups are those
+of `benchmarks.recipes`. What the number of bits changes is the mean of the paired differences to
+AdamW, with a 95 % interval (bootstrap over pairs); what chance changes is the mean distance
+between two seeds of AdamW. --work keeps every run, so an interrupted command resumes. Writes
+eight_bit.csv (every run) and eight_bit.txt (the table) to --output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.recipes import KEEP_SETS, OPTIMIZERS, TEST, Outcome, Run, execute_all, interval
+from benchmarks.result_files import RESULTS, write_csv
+from fasterase.files import write_text
+
+BASELINE = "fasterase"
+# Column -> (set, metric, whether the change from the original is meant).
+MEASURED = {
+    "forget hit@1": ("forget", "concept_hit@1", False),
+    "forget-unseen hit@1": ("forget-unseen", "concept_hit@1", False),
+    **{f"{name} recall@1 change": (name, "image_to_text_recall@1", True) for name in KEEP_SETS},
+}
+COLUMNS = ("steps", "forget residue", "forget-unseen residue", *MEASURED)
+
+
+def tabulate(outcome: Outcome) -> list[dict[str, Any]]:
+    """Return a row per run: its verdict, what is left of the concept, and the damage."""
+    rows: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for value in outcome.values:
+        run = (value.recipe, value.subgroup, value.seed)
+        row = rows.setdefault(run, {"steps": value.steps})
+        for column, (name, metric, is_change) in MEASURED.items():
+            if (value.set, value.metric) == (name, metric):
+                row[column] = value.value - (value.original if is_change else 0.0)
+    for ending in outcome.endings:
+        found = rows.get((ending.recipe, ending.subgroup, ending.seed))
+        if found is not None:  # not the original's
+            found[f"{ending.set} verdict"] = ending.verdict
+            found[f"{ending.set} residue"] = ending.residue
+    return [
+        {"optimizer": optimizer_of(recipe), "subgroup": subgroup, "seed": seed, **row}
+        for (recipe, subgroup, seed), row in sorted(rows.items())
+    ]
+
+
+def optimizer_of(recipe: str) -> str:
+    """Return the optimiser of a recipe."""
+    return OPTIMIZERS[recipe]["optimizer"] if recipe in OPTIMIZERS else "adamw"
+
+
+def compare(rows: list[dict[str, Any]]) -> str:
+    """Format the paired differences to AdamW, and the distance between seeds, as text."""
+    by_optimizer: dict[str, dict[tuple[str, int], dict[str, Any]]] = {}
+    for row in rows:
+        by_optimizer.setdefault(row["optimizer"], {})[row["subgroup"], row["seed"]] = row
+    baseline = by_optimizer.pop("adamw")
+    lines = [
+        f"{'optimizer':10} {'':26} {'adamw':>8} {'8 bits':>8} {'difference':>10} "
+        f"{'95 % interval':>18} {'between seeds':>13}"
+    ]
+    for name, found in by_optimizer.items():
+        pairs = [(baseline[run], row) for run, row in found.items() if run in baseline]
+        for column in COLUMNS:
+            exact = np.array([one[column] for one, _ in pairs], dtype=float)
+            quantised = np.array([two[column] for _, two in pairs], dtype=float)
+            low, high = interval(quantised - exact)
+            span = f"{low:.3f} to {high:.3f}"
+            lines.append(
+                f"{name:10} {column:26} {exact.mean():8.3f} {quantised.mean():8.3f} "
+                f"{(quantised - exact).mean():+10.3f} {span:>18} "
+                f"{seed_distance(baseline, column):13.3f}"
+            )
+    for name, found in {"adamw": baseline, **by_optimizer}.items():
+        for column in ("forget verdict", "forget-unseen verdict"):
+            counted = Counter(row[column] for row in found.values())
+            listed = ", ".join(f"{verdict} {count}" for verdict, count in counted.most_common())
+            lines.append(f"{name:10} {column:26} {len(found)} runs: {listed}")
+    return "\n".join(lines) + "\n"
+
+
+def seed_distance(baseline: dict[tuple[str, int], dict[str, Any]], column: str) -> float:
+    """Return the mean absolute difference between two seeds of a subgroup; NaN with one seed."""
+    by_subgroup: dict[str, list[float]] = {}
+    for (subgroup, _), row in baseline.items():
+        by_subgroup.setdefault(subgroup, []).append(row[column])
+    distances = [
+        abs(one - two)
+        for values in by_subgroup.values()
+        for one, two in itertools.combinations(values, 2)
+    ]
+    return float(np.mean(distances)) if distances else float("nan")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run, and write the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--subgroups", nargs="+", default=TEST, choices=TEST, metavar="SUBGROUP")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument(
+        "--optimizers",
+        nargs="+",
+        default=[optimizer_of(recipe) for recipe in OPTIMIZERS],
+        choices=[optimizer_of(recipe) for recipe in OPTIMIZERS],
+    )
+    parser.add_argument(
+        "--processes", type=int, default=2, help="number of parallel runs, each with one thread"
+    )
+    parser.add_argument("--work", type=Path, default=Path("runs/eight_bit"))
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    options.work.mkdir(parents=True, exist_ok=True)
+    recipes = [name for name in OPTIMIZERS if optimizer_of(name) in options.optimizers]
+    runs = [
+        Run(recipe, subgroup, None, None, (), seed)
+        for seed in range(options.seeds)
+        for subgroup in options.subgroups
+        for recipe in (BASELINE, *recipes)
+    ]
+    rows = tabulate(execute_all(runs, options.work, options.processes, retrained={}))
+    text = compare(rows)
+    write_csv(options.output / "eight_bit.csv", rows)
+    write_text(options.output / "eight_bit.txt", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
