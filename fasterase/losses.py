@@ -31,8 +31,8 @@ class ClipLoss(nn.Module):
 
     `F.cross_entropy(S, arange(N)) / 2 + F.cross_entropy(S.T, arange(N)) / 2`, with
     `S = logit_scale * image_features @ text_features.T`, never rounded to half precision. Inside
-    `torch.autocast("cuda", dtype)` the features are, before they are multiplied; on the CPU nothing
-    is.
+    `torch.autocast("cuda", dtype)` the features are, before the GPU kernels multiply them; on the
+    CPU, and by the torch tiles where those kernels are missing, nothing is.
 
     With `world_size` W > 1 the pairs are those of all ranks of torch's default process group: N
     in all, N / W on each. Values and gradients on each rank are open_clip's, in O(N D) memory:
