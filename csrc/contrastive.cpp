@@ -62,6 +62,14 @@ Softmax<T> view_softmax(const Tensor& statistics, int64_t matrix, int64_t begin)
   return softmax;
 }
 
+// The weights of the rows from `begin` on, of those of all losses, [2 or 4, N].
+template <typename T>
+Weights<T> view_weights(const Tensor& weights, int64_t begin, int64_t n) {
+  const T* data = weights.const_data_ptr<T>();
+  const T largest = largest_finite(data, weights.numel());
+  return {data + begin, weights.size(1), n, largest == 0 ? T(1) : largest};
+}
+
 // The kept elements of the first `count` parts.
 int64_t count_kept(const Parts& parts, int64_t matrices, int64_t count) {
   return count == 0 ? 0 : matrices * (parts[count - 1].begin + parts[count - 1].size) * parts.n;
@@ -74,13 +82,13 @@ int64_t count_fitting_parts(const Parts& parts, int64_t matrices, int64_t room) 
   return count;
 }
 
-// A group of the rows `rows`, with its first `used` matrices.
+// A group of the rows `rows`, with its first `used` matrices; `kept` is how many may be kept.
 template <typename T>
 Group<T> make_group(const std::vector<Features<T>>& features, const Tensor& statistics, Span rows,
-                    Parts parts, int64_t used) {
+                    Parts parts, int64_t used, int64_t kept) {
   Group<T> group{};
   group.parts = parts;
-  group.kept_matrices = features.size();
+  group.kept_matrices = kept;
   for (int64_t k = 0; k < used; ++k) {
     group.matrices.push_back(features[k].select(rows));
     group.softmaxes.push_back(view_softmax<T>(statistics, k, rows.begin));
@@ -88,35 +96,42 @@ Group<T> make_group(const std::vector<Features<T>>& features, const Tensor& stat
   return group;
 }
 
+// With `weights`, the KLs of a group whose KLs all have weight 0 are set to 0.
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const std::vector<Features<T>>& features,
                                                    at::IntArrayRef groups, int64_t tile,
-                                                   int64_t room) {
+                                                   int64_t room, const MaybeTensor& weights = {}) {
   const auto type = c10::CppTypeToScalarType<T>::value;
   const int64_t total = features[0].image.size(0), matrices = features.size();
   const int64_t width = features[0].image.size(1);
   Tensor losses = at::empty({2 * matrices, total}, type);
   Tensor statistics = at::empty({matrices, 3, 2, total}, type);
   Tensor kept = Workspace::instance().take<T>(room);
-  Tensor plan = at::empty({int64_t(groups.size()), 2}, at::kLong);
+  Tensor plan = at::empty({int64_t(groups.size()), 3}, at::kLong);
   T* kept_next = kept.mutable_data_ptr<T>();
   int64_t begin = 0;
   for (size_t g = 0; g < groups.size(); ++g) {
     const int64_t n = groups[g];
+    const bool has_kl =
+        matrices > 1 && !(weights && !view_weights<T>(*weights, begin, n).has_loss(1));
+    const int64_t used = 1 + has_kl;
+    if (used < matrices) losses.narrow(0, 2, 2).narrow(1, begin, n).zero_();
     Group<T> group =
-        make_group(features, statistics, {begin, n}, Parts::choose(n, width, tile), matrices);
+        make_group(features, statistics, {begin, n}, Parts::choose(n, width, tile), used, used);
     group.kept = kept_next;
-    group.kept_parts = n < 2 ? 0 : count_fitting_parts(group.parts, matrices, room);
-    const int64_t filled = count_kept(group.parts, matrices, group.kept_parts);
+    group.kept_parts = n < 2 ? 0 : count_fitting_parts(group.parts, used, room);
+    const int64_t filled = count_kept(group.parts, used, group.kept_parts);
     kept_next += filled;
     room -= filled;
     compute_losses(group, losses.mutable_data_ptr<T>() + begin, total);
-    int64_t* planned = plan.mutable_data_ptr<int64_t>() + 2 * g;
+    int64_t* planned = plan.mutable_data_ptr<int64_t>() + 3 * g;
     planned[0] = group.parts.count;
     planned[1] = group.kept_parts;
+    planned[2] = group.kept_matrices;
     begin += n;
   }
-  std::fill_n(kept_next, room, T(0));  // an operator must not return uninitialised memory
+  // An operator must not return uninitialised memory; a step returns none of it.
+  if (!weights) std::fill_n(kept_next, room, T(0));
   return {losses, statistics, kept, plan};
 }
 
@@ -127,9 +142,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& upstream,
                                             const Tensor& plan, at::IntArrayRef groups,
                                             Wanted wanted, bool rounded) {
   const auto type = c10::CppTypeToScalarType<T>::value;
-  const int64_t total = features[0].image.size(0), matrices = features.size();
+  const int64_t matrices = features.size();
   const Tensor weights = upstream.to(type).contiguous();
-  const T largest = largest_finite(weights.const_data_ptr<T>(), weights.numel());
   const bool from_text = wanted.scale && wanted.text && !wanted.image;
   const bool makes_image = wanted.image || (wanted.scale && !wanted.text);
   const auto allocate = [&](const Tensor& side, bool is_made) {
@@ -142,20 +156,19 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& upstream,
   int64_t begin = 0;
   for (size_t g = 0; g < groups.size(); ++g) {
     const int64_t n = groups[g];
-    const int64_t* planned = plan.const_data_ptr<int64_t>() + 2 * g;
-    const Weights<T> group_weights{weights.const_data_ptr<T>() + begin, total, n,
-                                   largest == 0 ? T(1) : largest};
+    const int64_t* planned = plan.const_data_ptr<int64_t>() + 3 * g;
+    const Weights<T> group_weights = view_weights<T>(weights, begin, n);
     const bool has_kl = matrices > 1 && group_weights.has_loss(1);
     const bool is_used = has_kl || group_weights.has_loss(0);
     Group<T> group = make_group(features, statistics, {begin, n}, Parts{n, planned[0]},
-                                is_used ? 1 + has_kl : 0);
+                                is_used ? 1 + has_kl : 0, planned[2]);
     for (Softmax<T>& softmax : group.softmaxes) {
       softmax.is_shared = has_one_shift(softmax.shift, n);
     }
     group.kept = const_cast<T*>(kept_next);
     group.kept_parts = planned[1];
     group.is_filled = true;
-    kept_next += count_kept(group.parts, matrices, group.kept_parts);
+    kept_next += count_kept(group.parts, group.kept_matrices, group.kept_parts);
     Gradients<T> gradients{makes_image ? d_image.narrow(0, begin, n) : Tensor(),
                            wanted.text ? d_text.narrow(0, begin, n) : Tensor()};
     if (is_used && n > 0) {
@@ -199,6 +212,25 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_cpu_backward(
   });
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_cpu_step(
+    const Tensor& weights, const Tensor& image, const Tensor& text, const Tensor& scale,
+    const MaybeTensor& ref_image, const MaybeTensor& ref_text, const MaybeTensor& ref_scale,
+    at::IntArrayRef groups, bool wants_image, bool wants_text, bool wants_scale, bool rounded,
+    int64_t tile, int64_t kept) {
+  PlainTensors guard;
+  return AT_DISPATCH_FLOATING_TYPES(scale.scalar_type(), "contrastive_cpu_step", [&] {
+    const auto features =
+        collect_features<scalar_t>(image, text, scale, ref_image, ref_text, ref_scale);
+    const Tensor upstream = weights.to(scale.scalar_type()).contiguous();
+    const auto [losses, statistics, logits, plan] =
+        forward(features, groups, tile, kept, upstream);
+    const auto [d_image, d_text, d_scale] =
+        backward(upstream, features, statistics, logits, plan, groups,
+                 Wanted{wants_image, wants_text, wants_scale}, rounded);
+    return std::make_tuple(losses, d_image, d_text, d_scale);
+  });
+}
+
 Tensor label_terms(const Tensor& image, const Tensor& text, const Tensor& kinds,
                    at::ScalarType dtype) {
   PlainTensors guard;
@@ -230,6 +262,7 @@ std::tuple<Tensor, Tensor> label_terms_backward(const Tensor& upstream, const Te
 TORCH_LIBRARY_IMPL(fasterase, CPU, m) {
   m.impl("contrastive_cpu", fasterase::contrastive_cpu);
   m.impl("contrastive_cpu_backward", fasterase::contrastive_cpu_backward);
+  m.impl("contrastive_cpu_step", fasterase::contrastive_cpu_step);
   m.impl("label_kinds", fasterase::find_kinds);
   m.impl("label_terms", fasterase::label_terms);
   m.impl("label_terms_backward", fasterase::label_terms_backward);

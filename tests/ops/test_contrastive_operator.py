@@ -44,6 +44,24 @@ def test_opcheck(backend, dtype):
         torch.library.opcheck(backward, (upstream, *arguments, *found, [15, 25], *wanted))
 
 
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="no C++ kernels")
+@pytest.mark.parametrize("kept", [0, 700, 100_000])
+@pytest.mark.parametrize("groups", [(15, 25), (1, 39), (40,)])
+def test_a_step_that_knows_its_weights_computes_only_the_kls_that_have_one(groups, kept):
+    forward, backward = operators("cpu")
+    step = torch.ops.fasterase.contrastive_cpu_step.default
+    batch = [x.detach() for x in features()]
+    weights = torch.randn(4, 40)
+    for unused in (0, groups[0]):
+        weights[2:, :unused] = 0
+        losses, *found = forward(*batch, groups, 8, kept)
+        losses[2:, :unused] = 0
+        gradients = backward(weights, *batch, *found, groups, *[True] * 4)
+        call = (weights, *batch, groups, *[True] * 4, 8, kept)
+        assert all(map(torch.equal, step(*call), (losses, *gradients)))
+        torch.library.opcheck(step, call)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck_of_turned_features(backend):
     forward, backward = operators(backend)

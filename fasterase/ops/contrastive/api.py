@@ -152,7 +152,8 @@ def weighted_contrastive(
 
     Returns:
         `Weighted(total, losses)`: total 0-d, differentiable once in image, text and scale; losses
-        as `contrastive` returns them, without gradients.
+        as `contrastive` returns them, without gradients. With gradients to make, `"cpu"` leaves
+        out the KLs of a group whose KLs all have weight 0: they are 0.
 
     Raises:
         InputError: `contrastive` would raise it, or weights have the wrong shape, dtype or device,

@@ -56,9 +56,10 @@ contrastive_cpu = register(
     {
         "logits": lambda batch, groups, tile, kept: batch.scale.new_empty(kept),
         "plan": lambda batch, groups, tile, kept: batch.scale.new_empty(
-            len(groups), 2, dtype=torch.long
+            len(groups), 3, dtype=torch.long
         ),
     },
+    step=True,  # which leaves out the reference of groups whose KLs have no weight
     options_schema="int tile, SymInt kept",
     options=_choose_options,
 )

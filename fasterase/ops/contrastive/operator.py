@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -98,6 +98,9 @@ class Operator:
         options: a function of (batch, groups, whether a backward pass may follow, the resolved
             products); raises InputError where the backend cannot take the batch.
         backward_takes_options: whether the backward operator has the arguments `options`.
+        step: `(weights, *batch, groups, *wanted, *options) -> (losses, d_image, d_text, d_scale)`
+            of a step that knows its weights, where the backend has a faster way than forward and
+            backward.
     """
 
     forward: Callable[..., tuple[Tensor, ...]]
@@ -105,6 +108,7 @@ class Operator:
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     options: Options
     backward_takes_options: bool
+    step: Callable[..., tuple[Tensor, ...]] | None = None
 
     def __call__(
         self,
@@ -134,6 +138,15 @@ class Operator:
         more = options if self.backward_takes_options else ()
         return self.backward(upstream, *tensors, groups, *wanted, *more)
 
+    def take_step(
+        self, weights: Tensor, batch: Batch, groups: Groups, wanted: Wanted, options: Any
+    ) -> tuple[Tensor, ...]:
+        """(losses, d_image, d_text, d_scale) of `(weights * losses).sum()`."""
+        if self.step is not None:
+            return self.step(weights, *batch, groups, *wanted, *options)
+        losses, *saved = self.forward(*batch, groups, *options)
+        return losses, *self.differentiate(weights, (*batch, *saved), groups, wanted, options)
+
 
 def unpack_losses(losses: Tensor) -> Contrastive:
     """Name the rows of `losses` [2 or 4, N]."""
@@ -154,6 +167,7 @@ def register(
     key: str | None = None,
     forward: Forward | None = None,
     backward: Backward | None = None,
+    step: Callable[..., tuple[Tensor | None, ...]] | bool = False,
     options_schema: str = "",
     options: Options = _no_options,
     backward_takes_options: bool = False,
@@ -168,6 +182,9 @@ def register(
         forward: a function of (batch, groups, *options).
         backward: a function of (upstream, batch, (statistics, *saved), groups, wanted) and, if
             `backward_takes_options`, *options; returns None for a gradient that is not wanted.
+        step: a function of (weights, batch, groups, wanted, *options) that returns losses and
+            gradients, likewise; True where C++ registers it, False where forward and backward are
+            as fast.
         options_schema: schema of the arguments that `options` returns.
         tags: tags of both operators, for torch.compile.
     """
@@ -205,6 +222,8 @@ def register(
     torch.library.register_fake(
         f"fasterase::{name}_backward", partial(_make_fake_gradients, num_tensors), lib=_LIBRARY
     )
+    if step:
+        operator = replace(operator, step=_define_step(name, step, key, more))
     differentiate = _make_backward(operator)
     losses_of = add_autograd(forward_op, _save_context, differentiate, first_only=True)
     return replace(operator, differentiable=losses_of)
@@ -253,23 +272,71 @@ def _flatten_forward(forward: Forward) -> Callable[..., tuple[Tensor, ...]]:
     return run_forward
 
 
+def _define_step(
+    name: str,
+    step: Callable[..., tuple[Tensor | None, ...]] | bool,
+    key: str | None,
+    options_schema: str,
+) -> Callable[..., tuple[Tensor, ...]]:
+    """Define `fasterase::{name}_step`, and implement it where `step` is a function."""
+
+    def parse(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return _parse_backward_arguments(len(Batch._fields), arguments)
+
+    def run_step(weights: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        assert callable(step)
+        batch, _, groups, wanted, *options = parse(arguments)
+        losses, *made = step(weights, batch, groups, wanted, *options)
+        assert losses is not None
+        return losses, *_fill_placeholders(made, batch, wanted)
+
+    def make_fake_outputs(weights: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        batch, _, _, wanted, *_ = parse(arguments)
+        losses = batch.scale.new_empty(2 * batch.matrices, batch.image.shape[0])
+        return losses, *_make_empty_gradients(batch, wanted)
+
+    _LIBRARY.define(
+        f"{name}_step(Tensor weights, {_BATCH_SCHEMA}, SymInt[] groups, bool wants_image, "
+        f"bool wants_text, bool wants_scale, bool rounded{options_schema}) "
+        "-> (Tensor losses, Tensor d_image, Tensor d_text, Tensor d_scale)"
+    )
+    if callable(step):
+        _LIBRARY.impl(f"{name}_step", run_step, key)
+    torch.library.register_fake(f"fasterase::{name}_step", make_fake_outputs, lib=_LIBRARY)
+    operator: Callable[..., tuple[Tensor, ...]] = getattr(
+        torch.ops.fasterase, f"{name}_step"
+    ).default
+    return operator
+
+
 def _flatten_backward(backward: Backward, num_tensors: int) -> Callable[..., tuple[Tensor, ...]]:
     def run_backward(upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         batch, saved, groups, wanted, *options = _parse_backward_arguments(num_tensors, arguments)
-        image, text, scale = backward(upstream, batch, saved, groups, wanted, *options)
-        return (
-            _make_placeholder(batch.image, batch, wanted) if image is None else image,
-            _make_placeholder(batch.text, batch, wanted) if text is None else text,
-            batch.scale.new_zeros(()) if scale is None else scale,
-        )
+        made = backward(upstream, batch, saved, groups, wanted, *options)
+        return _fill_placeholders(made, batch, wanted)
 
     return run_backward
+
+
+def _fill_placeholders(
+    made: Sequence[Tensor | None], batch: Batch, wanted: Wanted
+) -> tuple[Tensor, Tensor, Tensor]:
+    image, text, scale = made
+    return (
+        _make_placeholder(batch.image, batch, wanted) if image is None else image,
+        _make_placeholder(batch.text, batch, wanted) if text is None else text,
+        batch.scale.new_zeros(()) if scale is None else scale,
+    )
 
 
 def _make_fake_gradients(
     num_tensors: int, upstream: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, _, _, wanted, *_ = _parse_backward_arguments(num_tensors, arguments)
+    return _make_empty_gradients(batch, wanted)
+
+
+def _make_empty_gradients(batch: Batch, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor]:
     image, text = (
         side.new_empty(side.shape, dtype=_gradient_dtype(side, batch, wanted))
         if is_wanted
@@ -363,9 +430,8 @@ class _GradientsInForward(torch.autograd.Function):
         *tensors: Any,
     ) -> tuple[Tensor, Tensor]:
         batch = Batch(*tensors)
-        losses, *saved = operator.forward(*batch, groups, *options)
         wanted = Wanted(*wants, rounded=False)
-        made = operator.differentiate(weights, (*batch, *saved), groups, wanted, options)
+        losses, *made = operator.take_step(weights, batch, groups, wanted, options)
         ctx.save_for_backward(*made)
         ctx.wants = wants
         ctx.dtypes = batch.image.dtype, batch.text.dtype, batch.scale.dtype
