@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -35,6 +36,7 @@ from fasterase.pairs.open import open_pairs
 from fasterase.pairs.overlap import remove_overlap
 from fasterase.pairs.skips import SkipLedger
 from fasterase.pairs.source import PairSource
+from fasterase.parallel.ranks import Ranks, join_ranks, launched_device
 from fasterase.result import UnlearnResult
 
 NO_SETS: Mapping[str, Any] = MappingProxyType({})
@@ -114,26 +116,30 @@ def unlearn(
     _check_arguments(config, callback)
     config = (config or UnlearnConfig()).replace(**overrides)
     check_environment(config)
-    output = _make_output_folder(config)
-    with lock_run(output), explaining_interrupts(output):
-        return _unlearn(
-            model,
-            forget,
-            retain,
-            config=config,
-            tokenizer=tokenizer,
-            preprocess=preprocess,
-            model_name=model_name,
-            holdout=holdout,
-            sets=sets,
-            forget_sets=forget_sets,
-            image_key=image_key,
-            text_key=text_key,
-            callback=callback,
-            copy=copy,
-            output=output,
-            clock=clock,
-        )
+    with join_ranks(alone_too=config.deepspeed is not None) as ranks, _speaking(ranks):
+        if not ranks.is_first:
+            config = config.replace(progress=False, report_to=None)
+        output = ranks.on_first(lambda: _make_output_folder(config))
+        with ranks.first_enters(lambda: lock_run(output)), explaining_interrupts(output):
+            return _unlearn(
+                model,
+                forget,
+                retain,
+                config=config,
+                tokenizer=tokenizer,
+                preprocess=preprocess,
+                model_name=model_name,
+                holdout=holdout,
+                sets=sets,
+                forget_sets=forget_sets,
+                image_key=image_key,
+                text_key=text_key,
+                callback=callback,
+                copy=copy,
+                output=output,
+                clock=clock,
+                ranks=ranks,
+            )
 
 
 def _unlearn(
@@ -154,22 +160,25 @@ def _unlearn(
     copy: bool,
     output: Path | None,
     clock: RunClock,
+    ranks: Ranks,
 ) -> UnlearnResult:
     """Run `unlearn` with checked settings and the output folder locked."""
     named = isinstance(model, (str, os.PathLike))
     # Weights loaded or copied inside a caller's inference mode could never be trained.
-    with torch.inference_mode(False):
+    with ranks.together(), torch.inference_mode(False):
         encoder = load_model(
             model, tokenizer=tokenizer, preprocess=preprocess, model_name=model_name
         )
         if copy and not named:
             encoder = separate_copy(encoder)
-    device = resolve_device(config.device, default=best_device() if named else encoder.device)
+    home = (launched_device() or best_device()) if named else encoder.device
+    device = resolve_device(config.device, default=home)
 
-    opened, to_forget = _open_sets(
-        forget, retain, holdout, sets, forget_sets, image_key=image_key, text_key=text_key
-    )
-    opened["retain"], removed = remove_overlap(opened["retain"], opened["forget"])
+    with ranks.together():
+        opened, to_forget = _open_sets(
+            forget, retain, holdout, sets, forget_sets, image_key=image_key, text_key=text_key
+        )
+        opened["retain"], removed = remove_overlap(opened["retain"], opened["forget"])
     _warn_overlap(removed)
     ledger = SkipLedger(sum(map(len, opened.values())), max_skipped=config.max_skipped)
     if config.progress:
@@ -201,6 +210,7 @@ def _unlearn(
             state=state,
             output_dir=output,
             callback=tracker.followed_by(callback),
+            ranks=ranks,
         )
         tracker.summarise(outcome.figures())
     advice = advise(outcome, config)
@@ -222,12 +232,28 @@ def _unlearn(
         original_weights=original_weights,
         sets=opened,
     )
-    if output is not None:
-        result.save(output / "model")
-        if result.evaluation is not None:
-            result.evaluation.to_json(output / "evaluation.json")
-        result.report(output / "report.md")
+    with ranks.together():
+        if output is not None and ranks.is_first:
+            _write(result, output)
     return result
+
+
+def _write(result: UnlearnResult, output: Path) -> None:
+    result.save(output / "model")
+    if result.evaluation is not None:
+        result.evaluation.to_json(output / "evaluation.json")
+    result.report(output / "report.md")
+
+
+@contextmanager
+def _speaking(ranks: Ranks) -> Iterator[None]:
+    """Let the first rank alone warn: all of them find the same."""
+    if ranks.is_first:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def evaluate(

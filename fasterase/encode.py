@@ -24,6 +24,8 @@ from fasterase.pairs.batches import Captions, sweep
 from fasterase.pairs.prepare import Preparer
 from fasterase.pairs.skips import Skip, SkipLedger
 from fasterase.pairs.source import PairSource
+from fasterase.parallel.engine import Engine
+from fasterase.parallel.ranks import ALONE, Ranks
 from fasterase.progress import progress_bar
 
 # Images encoded at a time. Texts are shorter: four times as many.
@@ -82,6 +84,28 @@ class PairFeatures:
         """[n] identity of each pair's first caption."""
         return [self.captions[captions[0]] for captions in self.pair_text]
 
+    @classmethod
+    def joined(cls, parts: Sequence[PairFeatures]) -> PairFeatures:
+        """Join features of different rows, in order; a caption of several parts is kept once."""
+        if len(parts) == 1:
+            return parts[0]
+        place: dict[str, int] = {}
+        texts: list[Tensor] = []
+        pair_text: list[list[int]] = []
+        for part in parts:
+            fresh = [i for i, key in enumerate(part.captions) if key not in place]
+            place |= {part.captions[i]: len(place) + k for k, i in enumerate(fresh)}
+            texts.append(part.text[fresh])
+            pair_text += [[place[part.captions[i]] for i in those] for those in part.pair_text]
+        return cls(
+            np.concatenate([part.rows for part in parts]),
+            torch.cat([part.image for part in parts]),
+            torch.cat(texts),
+            list(place),
+            pair_text,
+            [skip for part in parts for skip in part.skipped],
+        )
+
     def at(self, rows: np.ndarray) -> PairFeatures:
         """Return the features of those of `rows` (sorted) that could be read."""
         kept = np.flatnonzero(np.isin(self.rows, rows))
@@ -105,6 +129,7 @@ class PairEncoder:
         batch_size: images encoded at a time.
         num_workers: processes that load and decode pairs.
         progress: whether to show progress bars.
+        ranks: who takes part: `pairs` divides the work among them.
     """
 
     def __init__(
@@ -116,15 +141,29 @@ class PairEncoder:
         batch_size: int = BATCH_SIZE,
         num_workers: int = 0,
         progress: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model = model
         self.precision = resolve_precision(precision, model.device)
         self.ledger = ledger or SkipLedger(0, max_skipped=1.0)
         self.prepare = Preparer.for_model(model)
-        self._forward = TowerForward(model, precision=self.precision)
+        self.ranks = ranks
+        self._towers: Engine | TowerForward = TowerForward(model, precision=self.precision)
+        self._in_lockstep = False
+        self._passes = 0
         self._batch_size = batch_size
         self._num_workers = num_workers
         self._progress = progress
+
+    @contextmanager
+    def through(self, engine: Engine) -> Iterator[None]:
+        """Encode through an engine in the block, which holds the weights while they are trained."""
+        before = self._towers, self._in_lockstep
+        self._towers, self._in_lockstep = engine, engine.in_lockstep
+        try:
+            yield
+        finally:
+            self._towers, self._in_lockstep = before
 
     def progress_bar(self, description: str, total: int, *, leave: bool = True) -> tqdm:
         """Return a bar that counts pairs, for `batches`."""
@@ -176,7 +215,6 @@ class PairEncoder:
                 batch.skipped,
             )
             bar.update(len(batch.rows) + len(batch.skipped))
-        self.ledger.warn()
 
     def pairs(
         self,
@@ -187,18 +225,44 @@ class PairEncoder:
         description: str,
         leave: bool = True,
     ) -> PairFeatures:
-        """Encode rows (sorted, distinct) and keep all features in memory.
+        """Encode rows (sorted, distinct) and keep all features in memory, the same on all ranks.
 
         Raises:
             InputError: too many pairs cannot be read, or none.
         """
+        with self.ranks.together():
+            mine = self._own_pairs(
+                source, rows, captions=captions, description=description, leave=leave
+            )
+        found = PairFeatures.joined(self.ranks.gather_objects(mine))
+        self.ledger.exchange(self.ranks)
+        self.ledger.warn()
+        check_readable(source, len(rows), len(found.rows), found.skipped)
+        return found
+
+    def own_rows(self, rows: np.ndarray) -> np.ndarray:
+        """Return this rank's share of `rows`, in whole batches."""
+        share = self.ranks.share(-(-len(rows) // self._batch_size))
+        return rows[share.start * self._batch_size : share.stop * self._batch_size]
+
+    def _own_pairs(
+        self,
+        source: PairSource,
+        rows: np.ndarray,
+        *,
+        captions: Captions,
+        description: str,
+        leave: bool,
+    ) -> PairFeatures:
+        own = self.own_rows(rows)
         images: list[Tensor] = []
         texts: list[Tensor] = []
         place: dict[str, int] = {}
         pair_text: dict[int, list[int]] = {}
         skipped: list[Skip] = []
-        with self.progress_bar(description, len(rows), leave=leave) as bar:
-            for batch in self.batches(source, rows, captions=captions, bar=bar):
+        passes = -(-len(rows) // (self._batch_size * self.ranks.world_size))
+        with self.progress_bar(description, len(own), leave=leave) as bar, self._passing(passes):
+            for batch in self.batches(source, own, captions=captions, bar=bar):
                 images.append(batch.image)
                 texts.append(batch.text)
                 for key in batch.text_keys:
@@ -206,11 +270,11 @@ class PairEncoder:
                 for row, key in batch.captions:
                     pair_text.setdefault(row, []).append(place[key])
                 skipped += batch.skipped
-        check_readable(source, len(rows), len(pair_text), skipped)
+        nothing = torch.empty(0, self.model.embed_dim)
         return PairFeatures(
             np.fromiter(pair_text, dtype=np.int64),
-            torch.cat(images),
-            torch.cat(texts),
+            torch.cat([nothing, *images]),
+            torch.cat([nothing, *texts]),
             list(place),
             list(pair_text.values()),
             skipped,
@@ -225,26 +289,45 @@ class PairEncoder:
         ]
         return torch.cat(parts)
 
+    @contextmanager
+    def _passing(self, passes: int) -> Iterator[None]:
+        """Encode `passes` batches in the block: also empty ones, where ranks go in lockstep."""
+        self._passes = 0
+        try:
+            yield
+        finally:
+            # After an error too: the other ranks are waiting.
+            while self._in_lockstep and self._passes < passes:
+                self._encode_images(self.prepare.stack([]))
+                self._encode_tokens(self.prepare.no_tokens())
+
     def _encode_images(self, pixels: Tensor) -> Tensor:
         """[n, D] on the CPU of pixels [n, 3, H, W]; n may be 0."""
-        if not len(pixels):
-            return torch.empty(0, self.model.embed_dim)
-        with measuring(self.model.module):
-            image = self._forward(pixels=pixels.to(self.model.device)).image
+        count = len(pixels)
+        if not count:
+            if not self._in_lockstep:
+                return torch.empty(0, self.model.embed_dim)
+            pixels = pixels.new_zeros(1, *pixels.shape[1:])
+        with measuring(self._towers.module):
+            image = self._towers(pixels.to(self.model.device)).image
         assert image is not None
-        return image.cpu()
+        return image[:count].cpu()
 
     def _encode_tokens(self, tokens: Tokens) -> Tensor:
         """[m, D] on the CPU of token ids [m, L]; m may be 0."""
+        self._passes += 1
+        count = len(tokens.ids)
+        if not count and self._in_lockstep:
+            tokens = Tokens(tokens.ids.new_zeros(1, tokens.ids.shape[1]))
         parts = [torch.empty(0, self.model.embed_dim)]
         step = TEXTS_PER_IMAGE * self._batch_size
-        with measuring(self.model.module):
+        with measuring(self._towers.module):
             for start in range(0, len(tokens.ids), step):
                 part = tokens.index(slice(start, start + step)).to(self.model.device)
-                text = self._forward(tokens=part).text
+                text = self._towers(None, part).text
                 assert text is not None
                 parts.append(text.cpu())
-        return torch.cat(parts)
+        return torch.cat(parts)[:count]
 
 
 def check_readable(

@@ -49,6 +49,10 @@ class PreemptedError(FaseraseError):
     """
 
 
+class LostRankError(FaseraseError):
+    """Another process of the run ended, or cannot be reached; the message names it."""
+
+
 class DiskFullError(FaseraseError, OSError):
     """The disk or the quota has no room for a file.
 

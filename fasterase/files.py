@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import FileIO
@@ -47,7 +48,7 @@ def replace_file(
         temporary = stage / path.name
         yield temporary
         if sync:
-            _flush_to_disk(temporary)
+            flush_to_disk(temporary)
         os.replace(temporary, path)
 
 
@@ -69,7 +70,7 @@ def replace_folder(
                 # safetensors lets the owner alone read its files, whatever the umask allows.
                 file.chmod(file.stat().st_mode | (new.stat().st_mode & 0o666))
                 if sync:
-                    _flush_to_disk(file)
+                    flush_to_disk(file)
         _swap(new, path, replaced=stage / f"{path.name}.replaced")
 
 
@@ -152,6 +153,15 @@ def check_writable(folder: Path, *, argument: str) -> None:
         ) from error
 
 
+def crc32(file: Path) -> int:
+    """Return the CRC-32 of a file's bytes."""
+    value = 0
+    with file.open("rb") as handle:
+        while chunk := handle.read(1 << 22):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove what killed processes left half written in `folder`.
 
@@ -175,7 +185,22 @@ def _staging_folder(target: Path, size_bytes: int | None) -> Iterator[Path]:
             f"{target} cannot be written ({error.strerror}). Give a folder that can be written to."
         ) from error
     try:
-        yield stage
+        with reporting_full_disk(stage, target=target, size_bytes=size_bytes):
+            yield stage
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextmanager
+def reporting_full_disk(
+    stage: Path, *, target: Path, size_bytes: int | None = None
+) -> Iterator[None]:
+    """Write `target` in parts below `stage`, and turn errors of a full disk into `DiskFullError`.
+
+    For a process that writes into the stage of another one's `replace_folder`.
+    """
+    try:
+        yield
     except FaseraseError:
         raise
     except Exception as error:
@@ -184,8 +209,6 @@ def _staging_folder(target: Path, size_bytes: int | None) -> Iterator[Path]:
             raise
         written = sum(file.stat().st_size for file in stage.rglob("*") if file.is_file())
         raise _full_disk_error(target, number, size_bytes, written_bytes=written) from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
 
 
 def _full_disk_number(error: Exception, stage: Path) -> int | None:
@@ -234,7 +257,8 @@ def _format_bytes(size: int) -> str:
     return f"{value / 1000:.1f} TB"
 
 
-def _flush_to_disk(file: Path) -> None:
+def flush_to_disk(file: Path) -> None:
+    """Wait until the content of `file` is on disk, so that a power cut cannot lose it."""
     with file.open("rb") as handle:
         os.fsync(handle.fileno())
 

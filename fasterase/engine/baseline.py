@@ -232,6 +232,10 @@ class Checks:
             )
             for name, these in rows.items()
         }
+        # The first rank decides for all: others may round differently.
+        return self._encoder.ranks.on_first(lambda: self._measure(features))
+
+    def _measure(self, features: Mapping[str, PairFeatures]) -> Check:
         # Sets that were never known are not encoded: nothing of them is to be forgotten.
         judged = self._judge.judge(features)
         meter = self._baseline.damage

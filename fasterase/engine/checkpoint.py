@@ -5,17 +5,25 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fasterase.errors import ResumeError
-from fasterase.files import remove_leftovers, replace_folder
+from fasterase.files import (
+    crc32,
+    flush_to_disk,
+    remove_leftovers,
+    replace_folder,
+    reporting_full_disk,
+)
+from fasterase.parallel.engine import TrainingState
+from fasterase.parallel.ranks import ALONE, Ranks
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +46,13 @@ FREE_FIELDS = frozenset(
         "evaluation",
         "max_skipped",
         "report_to",
+        "deepspeed",
     }
 )
 # Entries of a run's identity that are digests: messages do not print their values.
 DIGESTS = frozenset({"model weights", "forget pairs", "retain pairs"})
 KEPT = 2
+MANIFEST = "state.json"
 
 
 @dataclass(frozen=True)
@@ -51,9 +61,7 @@ class Checkpoint:
 
     Attributes:
         step: steps done.
-        tensors: trained parameters by name, and buffers where training moves them.
-        optimizer: its state dict.
-        scaler: state dict of the loss scaling.
+        training: weights and optimiser, as the engine keeps them.
         non_finite: consecutive steps that were not applied.
         pacing: state of the pacing.
         best: the best weights so far, where the pacing keeps them.
@@ -61,9 +69,7 @@ class Checkpoint:
     """
 
     step: int
-    tensors: dict[str, Tensor]
-    optimizer: dict[str, Any]
-    scaler: dict[str, Any]
+    training: TrainingState
     non_finite: int
     pacing: dict[str, Any]
     best: dict[str, Tensor]
@@ -73,48 +79,75 @@ class Checkpoint:
 class CheckpointFolder:
     """`output_dir/checkpoints` of one run, identified by its config, model and data.
 
+    A checkpoint is a folder. Each rank writes a shard of the tensors; the first one writes the
+    manifest `state.json`, which holds their checksums, last, and then gives the folder its name.
+    Another number of ranks can read them.
+
     Args:
         folder: where the checkpoints are.
         identity: what must be equal to resume: the config's fields, the model's fingerprint, the
             manifests of forget and retain.
+        ranks: who takes part.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, identity: Mapping[str, Any], ranks: Ranks = ALONE) -> None:
         self.folder = folder
         # Through JSON, so that tuples and numbers compare as they will be read back.
         self.identity = json.loads(
             json.dumps({k: v for k, v in identity.items() if k not in FREE_FIELDS})
         )
+        self._ranks = ranks
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write `checkpoint` and remove all but the last two."""
+        """Write `checkpoint` and remove all but the last two.
+
+        Raises:
+            DiskFullError: there was no room; the checkpoints before it are kept.
+        """
         target = self.folder / f"step-{checkpoint.step:09d}"
-        if target.is_dir():
+        if self._ranks.tell(target.is_dir()):
             return
-        remove_leftovers(self.folder)
+        if self._ranks.is_first:
+            remove_leftovers(self.folder)
+        needed = _tensor_bytes(checkpoint)
+        with (
+            self._ranks.together(),
+            self._ranks.first_enters(
+                lambda: replace_folder(target, sync=True, size_bytes=needed)
+            ) as new,
+        ):
+            with (
+                self._ranks.together(),
+                reporting_full_disk(new, target=target, size_bytes=needed),
+            ):
+                shard = _write_shard(new, checkpoint, self._ranks)
+            shards = dict(self._ranks.gather_objects(shard))
+            if self._ranks.is_first:
+                self._write_manifest(new, checkpoint, shards)
+        if self._ranks.is_first:
+            self._remove_old()
+
+    def _write_manifest(self, new: Path, checkpoint: Checkpoint, shards: dict[str, int]) -> None:
+        if checkpoint.best:
+            save_file(checkpoint.best, new / "best.safetensors")
         state = {
             "step": checkpoint.step,
             "non_finite": checkpoint.non_finite,
             "pacing": checkpoint.pacing,
             "seconds": checkpoint.seconds,
+            "training": checkpoint.training.scalars,
+            "layout": checkpoint.training.layout,
+            "shards": shards,
             "identity": self.identity,
         }
-        with replace_folder(target, sync=True, size_bytes=_tensor_bytes(checkpoint)) as new:
-            save_file(checkpoint.tensors, new / "weights.safetensors")
-            if checkpoint.best:
-                save_file(checkpoint.best, new / "best.safetensors")
-            torch.save(
-                {"optimizer": checkpoint.optimizer, "scaler": checkpoint.scaler},
-                new / "optimizer.pt",
-            )
-            (new / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        self._remove_old()
+        (new / MANIFEST).write_text(json.dumps(state, indent=1), encoding="utf-8")
 
     def clear(self) -> None:
         """Remove the checkpoints of an earlier run."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self._ranks.is_first:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
-    def load(self, resume: str, *, device: torch.device) -> Checkpoint | None:
+    def load(self, resume: str) -> Checkpoint | None:
         """Return the last readable checkpoint; None if there is none, or for `resume="never"`.
 
         Raises:
@@ -123,11 +156,18 @@ class CheckpointFolder:
         """
         if resume == "never":
             return None
+        path = self._ranks.on_first(lambda: self._find_readable(resume))
+        return None if path is None else _read(path)
+
+    def _find_readable(self, resume: str) -> Path | None:
         self._remove_old()
         found = self._steps()
         for path in reversed(found):
             try:
-                return self._read(path, device)
+                state = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+                self._check_identity(state["identity"])
+                _check_files(path, state)
+                return path
             except ResumeError:
                 raise
             # Damaged files make the readers raise errors of many kinds.
@@ -152,22 +192,6 @@ class CheckpointFolder:
         for old in self._steps()[:-KEPT]:
             shutil.rmtree(old)
 
-    def _read(self, path: Path, device: torch.device) -> Checkpoint:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        self._check_identity(state["identity"])
-        saved = torch.load(path / "optimizer.pt", map_location=device, weights_only=True)
-        best = path / "best.safetensors"
-        return Checkpoint(
-            step=state["step"],
-            tensors=load_file(path / "weights.safetensors", device=str(device)),
-            optimizer=saved["optimizer"],
-            scaler=saved["scaler"],
-            non_finite=state["non_finite"],
-            pacing=state["pacing"],
-            best=load_file(best) if best.is_file() else {},
-            seconds=state["seconds"],
-        )
-
     def _check_identity(self, found: Mapping[str, Any]) -> None:
         changed = [
             f"the {name} differ"
@@ -184,16 +208,59 @@ class CheckpointFolder:
             )
 
 
+class ShardedTensors(Mapping[str, Tensor]):
+    """The tensors of all shards by name, each read when it is asked for."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._file_of: dict[str, Path] = {}
+        for file in files:
+            with safe_open(file, "pt") as shard:
+                self._file_of |= dict.fromkeys(shard.keys(), file)
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._file_of[name], "pt") as shard:
+            return shard.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+
+def _write_shard(new: Path, checkpoint: Checkpoint, ranks: Ranks) -> tuple[str, int]:
+    """Write this rank's tensors; return the file's name and checksum."""
+    file = new / f"shard-{ranks.rank + 1:05d}-of-{ranks.world_size:05d}.safetensors"
+    save_file(dict(checkpoint.training.tensors), file)
+    flush_to_disk(file)
+    return file.name, crc32(file)
+
+
+def _check_files(path: Path, state: Mapping[str, Any]) -> None:
+    """Raise if a file of a checkpoint is missing or damaged."""
+    for name, checksum in state["shards"].items():
+        if crc32(path / name) != checksum:
+            raise ValueError(f"{name} is damaged")
+    best = path / "best.safetensors"
+    if best.is_file():
+        load_file(best)
+
+
+def _read(path: Path) -> Checkpoint:
+    state = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    best = path / "best.safetensors"
+    tensors = ShardedTensors(path / name for name in state["shards"])
+    return Checkpoint(
+        step=state["step"],
+        training=TrainingState(tensors, state["training"], state["layout"]),
+        non_finite=state["non_finite"],
+        pacing=state["pacing"],
+        best=load_file(best) if best.is_file() else {},
+        seconds=state["seconds"],
+    )
+
+
 def _tensor_bytes(checkpoint: Checkpoint) -> int:
-    """Return what the tensors of a checkpoint take on disk."""
-    stored = (checkpoint.tensors, checkpoint.best, checkpoint.optimizer["state"])
-    return sum(tensor.nbytes for values in stored for tensor in _tensors(values))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested dicts, in which bitsandbytes keeps its states."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for entry in value.values():
-            yield from _tensors(entry)
+    """Return what this rank's tensors take on disk."""
+    tensors = [*checkpoint.training.tensors.values(), *checkpoint.best.values()]
+    return sum(tensor.nbytes for tensor in tensors)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
 from fasterase.config import UnlearnConfig, format_yaml
@@ -29,7 +30,6 @@ from fasterase.engine.model_state import Borrowed, training
 from fasterase.engine.optim import (
     EIGHT_BIT,
     Trained,
-    build_optimizer,
     lr_schedule,
     require_bitsandbytes,
 )
@@ -43,21 +43,25 @@ from fasterase.engine.pacing import (
     Rate,
 )
 from fasterase.engine.trackers import require_tracker
-from fasterase.errors import InputError, ResumeError
+from fasterase.errors import InputError, NonFiniteError, PreemptedError, ResumeError
 from fasterase.evaluation.evaluation import Evaluation
 from fasterase.evaluation.evaluator import Evaluator
 from fasterase.evaluation.features import sampled_rows
 from fasterase.evaluation.verdict import JUDGED_PAIRS, Judge, Trace, decide, summarise
 from fasterase.files import write_text
 from fasterase.models.dual_encoder import DualEncoder
-from fasterase.models.forward import TowerForward, resolve_precision
+from fasterase.models.forward import resolve_precision
 from fasterase.ops.contrastive.api import choose_backend
 from fasterase.pairs.batches import step_batches
 from fasterase.pairs.sampler import Sampler
 from fasterase.pairs.skips import SkipLedger
 from fasterase.pairs.source import PairSource
+from fasterase.parallel.build import build_engine, shards, working_model
+from fasterase.parallel.engine import Engine
+from fasterase.parallel.global_loss import GlobalLoss
+from fasterase.parallel.ranks import Ranks
+from fasterase.parallel.zero import require_deepspeed
 from fasterase.reference.cache import FeatureCache
-from fasterase.reference.live import Reference
 from fasterase.reference.original import cache_folder
 
 
@@ -101,8 +105,11 @@ def erase(
     state: Borrowed,
     output_dir: Path | None,
     callback: Callable[[StepRecord], object] | None,
+    ranks: Ranks,
 ) -> Outcome:
     """Train the (borrowed) model in place, and measure it before and after.
+
+    Every rank calls it with the same arguments, and gets the same outcome.
 
     Args:
         model: the model, on its device, in fp32 and eval mode.
@@ -114,6 +121,7 @@ def erase(
         state: rounds the weights as they will be returned.
         output_dir: folder for checkpoints, history and features; None keeps nothing.
         callback: see `run_steps`.
+        ranks: who takes part.
 
     Raises:
         InputError, ResumeError, NonFiniteError, PreemptedError: see `fasterase.unlearn`.
@@ -133,7 +141,11 @@ def erase(
         retain_rows=None if pool is None else pool.drawn,
     )
     total_steps = _count_steps(config, sampler)
+    # Before anything wraps the model: sharded weights would look the same for any model.
     fingerprint = model.fingerprint()
+    pairs = {"forget pairs": _identify(forget), "retain pairs": _identify(retain)}
+    _check_same({"model weights": fingerprint, **pairs}, ranks)
+    _check_train_mode(model, config, ranks)
     checkpoints = saved = None
     if output_dir is not None:
         identity = {
@@ -141,13 +153,13 @@ def erase(
             # The pool of retain pairs depends on it.
             "whether the run ends by itself": config.runs_until_forgotten,
             "model weights": fingerprint,
-            "forget pairs": _identify(forget),
-            "retain pairs": _identify(retain),
+            **pairs,
         }
-        checkpoints = CheckpointFolder(output_dir / "checkpoints", identity)
+        checkpoints = CheckpointFolder(output_dir / "checkpoints", identity, ranks)
         # Before anything is encoded: a checkpoint of another run is refused at once.
-        saved = checkpoints.load(config.resume, device=model.device)
-        write_text(output_dir / "config.yaml", format_yaml(config.to_dict()))
+        saved = checkpoints.load(config.resume)
+        settings = format_yaml(config.to_dict())
+        ranks.on_first(lambda: write_text(output_dir / "config.yaml", settings))
 
     encoder = PairEncoder(
         model,
@@ -155,6 +167,7 @@ def erase(
         ledger=ledger,
         num_workers=config.num_workers,
         progress=config.progress,
+        ranks=ranks,
     )
     preferred = {"forget": undrawn_rows(sampler, min(total_steps, MAX_STEPS))}
     evaluator = None
@@ -174,10 +187,10 @@ def erase(
             "or retain pairs with other captions."
         )
 
-    with cache_folder(config.reference_cache, output_dir) as folder:
+    with cache_folder(config.reference_cache, output_dir, ranks) as folder:
         key = hashlib.sha256(f"{fingerprint} {precision}".encode()).hexdigest()
         is_half = model.device.type == "cuda" and loss_products(precision) == "fp16"
-        cache = FeatureCache(folder, key, model.embed_dim, is_half=is_half)
+        cache = FeatureCache(folder, key, model.embed_dim, is_half=is_half, ranks=ranks)
         baseline = measure_original(
             encoder,
             cache,
@@ -189,50 +202,58 @@ def erase(
             evaluator=evaluator,
             pool=pool,
         )
-        trainer = _build_trainer(
-            model,
-            trained,
-            baseline.reference,
-            config=config,
-            precision=precision,
-            floor=baseline.floor,
-        )
+        working = working_model(model, config)
+        parameters = trained.parameters(working.module).values()
         checks = Checks(encoder, sets, judge, baseline, max_damage=config.max_damage)
-        pacing = _build_pacing(config, sampler, trainer, checks, total_steps=total_steps)
-        if saved is not None:
-            clock.earlier = saved.seconds
-            _resume(saved, trainer, pacing, progress=config.progress)
-        elif checkpoints is not None:
-            checkpoints.clear()
-        never_known = pool is not None and baseline.is_never_known
-        batches = step_batches(
-            forget,
-            retain,
-            sampler,
-            encoder.prepare,
-            first_step=trainer.step,
-            last_step=trainer.step if pacing.is_done or never_known else pacing.total_steps,
-            micro_batch_size=config.micro_batch_size,
-            augment_forget=config.forget_augment,
-            num_workers=config.num_workers,
-        )
-        parameters = trained.parameters(model.module).values()
         with (
             torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []),
-            training(model.module, parameters, train_mode=config.train_mode),
+            training(working.module, parameters, train_mode=config.train_mode),
         ):
-            history = run_steps(
-                trainer,
-                batches,
-                pacing,
-                clock=clock,
-                ledger=ledger,
-                checkpoints=checkpoints,
-                save_every=config.save_every,
-                history_path=output_dir / "history.jsonl" if output_dir else None,
-                callback=callback,
-                progress=config.progress,
+            engine = build_engine(
+                working, model, trained, config=config, precision=precision, ranks=ranks
             )
+            trainer = Trainer(
+                engine,
+                GlobalLoss(_build_loss(model, trained, baseline.floor, config, precision), ranks),
+                baseline.reference,
+                device=model.device,
+                precision=precision,
+                max_grad_norm=config.max_grad_norm,
+                seed=config.seed,
+                ranks=ranks,
+            )
+            pacing = _build_pacing(config, sampler, engine, checks, total_steps=total_steps)
+            if saved is not None:
+                clock.earlier = saved.seconds
+                _resume(saved, trainer, pacing, progress=config.progress)
+            elif checkpoints is not None:
+                checkpoints.clear()
+            never_known = pool is not None and baseline.is_never_known
+            batches = step_batches(
+                forget,
+                retain,
+                sampler,
+                encoder.prepare,
+                first_step=trainer.step,
+                last_step=trainer.step if pacing.is_done or never_known else pacing.total_steps,
+                micro_batch_size=config.micro_batch_size,
+                augment_forget=config.forget_augment,
+                num_workers=config.num_workers,
+                ranks=ranks,
+            )
+            with encoder.through(engine), _exporting(engine):
+                history = run_steps(
+                    trainer,
+                    batches,
+                    pacing,
+                    clock=clock,
+                    ledger=ledger,
+                    checkpoints=checkpoints,
+                    save_every=config.save_every,
+                    history_path=output_dir / "history.jsonl" if output_dir else None,
+                    callback=callback,
+                    progress=config.progress,
+                )
 
     state.round_to_own_dtype()
     rows = dict(judge.rows)
@@ -280,14 +301,14 @@ def _build_judge(
 
 
 def _build_pacing(
-    config: UnlearnConfig, sampler: Sampler, trainer: Trainer, checks: Checks, *, total_steps: int
+    config: UnlearnConfig, sampler: Sampler, engine: Engine, checks: Checks, *, total_steps: int
 ) -> Pacing:
     if config.runs_until_forgotten:
         return AutomaticPacing(
             LineFollower() if config.lr == "auto" else Rate(config.lr),
             check=checks,
-            weights=trainer.weights,
-            load=trainer.load_weights,
+            weights=engine.weights,
+            load=engine.load_weights,
             original=checks.original(),
             max_steps=total_steps,
         )
@@ -315,18 +336,12 @@ def _resume(saved: Checkpoint, trainer: Trainer, pacing: Pacing, *, progress: bo
         tqdm.write(f"fasterase: resuming after step {saved.step}")
 
 
-def _build_trainer(
-    model: DualEncoder,
-    trained: Trained,
-    reference: Reference | None,
-    *,
-    config: UnlearnConfig,
-    precision: str,
-    floor: float,
-) -> Trainer:
+def _build_loss(
+    model: DualEncoder, trained: Trained, floor: float, config: UnlearnConfig, precision: str
+) -> FeatureLoss:
     floor = config.floor if isinstance(config.floor, float) else floor
     applies_floor = config.floor is not None and config.forget_loss == "similarity"
-    feature_loss = FeatureLoss(
+    return FeatureLoss(
         image_trained=trained.image,
         text_trained=trained.text,
         scale_trained=trained.scale,
@@ -342,37 +357,51 @@ def _build_trainer(
         backend=config.backend,
         products=loss_products(precision),
     )
-    optimizer = build_optimizer(
-        model.module,
-        trained,
-        name=config.optimizer,
-        lr=0.0,  # the pacing sets it at each step
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-    )
-    return Trainer(
-        TowerForward(
-            model, precision=precision, image_trained=trained.image, text_trained=trained.text
-        ),
-        trained,
-        optimizer,
-        feature_loss,
-        reference,
-        precision=precision,
-        max_grad_norm=config.max_grad_norm,
-        train_mode=config.train_mode,
-        seed=config.seed,
-    )
+
+
+@contextmanager
+def _exporting(engine: Engine) -> Iterator[None]:
+    """Leave the weights on the caller's model after the block, also if it stopped early."""
+    try:
+        yield
+    # What stops all ranks alike; after an error on one of them the others could not take part.
+    except (NonFiniteError, PreemptedError, KeyboardInterrupt):
+        engine.export()
+        raise
+    engine.export()
+
+
+def _check_same(seen: Mapping[str, str], ranks: Ranks) -> None:
+    """Refuse ranks that were given another model or other pairs than the first one."""
+    everyone = ranks.gather_objects(seen)
+    for rank, other in enumerate(everyone):
+        differing = [name for name in seen if other[name] != everyone[0][name]]
+        if differing:
+            raise InputError(
+                f"{' and '.join(differing)}: rank {rank} has others than rank 0. Every process "
+                "must pass the same model (seed it before it is made, or load it) and the same "
+                "pairs; the ranks divide each batch among themselves."
+            )
+
+
+def _check_train_mode(model: DualEncoder, config: UnlearnConfig, ranks: Ranks) -> None:
+    if not config.train_mode or ranks.world_size == 1:
+        return
+    if any(isinstance(part, _BatchNorm) for part in model.module.modules()):
+        raise InputError(
+            "train_mode=True with several processes: the BatchNorm statistics of each would be of "
+            "its own pairs. Leave train_mode False, which freezes them, or use one process."
+        )
 
 
 def check_environment(config: UnlearnConfig) -> None:
     """Refuse options that this machine cannot honour, before anything is touched.
 
     Raises:
-        InputError: `deepspeed` is set, or a launcher started more than one process, each of which
-            would train on its own; `backend` is not available; `resume="must"` without an
-            `output_dir`.
-        MissingExtraError: an 8-bit optimiser without bitsandbytes; `report_to` without its tracker.
+        InputError: `deepspeed` names no readable configuration; `backend` is not available;
+            `resume="must"` without an `output_dir`.
+        MissingExtraError: an 8-bit optimiser without bitsandbytes; `deepspeed` without DeepSpeed;
+            `report_to` without its tracker.
     """
     choose_backend(config.backend)
     if config.optimizer in EIGHT_BIT:
@@ -383,17 +412,8 @@ def check_environment(config: UnlearnConfig) -> None:
             "resume='must' without output_dir: a run resumes from the checkpoints in its "
             "output_dir. Give the output_dir of the interrupted run, or resume='auto'."
         )
-    if config.deepspeed is not None:
-        raise InputError(
-            "deepspeed is set, but this version trains in one process. Leave it None; "
-            "micro_batch_size bounds memory at any batch_size."
-        )
-    world_size = int(os.environ.get("WORLD_SIZE") or 1)
-    if world_size > 1:
-        raise InputError(
-            f"WORLD_SIZE={world_size}: this version trains in one process. "
-            "Start it without torchrun or the deepspeed launcher."
-        )
+    if shards(config):
+        require_deepspeed()
 
 
 def _identify(source: PairSource) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -14,10 +14,8 @@ from tqdm import tqdm
 
 from fasterase.engine.checkpoint import Checkpoint, CheckpointFolder
 from fasterase.engine.clock import RunClock
-from fasterase.engine.feature_loss import FeatureLoss
 from fasterase.engine.grad_cache import backpropagate, buffers_in_train_mode, restore_buffers
 from fasterase.engine.history import HistoryFile, StepRecord
-from fasterase.engine.optim import Trained, build_grad_scaler
 from fasterase.engine.pacing import Pacing
 from fasterase.engine.stops import (
     NonFiniteGuard,
@@ -26,9 +24,11 @@ from fasterase.engine.stops import (
     non_finite_term,
 )
 from fasterase.errors import PreemptedError
-from fasterase.models.forward import TowerForward
 from fasterase.pairs.batches import MicroBatch, StepBatch
 from fasterase.pairs.skips import SkipLedger
+from fasterase.parallel.engine import Engine
+from fasterase.parallel.global_loss import GlobalLoss
+from fasterase.parallel.ranks import Ranks
 from fasterase.progress import progress_bar
 from fasterase.reference.live import Reference
 from fasterase.seeds import Stream, torch_seed
@@ -41,89 +41,89 @@ class Trainer:
     """Takes steps, and holds all state that they change.
 
     Args:
-        forward: the towers, on their device.
-        trained: which of their parameters are trained.
-        optimizer: optimises those parameters.
-        feature_loss: the objective.
+        engine: the towers and their optimiser.
+        loss_of: the objective over the pairs of all ranks.
         reference: the original's features; None if no loss uses them.
+        device: where the towers run.
         precision: compute dtype of the towers, resolved.
         max_grad_norm: limit of the global gradient norm; None does not clip.
-        train_mode: whether BatchNorm statistics move and Dropout is active.
         seed: seed for Dropout.
+        ranks: who takes part.
 
     Attributes:
         step: steps taken so far.
+        engine: as given.
+        ranks: as given.
     """
 
     def __init__(
         self,
-        forward: TowerForward,
-        trained: Trained,
-        optimizer: torch.optim.Optimizer,
-        feature_loss: FeatureLoss,
+        engine: Engine,
+        loss_of: GlobalLoss,
         reference: Reference | None,
         *,
+        device: torch.device,
         precision: str,
         max_grad_norm: float | None,
-        train_mode: bool,
         seed: int,
+        ranks: Ranks,
     ) -> None:
         self.step = 0
-        self._forward = forward
-        self._parameters = trained.parameters(forward.module)
-        self._device = next(iter(self._parameters.values())).device
-        self._optimizer = optimizer
-        self._feature_loss = feature_loss
+        self.engine = engine
+        self.ranks = ranks
+        self._loss_of = loss_of
         self._reference = reference
+        self._device = device
         self._max_grad_norm = float("inf") if max_grad_norm is None else max_grad_norm
-        self._train_mode = train_mode
         self._seed = seed
-        self._scaler = build_grad_scaler(precision, self._device)
         self._guard = NonFiniteGuard(precision)
 
-    def train_step(self, batch: StepBatch, lr: float) -> StepRecord:
+    def train_step(self, batch: StepBatch, lr: float, *, passes: int) -> StepRecord:
         """Take one step: encode, loss, gradients, clip, update; a non-finite step is left out.
+
+        Args:
+            batch: this rank's part of the step.
+            lr: the learning rate.
+            passes: see `backpropagate`.
 
         Raises:
             NonFiniteError: several steps in a row were not finite.
         """
         started = time.perf_counter()
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._optimizer.zero_grad(set_to_none=True)
-        buffers = buffers_in_train_mode(self._forward.module)
-        loss = backpropagate(
-            self._forward,
-            batch.micro_batches,
-            partial(
-                self._feature_loss,
-                reference=self._reference_features(batch),
-                n_forget=batch.n_forget,
-                labels=batch.labels,
-                upstream=self._scaler.scale(torch.ones((), device=self._device)),
-            ),
-            device=self._device,
-            seed_of=self._dropout_seed,
-        )
-        has_gradients = any(each.grad is not None for each in self._parameters.values())
-        grad_norm = self._clip_gradients() if has_gradients else 0.0
+        buffers = buffers_in_train_mode(self.engine.module)
+        with self.engine.one_reduction():
+            loss = backpropagate(
+                self.engine,
+                batch.micro_batches,
+                partial(
+                    self._loss_of,
+                    reference=self._reference_features(batch),
+                    n_forget=batch.n_forget,
+                    labels=batch.labels,
+                    upstream=self.engine.upstream(),
+                ),
+                device=self._device,
+                seed_of=self._dropout_seed,
+                passes=passes if self.engine.in_lockstep else None,
+            )
         self.step = batch.step + 1
-        term = non_finite_term(loss, grad_norm)
+        grad_norm, applied = 0.0, False
+        term = non_finite_term(loss)
         if term is None:
-            self._scaler.step(self._optimizer)
-        else:
+            grad_norm, applied = self.engine.step(lr, max_grad_norm=self._max_grad_norm)
+            term = None if applied else "gradient"
+        if not applied:
             # BatchNorm statistics saw the step too, and would keep its NaN.
             restore_buffers(buffers)
         self._guard.record(term, step=self.step, ids=batch.ids)
-        if self._scaler.is_enabled() and has_gradients:
-            self._scaler.update()
+        (seconds,) = self.ranks.largest(time.perf_counter() - started)
         return StepRecord(
             step=self.step,
             **{name: float(value) for name, value in loss._asdict().items()},
             lr=lr,
             grad_norm=grad_norm,
-            applied=term is None,
-            seconds=time.perf_counter() - started,
+            applied=applied,
+            seconds=seconds,
         )
 
     def _reference_features(
@@ -136,19 +136,11 @@ class Trainer:
     def _dropout_seed(self, part: MicroBatch) -> int:
         return torch_seed(self._seed, Stream.DROPOUT, part.step, part.offset)
 
-    def _clip_gradients(self) -> float:
-        """Remove the loss scaling, clip, and return the norm before clipping."""
-        self._scaler.unscale_(self._optimizer)
-        parameters = list(self._parameters.values())
-        return float(torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm))
-
     def checkpoint(self, pacing: Pacing, *, seconds: float) -> Checkpoint:
         """Return the state after the steps taken so far, with that of the pacing."""
         return Checkpoint(
             step=self.step,
-            tensors={name: tensor.detach().contiguous() for name, tensor in self._state()},
-            optimizer=self._optimizer.state_dict(),
-            scaler=self._scaler.state_dict(),
+            training=self.engine.state(),
             non_finite=self._guard.in_a_row,
             pacing=pacing.state(),
             best=pacing.tensors(),
@@ -157,28 +149,9 @@ class Trainer:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from `checkpoint`."""
-        self.load_weights(checkpoint.tensors)
-        self._optimizer.load_state_dict(checkpoint.optimizer)
-        self._scaler.load_state_dict(checkpoint.scaler)
+        self.engine.restore(checkpoint.training)
         self._guard.in_a_row = checkpoint.non_finite
         self.step = checkpoint.step
-
-    def weights(self) -> dict[str, Tensor]:
-        """Return a copy on the CPU of all that training changes in the model."""
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._state()}
-
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Put back what `weights` returned."""
-        with torch.no_grad():
-            for name, tensor in self._state():
-                tensor.copy_(weights[name])
-
-    def _state(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors that training changes: trained parameters, and buffers if they move."""
-        yield from self._parameters.items()
-        if self._train_mode:
-            for name, buffer in self._forward.module.named_buffers():
-                yield f"buffer:{name}", buffer
 
 
 def run_steps(
@@ -208,13 +181,19 @@ def run_steps(
         callback: called after each step with its record; True ends the run.
         progress: whether to show a progress bar.
 
+    Every rank takes every step; history and progress are the first one's.
+
     Raises:
         NonFiniteError: several steps in a row were not finite.
         PreemptedError: SIGTERM arrived; with `checkpoints`, one was written.
         KeyboardInterrupt: Ctrl-C; likewise, after the current step.
     """
-    history_file = HistoryFile(history_path, keep_steps=trainer.step) if history_path else None
-    history = list(history_file.kept) if history_file else []
+    ranks = trainer.ranks
+    history_file: HistoryFile | None = None
+    with ranks.together():
+        if history_path and ranks.is_first:
+            history_file = HistoryFile(history_path, keep_steps=trainer.step)
+    history = ranks.tell(list(history_file.kept) if history_file else [])
     last_save = time.monotonic()
 
     def is_save_due() -> bool:
@@ -222,33 +201,69 @@ def run_steps(
             return time.monotonic() - last_save > SAVE_SECONDS
         return trainer.step % save_every == 0
 
+    def note(record: StepRecord, pairs: int) -> bool:
+        """Write and show a step on the first rank, and ask every callback whether to stop."""
+        if history_file:
+            history_file.append(record)
+        _show(bar, record, pairs=pairs)
+        return callback is not None and callback(record) is True
+
     bar = progress_bar(
         "erasing", total=pacing.total_steps, initial=trainer.step, unit="step", shown=progress
     )
+    number = 0  # of the signal that ends the run
     try:
         with StopRequests() as stop, bar:
-            for batch in batches:
-                ledger.add(batch.ids, batch.skipped)
-                ledger.warn()
-                record = trainer.train_step(batch, pacing.lr(batch.step))
+            for batch, passes, pairs in _agreed(batches, ledger, ranks):
+                record = trainer.train_step(batch, pacing.lr(batch.step), passes=passes)
                 history.append(record)
-                if history_file:
-                    history_file.append(record)
-                _show(bar, record, pairs=len(batch.ids))
-                done = callback is not None and callback(record) is True
+                with ranks.together():
+                    done = note(record, pairs)
+                found = ranks.largest(stop.number, done, is_save_due())
+                number, ends, due = int(found[0]), bool(found[1]), bool(found[2])
                 pacing.after_step(record)
-                ends = done or pacing.is_done or stop.signal is not None
-                if checkpoints and (ends or trainer.step == pacing.total_steps or is_save_due()):
+                ends = ends or pacing.is_done or number > 0
+                if checkpoints and (ends or trainer.step == pacing.total_steps or due):
                     checkpoints.save(trainer.checkpoint(pacing, seconds=clock.seconds()))
                     last_save = time.monotonic()
                 if ends:
                     break
-            if stop.signal is not None:
-                _raise_stopped(stop.signal, trainer.step, checkpoints)
+            if number:
+                _raise_stopped(signal.Signals(number), trainer.step, checkpoints)
     finally:
         if history_file:
             history_file.close()
     return history
+
+
+def _agreed(
+    batches: Iterator[StepBatch], ledger: SkipLedger, ranks: Ranks
+) -> Iterator[tuple[StepBatch, int, int]]:
+    """Yield each batch, the most micro-batches of a rank, and the pairs of all ranks.
+
+    A batch that cannot be loaded on one rank is an error on all.
+    """
+    while True:
+        batch: StepBatch | None = None
+        error: Exception | None = None
+        try:
+            batch = next(batches, None)
+            if batch is not None:
+                ledger.add(batch.ids, batch.skipped)
+        except Exception as raised:
+            error = raised
+        passes = 0 if batch is None else len(batch.micro_batches)
+        skipped = 0 if batch is None else len(batch.skipped)
+        pairs = 0 if batch is None else len(batch.ids)
+        everyone = ranks.gather_numbers(error is not None, passes, skipped, pairs)
+        if any(failed for failed, *_ in everyone):
+            ranks.agree_on_error(error)
+        if batch is None:
+            return
+        if any(skips for _, _, skips, _ in everyone):
+            ledger.exchange(ranks)
+            ledger.warn()
+        yield batch, max(each[1] for each in everyone), sum(each[3] for each in everyone)
 
 
 def _raise_stopped(number: signal.Signals, step: int, checkpoints: CheckpointFolder | None) -> None:

@@ -60,36 +60,40 @@ class NonFiniteGuard:
             )
 
 
-def non_finite_term(loss: EraseLoss, grad_norm: float) -> str | None:
-    """Return the first loss term that is NaN or infinite, else `"gradient"` if the norm is."""
+def non_finite_term(loss: EraseLoss) -> str | None:
+    """Return the first loss term that is NaN or infinite."""
     for name in ("forget", "retain", "consistency", "anchor", "total"):
         if not math.isfinite(float(getattr(loss, name))):
             return name
-    return None if math.isfinite(grad_norm) else "gradient"
+    return None
+
+
+# Schedulers announce the end of a job with them: SIGTERM, and SIGUSR1 where they are told to.
+PREEMPTING = (signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 
 
 class StopRequests:
-    """Turns Ctrl-C and SIGTERM into a request, so that no step is left half done.
+    """Turns Ctrl-C, SIGTERM and SIGUSR1 into a request, so that no step is left half done.
 
-    While active, the first SIGINT or SIGTERM sets `signal`; a second SIGINT raises at once. Outside
-    the main thread, where Python allows no handlers, signals keep their usual effect.
+    While active, the first of them sets `number`; a second SIGINT raises at once. Outside the main
+    thread, where Python allows no handlers, signals keep their usual effect.
 
     Attributes:
-        signal: the signal that requested the stop, else None.
+        number: of the signal that requested the stop, else 0.
     """
 
     def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
+        self.number = 0
         self._previous: dict[signal.Signals, Any] = {}
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is signal.SIGINT and number == signal.SIGINT:
+        if self.number == number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = signal.Signals(number)
+        self.number = number
 
     def __enter__(self) -> StopRequests:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, *PREEMPTING):
                 self._previous[number] = signal.signal(number, self._request)
         return self
 

@@ -22,6 +22,7 @@ from fasterase.pairs.prepare import PreparedText, Preparer, hash_captions, stack
 from fasterase.pairs.sampler import Sampler
 from fasterase.pairs.skips import BrokenPair, Skip
 from fasterase.pairs.source import PairSource, Record
+from fasterase.parallel.ranks import ALONE, Ranks, share_of
 from fasterase.seeds import Stream, generator
 
 Captions = Literal["all", "first"]
@@ -50,7 +51,8 @@ class MicroBatch(Loaded):
 
     Attributes:
         step: counted from 0.
-        offset: position of its first pair in the step's draw, counting broken pairs.
+        offset: position of its first pair in the draw of the step for all ranks, counting broken
+            pairs.
         n_forget: how many of the n are forget pairs.
         tokens: ids [n, L].
         keys: [n] identities of the captions.
@@ -65,11 +67,11 @@ class MicroBatch(Loaded):
 
 @dataclass
 class StepBatch:
-    """The pairs of one step, in micro-batches, broken pairs left out. Forget pairs come first.
+    """A rank's pairs of one step, in micro-batches, without broken pairs. Forget pairs come first.
 
     Attributes:
         step: counted from 0.
-        micro_batches: at least one; none is empty unless every pair of the step is broken.
+        micro_batches: at least one; none is empty unless the rank has no readable pair.
         skipped: pairs that were drawn and are broken.
     """
 
@@ -132,20 +134,23 @@ def step_batches(
     micro_batch_size: int | None = None,
     augment_forget: bool,
     num_workers: int = 0,
+    ranks: Ranks = ALONE,
 ) -> Iterator[StepBatch]:
-    """Yield the batches of steps `first_step` to `last_step - 1`.
+    """Yield this rank's part of the batches of steps `first_step` to `last_step - 1`.
 
-    The pairs and their augmentation do not depend on the number of workers nor on the micro-batch
-    size: both are seeded by (seed, step, position in the step). If a source is not stable, the
-    generators of Python, NumPy and PyTorch are seeded in the same way while one of its items is
-    read, so that its own augmentation repeats too. Workers load one micro-batch at a time.
+    It is a slice of the step's forget pairs and one of its retain pairs. The pairs and their
+    augmentation do not depend on the number of workers or ranks nor on the micro-batch size: they
+    are seeded by (seed, step, position in the step). If a source is not stable, the generators of
+    Python, NumPy and PyTorch are seeded in the same way while one of its items is read, so that its
+    own augmentation repeats too. Workers load one micro-batch at a time.
 
     Raises:
         InputError: as `Preparer` does, also from inside a worker.
     """
-    size = micro_batch_size or sampler.max_pairs_per_step
+    largest = sampler.max_pairs_per_rank(ranks.world_size)
+    size = micro_batch_size or largest
     # The last part of a step may be empty: steps differ in size by one pair.
-    parts = max(1, -(-sampler.max_pairs_per_step // size))
+    parts = max(1, -(-largest // size))
     black = prepare.black_level() if augment_forget else None
     load = partial(
         _load_micro_batch,
@@ -156,6 +161,7 @@ def step_batches(
         parts=parts,
         augment_forget=augment_forget,
         black=black,
+        share=partial(share_of, rank=ranks.rank, world_size=ranks.world_size),
     )
     loaded: list[MicroBatch] = []
     for part in _load(load, range(first_step * parts, last_step * parts), num_workers):
@@ -208,20 +214,22 @@ def _load_micro_batch(
     parts: int,
     augment_forget: bool,
     black: Tensor | None,
+    share: Callable[[int], range],
 ) -> MicroBatch:
     step, part = divmod(number, parts)
     draw = sampler.draw(step)
     rows = np.concatenate([draw.forget, draw.retain])
     captions = np.concatenate([draw.forget_captions, draw.retain_captions])
-    offset = part * size
-    positions = range(offset, min(offset + size, len(rows)))
+    n_forget = len(draw.forget)
+    own = [*share(n_forget), *(n_forget + place for place in share(len(draw.retain)))]
+    positions = own[part * size : (part + 1) * size]
     pixels: list[Tensor] = []
     texts: list[PreparedText] = []
     ids: list[str] = []
     kept: list[int] = []
     skipped: list[Skip] = []
     for position in positions:
-        is_forget = position < len(draw.forget)
+        is_forget = position < n_forget
         source = sources[0] if is_forget else sources[1]
         try:
             record = _read(source, int(rows[position]), sampler.seed, step, position)
@@ -243,8 +251,8 @@ def _load_micro_batch(
         pixels=prepare.stack(pixels),
         skipped=skipped,
         step=step,
-        offset=offset,
-        n_forget=sum(position < len(draw.forget) for position in kept),
+        offset=positions[0] if positions else len(rows),
+        n_forget=sum(position < n_forget for position in kept),
         tokens=stack_tokens([text.tokens for text in texts], prepare.context_length),
         keys=[text.key for text in texts],
     )
@@ -360,3 +368,5 @@ def _leave_signals_to_parent(worker: int) -> None:
     """
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)

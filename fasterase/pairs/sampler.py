@@ -60,8 +60,12 @@ class Sampler:
         self.seed = seed
         self.steps_per_epoch = max(1, -(-n_forget // forget_batch_size))
         self._retain_batch = min(batch_size, self._retain_count)
-        self.max_pairs_per_step = -(-n_forget // self.steps_per_epoch) + self._retain_batch
+        self._forget_batch = -(-n_forget // self.steps_per_epoch)  # the largest
         self._passes: dict[Stream, tuple[int, np.ndarray]] = {}
+
+    def max_pairs_per_rank(self, world_size: int = 1) -> int:
+        """Return the most pairs that one rank has in a step, of each set an equal share."""
+        return -(-self._forget_batch // world_size) - (-self._retain_batch // world_size)
 
     def draw(self, step: int) -> Draw:
         """Return the pairs of a step, counted from 0."""

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fasterase.errors import FaseraseError, InputError
+from fasterase.parallel.ranks import Ranks
 
 _NAMED = 10
 # A share of fewer pairs would stop a large run because of an unlucky first batch.
@@ -59,7 +60,7 @@ class _DistinctIds:
 
 
 class SkipLedger:
-    """Counts skipped pairs over distinct ids.
+    """Counts skipped pairs over distinct ids, those that this rank has read.
 
     Args:
         total: pairs in all sets together.
@@ -72,12 +73,13 @@ class SkipLedger:
         self._least = min(total, _LEAST_COUNTED)
         self._seen = _DistinctIds()
         self._skips: dict[str, Skip] = {}
-        self._warned = 0
+        self._elsewhere: dict[str, Skip] = {}  # what other ranks skipped
+        self._warned: set[str] = set()
 
     @property
     def skips(self) -> list[Skip]:
-        """Every skipped pair once, in the order met."""
-        return list(self._skips.values())
+        """Every skipped pair once, in the order met; those of other ranks at the last exchange."""
+        return list((self._skips | self._elsewhere).values())
 
     def add(self, seen: Iterable[str], skipped: Iterable[Skip]) -> None:
         """Count the pairs that were read (`seen`, ids) and those that were left out.
@@ -94,13 +96,19 @@ class SkipLedger:
             raise InputError(
                 f"{len(self._skips)} of {len(self._seen)} pairs cannot be used, more than the "
                 f"{self.max_skipped:.1%} that `max_skipped` allows of {counted}: "
-                f"{self._named(self.skips)}. Repair or remove them, or raise `max_skipped`."
+                f"{self._named(list(self._skips.values()))}. Repair or remove them, or raise "
+                "`max_skipped`."
             )
+
+    def exchange(self, ranks: Ranks) -> None:
+        """Learn what the other ranks have skipped, so that one of them can name it all."""
+        for skips in ranks.gather_objects(list(self._skips.values())):
+            self._elsewhere |= {skip.id: skip for skip in skips if skip.id not in self._skips}
 
     def warn(self) -> None:
         """Name the pairs skipped since the last call in one warning; silent if there are none."""
-        fresh = self.skips[self._warned :]
-        self._warned = len(self._skips)
+        fresh = [skip for skip in self.skips if skip.id not in self._warned]
+        self._warned.update(skip.id for skip in fresh)
         if fresh:
             warnings.warn(
                 f"{len(fresh)} broken pairs are skipped: {self._named(fresh)}", stacklevel=2

@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from fasterase.encode import BATCH_SIZE, PairEncoder
-from fasterase.files import check_writable, replace_file
+from fasterase.errors import InputError
+from fasterase.files import check_writable, crc32, replace_file
 from fasterase.pairs.prepare import hash_captions
 from fasterase.pairs.source import PairSource, Subset
+from fasterase.parallel.ranks import ALONE, Ranks
 
 log = logging.getLogger(__name__)
 
@@ -38,28 +40,45 @@ class FeatureCache:
         width: D0.
         is_half: store fp16, half the size, for a loss that multiplies in fp16 anyway. Of unit rows
             it keeps 11 bits. Caches of the two kinds do not see each other.
+        ranks: who takes part: each encodes its share and writes blocks of its own. All of them see
+            the folder, and call the methods alike.
     """
 
-    def __init__(self, folder: Path, model_key: str, width: int, *, is_half: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        model_key: str,
+        width: int,
+        *,
+        is_half: bool = False,
+        ranks: Ranks = ALONE,
+    ) -> None:
         self._root = folder
         self._folder = folder / (model_key[:16] + ("-fp16" if is_half else ""))
         self._is_half = is_half
         self.width = width
+        self._ranks = ranks
         self._images: dict[str, FeatureStore] = {}
 
     @cached_property
     def _captions(self) -> FeatureStore:
-        check_writable(self._root, argument="reference_cache")
+        with self._ranks.together():
+            check_writable(self._root, argument="reference_cache")
         captions = self._open(self._folder / "captions")
-        if captions.damaged:
+        if self._ranks.tell(captions.damaged):
             # Captions are encoded only when their images are read, and cached images are not read
             # again.
-            shutil.rmtree(self._folder)
+            self._ranks.on_first(lambda: shutil.rmtree(self._folder))
             captions = self._open(self._folder / "captions")
         return captions
 
     def _open(self, folder: Path) -> FeatureStore:
-        return FeatureStore(folder, self.width, is_half=self._is_half)
+        """Open a store on the first rank, which removes damaged blocks, then on the others."""
+        for first in (True, False):
+            with self._ranks.together():
+                if self._ranks.is_first == first:
+                    store = FeatureStore(folder, self.width, is_half=self._is_half)
+        return store
 
     def images(self, source: PairSource) -> FeatureStore:
         """Return the store of the source's images, whose keys `image_keys` gives.
@@ -88,9 +107,15 @@ class FeatureCache:
         """
         images = self.images(source)
         present = images.has(image_keys(source, rows))
-        with encoder.progress_bar(description, len(rows)) as bar:
-            bar.update(int(present.sum()))
-            for part in _resume_blocks(rows, present):
+        parts = [encoder.own_rows(part) for part in _resume_blocks(rows, present)]
+        known = int(present.sum())
+        before = len(images)
+        with (
+            self._ranks.together(),
+            encoder.progress_bar(description, known + sum(map(len, parts))) as bar,
+        ):
+            bar.update(known)
+            for part in parts:
                 image_block = _Block(images)
                 text_block = _Block(self._captions)
                 encoded = encoder.batches(
@@ -106,7 +131,16 @@ class FeatureCache:
                 text_block.flush()
                 image_block.flush()
                 self._captions.refresh()
-        images.refresh()
+        written = sum(self._ranks.gather_objects(len(images) - before))
+        for store in (self._captions, images):
+            store.refresh()
+        if len(images) < before + written:
+            raise InputError(
+                f"reference_cache: {images.folder} does not show this process what the others have "
+                "written there. Give a folder on storage that all hosts share."
+            )
+        encoder.ledger.exchange(self._ranks)
+        encoder.ledger.warn()
 
     def _has_captions(self, keys: list[str]) -> np.ndarray:
         return self._captions.has(hash_captions(keys))
@@ -134,16 +168,14 @@ class FeatureStore:
         self.width = width
         number = "<f2" if is_half else "<f4"
         self._dtype = np.dtype([("key", "<i8"), ("feature", number, (width,))])
-        self._blocks: list[np.ndarray] = []
+        self._blocks: dict[str, np.ndarray] = {}
         self.damaged = False
         folder.mkdir(parents=True, exist_ok=True)
-        for path in sorted(folder.glob("*.npy")):
-            block = self._open(path)
-            if block is None:
-                self.damaged = True
-            else:
-                self._blocks.append(block)
         self.refresh()
+
+    def __len__(self) -> int:
+        """Return the number of rows, those `put` since the last `refresh` included."""
+        return sum(map(len, self._blocks.values()))
 
     def has(self, keys: np.ndarray) -> np.ndarray:
         """Return which of `keys` (n,) had a feature at the last `refresh`, (n,) bool."""
@@ -160,7 +192,7 @@ class FeatureStore:
         block_of = np.searchsorted(self._starts, rows, side="right") - 1
         for number in np.unique(block_of):
             here = block_of == number
-            features[here] = self._blocks[number]["feature"][rows[here] - self._starts[number]]
+            features[here] = self._ordered[number]["feature"][rows[here] - self._starts[number]]
         return features
 
     def put(self, keys: np.ndarray, features: np.ndarray) -> None:
@@ -176,24 +208,34 @@ class FeatureStore:
         path = self.folder / f"{int(keys[0]) & (2**64 - 1):016x}-{zlib.crc32(data):08x}.npy"
         with replace_file(path, sync=True, size_bytes=len(data)) as temporary:
             temporary.write_bytes(data)
-        self._blocks.append(np.load(path, mmap_mode="r"))
+        self._blocks[path.name] = np.load(path, mmap_mode="r")
 
     def refresh(self) -> None:
-        """Make what was `put` visible to `has` and `get`.
+        """Make what was `put`, here or by another process, visible to `has` and `get`.
 
         A separate step, because it sorts all keys.
         """
-        # Offsets of each block in the concatenation of all, so that one sorted array of keys finds
-        # both the block and the row inside it.
-        sizes = [len(block) for block in self._blocks]
+        for path in sorted(self.folder.glob("*.npy")):
+            if path.name in self._blocks:
+                continue
+            block = self._open(path)
+            if block is None:
+                self.damaged = True
+            else:
+                self._blocks[path.name] = block
+        # By name, so that all processes read one of several rows of a key. Offsets of each block in
+        # the concatenation of all, so that one sorted array of keys finds both the block and the
+        # row inside it.
+        self._ordered = [self._blocks[name] for name in sorted(self._blocks)]
+        sizes = [len(block) for block in self._ordered]
         self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        keys = [np.asarray(block["key"]) for block in self._blocks]
+        keys = [np.asarray(block["key"]) for block in self._ordered]
         every = np.concatenate(keys) if keys else np.empty(0, np.int64)
         self._order = np.argsort(every, kind="stable")
         self._sorted = every[self._order]
 
     def _open(self, path: Path) -> np.ndarray | None:
-        if path.stem.rpartition("-")[2] == f"{_crc32(path):08x}":
+        if path.stem.rpartition("-")[2] == f"{crc32(path):08x}":
             block = np.load(path, mmap_mode="r")
             if block.dtype == self._dtype and block.ndim == 1:
                 return block
@@ -240,11 +282,3 @@ def _resume_blocks(rows: np.ndarray, present: np.ndarray) -> Iterator[np.ndarray
     for chosen in (touched & ~present, ~touched):
         if chosen.any():
             yield rows[chosen]
-
-
-def _crc32(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            value = zlib.crc32(chunk, value)
-    return value

@@ -16,6 +16,7 @@ from fasterase.errors import FaseraseError, InputError
 from fasterase.pairs.batches import StepBatch
 from fasterase.pairs.prepare import caption_key
 from fasterase.pairs.source import PairSource
+from fasterase.parallel.ranks import ALONE, Ranks
 from fasterase.reference.cache import FeatureCache, image_keys
 from fasterase.seeds import Stream, generator
 
@@ -126,14 +127,19 @@ class CachedReference:
 
 
 @contextmanager
-def cache_folder(reference_cache: str | None, output_dir: Path | None) -> Iterator[Path]:
-    """Yield where features are kept: `reference_cache`, inside `output_dir`, or temporary."""
+def cache_folder(
+    reference_cache: str | None, output_dir: Path | None, ranks: Ranks = ALONE
+) -> Iterator[Path]:
+    """Yield where features are kept: `reference_cache`, inside `output_dir`, or temporary.
+
+    All ranks get the same folder.
+    """
     if reference_cache is not None:
         yield Path(reference_cache)
     elif output_dir is not None:
         yield output_dir / "reference"
     else:
-        with TemporaryDirectory(prefix="fasterase-") as folder:
+        with ranks.first_enters(lambda: TemporaryDirectory(prefix="fasterase-")) as folder:
             yield Path(folder)
 
 

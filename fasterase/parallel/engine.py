@@ -1,0 +1,83 @@
+"""What the training loop needs of whatever holds the weights, on one process or many."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from fasterase.models.forward import Features
+from fasterase.models.preprocessing import Tokens
+
+
+class TrainingState(NamedTuple):
+    """What a checkpoint keeps of an engine.
+
+    Attributes:
+        tensors: weights, moving buffers and optimiser states by name, as far as this rank writes
+            them; together the ranks write each once.
+        scalars: numbers, ready for JSON; the same on all ranks.
+        layout: what a resumed run must share with this one, beyond its identity: empty unless
+            states cannot be laid out anew.
+    """
+
+    tensors: Mapping[str, Tensor]
+    scalars: dict[str, Any]
+    layout: dict[str, Any]
+
+
+class Engine(Protocol):
+    """Holds the weights and the optimiser, and keeps the weights of all ranks alike.
+
+    Attributes:
+        module: the model's own module, with the trained parameters.
+        in_lockstep: whether every rank must call the towers equally often, because a call gathers
+            weights from all of them.
+    """
+
+    module: nn.Module
+    in_lockstep: bool
+
+    def __call__(self, pixels: Tensor | None = None, tokens: Tokens | None = None) -> Features:
+        """Encode as `TowerForward` does."""
+        ...
+
+    def upstream(self) -> Tensor:
+        """Return [] what the loss is multiplied by before the backward pass."""
+        ...
+
+    def one_reduction(self) -> AbstractContextManager[None]:
+        """Hold the backward passes of a step; afterwards the ranks' gradients are averaged once."""
+        ...
+
+    def step(self, lr: float, *, max_grad_norm: float) -> tuple[float, bool]:
+        """Clip, update and clear the gradients.
+
+        Returns:
+            The global norm before clipping, without the loss scaling; and whether the update was
+            applied, which it is not if the norm is not finite. The same on all ranks.
+        """
+        ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return a copy on the CPU of all that training changes in the model; empty on ranks that
+        need none."""
+        ...
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Put back what `weights` returned, on all ranks; no step follows."""
+        ...
+
+    def state(self) -> TrainingState:
+        """Return what a checkpoint keeps."""
+        ...
+
+    def restore(self, state: TrainingState) -> None:
+        """Continue from a state whose tensors are complete, those of all ranks."""
+        ...
+
+    def export(self) -> None:
+        """Put the trained weights into the caller's model, where they are not there already."""
+        ...

@@ -1,0 +1,142 @@
+"""The engine of a single process."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fasterase.engine.optim import build_grad_scaler
+from fasterase.models.forward import Features, TowerForward
+from fasterase.models.preprocessing import Tokens
+from fasterase.parallel.engine import TrainingState
+from fasterase.parallel.ranks import ALONE, Ranks
+
+
+class LocalEngine:
+    """Plain PyTorch: the caller's own module, its optimiser and the loss scaling.
+
+    Args:
+        forward: the towers, on their device.
+        parameters: the trained parameters by name, in the module's order.
+        optimizer: optimises those.
+        precision: compute dtype of the towers, resolved.
+        moves_buffers: whether forward passes change buffers (BatchNorm statistics).
+        ranks: who takes part.
+    """
+
+    in_lockstep = False
+
+    def __init__(
+        self,
+        forward: TowerForward,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        *,
+        precision: str,
+        moves_buffers: bool,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.module = forward.module
+        self._forward = forward
+        self._parameters = dict(parameters)
+        self._device = next(iter(self._parameters.values())).device
+        self._optimizer = optimizer
+        self._scaler = build_grad_scaler(precision, self._device)
+        self._moves_buffers = moves_buffers
+        self._ranks = ranks
+
+    def __call__(self, pixels: Tensor | None = None, tokens: Tokens | None = None) -> Features:
+        return self._forward(pixels, tokens)
+
+    def upstream(self) -> Tensor:
+        return self._scaler.scale(torch.ones((), device=self._device))
+
+    @contextlib.contextmanager
+    def one_reduction(self) -> Iterator[None]:
+        self._optimizer.zero_grad(set_to_none=True)
+        yield
+
+    def step(self, lr: float, *, max_grad_norm: float) -> tuple[float, bool]:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        parameters = list(self._parameters.values())
+        has_gradients = any(each.grad is not None for each in parameters)
+        norm = 0.0
+        if has_gradients:
+            self._scaler.unscale_(self._optimizer)
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+        applied = math.isfinite(norm)
+        if applied:
+            self._scaler.step(self._optimizer)
+        if self._scaler.is_enabled() and has_gradients:
+            self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        return norm, applied
+
+    def weights(self) -> dict[str, Tensor]:
+        if not self._ranks.is_first:
+            return {}
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._trained()}
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, tensor in self._trained():
+                if self._ranks.is_first:
+                    tensor.copy_(weights[name])
+                self._ranks.send(tensor)
+
+    def state(self) -> TrainingState:
+        tensors = dict(self._trained())
+        numbers: dict[str, dict[str, float]] = {}
+        for name, parameter in self._parameters.items():
+            for key, value in self._optimizer.state[parameter].items():
+                if isinstance(value, Tensor):
+                    tensors[f"{key} of {name}"] = value
+                else:
+                    numbers.setdefault(name, {})[key] = value
+        mine = {
+            name: _own(tensor)
+            for place, (name, tensor) in enumerate(tensors.items())
+            if place % self._ranks.world_size == self._ranks.rank
+        }
+        scalars = {"optimizer": numbers, "scaler": self._scaler.state_dict()}
+        return TrainingState(mine, scalars, layout={})
+
+    def restore(self, state: TrainingState) -> None:
+        with torch.no_grad():
+            for name, tensor in self._trained():
+                tensor.copy_(state.tensors[name])
+        self._scaler.load_state_dict(state.scalars["scaler"])
+        by_parameter: dict[str, dict[str, Any]] = {
+            name: dict(state.scalars["optimizer"].get(name, {})) for name in self._parameters
+        }
+        for full_name in state.tensors:
+            key, separator, name = full_name.partition(" of ")
+            if separator:
+                # PyTorch counts steps on the CPU.
+                device = "cpu" if key == "step" else self._device
+                by_parameter[name][key] = state.tensors[full_name].to(device)
+        for name, values in by_parameter.items():
+            if values:
+                self._optimizer.state[self._parameters[name]] = values
+
+    def export(self) -> None:
+        pass
+
+    def _trained(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors that training changes: trained parameters, and buffers if they move."""
+        yield from self._parameters.items()
+        if self._moves_buffers:
+            for name, buffer in self.module.named_buffers():
+                yield f"buffer:{name}", buffer
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """Return the tensor with storage of its own, as files of safetensors need it."""
+    tensor = tensor.detach().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

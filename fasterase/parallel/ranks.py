@@ -1,0 +1,319 @@
+"""The processes of a run: which one this is, what they exchange, and how they stay in agreement.
+
+No collective here is ever differentiated. What all ranks must decide alike is decided by one of
+them, or by the largest value of all; an error on one is raised on all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fasterase.errors import FaseraseError, InputError, LostRankError, NonFiniteError
+
+T = TypeVar("T")
+
+# Rank 0 may write tens of gigabytes while the others wait for it.
+_PATIENCE = timedelta(hours=2)
+# A killed process is a zombie until its launcher collects it; it is looked for this long.
+_OBITUARY_SECONDS = 3.0
+
+
+class Ranks:
+    """The only process of a run: every exchange returns at once what it was given.
+
+    Attributes:
+        rank: number of this process.
+        world_size: how many there are.
+    """
+
+    rank = 0
+    world_size = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes the files, shows progress and warns."""
+        return self.rank == 0
+
+    def share(self, count: int) -> range:
+        """Return which of `count` items belong to this rank: a slice; they differ by at most one.
+
+        The slices of all ranks, one after the other, are all items in their order.
+        """
+        return share_of(count, self.rank, self.world_size)
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Return the values of all ranks; they are pickled."""
+        return [value]
+
+    def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> list[Tensor]:
+        """Return each rank's rows [n_r, ...] of one tensor, where n_r = `counts[r]`, detached."""
+        return [rows.detach()]
+
+    def gather_numbers(self, *values: int) -> list[list[int]]:
+        """Return, for each rank, its whole numbers; every rank gives equally many."""
+        return [list(values)]
+
+    def largest(self, *values: float) -> list[float]:
+        """Return the largest of all ranks' values, one by one."""
+        return [float(value) for value in values]
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its mean over the ranks, in place."""
+
+    def send(self, tensor: Tensor) -> None:
+        """Replace the tensor by rank 0's, in place."""
+
+    def tell(self, value: T) -> T:
+        """Return rank 0's value; it is pickled."""
+        return value
+
+    def on_first(self, function: Callable[[], T]) -> T:
+        """Call `function` on rank 0 alone and return its result, or raise its error, everywhere."""
+        return function()
+
+    @contextlib.contextmanager
+    def first_enters(self, open_: Callable[[], AbstractContextManager[T]]) -> Iterator[T]:
+        """Enter a context on rank 0 alone, for a block of all ranks, which get its value.
+
+        An error on entering it is raised everywhere, one on leaving it on rank 0.
+        """
+        with open_() as value:
+            yield value
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Run a block, which must exchange nothing; an error on one rank is raised on all."""
+        yield
+
+    def agree_on_error(self, error: BaseException | None) -> None:
+        """Raise on every rank the error of the first rank that has one."""
+        if error is not None:
+            raise error
+
+
+ALONE = Ranks()
+
+
+class LinkedRanks(Ranks):
+    """A process among several, over torch.distributed.
+
+    Objects and small numbers travel between CPUs through a group of their own, so that they need
+    no GPU; tensors travel through the default group, on their device.
+    """
+
+    def __init__(self) -> None:
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self._control = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self._processes: list[tuple[str, int]] = []
+        self._processes = self.gather_objects((socket.gethostname(), os.getpid()))
+
+    def gather_objects(self, value: T) -> list[T]:
+        gathered: list[Any] = [None] * self.world_size
+        with self._exchange():
+            dist.all_gather_object(gathered, value, group=self._control)
+        return gathered
+
+    def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> list[Tensor]:
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows.detach()
+        gathered = [torch.empty_like(padded) for _ in counts]
+        with self._exchange():
+            dist.all_gather(gathered, padded)
+        return [part[:count] for part, count in zip(gathered, counts, strict=True)]
+
+    def gather_numbers(self, *values: int) -> list[list[int]]:
+        mine = torch.tensor(values, dtype=torch.int64)
+        gathered = [torch.empty_like(mine) for _ in range(self.world_size)]
+        with self._exchange():
+            dist.all_gather(gathered, mine, group=self._control)
+        return [each.tolist() for each in gathered]
+
+    def largest(self, *values: float) -> list[float]:
+        found = torch.tensor(values, dtype=torch.float64)
+        with self._exchange():
+            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._control)
+        return found.tolist()
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        with self._exchange():
+            dist.all_reduce(flat)
+        flat /= self.world_size
+        for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+    def send(self, tensor: Tensor) -> None:
+        with self._exchange():
+            dist.broadcast(tensor, src=0)
+
+    def tell(self, value: T) -> T:
+        told = [value]
+        with self._exchange():
+            dist.broadcast_object_list(told, src=0, group=self._control)
+        return told[0]
+
+    def on_first(self, function: Callable[[], T]) -> T:
+        result: Any = None
+        error: BaseException | None = None
+        if self.is_first:
+            try:
+                result = function()
+            except (Exception, KeyboardInterrupt) as raised:
+                error = raised
+        self.agree_on_error(error)
+        return self.tell(result)
+
+    @contextlib.contextmanager
+    def first_enters(self, open_: Callable[[], AbstractContextManager[T]]) -> Iterator[T]:
+        with contextlib.ExitStack() as stack:
+            yield self.on_first(lambda: stack.enter_context(open_()))
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        error: BaseException | None = None
+        try:
+            yield
+        except LostRankError:
+            raise
+        except (Exception, KeyboardInterrupt) as raised:
+            error = raised
+        self.agree_on_error(error)
+
+    def agree_on_error(self, error: BaseException | None) -> None:
+        mine = None if error is None else _describe_error(error, self.rank)
+        found = [each for each in self.gather_objects(mine) if each is not None]
+        if not found:
+            return
+        if error is not None:
+            raise error
+        kind, message = found[0]
+        raise kind(message)
+
+    @contextlib.contextmanager
+    def _exchange(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise LostRankError(
+                f"{self._name_lost()} ended, so the others cannot go on ({reason}). Its own output "
+                "says why; the same command continues from the last checkpoint."
+            ) from error
+
+    def _name_lost(self) -> str:
+        """Name the ranks of this host that no longer run, or else those on other hosts."""
+        host = socket.gethostname()
+        mine = [(r, pid) for r, (where, pid) in enumerate(self._processes) if where == host]
+        others = [r for r, (where, _) in enumerate(self._processes) if where != host]
+        until = time.monotonic() + _OBITUARY_SECONDS
+        while True:
+            lost = [f"rank {r} (process {pid} on {host})" for r, pid in mine if not _runs(pid)]
+            if lost:
+                return " and ".join(lost)
+            if time.monotonic() > until:
+                break
+            time.sleep(0.1)
+        if others:
+            return f"one of the ranks {', '.join(map(str, others))} on other hosts"
+        return "another rank"
+
+
+def share_of(count: int, rank: int, world_size: int) -> range:
+    """Return which of `count` items belong to a rank: see `Ranks.share`."""
+    return range(count * rank // world_size, count * (rank + 1) // world_size)
+
+
+@contextlib.contextmanager
+def join_ranks(*, alone_too: bool = False) -> Iterator[Ranks]:
+    """Find the other processes of this run: those of the caller's process group or of a launcher.
+
+    A process group that is there already is used and left in place. Otherwise the launcher's
+    environment (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`) says how to make one, which
+    lasts as long as the block.
+
+    Args:
+        alone_too: make a group of one without a launcher, for libraries that need one.
+
+    Raises:
+        InputError: the environment names several processes, but not how to reach them.
+    """
+    launched = int(os.environ.get("WORLD_SIZE") or 1)
+    if dist.is_available() and dist.is_initialized():
+        yield LinkedRanks() if dist.get_world_size() > 1 else ALONE
+        return
+    if launched == 1 and not alone_too:
+        yield ALONE
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if launched == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        missing = [
+            name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ
+        ]
+        if missing:
+            raise InputError(
+                f"WORLD_SIZE={launched}, but {', '.join(missing)} is not set, so the processes "
+                "cannot find each other. Start them with torchrun or the deepspeed launcher, or "
+                "unset WORLD_SIZE to run one process."
+            )
+        dist.init_process_group(backend)
+    try:
+        yield LinkedRanks() if launched > 1 else ALONE
+    finally:
+        dist.destroy_process_group()
+
+
+def launched_rank() -> int:
+    """Return this process's number before it has joined the others; 0 without a launcher."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ.get("RANK") or 0)
+
+
+def launched_device() -> torch.device | None:
+    """Return the GPU that a launcher means for this process; None without a launcher or GPU."""
+    local = os.environ.get("LOCAL_RANK")
+    if local is None or not torch.cuda.is_available():
+        return None
+    return torch.device("cuda", int(local) % torch.cuda.device_count())
+
+
+def _describe_error(error: BaseException, rank: int) -> tuple[type[BaseException], str]:
+    """Return what other ranks raise: an error of the same kind, which takes a message alone."""
+    message = f"{error} (on rank {rank})"
+    if isinstance(error, KeyboardInterrupt):
+        return KeyboardInterrupt, message
+    if isinstance(error, FaseraseError) and not isinstance(error, NonFiniteError):
+        return type(error), message
+    return FaseraseError, f"{type(error).__name__}: {message}"
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process of this host runs; one that ended but was not collected does not."""
+    if Path("/proc/self/stat").is_file():
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return False
+        return state not in ("Z", "X")
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # somebody else's process
+    return True

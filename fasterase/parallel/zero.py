@@ -1,0 +1,269 @@
+"""ZeRO-1, 2 and 3 by DeepSpeed: optimiser states, gradients and weights sharded over the ranks.
+
+Of DeepSpeed's ways to take several backward passes a step, `coalesce_grad_reduction` is the one
+that is exact at all three stages. It keeps the gradients of one's own micro-batches in full.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fasterase.errors import MissingExtraError, ResumeError, import_extra
+from fasterase.models.dual_encoder import DualEncoder
+from fasterase.models.forward import Features, TowerForward
+from fasterase.models.preprocessing import Tokens
+from fasterase.parallel.engine import TrainingState
+from fasterase.parallel.ranks import Ranks
+from fasterase.parallel.zero_config import zero_stage
+
+# `coalesce_grad_reduction` came with it.
+LEAST_VERSION = (0, 19, 2)
+
+
+def require_deepspeed() -> Any:
+    """Import DeepSpeed, quietly; on a machine without a GPU it runs on the CPU.
+
+    Raises:
+        MissingExtraError: it is not installed, or older than what is needed.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    deepspeed: Any = import_extra("deepspeed", "scale", "deepspeed")
+    found = tuple(int(part) for part in deepspeed.__version__.split("+")[0].split(".")[:3])
+    if found < LEAST_VERSION:
+        raise MissingExtraError(
+            f"deepspeed {deepspeed.__version__} is too old: {'.'.join(map(str, LEAST_VERSION))} is "
+            "needed. Install it with: pip install 'fasterase[scale]'"
+        )
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Collectives in shared memory, for CPUs. Compiling them takes a minute, and a build that is
+    # killed leaves a lock for which every later run would wait.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class ZeroEngine:
+    """A DeepSpeed engine around a copy of the model, whose weights go back to it at the end.
+
+    DeepSpeed rearranges the parameters of what it wraps, so the caller's module is left alone; on a
+    GPU it waits in the memory of the host.
+
+    Args:
+        forward: the towers of the copy, on their device, with `requires_grad` as trained.
+        parameters: the trained parameters by name, in the module's order.
+        optimizer: optimises those.
+        config: DeepSpeed's, complete.
+        model: the caller's model.
+        ranks: who takes part.
+    """
+
+    def __init__(
+        self,
+        forward: TowerForward,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        *,
+        config: Mapping[str, Any],
+        model: DualEncoder,
+        ranks: Ranks,
+    ) -> None:
+        self._deepspeed = require_deepspeed()
+        self.module = forward.module
+        self._stage = zero_stage(config)
+        self.in_lockstep = self._stage == 3
+        self._model = model
+        self._ranks = ranks
+        self._parameters = dict(parameters)
+        self._device = next(iter(self._parameters.values())).device
+        self._layout = {"ZeRO stage": self._stage, "number of ranks": ranks.world_size}
+        model.module.to("cpu")
+        self._engine, self._optimizer, *_ = self._deepspeed.initialize(
+            model=forward, optimizer=optimizer, config=dict(config), dist_init_required=False
+        )
+
+    def __call__(self, pixels: Tensor | None = None, tokens: Tokens | None = None) -> Features:
+        return Features(*self._engine(pixels, tokens))
+
+    def upstream(self) -> Tensor:
+        return torch.ones((), device=self._device)
+
+    @contextlib.contextmanager
+    def one_reduction(self) -> Iterator[None]:
+        with self._engine.coalesce_grad_reduction():
+            yield
+
+    def step(self, lr: float, *, max_grad_norm: float) -> tuple[float, bool]:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        norm = float(self._engine.get_global_grad_norm())
+        return norm, math.isfinite(norm) and self._engine.was_step_applied()
+
+    def weights(self) -> dict[str, Tensor]:
+        copies: dict[str, Tensor] = {}
+        for name, parameter in self._parameters.items():
+            with self._whole([parameter]):
+                if self._ranks.is_first:
+                    copies[name] = parameter.detach().to("cpu", copy=True)
+        return copies
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                with self._whole([parameter], changed=True):
+                    if self._ranks.is_first:
+                        parameter.copy_(weights[name])
+                    if self._stage < 3:
+                        self._ranks.send(parameter.data)
+
+    def state(self) -> TrainingState:
+        tensors: dict[str, Tensor] = {}
+        states = self._states()
+        keys = _resharded_keys(states)
+        for place, (name, parameter) in enumerate(self._parameters.items()):
+            # Assembled by all ranks, kept by the one that writes it.
+            whole = {name: self._deepspeed.utils.safe_get_full_fp32_param(parameter)}
+            for key in keys or ():
+                whole[f"{key} of {name}"] = self._deepspeed.utils.safe_get_full_optimizer_state(
+                    parameter, key
+                )
+            if place % self._ranks.world_size == self._ranks.rank:
+                tensors |= {each: value.cpu() for each, value in whole.items()}
+        if keys is None:
+            tensors |= {
+                self._shard_name(key, place): value.detach().cpu().clone()
+                for place, values in enumerate(states)
+                for key, value in values.items()
+                if not _is_number(value)
+            }
+        numbers = [
+            {key: float(value) for key, value in values.items() if _is_number(value)}
+            for values in states
+        ]
+        layout = self._layout if keys is None else {}
+        return TrainingState(tensors, {"optimizer": numbers}, layout)
+
+    def restore(self, state: TrainingState) -> None:
+        if state.layout and state.layout != self._layout:
+            raise ResumeError(
+                "output_dir: the optimiser states in its checkpoint are quantised shards of "
+                f"{_say(state.layout)}, and this run has {_say(self._layout)}. They cannot be laid "
+                "out anew: resume with the same numbers, or start afresh with resume='never'."
+            )
+        numbers = state.scalars["optimizer"]
+        if numbers:
+            self._create_states()
+        states = self._states()
+        for values in states:
+            # The same in every shard: how many steps were taken.
+            for key, value in numbers[0].items():
+                if isinstance(values[key], Tensor):
+                    values[key].fill_(value)
+                else:
+                    values[key] = type(values[key])(value)
+        keys = _resharded_keys(states)
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                self._set_weight(parameter, state.tensors[name].to(self._device))
+                for key in keys or ():
+                    moment = state.tensors[f"{key} of {name}"].to(self._device)
+                    self._set_moment(parameter, key, moment)
+        if keys is None:
+            for place, values in enumerate(states):
+                for key, value in values.items():
+                    if not _is_number(value):
+                        value.copy_(state.tensors[self._shard_name(key, place)])
+
+    def export(self) -> None:
+        theirs = dict(self._model.module.named_parameters())
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                with self._whole([parameter]):
+                    theirs[name].copy_(parameter)
+        self._engine.destroy()
+        self._model.module.to(self._device)
+
+    @contextlib.contextmanager
+    def _whole(
+        self, parameters: Sequence[nn.Parameter], *, changed: bool = False
+    ) -> Iterator[None]:
+        """Put sharded parameters together for the block; keep rank 0's changes if asked."""
+        if self._stage < 3:
+            yield
+            return
+        modifier = 0 if changed else None
+        with self._deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=modifier):
+            yield
+
+    def _set_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Set a weight, and the fp32 shard of it that the optimiser steps on."""
+        utils = self._deepspeed.utils
+        with self._whole([parameter], changed=True):
+            parameter.copy_(value)
+        if self._stage == 3:
+            utils.safe_set_local_fp32_param(parameter, self._own_shard(value))
+        else:
+            utils.safe_set_full_fp32_param(parameter, value)
+
+    def _set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        utils = self._deepspeed.utils
+        if self._stage == 3:
+            utils.safe_set_local_optimizer_state(parameter, self._own_shard(value), key)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, value, key)
+
+    def _own_shard(self, value: Tensor) -> Tensor:
+        """Return the shard of stage 3: rows of equal length, the last one padded with zeros."""
+        flat = value.reshape(-1)
+        padded = F.pad(flat, (0, -len(flat) % self._ranks.world_size))
+        return padded.chunk(self._ranks.world_size)[self._ranks.rank]
+
+    def _states(self) -> list[dict[str, Any]]:
+        """Return the states of this rank's shards, in the order in which they were created."""
+        return list(self._optimizer.optimizer.state.values())
+
+    def _shard_name(self, key: str, place: int) -> str:
+        return f"{key} of shard {place} on rank {self._ranks.rank}"
+
+    def _create_states(self) -> None:
+        """Make the optimiser create its states, by a step that changes no weight."""
+        height, width = self._model.image_size
+        pixels = torch.zeros(1, 3, height, width, device=self._device)
+        ids = torch.zeros(1, self._model.context_length, dtype=torch.long, device=self._device)
+        with self.one_reduction():
+            found = [each for each in self(pixels, Tokens(ids)) if each is not None]
+            outputs = [each for each in found if each.requires_grad]
+            torch.autograd.backward(outputs, [torch.zeros_like(each) for each in outputs])
+        self.step(0.0, max_grad_norm=math.inf)
+
+
+def _resharded_keys(states: Sequence[Mapping[str, Any]]) -> list[str] | None:
+    """Return the kinds of states that can be laid out anew: fp32 moments, one number a weight.
+
+    None if there are others: quantised ones belong to the shard that they were computed for.
+    """
+    kinds = {
+        key: value.dtype
+        for values in states
+        for key, value in values.items()
+        if not _is_number(value)
+    }
+    quantised = any(dtype != torch.float32 for dtype in kinds.values())
+    return None if quantised or "qmap1" in kinds else sorted(kinds)
+
+
+def _is_number(value: Any) -> bool:
+    return not isinstance(value, Tensor) or value.ndim == 0
+
+
+def _say(layout: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in layout.items())
