@@ -97,7 +97,8 @@ class OpenClipEncoder(DualEncoder):
         return wrap_tokenizer(tokenizer, self.context_length, self.vocab_size, with_mask=False)
 
     def _image_features(self, pixels: Tensor) -> Tensor:
-        weight = next(p for p in self.module.visual.parameters() if p.ndim > 1)
+        # A matrix: gains may be kept in fp32. Sharded ones are all vectors, and all of one dtype.
+        weight = max(self.module.visual.parameters(), key=lambda each: each.ndim)
         return self.module.encode_image(pixels.to(weight.dtype), normalize=False)
 
     def _text_features(self, tokens: Tokens) -> Tensor:

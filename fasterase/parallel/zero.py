@@ -84,6 +84,10 @@ class ZeroEngine:
         self._ranks = ranks
         self._parameters = dict(parameters)
         self._device = next(iter(self._parameters.values())).device
+        self._shapes = {name: each.shape for name, each in self._parameters.items()}
+        for each in forward.parameters():
+            if each.ndim == 0:  # logit_scale in most libraries; DeepSpeed cannot send it
+                each.data = each.data.reshape(1)
         self._layout = {"ZeRO stage": self._stage, "number of ranks": ranks.world_size}
         model.module.to("cpu")
         self._engine, self._optimizer, *_ = self._deepspeed.initialize(
@@ -113,7 +117,8 @@ class ZeroEngine:
         for name, parameter in self._parameters.items():
             with self._whole([parameter]):
                 if self._ranks.is_first:
-                    copies[name] = parameter.detach().to("cpu", copy=True)
+                    whole = parameter.detach().reshape(self._shapes[name])
+                    copies[name] = whole.to("cpu", copy=True)
         return copies
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
@@ -121,7 +126,7 @@ class ZeroEngine:
             for name, parameter in self._parameters.items():
                 with self._whole([parameter], changed=True):
                     if self._ranks.is_first:
-                        parameter.copy_(weights[name])
+                        parameter.copy_(weights[name].reshape(parameter.shape))
                     if self._stage < 3:
                         self._ranks.send(parameter.data)
 
@@ -137,7 +142,8 @@ class ZeroEngine:
                     parameter, key
                 )
             if place % self._ranks.world_size == self._ranks.rank:
-                tensors |= {each: value.cpu() for each, value in whole.items()}
+                shape = self._shapes[name]
+                tensors |= {each: value.reshape(shape).cpu() for each, value in whole.items()}
         if keys is None:
             tensors |= {
                 self._shard_name(key, place): value.detach().cpu().clone()
@@ -188,7 +194,7 @@ class ZeroEngine:
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 with self._whole([parameter]):
-                    theirs[name].copy_(parameter)
+                    theirs[name].copy_(parameter.reshape(self._shapes[name]))
         self._engine.destroy()
         self._model.module.to(self._device)
 
@@ -208,7 +214,7 @@ class ZeroEngine:
         """Set a weight, and the fp32 shard of it that the optimiser steps on."""
         utils = self._deepspeed.utils
         with self._whole([parameter], changed=True):
-            parameter.copy_(value)
+            parameter.copy_(value.reshape(parameter.shape))
         if self._stage == 3:
             utils.safe_set_local_fp32_param(parameter, self._own_shard(value))
         else:
