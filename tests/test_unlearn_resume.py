@@ -46,7 +46,7 @@ def whole(tmp_path_factory):
         ("optimiser step", 1),
         ("optimiser step", 4),
         ("history line", 3),
-        ("checkpoint optimiser", 2),
+        ("checkpoint shard", 2),
         ("checkpoint removal", 1),
     ],
     ids=lambda moment: f"{moment[0]} {moment[1]}",
@@ -73,7 +73,7 @@ def test_killed_at_every_kind_of_moment_with_everything_on(tmp_path):
     moments = [
         ("sweep block", 3),
         ("optimiser step", 3),
-        ("checkpoint optimiser", 1),
+        ("checkpoint shard", 1),
         ("optimiser step", 4),
     ]
     for die_at in moments:

@@ -76,7 +76,7 @@ def _die_at(place: str, number: int) -> None:
     owner, name = {
         "optimiser step": (torch.optim.AdamW, "step"),
         "sweep block": (fasterase.reference.cache.FeatureStore, "put"),
-        "checkpoint optimiser": (torch, "save"),
+        "checkpoint shard": (fasterase.engine.checkpoint, "save_file"),
         "checkpoint rename": (os, "replace"),
         "checkpoint removal": (shutil, "rmtree"),
         "history line": (fasterase.engine.history.HistoryFile, "append"),

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from fasterase.cli.commands import run_command
 from fasterase.cli.parser import parse
 from fasterase.errors import FaseraseError, InputError, NonFiniteError, PreemptedError
+from fasterase.files import write_text
+from fasterase.parallel.ranks import Ranks, join_ranks, launched_rank
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -20,21 +26,59 @@ EXIT_REMEMBERED = 4
 EXIT_PREEMPTED = 75
 EXIT_INTERRUPTED = 130
 
+# Where the first of several processes leaves the exit code: launchers have codes of their own.
+STATUS_FILE = "status.json"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; an error prints one line on stderr."""
+    """Run one command and return its exit code; an error prints one line on stderr.
+
+    Under a launcher all ranks run it, the first one prints, and its exit code is also in
+    `status.json` of the `output_dir`.
+    """
     argv = sys.argv[1:] if argv is None else argv
+    output_dir: str | None = None
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             parsed = parse(argv)
-            verdict = run_command(parsed.command, parsed.values)
+            output_dir = parsed.values.get("output_dir")
+            with join_ranks() as ranks, _first_prints(ranks):
+                _write_status(output_dir, None)
+                verdict = run_command(parsed.command, parsed.values)
+                # The others wait for what the first one does alone.
+                verdict = ranks.tell(verdict)
+        code = EXIT_REMEMBERED if verdict == "remembered" else EXIT_DONE
     except (Exception, KeyboardInterrupt) as error:
-        if "--debug" in argv:
-            traceback.print_exc()
-        print(f"fasterase: error: {_format_error(error)}", file=sys.stderr)
-        return _exit_code_of(error)
-    return EXIT_REMEMBERED if verdict == "remembered" else EXIT_DONE
+        code = _exit_code_of(error)
+        # What is wrong with the command is wrong on every rank; what happens to one is its own.
+        if launched_rank() == 0 or code == EXIT_FAILED:
+            if "--debug" in argv:
+                traceback.print_exc()
+            print(f"fasterase: error: {_format_error(error)}", file=sys.stderr)
+    _write_status(output_dir, code)
+    return code
+
+
+@contextlib.contextmanager
+def _first_prints(ranks: Ranks) -> Iterator[None]:
+    if ranks.is_first:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+def _write_status(output_dir: str | None, code: int | None) -> None:
+    """Leave the exit code of a launched run in its folder; None removes that of an earlier run."""
+    if "WORLD_SIZE" not in os.environ or launched_rank() != 0 or output_dir is None:
+        return
+    file = Path(output_dir) / STATUS_FILE
+    with contextlib.suppress(OSError, FaseraseError):
+        if code is None:
+            file.unlink(missing_ok=True)
+        else:
+            write_text(file, json.dumps({"exit_code": code}) + "\n")
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

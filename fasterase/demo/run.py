@@ -21,6 +21,7 @@ from fasterase.demo.show import RECIPE_TITLES, draw_sheet, print_result
 from fasterase.errors import InputError
 from fasterase.evaluation.evaluation import Evaluation
 from fasterase.files import write_text
+from fasterase.parallel.ranks import launched_rank
 from fasterase.report.losses import plot_history, require_matplotlib
 
 # The paper's recipe has numbers to choose; `python -m benchmarks.recipes` chose these on its
@@ -64,7 +65,7 @@ def run_demo(
     output_dir: str | None = None,
     full: bool = False,
     **fields: Any,
-) -> Evaluation:
+) -> Evaluation | None:
     """Erase the concept `forget` from a small CLIP (or from `model`), and print before and after.
 
     Args:
@@ -79,6 +80,7 @@ def run_demo(
     Returns:
         The evaluation. A summary of it is printed. The folder gets the whole of it, the erased
         model, the history, a loss plot and a sheet of pictures with captions before and after.
+        None on all but the first of several processes, which erase together.
 
     Raises:
         InputError: an argument is not usable.
@@ -109,6 +111,8 @@ def run_demo(
             results[name] = fasterase.unlearn(
                 original, forget_pairs(sets, name), sets.retain, config=config
             )
+    if launched_rank() != 0:
+        return None
     references = {
         f"{name} recipe": str(folder / name / "model") for name in configs if name != recipe
     }

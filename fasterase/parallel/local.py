@@ -100,12 +100,12 @@ class LocalEngine:
                 else:
                     numbers.setdefault(name, {})[key] = value
         mine = {
-            name: _own(tensor)
+            name: tensor
             for place, (name, tensor) in enumerate(tensors.items())
             if place % self._ranks.world_size == self._ranks.rank
         }
         scalars = {"optimizer": numbers, "scaler": self._scaler.state_dict()}
-        return TrainingState(mine, scalars, layout={})
+        return TrainingState(_unshared(mine), scalars, layout={})
 
     def restore(self, state: TrainingState) -> None:
         with torch.no_grad():
@@ -136,7 +136,18 @@ class LocalEngine:
                 yield f"buffer:{name}", buffer
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """Return the tensor with storage of its own, as files of safetensors need it."""
-    tensor = tensor.detach().contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors with storage of their own, as files of safetensors need it.
+
+    bitsandbytes keeps one table of quantised values for all parameters.
+    """
+    seen: set[int] = set()
+    own: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        plain = tensor.detach().contiguous()
+        storage = plain.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != plain.nbytes:
+            plain = plain.clone()
+        seen.add(storage.data_ptr())
+        own[name] = plain
+    return own

@@ -2,13 +2,16 @@
 
     python -m torch.distributed.run --nproc-per-node 2 -m tests.parallel.job CASES FOLDER
 
-runs the named cases one after the other; rank 0 writes each outcome to FOLDER/CASE.pt.
+runs the named cases one after the other; rank R writes each outcome to FOLDER/CASE-R.pt.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +19,14 @@ from unittest.mock import patch
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fasterase
+from fasterase.errors import ResumeError
 from fasterase.parallel import build
 from fasterase.parallel.ranks import launched_rank
 from tests.small_models import CONTEXT_LENGTH, IMAGE_SIZE, open_clip_vit
+from tests.tiny_concepts import FORGOTTEN, KEPT, concept_pairs, knowing_model
 
 STEPS = 5
 VOCABULARY = 64
@@ -40,38 +46,70 @@ def make_pairs(count: int, *, seed: int, captions: int) -> list[tuple[torch.Tens
 
 @dataclass(frozen=True)
 class Case:
-    """A run: its settings, and which optimiser it is handed (None: its own)."""
+    """A run: its settings, and which optimiser it is handed (None: its own).
+
+    Attributes:
+        automatic: erase a concept from a model that knows it, by the automatic recipe.
+        folder: name of an output folder, which other cases resume from.
+        broken: the rank whose gradient is NaN in the second step.
+    """
 
     settings: dict[str, Any] = field(default_factory=dict)
     optimizer: Callable[..., torch.optim.Optimizer] | None = None
+    automatic: bool = False
+    folder: str | None = None
+    broken: int | None = None
 
 
 def _sgd(module: nn.Module, trained: Any, **_: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(trained.parameters(module).values(), lr=0.0)
 
 
-GRAD_CACHE = {"micro_batch_size": 3}  # 3 or 4 parts on two ranks
+PLAIN = {"lr": 0.05}
+CACHED = {"lr": 0.05, "micro_batch_size": 3}  # 4 parts on one of two ranks, 3 on the other
+ADAM = {"lr": 1e-3, "micro_batch_size": 3}
 ZERO = {
-    stage: {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
+    stage: {
+        "deepspeed": {
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}
+        }
+    }
     for stage in (1, 2, 3)
 }
+FIRST, WHOLE = {"max_steps": 3, "save_every": 3}, {"max_steps": 5}
 CASES = {
-    "sgd-plain": Case({"lr": 0.05}, _sgd),
-    "sgd-cached": Case({"lr": 0.05, **GRAD_CACHE}, _sgd),
-    "adam-cached": Case({"lr": 1e-3, **GRAD_CACHE}),
+    "sgd-plain": Case(PLAIN, _sgd),
+    "sgd-cached": Case(CACHED, _sgd),
+    "adam-cached": Case(ADAM),
+    "nan": Case(CACHED, _sgd, broken=1),
+    "automatic": Case(automatic=True),
+    "save": Case(ADAM | FIRST, folder="plain"),
+    "resume": Case(ADAM | WHOLE, folder="plain"),
     **{
-        f"sgd-zero{stage}": Case({"lr": 0.05, **GRAD_CACHE, "deepspeed": ZERO[stage]}, _sgd)
+        f"{name}-zero{stage}": case
         for stage in ZERO
-    },
-    **{
-        f"adam-zero{stage}": Case({"lr": 1e-3, **GRAD_CACHE, "deepspeed": ZERO[stage]})
-        for stage in ZERO
+        for name, case in {
+            "sgd": Case(CACHED | ZERO[stage], _sgd),
+            "sgd-plain": Case(PLAIN | ZERO[stage], _sgd),
+            "adam": Case(ADAM | ZERO[stage]),
+            "nan": Case(CACHED | ZERO[stage], _sgd, broken=1),
+            "automatic": Case(ZERO[stage], automatic=True),
+            "save": Case(ADAM | FIRST | ZERO[stage], folder=f"zero{stage}"),
+            "resume": Case(ADAM | WHOLE | ZERO[stage], folder=f"zero{stage}"),
+            "whole8": Case(ADAM | WHOLE | ZERO[stage] | {"optimizer": "adamw8bit"}),
+            "save8": Case(
+                ADAM | FIRST | ZERO[stage] | {"optimizer": "adamw8bit"}, folder=f"eight{stage}"
+            ),
+            "resume8": Case(
+                ADAM | WHOLE | ZERO[stage] | {"optimizer": "adamw8bit"}, folder=f"eight{stage}"
+            ),
+        }.items()
     },
 }
 
 
-def run_case(name: str, **overrides: Any) -> dict[str, Any]:
-    """Run a case in this process, and return its records and weights."""
+def run_case(name: str, folder: Path | None = None, **overrides: Any) -> dict[str, Any]:
+    """Run a case in this process, and return its records, weights and reductions."""
     case = CASES[name]
     settings: dict[str, Any] = {
         "max_steps": STEPS,
@@ -82,30 +120,91 @@ def run_case(name: str, **overrides: Any) -> dict[str, Any]:
         "progress": False,
         "floor": 0.0,
     }
-    settings |= case.settings | overrides
-    model = make_model()
-    handed = case.optimizer or build.build_optimizer
-    with patch.object(build, "build_optimizer", handed):
-        result = fasterase.unlearn(
-            model,
-            make_pairs(13, seed=1, captions=5),
-            make_pairs(40, seed=2, captions=24),
-            **settings,
+    model: Any = make_model()
+    sets: tuple[Any, Any] = (
+        make_pairs(13, seed=1, captions=5),
+        make_pairs(40, seed=2, captions=24),
+    )
+    if case.automatic:
+        settings = {"batch_size": 32, "forget_batch_size": 12, "progress": False}
+        model = knowing_model()
+        sets = (
+            concept_pairs([FORGOTTEN], 24, seed=1),
+            concept_pairs(KEPT, 20, seed=2),
         )
+    settings |= case.settings | overrides
+    if case.folder is not None:
+        assert folder is not None
+        settings["output_dir"] = str(folder / case.folder)
+    module = model.module if case.automatic else model
+    handed = case.optimizer or build.build_optimizer
+    verdict = None
+    history: list[dict[str, Any]] = []
+    error = ""
+    try:
+        with (
+            patch.object(build, "build_optimizer", handed),
+            _breaking(case.broken),
+            _Reductions() as reductions,
+        ):
+            result = fasterase.unlearn(model, *sets, **settings)
+        history, verdict = [dict(record) for record in result.history], result.verdict
+    except ResumeError as refused:
+        error = str(refused)
     return {
-        "history": [dict(record) for record in result.history],
-        "weights": {name: value.detach().clone() for name, value in model.state_dict().items()},
+        "history": history,
+        "weights": {name: value.detach().clone() for name, value in module.state_dict().items()},
+        "verdict": verdict,
+        "reductions": reductions.count,
+        "error": error,
     }
+
+
+@contextmanager
+def _breaking(rank: int | None) -> Iterator[None]:
+    """Make the first gradient that a rank sends back in the second step NaN."""
+    backward = torch.autograd.backward
+    calls = Counter[str]()
+
+    def broken(outputs: Any, gradients: Any) -> None:
+        calls["backward"] += 1
+        if calls["backward"] == 5 and launched_rank() == rank:
+            gradients = [torch.full_like(each, float("nan")) for each in gradients]
+        backward(outputs, gradients)
+
+    with patch.object(torch.autograd, "backward", backward if rank is None else broken):
+        yield
+
+
+class _Reductions(TorchDispatchMode):
+    """Counts the collectives that add up gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.partition(".")[0].strip("_")
+        if func.namespace == "c10d" and ("reduce" in name) and _is_large(args):
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _is_large(args: Any) -> bool:
+    """Whether gradients travel, not flags or norms."""
+    tensors: list[torch.Tensor] = []
+    for each in args:
+        tensors += [t for t in (each if isinstance(each, list) else [each]) if torch.is_tensor(t)]
+    return sum(t.numel() for t in tensors) > 1000
 
 
 def main() -> None:
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     names, folder = sys.argv[1].split(","), Path(sys.argv[2])
     torch.distributed.init_process_group("gloo")
     for name in names:
-        outcome = run_case(name)
-        if launched_rank() == 0:
-            torch.save(outcome, folder / f"{name}.pt")
+        torch.save(run_case(name, folder), folder / f"{name}-{launched_rank()}.pt")
     torch.distributed.destroy_process_group()
 
 

@@ -1,0 +1,140 @@
+"""Two processes against one on the same global batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.parallel.job import make_model, run_case
+from tests.parallel.launched import outcome, run_cases
+
+pytest.importorskip("deepspeed")
+
+TERMS = ("total", "forget", "retain", "consistency", "anchor")
+QUICK = ["sgd-plain", "adam-cached", "sgd-zero1", "sgd-zero3", "nan", "nan-zero3", "automatic"]
+WHOLE = [
+    "sgd-cached",
+    *(f"{name}-zero{stage}" for name in ("sgd-plain", "adam", "automatic") for stage in (1, 2, 3)),
+    "sgd-zero2",
+    "nan-zero1",
+    "nan-zero2",
+]
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    run_cases(QUICK, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("all")
+    run_cases(WHOLE, folder, timeout=1800)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, dict[str, Any]]:
+    return {}
+
+
+def one_process(case: str, alone: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the outcome of the same run in this process, without ZeRO."""
+    plain, _, stage = case.partition("-zero")
+    if stage and plain in ("sgd", "adam"):
+        plain += "-cached"
+    if plain not in alone:
+        alone[plain] = run_case(plain)
+    return alone[plain]
+
+
+def assert_same_run(case: str, folder: Path, alone: dict[str, dict[str, Any]]) -> None:
+    expected = one_process(case, alone)
+    found = outcome(folder, case)
+    assert len(found["history"]) == 5
+    for mine, theirs in zip(expected["history"], found["history"], strict=True):
+        for term in TERMS:
+            assert theirs[term] == pytest.approx(mine[term], rel=1e-5, abs=1e-6), term
+    start = make_model().state_dict()
+    moved = {k: float((v - start[k]).abs().max()) for k, v in expected["weights"].items()}
+    tolerance = 1e-6 if case.startswith("sgd") else 0.01 * max(moved.values())
+    for name, weight in expected["weights"].items():
+        # A key's bias shifts all of a query's scores alike: its gradient is rounding, which Adam
+        # scales up.
+        is_noise = case.startswith("adam") and name.endswith("in_proj_bias")
+        difference = float((found["weights"][name] - weight).abs().max())
+        assert is_noise or difference <= tolerance, (name, difference)
+    assert max(moved.values()) > 1e-3
+    other = outcome(folder, case, rank=1)
+    assert other["history"] == found["history"]
+    for name, weight in found["weights"].items():
+        assert torch.equal(other["weights"][name], weight), name
+
+
+@pytest.mark.parametrize("case", ["sgd-plain", "adam-cached", "sgd-zero1", "sgd-zero3"])
+@pytest.mark.filterwarnings("ignore:verdict")
+def test_two_processes_equal_one(case, quick, alone):
+    assert_same_run(case, quick, alone)
+
+
+@pytest.mark.scale
+@pytest.mark.parametrize("case", [case for case in WHOLE if case.startswith(("sgd", "adam"))])
+@pytest.mark.filterwarnings("ignore:verdict")
+def test_every_stage_equals_one_process(case, whole, alone):
+    assert_same_run(case, whole, alone)
+
+
+def test_reductions_do_not_grow_with_micro_batches(quick):
+    plain, cached = outcome(quick, "sgd-plain"), outcome(quick, "adam-cached")
+    assert plain["reductions"] == cached["reductions"] == 5  # one a step
+
+
+@pytest.mark.scale
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_reductions_of_zero_do_not_grow_with_micro_batches(stage, whole, quick):
+    folder = whole if stage == 2 else quick
+    cached = outcome(folder, f"sgd-zero{stage}")["reductions"]
+    assert outcome(whole, f"sgd-plain-zero{stage}")["reductions"] == cached > 0
+
+
+def assert_left_out(case: str, folder: Path) -> None:
+    histories = [outcome(folder, case, rank=rank)["history"] for rank in (0, 1)]
+    assert histories[0] == histories[1]
+    assert [record["applied"] for record in histories[0]] == [True, False, True, True, True]
+    weights = [outcome(folder, case, rank=rank)["weights"] for rank in (0, 1)]
+    for name, weight in weights[0].items():
+        assert weight.isfinite().all()
+        assert torch.equal(weight, weights[1][name])
+
+
+@pytest.mark.parametrize("case", ["nan", "nan-zero3"])
+def test_the_nan_of_one_rank_leaves_all_weights_alone(case, quick):
+    assert_left_out(case, quick)
+
+
+@pytest.mark.scale
+@pytest.mark.parametrize("case", ["nan-zero1", "nan-zero2"])
+def test_the_nan_of_one_rank_leaves_all_weights_alone_at_every_stage(case, whole):
+    assert_left_out(case, whole)
+
+
+def assert_decided_alike(case: str, folder: Path) -> None:
+    outcomes = [outcome(folder, case, rank=rank) for rank in (0, 1)]
+    assert outcomes[0]["verdict"] == outcomes[1]["verdict"] == "forgotten"
+    assert outcomes[0]["history"] == outcomes[1]["history"]
+    assert len({record["lr"] for record in outcomes[0]["history"]}) > 10
+
+
+def test_the_automatic_recipe_decides_alike_on_all_ranks(quick):
+    assert_decided_alike("automatic", quick)
+
+
+@pytest.mark.scale
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_automatic_recipe_decides_alike_under_zero(stage, whole):
+    assert_decided_alike(f"automatic-zero{stage}", whole)
