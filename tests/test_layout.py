@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,7 @@ ORDER = [
     "losses",
     "objective",
     "models",
+    "parallel",
     "pairs",
     "encode",
     "reference",
@@ -90,6 +92,12 @@ def test_imports_point_one_way(path):
         if name in ("fasterase", "fasterase.__version__"):
             continue
         assert _imported_part(name) in allowed, f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_deepspeed_is_imported_in_one_folder():
+    imported = re.compile(r"^\s*(import|from) deepspeed|import_extra\(.deepspeed", re.MULTILINE)
+    users = {path.parent.name for path in _modules() if imported.search(path.read_text())}
+    assert users == {"parallel"}
 
 
 def test_a_back_edge_would_be_found(tmp_path):

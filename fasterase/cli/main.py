@@ -16,7 +16,6 @@ from fasterase.cli.commands import run_command
 from fasterase.cli.parser import parse
 from fasterase.errors import FaseraseError, InputError, NonFiniteError, PreemptedError
 from fasterase.files import write_text
-from fasterase.parallel.ranks import Ranks, join_ranks, launched_rank
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -43,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.showwarning = _show_warning
             parsed = parse(argv)
             output_dir = parsed.values.get("output_dir")
-            with join_ranks() as ranks, _first_prints(ranks):
+            from fasterase.parallel.ranks import join_ranks  # imports torch
+
+            with join_ranks() as ranks, _first_prints():
                 _write_status(output_dir, None)
                 verdict = run_command(parsed.command, parsed.values)
                 # The others wait for what the first one does alone.
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         code = _exit_code_of(error)
         # What is wrong with the command is wrong on every rank; what happens to one is its own.
-        if launched_rank() == 0 or code == EXIT_FAILED:
+        if _rank() == 0 or code == EXIT_FAILED:
             if "--debug" in argv:
                 traceback.print_exc()
             print(f"fasterase: error: {_format_error(error)}", file=sys.stderr)
@@ -61,17 +62,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @contextlib.contextmanager
-def _first_prints(ranks: Ranks) -> Iterator[None]:
-    if ranks.is_first:
+def _first_prints() -> Iterator[None]:
+    if _rank() == 0:
         yield
         return
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         yield
 
 
+def _rank() -> int:
+    """Return this process's number, which launchers set."""
+    return int(os.environ.get("RANK") or 0)
+
+
 def _write_status(output_dir: str | None, code: int | None) -> None:
     """Leave the exit code of a launched run in its folder; None removes that of an earlier run."""
-    if "WORLD_SIZE" not in os.environ or launched_rank() != 0 or output_dir is None:
+    if "WORLD_SIZE" not in os.environ or _rank() != 0 or output_dir is None:
         return
     file = Path(output_dir) / STATUS_FILE
     with contextlib.suppress(OSError, FaseraseError):

@@ -21,9 +21,11 @@ from fasterase.engine.baseline import (
     measure_original,
     undrawn_rows,
 )
+from fasterase.engine.build_engine import build_engine, shards, working_model
 from fasterase.engine.checkpoint import Checkpoint, CheckpointFolder
 from fasterase.engine.clock import RunClock
 from fasterase.engine.feature_loss import MAX_SCALE, FeatureLoss, loss_products
+from fasterase.engine.global_loss import GlobalLoss
 from fasterase.engine.history import StepRecord
 from fasterase.engine.loop import Trainer, run_steps
 from fasterase.engine.model_state import Borrowed, training
@@ -56,9 +58,7 @@ from fasterase.pairs.batches import step_batches
 from fasterase.pairs.sampler import Sampler
 from fasterase.pairs.skips import SkipLedger
 from fasterase.pairs.source import PairSource
-from fasterase.parallel.build import build_engine, shards, working_model
 from fasterase.parallel.engine import Engine
-from fasterase.parallel.global_loss import GlobalLoss
 from fasterase.parallel.ranks import Ranks
 from fasterase.parallel.zero import require_deepspeed
 from fasterase.reference.cache import FeatureCache

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from fasterase.engine.checkpoint import Checkpoint, CheckpointFolder
 from fasterase.engine.clock import RunClock
+from fasterase.engine.global_loss import GlobalLoss
 from fasterase.engine.grad_cache import backpropagate, buffers_in_train_mode, restore_buffers
 from fasterase.engine.history import HistoryFile, StepRecord
 from fasterase.engine.pacing import Pacing
@@ -27,7 +28,6 @@ from fasterase.errors import PreemptedError
 from fasterase.pairs.batches import MicroBatch, StepBatch
 from fasterase.pairs.skips import SkipLedger
 from fasterase.parallel.engine import Engine
-from fasterase.parallel.global_loss import GlobalLoss
 from fasterase.parallel.ranks import Ranks
 from fasterase.progress import progress_bar
 from fasterase.reference.live import Reference

@@ -164,11 +164,6 @@ def require_bitsandbytes(optimizer: str) -> ModuleType:
     return import_extra("bitsandbytes", "scale", f"optimizer={optimizer!r}")
 
 
-def build_grad_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
-    """Return dynamic loss scaling, active for fp16 only (bf16 has fp32's range)."""
-    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-
-
 def lr_schedule(
     *, lr: float, warmup_steps: int, total_steps: int, schedule: str
 ) -> Callable[[int], float]:

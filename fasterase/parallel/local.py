@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasterase.engine.optim import build_grad_scaler
 from fasterase.models.forward import Features, TowerForward
 from fasterase.models.preprocessing import Tokens
 from fasterase.parallel.engine import TrainingState
@@ -134,6 +133,11 @@ class LocalEngine:
         if self._moves_buffers:
             for name, buffer in self.module.named_buffers():
                 yield f"buffer:{name}", buffer
+
+
+def build_grad_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
+    """Return dynamic loss scaling, active for fp16 only (bf16 has fp32's range)."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

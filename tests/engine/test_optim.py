@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from fasterase.engine.history import HistoryFile, StepRecord, read_history
-from fasterase.engine.optim import Trained, build_grad_scaler, build_optimizer, lr_schedule
+from fasterase.engine.optim import Trained, build_optimizer, lr_schedule
 from fasterase.engine.stops import NonFiniteGuard, non_finite_term
 from fasterase.errors import NonFiniteError
 from fasterase.models.forward import resolve_precision
 from fasterase.objective import EraseLoss
+from fasterase.parallel.local import build_grad_scaler
 from tests.tiny_model import TinyModel
 
 

@@ -22,8 +22,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fasterase
+from fasterase.engine import build_engine
 from fasterase.errors import ResumeError
-from fasterase.parallel import build
 from fasterase.parallel.ranks import launched_rank
 from tests.small_models import CONTEXT_LENGTH, IMAGE_SIZE, open_clip_vit
 from tests.tiny_concepts import FORGOTTEN, KEPT, concept_pairs, knowing_model
@@ -65,8 +65,8 @@ def _sgd(module: nn.Module, trained: Any, **_: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(trained.parameters(module).values(), lr=0.0)
 
 
-PLAIN = {"lr": 0.05}
-CACHED = {"lr": 0.05, "micro_batch_size": 3}  # 4 parts on one of two ranks, 3 on the other
+PLAIN = {"lr": 0.02}
+CACHED = {"lr": 0.02, "micro_batch_size": 3}  # 4 parts on one of two ranks, 3 on the other
 ADAM = {"lr": 1e-3, "micro_batch_size": 3}
 ZERO = {
     stage: {
@@ -137,13 +137,13 @@ def run_case(name: str, folder: Path | None = None, **overrides: Any) -> dict[st
         assert folder is not None
         settings["output_dir"] = str(folder / case.folder)
     module = model.module if case.automatic else model
-    handed = case.optimizer or build.build_optimizer
+    handed = case.optimizer or build_engine.build_optimizer
     verdict = None
     history: list[dict[str, Any]] = []
     error = ""
     try:
         with (
-            patch.object(build, "build_optimizer", handed),
+            patch.object(build_engine, "build_optimizer", handed),
             _breaking(case.broken),
             _Reductions() as reductions,
         ):

@@ -104,7 +104,7 @@ def test_reductions_of_zero_do_not_grow_with_micro_batches(stage, whole, quick):
 
 def assert_left_out(case: str, folder: Path) -> None:
     histories = [outcome(folder, case, rank=rank)["history"] for rank in (0, 1)]
-    assert histories[0] == histories[1]
+    assert repr(histories[0]) == repr(histories[1])  # a NaN is not equal to itself
     assert [record["applied"] for record in histories[0]] == [True, False, True, True, True]
     weights = [outcome(folder, case, rank=rank)["weights"] for rank in (0, 1)]
     for name, weight in weights[0].items():
