@@ -43,8 +43,9 @@ def remove_overlap(retain: PairSource, forget: PairSource) -> tuple[PairSource, 
             f"`retain`: all {len(retain)} pairs show images that are in `forget` too; give pairs "
             f"that the model should keep"
         )
-    keep = np.setdiff1d(np.arange(len(retain)), duplicates)
-    return Subset(retain, keep, name=retain.name), [retain.id(row) for row in duplicates]
+    keep = np.ones(len(retain), bool)
+    keep[duplicates] = False
+    return Subset(retain, np.flatnonzero(keep), name=retain.name), [retain.id(row) for row in duplicates]
 
 
 def caption_hashes(source: PairSource) -> tuple[np.ndarray, np.ndarray]:

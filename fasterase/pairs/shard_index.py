@@ -90,6 +90,8 @@ class ShardIndex:
         return f"{block.facts.shard}/{block.key(sample)}"
 
     def captions(self, row: int) -> list[str]:
+        if not 0 <= row < len(self):
+            raise IndexError(row)
         if row >= self._starts[-1]:
             return []
         number, sample = self.place(row)
@@ -234,8 +236,9 @@ def index_shards(shards: Sequence[str], *, name: str, entries: Entries) -> Shard
 def _run(jobs: list[_Job]) -> Iterator[tuple[str, IndexBlock]]:
     """Yield the path of each shard and its block, in the order in which they are done."""
     workers = min(len(jobs), _MOST_WORKERS, _num_cpus())
-    # Elsewhere a new process would import the caller's script again.
-    if workers < 2 or not jobs[0].kept or sys.platform != "linux":
+    # Elsewhere a new process would import the caller's script again; a daemon may have none.
+    can_fork = sys.platform == "linux" and not multiprocessing.current_process().daemon
+    if workers < 2 or not jobs[0].kept or not can_fork:
         for job in jobs:
             block = _index(job)
             assert block is not None
@@ -277,7 +280,7 @@ def _index(job: _Job, *, wait: bool = True) -> IndexBlock | None:
     """
     if not job.kept:
         return _read_shard(job)
-    path = _folder_to_write(job) / _block_name(job)
+    path = block_path(job.path, job.entries)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{path}.lock")
@@ -350,9 +353,11 @@ def _folders(job: _Job) -> tuple[Path, Path]:
     return parent / _FOLDER, cache / "fasterase" / "shards" / name
 
 
-def _folder_to_write(job: _Job) -> Path:
+def block_path(path: str, entries: Entries) -> Path:
+    """Return where the block of the shard at `path` is written."""
+    job = _Job(path, True, entries)
     beside, cache = _folders(job)
-    return beside if os.access(beside.parent, os.W_OK) else cache
+    return (beside if os.access(beside.parent, os.W_OK) else cache) / _block_name(job)
 
 
 def _block_name(job: _Job) -> str:

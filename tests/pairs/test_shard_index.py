@@ -146,6 +146,14 @@ def test_an_unreadable_shard_is_named_by_the_process_that_asked(shards):
         contents(shards)
 
 
+def test_rows_end_where_the_samples_do(shards):
+    pairs = open_pairs(str(shards), name="x")
+    assert len(list(pairs)) == len(pairs) == 8
+    for row in (-1, 8):
+        with pytest.raises(IndexError):
+            pairs.texts(row)
+
+
 def test_workers_get_paths_rather_than_copies(shards):
     pairs = open_pairs(str(shards), name="x")
     pairs.texts(3)
