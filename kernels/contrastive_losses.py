@@ -5,19 +5,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fasterase.kernels.contrastive_sums_online import merge_slots
-from fasterase.kernels.contrastive_tables import (
+from fasterase.kernels.contrastive_gradients import store_factors
+from fasterase.kernels.contrastive_layout import (
     MISS_PROBABILITY,
     MISS_RATIO,
     PART_STATS,
     PART_STATS_WITH_REF,
     SHIFT,
-    SUMS,
-    SUMS_WITH_REF,
-    load_span,
+    count_slots,
+    locate_rows,
     softmax_field,
     stat_stride,
 )
+from fasterase.kernels.contrastive_sums_online import merge_slots
 from fasterase.kernels.contrastive_tiles import sigmoid, softplus
 
 _TINY = tl.constexpr(2.0**-126)
@@ -26,29 +26,34 @@ _TINY = tl.constexpr(2.0**-126)
 @triton.jit
 def losses_and_softmaxes(
     parts,  # [2, PART_STATS(_WITH_REF), SLOTS, N] of the online kernel, read for flagged groups
-    sums,  # [2, SUMS or SUMS_WITH_REF, N] read for the other groups
-    spans,  # [num_spans, fields of Span]
-    shifts,  # [matrices, num_groups]
-    flags,  # [num_groups]
+    sums,  # [2, NUM_SUMS, N] read for the other groups
+    shifts,  # [matrices, 2]
+    flags,  # [2]
     diagonals,  # [matrices, N]
     losses,  # [4 or 2, N] out: ce row, ce column, kl row, kl column
     softmaxes,  # [matrices, SOFTMAX_FIELDS, 2, N] out
-    num_groups,
+    upstream,  # as in `gradient_factors`, and the next three; used if HAS_UPSTREAM
+    upstream_peak,
+    factors,
+    gradient_diagonal,
+    split,
     num_rows,
+    NUM_SUMS: tl.constexpr,  # e; e0; e0 * (s0 - s)
     HAS_REF: tl.constexpr,
+    HAS_UPSTREAM: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # of the online kernel
+    BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Losses, and the fields of `softmaxes`.
+    """Losses, the fields of `softmaxes`, and of a step that knows its weights G's factors.
 
     Every logit is measured from its own diagonal (lse - diagonal is ce), so that a matched pair's
-    KL is made of small numbers, not of differences of large ones.
+    KL is made of small numbers, not of differences of large ones. Where the sums of e0 * (s0 - s)
+    are still to come, the KL is stored without their part.
     """
-    start, num_span_rows, num_strips, num_chunks, group, _has_negatives = load_span(
-        spans, tl.program_id(0)
-    )
-    rows = start + tl.arange(0, BLOCK_R)
-    exists = tl.arange(0, BLOCK_R) < num_span_rows
-    num_sums: tl.constexpr = SUMS_WITH_REF if HAS_REF else SUMS
+    group, start, n, block = locate_rows(tl.program_id(0), split, num_rows, BLOCK_R)
+    rows = start + block * BLOCK_R + tl.arange(0, BLOCK_R)
+    exists = rows < start + n
     part_stats: tl.constexpr = PART_STATS_WITH_REF if HAS_REF else PART_STATS
     total_rows = tl.cast(num_rows, tl.int64)
     stride = stat_stride(num_rows)
@@ -56,21 +61,21 @@ def losses_and_softmaxes(
     group_shift = tl.load(shifts + group)
     diagonal = tl.load(diagonals + rows, mask=exists, other=0.0)
     for direction in tl.static_range(2):  # rows, columns
-        num_slots = num_chunks if direction == 0 else num_strips
+        num_slots = count_slots(n, BLOCK_N) if direction == 0 else count_slots(n, BLOCK_M)
         part = parts + direction * part_stats * stride + rows
         shift = tl.zeros((BLOCK_R,), dtype=tl.float32) + group_shift
         mass = tl.zeros((BLOCK_R,), dtype=tl.float32)
         if is_online:
             shift, mass, _ = merge_slots(part, num_slots, num_rows, exists, False, BLOCK_R)
         else:
-            mass = tl.load(sums + direction * num_sums * total_rows + rows, mask=exists, other=1.0)
+            mass = tl.load(sums + direction * NUM_SUMS * total_rows + rows, mask=exists, other=1.0)
         gap = tl.log(mass) + shift - diagonal
         ce = softplus(gap)
         tl.store(losses + direction * total_rows + rows, ce, mask=exists)
         _store_softmax(softmaxes, 0, direction, rows, exists, shift, mass, sigmoid(gap), num_rows)
         if HAS_REF:
             ref_diagonal = tl.load(diagonals + total_rows + rows, mask=exists, other=0.0)
-            ref_group_shift = tl.load(shifts + num_groups + group)
+            ref_group_shift = tl.load(shifts + 2 + group)
             ref_shift = tl.zeros((BLOCK_R,), dtype=tl.float32) + ref_group_shift
             ref_mass = tl.zeros((BLOCK_R,), dtype=tl.float32)
             cross = tl.zeros((BLOCK_R,), dtype=tl.float32)
@@ -79,9 +84,10 @@ def losses_and_softmaxes(
                     part + 2 * stride, num_slots, num_rows, exists, True, BLOCK_R
                 )
             else:
-                ref_sum = sums + (direction * num_sums + 1) * total_rows + rows
+                ref_sum = sums + (direction * NUM_SUMS + 1) * total_rows + rows
                 ref_mass = tl.load(ref_sum, mask=exists, other=1.0)
-                cross = tl.load(ref_sum + total_rows, mask=exists, other=0.0)
+                if NUM_SUMS == 3:
+                    cross = tl.load(ref_sum + total_rows, mask=exists, other=0.0)
             ref_gap = tl.log(ref_mass) + ref_shift - ref_diagonal
             ref_miss_probability = sigmoid(ref_gap)
             # A group of one pair has no sums: 0 / tiny.
@@ -99,6 +105,11 @@ def losses_and_softmaxes(
                 ref_miss_probability,
                 num_rows,
             )
+    if HAS_UPSTREAM:
+        store_factors(
+            upstream, upstream_peak, softmaxes, factors, gradient_diagonal, rows, exists, num_rows,
+            HAS_REF, BLOCK_R,
+        )  # fmt: skip
 
 
 @triton.jit

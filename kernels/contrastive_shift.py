@@ -1,7 +1,6 @@
-"""Forward, first step: lengths of the rows, the diagonal of S, and the shift of the exponentials.
+"""First steps of either pass: the diagonal of S, the shift of the exponentials, rounded features.
 
 The shift of a group is max(0, B - 66) with B = |scale| * max|image_i| * max|text_j| >= |S|.
-`round_features` makes the half-precision features that the products take.
 """
 
 from __future__ import annotations
@@ -9,26 +8,64 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fasterase.kernels.contrastive_layout import locate_rows
 from fasterase.kernels.contrastive_tiles import HEADROOM
 
 
 @triton.jit
-def norms_and_diagonal(
+def diagonals_and_peaks(
     image,  # [N, width]
-    text,  # [N, width]
+    text,
+    ref_image,  # [N, ref_width] read if HAS_REF, likewise below
+    ref_text,
     scale,  # []
-    norms,  # [2, N] out: length of image and text rows
-    diagonal,  # [N] out: diagonal of S, each pair's own logit
+    ref_scale,
+    upstream,  # [2 * matrices, N] weights of the losses; read if HAS_UPSTREAM
+    diagonals,  # [matrices, N] out: each pair's own logit
+    peaks,  # [matrices, 3, num_blocks] out: longest finite image, text; largest finite weight
     image_stride,
     text_stride,
+    ref_image_stride,
+    ref_text_stride,
+    split,
     num_rows,
     width,
+    ref_width,
+    HAS_REF: tl.constexpr,
+    HAS_UPSTREAM: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Row lengths and the diagonal of S in fp32."""
-    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    exists = rows < num_rows
+    """Of one block of rows and one matrix."""
+    matrix = tl.program_id(1)
+    _, start, n, block = locate_rows(tl.program_id(0), split, num_rows, BLOCK_R)
+    rows = start + block * BLOCK_R + tl.arange(0, BLOCK_R)
+    exists = rows < start + n
+    peaks += matrix * 3 * tl.num_programs(0) + tl.program_id(0)
+    diagonals += matrix.to(tl.int64) * num_rows
+    if matrix == 0:
+        _diagonal_and_peaks(
+            image, text, scale, diagonals, peaks, image_stride, text_stride, rows, exists, width,
+            BLOCK_R, BLOCK_K,
+        )  # fmt: skip
+        if HAS_UPSTREAM:
+            peak = tl.zeros((BLOCK_R,), dtype=tl.float32)
+            for loss in tl.static_range(4 if HAS_REF else 2):
+                at = upstream + loss * tl.cast(num_rows, tl.int64) + rows
+                peak = tl.maximum(peak, _if_finite(tl.abs(tl.load(at, mask=exists, other=0.0))))
+            tl.store(peaks + 2 * tl.num_programs(0), tl.max(peak, 0))
+    elif HAS_REF:
+        _diagonal_and_peaks(
+            ref_image, ref_text, ref_scale, diagonals, peaks, ref_image_stride, ref_text_stride,
+            rows, exists, ref_width, BLOCK_R, BLOCK_K,
+        )  # fmt: skip
+
+
+@triton.jit
+def _diagonal_and_peaks(
+    image, text, scale, diagonal, peaks, image_stride, text_stride, rows, exists, width,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     image += rows[:, None].to(tl.int64) * image_stride
     text += rows[:, None].to(tl.int64) * text_stride
     image_square = tl.zeros((BLOCK_R,), dtype=tl.float32)
@@ -45,106 +82,129 @@ def norms_and_diagonal(
     scale_value = tl.load(scale)
     # 0, or NaN if the scale is infinite, which must not yield numbers.
     nan_if_infinite = scale_value - scale_value
-    tl.store(norms + rows, tl.sqrt(image_square), mask=exists)
-    tl.store(norms + num_rows + rows, tl.sqrt(text_square), mask=exists)
     tl.store(diagonal + rows, scale_value * product + nan_if_infinite, mask=exists)
+    tl.store(peaks, tl.max(_if_finite(tl.sqrt(image_square)), 0))
+    tl.store(peaks + tl.num_programs(0), tl.max(_if_finite(tl.sqrt(text_square)), 0))
 
 
 @triton.jit
-def group_shifts(
-    norms,  # [matrices, 2, N]
-    scale,  # []
-    ref_scale,  # [] read only if there are two matrices
-    starts,  # [num_groups + 1] first row of each group
-    shifts,  # [matrices, num_groups] out
-    peaks,  # [matrices, 2, num_groups] out: length of the longest finite image and text row
-    flags,  # [num_groups] out: 0
-    num_rows,
-    BLOCK: tl.constexpr,
-):
-    """The shift of each group and matrix. One program per group and matrix."""
-    num_groups = tl.num_programs(0)
-    group, matrix = tl.program_id(0), tl.program_id(1)
-    start, end = tl.load(starts + group), tl.load(starts + group + 1)
-    norms += matrix.to(tl.int64) * 2 * num_rows
-    image_peak = tl.zeros((BLOCK,), dtype=tl.float32)
-    text_peak = tl.zeros((BLOCK,), dtype=tl.float32)
-    for first in range(start, end, BLOCK):
-        rows = first + tl.arange(0, BLOCK)
-        image = tl.load(norms + rows, mask=rows < end, other=0.0)
-        text = tl.load(norms + num_rows + rows, mask=rows < end, other=0.0)
-        # Skip rows that are not finite, so that they do not affect others. False for NaN.
-        image_peak = tl.maximum(image_peak, tl.where(image < float("inf"), image, 0.0))
-        text_peak = tl.maximum(text_peak, tl.where(text < float("inf"), text, 0.0))
-    scale_value = tl.load(scale)
-    if matrix == 1:
-        scale_value = tl.load(ref_scale)
-    longest_image, longest_text = tl.max(image_peak, 0), tl.max(text_peak, 0)
-    bound = tl.abs(scale_value) * longest_image * longest_text
-    tl.store(shifts + matrix * num_groups + group, tl.maximum(bound - HEADROOM, 0.0))
-    tl.store(peaks + matrix * 2 * num_groups + group, longest_image)
-    tl.store(peaks + (matrix * 2 + 1) * num_groups + group, longest_text)
-    if matrix == 0:
-        tl.store(flags + group, 0)
+def _if_finite(x):
+    """x, or 0 where it is NaN or infinite, so that such rows do not affect others."""
+    return tl.where(x < float("inf"), x, 0.0)
 
 
 @triton.jit
-def round_features(
-    image,  # [N, width]
-    text,  # [N, width]
-    scale,  # []
-    peaks,  # [2, num_groups] as in group_shifts
-    rounded_image,  # [N, width] out
-    rounded_text,  # [N, width] out
-    rounded_scale,  # [] out: the scale of their products
-    stretches,  # [2] out: the powers of two that image and text were multiplied by
+def shifts_and_rounded_features(
+    image,
+    text,
+    ref_image,
+    ref_text,
+    scale,
+    ref_scale,
+    peaks,  # [matrices, 3, num_blocks] of `diagonals_and_peaks`
+    rounded_image,  # [N, width] out, if ROUNDS; likewise the next three
+    rounded_text,
+    rounded_ref_image,
+    rounded_ref_text,
+    scales,  # [matrices] out: the scale of the products
+    stretches,  # [matrices, 2] out: the powers of two that image and text were multiplied by
+    shifts,  # [matrices, 2 (groups)] out
+    flags,  # [2] out: 0
+    upstream_peak,  # [] out: the largest finite weight, 1 if all are 0
     image_stride,
     text_stride,
-    num_groups,
+    ref_image_stride,
+    ref_text_stride,
+    split,
     num_rows,
     width,
+    ref_width,
+    HAS_REF: tl.constexpr,
+    HAS_UPSTREAM: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    PEAK_ROWS: tl.constexpr,  # BLOCK_R of `diagonals_and_peaks`
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Round features to half precision, the longest row of each tower stretched to 1 to 2.
+    """Shifts; half-precision features, the longest row of each tower stretched to 1 to 2.
 
     No element can overflow fp16 then, and one too small for it is 2^-24 of a logit's bound. A power
     of two costs no precision. The scale of the products takes it back.
     """
-    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    exists = rows < num_rows
-    at = rows[:, None].to(tl.int64)
-    image_exponent = _largest_exponent(peaks, num_groups)
-    text_exponent = _largest_exponent(peaks + num_groups, num_groups)
+    matrix = tl.program_id(1)
+    num_first = tl.cdiv(split, PEAK_ROWS)
+    num_blocks = num_first + tl.cdiv(num_rows - split, PEAK_ROWS)
+    peaks += matrix * 3 * num_blocks
+    first_image = _largest(peaks, 0, num_first)
+    first_text = _largest(peaks + num_blocks, 0, num_first)
+    second_image = _largest(peaks, num_first, num_blocks)
+    second_text = _largest(peaks + num_blocks, num_first, num_blocks)
+    scale_value = tl.load(scale)
+    if HAS_REF:
+        scale_value = tl.where(matrix == 1, tl.load(ref_scale), scale_value)
+    image_exponent, text_exponent = 0, 0
+    if ROUNDS:
+        image_exponent = _exponent(tl.maximum(first_image, second_image))
+        text_exponent = _exponent(tl.maximum(first_text, second_text))
     image_stretch, text_stretch = _power_of_two(-image_exponent), _power_of_two(-text_exponent)
-    for start in range(0, width, BLOCK_K):
-        depth = start + tl.arange(0, BLOCK_K)[None, :]
-        mask = exists[:, None] & (depth < width)
-        a = tl.load(image + at * image_stride + depth, mask=mask, other=0.0).to(tl.float32)
-        b = tl.load(text + at * text_stride + depth, mask=mask, other=0.0).to(tl.float32)
-        a = (a * image_stretch).to(rounded_image.dtype.element_ty)
-        b = (b * text_stretch).to(rounded_text.dtype.element_ty)
-        tl.store(rounded_image + at * width + depth, a, mask=mask)
-        tl.store(rounded_text + at * width + depth, b, mask=mask)
     if tl.program_id(0) == 0:
-        tl.store(stretches, image_stretch)
-        tl.store(stretches + 1, text_stretch)
-        shrunk = tl.load(scale) * _power_of_two(image_exponent)
-        tl.store(rounded_scale, shrunk * _power_of_two(text_exponent))
+        size = tl.abs(scale_value)
+        shifts += matrix * 2
+        tl.store(shifts, tl.maximum(size * first_image * first_text - HEADROOM, 0.0))
+        tl.store(shifts + 1, tl.maximum(size * second_image * second_text - HEADROOM, 0.0))
+        shrunk = scale_value * _power_of_two(image_exponent)
+        tl.store(scales + matrix, shrunk * _power_of_two(text_exponent))
+        tl.store(stretches + matrix * 2, image_stretch)
+        tl.store(stretches + matrix * 2 + 1, text_stretch)
+        if matrix == 0:
+            tl.store(flags + tl.arange(0, 2), tl.zeros((2,), dtype=tl.int32))
+            if HAS_UPSTREAM:
+                peak = _largest(peaks + 2 * num_blocks, 0, num_blocks)
+                tl.store(upstream_peak, tl.where(peak == 0.0, 1.0, peak))
+    if ROUNDS:
+        if matrix == 0:
+            _round(image, rounded_image, image_stretch, image_stride, num_rows, width,
+                   BLOCK_R, BLOCK_K)  # fmt: skip
+            _round(text, rounded_text, text_stretch, text_stride, num_rows, width,
+                   BLOCK_R, BLOCK_K)  # fmt: skip
+        elif HAS_REF:
+            _round(ref_image, rounded_ref_image, image_stretch, ref_image_stride, num_rows,
+                   ref_width, BLOCK_R, BLOCK_K)  # fmt: skip
+            _round(ref_text, rounded_ref_text, text_stretch, ref_text_stride, num_rows,
+                   ref_width, BLOCK_R, BLOCK_K)  # fmt: skip
 
 
 @triton.jit
-def _largest_exponent(peaks, num_groups):
-    """floor(log2) of the largest of `num_groups` numbers; 0 if all are 0."""
-    peak = tl.load(peaks)
-    for group in range(1, num_groups):
-        peak = tl.maximum(peak, tl.load(peaks + group))
-    peak = tl.where(peak == 0.0, 1.0, peak)
-    exponent = (peak.to(tl.int32, bitcast=True) >> 23) - 127
-    return tl.minimum(tl.maximum(exponent, -126), 126)
+def _largest(values, first, end):
+    """The largest of values[first:end], none of which is negative."""
+    peak = tl.zeros((1024,), dtype=tl.float32)
+    for k in range(first, end, 1024):
+        at = k + tl.arange(0, 1024)
+        peak = tl.maximum(peak, tl.load(values + at, mask=at < end, other=0.0))
+    return tl.max(peak, 0)
+
+
+@triton.jit
+def _exponent(x):
+    """floor(log2(x)); 0 for 0."""
+    bits = tl.where(x == 0.0, 1.0, x).to(tl.int32, bitcast=True)
+    return tl.minimum(tl.maximum((bits >> 23) - 127, -126), 126)
 
 
 @triton.jit
 def _power_of_two(exponent):
     """2^exponent, for exponents of normal numbers."""
-    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+    return (((exponent + 127) << 23) + tl.zeros((), dtype=tl.int32)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _round(
+    side, rounded, stretch, stride, num_rows, width, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    at = rows[:, None].to(tl.int64)
+    for start in range(0, width, BLOCK_K):
+        depth = start + tl.arange(0, BLOCK_K)[None, :]
+        mask = (rows < num_rows)[:, None] & (depth < width)
+        x = tl.load(side + at * stride + depth, mask=mask, other=0.0).to(tl.float32)
+        tl.store(rounded + at * width + depth, (x * stretch).to(rounded.dtype.element_ty), mask)

@@ -1,9 +1,9 @@
 """Forward: row and column sums of exp(S - shift), and of the KL's terms, over all tiles.
 
-A program takes whole items: rectangles of tiles of one group, strip x chunk. Each item has its own
-slots in `parts`, of its chunk for row sums and of its strip for column sums, and
-`add_partial_sums` adds them up. There are no atomics and no barrier between programs; the results
-depend on the shapes and tiles alone, not on the number of programs.
+A program computes one rectangle of tiles of one group, strip x chunk, which has its own slots in
+`parts`: of its chunk for row sums and of its strip for column sums. `add_partial_sums` adds them
+up. There are no atomics and no barrier between programs; the results depend on the shapes and tiles
+alone.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fasterase.kernels.contrastive_tables import (
+from fasterase.kernels.contrastive_layout import (
     PART_STATS,
     PART_STATS_WITH_REF,
-    SUMS,
-    SUMS_WITH_REF,
-    item_slots,
-    load_item,
-    load_span,
+    count_slots,
+    locate_rectangle,
+    locate_rows,
+    slot_range,
     stat_stride,
+    sweep_slots,
 )
 from fasterase.kernels.contrastive_tiles import (
     UNDERFLOW,
@@ -35,15 +35,16 @@ from fasterase.kernels.contrastive_tiles import (
 def row_and_column_sums(
     image,
     text,
-    scale,
-    shifts,  # [num_groups]
-    items,  # [num_items, fields of Item]
-    parts,  # [2, PART_STATS, SLOTS, N] out: slots of e, the first of each two
+    scales,  # [matrices]
+    shifts,  # [matrices, 2]
+    parts,  # [2, PART_STATS(_WITH_REF), SLOTS, N] out: slots of e, or of e0
     image_stride,
     text_stride,
-    num_items,
+    split,
     num_rows,
     width,
+    MATRIX: tl.constexpr,  # 0: S, 1: the reference's S0, whose features then are image and text
+    HAS_REF: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -53,61 +54,56 @@ def row_and_column_sums(
 ):
     """Row and column sums of e = exp(s - shift) without the diagonal, in one pass over tiles.
 
-    All tiles in one column of an item share one loop over depth, so that the next tile's features
-    load while this tile's exponentials are computed. Column sums stay in registers down that
-    column, one per thread, and are combined at its end. Row sums are added up in `parts`, column
-    after column, because the terms of one row are spread over few threads.
+    All tiles in one column of a rectangle share one loop over depth, so that the next tile's
+    features load while this tile's exponentials are computed. Column sums stay in registers down
+    that column, one per thread, and are combined at its end. Row sums are added up in `parts`,
+    column after column, because the terms of one row are spread over few threads.
     """
-    scale_value = tl.load(scale)
+    num_stats: tl.constexpr = PART_STATS_WITH_REF if HAS_REF else PART_STATS
+    group, start, n, strip, chunk = locate_rectangle(
+        tl.program_id(0), split, num_rows, BLOCK_M, BLOCK_N
+    )
+    first_row, end_row = slot_range(strip, n, BLOCK_M)
+    first_col, end_col = slot_range(chunk, n, BLOCK_N)
+    row_slot, col_slot = sweep_slots(parts, start, strip, chunk, num_rows, num_stats)
+    row_slot += MATRIX * stat_stride(num_rows)
+    col_slot += MATRIX * stat_stride(num_rows)
+    scale_value = tl.load(scales + MATRIX)
+    shift = tl.load(shifts + MATRIX * 2 + group)
+    first = start.to(tl.int64)
     steps = tl.cdiv(width, BLOCK_K)
     depth = tl.arange(0, BLOCK_K)
     features = (image, text, image_stride, text_stride, width)
-    for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
-        start, n, first_row, end_row, strip, first_col, end_col, chunk, group = load_item(
-            items, item
-        )
-        row_slot, col_slot = item_slots(parts, start, strip, chunk, num_rows, PART_STATS)
-        first = start.to(tl.int64)
-        shift = tl.load(shifts + group)
-        # disable_licm: hoisted values would occupy registers throughout the loops, and spill.
-        for col_block in tl.range(first_col, end_col, disable_licm=True):
-            cols = col_block * BLOCK_N + tl.arange(0, BLOCK_N)
-            col_sum = tl.zeros((LANES // 8, 8, BLOCK_N), dtype=tl.float32)
-            product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-            row_block = first_row
-            step = 0
-            for _ in tl.range(0, (end_row - first_row) * steps, disable_licm=True):
-                row_start, col_start = row_block * BLOCK_M, col_block * BLOCK_N
-                tile = (first, n, row_start, col_start)
-                product = add_depth_step(
-                    product,
-                    features,
-                    tile,
-                    depth,
-                    step,
-                    BLOCK_M,
-                    BLOCK_N,
-                    BLOCK_K,
-                    EVEN_K,
-                    PRECISION,
-                )
-                is_last = step == steps - 1
-                if is_last:
-                    rows = row_start + tl.arange(0, BLOCK_M)
-                    # Stored a column of tiles earlier. Each step since had a barrier for its loads;
-                    # an explicit barrier would prevent pipelining of the loop.
-                    has_earlier = rows < tl.where(col_block > first_col, n, 0)
-                    earlier = tl.load(row_slot + rows, mask=has_earlier, other=0.0)
-                    s = scale_value * product
-                    if is_edge(row_start, col_start, n, BLOCK_M, BLOCK_N):
-                        s = tl.where(off_diagonal(rows, cols, n), s, -float("inf"))
-                    e = exp_gap(s, shift)
-                    tl.store(row_slot + rows, earlier + tl.sum(e, 1), mask=rows < n)
-                    col_sum += _sum_within_thread(e, BLOCK_M, BLOCK_N, LANES)
-                    product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-                step = tl.where(is_last, 0, step + 1)
-                row_block += tl.where(is_last, 1, 0)
-            tl.store(col_slot + cols, tl.sum(tl.sum(col_sum, 1), 0), mask=cols < n)
+    # disable_licm: hoisted values would occupy registers throughout the loops, and spill.
+    for col_block in tl.range(first_col, end_col, disable_licm=True):
+        cols = col_block * BLOCK_N + tl.arange(0, BLOCK_N)
+        col_sum = tl.zeros((LANES // 8, 8, BLOCK_N), dtype=tl.float32)
+        product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        row_block = first_row
+        step = 0
+        for _ in tl.range(0, (end_row - first_row) * steps, disable_licm=True):
+            row_start, col_start = row_block * BLOCK_M, col_block * BLOCK_N
+            tile = (first, n, row_start, col_start)
+            product = add_depth_step(
+                product, features, tile, depth, step, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
+            )
+            is_last = step == steps - 1
+            if is_last:
+                rows = row_start + tl.arange(0, BLOCK_M)
+                # Stored a column of tiles earlier. Each step since had a barrier for its loads; an
+                # explicit barrier would prevent pipelining of the loop.
+                has_earlier = rows < tl.where(col_block > first_col, n, 0)
+                earlier = tl.load(row_slot + rows, mask=has_earlier, other=0.0)
+                s = scale_value * product
+                if is_edge(row_start, col_start, n, BLOCK_M, BLOCK_N):
+                    s = tl.where(off_diagonal(rows, cols, n), s, -float("inf"))
+                e = exp_gap(s, shift)
+                tl.store(row_slot + rows, earlier + tl.sum(e, 1), mask=rows < n)
+                col_sum += _sum_within_thread(e, BLOCK_M, BLOCK_N, LANES)
+                product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            step = tl.where(is_last, 0, step + 1)
+            row_block += tl.where(is_last, 1, 0)
+        tl.store(col_slot + cols, tl.sum(tl.sum(col_sum, 1), 0), mask=cols < n)
 
 
 @triton.jit
@@ -127,17 +123,14 @@ def row_and_column_sums_with_reference(
     text,
     ref_image,
     ref_text,
-    scale,
-    ref_scale,
-    shifts,  # [2, num_groups]
-    items,  # [num_items, fields of Item]
+    scales,  # [2]
+    shifts,  # [2, 2]
     parts,  # [2, PART_STATS_WITH_REF, SLOTS, N] out: slots of e, e0, e0 * (s0 - s)
     image_stride,
     text_stride,
     ref_image_stride,
     ref_text_stride,
-    num_items,
-    num_groups,
+    split,
     num_rows,
     width,
     ref_width,
@@ -145,71 +138,70 @@ def row_and_column_sums_with_reference(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
-    EVEN_REF_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Row and column sums of e, e0 = exp(s0 - its shift), and e0 * (s0 - s).
 
-    Row sums stay in registers along a row of an item; column sums are added up in `parts`. A loop
-    over the depth of several tiles, as without reference, does not fit both products.
+    For losses without gradients. Row sums stay in registers along a row of a rectangle; column sums
+    are added up in `parts`. A loop over the depth of several tiles, as without reference, does not
+    fit both products.
     """
     stride = stat_stride(num_rows)
-    scale_value = tl.load(scale)
-    ref_scale_value = tl.load(ref_scale)
     features = (image, text, image_stride, text_stride, width)
     ref_features = (ref_image, ref_text, ref_image_stride, ref_text_stride, ref_width)
-    for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
-        start, n, first_row, end_row, strip, first_col, end_col, chunk, group = load_item(
-            items, item
-        )
-        row_slot, col_slot = item_slots(parts, start, strip, chunk, num_rows, PART_STATS_WITH_REF)
-        first = start.to(tl.int64)
-        shift = tl.load(shifts + group)
-        ref_shift = tl.load(shifts + num_groups + group)
-        for row_block in range(first_row, end_row):
-            rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
-            row_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
-            ref_row_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
-            cross_row_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
-            # disable_licm: hoisted values would occupy registers throughout the loop, and spill.
-            for col_block in tl.range(first_col, end_col, disable_licm=True):
-                row_start, col_start = row_block * BLOCK_M, col_block * BLOCK_N
-                cols = col_start + tl.arange(0, BLOCK_N)
-                tile = (first, n, row_start, col_start)
-                s = scale_value * tile_product(
-                    features, tile, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
-                )
-                # Elements outside the group or on the diagonal become -inf, so that no mask
-                # occupies registers during the second product.
-                edge = is_edge(row_start, col_start, n, BLOCK_M, BLOCK_N)
-                if edge:
-                    s = tl.where(off_diagonal(rows, cols, n), s, -float("inf"))
-                has_earlier = cols < tl.where(row_block > first_row, n, 0)
-                e = exp_gap(s, shift)
-                row_sum += tl.sum(e, 1)
-                col = col_slot + cols
-                _add_column_sums(col, e, has_earlier, cols < n)
-                s0 = ref_scale_value * tile_product(
-                    ref_features, tile, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_REF_K, PRECISION
-                )
-                # This order needs no third tile of registers: the gap replaces s, e0 replaces s0,
-                # and their product replaces the gap.
-                gap = s0 - s
-                if edge:
-                    gap = tl.where(s == -float("inf"), 0.0, gap)
-                    s0 = tl.where(s == -float("inf"), s, s0)
-                e0 = exp_gap(s0, ref_shift)
-                ref_row_sum += tl.sum(e0, 1)
-                _add_column_sums(col + stride, e0, has_earlier, cols < n)
-                cross = e0 * gap
-                cross_row_sum += tl.sum(cross, 1)
-                _add_column_sums(col + 2 * stride, cross, has_earlier, cols < n)
-                # Other threads read these slots in the next row block.
-                tl.debug_barrier()
-            in_group = rows < n
-            tl.store(row_slot + rows, row_sum, mask=in_group)
-            tl.store(row_slot + stride + rows, ref_row_sum, mask=in_group)
-            tl.store(row_slot + 2 * stride + rows, cross_row_sum, mask=in_group)
+    group, start, n, strip, chunk = locate_rectangle(
+        tl.program_id(0), split, num_rows, BLOCK_M, BLOCK_N
+    )
+    first_row, end_row = slot_range(strip, n, BLOCK_M)
+    first_col, end_col = slot_range(chunk, n, BLOCK_N)
+    row_slot, col_slot = sweep_slots(parts, start, strip, chunk, num_rows, PART_STATS_WITH_REF)
+    scale_value, ref_scale_value = tl.load(scales), tl.load(scales + 1)
+    shift, ref_shift = tl.load(shifts + group), tl.load(shifts + 2 + group)
+    first = start.to(tl.int64)
+    for row_block in range(first_row, end_row):
+        rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
+        row_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        ref_row_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        cross_row_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        # disable_licm: hoisted values would occupy registers throughout the loop, and spill.
+        for col_block in tl.range(first_col, end_col, disable_licm=True):
+            row_start, col_start = row_block * BLOCK_M, col_block * BLOCK_N
+            cols = col_start + tl.arange(0, BLOCK_N)
+            tile = (first, n, row_start, col_start)
+            s = scale_value * tile_product(
+                features, tile, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
+            )
+            # Elements outside the group or on the diagonal become -inf, so that no mask occupies
+            # registers during the second product.
+            edge = is_edge(row_start, col_start, n, BLOCK_M, BLOCK_N)
+            if edge:
+                s = tl.where(off_diagonal(rows, cols, n), s, -float("inf"))
+            has_earlier = cols < tl.where(row_block > first_row, n, 0)
+            e = exp_gap(s, shift)
+            row_sum += tl.sum(e, 1)
+            col = col_slot + cols
+            _add_column_sums(col, e, has_earlier, cols < n)
+            s0 = ref_scale_value * tile_product(
+                ref_features, tile, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
+            )
+            # This order needs no third tile of registers: the gap replaces s, e0 replaces s0, and
+            # their product replaces the gap.
+            gap = s0 - s
+            if edge:
+                gap = tl.where(s == -float("inf"), 0.0, gap)
+                s0 = tl.where(s == -float("inf"), s, s0)
+            e0 = exp_gap(s0, ref_shift)
+            ref_row_sum += tl.sum(e0, 1)
+            _add_column_sums(col + stride, e0, has_earlier, cols < n)
+            cross = e0 * gap
+            cross_row_sum += tl.sum(cross, 1)
+            _add_column_sums(col + 2 * stride, cross, has_earlier, cols < n)
+            # Other threads read these slots in the next row block.
+            tl.debug_barrier()
+        in_group = rows < n
+        tl.store(row_slot + rows, row_sum, mask=in_group)
+        tl.store(row_slot + stride + rows, ref_row_sum, mask=in_group)
+        tl.store(row_slot + 2 * stride + rows, cross_row_sum, mask=in_group)
 
 
 @triton.jit
@@ -222,38 +214,37 @@ def _add_column_sums(slot, tile, has_earlier, in_group):
 @triton.jit
 def add_partial_sums(
     parts,  # [2, PART_STATS or PART_STATS_WITH_REF, SLOTS, N]
-    spans,  # [num_spans, fields of Span]
-    sums,  # [2, SUMS or SUMS_WITH_REF, N] out
-    flags,  # [num_groups] out: 1 if the fixed shift failed for the group
+    sums,  # [2, NUM_SUMS, N] out
+    flags,  # [2] out: 1 if the fixed shift failed for the group
+    split,
     num_rows,
+    NUM_SUMS: tl.constexpr,  # e; e0; e0 * (s0 - s)
     HAS_REF: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # of the sweep
+    BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """Add the slots in order, and flag groups with sums that underflowed or overflowed.
 
     Sums of features that are not finite count as overflowed: such groups only take longer.
     """
-    start, num_span_rows, num_strips, num_chunks, group, has_negatives = load_span(
-        spans, tl.program_id(0)
-    )
-    rows = start + tl.arange(0, BLOCK_R)
-    exists = tl.arange(0, BLOCK_R) < num_span_rows
-    num_sums: tl.constexpr = SUMS_WITH_REF if HAS_REF else SUMS
-    part_stats: tl.constexpr = PART_STATS_WITH_REF if HAS_REF else PART_STATS
-    stride = stat_stride(num_rows)
+    num_stats: tl.constexpr = PART_STATS_WITH_REF if HAS_REF else PART_STATS
+    group, start, n, block = locate_rows(tl.program_id(0), split, num_rows, BLOCK_R)
+    rows = start + block * BLOCK_R + tl.arange(0, BLOCK_R)
+    exists = rows < start + n
     total_rows = tl.cast(num_rows, tl.int64)
     failed = tl.zeros((BLOCK_R,), dtype=tl.int32)
     for direction in tl.static_range(2):  # rows, columns
-        num_slots = num_chunks if direction == 0 else num_strips
-        for stat in tl.static_range(num_sums):
+        num_slots = count_slots(n, BLOCK_N) if direction == 0 else count_slots(n, BLOCK_M)
+        for stat in tl.static_range(NUM_SUMS):
             total = tl.zeros((BLOCK_R,), dtype=tl.float32)
-            part = parts + (direction * part_stats + stat) * stride + rows
+            part = parts + (direction * num_stats + stat) * stat_stride(num_rows) + rows
             for k in range(num_slots):
                 total += tl.load(part + k * total_rows, mask=exists, other=0.0)
-            tl.store(sums + (direction * num_sums + stat) * total_rows + rows, total, exists)
+            tl.store(sums + (direction * NUM_SUMS + stat) * total_rows + rows, total, exists)
             is_sound = tl.abs(total) < float("inf")
             if stat < 2:  # sums of exponentials
                 is_sound &= total >= UNDERFLOW
             failed |= tl.where(exists & (is_sound == 0), 1, 0)
-    if (tl.max(failed, 0) > 0) & (has_negatives > 0):
+    if (tl.max(failed, 0) > 0) & (n > 1):
         tl.store(flags + group, 1)

@@ -11,12 +11,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fasterase.kernels.contrastive_tables import (
+from fasterase.kernels.contrastive_layout import (
     PART_STATS,
     PART_STATS_WITH_REF,
-    item_slots,
-    load_item,
+    locate_rectangle,
+    slot_range,
     stat_stride,
+    sweep_slots,
 )
 from fasterase.kernels.contrastive_tiles import exp_below, off_diagonal, tile_product
 
@@ -27,16 +28,14 @@ def row_and_column_sums_online(
     text,
     ref_image,
     ref_text,
-    scale,
-    ref_scale,
-    flags,  # [num_groups]
-    items,  # [num_items, fields of Item]
+    scales,  # [matrices]
+    flags,  # [2]
     parts,  # [2, PART_STATS(_WITH_REF), SLOTS, N] out: peak, mass; reference's peak, mass, cross
     image_stride,
     text_stride,
     ref_image_stride,
     ref_text_stride,
-    num_items,
+    split,
     num_rows,
     width,
     ref_width,
@@ -45,63 +44,62 @@ def row_and_column_sums_online(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
-    EVEN_REF_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The sums relative to the largest logit that each item has seen, instead of a fixed shift."""
+    """The sums relative to the largest logit that each program has seen, not to a fixed shift."""
     stride = stat_stride(num_rows)
     part_stats: tl.constexpr = PART_STATS_WITH_REF if HAS_REF else PART_STATS
-    scale_value = tl.load(scale)
-    ref_scale_value = tl.load(ref_scale) if HAS_REF else scale_value
-    features = (image, text, image_stride, text_stride, width)
-    ref_features = (ref_image, ref_text, ref_image_stride, ref_text_stride, ref_width)
-    for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
-        start, n, first_row, end_row, strip, first_col, end_col, chunk, group = load_item(
-            items, item
-        )
-        if tl.load(flags + group) != 0:
-            row_slot, col_slot = item_slots(parts, start, strip, chunk, num_rows, part_stats)
-            first = start.to(tl.int64)
-            for row_block in range(first_row, end_row):
-                rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
-                peak = tl.full((BLOCK_M,), -float("inf"), dtype=tl.float32)
-                mass = tl.zeros((BLOCK_M,), dtype=tl.float32)
-                ref_peak = tl.full((BLOCK_M,), -float("inf"), dtype=tl.float32)
-                ref_mass = tl.zeros((BLOCK_M,), dtype=tl.float32)
-                cross = tl.zeros((BLOCK_M,), dtype=tl.float32)
-                for col_block in range(first_col, end_col):
-                    row_start, col_start = row_block * BLOCK_M, col_block * BLOCK_N
-                    cols = col_start + tl.arange(0, BLOCK_N)
-                    tile = (first, n, row_start, col_start)
-                    s = scale_value * tile_product(
-                        features, tile, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
-                    )
-                    exists = off_diagonal(rows, cols, n)
-                    in_group = cols < n
-                    has_earlier = cols < tl.where(row_block > first_row, n, 0)
-                    peak, mass, _ = _fold(peak, mass, mass, s, s, exists, 1, False)
-                    col = col_slot + cols
-                    _fold_into_slots(col, s, s, exists, has_earlier, in_group, stride, False)
-                    if HAS_REF:
-                        s0 = ref_scale_value * tile_product(
-                            ref_features, tile, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_REF_K, PRECISION
-                        )
-                        gap = s0 - s
-                        ref_peak, ref_mass, cross = _fold(
-                            ref_peak, ref_mass, cross, s0, gap, exists, 1, True
-                        )
-                        _fold_into_slots(
-                            col + 2 * stride, s0, gap, exists, has_earlier, in_group, stride, True
-                        )
-                    # Other threads read these slots in the next row block.
-                    tl.debug_barrier()
-                in_group = rows < n
-                tl.store(row_slot + rows, peak, mask=in_group)
-                tl.store(row_slot + stride + rows, mass, mask=in_group)
+    group, start, n, strip, chunk = locate_rectangle(
+        tl.program_id(0), split, num_rows, BLOCK_M, BLOCK_N
+    )
+    if tl.load(flags + group) != 0:
+        first_row, end_row = slot_range(strip, n, BLOCK_M)
+        first_col, end_col = slot_range(chunk, n, BLOCK_N)
+        scale_value = tl.load(scales)
+        features = (image, text, image_stride, text_stride, width)
+        ref_features = (ref_image, ref_text, ref_image_stride, ref_text_stride, ref_width)
+        row_slot, col_slot = sweep_slots(parts, start, strip, chunk, num_rows, part_stats)
+        first = start.to(tl.int64)
+        for row_block in range(first_row, end_row):
+            rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
+            peak = tl.full((BLOCK_M,), -float("inf"), dtype=tl.float32)
+            mass = tl.zeros((BLOCK_M,), dtype=tl.float32)
+            ref_peak = tl.full((BLOCK_M,), -float("inf"), dtype=tl.float32)
+            ref_mass = tl.zeros((BLOCK_M,), dtype=tl.float32)
+            cross = tl.zeros((BLOCK_M,), dtype=tl.float32)
+            for col_block in range(first_col, end_col):
+                row_start, col_start = row_block * BLOCK_M, col_block * BLOCK_N
+                cols = col_start + tl.arange(0, BLOCK_N)
+                tile = (first, n, row_start, col_start)
+                s = scale_value * tile_product(
+                    features, tile, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
+                )
+                exists = off_diagonal(rows, cols, n)
+                in_group = cols < n
+                has_earlier = cols < tl.where(row_block > first_row, n, 0)
+                peak, mass, _ = _fold(peak, mass, mass, s, s, exists, 1, False)
+                col = col_slot + cols
+                _fold_into_slots(col, s, s, exists, has_earlier, in_group, stride, False)
                 if HAS_REF:
-                    tl.store(row_slot + 2 * stride + rows, ref_peak, mask=in_group)
-                    tl.store(row_slot + 3 * stride + rows, ref_mass, mask=in_group)
-                    tl.store(row_slot + 4 * stride + rows, cross, mask=in_group)
+                    s0 = tl.load(scales + 1) * tile_product(
+                        ref_features, tile, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
+                    )
+                    gap = s0 - s
+                    ref_peak, ref_mass, cross = _fold(
+                        ref_peak, ref_mass, cross, s0, gap, exists, 1, True
+                    )
+                    _fold_into_slots(
+                        col + 2 * stride, s0, gap, exists, has_earlier, in_group, stride, True
+                    )
+                # Other threads read these slots in the next row block.
+                tl.debug_barrier()
+            in_group = rows < n
+            tl.store(row_slot + rows, peak, mask=in_group)
+            tl.store(row_slot + stride + rows, mass, mask=in_group)
+            if HAS_REF:
+                tl.store(row_slot + 2 * stride + rows, ref_peak, mask=in_group)
+                tl.store(row_slot + 3 * stride + rows, ref_mass, mask=in_group)
+                tl.store(row_slot + 4 * stride + rows, cross, mask=in_group)
 
 
 @triton.jit

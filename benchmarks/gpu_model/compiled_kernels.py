@@ -29,7 +29,7 @@ from benchmarks.gpu_model.instructions import Counts, count_amd, count_nvidia
 from benchmarks.result_files import RESULTS, write_csv
 from fasterase.ops.contrastive import triton as triton_backend
 from fasterase.ops.contrastive import triton_plan
-from fasterase.ops.contrastive.operator import Batch
+from fasterase.ops.contrastive.operator import Batch, Wanted
 from fasterase.ops.contrastive.products import resolve_products
 
 # Bytes of shared memory available to one block, by architecture.
@@ -60,8 +60,11 @@ class Launch(NamedTuple):
 
     @property
     def name(self) -> str:
-        is_online = self.arguments.get("IS_ONLINE", False)
-        return self.kernel.fn.__name__ + ("_online" if is_online else "")
+        variants = {"IS_ONLINE": "_online", "HAS_CROSS": "_with_crosses"}
+        name = self.kernel.fn.__name__
+        if name == "gradient_strip":
+            name += "".join(x for key, x in variants.items() if self.arguments[key])
+        return name
 
     @property
     def tile(self) -> str:
@@ -110,7 +113,7 @@ def launches(
     target: str,
     products: str | None = None,
 ) -> list[Launch]:
-    """Record every launch of a forward and of both backwards on an architecture, at N = 4096.
+    """Record every launch of forward, backward and a step with known weights, at N = 4096.
 
     products: as `resolve_products` returns them; None multiplies features of `dtype` as they are.
     """
@@ -126,7 +129,7 @@ def launches(
     products = products or resolve_products("auto", "triton", (image,))
     with (
         mock.patch.object(triton_plan, "_architecture", return_value=architecture),
-        mock.patch.object(triton_backend, "_num_programs", lambda device, wanted: wanted),
+        mock.patch.object(triton_backend, "_num_multiprocessors", return_value=132),
         mock.patch.object(triton_backend, "_multiply"),
     ):
         patches = [
@@ -137,21 +140,10 @@ def launches(
         for patch in patches:
             patch.start()
         try:
-            losses, softmaxes, flags, peaks = triton_backend.forward(batch, (n,), products)
-            for is_fused in (True, False):
-                triton_backend.backward(
-                    losses,
-                    batch,
-                    softmaxes,
-                    flags,
-                    peaks,
-                    (n,),
-                    products,
-                    wants_image=True,
-                    wants_text=True,
-                    is_rounded=True,
-                    is_fused=is_fused,
-                )
+            losses, *saved = triton_backend.forward(batch, (n,), products)
+            wanted = Wanted(image=True, text=True, scale=True, rounded=False)
+            triton_backend.backward(losses, batch, tuple(saved), (n,), wanted, products)
+            triton_backend.step(losses, batch, (n,), wanted, products)
         finally:
             for patch in patches:
                 patch.stop()
@@ -258,7 +250,7 @@ def cases(target: str) -> Iterator[Launch]:
         (torch.float32, 512, None, None),
     ):
         for launch in launches(dtype, width, ref_width, target, products):
-            if "BLOCK_N" in launch.arguments and launch.name != "gradient_strip_from_cosines":
+            if "PRECISION" in launch.arguments:
                 yield launch
             elif launch.name not in seen:
                 seen.add(launch.name)

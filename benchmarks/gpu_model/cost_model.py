@@ -22,6 +22,9 @@ from benchmarks.gpu_model.peer_kernels import published_rows
 from benchmarks.result_files import RESULTS, write_csv
 from fasterase.ops.contrastive.triton_plan import Tile
 
+# N of the training steps.
+SIZES = tuple(2**k for k in range(10, 21))
+
 CANDIDATES = (
     Tile(128, 128, 64, 8, 3),
     Tile(128, 128, 64, 4, 3),
@@ -70,14 +73,14 @@ def step_row(
     is_overlapped: bool = False,
 ) -> dict[str, Any]:
     """Predict a training step from its (sums, strip) kernels."""
-    sums, strip = pair
-    strip_rows = min(n, 2**27 // n)  # 256 MB of G, as launched
+    sums, strip = (kernel.at(gpu, n) for kernel in pair)
+    strip_rows = min(n, max(2**27 // n, 2048))  # 256 MB of G or 2,048 rows, as launched
     parts = step(gpu, n, sums, strip, strip_rows, is_overlapped=is_overlapped)
-    flops = (12 if sums.has_ref else 8) * n * n * sums.width
+    flops = (12 if strip.has_ref else 8) * n * n * sums.width
     seconds = sum(parts)
     return {
         "table": "step",
-        "name": f"{name}, {'InfoNCE + KL' if sums.has_ref else 'InfoNCE'}",
+        "name": f"{name}, {'InfoNCE + KL' if strip.has_ref else 'InfoNCE'}",
         "gpu": gpu.name,
         "n": n,
         "width": sums.width,
@@ -95,8 +98,7 @@ def rows(n: int, wants_tiles: bool) -> Iterator[dict[str, Any]]:
     shipped = {
         (gpu, name, width, has_ref): modelled(gpu, name, width, has_ref, n)
         for gpu in (H100, A100)
-        for name in ("sums", "strip")
-        for has_ref in (False, True)
+        for name, has_ref in (("sums", False), ("strip", False), ("strip", True))
         for width in (512, 768, 1280)
     }
     for (gpu, *_), kernel in shipped.items():
@@ -104,27 +106,28 @@ def rows(n: int, wants_tiles: bool) -> Iterator[dict[str, Any]]:
             yield kernel_row(gpu, kernel, n)
     best: dict[tuple[str, bool], Tile] = {}
     if wants_tiles:
-        for name in ("sums", "strip"):
-            for has_ref in (False, True):
-                candidates = [modelled(H100, name, 768, has_ref, n, tile) for tile in CANDIDATES]
-                ranked = sorted(
-                    (kernel for kernel in candidates if kernel.resident),
-                    key=lambda kernel: kernel.seconds(H100, n, n),
-                )
-                whole = (kernel.tile for kernel in ranked if not kernel.path.stack_bytes)
-                best[name, has_ref] = next(whole)
-                yield from (kernel_row(H100, kernel, n, "tile") for kernel in ranked)
+        for name, has_ref in (("sums", False), ("strip", False), ("strip", True)):
+            candidates = [modelled(H100, name, 768, has_ref, n, tile) for tile in CANDIDATES]
+            ranked = sorted(
+                (kernel for kernel in candidates if kernel.resident),
+                key=lambda kernel: kernel.seconds(H100, n, n),
+            )
+            whole = (kernel.tile for kernel in ranked if not kernel.path.stack_bytes)
+            best[name, has_ref] = next(whole)
+            yield from (kernel_row(H100, kernel, n, "tile") for kernel in ranked)
     for width in (512, 768, 1280):
         for has_ref in (False, True):
-            sums, strip = (shipped[H100, name, width, has_ref] for name in ("sums", "strip"))
-            yield step_row(H100, n, (sums, strip), "as launched")
+            sums, strip = (
+                shipped[H100, "sums", width, False],
+                shipped[H100, "strip", width, has_ref],
+            )
+            for size in sorted({n, *SIZES}):
+                yield step_row(H100, size, (sums, strip), "as launched")
+            yield step_row(H100, n, (sums, strip), "as launched, overlapped", is_overlapped=True)
             if best:
-                sums, strip = (
-                    modelled(H100, name, width, has_ref, n, best[name, has_ref])
-                    for name in ("sums", "strip")
-                )
+                sums = modelled(H100, "sums", width, False, n, best["sums", False])
+                strip = modelled(H100, "strip", width, has_ref, n, best["strip", has_ref])
                 yield step_row(H100, n, (sums, strip), "best spill-free tiles")
-            yield step_row(H100, n, (sums, strip), "and overlapped", is_overlapped=True)
 
 
 _COLUMNS: dict[str, tuple[str, ...]] = {
@@ -136,7 +139,7 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
         "binds",
     ),
     "step": (
-        *("name", "width", "strip_rows", "sums_ms", "strip_ms", "gemms_ms", "small_ms", "ms"),
+        *("name", "n", "width", "strip_rows", "sums_ms", "strip_ms", "gemms_ms", "small_ms", "ms"),
         *("of_peak", "of_gemm"),
     ),
 }

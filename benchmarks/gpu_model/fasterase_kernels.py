@@ -27,14 +27,14 @@ from fasterase.ops.contrastive import triton_plan
 from fasterase.ops.contrastive.triton import RUN_LENGTH
 from fasterase.ops.contrastive.triton_plan import Tile
 
-# A work item of `row_and_column_sums` is a strip of tiles that share one loop over depth. At most
-# this many strips per matrix.
+# A program of `row_and_column_sums` has a strip of tiles that share one loop over depth. At most
+# this many strips per matrix; `gradient_strip` has as many chunks of columns.
 _STRIPS = 32
+# "sums" is a sweep over one matrix, of which a step with the KL makes two.
 _KERNELS = {
     ("sums", False): "row_and_column_sums",
-    ("sums", True): "row_and_column_sums_with_reference",
     ("strip", False): "gradient_strip_without_reference",
-    ("strip", True): "gradient_strip",
+    ("strip", True): "gradient_strip_with_crosses",
 }
 
 
@@ -71,18 +71,15 @@ def kernel_phases(
     warps = launch.options["num_warps"]
     loaded = (block_m + block_n) * block_k * 2
     load = clocks_of(gpu, Instructions(), warps, shared_bytes=loaded, l2_bytes=loaded)
-    # A strip writes its tile of G. A sums kernel updates sums: row sums only if `run` exists.
+    # A strip writes its tile of G, and with a reference updates column sums; a sweep row sums.
     is_strip = launch.name.startswith("gradient_strip")
-    if is_strip:
-        moved = 2 * block_m * block_n
-    else:
-        moved = 8 * block_m if run is not None else 8 * (3 if len(steps) == 2 else 1) * block_n
+    written = 2 * block_m * block_n if is_strip else 0
     rest = clocks_of(
         gpu,
         end,
         warps,
-        l2_bytes=moved,
-        hbm_bytes=moved if is_strip else 0,
+        l2_bytes=written + (8 * block_m if not is_strip else 8 * block_n * (len(steps) - 1)),
+        hbm_bytes=written,
         clock_hz=clock(gpu),
     )
     if run is not None:
@@ -123,9 +120,14 @@ class Modelled(NamedTuple):
     width: int
     has_ref: bool
     tile: Tile
+    launch: compiled_kernels.Launch
     path: TilePath
     phases: tuple[Phase, ...]
     resident: int
+
+    def at(self, gpu: Gpu, n: int) -> Modelled:
+        """Return the same kernel over n rows."""
+        return self._replace(phases=kernel_phases(gpu, self.launch, self.path, n))
 
     @property
     def cost(self) -> Cost:
@@ -137,10 +139,13 @@ class Modelled(NamedTuple):
         """Predict one matrix of this shape; is_overlapped: as if all phases overlapped."""
         block_m, block_n = self.tile[:2]
         blocks = math.ceil(num_rows / block_m), math.ceil(num_cols / block_n)
-        # Blocks of a sums kernel take rectangles of tiles, at most 32 x 32 rectangles.
-        units = math.prod(min(_STRIPS, b) if self.name == "sums" else b for b in blocks)
-        if self.name == "strip" and self.path.trace.run is not None:
-            units = math.ceil(units / RUN_LENGTH)
+        # Programs take rectangles of tiles.
+        if self.name == "sums":
+            units = math.prod(min(_STRIPS, b) for b in blocks)
+        elif self.has_ref:
+            units = blocks[0] * min(_STRIPS, blocks[1])
+        else:
+            units = math.ceil(math.prod(blocks) / RUN_LENGTH)
         uneven = waves(units, gpu.num_sms * self.resident)
         tile = max(self.cost.clocks) if is_overlapped else self.cost.tile
         return tile * uneven * math.prod(blocks) / gpu.num_sms / clock(gpu)
@@ -159,6 +164,7 @@ def modelled(
         width,
         has_ref,
         Tile(block_m, block_n, block_k, warps, stages),
+        launch,
         path,
         kernel_phases(gpu, launch, path, n),
         occupancy(gpu, warps, path.registers, path.shared_bytes),
@@ -184,16 +190,16 @@ def step(
     is_overlapped: bool = False,
 ) -> Step:
     """Predict a step: sums, strips of G, two products per strip; d_text accumulates in fp32."""
-    width, has_ref = sums.width, sums.has_ref
+    width, has_ref = sums.width, strip.has_ref
+    matrices = 2 if has_ref else 1
     num_strips = math.ceil(n / strip_rows)
     image = gemm_seconds(gpu, strip_rows, width, n, clock(gpu), out_bytes=4)
     text = gemm_seconds(gpu, n, width, strip_rows, clock(gpu), out_bytes=8)
-    stats = 3 if has_ref else 1
-    # norms_and_diagonal; partial sums, written and read; feature_gradients (products, both towers,
-    # the result).
-    streamed = (2 if has_ref else 1) * 4 * n * width + 2 * stats * 32 * n * 8 + 2 * n * width * 10
+    # The diagonal and the lengths; partial sums, written and read, and crosses likewise;
+    # feature_gradients (products, both towers, the result).
+    streamed = matrices * 4 * n * width + 2 * (2 * matrices - 1) * 32 * n * 8 + 2 * n * width * 10
     return Step(
-        sums.seconds(gpu, n, n, is_overlapped=is_overlapped),
+        matrices * sums.seconds(gpu, n, n, is_overlapped=is_overlapped),
         num_strips * (strip.seconds(gpu, strip_rows, n, is_overlapped=is_overlapped) + LAUNCH_S),
         num_strips * (image + text),
         streamed / gpu.hbm_bytes + 10 * LAUNCH_S,

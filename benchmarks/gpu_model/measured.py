@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +87,9 @@ def predict_step(gpu: Gpu, n: int, width: int, has_ref: bool) -> float:
     from benchmarks.gpu_model.cost_model import step_row
     from benchmarks.gpu_model.fasterase_kernels import modelled
 
-    kernel = partial(modelled, gpu, width=width, has_ref=has_ref, n=n)
-    return step_row(gpu, n, (kernel(name="sums"), kernel(name="strip")), "as launched")["ms"]
+    sums = modelled(gpu, "sums", width, False, n)
+    strip = modelled(gpu, "strip", width, has_ref, n)
+    return step_row(gpu, n, (sums, strip), "as launched")["ms"]
 
 
 def summarise(rows: list[dict[str, Any]]) -> str:

@@ -17,7 +17,8 @@ from tests.ops import triton_checks
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-WORKSPACE = "fasterase.ops.contrastive.triton.WORKSPACE_BYTES"
+WORKSPACE = "fasterase.ops.contrastive.triton_plan.WORKSPACE_BYTES"
+LEAST_ROWS = "fasterase.ops.contrastive.triton_plan.LEAST_STRIP_ROWS"
 
 
 def batch(dtype=torch.bfloat16, n=500, width=64, **options):
@@ -169,6 +170,7 @@ def test_autocast_rounds_the_products_of_fp32_features(name):
 def test_nothing_is_read_before_it_is_written(dtype, has_ref, monkeypatch):
     """Whatever is allocated holds NaN, and so does the workspace between strips."""
     monkeypatch.setattr(WORKSPACE, 2**17)
+    monkeypatch.setattr(LEAST_ROWS, 1)
     call = batch(dtype, labels=90)
     if not has_ref:
         call = {k: v for k, v in call.items() if not k.startswith("ref_")}
@@ -253,6 +255,6 @@ def test_what_the_tests_on_a_gpu_replace_exists():
     """Here, since without a GPU nothing else would notice a new name."""
     pytest.importorskip("triton")
     assert isinstance(pkgutil.resolve_name(WORKSPACE), int)
-    assert callable(pkgutil.resolve_name("fasterase.ops.contrastive.triton.is_fused_faster"))
+    assert isinstance(pkgutil.resolve_name(LEAST_ROWS), int)
     call = triton_checks.batch_on("cpu", torch.float32, 8, 4, 4, 14.3)[0]
     assert explain_backend(**call).products == "fp32"

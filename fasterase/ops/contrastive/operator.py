@@ -50,6 +50,10 @@ class Batch(NamedTuple):
             ref_scale = scale_tensor(ref_scale, image, dtype).detach()
         return cls(image, text, scale, ref_image, ref_text, ref_scale)
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch of each tensor's result."""
+        return Batch._make(None if x is None else function(x) for x in self)
+
     @property
     def matrices(self) -> int:
         """1 for S, 2 with S0 of the reference."""
@@ -171,7 +175,6 @@ def register(
     options_schema: str = "",
     options: Options = _no_options,
     backward_takes_options: bool = False,
-    tags: tuple[torch.Tag, ...] = (),
 ) -> Operator:
     """Define `fasterase::{name}` and `fasterase::{name}_backward`, with fakes and autograd.
 
@@ -186,20 +189,16 @@ def register(
             gradients, likewise; True where C++ registers it, False where forward and backward are
             as fast.
         options_schema: schema of the arguments that `options` returns.
-        tags: tags of both operators, for torch.compile.
     """
     outputs = ", ".join(f"Tensor {output}" for output in ("statistics", *saved))
     more = f", {options_schema}" if options_schema else ""
     backward_more = more if backward_takes_options else ""
     num_tensors = len(Batch._fields) + 1 + len(saved)
-    _LIBRARY.define(
-        f"{name}({_BATCH_SCHEMA}, SymInt[] groups{more}) -> (Tensor losses, {outputs})", tags=tags
-    )
+    _LIBRARY.define(f"{name}({_BATCH_SCHEMA}, SymInt[] groups{more}) -> (Tensor losses, {outputs})")
     _LIBRARY.define(
         f"{name}_backward(Tensor upstream, {_BATCH_SCHEMA}, {outputs}, SymInt[] groups, "
         f"bool wants_image, bool wants_text, bool wants_scale, bool rounded{backward_more}) "
         "-> (Tensor d_image, Tensor d_text, Tensor d_scale)",
-        tags=tags,
     )
     forward_op, backward_op = (
         getattr(torch.ops.fasterase, each).default for each in (name, f"{name}_backward")
