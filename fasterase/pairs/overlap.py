@@ -45,7 +45,9 @@ def remove_overlap(retain: PairSource, forget: PairSource) -> tuple[PairSource, 
         )
     keep = np.ones(len(retain), bool)
     keep[duplicates] = False
-    return Subset(retain, np.flatnonzero(keep), name=retain.name), [retain.id(row) for row in duplicates]
+    return Subset(retain, np.flatnonzero(keep), name=retain.name), [
+        retain.id(row) for row in duplicates
+    ]
 
 
 def caption_hashes(source: PairSource) -> tuple[np.ndarray, np.ndarray]:
