@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 import fasterase
 from benchmarks.naive_erasure import erase_naively
-from benchmarks.processes import MeasurementError, PeakMemory, call_in_process
+from benchmarks.processes import MeasurementError, call_in_process
 from benchmarks.result_files import RESULTS, code_version, device_name, write_csv
 from fasterase.config import UnlearnConfig
 from fasterase.demo import emoji
@@ -50,6 +50,7 @@ from fasterase.demo.sets import DemoSets, build_sets
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.load import load_model
 from fasterase.pairs.sampler import Sampler
+from fasterase.planner.measure import PeakMemory
 
 IMPLEMENTATIONS = ("fasterase", "naive")
 # A run that takes longer has hung.

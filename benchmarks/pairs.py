@@ -50,7 +50,7 @@ import torch
 import webdataset
 from PIL import Image
 
-from benchmarks.processes import PeakMemory, call_in_process
+from benchmarks.processes import call_in_process
 from benchmarks.result_files import RESULTS, code_version, device_name, write_csv
 from fasterase.models.preprocessing import wrap_tokenizer, wrap_transform
 from fasterase.pairs.overlap import remove_overlap
@@ -61,6 +61,7 @@ from fasterase.pairs.shard_index import block_path
 from fasterase.pairs.source import Subset
 from fasterase.pairs.split import split
 from fasterase.pairs.tars import TarFiles, open_tars
+from fasterase.planner.measure import PeakMemory
 
 SHARD_PAIRS = 10_000
 _PICTURES = 2_000  # pairs with images of 256 x 256 pixels, for `decode` and `step`

@@ -1,14 +1,10 @@
-"""Run a measurement in a process of its own, and measure the peak memory of a call."""
+"""Run a measurement in a process of its own."""
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import multiprocessing
-import re
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,42 +68,3 @@ def describe_error(error: Exception) -> str:
         return str(error)
     first = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {first}"[:300]
-
-
-class PeakMemory:
-    """Measures the peak memory of what follows, above what is in use when it is made.
-
-    On a GPU this is what torch's allocator counts. On a CPU it is resident memory, which earlier
-    peaks of the process would hide: call it in a process of its own.
-    """
-
-    def __init__(self, device: str) -> None:
-        self._device = device
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self._before = torch.cuda.memory_allocated()
-            return
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM = VmRSS
-        self._before = proc_bytes("self/status", "VmRSS")
-
-    def bytes(self) -> int:
-        """Return the peak so far."""
-        if self._device == "cuda":
-            return torch.cuda.max_memory_allocated() - self._before
-        return proc_bytes("self/status", "VmHWM") - self._before
-
-
-def proc_bytes(file: str, field: str) -> int:
-    """Return a size from a file of /proc.
-
-    Raises:
-        LookupError: the file has no such field.
-    """
-    text = (Path("/proc") / file).read_text(encoding="utf-8")
-    found = re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)
-    if found is None:
-        raise LookupError(f"/proc/{file} has no line {field}")
-    return int(found[1]) * 1024

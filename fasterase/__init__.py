@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from fasterase.ops.contrastive import contrastive as contrastive
     from fasterase.ops.contrastive import explain_backend as explain_backend
     from fasterase.pairs.split import split as split
+    from fasterase.planner import Plan as Plan
+    from fasterase.planner import plan as plan
     from fasterase.result import UnlearnResult as UnlearnResult
 
 __version__ = "0.1.0"
@@ -44,6 +46,8 @@ _HOME = {
     "evaluate": "fasterase.api",
     "Evaluation": "fasterase.evaluation.evaluation",
     "split": "fasterase.pairs.split",
+    "plan": "fasterase.planner",
+    "Plan": "fasterase.planner",
     "apply_delta": "fasterase.models.delta",
     "erase_loss": "fasterase.objective",
     "EraseLoss": "fasterase.objective",

@@ -38,6 +38,7 @@ ORDER = [
     "report",
     "evaluation",
     "engine",
+    "planner",
     "result",
     "api",
     "demo",

@@ -14,11 +14,10 @@ from benchmarks.contrastive.case import Case, Inputs, exact_losses, in_fp64, mak
 from benchmarks.contrastive.providers import PROVIDERS, Loss, Provider, UnavailableError
 from benchmarks.processes import (
     MeasurementError,
-    PeakMemory,
     call_in_process,
     describe_error,
-    proc_bytes,
 )
+from fasterase.planner.measure import PeakMemory, proc_bytes
 
 # Written before every timed call on a GPU, so that each starts with a cold L2 (50 MB on an H100).
 _FLUSH_BYTES = 256 * 2**20

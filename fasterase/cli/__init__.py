@@ -1,4 +1,4 @@
-"""The command line: `fasterase unlearn | evaluate | demo | compile`."""
+"""The command line: `fasterase unlearn | evaluate | plan | split | demo | compile`."""
 
 from __future__ import annotations
 

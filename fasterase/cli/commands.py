@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import fasterase
-from fasterase.cli.flags import DemoFlags, EvaluateFlags, SplitFlags, UnlearnFlags
+from fasterase.cli.flags import DemoFlags, EvaluateFlags, PlanFlags, SplitFlags, UnlearnFlags
 from fasterase.cli.sets import check_sets, split_data
 from fasterase.config import UnlearnConfig, format_yaml
 from fasterase.errors import InputError, MissingExtraError
@@ -21,7 +21,7 @@ def run_command(command: str, values: dict[str, Any]) -> str | None:
     """Run a sub-command; return the verdict, if it comes to one.
 
     Args:
-        command: `"unlearn"`, `"evaluate"`, `"split"`, `"demo"` or `"compile"`.
+        command: `"unlearn"`, `"evaluate"`, `"plan"`, `"split"`, `"demo"` or `"compile"`.
         values: the values of the flags that were given, by name.
 
     Raises:
@@ -33,6 +33,8 @@ def run_command(command: str, values: dict[str, Any]) -> str | None:
         return _evaluate(values)
     if command == "split":
         _split(values)
+    elif command == "plan":
+        _plan(values)
     elif command == "demo":
         _run_demo(values)
     else:
@@ -135,6 +137,15 @@ def _split(values: dict[str, Any]) -> None:
         if not files.tables and getattr(flags, name) is not None:
             sets += [f"--{name}", getattr(flags, name)]
     print(f"Next: fasterase unlearn --model MODEL --output_dir RUN {shlex.join(sets)}")
+
+
+def _plan(values: dict[str, Any]) -> None:
+    """Print the plan of an erasure; flags that are not its own override fields of the config."""
+    inputs, fields = _split_values(values, PlanFlags)
+    _require_flags("plan", inputs, ("model", "pairs"))
+    flags = dataclasses.asdict(PlanFlags(**inputs))
+    model, pairs = flags.pop("model"), flags.pop("pairs")
+    print(fasterase.plan(model, pairs, **flags, config=UnlearnConfig(**fields)))
 
 
 def _run_demo(values: dict[str, Any]) -> None:

@@ -156,3 +156,36 @@ class DemoFlags:
     recipe: Recipe = "fasterase"
     output_dir: str | None = None
     full: bool = False
+
+
+@dataclass(frozen=True)
+class PlanFlags:
+    """Flags of `fasterase plan` other than a few fields of `UnlearnConfig`.
+
+    > Job
+
+    Args:
+        model: an open_clip name with or without a tag (`ViT-bigG-14`), or in any other form that
+            `fasterase unlearn` takes. No weights are read.
+        pairs: number of pairs to keep.
+        forget: number of pairs to forget. `none`: a hundredth of `pairs`.
+
+    > Machine
+
+    Args:
+        gpus: number of GPUs.
+        gpu_memory: memory of each in GB (10^9 bytes).
+        tflops: dense peak of a GPU in TFLOP/s. `none`: an H100's.
+        efficiency: share of that peak that training reaches.
+        measure: run one micro-batch with random weights on this machine, and correct the memory of
+            the activations by what it needs.
+    """
+
+    model: str | None = None
+    pairs: int | None = None
+    forget: int | None = None
+    gpus: int = 1
+    gpu_memory: float = 80.0
+    tflops: float | None = None
+    efficiency: float = 0.4
+    measure: bool = False

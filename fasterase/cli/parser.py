@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, get_type_hints
 
 import fasterase
-from fasterase.cli.flags import DemoFlags, EvaluateFlags, SplitFlags, UnlearnFlags
+from fasterase.cli.flags import DemoFlags, EvaluateFlags, PlanFlags, SplitFlags, UnlearnFlags
 from fasterase.config import UnlearnConfig, describe_type, parse_value, read_yaml, suggest_names
 from fasterase.errors import InputError
 
@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": (
         "measure how well a model still knows the pairs to forget, to keep and in further sets"
     ),
+    "plan": "tell memory, time and disk of an erasure beforehand, and how to run it",
     "split": "split pairs into those to forget and those to keep",
     "demo": "erase a concept from the small CLIP that ships with the package",
     "compile": "build the C++ kernels of the loss now instead of at first use",
@@ -28,6 +29,7 @@ COMMANDS = {
 _USAGE = {
     "unlearn": "--model M --forget F --retain R --output_dir D [--config FILE] [--field VALUE ...]",
     "evaluate": "--model M --forget F --retain R [--original M0] [options]",
+    "plan": "--model M --pairs N [--gpus G] [options]",
     "split": "--data D --forget_expression REGEX --output_dir O [options]",
     "demo": "[--forget food-fruit] [--model M] [--output_dir D] [options]",
     "compile": "",
@@ -59,6 +61,13 @@ examples:
       --forget_sets unseen=unseen.csv --output report.md
 
 exit codes: 0 done, 2 wrong input, 4 the verdict is "remembered", 1 anything else.""",
+    "plan": """\
+examples:
+  fasterase plan --model ViT-B-32 --pairs 1_000_000
+  fasterase plan --model ViT-bigG-14 --pairs 12_000_000 --forget 100_000 --gpus 8 --gpu-memory 80
+
+The numbers come from the architecture alone: the training code runs on tensors without storage, and
+its FLOPs and live memory are counted. docs/planning.md explains each of them.""",
     "split": """\
 examples:
   fasterase split --data pairs.csv --forget_expression '\\bapples?\\b' --output_dir sets
@@ -84,6 +93,24 @@ _GENERAL = ("help", "version", "debug", "local_rank", "config", "print_config")
 _DEMO_FIELDS = ("lr", "max_steps", "batch_size", "seed", "num_workers", "progress")
 # Those for which the demo does not use the default of `UnlearnConfig`.
 _DEMO_TUNED = ("batch_size",)
+
+# Those that a plan depends on.
+_PLAN_FIELDS = (
+    "negatives",
+    "epochs",
+    "max_steps",
+    "batch_size",
+    "forget_batch_size",
+    "micro_batch_size",
+    "lr",
+    "optimizer",
+    "tune",
+    "train_logit_scale",
+    "precision",
+    "activation_checkpointing",
+    "backend",
+    "device",
+)
 
 _FLAGS = {"evaluate": EvaluateFlags, "split": SplitFlags}
 
@@ -142,6 +169,9 @@ def flags_of(command: str) -> list[Flag]:
         return list(_flags_from(_FLAGS[command]))
     if command == "compile":
         return []
+    if command == "plan":
+        fields = [flag for flag in _flags_from(UnlearnConfig) if flag.name in _PLAN_FIELDS]
+        return [*_flags_from(PlanFlags), *fields]
     fields = [flag for flag in _flags_from(UnlearnConfig) if flag.name in _DEMO_FIELDS]
     return [*_flags_from(DemoFlags), *map(_without_default, fields)]
 

@@ -140,7 +140,7 @@ def erase(
         seed=config.seed,
         retain_rows=None if pool is None else pool.drawn,
     )
-    total_steps = _count_steps(config, sampler)
+    total_steps = count_steps(config, sampler)
     # Before anything wraps the model: sharded weights would look the same for any model.
     fingerprint = model.fingerprint()
     pairs = {"forget pairs": _identify(forget), "retain pairs": _identify(retain)}
@@ -279,7 +279,7 @@ def erase(
     )
 
 
-def _count_steps(config: UnlearnConfig, sampler: Sampler) -> int:
+def count_steps(config: UnlearnConfig, sampler: Sampler) -> int:
     """Return the largest number of steps of the run."""
     if config.max_steps is not None:
         return config.max_steps

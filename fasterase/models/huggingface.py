@@ -218,19 +218,9 @@ def from_source(
         InputError: not a supported CLIP model, out of reach, or some weights are missing.
         MissingExtraError: transformers is not installed.
     """
-    transformers = import_extra("transformers", "hf", f"Loading {name}")
+    config = read_config(source, name=name, online=online)
     try:
-        config = transformers.AutoConfig.from_pretrained(source, local_files_only=not online)
-    except Exception as error:
-        raise _unreachable(name, error) from error
-    if config.model_type not in _CLASSES:
-        raise InputError(
-            f"model: {name} is a {config.model_type!r} model; the supported transformers "
-            f"classes are {', '.join(_CLASSES.values())}"
-        )
-    kind = getattr(transformers, _CLASSES[config.model_type])
-    try:
-        module, report = kind.from_pretrained(
+        module, report = _class_of(config, name).from_pretrained(
             source,
             config=config,
             local_files_only=not online,
@@ -255,6 +245,42 @@ def from_source(
         tokenizer=tokenizer,
         preprocess=preprocess,
     )
+
+
+def read_config(source: str, *, name: str, online: bool) -> Any:
+    """Read the library's configuration of a hub id or folder.
+
+    Raises:
+        InputError: out of reach.
+        MissingExtraError: transformers is not installed.
+    """
+    transformers = import_extra("transformers", "hf", f"Loading {name}")
+    try:
+        return transformers.AutoConfig.from_pretrained(source, local_files_only=not online)
+    except Exception as error:
+        raise _unreachable(name, error) from error
+
+
+def from_config(config: Any, *, name: str) -> HuggingFaceEncoder:
+    """Build a model from the library's configuration on the meta device, without weights.
+
+    Raises:
+        InputError: not the configuration of a supported model.
+    """
+    with torch.device("meta"):
+        module = _class_of(config, name)(config).eval()
+    return HuggingFaceEncoder(module, name=name, source=None, online=False)
+
+
+def _class_of(config: Any, name: str) -> Any:
+    import transformers
+
+    if config.model_type not in _CLASSES:
+        raise InputError(
+            f"model: {name} is a {config.model_type!r} model; the supported transformers "
+            f"classes are {', '.join(_CLASSES.values())}"
+        )
+    return getattr(transformers, _CLASSES[config.model_type])
 
 
 def _cut_patches(

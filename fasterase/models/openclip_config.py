@@ -142,6 +142,19 @@ def shapes_of_config(config: Config, kind: str | None = None) -> Shapes | None:
     None: the configuration is for another class, or a transformers tower's own configuration is not
     on this machine.
     """
+    try:
+        built = build_from_config(config, kind)
+    except Exception:
+        return None
+    return shapes_of_state(built.state_dict())
+
+
+def build_from_config(config: Config, kind: str | None = None) -> nn.Module:
+    """Build a module from a `model_cfg` on the meta device, without weights.
+
+    Raises:
+        Exception: whatever the library raises; see `shapes_of_config`.
+    """
     from open_clip.coca_model import CoCa
     from open_clip.model import CLIP, CustomTextCLIP
 
@@ -151,14 +164,8 @@ def shapes_of_config(config: Config, kind: str | None = None) -> Shapes | None:
         kind = "CoCa" if "multimodal_cfg" in config else "CustomTextCLIP" if custom else "CLIP"
     if arguments["text_cfg"].get("hf_model_name"):
         arguments["text_cfg"]["hf_model_pretrained"] = False
-    try:
-        with torch.device("meta"):
-            built = {"CLIP": CLIP, "CustomTextCLIP": CustomTextCLIP, "CoCa": CoCa}[kind](
-                **arguments
-            )
-    except Exception:
-        return None
-    return shapes_of_state(built.state_dict())
+    with torch.device("meta"):
+        return {"CLIP": CLIP, "CustomTextCLIP": CustomTextCLIP, "CoCa": CoCa}[kind](**arguments)
 
 
 def shapes_of_state(state: Mapping[str, Tensor]) -> Shapes:

@@ -1,0 +1,147 @@
+"""One real micro-batch on this machine: its peak memory and its speed, beside those counted."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import functools
+import gc
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fasterase.errors import InputError
+from fasterase.models.dual_encoder import DualEncoder
+from fasterase.planner.architecture import copy_with
+from fasterase.planner.memory import FP32
+from fasterase.planner.trace import Tracer, build_engine, run_micro_batch
+
+# Activations that are large beside what the allocator and libraries keep for themselves.
+_MEASURED_BYTES = 256e6
+_MOST_PAIRS = 64
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What encoding and back-propagating one micro-batch took on this machine.
+
+    Attributes:
+        device: `"cuda"` or `"cpu"`.
+        pairs: in the micro-batch.
+        activation_bytes: peak beyond weights and gradients.
+        counted_bytes: what was counted for it beforehand.
+        tflops: TFLOP per second.
+    """
+
+    device: str
+    pairs: int
+    activation_bytes: int
+    counted_bytes: int
+    tflops: float
+
+    @property
+    def correction(self) -> float:
+        """By what the counted memory of activations is multiplied."""
+        return self.activation_bytes / self.counted_bytes
+
+
+def measure_micro_batch(model: DualEncoder, *, precision: str) -> Measured:
+    """Run one micro-batch of a model of meta tensors with random weights.
+
+    Raises:
+        InputError: there is not enough memory for weights and gradients, or no way to measure it.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tracer = Tracer(model, precision=precision, on_gpu=device == "cuda")
+    pairs = 4
+    counted = tracer.backpropagate(pairs, with_gradients=True)
+    while counted.peak_bytes < _MEASURED_BYTES and pairs < _MOST_PAIRS:
+        pairs *= 2
+        counted = tracer.backpropagate(pairs, with_gradients=True)
+    numbers = sum(each.numel() for each in model.module.parameters())
+    _check_room(2 * numbers * FP32 + counted.peak_bytes, device)
+    real = with_random_weights(model, device=device)
+    run = functools.partial(run_micro_batch, real, build_engine(real, precision=precision))
+    # The first makes gradients, and what libraries make once.
+    run(1)
+    memory = PeakMemory(device)
+    started = time.perf_counter()
+    run(pairs)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    return Measured(
+        device, pairs, memory.bytes(), counted.peak_bytes, counted.flops / seconds / 1e12
+    )
+
+
+def with_random_weights(model: DualEncoder, *, device: str) -> DualEncoder:
+    """Copy a model of meta tensors with random weights; whole numbers and masks become 0."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def fill(tensor: Tensor) -> Tensor:
+        new = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+        if not isinstance(tensor, nn.Parameter):
+            return new
+        return nn.Parameter(
+            new.normal_(std=0.02, generator=generator), requires_grad=tensor.requires_grad
+        )
+
+    real = copy.copy(model)
+    real.module = copy_with(model.module, fill)
+    return real
+
+
+class PeakMemory:
+    """Measures the peak memory of what follows, above what is in use when it is made.
+
+    On a GPU this is what torch's allocator counts. On a CPU it is resident memory, which earlier
+    peaks of the process would hide: call it in a process of its own.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+            return
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM = VmRSS
+        self._before = proc_bytes("self/status", "VmRSS")
+
+    def bytes(self) -> int:
+        """Return the peak so far."""
+        if self._device == "cuda":
+            return torch.cuda.max_memory_allocated() - self._before
+        return proc_bytes("self/status", "VmHWM") - self._before
+
+
+def proc_bytes(file: str, field: str) -> int:
+    """Return a size from a file of /proc.
+
+    Raises:
+        LookupError: the file has no such field.
+    """
+    text = (Path("/proc") / file).read_text(encoding="utf-8")
+    found = re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)
+    if found is None:
+        raise LookupError(f"/proc/{file} has no line {field}")
+    return int(found[1]) * 1024
+
+
+def _check_room(wanted: int, device: str) -> None:
+    if device == "cuda":
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        free = proc_bytes("meminfo", "MemAvailable")
+    if wanted > free:
+        raise InputError(
+            f"measure: a micro-batch of this model needs {wanted / 1e9:.1f} GB here, and "
+            f"{free / 1e9:.1f} GB are free. Plan without measure, or on a larger machine."
+        )

@@ -1,0 +1,165 @@
+"""Plans: their parts, their sums, what they recommend, and what they refuse."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from pathlib import Path
+
+import pytest
+
+import fasterase
+from fasterase.cli import main
+from fasterase.cli.parser import parse
+from fasterase.errors import InputError
+from fasterase.planner import memory
+from fasterase.planner.measure import measure_micro_batch
+from fasterase.planner.plan import _largest
+from tests import small_models
+
+
+@pytest.fixture(scope="module")
+def big_g():
+    return fasterase.plan("ViT-bigG-14", 12_000_000, forget=100_000, gpus=8, gpu_memory=80)
+
+
+def test_big_g_on_eight_gpus_is_zero_1(big_g):
+    numbers = 4 * big_g.parameters
+    parts = big_g.bytes_per_gpu
+    assert parts["weights"] == pytest.approx(numbers, rel=0.001)
+    assert parts["gradients"] == numbers - 4  # all but the logit scale
+    assert parts["optimizer_states"] == pytest.approx(2 * numbers / 8, rel=1e-6)
+    assert parts["partitions"] == pytest.approx(2 * numbers / 8, rel=1e-6)
+    assert sum(parts.values()) <= 80e9
+    # A forward and a backward pass: each GPU's share fits, so that nothing is encoded twice.
+    assert big_g.micro_batch_size == (256 + 64) / 8
+    assert big_g.flops_per_pair == pytest.approx(3 * 1065.36e9, rel=0.02)
+    assert big_g.gpu_hours_per_epoch == pytest.approx(
+        12e6 * big_g.flops_per_pair / (0.4 * 989e12) / 3600
+    )
+    assert big_g.disk_bytes == 2 * 12_000_000 * (8 + 1280 * 2)
+    assert big_g.run.retain_pairs == 100 * 256
+    assert big_g.run.steps == math.ceil(100_000 / 64)
+    assert "--model ViT-bigG-14/TAG " in big_g.command
+    launcher, unlearn = big_g.command.split(" --module fasterase ")
+    assert launcher == "deepspeed --num_gpus 8"
+    assert parse(shlex.split(unlearn)).values["deepspeed"] == "zero1.json"
+    assert "ZeRO-1 fits" in big_g.reason
+
+
+def test_the_docs_print_this_plan(big_g):
+    page = Path(__file__).parents[2] / "docs" / "planning.md"
+    assert f"```text\n{big_g}\n```" in page.read_text(encoding="utf-8")
+
+
+def test_the_table_names_every_part(big_g, capsys):
+    flags = ["--pairs", "12_000_000", "--forget", "100_000", "--gpu-memory", "80", "--gpus", "8"]
+    assert main(["plan", "--model", "ViT-bigG-14", *flags]) == 0
+    table = capsys.readouterr().out
+    assert table == f"{big_g}\n"
+    for part in big_g.bytes_per_gpu.values():
+        assert f"{part / 1e9:9.2f}\n" in table
+    command = table[table.index("deepspeed ") :].replace("\\\n", "")
+    assert shlex.split(big_g.command) == shlex.split(command)
+
+
+def test_a_batch_that_does_not_fit_is_encoded_twice():
+    module = small_models.open_clip_vit(layers=6)
+    whole, parts = (
+        fasterase.plan(
+            module,
+            10_000,
+            forget=64,
+            batch_size=4096,
+            forget_batch_size=64,
+            gpu_memory=memory_gb,
+            tune=tune,
+        )
+        for memory_gb, tune in ((80, "image"), (0.5, "image"))
+    )
+    assert whole.micro_batch_size == 4096 + 64
+    assert 1 < parts.micro_batch_size < 4096
+    assert parts.setup.peak_bytes <= 0.5e9
+    # Only the trained tower is encoded twice.
+    assert parts.flops_per_pair == whole.flops_per_pair + whole.forward_flops["image"]
+    assert f"--micro_batch_size {parts.micro_batch_size}" in parts.command
+    assert "--micro_batch_size" not in whole.command
+
+
+def test_on_a_small_gpu_states_in_8_bits_are_used():
+    plans = [
+        fasterase.plan("ViT-L-14", 1000, gpu_memory=size, batch_size=16, forget_batch_size=4)
+        for size in (24, 7)
+    ]
+    assert [plan.setup.optimizer for plan in plans] == ["adamw", "paged_adamw8bit"]
+    states = plans[1].bytes_per_gpu["optimizer_states"]
+    assert 2 * plans[1].parameters < states < 3 * plans[1].parameters
+
+
+def test_eight_bit_states_count_small_tensors_and_embeddings_in_fp32():
+    counts = memory.ParameterCounts(
+        total=1000_000, buffers=0, trained=1000_000, eight_bit=256_000, largest=1, largest_block=1
+    )
+    of = memory.lasting_bytes(counts, parallel="plain", optimizer="lion8bit", gpus=1)
+    assert of["optimizer_states"] == 744_000 * 4 + 256_000 + 1000 * 4
+
+
+def test_zero_shares_what_it_shares():
+    counts = memory.ParameterCounts(800, 0, 800, 0, 1, 10)
+    parts = {
+        stage: memory.lasting_bytes(counts, parallel=stage, optimizer="adamw", gpus=8)
+        for stage in ("plain", "zero1", "zero2", "zero3")
+    }
+    assert parts["plain"] == {
+        "weights": 3200, "gradients": 3200, "optimizer_states": 6400, "partitions": 0,
+    }  # fmt: skip
+    assert parts["zero1"] == parts["zero2"] == {
+        "weights": 3200, "gradients": 3200, "optimizer_states": 800, "partitions": 800,
+    }  # fmt: skip
+    assert parts["zero3"]["partitions"] == 400
+
+
+@pytest.mark.parametrize("limit", [5, 1000, 1001, 4321, 10**6])
+def test_the_largest_micro_batch_fits_and_a_larger_one_does_not(limit):
+    found = _largest(lambda pairs: max(20, 7 * pairs), limit, 3000)
+    rounded = 8 if 64 < found < 3000 else 1
+    assert found == 0 or max(20, 7 * found) <= limit
+    assert found == 3000 or max(20, 7 * (found + rounded)) > limit
+
+
+def test_a_micro_batch_measured_here_is_what_was_counted():
+    from fasterase.planner.architecture import build_architecture
+
+    sizes = {"image_size": 128, "layers": 4}
+    model = build_architecture(small_models.open_clip_vit(**sizes))
+    measured = measure_micro_batch(model, precision="fp32")
+    # A small model: what the allocator keeps for itself shows.
+    assert measured.correction == pytest.approx(1, abs=0.25)
+    assert measured.tflops > 0
+
+
+def test_the_workspace_of_the_loss_is_that_of_the_backends():
+    from fasterase.ops.contrastive import cpu, triton
+
+    assert triton.WORKSPACE_BYTES <= memory.LOSS_WORKSPACE_BYTES
+    assert cpu._KEPT_BYTES <= memory.LOSS_WORKSPACE_BYTES
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "says"),
+    [
+        ("ViT-B-33", {}, "ViT-B-32"),
+        ("ViT-bigG-14", {"gpu_memory": 20}, "Give more gpus or gpu_memory"),
+        ("ViT-B-32", {"gpus": 0}, "gpus=0"),
+        (3, {}, "int is not a model"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(model, options, says):
+    with pytest.raises(InputError, match=says):
+        fasterase.plan(model, 1000, **options)
+
+
+def test_a_configuration_out_of_reach_says_what_is_needed(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"folder .* works without network"):
+        fasterase.plan("roberta-ViT-B-32", 1000)
