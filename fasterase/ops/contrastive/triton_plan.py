@@ -42,8 +42,8 @@ class Tile(NamedTuple):
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
 
 
-# By (kernel, half-precision features): the fastest by the cost model of benchmarks/gpu_model among
-# tiles without spills on sm_80, sm_90 and sm_100.
+# By (kernel, half-precision features). "strip_with_reference" spills where it completes the KL, and
+# on sm_100 always; smaller tiles would load half as much again. benchmarks/results has both counts.
 TILES = {
     ("sums", True): Tile(128, 128, 64, 8, 3),
     ("sums_with_reference", True): Tile(128, 64, 64, 8, 3),
