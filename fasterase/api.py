@@ -25,6 +25,7 @@ from fasterase.engine.run_lock import lock_run
 from fasterase.engine.stops import explaining_interrupts
 from fasterase.engine.trackers import tracking
 from fasterase.errors import InputError
+from fasterase.evaluation.attacks.attacker import Attacker, check_attacks
 from fasterase.evaluation.evaluation import Evaluation
 from fasterase.evaluation.evaluator import Evaluator, Measurement
 from fasterase.files import check_replaceable, check_writable
@@ -307,7 +308,10 @@ def evaluate(
         class_names: classes of the zero-shot accuracy, kept ones too. None: the classes that the
             sources carry (class-per-folder), if any.
         templates: prompts with `{}` for the class name. None: "a photo of a {}.".
-        tasks, attacks: none are known yet; anything but an empty sequence is an error.
+        tasks: none are known yet; anything but an empty sequence is an error.
+        attacks: attempts to bring the concept back, run on every model here (docs/evidence.md):
+            "swap" looks for it with the original's image tower and the model's text tower, and the
+            reverse.
         max_pairs: maximum number of pairs measured per set, drawn with `seed`; None measures all.
         seed: seed of the draw and of the bootstrap.
         tokenizer: reads string captions; used for every model here; see `fasterase.unlearn`.
@@ -323,9 +327,9 @@ def evaluate(
     Raises:
         InputError: an argument is unusable; the message names it.
     """
-    for argument, names in (("tasks", tasks), ("attacks", attacks)):
-        if names:
-            raise InputError(f"{argument}={names!r}: none are known yet. Leave `{argument}` empty.")
+    if tasks:
+        raise InputError(f"tasks={tasks!r}: none are known yet. Leave `tasks` empty.")
+    attacks = check_attacks(attacks, original=original is not None)
     sources, to_forget = _open_sets(
         forget, retain, holdout, sets, forget_sets, image_key=image_key, text_key=text_key
     )
@@ -340,6 +344,7 @@ def evaluate(
         class_names=class_names,
         templates=templates,
     )
+    attacker = Attacker(attacks, evaluator)
     ledger = SkipLedger(sum(map(len, sources.values())), max_skipped=1.0)
 
     def measure(name: str, each: Model, *, before: Measurement | None = None) -> Measurement:
@@ -349,7 +354,10 @@ def evaluate(
         default = best_device() if named else encoder.device
         with placed(encoder, device=resolve_device(device, default=default)):
             pairs = PairEncoder(encoder, ledger=ledger, num_workers=num_workers, progress=progress)
-            return evaluator.measure(pairs, original=before)
+            features = evaluator.encode(pairs)
+            measured = evaluator.measure(pairs, features, original=before)
+            attacker.attack(name, pairs, features)
+            return measured
 
     before = None if original is None else measure("original", original)
     measured = measure("model", model, before=before)
@@ -358,7 +366,9 @@ def evaluate(
         for name, other in others.items()
         if name != "original"
     }
-    return evaluator.compare(measured, original=before, references=compared)
+    return evaluator.compare(
+        measured, original=before, references=compared, attacks=attacker.figures()
+    )
 
 
 def _check_arguments(config: object, callback: object) -> None:

@@ -149,7 +149,10 @@ def test_broken_pairs_are_named_in_a_warning() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"attacks": ["relearning"]}, r"attacks=\['relearning'\]: none are known"),
+        ({"tasks": ["retrieval"]}, r"tasks=\['retrieval'\]: none are known"),
+        ({"attacks": ["swop"]}, r"attacks: unknown attack 'swop'. Did you mean swap\?"),
+        ({"attacks": "swap"}, "attacks='swap': expected a list"),
+        ({"attacks": ["swap"]}, "attacks: 'swap' needs the model before erasing. Pass it as orig"),
         ({"sets": {"forget": FORGET}}, "sets: 'forget' is an argument of its own"),
         ({"sets": {"holdout": FORGET}}, "sets: 'holdout' is an argument of its own"),
         ({"sets": {" ": FORGET}}, "sets: ' ' is not a name"),

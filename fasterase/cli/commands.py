@@ -103,6 +103,7 @@ def _evaluate(values: dict[str, Any]) -> str | None:
         original=flags.original,
         references=_parse_named("references", flags.references),
         class_names=None if flags.class_names is None else _read_lines(flags.class_names),
+        attacks=[flags.attacks] if isinstance(flags.attacks, str) else flags.attacks,
         max_pairs=flags.max_pairs,
         seed=flags.seed,
         device=flags.device,

@@ -100,6 +100,7 @@ class EvaluateFlags(DataFlags, SetFlags):
 
     Args:
         class_names: text file with one class name per line, for zero-shot accuracy.
+        attacks: attempts to bring the concept back, by name: swap (needs `original`).
         max_pairs: number of pairs to measure per set, drawn with `seed`.
         seed: seed of the draw and of the bootstrap intervals.
         device: where to run, such as `cuda:0`. `none`: the best available device.
@@ -111,6 +112,7 @@ class EvaluateFlags(DataFlags, SetFlags):
     original: str | None = None
     references: list[str] | dict[str, str] | str = dataclasses.field(default_factory=list)
     class_names: str | None = None
+    attacks: list[str] | str = dataclasses.field(default_factory=list)
     max_pairs: int = 5000
     seed: int = 0
     device: str | None = None

@@ -273,9 +273,11 @@ def _add_flags(parser: argparse.ArgumentParser, command: str) -> None:
 
 
 def _argparse_options(flag: Flag) -> dict[str, Any]:
-    if isinstance(flag.default, list):
-        return {"nargs": "+", "action": "extend", "metavar": "NAME=WHERE", "help": flag.help}
     expected = describe_type(flag.hint)
+    if isinstance(flag.default, list):
+        # A flag that YAML may give as a mapping takes names and what they stand for.
+        metavar = "NAME=WHERE" if "a dict" in expected else "NAME"
+        return {"nargs": "+", "action": "extend", "metavar": metavar, "help": flag.help}
     details = [] if expected in ("text", "text or None", "a list or None") else [expected]
     if flag.default is not None:
         shown = (

@@ -6,11 +6,13 @@ import html
 import json
 import textwrap
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from fasterase.errors import InputError
+from fasterase.evaluation.attacks.figures import Figure, Figures
 from fasterase.evaluation.metrics import METRICS, OLD_INDEX, Metric
 from fasterase.files import check_writable, write_text
 from fasterase.report.tables import Section, html_table, markdown_table, text_table
@@ -43,6 +45,7 @@ class Evaluation:
         set_verdicts: the same names -> set to forget -> its verdict alone.
         original: the original's scores, or None if it was not measured.
         references: name -> a further model's scores.
+        attacks: name of an attack -> what it found; see docs/evidence.md.
     """
 
     scores: Scores
@@ -55,6 +58,7 @@ class Evaluation:
     set_verdicts: dict[str, dict[str, str]] = field(default_factory=dict)
     original: Scores | None = None
     references: dict[str, Scores] = field(default_factory=dict)
+    attacks: dict[str, Figures] = field(default_factory=dict)
 
     @property
     def verdict(self) -> str | None:
@@ -83,8 +87,18 @@ class Evaluation:
         return (found["image_to_text_residue"] + found["text_to_image_residue"]) / 2
 
     def to_dict(self) -> Scores:
-        """Return set -> metric -> value of the model."""
-        return {name: dict(values) for name, values in self.scores.items()}
+        """Return set -> metric -> value of the model; attacks follow as `"attack:swap"` and so on.
+
+        Verdicts after an attack are words, and only in `attacks`.
+        """
+        found = {name: dict(values) for name, values in self.scores.items()}
+        for name, figures in self.attacks.items():
+            found[f"attack:{name}"] = {
+                key: figure.value
+                for key, figure in figures.items()
+                if not isinstance(figure.value, str)
+            }
+        return found
 
     def flat(self) -> dict[str, float]:
         """Return `set/metric` -> value of the model, for trackers."""
@@ -146,14 +160,35 @@ class Evaluation:
                 name: {key: (low, high) for key, (low, high) in found.items()}
                 for name, found in values["intervals"].items()
             }
+            values["attacks"] = {
+                name: {key: Figure(**figure) for key, figure in found.items()}
+                for name, found in values.get("attacks", {}).items()
+            }
             return cls(**values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"path: {path} is not an evaluation ({error}).") from error
 
     def _sections(self) -> list[Section]:
-        return [
+        sections = [
             Section(self._set_title(name), [self._row(name, m) for m in METRICS if m.key in values])
             for name, values in self.scores.items()
+        ]
+        for name, figures in self.attacks.items():
+            for group, those in groupby(figures.values(), key=lambda figure: figure.group):
+                title = f"attack {name}: {group}"
+                sections.append(Section(title, [self._attack_row(figure) for figure in those]))
+        return sections
+
+    def _attack_row(self, figure: Figure) -> list[str]:
+        original = [] if self.original is None else [figure.format(figure.original)]
+        return [
+            figure.title,
+            figure.wanted,
+            figure.format(figure.chance),
+            *original,
+            figure.format(figure.value),
+            figure.interval,
+            *(figure.format(figure.references.get(name)) for name in self.references),
         ]
 
     def _row(self, name: str, metric: Metric) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from fasterase.config import parse_value
 from fasterase.encode import PairEncoder, PairFeatures
 from fasterase.errors import InputError
+from fasterase.evaluation.attacks.figures import Figures
 from fasterase.evaluation.evaluation import Evaluation
 from fasterase.evaluation.features import SetFeatures, all_captions, sampled_rows
 from fasterase.evaluation.metrics import METRICS, OLD_INDEX, bootstrap_intervals
@@ -84,6 +85,7 @@ class Evaluator:
     Attributes:
         skipped: pairs that the last `measure` could not read.
         judge: judges the sets to forget, on pairs that are measured anyway.
+        resamples: number of bootstrap resamples.
 
     Raises:
         InputError: a name or value is unusable.
@@ -121,7 +123,7 @@ class Evaluator:
         self._classes_asked_for = self.class_names is not None
         if self.class_names is None:
             self.class_names = _carried_classes(sources)
-        self._resamples = QUICK_RESAMPLES if quick else FULL_RESAMPLES
+        self.resamples = QUICK_RESAMPLES if quick else FULL_RESAMPLES
         self.skipped: list[Skip] = []
         self._preferred = dict(preferred or {})
         # Of the whole forget set, sampled or not: other sets may have its captions too.
@@ -141,6 +143,17 @@ class Evaluator:
             seed=self.seed,
             preferred=self._preferred.get(name),
         )
+
+    def encode(self, encoder: PairEncoder) -> dict[str, PairFeatures]:
+        """Return set -> features of its `rows`.
+
+        Raises:
+            InputError: a set has no readable pair.
+        """
+        return {
+            name: encoder.pairs(source, self.rows(name), description=f"measuring ({name})")
+            for name, source in self.sources.items()
+        }
 
     def measure(
         self,
@@ -162,10 +175,7 @@ class Evaluator:
                 given and no pair of any set belongs to one of them.
         """
         if features is None:
-            features = {
-                name: encoder.pairs(source, self.rows(name), description=f"measuring ({name})")
-                for name, source in self.sources.items()
-            }
+            features = self.encode(encoder)
         self.skipped = [skip for name in self.sources for skip in features[name].skipped]
         sets = {
             name: SetFeatures.of(source, features[name], model=encoder.model.name)
@@ -229,8 +239,11 @@ class Evaluator:
         *,
         original: Measurement | None = None,
         references: Mapping[str, Measurement] | None = None,
+        attacks: Mapping[str, Figures] | None = None,
     ) -> Evaluation:
         """Return values, intervals and chance levels of `model` beside those of the others.
+
+        `attacks` are handed on: what each attack found.
 
         Raises:
             InputError: the measurements are of different pairs.
@@ -269,8 +282,9 @@ class Evaluator:
                 "candidates": model.candidates,
                 "max_pairs": self.max_pairs,
                 "seed": self.seed,
-                "resamples": self._resamples,
+                "resamples": self.resamples,
             },
+            attacks=dict(attacks or {}),
         )
 
     def _intervals(self, scores: SetScores) -> dict[str, tuple[float, float]]:
@@ -279,7 +293,7 @@ class Evaluator:
             if metric.key in scores.values:
                 by_average[metric.average][metric.key] = scores.values[metric.key]
         found = bootstrap_intervals(
-            by_average["mean"], by_average["median"], resamples=self._resamples, seed=self.seed
+            by_average["mean"], by_average["median"], resamples=self.resamples, seed=self.seed
         )
         return {metric.key: found[metric.key] for metric in METRICS if metric.key in found}
 

@@ -48,11 +48,18 @@ class Metric:
 
     def format(self, value: float) -> str:
         """Format `value` for tables: shares in percent, without the sign."""
-        if self.unit == "share":
-            return f"{100 * value:.1f}"
-        if self.unit == "rank":
-            return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
-        return f"{value:+.2f}".replace("-0.00", "+0.00")
+        return format_value(self.unit, value)
+
+
+def format_value(unit: str, value: float) -> str:
+    """Format a value for tables: a `"share"` in percent, `"rank"`, `"seconds"` or `"cosine"`."""
+    if unit == "share":
+        return f"{100 * value:.1f}"
+    if unit == "rank":
+        return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+    if unit == "seconds":
+        return f"{value:.1f}"
+    return f"{value:+.2f}".replace("-0.00", "+0.00")
 
 
 def _share(key: str, title: str, keep: str = "↑") -> Metric:

@@ -1,0 +1,1 @@
+"""Attempts to bring a forgotten concept back: `fasterase.evaluate(..., attacks=(...))`."""

@@ -1,0 +1,96 @@
+"""What an attack finds: one number per line, beside those of the original and of the references."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fasterase.evaluation.metrics import METRICS, bootstrap_intervals, format_value
+from fasterase.evaluation.verdict import PairTraces
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of an attack.
+
+    Attributes:
+        key: name in dictionaries and JSON, such as `"forget/original_images/contest_hit@1"`.
+        group: heading that the figure stands under in tables.
+        title: its name there.
+        unit: `"share"` (0 to 1, printed in percent), `"cosine"`, `"seconds"` or `"verdict"`.
+        wanted: wanted direction; empty if it only informs.
+        value: of the model; a word if the unit is `"verdict"`.
+        low, high: 95 % interval of `value`; None for what is no share.
+        chance: value of a random order; None if there is no such level.
+        original: the original's value, or None if it was not attacked.
+        references: name -> value of a further model.
+    """
+
+    key: str
+    group: str
+    title: str
+    unit: str
+    wanted: str
+    value: float | str
+    low: float | None = None
+    high: float | None = None
+    chance: float | None = None
+    original: float | str | None = None
+    references: dict[str, float | str] = field(default_factory=dict)
+
+    def format(self, value: float | str | None) -> str:
+        """Format a value of this figure for tables, "-" for None."""
+        if value is None:
+            return "-"
+        return value if isinstance(value, str) else format_value(self.unit, value)
+
+    @property
+    def interval(self) -> str:
+        """The interval as tables show it."""
+        if self.low is None:
+            return "-"
+        return f"{self.format(self.low)} to {self.format(self.high)}"
+
+
+Figures = dict[str, Figure]  # key -> figure
+
+
+def trace_figures(
+    traces: Mapping[str, PairTraces], *, key: str, group: str, resamples: int, seed: int
+) -> list[Figure]:
+    """Return residues (bootstrap intervals over pairs) and hit@1 (Wilson interval) of each set.
+
+    Args:
+        traces: set to forget -> what the judge found.
+        key: stands between the set's name and the metric's in each figure's key.
+        group: follows the set's name in the heading.
+        resamples, seed: of the bootstrap.
+    """
+    figures = []
+    for name, found in traces.items():
+        metrics = found.metrics()
+        intervals = bootstrap_intervals(
+            {metric: values for metric, (values, _) in metrics.items()},
+            {},
+            resamples=resamples,
+            seed=seed,
+        )
+        hit = found.summary()
+        intervals["contest_hit@1"] = hit.hit_low, hit.hit_high
+        for metric in METRICS:
+            if metric.key in metrics:
+                values, chance = metrics[metric.key]
+                figures.append(
+                    Figure(
+                        key=f"{name}/{key}/{metric.key}",
+                        group=f"{name}, {group}",
+                        title=metric.title,
+                        unit=metric.unit,
+                        wanted=metric.forget,
+                        value=metric.average_of(values),
+                        low=intervals[metric.key][0],
+                        high=intervals[metric.key][1],
+                        chance=chance,
+                    )
+                )
+    return figures
