@@ -311,7 +311,7 @@ def evaluate(
         tasks: none are known yet; anything but an empty sequence is an error.
         attacks: attempts to bring the concept back, run on every model here (docs/evidence.md):
             "swap" looks for it with the original's image tower and the model's text tower, and the
-            reverse.
+            reverse; "probe" tries to tell its images from others by their features alone.
         max_pairs: maximum number of pairs measured per set, drawn with `seed`; None measures all.
         seed: seed of the draw and of the bootstrap.
         tokenizer: reads string captions; used for every model here; see `fasterase.unlearn`.
@@ -326,6 +326,7 @@ def evaluate(
 
     Raises:
         InputError: an argument is unusable; the message names it.
+        MissingExtraError: an attack needs a package that is not installed (extra `eval`).
     """
     if tasks:
         raise InputError(f"tasks={tasks!r}: none are known yet. Leave `tasks` empty.")

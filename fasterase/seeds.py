@@ -26,6 +26,7 @@ class Stream(enum.IntEnum):
     VERDICT = 8  # pairs and rivals of the verdict
     RETAIN_POOL = 9  # retain pairs of the automatic recipe, and those withheld to measure damage
     EXAMPLES = 10  # captions and pictures of the picture sheet
+    PROBE = 11  # folds of the probing attack
 
 
 def generator(seed: int, stream: Stream, *position: int) -> np.random.Generator:

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 from fasterase.config import suggest_names
 from fasterase.encode import PairEncoder, PairFeatures
-from fasterase.errors import InputError
+from fasterase.errors import InputError, import_extra
 from fasterase.evaluation.attacks.figures import Figure, Figures
+from fasterase.evaluation.attacks.probe import probe
 from fasterase.evaluation.attacks.swap import swap
 from fasterase.evaluation.attacks.target import Target
 from fasterase.evaluation.evaluator import Evaluator
@@ -25,10 +26,12 @@ class Attack(NamedTuple):
 
     run: Callable[[Target], list[Figure]]
     needs_original: bool = False
+    needs_module: str | None = None  # of the extra `eval`
 
 
 ATTACKS: dict[str, Attack] = {
     "swap": Attack(swap, needs_original=True),
+    "probe": Attack(probe, needs_module="sklearn"),
 }
 
 
@@ -41,6 +44,7 @@ def check_attacks(names: Sequence[str], *, original: bool) -> list[str]:
 
     Raises:
         InputError: a name is unknown, or what an attack needs is missing.
+        MissingExtraError: an attack needs a package that is not installed.
     """
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise InputError(
@@ -56,6 +60,8 @@ def check_attacks(names: Sequence[str], *, original: bool) -> list[str]:
                 f"attacks: {name!r} needs the model before erasing. Pass it as original=, or leave "
                 f"{name!r} out."
             )
+        if attack.needs_module is not None:  # now, not after minutes of measuring
+            import_extra(attack.needs_module, "eval", f"attacks: {name!r}")
     return list(dict.fromkeys(names))
 
 
@@ -65,9 +71,17 @@ class Attacker:
     Args:
         names: names of attacks, checked.
         evaluator: has measured, or will measure, the models on its pairs.
+
+    Raises:
+        InputError: no retain pair is unrelated to the sets to forget.
     """
 
     def __init__(self, names: Sequence[str], evaluator: Evaluator) -> None:
+        if names and not evaluator.judge.rows:
+            raise InputError(
+                "attacks: every caption of `retain` is also one to forget, so there is nothing to "
+                "compare with. Give retain pairs with other captions, or no attacks."
+            )
         self._names = names
         self._evaluator = evaluator
         self._original: Mapping[str, PairFeatures] | None = None

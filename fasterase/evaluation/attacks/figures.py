@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from fasterase.evaluation.metrics import METRICS, bootstrap_intervals, format_value
-from fasterase.evaluation.verdict import PairTraces
+from fasterase.evaluation.verdict import PairTraces, wilson_interval
 
 
 @dataclass(frozen=True)
@@ -94,3 +96,18 @@ def trace_figures(
                     )
                 )
     return figures
+
+
+def share_figure(
+    values: np.ndarray,  # [n] 0 or 1, or shares where ties are counted as chance would break them
+    *,
+    key: str,
+    group: str,
+    title: str,
+    wanted: str,
+    chance: float,
+) -> Figure:
+    """Return a share of n trials with its Wilson interval."""
+    share = float(values.mean())
+    low, high = wilson_interval(share, len(values))
+    return Figure(key, group, title, "share", wanted, share, low, high, chance)

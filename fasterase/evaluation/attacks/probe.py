@@ -1,0 +1,131 @@
+"""Probes: can the pictures of the concept still be told from all others by their features alone?
+
+Erasing changes which caption a picture is nearest to. Its features may still set it apart, and a
+few labelled pictures then bring the class back without any text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from fasterase.errors import InputError, import_extra
+from fasterase.evaluation.attacks.figures import Figure, share_figure
+from fasterase.evaluation.attacks.target import Target
+from fasterase.evaluation.metrics import bootstrap_intervals
+from fasterase.evaluation.scores import TIE
+from fasterase.seeds import Stream, generator
+
+FOLDS = 5
+# Share of unrelated images that may be taken for the concept when an image counts as found.
+FALSE_POSITIVES = 0.05
+
+# Features of images to forget [p, D] and of others [q, D] -> a score of features [n, D].
+Fit = Callable[[np.ndarray, np.ndarray], Callable[[np.ndarray], np.ndarray]]
+
+
+def probe(target: Target) -> list[Figure]:
+    """Tell images to forget from unrelated ones by a linear probe and by class prototypes.
+
+    Both are fitted on four fifths of the judged `forget` images and of the unrelated retain images,
+    and score the last fifth, five times over. The further sets to forget are never fitted: their
+    images are scored by the five fits in turn, against the same unrelated images. Costs five small
+    fits of scikit-learn on features that were computed anyway; no model runs.
+
+    Raises:
+        InputError: fewer than two images to forget or unrelated ones.
+        MissingExtraError: scikit-learn is not installed (extra `eval`).
+    """
+    evaluator = target.evaluator
+    images = {
+        name: target.features[name].at(rows).image.double().numpy()
+        for name, rows in evaluator.judge.rows.items()
+    }
+    unrelated, forget = images.pop("retain"), images["forget"]
+    folds = min(FOLDS, len(forget), len(unrelated))
+    if folds < 2:
+        raise InputError(
+            f"attacks: 'probe' needs two images or more of each kind, found {len(forget)} to "
+            f"forget and {len(unrelated)} unrelated. Give more pairs, or leave 'probe' out."
+        )
+    fold_of = {
+        name: assign_folds(len(those), folds, seed=evaluator.seed)
+        for name, those in (*images.items(), ("retain", unrelated))
+    }
+    figures = []
+    for key, title, fit in (
+        ("linear_probe", "linear probe of image features", fit_linear),
+        ("prototypes", "prototypes of image features", fit_prototypes),
+    ):
+        below = {name: np.empty(len(those)) for name, those in images.items()}
+        chance = {name: np.empty(len(those)) for name, those in images.items()}
+        for fold in range(folds):
+            unseen = fold_of["retain"] == fold
+            score = fit(forget[fold_of["forget"] != fold], unrelated[~unseen])
+            others = score(unrelated[unseen])
+            for name, those in images.items():
+                rows = fold_of[name] == fold
+                below[name][rows] = _share_below(score(those[rows]), others)
+                chance[name][rows] = _found_by_chance(len(others))
+        for name in images:
+            figures += _figures(
+                below[name],
+                float(chance[name].mean()),
+                key=f"{name}/{key}",
+                group=f"{name}, {title}",
+                resamples=evaluator.resamples,
+                seed=evaluator.seed,
+            )
+    return figures
+
+
+def assign_folds(count: int, folds: int, *, seed: int) -> np.ndarray:
+    """Return [count] the fold of each row, in sizes that differ by one at most."""
+    return generator(seed, Stream.PROBE).permutation(count) % folds
+
+
+def fit_linear(forget: np.ndarray, others: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Fit a balanced logistic regression (L2, C = 1) on standardised features."""
+    linear = import_extra("sklearn.linear_model", "eval", "attacks: 'probe'")
+    scale = import_extra("sklearn.preprocessing", "eval", "attacks: 'probe'").StandardScaler()
+    features = scale.fit_transform(np.concatenate([forget, others]))
+    classes = np.repeat([1, 0], [len(forget), len(others)])
+    fitted = linear.LogisticRegression(class_weight="balanced", max_iter=1000)
+    fitted.fit(features, classes)
+    return lambda those: fitted.decision_function(scale.transform(those))
+
+
+def fit_prototypes(forget: np.ndarray, others: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Score by the cosine with the mean image to forget, minus that with the mean other one."""
+    near, far = (mean / np.linalg.norm(mean) for mean in (forget.mean(0), others.mean(0)))
+    return lambda those: those @ (near - far)
+
+
+def _share_below(scores: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return [n], the share of `others` [m] below each score, ties half; the mean is the AUC."""
+    gap = scores[:, None] - others[None]
+    return ((gap > TIE).mean(1) + (gap >= -TIE).mean(1)) / 2
+
+
+def _found_by_chance(others: int) -> float:
+    """Return the chance that a random image is above all but `FALSE_POSITIVES` of the others."""
+    return (others - np.ceil((1 - FALSE_POSITIVES) * others) + 1) / (others + 1)
+
+
+def _figures(
+    below: np.ndarray, chance: float, *, key: str, group: str, resamples: int, seed: int
+) -> list[Figure]:
+    low, high = bootstrap_intervals({"auc": below}, {}, resamples=resamples, seed=seed)["auc"]
+    auc = float(below.mean())
+    return [
+        Figure(f"{key}/auc", group, "AUC, %", "share", "↓", auc, low, high, 0.5),
+        share_figure(
+            (below >= 1 - FALSE_POSITIVES).astype(float),
+            key=f"{key}/found",
+            group=group,
+            title="found at 5 % FPR, %",
+            wanted="↓",
+            chance=chance,
+        ),
+    ]

@@ -1,0 +1,110 @@
+"""Probes against scikit-learn's AUC, and on features of which the answer is known."""
+
+from __future__ import annotations
+
+import importlib
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.preprocessing import StandardScaler
+
+import fasterase
+from fasterase.errors import InputError, MissingExtraError
+from fasterase.evaluation.attacks.figures import Figures
+from fasterase.evaluation.attacks.probe import assign_folds
+from tests.evaluation.lookup_model import LookupModel, picture
+
+FORGET, RETAIN, UNSEEN, WIDTH = 23, 160, 11, 6
+CAPTIONS = [f"{kind} {i}" for kind, n in (("cat", FORGET), ("thing", RETAIN)) for i in range(n)]
+PAIRS = [(picture(i), caption) for i, caption in enumerate(CAPTIONS)]
+OTHERS = [(picture(len(PAIRS) + i), "cat 0") for i in range(UNSEEN)]
+
+
+def probe(image: torch.Tensor) -> Figures:
+    model = LookupModel(image, torch.randn(len(CAPTIONS), image.shape[1]), CAPTIONS, "fake")
+    return fasterase.evaluate(
+        model,
+        PAIRS[:FORGET],
+        PAIRS[FORGET:],
+        forget_sets={"unseen": OTHERS},
+        attacks=["probe"],
+        progress=False,
+    ).attacks["probe"]
+
+
+def images(*, distance: float) -> torch.Tensor:
+    numbers = torch.Generator().manual_seed(0)
+    image = torch.randn(len(PAIRS) + UNSEEN, WIDTH, generator=numbers)
+    image[:FORGET, 0] += distance
+    image[len(PAIRS) :, 0] += distance
+    return image
+
+
+def test_figures_equal_those_of_scikit_learn() -> None:
+    given = images(distance=1.5)
+    figures = probe(given)
+    image = torch.nn.functional.normalize(given, dim=1).double().numpy()
+    forget, retain, unseen = np.split(image, [FORGET, len(PAIRS)])
+    places = [assign_folds(len(those), 5, seed=0) for those in (forget, retain, unseen)]
+    parts: dict[str, list[tuple[float, int, int]]] = {}
+    for fold in range(5):
+        train = np.concatenate([forget[places[0] != fold], retain[places[1] != fold]])
+        is_forget = np.arange(len(train)) < (places[0] != fold).sum()
+        scale = StandardScaler().fit(train)
+        linear = LogisticRegression(class_weight="balanced", max_iter=1000)
+        linear.fit(scale.transform(train), is_forget)
+        means = [train[is_forget].mean(0), train[~is_forget].mean(0)]
+        for name, those, place in (("forget", forget, places[0]), ("unseen", unseen, places[2])):
+            tested = np.concatenate([those[place == fold], retain[places[1] == fold]])
+            count = (place == fold).sum()
+            near, far = (tested @ mean / np.linalg.norm(mean) for mean in means)
+            for key, scores in (
+                ("linear_probe", linear.decision_function(scale.transform(tested))),
+                ("prototypes", near - far),
+            ):
+                auc = roc_auc_score(np.arange(len(tested)) < count, scores)
+                limit = np.sort(scores[count:])[-2]  # 32 unrelated images: one may score higher
+                found = int((scores[:count] > limit).sum())
+                parts.setdefault(f"{name}/{key}", []).append((auc, count, found))
+    for key, those in parts.items():
+        total = sum(count for _, count, _ in those)
+        auc = sum(auc * count for auc, count, _ in those) / total
+        assert figures[f"{key}/auc"].value == pytest.approx(auc)
+        assert 0.6 < auc < 0.99
+        assert figures[f"{key}/found"].value == sum(found for *_, found in those) / total
+        assert figures[f"{key}/found"].chance == pytest.approx(2 / 33)
+
+
+@pytest.mark.parametrize(("distance", "low", "high"), [(100, 0.98, 1), (0, 0.3, 0.7)])
+def test_a_concept_apart_is_found_and_one_like_the_rest_is_not(
+    distance: float, low: float, high: float
+) -> None:
+    figures = probe(images(distance=distance))
+    for key in ("linear_probe", "prototypes"):
+        auc = figures[f"forget/{key}/auc"]
+        assert low <= auc.value <= high
+        assert low - 0.3 <= auc.low <= auc.value <= auc.high
+
+
+def test_what_probes_need_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LookupModel(torch.eye(3), torch.eye(3), ["cat", "dog", "hen"], "fake")
+    one, two = [(picture(0), "cat")], [(picture(1), "dog"), (picture(2), "hen")]
+    with pytest.raises(
+        InputError, match=r"'probe' needs two images .* found 1 to forget and 2 unr"
+    ):
+        fasterase.evaluate(model, one, two, attacks=["probe"], progress=False)
+    with pytest.raises(InputError, match="attacks: every caption of `retain` is also one to forg"):
+        fasterase.evaluate(model, two, two, attacks=["probe"], progress=False)
+    imported = importlib.import_module
+
+    def without_sklearn(name: str) -> object:
+        if name.startswith("sklearn"):
+            raise ImportError(f"No module named {name!r}")
+        return imported(name)
+
+    monkeypatch.setattr(importlib, "import_module", without_sklearn)
+    with pytest.raises(MissingExtraError, match=r"'probe' needs `sklearn`.*fasterase\[eval\]"):
+        fasterase.evaluate(model, "no file", two, attacks=["probe"])
