@@ -311,7 +311,8 @@ def evaluate(
         tasks: none are known yet; anything but an empty sequence is an error.
         attacks: attempts to bring the concept back, run on every model here (docs/evidence.md):
             "swap" looks for it with the original's image tower and the model's text tower, and the
-            reverse; "probe" tries to tell its images from others by their features alone.
+            reverse; "probe" tries to tell its images from others by their features alone;
+            "quantise" judges the model again with 8- and 4-bit weights.
         max_pairs: maximum number of pairs measured per set, drawn with `seed`; None measures all.
         seed: seed of the draw and of the bootstrap.
         tokenizer: reads string captions; used for every model here; see `fasterase.unlearn`.

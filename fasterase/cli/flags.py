@@ -101,7 +101,7 @@ class EvaluateFlags(DataFlags, SetFlags):
     Args:
         class_names: text file with one class name per line, for zero-shot accuracy.
         attacks: attempts to bring the concept back, by name: swap (needs `original`),
-            probe.
+            probe, quantise.
         max_pairs: number of pairs to measure per set, drawn with `seed`.
         seed: seed of the draw and of the bootstrap intervals.
         device: where to run, such as `cuda:0`. `none`: the best available device.

@@ -16,6 +16,7 @@ from fasterase.encode import PairEncoder, PairFeatures
 from fasterase.errors import InputError, import_extra
 from fasterase.evaluation.attacks.figures import Figure, Figures
 from fasterase.evaluation.attacks.probe import probe
+from fasterase.evaluation.attacks.quantise import quantise
 from fasterase.evaluation.attacks.swap import swap
 from fasterase.evaluation.attacks.target import Target
 from fasterase.evaluation.evaluator import Evaluator
@@ -32,6 +33,7 @@ class Attack(NamedTuple):
 ATTACKS: dict[str, Attack] = {
     "swap": Attack(swap, needs_original=True),
     "probe": Attack(probe, needs_module="sklearn"),
+    "quantise": Attack(quantise),
 }
 
 

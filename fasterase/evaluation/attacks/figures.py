@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
+from fasterase.encode import PairFeatures
 from fasterase.evaluation.metrics import METRICS, bootstrap_intervals, format_value
+from fasterase.evaluation.scores import find_position
 from fasterase.evaluation.verdict import PairTraces, wilson_interval
 
 
@@ -111,3 +114,19 @@ def share_figure(
     share = float(values.mean())
     low, high = wilson_interval(share, len(values))
     return Figure(key, group, title, "share", wanted, share, low, high, chance)
+
+
+def recall_figure(pairs: PairFeatures, *, key: str, group: str) -> Figure:
+    """Return image->text recall@1 of pairs that should be kept, among their own captions."""
+    firsts = [captions[0] for captions in pairs.pair_text]
+    distinct = list(dict.fromkeys(firsts))
+    right = torch.tensor(firsts)[:, None] == torch.tensor(distinct)[None]
+    position = find_position(pairs.image @ pairs.text[distinct].T, right)
+    return share_figure(
+        position.hit(1),
+        key=f"{key}/recall@1",
+        group=group,
+        title="retain image->text R@1, %",
+        wanted="↑",
+        chance=1 / len(distinct),
+    )
