@@ -50,14 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 # The others wait for what the first one does alone.
                 verdict = ranks.tell(verdict)
         code = EXIT_REMEMBERED if verdict == "remembered" else EXIT_DONE
+        _write_status(output_dir, code)
     except (Exception, KeyboardInterrupt) as error:
         code = _exit_code_of(error)
+        _write_status(output_dir, code)
         # What is wrong with the command is wrong on every rank; what happens to one is its own.
         if _rank() == 0 or code == EXIT_FAILED:
             if "--debug" in argv:
                 traceback.print_exc()
             print(f"fasterase: error: {_format_error(error)}", file=sys.stderr)
-    _write_status(output_dir, code)
     return code
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from fasterase.errors import NonFiniteError
+from fasterase.errors import LostRankError, NonFiniteError
 from fasterase.objective import EraseLoss
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,8 @@ class StopRequests:
     """Turns Ctrl-C, SIGTERM and SIGUSR1 into a request, so that no step is left half done.
 
     While active, the first of them sets `number`; a second SIGINT raises at once. Outside the main
-    thread, where Python allows no handlers, signals keep their usual effect.
+    thread, where Python allows no handlers, signals keep their usual effect. After the loss of
+    another rank SIGTERM is ignored.
 
     Attributes:
         number: of the signal that requested the stop, else 0.
@@ -104,6 +105,10 @@ class StopRequests:
         traceback: TracebackType | None,
     ) -> None:
         for number, handler in self._previous.items():
+            if kind is LostRankError and number == signal.SIGTERM:
+                # Launchers send it as soon as one rank has died. This one ends by itself, once it
+                # has said which.
+                handler = signal.SIG_IGN
             # None means that the handler was not set from Python, and cannot be restored.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 

@@ -1,0 +1,77 @@
+"""Checkpoints of several processes, read by another number of them or another engine."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.parallel.job import make_model, run_case
+from tests.parallel.launched import outcome, run_cases
+
+pytest.importorskip("deepspeed")
+pytestmark = [pytest.mark.filterwarnings("ignore:verdict")]
+
+STAGES = (1, 2, 3)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes leave after three steps, with every engine."""
+    folder = tmp_path_factory.mktemp("saved")
+    cases = ["save", *(f"{name}-zero{stage}" for name in ("save", "save8") for stage in STAGES)]
+    run_cases([*cases, *(f"whole8-zero{stage}" for stage in STAGES)], folder, timeout=1800)
+    return folder
+
+
+def resumed(saved: Path, tmp_path: Path, case: str, *, ranks: int) -> dict[str, object]:
+    """Return the outcome of a case that goes on from a copy of what was saved."""
+    shutil.copytree(saved, tmp_path / "copy")
+    run_cases([case], tmp_path / "copy", ranks=ranks)
+    return outcome(tmp_path / "copy", case)
+
+
+def assert_near_one_process(found: dict[str, object]) -> None:
+    """The losses of five steps; and the weights, but for what Adam makes of rounding."""
+    expected = run_case("adam-cached")
+    start = make_model().state_dict()
+    moved = max(float((v - start[k]).abs().max()) for k, v in expected["weights"].items())
+    history = found["history"]
+    assert [record["step"] for record in history] == [1, 2, 3, 4, 5]
+    for mine, theirs in zip(expected["history"], history, strict=True):
+        assert theirs["total"] == pytest.approx(mine["total"], rel=1e-5)
+    for name, weight in expected["weights"].items():
+        difference = float((found["weights"][name] - weight).abs().max())
+        assert name.endswith("in_proj_bias") or difference <= 0.01 * moved, name
+
+
+@pytest.mark.scale
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("case", ["resume", *(f"resume-zero{stage}" for stage in STAGES)])
+def test_any_number_of_processes_goes_on(saved, tmp_path, case, ranks):
+    assert_near_one_process(resumed(saved, tmp_path, case, ranks=ranks))
+
+
+@pytest.mark.scale
+def test_a_checkpoint_of_zero_goes_on_without_it(saved, tmp_path):
+    shutil.copytree(saved / "zero3", tmp_path / "plain")
+    assert_near_one_process(run_case("resume", tmp_path))
+
+
+@pytest.mark.scale
+@pytest.mark.parametrize("stage", STAGES)
+def test_quantised_states_go_on_bit_for_bit(saved, tmp_path, stage):
+    whole = outcome(saved, f"whole8-zero{stage}")
+    found = resumed(saved, tmp_path, f"resume8-zero{stage}", ranks=2)
+    assert found["history"][-1]["total"] == whole["history"][-1]["total"]
+    for name, weight in whole["weights"].items():
+        assert torch.equal(found["weights"][name], weight), name
+
+
+@pytest.mark.scale
+def test_quantised_states_of_another_layout_are_refused(saved, tmp_path):
+    found = resumed(saved, tmp_path, "resume8-zero1", ranks=1)
+    assert "shards of ZeRO stage 1, number of ranks 2" in found["error"]
+    assert "resume='never'" in found["error"]
