@@ -122,7 +122,8 @@ def test_sigterm_to_one_rank_saves_on_all(inputs, tmp_path):
     said = finish(job)
     assert status(output) == 75, said
     steps = len((output / "history.jsonl").read_text().splitlines())
-    assert steps < STEPS and saved_steps(output)[-1] == steps
+    assert steps < STEPS
+    assert saved_steps(output)[-1] == steps
     assert "stopped by SIGTERM" in said
     shards = (output / "checkpoints" / f"step-{steps:09d}").glob("shard-*-of-00002.safetensors")
     assert len(list(shards)) == 2
@@ -139,7 +140,8 @@ def test_a_killed_rank_is_named_and_the_relaunch_ends_as_if_nothing_had_happened
     said = finish(job)
     assert time.monotonic() - killed < PROMPT_SECONDS
     assert f"rank 1 (process {victim}" in said
-    assert job.returncode == 1 and status(output) == 1
+    assert job.returncode == 1
+    assert status(output) == 1
     for folder in (output, whole):
         again = start(command(inputs, folder, **short))
         said = finish(again)
@@ -177,4 +179,5 @@ def test_wrong_input_ends_all_ranks_with_one_message(inputs, tmp_path):
     job = start(command(inputs, output, tune="last:9"))
     said = finish(job)
     assert status(output) == 2
-    assert said.count("fasterase: error:") == 1 and "last:9" in said
+    assert said.count("fasterase: error:") == 1
+    assert "last:9" in said
