@@ -17,11 +17,12 @@ PIP := $(BIN)/python -m pip
 APT := on Debian or Ubuntu: apt install git make python3-venv
 
 .DEFAULT_GOAL := help
-.PHONY: help demo gpu test lint format clean installed venv
+.PHONY: help demo gpu test test-scale lint format clean installed venv
 
 help:
 	@echo 'make demo     erase a concept from the small CLIP that ships with fasterase, show the result'
 	@echo 'make test     lint, format check, type check and all tests'
+	@echo 'make test-scale  every stage, size and fault on several processes: 15 minutes'
 	@echo 'make lint     the checks without the tests'
 	@echo 'make gpu      on a machine with a GPU: its tests, checks and benchmarks, in stages'
 	@echo 'make format   put the code into its standard form'
@@ -35,6 +36,15 @@ demo: installed
 
 test: lint
 	$(BIN)/python -m pytest $(ARGS)
+
+SCALE_LOG = benchmarks/results/scale.txt
+test-scale: EXTRAS := hf,eval,demo,dev
+test-scale: installed
+	@$(BIN)/python -m benchmarks.scale_versions > $(SCALE_LOG)
+	@set -e; failed=$$(mktemp); \
+	{ $(BIN)/python -m pytest tests/parallel -m 'scale or not scale' -v --no-header $(ARGS) \
+	  || echo failed > $$failed; } | tee -a $(SCALE_LOG); \
+	! [ -s $$failed ]
 
 lint: EXTRAS := hf,eval,demo,dev
 lint: installed

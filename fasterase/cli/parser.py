@@ -90,7 +90,16 @@ a home folder. Needs a C++ compiler: c++ on PATH, or the one named by CXX.""",
 _GENERAL = ("help", "version", "debug", "local_rank", "config", "print_config")
 
 # The fields of `UnlearnConfig` that the demo takes. A run is limited by steps, not by epochs.
-_DEMO_FIELDS = ("lr", "max_steps", "batch_size", "seed", "num_workers", "progress")
+_DEMO_FIELDS = (
+    "lr",
+    "max_steps",
+    "batch_size",
+    "optimizer",
+    "deepspeed",
+    "seed",
+    "num_workers",
+    "progress",
+)
 # Those for which the demo does not use the default of `UnlearnConfig`.
 _DEMO_TUNED = ("batch_size",)
 

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -48,6 +49,8 @@ def require_deepspeed() -> Any:
     # Collectives in shared memory, for CPUs. Compiling them takes a minute, and a build that is
     # killed leaves a lock for which every later run would wait.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Of DeepSpeed's calls of PyTorch, in every step.
+    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated")
     return deepspeed
 
 
@@ -235,7 +238,17 @@ class ZeroEngine:
 
     def _states(self) -> list[dict[str, Any]]:
         """Return the states of this rank's shards, in the order in which they were created."""
-        return list(self._optimizer.optimizer.state.values())
+        states = self._optimizer.optimizer.state
+        if self._stage < 3:
+            # DeepSpeed tells parameters where their states are after the first group's first step,
+            # when the other groups have none yet.
+            for weights, shard in zip(
+                self._optimizer.bit16_groups,
+                self._optimizer.single_partition_of_fp32_groups,
+                strict=True,
+            ):
+                self._deepspeed.utils.lazy_init_hp_params_optimizer_state(weights, shard, states)
+        return list(states.values())
 
     def _shard_name(self, key: str, place: int) -> str:
         return f"{key} of shard {place} on rank {self._ranks.rank}"
