@@ -70,6 +70,10 @@ def unlearn(
     forgotten (`result.verdict`), within a budget of steps and of damage to everything else; a model
     that does not know the pairs is left as it is. Any verdict but "forgotten" warns.
 
+    In several processes (torchrun, the deepspeed launcher, or a process group that exists already)
+    every one makes the same call. They divide each batch among themselves, and all get the same
+    result; the first one writes files, warns and shows progress. See docs/processes.md.
+
     Args:
         model: an open_clip model; a transformers `CLIPModel`, `SiglipModel` or `Siglip2Model`; or a
             string: `"ViT-B-32/laion2b_s34b_b79k"` (open_clip name/tag), `"hf-hub:org/name"`
@@ -110,7 +114,8 @@ def unlearn(
             `resume="must"` and there is none.
         DiskFullError: there was no room for a file; the last checkpoint is kept.
         NonFiniteError: the loss stayed non-finite; the model holds the last good weights.
-        PreemptedError: SIGTERM arrived; with an `output_dir`, a checkpoint was written.
+        PreemptedError: SIGTERM or SIGUSR1 arrived; with an `output_dir`, a checkpoint was written.
+        LostRankError: another process of the run ended.
         KeyboardInterrupt: Ctrl-C; likewise, after the current step. The message says how to go on.
     """
     clock = RunClock()

@@ -109,7 +109,10 @@ class UnlearnConfig:
         backend: implementation of the loss, see `fasterase.available_backends()`.
         device: where to run, such as `"cuda:0"`. `None`: where the model is, or the best available
             device for a model given by name.
-        deepspeed: DeepSpeed configuration (path or dict).
+        deepspeed: ZeRO by DeepSpeed: a JSON file, one of those that ship (`"zero1"`, `"zero2"`,
+            `"zero3"`, `"zero3_offload"`), or a dict. What it leaves out or sets to `"auto"` comes
+            from these settings; see docs/processes.md. None: plain data parallelism if a launcher
+            starts several processes.
 
     > Run
 

@@ -80,14 +80,19 @@ def check_trainable(module: nn.Module, name: str) -> None:
     """Refuse weights that no optimiser could change, or that would change without effect.
 
     Raises:
-        InputError: weights made in inference mode; quantised weights without adapters; adapters
-            that are merged or disabled.
+        InputError: weights made in inference mode; sharded weights; quantised weights without
+            adapters; adapters that are merged or disabled.
     """
     for parameter in module.parameters():
         if parameter.is_inference():
             raise InputError(
                 f"model: the weights of {name} were made in torch.inference_mode(), and PyTorch "
                 "refuses to train those. Load the model outside of it, or pass copy=True"
+            )
+        if type(parameter.data).__module__.startswith("torch.distributed.tensor"):
+            raise InputError(
+                f"model: {name} is sharded (FSDP or tensor parallelism). Pass it whole, before it "
+                "is sharded: fasterase shards a model itself, with deepspeed='zero3'"
             )
     adapters.check_active(module)
     quantised = next(_quantised(module), None)

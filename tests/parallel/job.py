@@ -18,6 +18,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from open_clip import get_model_config
+from open_clip.model import CLIP
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -36,6 +38,21 @@ def make_model(seed: int = 0) -> nn.Module:
     return open_clip_vit(seed=seed, vocab_size=VOCABULARY)
 
 
+def make_big_model() -> nn.Module:
+    """Make ViT-bigG-14 with every number but its widths, and so at a thousandth of its size."""
+    config = get_model_config("ViT-bigG-14")
+    config |= {"embed_dim": 16}
+    config["vision_cfg"] |= {
+        "width": 64,
+        "head_width": 4,
+        "image_size": IMAGE_SIZE,
+        "patch_size": 8,
+    }
+    config["text_cfg"] |= {"width": 80, "vocab_size": VOCABULARY, "context_length": CONTEXT_LENGTH}
+    torch.manual_seed(0)
+    return CLIP(**config).eval()
+
+
 def make_pairs(count: int, *, seed: int, captions: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Make pairs of which several share a caption, wherever they are drawn."""
     numbers = torch.Generator().manual_seed(seed)
@@ -50,6 +67,7 @@ class Case:
 
     Attributes:
         automatic: erase a concept from a model that knows it, by the automatic recipe.
+        big: a model with the depth, heads and MLP ratio of ViT-bigG-14, but narrow.
         folder: name of an output folder, which other cases resume from.
         broken: the rank whose gradient is NaN in the second step.
     """
@@ -57,6 +75,7 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
     optimizer: Callable[..., torch.optim.Optimizer] | None = None
     automatic: bool = False
+    big: bool = False
     folder: str | None = None
     broken: int | None = None
 
@@ -76,6 +95,12 @@ ZERO = {
     }
     for stage in (1, 2, 3)
 }
+BIG = {
+    "lr": 1e-4,
+    "micro_batch_size": 4,
+    "optimizer": "paged_adamw8bit",
+    "activation_checkpointing": True,
+}
 FIRST, WHOLE = {"max_steps": 3, "save_every": 3}, {"max_steps": 5}
 CASES = {
     "sgd-plain": Case(PLAIN, _sgd),
@@ -85,6 +110,9 @@ CASES = {
     "automatic": Case(automatic=True),
     "save": Case(ADAM | FIRST, folder="plain"),
     "resume": Case(ADAM | WHOLE, folder="plain"),
+    "big-whole": Case(BIG | {"max_steps": 3} | ZERO[3], big=True),
+    "big-save": Case(BIG | {"max_steps": 2, "save_every": 1} | ZERO[3], big=True, folder="big"),
+    "big-resume": Case(BIG | {"max_steps": 3} | ZERO[3], big=True, folder="big"),
     **{
         f"{name}-zero{stage}": case
         for stage in ZERO
@@ -120,7 +148,7 @@ def run_case(name: str, folder: Path | None = None, **overrides: Any) -> dict[st
         "progress": False,
         "floor": 0.0,
     }
-    model: Any = make_model()
+    model: Any = make_big_model() if case.big else make_model()
     sets: tuple[Any, Any] = (
         make_pairs(13, seed=1, captions=5),
         make_pairs(40, seed=2, captions=24),

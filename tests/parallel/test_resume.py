@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.parallel.job import make_model, run_case
+from tests.parallel.job import make_big_model, make_model, run_case
 from tests.parallel.launched import outcome, run_cases
 
 pytest.importorskip("deepspeed")
@@ -68,6 +68,21 @@ def test_quantised_states_go_on_bit_for_bit(saved, tmp_path, stage):
     assert found["history"][-1]["total"] == whole["history"][-1]["total"]
     for name, weight in whole["weights"].items():
         assert torch.equal(found["weights"][name], weight), name
+
+
+@pytest.mark.scale
+def test_a_model_as_deep_as_bigg_with_everything_on(tmp_path):
+    """ZeRO-3, paged 8-bit states, GradCache, activation checkpointing, checkpoint and resume."""
+    run_cases(["big-whole", "big-save", "big-resume"], tmp_path, timeout=900)
+    whole, found = outcome(tmp_path, "big-whole"), outcome(tmp_path, "big-resume")
+    assert [record["step"] for record in found["history"]] == [1, 2, 3]
+    assert all(record["applied"] for record in found["history"])
+    start = make_big_model().state_dict()
+    for name, weight in whole["weights"].items():
+        assert torch.equal(found["weights"][name], weight), name
+    moved = sum(not torch.equal(weight, start[name]) for name, weight in whole["weights"].items())
+    assert moved > 0.9 * len(start)
+    assert sum("resblocks" in name for name in start) > 12 * (48 + 32) - 1
 
 
 @pytest.mark.scale

@@ -79,5 +79,5 @@ def test_fp16_is_refused():
 @pytest.mark.parametrize("text", ["{", "[1]"])
 def test_a_file_that_is_no_object(tmp_path, text):
     (tmp_path / "bad.json").write_text(text)
-    with pytest.raises(InputError, match="bad.json"):
+    with pytest.raises(InputError, match=r"bad\.json"):
         read_deepspeed(str(tmp_path / "bad.json"))
