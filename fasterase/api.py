@@ -219,6 +219,10 @@ def _unlearn(
             ranks=ranks,
         )
         tracker.summarise(outcome.figures())
+    if config.progress and ranks.world_size > 1:
+        hours = clock.seconds() * ranks.world_size / 3600
+        unit = "GPU" if device.type == "cuda" else "process"
+        tqdm.write(f"fasterase: {ranks.world_size} processes, {hours:.2f} {unit}-hours")
     advice = advise(outcome, config)
     if advice is not None:
         warnings.warn(advice, stacklevel=3)

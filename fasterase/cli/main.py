@@ -25,6 +25,8 @@ EXIT_REMEMBERED = 4
 EXIT_PREEMPTED = 75
 EXIT_INTERRUPTED = 130
 
+# Commands that all processes take part in; the first one alone runs the others.
+ERASING = ("unlearn", "demo")
 # Where the first of several processes leaves the exit code: launchers have codes of their own.
 STATUS_FILE = "status.json"
 
@@ -46,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             with join_ranks() as ranks, _first_prints():
                 _write_status(output_dir, None)
-                verdict = run_command(parsed.command, parsed.values)
+                verdict = None
+                if ranks.is_first or parsed.command in ERASING:
+                    verdict = run_command(parsed.command, parsed.values)
                 # The others wait for what the first one does alone.
                 verdict = ranks.tell(verdict)
         code = EXIT_REMEMBERED if verdict == "remembered" else EXIT_DONE

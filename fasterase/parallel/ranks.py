@@ -270,6 +270,9 @@ def join_ranks(*, alone_too: bool = False) -> Iterator[Ranks]:
                 "cannot find each other. Start them with torchrun or the deepspeed launcher, or "
                 "unset WORLD_SIZE to run one process."
             )
+        device = launched_device()
+        if device is not None:
+            torch.cuda.set_device(device)  # what "cuda" without a number means
         dist.init_process_group(backend)
     try:
         yield LinkedRanks() if launched > 1 else ALONE
