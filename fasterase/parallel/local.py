@@ -94,10 +94,10 @@ class LocalEngine:
         numbers: dict[str, dict[str, float]] = {}
         for name, parameter in self._parameters.items():
             for key, value in self._optimizer.state[parameter].items():
-                if isinstance(value, Tensor):
-                    tensors[f"{key} of {name}"] = value
+                if is_number(value):
+                    numbers.setdefault(name, {})[key] = as_json(value)
                 else:
-                    numbers.setdefault(name, {})[key] = value
+                    tensors[f"{key} of {name}"] = value
         mine = {
             name: tensor
             for place, (name, tensor) in enumerate(tensors.items())
@@ -110,16 +110,17 @@ class LocalEngine:
         with torch.no_grad():
             for name, tensor in self._trained():
                 tensor.copy_(state.tensors[name])
-        self._scaler.load_state_dict(state.scalars["scaler"])
+        if "scaler" in state.scalars:  # not in those of ZeRO
+            self._scaler.load_state_dict(state.scalars["scaler"])
+        numbers = state.scalars["optimizer"]
         by_parameter: dict[str, dict[str, Any]] = {
-            name: dict(state.scalars["optimizer"].get(name, {})) for name in self._parameters
+            name: {key: _from_json(value) for key, value in numbers.get(name, {}).items()}
+            for name in self._parameters
         }
         for full_name in state.tensors:
             key, separator, name = full_name.partition(" of ")
             if separator:
-                # PyTorch counts steps on the CPU.
-                device = "cpu" if key == "step" else self._device
-                by_parameter[name][key] = state.tensors[full_name].to(device)
+                by_parameter[name][key] = state.tensors[full_name].to(self._device)
         for name, values in by_parameter.items():
             if values:
                 self._optimizer.state[self._parameters[name]] = values
@@ -133,6 +134,21 @@ class LocalEngine:
         if self._moves_buffers:
             for name, buffer in self.module.named_buffers():
                 yield f"buffer:{name}", buffer
+
+
+def is_number(value: Any) -> bool:
+    """Whether a state of an optimiser is one number, such as its steps, and not one a weight."""
+    return not isinstance(value, Tensor) or value.ndim == 0
+
+
+def as_json(value: Any) -> Any:
+    """Return the number of a state: a float if PyTorch keeps it in a tensor, else as it is."""
+    return float(value) if isinstance(value, Tensor) else value
+
+
+def _from_json(value: Any) -> Any:
+    # PyTorch counts steps on the CPU, whatever the device of the weights.
+    return torch.tensor(value) if isinstance(value, float) else value
 
 
 def build_grad_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:

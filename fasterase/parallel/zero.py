@@ -23,6 +23,7 @@ from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.forward import Features, TowerForward
 from fasterase.models.preprocessing import Tokens
 from fasterase.parallel.engine import TrainingState
+from fasterase.parallel.local import as_json, is_number
 from fasterase.parallel.ranks import Ranks
 from fasterase.parallel.zero_config import zero_stage
 
@@ -152,12 +153,12 @@ class ZeroEngine:
                 self._shard_name(key, place): value.detach().cpu().clone()
                 for place, values in enumerate(states)
                 for key, value in values.items()
-                if not _is_number(value)
+                if not is_number(value)
             }
-        numbers = [
-            {key: float(value) for key, value in values.items() if _is_number(value)}
-            for values in states
-        ]
+        # The same in every shard: how many steps were taken.
+        first = next(iter(states), {})
+        counts = {key: as_json(value) for key, value in first.items() if is_number(value)}
+        numbers = dict.fromkeys(self._parameters, counts) if counts else {}
         layout = self._layout if keys is None else {}
         return TrainingState(tensors, {"optimizer": numbers}, layout)
 
@@ -173,8 +174,7 @@ class ZeroEngine:
             self._create_states()
         states = self._states()
         for values in states:
-            # The same in every shard: how many steps were taken.
-            for key, value in numbers[0].items():
+            for key, value in next(iter(numbers.values())).items():
                 if isinstance(values[key], Tensor):
                     values[key].fill_(value)
                 else:
@@ -189,7 +189,7 @@ class ZeroEngine:
         if keys is None:
             for place, values in enumerate(states):
                 for key, value in values.items():
-                    if not _is_number(value):
+                    if not is_number(value):
                         value.copy_(state.tensors[self._shard_name(key, place)])
 
     def export(self) -> None:
@@ -274,14 +274,10 @@ def _resharded_keys(states: Sequence[Mapping[str, Any]]) -> list[str] | None:
         key: value.dtype
         for values in states
         for key, value in values.items()
-        if not _is_number(value)
+        if not is_number(value)
     }
     quantised = any(dtype != torch.float32 for dtype in kinds.values())
     return None if quantised or "qmap1" in kinds else sorted(kinds)
-
-
-def _is_number(value: Any) -> bool:
-    return not isinstance(value, Tensor) or value.ndim == 0
 
 
 def _say(layout: Mapping[str, Any]) -> str:
