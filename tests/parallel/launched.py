@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+# More than a test waits for: it stops the command before.
+STEPS = 400
 ROOT = Path(__file__).parents[2]
 
 
@@ -40,3 +42,22 @@ def run_cases(cases: list[str], folder: Path, *, ranks: int = 2, timeout: float 
 
 def outcome(folder: Path, case: str, *, rank: int = 0) -> dict[str, Any]:
     return torch.load(folder / f"{case}-{rank}.pt", weights_only=False)
+
+
+def unlearn_command(inputs: Path, output: Path, **fields: Any) -> list[str]:
+    """Return module and arguments of an erasure of the model and pairs in `inputs`."""
+    settings = {
+        "model": inputs / "model",
+        "forget": inputs / "forget.csv",
+        "retain": inputs / "retain.csv",
+        "output_dir": output,
+        "lr": 1e-3,
+        "max_steps": STEPS,
+        "batch_size": 8,
+        "forget_batch_size": 4,
+        "save_every": 5,
+        "evaluation": "null",
+        **fields,
+    }
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    return ["fasterase", "unlearn", *flags]

@@ -8,53 +8,14 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
-from fasterase.models import load_model
-from tests.parallel.launched import ROOT, environment, torchrun
-from tests.small_models import open_clip_vit, simple_tokenizer
+from tests.parallel.launched import ROOT, STEPS, environment, torchrun, unlearn_command
 
-STEPS = 400
 PROMPT_SECONDS = 60.0
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model and two tables of pictures, in a folder."""
-    folder = tmp_path_factory.mktemp("inputs")
-    load_model(open_clip_vit(), tokenizer=simple_tokenizer()).save(folder / "model")
-    numbers = torch.Generator().manual_seed(0)
-    for name, count in (("forget", 6), ("retain", 24)):
-        lines = ["filepath,title"]
-        for i in range(count):
-            pixels = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8, generator=numbers)
-            Image.fromarray(pixels.numpy()).save(folder / f"{name}{i}.png")
-            lines.append(f"{name}{i}.png,a {name} thing number {i % 10}")
-        (folder / f"{name}.csv").write_text("\n".join(lines) + "\n")
-    return folder
-
-
-def command(inputs: Path, output: Path, **fields: Any) -> list[str]:
-    settings = {
-        "model": inputs / "model",
-        "forget": inputs / "forget.csv",
-        "retain": inputs / "retain.csv",
-        "output_dir": output,
-        "lr": 1e-3,
-        "max_steps": STEPS,
-        "batch_size": 8,
-        "forget_batch_size": 4,
-        "save_every": 5,
-        "evaluation": "null",
-        **fields,
-    }
-    flags = [f"--{name}={value}" for name, value in settings.items()]
-    return torchrun("fasterase", "unlearn", *flags)
 
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:
@@ -116,7 +77,7 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
 
 def test_sigterm_to_one_rank_saves_on_all(inputs, tmp_path):
     output = tmp_path / "run"
-    job = start(command(inputs, output))
+    job = start(torchrun(*unlearn_command(inputs, output)))
     await_steps(job, output, 3)
     os.kill(ranks_of(job)[1], signal.SIGTERM)
     said = finish(job)
@@ -132,7 +93,7 @@ def test_sigterm_to_one_rank_saves_on_all(inputs, tmp_path):
 def test_a_killed_rank_is_named_and_the_relaunch_ends_as_if_nothing_had_happened(inputs, tmp_path):
     output, whole = tmp_path / "run", tmp_path / "whole"
     short = {"max_steps": 30}
-    job = start(command(inputs, output, **short))
+    job = start(torchrun(*unlearn_command(inputs, output, **short)))
     await_steps(job, output, 7)
     victim = ranks_of(job)[1]
     os.kill(victim, signal.SIGKILL)
@@ -143,7 +104,7 @@ def test_a_killed_rank_is_named_and_the_relaunch_ends_as_if_nothing_had_happened
     assert job.returncode == 1
     assert status(output) == 1
     for folder in (output, whole):
-        again = start(command(inputs, folder, **short))
+        again = start(torchrun(*unlearn_command(inputs, folder, **short)))
         said = finish(again)
         assert again.returncode == 0, said
     assert len((output / "history.jsonl").read_text().splitlines()) == 30
@@ -154,7 +115,7 @@ def test_a_killed_rank_is_named_and_the_relaunch_ends_as_if_nothing_had_happened
 @pytest.mark.scale
 def test_sigterm_to_the_launcher_saves_on_all(inputs, tmp_path):
     output = tmp_path / "run"
-    job = start(command(inputs, output))
+    job = start(torchrun(*unlearn_command(inputs, output)))
     await_steps(job, output, 3)
     job.send_signal(signal.SIGTERM)
     said = finish(job)
@@ -166,7 +127,7 @@ def test_sigterm_to_the_launcher_saves_on_all(inputs, tmp_path):
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no SIGUSR1 here")
 def test_sigusr1_to_one_rank_saves_on_all(inputs, tmp_path):
     output = tmp_path / "run"
-    job = start(command(inputs, output))
+    job = start(torchrun(*unlearn_command(inputs, output)))
     await_steps(job, output, 3)
     os.kill(ranks_of(job)[0], signal.SIGUSR1)
     said = finish(job)
@@ -176,7 +137,7 @@ def test_sigusr1_to_one_rank_saves_on_all(inputs, tmp_path):
 @pytest.mark.scale
 def test_wrong_input_ends_all_ranks_with_one_message(inputs, tmp_path):
     output = tmp_path / "run"
-    job = start(command(inputs, output, tune="last:9"))
+    job = start(torchrun(*unlearn_command(inputs, output, tune="last:9")))
     said = finish(job)
     assert status(output) == 2
     assert said.count("fasterase: error:") == 1

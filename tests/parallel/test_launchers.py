@@ -1,0 +1,57 @@
+"""The commands of the documentation, on two processes and on one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.parallel.launched import ROOT, environment, torchrun, unlearn_command
+
+pytest.importorskip("deepspeed")
+
+SHORT = {"max_steps": 5, "micro_batch_size": 3, "weight_decay": 0.0}
+
+
+def run(arguments: list[str]) -> None:
+    done = subprocess.run(
+        arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "model" / "open_clip_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def alone(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The weights that one process comes to."""
+    output = tmp_path_factory.mktemp("alone")
+    run([sys.executable, "-m", *unlearn_command(inputs, output, **SHORT)])
+    return weights(output)
+
+
+@pytest.mark.scale
+@pytest.mark.parametrize("stage", [None, "zero1", "zero3"])
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_a_launched_command_equals_one_process(inputs, tmp_path, alone, launcher, stage):
+    more = {} if stage is None else {"deepspeed": f"{stage}.json"}
+    command = unlearn_command(inputs, tmp_path / "run", **SHORT, **more)
+    if launcher == "torchrun":
+        run(torchrun(*command))
+    else:
+        run(
+            [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus=2", "--module", *command]
+        )
+    original = load_file(inputs / "model" / "open_clip_model.safetensors")
+    moved = max(float((weight - original[name]).abs().max()) for name, weight in alone.items())
+    assert moved > 1e-3
+    for name, weight in weights(tmp_path / "run").items():
+        # A key's bias shifts all of a query's scores alike: its gradient is rounding.
+        difference = float((alone[name] - weight).abs().max())
+        assert name.endswith("in_proj_bias") or difference <= 0.01 * moved, name
