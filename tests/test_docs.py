@@ -128,6 +128,9 @@ def test_shell_blocks(workplace, page):
     for words in commands(page):
         if words[0] == "fasterase":
             run(words[1:])
+        elif words[0] in ("torchrun", "deepspeed"):
+            Path("erase.yaml").touch()
+            parse(words[words.index("fasterase") + 1 :])
         elif words[0] == "make":
             # What it does takes minutes: demo and tests have tests of their own.
             done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True)
