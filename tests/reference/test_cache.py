@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from fasterase.encode import BATCH_SIZE, PairEncoder
+from fasterase.errors import FaseraseError
 from fasterase.pairs.open import open_pairs
-from fasterase.reference.cache import FeatureCache, FeatureStore
-from tests.tiny_model import pairs
+from fasterase.pairs.prepare import caption_key
+from fasterase.parallel.ranks import Ranks
+from fasterase.reference import cache
+from fasterase.reference.cache import FeatureCache
+from fasterase.reference.feature_store import FeatureStore
+from tests.tiny_model import TinyModel, pairs
+
+N_PAIRS = 9 * BATCH_SIZE + 5
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.tiny_model"])
 
 
 def filled(folder, *blocks):
@@ -23,7 +38,6 @@ def test_rows_come_back_in_the_order_asked_for(tmp_path):
     filled(tmp_path, [5, -7, 2], [100], [3, 9])
     store = FeatureStore(tmp_path, 3)
     assert store.has(np.array([5, -7, 2, 100, 3, 9])).all()
-    assert not store.damaged
     keys = np.array([9, -7, 9, 100])
     np.testing.assert_array_equal(store.get(keys)[:, 1], keys * 2)
     np.testing.assert_array_equal(store.has(np.array([5, 6, -7, 10**12])), [1, 0, 1, 0])
@@ -44,7 +58,6 @@ def test_fp16_takes_half_the_disk_and_a_place_of_its_own(tmp_path):
         store = FeatureStore(tmp_path / str(is_half), 512, is_half=is_half)
         store.put(keys, features)
         store = FeatureStore(store.folder, 512, is_half=is_half)
-        assert not store.damaged
         found = store.get(keys)
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, features, atol=1e-4 if is_half else 0)
@@ -63,22 +76,111 @@ def test_an_empty_store_has_nothing(tmp_path):
 @pytest.mark.parametrize("harm", ["flip", "cut", "foreign", "width"])
 def test_a_damaged_block_is_removed(tmp_path, harm, caplog):
     filled(tmp_path, [1, 2], [3, 4])
-    block = next(tmp_path.glob("0000000000000001-*.npy"))
+    block = next(tmp_path.glob("0000000000000001-*"))
     data = bytearray(block.read_bytes())
     if harm == "flip":
-        data[-1] ^= 1
+        data[40] ^= 1  # a bit of a key
         block.write_bytes(data)
     elif harm == "cut":
         block.write_bytes(data[:-8])
     elif harm == "foreign":
-        np.save(tmp_path / "mine.npy", np.zeros(3))
+        block.with_name("mine.features").write_bytes(bytes(100))
         block.unlink()
     store = FeatureStore(tmp_path, 4 if harm == "width" else 3)
-    assert store.damaged
     assert "damaged or was not written by fasterase" in caplog.text
     expected = [0, 0, 0, 0] if harm == "width" else [0, 0, 1, 1]
     np.testing.assert_array_equal(store.has(np.array([1, 2, 3, 4])), expected)
-    assert not FeatureStore(tmp_path, store.width).damaged
+    caplog.clear()
+    FeatureStore(tmp_path, store.width)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("place", range(1, 13))
+def test_a_flipped_bit_is_found_before_its_feature_is_used(tmp_path, place):
+    filled(tmp_path, [1, 2], [3, 4])
+    block = next(tmp_path.glob("0000000000000003-*"))
+    data = bytearray(block.read_bytes())
+    data[-place] ^= 1 << place % 8  # in the feature of 4
+    block.write_bytes(data)
+    store = FeatureStore(tmp_path, 3)
+    np.testing.assert_array_equal(store.get(np.array([1, 3, 2]))[:, 0], [1, 3, 2])
+    assert store.damaged_blocks(np.array([1, 2, 3])) == []
+    assert store.damaged_blocks(np.array([4, 1])) == [block.name]
+    with pytest.raises(FaseraseError, match=f"{block.name} was damaged.*Run again"):
+        store.get(np.array([1, 4]))
+    for same in (store, FeatureStore(tmp_path, 3)):
+        np.testing.assert_array_equal(same.has(np.array([1, 2, 3, 4])), [1, 1, 0, 0])
+    np.testing.assert_array_equal(store.get(np.array([2, 1]))[:, 2], [6, 3])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the system counts no bytes")
+def test_opening_reads_less_than_a_hundredth(tmp_path, monkeypatch):
+    def bytes_read():
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    store = FeatureStore(tmp_path, 512, is_half=True)
+    for first in range(0, 8192, 1024):
+        store.put(np.arange(first, first + 1024), np.ones((1024, 512), np.float32))
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    before, own = bytes_read(), bytes_read()
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "memmap", None)  # what is read through a map is not counted
+        store = FeatureStore(tmp_path, 512, is_half=True)
+    assert store.has(np.arange(8192)).all()
+    assert 8 * 8192 < bytes_read() - own - (own - before) < 0.01 * size
+
+
+def write_share(folder, rank, world_size, die_at=None):
+    """Fill a cache as one of several processes, which dies when it has written so often."""
+    cache.BLOCK_BATCHES, cache.BLOCK = 1, BATCH_SIZE
+    ranks = Ranks()
+    ranks.rank, ranks.world_size = rank, world_size
+    replace, left = os.replace, [die_at]
+
+    def dying(*paths):
+        if left[0] is not None:
+            left[0] -= 1
+            if left[0] <= 0:
+                if left[0] == 0:
+                    replace(*paths)
+                os.kill(os.getpid(), signal.SIGKILL)
+        replace(*paths)
+
+    os.replace = dying
+    source = open_pairs(pairs(N_PAIRS, seed=0), name="retain")
+    encoder = PairEncoder(TinyModel(), ranks=ranks)
+    store = FeatureCache(folder, "model", encoder.model.embed_dim, ranks=ranks)
+    store.fill(source, np.arange(N_PAIRS), encoder, description="")
+
+
+def read_all(folder):
+    """Images and captions of a filled cache, and the number of blocks' rows on disk."""
+    source = open_pairs(pairs(N_PAIRS, seed=0), name="retain")
+    filled_cache = FeatureCache(folder, "model", TinyModel().embed_dim)
+    images = filled_cache.images(source)
+    keys = [caption_key(source.texts(row)) for row in range(N_PAIRS)]
+    return images.get(np.arange(N_PAIRS)), filled_cache.texts(keys), len(images)
+
+
+def test_writers_that_are_killed_leave_no_row_twice(tmp_path):
+    expected = run_writers(tmp_path / "whole", [(0, 1)])
+    numbers = np.random.default_rng()
+    for trial in range(3):
+        folder = tmp_path / str(trial)
+        run_writers(folder, [(0, 3), (1, 3), (2, 3, int(numbers.integers(1, 6)))], dies=2)
+        run_writers(folder, [(0, 2), (1, 2, int(numbers.integers(1, 3)))], dies=1)
+        for one, other in zip(run_writers(folder, [(0, 1)]), expected, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def run_writers(folder, writers, dies=None):
+    processes = [CONTEXT.Process(target=write_share, args=(folder, *each)) for each in writers]
+    for process in processes:
+        process.start()
+    for number, process in enumerate(processes):
+        process.join(120)
+        assert process.exitcode == (-signal.SIGKILL if number == dies else 0)
+    return read_all(folder) if dies is None else None
 
 
 def test_what_a_kill_left_half_written_is_ignored(tmp_path):
@@ -86,4 +188,3 @@ def test_what_a_kill_left_half_written_is_ignored(tmp_path):
     (tmp_path / "77-0.tmp").write_bytes(b"\x93NUMPY half")
     store = FeatureStore(tmp_path, 3)
     assert store.has(np.array([1])).all()
-    assert not store.damaged

@@ -90,16 +90,22 @@ def test_without_a_folder_nothing_is_left(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("place", [60, -3], ids=["head", "feature"])
 @pytest.mark.parametrize("part", ["captions", "images"])
-def test_a_damaged_cache_is_remade(tmp_path, part):
-    one = swept(tmp_path)
-    block = next(tmp_path.glob(f"*/{part}*/*.npy"))
-    data = bytearray(block.read_bytes())
-    data[-3] ^= 0xFF
-    block.write_bytes(data)
-    two = swept(tmp_path)
-    assert sum(two.swept) > 0
+def test_of_a_damaged_cache_only_the_damaged_block_is_remade(tmp_path, monkeypatch, part, place):
+    monkeypatch.setattr("fasterase.reference.cache.BLOCK_BATCHES", 1)
+    monkeypatch.setattr("fasterase.reference.cache.BLOCK", 64)
+    forget, retain = pairs(6, seed=1), pairs(200, seed=2)
+    one = swept(tmp_path, forget=forget, retain=retain, max_steps=2)
+    blocks = sorted(tmp_path.glob(f"*/{part}*/*.features"), key=lambda path: path.stat().st_size)
+    assert len(blocks) >= 4
+    data = bytearray(blocks[-1].read_bytes())
+    data[place] ^= 0xFF
+    blocks[-1].write_bytes(data)
+    two = swept(tmp_path, forget=forget, retain=retain, max_steps=2)
+    assert two.swept == (64, 64 if part == "captions" else 0)
     assert same_weights(one.weights(), two.weights())
+    assert swept(tmp_path, forget=forget, retain=retain, max_steps=2).swept == (0, 0)
 
 
 def test_other_models_data_and_precisions_find_nothing(tmp_path):
