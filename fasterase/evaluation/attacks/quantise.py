@@ -55,10 +55,10 @@ def quantise(target: Target) -> list[Figure]:
         verdict = decide(summarise(traces))
         assert verdict is not None
         figures.append(Figure(f"{key}/verdict", group, "verdict", "verdict", "", verdict))
+        figures.append(recall_figure(features["retain"], key=f"retain/{key}", group=group))
         figures += trace_figures(
             traces, key=key, group=group, resamples=evaluator.resamples, seed=evaluator.seed
         )
-        figures.append(recall_figure(features["retain"], key=f"retain/{key}", group=group))
     return figures
 
 
