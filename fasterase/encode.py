@@ -147,6 +147,8 @@ class PairEncoder:
         self.precision = resolve_precision(precision, model.device)
         self.ledger = ledger or SkipLedger(0, max_skipped=1.0)
         self.prepare = Preparer.for_model(model)
+        # An engine trains on it, while the caller's model may wait elsewhere.
+        self._device = model.device
         self.ranks = ranks
         self._towers: Engine | TowerForward = TowerForward(model, precision=self.precision)
         self._in_lockstep = False
@@ -309,7 +311,7 @@ class PairEncoder:
                 return torch.empty(0, self.model.embed_dim)
             pixels = pixels.new_zeros(1, *pixels.shape[1:])
         with measuring(self._towers.module):
-            image = self._towers(pixels.to(self.model.device)).image
+            image = self._towers(pixels.to(self._device)).image
         assert image is not None
         return image[:count].cpu()
 
@@ -323,7 +325,7 @@ class PairEncoder:
         step = TEXTS_PER_IMAGE * self._batch_size
         with measuring(self._towers.module):
             for start in range(0, len(tokens.ids), step):
-                part = tokens.index(slice(start, start + step)).to(self.model.device)
+                part = tokens.index(slice(start, start + step)).to(self._device)
                 text = self._towers(None, part).text
                 assert text is not None
                 parts.append(text.cpu())

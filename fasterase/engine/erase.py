@@ -202,6 +202,7 @@ def erase(
             evaluator=evaluator,
             pool=pool,
         )
+        device = model.device  # an engine may move the model away while it trains a copy
         working = working_model(model, config)
         parameters = trained.parameters(working.module).values()
         checks = Checks(encoder, sets, judge, baseline, max_damage=config.max_damage)
@@ -216,7 +217,7 @@ def erase(
                 engine,
                 GlobalLoss(_build_loss(model, trained, baseline.floor, config, precision), ranks),
                 baseline.reference,
-                device=model.device,
+                device=device,
                 precision=precision,
                 max_grad_norm=config.max_grad_norm,
                 seed=config.seed,
