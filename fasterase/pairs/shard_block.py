@@ -18,6 +18,7 @@ import torch
 from fasterase.errors import InputError
 from fasterase.files import replace_file
 from fasterase.pairs.prepare import hash_captions
+from fasterase.pairs.remote import shard_name
 from fasterase.pairs.shards import Damage, Extent, Sample, ShardReader
 from fasterase.pairs.source import PackedCaptions, PackedStrings
 
@@ -71,6 +72,7 @@ class BlockFacts:
     Attributes:
         shard: the shard's file name.
         size_bytes, mtime_ns: of the shard when it was indexed.
+        version: of a remote shard, see `RemoteShard`.
         samples: number of samples with an image or a caption.
         images, captioned: how many of them have an image, and a caption.
         torn: how many of them have lost one or the other to damage.
@@ -85,6 +87,7 @@ class BlockFacts:
     shard: str
     size_bytes: int = -1
     mtime_ns: int = -1
+    version: str = ""
     samples: int = 0
     images: int = 0
     captioned: int = 0
@@ -276,7 +279,7 @@ class BlockBuilder:
     """
 
     def __init__(self, shard: str, entries: Entries) -> None:
-        self._facts = BlockFacts(os.path.basename(shard))
+        self._facts = BlockFacts(shard_name(shard))
         self._entries = entries
         self._keys, self._captions = PackedStrings(), PackedCaptions()
         self._extents: list[int] = []
@@ -317,11 +320,12 @@ class BlockBuilder:
         facts.damage = [*([damage] if damage else []), *reader.damage]
         facts.readable_bytes = reader.readable
 
-    def finish(self, *, size_bytes: int = -1, mtime_ns: int = -1) -> IndexBlock:
+    def finish(self, *, size_bytes: int = -1, mtime_ns: int = -1, version: str = "") -> IndexBlock:
         """Return the block of what was read, in memory.
 
         Args:
             size_bytes, mtime_ns: of the shard's file.
+            version: of a remote shard, see `RemoteShard`.
         """
         keys, key_ends = self._keys.arrays()
         texts, text_ends, caption_ends = self._captions.arrays()
@@ -335,7 +339,7 @@ class BlockBuilder:
             )
         )
         facts = self._facts
-        facts.size_bytes, facts.mtime_ns = size_bytes, mtime_ns
+        facts.size_bytes, facts.mtime_ns, facts.version = size_bytes, mtime_ns, version
         facts.endings = sorted(self._endings)
         facts.captioned = int((np.diff(caption_ends) > 0).sum())
         digest = hashlib.blake2b(facts.shard.encode("utf-8", "surrogatepass"), digest_size=16)

@@ -3,7 +3,8 @@
 A small set is indexed in memory whenever it is opened. Of a larger one the block of each shard is
 kept in the hidden folder `.fasterase` beside the shards, or in the user's cache folder if that
 cannot be written. Only a shard whose size or time of change differs from what its block says, or
-whose block is damaged, is indexed again.
+whose block is damaged, is indexed again. Blocks of remote shards are always kept, in the user's
+cache folder, and recognised by the shard's size and version; opening them again reads no shard.
 """
 
 from __future__ import annotations
@@ -19,17 +20,19 @@ import sys
 import tarfile
 import warnings
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from filelock import FileLock, Timeout
 
 from fasterase.errors import FaseraseError, InputError
+from fasterase.pairs.remote import RemoteError, RemoteShard, is_remote, shard_name
 from fasterase.pairs.shard_block import MISSING, BlockBuilder, Entries, IndexBlock
+from fasterase.pairs.shard_cache import ShardCache
 from fasterase.pairs.shards import Extent, count_lost
 from fasterase.progress import progress_bar
 
@@ -189,35 +192,50 @@ class _Job(NamedTuple):
     """A shard to index.
 
     Attributes:
-        path: of the shard.
+        path: of the shard; its URL if it is remote.
         kept: whether its block is to be written to a file.
+        entries: which entries are images and captions.
+        remote: what is at the URL.
+        cache: where to read that from.
     """
 
     path: str
     kept: bool
     entries: Entries
+    remote: RemoteShard | None = None
+    cache: ShardCache | None = None
 
 
-def index_shards(shards: Sequence[str], *, name: str, entries: Entries) -> ShardIndex:
-    """Open the index of local, uncompressed shards; make what is missing of it.
+def index_shards(
+    shards: Sequence[str],
+    *,
+    name: str,
+    entries: Entries,
+    remote: Mapping[str, RemoteShard] | None = None,
+    cache: ShardCache | None = None,
+) -> ShardIndex:
+    """Open the index of uncompressed shards; make what is missing of it.
 
     Several processes, on several machines too, may do so at once: they share the work, and none
     sees a part of a block.
 
     Args:
-        shards: absolute paths.
+        shards: absolute paths, and URLs.
         name: the argument that the shards were given as.
         entries: which entries are images and captions.
+        remote: URL -> what is there.
+        cache: where remote shards are read from.
 
     Raises:
         InputError: a shard cannot be read, or there are no images or no captions.
     """
     distinct = list(dict.fromkeys(shards))
-    kept = sum(map(_size, distinct)) >= KEPT_BYTES
+    remote = remote or {}
+    kept = bool(remote) or sum(map(_size, distinct)) >= KEPT_BYTES
     found: dict[str, IndexBlock] = {}
     jobs: list[_Job] = []
     for path in distinct:
-        job = _Job(path, kept, entries)
+        job = _Job(path, kept, entries, remote.get(path), cache)
         block = _find(job) if kept else None
         if block is None:
             jobs.append(job)
@@ -311,13 +329,23 @@ def _keep(block: IndexBlock, path: Path) -> IndexBlock:
 def _read_shard(job: _Job) -> IndexBlock:
     builder = BlockBuilder(job.path, job.entries)
     try:
-        with open(job.path, "rb", buffering=_BUFFER_BYTES) as file:
+        with _open_shard(job) as file:
             status = os.fstat(file.fileno())
             for _ in builder.read(file):
                 pass
+    except RemoteError as error:
+        raise InputError(str(error)) from error
     except (tarfile.TarError, OSError) as error:
         raise InputError(f"shard {job.path} cannot be read: {error}") from error
+    if job.remote is not None:
+        return builder.finish(size_bytes=job.remote.size, version=job.remote.version)
     return builder.finish(size_bytes=status.st_size, mtime_ns=status.st_mtime_ns)
+
+
+def _open_shard(job: _Job) -> AbstractContextManager[IO[bytes]]:
+    if job.remote is not None and job.cache is not None:
+        return job.cache.open(job.remote)
+    return open(job.path, "rb", buffering=_BUFFER_BYTES)
 
 
 def _find(job: _Job) -> IndexBlock | None:
@@ -332,38 +360,48 @@ def _find(job: _Job) -> IndexBlock | None:
 def _open(path: Path, job: _Job) -> IndexBlock | None:
     try:
         block = IndexBlock.open(str(path))
-        status = os.stat(job.path)
+        is_current = _is_current(block, job)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         log.warning("Shard index: %s is damaged (%s) and is made again.", path, error)
         return None
-    facts = block.facts
-    if (facts.size_bytes, facts.mtime_ns) != (status.st_size, status.st_mtime_ns):
+    if not is_current:
         log.info("Shard index: %s has changed and is indexed again.", job.path)
         return None
     return block
 
 
-def _folders(job: _Job) -> tuple[Path, Path]:
-    """Return where a block may be: beside its shard, and in the user's cache."""
-    parent = Path(job.path).parent
+def _is_current(block: IndexBlock, job: _Job) -> bool:
+    facts = block.facts
+    if job.remote is not None:
+        return (facts.size_bytes, facts.version) == job.remote[1:]
+    status = os.stat(job.path)
+    return (facts.size_bytes, facts.mtime_ns) == (status.st_size, status.st_mtime_ns)
+
+
+def _folders(job: _Job) -> list[Path]:
+    """Return where a block may be: beside its shard if that is local, and in the user's cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    name = hashlib.blake2b(os.fsencode(parent.resolve()), digest_size=8).hexdigest()
-    return parent / _FOLDER, cache / "fasterase" / "shards" / name
+    parent = Path(job.path).parent
+    whole = job.path if is_remote(job.path) else parent.resolve()
+    name = hashlib.blake2b(os.fsencode(whole), digest_size=8).hexdigest()
+    cached = cache / "fasterase" / "shards" / name
+    return [cached] if is_remote(job.path) else [parent / _FOLDER, cached]
 
 
 def block_path(path: str, entries: Entries) -> Path:
     """Return where the block of the shard at `path` is written."""
     job = _Job(path, True, entries)
-    beside, cache = _folders(job)
-    return (beside if os.access(beside.parent, os.W_OK) else cache) / _block_name(job)
+    folders = _folders(job)
+    can_write = len(folders) > 1 and os.access(folders[0].parent, os.W_OK)
+    return folders[0 if can_write else -1] / _block_name(job)
 
 
 def _block_name(job: _Job) -> str:
     """Return the name of a block's file; other entries of one shard make other blocks."""
     chosen = hashlib.blake2b(repr(job.entries).encode(), digest_size=4).hexdigest()
-    return f"{os.path.basename(job.path)}.{chosen}.index"
+    return f"{shard_name(job.path)}.{chosen}.index"
 
 
 def _size(path: str) -> int:

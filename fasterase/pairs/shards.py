@@ -18,6 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from fasterase.pairs.remote import RemoteShard
+from fasterase.pairs.shard_cache import ShardCache
+
 _BLOCK = tarfile.BLOCKSIZE
 _ZEROS = bytes(_BLOCK)
 # An archive ends in two blocks of zeros, padded to a record of twenty; joined archives have that in
@@ -290,20 +293,28 @@ def _read_index(shard: str) -> int | None:
 
 
 @contextmanager
-def open_sequential(shard: str) -> Iterator[tuple[IO[bytes], Damage | None]]:
-    """Open a remote or compressed shard, copied to a temporary file and decompressed there.
+def open_sequential(
+    shard: str, remote: RemoteShard | None = None, cache: ShardCache | None = None
+) -> Iterator[tuple[IO[bytes], Damage | None]]:
+    """Open a compressed shard or a pipe, copied to a temporary file and decompressed there.
+
+    Args:
+        shard: its path, URL or pipe.
+        remote, cache: what is at the URL, and where to read that from.
 
     Yields:
         The file, and where the compressed data is damaged.
 
     Raises:
-        OSError, and errors of their own from the transports (curl, pipes, cloud clients).
+        OSError, and errors of their own from pipes.
     """
     from webdataset.gopen import gopen
 
     with ExitStack() as stack:
         if os.path.isfile(shard):
             raw: IO[bytes] = stack.enter_context(open(shard, "rb"))
+        elif remote is not None and cache is not None:
+            raw = stack.enter_context(cache.open(remote))
         else:
             raw = stack.enter_context(tempfile.TemporaryFile())
             with gopen(shard) as stream:

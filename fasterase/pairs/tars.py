@@ -1,22 +1,26 @@
-"""WebDataset shards: index local tars and read them by offset, load others into memory."""
+"""WebDataset shards: index tars and read them by offset, load compressed ones into memory."""
 
 from __future__ import annotations
 
+import functools
 import glob
 import hashlib
 import json
 import os
 import re
 import warnings
-from collections.abc import Iterator
-from functools import cache, cached_property
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from functools import cached_property
+from typing import IO, Any
 
 import numpy as np
 from torch import Tensor
 
 from fasterase.errors import InputError
+from fasterase.pairs.remote import RemoteError, RemoteShard, describe_shards, is_remote, shard_name
 from fasterase.pairs.shard_block import BlockBuilder, Entries
+from fasterase.pairs.shard_cache import ShardCache
 from fasterase.pairs.shard_index import ShardIndex, index_shards
 from fasterase.pairs.shards import open_sequential
 from fasterase.pairs.skips import BrokenPair
@@ -71,29 +75,38 @@ def open_tars(
     the entry `txt` (or `text_key`: endings, or a field of the `json` entry, which may be a list).
     The `json` entry becomes the pair's `meta`.
 
-    Local uncompressed tars are indexed in one pass over their headers (`shard_index`) and read by
-    offset. A sample of img2dataset that its json entry calls failed, or whose image has another
-    size than it says, is a broken pair. Remote
-    and compressed ones allow no random access: they are read once from start to end, and their
-    encoded images are kept in memory.
+    Uncompressed tars are indexed in one pass over their headers (`shard_index`) and read by offset;
+    those at a URL (`remote`) from local copies, of which a bounded number is kept (`shard_cache`).
+    A sample of img2dataset that its json entry calls failed, or whose image has another size than
+    it says, is a broken pair. Compressed tars and pipes allow no random access: they are read once
+    from start to end, and their encoded images are kept in memory.
 
     Of a damaged or truncated shard, every sample that can be read is read, and a warning names it.
     The others are broken pairs: `shard.tar/lost sample 1`, ... where their keys are lost too.
 
     Raises:
-        InputError: a shard is no tar at all, or there are no images or no captions under those
-            endings.
+        InputError: a shard is missing, cannot be reached or is no tar at all, or there are no
+            images or no captions under those endings.
+        MissingExtraError: remote shards need a package that is not installed.
     """
-    sequential = any(not os.path.isfile(s) or s.lower().endswith(_COMPRESSED) for s in shards)
+    urls = list(dict.fromkeys(filter(is_remote, shards)))
+    cache = ShardCache.of_environment() if urls else None
+    remote = describe_shards(urls, name=name) if urls else {}
+    sequential = any(
+        shard_name(shard).lower().endswith(_COMPRESSED)
+        or not (shard in remote or os.path.isfile(shard))
+        for shard in shards
+    )
     entries = Entries(
         tuple((image_key or IMAGE_ENTRIES).lower().split(";")),
         tuple((text_key or TEXT_ENTRIES).lower().split(";")),
         text_key or "",
     )
     if sequential:
-        return _load_tars(shards, name, entries)
-    paths = [os.path.abspath(shard) for shard in shards]
-    return TarFiles(name, index_shards(paths, name=name, entries=entries))
+        return _load_tars(shards, name, entries, remote, cache)
+    paths = [shard if shard in remote else os.path.abspath(shard) for shard in shards]
+    index = index_shards(paths, name=name, entries=entries, remote=remote, cache=cache)
+    return TarFiles(name, index, remote=remote, cache=cache)
 
 
 class TarPairs(EncodedSource):
@@ -128,7 +141,26 @@ class TarPairs(EncodedSource):
 
 
 class TarFiles(TarPairs):
-    """Local uncompressed tars, read by shard and offset."""
+    """Uncompressed tars, read by shard and offset.
+
+    Args:
+        name: see `PairSource`.
+        index: of the shards.
+        remote: URL -> what was there when it was indexed.
+        cache: where remote shards are read from.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        index: ShardIndex,
+        *,
+        remote: Mapping[str, RemoteShard] | None = None,
+        cache: ShardCache | None = None,
+    ) -> None:
+        super().__init__(name, index)
+        self._remote = dict(remote or {})
+        self._cache = cache
 
     def __getitem__(self, index: int) -> Record:
         record = super().__getitem__(index)
@@ -142,14 +174,21 @@ class TarFiles(TarPairs):
             return None
         shard = self._shard(index)
         try:
-            with open(shard, "rb") as file:
+            with self._open(shard) as file:
                 file.seek(offset)
                 data = file.read(size)
+        except RemoteError as error:
+            raise BrokenPair(self.id(index), str(error)) from error
         except OSError as error:
             raise BrokenPair(self.id(index), f"{shard} cannot be read: {error}") from error
         if len(data) < size:
             raise BrokenPair(self.id(index), f"{shard} was cut off after it was opened")
         return data
+
+    def _open(self, shard: str) -> AbstractContextManager[IO[bytes]]:
+        if self._cache is not None and shard in self._remote:
+            return self._cache.open(self._remote[shard])
+        return open(shard, "rb")
 
     def _shard(self, index: int) -> str:
         return self.index.shards[self.index.place(index)[0]]
@@ -177,7 +216,8 @@ class TarFiles(TarPairs):
 
     def encoded_location(self, index: int) -> str:
         offset = self.index.extent("image", index).offset
-        return f"{_resolve(self._shard(index))}::{offset}"
+        shard = self._shard(index)
+        return f"{shard if shard in self._remote else _resolve(shard)}::{offset}"
 
 
 class LoadedTars(TarPairs):
@@ -214,13 +254,19 @@ class LoadedTars(TarPairs):
 
 
 # Resolving a path asks the file system about each of its folders.
-_resolve = cache(os.path.realpath)
+_resolve = functools.cache(os.path.realpath)
 
 
-def _load_tars(shards: list[str], name: str, entries: Entries) -> LoadedTars:
+def _load_tars(
+    shards: list[str],
+    name: str,
+    entries: Entries,
+    remote: Mapping[str, RemoteShard],
+    cache: ShardCache | None,
+) -> LoadedTars:
     warnings.warn(
-        f"`{name}`: remote or compressed shards allow no random access; they are read once and "
-        f"their images kept in memory. For large sets, use local uncompressed .tar files.",
+        f"`{name}`: compressed shards and pipes allow no random access; they are read once and "
+        f"their images kept in memory. For large sets, use uncompressed .tar files.",
         stacklevel=2,
     )
     images: list[bytes | None] = []
@@ -229,13 +275,15 @@ def _load_tars(shards: list[str], name: str, entries: Entries) -> LoadedTars:
         for shard in shards:
             builder = BlockBuilder(shard, entries)
             try:
-                with open_sequential(shard) as (file, damage):
+                with open_sequential(shard, remote.get(shard), cache) as (file, damage):
                     wanted = {*entries.image, "json"}
                     for sample in builder.read(file, wanted=wanted, damage=damage):
                         images.append(entries.image_of(sample.data))
                         metas.append(_dump_object(sample.data.get("json", b"{}")))
                         bar.update()
-            # The transports (curl, pipes, cloud clients) raise errors of their own.
+            except RemoteError as error:
+                raise InputError(f"`{name}`: {error}") from error
+            # Pipes raise errors of their own.
             except Exception as error:
                 raise InputError(f"`{name}`: shard {shard} cannot be read: {error}") from error
             blocks.append(builder.finish())

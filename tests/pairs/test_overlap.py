@@ -55,7 +55,7 @@ def test_tars_and_files_are_compared(pictures, make_tar, encoded, tmp_path):
         remaining(shard, shard)
 
 
-@pytest.mark.filterwarnings("ignore:`x`. remote or compressed shards")
+@pytest.mark.filterwarnings("ignore:`x`. compressed shards")
 def test_compressed_shards_of_one_name_are_compared_by_their_images(make_tar, encoded, tmp_path):
     folders = [tmp_path / name for name in ("one", "two")]
     shards = []

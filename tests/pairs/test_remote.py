@@ -1,0 +1,289 @@
+"""Remote shards: the same pairs as local ones, faults named, a cache that keeps its bound."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import multiprocessing
+import os
+import re
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from fasterase.errors import InputError, MissingExtraError
+from fasterase.pairs import remote, shard_cache
+from fasterase.pairs.open import open_pairs
+from fasterase.pairs.remote import RemoteError, describe_shard
+from fasterase.pairs.shard_cache import ShardCache
+from fasterase.pairs.skips import BrokenPair
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves a folder, with ranges, and with the faults that are asked for.
+
+    Attributes:
+        reads: (file name, first byte) of each request for content.
+        slow: seconds that each such request takes, by file name.
+        cut: bytes that are sent of each chunk, by file name, before the connection ends.
+        cuts: how many more requests are cut.
+        ranges: whether ranges are known.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, folder):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder, self.ranges, self.cuts = folder, True, 10**9
+        self.reads, self.slow, self.cut = [], {}, {}
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        self.answer(with_content=False)
+
+    def do_GET(self):
+        self.answer(with_content=True)
+
+    def answer(self, *, with_content):
+        server, name = self.server, self.path.strip("/").partition("?")[0]
+        path = Path(server.folder, name)
+        if not path.is_file():
+            self.send_error(404)
+            return
+        data, start = path.read_bytes(), 0
+        etag = f'"{path.stat().st_mtime_ns}"'
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        self.send_response(206 if asked and server.ranges else 200)
+        if asked and server.ranges:
+            start = int(asked[1])
+            data = data[start : int(asked[2]) + 1]
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("ETag", etag)
+        self.end_headers()
+        if not with_content:
+            return
+        server.reads.append((name, start))
+        time.sleep(server.slow.get(name, 0))
+        if name in server.cut and server.cuts > 0:
+            server.cuts -= 1
+            self.close_connection = True
+            data = data[: server.cut[name]]
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(remote, "PAUSE_SECONDS", 0.01)
+    with Server(tmp_path) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def shards(make_tar, encoded):
+    """Writes s-0.tar ... s-3.tar with two samples each."""
+    paths = []
+    for shard in range(4):
+        entries = {}
+        for n in (2 * shard, 2 * shard + 1):
+            entries |= {f"key{n}.png": encoded(n), f"key{n}.txt": f"n {n}", f"key{n}.json": {}}
+        paths.append(make_tar(f"s-{shard}.tar", entries))
+    return paths
+
+
+def contents(source):
+    pairs = open_pairs(source, name="retain")
+    rows = range(len(pairs))
+    return [(pairs.id(i), pairs.texts(i), pairs.meta(i), pairs.encoded_image(i)) for i in rows]
+
+
+def held(tmp_path):
+    return sorted(p.name for p in (tmp_path / "cache/fasterase/remote").glob("*-*"))
+
+
+def test_the_same_pairs_as_local_ones_and_read_once(server, shards, tmp_path):
+    pattern = f"{server.url}/s-{{0..3}}.tar"
+    assert contents(pattern) == contents(shards)
+    assert sorted(server.reads) == [(f"s-{n}.tar", 0) for n in range(4)]
+    server.reads.clear()
+    again = open_pairs(pattern, name="retain")
+    assert again.manifest() == open_pairs(shards, name="retain").manifest()
+    assert again[7].text == "n 7"
+    assert server.reads == []
+    # Nor are they read to open them when their copies are gone.
+    for name in held(tmp_path):
+        (tmp_path / "cache/fasterase/remote" / name).unlink()
+    assert open_pairs(pattern, name="retain").texts(3) == ["n 3"]
+    assert server.reads == []
+
+
+def test_a_query_is_no_part_of_an_id(server, shards):
+    assert open_pairs(f"{server.url}/s-0.tar?signature=1", name="x").id(0) == "s-0.tar/key0"
+
+
+def test_a_changed_shard_is_read_anew(server, shards, make_tar, encoded):
+    url = f"{server.url}/s-0.tar"
+    before = open_pairs(url, name="x")
+    assert before[0].text == "n 0"
+    make_tar("s-0.tar", {"new.png": encoded(9), "new.txt": "another"})
+    assert [id for id, *_ in contents(url)] == ["s-0.tar/new"]
+    assert before[0].text == "n 0"  # its copy is still there
+    for copy in before._cache.folder.glob("*-s-0.tar"):
+        copy.unlink()
+    with pytest.raises(BrokenPair, match="has changed since it was opened"):
+        before[0]
+
+
+def test_missing_shards_are_counted_and_one_is_named(server, shards):
+    with pytest.raises(
+        InputError, match=r"`retain`: 2 of 6 shards are missing.*s-4.tar is missing.*pattern"
+    ):
+        open_pairs(f"{server.url}/s-{{0..5}}.tar", name="retain")
+
+
+def test_a_slow_shard_is_named_and_tried_again(server, shards, monkeypatch):
+    monkeypatch.setattr(remote, "PATIENCE_SECONDS", 0.2)
+    server.slow["s-1.tar"] = 0.6
+    url = f"{server.url}/s-1.tar"
+    with pytest.raises(InputError, match=rf"`x`: shard {url} .*too slow: no answer within 0.2.*3"):
+        open_pairs(url, name="x")
+    assert len(server.reads) == remote.TRIES
+    time.sleep(0.6)
+
+
+def test_a_cut_download_goes_on_where_it_stopped(server, shards, monkeypatch):
+    """Also one of a process that was killed."""
+    monkeypatch.setattr(remote, "CHUNK_BYTES", 1000)
+    server.cut["s-1.tar"], server.cuts = 100, 2
+    assert contents(f"{server.url}/s-1.tar") == contents(shards[1])
+    starts = [start for _, start in server.reads]
+    assert starts[:4] == [0, 0, 0, 1000]
+    cache = ShardCache.of_environment()
+    shard = describe_shard(f"{server.url}/s-2.tar")
+    path = cache._path(shard)
+    data = Path(shards[2]).read_bytes()
+    path.with_name(f"{path.name}.{shard.size}.partial").write_bytes(data[:5000])
+    server.reads.clear()
+    with cache.open(shard) as file:
+        assert file.read() == data
+    assert server.reads[0] == ("s-2.tar", 5000)
+
+
+def test_a_truncated_download_is_named(server, shards):
+    server.cut["s-1.tar"] = 100
+    with pytest.raises(InputError, match=r"s-1.tar cannot be read: .*3 tries. Check the network"):
+        open_pairs(f"{server.url}/s-1.tar", name="x")
+
+
+def test_a_shard_that_is_truncated_on_its_server_is_named(server, shards):
+    os.truncate(shards[1], os.path.getsize(shards[1]) // 3)
+    url = f"{server.url}/s-1.tar"
+    with pytest.warns(UserWarning, match=f"shard {url} is damaged"):
+        assert len(open_pairs(url, name="x")) == 2
+
+
+def test_a_server_without_ranges(server, shards, monkeypatch):
+    monkeypatch.setattr(remote, "CHUNK_BYTES", 1000)
+    server.ranges = False
+    assert contents(f"{server.url}/s-1.tar") == contents(shards[1])
+    assert len(server.reads) == 1
+
+
+def test_compressed_shards(server, make_tar, encoded):
+    make_tar("z.tar.gz", {"a.png": encoded(1), "a.txt": "cat"}, "w:gz")
+    with pytest.warns(UserWarning, match="compressed shards .* kept in memory"):
+        pairs = open_pairs(f"{server.url}/z.tar.gz", name="x")
+    assert (pairs.id(0), pairs[0].text) == ("z.tar.gz/a", "cat")
+
+
+def test_a_shard_lost_during_a_run_breaks_its_pairs_and_is_not_waited_for_again(
+    server, shards, monkeypatch
+):
+    pairs = open_pairs(f"{server.url}/s-{{0..1}}.tar", name="x")
+    for copy in pairs._cache.folder.glob("*-s-1.tar"):
+        copy.unlink()
+    os.unlink(shards[1])
+    for row in (2, 3):
+        with pytest.raises(BrokenPair, match=r"s-1.tar is missing"):
+            pairs[row]
+    monkeypatch.setattr(remote, "describe_shard", lambda url: pytest.fail("asked again"))
+    with pytest.raises(BrokenPair, match=r"s-1.tar is missing"):
+        pairs[2]
+    assert pairs[1].text == "n 1"
+
+
+def test_the_cache_keeps_its_bound_and_drops_the_least_recently_used(
+    server, shards, monkeypatch, tmp_path
+):
+    bound = sum(map(os.path.getsize, shards[:2])) + 1000
+    monkeypatch.setenv(shard_cache.BYTES_VARIABLE, str(bound))
+    pairs = open_pairs(f"{server.url}/s-{{0..3}}.tar", name="x")
+    for row in (0, 2, 0, 4, 0):
+        assert pairs[row].text == f"n {row}"
+        time.sleep(0.01)
+        sizes = [p.stat().st_size for p in pairs._cache.folder.glob("*-*")]
+        assert sum(sizes) <= bound
+    assert [name.split("-", 1)[1] for name in held(tmp_path)].count("s-0.tar") == 1
+    server.reads.clear()
+    assert pairs[1].text == "n 1"
+    assert server.reads == []
+    # One that is being read stays, whatever the others need.
+    with pairs._open(pairs._shard(0)) as file:
+        for row in (2, 4, 6):
+            assert pairs[row].text == f"n {row}"
+        assert os.fstat(file.fileno()).st_nlink == 1
+
+
+def read_at_random(url, seed, results):
+    pairs = open_pairs(url, name="x")
+    order = [(seed * 3 + 5 * n) % 8 for n in range(24)]
+    folder, most = pairs._cache.folder, 0
+    for row in order:
+        assert pairs[row].text == f"n {row}"
+        sizes = (p.stat().st_size for p in folder.glob("*-*.tar") if p.is_file())
+        with contextlib.suppress(FileNotFoundError):
+            most = max(most, sum(sizes))
+    results.put(most)
+
+
+def test_several_processes_share_the_cache(server, shards, monkeypatch):
+    bound = sum(map(os.path.getsize, shards[:2])) + 1000
+    monkeypatch.setenv(shard_cache.BYTES_VARIABLE, str(bound))
+    url = f"{server.url}/s-{{0..3}}.tar"
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    started = [
+        context.Process(target=read_at_random, args=(url, seed, results)) for seed in range(3)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(60)
+    assert [process.exitcode for process in started] == [0, 0, 0]
+    assert all(0 < results.get() <= bound for _ in started)
+
+
+def test_wrong_settings_are_named(server, shards, monkeypatch):
+    url = f"{server.url}/s-0.tar"
+    monkeypatch.setenv(shard_cache.BYTES_VARIABLE, "64 GB")
+    with pytest.raises(InputError, match="FASTERASE_SHARD_CACHE_BYTES='64 GB' must be a whole"):
+        open_pairs(url, name="x")
+    monkeypatch.setenv(shard_cache.BYTES_VARIABLE, "1000")
+    with pytest.raises(InputError, match=f"shard {url} takes .* Raise FASTERASE_SHARD_CACHE_BYTES"):
+        open_pairs(url, name="x")
+    with pytest.raises(MissingExtraError, match=r"s3:// shards needs `s3fs`.*fasterase\[s3\]"):
+        open_pairs("s3://bucket/{0..3}.tar", name="x")
+    monkeypatch.setenv(shard_cache.BYTES_VARIABLE, "")
+    with pytest.raises(RemoteError, match=r"127\.0\.0\.1"):
+        describe_shard("http://127.0.0.1:9/s.tar")
