@@ -25,7 +25,7 @@ from fasterase.engine.damage import (
 from fasterase.engine.pacing import Check
 from fasterase.evaluation.evaluator import Evaluator, Measurement
 from fasterase.evaluation.verdict import REMEMBERED, Judge, Trace, summarise
-from fasterase.pairs.sampler import Sampler, drawn_rows
+from fasterase.pairs.sampler import Sampler, drawn_rows, shuffle_rows
 from fasterase.pairs.source import PairSource
 from fasterase.reference.cache import FeatureCache
 from fasterase.reference.live import LiveReference, Reference
@@ -61,9 +61,12 @@ class RetainPool:
     withheld: np.ndarray
 
     @classmethod
-    def choose(cls, count: int, *, batch_size: int, seed: int) -> RetainPool:
-        """Choose at most `POOL_BATCHES` batches of `count` pairs."""
-        order = generator(seed, Stream.RETAIN_POOL).permutation(count)[: POOL_BATCHES * batch_size]
+    def choose(
+        cls, count: int, *, batch_size: int, seed: int, shards: np.ndarray | None = None
+    ) -> RetainPool:
+        """Choose at most `POOL_BATCHES` batches of `count` pairs; of few `shards` if given."""
+        numbers = generator(seed, Stream.RETAIN_POOL)
+        order = shuffle_rows(numbers, count, shards)[: POOL_BATCHES * batch_size]
         size = len(order)
         kept_back = min(int(WITHHELD_SHARE * size), MAX_WITHHELD) if size >= LEAST_POOL else 0
         return cls(drawn=np.sort(order[kept_back:]), withheld=np.sort(order[:kept_back]))

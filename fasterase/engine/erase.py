@@ -131,7 +131,9 @@ def erase(
     trained = Trained.choose(model, config.tune, logit_scale=config.train_logit_scale)
     pool = None
     if config.runs_until_forgotten:
-        pool = RetainPool.choose(len(retain), batch_size=config.batch_size, seed=config.seed)
+        pool = RetainPool.choose(
+            len(retain), batch_size=config.batch_size, seed=config.seed, shards=retain.shards()
+        )
     sampler = Sampler(
         len(forget),
         len(retain),
@@ -139,6 +141,8 @@ def erase(
         batch_size=config.batch_size,
         seed=config.seed,
         retain_rows=None if pool is None else pool.drawn,
+        forget_shards=forget.shards(),
+        retain_shards=retain.shards(),
     )
     total_steps = count_steps(config, sampler)
     # Before anything wraps the model: sharded weights would look the same for any model.

@@ -9,6 +9,10 @@ import numpy as np
 from fasterase.errors import InputError
 from fasterase.seeds import Stream, generator
 
+# Remote shards whose rows are shuffled together. The cache has to hold those of both sets, and the
+# next ones: of img2dataset's shards (10,000 images of 256 x 256 pixels, 250 MB) some 16 GB.
+WINDOW_SHARDS = 16
+
 
 class Draw(NamedTuple):
     """Rows of one step and, for each, which of its captions is used.
@@ -29,13 +33,15 @@ class Sampler:
     One epoch is one pass over the forget set: a fresh permutation, cut into `steps_per_epoch`
     batches whose sizes differ by at most one, so that no pair is left out and no batch is tiny.
     The retain set cycles in passes of its own, each a fresh permutation cut into full batches; the
-    rows that do not fill a batch are skipped in that pass. No batch holds a row twice.
+    rows that do not fill a batch are skipped in that pass. No batch holds a row twice. Rows of
+    remote shards are shuffled in windows, see `shuffle_rows`.
 
     Args:
         n_forget, n_retain: pairs in the sets; 0 draws none.
         retain_rows: the rows of the retain set to draw from; None for all.
         forget_batch_size, batch_size: forget and retain pairs per step, clipped to the sets.
         seed: not negative.
+        forget_shards, retain_shards: see `PairSource.shards`; None shuffles all rows alike.
     """
 
     def __init__(
@@ -47,6 +53,8 @@ class Sampler:
         batch_size: int,
         seed: int,
         retain_rows: np.ndarray | None = None,
+        forget_shards: np.ndarray | None = None,
+        retain_shards: np.ndarray | None = None,
     ) -> None:
         for option, value in (("forget_batch_size", forget_batch_size), ("batch_size", batch_size)):
             if value < 1:
@@ -58,6 +66,9 @@ class Sampler:
         self._pool = retain_rows
         self._retain_count = n_retain if retain_rows is None else len(retain_rows)
         self.seed = seed
+        if retain_shards is not None and retain_rows is not None:
+            retain_shards = retain_shards[retain_rows]
+        self._shards = {Stream.FORGET_ORDER: forget_shards, Stream.RETAIN_ORDER: retain_shards}
         self.steps_per_epoch = max(1, -(-n_forget // forget_batch_size))
         self._retain_batch = min(batch_size, self._retain_count)
         self._forget_batch = -(-n_forget // self.steps_per_epoch)  # the largest
@@ -94,10 +105,28 @@ class Sampler:
         # Keep the current pass: permuting ten million rows takes a second.
         kept = self._passes.get(stream)
         if kept is None or kept[0] != number:
-            rows = np.arange(length, dtype=np.int32 if length < 2**31 else np.int64)
-            kept = (number, generator(self.seed, stream, number).permutation(rows))
+            numbers = generator(self.seed, stream, number)
+            kept = (number, shuffle_rows(numbers, length, self._shards[stream]))
             self._passes[stream] = kept
         return kept[1]
+
+
+def shuffle_rows(
+    numbers: np.random.Generator, count: int, shards: np.ndarray | None = None
+) -> np.ndarray:
+    """Return the rows 0 to `count - 1` in random order.
+
+    With the `shards` [count] of the rows, the shards are shuffled first, and then the rows within
+    each window of `WINDOW_SHARDS` of them: a pass over the rows needs few shards at a time, each
+    once. One window alone is the order without shards.
+    """
+    order = numbers.permutation(np.arange(count, dtype=np.int32 if count < 2**31 else np.int64))
+    if shards is None or count == 0:
+        return order
+    window = numbers.permutation(int(shards.max()) + 1) // WINDOW_SHARDS
+    # NumPy sorts short integers by radix: ten million rows in half a second.
+    window = window.astype(np.int16 if len(window) < 2**15 else np.int64)
+    return order[np.argsort(window[shards[order]], kind="stable")]
 
 
 def drawn_rows(sampler: Sampler, total_steps: int) -> tuple[np.ndarray, np.ndarray]:

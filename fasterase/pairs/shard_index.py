@@ -83,6 +83,12 @@ class ShardIndex:
         number = bisect_right(self._starts, row) - 1
         return number, row - self._starts[number]
 
+    def shard_numbers(self) -> np.ndarray:
+        """Return the shard of each row, [n] int32; lost samples, which are not read, are of one."""
+        rows = np.arange(len(self))
+        numbers = np.searchsorted(self.starts, rows, side="right") - 1
+        return np.minimum(numbers, len(self.blocks) - 1).astype(np.int32)
+
     def id(self, row: int) -> str:
         if not 0 <= row < len(self):
             raise IndexError(row)

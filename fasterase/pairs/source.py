@@ -127,6 +127,13 @@ class PairSource(abc.ABC):
             except BrokenPair:
                 yield []
 
+    def shards(self) -> np.ndarray | None:
+        """Return the number of each pair's shard, [n] int32, if shards are fetched whole.
+
+        None if any pair is as quickly read as the next.
+        """
+        return None
+
     def encoded_sizes(self) -> np.ndarray | None:
         """Return the bytes of each encoded image, [n] int64, -1 if missing; None if decoded."""
         return None
@@ -308,6 +315,10 @@ class Subset(PairSource, Sequence[Record]):
         chosen = np.zeros(len(self.base), bool)
         chosen[self.indices] = True
         return compress(every, chosen.tolist())
+
+    def shards(self) -> np.ndarray | None:
+        shards = self.base.shards()
+        return None if shards is None else shards[self.indices]
 
     def encoded_sizes(self) -> np.ndarray | None:
         sizes = self.base.encoded_sizes()

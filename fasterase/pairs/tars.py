@@ -19,8 +19,9 @@ from torch import Tensor
 
 from fasterase.errors import InputError
 from fasterase.pairs.remote import RemoteError, RemoteShard, describe_shards, is_remote, shard_name
+from fasterase.pairs.sampler import WINDOW_SHARDS
 from fasterase.pairs.shard_block import BlockBuilder, Entries
-from fasterase.pairs.shard_cache import ShardCache
+from fasterase.pairs.shard_cache import BYTES_VARIABLE, ShardCache
 from fasterase.pairs.shard_index import ShardIndex, index_shards
 from fasterase.pairs.shards import open_sequential
 from fasterase.pairs.skips import BrokenPair
@@ -106,6 +107,8 @@ def open_tars(
         return _load_tars(shards, name, entries, remote, cache)
     paths = [shard if shard in remote else os.path.abspath(shard) for shard in shards]
     index = index_shards(paths, name=name, entries=entries, remote=remote, cache=cache)
+    if cache is not None:
+        _warn_if_cache_is_small(name, list(remote.values()), cache)
     return TarFiles(name, index, remote=remote, cache=cache)
 
 
@@ -201,6 +204,9 @@ class TarFiles(TarPairs):
             raise BrokenPair(self.id(index), f"json cannot be read: {error}") from error
         return meta if isinstance(meta, dict) else {}
 
+    def shards(self) -> np.ndarray | None:
+        return self.index.shard_numbers() if self._remote else None
+
     def encoded_sizes(self) -> np.ndarray:
         return self._sizes
 
@@ -255,6 +261,19 @@ class LoadedTars(TarPairs):
 
 # Resolving a path asks the file system about each of its folders.
 _resolve = functools.cache(os.path.realpath)
+
+
+def _warn_if_cache_is_small(name: str, shards: list[RemoteShard], cache: ShardCache) -> None:
+    """Warn if training would fetch the same shards again and again."""
+    # Workers read the next window ahead while others still read this one.
+    needed = min(len(shards), 2 * WINDOW_SHARDS) * max(shard.size for shard in shards)
+    if cache.max_bytes < needed:
+        warnings.warn(
+            f"`{name}`: the cache of remote shards holds {cache.max_bytes} bytes. Training "
+            f"shuffles {WINDOW_SHARDS} shards together and would fetch them more than once. Raise "
+            f"{BYTES_VARIABLE} to {needed} or more for each of the sets to forget and to retain.",
+            stacklevel=2,
+        )
 
 
 def _load_tars(

@@ -19,6 +19,7 @@ from fasterase.pairs.open import open_pairs
 from fasterase.pairs.remote import RemoteError, describe_shard
 from fasterase.pairs.shard_cache import ShardCache
 from fasterase.pairs.skips import BrokenPair
+from fasterase.pairs.split import split
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -223,6 +224,7 @@ def test_a_shard_lost_during_a_run_breaks_its_pairs_and_is_not_waited_for_again(
     assert pairs[1].text == "n 1"
 
 
+@pytest.mark.filterwarnings("ignore:.*Training shuffles")
 def test_the_cache_keeps_its_bound_and_drops_the_least_recently_used(
     server, shards, monkeypatch, tmp_path
 ):
@@ -257,6 +259,7 @@ def read_at_random(url, seed, results):
     results.put(most)
 
 
+@pytest.mark.filterwarnings("ignore:.*Training shuffles")
 def test_several_processes_share_the_cache(server, shards, monkeypatch):
     bound = sum(map(os.path.getsize, shards[:2])) + 1000
     monkeypatch.setenv(shard_cache.BYTES_VARIABLE, str(bound))
@@ -272,6 +275,18 @@ def test_several_processes_share_the_cache(server, shards, monkeypatch):
         process.join(60)
     assert [process.exitcode for process in started] == [0, 0, 0]
     assert all(0 < results.get() <= bound for _ in started)
+
+
+def test_training_reads_few_shards_at_a_time(server, shards, monkeypatch):
+    url = f"{server.url}/s-{{0..3}}.tar"
+    local, pairs = open_pairs(shards, name="x"), open_pairs(url, name="x")
+    assert local.shards() is None
+    assert pairs.shards().tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    _, retain = split(pairs, forget=r"n [05]")
+    assert retain.shards().tolist() == [0, 1, 1, 2, 3, 3]
+    monkeypatch.setenv(shard_cache.BYTES_VARIABLE, str(os.path.getsize(shards[0]) * 3))
+    with pytest.warns(UserWarning, match=r"`x`: .* Raise FASTERASE_SHARD_CACHE_BYTES to \d+"):
+        open_pairs(url, name="x")
 
 
 def test_wrong_settings_are_named(server, shards, monkeypatch):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fasterase.errors import InputError
-from fasterase.pairs.sampler import Sampler
+from fasterase.pairs.sampler import WINDOW_SHARDS, Sampler
 
 SIZES = {
     "n_forget": st.integers(1, 40),
@@ -77,6 +77,41 @@ def test_every_retain_row_is_drawn_in_the_long_run():
     drawn = np.concatenate([sampler.draw(step).retain for step in range(300)])
     counts = np.bincount(drawn, minlength=10)
     assert counts.min() > 0.8 * counts.mean()
+
+
+def test_rows_of_remote_shards_are_shuffled_in_windows():
+    shards = np.repeat(np.arange(3 * WINDOW_SHARDS), 10).astype(np.int32)
+    sizes = {"forget_batch_size": 32, "batch_size": 16, "seed": 0}
+    sampler = Sampler(32, len(shards), **sizes, retain_shards=shards)
+    rows = np.concatenate([sampler.draw(step).retain for step in range(len(shards) // 16)])
+    assert sorted(rows) == list(range(len(shards)))
+    windows = shards[rows].reshape(3, -1)
+    for window in windows:
+        assert len(set(window)) == WINDOW_SHARDS
+        assert np.abs(np.diff(window)).mean() > 5  # and not shard by shard
+    again = Sampler(32, len(shards), **sizes, retain_shards=shards)
+    assert np.array_equal(again.draw(25).retain, rows[25 * 16 : 26 * 16])
+
+
+def test_few_remote_shards_are_drawn_as_local_ones():
+    shards = np.repeat(np.arange(WINDOW_SHARDS), 4).astype(np.int32)
+    pool = np.arange(3, 60)
+    samplers = [
+        Sampler(
+            len(shards),
+            len(shards),
+            forget_batch_size=8,
+            batch_size=16,
+            seed=1,
+            retain_rows=pool,
+            forget_shards=each,
+            retain_shards=each,
+        )
+        for each in (None, shards)
+    ]
+    for step in range(9):
+        for one, other in zip(*(sampler.draw(step) for sampler in samplers), strict=True):
+            assert np.array_equal(one, other)
 
 
 def test_an_empty_set_draws_nothing():
