@@ -25,6 +25,9 @@ from fasterase.ops.contrastive.triton_plan import Tile
 # N of the training steps.
 SIZES = tuple(2**k for k in range(10, 21))
 
+# Of [N, N] logits that a step could keep on a GPU of 80 GB beside towers.
+KEPT_BYTES = 8 * 2**30
+
 CANDIDATES = (
     Tile(128, 128, 64, 8, 3),
     Tile(128, 128, 64, 4, 3),
@@ -71,11 +74,15 @@ def step_row(
     name: str,
     *,
     is_overlapped: bool = False,
+    keeps_logits: bool = False,
 ) -> dict[str, Any]:
     """Predict a training step from its (sums, strip) kernels."""
     sums, strip = (kernel.at(gpu, n) for kernel in pair)
     strip_rows = min(n, max(2**27 // n, 2048))  # 256 MB of G or 2,048 rows, as launched
-    parts = step(gpu, n, sums, strip, strip_rows, is_overlapped=is_overlapped)
+    parts = step(
+        *(gpu, n, sums, strip, strip_rows), is_overlapped=is_overlapped, keeps_logits=keeps_logits
+    )
+    # As launched, also where kept logits save some: then the shares compare like the times.
     flops = (12 if strip.has_ref else 8) * n * n * sums.width
     seconds = sum(parts)
     return {
@@ -123,6 +130,8 @@ def rows(n: int, wants_tiles: bool) -> Iterator[dict[str, Any]]:
             )
             for size in sorted({n, *SIZES}):
                 yield step_row(H100, size, (sums, strip), "as launched")
+                if (2 if has_ref else 1) * 2 * size * size <= KEPT_BYTES:
+                    yield step_row(H100, size, (sums, strip), "if kept", keeps_logits=True)
             yield step_row(H100, n, (sums, strip), "as launched, overlapped", is_overlapped=True)
             if best:
                 sums = modelled(H100, "sums", width, False, n, best["sums", False])

@@ -133,6 +133,11 @@ class Modelled(NamedTuple):
     def cost(self) -> Cost:
         return cost(self.phases, self.resident)
 
+    def without_products(self) -> Modelled:
+        """Return the same kernel if its logits were there already: only what follows products."""
+        loops = 1 if self.path.trace[2] is not None else len(self.path.trace[0])
+        return self._replace(phases=self.phases[loops:])
+
     def seconds(
         self, gpu: Gpu, num_rows: int, num_cols: int, *, is_overlapped: bool = False
     ) -> float:
@@ -188,8 +193,13 @@ def step(
     strip_rows: int,
     *,
     is_overlapped: bool = False,
+    keeps_logits: bool = False,
 ) -> Step:
-    """Predict a step: sums, strips of G, two products per strip; d_text accumulates in fp32."""
+    """Predict a step: sums, strips of G, two products per strip; d_text accumulates in fp32.
+
+    With `keeps_logits`, which no kernel does, the sweeps write their [n, n] logits in 16 bits and
+    the strips read them in place of multiplying again.
+    """
     width, has_ref = sums.width, strip.has_ref
     matrices = 2 if has_ref else 1
     num_strips = math.ceil(n / strip_rows)
@@ -197,10 +207,13 @@ def step(
     text = gemm_seconds(gpu, n, width, strip_rows, clock(gpu), out_bytes=8)
     # The diagonal and the lengths; partial sums, written and read, and crosses likewise;
     # feature_gradients (products, both towers, the result).
+    kept = matrices * 2 * n * n / gpu.hbm_bytes if keeps_logits else 0.0
+    strip = strip.without_products() if keeps_logits else strip
     streamed = matrices * 4 * n * width + 2 * (2 * matrices - 1) * 32 * n * 8 + 2 * n * width * 10
     return Step(
-        matrices * sums.seconds(gpu, n, n, is_overlapped=is_overlapped),
-        num_strips * (strip.seconds(gpu, strip_rows, n, is_overlapped=is_overlapped) + LAUNCH_S),
+        matrices * sums.seconds(gpu, n, n, is_overlapped=is_overlapped) + kept,
+        num_strips * (strip.seconds(gpu, strip_rows, n, is_overlapped=is_overlapped) + LAUNCH_S)
+        + kept,
         num_strips * (image + text),
         streamed / gpu.hbm_bytes + 10 * LAUNCH_S,
     )
