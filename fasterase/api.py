@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -33,6 +33,7 @@ from fasterase.models.companions import remember
 from fasterase.models.delta import keep_original
 from fasterase.models.dual_encoder import DualEncoder, separate_copy
 from fasterase.models.load import load_model
+from fasterase.pairs.batches import count_workers
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.overlap import remove_overlap
 from fasterase.pairs.skips import SkipLedger
@@ -287,7 +288,7 @@ def evaluate(
     image_key: str | None = None,
     text_key: str | None = None,
     device: str | None = None,
-    num_workers: int = 0,
+    num_workers: int | Literal["auto"] = 0,
     progress: bool = True,
 ) -> Evaluation:
     """Measure how well a model still knows the pairs to forget, and all others.
@@ -329,7 +330,7 @@ def evaluate(
         image_key, text_key: columns of tables, keys of dicts and fields of tar samples.
         device: where to measure, such as `"cuda:0"`; a model passed in is moved back afterwards.
             None: where the model is, or the best available device for one given by name.
-        num_workers: processes that load and decode pairs.
+        num_workers: processes that load and decode pairs; see `UnlearnConfig`.
         progress: show progress bars.
 
     Pairs that cannot be read are left out for all models, and named in a warning.
@@ -345,8 +346,9 @@ def evaluate(
         forget, retain, holdout, sets, forget_sets, image_key=image_key, text_key=text_key
     )
     others = _named_models(original, references)
-    if parse_value("num_workers", num_workers, int) < 0:
-        raise InputError(f"num_workers={num_workers} must be 0 or more.")
+    workers = count_workers(parse_value("num_workers", num_workers, int | Literal["auto"]))
+    if workers < 0:
+        raise InputError(f"num_workers={num_workers} must be 0 or more, or 'auto'.")
     evaluator = Evaluator(
         sources,
         forget_sets=to_forget,
@@ -364,7 +366,7 @@ def evaluate(
         named = isinstance(each, (str, os.PathLike))
         default = best_device() if named else encoder.device
         with placed(encoder, device=resolve_device(device, default=default)):
-            pairs = PairEncoder(encoder, ledger=ledger, num_workers=num_workers, progress=progress)
+            pairs = PairEncoder(encoder, ledger=ledger, num_workers=workers, progress=progress)
             features = evaluator.encode(pairs)
             measured = evaluator.measure(pairs, features, original=before)
             attacker.attack(name, pairs, features)

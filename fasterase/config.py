@@ -118,7 +118,8 @@ class UnlearnConfig:
 
     Args:
         seed: seed of sampling, caption choice, augmentation and Dropout.
-        num_workers: processes that load and decode pairs. Does not affect the order of the pairs.
+        num_workers: processes that load and decode pairs, per rank; `"auto"`: the cores of the host
+            divided by its ranks, less one, at most 16. Does not affect the order of the pairs.
         progress: show progress bars.
         reference_cache: folder for the cached features of the original, kept between runs. `None`:
             inside `output_dir`, or a temporary folder.
@@ -173,7 +174,7 @@ class UnlearnConfig:
     deepspeed: str | dict[str, Any] | None = None
     # run
     seed: int = 0
-    num_workers: int = 0
+    num_workers: int | Literal["auto"] = 0
     progress: bool = True
     reference_cache: str | None = None
     output_dir: str | None = None
@@ -199,9 +200,10 @@ class UnlearnConfig:
             "weight_decay",
             "warmup_steps",
             "seed",
-            "num_workers",
         ):
             _check(self, name, getattr(self, name) >= 0, "be 0 or more")
+        if self.num_workers != "auto":
+            _check(self, "num_workers", self.num_workers >= 0, "be 0 or more, or 'auto'")
         if self.epochs != "auto":
             _check(self, "epochs", self.epochs >= 1, "be 1 or more, or 'auto'")
         for name in ("batch_size", "forget_batch_size"):

@@ -26,7 +26,7 @@ from fasterase.pairs.skips import Skip, SkipLedger
 from fasterase.pairs.source import PairSource
 from fasterase.parallel.engine import Engine
 from fasterase.parallel.ranks import ALONE, Ranks
-from fasterase.progress import progress_bar
+from fasterase.progress import WaitingShare, progress_bar
 
 # Images encoded at a time. Texts are shorter: four times as many.
 BATCH_SIZE = 64
@@ -202,7 +202,8 @@ class PairEncoder:
             batch_size=self._batch_size,
             num_workers=self._num_workers,
         )
-        for batch in loaded:
+        waiting = WaitingShare()
+        for batch in waiting.over(loaded):
             self.ledger.add(batch.ids, batch.skipped)
             keys, tokens = batch.new_keys, batch.tokens
             if is_known is not None and keys:
@@ -216,6 +217,7 @@ class PairEncoder:
                 self._encode_tokens(tokens),
                 batch.skipped,
             )
+            bar.set_postfix({"waiting for data": str(waiting)}, refresh=False)
             bar.update(len(batch.rows) + len(batch.skipped))
 
     def pairs(

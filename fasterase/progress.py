@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
-from typing import Any, TextIO
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, TextIO, TypeVar
 
 from tqdm.asyncio import tqdm_asyncio
 from tqdm.auto import tqdm
+
+T = TypeVar("T")
 
 # Seconds between two lines of one bar in a log.
 LOG_SECONDS = 10.0
@@ -58,6 +61,42 @@ def progress_bar(
         mininterval=LOG_SECONDS,
         miniters=1,  # tqdm's estimate of the steps until the next line is slow to notice a stall
     )
+
+
+class WaitingShare:
+    """The share of its time that a loop waits for its data; an item weighs 0.9 of the next.
+
+    `str` of it is a percentage. Near 0 the device decides how fast the loop is, near 100 it is the
+    loading of pairs, which more workers may speed up.
+    """
+
+    def __init__(self) -> None:
+        self._waited = self._total = 0.0
+
+    def note(self, waited: float, worked: float) -> None:
+        """Count an item: seconds until it was there, and seconds of work on it."""
+        self._waited = 0.9 * self._waited + waited
+        self._total = 0.9 * self._total + waited + worked
+
+    def over(self, items: Iterable[T]) -> Iterator[T]:
+        """Yield the items, and count what each took."""
+        iterator = iter(items)
+        came = time.perf_counter()
+        while True:
+            asked = time.perf_counter()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            self.note(time.perf_counter() - asked, asked - came)
+            came = time.perf_counter()
+            yield item
+
+    def __float__(self) -> float:
+        return self._waited / self._total if self._total else 0.0
+
+    def __str__(self) -> str:
+        return f"{float(self):.0%}"
 
 
 class _Lines:

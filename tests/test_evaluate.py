@@ -169,7 +169,7 @@ def test_broken_pairs_are_named_in_a_warning() -> None:
         ({"max_pairs": 0}, "max_pairs=0"),
         ({"max_pairs": 2.5}, "max_pairs=2.5"),
         ({"seed": "x"}, "seed='x'"),
-        ({"num_workers": -1}, "num_workers=-1 must be 0 or more"),
+        ({"num_workers": -1}, "num_workers=-1 must be 0 or more, or 'auto'"),
         ({"device": "cuda:99"}, "device='cuda:99' cannot be used here"),
         ({"class_names": ["cat"]}, "class_names has 1 distinct names"),
         ({"class_names": 3}, "class_names=3"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import fasterase.progress
-from fasterase.progress import LOG_SECONDS, progress_bar
+from fasterase.progress import LOG_SECONDS, WaitingShare, progress_bar
 
 
 class Stream(io.StringIO):
@@ -79,3 +79,23 @@ def test_the_package_makes_its_bars_in_one_place():
         if "tqdm(" in path.read_text(encoding="utf-8")
     }
     assert users == {"progress.py"}
+
+
+def test_the_share_of_time_that_a_loop_waits_for_data(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("fasterase.progress.time.perf_counter", lambda: now[0])
+
+    def load():
+        for seconds in (1, 1, 1, 0, 0):
+            now[0] += seconds
+            yield seconds
+
+    waiting, shares = WaitingShare(), []
+    assert str(waiting) == "0%"
+    for _ in waiting.over(load()):
+        shares.append(str(waiting))
+        now[0] += 3
+    # Nothing was worked on before the first item came; then 1 s in 4, less as new items come.
+    assert shares[:2] == ["100%", "39%"]
+    assert float(shares[2].rstrip("%")) == pytest.approx(33, abs=1)
+    assert float(waiting) < 0.25

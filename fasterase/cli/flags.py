@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Literal
 
 from fasterase.config import Recipe
 
@@ -105,7 +106,7 @@ class EvaluateFlags(DataFlags, SetFlags):
         max_pairs: number of pairs to measure per set, drawn with `seed`.
         seed: seed of the draw and of the bootstrap intervals.
         device: where to run, such as `cuda:0`. `none`: the best available device.
-        num_workers: processes that load and decode pairs.
+        num_workers: processes that load and decode pairs, or `auto`.
         progress: show progress bars.
         output: also write the result to this file: the values as `.json`, or the report as `.md`.
     """
@@ -117,7 +118,7 @@ class EvaluateFlags(DataFlags, SetFlags):
     max_pairs: int = 5000
     seed: int = 0
     device: str | None = None
-    num_workers: int = 0
+    num_workers: int | Literal["auto"] = 0
     progress: bool = True
     output: str | None = None
 

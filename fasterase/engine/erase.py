@@ -54,7 +54,7 @@ from fasterase.files import write_text
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.forward import resolve_precision
 from fasterase.ops.contrastive.api import choose_backend
-from fasterase.pairs.batches import step_batches
+from fasterase.pairs.batches import count_workers, step_batches
 from fasterase.pairs.sampler import Sampler
 from fasterase.pairs.skips import SkipLedger
 from fasterase.pairs.source import PairSource
@@ -165,11 +165,12 @@ def erase(
         settings = format_yaml(config.to_dict())
         ranks.on_first(lambda: write_text(output_dir / "config.yaml", settings))
 
+    num_workers = count_workers(config.num_workers, ranks)
     encoder = PairEncoder(
         model,
         precision=precision,
         ledger=ledger,
-        num_workers=config.num_workers,
+        num_workers=num_workers,
         progress=config.progress,
         ranks=ranks,
     )
@@ -243,7 +244,7 @@ def erase(
                 last_step=trainer.step if pacing.is_done or never_known else pacing.total_steps,
                 micro_batch_size=config.micro_batch_size,
                 augment_forget=config.forget_augment,
-                num_workers=config.num_workers,
+                num_workers=num_workers,
                 ranks=ranks,
             )
             with encoder.through(engine), _exporting(engine):

@@ -29,7 +29,7 @@ from fasterase.pairs.batches import MicroBatch, StepBatch
 from fasterase.pairs.skips import SkipLedger
 from fasterase.parallel.engine import Engine
 from fasterase.parallel.ranks import Ranks
-from fasterase.progress import progress_bar
+from fasterase.progress import WaitingShare, progress_bar
 from fasterase.reference.live import Reference
 from fasterase.seeds import Stream, torch_seed
 
@@ -201,11 +201,14 @@ def run_steps(
             return time.monotonic() - last_save > SAVE_SECONDS
         return trainer.step % save_every == 0
 
-    def note(record: StepRecord, pairs: int) -> bool:
+    waiting = WaitingShare()
+
+    def note(record: StepRecord, pairs: int, waited: float) -> bool:
         """Write and show a step on the first rank, and ask every callback whether to stop."""
         if history_file:
             history_file.append(record)
-        _show(bar, record, pairs=pairs)
+        waiting.note(waited, record.seconds)
+        _show(bar, record, pairs=pairs, waited=waited, waiting=waiting)
         return callback is not None and callback(record) is True
 
     bar = progress_bar(
@@ -214,11 +217,11 @@ def run_steps(
     number = 0  # of the signal that ends the run
     try:
         with StopRequests() as stop, bar:
-            for batch, passes, pairs in _agreed(batches, ledger, ranks):
+            for batch, passes, pairs, waited in _agreed(batches, ledger, ranks):
                 record = trainer.train_step(batch, pacing.lr(batch.step), passes=passes)
                 history.append(record)
                 with ranks.together():
-                    done = note(record, pairs)
+                    done = note(record, pairs, waited)
                 found = ranks.largest(stop.number, done, is_save_due())
                 number, ends, due = int(found[0]), bool(found[1]), bool(found[2])
                 pacing.after_step(record)
@@ -238,14 +241,16 @@ def run_steps(
 
 def _agreed(
     batches: Iterator[StepBatch], ledger: SkipLedger, ranks: Ranks
-) -> Iterator[tuple[StepBatch, int, int]]:
-    """Yield each batch, the most micro-batches of a rank, and the pairs of all ranks.
+) -> Iterator[tuple[StepBatch, int, int, float]]:
+    """Yield each batch, the most micro-batches of a rank, the pairs of all ranks, and the seconds
+    that the slowest waited for them.
 
     A batch that cannot be loaded on one rank is an error on all.
     """
     while True:
         batch: StepBatch | None = None
         error: Exception | None = None
+        asked = time.perf_counter()
         try:
             batch = next(batches, None)
             if batch is not None:
@@ -255,15 +260,17 @@ def _agreed(
         passes = 0 if batch is None else len(batch.micro_batches)
         skipped = 0 if batch is None else len(batch.skipped)
         pairs = 0 if batch is None else len(batch.ids)
-        everyone = ranks.gather_numbers(error is not None, passes, skipped, pairs)
+        waited_us = int(1e6 * (time.perf_counter() - asked))
+        everyone = ranks.gather_numbers(error is not None, passes, skipped, pairs, waited_us)
         if any(failed for failed, *_ in everyone):
             ranks.agree_on_error(error)
         if batch is None:
             return
-        if any(skips for _, _, skips, _ in everyone):
+        if any(skips for _, _, skips, *_ in everyone):
             ledger.exchange(ranks)
             ledger.warn()
-        yield batch, max(each[1] for each in everyone), sum(each[3] for each in everyone)
+        most_passes, waited_us = (max(each[i] for each in everyone) for i in (1, 4))
+        yield batch, most_passes, sum(each[3] for each in everyone), waited_us / 1e6
 
 
 def _raise_stopped(number: signal.Signals, step: int, checkpoints: CheckpointFolder | None) -> None:
@@ -273,7 +280,9 @@ def _raise_stopped(number: signal.Signals, step: int, checkpoints: CheckpointFol
     raise PreemptedError(f"stopped by {number.name} after step {step}. {saved}")
 
 
-def _show(bar: tqdm, record: StepRecord, *, pairs: int) -> None:
+def _show(
+    bar: tqdm, record: StepRecord, *, pairs: int, waited: float, waiting: WaitingShare
+) -> None:
     bar.set_postfix(
         {
             "loss": f"{record.total:.3f}",
@@ -281,7 +290,8 @@ def _show(bar: tqdm, record: StepRecord, *, pairs: int) -> None:
             "retain": f"{record.retain:.3f}",
             "kl": f"{record.consistency:.4f}",
             "anchor": f"{record.anchor:.4f}",
-            "pairs/s": f"{pairs / max(record.seconds, 1e-9):.0f}",
+            "pairs/s": f"{pairs / max(record.seconds + waited, 1e-9):.0f}",
+            "waiting for data": str(waiting),
         },
         refresh=False,
     )

@@ -259,7 +259,7 @@ def index_shards(
 
 def _run(jobs: list[_Job]) -> Iterator[tuple[str, IndexBlock]]:
     """Yield the path of each shard and its block, in the order in which they are done."""
-    workers = min(len(jobs), _MOST_WORKERS, _num_cpus())
+    workers = min(len(jobs), _MOST_WORKERS, num_cpus())
     # Elsewhere a new process would import the caller's script again; a daemon may have none.
     can_fork = sys.platform == "linux" and not multiprocessing.current_process().daemon
     if workers < 2 or not jobs[0].kept or not can_fork:
@@ -287,7 +287,8 @@ def _run(jobs: list[_Job]) -> Iterator[tuple[str, IndexBlock]]:
             pool.shutdown(cancel_futures=True)
 
 
-def _num_cpus() -> int:
+def num_cpus() -> int:
+    """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 

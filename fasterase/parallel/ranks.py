@@ -42,6 +42,11 @@ class Ranks:
     world_size = 1
 
     @property
+    def on_this_host(self) -> int:
+        """How many of the ranks run on this machine."""
+        return 1
+
+    @property
     def is_first(self) -> bool:
         """Whether this process writes the files, shows progress and warns."""
         return self.rank == 0
@@ -119,6 +124,11 @@ class LinkedRanks(Ranks):
         self._control = dist.new_group(backend="gloo", timeout=_PATIENCE)
         self._processes: list[tuple[str, int]] = []
         self._processes = self.gather_objects((socket.gethostname(), os.getpid()))
+
+    @property
+    def on_this_host(self) -> int:
+        host = socket.gethostname()
+        return sum(where == host for where, _ in self._processes)
 
     def gather_objects(self, value: T) -> list[T]:
         gathered: list[Any] = [None] * self.world_size

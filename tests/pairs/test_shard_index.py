@@ -56,7 +56,7 @@ def read_shards(monkeypatch):
         before(self, shard, entries)
 
     monkeypatch.setattr(BlockBuilder, "__init__", note)
-    monkeypatch.setattr(shard_index, "_num_cpus", lambda: 1)
+    monkeypatch.setattr(shard_index, "num_cpus", lambda: 1)
     return read
 
 
