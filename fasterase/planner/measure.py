@@ -6,6 +6,7 @@ import copy
 import ctypes
 import functools
 import gc
+import math
 import re
 import time
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from fasterase.planner.trace import Tracer, build_engine, run_micro_batch
 
 # Activations that are large beside what the allocator and libraries keep for themselves.
 _MEASURED_BYTES = 256e6
-_MOST_PAIRS = 64
+_FEWEST_PAIRS, _MOST_PAIRS = 4, 64
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,10 @@ def measure_micro_batch(model: DualEncoder, *, precision: str) -> Measured:
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tracer = Tracer(model, precision=precision, on_gpu=device == "cuda")
-    pairs = 4
+    pairs = _FEWEST_PAIRS
     counted = tracer.backpropagate(pairs, with_gradients=True)
-    while counted.peak_bytes < _MEASURED_BYTES and pairs < _MOST_PAIRS:
-        pairs *= 2
+    if counted.peak_bytes < _MEASURED_BYTES:
+        pairs = min(_MOST_PAIRS, math.ceil(pairs * _MEASURED_BYTES / counted.peak_bytes))
         counted = tracer.backpropagate(pairs, with_gradients=True)
     numbers = sum(each.numel() for each in model.module.parameters())
     _check_room(2 * numbers * FP32 + counted.peak_bytes, device)

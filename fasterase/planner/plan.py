@@ -376,7 +376,8 @@ class _Planner:
 
         fitting = _largest(lambda pairs: sum(bytes_of(pairs).values()), self._usable, most)
         in_one = fitting == self.share
-        flops = self._costs(checkpointing, 1, True).flops
+        # Proportional to the number of pairs, of which a share is traced for its memory too.
+        flops = self._costs(checkpointing, self.share, False).flops // self.share
         if not in_one:
             # GradCache: both towers without a graph, then the trained ones with one.
             flops += sum(self.tower_flops[tower] for tower in self._trained_towers)

@@ -36,15 +36,14 @@ def test_parameters_and_flops_are_the_published_ones(name):
     assert tracer.forward("text").flops == pytest.approx(1e9 * text, rel=0.02)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("with_gradients", [False, True])
+@pytest.mark.parametrize(("checkpointing", "with_gradients"), [(False, True), (True, False)])
 def test_a_block_in_the_middle_stands_for_those_left_out(
     monkeypatch, checkpointing, with_gradients
 ):
-    model = build_architecture(small_models.open_clip_vit(layers=9))
-    # As last:N does: two rows of equal blocks, of which the upper one is trained.
-    for block in model.image_parts().blocks[:4]:
-        block.requires_grad_(False)
+    model = build_architecture(small_models.open_clip_vit(layers=6))
+    # As last:N does: below a row of equal blocks, one that is not trained.
+    model.image_parts().blocks[0].requires_grad_(False)
+    del model.module.transformer.resblocks[1:]
 
     def costs():
         tracer = Tracer(
@@ -71,7 +70,7 @@ def test_live_bytes_are_those_of_the_graph():
 
 @pytest.mark.parametrize("build", [small_models.hf_clip, small_models.hf_siglip])
 def test_transformers_models_from_their_configuration(build):
-    module = build(layers=6)
+    module = build()
     model = build_architecture(module.config)
     assert sum(p.numel() for p in model.module.parameters()) == sum(
         p.numel() for p in module.parameters()
