@@ -19,12 +19,19 @@ from typing import Any
 import fasterase
 from benchmarks.result_files import RESULTS, code_version, device_name, write_csv
 from fasterase.demo import emoji
-from fasterase.demo.sets import build_sets
+from fasterase.demo.sets import Drawings, build_sets, open_teams
 from fasterase.errors import InputError
 from fasterase.evaluation.attacks.attacker import ATTACKS
 from fasterase.evaluation.evaluation import Evaluation
 
 RETRAINED = "retrained without it"
+
+
+def non_members() -> Drawings:
+    """Return the training teams' drawings of the concepts that neither model was trained on."""
+    trained = open_teams(emoji.TRAIN_TEAMS)
+    records = (trained.meta(row) for row in range(len(trained)))
+    return Drawings.of(trained, {each["concept"] for each in records if not each["member"]})
 
 
 def rows_of(evaluation: Evaluation, model: str, **given: Any) -> Iterator[dict[str, Any]]:
@@ -61,11 +68,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--erased", nargs="+", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--max_pairs", type=int, default=5000, help="pairs measured per set")
+    parser.add_argument("--plots", type=Path, help="also draw the attacks on each model here")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(argv)
 
     models = {RETRAINED: str(emoji.RETRAINED_MODEL), **parse_models(options.erased)}
     sets = build_sets(emoji.DEFAULT_FORGET, original=str(emoji.BASE_MODEL), seed=0)
+    strangers = non_members()
     rows: list[dict[str, Any]] = []
     for name, model in models.items():
         evaluation = fasterase.evaluate(
@@ -75,11 +84,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             forget_sets={"forget-unseen": sets.unseen},
             original=str(emoji.BASE_MODEL),
             attacks=tuple(ATTACKS),
+            non_members=strangers,
             max_pairs=options.max_pairs,
             device="cpu",
             progress=False,
         )
         print(f"{name}\n{evaluation.table()}\n", flush=True)
+        if options.plots is not None:
+            evaluation.plot(options.plots / name.replace(" ", "-"))
         rows += rows_of(evaluation, name, device=device_name("cpu"), code=code_version())
     write_csv(options.output / "attacks.csv", rows)
 

@@ -281,6 +281,7 @@ def evaluate(
     templates: Sequence[str] | None = None,
     tasks: Sequence[str] = (),
     attacks: Sequence[str] = (),
+    non_members: Any = None,
     max_pairs: int | None = 5000,
     seed: int = 0,
     tokenizer: Any = None,
@@ -322,7 +323,10 @@ def evaluate(
         attacks: attempts to bring the concept back, run on every model here (docs/evidence.md):
             "swap" looks for it with the original's image tower and the model's text tower, and the
             reverse; "probe" tries to tell its images from others by their features alone;
-            "quantise" judges the model again with 8- and 4-bit weights.
+            "quantise" judges the model again with 8- and 4-bit weights; "relearn" fine-tunes
+            copies of it on a few forget pairs and looks for all others; "membership" tells the
+            pairs to forget from `non_members` by their similarity.
+        non_members: pairs of the same source that no model here was trained on.
         max_pairs: maximum number of pairs measured per set, drawn with `seed`; None measures all.
         seed: seed of the draw and of the bootstrap.
         tokenizer: reads string captions; used for every model here; see `fasterase.unlearn`.
@@ -341,10 +345,12 @@ def evaluate(
     """
     if tasks:
         raise InputError(f"tasks={tasks!r}: none are known yet. Leave `tasks` empty.")
-    attacks = check_attacks(attacks, original=original is not None)
-    sources, to_forget = _open_sets(
-        forget, retain, holdout, sets, forget_sets, image_key=image_key, text_key=text_key
+    attacks = check_attacks(
+        attacks, original=original is not None, non_members=non_members is not None
     )
+    keys = {"image_key": image_key, "text_key": text_key}
+    sources, to_forget = _open_sets(forget, retain, holdout, sets, forget_sets, **keys)
+    strangers = None if non_members is None else open_pairs(non_members, name="non_members", **keys)
     others = _named_models(original, references)
     workers = count_workers(parse_value("num_workers", num_workers, int | Literal["auto"]))
     if workers < 0:
@@ -357,7 +363,7 @@ def evaluate(
         class_names=class_names,
         templates=templates,
     )
-    attacker = Attacker(attacks, evaluator)
+    attacker = Attacker(attacks, evaluator, non_members=strangers)
     ledger = SkipLedger(sum(map(len, sources.values())), max_skipped=1.0)
 
     def measure(name: str, each: Model, *, before: Measurement | None = None) -> Measurement:
@@ -380,7 +386,11 @@ def evaluate(
         if name != "original"
     }
     return evaluator.compare(
-        measured, original=before, references=compared, attacks=attacker.figures()
+        measured,
+        original=before,
+        references=compared,
+        attacks=attacker.figures(),
+        series=attacker.series(),
     )
 
 

@@ -6,6 +6,7 @@ precision, workers, progress, skipped pairs and batch size.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -156,6 +157,13 @@ class PairEncoder:
         self._batch_size = batch_size
         self._num_workers = num_workers
         self._progress = progress
+
+    def of(self, model: DualEncoder) -> PairEncoder:
+        """Return an encoder of a copy of the model, with the same settings and ledger."""
+        other = copy.copy(self)
+        other.model, other._device = model, model.device
+        other._towers = TowerForward(model, precision=self.precision)
+        return other
 
     @contextmanager
     def through(self, engine: Engine) -> Iterator[None]:

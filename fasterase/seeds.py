@@ -27,6 +27,7 @@ class Stream(enum.IntEnum):
     RETAIN_POOL = 9  # retain pairs of the automatic recipe, and those withheld to measure damage
     EXAMPLES = 10  # captions and pictures of the picture sheet
     PROBE = 11  # folds of the probing attack
+    RELEARN = 12  # pairs that the relearning attack is given
 
 
 def generator(seed: int, stream: Stream, *position: int) -> np.random.Generator:

@@ -47,7 +47,8 @@ def workplace(tmp_path, monkeypatch):
     for i in range(20):
         Image.new("RGB", (40, 40), (12 * i, 255 - 12 * i, 99)).save(f"{i}.png")
         rows.append(f"{i}.png\ta photo of {WORDS[i % len(WORDS)]} number {i}")
-    for name, chosen in (("pairs", rows), ("forget", rows[:4]), ("retain", rows[4:])):
+    sets = {"pairs": rows, "forget": rows[:4], "retain": rows[4:], "non_members": rows[:9]}
+    for name, chosen in sets.items():
         Path(f"{name}.csv").write_text("\n".join(["filepath\ttitle", *chosen]))
     config = small_models.open_clip_config(context_length=77)
     monkeypatch.setitem(factory._MODEL_CONFIGS, "ViT-B-32", config)
@@ -57,6 +58,7 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.setattr(factory, "download_pretrained", lambda *_, **__: path)
     # The tiny model knows nothing to forget, and would use up the budget of an automatic run.
     monkeypatch.setattr("fasterase.engine.erase.MAX_STEPS", 4)
+    monkeypatch.setattr("fasterase.evaluation.attacks.relearn.STEPS", 1)
     return tmp_path
 
 

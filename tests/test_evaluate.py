@@ -33,7 +33,8 @@ def test_the_signature_is_as_promised() -> None:
     defaults = {n: p.default for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
     assert " ".join(defaults) == (
         "sets forget_sets holdout original references class_names templates tasks attacks "
-        "max_pairs seed tokenizer preprocess image_key text_key device num_workers progress"
+        "non_members max_pairs seed tokenizer preprocess image_key text_key device num_workers "
+        "progress"
     )
     assert (defaults["attacks"], defaults["max_pairs"], defaults["seed"]) == ((), 5000, 0)
     assert not any(defaults[name] for name in ("sets", "forget_sets", "references"))
@@ -153,6 +154,8 @@ def test_broken_pairs_are_named_in_a_warning() -> None:
         ({"attacks": ["swop"]}, r"attacks: unknown attack 'swop'. Did you mean swap\?"),
         ({"attacks": "swap"}, "attacks='swap': expected a list"),
         ({"attacks": ["swap"]}, "attacks: 'swap' needs the model before erasing. Pass it as orig"),
+        ({"attacks": ["membership"]}, "attacks: 'membership' needs pairs .* Pass them as non_mem"),
+        ({"non_members": FORGET}, "non_members: none of the attacks uses them. Add 'membership'"),
         ({"sets": {"forget": FORGET}}, "sets: 'forget' is an argument of its own"),
         ({"sets": {"holdout": FORGET}}, "sets: 'holdout' is an argument of its own"),
         ({"sets": {" ": FORGET}}, "sets: ' ' is not a name"),

@@ -34,17 +34,17 @@ def concept_pairs(concepts: Iterable[int], count: int, *, seed: int) -> list[tup
     return items
 
 
-def knowing_model() -> TinyModel:
-    """A model that knows all concepts."""
+def knowing_model(concepts: Iterable[int] = range(CONCEPTS)) -> TinyModel:
+    """A model that knows all concepts, or only the given ones."""
     model = TinyModel()
-    model.module.load_state_dict(_learned_weights())
+    model.module.load_state_dict(_learned_weights(tuple(concepts)))
     return model
 
 
 @functools.cache
-def _learned_weights() -> dict[str, Tensor]:
+def _learned_weights(concepts: tuple[int, ...]) -> dict[str, Tensor]:
     model = TinyModel()
-    pixels, ids = map(torch.stack, zip(*concept_pairs(range(CONCEPTS), 40, seed=7), strict=True))
+    pixels, ids = map(torch.stack, zip(*concept_pairs(concepts, 40, seed=7), strict=True))
     optimizer = torch.optim.Adam(model.module.parameters(), lr=3e-3)
     loss = ClipLoss()
     with torch.random.fork_rng(devices=[]):

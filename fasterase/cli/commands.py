@@ -86,11 +86,15 @@ def _write_report(result: fasterase.UnlearnResult, output_dir: Path) -> None:
 def _evaluate(values: dict[str, Any]) -> str | None:
     """Measure, print the table, and write it to `output` if given."""
     from fasterase.evaluation.evaluation import check_report_path
+    from fasterase.report.losses import require_matplotlib
 
     flags = EvaluateFlags(**values)
     model, forget, retain = _require_sets("evaluate", values)
     if flags.output is not None:
         check_report_path(Path(flags.output), argument="--output")
+    if flags.plots is not None:
+        check_writable(Path(flags.plots), argument="--plots")
+        require_matplotlib()
     evaluation = fasterase.evaluate(
         model,
         forget,
@@ -104,6 +108,7 @@ def _evaluate(values: dict[str, Any]) -> str | None:
         references=_parse_named("references", flags.references),
         class_names=None if flags.class_names is None else _read_lines(flags.class_names),
         attacks=[flags.attacks] if isinstance(flags.attacks, str) else flags.attacks,
+        non_members=flags.non_members,
         max_pairs=flags.max_pairs,
         seed=flags.seed,
         device=flags.device,
@@ -113,6 +118,8 @@ def _evaluate(values: dict[str, Any]) -> str | None:
     print(evaluation.table())
     if flags.output is not None:
         print(f"Written to {evaluation.report(flags.output)}.")
+    if flags.plots is not None:
+        print(f"Plots: {', '.join(map(str, evaluation.plot(flags.plots)))}.")
     return evaluation.verdict
 
 

@@ -102,25 +102,30 @@ class EvaluateFlags(DataFlags, SetFlags):
     Args:
         class_names: text file with one class name per line, for zero-shot accuracy.
         attacks: attempts to bring the concept back, by name: swap (needs `original`),
-            probe, quantise.
+            probe, quantise, relearn, membership (needs `non_members`).
+        non_members: pairs of the same source that no model was trained on, in any of the same
+            forms.
         max_pairs: number of pairs to measure per set, drawn with `seed`.
         seed: seed of the draw and of the bootstrap intervals.
         device: where to run, such as `cuda:0`. `none`: the best available device.
         num_workers: processes that load and decode pairs, or `auto`.
         progress: show progress bars.
         output: also write the result to this file: the values as `.json`, or the report as `.md`.
+        plots: also draw each attack to a file in this folder.
     """
 
     original: str | None = None
     references: list[str] | dict[str, str] | str = dataclasses.field(default_factory=list)
     class_names: str | None = None
     attacks: list[str] | str = dataclasses.field(default_factory=list)
+    non_members: str | None = None
     max_pairs: int = 5000
     seed: int = 0
     device: str | None = None
     num_workers: int | Literal["auto"] = 0
     progress: bool = True
     output: str | None = None
+    plots: str | None = None
 
 
 @dataclass(frozen=True)

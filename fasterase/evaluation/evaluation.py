@@ -15,6 +15,7 @@ from fasterase.errors import InputError
 from fasterase.evaluation.attacks.figures import Figure, Figures
 from fasterase.evaluation.metrics import METRICS, OLD_INDEX, Metric
 from fasterase.files import check_writable, write_text
+from fasterase.report.curves import Dots, Series, plot_dots, plot_series
 from fasterase.report.tables import Section, html_table, markdown_table, text_table
 
 Scores = dict[str, dict[str, float]]
@@ -46,6 +47,7 @@ class Evaluation:
         original: the original's scores, or None if it was not measured.
         references: name -> a further model's scores.
         attacks: name of an attack -> what it found; see docs/evidence.md.
+        series: name of an attack -> what `plot` draws, if that is more than its figures.
     """
 
     scores: Scores
@@ -59,6 +61,7 @@ class Evaluation:
     original: Scores | None = None
     references: dict[str, Scores] = field(default_factory=dict)
     attacks: dict[str, Figures] = field(default_factory=dict)
+    series: dict[str, list[Series]] = field(default_factory=dict)
 
     @property
     def verdict(self) -> str | None:
@@ -140,6 +143,29 @@ class Evaluation:
             return self.to_json(path)
         return write_text(path, self.markdown())
 
+    def plot(self, folder: str | PathLike[str]) -> list[Path]:
+        """Draw each attack to a file of its name in `folder`, such as `relearn.png`.
+
+        Returns:
+            the files.
+
+        Raises:
+            InputError: no attack was run, or the folder cannot be written to.
+            MissingExtraError: matplotlib is not installed (extra `eval`).
+        """
+        folder = Path(folder)
+        if not self.attacks:
+            raise InputError("plot: there is nothing to draw. Evaluate with attacks=(...).")
+        check_writable(folder, argument="folder")
+        files = []
+        for name, figures in self.attacks.items():
+            path, title = folder / f"{name}.png", f"attack {name} on {self.settings['model']}"
+            if self.series.get(name):
+                files.append(plot_series(self.series[name], path, title=title))
+            else:
+                files.append(plot_dots(_dots(figures), path, title=title))
+        return files
+
     def to_json(self, path: str | PathLike[str]) -> Path:
         """Write everything to a JSON file that `from_json` reads."""
         return write_text(Path(path), json.dumps(asdict(self), indent=1) + "\n")
@@ -163,6 +189,10 @@ class Evaluation:
             values["attacks"] = {
                 name: {key: Figure(**figure) for key, figure in found.items()}
                 for name, found in values.get("attacks", {}).items()
+            }
+            values["series"] = {
+                name: [Series(**each) for each in those]
+                for name, those in values.get("series", {}).items()
             }
             return cls(**values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -243,6 +273,26 @@ class Evaluation:
             "text->image among the set's images and the\nretain set's."
             f"{old_index}"
         )
+
+
+def _dots(figures: Figures) -> list[Dots]:
+    """Return the shares among an attack's figures as rows of a plot, in percent."""
+    rows = []
+    for figure in figures.values():
+        if figure.unit != "share" or figure.low is None or figure.high is None:
+            continue
+        values = {"model": figure.value, "original": figure.original, **figure.references}
+        rows.append(
+            Dots(
+                figure.group,
+                figure.title,
+                {name: 100 * float(value) for name, value in values.items() if value is not None},
+                100 * figure.low,
+                100 * figure.high,
+                None if figure.chance is None else 100 * figure.chance,
+            )
+        )
+    return rows
 
 
 def check_report_path(path: Path, *, argument: str) -> None:

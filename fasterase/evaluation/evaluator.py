@@ -39,6 +39,7 @@ from fasterase.evaluation.zero_shot import (
 )
 from fasterase.pairs.skips import Skip
 from fasterase.pairs.source import PairSource
+from fasterase.report.curves import Series
 
 FULL_RESAMPLES = 1000
 QUICK_RESAMPLES = 200
@@ -240,10 +241,11 @@ class Evaluator:
         original: Measurement | None = None,
         references: Mapping[str, Measurement] | None = None,
         attacks: Mapping[str, Figures] | None = None,
+        series: Mapping[str, list[Series]] | None = None,
     ) -> Evaluation:
         """Return values, intervals and chance levels of `model` beside those of the others.
 
-        `attacks` are handed on: what each attack found.
+        `attacks` and `series` are handed on: what each attack found, and what its plot shows.
 
         Raises:
             InputError: the measurements are of different pairs.
@@ -285,6 +287,7 @@ class Evaluator:
                 "resamples": self.resamples,
             },
             attacks=dict(attacks or {}),
+            series=dict(series or {}),
         )
 
     def _intervals(self, scores: SetScores) -> dict[str, tuple[float, float]]:

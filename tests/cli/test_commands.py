@@ -87,7 +87,7 @@ def test_evaluate(evaluate, tmp_path, capsys):
     flags += ["--device", "cpu", "--num_workers", "3", "--progress", "false"]
     flags += ["--references", "retrained=other", "--original", "m0", "--max-pairs", "9"]
     flags += ["--class_names", str(tmp_path / "classes.txt"), "--output", "report.md"]
-    flags += ["--attacks", "swap"]
+    flags += ["--attacks", "swap", "membership", "--non_members", "n.csv"]
     assert main(["evaluate", *flags]) == 0
     args, kwargs = evaluate.calls[0]
     assert args == ("m", "f.csv", "r.csv")
@@ -100,7 +100,8 @@ def test_evaluate(evaluate, tmp_path, capsys):
         "original": "m0",
         "references": {"retrained": "other"},
         "class_names": ["apple", "pear"],
-        "attacks": ["swap"],
+        "attacks": ["swap", "membership"],
+        "non_members": "n.csv",
         "max_pairs": 9,
         "seed": 0,
         "device": "cpu",

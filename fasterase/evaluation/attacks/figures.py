@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from fasterase.encode import PairFeatures
 from fasterase.evaluation.metrics import METRICS, bootstrap_intervals, format_value
-from fasterase.evaluation.scores import find_position
+from fasterase.evaluation.scores import TIE, find_position
 from fasterase.evaluation.verdict import PairTraces, wilson_interval
+from fasterase.report.curves import Series
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,18 @@ class Figure:
 
 
 Figures = dict[str, Figure]  # key -> figure
+
+
+class Found(NamedTuple):
+    """What an attack finds out about one model.
+
+    Attributes:
+        figures: none if a reference cannot be attacked.
+        series: what its plot shows; none if the figures themselves are plotted.
+    """
+
+    figures: list[Figure]
+    series: Sequence[Series] = ()
 
 
 def trace_figures(
@@ -109,14 +123,23 @@ def share_figure(
     title: str,
     wanted: str,
     chance: float,
+    interval: tuple[float, float] | None = None,
 ) -> Figure:
-    """Return a share of n trials with its Wilson interval."""
+    """Return a share of n trials; its interval is Wilson's unless another one is given."""
     share = float(values.mean())
-    low, high = wilson_interval(share, len(values))
+    low, high = interval or wilson_interval(share, len(values))
     return Figure(key, group, title, "share", wanted, share, low, high, chance)
 
 
-def recall_figure(pairs: PairFeatures, *, key: str, group: str) -> Figure:
+def share_below(scores: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return [n], the share of `others` [m] below each score, ties half; the mean is the AUC."""
+    gap = scores[:, None] - others[None]
+    return ((gap > TIE).mean(1) + (gap >= -TIE).mean(1)) / 2
+
+
+def recall_figure(
+    pairs: PairFeatures, *, key: str, group: str, title: str = "retain image->text R@1, %"
+) -> Figure:
     """Return image->text recall@1 of pairs that should be kept, among their own captions."""
     firsts = [captions[0] for captions in pairs.pair_text]
     distinct = list(dict.fromkeys(firsts))
@@ -126,7 +149,7 @@ def recall_figure(pairs: PairFeatures, *, key: str, group: str) -> Figure:
         position.hit(1),
         key=f"{key}/recall@1",
         group=group,
-        title="retain image->text R@1, %",
+        title=title,
         wanted="↑",
         chance=1 / len(distinct),
     )

@@ -11,10 +11,9 @@ from collections.abc import Callable
 import numpy as np
 
 from fasterase.errors import InputError, import_extra
-from fasterase.evaluation.attacks.figures import Figure, share_figure
+from fasterase.evaluation.attacks.figures import Figure, Found, share_below, share_figure
 from fasterase.evaluation.attacks.target import Target
 from fasterase.evaluation.metrics import bootstrap_intervals
-from fasterase.evaluation.scores import TIE
 from fasterase.seeds import Stream, generator
 
 FOLDS = 5
@@ -25,7 +24,7 @@ FALSE_POSITIVES = 0.05
 Fit = Callable[[np.ndarray, np.ndarray], Callable[[np.ndarray], np.ndarray]]
 
 
-def probe(target: Target) -> list[Figure]:
+def probe(target: Target) -> Found:
     """Tell images to forget from unrelated ones by a linear probe and by class prototypes.
 
     Both are fitted on four fifths of the judged `forget` images and of the unrelated retain images,
@@ -66,7 +65,7 @@ def probe(target: Target) -> list[Figure]:
             others = score(unrelated[unseen])
             for name, those in images.items():
                 rows = fold_of[name] == fold
-                below[name][rows] = _share_below(score(those[rows]), others)
+                below[name][rows] = share_below(score(those[rows]), others)
                 chance[name][rows] = _found_by_chance(len(others))
         for name in images:
             figures += _figures(
@@ -77,7 +76,7 @@ def probe(target: Target) -> list[Figure]:
                 resamples=evaluator.resamples,
                 seed=evaluator.seed,
             )
-    return figures
+    return Found(figures)
 
 
 def assign_folds(count: int, folds: int, *, seed: int) -> np.ndarray:
@@ -100,12 +99,6 @@ def fit_prototypes(forget: np.ndarray, others: np.ndarray) -> Callable[[np.ndarr
     """Score by the cosine with the mean image to forget, minus that with the mean other one."""
     near, far = (mean / np.linalg.norm(mean) for mean in (forget.mean(0), others.mean(0)))
     return lambda those: those @ (near - far)
-
-
-def _share_below(scores: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Return [n], the share of `others` [m] below each score, ties half; the mean is the AUC."""
-    gap = scores[:, None] - others[None]
-    return ((gap > TIE).mean(1) + (gap >= -TIE).mean(1)) / 2
 
 
 def _found_by_chance(others: int) -> float:

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from fasterase.errors import InputError
-from fasterase.evaluation.attacks.figures import Figure, recall_figure, trace_figures
+from fasterase.evaluation.attacks.figures import Figure, Found, recall_figure, trace_figures
 from fasterase.evaluation.attacks.target import Target
 from fasterase.evaluation.verdict import decide, summarise
 
 BITS = (8, 4)
 
 
-def quantise(target: Target) -> list[Figure]:
+def quantise(target: Target) -> Found:
     """Judge the model again with the weights of its linear layers rounded to 8 and to 4 bits.
 
     Rounding is to nearest, symmetric, with one scale per output row; activations stay as they are.
@@ -35,7 +35,7 @@ def quantise(target: Target) -> list[Figure]:
     weights = linear_weights(target.encoder.model.module)
     if not weights:
         if target.name != "model":
-            return []
+            return Found([])
         raise InputError(
             "attacks: 'quantise' rounds the weights of linear layers (nn.Linear and "
             f"nn.MultiheadAttention), and {target.encoder.model.name} has none in floating point. "
@@ -59,7 +59,7 @@ def quantise(target: Target) -> list[Figure]:
         figures += trace_figures(
             traces, key=key, group=group, resamples=evaluator.resamples, seed=evaluator.seed
         )
-    return figures
+    return Found(figures)
 
 
 def linear_weights(module: nn.Module) -> list[Tensor]:

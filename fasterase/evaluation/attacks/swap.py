@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fasterase.errors import InputError
-from fasterase.evaluation.attacks.figures import Figure, trace_figures
+from fasterase.evaluation.attacks.figures import Found, trace_figures
 from fasterase.evaluation.attacks.target import Target
 
 
-def swap(target: Target) -> list[Figure]:
+def swap(target: Target) -> Found:
     """Judge the original's images with the model's texts, and the original's texts with its images.
 
     Residues and hit@1 as in the verdict; unrelated pairs are swapped in the same way. Costs one
@@ -28,7 +28,7 @@ def swap(target: Target) -> list[Figure]:
     width, before = (each["retain"].image.shape[1] for each in (target.features, original))
     if width != before:
         if target.name != "model":
-            return []
+            return Found([])
         raise InputError(
             f"attacks: 'swap' compares one model's images with the other's texts, but features of "
             f"the model have {width} numbers and those of the original {before}. Leave 'swap' out."
@@ -48,4 +48,4 @@ def swap(target: Target) -> list[Figure]:
             resamples=target.evaluator.resamples,
             seed=target.evaluator.seed,
         )
-    return figures
+    return Found(figures)

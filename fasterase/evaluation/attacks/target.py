@@ -18,6 +18,8 @@ class Target:
         encoder: the model. An attack that changes it puts it back as it was.
         features: set -> its features of the measured pairs.
         original: the same of the original; None if it is not among the models.
+        non_members: the model's features of pairs that no model was trained on; None without any.
+        original_non_members: the same of the original.
         evaluator: the pairs, and the judge of the sets to forget.
     """
 
@@ -25,4 +27,6 @@ class Target:
     encoder: PairEncoder
     features: Mapping[str, PairFeatures]
     original: Mapping[str, PairFeatures] | None
+    non_members: PairFeatures | None
+    original_non_members: PairFeatures | None
     evaluator: Evaluator

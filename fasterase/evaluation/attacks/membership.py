@@ -1,0 +1,137 @@
+"""Membership inference: can one tell that the forgotten pairs were once trained on?
+
+Pairs that a model was trained on tend to be more similar than others of the same source. After
+forgetting they should be neither more nor less similar than pairs that were never trained on: both
+tell them apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from fasterase.encode import PairFeatures
+from fasterase.errors import InputError, import_extra
+from fasterase.evaluation.attacks.figures import Figure, Found, share_below, share_figure
+from fasterase.evaluation.attacks.target import Target
+from fasterase.evaluation.metrics import bootstrap_intervals
+from fasterase.report.curves import Series
+
+# False positives that an accusation may cost, and non-members without which such a rate means
+# nothing: three of 300.
+FALSE_POSITIVES, ENOUGH = 0.01, 300
+BIN = 0.05  # of the histograms of cosines
+
+
+def membership(target: Target) -> Found:
+    """Tell members, which the original was trained on, from non-members by their similarity.
+
+    The score of a pair is the cosine of its image with its first caption; with an original also
+    that cosine minus the original's, which is what somebody with both models would look at.
+    Members are the judged pairs of each set to forget, and of retain for comparison. AUC is the
+    share of non-members below a member, ties half; where there are `ENOUGH` non-members, TPR is
+    the share of members above the score that 1 % of the non-members reach. Costs one pass over the
+    non-members.
+
+    Raises:
+        InputError: fewer than two non-members can be read.
+        MissingExtraError: scikit-learn is not installed (extra `eval`).
+    """
+    strangers = target.non_members
+    assert strangers is not None
+    if len(strangers.rows) < 2:
+        raise InputError(
+            "attacks: 'membership' needs two non-members or more, of the same source as the pairs "
+            "to forget. Give more pairs as non_members, or leave 'membership' out."
+        )
+    names = target.evaluator.judge.rows
+    features = {name: target.features[name].at(rows) for name, rows in names.items()}
+    features["non-members"] = strangers
+    scores = {"cosine": {name: matched_cosine(those) for name, those in features.items()}}
+    before = None if target.name == "original" else target.original
+    if before is not None and target.original_non_members is not None:
+        originals = {name: before[name].at(rows) for name, rows in names.items()}
+        originals["non-members"] = target.original_non_members
+        scores["change"] = {n: _change(those, originals[n]) for n, those in features.items()}
+    figures: list[Figure] = []
+    series: list[Series] = []
+    for key, title in (
+        ("cosine", "matched cosine"),
+        ("change", "matched cosine minus the original's"),
+    ):
+        if key not in scores:
+            continue
+        others = scores[key]["non-members"]
+        for name in names:
+            wanted = "" if name == "retain" else "↓ chance"
+            group, place = f"{name} against non-members, {title}", f"{name}/{key}"
+            below = share_below(scores[key][name], others)
+            settings = {"resamples": target.evaluator.resamples, "seed": target.evaluator.seed}
+            figures.append(
+                share_figure(
+                    below,
+                    key=f"{place}/auc",
+                    group=group,
+                    title="AUC, %",
+                    wanted=wanted,
+                    chance=0.5,
+                    interval=bootstrap_intervals({"auc": below}, {}, **settings)["auc"],
+                )
+            )
+            if len(others) >= ENOUGH:
+                figures.append(
+                    share_figure(
+                        found_members(scores[key][name], others),
+                        key=f"{place}/tpr",
+                        group=group,
+                        title="TPR at 1 % FPR, %",
+                        wanted=wanted.removesuffix(" chance"),
+                        chance=FALSE_POSITIVES,
+                    )
+                )
+        series += _histograms(scores[key], panel=f"{target.name}: {title}", x_label=title)
+    return Found(figures, series)
+
+
+def matched_cosine(pairs: PairFeatures) -> np.ndarray:
+    """Return [n], the cosine of each image with the first caption of its pair."""
+    return (pairs.image * pairs.first_text).sum(1).double().numpy()
+
+
+def found_members(members: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return [n], 1 for members above the lowest threshold that `FALSE_POSITIVES` allow."""
+    roc_curve = import_extra("sklearn.metrics", "eval", "attacks: 'membership'").roc_curve
+    is_member = np.repeat([1, 0], [len(members), len(others)])
+    rates, _, thresholds = roc_curve(
+        is_member, np.concatenate([members, others]), drop_intermediate=False
+    )
+    return (members >= thresholds[rates <= FALSE_POSITIVES][-1]).astype(float)
+
+
+def _change(now: PairFeatures, before: PairFeatures) -> np.ndarray:
+    """Return [n], how far the matched cosine of pairs that both models could read has moved."""
+    rows = np.intersect1d(now.rows, before.rows)
+    return matched_cosine(now.at(rows)) - matched_cosine(before.at(rows))
+
+
+def _histograms(scores: Mapping[str, np.ndarray], *, panel: str, x_label: str) -> list[Series]:
+    """Return what share of each set falls into each bin, over the range that all sets need."""
+    low = min(those.min() for those in scores.values())
+    high = max(those.max() for those in scores.values())
+    edges = np.arange(np.floor(low / BIN), np.floor(high / BIN) + 2) * BIN
+    lines = []
+    for name, those in scores.items():
+        share = 100 * np.histogram(those, edges)[0] / len(those)
+        lines.append(
+            Series(
+                panel,
+                x_label,
+                "share of the set's pairs, %",
+                edges.tolist(),
+                [*share.tolist(), 0.0],
+                kind="steps",
+                line=name,
+            )
+        )
+    return lines

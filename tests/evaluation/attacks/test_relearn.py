@@ -1,0 +1,163 @@
+"""Relearning against a loop in plain torch, and of models that hide a concept or never saw it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import fasterase
+from fasterase.errors import InputError
+from fasterase.evaluation.attacks import relearn as attack
+from fasterase.evaluation.attacks.relearn import area_weights
+from fasterase.evaluation.evaluation import Evaluation
+from fasterase.models.dual_encoder import Tokens
+from fasterase.seeds import Stream, generator
+from tests.evaluation.lookup_model import LookupModel, picture
+from tests.tiny_concepts import FORGOTTEN, KEPT, concept_pairs, knowing_model
+from tests.tiny_model import TinyModel, same_weights
+
+FORGET = concept_pairs((FORGOTTEN,), 20, seed=5)
+RETAIN = concept_pairs(KEPT, 20, seed=6)
+
+
+@pytest.fixture(autouse=True)
+def fast_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attack, "RATES", (1e-4, 3e-3))
+    monkeypatch.setattr(attack, "SHOTS", (1, 4))
+    monkeypatch.setattr(attack, "POOL", 30)
+
+
+def by_hand(model: TinyModel, forget: list, retain: list, rate: float) -> TinyModel:
+    student = copy.deepcopy(model)
+    optimizer = torch.optim.Adam(student.module.parameters(), lr=rate, betas=(0.9, 0.98))
+    pixels, ids = map(torch.stack, zip(*forget, *retain, strict=True))
+    n = len(forget)
+    for _ in range(20):
+        image, text = student.encode_image(pixels), student.encode_text(Tokens(ids))
+        logits, own = student.scale() * image @ text.T, torch.arange(len(ids))
+        each = F.cross_entropy(logits, own, reduction="none")
+        each = (each + F.cross_entropy(logits.T, own, reduction="none")) / 2
+        loss = (each[:n].mean() + each[n:].mean()) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return student
+
+
+def test_figures_are_those_of_a_model_that_was_fine_tuned_by_hand() -> None:
+    model = hiding_model()
+    before = model.weights()
+    figures = fasterase.evaluate(
+        model,
+        FORGET,
+        RETAIN,
+        forget_sets={"unseen": FORGET[:5]},
+        attacks=["relearn"],
+        progress=False,
+    ).attacks["relearn"]
+    assert same_weights(model.weights(), before)
+    assert all(weight.requires_grad for weight in model.module.parameters())
+
+    learned = generator(0, Stream.RELEARN, 0).permutation(20)[:10]
+    pool = generator(0, Stream.RELEARN, 1).permutation(140)[:30]
+    left = [FORGET[i] for i in range(20) if i not in learned[:4]]
+    kept = [RETAIN[i] for i in range(140) if i not in pool]
+    curve = []
+    for k in (0, 1, 4):
+        tried = [
+            by_hand(model, [FORGET[i] for i in learned[:k]], [RETAIN[i] for i in pool], rate)
+            for rate in ((1e-4, 3e-3) if k else ())
+        ]
+        scores = [
+            fasterase.evaluate(each, left, kept, max_pairs=None, progress=False).to_dict()
+            for each in tried or [model]
+        ]
+        best = max(scores, key=lambda s: (s["forget"]["contest_hit@1"], residue(s["forget"])))
+        for key in ("contest_hit@1", "residue"):
+            value = residue(best["forget"]) if key == "residue" else best["forget"][key]
+            assert figures[f"forget/{k}_shots/{key}"].value == pytest.approx(value, abs=1e-4)
+        recall = fasterase.evaluate(
+            tried[scores.index(best)] if tried else model,
+            kept[:1],
+            kept,
+            max_pairs=None,
+            progress=False,
+        ).to_dict()["retain"]["image_to_text_recall@1"]
+        assert figures[f"retain/{k}_shots/recall@1"].value == pytest.approx(recall)
+        curve.append(best["forget"]["contest_hit@1"])
+    assert curve[0] < curve[2]
+    assert figures["forget/area/contest_hit@1"].value == pytest.approx(np.mean(curve[1:]))
+    assert "unseen/4_shots/residue" in figures
+
+
+def residue(scores: dict[str, float]) -> float:
+    return (scores["image_to_text_residue"] + scores["text_to_image_residue"]) / 2
+
+
+def test_what_was_hidden_comes_back_sooner_than_what_was_never_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attack, "RATES", (1e-3,))
+    found = fasterase.evaluate(
+        hiding_model(),
+        FORGET,
+        RETAIN,
+        original=knowing_model(),
+        references={"never saw it": knowing_model(KEPT)},
+        attacks=["relearn"],
+        progress=False,
+    )
+    area = found.attacks["relearn"]["forget/area/contest_hit@1"]
+    assert area.original == 1
+    assert area.references["never saw it"] + 0.3 < area.value < 1
+    assert found.attacks["relearn"]["forget/0_shots/contest_hit@1"].value == 0
+    assert area.low <= area.value <= area.high
+    assert Evaluation.from_json(found.to_json(tmp_path / "found.json")) == found
+    (path,) = found.plot(tmp_path)
+    assert path == tmp_path / "relearn.png"
+    drawn = np.array(Image.open(path).convert("RGB")).reshape(-1, 3)
+    for colour in ((200, 16, 46), (32, 32, 32), (31, 111, 235)):  # one for each model
+        assert (np.abs(drawn.astype(int) - colour).sum(1) < 12).sum() > 100
+
+
+def test_area_is_over_the_logarithm_of_the_number_of_pairs() -> None:
+    values = np.array([0.0, 0.2, 0.6, 1.0])
+    expected = np.trapezoid(values, np.log2([1, 2, 4, 16])) / 4
+    assert np.average(values, weights=area_weights([1, 2, 4, 16])) == pytest.approx(expected)
+    assert area_weights([1]).tolist() == [1]
+
+
+def test_too_few_pairs_are_named() -> None:
+    model = LookupModel(torch.eye(3), torch.eye(3), ["cat", "dog", "hen"], "fake")
+    one, two = [(picture(0), "cat")], [(picture(1), "dog"), (picture(2), "hen")]
+    with pytest.raises(InputError, match=r"'relearn' needs two .* found 1 to forget and 2 unre"):
+        fasterase.evaluate(model, one, two, attacks=["relearn"], progress=False)
+    with pytest.raises(InputError, match=r"plot: there is nothing to draw"):
+        fasterase.evaluate(model, one, two, progress=False).plot("nowhere")
+
+
+@functools.cache
+def hiding_model() -> TinyModel:
+    """The knowing model after an erasure that stops as soon as the concept is hidden."""
+    model = knowing_model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fasterase.unlearn(
+            model,  # type: ignore[arg-type]
+            FORGET,
+            RETAIN,
+            lr=1e-3,
+            max_steps=40,
+            backend="dense",
+            evaluation=None,
+            progress=False,
+        )
+    return model
