@@ -29,8 +29,8 @@ from fasterase.parallel.engine import Engine
 from fasterase.parallel.ranks import ALONE, Ranks
 from fasterase.progress import WaitingShare, progress_bar
 
-# Images encoded at a time. Texts are shorter: four times as many.
-BATCH_SIZE = 64
+# Images encoded at a time, on a CPU and on a GPU. Texts are shorter: four times as many.
+BATCH_SIZE, GPU_BATCH_SIZE = 64, 256
 TEXTS_PER_IMAGE = 4
 
 
@@ -127,7 +127,8 @@ class PairEncoder:
         model: the model, on its device.
         precision: compute dtype of the towers, as in `UnlearnConfig`.
         ledger: counts unreadable pairs; None accepts any number of them.
-        batch_size: images encoded at a time.
+        batch_size: images loaded and encoded at a time; None: 64 on a CPU, 256 on a GPU. Of a batch
+            that does not fit in the device's memory the halves are encoded one after the other.
         num_workers: processes that load and decode pairs.
         progress: whether to show progress bars.
         ranks: who takes part: `pairs` divides the work among them.
@@ -139,7 +140,7 @@ class PairEncoder:
         *,
         precision: str = "auto",
         ledger: SkipLedger | None = None,
-        batch_size: int = BATCH_SIZE,
+        batch_size: int | None = None,
         num_workers: int = 0,
         progress: bool = False,
         ranks: Ranks = ALONE,
@@ -154,7 +155,9 @@ class PairEncoder:
         self._towers: Engine | TowerForward = TowerForward(model, precision=self.precision)
         self._in_lockstep = False
         self._passes = 0
-        self._batch_size = batch_size
+        on_gpu = self._device.type == "cuda"
+        self.batch_size = batch_size or (GPU_BATCH_SIZE if on_gpu else BATCH_SIZE)
+        self._fits = self.batch_size
         self._num_workers = num_workers
         self._progress = progress
 
@@ -207,7 +210,7 @@ class PairEncoder:
             rows,
             self.prepare,
             captions=captions,
-            batch_size=self._batch_size,
+            batch_size=self.batch_size,
             num_workers=self._num_workers,
         )
         waiting = WaitingShare()
@@ -254,8 +257,8 @@ class PairEncoder:
 
     def own_rows(self, rows: np.ndarray) -> np.ndarray:
         """Return this rank's share of `rows`, in whole batches."""
-        share = self.ranks.share(-(-len(rows) // self._batch_size))
-        return rows[share.start * self._batch_size : share.stop * self._batch_size]
+        share = self.ranks.share(-(-len(rows) // self.batch_size))
+        return rows[share.start * self.batch_size : share.stop * self.batch_size]
 
     def _own_pairs(
         self,
@@ -272,7 +275,7 @@ class PairEncoder:
         place: dict[str, int] = {}
         pair_text: dict[int, list[int]] = {}
         skipped: list[Skip] = []
-        passes = -(-len(rows) // (self._batch_size * self.ranks.world_size))
+        passes = -(-len(rows) // (self.batch_size * self.ranks.world_size))
         with self.progress_bar(description, len(own), leave=leave) as bar, self._passing(passes):
             for batch in self.batches(source, own, captions=captions, bar=bar):
                 images.append(batch.image)
@@ -294,7 +297,7 @@ class PairEncoder:
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Encode texts that belong to no pair, such as class prompts; [len(texts), D]."""
-        step = TEXTS_PER_IMAGE * self._batch_size
+        step = TEXTS_PER_IMAGE * self.batch_size
         parts = [
             self._encode_tokens(self.model.tokenize(texts[start : start + step]))
             for start in range(0, len(texts), step)
@@ -320,10 +323,13 @@ class PairEncoder:
             if not self._in_lockstep:
                 return torch.empty(0, self.model.embed_dim)
             pixels = pixels.new_zeros(1, *pixels.shape[1:])
-        with measuring(self._towers.module):
-            image = self._towers(pixels.to(self._device)).image
-        assert image is not None
-        return image[:count].cpu()
+
+        def encode(part: slice) -> Tensor:
+            image = self._towers(pixels[part].to(self._device)).image
+            assert image is not None
+            return image.cpu()
+
+        return self._in_parts(len(pixels), encode)[:count]
 
     def _encode_tokens(self, tokens: Tokens) -> Tensor:
         """[m, D] on the CPU of token ids [m, L]; m may be 0."""
@@ -331,15 +337,37 @@ class PairEncoder:
         count = len(tokens.ids)
         if not count and self._in_lockstep:
             tokens = Tokens(tokens.ids.new_zeros(1, tokens.ids.shape[1]))
-        parts = [torch.empty(0, self.model.embed_dim)]
-        step = TEXTS_PER_IMAGE * self._batch_size
-        with measuring(self._towers.module):
-            for start in range(0, len(tokens.ids), step):
-                part = tokens.index(slice(start, start + step)).to(self._device)
-                text = self._towers(None, part).text
-                assert text is not None
-                parts.append(text.cpu())
-        return torch.cat(parts)[:count]
+
+        def encode(part: slice) -> Tensor:
+            text = self._towers(None, tokens.index(part).to(self._device)).text
+            assert text is not None
+            return text.cpu()
+
+        return self._in_parts(len(tokens.ids), encode, weight=TEXTS_PER_IMAGE)[:count]
+
+    def _in_parts(
+        self, count: int, encode: Callable[[slice], Tensor], *, weight: int = 1
+    ) -> Tensor:
+        """Encode `count` rows, [count, D], as many at a time as fit in the device's memory.
+
+        Args:
+            count: 0 or more.
+            encode: rows -> their features.
+            weight: how many rows take the memory of an image.
+        """
+        while True:
+            size = weight * self._fits
+            parts = [torch.empty(0, self.model.embed_dim)]
+            try:
+                with measuring(self._towers.module):
+                    for start in range(0, count, size):
+                        parts.append(encode(slice(start, min(start + size, count))))
+                return torch.cat(parts)
+            except torch.OutOfMemoryError:
+                # In lockstep, the other ranks would wait for more passes than they make.
+                if self._fits == 1 or self._in_lockstep:
+                    raise
+                self._fits = -(-min(self._fits, -(-count // weight)) // 2)
 
 
 def check_readable(

@@ -148,3 +148,24 @@ def test_unreadable_pairs_are_counted_named_and_an_error_if_all_are():
         warnings.simplefilter("error")  # it has been named already
         with pytest.raises(InputError, match="none of its 1 pairs"):
             encoder.pairs(source, np.array([1]), description="")
+
+
+def test_a_batch_that_does_not_fit_in_memory_is_encoded_in_parts():
+    class Small(TinyModel):
+        """Has memory for three images, or twelve texts."""
+
+        def encode_image(self, pixels: Tensor) -> Tensor:
+            if len(pixels) > 3:
+                raise torch.OutOfMemoryError("too small")
+            return super().encode_image(pixels)
+
+        def encode_text(self, tokens: Tokens) -> Tensor:
+            if len(tokens.ids) > 12:
+                raise torch.OutOfMemoryError("too small")
+            return super().encode_text(tokens)
+
+    source, rows = open_pairs(pairs(21, seed=1), name="retain"), np.arange(21)
+    encoders = [PairEncoder(model(), batch_size=16) for model in (Small, TinyModel)]
+    found, expected = (each.pairs(source, rows, description="") for each in encoders)
+    torch.testing.assert_close(found.image, expected.image)
+    torch.testing.assert_close(found.first_text, expected.first_text)

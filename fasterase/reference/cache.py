@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from fasterase.encode import BATCH_SIZE, PairEncoder
+from fasterase.encode import PairEncoder
 from fasterase.errors import InputError
 from fasterase.files import check_writable
 from fasterase.pairs.prepare import hash_captions
@@ -17,10 +17,9 @@ from fasterase.pairs.source import PairSource, Subset
 from fasterase.parallel.ranks import ALONE, Ranks
 from fasterase.reference.feature_store import NO_CAPTIONS, FeatureStore
 
-# Batches per block on disk: 1024 rows of D=1024 are 4 MB. A block holds whole batches, so that a
-# resumed sweep repeats the same batches, and with them the same last bits, as an uninterrupted one.
-BLOCK_BATCHES = 16
-BLOCK = BLOCK_BATCHES * BATCH_SIZE
+# Rows of a block on disk: 4 MB of D=1024. A block holds whole batches, so that a resumed sweep
+# repeats the same batches, and with them the same last bits, as an uninterrupted one.
+BLOCK = 1024
 # Stored rows that a process checks before a run, which can mend damage only there: all that a run
 # draws by default, in seconds. Of more than these, the others are checked when they are used.
 CHECKED_ROWS = 1 << 18
@@ -155,7 +154,7 @@ class FeatureCache:
                 captions["key"] = image_keys(source, of_row)
                 captions["caption"] = hash_captions([key for _, key in batch.captions])
                 image_block.add(image_keys(source, batch.rows), batch.image.numpy(), captions)
-            if number % BLOCK_BATCHES == 0:
+            if number % max(1, BLOCK // encoder.batch_size) == 0:
                 flush()
         flush()
         self._captions.refresh()

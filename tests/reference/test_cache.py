@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -132,7 +133,7 @@ def test_opening_reads_less_than_a_hundredth(tmp_path, monkeypatch):
 
 def write_share(folder, rank, world_size, die_at=None):
     """Fill a cache as one of several processes, which dies when it has written so often."""
-    cache.BLOCK_BATCHES, cache.BLOCK = 1, BATCH_SIZE
+    cache.BLOCK = BATCH_SIZE
     ranks = Ranks()
     ranks.rank, ranks.world_size = rank, world_size
     replace, left = os.replace, [die_at]
@@ -162,24 +163,34 @@ def read_all(folder):
     return images.get(np.arange(N_PAIRS)), filled_cache.texts(keys), len(images)
 
 
-def test_writers_that_are_killed_leave_no_row_twice(tmp_path):
+@pytest.mark.parametrize(
+    "trials", [1, pytest.param(10, marks=pytest.mark.scale)], ids=["once", "ten times"]
+)
+def test_writers_that_are_killed_leave_no_row_twice(tmp_path, trials):
+    """One dies before or after one of its blocks is there, then another at any moment."""
+    started = time.monotonic()
     expected = run_writers(tmp_path / "whole", [(0, 1)])
+    seconds = time.monotonic() - started
     numbers = np.random.default_rng()
-    for trial in range(3):
+    for trial in range(trials):
         folder = tmp_path / str(trial)
         run_writers(folder, [(0, 3), (1, 3), (2, 3, int(numbers.integers(1, 6)))], dies=2)
-        run_writers(folder, [(0, 2), (1, 2, int(numbers.integers(1, 3)))], dies=1)
+        run_writers(folder, [(0, 3), (1, 3), (2, 3)], dies=1, after=numbers.uniform(0, seconds))
         for one, other in zip(run_writers(folder, [(0, 1)]), expected, strict=True):
             np.testing.assert_array_equal(one, other)
 
 
-def run_writers(folder, writers, dies=None):
+def run_writers(folder, writers, dies=None, after=None):
     processes = [CONTEXT.Process(target=write_share, args=(folder, *each)) for each in writers]
     for process in processes:
         process.start()
+    if after is not None:
+        time.sleep(after)
+        processes[dies].kill()
     for number, process in enumerate(processes):
         process.join(120)
-        assert process.exitcode == (-signal.SIGKILL if number == dies else 0)
+        ended = {0} if number != dies else {-signal.SIGKILL} if after is None else {0, -9}
+        assert process.exitcode in ended
     return read_all(folder) if dies is None else None
 
 

@@ -93,7 +93,6 @@ def test_without_a_folder_nothing_is_left(tmp_path, monkeypatch):
 @pytest.mark.parametrize("place", [60, -3], ids=["head", "feature"])
 @pytest.mark.parametrize("part", ["captions", "images"])
 def test_of_a_damaged_cache_only_the_damaged_block_is_remade(tmp_path, monkeypatch, part, place):
-    monkeypatch.setattr("fasterase.reference.cache.BLOCK_BATCHES", 1)
     monkeypatch.setattr("fasterase.reference.cache.BLOCK", 64)
     forget, retain = pairs(6, seed=1), pairs(200, seed=2)
     one = swept(tmp_path, forget=forget, retain=retain, max_steps=2)
