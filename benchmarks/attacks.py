@@ -2,11 +2,10 @@
 
     python -m benchmarks.attacks [--erased NAME=FOLDER ...]
 
-Runs every attack on the demo's model, which knows all emoji, and on the one that was trained
-without food-fruit: the levels of a model that knows and of one that never knew, which an erased
-model is to be compared with. --erased adds models that forgot food-fruit, such as
-`--erased demo=runs/demo-food-fruit/model` after `fasterase demo`. Writes attacks.csv to --output,
-one row per attack, figure and model.
+Runs every attack on the demo's model, which knows all emoji, on the one that was trained without
+food-fruit, and on models that forgot it: `--erased demo=runs/demo-food-fruit/model` after
+`fasterase demo`. The first two are the levels to compare an erased model with. Writes attacks.csv
+to --output, one row per attack, figure and model, and draws the attacks to --plots.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from fasterase.errors import InputError
 from fasterase.evaluation.attacks.attacker import ATTACKS
 from fasterase.evaluation.evaluation import Evaluation
 
-RETRAINED = "retrained without it"
+ORIGINAL, RETRAINED = "demo's model", "retrained without it"
 
 
 def non_members() -> Drawings:
@@ -35,21 +34,29 @@ def non_members() -> Drawings:
 
 
 def rows_of(evaluation: Evaluation, model: str, **given: Any) -> Iterator[dict[str, Any]]:
-    """Yield a row per attack and figure: of the model with its interval, and of the original."""
+    """Yield a row per attack, figure and model, with its interval; `model` names the first one."""
     for attack, figures in evaluation.attacks.items():
         for figure in figures.values():
-            yield {
-                "attack": attack,
-                "figure": figure.key,
-                "wanted": figure.wanted,
-                "model": model,
-                "value": figure.value,
-                "low": figure.low,
-                "high": figure.high,
-                "original": figure.original,
-                "chance": figure.chance,
-                **given,
+            values = {model: figure.value, ORIGINAL: figure.original, **figure.references}
+            intervals: dict[str, Sequence[float | None]] = {
+                **figure.other_intervals,
+                model: (figure.low, figure.high),
             }
+            for name, value in values.items():
+                key = "original" if name == ORIGINAL else name
+                low, high = intervals.get(key, (None, None))
+                if value is not None:
+                    yield {
+                        "attack": attack,
+                        "figure": figure.key,
+                        "wanted": figure.wanted,
+                        "model": name,
+                        "value": value,
+                        "low": low,
+                        "high": high,
+                        "chance": figure.chance,
+                        **given,
+                    }
 
 
 def parse_models(entries: Sequence[str]) -> dict[str, str]:
@@ -57,7 +64,7 @@ def parse_models(entries: Sequence[str]) -> dict[str, str]:
     models = {}
     for entry in entries:
         name, _, folder = entry.partition("=")
-        if not (name and folder) or name == RETRAINED:
+        if not (name and folder) or name in (ORIGINAL, RETRAINED):
             raise InputError(f"--erased {entry}: expected NAME=FOLDER of a model.")
         models[name] = folder
     return models
@@ -72,28 +79,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(argv)
 
-    models = {RETRAINED: str(emoji.RETRAINED_MODEL), **parse_models(options.erased)}
+    models = {**parse_models(options.erased), RETRAINED: str(emoji.RETRAINED_MODEL)}
+    first, *others = models
     sets = build_sets(emoji.DEFAULT_FORGET, original=str(emoji.BASE_MODEL), seed=0)
-    strangers = non_members()
-    rows: list[dict[str, Any]] = []
-    for name, model in models.items():
-        evaluation = fasterase.evaluate(
-            model,
-            sets.forget,
-            sets.retain,
-            forget_sets={"forget-unseen": sets.unseen},
-            original=str(emoji.BASE_MODEL),
-            attacks=tuple(ATTACKS),
-            non_members=strangers,
-            max_pairs=options.max_pairs,
-            device="cpu",
-            progress=False,
-        )
-        print(f"{name}\n{evaluation.table()}\n", flush=True)
-        if options.plots is not None:
-            evaluation.plot(options.plots / name.replace(" ", "-"))
-        rows += rows_of(evaluation, name, device=device_name("cpu"), code=code_version())
+    evaluation = fasterase.evaluate(
+        models[first],
+        sets.forget,
+        sets.retain,
+        forget_sets={"forget-unseen": sets.unseen},
+        original=str(emoji.BASE_MODEL),
+        references={name: models[name] for name in others},
+        attacks=tuple(ATTACKS),
+        non_members=non_members(),
+        max_pairs=options.max_pairs,
+        device="cpu",
+    )
+    print(f"The model is {first!r}.\n{evaluation.table()}")
+    rows = list(rows_of(evaluation, first, device=device_name("cpu"), code=code_version()))
     write_csv(options.output / "attacks.csv", rows)
+    if options.plots is not None:
+        evaluation.plot(options.plots)
 
 
 if __name__ == "__main__":

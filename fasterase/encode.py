@@ -178,11 +178,11 @@ class PairEncoder:
         finally:
             self._towers, self._in_lockstep = before
 
-    def progress_bar(self, description: str, total: int, *, leave: bool = True) -> tqdm:
-        """Return a bar that counts pairs, for `batches`."""
-        return progress_bar(
-            description, total=total, unit="pair", leave=leave, shown=self._progress
-        )
+    def progress_bar(
+        self, description: str, total: int, *, unit: str = "pair", leave: bool = True
+    ) -> tqdm:
+        """Return a bar that counts pairs, for `batches`, or other things."""
+        return progress_bar(description, total=total, unit=unit, leave=leave, shown=self._progress)
 
     def batches(
         self,

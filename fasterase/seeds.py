@@ -28,6 +28,7 @@ class Stream(enum.IntEnum):
     EXAMPLES = 10  # captions and pictures of the picture sheet
     PROBE = 11  # folds of the probing attack
     RELEARN = 12  # pairs that the relearning attack is given
+    PROMPT = 13  # images, words and replacements of the search for prompts
 
 
 def generator(seed: int, stream: Stream, *position: int) -> np.random.Generator:

@@ -102,7 +102,7 @@ class EvaluateFlags(DataFlags, SetFlags):
     Args:
         class_names: text file with one class name per line, for zero-shot accuracy.
         attacks: attempts to bring the concept back, by name: swap (needs `original`),
-            probe, quantise, relearn, membership (needs `non_members`).
+            probe, quantise, relearn, prompt, membership (needs `non_members`).
         non_members: pairs of the same source that no model was trained on, in any of the same
             forms.
         max_pairs: number of pairs to measure per set, drawn with `seed`.

@@ -17,6 +17,7 @@ from fasterase.errors import InputError, import_extra
 from fasterase.evaluation.attacks.figures import Figure, Figures, Found
 from fasterase.evaluation.attacks.membership import membership
 from fasterase.evaluation.attacks.probe import probe
+from fasterase.evaluation.attacks.prompt import prompt
 from fasterase.evaluation.attacks.quantise import quantise
 from fasterase.evaluation.attacks.relearn import relearn
 from fasterase.evaluation.attacks.swap import swap
@@ -41,6 +42,7 @@ ATTACKS: dict[str, Attack] = {
     "probe": Attack(probe, needs_module="sklearn"),
     "quantise": Attack(quantise),
     "relearn": Attack(relearn),
+    "prompt": Attack(prompt),
     "membership": Attack(membership, needs_non_members=True, needs_module="sklearn"),
 }
 
@@ -173,7 +175,15 @@ def _side_by_side(found: Mapping[str, Figures]) -> Figures:
     others = {name: figures for name, figures in found.items() if name != "model"}
     merged = {}
     for key, figure in found["model"].items():
-        values = {name: figures[key].value for name, figures in others.items() if key in figures}
+        same = {name: figures[key] for name, figures in others.items() if key in figures}
+        values = {name: other.value for name, other in same.items()}
         original = values.pop("original", None)
-        merged[key] = replace(figure, original=original, references=values)
+        intervals = {
+            name: [other.low, other.high]
+            for name, other in same.items()
+            if other.low is not None and other.high is not None
+        }
+        merged[key] = replace(
+            figure, original=original, references=values, other_intervals=intervals
+        )
     return merged

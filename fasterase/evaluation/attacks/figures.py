@@ -15,6 +15,8 @@ from fasterase.evaluation.scores import TIE, find_position
 from fasterase.evaluation.verdict import PairTraces, wilson_interval
 from fasterase.report.curves import Series
 
+CELL = 20  # characters of a text in a table
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -24,13 +26,15 @@ class Figure:
         key: name in dictionaries and JSON, such as `"forget/original_images/contest_hit@1"`.
         group: heading that the figure stands under in tables.
         title: its name there.
-        unit: `"share"` (0 to 1, printed in percent), `"cosine"`, `"seconds"` or `"verdict"`.
+        unit: `"share"` (0 to 1, printed in percent), `"cosine"`, `"seconds"`, `"verdict"` or
+            `"text"`.
         wanted: wanted direction; empty if it only informs.
-        value: of the model; a word if the unit is `"verdict"`.
+        value: of the model; words if the unit is `"verdict"` or `"text"`.
         low, high: 95 % interval of `value`; None for what is no share.
         chance: value of a random order; None if there is no such level.
         original: the original's value, or None if it was not attacked.
         references: name -> value of a further model.
+        other_intervals: `"original"` or name of a reference -> low and high of its value.
     """
 
     key: str
@@ -44,12 +48,15 @@ class Figure:
     chance: float | None = None
     original: float | str | None = None
     references: dict[str, float | str] = field(default_factory=dict)
+    other_intervals: dict[str, list[float]] = field(default_factory=dict)
 
     def format(self, value: float | str | None) -> str:
-        """Format a value of this figure for tables, "-" for None."""
+        """Format a value of this figure for tables, "-" for None; long texts are shortened."""
         if value is None:
             return "-"
-        return value if isinstance(value, str) else format_value(self.unit, value)
+        if isinstance(value, str):
+            return value if len(value) <= CELL else value[: CELL - 3] + "..."
+        return format_value(self.unit, value)
 
     @property
     def interval(self) -> str:

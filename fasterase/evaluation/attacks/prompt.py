@@ -1,0 +1,206 @@
+"""Adversarial prompts: does any wording still find the forgotten images?
+
+The captions of the concept no longer lead to its images. Others may: synonyms, descriptions, or
+strings of tokens that mean nothing to a reader.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fasterase.encode import PairFeatures
+from fasterase.errors import InputError
+from fasterase.evaluation.attacks.figures import Figure, Found, share_below, share_figure
+from fasterase.evaluation.attacks.target import Target
+from fasterase.evaluation.metrics import bootstrap_intervals
+from fasterase.models.dual_encoder import DualEncoder
+from fasterase.pairs.skips import BrokenPair
+from fasterase.report.curves import Series
+from fasterase.seeds import Stream, generator
+
+WORDS = 1024  # single words and tokens that are tried first
+PIECES = 64  # of them, the best, that prompts are then built from
+BEAM = 4  # prompts that are built on
+ROUNDS = 4  # of adding a word or replacing one
+# An unrelated image counts as taken for the concept when it is among the nearest 5 %.
+FALSE_POSITIVES = 0.05
+
+
+def prompt(target: Target) -> Found:
+    """Search for words that separate images to forget from unrelated ones, under the text tower.
+
+    The search sees half of the `forget` images and half of the unrelated retain images. It first
+    tries up to `WORDS` single words: those of the captions, and random tokens of the vocabulary.
+    In each of `ROUNDS` rounds it then appends each of the `PIECES` best to each of the `BEAM` best
+    prompts, and puts it in the place of one of the prompt's words. Prompts are compared by
+    `(mean cosine with images to forget - that with unrelated ones) / deviation of the latter`. The
+    best prompt, and for comparison the best caption of the data, are then asked for the images
+    that the search did not see; those of further sets to forget are all unseen. Costs at most
+    `WORDS + 2 ROUNDS BEAM PIECES` texts through the text tower, 3,072 of them, and no image.
+
+    Raises:
+        InputError: the model has no tokenizer (a reference without one gets no figures), or there
+            are fewer than two images to forget or unrelated ones.
+    """
+    evaluator, model = target.evaluator, target.encoder.model
+    if model.text_tokenizer is None:
+        if target.name != "model":
+            return Found([])
+        raise InputError(
+            f"attacks: 'prompt' writes captions, and {model.name} came without a tokenizer. Pass "
+            "tokenizer=, or leave 'prompt' out."
+        )
+    judged = {name: target.features[name].at(rows) for name, rows in evaluator.judge.rows.items()}
+    halves = {name: _halves(judged[name], evaluator.seed) for name in ("forget", "retain")}
+    if not all(len(seen) and len(unseen) for seen, unseen in halves.values()):
+        raise InputError(
+            f"attacks: 'prompt' needs two images or more of each kind, found "
+            f"{len(judged['forget'].rows)} to forget and {len(judged['retain'].rows)} unrelated. "
+            "Give more pairs, or leave 'prompt' out."
+        )
+    search = Search(target, halves["forget"][0], halves["retain"][0])
+    captions = list(dict.fromkeys(c for those in judged.values() for c in those.first_captions))
+    search.try_prompts(captions)
+    natural = search.best[0]
+    history = search.run(words_to_try(target))
+    unseen = {name: those.image for name, those in judged.items()}
+    unseen |= {name: others for name, (_, others) in halves.items()}
+    unrelated = unseen.pop("retain")
+    figures: list[Figure] = []
+    for key, title, text in (
+        ("caption", "best caption of the data", natural),
+        ("prompt", f"best of {search.tried:,} prompts", search.best[0]),
+    ):
+        feature = target.encoder.texts([text])[0]
+        figures.append(Figure(f"{key}/text", title, "text", "text", "", text))
+        others = (unrelated @ feature).double().numpy()
+        for name, images in unseen.items():
+            below = share_below((images @ feature).double().numpy(), others)
+            intervals = bootstrap_intervals(
+                {"auc": below}, {}, resamples=evaluator.resamples, seed=evaluator.seed
+            )
+            for metric, label, values, chance in (
+                ("auc", "AUC", below, 0.5),
+                ("found", "found at 5 % FPR", below >= 1 - FALSE_POSITIVES, FALSE_POSITIVES),
+            ):
+                figures.append(
+                    share_figure(
+                        values.astype(float),
+                        key=f"{name}/{key}/{metric}",
+                        group=title,
+                        title=f"{name}: {label}, %",
+                        wanted="↓",
+                        chance=chance,
+                        interval=intervals.get(metric),
+                    )
+                )
+    places = [float(count) for count, _ in history]
+    scores = [score for _, score in history]
+    axis = "mean cosine above unrelated images, deviations"
+    return Found(figures, [Series("best prompt so far", "prompts tried", axis, places, scores)])
+
+
+class Search:
+    """The prompts tried so far, and the best of them.
+
+    Args:
+        target: whose text tower is searched.
+        images: [n, D] features of images to forget.
+        others: [m, D] of unrelated images.
+
+    Attributes:
+        best: the `BEAM` best prompts, the best first.
+        tried: number of prompts.
+    """
+
+    def __init__(self, target: Target, images: Tensor, others: Tensor) -> None:
+        self._target = target
+        self._images, self._others = images, others
+        self._scores: dict[str, float] = {}
+
+    @property
+    def best(self) -> list[str]:
+        return sorted(self._scores, key=lambda text: -self._scores[text])[:BEAM]
+
+    @property
+    def tried(self) -> int:
+        return len(self._scores)
+
+    def try_prompts(self, texts: Iterable[str]) -> None:
+        """Score those of `texts` that are new."""
+        fresh = [text for text in dict.fromkeys(texts) if text not in self._scores]
+        if not fresh:
+            return
+        features = self._target.encoder.texts(fresh)
+        wanted, unwanted = (features @ images.T for images in (self._images, self._others))
+        spread = unwanted.std(dim=1, correction=0).clamp_min(1e-6)
+        scores = (wanted.mean(1) - unwanted.mean(1)) / spread
+        self._scores |= dict(zip(fresh, scores.tolist(), strict=True))
+
+    def run(self, words: Sequence[str]) -> list[tuple[int, float]]:
+        """Search; return how many prompts had been tried, and the best score, after each round."""
+        numbers = generator(self._target.evaluator.seed, Stream.PROMPT, 1)
+        total = len(words) + 2 * ROUNDS * BEAM * PIECES
+        history = [(self.tried, self._scores[self.best[0]])]
+        with self._target.encoder.progress_bar("searching prompts", total, unit="prompt") as bar:
+            self.try_prompts(words)
+            bar.update(len(words))
+            history.append((self.tried, self._scores[self.best[0]]))
+            pieces = sorted(words, key=lambda word: -self._scores[word])[:PIECES]
+            for _ in range(ROUNDS):
+                self.try_prompts([f"{start} {piece}" for start in self.best for piece in pieces])
+                replaced = []
+                for start in self.best:
+                    parts = start.split()
+                    for piece in pieces:
+                        place = int(numbers.integers(len(parts)))
+                        replaced.append(" ".join([*parts[:place], piece, *parts[place + 1 :]]))
+                self.try_prompts(replaced)
+                bar.update(2 * BEAM * PIECES)
+                history.append((self.tried, self._scores[self.best[0]]))
+        return history
+
+
+def words_to_try(target: Target) -> list[str]:
+    """Return at most `WORDS` words: of captions to forget, of others, and tokens at random."""
+    judge, sources = target.evaluator.judge, target.evaluator.sources
+    numbers = generator(target.evaluator.seed, Stream.PROMPT)
+    found: dict[str, None] = {}
+    for name in sorted(judge.rows, key=lambda name: name == "retain"):
+        words: dict[str, None] = {}
+        for row in judge.rows[name].tolist():
+            try:
+                texts = sources[name].texts(row)
+            except BrokenPair:  # counted and named when the pair was encoded
+                continue
+            if not isinstance(texts, Tensor):
+                words |= dict.fromkeys(w for text in texts for w in re.findall(r"\w+", text))
+        found |= dict.fromkeys(np.array(list(words), dtype=object)[numbers.permutation(len(words))])
+    few = list(found)[: WORDS // 2]
+    tokens = random_tokens(target.encoder.model, numbers, count=WORDS)
+    return list(dict.fromkeys([*few, *tokens]))[:WORDS]
+
+
+def random_tokens(model: DualEncoder, numbers: np.random.Generator, *, count: int) -> list[str]:
+    """Return tokens of the vocabulary as text; none if the tokenizer cannot decode."""
+    source = model.companions.tokenizer
+    decode = getattr(source, "decode", None) or getattr(
+        getattr(source, "tokenizer", None), "decode", None
+    )
+    if decode is None:
+        return []
+    ids = numbers.permutation(model.vocab_size)[:count].tolist()
+    texts = [decode([number]).strip() for number in ids]
+    return [text for text in texts if text.isprintable() and text]
+
+
+def _halves(pairs: PairFeatures, seed: int) -> tuple[Tensor, Tensor]:
+    """Return image features [n, D] that the search sees, and the others."""
+    order = generator(seed, Stream.PROMPT, 2).permutation(len(pairs.rows))
+    first, second = np.array_split(order, 2)
+    return pairs.image[torch.from_numpy(first)], pairs.image[torch.from_numpy(second)]
