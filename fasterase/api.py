@@ -33,9 +33,9 @@ from fasterase.models.companions import remember
 from fasterase.models.delta import keep_original
 from fasterase.models.dual_encoder import DualEncoder, separate_copy
 from fasterase.models.load import load_model
-from fasterase.pairs.batches import count_workers
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.overlap import remove_overlap
+from fasterase.pairs.processes import count_workers
 from fasterase.pairs.skips import SkipLedger
 from fasterase.pairs.source import PairSource
 from fasterase.parallel.ranks import Ranks, join_ranks, launched_device

@@ -54,7 +54,8 @@ from fasterase.files import write_text
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.forward import resolve_precision
 from fasterase.ops.contrastive.api import choose_backend
-from fasterase.pairs.batches import count_workers, step_batches
+from fasterase.pairs.batches import step_batches
+from fasterase.pairs.processes import count_workers
 from fasterase.pairs.sampler import Sampler
 from fasterase.pairs.skips import SkipLedger
 from fasterase.pairs.source import PairSource

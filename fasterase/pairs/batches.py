@@ -20,15 +20,12 @@ from fasterase.models.preprocessing import Tokens
 from fasterase.pairs.augment import augment
 from fasterase.pairs.prepare import PreparedText, Preparer, hash_captions, stack_tokens
 from fasterase.pairs.sampler import Sampler
-from fasterase.pairs.shard_index import num_cpus
 from fasterase.pairs.skips import BrokenPair, Skip
 from fasterase.pairs.source import PairSource, Record
 from fasterase.parallel.ranks import ALONE, Ranks, share_of
 from fasterase.seeds import Stream, generator
 
 Captions = Literal["all", "first"]
-# More are of no use: two or three cores feed the largest towers of a GPU.
-MOST_WORKERS = 16
 
 
 @dataclass
@@ -124,17 +121,6 @@ class SweepBatch(Loaded):
     captions: list[tuple[int, str]]
     new_keys: list[str]
     tokens: Tokens
-
-
-def count_workers(num_workers: int | Literal["auto"], ranks: Ranks = ALONE) -> int:
-    """Return how many processes of a rank load pairs.
-
-    `"auto"` shares the cores that this process may use among the ranks of its host, and leaves one
-    of each share to the rank itself; at most `MOST_WORKERS`.
-    """
-    if num_workers != "auto":
-        return num_workers
-    return max(0, min(num_cpus() // ranks.on_this_host - 1, MOST_WORKERS))
 
 
 def step_batches(

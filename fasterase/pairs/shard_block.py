@@ -141,6 +141,11 @@ class IndexBlock:
         self.facts, self._in_memory, self._path = state
         self._views = None
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether it is in a file, so that another process needs only its path."""
+        return self._path is not None
+
     @classmethod
     def open(cls, path: str) -> IndexBlock:
         """Open the file of a block; nothing but its facts is read.

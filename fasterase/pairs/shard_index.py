@@ -11,25 +11,25 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import multiprocessing
 import os
 import random
-import signal
+import re
 import statistics
-import sys
 import tarfile
 import warnings
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import as_completed
 from contextlib import AbstractContextManager, suppress
+from functools import partial
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, TypeVar
 
 import numpy as np
 from filelock import FileLock, Timeout
 
 from fasterase.errors import FaseraseError, InputError
+from fasterase.pairs.processes import count_processes, process_pool
 from fasterase.pairs.remote import RemoteError, RemoteShard, is_remote, shard_name
 from fasterase.pairs.shard_block import MISSING, BlockBuilder, Entries, IndexBlock
 from fasterase.pairs.shard_cache import ShardCache
@@ -38,10 +38,11 @@ from fasterase.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 # Bytes of shards from which on their index is kept: fewer are indexed within about a second.
 KEPT_BYTES = 128 << 20
 _FOLDER = ".fasterase"
-_MOST_WORKERS = 16
 # Small entries share a read; of large ones little is read in vain.
 _BUFFER_BYTES = 1 << 15
 
@@ -127,6 +128,23 @@ class ShardIndex:
                 yield [] if cut and row in self.lost else captions
         yield from ([] for _ in self._lost_ids)
 
+    def every_match(self, pattern: re.Pattern[str]) -> Iterator[bool]:
+        """Tell of each row whether one of its captions matches, in one pass by all cores."""
+        for block, found in zip(
+            self.blocks, self._over_blocks(partial(_matching, pattern)), strict=True
+        ):
+            found[list(block.facts.cut)] = False
+            yield from found.tolist()
+        yield from (False for _ in self._lost_ids)
+
+    def _over_blocks(self, function: Callable[[IndexBlock], T]) -> Iterator[T]:
+        workers = count_processes(len(self.blocks)) if self.blocks[0].is_kept else 1
+        if workers < 2:
+            yield from map(function, self.blocks)
+            return
+        with process_pool(workers) as pool:
+            yield from pool.map(function, self.blocks)
+
     def image_sizes(self) -> np.ndarray:
         """Return the bytes of each row's image, [n] int64; -1 without one."""
         lost = np.full(len(self._lost_ids), -1, np.int64)
@@ -194,6 +212,12 @@ class ShardIndex:
             )
 
 
+def _matching(pattern: re.Pattern[str], block: IndexBlock) -> np.ndarray:
+    search = pattern.search
+    found = (any(map(search, captions)) for captions in block.every_caption())
+    return np.fromiter(found, bool, block.facts.samples)
+
+
 class _Job(NamedTuple):
     """A shard to index.
 
@@ -259,10 +283,8 @@ def index_shards(
 
 def _run(jobs: list[_Job]) -> Iterator[tuple[str, IndexBlock]]:
     """Yield the path of each shard and its block, in the order in which they are done."""
-    workers = min(len(jobs), _MOST_WORKERS, num_cpus())
-    # Elsewhere a new process would import the caller's script again; a daemon may have none.
-    can_fork = sys.platform == "linux" and not multiprocessing.current_process().daemon
-    if workers < 2 or not jobs[0].kept or not can_fork:
+    workers = count_processes(len(jobs)) if jobs and jobs[0].kept else 1
+    if workers < 2:
         for job in jobs:
             block = _index(job)
             assert block is not None
@@ -270,31 +292,17 @@ def _run(jobs: list[_Job]) -> Iterator[tuple[str, IndexBlock]]:
         return
     # Processes that start together meet at few shards.
     random.Random(os.getpid()).shuffle(jobs)
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, context, initializer=_leave_interrupts) as pool:
-        try:
-            for wait in (False, True):
-                futures = {pool.submit(_index, job, wait=wait): job for job in jobs}
-                jobs = []
-                for future in as_completed(futures):
-                    job = futures.pop(future)
-                    block = future.result()
-                    if block is None:
-                        jobs.append(job)
-                    else:
-                        yield job.path, block
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def num_cpus() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
-def _leave_interrupts() -> None:
-    """Ignore Ctrl-C in a worker: the main process stops it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with process_pool(workers) as pool:
+        for wait in (False, True):
+            futures = {pool.submit(_index, job, wait=wait): job for job in jobs}
+            jobs = []
+            for future in as_completed(futures):
+                job = futures.pop(future)
+                block = future.result()
+                if block is None:
+                    jobs.append(job)
+                else:
+                    yield job.path, block
 
 
 def _index(job: _Job, *, wait: bool = True) -> IndexBlock | None:

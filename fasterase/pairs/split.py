@@ -17,6 +17,7 @@ from fasterase.pairs.classes import normalize_class_name
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.overlap import caption_hashes
 from fasterase.pairs.source import PairSource, Record, Subset
+from fasterase.pairs.tars import TarPairs
 from fasterase.progress import progress_bar
 
 
@@ -160,10 +161,12 @@ def _match_classes(pairs: PairSource, names: Sequence[str]) -> np.ndarray:
 def _match_captions(pairs: PairSource, expression: str | re.Pattern[str]) -> np.ndarray:
     try:
         flags = re.IGNORECASE if isinstance(expression, str) else 0
-        search = re.compile(expression, flags).search
+        pattern = re.compile(expression, flags)
     except re.error as error:
         raise InputError(f"`forget`={expression!r} is not a regular expression: {error}") from error
-    return _mark(pairs, (any(map(search, texts)) for texts in _every_captions(pairs)))
+    if isinstance(pairs, TarPairs):
+        return _mark(pairs, pairs.index.every_match(pattern))
+    return _mark(pairs, (any(map(pattern.search, texts)) for texts in _every_captions(pairs)))
 
 
 def _match_hashes(pairs: PairSource, wanted: np.ndarray) -> np.ndarray:

@@ -13,10 +13,11 @@ from torch.utils.data import Dataset
 
 from fasterase.errors import InputError
 from fasterase.models.preprocessing import ImageTransform, Tokens, TransformParts
-from fasterase.pairs import batches as loading
-from fasterase.pairs.batches import count_workers, step_batches, sweep
+from fasterase.pairs import processes
+from fasterase.pairs.batches import step_batches, sweep
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.prepare import Preparer
+from fasterase.pairs.processes import count_workers
 from fasterase.pairs.sampler import Sampler
 
 
@@ -303,7 +304,7 @@ def test_sweep_takes_all_captions():
     ("cores", "ranks", "workers"), [(1, 1, 0), (2, 1, 1), (16, 8, 1), (16, 32, 0), (96, 1, 16)]
 )
 def test_automatic_workers_share_the_cores_of_a_host(monkeypatch, cores, ranks, workers):
-    monkeypatch.setattr(loading, "num_cpus", lambda: cores)
+    monkeypatch.setattr(processes, "num_cpus", lambda: cores)
     host = SimpleNamespace(on_this_host=ranks)
     assert count_workers("auto", host) == workers
     assert count_workers(3, host) == 3

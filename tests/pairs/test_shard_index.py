@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from fasterase.errors import InputError
-from fasterase.pairs import shard_index
+from fasterase.pairs import processes, shard_index
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.shard_block import BlockBuilder
 from fasterase.pairs.shards import ShardReader
 from fasterase.pairs.skips import BrokenPair
+from fasterase.pairs.split import split
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def read_shards(monkeypatch):
         before(self, shard, entries)
 
     monkeypatch.setattr(BlockBuilder, "__init__", note)
-    monkeypatch.setattr(shard_index, "num_cpus", lambda: 1)
+    monkeypatch.setattr(processes, "num_cpus", lambda: 1)
     return read
 
 
@@ -230,3 +231,15 @@ def test_images_are_compared_with_the_json_entry_of_img2dataset(make_tar, encode
         "failed": "its download failed: status 'failed_to_resize'",
         "other": "the image has 9 x 7 pixels, its json entry says 256 x 256",
     }
+
+
+def test_captions_are_searched_by_all_cores(shards, monkeypatch, make_tar):
+    make_tar("s-2.tar", {"a.png": b"", "a.txt": "caption 3", "b.png": b"x", "b.txt": b"\xff\xfe"})
+    found = []
+    for cpus in (1, 3):
+        monkeypatch.setattr(processes, "num_cpus", lambda cpus=cpus: cpus)
+        pairs = open_pairs(str(shards), name="retain")
+        forget, retain = split(pairs, forget=r"CAPTION [37]")
+        found.append((list(forget.every_id()), list(retain.every_id())))
+    assert found[0] == found[1]
+    assert found[0][0] == ["s-1.tar/key3", "s-2.tar/a", "s-3.tar/key7"]
