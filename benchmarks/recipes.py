@@ -37,6 +37,7 @@ from fasterase.config import UnlearnConfig
 from fasterase.demo import emoji
 from fasterase.demo.run import forget_pairs, recipe_config
 from fasterase.demo.sets import build_sets
+from fasterase.evaluation.metrics import bootstrap_intervals
 from fasterase.files import write_text
 from fasterase.models.load import load_model
 
@@ -358,10 +359,7 @@ def count_verdicts(endings: list[Ending]) -> list[str]:
 
 def interval(values: np.ndarray, resamples: int = 10_000) -> tuple[float, float]:
     """Bootstrap the 95 % percentile interval of the mean over subgroups (and seeds)."""
-    rng = np.random.default_rng(0)
-    means = values[rng.integers(0, len(values), (resamples, len(values)))].mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+    return bootstrap_intervals({"mean": values}, {}, resamples=resamples, seed=0)["mean"]
 
 
 def table(rows: list[dict[str, Any]]) -> str:

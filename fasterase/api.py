@@ -25,9 +25,11 @@ from fasterase.engine.run_lock import lock_run
 from fasterase.engine.stops import explaining_interrupts
 from fasterase.engine.trackers import tracking
 from fasterase.errors import InputError
-from fasterase.evaluation.attacks.attacker import Attacker, check_attacks
+from fasterase.evaluation.attacks.table import check_attacks
 from fasterase.evaluation.evaluation import Evaluation
 from fasterase.evaluation.evaluator import Evaluator, Measurement
+from fasterase.evaluation.examiner import Examiner
+from fasterase.evaluation.tasks.table import check_tasks
 from fasterase.files import check_replaceable, check_writable
 from fasterase.models.companions import remember
 from fasterase.models.delta import keep_original
@@ -319,7 +321,9 @@ def evaluate(
         class_names: classes of the zero-shot accuracy, kept ones too. None: the classes that the
             sources carry (class-per-folder), if any.
         templates: prompts with `{}` for the class name. None: "a photo of a {}.".
-        tasks: none are known yet; anything but an empty sequence is an error.
+        tasks: what models are used for, on every set and model here (docs/evidence.md):
+            "zero_shot", "retrieval", "image_retrieval", "linear_probe", "prototypes" and
+            "paraphrases".
         attacks: attempts to bring the concept back, run on every model here (docs/evidence.md):
             "swap" looks for it with the original's image tower and the model's text tower, and the
             reverse; "probe" tries to tell its images from others by their features alone;
@@ -342,10 +346,9 @@ def evaluate(
 
     Raises:
         InputError: an argument is unusable; the message names it.
-        MissingExtraError: an attack needs a package that is not installed (extra `eval`).
+        MissingExtraError: a task or an attack needs a package that is not installed (extra `eval`).
     """
-    if tasks:
-        raise InputError(f"tasks={tasks!r}: none are known yet. Leave `tasks` empty.")
+    tasks = check_tasks(tasks)
     attacks = check_attacks(
         attacks, original=original is not None, non_members=non_members is not None
     )
@@ -364,7 +367,7 @@ def evaluate(
         class_names=class_names,
         templates=templates,
     )
-    attacker = Attacker(attacks, evaluator, non_members=strangers)
+    examiner = Examiner(evaluator, tasks=tasks, attacks=attacks, non_members=strangers)
     ledger = SkipLedger(sum(map(len, sources.values())), max_skipped=1.0)
 
     def measure(name: str, each: Model, *, before: Measurement | None = None) -> Measurement:
@@ -376,7 +379,7 @@ def evaluate(
             pairs = PairEncoder(encoder, ledger=ledger, num_workers=workers, progress=progress)
             features = evaluator.encode(pairs)
             measured = evaluator.measure(pairs, features, original=before)
-            attacker.attack(name, pairs, features)
+            examiner.examine(name, pairs, features)
             return measured
 
     before = None if original is None else measure("original", original)
@@ -390,8 +393,9 @@ def evaluate(
         measured,
         original=before,
         references=compared,
-        attacks=attacker.figures(),
-        series=attacker.series(),
+        tasks=examiner.task_figures(),
+        attacks=examiner.attack_figures(),
+        series=examiner.series(),
     )
 
 

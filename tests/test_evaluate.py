@@ -150,7 +150,7 @@ def test_broken_pairs_are_named_in_a_warning() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tasks": ["retrieval"]}, r"tasks=\['retrieval'\]: none are known"),
+        ({"tasks": "retrieval"}, "tasks='retrieval': expected a list of names"),
         ({"attacks": ["swop"]}, r"attacks: unknown attack 'swop'. Did you mean swap\?"),
         ({"attacks": "swap"}, "attacks='swap': expected a list"),
         ({"attacks": ["swap"]}, "attacks: 'swap' needs the model before erasing. Pass it as orig"),

@@ -107,6 +107,7 @@ def _evaluate(values: dict[str, Any]) -> str | None:
         original=flags.original,
         references=_parse_named("references", flags.references),
         class_names=None if flags.class_names is None else _read_lines(flags.class_names),
+        tasks=[flags.tasks] if isinstance(flags.tasks, str) else flags.tasks,
         attacks=[flags.attacks] if isinstance(flags.attacks, str) else flags.attacks,
         non_members=flags.non_members,
         max_pairs=flags.max_pairs,

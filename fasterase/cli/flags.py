@@ -101,6 +101,8 @@ class EvaluateFlags(DataFlags, SetFlags):
 
     Args:
         class_names: text file with one class name per line, for zero-shot accuracy.
+        tasks: what models are used for, by name: zero_shot, retrieval, image_retrieval,
+            linear_probe, prototypes, paraphrases.
         attacks: attempts to bring the concept back, by name: swap (needs `original`),
             probe, quantise, relearn, prompt, membership (needs `non_members`).
         non_members: pairs of the same source that no model was trained on, in any of the same
@@ -111,12 +113,13 @@ class EvaluateFlags(DataFlags, SetFlags):
         num_workers: processes that load and decode pairs, or `auto`.
         progress: show progress bars.
         output: also write the result to this file: the values as `.json`, or the report as `.md`.
-        plots: also draw each attack to a file in this folder.
+        plots: also draw each task and attack to a file in this folder.
     """
 
     original: str | None = None
     references: list[str] | dict[str, str] | str = dataclasses.field(default_factory=list)
     class_names: str | None = None
+    tasks: list[str] | str = dataclasses.field(default_factory=list)
     attacks: list[str] | str = dataclasses.field(default_factory=list)
     non_members: str | None = None
     max_pairs: int = 5000

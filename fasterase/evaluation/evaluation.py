@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import textwrap
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from os import PathLike
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fasterase.errors import InputError
-from fasterase.evaluation.attacks.figures import Figure, Figures
+from fasterase.evaluation.figures import Figure, Figures
 from fasterase.evaluation.metrics import METRICS, OLD_INDEX, Metric
 from fasterase.files import check_writable, write_text
 from fasterase.report.curves import Dots, Series, plot_dots, plot_series
@@ -46,7 +47,8 @@ class Evaluation:
         set_verdicts: the same names -> set to forget -> its verdict alone.
         original: the original's scores, or None if it was not measured.
         references: name -> a further model's scores.
-        attacks: name of an attack -> what it found; see docs/evidence.md.
+        tasks: name of a task -> what it found; see docs/evidence.md.
+        attacks: name of an attack -> what it found.
         series: name of an attack -> what `plot` draws, if that is more than its figures.
     """
 
@@ -60,6 +62,7 @@ class Evaluation:
     set_verdicts: dict[str, dict[str, str]] = field(default_factory=dict)
     original: Scores | None = None
     references: dict[str, Scores] = field(default_factory=dict)
+    tasks: dict[str, Figures] = field(default_factory=dict)
     attacks: dict[str, Figures] = field(default_factory=dict)
     series: dict[str, list[Series]] = field(default_factory=dict)
 
@@ -90,13 +93,13 @@ class Evaluation:
         return (found["image_to_text_residue"] + found["text_to_image_residue"]) / 2
 
     def to_dict(self) -> Scores:
-        """Return set -> metric -> value of the model; attacks follow as `"attack:swap"` and so on.
+        """Return set -> metric -> value of the model; then `"task:retrieval"`, `"attack:swap"`, ...
 
-        Verdicts after an attack are words, and only in `attacks`.
+        Verdicts and prompts are words, and only in `attacks`.
         """
         found = {name: dict(values) for name, values in self.scores.items()}
-        for name, figures in self.attacks.items():
-            found[f"attack:{name}"] = {
+        for title, figures in self._examined():
+            found[title.replace(" ", ":")] = {
                 key: figure.value
                 for key, figure in figures.items()
                 if not isinstance(figure.value, str)
@@ -144,22 +147,25 @@ class Evaluation:
         return write_text(path, self.markdown())
 
     def plot(self, folder: str | PathLike[str]) -> list[Path]:
-        """Draw each attack to a file of its name in `folder`, such as `relearn.png`.
+        """Draw each task and attack to a file of its name in `folder`, such as `relearn.png`.
 
         Returns:
             the files.
 
         Raises:
-            InputError: no attack was run, or the folder cannot be written to.
+            InputError: there is neither, or the folder cannot be written to.
             MissingExtraError: matplotlib is not installed (extra `eval`).
         """
         folder = Path(folder)
-        if not self.attacks:
-            raise InputError("plot: there is nothing to draw. Evaluate with attacks=(...).")
+        if not (self.tasks or self.attacks):
+            raise InputError(
+                "plot: there is nothing to draw. Evaluate with tasks=(...) or attacks=(...)."
+            )
         check_writable(folder, argument="folder")
         files = []
-        for name, figures in self.attacks.items():
-            path, title = folder / f"{name}.png", f"attack {name} on {self.settings['model']}"
+        for title, figures in self._examined():
+            name = title.partition(" ")[2]
+            path, title = folder / f"{name}.png", f"{title} of {self.settings['model']}"
             if self.series.get(name):
                 files.append(plot_series(self.series[name], path, title=title))
             else:
@@ -186,10 +192,11 @@ class Evaluation:
                 name: {key: (low, high) for key, (low, high) in found.items()}
                 for name, found in values["intervals"].items()
             }
-            values["attacks"] = {
-                name: {key: Figure(**figure) for key, figure in found.items()}
-                for name, found in values.get("attacks", {}).items()
-            }
+            for kind in ("tasks", "attacks"):
+                values[kind] = {
+                    name: {key: Figure(**figure) for key, figure in found.items()}
+                    for name, found in values.get(kind, {}).items()
+                }
             values["series"] = {
                 name: [Series(**each) for each in those]
                 for name, those in values.get("series", {}).items()
@@ -203,13 +210,19 @@ class Evaluation:
             Section(self._set_title(name), [self._row(name, m) for m in METRICS if m.key in values])
             for name, values in self.scores.items()
         ]
-        for name, figures in self.attacks.items():
+        for title, figures in self._examined():
             for group, those in groupby(figures.values(), key=lambda figure: figure.group):
-                title = f"attack {name}: {group}"
-                sections.append(Section(title, [self._attack_row(figure) for figure in those]))
+                rows = [self._figure_row(figure) for figure in those]
+                sections.append(Section(f"{title}: {group}", rows))
         return sections
 
-    def _attack_row(self, figure: Figure) -> list[str]:
+    def _examined(self) -> Iterator[tuple[str, Figures]]:
+        """Yield tasks and attacks with their kind and name."""
+        for kind, those in (("task", self.tasks), ("attack", self.attacks)):
+            for name, figures in those.items():
+                yield f"{kind} {name}", figures
+
+    def _figure_row(self, figure: Figure) -> list[str]:
         original = [] if self.original is None else [figure.format(figure.original)]
         return [
             figure.title,
@@ -276,7 +289,7 @@ class Evaluation:
 
 
 def _dots(figures: Figures) -> list[Dots]:
-    """Return the shares among an attack's figures as rows of a plot, in percent."""
+    """Return the shares among figures as rows of a plot, in percent."""
     rows = []
     for figure in figures.values():
         if figure.unit != "share" or figure.low is None or figure.high is None:

@@ -12,9 +12,9 @@ from torch import Tensor
 from fasterase.config import parse_value
 from fasterase.encode import PairEncoder, PairFeatures
 from fasterase.errors import InputError
-from fasterase.evaluation.attacks.figures import Figures
 from fasterase.evaluation.evaluation import Evaluation
 from fasterase.evaluation.features import SetFeatures, all_captions, sampled_rows
+from fasterase.evaluation.figures import Figures
 from fasterase.evaluation.metrics import METRICS, OLD_INDEX, bootstrap_intervals
 from fasterase.evaluation.scores import (
     CaptionPool,
@@ -240,12 +240,14 @@ class Evaluator:
         *,
         original: Measurement | None = None,
         references: Mapping[str, Measurement] | None = None,
+        tasks: Mapping[str, Figures] | None = None,
         attacks: Mapping[str, Figures] | None = None,
         series: Mapping[str, list[Series]] | None = None,
     ) -> Evaluation:
         """Return values, intervals and chance levels of `model` beside those of the others.
 
-        `attacks` and `series` are handed on: what each attack found, and what its plot shows.
+        `tasks`, `attacks` and `series` are handed on: what each of them found, and what its plot
+        shows.
 
         Raises:
             InputError: the measurements are of different pairs.
@@ -286,6 +288,7 @@ class Evaluator:
                 "seed": self.seed,
                 "resamples": self.resamples,
             },
+            tasks=dict(tasks or {}),
             attacks=dict(attacks or {}),
             series=dict(series or {}),
         )

@@ -10,7 +10,7 @@ scores exactly chance, neither 0 nor 100 %.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -79,7 +79,7 @@ def retrieval_scores(
 
     own_parts, first_parts, concept_parts, matched, unmatched = [], [], [], [], []
     for rows, similarity in similarity_chunks(features.image, pool.text):
-        right = _mask(own[rows], size)
+        right = column_mask(own[rows], size)
         own_parts.append(find_position(similarity, right))
         canonical = torch.zeros_like(right).scatter_(1, first[rows, None], True)
         first_parts.append(find_position(similarity, canonical))
@@ -145,7 +145,7 @@ def _text_to_image(
                 images_of[caption].append(row)
     right = [images_of[caption] for caption in features.captions]
     parts = [
-        find_position(similarity, _mask(right[rows], len(image)))
+        find_position(similarity, column_mask(right[rows], len(image)))
         for rows, similarity in similarity_chunks(features.text, image)
     ]
     # Every pair queries with its first caption: a caption counts as often as it has pairs.
@@ -154,7 +154,7 @@ def _text_to_image(
     return found, counts[features.pair_text], len(image)
 
 
-def _mask(columns: list[list[int]], width: int) -> Tensor:
+def column_mask(columns: Sequence[list[int]], width: int) -> Tensor:
     """Return [len(columns), width] bool, True at each row's columns."""
     mask = torch.zeros(len(columns), width, dtype=torch.bool)
     rows = [row for row, those in enumerate(columns) for _ in those]

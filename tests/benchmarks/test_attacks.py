@@ -8,8 +8,8 @@ import pytest
 
 from benchmarks import attacks
 from fasterase.errors import InputError
-from fasterase.evaluation.attacks.figures import Figure
 from fasterase.evaluation.evaluation import Evaluation
+from fasterase.evaluation.figures import Figure
 
 
 def test_models_have_names() -> None:

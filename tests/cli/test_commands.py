@@ -88,6 +88,7 @@ def test_evaluate(evaluate, tmp_path, capsys):
     flags += ["--references", "retrained=other", "--original", "m0", "--max-pairs", "9"]
     flags += ["--class_names", str(tmp_path / "classes.txt"), "--output", "report.md"]
     flags += ["--attacks", "swap", "membership", "--non_members", "n.csv"]
+    flags += ["--tasks", "retrieval"]
     assert main(["evaluate", *flags]) == 0
     args, kwargs = evaluate.calls[0]
     assert args == ("m", "f.csv", "r.csv")
@@ -100,6 +101,7 @@ def test_evaluate(evaluate, tmp_path, capsys):
         "original": "m0",
         "references": {"retrained": "other"},
         "class_names": ["apple", "pear"],
+        "tasks": ["retrieval"],
         "attacks": ["swap", "membership"],
         "non_members": "n.csv",
         "max_pairs": 9,

@@ -11,9 +11,9 @@ from collections.abc import Callable
 import numpy as np
 
 from fasterase.errors import InputError, import_extra
-from fasterase.evaluation.attacks.figures import Figure, Found, share_below, share_figure
-from fasterase.evaluation.attacks.target import Target
+from fasterase.evaluation.figures import Figure, Found, share_below, share_figure
 from fasterase.evaluation.metrics import bootstrap_intervals
+from fasterase.evaluation.target import Target
 from fasterase.seeds import Stream, generator
 
 FOLDS = 5

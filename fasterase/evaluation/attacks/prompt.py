@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fasterase.encode import PairFeatures
 from fasterase.errors import InputError
-from fasterase.evaluation.attacks.figures import Figure, Found, share_below, share_figure
-from fasterase.evaluation.attacks.target import Target
+from fasterase.evaluation.figures import Figure, Found, share_below, share_figure
 from fasterase.evaluation.metrics import bootstrap_intervals
+from fasterase.evaluation.target import Target
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.pairs.skips import BrokenPair
 from fasterase.report.curves import Series

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fasterase.errors import InputError
-from fasterase.evaluation.attacks.figures import Figure, Found, recall_figure, trace_figures
-from fasterase.evaluation.attacks.target import Target
+from fasterase.evaluation.figures import Figure, Found, recall_figure, trace_figures
+from fasterase.evaluation.target import Target
 from fasterase.evaluation.verdict import decide, summarise
 
 BITS = (8, 4)

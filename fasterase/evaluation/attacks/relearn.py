@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fasterase.encode import PairEncoder, PairFeatures
 from fasterase.errors import InputError
-from fasterase.evaluation.attacks.figures import Found, recall_figure, share_figure
-from fasterase.evaluation.attacks.target import Target
+from fasterase.evaluation.figures import Found, recall_figure, share_figure
 from fasterase.evaluation.metrics import bootstrap_intervals
+from fasterase.evaluation.target import Target
 from fasterase.models.dual_encoder import DualEncoder, separate_copy
 from fasterase.models.preprocessing import Tokens
 from fasterase.ops.contrastive import contrastive

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fasterase.errors import InputError
-from fasterase.evaluation.attacks.figures import Found, trace_figures
-from fasterase.evaluation.attacks.target import Target
+from fasterase.evaluation.figures import Found, trace_figures
+from fasterase.evaluation.target import Target
 
 
 def swap(target: Target) -> Found:

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 import fasterase
 from fasterase.errors import InputError
-from fasterase.evaluation.attacks.figures import Figures
+from fasterase.evaluation.figures import Figures
 from tests.evaluation.lookup_model import LookupModel, picture
 
 MEMBERS, KEPT, STRANGERS, WIDTH = 40, 30, 320, 16

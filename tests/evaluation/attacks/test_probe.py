@@ -13,8 +13,8 @@ from sklearn.preprocessing import StandardScaler
 
 import fasterase
 from fasterase.errors import InputError, MissingExtraError
-from fasterase.evaluation.attacks.figures import Figures
 from fasterase.evaluation.attacks.probe import assign_folds
+from fasterase.evaluation.figures import Figures
 from tests.evaluation.lookup_model import LookupModel, picture
 
 FORGET, RETAIN, UNSEEN, WIDTH = 23, 160, 11, 6

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 import fasterase
 from fasterase.errors import InputError
 from fasterase.evaluation.attacks import prompt as attack
-from fasterase.evaluation.attacks.figures import Figures
+from fasterase.evaluation.figures import Figures
 from fasterase.models.preprocessing import Tokens
 from tests.evaluation.lookup_model import LookupModel, picture
 

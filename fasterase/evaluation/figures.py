@@ -1,4 +1,4 @@
-"""What an attack finds: one number per line, beside those of the original and of the references."""
+"""What a task or an attack finds: numbers beside those of the original and of the references."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CELL = 20  # characters of a text in a table
 
 @dataclass(frozen=True)
 class Figure:
-    """One number of an attack.
+    """One number of a task or an attack.
 
     Attributes:
         key: name in dictionaries and JSON, such as `"forget/original_images/contest_hit@1"`.
@@ -70,7 +70,7 @@ Figures = dict[str, Figure]  # key -> figure
 
 
 class Found(NamedTuple):
-    """What an attack finds out about one model.
+    """What a task or an attack finds out about one model.
 
     Attributes:
         figures: none if a reference cannot be attacked.
@@ -139,8 +139,11 @@ def share_figure(
 
 
 def share_below(scores: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Return [n], the share of `others` [m] below each score, ties half; the mean is the AUC."""
-    gap = scores[:, None] - others[None]
+    """Return [n], the share of `others` [m] or [n, m] below each score; ties count half.
+
+    With the scores of all others in every row, its mean is the AUC.
+    """
+    gap = scores[:, None] - np.atleast_2d(others)
     return ((gap > TIE).mean(1) + (gap >= -TIE).mean(1)) / 2
 
 

@@ -1,0 +1,55 @@
+"""The tasks by name.
+
+A new task is a function from a `Target` to what it found in a file of this folder, and an entry in
+`TASKS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from fasterase.config import suggest_names
+from fasterase.errors import InputError, import_extra
+from fasterase.evaluation.figures import Found
+from fasterase.evaluation.target import Target
+from fasterase.evaluation.tasks.classify import linear_probe, prototypes, zero_shot
+from fasterase.evaluation.tasks.paraphrases import paraphrases
+from fasterase.evaluation.tasks.retrieve import image_retrieval, retrieval
+
+
+class Task(NamedTuple):
+    """How a task is run."""
+
+    run: Callable[[Target], Found]
+    needs_module: str | None = None  # of the extra `eval`
+
+
+TASKS: dict[str, Task] = {
+    "zero_shot": Task(zero_shot),
+    "retrieval": Task(retrieval),
+    "image_retrieval": Task(image_retrieval),
+    "linear_probe": Task(linear_probe, needs_module="sklearn"),
+    "prototypes": Task(prototypes),
+    "paraphrases": Task(paraphrases),
+}
+
+
+def check_tasks(names: Sequence[str]) -> list[str]:
+    """Return the distinct names of tasks, in order.
+
+    Raises:
+        InputError: a name is unknown.
+        MissingExtraError: a task needs a package that is not installed.
+    """
+    known = ", ".join(TASKS)
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise InputError(f"tasks={names!r}: expected a list of names. Known: {known}.")
+    for name in names:
+        if name not in TASKS:
+            hint = suggest_names(name, TASKS, otherwise=f"Known: {known}.")
+            raise InputError(f"tasks: unknown task {name!r}.{hint}")
+        module = TASKS[name].needs_module
+        if module is not None:  # now, not after minutes of measuring
+            import_extra(module, "eval", f"tasks: {name!r}")
+    return list(dict.fromkeys(names))
