@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
+from fasterase.engine.optim import Trained
+from fasterase.models.load import load_model
 from tests.parallel.job import make_big_model, make_model, run_case
 from tests.parallel.launched import outcome, run_cases
 
@@ -58,6 +62,32 @@ def test_any_number_of_processes_goes_on(saved, tmp_path, case, ranks):
 def test_a_checkpoint_of_zero_goes_on_without_it(saved, tmp_path):
     shutil.copytree(saved / "zero3", tmp_path / "plain")
     assert_near_one_process(run_case("resume", tmp_path))
+
+
+def count_moments(folder: Path) -> Counter[torch.dtype]:
+    """How many first moments of each dtype the ranks' shards of a checkpoint hold."""
+    counts = Counter[torch.dtype]()
+    for path in folder.rglob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if name.startswith("state1 of shard "):
+                    value = file.get_tensor(name)
+                    counts[value.dtype] += value.numel()
+    return counts
+
+
+@pytest.mark.scale
+@pytest.mark.parametrize("stage", STAGES)
+def test_states_are_quantised_under_each_stage(saved, stage):
+    model = load_model(make_model())
+    trained = Trained.choose(model, "all", logit_scale=False)
+    sizes = {name: value.numel() for name, value in trained.parameters(model.module).items()}
+    in_8_bits = sum(sizes[name] for name in trained.quantisable)
+    counts = count_moments(saved / f"eight{stage}")
+    assert set(counts) == {torch.uint8, torch.float32}
+    padding = 2 * 2 * len(sizes)  # so that two ranks divide what they share
+    assert 0 <= counts[torch.uint8] - in_8_bits <= padding
+    assert 0 <= counts[torch.float32] - (sum(sizes.values()) - in_8_bits) <= padding
 
 
 @pytest.mark.scale
