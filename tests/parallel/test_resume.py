@@ -103,7 +103,7 @@ def test_quantised_states_go_on_bit_for_bit(saved, tmp_path, stage):
 @pytest.mark.scale
 def test_a_model_as_deep_as_bigg_with_everything_on(tmp_path):
     """ZeRO-3, paged 8-bit states, GradCache, activation checkpointing, checkpoint and resume."""
-    run_cases(["big-whole", "big-save", "big-resume"], tmp_path, timeout=900)
+    run_cases(["big-whole", "big-save", "big-resume"], tmp_path, timeout=1800)
     whole, found = outcome(tmp_path, "big-whole"), outcome(tmp_path, "big-resume")
     assert [record["step"] for record in found["history"]] == [1, 2, 3]
     assert all(record["applied"] for record in found["history"])

@@ -1,0 +1,136 @@
+"""Compare ways to forget, on concepts that none of them was tuned on.
+
+    python -m benchmarks.evidence [--processes 2] [--seeds 3] [--methods TITLE ...]
+
+Every method (trained.py, closed_form.py) is given the demo's model and pairs. Its settings are
+tried on the validation concepts with one seed; the one of least damage, hit@1 beyond chance plus
+recall lost, erases the test concepts with several. Methods and checkpoints are never chosen by the
+sets that are reported. Each cell is kept in --work as soon as it is measured, so an interrupted
+command resumes. Writes evidence.csv (the summary), evidence_models.csv (every model) and
+evidence.md (the table) to --output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evidence.cells import (
+    METHODS,
+    ORIGINAL,
+    RETRAINED,
+    Cell,
+    Measured,
+    as_text,
+    check_methods,
+    run_cells,
+)
+from benchmarks.evidence.table import (
+    ATTACKED,
+    HIT,
+    RECALL,
+    as_table,
+    by_place,
+    choose,
+    describe_choice,
+    summarise,
+)
+from benchmarks.recipes import TEST, VALIDATION
+from benchmarks.result_files import RESULTS, write_csv
+from fasterase.demo import emoji
+from fasterase.files import write_text
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Tune, test and write the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds on the test concepts")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="TITLE")
+    parser.add_argument("--subgroups", nargs="+", default=TEST, choices=TEST, metavar="SUBGROUP")
+    parser.add_argument("--attacks", nargs="*", default=[], choices=tuple(ATTACKED))
+    parser.add_argument(
+        "--retrained",
+        nargs="*",
+        default=[],
+        metavar="SUBGROUP=FOLDER",
+        help="further models trained without a subgroup (tools.demo_assets.train)",
+    )
+    parser.add_argument("--work", type=Path, default=Path("runs/evidence"))
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args(argv)
+    methods = check_methods(options.methods)
+    attacks = tuple(options.attacks)
+
+    tried = [Cell(ORIGINAL, "{}", subgroup, 0) for subgroup in VALIDATION]
+    tried += [
+        Cell(method.title, as_text(setting), subgroup, 0)
+        for method in methods
+        if len(method.settings) > 1
+        for setting in method.settings
+        for subgroup in VALIDATION
+    ]
+    validated = run_cells(tried, options.work, options.processes)
+    chosen = choose(validated, by_place(validated))
+    print(describe_choice(chosen), flush=True)
+
+    seeds = range(options.seeds)
+    tested = [
+        Cell(ORIGINAL, "{}", place, seed, attacks) for place in options.subgroups for seed in seeds
+    ]
+    retrained = {emoji.DEFAULT_FORGET: str(emoji.RETRAINED_MODEL)}
+    retrained |= dict(entry.split("=", 1) for entry in options.retrained)
+    tested += [
+        Cell(RETRAINED, "{}", place, seed, attacks, folder)
+        for place, folder in retrained.items()
+        if place in options.subgroups
+        for seed in seeds
+    ]
+    tested += [
+        Cell(method.title, final_setting(chosen, method.title), place, seed, attacks)
+        for method in methods
+        for place in options.subgroups
+        for seed in seeds
+    ]
+    found = run_cells(tested, options.work, options.processes)
+    order = [ORIGINAL, RETRAINED, *METHODS]
+    found.sort(key=lambda each: (order.index(each.method), each.subgroup, each.seed))
+    rows = summarise(found, by_place(found))
+    text = f"{as_table(rows)}\nTuned on {' and '.join(VALIDATION)}:\n\n{describe_choice(chosen)}\n"
+    write_csv(options.output / "evidence.csv", rows)
+    write_csv(options.output / "evidence_models.csv", [flatten(each) for each in found])
+    write_text(options.output / "evidence.md", text)
+    print(text)
+
+
+def final_setting(chosen: dict[str, tuple[str, float]], title: str) -> str:
+    """Return the setting of a method's test runs, with the chosen steps as its only ones."""
+    if title not in chosen:
+        return as_text(METHODS[title].settings[0])
+    setting: dict[str, Any] = json.loads(chosen[title][0])
+    if "steps" in setting:
+        setting["steps"] = [setting["steps"]]
+    return as_text(setting)
+
+
+def flatten(each: Measured) -> dict[str, Any]:
+    """Return a row of evidence_models.csv."""
+    row: dict[str, Any] = {
+        name: getattr(each, name) for name in ("method", "setting", "subgroup", "seed", "seconds")
+    }
+    for name, scores in each.scores.items():
+        row |= {f"{name} {metric}": scores[metric] for metric in (HIT, RECALL) if metric in scores}
+    for name, verdict in each.verdicts.items():
+        row |= {f"{name} verdict": verdict, f"{name} residue": each.residues.get(name)}
+    for attack, figures in each.attacks.items():
+        row |= {f"{attack} {key}": value for key, value in figures.items()}
+    return row
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Cells of the comparison: a method with a setting on one concept, carried out once and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import warnings
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fasterase
+from benchmarks.evidence import closed_form, trained
+from benchmarks.evidence.task import Method, Setting, Task
+from fasterase.demo import emoji
+from fasterase.demo.sets import build_sets
+from fasterase.errors import InputError
+from fasterase.files import write_text
+from fasterase.models.load import load_model
+
+METHODS: dict[str, Method] = {
+    method.title: method for method in (*trained.METHODS, *closed_form.METHODS)
+}
+# Models that no method made, measured in the same way.
+ORIGINAL, RETRAINED = "original", "retrained"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model after an erasure.
+
+    Attributes:
+        method: title of the method, or `ORIGINAL` or `RETRAINED`.
+        setting: as JSON, with the `steps` at which this model was measured.
+        subgroup, seed: what was erased, and the seed of the run.
+        scores: set -> metric -> value.
+        chance: set -> metric -> value of a random order.
+        verdicts, residues: set to forget -> verdict, mean residue.
+        attacks: attack -> figure -> value.
+        seconds: from the start of the erasure, measurements included.
+    """
+
+    method: str
+    setting: str
+    subgroup: str
+    seed: int
+    scores: dict[str, dict[str, float]]
+    chance: dict[str, dict[str, float]]
+    verdicts: dict[str, str]
+    residues: dict[str, float]
+    attacks: dict[str, dict[str, float | str]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One erasure: a method, its setting as JSON, a subgroup, a seed, and the attacks to follow."""
+
+    method: str
+    setting: str
+    subgroup: str
+    seed: int
+    attacks: tuple[str, ...] = ()
+    model: str | None = None  # folder of a model to measure in place of erasing
+
+    @property
+    def file_name(self) -> str:
+        digest = hashlib.sha256(repr(self).encode()).hexdigest()[:8]
+        return f"{self.method}_{self.subgroup}_{self.seed}_{digest}.json".replace(" ", "-")
+
+
+def as_text(setting: Setting) -> str:
+    return json.dumps(setting, sort_keys=True)
+
+
+def run_cell(cell: Cell, work: Path) -> list[Measured]:
+    """Carry out a cell and measure its model, or read what an earlier command measured."""
+    path = work / cell.file_name
+    if path.is_file():
+        return [Measured(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+    torch.set_num_threads(1)
+    sets = build_sets(cell.subgroup, original=str(emoji.BASE_MODEL), seed=cell.seed)
+    model = load_model(cell.model or str(emoji.BASE_MODEL))
+    setting: dict[str, Any] = json.loads(cell.setting)
+    found: list[Measured] = []
+    start = time.perf_counter()
+
+    def measure(steps: int) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "verdict: ")
+            evaluation = fasterase.evaluate(
+                model,
+                sets.forget,
+                sets.retain,
+                holdout=sets.holdout,
+                sets={"neighbour": sets.neighbour},
+                forget_sets={"forget-unseen": sets.unseen},
+                original=str(emoji.BASE_MODEL) if cell.attacks else None,
+                attacks=cell.attacks,
+                seed=cell.seed,
+                progress=False,
+            )
+        residues = {
+            name: evaluation.mean_residue(name, evaluation.scores)
+            for name in ("forget", "forget-unseen")
+        }
+        found.append(
+            Measured(
+                cell.method,
+                as_text({**setting, "steps": steps} if "steps" in setting else setting),
+                cell.subgroup,
+                cell.seed,
+                scores=evaluation.scores,
+                chance=evaluation.chance,
+                verdicts=evaluation.set_verdicts["model"],
+                residues={name: value for name, value in residues.items() if value is not None},
+                attacks={
+                    attack: {figure.key: figure.value for figure in figures.values()}
+                    for attack, figures in evaluation.attacks.items()
+                },
+                seconds=time.perf_counter() - start,
+            )
+        )
+
+    if cell.method in (ORIGINAL, RETRAINED):
+        measure(0)
+    else:
+        METHODS[cell.method].erase(Task(model, sets, cell.seed, measure), setting)
+    write_text(path, json.dumps([asdict(each) for each in found]))
+    return found
+
+
+def run_cells(cells: Iterable[Cell], work: Path, processes: int) -> list[Measured]:
+    """Carry out cells in parallel, each with one thread, and print each as it ends."""
+    found: list[Measured] = []
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        pending = {pool.submit(run_cell, cell, work): cell for cell in cells}
+        for number, done in enumerate(as_completed(pending), start=1):
+            cell = pending[done]
+            found += done.result()
+            place = f"{cell.method}, {cell.subgroup}, seed {cell.seed}"
+            print(f"[{number}/{len(pending)}] {place} {cell.setting}", flush=True)
+    return sorted(found, key=lambda each: (each.method, each.subgroup, each.seed, each.setting))
+
+
+def check_methods(titles: Iterable[str]) -> list[Method]:
+    """Look methods up by title.
+
+    Raises:
+        InputError: there is no such method.
+    """
+    unknown = [title for title in titles if title not in METHODS]
+    if unknown:
+        raise InputError(f"--methods: {unknown[0]!r} is none of {', '.join(METHODS)}.")
+    return [METHODS[title] for title in titles]

@@ -1,0 +1,82 @@
+"""What every method gets: a model, the demo's sets, and the engine to train with."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import fasterase
+from fasterase.config import UnlearnConfig
+from fasterase.demo.run import recipe_config
+from fasterase.demo.sets import DemoSets
+from fasterase.models.dual_encoder import DualEncoder
+
+Setting = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One erasure to be carried out.
+
+    Attributes:
+        model: the model, to be changed in place.
+        sets: the pairs; a method uses forget and retain alone.
+        seed: of everything random.
+        measure: to be called with the number of steps taken wherever the model may be judged.
+    """
+
+    model: DualEncoder
+    sets: DemoSets
+    seed: int
+    measure: Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to forget.
+
+    Attributes:
+        title: its name in tables.
+        source: where it comes from.
+        erase: carries out a task with a setting.
+        settings: those tried on the validation concepts; one alone is taken as it is.
+        seeds_decide: whether two seeds give two results.
+    """
+
+    title: str
+    source: str
+    erase: Callable[[Task, Setting], None]
+    settings: Sequence[Setting]
+    seeds_decide: bool = True
+
+
+def train(
+    task: Task,
+    config: UnlearnConfig,
+    *,
+    forget: Any,
+    retain: Any,
+    measured_at: Sequence[int] = (),
+) -> int:
+    """Train the task's model with the library's engine; return the number of steps taken."""
+    with tempfile.TemporaryDirectory() as cache, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "verdict: ")  # the model is judged by the measurements
+        result = fasterase.unlearn(
+            task.model.module,
+            forget,
+            retain,
+            config=config.replace(seed=task.seed, progress=False, reference_cache=cache),
+            tokenizer=task.model.text_tokenizer,
+            callback=lambda record: (
+                task.measure(record.step) if record.step in measured_at else None
+            ),
+        )
+    return len(result.history)
+
+
+def plain_config(**fields: Any) -> UnlearnConfig:
+    """Return the paper's recipe for the demo's model with `fields`: no floor, no augmenting."""
+    return recipe_config("cliperase", small_model=True, **fields)

@@ -1,0 +1,126 @@
+"""The compared ways to forget: what they do to features, and how settings are chosen."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from benchmarks.evidence import closed_form, trained
+from benchmarks.evidence.__main__ import final_setting
+from benchmarks.evidence.cells import METHODS, ORIGINAL, Measured, as_text, check_methods
+from benchmarks.evidence.table import as_table, by_place, choose, summarise
+from benchmarks.evidence.task import Task
+from fasterase.demo import emoji
+from fasterase.demo.sets import DemoSets, Drawings, build_sets
+from fasterase.errors import InputError
+from fasterase.models.dual_encoder import DualEncoder
+from fasterase.models.load import load_model
+
+
+class Few(Drawings):
+    """The first of some drawings."""
+
+    def __init__(self, drawings: Drawings, count: int) -> None:
+        super().__init__(drawings._source, drawings._rows[:count], drawings._wording)
+
+
+@pytest.fixture(scope="module")
+def sets() -> DemoSets:
+    whole = build_sets("animal-marine", original=str(emoji.BASE_MODEL), seed=0)
+    return replace(whole, forget=Few(whole.forget, 12), retain=Few(whole.retain, 60))
+
+
+@pytest.fixture(scope="module")
+def original() -> DualEncoder:
+    return load_model(str(emoji.BASE_MODEL))
+
+
+@pytest.fixture
+def task(sets: DemoSets, original: DualEncoder) -> Task:
+    return Task(copy.deepcopy(original), sets, seed=0, measure=lambda steps: None)
+
+
+def test_folded_maps_act_on_features(task):
+    before = closed_form.encode_images(task.model, task.sets.forget)
+    text = closed_form.encode_captions(task.model, task.sets.retain)
+    image_map, text_map = torch.randn(2, before.shape[1], before.shape[1], dtype=torch.float64)
+    closed_form.fold(task.model, image_map, text_map)
+    after = closed_form.encode_images(task.model, task.sets.forget)
+    torch.testing.assert_close(after, normalize(before @ image_map), rtol=0, atol=1e-5)
+    after = closed_form.encode_captions(task.model, task.sets.retain)
+    torch.testing.assert_close(after, normalize(text @ text_map), rtol=0, atol=1e-5)
+
+
+def test_projected_out_directions_are_gone_from_both_towers(task):
+    text = closed_form.encode_captions(task.model, task.sets.forget)
+    strongest = torch.linalg.svd(text, full_matrices=False).Vh[:2]
+    closed_form.project_texts_out(task, {"rank": 2, "centred": False})
+    for encode in (closed_form.encode_images, closed_form.encode_captions):
+        assert (encode(task.model, task.sets.forget) @ strongest.T).abs().max() < 1e-5
+
+
+def test_leace_leaves_no_difference_of_means(task):
+    """What linear classifiers cannot find has the same mean as the rest; scale is not kept."""
+    pytest.importorskip("concept_erasure")
+    module = task.model.module
+    weight = module.visual.proj.detach().double().clone()
+    features = closed_form.encode_images(task.model, task.sets.forget)
+    others = closed_form.encode_images(task.model, task.sets.retain)
+    closed_form.erase_linearly(task, {"labels": "set"})
+    image_map = torch.linalg.lstsq(weight, module.visual.proj.detach().double()).solution
+    gap = (features.mean(0) - others.mean(0)).norm()
+    assert ((features - others.mean(0)) @ image_map).mean(0).norm() < 0.02 * gap
+
+
+def test_noise_is_far_from_the_forgotten_names(task, monkeypatch):
+    monkeypatch.setattr(trained, "NOISE_PER_CONCEPT", 1)
+    noise = trained.find_noise(task)
+    pictures = torch.stack([each["image"] for each in noise])
+    with torch.no_grad():
+        text = task.model.encode_text(task.model.tokenize([each["text"] for each in noise]))
+        found = (task.model.encode_image(pictures) * text).sum(1).mean()
+        start = (task.model.encode_image(torch.randn(pictures.shape)) * text).sum(1).mean()
+    assert found < start - 0.3
+
+
+def measured(method: str, setting: dict, *, hit: float, recall: float, place: str = "x"):
+    scores = {name: {"concept_hit@1": hit} for name in ("forget", "forget-unseen")}
+    scores |= {n: {"image_to_text_recall@1": recall} for n in ("retain", "neighbour", "holdout")}
+    chance = {name: {"concept_hit@1": 0.02} for name in ("forget", "forget-unseen")}
+    words = dict.fromkeys(chance, "forgotten")
+    residues = dict.fromkeys(chance, 0.5)
+    return Measured(method, as_text(setting), place, 0, scores, chance, words, residues)
+
+
+def test_the_setting_of_least_damage_on_average_is_chosen():
+    found = [
+        measured(ORIGINAL, {}, hit=1.0, recall=0.9),
+        measured(ORIGINAL, {}, hit=1.0, recall=0.8, place="y"),
+        # 3 x 0.1 and 3 x 0.3 lost; nothing lost, but 2 x 0.48 left of x, all forgotten of y.
+        measured("LEACE", {"labels": "set"}, hit=0.0, recall=0.8),
+        measured("LEACE", {"labels": "set"}, hit=0.0, recall=0.5, place="y"),
+        measured("LEACE", {"labels": "concepts"}, hit=0.5, recall=0.9),
+        measured("LEACE", {"labels": "concepts"}, hit=0.02, recall=0.8, place="y"),
+    ]
+    chosen = choose(found, by_place(found))
+    assert chosen["LEACE"] == (as_text({"labels": "concepts"}), pytest.approx(0.48))
+    (before, row) = summarise([*found[:2], *found[2:4]], by_place(found))
+    assert before["retain change"] == 0
+    assert row["holdout change"] == pytest.approx(-0.2)
+    assert "-20.0 (-30 to -10)" in as_table([row])
+
+
+def test_a_chosen_number_of_steps_is_the_only_one_measured():
+    chosen = {"CLIPErase": (as_text({"lr": 1e-4, "steps": 30}), 0.1)}
+    assert final_setting(chosen, "CLIPErase") == as_text({"lr": 1e-4, "steps": [30]})
+    assert final_setting(chosen, "fasterase") == "{}"
+
+
+def test_unknown_methods_are_refused():
+    with pytest.raises(InputError, match="'ascent' is none of retain only, gradient ascent"):
+        check_methods(["ascent"])
+    assert len(METHODS) == 12
