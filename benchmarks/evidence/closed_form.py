@@ -31,7 +31,7 @@ def project_texts_out(task: Task, setting: Setting) -> None:
 
 def erase_linearly(task: Task, setting: Setting) -> None:
     """LEACE in each tower: no linear classifier finds the concept in the mapped features."""
-    library = import_extra("concept_erasure", "eval", "the method LEACE")
+    library = import_extra("concept_erasure", "dev", "the method LEACE")
     maps = []
     for encode in (encode_images, encode_captions):
         forget, retain = (encode(task.model, each) for each in (task.sets.forget, task.sets.retain))
