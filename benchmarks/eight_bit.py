@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,14 @@ MEASURED = {
 COLUMNS = ("steps", "forget residue", "forget-unseen residue", *MEASURED)
 
 
-def tabulate(outcome: Outcome) -> list[dict[str, Any]]:
-    """Return a row per run: its verdict, what is left of the concept, and the damage."""
+def tabulate(outcome: Outcome, label: str, label_of: Callable[[str], str]) -> list[dict[str, Any]]:
+    """Return a row per run: its verdict, what is left of the concept, and the damage.
+
+    Args:
+        outcome: of all runs.
+        label: the first column.
+        label_of: recipe -> what stands there.
+    """
     rows: dict[tuple[str, str, int], dict[str, Any]] = {}
     for value in outcome.values:
         run = (value.recipe, value.subgroup, value.seed)
@@ -48,7 +55,7 @@ def tabulate(outcome: Outcome) -> list[dict[str, Any]]:
             found[f"{ending.set} verdict"] = ending.verdict
             found[f"{ending.set} residue"] = ending.residue
     return [
-        {"optimizer": optimizer_of(recipe), "subgroup": subgroup, "seed": seed, **row}
+        {label: label_of(recipe), "subgroup": subgroup, "seed": seed, **row}
         for (recipe, subgroup, seed), row in sorted(rows.items())
     ]
 
@@ -128,7 +135,8 @@ def main(arguments: list[str] | None = None) -> None:
         for subgroup in options.subgroups
         for recipe in (BASELINE, *recipes)
     ]
-    rows = tabulate(execute_all(runs, options.work, options.processes, retrained={}))
+    outcome = execute_all(runs, options.work, options.processes, retrained={})
+    rows = tabulate(outcome, "optimizer", optimizer_of)
     text = compare(rows)
     write_csv(options.output / "eight_bit.csv", rows)
     write_text(options.output / "eight_bit.txt", text)

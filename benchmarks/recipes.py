@@ -68,6 +68,8 @@ AUTOMATIC: dict[str, dict[str, Any]] = {
 }
 # The default with other optimisers, which `benchmarks.eight_bit` compares with it.
 OPTIMIZERS = {f"fasterase, {name}": {"optimizer": name} for name in ("adamw8bit", "lion8bit")}
+# The default where less than all is trained, which `benchmarks.tune` compares with it.
+TUNES = {f"fasterase, {tune}": {"tune": tune} for tune in ("lora:8", "last:1")}
 RETAIN_ONLY = {"forget_weight": 0.0, "consistency_weight": 0.0, "anchor_weight": 0.0}
 UNTUNED = "cliperase, untuned"
 RECIPES = (*AUTOMATIC, *TUNED, UNTUNED, "retain only")
@@ -111,7 +113,7 @@ class Run:
         rate = "auto" if self.lr is None else f"{self.lr:g}"
         steps = "-".join(map(str, self.steps)) or "auto"
         parts = (self.recipe, self.subgroup, rate, self.keeping, steps, self.seed)
-        return "_".join(map(str, parts)).replace(" ", "-").replace(",", "")
+        return "_".join(map(str, parts)).replace(" ", "-").replace(",", "").replace(":", "")
 
     @property
     def is_papers(self) -> bool:
@@ -121,7 +123,7 @@ class Run:
         """Return the run's recipe for the small model."""
         base = "cliperase" if self.is_papers else "fasterase"
         own: dict[str, Any] = {}
-        automatic = {**AUTOMATIC, **OPTIMIZERS}
+        automatic = {**AUTOMATIC, **OPTIMIZERS, **TUNES}
         if self.recipe in automatic:
             own = automatic[self.recipe]
         else:

@@ -243,6 +243,7 @@ def _unlearn(
         seconds=clock.seconds(),
         encoder=encoder,
         original_weights=original_weights,
+        adapter=outcome.adapter,
         sets=opened,
     )
     with ranks.together():

@@ -97,8 +97,9 @@ class UnlearnConfig:
     > Model
 
     Args:
-        tune: what to train: `"all"`, `"image"`, `"text"`, `"projections"`, or `"last:N"` (the last
-            N blocks of each tower).
+        tune: what to train: `"all"`, `"image"`, `"text"`, `"projections"`, `"last:N"` (the last N
+            blocks of each tower), or `"lora:N"` (low-rank adapters of rank N on the linear maps in
+            the blocks, added to the weights at the end; extra `peft`).
         train_logit_scale: train logit_scale too; the loss clamps it at max(100, its initial value).
         train_mode: put the towers in train mode (BatchNorm statistics move, Dropout is active).
             False keeps them in eval mode.
@@ -221,12 +222,12 @@ class UnlearnConfig:
         _check(self, "max_skipped", 0 <= self.max_skipped <= 1, "be in [0, 1]")
         if isinstance(self.floor, float):
             _check(self, "floor", -1 <= self.floor <= 1, "be a cosine in [-1, 1], 'auto' or None")
-        tune = re.fullmatch(r"all|image|text|projections|last:[1-9]\d*", self.tune)
+        tune = re.fullmatch(r"all|image|text|projections|(last|lora):[1-9]\d*", self.tune)
         _check(
             self,
             "tune",
             tune is not None,
-            "be 'all', 'image', 'text', 'projections' or 'last:N' with N >= 1",
+            "be 'all', 'image', 'text', 'projections', 'last:N' or 'lora:N' with N >= 1",
         )
         if not (self.forget_weight or self.retain_weight or self.consistency_weight):
             raise InputError(

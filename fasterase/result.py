@@ -20,6 +20,7 @@ from fasterase.files import check_writable, write_text
 from fasterase.models.delta import restored_original, save_delta
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.hub import push_model
+from fasterase.models.lora import LoraAdapter
 from fasterase.objective import EraseLoss
 from fasterase.pairs.skips import Skip
 from fasterase.pairs.source import PairSource
@@ -52,6 +53,7 @@ class UnlearnResult:
         encoder: `model` with its tokenizer and preprocessing, under fasterase's own interface.
         original_weights: what the run may have changed, as it was before, on the CPU.
         sets: the opened pairs by name, retain without those that are also in forget.
+        adapter: what `tune="lora:N"` has added to the weights; None otherwise.
     """
 
     model: nn.Module
@@ -67,6 +69,7 @@ class UnlearnResult:
     encoder: DualEncoder
     original_weights: Mapping[str, Tensor]
     sets: Mapping[str, PairSource]
+    adapter: LoraAdapter | None = None
 
     @property
     def forgotten(self) -> bool:
@@ -118,15 +121,15 @@ class UnlearnResult:
 
         Args:
             folder: the folder to write.
-            delta: write only what changed, for `fasterase.apply_delta`; no library loads that by
-                itself.
+            delta: write only what changed, for `fasterase.apply_delta`. After `tune="lora:N"` this
+                is an adapter that peft loads too (docs/runs.md); else no library loads it.
 
         Raises:
             InputError: `folder` holds files that fasterase did not write.
         """
         path = Path(folder)
         if delta:
-            return save_delta(self.encoder, self.original_weights, path)
+            return save_delta(self.encoder, self.original_weights, path, self.adapter)
         self.encoder.save(path)
         return path
 

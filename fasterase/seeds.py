@@ -29,6 +29,7 @@ class Stream(enum.IntEnum):
     PROBE = 11  # folds of the probing attack
     RELEARN = 12  # pairs that the relearning attack is given
     PROMPT = 13  # images, words and replacements of the search for prompts
+    LORA = 14  # low-rank adapters as they begin
 
 
 def generator(seed: int, stream: Stream, *position: int) -> np.random.Generator:

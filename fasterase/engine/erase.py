@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +53,7 @@ from fasterase.evaluation.verdict import JUDGED_PAIRS, Judge, Trace, decide, sum
 from fasterase.files import write_text
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.forward import resolve_precision
+from fasterase.models.lora import LoraAdapter, adapting, parse_rank
 from fasterase.ops.contrastive.api import choose_backend
 from fasterase.pairs.batches import step_batches
 from fasterase.pairs.processes import count_workers
@@ -64,6 +65,7 @@ from fasterase.parallel.ranks import Ranks
 from fasterase.parallel.zero import require_deepspeed
 from fasterase.reference.cache import FeatureCache
 from fasterase.reference.original import cache_folder
+from fasterase.seeds import Stream, torch_seed
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Outcome:
         original_traces: the same of the original.
         evaluation: the erased model beside the original; None if the config asked for none.
         limit: what kept an automatic run from forgetting: `"damage"`, `"steps"` or None.
+        adapter: what `tune="lora:N"` has added to the weights.
     """
 
     history: list[StepRecord]
@@ -88,6 +91,7 @@ class Outcome:
     original_traces: dict[str, Trace]
     evaluation: Evaluation | None
     limit: str | None
+    adapter: LoraAdapter | None = None
 
     def figures(self) -> dict[str, float]:
         """Return `set/name` -> value of what is left of each set, and of the evaluation."""
@@ -130,6 +134,13 @@ def erase(
     forget, retain = sets["forget"], sets["retain"]
     precision = resolve_precision(config.precision, model.device)
     trained = Trained.choose(model, config.tune, logit_scale=config.train_logit_scale)
+    rank = parse_rank(config.tune)
+    if rank is not None and shards(config):
+        raise InputError(
+            f"tune={config.tune!r} with deepspeed: sharded weights cannot be adapted. Leave out "
+            "deepspeed (of adapters, gradients and optimizer states are small), or choose another "
+            "tune."
+        )
     pool = None
     if config.runs_until_forgotten:
         pool = RetainPool.choose(
@@ -193,7 +204,8 @@ def erase(
             "or retain pairs with other captions."
         )
 
-    with cache_folder(config.reference_cache, output_dir, ranks) as folder:
+    adapter = None
+    with cache_folder(config.reference_cache, output_dir, ranks) as folder, ExitStack() as stack:
         key = hashlib.sha256(f"{fingerprint} {precision}".encode()).hexdigest()
         is_half = model.device.type == "cuda" and loss_products(precision) == "fp16"
         cache = FeatureCache(folder, key, model.embed_dim, is_half=is_half, ranks=ranks)
@@ -208,6 +220,14 @@ def erase(
             evaluator=evaluator,
             pool=pool,
         )
+        if rank is not None:
+            blocks = [*model.image_parts().blocks, *model.text_parts().blocks]
+            seed = torch_seed(config.seed, Stream.LORA)
+            adapter = stack.enter_context(
+                adapting(model.module, blocks, rank=rank, seed=seed, scale=model.logit_scale)
+            )
+            # Of a model with adapters, these are all that is free.
+            trained = Trained.choose(model, "all", logit_scale=config.train_logit_scale)
         device = model.device  # an engine may move the model away while it trains a copy
         working = working_model(model, config)
         parameters = trained.parameters(working.module).values()
@@ -283,6 +303,7 @@ def erase(
         baseline.traces,
         evaluation,
         limit=pacing.limit,
+        adapter=adapter,
     )
 
 

@@ -8,18 +8,18 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fasterase.errors import InputError, import_extra
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 # peft's own prefix: the path from a `PeftModel` to the model inside.
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 
 def base_of(module: nn.Module) -> nn.Module | None:
@@ -83,23 +83,16 @@ def save_adapters(module: nn.Module, folder: Path) -> None:
     as peft does. Trained weights that belong to no adapter are not written, with a warning.
     """
     from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
 
     configs: Any = module.peft_config
     active = next(_layers(module)).active_adapters[0]
     saved: set[int] = set()
     for name, config in configs.items():
         target = folder if name == active else folder / name
-        target.mkdir(exist_ok=True)
         # The base's own embeddings are never trained: no need to look up whether they changed.
         state = get_peft_model_state_dict(module, adapter_name=name, save_embedding_layers=False)
         saved |= {tensor.data_ptr() for tensor in state.values()}
-        written = {
-            f"{_PREFIX}{key.removeprefix(_PREFIX)}": tensor.detach().cpu().contiguous().clone()
-            for key, tensor in state.items()
-        }
-        save_file(written, target / WEIGHTS_FILE, {"format": "pt"})
-        _describe(config, module).save_pretrained(str(target))
+        write_adapter(config, state, module, target)
     (folder / "README.md").write_text(_README, encoding="utf-8")
     left_out = [
         name
@@ -113,6 +106,28 @@ def save_adapters(module: nn.Module, folder: Path) -> None:
             "adapter's modules_to_save, or save the state dict of result.model yourself",
             stacklevel=4,
         )
+
+
+def write_adapter(
+    config: Any, state: Mapping[str, Tensor], module: nn.Module, folder: Path
+) -> None:
+    """Write one adapter as peft reads it.
+
+    Args:
+        config: its configuration, of peft.
+        state: its weights, named as `peft.get_peft_model_state_dict` does.
+        module: the model that it belongs to.
+        folder: made if it is missing.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(exist_ok=True)
+    written = {
+        f"{PREFIX}{key.removeprefix(PREFIX)}": tensor.detach().cpu().contiguous().clone()
+        for key, tensor in state.items()
+    }
+    save_file(written, folder / WEIGHTS_FILE, {"format": "pt"})
+    _describe(config, module).save_pretrained(str(folder))
 
 
 _README = """# Adapters, after unlearning with fasterase

@@ -4,6 +4,9 @@
 fp32 (fp64 for fp64 weights). Where adding or subtracting it rounds to a neighbour of the right
 value, `erased/<name>` and `original/<name>` hold the right values and `.../<name>/at` their
 positions, so that both directions are exact.
+
+After `tune="lora:N"` the differences of the adapted weights are products of two thin matrices.
+These are not stored twice: the folder is peft's own, and the metadata name each weight's layer.
 """
 
 from __future__ import annotations
@@ -20,10 +23,13 @@ from torch import Tensor, nn
 
 from fasterase.errors import InputError
 from fasterase.files import replace_model_folder
+from fasterase.models.adapters import PREFIX, WEIGHTS_FILE, write_adapter
 from fasterase.models.dual_encoder import DualEncoder, frozen_copy
 from fasterase.models.load import DELTA_FILE, load_model
+from fasterase.models.lora import LoraAdapter, low_rank_product
 
-_FORMAT = "fasterase-delta-1"
+# The second has adapters.
+_FORMATS = ("fasterase-delta-1", "fasterase-delta-2")
 
 
 def keep_original(
@@ -67,7 +73,10 @@ def restored_original(model: DualEncoder, original: Mapping[str, Tensor]) -> Dua
 
 
 def save_delta(
-    model: DualEncoder, original: Mapping[str, Tensor], folder: str | os.PathLike[str]
+    model: DualEncoder,
+    original: Mapping[str, Tensor],
+    folder: str | os.PathLike[str],
+    adapter: LoraAdapter | None = None,
 ) -> Path:
     """Write the folder that `apply_delta` reads: erased minus original of what changed.
 
@@ -75,6 +84,7 @@ def save_delta(
         model: the erased model.
         original: what `keep_original` returned before the run.
         folder: written atomically.
+        adapter: what `tune="lora:N"` has added; peft loads the folder, too.
 
     Raises:
         InputError: `folder` holds files that fasterase did not write.
@@ -86,10 +96,13 @@ def save_delta(
     dtypes: dict[str, str] = {}
     for name, before in original.items():
         after = now[name].detach().cpu()
-        if _same_bits(before, after).all():
+        if adapter is not None and name in adapter.factors:
+            delta = adapter.product(name)
+        elif _same_bits(before, after).all():
             continue
-        delta = _wide(after) - _wide(before)
-        stored[f"delta/{name}"] = delta.contiguous()
+        else:
+            delta = _wide(after) - _wide(before)
+            stored[f"delta/{name}"] = delta.contiguous()
         dtypes[name] = str(after.dtype).removeprefix("torch.")
         for side, start, goal, sign in (
             ("erased", before, after, 1),
@@ -101,15 +114,20 @@ def save_delta(
                 stored[f"{side}/{name}/at"] = at
                 stored[f"{side}/{name}"] = goal.flatten()[at]
     metadata = {
-        "format": _FORMAT,
+        "format": _FORMATS[adapter is not None],
         "model": model.name,
         "original": fingerprint_weights(model.module, original),
         "erased": fingerprint_weights(model.module),
         "dtypes": json.dumps(dtypes),
+        "factors": json.dumps({} if adapter is None else adapter.factors),
     }
     with replace_model_folder(folder, library="fasterase.apply_delta") as new:
         save_file(stored, new / DELTA_FILE, metadata=metadata)
-        (new / "README.md").write_text(_README.format(name=model.name), encoding="utf-8")
+        readme = _README.format(name=model.name)
+        if adapter is not None:
+            write_adapter(adapter.config, adapter.state, model.module, new)
+            readme += _PEFT_README
+        (new / "README.md").write_text(readme, encoding="utf-8")
     return Path(folder)
 
 
@@ -139,15 +157,12 @@ def apply_delta(
     """
     if isinstance(sign, bool) or sign not in (1, -1):
         raise InputError(f"sign={sign!r} is neither 1 (put the delta on) nor -1 (take it off).")
-    stored, metadata = _read(Path(folder).expanduser())
+    folder = Path(folder).expanduser()
+    stored, metadata = _read(folder)
+    deltas = _deltas(stored, json.loads(metadata.get("factors", "{}")), folder)
     encoder = load_model(model)
     module = encoder.module
     tensors = _tensors(module)
-    deltas = {
-        key.removeprefix("delta/"): delta
-        for key, delta in stored.items()
-        if key.startswith("delta/")
-    }
     for name, delta in deltas.items():
         found = tuple(tensors[name].shape) if name in tensors else None
         if found is None or tensors[name].numel() != delta.numel():
@@ -212,26 +227,49 @@ def _check_weights(
 
 
 def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
-    file = folder / DELTA_FILE
-    if not file.is_file():
+    if not (folder / DELTA_FILE).is_file():
         raise InputError(
             f"folder: {folder} holds no {DELTA_FILE}. Give a folder that "
             "result.save(folder, delta=True) wrote."
         )
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata: dict[str, str] = opened.metadata() or {}
-            stored = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"folder: {file} cannot be read ({error}). Save it again.") from error
-    if metadata.get("format") != _FORMAT:
+    stored, metadata = _read_file(folder / DELTA_FILE)
+    if metadata.get("format") not in _FORMATS:
         raise InputError(
-            f"folder: {file} has the format {metadata.get('format')!r}, and this version of "
-            f"fasterase reads {_FORMAT!r}."
+            f"folder: {folder / DELTA_FILE} has the format {metadata.get('format')!r}, and this "
+            f"version of fasterase reads {' and '.join(map(repr, _FORMATS))}."
         )
     return stored, metadata
+
+
+def _read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            stored = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            return stored, opened.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"folder: {file} cannot be read ({error}). Save it again.") from error
+
+
+def _deltas(
+    stored: Mapping[str, Tensor], factors: Mapping[str, str], folder: Path
+) -> dict[str, Tensor]:
+    """Return erased minus original by name: as stored, or the product of an adapter's matrices."""
+    deltas = {
+        key.removeprefix("delta/"): delta
+        for key, delta in stored.items()
+        if key.startswith("delta/")
+    }
+    adapter = _read_file(folder / WEIGHTS_FILE)[0] if factors else {}
+    for name, layer in factors.items():
+        down, up = (adapter.get(f"{PREFIX}{layer}.lora_{each}.weight") for each in "AB")
+        if down is None or up is None:
+            raise InputError(
+                f"folder: {folder / WEIGHTS_FILE} lacks the adapter of {layer}. Save it again."
+            )
+        deltas[name] = low_rank_product(down, up)
+    return deltas
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -268,5 +306,15 @@ import fasterase
 
 fasterase.apply_delta(original, "this folder")
 fasterase.apply_delta(erased, "this folder", sign=-1)
+```
+"""
+
+_PEFT_README = """
+It is also an adapter of peft:
+
+```python
+import peft
+
+model = peft.PeftModel.from_pretrained(original, "this folder")
 ```
 """

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from fasterase.errors import InputError
 from fasterase.models.companions import Companions
+from fasterase.models.lora import adapted_weights, parse_rank
 from fasterase.models.preprocessing import ImageTransform, Tokens, describe_transform
 from fasterase.models.wrapped import check_trainable, unwrap
 
@@ -158,11 +159,12 @@ class DualEncoder(abc.ABC):
         Args:
             tune: `"all"`; `"image"` or `"text"`, one tower; `"projections"`, the last map of each
                 tower into the shared space; `"last:N"`, the last N blocks of each tower (stages of
-                a ResNet) and everything after them. Never included: the temperature (logit_scale),
-                logit_bias, and weights that no feature depends on (CoCa's decoder).
+                a ResNet) and everything after them; `"lora:N"`, the linear maps in the blocks of
+                both towers, which adapters of rank N change. Never included: the temperature
+                (logit_scale), logit_bias, and weights that no feature depends on (CoCa's decoder).
 
         Raises:
-            InputError: unknown `tune`, or a tower has fewer than N blocks.
+            InputError: unknown `tune`, a tower has fewer than N blocks, or no linear maps in them.
         """
         parts = _select_parts(self.image_parts(), self.text_parts(), tune)
         chosen = {id(parameter) for parameter in _parameters(parts)}
@@ -265,6 +267,8 @@ def _select_parts(image: TowerParts, text: TowerParts, tune: str) -> list[Part]:
         return [*text.everything]
     if tune == "projections":
         return [*image.projection, *text.projection]
+    if isinstance(tune, str) and parse_rank(tune) is not None:
+        return [*_linear_weights("image", image, tune), *_linear_weights("text", text, tune)]
     count = _parse_block_count(tune)
     return [*_last_blocks("image", image, count), *_last_blocks("text", text, count)]
 
@@ -273,10 +277,20 @@ def _parse_block_count(tune: str) -> int:
     match = re.fullmatch(r"last:([1-9][0-9]*)", tune) if isinstance(tune, str) else None
     if match is None:
         raise InputError(
-            f'tune: {tune!r} is not one of "all", "image", "text", "projections" or "last:N" '
-            '(N a positive number, as in "last:4")'
+            f'tune: {tune!r} is not one of "all", "image", "text", "projections", "last:N" or '
+            '"lora:N" (N a positive number, as in "last:4")'
         )
     return int(match[1])
+
+
+def _linear_weights(tower: str, parts: TowerParts, tune: str) -> list[nn.Parameter]:
+    weights = adapted_weights(parts.blocks)
+    if not weights:
+        raise InputError(
+            f'tune: "{tune}" adapts the linear maps in the blocks of both towers, and none were '
+            f'found in the {tower} tower (a ResNet has convolutions). Use "all" or another tune.'
+        )
+    return weights
 
 
 def _last_blocks(tower: str, parts: TowerParts, count: int) -> list[Part]:

@@ -122,17 +122,17 @@ def _load(model: str | os.PathLike[str], model_name: str | None, **given: Any) -
 def _load_folder(folder: Path, **given: Any) -> DualEncoder:
     if not folder.is_dir():
         raise _no_folder(folder)
+    if (folder / DELTA_FILE).is_file():
+        raise InputError(
+            f"model: {folder} holds only what an erasure changed; load the original model and put "
+            "it on with fasterase.apply_delta(model, folder)"
+        )
     if (folder / adapters.CONFIG_FILE).is_file():
         return _load_adapter(folder, **given)
     if (folder / CONFIG_FILE).is_file():
         return openclip.from_source(f"local-dir:{folder}", name=str(folder), **given)
     if (folder / "config.json").is_file():
         return huggingface.from_source(str(folder), name=str(folder), online=False, **given)
-    if (folder / DELTA_FILE).is_file():
-        raise InputError(
-            f"model: {folder} holds only what an erasure changed; load the original model and put "
-            "it on with fasterase.apply_delta(model, folder)"
-        )
     if (folder / MARKER).is_file():
         raise InputError(
             f"model: {folder} holds weights of an architecture that open_clip does not describe; "

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fasterase.errors import InputError
 from fasterase.models.dual_encoder import DualEncoder
@@ -81,7 +82,10 @@ def measure_micro_batch(model: DualEncoder, *, precision: str) -> Measured:
 
 
 def with_random_weights(model: DualEncoder, *, device: str) -> DualEncoder:
-    """Copy a model of meta tensors with random weights; whole numbers and masks become 0."""
+    """Copy a model of meta tensors with random weights; whole numbers and masks become 0.
+
+    BatchNorm gets the statistics that it begins with: features and gradients stay finite.
+    """
     generator = torch.Generator(device).manual_seed(0)
 
     def fill(tensor: Tensor) -> Tensor:
@@ -94,6 +98,9 @@ def with_random_weights(model: DualEncoder, *, device: str) -> DualEncoder:
 
     real = copy.copy(model)
     real.module = copy_with(model.module, fill)
+    for part in real.module.modules():
+        if isinstance(part, _BatchNorm):
+            part.reset_running_stats()
     return real
 
 

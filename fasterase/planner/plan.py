@@ -16,6 +16,7 @@ from fasterase.engine.erase import count_steps
 from fasterase.engine.optim import EIGHT_BIT, Trained
 from fasterase.errors import InputError
 from fasterase.models.dual_encoder import DualEncoder
+from fasterase.models.lora import parse_rank
 from fasterase.pairs.sampler import Sampler
 from fasterase.planner.architecture import build_architecture
 from fasterase.planner.command import explain, name_for_command, write_command
@@ -226,6 +227,11 @@ def plan(
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if on_gpu else "fp32"
+    if parse_rank(config.tune) is not None:
+        raise InputError(
+            f"tune={config.tune!r}: adapters are not planned. Plan tune='all', which needs more: "
+            "adapters spare the gradients and the states of the weights themselves."
+        )
     trained = Trained.choose(encoder, config.tune, logit_scale=config.train_logit_scale)
     names = set(trained.parameters(encoder.module))
     for name, parameter in encoder.module.named_parameters():
@@ -390,6 +396,9 @@ class _Planner:
     ) -> dict[str, int]:
         """Return part -> bytes at the peak of a step with micro-batches of `pairs` pairs."""
         parts = lasting_bytes(self.counts, parallel=parallel, optimizer=optimizer, gpus=self._gpus)
+        if not self._on_gpu:
+            # The result keeps the original's, on the CPU.
+            parts["weights"] += self.counts.trained * FP32
         activations = self._activation_bytes(checkpointing, pairs)
         parts["activations"] = int(activations * self.correction)
         parts["features"] = feature_bytes(self.step_pairs, self._width, gpus=self._gpus)

@@ -27,7 +27,9 @@ def table(*outcomes: Outcome) -> list[dict]:
         Outcome(
             [value for each in outcomes for value in each.values],
             [*(ending for each in outcomes for ending in each.endings), original],
-        )
+        ),
+        "optimizer",
+        eight_bit.optimizer_of,
     )
 
 

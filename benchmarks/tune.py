@@ -1,0 +1,60 @@
+"""Compare erasures that train little with one that trains everything, on the demo's model.
+
+    python -m benchmarks.tune [--subgroups food-fruit drink] [--seeds 2] [--processes 2]
+
+Every `tune` erases the same subgroups with the same seeds in the default recipe, which chooses
+learning rate and steps itself; measurement and subgroups are those of `benchmarks.recipes`. --work
+keeps every run, so an interrupted command resumes. Writes tune.csv, a row per run, to --output.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from benchmarks.eight_bit import BASELINE, tabulate
+from benchmarks.recipes import TEST, TUNES, Run, execute_all
+from benchmarks.result_files import RESULTS, write_csv
+
+
+def tune_of(recipe: str) -> str:
+    """Return what a recipe trains."""
+    return TUNES[recipe]["tune"] if recipe in TUNES else "all"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run, and write the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--subgroups", nargs="+", default=["food-fruit"], choices=TEST, metavar="SUBGROUP"
+    )
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument(
+        "--processes", type=int, default=2, help="number of parallel runs, each with one thread"
+    )
+    parser.add_argument("--work", type=Path, default=Path("runs/tune"))
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    options.work.mkdir(parents=True, exist_ok=True)
+    runs = [
+        Run(recipe, subgroup, None, None, (), seed)
+        for seed in range(options.seeds)
+        for subgroup in options.subgroups
+        for recipe in (BASELINE, *TUNES)
+    ]
+    outcome = execute_all(runs, options.work, options.processes, retrained={})
+    rows = tabulate(outcome, "tune", tune_of)
+    write_csv(options.output / "tune.csv", rows)
+    for row in rows:
+        print(
+            ", ".join(
+                f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}"
+                for key, value in row.items()
+            )
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Low-rank adapters that a run puts on the model itself (`tune="lora:8"`), and takes off again.
+
+LoRA (Hu et al., 2021, arXiv 2106.09685) adds to the weight W of a linear map the product of two
+thin matrices, W + B A, and trains only these. Adapted are all linear maps inside the blocks of both
+towers, whose `forward` is called; elsewhere (a ResNet's attention pooling, projections) weights are
+read as plain matrices by functions that would never see an adapter. Of `nn.MultiheadAttention` only
+the map to query, key and value is adapted: peft's layer for it puts another on `out_proj` and, in
+version 0.21, counts that one twice, so it is left at zero.
+
+While a run trains, peft's layers are in the model. Afterwards they are gone: the model has its own
+modules and parameters again, with W + B A in them, and the adapter is kept beside it.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fasterase.errors import InputError, import_extra
+from fasterase.models.adapters import has_adapters
+
+_ADAPTER = "default"
+
+
+@dataclass
+class LoraAdapter:
+    """The adapter of a run, in peft's form; empty until its layers are taken off.
+
+    Attributes:
+        config: the `peft.LoraConfig`.
+        state: name -> matrix as peft writes it, without its prefix, on the CPU. Those of a layer
+            are `<layer>.lora_A.weight` [rank, inputs] and `<layer>.lora_B.weight` [outputs, rank].
+        factors: name of each adapted weight -> its layer.
+    """
+
+    config: Any
+    state: dict[str, Tensor] = field(default_factory=dict)
+    factors: dict[str, str] = field(default_factory=dict)
+
+    def product(self, weight: str) -> Tensor:
+        """Return B A, what the adapter adds to a weight."""
+        layer = self.factors[weight]
+        return low_rank_product(
+            self.state[f"{layer}.lora_A.weight"], self.state[f"{layer}.lora_B.weight"]
+        )
+
+
+def parse_rank(tune: str) -> int | None:
+    """Return N of `"lora:N"`; None for any other `tune`."""
+    match = re.fullmatch(r"lora:([1-9][0-9]*)", tune)
+    return None if match is None else int(match[1])
+
+
+def low_rank_product(down: Tensor, up: Tensor) -> Tensor:
+    """Return up [outputs, rank] x down [rank, inputs].
+
+    It is summed over the rank in order: the same bits on every machine.
+    """
+    total = up[:, :1] * down[:1]
+    for k in range(1, len(down)):
+        total += up[:, k : k + 1] * down[k : k + 1]
+    return total
+
+
+def adapted_weights(blocks: Iterable[Any]) -> list[nn.Parameter]:
+    """Return the weights of all linear maps in `blocks` that are adapted."""
+    return [_weight(layer) for layer in _linear_maps(blocks)]
+
+
+@contextmanager
+def adapting(
+    module: nn.Module, blocks: Iterable[Any], *, rank: int, seed: int, scale: nn.Parameter
+) -> Iterator[LoraAdapter]:
+    """Put adapters on the linear maps in `blocks`; afterwards take them off, into the weights.
+
+    They begin as zero (B = 0), so that the model computes what it did before. Inside, only their
+    parameters require a gradient, and `scale` if it did. Layers whose weights are frozen get none.
+
+    Args:
+        module: the library's own module.
+        blocks: of both towers.
+        rank: N of `"lora:N"`.
+        seed: of A.
+        scale: the model's `logit_scale`.
+
+    Yields:
+        The adapter, which is filled when the block ends.
+
+    Raises:
+        InputError: the model has adapters already.
+        MissingExtraError: peft is not installed.
+    """
+    peft: Any = import_extra("peft", "peft", f"tune='lora:{rank}'")
+    if has_adapters(module):
+        raise InputError(
+            f"tune='lora:{rank}': the model has adapters already, and only those would be trained. "
+            "Leave tune='all' to train them, or merge them first (merge_and_unload)."
+        )
+    name_of = {id(part): name for name, part in module.named_modules()}
+    layers: dict[str, nn.Module] = {
+        name_of[id(layer)]: layer for layer in _linear_maps(blocks) if _weight(layer).requires_grad
+    }
+    flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    own = _own_parameters(layers.values())
+    trains_scale = scale.requires_grad
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=rank,  # a scale of 1
+        # Whole names: peft takes a plain name for the end of one, which both towers may share.
+        target_modules="|".join(re.escape(name) for name in layers),
+    )
+    adapter = LoraAdapter(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        peft.inject_adapter_in_model(config, module, adapter_name=_ADAPTER)
+    scale.requires_grad_(trains_scale)
+    for name in layers:
+        layer: Any = module.get_submodule(name)
+        if isinstance(layer.base_layer, nn.MultiheadAttention):
+            layer.base_layer.out_proj.requires_grad_(False)
+            weights = _own_parameters([layer.base_layer])
+            layer.register_forward_hook(functools.partial(_give_back, weights))
+    try:
+        yield adapter
+    finally:
+        state = peft.get_peft_model_state_dict(
+            module, adapter_name=_ADAPTER, save_embedding_layers=False
+        )
+        adapter.state = {name: each.detach().cpu().clone() for name, each in state.items()}
+        _take_off(module, layers)
+        _give_back(own)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        weight_names = {id(each): name for name, each in module.named_parameters()}
+        with torch.no_grad():
+            for name, layer in layers.items():
+                weight = _weight(layer)
+                adapter.factors[weight_names[id(weight)]] = name
+                weight.add_(adapter.product(weight_names[id(weight)]).to(weight.device))
+
+
+def _linear_maps(blocks: Iterable[Any]) -> Iterator[Any]:
+    """Yield linear layers and attention layers; not the layers inside of the latter."""
+    for block in blocks:
+        inside: set[int] = set()
+        for part in block.modules() if isinstance(block, nn.Module) else ():
+            if isinstance(part, nn.MultiheadAttention):
+                inside |= {id(each) for each in part.modules()}
+                if part.in_proj_weight is not None:
+                    yield part
+            elif isinstance(part, nn.Linear) and id(part) not in inside:
+                yield part
+
+
+def _weight(layer: Any) -> nn.Parameter:
+    """Return the weight that is adapted."""
+    if isinstance(layer, nn.MultiheadAttention):
+        return layer.in_proj_weight
+    return layer.weight
+
+
+_Parameters = list[tuple[nn.Module, dict[str, nn.Parameter | None]]]
+
+
+def _own_parameters(layers: Iterable[nn.Module]) -> _Parameters:
+    """Note which parameters the layers and their parts have, in which order."""
+    return [(part, dict(part._parameters)) for layer in layers for part in layer.modules()]
+
+
+def _give_back(noted: _Parameters, *_: Any) -> None:
+    """Give layers the parameters that they had.
+
+    In each forward pass of an attention layer, peft puts new ones in their place: it adds B A and
+    subtracts it again, which rounds. After a thousand steps they would be other weights.
+    """
+    for part, parameters in noted:
+        part._parameters.clear()
+        part._parameters.update(parameters)
+
+
+def _take_off(module: Any, layers: Mapping[str, Any]) -> None:
+    """Put the model's own layers back in the place of peft's."""
+    for name, layer in layers.items():
+        if isinstance(layer, nn.MultiheadAttention):
+            setattr(layer, "out_proj", layer.out_proj.base_layer)  # noqa: B010
+        parent, _, attribute = name.rpartition(".")
+        setattr(module.get_submodule(parent), attribute, layer)
+    del module.peft_config

@@ -1,0 +1,118 @@
+"""`tune="lora:N"`: adapters train, end in the weights, and come off bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import sys
+
+import peft
+import pytest
+import torch
+
+import fasterase
+from fasterase.errors import InputError, MissingExtraError
+from fasterase.models.load import load_model
+from tests import small_models
+from tests.marks import SHORT_RUN
+from tests.models.test_adapters import erase, features, vocabulary_of
+from tests.tiny_model import same_weights
+
+pytestmark = [
+    SHORT_RUN,
+    # Of peft, about names that transformers has renamed.
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+]
+ADAPTED = {
+    small_models.open_clip_vit: ("attn.in_proj_weight", "mlp.c_fc.weight", "mlp.c_proj.weight"),
+    small_models.hf_siglip: ("_proj.weight", "mlp.fc1.weight", "mlp.fc2.weight", "out_proj.weight"),
+}
+
+
+def erase_by_lora(model, **options):
+    return erase(
+        model, vocabulary_of(model), **{"tune": "lora:2", "micro_batch_size": 5, **options}
+    )
+
+
+@pytest.mark.parametrize("build", ADAPTED)
+def test_it_ends_in_the_weights_of_an_unchanged_architecture(tmp_path, build):
+    model = build()
+    model.get_parameter("logit_scale").requires_grad_(False)
+    original = copy.deepcopy(model)
+    result = erase_by_lora(model)
+    assert not hasattr(model, "peft_config")
+    for mine, other in zip(model.named_modules(), original.named_modules(), strict=True):
+        assert (mine[0], type(mine[1])) == (other[0], type(other[1]))
+    for mine, other in zip(model.named_parameters(), original.named_parameters(), strict=True):
+        assert (mine[0], mine[1].requires_grad) == (other[0], other[1].requires_grad)
+        blocks = ".resblocks." in mine[0] or ".layers." in mine[0]
+        change = mine[1].detach() - other[1].detach()
+        is_adapted = blocks and mine[0].endswith(ADAPTED[build])
+        rank = torch.linalg.matrix_rank(change.double(), rtol=1e-3) if is_adapted else 0
+        assert bool(change.any()) == is_adapted, mine[0]
+        assert rank <= 2, mine[0]
+
+    erased = copy.deepcopy(model.state_dict())
+    vocabulary = vocabulary_of(model)
+    wanted = features(load_model(model), vocabulary)
+    result.save(tmp_path / "whole")
+    result.save(tmp_path / "delta", delta=True)
+    assert fasterase.apply_delta(model, tmp_path / "delta", -1) is model
+    assert same_weights(model.state_dict(), original.state_dict())
+    fasterase.apply_delta(model, tmp_path / "delta")
+    assert same_weights(model.state_dict(), erased)
+    with pytest.raises(InputError, match="apply_delta"):
+        load_model(str(tmp_path / "delta"))
+
+    assert not torch.allclose(features(load_model(original), vocabulary), wanted, atol=1e-4)
+    by_peft = peft.PeftModel.from_pretrained(original, str(tmp_path / "delta")).eval()
+    assert torch.allclose(features(load_model(by_peft), vocabulary), wanted, atol=1e-5)
+
+
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
+    whole, parts = small_models.open_clip_vit(), small_models.open_clip_vit()
+    settings = {"max_steps": 4, "save_every": 1}
+    erase_by_lora(whole, **settings)
+    stopped = copy.deepcopy(parts)
+    folder = str(tmp_path)
+    erase_by_lora(stopped, output_dir=folder, callback=lambda r: r["step"] == 2, **settings)
+    assert not same_weights(stopped.state_dict(), whole.state_dict())
+    erase_by_lora(parts, output_dir=folder, resume="must", **settings)
+    assert same_weights(parts.state_dict(), whole.state_dict())
+
+
+def test_deltas_of_two_erasures_in_a_row_come_off_one_after_the_other(tmp_path):
+    model = small_models.open_clip_vit()
+    states = [copy.deepcopy(model.state_dict())]
+    for number, tune in enumerate(("lora:2", "text"), start=1):
+        erase_by_lora(model, tune=tune).save(tmp_path / str(number), delta=True)
+        states.append(copy.deepcopy(model.state_dict()))
+    for number in (2, 1):
+        assert same_weights(model.state_dict(), states[number])
+        fasterase.apply_delta(model, tmp_path / str(number), -1)
+    assert same_weights(model.state_dict(), states[0])
+
+
+def test_what_has_frozen_weights_gets_no_adapter():
+    model = small_models.open_clip_vit()
+    model.visual.requires_grad_(False)
+    before = copy.deepcopy(model.visual.state_dict())
+    result = erase_by_lora(model)
+    assert same_weights(model.visual.state_dict(), before)
+    assert all(name.startswith("transformer.resblocks") for name in result.adapter.factors)
+
+
+def test_what_cannot_be_adapted_is_refused(monkeypatch):
+    model = small_models.open_clip_vit()
+    with pytest.raises(InputError, match="image tower"):
+        erase_by_lora(small_models.open_clip_resnet())
+    with pytest.raises(InputError, match="tune='lora:2'"):
+        fasterase.plan(model, 1000, tune="lora:2")
+    with pytest.raises(InputError, match="sharded weights"):
+        erase_by_lora(model, deepspeed="zero1")
+    config = peft.LoraConfig(target_modules=["c_fc"])
+    with pytest.raises(InputError, match="has adapters already"):
+        erase_by_lora(peft.get_peft_model(copy.deepcopy(model), config))
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(MissingExtraError, match=r"tune='lora:2'.*fasterase\[peft\]"):
+        erase_by_lora(model)
