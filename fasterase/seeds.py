@@ -27,6 +27,7 @@ class Stream(enum.IntEnum):
     RETAIN_POOL = 9  # retain pairs of the automatic recipe, and those withheld to measure damage
     EXAMPLES = 10  # captions and pictures of the picture sheet
     PROBE = 11  # folds of the probing attack
+    LEFT_OUT = 12  # retain rows left out of batches larger than half the set, per pass
     RELEARN = 12  # pairs that the relearning attack is given
     PROMPT = 13  # images, words and replacements of the search for prompts
     LORA = 14  # low-rank adapters as they begin

@@ -157,6 +157,11 @@ def erase(
         retain_shards=retain.shards(),
     )
     total_steps = count_steps(config, sampler)
+    if config.progress and ranks.is_first and len(retain):
+        tqdm.write(
+            f"fasterase: training draws at most {sampler.retain_pairs_drawn(total_steps):,} of "
+            f"{len(retain):,} retain pairs"
+        )
     # Before anything wraps the model: sharded weights would look the same for any model.
     fingerprint = model.fingerprint()
     pairs = {"forget pairs": _identify(forget), "retain pairs": _identify(retain)}

@@ -32,9 +32,12 @@ class Sampler:
 
     One epoch is one pass over the forget set: a fresh permutation, cut into `steps_per_epoch`
     batches whose sizes differ by at most one, so that no pair is left out and no batch is tiny.
-    The retain set cycles in passes of its own, each a fresh permutation cut into full batches; the
-    rows that do not fill a batch are skipped in that pass. No batch holds a row twice. Rows of
-    remote shards are shuffled in windows, see `shuffle_rows`.
+    The retain set cycles in passes of its own, each a fresh permutation. They follow one another
+    and are cut into full batches, so that every pass draws each pair once. In a batch that ends one
+    pass and begins the next, a row that it already holds is put off to the batch after it; no batch
+    holds a row twice. Of a set smaller than two batches, the rows that a batch leaves out are cut
+    from passes in this way, so that each is left out equally often. Rows of remote shards are
+    shuffled in windows, see `shuffle_rows`.
 
     Args:
         n_forget, n_retain: pairs in the sets; 0 draws none.
@@ -72,11 +75,17 @@ class Sampler:
         self.steps_per_epoch = max(1, -(-n_forget // forget_batch_size))
         self._retain_batch = min(batch_size, self._retain_count)
         self._forget_batch = -(-n_forget // self.steps_per_epoch)  # the largest
-        self._passes: dict[Stream, tuple[int, np.ndarray]] = {}
+        self._passes: dict[Stream, dict[int, np.ndarray]] = {}
 
     def max_pairs_per_rank(self, world_size: int = 1) -> int:
         """Return the most pairs that one rank has in a step, of each set an equal share."""
         return -(-self._forget_batch // world_size) - (-self._retain_batch // world_size)
+
+    def retain_pairs_drawn(self, steps: int) -> int:
+        """Return how many different retain pairs the first `steps` steps draw."""
+        size, count = self._retain_batch, self._retain_count
+        # Of a set smaller than two batches, the second one draws all that the first left out.
+        return count if steps > 1 and size > count // 2 else min(count, steps * size)
 
     def draw(self, step: int) -> Draw:
         """Return the pairs of a step, counted from 0."""
@@ -93,22 +102,62 @@ class Sampler:
         return order[bounds[0] : bounds[1]].astype(np.int64)
 
     def _retain_rows(self, step: int) -> np.ndarray:
-        size = self._retain_batch
+        size, count = self._retain_batch, self._retain_count
         if size == 0:
             return np.empty(0, dtype=np.int64)
-        number, part = divmod(step, self._retain_count // size)
-        order = self._permutation(Stream.RETAIN_ORDER, number, self._retain_count)
-        drawn = order[part * size : (part + 1) * size].astype(np.int64)
+        if size <= count // 2:
+            drawn = self._cut(Stream.RETAIN_ORDER, step, size)
+        else:
+            drawn = self._permutation(Stream.RETAIN_ORDER, step, count)
+            if size < count:
+                left_out = self._cut(Stream.LEFT_OUT, step, count - size)
+                drawn = drawn[~np.isin(drawn, left_out)]
+        drawn = drawn.astype(np.int64)
         return drawn if self._pool is None else self._pool[drawn]
 
+    def _cut(self, stream: Stream, step: int, size: int) -> np.ndarray:
+        """Cut batch `step` of `size` rows, at most half of all, from the passes of a stream."""
+        number, start = divmod(step * size, self._retain_count)
+        if start < size:
+            rows = self._first_rows(stream, number, size)[start : start + size]
+        else:
+            order = self._permutation(stream, number, self._retain_count)
+            self._passes[stream] = {number: order}  # the one before is not needed any more
+            rows = order[start : start + size]
+        if len(rows) < size:
+            head = self._first_rows(stream, number + 1, size)[: size - len(rows)]
+            rows = np.concatenate([rows, head])
+        return rows
+
+    def _first_rows(self, stream: Stream, number: int, size: int) -> np.ndarray:
+        """Return the first rows of a pass, [2 * size], without repeats in a batch.
+
+        Rows that the batch across its beginning holds already change places with others of the
+        first `size`. There are enough: the batch takes the last `shared` rows of the pass before,
+        and of this pass the `shared` rows after it lie among the first `size`.
+        """
+        count = self._retain_count
+        rows = self._permutation(stream, number, count)[: 2 * size]
+        shared = number * count % size
+        if not shared:
+            return rows
+        before = self._permutation(stream, number - 1, count)[count - shared :]
+        held = np.isin(rows[:size], before)
+        again = np.flatnonzero(held[: size - shared])
+        others = size - shared + np.flatnonzero(~held[size - shared :])[: len(again)]
+        rows = rows.copy()
+        rows[again], rows[others] = rows[others], rows[again]
+        return rows
+
     def _permutation(self, stream: Stream, number: int, length: int) -> np.ndarray:
-        # Keep the current pass: permuting ten million rows takes a second.
-        kept = self._passes.get(stream)
-        if kept is None or kept[0] != number:
+        # Keep passes: permuting ten million rows takes a second. A batch may need two.
+        kept = self._passes.setdefault(stream, {})
+        if number not in kept:
+            for other in kept.keys() - {number - 1, number + 1}:
+                del kept[other]
             numbers = generator(self.seed, stream, number)
-            kept = (number, shuffle_rows(numbers, length, self._shards[stream]))
-            self._passes[stream] = kept
-        return kept[1]
+            kept[number] = shuffle_rows(numbers, length, self._shards.get(stream))
+        return kept[number]
 
 
 def shuffle_rows(

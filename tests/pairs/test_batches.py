@@ -19,6 +19,7 @@ from fasterase.pairs.open import open_pairs
 from fasterase.pairs.prepare import Preparer
 from fasterase.pairs.processes import count_workers
 from fasterase.pairs.sampler import Sampler
+from fasterase.parallel.ranks import Ranks
 
 
 def transform(image):
@@ -308,3 +309,33 @@ def test_automatic_workers_share_the_cores_of_a_host(monkeypatch, cores, ranks, 
     host = SimpleNamespace(on_this_host=ranks)
     assert count_workers("auto", host) == workers
     assert count_workers(3, host) == 3
+
+
+def drawn_ids(forget, retain, *, steps, ranks, workers):
+    """The ids of each step's forget and retain pairs, of all ranks together."""
+    found = [([], []) for _ in range(*steps)]
+    for rank in range(ranks):
+        place = Ranks()
+        place.rank, place.world_size = rank, ranks
+        sampler = Sampler(1000, 1000, forget_batch_size=60, batch_size=96, seed=7)
+        options = {"first_step": steps[0], "last_step": steps[1], "micro_batch_size": 20}
+        options |= {"augment_forget": False, "num_workers": workers, "ranks": place}
+        for drawn, batch in zip(
+            found, step_batches(forget, retain, sampler, PREPARE, **options), strict=True
+        ):
+            drawn[0].extend(batch.ids[: batch.n_forget])
+            drawn[1].extend(batch.ids[batch.n_forget :])
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
+def test_each_pair_is_seen_once_an_epoch_whatever_the_ranks_workers_and_restarts():
+    sets = pairs("forget", 1000), pairs("retain", 1000)
+    drawn = drawn_ids(*sets, steps=(0, 34), ranks=2, workers=2)
+    for source, ids, epochs in zip(sets, zip(*drawn, strict=True), (2, 3), strict=True):
+        whole = [id for step in ids for id in step]
+        for epoch in range(epochs):
+            seen = whole[1000 * epoch : 1000 * (epoch + 1)]
+            assert sorted(seen) == sorted(source.every_id())
+    for ranks, workers in ((1, 0), (1, 3), (3, 0), (3, 3)):
+        assert drawn_ids(*sets, steps=(8, 14), ranks=ranks, workers=workers) == drawn[8:14]

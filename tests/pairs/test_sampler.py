@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fasterase.errors import InputError
 from fasterase.pairs.sampler import WINDOW_SHARDS, Sampler
+from fasterase.seeds import Stream, generator
 
 SIZES = {
     "n_forget": st.integers(1, 40),
@@ -34,17 +35,41 @@ def test_every_pass_over_the_forget_set_is_a_permutation(sizes):
 
 
 @given(sizes=st.fixed_dictionaries(SIZES))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_retain_batches_are_full_and_hold_no_row_twice(sizes):
     sampler = Sampler(**sizes)
-    size = min(sizes["batch_size"], sizes["n_retain"])
-    per_pass = sizes["n_retain"] // size
-    for number in range(2):
-        parts = [sampler.draw(number * per_pass + i).retain for i in range(per_pass)]
-        assert all(len(part) == size for part in parts)
-        rows = np.concatenate(parts)
-        assert len(set(rows)) == len(rows)
-        assert set(rows) <= set(range(sizes["n_retain"]))
+    count = sizes["n_retain"]
+    size = min(sizes["batch_size"], count)
+    steps = 4 * count // size + 2
+    parts = [sampler.draw(step).retain for step in range(steps)]
+    for part in parts:
+        assert len(part) == len(set(part)) == size
+        assert set(part) <= set(range(count))
+    drawn = np.concatenate(parts)
+    if size <= count // 2:
+        # Every pass draws every pair once.
+        for number in range(len(drawn) // count):
+            assert len(set(drawn[number * count : (number + 1) * count])) == count
+    for taken in (0, 1, 2, steps // 2, steps):
+        assert sampler.retain_pairs_drawn(taken) == len(set(drawn[: taken * size]))
+
+
+@given(count=st.integers(2, 40), data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_of_a_small_set_every_pair_is_left_out_equally_often(count, data):
+    size = data.draw(st.integers(count // 2 + 1, count))
+    sampler = Sampler(1, count, forget_batch_size=1, batch_size=size, seed=3)
+    parts = [sampler.draw(step).retain for step in range(count)]
+    assert set(np.bincount(np.concatenate(parts), minlength=count)) == {size}
+
+
+@pytest.mark.parametrize(("count", "size"), [(60, 15), (7, 7), (40, 20), (12, 1)])
+def test_batches_that_divide_the_set_are_cut_from_plain_permutations(count, size):
+    sampler = Sampler(1, count, forget_batch_size=1, batch_size=size, seed=5)
+    for step in range(3 * count // size):
+        number, part = divmod(step, count // size)
+        order = generator(5, Stream.RETAIN_ORDER, number).permutation(count)
+        assert np.array_equal(sampler.draw(step).retain, order[part * size : (part + 1) * size])
 
 
 @given(sizes=st.fixed_dictionaries(SIZES), steps=st.lists(st.integers(0, 200), max_size=5))
@@ -70,13 +95,6 @@ def test_seeds_passes_and_sets_differ():
     for i, one in enumerate(orders):
         for other in orders[:i]:
             assert not np.array_equal(one, other)
-
-
-def test_every_retain_row_is_drawn_in_the_long_run():
-    sampler = Sampler(1, 10, forget_batch_size=1, batch_size=7, seed=0)
-    drawn = np.concatenate([sampler.draw(step).retain for step in range(300)])
-    counts = np.bincount(drawn, minlength=10)
-    assert counts.min() > 0.8 * counts.mean()
 
 
 def test_rows_of_remote_shards_are_shuffled_in_windows():
