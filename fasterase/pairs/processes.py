@@ -44,13 +44,16 @@ def count_processes(items: int) -> int:
 def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """Yield a pool of forked processes; what they have not begun is dropped after the block."""
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, context, initializer=_leave_interrupts) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=_end_at_interrupts) as pool:
         try:
             yield pool
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _leave_interrupts() -> None:
-    """Ignore Ctrl-C in a worker: the main process stops it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _end_at_interrupts() -> None:
+    """End at Ctrl-C at once and without a traceback: the main process is told too.
+
+    What a worker leaves half done, such as the download of a shard, the next run resumes.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
