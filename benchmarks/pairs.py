@@ -13,6 +13,9 @@ they are read. Each measurement has a process of its own; the implementations ta
     decode   read and decode images and captions, in one process: fasterase at random, webdataset in
              order
     step     the same, with preprocessing to 224 pixels and tokens, in batches of 256
+    sweep    the same, in order, as features are computed once before a run
+    draft    decode JPEGs of 512 x 512 pixels, whole or as a draft of half the size (a scaled DCT);
+             `difference` is the mean of what that changes in pixels (0 to 255) of 224 x 224
 
 and for an index of `--large` pairs, whose captions are synthesised and whose shards are empty files
 of the right size, since nothing reads them:
@@ -53,18 +56,20 @@ from PIL import Image
 from benchmarks.processes import call_in_process
 from benchmarks.result_files import RESULTS, code_version, device_name, write_csv
 from fasterase.models.preprocessing import wrap_tokenizer, wrap_transform
+from fasterase.pairs.batches import sweep
 from fasterase.pairs.overlap import remove_overlap
 from fasterase.pairs.prepare import Preparer, stack_tokens
 from fasterase.pairs.sampler import Sampler
 from fasterase.pairs.shard_block import COLUMNS, IndexBlock
 from fasterase.pairs.shard_index import block_path
-from fasterase.pairs.source import Subset
+from fasterase.pairs.source import Record, Subset
 from fasterase.pairs.split import split
 from fasterase.pairs.tars import TarFiles, open_tars
 from fasterase.planner.measure import PeakMemory
 
 SHARD_PAIRS = 10_000
-_PICTURES = 2_000  # pairs with images of 256 x 256 pixels, for `decode` and `step`
+_PICTURES = 2_000  # pairs with images of 256 x 256 pixels, for `decode`, `step` and `sweep`
+_PHOTOS = 500  # with images of 512 x 512 pixels, for `draft`
 _BATCH = 256
 _STEPS = 200  # drawn from the large index
 _THEIR_SHARDS = 2  # that webdataset indexes and splits: it reads all at one rate
@@ -82,6 +87,7 @@ _FIGURES = (
     "pairs_per_cpu_second",
     "found",
     "step_ms",
+    "difference",
 )
 _LIMIT_SECONDS = 3600.0
 _PRELOAD = ["fasterase.pairs.split", "open_clip", "webdataset"]
@@ -236,18 +242,22 @@ def decode_theirs(shards: list[str]) -> dict[str, Any]:
     return measured.row | {"pairs": read}
 
 
-def step_ours(shards: list[str]) -> dict[str, Any]:
-    """Load batches as a step does, without workers."""
-    torch.set_num_threads(1)  # as in a worker of a DataLoader
+def _preparer() -> Preparer:
     transform, tokenizer = _preprocessing()
-    pairs = _open(shards)
-    preparer = Preparer(
+    return Preparer(
         wrap_transform(transform, (224, 224)),
         wrap_tokenizer(tokenizer, 77, 49408, with_mask=False),
         (224, 224),
         context_length=77,
         vocab_size=49408,
     )
+
+
+def step_ours(shards: list[str]) -> dict[str, Any]:
+    """Load batches as a step does, without workers."""
+    torch.set_num_threads(1)  # as in a worker of a DataLoader
+    preparer = _preparer()
+    pairs = _open(shards)
     rows = np.random.default_rng(0).permutation(len(pairs))
     with _Measured() as measured:
         for start in range(0, len(rows), _BATCH):
@@ -259,13 +269,71 @@ def step_ours(shards: list[str]) -> dict[str, Any]:
 
 def step_theirs(shards: list[str]) -> dict[str, Any]:
     """Load batches with open_clip's own preprocessing, without workers."""
+    return _load_theirs(webdataset.WebDataset(shards, shardshuffle=False).shuffle(1000))
+
+
+def sweep_ours(shards: list[str]) -> dict[str, Any]:
+    """Load all pairs once, as for features, without workers."""
+    torch.set_num_threads(1)
+    preparer = _preparer()
+    pairs = _open(shards)
+    rows = np.arange(len(pairs))
+    with _Measured() as measured:
+        batches = sweep(pairs, rows, preparer, captions="all", batch_size=_BATCH)
+        read = sum(len(batch.rows) for batch in batches)
+    return measured.row | {"pairs": read}
+
+
+def sweep_theirs(shards: list[str]) -> dict[str, Any]:
+    """Load all pairs once with open_clip's own preprocessing, without workers."""
+    return _load_theirs(webdataset.WebDataset(shards, shardshuffle=False))
+
+
+def _load_theirs(stream: webdataset.WebDataset) -> dict[str, Any]:
     torch.set_num_threads(1)
     transform, tokenizer = _preprocessing()
     with _Measured() as measured:
-        stream = webdataset.WebDataset(shards, shardshuffle=False).shuffle(1000).decode("pilrgb")
-        stream = stream.to_tuple("jpg", "txt").map_tuple(transform, lambda text: tokenizer(text)[0])
+        stream = stream.decode("pilrgb").to_tuple("jpg", "txt")
+        stream = stream.map_tuple(transform, lambda text: tokenizer(text)[0])
         read = sum(len(images) for images, _ in stream.batched(_BATCH))
     return measured.row | {"pairs": read}
+
+
+def decode_whole(shards: list[str]) -> dict[str, Any]:
+    """Decode JPEGs at their size."""
+    return _decode_photos(shards, draft=False)
+
+
+def decode_drafts(shards: list[str]) -> dict[str, Any]:
+    """Decode JPEGs at half their size, as libjpeg can."""
+    return _decode_photos(shards, draft=True)
+
+
+def _decode_photos(shards: list[str], *, draft: bool) -> dict[str, Any]:
+    pairs = _open(shards)
+    files = [pairs.encoded_image(row) for row in range(len(pairs))]
+    with _Measured() as measured:
+        for file in files:
+            _decode_photo(file, draft=draft)
+    if not draft:
+        return measured.row | {"pairs": len(files)}
+    preparer = _preparer()
+    differences = []
+    for file in files[:50]:
+        whole, half = (
+            preparer.image(Record(_decode_photo(file, draft=each), "", "")).float()
+            for each in (False, True)
+        )
+        differences.append(float((whole - half).abs().mean()))
+    return measured.row | {"pairs": len(files), "difference": statistics.fmean(differences)}
+
+
+def _decode_photo(file: bytes, *, draft: bool) -> Image.Image:
+    image = Image.open(io.BytesIO(file))
+    if draft:
+        image.draft("RGB", (224, 224))
+    image.load()
+    return image
 
 
 def _preprocessing() -> tuple[Any, Any]:
@@ -318,6 +386,10 @@ _SMALL: dict[str, dict[str, Measurement]] = {
 _DECODED: dict[str, dict[str, Measurement]] = {
     "decode": {"fasterase": decode_ours, "webdataset": decode_theirs},
     "step": {"fasterase": step_ours, "webdataset": step_theirs},
+    "sweep": {"fasterase": sweep_ours, "webdataset": sweep_theirs},
+}
+_PHOTO: dict[str, dict[str, Measurement]] = {
+    "draft": {"whole": decode_whole, "draft": decode_drafts},
 }
 _LARGE: dict[str, dict[str, Measurement]] = {
     "large open": {"fasterase": open_ours},
@@ -327,7 +399,7 @@ _LARGE: dict[str, dict[str, Measurement]] = {
 }
 
 
-_STAGES = [*_SMALL, *_DECODED, *_LARGE]
+_STAGES = [*_SMALL, *_DECODED, *_PHOTO, *_LARGE]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -360,7 +432,7 @@ def measure(
 def summarise(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return a table of medians, one line for each stage and implementation."""
     header = f"{'stage':14} {'implementation':14} {'pairs':>11} {'s':>8} {'pairs/s':>11}"
-    lines = [f"{header} {'/s of CPU':>11} {'peak MiB':>9} {'step ms':>8}"]
+    lines = [f"{header} {'/s of CPU':>11} {'peak MiB':>9}  further"]
     for key in dict.fromkeys((row["stage"], row["implementation"]) for row in rows):
         same = [row for row in rows if (row["stage"], row["implementation"]) == key]
         fields = ("pairs", "seconds", "pairs_per_second", "pairs_per_cpu_second", "peak_mib")
@@ -369,8 +441,9 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> str:
         )
         line = f"{key[0]:14} {key[1]:14} {pairs:11,.0f} {seconds:8.3g} {rate:11,.0f}"
         line += f" {cpu_rate:11,.0f} {peak:9.1f}"
-        if "step_ms" in same[0]:
-            line += f" {statistics.median(row['step_ms'] for row in same):8.2f}"
+        for name in ("step_ms", "difference"):
+            if name in same[0]:
+                line += f"  {name} {statistics.median(row[name] for row in same):.2f}"
         lines.append(line)
     return "\n".join(lines)
 
@@ -390,15 +463,23 @@ def main() -> None:
     if arguments.only:
         rows = [row for row in read_rows(arguments.output) if row["stage"] not in chosen]
     with tempfile.TemporaryDirectory(prefix="fasterase-pairs-") as temporary:
-        folders = {name: Path(temporary) / name for name in ("small", "pictures", "large")}
+        folders = {
+            name: Path(temporary) / name for name in ("small", "pictures", "photos", "large")
+        }
         for folder in folders.values():
             folder.mkdir()
         count = -(-arguments.pairs // SHARD_PAIRS)
         small = write_shards(folders["small"], shards=count, pairs=SHARD_PAIRS, side=64)
         pictures = write_shards(folders["pictures"], shards=2, pairs=_PICTURES // 2, side=256)
+        photos = write_shards(folders["photos"], shards=1, pairs=_PHOTOS, side=512)
         large = write_large(folders["large"], small[0], pairs=arguments.large)
         machine = {"version": code_version(), "device": device_name("cpu"), "cpus": os.cpu_count()}
-        for every, shards in ((_SMALL, small), (_DECODED, pictures), (_LARGE, large)):
+        for every, shards in (
+            (_SMALL, small),
+            (_DECODED, pictures),
+            (_PHOTO, photos),
+            (_LARGE, large),
+        ):
             stages = {stage: runs for stage, runs in every.items() if stage in chosen}
             for row in measure(stages, shards, repeats=arguments.repeats):
                 rows.append({**row, **machine})
