@@ -107,6 +107,10 @@ class UnlearnConfig:
             on other CUDA devices, fp32 elsewhere), `"fp32"`, `"bf16"`, `"fp16"`. Weights stay fp32.
         activation_checkpointing: keep only the input of each block of both towers for the backward
             pass, which runs the block again: less memory, same gradients, one more forward pass.
+        prefix_cache: GB of disk (10^9 bytes) that the outputs of frozen lower blocks may take, with
+            `tune="last:N"` or `"projections"`: each pair runs through these blocks once, and each
+            step through the others alone. Of each forget image 8 views are kept. `None`: the towers
+            run whole in each step. One process only.
         backend: implementation of the loss, see `fasterase.available_backends()`.
         device: where to run, such as `"cuda:0"`. `None`: where the model is, or the best available
             device for a model given by name.
@@ -170,6 +174,7 @@ class UnlearnConfig:
     train_mode: bool = False
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     activation_checkpointing: bool = False
+    prefix_cache: float | None = None
     backend: Literal["auto", "dense", "chunked", "cpu", "triton"] = "auto"
     device: str | None = None
     deepspeed: str | dict[str, Any] | None = None
@@ -229,6 +234,14 @@ class UnlearnConfig:
             tune is not None,
             "be 'all', 'image', 'text', 'projections', 'last:N' or 'lora:N' with N >= 1",
         )
+        if self.prefix_cache is not None:
+            _check(self, "prefix_cache", self.prefix_cache > 0, "be above 0, or None")
+            if not re.fullmatch(r"projections|last:\d+", self.tune) or self.train_mode:
+                found = "train_mode" if self.train_mode else f"tune={self.tune!r}"
+                raise InputError(
+                    f"prefix_cache with {found}: only with tune='last:N' or 'projections', in eval "
+                    "mode, do the lower blocks stay as they are. Leave prefix_cache None."
+                )
         if not (self.forget_weight or self.retain_weight or self.consistency_weight):
             raise InputError(
                 "forget_weight, retain_weight and consistency_weight are all 0: nothing to train. "

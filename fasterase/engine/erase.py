@@ -44,6 +44,7 @@ from fasterase.engine.pacing import (
     Pacing,
     Rate,
 )
+from fasterase.engine.prefix_cache import VIEWS, open_prefix_cache
 from fasterase.engine.trackers import require_tracker
 from fasterase.errors import InputError, NonFiniteError, PreemptedError, ResumeError
 from fasterase.evaluation.evaluation import Evaluation
@@ -214,6 +215,11 @@ def erase(
         key = hashlib.sha256(f"{fingerprint} {precision}".encode()).hexdigest()
         is_half = model.device.type == "cuda" and loss_products(precision) == "fp16"
         cache = FeatureCache(folder, key, model.embed_dim, is_half=is_half, ranks=ranks)
+        prefixes = None
+        if config.prefix_cache is not None:
+            prefixes = open_prefix_cache(
+                folder / key[:16], model, sets, total_steps, config, precision, ranks
+            )
         baseline = measure_original(
             encoder,
             cache,
@@ -253,6 +259,7 @@ def erase(
                 max_grad_norm=config.max_grad_norm,
                 seed=config.seed,
                 ranks=ranks,
+                prefixes=prefixes,
             )
             pacing = _build_pacing(config, sampler, engine, checks, total_steps=total_steps)
             if saved is not None:
@@ -270,6 +277,7 @@ def erase(
                 last_step=trainer.step if pacing.is_done or never_known else pacing.total_steps,
                 micro_batch_size=config.micro_batch_size,
                 augment_forget=config.forget_augment,
+                views=VIEWS if prefixes is not None and config.forget_augment else None,
                 num_workers=num_workers,
                 ranks=ranks,
             )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fasterase.engine.feature_loss import FeatureGradients
 from fasterase.models.forward import Features
+from fasterase.models.prefix import Halfway
 from fasterase.models.preprocessing import Tokens
 from fasterase.objective import EraseLoss
 from fasterase.pairs.batches import MicroBatch
@@ -28,8 +29,8 @@ LossOfFeatures = Callable[[Tensor, Tensor, Tensor], FeatureGradients]
 class _Part(NamedTuple):
     """What the towers encode at a time; where there is nothing to encode, a row of zeros."""
 
-    pixels: Tensor
-    tokens: Tokens
+    pixels: Tensor | Halfway
+    tokens: Tokens | Halfway
     n_rows: int  # rows that count: all or none
     seed: int
 
@@ -42,6 +43,7 @@ def backpropagate(
     device: torch.device,
     seed_of: Callable[[MicroBatch], int],
     passes: int | None = None,
+    halfway: Callable[[MicroBatch], tuple[Halfway, Halfway]] | None = None,
 ) -> EraseLoss:
     """Add the gradient of the loss over all micro-batches to the parameters' `.grad`.
 
@@ -55,12 +57,20 @@ def backpropagate(
             have the same Dropout masks.
         passes: how often the towers are called, if more often than there are micro-batches; the
             calls beyond them encode a row of zeros, whose gradient is zero.
+        halfway: takes a micro-batch through the frozen blocks (`PrefixCache`); the towers then run
+            the others. None: they run whole.
 
     Returns:
         The loss, detached.
     """
-    parts = [_prepare(part, seed_of(part)) for part in micro_batches]
-    parts += [_without_rows(parts[0])] * ((passes or 0) - len(parts))
+    parts = [
+        _prepare(part, seed_of(part))
+        if halfway is None or not part.ids
+        else _Part(*halfway(part), len(part.ids), seed_of(part))
+        for part in micro_batches
+    ]
+    if passes is not None and passes > len(parts):
+        parts += [_without_rows(parts[0])] * (passes - len(parts))
     keep_graph = len(parts) == 1
     module = engine.module
 
@@ -115,6 +125,8 @@ def _prepare(part: MicroBatch, seed: int) -> _Part:
 
 
 def _without_rows(part: _Part) -> _Part:
+    assert isinstance(part.pixels, Tensor)
+    assert isinstance(part.tokens, Tokens)
     blank = Tokens(part.tokens.ids.new_zeros(1, part.tokens.ids.shape[1]), None)
     return _Part(part.pixels.new_zeros(1, *part.pixels.shape[1:]), blank, 0, part.seed)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fasterase.models.dual_encoder import DualEncoder, Tokens
+from fasterase.models.prefix import Halfway
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -54,17 +55,23 @@ class TowerForward(nn.Module):
 
     def forward(
         self,
-        pixels: Tensor | None = None,  # [n, 3, H, W] uint8 or preprocessed floats
-        tokens: Tokens | None = None,  # [n, L]
+        pixels: Tensor | Halfway | None = None,  # [n, 3, H, W] uint8 or preprocessed floats
+        tokens: Tokens | Halfway | None = None,  # [n, L]
     ) -> Features:
         """Encode what is given, on the device of the inputs."""
         image = text = None
         if pixels is not None:
             with self._context(pixels.device, self.image_trained):
-                image = self._model.encode_image(pixels).float()
+                if isinstance(pixels, Halfway):
+                    image = pixels.finish().float()
+                else:
+                    image = self._model.encode_image(pixels).float()
         if tokens is not None:
-            with self._context(tokens.ids.device, self.text_trained):
-                text = self._model.encode_text(tokens).float()
+            with self._context(tokens.device, self.text_trained):
+                if isinstance(tokens, Halfway):
+                    text = tokens.finish().float()
+                else:
+                    text = self._model.encode_text(tokens).float()
         return Features(image, text, self._model.scale())
 
     @contextlib.contextmanager

@@ -27,6 +27,10 @@ class Tokens(NamedTuple):
     ids: Tensor  # [B, L] int64
     mask: Tensor | None = None  # [B, L] int64, 1 on tokens and 0 on padding
 
+    @property
+    def device(self) -> torch.device:
+        return self.ids.device
+
     def to(self, device: torch.device | str) -> Tokens:
         """Move the tokens to `device`."""
         return Tokens(self.ids.to(device), None if self.mask is None else self.mask.to(device))

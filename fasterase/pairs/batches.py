@@ -56,6 +56,8 @@ class MicroBatch(Loaded):
         n_forget: how many of the n are forget pairs.
         tokens: ids [n, L].
         keys: [n] identities of the captions.
+        views: [n] int64, which of its views each image is; 0 for retain images. None where forget
+            images have a new view in each step, or none.
     """
 
     step: int
@@ -63,6 +65,7 @@ class MicroBatch(Loaded):
     n_forget: int
     tokens: Tokens
     keys: list[str]
+    views: np.ndarray | None = None
 
 
 @dataclass
@@ -133,6 +136,7 @@ def step_batches(
     last_step: int,
     micro_batch_size: int | None = None,
     augment_forget: bool,
+    views: int | None = None,
     num_workers: int = 0,
     ranks: Ranks = ALONE,
 ) -> Iterator[StepBatch]:
@@ -143,6 +147,8 @@ def step_batches(
     are seeded by (seed, step, position in the step). If a source is not stable, the generators of
     Python, NumPy and PyTorch are seeded in the same way while one of its items is read, so that its
     own augmentation repeats too. Workers load one micro-batch at a time.
+
+    With `views`, each forget image has so many views, seeded by its row; each step draws one.
 
     Raises:
         InputError: as `Preparer` does, also from inside a worker.
@@ -160,6 +166,7 @@ def step_batches(
         size=size,
         parts=parts,
         augment_forget=augment_forget,
+        views=views,
         black=black,
         share=partial(share_of, rank=ranks.rank, world_size=ranks.world_size),
     )
@@ -213,6 +220,7 @@ def _load_micro_batch(
     size: int,
     parts: int,
     augment_forget: bool,
+    views: int | None,
     black: Tensor | None,
     share: Callable[[int], range],
 ) -> MicroBatch:
@@ -227,6 +235,7 @@ def _load_micro_batch(
     texts: list[PreparedText] = []
     ids: list[str] = []
     kept: list[int] = []
+    seen: list[int] = []
     skipped: list[Skip] = []
     for position in positions:
         is_forget = position < n_forget
@@ -238,9 +247,15 @@ def _load_micro_batch(
         except BrokenPair as broken:
             skipped.append(Skip(broken.id, broken.reason))
             continue
+        view = 0
         if is_forget and augment_forget:
             numbers = generator(sampler.seed, Stream.AUGMENTATION, step, position)
+            if views is not None:
+                view = int(numbers.integers(views))
+                row = int(rows[position])
+                numbers = generator(sampler.seed, Stream.AUGMENTATION, row, view)
             image = augment(image, numbers, black=black)
+        seen.append(view)
         pixels.append(image)
         texts.append(text)
         ids.append(record.id)
@@ -255,6 +270,7 @@ def _load_micro_batch(
         n_forget=sum(position < n_forget for position in kept),
         tokens=stack_tokens([text.tokens for text in texts], prepare.context_length),
         keys=[text.key for text in texts],
+        views=None if views is None else np.array(seen, np.int64),
     )
 
 

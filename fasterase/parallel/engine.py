@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from fasterase.models.forward import Features
+from fasterase.models.prefix import Halfway
 from fasterase.models.preprocessing import Tokens
 
 
@@ -40,7 +41,9 @@ class Engine(Protocol):
     module: nn.Module
     in_lockstep: bool
 
-    def __call__(self, pixels: Tensor | None = None, tokens: Tokens | None = None) -> Features:
+    def __call__(
+        self, pixels: Tensor | Halfway | None = None, tokens: Tokens | Halfway | None = None
+    ) -> Features:
         """Encode as `TowerForward` does."""
         ...
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fasterase.models.forward import Features, TowerForward
+from fasterase.models.prefix import Halfway
 from fasterase.models.preprocessing import Tokens
 from fasterase.parallel.engine import TrainingState
 from fasterase.parallel.ranks import ALONE, Ranks
@@ -49,7 +50,9 @@ class LocalEngine:
         self._moves_buffers = moves_buffers
         self._ranks = ranks
 
-    def __call__(self, pixels: Tensor | None = None, tokens: Tokens | None = None) -> Features:
+    def __call__(
+        self, pixels: Tensor | Halfway | None = None, tokens: Tokens | Halfway | None = None
+    ) -> Features:
         return self._forward(pixels, tokens)
 
     def upstream(self) -> Tensor:

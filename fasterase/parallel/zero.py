@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fasterase.errors import MissingExtraError, ResumeError, import_extra
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.forward import Features, TowerForward
+from fasterase.models.prefix import Halfway
 from fasterase.models.preprocessing import Tokens
 from fasterase.parallel.engine import TrainingState
 from fasterase.parallel.local import as_json, is_number
@@ -98,7 +99,9 @@ class ZeroEngine:
             model=forward, optimizer=optimizer, config=dict(config), dist_init_required=False
         )
 
-    def __call__(self, pixels: Tensor | None = None, tokens: Tokens | None = None) -> Features:
+    def __call__(
+        self, pixels: Tensor | Halfway | None = None, tokens: Tokens | Halfway | None = None
+    ) -> Features:
         return Features(*self._engine(pixels, tokens))
 
     def upstream(self) -> Tensor:
