@@ -39,9 +39,11 @@ ORDER = [
     "evaluation",
     "engine",
     "planner",
+    "provenance",
     "result",
     "api",
     "demo",
+    "protocols",
     "cli",
     "__main__",
 ]
