@@ -41,6 +41,7 @@ from fasterase.pairs.processes import count_workers
 from fasterase.pairs.skips import SkipLedger
 from fasterase.pairs.source import PairSource
 from fasterase.parallel.ranks import Ranks, join_ranks, launched_device
+from fasterase.provenance import audit, read_record, weights_fingerprint
 from fasterase.result import UnlearnResult
 
 NO_SETS: Mapping[str, Any] = MappingProxyType({})
@@ -173,6 +174,7 @@ def _unlearn(
 ) -> UnlearnResult:
     """Run `unlearn` with checked settings and the output folder locked."""
     named = isinstance(model, (str, os.PathLike))
+    parent_record = read_record(model)
     # Weights loaded or copied inside a caller's inference mode could never be trained.
     with ranks.together(), torch.inference_mode(False):
         encoder = load_model(
@@ -245,6 +247,7 @@ def _unlearn(
         original_weights=original_weights,
         adapter=outcome.adapter,
         sets=opened,
+        parent_record=parent_record,
     )
     with ranks.together():
         if output is not None and ranks.is_first:
@@ -343,7 +346,8 @@ def evaluate(
         num_workers: processes that load and decode pairs; see `UnlearnConfig`.
         progress: show progress bars.
 
-    Pairs that cannot be read are left out for all models, and named in a warning.
+    Pairs that cannot be read are left out for all models, and named in a warning. A model given by
+    the folder that `result.save` wrote is compared with its record, in `evaluation.audit`.
 
     Raises:
         InputError: an argument is unusable; the message names it.
@@ -371,6 +375,8 @@ def evaluate(
     examiner = Examiner(evaluator, tasks=tasks, attacks=attacks, non_members=strangers)
     ledger = SkipLedger(sum(map(len, sources.values())), max_skipped=1.0)
 
+    record, fingerprint = read_record(model), ""
+
     def measure(name: str, each: Model, *, before: Measurement | None = None) -> Measurement:
         # One model at a time, so that of models given by name only one is in memory.
         encoder = _load_compared(name, each, tokenizer, preprocess)
@@ -381,6 +387,9 @@ def evaluate(
             features = evaluator.encode(pairs)
             measured = evaluator.measure(pairs, features, original=before)
             examiner.examine(name, pairs, features)
+            if name == "model" and record is not None:
+                nonlocal fingerprint
+                fingerprint = weights_fingerprint(encoder.module)
             return measured
 
     before = None if original is None else measure("original", original)
@@ -390,7 +399,7 @@ def evaluate(
         for name, other in others.items()
         if name != "original"
     }
-    return evaluator.compare(
+    evaluation = evaluator.compare(
         measured,
         original=before,
         references=compared,
@@ -398,6 +407,8 @@ def evaluate(
         attacks=examiner.attack_figures(),
         series=examiner.series(),
     )
+    digests = {name: source.manifest() for name, source in sources.items()} if record else {}
+    return audit(evaluation, record, fingerprint=fingerprint, digests=digests)
 
 
 def _check_arguments(config: object, callback: object) -> None:

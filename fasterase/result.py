@@ -24,6 +24,7 @@ from fasterase.models.lora import LoraAdapter
 from fasterase.objective import EraseLoss
 from fasterase.pairs.skips import Skip
 from fasterase.pairs.source import PairSource
+from fasterase.provenance import make_record, weights_fingerprint, write_record
 from fasterase.report.examples import Examples, example_rows
 from fasterase.report.folder import write_report_folder
 from fasterase.report.tables import Section, html_table
@@ -54,6 +55,8 @@ class UnlearnResult:
         original_weights: what the run may have changed, as it was before, on the CPU.
         sets: the opened pairs by name, retain without those that are also in forget.
         adapter: what `tune="lora:N"` has added to the weights; None otherwise.
+        parent_record: the record of the erasure before, if the model was loaded from a folder that
+            had one; see `fasterase.provenance`.
     """
 
     model: nn.Module
@@ -70,6 +73,7 @@ class UnlearnResult:
     original_weights: Mapping[str, Tensor]
     sets: Mapping[str, PairSource]
     adapter: LoraAdapter | None = None
+    parent_record: Mapping[str, Any] | None = None
 
     @property
     def forgotten(self) -> bool:
@@ -119,6 +123,11 @@ class UnlearnResult:
         The weights are one safetensors file up to 5 GB. The folder is written atomically. Of a
         model with adapters, only those are written; `PeftModel.from_pretrained` loads them.
 
+        `provenance.json` beside them records what was erased, when, with what configuration and
+        library versions, digests of the data, and the model before with its own record, if it had
+        one; the model card tells the same in short. `fasterase.evaluate` of the folder compares
+        the model with its record.
+
         Args:
             folder: the folder to write.
             delta: write only what changed, for `fasterase.apply_delta`. After `tune="lora:N"` this
@@ -130,8 +139,33 @@ class UnlearnResult:
         path = Path(folder)
         if delta:
             return save_delta(self.encoder, self.original_weights, path, self.adapter)
+        record = self._record()  # before its parent's is replaced, if that is the same folder
         self.encoder.save(path)
+        write_record(path, record)
         return path
+
+    def _record(self) -> dict[str, Any]:
+        before = restored_original(self.encoder, self.original_weights)
+        parent = {
+            "name": self.encoder.name,
+            "fingerprint": weights_fingerprint(before.module),
+            "record": self.parent_record,
+        }
+        return make_record(
+            parent=parent,
+            fingerprint=weights_fingerprint(self.encoder.module),
+            config=self.config.to_dict(),
+            data={
+                name: {"pairs": len(source), "digest": source.manifest()}
+                for name, source in self.sets.items()
+            },
+            outcome={
+                "verdict": self.verdict,
+                "residue": {name: trace.residue for name, trace in self.traces.items()},
+                "steps": len(self.history),
+                "seconds": round(self.seconds, 1),
+            },
+        )
 
     def push_to_hub(
         self,

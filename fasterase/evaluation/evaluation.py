@@ -49,6 +49,8 @@ class Evaluation:
         references: name -> a further model's scores.
         tasks: name of a task -> what it found; see docs/evidence.md.
         attacks: name of an attack -> what it found.
+        audit: what the record beside a saved model says, and how the model compares with it; empty
+            without a record.
         series: name of an attack -> what `plot` draws, if that is more than its figures.
     """
 
@@ -64,6 +66,7 @@ class Evaluation:
     references: dict[str, Scores] = field(default_factory=dict)
     tasks: dict[str, Figures] = field(default_factory=dict)
     attacks: dict[str, Figures] = field(default_factory=dict)
+    audit: list[str] = field(default_factory=list)
     series: dict[str, list[Series]] = field(default_factory=dict)
 
     @property
@@ -118,19 +121,22 @@ class Evaluation:
         """Return plain text, one row per set and metric; 100 columns wide with two references."""
         columns = self._columns(["\n".join(_wrapped(name)) for name in self.references])
         table = text_table(columns, self._sections(), left=2)
-        return "\n\n".join(filter(None, (table, self._describe_verdicts(), self._legend())))
+        notes = (self._describe_verdicts(), self._describe_audit(), self._legend())
+        return "\n\n".join(filter(None, (table, *notes)))
 
     def markdown(self) -> str:
         """Return the same table in Markdown, with a heading."""
         table = markdown_table(self._columns([*self.references]), self._sections(), left=2)
         title = f"# Evaluation of {self.settings['model']}"
-        parts = (title, table, self._describe_verdicts(), self._legend())
+        notes = (self._describe_verdicts(), self._describe_audit(), self._legend())
+        parts = (title, table, *notes)
         return "\n\n".join(filter(None, parts)) + "\n"
 
     def _repr_html_(self) -> str:
         """Show the table in a notebook."""
         table = html_table(self._columns([*self.references]), self._sections(), left=2)
-        notes = filter(None, (self._describe_verdicts(), self._legend()))
+        verdicts, audit = self._describe_verdicts(), self._describe_audit()
+        notes = filter(None, (verdicts, audit, self._legend()))
         return table + "".join(f"<p>{html.escape(note)}</p>" for note in notes)
 
     def report(self, path: str | PathLike[str]) -> Path:
@@ -267,6 +273,9 @@ class Evaluation:
             f"{name} {verdict}{self._by_set(name)}" for name, verdict in self.verdicts.items()
         )
         return f"Verdict: {', '.join(listed)}."
+
+    def _describe_audit(self) -> str:
+        return "\n".join(["Audit:", *(f"- {line}" for line in self.audit)]) if self.audit else ""
 
     def _by_set(self, name: str) -> str:
         """Say which set the verdict on a model comes from, where there are several."""

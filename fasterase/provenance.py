@@ -1,0 +1,179 @@
+"""What was erased, when, from what and with what: a record beside a saved model, and its audit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fasterase.errors import InputError
+from fasterase.evaluation.evaluation import Evaluation
+from fasterase.files import write_text
+
+FILE, CARD = "provenance.json", "README.md"
+FORMAT = 1
+LIBRARIES = ("torch", "open_clip_torch", "transformers", "peft", "numpy")
+
+_HEADING = "## How it was erased"
+
+
+def weights_fingerprint(module: nn.Module) -> str:
+    """Return a SHA-256 of names and values of all parameters, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(module.named_parameters()):
+        flat = weight.detach().cpu().contiguous().flatten()
+        digest.update(f"{name};{weight.dtype};{tuple(weight.shape)};".encode())
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def make_record(
+    *,
+    parent: Mapping[str, Any],
+    fingerprint: str,
+    config: Mapping[str, Any],
+    data: Mapping[str, Mapping[str, Any]],
+    outcome: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the record of one erasure, as it is written to `FILE`.
+
+    Args:
+        parent: `name` and `fingerprint` of the model before, and its own `record` or None.
+        fingerprint: of the erased model's weights.
+        config: fields of the recipe.
+        data: set -> `pairs`, their number, and `digest` of their names, sizes and captions.
+        outcome: verdict, residue of each set to forget, steps, seconds.
+    """
+    return {
+        "format": FORMAT,
+        "erased_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "fingerprint": fingerprint,
+        "outcome": dict(outcome),
+        "data": {name: dict(each) for name, each in data.items()},
+        "config": dict(config),
+        "libraries": {"fasterase": _fasterase_version(), **_versions()},
+        "parent": dict(parent),
+    }
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write `FILE`, and tell the same in the model card, which is made if there is none."""
+    write_text(folder / FILE, json.dumps(record, indent=1) + "\n")
+    card = folder / CARD
+    text = card.read_text(encoding="utf-8") if card.is_file() else "# A model after erasing\n"
+    text = text.partition(_HEADING)[0].rstrip()
+    lines = "\n".join(f"- {line}" for line in describe_record(record))
+    write_text(card, f"{text}\n\n{_HEADING}\n\n{lines}\n\n`{FILE}` has all of it.\n")
+
+
+def read_record(model: object) -> dict[str, Any] | None:
+    """Return the record beside a saved model; None if `model` is no folder with one.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    if not isinstance(model, str | os.PathLike):
+        return None
+    file = Path(model).expanduser() / FILE
+    if not file.is_file():
+        return None
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        for key in ("fingerprint", "outcome", "data", "parent", "erased_at"):
+            record[key]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{file} is no record of an erasure ({error!r}). Restore it, or remove it to evaluate "
+            "without an audit."
+        ) from error
+    return record
+
+
+def erasures(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the records of all erasures that led to a model, the first one first."""
+    chain: list[Mapping[str, Any]] = []
+    current: Mapping[str, Any] | None = record
+    while current is not None:
+        chain.insert(0, current)
+        current = current["parent"].get("record")
+    return chain
+
+
+def describe_record(record: Mapping[str, Any]) -> list[str]:
+    """Describe a record in a few lines."""
+    outcome, parent = record["outcome"], record["parent"]
+    sets = ", ".join(f"{name} ({each['pairs']:,} pairs)" for name, each in record["data"].items())
+    libraries = ", ".join(f"{name} {number}" for name, number in record["libraries"].items())
+    chain = erasures(record)
+    lines = [
+        f"erased: {record['erased_at']}, {outcome['steps']} steps",
+        f"verdict then: {outcome['verdict'] or 'none'}",
+        f"data: {sets}",
+        f"before: {parent['name']} ({parent['fingerprint'][:12]})",
+        f"with: {libraries}",
+    ]
+    if len(chain) > 1:
+        lines.append(f"erasures so far: {len(chain)}, the first at {chain[0]['erased_at']}")
+    return lines
+
+
+def audit(
+    evaluation: Evaluation,
+    record: Mapping[str, Any] | None,
+    *,
+    fingerprint: str,
+    digests: Mapping[str, str],
+) -> Evaluation:
+    """Return the evaluation of a model with what its record says, one finding per line.
+
+    Args:
+        evaluation: of the model as it is now.
+        record: what was written when it was saved; None leaves the evaluation as it is.
+        fingerprint: of its weights now.
+        digests: set -> digest of the pairs that were measured.
+    """
+    if record is None:
+        return evaluation
+    same = fingerprint == record["fingerprint"]
+    lines = [
+        f"erased {record['erased_at']}, verdict then: {record['outcome']['verdict'] or 'none'}",
+        "weights: as they were saved" if same else "weights: CHANGED since they were saved",
+    ]
+    verdicts = evaluation.set_verdicts.get("model", {})
+    for number, step in enumerate(erasures(record), start=1):
+        digest = step["data"]["forget"]["digest"]
+        found = next((name for name, each in digests.items() if each == digest), None)
+        what = f"erasure {number} of {step['erased_at']}"
+        if found is None:
+            lines.append(f"{what}: its pairs are NOT among the sets measured here")
+        else:
+            now = verdicts.get(found, "not judged")
+            lines.append(f"{what}: its pairs are measured here as {found!r}; now {now}")
+    if digests["retain"] != record["data"]["retain"]["digest"]:
+        lines.append("retain: other pairs than those that the model was trained to keep")
+    return replace(evaluation, audit=lines)
+
+
+def _fasterase_version() -> str:
+    from fasterase import __version__
+
+    return __version__
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
