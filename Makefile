@@ -34,8 +34,9 @@ demo: EXTRAS := demo
 demo: installed
 	$(BIN)/python -m fasterase demo $(ARGS)
 
+# A file at a time on each core; tests are too small to gain from a second thread.
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 SCALE_LOG = benchmarks/results/scale.txt
 test-scale: EXTRAS := hf,eval,demo,dev

@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="seeds on the test concepts")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="TITLE")
     parser.add_argument("--subgroups", nargs="+", default=TEST, choices=TEST, metavar="SUBGROUP")
+    parser.add_argument("--validation", nargs="+", default=VALIDATION, choices=VALIDATION)
     parser.add_argument("--attacks", nargs="*", default=[], choices=tuple(ATTACKED))
     parser.add_argument(
         "--retrained",
@@ -67,13 +68,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     methods = check_methods(options.methods)
     attacks = tuple(options.attacks)
 
-    tried = [Cell(ORIGINAL, "{}", subgroup, 0) for subgroup in VALIDATION]
+    tried = [Cell(ORIGINAL, "{}", subgroup, 0) for subgroup in options.validation]
     tried += [
         Cell(method.title, as_text(setting), subgroup, 0)
         for method in methods
         if len(method.settings) > 1
         for setting in method.settings
-        for subgroup in VALIDATION
+        for subgroup in options.validation
     ]
     validated = run_cells(tried, options.work, options.processes)
     chosen = choose(validated, by_place(validated))
@@ -101,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     order = [ORIGINAL, RETRAINED, *METHODS]
     found.sort(key=lambda each: (order.index(each.method), each.subgroup, each.seed))
     rows = summarise(found, by_place(found))
-    text = f"{as_table(rows)}\nTuned on {' and '.join(VALIDATION)}:\n\n{describe_choice(chosen)}\n"
+    tuned = f"Tuned on {' and '.join(options.validation)}:\n\n{describe_choice(chosen)}\n"
+    text = f"{as_table(rows)}\n{tuned}"
     write_csv(options.output / "evidence.csv", rows)
     write_csv(options.output / "evidence_models.csv", [flatten(each) for each in found])
     write_text(options.output / "evidence.md", text)
