@@ -91,7 +91,6 @@ def test_without_a_folder_nothing_is_left(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("place", [60, -3], ids=["head", "feature"])
-@pytest.mark.parametrize("place", [60, -3], ids=["head", "feature"])
 @pytest.mark.parametrize("part", ["captions", "images"])
 def test_of_a_damaged_cache_only_the_damaged_block_is_remade(tmp_path, monkeypatch, part, place):
     monkeypatch.setattr("fasterase.reference.cache.BLOCK", 64)
