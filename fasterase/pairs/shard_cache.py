@@ -114,7 +114,9 @@ class ShardCache:
                 stage = self.folder / "locks"
                 with reporting_full_disk(stage, target=path, size_bytes=shard.size):
                     download(shard, partial)
-                os.replace(partial, path)
+                # Others count what there is meanwhile, and would miss a file that changes its name.
+                with self._room():
+                    os.replace(partial, path)
         except RemoteError as error:
             # Each of its pairs would wait for it again.
             self._failed[shard.url] = time.monotonic(), str(error)
@@ -140,12 +142,16 @@ class ShardCache:
         """
         partial = path.with_name(f"{path.name}.{shard.size}.partial")
         while True:
-            with FileLock(self.folder / "locks" / "room"):
+            with self._room():
                 if partial.exists() or self._make_room(shard.size):
                     partial.touch()
                     return partial
             # All others are being read or fetched, which ends.
             time.sleep(_POLL_SECONDS)
+
+    def _room(self) -> FileLock:
+        """Return the lock of what the folder holds."""
+        return FileLock(self.folder / "locks" / "room")
 
     def _make_room(self, size: int) -> bool:
         """Drop the least recently used shards until `size` bytes fit; False if they do not."""

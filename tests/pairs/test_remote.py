@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.server
 import multiprocessing
 import os
@@ -12,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from fasterase.errors import InputError, MissingExtraError
 from fasterase.pairs import remote, shard_cache
@@ -247,15 +247,14 @@ def test_the_cache_keeps_its_bound_and_drops_the_least_recently_used(
         assert os.fstat(file.fileno()).st_nlink == 1
 
 
-def read_at_random(url, seed, results):
-    pairs = open_pairs(url, name="x")
+def read_at_random(pairs, seed, results):
     order = [(seed * 3 + 5 * n) % 8 for n in range(24)]
     folder, most = pairs._cache.folder, 0
     for row in order:
         assert pairs[row].text == f"n {row}"
-        sizes = (p.stat().st_size for p in folder.glob("*-*.tar") if p.is_file())
-        with contextlib.suppress(FileNotFoundError):
-            most = max(most, sum(sizes))
+        # Nothing is dropped in the meantime: files seen before and after would not add up.
+        with FileLock(folder / "locks" / "room"):
+            most = max(most, sum(path.stat().st_size for path in folder.glob("*-*.tar")))
     results.put(most)
 
 
@@ -263,11 +262,14 @@ def read_at_random(url, seed, results):
 def test_several_processes_share_the_cache(server, shards, monkeypatch):
     bound = sum(map(os.path.getsize, shards[:2])) + 1000
     monkeypatch.setenv(shard_cache.BYTES_VARIABLE, str(bound))
-    url = f"{server.url}/s-{{0..3}}.tar"
+    # As workers of a loader: forked by a process that has used the network.
+    pairs = open_pairs(f"{server.url}/s-{{0..3}}.tar", name="x")
+    for copy in pairs._cache.folder.glob("*-*"):
+        copy.unlink()
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
     started = [
-        context.Process(target=read_at_random, args=(url, seed, results)) for seed in range(3)
+        context.Process(target=read_at_random, args=(pairs, seed, results)) for seed in range(3)
     ]
     for process in started:
         process.start()
