@@ -1,11 +1,17 @@
 """Measure a whole erasure: `fasterase.unlearn` against a loop in plain open_clip.
 
-    python -m benchmarks.end_to_end [--model NAME --lr RATE]
+    python -m benchmarks.end_to_end [--model NAME --lr RATE] [--tune last:1 --layers 12]
 
 Both train the paper's objective on the same pairs, in the same order, with the same optimiser and
 fixed numbers for lr and steps (by default those that the demo's comparison uses, on its model and
 pairs). The loop (`naive_erasure`) runs the original model in every step and computes the losses on
-whole matrices in eager PyTorch.
+whole matrices in eager PyTorch. With `--tune last:N` both train the same blocks, and `unlearn`
+keeps what the frozen ones put out. `--layers` repeats the blocks of the model until each tower has
+as many: larger towers, but no model that knows anything.
+
+The bound of the advantage is that of the FLOPs of the towers: the loop encodes each pair twice and
+goes back through what is trained, `unlearn` encodes it once, and the distinct pairs once more with
+the original.
 
 Each run has a process of its own; the two take turns. Measured are
 
@@ -25,6 +31,7 @@ resumes from there; --fresh starts again.
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import os
 import time
@@ -37,6 +44,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import fasterase
@@ -49,12 +57,16 @@ from fasterase.demo.run import BATCHES, CLIPERASE
 from fasterase.demo.sets import DemoSets, build_sets
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.load import load_model
+from fasterase.models.prefix import Halfway, SplitTower
+from fasterase.models.preprocessing import Tokens
 from fasterase.pairs.sampler import Sampler
 from fasterase.planner.measure import PeakMemory
 
 IMPLEMENTATIONS = ("fasterase", "naive")
 # A run that takes longer has hung.
 _LIMIT_SECONDS = 6 * 3600.0
+# Disk for the outputs of frozen blocks.
+_CACHE_GB = 50.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,8 @@ class Setting:
         model: a name or folder of an open_clip model.
         concept: which emoji to forget, as in the demo.
         max_pairs: pairs measured per set for the verdict.
+        tune: what is trained: `"all"`, `"last:N"` or `"projections"`.
+        layers: of each tower; 0: as the model has them.
     """
 
     model: str
@@ -76,6 +90,8 @@ class Setting:
     forget_batch_size: int
     seed: int
     max_pairs: int
+    tune: str = "all"
+    layers: int = 0
 
     def config(self) -> UnlearnConfig:
         """Return the paper's objective with these numbers, for both implementations."""
@@ -89,6 +105,8 @@ class Setting:
             seed=self.seed,
             evaluation=None,
             progress=False,
+            tune=self.tune,
+            prefix_cache=None if self.tune == "all" else _CACHE_GB,
         )
 
 
@@ -103,6 +121,7 @@ class Sample:
     peak_mib: float
     verdict: str | None
     residue: float | None
+    bound: float = 0.0
 
 
 def measure(implementation: str, setting: Setting) -> Sample:
@@ -115,7 +134,11 @@ def measure(implementation: str, setting: Setting) -> Sample:
     sets = build_sets(setting.concept, original=setting.model, seed=setting.seed)
     peak = PeakMemory(setting.device)
     encoder = load_model(setting.model)
+    if setting.layers:
+        _repeat_blocks(encoder, setting.layers)
     encoder.module.to(setting.device)
+    bound = _bound(encoder, sets, setting)
+    original = copy.deepcopy(encoder.module) if setting.layers else setting.model
     run = {"fasterase": _run_fasterase, "naive": _run_naive}[implementation]
     started = time.perf_counter()
     step_ends = run(encoder, sets, setting)
@@ -125,7 +148,7 @@ def measure(implementation: str, setting: Setting) -> Sample:
         encoder,
         sets.forget,
         sets.retain,
-        original=setting.model,
+        original=original,
         max_pairs=setting.max_pairs,
         device=setting.device,
         progress=False,
@@ -140,7 +163,58 @@ def measure(implementation: str, setting: Setting) -> Sample:
         peak_mib=peak_bytes / 2**20,
         verdict=evaluation.verdict,
         residue=evaluation.residue,
+        bound=bound,
     )
+
+
+def _repeat_blocks(encoder: DualEncoder, layers: int) -> None:
+    """Give each tower so many blocks: copies of its own, in turn."""
+    module: Any = encoder.module
+    for transformer in (module.visual.transformer, module.transformer):
+        own = list(transformer.resblocks)
+        copies = (copy.deepcopy(own[i % len(own)]) for i in range(layers))
+        transformer.resblocks = torch.nn.ModuleList(copies)
+
+
+def _bound(encoder: DualEncoder, sets: DemoSets, setting: Setting) -> float:
+    """Return the FLOPs of the loop's towers over those of the library's."""
+    pixels = torch.zeros(1, 3, *encoder.image_size, device=encoder.device)
+    tokens = Tokens(
+        torch.zeros(1, encoder.context_length, dtype=torch.int64, device=encoder.device)
+    )
+    # With a graph: without one, attention takes a path that is not counted.
+    with FlopCounterMode(display=False) as whole:
+        encoder.encode_image(pixels)
+        encoder.encode_text(tokens)
+    forward = whole.get_total_flops()
+    trained = forward
+    if setting.tune != "all":
+        with FlopCounterMode(display=False) as upper:
+            for tower, given in (("image", pixels), ("text", tokens)):
+                split = SplitTower(encoder, tower, setting.tune)
+                rows = torch.zeros(1, split.width, device=encoder.device)
+                Halfway(split, rows, given if isinstance(given, Tokens) else None).finish()
+        # The splits have tried two empty pairs each, up to the last frozen block and without a
+        # graph; what they ran is not part of it.
+        trained = upper.get_total_flops() - _probes(encoder, setting.tune)
+    pairs, distinct = 0, 0
+    for size, count in (
+        (setting.batch_size, len(sets.retain)),
+        (setting.forget_batch_size, len(sets.forget)),
+    ):
+        pairs += setting.steps * min(size, count)
+        distinct += min(count, setting.steps * size)
+    retained = min(len(sets.retain), setting.steps * setting.batch_size)
+    naive = pairs * (2 * forward + 2 * trained)
+    own = pairs * 3 * trained + distinct * (forward - trained) + retained * forward
+    return naive / own
+
+
+def _probes(encoder: DualEncoder, tune: str) -> int:
+    with FlopCounterMode(display=False) as counter:
+        for tower in ("image", "text"):
+            SplitTower(encoder, tower, tune)
+    return counter.get_total_flops()
 
 
 def _run_fasterase(encoder: DualEncoder, sets: DemoSets, setting: Setting) -> list[float]:
@@ -170,6 +244,10 @@ def _run_naive(encoder: DualEncoder, sets: DemoSets, setting: Setting) -> list[f
         batch_size=setting.batch_size,
         seed=setting.seed,
     )
+    if setting.tune != "all":
+        chosen = {id(parameter) for _, parameter in encoder.trainable(setting.tune)}
+        for parameter in encoder.module.parameters():
+            parameter.requires_grad_(id(parameter) in chosen)
     erase_naively(
         encoder.module,
         sets.forget,
@@ -206,7 +284,8 @@ def summarise(rows: list[dict[str, str]]) -> str:
 def _table(rows: list[dict[str, str]]) -> str:
     first = rows[0]
     lines = [
-        f"**{first['model']}, {first['concept']}, {first['steps']} steps of "
+        f"**{first['model']}, {first['concept']}, tune={_default(first, 'tune')}, "
+        f"{_default(first, 'layers')} layers (0: its own), {first['steps']} steps of "
         f"{first['batch_size']} + {first['forget_batch_size']} pairs; {first['gpu_name']}, "
         f"{first['threads']} threads; torch {first['torch']}**",
         "",
@@ -246,6 +325,9 @@ def _table(rows: list[dict[str, str]]) -> str:
         str(sum(row["implementation"] == implementation for row in rows))
         for implementation in IMPLEMENTATIONS
     ]
+    bounds = [float(row["bound"]) for row in rows if row.get("bound")]
+    if bounds:
+        lines.append(f"| bound by FLOPs | | | {np.median(bounds):.2f}x |")
     lines.append(f"| runs | {' | '.join(runs)} | |")
     return "\n".join(lines)
 
@@ -263,7 +345,12 @@ def _advantage(own: list[float], naive: list[float], is_larger_better: bool) -> 
 def _place(row: dict[str, str]) -> tuple[str, ...]:
     """Equal for rows that compare."""
     names = [field.name for field in fields(Setting)]
-    return tuple(row[name] for name in (*names, "gpu_name", "threads"))
+    return tuple(_default(row, name) for name in (*names, "gpu_name", "threads"))
+
+
+def _default(row: dict[str, str], name: str) -> str:
+    """Return a cell; of rows that were measured before there was a choice, what they had."""
+    return row.get(name) or {"tune": "all", "layers": "0"}[name]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -333,6 +420,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--forget-batch-size", type=int, default=BATCHES["forget_batch_size"])
     add("--seed", type=int, default=0)
     add("--max-pairs", type=int, default=500, help="pairs measured per set for the verdict")
+    add("--tune", default="all", help="what is trained; frozen blocks run once a pair")
+    add("--layers", type=int, default=0, help="of each tower; 0: as the model has them")
     add("--repeats", type=int, default=5, help="runs of each implementation")
     add("--threads", type=int, help="CPU threads; default: torch's")
     add("--output", type=Path, default=RESULTS / "end_to_end.csv")

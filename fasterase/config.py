@@ -107,10 +107,8 @@ class UnlearnConfig:
             on other CUDA devices, fp32 elsewhere), `"fp32"`, `"bf16"`, `"fp16"`. Weights stay fp32.
         activation_checkpointing: keep only the input of each block of both towers for the backward
             pass, which runs the block again: less memory, same gradients, one more forward pass.
-        prefix_cache: GB of disk (10^9 bytes) that the outputs of frozen lower blocks may take, with
-            `tune="last:N"` or `"projections"`: each pair runs through these blocks once, and each
-            step through the others alone. Of each forget image 8 views are kept. `None`: the towers
-            run whole in each step. One process only.
+        prefix_cache: GB (10^9 bytes) of disk for outputs of the lower blocks, which `"last:N"` and
+            `"projections"` freeze: each pair runs through them once. `None`: in each step.
         backend: implementation of the loss, see `fasterase.available_backends()`.
         device: where to run, such as `"cuda:0"`. `None`: where the model is, or the best available
             device for a model given by name.
@@ -222,26 +220,15 @@ class UnlearnConfig:
         damage = self.max_damage
         _check(self, "max_damage", damage is None or 0 <= damage <= 1, "be in [0, 1], or None")
         _check(self, "betas", all(0 <= beta < 1 for beta in self.betas), "be in [0, 1)")
-        clip = self.max_grad_norm
-        _check(self, "max_grad_norm", clip is None or clip > 0, "be above 0, or None")
+        for name in ("max_grad_norm", "prefix_cache"):
+            limit = getattr(self, name)
+            _check(self, name, limit is None or limit > 0, "be above 0, or None")
         _check(self, "max_skipped", 0 <= self.max_skipped <= 1, "be in [0, 1]")
         if isinstance(self.floor, float):
             _check(self, "floor", -1 <= self.floor <= 1, "be a cosine in [-1, 1], 'auto' or None")
         tune = re.fullmatch(r"all|image|text|projections|(last|lora):[1-9]\d*", self.tune)
-        _check(
-            self,
-            "tune",
-            tune is not None,
-            "be 'all', 'image', 'text', 'projections', 'last:N' or 'lora:N' with N >= 1",
-        )
-        if self.prefix_cache is not None:
-            _check(self, "prefix_cache", self.prefix_cache > 0, "be above 0, or None")
-            if not re.fullmatch(r"projections|last:\d+", self.tune) or self.train_mode:
-                found = "train_mode" if self.train_mode else f"tune={self.tune!r}"
-                raise InputError(
-                    f"prefix_cache with {found}: only with tune='last:N' or 'projections', in eval "
-                    "mode, do the lower blocks stay as they are. Leave prefix_cache None."
-                )
+        known = "be 'all', 'image', 'text', 'projections', 'last:N' or 'lora:N' with N >= 1"
+        _check(self, "tune", tune is not None, known)
         if not (self.forget_weight or self.retain_weight or self.consistency_weight):
             raise InputError(
                 "forget_weight, retain_weight and consistency_weight are all 0: nothing to train. "

@@ -7,6 +7,7 @@ are altered at random in each step, so of each a few views are kept, of which ea
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -147,10 +148,16 @@ def open_prefix_cache(
         ranks: who takes part.
 
     Raises:
-        InputError: there are several processes; another read gives another view of a pair; it may
-            grow beyond `config.prefix_cache`; or the towers cannot be split.
+        InputError: nothing is frozen; there are several processes; another read gives another view
+            of a pair; it may grow beyond `config.prefix_cache`; or the towers cannot be split.
     """
     assert config.prefix_cache is not None
+    if not re.fullmatch(r"projections|last:\d+", config.tune) or config.train_mode:
+        found = "train_mode" if config.train_mode else f"tune={config.tune!r}"
+        raise InputError(
+            f"prefix_cache with {found}: only with tune='last:N' or 'projections', and in eval "
+            "mode, do the lower blocks stay as they are. Leave prefix_cache None."
+        )
     if ranks.world_size > 1 or config.deepspeed is not None:
         raise InputError(
             "prefix_cache: it works in one process without deepspeed. Leave it None here."
