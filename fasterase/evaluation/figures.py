@@ -15,7 +15,7 @@ from fasterase.evaluation.scores import TIE, find_position
 from fasterase.evaluation.verdict import PairTraces, wilson_interval
 from fasterase.report.curves import Series
 
-CELL = 20  # characters of a text in a table
+CELL = 12  # characters of a text in a table
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from fasterase.files import replace_file
 
 # The model stands out; the original and the references follow in order.
 COLOURS = ("#c8102e", "#202020", "#1f6feb", "#1a7f37", "#9a6700", "#8250df", "#57606a")
-COLUMNS = 2
-PANEL_INCHES = 4.8, 3.4
+COLUMNS = 3
+PANEL_INCHES = 4.2, 3.2
 ROW_INCHES = 0.26  # of one figure
 DPI = 110
 
@@ -145,6 +145,8 @@ def _draw_series(axis: Any, series: Series, *, label: str, colour: str) -> None:
         axis.annotate(text, (x, y), (4, 3), textcoords="offset points", fontsize=7, color=colour)
     axis.set_xlabel(series.x_label)
     axis.set_ylabel(series.y_label)
+    if series.kind == "line" and series.y_label.endswith("%"):
+        axis.set_ylim(-3, 103)
     _tidy(axis, grid="both")
 
 

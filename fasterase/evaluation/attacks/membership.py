@@ -45,7 +45,8 @@ def membership(target: Target) -> Found:
             "attacks: 'membership' needs two non-members or more, of the same source as the pairs "
             "to forget. Give more pairs as non_members, or leave 'membership' out."
         )
-    names = target.evaluator.judge.rows
+    # The pairs to keep, which are there for comparison, come last.
+    names = dict(sorted(target.evaluator.judge.rows.items(), key=lambda each: each[0] == "retain"))
     features = {name: target.features[name].at(rows) for name, rows in names.items()}
     features["non-members"] = strangers
     scores = {"cosine": {name: matched_cosine(those) for name, those in features.items()}}

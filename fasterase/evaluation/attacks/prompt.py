@@ -101,7 +101,7 @@ def prompt(target: Target) -> Found:
                 )
     places = [float(count) for count, _ in history]
     scores = [score for _, score in history]
-    axis = "mean cosine above unrelated images, deviations"
+    axis = "gap of mean cosines, deviations"
     return Found(figures, [Series("best prompt so far", "prompts tried", axis, places, scores)])
 
 
