@@ -68,7 +68,7 @@ CONTRACT = {
 def test_defaults_are_the_contract():
     values = {field.name: getattr(UnlearnConfig(), field.name) for field in _fields()}
     assert {name: values[name] for name in CONTRACT} == CONTRACT
-    assert set(values) - set(CONTRACT) == {"max_skipped"}
+    assert set(values) - set(CONTRACT) == {"max_skipped", "prefix_cache"}
 
 
 def test_cliperase_is_the_paper_and_takes_overrides():
