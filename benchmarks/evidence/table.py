@@ -17,8 +17,8 @@ FORGET_SETS, KEEP_SETS = ("forget", "forget-unseen"), ("retain", "neighbour", "h
 # Attack -> (figure, column); the interesting figure of each for a model that should not know.
 ATTACKED = {
     "swap": ("forget/original_images/contest_hit@1", "swapped hit@1"),
-    "probe": ("forget/linear_probe_auc", "probe AUC"),
-    "relearn": ("relearn/area", "relearned"),
+    "probe": ("forget/linear_probe/auc", "probe AUC"),
+    "relearn": ("forget/area/contest_hit@1", "relearned"),
 }
 Originals = Mapping[tuple[str, int], Measured]  # (subgroup, seed) -> the original there
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 from dataclasses import replace
 
 import pytest
@@ -12,8 +13,9 @@ from torch.nn.functional import normalize
 from benchmarks.evidence import closed_form, trained
 from benchmarks.evidence.__main__ import final_setting
 from benchmarks.evidence.cells import METHODS, ORIGINAL, Measured, as_text, check_methods
-from benchmarks.evidence.table import as_table, by_place, choose, summarise
+from benchmarks.evidence.table import ATTACKED, as_table, by_place, choose, summarise
 from benchmarks.evidence.task import Task
+from benchmarks.result_files import RESULTS
 from fasterase.demo import emoji
 from fasterase.demo.sets import DemoSets, Drawings, build_sets
 from fasterase.errors import InputError
@@ -118,6 +120,12 @@ def test_a_chosen_number_of_steps_is_the_only_one_measured():
     chosen = {"CLIPErase": (as_text({"lr": 1e-4, "steps": 30}), 0.1)}
     assert final_setting(chosen, "CLIPErase") == as_text({"lr": 1e-4, "steps": [30]})
     assert final_setting(chosen, "fasterase") == "{}"
+
+
+def test_figures_of_attacks_are_named_as_the_attacks_name_them():
+    with (RESULTS / "attacks.csv").open(encoding="utf-8") as file:
+        known = {(row["attack"], row["figure"]) for row in csv.DictReader(file)}
+    assert {(attack, figure) for attack, (figure, _) in ATTACKED.items()} <= known
 
 
 def test_unknown_methods_are_refused():
