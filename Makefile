@@ -22,7 +22,7 @@ APT := on Debian or Ubuntu: apt install git make python3-venv
 help:
 	@echo 'make demo     erase a concept from the small CLIP that ships with fasterase, show the result'
 	@echo 'make test     lint, format check, type check and all tests'
-	@echo 'make test-scale  every stage, size and fault on several processes: 15 minutes'
+	@echo 'make test-scale  every stage, size and fault on several processes: 20 minutes'
 	@echo 'make lint     the checks without the tests'
 	@echo 'make gpu      on a machine with a GPU: its tests, checks and benchmarks, in stages'
 	@echo 'make format   put the code into its standard form'
