@@ -43,8 +43,9 @@ test-scale: EXTRAS := hf,eval,demo,dev
 test-scale: installed
 	@$(BIN)/python -m benchmarks.scale_versions > $(SCALE_LOG)
 	@set -e; failed=$$(mktemp); \
-	{ $(BIN)/python -m pytest tests/parallel tests/reference/test_cache.py -m 'scale or not scale' -v --no-header $(ARGS) \
-	  || echo failed > $$failed; } | tee -a $(SCALE_LOG); \
+	for tests in tests/parallel tests/reference/test_cache.py; do \
+	  $(BIN)/python -m pytest $$tests -m 'scale or not scale' -v --no-header $(ARGS) \
+	  || echo failed > $$failed; done | tee -a $(SCALE_LOG); \
 	! [ -s $$failed ]
 
 lint: EXTRAS := hf,eval,demo,dev
