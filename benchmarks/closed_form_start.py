@@ -26,7 +26,7 @@ from benchmarks.evidence.task import Task
 from benchmarks.recipes import KEEP_SETS, TEST
 from benchmarks.result_files import RESULTS, write_csv
 from fasterase.demo import emoji
-from fasterase.demo.run import forget_pairs, recipe_config
+from fasterase.demo.run import evaluate_sets, forget_pairs, recipe_config
 from fasterase.demo.sets import build_sets
 from fasterase.models.load import load_model
 
@@ -59,13 +59,9 @@ def measure(subgroup: str, start: str, seed: int) -> dict[str, Any]:
             tokenizer=model.text_tokenizer,
             callback=project,
         )
-    evaluation = fasterase.evaluate(
+    evaluation = evaluate_sets(
         model,
-        sets.forget,
-        sets.retain,
-        holdout=sets.holdout,
-        sets={"neighbour": sets.neighbour},
-        forget_sets={"forget-unseen": sets.unseen},
+        sets,
         original=base,
         progress=False,
     )

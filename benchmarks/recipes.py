@@ -35,7 +35,7 @@ import fasterase
 from benchmarks.result_files import RESULTS, write_csv
 from fasterase.config import UnlearnConfig
 from fasterase.demo import emoji
-from fasterase.demo.run import forget_pairs, recipe_config
+from fasterase.demo.run import evaluate_sets, forget_pairs, recipe_config
 from fasterase.demo.sets import build_sets
 from fasterase.evaluation.metrics import bootstrap_intervals
 from fasterase.files import write_text
@@ -198,13 +198,9 @@ def execute(run: Run, work: Path, retrained: dict[str, str]) -> Outcome:
     endings: list[Ending] = []
 
     def measure(steps: int) -> None:
-        evaluation = fasterase.evaluate(
+        evaluation = evaluate_sets(
             model,
-            sets.forget,
-            sets.retain,
-            holdout=sets.holdout,
-            sets={"neighbour": sets.neighbour},
-            forget_sets={"forget-unseen": sets.unseen},
+            sets,
             original=str(emoji.BASE_MODEL),
             progress=False,
             references=references,

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-import fasterase
 from benchmarks.evidence import closed_form, trained
 from benchmarks.evidence.task import Method, Setting, Task
 from fasterase.demo import emoji
+from fasterase.demo.run import evaluate_sets
 from fasterase.demo.sets import build_sets
 from fasterase.errors import InputError
 from fasterase.files import write_text
@@ -94,13 +94,9 @@ def run_cell(cell: Cell, work: Path) -> list[Measured]:
     def measure(steps: int) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "verdict: ")
-            evaluation = fasterase.evaluate(
+            evaluation = evaluate_sets(
                 model,
-                sets.forget,
-                sets.retain,
-                holdout=sets.holdout,
-                sets={"neighbour": sets.neighbour},
-                forget_sets={"forget-unseen": sets.unseen},
+                sets,
                 original=str(emoji.BASE_MODEL) if cell.attacks else None,
                 attacks=cell.attacks,
                 seed=cell.seed,

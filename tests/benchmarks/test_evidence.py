@@ -67,7 +67,6 @@ def test_projected_out_directions_are_gone_from_both_towers(task):
 
 def test_leace_leaves_no_difference_of_means(task):
     """What linear classifiers cannot find has the same mean as the rest; scale is not kept."""
-    pytest.importorskip("concept_erasure")
     module = task.model.module
     weight = module.visual.proj.detach().double().clone()
     features = closed_form.encode_images(task.model, task.sets.forget)
