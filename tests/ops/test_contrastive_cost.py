@@ -118,7 +118,7 @@ def test_a_second_derivative_is_refused(backend):
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("backend", TILED)
 def test_a_second_derivative_of_a_plain_sum_is_refused(backend, ahead):
-    """Its upstream gradient requires no grad; what labels add does have second derivatives."""
+    """Its upstream gradient requires no grad; the terms of labels are refused with the rest."""
     image, text, scale, _ = batch()
     call = {"labels": torch.arange(len(image)) // 2, "backend": backend}
     if ahead:

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasterase.ops.contrastive import api, available_backends, contrastive, weighted_contrastive
 from fasterase.ops.contrastive import labels as label_ops
-from fasterase.ops.contrastive.labels import compute_label_terms
+from fasterase.ops.contrastive.labels import find_kinds
 from tests import oracle
 
 
@@ -30,6 +30,10 @@ def expected(image, text, scale, labels, groups):
         rows.append(scale * (image[i] @ (text[i] - text[same].mean(0))))
         cols.append(scale * (text[i] @ (image[i] - image[same].mean(0))))
     return torch.stack(rows), torch.stack(cols)
+
+
+def compute_label_terms(image, text, scale, labels, groups):
+    return label_ops.compute_label_terms(image, text, scale, find_kinds(labels, groups, "cpu"))
 
 
 def gradients(terms, inputs):
@@ -117,7 +121,9 @@ def test_a_label_that_occurs_once_adds_exactly_nothing():
         inputs[0][3] = torch.nan
         inputs[1][7] = torch.inf
     for groups, labels in (((12,), torch.arange(12)), ((6, 6), torch.arange(12) % 6)):
-        terms = compute_label_terms(*inputs, labels, groups)
+        assert find_kinds(labels, groups, "cpu") is None
+        kinds = label_ops._find_kinds(labels, groups)
+        terms = label_ops.compute_label_terms(*inputs, kinds)
         assert not terms.any()
         assert not any(bool(x.any()) for x in gradients(terms, inputs[:2]))
 
@@ -125,13 +131,13 @@ def test_a_label_that_occurs_once_adds_exactly_nothing():
 @pytest.mark.parametrize("function", [contrastive, weighted_contrastive])
 def test_labels_on_the_host_that_are_distinct_in_their_groups_cost_nothing(function, monkeypatch):
     """Nor is anything read back of those that are elsewhere."""
-    calls = []
+    found = []
 
     def spy(*arguments):
-        calls.append(arguments)
-        return compute_label_terms(*arguments)
+        found.append(find_kinds(*arguments))
+        return found[-1]
 
-    monkeypatch.setattr(api, "compute_label_terms", spy)
+    monkeypatch.setattr(api, "find_kinds", spy)
     inputs = features(dtype=torch.float32)
     call = dict(zip(("image", "text", "scale"), inputs, strict=True)) | {"backend": "chunked"}
     if function is weighted_contrastive:
@@ -139,13 +145,12 @@ def test_labels_on_the_host_that_are_distinct_in_their_groups_cost_nothing(funct
     labels = torch.arange(12) % 6
     function(**call, labels=labels, groups=(6, 6))
     function(**call, labels=torch.arange(12).to(torch.uint64))
-    assert not calls
     function(**call, labels=labels, groups=(7, 5))
     function(**call, labels=labels)
-    assert len(calls) == 2
+    assert [kinds is None for kinds in found] == [True, True, False, False]
     with FakeTensorMode():
-        assert not label_ops.are_distinct(torch.arange(12), (12,))
-        assert not label_ops.are_distinct(torch.arange(12, device="cuda"), (12,))
+        assert not label_ops._are_distinct(torch.arange(12), (12,))
+        assert not label_ops._are_distinct(torch.arange(12, device="cuda"), (12,))
 
 
 def test_nan_reaches_its_own_label_alone():

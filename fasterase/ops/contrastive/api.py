@@ -13,15 +13,15 @@ from torch import Tensor
 
 from fasterase.errors import InputError
 from fasterase.ops.contrastive import cpu
+from fasterase.ops.contrastive.autograd import compute_labelled_losses, sum_weighted_losses
 from fasterase.ops.contrastive.checks import check_call, check_weights, compute_dtype
 from fasterase.ops.contrastive.chunked import contrastive_chunked
 from fasterase.ops.contrastive.dense import Contrastive, contrastive_dense
-from fasterase.ops.contrastive.labels import are_distinct, compute_label_terms
+from fasterase.ops.contrastive.labels import compute_label_terms, find_kinds
 from fasterase.ops.contrastive.operator import (
     Batch,
     Groups,
     Operator,
-    sum_weighted_losses,
     unpack_losses,
 )
 from fasterase.ops.contrastive.products import check_products, resolve_products
@@ -115,9 +115,7 @@ def contrastive(
     sizes = check_call(image, text, scale, ref_image, ref_text, ref_scale, labels, groups)
     batch = Batch.of(image, text, scale, ref_image, ref_text, ref_scale)
     choice = _choose(backend, products, batch)
-    losses = _compute(choice, batch, sizes) if sizes else batch.empty_losses()
-    terms = _compute_terms(batch, labels, sizes)
-    return losses if terms is None else _add_terms(losses, terms)
+    return _compute(choice, batch, sizes, find_kinds(labels, sizes, image.device))
 
 
 def weighted_contrastive(
@@ -142,8 +140,7 @@ def weighted_contrastive(
     afterwards, so a GradScaler's factor arrives before the rounding. FLOPs are those of
     `contrastive` and its backward pass. If no input requires grad, no gradient is made.
 
-    `backend="dense"` is plain autograd and saves what autograd saves. Autograd also differentiates
-    the term of repeated labels, on [N, D], with every backend.
+    `backend="dense"` is plain autograd and saves what autograd saves.
 
     Args:
         weights: constants for ce_row, ce_col and, with a reference, kl_row, kl_col.
@@ -164,17 +161,13 @@ def weighted_contrastive(
     batch = Batch.of(image, text, scale, ref_image, ref_text, ref_scale)
     choice = _choose(backend, products, batch)
     weights = weights.to(batch.scale.dtype)
+    kinds = find_kinds(labels, sizes, image.device)
     run = load_backend(choice.name)
     if sizes and isinstance(run, Operator):
-        total, losses = sum_weighted_losses(run, batch, weights, sizes, choice.products)
-    else:
-        differentiable = _compute(choice, batch, sizes) if sizes else batch.empty_losses()
-        stacked = torch.stack([loss for loss in differentiable if loss is not None])
-        total, losses = (weights * stacked).sum(), unpack_losses(stacked.detach())
-    terms = _compute_terms(batch, labels, sizes)
-    if terms is None:
-        return Weighted(total, losses)
-    return Weighted(total + (weights[:2] * terms).sum(), _add_terms(losses, terms.detach()))
+        return Weighted(*sum_weighted_losses(run, batch, weights, sizes, choice.products, kinds))
+    differentiable = _compute(choice, batch, sizes, kinds)
+    stacked = torch.stack([loss for loss in differentiable if loss is not None])
+    return Weighted((weights * stacked).sum(), unpack_losses(stacked.detach()))
 
 
 def explain_backend(
@@ -242,23 +235,21 @@ def _choose(backend: str, products: str, batch: Batch) -> BackendChoice:
     return BackendChoice(name, reason, resolve_products(products, name, given))
 
 
-def _compute(choice: BackendChoice, batch: Batch, groups: Groups) -> Contrastive:
+def _compute(
+    choice: BackendChoice, batch: Batch, groups: Groups, kinds: Tensor | None
+) -> Contrastive:
+    if not groups:
+        return batch.empty_losses()
     backend = load_backend(choice.name)
-    if isinstance(backend, Operator):
-        return backend(*batch, groups, choice.products)
-    return backend(*batch, groups)
-
-
-def _compute_terms(batch: Batch, labels: Tensor | None, groups: Groups) -> Tensor | None:
-    """The terms of repeated labels, [2, N]; None if they are known to be 0."""
-    if labels is None or not groups or are_distinct(labels, groups):
-        return None
-    labels = labels.to(batch.image.device)
-    return compute_label_terms(batch.image, batch.text, batch.scale, labels, groups)
-
-
-def _add_terms(losses: Contrastive, terms: Tensor) -> Contrastive:
-    row, col = terms.unbind()
+    if not isinstance(backend, Operator):
+        losses = backend(*batch, groups)
+    elif kinds is None or torch.compiler.is_compiling():
+        losses = backend(*batch, groups, choice.products)
+    else:
+        return compute_labelled_losses(backend, batch, groups, choice.products, kinds)
+    if kinds is None:
+        return losses
+    row, col = compute_label_terms(batch.image, batch.text, batch.scale, kinds).unbind()
     return losses._replace(ce_row=losses.ce_row + row, ce_col=losses.ce_col + col)
 
 

@@ -1,8 +1,8 @@
 """Repeated labels: pairs that share a label are each other's positives, at O(N D).
 
 Every shape follows from the shapes of the inputs and no value is read back to the host, so a step
-with labels compiles to one graph and can be captured as a CUDA graph. `are_distinct` looks at
-labels that already are on the host. Where csrc/ is loaded, its labels.h computes CPU tensors.
+with labels compiles to one graph and can be captured as a CUDA graph. `find_kinds` looks only
+at labels that already are on the host. Where csrc/ is loaded, its labels.h computes CPU tensors.
 """
 
 from __future__ import annotations
@@ -52,12 +52,21 @@ class Kinds(NamedTuple):
         return self.rows_of_kind == 1
 
 
-def are_distinct(labels: Tensor, groups: tuple[int, ...]) -> bool:
-    """Whether no label occurs twice in a group, as far as that costs no wait for a device.
+def find_kinds(
+    labels: Tensor | None, groups: tuple[int, ...], device: torch.device
+) -> Tensor | None:
+    """`Kinds`, stacked, [4, N], on device; None if no label is known to occur twice in a group.
 
-    The terms are then exactly 0 and need not be computed. False for labels on a device and where
-    there are no values to look at, as while torch.compile traces.
+    The terms are then exactly 0 and need not be computed. Labels on a device are not looked at, so
+    that nothing waits for it.
     """
+    if labels is None or not groups or _are_distinct(labels, groups):
+        return None
+    return torch.ops.fasterase.label_kinds.default(labels.to(device), groups)
+
+
+def _are_distinct(labels: Tensor, groups: tuple[int, ...]) -> bool:
+    """False also where there are no values to look at, as while torch.compile traces."""
     if torch.compiler.is_compiling() or type(labels) is not Tensor or labels.device.type != "cpu":
         return False
     return all(len(set(part.tolist())) == len(part) for part in labels.split(groups))
@@ -67,8 +76,7 @@ def compute_label_terms(
     image: Tensor,  # [N, D]
     text: Tensor,  # [N, D]
     scale: Tensor,  # []
-    labels: Tensor,  # [N] integers
-    groups: tuple[int, ...],
+    kinds: Tensor,  # [4, N]
 ) -> Tensor:
     """The terms, [2 (row, column), N], that labels add to the cross-entropies.
 
@@ -76,7 +84,6 @@ def compute_label_terms(
     `s * <I_i, mean text of the label>`, so the row gains `s * <I_i, T_i - mean text>`, which is
     exactly 0 for a label that occurs once in its group. Memory: the gradients, [N, D] each.
     """
-    kinds = torch.ops.fasterase.label_kinds.default(labels, groups)
     return scale * _multiply_gaps(image, text, kinds, scale.dtype)
 
 

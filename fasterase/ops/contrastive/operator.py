@@ -375,77 +375,37 @@ def _make_backward(operator: Operator) -> Callable[..., tuple[Tensor | None, ...
         wants = ctx.needs_input_grad[:3]
         wanted = Wanted(wants[0], wants[1], wants[2], rounded=True)
         made = operator.differentiate(upstream, ctx.saved_tensors, ctx.groups, wanted, ctx.options)
-        gradients = (g if wanted else None for g, wanted in zip(made, wants, strict=True))
-        return (*gradients, *(None,) * (len(ctx.needs_input_grad) - 3))
+        return keep_wanted(ctx, made)
 
-    refuse_or_run = once_differentiable(run_operator)
+    return differentiate_once(run_operator)
+
+
+def keep_wanted(ctx: Any, made: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """What a backward pass returns: d_image, d_text, d_scale where wanted, None for the rest."""
+    wants = ctx.needs_input_grad
+    gradients = (g if wanted else None for g, wanted in zip(made, wants[:3], strict=True))
+    return (*gradients, *(None,) * (len(wants) - 3))
+
+
+def differentiate_once(
+    run: Callable[[Any, Tensor], tuple[Tensor | None, ...]],
+) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The backward pass of losses: `run`, which is skipped for losses that nobody uses."""
+    refuse_or_run = once_differentiable(run)
 
     def differentiate(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * len(ctx.needs_input_grad)
-        run = refuse_or_run if torch.is_grad_enabled() else run_operator
-        return run(ctx, _refuse_second_derivative(upstream))
+        chosen = refuse_or_run if torch.is_grad_enabled() else run
+        return chosen(ctx, refuse_second_derivative(upstream))
 
     return differentiate
 
 
-def _refuse_second_derivative(upstream: Tensor) -> Tensor:
+def refuse_second_derivative(upstream: Tensor) -> Tensor:
     """Make `once_differentiable` refuse every second derivative.
 
     By itself it refuses only where the upstream gradient requires grad, but the gradients depend on
     the features as well.
     """
     return upstream.detach().requires_grad_() if torch.is_grad_enabled() else upstream
-
-
-def sum_weighted_losses(
-    operator: Operator,
-    batch: Batch,
-    weights: Tensor,  # [2 or 4, N]
-    groups: Groups,
-    products: str,
-) -> tuple[Tensor, Contrastive]:
-    """(total, losses): `(weights * losses).sum()`, whose gradients are made here, and constants."""
-    wants = batch.requires_grad()
-    if any(wants):
-        options = operator.options(batch, groups, True, products)
-        total, losses = _GradientsInForward.apply(operator, groups, options, wants, weights, *batch)
-    else:
-        options = operator.options(batch, groups, False, products)
-        losses = operator.forward(*batch, groups, *options)[0]
-        total = (weights * losses).sum()
-    return total, unpack_losses(losses)
-
-
-class _GradientsInForward(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        operator: Operator,
-        groups: Groups,
-        options: tuple[Any, ...],
-        wants: tuple[bool, bool, bool],
-        weights: Tensor,
-        *tensors: Any,
-    ) -> tuple[Tensor, Tensor]:
-        batch = Batch(*tensors)
-        wanted = Wanted(*wants, rounded=False)
-        losses, *made = operator.take_step(weights, batch, groups, wanted, options)
-        ctx.save_for_backward(*made)
-        ctx.wants = wants
-        ctx.dtypes = batch.image.dtype, batch.text.dtype, batch.scale.dtype
-        ctx.mark_non_differentiable(losses)
-        return (weights * losses).sum(), losses
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return _multiply_saved_gradients(ctx, _refuse_second_derivative(upstream))
-
-
-@once_differentiable
-def _multiply_saved_gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = (
-        (gradient * upstream).to(dtype) if is_wanted else None
-        for gradient, dtype, is_wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wants, strict=True)
-    )
-    return (*(None,) * 5, *gradients, *(None,) * 3)
