@@ -65,22 +65,34 @@ void for_each_kind(const Tensor& kinds, int64_t width, const Visit& visit) {
   });
 }
 
-// mean = the mean over the rows of weights[row] * x[row], [width]; null weights are 1.
+// sum = the sum over the rows, at least one, of weights[row] * x[row], [width]; null weights are 1.
+template <typename T>
+void add_up_rows(const T* x, const T* weights, const int64_t* rows, int64_t count, int64_t width,
+                 T* sum) {
+  for (int64_t i = 0; i < count; ++i) {
+    const T* row = x + rows[i] * width;
+    const T weight = weights ? weights[rows[i]] : T(1);
+    if (i == 0) {
+#pragma omp simd
+      for (int64_t j = 0; j < width; ++j) sum[j] = weight * row[j];
+    } else {
+#pragma omp simd
+      for (int64_t j = 0; j < width; ++j) sum[j] += weight * row[j];
+    }
+  }
+}
+
+// mean = such a sum over the number of rows. Memory: piece, [width], is scratch.
 template <typename T>
 void average_rows(const T* x, const T* weights, const int64_t* rows, int64_t count, int64_t width,
                   T* piece, T* mean) {
-  std::fill_n(mean, width, T(0));
-  for (int64_t begin = 0; begin < count; begin += kPiece) {
-    std::fill_n(piece, width, T(0));
-    for (int64_t i = begin; i < std::min(begin + kPiece, count); ++i) {
-      const T weight = weights ? weights[rows[i]] : T(1);
-      const T* row = x + rows[i] * width;
-#pragma omp simd
-      for (int64_t j = 0; j < width; ++j) piece[j] += weight * row[j];
-    }
+  add_up_rows(x, weights, rows, std::min(kPiece, count), width, mean);
+  for (int64_t begin = kPiece; begin < count; begin += kPiece) {
+    add_up_rows(x, weights, rows + begin, std::min(kPiece, count - begin), width, piece);
     add_row(piece, mean, width);
   }
-  for (int64_t j = 0; j < width; ++j) mean[j] /= T(count);
+  const T share = T(1) / T(count);
+  for (int64_t j = 0; j < width; ++j) mean[j] *= share;
 }
 
 template <typename T>
