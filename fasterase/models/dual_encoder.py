@@ -13,7 +13,7 @@ import abc
 import copy
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -199,10 +199,7 @@ class DualEncoder(abc.ABC):
         Weights on the CPU are hashed in place (about 1 GB/s); others are copied one at a time.
         """
         digest = hashlib.sha256()
-        for name, tensor in self.module.state_dict().items():
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(memoryview(flat.view(torch.uint8).numpy()))
+        hash_tensors(digest, self.module.state_dict())
         digest.update(f"{self.image_size};{describe_transform(self.image_transform)};".encode())
         if self.text_tokenizer is not None:
             probe = self.text_tokenizer(["A photo of 2 café tables, 37°!"]).ids
@@ -231,6 +228,14 @@ class TowerParts:
     blocks: Sequence[Part]  # transformer blocks or ResNet stages, first to last
     after_blocks: Sequence[Part]  # final norm, pooling and projection
     projection: Sequence[Part]  # the last map into the shared space
+
+
+def hash_tensors(digest: hashlib._Hash, tensors: Mapping[str, Tensor]) -> None:
+    """Add names, dtypes, shapes and values of tensors, in their order, to `digest`."""
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
 
 
 def frozen_copy(model: DualEncoder) -> DualEncoder:

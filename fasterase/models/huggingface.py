@@ -219,8 +219,27 @@ def from_source(
         MissingExtraError: transformers is not installed.
     """
     config = read_config(source, name=name, online=online)
+    module = load_weights(_class_of(config, name), source, config, name=name, online=online)
+    return HuggingFaceEncoder(
+        # Version 5 keeps the checkpoint's dtype, which may be half; training needs fp32 weights.
+        # Quantised ones can only be measured, and the library refuses to change their dtype.
+        module if getattr(module, "is_quantized", False) else module.float(),
+        name=name,
+        source=source,
+        online=online,
+        tokenizer=tokenizer,
+        preprocess=preprocess,
+    )
+
+
+def load_weights(kind: Any, source: str, config: Any, *, name: str, online: bool) -> Any:
+    """Load the library's class `kind`, all its weights included.
+
+    Raises:
+        InputError: out of reach, or some weights are missing.
+    """
     try:
-        module, report = _class_of(config, name).from_pretrained(
+        module, report = kind.from_pretrained(
             source,
             config=config,
             local_files_only=not online,
@@ -235,16 +254,7 @@ def from_source(
             f"model: {name} lacks {len(missing)} of the model's weights, which would be random: "
             f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
         )
-    return HuggingFaceEncoder(
-        # Version 5 keeps the checkpoint's dtype, which may be half; training needs fp32 weights.
-        # Quantised ones can only be measured, and the library refuses to change their dtype.
-        module if getattr(module, "is_quantized", False) else module.float(),
-        name=name,
-        source=source,
-        online=online,
-        tokenizer=tokenizer,
-        preprocess=preprocess,
-    )
+    return module
 
 
 def read_config(source: str, *, name: str, online: bool) -> Any:

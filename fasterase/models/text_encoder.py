@@ -1,0 +1,233 @@
+"""The text tower of a CLIP as transformers' `CLIPTextModel`, the text encoder of Stable Diffusion.
+
+Such a pipeline reads the hidden states of all tokens, after the last block that it has and the
+final norm. It never sees the projection into the space that texts share with images.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from fasterase.errors import InputError, import_extra
+from fasterase.models.dual_encoder import DualEncoder, hash_tensors
+from fasterase.models.huggingface import load_weights, read_config
+from fasterase.models.load import load_model
+from fasterase.models.openclip import is_open_clip
+from fasterase.models.openclip_config import is_hf_text, text_tower
+from fasterase.models.preprocessing import Tokens
+from fasterase.models.wrapped import plain_state
+
+# Field of `CLIPTextConfig` that two towers must share -> its name in messages.
+_SHARED = {
+    "hidden_size": "width",
+    "intermediate_size": "MLP width",
+    "num_attention_heads": "heads",
+    "hidden_act": "activation",
+    "vocab_size": "vocabulary",
+    "max_position_embeddings": "positions",
+    "layer_norm_eps": "epsilon of the norms",
+}
+# open_clip's names -> transformers'.
+_OUTSIDE = {
+    "token_embedding.weight": "embeddings.token_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "ln_final.weight": "final_layer_norm.weight",
+    "ln_final.bias": "final_layer_norm.bias",
+}
+_IN_BLOCK = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+# What an open_clip `CLIP` holds beside the hidden states' weights.
+_NO_TOWER = ("visual.", "logit_", "text_projection")
+
+
+class TextTower(NamedTuple):
+    """The part of a CLIP that turns tokens into hidden states.
+
+    Attributes:
+        name: of the model, for messages.
+        config: fields of `CLIPTextConfig`: those of `_SHARED`.
+        num_layers: number of blocks.
+        state: the weights, under the names inside `CLIPTextModel`.
+        tokenize: list of str -> [B, L] ids; None if the model came without a tokenizer.
+    """
+
+    name: str
+    config: dict[str, Any]
+    num_layers: int
+    state: dict[str, Tensor]
+    tokenize: Callable[[Sequence[str]], Tokens] | None
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 of the weights."""
+        digest = hashlib.sha256()
+        hash_tensors(digest, self.state)
+        return digest.hexdigest()
+
+
+def load_text_tower(source: str) -> TextTower:
+    """Load a CLIP as `load_model` does, or a transformers `CLIPTextModel`, and read its tower.
+
+    Args:
+        source: a name or folder; `"hf:org/name"` or a folder may also hold a `CLIPTextModel` or
+            `CLIPTextModelWithProjection`. Adapters are merged into the weights.
+
+    Raises:
+        InputError: it cannot be loaded, or its text tower is not CLIP's.
+        MissingExtraError: the library that reads the model is not installed.
+    """
+    location, online = source.removeprefix("hf:"), source.startswith("hf:")
+    if online or (Path(location).expanduser() / "config.json").is_file():
+        config = read_config(location, name=source, online=online)
+        if config.model_type == "clip_text_model":
+            kind = import_extra("transformers", "hf", f"Loading {source}").CLIPTextModel
+            module = load_weights(kind, location, config, name=source, online=online)
+            return _read_transformers(module, config, source, None)
+    return read_text_tower(load_model(source))
+
+
+def read_text_tower(encoder: DualEncoder) -> TextTower:
+    """Read the text tower of an open_clip `CLIP` or `CustomTextCLIP`, or of a `CLIPModel`.
+
+    The weights are the model's own, not copies, unless adapters have to be merged.
+
+    Raises:
+        InputError: it is of another architecture, such as SigLIP's.
+    """
+    module: Any = encoder.module
+    if hasattr(encoder.wrapper, "merge_and_unload"):
+        module = copy.deepcopy(encoder.wrapper).merge_and_unload()  # type: ignore[union-attr, operator]
+    if is_open_clip(module):
+        return _read_open_clip(module, encoder.name, encoder.text_tokenizer)
+    if module.config.model_type != "clip":
+        raise _not_clip(encoder.name, f"it is a {type(module).__name__}")
+    config = module.config.text_config
+    return _read_transformers(module.text_model, config, encoder.name, encoder.text_tokenizer)
+
+
+def build_text_encoder(tower: TextTower, like: Any, *, argument: str) -> Any:
+    """Return a copy of the `CLIPTextModel` `like` with the weights of `tower`.
+
+    If `like` has fewer blocks, the first ones of the tower are taken: Stable Diffusion 2 leaves out
+    the last one.
+
+    Args:
+        tower: where the weights are from.
+        like: the text encoder of a pipeline; its configuration, device and dtype stay.
+        argument: the name of the argument that the tower comes from, for the message.
+
+    Raises:
+        InputError: the two are of different architectures; says in what they differ.
+    """
+    differences = [
+        f"{title} {tower.config[field]} instead of {getattr(like.config, field)}"
+        for field, title in _SHARED.items()
+        if tower.config[field] != getattr(like.config, field)
+    ]
+    num_layers = like.config.num_hidden_layers
+    if tower.num_layers < num_layers:
+        differences.append(f"{tower.num_layers} blocks instead of {num_layers} or more")
+    if differences:
+        raise InputError(
+            f"{argument}: the text tower of {tower.name} does not fit the pipeline's text encoder: "
+            f"{', '.join(differences)}. Erase from the CLIP whose text tower the pipeline was "
+            "trained with: for Stable Diffusion 1 'ViT-L-14/openai' or "
+            "'hf:openai/clip-vit-large-patch14', for 2 'ViT-H-14/laion2b_s32b_b79k'."
+        )
+    left_out = tuple(f"encoder.layers.{i}." for i in range(num_layers, tower.num_layers))
+    built = copy.deepcopy(like)
+    _inner(built).load_state_dict(
+        {name: tensor for name, tensor in tower.state.items() if not name.startswith(left_out)}
+    )
+    return built
+
+
+def _inner(text_model: Any) -> Any:
+    # A module of its own inside `CLIPTextModel`, until transformers 5 did away with it.
+    return getattr(text_model, "text_model", text_model)
+
+
+def _read_transformers(
+    module: nn.Module, config: Any, name: str, tokenize: Callable[[Sequence[str]], Tokens] | None
+) -> TextTower:
+    return TextTower(
+        name,
+        {field: getattr(config, field) for field in _SHARED},
+        config.num_hidden_layers,
+        plain_state(_inner(module)),
+        tokenize,
+    )
+
+
+def _read_open_clip(
+    module: Any, name: str, tokenize: Callable[[Sequence[str]], Tokens] | None
+) -> TextTower:
+    text = text_tower(module)
+    if is_hf_text(text):
+        raise _not_clip(name, "it is a transformers model inside open_clip")
+    if text.attn_mask is None:
+        raise _not_clip(name, "its tokens also attend to later ones")
+    state = {}
+    for key, tensor in plain_state(text).items():
+        if not key.startswith(_NO_TOWER):
+            for renamed, part in _rename(key, tensor, name):
+                state[renamed] = part
+    blocks = text.transformer.resblocks
+    config = {
+        "hidden_size": blocks[0].attn.embed_dim,
+        "intermediate_size": blocks[0].mlp.c_fc.out_features,
+        "num_attention_heads": blocks[0].attn.num_heads,
+        "hidden_act": _activation(blocks[0].mlp.gelu),
+        "vocab_size": len(text.token_embedding.weight),
+        "max_position_embeddings": len(text.positional_embedding),
+        "layer_norm_eps": text.ln_final.eps,
+    }
+    return TextTower(name, config, len(blocks), state, tokenize)
+
+
+def _rename(key: str, tensor: Tensor, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield transformers' names for one of open_clip's weights.
+
+    Raises:
+        InputError: CLIP has no such weight; what it does is unknown here.
+    """
+    if key in _OUTSIDE:
+        yield _OUTSIDE[key], tensor
+        return
+    block, _, inside = key.removeprefix("transformer.resblocks.").partition(".")
+    part, _, kind = inside.rpartition(".")
+    if inside in ("attn.in_proj_weight", "attn.in_proj_bias"):
+        # Queries, keys and values, one below the other.
+        kind = inside.removeprefix("attn.in_proj_")
+        for letter, rows in zip("qkv", tensor.chunk(3), strict=True):
+            yield f"encoder.layers.{block}.self_attn.{letter}_proj.{kind}", rows
+    elif part in _IN_BLOCK:
+        yield f"encoder.layers.{block}.{_IN_BLOCK[part]}.{kind}", tensor
+    else:
+        raise _not_clip(name, f"it has weights named {key}")
+
+
+def _activation(module: Any) -> str:
+    """Name an activation of open_clip as transformers does."""
+    if type(module).__name__ == "QuickGELU":
+        return "quick_gelu"
+    if isinstance(module, nn.GELU):
+        return "gelu" if module.approximate == "none" else "gelu_pytorch_tanh"
+    return type(module).__name__
+
+
+def _not_clip(name: str, reason: str) -> InputError:
+    return InputError(
+        f"model: the text tower of {name} is not CLIP's ({reason}), so it cannot be the text "
+        "encoder of Stable Diffusion. Give a CLIP with a text tower of its own."
+    )
