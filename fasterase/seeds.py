@@ -31,6 +31,7 @@ class Stream(enum.IntEnum):
     RELEARN = 12  # pairs that the relearning attack is given
     PROMPT = 13  # images, words and replacements of the search for prompts
     LORA = 14  # low-rank adapters as they begin
+    LATENTS = 15  # pictures of the diffusion check, per prompt and picture
 
 
 def generator(seed: int, stream: Stream, *position: int) -> np.random.Generator:

@@ -1,4 +1,4 @@
-"""Picture sheets: pictures with their top captions before and after erasing."""
+"""Picture sheets: with top captions before and after erasing, or in titled strips."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -99,6 +100,48 @@ def picture_sheet(
             _draw_row(sheet, draw, place, text_width, row, frozenset(erased))
         top += lines * cell_height
     path = Path(path)
+    with replace_file(path) as temporary:
+        sheet.save(temporary)
+    return path
+
+
+class Strip(NamedTuple):
+    """A row of pictures.
+
+    Attributes:
+        title: stands above them.
+        pictures: of any size; they are scaled to square thumbnails.
+        marked: which of them get a frame.
+        colour: of the frames.
+    """
+
+    title: str
+    pictures: Sequence[Image.Image]
+    marked: Sequence[bool]
+    colour: str
+
+
+def contact_sheet(strips: Sequence[Strip], path: Path) -> Path:
+    """Draw strips below each other, each under its title, and write an image file."""
+    columns = max(len(strip.pictures) for strip in strips)
+    cell, height = PICTURE + GAP, LINE + PICTURE + GAP
+    size = 2 * MARGIN + columns * cell - GAP, 2 * MARGIN + len(strips) * height
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, strip in enumerate(strips):
+        top = MARGIN + number * height
+        draw.text((MARGIN, top - 2), strip.title, fill=INK, font=_font(14))
+        for place, (picture, marked) in enumerate(zip(strip.pictures, strip.marked, strict=True)):
+            corner = MARGIN + place * cell, top + LINE
+            sheet.paste(_make_thumbnail(picture), corner)
+            if marked:
+                outside = (
+                    corner[0] - 3,
+                    corner[1] - 3,
+                    corner[0] + PICTURE + 2,
+                    corner[1] + PICTURE + 2,
+                )
+                draw.rectangle(outside, outline=strip.colour, width=3)
     with replace_file(path) as temporary:
         sheet.save(temporary)
     return path

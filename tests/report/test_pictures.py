@@ -9,7 +9,16 @@ import torch
 from PIL import Image
 
 from fasterase.errors import InputError
-from fasterase.report.pictures import SheetRow, picture_sheet, top_captions
+from fasterase.report.pictures import (
+    GAP,
+    MARGIN,
+    PICTURE,
+    SheetRow,
+    Strip,
+    contact_sheet,
+    picture_sheet,
+    top_captions,
+)
 
 RED, GREEN = (0xC8, 0x10, 0x2E), (0x1A, 0x7F, 0x37)
 
@@ -50,6 +59,22 @@ def test_the_sheet_grows_by_rows_and_sections(tmp_path: Path) -> None:
 
     assert height(["forget"]) == height(["forget"] * 2) < height(["forget"] * 3)
     assert height(["forget"] * 3) < height(["forget", "retain", "holdout"])
+
+
+def test_marked_pictures_of_a_strip_are_framed(tmp_path: Path) -> None:
+    blue = Image.new("RGB", (40, 40), (0, 0, 255))
+    strips = [
+        Strip("apple", [blue, blue], [False, True], "#c8102e"),
+        Strip("dog", [blue], [True], "#1a7f37"),
+    ]
+    path = contact_sheet(strips, tmp_path / "sheet.png")
+    middle = MARGIN + PICTURE + GAP // 2
+    with Image.open(path) as image:
+        assert image.size[0] == 2 * MARGIN + 2 * PICTURE + GAP
+        half = image.height // 2
+    assert {GREEN, RED} & colours(path, (0, 0, middle, half)) == set()
+    assert {GREEN, RED} & colours(path, (middle, 0, image.width, half)) == {RED}
+    assert {GREEN, RED} & colours(path, (0, half, middle, image.height)) == {GREEN}
 
 
 def test_captions_of_several_lines_are_drawn_on_one(tmp_path: Path) -> None:
