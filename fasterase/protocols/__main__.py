@@ -5,59 +5,112 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from fasterase.config import UnlearnConfig
 from fasterase.errors import FaseraseError
 from fasterase.protocols.cc12m import CC12M
 from fasterase.protocols.cifar100 import CIFAR
+from fasterase.protocols.diffusion import CONCEPT, CONTROLS, MODELS, DiffusionCheck, run_check
 from fasterase.protocols.flickr30k import FLICKR
 from fasterase.protocols.protocol import TABLE, Protocol, run_protocol
 
-# A new protocol is one file and one entry here.
+# A new protocol that erases from a model is one file and one entry here.
 PROTOCOLS: dict[str, Protocol] = {"cifar100": CIFAR, "flickr30k": FLICKR, "cc12m": CC12M}
+DIFFUSION = "diffusion"
+_CHECK_FIELDS = {field.name for field in fields(DiffusionCheck)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 0 done, 2 wrong input."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fasterase.protocols",
-        description="Repeat an experiment of CLIPErase (Yang et al., ACL 2025) with any model.",
-        epilog="\n\n".join(f"{name}: DATA is {each.data}." for name, each in PROTOCOLS.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("protocol", choices=PROTOCOLS)
-    parser.add_argument("--model", required=True, help="as in `fasterase unlearn`")
-    parser.add_argument("--data", type=Path, required=True, help="folder of the data set")
-    parser.add_argument("--output", type=Path, help="folder of the results: runs/PROTOCOL")
-    parser.add_argument("--concept", help="what to erase instead of the protocol's own choice")
-    parser.add_argument("--cases", nargs="+", default=[], help="run only these cases")
-    parser.add_argument("--recipe", choices=("fasterase", "cliperase"), default="fasterase")
-    parser.add_argument("--config", type=Path, help="YAML file of the recipe's fields instead")
-    parser.add_argument("--max_pairs", type=int, default=5000, help="pairs measured of each set")
-    options = parser.parse_args(argv)
+    options = _parse(argv)
+    output = options.output or Path("runs") / options.protocol
     try:
-        if options.config is not None:
-            config = UnlearnConfig.from_yaml(options.config)
-        else:
-            cliperase = options.recipe == "cliperase"
-            config = UnlearnConfig.cliperase() if cliperase else UnlearnConfig()
-        output = options.output or Path("runs") / options.protocol
-        table = run_protocol(
-            PROTOCOLS[options.protocol],
-            options.model,
-            options.data,
-            output,
-            config=config,
-            concept=options.concept,
-            only=options.cases,
-            max_pairs=options.max_pairs,
-        )
+        run = _run_diffusion if options.protocol == DIFFUSION else _run_protocol
+        table = run(options, output)
     except FaseraseError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{table}\nWritten to {output / TABLE}.")
     return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    described = {name: f"DATA is {each.data}." for name, each in PROTOCOLS.items()}
+    described[DIFFUSION] = MODELS
+    parser = argparse.ArgumentParser(
+        prog="python -m fasterase.protocols",
+        description="Repeat an experiment of CLIPErase (Yang et al., ACL 2025) with any model.",
+        epilog="\n\n".join(f"{name}: {text}" for name, text in described.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="protocol", required=True)
+    for name, text in described.items():
+        command = commands.add_parser(name, description=text)
+        command.add_argument("--output", type=Path, help=f"folder of the results: runs/{name}")
+        if name == DIFFUSION:
+            _add_diffusion(command)
+        else:
+            _add_erasing(command)
+    return parser.parse_args(argv)
+
+
+def _add_erasing(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", required=True, help="as in `fasterase unlearn`")
+    command.add_argument("--data", type=Path, required=True, help="folder of the data set")
+    command.add_argument("--concept", help="what to erase instead of the protocol's own choice")
+    command.add_argument("--cases", nargs="+", default=[], help="run only these cases")
+    command.add_argument("--recipe", choices=("fasterase", "cliperase"), default="fasterase")
+    command.add_argument("--config", type=Path, help="YAML file of the recipe's fields instead")
+    command.add_argument("--max_pairs", type=int, default=5000, help="pairs measured of each set")
+
+
+def _run_protocol(options: argparse.Namespace, output: Path) -> str:
+    if options.config is not None:
+        config = UnlearnConfig.from_yaml(options.config)
+    else:
+        cliperase = options.recipe == "cliperase"
+        config = UnlearnConfig.cliperase() if cliperase else UnlearnConfig()
+    return run_protocol(
+        PROTOCOLS[options.protocol],
+        options.model,
+        options.data,
+        output,
+        config=config,
+        concept=options.concept,
+        only=options.cases,
+        max_pairs=options.max_pairs,
+    )
+
+
+def _add_diffusion(command: argparse.ArgumentParser) -> None:
+    """Add a flag per field of `DiffusionCheck`, under its name unless `dest` says otherwise."""
+
+    def add(flag: str, **settings: Any) -> None:
+        # What is not given is left to the dataclass.
+        command.add_argument(flag, default=argparse.SUPPRESS, **settings)
+
+    add("--pipeline", required=True, help="Stable Diffusion 1 or 2: folder or hub id")
+    add("--erased", required=True, help="the erased CLIP, as --model of `fasterase evaluate`")
+    add("--detector", required=True, help="OWL-ViT or OWLv2: folder or hub id")
+    add("--model", help="the CLIP before erasing, to check that the pipeline has its text tower")
+    add("--concept", dest="concepts", nargs="+", help=f"what was erased: {CONCEPT}")
+    add("--controls", nargs="*", help=f"what should still be drawn: {' '.join(CONTROLS)}")
+    add("--templates", nargs="+", help='prompts with {} for the object, as in "a photo of a {}"')
+    add("--images", type=int, help="pictures of each prompt, with each text encoder: 10")
+    add("--threshold", type=float, help="score from which on a detection counts: 0.2")
+    add("--steps", type=int, help="denoising steps: 50")
+    add("--guidance", type=float, help="scale of the classifier-free guidance: 7.5")
+    add("--seed", type=int, help="of the latents: 0")
+    add("--batch_size", type=int, help="pictures drawn at once: 5")
+    add("--device", help="where to run: the accelerator if there is one")
+
+
+def _run_diffusion(options: argparse.Namespace, output: Path) -> str:
+    given = {name: value for name, value in vars(options).items() if name in _CHECK_FIELDS}
+    return run_check(DiffusionCheck(**given), output)
 
 
 if __name__ == "__main__":
