@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from fasterase.config import UnlearnConfig, describe_recipe, parse_value
+from fasterase.config import UnlearnConfig, describe_recipe
 from fasterase.encode import PairEncoder
 from fasterase.engine.advice import advise
 from fasterase.engine.clock import RunClock
@@ -35,6 +35,7 @@ from fasterase.models.companions import remember
 from fasterase.models.delta import keep_original
 from fasterase.models.dual_encoder import DualEncoder, separate_copy
 from fasterase.models.load import load_model
+from fasterase.option_values import parse_value
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.overlap import remove_overlap
 from fasterase.pairs.processes import count_workers

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from fasterase.errors import InputError
+from fasterase.option_values import parse_value, suggest_names
 
 Recipe = Literal["fasterase", "cliperase"]
 
@@ -59,6 +57,9 @@ class UnlearnConfig:
             forget captions; `None` is the paper.
         forget_augment: apply random affine transforms and tints to forget images, so that the
             association is erased for unseen pictures too. False is the paper.
+        forget_words: before training, replace the vectors of tokens that only forget captions use
+            by such as have no meaning. Nothing else changes, and what was known of them is gone,
+            not hidden. Needs `tune="all"` or `"text"`; other runs go without. False is the paper.
         negatives: `"own"` uses one similarity matrix per set; `"joint"` uses one over both sets.
 
     > Steps
@@ -149,6 +150,7 @@ class UnlearnConfig:
     forget_loss: Literal["similarity", "contrastive"] = "similarity"
     floor: float | Literal["auto"] | None = "auto"
     forget_augment: bool = True
+    forget_words: bool = True
     negatives: Literal["own", "joint"] = "own"
     # steps
     epochs: int | Literal["auto"] = "auto"
@@ -287,6 +289,7 @@ class UnlearnConfig:
             "floor": None,
             "anchor_weight": 0.0,
             "forget_augment": False,
+            "forget_words": False,
             "epochs": 20,
             "lr": 1e-6,
             "optimizer": "adam",
@@ -397,46 +400,6 @@ def format_yaml(values: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
 
 
-def parse_value(name: str, value: Any, hint: Any) -> Any:
-    """Convert `value` to the type that `hint` asks for.
-
-    A string that spells a number is accepted as a float, since YAML reads `1e-5` as a string.
-
-    Raises:
-        InputError: no type in `hint` accepts the value; the message starts with `name`.
-    """
-    for kind in _kinds(hint):
-        try:
-            return _convert(value, kind)
-        except (ValueError, OverflowError):
-            continue
-    null = " (null in YAML)" if type(None) in _kinds(hint) else ""
-    raise InputError(f"{name}={value!r} is not usable: expected {describe_type(hint)}{null}.")
-
-
-def describe_type(hint: Any) -> str:
-    """Describe a type hint in words, such as "a finite number or 'auto' or None"."""
-    words = {int: "a whole number", float: "a finite number", bool: "True or False", str: "text"}
-    described = []
-    for kind in _kinds(hint):
-        container, items = get_origin(kind), get_args(kind)
-        if isinstance(kind, str):
-            described.append(repr(kind))
-        elif kind is type(None):
-            described.append("None")
-        elif container is tuple:
-            described.append(f"{len(items)} numbers")
-        else:
-            described.append(words.get(kind) or f"a {container.__name__}")
-    return " or ".join(described)
-
-
-def suggest_names(name: object, known: Iterable[str], *, otherwise: str) -> str:
-    """Return " Did you mean x?" with the names closest to `name`, or `otherwise` if none is."""
-    close = get_close_matches(str(name), list(known), n=3)
-    return f" Did you mean {' or '.join(close)}?" if close else f" {otherwise}"
-
-
 # Other libraries' words for arguments of `unlearn`.
 _ARGUMENTS = {
     "processor": " Pass it as preprocess= or tokenizer=: it gives both.",
@@ -459,40 +422,3 @@ def _check_names(values: Mapping[str, Any]) -> dict[str, Any]:
 def _check(config: UnlearnConfig, name: str, holds: bool, must: str) -> None:
     if not holds:
         raise InputError(f"{name}={getattr(config, name)!r} must {must}.")
-
-
-def _kinds(hint: Any) -> tuple[Any, ...]:
-    """List the alternatives of a union: types, and the strings of a `Literal`."""
-    if get_origin(hint) is Literal:
-        return get_args(hint)
-    if get_origin(hint) in (Union, UnionType):
-        return tuple(kind for part in get_args(hint) for kind in _kinds(part))
-    return (hint,)
-
-
-def _convert(value: Any, kind: Any) -> Any:
-    """Return `value` as `kind`, one of `_kinds`; `ValueError` or `OverflowError` if it is not."""
-    container, items = get_origin(kind), get_args(kind)
-    if isinstance(kind, str):
-        if isinstance(value, str) and value == kind:
-            return value
-    elif kind is float:
-        if isinstance(value, int | float | str) and not isinstance(value, bool):
-            number = float(value)
-            if math.isfinite(number):
-                return number
-    elif kind is str:
-        if isinstance(value, str | PathLike):
-            return str(value)
-    elif container is tuple:
-        if isinstance(value, list | tuple) and len(value) == len(items):
-            return tuple(_convert(item, part) for item, part in zip(value, items, strict=True))
-    elif container is list:
-        if isinstance(value, list):
-            return [_convert(item, items[0]) for item in value]
-    elif container is dict:
-        if isinstance(value, Mapping):
-            return dict(value)
-    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-        return value
-    raise ValueError

@@ -12,6 +12,7 @@ import enum
 import numpy as np
 
 
+@enum.unique
 class Stream(enum.IntEnum):
     """One entry per use of random numbers; the values are part of what a seed means."""
 
@@ -28,10 +29,11 @@ class Stream(enum.IntEnum):
     EXAMPLES = 10  # captions and pictures of the picture sheet
     PROBE = 11  # folds of the probing attack
     LEFT_OUT = 12  # retain rows left out of batches larger than half the set, per pass
-    RELEARN = 12  # pairs that the relearning attack is given
     PROMPT = 13  # images, words and replacements of the search for prompts
     LORA = 14  # low-rank adapters as they begin
     LATENTS = 15  # pictures of the diffusion check, per prompt and picture
+    RELEARN = 16  # pairs that the relearning attack is given
+    WORDS = 17  # captions whose words are compared, and the vectors of words without a meaning
 
 
 def generator(seed: int, stream: Stream, *position: int) -> np.random.Generator:

@@ -21,6 +21,7 @@ PACKAGE = ROOT / "fasterase"
 # Each part may import itself and what stands before it.
 ORDER = [
     "errors",
+    "option_values",
     "config",
     "files",
     "seeds",

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple, NoReturn, get_type_hints
 
 import fasterase
 from fasterase.cli.flags import DemoFlags, EvaluateFlags, PlanFlags, SplitFlags, UnlearnFlags
-from fasterase.config import UnlearnConfig, describe_type, parse_value, read_yaml, suggest_names
+from fasterase.config import UnlearnConfig, read_yaml
 from fasterase.errors import InputError
+from fasterase.option_values import describe_type, parse_value, suggest_names
 
 COMMANDS = {
     "unlearn": "make a CLIP model forget a set of image-text pairs",

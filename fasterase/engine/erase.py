@@ -38,6 +38,7 @@ from fasterase.engine.optim import (
 from fasterase.engine.pacing import (
     MAX_STEPS,
     AutomaticPacing,
+    Check,
     FixedPacing,
     LineFollower,
     LinePacing,
@@ -46,6 +47,7 @@ from fasterase.engine.pacing import (
 )
 from fasterase.engine.prefix_cache import VIEWS, open_prefix_cache
 from fasterase.engine.trackers import require_tracker
+from fasterase.engine.words import forget_words
 from fasterase.errors import InputError, NonFiniteError, PreemptedError, ResumeError
 from fasterase.evaluation.evaluation import Evaluation
 from fasterase.evaluation.evaluator import Evaluator
@@ -58,7 +60,7 @@ from fasterase.models.lora import LoraAdapter, adapting, parse_rank
 from fasterase.ops.contrastive.api import choose_backend
 from fasterase.pairs.batches import step_batches
 from fasterase.pairs.processes import count_workers
-from fasterase.pairs.sampler import Sampler
+from fasterase.pairs.sampler import Sampler, drawn_rows
 from fasterase.pairs.skips import SkipLedger
 from fasterase.pairs.source import PairSource
 from fasterase.parallel.engine import Engine
@@ -239,10 +241,22 @@ def erase(
             )
             # Of a model with adapters, these are all that is free.
             trained = Trained.choose(model, "all", logit_scale=config.train_logit_scale)
+        checks = Checks(encoder, sets, judge, baseline, max_damage=config.max_damage)
+        first = checks.original()
+        if config.forget_words and config.forget_weight and not baseline.is_never_known:
+            drawn = drawn_rows(sampler, total_steps)[1]
+            count = forget_words(
+                model, forget, retain, drawn=drawn, trained=trained, seed=config.seed, ranks=ranks
+            )
+            if count and config.progress and ranks.is_first:
+                tqdm.write(
+                    f"fasterase: took the meaning from {count} tokens of the forget set alone"
+                )
+            if count and pool is not None:
+                first = checks()
         device = model.device  # an engine may move the model away while it trains a copy
         working = working_model(model, config)
         parameters = trained.parameters(working.module).values()
-        checks = Checks(encoder, sets, judge, baseline, max_damage=config.max_damage)
         with (
             torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []),
             training(working.module, parameters, train_mode=config.train_mode),
@@ -261,7 +275,7 @@ def erase(
                 ranks=ranks,
                 prefixes=prefixes,
             )
-            pacing = _build_pacing(config, sampler, engine, checks, total_steps=total_steps)
+            pacing = _build_pacing(config, sampler, engine, checks, first, total_steps=total_steps)
             if saved is not None:
                 clock.earlier = saved.seconds
                 _resume(saved, trainer, pacing, progress=config.progress)
@@ -342,7 +356,13 @@ def _build_judge(
 
 
 def _build_pacing(
-    config: UnlearnConfig, sampler: Sampler, engine: Engine, checks: Checks, *, total_steps: int
+    config: UnlearnConfig,
+    sampler: Sampler,
+    engine: Engine,
+    checks: Checks,
+    first: Check,
+    *,
+    total_steps: int,
 ) -> Pacing:
     if config.runs_until_forgotten:
         return AutomaticPacing(
@@ -350,7 +370,7 @@ def _build_pacing(
             check=checks,
             weights=engine.weights,
             load=engine.load_weights,
-            original=checks.original(),
+            first=first,
             max_steps=total_steps,
         )
     is_forgotten = checks.is_forgotten if config.stop_when_forgotten else None

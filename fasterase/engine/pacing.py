@@ -317,7 +317,7 @@ class AutomaticPacing:
         check: measures the model.
         weights: copies the trained weights, to CPU.
         load: puts such a copy back.
-        original: the check of the original, the first candidate for the best weights.
+        first: the check of the weights that training starts from, the first candidate for the best.
         max_steps: the budget.
     """
 
@@ -328,7 +328,7 @@ class AutomaticPacing:
         check: Callable[[], Check],
         weights: Callable[[], dict[str, Tensor]],
         load: Callable[[dict[str, Tensor]], None],
-        original: Check,
+        first: Check,
         max_steps: int,
     ) -> None:
         self.total_steps = max_steps
@@ -342,7 +342,7 @@ class AutomaticPacing:
         self._fade_from: tuple[int, float] | None = None  # first step and its lr
         self._fades = 0
         self._has_exceeded = False
-        self._best_rank = _rank(original, faded=False)
+        self._best_rank = _rank(first, faded=False)
         self._best = weights()
 
     def lr(self, step: int) -> float:

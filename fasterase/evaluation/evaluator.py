@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasterase.config import parse_value
 from fasterase.encode import PairEncoder, PairFeatures
 from fasterase.errors import InputError
 from fasterase.evaluation.evaluation import Evaluation
@@ -37,6 +36,7 @@ from fasterase.evaluation.zero_shot import (
     encode_classes,
     score_accuracy,
 )
+from fasterase.option_values import parse_value
 from fasterase.pairs.skips import Skip
 from fasterase.pairs.source import PairSource
 from fasterase.report.curves import Series

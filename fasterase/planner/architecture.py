@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fasterase.config import suggest_names
 from fasterase.errors import InputError
 from fasterase.models import huggingface, openclip
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.load import load_model
 from fasterase.models.openclip_config import Config, build_from_config
+from fasterase.option_values import suggest_names
 
 _FORMS = (
     'an open_clip name ("ViT-B-32", with or without "/tag"), "hf-hub:org/name" (open_clip), '

@@ -207,7 +207,7 @@ class Run:
             check=self._check,
             weights=lambda: {"step": torch.tensor(self.step)},
             load=self._load,
-            original=KNOWN,
+            first=KNOWN,
             max_steps=total,
         )
 

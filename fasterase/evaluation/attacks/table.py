@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from fasterase.config import suggest_names
 from fasterase.errors import InputError, import_extra
 from fasterase.evaluation.attacks.membership import membership
 from fasterase.evaluation.attacks.probe import probe
@@ -19,6 +18,7 @@ from fasterase.evaluation.attacks.relearn import relearn
 from fasterase.evaluation.attacks.swap import swap
 from fasterase.evaluation.figures import Found
 from fasterase.evaluation.target import Target
+from fasterase.option_values import suggest_names
 
 
 class Attack(NamedTuple):

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from fasterase.config import suggest_names
 from fasterase.errors import InputError, import_extra
 from fasterase.evaluation.figures import Found
 from fasterase.evaluation.target import Target
 from fasterase.evaluation.tasks.classify import linear_probe, prototypes, zero_shot
 from fasterase.evaluation.tasks.paraphrases import paraphrases
 from fasterase.evaluation.tasks.retrieve import image_retrieval, retrieval
+from fasterase.option_values import suggest_names
 
 
 class Task(NamedTuple):

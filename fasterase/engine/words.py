@@ -1,0 +1,115 @@
+"""Words that only forget captions use: what the text tower knows by them is taken out at once.
+
+A text tower meets a word as the vector of its tokens. Where no caption to keep uses a token, its
+vector can be replaced by that of a word without a meaning: the tower then knows no more of it than
+one that never read it, and nothing else changes. Training alone moves the vector only as far as it
+takes to hide the association, from where one pair brings it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fasterase.engine.optim import Trained
+from fasterase.models.dual_encoder import DualEncoder
+from fasterase.pairs.skips import BrokenPair
+from fasterase.pairs.source import PairSource
+from fasterase.parallel.ranks import Ranks
+from fasterase.seeds import Stream, generator, torch_seed
+
+# Pairs of each set whose captions are read. A token in none of so many is in fewer than 3 of
+# 100,000 captions (at 95 %, the rule of three).
+READ_PAIRS = 100_000
+# Captions that are made into tokens at a time.
+CAPTIONS_AT_ONCE = 1024
+# Spread of the new vectors, as a share of that of all. Without any, all words would be the same
+# word, and relearning one of them would teach the others.
+SPREAD = 0.3
+
+
+def forget_words(
+    model: DualEncoder,
+    forget: PairSource,
+    retain: PairSource,
+    *,
+    drawn: np.ndarray,
+    trained: Trained,
+    seed: int,
+    ranks: Ranks,
+) -> int:
+    """Take the meaning from tokens of forget captions that no retain caption has.
+
+    Their vectors become the mean of all plus noise (`SPREAD`). Nothing changes if the table of
+    vectors is not trained or not known, or if there are no retain captions, which say what is kept.
+
+    Args:
+        model: the model, changed in place, on every rank alike.
+        forget, retain: of each, the captions of at most `READ_PAIRS` pairs are read.
+        drawn: rows of retain that are read in any case: those that the run draws.
+        trained: what may change.
+        seed: of the noise, and of the pairs that are read.
+        ranks: who takes part; the first one reads the captions.
+
+    Returns:
+        The number of these tokens.
+    """
+    table = _find_table(model)
+    may_change = trained.parameters(model.module).values()
+    if table is None or not any(table is each for each in may_change) or not len(retain):
+        return 0
+
+    def find() -> list[int]:
+        some = [
+            generator(seed, Stream.WORDS, place).permutation(len(source))[:READ_PAIRS]
+            for place, source in enumerate((forget, retain))
+        ]
+        kept = _read_tokens(model, retain, np.union1d(some[1], drawn))
+        return sorted(_read_tokens(model, forget, some[0]) - kept)
+
+    tokens = ranks.on_first(find)
+    if tokens:
+        random = torch.Generator().manual_seed(torch_seed(seed, Stream.WORDS))
+        noise = torch.randn(len(tokens), table.shape[1], generator=random).to(table)
+        with torch.no_grad():
+            table[tokens] = table.mean(0) + SPREAD * table.std() * noise
+    return len(tokens)
+
+
+def _find_table(model: DualEncoder) -> Tensor | None:
+    """Return the vectors of all tokens, [vocab_size, width]."""
+    found = {
+        id(part.weight): part.weight
+        for parts in model.text_parts().everything
+        if isinstance(parts, nn.Module)
+        for part in parts.modules()
+        if isinstance(part, nn.Embedding) and part.num_embeddings == model.vocab_size
+    }
+    return next(iter(found.values())) if len(found) == 1 else None
+
+
+def _read_tokens(model: DualEncoder, source: PairSource, rows: np.ndarray) -> set[int]:
+    found: set[int] = set()
+    captions: set[str] = set()
+    for row in rows.tolist():
+        for text in _read_texts(source, row):
+            if isinstance(text, Tensor):
+                found.update(text.tolist())
+            else:
+                captions.add(text)
+    listed = sorted(captions)
+    for start in range(0, len(listed), CAPTIONS_AT_ONCE):
+        ids = model.tokenize(listed[start : start + CAPTIONS_AT_ONCE]).ids
+        found.update(ids.unique().tolist())
+    return found
+
+
+def _read_texts(source: PairSource, row: int) -> Iterator[str | Tensor]:
+    try:
+        texts = source.texts(row)
+    except BrokenPair:
+        return
+    yield from [texts] if isinstance(texts, Tensor) else texts
