@@ -35,7 +35,6 @@ from fasterase.models.companions import remember
 from fasterase.models.delta import keep_original
 from fasterase.models.dual_encoder import DualEncoder, separate_copy
 from fasterase.models.load import load_model
-from fasterase.option_values import parse_value
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.overlap import remove_overlap
 from fasterase.pairs.processes import count_workers
@@ -70,8 +69,8 @@ def unlearn(
     """Make `model` forget the associations of the `forget` pairs and keep the rest (CLIPErase).
 
     Minimises `forget_weight L_F + retain_weight L_R + consistency_weight L_C + anchor_weight L_A`
-    (Yang et al., CLIPErase, ACL 2025, and our floor and anchor; see `fasterase.erase_loss`) over
-    both towers, and changes the weights in place. By default the run ends once the concept is
+    (Yang et al., CLIPErase, ACL 2025, and our floor, cross terms and anchor: see `erase_loss`)
+    over both towers, and changes the weights in place. By default the run ends once the concept is
     forgotten (`result.verdict`), within a budget of steps and of damage to everything else; a model
     that does not know the pairs is left as it is. Any verdict but "forgotten" warns.
 
@@ -362,7 +361,7 @@ def evaluate(
     sources, to_forget = _open_sets(forget, retain, holdout, sets, forget_sets, **keys)
     strangers = None if non_members is None else open_pairs(non_members, name="non_members", **keys)
     others = _named_models(original, references)
-    workers = count_workers(parse_value("num_workers", num_workers, int | Literal["auto"]))
+    workers = count_workers(num_workers)
     if workers < 0:
         raise InputError(f"num_workers={num_workers} must be 0 or more, or 'auto'.")
     evaluator = Evaluator(

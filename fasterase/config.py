@@ -55,6 +55,9 @@ class UnlearnConfig:
         floor: cosine below which a forget pair is no longer pushed. `"auto"` takes the original's
             mean cosine between forget images and retain captions, and between retain images and
             forget captions; `None` is the paper.
+        cross_weight: weight, within the forgetting loss, of the cosines of forget images with the
+            original's features of their captions, and the reverse: both towers forget, and neither
+            below the floor. With `"similarity"` and a retain set. 0 is the paper.
         forget_augment: apply random affine transforms and tints to forget images, so that the
             association is erased for unseen pictures too. False is the paper.
         forget_words: before training, replace the vectors of tokens that only forget captions use
@@ -149,6 +152,7 @@ class UnlearnConfig:
     anchor_weight: float = 30.0
     forget_loss: Literal["similarity", "contrastive"] = "similarity"
     floor: float | Literal["auto"] | None = "auto"
+    cross_weight: float = 1.0
     forget_augment: bool = True
     forget_words: bool = True
     negatives: Literal["own", "joint"] = "own"
@@ -203,6 +207,7 @@ class UnlearnConfig:
             "retain_weight",
             "consistency_weight",
             "anchor_weight",
+            "cross_weight",
             "weight_decay",
             "warmup_steps",
             "seed",
@@ -276,6 +281,11 @@ class UnlearnConfig:
         """Whether the run ends by itself: `epochs="auto"`, and no `max_steps`."""
         return self.epochs == "auto" and self.max_steps is None
 
+    @property
+    def crosses_towers(self) -> bool:
+        """Whether the forgetting loss compares with the original's features of forget pairs."""
+        return bool(self.cross_weight and self.forget_weight and self.forget_loss == "similarity")
+
     @classmethod
     def cliperase(cls, **overrides: Any) -> UnlearnConfig:
         """Return the paper's recipe as far as it is known, with `overrides`.
@@ -288,6 +298,7 @@ class UnlearnConfig:
         paper: dict[str, Any] = {
             "floor": None,
             "anchor_weight": 0.0,
+            "cross_weight": 0.0,
             "forget_augment": False,
             "forget_words": False,
             "epochs": 20,

@@ -23,6 +23,7 @@ from fasterase.ops.contrastive.checks import (
 )
 from fasterase.ops.contrastive.products import check_products
 
+_WEIGHTS = ("forget_weight", "retain_weight", "consistency_weight", "anchor_weight", "cross_weight")
 FORGET_LOSSES = ("similarity", "contrastive")
 NEGATIVES = ("own", "joint")
 
@@ -49,6 +50,7 @@ class Objective(NamedTuple):
     negatives: str = "own"
     backend: str = "auto"
     products: str = "auto"
+    cross_weight: float = 0.0
 
 
 def erase_loss(
@@ -70,6 +72,7 @@ def erase_loss(
     negatives: str = "own",
     backend: str = "auto",
     products: str = "auto",
+    cross_weight: float = 0.0,
 ) -> EraseLoss:
     """CLIPErase (Yang et al., ACL 2025): `3 L_F + 1 L_R + 3 L_C`, by default as in the paper.
 
@@ -85,12 +88,19 @@ def erase_loss(
     An empty set contributes 0. A similarity matrix that no weight uses is not computed, and its
     terms are reported as 0; the same holds for the KL and the anchor at weight 0.
 
+    With `cross_weight` c > 0 (not in the paper) either tower forgets also beside the original's
+    other one, and none goes too far:
+
+        forget      = e(image, text) + c (e(image, ref_text) + e(ref_image, text)), where
+        e(a, b)     = max(cos - floor, 0).mean() + max(floor - cos.mean(), 0)
+        cos         = (a * b).sum(1)[F]
+
     Args:
         image, text: L2-normalised features; row i of both is pair i, forget pairs first. They are
             used as given: for rows that are not normalised, "cos" is the dot product.
         scale: exp(logit_scale), a 0-d tensor or a float.
         ref_image, ref_text, ref_scale: the frozen original's, constants; may be None where the
-            weights of consistency and anchor are 0. The anchor needs D0 == D.
+            weights of consistency, anchor and cross are 0. Anchor and cross need D0 == D.
         n_forget: how many rows are forget pairs, 0 to N.
         forget_loss: "similarity", or "contrastive": minus the symmetric InfoNCE of the forget rows.
             If the whole forget set has one caption, it needs `negatives="joint"` to have an effect.
@@ -101,6 +111,7 @@ def erase_loss(
         negatives: "own": forget and retain are two similarity matrices. "joint": one over all rows,
             each loss the mean over its own rows.
         backend, products: as in `fasterase.contrastive`.
+        cross_weight: see above; acts with "similarity". Without a floor, e is the mean cosine.
 
     Returns:
         `EraseLoss(total, forget, retain, consistency, anchor)`, fp32 (fp64 for fp64 features),
@@ -119,6 +130,7 @@ def erase_loss(
         negatives,
         backend,
         products,
+        cross_weight,
     )
     pairs = _check(objective, image, text, scale, ref_image, ref_text, ref_scale, labels, n_forget)
     forget, retain, consistency, anchor = _compute_terms(pairs, objective, is_weighted=False)[1]
@@ -277,12 +289,30 @@ def _select_losses(losses: Contrastive, rows: slice) -> Contrastive:
 
 
 def _compute_forget(pairs: _Pairs, objective: Objective, losses: Contrastive | None) -> Tensor:
-    floor = objective.floor
-    if objective.forget_loss == "similarity":
-        dtype, rows = pairs.scale.dtype, pairs.forget_rows
-        cosine = (pairs.image[rows].to(dtype) * pairs.text[rows].to(dtype)).sum(1)
-        return pairs.mean(cosine if floor is None else (cosine - floor).clamp_min(0))
-    return pairs.zero if losses is None else -pairs.mean((losses.ce_row + losses.ce_col) / 2)
+    if objective.forget_loss != "similarity":
+        return pairs.zero if losses is None else -pairs.mean((losses.ce_row + losses.ce_col) / 2)
+    rows, dtype = pairs.forget_rows, pairs.scale.dtype
+    if not pairs.n_forget:
+        return pairs.zero
+    image, text = pairs.image[rows].to(dtype), pairs.text[rows].to(dtype)
+    weight = objective.cross_weight
+    own = _exceed(image, text, objective)
+    if not weight:
+        return own
+    assert pairs.ref_image is not None
+    assert pairs.ref_text is not None
+    ref_image, ref_text = pairs.ref_image[rows].to(dtype), pairs.ref_text[rows].to(dtype)
+    crossed = _exceed(image, ref_text, objective) + _exceed(ref_image, text, objective)
+    return own + weight * crossed
+
+
+def _exceed(image: Tensor, text: Tensor, objective: Objective) -> Tensor:
+    """How far cosines are above the floor; with cross terms, also how far their mean is below."""
+    cosine, floor = (image * text).sum(1), objective.floor
+    if floor is None:
+        return cosine.mean()
+    above = (cosine - floor).clamp_min(0).mean()
+    return above + (floor - cosine.mean()).clamp_min(0) if objective.cross_weight else above
 
 
 def _compute_retain(pairs: _Pairs, losses: Contrastive | None) -> tuple[Tensor, Tensor]:
@@ -352,7 +382,7 @@ def _check_batch(image: Any, text: Any, scale: Any, labels: Any, n_forget: Any) 
 
 
 def _check_options(objective: Objective) -> None:
-    for name in ("forget_weight", "retain_weight", "consistency_weight", "anchor_weight"):
+    for name in _WEIGHTS:
         weight = getattr(objective, name)
         if not _is_number(weight) or weight < 0:
             raise InputError(f"{name} must be a number of at least 0; got {weight!r}.")
@@ -388,9 +418,11 @@ def _check_originals(
     objective: Objective,
 ) -> None:
     features, scale = {"ref_image": ref_image, "ref_text": ref_text}, {"ref_scale": ref_scale}
+    crosses = objective.cross_weight if objective.forget_loss == "similarity" else 0
     for weight_name, weight, needed in (
         ("consistency_weight", objective.consistency_weight, features | scale),
         ("anchor_weight", objective.anchor_weight, features),
+        ("cross_weight", crosses, features),
     ):
         missing = [name for name, value in needed.items() if value is None]
         if weight and missing:
@@ -402,11 +434,11 @@ def _check_originals(
         raise InputError("ref_image and ref_text go together; pass both, or None for both.")
     if ref_image is not None:
         check_reference(image, ref_image, ref_text)
-        if objective.anchor_weight and ref_image.shape != image.shape:
-            raise InputError(
-                f"anchor_weight={objective.anchor_weight} needs original features as wide as "
-                f"the current ones; got {ref_image.shape[1]} and {image.shape[1]}. "
-                f"Pass anchor_weight=0."
-            )
+        for name, weight in (("anchor_weight", objective.anchor_weight), ("cross_weight", crosses)):
+            if weight and ref_image.shape != image.shape:
+                raise InputError(
+                    f"{name}={weight} needs original features as wide as the current ones; "
+                    f"got {ref_image.shape[1]} and {image.shape[1]}. Pass {name}=0."
+                )
     if ref_scale is not None:
         check_scale(ref_scale, "ref_scale")

@@ -130,6 +130,7 @@ def erase_loss(
     floor: float | None = None,
     anchor_weight: float = 0.0,
     negatives: str = "own",
+    cross_weight: float = 0.0,
 ) -> tuple[dict[str, float], Gradient]:
     """The terms whose weight is not 0 (others 0) with their total, and the total's gradient."""
     total = len(batch.image)
@@ -156,12 +157,23 @@ def erase_loss(
             values["retain"] = own[:2].sum(0).mean() / 2
             values["consistency"] = own[2:].sum(0).mean() if consistency_weight else 0.0
     if forget_loss == "similarity" and n_forget:
-        for i in range(n_forget):
-            cosine = float(batch.image[i] @ batch.text[i])
-            if floor is None or cosine > floor:
-                values["forget"] += (cosine - (floor or 0.0)) / n_forget
-                gradient.image[i] += forget_weight / n_forget * batch.text[i]
-                gradient.text[i] += forget_weight / n_forget * batch.image[i]
+        for weight, image, text, d_image, d_text in (
+            (1.0, batch.image, batch.text, gradient.image, gradient.text),
+            (cross_weight, batch.image, batch.ref_text, gradient.image, None),
+            (cross_weight, batch.ref_image, batch.text, None, gradient.text),
+        ):
+            if weight:
+                cosines = [float(image[i] @ text[i]) for i in range(n_forget)]
+                pulls = int(cross_weight and floor is not None and np.mean(cosines) < floor)
+                values["forget"] += weight * pulls * ((floor or 0.0) - np.mean(cosines))
+                for i, cosine in enumerate(cosines):
+                    is_above = int(floor is None or cosine > floor)
+                    values["forget"] += weight * is_above * (cosine - (floor or 0.0)) / n_forget
+                    share = weight * (is_above - pulls) * forget_weight / n_forget
+                    if d_image is not None:
+                        d_image[i] += share * text[i]
+                    if d_text is not None:
+                        d_text[i] += share * image[i]
     if anchor_weight:
         for i in range(n_forget, total):
             for now, ref, grad in (

@@ -14,13 +14,12 @@ from fasterase.config import (
     COMMAND_KEYS,
     UnlearnConfig,
     describe_recipe,
-    describe_type,
     field_names,
     format_yaml,
-    parse_value,
     read_yaml,
 )
 from fasterase.errors import InputError
+from fasterase.option_values import describe_type, parse_value
 
 CONTRACT = {
     "forget_weight": 3.0,
@@ -68,12 +67,18 @@ CONTRACT = {
 def test_defaults_are_the_contract():
     values = {field.name: getattr(UnlearnConfig(), field.name) for field in _fields()}
     assert {name: values[name] for name in CONTRACT} == CONTRACT
-    assert set(values) - set(CONTRACT) == {"max_skipped", "prefix_cache"}
+    assert set(values) - set(CONTRACT) == {
+        "max_skipped",
+        "prefix_cache",
+        "cross_weight",
+        "forget_words",
+    }
 
 
 def test_cliperase_is_the_paper_and_takes_overrides():
     paper = UnlearnConfig.cliperase()
     assert (paper.floor, paper.anchor_weight, paper.forget_augment) == (None, 0.0, False)
+    assert (paper.cross_weight, paper.forget_words) == (0.0, False)
     assert (paper.lr, paper.optimizer, paper.max_grad_norm) == (1e-6, "adam", None)
     assert (paper.batch_size, paper.forget_batch_size) == (16, 16)
     weights = (paper.forget_weight, paper.retain_weight, paper.consistency_weight)

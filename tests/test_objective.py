@@ -37,6 +37,10 @@ CASES = [
     ((300, 1280), 512, 14.3, None, {"n_forget": 100, "consistency_weight": 0.0}),
     ((300, 1280), 512, 1.0, 40, {"n_forget": 100, "forget_weight": 0.0, "retain_weight": 0.5}),
     ((60, 16), 16, 14.3, 20, {"n_forget": 20, "retain_weight": 0.0, "negatives": "joint"}),
+    # The mean cosine is above the floor, below it, and without one.
+    ((60, 16), 16, 14.3, 20, {"n_forget": 20, "floor": 0.1, "cross_weight": 0.7}),
+    ((60, 16), 16, 14.3, 20, {"n_forget": 20, "floor": 0.85, "cross_weight": 0.7}),
+    ((60, 16), 16, 14.3, 20, {"n_forget": 20, "cross_weight": 1.0}),
 ]
 
 
@@ -303,6 +307,10 @@ WRONG = [
         {"ref_image": None, "ref_text": None, "anchor_weight": 1, "consistency_weight": 0},
         "ref_image and ref_text missing, but anchor_weight=1",
     ),
+    (
+        {"ref_image": None, "ref_text": None, "cross_weight": 1, "consistency_weight": 0},
+        "ref_image and ref_text missing, but cross_weight=1",
+    ),
     ({"ref_text": None, "consistency_weight": 0}, "ref_image and ref_text go together"),
     ({"ref_image": torch.zeros(6, 4, requires_grad=True)}, "ref_image requires grad"),
     ({"ref_image": torch.zeros(5, 4)}, "ref_image and ref_text must have the same shape"),
@@ -310,6 +318,10 @@ WRONG = [
     (
         {"ref_image": torch.zeros(6, 3), "ref_text": torch.zeros(6, 3), "anchor_weight": 1.0},
         "anchor_weight=1.0 needs original features as wide.*got 3 and 4",
+    ),
+    (
+        {"ref_image": torch.zeros(6, 3), "ref_text": torch.zeros(6, 3), "cross_weight": 1.0},
+        "cross_weight=1.0 needs original features as wide.*got 3 and 4",
     ),
 ]
 

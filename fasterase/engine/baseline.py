@@ -131,11 +131,14 @@ def measure_original(
         InputError: too many pairs cannot be read, or features are not finite.
     """
     forget, retain = sets["forget"], sets["retain"]
-    uses_reference = bool(
-        config.consistency_weight or config.anchor_weight or config.lr == "auto"
-    ) and bool(len(retain))
+    uses_reference = bool(len(retain)) and bool(
+        config.consistency_weight
+        or config.anchor_weight
+        or config.crosses_towers
+        or config.lr == "auto"
+    )
     uses_cache = uses_reference and forget.stable and retain.stable
-    with_forget = uses_cache and config.negatives == "joint"
+    with_forget = uses_cache and (config.negatives == "joint" or config.crosses_towers)
     wanted: dict[str, list[np.ndarray]] = {name: [] for name in sets}
     if uses_cache:
         # A retain set of millions is not encoded for a run that draws a fraction of it.

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from fasterase.config import UnlearnConfig, format_yaml
 from fasterase.encode import PairEncoder
 from fasterase.engine.baseline import (
+    Baseline,
     Checks,
     RetainPool,
     measure_original,
@@ -266,7 +267,7 @@ def erase(
             )
             trainer = Trainer(
                 engine,
-                GlobalLoss(_build_loss(model, trained, baseline.floor, config, precision), ranks),
+                GlobalLoss(_build_loss(model, trained, baseline, config, precision), ranks),
                 baseline.reference,
                 device=device,
                 precision=precision,
@@ -398,9 +399,9 @@ def _resume(saved: Checkpoint, trainer: Trainer, pacing: Pacing, *, progress: bo
 
 
 def _build_loss(
-    model: DualEncoder, trained: Trained, floor: float, config: UnlearnConfig, precision: str
+    model: DualEncoder, trained: Trained, baseline: Baseline, config: UnlearnConfig, precision: str
 ) -> FeatureLoss:
-    floor = config.floor if isinstance(config.floor, float) else floor
+    floor = config.floor if isinstance(config.floor, float) else baseline.floor
     applies_floor = config.floor is not None and config.forget_loss == "similarity"
     return FeatureLoss(
         image_trained=trained.image,
@@ -412,6 +413,7 @@ def _build_loss(
         retain_weight=config.retain_weight,
         consistency_weight=config.consistency_weight,
         anchor_weight=config.anchor_weight,
+        cross_weight=config.cross_weight if config.crosses_towers and baseline.reference else 0.0,
         forget_loss=config.forget_loss,
         floor=floor if applies_floor else None,
         negatives=config.negatives,

@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Literal
 
+from fasterase.option_values import parse_value
 from fasterase.parallel.ranks import ALONE, Ranks
 
 # More are of no use: two or three cores feed the largest towers of a GPU.
@@ -27,7 +28,11 @@ def count_workers(num_workers: int | Literal["auto"], ranks: Ranks = ALONE) -> i
 
     `"auto"` shares the cores that this process may use among the ranks of its host, and leaves one
     of each share to the rank itself; at most `MOST_PROCESSES`.
+
+    Raises:
+        InputError: `num_workers` is neither a whole number nor "auto".
     """
+    num_workers = parse_value("num_workers", num_workers, int | Literal["auto"])
     if num_workers != "auto":
         return num_workers
     return max(0, min(num_cpus() // ranks.on_this_host - 1, MOST_PROCESSES))

@@ -84,9 +84,9 @@ class CachedReference:
         cache: filled with the rows that the batches hold.
         forget, retain: the sources of the batches' rows.
         scale: 0-d, exp(logit_scale) of the original.
-        with_forget: also return features of forget rows, which only `negatives="joint"` uses; else
-            they are zeros. A cached row belongs to the plain image, not to its augmented view: the
-            original's answer to a picture is the target for every view of it.
+        with_forget: also return features of forget rows, which `negatives="joint"` and
+            `cross_weight` use; else they are zeros. A cached row belongs to the plain image, not to
+            its augmented view: the original's answer to a picture is the target for every view.
     """
 
     def __init__(

@@ -1,0 +1,135 @@
+"""Words that only the forget set uses: which they are, and what becomes of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import fasterase
+from fasterase.engine import words
+from fasterase.engine.optim import Trained
+from fasterase.engine.words import forget_words
+from fasterase.models.load import load_model
+from fasterase.pairs.open import open_pairs
+from fasterase.pairs.source import Subset
+from fasterase.parallel.ranks import ALONE
+from tests import small_models
+from tests.tiny_concepts import FORGOTTEN, KEPT, concept_pairs, knowing_model
+
+PICTURE = torch.zeros(3, small_models.IMAGE_SIZE, small_models.IMAGE_SIZE)
+FORGET = ["a zebra", ["a zebra on grass", "stripes"]]
+RETAIN = ["a horse on grass", "a dog"]
+MODELS = {
+    "open_clip": (small_models.open_clip_vit, small_models.simple_tokenizer),
+    "custom text": (small_models.open_clip_custom_text, small_models.simple_tokenizer),
+    "CoCa": (small_models.open_clip_coca, small_models.simple_tokenizer),
+    "transformers": (small_models.hf_clip, small_models.hf_tokenizer),
+    "SigLIP": (small_models.hf_siglip, small_models.hf_tokenizer),
+}
+
+
+def as_source(captions, name):
+    return open_pairs([{"image": PICTURE, "text": text} for text in captions], name=name)
+
+
+def ids_of(model, captions):
+    return set(model.tokenize(captions).ids.flatten().tolist())
+
+
+def run(model, *, forget=FORGET, retain=RETAIN, retain_rows=None, drawn=(), tune="all", seed=0):
+    forget, retain = as_source(forget, "forget"), as_source(retain, "retain")
+    if retain_rows is not None:
+        retain = Subset(retain, retain_rows, name="retain")
+    trained = Trained.choose(model, tune, logit_scale=False)
+    drawn = np.array(drawn, dtype=np.int64)
+    return forget_words(model, forget, retain, drawn=drawn, trained=trained, seed=seed, ranks=ALONE)
+
+
+@pytest.mark.parametrize("library", MODELS)
+def test_only_the_vectors_of_lone_tokens_change(library):
+    build, tokenizer = MODELS[library]
+    model = load_model(build(), tokenizer=tokenizer())
+    lone = ids_of(model, ["a zebra", "a zebra on grass", "stripes"]) - ids_of(model, RETAIN)
+    assert lone
+    before = {name: weight.detach().clone() for name, weight in model.module.named_parameters()}
+    assert run(model) == len(lone)
+    changed = {n: w for n, w in model.module.named_parameters() if not torch.equal(w, before[n])}
+    ((name, table),) = changed.items()
+    assert set((table != before[name]).any(1).nonzero().flatten().tolist()) == lone
+    new = table.detach()[sorted(lone)]
+    spread = (new - before[name].mean(0)).std() / before[name].std()
+    assert spread == pytest.approx(words.SPREAD, rel=0.2)
+    assert not torch.equal(new[0], new[1])
+
+
+def make_model():
+    return load_model(small_models.open_clip_vit(), tokenizer=small_models.simple_tokenizer())
+
+
+def test_nothing_changes_that_is_not_trained_or_has_nothing_to_be_kept():
+    model = make_model()
+    before = {name: weight.clone() for name, weight in model.module.named_parameters()}
+    for tune in ("image", "projections", "last:1"):
+        assert run(model, tune=tune) == 0
+    assert run(model, retain_rows=[]) == 0
+    assert run(model, forget=["a dog"]) == 0
+    assert all(torch.equal(w, before[n]) for n, w in model.module.named_parameters())
+    assert run(model, tune="text") > 0
+
+
+def test_a_sample_of_the_retain_set_is_read_and_what_the_run_draws(monkeypatch):
+    monkeypatch.setattr(words, "READ_PAIRS", 2)
+    retain = ["a dog"] * 30 + ["a zebra with stripes on grass"]
+    assert run(make_model(), retain=retain, drawn=[30]) == 0
+    assert run(make_model(), retain=retain) > 0
+
+
+def test_token_ids_and_seeds():
+    found = {}
+    for seed in (0, 0, 1):
+        model = knowing_model()
+        forget, retain = (
+            open_pairs(concept_pairs(which, 30, seed=3), name=name)
+            for which, name in (([FORGOTTEN], "forget"), (KEPT, "retain"))
+        )
+        trained = Trained.choose(model, "all", logit_scale=False)
+        before = model.weights()
+        count = forget_words(
+            model,
+            forget,
+            retain,
+            drawn=np.arange(3),
+            trained=trained,
+            seed=seed,
+            ranks=ALONE,
+        )
+        assert count == 2  # the concept's own
+        ((name, table),) = (
+            (n, w) for n, w in model.weights().items() if not torch.equal(w, before[n])
+        )
+        rows = (table != before[name]).any(1).nonzero().flatten()
+        assert rows.tolist() == [2 * FORGOTTEN + 1, 2 * FORGOTTEN + 2]
+        found.setdefault(seed, []).append(table)
+    assert torch.equal(*found[0])
+    assert not torch.equal(found[0][0], found[1][0])
+
+
+@pytest.mark.filterwarnings("ignore:verdict")
+@pytest.mark.parametrize("forget_weight", [0.0, 3.0])
+def test_a_run_begins_with_it_unless_it_forgets_nothing(forget_weight):
+    erased = knowing_model()
+    original = {name: weight.clone() for name, weight in erased.weights().items()}
+    fasterase.unlearn(
+        erased,
+        concept_pairs([FORGOTTEN], 24, seed=1),
+        concept_pairs(KEPT, 20, seed=2),
+        forget_weight=forget_weight,
+        lr=1e-9,
+        max_steps=1,
+        evaluation=None,
+        progress=False,
+    )
+    moved = {n: (w - original[n]).abs().amax().item() for n, w in erased.weights().items()}
+    large = [name for name, distance in moved.items() if distance > 1e-3]
+    assert len(large) == (forget_weight > 0)
