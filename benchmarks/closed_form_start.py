@@ -2,11 +2,12 @@
 
     python -m benchmarks.closed_form_start [--subgroups food-fruit drink] [--seed 0]
 
-The default recipe erases a concept of the demo's model, once as it is and once for each setting of
-the null-space projection of the concept's text features (after arXiv 2512.14137). The projection is
-folded into both towers after the first step, so that floor, reference and damage are those of the
-original. It is worth its place if the run needs fewer steps at equal damage. Writes
-closed_form_start.csv, a row per run, to --output; runs that it holds already are not repeated.
+A concept is erased from the demo's model, from four starts: none; the default, which takes the
+meaning from words that only the forget set uses; and the null-space projection of the concept's text
+features (after arXiv 2512.14137) with two settings. The projection is folded into both towers after
+the first step, so that floor, reference and damage are those of the original. A start is worth its
+place if the run needs fewer steps at equal damage. Writes closed_form_start.csv, a row per run, to
+--output; runs that it holds already are not repeated.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ from fasterase.demo.run import evaluate_sets, forget_pairs, recipe_config
 from fasterase.demo.sets import build_sets
 from fasterase.models.load import load_model
 
+WORDS = "words without meaning"
 # What is projected out after the first step; None: nothing.
 STARTS: dict[str, dict[str, Any] | None] = {
     "none": None,
+    WORDS: None,
     "rank 2, centred": {"rank": 2, "centred": True},
     "rank 8, centred": {"rank": 8, "centred": True},
 }
@@ -43,7 +46,7 @@ def measure(subgroup: str, start: str, seed: int) -> dict[str, Any]:
     base = str(emoji.BASE_MODEL)
     sets = build_sets(subgroup, original=base, seed=seed)
     model = load_model(base)
-    setting = STARTS[start]
+    setting, own = STARTS[start], {"seed": seed, "forget_words": start == WORDS}
 
     def project(record: Any) -> None:
         if setting is not None and record.step == 1:
@@ -55,7 +58,7 @@ def measure(subgroup: str, start: str, seed: int) -> dict[str, Any]:
             model.module,
             forget_pairs(sets, "fasterase"),
             sets.retain,
-            config=recipe_config("fasterase", small_model=True, seed=seed, progress=False),
+            config=recipe_config("fasterase", small_model=True, progress=False, **own),
             tokenizer=model.text_tokenizer,
             callback=project,
         )

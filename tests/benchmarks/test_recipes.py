@@ -86,9 +86,10 @@ def test_runs_differ_in_name_and_use_their_settings():
     plain = Run("retain only", "x", 1e-4, 30.0, (60,), 0).config()
     assert (plain.forget_weight, plain.consistency_weight, plain.anchor_weight) == (0, 0, 0)
     own = Run("fasterase", "x", None, None, (), 0).config()
-    free = Run("fasterase, no limit", "x", None, None, (), 0).config()
+    less = Run("fasterase, plain", "x", None, None, (), 0).config()
     assert own.runs_until_forgotten
-    assert (own.lr, own.max_damage, free.max_damage) == ("auto", 0.03, None)
+    assert (own.lr, own.forget_words, less.forget_words) == ("auto", True, False)
+    assert (grid[0].config().cross_weight, less.cross_weight) == (0, 0)
 
 
 def test_verdicts_are_counted_by_recipe_and_set():
