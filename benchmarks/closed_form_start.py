@@ -3,11 +3,11 @@
     python -m benchmarks.closed_form_start [--subgroups food-fruit drink] [--seed 0]
 
 A concept is erased from the demo's model, from four starts: none; the default, which takes the
-meaning from words that only the forget set uses; and the null-space projection of the concept's text
-features (after arXiv 2512.14137) with two settings. The projection is folded into both towers after
-the first step, so that floor, reference and damage are those of the original. A start is worth its
-place if the run needs fewer steps at equal damage. Writes closed_form_start.csv, a row per run, to
---output; runs that it holds already are not repeated.
+meaning from words that only the forget set uses; and the null-space projection of the concept's
+text features (after arXiv 2512.14137) with two settings. The projection is folded into both towers
+after the first step, so that floor, reference and damage are those of the original. A start is
+worth its place if the run needs fewer steps at equal damage. Writes closed_form_start.csv, a row
+per run, to --output; runs that it holds already are not repeated.
 """
 
 from __future__ import annotations

@@ -3,13 +3,13 @@
     python -m benchmarks.recipes [--processes 2]
 
 "fasterase" is the library's default: no learning rate, no number of steps; "plain" goes without
-what it does to words and between the towers. The others need numbers: learning rate, steps and the weight of the keeping
-term (fixed rate: the anchor; the paper: consistency) are chosen in the same way for each, on the
-validation subgroups. All run on the test subgroups; the mean over those is reported with a 95 %
-interval (bootstrap over subgroups and seeds). "retain only" is the retain loss alone on the budget
-of "fixed rate": what fine-tuning does without erasing. "cliperase, untuned" is the paper's
-objective and weights at lr 1e-4 for 90 steps. --work keeps every run, so an interrupted command
-resumes. Writes recipes.csv (every number), recipes_verdicts.csv (how each run ended),
+what it does to words and between the towers. The others need numbers: learning rate, steps and the
+weight of the keeping term (fixed rate: the anchor; the paper: consistency) are chosen in the same
+way for each, on the validation subgroups. All run on the test subgroups; the mean over those is
+reported with a 95 % interval (bootstrap over subgroups and seeds). "retain only" is the retain loss
+alone on the budget of "fixed rate": what fine-tuning does without erasing. "cliperase, untuned" is
+the paper's objective and weights at lr 1e-4 for 90 steps. --work keeps every run, so an interrupted
+command resumes. Writes recipes.csv (every number), recipes_verdicts.csv (how each run ended),
 recipes_summary.csv and recipes.txt (the table) to --output.
 """
 

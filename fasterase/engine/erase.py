@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
@@ -243,18 +244,16 @@ def erase(
             # Of a model with adapters, these are all that is free.
             trained = Trained.choose(model, "all", logit_scale=config.train_logit_scale)
         checks = Checks(encoder, sets, judge, baseline, max_damage=config.max_damage)
-        first = checks.original()
+        words = None
         if config.forget_words and config.forget_weight and not baseline.is_never_known:
             drawn = drawn_rows(sampler, total_steps)[1]
-            count = forget_words(
+            words = forget_words(
                 model, forget, retain, drawn=drawn, trained=trained, seed=config.seed, ranks=ranks
             )
-            if count and config.progress and ranks.is_first:
-                tqdm.write(
-                    f"fasterase: took the meaning from {count} tokens of the forget set alone"
-                )
-            if count and pool is not None:
-                first = checks()
+            if words is not None and config.progress and ranks.is_first:
+                count = len(words.tokens)
+                tqdm.write(f"fasterase: {count} tokens of the forget set alone lost their meaning")
+        start = checks() if words is not None and pool is not None else None
         device = model.device  # an engine may move the model away while it trains a copy
         working = working_model(model, config)
         parameters = trained.parameters(working.module).values()
@@ -276,7 +275,12 @@ def erase(
                 ranks=ranks,
                 prefixes=prefixes,
             )
-            pacing = _build_pacing(config, sampler, engine, checks, first, total_steps=total_steps)
+            original = engine.weights() if pool is not None else {}
+            if words is not None:
+                words.put_back(original)
+            pacing = _build_pacing(
+                config, sampler, engine, checks, original, start, total_steps=total_steps
+            )
             if saved is not None:
                 clock.earlier = saved.seconds
                 _resume(saved, trainer, pacing, progress=config.progress)
@@ -361,7 +365,8 @@ def _build_pacing(
     sampler: Sampler,
     engine: Engine,
     checks: Checks,
-    first: Check,
+    original: dict[str, Tensor],
+    start: Check | None,
     *,
     total_steps: int,
 ) -> Pacing:
@@ -371,7 +376,8 @@ def _build_pacing(
             check=checks,
             weights=engine.weights,
             load=engine.load_weights,
-            first=first,
+            original=(checks.original(), original),
+            start=start,
             max_steps=total_steps,
         )
     is_forgotten = checks.is_forgotten if config.stop_when_forgotten else None

@@ -317,7 +317,8 @@ class AutomaticPacing:
         check: measures the model.
         weights: copies the trained weights, to CPU.
         load: puts such a copy back.
-        first: the check of the weights that training starts from, the first candidate for the best.
+        original: the original's check and weights, the first candidate for the best weights.
+        start: the check of the weights that training starts from, if they are not the original's.
         max_steps: the budget.
     """
 
@@ -328,7 +329,8 @@ class AutomaticPacing:
         check: Callable[[], Check],
         weights: Callable[[], dict[str, Tensor]],
         load: Callable[[dict[str, Tensor]], None],
-        first: Check,
+        original: tuple[Check, dict[str, Tensor]],
+        start: Check | None = None,
         max_steps: int,
     ) -> None:
         self.total_steps = max_steps
@@ -342,8 +344,9 @@ class AutomaticPacing:
         self._fade_from: tuple[int, float] | None = None  # first step and its lr
         self._fades = 0
         self._has_exceeded = False
-        self._best_rank = _rank(first, faded=False)
-        self._best = weights()
+        self._best_rank, self._best = _rank(original[0], faded=False), original[1]
+        if start is not None:
+            self._consider(start, faded=False)
 
     def lr(self, step: int) -> float:
         if self._fade_from is None:

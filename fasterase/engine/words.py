@@ -9,6 +9,7 @@ takes to hide the association, from where one pair brings it back.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -31,6 +32,26 @@ CAPTIONS_AT_ONCE = 1024
 SPREAD = 0.3
 
 
+@dataclass(frozen=True)
+class ForgottenWords:
+    """The tokens that lost their meaning.
+
+    Attributes:
+        table: name of the parameter that holds the vectors.
+        tokens: ids, sorted.
+        before: [tokens, width] their vectors in the original.
+    """
+
+    table: str
+    tokens: list[int]
+    before: Tensor
+
+    def put_back(self, weights: dict[str, Tensor]) -> None:
+        """Give the tokens their own vectors again, in weights by name; empty ones stay empty."""
+        if weights:
+            weights[self.table][self.tokens] = self.before
+
+
 def forget_words(
     model: DualEncoder,
     forget: PairSource,
@@ -40,7 +61,7 @@ def forget_words(
     trained: Trained,
     seed: int,
     ranks: Ranks,
-) -> int:
+) -> ForgottenWords | None:
     """Take the meaning from tokens of forget captions that no retain caption has.
 
     Their vectors become the mean of all plus noise (`SPREAD`). Nothing changes if the table of
@@ -55,12 +76,13 @@ def forget_words(
         ranks: who takes part; the first one reads the captions.
 
     Returns:
-        The number of these tokens.
+        What was changed; None if there is nothing to change.
     """
     table = _find_table(model)
-    may_change = trained.parameters(model.module).values()
-    if table is None or not any(table is each for each in may_change) or not len(retain):
-        return 0
+    may_change = trained.parameters(model.module)
+    name = next((name for name, each in may_change.items() if each is table), None)
+    if table is None or name is None or not len(retain):
+        return None
 
     def find() -> list[int]:
         some = [
@@ -71,12 +93,14 @@ def forget_words(
         return sorted(_read_tokens(model, forget, some[0]) - kept)
 
     tokens = ranks.on_first(find)
-    if tokens:
-        random = torch.Generator().manual_seed(torch_seed(seed, Stream.WORDS))
-        noise = torch.randn(len(tokens), table.shape[1], generator=random).to(table)
-        with torch.no_grad():
-            table[tokens] = table.mean(0) + SPREAD * table.std() * noise
-    return len(tokens)
+    if not tokens:
+        return None
+    random = torch.Generator().manual_seed(torch_seed(seed, Stream.WORDS))
+    noise = torch.randn(len(tokens), table.shape[1], generator=random).to(table)
+    with torch.no_grad():
+        before = table[tokens].cpu()
+        table[tokens] = table.mean(0) + SPREAD * table.std() * noise
+    return ForgottenWords(name, tokens, before)
 
 
 def _find_table(model: DualEncoder) -> Tensor | None:

@@ -207,7 +207,7 @@ class Run:
             check=self._check,
             weights=lambda: {"step": torch.tensor(self.step)},
             load=self._load,
-            first=KNOWN,
+            original=(KNOWN, {"step": torch.tensor(0)}),
             max_steps=total,
         )
 
