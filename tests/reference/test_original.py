@@ -64,7 +64,8 @@ def swept(folder, *, forget=None, retain=None, tower=None, **config):
 @pytest.mark.parametrize("uses_reference", [True, False])
 def test_only_pairs_that_are_used_are_swept_and_only_once(tmp_path, uses_reference):
     forget, retain = pairs(6, seed=1), pairs(3000, seed=2)
-    weights = {} if uses_reference else {"consistency_weight": 0.0, "anchor_weight": 0.0}
+    users = ("consistency_weight", "anchor_weight", "cross_weight")
+    weights = {} if uses_reference else dict.fromkeys(users, 0.0)
     config = {"forget": forget, "retain": retain, **weights}
     first = swept(tmp_path, **config)
     floor = [retain[row] for row in floor_rows(3000)]
@@ -184,6 +185,7 @@ def test_the_floor_is_between_unrelated_pairs():
     expected = np.mean([image[0] @ text[1].T, (image[1] @ text[0].T).T])
     assert result.floor == pytest.approx(expected, abs=1e-6)
     plain = {**STEPS, "forget_batch_size": 6, "forget_augment": False, "floor": 0.02}
+    plain |= {"forget_words": False, "cross_weight": 0.0}
     given = fasterase.unlearn(TinyModel(), forget, retain, **plain)
     assert given.floor == result.floor, "the original's, whatever the loss is given"
     cosines = (image[0] * text[0]).sum(1)
