@@ -91,9 +91,7 @@ def test_recipes_are_the_public_ones_and_only_the_papers_has_numbers_for_the_sma
 def test_the_demo_leaves_what_it_says(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.warns(UserWarning, match="verdict: remembered") as caught:
-        evaluation = run_demo(
-            forget="lemon|melon", max_steps=2, forget_words=False, progress=False
-        )
+        evaluation = run_demo(forget="lemon|melon", max_steps=2, forget_words=False, progress=False)
     own, other = (str(w.message) for w in caught if "verdict" in str(w.message))
     assert own.startswith("verdict: remembered")
     assert other.startswith("paper's recipe (comparison): verdict: remembered")
