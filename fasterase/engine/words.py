@@ -8,7 +8,7 @@ takes to hide the association, from where one pair brings it back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,11 +22,15 @@ from fasterase.pairs.source import PairSource
 from fasterase.parallel.ranks import Ranks
 from fasterase.seeds import Stream, generator, torch_seed
 
-# Pairs of each set whose captions are read. A token in none of so many is in fewer than 3 of
-# 100,000 captions (at 95 %, the rule of three).
+# Pairs of each set whose captions are read.
 READ_PAIRS = 100_000
-# Captions that are made into tokens at a time.
-CAPTIONS_AT_ONCE = 1024
+# A token that none of n pairs to keep has is in fewer than 3 / n of all (at 95 %, the rule of
+# three). It belongs to the concept if it is so many times as frequent in the forget set, and in so
+# large a share of it; any other may be missing among the pairs to keep by chance.
+CONTRAST = 10
+LEAST_SHARE = 0.01
+# Pairs whose captions are made into tokens at a time.
+PAIRS_AT_ONCE = 1024
 # Spread of the new vectors, as a share of that of all. Without any, all words would be the same
 # word, and relearning one of them would teach the others.
 SPREAD = 0.3
@@ -62,10 +66,11 @@ def forget_words(
     seed: int,
     ranks: Ranks,
 ) -> ForgottenWords | None:
-    """Take the meaning from tokens of forget captions that no retain caption has.
+    """Take the meaning from tokens that the forget set uses often and the retain set never.
 
-    Their vectors become the mean of all plus noise (`SPREAD`). Nothing changes if the table of
-    vectors is not trained or not known, or if there are no retain captions, which say what is kept.
+    Their vectors become the mean of all plus noise (`SPREAD`). How often: see `CONTRAST`. Nothing
+    changes if the table of vectors is not trained or not known, or if there are no retain captions,
+    which say what is kept.
 
     Args:
         model: the model, changed in place, on every rank alike.
@@ -89,8 +94,10 @@ def forget_words(
             generator(seed, Stream.WORDS, place).permutation(len(source))[:READ_PAIRS]
             for place, source in enumerate((forget, retain))
         ]
-        kept = _read_tokens(model, retain, np.union1d(some[1], drawn))
-        return sorted(_read_tokens(model, forget, some[0]) - kept)
+        kept, n_kept = _count_tokens(model, retain, np.union1d(some[1], drawn))
+        used, n_used = _count_tokens(model, forget, some[0])
+        least = n_used * max(LEAST_SHARE, CONTRAST * 3 / max(n_kept, 1))
+        return sorted(token for token, count in used.items() if count >= least and not kept[token])
 
     tokens = ranks.on_first(find)
     if not tokens:
@@ -115,25 +122,28 @@ def _find_table(model: DualEncoder) -> Tensor | None:
     return next(iter(found.values())) if len(found) == 1 else None
 
 
-def _read_tokens(model: DualEncoder, source: PairSource, rows: np.ndarray) -> set[int]:
-    found: set[int] = set()
-    captions: set[str] = set()
-    for row in rows.tolist():
-        for text in _read_texts(source, row):
-            if isinstance(text, Tensor):
-                found.update(text.tolist())
+def _count_tokens(
+    model: DualEncoder, source: PairSource, rows: np.ndarray
+) -> tuple[Counter[int], int]:
+    """Return in how many of the pairs each token occurs, and how many pairs could be read."""
+    counts: Counter[int] = Counter()
+    n_read = 0
+    for start in range(0, len(rows), PAIRS_AT_ONCE):
+        texts = [_read_texts(source, row) for row in rows[start : start + PAIRS_AT_ONCE].tolist()]
+        captions = sorted({text for each in texts if isinstance(each, list) for text in each})
+        ids = model.tokenize(captions).ids.tolist() if captions else []
+        tokens = {caption: set(row) for caption, row in zip(captions, ids, strict=True)}
+        for each in texts:
+            if isinstance(each, Tensor):
+                counts.update(set(each.tolist()))
             else:
-                captions.add(text)
-    listed = sorted(captions)
-    for start in range(0, len(listed), CAPTIONS_AT_ONCE):
-        ids = model.tokenize(listed[start : start + CAPTIONS_AT_ONCE]).ids
-        found.update(ids.unique().tolist())
-    return found
+                counts.update(set().union(*(tokens[text] for text in each)))
+            n_read += len(each) > 0
+    return counts, n_read
 
 
-def _read_texts(source: PairSource, row: int) -> Iterator[str | Tensor]:
+def _read_texts(source: PairSource, row: int) -> list[str] | Tensor:
     try:
-        texts = source.texts(row)
+        return source.texts(row)
     except BrokenPair:
-        return
-    yield from [texts] if isinstance(texts, Tensor) else texts
+        return []
