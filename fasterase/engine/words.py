@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,10 +25,10 @@ from fasterase.seeds import Stream, generator, torch_seed
 
 # Pairs of each set whose captions are read.
 READ_PAIRS = 100_000
-# A token that none of n pairs to keep has is in fewer than 3 / n of all (at 95 %, the rule of
-# three). It belongs to the concept if it is so many times as frequent in the forget set, and in so
-# large a share of it; any other may be missing among the pairs to keep by chance.
-CONTRAST = 10
+# A token that none of n different captions to keep has is in fewer than 3 / n of all (at 95 %, the
+# rule of three). It belongs to the concept if it is so many times as frequent in the forget set,
+# and in so large a share of it; any other may be missing among those to keep by chance.
+CONTRAST = 8
 LEAST_SHARE = 0.01
 # Pairs whose captions are made into tokens at a time.
 PAIRS_AT_ONCE = 1024
@@ -94,10 +95,11 @@ def forget_words(
             generator(seed, Stream.WORDS, place).permutation(len(source))[:READ_PAIRS]
             for place, source in enumerate((forget, retain))
         ]
-        kept, n_kept = _count_tokens(model, retain, np.union1d(some[1], drawn))
-        used, n_used = _count_tokens(model, forget, some[0])
-        least = n_used * max(LEAST_SHARE, CONTRAST * 3 / max(n_kept, 1))
-        return sorted(token for token, count in used.items() if count >= least and not kept[token])
+        kept = _count_tokens(model, retain, np.union1d(some[1], drawn))
+        used = _count_tokens(model, forget, some[0])
+        least = used.pairs * max(LEAST_SHARE, CONTRAST * 3 / max(kept.captions, 1))
+        found = (token for token, count in used.of_token.items() if count >= least)
+        return sorted(token for token in found if token not in kept.of_token)
 
     tokens = ranks.on_first(find)
     if not tokens:
@@ -122,24 +124,26 @@ def _find_table(model: DualEncoder) -> Tensor | None:
     return next(iter(found.values())) if len(found) == 1 else None
 
 
-def _count_tokens(
-    model: DualEncoder, source: PairSource, rows: np.ndarray
-) -> tuple[Counter[int], int]:
-    """Return in how many of the pairs each token occurs, and how many pairs could be read."""
-    counts: Counter[int] = Counter()
-    n_read = 0
+class _Counts(NamedTuple):
+    of_token: Counter[int]  # in how many pairs each token occurs
+    pairs: int  # how many could be read
+    captions: int  # how many different ones they have
+
+
+def _count_tokens(model: DualEncoder, source: PairSource, rows: np.ndarray) -> _Counts:
+    of_token: Counter[int] = Counter()
+    pairs, known = 0, set[int]()
     for start in range(0, len(rows), PAIRS_AT_ONCE):
         texts = [_read_texts(source, row) for row in rows[start : start + PAIRS_AT_ONCE].tolist()]
         captions = sorted({text for each in texts if isinstance(each, list) for text in each})
         ids = model.tokenize(captions).ids.tolist() if captions else []
-        tokens = {caption: set(row) for caption, row in zip(captions, ids, strict=True)}
+        tokens = dict(zip(captions, ids, strict=True))
         for each in texts:
-            if isinstance(each, Tensor):
-                counts.update(set(each.tolist()))
-            else:
-                counts.update(set().union(*(tokens[text] for text in each)))
-            n_read += len(each) > 0
-    return counts, n_read
+            found = [each.tolist()] if isinstance(each, Tensor) else [tokens[text] for text in each]
+            of_token.update({token for caption in found for token in caption})
+            known.update(hash(tuple(caption)) for caption in found)
+            pairs += bool(found)
+    return _Counts(of_token, pairs, len(known))
 
 
 def _read_texts(source: PairSource, row: int) -> list[str] | Tensor:
