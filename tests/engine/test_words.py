@@ -154,3 +154,19 @@ def test_a_run_begins_with_it_unless_it_forgets_nothing(forget_weight):
     moved = {n: (w - original[n]).abs().amax().item() for n, w in erased.weights().items()}
     large = [name for name, distance in moved.items() if distance > 1e-3]
     assert len(large) == (forget_weight > 0)
+
+
+@pytest.mark.filterwarnings("ignore:verdict")
+def test_a_run_says_what_it_draws_and_how_many_words_it_forgets(capsys):
+    fasterase.unlearn(
+        knowing_model(),
+        concept_pairs([FORGOTTEN], 24, seed=1),
+        concept_pairs(KEPT, 20, seed=2),
+        lr=1e-9,
+        max_steps=3,
+        batch_size=8,
+        evaluation=None,
+    )
+    printed = "".join(capsys.readouterr())
+    assert "training draws at most 24 of 140 retain pairs" in printed
+    assert "2 tokens of the forget set alone lost their meaning" in printed
