@@ -248,7 +248,7 @@ def erase(
         if config.forget_words and config.forget_weight and not baseline.is_never_known:
             drawn = drawn_rows(sampler, total_steps)[1]
             words = forget_words(
-                model, forget, retain, drawn=drawn, trained=trained, seed=config.seed, ranks=ranks
+                encoder, forget, retain, drawn=drawn, trained=trained, seed=config.seed
             )
             if words is not None and config.progress and ranks.is_first:
                 count = len(words.tokens)

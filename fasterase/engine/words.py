@@ -9,6 +9,7 @@ takes to hide the association, from where one pair brings it back.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fasterase.encode import PairEncoder
 from fasterase.engine.optim import Trained
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.source import PairSource
-from fasterase.parallel.ranks import Ranks
 from fasterase.seeds import Stream, generator, torch_seed
 
 # Pairs of each set whose captions are read.
@@ -58,14 +59,13 @@ class ForgottenWords:
 
 
 def forget_words(
-    model: DualEncoder,
+    encoder: PairEncoder,
     forget: PairSource,
     retain: PairSource,
     *,
     drawn: np.ndarray,
     trained: Trained,
     seed: int,
-    ranks: Ranks,
 ) -> ForgottenWords | None:
     """Take the meaning from tokens that the forget set uses often and the retain set never.
 
@@ -74,18 +74,17 @@ def forget_words(
     which say what is kept.
 
     Args:
-        model: the model, changed in place, on every rank alike.
+        encoder: of the model, which changes in place, on every rank alike; the first one reads.
         forget, retain: of each, the captions of at most `READ_PAIRS` pairs are read.
         drawn: rows of retain that are read in any case: those that the run draws.
         trained: what may change.
         seed: of the noise, and of the pairs that are read.
-        ranks: who takes part; the first one reads the captions.
 
     Returns:
         What was changed; None if there is nothing to change.
     """
-    table = _find_table(model)
-    may_change = trained.parameters(model.module)
+    table = _find_table(encoder.model)
+    may_change = trained.parameters(encoder.model.module)
     name = next((name for name, each in may_change.items() if each is table), None)
     if table is None or name is None or not len(retain):
         return None
@@ -95,13 +94,13 @@ def forget_words(
             generator(seed, Stream.WORDS, place).permutation(len(source))[:READ_PAIRS]
             for place, source in enumerate((forget, retain))
         ]
-        kept = _count_tokens(model, retain, np.union1d(some[1], drawn))
-        used = _count_tokens(model, forget, some[0])
+        kept = _count_tokens(encoder, retain, np.union1d(some[1], drawn))
+        used = _count_tokens(encoder, forget, some[0])
         least = used.pairs * max(LEAST_SHARE, CONTRAST * 3 / max(kept.captions, 1))
         found = (token for token, count in used.of_token.items() if count >= least)
         return sorted(token for token in found if token not in kept.of_token)
 
-    tokens = ranks.on_first(find)
+    tokens = encoder.ranks.on_first(find)
     if not tokens:
         return None
     random = torch.Generator().manual_seed(torch_seed(seed, Stream.WORDS))
@@ -130,20 +129,27 @@ class _Counts(NamedTuple):
     captions: int  # how many different ones they have
 
 
-def _count_tokens(model: DualEncoder, source: PairSource, rows: np.ndarray) -> _Counts:
+def _count_tokens(encoder: PairEncoder, source: PairSource, rows: np.ndarray) -> _Counts:
     of_token: Counter[int] = Counter()
     pairs, known = 0, set[int]()
-    for start in range(0, len(rows), PAIRS_AT_ONCE):
-        texts = [_read_texts(source, row) for row in rows[start : start + PAIRS_AT_ONCE].tolist()]
-        captions = sorted({text for each in texts if isinstance(each, list) for text in each})
-        ids = model.tokenize(captions).ids.tolist() if captions else []
-        tokens = dict(zip(captions, ids, strict=True))
-        for each in texts:
-            found = [each.tolist()] if isinstance(each, Tensor) else [tokens[text] for text in each]
-            of_token.update({token for caption in found for token in caption})
-            known.update(hash(tuple(caption)) for caption in found)
-            pairs += bool(found)
+    with encoder.progress_bar(f"words ({source.name})", len(rows), leave=False) as bar:
+        for start in range(0, len(rows), PAIRS_AT_ONCE):
+            some = rows[start : start + PAIRS_AT_ONCE].tolist()
+            for captions in _tokenize(encoder.model, [_read_texts(source, row) for row in some]):
+                of_token.update({token for caption in captions for token in caption})
+                known.update(hash(tuple(caption)) for caption in captions)
+                pairs += bool(captions)
+            bar.update(len(some))
     return _Counts(of_token, pairs, len(known))
+
+
+def _tokenize(model: DualEncoder, texts: list[list[str] | Tensor]) -> Iterator[list[list[int]]]:
+    """Yield the token ids of the captions of each pair."""
+    captions = sorted({text for each in texts if isinstance(each, list) for text in each})
+    ids = model.tokenize(captions).ids.tolist() if captions else []
+    tokens = dict(zip(captions, ids, strict=True))
+    for each in texts:
+        yield [each.tolist()] if isinstance(each, Tensor) else [tokens[text] for text in each]
 
 
 def _read_texts(source: PairSource, row: int) -> list[str] | Tensor:

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 import fasterase
+from fasterase.encode import PairEncoder
 from fasterase.engine import words
 from fasterase.engine.optim import Trained
 from fasterase.engine.words import forget_words
 from fasterase.models.load import load_model
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.source import Subset
-from fasterase.parallel.ranks import ALONE
 from tests import small_models
 from tests.tiny_concepts import FORGOTTEN, KEPT, concept_pairs, knowing_model
 
@@ -43,7 +43,8 @@ def run(model, *, forget=FORGET, retain=RETAIN, retain_rows=None, drawn=(), tune
         retain = Subset(retain, retain_rows, name="retain")
     trained = Trained.choose(model, tune, logit_scale=False)
     drawn = np.array(drawn, dtype=np.int64)
-    return forget_words(model, forget, retain, drawn=drawn, trained=trained, seed=seed, ranks=ALONE)
+    encoder = PairEncoder(model)
+    return forget_words(encoder, forget, retain, drawn=drawn, trained=trained, seed=seed)
 
 
 @pytest.mark.parametrize("library", MODELS)
@@ -117,13 +118,12 @@ def test_token_ids_and_seeds():
         trained = Trained.choose(model, "all", logit_scale=False)
         before = model.weights()
         found_here = forget_words(
-            model,
+            PairEncoder(model),
             forget,
             retain,
             drawn=np.arange(3),
             trained=trained,
             seed=seed,
-            ranks=ALONE,
         )
         assert len(found_here.tokens) == 2  # the concept's own
         ((name, table),) = (
