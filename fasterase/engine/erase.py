@@ -245,7 +245,8 @@ def erase(
             trained = Trained.choose(model, "all", logit_scale=config.train_logit_scale)
         checks = Checks(encoder, sets, judge, baseline, max_damage=config.max_damage)
         words = None
-        if config.forget_words and config.forget_weight and not baseline.is_never_known:
+        begins = saved is None and not baseline.is_never_known  # a checkpoint has its own vectors
+        if begins and config.forget_words and config.forget_weight:
             drawn = drawn_rows(sampler, total_steps)[1]
             words = forget_words(
                 encoder, forget, retain, drawn=drawn, trained=trained, seed=config.seed
