@@ -13,7 +13,11 @@ from torch import Tensor
 
 from fasterase.errors import InputError
 from fasterase.ops.contrastive import cpu
-from fasterase.ops.contrastive.autograd import compute_labelled_losses, sum_weighted_losses
+from fasterase.ops.contrastive.autograd import (
+    compute_labelled_losses,
+    compute_native_losses,
+    sum_weighted_losses,
+)
 from fasterase.ops.contrastive.checks import check_call, check_weights, compute_dtype
 from fasterase.ops.contrastive.chunked import contrastive_chunked
 from fasterase.ops.contrastive.dense import Contrastive, contrastive_dense
@@ -114,8 +118,7 @@ def contrastive(
     """
     sizes = check_call(image, text, scale, ref_image, ref_text, ref_scale, labels, groups)
     batch = Batch.of(image, text, scale, ref_image, ref_text, ref_scale)
-    choice = _choose(backend, products, batch)
-    return _compute(choice, batch, sizes, find_kinds(labels, sizes, image.device))
+    return _compute(_choose(backend, products, batch), batch, sizes, labels)
 
 
 def weighted_contrastive(
@@ -161,11 +164,11 @@ def weighted_contrastive(
     batch = Batch.of(image, text, scale, ref_image, ref_text, ref_scale)
     choice = _choose(backend, products, batch)
     weights = weights.to(batch.scale.dtype)
-    kinds = find_kinds(labels, sizes, image.device)
     run = load_backend(choice.name)
     if sizes and isinstance(run, Operator):
+        kinds = find_kinds(labels, sizes, image.device)
         return Weighted(*sum_weighted_losses(run, batch, weights, sizes, choice.products, kinds))
-    differentiable = _compute(choice, batch, sizes, kinds)
+    differentiable = _compute(choice, batch, sizes, labels)
     stacked = torch.stack([loss for loss in differentiable if loss is not None])
     return Weighted((weights * stacked).sum(), unpack_losses(stacked.detach()))
 
@@ -236,14 +239,18 @@ def _choose(backend: str, products: str, batch: Batch) -> BackendChoice:
 
 
 def _compute(
-    choice: BackendChoice, batch: Batch, groups: Groups, kinds: Tensor | None
+    choice: BackendChoice, batch: Batch, groups: Groups, labels: Tensor | None
 ) -> Contrastive:
     if not groups:
         return batch.empty_losses()
     backend = load_backend(choice.name)
+    is_eager = not torch.compiler.is_compiling()
+    if is_eager and isinstance(backend, Operator) and backend.native is not None:
+        return compute_native_losses(backend, batch, groups, choice.products, labels)
+    kinds = find_kinds(labels, groups, batch.image.device)
     if not isinstance(backend, Operator):
         losses = backend(*batch, groups)
-    elif kinds is None or torch.compiler.is_compiling():
+    elif kinds is None or not is_eager:
         losses = backend(*batch, groups, choice.products)
     else:
         return compute_labelled_losses(backend, batch, groups, choice.products, kinds)

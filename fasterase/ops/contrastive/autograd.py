@@ -24,6 +24,16 @@ from fasterase.ops.contrastive.operator import (
 )
 
 
+def compute_native_losses(
+    operator: Operator, batch: Batch, groups: Groups, products: str, labels: Tensor | None
+) -> Contrastive:
+    """The losses with the terms of repeated labels, for eager calls, where C++ computes both."""
+    assert operator.native is not None
+    options = operator.options(batch, groups, any(batch.requires_grad()), products)
+    losses = operator.native(*batch, groups, labels, *options)
+    return Contrastive(*losses, *(None,) * (4 - len(losses)))
+
+
 def compute_labelled_losses(
     operator: Operator, batch: Batch, groups: Groups, products: str, kinds: Tensor
 ) -> Contrastive:

@@ -60,6 +60,7 @@ contrastive_cpu = register(
         ),
     },
     step=True,  # which leaves out the reference of groups whose KLs have no weight
+    has_native=True,
     options_schema="int tile, SymInt kept",
     options=_choose_options,
 )

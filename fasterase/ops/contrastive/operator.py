@@ -105,6 +105,8 @@ class Operator:
         step: `(weights, *batch, groups, *wanted, *options) -> (losses, d_image, d_text, d_scale)`
             of a step that knows its weights, where the backend has a faster way than forward and
             backward.
+        native: `(*batch, groups, labels, *options)`, the losses of the call, [N] each, followed by
+            autograd and with the terms of repeated labels, where the backend has that in C++.
     """
 
     forward: Callable[..., tuple[Tensor, ...]]
@@ -113,6 +115,7 @@ class Operator:
     options: Options
     backward_takes_options: bool
     step: Callable[..., tuple[Tensor, ...]] | None = None
+    native: Callable[..., list[Tensor]] | None = None
 
     def __call__(
         self,
@@ -172,6 +175,7 @@ def register(
     forward: Forward | None = None,
     backward: Backward | None = None,
     step: Callable[..., tuple[Tensor | None, ...]] | bool = False,
+    has_native: bool = False,
     options_schema: str = "",
     options: Options = _no_options,
     backward_takes_options: bool = False,
@@ -188,6 +192,7 @@ def register(
         step: a function of (weights, batch, groups, wanted, *options) that returns losses and
             gradients, likewise; True where C++ registers it, False where forward and backward are
             as fast.
+        has_native: whether C++ registers `fasterase::{name}_losses`, which is `Operator.native`.
         options_schema: schema of the arguments that `options` returns.
     """
     outputs = ", ".join(f"Tensor {output}" for output in ("statistics", *saved))
@@ -223,6 +228,12 @@ def register(
     )
     if step:
         operator = replace(operator, step=_define_step(name, step, key, more))
+    if has_native:
+        _LIBRARY.define(
+            f"{name}_losses({_BATCH_SCHEMA}, SymInt[] groups, Tensor? labels{more}) -> Tensor[]"
+        )
+        native = getattr(torch.ops.fasterase, f"{name}_losses").default
+        operator = replace(operator, native=native)
     differentiate = _make_backward(operator)
     losses_of = add_autograd(forward_op, _save_context, differentiate, first_only=True)
     return replace(operator, differentiable=losses_of)
