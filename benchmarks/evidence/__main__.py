@@ -1,18 +1,20 @@
 """Compare ways to forget, on concepts that none of them was tuned on.
 
     python -m benchmarks.evidence [--processes 2] [--seeds 3] [--methods TITLE ...]
+    python -m benchmarks.evidence --settings benchmarks/results/evidence_settings.csv
 
 Every method (trained.py, closed_form.py) is given the demo's model and pairs. Its settings are
 tried on the validation concepts with one seed; the one of least damage, hit@1 beyond chance plus
 recall lost, erases the test concepts with several. Methods and checkpoints are never chosen by the
 sets that are reported. Each cell is kept in --work as soon as it is measured, so an interrupted
-command resumes. Writes evidence.csv (the summary), evidence_models.csv (every model) and
-evidence.md (the table) to --output.
+command resumes. Writes evidence_settings.csv (what was chosen, for --settings), evidence.csv (the
+summary), evidence_models.csv (every model) and evidence.md (the table) to --output.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,10 +40,15 @@ from benchmarks.evidence.table import (
     describe_choice,
     summarise,
 )
+from benchmarks.evidence.task import Method
 from benchmarks.recipes import TEST, VALIDATION
 from benchmarks.result_files import RESULTS, write_csv
 from fasterase.demo import emoji
+from fasterase.errors import InputError
 from fasterase.files import write_text
+
+SETTINGS = "evidence_settings.csv"
+Chosen = dict[str, tuple[str, float]]  # title -> (setting, damage on the validation concepts)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -54,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="TITLE")
     parser.add_argument("--subgroups", nargs="+", default=TEST, choices=TEST, metavar="SUBGROUP")
     parser.add_argument("--validation", nargs="+", default=VALIDATION, choices=VALIDATION)
+    parser.add_argument(
+        "--settings", type=Path, metavar="FILE", help="of an earlier run, in place of validation"
+    )
     parser.add_argument("--attacks", nargs="*", default=[], choices=tuple(ATTACKED))
     parser.add_argument(
         "--retrained",
@@ -68,16 +78,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     methods = check_methods(options.methods)
     attacks = tuple(options.attacks)
 
-    tried = [Cell(ORIGINAL, "{}", subgroup, 0) for subgroup in options.validation]
-    tried += [
-        Cell(method.title, as_text(setting), subgroup, 0)
-        for method in methods
-        if len(method.settings) > 1
-        for setting in method.settings
-        for subgroup in options.validation
-    ]
-    validated = run_cells(tried, options.work, options.processes)
-    chosen = choose(validated, by_place(validated))
+    if options.settings is None:
+        chosen = tune(methods, options.validation, options.work, options.processes)
+        tuned_on = " and ".join(options.validation)
+        write_csv(options.output / SETTINGS, settings_table(chosen, tuned_on))
+    else:
+        chosen, tuned_on = read_settings(options.settings, methods)
     print(describe_choice(chosen), flush=True)
 
     seeds = range(options.seeds)
@@ -102,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     order = [ORIGINAL, RETRAINED, *METHODS]
     found.sort(key=lambda each: (order.index(each.method), each.subgroup, each.seed))
     rows = summarise(found, by_place(found))
-    tuned = f"Tuned on {' and '.join(options.validation)}:\n\n{describe_choice(chosen)}\n"
+    tuned = f"Tuned on {tuned_on}:\n\n{describe_choice(chosen)}\n"
     text = f"{as_table(rows)}\n{tuned}"
     write_csv(options.output / "evidence.csv", rows)
     write_csv(options.output / "evidence_models.csv", [flatten(each) for each in found])
@@ -110,7 +116,50 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(text)
 
 
-def final_setting(chosen: dict[str, tuple[str, float]], title: str) -> str:
+def tune(
+    methods: Sequence[Method], validation: Sequence[str], work: Path, processes: int
+) -> Chosen:
+    """Try all settings of the methods on the validation concepts and choose."""
+    tried = [Cell(ORIGINAL, "{}", subgroup, 0) for subgroup in validation]
+    tried += [
+        Cell(method.title, as_text(setting), subgroup, 0)
+        for method in methods
+        if len(method.settings) > 1
+        for setting in method.settings
+        for subgroup in validation
+    ]
+    validated = run_cells(tried, work, processes)
+    return choose(validated, by_place(validated))
+
+
+def settings_table(chosen: Chosen, tuned_on: str) -> list[dict[str, Any]]:
+    """Return the rows of evidence_settings.csv."""
+    return [
+        {"method": title, "setting": setting, "damage": damage, "tuned_on": tuned_on}
+        for title, (setting, damage) in chosen.items()
+    ]
+
+
+def read_settings(file: Path, methods: Sequence[Method]) -> tuple[Chosen, str]:
+    """Return what an earlier run chose for the methods, and on which concepts.
+
+    Raises:
+        InputError: the file has no setting of a method that has several.
+    """
+    with file.open(encoding="utf-8") as lines:
+        rows = {row["method"]: row for row in csv.DictReader(lines)}
+    wanted = [method.title for method in methods if len(method.settings) > 1]
+    missing = [title for title in wanted if title not in rows]
+    if missing:
+        raise InputError(
+            f"--settings: {file} has none of {', '.join(missing)}. Leave --settings out to tune "
+            "them, or name other --methods."
+        )
+    chosen = {title: (rows[title]["setting"], float(rows[title]["damage"])) for title in wanted}
+    return chosen, " and ".join(sorted({rows[title]["tuned_on"] for title in wanted}))
+
+
+def final_setting(chosen: Chosen, title: str) -> str:
     """Return the setting of a method's test runs, with the chosen steps as its only ones."""
     if title not in chosen:
         return as_text(METHODS[title].settings[0])

@@ -11,11 +11,11 @@ import torch
 from torch.nn.functional import normalize
 
 from benchmarks.evidence import closed_form, trained
-from benchmarks.evidence.__main__ import final_setting
+from benchmarks.evidence.__main__ import final_setting, read_settings, settings_table
 from benchmarks.evidence.cells import METHODS, ORIGINAL, Measured, as_text, check_methods
 from benchmarks.evidence.table import ATTACKED, as_table, by_place, choose, summarise
 from benchmarks.evidence.task import Task
-from benchmarks.result_files import RESULTS
+from benchmarks.result_files import RESULTS, write_csv
 from fasterase.demo import emoji
 from fasterase.demo.sets import DemoSets, Drawings, build_sets
 from fasterase.errors import InputError
@@ -119,6 +119,23 @@ def test_a_chosen_number_of_steps_is_the_only_one_measured():
     chosen = {"CLIPErase": (as_text({"lr": 1e-4, "steps": 30}), 0.1)}
     assert final_setting(chosen, "CLIPErase") == as_text({"lr": 1e-4, "steps": [30]})
     assert final_setting(chosen, "fasterase") == "{}"
+
+
+def test_what_was_chosen_is_taken_again(tmp_path):
+    chosen = {"CLIPErase": (as_text({"lr": 1e-4, "steps": 30}), 0.25)}
+    file = tmp_path / "evidence_settings.csv"
+    write_csv(file, settings_table(chosen, "food-asian"))
+    untuned = METHODS["fasterase"]
+    assert read_settings(file, [METHODS["CLIPErase"], untuned]) == (chosen, "food-asian")
+    with pytest.raises(InputError, match="none of LEACE"):
+        read_settings(file, [METHODS["CLIPErase"], METHODS["LEACE"]])
+
+
+def test_the_committed_table_has_the_committed_settings():
+    with (RESULTS / "evidence.csv").open(encoding="utf-8") as file:
+        shown = {row["method"]: row["setting"] for row in csv.DictReader(file)}
+    chosen, _ = read_settings(RESULTS / "evidence_settings.csv", list(METHODS.values()))
+    assert {title: shown[title] for title in chosen} == {t: s for t, (s, _) in chosen.items()}
 
 
 def test_figures_of_attacks_are_named_as_the_attacks_name_them():
