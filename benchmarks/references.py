@@ -1,0 +1,221 @@
+"""Put erased models of the demo beside models that were trained without the concept.
+
+    python -m benchmarks.references --references FOLDER [--seed 0] [--processes 2]
+
+FOLDER holds models that `python -m tools.demo_assets.train --without CONCEPT --output
+FOLDER/without-CONCEPT` made; the one without food-fruit ships with the package. Of each concept the
+demo's model ("original"), the one trained without it ("retrained") and the one from which the
+default recipe erased it ("erased") are judged, attacked and measured on what is kept. --work keeps
+models and measurements, so an interrupted command resumes. Writes references.csv, a row per
+concept, model and figure, to --output, and prints the table and how far the erased model is from
+the retrained one.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from benchmarks.attacks import non_members
+from benchmarks.recipes import KEEP_SETS
+from benchmarks.result_files import RESULTS, write_csv
+from benchmarks.sequential import HIT, RECALL, erase
+from fasterase.demo import emoji
+from fasterase.demo.run import evaluate_sets
+from fasterase.demo.sets import build_sets
+from fasterase.errors import InputError
+from fasterase.evaluation.evaluation import Evaluation, Scores
+from fasterase.provenance import read_record
+
+PREFIX = "without-"
+ORIGINAL, RETRAINED, ERASED = MODELS = ("original", "retrained", "erased")
+VERDICT = "verdict"
+FORGET_SETS = {"forget": "", "forget-unseen": "unseen "}
+
+
+class Attacked(NamedTuple):
+    """A figure of an attack, and the title of its column."""
+
+    attack: str
+    key: str
+    title: str
+
+
+ATTACKED = (
+    Attacked("swap", "forget/original_images/contest_hit@1", "its texts, original's images: hit@1"),
+    Attacked("swap", "forget/original_texts/contest_hit@1", "its images, original's texts: hit@1"),
+    Attacked("relearn", "forget/area/residue", "relearned residue"),
+    Attacked("relearn", "forget/area/contest_hit@1", "relearned hit@1"),
+    Attacked("membership", "forget/cosine/auc", "membership AUC"),
+)
+
+
+def find_references(folder: Path | None) -> dict[str, Path]:
+    """Return concept -> model trained without it: the packaged one and those in `folder`.
+
+    Raises:
+        InputError: `folder` holds no such model.
+    """
+    found = {emoji.DEFAULT_FORGET: emoji.RETRAINED_MODEL}
+    if folder is not None:
+        trained = sorted(file.parent for file in folder.glob(f"{PREFIX}*/training.json"))
+        if not trained:
+            raise InputError(
+                f"--references: no folder {folder}/{PREFIX}CONCEPT holds a finished model. Make "
+                "one with python -m tools.demo_assets.train --without CONCEPT."
+            )
+        found |= {path.name.removeprefix(PREFIX): path for path in trained}
+    return found
+
+
+def run(concept: str, reference: Path, seed: int, work: Path) -> Evaluation:
+    """Erase a concept and measure the three models, or read what an earlier command measured."""
+    folder = work / f"{concept}_seed{seed}"
+    measured = folder / "evaluation.json"
+    if measured.is_file():
+        return Evaluation.from_json(measured)
+    torch.set_num_threads(1)
+    base = str(emoji.BASE_MODEL)
+    sets = build_sets(concept, original=base, seed=seed)
+    if read_record(folder / "model") is None:
+        erase(base, sets.forget, sets.retain, seed=seed, folder=folder / "model")
+    evaluation = evaluate_sets(
+        str(folder / "model"),
+        sets,
+        original=base,
+        references={RETRAINED: str(reference)},
+        attacks=tuple(dict.fromkeys(each.attack for each in ATTACKED)),
+        non_members=non_members(),
+        seed=seed,
+        progress=False,
+    )
+    evaluation.to_json(measured)
+    return evaluation
+
+
+def rows_of(concept: str, evaluation: Evaluation) -> Iterator[dict[str, Any]]:
+    """Yield a row per model and figure: shares from 0 to 1, and the verdict on each model."""
+    original, references = evaluation.original, evaluation.references
+    assert original is not None
+    scores = {ORIGINAL: original, RETRAINED: references[RETRAINED], ERASED: evaluation.scores}
+    verdicts = {**evaluation.set_verdicts, ERASED: evaluation.set_verdicts["model"]}
+    for model in MODELS:
+        figures = {
+            **_trace(evaluation, scores[model], verdicts[model]),
+            **_changes(scores[model], original),
+            **_attacked(evaluation, model),
+        }
+        for figure, value in figures.items():
+            yield {"concept": concept, "model": model, "figure": figure, "value": value}
+
+
+def _trace(
+    evaluation: Evaluation, scores: Scores, verdicts: Mapping[str, str]
+) -> dict[str, float | str | None]:
+    """Return what is left of the concept, on trained and on unseen drawings."""
+    figures: dict[str, float | str | None] = {}
+    for name, prefix in FORGET_SETS.items():
+        figures[f"{prefix}hit@1"] = scores[name][HIT]
+        figures[f"{prefix}residue"] = evaluation.mean_residue(name, scores)
+        figures[f"{prefix}{VERDICT}"] = verdicts[name]
+    return figures
+
+
+def _changes(scores: Scores, original: Scores) -> dict[str, float]:
+    """Return recall@1 of what is kept, minus the original's."""
+    return {f"{name} change": scores[name][RECALL] - original[name][RECALL] for name in KEEP_SETS}
+
+
+def _attacked(evaluation: Evaluation, model: str) -> dict[str, Any]:
+    """Return what the attacks found on one of the models."""
+    figures = {}
+    for each in ATTACKED:
+        figure = evaluation.attacks[each.attack][each.key]
+        values = {ORIGINAL: figure.original, ERASED: figure.value, **figure.references}
+        figures[each.title] = values[model]
+    return figures
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Format the rows as Markdown, in percent, with the means over concepts where there are two."""
+    concepts = list(dict.fromkeys(row["concept"] for row in rows))
+    figures = list(dict.fromkeys(row["figure"] for row in rows))
+    values = {(row["concept"], row["model"], row["figure"]): row["value"] for row in rows}
+    lines = [
+        "| " + " | ".join(["concept", "model", *figures]) + " |",
+        "|---|---" + "|---:" * len(figures) + "|",
+    ]
+    for concept in (*concepts, *(["mean"] if len(concepts) > 1 else [])):
+        for model in MODELS:
+            those = concepts if concept == "mean" else [concept]
+            found = {figure: [values[each, model, figure] for each in those] for figure in figures}
+            cells = [concept, model, *(_cell(figure, found[figure]) for figure in figures)]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(figure: str, values: Sequence[Any]) -> str:
+    if figure.endswith(VERDICT):
+        return ", ".join(dict.fromkeys(values))
+    sign = "+" if figure.endswith("change") else ""
+    return f"{100 * np.mean(values):{sign}.1f}"
+
+
+def distances(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Say for each figure how far the erased models are from the retrained ones, in points."""
+    values = {(row["concept"], row["model"], row["figure"]): row["value"] for row in rows}
+    concepts = list(dict.fromkeys(row["concept"] for row in rows))
+    lines = ["erased minus retrained, in points: mean over concepts (each concept)"]
+    for figure in dict.fromkeys(row["figure"] for row in rows):
+        if figure.endswith(VERDICT):
+            continue
+        apart = [
+            100 * (values[each, ERASED, figure] - values[each, RETRAINED, figure])
+            for each in concepts
+        ]
+        listed = ", ".join(f"{value:+.1f}" for value in apart)
+        lines.append(f"{figure:36} {np.mean(apart):+6.1f} ({listed})")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Erase, measure and write the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--references", type=Path, metavar="FOLDER", help="the folder above")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--processes", type=int, default=2, help="number of parallel runs, each with one thread"
+    )
+    parser.add_argument("--work", type=Path, default=Path("runs/references"))
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    references = find_references(options.references)
+    found: dict[str, Evaluation] = {}
+    with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
+        pending = {
+            pool.submit(run, concept, reference, options.seed, options.work): concept
+            for concept, reference in references.items()
+        }
+        for done in as_completed(pending):
+            found[pending[done]] = done.result()
+            print(f"[{len(found)}/{len(pending)}] {pending[done]}", flush=True)
+    rows = [
+        {"seed": options.seed, **row}
+        for concept in references
+        for row in rows_of(concept, found[concept])
+    ]
+    write_csv(options.output / "references.csv", rows)
+    print(f"\n{table(rows)}\n{distances(rows)}")
+
+
+if __name__ == "__main__":
+    main()
