@@ -24,7 +24,8 @@ from fasterase.engine.damage import (
 )
 from fasterase.engine.pacing import Check
 from fasterase.evaluation.evaluator import Evaluator, Measurement
-from fasterase.evaluation.verdict import REMEMBERED, Judge, Trace, summarise
+from fasterase.evaluation.judge import Judge, summarise
+from fasterase.evaluation.verdict import REMEMBERED, Trace
 from fasterase.pairs.sampler import Sampler, drawn_rows, shuffle_rows
 from fasterase.pairs.source import PairSource
 from fasterase.reference.cache import FeatureCache

@@ -54,7 +54,8 @@ from fasterase.errors import InputError, NonFiniteError, PreemptedError, ResumeE
 from fasterase.evaluation.evaluation import Evaluation
 from fasterase.evaluation.evaluator import Evaluator
 from fasterase.evaluation.features import sampled_rows
-from fasterase.evaluation.verdict import JUDGED_PAIRS, Judge, Trace, decide, summarise
+from fasterase.evaluation.judge import JUDGED_PAIRS, Judge, summarise
+from fasterase.evaluation.verdict import Trace, decide
 from fasterase.files import write_text
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.forward import resolve_precision

@@ -14,6 +14,7 @@ from fasterase.errors import InputError
 from fasterase.evaluation.evaluation import Evaluation
 from fasterase.evaluation.features import SetFeatures, all_captions, sampled_rows
 from fasterase.evaluation.figures import Figures
+from fasterase.evaluation.judge import Judge, PairTraces, summarise
 from fasterase.evaluation.metrics import METRICS, OLD_INDEX, bootstrap_intervals
 from fasterase.evaluation.scores import (
     CaptionPool,
@@ -21,14 +22,7 @@ from fasterase.evaluation.scores import (
     old_index_scores,
     retrieval_scores,
 )
-from fasterase.evaluation.verdict import (
-    Judge,
-    PairTraces,
-    Trace,
-    decide,
-    decide_each,
-    summarise,
-)
+from fasterase.evaluation.verdict import Trace, decide, decide_each
 from fasterase.evaluation.zero_shot import (
     ClassLabels,
     check_class_names,

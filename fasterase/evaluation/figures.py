@@ -10,9 +10,14 @@ import numpy as np
 import torch
 
 from fasterase.encode import PairFeatures
-from fasterase.evaluation.metrics import METRICS, bootstrap_intervals, format_value
+from fasterase.evaluation.judge import PairTraces
+from fasterase.evaluation.metrics import (
+    METRICS,
+    bootstrap_intervals,
+    format_value,
+    wilson_interval,
+)
 from fasterase.evaluation.scores import TIE, find_position
-from fasterase.evaluation.verdict import PairTraces, wilson_interval
 from fasterase.report.curves import Series
 
 CELL = 12  # characters of a text in a table

@@ -1,7 +1,8 @@
-"""The metrics: names, units, wanted directions, and bootstrap intervals of their values."""
+"""The metrics: names, units, wanted directions, and the 95 % intervals of their values."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +16,7 @@ CONCEPT_DEPTHS = (1, 5)
 OLD_INDEX = "text_to_original_image_recall@1"
 # Elements of one chunk of resampling counts: 32 MB as fp64.
 RESAMPLE_ELEMENTS = 4_000_000
+WILSON_Z = 1.959964  # 95 %
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,14 @@ def bootstrap_intervals(
         low, high = np.nanpercentile(np.concatenate(parts), [tail, 100 - tail])
         result[name] = (float(low), float(high))
     return result
+
+
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of a share of `count` trials."""
+    square = WILSON_Z**2 / count
+    centre = (share + square / 2) / (1 + square)
+    spread = math.sqrt(share * (1 - share) * square + square**2 / 4) / (1 + square)
+    return max(0.0, centre - spread), min(1.0, centre + spread)
 
 
 def _resample_counts(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:

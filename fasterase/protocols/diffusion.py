@@ -23,8 +23,7 @@ from PIL import Image
 from fasterase.engine.model_state import best_device, resolve_device
 from fasterase.engine.run_lock import lock_run
 from fasterase.errors import InputError
-from fasterase.evaluation.metrics import bootstrap_intervals, format_value
-from fasterase.evaluation.verdict import wilson_interval
+from fasterase.evaluation.metrics import bootstrap_intervals, format_value, wilson_interval
 from fasterase.evaluation.zero_shot import check_templates
 from fasterase.files import check_writable, remove_leftovers, replace_folder, write_text
 from fasterase.models.text_encoder import TextTower, load_text_tower

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fasterase.evaluation import metrics
-from fasterase.evaluation.metrics import bootstrap_intervals
+from fasterase.evaluation.metrics import bootstrap_intervals, wilson_interval
 
 
 def brute_force(
@@ -57,3 +57,17 @@ def test_chunks_of_resamples_change_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     whole = bootstrap_intervals({"a": values}, {"b": values}, resamples=100, seed=0)
     monkeypatch.setattr(metrics, "RESAMPLE_ELEMENTS", 20 * 7)
     assert bootstrap_intervals({"a": values}, {"b": values}, resamples=100, seed=0) == whole
+
+
+@pytest.mark.parametrize(
+    ("share", "count", "low", "high"),
+    [  # from R: prop.test(share * count, count, correct = FALSE)
+        (0.5, 10, 0.2366, 0.7634),
+        (0.0, 20, 0.0, 0.1611),
+        (1.0, 10, 0.7225, 1.0),
+        (0.1, 100, 0.0552, 0.1744),
+        (0.0, 1, 0.0, 0.7935),
+    ],
+)
+def test_wilson_intervals(share: float, count: int, low: float, high: float) -> None:
+    assert wilson_interval(share, count) == pytest.approx((low, high), abs=1e-4)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from fasterase.errors import InputError
 from fasterase.evaluation.figures import Figure, Found, recall_figure, trace_figures
+from fasterase.evaluation.judge import summarise
 from fasterase.evaluation.target import Target
-from fasterase.evaluation.verdict import decide, summarise
+from fasterase.evaluation.verdict import decide
 
 BITS = (8, 4)
 
