@@ -153,6 +153,21 @@ def check_writable(folder: Path, *, argument: str) -> None:
         ) from error
 
 
+def check_creatable(folder: Path, *, argument: str) -> None:
+    """Check, without creating it, that `folder` could be created and written to.
+
+    For what is written only at the end, so that a call that fails before leaves nothing behind.
+
+    Raises:
+        InputError: it could not; names `argument`.
+    """
+    folder = folder.absolute()
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir():
+        raise InputError(f"{argument}: {nearest} is not a folder. Give another path.")
+    check_writable(nearest, argument=argument)
+
+
 def crc32(file: Path) -> int:
     """Return the CRC-32 of a file's bytes."""
     value = 0

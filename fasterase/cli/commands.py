@@ -14,7 +14,7 @@ from fasterase.cli.flags import DemoFlags, EvaluateFlags, PlanFlags, SplitFlags,
 from fasterase.cli.sets import check_sets, split_data
 from fasterase.config import UnlearnConfig, format_yaml
 from fasterase.errors import InputError, MissingExtraError
-from fasterase.files import check_writable
+from fasterase.files import check_creatable, check_writable
 
 
 def run_command(command: str, values: dict[str, Any]) -> str | None:
@@ -93,7 +93,7 @@ def _evaluate(values: dict[str, Any]) -> str | None:
     if flags.output is not None:
         check_report_path(Path(flags.output), argument="--output")
     if flags.plots is not None:
-        check_writable(Path(flags.plots), argument="--plots")
+        check_creatable(Path(flags.plots), argument="--plots")
         require_matplotlib()
     evaluation = fasterase.evaluate(
         model,

@@ -148,6 +148,22 @@ def test_evaluate_refuses_a_report_that_could_not_be_written(
     assert not evaluate.calls
 
 
+def test_a_misspelt_attack_leaves_no_folder_for_plots(tmp_path, capsys):
+    plots = tmp_path / "new" / "plots"
+    flags = [*REQUIRED[:-2], "--attacks", "quantize", "--plots", str(plots)]
+    assert main(["evaluate", *flags]) == 2
+    assert "unknown attack 'quantize'. Did you mean quantise?" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_evaluate_refuses_plots_where_there_can_be_no_folder(evaluate, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    plots = tmp_path / "file" / "plots"
+    assert main(["evaluate", *REQUIRED[:-2], "--attacks", "quantise", "--plots", str(plots)]) == 2
+    assert f"--plots: {tmp_path / 'file'} is not a folder" in capsys.readouterr().err
+    assert not evaluate.calls
+
+
 def test_demo_passes_only_what_was_given(monkeypatch):
     api = FakeApi()
     module = SimpleNamespace(run_demo=api)
