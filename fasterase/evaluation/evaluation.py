@@ -1,30 +1,21 @@
-"""The result of an evaluation: values, intervals and chance levels, as table, JSON, Markdown."""
+"""The result of an evaluation: values, intervals and chance levels; table, JSON, plots."""
 
 from __future__ import annotations
 
-import html
 import json
-import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import groupby
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from fasterase.errors import InputError
+from fasterase.evaluation.evaluation_table import format_html, format_markdown, format_text
 from fasterase.evaluation.figures import Figure, Figures
-from fasterase.evaluation.metrics import METRICS, OLD_INDEX, Metric
-from fasterase.files import check_writable, write_text
+from fasterase.files import check_creatable, check_writable, write_text
 from fasterase.report.curves import Dots, Series, plot_dots, plot_series
-from fasterase.report.tables import Section, html_table, markdown_table, text_table
 
 Scores = dict[str, dict[str, float]]
-
-LEGEND = (
-    "Sets to forget: ↓ should fall to chance or below; ↓ chance and ↑ chance should reach chance\n"
-    "and not pass it. All other sets, against the original: ↑ should not fall, ↓ should not rise."
-)
 
 
 @dataclass(frozen=True)
@@ -101,13 +92,19 @@ class Evaluation:
         Verdicts and prompts are words, and only in `attacks`.
         """
         found = {name: dict(values) for name, values in self.scores.items()}
-        for title, figures in self._examined():
-            found[title.replace(" ", ":")] = {
+        for kind, name, figures in self.examined():
+            found[f"{kind}:{name}"] = {
                 key: figure.value
                 for key, figure in figures.items()
                 if not isinstance(figure.value, str)
             }
         return found
+
+    def examined(self) -> Iterator[tuple[str, str, Figures]]:
+        """Yield `"task"` or `"attack"`, its name and what it found."""
+        for kind, those in (("task", self.tasks), ("attack", self.attacks)):
+            for name, figures in those.items():
+                yield kind, name, figures
 
     def flat(self) -> dict[str, float]:
         """Return `set/metric` -> value of the model, for trackers."""
@@ -119,25 +116,15 @@ class Evaluation:
 
     def table(self) -> str:
         """Return plain text, one row per set and metric; 100 columns wide with two references."""
-        columns = self._columns(["\n".join(_wrapped(name)) for name in self.references])
-        table = text_table(columns, self._sections(), left=2)
-        notes = (self._describe_verdicts(), self._describe_audit(), self._legend())
-        return "\n\n".join(filter(None, (table, *notes)))
+        return format_text(self)
 
     def markdown(self) -> str:
         """Return the same table in Markdown, with a heading."""
-        table = markdown_table(self._columns([*self.references]), self._sections(), left=2)
-        title = f"# Evaluation of {self.settings['model']}"
-        notes = (self._describe_verdicts(), self._describe_audit(), self._legend())
-        parts = (title, table, *notes)
-        return "\n\n".join(filter(None, parts)) + "\n"
+        return format_markdown(self)
 
     def _repr_html_(self) -> str:
         """Show the table in a notebook."""
-        table = html_table(self._columns([*self.references]), self._sections(), left=2)
-        verdicts, audit = self._describe_verdicts(), self._describe_audit()
-        notes = filter(None, (verdicts, audit, self._legend()))
-        return table + "".join(f"<p>{html.escape(note)}</p>" for note in notes)
+        return format_html(self)
 
     def report(self, path: str | PathLike[str]) -> Path:
         """Write the report to `path`: Markdown, or JSON if the name ends in `.json`.
@@ -169,9 +156,8 @@ class Evaluation:
             )
         check_writable(folder, argument="folder")
         files = []
-        for title, figures in self._examined():
-            name = title.partition(" ")[2]
-            path, title = folder / f"{name}.png", f"{title} of {self.settings['model']}"
+        for kind, name, figures in self.examined():
+            path, title = folder / f"{name}.png", f"{kind} {name} of {self.settings['model']}"
             if self.series.get(name):
                 files.append(plot_series(self.series[name], path, title=title))
             else:
@@ -211,91 +197,6 @@ class Evaluation:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"path: {path} is not an evaluation ({error}).") from error
 
-    def _sections(self) -> list[Section]:
-        sections = [
-            Section(self._set_title(name), [self._row(name, m) for m in METRICS if m.key in values])
-            for name, values in self.scores.items()
-        ]
-        for title, figures in self._examined():
-            for group, those in groupby(figures.values(), key=lambda figure: figure.group):
-                rows = [self._figure_row(figure) for figure in those]
-                sections.append(Section(f"{title}: {group}", rows))
-        return sections
-
-    def _examined(self) -> Iterator[tuple[str, Figures]]:
-        """Yield tasks and attacks with their kind and name."""
-        for kind, those in (("task", self.tasks), ("attack", self.attacks)):
-            for name, figures in those.items():
-                yield f"{kind} {name}", figures
-
-    def _figure_row(self, figure: Figure) -> list[str]:
-        original = [] if self.original is None else [figure.format(figure.original)]
-        return [
-            figure.title,
-            figure.wanted,
-            figure.format(figure.chance),
-            *original,
-            figure.format(figure.value),
-            figure.interval,
-            *(figure.format(figure.references.get(name)) for name in self.references),
-        ]
-
-    def _row(self, name: str, metric: Metric) -> list[str]:
-        key = metric.key
-        low, high = self.intervals[name][key]
-        cells = [
-            metric.title,
-            metric.wanted(forget=name in self.forget_sets),
-            metric.format(self.chance[name][key]),
-        ]
-        if self.original is not None:
-            cells.append(_format_score(metric, self.original, name))
-        cells.append(metric.format(self.scores[name][key]))
-        cells.append(f"{metric.format(low)} to {metric.format(high)}")
-        return cells + [_format_score(metric, other, name) for other in self.references.values()]
-
-    def _set_title(self, name: str) -> str:
-        count = self.pairs[name]
-        aim = "to forget" if name in self.forget_sets else "to keep"
-        return f"{name} ({count:,} pair{'' if count == 1 else 's'}, {aim})"
-
-    def _columns(self, references: list[str]) -> list[str]:
-        original = [] if self.original is None else ["original"]
-        return ["metric", "wanted", "chance", *original, "model", "95 % interval", *references]
-
-    def _describe_verdicts(self) -> str:
-        if not self.verdicts:
-            return (
-                "Verdict: none. No retain pair has a caption that is not in a set to forget, so\n"
-                "there is nothing to compare with."
-            )
-        listed = (
-            f"{name} {verdict}{self._by_set(name)}" for name, verdict in self.verdicts.items()
-        )
-        return f"Verdict: {', '.join(listed)}."
-
-    def _describe_audit(self) -> str:
-        return "\n".join(["Audit:", *(f"- {line}" for line in self.audit)]) if self.audit else ""
-
-    def _by_set(self, name: str) -> str:
-        """Say which set the verdict on a model comes from, where there are several."""
-        each = self.set_verdicts.get(name, {})
-        if len(each) < 2:
-            return ""
-        return f" ({', '.join(f'{verdict} by {one}' for one, verdict in each.items())})"
-
-    def _legend(self) -> str:
-        old_index = (
-            "\ntext->old image ranks the original's features of the images, an index not rebuilt."
-            if any(OLD_INDEX in values for values in self.scores.values())
-            else ""
-        )
-        return (
-            f"{LEGEND}\nimage->text ranks among {self.settings['candidates']:,} captions, "
-            "text->image among the set's images and the\nretain set's."
-            f"{old_index}"
-        )
-
 
 def _dots(figures: Figures) -> list[Dots]:
     """Return the shares among figures as rows of a plot, in percent."""
@@ -323,16 +224,4 @@ def check_report_path(path: Path, *, argument: str) -> None:
         raise InputError(f"{argument}={str(path)!r}: a report is Markdown (.md) or JSON (.json).")
     if path.is_dir():
         raise InputError(f"{argument}={str(path)!r} is a folder. Give the name of a file.")
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if not parent.is_dir():
-        raise InputError(f"{argument}={str(path)!r}: {parent} is not a folder. Give another path.")
-    check_writable(parent, argument=f"{argument}={str(path)!r}")
-
-
-def _format_score(metric: Metric, scores: Scores, name: str) -> str:
-    value = scores.get(name, {}).get(metric.key)
-    return "-" if value is None else metric.format(value)
-
-
-def _wrapped(name: str) -> list[str]:
-    return textwrap.wrap(name, width=10) or [name]
+    check_creatable(path.parent, argument=f"{argument}={str(path)!r}")
