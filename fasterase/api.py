@@ -27,8 +27,9 @@ from fasterase.engine.trackers import tracking
 from fasterase.errors import InputError
 from fasterase.evaluation.attacks.table import check_attacks
 from fasterase.evaluation.evaluation import Evaluation
-from fasterase.evaluation.evaluator import Evaluator, Measurement
+from fasterase.evaluation.evaluator import Evaluator
 from fasterase.evaluation.examiner import Examiner
+from fasterase.evaluation.measurement import Measurement
 from fasterase.evaluation.tasks.table import check_tasks
 from fasterase.files import check_replaceable, check_writable
 from fasterase.models.companions import remember
@@ -360,7 +361,7 @@ def evaluate(
     keys = {"image_key": image_key, "text_key": text_key}
     sources, to_forget = _open_sets(forget, retain, holdout, sets, forget_sets, **keys)
     strangers = None if non_members is None else open_pairs(non_members, name="non_members", **keys)
-    others = _named_models(original, references)
+    _check_references(references)
     workers = count_workers(num_workers)
     if workers < 0:
         raise InputError(f"num_workers={num_workers} must be 0 or more, or 'auto'.")
@@ -394,11 +395,7 @@ def evaluate(
 
     before = None if original is None else measure("original", original)
     measured = measure("model", model, before=before)
-    compared = {
-        name: measure(name, other, before=before)
-        for name, other in others.items()
-        if name != "original"
-    }
+    compared = {name: measure(name, other, before=before) for name, other in references.items()}
     evaluation = evaluator.compare(
         measured,
         original=before,
@@ -475,7 +472,7 @@ def _open_sets(
     return opened, list(forget_sets or {})
 
 
-def _named_models(original: Model | None, references: Mapping[str, Model]) -> dict[str, Model]:
+def _check_references(references: object) -> None:
     if not isinstance(references, Mapping):
         raise InputError(f"references must map names to models, found {type(references).__name__}.")
     for name in references:
@@ -484,7 +481,6 @@ def _named_models(original: Model | None, references: Mapping[str, Model]) -> di
                 f"references: {name!r} cannot name a further model. Choose another name; "
                 "the original has its own argument."
             )
-    return {**({} if original is None else {"original": original}), **references}
 
 
 def _load_compared(name: str, model: Model, tokenizer: Any, preprocess: Any) -> DualEncoder:

@@ -23,8 +23,9 @@ from fasterase.engine.damage import (
     find_neighbours,
 )
 from fasterase.engine.pacing import Check
-from fasterase.evaluation.evaluator import Evaluator, Measurement
+from fasterase.evaluation.evaluator import Evaluator
 from fasterase.evaluation.judge import Judge, summarise
+from fasterase.evaluation.measurement import Measurement
 from fasterase.evaluation.verdict import REMEMBERED, Trace
 from fasterase.pairs.sampler import Sampler, drawn_rows, shuffle_rows
 from fasterase.pairs.source import PairSource

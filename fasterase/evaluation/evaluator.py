@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fasterase.encode import PairEncoder, PairFeatures
 from fasterase.errors import InputError
 from fasterase.evaluation.evaluation import Evaluation
 from fasterase.evaluation.features import SetFeatures, all_captions, sampled_rows
 from fasterase.evaluation.figures import Figures
-from fasterase.evaluation.judge import Judge, PairTraces, summarise
-from fasterase.evaluation.metrics import METRICS, OLD_INDEX, bootstrap_intervals
-from fasterase.evaluation.scores import (
-    CaptionPool,
-    SetScores,
-    old_index_scores,
-    retrieval_scores,
-)
-from fasterase.evaluation.verdict import Trace, decide, decide_each
+from fasterase.evaluation.judge import Judge, summarise
+from fasterase.evaluation.measurement import Measurement
+from fasterase.evaluation.scores import CaptionPool, SetScores, retrieval_scores
+from fasterase.evaluation.verdict import decide, decide_each
 from fasterase.evaluation.zero_shot import (
-    ClassLabels,
+    carried_classes,
     check_class_names,
     check_templates,
     encode_classes,
+    label_pairs,
     score_accuracy,
 )
 from fasterase.option_values import parse_value
@@ -38,25 +32,6 @@ from fasterase.report.curves import Series
 FULL_RESAMPLES = 1000
 QUICK_RESAMPLES = 200
 QUICK_PAIRS = 1000
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One model's values.
-
-    Attributes:
-        model: its name.
-        sets: set -> per-pair values.
-        traces: set to forget -> what is left of it; empty without unrelated pairs.
-        candidates: number of candidate captions.
-        images: set -> image features of its pairs [n, D].
-    """
-
-    model: str
-    sets: dict[str, SetScores]
-    traces: dict[str, Trace]
-    candidates: int
-    images: dict[str, Tensor]
 
 
 class Evaluator:
@@ -117,7 +92,7 @@ class Evaluator:
         self.class_names = check_class_names(class_names)
         self._classes_asked_for = self.class_names is not None
         if self.class_names is None:
-            self.class_names = _carried_classes(sources)
+            self.class_names = carried_classes(sources)
         self.resamples = QUICK_RESAMPLES if quick else FULL_RESAMPLES
         self.skipped: list[Skip] = []
         self._preferred = dict(preferred or {})
@@ -183,10 +158,11 @@ class Evaluator:
             distractors = None if name == "retain" else sets["retain"]
             scores[name] = retrieval_scores(found, pool, concept, distractors)
         if self.class_names is not None:
-            self._add_accuracy(encoder, sets, scores, self.class_names)
+            self._add_accuracy(encoder, features, scores, self.class_names)
         traces = self.judge.judge(features)
         for name, trace in traces.items():
-            _add_residues(scores[name], features[name], trace)
+            for key, (values, chance) in trace.metrics_at(features[name].rows).items():
+                scores[name].add(key, values, chance)
         measured = Measurement(
             encoder.model.name,
             scores,
@@ -195,38 +171,31 @@ class Evaluator:
             {name: features.image for name, features in sets.items()},
         )
         if original is not None:
-            _add_old_index(measured, original, sets)
+            measured.add_old_index(original, sets)
         return measured
 
     def _add_accuracy(
         self,
         encoder: PairEncoder,
-        sets: Mapping[str, SetFeatures],
+        features: Mapping[str, PairFeatures],
         scores: Mapping[str, SetScores],
         class_names: list[str],
     ) -> None:
-        labels_of = ClassLabels(class_names)
-        labels = {
-            name: [
-                labels_of.of(meta, captions)
-                for meta, captions in zip(found.meta, found.pair_captions, strict=True)
-            ]
-            for name, found in sets.items()
-        }
-        known = [name for name, those in labels.items() if any(i is not None for i in those)]
+        """Add the zero-shot accuracy of the sets of which some pair has a known class."""
+        labels = label_pairs(class_names, self.sources, features)
+        known = {name: those for name, those in labels.items() if (those >= 0).any()}
         if not known:
             if self._classes_asked_for:
                 raise InputError(
-                    f"class_names: no pair of {', '.join(sets)} belongs to one of "
+                    f"class_names: no pair of {', '.join(labels)} belongs to one of "
                     f"{', '.join(class_names[:5])}{', ...' if len(class_names) > 5 else ''}. "
                     "A pair's class is its folder or the one class that its caption names."
                 )
             return
         classes = encode_classes(encoder.texts, class_names, self.templates)
-        for name in known:
-            values = score_accuracy(sets[name].image, classes, labels[name])
-            scores[name].values["zero_shot_accuracy"] = values
-            scores[name].chance["zero_shot_accuracy"] = 1 / len(class_names)
+        for name, those in known.items():
+            values = score_accuracy(features[name].image, classes, those)
+            scores[name].add("zero_shot_accuracy", values, 1 / len(class_names))
 
     def compare(
         self,
@@ -248,33 +217,24 @@ class Evaluator:
         """
         others = {**({} if original is None else {"original": original}), **(references or {})}
         for name, other in others.items():
-            _check_same_pairs(model, other, name)
-        original_traces = None if original is None else original.traces
-        verdicts = {
-            name: decide(each.traces, original_traces)
-            for name, each in {"model": model, **others}.items()
-        }
-        set_verdicts = {
-            name: decide_each(each.traces, original_traces)
-            for name, each in {"model": model, **others}.items()
-        }
+            model.check_same_pairs(other, name)
+        before = None if original is None else original.traces
+        verdicts, set_verdicts = {}, {}
+        for name, each in {"model": model, **others}.items():
+            verdict = decide(each.traces, before)
+            if verdict is not None:
+                verdicts[name] = verdict
+            set_verdicts[name] = decide_each(each.traces, before)
         return Evaluation(
-            scores=_averages(model),
-            intervals={
-                name: self._intervals(set_scores) for name, set_scores in model.sets.items()
-            },
-            chance={
-                name: {
-                    metric.key: s.chance[metric.key] for metric in METRICS if metric.key in s.chance
-                }
-                for name, s in model.sets.items()
-            },
-            pairs={name: len(set_scores.ids) for name, set_scores in model.sets.items()},
+            scores=model.averages(),
+            intervals=model.intervals(resamples=self.resamples, seed=self.seed),
+            chance=model.chances(),
+            pairs={name: len(scores.ids) for name, scores in model.sets.items()},
             forget_sets=list(self.forget_sets),
-            verdicts={name: verdict for name, verdict in verdicts.items() if verdict is not None},
+            verdicts=verdicts,
             set_verdicts=set_verdicts,
-            original=None if original is None else _averages_of_original(original, model),
-            references={name: _averages(other) for name, other in (references or {}).items()},
+            original=None if original is None else original.averages_as_original_of(model),
+            references={name: other.averages() for name, other in (references or {}).items()},
             settings={
                 "model": model.model,
                 "candidates": model.candidates,
@@ -286,75 +246,3 @@ class Evaluator:
             attacks=dict(attacks or {}),
             series=dict(series or {}),
         )
-
-    def _intervals(self, scores: SetScores) -> dict[str, tuple[float, float]]:
-        by_average: dict[str, dict[str, np.ndarray]] = {"mean": {}, "median": {}}
-        for metric in METRICS:
-            if metric.key in scores.values:
-                by_average[metric.average][metric.key] = scores.values[metric.key]
-        found = bootstrap_intervals(
-            by_average["mean"], by_average["median"], resamples=self.resamples, seed=self.seed
-        )
-        return {metric.key: found[metric.key] for metric in METRICS if metric.key in found}
-
-
-def _averages(measurement: Measurement) -> dict[str, dict[str, float]]:
-    averages = {}
-    for name, scores in measurement.sets.items():
-        averages[name] = {
-            metric.key: metric.average_of(scores.values[metric.key])
-            for metric in METRICS
-            if metric.key in scores.values
-        }
-    return averages
-
-
-def _averages_of_original(original: Measurement, model: Measurement) -> dict[str, dict[str, float]]:
-    """Add, if the model has it, the recall in the old index: the original's own images are that."""
-    averages = _averages(original)
-    for name, values in averages.items():
-        if OLD_INDEX in model.sets[name].values:
-            values[OLD_INDEX] = values["text_to_image_recall@1"]
-    return averages
-
-
-def _add_old_index(
-    found: Measurement, original: Measurement, sets: Mapping[str, SetFeatures]
-) -> None:
-    """Add the recall of the captions among the original's image features."""
-    _check_same_pairs(found, original, "original")
-    if found.images["retain"].shape[1] != original.images["retain"].shape[1]:
-        return
-    for name, features in sets.items():
-        values, chance = old_index_scores(
-            features,
-            None if name == "retain" else sets["retain"],
-            original.images[name],
-            original.images["retain"],
-        )
-        found.sets[name].values[OLD_INDEX] = values
-        found.sets[name].chance[OLD_INDEX] = chance
-
-
-def _add_residues(scores: SetScores, measured: PairFeatures, traces: PairTraces) -> None:
-    """Add the residues of the judged pairs; the other measured pairs have no value."""
-    judged = np.isin(measured.rows, traces.rows)
-    for key, (values, chance) in traces.metrics().items():
-        scores.values[key] = np.full(len(measured.rows), np.nan)
-        scores.values[key][judged] = values
-        scores.chance[key] = chance
-
-
-def _carried_classes(sources: Mapping[str, PairSource]) -> list[str] | None:
-    names = [name for source in sources.values() for name in source.classes or ()]
-    distinct = list(dict.fromkeys(names))
-    return distinct if len(distinct) > 1 else None
-
-
-def _check_same_pairs(model: Measurement, other: Measurement, name: str) -> None:
-    for set_name, scores in model.sets.items():
-        if set_name not in other.sets or other.sets[set_name].ids != scores.ids:
-            raise InputError(
-                f"{name}: measured on other pairs of {set_name!r} than the model. "
-                "Measure both with the same Evaluator."
-            )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -30,7 +29,7 @@ class SetFeatures:
         captions: [m] those captions; token ids are spelled out.
         pair_text: [n] row in `text` of each pair's first caption.
         pair_captions: [n] all captions of each pair, the first one first.
-        ids, meta: [n] of the pairs, as the source gives them.
+        ids: [n] of the pairs, as the source gives them.
     """
 
     image: Tensor
@@ -39,11 +38,10 @@ class SetFeatures:
     pair_text: np.ndarray
     pair_captions: list[list[str]]
     ids: list[str]
-    meta: list[dict[str, Any]]
 
     @classmethod
     def of(cls, source: PairSource, features: PairFeatures, *, model: str) -> SetFeatures:
-        """Add ids, captions and metadata from the source to `features`.
+        """Add ids and captions from the source to `features`.
 
         Args:
             source: what was encoded.
@@ -64,7 +62,6 @@ class SetFeatures:
             pair_text=np.array([place[row] for row in first_rows]),
             pair_captions=[captions_of(source, row) for row in rows],
             ids=[source.id(row) for row in rows],
-            meta=[source.meta(row) for row in rows],
         )
         _check_finite(found.image, found.ids, model)
         _check_finite(found.text, found.captions, model)

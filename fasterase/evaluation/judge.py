@@ -48,6 +48,16 @@ class PairTraces(NamedTuple):
             "contest_hit@1": (self.hit, self.chance),
         }
 
+    def metrics_at(self, rows: np.ndarray) -> dict[str, tuple[np.ndarray, float]]:
+        """Return `metrics` for `rows` of the source, among them the judged; NaN for all others."""
+        judged = np.isin(rows, self.rows)
+        found = {}
+        for key, (values, chance) in self.metrics().items():
+            spread = np.full(len(rows), np.nan)
+            spread[judged] = values
+            found[key] = spread, chance
+        return found
+
     def summary(self) -> Trace:
         count = len(self.rows)
         hit = float(self.hit.mean())

@@ -42,6 +42,10 @@ class SetScores:
     values: dict[str, np.ndarray]
     chance: dict[str, float]
 
+    def add(self, key: str, values: np.ndarray, chance: float) -> None:
+        """Add a metric: per-pair `values` [n] and chance level."""
+        self.values[key], self.chance[key] = values, chance
+
 
 @dataclass(frozen=True)
 class CaptionPool:
@@ -144,12 +148,9 @@ def _text_to_image(
             if caption in images_of:
                 images_of[caption].append(row)
     right = [images_of[caption] for caption in features.captions]
-    parts = [
-        find_position(similarity, column_mask(right[rows], len(image)))
-        for rows, similarity in similarity_chunks(features.text, image)
-    ]
     # Every pair queries with its first caption: a caption counts as often as it has pairs.
-    found = Position(*(field[features.pair_text] for field in join_positions(parts)))
+    by_caption = search_candidates(features.text, image, right)
+    found = Position(*(field[features.pair_text] for field in by_caption))
     counts = np.array([len(rows) for rows in right])
     return found, counts[features.pair_text], len(image)
 
@@ -186,6 +187,22 @@ class Position(NamedTuple):
     def rank(self) -> np.ndarray:
         """Return [n], the rank from 1, averaged over the tied places."""
         return 1.0 + self.above + (self.tied - 1) / 2
+
+
+def search_candidates(
+    queries: Tensor,  # [n, D]
+    candidates: Tensor,  # [m, D]
+    right: Sequence[list[int]],  # [n] candidates that are right, one or more for each query
+    *,
+    without: Sequence[int] | None = None,  # [n] a candidate that does not count: the query itself
+) -> Position:
+    """Return where each query finds its best right candidate; memory as `similarity_chunks`."""
+    parts = []
+    for rows, similarity in similarity_chunks(queries, candidates):
+        if without is not None:
+            similarity[torch.arange(len(similarity)), list(without[rows])] = -torch.inf
+        parts.append(find_position(similarity, column_mask(right[rows], len(candidates))))
+    return join_positions(parts)
 
 
 def find_position(similarity: Tensor, right: Tensor) -> Position:

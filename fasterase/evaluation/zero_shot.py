@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from fasterase.encode import PairFeatures
 from fasterase.errors import InputError
-from fasterase.evaluation.scores import find_position, join_positions, similarity_chunks
+from fasterase.evaluation.features import captions_of
+from fasterase.evaluation.scores import search_candidates
+from fasterase.pairs.source import PairSource
 
 TEMPLATES: tuple[str, ...] = ("a photo of a {}.",)
 
@@ -42,6 +45,24 @@ class ClassLabels:
         return None
 
 
+def label_pairs(
+    class_names: Sequence[str],
+    sources: Mapping[str, PairSource],
+    features: Mapping[str, PairFeatures],
+) -> dict[str, np.ndarray]:
+    """Return set -> [n] class number of each pair that has features; -1 if it has no class."""
+    classes = ClassLabels(class_names)
+
+    def label(source: PairSource, row: int) -> int:
+        found = classes.of(source.meta(row), captions_of(source, row))
+        return -1 if found is None else found
+
+    return {
+        name: np.array([label(source, row) for row in features[name].rows.tolist()])
+        for name, source in sources.items()
+    }
+
+
 def encode_classes(
     encode: Callable[[list[str]], Tensor], class_names: Sequence[str], templates: Sequence[str]
 ) -> Tensor:
@@ -51,15 +72,17 @@ def encode_classes(
     return normalize(rows.mean(dim=1), dim=-1)
 
 
-def score_accuracy(image: Tensor, classes: Tensor, labels: Sequence[int | None]) -> np.ndarray:
-    """Return [n]: 1 if the nearest of `classes` [C, D] is the label, else 0; NaN without label."""
-    index = torch.tensor([-1 if label is None else label for label in labels])
-    parts = []
-    for rows, similarity in similarity_chunks(image, classes):
-        right = torch.zeros_like(similarity, dtype=torch.bool)
-        right.scatter_(1, index[rows, None].clamp(min=0), True)
-        parts.append(find_position(similarity, right))
-    return np.where(index.numpy() < 0, np.nan, join_positions(parts).hit(1))
+def score_accuracy(
+    image: Tensor,  # [n, D]
+    classes: Tensor,  # [C, D]
+    labels: np.ndarray,  # [n] class numbers; -1 for pairs without a class
+) -> np.ndarray:
+    """Return [n]: 1 if the nearest class is the label, else 0; NaN without a label."""
+    known = labels >= 0
+    right = labels[known, None].tolist()
+    values = np.full(len(labels), np.nan)
+    values[known] = search_candidates(image[torch.from_numpy(known)], classes, right).hit(1)
+    return values
 
 
 def check_templates(templates: Sequence[str] | None) -> tuple[str, ...]:
@@ -83,6 +106,13 @@ def check_templates(templates: Sequence[str] | None) -> tuple[str, ...]:
     if not templates:
         raise InputError("templates is empty. Leave it out for the default, or give one or more.")
     return tuple(templates)
+
+
+def carried_classes(sources: Mapping[str, PairSource]) -> list[str] | None:
+    """Return the classes that the sources carry, if there are two or more."""
+    names = [name for source in sources.values() for name in source.classes or ()]
+    distinct = list(dict.fromkeys(names))
+    return distinct if len(distinct) > 1 else None
 
 
 def check_class_names(class_names: Sequence[str] | None) -> list[str] | None:

@@ -46,10 +46,10 @@ def test_accuracy_is_of_the_nearest_mean_prompt() -> None:
     classes = encode_classes(encode, ["dog", "cat", "hen"], ["a {}", "the {}"])
     assert prompts == ["a dog", "the dog", "a cat", "the cat", "a hen", "the hen"]
     image = torch.nn.functional.normalize(torch.randn(40, 8), dim=1)
-    labels = [None if i % 5 == 0 else i % 3 for i in range(40)]
+    labels = np.array([-1 if i % 5 == 0 else i % 3 for i in range(40)])
     found = score_accuracy(image, classes, labels)
     for i, label in enumerate(labels):
-        if label is None:
+        if label < 0:
             assert np.isnan(found[i])
             continue
         means = [vectors[2 * c : 2 * c + 2].mean(0) for c in range(3)]
