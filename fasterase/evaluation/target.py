@@ -11,6 +11,7 @@ from fasterase.encode import PairEncoder, PairFeatures
 from fasterase.evaluation.evaluator import Evaluator
 from fasterase.evaluation.figures import Figure
 from fasterase.evaluation.metrics import bootstrap_intervals
+from fasterase.evaluation.scores import Position
 
 
 @dataclass(frozen=True)
@@ -63,3 +64,28 @@ class Target:
             *intervals[key],
             chance,
         )
+
+    def hit_figures(
+        self,
+        name: str,
+        found: Position,  # [n] queries
+        chances: Mapping[int, float],
+        *,
+        key: str,
+        title: str,
+    ) -> list[Figure]:
+        """Return how often the first k candidates hold a right one, for several k.
+
+        Args:
+            name: the set.
+            found: where each query finds its best right candidate.
+            chances: k -> chance level.
+            key: of the figures; `"@k"` follows.
+            title: of the figures, with `{}` for k.
+        """
+        return [
+            self.mean_figure(
+                name, found.hit(k), key=f"{key}@{k}", title=title.format(k), chance=chance
+            )
+            for k, chance in chances.items()
+        ]

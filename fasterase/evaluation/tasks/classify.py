@@ -9,11 +9,10 @@ import numpy as np
 import torch
 
 from fasterase.errors import InputError, import_extra
-from fasterase.evaluation.features import captions_of
 from fasterase.evaluation.figures import Figure, Found
-from fasterase.evaluation.scores import find_position, join_positions, similarity_chunks
+from fasterase.evaluation.scores import search_candidates
 from fasterase.evaluation.target import Target
-from fasterase.evaluation.zero_shot import ClassLabels, encode_classes
+from fasterase.evaluation.zero_shot import encode_classes, label_pairs
 
 DEPTHS = (1, 5)
 FOLDS = 2
@@ -39,33 +38,23 @@ def zero_shot(target: Target) -> Found:
             "classes, or leave 'zero_shot' out."
         )
     names = evaluator.class_names
-    labels = class_labels(target, names)
+    labels = label_pairs(names, evaluator.sources, target.features)
     if not any((those >= 0).any() for those in labels.values()):
         raise InputError("tasks: 'zero_shot': no pair belongs to one of class_names.")
     classes = encode_classes(target.encoder.texts, names, evaluator.templates)
-    figures = []
+    figures: list[Figure] = []
     for name, those in labels.items():
         known = those >= 0
         if not known.any():
             continue
         images = target.features[name].image[torch.from_numpy(known)]
-        index = torch.from_numpy(those[known])
-        parts = []
-        for rows, similarity in similarity_chunks(images, classes):
-            right = torch.zeros_like(similarity, dtype=torch.bool)
-            parts.append(find_position(similarity, right.scatter_(1, index[rows, None], True)))
-        position = join_positions(parts)
-        for k in DEPTHS:
-            if k < len(names):
-                figures.append(
-                    target.mean_figure(
-                        name,
-                        position.hit(k),
-                        key=f"accuracy@{k}",
-                        title=f"zero-shot accuracy, top {k}, %",
-                        chance=k / len(names),
-                    )
-                )
+        figures += target.hit_figures(
+            name,
+            search_candidates(images, classes, those[known, None].tolist()),
+            {k: k / len(names) for k in DEPTHS if k < len(names)},
+            key="accuracy",
+            title="zero-shot accuracy, top {}, %",
+        )
     return Found(figures)
 
 
@@ -146,26 +135,14 @@ def fit_prototypes(images: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarr
     return lambda those: known[(those @ means.T).argmax(1)]
 
 
-def class_labels(target: Target, class_names: list[str]) -> dict[str, np.ndarray]:
-    """Return set -> [n] number of each pair's class; -1 if it has none."""
-    classes = ClassLabels(class_names)
-    found = {}
-    for name, source in target.evaluator.sources.items():
-        each = (
-            classes.of(source.meta(row), captions_of(source, row))
-            for row in target.features[name].rows.tolist()
-        )
-        found[name] = np.array([-1 if label is None else label for label in each])
-    return found
-
-
 def image_labels(target: Target) -> Mapping[str, np.ndarray]:
     """Return set -> [n] number of each pair's class, or else of its first caption."""
-    names = target.evaluator.class_names or []
-    classes = class_labels(target, names) if names else {}
+    evaluator = target.evaluator
+    names = evaluator.class_names or []
+    classes = label_pairs(names, evaluator.sources, target.features) if names else {}
     captions: dict[str, int] = {}
     found = {}
-    for name in target.evaluator.sources:
+    for name in evaluator.sources:
         firsts = [
             captions.setdefault(caption, len(names) + len(captions))
             for caption in target.features[name].first_captions

@@ -11,15 +11,8 @@ from torch import Tensor
 
 from fasterase.errors import InputError
 from fasterase.evaluation.features import captions_of
-from fasterase.evaluation.figures import Found
-from fasterase.evaluation.scores import (
-    Position,
-    chance_position,
-    column_mask,
-    find_position,
-    join_positions,
-    similarity_chunks,
-)
+from fasterase.evaluation.figures import Figure, Found
+from fasterase.evaluation.scores import chance_position, search_candidates
 from fasterase.evaluation.target import Target
 from fasterase.evaluation.tasks.classify import image_labels
 
@@ -34,7 +27,7 @@ def retrieval(target: Target) -> Found:
     evaluation rank first captions among those of all sets instead.) Costs all captions through the
     text tower.
     """
-    figures = []
+    figures: list[Figure] = []
     for name in target.evaluator.sources:
         features = target.features[name]
         captions, text = encode_captions(target, name)
@@ -50,19 +43,13 @@ def retrieval(target: Target) -> Found:
             ("image_to_text", "image->text", features.image, text, own),
             ("text_to_image", "text->image", text, features.image, images_of),
         ):
-            position = _positions(queries, candidates, right)
-            expected = chance_position(len(candidates), np.array([len(r) for r in right]))
-            for k in DEPTHS:
-                if k < len(candidates):
-                    figures.append(
-                        target.mean_figure(
-                            name,
-                            position.hit(k),
-                            key=f"{key}@{k}",
-                            title=f"{title} R@{k}, %",
-                            chance=float(expected.hit(k).mean()),
-                        )
-                    )
+            figures += target.hit_figures(
+                name,
+                search_candidates(queries, candidates, right),
+                _chances(right, len(candidates), [k for k in DEPTHS if k < len(candidates)]),
+                key=key,
+                title=f"{title} R@{{}}, %",
+            )
     if not figures:
         raise InputError("tasks: 'retrieval' needs a set of two pairs or more.")
     return Found(figures)
@@ -79,7 +66,7 @@ def image_retrieval(target: Target) -> Found:
         InputError: no image has another one of its class or caption.
     """
     labels = image_labels(target)
-    figures = []
+    figures: list[Figure] = []
     for name in labels:
         own, label = target.features[name].image, labels[name]
         gallery, gallery_label = own, label
@@ -94,18 +81,13 @@ def image_retrieval(target: Target) -> Found:
         if not queries:
             continue
         wanted = [right[row] for row in queries]
-        position = _positions(own[queries], gallery, wanted, without=queries)
-        expected = chance_position(len(gallery) - 1, np.array([len(those) for those in wanted]))
-        for k in DEPTHS[:2]:
-            figures.append(
-                target.mean_figure(
-                    name,
-                    position.hit(k),
-                    key=f"recall@{k}",
-                    title=f"image->image R@{k}, %",
-                    chance=float(expected.hit(k).mean()),
-                )
-            )
+        figures += target.hit_figures(
+            name,
+            search_candidates(own[queries], gallery, wanted, without=queries),
+            _chances(wanted, len(gallery) - 1, DEPTHS[:2]),
+            key="recall",
+            title="image->image R@{}, %",
+        )
     if not figures:
         raise InputError(
             "tasks: 'image_retrieval' needs images with another one of their class or caption, and "
@@ -128,15 +110,9 @@ def encode_captions(target: Target, name: str) -> tuple[list[list[str]], Tensor]
     return captions, text[[place[caption] for caption in distinct]]
 
 
-def _positions(
-    queries: Tensor,  # [n, D]
-    candidates: Tensor,  # [m, D]
-    right: Sequence[list[int]],  # [n] candidates that are right
-    without: Sequence[int] | None = None,  # [n] a candidate that is none: the query itself
-) -> Position:
-    parts = []
-    for rows, similarity in similarity_chunks(queries, candidates):
-        if without is not None:
-            similarity[torch.arange(len(similarity)), list(without[rows])] = -torch.inf
-        parts.append(find_position(similarity, column_mask(right[rows], len(candidates))))
-    return join_positions(parts)
+def _chances(
+    right: Sequence[list[int]], candidates: int, depths: Sequence[int]
+) -> dict[int, float]:
+    """Return depth -> recall in a random order of the candidates, over queries `right` [n]."""
+    position = chance_position(candidates, np.array([len(those) for those in right]))
+    return {k: float(position.hit(k).mean()) for k in depths}
