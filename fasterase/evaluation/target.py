@@ -1,4 +1,4 @@
-"""What a task or an attack is given."""
+"""What a task or an attack is given, and the figures that several of them make of it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import numpy as np
 
 from fasterase.encode import PairEncoder, PairFeatures
 from fasterase.evaluation.evaluator import Evaluator
-from fasterase.evaluation.figures import Figure
+from fasterase.evaluation.figures import Figure, share_figure
 from fasterase.evaluation.metrics import bootstrap_intervals
 from fasterase.evaluation.scores import Position
+
+# Share of unrelated images that may be taken for the concept when an image counts as found.
+FALSE_POSITIVES = 0.05
 
 
 @dataclass(frozen=True)
@@ -50,19 +53,13 @@ class Target:
 
         It should fall on sets to forget, to chance at most if `aim` says so, and not on others.
         """
-        evaluator = self.evaluator
-        intervals = bootstrap_intervals(
-            {key: values}, {}, resamples=evaluator.resamples, seed=evaluator.seed
-        )
-        return Figure(
-            f"{name}/{key}",
-            name,
-            title,
-            "share",
-            f"↓{aim}" if name in evaluator.forget_sets else "↑",
-            float(np.nanmean(values)),
-            *intervals[key],
-            chance,
+        return self.resampled_figure(
+            values,
+            key=f"{name}/{key}",
+            group=name,
+            title=title,
+            wanted=f"↓{aim}" if name in self.evaluator.forget_sets else "↑",
+            chance=chance,
         )
 
     def hit_figures(
@@ -89,3 +86,59 @@ class Target:
             )
             for k, chance in chances.items()
         ]
+
+    def separation_figures(
+        self,
+        below: np.ndarray,  # [n] share of unrelated images below each image of the concept
+        *,
+        key: str,
+        group: str,
+        chance: float,
+        prefix: str = "",
+    ) -> list[Figure]:
+        """Return how well a score tells images of the concept from unrelated ones.
+
+        The AUC, and the share of images found: above all but `FALSE_POSITIVES` of the others.
+
+        Args:
+            key: `"/auc"` and `"/found"` follow.
+            group: heading.
+            chance: share that a random score finds.
+            prefix: of the titles.
+        """
+        return [
+            self.resampled_figure(
+                below,
+                key=f"{key}/auc",
+                group=group,
+                title=f"{prefix}AUC, %",
+                wanted="↓",
+                chance=0.5,
+            ),
+            share_figure(
+                (below >= 1 - FALSE_POSITIVES).astype(float),
+                key=f"{key}/found",
+                group=group,
+                title=f"{prefix}found at 5 % FPR, %",
+                wanted="↓",
+                chance=chance,
+            ),
+        ]
+
+    def resampled_figure(
+        self,
+        values: np.ndarray,  # [n] shares; NaN for pairs that do not count
+        *,
+        key: str,
+        group: str,
+        title: str,
+        wanted: str,
+        chance: float,
+    ) -> Figure:
+        """Return the mean over pairs with its bootstrap interval."""
+        evaluator = self.evaluator
+        intervals = bootstrap_intervals(
+            {key: values}, {}, resamples=evaluator.resamples, seed=evaluator.seed
+        )
+        mean = float(np.nanmean(values))
+        return Figure(key, group, title, "share", wanted, mean, *intervals[key], chance)

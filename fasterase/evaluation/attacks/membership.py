@@ -14,7 +14,6 @@ import numpy as np
 from fasterase.encode import PairFeatures
 from fasterase.errors import InputError, import_extra
 from fasterase.evaluation.figures import Figure, Found, share_below, share_figure
-from fasterase.evaluation.metrics import bootstrap_intervals
 from fasterase.evaluation.target import Target
 from fasterase.report.curves import Series
 
@@ -67,17 +66,14 @@ def membership(target: Target) -> Found:
         for name in names:
             wanted = "" if name == "retain" else "↓ chance"
             group, place = f"{name} against non-members, {title}", f"{name}/{key}"
-            below = share_below(scores[key][name], others)
-            settings = {"resamples": target.evaluator.resamples, "seed": target.evaluator.seed}
             figures.append(
-                share_figure(
-                    below,
+                target.resampled_figure(
+                    share_below(scores[key][name], others),
                     key=f"{place}/auc",
                     group=group,
                     title="AUC, %",
                     wanted=wanted,
                     chance=0.5,
-                    interval=bootstrap_intervals({"auc": below}, {}, **settings)["auc"],
                 )
             )
             if len(others) >= ENOUGH:

@@ -11,14 +11,11 @@ from collections.abc import Callable
 import numpy as np
 
 from fasterase.errors import InputError, import_extra
-from fasterase.evaluation.figures import Figure, Found, share_below, share_figure
-from fasterase.evaluation.metrics import bootstrap_intervals
-from fasterase.evaluation.target import Target
+from fasterase.evaluation.figures import Figure, Found, share_below
+from fasterase.evaluation.target import FALSE_POSITIVES, Target
 from fasterase.seeds import Stream, generator
 
 FOLDS = 5
-# Share of unrelated images that may be taken for the concept when an image counts as found.
-FALSE_POSITIVES = 0.05
 
 # Features of images to forget [p, D] and of others [q, D] -> a score of features [n, D].
 Fit = Callable[[np.ndarray, np.ndarray], Callable[[np.ndarray], np.ndarray]]
@@ -52,7 +49,7 @@ def probe(target: Target) -> Found:
         name: assign_folds(len(those), folds, seed=evaluator.seed)
         for name, those in (*images.items(), ("retain", unrelated))
     }
-    figures = []
+    figures: list[Figure] = []
     for key, title, fit in (
         ("linear_probe", "linear probe of image features", fit_linear),
         ("prototypes", "prototypes of image features", fit_prototypes),
@@ -68,13 +65,11 @@ def probe(target: Target) -> Found:
                 below[name][rows] = share_below(score(those[rows]), others)
                 chance[name][rows] = _found_by_chance(len(others))
         for name in images:
-            figures += _figures(
+            figures += target.separation_figures(
                 below[name],
-                float(chance[name].mean()),
                 key=f"{name}/{key}",
                 group=f"{name}, {title}",
-                resamples=evaluator.resamples,
-                seed=evaluator.seed,
+                chance=float(chance[name].mean()),
             )
     return Found(figures)
 
@@ -104,21 +99,3 @@ def fit_prototypes(forget: np.ndarray, others: np.ndarray) -> Callable[[np.ndarr
 def _found_by_chance(others: int) -> float:
     """Return the chance that a random image is above all but `FALSE_POSITIVES` of the others."""
     return (others - np.ceil((1 - FALSE_POSITIVES) * others) + 1) / (others + 1)
-
-
-def _figures(
-    below: np.ndarray, chance: float, *, key: str, group: str, resamples: int, seed: int
-) -> list[Figure]:
-    low, high = bootstrap_intervals({"auc": below}, {}, resamples=resamples, seed=seed)["auc"]
-    auc = float(below.mean())
-    return [
-        Figure(f"{key}/auc", group, "AUC, %", "share", "↓", auc, low, high, 0.5),
-        share_figure(
-            (below >= 1 - FALSE_POSITIVES).astype(float),
-            key=f"{key}/found",
-            group=group,
-            title="found at 5 % FPR, %",
-            wanted="↓",
-            chance=chance,
-        ),
-    ]

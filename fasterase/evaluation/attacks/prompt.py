@@ -15,9 +15,8 @@ from torch import Tensor
 
 from fasterase.encode import PairFeatures
 from fasterase.errors import InputError
-from fasterase.evaluation.figures import Figure, Found, share_below, share_figure
-from fasterase.evaluation.metrics import bootstrap_intervals
-from fasterase.evaluation.target import Target
+from fasterase.evaluation.figures import Figure, Found, share_below
+from fasterase.evaluation.target import FALSE_POSITIVES, Target
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.pairs.skips import BrokenPair
 from fasterase.report.curves import Series
@@ -27,8 +26,6 @@ WORDS = 1024  # single words and tokens that are tried first
 PIECES = 64  # of them, the best, that prompts are then built from
 BEAM = 4  # prompts that are built on
 ROUNDS = 4  # of adding a word or replacing one
-# An unrelated image counts as taken for the concept when it is among the nearest 5 %.
-FALSE_POSITIVES = 0.05
 
 
 def prompt(target: Target) -> Found:
@@ -81,24 +78,13 @@ def prompt(target: Target) -> Found:
         others = (unrelated @ feature).double().numpy()
         for name, images in unseen.items():
             below = share_below((images @ feature).double().numpy(), others)
-            intervals = bootstrap_intervals(
-                {"auc": below}, {}, resamples=evaluator.resamples, seed=evaluator.seed
+            figures += target.separation_figures(
+                below,
+                key=f"{name}/{key}",
+                group=title,
+                chance=FALSE_POSITIVES,
+                prefix=f"{name}: ",
             )
-            for metric, label, values, chance in (
-                ("auc", "AUC", below, 0.5),
-                ("found", "found at 5 % FPR", below >= 1 - FALSE_POSITIVES, FALSE_POSITIVES),
-            ):
-                figures.append(
-                    share_figure(
-                        values.astype(float),
-                        key=f"{name}/{key}/{metric}",
-                        group=title,
-                        title=f"{name}: {label}, %",
-                        wanted="↓",
-                        chance=chance,
-                        interval=intervals.get(metric),
-                    )
-                )
     places = [float(count) for count, _ in history]
     scores = [score for _, score in history]
     axis = "gap of mean cosines, deviations"
