@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from os import PathLike
 from types import UnionType
@@ -50,6 +50,27 @@ def suggest_names(name: object, known: Iterable[str], *, otherwise: str) -> str:
     """Return " Did you mean x?" with the names closest to `name`, or `otherwise` if none is."""
     close = get_close_matches(str(name), list(known), n=3)
     return f" Did you mean {' or '.join(close)}?" if close else f" {otherwise}"
+
+
+def parse_names(argument: str, names: Any, known: Collection[str]) -> list[str]:
+    """Return the distinct names of a list, in order.
+
+    Args:
+        argument: name of the argument, a plural such as `"attacks"`.
+        names: its value.
+        known: all names there are.
+
+    Raises:
+        InputError: it is no list, or a name is not among `known`.
+    """
+    listed = f"Known: {', '.join(known)}."
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise InputError(f"{argument}={names!r}: expected a list of names. {listed}")
+    for name in names:
+        if name not in known:
+            hint = suggest_names(name, known, otherwise=listed)
+            raise InputError(f"{argument}: unknown {argument.removesuffix('s')} {name!r}.{hint}")
+    return list(dict.fromkeys(names))
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:

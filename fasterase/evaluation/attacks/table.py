@@ -18,7 +18,7 @@ from fasterase.evaluation.attacks.relearn import relearn
 from fasterase.evaluation.attacks.swap import swap
 from fasterase.evaluation.figures import Found
 from fasterase.evaluation.target import Target
-from fasterase.option_values import suggest_names
+from fasterase.option_values import parse_names
 
 
 class Attack(NamedTuple):
@@ -53,14 +53,8 @@ def check_attacks(names: Sequence[str], *, original: bool, non_members: bool) ->
             given for one.
         MissingExtraError: an attack needs a package that is not installed.
     """
-    if isinstance(names, str) or not isinstance(names, Sequence):
-        raise InputError(
-            f"attacks={names!r}: expected a list of names. Known: {', '.join(ATTACKS)}."
-        )
-    for name in names:
-        if name not in ATTACKS:
-            hint = suggest_names(name, ATTACKS, otherwise=f"Known: {', '.join(ATTACKS)}.")
-            raise InputError(f"attacks: unknown attack {name!r}.{hint}")
+    chosen = parse_names("attacks", names, ATTACKS)
+    for name in chosen:
         attack = ATTACKS[name]
         if attack.needs_original and not original:
             raise InputError(
@@ -74,9 +68,9 @@ def check_attacks(names: Sequence[str], *, original: bool, non_members: bool) ->
             )
         if attack.needs_module is not None:  # now, not after minutes of measuring
             import_extra(attack.needs_module, "eval", f"attacks: {name!r}")
-    if non_members and not any(ATTACKS[name].needs_non_members for name in names):
+    if non_members and not any(ATTACKS[name].needs_non_members for name in chosen):
         raise InputError(
             "non_members: none of the attacks uses them. Add 'membership' to attacks=, or leave "
             "non_members out."
         )
-    return list(dict.fromkeys(names))
+    return chosen

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from fasterase.errors import InputError, import_extra
+from fasterase.errors import import_extra
 from fasterase.evaluation.figures import Found
 from fasterase.evaluation.target import Target
 from fasterase.evaluation.tasks.classify import linear_probe, prototypes, zero_shot
 from fasterase.evaluation.tasks.paraphrases import paraphrases
 from fasterase.evaluation.tasks.retrieve import image_retrieval, retrieval
-from fasterase.option_values import suggest_names
+from fasterase.option_values import parse_names
 
 
 class Task(NamedTuple):
@@ -42,14 +42,9 @@ def check_tasks(names: Sequence[str]) -> list[str]:
         InputError: a name is unknown.
         MissingExtraError: a task needs a package that is not installed.
     """
-    known = ", ".join(TASKS)
-    if isinstance(names, str) or not isinstance(names, Sequence):
-        raise InputError(f"tasks={names!r}: expected a list of names. Known: {known}.")
-    for name in names:
-        if name not in TASKS:
-            hint = suggest_names(name, TASKS, otherwise=f"Known: {known}.")
-            raise InputError(f"tasks: unknown task {name!r}.{hint}")
+    chosen = parse_names("tasks", names, TASKS)
+    for name in chosen:
         module = TASKS[name].needs_module
         if module is not None:  # now, not after minutes of measuring
             import_extra(module, "eval", f"tasks: {name!r}")
-    return list(dict.fromkeys(names))
+    return chosen
