@@ -36,6 +36,7 @@ from fasterase.demo import emoji
 from fasterase.demo.run import recipe_config
 from fasterase.demo.sets import DemoSets, Drawings, build_sets, open_teams
 from fasterase.evaluation.evaluation import Evaluation
+from fasterase.models.load import load_model
 from fasterase.provenance import read_record
 
 HIT, RECALL = "contest_hit@1", "image_to_text_recall@1"
@@ -222,8 +223,21 @@ def run_all(states: Iterable[State], subgroups: Sequence[str], work: Path, proce
                 print(f"seed {pending[done].seed}, erased: {pending[done].title}", flush=True)
 
 
+@torch.no_grad()
+def crowding(model: Path, names: Sequence[str]) -> float:
+    """Return the mean cosine of the captions of different concepts with each other."""
+    encoder = load_model(str(model))
+    text = encoder.encode_text(encoder.tokenize(list(names)))
+    return float((text @ text.T).masked_select(~torch.eye(len(text), dtype=torch.bool)).mean())
+
+
 def rows_of(
-    state: State, evaluation: Evaluation, original: Evaluation, steps: int
+    state: State,
+    evaluation: Evaluation,
+    original: Evaluation,
+    *,
+    steps: int,
+    crowded: Mapping[str, float],
 ) -> list[dict[str, Any]]:
     """Return a row per set of a model; changes are against the original.
 
@@ -231,6 +245,7 @@ def rows_of(
         state: the model.
         evaluation, original: what was measured on it and on the demo's model.
         steps: training steps of the last erasure.
+        crowded: subgroup -> `crowding` of its captions.
     """
     gone = {subgroup for step in state.erased for subgroup in step}
     here = {"seed": state.seed, "erased": state.title, "steps": steps}
@@ -238,18 +253,19 @@ def rows_of(
     for name, verdict in evaluation.set_verdicts["model"].items():
         if name == "forget":  # all subgroups in one, which have rows of their own
             continue
-        scores = evaluation.scores[name]
+        scores, subgroup = evaluation.scores[name], name.removesuffix(UNSEEN)
         rows.append(
             {
                 **here,
                 "set": name,
-                "wanted": "forget" if name.removesuffix(UNSEEN) in gone else "keep",
+                "wanted": "forget" if subgroup in gone else "keep",
                 "verdict": verdict,
                 "hit@1": scores[HIT],
                 "chance": evaluation.chance[name][HIT],
                 "residue": evaluation.mean_residue(name),
                 **{direction: scores[key] for direction, key in RESIDUES.items()},
                 "cosine": scores["matched_cosine"],
+                "captions' mutual cosine": crowded[subgroup],
             }
         )
     for name in KEEP_SETS:
@@ -319,12 +335,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     work, subgroups = options.work, options.subgroups
     states = plan(subgroups, options.seeds)
     run_all(states, subgroups, work, options.processes)
+    names = {each: sets.concepts for each, sets in build_concepts(subgroups, 0).own.items()}
     rows = []
     for state in states:
         evaluation = Evaluation.from_json(evaluation_of(state, work))
         original = Evaluation.from_json(evaluation_of(State((), state.seed), work))
-        record = read_record(model_of(state, work))
-        rows += rows_of(state, evaluation, original, record["outcome"]["steps"] if record else 0)
+        model = model_of(state, work)
+        record = read_record(model)
+        rows += rows_of(
+            state,
+            evaluation,
+            original,
+            steps=record["outcome"]["steps"] if record else 0,
+            crowded={each: crowding(model, those) for each, those in names.items()},
+        )
         if evaluation.audit:
             print("\n".join([f"\nAudit, seed {state.seed}: {state.title}", *evaluation.audit]))
     rows += sum_singles(rows, subgroups)

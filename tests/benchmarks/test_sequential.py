@@ -15,6 +15,7 @@ from fasterase.evaluation.evaluation import Evaluation
 # Small subgroups, in an order that is not the alphabet's.
 SUBGROUPS = ("plant-flower", "animal-marine", "food-asian")
 FLOWERS, MARINE, ASIAN = SUBGROUPS
+CROWDED = {FLOWERS: 0.3, MARINE: 0.2, ASIAN: 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +133,9 @@ def test_rows_say_what_is_gone_and_what_changed():
     after = evaluation(known=known, kept=0.8)
     rows = {
         row["set"]: row
-        for row in sequential.rows_of(State(((FLOWERS,), (MARINE,)), 1), after, before, 70)
+        for row in sequential.rows_of(
+            State(((FLOWERS,), (MARINE,)), 1), after, before, steps=70, crowded=CROWDED
+        )
     }
     assert list(rows) == [*known, *sequential.KEEP_SETS]
     wanted = {name: row["wanted"] for name, row in rows.items()}
@@ -144,8 +147,15 @@ def test_rows_say_what_is_gone_and_what_changed():
     assert flowers["image->text residue"] == pytest.approx(0.4)
     assert flowers["text->image residue"] == pytest.approx(0.6)
     assert (flowers["cosine"], flowers["verdict"]) == (-0.1, "forgotten")
+    assert flowers["captions' mutual cosine"] == 0.3
     assert rows["retain"]["recall@1"] == 0.8
     assert rows["retain"]["change"] == pytest.approx(-0.1)
+
+
+def test_captions_crowd_where_they_are_like_each_other():
+    same = sequential.crowding(emoji.BASE_MODEL, ["rose", "rose", "rose"])
+    assert same == pytest.approx(1, abs=1e-5)
+    assert -1 < sequential.crowding(emoji.BASE_MODEL, ["rose", "rocket"]) < 0.8
 
 
 def test_sums_add_the_single_erasures_of_each_seed():
@@ -158,7 +168,9 @@ def test_sums_add_the_single_erasures_of_each_seed():
             after = evaluation(
                 known=dict.fromkeys(SUBGROUPS, 0.5), kept=0.9 - 0.01 * lost - 0.1 * seed
             )
-            rows += sequential.rows_of(State(history, seed), after, before, 70)
+            rows += sequential.rows_of(
+                State(history, seed), after, before, steps=70, crowded=CROWDED
+            )
     sums = sequential.sum_singles(rows, SUBGROUPS)
     found = {(row["seed"], row["set"]): row["change"] for row in sums}
     assert len(found) == 2 * len(sequential.KEEP_SETS)
