@@ -107,13 +107,15 @@ def rows_of(concept: str, evaluation: Evaluation) -> Iterator[dict[str, Any]]:
     scores = {ORIGINAL: original, RETRAINED: references[RETRAINED], ERASED: evaluation.scores}
     verdicts = {**evaluation.set_verdicts, ERASED: evaluation.set_verdicts["model"]}
     for model in MODELS:
-        figures = {
+        figures: dict[str, Any] = {
             **_trace(evaluation, scores[model], verdicts[model]),
             **_changes(scores[model], original),
-            **_attacked(evaluation, model),
         }
+        here = {"concept": concept, "model": model}
         for figure, value in figures.items():
-            yield {"concept": concept, "model": model, "figure": figure, "value": value}
+            yield {**here, "figure": figure, "value": value}
+        for each in ATTACKED:
+            yield {**here, "figure": each.title, **_found(evaluation, each, model)}
 
 
 def _trace(
@@ -133,14 +135,16 @@ def _changes(scores: Scores, original: Scores) -> dict[str, float]:
     return {f"{name} change": scores[name][RECALL] - original[name][RECALL] for name in KEEP_SETS}
 
 
-def _attacked(evaluation: Evaluation, model: str) -> dict[str, Any]:
-    """Return what the attacks found on one of the models."""
-    figures = {}
-    for each in ATTACKED:
-        figure = evaluation.attacks[each.attack][each.key]
-        values = {ORIGINAL: figure.original, ERASED: figure.value, **figure.references}
-        figures[each.title] = values[model]
-    return figures
+def _found(evaluation: Evaluation, attacked: Attacked, model: str) -> dict[str, Any]:
+    """Return what an attack found on one of the models, with its 95 % interval."""
+    figure = evaluation.attacks[attacked.attack][attacked.key]
+    values = {ORIGINAL: figure.original, ERASED: figure.value, **figure.references}
+    intervals: dict[str, Sequence[float | None]] = {
+        **figure.other_intervals,
+        ERASED: (figure.low, figure.high),
+    }
+    low, high = intervals[model]
+    return {"value": values[model], "low": low, "high": high, "chance": figure.chance}
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -30,7 +30,17 @@ def evaluation(erased: float, retrained: float) -> Evaluation:
     attacks: dict[str, dict[str, Figure]] = {}
     for each in ATTACKED:
         figure = Figure(
-            each.key, "", "", "share", "↓", erased, original=0.9, references={RETRAINED: retrained}
+            each.key,
+            "",
+            "",
+            "share",
+            "↓",
+            erased,
+            erased - 0.1,
+            erased + 0.1,
+            original=0.9,
+            references={RETRAINED: retrained},
+            other_intervals={ORIGINAL: [0.8, 1.0], RETRAINED: [0.1, 0.9]},
         )
         attacks.setdefault(each.attack, {})[each.key] = figure
     verdicts = {
@@ -79,6 +89,8 @@ def test_every_model_has_every_figure() -> None:
     assert values[RETRAINED, "holdout change"] == pytest.approx(-0.01)
     assert values[ERASED, "neighbour change"] == pytest.approx(-0.03)
     assert [values[model, ATTACKED[-1].title] for model in references.MODELS] == [0.9, 0.5, 0.3]
+    intervals = [(row["low"], row["high"]) for row in rows if row["figure"] == ATTACKED[-1].title]
+    assert intervals == [(0.8, 1.0), (0.1, 0.9), pytest.approx((0.2, 0.4))]
     assert values[RETRAINED, VERDICT] == "forgotten"
     assert values[ERASED, f"unseen {VERDICT}"] == "over-erased"
 
