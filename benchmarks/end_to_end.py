@@ -10,8 +10,8 @@ keeps what the frozen ones put out. `--layers` repeats the blocks of the model u
 as many: larger towers, but no model that knows anything.
 
 The bound of the advantage is that of the FLOPs of the towers: the loop encodes each pair twice and
-goes back through what is trained, `unlearn` encodes it once, and the distinct pairs once more with
-the original.
+goes back through what is trained. `unlearn` encodes the distinct retain pairs once with the
+original. With frozen blocks it runs these once per distinct pair, and in the steps only the rest.
 
 Each run has a process of its own; the two take turns. Measured are
 
@@ -206,7 +206,7 @@ def _bound(encoder: DualEncoder, sets: DemoSets, setting: Setting) -> float:
         distinct += min(count, setting.steps * size)
     retained = min(len(sets.retain), setting.steps * setting.batch_size)
     naive = pairs * (2 * forward + 2 * trained)
-    own = pairs * 3 * trained + distinct * (forward - trained) + retained * forward
+    own = pairs * 3 * trained + distinct * (forward - trained) + retained * trained
     return naive / own
 
 

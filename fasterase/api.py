@@ -18,7 +18,8 @@ from fasterase.config import UnlearnConfig, describe_recipe
 from fasterase.encode import PairEncoder
 from fasterase.engine.advice import advise
 from fasterase.engine.clock import RunClock
-from fasterase.engine.erase import check_environment, erase
+from fasterase.engine.conditions import check_environment
+from fasterase.engine.erase import erase
 from fasterase.engine.history import StepRecord
 from fasterase.engine.model_state import best_device, borrowed, placed, resolve_device
 from fasterase.engine.run_lock import lock_run
@@ -198,10 +199,7 @@ def _unlearn(
 
     # Refuses a wrong `tune`, before minutes of measuring.
     original_weights = keep_original(
-        encoder,
-        config.tune,
-        logit_scale=config.train_logit_scale,
-        buffers=config.train_mode,
+        encoder, config.tune, logit_scale=config.train_logit_scale, buffers=config.train_mode
     )
     # A caller's no_grad or inference mode would train nothing, silently.
     with (

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,8 +20,10 @@ from tqdm import tqdm
 from fasterase.errors import InputError
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.forward import TowerForward, resolve_precision
+from fasterase.models.prefix import Halfway
 from fasterase.models.preprocessing import Tokens
-from fasterase.pairs.batches import Captions, sweep
+from fasterase.pairs.batches import Captions, SweepBatch, sweep
+from fasterase.pairs.kept import Keeper
 from fasterase.pairs.prepare import Preparer
 from fasterase.pairs.skips import Skip, SkipLedger
 from fasterase.pairs.source import PairSource
@@ -120,6 +122,18 @@ class PairFeatures:
         )
 
 
+class Prefixes(Keeper, Protocol):
+    """Outputs of frozen lower blocks, with which encoding begins."""
+
+    def images(self, source: PairSource, batch: SweepBatch) -> Halfway:
+        """Return the images [n] of a batch halfway through their tower."""
+        ...
+
+    def texts(self, keys: Sequence[str], tokens: Tokens) -> Halfway:
+        """Return captions halfway through their tower, by identity (m,) and tokens [m, L]."""
+        ...
+
+
 class PairEncoder:
     """Reads pairs and encodes them with one model, without gradients and in eval mode.
 
@@ -132,7 +146,13 @@ class PairEncoder:
         num_workers: processes that load and decode pairs.
         progress: whether to show progress bars.
         ranks: who takes part: `pairs` divides the work among them.
+
+    Attributes:
+        prefixes: outputs of blocks that stay as they are, for pairs that are the same at each read;
+            None: the towers run whole.
     """
+
+    prefixes: Prefixes | None = None
 
     def __init__(
         self,
@@ -164,7 +184,7 @@ class PairEncoder:
     def of(self, model: DualEncoder) -> PairEncoder:
         """Return an encoder of a copy of the model, with the same settings and ledger."""
         other = copy.copy(self)
-        other.model, other._device = model, model.device
+        other.model, other._device, other.prefixes = model, model.device, None
         other._towers = TowerForward(model, precision=self.precision)
         return other
 
@@ -205,6 +225,7 @@ class PairEncoder:
         Raises:
             InputError: too many pairs cannot be read.
         """
+        prefixes = self.prefixes if source.stable else None
         loaded = sweep(
             source,
             rows,
@@ -212,6 +233,7 @@ class PairEncoder:
             captions=captions,
             batch_size=self.batch_size,
             num_workers=self._num_workers,
+            keeper=prefixes,
         )
         waiting = WaitingShare()
         for batch in waiting.over(loaded):
@@ -222,10 +244,12 @@ class PairEncoder:
                 keys, tokens = [keys[i] for i in fresh], tokens.index(fresh)
             yield EncodedBatch(
                 batch.rows,
-                self._encode_images(batch.pixels),
+                self._encode_images(
+                    batch.pixels if prefixes is None else prefixes.images(source, batch)
+                ),
                 batch.captions,
                 keys,
-                self._encode_tokens(tokens),
+                self._encode_tokens(tokens if prefixes is None else prefixes.texts(keys, tokens)),
                 batch.skipped,
             )
             bar.set_postfix({"waiting for data": str(waiting)}, refresh=False)
@@ -316,11 +340,11 @@ class PairEncoder:
                 self._encode_images(self.prepare.stack([]))
                 self._encode_tokens(self.prepare.no_tokens())
 
-    def _encode_images(self, pixels: Tensor) -> Tensor:
-        """[n, D] on the CPU of pixels [n, 3, H, W]; n may be 0."""
+    def _encode_images(self, pixels: Tensor | Halfway) -> Tensor:
+        """[n, D] on the CPU of n images, as pixels [n, 3, H, W] or halfway; n may be 0."""
         count = len(pixels)
         if not count:
-            if not self._in_lockstep:
+            if not self._in_lockstep or isinstance(pixels, Halfway):
                 return torch.empty(0, self.model.embed_dim)
             pixels = pixels.new_zeros(1, *pixels.shape[1:])
 
@@ -331,19 +355,21 @@ class PairEncoder:
 
         return self._in_parts(len(pixels), encode)[:count]
 
-    def _encode_tokens(self, tokens: Tokens) -> Tensor:
-        """[m, D] on the CPU of token ids [m, L]; m may be 0."""
+    def _encode_tokens(self, tokens: Tokens | Halfway) -> Tensor:
+        """[m, D] on the CPU of m texts, as token ids [m, L] or halfway; m may be 0."""
         self._passes += 1
-        count = len(tokens.ids)
-        if not count and self._in_lockstep:
+        count = len(tokens if isinstance(tokens, Halfway) else tokens.ids)
+        if not count and self._in_lockstep and isinstance(tokens, Tokens):
             tokens = Tokens(tokens.ids.new_zeros(1, tokens.ids.shape[1]))
 
         def encode(part: slice) -> Tensor:
-            text = self._towers(None, tokens.index(part).to(self._device)).text
+            given = tokens[part] if isinstance(tokens, Halfway) else tokens.index(part)
+            text = self._towers(None, given.to(self._device)).text
             assert text is not None
             return text.cpu()
 
-        return self._in_parts(len(tokens.ids), encode, weight=TEXTS_PER_IMAGE)[:count]
+        most = max(count, 1) if self._in_lockstep else count
+        return self._in_parts(most, encode, weight=TEXTS_PER_IMAGE)[:count]
 
     def _in_parts(
         self, count: int, encode: Callable[[slice], Tensor], *, weight: int = 1

@@ -151,7 +151,7 @@ def measure_original(
     if pool is not None:
         wanted["retain"] += [pool.drawn, pool.withheld]
     floor_samples = {name: floor_rows(len(sets[name])) for name in ("forget", "retain")}
-    for chosen in (floor_samples, judge.rows, _measured_rows(evaluator, sets)):
+    for chosen in (floor_samples, judge.rows, measured_rows(evaluator, sets)):
         for name, rows in chosen.items():
             wanted[name].append(rows)
     original = OriginalFeatures(encoder, cache)
@@ -170,7 +170,7 @@ def measure_original(
     if evaluator is not None:
         features = {
             name: original.pairs(sets[name], rows)
-            for name, rows in _measured_rows(evaluator, sets).items()
+            for name, rows in measured_rows(evaluator, sets).items()
         }
         measured = evaluator.measure(encoder, features)
     damage, damage_rows = None, np.empty(0, np.int64)
@@ -272,9 +272,10 @@ def undrawn_rows(sampler: Sampler, steps: int) -> np.ndarray:
     return np.flatnonzero(~drawn)
 
 
-def _measured_rows(
+def measured_rows(
     evaluator: Evaluator | None, sets: Mapping[str, PairSource]
 ) -> dict[str, np.ndarray]:
+    """Return set -> rows that the evaluation measures; nothing without one."""
     return {} if evaluator is None else {name: evaluator.rows(name) for name in sets}
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
 from fasterase.config import UnlearnConfig, format_yaml
@@ -21,22 +20,19 @@ from fasterase.engine.baseline import (
     Checks,
     RetainPool,
     measure_original,
+    measured_rows,
     undrawn_rows,
 )
 from fasterase.engine.build_engine import build_engine, shards, working_model
 from fasterase.engine.checkpoint import Checkpoint, CheckpointFolder
 from fasterase.engine.clock import RunClock
+from fasterase.engine.conditions import check_same, check_train_mode, identify
 from fasterase.engine.feature_loss import MAX_SCALE, FeatureLoss, loss_products
 from fasterase.engine.global_loss import GlobalLoss
 from fasterase.engine.history import StepRecord
 from fasterase.engine.loop import Trainer, run_steps
 from fasterase.engine.model_state import Borrowed, training
-from fasterase.engine.optim import (
-    EIGHT_BIT,
-    Trained,
-    lr_schedule,
-    require_bitsandbytes,
-)
+from fasterase.engine.optim import Trained, lr_schedule
 from fasterase.engine.pacing import (
     MAX_STEPS,
     AutomaticPacing,
@@ -47,10 +43,9 @@ from fasterase.engine.pacing import (
     Pacing,
     Rate,
 )
-from fasterase.engine.prefix_cache import VIEWS, open_prefix_cache
-from fasterase.engine.trackers import require_tracker
+from fasterase.engine.prefix_cache import open_prefix_cache
 from fasterase.engine.words import forget_words
-from fasterase.errors import InputError, NonFiniteError, PreemptedError, ResumeError
+from fasterase.errors import InputError, NonFiniteError, PreemptedError
 from fasterase.evaluation.evaluation import Evaluation
 from fasterase.evaluation.evaluator import Evaluator
 from fasterase.evaluation.features import sampled_rows
@@ -60,7 +55,6 @@ from fasterase.files import write_text
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.forward import resolve_precision
 from fasterase.models.lora import LoraAdapter, adapting, parse_rank
-from fasterase.ops.contrastive.api import choose_backend
 from fasterase.pairs.batches import step_batches
 from fasterase.pairs.processes import count_workers
 from fasterase.pairs.sampler import Sampler, drawn_rows
@@ -68,7 +62,6 @@ from fasterase.pairs.skips import SkipLedger
 from fasterase.pairs.source import PairSource
 from fasterase.parallel.engine import Engine
 from fasterase.parallel.ranks import Ranks
-from fasterase.parallel.zero import require_deepspeed
 from fasterase.reference.cache import FeatureCache
 from fasterase.reference.original import cache_folder
 from fasterase.seeds import Stream, torch_seed
@@ -170,9 +163,9 @@ def erase(
         )
     # Before anything wraps the model: sharded weights would look the same for any model.
     fingerprint = model.fingerprint()
-    pairs = {"forget pairs": _identify(forget), "retain pairs": _identify(retain)}
-    _check_same({"model weights": fingerprint, **pairs}, ranks)
-    _check_train_mode(model, config, ranks)
+    pairs = {"forget pairs": identify(forget), "retain pairs": identify(retain)}
+    check_same({"model weights": fingerprint, **pairs}, ranks)
+    check_train_mode(model, config, ranks)
     checkpoints = saved = None
     if output_dir is not None:
         identity = {
@@ -217,14 +210,25 @@ def erase(
 
     adapter = None
     with cache_folder(config.reference_cache, output_dir, ranks) as folder, ExitStack() as stack:
-        key = hashlib.sha256(f"{fingerprint} {precision}".encode()).hexdigest()
+        # Adapters become part of the weights when training ends, before these are measured.
+        adapters = stack.enter_context(ExitStack())
+        encoding = f"{fingerprint} {precision}"
+        if config.prefix_cache is not None and precision == "bf16":
+            encoding += f" {config.tune}"  # rounded halfway
+        key = hashlib.sha256(encoding.encode()).hexdigest()
         is_half = model.device.type == "cuda" and loss_products(precision) == "fp16"
         cache = FeatureCache(folder, key, model.embed_dim, is_half=is_half, ranks=ranks)
         prefixes = None
         if config.prefix_cache is not None:
+            drawn = drawn_rows(sampler, total_steps)[1] if pool is None else pool.drawn
+            measured = [*judge.rows.items(), *measured_rows(evaluator, sets).items()]
+            if pool is not None:
+                measured.insert(0, ("retain", pool.withheld))
             prefixes = open_prefix_cache(
-                folder / key[:16], model, sets, total_steps, config, precision, ranks
+                folder / key[:16], model, sets, drawn, measured, config, precision, ranks
             )
+            stack.callback(prefixes.flush)
+            encoder.prefixes = prefixes
         baseline = measure_original(
             encoder,
             cache,
@@ -239,7 +243,7 @@ def erase(
         if rank is not None:
             blocks = [*model.image_parts().blocks, *model.text_parts().blocks]
             seed = torch_seed(config.seed, Stream.LORA)
-            adapter = stack.enter_context(
+            adapter = adapters.enter_context(
                 adapting(model.module, blocks, rank=rank, seed=seed, scale=model.logit_scale)
             )
             # Of a model with adapters, these are all that is free.
@@ -298,7 +302,7 @@ def erase(
                 last_step=trainer.step if pacing.is_done or never_known else pacing.total_steps,
                 micro_batch_size=config.micro_batch_size,
                 augment_forget=config.forget_augment,
-                views=VIEWS if prefixes is not None and config.forget_augment else None,
+                keeper=prefixes,
                 num_workers=num_workers,
                 ranks=ranks,
             )
@@ -316,19 +320,18 @@ def erase(
                     progress=config.progress,
                 )
 
-    state.round_to_own_dtype()
-    rows = dict(judge.rows)
-    if evaluator is not None:
-        rows |= {name: evaluator.rows(name) for name in sets}
-    features = {
-        name: encoder.pairs(sets[name], these, description=f"erased model ({name})")
-        for name, these in rows.items()
-    }
-    traces = summarise(judge.judge(features))
-    evaluation = None
-    if evaluator is not None:
-        measured = evaluator.measure(encoder, features, original=baseline.measured)
-        evaluation = evaluator.compare(measured, original=baseline.measured)
+        adapters.close()
+        state.round_to_own_dtype()
+        rows = judge.rows | measured_rows(evaluator, sets)
+        features = {
+            name: encoder.pairs(sets[name], these, description=f"erased model ({name})")
+            for name, these in rows.items()
+        }
+        traces = summarise(judge.judge(features))
+        evaluation = None
+        if evaluator is not None:
+            found = evaluator.measure(encoder, features, original=baseline.measured)
+            evaluation = evaluator.compare(found, original=baseline.measured)
     return Outcome(
         history,
         baseline.floor,
@@ -440,56 +443,3 @@ def _exporting(engine: Engine) -> Iterator[None]:
         engine.export()
         raise
     engine.export()
-
-
-def _check_same(seen: Mapping[str, str], ranks: Ranks) -> None:
-    """Refuse ranks that were given another model or other pairs than the first one."""
-    everyone = ranks.gather_objects(seen)
-    for rank, other in enumerate(everyone):
-        differing = [name for name in seen if other[name] != everyone[0][name]]
-        if differing:
-            raise InputError(
-                f"{' and '.join(differing)}: rank {rank} has others than rank 0. Every process "
-                "must pass the same model (seed it before it is made, or load it) and the same "
-                "pairs; the ranks divide each batch among themselves."
-            )
-
-
-def _check_train_mode(model: DualEncoder, config: UnlearnConfig, ranks: Ranks) -> None:
-    if not config.train_mode or ranks.world_size == 1:
-        return
-    if any(isinstance(part, _BatchNorm) for part in model.module.modules()):
-        raise InputError(
-            "train_mode=True with several processes: the BatchNorm statistics of each would be of "
-            "its own pairs. Leave train_mode False, which freezes them, or use one process."
-        )
-
-
-def check_environment(config: UnlearnConfig) -> None:
-    """Refuse options that this machine cannot honour, before anything is touched.
-
-    Raises:
-        InputError: `deepspeed` names no readable configuration; `backend` is not available;
-            `resume="must"` without an `output_dir`.
-        MissingExtraError: an 8-bit optimiser without bitsandbytes; `deepspeed` without DeepSpeed;
-            `report_to` without its tracker.
-    """
-    choose_backend(config.backend)
-    if config.optimizer in EIGHT_BIT:
-        require_bitsandbytes(config.optimizer)
-    require_tracker(config.report_to)
-    if config.resume == "must" and config.output_dir is None:
-        raise ResumeError(
-            "resume='must' without output_dir: a run resumes from the checkpoints in its "
-            "output_dir. Give the output_dir of the interrupted run, or resume='auto'."
-        )
-    if shards(config):
-        require_deepspeed()
-
-
-def _identify(source: PairSource) -> str:
-    """Return a string that identifies the set.
-
-    It is the set's manifest, or only its size if it changes on every read.
-    """
-    return source.manifest() if source.stable else f"{len(source)} pairs, changing"

@@ -38,6 +38,14 @@ class Halfway:
     tokens: Tokens | None = None
     places: Tensor | None = None
 
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, part: slice) -> Halfway:
+        """Return some of the rows, without `places`."""
+        tokens = None if self.tokens is None else self.tokens.index(part)
+        return Halfway(self.tower, self.rows[part], tokens)
+
     @property
     def device(self) -> torch.device:
         return self.rows.device

@@ -25,12 +25,17 @@ def augment(
     black: Tensor | None = None,  # [3] what preprocessing makes of black, for float32 pixels
 ) -> Tensor:
     """Return the image itself or, equally often, an altered view of it; same shape and dtype."""
-    if generator.uniform() < PLAIN:
+    if is_plain(generator):
         return pixels
     if pixels.dtype != torch.uint8:
         return alter(pixels, generator, black=black)
     altered = alter(pixels.float(), generator, black=torch.zeros(3))
     return altered.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def is_plain(generator: np.random.Generator) -> bool:
+    """Decide, by the first number of `generator`, whether `augment` returns the image itself."""
+    return generator.uniform() < PLAIN
 
 
 def alter(

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import random
-import signal
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from fasterase.errors import InputError
 from fasterase.models.preprocessing import Tokens
 from fasterase.pairs.augment import augment
+from fasterase.pairs.kept import DrawnPairs, Keeper, draw_views, read_missing, stack_known
+from fasterase.pairs.loading import load_parallel, read_record
 from fasterase.pairs.prepare import PreparedText, Preparer, hash_captions, stack_tokens
 from fasterase.pairs.sampler import Sampler
 from fasterase.pairs.skips import BrokenPair, Skip
-from fasterase.pairs.source import PairSource, Record
+from fasterase.pairs.source import PairSource
 from fasterase.parallel.ranks import ALONE, Ranks, share_of
 from fasterase.seeds import Stream, generator
 
@@ -35,14 +33,17 @@ class Loaded:
     Attributes:
         rows: [n] int64, rows of their source.
         ids: [n].
-        pixels: [n, 3, H, W] uint8, or float32 (normalised) where the transform does not split.
+        pixels: [n, 3, H, W] uint8, or float32 (normalised) where the transform does not split;
+            with `fresh`, of those pairs alone.
         skipped: rows that are broken.
+        fresh: [k] int64, which of the n images are not kept (`Keeper`); None without a keeper.
     """
 
     rows: np.ndarray
     ids: list[str]
     pixels: Tensor
     skipped: list[Skip]
+    fresh: np.ndarray | None = field(default=None, kw_only=True)
 
 
 @dataclass
@@ -56,8 +57,8 @@ class MicroBatch(Loaded):
         n_forget: how many of the n are forget pairs.
         tokens: ids [n, L].
         keys: [n] identities of the captions.
-        views: [n] int64, which of its views each image is; 0 for retain images. None where forget
-            images have a new view in each step, or none.
+        views: [n] int64, which of its kept views each image is; 0 is the image itself. None without
+            a keeper.
     """
 
     step: int
@@ -136,7 +137,7 @@ def step_batches(
     last_step: int,
     micro_batch_size: int | None = None,
     augment_forget: bool,
-    views: int | None = None,
+    keeper: Keeper | None = None,
     num_workers: int = 0,
     ranks: Ranks = ALONE,
 ) -> Iterator[StepBatch]:
@@ -148,7 +149,8 @@ def step_batches(
     Python, NumPy and PyTorch are seeded in the same way while one of its items is read, so that its
     own augmentation repeats too. Workers load one micro-batch at a time.
 
-    With `views`, each forget image has so many views, seeded by its row; each step draws one.
+    With a `keeper`, each forget image has as many views as it says, seeded by its row, and each
+    step draws one. What is kept is not read.
 
     Raises:
         InputError: as `Preparer` does, also from inside a worker.
@@ -158,20 +160,27 @@ def step_batches(
     # The last part of a step may be empty: steps differ in size by one pair.
     parts = max(1, -(-largest // size))
     black = prepare.black_level() if augment_forget else None
-    load = partial(
-        _load_micro_batch,
-        (forget, retain),
+    draw = partial(
+        _draw_part,
         sampler,
-        prepare,
         size=size,
         parts=parts,
-        augment_forget=augment_forget,
-        views=views,
-        black=black,
         share=partial(share_of, rank=ranks.rank, world_size=ranks.world_size),
     )
+    numbers = range(first_step * parts, last_step * parts)
+    sources = forget, retain
+    if keeper is None:
+        load = partial(
+            _load_micro_batch, sources, draw, sampler.seed, prepare, augment_forget, black
+        )
+        micro_batches = load_parallel(load, numbers, num_workers)
+    else:
+        views = keeper.views if augment_forget else 0
+        micro_batches = _kept_micro_batches(
+            sources, map(draw, numbers), sampler.seed, prepare, keeper, views, black, num_workers
+        )
     loaded: list[MicroBatch] = []
-    for part in _load(load, range(first_step * parts, last_step * parts), num_workers):
+    for part in micro_batches:
         loaded.append(part)
         if len(loaded) == parts:
             skipped = [skip for each in loaded for skip in each.skipped]
@@ -188,6 +197,7 @@ def sweep(
     captions: Captions,
     batch_size: int,
     num_workers: int = 0,
+    keeper: Keeper | None = None,
 ) -> Iterator[SweepBatch]:
     """Read rows once each, in the given order, with all their captions or the first one.
 
@@ -198,11 +208,17 @@ def sweep(
         captions: which captions of each row.
         batch_size: rows per batch.
         num_workers: processes that load and decode.
+        keeper: what is kept is not read; None reads everything.
     """
     rows = np.asarray(rows, dtype=np.int64)
-    load = partial(_load_rows, source, rows, prepare, captions=captions, batch_size=batch_size)
+    parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    if keeper is None:
+        load = partial(_load_rows, source, prepare, captions)
+        batches = load_parallel(load, parts, num_workers)
+    else:
+        batches = _kept_rows(source, parts, prepare, captions, keeper, num_workers)
     seen: set[str] = set()
-    for batch in _load(load, range(-(-len(rows) // batch_size)), num_workers):
+    for batch in batches:
         fresh = [i for i, key in enumerate(batch.new_keys) if key not in seen]
         if len(fresh) < len(batch.new_keys):
             batch.tokens = batch.tokens.index(fresh)
@@ -211,19 +227,28 @@ def sweep(
         yield batch
 
 
-def _load_micro_batch(
-    sources: tuple[PairSource, PairSource],
-    sampler: Sampler,
-    prepare: Preparer,
-    number: int,
-    *,
-    size: int,
-    parts: int,
-    augment_forget: bool,
-    views: int | None,
-    black: Tensor | None,
-    share: Callable[[int], range],
-) -> MicroBatch:
+class _Part(NamedTuple):
+    """A rank's pairs of one micro-batch, before they are read.
+
+    Attributes:
+        step, offset: see `MicroBatch`.
+        positions: [n] of the pairs in the step's draw.
+        rows: [n] int64, in the forget set or, from `n_forget` on, the retain set.
+        captions: [n] numbers of the captions, see `Draw`.
+        n_forget: how many of the n are forget pairs.
+    """
+
+    step: int
+    offset: int
+    positions: list[int]
+    rows: np.ndarray
+    captions: np.ndarray
+    n_forget: int
+
+
+def _draw_part(
+    sampler: Sampler, number: int, *, size: int, parts: int, share: Callable[[int], range]
+) -> _Part:
     step, part = divmod(number, parts)
     draw = sampler.draw(step)
     rows = np.concatenate([draw.forget, draw.retain])
@@ -231,57 +256,116 @@ def _load_micro_batch(
     n_forget = len(draw.forget)
     own = [*share(n_forget), *(n_forget + place for place in share(len(draw.retain)))]
     positions = own[part * size : (part + 1) * size]
+    return _Part(
+        step,
+        positions[0] if positions else len(rows),
+        positions,
+        rows[positions],
+        captions[positions],
+        sum(position < n_forget for position in positions),
+    )
+
+
+def _load_micro_batch(
+    sources: tuple[PairSource, PairSource],
+    draw: Callable[[int], _Part],
+    seed: int,
+    prepare: Preparer,
+    augment_forget: bool,
+    black: Tensor | None,
+    number: int,
+) -> MicroBatch:
+    part = draw(number)
     pixels: list[Tensor] = []
     texts: list[PreparedText] = []
     ids: list[str] = []
     kept: list[int] = []
-    seen: list[int] = []
     skipped: list[Skip] = []
-    for position in positions:
-        is_forget = position < n_forget
+    for place, position in enumerate(part.positions):
+        is_forget = place < part.n_forget
         source = sources[0] if is_forget else sources[1]
         try:
-            record = _read(source, int(rows[position]), sampler.seed, step, position)
+            record = read_record(source, int(part.rows[place]), seed, part.step, position)
             image = prepare.image(record)
-            text = prepare.text(record, int(captions[position]))
+            text = prepare.text(record, int(part.captions[place]))
         except BrokenPair as broken:
             skipped.append(Skip(broken.id, broken.reason))
             continue
-        view = 0
         if is_forget and augment_forget:
-            numbers = generator(sampler.seed, Stream.AUGMENTATION, step, position)
-            if views is not None:
-                view = int(numbers.integers(views))
-                row = int(rows[position])
-                numbers = generator(sampler.seed, Stream.AUGMENTATION, row, view)
+            numbers = generator(seed, Stream.AUGMENTATION, part.step, position)
             image = augment(image, numbers, black=black)
-        seen.append(view)
         pixels.append(image)
         texts.append(text)
         ids.append(record.id)
-        kept.append(position)
+        kept.append(place)
     return MicroBatch(
-        rows=rows[kept],
+        rows=part.rows[kept],
         ids=ids,
         pixels=prepare.stack(pixels),
         skipped=skipped,
-        step=step,
-        offset=positions[0] if positions else len(rows),
-        n_forget=sum(position < n_forget for position in kept),
+        step=part.step,
+        offset=part.offset,
+        n_forget=sum(place < part.n_forget for place in kept),
         tokens=stack_tokens([text.tokens for text in texts], prepare.context_length),
         keys=[text.key for text in texts],
-        views=None if views is None else np.array(seen, np.int64),
     )
 
 
-def _load_rows(
-    source: PairSource,
-    rows: np.ndarray,
+def _kept_micro_batches(
+    sources: tuple[PairSource, PairSource],
+    drawn: Iterator[_Part],
+    seed: int,
     prepare: Preparer,
-    number: int,
-    *,
-    captions: Captions,
-    batch_size: int,
+    keeper: Keeper,
+    num_views: int,
+    black: Tensor | None,
+    num_workers: int,
+) -> Iterator[MicroBatch]:
+    waiting: deque[tuple[_Part, np.ndarray]] = deque()
+
+    def pairs() -> Iterator[DrawnPairs]:
+        for part in drawn:
+            views = np.zeros(len(part.rows), np.int64)
+            if num_views:
+                forget = slice(0, part.n_forget)
+                numbers = [
+                    generator(seed, Stream.AUGMENTATION, part.step, position)
+                    for position in part.positions[forget]
+                ]
+                views[forget] = draw_views(
+                    sources[0], part.rows[forget], numbers, num_views, seed=seed
+                )
+            waiting.append((part, views))
+            which = (np.arange(len(part.rows)) >= part.n_forget).astype(np.int64)
+            yield DrawnPairs(which, part.rows, views)
+
+    for found in read_missing(
+        pairs(), sources, prepare, keeper, seed=seed, black=black, num_workers=num_workers
+    ):
+        part, views = waiting.popleft()
+        rows = part.rows[found.places]
+        n_forget = int((found.places < part.n_forget).sum())
+        texts = [
+            every[number % len(every)]
+            for every, number in zip(found.texts, part.captions[found.places].tolist(), strict=True)
+        ]
+        yield MicroBatch(
+            rows=rows,
+            ids=[sources[place >= n_forget].id(row) for place, row in enumerate(rows.tolist())],
+            pixels=found.pixels,
+            skipped=found.skipped,
+            fresh=found.fresh,
+            step=part.step,
+            offset=part.offset,
+            n_forget=n_forget,
+            tokens=stack_known(texts, prepare.context_length),
+            keys=[text.key for text in texts],
+            views=views[found.places],
+        )
+
+
+def _load_rows(
+    source: PairSource, prepare: Preparer, captions: Captions, rows: np.ndarray
 ) -> SweepBatch:
     kept: list[int] = []
     ids: list[str] = []
@@ -289,9 +373,9 @@ def _load_rows(
     found: list[tuple[int, str]] = []
     tokens: dict[str, Tokens] = {}
     skipped: list[Skip] = []
-    for row in rows[number * batch_size : (number + 1) * batch_size].tolist():
+    for row in rows.tolist():
         try:
-            record = _read(source, row, 0, row)
+            record = read_record(source, row, 0, row)
             image = prepare.image(record)
         except BrokenPair as broken:
             skipped.append(Skip(broken.id, broken.reason))
@@ -315,74 +399,32 @@ def _load_rows(
     )
 
 
-def _read(source: PairSource, row: int, seed: int, *position: int) -> Record:
-    """Return a record; if the source is random, the global generators are seeded by position."""
-    if source.stable:
-        return source[row]
-    with _seeded(seed, *position):
-        return source[row]
-
-
-@contextmanager
-def _seeded(seed: int, *position: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and PyTorch's generators for the block; restore them afterwards."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    value = int(generator(seed, Stream.DATASET, *position).integers(2**32))
-    random.seed(value)
-    np.random.seed(value)
-    # Not torch.manual_seed, which reseeds accelerators too.
-    torch.random.default_generator.manual_seed(value)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-
-
-class _LoadDataset(Dataset[Any]):
-    """Maps a number to `load(number)`, or to the InputError that it raised."""
-
-    def __init__(self, load: Callable[[int], Loaded]) -> None:
-        self._load = load
-
-    def __getitem__(self, number: int) -> Loaded | InputError:
-        try:
-            return self._load(number)
-        # A value rather than an exception, which DataLoader would wrap in a worker's traceback.
-        except InputError as error:
-            return error
-
-
-def _load(load: Callable[[int], Loaded], numbers: range, num_workers: int) -> Iterator[Any]:
-    loader = DataLoader(
-        _LoadDataset(load),
-        batch_size=None,
-        sampler=numbers,
-        num_workers=num_workers,
-        # A generator of its own; otherwise each loader would draw from the global one and change
-        # Dropout.
-        generator=torch.Generator(),
-        worker_init_fn=_leave_signals_to_parent,
-    )
-    batches = iter(loader)
-    try:
-        for batch in batches:
-            if isinstance(batch, InputError):
-                raise batch
-            yield batch
-    finally:
-        # The loader stops its workers when its last reference is dropped.
-        del batches
-
-
-def _leave_signals_to_parent(worker: int) -> None:
-    """Ignore the signals that end a run, so that the main process can finish its step and save.
-
-    A scheduler's SIGTERM and a terminal's Ctrl-C reach every process of the run. Only the first
-    SIGTERM is ignored, so that the parent can still end a worker that hangs.
-    """
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "SIGUSR1"):
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+def _kept_rows(
+    source: PairSource,
+    parts: Sequence[np.ndarray],
+    prepare: Preparer,
+    captions: Captions,
+    keeper: Keeper,
+    num_workers: int,
+) -> Iterator[SweepBatch]:
+    nothing = (np.zeros(len(rows), np.int64) for rows in parts)
+    drawn = (DrawnPairs(zero, rows, zero) for rows, zero in zip(parts, nothing, strict=True))
+    read = read_missing(drawn, (source,), prepare, keeper, num_workers=num_workers)
+    for rows, found in zip(parts, read, strict=True):
+        kept = rows[found.places]
+        wanted = [
+            (row, text)
+            for row, texts in zip(kept.tolist(), found.texts, strict=True)
+            for text in (texts if captions == "all" else texts[:1])
+        ]
+        distinct = {text.key: text for _, text in wanted}
+        yield SweepBatch(
+            rows=kept,
+            ids=[source.id(row) for row in kept.tolist()],
+            pixels=found.pixels,
+            skipped=found.skipped,
+            fresh=found.fresh,
+            captions=[(row, text.key) for row, text in wanted],
+            new_keys=list(distinct),
+            tokens=stack_known(list(distinct.values()), prepare.context_length),
+        )

@@ -37,6 +37,8 @@ from fasterase.progress import progress_bar
 # Items read twice to see whether a dataset is deterministic. One would miss a flip of probability
 # 1/2 half of the time; eight miss it once in 256.
 _PROBES = 8
+# Captions of this many items are remembered, where reading them again would decode images again.
+_REMEMBERED = 1 << 20
 # Items of which captions and a few pixels enter the manifest, if the others would need decoding.
 _MANIFEST_ITEMS = 64
 
@@ -214,6 +216,7 @@ class ItemSource(PairSource):
         self._columns = columns
         self._image_key = image_key
         self._text_key = text_key
+        self._seen: dict[int, str | list[str]] = {}
         self.stable = isinstance(items, list) or self._is_deterministic()
 
     def __len__(self) -> int:
@@ -243,14 +246,24 @@ class ItemSource(PairSource):
         image = item.image
         if isinstance(image, str):
             image = decode_image(read_image_file(image, id=self.id(index)), id=self.id(index))
+        self._remember(index, item.text)
         return Record(image, item.text, self.id(index), item.mask, item.meta)
 
     def texts(self, index: int) -> list[str] | Tensor:
-        if self._columns is None:
-            text = self._parse(index).text
-        else:
+        if self._columns is not None:
             text = parse_text(self._columns[index][self._text_key], id=self.id(index))
+        elif index in self._seen and self.stable:
+            text = self._seen[index]
+        else:
+            text = self._parse(index).text
+            self._remember(index, text)
         return [text] if isinstance(text, str) else text
+
+    def _remember(self, index: int, text: str | list[str] | Tensor) -> None:
+        """Keep captions that could not be read again without the image."""
+        is_whole = self._columns is None and not isinstance(self._items, list)
+        if is_whole and not isinstance(text, Tensor) and len(self._seen) < _REMEMBERED:
+            self._seen[index] = text
 
     def meta(self, index: int) -> dict[str, Any]:
         if self._columns is None:

@@ -336,6 +336,11 @@ class Subset(PairSource, Sequence[Record]):
         return digest.hexdigest()
 
 
+def base_rows(source: PairSource, rows: np.ndarray) -> np.ndarray:
+    """Return `rows` (n,) of a source as rows of the source that it is a view of, if it is one."""
+    return source.indices[rows] if isinstance(source, Subset) else rows
+
+
 def decode_image(data: bytes, *, id: str) -> Image.Image:
     """Decode the bytes of a JPEG, PNG, WebP, ... completely; raise `BrokenPair` on failure.
 

@@ -13,7 +13,7 @@ from fasterase.encode import PairEncoder
 from fasterase.errors import InputError
 from fasterase.files import check_writable
 from fasterase.pairs.prepare import hash_captions
-from fasterase.pairs.source import PairSource, Subset
+from fasterase.pairs.source import PairSource, Subset, base_rows
 from fasterase.parallel.ranks import ALONE, Ranks
 from fasterase.reference.feature_store import NO_CAPTIONS, FeatureStore
 
@@ -53,7 +53,7 @@ class FeatureCache:
     ) -> None:
         self._root = folder
         self._folder = folder / (model_key[:16] + ("-fp16" if is_half else ""))
-        self._is_half = is_half
+        self._dtype = "fp16" if is_half else "fp32"
         self.width = width
         self._ranks = ranks
         self._images: dict[str, FeatureStore] = {}
@@ -69,11 +69,11 @@ class FeatureCache:
         for first in (True, False):
             with self._ranks.together():
                 if self._ranks.is_first == first:
-                    store = FeatureStore(folder, self.width, is_half=self._is_half)
+                    store = FeatureStore(folder, self.width, dtype=self._dtype)
         return store
 
     def images(self, source: PairSource) -> FeatureStore:
-        """Return the store of the source's images, whose keys `image_keys` gives.
+        """Return the store of the source's images, whose keys `base_rows` gives.
 
         Raises:
             InputError: the folder cannot be written to.
@@ -99,7 +99,7 @@ class FeatureCache:
             InputError: too many pairs cannot be read.
         """
         images = self.images(source)
-        keys = image_keys(source, rows)
+        keys = base_rows(source, rows)
         self._remove_damaged(images, keys)
         present = images.has(keys)
         parts = [encoder.own_rows(part) for part in _resume_blocks(rows, present)]
@@ -151,9 +151,9 @@ class FeatureCache:
             if image_block is not None:
                 captions = np.empty(len(batch.captions), NO_CAPTIONS.dtype)
                 of_row = np.array([row for row, _ in batch.captions], np.int64)
-                captions["key"] = image_keys(source, of_row)
+                captions["key"] = base_rows(source, of_row)
                 captions["caption"] = hash_captions([key for _, key in batch.captions])
-                image_block.add(image_keys(source, batch.rows), batch.image.numpy(), captions)
+                image_block.add(base_rows(source, batch.rows), batch.image.numpy(), captions)
             if number % max(1, BLOCK // encoder.batch_size) == 0:
                 flush()
         flush()
@@ -212,11 +212,6 @@ class _NextBlock:
         if self._parts:
             self._store.put(*map(np.concatenate, zip(*self._parts, strict=True)))
         self._parts = []
-
-
-def image_keys(source: PairSource, rows: np.ndarray) -> np.ndarray:
-    """Return the keys (n,) of rows of `source`: rows of the source that it is a view of."""
-    return source.indices[rows] if isinstance(source, Subset) else rows
 
 
 def _resume_blocks(rows: np.ndarray, present: np.ndarray) -> Iterator[np.ndarray]:

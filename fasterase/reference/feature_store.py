@@ -6,7 +6,7 @@ A block is one file, written once and whole:
     keys      [n] int64
     sums      [n] uint32: CRC-32 of each feature
     captions  [m] (key, caption): the captions whose features each row needs
-    features  [n, D0] fp32 or fp16
+    features  [n, D0] fp32, fp16 or bf16
 
 The name of the file ends with the CRC-32 of head and keys. They are all that opening reads, at most
 1 % of a block of 512 or more numbers per feature. A feature is checked whenever it is read.
@@ -23,6 +23,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from fasterase.errors import FaseraseError
 from fasterase.files import replace_file
@@ -47,13 +48,14 @@ class FeatureStore:
         folder: where the blocks are; created if missing. Blocks whose head is damaged, or that are
             not whole, are removed with a warning.
         width: D0, numbers per feature.
-        is_half: store fp16 instead of fp32.
+        dtype: what is stored, `"fp32"`, `"fp16"` or `"bf16"`. A folder has one of them.
     """
 
-    def __init__(self, folder: Path, width: int, *, is_half: bool = False) -> None:
+    def __init__(self, folder: Path, width: int, *, dtype: str = "fp32") -> None:
         self.folder = folder
         self.width = width
-        self._number = np.dtype("<f2" if is_half else "<f4")
+        self._number = np.dtype({"fp32": "<f4", "fp16": "<f2", "bf16": "<u2"}[dtype])
+        self._is_bf16 = dtype == "bf16"
         self._blocks: dict[str, _Block] = {}
         self._fresh: dict[str, np.ndarray] = {}  # keys of blocks that are not in the index
         self._index({})
@@ -90,7 +92,7 @@ class FeatureStore:
                     "Run again: its features alone are computed again, and a run with an "
                     "`output_dir` resumes from its last checkpoint."
                 )
-            features[here] = read
+            features[here] = _from_bf16(read) if self._is_bf16 else read
         return features
 
     def captions(self, keys: np.ndarray) -> np.ndarray:
@@ -133,7 +135,9 @@ class FeatureStore:
         """
         if len(keys) == 0:
             return
-        stored = np.ascontiguousarray(features, self._number)
+        stored = np.ascontiguousarray(
+            _to_bf16(features) if self._is_bf16 else features, self._number
+        )
         sums = _sums(stored)
         rest = zlib.crc32(captions.tobytes(), zlib.crc32(sums.tobytes()))
         head = _HEAD.pack(_MAGIC, len(keys), self.width, self._number.itemsize, len(captions), rest)
@@ -258,6 +262,16 @@ class _Block:
         read = features.reshape(self.count, self._width)[rows]
         sums = self._bytes[self._sums : self._captions].view("<u4")
         return read if np.array_equal(_sums(read), sums[rows]) else None
+
+
+def _to_bf16(features: np.ndarray) -> np.ndarray:
+    """Return the bits, uint16, of fp32 numbers in bf16, a type that NumPy does not have."""
+    numbers = torch.from_numpy(np.ascontiguousarray(features, np.float32))
+    return numbers.bfloat16().view(torch.uint16).numpy()
+
+
+def _from_bf16(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def _sums(features: np.ndarray) -> np.ndarray:

@@ -15,9 +15,9 @@ from fasterase.encode import PairEncoder, PairFeatures, check_readable
 from fasterase.errors import FaseraseError, InputError
 from fasterase.pairs.batches import StepBatch
 from fasterase.pairs.prepare import caption_key
-from fasterase.pairs.source import PairSource
+from fasterase.pairs.source import PairSource, base_rows
 from fasterase.parallel.ranks import ALONE, Ranks
-from fasterase.reference.cache import FeatureCache, image_keys
+from fasterase.reference.cache import FeatureCache
 from fasterase.seeds import Stream, generator
 
 # Pairs of each set behind the floor: 2 x 1024^2 cosines give the mean of unrelated pairs to 1e-3.
@@ -61,7 +61,7 @@ class OriginalFeatures:
         if not source.stable:
             return self._in_memory[id(source)].at(rows)
         images = self._cache.images(source)
-        readable = rows[images.has(image_keys(source, rows))]
+        readable = rows[images.has(base_rows(source, rows))]
         check_readable(source, len(rows), len(readable))
         place: dict[str, int] = {}
         pair_text = [
@@ -69,7 +69,7 @@ class OriginalFeatures:
         ]
         return PairFeatures(
             readable,
-            torch.from_numpy(images.get(image_keys(source, readable))),
+            torch.from_numpy(images.get(base_rows(source, readable))),
             torch.from_numpy(self._cache.texts(list(place))),
             list(place),
             pair_text,
@@ -114,7 +114,7 @@ class CachedReference:
         text = np.zeros((len(keys), self._cache.width), np.float32)
         for source, images, rows, where in parts:
             try:
-                image[where] = images.get(image_keys(source, rows))
+                image[where] = images.get(base_rows(source, rows))
                 text[where] = self._cache.texts(keys[where])
             except KeyError as error:
                 raise FaseraseError(

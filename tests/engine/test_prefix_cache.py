@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from fasterase.engine.prefix_cache import VIEWS
+import fasterase
+from fasterase.engine.prefix_cache import VIEWS, row_bytes
 from fasterase.errors import InputError
 from fasterase.models.prefix import SplitTower
+from fasterase.pairs import source
 from tests import small_models
 from tests.marks import SHORT_RUN
-from tests.models.test_adapters import erase, vocabulary_of
+from tests.models.test_adapters import STEPS, erase, vocabulary_of
 from tests.tiny_model import same_weights
 
 pytestmark = SHORT_RUN
@@ -56,7 +61,7 @@ def test_the_weights_are_the_same_bits(build, options, lower_rows):
         weights_of(model, **options, prefix_cache=None),
     )
     assert not same_weights(model.state_dict(), original.state_dict())
-    # Of 4 pairs to forget and 8 to retain.
+    # Of 4 pairs to forget and 8 to retain, also for the original's features and the verdict.
     assert lower_rows == {"image": 12, "text": 12}
 
 
@@ -70,8 +75,86 @@ def test_a_resumed_run_finds_what_was_kept(tmp_path, lower_rows):
     options |= {"output_dir": str(tmp_path), "save_every": 1}
     weights_of(stopped, **options, callback=lambda record: record.step == 2)
     assert same_weights(weights_of(parts, **options, resume="must"), wanted)
-    assert 12 < lower_rows["image"] <= 4 * VIEWS + 8
+    assert 12 < lower_rows["image"] <= 4 * VIEWS + 12
     assert lower_rows["text"] == 12
+
+
+@pytest.mark.parametrize("options", [{"evaluation": "quick"}, {"stop_when_forgotten": True}])
+def test_checks_and_measurements_begin_with_what_is_kept(options, lower_rows):
+    pixels, ids = small_models.random_pairs(small_models.SIMPLE_VOCABULARY_SIZE, count=5, seed=3)
+    options = {**options, "sets": {"other": list(zip(pixels, ids, strict=True))}}
+    if "stop_when_forgotten" in options:
+        options |= {"max_steps": None, "epochs": 4}
+    model = small_models.open_clip_vit()
+    whole = copy.deepcopy(model)
+    assert same_weights(
+        weights_of(model, **options), weights_of(whole, **options, prefix_cache=None)
+    )
+    measured = 5 if "evaluation" in options else 0
+    assert lower_rows == {"image": 12 + measured, "text": 12 + measured}
+
+
+def test_what_is_only_measured_is_kept_while_there_is_room(tmp_path, lower_rows):
+    """The budget holds what training draws; nothing more is written."""
+    pixels, ids = small_models.random_pairs(small_models.SIMPLE_VOCABULARY_SIZE, count=5, seed=3)
+    model = small_models.open_clip_vit()
+    pair = sum(row_bytes(tokens * 32, "fp32") for tokens in (17, small_models.CONTEXT_LENGTH))
+    erase(
+        model,
+        small_models.SIMPLE_VOCABULARY_SIZE,
+        **{**RUN, "prefix_cache": 16.9 * pair / 1e9, "evaluation": "quick"},
+        sets={"other": list(zip(pixels, ids, strict=True))},
+        output_dir=str(tmp_path),
+    )
+    assert lower_rows == {"image": 12 + 2 * 5, "text": 12 + 2 * 5}
+    kept = [path for path in tmp_path.rglob("*.features") if "-below-" in str(path)]
+    assert 11.9 * pair < sum(path.stat().st_size for path in kept) < 16.9 * pair
+
+
+def test_images_that_are_kept_are_not_opened(tmp_path, monkeypatch):
+    opened = []
+    decode = source.decode_image
+    monkeypatch.setattr(
+        source, "decode_image", lambda data, *, id: (opened.append(id), decode(data, id=id))[1]
+    )
+    numbers = np.random.default_rng(0)
+    for name, count in (("forget", 4), ("retain", 8)):
+        for row in range(count):
+            path = tmp_path / name / f"{name} {row}" / "a.png"
+            path.parent.mkdir(parents=True)
+            Image.fromarray(numbers.integers(0, 256, (32, 32, 3), np.uint8)).save(path)
+    counts = []
+    for steps in (1, 5):
+        opened.clear()
+        fasterase.unlearn(
+            small_models.open_clip_vit(),
+            tmp_path / "forget",
+            tmp_path / "retain",
+            tokenizer=small_models.simple_tokenizer(),
+            **{**STEPS, **RUN, "max_steps": steps},
+        )
+        counts.append(len(opened))
+    assert counts[0] == counts[1] > 0
+
+
+def test_half_the_disk_for_towers_in_bf16(tmp_path):
+    sizes, features = {}, {}
+    for precision in ("fp32", "bf16"):
+        model = small_models.open_clip_vit()
+        folder = tmp_path / precision
+        weights = weights_of(model, precision=precision, output_dir=str(folder))
+        features[precision] = torch.cat([each.flatten() for each in weights.values()])
+        files = [path for path in folder.rglob("*.features") if "-below-" in str(path)]
+        sizes[precision] = sum(path.stat().st_size for path in files)
+    assert 0.5 < sizes["bf16"] / sizes["fp32"] < 0.55
+    whole = small_models.open_clip_vit()
+    weights = weights_of(whole, precision="bf16", prefix_cache=None)
+    exact = torch.cat([each.flatten() for each in weights.values()])
+    start = torch.cat(
+        [each.flatten() for each in small_models.open_clip_vit().state_dict().values()]
+    )
+    apart, moved = (features["bf16"] - exact).norm(), (exact - start).norm()
+    assert apart < 0.3 * moved
 
 
 @pytest.mark.parametrize(
