@@ -9,14 +9,17 @@ whole matrices in eager PyTorch. With `--tune last:N` both train the same blocks
 keeps what the frozen ones put out. `--layers` repeats the blocks of the model until each tower has
 as many: larger towers, but no model that knows anything.
 
-The bound of the advantage is that of the FLOPs of the towers: the loop encodes each pair twice and
-goes back through what is trained. `unlearn` encodes the distinct retain pairs once with the
-original. With frozen blocks it runs these once per distinct pair, and in the steps only the rest.
+The bound of the advantage is that of the FLOPs of the towers, counted with a caption for each pair:
+the loop encodes each pair twice and goes back through what is trained. `unlearn` encodes the
+distinct retain pairs once with the original. With frozen blocks it runs these once per distinct
+pair, and in the steps only the rest.
 
 Each run has a process of its own; the two take turns. Measured are
 
     seconds          the whole call. `unlearn` also encodes the retain set once with the original,
                      and decides on a verdict; the loop does neither.
+    cpu_seconds      of all threads of the process in these, which other processes of a shared
+                     machine disturb less
     first_step       seconds of these until the end of the first step
     pairs_per_second pairs of all steps, divided by the seconds of the whole call
     step_ms          median time from the end of a step to the end of the next, loading included
@@ -122,6 +125,7 @@ class Sample:
     verdict: str | None
     residue: float | None
     bound: float = 0.0
+    cpu_seconds: float = 0.0
 
 
 def measure(implementation: str, setting: Setting) -> Sample:
@@ -140,9 +144,9 @@ def measure(implementation: str, setting: Setting) -> Sample:
     bound = _bound(encoder, sets, setting)
     original = copy.deepcopy(encoder.module) if setting.layers else setting.model
     run = {"fasterase": _run_fasterase, "naive": _run_naive}[implementation]
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     step_ends = run(encoder, sets, setting)
-    seconds = time.perf_counter() - started
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     peak_bytes = peak.bytes()
     evaluation = fasterase.evaluate(
         encoder,
@@ -164,6 +168,7 @@ def measure(implementation: str, setting: Setting) -> Sample:
         verdict=evaluation.verdict,
         residue=evaluation.residue,
         bound=bound,
+        cpu_seconds=cpu_seconds,
     )
 
 
@@ -296,11 +301,17 @@ def _table(rows: list[dict[str, str]]) -> str:
         ("pairs_per_second", True),
         ("step_ms", False),
         ("seconds", False),
+        ("cpu_seconds", False),
         ("first_step", False),
         ("peak_mib", False),
     ):
         own, naive = (
-            [float(row[name]) for row in rows if row["implementation"] == implementation]
+            # Rows of older versions have fewer columns.
+            [
+                float(row[name])
+                for row in rows
+                if row["implementation"] == implementation and row.get(name)
+            ]
             for implementation in IMPLEMENTATIONS
         )
         cells = [

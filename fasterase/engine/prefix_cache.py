@@ -271,7 +271,19 @@ def row_bytes(width: int, precision: str) -> int:
     return (2 if precision == "bf16" else 4) * width + _ROW_BYTES
 
 
-def check_prefix_cache(config: UnlearnConfig, ranks: Ranks) -> None:
+def training_bytes(row_bytes: Mapping[str, int], *, forget: int, retain: int, views: int) -> int:
+    """Return what the pairs that training draws take on disk at most, with a caption of each.
+
+    Args:
+        row_bytes: tower -> `row_bytes` of its outputs.
+        forget, retain: how many pairs.
+        views: of each forget image, beside the image itself.
+    """
+    images = forget * (1 + views) + retain
+    return images * row_bytes["image"] + (forget + retain) * row_bytes["text"]
+
+
+def check_prefix_cache(config: UnlearnConfig, processes: int) -> None:
     """Raise `InputError` if nothing is frozen or several processes take part."""
     if not re.fullmatch(r"projections|last:\d+", config.tune) or config.train_mode:
         found = "train_mode" if config.train_mode else f"tune={config.tune!r}"
@@ -279,7 +291,7 @@ def check_prefix_cache(config: UnlearnConfig, ranks: Ranks) -> None:
             f"prefix_cache with {found}: only with tune='last:N' or 'projections', and in eval "
             "mode, do the lower blocks stay as they are. Leave prefix_cache None."
         )
-    if ranks.world_size > 1 or config.deepspeed is not None:
+    if processes > 1 or config.deepspeed is not None:
         raise InputError(
             "prefix_cache: it works in one process without deepspeed. Leave it None here."
         )
@@ -313,7 +325,7 @@ def open_prefix_cache(
             of a pair; it may grow beyond `config.prefix_cache`; or the towers cannot be split.
     """
     assert config.prefix_cache is not None
-    check_prefix_cache(config, ranks)
+    check_prefix_cache(config, ranks.world_size)
     forget, retain = sets["forget"], sets["retain"]
     for source in (forget, retain):
         if not source.stable:
@@ -331,15 +343,17 @@ def open_prefix_cache(
         precision=precision,
     )
     limit = config.prefix_cache * 1e9
-    needed = len(forget) * cache.views * cache.row_bytes["image"]
-    needed += cache.admit(forget, np.arange(len(forget)))
-    needed += cache.admit(retain, drawn)
+    needed = training_bytes(
+        cache.row_bytes, forget=len(forget), retain=len(drawn), views=cache.views
+    )
     if needed > limit:
         raise InputError(
             f"prefix_cache={config.prefix_cache:g}: the outputs of the frozen blocks may take "
             f"{needed / 1e9:.3g} GB. Give prefix_cache={math.ceil(needed / 1e8) / 10:g} or more, "
             "fewer pairs, or leave it None."
         )
+    cache.admit(forget, np.arange(len(forget)))
+    cache.admit(retain, drawn)
     for name, rows in measured:
         if sets[name].stable:
             needed += cache.admit(sets[name], rows, limit_bytes=limit - needed)

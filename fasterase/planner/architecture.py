@@ -21,6 +21,7 @@ from fasterase.models import huggingface, openclip
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.load import load_model
 from fasterase.models.openclip_config import Config, build_from_config
+from fasterase.models.prefix import SplitTower
 from fasterase.option_values import suggest_names
 
 _FORMS = (
@@ -74,6 +75,17 @@ def copy_to_fake_device(model: DualEncoder) -> DualEncoder:
     fake = copy.copy(model)
     fake.module = copy_with(model.module, functools.partial(_like, device="cpu"))
     return fake
+
+
+def frozen_widths(model: DualEncoder, tune: str) -> dict[str, int]:
+    """Return tower -> how many numbers the blocks that `tune` freezes put out for a pair.
+
+    Raises:
+        InputError: see `SplitTower`.
+    """
+    with fake_device():
+        fake = copy_to_fake_device(model)
+        return {tower: SplitTower(fake, tower, tune).width for tower in ("image", "text")}
 
 
 def copy_with(module: nn.Module, replace: Any) -> nn.Module:

@@ -14,11 +14,12 @@ from fasterase.config import UnlearnConfig
 from fasterase.engine.baseline import POOL_BATCHES
 from fasterase.engine.erase import count_steps
 from fasterase.engine.optim import EIGHT_BIT, Trained
+from fasterase.engine.prefix_cache import VIEWS, check_prefix_cache, row_bytes, training_bytes
 from fasterase.errors import InputError
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.lora import parse_rank
 from fasterase.pairs.sampler import Sampler
-from fasterase.planner.architecture import build_architecture
+from fasterase.planner.architecture import build_architecture, frozen_widths
 from fasterase.planner.command import explain, name_for_command, write_command
 from fasterase.planner.measure import Measured, measure_micro_batch
 from fasterase.planner.memory import (
@@ -107,12 +108,14 @@ class Run:
         retain_pairs: how many different retain pairs are read.
         gpu_hours: of all GPUs together, at most; encoding the original's features included.
         disk_bytes: of the original's features of those pairs.
+        prefix_bytes: of the outputs of frozen blocks, which `prefix_cache` keeps; else 0.
     """
 
     steps: int
     retain_pairs: int
     gpu_hours: float
     disk_bytes: int
+    prefix_bytes: int
 
 
 @dataclass(frozen=True)
@@ -212,7 +215,8 @@ def plan(
         overrides: fields of `UnlearnConfig`. `device="cpu"` plans for a CPU.
 
     Raises:
-        InputError: the architecture is unknown, or a number is out of range.
+        InputError: the architecture is unknown, a number is out of range, or `prefix_cache` is not
+            for this run.
     """
     config = (config or UnlearnConfig()).replace(**overrides)
     forget = max(1, pairs // 100) if forget is None else forget
@@ -232,6 +236,13 @@ def plan(
             f"tune={config.tune!r}: adapters are not planned. Plan tune='all', which needs more: "
             "adapters spare the gradients and the states of the weights themselves."
         )
+    prefix_rows = {}
+    if config.prefix_cache is not None:
+        check_prefix_cache(config, gpus)
+        prefix_rows = {
+            tower: row_bytes(width, precision)
+            for tower, width in frozen_widths(encoder, config.tune).items()
+        }
     trained = Trained.choose(encoder, config.tune, logit_scale=config.train_logit_scale)
     names = set(trained.parameters(encoder.module))
     for name, parameter in encoder.module.named_parameters():
@@ -256,8 +267,12 @@ def plan(
     if measured is not None and not on_gpu:
         tflops, efficiency = measured.tflops, 1.0
     per_hour = tflops * 1e12 * efficiency * 3600
-    row_bytes = 8 + encoder.embed_dim * (2 if on_gpu and precision != "fp32" else 4)
+    feature_row = 8 + encoder.embed_dim * (2 if on_gpu and precision != "fp32" else 4)
     steps, read = planner.steps(), planner.retain_pairs_read()
+    views = VIEWS if config.forget_augment else 0
+    prefix_bytes = (
+        training_bytes(prefix_rows, forget=forget, retain=read, views=views) if prefix_rows else 0
+    )
     trained_pairs = steps * planner.step_pairs
     run_flops = trained_pairs * setup.flops_per_pair + read * planner.forward_flops
     return Plan(
@@ -273,9 +288,9 @@ def plan(
         forward_flops=planner.tower_flops,
         setup=setup,
         setups=tuple(setups),
-        run=Run(steps, read, run_flops / per_hour, 2 * read * row_bytes),
+        run=Run(steps, read, run_flops / per_hour, 2 * read * feature_row, prefix_bytes),
         gpu_hours_per_epoch=pairs * setup.flops_per_pair / per_hour,
-        disk_bytes=2 * pairs * row_bytes,
+        disk_bytes=2 * pairs * feature_row,
         tflops=tflops,
         efficiency=efficiency,
         measured=measured,

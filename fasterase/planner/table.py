@@ -59,6 +59,11 @@ def format_plan(plan: Plan) -> str:
         f"  the original's features on disk     {plan.run.disk_bytes / 1e9:,.3f} GB for these, "
         f"{plan.disk_bytes / 1e9:,.1f} GB for all",
     ]
+    if plan.run.prefix_bytes:
+        lines.append(
+            f"  outputs of frozen blocks on disk    {plan.run.prefix_bytes / 1e9:,.3f} GB at most; "
+            "the compute above is without them"
+        )
     if plan.measured is not None:
         measured = plan.measured
         lines += [

@@ -109,7 +109,7 @@ def test_an_interrupted_benchmark_resumes(tmp_path, monkeypatch, capsys):
         calls.append(name)
         if len(calls) == 4:
             raise MeasurementError("its process ended with code -9")
-        return Sample(1.0, 0.5, 20.0, 30.0, 40.0, "forgotten", None)
+        return Sample(1.0, 0.5, 20.0, 30.0, 40.0, "forgotten", None, cpu_seconds=0.9)
 
     monkeypatch.setattr(end_to_end, "call_in_process", fake)
     path = tmp_path / "end.csv"

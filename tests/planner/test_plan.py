@@ -183,3 +183,19 @@ def test_a_configuration_out_of_reach_says_what_is_needed(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match=r"folder .* works without network"):
         fasterase.plan("roberta-ViT-B-32", 1000)
+
+
+def test_outputs_of_frozen_blocks_take_disk():
+    """50 tokens of 768 numbers and 77 of 512 for ViT-B-32, and 20 bytes beside each."""
+    options = {"forget": 1000, "tune": "last:1", "prefix_cache": 20}
+    image, text = 50 * 768, 77 * 512
+    found = fasterase.plan("ViT-B-32", 100_000, precision="fp32", **options)
+    assert found.run.prefix_bytes == (25_600 + 9 * 1000) * (4 * image + 20) + 26_600 * (
+        4 * text + 20
+    )
+    assert "GB at most" in str(found)
+    half = fasterase.plan("ViT-B-32", 100_000, forget_augment=False, **options)
+    assert half.run.prefix_bytes == 26_600 * (2 * image + 2 * text + 40)
+    assert fasterase.plan("ViT-B-32", 100_000, tune="last:1").run.prefix_bytes == 0
+    with pytest.raises(InputError, match="one process"):
+        fasterase.plan("ViT-B-32", 100_000, gpus=8, **options)
