@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 import fasterase
-from fasterase.engine.prefix_cache import VIEWS, row_bytes
+from fasterase.engine import erase as erase_module
+from fasterase.engine.prefix_cache import VIEWS, PrefixCache, row_bytes
 from fasterase.errors import InputError
 from fasterase.models.prefix import SplitTower
 from fasterase.pairs import source
@@ -77,6 +78,28 @@ def test_a_resumed_run_finds_what_was_kept(tmp_path, lower_rows):
     assert same_weights(weights_of(parts, **options, resume="must"), wanted)
     assert 12 < lower_rows["image"] <= 4 * VIEWS + 12
     assert lower_rows["text"] == 12
+
+
+def test_a_killed_run_loses_only_what_was_collected(tmp_path, monkeypatch, lower_rows):
+    """Before the first step: the next run finds the original's features, and not what lay below."""
+    killed = small_models.open_clip_vit()
+    again, whole = copy.deepcopy(killed), copy.deepcopy(killed)
+    measure = erase_module.measure_original
+
+    def measure_and_die(*given, **options):
+        measure(*given, **options)
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(erase_module, "measure_original", measure_and_die)
+        patch.setattr(PrefixCache, "flush", lambda self: None)
+        with pytest.raises(RuntimeError, match="killed"):
+            weights_of(killed, output_dir=str(tmp_path))
+    assert not [path for path in tmp_path.rglob("*.features") if "-below-" in str(path)]
+    assert same_weights(
+        weights_of(again, output_dir=str(tmp_path)), weights_of(whole, prefix_cache=None)
+    )
+    assert lower_rows == {"image": 24, "text": 24}
 
 
 @pytest.mark.parametrize("options", [{"evaluation": "quick"}, {"stop_when_forgotten": True}])
