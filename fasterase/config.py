@@ -57,7 +57,8 @@ class UnlearnConfig:
             forget captions; `None` is the paper.
         cross_weight: weight, within the forgetting loss, of the cosines of forget images with the
             original's features of their captions, and the reverse: both towers forget, and neither
-            below the floor. With `"similarity"` and a retain set. 0 is the paper.
+            below the floor. With `"similarity"` and a retain set. `"auto"` is 1 with `tune="all"`
+            or `"text"`, where words can be forgotten too, and 0 otherwise. 0 is the paper.
         forget_augment: apply random affine transforms and tints to forget images, so that the
             association is erased for unseen pictures too. False is the paper.
         forget_words: before training, replace the vectors of tokens that forget captions use often
@@ -153,7 +154,7 @@ class UnlearnConfig:
     anchor_weight: float = 30.0
     forget_loss: Literal["similarity", "contrastive"] = "similarity"
     floor: float | Literal["auto"] | None = "auto"
-    cross_weight: float = 1.0
+    cross_weight: float | Literal["auto"] = "auto"
     forget_augment: bool = True
     forget_words: bool = True
     negatives: Literal["own", "joint"] = "own"
@@ -208,14 +209,14 @@ class UnlearnConfig:
             "retain_weight",
             "consistency_weight",
             "anchor_weight",
-            "cross_weight",
             "weight_decay",
             "warmup_steps",
             "seed",
         ):
             _check(self, name, getattr(self, name) >= 0, "be 0 or more")
-        if self.num_workers != "auto":
-            _check(self, "num_workers", self.num_workers >= 0, "be 0 or more, or 'auto'")
+        for name in ("cross_weight", "num_workers"):
+            value = getattr(self, name)
+            _check(self, name, value == "auto" or value >= 0, "be 0 or more, or 'auto'")
         if self.epochs != "auto":
             _check(self, "epochs", self.epochs >= 1, "be 1 or more, or 'auto'")
         for name in ("batch_size", "forget_batch_size"):
@@ -283,9 +284,17 @@ class UnlearnConfig:
         return self.epochs == "auto" and self.max_steps is None
 
     @property
-    def crosses_towers(self) -> bool:
-        """Whether the forgetting loss compares with the original's features of forget pairs."""
-        return bool(self.cross_weight and self.forget_weight and self.forget_loss == "similarity")
+    def used_cross_weight(self) -> float:
+        """`cross_weight` as a number: 0 where forget pairs have no cosines to lower.
+
+        Where words keep their vectors, the cross terms ask of the trained part alone what words and
+        towers otherwise do together: adapters then took more than twice the steps, at more damage.
+        """
+        if not self.forget_weight or self.forget_loss != "similarity":
+            return 0.0
+        if self.cross_weight == "auto":
+            return 1.0 if self.tune in ("all", "text") else 0.0
+        return self.cross_weight
 
     @classmethod
     def cliperase(cls, **overrides: Any) -> UnlearnConfig:

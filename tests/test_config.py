@@ -75,6 +75,22 @@ def test_defaults_are_the_contract():
     }
 
 
+@pytest.mark.parametrize(
+    ("options", "weight"),
+    [
+        ({}, 1.0),
+        ({"tune": "text"}, 1.0),
+        ({"tune": "lora:8"}, 0.0),
+        ({"tune": "last:1"}, 0.0),
+        ({"tune": "last:1", "cross_weight": 0.5}, 0.5),
+        ({"forget_weight": 0.0, "lr": 1e-5, "epochs": 1}, 0.0),
+        ({"forget_loss": "contrastive", "lr": 1e-5, "epochs": 1}, 0.0),
+    ],
+)
+def test_towers_are_crossed_where_words_can_be_forgotten(options, weight):
+    assert UnlearnConfig(**options).used_cross_weight == weight
+
+
 def test_cliperase_is_the_paper_and_takes_overrides():
     paper = UnlearnConfig.cliperase()
     assert (paper.floor, paper.anchor_weight, paper.forget_augment) == (None, 0.0, False)

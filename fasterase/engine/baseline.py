@@ -136,11 +136,11 @@ def measure_original(
     uses_reference = bool(len(retain)) and bool(
         config.consistency_weight
         or config.anchor_weight
-        or config.crosses_towers
+        or config.used_cross_weight
         or config.lr == "auto"
     )
     uses_cache = uses_reference and forget.stable and retain.stable
-    with_forget = uses_cache and (config.negatives == "joint" or config.crosses_towers)
+    with_forget = uses_cache and (config.negatives == "joint" or config.used_cross_weight > 0)
     wanted: dict[str, list[np.ndarray]] = {name: [] for name in sets}
     if uses_cache:
         # A retain set of millions is not encoded for a run that draws a fraction of it.

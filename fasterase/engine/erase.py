@@ -424,7 +424,7 @@ def _build_loss(
         retain_weight=config.retain_weight,
         consistency_weight=config.consistency_weight,
         anchor_weight=config.anchor_weight,
-        cross_weight=config.cross_weight if config.crosses_towers and baseline.reference else 0.0,
+        cross_weight=config.used_cross_weight if baseline.reference else 0.0,
         forget_loss=config.forget_loss,
         floor=floor if applies_floor else None,
         negatives=config.negatives,
