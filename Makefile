@@ -44,7 +44,7 @@ test-scale: installed
 	@$(BIN)/python -m benchmarks.scale_versions > $(SCALE_LOG)
 	@set -e; failed=$$(mktemp); \
 	for tests in tests/parallel tests/reference/test_cache.py; do \
-	  $(BIN)/python -m pytest $$tests -m 'scale or not scale' -v --no-header $(ARGS) \
+	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest $$tests -m 'scale or not scale' -v --no-header $(ARGS) \
 	  || echo failed > $$failed; done | tee -a $(SCALE_LOG); \
 	! [ -s $$failed ]
 

@@ -189,8 +189,8 @@ def run_writers(folder, writers, dies=None, after=None):
         processes[dies].kill()
     for number, process in enumerate(processes):
         process.join(120)
-        ended = {0} if number != dies else {-signal.SIGKILL} if after is None else {0, -9}
-        assert process.exitcode in ended
+        # The one that is to die may end before: the others may have written its last captions.
+        assert process.exitcode in ({0} if number != dies else {0, -signal.SIGKILL})
     return read_all(folder) if dies is None else None
 
 
