@@ -262,8 +262,8 @@ class ItemSource(PairSource):
     def _remember(self, index: int, text: str | list[str] | Tensor) -> None:
         """Keep captions that could not be read again without the image."""
         is_whole = self._columns is None and not isinstance(self._items, list)
-        is_useful = is_whole and self.stable and not isinstance(text, Tensor)
-        if is_useful and len(self._seen) < _REMEMBERED:
+        has_room = self.stable and len(self._seen) < _REMEMBERED
+        if is_whole and has_room and not isinstance(text, Tensor):
             self._seen[index] = text
 
     def meta(self, index: int) -> dict[str, Any]:
