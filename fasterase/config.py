@@ -81,7 +81,7 @@ class UnlearnConfig:
         forget_batch_size: forget pairs per step over all ranks, at most the size of the set.
         micro_batch_size: pairs encoded at a time. If smaller than the batch, GradCache's two passes
             compute the gradient of the full batch in the memory of one micro-batch. `None`: encode
-            the whole batch at once.
+            the whole batch at once. In eval mode a caption that repeats is encoded once a step.
         stop_when_forgotten: check the verdict once per epoch, and stop once it is no longer
             "remembered". For a number of `epochs`; automatic ones stop anyway.
 

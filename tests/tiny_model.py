@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -95,10 +96,16 @@ def batch(count: int, *, seed: int = 1) -> tuple[Tensor, Tokens]:
 
 
 def micro_batches(
-    pixels: Tensor, tokens: Tokens, size: int | None, *, n_forget: int
+    pixels: Tensor,
+    tokens: Tokens,
+    size: int | None,
+    *,
+    n_forget: int,
+    keys: Sequence[str] | None = None,
 ) -> list[MicroBatch]:
-    """A batch cut into micro-batches of `size` pairs."""
+    """A batch cut into micro-batches of `size` pairs; without `keys`, no caption repeats."""
     size = size or len(pixels)
+    keys = [str(row) for row in range(len(pixels))] if keys is None else list(keys)
     return [
         MicroBatch(
             rows=np.arange(i, min(i + size, len(pixels))),
@@ -109,7 +116,7 @@ def micro_batches(
             offset=i,
             n_forget=max(0, min(size, n_forget - i)),
             tokens=tokens.index(slice(i, i + size)),
-            keys=[],
+            keys=keys[i : i + size],
         )
         for i in range(0, len(pixels), size)
     ]

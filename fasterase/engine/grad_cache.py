@@ -5,6 +5,8 @@ optimise something else. GradCache (Gao et al., 2021, "Scaling Deep Contrastive 
 under Memory Limited Setup") encodes without a graph, takes the gradient of the loss with respect
 to the features, and encodes again, one micro-batch at a time, to send it on to the weights. A
 batch of one micro-batch keeps the graph of its only encoding.
+
+A caption that repeats in the batch is encoded once, with the first micro-batch that has it.
 """
 
 from __future__ import annotations
@@ -24,14 +26,21 @@ from fasterase.pairs.batches import MicroBatch
 from fasterase.parallel.engine import Engine
 
 LossOfFeatures = Callable[[Tensor, Tensor, Tensor], FeatureGradients]
+# Takes the images and some captions of a micro-batch, by their places, through the frozen blocks.
+HalfwayOf = Callable[[MicroBatch, Sequence[int]], tuple[Halfway, Halfway]]
+
+# Captions that a micro-batch encodes at least, of those that it has. Products of fewer rows may
+# round a row differently, and steps with a prefix cache should be those without, bit for bit.
+_FEWEST_TEXTS = 4
 
 
 class _Part(NamedTuple):
-    """What the towers encode at a time; where there is nothing to encode, a row of zeros."""
+    """What the towers encode at a time."""
 
     pixels: Tensor | Halfway
     tokens: Tokens | Halfway
-    n_rows: int  # rows that count: all or none
+    images: int  # how many rows of pixels count: the first ones
+    texts: int  # likewise of tokens
     seed: int
 
 
@@ -43,7 +52,7 @@ def backpropagate(
     device: torch.device,
     seed_of: Callable[[MicroBatch], int],
     passes: int | None = None,
-    halfway: Callable[[MicroBatch], tuple[Halfway, Halfway]] | None = None,
+    halfway: HalfwayOf | None = None,
 ) -> EraseLoss:
     """Add the gradient of the loss over all micro-batches to the parameters' `.grad`.
 
@@ -63,30 +72,34 @@ def backpropagate(
     Returns:
         The loss, detached.
     """
+    module = engine.module
+    # In train mode each pair has a Dropout mask of its own, and counts in BatchNorm's statistics.
+    texts = _Texts(micro_batches, repeats=module.training)
     parts = [
-        _prepare(part, seed_of(part))
-        if halfway is None or not part.ids
-        else _Part(*halfway(part), len(part.ids), seed_of(part))
-        for part in micro_batches
+        _prepare(part, fresh, halfway, seed_of(part))
+        for part, fresh in zip(micro_batches, texts.fresh, strict=True)
     ]
     if passes is not None and passes > len(parts):
-        parts += [_without_rows(parts[0])] * (passes - len(parts))
+        parts += [_without_rows(micro_batches[0], parts[0].seed)] * (passes - len(parts))
     keep_graph = len(parts) == 1
-    module = engine.module
 
     def encode(part: _Part, *, graph: bool, image: bool = True, text: bool = True) -> Features:
         torch.manual_seed(part.seed)
         pixels = part.pixels.to(device) if image else None
         tokens = part.tokens.to(device) if text else None
         with torch.set_grad_enabled(graph):
-            return engine(pixels, tokens)
+            found = engine(pixels, tokens)
+            return Features(
+                None if found.image is None else found.image[: part.images],
+                None if found.text is None else found.text[: part.texts],
+                found.scale,
+            )
 
     buffers = buffers_in_train_mode(module)
     encoded = [encode(part, graph=keep_graph) for part in parts]
-    kept = list(zip(parts, encoded, strict=True))
-    image = torch.cat([found.image[: p.n_rows] for p, found in kept if found.image is not None])
-    text = torch.cat([found.text[: p.n_rows] for p, found in kept if found.text is not None])
-    gradients = loss_of(image, text, encoded[0].scale)
+    image = torch.cat([found.image for found in encoded if found.image is not None])
+    text = torch.cat([found.text for found in encoded if found.text is not None])
+    gradients = texts.summed(loss_of(image, texts.spread(text), encoded[0].scale))
     if gradients.image is None and gradients.text is None and gradients.scale is None:
         return gradients.loss
     if not keep_graph:
@@ -97,16 +110,13 @@ def backpropagate(
         "image": gradients.image is not None or module.training,
         "text": gradients.text is not None or module.training,
     }
-    start = 0
-    for number, (part, first) in enumerate(kept):
-        features = first if keep_graph else encode(part, graph=True, **needs)
-        rows = slice(start, start + part.n_rows)
+    images = _rows_of_parts(gradients.image, [part.images for part in parts])
+    captions = _rows_of_parts(gradients.text, [part.texts for part in parts])
+    for number, part in enumerate(parts):
+        features = encoded[number] if keep_graph else encode(part, graph=True, **needs)
         # The scale is the same in every part: its gradient is applied once.
-        of_part = (
-            _gradient_of(part, gradients.image, rows),
-            _gradient_of(part, gradients.text, rows),
-            gradients.scale if number == 0 else None,
-        )
+        scale = gradients.scale if number == 0 else None
+        of_part = (images[number], captions[number], scale)
         outputs: list[Tensor] = []
         upstream: list[Tensor] = []
         for output, gradient in zip(features, of_part, strict=True):
@@ -115,27 +125,75 @@ def backpropagate(
                 upstream.append(gradient)
         if outputs:
             torch.autograd.backward(outputs, upstream)
-        start = rows.stop
     return gradients.loss
 
 
-def _prepare(part: MicroBatch, seed: int) -> _Part:
-    prepared = _Part(part.pixels, part.tokens, len(part.ids), seed)
-    return prepared if part.ids else _without_rows(prepared)
+class _Texts:
+    """Tells which captions of a batch are encoded, and gives each pair the features of its own.
+
+    Args:
+        micro_batches: the batch in parts.
+        repeats: whether a caption is encoded as often as it comes.
+
+    Attributes:
+        fresh: for each micro-batch, the places in it of captions that are encoded with it.
+    """
+
+    def __init__(self, micro_batches: Sequence[MicroBatch], *, repeats: bool) -> None:
+        self.fresh: list[list[int]] = []
+        self._count = 0
+        numbers: dict[str, int] = {}
+        of_pairs: list[int] = []
+        for part in micro_batches:
+            fresh = []
+            for place, key in enumerate(part.keys):
+                if repeats or key not in numbers:
+                    fresh.append(place)
+                    numbers[key] = self._count
+                    self._count += 1
+                of_pairs.append(numbers[key])
+            self.fresh.append(fresh)
+        self._of_pairs = torch.tensor(of_pairs) if self._count < len(of_pairs) else None
+
+    def spread(self, features: Tensor) -> Tensor:
+        """Return the features of all pairs [n, D] from those of the encoded captions."""
+        if self._of_pairs is None:
+            return features
+        return features[self._of_pairs.to(features.device)]
+
+    def summed(self, gradients: FeatureGradients) -> FeatureGradients:
+        """Add up the gradients of a caption's pairs."""
+        if self._of_pairs is None or gradients.text is None:
+            return gradients
+        summed = gradients.text.new_zeros(self._count, gradients.text.shape[1])
+        summed.index_add_(0, self._of_pairs.to(summed.device), gradients.text)
+        return gradients._replace(text=summed)
 
 
-def _without_rows(part: _Part) -> _Part:
-    assert isinstance(part.pixels, Tensor)
-    assert isinstance(part.tokens, Tokens)
-    blank = Tokens(part.tokens.ids.new_zeros(1, part.tokens.ids.shape[1]), None)
-    return _Part(part.pixels.new_zeros(1, *part.pixels.shape[1:]), blank, 0, part.seed)
+def _prepare(part: MicroBatch, fresh: Sequence[int], halfway: HalfwayOf | None, seed: int) -> _Part:
+    """Return what the towers encode of a micro-batch, with the captions at `fresh` alone."""
+    if not part.ids:
+        return _without_rows(part, seed)
+    known = [place for place in range(len(part.ids)) if place not in set(fresh)]
+    captions = [*fresh, *known[: max(0, _FEWEST_TEXTS - len(fresh))]]
+    pixels: Tensor | Halfway = part.pixels
+    tokens: Tokens | Halfway = part.tokens
+    if halfway is not None:
+        pixels, tokens = halfway(part, captions)
+    elif captions != list(range(len(part.ids))):
+        tokens = part.tokens.index(captions)
+    return _Part(pixels, tokens, len(part.ids), len(fresh), seed)
 
 
-def _gradient_of(part: _Part, gradient: Tensor | None, rows: slice) -> Tensor | None:
-    """Return the gradient of a part's features, which is zero for a row that does not count."""
-    if gradient is None or part.n_rows:
-        return None if gradient is None else gradient[rows]
-    return gradient.new_zeros(1, gradient.shape[1])
+def _without_rows(part: MicroBatch, seed: int) -> _Part:
+    """Return a row of zeros, which does not count."""
+    pixels = part.pixels.new_zeros(1, *part.pixels.shape[1:])
+    tokens = Tokens(part.tokens.ids.new_zeros(1, part.tokens.ids.shape[1]), None)
+    return _Part(pixels, tokens, 0, 0, seed)
+
+
+def _rows_of_parts(gradient: Tensor | None, counts: list[int]) -> Sequence[Tensor | None]:
+    return [None] * len(counts) if gradient is None else gradient.split(counts)
 
 
 def buffers_in_train_mode(module: nn.Module) -> list[tuple[Tensor, Tensor]]:

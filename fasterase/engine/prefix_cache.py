@@ -109,8 +109,8 @@ class PrefixCache:
             found[here] = store.has(keys)
         return found
 
-    def halfway(self, part: MicroBatch) -> tuple[Halfway, Halfway]:
-        """Return a micro-batch halfway through both towers; a caption that repeats comes once."""
+    def halfway(self, part: MicroBatch, captions: Sequence[int]) -> tuple[Halfway, Halfway]:
+        """Return images and some captions, by their places (m,), halfway through the towers."""
         assert part.views is not None
         is_forget = np.arange(len(part.ids)) < part.n_forget
         places = [
@@ -118,18 +118,8 @@ class PrefixCache:
             for source, chosen in zip(self._sources, (is_forget, ~is_forget), strict=True)
             for store, here, keys in self._places(source, part.rows[chosen], part.views[chosen])
         ]
-        first: dict[str, int] = {}
-        for place, key in enumerate(part.keys):
-            first.setdefault(key, place)
-        tokens = part.tokens.index(list(first.values()))
-        number = {key: place for place, key in enumerate(first)}
-        rank = torch.tensor([number[key] for key in part.keys])
-        repeats = len(first) < len(part.keys)
-        captions = self.texts(list(first), tokens)
-        return (
-            Halfway(self._towers["image"], self._image_rows(places, part)),
-            Halfway(captions.tower, captions.rows, tokens, rank if repeats else None),
-        )
+        texts = self.texts([part.keys[place] for place in captions], part.tokens.index(captions))
+        return Halfway(self._towers["image"], self._image_rows(places, part)), texts
 
     def images(self, source: PairSource, batch: SweepBatch) -> Halfway:
         """Return the images of a sweep halfway through their tower."""

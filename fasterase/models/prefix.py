@@ -28,21 +28,19 @@ class Halfway:
 
     Attributes:
         tower: runs the rest.
-        rows: [m, width], flat.
+        rows: [n, width], flat.
         tokens: of these rows; None for images.
-        places: [n], the row of each pair; None: row by row.
     """
 
     tower: SplitTower
     rows: Tensor
     tokens: Tokens | None = None
-    places: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, part: slice) -> Halfway:
-        """Return some of the rows, without `places`."""
+        """Return some of the rows."""
         tokens = None if self.tokens is None else self.tokens.index(part)
         return Halfway(self.tower, self.rows[part], tokens)
 
@@ -56,7 +54,6 @@ class Halfway:
             self.tower,
             self.rows.to(device),
             None if self.tokens is None else self.tokens.to(device),
-            None if self.places is None else self.places.to(device),
         )
 
     def finish(self) -> Tensor:
@@ -125,10 +122,8 @@ class SplitTower:
         stand_in = _StandIn(self._last, (hidden,) if self._is_tuple else hidden)
         with self._only([stand_in, *self._kept]):
             if halfway.tokens is None:
-                features = self._model.encode_image(self._pixels(len(halfway.rows)))
-            else:
-                features = self._model.encode_text(halfway.tokens)
-        return features if halfway.places is None else features[halfway.places]
+                return self._model.encode_image(self._pixels(len(halfway.rows)))
+            return self._model.encode_text(halfway.tokens)
 
     def _run_lower(self, given: Tensor | Tokens) -> Any:
         def end(_: nn.Module, __: Any, output: Any) -> None:

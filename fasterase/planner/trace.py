@@ -347,5 +347,5 @@ def _micro_batch(model: DualEncoder, pairs: int) -> MicroBatch:
         offset=0,
         n_forget=0,
         tokens=Tokens(torch.zeros(pairs, model.context_length, dtype=torch.int64), None),
-        keys=[""] * pairs,
+        keys=[str(pair) for pair in range(pairs)],  # no caption repeats
     )

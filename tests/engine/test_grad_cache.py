@@ -97,6 +97,44 @@ def test_gradients_equal_plain_autograd(size):
         assert (found[name] - parameter.grad).norm() < 1e-5 * parameter.grad.norm(), name
 
 
+@pytest.mark.parametrize("size", [None, 1, 4, 7])
+def test_a_caption_that_repeats_is_encoded_once(size):
+    """In whatever micro-batches; where Dropout is on, each pair has a mask of its own."""
+    model = TinyModel()
+    captions = torch.tensor([0, 1, 0, 2, 2, 0, 3, 1, 4, *[3, 2, 0, 1, 1, 4, 2, 3] * 2])[:N]
+    pixels, tokens = batch(N)
+    repeated = tokens.index(captions)
+    rows = []
+    encode_text = model.encode_text
+    model.encode_text = lambda given: rows.append(len(given.ids)) or encode_text(given)  # type: ignore
+
+    def gradients(keys):
+        rows.clear()
+        model.module.zero_grad(set_to_none=True)
+        loss = backpropagate(
+            TowerForward(model, precision="fp32"),
+            micro_batches(pixels, repeated, size, n_forget=N_FORGET, keys=keys),
+            loss_of(),
+            device=CPU,
+            seed_of=lambda part: 0,
+        )
+        return loss, {name: part.grad for name, part in model.module.named_parameters()}
+
+    expected_loss, expected = gradients(None)
+    passes = 1 if size is None else 2
+    assert sum(rows) == passes * N
+    keys = [str(int(caption)) for caption in captions]
+    loss, found = gradients(keys)
+    # A micro-batch encodes four of its captions at least.
+    assert sum(rows) == {None: 5, 1: 2 * N, 4: 2 * N, 7: 2 * (4 + 4 + 4 + 1)}[size]
+    torch.testing.assert_close(loss, expected_loss)
+    for name, gradient in found.items():
+        assert (gradient - expected[name]).norm() < 1e-5 * expected[name].norm(), name
+    model.module.train()
+    gradients(keys)
+    assert sum(rows) == passes * N
+
+
 @pytest.mark.parametrize("size", [None, 8])
 def test_loss_scaling_scales_every_gradient(size):
     model = TinyModel()

@@ -66,6 +66,19 @@ def test_the_weights_are_the_same_bits(build, options, lower_rows):
     assert lower_rows == {"image": 12, "text": 12}
 
 
+def test_the_weights_are_the_same_bits_where_captions_repeat(lower_rows):
+    model = small_models.open_clip_vit()
+    plain = copy.deepcopy(model)
+    pixels, ids = small_models.random_pairs(small_models.SIMPLE_VOCABULARY_SIZE, count=12)
+    captions = [0, 1, 0, 0, 2, 3, 4, 4, 2, 2, 3, 2]
+    items = list(zip(pixels, ids[captions], strict=True))
+    options = {**STEPS, **RUN, "micro_batch_size": 5}
+    fasterase.unlearn(model, items[:4], items[4:], **options)
+    fasterase.unlearn(plain, items[:4], items[4:], **{**options, "prefix_cache": None})
+    assert same_weights(model.state_dict(), plain.state_dict())
+    assert lower_rows == {"image": 12, "text": 5}
+
+
 def test_a_resumed_run_finds_what_was_kept(tmp_path, lower_rows):
     whole = small_models.open_clip_vit()
     parts = copy.deepcopy(whole)
