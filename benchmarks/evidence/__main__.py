@@ -5,10 +5,12 @@
 
 Every method (trained.py, closed_form.py) is given the demo's model and pairs. Its settings are
 tried on the validation concepts with one seed; the one of least damage, hit@1 beyond chance plus
-recall lost, erases the test concepts with several. Methods and checkpoints are never chosen by the
-sets that are reported. Each cell is kept in --work as soon as it is measured, so an interrupted
-command resumes. Writes evidence_settings.csv (what was chosen, for --settings), evidence.csv (the
-summary), evidence_models.csv (every model) and evidence.md (the table) to --output.
+recall lost, erases the test concepts. Methods with nothing to choose and the best of the others, by
+that damage, are finalists: they have several seeds, and the costly attacks. Methods and checkpoints
+are never chosen by the sets that are reported. Each cell is kept in --work as soon as it is
+measured, so an interrupted command resumes. Writes evidence_settings.csv (what was chosen, for
+--settings), evidence.csv (the summary), evidence_models.csv (every model) and evidence.md (the
+table) to --output.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from benchmarks.evidence.cells import (
 )
 from benchmarks.evidence.table import (
     ATTACKED,
+    COSTLY,
     HIT,
     RECALL,
     as_table,
@@ -57,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds on the test concepts")
+    parser.add_argument("--seeds", type=int, default=3, help="of finalists, on the test concepts")
+    parser.add_argument("--finalists", type=int, default=4, help="how many of the tuned methods")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="TITLE")
     parser.add_argument("--subgroups", nargs="+", default=TEST, choices=TEST, metavar="SUBGROUP")
     parser.add_argument("--validation", nargs="+", default=VALIDATION, choices=VALIDATION)
@@ -87,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(describe_choice(chosen), flush=True)
 
     seeds = range(options.seeds)
+    in_final = finalists(methods, chosen, options.finalists)
+    print(f"Finalists: {', '.join(in_final)}", flush=True)
     tested = [
         Cell(ORIGINAL, "{}", place, seed, attacks) for place in options.subgroups for seed in seeds
     ]
@@ -98,12 +104,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         if place in options.subgroups
         for seed in seeds
     ]
-    tested += [
-        Cell(method.title, final_setting(chosen, method.title), place, seed, attacks)
-        for method in methods
-        for place in options.subgroups
-        for seed in seeds
-    ]
+    cheap = tuple(attack for attack in attacks if attack not in COSTLY)
+    for method in methods:
+        is_finalist = method.title in in_final
+        tested += [
+            Cell(
+                method.title,
+                final_setting(chosen, method.title),
+                place,
+                seed,
+                attacks if is_finalist else cheap,
+            )
+            for place in options.subgroups
+            for seed in (seeds if is_finalist else seeds[:1])
+        ]
     found = run_cells(tested, options.work, options.processes)
     order = [ORIGINAL, RETRAINED, *METHODS]
     found.sort(key=lambda each: (order.index(each.method), each.subgroup, each.seed))
@@ -157,6 +171,13 @@ def read_settings(file: Path, methods: Sequence[Method]) -> tuple[Chosen, str]:
         )
     chosen = {title: (rows[title]["setting"], float(rows[title]["damage"])) for title in wanted}
     return chosen, " and ".join(sorted({rows[title]["tuned_on"] for title in wanted}))
+
+
+def finalists(methods: Sequence[Method], chosen: Chosen, count: int) -> list[str]:
+    """Return the titles of methods that nothing was chosen for, and of the `count` best others."""
+    best = sorted(chosen, key=lambda title: chosen[title][1])[:count]
+    titles = [method.title for method in methods]
+    return [title for title in titles if title in best or title not in chosen]
 
 
 def final_setting(chosen: Chosen, title: str) -> str:

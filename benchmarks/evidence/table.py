@@ -20,6 +20,8 @@ ATTACKED = {
     "probe": ("forget/linear_probe/auc", "probe AUC"),
     "relearn": ("forget/area/contest_hit@1", "relearned"),
 }
+# Of these attacks, those that train.
+COSTLY = ("relearn",)
 Originals = Mapping[tuple[str, int], Measured]  # (subgroup, seed) -> the original there
 
 
@@ -95,10 +97,11 @@ def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Format the summary as Markdown, in percent; the wanted direction stands in each heading."""
     headings = {
         "method": "method",
+        "models": "models",
         "forget hit@1": "forget hit@1 ↓",
         "forget residue": "residue → 50",
         "forget-unseen hit@1": "unseen hit@1 ↓",
-        "forget-unseen residue": "residue → 50",
+        "forget-unseen residue": "unseen residue → 50",
         **{f"{name} change": f"{name} R@1 change ↑" for name in KEEP_SETS},
         "swapped hit@1": "swapped hit@1 ↓",
         "probe AUC": "probe AUC",
@@ -123,7 +126,7 @@ def _cell(row: Mapping[str, Any], column: str) -> str:
         return "-"
     if isinstance(value, str):
         return value
-    if column == "seconds":
+    if column in ("models", "seconds"):
         return f"{value:.0f}"
     sign = "+" if column.endswith("change") else ""
     spread = f"{100 * row[f'{column} low']:.0f} to {100 * row[f'{column} high']:.0f}"

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import normalize
 
 from benchmarks.evidence import closed_form, trained
-from benchmarks.evidence.__main__ import final_setting, read_settings, settings_table
+from benchmarks.evidence.__main__ import final_setting, finalists, read_settings, settings_table
 from benchmarks.evidence.cells import METHODS, ORIGINAL, Measured, as_text, check_methods
 from benchmarks.evidence.table import ATTACKED, as_table, by_place, choose, summarise
 from benchmarks.evidence.task import Task
@@ -119,6 +119,13 @@ def test_a_chosen_number_of_steps_is_the_only_one_measured():
     chosen = {"CLIPErase": (as_text({"lr": 1e-4, "steps": 30}), 0.1)}
     assert final_setting(chosen, "CLIPErase") == as_text({"lr": 1e-4, "steps": [30]})
     assert final_setting(chosen, "fasterase") == "{}"
+
+
+def test_finalists_are_the_best_and_those_that_nothing_was_chosen_for():
+    chosen = {"CLIPErase": ("{}", 0.1), "LEACE": ("{}", 0.9), "retain only": ("{}", 0.5)}
+    methods = [METHODS[title] for title in (*chosen, "fasterase")]
+    assert finalists(methods, chosen, 2) == ["CLIPErase", "retain only", "fasterase"]
+    assert finalists(methods, chosen, 0) == ["fasterase"]
 
 
 def test_what_was_chosen_is_taken_again(tmp_path):
