@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence.cells import (
+    COSTLY,
     METHODS,
     ORIGINAL,
     RETRAINED,
@@ -34,7 +35,6 @@ from benchmarks.evidence.cells import (
 )
 from benchmarks.evidence.table import (
     ATTACKED,
-    COSTLY,
     HIT,
     RECALL,
     as_table,

@@ -20,8 +20,6 @@ ATTACKED = {
     "probe": ("forget/linear_probe/auc", "probe AUC"),
     "relearn": ("forget/area/contest_hit@1", "relearned"),
 }
-# Of these attacks, those that train.
-COSTLY = ("relearn",)
 Originals = Mapping[tuple[str, int], Measured]  # (subgroup, seed) -> the original there
 
 
