@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.evidence import closed_form, trained
+from benchmarks.evidence import closed_form, trained, variants
 from benchmarks.evidence.task import Method, Setting, Task
 from fasterase.demo import emoji
 from fasterase.demo.run import evaluate_sets
@@ -27,6 +27,7 @@ from fasterase.models.load import load_model
 METHODS: dict[str, Method] = {
     method.title: method for method in (*trained.METHODS, *closed_form.METHODS)
 }
+VARIANTS: dict[str, Method] = {method.title: method for method in variants.METHODS}
 # Models that no method made, measured in the same way.
 ORIGINAL, RETRAINED = "original", "retrained"
 # Attacks that train. The original undergoes them in cells of its own, not beside every model.
@@ -38,7 +39,7 @@ class Measured:
     """A model after an erasure.
 
     Attributes:
-        method: title of the method, or `ORIGINAL` or `RETRAINED`.
+        method: title of the method or variant, or `ORIGINAL` or `RETRAINED`.
         setting: as JSON, with the `steps` at which this model was measured.
         subgroup, seed: what was erased, and the seed of the run.
         scores: set -> metric -> value.
@@ -136,7 +137,7 @@ def run_cell(cell: Cell, work: Path) -> list[Measured]:
     if cell.method in (ORIGINAL, RETRAINED):
         measure(0)
     else:
-        METHODS[cell.method].erase(Task(model, sets, cell.seed, measure), setting)
+        (METHODS | VARIANTS)[cell.method].erase(Task(model, sets, cell.seed, measure), setting)
     write_text(path, json.dumps([asdict(each) for each in found]))
     return found
 

@@ -98,13 +98,11 @@ METHODS = (
         "after arXiv 2512.14137",
         project_texts_out,
         [{"rank": rank, "centred": centred} for rank in (2, 8, 32) for centred in (False, True)],
-        seeds_decide=False,
     ),
     Method(
         "LEACE",
         "arXiv 2306.03819",
         erase_linearly,
         [{"labels": "set"}, {"labels": "concepts"}],
-        seeds_decide=False,
     ),
 )

@@ -43,14 +43,12 @@ class Method:
         source: where it comes from.
         erase: carries out a task with a setting.
         settings: those tried on the validation concepts; one alone is taken as it is.
-        seeds_decide: whether two seeds give two results.
     """
 
     title: str
     source: str
     erase: Callable[[Task, Setting], None]
     settings: Sequence[Setting]
-    seeds_decide: bool = True
 
 
 def train(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import csv
-from dataclasses import replace
 
 import pytest
 import torch
@@ -14,36 +12,8 @@ from benchmarks.evidence import closed_form, trained
 from benchmarks.evidence.__main__ import final_setting, finalists, read_settings, settings_table
 from benchmarks.evidence.cells import METHODS, ORIGINAL, Measured, as_text, check_methods
 from benchmarks.evidence.table import ATTACKED, as_table, by_place, choose, summarise
-from benchmarks.evidence.task import Task
 from benchmarks.result_files import RESULTS, write_csv
-from fasterase.demo import emoji
-from fasterase.demo.sets import DemoSets, Drawings, build_sets
 from fasterase.errors import InputError
-from fasterase.models.dual_encoder import DualEncoder
-from fasterase.models.load import load_model
-
-
-class Few(Drawings):
-    """The first of some drawings."""
-
-    def __init__(self, drawings: Drawings, count: int) -> None:
-        super().__init__(drawings._source, drawings._rows[:count], drawings._wording)
-
-
-@pytest.fixture(scope="module")
-def sets() -> DemoSets:
-    whole = build_sets("animal-marine", original=str(emoji.BASE_MODEL), seed=0)
-    return replace(whole, forget=Few(whole.forget, 12), retain=Few(whole.retain, 60))
-
-
-@pytest.fixture(scope="module")
-def original() -> DualEncoder:
-    return load_model(str(emoji.BASE_MODEL))
-
-
-@pytest.fixture
-def task(sets: DemoSets, original: DualEncoder) -> Task:
-    return Task(copy.deepcopy(original), sets, seed=0, measure=lambda steps: None)
 
 
 def test_folded_maps_act_on_features(task):

@@ -1,0 +1,103 @@
+"""Variants of the default recipe, which `benchmarks.variants` compares with it."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch.utils.data import ConcatDataset, Subset
+
+from benchmarks.evidence.closed_form import encode_captions, encode_images
+from benchmarks.evidence.task import Method, Setting, Task, plain_config, train
+from benchmarks.evidence.trained import OFF, erase_by_default
+from fasterase.demo import emoji
+from fasterase.demo.run import forget_pairs, recipe_config
+from fasterase.demo.sets import Drawings, open_teams
+
+
+def erase_to_a_higher_floor(task: Task, setting: Setting) -> None:
+    """Leave pairs alone at `deviations` standard deviations above the mean unrelated cosine."""
+    forget, retain = task.sets.forget.reworded(emoji.name_only), task.sets.retain
+    image = encode_images(task.model, forget) @ encode_captions(task.model, retain).T
+    text = encode_captions(task.model, forget) @ encode_images(task.model, retain).T
+    cosines = torch.cat((image.flatten(), text.flatten()))
+    floor = float(cosines.mean() + setting["deviations"] * cosines.std())
+    erase_by_default(task, {"floor": floor})
+
+
+def erase_with_neighbours_drawn_more(task: Task, setting: Setting) -> None:
+    """Give the `share` of retain pairs with captions nearest to forgotten ones `copies` times."""
+    forget = encode_captions(task.model, task.sets.forget)
+    closeness = (encode_captions(task.model, task.sets.retain) @ forget.T).amax(1)
+    nearest = closeness.topk(int(setting["share"] * len(closeness))).indices.tolist()
+    copies = [Subset(task.sets.retain, nearest)] * (setting["copies"] - 1)
+    _erase_beside(task, ConcatDataset([task.sets.retain, *copies]))
+
+
+def erase_beside_unlabelled_pictures(task: Task, setting: Setting) -> None:
+    """Hold pictures that have no captions, each with the nearest of retain's and its own features.
+
+    They are drawings of everything by a team that no model has seen. What is nearest to a caption
+    to forget is left out.
+    """
+    team = open_teams([emoji.UNSEEN_TEAM])
+    pictures = Drawings.of(team, {team.meta(row)["concept"] for row in range(len(team))})
+    retain = task.sets.retain
+    kept = encode_captions(task.model, retain)
+    texts = torch.cat((kept, encode_captions(task.model, task.sets.forget)))
+    nearest = (encode_images(task.model, pictures) @ texts.T).argmax(1).tolist()
+    labelled = [
+        {"image": pictures[row]["image"], "text": retain[caption]["text"]}
+        for row, caption in enumerate(nearest)
+        if caption < len(kept)
+    ]
+    _erase_beside(task, ConcatDataset([retain, cast(Any, labelled)]))
+
+
+def average_with_the_original(task: Task, setting: Setting) -> None:
+    """Move the weights back towards the original's: `share` of the way is kept."""
+    module = task.model.module
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    taken = _erase_beside(task, task.sets.retain, measured=False)
+    averaged = {
+        name: before[name].lerp(value, setting["share"]) if value.is_floating_point() else value
+        for name, value in module.state_dict().items()
+    }
+    module.load_state_dict(averaged)
+    task.measure(taken)
+
+
+def erase_relearn_erase(task: Task, setting: Setting) -> None:
+    """Erase, bring the concept back by `steps` of fine-tuning, and erase what came back."""
+    _erase_beside(task, task.sets.retain, measured=False)
+    names = forget_pairs(task.sets, "cliperase")
+    config = plain_config(
+        **OFF | {"retain_weight": 1.0}, lr=setting["lr"], max_steps=setting["steps"]
+    )
+    # As in `erase_by_negation`: the engine's retain loss is InfoNCE.
+    train(task, config, forget=task.sets.holdout, retain=names)
+    _erase_beside(task, task.sets.retain)
+
+
+def _erase_beside(task: Task, retain: Any, *, measured: bool = True) -> int:
+    """Erase by the default recipe beside other retain pairs; return the steps taken."""
+    config = recipe_config("fasterase", small_model=True)
+    taken = train(task, config, forget=forget_pairs(task.sets, "fasterase"), retain=retain)
+    if measured:
+        task.measure(taken)
+    return taken
+
+
+METHODS = (
+    Method("the default", "", erase_by_default, [{}]),
+    Method("a higher floor", "", erase_to_a_higher_floor, [{"deviations": 0.3}]),
+    Method(
+        "neighbours drawn more often",
+        "",
+        erase_with_neighbours_drawn_more,
+        [{"share": 0.1, "copies": 4}],
+    ),
+    Method("pictures without captions", "", erase_beside_unlabelled_pictures, [{}]),
+    Method("averaged with the original", "", average_with_the_original, [{"share": 0.8}]),
+    Method("erased, relearned, erased", "", erase_relearn_erase, [{"lr": 1e-5, "steps": 20}]),
+)

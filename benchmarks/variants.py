@@ -1,0 +1,49 @@
+"""Would another recipe be better? The default beside variants of it, on the validation concepts.
+
+    python -m benchmarks.variants [--processes 2] [--seeds 1]
+
+The variants (evidence/variants.py) are ideas for less damage, or for a concept that relearning does
+not bring back so soon. They erase the concepts on which recipes are tuned, never those that the
+other tables report. Each run is kept in --work as soon as it is measured, so an interrupted command
+resumes. Writes variants.csv to --output, a row per variant, and prints the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.evidence.cells import ORIGINAL, VARIANTS, Cell, as_text, run_cells
+from benchmarks.evidence.table import ATTACKED, as_table, by_place, summarise
+from benchmarks.recipes import VALIDATION
+from benchmarks.result_files import RESULTS, write_csv
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what is missing, and write the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--work", type=Path, default=Path("runs/variants"))
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args(argv)
+    settings = {ORIGINAL: "{}"}
+    settings |= {title: as_text(each.settings[0]) for title, each in VARIANTS.items()}
+    cells = [
+        Cell(title, setting, place, seed, () if title == ORIGINAL else tuple(ATTACKED))
+        for title, setting in settings.items()
+        for place in VALIDATION
+        for seed in range(options.seeds)
+    ]
+    found = run_cells(cells, options.work, options.processes)
+    found.sort(key=lambda each: (list(settings).index(each.method), each.subgroup, each.seed))
+    rows = summarise(found, by_place(found))
+    write_csv(options.output / "variants.csv", rows)
+    print(as_table(rows))
+
+
+if __name__ == "__main__":
+    main()

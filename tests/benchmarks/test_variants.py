@@ -1,0 +1,99 @@
+"""Variants of the default recipe: each changes what it says, and is measured once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.evidence import trained, variants
+from benchmarks.evidence.cells import METHODS, VARIANTS
+from fasterase.demo import emoji
+from fasterase.demo.sets import Drawings
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Collects (config, forget, retain) of every erasure; each adds 1 to the scale."""
+    found = []
+
+    def train(task, config, *, forget, retain, measured_at=()):
+        found.append((config, forget, retain))
+        with torch.no_grad():
+            task.model.logit_scale.add_(1.0)
+        return 7
+
+    for module in (trained, variants):
+        monkeypatch.setattr(module, "train", train)
+    return found
+
+
+@pytest.fixture
+def measured(task):
+    """A task, and the steps and scales at which its model was measured."""
+    seen = []
+    task = replace(task, measure=lambda steps: seen.append((steps, task.model.logit_scale.item())))
+    return task, seen
+
+
+def test_no_variant_takes_the_title_of_a_method():
+    assert not VARIANTS.keys() & METHODS.keys()
+
+
+def test_the_floor_lies_between_unrelated_and_matched_cosines(measured, runs):
+    task, seen = measured
+    floors = []
+    for deviations in (0.0, 0.3):
+        variants.erase_to_a_higher_floor(task, {"deviations": deviations})
+        floors.append(runs[-1][0].floor)
+    assert abs(floors[0]) < 0.1
+    assert floors[0] + 0.02 < floors[1] < 0.3
+    assert len(seen) == 2
+
+
+def test_neighbours_come_several_times(measured, runs):
+    task, _ = measured
+    variants.erase_with_neighbours_drawn_more(task, {"share": 0.1, "copies": 4})
+    retain = runs[0][2]
+    assert len(retain) == 60 + 3 * 6
+    more = {retain[row]["text"][0] for row in range(60, len(retain))}
+    names = task.sets.retain.names
+    with torch.no_grad():
+        own = task.model.encode_text(task.model.tokenize(task.sets.concepts))
+        closeness = (task.model.encode_text(task.model.tokenize(names)) @ own.T).amax(1)
+    near = {name: float(value) for name, value in zip(names, closeness, strict=True)}
+    others = [value for name, value in near.items() if name not in more]
+    assert sum(near[name] for name in more) / len(more) > max(others) - 0.1
+
+
+@pytest.mark.parametrize("kind", ["retain", "forget"])
+def test_pictures_get_the_nearest_caption_unless_it_is_to_be_forgotten(
+    kind, measured, runs, monkeypatch
+):
+    task, _ = measured
+    pictures = getattr(task.sets, kind).reworded(emoji.name_only)
+    monkeypatch.setattr(Drawings, "of", lambda *_: pictures)
+    variants.erase_beside_unlabelled_pictures(task, {})
+    retain = runs[0][2]
+    added = [retain[row]["text"] for row in range(60, len(retain))]
+    # The model knows all of these drawings by name.
+    assert added == ([task.sets.retain[i]["text"] for i in range(60)] if kind == "retain" else [])
+
+
+def test_weights_are_averaged(measured, runs):
+    task, seen = measured
+    before = task.model.logit_scale.item()
+    variants.average_with_the_original(task, {"share": 0.8})
+    assert seen == [(7, pytest.approx(before + 0.8))]
+
+
+def test_what_came_back_is_erased_again(measured, runs):
+    task, seen = measured
+    before = task.model.logit_scale.item()
+    variants.erase_relearn_erase(task, {"lr": 1e-5, "steps": 20})
+    assert seen == [(7, pytest.approx(before + 3))]
+    (first, _, _), (second, _, relearned), (third, _, _) = runs
+    assert first == third
+    assert (second.max_steps, second.forget_weight, second.retain_weight) == (20, 0.0, 1.0)
+    assert relearned.names == task.sets.forget.names
