@@ -35,15 +35,15 @@ from fasterase.engine.model_state import Borrowed, training
 from fasterase.engine.optim import Trained, lr_schedule
 from fasterase.engine.pacing import (
     MAX_STEPS,
+    SETTLED_LOSS,
     AutomaticPacing,
     Check,
     FixedPacing,
-    LineFollower,
     LinePacing,
     Pacing,
-    Rate,
 )
 from fasterase.engine.prefix_cache import open_prefix_cache
+from fasterase.engine.rates import LineFollower, Rate
 from fasterase.engine.words import forget_words
 from fasterase.errors import InputError, NonFiniteError, PreemptedError
 from fasterase.evaluation.evaluation import Evaluation
@@ -284,8 +284,10 @@ def erase(
             original = engine.weights() if pool is not None else {}
             if words is not None:
                 words.put_back(original)
+            has_cross = config.used_cross_weight > 0 and baseline.reference is not None
+            crosses = has_cross and trained.image and trained.text
             pacing = _build_pacing(
-                config, sampler, engine, checks, original, start, total_steps=total_steps
+                config, sampler, engine, checks, original, start, crosses, total_steps=total_steps
             )
             if saved is not None:
                 clock.earlier = saved.seconds
@@ -372,6 +374,7 @@ def _build_pacing(
     checks: Checks,
     original: dict[str, Tensor],
     start: Check | None,
+    crosses: bool,
     *,
     total_steps: int,
 ) -> Pacing:
@@ -383,6 +386,7 @@ def _build_pacing(
             load=engine.load_weights,
             original=(checks.original(), original),
             start=start,
+            settled_loss=SETTLED_LOSS if crosses else 1.0,
             max_steps=total_steps,
         )
     is_forgotten = checks.is_forgotten if config.stop_when_forgotten else None

@@ -1,44 +1,27 @@
 """How fast a run learns and when it ends: the learning rate of each step, and the stop.
 
 With numbers for `lr` and the steps both are fixed beforehand. The automatic recipe needs neither:
-the learning rate follows the forgetting loss along a line, held back by how far kept features have
-moved, and the run ends once the concept is forgotten.
+the learning rate follows the forgetting loss (rates.py), and the run ends once the concept is
+forgotten.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from fasterase.engine.history import StepRecord
+from fasterase.engine.rates import LineFollower, Rate
 from fasterase.evaluation.verdict import FORGOTTEN, OVER_ERASED, REMEMBERED, Trace, decide
-
-# The automatic learning rate, whatever the model: it finds its level within tens of steps.
-FIRST_LR = 1e-5
-LR_RANGE = (1e-7, 1e-2)
-FASTER, SLOWER = 1.12, 0.9
-# Steps that the loss is extrapolated, to change the learning rate before it is too late.
-HORIZON = 5
-# The line leads from the first forgetting loss to this share of it, in this many steps.
-LINE_END = 0.05
-LINE_STEPS = 80
-# Squared distance that kept features may move (the anchor loss) before lr falls: a trust region. It
-# widens by a factor per step once the line has ended: a run that lags behind the whole line would
-# else stand still, held at its border.
-TRUSTED_DISTANCE = 0.012
-WIDENING = 1.02
-# Weight of the past in running averages of the loss and the distance.
-SMOOTHING = 0.8
-# Forgetting losses below it leave nothing to follow; they must not drive lr up.
-NEGLIGIBLE_LOSS = 1e-3
 
 # Steps between checks of the verdict, which begin once the loss is this share of its first value.
 CHECK_STEPS = 5
 CHECKED_LOSS = 0.6
+# Where either tower also forgets beside the original's other one, lr fades only at this share: the
+# verdict asks the two new towers alone, and holds as soon as one of them has forgotten.
+SETTLED_LOSS = 0.35
 # lr fades once the residue is at most this and images are won hardly more often than by chance:
 # fading and unseen pictures need a margin below the verdict's own thresholds.
 MARGIN_RESIDUE = 0.6
@@ -203,114 +186,14 @@ class LinePacing(FixedPacing):
         self._rate.restore(state["rate"])
 
 
-@dataclass
-class _RateState:
-    lr: float
-    steps: int = 0  # applied ones
-    first: float = 0.0
-    loss: float = 0.0
-    trend: float = 0.0  # of the loss, per step
-    distance: float = 0.0
-    end: float = LINE_END  # share of the first loss at which the line ends
-
-
-class Rate:
-    """A constant learning rate, with running averages of the steps that were applied.
-
-    Args:
-        lr: the learning rate.
-    """
-
-    def __init__(self, lr: float) -> None:
-        self._now = _RateState(lr)
-
-    @property
-    def lr(self) -> float:
-        return self._now.lr
-
-    @property
-    def share_left(self) -> float:
-        """The smoothed forgetting loss, as a share of its first value."""
-        now = self._now
-        return now.loss / now.first if now.first > NEGLIGIBLE_LOSS else 0.0
-
-    @property
-    def is_spent(self) -> bool:
-        """Whether the loss asks for no more: waiting for the verdict's margin would idle."""
-        return self.share_left <= LINE_END
-
-    def aim_lower(self) -> None:
-        """Ask for a smaller loss: the concept is still remembered at the one reached."""
-
-    def follow(self, record: StepRecord) -> None:
-        """Take note of a step; `record.anchor` is the distance that kept features have moved."""
-        if not record.applied:
-            return
-        now = self._now
-        if now.steps == 0:
-            now.first, now.loss, now.distance = record.forget, record.forget, record.anchor
-        else:
-            before = now.loss
-            now.loss = SMOOTHING * now.loss + (1 - SMOOTHING) * record.forget
-            now.trend = SMOOTHING * now.trend + (1 - SMOOTHING) * (now.loss - before)
-            now.distance = SMOOTHING * now.distance + (1 - SMOOTHING) * record.anchor
-        now.steps += 1
-        self._adjust(now)
-
-    def _adjust(self, now: _RateState) -> None:
-        """Change the learning rate after a step."""
-
-    def state(self) -> dict[str, Any]:
-        return asdict(self._now)
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self._now = _RateState(**state)
-
-
-class LineFollower(Rate):
-    """A learning rate that makes the smoothed forgetting loss follow a falling line.
-
-    It rises while the loss lags behind the line, falls while it leads, and falls while kept
-    features have moved too far, so that one start serves all models.
-
-    Args:
-        line_steps: steps in which the loss should fall to 5 % of its first value.
-    """
-
-    def __init__(self, *, line_steps: int = LINE_STEPS) -> None:
-        super().__init__(FIRST_LR)
-        self._line_steps = line_steps
-
-    @property
-    def is_spent(self) -> bool:
-        # A higher lr still moves the features on.
-        return super().is_spent and self.lr <= FIRST_LR
-
-    def aim_lower(self) -> None:
-        self._now.end /= 2
-
-    def _adjust(self, now: _RateState) -> None:
-        ahead = now.steps + HORIZON
-        line = now.first * (1 - (1 - now.end) * min(1.0, ahead / self._line_steps))
-        expected = now.loss + HORIZON * now.trend
-        late = max(0, now.steps - self._line_steps)
-        # exp: the bound passes any distance long before the power could overflow.
-        bound = TRUSTED_DISTANCE * math.exp(min(late * math.log(WIDENING), 50.0))
-        if now.distance > bound or expected < line:
-            now.lr *= SLOWER
-        elif now.loss > NEGLIGIBLE_LOSS:
-            now.lr *= FASTER
-        now.lr = min(max(now.lr, LR_RANGE[0]), LR_RANGE[1])
-
-
 class AutomaticPacing:
     """Runs until the verdict holds, within a budget of steps and damage.
 
-    The verdict is checked every few steps. Once it holds by a margin or the loss is spent, or the
-    damage is exceeded, lr fades to 0, which heals damage; if the verdict does not hold then, the
-    run resumes, at most twice. The best weights seen are restored at the end: of forgotten ones
-    those with the least damage, faded ones first; else those with the least residue within
-    `max_damage`.
+    The verdict is checked every few steps. Once it holds by a margin and the loss is settled, or
+    the loss is spent, or the damage is exceeded, lr fades to 0, which heals damage; if the verdict
+    does not hold then, the run resumes, at most twice. The best weights seen are restored at the
+    end: of forgotten ones those with the least damage, faded ones first; else those with the least
+    residue within `max_damage`.
 
     Args:
         rate: the learning rate while forgetting.
@@ -319,6 +202,7 @@ class AutomaticPacing:
         load: puts such a copy back.
         original: the original's check and weights, the first candidate for the best weights.
         start: the check of the weights that training starts from, if they are not the original's.
+        settled_loss: share of the first forgetting loss above which a verdict does not end the run.
         max_steps: the budget.
     """
 
@@ -331,6 +215,7 @@ class AutomaticPacing:
         load: Callable[[dict[str, Tensor]], None],
         original: tuple[Check, dict[str, Tensor]],
         start: Check | None = None,
+        settled_loss: float = 1.0,
         max_steps: int,
     ) -> None:
         self.total_steps = max_steps
@@ -340,6 +225,7 @@ class AutomaticPacing:
         self._check = check
         self._weights = weights
         self._load = load
+        self._settled_loss = settled_loss
         self._step = 0
         self._fade_from: tuple[int, float] | None = None  # first step and its lr
         self._fades = 0
@@ -365,10 +251,12 @@ class AutomaticPacing:
         if last or due:
             found = self._check()
             self._consider(found, faded=False)
+            self._rate.hurry(not found.is_safely_forgotten)
             spent = found.verdict != REMEMBERED and self._rate.is_spent
             if found.verdict == REMEMBERED and self._rate.is_spent:
                 self._rate.aim_lower()
-            if last or spent or found.is_safely_forgotten or found.exceeded:
+            safe = found.is_safely_forgotten and self._rate.share_left <= self._settled_loss
+            if last or spent or safe or found.exceeded:
                 self._fade_from = record.step, self._rate.lr
                 self._fades += 1
         if record.step == self.total_steps:

@@ -15,15 +15,17 @@ from fasterase.engine.history import StepRecord
 from fasterase.engine.pacing import (
     CHECK_STEPS,
     FADE_STEPS,
+    AutomaticPacing,
+    Check,
+    FixedPacing,
+    LinePacing,
+)
+from fasterase.engine.rates import (
     FIRST_LR,
     LINE_STEPS,
     LR_RANGE,
     TRUSTED_DISTANCE,
-    AutomaticPacing,
-    Check,
-    FixedPacing,
     LineFollower,
-    LinePacing,
     Rate,
 )
 from fasterase.evaluation.verdict import Trace
@@ -195,6 +197,7 @@ class Run:
         loss: Callable[[int], float] = lambda step: 0.8 if step < 3 else 0.1,
         total: int = TOTAL,
         rate: Rate | None = None,
+        settled_loss: float = 1.0,
     ) -> None:
         self.step = 0
         self.checked: list[int] = []
@@ -208,6 +211,7 @@ class Run:
             weights=lambda: {"step": torch.tensor(self.step)},
             load=self._load,
             original=(KNOWN, {"step": torch.tensor(0)}),
+            settled_loss=settled_loss,
             max_steps=total,
         )
 
@@ -252,6 +256,28 @@ class TestAutomatic:
         assert run.loaded == [run.step]
         assert (run.pacing.is_done, run.pacing.limit) == (True, None)
         assert run.pacing.tensors() == {}
+
+    def test_the_verdict_waits_for_a_settled_loss(self):
+        """Smoothed, the loss is below a fifth of its first value from step 14 on."""
+        run = Run(lambda step: SAFE, settled_loss=0.2).take()
+        assert run.step == 15 + FADE_STEPS
+        assert run.loaded == [run.step]
+        late = Run(lambda step: SAFE, loss=lambda step: 0.8 if step < 3 else 0.3, settled_loss=0.2)
+        assert late.take(200).lrs == [1e-3] * 200
+
+    def test_a_run_that_waits_for_its_loss_does_not_hurry(self):
+        """The trust region does not widen: what is forgotten is worth no more damage."""
+
+        def lr(script: Callable[[int], Check]) -> float:
+            rate = LineFollower()
+            run = Run(script, rate=rate, settled_loss=0.2)
+            while run.step < 3 * LINE_STEPS:
+                run.step += 1
+                run.pacing.after_step(record(run.step, 0.8 if run.step < 3 else 0.4, 0.02))
+            return rate.lr
+
+        assert lr(lambda step: SAFE) == LR_RANGE[0]
+        assert lr(lambda step: KNOWN) > 1e-4
 
     def test_forgotten_without_a_margin_is_not_enough(self):
         """Fading, and pictures that training has not seen, need one."""

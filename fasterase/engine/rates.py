@@ -1,0 +1,136 @@
+"""The automatic learning rate: it follows the forgetting loss along a falling line.
+
+It is held back by how far kept features have moved, so that one start serves all models.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fasterase.engine.history import StepRecord
+
+# The automatic learning rate, whatever the model: it finds its level within tens of steps.
+FIRST_LR = 1e-5
+LR_RANGE = (1e-7, 1e-2)
+FASTER, SLOWER = 1.12, 0.9
+# Steps that the loss is extrapolated, to change the learning rate before it is too late.
+HORIZON = 5
+# The line leads from the first forgetting loss to this share of it, in this many steps.
+LINE_END = 0.05
+LINE_STEPS = 80
+# Squared distance that kept features may move (the anchor loss) before lr falls: a trust region. It
+# widens by a factor per step once the line has ended: a run that lags behind the whole line would
+# else stand still, held at its border.
+TRUSTED_DISTANCE = 0.012
+WIDENING = 1.02
+# Weight of the past in running averages of the loss and the distance.
+SMOOTHING = 0.8
+# Forgetting losses below it leave nothing to follow; they must not drive lr up.
+NEGLIGIBLE_LOSS = 1e-3
+
+
+@dataclass
+class _RateState:
+    lr: float
+    steps: int = 0  # applied ones
+    first: float = 0.0
+    loss: float = 0.0
+    trend: float = 0.0  # of the loss, per step
+    distance: float = 0.0
+    end: float = LINE_END  # share of the first loss at which the line ends
+    hurries: bool = True
+
+
+class Rate:
+    """A constant learning rate, with running averages of the steps that were applied.
+
+    Args:
+        lr: the learning rate.
+    """
+
+    def __init__(self, lr: float) -> None:
+        self._now = _RateState(lr)
+
+    @property
+    def lr(self) -> float:
+        return self._now.lr
+
+    @property
+    def share_left(self) -> float:
+        """The smoothed forgetting loss, as a share of its first value."""
+        now = self._now
+        return now.loss / now.first if now.first > NEGLIGIBLE_LOSS else 0.0
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether the loss asks for no more: waiting for the verdict's margin would idle."""
+        return self.share_left <= LINE_END
+
+    def aim_lower(self) -> None:
+        """Ask for a smaller loss: the concept is still remembered at the one reached."""
+
+    def hurry(self, wanted: bool) -> None:
+        """Tell whether kept features may move further than trusted, for a run that lags."""
+        self._now.hurries = wanted
+
+    def follow(self, record: StepRecord) -> None:
+        """Take note of a step; `record.anchor` is the distance that kept features have moved."""
+        if not record.applied:
+            return
+        now = self._now
+        if now.steps == 0:
+            now.first, now.loss, now.distance = record.forget, record.forget, record.anchor
+        else:
+            before = now.loss
+            now.loss = SMOOTHING * now.loss + (1 - SMOOTHING) * record.forget
+            now.trend = SMOOTHING * now.trend + (1 - SMOOTHING) * (now.loss - before)
+            now.distance = SMOOTHING * now.distance + (1 - SMOOTHING) * record.anchor
+        now.steps += 1
+        self._adjust(now)
+
+    def _adjust(self, now: _RateState) -> None:
+        """Change the learning rate after a step."""
+
+    def state(self) -> dict[str, Any]:
+        return asdict(self._now)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._now = _RateState(**state)
+
+
+class LineFollower(Rate):
+    """A learning rate that makes the smoothed forgetting loss follow a falling line.
+
+    It rises while the loss lags behind the line, falls while it leads, and falls while kept
+    features have moved too far, so that one start serves all models.
+
+    Args:
+        line_steps: steps in which the loss should fall to 5 % of its first value.
+    """
+
+    def __init__(self, *, line_steps: int = LINE_STEPS) -> None:
+        super().__init__(FIRST_LR)
+        self._line_steps = line_steps
+
+    @property
+    def is_spent(self) -> bool:
+        # A higher lr still moves the features on.
+        return super().is_spent and self.lr <= FIRST_LR
+
+    def aim_lower(self) -> None:
+        self._now.end /= 2
+
+    def _adjust(self, now: _RateState) -> None:
+        ahead = now.steps + HORIZON
+        line = now.first * (1 - (1 - now.end) * min(1.0, ahead / self._line_steps))
+        expected = now.loss + HORIZON * now.trend
+        late = max(0, now.steps - self._line_steps) if now.hurries else 0
+        # exp: the bound passes any distance long before the power could overflow.
+        bound = TRUSTED_DISTANCE * math.exp(min(late * math.log(WIDENING), 50.0))
+        if now.distance > bound or expected < line:
+            now.lr *= SLOWER
+        elif now.loss > NEGLIGIBLE_LOSS:
+            now.lr *= FASTER
+        now.lr = min(max(now.lr, LR_RANGE[0]), LR_RANGE[1])
