@@ -22,6 +22,8 @@ CHECKED_LOSS = 0.6
 # Where either tower also forgets beside the original's other one, lr fades only at this share: the
 # verdict asks the two new towers alone, and holds as soon as one of them has forgotten.
 SETTLED_LOSS = 0.35
+# ... or once it has not fallen by a tenth in so many steps: some images look like what is kept.
+PATIENCE_STEPS, NOTICED_FALL = 60, 0.9
 # lr fades once the residue is at most this and images are won hardly more often than by chance:
 # fading and unseen pictures need a margin below the verdict's own thresholds.
 MARGIN_RESIDUE = 0.6
@@ -202,7 +204,8 @@ class AutomaticPacing:
         load: puts such a copy back.
         original: the original's check and weights, the first candidate for the best weights.
         start: the check of the weights that training starts from, if they are not the original's.
-        settled_loss: share of the first forgetting loss above which a verdict does not end the run.
+        settled_loss: share of the first forgetting loss above which a verdict does not end the run
+            while the loss still falls.
         max_steps: the budget.
     """
 
@@ -226,6 +229,7 @@ class AutomaticPacing:
         self._weights = weights
         self._load = load
         self._settled_loss = settled_loss
+        self._lowest: tuple[int, float] | None = None  # noticed share of the loss, and its step
         self._step = 0
         self._fade_from: tuple[int, float] | None = None  # first step and its lr
         self._fades = 0
@@ -255,12 +259,18 @@ class AutomaticPacing:
             spent = found.verdict != REMEMBERED and self._rate.is_spent
             if found.verdict == REMEMBERED and self._rate.is_spent:
                 self._rate.aim_lower()
-            safe = found.is_safely_forgotten and self._rate.share_left <= self._settled_loss
+            safe = found.is_safely_forgotten and self._is_settled(record.step)
             if last or spent or safe or found.exceeded:
                 self._fade_from = record.step, self._rate.lr
                 self._fades += 1
         if record.step == self.total_steps:
             self._finish()
+
+    def _is_settled(self, step: int) -> bool:
+        share = self._rate.share_left
+        if self._lowest is None or share < NOTICED_FALL * self._lowest[1]:
+            self._lowest = step, share
+        return share <= self._settled_loss or step - self._lowest[0] >= PATIENCE_STEPS
 
     def _fade(self, steps: int) -> None:
         """Check now and then how far the fade has come, and end it in time."""
@@ -297,6 +307,7 @@ class AutomaticPacing:
             "has_exceeded": self._has_exceeded,
             "rate": self._rate.state(),
             "fade_from": self._fade_from,
+            "lowest": self._lowest,
             "fades": self._fades,
             "best_rank": list(self._best_rank),
         }
@@ -311,6 +322,7 @@ class AutomaticPacing:
         self._has_exceeded = state["has_exceeded"]
         self._rate.restore(state["rate"])
         self._fade_from = tuple(state["fade_from"]) if state["fade_from"] else None
+        self._lowest = tuple(state["lowest"]) if state["lowest"] else None
         self._fades = state["fades"]
         self._best_rank = tuple(state["best_rank"])
         if tensors:

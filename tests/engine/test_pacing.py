@@ -15,6 +15,7 @@ from fasterase.engine.history import StepRecord
 from fasterase.engine.pacing import (
     CHECK_STEPS,
     FADE_STEPS,
+    PATIENCE_STEPS,
     AutomaticPacing,
     Check,
     FixedPacing,
@@ -262,8 +263,14 @@ class TestAutomatic:
         run = Run(lambda step: SAFE, settled_loss=0.2).take()
         assert run.step == 15 + FADE_STEPS
         assert run.loaded == [run.step]
-        late = Run(lambda step: SAFE, loss=lambda step: 0.8 if step < 3 else 0.3, settled_loss=0.2)
-        assert late.take(200).lrs == [1e-3] * 200
+
+    def test_it_does_not_wait_for_a_loss_that_no_longer_falls(self):
+        stuck = Run(lambda step: SAFE, loss=lambda step: 0.8 if step < 3 else 0.3, settled_loss=0.2)
+        stuck.take()
+        assert stuck.step == 15 + PATIENCE_STEPS + FADE_STEPS
+        falls = Run(lambda step: SAFE, loss=lambda step: 0.8 * 0.995**step, settled_loss=0.2)
+        falls.take()
+        assert 300 < falls.step < 370
 
     def test_a_run_that_waits_for_its_loss_does_not_hurry(self):
         """The trust region does not widen: what is forgotten is worth no more damage."""
