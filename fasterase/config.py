@@ -82,6 +82,10 @@ class UnlearnConfig:
         micro_batch_size: pairs encoded at a time. If smaller than the batch, GradCache's two passes
             compute the gradient of the full batch in the memory of one micro-batch. `None`: encode
             the whole batch at once. In eval mode a caption that repeats is encoded once a step.
+        thorough: with `epochs="auto"` and cross terms, a run that could end goes on until the
+            forgetting loss has settled (`fasterase.engine.pacing`): then the image tower has
+            forgotten too, beside the original's text tower. The verdict looks at the two new towers
+            and holds before that. Takes half as many steps again and costs neighbours more.
         stop_when_forgotten: check the verdict once per epoch, and stop once it is no longer
             "remembered". For a number of `epochs`; automatic ones stop anyway.
 
@@ -165,6 +169,7 @@ class UnlearnConfig:
     batch_size: int = 256
     forget_batch_size: int = 64
     micro_batch_size: int | None = None
+    thorough: bool = False
     stop_when_forgotten: bool = False
     # optimiser
     lr: float | Literal["auto"] = "auto"
@@ -251,7 +256,12 @@ class UnlearnConfig:
         self._check_automatic()
 
     def _check_automatic(self) -> None:
-        """Refuse options that the automatic recipe cannot be combined with."""
+        """Refuse options that the automatic recipe cannot be combined with, or that need it."""
+        if self.thorough:
+            _check(self, "thorough", self.runs_until_forgotten, "be False with numbers of steps")
+            is_crossed = self.used_cross_weight > 0 and self.tune not in ("image", "text")
+            needed = "be False where one tower is frozen or cross_weight is 0 (see cross_weight)"
+            _check(self, "thorough", is_crossed, needed)
         chosen = [f"lr={self.lr!r}"] if self.lr == "auto" else []
         if self.runs_until_forgotten:
             chosen.append(f"epochs={self.epochs!r}")

@@ -68,6 +68,7 @@ def test_defaults_are_the_contract():
     values = {field.name: getattr(UnlearnConfig(), field.name) for field in _fields()}
     assert {name: values[name] for name in CONTRACT} == CONTRACT
     assert set(values) - set(CONTRACT) == {
+        "thorough",
         "max_skipped",
         "prefix_cache",
         "cross_weight",
@@ -152,6 +153,23 @@ def test_contradictions_are_refused():
         UnlearnConfig(forget_weight=0, retain_weight=0, consistency_weight=0)
     with pytest.raises(InputError, match="floor"):
         UnlearnConfig(forget_loss="contrastive", floor=0.1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_steps": 3},
+        {"epochs": 3},
+        {"tune": "text"},
+        {"tune": "last:1"},
+        {"cross_weight": 0.0},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_a_thorough_run_needs_cross_terms_and_an_end_of_its_own(options):
+    assert UnlearnConfig(thorough=True).thorough
+    with pytest.raises(InputError, match=r"^thorough=True must be False"):
+        UnlearnConfig(thorough=True, **options)
 
 
 @pytest.mark.parametrize(

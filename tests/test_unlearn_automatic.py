@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fasterase
+from fasterase.engine import erase as erase_module
 from fasterase.engine.damage import Damage, DamageMeter
 from tests import digits, small_models
 from tests.tiny_concepts import CONCEPTS, FORGOTTEN, KEPT, concept_pairs, knowing_model
@@ -61,6 +62,16 @@ def test_a_digit_is_erased_from_a_model_that_knows_it(images, build, steps, digi
     assert after[kept].mean() >= before[kept].mean() - 0.02
     assert set(result.traces) == {"forget", "unseen"}
     assert 0 < len(result.history) < 400
+
+
+def test_a_thorough_run_goes_on_until_the_loss_has_settled(monkeypatch):
+    monkeypatch.setattr(erase_module, "SETTLED_LOSS", 0.1)
+    plain = run(knowing_model())
+    thorough = run(knowing_model(), thorough=True)
+    assert plain.verdict == thorough.verdict == "forgotten"
+    assert len(plain.history) + 10 <= len(thorough.history) < 400
+    last = [min(record.forget for record in each.history) for each in (plain, thorough)]
+    assert last[1] < last[0]
 
 
 def test_a_concept_is_erased_and_the_others_stay():

@@ -284,10 +284,8 @@ def erase(
             original = engine.weights() if pool is not None else {}
             if words is not None:
                 words.put_back(original)
-            has_cross = config.used_cross_weight > 0 and baseline.reference is not None
-            crosses = has_cross and trained.image and trained.text
             pacing = _build_pacing(
-                config, sampler, engine, checks, original, start, crosses, total_steps=total_steps
+                config, sampler, engine, checks, original, start, total_steps=total_steps
             )
             if saved is not None:
                 clock.earlier = saved.seconds
@@ -374,7 +372,6 @@ def _build_pacing(
     checks: Checks,
     original: dict[str, Tensor],
     start: Check | None,
-    crosses: bool,
     *,
     total_steps: int,
 ) -> Pacing:
@@ -386,7 +383,7 @@ def _build_pacing(
             load=engine.load_weights,
             original=(checks.original(), original),
             start=start,
-            settled_loss=SETTLED_LOSS if crosses else 1.0,
+            settled_loss=SETTLED_LOSS if config.thorough else 1.0,
             max_steps=total_steps,
         )
     is_forgotten = checks.is_forgotten if config.stop_when_forgotten else None

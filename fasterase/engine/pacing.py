@@ -19,10 +19,10 @@ from fasterase.evaluation.verdict import FORGOTTEN, OVER_ERASED, REMEMBERED, Tra
 # Steps between checks of the verdict, which begin once the loss is this share of its first value.
 CHECK_STEPS = 5
 CHECKED_LOSS = 0.6
-# Where either tower also forgets beside the original's other one, lr fades only at this share: the
-# verdict asks the two new towers alone, and holds as soon as one of them has forgotten.
+# A thorough run, in which either tower also forgets beside the original's other one, fades only at
+# this share: the verdict asks the two new towers alone, and holds once one of them has forgotten.
 SETTLED_LOSS = 0.35
-# ... or once it has not fallen by a tenth in so many steps: some images look like what is kept.
+# ... or once the loss has not fallen by a tenth in so many steps.
 PATIENCE_STEPS, NOTICED_FALL = 60, 0.9
 # lr fades once the residue is at most this and images are won hardly more often than by chance:
 # fading and unseen pictures need a margin below the verdict's own thresholds.
@@ -255,12 +255,12 @@ class AutomaticPacing:
         if last or due:
             found = self._check()
             self._consider(found, faded=False)
-            self._rate.hurry(not found.is_safely_forgotten)
             spent = found.verdict != REMEMBERED and self._rate.is_spent
             if found.verdict == REMEMBERED and self._rate.is_spent:
                 self._rate.aim_lower()
-            safe = found.is_safely_forgotten and self._is_settled(record.step)
-            if last or spent or safe or found.exceeded:
+            settled = found.is_safely_forgotten and self._is_settled(record.step)
+            self._rate.hurry(settled or not found.is_safely_forgotten)
+            if last or spent or settled or found.exceeded:
                 self._fade_from = record.step, self._rate.lr
                 self._fades += 1
         if record.step == self.total_steps:
