@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 attacks if is_finalist else cheap,
             )
             for place in options.subgroups
-            for seed in (seeds if is_finalist else seeds[:1])
+            for seed in seeds[: method.most_seeds if is_finalist else 1]
         ]
     found = run_cells(tested, options.work, options.processes)
     order = [ORIGINAL, RETRAINED, *METHODS]

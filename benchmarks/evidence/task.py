@@ -43,12 +43,14 @@ class Method:
         source: where it comes from.
         erase: carries out a task with a setting.
         settings: those tried on the validation concepts; one alone is taken as it is.
+        most_seeds: of a finalist; None: as many as asked for.
     """
 
     title: str
     source: str
     erase: Callable[[Task, Setting], None]
     settings: Sequence[Setting]
+    most_seeds: int | None = None
 
 
 def train(
