@@ -174,8 +174,10 @@ def _prepare(part: MicroBatch, fresh: Sequence[int], halfway: HalfwayOf | None, 
     """Return what the towers encode of a micro-batch, with the captions at `fresh` alone."""
     if not part.ids:
         return _without_rows(part, seed)
-    known = [place for place in range(len(part.ids)) if place not in set(fresh)]
-    captions = [*fresh, *known[: max(0, _FEWEST_TEXTS - len(fresh))]]
+    captions = list(fresh)
+    if len(fresh) < _FEWEST_TEXTS:
+        known = [place for place in range(len(part.ids)) if place not in fresh]
+        captions += known[: _FEWEST_TEXTS - len(fresh)]
     pixels: Tensor | Halfway = part.pixels
     tokens: Tokens | Halfway = part.tokens
     if halfway is not None:
