@@ -85,7 +85,7 @@ class UnlearnConfig:
         thorough: with `epochs="auto"` and cross terms, a run that could end goes on until the
             forgetting loss has settled (`fasterase.engine.pacing`): then the image tower has
             forgotten too, beside the original's text tower. The verdict looks at the two new towers
-            and holds before that. Takes half as many steps again and costs neighbours more.
+            and holds before that. Takes more steps, and costs neighbours more.
         stop_when_forgotten: check the verdict once per epoch, and stop once it is no longer
             "remembered". For a number of `epochs`; automatic ones stop anyway.
 
