@@ -3,7 +3,7 @@
     python -m benchmarks.digits [--processes 2] [--seeds 1]
 
 The pairs are scikit-learn's 1,797 scans of handwritten digits (8 x 8 pixels) with four wordings
-each; no recipe was tuned on them. The first two thirds are trained on, the last third is only
+each; recipes were tuned with emoji. The first two thirds are trained on, the last third is only
 measured. A small CLIP learns them (InfoNCE with labels), the default recipe erases one digit, once
 as it is and once with thorough=True, and another CLIP of the same seed learns all but that digit.
 Every figure is measured on all four models. --work keeps models and measurements, so an interrupted

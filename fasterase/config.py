@@ -83,9 +83,9 @@ class UnlearnConfig:
             compute the gradient of the full batch in the memory of one micro-batch. `None`: encode
             the whole batch at once. In eval mode a caption that repeats is encoded once a step.
         thorough: with `epochs="auto"` and cross terms, a run that could end goes on until the
-            forgetting loss has settled (`fasterase.engine.pacing`): then the image tower has
-            forgotten too, beside the original's text tower. The verdict looks at the two new towers
-            and holds before that. Takes more steps, and costs neighbours more.
+            forgetting loss has settled (`fasterase.engine.pacing`): the verdict looks at the two
+            new towers and may hold while the image tower still knows the concept, beside the
+            original's text tower. It then forgets more, at more steps and damage to neighbours.
         stop_when_forgotten: check the verdict once per epoch, and stop once it is no longer
             "remembered". For a number of `epochs`; automatic ones stop anyway.
 
