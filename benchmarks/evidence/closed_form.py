@@ -59,6 +59,11 @@ def encode_captions(model: DualEncoder, drawings: Drawings) -> Tensor:
     captions = [
         caption for index in range(len(drawings)) for caption in _as_list(drawings[index]["text"])
     ]
+    return encode_texts(model, captions)
+
+
+def encode_texts(model: DualEncoder, captions: list[str]) -> Tensor:
+    """Return text features, [captions, D], in fp64."""
     with torch.no_grad():
         return torch.cat(
             [

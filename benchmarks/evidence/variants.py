@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.utils.data import ConcatDataset, Subset
 
-from benchmarks.evidence.closed_form import encode_captions, encode_images
+from benchmarks.evidence.closed_form import encode_captions, encode_images, encode_texts
 from benchmarks.evidence.task import Method, Setting, Task, plain_config, train
 from benchmarks.evidence.trained import OFF, erase_by_default
 from fasterase.demo import emoji
@@ -54,6 +58,68 @@ def erase_beside_unlabelled_pictures(task: Task, setting: Setting) -> None:
     _erase_beside(task, ConcatDataset([retain, cast(Any, labelled)]))
 
 
+def erase_beside_all_wordings(task: Task, setting: Setting) -> None:
+    """Hold the pictures to be kept with all of their captions, and so with more words."""
+    _erase_beside(task, task.sets.retain.reworded(emoji.naming_captions))
+
+
+def erase_beside_unlabelled_captions(task: Task, setting: Setting) -> None:
+    """Hold captions that have no pictures, each with the nearest of retain's and its own features.
+
+    They are the wordings of concepts that no model was trained on. What is nearest to a picture to
+    forget is left out.
+    """
+    team = open_teams(emoji.TRAIN_TEAMS)
+    records = [cast(emoji.EmojiInfo, team.meta(row)) for row in range(len(team))]
+    captions = dict.fromkeys(
+        text for record in records if not record["member"] for text in emoji.naming_captions(record)
+    )
+    retain = task.sets.retain
+    kept = encode_images(task.model, retain)
+    pictures = torch.cat((kept, encode_images(task.model, task.sets.forget)))
+    nearest = (encode_texts(task.model, list(captions)) @ pictures.T).argmax(1).tolist()
+    pairs = [
+        {"image": retain[row]["image"], "text": text}
+        for text, row in zip(captions, nearest, strict=True)
+        if row < len(kept)
+    ]
+    _erase_beside(task, ConcatDataset([retain, cast(Any, pairs)]))
+
+
+def erase_under_noise(task: Task, setting: Setting) -> None:
+    """Erase in a neighbourhood of the weights: each pass adds noise to the MLPs' matrices.
+
+    Its standard deviation is `share` of a matrix's own.
+    """
+    generator = torch.Generator().manual_seed(task.seed)
+    with _noise(task.model.module, setting["share"], generator):
+        taken = _erase_beside(task, task.sets.retain, measured=False)
+    task.measure(taken)
+
+
+@contextmanager
+def _noise(module: nn.Module, share: float, generator: torch.Generator) -> Iterator[None]:
+    """Add noise to the weights of linear layers in passes that are trained on."""
+
+    def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return output
+        weight = cast(Tensor, layer.weight).detach()
+        noise = torch.randn(weight.shape, generator=generator) * (share * weight.std())
+        return output + linear(inputs[0], noise)
+
+    hooks = [
+        layer.register_forward_hook(add)
+        for layer in module.modules()
+        if isinstance(layer, nn.Linear)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def average_with_the_original(task: Task, setting: Setting) -> None:
     """Move the weights back towards the original's: `share` of the way is kept."""
     module = task.model.module
@@ -98,6 +164,9 @@ METHODS = (
         [{"share": 0.1, "copies": 4}],
     ),
     Method("pictures without captions", "", erase_beside_unlabelled_pictures, [{}]),
+    Method("captions without pictures", "", erase_beside_unlabelled_captions, [{}]),
+    Method("all wordings of what is kept", "", erase_beside_all_wordings, [{}]),
+    Method("noise in the weights", "", erase_under_noise, [{"share": 0.05}]),
     Method("averaged with the original", "", average_with_the_original, [{"share": 0.8}]),
     Method("erased, relearned, erased", "", erase_relearn_erase, [{"lr": 1e-5, "steps": 20}]),
 )

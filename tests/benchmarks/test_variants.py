@@ -13,6 +13,13 @@ from fasterase.demo import emoji
 from fasterase.demo.sets import Drawings
 
 
+class Team(list):
+    """Records of drawings."""
+
+    def meta(self, row):
+        return self[row]
+
+
 @pytest.fixture
 def runs(monkeypatch):
     """Collects (config, forget, retain) of every erasure; each adds 1 to the scale."""
@@ -79,6 +86,56 @@ def test_pictures_get_the_nearest_caption_unless_it_is_to_be_forgotten(
     added = [retain[row]["text"] for row in range(60, len(retain))]
     # The model knows all of these drawings by name.
     assert added == ([task.sets.retain[i]["text"] for i in range(60)] if kind == "retain" else [])
+
+
+def test_all_wordings_are_held(measured, runs):
+    task, _ = measured
+    variants.erase_beside_all_wordings(task, {})
+    retain = runs[0][2]
+    assert retain.names == task.sets.retain.names
+    assert all(retain[i]["text"][0] == retain.names[i] for i in range(3))
+    assert all(len(retain[i]["text"]) > 3 for i in range(3))
+
+
+def test_captions_get_the_nearest_picture_unless_it_is_to_be_forgotten(measured, runs, monkeypatch):
+    task, _ = measured
+    kept, gone = task.sets.retain, task.sets.forget.reworded(emoji.name_only)
+    records = [{"member": False, "concept": sets.names[i]} for sets in (kept, gone) for i in (0, 7)]
+    records.append({"member": True, "concept": kept.names[3]})
+    monkeypatch.setattr(variants, "open_teams", lambda teams: Team(records))
+    monkeypatch.setattr(emoji, "naming_captions", emoji.name_only)
+    variants.erase_beside_unlabelled_captions(task, {})
+    retain = runs[0][2]
+    added = [retain[row] for row in range(60, len(retain))]
+    # The model knows all of these drawings by name.
+    assert [pair["text"] for pair in added] == [kept.names[0], kept.names[7]]
+    drawings = [
+        kept[row]["image"].tobytes() for row in range(60) if kept.names[row] == added[0]["text"]
+    ]
+    assert added[0]["image"].tobytes() in drawings
+
+
+def test_noise_is_added_in_training_alone(measured, monkeypatch):
+    task, seen = measured
+    layer = next(each for each in task.model.module.modules() if isinstance(each, torch.nn.Linear))
+    rows, outputs = torch.randn(4, layer.in_features), []
+
+    def train(task, config, *, forget, retain, measured_at=()):
+        outputs.extend(layer(rows).detach() for _ in range(2))
+        with torch.no_grad():
+            outputs.append(layer(rows))
+        return 5
+
+    monkeypatch.setattr(variants, "train", train)
+    variants.erase_under_noise(task, {"share": 0.05})
+    with torch.no_grad():
+        clean = layer(rows)
+    noisy, again, measured_ = outputs
+    assert torch.equal(measured_, clean)
+    assert not torch.equal(noisy, again)
+    found = (noisy - clean).std() / (0.05 * layer.weight.std() * rows.square().sum(1).mean().sqrt())
+    assert 0.7 < found < 1.4
+    assert seen[0][0] == 5
 
 
 def test_weights_are_averaged(measured, runs):
