@@ -25,7 +25,7 @@ from fasterase.engine.run_lock import lock_run
 from fasterase.errors import InputError
 from fasterase.evaluation.metrics import bootstrap_intervals, format_value, wilson_interval
 from fasterase.evaluation.zero_shot import check_templates
-from fasterase.files import check_writable, remove_leftovers, replace_folder, write_text
+from fasterase.files import check_creatable, remove_leftovers, replace_folder, write_text
 from fasterase.models.text_encoder import TextTower, load_text_tower
 from fasterase.progress import progress_bar
 from fasterase.protocols.detector import Detector
@@ -155,9 +155,10 @@ def run_check(check: DiffusionCheck, output: Path) -> str:
             drawn with other settings.
         MissingExtraError: diffusers or transformers is not installed.
     """
-    check_writable(output, argument=f"--output={str(output)!r}")
+    check_creatable(output, argument=f"--output={str(output)!r}")
     device = resolve_device(check.device, default=best_device())
     tower = load_text_tower(check.erased)
+    output.mkdir(parents=True, exist_ok=True)
     with lock_run(output):
         for folder in [output, *(path for path in output.rglob("*") if path.is_dir())]:
             remove_leftovers(folder)

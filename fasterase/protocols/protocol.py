@@ -12,7 +12,7 @@ from fasterase.config import UnlearnConfig
 from fasterase.errors import InputError
 from fasterase.evaluation.evaluation import Evaluation
 from fasterase.evaluation.metrics import format_value
-from fasterase.files import check_writable, write_text
+from fasterase.files import check_creatable, write_text
 from fasterase.report.tables import Section, markdown_table
 
 EVALUATION, TABLE = "protocol.json", "table.md"
@@ -100,7 +100,7 @@ def run_protocol(
     Raises:
         InputError: the data is missing, or a name is unknown.
     """
-    check_writable(output, argument=f"--output={str(output)!r}")
+    check_creatable(output, argument=f"--output={str(output)!r}")
     cases = list(protocol.cases(data, concept))
     unknown = [name for name in only if name not in {case.name for case in cases}]
     if unknown:

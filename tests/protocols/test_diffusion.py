@@ -254,6 +254,8 @@ def test_what_does_not_fit_is_refused(run, models: Models, tmp_path: Path) -> No
     def refused(*flags: str, **changed: str) -> str:
         return run(*flags, output=tmp_path / "refused", **changed)
 
+    assert "nowhere" in refused(erased="nowhere")
+    assert not (tmp_path / "refused").exists()
     narrow = tmp_path / "narrow"
     load_model(tiny_diffusion.clip(hidden_size=16, num_hidden_layers=1)).save(narrow)
     said = refused(erased=str(narrow))

@@ -169,6 +169,7 @@ def test_missing_data_is_described(run, tmp_path: Path, name: str) -> None:
     said = run(name, tmp_path / "empty")
     assert said.startswith("error: --data=")
     assert "Put there" in said
+    assert not (tmp_path / "runs").exists()
 
 
 def test_unknown_cases_are_named(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
