@@ -29,6 +29,7 @@ from open_clip.model import CLIP
 from PIL import Image
 
 import fasterase
+from benchmarks.attacked import RELEARNED, SWAPPED, attacks_of
 from benchmarks.result_files import RESULTS, write_csv
 from fasterase.demo.run import recipe_config
 from fasterase.errors import import_extra
@@ -58,12 +59,7 @@ MODEL = {
         "layers": 2,
     },
 }
-ATTACKED = {
-    "its texts, original's images: hit@1": ("swap", "forget/original_images/contest_hit@1"),
-    "its images, original's texts: hit@1": ("swap", "forget/original_texts/contest_hit@1"),
-    "relearned residue": ("relearn", "forget/area/residue"),
-    "relearned hit@1": ("relearn", "forget/area/contest_hit@1"),
-}
+ATTACKED = (*SWAPPED, *RELEARNED)
 
 Pair = dict[str, Any]
 
@@ -188,7 +184,7 @@ def run(digit: int, seed: int, work: Path) -> Evaluation:
             },
             class_names=DIGITS,
             templates=WORDINGS,
-            attacks=("swap", "relearn"),
+            attacks=attacks_of(ATTACKED),
             seed=seed,
             progress=False,
             **companions(),
@@ -214,10 +210,10 @@ def rows_of(digit: str, seed: int, evaluation: Evaluation) -> Iterator[dict[str,
             row[f"{name} verdict"] = verdicts[name]
         for name, title in (("retain", "others"), ("holdout", "others, unseen")):
             row[f"{title} accuracy"] = scores[model][name]["zero_shot_accuracy"]
-        for title, (attack, key) in ATTACKED.items():
-            figure = evaluation.attacks[attack][key]
+        for each in ATTACKED:
+            figure = evaluation.attacks[each.attack][each.key]
             values = {"original": figure.original, "erased": figure.value, **figure.references}
-            row[title] = values[model]
+            row[each.title] = values[model]
         yield row
 
 

@@ -18,11 +18,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.attacked import MEMBERSHIP, RELEARNED, SWAPPED, Attacked, attacks_of
 from benchmarks.attacks import non_members
 from benchmarks.recipes import KEEP_SETS
 from benchmarks.result_files import RESULTS, write_csv
@@ -40,21 +41,7 @@ VERDICT = "verdict"
 FORGET_SETS = {"forget": "", "forget-unseen": "unseen "}
 
 
-class Attacked(NamedTuple):
-    """A figure of an attack, and the title of its column."""
-
-    attack: str
-    key: str
-    title: str
-
-
-ATTACKED = (
-    Attacked("swap", "forget/original_images/contest_hit@1", "its texts, original's images: hit@1"),
-    Attacked("swap", "forget/original_texts/contest_hit@1", "its images, original's texts: hit@1"),
-    Attacked("relearn", "forget/area/residue", "relearned residue"),
-    Attacked("relearn", "forget/area/contest_hit@1", "relearned hit@1"),
-    Attacked("membership", "forget/cosine/auc", "membership AUC"),
-)
+ATTACKED = (*SWAPPED, *RELEARNED, *MEMBERSHIP)
 
 
 def find_references(folder: Path | None) -> dict[str, Path]:
@@ -91,7 +78,7 @@ def run(concept: str, reference: Path, seed: int, work: Path) -> Evaluation:
         sets,
         original=base,
         references={RETRAINED: str(reference)},
-        attacks=tuple(dict.fromkeys(each.attack for each in ATTACKED)),
+        attacks=attacks_of(ATTACKED),
         non_members=non_members(),
         seed=seed,
         progress=False,

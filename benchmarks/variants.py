@@ -14,6 +14,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.attacked import attacks_of
 from benchmarks.evidence.cells import ORIGINAL, VARIANTS, Cell, as_text, run_cells
 from benchmarks.evidence.table import ATTACKED, as_table, by_place, summarise
 from benchmarks.recipes import VALIDATION
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = {ORIGINAL: "{}"}
     settings |= {title: as_text(each.settings[0]) for title, each in VARIANTS.items()}
     cells = [
-        Cell(title, setting, place, seed, () if title == ORIGINAL else tuple(ATTACKED))
+        Cell(title, setting, place, seed, () if title == ORIGINAL else attacks_of(ATTACKED))
         for title, setting in settings.items()
         for place in VALIDATION
         for seed in range(options.seeds)

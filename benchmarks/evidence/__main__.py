@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.attacked import attacks_of
 from benchmarks.evidence.cells import (
     COSTLY,
     METHODS,
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--settings", type=Path, metavar="FILE", help="of an earlier run, in place of validation"
     )
-    parser.add_argument("--attacks", nargs="*", default=[], choices=tuple(ATTACKED))
+    parser.add_argument("--attacks", nargs="*", default=[], choices=attacks_of(ATTACKED))
     parser.add_argument(
         "--retrained",
         nargs="*",

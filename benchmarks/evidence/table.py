@@ -9,23 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.attacked import PROBED, RELEARNED, SWAPPED
 from benchmarks.evidence.cells import ORIGINAL, Measured
 from benchmarks.recipes import interval
 
 HIT, RECALL = "concept_hit@1", "image_to_text_recall@1"
 FORGET_SETS, KEEP_SETS = ("forget", "forget-unseen"), ("retain", "neighbour", "holdout")
-# Attack -> (figure, column) of what is interesting for a model that should not know.
-ATTACKED = {
-    "swap": (
-        ("forget/original_images/contest_hit@1", "text tower hit@1"),
-        ("forget/original_texts/contest_hit@1", "image tower hit@1"),
-    ),
-    "probe": (("forget/linear_probe/auc", "probe AUC"),),
-    "relearn": (
-        ("forget/area/residue", "relearned residue"),
-        ("forget/area/contest_hit@1", "relearned hit@1"),
-    ),
-}
+ATTACKED = (*SWAPPED, *PROBED, *RELEARNED)
 Originals = Mapping[tuple[str, int], Measured]  # (subgroup, seed) -> the original there
 
 
@@ -81,12 +71,11 @@ def summarise(found: Sequence[Measured], originals: Originals) -> list[dict[str,
         moved = [changes(each, originals[each.subgroup, each.seed]) for each in those]
         for name in KEEP_SETS:
             row |= _spread(f"{name} change", [change[name] for change in moved])
-        for attack, shown in ATTACKED.items():
-            for figure, column in shown:
-                values = [each.attacks.get(attack, {}).get(figure) for each in those]
-                known = [value for value in values if isinstance(value, float)]
-                if known:
-                    row |= _spread(column, known)
+        for figure in ATTACKED:
+            values = [each.attacks.get(figure.attack, {}).get(figure.key) for each in those]
+            known = [value for value in values if isinstance(value, float)]
+            if known:
+                row |= _spread(figure.title, known)
         row["seconds"] = float(np.median([each.seconds for each in those]))
         rows.append(row)
     return rows
@@ -108,11 +97,7 @@ def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
         "forget-unseen hit@1": "unseen hit@1 ↓",
         "forget-unseen residue": "unseen residue → 50",
         **{f"{name} change": f"{name} R@1 change ↑" for name in KEEP_SETS},
-        "text tower hit@1": "its texts, original's images: hit@1 ↓",
-        "image tower hit@1": "its images, original's texts: hit@1 ↓",
-        "probe AUC": "probe AUC",
-        "relearned residue": "relearned residue ↓",
-        "relearned hit@1": "relearned hit@1 ↓",
+        **{each.title: f"{each.title} ↓" for each in ATTACKED},
         "seconds": "seconds",
     }
     shown = {
