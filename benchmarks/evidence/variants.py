@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -154,8 +154,13 @@ def _erase_beside(task: Task, retain: Any, *, measured: bool = True) -> int:
     return taken
 
 
+def _tried(title: str, erase: Callable[[Task, Setting], None], **setting: Any) -> Method:
+    return Method(title, "", erase, [setting], most_seeds=1)
+
+
 METHODS = (
     Method("the default", "", erase_by_default, [{}]),
+    Method("thorough", "", erase_by_default, [{"thorough": True}]),
     Method("a higher floor", "", erase_to_a_higher_floor, [{"deviations": 0.3}]),
     Method(
         "neighbours drawn more often",
@@ -163,10 +168,10 @@ METHODS = (
         erase_with_neighbours_drawn_more,
         [{"share": 0.1, "copies": 4}],
     ),
-    Method("pictures without captions", "", erase_beside_unlabelled_pictures, [{}]),
-    Method("captions without pictures", "", erase_beside_unlabelled_captions, [{}]),
-    Method("all wordings of what is kept", "", erase_beside_all_wordings, [{}]),
-    Method("noise in the weights", "", erase_under_noise, [{"share": 0.05}]),
-    Method("averaged with the original", "", average_with_the_original, [{"share": 0.8}]),
-    Method("erased, relearned, erased", "", erase_relearn_erase, [{"lr": 1e-5, "steps": 20}]),
+    _tried("pictures without captions", erase_beside_unlabelled_pictures),
+    _tried("captions without pictures", erase_beside_unlabelled_captions),
+    _tried("all wordings of what is kept", erase_beside_all_wordings),
+    _tried("noise in the weights", erase_under_noise, share=0.05),
+    _tried("averaged with the original", average_with_the_original, share=0.8),
+    _tried("erased, relearned, erased", erase_relearn_erase, lr=1e-5, steps=20),
 )
