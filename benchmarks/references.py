@@ -1,19 +1,20 @@
 """Put erased models of the demo beside models that were trained without the concept.
 
-    python -m benchmarks.references --references FOLDER [--seed 0] [--processes 2]
+    python -m benchmarks.references --references FOLDER [--seeds 3] [--processes 2]
 
 FOLDER holds models that `python -m tools.demo_assets.train --without CONCEPT --output
 FOLDER/without-CONCEPT` made; the one without food-fruit ships with the package. Of each concept the
 demo's model ("original"), the one trained without it ("retrained") and the one from which the
-default recipe erased it ("erased") are judged, attacked and measured on what is kept. --work keeps
-models and measurements, so an interrupted command resumes. Writes references.csv, a row per
-concept, model and figure, to --output, and prints the table and how far the erased model is from
-the retrained one.
+default recipe erased it ("erased") are judged, attacked and measured on what is kept. A seed is one
+of the erasure, and also chooses what is held out. --work keeps models and measurements, so an
+interrupted command resumes. Writes references.csv, a row per seed, concept, model and figure, to
+--output, and prints the table and how far the erased model is from the retrained one.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -135,10 +136,9 @@ def _found(evaluation: Evaluation, attacked: Attacked, model: str) -> dict[str, 
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Format the rows as Markdown, in percent, with the means over concepts where there are two."""
+    """Format means over seeds as Markdown, in percent, and over concepts where there are two."""
     concepts = list(dict.fromkeys(row["concept"] for row in rows))
     figures = list(dict.fromkeys(row["figure"] for row in rows))
-    values = {(row["concept"], row["model"], row["figure"]): row["value"] for row in rows}
     lines = [
         "| " + " | ".join(["concept", "model", *figures]) + " |",
         "|---|---" + "|---:" * len(figures) + "|",
@@ -146,31 +146,47 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     for concept in (*concepts, *(["mean"] if len(concepts) > 1 else [])):
         for model in MODELS:
             those = concepts if concept == "mean" else [concept]
-            found = {figure: [values[each, model, figure] for each in those] for figure in figures}
-            cells = [concept, model, *(_cell(figure, found[figure]) for figure in figures)]
+            cells = [
+                _cell(
+                    figure,
+                    [value for each in those for value in _values(rows, each, model, figure)],
+                )
+                for figure in figures
+            ]
+            cells = [concept, model, *cells]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
+def _values(
+    rows: Sequence[Mapping[str, Any]], concept: str, model: str, figure: str
+) -> list[float | str]:
+    """Return a figure of a model with each seed."""
+    wanted = (concept, model, figure)
+    return [row["value"] for row in rows if (row["concept"], row["model"], row["figure"]) == wanted]
+
+
 def _cell(figure: str, values: Sequence[Any]) -> str:
     if figure.endswith(VERDICT):
-        return ", ".join(dict.fromkeys(values))
+        return ", ".join(f"{verdict} {count}" for verdict, count in Counter(values).most_common())
     sign = "+" if figure.endswith("change") else ""
     return f"{100 * np.mean(values):{sign}.1f}"
 
 
 def distances(rows: Sequence[Mapping[str, Any]]) -> str:
     """Say for each figure how far the erased models are from the retrained ones, in points."""
-    values = {(row["concept"], row["model"], row["figure"]): row["value"] for row in rows}
     concepts = list(dict.fromkeys(row["concept"] for row in rows))
     lines = ["erased minus retrained, in points: mean over concepts (each concept)"]
     for figure in dict.fromkeys(row["figure"] for row in rows):
         if figure.endswith(VERDICT):
             continue
-        apart = [
-            100 * (values[each, ERASED, figure] - values[each, RETRAINED, figure])
-            for each in concepts
-        ]
+        apart = []
+        for each in concepts:
+            erased, retrained = (
+                np.mean(np.array(_values(rows, each, model, figure), dtype=float))
+                for model in (ERASED, RETRAINED)
+            )
+            apart.append(100 * (erased - retrained))
         listed = ", ".join(f"{value:+.1f}" for value in apart)
         lines.append(f"{figure:36} {np.mean(apart):+6.1f} ({listed})")
     return "\n".join(lines) + "\n"
@@ -182,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--references", type=Path, metavar="FOLDER", help="the folder above")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--processes", type=int, default=2, help="number of parallel runs, each with one thread"
     )
@@ -190,19 +206,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     references = find_references(options.references)
-    found: dict[str, Evaluation] = {}
+    cells = [(seed, concept) for seed in range(options.seeds) for concept in references]
+    found: dict[tuple[int, str], Evaluation] = {}
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
         pending = {
-            pool.submit(run, concept, reference, options.seed, options.work): concept
-            for concept, reference in references.items()
+            pool.submit(run, concept, references[concept], seed, options.work): (seed, concept)
+            for seed, concept in cells
         }
         for done in as_completed(pending):
             found[pending[done]] = done.result()
-            print(f"[{len(found)}/{len(pending)}] {pending[done]}", flush=True)
+            seed, concept = pending[done]
+            print(f"[{len(found)}/{len(pending)}] {concept}, seed {seed}", flush=True)
     rows = [
-        {"seed": options.seed, **row}
-        for concept in references
-        for row in rows_of(concept, found[concept])
+        {"seed": seed, **row}
+        for seed, concept in cells
+        for row in rows_of(concept, found[seed, concept])
     ]
     write_csv(options.output / "references.csv", rows)
     print(f"\n{table(rows)}\n{distances(rows)}")

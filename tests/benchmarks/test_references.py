@@ -95,7 +95,7 @@ def test_every_model_has_every_figure() -> None:
     assert values[ERASED, f"unseen {VERDICT}"] == "over-erased"
 
 
-def test_means_and_distances_are_over_concepts() -> None:
+def test_means_and_distances_are_over_seeds_and_concepts() -> None:
     one = list(references.rows_of("drink", evaluation(erased=0.3, retrained=0.5)))
     assert "mean" not in references.table(one)
     both = [*one, *references.rows_of("sport", evaluation(erased=0.4, retrained=0.5))]
@@ -105,8 +105,11 @@ def test_means_and_distances_are_over_concepts() -> None:
     assert len(cells) == 3 * 3
     assert [cells["mean", model][place] for model in references.MODELS] == ["90.0", "50.0", "35.0"]
     assert cells["mean", ERASED][lines[0].index("retain change")] == "-3.0"
-    assert cells["mean", RETRAINED][lines[0].index(VERDICT)] == "forgotten"
+    assert cells["mean", RETRAINED][lines[0].index(VERDICT)] == "forgotten 2"
     (line,) = (
         line for line in references.distances(both).splitlines() if line.startswith("membership")
     )
     assert line.split(maxsplit=2)[2] == "-15.0 (-20.0, -10.0)"
+    again = [*both, *references.rows_of("drink", evaluation(erased=0.1, retrained=0.5))]
+    assert "| drink | erased | 20.0 |" in references.table(again)
+    assert "-20.0 (-30.0, -10.0)" in references.distances(again)
