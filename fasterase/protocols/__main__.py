@@ -13,7 +13,8 @@ from fasterase.config import UnlearnConfig
 from fasterase.errors import FaseraseError
 from fasterase.protocols.cc12m import CC12M
 from fasterase.protocols.cifar100 import CIFAR
-from fasterase.protocols.diffusion import CONCEPT, CONTROLS, MODELS, DiffusionCheck, run_check
+from fasterase.protocols.diffusion import MODELS, run_check
+from fasterase.protocols.diffusion_check import CONCEPT, CONTROLS, DiffusionCheck
 from fasterase.protocols.flickr30k import FLICKR
 from fasterase.protocols.protocol import TABLE, Protocol, run_protocol
 

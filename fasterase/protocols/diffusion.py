@@ -8,44 +8,33 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote_plus
 
-import numpy as np
 import torch
-from PIL import Image
 
 from fasterase.engine.model_state import best_device, resolve_device
 from fasterase.engine.run_lock import lock_run
 from fasterase.errors import InputError
-from fasterase.evaluation.metrics import bootstrap_intervals, format_value, wilson_interval
-from fasterase.evaluation.zero_shot import check_templates
 from fasterase.files import check_creatable, remove_leftovers, replace_folder, write_text
 from fasterase.models.text_encoder import TextTower, load_text_tower
 from fasterase.progress import progress_bar
 from fasterase.protocols.detector import Detector
-from fasterase.protocols.protocol import EVALUATION, TABLE, Reported
-from fasterase.protocols.text_to_image import TextToImage
-from fasterase.report.examples import spread
-from fasterase.report.pictures import ERASED, OWN, Strip, contact_sheet
-from fasterase.report.tables import Section, markdown_table
-from fasterase.seeds import Stream, torch_seed
-
-CONCEPT = "apple"
-# Two that are like the concept, and three that are not.
-CONTROLS = ("orange", "banana", "dog", "car", "chair")
-TEMPLATES = (
-    "a photo of a {}",
-    "a close-up photo of a {}",
-    "a {} on a table",
-    "a photo of a {} in a garden",
-    "an oil painting of a {}",
+from fasterase.protocols.diffusion_check import (
+    ARMS,
+    DRAWN,
+    DiffusionCheck,
+    Scores,
+    fill,
+    open_picture,
+    place,
+    read_record,
 )
+from fasterase.protocols.diffusion_report import COLUMNS, format_table, measure_object, strips
+from fasterase.protocols.protocol import EVALUATION, TABLE
+from fasterase.protocols.text_to_image import TextToImage
+from fasterase.report.pictures import contact_sheet
+
 MODELS = (
     "the models are folders, or hub ids that are downloaded: PIPELINE a Stable Diffusion 1 or 2 in "
     "diffusers' format (stable-diffusion-v1-5/stable-diffusion-v1-5), DETECTOR an OWL-ViT or OWLv2 "
@@ -53,95 +42,7 @@ MODELS = (
     "pipeline was trained with, after erasing: of Stable Diffusion 1 OpenAI's ViT-L/14, of 2 "
     "OpenCLIP's ViT-H-14/laion2b_s32b_b79k."
 )
-ARMS = ("original", "erased")
-DRAWN, DETECTED, SHEET = "drawn.json", "detected.json", "pictures.png"
-RESAMPLES = 1000
-SHOWN = 10  # pictures of each object and arm on the sheet
-
-COLUMNS = ["object", "wanted", "pictures", "original, %", "erased, %", "change, points"]
-COLUMNS += ["elsewhere, %", "moved, %", "paper: original", "paper: CLIPErase"]
-NOTES = (
-    "Share of pictures in which the detector finds the object that the prompt names, with 95 % "
-    "intervals (Wilson's; of the change the bootstrap's, over pairs of pictures that began as the "
-    "same latents). elsewhere: how often the detector finds the object in the original's pictures "
-    "of other prompts; forgetting need not go below that. moved: how far the prompts' hidden "
-    "states moved, in percent of their distance to those of the empty prompt. The paper's figures "
-    "are from third-party notes, for an apple; its pipeline, prompts and detector are not known to "
-    "be these."
-)
-REPORTED = Reported(100.0, 2.0)  # of CONCEPT
-
-
-@dataclass(frozen=True)
-class DiffusionCheck:
-    """Settings of the check.
-
-    Attributes:
-        pipeline: folder or hub id of a Stable Diffusion 1 or 2 in diffusers' format.
-        erased: the erased CLIP, as `load_text_tower` takes it.
-        detector: folder or hub id of an OWL-ViT or OWLv2 of transformers.
-        model: the CLIP before erasing, to check that its tower is the pipeline's; None: no check.
-        concepts: what was erased.
-        controls: other objects, which should still be drawn.
-        templates: texts with one `{}` for an object; "a {}" becomes "an {}" before a vowel.
-        images: pictures of each prompt and arm.
-        threshold: score from which on a detection counts.
-        steps, guidance: denoising steps, and scale of the classifier-free guidance.
-        seed: of the latents.
-        batch_size: pictures drawn at once.
-        device: where to run; None: the accelerator if there is one.
-
-    Raises:
-        InputError: a value is out of range.
-    """
-
-    pipeline: str
-    erased: str
-    detector: str
-    model: str | None = None
-    concepts: Sequence[str] = (CONCEPT,)
-    controls: Sequence[str] = CONTROLS
-    templates: Sequence[str] = TEMPLATES
-    images: int = 10
-    threshold: float = 0.2
-    steps: int = 50
-    guidance: float = 7.5
-    seed: int = 0
-    batch_size: int = 5
-    device: str | None = None
-
-    def __post_init__(self) -> None:
-        check_templates(self.templates)
-        for name in ("images", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name}={getattr(self, name)} must be at least 1.")
-        if self.seed < 0:
-            raise InputError(f"--seed={self.seed} must not be negative.")
-        if not 0 < self.threshold < 1:
-            raise InputError(f"--threshold={self.threshold} must be between 0 and 1.")
-
-    @property
-    def objects(self) -> list[str]:
-        """Concepts and controls, each once."""
-        return list(dict.fromkeys((*self.concepts, *self.controls)))
-
-    def prompts(self, name: str) -> list[str]:
-        """Return the prompts of an object."""
-        return [_fill(template, name) for template in self.templates]
-
-    @property
-    def all_prompts(self) -> list[str]:
-        """The prompts of all objects."""
-        return [prompt for name in self.objects for prompt in self.prompts(name)]
-
-    def seeds(self, prompt: str) -> list[int]:
-        """Return the seeds of a prompt's latents, which do not depend on the other prompts."""
-        place = zlib.crc32(prompt.encode())
-        return [torch_seed(self.seed, Stream.LATENTS, place, i) for i in range(self.images)]
-
-
-# Arm, prompt -> for each picture: object -> score.
-Scores = Mapping[tuple[str, str], Sequence[Mapping[str, float]]]
+DETECTED, SHEET = "detected.json", "pictures.png"
 
 
 def run_check(check: DiffusionCheck, output: Path) -> str:
@@ -164,11 +65,11 @@ def run_check(check: DiffusionCheck, output: Path) -> str:
             remove_leftovers(folder)
         _draw_missing(check, tower, output, device)
         scores = _detect(check, output, device)
-        figures = [_figure(check, name, scores, output) for name in check.objects]
+        figures = [measure_object(check, name, scores, output) for name in check.objects]
         settings = {**asdict(check), "device": str(device)}
         report = {"settings": settings, "columns": COLUMNS, "objects": figures}
         write_text(output / EVALUATION, json.dumps(report, indent=2) + "\n")
-        contact_sheet(list(_strips(check, figures, scores, output)), output / SHEET)
+        contact_sheet(list(strips(check, figures, scores, output)), output / SHEET)
         table = format_table(figures)
         write_text(output / TABLE, table)
     return table
@@ -195,20 +96,20 @@ def _draw_missing(
         }
         for arm, prompt in itertools.product(ARMS, check.all_prompts)
     }
-    missing = [each for each in records if not _place(output, *each).exists()]
-    for place in (each for each in records if each not in missing):
-        found = _read(_place(output, *place) / DRAWN)
+    missing = [each for each in records if not place(output, *each).exists()]
+    for key in (each for each in records if each not in missing):
+        found = read_record(place(output, *key) / DRAWN)
         # Another device rounds otherwise, which matters to what is still to be drawn.
         different = [
             f"{name} {found.get(name)} instead of {value}"
-            for name, value in records[place].items()
+            for name, value in records[key].items()
             if found.get(name) != value and (name != "device" or missing)
         ]
         if different:
             raise InputError(
-                f"--output={str(output)!r} holds pictures of {place[1]!r} that were drawn with "
+                f"--output={str(output)!r} holds pictures of {key[1]!r} that were drawn with "
                 f"other settings: {', '.join(different)}. Give another --output, or remove its "
-                f"folder {place[0]!r}."
+                f"folder {key[0]!r}."
             )
     if not missing and check.model is None:
         return
@@ -230,7 +131,7 @@ def _draw_missing(
         for arm, prompt in missing:
             encoder = erased if arm == "erased" else pipeline.own
             seeds = check.seeds(prompt)
-            with replace_folder(_place(output, arm, prompt)) as folder:
+            with replace_folder(place(output, arm, prompt)) as folder:
                 for i, picture in enumerate(pipeline.draw(encoder, prompt, seeds)):
                     picture.save(folder / f"{i:04d}.png")
                     bar.update()
@@ -240,15 +141,15 @@ def _draw_missing(
 
 def _detect(check: DiffusionCheck, output: Path, device: torch.device) -> Scores:
     """Return the scores of all objects in all pictures; detect where that is not done yet."""
-    queries = {name: _fill("a photo of a {}", name) for name in check.objects}
+    queries = {name: fill("a photo of a {}", name) for name in check.objects}
     wanted = {"detector": check.detector, "queries": queries}
     detector: Detector | None = None
     scores = {}
-    places = list(itertools.product(ARMS, check.all_prompts))
-    for place in progress_bar("detection", items=places, unit="prompt"):
-        folder = _place(output, *place)
+    keys = list(itertools.product(ARMS, check.all_prompts))
+    for key in progress_bar("detection", items=keys, unit="prompt"):
+        folder = place(output, *key)
         file = folder / DETECTED
-        found = _read(file) if file.is_file() else {}
+        found = read_record(file) if file.is_file() else {}
         if any(found.get(name) != value for name, value in wanted.items()):
             if detector is None:
                 detector = Detector(
@@ -257,105 +158,9 @@ def _detect(check: DiffusionCheck, output: Path, device: torch.device) -> Scores
             found = {
                 **wanted,
                 "scores": detector.scores(
-                    [_open(picture) for picture in sorted(folder.glob("*.png"))]
+                    [open_picture(picture) for picture in sorted(folder.glob("*.png"))]
                 ),
             }
             write_text(file, json.dumps(found, indent=2) + "\n")
-        scores[place] = found["scores"]
+        scores[key] = found["scores"]
     return scores
-
-
-def _figure(check: DiffusionCheck, name: str, scores: Scores, output: Path) -> dict[str, Any]:
-    """Return what was found of one object; shares are 0 to 1, intervals [low, high]."""
-
-    def detected(arm: str, prompts: Sequence[str]) -> np.ndarray:  # [n] 0 or 1
-        every = [each[name] for prompt in prompts for each in scores[arm, prompt]]
-        return (np.array(every) >= check.threshold).astype(float)
-
-    own = check.prompts(name)
-    before, after = (detected(arm, own) for arm in ARMS)
-    others = detected("original", [each for each in check.all_prompts if each not in own])
-    change = after - before
-    interval = bootstrap_intervals({"change": change}, {}, resamples=RESAMPLES, seed=check.seed)
-    moved = [_read(_place(output, "erased", prompt) / DRAWN)["moved"] for prompt in own]
-    return {
-        "object": name,
-        "forget": name in check.concepts,
-        "pictures": len(before),
-        "original": float(before.mean()),
-        "original_interval": wilson_interval(float(before.mean()), len(before)),
-        "erased": float(after.mean()),
-        "erased_interval": wilson_interval(float(after.mean()), len(after)),
-        "change": float(change.mean()),
-        "change_interval": interval["change"],
-        "elsewhere": float(others.mean()) if len(others) else None,
-        "moved": float(np.mean(moved)),
-    }
-
-
-def format_table(figures: Sequence[Mapping[str, Any]]) -> str:
-    """Return a Markdown table of `_figure`s: what was erased, and what should stay."""
-
-    def percent(value: float | None) -> str:
-        return "-" if value is None else format_value("share", value)
-
-    def with_interval(figure: Mapping[str, Any], key: str) -> str:
-        low, high = figure[f"{key}_interval"]
-        return f"{percent(figure[key])} ({percent(low)} to {percent(high)})"
-
-    def row(figure: Mapping[str, Any]) -> list[str]:
-        known = figure["forget"] and figure["object"] == CONCEPT
-        reported = REPORTED if known else Reported()
-        return [
-            figure["object"],
-            "↓" if figure["forget"] else "↑",
-            str(figure["pictures"]),
-            *(with_interval(figure, key) for key in (*ARMS, "change")),
-            percent(figure["elsewhere"]),
-            percent(figure["moved"]),
-            *("-" if each is None else f"{each:.2f}" for each in reported),
-        ]
-
-    titles = {True: "Erased: should not be drawn", False: "Controls: should still be drawn"}
-    sections = [
-        Section(title, [row(figure) for figure in figures if figure["forget"] is forget])
-        for forget, title in titles.items()
-    ]
-    shown = [section for section in sections if section.rows]
-    return f"{markdown_table(COLUMNS, shown, left=2)}\n\n{NOTES}\n"
-
-
-def _strips(
-    check: DiffusionCheck, figures: Sequence[Mapping[str, Any]], scores: Scores, output: Path
-) -> Iterator[Strip]:
-    """Yield a strip per object and arm; pictures of the same latents stand below each other."""
-    for figure, arm in itertools.product(figures, ARMS):
-        name = figure["object"]
-        places = [(p, i) for p in check.prompts(name) for i in range(check.images)]
-        chosen = [places[i] for i in spread(range(len(places)), SHOWN)]
-        yield Strip(
-            f"{name}, {arm}: found in {format_value('share', figure[arm])} %",
-            [_open(_place(output, arm, prompt) / f"{i:04d}.png") for prompt, i in chosen],
-            [scores[arm, prompt][i][name] >= check.threshold for prompt, i in chosen],
-            ERASED if figure["forget"] else OWN,
-        )
-
-
-def _fill(template: str, name: str) -> str:
-    """Put `name` into a template, after "an" if it begins with a vowel."""
-    if name[:1].lower() in tuple("aeiou"):
-        template = re.sub(r"\b([Aa]) \{\}", r"\1n {}", template)
-    return template.format(name)
-
-
-def _place(output: Path, arm: str, prompt: str) -> Path:
-    return output / arm / quote_plus(prompt)
-
-
-def _open(file: Path) -> Image.Image:
-    with Image.open(file) as picture:
-        return picture.convert("RGB")
-
-
-def _read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8"))
