@@ -110,4 +110,12 @@ METHODS = (
         erase_linearly,
         [{"labels": "set"}, {"labels": "concepts"}],
     ),
+    # Tuning may choose the other, which costs little and forgets little.
+    Method(
+        "LEACE, a label per concept",
+        "arXiv 2306.03819",
+        erase_linearly,
+        [{"labels": "concepts"}],
+        most_seeds=1,
+    ),
 )
