@@ -125,4 +125,4 @@ def test_figures_of_attacks_are_named_as_the_attacks_name_them():
 def test_unknown_methods_are_refused():
     with pytest.raises(InputError, match="'ascent' is none of retain only, gradient ascent"):
         check_methods(["ascent"])
-    assert len(METHODS) == 13
+    assert len(METHODS) == 14
