@@ -146,24 +146,20 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     for concept in (*concepts, *(["mean"] if len(concepts) > 1 else [])):
         for model in MODELS:
             those = concepts if concept == "mean" else [concept]
-            cells = [
-                _cell(
-                    figure,
-                    [value for each in those for value in _values(rows, each, model, figure)],
-                )
-                for figure in figures
-            ]
-            cells = [concept, model, *cells]
-            lines.append("| " + " | ".join(cells) + " |")
+            cells = [_cell(each, _values(rows, those, model, each)) for each in figures]
+            lines.append("| " + " | ".join([concept, model, *cells]) + " |")
     return "\n".join(lines) + "\n"
 
 
 def _values(
-    rows: Sequence[Mapping[str, Any]], concept: str, model: str, figure: str
-) -> list[float | str]:
-    """Return a figure of a model with each seed."""
-    wanted = (concept, model, figure)
-    return [row["value"] for row in rows if (row["concept"], row["model"], row["figure"]) == wanted]
+    rows: Sequence[Mapping[str, Any]], concepts: Sequence[str], model: str, figure: str
+) -> list[Any]:
+    """Return a figure of a model for each seed and concept."""
+    return [
+        row["value"]
+        for row in rows
+        if row["concept"] in concepts and (row["model"], row["figure"]) == (model, figure)
+    ]
 
 
 def _cell(figure: str, values: Sequence[Any]) -> str:
@@ -183,8 +179,7 @@ def distances(rows: Sequence[Mapping[str, Any]]) -> str:
         apart = []
         for each in concepts:
             erased, retrained = (
-                np.mean(np.array(_values(rows, each, model, figure), dtype=float))
-                for model in (ERASED, RETRAINED)
+                np.mean(_values(rows, [each], model, figure)) for model in (ERASED, RETRAINED)
             )
             apart.append(100 * (erased - retrained))
         listed = ", ".join(f"{value:+.1f}" for value in apart)

@@ -17,6 +17,7 @@ from benchmarks.evidence.trained import OFF, erase_by_default
 from fasterase.demo import emoji
 from fasterase.demo.run import forget_pairs, recipe_config
 from fasterase.demo.sets import Drawings, open_teams
+from fasterase.models.dual_encoder import DualEncoder
 
 
 def erase_to_a_higher_floor(task: Task, setting: Setting) -> None:
@@ -47,15 +48,12 @@ def erase_beside_unlabelled_pictures(task: Task, setting: Setting) -> None:
     team = open_teams([emoji.UNSEEN_TEAM])
     pictures = Drawings.of(team, {team.meta(row)["concept"] for row in range(len(team))})
     retain = task.sets.retain
-    kept = encode_captions(task.model, retain)
-    texts = torch.cat((kept, encode_captions(task.model, task.sets.forget)))
-    nearest = (encode_images(task.model, pictures) @ texts.T).argmax(1).tolist()
-    labelled = [
-        {"image": pictures[row]["image"], "text": retain[caption]["text"]}
-        for row, caption in enumerate(nearest)
-        if caption < len(kept)
+    features = encode_images(task.model, pictures)
+    pairs = [
+        {"image": pictures[row]["image"], "text": retain[nearest]["text"]}
+        for row, nearest in _nearest_kept(task, features, encode_captions)
     ]
-    _erase_beside(task, ConcatDataset([retain, cast(Any, labelled)]))
+    _erase_beside(task, ConcatDataset([retain, cast(Any, pairs)]))
 
 
 def erase_beside_all_wordings(task: Task, setting: Setting) -> None:
@@ -71,19 +69,28 @@ def erase_beside_unlabelled_captions(task: Task, setting: Setting) -> None:
     """
     team = open_teams(emoji.TRAIN_TEAMS)
     records = [cast(emoji.EmojiInfo, team.meta(row)) for row in range(len(team))]
-    captions = dict.fromkeys(
+    wordings = [
         text for record in records if not record["member"] for text in emoji.naming_captions(record)
-    )
-    retain = task.sets.retain
-    kept = encode_images(task.model, retain)
-    pictures = torch.cat((kept, encode_images(task.model, task.sets.forget)))
-    nearest = (encode_texts(task.model, list(captions)) @ pictures.T).argmax(1).tolist()
+    ]
+    captions, retain = list(dict.fromkeys(wordings)), task.sets.retain
+    features = encode_texts(task.model, captions)
     pairs = [
-        {"image": retain[row]["image"], "text": text}
-        for text, row in zip(captions, nearest, strict=True)
-        if row < len(kept)
+        {"image": retain[nearest]["image"], "text": captions[row]}
+        for row, nearest in _nearest_kept(task, features, encode_images)
     ]
     _erase_beside(task, ConcatDataset([retain, cast(Any, pairs)]))
+
+
+def _nearest_kept(
+    task: Task, features: Tensor, encode: Callable[[DualEncoder, Drawings], Tensor]
+) -> list[tuple[int, int]]:
+    """Return (row of `features`, nearest retain row), without those nearer to what is forgotten.
+
+    `encode` gives the other side of retain, which has one caption a drawing, and of forget.
+    """
+    kept, forgotten = (encode(task.model, each) for each in (task.sets.retain, task.sets.forget))
+    nearest = (features @ torch.cat((kept, forgotten)).T).argmax(1).tolist()
+    return [(row, other) for row, other in enumerate(nearest) if other < len(kept)]
 
 
 def erase_under_noise(task: Task, setting: Setting) -> None:
