@@ -1,11 +1,14 @@
-"""Small CLIP models of every kind of tower that a test trains to name handwritten digits."""
+"""Small CLIP models of every kind of tower, trained to name handwritten digits."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
@@ -17,6 +20,27 @@ TEMPLATES = ("the digit {}", "a written {}")
 CONTEXT_LENGTH = 24
 VOCABULARY = len(small_models.HF_VOCABULARY)
 TRAINED = 1200  # of 1,797 images; the others are only measured
+WEIGHTS = Path(__file__).parent / "data"
+
+
+class Kind(NamedTuple):
+    """How a model of a kind is built and trained, and the digit that is erased from it."""
+
+    build: Callable[..., nn.Module]
+    steps: int
+    erased: int
+    sizes: dict[str, int]
+
+
+SIZES = {"context_length": CONTEXT_LENGTH}
+OPEN_CLIP_SIZES = {**SIZES, "vocab_size": VOCABULARY}
+KINDS = {
+    "vit": Kind(small_models.open_clip_vit, 400, 3, OPEN_CLIP_SIZES),
+    "resnet": Kind(small_models.open_clip_resnet, 200, 7, OPEN_CLIP_SIZES),
+    "siglip": Kind(small_models.hf_siglip, 400, 7, SIZES),
+}
+# Settings of an erasure of one digit.
+OPTIONS = {"batch_size": 64, "forget_batch_size": 32, "progress": False, "evaluation": None}
 
 
 class Digits(NamedTuple):
@@ -49,6 +73,20 @@ class Digits(NamedTuple):
 
 def tokenizer() -> Any:
     return small_models.hf_tokenizer(CONTEXT_LENGTH)
+
+
+def trained_model(kind: str, digits: Digits, *, seed: int = 0) -> nn.Module:
+    """Train a model of a kind from an initialisation."""
+    model = KINDS[kind].build(seed=seed, **KINDS[kind].sizes)
+    train(model, digits, steps=KINDS[kind].steps, lr=3e-3)
+    return model
+
+
+def pinned_model(kind: str) -> nn.Module:
+    """Load the model of a kind that `tools/train_digits.py` trained: it is the same everywhere."""
+    model = KINDS[kind].build(**KINDS[kind].sizes)
+    model.load_state_dict(load_file(WEIGHTS / f"digits_{kind}.safetensors"))
+    return model
 
 
 def train(module: nn.Module, digits: Digits, *, steps: int, lr: float) -> None:

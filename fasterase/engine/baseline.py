@@ -44,8 +44,6 @@ POOL_BATCHES = 100
 WITHHELD_SHARE, MAX_WITHHELD = 0.05, 1000
 # Smaller pools are needed whole for training.
 LEAST_POOL = 100
-# Pairs of each set in a check during a run.
-CHECKED_PAIRS = 256
 # Retain captions that a warning lists, and words of a forget caption that are looked for in them.
 LISTED, MAX_WORDS = 5, 8
 
@@ -202,12 +200,12 @@ def measure_original(
 
 
 class Checks:
-    """Measures the model in the middle of a run, on few pairs.
+    """Measures the model in the middle of a run, on the pairs that the final verdict judges.
 
     Args:
         encoder: the model.
         sets: the pairs.
-        judge: of which it takes at most `CHECKED_PAIRS` pairs of each set.
+        judge: the judge of the final verdict.
         baseline: the original. Sets that it does not remember are left out.
         max_damage: share of recall@1 that kept pairs may lose; None for any.
     """
@@ -223,7 +221,7 @@ class Checks:
     ) -> None:
         self._encoder = encoder
         self._sets = sets
-        self._judge = judge.narrowed(CHECKED_PAIRS)
+        self._judge = judge
         self._baseline = baseline
         self._max_damage = max_damage
 

@@ -17,6 +17,7 @@ from fasterase.engine.rates import LineFollower, Rate
 from fasterase.evaluation.verdict import FORGOTTEN, OVER_ERASED, REMEMBERED, Trace, decide
 
 # Steps between checks of the verdict, which begin once the loss is this share of its first value.
+# There are fewer where a residue, at its pace, would soon pass a margin.
 CHECK_STEPS = 5
 CHECKED_LOSS = 0.6
 # A thorough run, in which either tower also forgets beside the original's other one, fades only at
@@ -31,6 +32,9 @@ MARGIN_HIT = 0.05
 FADE_STEPS = 20
 # A fade ends early below this residue, before it leads to "over-erased".
 LEAST_RESIDUE = 0.35
+# Residues at which final weights may rest: the verdict's own thresholds with a margin, since other
+# pairs and other processors round a model that ends at a threshold to either side of it.
+RESTING = (0.3, 0.7)
 # The first fade and two more.
 MAX_FADES = 3
 # Steps of an automatic run, or one pass over the forget set if that is more.
@@ -61,9 +65,15 @@ class Check(NamedTuple):
         return max(residues, default=0.0)
 
     @property
-    def is_nearly_over_erased(self) -> bool:
-        least = min(min(each.image_to_text, each.text_to_image) for each in self.traces.values())
-        return least < LEAST_RESIDUE
+    def least_residue(self) -> float:
+        """The smallest residue of a direction; 1 if no set was ever known."""
+        residues = (min(each.image_to_text, each.text_to_image) for each in self.traces.values())
+        return min(residues, default=1.0)
+
+    @property
+    def beyond_rest(self) -> float:
+        """How far the worst residue of a direction is outside `RESTING`."""
+        return max(RESTING[0] - self.least_residue, self.residue - RESTING[1], 0.0)
 
     @property
     def is_safely_forgotten(self) -> bool:
@@ -194,8 +204,8 @@ class AutomaticPacing:
     The verdict is checked every few steps. Once it holds by a margin and the loss is settled, or
     the loss is spent, or the damage is exceeded, lr fades to 0, which heals damage; if the verdict
     does not hold then, the run resumes, at most twice. The best weights seen are restored at the
-    end: of forgotten ones those with the least damage, faded ones first; else those with the least
-    residue within `max_damage`.
+    end: of forgotten ones those that rest within the margins, faded ones first, then those with the
+    least damage; else those with the least residue within `max_damage`.
 
     Args:
         rate: the learning rate while forgetting.
@@ -231,6 +241,8 @@ class AutomaticPacing:
         self._settled_loss = settled_loss
         self._lowest: tuple[int, float] | None = None  # noticed share of the loss, and its step
         self._step = 0
+        self._next_check = 0
+        self._last: tuple[int, float, float] = (0, original[0].residue, original[0].least_residue)
         self._fade_from: tuple[int, float] | None = None  # first step and its lr
         self._fades = 0
         self._has_exceeded = False
@@ -251,9 +263,9 @@ class AutomaticPacing:
             return
         self._rate.follow(record)
         last = record.step == self.total_steps - FADE_STEPS
-        due = record.step % CHECK_STEPS == 0 and self._rate.share_left <= CHECKED_LOSS
+        due = self._is_check_due() and self._rate.share_left <= CHECKED_LOSS
         if last or due:
-            found = self._check()
+            found = self._checked()
             self._consider(found, faded=False)
             spent = found.verdict != REMEMBERED and self._rate.is_spent
             if found.verdict == REMEMBERED and self._rate.is_spent:
@@ -266,6 +278,21 @@ class AutomaticPacing:
         if record.step == self.total_steps:
             self._finish()
 
+    def _is_check_due(self) -> bool:
+        return self._step % CHECK_STEPS == 0 or self._step == self._next_check
+
+    def _checked(self) -> Check:
+        """Check the model, and decide when to do so again."""
+        found = self._check()
+        step, most, least = self._last
+        self._last = self._step, found.residue, found.least_residue
+        fall = max(most - found.residue, least - found.least_residue) / max(1, self._step - step)
+        room = (found.residue - MARGIN_RESIDUE, found.least_residue - LEAST_RESIDUE)
+        nearest = min((each for each in room if each > 0), default=0.0)
+        steps = nearest / (2 * fall) if fall > 0 else CHECK_STEPS
+        self._next_check = self._step + int(min(max(steps, 1), CHECK_STEPS))
+        return found
+
     def _is_settled(self, step: int) -> bool:
         share = self._rate.share_left
         if self._lowest is None or share < NOTICED_FALL * self._lowest[1]:
@@ -275,10 +302,10 @@ class AutomaticPacing:
     def _fade(self, steps: int) -> None:
         """Check now and then how far the fade has come, and end it in time."""
         is_last = steps >= FADE_STEPS or self._step == self.total_steps
-        if not is_last and steps % CHECK_STEPS:
+        if not is_last and not self._is_check_due():
             return
-        found = self._check()
-        if not is_last and not found.is_nearly_over_erased:
+        found = self._checked()
+        if not is_last and found.least_residue >= LEAST_RESIDUE:
             return
         self._consider(found, faded=True)
         is_settled = found.verdict in (FORGOTTEN, OVER_ERASED) or found.exceeded
@@ -308,6 +335,8 @@ class AutomaticPacing:
             "rate": self._rate.state(),
             "fade_from": self._fade_from,
             "lowest": self._lowest,
+            "next_check": self._next_check,
+            "last": self._last,
             "fades": self._fades,
             "best_rank": list(self._best_rank),
         }
@@ -323,21 +352,23 @@ class AutomaticPacing:
         self._rate.restore(state["rate"])
         self._fade_from = tuple(state["fade_from"]) if state["fade_from"] else None
         self._lowest = tuple(state["lowest"]) if state["lowest"] else None
+        self._next_check = state["next_check"]
+        self._last = tuple(state["last"])
         self._fades = state["fades"]
         self._best_rank = tuple(state["best_rank"])
         if tensors:
             self._best = tensors
 
 
-# Ranks of verdicts among the candidates for the best weights; a faded forgotten one is the best.
-FADED_RANK, FORGOTTEN_RANK, OVER_ERASED_RANK, REMEMBERED_RANK = range(4)
+# Ranks of verdicts among the candidates for the best weights.
+FORGOTTEN_RANK, OVER_ERASED_RANK, REMEMBERED_RANK = range(3)
 
 
 def _rank(found: Check, *, faded: bool) -> tuple[float, ...]:
     """Return what orders candidates for the best weights, the smallest first."""
     verdict = found.verdict
     if verdict == FORGOTTEN:
-        order = (FADED_RANK if faded else FORGOTTEN_RANK, found.damage)
+        order = (FORGOTTEN_RANK, found.beyond_rest, int(not faded), found.damage)
     elif verdict == OVER_ERASED:
         order = (OVER_ERASED_RANK, found.damage)
     else:

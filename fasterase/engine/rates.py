@@ -15,6 +15,9 @@ from fasterase.engine.history import StepRecord
 FIRST_LR = 1e-5
 LR_RANGE = (1e-7, 1e-2)
 FASTER, SLOWER = 1.12, 0.9
+# lr never falls below this share of its highest value: from further below it would need tens of
+# steps to return, in which nothing moves, not even kept features back to where they were.
+LEAST_SHARE = 0.1
 # Steps that the loss is extrapolated, to change the learning rate before it is too late.
 HORIZON = 5
 # The line leads from the first forgetting loss to this share of it, in this many steps.
@@ -22,7 +25,8 @@ LINE_END = 0.05
 LINE_STEPS = 80
 # Squared distance that kept features may move (the anchor loss) before lr falls: a trust region. It
 # widens by a factor per step once the line has ended: a run that lags behind the whole line would
-# else stand still, held at its border.
+# else stand still, held at its border. lr may return to the value at which it crossed the border,
+# and grows no faster than the region from there on: a faster run leaps across the verdict's window.
 TRUSTED_DISTANCE = 0.012
 WIDENING = 1.02
 # Weight of the past in running averages of the loss and the distance.
@@ -41,6 +45,9 @@ class _RateState:
     distance: float = 0.0
     end: float = LINE_END  # share of the first loss at which the line ends
     hurries: bool = True
+    highest: float = 0.0  # lr so far
+    ceiling: float = LR_RANGE[1]  # lr at which kept features last left the trust region
+    trusted: bool = True  # whether they are inside
 
 
 class Rate:
@@ -117,7 +124,11 @@ class LineFollower(Rate):
     @property
     def is_spent(self) -> bool:
         # A higher lr still moves the features on.
-        return super().is_spent and self.lr <= FIRST_LR
+        return super().is_spent and self.lr <= max(FIRST_LR, self._least_lr)
+
+    @property
+    def _least_lr(self) -> float:
+        return max(LEAST_SHARE * self._now.highest, LR_RANGE[0])
 
     def aim_lower(self) -> None:
         self._now.end /= 2
@@ -129,8 +140,12 @@ class LineFollower(Rate):
         late = max(0, now.steps - self._line_steps) if now.hurries else 0
         # exp: the bound passes any distance long before the power could overflow.
         bound = TRUSTED_DISTANCE * math.exp(min(late * math.log(WIDENING), 50.0))
-        if now.distance > bound or expected < line:
+        was_trusted, now.trusted = now.trusted, now.distance <= bound
+        if was_trusted and not now.trusted:
+            now.ceiling = now.lr
+        now.highest = max(now.highest, now.lr)
+        if not now.trusted or expected < line:
             now.lr *= SLOWER
         elif now.loss > NEGLIGIBLE_LOSS:
-            now.lr *= FASTER
-        now.lr = min(max(now.lr, LR_RANGE[0]), LR_RANGE[1])
+            now.lr *= FASTER if FASTER * now.lr <= now.ceiling else WIDENING
+        now.lr = min(max(now.lr, self._least_lr), LR_RANGE[1])

@@ -117,16 +117,8 @@ class Judge:
             return np.array(unrelated, dtype=np.int64)
 
         chosen = {name: choose(name) for name in ("retain", *forget_sets)}
-        self._order = chosen if len(chosen["retain"]) else {}
-        self.rows = {name: np.sort(those) for name, those in self._order.items()}
-
-    def narrowed(self, limit: int) -> Judge:
-        """Return a judge of at most `limit` pairs of each set, a subset of this one's."""
-        narrow = object.__new__(Judge)
-        narrow._seed = self._seed
-        narrow._order = {name: order[:limit] for name, order in self._order.items()}
-        narrow.rows = {name: np.sort(those) for name, those in narrow._order.items()}
-        return narrow
+        judged = chosen if len(chosen["retain"]) else {}
+        self.rows = {name: np.sort(those) for name, those in judged.items()}
 
     def judge(self, features: Mapping[str, PairFeatures]) -> dict[str, PairTraces]:
         """Return set -> figures of the judged pairs among `features`; unreadable ones are left out.

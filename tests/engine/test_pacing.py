@@ -22,10 +22,13 @@ from fasterase.engine.pacing import (
     LinePacing,
 )
 from fasterase.engine.rates import (
+    FASTER,
     FIRST_LR,
+    LEAST_SHARE,
     LINE_STEPS,
     LR_RANGE,
     TRUSTED_DISTANCE,
+    WIDENING,
     LineFollower,
     Rate,
 )
@@ -55,10 +58,10 @@ class TestLine:
         assert found[30] > 10 * FIRST_LR
         assert found[-1] == LR_RANGE[1]
 
-    def test_it_falls_while_the_loss_leads_down_to_a_limit(self):
-        found = rates(LineFollower(), lambda step: 0.8 if step == 1 else 0.01, 70)
-        assert all(later <= lr for lr, later in itertools.pairwise(found[5:]))
-        assert found[-1] == LR_RANGE[0]
+    def test_it_falls_while_the_loss_leads_down_to_a_share_of_its_highest(self):
+        found = rates(LineFollower(), lambda step: 0.8 if step < 30 else 0.01, 70)
+        assert all(later <= lr for lr, later in itertools.pairwise(found[33:]))
+        assert found[-1] == pytest.approx(LEAST_SHARE * max(found))
 
     @pytest.mark.parametrize("sensitivity", [10.0, 300.0, 1e4])
     def test_models_of_any_sensitivity_follow_it(self, sensitivity):
@@ -88,7 +91,8 @@ class TestLine:
         inside = rates(LineFollower(), lambda step: 0.8, 40, anchor=TRUSTED_DISTANCE)
         outside = rates(LineFollower(), lambda step: 0.8, 40, anchor=TRUSTED_DISTANCE * 1.01)
         assert inside[-1] > 10 * FIRST_LR
-        assert all(later < lr for lr, later in itertools.pairwise(outside))
+        assert all(later < lr for lr, later in itertools.pairwise(outside[:20]))
+        assert outside[-1] == pytest.approx(LEAST_SHARE * FIRST_LR)
 
     def test_distances_are_smoothed_as_losses_are(self):
         rate = LineFollower()
@@ -100,9 +104,26 @@ class TestLine:
     def test_the_region_widens_after_the_line(self):
         """A run that lags behind the whole line would else stand still at the border."""
         found = rates(LineFollower(), lambda step: 0.8, 400, anchor=2 * TRUSTED_DISTANCE)
-        assert found[LINE_STEPS] == pytest.approx(LR_RANGE[0])
-        assert found[LINE_STEPS + 30] == pytest.approx(LR_RANGE[0])
-        assert found[LINE_STEPS + 60] > 10 * LR_RANGE[0]
+        least = LEAST_SHARE * FIRST_LR
+        assert found[LINE_STEPS] == pytest.approx(least)
+        assert found[LINE_STEPS + 30] == pytest.approx(least)
+        assert found[LINE_STEPS + 60] > 5 * least
+
+    def test_it_does_not_leap_past_the_rate_that_left_the_region(self):
+        """It returns there quickly, and grows as the region does from there on."""
+        rate = LineFollower()
+        left = rates(rate, lambda step: 0.8, 25)[-1]
+        anchors = itertools.chain([1.0], itertools.repeat(0.0))
+        found = []
+        for step, anchor in zip(range(26, 120), anchors, strict=False):
+            rate.follow(record(step, 0.8, anchor))
+            found.append(rate.lr)
+        growth = [later / lr for lr, later in itertools.pairwise(found)]
+        assert min(found) < 0.5 * left
+        assert max(growth) == pytest.approx(FASTER)
+        late = [factor for factor, lr in zip(growth, found, strict=False) if lr > left]
+        assert len(late) > 20
+        assert late == pytest.approx([WIDENING] * len(late))
 
     def test_very_long_runs_overflow_nothing(self):
         rate = LineFollower(line_steps=1)
@@ -283,13 +304,13 @@ class TestAutomatic:
                 run.pacing.after_step(record(run.step, 0.8 if run.step < 3 else 0.4, 0.02))
             return rate.lr
 
-        assert lr(lambda step: SAFE) == LR_RANGE[0]
-        assert lr(lambda step: KNOWN) > 1e-4
+        assert lr(lambda step: SAFE) == pytest.approx(LEAST_SHARE * FIRST_LR)
+        assert lr(lambda step: KNOWN) > 5 * FIRST_LR
 
     def test_forgotten_without_a_margin_is_not_enough(self):
         """Fading, and pictures that training has not seen, need one."""
         run = Run(at({25: SAFE}, check(0.7))).take(25)
-        assert run.checked == [5, 10, 15, 20, 25]
+        assert run.checked == [5, 6, 10, 15, 20, 25]
         assert len(set(run.lrs)) == 1
         run.take()
         assert run.step == 25 + FADE_STEPS
@@ -326,6 +347,9 @@ class TestAutomatic:
             ({5: check(0.7, damage=0.01), 10: SAFE, 30: check(0.6, damage=0.02)}, 30),
             ({5: check(0.7, damage=0.02), 10: check(0.5, damage=0.03), 30: check(0.1)}, 5),
             ({5: check(0.7, damage=0.03), 10: check(0.5, damage=0.02), 30: check(0.1)}, 10),
+            # Those that rest within the margins before faded ones.
+            ({5: check(0.72), 10: SAFE, 30: check(0.5, damage=0.1, least=0.28)}, 10),
+            ({5: check(0.6, damage=0.1, least=0.31), 25: check(0.74)}, 5),
             # Within the budget of damage first.
             (
                 {
@@ -405,12 +429,19 @@ class TestAutomatic:
             assert second.pacing.limit == whole.pacing.limit
             assert second.pacing.is_done
 
-    def test_checks_are_every_few_steps_only(self):
-        run = Run(lambda step: check(0.7)).take()
+    def test_checks_are_every_few_steps_while_nothing_changes(self):
+        run = Run(lambda step: KNOWN).take()
         assert run.checked == [*range(CHECK_STEPS, TOTAL - FADE_STEPS + 1, CHECK_STEPS)] + [
             step for step in run.checked if step > TOTAL - FADE_STEPS
         ]
 
+    def test_checks_are_every_step_where_a_margin_is_near(self):
+        """The residue falls by .02 a step, through the whole window in 25."""
+        run = Run(lambda step: check(max(0.0, 1.2 - 0.02 * step))).take()
+        near = [step for step in run.checked if 0.6 < 1.2 - 0.02 * step < 0.65]
+        assert near == [28, 29]
+        assert run.step == 43, "the fade ends at the first residue below .35"
+        assert 0.3 < 1.2 - 0.02 * run.loaded[0] < 0.7
 
 def test_a_line_that_ends_too_high_is_lowered_until_the_rate_rises_again():
     """A concept that is still remembered at a spent loss: waiting would change nothing."""
