@@ -145,7 +145,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         forgotten = sum(row["verdict"] == "forgotten" for row in those)
         steps = sorted(row["steps"] for row in those)
         least = [
-            min(distance(row, *thresholds, [name]) for row in those) for name in ("forget", "unseen")
+            min(distance(row, *thresholds, [name]) for row in those)
+            for name in ("forget", "unseen")
         ]
         lines.append(
             f"| {model} | {len(those)} | {forgotten} | {steps[0]}-{steps[-1]} | "

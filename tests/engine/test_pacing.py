@@ -443,6 +443,7 @@ class TestAutomatic:
         assert run.step == 43, "the fade ends at the first residue below .35"
         assert 0.3 < 1.2 - 0.02 * run.loaded[0] < 0.7
 
+
 def test_a_line_that_ends_too_high_is_lowered_until_the_rate_rises_again():
     """A concept that is still remembered at a spent loss: waiting would change nothing."""
     rate = LineFollower()
