@@ -1,7 +1,8 @@
 """CLIPErase as a short loop in plain open_clip and PyTorch: what the library is measured against.
 
-The original model runs in every step, the losses are dense and eager, and each similarity matrix is
-multiplied once. Everything else is as in `fasterase.unlearn`: objective, pairs, optimiser.
+The original model runs in every step, and the loss is that of `examples/the_method.py`: dense and
+eager, with each similarity matrix multiplied once. Everything else is as in `fasterase.unlearn`:
+objective, pairs, optimiser.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div
 
+from examples.the_method import encode, erase_loss
 from fasterase.config import UnlearnConfig
 from fasterase.pairs.sampler import Draw
 
@@ -51,6 +52,7 @@ def erase_naively(
     model.logit_scale.requires_grad_(False)
     device = next(model.parameters()).device
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    weights = (config.forget_weight, config.retain_weight, config.consistency_weight)
     optimizer = torch.optim.Adam(trained, lr=config.lr, betas=config.betas)
     for draw in draws:
         pairs = [forget[int(row)] for row in draw.forget]
@@ -62,11 +64,11 @@ def erase_naively(
         places = {caption: place for place, caption in enumerate(captions)}
         labels = torch.tensor([places[caption] for caption in captions], device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            features = _encode(model, images, tokens)
+            features = encode(model, images, tokens)
             with torch.no_grad():
-                reference = _encode(original, images, tokens)
+                reference = encode(original, images, tokens)
         optimizer.zero_grad()
-        _dense_loss(features, reference, labels, len(draw.forget), config).backward()
+        erase_loss(features, reference, labels, len(draw.forget), weights).backward()
         optimizer.step()
         after_step()
 
@@ -74,38 +76,3 @@ def erase_naively(
 def _caption(pair: dict[str, Any], number: int) -> str:
     texts = [pair["text"]] if isinstance(pair["text"], str) else pair["text"]
     return texts[number % len(texts)]
-
-
-def _encode(model: Any, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(image [N, D], text [N, D], scale [])."""
-    image = model.encode_image(images, normalize=True).float()
-    text = model.encode_text(tokens, normalize=True).float()
-    return image, text, model.logit_scale.exp()
-
-
-def _dense_loss(
-    features: tuple[Tensor, Tensor, Tensor],
-    reference: tuple[Tensor, Tensor, Tensor],
-    labels: Tensor,  # [N] equal for equal captions
-    n_forget: int,
-    config: UnlearnConfig,
-) -> Tensor:
-    image, text, _ = features
-    forget = (image[:n_forget] * text[:n_forget]).sum(1).mean()
-    logits, ref_logits = (
-        scale * image[n_forget:] @ text[n_forget:].T for image, text, scale in (features, reference)
-    )
-    kept = labels[n_forget:]
-    target = (kept[:, None] == kept).float()
-    target = target / target.sum(1, keepdim=True)
-    retain = (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
-    consistency = logits.new_zeros(())
-    for now, before in ((logits, ref_logits), (logits.T, ref_logits.T)):
-        consistency = consistency + kl_div(
-            now.log_softmax(1), before.log_softmax(1), reduction="batchmean", log_target=True
-        )
-    return (
-        config.forget_weight * forget
-        + config.retain_weight * retain
-        + config.consistency_weight * consistency
-    )

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 from pathlib import Path
 from types import ModuleType
 
 import open_clip
 import pytest
+import torch
+from torch.nn.functional import normalize
+
+import fasterase
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -26,6 +31,7 @@ def test_every_example_is_tested():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {
         "erase_a_class",
         "measure_forgetting",
+        "the_method",
         "train_with_clip_loss",
     }
 
@@ -59,3 +65,43 @@ def test_train_with_clip_loss(capsys):
     assert losses[-1] < losses[0]
     ours, theirs = capsys.readouterr().out.splitlines()[0].removeprefix("first loss ").split(", ")
     assert float(ours) == pytest.approx(float(theirs.removeprefix("open_clip's ")), abs=1e-5)
+
+
+@pytest.mark.parametrize("weights", [(3.0, 1.0, 3.0), (0.5, 2.0, 0.25)])
+def test_the_loss_on_one_page_is_erase_loss(weights):
+    page = load("the_method")
+    torch.manual_seed(0)
+
+    def features(scale):
+        image, text = normalize(torch.randn(2, 30, 12, dtype=torch.float64), dim=2)
+        return page.Features(image, text, torch.tensor(scale, dtype=torch.float64))
+
+    now, original = features(14.3), features(20.0)
+    labels = torch.randint(20, (30,))
+    for each in now:
+        each.requires_grad_()
+    ours = fasterase.erase_loss(
+        *now,
+        *original,
+        n_forget=11,
+        labels=labels,
+        forget_weight=weights[0],
+        retain_weight=weights[1],
+        consistency_weight=weights[2],
+        backend="dense",
+    )
+    theirs = page.erase_loss(now, original, labels, 11, weights)
+    torch.testing.assert_close(theirs, ours.total, rtol=1e-12, atol=0)
+    gradients = zip(
+        torch.autograd.grad(theirs, now), torch.autograd.grad(ours.total, now), strict=True
+    )
+    for one, other in gradients:
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-14)
+
+
+def test_the_method(capsys):
+    load("the_method").main(["--steps", "10", "--lr", "1e-4"])
+    before, after = re.findall(r": ([\d.]+)% of .* known, ([\d.]+)%", capsys.readouterr().out)
+    assert float(before[0]) == 100
+    assert float(after[0]) < 50
+    assert float(after[1]) > float(before[1]) - 10
