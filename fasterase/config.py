@@ -33,6 +33,20 @@ COMMAND_KEYS = (
     "recipe",
 )
 
+# What is true of a field, in its metadata.
+# A resumed run may change it: how far it goes, and what does not change its weights (but for the
+# last bits: `device` and `micro_batch_size`).
+FREE = "free"
+# It is no part of the recipe: where a run keeps its files and how it shows progress.
+BOOKKEEPING = "bookkeeping"
+# `fasterase plan` and `fasterase demo` take it as a flag.
+PLAN, DEMO = "plan", "demo"
+
+
+def _tagged(default: Any, *tags: str) -> Any:
+    """Return a field with a default, of which `tags` are true."""
+    return dataclasses.field(default=default, metadata=dict.fromkeys(tags, True))
+
 
 @dataclass(frozen=True)
 class UnlearnConfig:
@@ -161,45 +175,47 @@ class UnlearnConfig:
     cross_weight: float | Literal["auto"] = "auto"
     forget_augment: bool = True
     forget_words: bool = True
-    negatives: Literal["own", "joint"] = "own"
+    negatives: Literal["own", "joint"] = _tagged("own", PLAN)
     # steps
-    epochs: int | Literal["auto"] = "auto"
-    max_steps: int | None = None
+    epochs: int | Literal["auto"] = _tagged("auto", FREE, PLAN)
+    max_steps: int | None = _tagged(None, FREE, PLAN, DEMO)
     max_damage: float | None = 0.03
-    batch_size: int = 256
-    forget_batch_size: int = 64
-    micro_batch_size: int | None = None
+    batch_size: int = _tagged(256, PLAN)
+    forget_batch_size: int = _tagged(64, PLAN)
+    micro_batch_size: int | None = _tagged(None, FREE, PLAN)
     thorough: bool = False
-    stop_when_forgotten: bool = False
+    stop_when_forgotten: bool = _tagged(False, FREE)
     # optimiser
-    lr: float | Literal["auto"] = "auto"
-    optimizer: Literal["adamw", "adam", "adamw8bit", "paged_adamw8bit", "lion8bit"] = "adamw"
+    lr: float | Literal["auto"] = _tagged("auto", PLAN, DEMO)
+    optimizer: Literal["adamw", "adam", "adamw8bit", "paged_adamw8bit", "lion8bit"] = _tagged(
+        "adamw", PLAN, DEMO
+    )
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.0
     warmup_steps: int = 0
     schedule: Literal["constant", "cosine"] = "constant"
     max_grad_norm: float | None = 1.0
     # model
-    tune: str = "all"
-    train_logit_scale: bool = False
+    tune: str = _tagged("all", PLAN)
+    train_logit_scale: bool = _tagged(False, PLAN)
     train_mode: bool = False
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    activation_checkpointing: bool = False
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = _tagged("auto", PLAN)
+    activation_checkpointing: bool = _tagged(False, FREE, PLAN)
     prefix_cache: float | None = None
-    backend: Literal["auto", "dense", "chunked", "cpu", "triton"] = "auto"
-    device: str | None = None
-    deepspeed: str | dict[str, Any] | None = None
+    backend: Literal["auto", "dense", "chunked", "cpu", "triton"] = _tagged("auto", PLAN)
+    device: str | None = _tagged(None, FREE, PLAN)
+    deepspeed: str | dict[str, Any] | None = _tagged(None, FREE, DEMO)  # noqa: RUF009
     # run
-    seed: int = 0
-    num_workers: int | Literal["auto"] = 0
-    progress: bool = True
-    reference_cache: str | None = None
-    output_dir: str | None = None
-    save_every: int | None = None
-    resume: Literal["auto", "never", "must"] = "auto"
-    evaluation: Literal["quick", "full"] | None = "quick"
-    max_skipped: float = 0.01
-    report_to: Literal["tensorboard", "wandb"] | None = None
+    seed: int = _tagged(0, DEMO)
+    num_workers: int | Literal["auto"] = _tagged(0, FREE, BOOKKEEPING, DEMO)
+    progress: bool = _tagged(True, FREE, BOOKKEEPING, DEMO)
+    reference_cache: str | None = _tagged(None, FREE, BOOKKEEPING)
+    output_dir: str | None = _tagged(None, FREE, BOOKKEEPING)
+    save_every: int | None = _tagged(None, FREE, BOOKKEEPING)
+    resume: Literal["auto", "never", "must"] = _tagged("auto", FREE, BOOKKEEPING)
+    evaluation: Literal["quick", "full"] | None = _tagged("quick", FREE)
+    max_skipped: float = _tagged(0.01, FREE)
+    report_to: Literal["tensorboard", "wandb"] | None = _tagged(None, FREE, BOOKKEEPING)
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -362,21 +378,10 @@ class UnlearnConfig:
         return values
 
 
-def field_names() -> tuple[str, ...]:
-    """Return the names of all fields, in the order of their definition."""
-    return tuple(field.name for field in dataclasses.fields(UnlearnConfig))
-
-
-# Where a run keeps its files and how it shows progress is not part of its recipe.
-_NOT_RECIPE = {
-    "output_dir",
-    "reference_cache",
-    "progress",
-    "num_workers",
-    "resume",
-    "save_every",
-    "report_to",
-}
+def field_names(tag: str | None = None) -> tuple[str, ...]:
+    """Return the names of all fields, or of those with a tag, in the order of their definition."""
+    fields = dataclasses.fields(UnlearnConfig)
+    return tuple(field.name for field in fields if tag is None or tag in field.metadata)
 
 
 def describe_recipe(config: UnlearnConfig) -> str:
@@ -385,7 +390,7 @@ def describe_recipe(config: UnlearnConfig) -> str:
         "fasterase defaults": UnlearnConfig(),
         "cliperase (the paper's)": UnlearnConfig.cliperase(),
     }
-    fields = [name for name in field_names() if name not in _NOT_RECIPE]
+    fields = [name for name in field_names() if name not in field_names(BOOKKEEPING)]
     changes = {
         recipe: [name for name in fields if getattr(config, name) != getattr(base, name)]
         for recipe, base in recipes.items()

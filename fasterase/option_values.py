@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -27,6 +28,58 @@ def parse_value(name: str, value: Any, hint: Any) -> Any:
             continue
     null = " (null in YAML)" if type(None) in _kinds(hint) else ""
     raise InputError(f"{name}={value!r} is not usable: expected {describe_type(hint)}{null}.")
+
+
+def parse_text(name: str, text: str, hint: Any) -> Any:
+    """Parse the text of a flag as the first of its readings that has the type `hint`.
+
+    Besides the text itself these are no value, YAML (for numbers, booleans and dicts) and a comma-
+    separated list.
+
+    Raises:
+        InputError: none has; the message starts with `name`.
+    """
+    in_yaml = _read_yaml(text)
+    readings = [text, in_yaml, text.strip("()[] ").split(",")]
+    if text.lower() in ("none", "null"):
+        readings.insert(0, None)
+    # Before the text, which a flag that also takes a path would accept.
+    elif isinstance(in_yaml, dict):
+        readings.insert(0, in_yaml)
+    for reading in readings:
+        with contextlib.suppress(InputError):
+            return parse_value(name, reading, hint)
+    return parse_value(name, text, hint)
+
+
+def _read_yaml(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    # Not YAML: take the text itself. PyYAML also raises ValueError, KeyError, OverflowError ...
+    except Exception:
+        return text
+
+
+def parse_named(name: str, entries: Any) -> dict[str, str]:
+    """Parse NAME=WHERE, one or several, or the same as a mapping.
+
+    Raises:
+        InputError: an entry has another form, or a name is given twice.
+    """
+    entries = parse_value(name, entries, list[str] | dict[str, str] | str)
+    if isinstance(entries, dict):
+        entries = [f"{key}={where}" for key, where in entries.items()]
+    named: dict[str, str] = {}
+    for entry in [entries] if isinstance(entries, str) else entries:
+        key, _, where = entry.partition("=")
+        if not (key and where):
+            raise InputError(f"--{name} {entry}: expected NAME=WHERE, such as neighbours=near.csv.")
+        if key in named:
+            raise InputError(f"--{name}: the name {key} is given twice.")
+        named[key] = where
+    return named
 
 
 def describe_type(hint: Any) -> str:

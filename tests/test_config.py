@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fasterase.config import (
+    BOOKKEEPING,
     COMMAND_KEYS,
+    FREE,
     UnlearnConfig,
     describe_recipe,
     field_names,
@@ -277,6 +279,11 @@ def test_recipes_are_named_by_what_they_differ_in():
     assert describe_recipe(UnlearnConfig.cliperase()) == "cliperase (the paper's)"
     paper = describe_recipe(UnlearnConfig.cliperase(epochs=5))
     assert paper == "cliperase (the paper's); epochs=5"
+
+
+def test_what_is_no_part_of_the_recipe_may_change_on_resume():
+    assert {"output_dir", "progress"} <= set(field_names(BOOKKEEPING)) <= set(field_names(FREE))
+    assert not {"lr", "seed", "batch_size"} & set(field_names(FREE))
 
 
 def test_yaml_is_read_back_as_it_was_written(tmp_path):

@@ -1,229 +1,449 @@
-"""The sub-commands: what each does with the values of its flags."""
+"""The commands. The fields of a class are its flags; its docstring is the help of both."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import fasterase
-from fasterase.cli.flags import DemoFlags, EvaluateFlags, PlanFlags, SplitFlags, UnlearnFlags
-from fasterase.cli.sets import check_sets, split_data
-from fasterase.config import UnlearnConfig, format_yaml
+from fasterase.config import DEMO, PLAN, Recipe, UnlearnConfig, field_names, format_yaml
 from fasterase.errors import InputError, MissingExtraError
 from fasterase.files import check_creatable, check_writable
 
+RULES = ("forget_expression", "forget_ids", "forget_classes")
 
-def run_command(command: str, values: dict[str, Any]) -> str | None:
-    """Run a sub-command; return the verdict, if it comes to one.
+
+@dataclass(frozen=True)
+class Command:
+    """A command without flags of its own.
+
+    Attributes:
+        needs: flags without which it does not run.
+        config_fields: fields of `UnlearnConfig` that are flags too; `run` gets those given.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    config_fields: ClassVar[tuple[str, ...]] = ()
+
+    def run(self, **fields: Any) -> str | None:
+        """Run the command; return the verdict, if it comes to one."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class _Sets(Command):
+    """The model and its sets.
+
+    > Model and pairs
 
     Args:
-        command: `"unlearn"`, `"evaluate"`, `"plan"`, `"split"`, `"demo"` or `"compile"`.
+        model: an open_clip name/tag (`ViT-B-32/laion2b_s34b_b79k`), `hf-hub:org/name` (open_clip),
+            `hf:org/name` (transformers), a folder, or an open_clip checkpoint file.
+        forget: pairs to forget: a CSV, TSV, JSONL, JSON or Parquet file (columns `filepath`,
+            `title`), a folder of `x.jpg` + `x.txt` or of classes, or tars (`{000..099}.tar`).
+        retain: pairs to keep, in any of the same forms.
+        holdout: pairs in neither set, only measured, in any of the same forms.
+        sets: further pairs that should be kept, only measured (in YAML also a mapping).
+        forget_sets: further pairs that should be forgotten as well, such as pictures that were not
+            trained on, only measured. The verdict is the worst over all.
+    """
+
+    model: str | None = None
+    forget: str | None = None
+    retain: str | None = None
+    holdout: str | None = None
+    sets: dict[str, str] = field(default_factory=dict)
+    forget_sets: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Source(Command):
+    r"""One source of pairs that is split.
+
+    > One source to split
+
+    Args:
+        data: pairs in any form that `fasterase unlearn --forget` takes, split into those to forget
+            and those to keep by exactly one of the next three flags.
+        forget_expression: regular expression that is found in a caption, such as `\bapples?\b`.
+        forget_ids: file with the ids of the pairs to forget, one per line.
+        forget_classes: classes or whole captions to forget, separated by commas.
+
+    > Columns
+
+    Args:
+        image_key: column or tar entry of the image, if it has none of the usual names.
+        text_key: column or tar entry of the caption, if it has none of the usual names.
+    """
+
+    data: str | None = None
+    forget_expression: str | None = None
+    forget_ids: str | None = None
+    forget_classes: list[str] | None = None
+    image_key: str | None = None
+    text_key: str | None = None
+
+    def split(self) -> tuple[Any, Any]:
+        """Split the pairs of `data`; return those to forget and those to keep.
+
+        Raises:
+            InputError: the source or the rule cannot be used; the message names the flag.
+        """
+        (name,) = (name for name in RULES if getattr(self, name) is not None)
+        rule: Any = getattr(self, name)
+        keys = {"image_key": self.image_key, "text_key": self.text_key}
+        try:
+            if name == "forget_expression":
+                rule = re.compile(rule, re.IGNORECASE)
+            elif name == "forget_ids":
+                rule = Path(rule)
+            return fasterase.split(self.data, forget=rule, **keys)
+        except re.error as error:
+            raise InputError(f"--{name}={rule!r} is not a regular expression: {error}") from error
+        except InputError as error:
+            message = str(error).replace("`source`", "--data").replace("`forget`", f"--{name}")
+            raise type(error)(message) from error
+
+
+@dataclass(frozen=True)
+class _Erasure(_Source, _Sets):
+    """A model, and its sets in either way."""
+
+    def call(self, function: Any, *, without: tuple[str, ...], **others: Any) -> Any:
+        """Call a function of the library with all flags but those named, and with `others`."""
+        sets = (self.forget, self.retain) if self.data is None else self.split()
+        without = ("model", "forget", "retain", "data", *RULES, *without)
+        flags = {name: value for name, value in vars(self).items() if name not in without}
+        return function(self.model, *sets, **{**flags, **others})
+
+
+@dataclass(frozen=True)
+class Unlearn(_Erasure):
+    r"""Make a CLIP model forget a set of image-text pairs.
+
+    > Model and pairs
+
+    Args:
+        recipe: defaults that flags and YAML override: `fasterase`, or `cliperase`, the paper's.
+        model_name: open_clip's name of the architecture, if `model` is a checkpoint file.
+
+    Examples:
+      fasterase unlearn --model ViT-B-32/laion2b_s34b_b79k --forget forget.csv \
+          --retain 'shards/{000..099}.tar' --output_dir runs/one
+      fasterase unlearn --model ViT-B-32/laion2b_s34b_b79k --data pairs.csv \
+          --forget_expression '\bapples?\b' --output_dir runs/apples
+      fasterase unlearn --config erase.yaml --lr 3e-6 --floor none
+      fasterase unlearn --recipe cliperase --print_config > erase.yaml
+
+    The erased model is written to D/model, the losses of every step to D/history.jsonl, and the
+    measurement to D/evaluation.json. Run the same command again after an interruption to resume
+    from the last checkpoint. `-` and `_` in flags are the same, `none` and `null` mean no value,
+    and a flag overrides the same key in the YAML file.
+
+    Exit codes: 0 done, 2 wrong input, 3 losses stayed non-finite, 4 done but the verdict is
+    "remembered", 75 preempted after a checkpoint (run again), 130 Ctrl-C (run again), 1 anything
+    else.
+    """
+
+    needs = ("model", "forget", "retain", "output_dir")
+    config_fields = field_names()
+    recipe: Recipe = "fasterase"
+    model_name: str | None = None
+
+    def config(self, fields: dict[str, Any]) -> UnlearnConfig:
+        """Return the recipe with these fields."""
+        return (UnlearnConfig.cliperase if self.recipe == "cliperase" else UnlearnConfig)(**fields)
+
+    def run(self, **fields: Any) -> str | None:
+        config = self.config(fields)
+        result = self.call(fasterase.unlearn, without=("recipe",), config=config)
+        if result.evaluation is not None:
+            print(result.evaluation.table())
+        try:
+            result.report(Path(config.output_dir or "") / "report")
+        except MissingExtraError as error:
+            warnings.warn(f"The report has no loss plot: {error}", stacklevel=2)
+        print(
+            f"Done in {result.seconds:.0f} s: {result.verdict or 'no verdict'}. Model, history and "
+            f"report: {config.output_dir}"
+        )
+        return result.verdict
+
+
+@dataclass(frozen=True)
+class Evaluate(_Erasure):
+    r"""Measure how well a model still knows the pairs to forget, to keep and in further sets.
+
+    > Comparison
+
+    Args:
+        original: the model before erasing, for comparison.
+        references: further models for comparison, such as one retrained without the forget set.
+
+    > Measuring
+
+    Args:
+        class_names: text file with one class name per line, for zero-shot accuracy.
+        tasks: what models are used for, by name: zero_shot, retrieval, image_retrieval,
+            linear_probe, prototypes, paraphrases.
+        attacks: attempts to bring the concept back, by name: swap (needs `original`),
+            probe, quantise, relearn, prompt, membership (needs `non_members`).
+        non_members: pairs of the same source that no model was trained on.
+        max_pairs: number of pairs to measure per set, drawn with `seed`.
+        seed: seed of the draw and of the bootstrap intervals.
+        device: where to run, such as `cuda:0`. `none`: the best available device.
+        num_workers: processes that load and decode pairs, or `auto`.
+        progress: show progress bars.
+        output: also write the result to this file: the values as `.json`, or the report as `.md`.
+        plots: also draw each task and attack to a file in this folder.
+
+    Examples:
+      fasterase evaluate --model runs/one/model --forget forget.csv --retain retain.csv
+      fasterase evaluate --model runs/one/model --original ViT-B-32/laion2b_s34b_b79k \
+          --forget forget.csv --retain retain.csv --sets neighbours=near.csv \
+          --forget_sets unseen=unseen.csv --output report.md
+
+    Exit codes: 0 done, 2 wrong input, 4 the verdict is "remembered", 1 anything else.
+    """
+
+    needs = ("model", "forget", "retain")
+    original: str | None = None
+    references: dict[str, str] = field(default_factory=dict)
+    class_names: str | None = None
+    tasks: list[str] = field(default_factory=list)
+    attacks: list[str] = field(default_factory=list)
+    non_members: str | None = None
+    max_pairs: int = 5000
+    seed: int = 0
+    device: str | None = None
+    num_workers: int | Literal["auto"] = 0
+    progress: bool = True
+    output: str | None = None
+    plots: str | None = None
+
+    def run(self, **fields: Any) -> str | None:
+        from fasterase.evaluation.evaluation import check_report_path
+        from fasterase.report.losses import require_matplotlib
+
+        if self.output is not None:
+            check_report_path(Path(self.output), argument="--output")
+        if self.plots is not None:
+            check_creatable(Path(self.plots), argument="--plots")
+            require_matplotlib()
+        classes = None if self.class_names is None else _read_lines(Path(self.class_names))
+        evaluation = self.call(fasterase.evaluate, without=("output", "plots"), class_names=classes)
+        print(evaluation.table())
+        if self.output is not None:
+            print(f"Written to {evaluation.report(self.output)}.")
+        if self.plots is not None:
+            print(f"Plots: {', '.join(map(str, evaluation.plot(self.plots)))}.")
+        return evaluation.verdict
+
+
+def _read_lines(file: Path) -> list[str]:
+    if not file.is_file():
+        raise InputError(f"class_names: no file {file}. Give a text file with one name per line.")
+    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+@dataclass(frozen=True)
+class Plan(Command):
+    """Tell memory, time and disk of an erasure beforehand, and how to run it.
+
+    > Job
+
+    Args:
+        model: as for `fasterase unlearn`, or an open_clip name alone. No weights are read.
+        pairs: number of pairs to keep.
+        forget: number of pairs to forget. `none`: a hundredth of `pairs`.
+
+    > Machine
+
+    Args:
+        gpus: number of GPUs.
+        gpu_memory: memory of each in GB (10^9 bytes).
+        tflops: dense peak of a GPU in TFLOP/s. `none`: an H100's.
+        efficiency: share of that peak that training reaches.
+        measure: correct the memory of activations by a micro-batch with random weights run here.
+
+    Examples:
+      fasterase plan --model ViT-B-32 --pairs 1_000_000
+      fasterase plan --model ViT-bigG-14 --pairs 12_000_000 --forget 100_000 --gpus 8
+
+    The numbers come from the architecture alone: the training code runs on tensors without storage,
+    and its FLOPs and live memory are counted. docs/planning.md explains each of them.
+    """
+
+    needs = ("model", "pairs")
+    config_fields = field_names(PLAN)
+    model: str | None = None
+    pairs: int | None = None
+    forget: int | None = None
+    gpus: int = 1
+    gpu_memory: float = 80.0
+    tflops: float | None = None
+    efficiency: float = 0.4
+    measure: bool = False
+
+    def run(self, **fields: Any) -> None:
+        print(fasterase.plan(**vars(self), config=UnlearnConfig(**fields)))
+
+
+@dataclass(frozen=True)
+class Split(_Source):
+    r"""Split pairs into those to forget and those to keep.
+
+    > Output
+
+    Args:
+        output_dir: folder for the two sets: tables `forget.csv` and `retain.csv` (`.jsonl` where
+            pairs have several captions) if images are files, else lists of ids `forget.txt` ...
+
+    Examples:
+      fasterase split --data pairs.csv --forget_expression '\bapples?\b' --output_dir sets
+      fasterase split --data photos --forget_classes apple,pear --output_dir sets
+
+    `fasterase unlearn` splits --data itself by the same flags; this shows what they select.
+    """
+
+    needs = ("data", "output_dir")
+    output_dir: str | None = None
+
+    def run(self, **fields: Any) -> None:
+        from fasterase.pairs.split_files import write_split
+
+        data, folder = Path(str(self.data)), Path(str(self.output_dir))
+        where = f"--output_dir={self.output_dir!r}"
+        if data.resolve().parent == folder.resolve() and data.stem in ("forget", "retain"):
+            raise InputError(f"{where}: the split would replace --data={self.data!r}.")
+        check_writable(folder, argument=where)
+        forget, retain = self.split()
+        files = write_split(forget, retain, folder)
+        print(f"{forget!r}: {files.forget}\n{retain!r}: {files.retain}")
+        flags: dict[str, Any] = {"forget": files.forget, "retain": files.retain}
+        if not files.tables:
+            flags = {"data": self.data, "forget_ids": files.forget}
+            flags |= {"image_key": self.image_key, "text_key": self.text_key}
+        words = [w for name, v in flags.items() if v is not None for w in (f"--{name}", str(v))]
+        print(f"Next: fasterase unlearn --model MODEL --output_dir RUN {shlex.join(words)}")
+
+
+@dataclass(frozen=True)
+class Demo(Command):
+    """Erase a concept from the small CLIP that ships with the package.
+
+    > Demo
+
+    Args:
+        forget: a group (`food-drink`), a subgroup (`food-fruit`) or a regular expression on names.
+        model: another model than the one that ships, named as for `fasterase unlearn`.
+        recipe: `fasterase`, or `cliperase` for the paper's; the other one is shown for comparison.
+        output_dir: folder for the results. `none`: `runs/demo-` followed by what is erased.
+        batch_size: pairs to keep per step. `none`: chosen for the shipped model.
+        full: also print the table of every metric, which is always in `evaluation.txt`.
+
+    Examples:
+      fasterase demo
+      fasterase demo --forget animal-bird --output_dir runs/birds
+      fasterase demo --recipe cliperase
+    """
+
+    config_fields = field_names(DEMO)
+    forget: str = "food-fruit"
+    model: str | None = None
+    recipe: Recipe = "fasterase"
+    output_dir: str | None = None
+    batch_size: int | None = None
+    full: bool = False
+
+    def run(self, **fields: Any) -> None:
+        from fasterase.demo.run import run_demo
+
+        arguments = {**vars(self), **fields}
+        if self.batch_size is None:
+            del arguments["batch_size"]
+        run_demo(**arguments)
+
+
+class Compile(Command):
+    """Build the C++ kernels of the loss now instead of at first use.
+
+    Examples:
+      fasterase compile
+
+    The library is cached in TORCH_EXTENSIONS_DIR, or else ~/.cache/torch_extensions, under a name
+    that depends on compiler flags, torch version and CPU type. Run this once per type of node if
+    nodes share a home folder. Needs a C++ compiler: c++ on PATH, or the one named by CXX.
+    """
+
+    def run(self, **fields: Any) -> None:
+        from fasterase.ops.contrastive.cpu import BuildError, build_library, load_kernels
+
+        library = build_library()
+        reason = load_kernels()
+        if reason is not None:
+            raise BuildError(f"built {library}, but it cannot be loaded: {reason}")
+        print(f"The C++ kernels are ready: {library}")
+
+
+COMMANDS: dict[str, type[Command]] = {
+    "unlearn": Unlearn,
+    "evaluate": Evaluate,
+    "plan": Plan,
+    "split": Split,
+    "demo": Demo,
+    "compile": Compile,
+}
+
+
+def run_command(command: str, values: dict[str, Any]) -> str | None:
+    """Run a command; return the verdict, if it comes to one.
+
+    Args:
+        command: a key of `COMMANDS`.
         values: the values of the flags that were given, by name.
 
     Raises:
         InputError: a required flag is missing, or a value cannot be used.
     """
-    if command == "unlearn":
-        return _unlearn(values)
-    if command == "evaluate":
-        return _evaluate(values)
-    if command == "split":
-        _split(values)
-    elif command == "plan":
-        _plan(values)
-    elif command == "demo":
-        _run_demo(values)
-    else:
-        _compile_kernels()
-    return None
-
-
-def _unlearn(values: dict[str, Any]) -> str | None:
-    """Erase and print the evaluation; with `print_config` only print the configuration."""
-    only_print = values.pop("print_config", False)
-    inputs, fields = _split_values(values, UnlearnFlags)
-    flags = UnlearnFlags(**inputs)
-    recipe = UnlearnConfig.cliperase if flags.recipe == "cliperase" else UnlearnConfig
-    config = recipe(**fields)
-    if only_print:
-        print(format_yaml({**inputs, **config.to_dict()}), end="")
+    cls = COMMANDS[command]
+    own = {each.name for each in dataclasses.fields(cls)} & set(values)
+    flags = cls(**{name: values[name] for name in own})
+    fields = {name: value for name, value in values.items() if name not in own}
+    if fields.pop("print_config", False) and isinstance(flags, Unlearn):
+        given = {name: values[name] for name in values if name in own}
+        print(format_yaml({**given, **flags.config(fields).to_dict()}), end="")
         return None
-    model, forget, retain = _require_sets("unlearn", values, further=("output_dir",))
-    result = fasterase.unlearn(
-        model,
-        forget,
-        retain,
-        config=config,
-        model_name=flags.model_name,
-        holdout=flags.holdout,
-        sets=_parse_named("sets", flags.sets),
-        forget_sets=_parse_named("forget_sets", flags.forget_sets),
-        image_key=flags.image_key,
-        text_key=flags.text_key,
-    )
-    if result.evaluation is not None:
-        print(result.evaluation.table())
-    _write_report(result, Path(config.output_dir or ""))
-    verdict = result.verdict or "no verdict"
-    print(
-        f"Done in {result.seconds:.0f} s: {verdict}. Model, history and report: {config.output_dir}"
-    )
-    return result.verdict
-
-
-def _write_report(result: fasterase.UnlearnResult, output_dir: Path) -> None:
-    """Write the report with its pictures; without matplotlib, the plot is left out."""
-    try:
-        result.report(output_dir / "report")
-    except MissingExtraError as error:
-        warnings.warn(f"The report has no loss plot: {error}", stacklevel=2)
-
-
-def _evaluate(values: dict[str, Any]) -> str | None:
-    """Measure, print the table, and write it to `output` if given."""
-    from fasterase.evaluation.evaluation import check_report_path
-    from fasterase.report.losses import require_matplotlib
-
-    flags = EvaluateFlags(**values)
-    model, forget, retain = _require_sets("evaluate", values)
-    if flags.output is not None:
-        check_report_path(Path(flags.output), argument="--output")
-    if flags.plots is not None:
-        check_creatable(Path(flags.plots), argument="--plots")
-        require_matplotlib()
-    evaluation = fasterase.evaluate(
-        model,
-        forget,
-        retain,
-        holdout=flags.holdout,
-        sets=_parse_named("sets", flags.sets),
-        forget_sets=_parse_named("forget_sets", flags.forget_sets),
-        image_key=flags.image_key,
-        text_key=flags.text_key,
-        original=flags.original,
-        references=_parse_named("references", flags.references),
-        class_names=None if flags.class_names is None else _read_lines(flags.class_names),
-        tasks=[flags.tasks] if isinstance(flags.tasks, str) else flags.tasks,
-        attacks=[flags.attacks] if isinstance(flags.attacks, str) else flags.attacks,
-        non_members=flags.non_members,
-        max_pairs=flags.max_pairs,
-        seed=flags.seed,
-        device=flags.device,
-        num_workers=flags.num_workers,
-        progress=flags.progress,
-    )
-    print(evaluation.table())
-    if flags.output is not None:
-        print(f"Written to {evaluation.report(flags.output)}.")
-    if flags.plots is not None:
-        print(f"Plots: {', '.join(map(str, evaluation.plot(flags.plots)))}.")
-    return evaluation.verdict
-
-
-def _split(values: dict[str, Any]) -> None:
-    """Write the pairs to forget and those to keep to files, and print how to use them."""
-    from fasterase.pairs.split_files import write_split
-
-    flags = SplitFlags(**values)
-    check_sets("split", values)
-    data, output = _require_flags("split", values, ("data", "output_dir"))
-    folder = Path(output)
-    if Path(data).resolve().parent == folder.resolve() and Path(data).stem in ("forget", "retain"):
-        raise InputError(f"--output_dir={output!r}: the split would replace --data={data!r}.")
-    check_writable(folder, argument=f"--output_dir={output!r}")
-    forget, retain = split_data(values)
-    files = write_split(forget, retain, folder)
-    print(f"{forget!r}: {files.forget}\n{retain!r}: {files.retain}")
-    if files.tables:
-        sets = ["--forget", str(files.forget), "--retain", str(files.retain)]
-    else:
-        sets = ["--data", data, "--forget_ids", str(files.forget)]
-    for name in ("image_key", "text_key"):
-        if not files.tables and getattr(flags, name) is not None:
-            sets += [f"--{name}", getattr(flags, name)]
-    print(f"Next: fasterase unlearn --model MODEL --output_dir RUN {shlex.join(sets)}")
-
-
-def _plan(values: dict[str, Any]) -> None:
-    """Print the plan of an erasure; flags that are not its own override fields of the config."""
-    inputs, fields = _split_values(values, PlanFlags)
-    _require_flags("plan", inputs, ("model", "pairs"))
-    flags = dataclasses.asdict(PlanFlags(**inputs))
-    model, pairs = flags.pop("model"), flags.pop("pairs")
-    print(fasterase.plan(model, pairs, **flags, config=UnlearnConfig(**fields)))
-
-
-def _run_demo(values: dict[str, Any]) -> None:
-    """Run the demo; flags that are not its own override fields of its `UnlearnConfig`."""
-    from fasterase.demo.run import run_demo
-
-    inputs, fields = _split_values(values, DemoFlags)
-    run_demo(**dataclasses.asdict(DemoFlags(**inputs)), **fields)
-
-
-def _compile_kernels() -> None:
-    """Build the C++ kernels and print the path of the library."""
-    from fasterase.ops.contrastive.cpu import BuildError, build_library, load_kernels
-
-    library = build_library()
-    reason = load_kernels()
-    if reason is not None:
-        raise BuildError(f"built {library}, but it cannot be loaded: {reason}")
-    print(f"The C++ kernels are ready: {library}")
-
-
-def _split_values(values: dict[str, Any], flags: type) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split `values` into those that are fields of the dataclass `flags`, and the others."""
-    names = {field.name for field in dataclasses.fields(flags)}
-    own = {name: value for name, value in values.items() if name in names}
-    return own, {name: value for name, value in values.items() if name not in names}
-
-
-def _require_sets(
-    command: str, values: dict[str, Any], *, further: Sequence[str] = ()
-) -> tuple[str, Any, Any]:
-    """Return the model, the pairs to forget and those to keep; check that `further` are given."""
-    check_sets(command, values)
-    if values.get("data") is None:
-        model, forget, retain, *_ = _require_flags(
-            command, values, ("model", "forget", "retain", *further)
-        )
-        return model, forget, retain
-    model, *_ = _require_flags(command, values, ("model", *further))
-    return model, *split_data(values)
-
-
-def _require_flags(command: str, values: dict[str, Any], names: Sequence[str]) -> list[str]:
-    missing = [f"--{name}" for name in names if values.get(name) is None]
+    _check_sets(values)
+    split = ("forget", "retain") if values.get("data") is not None else ()
+    missing = [f"--{name}" for name in cls.needs if name not in split and values.get(name) is None]
     if missing:
         raise InputError(
             f"{command} needs {', '.join(missing)}. Give each as a flag, or without the dashes as "
             f"a key of the YAML file of --config; `fasterase {command} --help` explains them."
         )
-    return [values[name] for name in names]
+    return flags.run(**fields)
 
 
-def _parse_named(flag: str, entries: list[str] | dict[str, str] | str) -> dict[str, str]:
-    """Parse NAME=WHERE entries from the command line, or a mapping from YAML."""
-    if isinstance(entries, Mapping):
-        entries = [f"{name}={where}" for name, where in entries.items()]
-    named: dict[str, str] = {}
-    for entry in entries if isinstance(entries, list) else [entries]:
-        name, _, where = entry.partition("=")
-        if not (name and where):
-            raise InputError(f"--{flag} {entry}: expected NAME=WHERE, such as neighbours=near.csv.")
-        if name in named:
-            raise InputError(f"--{flag}: the name {name} is given twice.")
-        named[name] = where
-    return named
-
-
-def _read_lines(file: str) -> list[str]:
-    path = Path(file)
-    if not path.is_file():
-        raise InputError(f"class_names: no file {path}. Give a text file with one name per line.")
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+def _check_sets(values: Mapping[str, Any]) -> None:
+    """Check that `values` name either two sets, or one source and one rule that splits it."""
+    rules = [f"--{name}" for name in RULES if values.get(name) is not None]
+    sets = [f"--{name}" for name in ("forget", "retain") if values.get(name) is not None]
+    either = f"one of {', '.join(f'--{name}' for name in RULES)}"
+    if values.get("data") is None:
+        if rules:
+            raise InputError(f"{rules[0]} splits the pairs of --data, which is missing: give it.")
+    elif sets:
+        raise InputError(
+            f"--data and {' and '.join(sets)} exclude each other. Give --data and {either}, or "
+            "--forget and --retain."
+        )
+    elif len(rules) != 1:
+        found = " and ".join(rules) or "none"
+        raise InputError(f"--data needs {either}, which says what to forget; found {found}.")

@@ -17,13 +17,8 @@ from fasterase.cli.parser import parse
 from fasterase.errors import FaseraseError, InputError, NonFiniteError, PreemptedError
 from fasterase.files import write_text
 
-EXIT_DONE = 0
-EXIT_FAILED = 1
-EXIT_WRONG_INPUT = 2
-EXIT_NON_FINITE = 3
-EXIT_REMEMBERED = 4
-EXIT_PREEMPTED = 75
-EXIT_INTERRUPTED = 130
+EXIT_DONE, EXIT_FAILED, EXIT_REMEMBERED = 0, 1, 4
+EXIT_CODES = ((InputError, 2), (NonFiniteError, 3), (PreemptedError, 75), (KeyboardInterrupt, 130))
 
 # Commands that all processes take part in; the first one alone runs the others.
 ERASING = ("unlearn", "demo")
@@ -56,13 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = EXIT_REMEMBERED if verdict == "remembered" else EXIT_DONE
         _write_status(output_dir, code)
     except (Exception, KeyboardInterrupt) as error:
-        code = _exit_code_of(error)
+        code = exit_code_of(error)
         _write_status(output_dir, code)
         # What is wrong with the command is wrong on every rank; what happens to one is its own.
         if _rank() == 0 or code == EXIT_FAILED:
             if "--debug" in argv:
                 traceback.print_exc()
-            print(f"fasterase: error: {_format_error(error)}", file=sys.stderr)
+            print(f"fasterase: error: {format_error(error)}", file=sys.stderr)
     return code
 
 
@@ -96,20 +91,14 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
-def _format_error(error: BaseException) -> str:
+def format_error(error: BaseException) -> str:
+    """Describe an error in one line."""
     if isinstance(error, FaseraseError | KeyboardInterrupt):
         return " ".join(str(error).split()) or "interrupted."
     found = " ".join(f"{type(error).__name__}: {error}".split())
     return f"{found} (unexpected; --debug shows the traceback)"
 
 
-def _exit_code_of(error: BaseException) -> int:
-    if isinstance(error, InputError):
-        return EXIT_WRONG_INPUT
-    if isinstance(error, NonFiniteError):
-        return EXIT_NON_FINITE
-    if isinstance(error, PreemptedError):
-        return EXIT_PREEMPTED
-    if isinstance(error, KeyboardInterrupt):
-        return EXIT_INTERRUPTED
-    return EXIT_FAILED
+def exit_code_of(error: BaseException) -> int:
+    """Return the exit code of a command that ends with `error`."""
+    return next((code for kind, code in EXIT_CODES if isinstance(error, kind)), EXIT_FAILED)

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fasterase.config import FREE, field_names
 from fasterase.errors import ResumeError
 from fasterase.files import (
     crc32,
@@ -27,28 +28,6 @@ from fasterase.parallel.ranks import ALONE, Ranks
 
 log = logging.getLogger(__name__)
 
-# Fields that a resumed run may change: how far it goes, and what does not change its weights (but
-# for the last bits: `device` and `micro_batch_size`).
-FREE_FIELDS = frozenset(
-    {
-        "epochs",
-        "max_steps",
-        "stop_when_forgotten",
-        "micro_batch_size",
-        "activation_checkpointing",
-        "device",
-        "num_workers",
-        "progress",
-        "reference_cache",
-        "output_dir",
-        "save_every",
-        "resume",
-        "evaluation",
-        "max_skipped",
-        "report_to",
-        "deepspeed",
-    }
-)
 # Entries of a run's identity that are digests: messages do not print their values.
 DIGESTS = frozenset({"model weights", "forget pairs", "retain pairs"})
 KEPT = 2
@@ -94,7 +73,7 @@ class CheckpointFolder:
         self.folder = folder
         # Through JSON, so that tuples and numbers compare as they will be read back.
         self.identity = json.loads(
-            json.dumps({k: v for k, v in identity.items() if k not in FREE_FIELDS})
+            json.dumps({k: v for k, v in identity.items() if k not in field_names(FREE)})
         )
         self._ranks = ranks
 

@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 from fasterase.cli import main
-from fasterase.cli.flags import UnlearnFlags
+from fasterase.cli.commands import Unlearn
 from fasterase.config import COMMAND_KEYS, UnlearnConfig, field_names
 from fasterase.errors import MissingExtraError
 from tests import small_models
@@ -68,7 +68,7 @@ def test_print_config_gives_a_file_that_repeats_the_run(recipe, unlearn, tmp_pat
 
 
 def test_the_keys_of_the_command_line_are_known_to_from_yaml():
-    assert set(COMMAND_KEYS) == {field.name for field in dataclasses.fields(UnlearnFlags)}
+    assert set(COMMAND_KEYS) == {field.name for field in dataclasses.fields(Unlearn)}
 
 
 @pytest.mark.filterwarnings("always:The report has no loss plot")
