@@ -77,10 +77,14 @@ class Check(NamedTuple):
 
     @property
     def is_safely_forgotten(self) -> bool:
-        """Whether the traces are below the verdict's thresholds by a margin."""
+        """Whether the traces are below the verdict's thresholds by a margin.
+
+        Where one direction has fallen far, more of it would take that one out of its margin.
+        """
+        margin = MARGIN_RESIDUE if self.least_residue > LEAST_RESIDUE else RESTING[1]
         return (
             self.verdict != REMEMBERED
-            and self.residue <= MARGIN_RESIDUE
+            and self.residue <= margin
             and all(
                 trace.hit <= max(MARGIN_HIT, 1.5 * trace.chance) for trace in self.traces.values()
             )
