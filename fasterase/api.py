@@ -18,7 +18,7 @@ from fasterase.config import UnlearnConfig, describe_recipe
 from fasterase.encode import PairEncoder
 from fasterase.engine.advice import advise
 from fasterase.engine.clock import RunClock
-from fasterase.engine.conditions import check_environment
+from fasterase.engine.conditions import check_environment, check_retain
 from fasterase.engine.erase import erase
 from fasterase.engine.history import StepRecord
 from fasterase.engine.model_state import best_device, borrowed, placed, resolve_device
@@ -94,7 +94,8 @@ def unlearn(
             `fasterase.split` returned. An image that is a float tensor (3, H, W) counts as
             preprocessed; a text is a str, a list of str of which one is drawn each time, or token
             ids. docs/inputs.md lists further forms: DataFrames, Parquet, datasets of class numbers.
-        retain: pairs to keep. Pairs that are also in `forget` are left out, with a warning.
+        retain: pairs to keep. Pairs that are also in `forget` are left out, with a warning. An
+            empty set needs numbers for lr and epochs (or max_steps), and gives no verdict.
         config: settings; `overrides` are fields of it by name.
         tokenizer, preprocess: the model's own, if it does not carry them; a transformers processor
             gives both. They stay with the result: `unlearn(result.model, ...)` finds them.
@@ -191,6 +192,7 @@ def _unlearn(
         opened, to_forget = _open_sets(
             forget, retain, holdout, sets, forget_sets, image_key=image_key, text_key=text_key
         )
+        check_retain(opened["retain"], config)
         opened["retain"], removed = remove_overlap(opened["retain"], opened["forget"])
     _warn_overlap(removed)
     ledger = SkipLedger(sum(map(len, opened.values())), max_skipped=config.max_skipped)
@@ -356,8 +358,10 @@ def evaluate(
     attacks = check_attacks(
         attacks, original=original is not None, non_members=non_members is not None
     )
-    keys = {"image_key": image_key, "text_key": text_key}
+    keys: dict[str, Any] = {"image_key": image_key, "text_key": text_key}
     sources, to_forget = _open_sets(forget, retain, holdout, sets, forget_sets, **keys)
+    if not len(sources["retain"]):
+        raise InputError("`retain` is empty; a verdict needs pairs to keep, to compare with.")
     strangers = None if non_members is None else open_pairs(non_members, name="non_members", **keys)
     _check_references(references)
     workers = count_workers(num_workers)
@@ -463,8 +467,9 @@ def _open_sets(
                 what = "an argument of its own" if own else "also one of forget_sets"
                 raise InputError(f"{argument}: {name!r} is {what}. Choose another name.")
             given[name] = source
+    keys: dict[str, Any] = {"image_key": image_key, "text_key": text_key}
     opened = {
-        name: open_pairs(source, name=name, image_key=image_key, text_key=text_key)
+        name: open_pairs(source, name=name, may_be_empty=name == "retain", **keys)
         for name, source in given.items()
     }
     return opened, list(forget_sets or {})

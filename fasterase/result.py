@@ -43,8 +43,8 @@ class UnlearnResult:
         evaluation: measurements before and after; `None` if the config asked for none.
         verdict: `"forgotten"`, `"remembered"`, `"over-erased"` (less similar than unrelated pairs)
             or `"never known"` (by the original), the worst over the forget set and all
-            `forget_sets`; see `fasterase.evaluation.verdict`. None if every retain caption is a
-            forget caption.
+            `forget_sets`; see `fasterase.evaluation.verdict`. None without a retain caption
+            that is no forget caption.
         traces: set to forget -> the figures behind its verdict.
         config: the configuration of the run.
         skipped: pairs that could not be read, as `(id, reason)`.

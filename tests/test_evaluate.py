@@ -165,7 +165,7 @@ def test_broken_pairs_are_named_in_a_warning() -> None:
         ({"sets": [FORGET]}, "sets must map names to pairs, found list"),
         ({"sets": {"empty": []}}, "empty"),
         ({"forget": []}, "forget"),
-        ({"retain": []}, "retain"),
+        ({"retain": []}, "`retain` is empty; a verdict needs"),
         ({"holdout": "missing/file.csv"}, "holdout"),
         ({"references": {"original": None}}, "references: 'original' cannot name"),
         ({"references": [1]}, "references must map names to models, found list"),

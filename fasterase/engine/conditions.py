@@ -42,6 +42,23 @@ def check_train_mode(model: DualEncoder, config: UnlearnConfig, ranks: Ranks) ->
         )
 
 
+def check_retain(retain: PairSource, config: UnlearnConfig) -> None:
+    """Raise `InputError` for settings that an empty retain set leaves without an aim."""
+    if len(retain):
+        return
+    if config.lr == "auto" or config.runs_until_forgotten or config.stop_when_forgotten:
+        raise InputError(
+            "`retain` is empty, so there is nothing to tell by whether the concept is forgotten, "
+            "and what that costs. Give numbers for lr and epochs (or max_steps) and no "
+            "stop_when_forgotten, or pairs to keep."
+        )
+    if not config.forget_weight:
+        raise InputError(
+            "`retain` is empty and forget_weight=0: nothing to train. Give pairs to keep, or a "
+            "positive forget_weight."
+        )
+
+
 def check_environment(config: UnlearnConfig) -> None:
     """Refuse options that this machine cannot honour, before anything is touched.
 

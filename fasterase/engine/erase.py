@@ -156,7 +156,7 @@ def erase(
         retain_shards=retain.shards(),
     )
     total_steps = count_steps(config, sampler)
-    if config.progress and ranks.is_first and len(retain):
+    if config.progress and ranks.is_first:
         tqdm.write(
             f"fasterase: training draws at most {sampler.retain_pairs_drawn(total_steps):,} of "
             f"{len(retain):,} retain pairs"
@@ -201,11 +201,11 @@ def erase(
             quick=config.evaluation == "quick",
         )
     judge = evaluator.judge if evaluator else _build_judge(sets, forget_sets, preferred, config)
-    if pool is not None and not judge.rows:
+    if not judge.rows and (pool is not None or config.stop_when_forgotten):
         raise InputError(
             "retain: every caption is also a caption of the forget set, so there is nothing to "
-            "tell by when the concept is forgotten. Give numbers for lr and epochs (or max_steps), "
-            "or retain pairs with other captions."
+            "tell by when the concept is forgotten. Give numbers for lr and epochs (or max_steps) "
+            "and no stop_when_forgotten, or retain pairs with other captions."
         )
 
     adapter = None
@@ -425,7 +425,7 @@ def _build_loss(
         retain_weight=config.retain_weight,
         consistency_weight=config.consistency_weight,
         anchor_weight=config.anchor_weight,
-        cross_weight=config.used_cross_weight if baseline.reference else 0.0,
+        cross_weight=config.used_cross_weight,
         forget_loss=config.forget_loss,
         floor=floor if applies_floor else None,
         negatives=config.negatives,

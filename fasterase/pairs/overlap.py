@@ -35,7 +35,7 @@ def remove_overlap(retain: PairSource, forget: PairSource) -> tuple[PairSource, 
     Raises:
         InputError: nothing would be left of `retain`.
     """
-    duplicates = _find_duplicates(retain, forget)
+    duplicates = _find_duplicates(retain, forget) if len(retain) else []
     if not duplicates:
         return retain, []
     if len(duplicates) == len(retain):
