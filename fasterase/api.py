@@ -117,8 +117,8 @@ def unlearn(
     Raises:
         InputError: an argument is not usable; the model is untouched. If too many pairs turn out
             to be unreadable during training, the model keeps the weights of the last step.
-        ResumeError: `output_dir` holds a checkpoint of another run or an unreadable one, or
-            `resume="must"` and there is none.
+        ResumeError: `output_dir` holds a checkpoint of another run, of more steps than are asked
+            for, or an unreadable one; or `resume="must"` and there is none.
         DiskFullError: there was no room for a file; the last checkpoint is kept.
         NonFiniteError: the loss stayed non-finite; the model holds the last good weights.
         PreemptedError: SIGTERM or SIGUSR1 arrived; with an `output_dir`, a checkpoint was written.

@@ -59,6 +59,20 @@ def check_retain(retain: PairSource, config: UnlearnConfig) -> None:
         )
 
 
+def check_steps_left(config: UnlearnConfig, total_steps: int, *, taken: int) -> None:
+    """Raise `ResumeError` where the run in `output_dir` has taken more steps than are asked for."""
+    if taken <= total_steps:
+        return
+    asked = f"max_steps={total_steps}"
+    if config.max_steps is None:
+        asked = f"epochs={config.epochs} ({total_steps} steps)"
+    raise ResumeError(
+        f"{asked}: the run in output_dir={config.output_dir!r} has taken {taken} steps already. "
+        f"Give {taken} or more to continue it, choose another output_dir, or start afresh with "
+        "resume='never'."
+    )
+
+
 def check_environment(config: UnlearnConfig) -> None:
     """Refuse options that this machine cannot honour, before anything is touched.
 

@@ -26,7 +26,7 @@ from fasterase.engine.baseline import (
 from fasterase.engine.build_engine import build_engine, shards, working_model
 from fasterase.engine.checkpoint import Checkpoint, CheckpointFolder
 from fasterase.engine.clock import RunClock
-from fasterase.engine.conditions import check_same, check_train_mode, identify
+from fasterase.engine.conditions import check_same, check_steps_left, check_train_mode, identify
 from fasterase.engine.feature_loss import MAX_SCALE, FeatureLoss, loss_products
 from fasterase.engine.global_loss import GlobalLoss
 from fasterase.engine.history import StepRecord
@@ -178,6 +178,7 @@ def erase(
         checkpoints = CheckpointFolder(output_dir / "checkpoints", identity, ranks)
         # Before anything is encoded: a checkpoint of another run is refused at once.
         saved = checkpoints.load(config.resume)
+        check_steps_left(config, total_steps, taken=saved.step if saved else 0)
         settings = format_yaml(config.to_dict())
         ranks.on_first(lambda: write_text(output_dir / "config.yaml", settings))
 
