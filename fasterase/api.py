@@ -36,7 +36,7 @@ from fasterase.files import check_replaceable, check_writable
 from fasterase.models.companions import remember
 from fasterase.models.delta import keep_original
 from fasterase.models.dual_encoder import DualEncoder, separate_copy
-from fasterase.models.load import load_model
+from fasterase.models.load import check_model_name, load_compared, load_model
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.overlap import remove_overlap
 from fasterase.pairs.processes import count_workers
@@ -293,6 +293,7 @@ def evaluate(
     seed: int = 0,
     tokenizer: Any = None,
     preprocess: Any = None,
+    model_name: str | None = None,
     image_key: str | None = None,
     text_key: str | None = None,
     device: str | None = None,
@@ -341,6 +342,8 @@ def evaluate(
         seed: seed of the draw and of the bootstrap.
         tokenizer: reads string captions; used for every model here; see `fasterase.unlearn`.
         preprocess: turns images into tensors; used for every model here.
+        model_name: open_clip's name for the architecture of every instance and checkpoint file
+            here; see `fasterase.unlearn`. Models given by name or folder say it themselves.
         image_key, text_key: columns of tables, keys of dicts and fields of tar samples.
         device: where to measure, such as `"cuda:0"`; a model passed in is moved back afterwards.
             None: where the model is, or the best available device for one given by name.
@@ -364,6 +367,7 @@ def evaluate(
         raise InputError("`retain` is empty; a verdict needs pairs to keep, to compare with.")
     strangers = None if non_members is None else open_pairs(non_members, name="non_members", **keys)
     _check_references(references)
+    check_model_name(model_name, [model, original, *references.values()])
     workers = count_workers(num_workers)
     if workers < 0:
         raise InputError(f"num_workers={num_workers} must be 0 or more, or 'auto'.")
@@ -382,7 +386,9 @@ def evaluate(
 
     def measure(name: str, each: Model, *, before: Measurement | None = None) -> Measurement:
         # One model at a time, so that of models given by name only one is in memory.
-        encoder = _load_compared(name, each, tokenizer, preprocess)
+        encoder = load_compared(
+            name, each, tokenizer=tokenizer, preprocess=preprocess, model_name=model_name
+        )
         named = isinstance(each, (str, os.PathLike))
         default = best_device() if named else encoder.device
         with placed(encoder, device=resolve_device(device, default=default)):
@@ -484,16 +490,3 @@ def _check_references(references: object) -> None:
                 f"references: {name!r} cannot name a further model. Choose another name; "
                 "the original has its own argument."
             )
-
-
-def _load_compared(name: str, model: Model, tokenizer: Any, preprocess: Any) -> DualEncoder:
-    """Load one of the models that are compared; an error names the argument it came from."""
-    if isinstance(model, DualEncoder):
-        return model
-    try:
-        return load_model(model, tokenizer=tokenizer, preprocess=preprocess)
-    except InputError as error:
-        if name == "model":
-            raise
-        argument = name if name == "original" else f"references[{name!r}]"
-        raise type(error)(f"{argument}: {error}") from error
