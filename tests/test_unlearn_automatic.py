@@ -170,7 +170,7 @@ def test_without_unrelated_captions_numbers_are_asked_for():
     ):
         run(model, forget, retain)
     assert same_weights(model.weights(), before)
-    with pytest.warns(UserWarning, match="no verdict: every retain caption"):
+    with pytest.warns(UserWarning, match="no verdict: there is no retain caption"):
         result = run(model, forget, retain, lr=1e-3, max_steps=2)
     assert (result.verdict, result.residue, result.forgotten) == (None, None, False)
     assert not torch.equal(
