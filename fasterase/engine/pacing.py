@@ -371,6 +371,7 @@ FORGOTTEN_RANK, OVER_ERASED_RANK, REMEMBERED_RANK = range(3)
 def _rank(found: Check, *, faded: bool) -> tuple[float, ...]:
     """Return what orders candidates for the best weights, the smallest first."""
     verdict = found.verdict
+    order: tuple[float, ...]
     if verdict == FORGOTTEN:
         order = (FORGOTTEN_RANK, found.beyond_rest, int(not faded), found.damage)
     elif verdict == OVER_ERASED:
