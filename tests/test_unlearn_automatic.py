@@ -28,7 +28,14 @@ def images():
     return digits.Digits.load()
 
 
-@pytest.mark.parametrize("kind", digits.KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("vit", marks=pytest.mark.slow),
+        pytest.param("resnet", marks=pytest.mark.slow),
+        "siglip",
+    ],
+)
 def test_a_digit_is_erased_from_a_model_that_knows_it(images, kind):
     trained, others = images
     digit = digits.KINDS[kind].erased
@@ -59,7 +66,7 @@ def test_a_digit_is_erased_from_a_model_that_knows_it(images, kind):
 
 
 def test_a_thorough_run_goes_on_until_the_loss_has_settled(monkeypatch):
-    monkeypatch.setattr(erase_module, "SETTLED_LOSS", 0.1)
+    monkeypatch.setattr(erase_module, "SETTLED_LOSS", 0.25)
     plain = run(knowing_model())
     thorough = run(knowing_model(), thorough=True)
     assert plain.verdict == thorough.verdict == "forgotten"
