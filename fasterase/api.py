@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -19,9 +20,10 @@ from fasterase.encode import PairEncoder
 from fasterase.engine.advice import advise
 from fasterase.engine.clock import RunClock
 from fasterase.engine.conditions import check_environment, check_retain
-from fasterase.engine.erase import erase
 from fasterase.engine.history import StepRecord
+from fasterase.engine.job import Job
 from fasterase.engine.model_state import best_device, borrowed, placed, resolve_device
+from fasterase.engine.run import Run
 from fasterase.engine.run_lock import lock_run
 from fasterase.engine.stops import explaining_interrupts
 from fasterase.engine.trackers import tracking
@@ -134,75 +136,55 @@ def unlearn(
             config = config.replace(progress=False, report_to=None)
         output = ranks.on_first(lambda: _make_output_folder(config))
         with ranks.first_enters(lambda: lock_run(output)), explaining_interrupts(output):
-            return _unlearn(
-                model,
-                forget,
-                retain,
-                config=config,
-                tokenizer=tokenizer,
-                preprocess=preprocess,
-                model_name=model_name,
-                holdout=holdout,
-                sets=sets,
-                forget_sets=forget_sets,
-                image_key=image_key,
-                text_key=text_key,
-                callback=callback,
-                copy=copy,
-                output=output,
-                clock=clock,
-                ranks=ranks,
-            )
+            # Weights loaded or copied inside a caller's inference mode could never be trained.
+            with ranks.together(), torch.inference_mode(False):
+                encoder = load_model(
+                    model, tokenizer=tokenizer, preprocess=preprocess, model_name=model_name
+                )
+                named = isinstance(model, (str, os.PathLike))
+                if copy and not named:
+                    encoder = separate_copy(encoder)
+            keys = {"image_key": image_key, "text_key": text_key}
+            with ranks.together():
+                opened, to_forget = _open_sets(forget, retain, holdout, sets, forget_sets, **keys)
+                check_retain(opened["retain"], config)
+                opened["retain"], removed = remove_overlap(opened["retain"], opened["forget"])
+            _warn_overlap(removed)
+            home = (launched_device() or best_device()) if named else encoder.device
+            job = Job(encoder, opened, to_forget, config, output, callback, ranks)
+            result = _run(job, clock, home=home, removed=removed, parent=read_record(model))
+            with ranks.together():
+                if output is not None and ranks.is_first:
+                    _write(result, output)
+            return result
 
 
-def _unlearn(
-    model: nn.Module | str | os.PathLike[str],
-    forget: Any,
-    retain: Any,
-    *,
-    config: UnlearnConfig,
-    tokenizer: Any,
-    preprocess: Any,
-    model_name: str | None,
-    holdout: Any,
-    sets: Mapping[str, Any] | None,
-    forget_sets: Mapping[str, Any] | None,
-    image_key: str | None,
-    text_key: str | None,
-    callback: Callable[[StepRecord], object] | None,
-    copy: bool,
-    output: Path | None,
+def _run(
+    job: Job,
     clock: RunClock,
-    ranks: Ranks,
+    *,
+    home: torch.device,
+    removed: list[str],
+    parent: dict[str, Any] | None,
 ) -> UnlearnResult:
-    """Run `unlearn` with checked settings and the output folder locked."""
-    named = isinstance(model, (str, os.PathLike))
-    parent_record = read_record(model)
-    # Weights loaded or copied inside a caller's inference mode could never be trained.
-    with ranks.together(), torch.inference_mode(False):
-        encoder = load_model(
-            model, tokenizer=tokenizer, preprocess=preprocess, model_name=model_name
-        )
-        if copy and not named:
-            encoder = separate_copy(encoder)
-    home = (launched_device() or best_device()) if named else encoder.device
-    device = resolve_device(config.device, default=home)
+    """Make the run of a job, tell trackers, and return its result.
 
-    with ranks.together():
-        opened, to_forget = _open_sets(
-            forget, retain, holdout, sets, forget_sets, image_key=image_key, text_key=text_key
-        )
-        check_retain(opened["retain"], config)
-        opened["retain"], removed = remove_overlap(opened["retain"], opened["forget"])
-    _warn_overlap(removed)
-    ledger = SkipLedger(sum(map(len, opened.values())), max_skipped=config.max_skipped)
+    Args:
+        job: the run.
+        clock: started with the call.
+        home: the device, where the config names none.
+        removed: ids of pairs that were left out of the retain set.
+        parent: the record of the erasure that made the model, if there was one.
+    """
+    encoder, config = job.model, job.config
+    ledger = SkipLedger(sum(map(len, job.sets.values())), max_skipped=config.max_skipped)
     if config.progress:
         tqdm.write(f"fasterase: erasing from {encoder.name}; recipe: {describe_recipe(config)}")
-
     # Refuses a wrong `tune`, before minutes of measuring.
     original_weights = keep_original(
         encoder, config.tune, logit_scale=config.train_logit_scale, buffers=config.train_mode
     )
+    device = resolve_device(config.device, default=home)
     # A caller's no_grad or inference mode would train nothing, silently.
     with (
         tracking(config) as tracker,
@@ -212,28 +194,18 @@ def _unlearn(
             encoder, device=device, activation_checkpointing=config.activation_checkpointing
         ) as state,
     ):
-        outcome = erase(
-            encoder,
-            opened,
-            forget_sets=to_forget,
-            config=config,
-            ledger=ledger,
-            clock=clock,
-            state=state,
-            output_dir=output,
-            callback=tracker.followed_by(callback),
-            ranks=ranks,
-        )
+        job = replace(job, callback=tracker.followed_by(job.callback))
+        outcome = Run(job, ledger=ledger, clock=clock, borrowed=state).erase()
         tracker.summarise(outcome.figures())
-    if config.progress and ranks.world_size > 1:
-        hours = clock.seconds() * ranks.world_size / 3600
+    if config.progress and job.ranks.world_size > 1:
+        hours = clock.seconds() * job.ranks.world_size / 3600
         unit = "GPU" if device.type == "cuda" else "process"
-        tqdm.write(f"fasterase: {ranks.world_size} processes, {hours:.2f} {unit}-hours")
+        tqdm.write(f"fasterase: {job.ranks.world_size} processes, {hours:.2f} {unit}-hours")
     advice = advise(outcome, config)
     if advice is not None:
         warnings.warn(advice, stacklevel=3)
     remember(encoder.module, encoder.companions)
-    result = UnlearnResult(
+    return UnlearnResult(
         model=encoder.given,
         history=outcome.history,
         evaluation=outcome.evaluation,
@@ -247,13 +219,9 @@ def _unlearn(
         encoder=encoder,
         original_weights=original_weights,
         adapter=outcome.adapter,
-        sets=opened,
-        parent_record=parent_record,
+        sets=dict(job.sets),
+        parent_record=parent,
     )
-    with ranks.together():
-        if output is not None and ranks.is_first:
-            _write(result, output)
-    return result
 
 
 def _write(result: UnlearnResult, output: Path) -> None:
@@ -444,7 +412,7 @@ def _warn_overlap(removed: list[str]) -> None:
         warnings.warn(
             f"{len(removed)} retain pairs are also in the forget set and are left out of retain, "
             f"since they would undo the erasure: {shown}",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 

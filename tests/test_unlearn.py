@@ -291,20 +291,20 @@ def test_tune_moves_what_it_names(tune, moved, micro_batch_size):
 
 @pytest.mark.parametrize(("start", "ceiling"), [(4.0, 100.0), (6.0, 403.4288)])
 def test_a_trained_logit_scale_is_clamped_inside_the_loss(start, ceiling):
-    from fasterase.engine import feature_loss
+    from fasterase.engine import loss
 
     tower = TinyModel()
     with torch.no_grad():
         tower.module.logit_scale.fill_(start)
     seen = []
-    plain = feature_loss.weighted_erase_loss
+    plain = loss.weighted_erase_loss
 
     def spy(image, text, scale, *rest, **options):
         seen.append(float(scale.detach()))
         return plain(image, text, scale, *rest, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(feature_loss, "weighted_erase_loss", spy)
+        patch.setattr(loss, "weighted_erase_loss", spy)
         fasterase.unlearn(
             tower,
             pairs(6, seed=1),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fasterase
-from fasterase.engine import erase as erase_module
+from fasterase.engine import run as run_module
 from fasterase.engine.damage import Damage, DamageMeter
 from fasterase.engine.pacing import RESTING
 from tests import digits
@@ -66,7 +66,7 @@ def test_a_digit_is_erased_from_a_model_that_knows_it(images, kind):
 
 
 def test_a_thorough_run_goes_on_until_the_loss_has_settled(monkeypatch):
-    monkeypatch.setattr(erase_module, "SETTLED_LOSS", 0.25)
+    monkeypatch.setattr(run_module, "SETTLED_LOSS", 0.25)
     plain = run(knowing_model())
     thorough = run(knowing_model(), thorough=True)
     assert plain.verdict == thorough.verdict == "forgotten"

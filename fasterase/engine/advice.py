@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fasterase.config import UnlearnConfig
-from fasterase.engine.erase import Outcome
+from fasterase.engine.run import Outcome
 from fasterase.evaluation.verdict import (
     FEW_IMAGES,
     FORGOTTEN,

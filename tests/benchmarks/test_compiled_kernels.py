@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 from benchmarks.gpu_model import compiled_kernels
 from benchmarks.gpu_model.instructions import count_amd
-from fasterase.engine.feature_loss import loss_products
+from fasterase.engine.loss import loss_products
 from fasterase.ops.contrastive.triton_plan import TILES, choose_tile
 
 # A loop over depth, inside a loop over tiles.

@@ -6,7 +6,7 @@ import pytest
 
 from fasterase.config import UnlearnConfig
 from fasterase.engine.advice import advise
-from fasterase.engine.erase import Outcome
+from fasterase.engine.run import Outcome
 from fasterase.evaluation.verdict import Trace
 
 TRACES = {"forget": Trace(0.9, 0.9, 0.9, 0.8, 1.0, 0.05, 30)}
