@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -32,7 +32,7 @@ from fasterase.evaluation.evaluator import Evaluator
 from fasterase.evaluation.examiner import Examiner
 from fasterase.evaluation.measurement import Measurement
 from fasterase.evaluation.tasks.table import check_tasks
-from fasterase.files import check_replaceable, check_writable
+from fasterase.files import check_creatable, check_replaceable
 from fasterase.models.companions import remember
 from fasterase.models.delta import keep_original
 from fasterase.models.dual_encoder import DualEncoder, separate_copy
@@ -132,8 +132,8 @@ def unlearn(
     with join_ranks(alone_too=config.deepspeed is not None) as ranks, _speaking(ranks):
         if not ranks.is_first:
             config = config.replace(progress=False, report_to=None)
-        output = ranks.on_first(lambda: _make_output_folder(config))
-        with ranks.first_enters(lambda: lock_run(output)), explaining_interrupts(output):
+        output = ranks.on_first(lambda: _check_output_folder(config))
+        with ExitStack() as stack, explaining_interrupts(output):
             return _unlearn(
                 model,
                 forget,
@@ -150,6 +150,7 @@ def unlearn(
                 callback=callback,
                 copy=copy,
                 output=output,
+                stack=stack,
                 clock=clock,
                 ranks=ranks,
             )
@@ -172,10 +173,11 @@ def _unlearn(
     callback: Callable[[StepRecord], object] | None,
     copy: bool,
     output: Path | None,
+    stack: ExitStack,
     clock: RunClock,
     ranks: Ranks,
 ) -> UnlearnResult:
-    """Run `unlearn` with checked settings and the output folder locked."""
+    """Run `unlearn` with checked settings; `stack` holds the output folder once it is needed."""
     named = isinstance(model, (str, os.PathLike))
     parent_record = read_record(model)
     # Weights loaded or copied inside a caller's inference mode could never be trained.
@@ -203,6 +205,8 @@ def _unlearn(
     original_weights = keep_original(
         encoder, config.tune, logit_scale=config.train_logit_scale, buffers=config.train_mode
     )
+    # Not before: a call with a wrong argument leaves no folder behind.
+    stack.enter_context(ranks.first_enters(lambda: lock_run(output)))
     # A caller's no_grad or inference mode would train nothing, silently.
     with (
         tracking(config) as tracker,
@@ -428,12 +432,12 @@ def _check_arguments(config: object, callback: object) -> None:
         )
 
 
-def _make_output_folder(config: UnlearnConfig) -> Path | None:
-    """Create `output_dir`, and fail now rather than hours later if it cannot be written."""
+def _check_output_folder(config: UnlearnConfig) -> Path | None:
+    """Fail now rather than hours later if `output_dir` cannot be created or written to."""
     if config.output_dir is None:
         return None
     output = Path(config.output_dir)
-    check_writable(output, argument="output_dir")
+    check_creatable(output, argument="output_dir")
     check_replaceable(output / "model", argument="output_dir")
     return output
 

@@ -14,7 +14,7 @@ from fasterase.cli.flags import DemoFlags, EvaluateFlags, PlanFlags, SplitFlags,
 from fasterase.cli.sets import check_sets, split_data
 from fasterase.config import UnlearnConfig, format_yaml
 from fasterase.errors import InputError, MissingExtraError
-from fasterase.files import check_creatable, check_writable
+from fasterase.files import check_creatable
 
 
 def run_command(command: str, values: dict[str, Any]) -> str | None:
@@ -135,7 +135,7 @@ def _split(values: dict[str, Any]) -> None:
     folder = Path(output)
     if Path(data).resolve().parent == folder.resolve() and Path(data).stem in ("forget", "retain"):
         raise InputError(f"--output_dir={output!r}: the split would replace --data={data!r}.")
-    check_writable(folder, argument=f"--output_dir={output!r}")
+    check_creatable(folder, argument=f"--output_dir={output!r}")
     forget, retain = split_data(values)
     files = write_split(forget, retain, folder)
     print(f"{forget!r}: {files.forget}\n{retain!r}: {files.retain}")
