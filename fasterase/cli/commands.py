@@ -60,8 +60,8 @@ def _unlearn(values: dict[str, Any]) -> str | None:
         config=config,
         model_name=flags.model_name,
         holdout=flags.holdout,
-        sets=_parse_named("sets", flags.sets),
-        forget_sets=_parse_named("forget_sets", flags.forget_sets),
+        sets=parse_named("sets", flags.sets),
+        forget_sets=parse_named("forget_sets", flags.forget_sets),
         image_key=flags.image_key,
         text_key=flags.text_key,
     )
@@ -101,12 +101,12 @@ def _evaluate(values: dict[str, Any]) -> str | None:
         retain,
         model_name=flags.model_name,
         holdout=flags.holdout,
-        sets=_parse_named("sets", flags.sets),
-        forget_sets=_parse_named("forget_sets", flags.forget_sets),
+        sets=parse_named("sets", flags.sets),
+        forget_sets=parse_named("forget_sets", flags.forget_sets),
         image_key=flags.image_key,
         text_key=flags.text_key,
         original=flags.original,
-        references=_parse_named("references", flags.references),
+        references=parse_named("references", flags.references),
         class_names=None if flags.class_names is None else _read_lines(flags.class_names),
         tasks=[flags.tasks] if isinstance(flags.tasks, str) else flags.tasks,
         attacks=[flags.attacks] if isinstance(flags.attacks, str) else flags.attacks,
@@ -208,7 +208,7 @@ def _require_flags(command: str, values: dict[str, Any], names: Sequence[str]) -
     return [values[name] for name in names]
 
 
-def _parse_named(flag: str, entries: list[str] | dict[str, str] | str) -> dict[str, str]:
+def parse_named(flag: str, entries: list[str] | dict[str, str] | str) -> dict[str, str]:
     """Parse NAME=WHERE entries from the command line, or a mapping from YAML."""
     if isinstance(entries, Mapping):
         entries = [f"{name}={where}" for name, where in entries.items()]
