@@ -23,7 +23,7 @@ from fasterase.engine.conditions import check_environment, check_retain
 from fasterase.engine.history import StepRecord
 from fasterase.engine.job import Job
 from fasterase.engine.model_state import best_device, borrowed, placed, resolve_device
-from fasterase.engine.run import Run
+from fasterase.engine.run import Outcome, Run
 from fasterase.engine.run_lock import lock_run
 from fasterase.engine.stops import explaining_interrupts
 from fasterase.engine.trackers import tracking
@@ -34,7 +34,7 @@ from fasterase.evaluation.evaluator import Evaluator
 from fasterase.evaluation.examiner import Examiner
 from fasterase.evaluation.measurement import Measurement
 from fasterase.evaluation.tasks.table import check_tasks
-from fasterase.files import check_replaceable, check_writable
+from fasterase.files import check_creatable, check_replaceable
 from fasterase.models.companions import remember
 from fasterase.models.delta import keep_original
 from fasterase.models.dual_encoder import DualEncoder, separate_copy
@@ -134,8 +134,9 @@ def unlearn(
     with join_ranks(alone_too=config.deepspeed is not None) as ranks, _speaking(ranks):
         if not ranks.is_first:
             config = config.replace(progress=False, report_to=None)
-        output = ranks.on_first(lambda: _make_output_folder(config))
-        with ranks.first_enters(lambda: lock_run(output)), explaining_interrupts(output):
+        output = ranks.on_first(lambda: _check_output_folder(config))
+        with explaining_interrupts(output):
+            parent_record = read_record(model)
             # Weights loaded or copied inside a caller's inference mode could never be trained.
             with ranks.together(), torch.inference_mode(False):
                 encoder = load_model(
@@ -151,40 +152,47 @@ def unlearn(
                 opened["retain"], removed = remove_overlap(opened["retain"], opened["forget"])
             _warn_overlap(removed)
             home = (launched_device() or best_device()) if named else encoder.device
+            device = resolve_device(config.device, default=home)
+            # Refuses a wrong `tune`, before minutes of measuring.
+            weights = keep_original(
+                encoder,
+                config.tune,
+                logit_scale=config.train_logit_scale,
+                buffers=config.train_mode,
+            )
             job = Job(encoder, opened, to_forget, config, output, callback, ranks)
-            result = _run(job, clock, home=home, removed=removed, parent=read_record(model))
-            with ranks.together():
-                if output is not None and ranks.is_first:
-                    _write(result, output)
+            # Not before: a call with a wrong argument leaves no folder behind.
+            with ranks.first_enters(lambda: lock_run(output)):
+                outcome, ledger = _run(job, clock, device)
+                result = UnlearnResult(
+                    model=encoder.given,
+                    history=outcome.history,
+                    evaluation=outcome.evaluation,
+                    verdict=outcome.verdict,
+                    traces=outcome.traces,
+                    config=config,
+                    skipped=ledger.skips,
+                    floor=outcome.floor,
+                    removed_from_retain=removed,
+                    seconds=clock.seconds(),
+                    encoder=encoder,
+                    original_weights=weights,
+                    adapter=outcome.adapter,
+                    sets=opened,
+                    parent_record=parent_record,
+                )
+                with ranks.together():
+                    if output is not None and ranks.is_first:
+                        _write(result, output)
             return result
 
 
-def _run(
-    job: Job,
-    clock: RunClock,
-    *,
-    home: torch.device,
-    removed: list[str],
-    parent: dict[str, Any] | None,
-) -> UnlearnResult:
-    """Make the run of a job, tell trackers, and return its result.
-
-    Args:
-        job: the run.
-        clock: started with the call.
-        home: the device, where the config names none.
-        removed: ids of pairs that were left out of the retain set.
-        parent: the record of the erasure that made the model, if there was one.
-    """
+def _run(job: Job, clock: RunClock, device: torch.device) -> tuple[Outcome, SkipLedger]:
+    """Make the run of a job on a device, tell trackers, and warn of what the user should know."""
     encoder, config = job.model, job.config
     ledger = SkipLedger(sum(map(len, job.sets.values())), max_skipped=config.max_skipped)
     if config.progress:
         tqdm.write(f"fasterase: erasing from {encoder.name}; recipe: {describe_recipe(config)}")
-    # Refuses a wrong `tune`, before minutes of measuring.
-    original_weights = keep_original(
-        encoder, config.tune, logit_scale=config.train_logit_scale, buffers=config.train_mode
-    )
-    device = resolve_device(config.device, default=home)
     # A caller's no_grad or inference mode would train nothing, silently.
     with (
         tracking(config) as tracker,
@@ -194,8 +202,8 @@ def _run(
             encoder, device=device, activation_checkpointing=config.activation_checkpointing
         ) as state,
     ):
-        job = replace(job, callback=tracker.followed_by(job.callback))
-        outcome = Run(job, ledger=ledger, clock=clock, borrowed=state).erase()
+        followed = replace(job, callback=tracker.followed_by(job.callback))
+        outcome = Run(followed, ledger=ledger, clock=clock, borrowed=state).erase()
         tracker.summarise(outcome.figures())
     if config.progress and job.ranks.world_size > 1:
         hours = clock.seconds() * job.ranks.world_size / 3600
@@ -205,23 +213,7 @@ def _run(
     if advice is not None:
         warnings.warn(advice, stacklevel=3)
     remember(encoder.module, encoder.companions)
-    return UnlearnResult(
-        model=encoder.given,
-        history=outcome.history,
-        evaluation=outcome.evaluation,
-        verdict=outcome.verdict,
-        traces=outcome.traces,
-        config=config,
-        skipped=ledger.skips,
-        floor=outcome.floor,
-        removed_from_retain=removed,
-        seconds=clock.seconds(),
-        encoder=encoder,
-        original_weights=original_weights,
-        adapter=outcome.adapter,
-        sets=dict(job.sets),
-        parent_record=parent,
-    )
+    return outcome, ledger
 
 
 def _write(result: UnlearnResult, output: Path) -> None:
@@ -396,12 +388,12 @@ def _check_arguments(config: object, callback: object) -> None:
         )
 
 
-def _make_output_folder(config: UnlearnConfig) -> Path | None:
-    """Create `output_dir`, and fail now rather than hours later if it cannot be written."""
+def _check_output_folder(config: UnlearnConfig) -> Path | None:
+    """Fail now rather than hours later if `output_dir` cannot be created or written to."""
     if config.output_dir is None:
         return None
     output = Path(config.output_dir)
-    check_writable(output, argument="output_dir")
+    check_creatable(output, argument="output_dir")
     check_replaceable(output / "model", argument="output_dir")
     return output
 

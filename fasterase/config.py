@@ -362,14 +362,19 @@ class UnlearnConfig:
         values["betas"] = list(self.betas)
         return values
 
+    def recipe(self) -> dict[str, Any]:
+        """Return the fields that say how to erase, as plain values; none names a folder."""
+        return {name: value for name, value in self.to_dict().items() if name not in _NOT_RECIPE}
+
 
 def field_names() -> tuple[str, ...]:
     """Return the names of all fields, in the order of their definition."""
     return tuple(field.name for field in dataclasses.fields(UnlearnConfig))
 
 
-# Where a run keeps its files and how it shows progress is not part of its recipe.
+# Where a run keeps its files, how processes share it and what it shows is not part of its recipe.
 _NOT_RECIPE = {
+    "deepspeed",
     "output_dir",
     "reference_cache",
     "progress",
@@ -386,7 +391,7 @@ def describe_recipe(config: UnlearnConfig) -> str:
         "fasterase defaults": UnlearnConfig(),
         "cliperase (the paper's)": UnlearnConfig.cliperase(),
     }
-    fields = [name for name in field_names() if name not in _NOT_RECIPE]
+    fields = config.recipe()
     changes = {
         recipe: [name for name in fields if getattr(config, name) != getattr(base, name)]
         for recipe, base in recipes.items()

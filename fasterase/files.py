@@ -178,7 +178,10 @@ def check_creatable(folder: Path, *, argument: str) -> None:
     folder = folder.absolute()
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not nearest.is_dir():
-        raise InputError(f"{argument}: {nearest} is not a folder. Give another path.")
+        raise InputError(
+            f"{argument}: {nearest} is not a folder, and {folder} cannot be created. Give another "
+            "path."
+        )
     check_writable(nearest, argument=argument)
 
 

@@ -125,8 +125,8 @@ class UnlearnResult:
 
         `provenance.json` beside them records what was erased, when, with what configuration and
         library versions, digests of the data, and the model before with its own record, if it had
-        one; the model card tells the same in short. `fasterase.evaluate` of the folder compares
-        the model with its record.
+        one; the model card tells the same in short, and neither names a folder of this machine.
+        `fasterase.evaluate` of the folder compares the model with its record.
 
         Args:
             folder: the folder to write.
@@ -147,14 +147,14 @@ class UnlearnResult:
     def _record(self) -> dict[str, Any]:
         before = restored_original(self.encoder, self.original_weights)
         parent = {
-            "name": self.encoder.name,
+            "name": self.encoder.public_name,
             "fingerprint": weights_fingerprint(before.module),
             "record": self.parent_record,
         }
         return make_record(
             parent=parent,
             fingerprint=weights_fingerprint(self.encoder.module),
-            config=self.config.to_dict(),
+            config=self.config.recipe(),
             data={
                 name: {"pairs": len(source), "digest": source.manifest()}
                 for name, source in self.sets.items()

@@ -14,7 +14,7 @@ from fasterase.cli.flags import DemoFlags, EvaluateFlags, PlanFlags, SplitFlags,
 from fasterase.cli.sets import check_sets, split_data
 from fasterase.config import UnlearnConfig, format_yaml
 from fasterase.errors import InputError, MissingExtraError
-from fasterase.files import check_creatable, check_writable
+from fasterase.files import check_creatable
 
 
 def run_command(command: str, values: dict[str, Any]) -> str | None:
@@ -60,8 +60,8 @@ def _unlearn(values: dict[str, Any]) -> str | None:
         config=config,
         model_name=flags.model_name,
         holdout=flags.holdout,
-        sets=_parse_named("sets", flags.sets),
-        forget_sets=_parse_named("forget_sets", flags.forget_sets),
+        sets=parse_named("sets", flags.sets),
+        forget_sets=parse_named("forget_sets", flags.forget_sets),
         image_key=flags.image_key,
         text_key=flags.text_key,
     )
@@ -101,12 +101,12 @@ def _evaluate(values: dict[str, Any]) -> str | None:
         retain,
         model_name=flags.model_name,
         holdout=flags.holdout,
-        sets=_parse_named("sets", flags.sets),
-        forget_sets=_parse_named("forget_sets", flags.forget_sets),
+        sets=parse_named("sets", flags.sets),
+        forget_sets=parse_named("forget_sets", flags.forget_sets),
         image_key=flags.image_key,
         text_key=flags.text_key,
         original=flags.original,
-        references=_parse_named("references", flags.references),
+        references=parse_named("references", flags.references),
         class_names=None if flags.class_names is None else _read_lines(flags.class_names),
         tasks=[flags.tasks] if isinstance(flags.tasks, str) else flags.tasks,
         attacks=[flags.attacks] if isinstance(flags.attacks, str) else flags.attacks,
@@ -135,7 +135,7 @@ def _split(values: dict[str, Any]) -> None:
     folder = Path(output)
     if Path(data).resolve().parent == folder.resolve() and Path(data).stem in ("forget", "retain"):
         raise InputError(f"--output_dir={output!r}: the split would replace --data={data!r}.")
-    check_writable(folder, argument=f"--output_dir={output!r}")
+    check_creatable(folder, argument=f"--output_dir={output!r}")
     forget, retain = split_data(values)
     files = write_split(forget, retain, folder)
     print(f"{forget!r}: {files.forget}\n{retain!r}: {files.retain}")
@@ -208,7 +208,7 @@ def _require_flags(command: str, values: dict[str, Any], names: Sequence[str]) -
     return [values[name] for name in names]
 
 
-def _parse_named(flag: str, entries: list[str] | dict[str, str] | str) -> dict[str, str]:
+def parse_named(flag: str, entries: list[str] | dict[str, str] | str) -> dict[str, str]:
     """Parse NAME=WHERE entries from the command line, or a mapping from YAML."""
     if isinstance(entries, Mapping):
         entries = [f"{name}={where}" for name, where in entries.items()]

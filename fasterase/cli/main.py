@@ -56,13 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = EXIT_REMEMBERED if verdict == "remembered" else EXIT_DONE
         _write_status(output_dir, code)
     except (Exception, KeyboardInterrupt) as error:
-        code = _exit_code_of(error)
+        code = exit_code_of(error)
         _write_status(output_dir, code)
         # What is wrong with the command is wrong on every rank; what happens to one is its own.
         if _rank() == 0 or code == EXIT_FAILED:
             if "--debug" in argv:
                 traceback.print_exc()
-            print(f"fasterase: error: {_format_error(error)}", file=sys.stderr)
+            print(f"fasterase: error: {format_error(error)}", file=sys.stderr)
     return code
 
 
@@ -96,14 +96,16 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
-def _format_error(error: BaseException) -> str:
+def format_error(error: BaseException) -> str:
+    """Describe an error in one line."""
     if isinstance(error, FaseraseError | KeyboardInterrupt):
         return " ".join(str(error).split()) or "interrupted."
     found = " ".join(f"{type(error).__name__}: {error}".split())
     return f"{found} (unexpected; --debug shows the traceback)"
 
 
-def _exit_code_of(error: BaseException) -> int:
+def exit_code_of(error: BaseException) -> int:
+    """Return the exit code of a command that ends with `error`."""
     if isinstance(error, InputError):
         return EXIT_WRONG_INPUT
     if isinstance(error, NonFiniteError):

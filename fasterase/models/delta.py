@@ -115,7 +115,7 @@ def save_delta(
                 stored[f"{side}/{name}"] = goal.flatten()[at]
     metadata = {
         "format": _FORMATS[adapter is not None],
-        "model": model.name,
+        "model": model.public_name,
         "original": fingerprint_weights(model.module, original),
         "erased": fingerprint_weights(model.module),
         "dtypes": json.dumps(dtypes),
@@ -123,9 +123,9 @@ def save_delta(
     }
     with replace_model_folder(folder, library="fasterase.apply_delta") as new:
         save_file(stored, new / DELTA_FILE, metadata=metadata)
-        readme = _README.format(name=model.name)
+        readme = _README.format(name=model.public_name)
         if adapter is not None:
-            write_adapter(adapter.config, adapter.state, model.module, new)
+            write_adapter(adapter.config, adapter.state, model.module, new, home=Path(folder))
             readme += _PEFT_README
         (new / "README.md").write_text(readme, encoding="utf-8")
     return Path(folder)

@@ -198,6 +198,7 @@ def _load_adapter(folder: Path, **given: Any) -> DualEncoder:
             f"put the adapter on it with peft.PeftModel.from_pretrained(model, {str(folder)!r}), "
             "and pass the result"
         )
+    base = adapters.find_base(base, folder)
     encoder = huggingface.from_source(base, name=str(folder), online=True, **given)
     encoder.wrapper = adapters.load_adapters(encoder.module, folder)
     return encoder
