@@ -62,8 +62,8 @@ class UnlearnConfig:
             forgotten too, and 0 otherwise. 0 is the paper.
         forget_augment: apply random affine transforms and tints to forget images, so that the
             association is erased for unseen pictures too. False is the paper.
-        forget_words: before training, replace the vectors of tokens that forget captions use often
-            and retain captions never by such as have no meaning. Nothing else changes, and what was
+        forget_words: before training, replace embeddings of tokens frequent in forget captions and
+            absent from retain captions with neutral ones. Nothing else changes, and what was
             known of them is gone, not hidden. Needs `tune="all"` or `"text"`; other runs go
             without. False is the paper.
         negatives: `"own"` uses one similarity matrix per set; `"joint"` uses one over both sets.

@@ -88,10 +88,9 @@ def erase_loss(
     An empty set contributes 0. A similarity matrix that no weight uses is not computed, and its
     terms are reported as 0; the same holds for the KL and the anchor at weight 0.
 
-    With `cross_weight` c > 0 (not in the paper) either tower forgets also beside the original's
-    other one, none goes too far, and forget rows stay as similar to retain rows as they were: the
-    floor is the mean cosine of unrelated pairs, and a caption that moves towards all other images
-    ends less similar to its own than to these.
+    With `cross_weight` c > 0 (not in the paper) each tower also forgets against the original's
+    other tower, never below the floor, and forget rows keep their mean cosine with retain rows: a
+    caption that moves towards all other images ends less similar to its own than to these.
 
         forget      = e(image, text) + c (e(image, ref_text) + e(ref_image, text)
                       + d(image, ref_image, ref_text) + d(text, ref_text, ref_image)), where

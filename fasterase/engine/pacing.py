@@ -109,7 +109,7 @@ class Pacing(Protocol):
         ...
 
     def after_step(self, record: StepRecord) -> None:
-        """Take note of a step."""
+        """Record a step."""
         ...
 
     def state(self) -> dict[str, Any]:
@@ -205,11 +205,11 @@ class LinePacing(FixedPacing):
 class AutomaticPacing:
     """Runs until the verdict holds, within a budget of steps and damage.
 
-    The verdict is checked every few steps. Once it holds by a margin and the loss is settled, or
-    the loss is spent, or the damage is exceeded, lr fades to 0, which heals damage; if the verdict
-    does not hold then, the run resumes, at most twice. The best weights seen are restored at the
-    end: of forgotten ones those that rest within the margins, faded ones first, then those with the
-    least damage; else those with the least residue within `max_damage`.
+    The verdict is checked every few steps. Once it holds by a margin and the loss has settled, or
+    the loss has converged, or the damage is exceeded, lr decays to 0, which recovers some damage.
+    If the verdict does not hold then, the run resumes, at most twice. The best weights seen are
+    restored at the end: of forgotten ones those that rest within the margins, faded ones first,
+    then those with the least damage; else those with the least residue within `max_damage`.
 
     Args:
         rate: the learning rate while forgetting.
