@@ -399,7 +399,7 @@ class PairEncoder:
 def check_readable(
     source: PairSource, tried: int, readable: int, skipped: Sequence[Skip] = ()
 ) -> None:
-    """Raise `InputError` if none of the pairs tried could be read; of no pairs, all were."""
+    """Raise `InputError` if pairs were tried and none of them could be read."""
     if tried and not readable:
         first = f" The first: {skipped[0].id}: {skipped[0].reason}." if skipped else ""
         raise InputError(
