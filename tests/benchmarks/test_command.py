@@ -38,7 +38,11 @@ def test_every_command_reports_its_errors_in_the_same_place():
         ("attacks --erased demo", "--erased demo: expected NAME=FOLDER"),
         ("digits --work FILE", "--work: FILE cannot be created"),
         ("eight_bit --work FILE", "--work: FILE cannot be created"),
-        ("end_to_end --concept nonsense --output new.csv", "'nonsense' chooses no concept"),
+        pytest.param(
+            "end_to_end --concept nonsense --output new.csv",
+            "'nonsense' chooses no concept",
+            marks=pytest.mark.slow,  # said by a process of its own
+        ),
         ("evidence --methods magic", "--methods: 'magic' is none of"),
         ("evidence --settings none.csv", "--settings: no file none.csv"),
         ("evidence --retrained drink", "--retrained drink: expected NAME=WHERE"),
@@ -46,6 +50,7 @@ def test_every_command_reports_its_errors_in_the_same_place():
         ("gpu_stages --wheels none", "no *.whl in none"),
         ("recipes --retrained fish=none", "--retrained fish: expected one of food-fruit"),
         ("recipes --retrained drink=none", "--retrained drink: there is no folder none"),
+        ("robustness --concepts nonsense", "'nonsense' chooses no concept"),
         ("references --references none", "--references: no folder none/without-CONCEPT"),
         ("tune --work FILE", "--work: FILE cannot be created"),
     ],
