@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import fasterase
+from benchmarks.command import exit_with
 from benchmarks.result_files import RESULTS, code_version, device_name, write_csv
 from fasterase.demo import emoji
 from fasterase.demo.sets import Drawings, build_sets, open_teams
@@ -102,4 +103,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 import fasterase
+from benchmarks.command import exit_with
 from benchmarks.evidence.closed_form import project_texts_out
 from benchmarks.evidence.task import Task
 from benchmarks.recipes import KEEP_SETS, TEST
@@ -112,4 +113,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

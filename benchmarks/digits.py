@@ -30,11 +30,12 @@ from PIL import Image
 
 import fasterase
 from benchmarks.attacked import RELEARNED, SWAPPED, attacks_of
+from benchmarks.command import exit_with
 from benchmarks.result_files import RESULTS, write_csv
 from fasterase.demo.run import recipe_config
 from fasterase.errors import import_extra
 from fasterase.evaluation.evaluation import Evaluation
-from fasterase.files import replace_file
+from fasterase.files import check_writable, replace_file
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 WORDINGS = ("a handwritten {}", "the digit {}", "{} written by hand", "the number {}")
@@ -248,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/digits"))
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(argv)
-    options.work.mkdir(parents=True, exist_ok=True)
+    check_writable(options.work, argument="--work")
     places = [(digit, seed) for seed in range(options.seeds) for digit in options.digits]
     found: dict[tuple[int, int], Evaluation] = {}
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
@@ -266,4 +267,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -20,9 +20,10 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.command import exit_with
 from benchmarks.recipes import KEEP_SETS, OPTIMIZERS, TEST, Outcome, Run, execute_all, interval
 from benchmarks.result_files import RESULTS, write_csv
-from fasterase.files import write_text
+from fasterase.files import check_writable, write_text
 
 BASELINE = "fasterase"
 # Column -> (set, metric, whether the change from the original is meant).
@@ -127,7 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/eight_bit"))
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    options.work.mkdir(parents=True, exist_ok=True)
+    check_writable(options.work, argument="--work")
     recipes = [name for name in OPTIMIZERS if optimizer_of(name) in options.optimizers]
     runs = [
         Run(recipe, subgroup, None, None, (), seed)
@@ -144,4 +145,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

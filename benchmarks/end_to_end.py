@@ -51,6 +51,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import fasterase
+from benchmarks.command import exit_with
 from benchmarks.naive_erasure import erase_naively
 from benchmarks.processes import MeasurementError, call_in_process
 from benchmarks.result_files import RESULTS, code_version, device_name, write_csv
@@ -441,4 +442,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from benchmarks.command import exit_with
 from benchmarks.result_files import RESULTS, code_version, device_name, write_csv
 from fasterase.ops.contrastive import contrastive, weighted_contrastive
 
@@ -140,4 +141,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    exit_with(main)

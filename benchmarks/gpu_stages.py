@@ -26,12 +26,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-
+from benchmarks.command import exit_with
 from benchmarks.result_files import RESULTS, code_version, device_name
+from fasterase.errors import InputError
 from fasterase.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -170,13 +171,13 @@ def run_stage(name: str, *, results: Path, work: Path, seconds: float, again: bo
     note, log = work / f"{name}.json", work / f"{name}.log"
     print(f"== {name}: {stage.about}", flush=True)
     interpreted = stage.runs_interpreted and os.environ.get("TRITON_INTERPRET") == "1"
-    if stage.needs_gpu and not torch.cuda.is_available() and not interpreted:
+    if stage.needs_gpu and not has_gpu() and not interpreted:
         how = "; TRITON_INTERPRET=1 runs it on CPU tensors" if stage.runs_interpreted else ""
         print(f"skipped: it needs a CUDA GPU{how}")
         return "skipped"
     here = {
         "version": code_version(),
-        "device": device_name("cuda" if torch.cuda.is_available() else "cpu"),
+        "device": device_name("cuda" if has_gpu() else "cpu"),
         "interpreted": interpreted,
     }
     earlier = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
@@ -250,14 +251,32 @@ def install(wheels: Path) -> None:
     """Install every wheel of a folder, without the network and without their dependencies.
 
     Raises:
-        SystemExit: there is none, or pip fails.
+        InputError: there is none.
+        SystemExit: pip fails.
     """
     found = sorted(map(str, wheels.glob("*.whl")))
     if not found:
-        raise SystemExit(f"WHEELS: no *.whl in {wheels}")
+        raise InputError(f"WHEELS: no *.whl in {wheels}. Give a folder that holds some.")
     code = subprocess.run(_python("pip", "install", "--no-index", "--no-deps", *found)).returncode
     if code:
         raise SystemExit(code)
+
+
+def has_gpu() -> bool:
+    """Tell whether torch sees a GPU.
+
+    Raises:
+        InputError: this Python has no torch that works.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(
+            f"{sys.executable} cannot import torch ({error}). Install what the stages need with "
+            f"`{sys.executable} -m pip install -e '.[dev]'`, or name a Python that has it: "
+            "make gpu PYTHON=/path/to/python."
+        ) from error
+    return torch.cuda.is_available()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -275,10 +294,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.wheels is not None:
         install(args.wheels)
-    on_gpu = torch.cuda.is_available()
+    on_gpu = has_gpu()
     peers = ", ".join(name for name in _PEERS if find_spec(name)) or "none"
     print(
-        f"{device_name('cuda') if on_gpu else 'no CUDA GPU'}; torch {torch.__version__}; "
+        f"{device_name('cuda') if on_gpu else 'no CUDA GPU'}; torch {version('torch')}; "
         f"fasterase {code_version()}; peers installed: {peers}"
     )
     states = {
@@ -298,4 +317,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    exit_with(main)

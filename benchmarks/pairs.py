@@ -53,6 +53,7 @@ import torch
 import webdataset
 from PIL import Image
 
+from benchmarks.command import exit_with
 from benchmarks.processes import call_in_process
 from benchmarks.result_files import RESULTS, code_version, device_name, write_csv
 from fasterase.models.preprocessing import wrap_tokenizer, wrap_transform
@@ -488,4 +489,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import fasterase
+from benchmarks.command import exit_with
 from benchmarks.processes import call_in_process
 from fasterase.files import write_text
 from fasterase.models.dual_encoder import DualEncoder
@@ -110,7 +111,7 @@ def main() -> None:
     """Measure all cases, print them, and write them as CSV."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", default="benchmarks/results/plan_memory.csv")
-    parser.add_argument("--only", help="a model", default=None)
+    parser.add_argument("--only", help="a model", choices=sorted({each.model for each in CASES}))
     arguments = parser.parse_args()
     lines = [("model", "settings", "planned_mb", "measured_mb", "planned/measured")]
     for case in CASES:
@@ -127,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from fasterase.errors import InputError
+
 
 class MeasurementError(Exception):
     """A measurement cannot be made; the message gives the reason."""
@@ -25,7 +27,8 @@ def call_in_process(
         preload: modules that the process shares with later ones.
 
     Raises:
-        MeasurementError: the call raised an error, or its process died or took too long.
+        InputError: the call raised it.
+        MeasurementError: it raised any other error, or its process died or took too long.
     """
     context = multiprocessing.get_context("forkserver")
     # Children fork from a process that has imported torch but not computed: no pools, no threads.
@@ -47,6 +50,8 @@ def call_in_process(
     finally:
         child.join()
         ours.close()
+    if isinstance(why, InputError):
+        raise why
     if why is not None:
         raise MeasurementError(why)
     return found
@@ -58,6 +63,8 @@ def _send_result(
     torch.set_num_threads(num_threads)
     try:
         to.send((call(*arguments), None))
+    except InputError as error:
+        to.send((None, error))
     except Exception as error:
         to.send((None, describe_error(error)))
 

@@ -32,14 +32,17 @@ import numpy as np
 import torch
 
 import fasterase
+from benchmarks.command import exit_with
 from benchmarks.result_files import RESULTS, write_csv
 from fasterase.config import UnlearnConfig
 from fasterase.demo import emoji
 from fasterase.demo.run import evaluate_sets, forget_pairs, recipe_config
 from fasterase.demo.sets import build_sets
+from fasterase.errors import InputError
 from fasterase.evaluation.metrics import bootstrap_intervals
 from fasterase.files import write_text
 from fasterase.models.load import load_model
+from fasterase.option_values import parse_named
 
 VALIDATION = ("animal-marine", "food-asian")
 TEST = (
@@ -379,6 +382,21 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def parse_retrained(entries: list[str]) -> dict[str, str]:
+    """Read the SUBGROUP=FOLDER entries of --retrained, and add the packaged model.
+
+    Raises:
+        InputError: one has another form, or there is no such subgroup or folder.
+    """
+    given = parse_named("retrained", entries)
+    for subgroup, folder in given.items():
+        if subgroup not in TEST:
+            raise InputError(f"--retrained {subgroup}: expected one of {', '.join(TEST)}.")
+        if not Path(folder).is_dir():
+            raise InputError(f"--retrained {subgroup}: there is no folder {folder}.")
+    return {emoji.DEFAULT_FORGET: str(emoji.RETRAINED_MODEL), **given}
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Tune, test and write the results."""
     parser = argparse.ArgumentParser(
@@ -400,8 +418,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/recipes"))
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    retrained = {emoji.DEFAULT_FORGET: str(emoji.RETRAINED_MODEL)}
-    retrained |= dict(entry.split("=", 1) for entry in options.retrained)
+    retrained = parse_retrained(options.retrained)
     run_all = partial(
         execute_all, work=options.work, processes=options.processes, retrained=retrained
     )
@@ -445,4 +462,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -26,6 +26,7 @@ import torch
 
 from benchmarks.attacked import MEMBERSHIP, RELEARNED, SWAPPED, Attacked, attacks_of
 from benchmarks.attacks import non_members
+from benchmarks.command import exit_with
 from benchmarks.recipes import KEEP_SETS
 from benchmarks.result_files import RESULTS, write_csv
 from benchmarks.sequential import HIT, RECALL, erase
@@ -222,4 +223,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

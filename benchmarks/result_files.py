@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import fasterase
+from fasterase.errors import InputError
 from fasterase.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
@@ -35,8 +34,17 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 @functools.cache
 def device_name(device: str) -> str:
-    """Return the name of the GPU, or of the CPU with the instructions that torch uses."""
+    """Return the name of the GPU, or of the CPU with the instructions that torch uses.
+
+    Raises:
+        InputError: it is a GPU, and there is none.
+    """
+    # Not above: `make gpu` tells what it lacks where there is no torch.
+    import torch
+
     if device == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError("--device cuda: torch sees no CUDA GPU here. Give --device cpu.")
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 import fasterase
+from benchmarks.command import exit_with
 from benchmarks.result_files import RESULTS, device_name, write_csv
 from fasterase.demo import emoji
 from fasterase.demo.run import forget_pairs, recipe_config
@@ -187,6 +188,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seeds = options.case.pop("seeds")
         json.dump(list(erase(Case(**options.case), seeds)), sys.stdout)
         return 0
+    for concept in options.concepts:
+        build_sets(concept, original=str(emoji.BASE_MODEL), seed=0)  # refuses an unknown one
     options.work.mkdir(parents=True, exist_ok=True)
     cases = [
         Case(model, start, threads, capability)
@@ -208,4 +211,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

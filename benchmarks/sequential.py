@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 import fasterase
+from benchmarks.command import exit_with
 from benchmarks.recipes import KEEP_SETS, TEST
 from benchmarks.result_files import RESULTS, write_csv
 from fasterase.demo import emoji
@@ -357,4 +358,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from benchmarks.command import exit_with
 from benchmarks.eight_bit import BASELINE, tabulate
 from benchmarks.recipes import TEST, TUNES, Run, execute_all
 from benchmarks.result_files import RESULTS, write_csv
+from fasterase.files import check_writable
 
 
 def tune_of(recipe: str) -> str:
@@ -37,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/tune"))
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    options.work.mkdir(parents=True, exist_ok=True)
+    check_writable(options.work, argument="--work")
     runs = [
         Run(recipe, subgroup, None, None, (), seed)
         for seed in range(options.seeds)
@@ -57,4 +59,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

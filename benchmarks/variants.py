@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.attacked import attacks_of
+from benchmarks.command import exit_with
 from benchmarks.evidence.cells import ORIGINAL, VARIANTS, Cell, as_text, run_cells
 from benchmarks.evidence.table import ATTACKED, as_table, by_place, summarise
 from benchmarks.recipes import VALIDATION
@@ -49,4 +50,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

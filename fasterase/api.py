@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -18,10 +19,11 @@ from fasterase.config import UnlearnConfig, describe_recipe
 from fasterase.encode import PairEncoder
 from fasterase.engine.advice import advise
 from fasterase.engine.clock import RunClock
-from fasterase.engine.conditions import check_environment
-from fasterase.engine.erase import erase
+from fasterase.engine.conditions import check_environment, check_retain
 from fasterase.engine.history import StepRecord
+from fasterase.engine.job import Job
 from fasterase.engine.model_state import best_device, borrowed, placed, resolve_device
+from fasterase.engine.run import Outcome, Run
 from fasterase.engine.run_lock import lock_run
 from fasterase.engine.stops import explaining_interrupts
 from fasterase.engine.trackers import tracking
@@ -32,11 +34,11 @@ from fasterase.evaluation.evaluator import Evaluator
 from fasterase.evaluation.examiner import Examiner
 from fasterase.evaluation.measurement import Measurement
 from fasterase.evaluation.tasks.table import check_tasks
-from fasterase.files import check_replaceable, check_writable
+from fasterase.files import check_creatable, check_replaceable
 from fasterase.models.companions import remember
 from fasterase.models.delta import keep_original
 from fasterase.models.dual_encoder import DualEncoder, separate_copy
-from fasterase.models.load import load_model
+from fasterase.models.load import check_model_name, load_compared, load_model
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.overlap import remove_overlap
 from fasterase.pairs.processes import count_workers
@@ -94,7 +96,8 @@ def unlearn(
             `fasterase.split` returned. An image that is a float tensor (3, H, W) counts as
             preprocessed; a text is a str, a list of str of which one is drawn each time, or token
             ids. docs/inputs.md lists further forms: DataFrames, Parquet, datasets of class numbers.
-        retain: pairs to keep. Pairs that are also in `forget` are left out, with a warning.
+        retain: pairs to keep. Pairs that are also in `forget` are left out, with a warning. An
+            empty set needs numbers for lr and epochs (or max_steps), and gives no verdict.
         config: settings; `overrides` are fields of it by name.
         tokenizer, preprocess: the model's own, if it does not carry them; a transformers processor
             gives both. They stay with the result: `unlearn(result.model, ...)` finds them.
@@ -116,8 +119,8 @@ def unlearn(
     Raises:
         InputError: an argument is not usable; the model is untouched. If too many pairs turn out
             to be unreadable during training, the model keeps the weights of the last step.
-        ResumeError: `output_dir` holds a checkpoint of another run or an unreadable one, or
-            `resume="must"` and there is none.
+        ResumeError: `output_dir` holds a checkpoint of another run, of more steps than are asked
+            for, or an unreadable one; or `resume="must"` and there is none.
         DiskFullError: there was no room for a file; the last checkpoint is kept.
         NonFiniteError: the loss stayed non-finite; the model holds the last good weights.
         PreemptedError: SIGTERM or SIGUSR1 arrived; with an `output_dir`, a checkpoint was written.
@@ -131,76 +134,65 @@ def unlearn(
     with join_ranks(alone_too=config.deepspeed is not None) as ranks, _speaking(ranks):
         if not ranks.is_first:
             config = config.replace(progress=False, report_to=None)
-        output = ranks.on_first(lambda: _make_output_folder(config))
-        with ranks.first_enters(lambda: lock_run(output)), explaining_interrupts(output):
-            return _unlearn(
-                model,
-                forget,
-                retain,
-                config=config,
-                tokenizer=tokenizer,
-                preprocess=preprocess,
-                model_name=model_name,
-                holdout=holdout,
-                sets=sets,
-                forget_sets=forget_sets,
-                image_key=image_key,
-                text_key=text_key,
-                callback=callback,
-                copy=copy,
-                output=output,
-                clock=clock,
-                ranks=ranks,
+        output = ranks.on_first(lambda: _check_output_folder(config))
+        with explaining_interrupts(output):
+            parent_record = read_record(model)
+            # Weights loaded or copied inside a caller's inference mode could never be trained.
+            with ranks.together(), torch.inference_mode(False):
+                encoder = load_model(
+                    model, tokenizer=tokenizer, preprocess=preprocess, model_name=model_name
+                )
+                named = isinstance(model, (str, os.PathLike))
+                if copy and not named:
+                    encoder = separate_copy(encoder)
+            keys = {"image_key": image_key, "text_key": text_key}
+            with ranks.together():
+                opened, to_forget = _open_sets(forget, retain, holdout, sets, forget_sets, **keys)
+                check_retain(opened["retain"], config)
+                opened["retain"], removed = remove_overlap(opened["retain"], opened["forget"])
+            _warn_overlap(removed)
+            home = (launched_device() or best_device()) if named else encoder.device
+            device = resolve_device(config.device, default=home)
+            # Refuses a wrong `tune`, before minutes of measuring.
+            weights = keep_original(
+                encoder,
+                config.tune,
+                logit_scale=config.train_logit_scale,
+                buffers=config.train_mode,
             )
+            job = Job(encoder, opened, to_forget, config, output, callback, ranks)
+            # Not before: a call with a wrong argument leaves no folder behind.
+            with ranks.first_enters(lambda: lock_run(output)):
+                outcome, ledger = _run(job, clock, device)
+                result = UnlearnResult(
+                    model=encoder.given,
+                    history=outcome.history,
+                    evaluation=outcome.evaluation,
+                    verdict=outcome.verdict,
+                    traces=outcome.traces,
+                    config=config,
+                    skipped=ledger.skips,
+                    floor=outcome.floor,
+                    removed_from_retain=removed,
+                    seconds=clock.seconds(),
+                    encoder=encoder,
+                    original_weights=weights,
+                    adapter=outcome.adapter,
+                    sets=opened,
+                    parent_record=parent_record,
+                )
+                with ranks.together():
+                    if output is not None and ranks.is_first:
+                        _write(result, output)
+            return result
 
 
-def _unlearn(
-    model: nn.Module | str | os.PathLike[str],
-    forget: Any,
-    retain: Any,
-    *,
-    config: UnlearnConfig,
-    tokenizer: Any,
-    preprocess: Any,
-    model_name: str | None,
-    holdout: Any,
-    sets: Mapping[str, Any] | None,
-    forget_sets: Mapping[str, Any] | None,
-    image_key: str | None,
-    text_key: str | None,
-    callback: Callable[[StepRecord], object] | None,
-    copy: bool,
-    output: Path | None,
-    clock: RunClock,
-    ranks: Ranks,
-) -> UnlearnResult:
-    """Run `unlearn` with checked settings and the output folder locked."""
-    named = isinstance(model, (str, os.PathLike))
-    parent_record = read_record(model)
-    # Weights loaded or copied inside a caller's inference mode could never be trained.
-    with ranks.together(), torch.inference_mode(False):
-        encoder = load_model(
-            model, tokenizer=tokenizer, preprocess=preprocess, model_name=model_name
-        )
-        if copy and not named:
-            encoder = separate_copy(encoder)
-    home = (launched_device() or best_device()) if named else encoder.device
-    device = resolve_device(config.device, default=home)
-
-    with ranks.together():
-        opened, to_forget = _open_sets(
-            forget, retain, holdout, sets, forget_sets, image_key=image_key, text_key=text_key
-        )
-        opened["retain"], removed = remove_overlap(opened["retain"], opened["forget"])
-    _warn_overlap(removed)
-    ledger = SkipLedger(sum(map(len, opened.values())), max_skipped=config.max_skipped)
+def _run(job: Job, clock: RunClock, device: torch.device) -> tuple[Outcome, SkipLedger]:
+    """Make the run of a job on a device, tell trackers, and warn of what the user should know."""
+    encoder, config = job.model, job.config
+    ledger = SkipLedger(sum(map(len, job.sets.values())), max_skipped=config.max_skipped)
     if config.progress:
         tqdm.write(f"fasterase: erasing from {encoder.name}; recipe: {describe_recipe(config)}")
-
-    # Refuses a wrong `tune`, before minutes of measuring.
-    original_weights = keep_original(
-        encoder, config.tune, logit_scale=config.train_logit_scale, buffers=config.train_mode
-    )
     # A caller's no_grad or inference mode would train nothing, silently.
     with (
         tracking(config) as tracker,
@@ -210,48 +202,18 @@ def _unlearn(
             encoder, device=device, activation_checkpointing=config.activation_checkpointing
         ) as state,
     ):
-        outcome = erase(
-            encoder,
-            opened,
-            forget_sets=to_forget,
-            config=config,
-            ledger=ledger,
-            clock=clock,
-            state=state,
-            output_dir=output,
-            callback=tracker.followed_by(callback),
-            ranks=ranks,
-        )
+        followed = replace(job, callback=tracker.followed_by(job.callback))
+        outcome = Run(followed, ledger=ledger, clock=clock, borrowed=state).erase()
         tracker.summarise(outcome.figures())
-    if config.progress and ranks.world_size > 1:
-        hours = clock.seconds() * ranks.world_size / 3600
+    if config.progress and job.ranks.world_size > 1:
+        hours = clock.seconds() * job.ranks.world_size / 3600
         unit = "GPU" if device.type == "cuda" else "process"
-        tqdm.write(f"fasterase: {ranks.world_size} processes, {hours:.2f} {unit}-hours")
+        tqdm.write(f"fasterase: {job.ranks.world_size} processes, {hours:.2f} {unit}-hours")
     advice = advise(outcome, config)
     if advice is not None:
         warnings.warn(advice, stacklevel=3)
     remember(encoder.module, encoder.companions)
-    result = UnlearnResult(
-        model=encoder.given,
-        history=outcome.history,
-        evaluation=outcome.evaluation,
-        verdict=outcome.verdict,
-        traces=outcome.traces,
-        config=config,
-        skipped=ledger.skips,
-        floor=outcome.floor,
-        removed_from_retain=removed,
-        seconds=clock.seconds(),
-        encoder=encoder,
-        original_weights=original_weights,
-        adapter=outcome.adapter,
-        sets=opened,
-        parent_record=parent_record,
-    )
-    with ranks.together():
-        if output is not None and ranks.is_first:
-            _write(result, output)
-    return result
+    return outcome, ledger
 
 
 def _write(result: UnlearnResult, output: Path) -> None:
@@ -291,6 +253,7 @@ def evaluate(
     seed: int = 0,
     tokenizer: Any = None,
     preprocess: Any = None,
+    model_name: str | None = None,
     image_key: str | None = None,
     text_key: str | None = None,
     device: str | None = None,
@@ -339,6 +302,8 @@ def evaluate(
         seed: seed of the draw and of the bootstrap.
         tokenizer: reads string captions; used for every model here; see `fasterase.unlearn`.
         preprocess: turns images into tensors; used for every model here.
+        model_name: open_clip's name for the architecture of every instance and checkpoint file
+            here; see `fasterase.unlearn`. Models given by name or folder say it themselves.
         image_key, text_key: columns of tables, keys of dicts and fields of tar samples.
         device: where to measure, such as `"cuda:0"`; a model passed in is moved back afterwards.
             None: where the model is, or the best available device for one given by name.
@@ -356,10 +321,13 @@ def evaluate(
     attacks = check_attacks(
         attacks, original=original is not None, non_members=non_members is not None
     )
-    keys = {"image_key": image_key, "text_key": text_key}
+    keys: dict[str, Any] = {"image_key": image_key, "text_key": text_key}
     sources, to_forget = _open_sets(forget, retain, holdout, sets, forget_sets, **keys)
+    if not len(sources["retain"]):
+        raise InputError("`retain` is empty; a verdict needs pairs to keep, to compare with.")
     strangers = None if non_members is None else open_pairs(non_members, name="non_members", **keys)
     _check_references(references)
+    check_model_name(model_name, [model, original, *references.values()])
     workers = count_workers(num_workers)
     if workers < 0:
         raise InputError(f"num_workers={num_workers} must be 0 or more, or 'auto'.")
@@ -378,7 +346,9 @@ def evaluate(
 
     def measure(name: str, each: Model, *, before: Measurement | None = None) -> Measurement:
         # One model at a time, so that of models given by name only one is in memory.
-        encoder = _load_compared(name, each, tokenizer, preprocess)
+        encoder = load_compared(
+            name, each, tokenizer=tokenizer, preprocess=preprocess, model_name=model_name
+        )
         named = isinstance(each, (str, os.PathLike))
         default = best_device() if named else encoder.device
         with placed(encoder, device=resolve_device(device, default=default)):
@@ -418,12 +388,12 @@ def _check_arguments(config: object, callback: object) -> None:
         )
 
 
-def _make_output_folder(config: UnlearnConfig) -> Path | None:
-    """Create `output_dir`, and fail now rather than hours later if it cannot be written."""
+def _check_output_folder(config: UnlearnConfig) -> Path | None:
+    """Fail now rather than hours later if `output_dir` cannot be created or written to."""
     if config.output_dir is None:
         return None
     output = Path(config.output_dir)
-    check_writable(output, argument="output_dir")
+    check_creatable(output, argument="output_dir")
     check_replaceable(output / "model", argument="output_dir")
     return output
 
@@ -434,7 +404,7 @@ def _warn_overlap(removed: list[str]) -> None:
         warnings.warn(
             f"{len(removed)} retain pairs are also in the forget set and are left out of retain, "
             f"since they would undo the erasure: {shown}",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 
@@ -463,8 +433,9 @@ def _open_sets(
                 what = "an argument of its own" if own else "also one of forget_sets"
                 raise InputError(f"{argument}: {name!r} is {what}. Choose another name.")
             given[name] = source
+    keys: dict[str, Any] = {"image_key": image_key, "text_key": text_key}
     opened = {
-        name: open_pairs(source, name=name, image_key=image_key, text_key=text_key)
+        name: open_pairs(source, name=name, may_be_empty=name == "retain", **keys)
         for name, source in given.items()
     }
     return opened, list(forget_sets or {})
@@ -479,16 +450,3 @@ def _check_references(references: object) -> None:
                 f"references: {name!r} cannot name a further model. Choose another name; "
                 "the original has its own argument."
             )
-
-
-def _load_compared(name: str, model: Model, tokenizer: Any, preprocess: Any) -> DualEncoder:
-    """Load one of the models that are compared; an error names the argument it came from."""
-    if isinstance(model, DualEncoder):
-        return model
-    try:
-        return load_model(model, tokenizer=tokenizer, preprocess=preprocess)
-    except InputError as error:
-        if name == "model":
-            raise
-        argument = name if name == "original" else f"references[{name!r}]"
-        raise type(error)(f"{argument}: {error}") from error

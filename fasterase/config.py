@@ -37,7 +37,7 @@ COMMAND_KEYS = (
 # A resumed run may change it: how far it goes, and what does not change its weights (but for the
 # last bits: `device` and `micro_batch_size`).
 FREE = "free"
-# It is no part of the recipe: where a run keeps its files and how it shows progress.
+# It is no part of the recipe: where a run keeps its files, how processes share it, what it shows.
 BOOKKEEPING = "bookkeeping"
 # `fasterase plan` and `fasterase demo` take it as a flag.
 PLAN, DEMO = "plan", "demo"
@@ -68,15 +68,16 @@ class UnlearnConfig:
             `"contrastive"` is gradient ascent on their InfoNCE.
         floor: cosine below which a forget pair is no longer pushed. `"auto"` takes the original's
             mean cosine between forget images and retain captions, and between retain images and
-            forget captions; `None` is the paper.
+            forget captions, or 0 without retain pairs; `None` is the paper.
         cross_weight: weight, within the forgetting loss, of the cosines of forget images with the
-            original's features of their captions, and the reverse: both towers forget, and neither
-            below the floor. With `"similarity"` and a retain set. `"auto"` is 1 with `tune="all"`
-            or `"text"`, where words can be forgotten too, and 0 otherwise. 0 is the paper.
+            original's features of their captions, and the reverse: both towers forget, neither
+            below the floor, and forget features keep their mean cosine with retained ones. With
+            `"similarity"`. `"auto"` is 1 with `tune="all"` or `"text"`, where words can be
+            forgotten too, and 0 otherwise. 0 is the paper.
         forget_augment: apply random affine transforms and tints to forget images, so that the
             association is erased for unseen pictures too. False is the paper.
-        forget_words: before training, replace the vectors of tokens that forget captions use often
-            and retain captions never by such as have no meaning. Nothing else changes, and what was
+        forget_words: before training, replace embeddings of tokens frequent in forget captions and
+            absent from retain captions with neutral ones. Nothing else changes, and what was
             known of them is gone, not hidden. Needs `tune="all"` or `"text"`; other runs go
             without. False is the paper.
         negatives: `"own"` uses one similarity matrix per set; `"joint"` uses one over both sets.
@@ -204,7 +205,7 @@ class UnlearnConfig:
     prefix_cache: float | None = None
     backend: Literal["auto", "dense", "chunked", "cpu", "triton"] = _tagged("auto", PLAN)
     device: str | None = _tagged(None, FREE, PLAN)
-    deepspeed: str | dict[str, Any] | None = _tagged(None, FREE, DEMO)  # noqa: RUF009
+    deepspeed: str | dict[str, Any] | None = _tagged(None, FREE, BOOKKEEPING, DEMO)  # noqa: RUF009
     # run
     seed: int = _tagged(0, DEMO)
     num_workers: int | Literal["auto"] = _tagged(0, FREE, BOOKKEEPING, DEMO)
@@ -377,6 +378,11 @@ class UnlearnConfig:
         values["betas"] = list(self.betas)
         return values
 
+    def recipe(self) -> dict[str, Any]:
+        """Return the fields that say how to erase, as plain values; none names a folder."""
+        others = field_names(BOOKKEEPING)
+        return {name: value for name, value in self.to_dict().items() if name not in others}
+
 
 def field_names(tag: str | None = None) -> tuple[str, ...]:
     """Return the names of all fields, or of those with a tag, in the order of their definition."""
@@ -390,7 +396,7 @@ def describe_recipe(config: UnlearnConfig) -> str:
         "fasterase defaults": UnlearnConfig(),
         "cliperase (the paper's)": UnlearnConfig.cliperase(),
     }
-    fields = [name for name in field_names() if name not in field_names(BOOKKEEPING)]
+    fields = config.recipe()
     changes = {
         recipe: [name for name in fields if getattr(config, name) != getattr(base, name)]
         for recipe, base in recipes.items()

@@ -28,9 +28,12 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 DONE = (0, 4)
 WORDS = ("apple", "apples", "dog", "cat", "house", "tree", "boat", "plane", "chair", "lamp")
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:verdict", "ignore:retain. .* captions seem to name", "ignore:.*quick_gelu"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(
+        "ignore:verdict", "ignore:retain. .* captions seem to name", "ignore:.*quick_gelu"
+    ),
+]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -57,7 +60,7 @@ def workplace(tmp_path, monkeypatch):
     path = str(tmp_path / "weights.safetensors")
     monkeypatch.setattr(factory, "download_pretrained", lambda *_, **__: path)
     # The tiny model knows nothing to forget, and would use up the budget of an automatic run.
-    monkeypatch.setattr("fasterase.engine.erase.MAX_STEPS", 4)
+    monkeypatch.setattr("fasterase.engine.job.MAX_STEPS", 4)
     monkeypatch.setattr("fasterase.evaluation.attacks.relearn.STEPS", 1)
     return tmp_path
 

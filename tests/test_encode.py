@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fasterase
 from fasterase.encode import PairEncoder
-from fasterase.engine import erase
+from fasterase.engine import run
 from fasterase.errors import InputError
 from fasterase.models.preprocessing import Tokens
 from fasterase.pairs.open import open_pairs
@@ -57,14 +57,14 @@ def test_a_run_encodes_each_set_once_with_the_original_and_once_with_the_result(
     def note(record: dict) -> None:
         after_training[:] = [len(model.images), len(model.texts)]
 
-    plain = erase.run_steps
+    plain = run.run_steps
 
     def noting(*args, **kwargs):
         before_training[:] = [len(model.images), len(model.texts)]
         return plain(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(erase, "run_steps", noting)
+        patch.setattr(run, "run_steps", noting)
         fasterase.unlearn(model, **sets, callback=note, **{**CONFIG, **config})
     for seen, start, end, column in (
         (model.images, before_training[0], after_training[0], 0),

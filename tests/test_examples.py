@@ -15,6 +15,8 @@ from torch.nn.functional import normalize
 
 import fasterase
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 

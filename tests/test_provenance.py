@@ -10,10 +10,12 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import fasterase
 from fasterase.errors import InputError
+from fasterase.models.load import load_model
 from fasterase.provenance import FILE, erasures, read_record
 from tests import small_models
 from tests.evaluation.lookup_model import LookupModel, picture
@@ -78,6 +80,50 @@ def test_a_record_is_written_chained_and_audited(tmp_path: Path) -> None:
         fasterase.evaluate(str(one), second, retain)
 
 
+def models_in(folder: Path, kind: str) -> Path:
+    """Save a model whose library and tokenizer were read from folders in `folder`."""
+    from transformers import AutoTokenizer
+
+    small_models.hf_tokenizer().save_pretrained(folder / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    size = len(small_models.HF_VOCABULARY)
+    options = {} if kind == "open_clip" else {"preprocess": small_models.hf_image_processor()}
+    module = small_models.hf_clip() if options else small_models.open_clip_vit(vocab_size=size)
+    load_model(module, tokenizer=tokenizer, **options).save(folder / "base")
+    return folder / "base"
+
+
+@pytest.mark.filterwarnings("ignore:verdict", "ignore:retain.* seem to name")
+@pytest.mark.parametrize("kind", ["open_clip", "transformers"])
+def test_what_is_passed_on_names_no_folder_of_this_machine(kind: str, tmp_path: Path) -> None:
+    home = tmp_path / "unmistakable"
+    model = models_in(home, kind)
+    for name, colours in {"forget": ("red", "pink"), "retain": ("blue", "green", "tan")}.items():
+        rows = ["filepath,title"]
+        for colour in colours:
+            Image.new("RGB", (40, 32), colour).save(home / f"{colour}.png")
+            rows.append(f"{home / colour}.png,a {colour} square")
+        (home / f"{name}.csv").write_text("\n".join(rows) + "\n")
+    pairs = str(home / "forget.csv"), str(home / "retain.csv")
+    for step in ("one", "two"):
+        folder = home / f"unmistakable-{step}"
+        places = {"output_dir": str(folder), "reference_cache": str(home / "cache")}
+        result = fasterase.unlearn(str(model), *pairs, **places, **SETTINGS)
+        result.save(home / "delta", delta=True)
+        model = folder / "model"
+        for file in (*model.rglob("*"), *(home / "delta").rglob("*")):
+            assert b"unmistakable" not in file.read_bytes(), file
+    record = read_record(model)
+    assert record is not None
+    assert [each["parent"]["name"] for each in erasures(record)] == ["base", "model"]
+    found = fasterase.evaluate(str(model), *pairs, progress=False).audit
+    assert found[1] == "weights: as they were saved"
+    assert "erasure 1 of" in found[2]
+    assert "its pairs are measured here as 'forget'" in found[2]
+    assert "its pairs are measured here as 'forget'" in found[3]
+    assert len(found) == 4
+
+
 def test_a_model_in_memory_has_no_audit() -> None:
     model = LookupModel(torch.eye(2), torch.eye(2), ["cat", "dog"], "fake")
     found = fasterase.evaluate(model, [(picture(0), "cat")], [(picture(1), "dog")], progress=False)
@@ -85,6 +131,7 @@ def test_a_model_in_memory_has_no_audit() -> None:
     assert "Audit" not in found.table()
 
 
+@pytest.mark.slow
 def test_what_was_erased_first_stays_erased_and_damage_does_not_add_up() -> None:
     model = knowing_model()
     kept = concept_pairs(range(2, 8), 20, seed=1)

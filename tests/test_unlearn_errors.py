@@ -147,6 +147,15 @@ def test_files(tmp_path):
     refused("holds files that fasterase did not write", output_dir=tmp_path / "out")
 
 
+def test_a_wrong_argument_leaves_no_output_folder(tmp_path):
+    output = {"output_dir": tmp_path / "runs" / "one"}
+    refused("`forget`: no file or folder", forget=str(tmp_path / "none.csv"), **output)
+    refused("tune", tune="nothing", **output)
+    with pytest.raises(InputError, match="model"):
+        fasterase.unlearn("no-such-model", FORGET, RETAIN, **output)
+    assert not list(tmp_path.iterdir())
+
+
 def test_not_a_clip():
     refused("model: Linear is not a supported CLIP model", model=nn.Linear(3, 3))
     for model, named in (("no-such-model", "no-such-model"), (7, "model: int is not a model")):

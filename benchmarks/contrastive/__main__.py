@@ -1,6 +1,7 @@
 """Run the sweep."""
 
+from benchmarks.command import exit_with
 from benchmarks.contrastive.sweep import main
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

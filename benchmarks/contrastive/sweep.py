@@ -300,7 +300,3 @@ def _parser() -> argparse.ArgumentParser:
     add("--plot", action="store_true", help="draw curves into files beside the CSV")
     add("--table", action="store_true", help="print Markdown tables, and write them beside the CSV")
     return parser
-
-
-if __name__ == "__main__":
-    main()

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.attacked import attacks_of
+from benchmarks.command import exit_with
 from benchmarks.evidence.cells import (
     COSTLY,
     METHODS,
@@ -45,9 +46,8 @@ from benchmarks.evidence.table import (
     summarise,
 )
 from benchmarks.evidence.task import Method
-from benchmarks.recipes import TEST, VALIDATION
+from benchmarks.recipes import TEST, VALIDATION, parse_retrained
 from benchmarks.result_files import RESULTS, write_csv
-from fasterase.demo import emoji
 from fasterase.errors import InputError
 from fasterase.files import write_text
 
@@ -82,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     methods = check_methods(options.methods)
     attacks = tuple(options.attacks)
+    retrained = parse_retrained(options.retrained)
 
     if options.settings is None:
         chosen = tune(methods, options.validation, options.work, options.processes)
@@ -97,8 +98,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     tested = [
         Cell(ORIGINAL, "{}", place, seed, attacks) for place in options.subgroups for seed in seeds
     ]
-    retrained = {emoji.DEFAULT_FORGET: str(emoji.RETRAINED_MODEL)}
-    retrained |= dict(entry.split("=", 1) for entry in options.retrained)
     tested += [
         Cell(RETRAINED, "{}", place, seed, attacks, folder)
         for place, folder in retrained.items()
@@ -159,8 +158,10 @@ def read_settings(file: Path, methods: Sequence[Method]) -> tuple[Chosen, str]:
     """Return what an earlier run chose for the methods, and on which concepts.
 
     Raises:
-        InputError: the file has no setting of a method that has several.
+        InputError: there is no such file, or it has no setting of a method that has several.
     """
+    if not file.is_file():
+        raise InputError(f"--settings: no file {file}. An earlier run writes {SETTINGS}.")
     with file.open(encoding="utf-8") as lines:
         rows = {row["method"]: row for row in csv.DictReader(lines)}
     wanted = [method.title for method in methods if len(method.settings) > 1]
@@ -206,4 +207,4 @@ def flatten(each: Measured) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from benchmarks.command import exit_with
 from benchmarks.gpu_model.measured import compare, summarise
 from benchmarks.result_files import write_csv
 
@@ -23,10 +24,7 @@ def main(argv: list[str] | None = None) -> None:
         "--output", type=Path, help="CSV to write; default: FILE's name with _model, beside it"
     )
     args = parser.parse_args(argv)
-    try:
-        found = compare(args.against)
-    except LookupError as error:
-        raise SystemExit(str(error)) from None
+    found = compare(args.against)
     output = args.output or args.against.with_name(f"{args.against.stem}_model.csv")
     rounded = [
         {name: round(v, 5) if isinstance(v, float) else v for name, v in row.items()}
@@ -37,4 +35,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +24,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.command import exit_with
 from benchmarks.gpu_model.instructions import Counts, count_amd, count_nvidia
 from benchmarks.result_files import RESULTS, write_csv
+from fasterase.errors import InputError
 from fasterase.ops.contrastive import triton as triton_backend
 from fasterase.ops.contrastive import triton_plan
 from fasterase.ops.contrastive.operator import Batch, Wanted
@@ -272,8 +273,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "compiled_kernels.csv")
     args = parser.parse_args(argv)
     if triton_plan.INTERPRETED:
-        sys.exit("TRITON_INTERPRET is set: kernels do not compile under the interpreter.")
-    rows = []
+        raise InputError("TRITON_INTERPRET is set: kernels do not compile under the interpreter.")
+    rows: list[dict[str, Any]] = []
     for target in SHARED_LIMIT if args.target is None else (args.target,):
         for launch in cases(target):
             if args.kernel not in (None, launch.name):
@@ -290,8 +291,10 @@ def main(argv: list[str] | None = None) -> None:
                 f"loop: {mix}",
                 flush=True,
             )
+    if not rows:
+        raise InputError(f"--kernel: there is no kernel {args.kernel!r}.")
     write_csv(args.output, rows)
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import exit_with
 from benchmarks.gpu_model.fasterase_kernels import Modelled, modelled, step
 from benchmarks.gpu_model.gpu_time import A100, H100, Clocks, Gpu, clock
 from benchmarks.gpu_model.peer_kernels import published_rows
@@ -197,4 +198,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

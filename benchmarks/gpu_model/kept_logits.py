@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from benchmarks.command import exit_with
 from benchmarks.result_files import RESULTS, write_csv
 
 N, WIDTH, SCALE, SEEDS = 512, 512, 100.0, 5
@@ -108,4 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

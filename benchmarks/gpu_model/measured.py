@@ -10,6 +10,7 @@ import numpy as np
 
 from benchmarks.contrastive.rows import Row, read_rows
 from benchmarks.gpu_model.gpu_time import A100, H100, Gpu
+from fasterase.errors import InputError
 
 # GPUs of the model by a word of torch's name for the device.
 _GPUS = {"H100": H100, "A100": A100}
@@ -29,18 +30,19 @@ def compare(path: Path, predict: Predict | None = None) -> list[dict[str, Any]]:
         predict: the model; None compiles the kernels of each case.
 
     Raises:
-        LookupError: the file has no such step, or none on a GPU that the model knows.
+        InputError: the file has no such step, or none on a GPU that the model knows.
     """
     measured = [row for row in read_rows(path) if _is_step(row)]
     if not measured:
-        raise LookupError(
-            f"{path} has no times of fasterase-triton, forward and backward, in half precision"
+        raise InputError(
+            f"--against: {path} has no times of fasterase-triton, forward and backward, in half "
+            "precision. Give what python -m benchmarks.contrastive --device cuda wrote."
         )
     predict = predict or predict_step
     found = [_compare_row(row, predict) for row in measured if _gpu(row) is not None]
     if not found:
         names = ", ".join(sorted({row.gpu_name for row in measured}))
-        raise LookupError(f"the model knows {' and '.join(_GPUS)}; {path} has {names}")
+        raise InputError(f"--against: the model knows {' and '.join(_GPUS)}; {path} has {names}.")
     return sorted(found, key=lambda row: (row["dtype"], row["kl"], row["width"], row["n"]))
 
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import fasterase
 from fasterase.config import DEMO, PLAN, Recipe, UnlearnConfig, field_names, format_yaml
 from fasterase.errors import InputError, MissingExtraError
-from fasterase.files import check_creatable, check_writable
+from fasterase.files import check_creatable
 
 RULES = ("forget_expression", "forget_ids", "forget_classes")
 
@@ -45,6 +45,7 @@ class _Sets(Command):
     Args:
         model: an open_clip name/tag (`ViT-B-32/laion2b_s34b_b79k`), `hf-hub:org/name` (open_clip),
             `hf:org/name` (transformers), a folder, or an open_clip checkpoint file.
+        model_name: open_clip's name of the architecture of models that are checkpoint files.
         forget: pairs to forget: a CSV, TSV, JSONL, JSON or Parquet file (columns `filepath`,
             `title`), a folder of `x.jpg` + `x.txt` or of classes, or tars (`{000..099}.tar`).
         retain: pairs to keep, in any of the same forms.
@@ -55,6 +56,7 @@ class _Sets(Command):
     """
 
     model: str | None = None
+    model_name: str | None = None
     forget: str | None = None
     retain: str | None = None
     holdout: str | None = None
@@ -131,7 +133,6 @@ class Unlearn(_Erasure):
 
     Args:
         recipe: defaults that flags and YAML override: `fasterase`, or `cliperase`, the paper's.
-        model_name: open_clip's name of the architecture, if `model` is a checkpoint file.
 
     Examples:
       fasterase unlearn --model ViT-B-32/laion2b_s34b_b79k --forget forget.csv \
@@ -154,7 +155,6 @@ class Unlearn(_Erasure):
     needs = ("model", "forget", "retain", "output_dir")
     config_fields = field_names()
     recipe: Recipe = "fasterase"
-    model_name: str | None = None
 
     def config(self, fields: dict[str, Any]) -> UnlearnConfig:
         """Return the recipe with these fields."""
@@ -322,7 +322,7 @@ class Split(_Source):
         where = f"--output_dir={self.output_dir!r}"
         if data.resolve().parent == folder.resolve() and data.stem in ("forget", "retain"):
             raise InputError(f"{where}: the split would replace --data={self.data!r}.")
-        check_writable(folder, argument=where)
+        check_creatable(folder, argument=where)
         forget, retain = self.split()
         files = write_split(forget, retain, folder)
         print(f"{forget!r}: {files.forget}\n{retain!r}: {files.retain}")

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fasterase.config import UnlearnConfig
 from fasterase.encode import PairEncoder, PairFeatures
 from fasterase.engine.damage import (
     MAX_NEIGHBOURS,
@@ -22,12 +21,12 @@ from fasterase.engine.damage import (
     closeness,
     find_neighbours,
 )
+from fasterase.engine.job import Draws, Job
 from fasterase.engine.pacing import Check
 from fasterase.evaluation.evaluator import Evaluator
 from fasterase.evaluation.judge import Judge, summarise
 from fasterase.evaluation.measurement import Measurement
 from fasterase.evaluation.verdict import REMEMBERED, Trace
-from fasterase.pairs.sampler import Sampler, drawn_rows, shuffle_rows
 from fasterase.pairs.source import PairSource
 from fasterase.reference.cache import FeatureCache
 from fasterase.reference.live import LiveReference, Reference
@@ -37,39 +36,9 @@ from fasterase.reference.original import (
     floor_rows,
     unmatched_cosine,
 )
-from fasterase.seeds import Stream, generator
 
-# Retain batches' worth of pairs that an automatic run encodes first and then cycles.
-POOL_BATCHES = 100
-WITHHELD_SHARE, MAX_WITHHELD = 0.05, 1000
-# Smaller pools are needed whole for training.
-LEAST_POOL = 100
 # Retain captions that a warning lists, and words of a forget caption that are looked for in them.
 LISTED, MAX_WORDS = 5, 8
-
-
-@dataclass(frozen=True)
-class RetainPool:
-    """The part of the retain set that an automatic run uses.
-
-    Attributes:
-        drawn: rows (sorted) that training draws.
-        withheld: rows (sorted) that training never draws; damage is measured on them.
-    """
-
-    drawn: np.ndarray
-    withheld: np.ndarray
-
-    @classmethod
-    def choose(
-        cls, count: int, *, batch_size: int, seed: int, shards: np.ndarray | None = None
-    ) -> RetainPool:
-        """Choose at most `POOL_BATCHES` batches of `count` pairs; of few `shards` if given."""
-        numbers = generator(seed, Stream.RETAIN_POOL)
-        order = shuffle_rows(numbers, count, shards)[: POOL_BATCHES * batch_size]
-        size = len(order)
-        kept_back = min(int(WITHHELD_SHARE * size), MAX_WITHHELD) if size >= LEAST_POOL else 0
-        return cls(drawn=np.sort(order[kept_back:]), withheld=np.sort(order[:kept_back]))
 
 
 @dataclass(frozen=True)
@@ -103,127 +72,136 @@ class Baseline:
 
 
 def measure_original(
+    job: Job,
+    draws: Draws,
     encoder: PairEncoder,
     cache: FeatureCache,
-    sets: Mapping[str, PairSource],
     *,
-    config: UnlearnConfig,
-    sampler: Sampler,
-    total_steps: int,
     judge: Judge,
     evaluator: Evaluator | None,
-    pool: RetainPool | None,
 ) -> Baseline:
     """Encode the original's features, once, and measure it.
 
     Args:
+        job, draws: the run.
         encoder: the original.
         cache: where its features are kept.
-        sets: `"forget"`, `"retain"` and sets that are only measured.
-        config: weights of the losses, negatives, lr and seed.
-        sampler: the draws of the run.
-        total_steps: how many of them there are at most.
         judge: measures what it knows of the sets to forget.
         evaluator: measures everything; None to measure nothing else.
-        pool: the retain rows of an automatic run, whose damage is to be measured; else None.
 
     Raises:
         InputError: too many pairs cannot be read, or features are not finite.
     """
-    forget, retain = sets["forget"], sets["retain"]
-    uses_reference = bool(len(retain)) and bool(
+    wanted = _wanted_rows(job, draws, judge, evaluator)
+    original = OriginalFeatures(encoder, cache)
+    for name, rows in wanted.items():
+        if len(rows):
+            original.encode(job.sets[name], rows)
+    forget, retain = (
+        original.pairs(job.sets[name], floor_rows(len(job.sets[name])))
+        for name in ("forget", "retain")
+    )
+    floor = unmatched_cosine(forget, retain)
+    judged = {name: original.pairs(job.sets[name], rows) for name, rows in judge.rows.items()}
+    traces = summarise(judge.judge(judged))
+    measured = None
+    if evaluator is not None:
+        features = {
+            name: original.pairs(job.sets[name], rows)
+            for name, rows in measured_rows(evaluator, job.sets).items()
+        }
+        measured = evaluator.measure(encoder, features)
+    damage, damage_rows = None, np.empty(0, np.int64)
+    if draws.pool is not None and judged:
+        near = find_neighbours(
+            judged["forget"].first_text,
+            original.pairs(job.retain, draws.pool.drawn),
+            MAX_NEIGHBOURS,
+        )
+        damage_rows = np.union1d(near, draws.pool.withheld)
+        damage = DamageMeter(original.pairs(job.retain, damage_rows))
+    remembered = [judged[name] for name, trace in traces.items() if trace.is_remembered]
+    if remembered:
+        # `judge` leaves out retain captions that are forget captions: look at all that are encoded.
+        _warn_of_naming_captions(remembered, original.pairs(job.retain, wanted["retain"]))
+    reference = _open_reference(job, encoder, cache)
+    return Baseline(floor, traces, measured, reference, damage, damage_rows)
+
+
+def _wanted_rows(
+    job: Job, draws: Draws, judge: Judge, evaluator: Evaluator | None
+) -> dict[str, np.ndarray]:
+    """Return set -> rows (sorted) that anything needs the original's features of.
+
+    A retain set of millions is not encoded for a run that draws a fraction of it.
+    """
+    wanted: dict[str, list[np.ndarray]] = {name: [np.empty(0, np.int64)] for name in job.sets}
+    if _caches_reference(job):
+        wanted["retain"].append(draws.rows[1])
+        if _with_forget(job):
+            wanted["forget"].append(draws.rows[0])
+    if draws.pool is not None:
+        wanted["retain"] += [draws.pool.drawn, draws.pool.withheld]
+    floor_samples = {name: floor_rows(len(job.sets[name])) for name in ("forget", "retain")}
+    for chosen in (floor_samples, judge.rows, measured_rows(evaluator, job.sets)):
+        for name, rows in chosen.items():
+            wanted[name].append(rows)
+    return {name: np.unique(np.concatenate(rows)) for name, rows in wanted.items()}
+
+
+def _uses_reference(job: Job) -> bool:
+    config = job.config
+    return bool(
         config.consistency_weight
         or config.anchor_weight
         or config.used_cross_weight
         or config.lr == "auto"
     )
-    uses_cache = uses_reference and forget.stable and retain.stable
-    with_forget = uses_cache and (config.negatives == "joint" or config.used_cross_weight > 0)
-    wanted: dict[str, list[np.ndarray]] = {name: [] for name in sets}
-    if uses_cache:
-        # A retain set of millions is not encoded for a run that draws a fraction of it.
-        drawn = drawn_rows(sampler, total_steps)
-        wanted["retain"].append(drawn[1])
-        if with_forget:
-            wanted["forget"].append(drawn[0])
-    if pool is not None:
-        wanted["retain"] += [pool.drawn, pool.withheld]
-    floor_samples = {name: floor_rows(len(sets[name])) for name in ("forget", "retain")}
-    for chosen in (floor_samples, judge.rows, measured_rows(evaluator, sets)):
-        for name, rows in chosen.items():
-            wanted[name].append(rows)
-    original = OriginalFeatures(encoder, cache)
-    for name, source in sets.items():
-        rows = np.unique(np.concatenate(wanted[name])) if wanted[name] else np.empty(0, np.int64)
-        if len(rows):
-            original.encode(source, rows)
 
-    floor = unmatched_cosine(
-        original.pairs(forget, floor_samples["forget"]),
-        original.pairs(retain, floor_samples["retain"]),
-    )
-    judged = {name: original.pairs(sets[name], rows) for name, rows in judge.rows.items()}
-    traces = summarise(judge.judge(judged))
-    measured = None
-    if evaluator is not None:
-        features = {
-            name: original.pairs(sets[name], rows)
-            for name, rows in measured_rows(evaluator, sets).items()
-        }
-        measured = evaluator.measure(encoder, features)
-    damage, damage_rows = None, np.empty(0, np.int64)
-    if pool is not None and judged:
-        near = find_neighbours(
-            judged["forget"].first_text, original.pairs(retain, pool.drawn), MAX_NEIGHBOURS
-        )
-        damage_rows = np.union1d(near, pool.withheld)
-        damage = DamageMeter(original.pairs(retain, damage_rows))
-    remembered = [judged[name] for name, trace in traces.items() if trace.is_remembered]
-    if remembered:
-        # `judge` leaves out retain captions that are forget captions: look at all that are encoded.
-        known = np.unique(np.concatenate(wanted["retain"]))
-        _warn_of_naming_captions(remembered, original.pairs(retain, known))
-    reference: Reference | None = None
-    if uses_cache:
+
+def _caches_reference(job: Job) -> bool:
+    return _uses_reference(job) and job.forget.stable and job.retain.stable
+
+
+def _with_forget(job: Job) -> bool:
+    return job.config.negatives == "joint" or job.config.used_cross_weight > 0
+
+
+def _open_reference(job: Job, encoder: PairEncoder, cache: FeatureCache) -> Reference | None:
+    """Return the original's features for each step; None if no loss uses them."""
+    if _caches_reference(job):
         scale = encoder.model.scale().detach().clone()
-        reference = CachedReference(cache, forget, retain, scale=scale, with_forget=with_forget)
-    elif uses_reference:
-        reference = LiveReference(encoder.model, precision=encoder.precision)
-        warnings.warn(
-            "`forget` or `retain` returns a different item on a second read (random "
-            "augmentation?), so the original model runs beside the trained one in every step. "
-            "This is slower and needs a second copy of the weights. Pass images without random "
-            "augmentation to have its features cached.",
-            stacklevel=5,
+        return CachedReference(
+            cache, job.forget, job.retain, scale=scale, with_forget=_with_forget(job)
         )
-    return Baseline(floor, traces, measured, reference, damage, damage_rows)
+    if not _uses_reference(job):
+        return None
+    warnings.warn(
+        "`forget` or `retain` returns a different item on a second read (random "
+        "augmentation?), so the original model runs beside the trained one in every step. "
+        "This is slower and needs a second copy of the weights. Pass images without random "
+        "augmentation to have its features cached.",
+        stacklevel=7,
+    )
+    return LiveReference(encoder.model, precision=encoder.precision)
 
 
 class Checks:
     """Measures the model in the middle of a run, on the pairs that the final verdict judges.
 
     Args:
+        job: whose model is measured.
         encoder: the model.
-        sets: the pairs.
         judge: the judge of the final verdict.
         baseline: the original. Sets that it does not remember are left out.
-        max_damage: share of recall@1 that kept pairs may lose; None for any.
     """
 
-    def __init__(
-        self,
-        encoder: PairEncoder,
-        sets: Mapping[str, PairSource],
-        judge: Judge,
-        baseline: Baseline,
-        *,
-        max_damage: float | None,
-    ) -> None:
+    def __init__(self, job: Job, encoder: PairEncoder, judge: Judge, baseline: Baseline) -> None:
         self._encoder = encoder
-        self._sets = sets
+        self._sets = job.sets
         self._judge = judge
         self._baseline = baseline
-        self._max_damage = max_damage
+        self._max_damage = job.config.max_damage
 
     def original(self) -> Check:
         """Return the check of the original."""
@@ -260,21 +238,11 @@ class Checks:
         return self._baseline.is_never_known or self().verdict != REMEMBERED
 
 
-def undrawn_rows(sampler: Sampler, steps: int) -> np.ndarray:
-    """Return the forget rows (sorted) that the first `steps` steps do not draw."""
-    if steps >= sampler.steps_per_epoch:
-        return np.empty(0, np.int64)
-    drawn = np.zeros(sampler.n_forget, bool)
-    for step in range(steps):
-        drawn[sampler.draw(step).forget] = True
-    return np.flatnonzero(~drawn)
-
-
 def measured_rows(
     evaluator: Evaluator | None, sets: Mapping[str, PairSource]
 ) -> dict[str, np.ndarray]:
     """Return set -> rows that the evaluation measures; nothing without one."""
-    return {} if evaluator is None else {name: evaluator.rows(name) for name in sets}
+    return {} if evaluator is None else {n: evaluator.rows(n) for n in sets if len(sets[n])}
 
 
 def _warn_of_naming_captions(forget_sets: Sequence[PairFeatures], retain: PairFeatures) -> None:
@@ -303,7 +271,7 @@ def _warn_of_naming_captions(forget_sets: Sequence[PairFeatures], retain: PairFe
         f"{', ...' if len(found) > LISTED else ''}. Training on them may undo the erasure. Move "
         "such pairs to `forget`, or leave them out of `retain`; ignore this if they mean "
         "something else.",
-        stacklevel=6,
+        stacklevel=7,
     )
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fasterase.engine.feature_loss import FeatureGradients
+from fasterase.engine.loss import FeatureGradients
 from fasterase.models.forward import Features
 from fasterase.models.prefix import Halfway
 from fasterase.models.preprocessing import Tokens

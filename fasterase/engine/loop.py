@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from fasterase.engine.checkpoint import Checkpoint, CheckpointFolder
 from fasterase.engine.clock import RunClock
-from fasterase.engine.global_loss import GlobalLoss
 from fasterase.engine.grad_cache import backpropagate, buffers_in_train_mode, restore_buffers
 from fasterase.engine.history import HistoryFile, StepRecord
+from fasterase.engine.loss import StepLoss
 from fasterase.engine.pacing import Pacing
 from fasterase.engine.prefix_cache import PrefixCache
 from fasterase.engine.stops import (
@@ -61,7 +61,7 @@ class Trainer:
     def __init__(
         self,
         engine: Engine,
-        loss_of: GlobalLoss,
+        loss_of: StepLoss,
         reference: Reference | None,
         *,
         device: torch.device,

@@ -77,10 +77,14 @@ class Check(NamedTuple):
 
     @property
     def is_safely_forgotten(self) -> bool:
-        """Whether the traces are below the verdict's thresholds by a margin."""
+        """Whether the traces are below the verdict's thresholds by a margin.
+
+        Where one direction has fallen far, more of it would take that one out of its margin.
+        """
+        margin = MARGIN_RESIDUE if self.least_residue > LEAST_RESIDUE else RESTING[1]
         return (
             self.verdict != REMEMBERED
-            and self.residue <= MARGIN_RESIDUE
+            and self.residue <= margin
             and all(
                 trace.hit <= max(MARGIN_HIT, 1.5 * trace.chance) for trace in self.traces.values()
             )
@@ -105,7 +109,7 @@ class Pacing(Protocol):
         ...
 
     def after_step(self, record: StepRecord) -> None:
-        """Take note of a step."""
+        """Record a step."""
         ...
 
     def state(self) -> dict[str, Any]:
@@ -201,11 +205,11 @@ class LinePacing(FixedPacing):
 class AutomaticPacing:
     """Runs until the verdict holds, within a budget of steps and damage.
 
-    The verdict is checked every few steps. Once it holds by a margin and the loss is settled, or
-    the loss is spent, or the damage is exceeded, lr fades to 0, which heals damage; if the verdict
-    does not hold then, the run resumes, at most twice. The best weights seen are restored at the
-    end: of forgotten ones those that rest within the margins, faded ones first, then those with the
-    least damage; else those with the least residue within `max_damage`.
+    The verdict is checked every few steps. Once it holds by a margin and the loss has settled, or
+    the loss has converged, or the damage is exceeded, lr decays to 0, which recovers some damage.
+    If the verdict does not hold then, the run resumes, at most twice. The best weights seen are
+    restored at the end: of forgotten ones those that rest within the margins, faded ones first,
+    then those with the least damage; else those with the least residue within `max_damage`.
 
     Args:
         rate: the learning rate while forgetting.
@@ -367,6 +371,7 @@ FORGOTTEN_RANK, OVER_ERASED_RANK, REMEMBERED_RANK = range(3)
 def _rank(found: Check, *, faded: bool) -> tuple[float, ...]:
     """Return what orders candidates for the best weights, the smallest first."""
     verdict = found.verdict
+    order: tuple[float, ...]
     if verdict == FORGOTTEN:
         order = (FORGOTTEN_RANK, found.beyond_rest, int(not faded), found.damage)
     elif verdict == OVER_ERASED:

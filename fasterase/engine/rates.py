@@ -1,6 +1,6 @@
 """The automatic learning rate: it follows the forgetting loss along a falling line.
 
-It is held back by how far kept features have moved, so that one start serves all models.
+Retained features that move too far hold it back, so that one start serves all models.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ FIRST_LR = 1e-5
 LR_RANGE = (1e-7, 1e-2)
 FASTER, SLOWER = 1.12, 0.9
 # lr never falls below this share of its highest value: from further below it would need tens of
-# steps to return, in which nothing moves, not even kept features back to where they were.
+# steps to return, in which nothing moves, not even retained features back to where they were.
 LEAST_SHARE = 0.1
 # Steps that the loss is extrapolated, to change the learning rate before it is too late.
 HORIZON = 5
 # The line leads from the first forgetting loss to this share of it, in this many steps.
 LINE_END = 0.05
 LINE_STEPS = 80
-# Squared distance that kept features may move (the anchor loss) before lr falls: a trust region. It
-# widens by a factor per step once the line has ended: a run that lags behind the whole line would
-# else stand still, held at its border. lr may return to the value at which it crossed the border,
+# Trust region: squared distance that retained features may move (the anchor loss) before lr falls.
+# It widens by a factor per step once the line has ended: otherwise a run that lags behind the whole
+# line would stand still at its border. lr may return to the value at which it crossed the border,
 # and grows no faster than the region from there on: a faster run leaps across the verdict's window.
 TRUSTED_DISTANCE = 0.012
 WIDENING = 1.02
@@ -46,7 +46,7 @@ class _RateState:
     end: float = LINE_END  # share of the first loss at which the line ends
     hurries: bool = True
     highest: float = 0.0  # lr so far
-    ceiling: float = LR_RANGE[1]  # lr at which kept features last left the trust region
+    ceiling: float = LR_RANGE[1]  # lr at which retained features last left the trust region
     trusted: bool = True  # whether they are inside
 
 
@@ -72,18 +72,18 @@ class Rate:
 
     @property
     def is_spent(self) -> bool:
-        """Whether the loss asks for no more: waiting for the verdict's margin would idle."""
+        """Whether the loss has converged; waiting longer for the verdict's margin would idle."""
         return self.share_left <= LINE_END
 
     def aim_lower(self) -> None:
-        """Ask for a smaller loss: the concept is still remembered at the one reached."""
+        """Lower the target loss; the verdict is still "remembered"."""
 
     def hurry(self, wanted: bool) -> None:
-        """Tell whether kept features may move further than trusted, for a run that lags."""
+        """Allow a lagging run to widen its trust region, or forbid it."""
         self._now.hurries = wanted
 
     def follow(self, record: StepRecord) -> None:
-        """Take note of a step; `record.anchor` is the distance that kept features have moved."""
+        """Record a step; `record.anchor` is the distance that retained features have moved."""
         if not record.applied:
             return
         now = self._now
@@ -110,7 +110,7 @@ class Rate:
 class LineFollower(Rate):
     """A learning rate that makes the smoothed forgetting loss follow a falling line.
 
-    It rises while the loss lags behind the line, falls while it leads, and falls while kept
+    It rises while the loss lags behind the line, falls while it leads, and falls while retained
     features have moved too far, so that one start serves all models.
 
     Args:

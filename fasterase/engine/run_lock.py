@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fasterase.errors import InputError
-from fasterase.files import write_text
+from fasterase.files import check_writable, write_text
 
 log = logging.getLogger(__name__)
 
@@ -28,17 +28,19 @@ ORPHAN_SECONDS = 20.0
 
 @contextmanager
 def lock_run(output_dir: Path | None) -> Iterator[None]:
-    """Keep other runs out of `output_dir` for the block; do nothing without a folder.
+    """Create `output_dir` and keep other runs out of it for the block; None does nothing.
 
     The lock is the operating system's, which takes it from a process that ends in whatever way. So
     nothing stale can be left, on another host neither.
 
     Raises:
-        InputError: another run holds the folder; names its process, host and start.
+        InputError: it cannot be written to; or another run holds it: names its process, host and
+            start.
     """
     if output_dir is None:
         yield
         return
+    check_writable(output_dir, argument="output_dir")
     # A lock per call, not per process: two threads are two runs.
     lock = FileLock(output_dir / LOCK_FILE, thread_local=False)
     try:

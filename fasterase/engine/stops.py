@@ -130,7 +130,7 @@ def explaining_interrupts(output_dir: Path | None) -> Iterator[None]:
 
 
 def how_to_continue(checkpoints: Path | None) -> str:
-    """Say what a stopped run has saved in its folder of checkpoints, and how to go on."""
+    """Name the last checkpoint and how to resume."""
     if checkpoints is None:
         return "Nothing was saved; give an output_dir to make runs resumable."
     if any(checkpoints.glob("step-*")):

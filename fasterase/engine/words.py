@@ -1,4 +1,4 @@
-"""Words that only forget captions use: what the text tower knows by them is taken out at once.
+"""Overwrite the embeddings of tokens that only forget captions use.
 
 A text tower meets a word as the vector of its tokens. Where no caption to keep uses a token, its
 vector can be replaced by that of a word without a meaning: the tower then knows no more of it than
@@ -67,7 +67,7 @@ def forget_words(
     trained: Trained,
     seed: int,
 ) -> ForgottenWords | None:
-    """Take the meaning from tokens that the forget set uses often and the retain set never.
+    """Overwrite the embeddings of tokens that the forget set uses often and the retain set never.
 
     Their vectors become the mean of all plus noise (`SPREAD`). How often: see `CONTRAST`. Nothing
     changes if the table of vectors is not trained or not known, or if there are no retain captions,

@@ -6,6 +6,7 @@ Nothing here imports peft unless the caller has, for without it no model holds a
 from __future__ import annotations
 
 import copy
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -76,11 +77,12 @@ def check_active(module: nn.Module) -> None:
             )
 
 
-def save_adapters(module: nn.Module, folder: Path) -> None:
+def save_adapters(module: nn.Module, folder: Path, *, home: Path) -> None:
     """Write what `PeftModel.from_pretrained(base, folder)` and `load_adapter(folder)` read.
 
     The active adapter is written to `folder` itself and any other to a folder of its name in it,
-    as peft does. Trained weights that belong to no adapter are not written, with a warning.
+    as peft does. Trained weights that belong to no adapter are not written, with a warning. `home`
+    is where `folder` will be.
     """
     from peft import get_peft_model_state_dict
 
@@ -88,11 +90,11 @@ def save_adapters(module: nn.Module, folder: Path) -> None:
     active = next(_layers(module)).active_adapters[0]
     saved: set[int] = set()
     for name, config in configs.items():
-        target = folder if name == active else folder / name
+        inside = "" if name == active else name
         # The base's own embeddings are never trained: no need to look up whether they changed.
         state = get_peft_model_state_dict(module, adapter_name=name, save_embedding_layers=False)
         saved |= {tensor.data_ptr() for tensor in state.values()}
-        write_adapter(config, state, module, target)
+        write_adapter(config, state, module, folder / inside, home=home / inside)
     (folder / "README.md").write_text(_README, encoding="utf-8")
     left_out = [
         name
@@ -109,7 +111,7 @@ def save_adapters(module: nn.Module, folder: Path) -> None:
 
 
 def write_adapter(
-    config: Any, state: Mapping[str, Tensor], module: nn.Module, folder: Path
+    config: Any, state: Mapping[str, Tensor], module: nn.Module, folder: Path, *, home: Path
 ) -> None:
     """Write one adapter as peft reads it.
 
@@ -118,6 +120,7 @@ def write_adapter(
         state: its weights, named as `peft.get_peft_model_state_dict` does.
         module: the model that it belongs to.
         folder: made if it is missing.
+        home: where it will be.
     """
     from safetensors.torch import save_file
 
@@ -127,7 +130,7 @@ def write_adapter(
         for key, tensor in state.items()
     }
     save_file(written, folder / WEIGHTS_FILE, {"format": "pt"})
-    _describe(config, module).save_pretrained(str(folder))
+    _describe(config, module, home).save_pretrained(str(folder))
 
 
 _README = """# Adapters, after unlearning with fasterase
@@ -163,12 +166,30 @@ def _layers(module: nn.Module) -> Iterator[Any]:
     return (part for part in module.modules() if original_attribute(part) == "base_layer")
 
 
-def _describe(config: Any, module: nn.Module) -> Any:
+def find_base(name: str, home: Path) -> str:
+    """Return the folder or hub id of the base that the adapter in `home` names."""
+    beside = home / name
+    return str(beside) if beside.is_dir() else name
+
+
+def _name_base(base: str | None, home: Path) -> str | None:
+    """Return how the adapter in `home` names its base: a folder by its path from there.
+
+    Where that would lead through the root, and so tell all of it, only the name is given.
+    """
+    if base is None or not os.path.isdir(base):
+        return base
+    base, here = os.path.realpath(base), os.path.realpath(home)
+    shared = os.path.commonpath([base, here])
+    return os.path.basename(base) if shared == os.sep else os.path.relpath(base, here)
+
+
+def _describe(config: Any, module: nn.Module, home: Path) -> Any:
     """Copy an adapter's configuration, with all that peft needs to load it again."""
     written = copy.copy(config)
     written.inference_mode = True
-    if written.base_model_name_or_path is None:
-        written.base_model_name_or_path = getattr(module, "name_or_path", None) or None
+    base = written.base_model_name_or_path or getattr(module, "name_or_path", None) or None
+    written.base_model_name_or_path = _name_base(base, home)
     if written.auto_mapping is None and written.task_type is None:
         written.auto_mapping = {
             "base_model_class": type(module).__name__,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fasterase.errors import InputError
-from fasterase.files import replace_model_folder
+from fasterase.files import parse_path, replace_model_folder
 from fasterase.models.adapters import PREFIX, WEIGHTS_FILE, write_adapter
 from fasterase.models.dual_encoder import DualEncoder, frozen_copy
 from fasterase.models.load import DELTA_FILE, load_model
@@ -115,7 +115,7 @@ def save_delta(
                 stored[f"{side}/{name}"] = goal.flatten()[at]
     metadata = {
         "format": _FORMATS[adapter is not None],
-        "model": model.name,
+        "model": model.public_name,
         "original": fingerprint_weights(model.module, original),
         "erased": fingerprint_weights(model.module),
         "dtypes": json.dumps(dtypes),
@@ -123,9 +123,9 @@ def save_delta(
     }
     with replace_model_folder(folder, library="fasterase.apply_delta") as new:
         save_file(stored, new / DELTA_FILE, metadata=metadata)
-        readme = _README.format(name=model.name)
+        readme = _README.format(name=model.public_name)
         if adapter is not None:
-            write_adapter(adapter.config, adapter.state, model.module, new)
+            write_adapter(adapter.config, adapter.state, model.module, new, home=Path(folder))
             readme += _PEFT_README
         (new / "README.md").write_text(readme, encoding="utf-8")
     return Path(folder)
@@ -157,7 +157,7 @@ def apply_delta(
     """
     if isinstance(sign, bool) or sign not in (1, -1):
         raise InputError(f"sign={sign!r} is neither 1 (put the delta on) nor -1 (take it off).")
-    folder = Path(folder).expanduser()
+    folder = parse_path(folder, argument="folder").expanduser()
     stored, metadata = _read(folder)
     deltas = _deltas(stored, json.loads(metadata.get("factors", "{}")), folder)
     encoder = load_model(model)

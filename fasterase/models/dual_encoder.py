@@ -32,6 +32,12 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+def without_folders(name: str) -> str:
+    """Return the last part of a path on this machine, and any other name of a model as it is."""
+    path = Path(name).expanduser()
+    return path.name if path.is_absolute() or path.exists() else name
+
+
 class DualEncoder(abc.ABC):
     """A CLIP model of any library, under one set of names.
 
@@ -58,6 +64,11 @@ class DualEncoder(abc.ABC):
     vocab_size: int
     image_transform: ImageTransform | None
     text_tokenizer: Callable[[Sequence[str]], Tokens] | None
+
+    @property
+    def public_name(self) -> str:
+        """The name without the folders of this machine, for files that are passed on."""
+        return without_folders(self.name)
 
     @abc.abstractmethod
     def _image_features(self, pixels: Tensor) -> Tensor:

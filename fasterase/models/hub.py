@@ -56,7 +56,7 @@ def push_model(
         saved = Path(folder) / "model"
         model.save(saved)
         (saved / "README.md").write_text(
-            model_card(saved, repository, _public_name(model.name), facts), encoding="utf-8"
+            model_card(saved, repository, model.public_name, facts), encoding="utf-8"
         )
         api.upload_folder(repo_id=repository, folder_path=str(saved), commit_message=commit_message)
     return f"{huggingface_hub.constants.ENDPOINT}/{repository}"
@@ -144,9 +144,3 @@ def _find_or_create(api: Any, name: str, *, private: bool) -> str:
             "on the hub first."
         )
     return found.id
-
-
-def _public_name(name: str) -> str:
-    """Keep folders of this machine out of the card."""
-    path = Path(name).expanduser()
-    return path.name if path.is_absolute() or path.exists() else name

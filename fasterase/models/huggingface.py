@@ -174,7 +174,7 @@ class HuggingFaceEncoder(DualEncoder):
         adapted = has_adapters(self.module)
         with replace_model_folder(folder, library="peft" if adapted else "transformers") as new:
             if adapted:
-                save_adapters(self.module, new)
+                save_adapters(self.module, new, home=Path(folder))
             else:
                 self.module.save_pretrained(
                     new, state_dict=plain_state(self.module), max_shard_size=_MAX_SHARD_SIZE

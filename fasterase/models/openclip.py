@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fasterase.errors import InputError, import_extra
 from fasterase.files import replace_model_folder
 from fasterase.models.adapters import has_adapters, save_adapters
-from fasterase.models.dual_encoder import DualEncoder, Part, Tokens, TowerParts
+from fasterase.models.dual_encoder import DualEncoder, Part, Tokens, TowerParts, without_folders
 from fasterase.models.openclip_config import (
     Config,
     adjust_config,
@@ -125,7 +125,7 @@ class OpenClipEncoder(DualEncoder):
         tokenizer: Any = getattr(self.text_tokenizer, "source", None)
         if has_adapters(self.module):
             with replace_model_folder(folder, library="peft") as new:
-                save_adapters(self.module, new)
+                save_adapters(self.module, new, home=Path(folder))
                 if hasattr(tokenizer, "save_pretrained"):
                     tokenizer.save_pretrained(new)
             return
@@ -135,7 +135,8 @@ class OpenClipEncoder(DualEncoder):
                 tokenizer.save_pretrained(new)
             if self.config is not None:
                 _write_config(self.module, self.config, tokenizer, new)
-            readme = _readme(self.name, Path(folder).name, loadable=self.config is not None)
+            is_loadable = self.config is not None
+            readme = _readme(self.public_name, Path(folder).name, loadable=is_loadable)
             (new / "README.md").write_text(readme, encoding="utf-8")
 
 
@@ -326,7 +327,8 @@ def _write_config(module: Any, config: Config, tokenizer: Any, folder: Path) -> 
 def _describe_tokenizer(text: Config, source: Any) -> None:
     """Make `text_cfg` ask for an HFTokenizer, which open_clip reads from the folder itself."""
     inner = source if is_hf_tokenizer(source) else source.tokenizer
-    text.setdefault("hf_tokenizer_name", getattr(inner, "name_or_path", "") or "tokenizer")
+    name = without_folders(getattr(inner, "name_or_path", ""))
+    text.setdefault("hf_tokenizer_name", name or "tokenizer")
     clean = getattr(getattr(source, "clean_fn", None), "__name__", "").removeprefix("_clean_")
     options = {
         "clean": clean if clean in ("lower", "whitespace", "canonicalize") else None,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fasterase.errors import InputError, import_extra
-from fasterase.pairs.items import IMAGE_KEYS, TEXT_KEYS, choose_key, select_plain
+from fasterase.pairs.items import IMAGE_KEYS, TEXT_KEYS, check_columns, choose_key, select_plain
 from fasterase.pairs.objects import open_objects
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.source import (
@@ -40,10 +40,11 @@ def open_frame(
     """Open a DataFrame; relative image paths are resolved against the working folder.
 
     Raises:
-        InputError: it lacks the columns; lists those found.
+        InputError: it lacks the columns, or has two of one name; lists those found.
     """
     columns: dict[str, list[Any]] = {}
-    # By position, since names may repeat.
+    check_columns([str(label) for label in frame.columns])
+    # By position, since empty names may repeat.
     for position, label in enumerate(frame.columns):
         values = frame.iloc[:, position]
         # pandas marks missing text by NaN, NA or NaT.
@@ -60,20 +61,21 @@ def open_parquet(
     them. Bytes are kept in memory.
 
     Raises:
-        InputError: it is no Parquet file, or lacks the columns; lists those found.
+        InputError: it is no Parquet file, or lacks the columns, or has two of one name; lists those
+            found.
         MissingExtraError: pyarrow is not installed.
     """
     parquet = import_extra("pyarrow.parquet", "parquet", f"`{name}`: reading {path}")
     try:
+        check_columns(parquet.read_schema(str(path)).names)
         table = parquet.read_table(str(path))
-    # pyarrow's own errors are ValueErrors and OSErrors.
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} cannot be read as Parquet: {error}") from error
-    columns = {column: table.column(column).to_pylist() for column in table.column_names}
-    try:
+        columns = {column: table.column(column).to_pylist() for column in table.column_names}
         return _open_columns(columns, name, path.name, path.parent, image_key, text_key)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+    # pyarrow's own errors are ValueErrors and OSErrors.
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} cannot be read as Parquet: {error}") from error
 
 
 def _open_columns(

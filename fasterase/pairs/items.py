@@ -53,6 +53,19 @@ def choose_key(found: list[str], given: str | None, usual: tuple[str, ...], opti
     )
 
 
+def check_columns(names: list[str]) -> None:
+    """Raise `InputError` if two columns have one name: which of them is meant, nobody can tell.
+
+    Those without a name may be several: programs write them where a line ends in separators.
+    """
+    repeated = next((name for name in names if name and names.count(name) > 1), None)
+    if repeated is not None:
+        raise InputError(
+            f"{names.count(repeated)} columns are named {repeated!r}; the columns found are "
+            f"{names}. Rename or remove all but one of them."
+        )
+
+
 def select_plain(item: Mapping[str, Any], *, without: tuple[str | None, ...]) -> dict[str, Any]:
     """Return the entries that are plain values, for `Record.meta`."""
     return {

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +34,16 @@ from fasterase.pairs.items import (
 )
 from fasterase.pairs.pictures import to_rgb
 from fasterase.pairs.skips import BrokenPair
-from fasterase.pairs.source import PairSource, Record, decode_image, read_image_file
+from fasterase.pairs.source import (
+    ImageFiles,
+    PackedCaptions,
+    PackedStrings,
+    PairSource,
+    Record,
+    decode_image,
+    read_image_file,
+)
+from fasterase.pairs.tables import parse_captions
 from fasterase.progress import progress_bar
 
 # Items read twice to see whether a dataset is deterministic. One would miss a flip of probability
@@ -43,7 +55,7 @@ _REMEMBERED = 1 << 20
 _MANIFEST_ITEMS = 64
 
 
-def open_objects(source: Any, name: str, image_key: str | None, text_key: str | None) -> ItemSource:
+def open_objects(source: Any, name: str, image_key: str | None, text_key: str | None) -> PairSource:
     """Open a Python object of any accepted kind; raise `InputError` for others.
 
     A `DataLoader` is unwrapped to its dataset. Iterables without random access, and batches, are
@@ -117,7 +129,7 @@ def _first_is_batch(dataset: Any, image_key: str | None, text_key: str | None) -
 
 def _open_list(
     items: Sequence[Any], name: str, image_key: str | None, text_key: str | None
-) -> ItemSource:
+) -> PairSource:
     pairs: list[Item | BrokenPair] = []
     for item in items:
         # `unbatch` returns pairs in a standard form, so the keys no longer apply.
@@ -129,8 +141,21 @@ def _open_list(
             # Kept in the list, so that it is reported when it is drawn.
             except BrokenPair as error:
                 pairs.append(error)
-    in_memory = not any(isinstance(pair, Item) and isinstance(pair.image, str) for pair in pairs)
-    return ItemSource(name, pairs, in_memory=in_memory)
+    files = [pair for pair in pairs if isinstance(pair, Item) and isinstance(pair.image, str)]
+    if files and len(files) == len(pairs) and not any(isinstance(f.text, Tensor) for f in files):
+        return _open_files(files, name)
+    return ItemSource(name, pairs, in_memory=not files)
+
+
+def _open_files(items: Sequence[Item], name: str) -> ImageFiles:
+    """Open paths with captions as a table would be: told apart without reading the images."""
+    return ImageFiles(
+        name,
+        root=Path(),
+        ids=PackedStrings(item.image for item in items),
+        captions=PackedCaptions(parse_captions(item.text) for item in items),
+        metas=PackedStrings(json.dumps(item.meta) for item in items),
+    )
 
 
 def _open_hugging_face(
@@ -293,6 +318,10 @@ class ItemSource(PairSource):
 
         Captions are those of all items if reading them decodes no images, else of the same few.
         """
+        return self._manifest
+
+    @cached_property
+    def _manifest(self) -> str:
         digest = hashlib.blake2b(f"{len(self)}".encode(), digest_size=16)
         sampled = set(_spread_indices(len(self), _MANIFEST_ITEMS))
         all_captions = isinstance(self._items, list) or self._columns is not None

@@ -24,7 +24,12 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tif
 
 
 def open_pairs(
-    source: Any, *, name: str, image_key: str | None = None, text_key: str | None = None
+    source: Any,
+    *,
+    name: str,
+    image_key: str | None = None,
+    text_key: str | None = None,
+    may_be_empty: bool = False,
 ) -> PairSource:
     """Open a set of image-text pairs.
 
@@ -41,6 +46,7 @@ def open_pairs(
               `torch.utils.data.Subset` of one.
         name: the name of the argument, for messages and ids.
         image_key, text_key: column, dict key or tar entry, if it does not have a usual name.
+        may_be_empty: accept a table, dataset or list without a pair.
 
     Raises:
         InputError: the source has none of these forms, is missing or is empty; the message starts
@@ -52,7 +58,7 @@ def open_pairs(
         if f"`{name}`" in str(error):
             raise
         raise type(error)(f"`{name}`: {error}") from error
-    if len(opened) == 0:
+    if len(opened) == 0 and not may_be_empty:
         place = f" ({os.fspath(source)})" if isinstance(source, str | os.PathLike) else ""
         raise InputError(f"`{name}` is empty{place}; it needs at least one image-text pair")
     if opened is not source and opened.origin is None:

@@ -24,10 +24,10 @@ def remove_overlap(retain: PairSource, forget: PairSource) -> tuple[PairSource, 
     """Remove from `retain` the pairs with an image of `forget`, whatever their captions.
 
     Two sets of the same shards are compared by row, and no image is read. Other image files and tar
-    entries are compared by size, then by location, then by content, so only files of equal size are
-    read; of more than 20,000 of them only those with an equal caption, and a warning says so.
-    Decoded images are compared by their pixels (RGB or tensor values); if that means decoding more
-    than 20,000 items, a warning says that they were not.
+    entries are compared by size, then by location, then by content, so only files of equal size in
+    different places are read; of more than 20,000 of equal size only those with an equal caption
+    are compared, and a warning says so. Decoded images are compared by their pixels (RGB or tensor
+    values); if that means decoding more than 20,000 items, a warning says that they were not.
 
     Returns:
         The remaining pairs, and the ids of those removed.
@@ -35,7 +35,7 @@ def remove_overlap(retain: PairSource, forget: PairSource) -> tuple[PairSource, 
     Raises:
         InputError: nothing would be left of `retain`.
     """
-    duplicates = _find_duplicates(retain, forget)
+    duplicates = _find_duplicates(retain, forget) if len(retain) else []
     if not duplicates:
         return retain, []
     if len(duplicates) == len(retain):
@@ -117,12 +117,13 @@ def _find_same_files(
             stacklevel=2,
         )
     locations = {forget.encoded_location(row) for row in known.tolist()}
+    same = [row for row in candidates.tolist() if retain.encoded_location(row) in locations]
+    # Only what may be a copy in another place has to be read.
+    others = np.setdiff1d(candidates, same)
+    known = known[np.isin(forget_sizes[known], retain_sizes[others])]
     contents = {_digest_file(forget, row) for row in known.tolist()} - {None}
-    return [
-        row
-        for row in candidates.tolist()
-        if retain.encoded_location(row) in locations or _digest_file(retain, row) in contents
-    ]
+    copies = [row for row in others.tolist() if _digest_file(retain, row) in contents]
+    return sorted(same + copies)
 
 
 def _with_same_captions(

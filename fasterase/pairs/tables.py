@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fasterase.errors import InputError
-from fasterase.pairs.items import IMAGE_KEYS, TEXT_KEYS, choose_key
+from fasterase.pairs.items import IMAGE_KEYS, TEXT_KEYS, check_columns, choose_key
 from fasterase.pairs.source import ImageFiles, PackedCaptions, PackedStrings
 
 _NAMES = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar"}
@@ -32,8 +32,9 @@ def open_table(
     or caption is blank is kept as a broken pair.
 
     Raises:
-        InputError: the file is not such a table, or lacks the columns (lists those found); a row
-            has more or fewer cells than the header, or an unclosed quote (names the line).
+        InputError: the file is not such a table, or lacks the columns (lists those found), or has
+            two of one name; a row has more or fewer cells than the header, or an unclosed quote
+            (names the line).
     """
     ids, captions, metas = PackedStrings(), PackedCaptions(), PackedStrings()
     any_meta = False
@@ -126,6 +127,7 @@ def _read_separated(
         separator = detect_separator(header, image_key, text_key)
         names = _split_header(header, separator)
         _check_header(names, path.parent, separator)
+        check_columns(names)
         for line, row in _read_rows(file, separator):
             if len(row) != len(names):
                 raise InputError(

@@ -11,8 +11,7 @@ from typing import Any
 from torch import nn
 
 from fasterase.config import UnlearnConfig
-from fasterase.engine.baseline import POOL_BATCHES
-from fasterase.engine.erase import count_steps
+from fasterase.engine.job import POOL_BATCHES, count_steps
 from fasterase.engine.optim import EIGHT_BIT, Trained
 from fasterase.engine.prefix_cache import VIEWS, check_prefix_cache, row_bytes, training_bytes
 from fasterase.errors import InputError

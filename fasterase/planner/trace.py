@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from fasterase.engine.activation_checkpointing import checkpointed_activations
-from fasterase.engine.feature_loss import FeatureGradients
 from fasterase.engine.grad_cache import backpropagate
+from fasterase.engine.loss import FeatureGradients
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.forward import TowerForward
 from fasterase.models.preprocessing import Tokens

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from fasterase.errors import InputError, import_extra
 from fasterase.files import replace_file
+from fasterase.report.lettering import letter
 
 # The model stands out; the original and the references follow in order.
 COLOURS = ("#c8102e", "#202020", "#1f6feb", "#1a7f37", "#9a6700", "#8250df", "#57606a")
@@ -164,6 +165,7 @@ def _new_figure(width: float, height: float) -> Any:
 
 def _save(figure: Any, path: str | PathLike[str]) -> Path:
     path = Path(path)
+    letter(figure)
     with replace_file(path) as temporary:
         figure.savefig(temporary, dpi=DPI)
     return path

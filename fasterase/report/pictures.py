@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from fasterase.errors import InputError
 from fasterase.files import replace_file
+from fasterase.report.lettering import Pen
 
 # Pixels.
 PICTURE, LINE, GAP, TEXT_WIDTH = 96, 20, 12, 190
@@ -88,16 +90,18 @@ def picture_sheet(
     height = 2 * MARGIN + LINE + len(sections) * heading_height + sum(grid_rows) * cell_height
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
-    _draw_legend(draw, MARGIN, MARGIN)
+    written = ((row.section, row.caption, *row.before, *row.after) for row in rows)
+    pen = Pen(draw, chain.from_iterable(written))
+    _write_legend(pen, MARGIN, MARGIN)
     top = MARGIN + LINE
     for (name, members), lines in zip(sections, grid_rows, strict=True):
         draw.line((MARGIN, top + GAP, width - MARGIN, top + GAP), fill=RULE)
-        draw.text((MARGIN, top + GAP + 6), name, fill=INK, font=_font(18))
+        pen.write((MARGIN, top + GAP + 6), name, size=18, fill=INK)
         top += heading_height
         for index, row in enumerate(members):
             left = MARGIN + (index % COLUMNS) * (cell_width + GAP)
             place = left, top + index // COLUMNS * cell_height
-            _draw_row(sheet, draw, place, text_width, row, frozenset(erased))
+            _draw_row(sheet, pen, place, text_width, row, frozenset(erased))
         top += lines * cell_height
     path = Path(path)
     with replace_file(path) as temporary:
@@ -128,9 +132,10 @@ def contact_sheet(strips: Sequence[Strip], path: Path) -> Path:
     size = 2 * MARGIN + columns * cell - GAP, 2 * MARGIN + len(strips) * height
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
+    pen = Pen(draw, [strip.title for strip in strips])
     for number, strip in enumerate(strips):
         top = MARGIN + number * height
-        draw.text((MARGIN, top - 2), strip.title, fill=INK, font=_font(14))
+        pen.write((MARGIN, top - 2), strip.title, size=14, fill=INK)
         for place, (picture, marked) in enumerate(zip(strip.pictures, strip.marked, strict=True)):
             corner = MARGIN + place * cell, top + LINE
             sheet.paste(_make_thumbnail(picture), corner)
@@ -147,20 +152,20 @@ def contact_sheet(strips: Sequence[Strip], path: Path) -> Path:
     return path
 
 
-def _draw_legend(draw: ImageDraw.ImageDraw, left: float, top: int) -> None:
+def _write_legend(pen: Pen, left: float, top: int) -> None:
     words = (
         ("Top captions before and after.", INK),
         ("red: a caption of the erased concept", ERASED),
         ("green: the picture's own caption, to be kept", OWN),
     )
     for text, colour in words:
-        draw.text((left, top), text, fill=colour, font=_font(14))
-        left += draw.textlength(text, font=_font(14)) + 2 * GAP
+        pen.write((left, top), text, size=14, fill=colour)
+        left += pen.length(text, 14) + 2 * GAP
 
 
 def _draw_row(
     sheet: Image.Image,
-    draw: ImageDraw.ImageDraw,
+    pen: Pen,
     place: tuple[int, int],
     text_width: int,
     row: SheetRow,
@@ -169,15 +174,14 @@ def _draw_row(
     left, top = place
     sheet.paste(_make_thumbnail(row.image), (left, top))
     text_left = left + PICTURE + GAP
-    own = _shorten(draw, row.caption, 2 * text_width + GAP, _font(15))
-    draw.text((text_left, top - 2), own, fill=INK, font=_font(15))
+    own = pen.shorten(row.caption, 2 * text_width + GAP, 15)
+    pen.write((text_left, top - 2), own, size=15, fill=INK)
     for title, names in (("before", row.before), ("after", row.after)):
-        draw.text((text_left, top + LINE), title, fill=FAINT, font=_font(12))
+        pen.write((text_left, top + LINE), title, size=12, fill=FAINT)
         for rank, name in enumerate(names):
             colour = ERASED if name in erased else OWN if name == row.caption else INK
-            text = _shorten(draw, name, text_width, _font(14))
-            position = (text_left, top + (2 + rank) * LINE - 3)
-            draw.text(position, text, fill=colour, font=_font(14))
+            text = pen.shorten(name, text_width, 14)
+            pen.write((text_left, top + (2 + rank) * LINE - 3), text, size=14, fill=colour)
         text_left += text_width + GAP
 
 
@@ -190,20 +194,3 @@ def _make_thumbnail(image: Image.Image) -> Image.Image:
     square = Image.new("RGB", (PICTURE, PICTURE), "white")
     square.paste(layer, ((PICTURE - size[0]) // 2, (PICTURE - size[1]) // 2), layer)
     return square
-
-
-def _shorten(draw: ImageDraw.ImageDraw, text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
-    """Shorten `text` with dots to at most `width` pixels, on one line."""
-    text = " ".join(text.split())
-    if draw.textlength(text, font=font) <= width:
-        return text
-    while text and draw.textlength(text + "...", font=font) > width:
-        text = text[:-1]
-    return text.rstrip() + "..."
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    font = ImageFont.load_default(size=size)
-    if not isinstance(font, ImageFont.FreeTypeFont):
-        raise InputError("Pillow was built without FreeType and cannot draw text at a given size.")
-    return font

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 from benchmarks.gpu_model import compiled_kernels
 from benchmarks.gpu_model.instructions import count_amd
-from fasterase.engine.feature_loss import loss_products
+from fasterase.engine.loss import loss_products
 from fasterase.ops.contrastive.triton_plan import TILES, choose_tile
 
 # A loop over depth, inside a loop over tiles.
@@ -32,6 +32,7 @@ strip:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     tuple(map(int, compiled_kernels.triton.__version__.split(".")[:2])) < (3, 5),
     reason="the kernels need Triton 3.5",
@@ -64,6 +65,7 @@ def test_no_spills_tensor_cores_and_shared_memory_within_the_limit(name, ref_wid
     assert compiled.shared_bytes <= compiled_kernels.SHARED_LIMIT[target]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     tuple(map(int, compiled_kernels.triton.__version__.split(".")[:2])) < (3, 5),
     reason="the kernels need Triton 3.5",

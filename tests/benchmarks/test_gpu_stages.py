@@ -16,6 +16,7 @@ from benchmarks.contrastive.rows import Row, write_rows
 from benchmarks.gpu_model import __main__ as gpu_model
 from benchmarks.gpu_model.measured import compare, summarise
 from benchmarks.gpu_stages import STAGES, Stage
+from fasterase.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 
@@ -129,8 +130,22 @@ def test_commands_of_every_stage_are_accepted(tmp_path, monkeypatch):
     assert seen == set(parsers)
 
 
+def test_a_python_without_torch_is_told_what_to_install():
+    without = "import runpy, sys; sys.modules['torch'] = None; sys.argv = ['gpu_stages']; "
+    command = without + "runpy.run_module('benchmarks.gpu_stages', run_name='__main__')"
+    found = subprocess.run(
+        [sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True
+    )
+    assert found.returncode == 2
+    assert found.stdout == ""
+    assert found.stderr.count("\n") == 1
+    assert f"{sys.executable} cannot import torch" in found.stderr
+    assert "pip install" in found.stderr
+    assert "make gpu PYTHON=" in found.stderr
+
+
 def test_wheels_that_are_not_there(tmp_path):
-    with pytest.raises(SystemExit, match=r"no \*.whl"):
+    with pytest.raises(InputError, match=r"no \*.whl"):
         gpu_stages.install(tmp_path)
 
 
@@ -143,6 +158,7 @@ def test_repeats_that_differ_are_an_error(tmp_path, monkeypatch, capsys):
     assert "DIFFERENT" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_call_of_each_kind_under_the_interpreter():
     pytest.importorskip("triton", minversion="3.5")
     found = subprocess.run(
@@ -193,5 +209,5 @@ def test_the_model_is_held_against_measured_steps(tmp_path, monkeypatch, capsys)
 def test_measurements_that_the_model_cannot_use(tmp_path, rows, message):
     path = tmp_path / "contrastive_cuda.csv"
     write_rows(path, rows)
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(InputError, match=message):
         gpu_model.main(["--against", str(path)])

@@ -103,6 +103,7 @@ def test_wrong_combinations(command, flags, named, data, unlearn, tmp_path, caps
         named = "unknown flag"
     others = OTHERS if command == "unlearn" else ["--output_dir", str(tmp_path / "sets")]
     assert main([command, *others, *flags]) == 2
+    assert not (tmp_path / "sets").exists()
     printed = capsys.readouterr()
     assert named in printed.err
     assert printed.err.count("\n") == 1

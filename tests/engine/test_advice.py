@@ -6,7 +6,7 @@ import pytest
 
 from fasterase.config import UnlearnConfig
 from fasterase.engine.advice import advise
-from fasterase.engine.erase import Outcome
+from fasterase.engine.run import Outcome
 from fasterase.evaluation.verdict import Trace
 
 TRACES = {"forget": Trace(0.9, 0.9, 0.9, 0.8, 1.0, 0.05, 30)}
@@ -20,7 +20,7 @@ def warning(verdict: str | None = "remembered", *, limit: str | None = None, **s
 
 def test_a_forgotten_set_needs_no_words_and_no_verdict_says_why():
     assert not warning("forgotten")
-    assert warning(None).startswith("no verdict: every retain caption is also")
+    assert warning(None).startswith("no verdict: there is no retain caption that is not")
 
 
 def test_more_steps_continue_only_where_there_is_a_folder():

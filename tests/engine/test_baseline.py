@@ -10,7 +10,8 @@ import torch
 from torch.nn.functional import normalize
 
 from fasterase.encode import PairFeatures
-from fasterase.engine.baseline import RetainPool, _warn_of_naming_captions
+from fasterase.engine.baseline import _warn_of_naming_captions
+from fasterase.engine.job import RetainPool
 
 
 def features(captions: list[str], directions: list[int] | None = None) -> PairFeatures:

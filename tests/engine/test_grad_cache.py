@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fasterase.engine.feature_loss import FeatureLoss
 from fasterase.engine.grad_cache import backpropagate
+from fasterase.engine.loss import StepLoss
 from fasterase.models.forward import TowerForward
-from fasterase.objective import erase_loss
+from fasterase.objective import Objective, erase_loss
 from tests.tiny_model import TinyModel, batch, micro_batches
 
 N, N_FORGET = 22, 6
@@ -36,8 +36,8 @@ def original() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def loss_of(*, image: bool = True, text: bool = True, upstream: Tensor = ONE):
-    loss = FeatureLoss(
-        image_trained=image, text_trained=text, scale_trained=True, max_scale=100.0, **OPTIONS
+    loss = StepLoss(
+        Objective(**OPTIONS), image_trained=image, text_trained=text, scale_trained=True
     )
     return partial(
         loss,

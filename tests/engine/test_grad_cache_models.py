@@ -7,12 +7,12 @@ from functools import partial
 import pytest
 import torch
 
-from fasterase.engine.feature_loss import FeatureLoss
 from fasterase.engine.grad_cache import backpropagate
+from fasterase.engine.loss import StepLoss
 from fasterase.models.forward import TowerForward
 from fasterase.models.load import load_model
 from fasterase.models.preprocessing import Tokens
-from fasterase.objective import erase_loss
+from fasterase.objective import Objective, erase_loss
 from tests import small_models
 from tests.tiny_model import micro_batches
 
@@ -44,8 +44,12 @@ def original(model):
 
 
 def backpropagated(model, size):
-    loss = FeatureLoss(
-        image_trained=True, text_trained=True, scale_trained=True, max_scale=1e9, **OPTIONS
+    loss = StepLoss(
+        Objective(**OPTIONS),
+        image_trained=True,
+        text_trained=True,
+        scale_trained=True,
+        max_scale=1e9,
     )
     backpropagate(
         TowerForward(model, precision="fp32"),

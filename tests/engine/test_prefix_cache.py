@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import fasterase
-from fasterase.engine import erase as erase_module
+from fasterase.engine import run as run_module
 from fasterase.engine.prefix_cache import VIEWS, PrefixCache, row_bytes
 from fasterase.errors import InputError
 from fasterase.models.prefix import SplitTower
@@ -97,14 +97,14 @@ def test_a_killed_run_loses_only_what_was_collected(tmp_path, monkeypatch, lower
     """Before the first step: the next run finds the original's features, and not what lay below."""
     killed = small_models.open_clip_vit()
     again, whole = copy.deepcopy(killed), copy.deepcopy(killed)
-    measure = erase_module.measure_original
+    measure = run_module.measure_original
 
     def measure_and_die(*given, **options):
         measure(*given, **options)
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(erase_module, "measure_original", measure_and_die)
+        patch.setattr(run_module, "measure_original", measure_and_die)
         patch.setattr(PrefixCache, "flush", lambda self: None)
         with pytest.raises(RuntimeError, match="killed"):
             weights_of(killed, output_dir=str(tmp_path))

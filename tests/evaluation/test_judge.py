@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fasterase.encode import PairEncoder
-from fasterase.engine.baseline import undrawn_rows
+from fasterase.engine.job import undrawn_rows
 from fasterase.evaluation.evaluator import Evaluator
 from fasterase.evaluation.features import sampled_rows
 from fasterase.evaluation.judge import Judge, PairTraces

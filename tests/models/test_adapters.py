@@ -131,11 +131,13 @@ def test_a_saved_adapter_is_a_model_if_it_names_its_base(tmp_path: Path) -> None
         small_models.hf_clip(),
         tokenizer=small_models.hf_tokenizer(),
         preprocess=small_models.hf_image_processor(),
-    ).save(tmp_path / "base")
-    given = peft.get_peft_model(CLIPModel.from_pretrained(tmp_path / "base"), lora())
+    ).save(tmp_path / "before" / "base")
+    given = peft.get_peft_model(CLIPModel.from_pretrained(tmp_path / "before" / "base"), lora())
     vocabulary = len(small_models.HF_VOCABULARY)
     result = erase(given, vocabulary)
-    folder = result.save(tmp_path / "erased")
+    result.save(tmp_path / "before" / "erased")
+    folder = (tmp_path / "before").rename(tmp_path / "after") / "erased"
+    assert "before" not in (folder / "adapter_config.json").read_text()
     model = load_model(folder)
     assert isinstance(model.given, peft.PeftModel)
     assert model.text_tokenizer is not None

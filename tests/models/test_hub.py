@@ -71,7 +71,9 @@ def result(module, **options) -> UnlearnResult:
         evaluation=None,
         verdict="forgotten",
         traces={},
-        config=UnlearnConfig(lr=3e-5, output_dir="/home/me/secret"),
+        config=UnlearnConfig(
+            lr=3e-5, output_dir="/home/me/secret", deepspeed="/home/me/secret/zero1.json"
+        ),
         skipped=[],
         floor=0.0,
         removed_from_retain=[],

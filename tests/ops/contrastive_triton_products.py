@@ -12,7 +12,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 import fasterase
 from fasterase import losses
-from fasterase.engine.feature_loss import FeatureLoss, loss_products
+from fasterase.engine.loss import StepLoss, loss_products
 from fasterase.objective import Objective, weighted_erase_loss
 from fasterase.ops.contrastive import contrastive, explain_backend, triton_plan
 from fasterase.ops.contrastive import triton as triton_backend
@@ -82,20 +82,17 @@ def unit_features(n, width, *, moved):
 
 def step(features, backend, dtype, products):
     """(terms, gradients) of an engine's step."""
-    feature_loss = FeatureLoss(
-        image_trained=True,
-        text_trained=True,
-        scale_trained=True,
-        max_scale=100.0,
+    objective = Objective(
         negatives="joint",
         forget_loss="contrastive",
         forget_weight=0.5,
         backend=backend,
         products=products,
     )
+    step_loss = StepLoss(objective, image_trained=True, text_trained=True, scale_trained=True)
     image, text, ref_image, ref_text = (side.to(dtype) for side in features)
     scale = torch.tensor(100.0, dtype=dtype)
-    found = feature_loss(
+    found = step_loss(
         image,
         text,
         scale,

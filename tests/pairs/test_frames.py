@@ -88,6 +88,18 @@ def test_frame_of_pictures_arrays_and_token_ids(picture):
     assert ids[1].text.tolist() == [3, 4]
 
 
+@pytest.mark.parametrize("names", [["title", "title", "path"], ["text", "path", "path"]])
+def test_two_columns_of_one_name_are_refused(names, tmp_path):
+    repeated = max(names, key=names.count)
+    found = rf"2 columns are named '{repeated}'; the columns found are .*Rename or remove"
+    with pytest.raises(InputError, match=f"`x`: {found}"):
+        open_pairs(pandas.DataFrame([["a", "b", "c"]], columns=names), name="x")
+    table = pyarrow.table([["a"], ["b"], ["c"]], names=names)
+    parquet.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(InputError, match=rf"`x`: .*t\.parquet: {found}"):
+        open_pairs(tmp_path / "t.parquet", name="x")
+
+
 def test_empty_frame():
     with pytest.raises(InputError, match="`x` is empty"):
         open_pairs(pandas.DataFrame({"image": [], "text": []}), name="x")

@@ -112,12 +112,25 @@ def test_json_array(pictures, mark):
         ("t.tsv", "filepath\ttitle\n0.png\ta\tb\n", "hold a tab"),
         ("t.csv", "0.png,zero\n1.png,one\n", r"first line is a pair, .*'0\.png' is a file"),
         ("t.tsv", "zero\t0.png\n", r"such as: 'filepath\\ttitle'"),
+        (
+            "t.csv",
+            "title,filepath,title\na,0.png,b\n",
+            r"t\.csv: 2 columns are named 'title'.*Rename",
+        ),
+        ("t.tsv", "filepath\ttitle\tfilepath \n0.png\ta\t1.png\n", "2 .* named 'filepath'"),
+        ("t.csv", "filepath,title,class,class\n0.png,a,b,c\n", "2 columns are named 'class'"),
     ],
 )
 def test_damaged_tables(pictures, name, content, message):
     with pytest.raises(InputError, match=message) as caught:
         open_pairs(table(pictures, content, name), name="x")
     assert "`x`" in str(caught.value)
+
+
+def test_columns_without_a_name_may_repeat(pictures):
+    """Spreadsheets write them for empty columns."""
+    path = table(pictures, "filepath,title,,\n0.png,zero,,\n")
+    assert open_pairs(path, name="x")[0].text == "zero"
 
 
 def test_binary_file_is_refused(tmp_path):

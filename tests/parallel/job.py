@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fasterase
 from fasterase.engine import build_engine
 from fasterase.errors import ResumeError
+from fasterase.models.forward import Features
+from fasterase.parallel.local import LocalEngine
 from fasterase.parallel.ranks import launched_rank
 from tests.small_models import CONTEXT_LENGTH, IMAGE_SIZE, open_clip_vit
 from tests.tiny_concepts import FORGOTTEN, KEPT, concept_pairs, knowing_model
@@ -70,6 +72,7 @@ class Case:
         big: a model with the depth, heads and MLP ratio of ViT-bigG-14, but narrow.
         folder: name of an output folder, which other cases resume from.
         broken: the rank whose gradient is NaN in the second step.
+        in_fp64: train in fp64, where the order of sums does not show. ZeRO cannot.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -78,6 +81,7 @@ class Case:
     big: bool = False
     folder: str | None = None
     broken: int | None = None
+    in_fp64: bool = False
 
 
 def _sgd(module: nn.Module, trained: Any, **_: Any) -> torch.optim.Optimizer:
@@ -103,9 +107,9 @@ BIG = {
 }
 FIRST, WHOLE = {"max_steps": 3, "save_every": 3}, {"max_steps": 5}
 CASES = {
-    "sgd-plain": Case(PLAIN, _sgd),
-    "sgd-cached": Case(CACHED, _sgd),
-    "adam-cached": Case(ADAM),
+    "sgd-plain": Case(PLAIN, _sgd, in_fp64=True),
+    "sgd-cached": Case(CACHED, _sgd, in_fp64=True),
+    "adam-cached": Case(ADAM, in_fp64=True),
     "nan": Case(CACHED, _sgd, broken=1),
     "automatic": Case(automatic=True),
     "save": Case(ADAM | FIRST, folder="plain"),
@@ -172,6 +176,7 @@ def run_case(name: str, folder: Path | None = None, **overrides: Any) -> dict[st
     try:
         with (
             patch.object(build_engine, "build_optimizer", handed),
+            _in_fp64(model) if case.in_fp64 else nullcontext(),
             _breaking(case.broken),
             _Reductions() as reductions,
         ):
@@ -186,6 +191,20 @@ def run_case(name: str, folder: Path | None = None, **overrides: Any) -> dict[st
         "reductions": reductions.count,
         "error": error,
     }
+
+
+@contextmanager
+def _in_fp64(model: nn.Module) -> Iterator[None]:
+    """Make a model of fp64, whose features no training step rounds to fp32."""
+    model.double().visual.register_forward_pre_hook(lambda _, inputs: inputs[0].double())
+    encode = LocalEngine.__call__
+
+    def unrounded(*given: Any) -> Features:
+        with patch.object(torch.Tensor, "float", torch.Tensor.double):
+            return encode(*given)
+
+    with patch.object(LocalEngine, "__call__", unrounded):
+        yield
 
 
 @contextmanager

@@ -1,0 +1,144 @@
+"""What a run is to do, opened once: the model, the pairs, the settings; which pairs it may draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from fasterase.config import UnlearnConfig
+from fasterase.engine.history import StepRecord
+from fasterase.engine.pacing import MAX_STEPS
+from fasterase.models.dual_encoder import DualEncoder
+from fasterase.models.forward import resolve_precision
+from fasterase.pairs.sampler import Sampler, drawn_rows, shuffle_rows
+from fasterase.pairs.source import PairSource
+from fasterase.parallel.ranks import ALONE, Ranks
+from fasterase.seeds import Stream, generator
+
+# Retain batches' worth of pairs that an automatic run encodes first and then cycles.
+POOL_BATCHES = 100
+WITHHELD_SHARE, MAX_WITHHELD = 0.05, 1000
+# Smaller pools are needed whole for training.
+LEAST_POOL = 100
+
+
+@dataclass(frozen=True)
+class Job:
+    """One erasure. Every rank has an equal one.
+
+    Attributes:
+        model: the model, on its device, in fp32 and eval mode while the run has it.
+        sets: `"forget"`, `"retain"` and sets that are only measured.
+        forget_sets: names of those of them that are to be forgotten too.
+        config: the run's settings.
+        output: folder for checkpoints, history and features; None keeps nothing.
+        callback: called after each step with its record; True ends the run.
+        ranks: who takes part.
+    """
+
+    model: DualEncoder
+    sets: Mapping[str, PairSource]
+    forget_sets: Collection[str]
+    config: UnlearnConfig
+    output: Path | None = None
+    callback: Callable[[StepRecord], object] | None = None
+    ranks: Ranks = ALONE
+
+    @property
+    def forget(self) -> PairSource:
+        return self.sets["forget"]
+
+    @property
+    def retain(self) -> PairSource:
+        return self.sets["retain"]
+
+    @cached_property
+    def precision(self) -> str:
+        """The towers' compute dtype."""
+        return resolve_precision(self.config.precision, self.model.device)
+
+
+@dataclass(frozen=True)
+class RetainPool:
+    """The part of the retain set that an automatic run uses.
+
+    Attributes:
+        drawn: rows (sorted) that training draws.
+        withheld: rows (sorted) that training never draws; damage is measured on them.
+    """
+
+    drawn: np.ndarray
+    withheld: np.ndarray
+
+    @classmethod
+    def choose(
+        cls, count: int, *, batch_size: int, seed: int, shards: np.ndarray | None = None
+    ) -> RetainPool:
+        """Choose at most `POOL_BATCHES` batches of `count` pairs; of few `shards` if given."""
+        numbers = generator(seed, Stream.RETAIN_POOL)
+        order = shuffle_rows(numbers, count, shards)[: POOL_BATCHES * batch_size]
+        size = len(order)
+        withheld = min(int(WITHHELD_SHARE * size), MAX_WITHHELD) if size >= LEAST_POOL else 0
+        return cls(drawn=np.sort(order[withheld:]), withheld=np.sort(order[:withheld]))
+
+
+class Draws:
+    """Which pairs the steps of a job may draw.
+
+    Attributes:
+        pool: the part of the retain set that an automatic run uses; None for others.
+        sampler: the rows of each step.
+        total_steps: the largest number of steps.
+    """
+
+    def __init__(self, job: Job) -> None:
+        config, forget, retain = job.config, job.forget, job.retain
+        self.pool: RetainPool | None = None
+        if config.runs_until_forgotten:
+            self.pool = RetainPool.choose(
+                len(retain), batch_size=config.batch_size, seed=config.seed, shards=retain.shards()
+            )
+        self.sampler = Sampler(
+            len(forget),
+            len(retain),
+            forget_batch_size=config.forget_batch_size,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            retain_rows=None if self.pool is None else self.pool.drawn,
+            forget_shards=forget.shards(),
+            retain_shards=retain.shards(),
+        )
+        self.total_steps = count_steps(config, self.sampler)
+
+    @cached_property
+    def rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows (sorted) of the forget and of the retain set that the steps draw."""
+        return drawn_rows(self.sampler, self.total_steps)
+
+    @cached_property
+    def undrawn_forget(self) -> np.ndarray:
+        """Rows (sorted) of the forget set that an automatic run's usual budget does not draw."""
+        return undrawn_rows(self.sampler, min(self.total_steps, MAX_STEPS))
+
+
+def count_steps(config: UnlearnConfig, sampler: Sampler) -> int:
+    """Return the largest number of steps of the run."""
+    if config.max_steps is not None:
+        return config.max_steps
+    if config.epochs == "auto":
+        return max(MAX_STEPS, sampler.steps_per_epoch)
+    return config.epochs * sampler.steps_per_epoch
+
+
+def undrawn_rows(sampler: Sampler, steps: int) -> np.ndarray:
+    """Return the forget rows (sorted) that the first `steps` steps do not draw."""
+    if steps >= sampler.steps_per_epoch:
+        return np.empty(0, np.int64)
+    drawn = np.zeros(sampler.n_forget, bool)
+    for step in range(steps):
+        drawn[sampler.draw(step).forget] = True
+    return np.flatnonzero(~drawn)
