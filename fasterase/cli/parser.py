@@ -101,7 +101,8 @@ def flags_of(command: str) -> list[Flag]:
 def _flags_from(cls: type) -> Iterator[Flag]:
     hints, documented = get_type_hints(cls), _read_docstring(cls)
     for name, default in vars(cls()).items():
-        yield Flag(name, hints[name], default, *documented[name])
+        # Without docstrings (python -OO) flags work all the same.
+        yield Flag(name, hints[name], default, *documented.get(name, ("Settings", "")))
 
 
 def _read_docstring(cls: type) -> dict[str, tuple[str, str]]:
