@@ -179,6 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--starts", type=int, default=3, help="initialisations of each model")
     parser.add_argument("--seeds", type=int, default=3, help="erasures of each start")
+    parser.add_argument("--threads", nargs="+", type=int, default=THREADS)
     parser.add_argument("--processes", type=int, default=2, help="erasures at a time")
     parser.add_argument("--work", type=Path, default=Path("runs/robustness"))
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -194,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = [
         Case(model, start, threads, capability)
         for capability in CAPABILITIES
-        for threads in THREADS
+        for threads in options.threads
         for model in (*options.models, *options.concepts)
         for start in range(options.starts if model in kinds else 1)
     ]

@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.nn.functional import smooth_l1_loss
 
 from fasterase.errors import InputError
 from fasterase.ops.contrastive import Contrastive, contrastive, weighted_contrastive
@@ -24,6 +26,8 @@ from fasterase.ops.contrastive.checks import (
 from fasterase.ops.contrastive.products import check_products
 
 _WEIGHTS = ("forget_weight", "retain_weight", "consistency_weight", "anchor_weight", "cross_weight")
+# Shifts of a mean cosine below which their loss is quadratic.
+SMOOTH_SHIFT = 0.05
 FORGET_LOSSES = ("similarity", "contrastive")
 NEGATIVES = ("own", "joint")
 
@@ -96,7 +100,7 @@ def erase_loss(
                       + d(image, ref_image, ref_text) + d(text, ref_text, ref_image)), where
         e(a, b)     = max(cos - floor, 0).mean() + max(floor - cos.mean(), 0)
         cos         = (a * b).sum(1)[F]
-        d(a, a0, b) = |(a - a0)[F] @ b[R].mean(0)|.mean()
+        d(a, a0, b) = huber((a - a0)[F] @ b[R].mean(0)).mean(), |x| - 0.025 from |x| = 0.05 on
 
     Args:
         image, text: L2-normalised features; row i of both is pair i, forget pairs first. They are
@@ -313,9 +317,12 @@ def _compute_forget(pairs: _Pairs, objective: Objective, losses: Contrastive | N
 
 
 def _shift(features: Tensor, original: Tensor, others: Tensor, pairs: _Pairs) -> Tensor:
-    """How far the mean cosine of forget rows with the other tower's retain rows has moved."""
-    moved = features - original[pairs.forget_rows]
-    return (moved @ others[pairs.retain_rows].mean(0)).abs().mean()
+    """How far the mean cosine of forget rows with the other tower's retain rows has moved.
+
+    Smooth at 0, where every run starts: the sign of a rounding error must not decide a gradient.
+    """
+    moved = (features - original[pairs.forget_rows]) @ others[pairs.retain_rows].mean(0)
+    return smooth_l1_loss(moved, torch.zeros_like(moved), beta=SMOOTH_SHIFT)
 
 
 def _exceed(image: Tensor, text: Tensor, objective: Objective) -> Tensor:

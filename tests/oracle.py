@@ -182,8 +182,11 @@ def erase_loss(
                 mean = sum(others[j] for j in range(n_forget, total)) / sizes["retain"]
                 for i in range(n_forget):
                     shift = float((now[i] - ref[i]) @ mean)
-                    values["forget"] += cross_weight * abs(shift) / n_forget
-                    grad[i] += forget_weight * cross_weight * np.sign(shift) * mean / n_forget
+                    is_small = abs(shift) < 0.05
+                    loss = shift**2 / 0.1 if is_small else abs(shift) - 0.025
+                    slope = shift / 0.05 if is_small else np.sign(shift)
+                    values["forget"] += cross_weight * loss / n_forget
+                    grad[i] += forget_weight * cross_weight * slope * mean / n_forget
     if anchor_weight:
         for i in range(n_forget, total):
             for now, ref, grad in (
