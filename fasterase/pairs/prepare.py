@@ -31,6 +31,11 @@ class PreparedText(NamedTuple):
     key: str
 
 
+# Captions whose tokens are remembered, 10 MB at CLIP's length: the same pairs are read in steps and
+# in checks, and tokenising a caption takes as long as a small text tower.
+KNOWN_CAPTIONS = 16_384
+
+
 class Preparer:
     """Turns records into pixels and tokens. Picklable if its two callables are; holds no weights.
 
@@ -55,6 +60,7 @@ class Preparer:
         self.image_size = image_size
         self.context_length = context_length
         self.vocab_size = vocab_size
+        self._known_tokens: dict[str, Tokens] = {}
 
     @classmethod
     def for_model(cls, model: DualEncoder) -> Preparer:
@@ -136,9 +142,13 @@ class Preparer:
                 f"{record.id}: captions are strings and the model's `tokenizer` is not known; pass "
                 f"`tokenizer`, or texts as token ids"
             )
-        tokens = self.text_tokenizer([chosen])
-        mask = None if tokens.mask is None else tokens.mask[0]
-        return PreparedText(Tokens(tokens.ids[0], mask), caption_key(chosen))
+        tokens = self._known_tokens.get(chosen)
+        if tokens is None:
+            found = self.text_tokenizer([chosen])
+            tokens = Tokens(found.ids[0], None if found.mask is None else found.mask[0])
+            if len(self._known_tokens) < KNOWN_CAPTIONS:
+                self._known_tokens[chosen] = tokens
+        return PreparedText(tokens, caption_key(chosen))
 
     def _check_ids(self, record: Record, ids: Tensor) -> PreparedText:
         if len(ids) > self.context_length:

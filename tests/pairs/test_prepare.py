@@ -11,6 +11,7 @@ from PIL import Image
 
 from fasterase.errors import InputError
 from fasterase.models.preprocessing import ImageTransform, Tokens, TransformParts
+from fasterase.pairs import prepare
 from fasterase.pairs.prepare import Preparer, caption_key, hash_captions, stack_tokens
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.source import Record
@@ -146,3 +147,19 @@ def test_token_ids_that_the_model_lacks_are_refused(ids):
     record = Record(torch.zeros(3, 4, 4), torch.tensor(ids), "pair 7")
     with pytest.raises(InputError, match=r"pair 7: token ids .* vocabulary has 1000"):
         BARE.text(record)
+
+
+def test_a_caption_is_tokenised_once(monkeypatch):
+    """Up to a number of captions: steps and checks read the same pairs again and again."""
+    monkeypatch.setattr(prepare, "KNOWN_CAPTIONS", 2)
+    seen = []
+
+    def tokenize(texts):
+        seen.extend(texts)
+        return Tokens(torch.tensor([[len(text)] for text in texts]), None)
+
+    preparer = Preparer(None, tokenize, (4, 4), 1, 100)
+    captions = ["a", "bb", "a", "ccc", "bb", "ccc"]
+    found = [preparer.text(Record(None, text, "pair")).tokens.ids.item() for text in captions]
+    assert found == [1, 2, 1, 3, 2, 3]
+    assert seen == ["a", "bb", "ccc", "ccc"]
