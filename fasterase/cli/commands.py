@@ -85,7 +85,7 @@ def _write_report(result: fasterase.UnlearnResult, output_dir: Path) -> None:
 
 def _evaluate(values: dict[str, Any]) -> str | None:
     """Measure, print the table, and write it to `output` if given."""
-    from fasterase.evaluation.evaluation import check_report_path
+    from fasterase.report.evaluation import check_report_path
     from fasterase.report.losses import require_matplotlib
 
     flags = EvaluateFlags(**values)
