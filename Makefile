@@ -47,7 +47,7 @@ test-all: test
 SCALE_LOG = benchmarks/results/scale.txt
 test-scale: EXTRAS := hf,eval,demo,dev
 test-scale: installed
-	@$(BIN)/python -m benchmarks.scale_versions > $(SCALE_LOG)
+	@$(BIN)/python -m benchmarks.systems.scale_versions > $(SCALE_LOG)
 	@set -e; failed=$$(mktemp); \
 	for tests in tests/parallel tests/reference/test_cache.py; do \
 	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest $$tests -m 'scale or not scale' -v --no-header $(ARGS) \
@@ -67,7 +67,7 @@ format: installed
 
 # In .venv if there is one, else with PYTHON: it installs nothing by itself and needs no network.
 gpu:
-	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_stages \
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.systems.gpu_stages \
 	  $(if $(STAGE),--stage $(STAGE)) $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
 
 clean:

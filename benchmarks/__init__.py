@@ -1,1 +1,1 @@
-"""Measurements that the documentation quotes: erasing recipes, the loss, a model of its kernels."""
+"""Measurements that the documentation quotes, a folder per topic."""

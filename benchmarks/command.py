@@ -1,11 +1,14 @@
-"""Run a benchmark as a command: what is wrong with its input is one line, not a traceback."""
+"""What the benchmarks have in common as commands: options, and errors without a traceback."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
+from benchmarks.result_files import RESULTS
 from fasterase.cli.main import exit_code_of, format_error
 from fasterase.errors import FaseraseError
 
@@ -22,3 +25,18 @@ def exit_with(main: Callable[[], int | None]) -> NoReturn:
         print(f"error: {format_error(error)}", file=sys.stderr)
         code = exit_code_of(error)
     sys.exit(code)
+
+
+def new_parser(description: str | None, **options: Any) -> argparse.ArgumentParser:
+    """Return a parser whose help shows a module's docstring as it is written."""
+    layout = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=description, formatter_class=layout, **options)
+
+
+def comparison_parser(description: str | None, *, work: str) -> argparse.ArgumentParser:
+    """Return a parser with --processes, --output and --work, by default the folder `work`."""
+    parser = new_parser(description)
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--work", type=Path, default=Path(work), help="what is measured is kept")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    return parser

@@ -1,15 +1,19 @@
-"""Run a measurement in a process of its own."""
+"""Run measurements in processes of their own: one at a time, or many in parallel."""
 
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from fasterase.errors import InputError
+
+Job = TypeVar("Job", bound=Hashable)
+Found = TypeVar("Found")
 
 
 class MeasurementError(Exception):
@@ -75,3 +79,29 @@ def describe_error(error: Exception) -> str:
         return str(error)
     first = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {first}"[:300]
+
+
+def call_all(
+    call: Callable[..., Found],
+    jobs: Iterable[Job],
+    *arguments: Any,
+    processes: int,
+    describe: Callable[[Job], str] = str,
+) -> dict[Job, Found]:
+    """Return job -> `call(job, *arguments)`, computed in new processes of one thread each.
+
+    Prints what `describe` says of a job as soon as it is done.
+    """
+    found: dict[Job, Found] = {}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, initializer=_use_one_thread) as pool:
+        pending = {pool.submit(call, job, *arguments): job for job in jobs}
+        for done in as_completed(pending):
+            job = pending[done]
+            found[job] = done.result()
+            print(f"[{len(found)}/{len(pending)}] {describe(job)}", flush=True)
+    return found
+
+
+def _use_one_thread() -> None:
+    torch.set_num_threads(1)

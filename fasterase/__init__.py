@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from fasterase.errors import NonFiniteError as NonFiniteError
     from fasterase.errors import PreemptedError as PreemptedError
     from fasterase.errors import ResumeError as ResumeError
-    from fasterase.evaluation.evaluation import Evaluation as Evaluation
     from fasterase.losses import ClipLoss as ClipLoss
     from fasterase.losses import DistillClipLoss as DistillClipLoss
     from fasterase.models.delta import apply_delta as apply_delta
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from fasterase.pairs.split import split as split
     from fasterase.planner import Plan as Plan
     from fasterase.planner import plan as plan
+    from fasterase.report.evaluation import Evaluation as Evaluation
     from fasterase.result import UnlearnResult as UnlearnResult
 
 __version__ = "0.1.0"
@@ -44,7 +44,7 @@ _HOME = {
     "UnlearnResult": "fasterase.result",
     "UnlearnConfig": "fasterase.config",
     "evaluate": "fasterase.api",
-    "Evaluation": "fasterase.evaluation.evaluation",
+    "Evaluation": "fasterase.report.evaluation",
     "split": "fasterase.pairs.split",
     "plan": "fasterase.planner",
     "Plan": "fasterase.planner",

@@ -29,7 +29,6 @@ from fasterase.engine.stops import explaining_interrupts
 from fasterase.engine.trackers import tracking
 from fasterase.errors import InputError
 from fasterase.evaluation.attacks.table import check_attacks
-from fasterase.evaluation.evaluation import Evaluation
 from fasterase.evaluation.evaluator import Evaluator
 from fasterase.evaluation.examiner import Examiner
 from fasterase.evaluation.measurement import Measurement
@@ -46,6 +45,7 @@ from fasterase.pairs.skips import SkipLedger
 from fasterase.pairs.source import PairSource
 from fasterase.parallel.ranks import Ranks, join_ranks, launched_device
 from fasterase.provenance import audit, read_record, weights_fingerprint
+from fasterase.report.evaluation import Evaluation, compare
 from fasterase.result import UnlearnResult
 
 NO_SETS: Mapping[str, Any] = MappingProxyType({})
@@ -364,7 +364,8 @@ def evaluate(
     before = None if original is None else measure("original", original)
     measured = measure("model", model, before=before)
     compared = {name: measure(name, other, before=before) for name, other in references.items()}
-    evaluation = evaluator.compare(
+    evaluation = compare(
+        evaluator,
         measured,
         original=before,
         references=compared,

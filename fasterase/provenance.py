@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from fasterase.errors import InputError
-from fasterase.evaluation.evaluation import Evaluation
 from fasterase.files import write_text
+from fasterase.report.evaluation import Evaluation
 
 FILE, CARD = "provenance.json", "README.md"
 FORMAT = 1

@@ -14,7 +14,6 @@ from fasterase.config import UnlearnConfig, describe_recipe, format_yaml
 from fasterase.encode import PairEncoder
 from fasterase.engine.history import StepRecord
 from fasterase.engine.model_state import best_device, placed, resolve_device
-from fasterase.evaluation.evaluation import Evaluation
 from fasterase.evaluation.verdict import REMEMBERED, Trace
 from fasterase.files import check_writable, parse_path, write_text
 from fasterase.models.delta import restored_original, save_delta
@@ -25,6 +24,7 @@ from fasterase.objective import EraseLoss
 from fasterase.pairs.skips import Skip
 from fasterase.pairs.source import PairSource
 from fasterase.provenance import make_record, weights_fingerprint, write_record
+from fasterase.report.evaluation import Evaluation
 from fasterase.report.examples import Examples, example_rows
 from fasterase.report.folder import write_report_folder
 from fasterase.report.tables import Section, html_table

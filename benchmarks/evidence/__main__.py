@@ -15,15 +15,14 @@ table) to --output.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.attacked import attacks_of
-from benchmarks.command import exit_with
+from benchmarks.command import comparison_parser, exit_with
+from benchmarks.evidence.attacked import attacks_of
 from benchmarks.evidence.cells import (
     COSTLY,
     METHODS,
@@ -46,8 +45,8 @@ from benchmarks.evidence.table import (
     summarise,
 )
 from benchmarks.evidence.task import Method
-from benchmarks.recipes import TEST, VALIDATION, parse_retrained
-from benchmarks.result_files import RESULTS, write_csv
+from benchmarks.recipes.runs import TEST, VALIDATION, parse_retrained
+from benchmarks.result_files import write_csv
 from fasterase.errors import InputError
 from fasterase.files import write_text
 
@@ -57,10 +56,7 @@ Chosen = dict[str, tuple[str, float]]  # title -> (setting, damage on the valida
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Tune, test and write the results."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
+    parser = comparison_parser(__doc__, work="runs/evidence")
     parser.add_argument("--seeds", type=int, default=3, help="of finalists, on the test concepts")
     parser.add_argument("--finalists", type=int, default=4, help="how many of the tuned methods")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="TITLE")
@@ -77,8 +73,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="SUBGROUP=FOLDER",
         help="further models trained without a subgroup (tools.demo_assets.train)",
     )
-    parser.add_argument("--work", type=Path, default=Path("runs/evidence"))
-    parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(argv)
     methods = check_methods(options.methods)
     attacks = tuple(options.attacks)

@@ -7,16 +7,13 @@ import json
 import time
 import warnings
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.evidence import closed_form, trained, variants
+from benchmarks.evidence import closed_form, trained, varied
 from benchmarks.evidence.task import Method, Setting, Task
+from benchmarks.processes import call_all
 from fasterase.demo import emoji
 from fasterase.demo.run import evaluate_sets
 from fasterase.demo.sets import build_sets
@@ -27,7 +24,7 @@ from fasterase.models.load import load_model
 METHODS: dict[str, Method] = {
     method.title: method for method in (*trained.METHODS, *closed_form.METHODS)
 }
-VARIANTS: dict[str, Method] = {method.title: method for method in variants.METHODS}
+VARIANTS: dict[str, Method] = {method.title: method for method in varied.METHODS}
 # Models that no method made, measured in the same way.
 ORIGINAL, RETRAINED = "original", "retrained"
 # Attacks that train. The original undergoes them in cells of its own, not beside every model.
@@ -73,6 +70,10 @@ class Cell:
     model: str | None = None  # folder of a model to measure in place of erasing
 
     @property
+    def title(self) -> str:
+        return f"{self.method}, {self.subgroup}, seed {self.seed} {self.setting}"
+
+    @property
     def file_name(self) -> str:
         digest = hashlib.sha256(repr(self).encode()).hexdigest()[:8]
         return f"{self.method}_{self.subgroup}_{self.seed}_{digest}.json".replace(" ", "-")
@@ -87,7 +88,6 @@ def run_cell(cell: Cell, work: Path) -> list[Measured]:
     path = work / cell.file_name
     if path.is_file():
         return [Measured(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
-    torch.set_num_threads(1)
     sets = build_sets(cell.subgroup, original=str(emoji.BASE_MODEL), seed=cell.seed)
     model = load_model(cell.model or str(emoji.BASE_MODEL))
     setting: dict[str, Any] = json.loads(cell.setting)
@@ -144,14 +144,8 @@ def run_cell(cell: Cell, work: Path) -> list[Measured]:
 
 def run_cells(cells: Iterable[Cell], work: Path, processes: int) -> list[Measured]:
     """Carry out cells in parallel, each with one thread, and print each as it ends."""
-    found: list[Measured] = []
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        pending = {pool.submit(run_cell, cell, work): cell for cell in cells}
-        for number, done in enumerate(as_completed(pending), start=1):
-            cell = pending[done]
-            found += done.result()
-            place = f"{cell.method}, {cell.subgroup}, seed {cell.seed}"
-            print(f"[{number}/{len(pending)}] {place} {cell.setting}", flush=True)
+    done = call_all(run_cell, cells, work, processes=processes, describe=lambda cell: cell.title)
+    found = [measured for those in done.values() for measured in those]
     return sorted(found, key=lambda each: (each.method, each.subgroup, each.seed, each.setting))
 
 

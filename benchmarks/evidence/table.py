@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.attacked import PROBED, RELEARNED, SWAPPED
+from benchmarks.evidence.attacked import PROBED, RELEARNED, SWAPPED
 from benchmarks.evidence.cells import ORIGINAL, Measured
-from benchmarks.recipes import interval
+from benchmarks.recipes.runs import FORGET_SETS, KEEP_SETS, interval
+from benchmarks.result_files import markdown_table
 
 HIT, RECALL = "concept_hit@1", "image_to_text_recall@1"
-FORGET_SETS, KEEP_SETS = ("forget", "forget-unseen"), ("retain", "neighbour", "holdout")
 ATTACKED = (*SWAPPED, *PROBED, *RELEARNED)
 Originals = Mapping[tuple[str, int], Measured]  # (subgroup, seed) -> the original there
 
@@ -103,13 +103,7 @@ def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
     shown = {
         column: title for column, title in headings.items() if any(column in row for row in rows)
     }
-    lines = [
-        "| " + " | ".join(shown.values()) + " |",
-        "|" + "|".join("---" if column == "method" else "---:" for column in shown) + "|",
-    ]
-    for row in rows:
-        lines.append("| " + " | ".join(_cell(row, column) for column in shown) + " |")
-    return "\n".join(lines) + "\n"
+    return markdown_table([*shown.values()], [[_cell(row, each) for each in shown] for row in rows])
 
 
 def _cell(row: Mapping[str, Any], column: str) -> str:

@@ -228,7 +228,7 @@ class Evaluate(_Erasure):
     plots: str | None = None
 
     def run(self, **fields: Any) -> str | None:
-        from fasterase.evaluation.evaluation import check_report_path
+        from fasterase.report.evaluation import check_report_path
         from fasterase.report.losses import require_matplotlib
 
         if self.output is not None:

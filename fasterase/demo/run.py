@@ -19,9 +19,9 @@ from fasterase.demo import emoji
 from fasterase.demo.sets import DemoSets, Drawings, build_sets
 from fasterase.demo.show import RECIPE_TITLES, draw_sheet, print_result
 from fasterase.errors import InputError
-from fasterase.evaluation.evaluation import Evaluation
 from fasterase.files import write_text
 from fasterase.parallel.ranks import launched_rank
+from fasterase.report.evaluation import Evaluation
 from fasterase.report.losses import plot_history, require_matplotlib
 
 # The paper's recipe has numbers to choose; `python -m benchmarks.recipes` chose these on its

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from fasterase.demo.sets import DemoSets, Drawings
 from fasterase.encode import PairEncoder
-from fasterase.evaluation.evaluation import Evaluation
 from fasterase.models.load import load_model
 from fasterase.pairs.open import open_pairs
+from fasterase.report.evaluation import Evaluation
 from fasterase.report.examples import CaptionRanking, spread
 from fasterase.report.pictures import picture_sheet
 

@@ -37,7 +37,6 @@ from fasterase.engine.prefix_cache import PrefixCache, open_prefix_cache
 from fasterase.engine.rates import LineFollower, Rate
 from fasterase.engine.words import ForgottenWords, forget_words
 from fasterase.errors import InputError, NonFiniteError, PreemptedError
-from fasterase.evaluation.evaluation import Evaluation
 from fasterase.evaluation.evaluator import Evaluator
 from fasterase.evaluation.features import sampled_rows
 from fasterase.evaluation.judge import JUDGED_PAIRS, Judge, summarise
@@ -50,6 +49,7 @@ from fasterase.pairs.skips import SkipLedger
 from fasterase.parallel.engine import Engine
 from fasterase.reference.cache import FeatureCache
 from fasterase.reference.original import cache_folder
+from fasterase.report.evaluation import Evaluation, compare
 from fasterase.seeds import Stream, torch_seed
 
 
@@ -344,7 +344,7 @@ class Run:
         evaluation = None
         if evaluator is not None:
             found = evaluator.measure(self._encoder, features, original=baseline.measured)
-            evaluation = evaluator.compare(found, original=baseline.measured)
+            evaluation = compare(evaluator, found, original=baseline.measured)
         return Outcome(
             history,
             baseline.floor,

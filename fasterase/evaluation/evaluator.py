@@ -1,4 +1,4 @@
-"""Measure models on the same pairs and candidates, and put the measurements side by side."""
+"""Measure models on the same pairs and candidates."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ import torch
 
 from fasterase.encode import PairEncoder, PairFeatures
 from fasterase.errors import InputError
-from fasterase.evaluation.evaluation import Evaluation
 from fasterase.evaluation.features import SetFeatures, all_captions, sampled_rows
-from fasterase.evaluation.figures import Figures
 from fasterase.evaluation.judge import Judge, summarise
 from fasterase.evaluation.measurement import Measurement
 from fasterase.evaluation.scores import CaptionPool, SetScores, retrieval_scores
-from fasterase.evaluation.verdict import decide, decide_each
 from fasterase.evaluation.zero_shot import (
     carried_classes,
     check_class_names,
@@ -27,7 +24,6 @@ from fasterase.evaluation.zero_shot import (
 from fasterase.option_values import parse_value
 from fasterase.pairs.skips import Skip
 from fasterase.pairs.source import PairSource
-from fasterase.report.curves import Series
 
 FULL_RESAMPLES = 1000
 QUICK_RESAMPLES = 200
@@ -197,53 +193,3 @@ class Evaluator:
         for name, those in known.items():
             values = score_accuracy(features[name].image, classes, those)
             scores[name].add("zero_shot_accuracy", values, 1 / len(class_names))
-
-    def compare(
-        self,
-        model: Measurement,
-        *,
-        original: Measurement | None = None,
-        references: Mapping[str, Measurement] | None = None,
-        tasks: Mapping[str, Figures] | None = None,
-        attacks: Mapping[str, Figures] | None = None,
-        series: Mapping[str, list[Series]] | None = None,
-    ) -> Evaluation:
-        """Return values, intervals and chance levels of `model` beside those of the others.
-
-        `tasks`, `attacks` and `series` are handed on: what each of them found, and what its plot
-        shows.
-
-        Raises:
-            InputError: the measurements are of different pairs.
-        """
-        others = {**({} if original is None else {"original": original}), **(references or {})}
-        for name, other in others.items():
-            model.check_same_pairs(other, name)
-        before = None if original is None else original.traces
-        verdicts, set_verdicts = {}, {}
-        for name, each in {"model": model, **others}.items():
-            verdict = decide(each.traces, before)
-            if verdict is not None:
-                verdicts[name] = verdict
-            set_verdicts[name] = decide_each(each.traces, before)
-        return Evaluation(
-            scores=model.averages(),
-            intervals=model.intervals(resamples=self.resamples, seed=self.seed),
-            chance=model.chances(),
-            pairs={name: len(scores.ids) for name, scores in model.sets.items()},
-            forget_sets=list(self.forget_sets),
-            verdicts=verdicts,
-            set_verdicts=set_verdicts,
-            original=None if original is None else original.averages_as_original_of(model),
-            references={name: other.averages() for name, other in (references or {}).items()},
-            settings={
-                "model": model.model,
-                "candidates": model.candidates,
-                "max_pairs": self.max_pairs,
-                "seed": self.seed,
-                "resamples": self.resamples,
-            },
-            tasks=dict(tasks or {}),
-            attacks=dict(attacks or {}),
-            series=dict(series or {}),
-        )

@@ -11,11 +11,10 @@ from fasterase.errors import InputError
 from fasterase.evaluation.attacks.table import ATTACKS
 from fasterase.evaluation.evaluator import Evaluator
 from fasterase.evaluation.features import sampled_rows
-from fasterase.evaluation.figures import Figure, Figures
+from fasterase.evaluation.figures import Figure, Figures, Series
 from fasterase.evaluation.target import Target
 from fasterase.evaluation.tasks.table import TASKS
 from fasterase.pairs.source import PairSource
-from fasterase.report.curves import Series
 
 
 class Examiner:

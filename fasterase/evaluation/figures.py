@@ -1,4 +1,4 @@
-"""What a task or an attack finds: numbers beside those of the original and of the references."""
+"""What a task or an attack finds: numbers and curves, for the model and for those beside it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from fasterase.evaluation.metrics import (
     wilson_interval,
 )
 from fasterase.evaluation.scores import TIE, find_position
-from fasterase.report.curves import Series
 
 CELL = 12  # characters of a text in a table
 
@@ -72,6 +71,35 @@ class Figure:
 
 
 Figures = dict[str, Figure]  # key -> figure
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of one panel of a plot.
+
+    Attributes:
+        panel: title of the panel; series of one title share it.
+        x_label, y_label: of the panel's axes, with units.
+        x, y: [n] points.
+        kind: `"line"` through the points; or `"steps"`, a histogram with a level `y[i]` from `x[i]`
+            to `x[i + 1]`, whose last level is repeated.
+        line: what the line shows, where a panel has several of one model; colours then tell these
+            apart, and else the models.
+        ticks: [n] what to write at `x` instead of the numbers.
+        point_labels: [n] what to write at each point.
+        model: whose it is: `"model"`, `"original"` or the name of a reference.
+    """
+
+    panel: str
+    x_label: str
+    y_label: str
+    x: list[float]
+    y: list[float]
+    kind: str = "line"
+    line: str = ""
+    ticks: list[str] | None = None
+    point_labels: list[str] | None = None
+    model: str = "model"
 
 
 class Found(NamedTuple):

@@ -9,11 +9,12 @@ import numpy as np
 from torch import Tensor
 
 from fasterase.errors import InputError
-from fasterase.evaluation.evaluation import Scores
 from fasterase.evaluation.features import SetFeatures
 from fasterase.evaluation.metrics import METRICS, OLD_INDEX, bootstrap_intervals
 from fasterase.evaluation.scores import SetScores, old_index_scores
 from fasterase.evaluation.verdict import Trace
+
+Scores = dict[str, dict[str, float]]  # set -> metric -> value
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fasterase.errors import InputError, import_extra
+from fasterase.evaluation.figures import Series
 from fasterase.files import replace_file
 from fasterase.report.lettering import letter
 
@@ -18,35 +18,6 @@ COLUMNS = 3
 PANEL_INCHES = 4.2, 3.2
 ROW_INCHES = 0.26  # of one figure
 DPI = 110
-
-
-@dataclass(frozen=True)
-class Series:
-    """One line of one panel.
-
-    Attributes:
-        panel: title of the panel; series of one title share it.
-        x_label, y_label: of the panel's axes, with units.
-        x, y: [n] points.
-        kind: `"line"` through the points; or `"steps"`, a histogram with a level `y[i]` from `x[i]`
-            to `x[i + 1]`, whose last level is repeated.
-        line: what the line shows, where a panel has several of one model; colours then tell these
-            apart, and else the models.
-        ticks: [n] what to write at `x` instead of the numbers.
-        point_labels: [n] what to write at each point.
-        model: whose it is: `"model"`, `"original"` or the name of a reference.
-    """
-
-    panel: str
-    x_label: str
-    y_label: str
-    x: list[float]
-    y: list[float]
-    kind: str = "line"
-    line: str = ""
-    ticks: list[str] | None = None
-    point_labels: list[str] | None = None
-    model: str = "model"
 
 
 class Dots(NamedTuple):

@@ -35,24 +35,24 @@ def test_every_command_reports_its_errors_in_the_same_place():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("attacks --erased demo", "--erased demo: expected NAME=FOLDER"),
-        ("digits --work FILE", "--work: FILE cannot be created"),
-        ("eight_bit --work FILE", "--work: FILE cannot be created"),
+        ("evidence.attacks --erased demo", "--erased demo: expected NAME=FOLDER"),
+        ("evidence.digits --work FILE", "--work: FILE cannot be created"),
+        ("systems.eight_bit --work FILE", "--work: FILE cannot be created"),
         pytest.param(
-            "end_to_end --concept nonsense --output new.csv",
+            "systems.end_to_end --concept nonsense --output new.csv",
             "'nonsense' chooses no concept",
             marks=pytest.mark.slow,  # said by a process of its own
         ),
         ("evidence --methods magic", "--methods: 'magic' is none of"),
         ("evidence --settings none.csv", "--settings: no file none.csv"),
         ("evidence --retrained drink", "--retrained drink: expected NAME=WHERE"),
-        ("gpu_model --against none.csv", "--against: none.csv has no times"),
-        ("gpu_stages --wheels none", "no *.whl in none"),
+        ("loss.gpu_model --against none.csv", "--against: none.csv has no times"),
+        ("systems.gpu_stages --wheels none", "no *.whl in none"),
         ("recipes --retrained fish=none", "--retrained fish: expected one of food-fruit"),
         ("recipes --retrained drink=none", "--retrained drink: there is no folder none"),
         ("robustness --concepts nonsense", "'nonsense' chooses no concept"),
-        ("references --references none", "--references: no folder none/without-CONCEPT"),
-        ("tune --work FILE", "--work: FILE cannot be created"),
+        ("evidence.references --references none", "--references: no folder none/without-CONCEPT"),
+        ("recipes.tune --work FILE", "--work: FILE cannot be created"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(words, said, tmp_path, monkeypatch, capsys):

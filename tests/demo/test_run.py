@@ -19,7 +19,7 @@ from fasterase.demo import emoji
 from fasterase.demo.run import RECIPES, recipe_config, run_demo
 from fasterase.demo.sets import HOLDOUT_SHARE, build_sets
 from fasterase.demo.show import print_result, summary
-from fasterase.evaluation.evaluation import Evaluation
+from fasterase.report.evaluation import Evaluation
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from fasterase.evaluation.evaluator import Evaluator
 from fasterase.evaluation.features import sampled_rows
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.source import PairSource
+from fasterase.report.evaluation import compare
 from tests.evaluation.lookup_model import LookupModel, picture
 
 WIDTH = 6
@@ -110,7 +111,7 @@ def test_new_captions_are_searched_in_the_originals_images() -> None:
     evaluator = Evaluator(sources())
     before = evaluator.measure(PairEncoder(original))
     after = evaluator.measure(PairEncoder(model), original=before)
-    found = evaluator.compare(after, original=before, references={"same": before})
+    found = compare(evaluator, after, original=before, references={"same": before})
     expected = brute_force(mixed)
     key = "text_to_original_image_recall@1"
     assert found.original is not None
@@ -120,7 +121,7 @@ def test_new_captions_are_searched_in_the_originals_images() -> None:
         assert found.original[name][key] == found.original[name]["text_to_image_recall@1"]
     assert len({found.scores[name][key] for name in expected}) > 1
     assert "text->old image ranks" in found.table()
-    alone = evaluator.compare(evaluator.measure(PairEncoder(model)))
+    alone = compare(evaluator, evaluator.measure(PairEncoder(model)))
     assert key not in alone.scores["forget"]
     assert "old image" not in alone.table()
 
@@ -133,7 +134,7 @@ def test_every_number_equals_the_loops(
     monkeypatch.setattr(scores, "CHUNK_ELEMENTS", chunk)
     evaluator = Evaluator(sources(), forget_sets=["forget-unseen"])
     model = lookup_model(seed)
-    measured = evaluator.compare(evaluator.measure(PairEncoder(model, batch_size=3)))
+    measured = compare(evaluator, evaluator.measure(PairEncoder(model, batch_size=3)))
     found, expected = measured.to_dict(), brute_force(model)
     assert list(found) == ["forget", "forget-unseen", "retain", "holdout"]
     for name, values in expected.items():
@@ -147,7 +148,7 @@ def test_every_number_equals_the_loops(
 
 def test_a_set_is_to_be_forgotten_only_if_it_is_said_to_be() -> None:
     evaluator = Evaluator(sources())
-    found = evaluator.compare(evaluator.measure(encoder(0)))
+    found = compare(evaluator, evaluator.measure(encoder(0)))
     assert found.forget_sets == ["forget"]
     assert list(found.to_dict()) == ["forget", "retain", "forget-unseen", "holdout"]
     assert "image_to_text_residue" not in found.to_dict()["forget-unseen"]
@@ -158,7 +159,7 @@ def test_a_set_is_to_be_forgotten_only_if_it_is_said_to_be() -> None:
 
 def test_chance_levels_are_of_the_pools() -> None:
     evaluator = Evaluator(sources())
-    chance = evaluator.compare(evaluator.measure(encoder(0))).chance
+    chance = compare(evaluator, evaluator.measure(encoder(0))).chance
     pool = len({captions[0] for pairs in CAPTIONS.values() for captions in pairs})
 
     def among(right: int, candidates: int, k: int) -> float:
@@ -184,7 +185,7 @@ def test_chance_levels_are_of_the_pools() -> None:
 def test_the_cosine_s_chance_is_the_mean_over_unmatched_captions() -> None:
     model = lookup_model(0)
     evaluator = Evaluator(sources())
-    found = evaluator.compare(evaluator.measure(PairEncoder(model))).chance["holdout"][
+    found = compare(evaluator, evaluator.measure(PairEncoder(model))).chance["holdout"][
         "matched_cosine"
     ]
     pool = sorted({captions[0] for pairs in CAPTIONS.values() for captions in pairs})
@@ -200,7 +201,7 @@ def test_the_cosine_s_chance_is_the_mean_over_unmatched_captions() -> None:
 def test_a_collapsed_model_is_at_chance_everywhere() -> None:
     same = torch.ones(IMAGES, WIDTH), torch.ones(len(TEXTS), WIDTH)
     evaluator = Evaluator(sources())
-    found = evaluator.compare(evaluator.measure(PairEncoder(LookupModel(*same, TEXTS, "flat"))))
+    found = compare(evaluator, evaluator.measure(PairEncoder(LookupModel(*same, TEXTS, "flat"))))
     for name, values in found.to_dict().items():
         assert values == pytest.approx(found.chance[name], abs=1e-6)
 
@@ -220,7 +221,7 @@ def test_intervals_contain_the_value_and_shrink_with_the_number_of_pairs() -> No
                 "retain": open_pairs(pairs[200:], name="retain"),
             }
         )
-        found = evaluator.compare(evaluator.measure(PairEncoder(model)))
+        found = compare(evaluator, evaluator.measure(PairEncoder(model)))
         for name, values in found.to_dict().items():
             for key, value in values.items():
                 low, high = found.intervals[name][key]
@@ -234,18 +235,18 @@ def test_intervals_contain_the_value_and_shrink_with_the_number_of_pairs() -> No
 def test_the_original_and_references_stand_beside_the_model() -> None:
     evaluator = Evaluator(sources())
     measured = {seed: evaluator.measure(encoder(seed)) for seed in (0, 1, 2)}
-    found = evaluator.compare(measured[0], original=measured[1], references={"re": measured[2]})
-    assert found.to_dict() == evaluator.compare(measured[0]).to_dict()
-    assert found.original == evaluator.compare(measured[1]).to_dict()
-    assert found.references == {"re": evaluator.compare(measured[2]).to_dict()}
-    assert evaluator.compare(measured[0]).original is None
+    found = compare(evaluator, measured[0], original=measured[1], references={"re": measured[2]})
+    assert found.to_dict() == compare(evaluator, measured[0]).to_dict()
+    assert found.original == compare(evaluator, measured[1]).to_dict()
+    assert found.references == {"re": compare(evaluator, measured[2]).to_dict()}
+    assert compare(evaluator, measured[0]).original is None
 
 
 def test_other_pairs_cannot_be_compared() -> None:
     evaluator = Evaluator(sources())
     other = Evaluator(sources(), max_pairs=2)
     with pytest.raises(InputError, match="original: measured on other pairs of 'forget'"):
-        evaluator.compare(evaluator.measure(encoder(0)), original=other.measure(encoder(0)))
+        compare(evaluator, evaluator.measure(encoder(0)), original=other.measure(encoder(0)))
 
 
 def test_max_pairs_draws_a_seeded_sample_of_each_set() -> None:
@@ -278,7 +279,7 @@ def test_captions_of_unsampled_forget_pairs_count_as_the_concept() -> None:
     for seed in range(4):
         opened = {name: open_pairs(pairs, name=name) for name, pairs in sets.items()}
         evaluator = Evaluator(opened, max_pairs=1, seed=seed)
-        found = evaluator.compare(evaluator.measure(PairEncoder(model))).to_dict()
+        found = compare(evaluator, evaluator.measure(PairEncoder(model))).to_dict()
         assert found["forget-unseen"]["concept_hit@1"] == 1
         assert found["retain"]["concept_hit@1"] == 0
 
@@ -286,7 +287,7 @@ def test_captions_of_unsampled_forget_pairs_count_as_the_concept() -> None:
 def test_quick_takes_fewer_pairs_and_resamples() -> None:
     evaluator = Evaluator(sources(), quick=True, max_pairs=None)
     assert evaluator.max_pairs == 1000
-    found = evaluator.compare(evaluator.measure(encoder(0)))
+    found = compare(evaluator, evaluator.measure(encoder(0)))
     assert found.settings["resamples"] == 200
     assert Evaluator(sources(), quick=True, max_pairs=7).max_pairs == 7
 
@@ -294,7 +295,7 @@ def test_quick_takes_fewer_pairs_and_resamples() -> None:
 def test_token_ids_need_no_tokenizer_and_name_captions_alike() -> None:
     model = lookup_model(0)
     by_text = Evaluator(sources())
-    expected = by_text.compare(by_text.measure(PairEncoder(model))).to_dict()
+    expected = compare(by_text, by_text.measure(PairEncoder(model))).to_dict()
     as_ids, number = {}, 0
     for name, pairs in CAPTIONS.items():
         items = []
@@ -304,7 +305,7 @@ def test_token_ids_need_no_tokenizer_and_name_captions_alike() -> None:
         as_ids[name] = open_pairs(items, name=name)
     model.text_tokenizer = None
     evaluator = Evaluator(as_ids)
-    found = evaluator.compare(evaluator.measure(PairEncoder(model))).to_dict()
+    found = compare(evaluator, evaluator.measure(PairEncoder(model))).to_dict()
     # Only first captions are there: what stands on the others may differ.
     for name, values in found.items():
         for key in ("median_rank", "matched_cosine"):
@@ -317,7 +318,7 @@ def test_accuracy_of_classes_that_captions_name() -> None:
     texts = [*TEXTS, "a photo of a cat.", "a photo of a dog."]
     model = lookup_model(0, texts=texts)
     evaluator = Evaluator(sources(), class_names=["cat", "dog"])
-    found = evaluator.compare(evaluator.measure(PairEncoder(model)))
+    found = compare(evaluator, evaluator.measure(PairEncoder(model)))
     image = normalize(model.module.image.detach(), dim=1)
     text = normalize(model.module.text.detach(), dim=1)
     nearest = (image @ text[-2:].T).argmax(dim=1)
@@ -340,8 +341,8 @@ def test_classes_that_the_sources_carry_need_no_names() -> None:
         opened[name].classes = classes
     evaluator = Evaluator(opened, templates=["the {}"])
     assert evaluator.class_names == ["cat", "dog"]
-    found = evaluator.compare(
-        evaluator.measure(PairEncoder(lookup_model(0, texts=texts)))
+    found = compare(
+        evaluator, evaluator.measure(PairEncoder(lookup_model(0, texts=texts)))
     ).to_dict()
     assert 0 <= found["forget"]["zero_shot_accuracy"] <= 1
 
@@ -386,8 +387,8 @@ def test_measuring_leaves_the_module_as_it_was() -> None:
     assert model.module.dropout.training  # and yet Dropout was off:
     model.module.eval()
     assert (
-        evaluator.compare(training).to_dict()
-        == evaluator.compare(evaluator.measure(PairEncoder(model))).to_dict()
+        compare(evaluator, training).to_dict()
+        == compare(evaluator, evaluator.measure(PairEncoder(model))).to_dict()
     )
     assert not model.module.training
     for name, value in model.module.state_dict().items():

@@ -20,6 +20,7 @@ from fasterase.evaluation.verdict import decide
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.sampler import Sampler
 from fasterase.pairs.source import PairSource
+from fasterase.report.evaluation import compare
 from tests.evaluation.lookup_model import LookupModel, picture
 
 Captions = Sequence[str | list[str]]
@@ -195,7 +196,7 @@ def test_without_unrelated_pairs_there_is_no_verdict() -> None:
     assert Judge(sets, ["forget"], seed=0).rows == {}
     evaluator = Evaluator(sets)
     model = LookupModel(torch.eye(5), torch.eye(5)[:2], ["cat", "lynx"], "lookup")
-    found = evaluator.compare(evaluator.measure(PairEncoder(model)))
+    found = compare(evaluator, evaluator.measure(PairEncoder(model)))
     assert (found.verdict, found.residue, found.verdicts) == (None, None, {})
     assert "Verdict: none. No retain pair" in found.table()
 

@@ -9,8 +9,9 @@ import matplotlib
 import pytest
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
+from fasterase.evaluation.figures import Series
 from fasterase.report import lettering
-from fasterase.report.curves import Dots, Series, plot_dots, plot_series
+from fasterase.report.curves import Dots, plot_dots, plot_series
 from fasterase.report.lettering import Pen, find_faces, spell, turn_round
 
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"

@@ -13,9 +13,8 @@ import numpy as np
 
 from fasterase.encode import PairFeatures
 from fasterase.errors import InputError, import_extra
-from fasterase.evaluation.figures import Figure, Found, share_below, share_figure
+from fasterase.evaluation.figures import Figure, Found, Series, share_below, share_figure
 from fasterase.evaluation.target import Target
-from fasterase.report.curves import Series
 
 # False positives that an accusation may cost, and non-members without which such a rate means
 # nothing: three of 300.

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from fasterase.encode import PairFeatures
 from fasterase.errors import InputError
-from fasterase.evaluation.figures import Figure, Found, share_below
+from fasterase.evaluation.figures import Figure, Found, Series, share_below
 from fasterase.evaluation.target import FALSE_POSITIVES, Target
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.pairs.skips import BrokenPair
-from fasterase.report.curves import Series
 from fasterase.seeds import Stream, generator
 
 WORDS = 1024  # single words and tokens that are tried first

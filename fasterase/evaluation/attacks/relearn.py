@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fasterase.encode import PairEncoder, PairFeatures
 from fasterase.errors import InputError
-from fasterase.evaluation.figures import Found, recall_figure, share_figure
+from fasterase.evaluation.figures import Found, Series, recall_figure, share_figure
 from fasterase.evaluation.metrics import bootstrap_intervals
 from fasterase.evaluation.target import Target
 from fasterase.models.dual_encoder import DualEncoder, separate_copy
@@ -23,7 +23,6 @@ from fasterase.models.preprocessing import Tokens
 from fasterase.ops.contrastive import contrastive
 from fasterase.pairs.batches import sweep
 from fasterase.pairs.prepare import hash_captions
-from fasterase.report.curves import Series
 from fasterase.seeds import Stream, generator
 
 SHOTS = (1, 2, 4, 8, 16)  # forget pairs that the attacker has; at most half of them

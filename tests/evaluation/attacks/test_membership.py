@@ -36,7 +36,7 @@ def cosines(of: LookupModel) -> np.ndarray:
     return torch.cosine_similarity(image, text).numpy()
 
 
-def evaluate(erased: LookupModel, **others: object) -> fasterase.evaluation.evaluation.Evaluation:
+def evaluate(erased: LookupModel, **others: object) -> fasterase.report.evaluation.Evaluation:
     return fasterase.evaluate(
         erased, FORGET, RETAIN, attacks=["membership"], progress=False, **others
     )

@@ -17,8 +17,8 @@ import fasterase
 from fasterase.errors import InputError
 from fasterase.evaluation.attacks import relearn as attack
 from fasterase.evaluation.attacks.relearn import area_weights
-from fasterase.evaluation.evaluation import Evaluation
 from fasterase.models.dual_encoder import Tokens
+from fasterase.report.evaluation import Evaluation
 from fasterase.seeds import Stream, generator
 from tests.evaluation.lookup_model import LookupModel, picture
 from tests.tiny_concepts import FORGOTTEN, KEPT, concept_pairs, knowing_model

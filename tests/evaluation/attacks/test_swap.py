@@ -11,7 +11,7 @@ import torch
 import fasterase
 from fasterase.cli.parser import parse
 from fasterase.errors import InputError
-from fasterase.evaluation.evaluation import Evaluation
+from fasterase.report.evaluation import Evaluation
 from tests.evaluation.lookup_model import LookupModel, picture
 
 CAPTIONS = ["cat", "lynx", *(f"thing {i}" for i in range(40))]

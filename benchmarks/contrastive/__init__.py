@@ -1,1 +1,0 @@
-"""Compare implementations of the contrastive loss: `python -m benchmarks.contrastive`."""

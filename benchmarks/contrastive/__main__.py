@@ -1,7 +1,0 @@
-"""Run the sweep."""
-
-from benchmarks.command import exit_with
-from benchmarks.contrastive.sweep import main
-
-if __name__ == "__main__":
-    exit_with(main)

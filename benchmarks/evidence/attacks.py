@@ -1,0 +1,106 @@
+"""Attack models that forgot a subgroup of the demo's emoji: does the concept come back?
+
+    python -m benchmarks.evidence.attacks [--erased NAME=FOLDER ...]
+
+Runs every attack on the demo's model, which knows all emoji, on the one that was trained without
+food-fruit, and on models that forgot it: `--erased demo=runs/demo-food-fruit/model` after
+`fasterase demo`. The first two are the levels to compare an erased model with. Writes attacks.csv
+to --output, one row per attack, figure and model, and draws the attacks to --plots.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import fasterase
+from benchmarks.command import exit_with
+from benchmarks.result_files import RESULTS, code_version, device_name, write_csv
+from fasterase.demo import emoji
+from fasterase.demo.sets import Drawings, build_sets, open_teams
+from fasterase.errors import InputError
+from fasterase.evaluation.attacks.table import ATTACKS
+from fasterase.report.evaluation import Evaluation
+
+ORIGINAL, RETRAINED = "demo's model", "retrained without it"
+
+
+def non_members() -> Drawings:
+    """Return the training teams' drawings of the concepts that neither model was trained on."""
+    trained = open_teams(emoji.TRAIN_TEAMS)
+    records = (trained.meta(row) for row in range(len(trained)))
+    return Drawings.of(trained, {each["concept"] for each in records if not each["member"]})
+
+
+def rows_of(evaluation: Evaluation, model: str, **given: Any) -> Iterator[dict[str, Any]]:
+    """Yield a row per attack, figure and model, with its interval; `model` names the first one."""
+    for attack, figures in evaluation.attacks.items():
+        for figure in figures.values():
+            values = {model: figure.value, ORIGINAL: figure.original, **figure.references}
+            intervals: dict[str, Sequence[float | None]] = {
+                **figure.other_intervals,
+                model: (figure.low, figure.high),
+            }
+            for name, value in values.items():
+                key = "original" if name == ORIGINAL else name
+                low, high = intervals.get(key, (None, None))
+                if value is not None:
+                    yield {
+                        "attack": attack,
+                        "figure": figure.key,
+                        "wanted": figure.wanted,
+                        "model": name,
+                        "value": value,
+                        "low": low,
+                        "high": high,
+                        "chance": figure.chance,
+                        **given,
+                    }
+
+
+def parse_models(entries: Sequence[str]) -> dict[str, str]:
+    """Read NAME=FOLDER entries."""
+    models = {}
+    for entry in entries:
+        name, _, folder = entry.partition("=")
+        if not (name and folder) or name in (ORIGINAL, RETRAINED):
+            raise InputError(f"--erased {entry}: expected NAME=FOLDER of a model.")
+        models[name] = folder
+    return models
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--erased", nargs="+", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--max_pairs", type=int, default=5000, help="pairs measured per set")
+    parser.add_argument("--plots", type=Path, help="also draw the attacks on each model here")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args(argv)
+
+    models = {**parse_models(options.erased), RETRAINED: str(emoji.RETRAINED_MODEL)}
+    first, *others = models
+    sets = build_sets(emoji.DEFAULT_FORGET, original=str(emoji.BASE_MODEL), seed=0)
+    evaluation = fasterase.evaluate(
+        models[first],
+        sets.forget,
+        sets.retain,
+        forget_sets={"forget-unseen": sets.unseen},
+        original=str(emoji.BASE_MODEL),
+        references={name: models[name] for name in others},
+        attacks=tuple(ATTACKS),
+        non_members=non_members(),
+        max_pairs=options.max_pairs,
+        device="cpu",
+    )
+    print(f"The model is {first!r}.\n{evaluation.table()}")
+    rows = list(rows_of(evaluation, first, device=device_name("cpu"), code=code_version()))
+    write_csv(options.output / "attacks.csv", rows)
+    if options.plots is not None:
+        evaluation.plot(options.plots)
+
+
+if __name__ == "__main__":
+    exit_with(main)

@@ -1,0 +1,205 @@
+"""Put erased models of the demo beside models that were trained without the concept.
+
+    python -m benchmarks.evidence.references --references FOLDER [--seeds 3] [--processes 2]
+
+FOLDER holds models that `python -m tools.demo_assets.train --without CONCEPT --output
+FOLDER/without-CONCEPT` made; the one without food-fruit ships with the package. Of each concept the
+demo's model ("original"), the one trained without it ("retrained") and the one from which the
+default recipe erased it ("erased") are judged, attacked and measured on what is kept. A seed is one
+of the erasure, and also chooses what is held out. --work keeps models and measurements, so an
+interrupted command resumes. Writes references.csv, a row per seed, concept, model and figure, to
+--output, and prints the table and how far the erased model is from the retrained one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.command import comparison_parser, exit_with
+from benchmarks.evidence.attacked import MEMBERSHIP, RELEARNED, SWAPPED, Attacked, attacks_of
+from benchmarks.evidence.attacks import non_members
+from benchmarks.evidence.sequential import HIT, RECALL, erase
+from benchmarks.processes import call_all
+from benchmarks.recipes.runs import KEEP_SETS
+from benchmarks.result_files import markdown_table, write_csv
+from fasterase.demo import emoji
+from fasterase.demo.run import evaluate_sets
+from fasterase.demo.sets import build_sets
+from fasterase.errors import InputError
+from fasterase.evaluation.measurement import Scores
+from fasterase.provenance import read_record
+from fasterase.report.evaluation import Evaluation
+
+PREFIX = "without-"
+ORIGINAL, RETRAINED, ERASED = MODELS = ("original", "retrained", "erased")
+VERDICT = "verdict"
+FORGET_SETS = {"forget": "", "forget-unseen": "unseen "}
+
+
+ATTACKED = (*SWAPPED, *RELEARNED, *MEMBERSHIP)
+
+
+def find_references(folder: Path | None) -> dict[str, Path]:
+    """Return concept -> model trained without it: the packaged one and those in `folder`.
+
+    Raises:
+        InputError: `folder` holds no such model.
+    """
+    found = {emoji.DEFAULT_FORGET: emoji.RETRAINED_MODEL}
+    if folder is not None:
+        trained = sorted(file.parent for file in folder.glob(f"{PREFIX}*/training.json"))
+        if not trained:
+            raise InputError(
+                f"--references: no folder {folder}/{PREFIX}CONCEPT holds a finished model. Make "
+                "one with python -m tools.demo_assets.train --without CONCEPT."
+            )
+        found |= {path.name.removeprefix(PREFIX): path for path in trained}
+    return found
+
+
+def run(cell: tuple[int, str], references: Mapping[str, Path], work: Path) -> Evaluation:
+    """Erase a concept and measure the three models, or read what an earlier command measured."""
+    seed, concept = cell
+    folder = work / f"{concept}_seed{seed}"
+    measured = folder / "evaluation.json"
+    if measured.is_file():
+        return Evaluation.from_json(measured)
+    base = str(emoji.BASE_MODEL)
+    sets = build_sets(concept, original=base, seed=seed)
+    if read_record(folder / "model") is None:
+        erase(base, sets.forget, sets.retain, seed=seed, folder=folder / "model")
+    evaluation = evaluate_sets(
+        str(folder / "model"),
+        sets,
+        original=base,
+        references={RETRAINED: str(references[concept])},
+        attacks=attacks_of(ATTACKED),
+        non_members=non_members(),
+        seed=seed,
+        progress=False,
+    )
+    evaluation.to_json(measured)
+    return evaluation
+
+
+def rows_of(concept: str, evaluation: Evaluation) -> Iterator[dict[str, Any]]:
+    """Yield a row per model and figure: shares from 0 to 1, and the verdict on each model."""
+    original, references = evaluation.original, evaluation.references
+    assert original is not None
+    scores = {ORIGINAL: original, RETRAINED: references[RETRAINED], ERASED: evaluation.scores}
+    verdicts = {**evaluation.set_verdicts, ERASED: evaluation.set_verdicts["model"]}
+    for model in MODELS:
+        figures: dict[str, Any] = {
+            **_trace(evaluation, scores[model], verdicts[model]),
+            **_changes(scores[model], original),
+        }
+        here = {"concept": concept, "model": model}
+        for figure, value in figures.items():
+            yield {**here, "figure": figure, "value": value}
+        for each in ATTACKED:
+            yield {**here, "figure": each.title, **_found(evaluation, each, model)}
+
+
+def _trace(
+    evaluation: Evaluation, scores: Scores, verdicts: Mapping[str, str]
+) -> dict[str, float | str | None]:
+    """Return what is left of the concept, on trained and on unseen drawings."""
+    figures: dict[str, float | str | None] = {}
+    for name, prefix in FORGET_SETS.items():
+        figures[f"{prefix}hit@1"] = scores[name][HIT]
+        figures[f"{prefix}residue"] = evaluation.mean_residue(name, scores)
+        figures[f"{prefix}{VERDICT}"] = verdicts[name]
+    return figures
+
+
+def _changes(scores: Scores, original: Scores) -> dict[str, float]:
+    """Return recall@1 of what is kept, minus the original's."""
+    return {f"{name} change": scores[name][RECALL] - original[name][RECALL] for name in KEEP_SETS}
+
+
+def _found(evaluation: Evaluation, attacked: Attacked, model: str) -> dict[str, Any]:
+    """Return what an attack found on one of the models, with its 95 % interval."""
+    figure = evaluation.attacks[attacked.attack][attacked.key]
+    values = {ORIGINAL: figure.original, ERASED: figure.value, **figure.references}
+    intervals: dict[str, Sequence[float | None]] = {
+        **figure.other_intervals,
+        ERASED: (figure.low, figure.high),
+    }
+    low, high = intervals[model]
+    return {"value": values[model], "low": low, "high": high, "chance": figure.chance}
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Format means over seeds as Markdown, in percent, and over concepts where there are two."""
+    concepts = list(dict.fromkeys(row["concept"] for row in rows))
+    figures = list(dict.fromkeys(row["figure"] for row in rows))
+    lines = []
+    for concept in (*concepts, *(["mean"] if len(concepts) > 1 else [])):
+        for model in MODELS:
+            those = concepts if concept == "mean" else [concept]
+            cells = [_cell(each, _values(rows, those, model, each)) for each in figures]
+            lines.append([concept, model, *cells])
+    return markdown_table(["concept", "model", *figures], lines, left=2)
+
+
+def _values(
+    rows: Sequence[Mapping[str, Any]], concepts: Sequence[str], model: str, figure: str
+) -> list[Any]:
+    """Return a figure of a model for each seed and concept."""
+    return [
+        row["value"]
+        for row in rows
+        if row["concept"] in concepts and (row["model"], row["figure"]) == (model, figure)
+    ]
+
+
+def _cell(figure: str, values: Sequence[Any]) -> str:
+    if figure.endswith(VERDICT):
+        return ", ".join(f"{verdict} {count}" for verdict, count in Counter(values).most_common())
+    sign = "+" if figure.endswith("change") else ""
+    return f"{100 * np.mean(values):{sign}.1f}"
+
+
+def distances(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Say for each figure how far the erased models are from the retrained ones, in points."""
+    concepts = list(dict.fromkeys(row["concept"] for row in rows))
+    lines = ["erased minus retrained, in points: mean over concepts (each concept)"]
+    for figure in dict.fromkeys(row["figure"] for row in rows):
+        if figure.endswith(VERDICT):
+            continue
+        apart = []
+        for each in concepts:
+            erased, retrained = (
+                np.mean(_values(rows, [each], model, figure)) for model in (ERASED, RETRAINED)
+            )
+            apart.append(100 * (erased - retrained))
+        listed = ", ".join(f"{value:+.1f}" for value in apart)
+        lines.append(f"{figure:36} {np.mean(apart):+6.1f} ({listed})")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Erase, measure and write the results."""
+    parser = comparison_parser(__doc__, work="runs/references")
+    parser.add_argument("--references", type=Path, metavar="FOLDER", help="the folder above")
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args(arguments)
+    references = find_references(options.references)
+    cells = [(seed, concept) for seed in range(options.seeds) for concept in references]
+    found = call_all(run, cells, references, options.work, processes=options.processes)
+    rows = [
+        {"seed": seed, **row}
+        for seed, concept in cells
+        for row in rows_of(concept, found[seed, concept])
+    ]
+    write_csv(options.output / "references.csv", rows)
+    print(f"\n{table(rows)}\n{distances(rows)}")
+
+
+if __name__ == "__main__":
+    exit_with(main)

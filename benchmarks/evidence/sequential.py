@@ -1,0 +1,348 @@
+"""Erase concepts one after the other from the demo's model: does damage add up, do they come back?
+
+    python -m benchmarks.evidence.sequential [--subgroups food-fruit animal-bird drink] [--seeds 2]
+
+Every erasure is the library's default and starts from the saved model of the one before, which it
+takes for the original. Concepts that are erased later are retain pairs until then; those erased
+before are left out, and nothing else is said of them. The subgroups are erased in the given order,
+in the reverse one, each alone, and all at once as a single forget set: once judged as that set
+alone, as a run does by default, once with each subgroup among its `forget_sets`. All models of a
+seed are measured on the same sets: retain, neighbours and held-out hold none of the subgroups.
+--work keeps models and measurements, so an interrupted command resumes. Writes sequential.csv, a
+row per model and set, to --output, and prints the means over seeds.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import fasterase
+from benchmarks.command import comparison_parser, exit_with
+from benchmarks.processes import call_all
+from benchmarks.recipes.runs import KEEP_SETS, TEST
+from benchmarks.result_files import markdown_table, write_csv
+from fasterase.demo import emoji
+from fasterase.demo.run import recipe_config
+from fasterase.demo.sets import DemoSets, Drawings, build_sets, open_teams
+from fasterase.models.load import load_model
+from fasterase.provenance import read_record
+from fasterase.report.evaluation import Evaluation
+
+HIT, RECALL = "contest_hit@1", "image_to_text_recall@1"
+RESIDUES = {
+    "image->text residue": "image_to_text_residue",
+    "text->image residue": "text_to_image_residue",
+}
+UNSEEN = ", unseen"
+SUM = "sum of the single erasures"
+
+# What was erased from the demo's model: one erasure after the other, each of some subgroups.
+History = tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class State:
+    """A model: what was erased from it, and the seed of splits and runs.
+
+    Attributes:
+        judges_each: the last erasure went on until each of its subgroups was forgotten, not only
+            all of them as one set.
+    """
+
+    erased: History
+    seed: int
+    judges_each: bool = False
+
+    @property
+    def name(self) -> str:
+        steps = ["+".join(step) for step in self.erased]
+        end = ["each"] if self.judges_each else []
+        return "_".join([f"seed{self.seed}", *(steps or ["original"]), *end])
+
+    @property
+    def title(self) -> str:
+        """What was erased, in words."""
+        steps = ", then ".join(" + ".join(step) for step in self.erased) or "nothing"
+        return steps + (", each judged" if self.judges_each else "")
+
+
+@dataclass(frozen=True)
+class Concepts:
+    """The pairs of all erasures of one seed.
+
+    Attributes:
+        own: subgroup -> its sets, as if it were the only one to erase.
+        together: sets of all subgroups as a single forget set.
+        neighbour: drawings of kept concepts that are neighbours of any subgroup.
+    """
+
+    own: Mapping[str, DemoSets]
+    together: DemoSets
+    neighbour: Drawings
+
+    def forget(self, subgroups: Collection[str]) -> Drawings:
+        """Return the drawings of some subgroups, with all wordings."""
+        names = {name for each in subgroups for name in self.own[each].concepts}
+        return Drawings.of(open_teams(emoji.TRAIN_TEAMS), names, emoji.captions)
+
+    def retain(self, erased: Collection[str]) -> Drawings:
+        """Return what is kept when the subgroups in `erased` are gone or go: the others too."""
+        later = {
+            name
+            for subgroup, sets in self.own.items()
+            if subgroup not in erased
+            for name in sets.concepts
+        }
+        kept = later | set(self.together.retain.names)
+        return Drawings.of(open_teams(emoji.TRAIN_TEAMS), kept)
+
+
+def build_concepts(subgroups: Sequence[str], seed: int) -> Concepts:
+    """Build the sets of the subgroups alone and together, with one split of what all keep."""
+    base = str(emoji.BASE_MODEL)
+    own = {each: build_sets(each, original=base, seed=seed) for each in subgroups}
+    names = [re.escape(name) for sets in own.values() for name in sets.concepts]
+    together = build_sets(f"^({'|'.join(names)})$", original=base, seed=seed)
+    kept = {*together.retain.names, *together.holdout.names}
+    near = {name for sets in own.values() for name in sets.neighbour.names}
+    return Concepts(own, together, Drawings.of(open_teams(emoji.TRAIN_TEAMS), near & kept))
+
+
+def plan(subgroups: Sequence[str], seeds: int) -> list[State]:
+    """Return the models to make, parents first: both orders step by step, each alone, all at once.
+
+    The first is the original.
+    """
+    single = [(each,) for each in subgroups]
+    histories: list[History] = [(), (tuple(subgroups),), *((each,) for each in single)]
+    for order in (single, single[::-1]):
+        histories += [tuple(done) for done in accumulate([each] for each in order)]
+    ordered = sorted(dict.fromkeys(histories), key=len)
+    return [
+        State(history, seed, judges_each)
+        for history in ordered
+        for judges_each in (False, True)
+        for seed in range(seeds)
+        if not judges_each or len(history) == 1 < len(history[0])
+    ]
+
+
+def erase(
+    model: str | Path,
+    forget: Drawings,
+    retain: Drawings,
+    *,
+    seed: int,
+    folder: Path,
+    forget_sets: Mapping[str, Drawings] | None = None,
+) -> None:
+    """Erase with the default recipe from a model of the demo's size, and save the result."""
+    with tempfile.TemporaryDirectory() as cache, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "verdict: ")  # it is in the results
+        result = fasterase.unlearn(
+            str(model),
+            forget,
+            retain,
+            forget_sets=forget_sets,
+            config=recipe_config(
+                "fasterase", small_model=True, seed=seed, progress=False, reference_cache=cache
+            ),
+        )
+    result.save(folder)
+
+
+def run(state: State, subgroups: Sequence[str], work: Path) -> None:
+    """Make a model from its parent's and measure it, unless an earlier command did."""
+    model, measured = model_of(state, work), evaluation_of(state, work)
+    if measured.is_file():
+        return
+    concepts = build_concepts(subgroups, state.seed)
+    if state.erased and read_record(model) is None:
+        erased = {subgroup for step in state.erased for subgroup in step}
+        last = state.erased[-1]
+        erase(
+            model_of(State(state.erased[:-1], state.seed), work),
+            concepts.forget(last),
+            concepts.retain(erased),
+            seed=state.seed,
+            folder=model,
+            forget_sets={each: concepts.forget([each]) for each in last if state.judges_each},
+        )
+    measure(model, concepts, seed=state.seed).to_json(measured)
+
+
+def measure(model: str | Path, concepts: Concepts, *, seed: int) -> Evaluation:
+    """Measure each subgroup, on trained and unseen drawings, and everything that is kept."""
+    together = concepts.together
+    forget_sets = {name: sets.forget for name, sets in concepts.own.items()}
+    forget_sets |= {name + UNSEEN: sets.unseen for name, sets in concepts.own.items()}
+    return fasterase.evaluate(
+        str(model),
+        together.forget,
+        together.retain,
+        holdout=together.holdout,
+        sets={"neighbour": concepts.neighbour},
+        forget_sets=forget_sets,
+        seed=seed,
+        progress=False,
+    )
+
+
+def model_of(state: State, work: Path) -> Path:
+    """Return the folder of a model."""
+    return work / state.name / "model" if state.erased else emoji.BASE_MODEL
+
+
+def evaluation_of(state: State, work: Path) -> Path:
+    """Return the file of a model's evaluation."""
+    return work / state.name / "evaluation.json"
+
+
+def run_all(states: Iterable[State], subgroups: Sequence[str], work: Path, processes: int) -> None:
+    """Make all models, those that wait for no other at the same time, each with one thread."""
+    by_depth: dict[int, list[State]] = {}
+    for state in states:
+        by_depth.setdefault(len(state.erased), []).append(state)
+    for depth in sorted(by_depth):
+        call_all(
+            *(run, by_depth[depth], subgroups, work),
+            processes=processes,
+            describe=lambda state: f"seed {state.seed}, erased: {state.title}",
+        )
+
+
+@torch.no_grad()
+def crowding(model: Path, names: Sequence[str]) -> float:
+    """Return the mean cosine of the captions of different concepts with each other."""
+    encoder = load_model(str(model))
+    text = encoder.encode_text(encoder.tokenize(list(names)))
+    return float((text @ text.T).masked_select(~torch.eye(len(text), dtype=torch.bool)).mean())
+
+
+def rows_of(
+    state: State,
+    evaluation: Evaluation,
+    original: Evaluation,
+    *,
+    steps: int,
+    crowded: Mapping[str, float],
+) -> list[dict[str, Any]]:
+    """Return a row per set of a model; changes are against the original.
+
+    Args:
+        state: the model.
+        evaluation, original: what was measured on it and on the demo's model.
+        steps: training steps of the last erasure.
+        crowded: subgroup -> `crowding` of its captions.
+    """
+    gone = {subgroup for step in state.erased for subgroup in step}
+    here = {"seed": state.seed, "erased": state.title, "steps": steps}
+    rows = []
+    for name, verdict in evaluation.set_verdicts["model"].items():
+        if name == "forget":  # all subgroups in one, which have rows of their own
+            continue
+        scores, subgroup = evaluation.scores[name], name.removesuffix(UNSEEN)
+        rows.append(
+            {
+                **here,
+                "set": name,
+                "wanted": "forget" if subgroup in gone else "keep",
+                "verdict": verdict,
+                "hit@1": scores[HIT],
+                "chance": evaluation.chance[name][HIT],
+                "residue": evaluation.mean_residue(name),
+                **{direction: scores[key] for direction, key in RESIDUES.items()},
+                "cosine": scores["matched_cosine"],
+                "captions' mutual cosine": crowded[subgroup],
+            }
+        )
+    for name in KEEP_SETS:
+        recall, before = evaluation.scores[name][RECALL], original.scores[name][RECALL]
+        rows.append(
+            {**here, "set": name, "wanted": "keep", "recall@1": recall, "change": recall - before}
+        )
+    return rows
+
+
+def sum_singles(
+    rows: Iterable[Mapping[str, Any]], subgroups: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return the rows of a model in which the damage of the single erasures would add up."""
+    sums: dict[tuple[int, str], float] = {}
+    for row in rows:
+        if row["erased"] in subgroups and row["set"] in KEEP_SETS:
+            place = row["seed"], row["set"]
+            sums[place] = sums.get(place, 0.0) + row["change"]
+    return [
+        {"seed": seed, "erased": SUM, "set": name, "wanted": "keep", "change": change}
+        for (seed, name), change in sums.items()
+    ]
+
+
+def table(rows: Sequence[Mapping[str, Any]], subgroups: Sequence[str]) -> str:
+    """Format the means over seeds as Markdown, in percent: hit@1 / residue, then changes."""
+    places = [name + suffix for name in subgroups for suffix in ("", UNSEEN)]
+    lines = []
+    for erased in dict.fromkeys(row["erased"] for row in rows):
+        cells = [erased]
+        for name in (*places, *KEEP_SETS):
+            found = [row for row in rows if (row["erased"], row["set"]) == (erased, name)]
+            if not found:
+                cells.append("")
+            elif name in KEEP_SETS:
+                cells.append(f"{100 * np.mean([row['change'] for row in found]):+.1f}")
+            else:
+                means = (100 * np.mean([row[key] for row in found]) for key in ("hit@1", "residue"))
+                cells.append(" / ".join(f"{mean:.0f}" for mean in means))
+        lines.append(cells)
+    return markdown_table(["erased", *places, *KEEP_SETS], lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Erase, measure and write the results."""
+    parser = comparison_parser(__doc__, work="runs/sequential")
+    parser.add_argument(
+        "--subgroups",
+        nargs="+",
+        default=["food-fruit", "animal-bird", "drink"],
+        choices=TEST,
+        metavar="SUBGROUP",
+    )
+    parser.add_argument("--seeds", type=int, default=2)
+    options = parser.parse_args(arguments)
+    work, subgroups = options.work, options.subgroups
+    states = plan(subgroups, options.seeds)
+    run_all(states, subgroups, work, options.processes)
+    names = {each: sets.concepts for each, sets in build_concepts(subgroups, 0).own.items()}
+    rows = []
+    for state in states:
+        evaluation = Evaluation.from_json(evaluation_of(state, work))
+        original = Evaluation.from_json(evaluation_of(State((), state.seed), work))
+        model = model_of(state, work)
+        record = read_record(model)
+        rows += rows_of(
+            state,
+            evaluation,
+            original,
+            steps=record["outcome"]["steps"] if record else 0,
+            crowded={each: crowding(model, those) for each, those in names.items()},
+        )
+        if evaluation.audit:
+            print("\n".join([f"\nAudit, seed {state.seed}: {state.title}", *evaluation.audit]))
+    rows += sum_singles(rows, subgroups)
+    write_csv(options.output / "sequential.csv", rows)
+    print(f"\n{table(rows, subgroups)}")
+
+
+if __name__ == "__main__":
+    exit_with(main)

@@ -1,0 +1,1 @@
+"""Compare implementations of the contrastive loss: `python -m benchmarks.loss`."""

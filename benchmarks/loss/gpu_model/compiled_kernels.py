@@ -1,0 +1,300 @@
+"""Compile every Triton kernel without a GPU, and tabulate its resources and instructions.
+
+    python -m benchmarks.loss.gpu_model.compiled_kernels
+
+The launchers run on CPU tensors, with the kernels replaced by recorders: exactly what a call would
+launch is compiled, for sm_80, sm_90, sm_100 and gfx942 (an AMD MI300). The command prints a table
+and writes `benchmarks/results/compiled_kernels.csv`: registers per thread, bytes of stack (spills),
+shared memory, and the instruction mix in the loop over the features' depth and in the whole kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from benchmarks.command import exit_with
+from benchmarks.loss.gpu_model.instructions import Counts, count_amd, count_nvidia
+from benchmarks.result_files import RESULTS, write_csv
+from fasterase.errors import InputError
+from fasterase.ops.contrastive import triton as triton_backend
+from fasterase.ops.contrastive import triton_plan
+from fasterase.ops.contrastive.operator import Batch, Wanted
+from fasterase.ops.contrastive.products import resolve_products
+
+# Bytes of shared memory available to one block, by architecture.
+SHARED_LIMIT = {
+    "sm_80": 163 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "gfx942": 64 * 1024,
+}
+
+_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+class Launch(NamedTuple):
+    """A kernel and the arguments of one call."""
+
+    kernel: Any
+    case: str
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+    @property
+    def name(self) -> str:
+        variants = {"IS_ONLINE": "_online", "HAS_CROSS": "_with_crosses"}
+        name = self.kernel.fn.__name__
+        if name == "gradient_strip":
+            name += "".join(x for key, x in variants.items() if self.arguments[key])
+        return name
+
+    @property
+    def tile(self) -> str:
+        sizes = (self.arguments.get(f"BLOCK_{axis}") for axis in "MNK")
+        return "x".join(str(size) for size in sizes if size is not None)
+
+
+class Compiled(NamedTuple):
+    """One row of the table."""
+
+    kernel: str
+    case: str
+    target: str
+    tile: str  # BLOCK_M x BLOCK_N x BLOCK_K
+    warps: int
+    stages: int
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    wgmma: bool
+    instructions: Counts
+
+
+class _Recorder:
+    """Replaces a kernel; `recorder[grid](...)` records the call."""
+
+    def __init__(self, kernel: Any, case: str, launches: list[Launch]) -> None:
+        self.kernel, self.case, self.launches = kernel, case, launches
+
+    def __getitem__(self, grid: Any) -> Any:
+        def record(*args: Any, **kwargs: Any) -> None:
+            names = self.kernel.arg_names
+            options: dict[str, int] = {
+                name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs
+            }
+            arguments = dict(zip(names, args, strict=False)) | kwargs
+            self.launches.append(Launch(self.kernel, self.case, arguments, options))
+
+        return record
+
+
+def launches(
+    dtype: torch.dtype,
+    width: int,
+    ref_width: int | None,
+    target: str,
+    products: str | None = None,
+) -> list[Launch]:
+    """Record every launch of forward, backward and a step with known weights, at N = 4096.
+
+    products: as `resolve_products` returns them; None multiplies features of `dtype` as they are.
+    """
+    n = 4096
+    architecture = target if target.startswith("sm_") else "gfx"
+    case = f"{str(dtype).removeprefix('torch.')}{f' as {products}' if products else ''} D={width}"
+    case += "" if ref_width is None else f" D0={ref_width}"
+    found: list[Launch] = []
+    image = torch.zeros(n, width, dtype=dtype)
+    ref = None if ref_width is None else torch.zeros(n, ref_width, dtype=dtype)
+    scale = torch.ones(())
+    batch = Batch(image, image, scale, ref, ref, None if ref is None else scale)
+    products = products or resolve_products("auto", "triton", (image,))
+    with (
+        mock.patch.object(triton_plan, "_architecture", return_value=architecture),
+        mock.patch.object(triton_backend, "_num_multiprocessors", return_value=132),
+        mock.patch.object(triton_backend, "_multiply"),
+    ):
+        patches = [
+            mock.patch.object(triton_backend, name, _Recorder(value, case, found))
+            for name, value in vars(triton_backend).items()
+            if isinstance(value, triton.JITFunction)
+        ]
+        for patch in patches:
+            patch.start()
+        try:
+            losses, *saved = triton_backend.forward(batch, (n,), products)
+            wanted = Wanted(image=True, text=True, scale=True, rounded=False)
+            triton_backend.backward(losses, batch, tuple(saved), (n,), wanted, products)
+            triton_backend.step(losses, batch, (n,), wanted, products)
+        finally:
+            for patch in patches:
+                patch.stop()
+    return list({launch.name: launch for launch in found}.values())
+
+
+def build(launch: Launch, target: str) -> Any:
+    """Compile a launch; the result has `.asm["cubin"]` or `.asm["amdgcn"]`, and `.metadata`."""
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for k, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = _POINTERS[value.dtype]
+            attributes[(k,)] = [["tt.divisibility", 16]]
+        elif parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):
+            signature[parameter.name] = "constexpr"
+            constants[(k,)] = value
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(k,)] = [["tt.divisibility", 16]]
+    if target.startswith("sm_"):
+        gpu = GPUTarget("cuda", int(target[3:]), 32)
+    else:
+        gpu = GPUTarget("hip", target, 64)
+    return triton.compile(
+        ASTSource(launch.kernel, signature, constants, attributes),
+        target=gpu,
+        options=launch.options,
+    )
+
+
+def compile_launch(launch: Launch, target: str) -> Compiled:
+    """Compile a launch and count its resources and instructions."""
+    compiled = build(launch, target)
+    if "cubin" in compiled.asm:
+        registers, stack = resources(compiled.asm["cubin"])
+        counts = count_nvidia(tool("cuobjdump", "--dump-sass", cubin=compiled.asm["cubin"]))
+    else:
+        assembly = compiled.asm["amdgcn"]
+        registers, stack = (
+            int(re.findall(rf"\.{name}: +(\d+)", assembly)[-1])
+            for name in ("vgpr_count", "private_segment_fixed_size")
+        )
+        counts = count_amd(assembly)
+    return Compiled(
+        launch.name,
+        launch.case,
+        target,
+        launch.tile,
+        compiled.metadata.num_warps,
+        compiled.metadata.num_stages,
+        registers,
+        stack,
+        compiled.metadata.shared,
+        "wgmma" in compiled.asm.get("ptx", ""),
+        counts,
+    )
+
+
+def tool_path(name: str) -> str:
+    """Return the path of a CUDA binary tool that Triton ships with."""
+    return str(_BIN / name)
+
+
+def tool(name: str, *flags: str, cubin: bytes) -> str:
+    """Run one of Triton's CUDA binary tools on a cubin and return its output."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool_path(name), *flags, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Return the registers per thread and the bytes of stack."""
+    usage = tool("cuobjdump", "--dump-resource-usage", cubin=cubin)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    return int(found[1]), int(found[2])
+
+
+def cases(target: str) -> Iterator[Launch]:
+    """Yield every launch to compile for a target.
+
+    Kernels that multiply features come in every variant: widths that BLOCK_K divides and does not,
+    with and without reference, bf16, fp32, and fp32 rounded as `unlearn` and `ClipLoss` under
+    autocast do. The others only stream and come once.
+    """
+    seen: set[str] = set()
+    for dtype, width, ref_width, products in (
+        (torch.bfloat16, 768, 768, None),
+        (torch.bfloat16, 768, None, None),
+        (torch.bfloat16, 1280, 500, None),
+        (torch.bfloat16, 500, None, None),
+        (torch.float32, 768, 768, "fp16"),
+        (torch.float32, 768, None, "fp16"),
+        (torch.float32, 768, None, "bf16"),
+        (torch.float32, 512, 512, None),
+        (torch.float32, 512, None, None),
+    ):
+        for launch in launches(dtype, width, ref_width, target, products):
+            if "PRECISION" in launch.arguments:
+                yield launch
+            elif launch.name not in seen:
+                seen.add(launch.name)
+                yield launch
+
+
+def row(compiled: Compiled) -> dict[str, Any]:
+    """Flatten a result to the columns of the CSV file."""
+    flat = compiled._asdict()
+    for place, counts in flat.pop("instructions")._asdict().items():
+        flat |= {f"{place}_{unit}": count for unit, count in counts.items()}
+    return flat
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kernel", help="compile only this kernel")
+    parser.add_argument("--target", choices=list(SHARED_LIMIT), help="compile only for this target")
+    parser.add_argument("--output", type=Path, default=RESULTS / "compiled_kernels.csv")
+    args = parser.parse_args(argv)
+    if triton_plan.INTERPRETED:
+        raise InputError("TRITON_INTERPRET is set: kernels do not compile under the interpreter.")
+    rows: list[dict[str, Any]] = []
+    for target in SHARED_LIMIT if args.target is None else (args.target,):
+        for launch in cases(target):
+            if args.kernel not in (None, launch.name):
+                continue
+            compiled = compile_launch(launch, target)
+            rows.append(row(compiled))
+            loop = compiled.instructions.loop.items()
+            mix = " ".join(f"{unit} {count}" for unit, count in loop if count)
+            print(
+                f"{compiled.kernel:34} {compiled.case:24} {target:6} {compiled.tile:12} "
+                f"{compiled.warps} warps "
+                f"{compiled.registers:4} registers {compiled.stack_bytes:4} B stack "
+                f"{compiled.shared_bytes:7} B shared {'wgmma' if compiled.wgmma else '     '} "
+                f"loop: {mix}",
+                flush=True,
+            )
+    if not rows:
+        raise InputError(f"--kernel: there is no kernel {args.kernel!r}.")
+    write_csv(args.output, rows)
+
+
+if __name__ == "__main__":
+    exit_with(main)

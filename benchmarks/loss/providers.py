@@ -1,0 +1,281 @@
+"""The implementations that the benchmark compares: fasterase's backends and public peers.
+
+Each provider is one scalar function of `Inputs`, called as its own documentation says. A peer that
+is not installed, or does not support the device or size, raises `UnavailableError` with the reason.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from benchmarks.loss.case import SIGLIP_BIAS, Case, Inputs
+from benchmarks.processes import MeasurementError
+
+Loss = Callable[[Inputs], Tensor]
+
+
+class UnavailableError(MeasurementError):
+    """A provider cannot take a case; the message gives the reason."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One implementation; `build(case)` returns its loss.
+
+    Attributes:
+        dense_matrices: number of [N, N] matrices alive at its peak, without and with the KL,
+            taken from the benchmark's own memory rows; 0 if memory does not grow with N^2.
+        keeps_logits: it may keep logits for the backward pass, which the FLOPs of `case.flops`
+            compute twice.
+        objective: the field of `Losses` that it computes.
+        omits_reference_entropy: its KL is a cross-entropy.
+    """
+
+    name: str
+    build: Callable[[Case], Loss]
+    package: str = "fasterase"
+    dense_matrices: tuple[int, int] = (0, 0)
+    keeps_logits: bool = False
+    objective: str = "clip"
+    omits_reference_entropy: bool = False
+    has_scale_gradient: bool = True
+    compiles: bool = False
+
+    @property
+    def version(self) -> str:
+        try:
+            return f"{self.package} {metadata.version(self.package)}"
+        except metadata.PackageNotFoundError:
+            return self.package
+
+    def dense_bytes(self, case: Case) -> int:
+        return self.dense_matrices[case.kl] * case.matrix_bytes
+
+
+def _fasterase(backend: str, case: Case) -> Loss:
+    from fasterase.errors import InputError
+    from fasterase.ops.contrastive import contrastive, explain_backend
+
+    try:
+        sample = torch.ones(1, 1, device=case.device, dtype=case.torch_dtype)
+        explain_backend(sample, sample, 1.0, backend=backend)
+    except InputError as error:
+        raise UnavailableError(str(error)) from error
+
+    def loss(inputs: Inputs) -> Tensor:
+        image, text, scale, ref_image, ref_text, ref_scale, labels = inputs
+        found = contrastive(
+            image,
+            text,
+            scale,
+            ref_image=ref_image,
+            ref_text=ref_text,
+            ref_scale=ref_scale,
+            labels=labels,
+            backend=backend,
+        )
+        total = (found.ce_row + found.ce_col).mean() / 2
+        if found.kl_row is not None and found.kl_col is not None:
+            total = total + (found.kl_row + found.kl_col).mean() / 2
+        return total
+
+    return loss
+
+
+def _torch_dense(case: Case) -> Loss:
+    """The best that a few lines of torch do: one product per matrix, softmax both ways from it."""
+
+    def loss(inputs: Inputs) -> Tensor:
+        image, text, scale, ref_image, ref_text, ref_scale, labels = inputs
+        # Rounded to the features' dtype by the product, as torch does under autocast.
+        logits = ((scale * image) @ text.T).float()
+        row, col = logits.log_softmax(1), logits.log_softmax(0)
+        if labels is None:
+            total = -(row.diagonal() + col.diagonal()).mean() / 2
+        else:
+            # The mean over a pair's positives: a product with the mean of their features.
+            count = labels.bincount(minlength=case.num_labels)[labels, None].to(image.dtype)
+            mean = image.new_zeros(case.num_labels, case.width).index_add(0, labels, text / count)
+            positive = (scale * image * mean[labels]).sum(1).float().mean()
+            lse = (logits.diagonal() - (row.diagonal() + col.diagonal()) / 2).mean()
+            total = lse - positive  # columns have the same mean
+        if ref_image is not None and ref_text is not None and ref_scale is not None:
+            with torch.no_grad():
+                ref = ((ref_scale * ref_image) @ ref_text.T).float()
+            for now, before in ((row, ref.log_softmax(1)), (col, ref.log_softmax(0))):
+                total = total + (before.exp() * (before - now)).sum() / (2 * case.num_pairs)
+        return total
+
+    return loss
+
+
+def _open_clip(case: Case) -> Loss:
+    _refuse_labels(case, "open_clip")
+    from open_clip.loss import ClipLoss, DistillClipLoss
+
+    if not case.kl:
+        plain = ClipLoss()
+        return lambda inputs: plain(*inputs[:3])
+    distill = DistillClipLoss()
+    return lambda inputs: sum(distill(*inputs[:6]))
+
+
+def _open_clip_compiled(case: Case) -> Loss:
+    return torch.compile(_open_clip(case))
+
+
+def _torch_linear_cross_entropy(case: Case) -> Loss:
+    _refuse_kl(case, "torch's linear_cross_entropy")
+    _refuse_labels(case, "torch's linear_cross_entropy")
+    try:
+        from torch.nn import LinearCrossEntropyOptions
+        from torch.nn.functional import linear_cross_entropy
+    except ImportError as error:
+        raise UnavailableError(
+            f"torch {torch.__version__} has no linear_cross_entropy with options ({error})"
+        ) from error
+    run = partial(linear_cross_entropy, options=LinearCrossEntropyOptions())
+    target = torch.arange(case.num_pairs, device=case.device)
+
+    def loss(inputs: Inputs) -> Tensor:
+        scale = inputs.scale.to(inputs.image.dtype)
+        row = run(scale * inputs.image, inputs.text, target)
+        return (row + run(scale * inputs.text, inputs.image, target)) / 2
+
+    return loss
+
+
+def _liger(case: Case) -> Loss:
+    """Build the chunked distillation loss in torch, or without the KL the Triton cross-entropy."""
+    _refuse_labels(case, "Liger-Kernel")
+    target = torch.arange(case.num_pairs, device=case.device)
+    if not case.kl:
+        _need_cuda(case, "Liger-Kernel's fused linear cross-entropy (without a teacher)")
+        fused = _imported("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
+
+        def infonce(inputs: Inputs) -> Tensor:
+            scale = inputs.scale.to(inputs.image.dtype)
+            row = fused(inputs.text, scale * inputs.image, target)
+            return (row + fused(inputs.image, scale * inputs.text, target)) / 2
+
+        return infonce
+    # beta 0 is KL(teacher || student).
+    distill = _imported("liger_kernel.chunked_loss").LigerFusedLinearJSDLoss(
+        weight_hard_loss=1.0, weight_soft_loss=1.0, beta=0.0
+    )
+
+    def with_kl(inputs: Inputs) -> Tensor:
+        image, text, scale, ref_image, ref_text, ref_scale, _ = inputs
+        assert ref_image is not None
+        assert ref_text is not None
+        assert ref_scale is not None
+        scale, ref_scale = scale.to(image.dtype), ref_scale.to(image.dtype)
+        row = distill(scale * image, text, ref_scale * ref_image, ref_text, target)
+        return (row + distill(scale * text, image, ref_scale * ref_text, ref_image, target)) / 2
+
+    return with_kl
+
+
+def _memeff(case: Case) -> Loss:
+    _refuse_kl(case, "memeff")
+    _refuse_labels(case, "memeff")
+    _need_cuda(case, "memeff")
+    # stable=True, its default, would give gradients times sqrt(N / scale).
+    loss = _imported("memeff").MemoryEfficientCLIPLoss(
+        temperature=1.0 / case.scale, normalized_inputs=True, stable=False
+    )
+    return lambda inputs: loss(inputs.image, inputs.text)
+
+
+def _siglip(case: Case) -> Loss:
+    _refuse_kl(case, "siglip-kernel")
+    _refuse_labels(case, "siglip-kernel")
+    _need_cuda(case, "siglip-kernel")
+    run = _imported("siglip_kernel").fused_siglip_loss
+    bias = torch.tensor(SIGLIP_BIAS, device=case.device)
+    return lambda inputs: run(inputs.image, inputs.text, inputs.scale.log(), bias)
+
+
+def _inf_cl(case: Case) -> Loss:
+    _refuse_kl(case, "inf-cl")
+    _refuse_labels(case, "inf-cl")
+    _need_cuda(case, "inf-cl")
+    if case.width % 256:
+        raise UnavailableError(f"inf-cl needs a multiple of its head width, 256; D is {case.width}")
+    run = _imported("inf_cl").cal_flash_loss
+
+    def loss(inputs: Inputs) -> Tensor:
+        row = run(inputs.image, inputs.text, scale=inputs.scale)
+        return (row.mean() + run(inputs.text, inputs.image, scale=inputs.scale).mean()) / 2
+
+    return loss
+
+
+def _refuse_kl(case: Case, name: str) -> None:
+    if case.kl:
+        raise UnavailableError(f"{name} has no KL to a teacher")
+
+
+def _refuse_labels(case: Case, name: str) -> None:
+    if case.labels:
+        raise UnavailableError(f"{name} knows no pairs that are each other's positives")
+
+
+def _need_cuda(case: Case, name: str) -> None:
+    if case.device != "cuda":
+        raise UnavailableError(f"{name} is Triton kernels, which need a CUDA GPU")
+
+
+def _imported(module: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UnavailableError(f"{module} cannot be imported ({error})") from error
+
+
+_ALL = (
+    Provider("fasterase-triton", partial(_fasterase, "triton")),
+    Provider("fasterase-cpu", partial(_fasterase, "cpu"), keeps_logits=True),
+    Provider("fasterase-chunked", partial(_fasterase, "chunked")),
+    Provider(
+        "fasterase-dense", partial(_fasterase, "dense"), dense_matrices=(7, 20), keeps_logits=True
+    ),
+    Provider(
+        "torch-dense",
+        _torch_dense,
+        package="torch",
+        dense_matrices=(5, 10),
+        keeps_logits=True,
+    ),
+    Provider(
+        "open_clip",
+        _open_clip,
+        package="open_clip_torch",
+        dense_matrices=(6, 12),
+        keeps_logits=True,
+        omits_reference_entropy=True,
+    ),
+    Provider(
+        "open_clip-compiled",
+        _open_clip_compiled,
+        package="open_clip_torch",
+        dense_matrices=(3, 9),
+        keeps_logits=True,
+        omits_reference_entropy=True,
+        compiles=True,
+    ),
+    Provider("torch-linear-ce", _torch_linear_cross_entropy, package="torch"),
+    Provider("liger", _liger, package="liger-kernel", compiles=True),
+    Provider("memeff", _memeff, package="memeff", has_scale_gradient=False),
+    Provider("siglip-kernel", _siglip, package="siglip-kernel", objective="siglip"),
+    Provider("inf-cl", _inf_cl, package="inf-cl"),
+)
+PROVIDERS = {provider.name: provider for provider in _ALL}

@@ -1,0 +1,299 @@
+"""Compare implementations of the contrastive loss: speed, memory and error.
+
+    python -m benchmarks.loss [--plot] [--table]
+
+Sweeps N and D, with and without the KL to a frozen original, and at the first width also with
+labels, under which four pairs at a time are each other's positives. All providers (providers.py)
+run in one process and in turn; times of different cells were not measured in turn. Each number
+becomes one row of benchmarks/results/contrastive_<device>.csv as soon as its cell is measured. An
+interrupted command resumes from there; --fresh starts again. If a provider cannot take a case, its
+row gives the reason.
+
+Rates are the FLOPs of an implementation that keeps no [N, N] matrix, divided by the median time.
+They are also given as a fraction of the rate of one large matrix product timed in turn with the
+providers ("gemm"). An implementation that keeps logits between the passes can exceed 1; the tables
+(--table, also written beside the CSV) say so, and leave out a share that nothing explains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import warnings
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from benchmarks.command import new_parser
+from benchmarks.loss.case import MODES, Case, Inputs, flops, make_inputs
+from benchmarks.loss.measure import (
+    Repetition,
+    available_bytes,
+    errors_against_fp64,
+    gemm_repetition,
+    peak_extra_bytes,
+    repetition,
+    time_interleaved,
+)
+from benchmarks.loss.providers import PROVIDERS, Provider, UnavailableError
+from benchmarks.loss.report import draw_curves, explain_share, markdown_tables
+from benchmarks.loss.rows import Row, read_rows, write_rows
+from benchmarks.processes import describe_error
+from benchmarks.result_files import RESULTS, code_version, device_name
+from fasterase.files import write_text
+
+KERNEL = "contrastive"
+METRICS = ("speed", "memory", "error")
+ERRORS = ("loss_error", "image_grad_error", "text_grad_error", "scale_grad_error")
+# Edge of the matrix product whose rate counts as the device's best.
+GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
+# Share of the free memory that a provider's dense matrices may take.
+_SHARE_OF_MEMORY = 0.9
+
+Work = tuple[str, Case, str]  # metric, case, mode
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    path = args.output or RESULTS / f"contrastive_{args.device}.csv"
+    rows = [] if args.fresh else read_rows(path)
+    warnings.filterwarnings("ignore", message=".*[Tt]ensor [Cc]ores.*")
+    reported: set[tuple[str, str]] = set()
+    with tqdm(list(cases(args)), unit="cell", dynamic_ncols=True, disable=None) as bar:
+        for metric, case, mode in bar:
+            bar.set_postfix_str(f"{metric} {mode} N={case.num_pairs} D={case.width} kl={case.kl}")
+            done = {row.key for row in rows}
+            asked = [PROVIDERS[name] for name in args.providers]
+            missing = [
+                provider
+                for provider in asked
+                if not {_row(case, provider.name, mode, m).key for m in _metrics(metric)} <= done
+            ]
+            if missing and metric == "speed":
+                missing = asked  # times compare only if measured in turn
+            if missing:
+                found = _measure(metric, case, mode, missing, args)
+                rows += found
+                write_rows(path, rows)
+                for row in found:
+                    why = (row.kernel_provider, row.extra.get("why", ""))
+                    if row.y_value_50 is not None or why not in reported:
+                        bar.write(_line(row))
+                        reported.add(why)
+    print(f"{len(rows)} rows in {path}")
+    if args.plot:
+        for metric in ("speed", "memory"):
+            for picture in draw_curves(read_rows(path), metric, path):
+                print(f"drawn: {picture}")
+    if args.table:
+        tables = markdown_tables(read_rows(path))
+        write_text(path.with_suffix(".md"), f"{tables}\n")
+        print(tables)
+
+
+def cases(args: argparse.Namespace) -> Iterator[Work]:
+    """Yield the sweep, small sizes first.
+
+    Memory and labels are at the first width only, errors at one size.
+    """
+    kls, labelled = ([word == "with" for word in words] for words in (args.teacher, args.labels))
+    variants = [
+        variant
+        for variant in product(args.widths, kls, labelled)
+        if variant[0] == args.widths[0] or not variant[2]
+    ]
+    for dtype, scale in product(args.dtypes, args.scales):
+        for size, (width, kl, labels) in product(args.sizes, variants):
+            case = Case(size, width, dtype, scale, kl, args.device, labels)
+            for mode in args.modes:
+                if "speed" in args.metrics:
+                    yield "speed", case, mode
+                if "memory" in args.metrics and width == args.widths[0]:
+                    yield "memory", case, mode
+        if "error" in args.metrics:
+            for width, kl, labels in variants:
+                size = args.error_size
+                yield "error", Case(size, width, dtype, scale, kl, args.device, labels), "full"
+
+
+def _measure(
+    metric: str, case: Case, mode: str, providers: list[Provider], args: argparse.Namespace
+) -> list[Row]:
+    if metric == "speed":
+        return _speed_rows(case, mode, providers, args)
+    if metric == "memory":
+        return [_memory_row(case, mode, provider) for provider in providers]
+    return [row for provider in providers for row in _error_rows(case, mode, provider)]
+
+
+def _speed_rows(
+    case: Case, mode: str, providers: list[Provider], args: argparse.Namespace
+) -> list[Row]:
+    size = GEMM_SIZE[case.device]
+    repetitions = {"gemm": gemm_repetition(size, case.torch_dtype, case.device)}
+    refused: dict[str, str] = {}
+    for provider in providers:
+        try:
+            repetitions[provider.name] = _repetition(provider, case, mode)
+        except Exception as error:
+            refused[provider.name] = describe_error(error)
+    samples, failures = time_interleaved(
+        repetitions,
+        seconds=args.seconds,
+        min_samples=args.min_samples,
+        max_samples=args.max_samples,
+        compiled=frozenset(p.name for p in providers if p.compiles),
+    )
+    gemm_rate = 2 * size**3 / float(np.median(samples["gemm"])) / 1e9
+    rows = []
+    for name in ("gemm", *(provider.name for provider in providers)):
+        row = _row(case, name, mode, "speed")
+        if name in samples:
+            _fill(row, samples[name])
+            row.extra["samples"] = len(samples[name])
+            work = 2 * size**3 if name == "gemm" else flops(case, mode, PROVIDERS[name].objective)
+            rate = work / float(np.median(samples[name])) / 1e9  # ms to TFLOP/s
+            row.extra |= {"tflops": round(rate, 4), "of_gemm": round(rate / gemm_rate, 4)}
+        else:
+            row.extra["why"] = (refused | failures)[name]
+        rows.append(row)
+    return rows
+
+
+def _repetition(provider: Provider, case: Case, mode: str) -> Repetition:
+    _refuse_too_large(provider, case)
+    return repetition(provider.build(case), _inputs(case), mode, case.device)
+
+
+@functools.lru_cache(maxsize=1)
+def _inputs(case: Case) -> Inputs:
+    """Make the inputs that all providers of a case share; no result outlives a repetition."""
+    return make_inputs(case)
+
+
+def _memory_row(case: Case, mode: str, provider: Provider) -> Row:
+    row = _row(case, provider.name, mode, "memory")
+    try:
+        _refuse_too_large(provider, case)
+        _fill(row, [peak_extra_bytes(provider, case, mode) / 2**20])
+    except Exception as error:
+        row.extra["why"] = describe_error(error)
+    return row
+
+
+def _error_rows(case: Case, mode: str, provider: Provider) -> list[Row]:
+    found: dict[str, float] = {}
+    why = f"{provider.name} gives no gradient of the scale"
+    try:
+        found = errors_against_fp64(provider, case)
+    except Exception as error:
+        why = describe_error(error)
+    rows = []
+    for metric in ERRORS:
+        row = _row(case, provider.name, mode, metric)
+        if metric in found:
+            _fill(row, [found[metric]])
+        else:
+            row.extra["why"] = why
+        rows.append(row)
+    return rows
+
+
+def _refuse_too_large(provider: Provider, case: Case) -> None:
+    needed, free = provider.dense_bytes(case), available_bytes(case.device)
+    if needed > _SHARE_OF_MEMORY * free:
+        raise UnavailableError(
+            f"not tried: its dense matrices take about {needed / 2**30:.1f} GiB, "
+            f"{free / 2**30:.1f} GiB are free"
+        )
+
+
+def _row(case: Case, provider: str, mode: str, metric: str) -> Row:
+    extra: dict[str, Any] = {
+        "D": case.width,
+        "dtype": case.dtype,
+        "scale": case.scale,
+        "kl": case.kl,
+        "labels": case.labels,
+        "threads": torch.get_num_threads() if case.device == "cpu" else None,
+        "load": round(os.getloadavg()[0], 1),
+        "torch": torch.__version__,
+    }
+    if provider in PROVIDERS:
+        extra["provider_version"] = PROVIDERS[provider].version
+    return Row(
+        kernel_name=KERNEL,
+        kernel_provider=provider,
+        kernel_operation_mode=mode,
+        metric_name=metric,
+        metric_unit={"speed": "ms", "memory": "MiB"}.get(metric, "relative"),
+        x_name="N",
+        x_label="pairs in the batch",
+        x_value=case.num_pairs,
+        y_value_50=None,
+        y_value_20=None,
+        y_value_80=None,
+        extra=extra,
+        gpu_name=device_name(case.device),
+        timestamp=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        version=code_version(),
+    )
+
+
+def _metrics(metric: str) -> tuple[str, ...]:
+    return ERRORS if metric == "error" else (metric,)
+
+
+def _fill(row: Row, values: list[float]) -> None:
+    row.y_value_50, row.y_value_20, row.y_value_80 = (
+        float(x) for x in np.quantile(values, (0.5, 0.2, 0.8))
+    )
+
+
+def _line(row: Row) -> str:
+    case = f"N={row.x_value:<6} D={row.extra['D']:<5} {'KL' if row.extra['kl'] else '--'}"
+    case += " labels" if row.extra["labels"] else ""
+    head = f"{row.kernel_provider:<20} {row.metric_name:<17} {row.kernel_operation_mode:<9} {case}"
+    if row.y_value_50 is None:
+        return f"{head}  {row.extra['why']}"
+    spread = f"[{row.y_value_20:.4g}, {row.y_value_80:.4g}] " if row.metric_name == "speed" else ""
+    rate = f"  {row.extra['of_gemm']:.0%} of gemm" if "of_gemm" in row.extra else ""
+    note = explain_share(row)
+    return f"{head}  {row.y_value_50:.4g} {spread}{row.metric_unit}{rate}" + (
+        f" ({note})" if note else ""
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = new_parser(__doc__, prog="python -m benchmarks.loss")
+    add = parser.add_argument
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", choices=("cpu", "cuda"), default=device)
+    add("--sizes", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384], help="N")
+    add("--widths", type=int, nargs="+", default=[512, 768, 1280], help="D")
+    add("--dtypes", nargs="+", default=["float32"], choices=("float32", "bfloat16", "float16"))
+    add("--scales", type=float, nargs="+", default=[100.0])
+    add("--teacher", nargs="+", default=["without", "with"], choices=("without", "with"))
+    add("--labels", nargs="+", default=["without", "with"], choices=("without", "with"))
+    add("--modes", nargs="+", default=["full"], choices=MODES)
+    add("--metrics", nargs="+", default=list(METRICS), choices=METRICS)
+    add("--providers", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS))
+    add("--error-size", type=int, default=1000, help="N of the comparison with fp64")
+    add("--seconds", type=float, default=1.0, help="minimum time per provider and cell")
+    add("--min-samples", type=int, default=5)
+    add("--max-samples", type=int, default=100)
+    add("--threads", type=int, help="CPU threads; default: torch's")
+    add("--output", type=Path, help="CSV file to write")
+    add("--fresh", action="store_true", help="measure everything again")
+    add("--plot", action="store_true", help="draw curves into files beside the CSV")
+    add("--table", action="store_true", help="print Markdown tables, and write them beside the CSV")
+    return parser

@@ -1,0 +1,1 @@
+"""The experiments of the paper, with any model: `python -m benchmarks.protocols`."""

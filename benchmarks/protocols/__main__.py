@@ -1,0 +1,110 @@
+"""Run one of the paper's protocols on a model: `python -m benchmarks.protocols cifar100 --help`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from benchmarks.command import exit_with, new_parser
+from benchmarks.protocols.cc12m import CC12M
+from benchmarks.protocols.cifar100 import CIFAR
+from benchmarks.protocols.diffusion import MODELS, run_check
+from benchmarks.protocols.diffusion_check import CONCEPT, CONTROLS, DiffusionCheck
+from benchmarks.protocols.flickr30k import FLICKR
+from benchmarks.protocols.protocol import TABLE, Protocol, run_protocol
+from fasterase.config import UnlearnConfig
+
+# A new protocol that erases from a model is one file and one entry here.
+PROTOCOLS: dict[str, Protocol] = {"cifar100": CIFAR, "flickr30k": FLICKR, "cc12m": CC12M}
+DIFFUSION = "diffusion"
+_CHECK_FIELDS = {field.name for field in fields(DiffusionCheck)}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command, and print its table."""
+    options = _parse(argv)
+    output = options.output or Path("runs") / options.protocol
+    run = _run_diffusion if options.protocol == DIFFUSION else _run_protocol
+    print(f"{run(options, output)}\nWritten to {output / TABLE}.")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    described = {name: f"DATA is {each.data}." for name, each in PROTOCOLS.items()}
+    described[DIFFUSION] = MODELS
+    parser = new_parser(
+        "Repeat an experiment of CLIPErase (Yang et al., ACL 2025) with any model.",
+        prog="python -m benchmarks.protocols",
+        epilog="\n\n".join(f"{name}: {text}" for name, text in described.items()),
+    )
+    commands = parser.add_subparsers(dest="protocol", required=True)
+    for name, text in described.items():
+        command = commands.add_parser(name, description=text)
+        command.add_argument("--output", type=Path, help=f"folder of the results: runs/{name}")
+        if name == DIFFUSION:
+            _add_diffusion(command)
+        else:
+            _add_erasing(command)
+    return parser.parse_args(argv)
+
+
+def _add_erasing(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", required=True, help="as in `fasterase unlearn`")
+    command.add_argument("--data", type=Path, required=True, help="folder of the data set")
+    command.add_argument("--concept", help="what to erase instead of the protocol's own choice")
+    command.add_argument("--cases", nargs="+", default=[], help="run only these cases")
+    command.add_argument("--recipe", choices=("fasterase", "cliperase"), default="fasterase")
+    command.add_argument("--config", type=Path, help="YAML file of the recipe's fields instead")
+    command.add_argument("--max_pairs", type=int, default=5000, help="pairs measured of each set")
+
+
+def _run_protocol(options: argparse.Namespace, output: Path) -> str:
+    if options.config is not None:
+        config = UnlearnConfig.from_yaml(options.config)
+    else:
+        cliperase = options.recipe == "cliperase"
+        config = UnlearnConfig.cliperase() if cliperase else UnlearnConfig()
+    return run_protocol(
+        PROTOCOLS[options.protocol],
+        options.model,
+        options.data,
+        output,
+        config=config,
+        concept=options.concept,
+        only=options.cases,
+        max_pairs=options.max_pairs,
+    )
+
+
+def _add_diffusion(command: argparse.ArgumentParser) -> None:
+    """Add a flag per field of `DiffusionCheck`, under its name unless `dest` says otherwise."""
+
+    def add(flag: str, **settings: Any) -> None:
+        # What is not given is left to the dataclass.
+        command.add_argument(flag, default=argparse.SUPPRESS, **settings)
+
+    add("--pipeline", required=True, help="Stable Diffusion 1 or 2: folder or hub id")
+    add("--erased", required=True, help="the erased CLIP, as --model of `fasterase evaluate`")
+    add("--detector", required=True, help="OWL-ViT or OWLv2: folder or hub id")
+    add("--model", help="the CLIP before erasing, to check that the pipeline has its text tower")
+    add("--concept", dest="concepts", nargs="+", help=f"what was erased: {CONCEPT}")
+    add("--controls", nargs="*", help=f"what should still be drawn: {' '.join(CONTROLS)}")
+    add("--templates", nargs="+", help='prompts with {} for the object, as in "a photo of a {}"')
+    add("--images", type=int, help="pictures of each prompt, with each text encoder: 10")
+    add("--threshold", type=float, help="score from which on a detection counts: 0.2")
+    add("--steps", type=int, help="denoising steps: 50")
+    add("--guidance", type=float, help="scale of the classifier-free guidance: 7.5")
+    add("--seed", type=int, help="of the latents: 0")
+    add("--batch_size", type=int, help="pictures drawn at once: 5")
+    add("--device", help="where to run: the accelerator if there is one")
+
+
+def _run_diffusion(options: argparse.Namespace, output: Path) -> str:
+    given = {name: value for name, value in vars(options).items() if name in _CHECK_FIELDS}
+    return run_check(DiffusionCheck(**given), output)
+
+
+if __name__ == "__main__":
+    exit_with(main)

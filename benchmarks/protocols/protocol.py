@@ -1,0 +1,195 @@
+"""What a protocol is, and how its cases are erased, measured and tabulated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fasterase
+from fasterase.config import UnlearnConfig
+from fasterase.errors import InputError
+from fasterase.evaluation.metrics import format_value
+from fasterase.files import check_creatable, write_text
+from fasterase.report.evaluation import Evaluation
+from fasterase.report.tables import Section, markdown_table
+
+EVALUATION, TABLE = "protocol.json", "table.md"
+
+
+class Reported(NamedTuple):
+    """What the paper reports of one measure, in percent; None where it is not known."""
+
+    original: float | None = None
+    cliperase: float | None = None
+
+
+class Measure(NamedTuple):
+    """One row of a protocol's table."""
+
+    title: str
+    task: str  # name of a task of `fasterase.evaluate`
+    figure: str  # key of its figure
+
+
+ACCURACIES = tuple(
+    Measure(f"{name} accuracy, %", "zero_shot", f"{name} test/accuracy@1")
+    for name in ("forget", "retain")
+)
+RECALLS = tuple(
+    Measure(f"{name}, {title} R@{k}, %", "retrieval", f"{name} test/{key}@{k}")
+    for name in ("forget", "retain")
+    for key, title in (("image_to_text", "image->text"), ("text_to_image", "text->image"))
+    for k in (1, 5, 10)
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One erasure of a protocol.
+
+    Attributes:
+        name: of the case, also of its folder.
+        forget, retain: pairs to train on.
+        forget_sets, sets: pairs to measure, as in `fasterase.evaluate`.
+        class_names: classes of the zero-shot accuracy, if any.
+        reported: title of a measure -> what the paper reports of this case.
+    """
+
+    name: str
+    forget: Any
+    retain: Any
+    forget_sets: Mapping[str, Any]
+    sets: Mapping[str, Any]
+    class_names: Sequence[str] | None = None
+    reported: Mapping[str, Reported] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A data set, what is erased from it, and what is measured.
+
+    Attributes:
+        cases: folder of the data and concept to erase (None: the protocol's own) -> its cases.
+        measures: rows of the table.
+        data: what to put into the folder of the data, and where it is from.
+        differences: where the setting is not the paper's, or not known to be.
+    """
+
+    cases: Callable[[Path, str | None], Iterable[Case]]
+    measures: Sequence[Measure]
+    data: str
+    differences: str
+
+
+def run_protocol(
+    protocol: Protocol,
+    model: str,
+    data: Path,
+    output: Path,
+    *,
+    config: UnlearnConfig,
+    concept: str | None = None,
+    only: Sequence[str] = (),
+    max_pairs: int | None = 5000,
+) -> str:
+    """Erase and measure each case, and return the table, which is also written to `output`.
+
+    Each case has a folder in `output`. A case whose measurements are there is not run again, and an
+    interrupted erasure resumes.
+
+    Args:
+        protocol: what to run.
+        model: a name or folder, as `fasterase.unlearn` takes it.
+        data: folder of the data set.
+        output: folder of the results.
+        config: the recipe.
+        concept: what to erase instead of the protocol's own choice.
+        only: names of the cases to run; empty for all.
+        max_pairs: pairs measured of each set.
+
+    Raises:
+        InputError: the data is missing, or a name is unknown.
+    """
+    check_creatable(output, argument=f"--output={str(output)!r}")
+    cases = list(protocol.cases(data, concept))
+    unknown = [name for name in only if name not in {case.name for case in cases}]
+    if unknown:
+        known = ", ".join(case.name for case in cases)
+        raise InputError(f"--cases {unknown[0]}: no such case. Known: {known}.")
+    found: list[tuple[Case, Evaluation]] = []
+    for case in cases:
+        if not only or case.name in only:
+            folder = output / case.name.replace(" ", "-")
+            found.append((case, _run_case(protocol, case, model, folder, config, max_pairs)))
+    table = format_table(protocol, found)
+    write_text(output / TABLE, table)
+    return table
+
+
+def _run_case(
+    protocol: Protocol,
+    case: Case,
+    model: str,
+    folder: Path,
+    config: UnlearnConfig,
+    max_pairs: int | None,
+) -> Evaluation:
+    done = folder / EVALUATION
+    if done.is_file():
+        return Evaluation.from_json(done)
+    result = fasterase.unlearn(
+        model,
+        case.forget,
+        case.retain,
+        forget_sets=case.forget_sets,
+        config=config.replace(output_dir=str(folder), evaluation=None),
+    )
+    evaluation = fasterase.evaluate(
+        result.encoder,
+        case.forget,
+        case.retain,
+        forget_sets=case.forget_sets,
+        sets=case.sets,
+        original=model,
+        class_names=case.class_names,
+        tasks=list(dict.fromkeys(measure.task for measure in protocol.measures)),
+        max_pairs=max_pairs,
+        device=config.device,
+        num_workers=config.num_workers if isinstance(config.num_workers, int) else 0,
+        progress=config.progress,
+    )
+    evaluation.to_json(done)
+    return evaluation
+
+
+def format_table(protocol: Protocol, found: Sequence[tuple[Case, Evaluation]]) -> str:
+    """Return a Markdown table with a section per case: ours beside what the paper reports."""
+    columns = ["measure", "wanted", "chance", "original", "erased", "95 % interval"]
+    columns += ["paper: original", "paper: CLIPErase"]
+    sections = []
+    for case, evaluation in found:
+        rows = []
+        for measure in protocol.measures:
+            figure = evaluation.tasks[measure.task].get(measure.figure)
+            if figure is None:
+                continue
+            reported = case.reported.get(measure.title, Reported())
+            rows.append(
+                [
+                    measure.title,
+                    figure.wanted,
+                    figure.format(figure.chance),
+                    figure.format(figure.original),
+                    figure.format(figure.value),
+                    figure.interval,
+                    *("-" if each is None else f"{each:.2f}" for each in reported),
+                ]
+            )
+        residue = evaluation.residue
+        left = "-" if residue is None else format_value("share", residue)
+        sections.append(
+            Section(f"{case.name}: {evaluation.verdict or 'no verdict'}, residue {left} %", rows)
+        )
+    return f"{markdown_table(columns, sections, left=2)}\n\n{protocol.differences}\n"

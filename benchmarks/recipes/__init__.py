@@ -1,0 +1,1 @@
+"""Erasing recipes against each other, on concepts that none of them was tuned on."""

@@ -1,0 +1,249 @@
+"""Runs of the recipes on the demo's model: carried out once, measured and kept."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import fasterase
+from benchmarks.processes import call_all
+from fasterase.config import UnlearnConfig
+from fasterase.demo import emoji
+from fasterase.demo.run import evaluate_sets, forget_pairs, recipe_config
+from fasterase.demo.sets import build_sets
+from fasterase.errors import InputError
+from fasterase.evaluation.metrics import bootstrap_intervals
+from fasterase.files import write_text
+from fasterase.models.load import load_model
+from fasterase.option_values import parse_named
+
+VALIDATION = ("animal-marine", "food-asian")
+TEST = (
+    "food-fruit",
+    "animal-bird",
+    "food-sweet",
+    "drink",
+    "transport-air",
+    "musical-instrument",
+    "plant-flower",
+    "sport",
+)
+# The term that protects everything else, and its candidate weights: the recipe's own and three
+# times that.
+KEEPING = {
+    "fixed rate": ("anchor_weight", (10.0, 30.0)),
+    "cliperase": ("consistency_weight", (3.0, 9.0)),
+}
+# The default without what it does to words and between towers; so is the fixed rate's.
+PLAIN = {"forget_words": False, "cross_weight": 0.0}
+# What the others are given besides batch sizes.
+AUTOMATIC: dict[str, dict[str, Any]] = {
+    "fasterase": {},
+    "fasterase, plain": PLAIN,
+}
+# The default with other optimisers, which `benchmarks.systems.eight_bit` compares with it.
+OPTIMIZERS = {f"fasterase, {name}": {"optimizer": name} for name in ("adamw8bit", "lion8bit")}
+# The default where less than all is trained, which `benchmarks.recipes.tune` compares with it.
+TUNES = {f"fasterase, {tune}": {"tune": tune} for tune in ("lora:8", "last:1")}
+RETAIN_ONLY = {"forget_weight": 0.0, "consistency_weight": 0.0, "anchor_weight": 0.0}
+UNTUNED = "cliperase, untuned"
+
+KEEP_SETS = ("retain", "neighbour", "holdout")
+FORGET_SETS = ("forget", "forget-unseen")
+
+# Learning rate, weight of the keeping term, steps; None where the recipe chooses for itself.
+Setting = tuple[float | None, float | None, int | None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One erasure, measured at one or more step counts; without any, when it ends."""
+
+    recipe: str
+    subgroup: str
+    lr: float | None
+    keeping: float | None
+    steps: tuple[int, ...]
+    seed: int
+
+    @property
+    def name(self) -> str:
+        rate = "auto" if self.lr is None else f"{self.lr:g}"
+        steps = "-".join(map(str, self.steps)) or "auto"
+        parts = (self.recipe, self.subgroup, rate, self.keeping, steps, self.seed)
+        return "_".join(map(str, parts)).replace(" ", "-").replace(",", "").replace(":", "")
+
+    @property
+    def is_papers(self) -> bool:
+        return self.recipe in ("cliperase", UNTUNED)
+
+    def config(self) -> UnlearnConfig:
+        """Return the run's recipe for the small model."""
+        base = "cliperase" if self.is_papers else "fasterase"
+        own: dict[str, Any] = {}
+        automatic = {**AUTOMATIC, **OPTIMIZERS, **TUNES}
+        if self.recipe in automatic:
+            own = automatic[self.recipe]
+        else:
+            own = {"lr": self.lr, "max_steps": max(self.steps)}
+            if self.recipe == "retain only":
+                own |= {**RETAIN_ONLY, "floor": None}
+            else:
+                own |= PLAIN
+                own[KEEPING["cliperase" if self.is_papers else self.recipe][0]] = self.keeping
+        return recipe_config(base, small_model=True, **own, seed=self.seed)
+
+
+@dataclass(frozen=True)
+class Value:
+    """A metric of a set after a run, with the original's value and the chance level."""
+
+    recipe: str
+    subgroup: str
+    lr: float | None
+    keeping: float | None
+    steps: int
+    seed: int
+    set: str
+    metric: str
+    value: float
+    original: float
+    chance: float
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended: the verdict on a set to forget, and its mean residue.
+
+    The recipes "original" and "retrained" are models that no run made.
+    """
+
+    recipe: str
+    subgroup: str
+    steps: int
+    seed: int
+    set: str
+    verdict: str
+    residue: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The measurements of a run."""
+
+    values: list[Value]
+    endings: list[Ending]
+
+
+def execute(run: Run, work: Path, retrained: dict[str, str]) -> Outcome:
+    """Carry out a run, or read its result if it has already run.
+
+    Args:
+        run: the erasure.
+        work: folder of the results.
+        retrained: subgroup -> folder of a model that was trained without it.
+    """
+    result = work / f"{run.name}.json"
+    if result.is_file():
+        stored = json.loads(result.read_text(encoding="utf-8"))
+        return Outcome(
+            [Value(**row) for row in stored["values"]], [Ending(**row) for row in stored["endings"]]
+        )
+    sets = build_sets(run.subgroup, original=str(emoji.BASE_MODEL), seed=run.seed)
+    model = load_model(str(emoji.BASE_MODEL))
+    references = {"retrained": retrained[run.subgroup]} if run.subgroup in retrained else {}
+    values: list[Value] = []
+    endings: list[Ending] = []
+
+    def measure(steps: int) -> None:
+        evaluation = evaluate_sets(
+            model,
+            sets,
+            original=str(emoji.BASE_MODEL),
+            progress=False,
+            references=references,
+        )
+        assert evaluation.original is not None
+        here = (run.recipe, run.subgroup, run.lr, run.keeping, steps, run.seed)
+        for name, scores in evaluation.scores.items():
+            original, chance = evaluation.original[name], evaluation.chance[name]
+            for metric, value in scores.items():
+                values.append(Value(*here, name, metric, value, original[metric], chance[metric]))
+        models = {"model": evaluation.scores, "original": evaluation.original}
+        for model_name, scores_of in {**models, **evaluation.references}.items():
+            for name, verdict in evaluation.set_verdicts[model_name].items():
+                residue = evaluation.mean_residue(name, scores_of)
+                assert residue is not None
+                recipe = run.recipe if model_name == "model" else model_name
+                ending = Ending(recipe, run.subgroup, steps, run.seed, name, verdict, residue)
+                endings.append(ending)
+
+    def measure_at(record: Any) -> None:
+        if record.step in run.steps:
+            measure(record.step)
+
+    with tempfile.TemporaryDirectory() as cache, warnings.catch_warnings():
+        # The verdict is in the results.
+        warnings.filterwarnings("ignore", "verdict: ")
+        erased = fasterase.unlearn(
+            model.module,
+            forget_pairs(sets, "cliperase" if run.is_papers else "fasterase"),
+            sets.retain,
+            config=run.config().replace(progress=False, reference_cache=cache),
+            tokenizer=model.text_tokenizer,
+            callback=measure_at,
+        )
+    if not run.steps:
+        measure(len(erased.history))
+    stored = {
+        "values": [asdict(value) for value in values],
+        "endings": [asdict(ending) for ending in endings],
+    }
+    write_text(result, json.dumps(stored))
+    return Outcome(values, endings)
+
+
+def execute_all(
+    runs: Iterable[Run], work: Path, processes: int, retrained: dict[str, str]
+) -> Outcome:
+    """Carry out runs in parallel, each with one thread."""
+    found = call_all(
+        execute, runs, work, retrained, processes=processes, describe=lambda run: run.name
+    )
+    values = [value for outcome in found.values() for value in outcome.values]
+    endings = [ending for outcome in found.values() for ending in outcome.endings]
+    values.sort(key=lambda v: (v.recipe, v.subgroup, *map(str, setting(v)), v.seed))
+    endings.sort(key=lambda e: (e.recipe, e.subgroup, e.steps, e.seed, e.set))
+    return Outcome(values, endings)
+
+
+def setting(value: Value) -> Setting:
+    """Return the tuned settings of the run that a value belongs to."""
+    return value.lr, value.keeping, value.steps
+
+
+def interval(values: np.ndarray, resamples: int = 10_000) -> tuple[float, float]:
+    """Bootstrap the 95 % percentile interval of the mean over subgroups (and seeds)."""
+    return bootstrap_intervals({"mean": values}, {}, resamples=resamples, seed=0)["mean"]
+
+
+def parse_retrained(entries: list[str]) -> dict[str, str]:
+    """Read the SUBGROUP=FOLDER entries of --retrained, and add the packaged model.
+
+    Raises:
+        InputError: one has another form, or there is no such subgroup or folder.
+    """
+    given = parse_named("retrained", entries)
+    for subgroup, folder in given.items():
+        if subgroup not in TEST:
+            raise InputError(f"--retrained {subgroup}: expected one of {', '.join(TEST)}.")
+        if not Path(folder).is_dir():
+            raise InputError(f"--retrained {subgroup}: there is no folder {folder}.")
+    return {emoji.DEFAULT_FORGET: str(emoji.RETRAINED_MODEL), **given}

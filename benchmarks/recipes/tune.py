@@ -1,0 +1,52 @@
+"""Compare erasures that train little with one that trains everything, on the demo's model.
+
+    python -m benchmarks.recipes.tune [--subgroups food-fruit drink] [--seeds 2] [--processes 2]
+
+Every `tune` erases the same subgroups with the same seeds in the default recipe, which chooses
+learning rate and steps itself; measurement and subgroups are those of `benchmarks.recipes`. --work
+keeps every run, so an interrupted command resumes. Writes tune.csv, a row per run, to --output.
+"""
+
+from __future__ import annotations
+
+from benchmarks.command import comparison_parser, exit_with
+from benchmarks.recipes.runs import TEST, TUNES, Run, execute_all
+from benchmarks.result_files import write_csv
+from benchmarks.systems.eight_bit import BASELINE, tabulate
+from fasterase.files import check_writable
+
+
+def tune_of(recipe: str) -> str:
+    """Return what a recipe trains."""
+    return TUNES[recipe]["tune"] if recipe in TUNES else "all"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run, and write the results."""
+    parser = comparison_parser(__doc__, work="runs/tune")
+    parser.add_argument(
+        "--subgroups", nargs="+", default=["food-fruit"], choices=TEST, metavar="SUBGROUP"
+    )
+    parser.add_argument("--seeds", type=int, default=1)
+    options = parser.parse_args(arguments)
+    check_writable(options.work, argument="--work")
+    runs = [
+        Run(recipe, subgroup, None, None, (), seed)
+        for seed in range(options.seeds)
+        for subgroup in options.subgroups
+        for recipe in (BASELINE, *TUNES)
+    ]
+    outcome = execute_all(runs, options.work, options.processes, retrained={})
+    rows = tabulate(outcome, "tune", tune_of)
+    write_csv(options.output / "tune.csv", rows)
+    for row in rows:
+        print(
+            ", ".join(
+                f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}"
+                for key, value in row.items()
+            )
+        )
+
+
+if __name__ == "__main__":
+    exit_with(main)

@@ -1,0 +1,139 @@
+"""Compare 8-bit optimiser states with 32-bit ones, in the default recipe on the demo's model.
+
+    python -m benchmarks.systems.eight_bit [--subgroups food-fruit drink] [--seeds 2]
+
+Every optimiser erases the same subgroups with the same seeds; measurement and subgroups are those
+of `benchmarks.recipes`. What the number of bits changes is the mean of the paired differences to
+AdamW, with a 95 % interval (bootstrap over pairs); what chance changes is the mean distance
+between two seeds of AdamW. --work keeps every run, so an interrupted command resumes. Writes
+eight_bit.csv (every run) and eight_bit.txt (the table) to --output.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from benchmarks.command import comparison_parser, exit_with
+from benchmarks.recipes.runs import KEEP_SETS, OPTIMIZERS, TEST, Outcome, Run, execute_all, interval
+from benchmarks.result_files import write_csv
+from fasterase.files import check_writable, write_text
+
+BASELINE = "fasterase"
+# Column -> (set, metric, whether the change from the original is meant).
+MEASURED = {
+    "forget hit@1": ("forget", "concept_hit@1", False),
+    "forget-unseen hit@1": ("forget-unseen", "concept_hit@1", False),
+    **{f"{name} recall@1 change": (name, "image_to_text_recall@1", True) for name in KEEP_SETS},
+}
+COLUMNS = ("steps", "forget residue", "forget-unseen residue", *MEASURED)
+
+
+def tabulate(outcome: Outcome, label: str, label_of: Callable[[str], str]) -> list[dict[str, Any]]:
+    """Return a row per run: its verdict, what is left of the concept, and the damage.
+
+    Args:
+        outcome: of all runs.
+        label: the first column.
+        label_of: recipe -> what stands there.
+    """
+    rows: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for value in outcome.values:
+        run = (value.recipe, value.subgroup, value.seed)
+        row = rows.setdefault(run, {"steps": value.steps})
+        for column, (name, metric, is_change) in MEASURED.items():
+            if (value.set, value.metric) == (name, metric):
+                row[column] = value.value - (value.original if is_change else 0.0)
+    for ending in outcome.endings:
+        found = rows.get((ending.recipe, ending.subgroup, ending.seed))
+        if found is not None:  # not the original's
+            found[f"{ending.set} verdict"] = ending.verdict
+            found[f"{ending.set} residue"] = ending.residue
+    return [
+        {label: label_of(recipe), "subgroup": subgroup, "seed": seed, **row}
+        for (recipe, subgroup, seed), row in sorted(rows.items())
+    ]
+
+
+def optimizer_of(recipe: str) -> str:
+    """Return the optimiser of a recipe."""
+    return OPTIMIZERS[recipe]["optimizer"] if recipe in OPTIMIZERS else "adamw"
+
+
+def compare(rows: list[dict[str, Any]]) -> str:
+    """Format the paired differences to AdamW, and the distance between seeds, as text."""
+    by_optimizer: dict[str, dict[tuple[str, int], dict[str, Any]]] = {}
+    for row in rows:
+        by_optimizer.setdefault(row["optimizer"], {})[row["subgroup"], row["seed"]] = row
+    baseline = by_optimizer.pop("adamw")
+    lines = [
+        f"{'optimizer':10} {'':26} {'adamw':>8} {'8 bits':>8} {'difference':>10} "
+        f"{'95 % interval':>18} {'between seeds':>13}"
+    ]
+    for name, found in by_optimizer.items():
+        pairs = [(baseline[run], row) for run, row in found.items() if run in baseline]
+        for column in COLUMNS:
+            exact = np.array([one[column] for one, _ in pairs], dtype=float)
+            quantised = np.array([two[column] for _, two in pairs], dtype=float)
+            low, high = interval(quantised - exact)
+            span = f"{low:.3f} to {high:.3f}"
+            lines.append(
+                f"{name:10} {column:26} {exact.mean():8.3f} {quantised.mean():8.3f} "
+                f"{(quantised - exact).mean():+10.3f} {span:>18} "
+                f"{seed_distance(baseline, column):13.3f}"
+            )
+    for name, found in {"adamw": baseline, **by_optimizer}.items():
+        for column in ("forget verdict", "forget-unseen verdict"):
+            counted = Counter(row[column] for row in found.values())
+            listed = ", ".join(f"{verdict} {count}" for verdict, count in counted.most_common())
+            lines.append(f"{name:10} {column:26} {len(found)} runs: {listed}")
+    return "\n".join(lines) + "\n"
+
+
+def seed_distance(baseline: dict[tuple[str, int], dict[str, Any]], column: str) -> float:
+    """Return the mean absolute difference between two seeds of a subgroup; NaN with one seed."""
+    by_subgroup: dict[str, list[float]] = {}
+    for (subgroup, _), row in baseline.items():
+        by_subgroup.setdefault(subgroup, []).append(row[column])
+    distances = [
+        abs(one - two)
+        for values in by_subgroup.values()
+        for one, two in itertools.combinations(values, 2)
+    ]
+    return float(np.mean(distances)) if distances else float("nan")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run, and write the results."""
+    parser = comparison_parser(__doc__, work="runs/eight_bit")
+    parser.add_argument("--subgroups", nargs="+", default=TEST, choices=TEST, metavar="SUBGROUP")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument(
+        "--optimizers",
+        nargs="+",
+        default=[optimizer_of(recipe) for recipe in OPTIMIZERS],
+        choices=[optimizer_of(recipe) for recipe in OPTIMIZERS],
+    )
+    options = parser.parse_args(arguments)
+    check_writable(options.work, argument="--work")
+    recipes = [name for name in OPTIMIZERS if optimizer_of(name) in options.optimizers]
+    runs = [
+        Run(recipe, subgroup, None, None, (), seed)
+        for seed in range(options.seeds)
+        for subgroup in options.subgroups
+        for recipe in (BASELINE, *recipes)
+    ]
+    outcome = execute_all(runs, options.work, options.processes, retrained={})
+    rows = tabulate(outcome, "optimizer", optimizer_of)
+    text = compare(rows)
+    write_csv(options.output / "eight_bit.csv", rows)
+    write_text(options.output / "eight_bit.txt", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    exit_with(main)

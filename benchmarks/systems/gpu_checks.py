@@ -1,0 +1,139 @@
+"""Small calls of the Triton backend for compute-sanitizer, and the same call many times over.
+
+    python -m benchmarks.systems.gpu_checks small
+    python -m benchmarks.systems.gpu_checks repeats
+
+"small" makes one call of each kind; `make gpu STAGE=memcheck` and `STAGE=racecheck` run it under
+compute-sanitizer. "repeats" makes each call many times, between allocations that move its memory,
+and compares the bits. It writes a digest of each call's results to
+benchmarks/results/gpu_repeats.csv, and ends with code 1 if two repeats differ. Both run on CPU
+tensors under TRITON_INTERPRET=1, at smaller sizes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from benchmarks.command import exit_with, new_parser
+from benchmarks.result_files import RESULTS, code_version, device_name, write_csv
+from fasterase.ops.contrastive import contrastive, weighted_contrastive
+
+
+class Call(NamedTuple):
+    """One kind of call; `products` as in `contrastive`."""
+
+    name: str
+    num_pairs: int
+    width: int
+    dtype: torch.dtype
+    products: str
+    kl: bool
+    groups: tuple[int, ...]
+    labels: bool
+    weighted: bool
+
+    def run(self, device: str) -> list[Tensor]:
+        """Return losses and gradients, from inputs that are the same every time."""
+        generator = torch.Generator().manual_seed(0)
+
+        def rows() -> Tensor:
+            features = normalize(torch.randn(self.num_pairs, self.width, generator=generator))
+            return features.to(device, self.dtype)
+
+        image, text = rows().requires_grad_(), rows().requires_grad_()
+        scale = torch.tensor(30.0, device=device, requires_grad=True)
+        options: dict[str, Any] = {"groups": self.groups, "backend": "triton"}
+        if self.kl:
+            options |= {"ref_image": rows(), "ref_text": rows(), "ref_scale": 100.0}
+        if self.labels:
+            options["labels"] = (torch.arange(self.num_pairs) % 40).to(device)
+        if self.weighted:
+            weights = torch.rand(4 if self.kl else 2, self.num_pairs, generator=generator)
+            found = weighted_contrastive(image, text, scale, weights.to(device), **options)
+            losses, total = found.losses, found.total
+        else:
+            losses = contrastive(image, text, scale, products=self.products, **options)
+            total = sum((x.sum() for x in losses if x is not None), scale.new_zeros(()))
+        gradients = torch.autograd.grad(total, [image, text, scale])
+        return [x.detach() for x in (*losses, *gradients) if x is not None]
+
+
+def calls(num_pairs: int, width: int, *, has_bf16: bool) -> Iterator[Call]:
+    """Yield calls of every kind, in two groups, the second four times as large."""
+    groups = (num_pairs // 5, num_pairs - num_pairs // 5)
+    kinds = [(torch.float32, "fp32"), (torch.float32, "fp16"), (torch.float16, "auto")]
+    if has_bf16:
+        kinds += [(torch.float32, "bf16"), (torch.bfloat16, "auto")]
+    for (dtype, products), kl in product(kinds, (False, True)):
+        given = str(dtype).removeprefix("torch.")
+        name = f"{given}, {products} products, {'KL' if kl else 'InfoNCE'}"
+        yield Call(name, num_pairs, width, dtype, products, kl, groups, False, False)
+    yield Call("labels", num_pairs, width, torch.float16, "auto", True, groups, True, False)
+    yield Call("weighted", num_pairs, width, torch.float16, "auto", True, groups, False, True)
+
+
+def digest(tensors: list[Tensor]) -> str:
+    """Return a short SHA-256 of the bits of some tensors."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def repeat(call: Call, device: str, times: int) -> dict[str, Any]:
+    """Return the row of one call made `times` times."""
+    digests = set()
+    held: list[Tensor] = []
+    for number in range(times):
+        digests.add(digest(call.run(device)))
+        # Moves what the next call allocates, and leaves NaN in it.
+        held.append(torch.full((1000 * (number + 1),), torch.nan, device=device))
+        held = held[-3:]
+    return {
+        "call": call.name,
+        "n": call.num_pairs,
+        "width": call.width,
+        "times": times,
+        "equal": len(digests) == 1,
+        "digest": " ".join(sorted(digests)),
+        "gpu_name": device_name(device),
+        "torch": torch.__version__,
+        "version": code_version(),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the calls, and return the exit code."""
+    parser = new_parser(__doc__, prog="python -m benchmarks.systems.gpu_checks")
+    parser.add_argument("mode", choices=("small", "repeats"))
+    parser.add_argument("--times", type=int, help="repeats of a call; default: 20, on a CPU 2")
+    parser.add_argument("--output", type=Path, default=RESULTS / "gpu_repeats.csv")
+    args = parser.parse_args(argv)
+    on_gpu = torch.cuda.is_available()
+    device = "cuda" if on_gpu else "cpu"
+    if args.mode == "small":
+        for call in calls(130 if on_gpu else 30, 80 if on_gpu else 20, has_bf16=on_gpu):
+            finite = all(bool(x.isfinite().all()) for x in call.run(device))
+            print(f"{call.name}: {'finite' if finite else 'NOT FINITE'}", flush=True)
+            if not finite:
+                return 1
+        return 0
+    rows = []
+    times = args.times or (20 if on_gpu else 2)
+    for call in calls(5000 if on_gpu else 40, 512 if on_gpu else 20, has_bf16=on_gpu):
+        rows.append(repeat(call, device, times))
+        print(f"{call.name}: {'equal' if rows[-1]['equal'] else 'DIFFERENT'}", flush=True)
+    write_csv(args.output, rows)
+    return 0 if all(row["equal"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    exit_with(main)

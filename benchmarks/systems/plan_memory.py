@@ -1,0 +1,131 @@
+"""Peak memory of real runs on a CPU, beside what `fasterase.plan` says of them.
+
+    python -m benchmarks.systems.plan_memory [--output benchmarks/results/plan_memory.csv]
+
+Each run has a process of its own: random weights of a real architecture, two steps of
+`fasterase.unlearn`. The peak is that of resident memory, above what the process had in use before
+the model was built. Freed blocks of 1 MiB or more are given back to the system at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import fasterase
+from benchmarks.command import exit_with
+from benchmarks.processes import call_in_process
+from fasterase.files import write_text
+from fasterase.models.dual_encoder import DualEncoder
+from fasterase.planner.architecture import build_architecture
+from fasterase.planner.measure import PeakMemory, with_random_weights
+
+RETAIN, FORGET = 5, 2
+_M_MMAP_THRESHOLD = -3  # of mallopt, <malloc.h>
+
+
+class Case(NamedTuple):
+    """A run: an architecture, and settings of `UnlearnConfig`."""
+
+    model: str
+    settings: dict[str, Any]
+
+
+CASES = [
+    Case("ViT-S-16", {}),
+    Case("RN50", {}),
+    Case("convnext_tiny", {}),
+    Case("ViT-S-16", {"micro_batch_size": 3}),
+    Case("ViT-S-16", {"activation_checkpointing": True}),
+    Case("ViT-S-16", {"tune": "last:3"}),
+]
+
+
+def measure_peak(model: str, settings: dict[str, Any]) -> int:
+    """Return the peak memory of a run, above what was in use before the model was built."""
+    # A large block goes back to the system as soon as it is freed: what is measured is what is in
+    # use, without what glibc would keep for itself.
+    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+    # Whatever the first run in a process brings.
+    small = build_architecture("ViT-S-32-alt")
+    _erase(small, _random_pairs(small), {})
+    meta = build_architecture(model)
+    pairs = _random_pairs(meta)
+    memory = PeakMemory("cpu")
+    _erase(meta, pairs, settings)
+    return memory.bytes()
+
+
+def _random_pairs(model: DualEncoder) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (
+            torch.randn(3, *model.image_size, generator=generator),
+            torch.randint(1, model.vocab_size - 1, (model.context_length,), generator=generator),
+        )
+        for _ in range(FORGET + RETAIN)
+    ]
+
+
+def _erase(
+    model: DualEncoder, pairs: list[tuple[Tensor, Tensor]], settings: dict[str, Any]
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fasterase.unlearn(
+            with_random_weights(model, device="cpu").module,
+            pairs[:FORGET],
+            pairs[FORGET:],
+            max_steps=2,
+            lr=1e-6,
+            batch_size=RETAIN,
+            forget_batch_size=FORGET,
+            evaluation=None,
+            progress=False,
+            **settings,
+        )
+
+
+def planned_peak(model: str, settings: dict[str, Any]) -> int:
+    """Return what the plan says."""
+    plan = fasterase.plan(
+        model,
+        RETAIN,
+        forget=FORGET,
+        device="cpu",
+        gpu_memory=1000,
+        batch_size=RETAIN,
+        forget_batch_size=FORGET,
+        **settings,
+    )
+    return plan.setup.peak_bytes
+
+
+def main() -> None:
+    """Measure all cases, print them, and write them as CSV."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", default="benchmarks/results/plan_memory.csv")
+    parser.add_argument("--only", help="a model", choices=sorted({each.model for each in CASES}))
+    arguments = parser.parse_args()
+    lines = [("model", "settings", "planned_mb", "measured_mb", "planned/measured")]
+    for case in CASES:
+        if arguments.only not in (None, case.model):
+            continue
+        measured = call_in_process(measure_peak, *case, seconds=3600, preload=["fasterase.api"])
+        planned = planned_peak(*case)
+        named = " ".join(f"{name}={value}" for name, value in case.settings.items())
+        numbers = (f"{planned / 1e6:.0f}", f"{measured / 1e6:.0f}", f"{planned / measured:.3f}")
+        lines.append((case.model, named, *numbers))
+        print(*lines[-1], sep="\t", flush=True)
+    text = "\n".join(",".join(line) for line in lines) + "\n"
+    write_text(Path(arguments.output), text)
+
+
+if __name__ == "__main__":
+    exit_with(main)

@@ -1,1 +1,0 @@
-"""The experiments of the paper, with any model: `python -m fasterase.protocols`."""

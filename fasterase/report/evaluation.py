@@ -1,0 +1,402 @@
+"""The result of an evaluation: measurements side by side; table, JSON, plots."""
+
+from __future__ import annotations
+
+import html
+import json
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from fasterase.errors import InputError
+from fasterase.evaluation.evaluator import Evaluator
+from fasterase.evaluation.figures import Figure, Figures, Series
+from fasterase.evaluation.measurement import Measurement, Scores
+from fasterase.evaluation.metrics import METRICS, OLD_INDEX, Metric
+from fasterase.evaluation.verdict import decide, decide_each
+from fasterase.files import check_creatable, check_writable, parse_path, write_text
+from fasterase.report.curves import Dots, plot_dots, plot_series
+from fasterase.report.tables import Section, html_table, markdown_table, text_table
+
+LEGEND = (
+    "Sets to forget: ↓ should fall to chance or below; ↓ chance and ↑ chance should reach chance\n"
+    "and not pass it. All other sets, against the original: ↑ should not fall, ↓ should not rise."
+)
+LEFT = 2  # leading columns of words; the others are numbers
+REFERENCE_WIDTH = 10  # characters of a line of a reference's name
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics of a model on every set, beside those of the original and further models.
+
+    Shares (accuracy, recall, hit) are 0 to 1 here and percent in tables. All models were measured
+    on the same pairs and candidates.
+
+    Attributes:
+        scores: set -> metric -> value of the model, as `to_dict()` gives it.
+        intervals: set -> metric -> (low, high), 95 % percentile bootstrap over pairs.
+        chance: set -> metric -> value of a random order of the candidates; for the cosine the
+            model's mean over unmatched pairs.
+        pairs: set -> number of pairs measured.
+        settings: model name, number of candidate captions, max_pairs, seed, resamples.
+        forget_sets: names of the sets to forget, `"forget"` first; all others are to be kept.
+        verdicts: `"model"`, `"original"` or name of a reference -> its verdict; see `verdict`.
+            Empty if no retain pair is unrelated to the forget set.
+        set_verdicts: the same names -> set to forget -> its verdict alone.
+        original: the original's scores, or None if it was not measured.
+        references: name -> a further model's scores.
+        tasks: name of a task -> what it found; see docs/evidence.md.
+        attacks: name of an attack -> what it found.
+        audit: what the record beside a saved model says, and how the model compares with it; empty
+            without a record.
+        series: name of an attack -> what `plot` draws, if that is more than its figures.
+    """
+
+    scores: Scores
+    intervals: dict[str, dict[str, tuple[float, float]]]
+    chance: Scores
+    pairs: dict[str, int]
+    settings: dict[str, Any]
+    forget_sets: list[str] = field(default_factory=lambda: ["forget"])
+    verdicts: dict[str, str] = field(default_factory=dict)
+    set_verdicts: dict[str, dict[str, str]] = field(default_factory=dict)
+    original: Scores | None = None
+    references: dict[str, Scores] = field(default_factory=dict)
+    tasks: dict[str, Figures] = field(default_factory=dict)
+    attacks: dict[str, Figures] = field(default_factory=dict)
+    audit: list[str] = field(default_factory=list)
+    series: dict[str, list[Series]] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> str | None:
+        """The verdict on the model: `"remembered"`, `"over-erased"`, `"forgotten"` or `"never
+        known"` (only if the original was measured); None without unrelated retain pairs.
+
+        It is the worst over all sets to forget; see `fasterase.evaluation.verdict`.
+        """
+        return self.verdicts.get("model")
+
+    @property
+    def residue(self) -> float | None:
+        """Mean residue of the forget set over both directions: 1 known, 0.5 no trace."""
+        return self.mean_residue("forget")
+
+    def mean_residue(self, name: str, scores: Scores | None = None) -> float | None:
+        """Return the mean over both directions of a set's residue; None if it was not judged.
+
+        Args:
+            name: a set to forget.
+            scores: of the original or a reference; None for the model's.
+        """
+        found = (self.scores if scores is None else scores).get(name, {})
+        if "image_to_text_residue" not in found:
+            return None
+        return (found["image_to_text_residue"] + found["text_to_image_residue"]) / 2
+
+    def to_dict(self) -> Scores:
+        """Return set -> metric -> value of the model; then `"task:retrieval"`, `"attack:swap"`, ...
+
+        Verdicts and prompts are words, and only in `attacks`.
+        """
+        found = {name: dict(values) for name, values in self.scores.items()}
+        for kind, name, figures in self.examined():
+            found[f"{kind}:{name}"] = {
+                key: figure.value
+                for key, figure in figures.items()
+                if not isinstance(figure.value, str)
+            }
+        return found
+
+    def examined(self) -> Iterator[tuple[str, str, Figures]]:
+        """Yield `"task"` or `"attack"`, its name and what it found."""
+        for kind, those in (("task", self.tasks), ("attack", self.attacks)):
+            for name, figures in those.items():
+                yield kind, name, figures
+
+    def flat(self) -> dict[str, float]:
+        """Return `set/metric` -> value of the model, for trackers."""
+        return {
+            f"{name}/{metric}": value
+            for name, values in self.scores.items()
+            for metric, value in values.items()
+        }
+
+    def table(self) -> str:
+        """Return plain text, one row per set and metric; 100 columns wide with two references."""
+        references = [
+            "\n".join(textwrap.wrap(name, width=REFERENCE_WIDTH) or [name])
+            for name in self.references
+        ]
+        table = text_table(_columns(self, references), _sections(self), left=LEFT)
+        return "\n\n".join([table, *_notes(self)])
+
+    def markdown(self) -> str:
+        """Return the same table in Markdown, with a heading."""
+        table = markdown_table(_columns(self, [*self.references]), _sections(self), left=LEFT)
+        title = f"# Evaluation of {self.settings['model']}"
+        return "\n\n".join([title, table, *_notes(self)]) + "\n"
+
+    def _repr_html_(self) -> str:
+        """Show the table in a notebook."""
+        table = html_table(_columns(self, [*self.references]), _sections(self), left=LEFT)
+        return table + "".join(f"<p>{html.escape(note)}</p>" for note in _notes(self))
+
+    def report(self, path: str | PathLike[str]) -> Path:
+        """Write the report to `path`: Markdown, or JSON if the name ends in `.json`.
+
+        Raises:
+            InputError: the name does not end in .md, .markdown, .txt or .json, or cannot be a
+                file.
+        """
+        path = parse_path(path, argument="path")
+        check_report_path(path, argument="path")
+        if path.suffix == ".json":
+            return self.to_json(path)
+        return write_text(path, self.markdown())
+
+    def plot(self, folder: str | PathLike[str]) -> list[Path]:
+        """Draw each task and attack to a file of its name in `folder`, such as `relearn.png`.
+
+        Returns:
+            the files.
+
+        Raises:
+            InputError: there is neither, or the folder cannot be written to.
+            MissingExtraError: matplotlib is not installed (extra `eval`).
+        """
+        folder = parse_path(folder, argument="folder")
+        if not (self.tasks or self.attacks):
+            raise InputError(
+                "plot: there is nothing to draw. Evaluate with tasks=(...) or attacks=(...)."
+            )
+        check_writable(folder, argument="folder")
+        files = []
+        for kind, name, figures in self.examined():
+            path, title = folder / f"{name}.png", f"{kind} {name} of {self.settings['model']}"
+            if self.series.get(name):
+                files.append(plot_series(self.series[name], path, title=title))
+            else:
+                files.append(plot_dots(_dots(figures), path, title=title))
+        return files
+
+    def to_json(self, path: str | PathLike[str]) -> Path:
+        """Write everything to a JSON file that `from_json` reads.
+
+        Raises:
+            InputError: `path` is no path.
+        """
+        text = json.dumps(asdict(self), indent=1) + "\n"
+        return write_text(parse_path(path, argument="path"), text)
+
+    @classmethod
+    def from_json(cls, path: str | PathLike[str]) -> Evaluation:
+        """Read what `to_json` wrote.
+
+        Raises:
+            InputError: the file is missing or is not an evaluation.
+        """
+        path = parse_path(path, argument="path")
+        if not path.is_file():
+            raise InputError(f"path: no file {path}. Give one that Evaluation.to_json wrote.")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            values["intervals"] = {
+                name: {key: (low, high) for key, (low, high) in found.items()}
+                for name, found in values["intervals"].items()
+            }
+            for kind in ("tasks", "attacks"):
+                values[kind] = {
+                    name: {key: Figure(**figure) for key, figure in found.items()}
+                    for name, found in values.get(kind, {}).items()
+                }
+            values["series"] = {
+                name: [Series(**each) for each in those]
+                for name, those in values.get("series", {}).items()
+            }
+            return cls(**values)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"path: {path} is not an evaluation ({error}).") from error
+
+
+def compare(
+    evaluator: Evaluator,
+    model: Measurement,
+    *,
+    original: Measurement | None = None,
+    references: Mapping[str, Measurement] | None = None,
+    tasks: Mapping[str, Figures] | None = None,
+    attacks: Mapping[str, Figures] | None = None,
+    series: Mapping[str, list[Series]] | None = None,
+) -> Evaluation:
+    """Put the measurement of `model` beside those of the others, with intervals and verdicts.
+
+    `tasks`, `attacks` and `series` are handed on: what each of them found, and what its plot
+    shows.
+
+    Raises:
+        InputError: the measurements are of different pairs.
+    """
+    others = {**({} if original is None else {"original": original}), **(references or {})}
+    for name, other in others.items():
+        model.check_same_pairs(other, name)
+    before = None if original is None else original.traces
+    verdicts, set_verdicts = {}, {}
+    for name, each in {"model": model, **others}.items():
+        verdict = decide(each.traces, before)
+        if verdict is not None:
+            verdicts[name] = verdict
+        set_verdicts[name] = decide_each(each.traces, before)
+    return Evaluation(
+        scores=model.averages(),
+        intervals=model.intervals(resamples=evaluator.resamples, seed=evaluator.seed),
+        chance=model.chances(),
+        pairs={name: len(scores.ids) for name, scores in model.sets.items()},
+        forget_sets=list(evaluator.forget_sets),
+        verdicts=verdicts,
+        set_verdicts=set_verdicts,
+        original=None if original is None else original.averages_as_original_of(model),
+        references={name: other.averages() for name, other in (references or {}).items()},
+        settings={
+            "model": model.model,
+            "candidates": model.candidates,
+            "max_pairs": evaluator.max_pairs,
+            "seed": evaluator.seed,
+            "resamples": evaluator.resamples,
+        },
+        tasks=dict(tasks or {}),
+        attacks=dict(attacks or {}),
+        series=dict(series or {}),
+    )
+
+
+def _columns(evaluation: Evaluation, references: Sequence[str]) -> list[str]:
+    original = [] if evaluation.original is None else ["original"]
+    return ["metric", "wanted", "chance", *original, "model", "95 % interval", *references]
+
+
+def _sections(evaluation: Evaluation) -> list[Section]:
+    """Return one section per set, then one per task or attack and group of its figures."""
+    sections = [
+        Section(
+            _set_title(evaluation, name),
+            [_metric_row(evaluation, name, metric) for metric in METRICS if metric.key in values],
+        )
+        for name, values in evaluation.scores.items()
+    ]
+    for kind, name, figures in evaluation.examined():
+        for group, those in groupby(figures.values(), key=lambda figure: figure.group):
+            rows = [_figure_row(evaluation, figure) for figure in those]
+            sections.append(Section(f"{kind} {name}: {group}", rows))
+    return sections
+
+
+def _set_title(evaluation: Evaluation, name: str) -> str:
+    count = evaluation.pairs[name]
+    aim = "to forget" if name in evaluation.forget_sets else "to keep"
+    return f"{name} ({count:,} pair{'' if count == 1 else 's'}, {aim})"
+
+
+def _metric_row(evaluation: Evaluation, name: str, metric: Metric) -> list[str]:
+    def cell(scores: Scores) -> str:
+        value = scores.get(name, {}).get(metric.key)
+        return "-" if value is None else metric.format(value)
+
+    low, high = evaluation.intervals[name][metric.key]
+    return [
+        metric.title,
+        metric.wanted(forget=name in evaluation.forget_sets),
+        metric.format(evaluation.chance[name][metric.key]),
+        *([] if evaluation.original is None else [cell(evaluation.original)]),
+        cell(evaluation.scores),
+        f"{metric.format(low)} to {metric.format(high)}",
+        *map(cell, evaluation.references.values()),
+    ]
+
+
+def _figure_row(evaluation: Evaluation, figure: Figure) -> list[str]:
+    return [
+        figure.title,
+        figure.wanted,
+        figure.format(figure.chance),
+        *([] if evaluation.original is None else [figure.format(figure.original)]),
+        figure.format(figure.value),
+        figure.interval,
+        *(figure.format(figure.references.get(name)) for name in evaluation.references),
+    ]
+
+
+def _notes(evaluation: Evaluation) -> list[str]:
+    """Return the verdicts, what the audit found, and how to read the table."""
+    audit = [f"- {line}" for line in evaluation.audit]
+    return [
+        _describe_verdicts(evaluation),
+        *(["\n".join(["Audit:", *audit])] if audit else []),
+        _legend(evaluation),
+    ]
+
+
+def _describe_verdicts(evaluation: Evaluation) -> str:
+    if not evaluation.verdicts:
+        return (
+            "Verdict: none. No retain pair has a caption that is not in a set to forget, so\n"
+            "there is nothing to compare with."
+        )
+    listed = (
+        f"{name} {verdict}{_by_set(evaluation.set_verdicts.get(name, {}))}"
+        for name, verdict in evaluation.verdicts.items()
+    )
+    return f"Verdict: {', '.join(listed)}."
+
+
+def _by_set(verdicts: dict[str, str]) -> str:
+    """Say which set the verdict on a model comes from, where there are several."""
+    if len(verdicts) < 2:
+        return ""
+    return f" ({', '.join(f'{verdict} by {name}' for name, verdict in verdicts.items())})"
+
+
+def _legend(evaluation: Evaluation) -> str:
+    old_index = (
+        "\ntext->old image ranks the original's features of the images, an index not rebuilt."
+        if any(OLD_INDEX in values for values in evaluation.scores.values())
+        else ""
+    )
+    return (
+        f"{LEGEND}\nimage->text ranks among {evaluation.settings['candidates']:,} captions, "
+        "text->image among the set's images and the\nretain set's."
+        f"{old_index}"
+    )
+
+
+def _dots(figures: Figures) -> list[Dots]:
+    """Return the shares among figures as rows of a plot, in percent."""
+    rows = []
+    for figure in figures.values():
+        if figure.unit != "share" or figure.low is None or figure.high is None:
+            continue
+        values = {"model": figure.value, "original": figure.original, **figure.references}
+        rows.append(
+            Dots(
+                figure.group,
+                figure.title,
+                {name: 100 * float(value) for name, value in values.items() if value is not None},
+                100 * figure.low,
+                100 * figure.high,
+                None if figure.chance is None else 100 * figure.chance,
+            )
+        )
+    return rows
+
+
+def check_report_path(path: Path, *, argument: str) -> None:
+    """Refuse a path that `Evaluation.report` could not write to, before anything is measured."""
+    if path.suffix not in ("", ".md", ".markdown", ".txt", ".json"):
+        raise InputError(f"{argument}={str(path)!r}: a report is Markdown (.md) or JSON (.json).")
+    if path.is_dir():
+        raise InputError(f"{argument}={str(path)!r} is a folder. Give the name of a file.")
+    check_creatable(path.parent, argument=f"{argument}={str(path)!r}")

@@ -1,0 +1,36 @@
+"""The models that the benchmark of the attacks is given, and its rows."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from benchmarks.evidence import attacks
+from fasterase.errors import InputError
+from fasterase.evaluation.figures import Figure
+from fasterase.report.evaluation import Evaluation
+
+
+def test_models_have_names() -> None:
+    assert attacks.parse_models(["a=b", "c=d=e"]) == {"a": "b", "c": "d=e"}
+    for entry in ("a", "=b", "a=", f"{attacks.RETRAINED}=b"):
+        with pytest.raises(InputError, match=r"--erased .*: expected NAME=FOLDER"):
+            attacks.parse_models([entry])
+
+
+def test_each_model_has_a_row_with_its_interval() -> None:
+    figure = Figure("auc", "group", "AUC", "share", "↓", 0.5, 0.4, 0.6, original=1.0)
+    figure = dataclasses.replace(
+        figure, references={"other": 0.7}, other_intervals={"original": [0.9, 1.0]}
+    )
+    evaluation = Evaluation({}, {}, {}, {}, {}, attacks={"probe": {"auc": figure}})
+    found = [
+        (row["model"], row["value"], row["low"], row["high"], row["code"])
+        for row in attacks.rows_of(evaluation, "erased", code="abc")
+    ]
+    assert found == [
+        ("erased", 0.5, 0.4, 0.6, "abc"),
+        (attacks.ORIGINAL, 1.0, 0.9, 1.0, "abc"),
+        ("other", 0.7, None, None, "abc"),
+    ]

@@ -1,0 +1,146 @@
+"""Kernels compile ahead of time, without a GPU, to what the table of compiled kernels promises."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from benchmarks.loss.gpu_model import compiled_kernels
+from benchmarks.loss.gpu_model.instructions import count_amd
+from fasterase.engine.loss import loss_products
+from fasterase.ops.contrastive.triton_plan import TILES, choose_tile
+
+# A loop over depth, inside a loop over tiles.
+AMD_LISTING = """
+strip:
+.LBB0_1:
+	v_exp_f32_e32 v0, v1
+.LBB0_2:                                ;   Parent Loop BB0_1 Depth=1
+	global_load_dwordx4 v[2:5], v[0:1], off
+	ds_read_b64 v[6:7], v0
+	v_mfma_f32_32x32x8_bf16 v[0:15], v[6:7], v[8:9], v[0:15]
+	s_cbranch_scc1 .LBB0_2
+; %bb.3:
+	v_pk_fma_f32 v[0:1], v[2:3], v[4:5], v[6:7]
+	v_add_f32_dpp v0, v0, v0 row_shr:1
+	scratch_store_dword off, v0, off
+	s_cbranch_scc0 .LBB0_1
+	s_endpgm
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    tuple(map(int, compiled_kernels.triton.__version__.split(".")[:2])) < (3, 5),
+    reason="the kernels need Triton 3.5",
+)
+@pytest.mark.parametrize(
+    ("name", "ref_width", "target"),
+    [
+        ("row_and_column_sums", None, "sm_80"),
+        ("row_and_column_sums", None, "sm_90"),
+        ("row_and_column_sums", None, "gfx942"),
+        ("row_and_column_sums_with_reference", 768, "sm_90"),
+        ("gradient_strip_without_reference", None, "sm_90"),
+        ("gradient_strip", 768, "sm_90"),
+        ("gradient_strip_online", 768, "sm_90"),
+        ("gradient_strip_with_crosses", 768, "sm_90"),
+        ("gradient_strip", 768, "gfx942"),
+    ],
+)
+def test_no_spills_tensor_cores_and_shared_memory_within_the_limit(name, ref_width, target):
+    if not shutil.which(compiled_kernels.tool_path("cuobjdump")):
+        pytest.skip("this triton has no cuobjdump")
+    launches = compiled_kernels.launches(torch.bfloat16, 768, ref_width, target)
+    (launch,) = [launch for launch in launches if launch.name == name]
+    compiled = compiled_kernels.compile_launch(launch, target)
+    assert compiled.wgmma == (target == "sm_90")
+    # Its epilogue holds S, S0 and their gap.
+    assert compiled.stack_bytes <= (512 if name == "gradient_strip_with_crosses" else 0)
+    assert compiled.instructions.loop["tensor"] > 0
+    assert compiled.instructions.loop["local"] == 0
+    assert compiled.shared_bytes <= compiled_kernels.SHARED_LIMIT[target]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    tuple(map(int, compiled_kernels.triton.__version__.split(".")[:2])) < (3, 5),
+    reason="the kernels need Triton 3.5",
+)
+@pytest.mark.parametrize(
+    ("ref_width", "products"),
+    [
+        pytest.param(512, loss_products("bf16"), id="unlearn"),
+        pytest.param(None, "bf16", id="ClipLoss under autocast"),
+    ],
+)
+def test_fp32_features_reach_the_tensor_cores(ref_width, products):
+    """As `unlearn` and `ClipLoss` under autocast give them; the table has the same cases."""
+    if not shutil.which(compiled_kernels.tool_path("cuobjdump")):
+        pytest.skip("this triton has no cuobjdump")
+    launches = compiled_kernels.launches(torch.float32, 512, ref_width, "sm_90", products)
+    multiplying = [launch for launch in launches if "PRECISION" in launch.arguments]
+    assert len(multiplying) == (6 if ref_width else 4)
+    for launch in multiplying:
+        compiled = compiled_kernels.compile_launch(launch, "sm_90")
+        assert compiled.wgmma
+        if launch.name != "gradient_strip_with_crosses":
+            assert compiled.stack_bytes == 0
+    assert any(launch.arguments.get("ROUNDS") for launch in launches)
+    cases = {launch.case.split(" D=")[0] for launch in compiled_kernels.cases("sm_90")}
+    assert f"float32 as {products}" in cases
+
+
+@pytest.mark.parametrize("name", ["row_and_column_sums", "gradient_strip_without_reference"])
+def test_products_of_one_tile_run_beside_the_loads_of_the_next(name):
+    """On Hopper: a step leaves its product in flight and loads on; the epilogue waits for it.
+
+    Each step waits for loads, and all threads for one another: that orders the row sums that one
+    column of tiles stores and the next one reads.
+    """
+    if not shutil.which(compiled_kernels.tool_path("cuobjdump")):
+        pytest.skip("this triton has no cuobjdump")
+    launches = compiled_kernels.launches(torch.bfloat16, 768, None, "sm_90")
+    (launch,) = [launch for launch in launches if launch.name == name]
+    loop = compiled_kernels.build(launch, "sm_90").asm["ttgir"].split("scf.for")[-1]
+    product, epilogue = loop.index("warp_group_dot "), loop.index("scf.if")
+    assert "async_wait" in loop[:product]
+    assert "pendings = 1" in loop[product:epilogue]
+    assert "async_copy_global_to_local" in loop[product:epilogue]
+    assert "pendings = 0" in loop[epilogue:]
+
+
+@pytest.mark.parametrize("is_half", [False, True])
+@pytest.mark.parametrize("widths", [(768, 768), (500, 768), (768, 500)])
+def test_tiles_of_an_architecture(is_half, widths):
+    tiles = {
+        (kernel, architecture): choose_tile(kernel, is_half, widths, architecture)
+        for kernel, half in TILES
+        if half == is_half
+        for architecture in ("sm_80", "sm_90", "sm_100", "gfx", "interpreter")
+    }
+    for kernel, architecture in tiles:
+        if architecture in ("sm_80", "sm_100") or not is_half or widths != (768, 768):
+            assert tiles[kernel, architecture] == tiles[kernel, "interpreter"]
+    if is_half and widths == (768, 768):
+        assert tiles["sums", "sm_90"] != tiles["sums", "sm_80"]
+
+
+def test_amd_instructions_are_counted_in_the_inner_loop_and_in_all():
+    loop, total = count_amd(AMD_LISTING)
+    assert {unit: n for unit, n in loop.items() if n} == {
+        "tensor": 1,
+        "shared": 1,
+        "global": 1,
+        "other": 1,
+    }
+    assert {unit: total[unit] for unit in ("special", "shuffle", "local", "fp32", "other")} == {
+        "special": 1,
+        "shuffle": 1,
+        "local": 1,
+        "fp32": 1,
+        "other": 3,
+    }
