@@ -14,7 +14,6 @@ from fasterase.cli import main
 from fasterase.errors import InputError
 from fasterase.models.load import load_model
 from fasterase.pairs.open import open_pairs
-from fasterase.pairs.source import Subset
 from tests.small_models import open_clip_vit, simple_tokenizer
 from tests.tiny_model import TinyModel, pairs, same_weights
 
@@ -45,7 +44,7 @@ class Augmented(Dataset):
     [
         {},
         {"retain": Nothing(), "evaluation": None},
-        {"retain": Subset(open_pairs(FORGET, name="all"), [], name="retain")},
+        {"retain": open_pairs(FORGET, name="all").select([], name="retain")},
         {"forget": Augmented()},
         {"evaluation": "full", "sets": {"near": pairs(5, seed=3)}},
         {"cross_weight": 0.0},

@@ -27,7 +27,7 @@ from fasterase.evaluation.evaluator import Evaluator
 from fasterase.evaluation.judge import Judge, summarise
 from fasterase.evaluation.measurement import Measurement
 from fasterase.evaluation.verdict import REMEMBERED, Trace
-from fasterase.pairs.source import PairSource
+from fasterase.pairs.table import PairTable
 from fasterase.reference.cache import FeatureCache
 from fasterase.reference.live import LiveReference, Reference
 from fasterase.reference.original import (
@@ -239,7 +239,7 @@ class Checks:
 
 
 def measured_rows(
-    evaluator: Evaluator | None, sets: Mapping[str, PairSource]
+    evaluator: Evaluator | None, sets: Mapping[str, PairTable]
 ) -> dict[str, np.ndarray]:
     """Return set -> rows that the evaluation measures; nothing without one."""
     return {} if evaluator is None else {n: evaluator.rows(n) for n in sets if len(sets[n])}

@@ -15,7 +15,7 @@ from fasterase.engine.pacing import MAX_STEPS
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.forward import resolve_precision
 from fasterase.pairs.sampler import Sampler, drawn_rows, shuffle_rows
-from fasterase.pairs.source import PairSource
+from fasterase.pairs.table import PairTable
 from fasterase.parallel.ranks import ALONE, Ranks
 from fasterase.seeds import Stream, generator
 
@@ -41,7 +41,7 @@ class Job:
     """
 
     model: DualEncoder
-    sets: Mapping[str, PairSource]
+    sets: Mapping[str, PairTable]
     forget_sets: Collection[str]
     config: UnlearnConfig
     output: Path | None = None
@@ -49,11 +49,11 @@ class Job:
     ranks: Ranks = ALONE
 
     @property
-    def forget(self) -> PairSource:
+    def forget(self) -> PairTable:
         return self.sets["forget"]
 
     @property
-    def retain(self) -> PairSource:
+    def retain(self) -> PairTable:
         return self.sets["retain"]
 
     @cached_property

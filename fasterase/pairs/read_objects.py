@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from fasterase.errors import InputError
-from fasterase.pairs.classes import (
-    ClassNames,
-    NamedLabels,
-    find_classified,
-    label_columns,
-)
+from fasterase.pairs.classes import find_classified, label_columns, name_labels
+from fasterase.pairs.images import ImageFiles, decode_image, read_image_file, to_rgb
 from fasterase.pairs.items import (
     IMAGE_KEYS,
     TEXT_KEYS,
     Item,
+    Record,
     choose_key,
     is_batch,
     parse_item,
@@ -32,18 +28,10 @@ from fasterase.pairs.items import (
     select_plain,
     unbatch,
 )
-from fasterase.pairs.pictures import to_rgb
+from fasterase.pairs.parts import pack
+from fasterase.pairs.prepare import caption_key, hash_captions
 from fasterase.pairs.skips import BrokenPair
-from fasterase.pairs.source import (
-    ImageFiles,
-    PackedCaptions,
-    PackedStrings,
-    PairSource,
-    Record,
-    decode_image,
-    read_image_file,
-)
-from fasterase.pairs.tables import parse_captions
+from fasterase.pairs.table import PairTable
 from fasterase.progress import progress_bar
 
 # Items read twice to see whether a dataset is deterministic. One would miss a flip of probability
@@ -55,7 +43,7 @@ _REMEMBERED = 1 << 20
 _MANIFEST_ITEMS = 64
 
 
-def open_objects(source: Any, name: str, image_key: str | None, text_key: str | None) -> PairSource:
+def open_objects(source: Any, name: str, image_key: str | None, text_key: str | None) -> PairTable:
     """Open a Python object of any accepted kind; raise `InputError` for others.
 
     A `DataLoader` is unwrapped to its dataset. Iterables without random access, and batches, are
@@ -76,38 +64,37 @@ def open_objects(source: Any, name: str, image_key: str | None, text_key: str | 
                 f"`{name}` is a Hugging Face DatasetDict; choose one of its splits: "
                 f"{[str(key) for key in source]}"
             )
-        source = [source]
-    elif isinstance(source, tuple) and _is_batch_tuple(source):
-        source = [source]
-    elif random_access and hasattr(source, "select_columns"):
+        return _open_list([source], name, image_key, text_key)
+    if isinstance(source, tuple) and _is_batch_tuple(source):
+        return _open_list([source], name, image_key, text_key)
+    if random_access and hasattr(source, "select_columns"):
         return _open_hugging_face(source, name, image_key, text_key)
-    labels: dict[str, ClassNames] = {}
-    label = None
     if isinstance(source, IterableDataset) or not random_access:
-        if not isinstance(source, Iterable):
-            raise InputError(
-                f"`{name}` must be a dataset, a data loader, an iterable of pairs, or a path; "
-                f"found {type(source).__name__}"
-            )
-        labels = label_columns(source)
-        label = _choose_label(getattr(source, "column_names", None) or [], text_key, labels)
-        if label is not None:
-            source = NamedLabels(source, label, labels[label])
-        source = _read_all(source, name)
+        return _open_stream(source, name, image_key, text_key)
     if isinstance(source, list | tuple):
-        opened = _open_list(source, name, image_key, label or text_key)
-        opened.classes = labels[label].names if label is not None else None
-        return opened
-    if text_key is None and (classified := find_classified(source)) is not None:
-        return _open_named(
-            classified, name, "image", "text", classified.classes, classified.captions
-        )
+        return _open_list(source, name, image_key, text_key)
+    if text_key is None and (found := find_classified(source)) is not None:
+        return ItemTable(name, found.items, "image", "text", found.captions, classes=found.classes)
     if len(source) > 0 and _first_is_batch(source, image_key, text_key):
-        return _open_list(
-            _read_all((source[i] for i in range(len(source))), name), name, image_key, text_key
-        )
+        batches = _read_all((source[i] for i in range(len(source))), name)
+        return _open_list(batches, name, image_key, text_key)
     in_memory = isinstance(source, TensorDataset)
-    return ItemSource(name, source, image_key=image_key, text_key=text_key, in_memory=in_memory)
+    return ItemTable(name, source, image_key, text_key, in_memory=in_memory)
+
+
+def _open_stream(source: Any, name: str, image_key: str | None, text_key: str | None) -> PairTable:
+    if not isinstance(source, Iterable):
+        raise InputError(
+            f"`{name}` must be a dataset, a data loader, an iterable of pairs, or a path; "
+            f"found {type(source).__name__}"
+        )
+    labels = label_columns(source)
+    label = _choose_label(getattr(source, "column_names", None) or [], text_key, labels)
+    if label is not None:
+        source = name_labels(source, label, labels[label])
+    opened = _open_list(_read_all(source, name), name, image_key, label or text_key)
+    opened.classes = labels.get(label) if label is not None else None
+    return opened
 
 
 def _read_all(items: Iterable[Any], name: str) -> list[Any]:
@@ -129,7 +116,7 @@ def _first_is_batch(dataset: Any, image_key: str | None, text_key: str | None) -
 
 def _open_list(
     items: Sequence[Any], name: str, image_key: str | None, text_key: str | None
-) -> PairSource:
+) -> PairTable:
     pairs: list[Item | BrokenPair] = []
     for item in items:
         # `unbatch` returns pairs in a standard form, so the keys no longer apply.
@@ -143,43 +130,35 @@ def _open_list(
                 pairs.append(error)
     files = [pair for pair in pairs if isinstance(pair, Item) and isinstance(pair.image, str)]
     if files and len(files) == len(pairs) and not any(isinstance(f.text, Tensor) for f in files):
-        return _open_files(files, name)
-    return ItemSource(name, pairs, in_memory=not files)
-
-
-def _open_files(items: Sequence[Item], name: str) -> ImageFiles:
-    """Open paths with captions as a table would be: told apart without reading the images."""
-    return ImageFiles(
-        name,
-        root=Path(),
-        ids=PackedStrings(item.image for item in items),
-        captions=PackedCaptions(parse_captions(item.text) for item in items),
-        metas=PackedStrings(json.dumps(item.meta) for item in items),
-    )
+        # As a table of them would be opened: told apart without reading the images.
+        texts = ([file.text] if isinstance(file.text, str) else file.text for file in files)
+        rows = ((file.image, text, file.meta) for file, text in zip(files, texts, strict=True))
+        return PairTable(name, pack(rows), ImageFiles(Path()))
+    return ItemTable(name, pairs, in_memory=not files)
 
 
 def _open_hugging_face(
     source: Any, name: str, image_key: str | None, text_key: str | None
-) -> ItemSource:
+) -> ItemTable:
     """Open a `datasets.Dataset`; captions and other columns are read without decoding images."""
     labels = label_columns(source)
+    found, columns = list(source.column_names), None
     # A transform set by the user may need the image column for its outputs.
-    if source.format["type"] == "custom":
-        label = _choose_label(_keys_of_first(source), text_key, labels)
-        if label is None:
-            return ItemSource(name, source, image_key=image_key, text_key=text_key)
-        named = NamedLabels(source, label, labels[label])
-        return _open_named(named, name, image_key, label, labels[label])
-    found = list(source.column_names)
-    image = choose_key(found, image_key, IMAGE_KEYS, "image_key")
+    changes = source.format["type"] == "custom"
+    if changes:
+        found = _keys_of_first(source)
     label = _choose_label(found, text_key, labels)
-    text = label or choose_key(found, text_key, TEXT_KEYS, "text_key")
-    columns = source.select_columns([column for column in found if column != image])
+    if not changes:
+        image_key = choose_key(found, image_key, IMAGE_KEYS, "image_key")
+        text_key = label or choose_key(found, text_key, TEXT_KEYS, "text_key")
+        columns = source.select_columns([column for column in found if column != image_key])
     if label is None:
-        return ItemSource(name, source, image_key=image, text_key=text, columns=columns)
+        return ItemTable(name, source, image_key, text_key, columns)
     classes = labels[label]
-    named = NamedLabels(source, label, classes)
-    return _open_named(named, name, image, label, classes, NamedLabels(columns, label, classes))
+    source, columns = (
+        None if rows is None else name_labels(rows, label, classes) for rows in (source, columns)
+    )
+    return ItemTable(name, source, image_key, label, columns, classes=classes)
 
 
 def _keys_of_first(dataset: Any) -> list[str]:
@@ -191,7 +170,7 @@ def _keys_of_first(dataset: Any) -> list[str]:
 
 
 def _choose_label(
-    found: Sequence[str], text_key: str | None, labels: Mapping[str, ClassNames]
+    found: Sequence[str], text_key: str | None, labels: Mapping[str, list[str]]
 ) -> str | None:
     """Return the column of class numbers to take captions from; None if there are captions."""
     if text_key is not None:
@@ -202,26 +181,14 @@ def _choose_label(
     return columns[0] if len(columns) == 1 else None
 
 
-def _open_named(
-    items: Any,
-    name: str,
-    image_key: str | None,
-    text_key: str,
-    classes: ClassNames,
-    columns: Any = None,
-) -> ItemSource:
-    """Open items whose captions are the names of their classes."""
-    source = ItemSource(name, items, image_key=image_key, text_key=text_key, columns=columns)
-    source.classes = classes.names
-    return source
-
-
-class ItemSource(PairSource):
+class ItemTable(PairTable):
     """The items of a map-style dataset, or a list of parsed items.
 
     Args:
         items: a map-style dataset of items, or a list of `Item` and `BrokenPair`.
-        columns: the dataset without the image column, if it has columns (Hugging Face).
+        image_key, text_key: see `open_pairs`.
+        columns: the items without their images, if they can be read so.
+        classes: see `PairTable`.
         in_memory: whether the images are held decoded in memory.
     """
 
@@ -229,13 +196,15 @@ class ItemSource(PairSource):
         self,
         name: str,
         items: Any,
-        *,
         image_key: str | None = None,
         text_key: str | None = None,
         columns: Any = None,
+        *,
+        classes: list[str] | None = None,
         in_memory: bool = False,
     ) -> None:
-        self.name = name
+        self.name = self._label = name
+        self.classes = classes
         self.in_memory = in_memory
         self._items = items
         self._columns = columns
@@ -244,65 +213,75 @@ class ItemSource(PairSource):
         self._seen: dict[int, str | list[str]] = {}
         self.stable = isinstance(items, list) or self._is_deterministic()
 
-    def __len__(self) -> int:
+    def _count(self) -> int:
         return len(self._items)
 
-    def id(self, index: int) -> str:
-        return f"{self.name}[{index}]"
+    def _id(self, row: int) -> str:
+        return f"{self._label}[{row}]"
 
-    def _parse(self, index: int) -> Item:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
+    def _parse(self, row: int) -> Item:
         try:
-            item = self._items[index]
+            item = self._items[row]
         except (InputError, BrokenPair):
             raise
         # A dataset may fail on an item in any way; that item is a broken pair.
         except Exception as error:
-            raise BrokenPair(self.id(index), f"{type(error).__name__}: {error}") from error
+            raise BrokenPair(self._id(row), f"{type(error).__name__}: {error}") from error
         if isinstance(item, BrokenPair):
             raise item
         if isinstance(item, Item):
             return item
-        return parse_item(item, self._image_key, self._text_key, id=self.id(index))
+        return parse_item(item, self._image_key, self._text_key, id=self._id(row))
 
-    def __getitem__(self, index: int) -> Record:
-        item = self._parse(index)
+    def _record(self, row: int) -> Record:
+        item, id = self._parse(row), self._id(row)
         image = item.image
         if isinstance(image, str):
-            image = decode_image(read_image_file(image, id=self.id(index)), id=self.id(index))
-        self._remember(index, item.text)
-        return Record(image, item.text, self.id(index), item.mask, item.meta)
+            image = decode_image(read_image_file(image, id=id), id=id)
+        self._remember(row, item.text)
+        return Record(image, item.text, id, item.mask, item.meta)
 
-    def texts(self, index: int) -> list[str] | Tensor:
+    def _texts(self, row: int) -> list[str] | Tensor:
         if self._columns is not None:
-            text = parse_text(self._columns[index][self._text_key], id=self.id(index))
-        elif index in self._seen and self.stable:
-            text = self._seen[index]
+            text = parse_text(self._columns[row][self._text_key], id=self._id(row))
+        elif row in self._seen and self.stable:
+            text = self._seen[row]
         else:
-            text = self._parse(index).text
-            self._remember(index, text)
+            text = self._parse(row).text
+            self._remember(row, text)
         return [text] if isinstance(text, str) else text
 
-    def _remember(self, index: int, text: str | list[str] | Tensor) -> None:
+    def _remember(self, row: int, text: str | list[str] | Tensor) -> None:
         """Keep captions that could not be read again without the image."""
         is_whole = self._columns is None and not isinstance(self._items, list)
         has_room = self.stable and len(self._seen) < _REMEMBERED
         if is_whole and has_room and not isinstance(text, Tensor):
-            self._seen[index] = text
+            self._seen[row] = text
 
-    def meta(self, index: int) -> dict[str, Any]:
+    def _meta(self, row: int) -> dict[str, Any]:
         if self._columns is None:
-            return self._parse(index).meta
-        return select_plain(self._columns[index], without=(self._text_key,))
+            return self._parse(row).meta
+        return select_plain(self._columns[row], without=(self._text_key,))
+
+    def _every_id(self) -> Iterator[str]:
+        return map(self._id, range(self._count()))
+
+    def _every_text(self) -> Iterator[list[str] | Tensor]:
+        return map(self._texts_or_none, range(self._count()))
+
+    def _caption_hashes(self) -> tuple[np.ndarray, np.ndarray]:
+        texts = ([each] if isinstance(each, Tensor) else each for each in self._every_text())
+        keys = [list(map(caption_key, each)) for each in texts]
+        rows = np.repeat(np.arange(len(keys)), [len(each) for each in keys])
+        return hash_captions([key for each in keys for key in each]), rows
 
     def _is_deterministic(self) -> bool:
         """Read a few items twice and compare; raise `InputError` if none can be read."""
         failure = None
         readable = False
-        for index in _spread_indices(len(self), _PROBES):
+        for index in _spread_indices(self._count(), _PROBES):
             try:
-                first, second = (_fingerprint(self[index], whole=True) for _ in range(2))
+                first, second = (_fingerprint(self._record(index), whole=True) for _ in range(2))
             except BrokenPair as error:
                 failure = error
                 continue
@@ -313,24 +292,21 @@ class ItemSource(PairSource):
             raise InputError(f"`{self.name}`: no pair can be read; for example {failure}")
         return True
 
-    def manifest(self) -> str:
+    @cached_property
+    def _digest(self) -> str:
         """Digest the length, the captions, and the shape and some pixel values of a few items.
 
         Captions are those of all items if reading them decodes no images, else of the same few.
         """
-        return self._manifest
-
-    @cached_property
-    def _manifest(self) -> str:
-        digest = hashlib.blake2b(f"{len(self)}".encode(), digest_size=16)
-        sampled = set(_spread_indices(len(self), _MANIFEST_ITEMS))
+        digest = hashlib.blake2b(f"{self._count()}".encode(), digest_size=16)
+        sampled = set(_spread_indices(self._count(), _MANIFEST_ITEMS))
         all_captions = isinstance(self._items, list) or self._columns is not None
-        for index in range(len(self)) if all_captions else sorted(sampled):
+        for index in range(self._count()) if all_captions else sorted(sampled):
             try:
                 if index in sampled:
-                    digest.update(_fingerprint(self[index], whole=False))
+                    digest.update(_fingerprint(self._record(index), whole=False))
                 else:
-                    digest.update(_serialize_text(self.texts(index)))
+                    digest.update(_serialize_text(self._texts(index)))
             except BrokenPair as error:
                 digest.update(str(error).encode())
         return digest.hexdigest()
