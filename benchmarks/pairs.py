@@ -43,7 +43,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +56,15 @@ from benchmarks.processes import call_in_process
 from benchmarks.result_files import RESULTS, code_version, device_name, write_csv
 from fasterase.models.preprocessing import wrap_tokenizer, wrap_transform
 from fasterase.pairs.batches import sweep
+from fasterase.pairs.items import Record
 from fasterase.pairs.overlap import remove_overlap
+from fasterase.pairs.parts import Part
 from fasterase.pairs.prepare import Preparer, stack_tokens
+from fasterase.pairs.read_tars import TarTable, open_tars
 from fasterase.pairs.sampler import Sampler
-from fasterase.pairs.shard_block import COLUMNS, IndexBlock
-from fasterase.pairs.shard_index import block_path
-from fasterase.pairs.source import Record, Subset
 from fasterase.pairs.split import split
-from fasterase.pairs.tars import TarFiles, open_tars
+from fasterase.pairs.table import PairTable
+from fasterase.pairs.tar_index import index_path
 from fasterase.planner.measure import PeakMemory
 
 SHARD_PAIRS = 10_000
@@ -135,23 +135,24 @@ def _encode(numbers: np.random.Generator, side: int) -> bytes:
 
 def write_large(folder: Path, shard: str, *, pairs: int) -> list[str]:
     """Write an index of `pairs` pairs, by copies of that of `shard`, over empty files."""
-    (source,) = _open([shard]).index.blocks
-    columns = {name: source.read(name) for name in COLUMNS}
-    entries = _open([shard]).index.entries
+    opened = _open([shard])
+    (source,) = opened.parts.every
     paths = []
-    for number in range(-(-pairs // source.facts.samples)):
+    for number in range(-(-pairs // len(source))):
         path = folder / f"{number:05d}.tar"
         with path.open("wb") as file:
-            file.truncate(source.facts.size_bytes)
-        facts = replace(source.facts, shard=path.name, mtime_ns=path.stat().st_mtime_ns)
-        IndexBlock(facts, columns).save(block_path(str(path), entries))
+            file.truncate(source.facts["size_bytes"])
+        changed = {"shard": path.name, "mtime_ns": path.stat().st_mtime_ns}
+        target = index_path(str(path), opened.images.entries)
+        target.parent.mkdir(exist_ok=True)
+        Part(source.batch, source.facts | changed).save(target)
         paths.append(str(path))
     return paths
 
 
-def _open(shards: list[str]) -> TarFiles:
+def _open(shards: list[str]) -> TarTable:
     pairs = open_tars(shards, name="retain")
-    assert isinstance(pairs, TarFiles)
+    assert isinstance(pairs, TarTable)
     return pairs
 
 
@@ -340,12 +341,10 @@ def _preprocessing() -> tuple[Any, Any]:
     return open_clip.image_transform(224, is_train=False), open_clip.SimpleTokenizer()
 
 
-def _forget_and_retain(pairs: TarFiles) -> tuple[Subset, Subset]:
+def _forget_and_retain(pairs: TarTable) -> tuple[PairTable, PairTable]:
     """Choose a forget set of a hundredth of the pairs; the others are the retain set."""
     chosen = np.random.default_rng(0).random(len(pairs)) < 0.01
-    parts = {"forget": chosen, "retain": ~chosen}
-    forget, retain = (Subset(pairs, np.flatnonzero(part), name=n) for n, part in parts.items())
-    return forget, retain
+    return pairs.where(chosen, name="forget"), pairs.where(~chosen, name="retain")
 
 
 def draw_large(shards: list[str]) -> dict[str, Any]:
@@ -360,9 +359,9 @@ def draw_large(shards: list[str]) -> dict[str, Any]:
             start = time.thread_time()
             draw = sampler.draw(step)
             for part, rows in ((forget, draw.forget), (retain, draw.retain)):
-                for row in part.indices[rows].tolist():
-                    pairs.texts(row)
-                    pairs.index.extent("image", row)
+                for row in rows.tolist():
+                    part.texts(row)
+                    part.encoded_location(row)
             steps.append(time.thread_time() - start)
     drawn = len(steps) * (64 + _BATCH)
     return measured.row | {"pairs": drawn, "step_ms": 1000 * statistics.median(steps)}

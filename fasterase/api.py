@@ -41,7 +41,7 @@ from fasterase.pairs.open import open_pairs
 from fasterase.pairs.overlap import remove_overlap
 from fasterase.pairs.processes import count_workers
 from fasterase.pairs.skips import SkipLedger
-from fasterase.pairs.source import PairSource
+from fasterase.pairs.table import PairTable
 from fasterase.parallel.ranks import Ranks, join_ranks, launched_device
 from fasterase.provenance import audit, read_record, weights_fingerprint
 from fasterase.result import UnlearnResult
@@ -402,7 +402,7 @@ def evaluate(
         attacks=examiner.attack_figures(),
         series=examiner.series(),
     )
-    digests = {name: source.manifest() for name, source in sources.items()} if record else {}
+    digests = {name: source.digest() for name, source in sources.items()} if record else {}
     return audit(evaluation, record, fingerprint=fingerprint, digests=digests)
 
 
@@ -447,7 +447,7 @@ def _open_sets(
     *,
     image_key: str | None,
     text_key: str | None,
-) -> tuple[dict[str, PairSource], list[str]]:
+) -> tuple[dict[str, PairTable], list[str]]:
     """Open all sets; return them by name, and the names of the further ones to forget."""
     given = {"forget": forget, "retain": retain}
     if holdout is not None:

@@ -26,7 +26,7 @@ from fasterase.pairs.batches import Captions, SweepBatch, sweep
 from fasterase.pairs.kept import Keeper
 from fasterase.pairs.prepare import Preparer
 from fasterase.pairs.skips import Skip, SkipLedger
-from fasterase.pairs.source import PairSource
+from fasterase.pairs.table import PairTable
 from fasterase.parallel.engine import Engine
 from fasterase.parallel.ranks import ALONE, Ranks
 from fasterase.progress import WaitingShare, progress_bar
@@ -125,7 +125,7 @@ class PairFeatures:
 class Prefixes(Keeper, Protocol):
     """Outputs of frozen lower blocks, with which encoding begins."""
 
-    def images(self, source: PairSource, batch: SweepBatch) -> Halfway:
+    def images(self, source: PairTable, batch: SweepBatch) -> Halfway:
         """Return the images [n] of a batch halfway through their tower."""
         ...
 
@@ -206,7 +206,7 @@ class PairEncoder:
 
     def batches(
         self,
-        source: PairSource,
+        source: PairTable,
         rows: np.ndarray,
         *,
         captions: Captions,
@@ -257,7 +257,7 @@ class PairEncoder:
 
     def pairs(
         self,
-        source: PairSource,
+        source: PairTable,
         rows: np.ndarray,
         *,
         captions: Captions = "first",
@@ -286,7 +286,7 @@ class PairEncoder:
 
     def _own_pairs(
         self,
-        source: PairSource,
+        source: PairTable,
         rows: np.ndarray,
         *,
         captions: Captions,
@@ -397,7 +397,7 @@ class PairEncoder:
 
 
 def check_readable(
-    source: PairSource, tried: int, readable: int, skipped: Sequence[Skip] = ()
+    source: PairTable, tried: int, readable: int, skipped: Sequence[Skip] = ()
 ) -> None:
     """Raise `InputError` if none of the pairs tried could be read."""
     if not readable:

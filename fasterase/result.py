@@ -23,7 +23,7 @@ from fasterase.models.hub import push_model
 from fasterase.models.lora import LoraAdapter
 from fasterase.objective import EraseLoss
 from fasterase.pairs.skips import Skip
-from fasterase.pairs.source import PairSource
+from fasterase.pairs.table import PairTable
 from fasterase.provenance import make_record, weights_fingerprint, write_record
 from fasterase.report.examples import Examples, example_rows
 from fasterase.report.folder import write_report_folder
@@ -71,7 +71,7 @@ class UnlearnResult:
     seconds: float
     encoder: DualEncoder
     original_weights: Mapping[str, Tensor]
-    sets: Mapping[str, PairSource]
+    sets: Mapping[str, PairTable]
     adapter: LoraAdapter | None = None
     parent_record: Mapping[str, Any] | None = None
 
@@ -156,7 +156,7 @@ class UnlearnResult:
             fingerprint=weights_fingerprint(self.encoder.module),
             config=self.config.to_dict(),
             data={
-                name: {"pairs": len(source), "digest": source.manifest()}
+                name: {"pairs": len(source), "digest": source.digest()}
                 for name, source in self.sets.items()
             },
             outcome={

@@ -16,7 +16,7 @@ from fasterase.errors import InputError
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.load import load_model
 from fasterase.pairs.open import open_pairs
-from fasterase.pairs.source import PairSource
+from fasterase.pairs.table import PairTable
 
 # Share of the kept concepts that the run never sees.
 HOLDOUT_SHARE = 0.25
@@ -31,7 +31,7 @@ class Drawings(Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, source: PairSource, rows: list[int], wording: Callable[[emoji.EmojiInfo], list[str]]
+        self, source: PairTable, rows: list[int], wording: Callable[[emoji.EmojiInfo], list[str]]
     ) -> None:
         self._source = source
         self._rows = rows
@@ -41,7 +41,7 @@ class Drawings(Dataset[dict[str, Any]]):
     @classmethod
     def of(
         cls,
-        source: PairSource,
+        source: PairTable,
         concepts: Collection[str],
         wording: Callable[[emoji.EmojiInfo], list[str]] = emoji.name_only,
     ) -> Drawings:
@@ -83,7 +83,7 @@ class DemoSets:
     neighbour: Drawings
 
 
-def open_teams(teams: Sequence[str]) -> PairSource:
+def open_teams(teams: Sequence[str]) -> PairTable:
     """Open the teams' drawings through the WebDataset reader."""
     shards = [str(path) for team in teams for path in emoji.shards(team)]
     return open_pairs("::".join(shards), name=" and ".join(teams))

@@ -28,7 +28,7 @@ from fasterase.evaluation.judge import Judge, summarise
 from fasterase.evaluation.measurement import Measurement
 from fasterase.evaluation.verdict import REMEMBERED, Trace
 from fasterase.pairs.sampler import Sampler, drawn_rows, shuffle_rows
-from fasterase.pairs.source import PairSource
+from fasterase.pairs.table import PairTable
 from fasterase.reference.cache import FeatureCache
 from fasterase.reference.live import LiveReference, Reference
 from fasterase.reference.original import (
@@ -105,7 +105,7 @@ class Baseline:
 def measure_original(
     encoder: PairEncoder,
     cache: FeatureCache,
-    sets: Mapping[str, PairSource],
+    sets: Mapping[str, PairTable],
     *,
     config: UnlearnConfig,
     sampler: Sampler,
@@ -213,7 +213,7 @@ class Checks:
     def __init__(
         self,
         encoder: PairEncoder,
-        sets: Mapping[str, PairSource],
+        sets: Mapping[str, PairTable],
         judge: Judge,
         baseline: Baseline,
         *,
@@ -271,7 +271,7 @@ def undrawn_rows(sampler: Sampler, steps: int) -> np.ndarray:
 
 
 def measured_rows(
-    evaluator: Evaluator | None, sets: Mapping[str, PairSource]
+    evaluator: Evaluator | None, sets: Mapping[str, PairTable]
 ) -> dict[str, np.ndarray]:
     """Return set -> rows that the evaluation measures; nothing without one."""
     return {} if evaluator is None else {name: evaluator.rows(name) for name in sets}

@@ -13,7 +13,7 @@ from fasterase.engine.trackers import require_tracker
 from fasterase.errors import InputError, ResumeError
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.ops.contrastive.api import choose_backend
-from fasterase.pairs.source import PairSource
+from fasterase.pairs.table import PairTable
 from fasterase.parallel.ranks import Ranks
 from fasterase.parallel.zero import require_deepspeed
 
@@ -64,9 +64,9 @@ def check_environment(config: UnlearnConfig) -> None:
         require_deepspeed()
 
 
-def identify(source: PairSource) -> str:
+def identify(source: PairTable) -> str:
     """Return a string that identifies the set.
 
     It is the set's manifest, or only its size if it changes on every read.
     """
-    return source.manifest() if source.stable else f"{len(source)} pairs, changing"
+    return source.digest() if source.stable else f"{len(source)} pairs, changing"

@@ -59,7 +59,7 @@ from fasterase.pairs.batches import step_batches
 from fasterase.pairs.processes import count_workers
 from fasterase.pairs.sampler import Sampler, drawn_rows
 from fasterase.pairs.skips import SkipLedger
-from fasterase.pairs.source import PairSource
+from fasterase.pairs.table import PairTable
 from fasterase.parallel.engine import Engine
 from fasterase.parallel.ranks import Ranks
 from fasterase.reference.cache import FeatureCache
@@ -100,7 +100,7 @@ class Outcome:
 
 def erase(
     model: DualEncoder,
-    sets: Mapping[str, PairSource],
+    sets: Mapping[str, PairTable],
     *,
     forget_sets: Collection[str],
     config: UnlearnConfig,
@@ -354,7 +354,7 @@ def count_steps(config: UnlearnConfig, sampler: Sampler) -> int:
 
 
 def _build_judge(
-    sets: Mapping[str, PairSource],
+    sets: Mapping[str, PairTable],
     forget_sets: Collection[str],
     preferred: Mapping[str, np.ndarray],
     config: UnlearnConfig,

@@ -27,7 +27,7 @@ from fasterase.models.preprocessing import Tokens
 from fasterase.pairs.batches import MicroBatch, SweepBatch
 from fasterase.pairs.kept import KnownPairs
 from fasterase.pairs.prepare import hash_captions
-from fasterase.pairs.source import PairSource, Subset, base_rows
+from fasterase.pairs.table import PairTable
 from fasterase.parallel.ranks import Ranks
 from fasterase.reference.feature_store import FeatureStore
 
@@ -64,7 +64,7 @@ class PrefixCache:
         folder: Path,
         model: DualEncoder,
         tune: str,
-        sources: tuple[PairSource, PairSource],
+        sources: tuple[PairTable, PairTable],
         *,
         views: int,
         seed: int,
@@ -79,21 +79,21 @@ class PrefixCache:
         self._folder = folder
         self._seed = seed
         self._stores: dict[str, _Store] = {}
-        self._names: dict[PairSource, str] = {}
+        self._names: dict[PairTable, str] = {}
         self._admitted: dict[str, np.ndarray] = {}
         self._pairs = self._captions = 0
         self.row_bytes = {
             tower: row_bytes(split.width, precision) for tower, split in self._towers.items()
         }
 
-    def admit(self, source: PairSource, rows: np.ndarray, *, limit_bytes: float = math.inf) -> int:
+    def admit(self, source: PairTable, rows: np.ndarray, *, limit_bytes: float = math.inf) -> int:
         """Keep images of `rows`, and as many captions, if all of them fit; nothing is read yet.
 
         Returns:
             What they take at most, in bytes; 0 if they do not fit.
         """
         admitted = self._admitted_rows(source)
-        fresh = np.unique(base_rows(source, rows))
+        fresh = np.unique(source.base_rows(rows))
         fresh = fresh[~admitted[fresh]]
         needed = len(fresh) * sum(self.row_bytes.values())
         if needed > limit_bytes:
@@ -102,7 +102,7 @@ class PrefixCache:
         self._pairs += len(fresh)
         return needed
 
-    def has_images(self, source: PairSource, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
+    def has_images(self, source: PairTable, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
         """Return of which views of images (n,) an output is kept, (n,) bool; 0 is no view."""
         found = np.zeros(len(rows), bool)
         for store, here, keys in self._places(source, rows, views):
@@ -121,7 +121,7 @@ class PrefixCache:
         texts = self.texts([part.keys[place] for place in captions], part.tokens.index(captions))
         return Halfway(self._towers["image"], self._image_rows(places, part)), texts
 
-    def images(self, source: PairSource, batch: SweepBatch) -> Halfway:
+    def images(self, source: PairTable, batch: SweepBatch) -> Halfway:
         """Return the images of a sweep halfway through their tower."""
         places = list(self._places(source, batch.rows, np.zeros(len(batch.rows), np.int64)))
         return Halfway(self._towers["image"], self._image_rows(places, batch))
@@ -173,9 +173,9 @@ class PrefixCache:
         # What comes from disk is rounded: so is what has not been there.
         return rows.bfloat16().float() if self._precision == "bf16" else rows
 
-    def _places(self, source: PairSource, rows: np.ndarray, views: np.ndarray) -> Iterator[_Place]:
+    def _places(self, source: PairTable, rows: np.ndarray, views: np.ndarray) -> Iterator[_Place]:
         """Yield where outputs for views of images (n,) are kept."""
-        keys = base_rows(source, rows)
+        keys = source.base_rows(rows)
         name = self._name(source)
         width = self._towers["image"].width
         altered = views > 0
@@ -185,18 +185,18 @@ class PrefixCache:
             store = self._store(f"{name}-{self.views}-views-{self._seed}", width)
             yield store, np.flatnonzero(altered), (keys * self.views + views - 1)[altered]
 
-    def _admitted_rows(self, source: PairSource) -> np.ndarray:
+    def _admitted_rows(self, source: PairTable) -> np.ndarray:
         name = self._name(source)
         if name not in self._admitted:
-            base = source.base if isinstance(source, Subset) else source
+            base = source.base
             self._admitted[name] = np.zeros(len(base), bool)
         return self._admitted[name]
 
-    def _name(self, source: PairSource) -> str:
-        base = source.base if isinstance(source, Subset) else source
+    def _name(self, source: PairTable) -> str:
+        base = source.base
         # Looked up once, since it may take a digest of all captions.
         if base not in self._names:
-            self._names[base] = f"images-{base.manifest()[:16]}"
+            self._names[base] = f"images-{base.digest()[:16]}"
         return self._names[base]
 
     def _store(self, name: str, width: int, admitted: np.ndarray | None = None) -> _Store:
@@ -290,7 +290,7 @@ def check_prefix_cache(config: UnlearnConfig, processes: int) -> None:
 def open_prefix_cache(
     folder: Path,
     model: DualEncoder,
-    sets: Mapping[str, PairSource],
+    sets: Mapping[str, PairTable],
     drawn: np.ndarray,
     measured: Sequence[tuple[str, np.ndarray]],
     config: UnlearnConfig,

@@ -21,7 +21,7 @@ from fasterase.encode import PairEncoder
 from fasterase.engine.optim import Trained
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.pairs.skips import BrokenPair
-from fasterase.pairs.source import PairSource
+from fasterase.pairs.table import PairTable
 from fasterase.seeds import Stream, generator, torch_seed
 
 # Pairs of each set whose captions are read.
@@ -60,8 +60,8 @@ class ForgottenWords:
 
 def forget_words(
     encoder: PairEncoder,
-    forget: PairSource,
-    retain: PairSource,
+    forget: PairTable,
+    retain: PairTable,
     *,
     drawn: np.ndarray,
     trained: Trained,
@@ -129,7 +129,7 @@ class _Counts(NamedTuple):
     captions: int  # how many different ones they have
 
 
-def _count_tokens(encoder: PairEncoder, source: PairSource, rows: np.ndarray) -> _Counts:
+def _count_tokens(encoder: PairEncoder, source: PairTable, rows: np.ndarray) -> _Counts:
     of_token: Counter[int] = Counter()
     pairs, known = 0, set[int]()
     with encoder.progress_bar(f"words ({source.name})", len(rows), leave=False) as bar:
@@ -152,7 +152,7 @@ def _tokenize(model: DualEncoder, texts: list[list[str] | Tensor]) -> Iterator[l
         yield [each.tolist()] if isinstance(each, Tensor) else [tokens[text] for text in each]
 
 
-def _read_texts(source: PairSource, row: int) -> list[str] | Tensor:
+def _read_texts(source: PairTable, row: int) -> list[str] | Tensor:
     try:
         return source.texts(row)
     except BrokenPair:

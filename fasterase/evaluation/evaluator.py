@@ -26,7 +26,7 @@ from fasterase.evaluation.zero_shot import (
 )
 from fasterase.option_values import parse_value
 from fasterase.pairs.skips import Skip
-from fasterase.pairs.source import PairSource
+from fasterase.pairs.table import PairTable
 from fasterase.report.curves import Series
 
 FULL_RESAMPLES = 1000
@@ -63,7 +63,7 @@ class Evaluator:
 
     def __init__(
         self,
-        sources: dict[str, PairSource],
+        sources: dict[str, PairTable],
         *,
         forget_sets: Collection[str] = (),
         preferred: Mapping[str, np.ndarray] | None = None,

@@ -14,7 +14,7 @@ from fasterase.evaluation.features import sampled_rows
 from fasterase.evaluation.figures import Figure, Figures
 from fasterase.evaluation.target import Target
 from fasterase.evaluation.tasks.table import TASKS
-from fasterase.pairs.source import PairSource
+from fasterase.pairs.table import PairTable
 from fasterase.report.curves import Series
 
 
@@ -36,7 +36,7 @@ class Examiner:
         *,
         tasks: Sequence[str] = (),
         attacks: Sequence[str] = (),
-        non_members: PairSource | None = None,
+        non_members: PairTable | None = None,
     ) -> None:
         if attacks and not evaluator.judge.rows:
             raise InputError(

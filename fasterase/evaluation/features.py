@@ -12,7 +12,7 @@ from fasterase.encode import PairFeatures
 from fasterase.errors import InputError
 from fasterase.pairs.prepare import caption_key
 from fasterase.pairs.skips import BrokenPair
-from fasterase.pairs.source import PairSource
+from fasterase.pairs.table import PairTable
 from fasterase.seeds import Stream, generator
 
 
@@ -40,7 +40,7 @@ class SetFeatures:
     ids: list[str]
 
     @classmethod
-    def of(cls, source: PairSource, features: PairFeatures, *, model: str) -> SetFeatures:
+    def of(cls, source: PairTable, features: PairFeatures, *, model: str) -> SetFeatures:
         """Add ids and captions from the source to `features`.
 
         Args:
@@ -91,13 +91,13 @@ def sampled_rows(
     return np.sort(order[:max_pairs])
 
 
-def captions_of(source: PairSource, row: int) -> list[str]:
+def captions_of(source: PairTable, row: int) -> list[str]:
     """Return the identities of all captions of a pair, the first one first."""
     texts = source.texts(row)
     return [caption_key(texts)] if isinstance(texts, Tensor) else list(map(caption_key, texts))
 
 
-def all_captions(source: PairSource) -> set[str]:
+def all_captions(source: PairTable) -> set[str]:
     """Return every caption of every readable pair of a set."""
     found: set[str] = set()
     for row in range(len(source)):

@@ -15,7 +15,7 @@ from fasterase.evaluation.metrics import wilson_interval
 from fasterase.evaluation.scores import TIE
 from fasterase.evaluation.verdict import Trace
 from fasterase.pairs.skips import BrokenPair
-from fasterase.pairs.source import PairSource
+from fasterase.pairs.table import PairTable
 from fasterase.seeds import Stream, generator
 
 # Pairs of each set, and unrelated pairs, that are judged at most.
@@ -92,7 +92,7 @@ class Judge:
 
     def __init__(
         self,
-        sources: Mapping[str, PairSource],
+        sources: Mapping[str, PairTable],
         forget_sets: Collection[str],
         *,
         seed: int,
@@ -203,7 +203,7 @@ def _distinct(pairs: PairFeatures) -> tuple[list[int], Tensor]:
     return list(place), torch.tensor(own, dtype=torch.int64)
 
 
-def _first_caption(source: PairSource, row: int) -> str | None:
+def _first_caption(source: PairTable, row: int) -> str | None:
     try:
         return captions_of(source, row)[0]
     except BrokenPair:  # counted and named when the pair is encoded

@@ -15,7 +15,7 @@ from fasterase.encode import PairFeatures
 from fasterase.errors import InputError
 from fasterase.evaluation.features import captions_of
 from fasterase.evaluation.scores import search_candidates
-from fasterase.pairs.source import PairSource
+from fasterase.pairs.table import PairTable
 
 TEMPLATES: tuple[str, ...] = ("a photo of a {}.",)
 
@@ -47,13 +47,13 @@ class ClassLabels:
 
 def label_pairs(
     class_names: Sequence[str],
-    sources: Mapping[str, PairSource],
+    sources: Mapping[str, PairTable],
     features: Mapping[str, PairFeatures],
 ) -> dict[str, np.ndarray]:
     """Return set -> [n] class number of each pair that has features; -1 if it has no class."""
     classes = ClassLabels(class_names)
 
-    def label(source: PairSource, row: int) -> int:
+    def label(source: PairTable, row: int) -> int:
         found = classes.of(source.meta(row), captions_of(source, row))
         return -1 if found is None else found
 
@@ -108,7 +108,7 @@ def check_templates(templates: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(templates)
 
 
-def carried_classes(sources: Mapping[str, PairSource]) -> list[str] | None:
+def carried_classes(sources: Mapping[str, PairTable]) -> list[str] | None:
     """Return the classes that the sources carry, if there are two or more."""
     names = [name for source in sources.values() for name in source.classes or ()]
     distinct = list(dict.fromkeys(names))

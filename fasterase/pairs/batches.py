@@ -19,7 +19,7 @@ from fasterase.pairs.loading import load_parallel, read_record
 from fasterase.pairs.prepare import PreparedText, Preparer, hash_captions, stack_tokens
 from fasterase.pairs.sampler import Sampler
 from fasterase.pairs.skips import BrokenPair, Skip
-from fasterase.pairs.source import PairSource
+from fasterase.pairs.table import PairTable
 from fasterase.parallel.ranks import ALONE, Ranks, share_of
 from fasterase.seeds import Stream, generator
 
@@ -128,8 +128,8 @@ class SweepBatch(Loaded):
 
 
 def step_batches(
-    forget: PairSource,
-    retain: PairSource,
+    forget: PairTable,
+    retain: PairTable,
     sampler: Sampler,
     prepare: Preparer,
     *,
@@ -190,7 +190,7 @@ def step_batches(
 
 
 def sweep(
-    source: PairSource,
+    source: PairTable,
     rows: Sequence[int] | np.ndarray,
     prepare: Preparer,
     *,
@@ -267,7 +267,7 @@ def _draw_part(
 
 
 def _load_micro_batch(
-    sources: tuple[PairSource, PairSource],
+    sources: tuple[PairTable, PairTable],
     draw: Callable[[int], _Part],
     seed: int,
     prepare: Preparer,
@@ -312,7 +312,7 @@ def _load_micro_batch(
 
 
 def _kept_micro_batches(
-    sources: tuple[PairSource, PairSource],
+    sources: tuple[PairTable, PairTable],
     drawn: Iterator[_Part],
     seed: int,
     prepare: Preparer,
@@ -365,7 +365,7 @@ def _kept_micro_batches(
 
 
 def _load_rows(
-    source: PairSource, prepare: Preparer, captions: Captions, rows: np.ndarray
+    source: PairTable, prepare: Preparer, captions: Captions, rows: np.ndarray
 ) -> SweepBatch:
     kept: list[int] = []
     ids: list[str] = []
@@ -400,7 +400,7 @@ def _load_rows(
 
 
 def _kept_rows(
-    source: PairSource,
+    source: PairTable,
     parts: Sequence[np.ndarray],
     prepare: Preparer,
     captions: Captions,

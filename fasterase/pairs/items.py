@@ -14,7 +14,6 @@ from torch import Tensor
 from fasterase.errors import InputError
 from fasterase.pairs.classes import class_number
 from fasterase.pairs.skips import BrokenPair
-from fasterase.pairs.source import Record
 
 IMAGE_KEYS = (
     "image",
@@ -27,6 +26,51 @@ IMAGE_KEYS = (
     "img",
 )
 TEXT_KEYS = ("text", "caption", "input_ids", "title", "texts", "captions")
+
+
+class Record(tuple[Any, Any]):
+    """A decoded pair: a tuple `(image, text)` that also knows where it comes from.
+
+    Attributes:
+        image: PIL image, uint8 tensor [3, H, W], or float tensor [3, H, W] (already preprocessed).
+        text: a caption, a list of alternative captions, or token ids [L] int64.
+        id: stable and readable: a file path, `shard.tar/key`, or `forget[12]`.
+        mask: attention mask [L] that came with the token ids.
+        meta: other data of the pair: the json entry of a tar sample, the other columns of a table
+            row, or `{"class": name}` for a class-per-folder image.
+    """
+
+    id: str
+    mask: Tensor | None
+    meta: dict[str, Any]
+
+    def __new__(
+        cls,
+        image: Any,
+        text: Any,
+        id: str,
+        mask: Tensor | None = None,
+        meta: dict[str, Any] | None = None,
+    ) -> Record:
+        record = super().__new__(cls, (image, text))
+        record.id = id
+        record.mask = mask
+        record.meta = {} if meta is None else meta
+        return record
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return self.image, self.text, self.id, self.mask, self.meta
+
+    def __repr__(self) -> str:
+        return f"Record(image={self.image!r}, text={self.text!r}, id={self.id!r})"
+
+    @property
+    def image(self) -> Any:
+        return self[0]
+
+    @property
+    def text(self) -> Any:
+        return self[1]
 
 
 class Item(NamedTuple):
@@ -51,6 +95,19 @@ def choose_key(found: list[str], given: str | None, usual: tuple[str, ...], opti
         f"no column named {', '.join(usual)}; the columns found are {found}. "
         f"Name the right one with `{option}`."
     )
+
+
+def check_columns(names: list[str]) -> None:
+    """Raise `InputError` if two columns have one name: which of them is meant, nobody can tell.
+
+    Those without a name may be several: programs write them where a line ends in separators.
+    """
+    repeated = next((name for name in names if name and names.count(name) > 1), None)
+    if repeated is not None:
+        raise InputError(
+            f"{names.count(repeated)} columns are named {repeated!r}; the columns found are "
+            f"{names}. Rename or remove all but one of them."
+        )
 
 
 def select_plain(item: Mapping[str, Any], *, without: tuple[str | None, ...]) -> dict[str, Any]:

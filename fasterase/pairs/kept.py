@@ -18,10 +18,11 @@ from torch import Tensor
 
 from fasterase.models.preprocessing import Tokens
 from fasterase.pairs.augment import augment, is_plain
+from fasterase.pairs.items import Record
 from fasterase.pairs.loading import load_parallel
 from fasterase.pairs.prepare import Preparer, stack_tokens
 from fasterase.pairs.skips import BrokenPair, Skip
-from fasterase.pairs.source import PairSource, Record, Subset, base_rows
+from fasterase.pairs.table import PairTable
 from fasterase.seeds import Stream, generator
 
 
@@ -47,33 +48,33 @@ class KnownPairs:
 
     def __init__(self) -> None:
         self._texts: dict[str, KnownText] = {}
-        self._pairs: dict[PairSource, dict[int, tuple[KnownText, ...] | Skip]] = {}
+        self._pairs: dict[PairTable, dict[int, tuple[KnownText, ...] | Skip]] = {}
 
-    def has(self, source: PairSource, rows: np.ndarray) -> np.ndarray:
+    def has(self, source: PairTable, rows: np.ndarray) -> np.ndarray:
         """Return which of `rows` (n,) were read, (n,) bool."""
         pairs = self._of(source)
-        keys = base_rows(source, rows).tolist()
+        keys = source.base_rows(rows).tolist()
         return np.fromiter((key in pairs for key in keys), bool, len(keys))
 
-    def are_broken(self, source: PairSource, rows: np.ndarray) -> np.ndarray:
+    def are_broken(self, source: PairTable, rows: np.ndarray) -> np.ndarray:
         """Return which of `rows` (n,) were read and are broken, (n,) bool."""
         pairs = self._of(source)
-        keys = base_rows(source, rows).tolist()
+        keys = source.base_rows(rows).tolist()
         return np.fromiter((isinstance(pairs.get(key), Skip) for key in keys), bool, len(keys))
 
-    def learn(self, source: PairSource, row: int, found: Sequence[KnownText] | Skip) -> None:
+    def learn(self, source: PairTable, row: int, found: Sequence[KnownText] | Skip) -> None:
         """Take note of all captions of a pair, or of what is wrong with it."""
         if not isinstance(found, Skip):
             found = tuple(self._texts.setdefault(text.key, text) for text in found)
-        self._of(source)[int(base_rows(source, np.array([row]))[0])] = found
+        self._of(source)[int(source.base_rows(np.array([row]))[0])] = found
 
-    def get(self, source: PairSource, rows: np.ndarray) -> list[tuple[KnownText, ...] | Skip]:
+    def get(self, source: PairTable, rows: np.ndarray) -> list[tuple[KnownText, ...] | Skip]:
         """Return what `learn` was told of `rows` (n,)."""
         pairs = self._of(source)
-        return [pairs[key] for key in base_rows(source, rows).tolist()]
+        return [pairs[key] for key in source.base_rows(rows).tolist()]
 
-    def _of(self, source: PairSource) -> dict[int, tuple[KnownText, ...] | Skip]:
-        return self._pairs.setdefault(source.base if isinstance(source, Subset) else source, {})
+    def _of(self, source: PairTable) -> dict[int, tuple[KnownText, ...] | Skip]:
+        return self._pairs.setdefault(source.base, {})
 
 
 class Keeper(Protocol):
@@ -87,7 +88,7 @@ class Keeper(Protocol):
     known: KnownPairs
     views: int
 
-    def has_images(self, source: PairSource, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
+    def has_images(self, source: PairTable, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
         """Return for which images (n,) an output is kept, (n,) bool; see `DrawnPairs`."""
         ...
 
@@ -126,7 +127,7 @@ class KeptPairs:
 
 
 def draw_views(
-    source: PairSource, rows: np.ndarray, numbers: Sequence[np.random.Generator], count: int, *,
+    source: PairTable, rows: np.ndarray, numbers: Sequence[np.random.Generator], count: int, *,
     seed: int,
 ) -> np.ndarray:  # fmt: skip
     """Return which view of each image a step takes, [n] int64, 0 for the image itself.
@@ -141,14 +142,14 @@ def draw_views(
     views = np.array([int(each.integers(count)) for each in numbers], np.int64)
     plain = [
         is_plain(_of_view(seed, row, view + 1))
-        for row, view in zip(base_rows(source, rows).tolist(), views.tolist(), strict=True)
+        for row, view in zip(source.base_rows(rows).tolist(), views.tolist(), strict=True)
     ]
     return np.where(np.array(plain, bool), 0, views + 1)
 
 
 def read_missing(
     drawn: Iterable[DrawnPairs],
-    sources: Sequence[PairSource],
+    sources: Sequence[PairTable],
     prepare: Preparer,
     keeper: Keeper,
     *,
@@ -223,7 +224,7 @@ class _Answer:
     found: dict[int, list[KnownText] | Skip]
 
 
-def _request(pairs: DrawnPairs, sources: Sequence[PairSource], keeper: Keeper) -> _Request:
+def _request(pairs: DrawnPairs, sources: Sequence[PairTable], keeper: Keeper) -> _Request:
     images, texts = (np.zeros(len(pairs.rows), bool) for _ in range(2))
     for number, source in enumerate(sources):
         here = pairs.which == number
@@ -235,7 +236,7 @@ def _request(pairs: DrawnPairs, sources: Sequence[PairSource], keeper: Keeper) -
 
 
 def _read(
-    sources: Sequence[PairSource],
+    sources: Sequence[PairTable],
     prepare: Preparer,
     request: _Request,
     *,
@@ -255,7 +256,7 @@ def _read(
             if request.images[place]:
                 image = prepare.image(record)
                 if view:
-                    base = int(base_rows(source, np.array([row]))[0])
+                    base = int(source.base_rows(np.array([row]))[0])
                     image = augment(image, _of_view(seed, base, view), black=black)
                 pixels.append(image)
                 places.append(place)
@@ -264,7 +265,7 @@ def _read(
     return _Answer(np.array(places, np.int64), prepare.stack(pixels), found)
 
 
-def _without_image(source: PairSource, row: int) -> Record:
+def _without_image(source: PairTable, row: int) -> Record:
     texts = source.texts(row)
     # Only the whole record has the mask of token ids.
     return Record(None, texts, source.id(row)) if isinstance(texts, list) else source[row]
@@ -289,7 +290,7 @@ def _of_view(seed: int, row: int, view: int) -> np.random.Generator:
 
 
 def _combine(
-    pairs: DrawnPairs, answer: _Answer, sources: Sequence[PairSource], known: KnownPairs
+    pairs: DrawnPairs, answer: _Answer, sources: Sequence[PairTable], known: KnownPairs
 ) -> KeptPairs:
     every: list[tuple[KnownText, ...] | Skip] = [()] * len(pairs.rows)
     for number, source in enumerate(sources):

@@ -13,11 +13,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fasterase.errors import InputError
-from fasterase.pairs.source import PairSource, Record
+from fasterase.pairs.items import Record
+from fasterase.pairs.table import PairTable
 from fasterase.seeds import Stream, generator
 
 
-def read_record(source: PairSource, row: int, seed: int, *position: int) -> Record:
+def read_record(source: PairTable, row: int, seed: int, *position: int) -> Record:
     """Return a record; if the source is random, the global generators are seeded by position."""
     if source.stable:
         return source[row]

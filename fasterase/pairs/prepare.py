@@ -14,9 +14,9 @@ from torch import Tensor
 from fasterase.errors import InputError
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.preprocessing import ImageTransform, Tokens
-from fasterase.pairs.pictures import to_rgb
+from fasterase.pairs.images import to_rgb
+from fasterase.pairs.items import Record
 from fasterase.pairs.skips import BrokenPair
-from fasterase.pairs.source import Record
 
 
 class PreparedText(NamedTuple):

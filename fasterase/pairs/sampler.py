@@ -44,7 +44,7 @@ class Sampler:
         retain_rows: the rows of the retain set to draw from; None for all.
         forget_batch_size, batch_size: forget and retain pairs per step, clipped to the sets.
         seed: not negative.
-        forget_shards, retain_shards: see `PairSource.shards`; None shuffles all rows alike.
+        forget_shards, retain_shards: see `PairTable.shards`; None shuffles all rows alike.
     """
 
     def __init__(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
+from contextlib import nullcontext
+from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,12 @@ from torch import Tensor
 
 from fasterase.errors import InputError
 from fasterase.pairs.classes import normalize_class_name
+from fasterase.pairs.items import Record
 from fasterase.pairs.open import open_pairs
-from fasterase.pairs.overlap import caption_hashes
-from fasterase.pairs.source import PairSource, Record, Subset
-from fasterase.pairs.tars import TarPairs
+from fasterase.pairs.parts import Part
+from fasterase.pairs.processes import count_processes, process_pool
+from fasterase.pairs.read_objects import ItemTable
+from fasterase.pairs.table import PairTable
 from fasterase.progress import progress_bar
 
 
@@ -32,7 +36,7 @@ def split(
     | Callable[[Any], bool],
     image_key: str | None = None,
     text_key: str | None = None,
-) -> tuple[Subset, Subset]:
+) -> tuple[PairTable, PairTable]:
     """Split pairs into `(forget, retain)`, both accepted by `fasterase.unlearn`.
 
     Both are sequences of records, which are `(image, text)` tuples with `.id` and `.meta`. Slices
@@ -70,10 +74,7 @@ def split(
                 f"`forget`={_format_rule(forget)} matches {share} of {len(pairs)}, so the {empty} "
                 f"set would be empty{hint}"
             )
-    return (
-        Subset(pairs, np.flatnonzero(matches), name="forget"),
-        Subset(pairs, np.flatnonzero(~matches), name="retain"),
-    )
+    return pairs.where(matches, name="forget"), pairs.where(~matches, name="retain")
 
 
 def _format_rule(forget: Any) -> str:
@@ -84,7 +85,7 @@ def _format_rule(forget: Any) -> str:
     return repr(os.fspath(forget) if isinstance(forget, os.PathLike) else forget)
 
 
-def _select(pairs: PairSource, forget: Any) -> np.ndarray:
+def _select(pairs: PairTable, forget: Any) -> np.ndarray:
     """Return which pairs the rule `forget` selects, [n] bool."""
     if isinstance(forget, os.PathLike) or (isinstance(forget, str) and os.path.isfile(forget)):
         return _match_ids(pairs, Path(forget))
@@ -107,7 +108,7 @@ def _select(pairs: PairSource, forget: Any) -> np.ndarray:
     )
 
 
-def _mark(pairs: PairSource, matches: Iterable[bool]) -> np.ndarray:
+def _mark(pairs: PairTable, matches: Iterable[bool]) -> np.ndarray:
     """Collect whether each pair matches, [n] bool, with a progress bar."""
     total = len(pairs)
     bar = progress_bar(
@@ -121,7 +122,7 @@ def _fold(name: str) -> str:
     return normalize_class_name(name).casefold()
 
 
-def _every_captions(pairs: PairSource) -> Iterator[list[str]]:
+def _every_captions(pairs: PairTable) -> Iterator[list[str]]:
     """Yield the captions of each pair; none if it is broken, which is reported on loading."""
     for index, texts in enumerate(pairs.every_text()):
         if isinstance(texts, Tensor):
@@ -132,7 +133,7 @@ def _every_captions(pairs: PairSource) -> Iterator[list[str]]:
         yield texts
 
 
-def _match_classes(pairs: PairSource, names: Sequence[str]) -> np.ndarray:
+def _match_classes(pairs: PairTable, names: Sequence[str]) -> np.ndarray:
     wanted = {_fold(name) for name in names}
     if pairs.classes is not None:
         unknown = [name for name in names if _fold(name) not in map(_fold, pairs.classes)]
@@ -158,19 +159,29 @@ def _match_classes(pairs: PairSource, names: Sequence[str]) -> np.ndarray:
     return chosen
 
 
-def _match_captions(pairs: PairSource, expression: str | re.Pattern[str]) -> np.ndarray:
+def _match_captions(pairs: PairTable, expression: str | re.Pattern[str]) -> np.ndarray:
     try:
         flags = re.IGNORECASE if isinstance(expression, str) else 0
         pattern = re.compile(expression, flags)
     except re.error as error:
         raise InputError(f"`forget`={expression!r} is not a regular expression: {error}") from error
-    if isinstance(pairs, TarPairs):
-        return _mark(pairs, pairs.index.every_match(pattern))
-    return _mark(pairs, (any(map(pattern.search, texts)) for texts in _every_captions(pairs)))
+    if isinstance(pairs, ItemTable) or pairs.indices is not None:
+        return _mark(pairs, (any(map(pattern.search, texts)) for texts in _every_captions(pairs)))
+    parts = pairs.parts.every
+    # Rows in memory would be copied to the other processes.
+    workers = count_processes(len(parts)) if parts[0].path is not None else 1
+    search = partial(_search_part, pattern)
+    with nullcontext() if workers < 2 else process_pool(workers) as pool:
+        found = map(search, parts) if pool is None else pool.map(search, parts)
+        return _mark(pairs, chain.from_iterable(found))
 
 
-def _match_hashes(pairs: PairSource, wanted: np.ndarray) -> np.ndarray:
-    hashes, rows = caption_hashes(pairs)
+def _search_part(pattern: re.Pattern[str], part: Part) -> list[bool]:
+    return [any(map(pattern.search, captions)) for captions in part.every_captions()]
+
+
+def _match_hashes(pairs: PairTable, wanted: np.ndarray) -> np.ndarray:
+    hashes, rows = pairs.caption_hashes()
     unknown = np.setdiff1d(wanted, hashes)
     if len(unknown):
         raise InputError(
@@ -182,7 +193,7 @@ def _match_hashes(pairs: PairSource, wanted: np.ndarray) -> np.ndarray:
     return chosen
 
 
-def _match_ids(pairs: PairSource, path: Path) -> np.ndarray:
+def _match_ids(pairs: PairTable, path: Path) -> np.ndarray:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -214,7 +225,7 @@ def _match_ids(pairs: PairSource, path: Path) -> np.ndarray:
 class _LazyRecord:
     """Stands in for a `Record`; reads each part when it is accessed."""
 
-    def __init__(self, pairs: PairSource, index: int) -> None:
+    def __init__(self, pairs: PairTable, index: int) -> None:
         self._pairs = pairs
         self._index = index
 

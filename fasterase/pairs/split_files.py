@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 from fasterase.errors import InputError
 from fasterase.files import replace_file
+from fasterase.pairs.images import ImageFiles
 from fasterase.pairs.items import IMAGE_KEYS, TEXT_KEYS
 from fasterase.pairs.skips import BrokenPair
-from fasterase.pairs.source import ImageFiles, Subset
+from fasterase.pairs.table import PairTable
 
 _IMAGE, _TEXT = "filepath", "title"
 
@@ -30,7 +31,7 @@ class SplitFiles(NamedTuple):
     tables: bool
 
 
-def write_split(forget: Subset, retain: Subset, folder: Path) -> SplitFiles:
+def write_split(forget: PairTable, retain: PairTable, folder: Path) -> SplitFiles:
     """Write two parts of one source to `folder`, as tables or as lists of ids.
 
     Image files are listed in tables with their absolute paths, captions and other columns: CSV, or
@@ -42,7 +43,7 @@ def write_split(forget: Subset, retain: Subset, folder: Path) -> SplitFiles:
         InputError: a pair of each part has the same id, so that ids do not tell the parts apart.
     """
     parts = {"forget": forget, "retain": retain}
-    tables = isinstance(forget.base, ImageFiles)
+    tables = isinstance(forget.images, ImageFiles)
     if not tables:
         ending = ".txt"
         _check_ids(forget, retain)
@@ -60,7 +61,7 @@ def write_split(forget: Subset, retain: Subset, folder: Path) -> SplitFiles:
     return SplitFiles(paths["forget"], paths["retain"], tables)
 
 
-def _check_ids(forget: Subset, retain: Subset) -> None:
+def _check_ids(forget: PairTable, retain: PairTable) -> None:
     ids = set(forget.every_id())
     shared = next((id for id in retain.every_id() if id in ids), None)
     if shared is not None:
@@ -70,11 +71,11 @@ def _check_ids(forget: Subset, retain: Subset) -> None:
         )
 
 
-def _has_alternatives(part: Subset) -> bool:
+def _has_alternatives(part: PairTable) -> bool:
     return any(len(_captions(part, index)) > 1 for index in range(len(part)))
 
 
-def _captions(part: Subset, index: int) -> list[str]:
+def _captions(part: PairTable, index: int) -> list[str]:
     """Return the captions of a pair; none if it is broken, which is reported on loading."""
     try:
         return list(part.texts(index))
@@ -82,13 +83,12 @@ def _captions(part: Subset, index: int) -> list[str]:
         return []
 
 
-def _rows(part: Subset) -> Iterable[dict[str, Any]]:
-    source = part.base
-    assert isinstance(source, ImageFiles)
+def _rows(part: PairTable) -> Iterable[dict[str, Any]]:
+    assert isinstance(part.images, ImageFiles)
     for index in range(len(part)):
         captions = _captions(part, index)
         text = captions[0] if len(captions) == 1 else captions
-        path = source.path(int(part.indices[index]))
+        path = part.images.path(part.id(index))
         usual = (*IMAGE_KEYS, *TEXT_KEYS)
         meta = {key: value for key, value in part.meta(index).items() if key not in usual}
         yield {_IMAGE: path, _TEXT: text or "", **meta}

@@ -10,7 +10,7 @@ import numpy as np
 
 import fasterase
 from fasterase.errors import InputError
-from fasterase.pairs.source import Subset
+from fasterase.pairs.table import PairTable
 from fasterase.protocols.protocol import Case, Measure, Protocol, Reported
 
 CONCEPT = "apple"
@@ -53,9 +53,9 @@ def cases(data: Path, concept: str | None) -> Iterator[Case]:
             f"{MEASURED} of each are needed. Give another concept, or more shards."
         )
 
-    def part(pairs: Subset, *, measured: bool) -> Subset:
+    def part(pairs: PairTable, *, measured: bool) -> PairTable:
         chosen = (np.arange(len(pairs)) % MEASURED == 0) == measured
-        return Subset(pairs, np.flatnonzero(chosen), name=pairs.name)
+        return pairs.where(chosen)
 
     yield Case(
         one,

@@ -13,7 +13,7 @@ from fasterase.encode import PairEncoder
 from fasterase.errors import InputError
 from fasterase.files import check_writable
 from fasterase.pairs.prepare import hash_captions
-from fasterase.pairs.source import PairSource, Subset, base_rows
+from fasterase.pairs.table import PairTable
 from fasterase.parallel.ranks import ALONE, Ranks
 from fasterase.reference.feature_store import NO_CAPTIONS, FeatureStore
 
@@ -72,13 +72,13 @@ class FeatureCache:
                     store = FeatureStore(folder, self.width, dtype=self._dtype)
         return store
 
-    def images(self, source: PairSource) -> FeatureStore:
+    def images(self, source: PairTable) -> FeatureStore:
         """Return the store of the source's images, whose keys `base_rows` gives.
 
         Raises:
             InputError: the folder cannot be written to.
         """
-        manifest = (source.base if isinstance(source, Subset) else source).manifest()
+        manifest = source.base.digest()
         if manifest not in self._images:
             folder = self._captions.folder.with_name(f"images-{manifest[:16]}")
             self._images[manifest] = self._open(folder)
@@ -89,7 +89,7 @@ class FeatureCache:
         return self._captions.get(hash_captions(keys))
 
     def fill(
-        self, source: PairSource, rows: np.ndarray, encoder: PairEncoder, *, description: str
+        self, source: PairTable, rows: np.ndarray, encoder: PairEncoder, *, description: str
     ) -> None:
         """Encode those of `rows` (sorted, distinct) that are missing, with all their captions.
 
@@ -99,7 +99,7 @@ class FeatureCache:
             InputError: too many pairs cannot be read.
         """
         images = self.images(source)
-        keys = base_rows(source, rows)
+        keys = source.base_rows(rows)
         self._remove_damaged(images, keys)
         present = images.has(keys)
         parts = [encoder.own_rows(part) for part in _resume_blocks(rows, present)]
@@ -127,7 +127,7 @@ class FeatureCache:
 
     def _encode(
         self,
-        source: PairSource,
+        source: PairTable,
         rows: np.ndarray,
         encoder: PairEncoder,
         bar: tqdm,
@@ -151,9 +151,9 @@ class FeatureCache:
             if image_block is not None:
                 captions = np.empty(len(batch.captions), NO_CAPTIONS.dtype)
                 of_row = np.array([row for row, _ in batch.captions], np.int64)
-                captions["key"] = base_rows(source, of_row)
+                captions["key"] = source.base_rows(of_row)
                 captions["caption"] = hash_captions([key for _, key in batch.captions])
-                image_block.add(base_rows(source, batch.rows), batch.image.numpy(), captions)
+                image_block.add(source.base_rows(batch.rows), batch.image.numpy(), captions)
             if number % max(1, BLOCK // encoder.batch_size) == 0:
                 flush()
         flush()

@@ -15,7 +15,7 @@ from fasterase.encode import PairEncoder, PairFeatures, check_readable
 from fasterase.errors import FaseraseError, InputError
 from fasterase.pairs.batches import StepBatch
 from fasterase.pairs.prepare import caption_key
-from fasterase.pairs.source import PairSource, base_rows
+from fasterase.pairs.table import PairTable
 from fasterase.parallel.ranks import ALONE, Ranks
 from fasterase.reference.cache import FeatureCache
 from fasterase.seeds import Stream, generator
@@ -40,7 +40,7 @@ class OriginalFeatures:
         self._cache = cache
         self._in_memory: dict[int, PairFeatures] = {}
 
-    def encode(self, source: PairSource, rows: np.ndarray) -> None:
+    def encode(self, source: PairTable, rows: np.ndarray) -> None:
         """Encode rows (sorted, distinct) of a set, once for all later uses.
 
         Raises:
@@ -52,7 +52,7 @@ class OriginalFeatures:
         else:
             self._in_memory[id(source)] = self._encoder.pairs(source, rows, description=description)
 
-    def pairs(self, source: PairSource, rows: np.ndarray) -> PairFeatures:
+    def pairs(self, source: PairTable, rows: np.ndarray) -> PairFeatures:
         """Return features of `rows` with their first captions; unreadable pairs are left out.
 
         Raises:
@@ -61,7 +61,7 @@ class OriginalFeatures:
         if not source.stable:
             return self._in_memory[id(source)].at(rows)
         images = self._cache.images(source)
-        readable = rows[images.has(base_rows(source, rows))]
+        readable = rows[images.has(source.base_rows(rows))]
         check_readable(source, len(rows), len(readable))
         place: dict[str, int] = {}
         pair_text = [
@@ -69,7 +69,7 @@ class OriginalFeatures:
         ]
         return PairFeatures(
             readable,
-            torch.from_numpy(images.get(base_rows(source, readable))),
+            torch.from_numpy(images.get(source.base_rows(readable))),
             torch.from_numpy(self._cache.texts(list(place))),
             list(place),
             pair_text,
@@ -92,8 +92,8 @@ class CachedReference:
     def __init__(
         self,
         cache: FeatureCache,
-        forget: PairSource,
-        retain: PairSource,
+        forget: PairTable,
+        retain: PairTable,
         *,
         scale: Tensor,
         with_forget: bool,
@@ -114,7 +114,7 @@ class CachedReference:
         text = np.zeros((len(keys), self._cache.width), np.float32)
         for source, images, rows, where in parts:
             try:
-                image[where] = images.get(base_rows(source, rows))
+                image[where] = images.get(source.base_rows(rows))
                 text[where] = self._cache.texts(keys[where])
             except KeyError as error:
                 raise FaseraseError(
@@ -178,6 +178,6 @@ def unmatched_cosine(forget: PairFeatures, retain: PairFeatures) -> float:
     return float(cosines[differ].double().sum()) / count if count else 0.0
 
 
-def _first_caption(source: PairSource, row: int) -> str:
+def _first_caption(source: PairTable, row: int) -> str:
     texts = source.texts(row)
     return caption_key(texts if isinstance(texts, Tensor) else texts[0])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fasterase.encode import PairEncoder
 from fasterase.pairs.skips import BrokenPair
-from fasterase.pairs.source import PairSource
+from fasterase.pairs.table import PairTable
 from fasterase.report.pictures import SheetRow, top_captions
 from fasterase.seeds import Stream, generator
 
@@ -49,7 +49,7 @@ class CaptionRanking:
         self.text = [encoder.texts(candidates) for encoder in self._encoders]  # [m, D] each
 
     def rows(
-        self, section: str, source: PairSource, rows: Sequence[int], count: int = CAPTIONS
+        self, section: str, source: PairTable, rows: Sequence[int], count: int = CAPTIONS
     ) -> list[SheetRow]:
         """Return the readable pictures among `rows`, each with its `count` closest captions."""
         if not rows:
@@ -69,7 +69,7 @@ class CaptionRanking:
 
 
 def example_rows(
-    forget: PairSource, retain: PairSource, before: PairEncoder, after: PairEncoder, *, seed: int
+    forget: PairTable, retain: PairTable, before: PairEncoder, after: PairEncoder, *, seed: int
 ) -> Examples:
     """Choose pictures to forget, their neighbours and others, and rank captions for them.
 
@@ -100,7 +100,7 @@ def example_rows(
     return Examples(rows, list(to_forget))
 
 
-def first_caption(source: PairSource, row: int) -> str | None:
+def first_caption(source: PairTable, row: int) -> str | None:
     """Return the first caption of a pair; None if it is token ids or cannot be read."""
     try:
         texts = source.texts(row)
@@ -115,7 +115,7 @@ def spread(items: Sequence[int], count: int) -> list[int]:
     return [items[i] for i in places]
 
 
-def _captions(source: PairSource, count: int, random: np.random.Generator) -> dict[str, int]:
+def _captions(source: PairTable, count: int, random: np.random.Generator) -> dict[str, int]:
     """Return distinct captions of at most `count` pairs drawn at random, each with its row."""
     captions: dict[str, int] = {}
     drawn = random.choice(len(source), min(count, len(source)), replace=False)

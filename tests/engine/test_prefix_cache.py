@@ -14,7 +14,7 @@ from fasterase.engine import erase as erase_module
 from fasterase.engine.prefix_cache import VIEWS, PrefixCache, row_bytes
 from fasterase.errors import InputError
 from fasterase.models.prefix import SplitTower
-from fasterase.pairs import source
+from fasterase.pairs import table
 from tests import small_models
 from tests.marks import SHORT_RUN
 from tests.models.test_adapters import STEPS, erase, vocabulary_of
@@ -149,9 +149,9 @@ def test_what_is_only_measured_is_kept_while_there_is_room(tmp_path, lower_rows)
 
 def test_images_that_are_kept_are_not_opened(tmp_path, monkeypatch):
     opened = []
-    decode = source.decode_image
+    decode = table.decode_image
     monkeypatch.setattr(
-        source, "decode_image", lambda data, *, id: (opened.append(id), decode(data, id=id))[1]
+        table, "decode_image", lambda data, *, id: (opened.append(id), decode(data, id=id))[1]
     )
     numbers = np.random.default_rng(0)
     for name, count in (("forget", 4), ("retain", 8)):

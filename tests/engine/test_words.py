@@ -13,7 +13,6 @@ from fasterase.engine.optim import Trained
 from fasterase.engine.words import forget_words
 from fasterase.models.load import load_model
 from fasterase.pairs.open import open_pairs
-from fasterase.pairs.source import Subset
 from tests import small_models
 from tests.tiny_concepts import FORGOTTEN, KEPT, concept_pairs, knowing_model
 
@@ -40,7 +39,7 @@ def ids_of(model, captions):
 def run(model, *, forget=FORGET, retain=RETAIN, retain_rows=None, drawn=(), tune="all", seed=0):
     forget, retain = as_source(forget, "forget"), as_source(retain, "retain")
     if retain_rows is not None:
-        retain = Subset(retain, retain_rows, name="retain")
+        retain = retain.select(retain_rows)
     trained = Trained.choose(model, tune, logit_scale=False)
     drawn = np.array(drawn, dtype=np.int64)
     encoder = PairEncoder(model)

@@ -16,7 +16,7 @@ from fasterase.evaluation import scores
 from fasterase.evaluation.evaluator import Evaluator
 from fasterase.evaluation.features import sampled_rows
 from fasterase.pairs.open import open_pairs
-from fasterase.pairs.source import PairSource
+from fasterase.pairs.table import PairTable
 from tests.evaluation.lookup_model import LookupModel, picture
 
 WIDTH = 6
@@ -33,7 +33,7 @@ TEXTS = sorted({caption for pairs in CAPTIONS.values() for c in pairs for captio
 IMAGES = sum(map(len, CAPTIONS.values()))
 
 
-def sources() -> dict[str, PairSource]:
+def sources() -> dict[str, PairTable]:
     opened, number = {}, 0
     for name, pairs in CAPTIONS.items():
         items: list[Any] = []

@@ -19,13 +19,13 @@ from fasterase.evaluation.judge import Judge, PairTraces
 from fasterase.evaluation.verdict import decide
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.sampler import Sampler
-from fasterase.pairs.source import PairSource
+from fasterase.pairs.table import PairTable
 from tests.evaluation.lookup_model import LookupModel, picture
 
 Captions = Sequence[str | list[str]]
 
 
-def open_sets(**captions: Captions) -> dict[str, PairSource]:
+def open_sets(**captions: Captions) -> dict[str, PairTable]:
     """Sets of pairs with these captions; their images are numbered on through all sets."""
     sets, number = {}, 0
     for name, those in captions.items():
@@ -36,7 +36,7 @@ def open_sets(**captions: Captions) -> dict[str, PairSource]:
 
 
 def judge(
-    sets: dict[str, PairSource],
+    sets: dict[str, PairTable],
     image: Tensor,  # [n, D] in the order of the sets
     text: Tensor,  # [m, D]
     texts: list[str],

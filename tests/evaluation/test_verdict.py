@@ -10,7 +10,7 @@ import fasterase
 from fasterase.demo import emoji
 from fasterase.demo.sets import open_teams
 from fasterase.evaluation.verdict import Trace, decide
-from fasterase.pairs.source import PairSource, Subset
+from fasterase.pairs.table import PairTable
 
 
 def trace(
@@ -67,7 +67,7 @@ def test_the_worst_set_decides(traces: dict[str, Trace], known: str, verdict: st
 def test_the_demo_s_models() -> None:
     """The gold standard: a model that never saw the concept has forgotten it, the base has not."""
 
-    def drawings(teams: Sequence[str]) -> tuple[PairSource, PairSource]:
+    def drawings(teams: Sequence[str]) -> tuple[PairTable, PairTable]:
         source = open_teams(teams)
         metas = [source.meta(row) for row in range(len(source))]
         fruit = [i for i, meta in enumerate(metas) if meta["subgroup"] == emoji.DEFAULT_FORGET]
@@ -76,7 +76,7 @@ def test_the_demo_s_models() -> None:
             for i, meta in enumerate(metas)
             if meta["member"] and meta["subgroup"] != emoji.DEFAULT_FORGET
         ]
-        return Subset(source, fruit, name="fruit"), Subset(source, kept, name="kept")
+        return source.select(fruit, name="fruit"), source.select(kept, name="kept")
 
     forget, retain = drawings(emoji.TRAIN_TEAMS)
     unseen, _ = drawings([emoji.UNSEEN_TEAM])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pandas
 import pyarrow
@@ -11,7 +9,7 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from fasterase.errors import InputError, MissingExtraError
+from fasterase.errors import InputError
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.overlap import remove_overlap
 from fasterase.pairs.skips import BrokenPair
@@ -88,6 +86,18 @@ def test_frame_of_pictures_arrays_and_token_ids(picture):
     assert ids[1].text.tolist() == [3, 4]
 
 
+@pytest.mark.parametrize("names", [["title", "title", "path"], ["text", "path", "path"]])
+def test_two_columns_of_one_name_are_refused(names, tmp_path):
+    repeated = max(names, key=names.count)
+    found = rf"2 columns are named '{repeated}'; the columns found are .*Rename or remove"
+    with pytest.raises(InputError, match=f"`x`: {found}"):
+        open_pairs(pandas.DataFrame([["a", "b", "c"]], columns=names), name="x")
+    table = pyarrow.table([["a"], ["b"], ["c"]], names=names)
+    parquet.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(InputError, match=rf"`x`: .*t\.parquet: {found}"):
+        open_pairs(tmp_path / "t.parquet", name="x")
+
+
 def test_empty_frame():
     with pytest.raises(InputError, match="`x` is empty"):
         open_pairs(pandas.DataFrame({"image": [], "text": []}), name="x")
@@ -142,16 +152,7 @@ def test_files_of_one_name_do_not_overlap_but_by_content(tmp_path, encoded):
 
 def test_damaged_parquet_and_wrong_columns(tmp_path):
     (tmp_path / "t.parquet").write_bytes(b"PAR1 no more")
-    with pytest.raises(InputError, match=r"`x`: .*t\.parquet cannot be read as Parquet"):
+    with pytest.raises(InputError, match=r"`x`: .*t\.parquet: it cannot be read as Parquet"):
         open_pairs(tmp_path / "t.parquet", name="x")
     with pytest.raises(InputError, match=r"`x`: .*u\.parquet: no column named .*\['url', 'text'\]"):
         open_pairs(write(tmp_path / "u.parquet", url=["a"], text=["b"]), name="x")
-
-
-def test_the_extra_is_named(tmp_path, monkeypatch):
-    file = write(tmp_path / "t.parquet", image=["a"], text=["b"])
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(
-        MissingExtraError, match=r"`x`: reading .*pip install 'fasterase\[parquet\]'"
-    ):
-        open_pairs(file, name="x")

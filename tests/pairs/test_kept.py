@@ -10,11 +10,11 @@ from PIL import Image
 from fasterase.models.preprocessing import ImageTransform
 from fasterase.pairs.augment import augment
 from fasterase.pairs.batches import step_batches, sweep
+from fasterase.pairs.images import ImageFiles
 from fasterase.pairs.kept import KnownPairs
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.prepare import Preparer
 from fasterase.pairs.sampler import Sampler
-from fasterase.pairs.source import ImageFiles, base_rows
 from fasterase.seeds import Stream, generator
 from tests.pairs.test_batches import tokenizer, transform
 
@@ -32,7 +32,7 @@ class Pixels:
     @staticmethod
     def keys(source, rows, views):
         base = id(getattr(source, "base", source))
-        keys = zip(base_rows(source, rows).tolist(), views.tolist(), strict=True)
+        keys = zip(source.base_rows(rows).tolist(), views.tolist(), strict=True)
         return [(base, *key) for key in keys]
 
     def has_images(self, source, rows, views):
@@ -68,11 +68,9 @@ def sources(tmp_path):
 def opened(monkeypatch):
     """Lists the images that this process has opened."""
     rows = []
-    read = ImageFiles.encoded_image
+    read = ImageFiles.read
     monkeypatch.setattr(
-        ImageFiles,
-        "encoded_image",
-        lambda self, index: (rows.append(index), read(self, index))[1],
+        ImageFiles, "read", lambda self, row, id: (rows.append(row), read(self, row, id))[1]
     )
     return rows
 

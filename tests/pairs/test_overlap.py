@@ -11,11 +11,11 @@ from torch.utils.data import Dataset
 from fasterase import split
 from fasterase.errors import InputError
 from fasterase.pairs import overlap
+from fasterase.pairs.images import ImageFiles
 from fasterase.pairs.open import open_pairs
-from fasterase.pairs.overlap import caption_hashes, remove_overlap
+from fasterase.pairs.overlap import remove_overlap
 from fasterase.pairs.prepare import hash_captions
-from fasterase.pairs.source import Subset
-from fasterase.pairs.tars import TarFiles
+from fasterase.pairs.read_tars import TarImages
 
 
 def remaining(retain, forget):
@@ -73,10 +73,7 @@ def test_files_of_other_sizes_are_not_read(pictures, monkeypatch):
     (pictures / "f.csv").write_text("image,text\n1.png,a\n")
     (pictures / "1.png").write_bytes((pictures / "1.png").read_bytes() + b"\0")
     (pictures / "r.csv").write_text("image,text\n0.png,a\n2.png,a\n")
-    monkeypatch.setattr(
-        "fasterase.pairs.source.ImageFiles.encoded_image",
-        lambda *_: pytest.fail("read a file"),
-    )
+    monkeypatch.setattr(ImageFiles, "read", lambda *_: pytest.fail("read a file"))
     assert remaining(pictures / "r.csv", pictures / "f.csv")[1] == []
 
 
@@ -133,13 +130,13 @@ def shard(make_tar, encoded):
 def reads(monkeypatch):
     """The rows whose encoded images are read from tars."""
     rows = []
-    read = TarFiles.encoded_image
+    read = TarImages.read
 
-    def note(self, index):
-        rows.append(index)
-        return read(self, index)
+    def note(self, row, id):
+        rows.append(row)
+        return read(self, row, id)
 
-    monkeypatch.setattr(TarFiles, "encoded_image", note)
+    monkeypatch.setattr(TarImages, "read", note)
     return rows
 
 
@@ -156,7 +153,7 @@ def test_sets_over_one_index_are_compared_by_row_without_reading_an_image(shard,
 
 def test_a_shard_named_twice_has_equal_images_in_other_rows(shard, reads):
     pairs = open_pairs([shard, shard], name="x")
-    forget, retain = Subset(pairs, [1], name="forget"), Subset(pairs, [3, 7], name="retain")
+    forget, retain = pairs.select([1]), pairs.select([3, 7])
     assert remaining(retain, forget) == (["s.tar/k3"], ["s.tar/k1"])
 
 
@@ -184,10 +181,10 @@ def test_caption_hashes_of_all_kinds_of_sources(shard, make_tar, encoded):
         entries |= {f"k{number}.png": encoded(number), f"k{number}.json": {"text": text}}
     tars = open_pairs(make_tar("t.tar", entries), name="x", text_key="text")
     for pairs in (listed, tars):
-        hashes, rows = caption_hashes(pairs)
+        hashes, rows = pairs.caption_hashes()
         assert rows.tolist() == [0, 1, 1, 3]
         assert hashes.tolist() == hash_captions(["one", "two", "three", "one"]).tolist()
-        hashes, rows = caption_hashes(Subset(pairs, [3, 1, 2, 1], name="x"))
+        hashes, rows = pairs.select([3, 1, 2, 1]).caption_hashes()
         assert rows.tolist() == [0, 1, 1, 3, 3]
         expected = ["one", "two", "three", "two", "three"]
         assert hashes.tolist() == hash_captions(expected).tolist()

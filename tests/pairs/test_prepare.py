@@ -11,9 +11,9 @@ from PIL import Image
 
 from fasterase.errors import InputError
 from fasterase.models.preprocessing import ImageTransform, Tokens, TransformParts
+from fasterase.pairs.items import Record
 from fasterase.pairs.prepare import Preparer, caption_key, hash_captions, stack_tokens
 from fasterase.pairs.skips import BrokenPair
-from fasterase.pairs.source import Record
 
 
 def transform(image: Image.Image) -> torch.Tensor:

@@ -17,7 +17,6 @@ from fasterase.errors import InputError
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.prepare import hash_captions
 from fasterase.pairs.skips import BrokenPair
-from fasterase.pairs.source import Subset
 
 TEXTS = ["a red apple", "pineapple", "APPLE", ["a pear", "an apple-like pear"], "sea lion"]
 
@@ -129,7 +128,7 @@ def test_subsets_delegate(items):
     assert part.texts(3) == ["a pear", "an apple-like pear"]
     assert rest.texts(0) == ["sea lion"]
     assert rest.id(0) == "source[4]"
-    assert part.manifest() != rest.manifest()
+    assert part.digest() != rest.digest()
     inner, _ = split(part, forget="pear")
     assert inner.indices.tolist() == [3]
     assert [record.id for record in inner] == ["source[3]"]
@@ -204,7 +203,7 @@ def test_passes_over_views_and_shards_give_what_single_rows_give(make_tar, encod
             entries |= {f"k{number}.txt": f"caption {number % 5}"}
     pairs = open_pairs(make_tar("s.tar", entries), name="x")
     rows = [list(range(1, 39, 2)), [30, 2], [5, 5, *range(20)]]
-    for source in (pairs, *(Subset(pairs, each, name="x") for each in rows)):
+    for source in (pairs, *(pairs.select(each) for each in rows)):
         indices = range(len(source))
         assert list(source.every_id()) == [source.id(i) for i in indices]
         for texts, i in zip(source.every_text(), indices, strict=True):

@@ -8,7 +8,6 @@ import torch
 
 import fasterase
 from fasterase.pairs.open import open_pairs
-from fasterase.pairs.source import Subset
 from fasterase.reference.original import floor_rows
 from tests.marks import SHORT_RUN
 from tests.tiny_model import TinyModel, pairs, same_weights
@@ -120,9 +119,9 @@ def test_other_models_data_and_precisions_find_nothing(tmp_path):
 
 def test_views_of_one_source_share_its_features(tmp_path):
     source = open_pairs(pairs(30, seed=1), name="retain")
-    forget, retain = Subset(source, range(6), name="f"), Subset(source, range(6, 30), name="r")
+    forget, retain = source.select(range(6)), source.select(range(6, 30))
     assert swept(tmp_path, forget=forget, retain=retain).swept == (30, 30)
-    forget, retain = Subset(source, range(9), name="f"), Subset(source, range(9, 30), name="r")
+    forget, retain = source.select(range(9)), source.select(range(9, 30))
     assert swept(tmp_path, forget=forget, retain=retain).swept == (0, 0)
 
 

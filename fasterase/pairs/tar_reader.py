@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from fasterase.pairs.remote import RemoteShard
-from fasterase.pairs.shard_cache import ShardCache
+from fasterase.pairs.remote_cache import ShardCache
 
 _BLOCK = tarfile.BLOCKSIZE
 _ZEROS = bytes(_BLOCK)

@@ -12,18 +12,17 @@ from pathlib import Path
 import pytest
 
 from fasterase.errors import InputError
-from fasterase.pairs import processes, shard_index
+from fasterase.pairs import processes, tar_index
 from fasterase.pairs.open import open_pairs
-from fasterase.pairs.shard_block import BlockBuilder
-from fasterase.pairs.shards import ShardReader
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.split import split
+from fasterase.pairs.tar_reader import ShardReader
 
 
 @pytest.fixture
 def shards(make_tar, encoded, monkeypatch):
     """A folder of s-0.tar ... s-3.tar with two samples each; their index is kept."""
-    monkeypatch.setattr(shard_index, "KEPT_BYTES", 0)
+    monkeypatch.setattr(tar_index, "KEPT_BYTES", 0)
     for shard in range(4):
         entries = {}
         for n in (2 * shard, 2 * shard + 1):
@@ -50,13 +49,13 @@ def blocks(folder):
 def read_shards(monkeypatch):
     """The names of the shards that are read from now on by this process."""
     read = []
-    before = BlockBuilder.__init__
+    before = tar_index.read_rows
 
-    def note(self, shard, entries):
+    def note(shard, *arguments, **options):
         read.append(os.path.basename(shard))
-        before(self, shard, entries)
+        return before(shard, *arguments, **options)
 
-    monkeypatch.setattr(BlockBuilder, "__init__", note)
+    monkeypatch.setattr(tar_index, "read_rows", note)
     monkeypatch.setattr(processes, "num_cpus", lambda: 1)
     return read
 
@@ -64,11 +63,11 @@ def read_shards(monkeypatch):
 def test_a_kept_index_is_that_in_memory(shards, monkeypatch):
     kept = contents(shards)
     assert [path.name.split(".tar.")[0] for path in blocks(shards)] == [f"s-{n}" for n in range(4)]
-    manifest = open_pairs(str(shards), name="retain").manifest()
-    monkeypatch.setattr(shard_index, "KEPT_BYTES", 1 << 40)
+    manifest = open_pairs(str(shards), name="retain").digest()
+    monkeypatch.setattr(tar_index, "KEPT_BYTES", 1 << 40)
     assert contents(shards) == kept
     assert [caption for _, (caption,), *_ in kept] == [f"caption {n}" for n in range(8)]
-    assert open_pairs(str(shards), name="x").manifest() == manifest
+    assert open_pairs(str(shards), name="x").digest() == manifest
 
 
 def test_what_has_changed_is_indexed_again_alone(shards, read_shards, make_tar, encoded, caplog):
@@ -87,7 +86,8 @@ def test_what_has_changed_is_indexed_again_alone(shards, read_shards, make_tar, 
     read_shards.clear()
     block = blocks(shards)[2]
     data = block.read_bytes()
-    for damaged in (data[:-1], data[:100], data[:-60] + b"\0" + data[-59:], b""):
+    facts = data.rindex(b'"torn"')
+    for damaged in (data[:-1], data[:100], data[:facts] + b"\0" + data[facts + 1 :], b""):
         block.write_bytes(damaged)
         assert contents(shards) == after
         assert block.read_bytes() == data
@@ -107,9 +107,9 @@ def test_the_cache_takes_what_cannot_be_written_beside_the_shards(
 ):
     cache = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    monkeypatch.setattr("fasterase.pairs.shard_index.os.access", lambda *_: False)
+    monkeypatch.setattr("fasterase.pairs.tar_index.os.access", lambda *_: False)
     assert len(contents(shards)) == 8
-    assert len(list(cache.rglob("*.index"))) == 4
+    assert len(list(cache.rglob("*.arrow"))) == 4
     read_shards.clear()
     assert len(contents(shards)) == 8
     assert read_shards == []
@@ -138,7 +138,7 @@ def test_processes_that_open_the_same_shards_at_once(shards):
     for process in processes:
         process.join()
     assert found == [[contents(shards)] * 5] * 3
-    assert {path.suffix for path in blocks(shards)} == {".index"}
+    assert {path.suffix for path in blocks(shards)} == {".arrow"}
 
 
 def test_an_unreadable_shard_is_named_by_the_process_that_asked(shards):
@@ -150,7 +150,7 @@ def test_an_unreadable_shard_is_named_by_the_process_that_asked(shards):
 def test_rows_end_where_the_samples_do(shards):
     pairs = open_pairs(str(shards), name="x")
     assert len(list(pairs)) == len(pairs) == 8
-    for row in (-1, 8):
+    for row in (-9, 8):
         with pytest.raises(IndexError):
             pairs.texts(row)
 

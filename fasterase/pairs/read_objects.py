@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,10 +18,12 @@ from fasterase.pairs.classes import (
     find_classified,
     label_columns,
 )
+from fasterase.pairs.images import decode_image, read_image_file, to_rgb
 from fasterase.pairs.items import (
     IMAGE_KEYS,
     TEXT_KEYS,
     Item,
+    Record,
     choose_key,
     is_batch,
     parse_item,
@@ -29,9 +31,9 @@ from fasterase.pairs.items import (
     select_plain,
     unbatch,
 )
-from fasterase.pairs.pictures import to_rgb
+from fasterase.pairs.prepare import caption_key, hash_captions
 from fasterase.pairs.skips import BrokenPair
-from fasterase.pairs.source import PairSource, Record, decode_image, read_image_file
+from fasterase.pairs.table import PairTable
 from fasterase.progress import progress_bar
 
 # Items read twice to see whether a dataset is deterministic. One would miss a flip of probability
@@ -43,7 +45,7 @@ _REMEMBERED = 1 << 20
 _MANIFEST_ITEMS = 64
 
 
-def open_objects(source: Any, name: str, image_key: str | None, text_key: str | None) -> ItemSource:
+def open_objects(source: Any, name: str, image_key: str | None, text_key: str | None) -> ItemTable:
     """Open a Python object of any accepted kind; raise `InputError` for others.
 
     A `DataLoader` is unwrapped to its dataset. Iterables without random access, and batches, are
@@ -95,7 +97,7 @@ def open_objects(source: Any, name: str, image_key: str | None, text_key: str | 
             _read_all((source[i] for i in range(len(source))), name), name, image_key, text_key
         )
     in_memory = isinstance(source, TensorDataset)
-    return ItemSource(name, source, image_key=image_key, text_key=text_key, in_memory=in_memory)
+    return ItemTable(name, source, image_key=image_key, text_key=text_key, in_memory=in_memory)
 
 
 def _read_all(items: Iterable[Any], name: str) -> list[Any]:
@@ -117,7 +119,7 @@ def _first_is_batch(dataset: Any, image_key: str | None, text_key: str | None) -
 
 def _open_list(
     items: Sequence[Any], name: str, image_key: str | None, text_key: str | None
-) -> ItemSource:
+) -> ItemTable:
     pairs: list[Item | BrokenPair] = []
     for item in items:
         # `unbatch` returns pairs in a standard form, so the keys no longer apply.
@@ -130,19 +132,19 @@ def _open_list(
             except BrokenPair as error:
                 pairs.append(error)
     in_memory = not any(isinstance(pair, Item) and isinstance(pair.image, str) for pair in pairs)
-    return ItemSource(name, pairs, in_memory=in_memory)
+    return ItemTable(name, pairs, in_memory=in_memory)
 
 
 def _open_hugging_face(
     source: Any, name: str, image_key: str | None, text_key: str | None
-) -> ItemSource:
+) -> ItemTable:
     """Open a `datasets.Dataset`; captions and other columns are read without decoding images."""
     labels = label_columns(source)
     # A transform set by the user may need the image column for its outputs.
     if source.format["type"] == "custom":
         label = _choose_label(_keys_of_first(source), text_key, labels)
         if label is None:
-            return ItemSource(name, source, image_key=image_key, text_key=text_key)
+            return ItemTable(name, source, image_key=image_key, text_key=text_key)
         named = NamedLabels(source, label, labels[label])
         return _open_named(named, name, image_key, label, labels[label])
     found = list(source.column_names)
@@ -151,7 +153,7 @@ def _open_hugging_face(
     text = label or choose_key(found, text_key, TEXT_KEYS, "text_key")
     columns = source.select_columns([column for column in found if column != image])
     if label is None:
-        return ItemSource(name, source, image_key=image, text_key=text, columns=columns)
+        return ItemTable(name, source, image_key=image, text_key=text, columns=columns)
     classes = labels[label]
     named = NamedLabels(source, label, classes)
     return _open_named(named, name, image, label, classes, NamedLabels(columns, label, classes))
@@ -184,14 +186,14 @@ def _open_named(
     text_key: str,
     classes: ClassNames,
     columns: Any = None,
-) -> ItemSource:
+) -> ItemTable:
     """Open items whose captions are the names of their classes."""
-    source = ItemSource(name, items, image_key=image_key, text_key=text_key, columns=columns)
+    source = ItemTable(name, items, image_key=image_key, text_key=text_key, columns=columns)
     source.classes = classes.names
     return source
 
 
-class ItemSource(PairSource):
+class ItemTable(PairTable):
     """The items of a map-style dataset, or a list of parsed items.
 
     Args:
@@ -210,7 +212,7 @@ class ItemSource(PairSource):
         columns: Any = None,
         in_memory: bool = False,
     ) -> None:
-        self.name = name
+        self.name = self._label = name
         self.in_memory = in_memory
         self._items = items
         self._columns = columns
@@ -219,65 +221,75 @@ class ItemSource(PairSource):
         self._seen: dict[int, str | list[str]] = {}
         self.stable = isinstance(items, list) or self._is_deterministic()
 
-    def __len__(self) -> int:
+    def _count(self) -> int:
         return len(self._items)
 
-    def id(self, index: int) -> str:
-        return f"{self.name}[{index}]"
+    def _id(self, row: int) -> str:
+        return f"{self._label}[{row}]"
 
-    def _parse(self, index: int) -> Item:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
+    def _parse(self, row: int) -> Item:
         try:
-            item = self._items[index]
+            item = self._items[row]
         except (InputError, BrokenPair):
             raise
         # A dataset may fail on an item in any way; that item is a broken pair.
         except Exception as error:
-            raise BrokenPair(self.id(index), f"{type(error).__name__}: {error}") from error
+            raise BrokenPair(self._id(row), f"{type(error).__name__}: {error}") from error
         if isinstance(item, BrokenPair):
             raise item
         if isinstance(item, Item):
             return item
-        return parse_item(item, self._image_key, self._text_key, id=self.id(index))
+        return parse_item(item, self._image_key, self._text_key, id=self._id(row))
 
-    def __getitem__(self, index: int) -> Record:
-        item = self._parse(index)
+    def _record(self, row: int) -> Record:
+        item, id = self._parse(row), self._id(row)
         image = item.image
         if isinstance(image, str):
-            image = decode_image(read_image_file(image, id=self.id(index)), id=self.id(index))
-        self._remember(index, item.text)
-        return Record(image, item.text, self.id(index), item.mask, item.meta)
+            image = decode_image(read_image_file(image, id=id), id=id)
+        self._remember(row, item.text)
+        return Record(image, item.text, id, item.mask, item.meta)
 
-    def texts(self, index: int) -> list[str] | Tensor:
+    def _texts(self, row: int) -> list[str] | Tensor:
         if self._columns is not None:
-            text = parse_text(self._columns[index][self._text_key], id=self.id(index))
-        elif index in self._seen and self.stable:
-            text = self._seen[index]
+            text = parse_text(self._columns[row][self._text_key], id=self._id(row))
+        elif row in self._seen and self.stable:
+            text = self._seen[row]
         else:
-            text = self._parse(index).text
-            self._remember(index, text)
+            text = self._parse(row).text
+            self._remember(row, text)
         return [text] if isinstance(text, str) else text
 
-    def _remember(self, index: int, text: str | list[str] | Tensor) -> None:
+    def _remember(self, row: int, text: str | list[str] | Tensor) -> None:
         """Keep captions that could not be read again without the image."""
         is_whole = self._columns is None and not isinstance(self._items, list)
         has_room = self.stable and len(self._seen) < _REMEMBERED
         if is_whole and has_room and not isinstance(text, Tensor):
-            self._seen[index] = text
+            self._seen[row] = text
 
-    def meta(self, index: int) -> dict[str, Any]:
+    def _meta(self, row: int) -> dict[str, Any]:
         if self._columns is None:
-            return self._parse(index).meta
-        return select_plain(self._columns[index], without=(self._text_key,))
+            return self._parse(row).meta
+        return select_plain(self._columns[row], without=(self._text_key,))
+
+    def _every_id(self) -> Iterator[str]:
+        return map(self._id, range(self._count()))
+
+    def _every_text(self) -> Iterator[list[str] | Tensor]:
+        return map(self._texts_or_none, range(self._count()))
+
+    def _caption_hashes(self) -> tuple[np.ndarray, np.ndarray]:
+        texts = ([each] if isinstance(each, Tensor) else each for each in self._every_text())
+        keys = [list(map(caption_key, each)) for each in texts]
+        rows = np.repeat(np.arange(len(keys)), [len(each) for each in keys])
+        return hash_captions([key for each in keys for key in each]), rows
 
     def _is_deterministic(self) -> bool:
         """Read a few items twice and compare; raise `InputError` if none can be read."""
         failure = None
         readable = False
-        for index in _spread_indices(len(self), _PROBES):
+        for index in _spread_indices(self._count(), _PROBES):
             try:
-                first, second = (_fingerprint(self[index], whole=True) for _ in range(2))
+                first, second = (_fingerprint(self._record(index), whole=True) for _ in range(2))
             except BrokenPair as error:
                 failure = error
                 continue
@@ -288,20 +300,20 @@ class ItemSource(PairSource):
             raise InputError(f"`{self.name}`: no pair can be read; for example {failure}")
         return True
 
-    def manifest(self) -> str:
+    def _digest(self) -> str:
         """Digest the length, the captions, and the shape and some pixel values of a few items.
 
         Captions are those of all items if reading them decodes no images, else of the same few.
         """
-        digest = hashlib.blake2b(f"{len(self)}".encode(), digest_size=16)
-        sampled = set(_spread_indices(len(self), _MANIFEST_ITEMS))
+        digest = hashlib.blake2b(f"{self._count()}".encode(), digest_size=16)
+        sampled = set(_spread_indices(self._count(), _MANIFEST_ITEMS))
         all_captions = isinstance(self._items, list) or self._columns is not None
-        for index in range(len(self)) if all_captions else sorted(sampled):
+        for index in range(self._count()) if all_captions else sorted(sampled):
             try:
                 if index in sampled:
-                    digest.update(_fingerprint(self[index], whole=False))
+                    digest.update(_fingerprint(self._record(index), whole=False))
                 else:
-                    digest.update(_serialize_text(self.texts(index)))
+                    digest.update(_serialize_text(self._texts(index)))
             except BrokenPair as error:
                 digest.update(str(error).encode())
         return digest.hexdigest()

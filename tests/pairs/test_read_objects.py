@@ -261,13 +261,13 @@ def test_a_loader_whose_collation_makes_the_pairs_says_what_to_do():
 
 
 def test_manifest_follows_captions_pixels_and_order():
-    manifest = open_pairs(TEXT_TUPLES, name="a").manifest()
-    assert manifest == open_pairs(list(TEXT_TUPLES), name="b").manifest()
+    manifest = open_pairs(TEXT_TUPLES, name="a").digest()
+    assert manifest == open_pairs(list(TEXT_TUPLES), name="b").digest()
     changed = [(TEXT_TUPLES[0][0] + 1, "caption 0"), *TEXT_TUPLES[1:]]
-    assert manifest != open_pairs(changed, name="a").manifest()
+    assert manifest != open_pairs(changed, name="a").digest()
     renamed = [(TEXT_TUPLES[0][0], "other"), *TEXT_TUPLES[1:]]
-    assert manifest != open_pairs(renamed, name="a").manifest()
-    assert manifest != open_pairs(TEXT_TUPLES[::-1], name="a").manifest()
+    assert manifest != open_pairs(renamed, name="a").digest()
+    assert manifest != open_pairs(TEXT_TUPLES[::-1], name="a").digest()
 
 
 def test_sources_pickle_for_spawned_workers():
@@ -305,9 +305,9 @@ class TestHuggingFace:
         assert pairs[0].text == ["a", "b"]
 
     def test_manifest_repeats(self, picture):
-        first = open_pairs(self.dataset(picture, text=["a", "b", "c"]), name="x").manifest()
-        assert first == open_pairs(self.dataset(picture, text=["a", "b", "c"]), name="x").manifest()
-        assert first != open_pairs(self.dataset(picture, text=["a", "b", "d"]), name="x").manifest()
+        first = open_pairs(self.dataset(picture, text=["a", "b", "c"]), name="x").digest()
+        assert first == open_pairs(self.dataset(picture, text=["a", "b", "c"]), name="x").digest()
+        assert first != open_pairs(self.dataset(picture, text=["a", "b", "d"]), name="x").digest()
 
     def test_user_transform_keeps_working(self, picture):
         source = self.dataset(picture, text=["a", "b", "c"])

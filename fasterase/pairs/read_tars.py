@@ -9,23 +9,23 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property
 from typing import IO, Any
 
 import numpy as np
-from torch import Tensor
 
 from fasterase.errors import InputError
+from fasterase.pairs.images import ImagesInMemory
+from fasterase.pairs.items import Record
+from fasterase.pairs.parts import Part, Parts, add_metadata
 from fasterase.pairs.remote import RemoteError, RemoteShard, describe_shards, is_remote, shard_name
+from fasterase.pairs.remote_cache import BYTES_VARIABLE, ShardCache
 from fasterase.pairs.sampler import WINDOW_SHARDS
-from fasterase.pairs.shard_block import BlockBuilder, Entries
-from fasterase.pairs.shard_cache import BYTES_VARIABLE, ShardCache
-from fasterase.pairs.shard_index import ShardIndex, index_shards
-from fasterase.pairs.shards import open_sequential
 from fasterase.pairs.skips import BrokenPair
-from fasterase.pairs.source import EncodedSource, PackedStrings, Record
+from fasterase.pairs.table import PairTable
+from fasterase.pairs.tar_index import Entries, add_lost, check_parts, index_shards, read_rows
+from fasterase.pairs.tar_reader import Sample, open_sequential
 from fasterase.progress import progress_bar
 
 IMAGE_ENTRIES = "jpg;png;jpeg;webp"
@@ -69,15 +69,15 @@ def expand_pattern(pattern: str, *, name: str) -> list[str]:
 
 def open_tars(
     shards: list[str], *, name: str, image_key: str | None = None, text_key: str | None = None
-) -> EncodedSource:
+) -> PairTable:
     """Open the pairs of tar shards, in order; the ids are `shard.tar/key`.
 
     Images are the entries `jpg;png;jpeg;webp` (or `image_key`: endings joined by `;`). Captions are
     the entry `txt` (or `text_key`: endings, or a field of the `json` entry, which may be a list).
     The `json` entry becomes the pair's `meta`.
 
-    Uncompressed tars are indexed in one pass over their headers (`shard_index`) and read by offset;
-    those at a URL (`remote`) from local copies, of which a bounded number is kept (`shard_cache`).
+    Uncompressed tars are indexed in one pass over their headers (`tar_index`) and read by offset;
+    those at a URL (`remote`) from local copies, of which a bounded number is kept (`remote_cache`).
     A sample of img2dataset that its json entry calls failed, or whose image has another size than
     it says, is a broken pair. Compressed tars and pipes allow no random access: they are read once
     from start to end, and their encoded images are kept in memory.
@@ -106,157 +106,117 @@ def open_tars(
     if sequential:
         return _load_tars(shards, name, entries, remote, cache)
     paths = [shard if shard in remote else os.path.abspath(shard) for shard in shards]
-    index = index_shards(paths, name=name, entries=entries, remote=remote, cache=cache)
+    parts = index_shards(paths, name=name, entries=entries, remote=remote, cache=cache)
+    check_parts(name, parts, entries)
+    broken = add_lost(name, paths, parts)
     if cache is not None:
         _warn_if_cache_is_small(name, list(remote.values()), cache)
-    return TarFiles(name, index, remote=remote, cache=cache)
+    images = TarImages(paths, parts, entries, remote, cache)
+    return TarTable(name, parts, images, broken=broken)
 
 
-class TarPairs(EncodedSource):
-    """Samples of shards, some of them perhaps lost; ids and captions come from their index."""
+class TarImages:
+    """The entries of uncompressed tars, read by shard and offset.
 
-    def __init__(self, name: str, index: ShardIndex) -> None:
-        self.name = name
-        self.index = index
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def id(self, index: int) -> str:
-        return self.index.id(index)
-
-    def texts(self, index: int) -> list[str]:
-        if index in self.index.lost:
-            raise BrokenPair(self.id(index), self.index.lost[index])
-        captions = self.index.captions(index)
-        if not captions:
-            raise BrokenPair(self.id(index), "no readable caption")
-        return captions
-
-    def every_id(self) -> Iterator[str]:
-        return self.index.every_id()
-
-    def every_text(self) -> Iterator[list[str] | Tensor]:
-        return self.index.every_caption()
-
-    def manifest(self) -> str:
-        return self.index.digest()
-
-
-class TarFiles(TarPairs):
-    """Uncompressed tars, read by shard and offset.
+    Attributes:
+        shards: paths or URLs.
+        entries: which entries of a shard the index holds.
 
     Args:
-        name: see `PairSource`.
-        index: of the shards.
+        parts: the index of each shard, and that of lost samples.
         remote: URL -> what was there when it was indexed.
         cache: where remote shards are read from.
     """
 
     def __init__(
         self,
-        name: str,
-        index: ShardIndex,
-        *,
-        remote: Mapping[str, RemoteShard] | None = None,
-        cache: ShardCache | None = None,
+        shards: Sequence[str],
+        parts: Sequence[Part],
+        entries: Entries,
+        remote: Mapping[str, RemoteShard],
+        cache: ShardCache | None,
     ) -> None:
-        super().__init__(name, index)
-        self._remote = dict(remote or {})
-        self._cache = cache
+        self.shards = list(shards)
+        self.entries = entries
+        self.cache = cache
+        self._parts = Parts(parts)
+        self._remote = dict(remote)
 
-    def __getitem__(self, index: int) -> Record:
-        record = super().__getitem__(index)
-        _check_downloaded(record)
-        return record
+    def sizes(self, ids: Iterable[str]) -> np.ndarray:
+        return self._parts.column("size")
 
-    def _read(self, index: int, kind: str) -> bytes | None:
-        """Return the `image` or `json` entry of a sample; None if it has none."""
-        offset, size = self.index.extent(kind, index)
-        if size < 0:
-            return None
-        shard = self._shard(index)
-        try:
-            with self._open(shard) as file:
-                file.seek(offset)
-                data = file.read(size)
-        except RemoteError as error:
-            raise BrokenPair(self.id(index), str(error)) from error
-        except OSError as error:
-            raise BrokenPair(self.id(index), f"{shard} cannot be read: {error}") from error
-        if len(data) < size:
-            raise BrokenPair(self.id(index), f"{shard} was cut off after it was opened")
+    def read(self, row: int, id: str) -> bytes:
+        data = self.read_entry(row, id, "")
+        if data is None:
+            raise BrokenPair(id, "the sample has no image")
         return data
 
-    def _open(self, shard: str) -> AbstractContextManager[IO[bytes]]:
-        if self._cache is not None and shard in self._remote:
-            return self._cache.open(self._remote[shard])
+    def read_entry(self, row: int, id: str, kind: str) -> bytes | None:
+        """Return the image (kind "") or the json entry ("json_") of a sample; None without one."""
+        number, at = self._parts.find(row)
+        part = self._parts.every[number]
+        size = part.number(f"{kind}size", at)
+        if size < 0:
+            return None
+        shard = self.shards[number]
+        try:
+            with self.open(shard) as file:
+                file.seek(part.number(f"{kind}offset", at))
+                data = file.read(size)
+        except RemoteError as error:
+            raise BrokenPair(id, str(error)) from error
+        except OSError as error:
+            raise BrokenPair(id, f"{shard} cannot be read: {error}") from error
+        if len(data) < size:
+            raise BrokenPair(id, f"{shard} was cut off after it was opened")
+        return data
+
+    def open(self, shard: str) -> AbstractContextManager[IO[bytes]]:
+        """Open a shard, or the local copy of a remote one."""
+        if self.cache is not None and shard in self._remote:
+            return self.cache.open(self._remote[shard])
         return open(shard, "rb")
 
-    def _shard(self, index: int) -> str:
-        return self.index.shards[self.index.place(index)[0]]
+    def location(self, row: int, id: str) -> str:
+        number, at = self._parts.find(row)
+        shard = self.shards[number]
+        place = shard if shard in self._remote else _resolve(shard)
+        return f"{place}::{self._parts.every[number].number('offset', at)}"
 
-    def meta(self, index: int) -> dict[str, Any]:
-        data = self._read(index, "json")
+    def shard_numbers(self) -> np.ndarray | None:
+        """Return the shard of each row, [n] int32; None if all are local."""
+        if not self._remote:
+            return None
+        numbers = np.repeat(np.arange(len(self._parts.every)), np.diff(self._parts.starts))
+        # Lost samples, which are not read, are of one of them.
+        return np.minimum(numbers, len(self.shards) - 1).astype(np.int32)
+
+
+class TarTable(PairTable):
+    """Samples of uncompressed tars, some of them perhaps lost."""
+
+    images: TarImages
+
+    def _meta(self, row: int) -> dict[str, Any]:
+        data = self.images.read_entry(row, self._id(row), "json_")
         try:
             meta = {} if data is None else json.loads(data)
         except ValueError as error:
-            raise BrokenPair(self.id(index), f"json cannot be read: {error}") from error
+            raise BrokenPair(self._id(row), f"json cannot be read: {error}") from error
         return meta if isinstance(meta, dict) else {}
 
-    def shards(self) -> np.ndarray | None:
-        return self.index.shard_numbers() if self._remote else None
+    def _record(self, row: int) -> Record:
+        record = super()._record(row)
+        _check_downloaded(record)
+        return record
 
-    def encoded_sizes(self) -> np.ndarray:
-        return self._sizes
+    def _digest(self) -> str:
+        # Sizes are in those of the parts; reading the column again would take seconds of many.
+        parts = b"".join(part.digest() for part in self.parts.every)
+        return hashlib.blake2b(parts, digest_size=16).hexdigest()
 
-    @cached_property
-    def _sizes(self) -> np.ndarray:
-        return self.index.image_sizes()
-
-    def encoded_image(self, index: int) -> bytes:
-        data = self._read(index, "image")
-        if data is None:
-            raise BrokenPair(self.id(index), "the sample has no image")
-        return data
-
-    def encoded_location(self, index: int) -> str:
-        offset = self.index.extent("image", index).offset
-        shard = self._shard(index)
-        return f"{shard if shard in self._remote else _resolve(shard)}::{offset}"
-
-
-class LoadedTars(TarPairs):
-    """Samples of tars without random access; their encoded images are held in memory."""
-
-    def __init__(
-        self,
-        name: str,
-        index: ShardIndex,
-        *,
-        images: list[bytes | None],
-        metas: PackedStrings,
-    ) -> None:
-        super().__init__(name, index)
-        self._images = images
-        self._metas = metas
-
-    def meta(self, index: int) -> dict[str, Any]:
-        return json.loads(self._metas[index])
-
-    def encoded_sizes(self) -> np.ndarray:
-        sizes = (-1 if image is None else len(image) for image in self._images)
-        return np.fromiter(sizes, dtype=np.int64)
-
-    def encoded_image(self, index: int) -> bytes:
-        image = self._images[index]
-        if image is None:
-            raise BrokenPair(self.id(index), "the sample has no image")
-        return image
-
-    def encoded_location(self, index: int) -> str:
-        # Shards in different folders may have one name, and ids are not unique then.
-        return f"bytes {hashlib.blake2b(self.encoded_image(index)).hexdigest()}"
+    def _shards(self) -> np.ndarray | None:
+        return self.images.shard_numbers()
 
 
 # Resolving a path asks the file system about each of its folders.
@@ -282,44 +242,49 @@ def _load_tars(
     entries: Entries,
     remote: Mapping[str, RemoteShard],
     cache: ShardCache | None,
-) -> LoadedTars:
+) -> PairTable:
     warnings.warn(
         f"`{name}`: compressed shards and pipes allow no random access; they are read once and "
         f"their images kept in memory. For large sets, use uncompressed .tar files.",
         stacklevel=2,
     )
     images: list[bytes | None] = []
-    blocks, metas = [], PackedStrings()
+    metas: list[bytes] = []
+    parts: list[Part] = []
     with progress_bar(f"reading {name}", unit="pair", delay=2) as bar:
+
+        def take(sample: Sample) -> None:
+            images.append(entries.image_of(sample.data))
+            metas.append(_dump_object(sample.data.get("json", b"{}")))
+            bar.update()
+
         for shard in shards:
-            builder = BlockBuilder(shard, entries)
             try:
                 with open_sequential(shard, remote.get(shard), cache) as (file, damage):
-                    wanted = {*entries.image, "json"}
-                    for sample in builder.read(file, wanted=wanted, damage=damage):
-                        images.append(entries.image_of(sample.data))
-                        metas.append(_dump_object(sample.data.get("json", b"{}")))
-                        bar.update()
+                    wanted = (*entries.image, "json")
+                    parts.append(
+                        read_rows(shard, file, entries, damage=damage, wanted=wanted, take=take)
+                    )
             except RemoteError as error:
                 raise InputError(f"`{name}`: {error}") from error
             # Pipes raise errors of their own.
             except Exception as error:
                 raise InputError(f"`{name}`: shard {shard} cannot be read: {error}") from error
-            blocks.append(builder.finish())
-    index = ShardIndex(name, shards, blocks, entries)
-    for _ in range(len(index) - len(images)):
-        images.append(None)
-        metas.append("{}")
-    return LoadedTars(name, index, images=images, metas=metas)
+    check_parts(name, parts, entries)
+    broken = add_lost(name, shards, parts)
+    lost = sum(map(len, parts)) - len(images)
+    images += [None] * lost
+    metas += [b""] * lost
+    return PairTable(name, add_metadata(parts, metas), ImagesInMemory(images), broken=broken)
 
 
-def _dump_object(data: bytes) -> str:
+def _dump_object(data: bytes) -> bytes:
     """Normalise a json entry; anything but an object becomes an empty one."""
     try:
         value = json.loads(data)
     except ValueError:
-        return "{}"
-    return json.dumps(value) if isinstance(value, dict) else "{}"
+        return b""
+    return json.dumps(value).encode() if isinstance(value, dict) else b""
 
 
 def _check_downloaded(record: Record) -> None:

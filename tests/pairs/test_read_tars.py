@@ -13,8 +13,8 @@ from PIL import Image
 
 from fasterase.errors import InputError
 from fasterase.pairs.open import open_pairs
-from fasterase.pairs.shards import split_entry
 from fasterase.pairs.skips import BrokenPair
+from fasterase.pairs.tar_reader import split_entry
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def test_what_cannot_be_read_at_random_is_spooled(shards, make_tar, encoded, way
     assert captions(pairs) == ["n 0", "n 1", "n 2", "n 3"]
     assert pairs[2].image.getpixel((0, 0))[0] == 2
     assert pairs[3].meta["group"] == "g3"
-    assert len(pairs.manifest()) == 32
+    assert len(pairs.digest()) == 32
 
 
 @pytest.mark.filterwarnings("ignore:.*kept in memory")
@@ -169,10 +169,10 @@ def test_a_failing_pipe_is_an_error():
 
 
 def test_manifest_follows_the_shards(shards, make_tar, encoded):
-    first = open_pairs(f"{shards}/s-0.tar", name="x").manifest()
-    assert first == open_pairs(f"{shards}/s-0.tar", name="y").manifest()
-    assert first != open_pairs(f"{shards}/s-1.tar", name="x").manifest()
-    assert open_pairs(shards, name="x").manifest() != first
+    first = open_pairs(f"{shards}/s-0.tar", name="x").digest()
+    assert first == open_pairs(f"{shards}/s-0.tar", name="y").digest()
+    assert first != open_pairs(f"{shards}/s-1.tar", name="x").digest()
+    assert open_pairs(shards, name="x").digest() != first
 
 
 @given(st.from_regex(r"([a-z]{1,3}/){0,2}[a-zA-Z0-9_-]{1,8}\.[a-zA-Z0-9.]{1,8}", fullmatch=True))

@@ -8,9 +8,9 @@ import torch
 from PIL import ExifTags, Image
 
 from fasterase.models.preprocessing import ImageTransform
+from fasterase.pairs.images import to_rgb
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.overlap import remove_overlap
-from fasterase.pairs.pictures import to_rgb
 from fasterase.pairs.prepare import Preparer
 from fasterase.pairs.skips import BrokenPair
 

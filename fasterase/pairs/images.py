@@ -1,0 +1,159 @@
+"""Images of pairs: where their bytes are, and how they are decoded and made RGB."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from fasterase.pairs.skips import BrokenPair
+
+
+class Images(Protocol):
+    """The encoded images of a table, by row; ids are for messages, and of files their paths."""
+
+    def sizes(self, ids: Iterable[str]) -> np.ndarray:
+        """Return the bytes of each image, [n] int64; -1 if it is missing."""
+        ...
+
+    def read(self, row: int, id: str) -> bytes:
+        """Return the bytes of an image; raise `BrokenPair` if it cannot be read."""
+        ...
+
+    def location(self, row: int, id: str) -> str:
+        """Return what identifies these bytes among all images."""
+        ...
+
+
+class ImageFiles:
+    """Image files under `root`; the ids are their paths, absolute or relative to `root`."""
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = os.path.abspath(root)
+
+    def path(self, id: str) -> str:
+        """Return the path of the image with this id."""
+        return os.path.join(self.root, id)
+
+    def sizes(self, ids: Iterable[str]) -> np.ndarray:
+        return np.fromiter((_file_size(self.path(id)) for id in ids), dtype=np.int64)
+
+    def read(self, row: int, id: str) -> bytes:
+        return read_image_file(self.path(id), id=id)
+
+    def location(self, row: int, id: str) -> str:
+        return os.path.realpath(self.path(id))
+
+
+class ImagesInMemory:
+    """Encoded images held in memory, None where a pair has none."""
+
+    def __init__(self, images: Sequence[bytes | None]) -> None:
+        self._images = images
+
+    def sizes(self, ids: Iterable[str]) -> np.ndarray:
+        sizes = (-1 if image is None else len(image) for image in self._images)
+        return np.fromiter(sizes, dtype=np.int64, count=len(self._images))
+
+    def read(self, row: int, id: str) -> bytes:
+        image = self._images[row]
+        if image is None:
+            raise BrokenPair(id, "no image")
+        return image
+
+    def location(self, row: int, id: str) -> str:
+        # Files in different folders may have one name, and ids are not unique then.
+        return f"bytes {hashlib.blake2b(self.read(row, id)).hexdigest()}"
+
+
+def read_image_file(path: str, *, id: str) -> bytes:
+    """Read the bytes of an image file; raise `BrokenPair` if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise BrokenPair(id, f"image file {path} cannot be read: {reason}") from error
+
+
+def _file_size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except (OSError, ValueError):
+        return -1
+
+
+def decode_image(data: bytes, *, id: str) -> Image.Image:
+    """Decode the bytes of a JPEG, PNG, WebP, ... completely; raise `BrokenPair` on failure.
+
+    Truncated files count as broken, since a half-grey picture must not be trained on. So do
+    decompression bombs, from the size at which PIL only warns.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data))
+            image.load()
+    except UnidentifiedImageError as error:
+        raise BrokenPair(id, "image cannot be decoded: unknown image format") from error
+    # PIL's plugins raise OSError, SyntaxError, ValueError, struct.error, ... on damaged input.
+    except Exception as error:
+        raise BrokenPair(id, f"image cannot be decoded: {error}") from error
+    return image
+
+
+def to_rgb(image: Image.Image, *, id: str) -> Image.Image:
+    """Turn a PIL image upright (EXIF orientation) and into RGB.
+
+    PIL clips grey values above 255. Here 16 bits are scaled to 8; so are 32-bit integers of a PNG,
+    and of any file if they fit 16 bits. Floats up to 1 are taken as 0..1, and up to 255 as 0..255.
+    Integers and floats of another range are scaled from their own range, with 0 in it.
+
+    Raises:
+        BrokenPair: NaN or infinite values.
+    """
+    if image.mode.startswith("I;16"):
+        image = _from_grey(np.asarray(image) / 257, image)
+    elif image.mode in ("I", "F"):
+        values = np.asarray(image, dtype=np.float64)
+        if not np.isfinite(values).all():
+            kind = "NaN" if np.isnan(values).any() else "infinite"
+            raise BrokenPair(id, f"image holds {kind} values")
+        image = _from_grey(_scale(values, image), image)
+    return _turn_upright(image).convert("RGB")
+
+
+def _scale(values: np.ndarray, image: Image.Image) -> np.ndarray:
+    """Map values of mode I or F to 0..255."""
+    low, high = values.min(initial=0), values.max(initial=0)
+    if low >= 0:
+        # Pillow before 11 opens a 16-bit PNG in mode I.
+        if image.mode == "I" and high <= 65535 and (high > 255 or image.format == "PNG"):
+            return values / 257
+        if image.mode == "F" and high <= 1:
+            return values * 255
+        if high <= 255:
+            return values
+    return (values - low) * (255 / (high - low))
+
+
+def _from_grey(values: np.ndarray, like: Image.Image) -> Image.Image:
+    """Make a grey image of values in 0..255, with the metadata of `like`."""
+    grey = Image.fromarray(np.rint(values).astype(np.uint8))
+    grey.info.update(like.info)
+    return grey
+
+
+def _turn_upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return ImageOps.exif_transpose(image) if orientation != 1 else image
+    # PIL raises errors of many kinds on damaged metadata. The picture itself is whole.
+    except Exception:
+        return image

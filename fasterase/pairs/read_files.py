@@ -1,0 +1,353 @@
+"""Read pairs from the columns of CSV, TSV, JSON and Parquet files and of DataFrames."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import csv as arrow_csv
+from pyarrow import parquet
+
+from fasterase.errors import InputError
+from fasterase.pairs.images import ImageFiles, ImagesInMemory
+from fasterase.pairs.items import IMAGE_KEYS, TEXT_KEYS, check_columns, choose_key, select_plain
+from fasterase.pairs.parts import pack
+from fasterase.pairs.read_objects import open_objects
+from fasterase.pairs.table import PairTable
+
+_NAMES = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar"}
+SEPARATORS = tuple(_NAMES)
+JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
+PARQUET_ENDINGS = (".parquet", ".pq")
+_BLOCK_BYTES = 1 << 24  # a row must fit in two
+# Text files hold neither pixels nor token ids.
+_IMAGE_COLUMNS = tuple(key for key in IMAGE_KEYS if key != "pixel_values")
+_TEXT_COLUMNS = tuple(key for key in TEXT_KEYS if key != "input_ids")
+
+
+def open_file(
+    path: Path, *, name: str, image_key: str | None = None, text_key: str | None = None
+) -> PairTable:
+    """Read a file of columns; relative image paths are resolved against its folder.
+
+    A `.jsonl` file has one JSON object per line, a `.json` file the same or one array of objects;
+    their text may be a list of alternative captions. The images of a Parquet file are paths, the
+    bytes of image files (kept in memory), or `{"bytes", "path"}` as Hugging Face writes them. Any
+    other file is read as separated values with a header, from which the separator (tab, comma,
+    semicolon or bar) is detected. Other columns become the `meta` of the pairs. A row whose image
+    or caption is blank is kept as a broken pair.
+
+    Raises:
+        InputError: the file is not of that kind, or lacks the columns (lists those found) or has
+            them twice; a row has more or fewer cells than the header, or an unclosed quote (names
+            the line).
+    """
+    ending = path.suffix.lower()
+    try:
+        if ending in PARQUET_ENDINGS:
+            return _open_columns(
+                *_read_parquet(path), name, path.name, path.parent, image_key, text_key
+            )
+        rows = (
+            _read_json(path)
+            if ending in JSON_ENDINGS
+            else _read_separated(path, image_key, text_key)
+        )
+        parts = pack(_find_pairs(rows, path.name, image_key, text_key))
+    except UnicodeDecodeError as error:
+        raise InputError(f"`{name}`: {path} is not a UTF-8 text file: {error.reason}") from error
+    except InputError as error:
+        raise InputError(f"`{name}`: {path}: {error}") from error
+    except OSError as error:
+        raise InputError(f"`{name}`: {path} cannot be read: {error.strerror or error}") from error
+    return PairTable(name, parts, ImageFiles(path.parent))
+
+
+def is_frame(source: Any) -> bool:
+    """Tell whether `source` is a pandas DataFrame, without importing pandas."""
+    return any(
+        cls.__name__ == "DataFrame" and cls.__module__.partition(".")[0] == "pandas"
+        for cls in type(source).__mro__
+    )
+
+
+def open_frame(
+    frame: Any, *, name: str, image_key: str | None = None, text_key: str | None = None
+) -> PairTable:
+    """Open a DataFrame; relative image paths are resolved against the working folder.
+
+    Raises:
+        InputError: it lacks the columns (lists those found), or has them twice.
+    """
+    columns = (frame.iloc[:, place] for place in range(frame.shape[1]))
+    # pandas marks missing text by NaN, NA or NaT.
+    cells = [each.astype(object).where(each.notna(), None).tolist() for each in columns]
+    names = [str(label) for label in frame.columns]
+    return _open_columns(names, cells, name, name, Path.cwd(), image_key, text_key)
+
+
+def _choose_columns(
+    found: list[str], image_key: str | None, text_key: str | None, *, text_file: bool
+) -> tuple[str, str]:
+    image_names, text_names = (
+        (_IMAGE_COLUMNS, _TEXT_COLUMNS) if text_file else (IMAGE_KEYS, TEXT_KEYS)
+    )
+    check_columns(found)
+    return (
+        choose_key(found, image_key, image_names, "image_key"),
+        choose_key(found, text_key, text_names, "text_key"),
+    )
+
+
+def _find_pairs(
+    rows: Iterator[dict[str, Any]], label: str, image_key: str | None, text_key: str | None
+) -> Iterator[tuple[str, list[str], dict[str, Any]]]:
+    """Yield the path of the image, the captions and the other columns of each row."""
+    columns = None
+    for number, row in enumerate(rows, 1):
+        # The first row decides; JSON objects after it may lack keys.
+        if columns is None:
+            columns = _choose_columns(list(row), image_key, text_key, text_file=True)
+        image, text = (row.pop(column, None) for column in columns)
+        named = isinstance(image, str) and image
+        yield image if named else f"{label}, row {number} without an image", _captions(text), row
+
+
+def _captions(text: Any) -> list[str]:
+    """Return the captions in a cell: a str, or a list of str; none in any other."""
+    values = text if isinstance(text, list | tuple) else [text]
+    return [each for each in values if isinstance(each, str)]
+
+
+def _read_parquet(path: Path) -> tuple[list[str], list[list[Any]]]:
+    try:
+        with parquet.ParquetFile(path) as file:
+            table = file.read()
+    # pyarrow's own errors are ValueErrors and OSErrors.
+    except (ValueError, OSError) as error:
+        raise InputError(f"it cannot be read as Parquet: {error}") from error
+    return table.column_names, [column.to_pylist() for column in table.columns]
+
+
+def _open_columns(
+    names: list[str],
+    cells: list[list[Any]],
+    name: str,
+    label: str,
+    root: Path,
+    image_key: str | None,
+    text_key: str | None,
+) -> PairTable:
+    """Open columns of equal length as image files, encoded images or decoded items.
+
+    Args:
+        names, cells: of the columns.
+        label: what the ids of images without a path start with.
+        root: the folder of relative paths.
+    """
+    chosen = _choose_columns(names, image_key, text_key, text_file=False)
+    columns = dict(zip(names, cells, strict=True))
+    images = [_unpack_image(cell) for cell in columns.pop(chosen[0])]
+    texts = [
+        each.tolist() if isinstance(each, np.ndarray) else each for each in columns.pop(chosen[1])
+    ]
+    metas = [
+        select_plain(dict(zip(columns, row, strict=True)), without=())
+        for row in zip(*columns.values(), strict=True)
+    ] or [{} for _ in images]
+    kinds = {type(image) for image in images if image is not None}
+    if not all(map(_is_captions, texts)) or kinds not in ({str}, {bytes}, set()):
+        items = [
+            {
+                **meta,
+                "image": os.path.join(root, image) if isinstance(image, str) else image,
+                "text": text,
+            }
+            for image, text, meta in zip(images, texts, metas, strict=True)
+        ]
+        return open_objects(items, name, "image", "text")
+    ids = [f"{label}[{row}]" for row in range(len(images))]
+    if kinds != {bytes}:
+        ids = [image or id for image, id in zip(images, ids, strict=True)]
+    parts = pack(zip(ids, map(_captions, texts), metas, strict=True))
+    return PairTable(name, parts, ImagesInMemory(images) if kinds == {bytes} else ImageFiles(root))
+
+
+def _unpack_image(cell: Any) -> Any:
+    if isinstance(cell, Mapping) and {"bytes", "path"} >= set(cell):
+        cell = cell.get("bytes") or cell.get("path")
+    return os.fspath(cell) if isinstance(cell, os.PathLike) else cell
+
+
+def _is_captions(text: Any) -> bool:
+    """Tell whether a cell is a caption, alternative captions or empty: anything but token ids."""
+    values = text if isinstance(text, list | tuple) else [text]
+    return all(each is None or isinstance(each, str) for each in values)
+
+
+def _read_json(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a file with one per line, or with one array of them.
+
+    Arrow would demand one type a column, but a text is a str or a list of them.
+    """
+    with open(path, encoding="utf-8-sig") as file:
+        first = next((line.lstrip()[0] for line in file if line.strip()), "")
+        file.seek(0)
+        is_array = first == "[" and path.suffix.lower() == ".json"
+        for where, row in _read_array(file) if is_array else _read_lines(file):
+            if not isinstance(row, dict):
+                raise InputError(f"{where} must hold one JSON object; found a {type(row).__name__}")
+            yield row
+
+
+def _read_lines(file: TextIO) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(file, 1):
+        try:
+            if line.strip():
+                yield f"line {number}", json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"line {number} is not a JSON object: {error.msg}. A file holds one object per "
+                f"line, or (.json) one array of objects."
+            ) from error
+
+
+def _read_array(file: TextIO) -> Iterator[tuple[str, Any]]:
+    try:
+        rows = json.load(file)
+    except json.JSONDecodeError as error:
+        raise InputError(f"line {error.lineno} is not valid JSON: {error.msg}") from error
+    yield from ((f"entry {number} of the array", row) for number, row in enumerate(rows, 1))
+
+
+def _read_separated(
+    path: Path, image_key: str | None, text_key: str | None
+) -> Iterator[dict[str, Any]]:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        header = file.readline()
+        if not header.strip():
+            raise InputError("the file has no header line")
+        separator = detect_separator(header, image_key, text_key)
+        names = _split_header(header, separator)
+        _check_header(names, path.parent, separator)
+        _choose_columns(names, image_key, text_key, text_file=True)
+        if not _check_quotes(file, separator):
+            return
+    for batch in _read_batches(path, names, separator):
+        columns = [column.to_pylist() for column in batch.columns]
+        yield from (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
+
+
+def _read_batches(path: Path, names: list[str], separator: str) -> Iterator[pa.RecordBatch]:
+    wrong: list[arrow_csv.InvalidRow] = []
+
+    def note(row: arrow_csv.InvalidRow) -> str:
+        if row.text.strip():
+            wrong.append(row)
+        return "error" if wrong else "skip"
+
+    try:
+        yield from arrow_csv.open_csv(
+            str(path),
+            arrow_csv.ReadOptions(
+                use_threads=False, column_names=names, skip_rows=1, block_size=_BLOCK_BYTES
+            ),
+            arrow_csv.ParseOptions(
+                delimiter=separator, newlines_in_values=True, invalid_row_handler=note
+            ),
+            arrow_csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string())),
+        )
+    except pa.ArrowInvalid as error:
+        if not wrong:
+            raise InputError(f"it cannot be read as a table: {error}") from error
+        count = wrong[0].actual_columns
+        raise InputError(
+            f"line {_find_line(path, wrong[0].text)} has {count} cell{'s' * (count != 1)}, but the "
+            f"header has {len(names)} ({', '.join(names)}). Put cells that hold a "
+            f"{_NAMES[separator]} or a line break in double quotes, and leave none out."
+        ) from error
+
+
+def _find_line(path: Path, row: str) -> int:
+    """Return the number of the first line of a row. Arrow counts rows, which may have several."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        first = row.splitlines()[0]
+        return next(
+            (number for number, line in enumerate(file, 1) if line.strip("\r\n") == first), 0
+        )
+
+
+def _check_quotes(file: TextIO, separator: str) -> bool:
+    """Read the lines after the header; tell whether there are any but blank ones.
+
+    Raises:
+        InputError: a quote is not closed. Arrow would make one caption of the rest of the file, or
+            of all lines up to the next quote.
+    """
+    any_row = False
+    pending: list[str] = []
+    first = 0
+    for number, line in enumerate(file, 2):
+        any_row = any_row or bool(line.strip())
+        if line.count('"') % 2 == 0:
+            if pending:
+                pending.append(line)
+        elif pending:
+            pending.append(line)
+            if _quote_error(pending, separator):
+                break
+            pending = []
+        elif "end of data" in _quote_error([line], separator):
+            pending, first = [line], number
+    if pending:
+        raise InputError(
+            f"line {first}: {_quote_error(pending, separator)}; a double quote that begins a cell "
+            "is not closed. Close it, or write the cell in double quotes and each quote inside it "
+            'twice ("").'
+        )
+    return any_row
+
+
+def _quote_error(lines: list[str], separator: str) -> str:
+    try:
+        list(csv.reader(lines, delimiter=separator, strict=True))
+    except csv.Error as error:
+        return str(error)
+    return ""
+
+
+def _check_header(names: list[str], folder: Path, separator: str) -> None:
+    """Raise `InputError` if the first line names an image file, as a pair does."""
+    for name in names:
+        try:
+            is_pair = bool(name) and (folder / name).is_file()
+        except (OSError, ValueError):
+            continue  # too long for a path, or with a null character
+        if is_pair:
+            raise InputError(
+                f"the first line is a pair, not a header ({name!r} is a file). Put the names of "
+                f"the columns there, such as: {separator.join(('filepath', 'title'))!r}"
+            )
+
+
+def detect_separator(header: str, image_key: str | None, text_key: str | None) -> str:
+    """Return the separator that gives the header the wanted columns, or else most columns."""
+    image_names = (image_key,) if image_key is not None else _IMAGE_COLUMNS
+    text_names = (text_key,) if text_key is not None else _TEXT_COLUMNS
+
+    def score(separator: str) -> tuple[int, int]:
+        names = _split_header(header, separator)
+        wanted = any(n in image_names for n in names) + any(n in text_names for n in names)
+        return wanted, len(names)
+
+    return max(SEPARATORS, key=score)
+
+
+def _split_header(header: str, separator: str) -> list[str]:
+    return [name.strip() for name in next(csv.reader([header], delimiter=separator))]
