@@ -17,11 +17,12 @@ PIP := $(BIN)/python -m pip
 APT := on Debian or Ubuntu: apt install git make python3-venv
 
 .DEFAULT_GOAL := help
-.PHONY: help demo gpu test test-scale lint format clean installed venv
+.PHONY: help demo gpu test test-all test-scale lint format clean installed venv
 
 help:
 	@echo 'make demo     erase a concept from the small CLIP that ships with fasterase, show the result'
-	@echo 'make test     lint, format check, type check and all tests'
+	@echo 'make test     lint, format check, type check and the quick tests: 5 minutes on 2 cores'
+	@echo 'make test-all  those, and the slow tests: processes, interpreter, compilers, docs'
 	@echo 'make test-scale  every stage, size and fault on several processes: 20 minutes'
 	@echo 'make lint     the checks without the tests'
 	@echo 'make gpu      on a machine with a GPU: its tests, checks and benchmarks, in stages'
@@ -35,8 +36,13 @@ demo: installed
 	$(BIN)/python -m fasterase demo $(ARGS)
 
 # A file at a time on each core; tests are too small to gain from a second thread.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 \
+  --dist loadfile $(ARGS)
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(ARGS)
+	$(PYTEST) -m 'not slow and not scale'
+
+test-all: test
+	$(PYTEST) -m 'slow and not scale'
 
 SCALE_LOG = benchmarks/results/scale.txt
 test-scale: EXTRAS := hf,eval,demo,dev

@@ -18,7 +18,7 @@ from fasterase.config import UnlearnConfig, describe_recipe
 from fasterase.encode import PairEncoder
 from fasterase.engine.advice import advise
 from fasterase.engine.clock import RunClock
-from fasterase.engine.conditions import check_environment
+from fasterase.engine.conditions import check_environment, check_retain
 from fasterase.engine.erase import erase
 from fasterase.engine.history import StepRecord
 from fasterase.engine.model_state import best_device, borrowed, placed, resolve_device
@@ -36,7 +36,7 @@ from fasterase.files import check_replaceable, check_writable
 from fasterase.models.companions import remember
 from fasterase.models.delta import keep_original
 from fasterase.models.dual_encoder import DualEncoder, separate_copy
-from fasterase.models.load import load_model
+from fasterase.models.load import check_model_name, load_compared, load_model
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.overlap import remove_overlap
 from fasterase.pairs.processes import count_workers
@@ -94,7 +94,8 @@ def unlearn(
             `fasterase.split` returned. An image that is a float tensor (3, H, W) counts as
             preprocessed; a text is a str, a list of str of which one is drawn each time, or token
             ids. docs/inputs.md lists further forms: DataFrames, Parquet, datasets of class numbers.
-        retain: pairs to keep. Pairs that are also in `forget` are left out, with a warning.
+        retain: pairs to keep. Pairs that are also in `forget` are left out, with a warning. An
+            empty set needs numbers for lr and epochs (or max_steps), and gives no verdict.
         config: settings; `overrides` are fields of it by name.
         tokenizer, preprocess: the model's own, if it does not carry them; a transformers processor
             gives both. They stay with the result: `unlearn(result.model, ...)` finds them.
@@ -116,8 +117,8 @@ def unlearn(
     Raises:
         InputError: an argument is not usable; the model is untouched. If too many pairs turn out
             to be unreadable during training, the model keeps the weights of the last step.
-        ResumeError: `output_dir` holds a checkpoint of another run or an unreadable one, or
-            `resume="must"` and there is none.
+        ResumeError: `output_dir` holds a checkpoint of another run, of more steps than are asked
+            for, or an unreadable one; or `resume="must"` and there is none.
         DiskFullError: there was no room for a file; the last checkpoint is kept.
         NonFiniteError: the loss stayed non-finite; the model holds the last good weights.
         PreemptedError: SIGTERM or SIGUSR1 arrived; with an `output_dir`, a checkpoint was written.
@@ -191,6 +192,7 @@ def _unlearn(
         opened, to_forget = _open_sets(
             forget, retain, holdout, sets, forget_sets, image_key=image_key, text_key=text_key
         )
+        check_retain(opened["retain"], config)
         opened["retain"], removed = remove_overlap(opened["retain"], opened["forget"])
     _warn_overlap(removed)
     ledger = SkipLedger(sum(map(len, opened.values())), max_skipped=config.max_skipped)
@@ -291,6 +293,7 @@ def evaluate(
     seed: int = 0,
     tokenizer: Any = None,
     preprocess: Any = None,
+    model_name: str | None = None,
     image_key: str | None = None,
     text_key: str | None = None,
     device: str | None = None,
@@ -339,6 +342,8 @@ def evaluate(
         seed: seed of the draw and of the bootstrap.
         tokenizer: reads string captions; used for every model here; see `fasterase.unlearn`.
         preprocess: turns images into tensors; used for every model here.
+        model_name: open_clip's name for the architecture of every instance and checkpoint file
+            here; see `fasterase.unlearn`. Models given by name or folder say it themselves.
         image_key, text_key: columns of tables, keys of dicts and fields of tar samples.
         device: where to measure, such as `"cuda:0"`; a model passed in is moved back afterwards.
             None: where the model is, or the best available device for one given by name.
@@ -356,10 +361,13 @@ def evaluate(
     attacks = check_attacks(
         attacks, original=original is not None, non_members=non_members is not None
     )
-    keys = {"image_key": image_key, "text_key": text_key}
+    keys: dict[str, Any] = {"image_key": image_key, "text_key": text_key}
     sources, to_forget = _open_sets(forget, retain, holdout, sets, forget_sets, **keys)
+    if not len(sources["retain"]):
+        raise InputError("`retain` is empty; a verdict needs pairs to keep, to compare with.")
     strangers = None if non_members is None else open_pairs(non_members, name="non_members", **keys)
     _check_references(references)
+    check_model_name(model_name, [model, original, *references.values()])
     workers = count_workers(num_workers)
     if workers < 0:
         raise InputError(f"num_workers={num_workers} must be 0 or more, or 'auto'.")
@@ -378,7 +386,9 @@ def evaluate(
 
     def measure(name: str, each: Model, *, before: Measurement | None = None) -> Measurement:
         # One model at a time, so that of models given by name only one is in memory.
-        encoder = _load_compared(name, each, tokenizer, preprocess)
+        encoder = load_compared(
+            name, each, tokenizer=tokenizer, preprocess=preprocess, model_name=model_name
+        )
         named = isinstance(each, (str, os.PathLike))
         default = best_device() if named else encoder.device
         with placed(encoder, device=resolve_device(device, default=default)):
@@ -463,8 +473,9 @@ def _open_sets(
                 what = "an argument of its own" if own else "also one of forget_sets"
                 raise InputError(f"{argument}: {name!r} is {what}. Choose another name.")
             given[name] = source
+    keys: dict[str, Any] = {"image_key": image_key, "text_key": text_key}
     opened = {
-        name: open_pairs(source, name=name, image_key=image_key, text_key=text_key)
+        name: open_pairs(source, name=name, may_be_empty=name == "retain", **keys)
         for name, source in given.items()
     }
     return opened, list(forget_sets or {})
@@ -479,16 +490,3 @@ def _check_references(references: object) -> None:
                 f"references: {name!r} cannot name a further model. Choose another name; "
                 "the original has its own argument."
             )
-
-
-def _load_compared(name: str, model: Model, tokenizer: Any, preprocess: Any) -> DualEncoder:
-    """Load one of the models that are compared; an error names the argument it came from."""
-    if isinstance(model, DualEncoder):
-        return model
-    try:
-        return load_model(model, tokenizer=tokenizer, preprocess=preprocess)
-    except InputError as error:
-        if name == "model":
-            raise
-        argument = name if name == "original" else f"references[{name!r}]"
-        raise type(error)(f"{argument}: {error}") from error

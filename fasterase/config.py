@@ -54,11 +54,12 @@ class UnlearnConfig:
             `"contrastive"` is gradient ascent on their InfoNCE.
         floor: cosine below which a forget pair is no longer pushed. `"auto"` takes the original's
             mean cosine between forget images and retain captions, and between retain images and
-            forget captions; `None` is the paper.
+            forget captions, or 0 without retain pairs; `None` is the paper.
         cross_weight: weight, within the forgetting loss, of the cosines of forget images with the
-            original's features of their captions, and the reverse: both towers forget, and neither
-            below the floor. With `"similarity"` and a retain set. `"auto"` is 1 with `tune="all"`
-            or `"text"`, where words can be forgotten too, and 0 otherwise. 0 is the paper.
+            original's features of their captions, and the reverse: both towers forget, neither
+            below the floor, and forget features keep their mean cosine with retained ones. With
+            `"similarity"`. `"auto"` is 1 with `tune="all"` or `"text"`, where words can be
+            forgotten too, and 0 otherwise. 0 is the paper.
         forget_augment: apply random affine transforms and tints to forget images, so that the
             association is erased for unseen pictures too. False is the paper.
         forget_words: before training, replace the vectors of tokens that forget captions use often

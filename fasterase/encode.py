@@ -399,8 +399,8 @@ class PairEncoder:
 def check_readable(
     source: PairTable, tried: int, readable: int, skipped: Sequence[Skip] = ()
 ) -> None:
-    """Raise `InputError` if none of the pairs tried could be read."""
-    if not readable:
+    """Raise `InputError` if none of the pairs tried could be read; of no pairs, all were."""
+    if tried and not readable:
         first = f" The first: {skipped[0].id}: {skipped[0].reason}." if skipped else ""
         raise InputError(
             f"`{source.name}`: none of its {tried} pairs can be read.{first} Repair them, or give "

@@ -135,6 +135,20 @@ def append_whole(file: FileIO, data: bytes, *, path: Path) -> None:
         raise _full_disk_error(path, error.errno, size, written_bytes=written) from error
 
 
+def parse_path(value: object, *, argument: str) -> Path:
+    """Return a path that a caller gave as a str or `os.PathLike`.
+
+    Raises:
+        InputError: it is something else; names `argument`.
+    """
+    try:
+        return Path(value)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise InputError(
+            f"{argument}: expected a path, found {type(value).__name__}. Give it as a str or Path."
+        ) from error
+
+
 def check_writable(folder: Path, *, argument: str) -> None:
     """Create `folder`, and try to write to it: better now than after hours.
 

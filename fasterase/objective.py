@@ -89,11 +89,15 @@ def erase_loss(
     terms are reported as 0; the same holds for the KL and the anchor at weight 0.
 
     With `cross_weight` c > 0 (not in the paper) either tower forgets also beside the original's
-    other one, and none goes too far:
+    other one, none goes too far, and forget rows stay as similar to retain rows as they were: the
+    floor is the mean cosine of unrelated pairs, and a caption that moves towards all other images
+    ends less similar to its own than to these.
 
-        forget      = e(image, text) + c (e(image, ref_text) + e(ref_image, text)), where
+        forget      = e(image, text) + c (e(image, ref_text) + e(ref_image, text)
+                      + d(image, ref_image, ref_text) + d(text, ref_text, ref_image)), where
         e(a, b)     = max(cos - floor, 0).mean() + max(floor - cos.mean(), 0)
         cos         = (a * b).sum(1)[F]
+        d(a, a0, b) = |(a - a0)[F] @ b[R].mean(0)|.mean()
 
     Args:
         image, text: L2-normalised features; row i of both is pair i, forget pairs first. They are
@@ -301,9 +305,18 @@ def _compute_forget(pairs: _Pairs, objective: Objective, losses: Contrastive | N
         return own
     assert pairs.ref_image is not None
     assert pairs.ref_text is not None
-    ref_image, ref_text = pairs.ref_image[rows].to(dtype), pairs.ref_text[rows].to(dtype)
-    crossed = _exceed(image, ref_text, objective) + _exceed(ref_image, text, objective)
+    ref_image, ref_text = pairs.ref_image.to(dtype), pairs.ref_text.to(dtype)
+    crossed = _exceed(image, ref_text[rows], objective) + _exceed(ref_image[rows], text, objective)
+    if pairs.n_forget < len(pairs.image):
+        crossed = crossed + _shift(image, ref_image, ref_text, pairs)
+        crossed = crossed + _shift(text, ref_text, ref_image, pairs)
     return own + weight * crossed
+
+
+def _shift(features: Tensor, original: Tensor, others: Tensor, pairs: _Pairs) -> Tensor:
+    """How far the mean cosine of forget rows with the other tower's retain rows has moved."""
+    moved = features - original[pairs.forget_rows]
+    return (moved @ others[pairs.retain_rows].mean(0)).abs().mean()
 
 
 def _exceed(image: Tensor, text: Tensor, objective: Objective) -> Tensor:

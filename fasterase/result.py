@@ -16,7 +16,7 @@ from fasterase.engine.history import StepRecord
 from fasterase.engine.model_state import best_device, placed, resolve_device
 from fasterase.evaluation.evaluation import Evaluation
 from fasterase.evaluation.verdict import REMEMBERED, Trace
-from fasterase.files import check_writable, write_text
+from fasterase.files import check_writable, parse_path, write_text
 from fasterase.models.delta import restored_original, save_delta
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.hub import push_model
@@ -43,8 +43,8 @@ class UnlearnResult:
         evaluation: measurements before and after; `None` if the config asked for none.
         verdict: `"forgotten"`, `"remembered"`, `"over-erased"` (less similar than unrelated pairs)
             or `"never known"` (by the original), the worst over the forget set and all
-            `forget_sets`; see `fasterase.evaluation.verdict`. None if every retain caption is a
-            forget caption.
+            `forget_sets`; see `fasterase.evaluation.verdict`. None without a retain caption
+            that is no forget caption.
         traces: set to forget -> the figures behind its verdict.
         config: the configuration of the run.
         skipped: pairs that could not be read, as `(id, reason)`.
@@ -134,9 +134,9 @@ class UnlearnResult:
                 is an adapter that peft loads too (docs/runs.md); else no library loads it.
 
         Raises:
-            InputError: `folder` holds files that fasterase did not write.
+            InputError: `folder` is no path, or holds files that fasterase did not write.
         """
-        path = Path(folder)
+        path = parse_path(folder, argument="folder")
         if delta:
             return save_delta(self.encoder, self.original_weights, path, self.adapter)
         record = self._record()  # before its parent's is replaced, if that is the same folder
@@ -214,11 +214,11 @@ class UnlearnResult:
                 are read again, and encoded by the model as it is now.
 
         Raises:
-            InputError: the folder cannot be written to.
+            InputError: `path` is no path, or the folder cannot be written to.
             MissingExtraError: `path` is a folder and matplotlib is missing (extra `eval`); all but
                 the plot is written.
         """
-        path = Path(path)
+        path = parse_path(path, argument="path")
         if path.is_file() or (path.suffix and not path.is_dir()):
             return write_text(path, _format_report(self))
         check_writable(path, argument="path")

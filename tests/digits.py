@@ -40,7 +40,12 @@ KINDS = {
     "siglip": Kind(small_models.hf_siglip, 400, 7, SIZES),
 }
 # Settings of an erasure of one digit.
-OPTIONS = {"batch_size": 64, "forget_batch_size": 32, "progress": False, "evaluation": None}
+OPTIONS: dict[str, Any] = {
+    "batch_size": 64,
+    "forget_batch_size": 32,
+    "progress": False,
+    "evaluation": None,
+}
 
 
 class Digits(NamedTuple):

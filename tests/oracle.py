@@ -174,6 +174,16 @@ def erase_loss(
                         d_image[i] += share * text[i]
                     if d_text is not None:
                         d_text[i] += share * image[i]
+        for now, ref, others, grad in (
+            (batch.image, batch.ref_image, batch.ref_text, gradient.image),
+            (batch.text, batch.ref_text, batch.ref_image, gradient.text),
+        ):
+            if cross_weight and n_forget < total:
+                mean = sum(others[j] for j in range(n_forget, total)) / sizes["retain"]
+                for i in range(n_forget):
+                    shift = float((now[i] - ref[i]) @ mean)
+                    values["forget"] += cross_weight * abs(shift) / n_forget
+                    grad[i] += forget_weight * cross_weight * np.sign(shift) * mean / n_forget
     if anchor_weight:
         for i in range(n_forget, total):
             for now, ref, grad in (

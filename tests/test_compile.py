@@ -13,6 +13,8 @@ from fasterase import losses
 from fasterase.ops.contrastive import contrastive
 from tests.ops.test_contrastive_cpu import COMPILER
 
+pytestmark = pytest.mark.slow
+
 NO_KERNELS = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no {COMPILER} here")
 BACKENDS = [pytest.param("cpu", marks=NO_KERNELS), "dense"]
 # Without labels "dense" is a part of its graph with them.

@@ -28,9 +28,12 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 DONE = (0, 4)
 WORDS = ("apple", "apples", "dog", "cat", "house", "tree", "boat", "plane", "chair", "lamp")
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:verdict", "ignore:retain. .* captions seem to name", "ignore:.*quick_gelu"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(
+        "ignore:verdict", "ignore:retain. .* captions seem to name", "ignore:.*quick_gelu"
+    ),
+]
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -33,8 +33,8 @@ def test_the_signature_is_as_promised() -> None:
     defaults = {n: p.default for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
     assert " ".join(defaults) == (
         "sets forget_sets holdout original references class_names templates tasks attacks "
-        "non_members max_pairs seed tokenizer preprocess image_key text_key device num_workers "
-        "progress"
+        "non_members max_pairs seed tokenizer preprocess model_name image_key text_key device "
+        "num_workers progress"
     )
     assert (defaults["attacks"], defaults["max_pairs"], defaults["seed"]) == ((), 5000, 0)
     assert not any(defaults[name] for name in ("sets", "forget_sets", "references"))
@@ -165,7 +165,7 @@ def test_broken_pairs_are_named_in_a_warning() -> None:
         ({"sets": [FORGET]}, "sets must map names to pairs, found list"),
         ({"sets": {"empty": []}}, "empty"),
         ({"forget": []}, "forget"),
-        ({"retain": []}, "retain"),
+        ({"retain": []}, "`retain` is empty; a verdict needs"),
         ({"holdout": "missing/file.csv"}, "holdout"),
         ({"references": {"original": None}}, "references: 'original' cannot name"),
         ({"references": [1]}, "references must map names to models, found list"),

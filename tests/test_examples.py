@@ -10,6 +10,8 @@ from types import ModuleType
 import open_clip
 import pytest
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 

@@ -158,6 +158,7 @@ def _is_data(path: Path) -> bool:
     return path.is_file() and path.suffix not in (".py", ".pyc") and not path.name.startswith(".")
 
 
+@pytest.mark.slow
 def test_sdist_gives_a_wheel_that_imports_without_the_checkout(tmp_path):
     tree = tmp_path / "tree"
     for name in ("fasterase", "kernels", "csrc"):

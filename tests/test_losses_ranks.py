@@ -9,6 +9,8 @@ import fasterase
 from fasterase.errors import InputError
 from tests.loss_ranks import run_rank
 
+pytestmark = pytest.mark.slow
+
 
 def test_two_ranks_have_open_clips_values_and_gradients(tmp_path):
     torch.multiprocessing.spawn(run_rank, args=(2, str(tmp_path / "meeting")), nprocs=2)

@@ -85,6 +85,7 @@ def test_a_model_in_memory_has_no_audit() -> None:
     assert "Audit" not in found.table()
 
 
+@pytest.mark.slow
 def test_what_was_erased_first_stays_erased_and_damage_does_not_add_up() -> None:
     model = knowing_model()
     kept = concept_pairs(range(2, 8), 20, seed=1)

@@ -109,6 +109,16 @@ def test_without_matplotlib_all_but_the_plot_is_written(result, tmp_path, monkey
     assert "losses.png" not in (tmp_path / "report.md").read_text()
 
 
+@pytest.mark.parametrize("value", [None, 3, ["a"]], ids=str)
+def test_what_is_no_path_is_refused_by_name(value):
+    found = f"expected a path, found {type(value).__name__}"
+    for argument, write in (("folder", short_result(1).save), ("path", short_result(1).report)):
+        with pytest.raises(fasterase.InputError, match=f"^{argument}: {found}"):
+            write(value)
+    with pytest.raises(fasterase.InputError, match=f"^folder: {found}"):
+        fasterase.apply_delta(nn.Identity(), value)
+
+
 def test_repr_fits_one_screen():
     saved = short_result(2000, config=UnlearnConfig(output_dir="runs/apples"))
     assert repr(saved).splitlines() == [

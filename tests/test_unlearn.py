@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 import fasterase
+from fasterase.pairs.images import read_image_file
 from tests import small_models
 from tests.marks import SHORT_RUN
 from tests.tiny_concepts import FORGOTTEN, KEPT, concept_pairs, knowing_model
@@ -323,3 +326,41 @@ def test_a_model_that_never_knew_the_pairs_is_left_as_it_is():
     assert result.verdict == "never known"
     assert result.history == []
     assert same_weights(model.weights(), before)
+
+
+@pytest.mark.parametrize("form", ["table", "folder", "list"])
+def test_an_image_is_read_once_before_the_first_step(form, tmp_path, monkeypatch):
+    read = Counter()
+
+    def note(path, *, id):
+        read[path] += 1
+        return read_image_file(path, id=id)
+
+    def make_set(name, count):
+        (tmp_path / name).mkdir()
+        rows = []
+        for number in range(count):
+            image = tmp_path / name / f"{number}.png"
+            Image.new("RGB", (40, 40), (9 * number, 90, 9 * count)).save(image)
+            # No two files of both sets have the same size.
+            image.write_bytes(image.read_bytes() + bytes(1000 * count + number))
+            image.with_suffix(".txt").write_text(f"{name} {number}")
+            rows.append((str(image), f"{name} {number}"))
+        (tmp_path / f"{name}.csv").write_text("\n".join(map(",".join, [("path", "text"), *rows])))
+        return {"list": rows, "table": tmp_path / f"{name}.csv", "folder": tmp_path / name}[form]
+
+    forget, retain = make_set("boat", 6), make_set("tree", 12)
+    for module in ("source", "objects"):
+        monkeypatch.setattr(f"fasterase.pairs.{module}.read_image_file", note)
+    seen = []
+    fasterase.unlearn(
+        small_models.open_clip_vit(),
+        forget,
+        retain,
+        tokenizer=small_models.simple_tokenizer(),
+        callback=lambda record: seen.append(Counter(read)),
+        **{**STEPS, "max_steps": 1, "evaluation": None},
+    )
+    assert len(seen[0]) == 18
+    # Encoded once; the 3 + 8 of the step are read again to be trained on.
+    assert sorted(seen[0].values()) == [1] * 7 + [2] * 11

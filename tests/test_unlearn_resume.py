@@ -177,6 +177,24 @@ class TestResume:
         assert lines(tmp_path / "run")[:6] == first
         assert same_weights(again.weights(), whole.weights())
 
+    @pytest.mark.parametrize(
+        ("change", "asked"),
+        [
+            ({"max_steps": 2}, "max_steps=2"),
+            ({"max_steps": None, "epochs": 1}, r"epochs=1 \(2 steps\)"),
+            ({"max_steps": 2, "resume": "must"}, "max_steps=2"),
+        ],
+        ids=str,
+    )
+    def test_fewer_steps_than_were_taken_are_refused(self, stopped, change, asked):
+        tower = TinyModel()
+        before, config = tower.weights(), (stopped / "config.yaml").read_text()
+        with pytest.raises(ResumeError, match=rf"{asked}: .* taken 3 steps .* Give 3 or more"):
+            go(stopped, tower=tower, **change)
+        assert same_weights(tower.weights(), before)
+        assert (stopped / "config.yaml").read_text() == config
+        assert [record.step for record in go(stopped, max_steps=3).history] == [1, 2, 3]
+
     def test_never_starts_anew(self, stopped):
         tower, fresh = TinyModel(), TinyModel()
         result = go(stopped, tower=tower, resume="never", lr=2e-3, max_steps=2)

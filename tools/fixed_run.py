@@ -42,7 +42,13 @@ from tests.small_models import (
 )
 
 NAMES = ("apple", "house", "river", "cloud", "tiger", "chair", "bread", "stone")
-STEPS = {"lr": 1e-3, "max_steps": 4, "batch_size": 12, "forget_batch_size": 4}
+STEPS = {
+    "lr": 1e-3,
+    "max_steps": 4,
+    "batch_size": 12,
+    "forget_batch_size": 4,
+    "progress": False,
+}
 
 
 def _items(names: Sequence[str], count: int) -> list[tuple[Image.Image, list[str]]]:
@@ -82,8 +88,11 @@ def _write_sources(folder: Path) -> dict[str, tuple[Any, Any]]:
             csv.writer(file).writerows([("filepath", "title"), *rows])
         lines = (json.dumps({"image": path, "caption": title}) for path, title in rows)
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
-    paths = {
-        form: tuple(str(folder / pattern.format(name)) for name in sets)
+    paths: dict[str, tuple[Any, Any]] = {
+        form: (
+            str(folder / pattern.format("forget")),
+            str(folder / pattern.format("retain")),
+        )
         for form, pattern in {
             "csv": "{}.csv",
             "jsonl": "{}.jsonl",

@@ -99,6 +99,7 @@ def _evaluate(values: dict[str, Any]) -> str | None:
         model,
         forget,
         retain,
+        model_name=flags.model_name,
         holdout=flags.holdout,
         sets=_parse_named("sets", flags.sets),
         forget_sets=_parse_named("forget_sets", flags.forget_sets),

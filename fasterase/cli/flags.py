@@ -21,6 +21,7 @@ class SetFlags:
     Args:
         model: an open_clip name/tag (`ViT-B-32/laion2b_s34b_b79k`), `hf-hub:org/name` (open_clip),
             `hf:org/name` (transformers), a folder, or an open_clip checkpoint file.
+        model_name: open_clip's name of the architecture of models that are checkpoint files.
         forget: pairs to forget: a CSV, TSV, JSONL, JSON or Parquet file (columns `filepath` and
             `title`), a folder of `x.jpg` + `x.txt`, a class-per-folder directory, or a WebDataset
             pattern (`shards/{000..099}.tar`).
@@ -33,6 +34,7 @@ class SetFlags:
     """
 
     model: str | None = None
+    model_name: str | None = None
     forget: str | None = None
     retain: str | None = None
     holdout: str | None = None
@@ -79,11 +81,9 @@ class UnlearnFlags(DataFlags, SetFlags):
     Args:
         recipe: defaults to start from: `fasterase`, or `cliperase` for the paper's. Flags and YAML
             keys override the recipe.
-        model_name: open_clip's name of the architecture, if `model` is a checkpoint file.
     """
 
     recipe: Recipe = "fasterase"
-    model_name: str | None = None
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ def advise(outcome: Outcome, config: UnlearnConfig) -> str | None:
     """
     if outcome.verdict is None:
         return (
-            "no verdict: every retain caption is also a caption of the forget set, so there is "
-            "nothing to tell by whether it is forgotten. Give retain pairs with other captions."
+            "no verdict: there is no retain caption that is not also a caption of the forget set, "
+            "so there is nothing to tell by whether it is forgotten. Give retain pairs with other "
+            "captions."
         )
     advice = "" if outcome.verdict == FORGOTTEN else f" {_next_step(outcome, config)}"
     images = outcome.traces["forget"].pairs

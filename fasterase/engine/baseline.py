@@ -131,7 +131,7 @@ def measure_original(
         InputError: too many pairs cannot be read, or features are not finite.
     """
     forget, retain = sets["forget"], sets["retain"]
-    uses_reference = bool(len(retain)) and bool(
+    uses_reference = bool(
         config.consistency_weight
         or config.anchor_weight
         or config.used_cross_weight
@@ -274,7 +274,7 @@ def measured_rows(
     evaluator: Evaluator | None, sets: Mapping[str, PairTable]
 ) -> dict[str, np.ndarray]:
     """Return set -> rows that the evaluation measures; nothing without one."""
-    return {} if evaluator is None else {name: evaluator.rows(name) for name in sets}
+    return {} if evaluator is None else {n: evaluator.rows(n) for n in sets if len(sets[n])}
 
 
 def _warn_of_naming_captions(forget_sets: Sequence[PairFeatures], retain: PairFeatures) -> None:

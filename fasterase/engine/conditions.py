@@ -42,6 +42,37 @@ def check_train_mode(model: DualEncoder, config: UnlearnConfig, ranks: Ranks) ->
         )
 
 
+def check_retain(retain: PairTable, config: UnlearnConfig) -> None:
+    """Raise `InputError` for settings that an empty retain set leaves without an aim."""
+    if len(retain):
+        return
+    if config.lr == "auto" or config.runs_until_forgotten or config.stop_when_forgotten:
+        raise InputError(
+            "`retain` is empty, so there is nothing to tell by whether the concept is forgotten, "
+            "and what that costs. Give numbers for lr and epochs (or max_steps) and no "
+            "stop_when_forgotten, or pairs to keep."
+        )
+    if not config.forget_weight:
+        raise InputError(
+            "`retain` is empty and forget_weight=0: nothing to train. Give pairs to keep, or a "
+            "positive forget_weight."
+        )
+
+
+def check_steps_left(config: UnlearnConfig, total_steps: int, *, taken: int) -> None:
+    """Raise `ResumeError` where the run in `output_dir` has taken more steps than are asked for."""
+    if taken <= total_steps:
+        return
+    asked = f"max_steps={total_steps}"
+    if config.max_steps is None:
+        asked = f"epochs={config.epochs} ({total_steps} steps)"
+    raise ResumeError(
+        f"{asked}: the run in output_dir={config.output_dir!r} has taken {taken} steps already. "
+        f"Give {taken} or more to continue it, choose another output_dir, or start afresh with "
+        "resume='never'."
+    )
+
+
 def check_environment(config: UnlearnConfig) -> None:
     """Refuse options that this machine cannot honour, before anything is touched.
 

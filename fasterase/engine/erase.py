@@ -26,7 +26,7 @@ from fasterase.engine.baseline import (
 from fasterase.engine.build_engine import build_engine, shards, working_model
 from fasterase.engine.checkpoint import Checkpoint, CheckpointFolder
 from fasterase.engine.clock import RunClock
-from fasterase.engine.conditions import check_same, check_train_mode, identify
+from fasterase.engine.conditions import check_same, check_steps_left, check_train_mode, identify
 from fasterase.engine.feature_loss import MAX_SCALE, FeatureLoss, loss_products
 from fasterase.engine.global_loss import GlobalLoss
 from fasterase.engine.history import StepRecord
@@ -156,7 +156,7 @@ def erase(
         retain_shards=retain.shards(),
     )
     total_steps = count_steps(config, sampler)
-    if config.progress and ranks.is_first and len(retain):
+    if config.progress and ranks.is_first:
         tqdm.write(
             f"fasterase: training draws at most {sampler.retain_pairs_drawn(total_steps):,} of "
             f"{len(retain):,} retain pairs"
@@ -178,6 +178,7 @@ def erase(
         checkpoints = CheckpointFolder(output_dir / "checkpoints", identity, ranks)
         # Before anything is encoded: a checkpoint of another run is refused at once.
         saved = checkpoints.load(config.resume)
+        check_steps_left(config, total_steps, taken=saved.step if saved else 0)
         settings = format_yaml(config.to_dict())
         ranks.on_first(lambda: write_text(output_dir / "config.yaml", settings))
 
@@ -201,11 +202,11 @@ def erase(
             quick=config.evaluation == "quick",
         )
     judge = evaluator.judge if evaluator else _build_judge(sets, forget_sets, preferred, config)
-    if pool is not None and not judge.rows:
+    if not judge.rows and (pool is not None or config.stop_when_forgotten):
         raise InputError(
             "retain: every caption is also a caption of the forget set, so there is nothing to "
-            "tell by when the concept is forgotten. Give numbers for lr and epochs (or max_steps), "
-            "or retain pairs with other captions."
+            "tell by when the concept is forgotten. Give numbers for lr and epochs (or max_steps) "
+            "and no stop_when_forgotten, or retain pairs with other captions."
         )
 
     adapter = None
@@ -425,7 +426,7 @@ def _build_loss(
         retain_weight=config.retain_weight,
         consistency_weight=config.consistency_weight,
         anchor_weight=config.anchor_weight,
-        cross_weight=config.used_cross_weight if baseline.reference else 0.0,
+        cross_weight=config.used_cross_weight,
         forget_loss=config.forget_loss,
         floor=floor if applies_floor else None,
         negatives=config.negatives,

@@ -77,10 +77,14 @@ class Check(NamedTuple):
 
     @property
     def is_safely_forgotten(self) -> bool:
-        """Whether the traces are below the verdict's thresholds by a margin."""
+        """Whether the traces are below the verdict's thresholds by a margin.
+
+        Where one direction has fallen far, more of it would take that one out of its margin.
+        """
+        margin = MARGIN_RESIDUE if self.least_residue > LEAST_RESIDUE else RESTING[1]
         return (
             self.verdict != REMEMBERED
-            and self.residue <= MARGIN_RESIDUE
+            and self.residue <= margin
             and all(
                 trace.hit <= max(MARGIN_HIT, 1.5 * trace.chance) for trace in self.traces.values()
             )
@@ -367,6 +371,7 @@ FORGOTTEN_RANK, OVER_ERASED_RANK, REMEMBERED_RANK = range(3)
 def _rank(found: Check, *, faded: bool) -> tuple[float, ...]:
     """Return what orders candidates for the best weights, the smallest first."""
     verdict = found.verdict
+    order: tuple[float, ...]
     if verdict == FORGOTTEN:
         order = (FORGOTTEN_RANK, found.beyond_rest, int(not faded), found.damage)
     elif verdict == OVER_ERASED:

@@ -1,10 +1,14 @@
-"""Experiment trackers, told of each step by the callback: TensorBoard, Weights & Biases, none."""
+"""Experiment trackers, told of each step by the callback: TensorBoard, Weights & Biases, none.
+
+They begin with the first step or result: a run that is refused before leaves no log.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -60,17 +64,19 @@ class TensorBoardTracker(Tracker):
             writer.add_scalar(name, value, record["step"])
 
     def summarise(self, values: Mapping[str, float]) -> None:
+        self._open(first_step=None)
         self._results = dict(values)
 
     def close(self, *, failed: bool) -> None:
-        writer = self._open(first_step=None)
+        if self._writer is None:
+            return
         settings = {
             name: value if isinstance(value, bool | int | float | str) else str(value)
             for name, value in self._config.to_dict().items()
         }
         # TensorBoard takes hyperparameters together with the results.
-        writer.add_hparams(settings, self._results, run_name=".")
-        writer.close()
+        self._writer.add_hparams(settings, self._results, run_name=".")
+        self._writer.close()
 
     def _open(self, *, first_step: int | None) -> Any:
         """Open the writer when the first step is known: a resumed run repeats some steps."""
@@ -92,16 +98,20 @@ class WandbTracker(Tracker):
 
     def __init__(self, config: UnlearnConfig) -> None:
         super().__init__(config)
-        wandb = require_tracker("wandb")
-        self._is_own = wandb.run is None
-        if self._is_own:
-            folder = Path(config.output_dir or DEFAULT_FOLDER)
-            folder.mkdir(parents=True, exist_ok=True)
-            project = None if "WANDB_PROJECT" in os.environ else "fasterase"
-            self._run = wandb.init(project=project, dir=str(folder), config=config.to_dict())
-        else:
-            self._run = wandb.run
-            self._run.config.update(config.to_dict(), allow_val_change=True)
+        self._wandb = require_tracker("wandb")
+        self._own: Any = None  # the run, if it is not the caller's
+
+    @cached_property
+    def _run(self) -> Any:
+        config = self._config.to_dict()
+        if self._wandb.run is not None:
+            self._wandb.run.config.update(config, allow_val_change=True)
+            return self._wandb.run
+        folder = Path(self._config.output_dir or DEFAULT_FOLDER)
+        folder.mkdir(parents=True, exist_ok=True)
+        project = None if "WANDB_PROJECT" in os.environ else "fasterase"
+        self._own = self._wandb.init(project=project, dir=str(folder), config=config)
+        return self._own
 
     def log(self, record: StepRecord) -> None:
         # With the step as a value: an active run counts steps of its own.
@@ -111,8 +121,8 @@ class WandbTracker(Tracker):
         self._run.summary.update(dict(values))
 
     def close(self, *, failed: bool) -> None:
-        if self._is_own:
-            self._run.finish(exit_code=int(failed))
+        if self._own is not None:
+            self._own.finish(exit_code=int(failed))
 
 
 TRACKERS = {None: Tracker, "tensorboard": TensorBoardTracker, "wandb": WandbTracker}
@@ -129,7 +139,7 @@ def require_tracker(name: str | None) -> Any:
 
 @contextmanager
 def tracking(config: UnlearnConfig) -> Iterator[Tracker]:
-    """Open the tracker that `config.report_to` names, and close it in the end."""
+    """Yield the tracker that `config.report_to` names, and close it in the end."""
     tracker = TRACKERS[config.report_to](config)
     failed = True
     try:

@@ -12,7 +12,7 @@ from typing import Any
 from fasterase.errors import InputError
 from fasterase.evaluation.evaluation_table import format_html, format_markdown, format_text
 from fasterase.evaluation.figures import Figure, Figures
-from fasterase.files import check_creatable, check_writable, write_text
+from fasterase.files import check_creatable, check_writable, parse_path, write_text
 from fasterase.report.curves import Dots, Series, plot_dots, plot_series
 
 Scores = dict[str, dict[str, float]]
@@ -133,7 +133,7 @@ class Evaluation:
             InputError: the name does not end in .md, .markdown, .txt or .json, or cannot be a
                 file.
         """
-        path = Path(path)
+        path = parse_path(path, argument="path")
         check_report_path(path, argument="path")
         if path.suffix == ".json":
             return self.to_json(path)
@@ -149,7 +149,7 @@ class Evaluation:
             InputError: there is neither, or the folder cannot be written to.
             MissingExtraError: matplotlib is not installed (extra `eval`).
         """
-        folder = Path(folder)
+        folder = parse_path(folder, argument="folder")
         if not (self.tasks or self.attacks):
             raise InputError(
                 "plot: there is nothing to draw. Evaluate with tasks=(...) or attacks=(...)."
@@ -165,8 +165,13 @@ class Evaluation:
         return files
 
     def to_json(self, path: str | PathLike[str]) -> Path:
-        """Write everything to a JSON file that `from_json` reads."""
-        return write_text(Path(path), json.dumps(asdict(self), indent=1) + "\n")
+        """Write everything to a JSON file that `from_json` reads.
+
+        Raises:
+            InputError: `path` is no path.
+        """
+        text = json.dumps(asdict(self), indent=1) + "\n"
+        return write_text(parse_path(path, argument="path"), text)
 
     @classmethod
     def from_json(cls, path: str | PathLike[str]) -> Evaluation:
@@ -175,7 +180,7 @@ class Evaluation:
         Raises:
             InputError: the file is missing or is not an evaluation.
         """
-        path = Path(path)
+        path = parse_path(path, argument="path")
         if not path.is_file():
             raise InputError(f"path: no file {path}. Give one that Evaluation.to_json wrote.")
         try:

@@ -42,7 +42,8 @@ class Evaluator:
     similarities.
 
     Args:
-        sources: set name -> pairs; `"forget"` and `"retain"` are required.
+        sources: set name -> pairs; `"forget"` and `"retain"` are required. An empty set is not
+            measured.
         forget_sets: names of further sets to forget. They come first, with `"forget"`; all others
             are sets to keep.
         preferred: set -> rows that make up half of the sample, where they are enough.
@@ -84,8 +85,8 @@ class Evaluator:
         if quick:
             max_pairs = min(max_pairs or QUICK_PAIRS, QUICK_PAIRS)
         self.forget_sets = ("forget", *(name for name in sources if name in forget_sets))
-        kept = [name for name in sources if name not in self.forget_sets]
-        self.sources = {name: sources[name] for name in (*self.forget_sets, *kept)}
+        names = dict.fromkeys((*self.forget_sets, *sources))
+        self.sources = {name: sources[name] for name in names if len(sources[name])}
         self.max_pairs = max_pairs
         self.seed = seed
         self.templates = check_templates(templates)
@@ -99,10 +100,10 @@ class Evaluator:
         # Of the whole forget set, sampled or not: other sets may have its captions too.
         self._concept = all_captions(sources["forget"])
         self.judge = Judge(
-            self.sources,
+            sources,
             self.forget_sets,
             seed=seed,
-            rows={name: self.rows(name) for name in ("retain", *self.forget_sets)},
+            rows={name: self.rows(name) for name in self.sources},
         )
 
     def rows(self, name: str) -> np.ndarray:
@@ -155,7 +156,7 @@ class Evaluator:
         concept = torch.tensor([caption in self._concept for caption in pool.captions])
         scores = {}
         for name, found in sets.items():
-            distractors = None if name == "retain" else sets["retain"]
+            distractors = None if name == "retain" else sets.get("retain")
             scores[name] = retrieval_scores(found, pool, concept, distractors)
         if self.class_names is not None:
             self._add_accuracy(encoder, features, scores, self.class_names)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
@@ -44,15 +44,12 @@ class Measurement:
             sets: set -> this model's features.
         """
         self.check_same_pairs(original, "original")
-        if self.images["retain"].shape[1] != original.images["retain"].shape[1]:
+        if self.images["forget"].shape[1] != original.images["forget"].shape[1]:
             return
-        for name, features in sets.items():
-            values, chance = old_index_scores(
-                features,
-                None if name == "retain" else sets["retain"],
-                original.images[name],
-                original.images["retain"],
-            )
+        old = {name: replace(each, image=original.images[name]) for name, each in sets.items()}
+        for name, features in old.items():
+            distractors = None if name == "retain" else old.get("retain")
+            values, chance = old_index_scores(features, distractors)
             self.sets[name].add(OLD_INDEX, values, chance)
 
     def check_same_pairs(self, other: Measurement, name: str) -> None:

@@ -11,7 +11,7 @@ scores exactly chance, neither 0 nor 100 %.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -121,16 +121,10 @@ def retrieval_scores(
 
 
 def old_index_scores(
-    features: SetFeatures,
-    distractors: SetFeatures | None,
-    images: Tensor,  # [n, D] the original's, of the pairs of `features`
-    distractor_images: Tensor,  # the same of `distractors`
+    features: SetFeatures, distractors: SetFeatures | None
 ) -> tuple[np.ndarray, float]:
-    """Return [n] text->image hit@1 among the original's image features, and its chance level."""
-    found, right, count = _text_to_image(
-        replace(features, image=images),
-        None if distractors is None else replace(distractors, image=distractor_images),
-    )
+    """Return [n] text->image hit@1 and its chance level; `image` of both sets is the original's."""
+    found, right, count = _text_to_image(features, distractors)
     return found.hit(1), float(chance_position(count, right).hit(1).mean())
 
 

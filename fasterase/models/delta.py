@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fasterase.errors import InputError
-from fasterase.files import replace_model_folder
+from fasterase.files import parse_path, replace_model_folder
 from fasterase.models.adapters import PREFIX, WEIGHTS_FILE, write_adapter
 from fasterase.models.dual_encoder import DualEncoder, frozen_copy
 from fasterase.models.load import DELTA_FILE, load_model
@@ -157,7 +157,7 @@ def apply_delta(
     """
     if isinstance(sign, bool) or sign not in (1, -1):
         raise InputError(f"sign={sign!r} is neither 1 (put the delta on) nor -1 (take it off).")
-    folder = Path(folder).expanduser()
+    folder = parse_path(folder, argument="folder").expanduser()
     stored, metadata = _read(folder)
     deltas = _deltas(stored, json.loads(metadata.get("factors", "{}")), folder)
     encoder = load_model(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,50 @@ def load_model(
     return encoder
 
 
+def load_compared(
+    name: str,
+    model: nn.Module | DualEncoder | str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    preprocess: Any = None,
+    model_name: str | None = None,
+) -> DualEncoder:
+    """Load one of several models that are compared; an error names the argument it came from.
+
+    Args:
+        name: `"model"`, `"original"` or the name of a reference.
+        model, tokenizer, preprocess: see `load_model`.
+        model_name: likewise; not used where the model says its architecture itself.
+    """
+    try:
+        used_name = model_name if _takes_model_name(model) else None
+        return load_model(model, tokenizer=tokenizer, preprocess=preprocess, model_name=used_name)
+    except InputError as error:
+        if name == "model":
+            raise
+        argument = name if name == "original" else f"references[{name!r}]"
+        raise type(error)(f"{argument}: {error}") from error
+
+
+def check_model_name(model_name: str | None, models: Iterable[object]) -> None:
+    """Raise `InputError` for a name that none of the compared models has a use for."""
+    if model_name is not None and not any(map(_takes_model_name, models)):
+        raise InputError(
+            f"model_name: {model_name!r} is for open_clip instances and checkpoint files; none of "
+            "the models is one. Leave it out."
+        )
+
+
+def _takes_model_name(model: object) -> bool:
+    if isinstance(model, nn.Module):
+        return openclip.is_open_clip(unwrap(model))
+    return isinstance(model, (str, os.PathLike)) and _is_weights_file(Path(model).expanduser())
+
+
+def _is_weights_file(file: Path) -> bool:
+    return file.suffix in _WEIGHT_FILES and file.is_file()
+
+
 def _adapt(given: nn.Module, companions: Companions, model_name: str | None) -> DualEncoder:
     module = unwrap(given)
     companions = companions.or_else(remembered(module))
@@ -98,7 +143,7 @@ def _adapt(given: nn.Module, companions: Companions, model_name: str | None) -> 
 def _load(model: str | os.PathLike[str], model_name: str | None, **given: Any) -> DualEncoder:
     name = os.fspath(model)
     file = Path(name).expanduser()
-    if file.suffix in _WEIGHT_FILES and file.is_file():
+    if _is_weights_file(file):
         return from_checkpoint(file, model_name=model_name, **given)
     if model_name is not None:
         raise InputError(

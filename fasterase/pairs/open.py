@@ -19,7 +19,12 @@ from fasterase.pairs.table import PairTable
 
 
 def open_pairs(
-    source: Any, *, name: str, image_key: str | None = None, text_key: str | None = None
+    source: Any,
+    *,
+    name: str,
+    image_key: str | None = None,
+    text_key: str | None = None,
+    may_be_empty: bool = False,
 ) -> PairTable:
     """Open a set of image-text pairs.
 
@@ -36,6 +41,7 @@ def open_pairs(
               `torch.utils.data.Subset` of one.
         name: the name of the argument, for messages and ids.
         image_key, text_key: column, dict key or tar entry, if it does not have a usual name.
+        may_be_empty: accept a table, dataset or list without a pair.
 
     Raises:
         InputError: the source has none of these forms, is missing or is empty; the message starts
@@ -47,7 +53,7 @@ def open_pairs(
         if f"`{name}`" in str(error):
             raise
         raise type(error)(f"`{name}`: {error}") from error
-    if len(opened) == 0:
+    if len(opened) == 0 and not may_be_empty:
         place = f" ({os.fspath(source)})" if isinstance(source, str | os.PathLike) else ""
         raise InputError(f"`{name}` is empty{place}; it needs at least one image-text pair")
     if opened is not source and opened.origin is None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from fasterase.pairs.classes import (
     find_classified,
     label_columns,
 )
-from fasterase.pairs.images import decode_image, read_image_file, to_rgb
+from fasterase.pairs.images import ImageFiles, decode_image, read_image_file, to_rgb
 from fasterase.pairs.items import (
     IMAGE_KEYS,
     TEXT_KEYS,
@@ -31,6 +33,7 @@ from fasterase.pairs.items import (
     select_plain,
     unbatch,
 )
+from fasterase.pairs.parts import pack
 from fasterase.pairs.prepare import caption_key, hash_captions
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.table import PairTable
@@ -45,7 +48,7 @@ _REMEMBERED = 1 << 20
 _MANIFEST_ITEMS = 64
 
 
-def open_objects(source: Any, name: str, image_key: str | None, text_key: str | None) -> ItemTable:
+def open_objects(source: Any, name: str, image_key: str | None, text_key: str | None) -> PairTable:
     """Open a Python object of any accepted kind; raise `InputError` for others.
 
     A `DataLoader` is unwrapped to its dataset. Iterables without random access, and batches, are
@@ -119,7 +122,7 @@ def _first_is_batch(dataset: Any, image_key: str | None, text_key: str | None) -
 
 def _open_list(
     items: Sequence[Any], name: str, image_key: str | None, text_key: str | None
-) -> ItemTable:
+) -> PairTable:
     pairs: list[Item | BrokenPair] = []
     for item in items:
         # `unbatch` returns pairs in a standard form, so the keys no longer apply.
@@ -131,8 +134,13 @@ def _open_list(
             # Kept in the list, so that it is reported when it is drawn.
             except BrokenPair as error:
                 pairs.append(error)
-    in_memory = not any(isinstance(pair, Item) and isinstance(pair.image, str) for pair in pairs)
-    return ItemTable(name, pairs, in_memory=in_memory)
+    files = [pair for pair in pairs if isinstance(pair, Item) and isinstance(pair.image, str)]
+    if files and len(files) == len(pairs) and not any(isinstance(f.text, Tensor) for f in files):
+        # As a table of them would be opened: told apart without reading the images.
+        texts = ([file.text] if isinstance(file.text, str) else file.text for file in files)
+        rows = ((file.image, text, file.meta) for file, text in zip(files, texts, strict=True))
+        return PairTable(name, pack(rows), ImageFiles(Path()))
+    return ItemTable(name, pairs, in_memory=not files)
 
 
 def _open_hugging_face(
@@ -300,6 +308,7 @@ class ItemTable(PairTable):
             raise InputError(f"`{self.name}`: no pair can be read; for example {failure}")
         return True
 
+    @cached_property
     def _digest(self) -> str:
         """Digest the length, the captions, and the shape and some pixel values of a few items.
 

@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import IO, Any
 
 import numpy as np
@@ -210,6 +211,7 @@ class TarTable(PairTable):
         _check_downloaded(record)
         return record
 
+    @cached_property
     def _digest(self) -> str:
         # Sizes are in those of the parts; reading the column again would take seconds of many.
         parts = b"".join(part.digest() for part in self.parts.every)

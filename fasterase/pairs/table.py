@@ -152,8 +152,8 @@ class PairTable(Sequence[Record]):
     def digest(self) -> str:
         """Return a hex digest of ids, sizes and captions, by which caches recognise the data."""
         if self.indices is None:
-            return self._digest()
-        digest = hashlib.blake2b(self.base._digest().encode(), digest_size=16)
+            return self.base._digest
+        digest = hashlib.blake2b(self.base._digest.encode(), digest_size=16)
         digest.update(self.indices.tobytes())
         return digest.hexdigest()
 
@@ -258,6 +258,7 @@ class PairTable(Sequence[Record]):
         rows = [start + rows for start, (_, rows) in zip(self.parts.starts, found, strict=False)]
         return np.concatenate([hashes for hashes, _ in found]), np.concatenate(rows)
 
+    @cached_property
     def _digest(self) -> str:
         parts = b"".join(part.digest() for part in self.parts.every)
         return hashlib.blake2b(parts + self._sizes.tobytes(), digest_size=16).hexdigest()

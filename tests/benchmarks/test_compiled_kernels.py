@@ -32,6 +32,7 @@ strip:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     tuple(map(int, compiled_kernels.triton.__version__.split(".")[:2])) < (3, 5),
     reason="the kernels need Triton 3.5",
@@ -64,6 +65,7 @@ def test_no_spills_tensor_cores_and_shared_memory_within_the_limit(name, ref_wid
     assert compiled.shared_bytes <= compiled_kernels.SHARED_LIMIT[target]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     tuple(map(int, compiled_kernels.triton.__version__.split(".")[:2])) < (3, 5),
     reason="the kernels need Triton 3.5",

@@ -158,6 +158,7 @@ def test_times_are_interleaved_and_share_out_the_budget(monkeypatch):
     assert order[6:] == ["quick"] * 2
 
 
+@pytest.mark.slow
 def test_no_provider_always_follows_the_same_other():
     order: list[str] = []
 

@@ -47,6 +47,7 @@ def test_a_model_is_trained_once(few, tmp_path, monkeypatch):
     assert torch.equal(model.visual.proj, again.visual.proj)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:verdict")
 def test_every_model_has_a_row(few, tmp_path, monkeypatch):
     monkeypatch.setattr(relearn, "STEPS", 1)

@@ -127,6 +127,7 @@ def test_an_interrupted_benchmark_resumes(tmp_path, monkeypatch, capsys):
     assert len(read_rows(path)) == 4
 
 
+@pytest.mark.slow
 def test_a_run_of_the_demo_is_measured(monkeypatch):
     """Both implementations, whole, on two steps of the demo's model."""
     monkeypatch.setattr(end_to_end.fasterase, "evaluate", lambda *_, **__: Evaluated())

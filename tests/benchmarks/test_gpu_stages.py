@@ -143,6 +143,7 @@ def test_repeats_that_differ_are_an_error(tmp_path, monkeypatch, capsys):
     assert "DIFFERENT" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_call_of_each_kind_under_the_interpreter():
     pytest.importorskip("triton", minversion="3.5")
     found = subprocess.run(

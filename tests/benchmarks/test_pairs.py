@@ -15,6 +15,7 @@ def shards(tmp_path, monkeypatch):
     return benchmark.write_shards(tmp_path / "small", shards=2, pairs=30, side=32)
 
 
+@pytest.mark.slow
 def test_both_find_and_read_the_same_pairs(shards):
     for implementations in (benchmark._SMALL | benchmark._DECODED).values():
         found = [run(shards) for run in implementations.values()]
@@ -22,6 +23,7 @@ def test_both_find_and_read_the_same_pairs(shards):
         assert len({each.get("found") for each in found}) == 1
 
 
+@pytest.mark.slow
 def test_the_large_index_is_read_like_any_other(shards, tmp_path):
     (tmp_path / "large").mkdir()
     large = benchmark.write_large(tmp_path / "large", shards[0], pairs=100)

@@ -88,11 +88,12 @@ def test_evaluate(evaluate, tmp_path, capsys):
     flags += ["--references", "retrained=other", "--original", "m0", "--max-pairs", "9"]
     flags += ["--class_names", str(tmp_path / "classes.txt"), "--output", "report.md"]
     flags += ["--attacks", "swap", "membership", "--non_members", "n.csv"]
-    flags += ["--tasks", "retrieval"]
+    flags += ["--tasks", "retrieval", "--model_name", "ViT-B-32"]
     assert main(["evaluate", *flags]) == 0
     args, kwargs = evaluate.calls[0]
     assert args == ("m", "f.csv", "r.csv")
     assert kwargs == {
+        "model_name": "ViT-B-32",
         "holdout": None,
         "sets": {},
         "forget_sets": {},

@@ -88,6 +88,7 @@ def test_recipes_are_the_public_ones_and_only_the_papers_has_numbers_for_the_sma
     assert not papers.forget_augment
 
 
+@pytest.mark.slow
 def test_the_demo_leaves_what_it_says(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.warns(UserWarning, match="verdict: remembered") as caught:

@@ -20,7 +20,7 @@ def warning(verdict: str | None = "remembered", *, limit: str | None = None, **s
 
 def test_a_forgotten_set_needs_no_words_and_no_verdict_says_why():
     assert not warning("forgotten")
-    assert warning(None).startswith("no verdict: every retain caption is also")
+    assert warning(None).startswith("no verdict: there is no retain caption that is not")
 
 
 def test_more_steps_continue_only_where_there_is_a_folder():

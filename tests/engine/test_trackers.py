@@ -146,6 +146,26 @@ def test_an_active_run_is_used_and_left_open(wandb):
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"lr": 2e-2}, fasterase.ResumeError),
+        ({"max_steps": 1}, fasterase.ResumeError),
+        ({"deepspeed": {}, "tune": "lora:2"}, fasterase.InputError),
+    ],
+    ids=lambda value: ", ".join(value) if isinstance(value, dict) else "",
+)
+def test_a_refused_run_leaves_no_log(name, change, error, wandb, tmp_path):
+    folder = tmp_path / "run"
+    run(output_dir=folder, evaluation=None)
+    before = {path.name for path in folder.iterdir()}
+    with pytest.raises(error):
+        run(output_dir=folder, evaluation=None, report_to=name, **change)
+    assert {path.name for path in folder.iterdir()} == before
+    assert (wandb.arguments, wandb.finished) == (None, [])
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_missing_tracker_is_refused_before_the_model_is_loaded(name, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(fasterase.MissingExtraError, match=rf"fasterase\[{name}\]"):

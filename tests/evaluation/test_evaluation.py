@@ -53,6 +53,12 @@ def test_table_says_for_every_row_what_is_wanted() -> None:
     assert max(map(len, lines)) <= 100
 
 
+@pytest.mark.parametrize("name", ["report", "to_json", "from_json", "plot"])
+def test_what_is_no_path_is_refused_by_name(name: str) -> None:
+    with pytest.raises(InputError, match=r"^(path|folder): expected a path, found NoneType"):
+        getattr(EVALUATION, name)(None)
+
+
 def test_verdicts_are_told_by_set_and_their_absence_is_explained() -> None:
     assert "\n\nVerdict: none. No retain pair has a caption" in EVALUATION.table()
     sets = {"forget": "forgotten", "unseen": "remembered"}

@@ -78,6 +78,33 @@ def test_erase_from_a_checkpoint_and_save_it(tmp_path: Path) -> None:
     assert torch.equal(again.text_projection, result.model.text_projection.cpu())
 
 
+def test_evaluate_names_the_architecture_of_every_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = {**small_models.open_clip_config(), "quick_gelu": True}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "small-quickgelu", quick)
+    pixels, ids = small_models.random_pairs(small_models.SIMPLE_VOCABULARY_SIZE, count=12)
+    pairs: list[tuple[Tensor, Tensor]] = list(zip(pixels, ids, strict=True))
+    file = write(tmp_path, small_models.open_clip_vit())
+    saved = tmp_path / "saved"
+    load_model(file, model_name="small-quickgelu").save(saved)
+
+    def measure(model: Any, model_name: str, **others: Any) -> Any:
+        sets = {"forget": pairs[:4], "retain": pairs[4:], "progress": False}
+        return fasterase.evaluate(model, **sets, model_name=model_name, **others)
+
+    # Without the name each of the files would be taken for "small", with a warning.
+    others = {"original": file, "references": {"file": file, "saved": saved}}
+    found = measure(file, "small-quickgelu", **others)
+    assert found.settings["model"] == "small-quickgelu (epoch_3.pt)"
+    assert found.scores == found.references["file"] == found.references["saved"]
+    assert measure(saved, "small-quickgelu", original=file).verdict == found.verdict
+    with pytest.raises(InputError, match=r"original: model_name: .*do not fit 'small-deeper'"):
+        measure(saved, "small-deeper", original=file)
+    with pytest.raises(InputError, match=r"model_name: 'small' is for .*none of the models is one"):
+        measure(saved, "small", original=saved)
+
+
 def test_options_of_the_training_are_seen_in_the_weights(tmp_path: Path) -> None:
     module = small_models.open_clip_vit(image_size=48, context_length=10)
     module.logit_bias = nn.Parameter(torch.tensor(-9.0))

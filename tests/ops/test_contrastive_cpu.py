@@ -210,6 +210,7 @@ print(len(calls), reason and reason.replace(" ", "_"))
 """
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_processes_may_build_at_once(tmp_path):
     builders = [python(_BUILD, TORCH_EXTENSIONS_DIR=str(tmp_path)) for _ in range(2)]
@@ -220,6 +221,7 @@ def test_processes_may_build_at_once(tmp_path):
     assert {path.suffix for path in tmp_path.iterdir()} == {".so", ".lock"}
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_a_damaged_library_is_built_again_once(tmp_path, monkeypatch):
     """In processes of their own: a truncated library could kill one."""

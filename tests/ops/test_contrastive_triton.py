@@ -22,6 +22,7 @@ VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 new_triton = pytest.mark.skipif(VERSION < (3, 5), reason="the kernels need Triton 3.5")
 
 
+@pytest.mark.slow
 @new_triton
 @pytest.mark.skipif(
     VERSION < (3, 7) and np.lib.NumpyVersion(np.__version__) >= "2.4.0",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,12 +70,31 @@ def test_compressed_shards_of_one_name_are_compared_by_their_images(make_tar, en
     assert remove_overlap(retain, forget) == (retain, [])
 
 
-def test_files_of_other_sizes_are_not_read(pictures, monkeypatch):
-    (pictures / "f.csv").write_text("image,text\n1.png,a\n")
+@pytest.mark.parametrize("form", ["table", "list"])
+def test_files_of_other_sizes_and_in_the_same_place_are_not_read(pictures, monkeypatch, form):
+    def pairs_of(*numbers):
+        if form == "list":
+            return [(str(pictures / f"{n}.png"), "a") for n in numbers]
+        table = pictures / f"{numbers[0]}.csv"
+        table.write_text("image,text\n" + "".join(f"{n}.png,a\n" for n in numbers))
+        return table
+
+    read = []
+    plain = ImageFiles.read
+    monkeypatch.setattr(
+        ImageFiles,
+        "read",
+        lambda self, row, id: read.append(Path(id).name) or plain(self, row, id),
+    )
     (pictures / "1.png").write_bytes((pictures / "1.png").read_bytes() + b"\0")
-    (pictures / "r.csv").write_text("image,text\n0.png,a\n2.png,a\n")
-    monkeypatch.setattr(ImageFiles, "read", lambda *_: pytest.fail("read a file"))
-    assert remaining(pictures / "r.csv", pictures / "f.csv")[1] == []
+    (pictures / "4.png").write_bytes((pictures / "1.png").read_bytes() + b"\0")
+    _, removed = remaining(pairs_of(0, 1, 2), pairs_of(4, 1))
+    assert [Path(id).name for id in removed] == ["1.png"]
+    assert read == []
+    shutil.copy(pictures / "4.png", pictures / "5.png")
+    _, removed = remaining(pairs_of(0, 1, 5), pairs_of(4, 1))
+    assert [Path(id).name for id in removed] == ["1.png", "5.png"]
+    assert sorted(read) == ["4.png", "5.png"]
 
 
 def test_tensors_and_pictures_by_content(picture):

@@ -156,6 +156,21 @@ def test_paths_are_read_and_missing_files_are_broken(pictures):
     assert pairs[0].image.size == (9, 7)
     with pytest.raises(BrokenPair, match=r"none\.png cannot be read: No such file"):
         pairs[1]
+    assert [pairs.id(row) for row in range(2)] == [str(pictures / "2.png"), items[1][0].as_posix()]
+
+
+def test_paths_may_be_listed_with_other_columns_and_beside_broken_pairs(pictures):
+    file = str(pictures / "2.png")
+    items = [{"path": file, "captions": ["a", "b"], "year": 2019}, {"path": file, "captions": "c"}]
+    pairs = open_pairs(items, name="x")
+    assert [(record.text, record.meta) for record in map(pairs.__getitem__, range(2))] == [
+        (["a", "b"], {"year": 2019}),
+        ("c", {}),
+    ]
+    mixed = open_pairs([*items, {"path": None, "captions": "d"}], name="x")
+    assert mixed[0].text == ["a", "b"]
+    with pytest.raises(BrokenPair, match=r"x\[2\]: no image"):
+        mixed[2]
 
 
 @pytest.mark.parametrize(
@@ -258,6 +273,14 @@ def test_a_loader_whose_collation_makes_the_pairs_says_what_to_do():
     loader = DataLoader(Pairs(lambda i: i, 4), collate_fn=lambda rows: rows)
     with pytest.raises(InputError, match=r"pass iter\(loader\) instead"):
         open_pairs(loader, name="forget")
+
+
+def test_items_are_read_once_for_all_manifests():
+    read = []
+    pairs = open_pairs(Pairs(lambda i: (read.append(i), TEXT_TUPLES[i])[1], 3), name="x")
+    read.clear()
+    assert pairs.digest() == pairs.digest()
+    assert sorted(read) == [0, 1, 2]
 
 
 def test_manifest_follows_captions_pixels_and_order():

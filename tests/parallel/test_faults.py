@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 from tests.parallel.launched import ROOT, STEPS, environment, torchrun, unlearn_command
 
+pytestmark = pytest.mark.slow
+
 PROMPT_SECONDS = 60.0
 
 

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 from tests.parallel.launched import ROOT, environment, torchrun, unlearn_command
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("deepspeed")
 
 SHORT = {"max_steps": 5, "micro_batch_size": 3, "weight_decay": 0.0}

@@ -20,6 +20,8 @@ from fasterase.protocols.detector import Detector
 from fasterase.protocols.text_to_image import TextToImage
 from tests import small_models, tiny_diffusion
 
+pytestmark = pytest.mark.slow
+
 TEMPLATES = ("a photo of a {}", "A {} in snow")
 IMAGES = 3
 # Some of the tiny detector's scores are above it.
