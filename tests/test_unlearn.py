@@ -350,7 +350,7 @@ def test_an_image_is_read_once_before_the_first_step(form, tmp_path, monkeypatch
         return {"list": rows, "table": tmp_path / f"{name}.csv", "folder": tmp_path / name}[form]
 
     forget, retain = make_set("boat", 6), make_set("tree", 12)
-    for module in ("source", "objects"):
+    for module in ("images", "read_objects"):
         monkeypatch.setattr(f"fasterase.pairs.{module}.read_image_file", note)
     seen = []
     fasterase.unlearn(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,62 +30,66 @@ def class_number(value: Any) -> int | None:
     return int(value)
 
 
-class ClassNames(NamedTuple):
-    """The captions of classes, by class number."""
-
-    names: list[str]
-
-    def of(self, number: Any) -> str | None:
-        """Return the name of a class; None (no caption) for -1, which marks unlabelled items."""
-        index = class_number(number)
-        if index is None or index == -1:
-            return None
-        if not 0 <= index < len(self.names):
-            raise InputError(f"the class number {index} is none of the {len(self.names)} classes")
-        return self.names[index]
+def class_name(names: Sequence[str], number: Any) -> str | None:
+    """Return the name of a class; None (no caption) for -1, which marks unlabelled items."""
+    index = class_number(number)
+    if index is None or index == -1:
+        return None
+    if not 0 <= index < len(names):
+        raise InputError(f"the class number {index} is none of the {len(names)} classes")
+    return names[index]
 
 
-class ClassifiedItems:
-    """A dataset of `(image, class number)` as one of `{"image", "text", "class"}`.
+class Mapped:
+    """A dataset, a sequence or a stream, of which each item is turned into another."""
 
-    Both `"text"` and `"class"` are the name of the class, None if the item has none.
-
-    Args:
-        items: the dataset.
-        classes: the names of its classes.
-        targets: the class numbers of all items if they are known without reading them, else None.
-    """
-
-    def __init__(self, items: Any, classes: ClassNames, targets: Sequence[Any] | None) -> None:
-        self.classes = classes
-        self.captions = None if targets is None else _ClassColumn(classes, targets)
+    def __init__(self, items: Any, function: Callable[[Any], dict[str, Any]]) -> None:
         self._items = items
+        self._function = function
 
     def __len__(self) -> int:
         return len(self._items)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        image, number = self._items[index]
-        return {"image": image, **_caption(self.classes, number)}
+        return self._function(self._items[index])
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return map(self._function, self._items)
 
 
-class _ClassColumn:
-    """The captions of `ClassifiedItems`, found without reading an image."""
+class Classified(NamedTuple):
+    """Items whose `"text"` and `"class"` are the name of their class.
 
-    def __init__(self, classes: ClassNames, targets: Sequence[Any]) -> None:
-        self._classes = classes
-        self._targets = targets
+    Attributes:
+        items: with their images.
+        classes: the names of all classes.
+        captions: the items without their images, if they are known without reading those.
+    """
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return _caption(self._classes, self._targets[index])
-
-
-def _caption(classes: ClassNames, number: Any) -> dict[str, Any]:
-    name = classes.of(number)
-    return {"text": name, "class": name}
+    items: Mapped
+    classes: list[str]
+    captions: Mapped | None
 
 
-def find_classified(dataset: Any) -> ClassifiedItems | None:
+def name_labels(rows: Any, column: str, classes: Sequence[str]) -> Mapped:
+    """Replace the class numbers in a column of a Hugging Face dataset by names.
+
+    The name also becomes the row's `"class"`.
+    """
+    return Mapped(rows, partial(_name_label, column, classes))
+
+
+def label_columns(dataset: Any) -> dict[str, list[str]]:
+    """Return the `ClassLabel` columns of a Hugging Face dataset, with the names of the classes."""
+    features = getattr(dataset, "features", None) or {}
+    return {
+        column: [normalize_class_name(name) for name in feature.names]
+        for column, feature in features.items()
+        if type(feature).__name__ == "ClassLabel"
+    }
+
+
+def find_classified(dataset: Any) -> Classified | None:
     """Recognise a dataset with `.classes` whose items are `(image, class number)`.
 
     Such are torchvision's `ImageFolder`, `DatasetFolder`, `CIFAR10`, ..., and `Subset`s of them.
@@ -108,12 +113,28 @@ def find_classified(dataset: Any) -> ClassifiedItems | None:
             "be those of the classes. Remove it, or let it return the name of the class."
         )
     # torchvision's ImageNet has several names for a class; the first is the usual one.
-    captions = [name if isinstance(name, str) else str(name[0]) for name in names]
-    classes = ClassNames([normalize_class_name(caption) for caption in captions])
+    classes = [normalize_class_name(name if isinstance(name, str) else name[0]) for name in names]
     targets = _known_targets(whole, rows)
-    if targets is not None and class_number(targets[index]) != number:
-        targets = None
-    return ClassifiedItems(dataset, classes, targets)
+    known = targets is not None and class_number(targets[index]) == number
+    return Classified(
+        Mapped(dataset, partial(_name_pair, classes)),
+        classes,
+        Mapped(targets, partial(_caption, classes)) if known else None,
+    )
+
+
+def _name_label(column: str, classes: Sequence[str], row: dict[str, Any]) -> dict[str, Any]:
+    name = class_name(classes, row[column])
+    return {**row, column: name, "class": name}
+
+
+def _name_pair(classes: Sequence[str], pair: tuple[Any, Any]) -> dict[str, Any]:
+    return {"image": pair[0], **_caption(classes, pair[1])}
+
+
+def _caption(classes: Sequence[str], number: Any) -> dict[str, Any]:
+    name = class_name(classes, number)
+    return {"text": name, "class": name}
 
 
 def _first_number(dataset: Any) -> tuple[int, int | None]:
@@ -136,38 +157,3 @@ def _known_targets(whole: Any, rows: np.ndarray | None) -> list[Any] | None:
             values = targets if isinstance(targets, list) else targets.tolist()
             return values if rows is None else [values[int(row)] for row in rows]
     return None
-
-
-class NamedLabels:
-    """Rows of a Hugging Face dataset, the numbers of its `ClassLabel` column replaced by names.
-
-    The name also becomes the row's `"class"`.
-    """
-
-    def __init__(self, rows: Any, column: str, classes: ClassNames) -> None:
-        self._rows = rows
-        self._column = column
-        self._classes = classes
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._name(self._rows[index])
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return map(self._name, self._rows)
-
-    def _name(self, row: dict[str, Any]) -> dict[str, Any]:
-        name = self._classes.of(row[self._column])
-        return {**row, self._column: name, "class": name}
-
-
-def label_columns(dataset: Any) -> dict[str, ClassNames]:
-    """Return the `ClassLabel` columns of a Hugging Face dataset, with the names of the classes."""
-    features = getattr(dataset, "features", None) or {}
-    return {
-        column: ClassNames([normalize_class_name(name) for name in feature.names])
-        for column, feature in features.items()
-        if type(feature).__name__ == "ClassLabel"
-    }

@@ -14,12 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from fasterase.errors import InputError
-from fasterase.pairs.classes import (
-    ClassNames,
-    NamedLabels,
-    find_classified,
-    label_columns,
-)
+from fasterase.pairs.classes import find_classified, label_columns, name_labels
 from fasterase.pairs.images import ImageFiles, decode_image, read_image_file, to_rgb
 from fasterase.pairs.items import (
     IMAGE_KEYS,
@@ -69,38 +64,37 @@ def open_objects(source: Any, name: str, image_key: str | None, text_key: str | 
                 f"`{name}` is a Hugging Face DatasetDict; choose one of its splits: "
                 f"{[str(key) for key in source]}"
             )
-        source = [source]
-    elif isinstance(source, tuple) and _is_batch_tuple(source):
-        source = [source]
-    elif random_access and hasattr(source, "select_columns"):
+        return _open_list([source], name, image_key, text_key)
+    if isinstance(source, tuple) and _is_batch_tuple(source):
+        return _open_list([source], name, image_key, text_key)
+    if random_access and hasattr(source, "select_columns"):
         return _open_hugging_face(source, name, image_key, text_key)
-    labels: dict[str, ClassNames] = {}
-    label = None
     if isinstance(source, IterableDataset) or not random_access:
-        if not isinstance(source, Iterable):
-            raise InputError(
-                f"`{name}` must be a dataset, a data loader, an iterable of pairs, or a path; "
-                f"found {type(source).__name__}"
-            )
-        labels = label_columns(source)
-        label = _choose_label(getattr(source, "column_names", None) or [], text_key, labels)
-        if label is not None:
-            source = NamedLabels(source, label, labels[label])
-        source = _read_all(source, name)
+        return _open_stream(source, name, image_key, text_key)
     if isinstance(source, list | tuple):
-        opened = _open_list(source, name, image_key, label or text_key)
-        opened.classes = labels[label].names if label is not None else None
-        return opened
-    if text_key is None and (classified := find_classified(source)) is not None:
-        return _open_named(
-            classified, name, "image", "text", classified.classes, classified.captions
-        )
+        return _open_list(source, name, image_key, text_key)
+    if text_key is None and (found := find_classified(source)) is not None:
+        return ItemTable(name, found.items, "image", "text", found.captions, classes=found.classes)
     if len(source) > 0 and _first_is_batch(source, image_key, text_key):
-        return _open_list(
-            _read_all((source[i] for i in range(len(source))), name), name, image_key, text_key
-        )
+        batches = _read_all((source[i] for i in range(len(source))), name)
+        return _open_list(batches, name, image_key, text_key)
     in_memory = isinstance(source, TensorDataset)
-    return ItemTable(name, source, image_key=image_key, text_key=text_key, in_memory=in_memory)
+    return ItemTable(name, source, image_key, text_key, in_memory=in_memory)
+
+
+def _open_stream(source: Any, name: str, image_key: str | None, text_key: str | None) -> PairTable:
+    if not isinstance(source, Iterable):
+        raise InputError(
+            f"`{name}` must be a dataset, a data loader, an iterable of pairs, or a path; "
+            f"found {type(source).__name__}"
+        )
+    labels = label_columns(source)
+    label = _choose_label(getattr(source, "column_names", None) or [], text_key, labels)
+    if label is not None:
+        source = name_labels(source, label, labels[label])
+    opened = _open_list(_read_all(source, name), name, image_key, label or text_key)
+    opened.classes = labels.get(label) if label is not None else None
+    return opened
 
 
 def _read_all(items: Iterable[Any], name: str) -> list[Any]:
@@ -148,23 +142,23 @@ def _open_hugging_face(
 ) -> ItemTable:
     """Open a `datasets.Dataset`; captions and other columns are read without decoding images."""
     labels = label_columns(source)
+    found, columns = list(source.column_names), None
     # A transform set by the user may need the image column for its outputs.
-    if source.format["type"] == "custom":
-        label = _choose_label(_keys_of_first(source), text_key, labels)
-        if label is None:
-            return ItemTable(name, source, image_key=image_key, text_key=text_key)
-        named = NamedLabels(source, label, labels[label])
-        return _open_named(named, name, image_key, label, labels[label])
-    found = list(source.column_names)
-    image = choose_key(found, image_key, IMAGE_KEYS, "image_key")
+    changes = source.format["type"] == "custom"
+    if changes:
+        found = _keys_of_first(source)
     label = _choose_label(found, text_key, labels)
-    text = label or choose_key(found, text_key, TEXT_KEYS, "text_key")
-    columns = source.select_columns([column for column in found if column != image])
+    if not changes:
+        image_key = choose_key(found, image_key, IMAGE_KEYS, "image_key")
+        text_key = label or choose_key(found, text_key, TEXT_KEYS, "text_key")
+        columns = source.select_columns([column for column in found if column != image_key])
     if label is None:
-        return ItemTable(name, source, image_key=image, text_key=text, columns=columns)
+        return ItemTable(name, source, image_key, text_key, columns)
     classes = labels[label]
-    named = NamedLabels(source, label, classes)
-    return _open_named(named, name, image, label, classes, NamedLabels(columns, label, classes))
+    source, columns = (
+        None if rows is None else name_labels(rows, label, classes) for rows in (source, columns)
+    )
+    return ItemTable(name, source, image_key, label, columns, classes=classes)
 
 
 def _keys_of_first(dataset: Any) -> list[str]:
@@ -176,7 +170,7 @@ def _keys_of_first(dataset: Any) -> list[str]:
 
 
 def _choose_label(
-    found: Sequence[str], text_key: str | None, labels: Mapping[str, ClassNames]
+    found: Sequence[str], text_key: str | None, labels: Mapping[str, list[str]]
 ) -> str | None:
     """Return the column of class numbers to take captions from; None if there are captions."""
     if text_key is not None:
@@ -187,26 +181,14 @@ def _choose_label(
     return columns[0] if len(columns) == 1 else None
 
 
-def _open_named(
-    items: Any,
-    name: str,
-    image_key: str | None,
-    text_key: str,
-    classes: ClassNames,
-    columns: Any = None,
-) -> ItemTable:
-    """Open items whose captions are the names of their classes."""
-    source = ItemTable(name, items, image_key=image_key, text_key=text_key, columns=columns)
-    source.classes = classes.names
-    return source
-
-
 class ItemTable(PairTable):
     """The items of a map-style dataset, or a list of parsed items.
 
     Args:
         items: a map-style dataset of items, or a list of `Item` and `BrokenPair`.
-        columns: the dataset without the image column, if it has columns (Hugging Face).
+        image_key, text_key: see `open_pairs`.
+        columns: the items without their images, if they can be read so.
+        classes: see `PairTable`.
         in_memory: whether the images are held decoded in memory.
     """
 
@@ -214,13 +196,15 @@ class ItemTable(PairTable):
         self,
         name: str,
         items: Any,
-        *,
         image_key: str | None = None,
         text_key: str | None = None,
         columns: Any = None,
+        *,
+        classes: list[str] | None = None,
         in_memory: bool = False,
     ) -> None:
         self.name = self._label = name
+        self.classes = classes
         self.in_memory = in_memory
         self._items = items
         self._columns = columns
