@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from fasterase.models.preprocessing import Tokens
-from fasterase.pairs.augment import augment
-from fasterase.pairs.kept import DrawnPairs, Keeper, draw_views, read_missing, stack_known
-from fasterase.pairs.loading import load_parallel, read_record
-from fasterase.pairs.prepare import PreparedText, Preparer, hash_captions, stack_tokens
+from fasterase.pairs.kept import Keeper, draw_views, stack_known
+from fasterase.pairs.loading import Drawn, read_pairs
+from fasterase.pairs.prepare import Preparer, hash_captions
 from fasterase.pairs.sampler import Sampler
-from fasterase.pairs.skips import BrokenPair, Skip
+from fasterase.pairs.skips import Skip
 from fasterase.pairs.table import PairTable
 from fasterase.parallel.ranks import ALONE, Ranks, share_of
 from fasterase.seeds import Stream, generator
@@ -159,7 +158,6 @@ def step_batches(
     size = micro_batch_size or largest
     # The last part of a step may be empty: steps differ in size by one pair.
     parts = max(1, -(-largest // size))
-    black = prepare.black_level() if augment_forget else None
     draw = partial(
         _draw_part,
         sampler,
@@ -168,17 +166,15 @@ def step_batches(
         share=partial(share_of, rank=ranks.rank, world_size=ranks.world_size),
     )
     numbers = range(first_step * parts, last_step * parts)
-    sources = forget, retain
-    if keeper is None:
-        load = partial(
-            _load_micro_batch, sources, draw, sampler.seed, prepare, augment_forget, black
-        )
-        micro_batches = load_parallel(load, numbers, num_workers)
-    else:
-        views = keeper.views if augment_forget else 0
-        micro_batches = _kept_micro_batches(
-            sources, map(draw, numbers), sampler.seed, prepare, keeper, views, black, num_workers
-        )
+    micro_batches = _micro_batches(
+        (forget, retain),
+        map(draw, numbers),
+        sampler.seed,
+        prepare,
+        keeper,
+        augment_forget,
+        num_workers,
+    )
     loaded: list[MicroBatch] = []
     for part in micro_batches:
         loaded.append(part)
@@ -212,11 +208,7 @@ def sweep(
     """
     rows = np.asarray(rows, dtype=np.int64)
     parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    if keeper is None:
-        load = partial(_load_rows, source, prepare, captions)
-        batches = load_parallel(load, parts, num_workers)
-    else:
-        batches = _kept_rows(source, parts, prepare, captions, keeper, num_workers)
+    batches = _sweep_batches(source, parts, prepare, captions, keeper, num_workers)
     seen: set[str] = set()
     for batch in batches:
         fresh = [i for i, key in enumerate(batch.new_keys) if key not in seen]
@@ -266,164 +258,87 @@ def _draw_part(
     )
 
 
-def _load_micro_batch(
-    sources: tuple[PairTable, PairTable],
-    draw: Callable[[int], _Part],
-    seed: int,
-    prepare: Preparer,
-    augment_forget: bool,
-    black: Tensor | None,
-    number: int,
-) -> MicroBatch:
-    part = draw(number)
-    pixels: list[Tensor] = []
-    texts: list[PreparedText] = []
-    ids: list[str] = []
-    kept: list[int] = []
-    skipped: list[Skip] = []
-    for place, position in enumerate(part.positions):
-        is_forget = place < part.n_forget
-        source = sources[0] if is_forget else sources[1]
-        try:
-            record = read_record(source, int(part.rows[place]), seed, part.step, position)
-            image = prepare.image(record)
-            text = prepare.text(record, int(part.captions[place]))
-        except BrokenPair as broken:
-            skipped.append(Skip(broken.id, broken.reason))
-            continue
-        if is_forget and augment_forget:
-            numbers = generator(seed, Stream.AUGMENTATION, part.step, position)
-            image = augment(image, numbers, black=black)
-        pixels.append(image)
-        texts.append(text)
-        ids.append(record.id)
-        kept.append(place)
-    return MicroBatch(
-        rows=part.rows[kept],
-        ids=ids,
-        pixels=prepare.stack(pixels),
-        skipped=skipped,
-        step=part.step,
-        offset=part.offset,
-        n_forget=sum(place < part.n_forget for place in kept),
-        tokens=stack_tokens([text.tokens for text in texts], prepare.context_length),
-        keys=[text.key for text in texts],
-    )
-
-
-def _kept_micro_batches(
+def _micro_batches(
     sources: tuple[PairTable, PairTable],
     drawn: Iterator[_Part],
     seed: int,
     prepare: Preparer,
-    keeper: Keeper,
-    num_views: int,
-    black: Tensor | None,
+    keeper: Keeper | None,
+    augment_forget: bool,
     num_workers: int,
 ) -> Iterator[MicroBatch]:
     waiting: deque[tuple[_Part, np.ndarray]] = deque()
+    num_views = keeper.views if keeper is not None and augment_forget else 0
 
-    def pairs() -> Iterator[DrawnPairs]:
+    def pairs() -> Iterator[Drawn]:
         for part in drawn:
+            is_forget = np.arange(len(part.rows)) < part.n_forget
+            seeds = [(seed, part.step, position) for position in part.positions]
             views = np.zeros(len(part.rows), np.int64)
             if num_views:
-                forget = slice(0, part.n_forget)
+                rows = part.rows[is_forget]
                 numbers = [
-                    generator(seed, Stream.AUGMENTATION, part.step, position)
-                    for position in part.positions[forget]
+                    generator(seed, Stream.AUGMENTATION, *position)
+                    for _, *position in seeds[: part.n_forget]
                 ]
-                views[forget] = draw_views(
-                    sources[0], part.rows[forget], numbers, num_views, seed=seed
-                )
+                views[is_forget] = draw_views(sources[0], rows, numbers, num_views, seed=seed)
+                for place, row in enumerate(sources[0].base_rows(rows).tolist()):
+                    seeds[place] = (seed, row, int(views[place]) - 1)
+            altered = is_forget & augment_forget if keeper is None else views > 0
             waiting.append((part, views))
-            which = (np.arange(len(part.rows)) >= part.n_forget).astype(np.int64)
-            yield DrawnPairs(which, part.rows, views)
+            yield Drawn((~is_forget).astype(int), part.rows, part.captions, seeds, altered, views)
 
-    for found in read_missing(
-        pairs(), sources, prepare, keeper, seed=seed, black=black, num_workers=num_workers
+    black = prepare.black_level() if augment_forget else None
+    for found in read_pairs(
+        pairs(), sources, prepare, keeper=keeper, black=black, num_workers=num_workers
     ):
         part, views = waiting.popleft()
         rows = part.rows[found.places]
         n_forget = int((found.places < part.n_forget).sum())
-        texts = [
-            every[number % len(every)]
-            for every, number in zip(found.texts, part.captions[found.places].tolist(), strict=True)
-        ]
+        texts = [text for (text,) in found.texts]
         yield MicroBatch(
             rows=rows,
             ids=[sources[place >= n_forget].id(row) for place, row in enumerate(rows.tolist())],
             pixels=found.pixels,
             skipped=found.skipped,
-            fresh=found.fresh,
+            fresh=None if keeper is None else found.fresh,
             step=part.step,
             offset=part.offset,
             n_forget=n_forget,
             tokens=stack_known(texts, prepare.context_length),
             keys=[text.key for text in texts],
-            views=views[found.places],
+            views=None if keeper is None else views[found.places],
         )
 
 
-def _load_rows(
-    source: PairTable, prepare: Preparer, captions: Captions, rows: np.ndarray
-) -> SweepBatch:
-    kept: list[int] = []
-    ids: list[str] = []
-    pixels: list[Tensor] = []
-    found: list[tuple[int, str]] = []
-    tokens: dict[str, Tokens] = {}
-    skipped: list[Skip] = []
-    for row in rows.tolist():
-        try:
-            record = read_record(source, row, 0, row)
-            image = prepare.image(record)
-        except BrokenPair as broken:
-            skipped.append(Skip(broken.id, broken.reason))
-            continue
-        count = len(record.text) if isinstance(record.text, list) and captions == "all" else 1
-        for caption in range(count):
-            text = prepare.text(record, caption)
-            found.append((row, text.key))
-            tokens[text.key] = text.tokens
-        kept.append(row)
-        ids.append(record.id)
-        pixels.append(image)
-    return SweepBatch(
-        rows=np.array(kept, dtype=np.int64),
-        ids=ids,
-        pixels=prepare.stack(pixels),
-        skipped=skipped,
-        captions=found,
-        new_keys=list(tokens),
-        tokens=stack_tokens(list(tokens.values()), prepare.context_length),
-    )
-
-
-def _kept_rows(
+def _sweep_batches(
     source: PairTable,
     parts: Sequence[np.ndarray],
     prepare: Preparer,
     captions: Captions,
-    keeper: Keeper,
+    keeper: Keeper | None,
     num_workers: int,
 ) -> Iterator[SweepBatch]:
-    nothing = (np.zeros(len(rows), np.int64) for rows in parts)
-    drawn = (DrawnPairs(zero, rows, zero) for rows, zero in zip(parts, nothing, strict=True))
-    read = read_missing(drawn, (source,), prepare, keeper, num_workers=num_workers)
+    def pairs() -> Iterator[Drawn]:
+        for rows in parts:
+            zeros = np.zeros(len(rows), np.int64)
+            seeds = [(0, row) for row in rows.tolist()]
+            chosen = None if captions == "all" else zeros
+            yield Drawn(zeros, rows, chosen, seeds, zeros > 0, zeros)
+
+    read = read_pairs(pairs(), (source,), prepare, keeper=keeper, num_workers=num_workers)
     for rows, found in zip(parts, read, strict=True):
-        kept = rows[found.places]
+        kept = rows[found.places].tolist()
         wanted = [
-            (row, text)
-            for row, texts in zip(kept.tolist(), found.texts, strict=True)
-            for text in (texts if captions == "all" else texts[:1])
+            (row, text) for row, texts in zip(kept, found.texts, strict=True) for text in texts
         ]
         distinct = {text.key: text for _, text in wanted}
         yield SweepBatch(
-            rows=kept,
-            ids=[source.id(row) for row in kept.tolist()],
+            rows=np.array(kept, np.int64),
+            ids=[source.id(row) for row in kept],
             pixels=found.pixels,
             skipped=found.skipped,
-            fresh=found.fresh,
+            fresh=None if keeper is None else found.fresh,
             captions=[(row, text.key) for row, text in wanted],
             new_keys=list(distinct),
             tokens=stack_known(list(distinct.values()), prepare.context_length),
