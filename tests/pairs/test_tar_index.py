@@ -86,7 +86,7 @@ def test_what_has_changed_is_indexed_again_alone(shards, read_shards, make_tar, 
     read_shards.clear()
     block = blocks(shards)[2]
     data = block.read_bytes()
-    facts = data.rindex(b'"torn"')
+    facts = data.index(b'"torn"')
     for damaged in (data[:-1], data[:100], data[:facts] + b"\0" + data[facts + 1 :], b""):
         block.write_bytes(damaged)
         assert contents(shards) == after
