@@ -104,21 +104,25 @@ def test_what_was_hidden_comes_back_sooner_than_what_was_never_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attack, "RATES", (1e-3,))
-    found = fasterase.evaluate(
-        hiding_model(),
-        FORGET,
-        RETAIN,
-        original=knowing_model(),
-        references={"never saw it": knowing_model(KEPT)},
-        attacks=["relearn"],
-        progress=False,
-        seed=1,  # with other pairs to learn from, so small a model learns all within 20 steps
-    )
-    area = found.attacks["relearn"]["forget/area/contest_hit@1"]
-    assert area.references["never saw it"] + 0.3 < area.value
-    assert area.original > 0.9
-    assert found.attacks["relearn"]["forget/0_shots/contest_hit@1"].value == 0
-    assert area.low <= area.value <= area.high
+    for seed in range(3):
+        found = fasterase.evaluate(
+            hiding_model(),
+            FORGET,
+            RETAIN,
+            original=knowing_model(),
+            references={"never saw it": knowing_model(KEPT)},
+            attacks=["relearn"],
+            progress=False,
+            seed=seed,
+        )
+        figures = found.attacks["relearn"]
+        before, after = (figures[f"forget/{k}_shots/residue"] for k in (0, 1))
+        of_never = after.references["never saw it"] - before.references["never saw it"]
+        assert after.value - before.value > of_never + 0.1
+        area = figures["forget/area/contest_hit@1"]
+        assert area.original > 0.8
+        assert figures["forget/0_shots/contest_hit@1"].value == 0
+        assert area.low <= area.value <= area.high
     assert Evaluation.from_json(found.to_json(tmp_path / "found.json")) == found
     (path,) = found.plot(tmp_path)
     assert path == tmp_path / "relearn.png"
