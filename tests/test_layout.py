@@ -35,7 +35,7 @@ ORDER = [
     "parallel",
     "pairs",
     "encode",
-    "reference",
+    "original",
     "report",
     "evaluation",
     "engine",
