@@ -49,7 +49,7 @@ test-scale: EXTRAS := hf,eval,demo,dev
 test-scale: installed
 	@$(BIN)/python -m benchmarks.systems.scale_versions > $(SCALE_LOG)
 	@set -e; failed=$$(mktemp); \
-	for tests in tests/parallel tests/reference/test_cache.py; do \
+	for tests in tests/parallel tests/original/test_cache.py; do \
 	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest $$tests -m 'scale or not scale' -v --no-header $(ARGS) \
 	  || echo failed > $$failed; done | tee -a $(SCALE_LOG); \
 	! [ -s $$failed ]

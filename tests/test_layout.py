@@ -35,7 +35,7 @@ ORDER = [
     "parallel",
     "pairs",
     "encode",
-    "reference",
+    "original",
     "evaluation",
     "report",
     "engine",

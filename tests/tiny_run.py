@@ -19,7 +19,7 @@ import fasterase
 import fasterase.api
 import fasterase.engine.checkpoint
 import fasterase.engine.history
-import fasterase.reference.cache
+import fasterase.original.store
 from fasterase.errors import PreemptedError
 from tests.tiny_concepts import FORGOTTEN, KEPT, concept_pairs, knowing_model
 from tests.tiny_model import TinyModel, pairs
@@ -75,7 +75,7 @@ def _die_at(place: str, number: int) -> None:
     """Make the `number`-th passage through `place` the last thing that this process does."""
     owner, name = {
         "optimiser step": (torch.optim.AdamW, "step"),
-        "sweep block": (fasterase.reference.cache.FeatureStore, "put"),
+        "sweep block": (fasterase.original.store.FeatureStore, "put"),
         "checkpoint shard": (fasterase.engine.checkpoint, "save_file"),
         "checkpoint rename": (os, "replace"),
         "checkpoint removal": (shutil, "rmtree"),

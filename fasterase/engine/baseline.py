@@ -27,15 +27,15 @@ from fasterase.evaluation.evaluator import Evaluator
 from fasterase.evaluation.judge import Judge, summarise
 from fasterase.evaluation.measurement import Measurement
 from fasterase.evaluation.verdict import REMEMBERED, Trace
-from fasterase.pairs.table import PairTable
-from fasterase.reference.cache import FeatureCache
-from fasterase.reference.live import LiveReference, Reference
-from fasterase.reference.original import (
-    CachedReference,
+from fasterase.original.features import (
+    CachedOriginal,
+    FeatureCache,
+    LiveOriginal,
+    Original,
     OriginalFeatures,
-    floor_rows,
-    unmatched_cosine,
 )
+from fasterase.original.floor import floor_rows, unmatched_cosine
+from fasterase.pairs.table import PairTable
 
 # Retain captions that a warning lists, and words of a forget caption that are looked for in them.
 LISTED, MAX_WORDS = 5, 8
@@ -57,7 +57,7 @@ class Baseline:
     floor: float
     traces: dict[str, Trace]
     measured: Measurement | None
-    reference: Reference | None
+    reference: Original | None
     damage: DamageMeter | None
     damage_rows: np.ndarray
 
@@ -167,11 +167,11 @@ def _with_forget(job: Job) -> bool:
     return job.config.negatives == "joint" or job.config.used_cross_weight > 0
 
 
-def _open_reference(job: Job, encoder: PairEncoder, cache: FeatureCache) -> Reference | None:
+def _open_reference(job: Job, encoder: PairEncoder, cache: FeatureCache) -> Original | None:
     """Return the original's features for each step; None if no loss uses them."""
     if _caches_reference(job):
         scale = encoder.model.scale().detach().clone()
-        return CachedReference(
+        return CachedOriginal(
             cache, job.forget, job.retain, scale=scale, with_forget=_with_forget(job)
         )
     if not _uses_reference(job):
@@ -183,7 +183,7 @@ def _open_reference(job: Job, encoder: PairEncoder, cache: FeatureCache) -> Refe
         "augmentation to have its features cached.",
         stacklevel=7,
     )
-    return LiveReference(encoder.model, precision=encoder.precision)
+    return LiveOriginal(encoder.model, precision=encoder.precision)
 
 
 class Checks:

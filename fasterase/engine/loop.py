@@ -26,12 +26,12 @@ from fasterase.engine.stops import (
     non_finite_term,
 )
 from fasterase.errors import PreemptedError
+from fasterase.original.features import Original
 from fasterase.pairs.batches import MicroBatch, StepBatch
 from fasterase.pairs.skips import SkipLedger
 from fasterase.parallel.engine import Engine
 from fasterase.parallel.ranks import Ranks
 from fasterase.progress import WaitingShare, progress_bar
-from fasterase.reference.live import Reference
 from fasterase.seeds import Stream, torch_seed
 
 # Seconds between checkpoints if `save_every` is None.
@@ -62,7 +62,7 @@ class Trainer:
         self,
         engine: Engine,
         loss_of: StepLoss,
-        reference: Reference | None,
+        reference: Original | None,
         *,
         device: torch.device,
         precision: str,

@@ -24,12 +24,12 @@ from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.forward import autocast
 from fasterase.models.prefix import Halfway, SplitTower
 from fasterase.models.preprocessing import Tokens
+from fasterase.original.store import FeatureStore
 from fasterase.pairs.batches import MicroBatch, SweepBatch
 from fasterase.pairs.kept import KnownPairs
 from fasterase.pairs.prepare import hash_captions
 from fasterase.pairs.table import PairTable
 from fasterase.parallel.ranks import Ranks
-from fasterase.reference.feature_store import FeatureStore
 
 # Views of a forget image that are kept, where forget images are altered.
 VIEWS = 8

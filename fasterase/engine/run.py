@@ -43,12 +43,11 @@ from fasterase.evaluation.judge import JUDGED_PAIRS, Judge, summarise
 from fasterase.evaluation.verdict import Trace, decide
 from fasterase.files import write_text
 from fasterase.models.lora import LoraAdapter, adapting, parse_rank
+from fasterase.original.features import FeatureCache, cache_folder
 from fasterase.pairs.batches import StepBatch, step_batches
 from fasterase.pairs.processes import count_workers
 from fasterase.pairs.skips import SkipLedger
 from fasterase.parallel.engine import Engine
-from fasterase.reference.cache import FeatureCache
-from fasterase.reference.original import cache_folder
 from fasterase.report.evaluation import Evaluation, compare
 from fasterase.seeds import Stream, torch_seed
 

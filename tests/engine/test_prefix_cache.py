@@ -108,7 +108,7 @@ def test_a_killed_run_loses_only_what_was_collected(tmp_path, monkeypatch, lower
         patch.setattr(PrefixCache, "flush", lambda self: None)
         with pytest.raises(RuntimeError, match="killed"):
             weights_of(killed, output_dir=str(tmp_path))
-    assert not [path for path in tmp_path.rglob("*.features") if "-below-" in str(path)]
+    assert not [path for path in tmp_path.rglob("*.safetensors") if "-below-" in str(path)]
     assert same_weights(
         weights_of(again, output_dir=str(tmp_path)), weights_of(whole, prefix_cache=None)
     )
@@ -143,7 +143,7 @@ def test_what_is_only_measured_is_kept_while_there_is_room(tmp_path, lower_rows)
         output_dir=str(tmp_path),
     )
     assert lower_rows == {"image": 12 + 2 * 5, "text": 12 + 2 * 5}
-    kept = [path for path in tmp_path.rglob("*.features") if "-below-" in str(path)]
+    kept = [path for path in tmp_path.rglob("*.safetensors") if "-below-" in str(path)]
     assert 11.9 * pair < sum(path.stat().st_size for path in kept) < 16.9 * pair
 
 
@@ -180,7 +180,7 @@ def test_half_the_disk_for_towers_in_bf16(tmp_path):
         folder = tmp_path / precision
         weights = weights_of(model, precision=precision, output_dir=str(folder))
         features[precision] = torch.cat([each.flatten() for each in weights.values()])
-        files = [path for path in folder.rglob("*.features") if "-below-" in str(path)]
+        files = [path for path in folder.rglob("*.safetensors") if "-below-" in str(path)]
         sizes[precision] = sum(path.stat().st_size for path in files)
     assert 0.5 < sizes["bf16"] / sizes["fp32"] < 0.55
     whole = small_models.open_clip_vit()

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import fasterase
+from fasterase.original.floor import floor_rows
 from fasterase.pairs.open import open_pairs
-from fasterase.reference.original import floor_rows
 from tests.marks import SHORT_RUN
 from tests.tiny_model import TinyModel, pairs, same_weights
 
@@ -93,10 +93,10 @@ def test_without_a_folder_nothing_is_left(tmp_path, monkeypatch):
 @pytest.mark.parametrize("place", [60, -3], ids=["head", "feature"])
 @pytest.mark.parametrize("part", ["captions", "images"])
 def test_of_a_damaged_cache_only_the_damaged_block_is_remade(tmp_path, monkeypatch, part, place):
-    monkeypatch.setattr("fasterase.reference.cache.BLOCK", 64)
+    monkeypatch.setattr("fasterase.original.features.BLOCK", 64)
     forget, retain = pairs(6, seed=1), pairs(200, seed=2)
     one = swept(tmp_path, forget=forget, retain=retain, max_steps=2)
-    blocks = sorted(tmp_path.glob(f"*/{part}*/*.features"), key=lambda path: path.stat().st_size)
+    blocks = sorted(tmp_path.glob(f"*/{part}*/*.safetensors"), key=lambda path: path.stat().st_size)
     assert len(blocks) >= 4
     data = bytearray(blocks[-1].read_bytes())
     data[place] ^= 0xFF

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -13,12 +14,12 @@ import pytest
 
 from fasterase.encode import BATCH_SIZE, PairEncoder
 from fasterase.errors import FaseraseError
+from fasterase.original import features
+from fasterase.original.features import FeatureCache
+from fasterase.original.store import FeatureStore
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.prepare import caption_key
 from fasterase.parallel.ranks import Ranks
-from fasterase.reference import cache
-from fasterase.reference.cache import FeatureCache
-from fasterase.reference.feature_store import FeatureStore
 from tests.tiny_model import TinyModel, pairs
 
 N_PAIRS = 9 * BATCH_SIZE + 5
@@ -80,12 +81,12 @@ def test_a_damaged_block_is_removed(tmp_path, harm, caplog):
     block = next(tmp_path.glob("0000000000000001-*"))
     data = bytearray(block.read_bytes())
     if harm == "flip":
-        data[40] ^= 1  # a bit of a key
+        data[data.index(np.int64([1, 2]).tobytes())] ^= 1  # a bit of a key
         block.write_bytes(data)
     elif harm == "cut":
         block.write_bytes(data[:-8])
     elif harm == "foreign":
-        block.with_name("mine.features").write_bytes(bytes(100))
+        block.with_name("mine.safetensors").write_bytes(bytes(100))
         block.unlink()
     store = FeatureStore(tmp_path, 4 if harm == "width" else 3)
     assert "damaged or was not written by fasterase" in caplog.text
@@ -96,12 +97,13 @@ def test_a_damaged_block_is_removed(tmp_path, harm, caplog):
     assert not caplog.text
 
 
-@pytest.mark.parametrize("place", range(1, 13))
+@pytest.mark.parametrize("place", range(12))
 def test_a_flipped_bit_is_found_before_its_feature_is_used(tmp_path, place):
     filled(tmp_path, [1, 2], [3, 4])
     block = next(tmp_path.glob("0000000000000003-*"))
     data = bytearray(block.read_bytes())
-    data[-place] ^= 1 << place % 8  # in the feature of 4
+    feature = data.rindex(np.float32([4, 8, 12]).tobytes())
+    data[feature + place] ^= 1 << place % 8
     block.write_bytes(data)
     store = FeatureStore(tmp_path, 3)
     np.testing.assert_array_equal(store.get(np.array([1, 3, 2]))[:, 0], [1, 3, 2])
@@ -112,6 +114,50 @@ def test_a_flipped_bit_is_found_before_its_feature_is_used(tmp_path, place):
     for same in (store, FeatureStore(tmp_path, 3)):
         np.testing.assert_array_equal(same.has(np.array([1, 2, 3, 4])), [1, 1, 0, 0])
     np.testing.assert_array_equal(store.get(np.array([2, 1]))[:, 2], [6, 3])
+
+
+def test_every_flipped_bit_of_a_header_is_found_or_harmless(tmp_path, caplog):
+    keys, features = np.array([3, 4]), np.arange(6, dtype=np.float32).reshape(2, 3)
+    captions = np.array([[3, 30], [4, 40]])
+    FeatureStore(tmp_path, 3).put(keys, features, captions)
+    (block,) = tmp_path.iterdir()
+    data = block.read_bytes()
+    header = data[: data.index(b"}}") + 2]
+    harmless = 0
+    for place in range(len(header)):
+        harmed = bytearray(data)
+        harmed[place] ^= 1 << place % 8
+        block.write_bytes(harmed)
+        store = FeatureStore(tmp_path, 3)
+        if store.has(keys).all() and not store.damaged_blocks(keys):
+            np.testing.assert_array_equal(store.get(keys), features)
+            np.testing.assert_array_equal(store.captions(keys), captions)
+            harmless += 1
+    assert harmless < 5, "such as a digit's case"
+    caplog.clear()
+
+
+def test_many_blocks_need_few_open_files(tmp_path):
+    blocks = 200
+    most = max(map(int, os.listdir("/dev/fd"))) + 32
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, blocks), before[1]))
+    try:
+        filled(tmp_path, *([number] for number in range(blocks)))
+        store = FeatureStore(tmp_path, 3)
+        np.testing.assert_array_equal(store.get(np.arange(blocks))[:, 1], 2 * np.arange(blocks))
+        assert store.damaged_blocks(np.arange(blocks)) == []
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_others_may_read_what_they_may_of_the_folder(tmp_path):
+    for mode in (0o755, 0o700):
+        folder = tmp_path / f"{mode:o}"
+        folder.mkdir(mode=mode)
+        filled(folder, [1])
+        (block,) = folder.iterdir()
+        assert block.stat().st_mode & 0o777 == mode & 0o666
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the system counts no bytes")
@@ -133,7 +179,7 @@ def test_opening_reads_less_than_a_hundredth(tmp_path, monkeypatch):
 
 def write_share(folder, rank, world_size, die_at=None):
     """Fill a cache as one of several processes, which dies when it has written so often."""
-    cache.BLOCK = BATCH_SIZE
+    features.BLOCK = BATCH_SIZE
     ranks = Ranks()
     ranks.rank, ranks.world_size = rank, world_size
     replace, left = os.replace, [die_at]
