@@ -18,12 +18,27 @@ from fasterase.files import write_text
 RESULTS = Path(__file__).parent / "results"
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a file; none if it does not exist."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_csv(
+    path: Path, rows: Sequence[Mapping[str, Any]], *, decimals: int | None = None
+) -> None:
     """Replace the file at `path`.
 
     Columns are the keys of all rows in the order of their first appearance. A cell is empty where
-    a row lacks the column.
+    a row lacks the column. Floats are rounded to `decimals`, if given.
     """
+    if decimals is not None:
+        rows = [
+            {name: round(v, decimals) if isinstance(v, float) else v for name, v in row.items()}
+            for row in rows
+        ]
     text = io.StringIO()
     columns = dict.fromkeys(name for row in rows for name in row)
     writer = csv.DictWriter(text, list(columns), lineterminator="\n")

@@ -15,7 +15,6 @@ table) to --output.
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +45,7 @@ from benchmarks.evidence.table import (
 )
 from benchmarks.evidence.task import Method
 from benchmarks.recipes.runs import TEST, VALIDATION, parse_retrained
-from benchmarks.result_files import write_csv
+from benchmarks.result_files import read_csv, write_csv
 from fasterase.errors import InputError
 from fasterase.files import write_text
 
@@ -156,8 +155,7 @@ def read_settings(file: Path, methods: Sequence[Method]) -> tuple[Chosen, str]:
     """
     if not file.is_file():
         raise InputError(f"--settings: no file {file}. An earlier run writes {SETTINGS}.")
-    with file.open(encoding="utf-8") as lines:
-        rows = {row["method"]: row for row in csv.DictReader(lines)}
+    rows = {row["method"]: row for row in read_csv(file)}
     wanted = [method.title for method in methods if len(method.settings) > 1]
     missing = [title for title in wanted if title not in rows]
     if missing:

@@ -15,7 +15,6 @@ row per model and set, to --output, and prints the means over seeds.
 from __future__ import annotations
 
 import re
-import tempfile
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -147,16 +146,14 @@ def erase(
     forget_sets: Mapping[str, Drawings] | None = None,
 ) -> None:
     """Erase with the default recipe from a model of the demo's size, and save the result."""
-    with tempfile.TemporaryDirectory() as cache, warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "verdict: ")  # it is in the results
         result = fasterase.unlearn(
             str(model),
             forget,
             retain,
             forget_sets=forget_sets,
-            config=recipe_config(
-                "fasterase", small_model=True, seed=seed, progress=False, reference_cache=cache
-            ),
+            config=recipe_config("fasterase", small_model=True, seed=seed, progress=False),
         )
     result.save(folder)
 

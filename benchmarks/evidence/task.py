@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,13 +61,13 @@ def train(
     measured_at: Sequence[int] = (),
 ) -> int:
     """Train the task's model with the library's engine; return the number of steps taken."""
-    with tempfile.TemporaryDirectory() as cache, warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "verdict: ")  # the model is judged by the measurements
         result = fasterase.unlearn(
             task.model.module,
             forget,
             retain,
-            config=config.replace(seed=task.seed, progress=False, reference_cache=cache),
+            config=config.replace(seed=task.seed, progress=False),
             tokenizer=task.model.text_tokenizer,
             callback=lambda record: (
                 task.measure(record.step) if record.step in measured_at else None

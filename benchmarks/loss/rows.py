@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks.result_files import write_csv
+from benchmarks.result_files import read_csv, write_csv
 
 # Keys of extra_benchmark_config_str that tell two measurements apart, with the values of rows that
 # lack them; the other keys are results.
@@ -66,10 +65,7 @@ _COLUMNS = [
 
 def read_rows(path: Path) -> list[Row]:
     """Return the rows of a file; none if the file does not exist."""
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return [_parse(line) for line in csv.DictReader(file)]
+    return [_parse(line) for line in read_csv(path)]
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:

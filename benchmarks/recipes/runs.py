@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +47,7 @@ AUTOMATIC: dict[str, dict[str, Any]] = {
     "fasterase": {},
     "fasterase, plain": PLAIN,
 }
+BASELINE = "fasterase"
 # The default with other optimisers, which `benchmarks.systems.eight_bit` compares with it.
 OPTIMIZERS = {f"fasterase, {name}": {"optimizer": name} for name in ("adamw8bit", "lion8bit")}
 # The default where less than all is trained, which `benchmarks.recipes.tune` compares with it.
@@ -57,6 +57,13 @@ UNTUNED = "cliperase, untuned"
 
 KEEP_SETS = ("retain", "neighbour", "holdout")
 FORGET_SETS = ("forget", "forget-unseen")
+
+# Column -> (set, metric, whether the change from the original is meant).
+MEASURED = {
+    "forget hit@1": ("forget", "concept_hit@1", False),
+    "forget-unseen hit@1": ("forget-unseen", "concept_hit@1", False),
+    **{f"{name} recall@1 change": (name, "image_to_text_recall@1", True) for name in KEEP_SETS},
+}
 
 # Learning rate, weight of the keeping term, steps; None where the recipe chooses for itself.
 Setting = tuple[float | None, float | None, int | None]
@@ -189,14 +196,14 @@ def execute(run: Run, work: Path, retrained: dict[str, str]) -> Outcome:
         if record.step in run.steps:
             measure(record.step)
 
-    with tempfile.TemporaryDirectory() as cache, warnings.catch_warnings():
+    with warnings.catch_warnings():
         # The verdict is in the results.
         warnings.filterwarnings("ignore", "verdict: ")
         erased = fasterase.unlearn(
             model.module,
             forget_pairs(sets, "cliperase" if run.is_papers else "fasterase"),
             sets.retain,
-            config=run.config().replace(progress=False, reference_cache=cache),
+            config=run.config().replace(progress=False),
             tokenizer=model.text_tokenizer,
             callback=measure_at,
         )
@@ -222,6 +229,42 @@ def execute_all(
     values.sort(key=lambda v: (v.recipe, v.subgroup, *map(str, setting(v)), v.seed))
     endings.sort(key=lambda e: (e.recipe, e.subgroup, e.steps, e.seed, e.set))
     return Outcome(values, endings)
+
+
+def default_runs(recipes: Iterable[str], subgroups: Iterable[str], seeds: int) -> list[Run]:
+    """Return runs of the default, and of variants of it, which choose rate and steps."""
+    return [
+        Run(recipe, subgroup, None, None, (), seed)
+        for seed in range(seeds)
+        for subgroup in subgroups
+        for recipe in (BASELINE, *recipes)
+    ]
+
+
+def tabulate(outcome: Outcome, label: str, label_of: Callable[[str], str]) -> list[dict[str, Any]]:
+    """Return a row per run: its verdict, what is left of the concept, and the damage.
+
+    Args:
+        outcome: of all runs.
+        label: the first column.
+        label_of: recipe -> what stands there.
+    """
+    rows: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for value in outcome.values:
+        run = (value.recipe, value.subgroup, value.seed)
+        row = rows.setdefault(run, {"steps": value.steps})
+        for column, (name, metric, is_change) in MEASURED.items():
+            if (value.set, value.metric) == (name, metric):
+                row[column] = value.value - (value.original if is_change else 0.0)
+    for ending in outcome.endings:
+        found = rows.get((ending.recipe, ending.subgroup, ending.seed))
+        if found is not None:  # not the original's
+            found[f"{ending.set} verdict"] = ending.verdict
+            found[f"{ending.set} residue"] = ending.residue
+    return [
+        {label: label_of(recipe), "subgroup": subgroup, "seed": seed, **row}
+        for (recipe, subgroup, seed), row in sorted(rows.items())
+    ]
 
 
 def setting(value: Value) -> Setting:

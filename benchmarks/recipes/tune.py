@@ -10,9 +10,8 @@ keeps every run, so an interrupted command resumes. Writes tune.csv, a row per r
 from __future__ import annotations
 
 from benchmarks.command import comparison_parser, exit_with
-from benchmarks.recipes.runs import TEST, TUNES, Run, execute_all
+from benchmarks.recipes.runs import TEST, TUNES, default_runs, execute_all, tabulate
 from benchmarks.result_files import write_csv
-from benchmarks.systems.eight_bit import BASELINE, tabulate
 from fasterase.files import check_writable
 
 
@@ -30,12 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=1)
     options = parser.parse_args(arguments)
     check_writable(options.work, argument="--work")
-    runs = [
-        Run(recipe, subgroup, None, None, (), seed)
-        for seed in range(options.seeds)
-        for subgroup in options.subgroups
-        for recipe in (BASELINE, *TUNES)
-    ]
+    runs = default_runs(TUNES, options.subgroups, options.seeds)
     outcome = execute_all(runs, options.work, options.processes, retrained={})
     rows = tabulate(outcome, "tune", tune_of)
     write_csv(options.output / "tune.csv", rows)

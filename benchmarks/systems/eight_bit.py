@@ -13,50 +13,24 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from benchmarks.command import comparison_parser, exit_with
-from benchmarks.recipes.runs import KEEP_SETS, OPTIMIZERS, TEST, Outcome, Run, execute_all, interval
+from benchmarks.recipes.runs import (
+    MEASURED,
+    OPTIMIZERS,
+    TEST,
+    default_runs,
+    execute_all,
+    interval,
+    tabulate,
+)
 from benchmarks.result_files import write_csv
 from fasterase.files import check_writable, write_text
 
-BASELINE = "fasterase"
-# Column -> (set, metric, whether the change from the original is meant).
-MEASURED = {
-    "forget hit@1": ("forget", "concept_hit@1", False),
-    "forget-unseen hit@1": ("forget-unseen", "concept_hit@1", False),
-    **{f"{name} recall@1 change": (name, "image_to_text_recall@1", True) for name in KEEP_SETS},
-}
 COLUMNS = ("steps", "forget residue", "forget-unseen residue", *MEASURED)
-
-
-def tabulate(outcome: Outcome, label: str, label_of: Callable[[str], str]) -> list[dict[str, Any]]:
-    """Return a row per run: its verdict, what is left of the concept, and the damage.
-
-    Args:
-        outcome: of all runs.
-        label: the first column.
-        label_of: recipe -> what stands there.
-    """
-    rows: dict[tuple[str, str, int], dict[str, Any]] = {}
-    for value in outcome.values:
-        run = (value.recipe, value.subgroup, value.seed)
-        row = rows.setdefault(run, {"steps": value.steps})
-        for column, (name, metric, is_change) in MEASURED.items():
-            if (value.set, value.metric) == (name, metric):
-                row[column] = value.value - (value.original if is_change else 0.0)
-    for ending in outcome.endings:
-        found = rows.get((ending.recipe, ending.subgroup, ending.seed))
-        if found is not None:  # not the original's
-            found[f"{ending.set} verdict"] = ending.verdict
-            found[f"{ending.set} residue"] = ending.residue
-    return [
-        {label: label_of(recipe), "subgroup": subgroup, "seed": seed, **row}
-        for (recipe, subgroup, seed), row in sorted(rows.items())
-    ]
 
 
 def optimizer_of(recipe: str) -> str:
@@ -121,12 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     check_writable(options.work, argument="--work")
     recipes = [name for name in OPTIMIZERS if optimizer_of(name) in options.optimizers]
-    runs = [
-        Run(recipe, subgroup, None, None, (), seed)
-        for seed in range(options.seeds)
-        for subgroup in options.subgroups
-        for recipe in (BASELINE, *recipes)
-    ]
+    runs = default_runs(recipes, options.subgroups, options.seeds)
     outcome = execute_all(runs, options.work, options.processes, retrained={})
     rows = tabulate(outcome, "optimizer", optimizer_of)
     text = compare(rows)

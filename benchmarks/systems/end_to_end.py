@@ -35,7 +35,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import os
 import time
 import warnings
@@ -53,7 +52,7 @@ from tqdm import tqdm
 import fasterase
 from benchmarks.command import exit_with, new_parser
 from benchmarks.processes import MeasurementError, call_in_process
-from benchmarks.result_files import RESULTS, code_version, device_name, write_csv
+from benchmarks.result_files import RESULTS, code_version, device_name, read_csv, write_csv
 from benchmarks.systems.naive_erasure import erase_naively
 from fasterase.config import UnlearnConfig
 from fasterase.demo import emoji
@@ -267,14 +266,6 @@ def _run_naive(encoder: DualEncoder, sets: DemoSets, setting: Setting) -> list[f
     return ends
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a file; none if it does not exist."""
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def summarise(rows: list[dict[str, str]]) -> str:
     """Return a Markdown table per setting: quantiles, and the library's advantage over the loop.
 
@@ -371,7 +362,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     setting = Setting(**{field.name: getattr(args, field.name) for field in fields(Setting)})
-    rows = [] if args.fresh else read_rows(args.output)
+    rows = [] if args.fresh else read_csv(args.output)
     here = {
         **{name: str(value) for name, value in asdict(setting).items()},
         "gpu_name": device_name(setting.device),

@@ -32,7 +32,6 @@ processes), pairs per second of both, and peak resident memory above that before
 
 from __future__ import annotations
 
-import csv
 import io
 import os
 import re
@@ -53,7 +52,7 @@ from PIL import Image
 
 from benchmarks.command import exit_with, new_parser
 from benchmarks.processes import call_in_process
-from benchmarks.result_files import RESULTS, code_version, device_name, write_csv
+from benchmarks.result_files import RESULTS, code_version, device_name, read_csv, write_csv
 from fasterase.models.preprocessing import wrap_tokenizer, wrap_transform
 from fasterase.pairs.batches import sweep
 from fasterase.pairs.items import Record
@@ -403,11 +402,10 @@ _STAGES = [*_SMALL, *_DECODED, *_PHOTO, *_LARGE]
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the measurements in a file; figures as numbers."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return [
-            {name: float(cell) if name in _FIGURES else cell for name, cell in row.items() if cell}
-            for row in csv.DictReader(file)
-        ]
+    return [
+        {name: float(cell) if name in _FIGURES else cell for name, cell in row.items() if cell}
+        for row in read_csv(path)
+    ]
 
 
 def measure(

@@ -28,11 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     found = compare(args.against)
     output = args.output or args.against.with_name(f"{args.against.stem}_model.csv")
-    rounded = [
-        {name: round(v, 5) if isinstance(v, float) else v for name, v in row.items()}
-        for row in found
-    ]
-    write_csv(output, rounded)
+    write_csv(output, found, decimals=5)
     print(summarise(found))
 
 

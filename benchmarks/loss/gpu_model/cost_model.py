@@ -188,13 +188,7 @@ def main(argv: list[str] | None = None) -> None:
         of_table = [row for row in found if row["table"] == table]
         if of_table:
             print(f"\n{table}\n{show(table, of_table)}")
-    write_csv(
-        args.output,
-        [
-            {name: round(v, 5) if isinstance(v, float) else v for name, v in row.items()}
-            for row in found
-        ],
-    )
+    write_csv(args.output, found, decimals=5)
 
 
 if __name__ == "__main__":

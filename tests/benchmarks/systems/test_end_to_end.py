@@ -12,8 +12,9 @@ from PIL import Image
 
 import fasterase
 from benchmarks.processes import MeasurementError
+from benchmarks.result_files import read_csv
 from benchmarks.systems import end_to_end
-from benchmarks.systems.end_to_end import Sample, Setting, read_rows, summarise
+from benchmarks.systems.end_to_end import Sample, Setting, summarise
 from benchmarks.systems.naive_erasure import erase_naively
 from fasterase.models.load import load_model
 from fasterase.pairs.sampler import Sampler
@@ -118,13 +119,13 @@ def test_an_interrupted_benchmark_resumes(tmp_path, monkeypatch, capsys):
         end_to_end.main(arguments)
     end_to_end.main(arguments)
     assert calls == ["fasterase", "naive", "naive", "fasterase", "fasterase"]
-    found = [(each["implementation"], each["repeat"]) for each in read_rows(path)]
+    found = [(each["implementation"], each["repeat"]) for each in read_csv(path)]
     assert sorted(found) == sorted((n, r) for n in ("fasterase", "naive") for r in "01")
     assert "| runs | 2 | 2 | |" in capsys.readouterr().out
     end_to_end.main(["--steps", "3", *arguments[:-2]])  # another setting is another measurement
-    assert len(read_rows(path)) == 8
+    assert len(read_csv(path)) == 8
     end_to_end.main([*arguments, "--fresh"])
-    assert len(read_rows(path)) == 4
+    assert len(read_csv(path)) == 4
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Does a closed-form eraser at the start make an erasure shorter?
 
-    python -m benchmarks.recipes.closed_form_start [--subgroups food-fruit drink] [--seed 0]
+    python -m benchmarks.evidence.closed_form_start [--subgroups food-fruit drink] [--seed 0]
 
 A concept is erased from the demo's model, from four starts: none; the default, which takes the
 meaning from words that only the forget set uses; and the null-space projection of the concept's
@@ -12,20 +12,17 @@ per run, to --output; runs that it holds already are not repeated.
 
 from __future__ import annotations
 
-import csv
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-import fasterase
 from benchmarks.command import exit_with, new_parser
 from benchmarks.evidence.closed_form import project_texts_out
-from benchmarks.evidence.task import Task
+from benchmarks.evidence.task import Task, train
 from benchmarks.recipes.runs import KEEP_SETS, TEST
-from benchmarks.result_files import RESULTS, write_csv
+from benchmarks.result_files import RESULTS, read_csv, write_csv
 from fasterase.demo import emoji
 from fasterase.demo.run import evaluate_sets, forget_pairs, recipe_config
 from fasterase.demo.sets import build_sets
@@ -46,36 +43,23 @@ def measure(subgroup: str, start: str, seed: int) -> dict[str, Any]:
     base = str(emoji.BASE_MODEL)
     sets = build_sets(subgroup, original=base, seed=seed)
     model = load_model(base)
-    setting, own = STARTS[start], {"seed": seed, "forget_words": start == WORDS}
+    setting = STARTS[start]
 
-    def project(record: Any) -> None:
-        if setting is not None and record.step == 1:
+    def project(_: int) -> None:
+        if setting is not None:
             project_texts_out(Task(model, sets, seed, measure=lambda _: None), setting)
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "verdict")  # it is in the results
-        erased = fasterase.unlearn(
-            model.module,
-            forget_pairs(sets, "fasterase"),
-            sets.retain,
-            config=recipe_config("fasterase", small_model=True, progress=False, **own),
-            tokenizer=model.text_tokenizer,
-            callback=project,
-        )
-    evaluation = evaluate_sets(
-        model,
-        sets,
-        original=base,
-        progress=False,
+    steps = train(
+        Task(model, sets, seed, measure=project),
+        recipe_config("fasterase", small_model=True, forget_words=start == WORDS),
+        forget=forget_pairs(sets, "fasterase"),
+        retain=sets.retain,
+        measured_at=[1],
     )
+    evaluation = evaluate_sets(model, sets, original=base, progress=False)
     assert evaluation.original is not None
     recall = "image_to_text_recall@1"
-    row: dict[str, Any] = {
-        "start": start,
-        "subgroup": subgroup,
-        "seed": seed,
-        "steps": len(erased.history),
-    }
+    row: dict[str, Any] = {"start": start, "subgroup": subgroup, "seed": seed, "steps": steps}
     for name, verdict in evaluation.set_verdicts["model"].items():
         row[f"{name} verdict"] = verdict
         row[f"{name} residue"] = evaluation.mean_residue(name, evaluation.scores)
@@ -96,10 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     file = options.output / "closed_form_start.csv"
-    rows: list[dict[str, Any]] = []
-    if file.exists():
-        with file.open(encoding="utf-8", newline="") as opened:
-            rows = list(csv.DictReader(opened))
+    rows: list[dict[str, Any]] = [*read_csv(file)]
     known = {(row["subgroup"], row["start"], str(row["seed"])) for row in rows}
     runs = [(subgroup, start) for subgroup in options.subgroups for start in STARTS]
     for subgroup, start in tqdm(runs, unit="run", disable=None):
