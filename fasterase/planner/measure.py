@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
-import functools
 import gc
 import math
 import re
@@ -13,14 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fasterase.errors import InputError
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.planner.architecture import copy_with
-from fasterase.planner.memory import FP32
-from fasterase.planner.trace import Tracer, build_engine, run_micro_batch
+from fasterase.planner.count import FP32, Tracer, build_forward, run_micro_batch
 
 # Activations that are large beside what the allocator and libraries keep for themselves.
 _MEASURED_BYTES = 256e6
@@ -29,21 +26,13 @@ _FEWEST_PAIRS, _MOST_PAIRS = 4, 64
 
 @dataclass(frozen=True)
 class Measured:
-    """What encoding and back-propagating one micro-batch took on this machine.
+    """What encoding and back-propagating one micro-batch took on this machine."""
 
-    Attributes:
-        device: `"cuda"` or `"cpu"`.
-        pairs: in the micro-batch.
-        activation_bytes: peak beyond weights and gradients.
-        counted_bytes: what was counted for it beforehand.
-        tflops: TFLOP per second.
-    """
-
-    device: str
-    pairs: int
-    activation_bytes: int
-    counted_bytes: int
-    tflops: float
+    device: str  # "cuda" or "cpu"
+    pairs: int  # in the micro-batch
+    activation_bytes: int  # peak beyond weights and gradients
+    counted_bytes: int  # what was counted for it beforehand
+    tflops: float  # TFLOP per second
 
     @property
     def correction(self) -> float:
@@ -67,18 +56,16 @@ def measure_micro_batch(model: DualEncoder, *, precision: str) -> Measured:
     numbers = sum(each.numel() for each in model.module.parameters())
     _check_room(2 * numbers * FP32 + counted.peak_bytes, device)
     real = with_random_weights(model, device=device)
-    run = functools.partial(run_micro_batch, real, build_engine(real, precision=precision))
+    forward = build_forward(real, precision=precision)
     # The first makes gradients, and what libraries make once.
-    run(1)
+    run_micro_batch(real, forward, 1)
     memory = PeakMemory(device)
     started = time.perf_counter()
-    run(pairs)
+    run_micro_batch(real, forward, pairs)
     if device == "cuda":
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
-    return Measured(
-        device, pairs, memory.bytes(), counted.peak_bytes, counted.flops / seconds / 1e12
-    )
+    tflops = counted.flops / (time.perf_counter() - started) / 1e12
+    return Measured(device, pairs, memory.bytes(), counted.peak_bytes, tflops)
 
 
 def with_random_weights(model: DualEncoder, *, device: str) -> DualEncoder:
@@ -90,14 +77,9 @@ def with_random_weights(model: DualEncoder, *, device: str) -> DualEncoder:
 
     def fill(tensor: Tensor) -> Tensor:
         new = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
-        if not isinstance(tensor, nn.Parameter):
-            return new
-        return nn.Parameter(
-            new.normal_(std=0.02, generator=generator), requires_grad=tensor.requires_grad
-        )
+        return new.normal_(std=0.02, generator=generator) if new.is_floating_point() else new
 
-    real = copy.copy(model)
-    real.module = copy_with(model.module, fill)
+    real = copy_with(model, fill)
     for part in real.module.modules():
         if isinstance(part, _BatchNorm):
             part.reset_running_stats()

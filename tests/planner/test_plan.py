@@ -14,9 +14,8 @@ import fasterase
 from fasterase.cli import main
 from fasterase.cli.parser import parse
 from fasterase.errors import InputError
-from fasterase.planner import memory
 from fasterase.planner.measure import measure_micro_batch
-from fasterase.planner.plan import _largest
+from fasterase.planner.setups import _largest
 from tests import small_models
 
 
@@ -112,29 +111,6 @@ def test_on_a_small_gpu_states_in_8_bits_are_used():
     assert 2 * plan.parameters < states < 5 * plan.parameters
 
 
-def test_eight_bit_states_count_small_tensors_and_embeddings_in_fp32():
-    counts = memory.ParameterCounts(
-        total=1000_000, buffers=0, trained=1000_000, eight_bit=256_000, largest=1, largest_block=1
-    )
-    of = memory.lasting_bytes(counts, parallel="plain", optimizer="lion8bit", gpus=1)
-    assert of["optimizer_states"] == 744_000 * 4 + 256_000 + 1000 * 4
-
-
-def test_zero_shares_what_it_shares():
-    counts = memory.ParameterCounts(800, 0, 800, 0, 1, 10)
-    parts = {
-        stage: memory.lasting_bytes(counts, parallel=stage, optimizer="adamw", gpus=8)
-        for stage in ("plain", "zero1", "zero2", "zero3")
-    }
-    assert parts["plain"] == {
-        "weights": 3200, "gradients": 3200, "optimizer_states": 6400, "partitions": 0,
-    }  # fmt: skip
-    assert parts["zero1"] == parts["zero2"] == {
-        "weights": 3200, "gradients": 3200, "optimizer_states": 800, "partitions": 800,
-    }  # fmt: skip
-    assert parts["zero3"]["partitions"] == 400
-
-
 @pytest.mark.parametrize("limit", [5, 1000, 1001, 4321, 10**6])
 def test_the_largest_micro_batch_fits_and_a_larger_one_does_not(limit):
     found = _largest(lambda pairs: max(20, 7 * pairs), limit, 3000)
@@ -152,13 +128,6 @@ def test_a_micro_batch_measured_here_is_what_was_counted():
     # A small model: what the allocator keeps for itself shows.
     assert measured.correction == pytest.approx(1, abs=0.25)
     assert measured.tflops > 0
-
-
-def test_the_workspace_of_the_loss_is_that_of_the_backends():
-    from fasterase.ops.contrastive import cpu, triton_plan
-
-    assert triton_plan.WORKSPACE_BYTES <= memory.LOSS_WORKSPACE_BYTES
-    assert cpu._KEPT_BYTES <= memory.LOSS_WORKSPACE_BYTES
 
 
 @pytest.mark.parametrize(

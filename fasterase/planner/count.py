@@ -1,0 +1,304 @@
+"""What a step costs: FLOPs and peak memory of one micro-batch, counted, and memory by part.
+
+The towers run on tensors without storage (`fake_device`), and a dispatch mode counts the FLOPs of
+all operators, by the formulas of `torch.utils.flop_counter`, and the bytes of all live storages.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+from fasterase.engine.activation_checkpointing import checkpointed_activations
+from fasterase.engine.optim import EIGHT_BIT, Trained
+from fasterase.models.dual_encoder import DualEncoder
+from fasterase.models.forward import TowerForward
+from fasterase.models.preprocessing import Tokens
+from fasterase.planner.architecture import copy_to_fake_device, fake_device
+
+Parallel = Literal["plain", "zero1", "zero2", "zero3"]
+
+FP32 = 4
+# bitsandbytes: one byte per number, and an fp32 scale for each block of 256.
+_EIGHT_BIT_BLOCK = 256
+# Numbers in the buffer that gradients are averaged through, and that ZeRO-3 gathers ahead:
+# DeepSpeed's defaults, and plain data parallelism's own.
+_REDUCE_BUCKET, _PREFETCH_BUCKET, _PLAIN_BUCKET = 500_000_000, 50_000_000, 1 << 26
+# The backends of the loss but "dense" use no more (Triton's `WORKSPACE_BYTES`, C++'s kept logits).
+LOSS_WORKSPACE_BYTES = 256 * 2**20
+# Matrices [n, n] in fp32 that autograd holds for "dense", with the KL.
+_DENSE_MATRICES = 10
+
+_aten = torch.ops.aten
+# The registry of torch 2.13 lacks the attention of CPUs, which stands for that of any device here.
+_FORMULAS = {
+    **flop_registry,
+    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        _aten._scaled_dot_product_flash_attention
+    ],
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _aten._scaled_dot_product_flash_attention_backward
+    ],
+}
+
+
+class Counter(TorchDispatchMode):
+    """Counts what runs while it is active.
+
+    Args:
+        known: tensors that were there before, and are not counted.
+
+    Attributes:
+        flops: floating-point operations; a multiplication and an addition count as two.
+        peak_bytes: the largest amount of memory allocated at a time.
+    """
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.flops = self.peak_bytes = self._live = 0
+        self._storages = {each.untyped_storage()._cdata for each in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        formula = _FORMULAS.get(func.overloadpacket)
+        if formula is not None:
+            self.flops += int(formula(*args, **kwargs, out_val=result))
+        for value in tree_iter(result):
+            if isinstance(value, Tensor):
+                self._add(value.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._storages:
+            self._storages.add(key)
+            self._live += size
+            self.peak_bytes = max(self.peak_bytes, self._live)
+            weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self._storages.remove(key)
+        self._live -= size
+
+
+class Tracer:
+    """Counts what encoding and back-propagating a micro-batch costs.
+
+    Args:
+        model: on the meta device; `requires_grad` tells what is trained.
+        precision: compute dtype of the towers, resolved.
+        on_gpu: count what a GPU allocates.
+        activation_checkpointing: of the blocks of both towers.
+    """
+
+    def __init__(
+        self,
+        model: DualEncoder,
+        *,
+        precision: str,
+        on_gpu: bool,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        with fake_device() as self._fake:
+            self._model = copy_to_fake_device(model)
+        self._checkpointing = activation_checkpointing
+        if on_gpu and precision != "fp32":
+            _normalise_in_fp32(self._model.module)
+        self._forward = build_forward(self._model, precision=precision)
+        self.backpropagate = cache(self._backpropagate)
+
+    def forward(self, tower: str) -> Counter:
+        """Count encoding one pair by the `"image"` or the `"text"` tower."""
+        with self._fake, torch.enable_grad():
+            pixels, tokens = _empty_pairs(self._model, 1)
+            # With a graph even if nothing is trained: without one, attention may take a fused path
+            # that the counter cannot see.
+            with self._counter() as counter:
+                self._forward(*((pixels, None) if tower == "image" else (None, tokens)))
+        return counter
+
+    def activation_bytes(self, pairs: int, *, share: int) -> int:
+        """Return what a micro-batch of `pairs` of a GPU's `share` needs beside the gradients."""
+        if pairs == share:
+            # The gradients of a step of one micro-batch appear while its activations go.
+            trained = sum(
+                each.numel() for each in self._model.module.parameters() if each.requires_grad
+            )
+            peak = self.backpropagate(pairs, with_gradients=False).peak_bytes
+            return max(0, peak - trained * FP32)
+        # Memory is a convex function of the number of pairs: the line between one and the share
+        # lies on it or above.
+        one, most = (
+            self.backpropagate(each, with_gradients=True).peak_bytes for each in (1, share)
+        )
+        return one + (most - one) * (pairs - 1) // (share - 1)
+
+    def _backpropagate(self, pairs: int, *, with_gradients: bool) -> Counter:
+        """Count encoding `pairs` pairs with a graph and back-propagating them.
+
+        Args:
+            pairs: in the micro-batch.
+            with_gradients: whether gradients are there before, and not counted, as for all
+                micro-batches of a step but the first.
+        """
+        checkpointed = (
+            checkpointed_activations(self._model) if self._checkpointing else nullcontext()
+        )
+        with self._fake, checkpointed:
+            for parameter in self._model.module.parameters():
+                wanted = with_gradients and parameter.requires_grad
+                parameter.grad = torch.empty_like(parameter) if wanted else None
+            with self._counter() as counter:
+                run_micro_batch(self._model, self._forward, pairs)
+        return counter
+
+    def _counter(self) -> Counter:
+        parameters = list(self._model.module.parameters())
+        gradients = [each.grad for each in parameters if each.grad is not None]
+        return Counter([*parameters, *self._model.module.buffers(), *gradients])
+
+
+def build_forward(model: DualEncoder, *, precision: str) -> TowerForward:
+    """Return both towers as training calls them; `requires_grad` tells what is trained."""
+    image, text = (
+        any(parameter.requires_grad for _, parameter in model.selected(tower))
+        for tower in ("image", "text")
+    )
+    return TowerForward(model, precision=precision, image_trained=image, text_trained=text)
+
+
+def run_micro_batch(model: DualEncoder, forward: TowerForward, pairs: int) -> None:
+    """Encode and back-propagate empty pairs on the model's device; the loss is not part of it."""
+    features = forward(*_empty_pairs(model, pairs))
+    outputs = [each for each in features if each is not None and each.requires_grad]
+    torch.autograd.backward(outputs, [torch.ones_like(each) for each in outputs])
+
+
+def _empty_pairs(model: DualEncoder, pairs: int) -> tuple[Tensor, Tokens]:
+    tokens = torch.zeros(pairs, model.context_length, dtype=torch.int64, device=model.device)
+    return torch.empty(pairs, 3, *model.image_size, device=model.device), Tokens(tokens, None)
+
+
+def _normalise_in_fp32(module: nn.Module) -> None:
+    """Make normalisation layers take fp32, as autocast does on a GPU and not on a CPU."""
+    for part in module.modules():
+        if isinstance(part, nn.LayerNorm | nn.GroupNorm):
+            part.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """How many numbers a model holds."""
+
+    total: int  # parameters
+    buffers: int
+    trained: int  # parameters
+    eight_bit: int  # trained ones whose states an 8-bit optimiser stores in 8 bits
+    largest: int  # trained parameter
+    largest_block: int  # or embedding: what ZeRO-3 gathers at a time
+
+    @classmethod
+    def of(cls, model: DualEncoder, trained: Trained) -> ParameterCounts:
+        sizes = {name: each.numel() for name, each in model.module.named_parameters()}
+        trained_sizes = [sizes[name] for name in trained.parameters(model.module)]
+        blocks = [*model.image_parts().blocks, *model.text_parts().blocks]
+        modules = [each for each in blocks if isinstance(each, nn.Module)]
+        return cls(
+            total=sum(sizes.values()),
+            buffers=sum(each.numel() for each in model.module.buffers()),
+            trained=sum(trained_sizes),
+            eight_bit=sum(sizes[name] for name in trained.quantisable),
+            largest=max(trained_sizes),
+            largest_block=max(
+                *sizes.values(),
+                *(sum(each.numel() for each in block.parameters()) for block in modules),
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """The memory formula: bytes of each GPU at the peak of a step, by part."""
+
+    counts: ParameterCounts
+    gpus: int
+    on_gpu: bool  # or on a CPU
+    pairs: int  # in a step, over all GPUs
+    compared: int  # the most of them that the loss compares with each other
+    width: int  # of features
+    backend: str  # of the loss
+
+    def parts(self, parallel: Parallel, optimizer: str, activations: int) -> dict[str, int]:
+        """Return part -> bytes, for a micro-batch with so many bytes of `activations`.
+
+        DeepSpeed's `coalesce_grad_reduction`, the way in which several backward passes per step are
+        exact, keeps whole local gradients at every stage; so ZeRO-2 saves nothing over ZeRO-1. Both
+        update a copy of their share of the fp32 weights, from a copy of their share of the
+        gradients; ZeRO-3, whose weights are shares already, has only the latter.
+        """
+        counts = self.counts
+        shares = 1 if parallel == "plain" else self.gpus
+        share = -(-counts.trained // shares)
+        weights = counts.total + counts.buffers
+        if parallel == "zero3":
+            gathered = min(counts.total, 2 * counts.largest_block + _PREFETCH_BUCKET)
+            weights = -(-counts.total // self.gpus) + counts.buffers + gathered
+        if not self.on_gpu:
+            weights += counts.trained  # the result keeps the original's, on the CPU
+        copies = {"plain": 0, "zero1": 2, "zero2": 2, "zero3": 1}[parallel]
+        matrices = _DENSE_MATRICES * self.compared**2 * FP32
+        loss = matrices if self.backend == "dense" else min(LOSS_WORKSPACE_BYTES, matrices)
+        # It comes after the backward pass, in the memory that activations and loss have left.
+        update = self._update_numbers(parallel, optimizer) * FP32 - activations - loss
+        return {
+            "weights": weights * FP32,
+            "gradients": counts.trained * FP32,
+            "optimizer_states": -(-self._state_bytes(optimizer) // shares),
+            "partitions": copies * share * FP32,
+            "activations": activations,
+            "features": self._feature_rows() * self.width * FP32,
+            "loss": loss,
+            "update": max(0, update),
+        }
+
+    def _state_bytes(self, optimizer: str) -> int:
+        counts = self.counts
+        moments = 1 if optimizer == "lion8bit" else 2
+        if optimizer not in EIGHT_BIT:
+            return moments * counts.trained * FP32
+        scales = -(-counts.eight_bit // _EIGHT_BIT_BLOCK) * FP32
+        return moments * ((counts.trained - counts.eight_bit) * FP32 + counts.eight_bit + scales)
+
+    def _update_numbers(self, parallel: Parallel, optimizer: str) -> int:
+        """Numbers that reducing the gradients or the optimiser's step needs for a moment.
+
+        On a GPU torch's Adam updates all tensors at once, with one copy of their size; on a CPU one
+        after the other, with two copies of the largest. 8-bit optimisers work in place.
+        """
+        counts = self.counts
+        shares = 1 if parallel == "plain" else self.gpus
+        update = 0
+        if optimizer not in EIGHT_BIT:
+            update = -(-counts.trained // shares) if self.on_gpu else 2 * counts.largest
+        bucket = max(_PLAIN_BUCKET, counts.largest) if parallel == "plain" else _REDUCE_BUCKET
+        return max(update, min(counts.trained, bucket) if self.gpus > 1 else 0)
+
+    def _feature_rows(self) -> int:
+        """Rows of both towers: encoded in parts, concatenated, the original's, and gradients.
+
+        Each of several GPUs holds all rows of the last three: it computes the loss of the whole
+        batch.
+        """
+        own = -(-self.pairs // self.gpus)
+        return 8 * self.pairs if self.gpus == 1 else 6 * self.pairs + 6 * own
