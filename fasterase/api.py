@@ -35,7 +35,7 @@ from fasterase.evaluation.measurement import Measurement
 from fasterase.evaluation.tasks.table import check_tasks
 from fasterase.files import check_creatable, check_replaceable
 from fasterase.models.companions import remember
-from fasterase.models.delta import keep_original
+from fasterase.models.delta import fingerprint_weights, keep_original
 from fasterase.models.dual_encoder import DualEncoder, separate_copy
 from fasterase.models.load import check_model_name, load_compared, load_model
 from fasterase.pairs.open import open_pairs
@@ -44,7 +44,7 @@ from fasterase.pairs.processes import count_workers
 from fasterase.pairs.skips import SkipLedger
 from fasterase.pairs.table import PairTable
 from fasterase.parallel.ranks import Ranks, join_ranks, launched_device
-from fasterase.provenance import audit, read_record, weights_fingerprint
+from fasterase.provenance import audit, read_record
 from fasterase.report.evaluation import Evaluation, compare
 from fasterase.result import UnlearnResult
 
@@ -358,7 +358,7 @@ def evaluate(
             examiner.examine(name, pairs, features)
             if name == "model" and record is not None:
                 nonlocal fingerprint
-                fingerprint = weights_fingerprint(encoder.module)
+                fingerprint = fingerprint_weights(encoder.module)
             return measured
 
     before = None if original is None else measure("original", original)

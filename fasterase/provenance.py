@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -11,9 +10,6 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import nn
 
 from fasterase.errors import InputError
 from fasterase.files import write_text
@@ -24,16 +20,6 @@ FORMAT = 1
 LIBRARIES = ("torch", "open_clip_torch", "transformers", "peft", "numpy")
 
 _HEADING = "## How it was erased"
-
-
-def weights_fingerprint(module: nn.Module) -> str:
-    """Return a SHA-256 of names and values of all parameters, in the order of their names."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(module.named_parameters()):
-        flat = weight.detach().cpu().contiguous().flatten()
-        digest.update(f"{name};{weight.dtype};{tuple(weight.shape)};".encode())
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def make_record(

@@ -16,14 +16,14 @@ from fasterase.engine.history import StepRecord
 from fasterase.engine.model_state import best_device, placed, resolve_device
 from fasterase.evaluation.verdict import REMEMBERED, Trace
 from fasterase.files import check_writable, parse_path, write_text
-from fasterase.models.delta import restored_original, save_delta
+from fasterase.models.delta import fingerprint_weights, restored_original, save_delta
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.hub import push_model
 from fasterase.models.lora import LoraAdapter
 from fasterase.objective import EraseLoss
 from fasterase.pairs.skips import Skip
 from fasterase.pairs.table import PairTable
-from fasterase.provenance import make_record, weights_fingerprint, write_record
+from fasterase.provenance import make_record, write_record
 from fasterase.report.evaluation import Evaluation
 from fasterase.report.examples import Examples, example_rows
 from fasterase.report.folder import write_report_folder
@@ -148,12 +148,12 @@ class UnlearnResult:
         before = restored_original(self.encoder, self.original_weights)
         parent = {
             "name": self.encoder.public_name,
-            "fingerprint": weights_fingerprint(before.module),
+            "fingerprint": fingerprint_weights(before.module),
             "record": self.parent_record,
         }
         return make_record(
             parent=parent,
-            fingerprint=weights_fingerprint(self.encoder.module),
+            fingerprint=fingerprint_weights(self.encoder.module),
             config=self.config.recipe(),
             data={
                 name: {"pairs": len(source), "digest": source.digest()}

@@ -1,12 +1,12 @@
 """What an erasure changed in a model, as a file that can be put on and taken off again.
 
-`delta.safetensors` holds, for every tensor that changed, `delta/<name>`: erased minus original, in
-fp32 (fp64 for fp64 weights). Where adding or subtracting it rounds to a neighbour of the right
-value, `erased/<name>` and `original/<name>` hold the right values and `.../<name>/at` their
-positions, so that both directions are exact.
+`delta.safetensors` holds, for every tensor that changed, `xor/<name>`: the bits of the original XOR
+those of the erased tensor, as integers of the same width. XOR with either gives the other.
 
 After `tune="lora:N"` the differences of the adapted weights are products of two thin matrices.
 These are not stored twice: the folder is peft's own, and the metadata name each weight's layer.
+Subtracting one rounds: `at/<name>` holds the positions where that misses the original, and
+`xor/<name>` the bits that are wrong there.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,9 @@ from fasterase.models.dual_encoder import DualEncoder, frozen_copy
 from fasterase.models.load import DELTA_FILE, load_model
 from fasterase.models.lora import LoraAdapter, low_rank_product
 
-# The second has adapters.
-_FORMATS = ("fasterase-delta-1", "fasterase-delta-2")
+_FORMAT = "fasterase-delta-3"
+# Bytes of a number -> the integers that hold its bits.
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def keep_original(
@@ -78,7 +79,7 @@ def save_delta(
     folder: str | os.PathLike[str],
     adapter: LoraAdapter | None = None,
 ) -> Path:
-    """Write the folder that `apply_delta` reads: erased minus original of what changed.
+    """Write the folder that `apply_delta` reads.
 
     Args:
         model: the erased model.
@@ -92,34 +93,29 @@ def save_delta(
     from safetensors.torch import save_file
 
     now = _tensors(model.module)
+    factors = {} if adapter is None else adapter.factors
     stored: dict[str, Tensor] = {}
     dtypes: dict[str, str] = {}
     for name, before in original.items():
         after = now[name].detach().cpu()
-        if adapter is not None and name in adapter.factors:
-            delta = adapter.product(name)
-        elif _same_bits(before, after).all():
-            continue
+        if adapter is not None and name in factors:
+            product = adapter.product(name).reshape(after.shape)
+            wrong = (_bits(_add(after, product, -1)) ^ _bits(before)).flatten()
+            stored[f"at/{name}"] = at = wrong.nonzero()[:, 0]
+            stored[f"xor/{name}"] = wrong[at]
         else:
-            delta = _wide(after) - _wide(before)
-            stored[f"delta/{name}"] = delta.contiguous()
+            difference = _bits(before) ^ _bits(after)
+            if not difference.any():
+                continue
+            stored[f"xor/{name}"] = difference
         dtypes[name] = str(after.dtype).removeprefix("torch.")
-        for side, start, goal, sign in (
-            ("erased", before, after, 1),
-            ("original", after, before, -1),
-        ):
-            wrong = ~_same_bits(_moved(start, delta, sign, goal.dtype), goal)
-            if wrong.any():
-                at = wrong.flatten().nonzero()[:, 0]
-                stored[f"{side}/{name}/at"] = at
-                stored[f"{side}/{name}"] = goal.flatten()[at]
     metadata = {
-        "format": _FORMATS[adapter is not None],
+        "format": _FORMAT,
         "model": model.public_name,
         "original": fingerprint_weights(model.module, original),
         "erased": fingerprint_weights(model.module),
         "dtypes": json.dumps(dtypes),
-        "factors": json.dumps({} if adapter is None else adapter.factors),
+        "factors": json.dumps(factors),
     }
     with replace_model_folder(folder, library="fasterase.apply_delta") as new:
         save_file(stored, new / DELTA_FILE, metadata=metadata)
@@ -151,39 +147,65 @@ def apply_delta(
         `model`, or the module that its name loaded.
 
     Raises:
-        InputError: `sign` is neither 1 nor -1; `folder` holds no readable delta; the model has
-            another architecture, or other weights than the delta was made for. The model is
-            untouched.
+        InputError: `sign` is neither 1 nor -1; `folder` holds no readable delta, or a damaged one;
+            the model has another architecture, or other weights than the delta was made for. The
+            model is untouched.
     """
     if isinstance(sign, bool) or sign not in (1, -1):
         raise InputError(f"sign={sign!r} is neither 1 (put the delta on) nor -1 (take it off).")
-    folder = parse_path(folder, argument="folder").expanduser()
-    stored, metadata = _read(folder)
-    deltas = _deltas(stored, json.loads(metadata.get("factors", "{}")), folder)
+    delta = _read(parse_path(folder, argument="folder").expanduser())
     encoder = load_model(model)
-    module = encoder.module
-    tensors = _tensors(module)
-    for name, delta in deltas.items():
-        found = tuple(tensors[name].shape) if name in tensors else None
-        if found is None or tensors[name].numel() != delta.numel():
+    tensors = _tensors(encoder.module)
+    for name in delta.dtypes:
+        wanted = (
+            delta.products[name] if name in delta.products else delta.stored[f"xor/{name}"]
+        ).shape
+        found = tensors[name].shape if name in tensors else None
+        if found is None or found.numel() != wanted.numel():
             raise InputError(
-                f"model: {encoder.name} has another architecture than {metadata['model']}, for "
-                f"which the delta in {folder} was made: its `{name}` is {_shape(delta.shape)}, "
-                f"the model's {'is missing' if found is None else 'is ' + _shape(found)}. "
+                f"model: {encoder.name} has another architecture than {delta.model}, for "
+                f"which {delta.file} was made: its `{name}` is {list(wanted)}, the model's "
+                f"{'is missing' if found is None else f'is {list(found)}'}. "
                 "Give the model that was erased."
             )
-    _check_weights(encoder, metadata, sign, folder)
-    side = "erased" if sign == 1 else "original"
-    dtypes = json.loads(metadata["dtypes"])
+    _check_weights(encoder, delta, sign)
+    moved = {
+        name: delta.moved(name, tensors[name].detach().cpu(), sign).to(tensors[name].dtype)
+        for name in delta.dtypes
+    }
+    if fingerprint_weights(encoder.module, moved) != delta.fingerprints[-sign]:
+        raise InputError(
+            f"folder: {delta.file} does not turn {encoder.name} into the weights that were saved. "
+            "Load the model in the precision in which it was erased, or save the delta again: it "
+            "may be damaged."
+        )
     with torch.no_grad():
-        for name, delta in deltas.items():
-            dtype = getattr(torch, dtypes[name])
-            moved = _moved(tensors[name].detach().cpu().reshape(delta.shape), delta, sign, dtype)
-            at = stored.get(f"{side}/{name}/at")
-            if at is not None:
-                moved.view(-1)[at] = stored[f"{side}/{name}"]
-            tensors[name].copy_(moved.reshape(tensors[name].shape))
+        for name, values in moved.items():
+            tensors[name].copy_(values)
     return encoder.given
+
+
+@dataclass(frozen=True)
+class _Delta:
+    """What a folder holds."""
+
+    file: Path
+    model: str  # name of the erased model
+    fingerprints: dict[int, str]  # sign -> of the weights that it starts from
+    dtypes: dict[str, torch.dtype]  # of all tensors that changed
+    products: dict[str, Tensor]  # what an adapter adds to a weight
+    stored: dict[str, Tensor]
+
+    def moved(self, name: str, start: Tensor, sign: int) -> Tensor:
+        """Return the erased tensor of the original (`sign=1`), or the other way round."""
+        dtype = self.dtypes[name]
+        if name not in self.products:
+            bits = _bits(start.to(dtype)) ^ self.stored[f"xor/{name}"].reshape(start.shape)
+            return bits.view(dtype)
+        moved = _add(start.to(dtype), self.products[name].reshape(start.shape), sign)
+        if sign == -1:
+            _bits(moved).view(-1)[self.stored[f"at/{name}"]] ^= self.stored[f"xor/{name}"]
+        return moved
 
 
 def fingerprint_weights(module: nn.Module, replaced: Mapping[str, Tensor] | None = None) -> str:
@@ -206,39 +228,55 @@ def fingerprint_weights(module: nn.Module, replaced: Mapping[str, Tensor] | None
     return digest.hexdigest()
 
 
-def _check_weights(
-    encoder: DualEncoder, metadata: Mapping[str, str], sign: int, folder: str | os.PathLike[str]
-) -> None:
+def _check_weights(encoder: DualEncoder, delta: _Delta, sign: int) -> None:
     found = fingerprint_weights(encoder.module)
-    wanted, other = ("original", "erased") if sign == 1 else ("erased", "original")
-    if found == metadata[wanted]:
+    if found == delta.fingerprints[sign]:
         return
-    if found == metadata[other]:
+    if found == delta.fingerprints[-sign]:
         state = "already on" if sign == 1 else "not on"
         raise InputError(
-            f"sign={sign}: the delta in {folder} is {state} {encoder.name}. "
+            f"sign={sign}: {delta.file} is {state} {encoder.name}. "
             f"sign={-sign} {'takes it off' if sign == 1 else 'puts it on'}."
         )
+    wanted = "original" if sign == 1 else "erased"
     raise InputError(
-        f"model: the weights of {encoder.name} are not those of the {wanted} model that the delta "
-        f"in {folder} was made for ({metadata['model']}), so the result would be neither model. "
+        f"model: the weights of {encoder.name} are not those of the {wanted} model that "
+        f"{delta.file} was made for ({delta.model}), so the result would be neither model. "
         f"Load that {wanted} model, unchanged and in the precision in which it was erased."
     )
 
 
-def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if not (folder / DELTA_FILE).is_file():
+def _read(folder: Path) -> _Delta:
+    file = folder / DELTA_FILE
+    if not file.is_file():
         raise InputError(
             f"folder: {folder} holds no {DELTA_FILE}. Give a folder that "
             "result.save(folder, delta=True) wrote."
         )
-    stored, metadata = _read_file(folder / DELTA_FILE)
-    if metadata.get("format") not in _FORMATS:
+    stored, metadata = _read_file(file)
+    if metadata.get("format") != _FORMAT:
         raise InputError(
-            f"folder: {folder / DELTA_FILE} has the format {metadata.get('format')!r}, and this "
-            f"version of fasterase reads {' and '.join(map(repr, _FORMATS))}."
+            f"folder: {file} has the format {metadata.get('format')!r}, and this version of "
+            f"fasterase reads {_FORMAT!r}."
         )
-    return stored, metadata
+    try:
+        factors = json.loads(metadata["factors"])
+        named = json.loads(metadata["dtypes"])
+        dtypes = {name: getattr(torch, dtype) for name, dtype in named.items()}
+        for name in dtypes:
+            if stored[f"xor/{name}"].dtype != _INTEGERS[dtypes[name].itemsize]:
+                raise TypeError(f"xor/{name} is {stored[f'xor/{name}'].dtype}")
+        adapter = _read_file(folder / WEIGHTS_FILE)[0] if factors else {}
+        products = {
+            name: low_rank_product(
+                *(adapter[f"{PREFIX}{layer}.lora_{each}.weight"] for each in "AB")
+            )
+            for name, layer in factors.items()
+        }
+        fingerprints = {1: metadata["original"], -1: metadata["erased"]}
+        return _Delta(file, metadata["model"], fingerprints, dtypes, products, stored)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"folder: {folder} is damaged ({error!r}). Save it again.") from error
 
 
 def _read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -252,49 +290,23 @@ def _read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise InputError(f"folder: {file} cannot be read ({error}). Save it again.") from error
 
 
-def _deltas(
-    stored: Mapping[str, Tensor], factors: Mapping[str, str], folder: Path
-) -> dict[str, Tensor]:
-    """Return erased minus original by name: as stored, or the product of an adapter's matrices."""
-    deltas = {
-        key.removeprefix("delta/"): delta
-        for key, delta in stored.items()
-        if key.startswith("delta/")
-    }
-    adapter = _read_file(folder / WEIGHTS_FILE)[0] if factors else {}
-    for name, layer in factors.items():
-        down, up = (adapter.get(f"{PREFIX}{layer}.lora_{each}.weight") for each in "AB")
-        if down is None or up is None:
-            raise InputError(
-                f"folder: {folder / WEIGHTS_FILE} lacks the adapter of {layer}. Save it again."
-            )
-        deltas[name] = low_rank_product(down, up)
-    return deltas
-
-
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def _wide(values: Tensor) -> Tensor:
-    """The dtype in which differences are taken; integers (counters of BatchNorm) stay."""
+    """Return values as they are hashed and added to; integers (counters of BatchNorm) stay."""
     if values.is_floating_point() and values.dtype != torch.float64:
         return values.float()
     return values
 
 
-def _moved(start: Tensor, delta: Tensor, sign: int, dtype: torch.dtype) -> Tensor:
-    return (_wide(start) + sign * delta).to(dtype)
+def _add(start: Tensor, product: Tensor, sign: int) -> Tensor:
+    return (_wide(start) + sign * product).to(start.dtype).contiguous()
 
 
-def _same_bits(one: Tensor, other: Tensor) -> Tensor:
-    """Elementwise; a difference between 0.0 and -0.0 counts, NaN equals itself."""
-    bits: Any = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
-    return one.contiguous().view(bits) == other.contiguous().view(bits)
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return str(list(shape))
+def _bits(values: Tensor) -> Tensor:
+    return values.contiguous().view(_INTEGERS[values.element_size()])
 
 
 _README = """# What an erasure changed in {name}

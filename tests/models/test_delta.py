@@ -7,7 +7,8 @@ import warnings
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import fasterase
 from fasterase.models.delta import keep_original, save_delta
@@ -52,18 +53,18 @@ def test_both_directions_are_exact(tmp_path, dtype, size):
     assert same_weights(weights(model.module), erased)
 
 
-def test_the_file_holds_plain_differences_of_what_changed_alone(tmp_path):
+def test_the_file_holds_the_changed_bits_of_what_changed_alone(tmp_path):
     model = TinyModel()
     before = model.weights()
     result = erase(model, tmp_path / "delta", tune="text")
     stored = load_file(tmp_path / "delta" / "delta.safetensors")
-    deltas = {key.removeprefix("delta/"): d for key, d in stored.items() if "delta/" in key}
-    changed = {n for n, w in result.model.state_dict().items() if not torch.equal(w, before[n])}
-    assert set(deltas) == changed
+    after = result.model.state_dict()
+    changed = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+    assert stored.keys() == {f"xor/{name}" for name in changed}
     assert not any(name.startswith("image") for name in changed)
-    for name, delta in deltas.items():
-        assert delta.dtype == torch.float32
-        torch.testing.assert_close(before[name] + delta, result.model.state_dict()[name])
+    for name in changed:
+        bits = before[name].view(torch.int32) ^ stored[f"xor/{name}"]
+        assert torch.equal(bits.view(torch.float32), after[name])
 
 
 def test_buffers_that_the_run_moved_are_part_of_it(tmp_path):
@@ -119,3 +120,37 @@ def test_a_folder_that_is_no_delta_or_no_model_says_so(tmp_path):
     (tmp_path / "delta" / "delta.safetensors").write_bytes(b"not a file of tensors")
     with pytest.raises(fasterase.InputError, match="cannot be read"):
         fasterase.apply_delta(TinyModel(), tmp_path / "delta")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("dtypes", None), ("dtypes", "[]"), ("factors", "{"), ("dtypes", '{"gone": "float32"}'),
+     ("erased", None), ("factors", '{"text.weight": "layer"}')],
+)  # fmt: skip
+def test_damaged_metadata_are_refused(tmp_path, key, value):
+    model = TinyModel()
+    before = model.weights()
+    erase(copy.deepcopy(model), tmp_path / "delta")
+    file = tmp_path / "delta" / "delta.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata() | {key: value}
+    stored = load_file(file)
+    save_file(stored, file, {name: text for name, text in metadata.items() if text is not None})
+    with pytest.raises(fasterase.InputError, match=r"folder: .*(damaged|cannot be read)"):
+        fasterase.apply_delta(model, tmp_path / "delta")
+    assert same_weights(model.weights(), before)
+
+
+def test_a_damaged_bit_is_refused(tmp_path):
+    model = TinyModel()
+    before = model.weights()
+    erase(copy.deepcopy(model), tmp_path / "delta")
+    file = tmp_path / "delta" / "delta.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    stored = load_file(file)
+    next(iter(stored.values())).view(-1)[0] ^= 1
+    save_file(stored, file, metadata)
+    with pytest.raises(fasterase.InputError, match="may be damaged"):
+        fasterase.apply_delta(model, tmp_path / "delta")
+    assert same_weights(model.weights(), before)
