@@ -141,7 +141,7 @@ def test_a_run_keeps_its_last_checkpoint_and_goes_on_when_there_is_room(tmp_path
 def test_the_cache_on_a_full_disk(tmp_path):
     tower = TinyModel()
     before = tower.weights()
-    with small_files(100), pytest.raises(DiskFullError, match=r"\.features cannot be written"):
+    with small_files(100), pytest.raises(DiskFullError, match=r"\.safetensors cannot be written"):
         run(tower, tmp_path / "out", reference_cache=tmp_path / "cache", output_dir=None)
     assert not list((tmp_path / "cache").rglob("*.npy"))
     assert not list((tmp_path / "cache").rglob(".*"))
