@@ -50,7 +50,7 @@ class Evaluation:
         set_verdicts: the same names -> set to forget -> its verdict alone.
         original: the original's scores, or None if it was not measured.
         references: name -> a further model's scores.
-        tasks: name of a task -> what it found; see docs/evidence.md.
+        tasks: name of a task -> what it found; see docs/attacks.md.
         attacks: name of an attack -> what it found.
         audit: what the record beside a saved model says, and how the model compares with it; empty
             without a record.
