@@ -58,6 +58,7 @@ lint: EXTRAS := hf,eval,demo,dev
 lint: installed
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/python -m mypy
 
 format: EXTRAS := hf,eval,demo,dev
@@ -71,7 +72,7 @@ gpu:
 	  $(if $(STAGE),--stage $(STAGE)) $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 # Installs a set of extras once, and again when pyproject.toml has changed.
 installed: STAMP = $(VENV)/.has-$(EXTRAS)
