@@ -8,7 +8,7 @@ import torch
 
 import fasterase
 from fasterase.engine import run as run_module
-from fasterase.engine.damage import Damage, DamageMeter
+from fasterase.engine.baseline import Damage, DamageMeter
 from fasterase.engine.pacing import RESTING
 from tests import digits
 from tests.tiny_concepts import CONCEPTS, FORGOTTEN, KEPT, concept_pairs, knowing_model

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 # Entries of a run's identity that are digests: messages do not print their values.
 DIGESTS = frozenset({"model weights", "forget pairs", "retain pairs"})
 KEPT = 2
-MANIFEST = "state.json"
+MANIFEST, BEST = "state.json", "best.safetensors"
 
 
 @dataclass(frozen=True)
@@ -83,32 +83,31 @@ class CheckpointFolder:
         Raises:
             DiskFullError: there was no room; the checkpoints before it are kept.
         """
-        target = self.folder / f"step-{checkpoint.step:09d}"
-        if self._ranks.tell(target.is_dir()):
+        ranks, target = self._ranks, self.folder / f"step-{checkpoint.step:09d}"
+        if ranks.tell(target.is_dir()):
             return
-        if self._ranks.is_first:
+        if ranks.is_first:
             remove_leftovers(self.folder)
-        needed = _tensor_bytes(checkpoint)
+        tensors = dict(checkpoint.training.tensors)
+        needed = sum(tensor.nbytes for tensor in (*tensors.values(), *checkpoint.best.values()))
         with (
-            self._ranks.together(),
-            self._ranks.first_enters(
-                lambda: replace_folder(target, sync=True, size_bytes=needed)
-            ) as new,
+            ranks.together(),
+            ranks.first_enters(lambda: replace_folder(target, sync=True, size_bytes=needed)) as new,
         ):
-            with (
-                self._ranks.together(),
-                reporting_full_disk(new, target=target, size_bytes=needed),
-            ):
-                shard = _write_shard(new, checkpoint, self._ranks)
-            shards = dict(self._ranks.gather_objects(shard))
-            if self._ranks.is_first:
-                self._write_manifest(new, checkpoint, shards)
-        if self._ranks.is_first:
+            with ranks.together(), reporting_full_disk(new, target=target, size_bytes=needed):
+                shard = new / f"shard-{ranks.rank + 1:05d}-of-{ranks.world_size:05d}.safetensors"
+                save_file(tensors, shard)
+                flush_to_disk(shard)
+                checksum = shard.name, crc32(shard)
+            checksums = dict(ranks.gather_objects(checksum))
+            if ranks.is_first:
+                self._write_manifest(new, checkpoint, checksums)
+        if ranks.is_first:
             self._remove_old()
 
     def _write_manifest(self, new: Path, checkpoint: Checkpoint, shards: dict[str, int]) -> None:
         if checkpoint.best:
-            save_file(checkpoint.best, new / "best.safetensors")
+            save_file(checkpoint.best, new / BEST)
         state = {
             "step": checkpoint.step,
             "non_finite": checkpoint.non_finite,
@@ -136,16 +135,32 @@ class CheckpointFolder:
         if resume == "never":
             return None
         path = self._ranks.on_first(lambda: self._find_readable(resume))
-        return None if path is None else _read(path)
+        if path is None:
+            return None
+        state = _read_manifest(path)
+        best = path / BEST
+        tensors = ShardedTensors(path / name for name in state["shards"])
+        return Checkpoint(
+            step=state["step"],
+            training=TrainingState(tensors, state["training"], state["layout"]),
+            non_finite=state["non_finite"],
+            pacing=state["pacing"],
+            best=load_file(best) if best.is_file() else {},
+            seconds=state["seconds"],
+        )
 
     def _find_readable(self, resume: str) -> Path | None:
         self._remove_old()
         found = self._steps()
         for path in reversed(found):
             try:
-                state = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+                state = _read_manifest(path)
                 self._check_identity(state["identity"])
-                _check_files(path, state)
+                for name, checksum in state["shards"].items():
+                    if crc32(path / name) != checksum:
+                        raise ValueError(f"{name} is damaged")
+                if (path / BEST).is_file():
+                    load_file(path / BEST)
                 return path
             except ResumeError:
                 raise
@@ -165,7 +180,7 @@ class CheckpointFolder:
         return None
 
     def _steps(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*")) if self.folder.is_dir() else []
+        return sorted(self.folder.glob("step-*"))
 
     def _remove_old(self) -> None:
         for old in self._steps()[:-KEPT]:
@@ -207,39 +222,5 @@ class ShardedTensors(Mapping[str, Tensor]):
         return len(self._file_of)
 
 
-def _write_shard(new: Path, checkpoint: Checkpoint, ranks: Ranks) -> tuple[str, int]:
-    """Write this rank's tensors; return the file's name and checksum."""
-    file = new / f"shard-{ranks.rank + 1:05d}-of-{ranks.world_size:05d}.safetensors"
-    save_file(dict(checkpoint.training.tensors), file)
-    flush_to_disk(file)
-    return file.name, crc32(file)
-
-
-def _check_files(path: Path, state: Mapping[str, Any]) -> None:
-    """Raise if a file of a checkpoint is missing or damaged."""
-    for name, checksum in state["shards"].items():
-        if crc32(path / name) != checksum:
-            raise ValueError(f"{name} is damaged")
-    best = path / "best.safetensors"
-    if best.is_file():
-        load_file(best)
-
-
-def _read(path: Path) -> Checkpoint:
-    state = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    best = path / "best.safetensors"
-    tensors = ShardedTensors(path / name for name in state["shards"])
-    return Checkpoint(
-        step=state["step"],
-        training=TrainingState(tensors, state["training"], state["layout"]),
-        non_finite=state["non_finite"],
-        pacing=state["pacing"],
-        best=load_file(best) if best.is_file() else {},
-        seconds=state["seconds"],
-    )
-
-
-def _tensor_bytes(checkpoint: Checkpoint) -> int:
-    """Return what this rank's tensors take on disk."""
-    tensors = [*checkpoint.training.tensors.values(), *checkpoint.best.values()]
-    return sum(tensor.nbytes for tensor in tensors)
+def _read_manifest(path: Path) -> dict[str, Any]:
+    return json.loads((path / MANIFEST).read_text(encoding="utf-8"))

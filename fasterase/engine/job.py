@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from fasterase.config import UnlearnConfig
-from fasterase.engine.history import StepRecord
+from fasterase.engine.history import Callback
 from fasterase.engine.pacing import MAX_STEPS
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.forward import resolve_precision
 from fasterase.pairs.sampler import Sampler, drawn_rows, shuffle_rows
+from fasterase.pairs.skips import SkipLedger
 from fasterase.pairs.table import PairTable
 from fasterase.parallel.ranks import ALONE, Ranks
 from fasterase.seeds import Stream, generator
@@ -26,6 +28,22 @@ WITHHELD_SHARE, MAX_WITHHELD = 0.05, 1000
 LEAST_POOL = 100
 
 
+@dataclass
+class RunClock:
+    """Counts the seconds of a run from now on.
+
+    Attributes:
+        earlier: seconds up to the checkpoint that this run resumes from.
+    """
+
+    earlier: float = 0.0
+    _started: float = field(default_factory=time.perf_counter)
+
+    def seconds(self) -> float:
+        """Return the seconds so far, those before interruptions included."""
+        return self.earlier + time.perf_counter() - self._started
+
+
 @dataclass(frozen=True)
 class Job:
     """One erasure. Every rank has an equal one.
@@ -35,7 +53,9 @@ class Job:
         sets: `"forget"`, `"retain"` and sets that are only measured.
         forget_sets: names of those of them that are to be forgotten too.
         config: the run's settings.
-        output: folder for checkpoints, history and features; None keeps nothing.
+        ledger: counts unreadable pairs.
+        clock: gets the seconds of the run that this one resumes.
+        output: folder for checkpoints, history and features; None: no files.
         callback: called after each step with its record; True ends the run.
         ranks: who takes part.
     """
@@ -44,8 +64,10 @@ class Job:
     sets: Mapping[str, PairTable]
     forget_sets: Collection[str]
     config: UnlearnConfig
+    ledger: SkipLedger
+    clock: RunClock
     output: Path | None = None
-    callback: Callable[[StepRecord], object] | None = None
+    callback: Callback | None = None
     ranks: Ranks = ALONE
 
     @property
@@ -138,7 +160,4 @@ def undrawn_rows(sampler: Sampler, steps: int) -> np.ndarray:
     """Return the forget rows (sorted) that the first `steps` steps do not draw."""
     if steps >= sampler.steps_per_epoch:
         return np.empty(0, np.int64)
-    drawn = np.zeros(sampler.n_forget, bool)
-    for step in range(steps):
-        drawn[sampler.draw(step).forget] = True
-    return np.flatnonzero(~drawn)
+    return np.setdiff1d(np.arange(sampler.n_forget), drawn_rows(sampler, steps)[0])

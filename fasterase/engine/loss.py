@@ -8,6 +8,7 @@ own rows, so that no collective is differentiated.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,8 @@ from fasterase.parallel.ranks import ALONE, Ranks
 
 # CLIP's own ceiling of the scale (Radford et al., 2021, section 2.5).
 MAX_SCALE = 100.0
-Reference = tuple[Tensor | None, Tensor | None, Tensor | None]
+# The original's image features [n, D0], text features [n, D0] and scale []; Nones if not used.
+OfOriginal = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def loss_products(precision: str) -> str:
@@ -47,13 +49,14 @@ class FeatureGradients(NamedTuple):
     scale: Tensor | None
 
 
+@dataclass(frozen=True)
 class StepLoss:
     """Computes the loss from features, and its gradients, without touching the towers.
 
     The rows of all ranks stand in the order of the step's draw, forget pairs first, so that the
     loss is the one that a single process would compute.
 
-    Args:
+    Attributes:
         objective: weights and options.
         image_trained, text_trained, scale_trained: which gradients are needed.
         max_scale: the scale is clamped to it inside the loss, if it is trained. Clamping the weight
@@ -63,36 +66,25 @@ class StepLoss:
         ranks: who takes part.
     """
 
-    def __init__(
-        self,
-        objective: Objective,
-        *,
-        image_trained: bool,
-        text_trained: bool,
-        scale_trained: bool,
-        max_scale: float = MAX_SCALE,
-        measures_distance: bool = False,
-        ranks: Ranks = ALONE,
-    ) -> None:
-        self._objective = objective
-        self._trained = (image_trained, text_trained, scale_trained)
-        self._max_scale = max_scale
-        self._measures_distance = measures_distance and not objective.anchor_weight
-        self._ranks = ranks
+    objective: Objective
+    image_trained: bool
+    text_trained: bool
+    scale_trained: bool
+    max_scale: float = MAX_SCALE
+    measures_distance: bool = False
+    ranks: Ranks = ALONE
 
     @classmethod
     def of_job(cls, job: Job, trained: Trained, *, floor: float) -> StepLoss:
         """Return the loss of a run; `floor` is the automatic one."""
         config = job.config
-        if isinstance(config.floor, float):
-            floor = config.floor
-        has_floor = config.floor is not None and config.forget_loss == "similarity"
+        given = floor if config.floor == "auto" else config.floor
         objective = Objective(
             forget_weight=config.forget_weight,
             retain_weight=config.retain_weight,
             consistency_weight=config.consistency_weight,
             forget_loss=config.forget_loss,
-            floor=floor if has_floor else None,
+            floor=given if config.forget_loss == "similarity" else None,
             anchor_weight=config.anchor_weight,
             negatives=config.negatives,
             backend=config.backend,
@@ -105,7 +97,7 @@ class StepLoss:
             text_trained=trained.text,
             scale_trained=trained.scale,
             max_scale=max(MAX_SCALE, float(job.model.scale().detach())),
-            measures_distance=config.lr == "auto",
+            measures_distance=config.lr == "auto" and not config.anchor_weight,
             ranks=job.ranks,
         )
 
@@ -114,7 +106,7 @@ class StepLoss:
         image: Tensor,  # [n, D]
         text: Tensor,  # [n, D]
         scale: Tensor,  # []
-        reference: Reference,
+        original: OfOriginal,
         *,
         n_forget: int,
         labels: Tensor,  # [n]
@@ -127,20 +119,20 @@ class StepLoss:
 
         Args:
             image, text, scale: features, forget pairs first, and exp(logit_scale).
-            reference: the original's image features, text features and scale, or Nones.
+            original: what the original makes of the pairs.
             n_forget: how many of the pairs are forget pairs.
             labels: equal for equal captions; on the CPU, where the operator can look at them.
             upstream: the scaling of the loss in fp16, else 1.
         """
-        if self._ranks.world_size == 1:
-            return self._compute(image, text, scale, reference, n_forget, labels, upstream)
-        counts = self._ranks.gather_numbers(n_forget, len(image))
-        everyone = _Rows([(forget, total) for forget, total in counts])
+        ranks = self.ranks
+        if ranks.world_size == 1:
+            return self._compute(image, text, scale, original, n_forget, labels, upstream)
+        everyone = _Rows(ranks.gather_numbers(n_forget, len(image)))
 
         def gathered(rows: Tensor) -> Tensor:
-            return everyone.in_order(self._ranks.gather_rows(rows, everyone.totals))
+            return everyone.in_order(ranks.gather_rows(rows, everyone.totals))
 
-        ref_image, ref_text, ref_scale = reference
+        ref_image, ref_text, ref_scale = original
         found = self._compute(
             gathered(image),
             gathered(text),
@@ -154,45 +146,45 @@ class StepLoss:
             gathered(labels.to(image.device)).to(labels.device),
             upstream,
         )
-        own = everyone.own_rows(self._ranks.rank).to(image.device)
-
-        def kept(gradient: Tensor | None) -> Tensor | None:
-            return None if gradient is None else gradient[own] * self._ranks.world_size
-
+        own = everyone.own_rows(ranks.rank).to(image.device)
+        image_gradient, text_gradient = (
+            None if gradient is None else gradient[own] * ranks.world_size
+            for gradient in (found.image, found.text)
+        )
         # One rank speaks for all: the same sums may round differently on another processor.
-        terms = torch.stack([term.double().cpu() for term in found.loss])
-        loss = EraseLoss(*self._ranks.tell(terms))
-        return FeatureGradients(loss, kept(found.image), kept(found.text), found.scale)
+        terms = ranks.tell(torch.stack([term.double().cpu() for term in found.loss]))
+        return FeatureGradients(EraseLoss(*terms), image_gradient, text_gradient, found.scale)
 
     def _compute(
         self,
         image: Tensor,  # [N, D]
         text: Tensor,  # [N, D]
         scale: Tensor,  # []
-        reference: Reference,
+        original: OfOriginal,
         n_forget: int,
         labels: Tensor,  # [N]
         upstream: Tensor,  # []
     ) -> FeatureGradients:
         """Return the loss over all given rows, and its gradients."""
+        trained = (self.image_trained, self.text_trained, self.scale_trained)
         leaves = [
-            tensor.detach().requires_grad_(trained)
-            for tensor, trained in zip((image, text, scale), self._trained, strict=True)
+            tensor.detach().requires_grad_(wanted)
+            for tensor, wanted in zip((image, text, scale), trained, strict=True)
         ]
-        clamped = leaves[2].clamp(max=self._max_scale) if self._trained[2] else leaves[2]
+        clamped = leaves[2].clamp(max=self.max_scale) if self.scale_trained else leaves[2]
         with torch.enable_grad():
             loss = weighted_erase_loss(
                 leaves[0],
                 leaves[1],
                 clamped,
-                *reference,
-                self._objective,
+                *original,
+                self.objective,
                 n_forget=n_forget,
                 labels=labels,
             )
         detached = EraseLoss(*(term.detach() for term in loss))
-        ref_image, ref_text, _ = reference
-        if self._measures_distance and n_forget < len(image) and ref_image is not None:
+        ref_image, ref_text, _ = original
+        if self.measures_distance and n_forget < len(image) and ref_image is not None:
             assert ref_text is not None
             features = (image.detach(), text.detach(), ref_image, ref_text)
             moved = moved_distance(*(each[n_forget:] for each in features))
@@ -208,7 +200,7 @@ class StepLoss:
 class _Rows:
     """Where the rows of each rank stand among those of all: its forget rows, its retain rows."""
 
-    def __init__(self, counts: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, counts: Sequence[Sequence[int]]) -> None:
         self._forget = [forget for forget, _ in counts]
         self.totals = [total for _, total in counts]
         self.n_forget = sum(self._forget)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from fasterase.models.forward import Features
@@ -26,7 +27,7 @@ class TrainingState(NamedTuple):
 
     tensors: Mapping[str, Tensor]
     scalars: dict[str, Any]
-    layout: dict[str, Any]
+    layout: str = ""
 
 
 class Engine(Protocol):
@@ -34,11 +35,13 @@ class Engine(Protocol):
 
     Attributes:
         module: the model's own module, with the trained parameters.
+        device: where it runs.
         in_lockstep: whether every rank must call the towers equally often, because a call gathers
             weights from all of them.
     """
 
     module: nn.Module
+    device: torch.device
     in_lockstep: bool
 
     def __call__(

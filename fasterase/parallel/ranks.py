@@ -84,9 +84,30 @@ class Ranks:
         """Return rank 0's value; it is pickled."""
         return value
 
+    def raise_together(self, error: BaseException | None) -> None:
+        """Raise on every rank the error of the first rank that has one."""
+        if error is not None:
+            raise error
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Run a block, which must exchange nothing; an error on one rank is raised on all."""
+        error: BaseException | None = None
+        try:
+            yield
+        except LostRankError:
+            raise
+        except (Exception, KeyboardInterrupt) as raised:
+            error = raised
+        self.raise_together(error)
+
     def on_first(self, function: Callable[[], T]) -> T:
         """Call `function` on rank 0 alone and return its result, or raise its error, everywhere."""
-        return function()
+        result: Any = None
+        with self.together():
+            if self.is_first:
+                result = function()
+        return self.tell(result)
 
     @contextlib.contextmanager
     def first_enters(self, open_: Callable[[], AbstractContextManager[T]]) -> Iterator[T]:
@@ -94,18 +115,8 @@ class Ranks:
 
         An error on entering it is raised everywhere, one on leaving it on rank 0.
         """
-        with open_() as value:
-            yield value
-
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """Run a block, which must exchange nothing; an error on one rank is raised on all."""
-        yield
-
-    def agree_on_error(self, error: BaseException | None) -> None:
-        """Raise on every rank the error of the first rank that has one."""
-        if error is not None:
-            raise error
+        with contextlib.ExitStack() as stack:
+            yield self.on_first(lambda: stack.enter_context(open_()))
 
 
 ALONE = Ranks()
@@ -175,34 +186,7 @@ class LinkedRanks(Ranks):
             dist.broadcast_object_list(told, src=0, group=self._control)
         return told[0]
 
-    def on_first(self, function: Callable[[], T]) -> T:
-        result: Any = None
-        error: BaseException | None = None
-        if self.is_first:
-            try:
-                result = function()
-            except (Exception, KeyboardInterrupt) as raised:
-                error = raised
-        self.agree_on_error(error)
-        return self.tell(result)
-
-    @contextlib.contextmanager
-    def first_enters(self, open_: Callable[[], AbstractContextManager[T]]) -> Iterator[T]:
-        with contextlib.ExitStack() as stack:
-            yield self.on_first(lambda: stack.enter_context(open_()))
-
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        error: BaseException | None = None
-        try:
-            yield
-        except LostRankError:
-            raise
-        except (Exception, KeyboardInterrupt) as raised:
-            error = raised
-        self.agree_on_error(error)
-
-    def agree_on_error(self, error: BaseException | None) -> None:
+    def raise_together(self, error: BaseException | None) -> None:
         mine = None if error is None else _describe_error(error, self.rank)
         found = [each for each in self.gather_objects(mine) if each is not None]
         if not found:
@@ -230,7 +214,7 @@ class LinkedRanks(Ranks):
         others = [r for r, (where, _) in enumerate(self._processes) if where != host]
         until = time.monotonic() + _OBITUARY_SECONDS
         while True:
-            lost = [f"rank {r} (process {pid} on {host})" for r, pid in mine if not _runs(pid)]
+            lost = [f"rank {r} (process {pid} on {host})" for r, pid in mine if not is_running(pid)]
             if lost:
                 return " and ".join(lost)
             if time.monotonic() > until:
@@ -315,7 +299,7 @@ def _describe_error(error: BaseException, rank: int) -> tuple[type[BaseException
     return FaseraseError, f"{type(error).__name__}: {message}"
 
 
-def _runs(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     """Whether a process of this host runs; one that ended but was not collected does not."""
     if Path("/proc/self/stat").is_file():
         try:

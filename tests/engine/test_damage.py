@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fasterase.encode import PairFeatures
-from fasterase.engine.damage import Damage, DamageMeter, closeness, find_neighbours
+from fasterase.engine.baseline import Damage, DamageMeter, closeness, find_neighbours
 
 
 def features(

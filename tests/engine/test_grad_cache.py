@@ -41,7 +41,7 @@ def loss_of(*, image: bool = True, text: bool = True, upstream: Tensor = ONE):
     )
     return partial(
         loss,
-        reference=original(),
+        original=original(),
         n_forget=N_FORGET,
         labels=torch.arange(N),
         upstream=upstream,

@@ -56,7 +56,7 @@ def backpropagated(model, size):
         micro_batches(*batch(), size, n_forget=N_FORGET),
         partial(
             loss,
-            reference=original(model),
+            original=original(model),
             n_forget=N_FORGET,
             labels=torch.arange(N),
             upstream=torch.ones(()),

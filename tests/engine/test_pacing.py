@@ -18,8 +18,7 @@ from fasterase.engine.pacing import (
     PATIENCE_STEPS,
     AutomaticPacing,
     Check,
-    FixedPacing,
-    LinePacing,
+    Pacing,
 )
 from fasterase.engine.rates import (
     FASTER,
@@ -31,6 +30,7 @@ from fasterase.engine.rates import (
     WIDENING,
     LineFollower,
     Rate,
+    Schedule,
 )
 from fasterase.evaluation.verdict import Trace
 
@@ -157,15 +157,15 @@ class TestNumbers:
 
     def test_a_schedule_is_followed_and_the_verdict_checked_once_a_pass(self):
         checks = iter([False, True])
-        pacing = FixedPacing(
-            lambda step: 1.0 / (step + 1),
+        pacing = Pacing(
+            Schedule(1.0, warmup_steps=8, total_steps=30, is_cosine=False),
             total_steps=30,
             is_forgotten=lambda: next(checks),
             check_steps=4,
         )
         done = []
         for step in range(8):
-            assert pacing.lr(step) == 1.0 / (step + 1)
+            assert pacing.lr(step) == (step + 1) / 8
             pacing.after_step(record(step + 1, 0.5))
             done.append(pacing.is_done)
         assert done == [False] * 7 + [True]
@@ -173,7 +173,7 @@ class TestNumbers:
 
     def test_who_no_longer_wants_it_to_stop_gets_the_steps_left(self):
         def pacing(**options):
-            return FixedPacing(lambda step: 1.0, total_steps=30, **options)
+            return Pacing(Rate(1.0), total_steps=30, **options)
 
         stopped = pacing(is_forgotten=lambda: True)
         stopped.after_step(record(1, 0.5))
@@ -186,10 +186,11 @@ class TestNumbers:
         """Losses that follow the line of 40 steps lead one of 400."""
 
         def last_lr(total):
-            pacing = LinePacing(total_steps=total)
+            pacing, again = (
+                Pacing(LineFollower(line_steps=total), total_steps=total) for _ in range(2)
+            )
             for step in range(1, 41):
                 pacing.after_step(record(step, 0.8 * (1 - 0.8 * step / 40)))
-            again = LinePacing(total_steps=total)
             again.restore(json.loads(json.dumps(pacing.state())), {})
             assert again.lr(40) == pacing.lr(40)
             return pacing.lr(40)

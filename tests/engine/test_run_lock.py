@@ -11,14 +11,14 @@ import threading
 
 import pytest
 
-from fasterase.engine.run_lock import lock_run
+from fasterase.engine.conditions import lock_run
 from fasterase.errors import InputError
 
 # Holds the folder given until it is killed.
 HOLD = """
 import sys, time
 from pathlib import Path
-from fasterase.engine.run_lock import lock_run
+from fasterase.engine.conditions import lock_run
 with lock_run(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -1,0 +1,110 @@
+"""What came of a run, and what it means for its user, in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fasterase.config import UnlearnConfig
+from fasterase.engine.history import StepRecord
+from fasterase.evaluation.verdict import (
+    FEW_IMAGES,
+    FORGOTTEN,
+    NEVER_KNOWN,
+    OVER_ERASED,
+    Trace,
+    describe_verdict,
+)
+from fasterase.models.lora import LoraAdapter
+from fasterase.report.evaluation import Evaluation
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The outcome of a run.
+
+    Attributes:
+        history: one record per step.
+        floor: the cosine of unrelated pairs under the original.
+        verdict: see `fasterase.evaluation.verdict.decide`; None if there was nothing to compare
+            with.
+        traces: set to forget -> what is left of it.
+        evaluation: the erased model beside the original; None if the config asked for none.
+        limit: what kept an automatic run from forgetting: `"damage"`, `"steps"` or None.
+        adapter: what `tune="lora:N"` has added to the weights.
+    """
+
+    history: list[StepRecord]
+    floor: float
+    verdict: str | None
+    traces: dict[str, Trace]
+    evaluation: Evaluation | None
+    limit: str | None
+    adapter: LoraAdapter | None = None
+
+    def figures(self) -> dict[str, float]:
+        """Return `set/name` -> value of what is left of each set, and of the evaluation."""
+        residues = {f"{name}/residue": trace.residue for name, trace in self.traces.items()}
+        return residues | ({} if self.evaluation is None else self.evaluation.flat())
+
+
+def advise(outcome: Outcome, config: UnlearnConfig) -> str | None:
+    """Return a warning of any verdict but "forgotten", of none, and of one that few images show.
+
+    It has the figures and says what to do next. None if there is nothing to warn of.
+    """
+    if outcome.verdict is None:
+        return (
+            "no verdict: there is no retain caption that is not also a caption of the forget set, "
+            "so there is nothing to tell by whether it is forgotten. Give retain pairs with other "
+            "captions."
+        )
+    advice = "" if outcome.verdict == FORGOTTEN else f" {_next_step(outcome, config)}"
+    images = outcome.traces["forget"].pairs
+    if images < FEW_IMAGES:
+        advice += (
+            f" {images} forget image{' shows' if images == 1 else 's show'} little: one picture "
+            "more or less may change the verdict. Give more pictures of the concept, if only as "
+            "forget_sets."
+        )
+    return f"{describe_verdict(outcome.verdict, outcome.traces)}.{advice}" if advice else None
+
+
+def _next_step(outcome: Outcome, config: UnlearnConfig) -> str:
+    steps = len(outcome.history)
+    known = f"It is still known after {steps} step{'' if steps == 1 else 's'}"
+    if outcome.verdict == NEVER_KNOWN:
+        return (
+            "The original model does not know these pairs, so there is nothing to forget"
+            f"{'; it was left as it is' if not steps else ''}. Unless they were erased before, "
+            "check the model, its tokenizer and preprocess, and that the captions belong to the "
+            "images."
+        )
+    if outcome.verdict == OVER_ERASED:
+        remedy = (
+            "The pairs are less similar than unrelated ones, which shows what was erased. Train "
+            "for fewer steps, with a lower lr, or with the automatic recipe (lr, epochs and floor "
+            "'auto')."
+        )
+    elif outcome.limit == "damage":
+        remedy = (
+            f"Forgetting it costs kept pairs more than max_damage={config.max_damage:g} of their "
+            "recall@1, so the weights with the least residue within it were kept. Allow more "
+            "(max_damage=None allows any), or give more retain pairs close to the concept."
+        )
+    elif config.runs_until_forgotten:
+        most = ", the most that an automatic run takes" if outcome.limit == "steps" else ""
+        remedy = (
+            f"{known}{most}. Give more forget pairs or larger batches, or numbers for max_steps "
+            "and lr."
+        )
+    else:
+        further = "" if config.output_dir is None else ": the run in output_dir continues"
+        lr = "" if config.lr == "auto" else f", a higher lr (now {config.lr:g})"
+        remedy = (
+            f"{known}. Give more steps (max_steps or epochs{further}){lr} or a higher "
+            f"forget_weight (now {config.forget_weight:g}); or give neither lr nor epochs nor "
+            "max_steps: the run then ends once it is forgotten."
+        )
+    # The checkpoints of this run refuse other settings.
+    other = " Other settings need another output_dir, or resume='never'."
+    return remedy if config.output_dir is None else remedy + other
