@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections import ChainMap
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -105,9 +105,10 @@ class CheckpointFolder:
         if ranks.is_first:
             self._remove_old()
 
-    def _write_manifest(self, new: Path, checkpoint: Checkpoint, shards: dict[str, int]) -> None:
+    def _write_manifest(self, new: Path, checkpoint: Checkpoint, checksums: dict[str, int]) -> None:
         if checkpoint.best:
             save_file(checkpoint.best, new / BEST)
+            checksums[BEST] = crc32(new / BEST)
         state = {
             "step": checkpoint.step,
             "non_finite": checkpoint.non_finite,
@@ -115,7 +116,7 @@ class CheckpointFolder:
             "seconds": checkpoint.seconds,
             "training": checkpoint.training.scalars,
             "layout": checkpoint.training.layout,
-            "shards": shards,
+            "checksums": checksums,
             "identity": self.identity,
         }
         (new / MANIFEST).write_text(json.dumps(state, indent=1), encoding="utf-8")
@@ -138,14 +139,17 @@ class CheckpointFolder:
         if path is None:
             return None
         state = _read_manifest(path)
-        best = path / BEST
-        tensors = ShardedTensors(path / name for name in state["shards"])
+        # Mapped into memory: a rank reads those that it uses.
+        tensors = {name: load_file(path / name) for name in state["checksums"]}
+        best = tensors.pop(BEST, {})
         return Checkpoint(
             step=state["step"],
-            training=TrainingState(tensors, state["training"], state["layout"]),
+            training=TrainingState(
+                dict(ChainMap(*tensors.values())), state["training"], state["layout"]
+            ),
             non_finite=state["non_finite"],
             pacing=state["pacing"],
-            best=load_file(best) if best.is_file() else {},
+            best=best,
             seconds=state["seconds"],
         )
 
@@ -156,11 +160,9 @@ class CheckpointFolder:
             try:
                 state = _read_manifest(path)
                 self._check_identity(state["identity"])
-                for name, checksum in state["shards"].items():
+                for name, checksum in state["checksums"].items():
                     if crc32(path / name) != checksum:
                         raise ValueError(f"{name} is damaged")
-                if (path / BEST).is_file():
-                    load_file(path / BEST)
                 return path
             except ResumeError:
                 raise
@@ -200,26 +202,6 @@ class CheckpointFolder:
                 f"({'; '.join(changed)}). Continue with the config, model and data of that run, "
                 "choose another output_dir, or start afresh with resume='never'."
             )
-
-
-class ShardedTensors(Mapping[str, Tensor]):
-    """The tensors of all shards by name, each read when it is asked for."""
-
-    def __init__(self, files: Iterable[Path]) -> None:
-        self._file_of: dict[str, Path] = {}
-        for file in files:
-            with safe_open(file, "pt") as shard:
-                self._file_of |= dict.fromkeys(shard.keys(), file)
-
-    def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self._file_of[name], "pt") as shard:
-            return shard.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
-
-    def __len__(self) -> int:
-        return len(self._file_of)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ own rows, so that no collective is differentiated.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -34,19 +33,15 @@ def loss_products(precision: str) -> str:
 
 
 class FeatureGradients(NamedTuple):
-    """The loss of a step and its gradients with respect to features and scale.
+    """The loss of a step, detached, and the gradients of its total.
 
-    Attributes:
-        loss: the total and its terms, detached.
-        image, text: [n, D] gradients of the total; None for a tower that is not trained, and if the
-            total is not finite or does not depend on it.
-        scale: [] gradient of the total, likewise.
+    They are None for what is not trained, and if the total is not finite or does not depend on it.
     """
 
     loss: EraseLoss
-    image: Tensor | None
-    text: Tensor | None
-    scale: Tensor | None
+    image: Tensor | None  # [n, D]
+    text: Tensor | None  # [n, D]
+    scale: Tensor | None  # []
 
 
 @dataclass(frozen=True)
@@ -127,10 +122,15 @@ class StepLoss:
         ranks = self.ranks
         if ranks.world_size == 1:
             return self._compute(image, text, scale, original, n_forget, labels, upstream)
-        everyone = _Rows(ranks.gather_numbers(n_forget, len(image)))
+        counts = ranks.gather_numbers(n_forget, len(image))
+        is_retain = torch.cat([torch.arange(total) >= forget for forget, total in counts])
+        order = is_retain.argsort(stable=True)  # of all rows, those of the first rank first
+        owner = torch.cat([torch.full((total,), rank) for rank, (_, total) in enumerate(counts)])
+        own = (owner[order] == ranks.rank).nonzero().flatten().to(image.device)
 
         def gathered(rows: Tensor) -> Tensor:
-            return everyone.in_order(ranks.gather_rows(rows, everyone.totals))
+            parts = ranks.gather_rows(rows, [total for _, total in counts])
+            return torch.cat(parts)[order.to(rows.device)]
 
         ref_image, ref_text, ref_scale = original
         found = self._compute(
@@ -142,11 +142,10 @@ class StepLoss:
                 None if ref_text is None else gathered(ref_text),
                 ref_scale,
             ),
-            everyone.n_forget,
+            sum(forget for forget, _ in counts),
             gathered(labels.to(image.device)).to(labels.device),
             upstream,
         )
-        own = everyone.own_rows(ranks.rank).to(image.device)
         image_gradient, text_gradient = (
             None if gradient is None else gradient[own] * ranks.world_size
             for gradient in (found.image, found.text)
@@ -195,27 +194,3 @@ class StepLoss:
         computed = iter(torch.autograd.grad(loss.total, needed, upstream, allow_unused=True))
         gradients = [next(computed) if leaf.requires_grad else None for leaf in leaves]
         return FeatureGradients(detached, *gradients)
-
-
-class _Rows:
-    """Where the rows of each rank stand among those of all: its forget rows, its retain rows."""
-
-    def __init__(self, counts: Sequence[Sequence[int]]) -> None:
-        self._forget = [forget for forget, _ in counts]
-        self.totals = [total for _, total in counts]
-        self.n_forget = sum(self._forget)
-
-    def in_order(self, parts: Sequence[Tensor]) -> Tensor:
-        """Return all rows, forget pairs first, from those of each rank."""
-        halves = list(zip(parts, self._forget, strict=True))
-        return torch.cat([part[:n] for part, n in halves] + [part[n:] for part, n in halves])
-
-    def own_rows(self, rank: int) -> Tensor:
-        """Return the places of a rank's rows among all."""
-        forget = self._forget[rank]
-        retain = self.totals[rank] - forget
-        first = sum(self._forget[:rank])
-        second = self.n_forget + sum(self.totals[:rank]) - first
-        return torch.cat(
-            [torch.arange(first, first + forget), torch.arange(second, second + retain)]
-        )

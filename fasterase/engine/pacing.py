@@ -60,16 +60,18 @@ class Check(NamedTuple):
         return decide(self.traces) or REMEMBERED
 
     @property
+    def _residues(self) -> list[float]:
+        return [each for t in self.traces.values() for each in (t.image_to_text, t.text_to_image)]
+
+    @property
     def residue(self) -> float:
         """The largest residue of a direction; 0 if no set was ever known."""
-        residues = (max(each.image_to_text, each.text_to_image) for each in self.traces.values())
-        return max(residues, default=0.0)
+        return max(self._residues, default=0.0)
 
     @property
     def least_residue(self) -> float:
         """The smallest residue of a direction; 1 if no set was ever known."""
-        residues = (min(each.image_to_text, each.text_to_image) for each in self.traces.values())
-        return min(residues, default=1.0)
+        return min(self._residues, default=1.0)
 
     @property
     def beyond_rest(self) -> float:

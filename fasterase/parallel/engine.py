@@ -15,14 +15,12 @@ from fasterase.models.preprocessing import Tokens
 
 
 class TrainingState(NamedTuple):
-    """What a checkpoint keeps of an engine.
+    """What a checkpoint holds of an engine.
 
     Attributes:
-        tensors: weights, moving buffers and optimiser states by name, as far as this rank writes
-            them; together the ranks write each once.
+        tensors: weights, moving buffers and optimiser states by name; each is written by one rank.
         scalars: numbers, ready for JSON; the same on all ranks.
-        layout: what a resumed run must share with this one, beyond its identity: empty unless
-            states cannot be laid out anew.
+        layout: what a resumed run must share with this one; empty if states can be laid out anew.
     """
 
     tensors: Mapping[str, Tensor]
@@ -68,8 +66,7 @@ class Engine(Protocol):
         ...
 
     def weights(self) -> dict[str, Tensor]:
-        """Return a copy on the CPU of all that training changes in the model; empty on ranks that
-        need none."""
+        """Return a copy on the CPU of all that training changes; empty on other ranks than 0."""
         ...
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:

@@ -152,12 +152,8 @@ class ZeroEngine:
                 shape = self._shapes[name]
                 tensors |= {each: value.reshape(shape).cpu() for each, value in whole.items()}
         if keys is None:
-            tensors |= {
-                self._shard_name(key, place): value.detach().cpu().clone()
-                for place, values in enumerate(states)
-                for key, value in values.items()
-                if not is_number(value)
-            }
+            for name, value in self._quantised(states).items():
+                tensors[name] = value.detach().cpu().clone()
         # The same in every shard: how many steps were taken.
         first = next(iter(states), {})
         counts = {key: as_json(value) for key, value in first.items() if is_number(value)}
@@ -185,10 +181,8 @@ class ZeroEngine:
                     moment = state.tensors[f"{key} of {name}"].to(self.device)
                     self._set_own(parameter, moment, key)
         if keys is None:
-            for place, values in enumerate(states):
-                for key, value in values.items():
-                    if not is_number(value):
-                        value.copy_(state.tensors[self._shard_name(key, place)])
+            for name, value in self._quantised(states).items():
+                value.copy_(state.tensors[name])
 
     def export(self) -> None:
         theirs = dict(self._model.module.named_parameters())
@@ -252,8 +246,14 @@ class ZeroEngine:
                 self._deepspeed.utils.lazy_init_hp_params_optimizer_state(weights, shard, states)
         return list(states.values())
 
-    def _shard_name(self, key: str, place: int) -> str:
-        return f"{key} of shard {place} on rank {self._ranks.rank}"
+    def _quantised(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Return the states of this rank's shards by name."""
+        return {
+            f"{key} of shard {place} on rank {self._ranks.rank}": value
+            for place, values in enumerate(states)
+            for key, value in values.items()
+            if not is_number(value)
+        }
 
     def _create_states(self) -> None:
         """Make the optimiser create its states, by a step that changes no weight."""
