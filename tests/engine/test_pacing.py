@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fasterase.engine.history import StepRecord
 from fasterase.engine.pacing import (
-    CHECK_STEPS,
     FADE_STEPS,
     PATIENCE_STEPS,
     AutomaticPacing,
@@ -94,13 +93,6 @@ class TestLine:
         assert all(later < lr for lr, later in itertools.pairwise(outside[:20]))
         assert outside[-1] == pytest.approx(LEAST_SHARE * FIRST_LR)
 
-    def test_distances_are_smoothed_as_losses_are(self):
-        rate = LineFollower()
-        rates(rate, lambda step: 0.8, 20)
-        before = rate.lr
-        rate.follow(record(21, 0.8, 3 * TRUSTED_DISTANCE))
-        assert rate.lr > before, "one step beyond the border is not yet a move"
-
     def test_the_region_widens_after_the_line(self):
         """A run that lags behind the whole line would else stand still at the border."""
         found = rates(LineFollower(), lambda step: 0.8, 400, anchor=2 * TRUSTED_DISTANCE)
@@ -132,16 +124,6 @@ class TestLine:
         rate.restore({**rate.state(), "steps": 10**9})
         rate.follow(record(2, 0.8, 0.0))
         assert LR_RANGE[0] <= rate.lr <= LR_RANGE[1]
-
-    def test_the_state_goes_through_json(self):
-        rate = LineFollower()
-        rates(rate, lambda step: 0.9**step, 17, anchor=0.003)
-        again = LineFollower()
-        again.restore(json.loads(json.dumps(rate.state())))
-        losses = [0.8 * 0.97**step for step in range(30)]
-        assert rates(rate, lambda step: losses[step - 1], 30) == rates(
-            again, lambda step: losses[step - 1], 30
-        )
 
 
 def test_a_given_rate_is_constant_and_knows_the_share_left():
@@ -429,12 +411,6 @@ class TestAutomatic:
             assert first.loaded + second.loaded == whole.loaded
             assert second.pacing.limit == whole.pacing.limit
             assert second.pacing.is_done
-
-    def test_checks_are_every_few_steps_while_nothing_changes(self):
-        run = Run(lambda step: KNOWN).take()
-        assert run.checked == [*range(CHECK_STEPS, TOTAL - FADE_STEPS + 1, CHECK_STEPS)] + [
-            step for step in run.checked if step > TOTAL - FADE_STEPS
-        ]
 
     def test_checks_are_every_step_where_a_margin_is_near(self):
         """The residue falls by .02 a step, through the whole window in 25."""
