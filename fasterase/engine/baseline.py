@@ -44,23 +44,14 @@ NORMAL_Z = 1.645  # of a one-sided 95 % interval
 
 @dataclass(frozen=True)
 class Baseline:
-    """The original's measurements and features that a run uses.
+    """The original's measurements and features that a run uses."""
 
-    Attributes:
-        floor: mean cosine of unrelated pairs, the automatic floor.
-        traces: set to forget -> what the original knows of it, by the verdict's measure.
-        measured: its scores, None without an evaluator.
-        original: its features for each step, None if nothing uses them.
-        damage: compares recall on retain pairs with the original's; None without an automatic run.
-        damage_rows: rows (sorted) of the retain set that it compares.
-    """
-
-    floor: float
-    traces: dict[str, Trace]
-    measured: Measurement | None
-    original: Original | None
-    damage: DamageMeter | None
-    damage_rows: np.ndarray
+    floor: float  # mean cosine of unrelated pairs, the automatic floor
+    traces: dict[str, Trace]  # set to forget -> what it knows of it, by the verdict's measure
+    measured: Measurement | None  # by the evaluator
+    original: Original | None  # features for each step, if a loss uses them
+    damage: DamageMeter | None  # for an automatic run
+    damage_rows: np.ndarray  # rows (sorted) of the retain set that it compares
 
     @property
     def known_sets(self) -> list[str]:
@@ -81,14 +72,9 @@ def measure_original(
     judge: Judge,
     evaluator: Evaluator | None,
 ) -> Baseline:
-    """Encode the original's features, once, and measure it.
+    """Encode the features of the original (which `encoder` holds) once, and measure it.
 
-    Args:
-        job, draws: the run.
-        encoder: the original.
-        cache: where its features are kept.
-        judge: measures what it knows of the sets to forget.
-        evaluator: measures everything; None to measure nothing else.
+    The `judge` measures what it knows of the sets to forget, the `evaluator` everything.
 
     Raises:
         InputError: too many pairs cannot be read, or features are not finite.
@@ -192,12 +178,7 @@ def _open_original(job: Job, encoder: PairEncoder, cache: FeatureCache) -> Origi
 class Checks:
     """Measures the model in the middle of a run, on the pairs that the final verdict judges.
 
-    Attributes:
-        job: whose model is measured.
-        encoder: the model.
-        judge: the judge of the final verdict.
-        baseline: the original. Sets that it does not remember are left out: nothing of them is to
-            be forgotten.
+    Sets that the original does not remember are left out: nothing of them is to be forgotten.
     """
 
     job: Job
@@ -238,22 +219,16 @@ class Checks:
 
 
 class Damage(NamedTuple):
-    """Recall@1 image->text lost since the original.
-
-    Attributes:
-        mean: share of pairs, positive for a loss.
-        low: near end of its interval (one-sided 95 %).
-    """
+    """Share of recall@1 image->text lost since the original, negative for a gain."""
 
     mean: float
-    low: float
+    low: float  # near end of its interval (one-sided 95 %)
 
 
 class DamageMeter:
     """Compares a model's recall@1 image->text on retain pairs with the original's, pair by pair.
 
-    Args:
-        original: the original's features of the pairs; their first captions are the candidates.
+    The first captions of all these pairs are the candidates.
     """
 
     def __init__(self, original: PairFeatures) -> None:
@@ -266,10 +241,7 @@ class DamageMeter:
         self._before = self._hits(original)
 
     def measure(self, features: PairFeatures) -> Damage:
-        """Return the loss of a model, from its features of the same pairs.
-
-        Pairs that only one of the two could read are left out.
-        """
+        """Return the loss of a model, on the pairs that both could read."""
         shared = np.intersect1d(self._rows, features.rows)
         if not len(shared):
             return Damage(0.0, 0.0)
@@ -294,13 +266,7 @@ class DamageMeter:
 
 
 def find_neighbours(forget_text: Tensor, retain: PairFeatures, count: int) -> np.ndarray:
-    """Return the rows (sorted) of the pairs whose captions are nearest to those to forget.
-
-    Args:
-        forget_text: [m, D] captions to forget under the original.
-        retain: the original's features of retain pairs.
-        count: number of pairs.
-    """
+    """Return `count` rows (sorted) of pairs whose captions are nearest to `forget_text` [m, D]."""
     nearest = closeness(forget_text, retain.first_text)
     order = nearest.argsort(descending=True, stable=True)[:count]
     return np.sort(retain.rows[order.numpy()])

@@ -36,23 +36,14 @@ MANIFEST, BEST = "state.json", "best.safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """State after `step` steps: all that is needed to continue as if nothing had happened.
-
-    Attributes:
-        step: steps done.
-        training: weights and optimiser, as the engine keeps them.
-        non_finite: consecutive steps that were not applied.
-        pacing: state of the pacing.
-        best: the best weights so far, where the pacing keeps them.
-        seconds: wall time of the run so far.
-    """
+    """State after `step` steps: all that is needed to continue as if nothing had happened."""
 
     step: int
-    training: TrainingState
-    non_finite: int
+    training: TrainingState  # weights and optimiser
+    non_finite: int  # consecutive steps that were not applied
     pacing: dict[str, Any]
-    best: dict[str, Tensor]
-    seconds: float
+    best: dict[str, Tensor]  # weights, where the pacing holds them
+    seconds: float  # of the run so far
 
 
 class CheckpointFolder:
@@ -64,8 +55,7 @@ class CheckpointFolder:
 
     Args:
         folder: where the checkpoints are.
-        identity: what must be equal to resume: the config's fields, the model's fingerprint, the
-            manifests of forget and retain.
+        identity: what must be equal to resume; fields of the config that may change are left out.
         ranks: who takes part.
     """
 
@@ -130,8 +120,8 @@ class CheckpointFolder:
         """Return the last readable checkpoint; None if there is none, or for `resume="never"`.
 
         Raises:
-            ResumeError: it belongs to a run with another config, model or data; or none of several
-                can be read; or `resume="must"` and there is none.
+            ResumeError: it is of another run; or none of several can be read; or `resume="must"`
+                and there is none.
         """
         if resume == "never":
             return None

@@ -39,10 +39,8 @@ def check_environment(config: UnlearnConfig) -> None:
     """Refuse options that this machine cannot honour, before anything is touched.
 
     Raises:
-        InputError: `deepspeed` names no readable configuration; `backend` is not available;
-            `resume="must"` without an `output_dir`.
-        MissingExtraError: an 8-bit optimiser without bitsandbytes; `deepspeed` without DeepSpeed;
-            `report_to` without its tracker.
+        InputError: `backend`, `deepspeed` or `resume` cannot be as they are.
+        MissingExtraError: a library behind `optimizer`, `deepspeed` or `report_to` is missing.
     """
     choose_backend(config.backend)
     if config.optimizer in EIGHT_BIT:
@@ -121,8 +119,7 @@ def lock_run(output_dir: Path | None) -> Iterator[None]:
     nothing stale can be left, on another host neither.
 
     Raises:
-        InputError: it cannot be written to; or another run holds it: names its process, host and
-            start.
+        InputError: it cannot be written to; or another run, which is named, holds it.
     """
     if output_dir is None:
         yield

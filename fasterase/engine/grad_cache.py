@@ -58,7 +58,7 @@ def backpropagate(
 
     Args:
         engine: runs the towers.
-        micro_batches: the batch in parts, at least one.
+        micro_batches: at least one.
         loss_of: maps image features (n, D), text features (n, D) and scale of the whole batch to
             the loss and its gradients. If all gradients are None there is no backward pass.
         device: where the towers run.

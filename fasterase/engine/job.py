@@ -30,13 +30,9 @@ LEAST_POOL = 100
 
 @dataclass
 class RunClock:
-    """Counts the seconds of a run from now on.
+    """Counts the seconds of a run from now on."""
 
-    Attributes:
-        earlier: seconds up to the checkpoint that this run resumes from.
-    """
-
-    earlier: float = 0.0
+    earlier: float = 0.0  # seconds up to the checkpoint that this run resumes from
     _started: float = field(default_factory=time.perf_counter)
 
     def seconds(self) -> float:
@@ -46,29 +42,17 @@ class RunClock:
 
 @dataclass(frozen=True)
 class Job:
-    """One erasure. Every rank has an equal one.
+    """One erasure. Every rank has an equal one."""
 
-    Attributes:
-        model: the model, on its device, in fp32 and eval mode while the run has it.
-        sets: `"forget"`, `"retain"` and sets that are only measured.
-        forget_sets: names of those of them that are to be forgotten too.
-        config: the run's settings.
-        ledger: counts unreadable pairs.
-        clock: gets the seconds of the run that this one resumes.
-        output: folder for checkpoints, history and features; None: no files.
-        callback: called after each step with its record; True ends the run.
-        ranks: who takes part.
-    """
-
-    model: DualEncoder
-    sets: Mapping[str, PairTable]
-    forget_sets: Collection[str]
+    model: DualEncoder  # on its device, in fp32 and eval mode while the run has it
+    sets: Mapping[str, PairTable]  # "forget", "retain" and those that are only measured
+    forget_sets: Collection[str]  # names of the measured ones that are to be forgotten too
     config: UnlearnConfig
-    ledger: SkipLedger
+    ledger: SkipLedger  # counts unreadable pairs
     clock: RunClock
-    output: Path | None = None
-    callback: Callback | None = None
-    ranks: Ranks = ALONE
+    output: Path | None = None  # folder for checkpoints, history and features
+    callback: Callback | None = None  # called after each step; True ends the run
+    ranks: Ranks = ALONE  # who takes part
 
     @property
     def forget(self) -> PairTable:
@@ -86,15 +70,10 @@ class Job:
 
 @dataclass(frozen=True)
 class RetainPool:
-    """The part of the retain set that an automatic run uses.
+    """The part of the retain set that an automatic run uses, as sorted rows."""
 
-    Attributes:
-        drawn: rows (sorted) that training draws.
-        withheld: rows (sorted) that training never draws; damage is measured on them.
-    """
-
-    drawn: np.ndarray
-    withheld: np.ndarray
+    drawn: np.ndarray  # by training
+    withheld: np.ndarray  # from training; damage is measured on them
 
     @classmethod
     def choose(
@@ -109,12 +88,9 @@ class RetainPool:
 
 
 class Draws:
-    """Which pairs the steps of a job may draw.
+    """Which pairs the steps of a job may draw: the `sampler` has the rows of each of them.
 
-    Attributes:
-        pool: the part of the retain set that an automatic run uses; None for others.
-        sampler: the rows of each step.
-        total_steps: the largest number of steps.
+    An automatic run uses a part of the retain set, its `pool`.
     """
 
     def __init__(self, job: Job) -> None:

@@ -37,9 +37,6 @@ class Trainer:
         loss_of: the objective over the pairs of all ranks.
         original: the original's features; None if no loss uses them.
         prefixes: outputs of the frozen blocks; None: the towers run whole.
-
-    Attributes:
-        step: steps taken so far.
     """
 
     def __init__(
@@ -51,7 +48,7 @@ class Trainer:
         *,
         prefixes: PrefixCache | None = None,
     ) -> None:
-        self.step = 0
+        self.step = 0  # how many were taken
         self._job = job
         self._engine = engine
         self._loss_of = loss_of
@@ -62,10 +59,7 @@ class Trainer:
     def train_step(self, batch: StepBatch, lr: float, *, passes: int) -> StepRecord:
         """Take one step: encode, loss, gradients, clip, update; a non-finite step is left out.
 
-        Args:
-            batch: this rank's part of the step.
-            lr: the learning rate.
-            passes: see `backpropagate`.
+        `batch` is this rank's part of it; for `passes` see `backpropagate`.
 
         Raises:
             NonFiniteError: several steps in a row were not finite.
@@ -145,14 +139,8 @@ def run_steps(
 ) -> list[StepRecord]:
     """Take the remaining steps; return the records of all steps, earlier ones included.
 
-    Every rank takes every step; history and progress are the first one's.
-
-    Args:
-        job: the run.
-        trainer: takes the steps.
-        batches: the batches after `trainer.step`.
-        pacing: gives each step its learning rate, and ends the run.
-        checkpoints: where to save, or None. The last step is saved in any case.
+    Every rank takes every step; history and progress are the first one's. The `batches` begin after
+    `trainer.step`; the last step is saved in any case.
 
     Raises:
         NonFiniteError: several steps in a row were not finite.

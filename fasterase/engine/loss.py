@@ -52,17 +52,14 @@ class StepLoss:
     loss is the one that a single process would compute.
 
     Attributes:
-        objective: weights and options.
-        image_trained, text_trained, scale_trained: which gradients are needed.
-        max_scale: the scale is clamped to it inside the loss, if it is trained. Clamping the weight
-            would be lost in optimisers that keep master weights of their own.
+        max_scale: a trained scale is clamped to it inside the loss. Clamping the weight would be
+            lost in optimisers that have master weights of their own.
         measures_distance: report the anchor term, the distance that retained features have moved,
             even where its weight is 0 and it is no part of the total.
-        ranks: who takes part.
     """
 
     objective: Objective
-    image_trained: bool
+    image_trained: bool  # whether its gradient is needed
     text_trained: bool
     scale_trained: bool
     max_scale: float = MAX_SCALE
@@ -113,9 +110,8 @@ class StepLoss:
         ranks; that of the scale is the same on all ranks, and stays itself.
 
         Args:
-            image, text, scale: features, forget pairs first, and exp(logit_scale).
+            image, text, scale: features, the `n_forget` forget pairs first, and exp(logit_scale).
             original: what the original makes of the pairs.
-            n_forget: how many of the pairs are forget pairs.
             labels: equal for equal captions; on the CPU, where the operator can look at them.
             upstream: the scaling of the loss in fp16, else 1.
         """

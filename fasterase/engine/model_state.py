@@ -27,8 +27,7 @@ def borrowed(
     An lr of 1e-6 is below the resolution of a bf16 weight, so half-precision models are trained in
     fp32 and rounded once, at the end.
 
-    Yields:
-        A function that rounds half-precision weights as they will be returned, for measurements.
+    Yields a function that rounds half-precision weights as they will be returned.
 
     Raises:
         InputError: `activation_checkpointing` of a model whose blocks are not known.

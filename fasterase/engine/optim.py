@@ -35,13 +35,12 @@ class Trained:
     """Names of the trained parameters, chosen before anything wraps the model or shards it.
 
     Attributes:
-        decayed: names of the parameters with weight decay: matrices.
-        undecayed: names of the others. Gains, biases, class tokens and logit_scale (which some
-            libraries keep as a vector) stay where the data puts them; pulling them to zero changes
-            the function, not its complexity.
-        quantisable: names of those whose optimiser state may have 8 bits: the large weights of
-            linear maps and convolutions. All others keep 32 bits: norms, biases, embeddings,
-            positions, learnt tokens, logit_scale, and what is not recognised.
+        decayed: the parameters with weight decay: matrices.
+        undecayed: the others. Gains, biases, class tokens and logit_scale (which some libraries
+            keep as a vector) stay where the data puts them; pulling them to zero changes the
+            function, not its complexity.
+        quantisable: those whose optimiser state may have 8 bits: the large weights of linear maps
+            and convolutions. All others keep 32 bits.
         image, text, scale: whether each tower and the scale are trained.
     """
 
@@ -168,13 +167,10 @@ def shards(config: UnlearnConfig) -> bool:
 
 
 def build_engine(job: Job, trained: Trained, working: DualEncoder) -> Engine:
-    """Return the engine of a job.
+    """Return the engine of a job, whose model gets the result in the end.
 
-    Args:
-        job: its model gets the result in the end.
-        trained: the trained parameters.
-        working: the model that is trained, with `requires_grad` and modes set: the job's own, or a
-            copy for DeepSpeed to take apart.
+    The `working` model, whose `requires_grad` and modes are set, is trained: the job's own, or a
+    copy for DeepSpeed to take apart.
 
     Raises:
         InputError: DeepSpeed's configuration contradicts the run's.

@@ -20,26 +20,15 @@ from fasterase.report.evaluation import Evaluation
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of a run.
-
-    Attributes:
-        history: one record per step.
-        floor: the cosine of unrelated pairs under the original.
-        verdict: see `fasterase.evaluation.verdict.decide`; None if there was nothing to compare
-            with.
-        traces: set to forget -> what is left of it.
-        evaluation: the erased model beside the original; None if the config asked for none.
-        limit: what kept an automatic run from forgetting: `"damage"`, `"steps"` or None.
-        adapter: what `tune="lora:N"` has added to the weights.
-    """
+    """The outcome of a run."""
 
     history: list[StepRecord]
-    floor: float
-    verdict: str | None
-    traces: dict[str, Trace]
-    evaluation: Evaluation | None
-    limit: str | None
-    adapter: LoraAdapter | None = None
+    floor: float  # cosine of unrelated pairs under the original
+    verdict: str | None  # None if there was nothing to compare with
+    traces: dict[str, Trace]  # set to forget -> what is left of it
+    evaluation: Evaluation | None  # the erased model beside the original
+    limit: str | None  # what kept an automatic run from forgetting: "damage", "steps" or None
+    adapter: LoraAdapter | None = None  # what tune="lora:N" has added to the weights
 
     def figures(self) -> dict[str, float]:
         """Return `set/name` -> value of what is left of each set, and of the evaluation."""

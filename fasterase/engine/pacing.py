@@ -43,17 +43,11 @@ MAX_STEPS = 400
 
 
 class Check(NamedTuple):
-    """A measurement in the middle of a run.
+    """A measurement in the middle of a run."""
 
-    Attributes:
-        traces: set to forget -> what is left of it.
-        damage: share of recall@1 lost on kept pairs.
-        exceeded: whether the damage is above `max_damage`, beyond chance.
-    """
-
-    traces: dict[str, Trace]
-    damage: float
-    exceeded: bool
+    traces: dict[str, Trace]  # set to forget -> what is left of it
+    damage: float  # share of recall@1 lost on retain pairs
+    exceeded: bool  # whether that is above `max_damage`, beyond chance
 
     @property
     def verdict(self) -> str:
@@ -152,25 +146,15 @@ class Pacing:
 
 @dataclass
 class _Progress:
-    """How far an automatic run has come.
+    """How far an automatic run has come."""
 
-    Attributes:
-        last: the step of the last check, and the residues (largest, smallest) that it found.
-        best_rank: of the best weights, see `_rank`.
-        lowest: a step, and the share of the loss left then: the last noticeable fall.
-        next_check: the next step to check at, if none is due before.
-        fade_from: first step of a fade, and its learning rate.
-        fades: how many have begun.
-        has_exceeded: whether a check has found more damage than is allowed.
-    """
-
-    last: tuple[int, float, float]
-    best_rank: list[float]
-    lowest: tuple[int, float] | None = None
-    next_check: int = 0
-    fade_from: tuple[int, float] | None = None
-    fades: int = 0
-    has_exceeded: bool = False
+    last: tuple[int, float, float]  # step of the last check, its largest and smallest residue
+    best_rank: list[float]  # of the best weights, see `_rank`
+    lowest: tuple[int, float] | None = None  # last noticeable fall of the loss: step, share left
+    next_check: int = 0  # a step, if no check is due before
+    fade_from: tuple[int, float] | None = None  # first step of a fade, and its learning rate
+    fades: int = 0  # how many have begun
+    has_exceeded: bool = False  # whether a check has found more damage than is allowed
 
 
 class AutomaticPacing(Pacing):

@@ -48,11 +48,7 @@ class _RateState:
 
 
 class Rate:
-    """A constant learning rate, with running averages of the steps that were applied.
-
-    Args:
-        lr: the learning rate.
-    """
+    """A constant learning rate, with running averages of the steps that were applied."""
 
     def __init__(self, lr: float) -> None:
         self._now = _RateState(lr)
@@ -105,14 +101,7 @@ class Rate:
 
 
 class Schedule(Rate):
-    """A linear warm-up to `lr`, then `lr`, or a cosine from it to 0 at `total_steps`.
-
-    Args:
-        lr: the highest learning rate.
-        warmup_steps: how many steps the warm-up takes.
-        total_steps: steps of the run.
-        is_cosine: whether it falls after the warm-up.
-    """
+    """A linear warm-up to `lr`, then `lr`, or a cosine from it to 0 at `total_steps`."""
 
     def __init__(self, lr: float, *, warmup_steps: int, total_steps: int, is_cosine: bool) -> None:
         super().__init__(lr)

@@ -46,14 +46,8 @@ from fasterase.seeds import Stream, torch_seed
 class Run:
     """Trains a job's (borrowed) model in place, and measures it before and after.
 
-    Every rank makes the same run, and gets the same outcome.
-
-    Args:
-        job: what to do.
-        round_weights: rounds the weights as they will be returned.
-
-    Raises:
-        InputError: an argument cannot be used; every method may raise it, before any step.
+    Every rank makes the same run, and gets the same outcome. `round_weights` rounds the weights as
+    they will be returned. Every method may raise `InputError`, before any step.
     """
 
     def __init__(self, job: Job, *, round_weights: Callable[[], None]) -> None:
@@ -141,11 +135,7 @@ class Run:
         job.ranks.on_first(lambda: write_text(file, settings))
 
     def choose_judge(self) -> None:
-        """Choose the pairs that tell whether the concept is forgotten, and what else is measured.
-
-        Raises:
-            InputError: an automatic run would have nothing to tell by.
-        """
+        """Choose the pairs that tell whether it is forgotten, and what else is measured."""
         job, config, undrawn = self.job, self.job.config, self._draws.undrawn_forget
         self._evaluator = None
         if config.evaluation is not None:
@@ -216,11 +206,7 @@ class Run:
             yield
 
     def train(self) -> tuple[list[StepRecord], str | None]:
-        """Take the steps: the weights change in place.
-
-        Returns:
-            The records of all steps, and what kept an automatic run from forgetting.
-        """
+        """Take the steps; return their records and what kept an automatic run from forgetting."""
         job, config, baseline = self.job, self.job.config, self._baseline
         self._checks = Checks(job, self._encoder, self._judge, baseline)
         words = self.forget_words()

@@ -23,25 +23,17 @@ LIMITS = {"fp32": 3, "bf16": 3, "fp16": 20}
 
 
 class NonFiniteGuard:
-    """Counts consecutive steps that could not be applied.
-
-    Args:
-        precision: compute dtype, which sets how many such steps are too many.
-
-    Attributes:
-        in_a_row: the count; a resumed run sets it.
-    """
+    """Counts consecutive steps that could not be applied; too many depends on `precision`."""
 
     def __init__(self, precision: str) -> None:
         self.limit = LIMITS[precision]
-        self.in_a_row = 0
+        self.in_a_row = 0  # a resumed run sets it
 
     def record(self, term: str | None, *, step: int, ids: Sequence[str]) -> None:
         """Record a step: `term` is its first non-finite term, None if all were finite.
 
         Raises:
-            NonFiniteError: too many consecutive steps were not finite; names the term, the step and
-                the pair ids.
+            NonFiniteError: too many steps in a row were not; names term, step and pair ids.
         """
         if term is None:
             self.in_a_row = 0
@@ -69,13 +61,9 @@ def non_finite_term(loss: EraseLoss) -> str | None:
 
 
 class StopRequest:
-    """The request of a signal to end the run.
+    """The request of a signal to end the run."""
 
-    Attributes:
-        number: of the signal; 0 if there was none.
-    """
-
-    number = 0
+    number = 0  # of the signal
 
 
 @contextmanager
@@ -114,11 +102,7 @@ def stop_requests() -> Iterator[StopRequest]:
 
 @contextmanager
 def explaining_interrupts(output_dir: Path | None) -> Iterator[None]:
-    """Add to a Ctrl-C between steps, such as while pairs are measured, how to go on.
-
-    Raises:
-        KeyboardInterrupt: as the block did, with that message if it had none.
-    """
+    """Add to a Ctrl-C between steps, such as while pairs are measured, how to go on."""
     try:
         yield
     except KeyboardInterrupt as error:

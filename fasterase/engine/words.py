@@ -40,17 +40,11 @@ SPREAD = 0.3
 
 @dataclass(frozen=True)
 class ForgottenWords:
-    """The tokens that lost their meaning.
+    """The tokens that lost their meaning."""
 
-    Attributes:
-        table: name of the parameter that holds the vectors.
-        tokens: ids, sorted.
-        before: [tokens, width] their vectors in the original.
-    """
-
-    table: str
-    tokens: list[int]
-    before: Tensor
+    table: str  # the parameter that holds the vectors
+    tokens: list[int]  # ids, sorted
+    before: Tensor  # [tokens, width] vectors in the original
 
     def put_back(self, weights: dict[str, Tensor]) -> None:
         """Give the tokens their own vectors again, in weights by name; empty ones stay empty."""
@@ -71,17 +65,14 @@ def forget_words(
 
     Their vectors become the mean of all plus noise (`SPREAD`). How often: see `CONTRAST`. Nothing
     changes if the table of vectors is not trained or not known, or if there are no retain captions,
-    which say what is kept.
+    which say what is kept. The model changes on every rank alike; the first one reads.
 
     Args:
-        encoder: of the model, which changes in place, on every rank alike; the first one reads.
+        encoder: of the model, which changes in place.
         forget, retain: of each, the captions of at most `READ_PAIRS` pairs are read.
         drawn: rows of retain that are read in any case: those that the run draws.
         trained: what may change.
         seed: of the noise, and of the pairs that are read.
-
-    Returns:
-        What was changed; None if there is nothing to change.
     """
     table = _find_table(encoder.model)
     may_change = trained.parameters(encoder.model.module)

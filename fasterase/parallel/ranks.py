@@ -31,15 +31,10 @@ _OBITUARY_SECONDS = 3.0
 
 
 class Ranks:
-    """The only process of a run: every exchange returns at once what it was given.
+    """The only process of a run: every exchange returns at once what it was given."""
 
-    Attributes:
-        rank: number of this process.
-        world_size: how many there are.
-    """
-
-    rank = 0
-    world_size = 1
+    rank = 0  # number of this process
+    world_size = 1  # how many there are
 
     @property
     def on_this_host(self) -> int:
@@ -52,10 +47,7 @@ class Ranks:
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """Return which of `count` items belong to this rank: a slice; they differ by at most one.
-
-        The slices of all ranks, one after the other, are all items in their order.
-        """
+        """Return which of `count` items belong to this rank: see `share_of`."""
         return share_of(count, self.rank, self.world_size)
 
     def gather_objects(self, value: T) -> list[T]:
@@ -213,20 +205,20 @@ class LinkedRanks(Ranks):
         mine = [(r, pid) for r, (where, pid) in enumerate(self._processes) if where == host]
         others = [r for r, (where, _) in enumerate(self._processes) if where != host]
         until = time.monotonic() + _OBITUARY_SECONDS
-        while True:
+        while time.monotonic() < until:
             lost = [f"rank {r} (process {pid} on {host})" for r, pid in mine if not is_running(pid)]
             if lost:
                 return " and ".join(lost)
-            if time.monotonic() > until:
-                break
             time.sleep(0.1)
-        if others:
-            return f"one of the ranks {', '.join(map(str, others))} on other hosts"
-        return "another rank"
+        numbers = ", ".join(map(str, others))
+        return f"one of the ranks {numbers} on other hosts" if others else "another rank"
 
 
 def share_of(count: int, rank: int, world_size: int) -> range:
-    """Return which of `count` items belong to a rank: see `Ranks.share`."""
+    """Return which of `count` items belong to a rank: a slice; they differ by at most one.
+
+    The slices of all ranks, one after the other, are all items in their order.
+    """
     return range(count * rank // world_size, count * (rank + 1) // world_size)
 
 

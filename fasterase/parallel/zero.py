@@ -67,7 +67,7 @@ class ZeroEngine:
         parameters: the trained parameters by name, in the module's order.
         optimizer: optimises those.
         config: DeepSpeed's, complete.
-        model: the caller's model.
+        model: the caller's.
         ranks: who takes part.
     """
 
@@ -278,5 +278,5 @@ def _resharded_keys(states: Sequence[Mapping[str, Any]]) -> list[str] | None:
         for key, value in values.items()
         if not is_number(value)
     }
-    quantised = any(dtype != torch.float32 for dtype in kinds.values())
-    return None if quantised or "qmap1" in kinds else sorted(kinds)
+    is_exact = "qmap1" not in kinds and all(each == torch.float32 for each in kinds.values())
+    return sorted(kinds) if is_exact else None
