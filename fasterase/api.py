@@ -135,7 +135,7 @@ def unlearn(
         with explaining_interrupts(output):
             parent_record = read_record(model)
             # Weights loaded or copied inside a caller's inference mode could never be trained.
-            with ranks.together(), torch.inference_mode(False):
+            with ranks.raising_together(), torch.inference_mode(False):
                 encoder = load_model(
                     model, tokenizer=tokenizer, preprocess=preprocess, model_name=model_name
                 )
@@ -143,7 +143,7 @@ def unlearn(
                 if copy and not named:
                     encoder = separate_copy(encoder)
             keys = {"image_key": image_key, "text_key": text_key}
-            with ranks.together():
+            with ranks.raising_together():
                 opened, to_forget = _open_sets(forget, retain, holdout, sets, forget_sets, **keys)
                 check_retain(opened["retain"], config)
                 opened["retain"], removed = remove_overlap(opened["retain"], opened["forget"])
@@ -179,7 +179,7 @@ def unlearn(
                     sets=opened,
                     parent_record=parent_record,
                 )
-                with ranks.together():
+                with ranks.raising_together():
                     if output is not None and ranks.is_first:
                         _write(result, output)
             return result

@@ -74,17 +74,20 @@ class CheckpointFolder:
             DiskFullError: there was no room; the checkpoints before it are kept.
         """
         ranks, target = self._ranks, self.folder / f"step-{checkpoint.step:09d}"
-        if ranks.tell(target.is_dir()):
+        if ranks.broadcast(target.is_dir()):
             return
         if ranks.is_first:
             remove_leftovers(self.folder)
         tensors = dict(checkpoint.training.tensors)
         needed = sum(tensor.nbytes for tensor in (*tensors.values(), *checkpoint.best.values()))
         with (
-            ranks.together(),
+            ranks.raising_together(),
             ranks.first_enters(lambda: replace_folder(target, sync=True, size_bytes=needed)) as new,
         ):
-            with ranks.together(), reporting_full_disk(new, target=target, size_bytes=needed):
+            with (
+                ranks.raising_together(),
+                reporting_full_disk(new, target=target, size_bytes=needed),
+            ):
                 shard = new / f"shard-{ranks.rank + 1:05d}-of-{ranks.world_size:05d}.safetensors"
                 save_file(tensors, shard)
                 flush_to_disk(shard)

@@ -94,7 +94,7 @@ class Trainer:
             # BatchNorm statistics saw the step too, and would keep its NaN.
             restore_buffers(buffers)
         self._guard.record(term, step=self.step, ids=batch.ids)
-        (seconds,) = self._job.ranks.largest(time.perf_counter() - started)
+        (seconds,) = self._job.ranks.all_max(time.perf_counter() - started)
         return StepRecord(
             step=self.step,
             **{name: float(value) for name, value in loss._asdict().items()},
@@ -149,10 +149,10 @@ def run_steps(
     """
     ranks, config = job.ranks, job.config
     file: HistoryFile | None = None
-    with ranks.together():
+    with ranks.raising_together():
         if job.output and ranks.is_first:
             file = HistoryFile(job.output / "history.jsonl", keep_steps=trainer.step)
-    history = ranks.tell(list(file.earlier) if file else [])
+    history = ranks.broadcast(list(file.earlier) if file else [])
     total, taken = pacing.total_steps, trainer.step
     bar = progress_bar("erasing", total=total, initial=taken, unit="step", shown=config.progress)
     waiting = WaitingShare()
@@ -164,13 +164,13 @@ def run_steps(
             is_due = time.monotonic() - last_save > SAVE_SECONDS
             if config.save_every is not None:
                 is_due = trainer.step % config.save_every == 0
-            with ranks.together():
+            with ranks.raising_together():
                 if file:
                     file.append(record)
                 waiting.note(waited, record.seconds)
                 _show(bar, record, pairs / max(record.seconds + waited, 1e-9), waiting)
                 done = job.callback is not None and job.callback(record) is True
-            found = ranks.largest(stop.number, done, is_due)
+            found = ranks.all_max(stop.number, done, is_due)
             number = int(found[0])
             pacing.after_step(record)
             ends = bool(number or found[1] or pacing.is_done)

@@ -147,7 +147,7 @@ class StepLoss:
             for gradient in (found.image, found.text)
         )
         # One rank speaks for all: the same sums may round differently on another processor.
-        terms = ranks.tell(torch.stack([term.double().cpu() for term in found.loss]))
+        terms = ranks.broadcast(torch.stack([term.double().cpu() for term in found.loss]))
         return FeatureGradients(EraseLoss(*terms), image_gradient, text_gradient, found.scale)
 
     def _compute(

@@ -106,7 +106,7 @@ class LocalEngine:
             for name, tensor in self._trained():
                 if self._ranks.is_first:
                     tensor.copy_(weights[name])
-                self._ranks.send(tensor)
+                self._ranks.broadcast_tensor(tensor)
 
     def state(self) -> TrainingState:
         tensors = dict(self._trained())

@@ -62,17 +62,17 @@ class Ranks:
         """Return, for each rank, its whole numbers; every rank gives equally many."""
         return [list(values)]
 
-    def largest(self, *values: float) -> list[float]:
+    def all_max(self, *values: float) -> list[float]:
         """Return the largest of all ranks' values, one by one."""
         return [float(value) for value in values]
 
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its mean over the ranks, in place."""
 
-    def send(self, tensor: Tensor) -> None:
+    def broadcast_tensor(self, tensor: Tensor) -> None:
         """Replace the tensor by rank 0's, in place."""
 
-    def tell(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Return rank 0's value; it is pickled."""
         return value
 
@@ -82,7 +82,7 @@ class Ranks:
             raise error
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
+    def raising_together(self) -> Iterator[None]:
         """Run a block, which must exchange nothing; an error on one rank is raised on all."""
         error: BaseException | None = None
         try:
@@ -96,10 +96,10 @@ class Ranks:
     def on_first(self, function: Callable[[], T]) -> T:
         """Call `function` on rank 0 alone and return its result, or raise its error, everywhere."""
         result: Any = None
-        with self.together():
+        with self.raising_together():
             if self.is_first:
                 result = function()
-        return self.tell(result)
+        return self.broadcast(result)
 
     @contextlib.contextmanager
     def first_enters(self, open_: Callable[[], AbstractContextManager[T]]) -> Iterator[T]:
@@ -154,7 +154,7 @@ class LinkedRanks(Ranks):
             dist.all_gather(gathered, mine, group=self._control)
         return [each.tolist() for each in gathered]
 
-    def largest(self, *values: float) -> list[float]:
+    def all_max(self, *values: float) -> list[float]:
         found = torch.tensor(values, dtype=torch.float64)
         with self._exchange():
             dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._control)
@@ -168,15 +168,15 @@ class LinkedRanks(Ranks):
         for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(mean.view_as(tensor))
 
-    def send(self, tensor: Tensor) -> None:
+    def broadcast_tensor(self, tensor: Tensor) -> None:
         with self._exchange():
             dist.broadcast(tensor, src=0)
 
-    def tell(self, value: T) -> T:
-        told = [value]
+    def broadcast(self, value: T) -> T:
+        values = [value]
         with self._exchange():
-            dist.broadcast_object_list(told, src=0, group=self._control)
-        return told[0]
+            dist.broadcast_object_list(values, src=0, group=self._control)
+        return values[0]
 
     def raise_together(self, error: BaseException | None) -> None:
         mine = None if error is None else _describe_error(error, self.rank)

@@ -135,7 +135,7 @@ class ZeroEngine:
                     if self._ranks.is_first:
                         parameter.copy_(weights[name].reshape(parameter.shape))
                     if self._stage < 3:
-                        self._ranks.send(parameter.data)
+                        self._ranks.broadcast_tensor(parameter.data)
 
     def state(self) -> TrainingState:
         tensors: dict[str, Tensor] = {}
