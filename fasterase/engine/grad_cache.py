@@ -116,14 +116,7 @@ def backpropagate(
     scales = [gradients.scale, *[None] * (len(parts) - 1)]
     for number, of_part in enumerate(zip(images, captions, scales, strict=True)):
         again = encoded[number] if keep_graph else encode(parts[number], graph=True, **needs)
-        given = [
-            (output, gradient)
-            for output, gradient in zip(again, of_part, strict=True)
-            if output is not None and gradient is not None
-        ]
-        if given:
-            outputs, upstream = zip(*given, strict=True)
-            torch.autograd.backward(outputs, upstream)
+        _send_back(again, of_part)
     return gradients.loss
 
 
@@ -188,6 +181,17 @@ def _without_rows(part: MicroBatch, seed: int) -> _Part:
     pixels = part.pixels.new_zeros(1, *part.pixels.shape[1:])
     tokens = Tokens(part.tokens.ids.new_zeros(1, part.tokens.ids.shape[1]), None)
     return _Part(pixels, tokens, 0, 0, seed)
+
+
+def _send_back(features: Features, gradients: Sequence[Tensor | None]) -> None:
+    given = [
+        (output, gradient)
+        for output, gradient in zip(features, gradients, strict=True)
+        if output is not None and gradient is not None
+    ]
+    if given:
+        outputs, upstream = zip(*given, strict=True)
+        torch.autograd.backward(outputs, upstream)
 
 
 def _rows_of_parts(gradient: Tensor | None, counts: list[int]) -> Sequence[Tensor | None]:

@@ -19,7 +19,7 @@ from fasterase.engine.prefix_cache import PrefixCache
 from fasterase.engine.stops import NonFiniteGuard, how_to_continue, non_finite_term, stop_requests
 from fasterase.errors import PreemptedError
 from fasterase.original.features import Original
-from fasterase.pairs.batches import MicroBatch, StepBatch
+from fasterase.pairs.batches import StepBatch
 from fasterase.parallel.engine import Engine
 from fasterase.progress import WaitingShare, progress_bar
 from fasterase.seeds import Stream, torch_seed
@@ -65,7 +65,8 @@ class Trainer:
             NonFiniteError: several steps in a row were not finite.
         """
         started = time.perf_counter()
-        engine, max_norm = self._engine, self._job.config.max_grad_norm
+        engine, seed = self._engine, self._job.config.seed
+        max_norm = self._job.config.max_grad_norm
         buffers = buffers_in_train_mode(engine.module)
         with engine.one_reduction():
             loss = backpropagate(
@@ -79,7 +80,7 @@ class Trainer:
                     upstream=engine.upstream(),
                 ),
                 device=engine.device,
-                seed_of=self._dropout_seed,
+                seed_of=lambda part: torch_seed(seed, Stream.DROPOUT, part.step, part.offset),
                 passes=passes if engine.in_lockstep else None,
                 halfway=None if self._prefixes is None else self._prefixes.halfway,
             )
@@ -108,9 +109,6 @@ class Trainer:
         if self._original is None:
             return None, None, None
         return (*self._original.features(batch), self._original.scale)
-
-    def _dropout_seed(self, part: MicroBatch) -> int:
-        return torch_seed(self._job.config.seed, Stream.DROPOUT, part.step, part.offset)
 
     def checkpoint(self, pacing: Pacing) -> Checkpoint:
         """Return the state after the steps taken so far, with that of the pacing."""
@@ -206,8 +204,8 @@ def _agreed(job: Job, batches: Iterator[StepBatch]) -> Iterator[tuple[StepBatch,
         counts = [0, 0, 0]
         if batch is not None:
             counts = [len(batch.micro_batches), len(batch.skipped), len(batch.ids)]
-        waited_us = int(1e6 * (time.perf_counter() - asked))
-        everyone = job.ranks.gather_numbers(error is not None, *counts, waited_us)
+        waited = time.perf_counter() - asked
+        everyone = job.ranks.gather_objects((error is not None, *counts, waited))
         has_failed, passes, skips, pairs, waits = zip(*everyone, strict=True)
         if any(has_failed):
             job.ranks.raise_together(error)
@@ -216,7 +214,7 @@ def _agreed(job: Job, batches: Iterator[StepBatch]) -> Iterator[tuple[StepBatch,
         if any(skips):
             job.ledger.exchange(job.ranks)
             job.ledger.warn()
-        yield batch, max(passes), sum(pairs), max(waits) / 1e6
+        yield batch, max(passes), sum(pairs), max(waits)
 
 
 def _show(bar: tqdm, record: StepRecord, pairs_per_second: float, waiting: WaitingShare) -> None:

@@ -118,7 +118,7 @@ class StepLoss:
         ranks = self.ranks
         if ranks.world_size == 1:
             return self._compute(image, text, scale, original, n_forget, labels, upstream)
-        counts = ranks.gather_numbers(n_forget, len(image))
+        counts = ranks.gather_objects((n_forget, len(image)))
         is_retain = torch.cat([torch.arange(total) >= forget for forget, total in counts])
         order = is_retain.argsort(stable=True)  # of all rows, those of the first rank first
         owner = torch.cat([torch.full((total,), rank) for rank, (_, total) in enumerate(counts)])

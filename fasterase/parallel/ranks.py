@@ -35,11 +35,7 @@ class Ranks:
 
     rank = 0  # number of this process
     world_size = 1  # how many there are
-
-    @property
-    def on_this_host(self) -> int:
-        """How many of the ranks run on this machine."""
-        return 1
+    on_this_host = 1  # how many of them run on this machine
 
     @property
     def is_first(self) -> bool:
@@ -58,13 +54,9 @@ class Ranks:
         """Return each rank's rows [n_r, ...] of one tensor, where n_r = `counts[r]`, detached."""
         return [rows.detach()]
 
-    def gather_numbers(self, *values: int) -> list[list[int]]:
-        """Return, for each rank, its whole numbers; every rank gives equally many."""
-        return [list(values)]
-
     def all_max(self, *values: float) -> list[float]:
         """Return the largest of all ranks' values, one by one."""
-        return [float(value) for value in values]
+        return [float(max(those)) for those in zip(*self.gather_objects(values), strict=True)]
 
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its mean over the ranks, in place."""
@@ -78,8 +70,13 @@ class Ranks:
 
     def raise_together(self, error: BaseException | None) -> None:
         """Raise on every rank the error of the first rank that has one."""
+        mine = None if error is None else _describe_error(error, self.rank)
+        found = [each for each in self.gather_objects(mine) if each is not None]
         if error is not None:
             raise error
+        if found:
+            kind, message = found[0]
+            raise kind(message)
 
     @contextlib.contextmanager
     def raising_together(self) -> Iterator[None]:
@@ -117,8 +114,8 @@ ALONE = Ranks()
 class LinkedRanks(Ranks):
     """A process among several, over torch.distributed.
 
-    Objects and small numbers travel between CPUs through a group of their own, so that they need
-    no GPU; tensors travel through the default group, on their device.
+    Objects travel between CPUs through a group of their own, so that they need no GPU; tensors
+    travel through the default group, on their device.
     """
 
     def __init__(self) -> None:
@@ -126,12 +123,9 @@ class LinkedRanks(Ranks):
         self.world_size = dist.get_world_size()
         self._control = dist.new_group(backend="gloo", timeout=_PATIENCE)
         self._processes: list[tuple[str, int]] = []
-        self._processes = self.gather_objects((socket.gethostname(), os.getpid()))
-
-    @property
-    def on_this_host(self) -> int:
         host = socket.gethostname()
-        return sum(where == host for where, _ in self._processes)
+        self._processes = self.gather_objects((host, os.getpid()))
+        self.on_this_host = sum(where == host for where, _ in self._processes)
 
     def gather_objects(self, value: T) -> list[T]:
         gathered: list[Any] = [None] * self.world_size
@@ -146,19 +140,6 @@ class LinkedRanks(Ranks):
         with self._exchange():
             dist.all_gather(gathered, padded)
         return [part[:count] for part, count in zip(gathered, counts, strict=True)]
-
-    def gather_numbers(self, *values: int) -> list[list[int]]:
-        mine = torch.tensor(values, dtype=torch.int64)
-        gathered = [torch.empty_like(mine) for _ in range(self.world_size)]
-        with self._exchange():
-            dist.all_gather(gathered, mine, group=self._control)
-        return [each.tolist() for each in gathered]
-
-    def all_max(self, *values: float) -> list[float]:
-        found = torch.tensor(values, dtype=torch.float64)
-        with self._exchange():
-            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._control)
-        return found.tolist()
 
     def average(self, tensors: Sequence[Tensor]) -> None:
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
@@ -177,16 +158,6 @@ class LinkedRanks(Ranks):
         with self._exchange():
             dist.broadcast_object_list(values, src=0, group=self._control)
         return values[0]
-
-    def raise_together(self, error: BaseException | None) -> None:
-        mine = None if error is None else _describe_error(error, self.rank)
-        found = [each for each in self.gather_objects(mine) if each is not None]
-        if not found:
-            return
-        if error is not None:
-            raise error
-        kind, message = found[0]
-        raise kind(message)
 
     @contextlib.contextmanager
     def _exchange(self) -> Iterator[None]:

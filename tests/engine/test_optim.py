@@ -14,7 +14,6 @@ from fasterase.engine.optim import Trained, build_optimizer
 from fasterase.engine.rates import Schedule
 from fasterase.engine.stops import NonFiniteGuard, non_finite_term
 from fasterase.errors import NonFiniteError
-from fasterase.models.forward import resolve_precision
 from fasterase.objective import EraseLoss
 from tests.tiny_model import TinyModel
 
@@ -120,9 +119,3 @@ def test_history_keeps_the_first_steps_and_drops_a_torn_line(tmp_path):
     assert [record.total for record in read_history(path)] == [0.1, 0.2, 7.0]
     with pytest.raises(AttributeError, match="loss"):
         _ = file.earlier[0].loss
-
-
-def test_precision_on_the_cpu():
-    cpu = torch.device("cpu")
-    assert resolve_precision("auto", cpu) == "fp32"
-    assert resolve_precision("bf16", cpu) == "bf16"
