@@ -17,16 +17,13 @@ from tqdm.auto import tqdm
 
 from fasterase.config import UnlearnConfig, describe_recipe
 from fasterase.encode import PairEncoder
-from fasterase.engine.advice import advise
-from fasterase.engine.clock import RunClock
-from fasterase.engine.conditions import check_environment, check_retain
-from fasterase.engine.history import StepRecord
-from fasterase.engine.job import Job
+from fasterase.engine.conditions import check_environment, check_retain, lock_run
+from fasterase.engine.history import StepRecord, tracking
+from fasterase.engine.job import Job, RunClock
 from fasterase.engine.model_state import best_device, borrowed, placed, resolve_device
-from fasterase.engine.run import Outcome, Run
-from fasterase.engine.run_lock import lock_run
+from fasterase.engine.outcome import Outcome, advise
+from fasterase.engine.run import Run
 from fasterase.engine.stops import explaining_interrupts
-from fasterase.engine.trackers import tracking
 from fasterase.errors import InputError
 from fasterase.evaluation.attacks.table import check_attacks
 from fasterase.evaluation.evaluator import Evaluator
@@ -138,7 +135,7 @@ def unlearn(
         with explaining_interrupts(output):
             parent_record = read_record(model)
             # Weights loaded or copied inside a caller's inference mode could never be trained.
-            with ranks.together(), torch.inference_mode(False):
+            with ranks.raising_together(), torch.inference_mode(False):
                 encoder = load_model(
                     model, tokenizer=tokenizer, preprocess=preprocess, model_name=model_name
                 )
@@ -146,7 +143,7 @@ def unlearn(
                 if copy and not named:
                     encoder = separate_copy(encoder)
             keys = {"image_key": image_key, "text_key": text_key}
-            with ranks.together():
+            with ranks.raising_together():
                 opened, to_forget = _open_sets(forget, retain, holdout, sets, forget_sets, **keys)
                 check_retain(opened["retain"], config)
                 opened["retain"], removed = remove_overlap(opened["retain"], opened["forget"])
@@ -160,10 +157,11 @@ def unlearn(
                 logit_scale=config.train_logit_scale,
                 buffers=config.train_mode,
             )
-            job = Job(encoder, opened, to_forget, config, output, callback, ranks)
+            ledger = SkipLedger(sum(map(len, opened.values())), max_skipped=config.max_skipped)
+            job = Job(encoder, opened, to_forget, config, ledger, clock, output, callback, ranks)
             # Not before: a call with a wrong argument leaves no folder behind.
             with ranks.first_enters(lambda: lock_run(output)):
-                outcome, ledger = _run(job, clock, device)
+                outcome = _run(job, device)
                 result = UnlearnResult(
                     model=encoder.given,
                     history=outcome.history,
@@ -181,16 +179,15 @@ def unlearn(
                     sets=opened,
                     parent_record=parent_record,
                 )
-                with ranks.together():
+                with ranks.raising_together():
                     if output is not None and ranks.is_first:
                         _write(result, output)
             return result
 
 
-def _run(job: Job, clock: RunClock, device: torch.device) -> tuple[Outcome, SkipLedger]:
+def _run(job: Job, device: torch.device) -> Outcome:
     """Make the run of a job on a device, tell trackers, and warn of what the user should know."""
     encoder, config = job.model, job.config
-    ledger = SkipLedger(sum(map(len, job.sets.values())), max_skipped=config.max_skipped)
     if config.progress:
         tqdm.write(f"fasterase: erasing from {encoder.name}; recipe: {describe_recipe(config)}")
     # A caller's no_grad or inference mode would train nothing, silently.
@@ -200,20 +197,20 @@ def _run(job: Job, clock: RunClock, device: torch.device) -> tuple[Outcome, Skip
         torch.enable_grad(),
         borrowed(
             encoder, device=device, activation_checkpointing=config.activation_checkpointing
-        ) as state,
+        ) as round_weights,
     ):
         followed = replace(job, callback=tracker.followed_by(job.callback))
-        outcome = Run(followed, ledger=ledger, clock=clock, borrowed=state).erase()
+        outcome = Run(followed, round_weights=round_weights).erase()
         tracker.summarise(outcome.figures())
     if config.progress and job.ranks.world_size > 1:
-        hours = clock.seconds() * job.ranks.world_size / 3600
+        hours = job.clock.seconds() * job.ranks.world_size / 3600
         unit = "GPU" if device.type == "cuda" else "process"
         tqdm.write(f"fasterase: {job.ranks.world_size} processes, {hours:.2f} {unit}-hours")
     advice = advise(outcome, config)
     if advice is not None:
         warnings.warn(advice, stacklevel=3)
     remember(encoder.module, encoder.companions)
-    return outcome, ledger
+    return outcome
 
 
 def _write(result: UnlearnResult, output: Path) -> None:

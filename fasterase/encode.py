@@ -269,7 +269,7 @@ class PairEncoder:
         Raises:
             InputError: too many pairs cannot be read, or none.
         """
-        with self.ranks.together():
+        with self.ranks.raising_together():
             mine = self._own_pairs(
                 source, rows, captions=captions, description=description, leave=leave
             )

@@ -106,7 +106,6 @@ def test_a_line_of_the_history_is_written_whole_or_not_at_all(tmp_path):
     size = path.stat().st_size + 5
     with small_files(size), pytest.raises(DiskFullError, match=r"history\.jsonl"):
         history.append(StepRecord(step=2, total=0.5))
-    history.close()
     assert path.read_bytes().endswith(b"}\n")
     assert [record.step for record in read_history(path)] == [1]
 

@@ -91,6 +91,7 @@ def test_a_set_without_a_readable_pair(evaluation):
         ({"backend": "fast"}, "backend='fast'"),
         ({"backend": "triton"}, "backend='triton'"),
         ({"precision": "fp8"}, "precision='fp8'"),
+        ({"report_to": "mlflow"}, "report_to='mlflow'"),
         ({"device": "abacus"}, "device='abacus' cannot be used"),
         ({"device": "xpu:3"}, "device='xpu:3' cannot be used"),
         ({"deepspeed": "nowhere.json"}, r"deepspeed: no file nowhere\.json.*zero1\.json"),

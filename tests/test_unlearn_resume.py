@@ -195,6 +195,16 @@ class TestResume:
         assert (stopped / "config.yaml").read_text() == config
         assert [record.step for record in go(stopped, max_steps=3).history] == [1, 2, 3]
 
+    def test_seconds_add_up_over_restarts_and_resuming_says_from_where(self, stopped, capsys):
+        path = stopped / "checkpoints" / "step-000000003" / "state.json"
+        state = json.loads(path.read_text())
+        assert 0 < state["seconds"] < 100
+        path.write_text(json.dumps({**state, "seconds": 1000.0}))
+        capsys.readouterr()
+        assert 1000 < go(stopped, progress=True).seconds < 1100
+        assert "".join(capsys.readouterr()).count("resuming after step 3") == 1
+        assert go(stopped / "other").seconds < 100
+
     def test_never_starts_anew(self, stopped):
         tower, fresh = TinyModel(), TinyModel()
         result = go(stopped, tower=tower, resume="never", lr=2e-3, max_steps=2)
@@ -220,12 +230,14 @@ class TestResume:
         assert same_weights(first.weights(), second.weights())
         assert [record.step for record in result.history] == [1, 2, 3, 4, 5, 6]
 
-    def test_a_damaged_checkpoint_gives_way_to_the_one_before(self, stopped):
+    def test_a_damaged_checkpoint_gives_way_to_the_one_before(self, stopped, caplog):
         whole, again = TinyModel(), TinyModel()
         go(stopped / "whole", tower=whole)
         newest = stopped / "checkpoints" / "step-000000003"
-        (newest / "weights.safetensors").write_bytes(b"cut off")
-        result = go(stopped, tower=again)
+        (shard,) = newest.glob("shard-*")
+        shard.write_bytes(shard.read_bytes()[:-9])
+        result = go(stopped, tower=again, save_every=1)
+        assert f"{newest} cannot be read ({shard.name} is damaged)" in caplog.text
         assert same_weights(again.weights(), whole.weights())
         assert [record.step for record in result.history] == [1, 2, 3, 4, 5, 6]
 

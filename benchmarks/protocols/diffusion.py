@@ -28,8 +28,8 @@ from benchmarks.protocols.diffusion_report import COLUMNS, format_table, measure
 from benchmarks.protocols.protocol import EVALUATION, TABLE
 from benchmarks.protocols.text_encoder import TextTower, load_text_tower
 from benchmarks.protocols.text_to_image import TextToImage
+from fasterase.engine.conditions import lock_run
 from fasterase.engine.model_state import best_device, resolve_device
-from fasterase.engine.run_lock import lock_run
 from fasterase.errors import InputError
 from fasterase.files import check_creatable, remove_leftovers, replace_folder, write_text
 from fasterase.progress import progress_bar

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if ranks.is_first or parsed.command in ERASING:
                     verdict = run_command(parsed.command, parsed.values)
                 # The others wait for what the first one does alone.
-                verdict = ranks.tell(verdict)
+                verdict = ranks.broadcast(verdict)
         code = EXIT_REMEMBERED if verdict == "remembered" else EXIT_DONE
         _write_status(output_dir, code)
     except (Exception, KeyboardInterrupt) as error:

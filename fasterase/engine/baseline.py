@@ -1,31 +1,27 @@
 """The original before the first step: what it knows of the concept, and what a run may cost.
 
-Each pair is encoded once, for floor, reference, verdict, damage and evaluation together.
+Each pair is encoded once, for floor, losses, verdict, damage and evaluation together.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fasterase.encode import PairEncoder, PairFeatures
-from fasterase.engine.damage import (
-    MAX_NEIGHBOURS,
-    SAME_MEANING,
-    Damage,
-    DamageMeter,
-    closeness,
-    find_neighbours,
-)
 from fasterase.engine.job import Draws, Job
 from fasterase.engine.pacing import Check
 from fasterase.evaluation.evaluator import Evaluator
 from fasterase.evaluation.judge import Judge, summarise
 from fasterase.evaluation.measurement import Measurement
+from fasterase.evaluation.scores import find_position, similarity_chunks
 from fasterase.evaluation.verdict import REMEMBERED, Trace
 from fasterase.original.features import (
     CachedOriginal,
@@ -39,27 +35,23 @@ from fasterase.pairs.table import PairTable
 
 # Retain captions that a warning lists, and words of a forget caption that are looked for in them.
 LISTED, MAX_WORDS = 5, 8
+# Captions whose features under the original are this close mean the same: either counts as right.
+SAME_MEANING = 0.95
+# Retain pairs nearest to the forget captions, where damage shows first.
+MAX_NEIGHBOURS = 256
+NORMAL_Z = 1.645  # of a one-sided 95 % interval
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """The original's measurements and features that a run uses.
+    """The original's measurements and features that a run uses."""
 
-    Attributes:
-        floor: mean cosine of unrelated pairs, the automatic floor.
-        traces: set to forget -> what the original knows of it, by the verdict's measure.
-        measured: its scores, None without an evaluator.
-        reference: its features for each step, None if nothing uses them.
-        damage: compares recall on kept pairs with the original's; None without an automatic run.
-        damage_rows: rows (sorted) of the retain set that it compares.
-    """
-
-    floor: float
-    traces: dict[str, Trace]
-    measured: Measurement | None
-    reference: Original | None
-    damage: DamageMeter | None
-    damage_rows: np.ndarray
+    floor: float  # mean cosine of unrelated pairs, the automatic floor
+    traces: dict[str, Trace]  # set to forget -> what it knows of it, by the verdict's measure
+    measured: Measurement | None  # by the evaluator
+    original: Original | None  # features for each step, if a loss uses them
+    damage: DamageMeter | None  # for an automatic run
+    damage_rows: np.ndarray  # rows (sorted) of the retain set that it compares
 
     @property
     def known_sets(self) -> list[str]:
@@ -80,52 +72,40 @@ def measure_original(
     judge: Judge,
     evaluator: Evaluator | None,
 ) -> Baseline:
-    """Encode the original's features, once, and measure it.
+    """Encode the features of the original (which `encoder` holds) once, and measure it.
 
-    Args:
-        job, draws: the run.
-        encoder: the original.
-        cache: where its features are kept.
-        judge: measures what it knows of the sets to forget.
-        evaluator: measures everything; None to measure nothing else.
+    The `judge` measures what it knows of the sets to forget, the `evaluator` everything.
 
     Raises:
         InputError: too many pairs cannot be read, or features are not finite.
     """
+    known = OriginalFeatures(encoder, cache)
     wanted = _wanted_rows(job, draws, judge, evaluator)
-    original = OriginalFeatures(encoder, cache)
     for name, rows in wanted.items():
         if len(rows):
-            original.encode(job.sets[name], rows)
-    forget, retain = (
-        original.pairs(job.sets[name], floor_rows(len(job.sets[name])))
-        for name in ("forget", "retain")
-    )
-    floor = unmatched_cosine(forget, retain)
-    judged = {name: original.pairs(job.sets[name], rows) for name, rows in judge.rows.items()}
+            known.encode(job.sets[name], rows)
+
+    def features(of_sets: Mapping[str, np.ndarray]) -> dict[str, PairFeatures]:
+        return {name: known.pairs(job.sets[name], rows) for name, rows in of_sets.items()}
+
+    floor = unmatched_cosine(**features(_floor_rows(job)))
+    judged = features(judge.rows)
     traces = summarise(judge.judge(judged))
     measured = None
     if evaluator is not None:
-        features = {
-            name: original.pairs(job.sets[name], rows)
-            for name, rows in measured_rows(evaluator, job.sets).items()
-        }
-        measured = evaluator.measure(encoder, features)
+        measured = evaluator.measure(encoder, features(measured_rows(evaluator, job.sets)))
     damage, damage_rows = None, np.empty(0, np.int64)
     if draws.pool is not None and judged:
-        near = find_neighbours(
-            judged["forget"].first_text,
-            original.pairs(job.retain, draws.pool.drawn),
-            MAX_NEIGHBOURS,
-        )
+        drawn = known.pairs(job.retain, draws.pool.drawn)
+        near = find_neighbours(judged["forget"].first_text, drawn, MAX_NEIGHBOURS)
         damage_rows = np.union1d(near, draws.pool.withheld)
-        damage = DamageMeter(original.pairs(job.retain, damage_rows))
+        damage = DamageMeter(known.pairs(job.retain, damage_rows))
     remembered = [judged[name] for name, trace in traces.items() if trace.is_remembered]
     if remembered:
         # `judge` leaves out retain captions that are forget captions: look at all that are encoded.
-        _warn_of_naming_captions(remembered, original.pairs(job.retain, wanted["retain"]))
-    reference = _open_reference(job, encoder, cache)
-    return Baseline(floor, traces, measured, reference, damage, damage_rows)
+        _warn_of_naming_captions(remembered, known.pairs(job.retain, wanted["retain"]))
+    original = _open_original(job, encoder, cache)
+    return Baseline(floor, traces, measured, original, damage, damage_rows)
 
 
 def _wanted_rows(
@@ -136,46 +116,54 @@ def _wanted_rows(
     A retain set of millions is not encoded for a run that draws a fraction of it.
     """
     wanted: dict[str, list[np.ndarray]] = {name: [np.empty(0, np.int64)] for name in job.sets}
-    if _caches_reference(job):
+    if _is_cached(job):
         wanted["retain"].append(draws.rows[1])
-        if _with_forget(job):
+        if _needs_forget(job):
             wanted["forget"].append(draws.rows[0])
     if draws.pool is not None:
         wanted["retain"] += [draws.pool.drawn, draws.pool.withheld]
-    floor_samples = {name: floor_rows(len(job.sets[name])) for name in ("forget", "retain")}
-    for chosen in (floor_samples, judge.rows, measured_rows(evaluator, job.sets)):
+    for chosen in (_floor_rows(job), judge.rows, measured_rows(evaluator, job.sets)):
         for name, rows in chosen.items():
             wanted[name].append(rows)
     return {name: np.unique(np.concatenate(rows)) for name, rows in wanted.items()}
 
 
-def _uses_reference(job: Job) -> bool:
+def measured_rows(
+    evaluator: Evaluator | None, sets: Mapping[str, PairTable]
+) -> dict[str, np.ndarray]:
+    """Return set -> rows that the evaluation measures; nothing without one."""
+    return {} if evaluator is None else {n: evaluator.rows(n) for n in sets if len(sets[n])}
+
+
+def _floor_rows(job: Job) -> dict[str, np.ndarray]:
+    return {name: floor_rows(len(job.sets[name])) for name in ("forget", "retain")}
+
+
+def _needs_original(job: Job) -> bool:
+    """Whether a loss, or the automatic learning rate, compares with the original in each step."""
     config = job.config
-    return bool(
-        config.consistency_weight
-        or config.anchor_weight
-        or config.used_cross_weight
-        or config.lr == "auto"
-    )
+    weights = (config.consistency_weight, config.anchor_weight, config.used_cross_weight)
+    return any(weights) or config.lr == "auto"
 
 
-def _caches_reference(job: Job) -> bool:
-    return _uses_reference(job) and job.forget.stable and job.retain.stable
-
-
-def _with_forget(job: Job) -> bool:
+def _needs_forget(job: Job) -> bool:
+    """Whether a loss compares forget pairs too."""
     return job.config.negatives == "joint" or job.config.used_cross_weight > 0
 
 
-def _open_reference(job: Job, encoder: PairEncoder, cache: FeatureCache) -> Original | None:
+def _is_cached(job: Job) -> bool:
+    return _needs_original(job) and job.forget.stable and job.retain.stable
+
+
+def _open_original(job: Job, encoder: PairEncoder, cache: FeatureCache) -> Original | None:
     """Return the original's features for each step; None if no loss uses them."""
-    if _caches_reference(job):
+    if not _needs_original(job):
+        return None
+    if _is_cached(job):
         scale = encoder.model.scale().detach().clone()
         return CachedOriginal(
-            cache, job.forget, job.retain, scale=scale, with_forget=_with_forget(job)
+            cache, job.forget, job.retain, scale=scale, with_forget=_needs_forget(job)
         )
-    if not _uses_reference(job):
-        return None
     warnings.warn(
         "`forget` or `retain` returns a different item on a second read (random "
         "augmentation?), so the original model runs beside the trained one in every step. "
@@ -186,63 +174,107 @@ def _open_reference(job: Job, encoder: PairEncoder, cache: FeatureCache) -> Orig
     return LiveOriginal(encoder.model, precision=encoder.precision)
 
 
+@dataclass(frozen=True)
 class Checks:
     """Measures the model in the middle of a run, on the pairs that the final verdict judges.
 
-    Args:
-        job: whose model is measured.
-        encoder: the model.
-        judge: the judge of the final verdict.
-        baseline: the original. Sets that it does not remember are left out.
+    Sets that the original does not remember are left out: nothing of them is to be forgotten.
     """
 
-    def __init__(self, job: Job, encoder: PairEncoder, judge: Judge, baseline: Baseline) -> None:
-        self._encoder = encoder
-        self._sets = job.sets
-        self._judge = judge
-        self._baseline = baseline
-        self._max_damage = job.config.max_damage
+    job: Job
+    encoder: PairEncoder
+    judge: Judge
+    baseline: Baseline
 
     def original(self) -> Check:
         """Return the check of the original."""
-        return self._make_check(self._baseline.traces, Damage(0.0, 0.0))
+        return self._make_check(self.baseline.traces, Damage(0.0, 0.0))
 
     def __call__(self) -> Check:
-        rows = {name: self._judge.rows[name] for name in self._baseline.known_sets}
-        rows["retain"] = np.union1d(self._judge.rows["retain"], self._baseline.damage_rows)
+        rows = {name: self.judge.rows[name] for name in self.baseline.known_sets}
+        rows["retain"] = np.union1d(self.judge.rows["retain"], self.baseline.damage_rows)
         features = {
-            name: self._encoder.pairs(
-                self._sets[name], these, description="is it forgotten?", leave=False
+            name: self.encoder.pairs(
+                self.job.sets[name], these, description="is it forgotten?", leave=False
             )
             for name, these in rows.items()
         }
         # The first rank decides for all: others may round differently.
-        return self._encoder.ranks.on_first(lambda: self._measure(features))
-
-    def _measure(self, features: Mapping[str, PairFeatures]) -> Check:
-        # Sets that were never known are not encoded: nothing of them is to be forgotten.
-        judged = self._judge.judge(features)
-        meter = self._baseline.damage
-        damage = Damage(0.0, 0.0)
-        if meter is not None:
-            damage = meter.measure(features["retain"].at(self._baseline.damage_rows))
-        return self._make_check(summarise(judged), damage)
-
-    def _make_check(self, traces: Mapping[str, Trace], damage: Damage) -> Check:
-        known = {name: traces[name] for name in self._baseline.known_sets}
-        exceeded = self._max_damage is not None and damage.low > self._max_damage
-        return Check(known, damage.mean, exceeded)
+        return self.job.ranks.on_first(lambda: self._measure(features))
 
     def is_forgotten(self) -> bool:
         """Check only whether the verdict is no longer "remembered"."""
-        return self._baseline.is_never_known or self().verdict != REMEMBERED
+        return self.baseline.is_never_known or self().verdict != REMEMBERED
+
+    def _measure(self, features: Mapping[str, PairFeatures]) -> Check:
+        damage, meter = Damage(0.0, 0.0), self.baseline.damage
+        if meter is not None:
+            damage = meter.measure(features["retain"].at(self.baseline.damage_rows))
+        return self._make_check(summarise(self.judge.judge(features)), damage)
+
+    def _make_check(self, traces: Mapping[str, Trace], damage: Damage) -> Check:
+        known = {name: traces[name] for name in self.baseline.known_sets}
+        most = self.job.config.max_damage
+        return Check(known, damage.mean, most is not None and damage.low > most)
 
 
-def measured_rows(
-    evaluator: Evaluator | None, sets: Mapping[str, PairTable]
-) -> dict[str, np.ndarray]:
-    """Return set -> rows that the evaluation measures; nothing without one."""
-    return {} if evaluator is None else {n: evaluator.rows(n) for n in sets if len(sets[n])}
+class Damage(NamedTuple):
+    """Share of recall@1 image->text lost since the original, negative for a gain."""
+
+    mean: float
+    low: float  # near end of its interval (one-sided 95 %)
+
+
+class DamageMeter:
+    """Compares a model's recall@1 image->text on retain pairs with the original's, pair by pair.
+
+    The first captions of all these pairs are the candidates.
+    """
+
+    def __init__(self, original: PairFeatures) -> None:
+        place = {key: row for row, key in enumerate(original.captions)}
+        self._keys = list(dict.fromkeys(original.first_captions))
+        text = original.text[[place[key] for key in self._keys]]
+        self._alike = text @ text.T > SAME_MEANING
+        self._alike.fill_diagonal_(True)
+        self._rows = original.rows
+        self._before = self._hits(original)
+
+    def measure(self, features: PairFeatures) -> Damage:
+        """Return the loss of a model, on the pairs that both could read."""
+        shared = np.intersect1d(self._rows, features.rows)
+        if not len(shared):
+            return Damage(0.0, 0.0)
+        before = self._before[np.isin(self._rows, shared)]
+        after = self._hits(features.at(shared))
+        lost = before - after
+        mean = float(lost.mean())
+        deviation = float(lost.std(ddof=1)) if len(lost) > 1 else 0.0
+        return Damage(mean, mean - NORMAL_Z * deviation / math.sqrt(len(lost)))
+
+    def _hits(self, features: PairFeatures) -> np.ndarray:
+        """[n], 1 if the nearest caption is the own one or means the same; a share for ties."""
+        place = {key: row for row, key in enumerate(features.captions)}
+        known = [place.get(key) for key in self._keys]
+        # A caption that this model did not encode, since its pair was unreadable, is no candidate.
+        text = features.text[[row or 0 for row in known]]
+        missing = torch.tensor([row is None for row in known])
+        similarity = (features.image @ text.T).masked_fill(missing, -torch.inf)
+        column = {key: i for i, key in enumerate(self._keys)}
+        own = torch.tensor([column[key] for key in features.first_captions])
+        return find_position(similarity, self._alike[own]).hit(1)
+
+
+def find_neighbours(forget_text: Tensor, retain: PairFeatures, count: int) -> np.ndarray:
+    """Return `count` rows (sorted) of pairs whose captions are nearest to `forget_text` [m, D]."""
+    nearest = closeness(forget_text, retain.first_text)
+    order = nearest.argsort(descending=True, stable=True)[:count]
+    return np.sort(retain.rows[order.numpy()])
+
+
+def closeness(forget_text: Tensor, text: Tensor) -> Tensor:
+    """Return [n], the largest cosine of each row of `text` [n, D] with `forget_text` [m, D]."""
+    return torch.cat([chunk.amax(1) for _, chunk in similarity_chunks(text, forget_text)])
 
 
 def _warn_of_naming_captions(forget_sets: Sequence[PairFeatures], retain: PairFeatures) -> None:

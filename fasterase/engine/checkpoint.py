@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections import ChainMap
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -31,28 +31,19 @@ log = logging.getLogger(__name__)
 # Entries of a run's identity that are digests: messages do not print their values.
 DIGESTS = frozenset({"model weights", "forget pairs", "retain pairs"})
 KEPT = 2
-MANIFEST = "state.json"
+MANIFEST, BEST = "state.json", "best.safetensors"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """State after `step` steps: all that is needed to continue as if nothing had happened.
-
-    Attributes:
-        step: steps done.
-        training: weights and optimiser, as the engine keeps them.
-        non_finite: consecutive steps that were not applied.
-        pacing: state of the pacing.
-        best: the best weights so far, where the pacing keeps them.
-        seconds: wall time of the run so far.
-    """
+    """State after `step` steps: all that is needed to continue as if nothing had happened."""
 
     step: int
-    training: TrainingState
-    non_finite: int
+    training: TrainingState  # weights and optimiser
+    non_finite: int  # consecutive steps that were not applied
     pacing: dict[str, Any]
-    best: dict[str, Tensor]
-    seconds: float
+    best: dict[str, Tensor]  # weights, where the pacing holds them
+    seconds: float  # of the run so far
 
 
 class CheckpointFolder:
@@ -64,8 +55,7 @@ class CheckpointFolder:
 
     Args:
         folder: where the checkpoints are.
-        identity: what must be equal to resume: the config's fields, the model's fingerprint, the
-            manifests of forget and retain.
+        identity: what must be equal to resume; fields of the config that may change are left out.
         ranks: who takes part.
     """
 
@@ -83,32 +73,35 @@ class CheckpointFolder:
         Raises:
             DiskFullError: there was no room; the checkpoints before it are kept.
         """
-        target = self.folder / f"step-{checkpoint.step:09d}"
-        if self._ranks.tell(target.is_dir()):
+        ranks, target = self._ranks, self.folder / f"step-{checkpoint.step:09d}"
+        if ranks.broadcast(target.is_dir()):
             return
-        if self._ranks.is_first:
+        if ranks.is_first:
             remove_leftovers(self.folder)
-        needed = _tensor_bytes(checkpoint)
+        tensors = dict(checkpoint.training.tensors)
+        needed = sum(tensor.nbytes for tensor in (*tensors.values(), *checkpoint.best.values()))
         with (
-            self._ranks.together(),
-            self._ranks.first_enters(
-                lambda: replace_folder(target, sync=True, size_bytes=needed)
-            ) as new,
+            ranks.raising_together(),
+            ranks.first_enters(lambda: replace_folder(target, sync=True, size_bytes=needed)) as new,
         ):
             with (
-                self._ranks.together(),
+                ranks.raising_together(),
                 reporting_full_disk(new, target=target, size_bytes=needed),
             ):
-                shard = _write_shard(new, checkpoint, self._ranks)
-            shards = dict(self._ranks.gather_objects(shard))
-            if self._ranks.is_first:
-                self._write_manifest(new, checkpoint, shards)
-        if self._ranks.is_first:
+                shard = new / f"shard-{ranks.rank + 1:05d}-of-{ranks.world_size:05d}.safetensors"
+                save_file(tensors, shard)
+                flush_to_disk(shard)
+                checksum = shard.name, crc32(shard)
+            checksums = dict(ranks.gather_objects(checksum))
+            if ranks.is_first:
+                self._write_manifest(new, checkpoint, checksums)
+        if ranks.is_first:
             self._remove_old()
 
-    def _write_manifest(self, new: Path, checkpoint: Checkpoint, shards: dict[str, int]) -> None:
+    def _write_manifest(self, new: Path, checkpoint: Checkpoint, checksums: dict[str, int]) -> None:
         if checkpoint.best:
-            save_file(checkpoint.best, new / "best.safetensors")
+            save_file(checkpoint.best, new / BEST)
+            checksums[BEST] = crc32(new / BEST)
         state = {
             "step": checkpoint.step,
             "non_finite": checkpoint.non_finite,
@@ -116,7 +109,7 @@ class CheckpointFolder:
             "seconds": checkpoint.seconds,
             "training": checkpoint.training.scalars,
             "layout": checkpoint.training.layout,
-            "shards": shards,
+            "checksums": checksums,
             "identity": self.identity,
         }
         (new / MANIFEST).write_text(json.dumps(state, indent=1), encoding="utf-8")
@@ -130,22 +123,39 @@ class CheckpointFolder:
         """Return the last readable checkpoint; None if there is none, or for `resume="never"`.
 
         Raises:
-            ResumeError: it belongs to a run with another config, model or data; or none of several
-                can be read; or `resume="must"` and there is none.
+            ResumeError: it is of another run; or none of several can be read; or `resume="must"`
+                and there is none.
         """
         if resume == "never":
             return None
         path = self._ranks.on_first(lambda: self._find_readable(resume))
-        return None if path is None else _read(path)
+        if path is None:
+            return None
+        state = _read_manifest(path)
+        # Mapped into memory: a rank reads those that it uses.
+        tensors = {name: load_file(path / name) for name in state["checksums"]}
+        best = tensors.pop(BEST, {})
+        return Checkpoint(
+            step=state["step"],
+            training=TrainingState(
+                dict(ChainMap(*tensors.values())), state["training"], state["layout"]
+            ),
+            non_finite=state["non_finite"],
+            pacing=state["pacing"],
+            best=best,
+            seconds=state["seconds"],
+        )
 
     def _find_readable(self, resume: str) -> Path | None:
         self._remove_old()
         found = self._steps()
         for path in reversed(found):
             try:
-                state = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+                state = _read_manifest(path)
                 self._check_identity(state["identity"])
-                _check_files(path, state)
+                for name, checksum in state["checksums"].items():
+                    if crc32(path / name) != checksum:
+                        raise ValueError(f"{name} is damaged")
                 return path
             except ResumeError:
                 raise
@@ -165,7 +175,7 @@ class CheckpointFolder:
         return None
 
     def _steps(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*")) if self.folder.is_dir() else []
+        return sorted(self.folder.glob("step-*"))
 
     def _remove_old(self) -> None:
         for old in self._steps()[:-KEPT]:
@@ -187,59 +197,5 @@ class CheckpointFolder:
             )
 
 
-class ShardedTensors(Mapping[str, Tensor]):
-    """The tensors of all shards by name, each read when it is asked for."""
-
-    def __init__(self, files: Iterable[Path]) -> None:
-        self._file_of: dict[str, Path] = {}
-        for file in files:
-            with safe_open(file, "pt") as shard:
-                self._file_of |= dict.fromkeys(shard.keys(), file)
-
-    def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self._file_of[name], "pt") as shard:
-            return shard.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
-
-    def __len__(self) -> int:
-        return len(self._file_of)
-
-
-def _write_shard(new: Path, checkpoint: Checkpoint, ranks: Ranks) -> tuple[str, int]:
-    """Write this rank's tensors; return the file's name and checksum."""
-    file = new / f"shard-{ranks.rank + 1:05d}-of-{ranks.world_size:05d}.safetensors"
-    save_file(dict(checkpoint.training.tensors), file)
-    flush_to_disk(file)
-    return file.name, crc32(file)
-
-
-def _check_files(path: Path, state: Mapping[str, Any]) -> None:
-    """Raise if a file of a checkpoint is missing or damaged."""
-    for name, checksum in state["shards"].items():
-        if crc32(path / name) != checksum:
-            raise ValueError(f"{name} is damaged")
-    best = path / "best.safetensors"
-    if best.is_file():
-        load_file(best)
-
-
-def _read(path: Path) -> Checkpoint:
-    state = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    best = path / "best.safetensors"
-    tensors = ShardedTensors(path / name for name in state["shards"])
-    return Checkpoint(
-        step=state["step"],
-        training=TrainingState(tensors, state["training"], state["layout"]),
-        non_finite=state["non_finite"],
-        pacing=state["pacing"],
-        best=load_file(best) if best.is_file() else {},
-        seconds=state["seconds"],
-    )
-
-
-def _tensor_bytes(checkpoint: Checkpoint) -> int:
-    """Return what this rank's tensors take on disk."""
-    tensors = [*checkpoint.training.tensors.values(), *checkpoint.best.values()]
-    return sum(tensor.nbytes for tensor in tensors)
+def _read_manifest(path: Path) -> dict[str, Any]:
+    return json.loads((path / MANIFEST).read_text(encoding="utf-8"))

@@ -1,21 +1,76 @@
-"""What a run needs to begin: a machine that can do it, and ranks that agree on it."""
+"""What a run needs to begin: a machine that can do it, agreeing ranks, a folder of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
 
+from filelock import FileLock, Timeout
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fasterase.config import UnlearnConfig
-from fasterase.engine.build_engine import shards
-from fasterase.engine.optim import EIGHT_BIT, require_bitsandbytes
-from fasterase.engine.trackers import require_tracker
+from fasterase.engine.history import require_tracker
+from fasterase.engine.optim import EIGHT_BIT, require_bitsandbytes, shards
 from fasterase.errors import InputError, ResumeError
+from fasterase.files import check_writable, write_text
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.ops.contrastive.api import choose_backend
 from fasterase.pairs.table import PairTable
-from fasterase.parallel.ranks import Ranks
+from fasterase.parallel.ranks import Ranks, is_running
 from fasterase.parallel.zero import require_deepspeed
+
+log = logging.getLogger(__name__)
+
+LOCK_FILE = ".run.lock"
+# Apart from the lock itself, which some systems do not let others read.
+HOLDER_FILE = ".run.json"
+# The data-loading workers of a killed run hold its lock until they notice, within five seconds.
+ORPHAN_SECONDS = 20.0
+
+
+def check_environment(config: UnlearnConfig) -> None:
+    """Refuse options that this machine cannot honour, before anything is touched.
+
+    Raises:
+        InputError: `backend`, `deepspeed` or `resume` cannot be as they are.
+        MissingExtraError: a library behind `optimizer`, `deepspeed` or `report_to` is missing.
+    """
+    choose_backend(config.backend)
+    if config.optimizer in EIGHT_BIT:
+        require_bitsandbytes(config.optimizer)
+    if config.report_to is not None:
+        require_tracker(config.report_to)
+    if config.resume == "must" and config.output_dir is None:
+        raise ResumeError(
+            "resume='must' without output_dir: a run resumes from the checkpoints in its "
+            "output_dir. Give the output_dir of the interrupted run, or resume='auto'."
+        )
+    if shards(config):
+        require_deepspeed()
+
+
+def check_retain(retain: PairTable, config: UnlearnConfig) -> None:
+    """Raise `InputError` for settings that an empty retain set leaves without an aim."""
+    if len(retain):
+        return
+    if config.lr == "auto" or config.runs_until_forgotten or config.stop_when_forgotten:
+        raise InputError(
+            "`retain` is empty, so there is nothing to tell by whether the concept is forgotten, "
+            "and what that costs. Give numbers for lr and epochs (or max_steps) and no "
+            "stop_when_forgotten, or pairs to keep."
+        )
+    if not config.forget_weight:
+        raise InputError(
+            "`retain` is empty and forget_weight=0: nothing to train. Give pairs to keep, or a "
+            "positive forget_weight."
+        )
 
 
 def check_same(seen: Mapping[str, str], ranks: Ranks) -> None:
@@ -42,23 +97,6 @@ def check_train_mode(model: DualEncoder, config: UnlearnConfig, ranks: Ranks) ->
         )
 
 
-def check_retain(retain: PairTable, config: UnlearnConfig) -> None:
-    """Raise `InputError` for settings that an empty retain set leaves without an aim."""
-    if len(retain):
-        return
-    if config.lr == "auto" or config.runs_until_forgotten or config.stop_when_forgotten:
-        raise InputError(
-            "`retain` is empty, so there is nothing to tell by whether the concept is forgotten, "
-            "and what that costs. Give numbers for lr and epochs (or max_steps) and no "
-            "stop_when_forgotten, or pairs to keep."
-        )
-    if not config.forget_weight:
-        raise InputError(
-            "`retain` is empty and forget_weight=0: nothing to train. Give pairs to keep, or a "
-            "positive forget_weight."
-        )
-
-
 def check_steps_left(config: UnlearnConfig, total_steps: int, *, taken: int) -> None:
     """Raise `ResumeError` where the run in `output_dir` has taken more steps than are asked for."""
     if taken <= total_steps:
@@ -73,31 +111,51 @@ def check_steps_left(config: UnlearnConfig, total_steps: int, *, taken: int) -> 
     )
 
 
-def check_environment(config: UnlearnConfig) -> None:
-    """Refuse options that this machine cannot honour, before anything is touched.
+@contextmanager
+def lock_run(output_dir: Path | None) -> Iterator[None]:
+    """Create `output_dir` and keep other runs out of it for the block; None does nothing.
+
+    The lock is the operating system's, which takes it from a process that ends in whatever way. So
+    nothing stale can be left, on another host neither.
 
     Raises:
-        InputError: `deepspeed` names no readable configuration; `backend` is not available;
-            `resume="must"` without an `output_dir`.
-        MissingExtraError: an 8-bit optimiser without bitsandbytes; `deepspeed` without DeepSpeed;
-            `report_to` without its tracker.
+        InputError: it cannot be written to; or another run, which is named, holds it.
     """
-    choose_backend(config.backend)
-    if config.optimizer in EIGHT_BIT:
-        require_bitsandbytes(config.optimizer)
-    require_tracker(config.report_to)
-    if config.resume == "must" and config.output_dir is None:
-        raise ResumeError(
-            "resume='must' without output_dir: a run resumes from the checkpoints in its "
-            "output_dir. Give the output_dir of the interrupted run, or resume='auto'."
-        )
-    if shards(config):
-        require_deepspeed()
+    if output_dir is None:
+        yield
+        return
+    check_writable(output_dir, argument="output_dir")
+    holder_file, host = output_dir / HOLDER_FILE, socket.gethostname()
+    holder = _read_holder(holder_file)
+    is_orphaned = holder.get("host") == host and not is_running(holder["pid"])
+    # A lock per call, not per process: two threads are two runs.
+    lock = FileLock(output_dir / LOCK_FILE, thread_local=False)
+    try:
+        lock.acquire(timeout=ORPHAN_SECONDS if is_orphaned else 0)
+    except Timeout as error:
+        holder = _read_holder(holder_file)
+        name = "another run"
+        if holder:
+            name = f"process {holder['pid']} on {holder['host']}, started {holder['started']}"
+        raise InputError(
+            f"output_dir: {output_dir} is in use by {name}. Wait for that run to end, stop it, or "
+            "give another output_dir."
+        ) from error
+    except (OSError, NotImplementedError) as error:
+        log.warning("%s cannot be locked (%s): do not start a second run there.", output_dir, error)
+    started = datetime.now().astimezone().isoformat(" ", "seconds")
+    try:
+        itself = {"pid": os.getpid(), "host": host, "started": started}
+        write_text(holder_file, json.dumps(itself) + "\n")
+        yield
+    finally:
+        holder_file.unlink(missing_ok=True)
+        lock.release()
 
 
-def identify(source: PairTable) -> str:
-    """Return a string that identifies the set.
-
-    It is the set's manifest, or only its size if it changes on every read.
-    """
-    return source.digest() if source.stable else f"{len(source)} pairs, changing"
+def _read_holder(file: Path) -> dict[str, Any]:
+    """Return process, host and start of the run that holds a folder; empty if it has not said."""
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}

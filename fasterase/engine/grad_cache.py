@@ -35,12 +35,12 @@ _FEWEST_TEXTS = 4
 
 
 class _Part(NamedTuple):
-    """What the towers encode at a time."""
+    """What the towers encode at a time, of which the first rows count."""
 
     pixels: Tensor | Halfway
     tokens: Tokens | Halfway
-    images: int  # how many rows of pixels count: the first ones
-    texts: int  # likewise of tokens
+    images: int  # how many rows of pixels count
+    texts: int
     seed: int
 
 
@@ -58,7 +58,7 @@ def backpropagate(
 
     Args:
         engine: runs the towers.
-        micro_batches: the batch in parts, at least one.
+        micro_batches: at least one.
         loss_of: maps image features (n, D), text features (n, D) and scale of the whole batch to
             the loss and its gradients. If all gradients are None there is no backward pass.
         device: where the towers run.
@@ -112,31 +112,20 @@ def backpropagate(
     }
     images = _rows_of_parts(gradients.image, [part.images for part in parts])
     captions = _rows_of_parts(gradients.text, [part.texts for part in parts])
-    for number, part in enumerate(parts):
-        features = encoded[number] if keep_graph else encode(part, graph=True, **needs)
-        # The scale is the same in every part: its gradient is applied once.
-        scale = gradients.scale if number == 0 else None
-        of_part = (images[number], captions[number], scale)
-        outputs: list[Tensor] = []
-        upstream: list[Tensor] = []
-        for output, gradient in zip(features, of_part, strict=True):
-            if output is not None and gradient is not None:
-                outputs.append(output)
-                upstream.append(gradient)
-        if outputs:
-            torch.autograd.backward(outputs, upstream)
+    # The scale is the same in every part: its gradient is applied once.
+    scales = [gradients.scale, *[None] * (len(parts) - 1)]
+    for number, of_part in enumerate(zip(images, captions, scales, strict=True)):
+        again = encoded[number] if keep_graph else encode(parts[number], graph=True, **needs)
+        _send_back(again, of_part)
     return gradients.loss
 
 
 class _Texts:
     """Tells which captions of a batch are encoded, and gives each pair the features of its own.
 
-    Args:
-        micro_batches: the batch in parts.
-        repeats: whether a caption is encoded as often as it comes.
-
     Attributes:
-        fresh: for each micro-batch, the places in it of captions that are encoded with it.
+        fresh: for each micro-batch, the places in it of captions that are encoded with it: all if
+            the batch `repeats` captions, else those that no earlier one has.
     """
 
     def __init__(self, micro_batches: Sequence[MicroBatch], *, repeats: bool) -> None:
@@ -192,6 +181,17 @@ def _without_rows(part: MicroBatch, seed: int) -> _Part:
     pixels = part.pixels.new_zeros(1, *part.pixels.shape[1:])
     tokens = Tokens(part.tokens.ids.new_zeros(1, part.tokens.ids.shape[1]), None)
     return _Part(pixels, tokens, 0, 0, seed)
+
+
+def _send_back(features: Features, gradients: Sequence[Tensor | None]) -> None:
+    given = [
+        (output, gradient)
+        for output, gradient in zip(features, gradients, strict=True)
+        if output is not None and gradient is not None
+    ]
+    if given:
+        outputs, upstream = zip(*given, strict=True)
+        torch.autograd.backward(outputs, upstream)
 
 
 def _rows_of_parts(gradient: Tensor | None, counts: list[int]) -> Sequence[Tensor | None]:

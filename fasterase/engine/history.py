@@ -1,12 +1,20 @@
-"""Records of the steps taken, and a JSON-lines file of them that survives a kill."""
+"""What a run tells of its steps: records, `history.jsonl`, and logs of experiment trackers."""
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from fasterase.config import UnlearnConfig, format_yaml
+from fasterase.errors import import_extra
 from fasterase.files import append_whole, write_text
+from fasterase.objective import EraseLoss
 
 
 class StepRecord(dict[str, Any]):
@@ -23,16 +31,19 @@ class StepRecord(dict[str, Any]):
             raise AttributeError(name) from None
 
 
+Callback = Callable[[StepRecord], object]
+
+
 class HistoryFile:
-    """`history.jsonl`: one record per line, appended and flushed at each step."""
+    """`history.jsonl`: one record per line, written at each step.
+
+    Attributes:
+        earlier: records of the first `keep_steps` steps, after which the next ones are appended.
+    """
 
     def __init__(self, path: Path, *, keep_steps: int) -> None:
-        """Open for appending after the records of the first `keep_steps` steps."""
-        self.kept = [record for record in read_history(path) if record["step"] <= keep_steps]
-        write_text(path, "".join(json.dumps(record) + "\n" for record in self.kept))
-        self._path = path
-        # Unbuffered: a buffer that could not be written would be tried again on closing.
-        self._file = path.open("ab", buffering=0)
+        self.earlier = [record for record in read_history(path) if record["step"] <= keep_steps]
+        self._path = write_text(path, "".join(json.dumps(each) + "\n" for each in self.earlier))
 
     def append(self, record: StepRecord) -> None:
         """Append a line.
@@ -40,20 +51,141 @@ class HistoryFile:
         Raises:
             DiskFullError: there is no room for it; the lines before it are kept.
         """
-        append_whole(self._file, json.dumps(record).encode() + b"\n", path=self._path)
-
-    def close(self) -> None:
-        self._file.close()
+        # Unbuffered: a buffer that could not be written would be tried again on closing.
+        with self._path.open("ab", buffering=0) as file:
+            append_whole(file, json.dumps(record).encode() + b"\n", path=self._path)
 
 
 def read_history(path: Path) -> list[StepRecord]:
     """Return the records of a history file; a last line cut off by a kill is left out."""
-    if not path.is_file():
-        return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
             records.append(StepRecord(json.loads(line)))
         except json.JSONDecodeError:
             break
     return records
+
+
+class Tracker:
+    """Logs nothing; the base of those that do.
+
+    They begin with the first step or result: a run that is refused before leaves no log.
+    """
+
+    def __init__(self, config: UnlearnConfig) -> None:
+        self._config = config
+
+    def log(self, record: StepRecord) -> None:
+        """Log one step."""
+
+    def summarise(self, values: Mapping[str, float]) -> None:
+        """Log the measurements after the last step."""
+
+    def close(self, *, failed: bool) -> None:
+        """End the log; `failed` says that the run was stopped by an error."""
+
+    def followed_by(self, callback: Callback | None) -> Callback:
+        """Return a callback that logs each record before `callback` sees it."""
+
+        def log_then_call(record: StepRecord) -> object:
+            self.log(record)
+            return callback is not None and callback(record)
+
+        return log_then_call
+
+
+class TensorBoardTracker(Tracker):
+    """Event files in `output_dir/tensorboard`, or in `runs/` under a name with time and host."""
+
+    _writer: Any = None
+
+    def log(self, record: StepRecord) -> None:
+        writer = self._open(first_step=record["step"])
+        for name, value in _flat(record).items():
+            writer.add_scalar(name, value, record["step"])
+
+    def summarise(self, values: Mapping[str, float]) -> None:
+        settings = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in self._config.to_dict().items()
+        }
+        # TensorBoard takes hyperparameters together with the results.
+        self._open(first_step=None).add_hparams(settings, dict(values), run_name=".")
+
+    def close(self, *, failed: bool) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def _open(self, *, first_step: int | None) -> Any:
+        """Open the writer when the first step is known: a resumed run repeats some steps."""
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            output = self._config.output_dir
+            folder = None if output is None else str(Path(output) / "tensorboard")
+            self._writer = SummaryWriter(folder, purge_step=first_step)
+            self._writer.add_text("config", f"```yaml\n{format_yaml(self._config.to_dict())}```")
+        return self._writer
+
+
+class WandbTracker(Tracker):
+    """A run of Weights & Biases: the caller's if one is active, else one of its own.
+
+    Wandb's environment variables apply; its files go to `output_dir`, or to `runs/`.
+    """
+
+    _own: Any = None  # the run, if it is not the caller's
+
+    @cached_property
+    def _run(self) -> Any:
+        wandb = require_tracker("wandb")
+        config = self._config.to_dict()
+        if wandb.run is not None:
+            wandb.run.config.update(config, allow_val_change=True)
+            return wandb.run
+        folder = Path(self._config.output_dir or "runs")
+        folder.mkdir(parents=True, exist_ok=True)
+        project = None if "WANDB_PROJECT" in os.environ else "fasterase"
+        self._own = wandb.init(project=project, dir=str(folder), config=config)
+        return self._own
+
+    def log(self, record: StepRecord) -> None:
+        # With the step as a value: an active run counts steps of its own.
+        self._run.log({**_flat(record), "step": record["step"]})
+
+    def summarise(self, values: Mapping[str, float]) -> None:
+        self._run.summary.update(dict(values))
+
+    def close(self, *, failed: bool) -> None:
+        if self._own is not None:
+            self._own.finish(exit_code=int(failed))
+
+
+TRACKERS = {None: Tracker, "tensorboard": TensorBoardTracker, "wandb": WandbTracker}
+
+
+def require_tracker(name: str) -> Any:
+    """Import the library behind `report_to`, or raise `MissingExtraError`."""
+    return import_extra(name, name, f"report_to={name!r}")
+
+
+@contextmanager
+def tracking(config: UnlearnConfig) -> Iterator[Tracker]:
+    """Yield the tracker that `config.report_to` names, and close it in the end."""
+    tracker = TRACKERS[config.report_to](config)
+    failed = True
+    try:
+        yield tracker
+        failed = False
+    finally:
+        tracker.close(failed=failed)
+
+
+def _flat(record: StepRecord) -> dict[str, float]:
+    """Name the losses `loss/<term>`, and leave out what is not a number."""
+    return {
+        f"loss/{name}" if name in EraseLoss._fields else name: float(value)
+        for name, value in record.items()
+        if name != "step" and isinstance(value, Real)
+    }

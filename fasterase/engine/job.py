@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from fasterase.config import UnlearnConfig
-from fasterase.engine.history import StepRecord
+from fasterase.engine.history import Callback
 from fasterase.engine.pacing import MAX_STEPS
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.forward import resolve_precision
 from fasterase.pairs.sampler import Sampler, drawn_rows, shuffle_rows
+from fasterase.pairs.skips import SkipLedger
 from fasterase.pairs.table import PairTable
 from fasterase.parallel.ranks import ALONE, Ranks
 from fasterase.seeds import Stream, generator
@@ -26,27 +28,31 @@ WITHHELD_SHARE, MAX_WITHHELD = 0.05, 1000
 LEAST_POOL = 100
 
 
+@dataclass
+class RunClock:
+    """Counts the seconds of a run from now on."""
+
+    earlier: float = 0.0  # seconds up to the checkpoint that this run resumes from
+    _started: float = field(default_factory=time.perf_counter)
+
+    def seconds(self) -> float:
+        """Return the seconds so far, those before interruptions included."""
+        return self.earlier + time.perf_counter() - self._started
+
+
 @dataclass(frozen=True)
 class Job:
-    """One erasure. Every rank has an equal one.
+    """One erasure. Every rank has an equal one."""
 
-    Attributes:
-        model: the model, on its device, in fp32 and eval mode while the run has it.
-        sets: `"forget"`, `"retain"` and sets that are only measured.
-        forget_sets: names of those of them that are to be forgotten too.
-        config: the run's settings.
-        output: folder for checkpoints, history and features; None keeps nothing.
-        callback: called after each step with its record; True ends the run.
-        ranks: who takes part.
-    """
-
-    model: DualEncoder
-    sets: Mapping[str, PairTable]
-    forget_sets: Collection[str]
+    model: DualEncoder  # on its device, in fp32 and eval mode while the run has it
+    sets: Mapping[str, PairTable]  # "forget", "retain" and those that are only measured
+    forget_sets: Collection[str]  # names of the measured ones that are to be forgotten too
     config: UnlearnConfig
-    output: Path | None = None
-    callback: Callable[[StepRecord], object] | None = None
-    ranks: Ranks = ALONE
+    ledger: SkipLedger  # counts unreadable pairs
+    clock: RunClock
+    output: Path | None = None  # folder for checkpoints, history and features
+    callback: Callback | None = None  # called after each step; True ends the run
+    ranks: Ranks = ALONE  # who takes part
 
     @property
     def forget(self) -> PairTable:
@@ -64,15 +70,10 @@ class Job:
 
 @dataclass(frozen=True)
 class RetainPool:
-    """The part of the retain set that an automatic run uses.
+    """The part of the retain set that an automatic run uses, as sorted rows."""
 
-    Attributes:
-        drawn: rows (sorted) that training draws.
-        withheld: rows (sorted) that training never draws; damage is measured on them.
-    """
-
-    drawn: np.ndarray
-    withheld: np.ndarray
+    drawn: np.ndarray  # by training
+    withheld: np.ndarray  # from training; damage is measured on them
 
     @classmethod
     def choose(
@@ -87,12 +88,9 @@ class RetainPool:
 
 
 class Draws:
-    """Which pairs the steps of a job may draw.
+    """Which pairs the steps of a job may draw: the `sampler` has the rows of each of them.
 
-    Attributes:
-        pool: the part of the retain set that an automatic run uses; None for others.
-        sampler: the rows of each step.
-        total_steps: the largest number of steps.
+    An automatic run uses a part of the retain set, its `pool`.
     """
 
     def __init__(self, job: Job) -> None:
@@ -138,7 +136,4 @@ def undrawn_rows(sampler: Sampler, steps: int) -> np.ndarray:
     """Return the forget rows (sorted) that the first `steps` steps do not draw."""
     if steps >= sampler.steps_per_epoch:
         return np.empty(0, np.int64)
-    drawn = np.zeros(sampler.n_forget, bool)
-    for step in range(steps):
-        drawn[sampler.draw(step).forget] = True
-    return np.flatnonzero(~drawn)
+    return np.setdiff1d(np.arange(sampler.n_forget), drawn_rows(sampler, steps)[0])

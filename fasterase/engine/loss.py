@@ -7,7 +7,7 @@ own rows, so that no collective is differentiated.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,8 @@ from fasterase.parallel.ranks import ALONE, Ranks
 
 # CLIP's own ceiling of the scale (Radford et al., 2021, section 2.5).
 MAX_SCALE = 100.0
-Reference = tuple[Tensor | None, Tensor | None, Tensor | None]
+# The original's image features [n, D0], text features [n, D0] and scale []; Nones if not used.
+OfOriginal = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def loss_products(precision: str) -> str:
@@ -32,67 +33,50 @@ def loss_products(precision: str) -> str:
 
 
 class FeatureGradients(NamedTuple):
-    """The loss of a step and its gradients with respect to features and scale.
+    """The loss of a step, detached, and the gradients of its total.
 
-    Attributes:
-        loss: the total and its terms, detached.
-        image, text: [n, D] gradients of the total; None for a tower that is not trained, and if the
-            total is not finite or does not depend on it.
-        scale: [] gradient of the total, likewise.
+    They are None for what is not trained, and if the total is not finite or does not depend on it.
     """
 
     loss: EraseLoss
-    image: Tensor | None
-    text: Tensor | None
-    scale: Tensor | None
+    image: Tensor | None  # [n, D]
+    text: Tensor | None  # [n, D]
+    scale: Tensor | None  # []
 
 
+@dataclass(frozen=True)
 class StepLoss:
     """Computes the loss from features, and its gradients, without touching the towers.
 
     The rows of all ranks stand in the order of the step's draw, forget pairs first, so that the
     loss is the one that a single process would compute.
 
-    Args:
-        objective: weights and options.
-        image_trained, text_trained, scale_trained: which gradients are needed.
-        max_scale: the scale is clamped to it inside the loss, if it is trained. Clamping the weight
-            would be lost in optimisers that keep master weights of their own.
+    Attributes:
+        max_scale: a trained scale is clamped to it inside the loss. Clamping the weight would be
+            lost in optimisers that have master weights of their own.
         measures_distance: report the anchor term, the distance that retained features have moved,
             even where its weight is 0 and it is no part of the total.
-        ranks: who takes part.
     """
 
-    def __init__(
-        self,
-        objective: Objective,
-        *,
-        image_trained: bool,
-        text_trained: bool,
-        scale_trained: bool,
-        max_scale: float = MAX_SCALE,
-        measures_distance: bool = False,
-        ranks: Ranks = ALONE,
-    ) -> None:
-        self._objective = objective
-        self._trained = (image_trained, text_trained, scale_trained)
-        self._max_scale = max_scale
-        self._measures_distance = measures_distance and not objective.anchor_weight
-        self._ranks = ranks
+    objective: Objective
+    image_trained: bool  # whether its gradient is needed
+    text_trained: bool
+    scale_trained: bool
+    max_scale: float = MAX_SCALE
+    measures_distance: bool = False
+    ranks: Ranks = ALONE
 
     @classmethod
     def of_job(cls, job: Job, trained: Trained, *, floor: float) -> StepLoss:
         """Return the loss of a run; `floor` is the automatic one."""
         config = job.config
-        if isinstance(config.floor, float):
-            floor = config.floor
-        has_floor = config.floor is not None and config.forget_loss == "similarity"
+        given = floor if config.floor == "auto" else config.floor
         objective = Objective(
             forget_weight=config.forget_weight,
             retain_weight=config.retain_weight,
             consistency_weight=config.consistency_weight,
             forget_loss=config.forget_loss,
-            floor=floor if has_floor else None,
+            floor=given if config.forget_loss == "similarity" else None,
             anchor_weight=config.anchor_weight,
             negatives=config.negatives,
             backend=config.backend,
@@ -105,7 +89,7 @@ class StepLoss:
             text_trained=trained.text,
             scale_trained=trained.scale,
             max_scale=max(MAX_SCALE, float(job.model.scale().detach())),
-            measures_distance=config.lr == "auto",
+            measures_distance=config.lr == "auto" and not config.anchor_weight,
             ranks=job.ranks,
         )
 
@@ -114,7 +98,7 @@ class StepLoss:
         image: Tensor,  # [n, D]
         text: Tensor,  # [n, D]
         scale: Tensor,  # []
-        reference: Reference,
+        original: OfOriginal,
         *,
         n_forget: int,
         labels: Tensor,  # [n]
@@ -126,21 +110,25 @@ class StepLoss:
         ranks; that of the scale is the same on all ranks, and stays itself.
 
         Args:
-            image, text, scale: features, forget pairs first, and exp(logit_scale).
-            reference: the original's image features, text features and scale, or Nones.
-            n_forget: how many of the pairs are forget pairs.
+            image, text, scale: features, the `n_forget` forget pairs first, and exp(logit_scale).
+            original: what the original makes of the pairs.
             labels: equal for equal captions; on the CPU, where the operator can look at them.
             upstream: the scaling of the loss in fp16, else 1.
         """
-        if self._ranks.world_size == 1:
-            return self._compute(image, text, scale, reference, n_forget, labels, upstream)
-        counts = self._ranks.gather_numbers(n_forget, len(image))
-        everyone = _Rows([(forget, total) for forget, total in counts])
+        ranks = self.ranks
+        if ranks.world_size == 1:
+            return self._compute(image, text, scale, original, n_forget, labels, upstream)
+        counts = ranks.gather_objects((n_forget, len(image)))
+        is_retain = torch.cat([torch.arange(total) >= forget for forget, total in counts])
+        order = is_retain.argsort(stable=True)  # of all rows, those of the first rank first
+        owner = torch.cat([torch.full((total,), rank) for rank, (_, total) in enumerate(counts)])
+        own = (owner[order] == ranks.rank).nonzero().flatten().to(image.device)
 
         def gathered(rows: Tensor) -> Tensor:
-            return everyone.in_order(self._ranks.gather_rows(rows, everyone.totals))
+            parts = ranks.gather_rows(rows, [total for _, total in counts])
+            return torch.cat(parts)[order.to(rows.device)]
 
-        ref_image, ref_text, ref_scale = reference
+        ref_image, ref_text, ref_scale = original
         found = self._compute(
             gathered(image),
             gathered(text),
@@ -150,49 +138,48 @@ class StepLoss:
                 None if ref_text is None else gathered(ref_text),
                 ref_scale,
             ),
-            everyone.n_forget,
+            sum(forget for forget, _ in counts),
             gathered(labels.to(image.device)).to(labels.device),
             upstream,
         )
-        own = everyone.own_rows(self._ranks.rank).to(image.device)
-
-        def kept(gradient: Tensor | None) -> Tensor | None:
-            return None if gradient is None else gradient[own] * self._ranks.world_size
-
+        image_gradient, text_gradient = (
+            None if gradient is None else gradient[own] * ranks.world_size
+            for gradient in (found.image, found.text)
+        )
         # One rank speaks for all: the same sums may round differently on another processor.
-        terms = torch.stack([term.double().cpu() for term in found.loss])
-        loss = EraseLoss(*self._ranks.tell(terms))
-        return FeatureGradients(loss, kept(found.image), kept(found.text), found.scale)
+        terms = ranks.broadcast(torch.stack([term.double().cpu() for term in found.loss]))
+        return FeatureGradients(EraseLoss(*terms), image_gradient, text_gradient, found.scale)
 
     def _compute(
         self,
         image: Tensor,  # [N, D]
         text: Tensor,  # [N, D]
         scale: Tensor,  # []
-        reference: Reference,
+        original: OfOriginal,
         n_forget: int,
         labels: Tensor,  # [N]
         upstream: Tensor,  # []
     ) -> FeatureGradients:
         """Return the loss over all given rows, and its gradients."""
+        trained = (self.image_trained, self.text_trained, self.scale_trained)
         leaves = [
-            tensor.detach().requires_grad_(trained)
-            for tensor, trained in zip((image, text, scale), self._trained, strict=True)
+            tensor.detach().requires_grad_(wanted)
+            for tensor, wanted in zip((image, text, scale), trained, strict=True)
         ]
-        clamped = leaves[2].clamp(max=self._max_scale) if self._trained[2] else leaves[2]
+        clamped = leaves[2].clamp(max=self.max_scale) if self.scale_trained else leaves[2]
         with torch.enable_grad():
             loss = weighted_erase_loss(
                 leaves[0],
                 leaves[1],
                 clamped,
-                *reference,
-                self._objective,
+                *original,
+                self.objective,
                 n_forget=n_forget,
                 labels=labels,
             )
         detached = EraseLoss(*(term.detach() for term in loss))
-        ref_image, ref_text, _ = reference
-        if self._measures_distance and n_forget < len(image) and ref_image is not None:
+        ref_image, ref_text, _ = original
+        if self.measures_distance and n_forget < len(image) and ref_image is not None:
             assert ref_text is not None
             features = (image.detach(), text.detach(), ref_image, ref_text)
             moved = moved_distance(*(each[n_forget:] for each in features))
@@ -203,27 +190,3 @@ class StepLoss:
         computed = iter(torch.autograd.grad(loss.total, needed, upstream, allow_unused=True))
         gradients = [next(computed) if leaf.requires_grad else None for leaf in leaves]
         return FeatureGradients(detached, *gradients)
-
-
-class _Rows:
-    """Where the rows of each rank stand among those of all: its forget rows, its retain rows."""
-
-    def __init__(self, counts: Sequence[tuple[int, int]]) -> None:
-        self._forget = [forget for forget, _ in counts]
-        self.totals = [total for _, total in counts]
-        self.n_forget = sum(self._forget)
-
-    def in_order(self, parts: Sequence[Tensor]) -> Tensor:
-        """Return all rows, forget pairs first, from those of each rank."""
-        halves = list(zip(parts, self._forget, strict=True))
-        return torch.cat([part[:n] for part, n in halves] + [part[n:] for part, n in halves])
-
-    def own_rows(self, rank: int) -> Tensor:
-        """Return the places of a rank's rows among all."""
-        forget = self._forget[rank]
-        retain = self.totals[rank] - forget
-        first = sum(self._forget[:rank])
-        second = self.n_forget + sum(self.totals[:rank]) - first
-        return torch.cat(
-            [torch.arange(first, first + forget), torch.arange(second, second + retain)]
-        )

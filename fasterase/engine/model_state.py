@@ -5,70 +5,60 @@ These are device, dtype, train or eval mode, requires_grad, and activation check
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from fasterase.engine.activation_checkpointing import checkpointed_activations
+from fasterase.engine.grad_cache import buffers_in_train_mode, restore_buffers
 from fasterase.errors import InputError
 from fasterase.models.dual_encoder import DualEncoder
-
-
-class Borrowed:
-    """A model lent to a run, in fp32."""
-
-    def __init__(self, model: DualEncoder) -> None:
-        module = model.module
-        self._module = module
-        self._home = model.device
-        self._modes = [(part, part.training) for part in module.modules()]
-        # 8 bits are quantised values, which mean nothing without their scales.
-        self._half = [(t, t.dtype) for t in _floating(module) if t.dtype.itemsize == 2]
-
-    def take(self, device: torch.device) -> None:
-        """Move to `device`, to fp32 and eval mode, without gradients."""
-        self._module.zero_grad(set_to_none=True)
-        for tensor, _ in self._half:
-            tensor.data = tensor.data.float()
-        self._module.to(device)
-        self._module.eval()
-
-    def round_to_own_dtype(self) -> None:
-        """Round half-precision weights as they will be returned, so that those are measured."""
-        for tensor, dtype in self._half:
-            tensor.data = tensor.data.to(dtype).float()
-
-    def give_back(self) -> None:
-        """Restore device, dtypes and modes."""
-        self._module.to(self._home)
-        for tensor, dtype in self._half:
-            tensor.data = tensor.data.to(dtype)
-        self._module.zero_grad(set_to_none=True)
-        for part, mode in self._modes:
-            part.training = mode
 
 
 @contextmanager
 def borrowed(
     model: DualEncoder, *, device: torch.device, activation_checkpointing: bool = False
-) -> Iterator[Borrowed]:
-    """Lend the model to a run: on `device` and in fp32; afterwards only its weights differ.
+) -> Iterator[Callable[[], None]]:
+    """Lend the model to a run: on `device`, in fp32 and eval mode; later only its weights differ.
 
     An lr of 1e-6 is below the resolution of a bf16 weight, so half-precision models are trained in
     fp32 and rounded once, at the end.
 
+    Yields a function that rounds half-precision weights as they will be returned.
+
     Raises:
         InputError: `activation_checkpointing` of a model whose blocks are not known.
     """
-    state = Borrowed(model)
+    module, home = model.module, model.device
+    modes = [(part, part.training) for part in module.modules()]
+    # 8 bits are quantised values, which mean nothing without their scales.
+    half = [
+        (tensor, tensor.dtype)
+        for tensor in (*module.parameters(), *module.buffers())
+        if tensor.is_floating_point() and tensor.dtype.itemsize == 2
+    ]
+
+    def round_weights() -> None:
+        for tensor, dtype in half:
+            tensor.data = tensor.data.to(dtype).float()
+
     try:
         with checkpointed_activations(model) if activation_checkpointing else nullcontext():
-            state.take(device)
-            yield state
+            module.zero_grad(set_to_none=True)
+            round_weights()
+            module.to(device)
+            module.eval()
+            yield round_weights
     finally:
-        state.give_back()
+        module.to(home)
+        for tensor, dtype in half:
+            tensor.data = tensor.data.to(dtype)
+        module.zero_grad(set_to_none=True)
+        for part, mode in modes:
+            part.training = mode
 
 
 @contextmanager
@@ -97,10 +87,68 @@ def training(
             parameter.requires_grad_(flag)
 
 
-def _floating(module: nn.Module) -> Iterator[torch.Tensor]:
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.is_floating_point():
-            yield tensor
+@contextmanager
+def checkpointed_activations(model: DualEncoder) -> Iterator[None]:
+    """Run the blocks of both towers (stages of a ResNet) checkpointed; afterwards as before.
+
+    Only the input of each block is stored for the backward pass, which runs the block again (Chen
+    et al., 2016, "Training Deep Nets with Sublinear Memory Cost"). Values and gradients are the
+    same: Dropout draws the same masks again, and BatchNorm's statistics move once. The libraries'
+    own switches are not used: transformers ignores its own in eval mode, in which towers are
+    trained by default, and open_clip has none for a ResNet.
+
+    Raises:
+        InputError: the blocks of a tower are not known.
+    """
+    blocks: list[Any] = []
+    for tower, parts in (("image", model.image_parts()), ("text", model.text_parts())):
+        if not parts.blocks:
+            raise InputError(
+                f"activation_checkpointing: the blocks of the {tower} tower of {model.name} are "
+                "not known, so there is nothing to checkpoint. Leave it False; a smaller "
+                "micro_batch_size needs less memory too"
+            )
+        blocks += parts.blocks
+    own = [block.__dict__.get("forward") for block in blocks]
+    for block in blocks:
+        block.forward = _CheckpointedForward(block)
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
+
+
+class _CheckpointedForward:
+    """Stands in for `block.forward`; a deep copy of the block has one of its own."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self._block = block
+        self._forward: Callable[..., Any] = block.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self._forward(*args, **kwargs)
+        return checkpoint(
+            self._forward,
+            *args,
+            use_reentrant=False,
+            context_fn=lambda: (nullcontext(), self._unmoved_buffers()),
+            **kwargs,
+        )
+
+    @contextmanager
+    def _unmoved_buffers(self) -> Iterator[None]:
+        """Leave BatchNorm's statistics, which have seen this input already, as they are."""
+        buffers = buffers_in_train_mode(self._block)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                restore_buffers(buffers)
 
 
 @contextmanager

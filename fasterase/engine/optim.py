@@ -1,9 +1,7 @@
-"""The trained parameters, the optimiser over them, and the learning rate of each step."""
+"""The trained parameters, the optimiser over them, and the engine that holds both."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -11,8 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from fasterase.config import UnlearnConfig
+from fasterase.engine.job import Job
 from fasterase.errors import InputError, import_extra
 from fasterase.models.dual_encoder import DualEncoder
+from fasterase.models.forward import TowerForward
+from fasterase.parallel.engine import Engine
+from fasterase.parallel.local import LocalEngine
+from fasterase.parallel.zero import ZeroEngine
+from fasterase.parallel.zero_config import complete, read_deepspeed, zero_stage
 
 # Option values -> bitsandbytes classes.
 EIGHT_BIT = {
@@ -30,13 +35,12 @@ class Trained:
     """Names of the trained parameters, chosen before anything wraps the model or shards it.
 
     Attributes:
-        decayed: names of the parameters with weight decay: matrices.
-        undecayed: names of the others. Gains, biases, class tokens and logit_scale (which some
-            libraries keep as a vector) stay where the data puts them; pulling them to zero changes
-            the function, not its complexity.
-        quantisable: names of those whose optimiser state may have 8 bits: the large weights of
-            linear maps and convolutions. All others keep 32 bits: norms, biases, embeddings,
-            positions, learnt tokens, logit_scale, and what is not recognised.
+        decayed: the parameters with weight decay: matrices.
+        undecayed: the others. Gains, biases, class tokens and logit_scale (which some libraries
+            keep as a vector) stay where the data puts them; pulling them to zero changes the
+            function, not its complexity.
+        quantisable: those whose optimiser state may have 8 bits: the large weights of linear maps
+            and convolutions. All others keep 32 bits.
         image, text, scale: whether each tower and the scale are trained.
     """
 
@@ -103,7 +107,22 @@ def build_optimizer(
     Raises:
         MissingExtraError: an 8-bit optimiser without bitsandbytes.
     """
-    groups = _group_parameters(module, trained, weight_decay, eight_bit=name in EIGHT_BIT)
+    eight_bit = name in EIGHT_BIT
+    quantised = trained.quantisable if eight_bit else frozenset()
+    parameters = trained.parameters(module)
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [parameters[each] for each in names],
+            "weight_decay": decay,
+            **({"optim_bits": bits} if eight_bit else {}),
+        }
+        for names, decay, bits in (
+            ([each for each in trained.decayed if each in quantised], weight_decay, 8),
+            ([each for each in trained.decayed if each not in quantised], weight_decay, 32),
+            (trained.undecayed, 0.0, 32),
+        )
+        if names
+    ]
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=betas)
     if name == "adam":
@@ -111,28 +130,6 @@ def build_optimizer(
     library = require_bitsandbytes(name)
     kind = _with_bits_of_group(getattr(library.optim, EIGHT_BIT[name]))
     return kind(groups, lr=lr, betas=betas)
-
-
-def _group_parameters(
-    module: nn.Module, trained: Trained, weight_decay: float, *, eight_bit: bool
-) -> list[dict[str, Any]]:
-    """Return the trained parameters in groups: by weight decay, and by the bits of their state."""
-    quantised = trained.quantisable if eight_bit else frozenset()
-    groups = [
-        ([name for name in trained.decayed if name in quantised], weight_decay, 8),
-        ([name for name in trained.decayed if name not in quantised], weight_decay, 32),
-        (trained.undecayed, 0.0, 32),
-    ]
-    parameters = trained.parameters(module)
-    return [
-        {
-            "params": [parameters[name] for name in names],
-            "weight_decay": decay,
-            **({"optim_bits": bits} if eight_bit else {}),
-        }
-        for names, decay, bits in groups
-        if names
-    ]
 
 
 def _is_quantisable(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
@@ -164,20 +161,38 @@ def require_bitsandbytes(optimizer: str) -> ModuleType:
     return import_extra("bitsandbytes", "scale", f"optimizer={optimizer!r}")
 
 
-def lr_schedule(
-    *, lr: float, warmup_steps: int, total_steps: int, schedule: str
-) -> Callable[[int], float]:
-    """Return the learning rate as a function of the step, counted from 0.
+def shards(config: UnlearnConfig) -> bool:
+    """Whether the run shards anything, so that the engine needs a model of its own."""
+    return config.deepspeed is not None and zero_stage(read_deepspeed(config.deepspeed)) > 0
 
-    It warms up linearly to `lr`, then is constant or a cosine to 0 at `total_steps`.
+
+def build_engine(job: Job, trained: Trained, working: DualEncoder) -> Engine:
+    """Return the engine of a job, whose model gets the result in the end.
+
+    The `working` model, whose `requires_grad` and modes are set, is trained: the job's own, or a
+    copy for DeepSpeed to take apart.
+
+    Raises:
+        InputError: DeepSpeed's configuration contradicts the run's.
     """
-
-    def lr_at(step: int) -> float:
-        if step < warmup_steps:
-            return lr * (step + 1) / warmup_steps
-        if schedule == "constant":
-            return lr
-        done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-        return lr * 0.5 * (1 + math.cos(math.pi * done))
-
-    return lr_at
+    config = job.config
+    forward = TowerForward(
+        working, precision=job.precision, image_trained=trained.image, text_trained=trained.text
+    )
+    parameters = trained.parameters(working.module)
+    optimizer = build_optimizer(
+        working.module,
+        trained,
+        name=config.optimizer,
+        lr=0.0,  # the pacing sets it at each step
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+    )
+    if working is job.model:
+        return LocalEngine(
+            forward, parameters, optimizer, moves_buffers=config.train_mode, ranks=job.ranks
+        )
+    completed = complete(config, precision=job.precision, world_size=job.ranks.world_size)
+    return ZeroEngine(
+        forward, parameters, optimizer, config=completed, model=job.model, ranks=job.ranks
+    )

@@ -8,12 +8,13 @@ forgotten.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from fasterase.engine.history import StepRecord
-from fasterase.engine.rates import LineFollower, Rate
+from fasterase.engine.rates import Rate
 from fasterase.evaluation.verdict import FORGOTTEN, OVER_ERASED, REMEMBERED, Trace, decide
 
 # Steps between checks of the verdict, which begin once the loss is this share of its first value.
@@ -42,33 +43,29 @@ MAX_STEPS = 400
 
 
 class Check(NamedTuple):
-    """A measurement in the middle of a run.
+    """A measurement in the middle of a run."""
 
-    Attributes:
-        traces: set to forget -> what is left of it.
-        damage: share of recall@1 lost on kept pairs.
-        exceeded: whether the damage is above `max_damage`, beyond chance.
-    """
-
-    traces: dict[str, Trace]
-    damage: float
-    exceeded: bool
+    traces: dict[str, Trace]  # set to forget -> what is left of it
+    damage: float  # share of recall@1 lost on retain pairs
+    exceeded: bool  # whether that is above `max_damage`, beyond chance
 
     @property
     def verdict(self) -> str:
         return decide(self.traces) or REMEMBERED
 
     @property
+    def _residues(self) -> list[float]:
+        return [each for t in self.traces.values() for each in (t.image_to_text, t.text_to_image)]
+
+    @property
     def residue(self) -> float:
         """The largest residue of a direction; 0 if no set was ever known."""
-        residues = (max(each.image_to_text, each.text_to_image) for each in self.traces.values())
-        return max(residues, default=0.0)
+        return max(self._residues, default=0.0)
 
     @property
     def least_residue(self) -> float:
         """The smallest residue of a direction; 1 if no set was ever known."""
-        residues = (min(each.image_to_text, each.text_to_image) for each in self.traces.values())
-        return min(residues, default=1.0)
+        return min(self._residues, default=1.0)
 
     @property
     def beyond_rest(self) -> float:
@@ -91,8 +88,14 @@ class Check(NamedTuple):
         )
 
 
-class Pacing(Protocol):
-    """The learning rate of each step, and when the run ends. Its state is in checkpoints.
+class Pacing:
+    """A number of steps that the user gave. What it holds is in checkpoints.
+
+    Args:
+        rate: the learning rate.
+        total_steps: number of steps.
+        is_forgotten: checked every `check_steps`; True ends the run. None for no check.
+        check_steps: steps of one pass over the forget set.
 
     Attributes:
         total_steps: the largest number of steps.
@@ -100,44 +103,11 @@ class Pacing(Protocol):
         limit: what kept an automatic run from forgetting: `"damage"` or `"steps"`; else None.
     """
 
-    total_steps: int
-    is_done: bool
-    limit: str | None
-
-    def lr(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 0."""
-        ...
-
-    def after_step(self, record: StepRecord) -> None:
-        """Record a step."""
-        ...
-
-    def state(self) -> dict[str, Any]:
-        """Return what a resumed run needs, ready for JSON."""
-        ...
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the weights that a resumed run may have to restore; empty if there are none."""
-        ...
-
-    def restore(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Continue from `state` and `tensors`."""
-        ...
-
-
-class FixedPacing:
-    """A schedule and a number of steps, as the user gave them.
-
-    Args:
-        lr_at: learning rate of each step, counted from 0.
-        total_steps: number of steps.
-        is_forgotten: checked every `check_steps`; True ends the run. None for no check.
-        check_steps: steps of one pass over the forget set.
-    """
+    limit: str | None = None
 
     def __init__(
         self,
-        lr_at: Callable[[int], float],
+        rate: Rate,
         *,
         total_steps: int,
         is_forgotten: Callable[[], bool] | None = None,
@@ -145,64 +115,49 @@ class FixedPacing:
     ) -> None:
         self.total_steps = total_steps
         self.is_done = False
-        self.limit: str | None = None
-        self._lr_at = lr_at
+        self._rate = rate
         self._is_forgotten = is_forgotten
         self._check_steps = check_steps
 
     def lr(self, step: int) -> float:
-        return self._lr_at(step)
+        """Return the learning rate of a step, counted from 0."""
+        return self._rate.at(step)
 
     def after_step(self, record: StepRecord) -> None:
+        """Record a step."""
+        self._rate.follow(record)
         if self._is_forgotten is not None and record.step % self._check_steps == 0:
             self.is_done = self._is_forgotten()
 
     def state(self) -> dict[str, Any]:
-        return {"is_done": self.is_done}
+        """Return what a resumed run needs, ready for JSON."""
+        return {"is_done": self.is_done, "rate": self._rate.state()}
 
     def tensors(self) -> dict[str, Tensor]:
+        """Return the weights that a resumed run may have to restore; empty if there are none."""
         return {}
 
     def restore(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Continue from `state` and `tensors`."""
         # A user who no longer wants the run to stop early gets the steps that are left.
         self.is_done = state["is_done"] and self._is_forgotten is not None
-
-
-class LinePacing(FixedPacing):
-    """The automatic learning rate over a number of steps that the user gave: the line spans them.
-
-    Args:
-        total_steps, is_forgotten, check_steps: see `FixedPacing`.
-    """
-
-    def __init__(
-        self,
-        *,
-        total_steps: int,
-        is_forgotten: Callable[[], bool] | None = None,
-        check_steps: int = 1,
-    ) -> None:
-        self._rate = LineFollower(line_steps=total_steps)
-        super().__init__(
-            lambda step: self._rate.lr,
-            total_steps=total_steps,
-            is_forgotten=is_forgotten,
-            check_steps=check_steps,
-        )
-
-    def after_step(self, record: StepRecord) -> None:
-        self._rate.follow(record)
-        super().after_step(record)
-
-    def state(self) -> dict[str, Any]:
-        return {**super().state(), "rate": self._rate.state()}
-
-    def restore(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        super().restore(state, tensors)
         self._rate.restore(state["rate"])
 
 
-class AutomaticPacing:
+@dataclass
+class _Progress:
+    """How far an automatic run has come."""
+
+    last: tuple[int, float, float]  # step of the last check, its largest and smallest residue
+    best_rank: list[float]  # of the best weights, see `_rank`
+    lowest: tuple[int, float] | None = None  # last noticeable fall of the loss: step, share left
+    next_check: int = 0  # a step, if no check is due before
+    fade_from: tuple[int, float] | None = None  # first step of a fade, and its learning rate
+    fades: int = 0  # how many have begun
+    has_exceeded: bool = False  # whether a check has found more damage than is allowed
+
+
+class AutomaticPacing(Pacing):
     """Runs until the verdict holds, within a budget of steps and damage.
 
     The verdict is checked every few steps. Once it holds by a margin and the loss has settled, or
@@ -235,73 +190,66 @@ class AutomaticPacing:
         settled_loss: float = 1.0,
         max_steps: int,
     ) -> None:
-        self.total_steps = max_steps
-        self.is_done = False
-        self.limit: str | None = None
-        self._rate = rate
+        super().__init__(rate, total_steps=max_steps)
         self._check = check
         self._weights = weights
         self._load = load
         self._settled_loss = settled_loss
-        self._lowest: tuple[int, float] | None = None  # noticed share of the loss, and its step
         self._step = 0
-        self._next_check = 0
-        self._last: tuple[int, float, float] = (0, original[0].residue, original[0].least_residue)
-        self._fade_from: tuple[int, float] | None = None  # first step and its lr
-        self._fades = 0
-        self._has_exceeded = False
-        self._best_rank, self._best = _rank(original[0], faded=False), original[1]
+        known, self._best = original
+        self._now = _Progress((0, known.residue, known.least_residue), _rank(known, faded=False))
         if start is not None:
             self._consider(start, faded=False)
 
     def lr(self, step: int) -> float:
-        if self._fade_from is None:
-            return self._rate.lr
-        start, lr = self._fade_from
+        if self._now.fade_from is None:
+            return self._rate.at(step)
+        start, lr = self._now.fade_from
         return lr * max(0.0, 1 - (step - start + 1) / (FADE_STEPS + 1))
 
     def after_step(self, record: StepRecord) -> None:
         self._step = record.step
-        if self._fade_from is not None:
-            self._fade(record.step - self._fade_from[0])
+        now, rate = self._now, self._rate
+        if now.fade_from is not None:
+            self._fade(record.step - now.fade_from[0])
             return
-        self._rate.follow(record)
+        rate.follow(record)
         last = record.step == self.total_steps - FADE_STEPS
-        due = self._is_check_due() and self._rate.share_left <= CHECKED_LOSS
+        due = self._is_check_due() and rate.share_left <= CHECKED_LOSS
         if last or due:
             found = self._checked()
             self._consider(found, faded=False)
-            spent = found.verdict != REMEMBERED and self._rate.is_spent
-            if found.verdict == REMEMBERED and self._rate.is_spent:
-                self._rate.aim_lower()
+            spent = found.verdict != REMEMBERED and rate.is_spent
+            if found.verdict == REMEMBERED and rate.is_spent:
+                rate.aim_lower()
             settled = found.is_safely_forgotten and self._is_settled(record.step)
-            self._rate.hurry(settled or not found.is_safely_forgotten)
+            rate.hurry(settled or not found.is_safely_forgotten)
             if last or spent or settled or found.exceeded:
-                self._fade_from = record.step, self._rate.lr
-                self._fades += 1
+                now.fade_from = record.step, rate.lr
+                now.fades += 1
         if record.step == self.total_steps:
             self._finish()
 
     def _is_check_due(self) -> bool:
-        return self._step % CHECK_STEPS == 0 or self._step == self._next_check
+        return self._step % CHECK_STEPS == 0 or self._step == self._now.next_check
 
     def _checked(self) -> Check:
         """Check the model, and decide when to do so again."""
         found = self._check()
-        step, most, least = self._last
-        self._last = self._step, found.residue, found.least_residue
+        step, most, least = self._now.last
+        self._now.last = self._step, found.residue, found.least_residue
         fall = max(most - found.residue, least - found.least_residue) / max(1, self._step - step)
         room = (found.residue - MARGIN_RESIDUE, found.least_residue - LEAST_RESIDUE)
         nearest = min((each for each in room if each > 0), default=0.0)
         steps = nearest / (2 * fall) if fall > 0 else CHECK_STEPS
-        self._next_check = self._step + int(min(max(steps, 1), CHECK_STEPS))
+        self._now.next_check = self._step + int(min(max(steps, 1), CHECK_STEPS))
         return found
 
     def _is_settled(self, step: int) -> bool:
-        share = self._rate.share_left
-        if self._lowest is None or share < NOTICED_FALL * self._lowest[1]:
-            self._lowest = step, share
-        return share <= self._settled_loss or step - self._lowest[0] >= PATIENCE_STEPS
+        share, lowest = self._rate.share_left, self._now.lowest
+        if lowest is None or share < NOTICED_FALL * lowest[1]:
+            lowest = self._now.lowest = step, share
+        return share <= self._settled_loss or step - lowest[0] >= PATIENCE_STEPS
 
     def _fade(self, steps: int) -> None:
         """Check now and then how far the fade has come, and end it in time."""
@@ -313,53 +261,35 @@ class AutomaticPacing:
             return
         self._consider(found, faded=True)
         is_settled = found.verdict in (FORGOTTEN, OVER_ERASED) or found.exceeded
-        if is_settled or self._fades == MAX_FADES or self._step == self.total_steps:
+        if is_settled or self._now.fades == MAX_FADES or self._step == self.total_steps:
             self._finish()
         else:
-            self._fade_from = None
+            self._now.fade_from = None
 
     def _finish(self) -> None:
         self._load(self._best)
         self.is_done = True
-        if self._best_rank[1] == REMEMBERED_RANK:
-            self.limit = "damage" if self._has_exceeded else "steps"
+        if self._now.best_rank[1] == REMEMBERED_RANK:
+            self.limit = "damage" if self._now.has_exceeded else "steps"
 
     def _consider(self, found: Check, *, faded: bool) -> None:
-        """Keep the weights if they are better than the best so far."""
-        self._has_exceeded |= found.exceeded
+        """Take a copy of the weights if they are better than the best so far."""
+        self._now.has_exceeded |= found.exceeded
         rank = _rank(found, faded=faded)
-        if rank < self._best_rank:
-            self._best_rank, self._best = rank, self._weights()
+        if rank < self._now.best_rank:
+            self._now.best_rank, self._best = rank, self._weights()
 
     def state(self) -> dict[str, Any]:
-        return {
-            "is_done": self.is_done,
-            "limit": self.limit,
-            "has_exceeded": self._has_exceeded,
-            "rate": self._rate.state(),
-            "fade_from": self._fade_from,
-            "lowest": self._lowest,
-            "next_check": self._next_check,
-            "last": self._last,
-            "fades": self._fades,
-            "best_rank": list(self._best_rank),
-        }
+        return {**super().state(), "limit": self.limit, "progress": asdict(self._now)}
 
     def tensors(self) -> dict[str, Tensor]:
         # After the end the best weights are those of the checkpoint itself.
         return {} if self.is_done else self._best
 
     def restore(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        self.is_done = state["is_done"]
-        self.limit = state["limit"]
-        self._has_exceeded = state["has_exceeded"]
+        self.is_done, self.limit = state["is_done"], state["limit"]
         self._rate.restore(state["rate"])
-        self._fade_from = tuple(state["fade_from"]) if state["fade_from"] else None
-        self._lowest = tuple(state["lowest"]) if state["lowest"] else None
-        self._next_check = state["next_check"]
-        self._last = tuple(state["last"])
-        self._fades = state["fades"]
-        self._best_rank = tuple(state["best_rank"])
+        self._now = _Progress(**state["progress"])
         if tensors:
             self._best = tensors
 
@@ -368,14 +298,12 @@ class AutomaticPacing:
 FORGOTTEN_RANK, OVER_ERASED_RANK, REMEMBERED_RANK = range(3)
 
 
-def _rank(found: Check, *, faded: bool) -> tuple[float, ...]:
+def _rank(found: Check, *, faded: bool) -> list[float]:
     """Return what orders candidates for the best weights, the smallest first."""
-    verdict = found.verdict
-    order: tuple[float, ...]
-    if verdict == FORGOTTEN:
-        order = (FORGOTTEN_RANK, found.beyond_rest, int(not faded), found.damage)
-    elif verdict == OVER_ERASED:
-        order = (OVER_ERASED_RANK, found.damage)
+    if found.verdict == FORGOTTEN:
+        order = [FORGOTTEN_RANK, found.beyond_rest, int(not faded), found.damage]
+    elif found.verdict == OVER_ERASED:
+        order = [OVER_ERASED_RANK, found.damage]
     else:
-        order = (REMEMBERED_RANK, found.residue)
-    return (int(found.exceeded), *order)
+        order = [REMEMBERED_RANK, found.residue]
+    return [int(found.exceeded), *order]

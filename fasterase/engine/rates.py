@@ -1,7 +1,4 @@
-"""The automatic learning rate: it follows the forgetting loss along a falling line.
-
-Retained features that move too far hold it back, so that one start serves all models.
-"""
+"""Learning rates: constant, on a schedule, or led by the forgetting loss along a falling line."""
 
 from __future__ import annotations
 
@@ -51,11 +48,7 @@ class _RateState:
 
 
 class Rate:
-    """A constant learning rate, with running averages of the steps that were applied.
-
-    Args:
-        lr: the learning rate.
-    """
+    """A constant learning rate, with running averages of the steps that were applied."""
 
     def __init__(self, lr: float) -> None:
         self._now = _RateState(lr)
@@ -63,6 +56,10 @@ class Rate:
     @property
     def lr(self) -> float:
         return self._now.lr
+
+    def at(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0: the next one."""
+        return self.lr
 
     @property
     def share_left(self) -> float:
@@ -95,16 +92,30 @@ class Rate:
             now.trend = SMOOTHING * now.trend + (1 - SMOOTHING) * (now.loss - before)
             now.distance = SMOOTHING * now.distance + (1 - SMOOTHING) * record.anchor
         now.steps += 1
-        self._adjust(now)
-
-    def _adjust(self, now: _RateState) -> None:
-        """Change the learning rate after a step."""
 
     def state(self) -> dict[str, Any]:
         return asdict(self._now)
 
     def restore(self, state: dict[str, Any]) -> None:
         self._now = _RateState(**state)
+
+
+class Schedule(Rate):
+    """A linear warm-up to `lr`, then `lr`, or a cosine from it to 0 at `total_steps`."""
+
+    def __init__(self, lr: float, *, warmup_steps: int, total_steps: int, is_cosine: bool) -> None:
+        super().__init__(lr)
+        self._warmup_steps = warmup_steps
+        self._total_steps = total_steps
+        self._is_cosine = is_cosine
+
+    def at(self, step: int) -> float:
+        if step < self._warmup_steps:
+            return self.lr * (step + 1) / self._warmup_steps
+        if not self._is_cosine:
+            return self.lr
+        done = (step - self._warmup_steps) / max(1, self._total_steps - self._warmup_steps)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
 class LineFollower(Rate):
@@ -133,7 +144,11 @@ class LineFollower(Rate):
     def aim_lower(self) -> None:
         self._now.end /= 2
 
-    def _adjust(self, now: _RateState) -> None:
+    def follow(self, record: StepRecord) -> None:
+        super().follow(record)
+        if not record.applied:
+            return
+        now = self._now
         ahead = now.steps + HORIZON
         line = now.first * (1 - (1 - now.end) * min(1.0, ahead / self._line_steps))
         expected = now.loss + HORIZON * now.trend

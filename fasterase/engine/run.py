@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,95 +14,46 @@ from tqdm.auto import tqdm
 from fasterase.config import format_yaml
 from fasterase.encode import PairEncoder
 from fasterase.engine.baseline import Checks, measure_original, measured_rows
-from fasterase.engine.build_engine import build_engine, shards, working_model
 from fasterase.engine.checkpoint import Checkpoint, CheckpointFolder
-from fasterase.engine.clock import RunClock
-from fasterase.engine.conditions import check_same, check_steps_left, check_train_mode, identify
+from fasterase.engine.conditions import check_same, check_steps_left, check_train_mode
 from fasterase.engine.history import StepRecord
 from fasterase.engine.job import Draws, Job
 from fasterase.engine.loop import Trainer, run_steps
 from fasterase.engine.loss import StepLoss, loss_products
-from fasterase.engine.model_state import Borrowed, training
-from fasterase.engine.optim import Trained, lr_schedule
-from fasterase.engine.pacing import (
-    SETTLED_LOSS,
-    AutomaticPacing,
-    Check,
-    FixedPacing,
-    LinePacing,
-    Pacing,
-)
+from fasterase.engine.model_state import training
+from fasterase.engine.optim import Trained, build_engine, shards
+from fasterase.engine.outcome import Outcome
+from fasterase.engine.pacing import SETTLED_LOSS, AutomaticPacing, Check, Pacing
 from fasterase.engine.prefix_cache import PrefixCache, open_prefix_cache
-from fasterase.engine.rates import LineFollower, Rate
+from fasterase.engine.rates import LineFollower, Rate, Schedule
 from fasterase.engine.words import ForgottenWords, forget_words
 from fasterase.errors import InputError, NonFiniteError, PreemptedError
 from fasterase.evaluation.evaluator import Evaluator
 from fasterase.evaluation.features import sampled_rows
 from fasterase.evaluation.judge import JUDGED_PAIRS, Judge, summarise
-from fasterase.evaluation.verdict import Trace, decide
+from fasterase.evaluation.verdict import decide
 from fasterase.files import write_text
+from fasterase.models.dual_encoder import separate_copy
 from fasterase.models.lora import LoraAdapter, adapting, parse_rank
 from fasterase.original.features import FeatureCache, cache_folder
 from fasterase.pairs.batches import StepBatch, step_batches
 from fasterase.pairs.processes import count_workers
-from fasterase.pairs.skips import SkipLedger
 from fasterase.parallel.engine import Engine
-from fasterase.report.evaluation import Evaluation, compare
+from fasterase.report.evaluation import compare
 from fasterase.seeds import Stream, torch_seed
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The outcome of a run.
-
-    Attributes:
-        history: one record per step.
-        floor: the cosine of unrelated pairs under the original.
-        verdict: see `fasterase.evaluation.verdict.decide`; None if there was nothing to compare
-            with.
-        traces: set to forget -> what is left of it.
-        original_traces: the same of the original.
-        evaluation: the erased model beside the original; None if the config asked for none.
-        limit: what kept an automatic run from forgetting: `"damage"`, `"steps"` or None.
-        adapter: what `tune="lora:N"` has added to the weights.
-    """
-
-    history: list[StepRecord]
-    floor: float
-    verdict: str | None
-    traces: dict[str, Trace]
-    original_traces: dict[str, Trace]
-    evaluation: Evaluation | None
-    limit: str | None
-    adapter: LoraAdapter | None = None
-
-    def figures(self) -> dict[str, float]:
-        """Return `set/name` -> value of what is left of each set, and of the evaluation."""
-        residues = {f"{name}/residue": trace.residue for name, trace in self.traces.items()}
-        return residues | ({} if self.evaluation is None else self.evaluation.flat())
 
 
 class Run:
     """Trains a job's (borrowed) model in place, and measures it before and after.
 
-    Every rank makes the same run, and gets the same outcome.
-
-    Args:
-        job: what to do.
-        ledger: counts unreadable pairs.
-        clock: gets the seconds of the run that this one resumes.
-        borrowed: rounds the weights as they will be returned.
-
-    Raises:
-        InputError: an argument cannot be used; every method may raise it, before any step.
+    Every rank makes the same run, and gets the same outcome. `round_weights` rounds the weights as
+    they will be returned. Every method may raise `InputError`, before any step.
     """
 
-    def __init__(
-        self, job: Job, *, ledger: SkipLedger, clock: RunClock, borrowed: Borrowed
-    ) -> None:
+    def __init__(self, job: Job, *, round_weights: Callable[[], None]) -> None:
         config, model = job.config, job.model
         self.job = job
-        self._ledger, self._clock, self._borrowed = ledger, clock, borrowed
+        self._round_weights = round_weights
         self._trained = Trained.choose(model, config.tune, logit_scale=config.train_logit_scale)
         self._lora_rank = parse_rank(config.tune)
         if self._lora_rank is not None and shards(config):
@@ -113,25 +63,22 @@ class Run:
                 "another tune."
             )
         self._draws = Draws(job)
-        self._tell(
-            f"training draws at most "
-            f"{self._draws.sampler.retain_pairs_drawn(self._draws.total_steps):,} of "
-            f"{len(job.retain):,} retain pairs"
-        )
+        most = self._draws.sampler.retain_pairs_drawn(self._draws.total_steps)
+        self._say(f"training draws at most {most:,} of {len(job.retain):,} retain pairs")
         # Before anything wraps the model: sharded weights would look the same for any model.
         self._fingerprint = model.fingerprint()
-        self._identity = {
-            "model weights": self._fingerprint,
-            "forget pairs": identify(job.forget),
-            "retain pairs": identify(job.retain),
-        }
+        self._identity = {"model weights": self._fingerprint}
+        for name in ("forget", "retain"):
+            source = job.sets[name]
+            changing = f"{len(source)} pairs, changing"
+            self._identity[f"{name} pairs"] = source.digest() if source.stable else changing
         check_same(self._identity, job.ranks)
         check_train_mode(model, config, job.ranks)
         self._num_workers = count_workers(config.num_workers, job.ranks)
         self._encoder = PairEncoder(
             model,
             precision=job.precision,
-            ledger=ledger,
+            ledger=job.ledger,
             num_workers=self._num_workers,
             progress=config.progress,
             ranks=job.ranks,
@@ -166,7 +113,7 @@ class Run:
             # Adapters become part of the weights when training ends, before these are measured.
             with self.adapted():
                 history, limit = self.train()
-            self._borrowed.round_to_own_dtype()
+            self._round_weights()
             return self.measure_erased(history, limit)
 
     def open_checkpoint(self) -> None:
@@ -174,6 +121,7 @@ class Run:
         job, config = self.job, self.job.config
         if job.output is None:
             return
+        settings, file = format_yaml(config.to_dict()), job.output / "config.yaml"
         identity = {
             **config.to_dict(),
             # The pool of retain pairs depends on it.
@@ -184,31 +132,23 @@ class Run:
         self._saved = self._checkpoints.load(config.resume)
         taken = self._saved.step if self._saved else 0
         check_steps_left(config, self._draws.total_steps, taken=taken)
-        settings, file = format_yaml(config.to_dict()), job.output / "config.yaml"
         job.ranks.on_first(lambda: write_text(file, settings))
 
     def choose_judge(self) -> None:
-        """Choose the pairs that tell whether the concept is forgotten, and what else is measured.
-
-        Raises:
-            InputError: an automatic run would have nothing to tell by.
-        """
-        job, config = self.job, self.job.config
-        preferred = {"forget": self._draws.undrawn_forget}
+        """Choose the pairs that tell whether it is forgotten, and what else is measured."""
+        job, config, undrawn = self.job, self.job.config, self._draws.undrawn_forget
         self._evaluator = None
         if config.evaluation is not None:
             self._evaluator = Evaluator(
                 dict(job.sets),
                 forget_sets=job.forget_sets,
-                preferred=preferred,
+                preferred={"forget": undrawn},
                 seed=config.seed,
                 quick=config.evaluation == "quick",
             )
             self._judge = self._evaluator.judge
         else:
-            rows = sampled_rows(
-                len(job.forget), JUDGED_PAIRS, seed=config.seed, preferred=preferred["forget"]
-            )
+            rows = sampled_rows(len(job.forget), JUDGED_PAIRS, seed=config.seed, preferred=undrawn)
             names = ("forget", *job.forget_sets)
             self._judge = Judge(job.sets, names, seed=config.seed, rows={"forget": rows})
         if not self._judge.rows and (self._draws.pool is not None or config.stop_when_forgotten):
@@ -266,50 +206,35 @@ class Run:
             yield
 
     def train(self) -> tuple[list[StepRecord], str | None]:
-        """Take the steps: the weights change in place.
-
-        Returns:
-            The records of all steps, and what kept an automatic run from forgetting.
-        """
-        job, config, model = self.job, self.job.config, self.job.model
-        self._checks = Checks(job, self._encoder, self._judge, self._baseline)
+        """Take the steps; return their records and what kept an automatic run from forgetting."""
+        job, config, baseline = self.job, self.job.config, self._baseline
+        self._checks = Checks(job, self._encoder, self._judge, baseline)
         words = self.forget_words()
-        has_words = words is not None and self._draws.pool is not None
-        start = self._checks() if has_words else None
-        device = model.device  # an engine may move the model away while it trains a copy
-        working = working_model(model, config)
+        is_automatic = self._draws.pool is not None
+        start = self._checks() if words is not None and is_automatic else None
+        working = separate_copy(job.model) if shards(config) else job.model
         parameters = self._trained.parameters(working.module).values()
+        devices = [working.device] if working.device.type == "cuda" else []
         with (
-            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            torch.random.fork_rng(devices=devices),
             training(working.module, parameters, train_mode=config.train_mode),
         ):
-            engine = build_engine(
-                working,
-                model,
-                self._trained,
-                config=config,
-                precision=job.precision,
-                ranks=job.ranks,
-            )
-            original = engine.weights() if self._draws.pool is not None else {}
+            engine = build_engine(job, self._trained, working)
+            original = engine.weights() if is_automatic else {}
             if words is not None:
                 words.put_back(original)
-            trainer = self._build_trainer(engine, device)
+            trainer = Trainer(
+                job,
+                engine,
+                StepLoss.of_job(job, self._trained, floor=baseline.floor),
+                baseline.original,
+                prefixes=self._prefixes,
+            )
             pacing = self._build_pacing(engine, original, start)
             self._resume(trainer, pacing)
             with self._encoder.through(engine), _exporting(engine):
-                history = run_steps(
-                    trainer,
-                    self._batches(trainer, pacing),
-                    pacing,
-                    clock=self._clock,
-                    ledger=self._ledger,
-                    checkpoints=self._checkpoints,
-                    save_every=config.save_every,
-                    history_path=job.output / "history.jsonl" if job.output else None,
-                    callback=job.callback,
-                    progress=config.progress,
-                )
+                batches = self._batches(trainer, pacing)
+                history = run_steps(job, trainer, batches, pacing, self._checkpoints)
         return history, pacing.limit
 
     def forget_words(self) -> ForgottenWords | None:
@@ -328,7 +253,7 @@ class Run:
             seed=config.seed,
         )
         if words is not None:
-            self._tell(f"{len(words.tokens)} tokens of the forget set alone lost their meaning")
+            self._say(f"{len(words.tokens)} tokens of the forget set alone lost their meaning")
         return words
 
     def measure_erased(self, history: list[StepRecord], limit: str | None) -> Outcome:
@@ -344,30 +269,8 @@ class Run:
         if evaluator is not None:
             found = evaluator.measure(self._encoder, features, original=baseline.measured)
             evaluation = compare(evaluator, found, original=baseline.measured)
-        return Outcome(
-            history,
-            baseline.floor,
-            decide(traces, baseline.traces),
-            traces,
-            baseline.traces,
-            evaluation,
-            limit=limit,
-            adapter=self._adapter,
-        )
-
-    def _build_trainer(self, engine: Engine, device: torch.device) -> Trainer:
-        job, baseline = self.job, self._baseline
-        return Trainer(
-            engine,
-            StepLoss.of_job(job, self._trained, floor=baseline.floor),
-            baseline.reference,
-            device=device,
-            precision=job.precision,
-            max_grad_norm=job.config.max_grad_norm,
-            seed=job.config.seed,
-            ranks=job.ranks,
-            prefixes=self._prefixes,
-        )
+        verdict = decide(traces, baseline.traces)
+        return Outcome(history, baseline.floor, verdict, traces, evaluation, limit, self._adapter)
 
     def _build_pacing(
         self, engine: Engine, original: dict[str, Tensor], start: Check | None
@@ -385,29 +288,30 @@ class Run:
                 settled_loss=SETTLED_LOSS if config.thorough else 1.0,
                 max_steps=total_steps,
             )
-        is_forgotten = checks.is_forgotten if config.stop_when_forgotten else None
-        check_steps = self._draws.sampler.steps_per_epoch
+        rate: Rate
         if config.lr == "auto":
-            return LinePacing(
-                total_steps=total_steps, is_forgotten=is_forgotten, check_steps=check_steps
+            rate = LineFollower(line_steps=total_steps)
+        else:
+            rate = Schedule(
+                config.lr,
+                warmup_steps=config.warmup_steps,
+                total_steps=total_steps,
+                is_cosine=config.schedule == "cosine",
             )
-        lr_at = lr_schedule(
-            lr=config.lr,
-            warmup_steps=config.warmup_steps,
+        return Pacing(
+            rate,
             total_steps=total_steps,
-            schedule=config.schedule,
-        )
-        return FixedPacing(
-            lr_at, total_steps=total_steps, is_forgotten=is_forgotten, check_steps=check_steps
+            is_forgotten=checks.is_forgotten if config.stop_when_forgotten else None,
+            check_steps=self._draws.sampler.steps_per_epoch,
         )
 
     def _resume(self, trainer: Trainer, pacing: Pacing) -> None:
         """Continue from the checkpoint, or clear the folder of those of an earlier run."""
         if self._saved is not None:
-            self._clock.earlier = self._saved.seconds
+            self.job.clock.earlier = self._saved.seconds
             trainer.restore(self._saved)
             pacing.restore(self._saved.pacing, self._saved.best)
-            self._tell(f"resuming after step {self._saved.step}")
+            self._say(f"resuming after step {self._saved.step}")
         elif self._checkpoints is not None:
             self._checkpoints.clear()
 
@@ -428,7 +332,7 @@ class Run:
             ranks=job.ranks,
         )
 
-    def _tell(self, message: str) -> None:
+    def _say(self, message: str) -> None:
         if self.job.config.progress and self.job.ranks.is_first:
             tqdm.write(f"fasterase: {message}")
 

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from fasterase.errors import LostRankError, NonFiniteError
@@ -23,25 +23,17 @@ LIMITS = {"fp32": 3, "bf16": 3, "fp16": 20}
 
 
 class NonFiniteGuard:
-    """Counts consecutive steps that could not be applied.
-
-    Args:
-        precision: compute dtype, which sets how many such steps are too many.
-
-    Attributes:
-        in_a_row: the count; a resumed run sets it.
-    """
+    """Counts consecutive steps that could not be applied; too many depends on `precision`."""
 
     def __init__(self, precision: str) -> None:
         self.limit = LIMITS[precision]
-        self.in_a_row = 0
+        self.in_a_row = 0  # a resumed run sets it
 
     def record(self, term: str | None, *, step: int, ids: Sequence[str]) -> None:
         """Record a step: `term` is its first non-finite term, None if all were finite.
 
         Raises:
-            NonFiniteError: too many consecutive steps were not finite; names the term, the step and
-                the pair ids.
+            NonFiniteError: too many steps in a row were not; names term, step and pair ids.
         """
         if term is None:
             self.in_a_row = 0
@@ -61,80 +53,69 @@ class NonFiniteGuard:
 
 
 def non_finite_term(loss: EraseLoss) -> str | None:
-    """Return the first loss term that is NaN or infinite."""
-    for name in ("forget", "retain", "consistency", "anchor", "total"):
+    """Return the first loss term that is NaN or infinite, the total last."""
+    for name in (*EraseLoss._fields[1:], "total"):
         if not math.isfinite(float(getattr(loss, name))):
             return name
     return None
 
 
-# Schedulers announce the end of a job with them: SIGTERM, and SIGUSR1 where they are told to.
-PREEMPTING = (signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
+class StopRequest:
+    """The request of a signal to end the run."""
+
+    number = 0  # of the signal
 
 
-class StopRequests:
-    """Turns Ctrl-C, SIGTERM and SIGUSR1 into a request, so that no step is left half done.
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Turn Ctrl-C, SIGTERM and SIGUSR1 into a request, so that no step is left half done.
 
-    While active, the first of them sets `number`; a second SIGINT raises at once. Outside the main
-    thread, where Python allows no handlers, signals keep their usual effect. After the loss of
-    another rank SIGTERM is ignored.
-
-    Attributes:
-        number: of the signal that requested the stop, else 0.
+    Schedulers announce the end of a job by SIGTERM, or by SIGUSR1 where they are told to. A second
+    Ctrl-C raises at once. Outside the main thread, where Python allows no handlers, signals keep
+    their usual effect.
     """
+    stop = StopRequest()
 
-    def __init__(self) -> None:
-        self.number = 0
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.number == number == signal.SIGINT:
+    def request(number: int, frame: FrameType | None) -> None:
+        if stop.number == number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.number = number
+        stop.number = number
 
-    def __enter__(self) -> StopRequests:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, *PREEMPTING):
-                self._previous[number] = signal.signal(number, self._request)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for number, handler in self._previous.items():
-            if kind is LostRankError and number == signal.SIGTERM:
-                # Launchers send it as soon as one rank has died. This one ends by itself, once it
-                # has said which.
-                handler = signal.SIG_IGN
+    previous: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+            if number := getattr(signal, name, None):  # Windows has no SIGUSR1
+                previous[number] = signal.signal(number, request)
+    try:
+        yield stop
+    except LostRankError:
+        # Launchers send SIGTERM as soon as one rank has died. This one ends by itself, once it has
+        # said which.
+        if previous:
+            previous[signal.SIGTERM] = signal.SIG_IGN
+        raise
+    finally:
+        for number, handler in previous.items():
             # None means that the handler was not set from Python, and cannot be restored.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 @contextmanager
 def explaining_interrupts(output_dir: Path | None) -> Iterator[None]:
-    """Add to a Ctrl-C between steps, such as while pairs are measured, how to go on.
-
-    Raises:
-        KeyboardInterrupt: as the block did, with that message if it had none.
-    """
+    """Add to a Ctrl-C between steps, such as while pairs are measured, how to go on."""
     try:
         yield
     except KeyboardInterrupt as error:
         if error.args:
             raise
-        folder = None if output_dir is None else output_dir / "checkpoints"
-        raise KeyboardInterrupt(f"stopped by Ctrl-C. {how_to_continue(folder)}") from None
+        raise KeyboardInterrupt(f"stopped by Ctrl-C. {how_to_continue(output_dir)}") from None
 
 
-def how_to_continue(checkpoints: Path | None) -> str:
-    """Name the last checkpoint and how to resume."""
-    if checkpoints is None:
+def how_to_continue(output_dir: Path | None) -> str:
+    """Name the last checkpoint of a run and how to resume."""
+    if output_dir is None:
         return "Nothing was saved; give an output_dir to make runs resumable."
-    if any(checkpoints.glob("step-*")):
-        saved = f"A checkpoint is in {checkpoints}"
-    else:
-        saved = "No step was saved yet"
+    saved = "No step was saved yet"
+    if any(output_dir.glob("checkpoints/step-*")):
+        saved = f"A checkpoint is in {output_dir / 'checkpoints'}"
     return f"{saved}; make the same call or run the same command again to continue."

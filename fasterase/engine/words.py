@@ -8,8 +8,8 @@ takes to hide the association, from where one pair brings it back.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -40,17 +40,11 @@ SPREAD = 0.3
 
 @dataclass(frozen=True)
 class ForgottenWords:
-    """The tokens that lost their meaning.
+    """The tokens that lost their meaning."""
 
-    Attributes:
-        table: name of the parameter that holds the vectors.
-        tokens: ids, sorted.
-        before: [tokens, width] their vectors in the original.
-    """
-
-    table: str
-    tokens: list[int]
-    before: Tensor
+    table: str  # the parameter that holds the vectors
+    tokens: list[int]  # ids, sorted
+    before: Tensor  # [tokens, width] vectors in the original
 
     def put_back(self, weights: dict[str, Tensor]) -> None:
         """Give the tokens their own vectors again, in weights by name; empty ones stay empty."""
@@ -71,17 +65,14 @@ def forget_words(
 
     Their vectors become the mean of all plus noise (`SPREAD`). How often: see `CONTRAST`. Nothing
     changes if the table of vectors is not trained or not known, or if there are no retain captions,
-    which say what is kept.
+    which say what is kept. The model changes on every rank alike; the first one reads.
 
     Args:
-        encoder: of the model, which changes in place, on every rank alike; the first one reads.
+        encoder: of the model, which changes in place.
         forget, retain: of each, the captions of at most `READ_PAIRS` pairs are read.
         drawn: rows of retain that are read in any case: those that the run draws.
         trained: what may change.
         seed: of the noise, and of the pairs that are read.
-
-    Returns:
-        What was changed; None if there is nothing to change.
     """
     table = _find_table(encoder.model)
     may_change = trained.parameters(encoder.model.module)
@@ -113,14 +104,14 @@ def forget_words(
 
 def _find_table(model: DualEncoder) -> Tensor | None:
     """Return the vectors of all tokens, [vocab_size, width]."""
-    found = {
-        id(part.weight): part.weight
+    tables = {
+        part.weight
         for parts in model.text_parts().everything
         if isinstance(parts, nn.Module)
         for part in parts.modules()
         if isinstance(part, nn.Embedding) and part.num_embeddings == model.vocab_size
     }
-    return next(iter(found.values())) if len(found) == 1 else None
+    return tables.pop() if len(tables) == 1 else None
 
 
 class _Counts(NamedTuple):
@@ -134,26 +125,25 @@ def _count_tokens(encoder: PairEncoder, source: PairTable, rows: np.ndarray) -> 
     pairs, known = 0, set[int]()
     with encoder.progress_bar(f"words ({source.name})", len(rows), leave=False) as bar:
         for start in range(0, len(rows), PAIRS_AT_ONCE):
-            some = rows[start : start + PAIRS_AT_ONCE].tolist()
-            for captions in _tokenize(encoder.model, [_read_texts(source, row) for row in some]):
+            texts = _read_texts(source, rows[start : start + PAIRS_AT_ONCE])
+            strings = sorted({text for each in texts if isinstance(each, list) for text in each})
+            ids = encoder.model.tokenize(strings).ids.tolist() if strings else []
+            ids_of = dict(zip(strings, ids, strict=True))
+            for each in texts:
+                captions = (
+                    [ids_of[text] for text in each] if isinstance(each, list) else [each.tolist()]
+                )
                 of_token.update({token for caption in captions for token in caption})
                 known.update(hash(tuple(caption)) for caption in captions)
-                pairs += bool(captions)
-            bar.update(len(some))
+            pairs += len(texts)
+            bar.update(min(PAIRS_AT_ONCE, len(rows) - start))
     return _Counts(of_token, pairs, len(known))
 
 
-def _tokenize(model: DualEncoder, texts: list[list[str] | Tensor]) -> Iterator[list[list[int]]]:
-    """Yield the token ids of the captions of each pair."""
-    captions = sorted({text for each in texts if isinstance(each, list) for text in each})
-    ids = model.tokenize(captions).ids.tolist() if captions else []
-    tokens = dict(zip(captions, ids, strict=True))
-    for each in texts:
-        yield [each.tolist()] if isinstance(each, Tensor) else [tokens[text] for text in each]
-
-
-def _read_texts(source: PairTable, row: int) -> list[str] | Tensor:
-    try:
-        return source.texts(row)
-    except BrokenPair:
-        return []
+def _read_texts(source: PairTable, rows: np.ndarray) -> list[list[str] | Tensor]:
+    """Return the captions, or the token ids, of the pairs that can be read."""
+    found = []
+    for row in rows.tolist():
+        with contextlib.suppress(BrokenPair):
+            found.append(source.texts(row))
+    return found

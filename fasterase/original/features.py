@@ -68,14 +68,14 @@ class FeatureCache:
 
     @cached_property
     def _captions(self) -> FeatureStore:
-        with self._ranks.together():
+        with self._ranks.raising_together():
             check_writable(self._root, argument="reference_cache")
         return self._open(self._folder / "captions")
 
     def _open(self, folder: Path) -> FeatureStore:
         """Open a store on the first rank, which removes damaged blocks, then on the others."""
         for first in (True, False):
-            with self._ranks.together():
+            with self._ranks.raising_together():
                 if self._ranks.is_first == first:
                     store = FeatureStore(folder, self.width, dtype=self._dtype)
         return store
@@ -116,7 +116,7 @@ class FeatureCache:
         known = int(present.sum())
         before = len(images)
         total = known + sum(map(len, parts)) + len(no_captions)
-        with self._ranks.together(), encoder.progress_bar(description, total) as bar:
+        with self._ranks.raising_together(), encoder.progress_bar(description, total) as bar:
             bar.update(known)
             for part in parts:
                 self._encode(source, part, encoder, bar, images)
@@ -166,7 +166,7 @@ class FeatureCache:
 
         Each rank reads at most `CHECKED_ROWS` of its share, evenly spaced.
         """
-        with self._ranks.together():
+        with self._ranks.raising_together():
             own = self._own_present(images, keys)
             own = own[np.linspace(0, len(own), min(len(own), CHECKED_ROWS), False, dtype=np.int64)]
             damaged = images.damaged_blocks(own)
@@ -181,7 +181,7 @@ class FeatureCache:
 
         Of a caption that several images have lost, the first of them on each rank stands for it.
         """
-        with self._ranks.together():
+        with self._ranks.raising_together():
             captions = images.captions(self._own_present(images, keys))
             lost = captions[~self._captions.has(captions[:, 1])]
             lost = lost[np.unique(lost[:, 1], return_index=True)[1]]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from fasterase.models.forward import Features
@@ -14,19 +15,17 @@ from fasterase.models.preprocessing import Tokens
 
 
 class TrainingState(NamedTuple):
-    """What a checkpoint keeps of an engine.
+    """What a checkpoint holds of an engine.
 
     Attributes:
-        tensors: weights, moving buffers and optimiser states by name, as far as this rank writes
-            them; together the ranks write each once.
+        tensors: weights, moving buffers and optimiser states by name; each is written by one rank.
         scalars: numbers, ready for JSON; the same on all ranks.
-        layout: what a resumed run must share with this one, beyond its identity: empty unless
-            states cannot be laid out anew.
+        layout: what a resumed run must share with this one; empty if states can be laid out anew.
     """
 
     tensors: Mapping[str, Tensor]
     scalars: dict[str, Any]
-    layout: dict[str, Any]
+    layout: str = ""
 
 
 class Engine(Protocol):
@@ -34,11 +33,13 @@ class Engine(Protocol):
 
     Attributes:
         module: the model's own module, with the trained parameters.
+        device: where it runs.
         in_lockstep: whether every rank must call the towers equally often, because a call gathers
             weights from all of them.
     """
 
     module: nn.Module
+    device: torch.device
     in_lockstep: bool
 
     def __call__(
@@ -65,8 +66,7 @@ class Engine(Protocol):
         ...
 
     def weights(self) -> dict[str, Tensor]:
-        """Return a copy on the CPU of all that training changes in the model; empty on ranks that
-        need none."""
+        """Return a copy on the CPU of all that training changes; empty on other ranks than 0."""
         ...
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:

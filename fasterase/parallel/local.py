@@ -1,4 +1,4 @@
-"""The engine of a single process."""
+"""The engine without sharding: every process holds all weights."""
 
 from __future__ import annotations
 
@@ -16,15 +16,20 @@ from fasterase.models.preprocessing import Tokens
 from fasterase.parallel.engine import TrainingState
 from fasterase.parallel.ranks import ALONE, Ranks
 
+# Gradients that travel together: enough to fill a network, few enough to copy (256 MB of fp32).
+_BUCKET_NUMBERS = 1 << 26
+
 
 class LocalEngine:
     """Plain PyTorch: the caller's own module, its optimiser and the loss scaling.
+
+    Several ranks average their gradients once a step. (The hooks of DistributedDataParallel would
+    reduce in every backward pass of a micro-batch.)
 
     Args:
         forward: the towers, on their device.
         parameters: the trained parameters by name, in the module's order.
         optimizer: optimises those.
-        precision: compute dtype of the towers, resolved.
         moves_buffers: whether forward passes change buffers (BatchNorm statistics).
         ranks: who takes part.
     """
@@ -37,16 +42,17 @@ class LocalEngine:
         parameters: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
         *,
-        precision: str,
         moves_buffers: bool,
         ranks: Ranks = ALONE,
     ) -> None:
         self.module = forward.module
         self._forward = forward
         self._parameters = dict(parameters)
-        self._device = next(iter(self._parameters.values())).device
+        self.device = next(iter(self._parameters.values())).device
         self._optimizer = optimizer
-        self._scaler = build_grad_scaler(precision, self._device)
+        # bf16 has fp32's range.
+        is_scaled = forward.precision == "fp16"
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=is_scaled)
         self._moves_buffers = moves_buffers
         self._ranks = ranks
 
@@ -56,12 +62,22 @@ class LocalEngine:
         return self._forward(pixels, tokens)
 
     def upstream(self) -> Tensor:
-        return self._scaler.scale(torch.ones((), device=self._device))
+        return self._scaler.scale(torch.ones((), device=self.device))
 
     @contextlib.contextmanager
     def one_reduction(self) -> Iterator[None]:
         self._optimizer.zero_grad(set_to_none=True)
         yield
+        bucket: list[Tensor] = []
+        numbers = 0
+        for gradient in (each.grad for each in self._parameters.values() if each.grad is not None):
+            if bucket and numbers + gradient.numel() > _BUCKET_NUMBERS:
+                self._ranks.average(bucket)
+                bucket, numbers = [], 0
+            bucket.append(gradient)
+            numbers += gradient.numel()
+        if bucket:
+            self._ranks.average(bucket)
 
     def step(self, lr: float, *, max_grad_norm: float) -> tuple[float, bool]:
         for group in self._optimizer.param_groups:
@@ -90,7 +106,7 @@ class LocalEngine:
             for name, tensor in self._trained():
                 if self._ranks.is_first:
                     tensor.copy_(weights[name])
-                self._ranks.send(tensor)
+                self._ranks.broadcast_tensor(tensor)
 
     def state(self) -> TrainingState:
         tensors = dict(self._trained())
@@ -107,7 +123,7 @@ class LocalEngine:
             if place % self._ranks.world_size == self._ranks.rank
         }
         scalars = {"optimizer": numbers, "scaler": self._scaler.state_dict()}
-        return TrainingState(_unshared(mine), scalars, layout={})
+        return TrainingState(_unshared(mine), scalars)
 
     def restore(self, state: TrainingState) -> None:
         with torch.no_grad():
@@ -123,7 +139,7 @@ class LocalEngine:
         for full_name in state.tensors:
             key, separator, name = full_name.partition(" of ")
             if separator:
-                by_parameter[name][key] = state.tensors[full_name].to(self._device)
+                by_parameter[name][key] = state.tensors[full_name].to(self.device)
         for name, values in by_parameter.items():
             if values:
                 self._optimizer.state[self._parameters[name]] = values
@@ -152,11 +168,6 @@ def as_json(value: Any) -> Any:
 def _from_json(value: Any) -> Any:
     # PyTorch counts steps on the CPU, whatever the device of the weights.
     return torch.tensor(value) if isinstance(value, float) else value
-
-
-def build_grad_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
-    """Return dynamic loss scaling, active for fp16 only (bf16 has fp32's range)."""
-    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

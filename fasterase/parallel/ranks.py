@@ -31,20 +31,11 @@ _OBITUARY_SECONDS = 3.0
 
 
 class Ranks:
-    """The only process of a run: every exchange returns at once what it was given.
+    """The only process of a run: every exchange returns at once what it was given."""
 
-    Attributes:
-        rank: number of this process.
-        world_size: how many there are.
-    """
-
-    rank = 0
-    world_size = 1
-
-    @property
-    def on_this_host(self) -> int:
-        """How many of the ranks run on this machine."""
-        return 1
+    rank = 0  # number of this process
+    world_size = 1  # how many there are
+    on_this_host = 1  # how many of them run on this machine
 
     @property
     def is_first(self) -> bool:
@@ -52,10 +43,7 @@ class Ranks:
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """Return which of `count` items belong to this rank: a slice; they differ by at most one.
-
-        The slices of all ranks, one after the other, are all items in their order.
-        """
+        """Return which of `count` items belong to this rank: see `share_of`."""
         return share_of(count, self.rank, self.world_size)
 
     def gather_objects(self, value: T) -> list[T]:
@@ -66,27 +54,49 @@ class Ranks:
         """Return each rank's rows [n_r, ...] of one tensor, where n_r = `counts[r]`, detached."""
         return [rows.detach()]
 
-    def gather_numbers(self, *values: int) -> list[list[int]]:
-        """Return, for each rank, its whole numbers; every rank gives equally many."""
-        return [list(values)]
-
-    def largest(self, *values: float) -> list[float]:
+    def all_max(self, *values: float) -> list[float]:
         """Return the largest of all ranks' values, one by one."""
-        return [float(value) for value in values]
+        return [float(max(those)) for those in zip(*self.gather_objects(values), strict=True)]
 
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its mean over the ranks, in place."""
 
-    def send(self, tensor: Tensor) -> None:
+    def broadcast_tensor(self, tensor: Tensor) -> None:
         """Replace the tensor by rank 0's, in place."""
 
-    def tell(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Return rank 0's value; it is pickled."""
         return value
 
+    def raise_together(self, error: BaseException | None) -> None:
+        """Raise on every rank the error of the first rank that has one."""
+        mine = None if error is None else _describe_error(error, self.rank)
+        found = [each for each in self.gather_objects(mine) if each is not None]
+        if error is not None:
+            raise error
+        if found:
+            kind, message = found[0]
+            raise kind(message)
+
+    @contextlib.contextmanager
+    def raising_together(self) -> Iterator[None]:
+        """Run a block, which must exchange nothing; an error on one rank is raised on all."""
+        error: BaseException | None = None
+        try:
+            yield
+        except LostRankError:
+            raise
+        except (Exception, KeyboardInterrupt) as raised:
+            error = raised
+        self.raise_together(error)
+
     def on_first(self, function: Callable[[], T]) -> T:
         """Call `function` on rank 0 alone and return its result, or raise its error, everywhere."""
-        return function()
+        result: Any = None
+        with self.raising_together():
+            if self.is_first:
+                result = function()
+        return self.broadcast(result)
 
     @contextlib.contextmanager
     def first_enters(self, open_: Callable[[], AbstractContextManager[T]]) -> Iterator[T]:
@@ -94,18 +104,8 @@ class Ranks:
 
         An error on entering it is raised everywhere, one on leaving it on rank 0.
         """
-        with open_() as value:
-            yield value
-
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """Run a block, which must exchange nothing; an error on one rank is raised on all."""
-        yield
-
-    def agree_on_error(self, error: BaseException | None) -> None:
-        """Raise on every rank the error of the first rank that has one."""
-        if error is not None:
-            raise error
+        with contextlib.ExitStack() as stack:
+            yield self.on_first(lambda: stack.enter_context(open_()))
 
 
 ALONE = Ranks()
@@ -114,8 +114,8 @@ ALONE = Ranks()
 class LinkedRanks(Ranks):
     """A process among several, over torch.distributed.
 
-    Objects and small numbers travel between CPUs through a group of their own, so that they need
-    no GPU; tensors travel through the default group, on their device.
+    Objects travel between CPUs through a group of their own, so that they need no GPU; tensors
+    travel through the default group, on their device.
     """
 
     def __init__(self) -> None:
@@ -123,12 +123,9 @@ class LinkedRanks(Ranks):
         self.world_size = dist.get_world_size()
         self._control = dist.new_group(backend="gloo", timeout=_PATIENCE)
         self._processes: list[tuple[str, int]] = []
-        self._processes = self.gather_objects((socket.gethostname(), os.getpid()))
-
-    @property
-    def on_this_host(self) -> int:
         host = socket.gethostname()
-        return sum(where == host for where, _ in self._processes)
+        self._processes = self.gather_objects((host, os.getpid()))
+        self.on_this_host = sum(where == host for where, _ in self._processes)
 
     def gather_objects(self, value: T) -> list[T]:
         gathered: list[Any] = [None] * self.world_size
@@ -144,19 +141,6 @@ class LinkedRanks(Ranks):
             dist.all_gather(gathered, padded)
         return [part[:count] for part, count in zip(gathered, counts, strict=True)]
 
-    def gather_numbers(self, *values: int) -> list[list[int]]:
-        mine = torch.tensor(values, dtype=torch.int64)
-        gathered = [torch.empty_like(mine) for _ in range(self.world_size)]
-        with self._exchange():
-            dist.all_gather(gathered, mine, group=self._control)
-        return [each.tolist() for each in gathered]
-
-    def largest(self, *values: float) -> list[float]:
-        found = torch.tensor(values, dtype=torch.float64)
-        with self._exchange():
-            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._control)
-        return found.tolist()
-
     def average(self, tensors: Sequence[Tensor]) -> None:
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         with self._exchange():
@@ -165,52 +149,15 @@ class LinkedRanks(Ranks):
         for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(mean.view_as(tensor))
 
-    def send(self, tensor: Tensor) -> None:
+    def broadcast_tensor(self, tensor: Tensor) -> None:
         with self._exchange():
             dist.broadcast(tensor, src=0)
 
-    def tell(self, value: T) -> T:
-        told = [value]
+    def broadcast(self, value: T) -> T:
+        values = [value]
         with self._exchange():
-            dist.broadcast_object_list(told, src=0, group=self._control)
-        return told[0]
-
-    def on_first(self, function: Callable[[], T]) -> T:
-        result: Any = None
-        error: BaseException | None = None
-        if self.is_first:
-            try:
-                result = function()
-            except (Exception, KeyboardInterrupt) as raised:
-                error = raised
-        self.agree_on_error(error)
-        return self.tell(result)
-
-    @contextlib.contextmanager
-    def first_enters(self, open_: Callable[[], AbstractContextManager[T]]) -> Iterator[T]:
-        with contextlib.ExitStack() as stack:
-            yield self.on_first(lambda: stack.enter_context(open_()))
-
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        error: BaseException | None = None
-        try:
-            yield
-        except LostRankError:
-            raise
-        except (Exception, KeyboardInterrupt) as raised:
-            error = raised
-        self.agree_on_error(error)
-
-    def agree_on_error(self, error: BaseException | None) -> None:
-        mine = None if error is None else _describe_error(error, self.rank)
-        found = [each for each in self.gather_objects(mine) if each is not None]
-        if not found:
-            return
-        if error is not None:
-            raise error
-        kind, message = found[0]
-        raise kind(message)
+            dist.broadcast_object_list(values, src=0, group=self._control)
+        return values[0]
 
     @contextlib.contextmanager
     def _exchange(self) -> Iterator[None]:
@@ -229,20 +176,20 @@ class LinkedRanks(Ranks):
         mine = [(r, pid) for r, (where, pid) in enumerate(self._processes) if where == host]
         others = [r for r, (where, _) in enumerate(self._processes) if where != host]
         until = time.monotonic() + _OBITUARY_SECONDS
-        while True:
-            lost = [f"rank {r} (process {pid} on {host})" for r, pid in mine if not _runs(pid)]
+        while time.monotonic() < until:
+            lost = [f"rank {r} (process {pid} on {host})" for r, pid in mine if not is_running(pid)]
             if lost:
                 return " and ".join(lost)
-            if time.monotonic() > until:
-                break
             time.sleep(0.1)
-        if others:
-            return f"one of the ranks {', '.join(map(str, others))} on other hosts"
-        return "another rank"
+        numbers = ", ".join(map(str, others))
+        return f"one of the ranks {numbers} on other hosts" if others else "another rank"
 
 
 def share_of(count: int, rank: int, world_size: int) -> range:
-    """Return which of `count` items belong to a rank: see `Ranks.share`."""
+    """Return which of `count` items belong to a rank: a slice; they differ by at most one.
+
+    The slices of all ranks, one after the other, are all items in their order.
+    """
     return range(count * rank // world_size, count * (rank + 1) // world_size)
 
 
@@ -315,7 +262,7 @@ def _describe_error(error: BaseException, rank: int) -> tuple[type[BaseException
     return FaseraseError, f"{type(error).__name__}: {message}"
 
 
-def _runs(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     """Whether a process of this host runs; one that ended but was not collected does not."""
     if Path("/proc/self/stat").is_file():
         try:

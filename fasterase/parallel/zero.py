@@ -67,7 +67,7 @@ class ZeroEngine:
         parameters: the trained parameters by name, in the module's order.
         optimizer: optimises those.
         config: DeepSpeed's, complete.
-        model: the caller's model.
+        model: the caller's.
         ranks: who takes part.
     """
 
@@ -88,12 +88,12 @@ class ZeroEngine:
         self._model = model
         self._ranks = ranks
         self._parameters = dict(parameters)
-        self._device = next(iter(self._parameters.values())).device
+        self.device = next(iter(self._parameters.values())).device
         self._shapes = {name: each.shape for name, each in self._parameters.items()}
         for each in forward.parameters():
             if each.ndim == 0:  # logit_scale in most libraries; DeepSpeed cannot send it
                 each.data = each.data.reshape(1)
-        self._layout = {"ZeRO stage": self._stage, "number of ranks": ranks.world_size}
+        self._layout = f"ZeRO stage {self._stage}, number of ranks {ranks.world_size}"
         model.module.to("cpu")
         self._engine, self._optimizer, *_ = self._deepspeed.initialize(
             model=forward, optimizer=optimizer, config=dict(config), dist_init_required=False
@@ -105,7 +105,7 @@ class ZeroEngine:
         return Features(*self._engine(pixels, tokens))
 
     def upstream(self) -> Tensor:
-        return torch.ones((), device=self._device)
+        return torch.ones((), device=self.device)
 
     @contextlib.contextmanager
     def one_reduction(self) -> Iterator[None]:
@@ -122,7 +122,7 @@ class ZeroEngine:
     def weights(self) -> dict[str, Tensor]:
         copies: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
-            with self._whole([parameter]):
+            with self._whole(parameter):
                 if self._ranks.is_first:
                     whole = parameter.detach().reshape(self._shapes[name])
                     copies[name] = whole.to("cpu", copy=True)
@@ -131,11 +131,11 @@ class ZeroEngine:
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             for name, parameter in self._parameters.items():
-                with self._whole([parameter], changed=True):
+                with self._whole(parameter, changed=True):
                     if self._ranks.is_first:
                         parameter.copy_(weights[name].reshape(parameter.shape))
                     if self._stage < 3:
-                        self._ranks.send(parameter.data)
+                        self._ranks.broadcast_tensor(parameter.data)
 
     def state(self) -> TrainingState:
         tensors: dict[str, Tensor] = {}
@@ -152,27 +152,75 @@ class ZeroEngine:
                 shape = self._shapes[name]
                 tensors |= {each: value.reshape(shape).cpu() for each, value in whole.items()}
         if keys is None:
-            tensors |= {
-                self._shard_name(key, place): value.detach().cpu().clone()
-                for place, values in enumerate(states)
-                for key, value in values.items()
-                if not is_number(value)
-            }
+            for name, value in self._quantised(states).items():
+                tensors[name] = value.detach().cpu().clone()
         # The same in every shard: how many steps were taken.
         first = next(iter(states), {})
         counts = {key: as_json(value) for key, value in first.items() if is_number(value)}
         numbers = dict.fromkeys(self._parameters, counts) if counts else {}
-        layout = self._layout if keys is None else {}
+        layout = self._layout if keys is None else ""
         return TrainingState(tensors, {"optimizer": numbers}, layout)
 
     def restore(self, state: TrainingState) -> None:
         if state.layout and state.layout != self._layout:
             raise ResumeError(
                 "output_dir: the optimiser states in its checkpoint are quantised shards of "
-                f"{_say(state.layout)}, and this run has {_say(self._layout)}. They cannot be laid "
+                f"{state.layout}, and this run has {self._layout}. They cannot be laid "
                 "out anew: resume with the same numbers, or start afresh with resume='never'."
             )
-        numbers = state.scalars["optimizer"]
+        states = self._restore_numbers(state.scalars["optimizer"])
+        keys = _resharded_keys(states)
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                weight = state.tensors[name].to(self.device)
+                with self._whole(parameter, changed=True):
+                    parameter.copy_(weight.reshape(parameter.shape))
+                # Also the fp32 shard of it that the optimiser steps on.
+                self._set_own(parameter, weight)
+                for key in keys or ():
+                    moment = state.tensors[f"{key} of {name}"].to(self.device)
+                    self._set_own(parameter, moment, key)
+        if keys is None:
+            for name, value in self._quantised(states).items():
+                value.copy_(state.tensors[name])
+
+    def export(self) -> None:
+        theirs = dict(self._model.module.named_parameters())
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                with self._whole(parameter):
+                    theirs[name].copy_(parameter.reshape(self._shapes[name]))
+        self._engine.destroy()
+        self._model.module.to(self.device)
+
+    @contextlib.contextmanager
+    def _whole(self, parameter: nn.Parameter, *, changed: bool = False) -> Iterator[None]:
+        """Put a sharded parameter together for the block; take rank 0's changes if asked."""
+        if self._stage < 3:
+            yield
+            return
+        modifier = 0 if changed else None
+        with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=modifier):
+            yield
+
+    def _set_own(self, parameter: nn.Parameter, value: Tensor, key: str | None = None) -> None:
+        """Set this rank's shard of a weight, or of an optimiser state of it by its `key`."""
+        utils = self._deepspeed.utils
+        set_weight = utils.safe_set_full_fp32_param
+        set_state = utils.safe_set_full_optimizer_state
+        if self._stage == 3:
+            # Rows of equal length, the last one padded with zeros.
+            padded = F.pad(value.reshape(-1), (0, -value.numel() % self._ranks.world_size))
+            value = padded.chunk(self._ranks.world_size)[self._ranks.rank]
+            set_weight = utils.safe_set_local_fp32_param
+            set_state = utils.safe_set_local_optimizer_state
+        if key is None:
+            set_weight(parameter, value)
+        else:
+            set_state(parameter, value, key)
+
+    def _restore_numbers(self, numbers: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Create the optimiser's states if there were any, set their numbers, and return them."""
         if numbers:
             self._create_states()
         states = self._states()
@@ -182,62 +230,7 @@ class ZeroEngine:
                     values[key].fill_(value)
                 else:
                     values[key] = type(values[key])(value)
-        keys = _resharded_keys(states)
-        with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                self._set_weight(parameter, state.tensors[name].to(self._device))
-                for key in keys or ():
-                    moment = state.tensors[f"{key} of {name}"].to(self._device)
-                    self._set_moment(parameter, key, moment)
-        if keys is None:
-            for place, values in enumerate(states):
-                for key, value in values.items():
-                    if not is_number(value):
-                        value.copy_(state.tensors[self._shard_name(key, place)])
-
-    def export(self) -> None:
-        theirs = dict(self._model.module.named_parameters())
-        with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                with self._whole([parameter]):
-                    theirs[name].copy_(parameter.reshape(self._shapes[name]))
-        self._engine.destroy()
-        self._model.module.to(self._device)
-
-    @contextlib.contextmanager
-    def _whole(
-        self, parameters: Sequence[nn.Parameter], *, changed: bool = False
-    ) -> Iterator[None]:
-        """Put sharded parameters together for the block; keep rank 0's changes if asked."""
-        if self._stage < 3:
-            yield
-            return
-        modifier = 0 if changed else None
-        with self._deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=modifier):
-            yield
-
-    def _set_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Set a weight, and the fp32 shard of it that the optimiser steps on."""
-        utils = self._deepspeed.utils
-        with self._whole([parameter], changed=True):
-            parameter.copy_(value.reshape(parameter.shape))
-        if self._stage == 3:
-            utils.safe_set_local_fp32_param(parameter, self._own_shard(value))
-        else:
-            utils.safe_set_full_fp32_param(parameter, value)
-
-    def _set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
-        utils = self._deepspeed.utils
-        if self._stage == 3:
-            utils.safe_set_local_optimizer_state(parameter, self._own_shard(value), key)
-        else:
-            utils.safe_set_full_optimizer_state(parameter, value, key)
-
-    def _own_shard(self, value: Tensor) -> Tensor:
-        """Return the shard of stage 3: rows of equal length, the last one padded with zeros."""
-        flat = value.reshape(-1)
-        padded = F.pad(flat, (0, -len(flat) % self._ranks.world_size))
-        return padded.chunk(self._ranks.world_size)[self._ranks.rank]
+        return states
 
     def _states(self) -> list[dict[str, Any]]:
         """Return the states of this rank's shards, in the order in which they were created."""
@@ -253,14 +246,20 @@ class ZeroEngine:
                 self._deepspeed.utils.lazy_init_hp_params_optimizer_state(weights, shard, states)
         return list(states.values())
 
-    def _shard_name(self, key: str, place: int) -> str:
-        return f"{key} of shard {place} on rank {self._ranks.rank}"
+    def _quantised(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Return the states of this rank's shards by name."""
+        return {
+            f"{key} of shard {place} on rank {self._ranks.rank}": value
+            for place, values in enumerate(states)
+            for key, value in values.items()
+            if not is_number(value)
+        }
 
     def _create_states(self) -> None:
         """Make the optimiser create its states, by a step that changes no weight."""
         height, width = self._model.image_size
-        pixels = torch.zeros(1, 3, height, width, device=self._device)
-        ids = torch.zeros(1, self._model.context_length, dtype=torch.long, device=self._device)
+        pixels = torch.zeros(1, 3, height, width, device=self.device)
+        ids = torch.zeros(1, self._model.context_length, dtype=torch.long, device=self.device)
         with self.one_reduction():
             found = [each for each in self(pixels, Tokens(ids)) if each is not None]
             outputs = [each for each in found if each.requires_grad]
@@ -279,9 +278,5 @@ def _resharded_keys(states: Sequence[Mapping[str, Any]]) -> list[str] | None:
         for key, value in values.items()
         if not is_number(value)
     }
-    quantised = any(dtype != torch.float32 for dtype in kinds.values())
-    return None if quantised or "qmap1" in kinds else sorted(kinds)
-
-
-def _say(layout: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in layout.items())
+    is_exact = "qmap1" not in kinds and all(each == torch.float32 for each in kinds.values())
+    return sorted(kinds) if is_exact else None

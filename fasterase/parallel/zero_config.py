@@ -16,8 +16,6 @@ from fasterase.config import UnlearnConfig
 from fasterase.errors import InputError
 
 AUTO = "auto"
-# Stages that shard something; stage 0 is plain data parallelism, which needs no DeepSpeed.
-STAGES = (0, 1, 2, 3)
 # Sections whose contents are the run's own.
 _OURS = ("optimizer", "scheduler", "fp16", "bf16", "amp", "data_types")
 
@@ -34,7 +32,7 @@ def read_deepspeed(given: str | Mapping[str, Any]) -> dict[str, Any]:
     """
     config = dict(given) if isinstance(given, Mapping) else _read_json(given)
     stage = _section(config, "zero_optimization").get("stage", 0)
-    if stage not in STAGES:
+    if stage not in (0, 1, 2, 3):
         raise InputError(
             f"deepspeed: zero_optimization.stage is {stage!r}. Use 1, 2 or 3, or 0 for plain data "
             "parallelism."
@@ -47,10 +45,8 @@ def zero_stage(config: Mapping[str, Any]) -> int:
     return int(_section(config, "zero_optimization").get("stage", 0))
 
 
-def complete(
-    given: Mapping[str, Any], run: UnlearnConfig, *, precision: str, world_size: int
-) -> dict[str, Any]:
-    """Return what DeepSpeed is given: `given` with what the run decides filled in.
+def complete(run: UnlearnConfig, *, precision: str, world_size: int) -> dict[str, Any]:
+    """Return what DeepSpeed is given: `run.deepspeed` with what the run decides filled in.
 
     Batches are the run's: DeepSpeed sees one step a step. Weights stay fp32 and matrix products
     run in `precision` by `torch_autocast`; its own `bf16` and `fp16` modes would add up the
@@ -60,17 +56,16 @@ def complete(
         InputError: a value contradicts the run's; names both. Or `fp16`, which has no loss scaling
             here.
     """
-    config = {name: value for name, value in given.items() if name not in _OURS}
-    _check_batches(given, run, world_size)
-    _check_optimizer(given, run)
-    _check_precision(given, precision)
-    clipping = run.max_grad_norm or 0.0
-    _check("gradient_clipping", given.get("gradient_clipping"), clipping, "max_grad_norm")
-    config |= {
+    assert run.deepspeed is not None
+    given = read_deepspeed(run.deepspeed)
+    _check_settings(given, run, precision, world_size)
+    _check_modes(given, precision)
+    zero = _section(given, "zero_optimization")
+    return {name: value for name, value in given.items() if name not in _OURS} | {
         "train_batch_size": world_size,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": clipping,
+        "gradient_clipping": run.max_grad_norm or 0.0,
         "torch_autocast": {
             "enabled": precision == "bf16",
             "dtype": "bfloat16",
@@ -80,13 +75,8 @@ def complete(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": given.get("steps_per_print", 10**9),
-        "zero_optimization": {
-            name: value
-            for name, value in _section(given, "zero_optimization").items()
-            if value != AUTO
-        },
+        "zero_optimization": {name: value for name, value in zero.items() if value != AUTO},
     }
-    return config
 
 
 def _read_json(given: str) -> dict[str, Any]:
@@ -116,46 +106,46 @@ def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return found
 
 
-def _check(key: str, found: Any, own: Any, option: str) -> None:
-    """Refuse a value of the JSON that differs from the run's own."""
-    if found is None or found == AUTO:
-        return
-    alike = list(found) == list(own) if isinstance(own, tuple) else found == own
-    if not alike:
-        raise InputError(
-            f"deepspeed: {key} is {found!r}, but {option} is {own!r}. Make them equal, or write "
-            '"auto" in the JSON.'
-        )
-
-
-def _check_batches(given: Mapping[str, Any], run: UnlearnConfig, world_size: int) -> None:
+def _check_settings(
+    given: Mapping[str, Any], run: UnlearnConfig, precision: str, world_size: int
+) -> None:
+    """Refuse values of the JSON that differ from the run's own."""
     pairs = run.batch_size + run.forget_batch_size
     micro = run.micro_batch_size or -(-pairs // world_size)
     for key, own, option in (
         ("train_batch_size", pairs, "batch_size + forget_batch_size"),
         ("train_micro_batch_size_per_gpu", micro, "micro_batch_size"),
         ("gradient_accumulation_steps", 1, "what fasterase needs (see micro_batch_size)"),
+        ("gradient_clipping", run.max_grad_norm or 0.0, "max_grad_norm"),
+        ("optimizer.type", run.optimizer, "optimizer"),
+        ("optimizer.params.lr", run.lr, "lr"),
+        ("optimizer.params.betas", run.betas, "betas"),
+        ("optimizer.params.weight_decay", run.weight_decay, "weight_decay"),
+        ("torch_autocast.enabled", precision == "bf16", f"bf16 by precision={precision!r}"),
     ):
-        _check(key, given.get(key), own, option)
+        *sections, name = key.split(".")
+        section = given
+        for each in sections:
+            section = _section(section, each)
+        found = section.get(name)
+        if isinstance(found, str):
+            found = found.lower()  # DeepSpeed writes "AdamW"
+        elif isinstance(found, list):
+            found = tuple(found)
+        if found not in (None, AUTO, own):
+            raise InputError(
+                f"deepspeed: {key} is {found!r}, but {option} is {own!r}. Make them equal, or "
+                'write "auto" in the JSON.'
+            )
 
 
-def _check_optimizer(given: Mapping[str, Any], run: UnlearnConfig) -> None:
-    optimizer = _section(given, "optimizer")
-    kind = optimizer.get("type")
-    if kind is not None and kind != AUTO:
-        _check("optimizer.type", str(kind).lower(), run.optimizer, "optimizer")
-    own = {"lr": run.lr, "betas": run.betas, "weight_decay": run.weight_decay}
-    for name, value in _section(optimizer, "params").items():
-        if name in own:
-            _check(f"optimizer.params.{name}", value, own[name], name)
+def _check_modes(given: Mapping[str, Any], precision: str) -> None:
+    """Refuse what would take a part of the training out of the run's hands."""
     if given.get("scheduler") not in (None, AUTO, {}):
         raise InputError(
             "deepspeed: a scheduler is given, but fasterase sets the learning rate itself. Remove "
             "it from the JSON, and use lr, schedule and warmup_steps."
         )
-
-
-def _check_precision(given: Mapping[str, Any], precision: str) -> None:
     if precision == "fp16":
         raise InputError(
             "precision='fp16' does not go with deepspeed: its loss scaling would be DeepSpeed's. "
@@ -167,6 +157,3 @@ def _check_precision(given: Mapping[str, Any], precision: str) -> None:
                 f"deepspeed: {name}.enabled would add up gradients in half precision. Remove it "
                 "from the JSON; precision='bf16' runs matrix products in bf16 over fp32 weights."
             )
-    autocast = _section(given, "torch_autocast").get("enabled")
-    is_bf16 = precision == "bf16"
-    _check("torch_autocast.enabled", autocast, is_bf16, f"bf16 by precision={precision!r}")

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
-from fasterase.engine.activation_checkpointing import checkpointed_activations
+from fasterase.engine.model_state import checkpointed_activations
 from fasterase.engine.optim import EIGHT_BIT, Trained
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.forward import TowerForward

@@ -11,8 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fasterase
-from fasterase.engine.activation_checkpointing import checkpointed_activations
-from fasterase.engine.model_state import borrowed
+from fasterase.engine.model_state import borrowed, checkpointed_activations
 from fasterase.errors import InputError
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.load import load_model

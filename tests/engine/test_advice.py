@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fasterase.config import UnlearnConfig
-from fasterase.engine.advice import advise
-from fasterase.engine.run import Outcome
+from fasterase.engine.outcome import Outcome, advise
 from fasterase.evaluation.verdict import Trace
 
 TRACES = {"forget": Trace(0.9, 0.9, 0.9, 0.8, 1.0, 0.05, 30)}
@@ -14,7 +13,7 @@ TRACES = {"forget": Trace(0.9, 0.9, 0.9, 0.8, 1.0, 0.05, 30)}
 
 def warning(verdict: str | None = "remembered", *, limit: str | None = None, **settings) -> str:
     traces = {} if verdict is None else TRACES
-    outcome = Outcome([], 0.0, verdict, traces, traces, None, limit)
+    outcome = Outcome([], 0.0, verdict, traces, None, limit)
     return advise(outcome, UnlearnConfig(**settings)) or ""
 
 

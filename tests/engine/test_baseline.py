@@ -1,28 +1,52 @@
-"""What an automatic run withholds, and the retain captions that it warns of."""
+"""The original: the retain captions that a run warns of, what it withholds, and what it costs."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from fasterase.encode import PairFeatures
-from fasterase.engine.baseline import _warn_of_naming_captions
+from fasterase.engine.baseline import (
+    Damage,
+    DamageMeter,
+    _warn_of_naming_captions,
+    closeness,
+    find_neighbours,
+)
 from fasterase.engine.job import RetainPool
 
 
-def features(captions: list[str], directions: list[int] | None = None) -> PairFeatures:
+def features(
+    image: Tensor,  # [n, D]
+    text: Tensor,  # [m, D]
+    captions: list[int] | None = None,  # [n] row in `text` of each pair's caption
+    rows: list[int] | None = None,  # [n]
+) -> PairFeatures:
+    own = list(range(len(image))) if captions is None else captions
+    return PairFeatures(
+        np.arange(len(image)) if rows is None else np.array(rows),
+        normalize(image, dim=1),
+        normalize(text, dim=1),
+        [f"caption {i}" for i in range(len(text))],
+        [[each] for each in own],
+        [],
+    )
+
+
+def named(captions: list[str], directions: list[int]) -> PairFeatures:
     """Pairs of one caption each; captions of one direction are alike to the model."""
-    text = torch.eye(40)[list(range(len(captions))) if directions is None else directions]
-    text = normalize(text, dim=1)
-    rows = np.arange(len(captions))
-    return PairFeatures(rows, text, text, captions, [[row] for row in rows.tolist()], [])
+    found = features(torch.eye(40)[directions], torch.eye(40)[directions])
+    return dataclasses.replace(found, captions=captions)
 
 
-FORGET = features(["apple", "Granny Smith"], [0, 1])
+FORGET = named(["apple", "Granny Smith"], [0, 1])
 
 
 @pytest.mark.parametrize(
@@ -30,14 +54,14 @@ FORGET = features(["apple", "Granny Smith"], [0, 1])
     ["a red apple", "Apple!", "an (apple)", "a granny smith, peeled", "boats and apple"],
 )
 def test_captions_that_hold_one_of_the_concept_s_are_named(caption):
-    retain = features([caption, "a boat"], [20, 21])
+    retain = named([caption, "a boat"], [20, 21])
     with pytest.warns(UserWarning, match=r"^retain: 1 of 2 captions seem to name") as caught:
         _warn_of_naming_captions([FORGET], retain)
     assert f"{caption!r} (0.00)" in str(caught[0].message)
 
 
 def test_captions_that_mean_the_same_are_named_nearest_first_and_few():
-    retain = features([f"pomme {i}" for i in range(6)] + ["an apple"], [0] * 6 + [20])
+    retain = named([f"pomme {i}" for i in range(6)] + ["an apple"], [0] * 6 + [20])
     with pytest.warns(UserWarning, match=r"^retain: 7 of 7 captions") as caught:
         _warn_of_naming_captions([FORGET], retain)
     message = str(caught[0].message)
@@ -49,16 +73,14 @@ def test_captions_that_mean_the_same_are_named_nearest_first_and_few():
 def test_other_captions_are_no_reason_to_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _warn_of_naming_captions(
-            [FORGET], features(["pineapple", "granny", "a boat"], [20, 21, 22])
-        )
+        _warn_of_naming_captions([FORGET], named(["pineapple", "granny", "a boat"], [20, 21, 22]))
 
 
 def test_equal_captions_and_those_of_further_sets_are_named():
     """The verdict leaves them out, but training on them teaches them again."""
-    further = features(["pear"], [5])
+    further = named(["pear"], [5])
     with pytest.warns(UserWarning, match=r"^retain: 2 of 3 captions.*'apple' \(1.00\), 'pear'"):
-        _warn_of_naming_captions([FORGET, further], features(["apple", "pear", "x"], [0, 5, 9]))
+        _warn_of_naming_captions([FORGET, further], named(["apple", "pear", "x"], [0, 5, 9]))
 
 
 def test_a_share_of_the_retain_pool_is_withheld():
@@ -74,3 +96,84 @@ def test_a_share_of_the_retain_pool_is_withheld():
     assert len(RetainPool.choose(10**6, batch_size=300, seed=0).withheld) == 1000
     small = RetainPool.choose(99, batch_size=256, seed=0)
     assert (len(small.drawn), len(small.withheld)) == (99, 0), "needed whole"
+
+
+def moved(image: Tensor, pairs: list[int]) -> Tensor:
+    """Images of which some are like the next one's caption."""
+    image = image.clone()
+    image[pairs] = image[[(pair + 1) % len(image) for pair in pairs]]
+    return image
+
+
+def test_loss_is_paired():
+    """What was wrong before and is wrong now costs nothing; what is right again counts back."""
+    eye = torch.eye(20)
+    before = features(moved(eye, [0, 1, 2]), eye)
+    meter = DamageMeter(before)
+    assert meter.measure(before) == Damage(0.0, 0.0)
+    lost = np.zeros(20)
+    lost[[5, 6, 7]] = 1
+    found = meter.measure(features(moved(eye, [0, 1, 2, 5, 6, 7]), eye))
+    assert found.mean == pytest.approx(3 / 20)
+    near_end = 3 / 20 - 1.645 * lost.std(ddof=1) / math.sqrt(20)
+    assert found.low == pytest.approx(near_end, abs=1e-6)
+    assert meter.measure(features(moved(eye, [0, 5]), eye)).mean == pytest.approx(-1 / 20)
+
+
+def test_few_pairs_lost_are_chance_and_many_are_not():
+    eye = torch.eye(100)
+    meter = DamageMeter(features(eye, eye))
+    few, many = (meter.measure(features(moved(eye, [*range(n)]), eye)) for n in (2, 12))
+    assert few.low < 0 < few.mean
+    assert 0.05 < many.low < many.mean == pytest.approx(0.12)
+
+
+def test_captions_that_mean_the_same_are_both_right():
+    """By the original's features: a model that has moved may not vouch for itself."""
+    eye = torch.eye(6)
+    alike = eye.clone()
+    alike[1] = torch.tensor([1.0, 0.3, 0, 0, 0, 0])  # cosine .958 with the first
+    alike[3] = torch.tensor([0, 0, 1.0, 0.35, 0, 0])  # .944 with the third
+    meter = DamageMeter(features(alike, alike))
+    swapped = features(alike[[1, 0, 3, 2, 4, 5]], alike)
+    assert meter.measure(swapped).mean == pytest.approx(2 / 6)
+    collapsed = torch.ones(6, 6)
+    assert meter.measure(features(collapsed, collapsed)).mean == pytest.approx(
+        1 - (2 / 6 * 2 + 4 / 6) / 6
+    )
+
+
+def test_pairs_of_one_caption_are_one_candidate():
+    text = torch.eye(3)
+    image = text[[0, 0, 0, 1, 2]]
+    meter = DamageMeter(features(image, text, [0, 0, 0, 1, 2]))
+    assert meter.measure(features(image, text, [0, 0, 0, 1, 2])).mean == 0.0
+    gone = text[[1, 0, 0, 1, 2]]
+    assert meter.measure(features(gone, text, [0, 0, 0, 1, 2])).mean == pytest.approx(1 / 5)
+
+
+def test_pairs_that_only_one_model_could_read_are_left_out():
+    eye = torch.eye(8)
+    unread = features(eye[1:], eye[1:], rows=list(range(1, 8)))
+    unread = dataclasses.replace(unread, captions=[f"caption {i}" for i in range(1, 8)])
+    now = features(moved(eye, [2]), eye)
+    assert DamageMeter(unread).measure(now).mean == pytest.approx(1 / 7)
+    # The caption of the pair that cannot be read now is no candidate, and no right answer.
+    assert DamageMeter(now).measure(unread).mean == pytest.approx(-1 / 7)
+    other = features(eye, eye, rows=list(range(20, 28)))
+    assert DamageMeter(unread).measure(other) == Damage(0.0, 0.0)
+
+
+def test_neighbours_are_nearest_by_their_captions():
+    text = torch.eye(5)
+    text[3] = torch.tensor([0.9, 0, 0, 0.4, 0])
+    text[1] = torch.tensor([0.5, 0.9, 0, 0, 0])
+    retain = features(torch.randn(5, 5), text, rows=[10, 20, 30, 40, 50])
+    forget = torch.eye(5)[:1]
+    assert list(find_neighbours(forget, retain, 1)) == [10]
+    assert list(find_neighbours(forget, retain, 3)) == [10, 20, 40]
+    assert list(find_neighbours(forget, retain, 99)) == [10, 20, 30, 40, 50]
+    two = torch.eye(5)[[0, 4]]
+    assert closeness(two, retain.first_text).tolist() == pytest.approx(
+        [1.0, 0.5 / math.hypot(0.5, 0.9), 0.0, 0.9 / math.hypot(0.9, 0.4), 1.0]
+    )

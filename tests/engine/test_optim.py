@@ -10,12 +10,11 @@ import torch
 from torch import nn
 
 from fasterase.engine.history import HistoryFile, StepRecord, read_history
-from fasterase.engine.optim import Trained, build_optimizer, lr_schedule
+from fasterase.engine.optim import Trained, build_optimizer
+from fasterase.engine.rates import Schedule
 from fasterase.engine.stops import NonFiniteGuard, non_finite_term
 from fasterase.errors import NonFiniteError
-from fasterase.models.forward import resolve_precision
 from fasterase.objective import EraseLoss
-from fasterase.parallel.local import build_grad_scaler
 from tests.tiny_model import TinyModel
 
 
@@ -64,10 +63,10 @@ def test_what_is_trained_is_chosen_by_name(tune, touched):
 
 
 def test_learning_rates():
-    def rates(schedule, **options):
-        config = {"lr": 2.0, "warmup_steps": 4, "total_steps": 12, **options}
-        lr_at = lr_schedule(schedule=schedule, **config)
-        return [lr_at(step) for step in range(12)]
+    def rates(schedule, warmup_steps=4):
+        is_cosine = schedule == "cosine"
+        rate = Schedule(2.0, warmup_steps=warmup_steps, total_steps=12, is_cosine=is_cosine)
+        return [rate.at(step) for step in range(12)]
 
     assert rates("constant") == [0.5, 1.0, 1.5, 2.0] + [2.0] * 8
     cosine = rates("cosine")
@@ -112,21 +111,11 @@ def test_history_keeps_the_first_steps_and_drops_a_torn_line(tmp_path):
     file = HistoryFile(path, keep_steps=0)
     for step in (1, 2, 3):
         file.append(StepRecord(step=step, total=0.1 * step))
-    file.close()
     with path.open("a") as raw:
         raw.write('{"step": 4, "to')
     assert [record.step for record in read_history(path)] == [1, 2, 3]
     file = HistoryFile(path, keep_steps=2)
     file.append(StepRecord(step=3, total=7.0))
-    file.close()
     assert [record.total for record in read_history(path)] == [0.1, 0.2, 7.0]
     with pytest.raises(AttributeError, match="loss"):
-        _ = file.kept[0].loss
-
-
-def test_precision_on_the_cpu():
-    cpu = torch.device("cpu")
-    assert resolve_precision("auto", cpu) == "fp32"
-    assert resolve_precision("bf16", cpu) == "bf16"
-    assert build_grad_scaler("fp16", cpu).is_enabled()
-    assert not build_grad_scaler("bf16", cpu).is_enabled()
+        _ = file.earlier[0].loss

@@ -13,13 +13,11 @@ from torch import Tensor
 
 from fasterase.engine.history import StepRecord
 from fasterase.engine.pacing import (
-    CHECK_STEPS,
     FADE_STEPS,
     PATIENCE_STEPS,
     AutomaticPacing,
     Check,
-    FixedPacing,
-    LinePacing,
+    Pacing,
 )
 from fasterase.engine.rates import (
     FASTER,
@@ -31,6 +29,7 @@ from fasterase.engine.rates import (
     WIDENING,
     LineFollower,
     Rate,
+    Schedule,
 )
 from fasterase.evaluation.verdict import Trace
 
@@ -94,13 +93,6 @@ class TestLine:
         assert all(later < lr for lr, later in itertools.pairwise(outside[:20]))
         assert outside[-1] == pytest.approx(LEAST_SHARE * FIRST_LR)
 
-    def test_distances_are_smoothed_as_losses_are(self):
-        rate = LineFollower()
-        rates(rate, lambda step: 0.8, 20)
-        before = rate.lr
-        rate.follow(record(21, 0.8, 3 * TRUSTED_DISTANCE))
-        assert rate.lr > before, "one step beyond the border is not yet a move"
-
     def test_the_region_widens_after_the_line(self):
         """A run that lags behind the whole line would else stand still at the border."""
         found = rates(LineFollower(), lambda step: 0.8, 400, anchor=2 * TRUSTED_DISTANCE)
@@ -133,16 +125,6 @@ class TestLine:
         rate.follow(record(2, 0.8, 0.0))
         assert LR_RANGE[0] <= rate.lr <= LR_RANGE[1]
 
-    def test_the_state_goes_through_json(self):
-        rate = LineFollower()
-        rates(rate, lambda step: 0.9**step, 17, anchor=0.003)
-        again = LineFollower()
-        again.restore(json.loads(json.dumps(rate.state())))
-        losses = [0.8 * 0.97**step for step in range(30)]
-        assert rates(rate, lambda step: losses[step - 1], 30) == rates(
-            again, lambda step: losses[step - 1], 30
-        )
-
 
 def test_a_given_rate_is_constant_and_knows_the_share_left():
     rate = Rate(3e-4)
@@ -157,15 +139,15 @@ class TestNumbers:
 
     def test_a_schedule_is_followed_and_the_verdict_checked_once_a_pass(self):
         checks = iter([False, True])
-        pacing = FixedPacing(
-            lambda step: 1.0 / (step + 1),
+        pacing = Pacing(
+            Schedule(1.0, warmup_steps=8, total_steps=30, is_cosine=False),
             total_steps=30,
             is_forgotten=lambda: next(checks),
             check_steps=4,
         )
         done = []
         for step in range(8):
-            assert pacing.lr(step) == 1.0 / (step + 1)
+            assert pacing.lr(step) == (step + 1) / 8
             pacing.after_step(record(step + 1, 0.5))
             done.append(pacing.is_done)
         assert done == [False] * 7 + [True]
@@ -173,7 +155,7 @@ class TestNumbers:
 
     def test_who_no_longer_wants_it_to_stop_gets_the_steps_left(self):
         def pacing(**options):
-            return FixedPacing(lambda step: 1.0, total_steps=30, **options)
+            return Pacing(Rate(1.0), total_steps=30, **options)
 
         stopped = pacing(is_forgotten=lambda: True)
         stopped.after_step(record(1, 0.5))
@@ -186,10 +168,11 @@ class TestNumbers:
         """Losses that follow the line of 40 steps lead one of 400."""
 
         def last_lr(total):
-            pacing = LinePacing(total_steps=total)
+            pacing, again = (
+                Pacing(LineFollower(line_steps=total), total_steps=total) for _ in range(2)
+            )
             for step in range(1, 41):
                 pacing.after_step(record(step, 0.8 * (1 - 0.8 * step / 40)))
-            again = LinePacing(total_steps=total)
             again.restore(json.loads(json.dumps(pacing.state())), {})
             assert again.lr(40) == pacing.lr(40)
             return pacing.lr(40)
@@ -428,12 +411,6 @@ class TestAutomatic:
             assert first.loaded + second.loaded == whole.loaded
             assert second.pacing.limit == whole.pacing.limit
             assert second.pacing.is_done
-
-    def test_checks_are_every_few_steps_while_nothing_changes(self):
-        run = Run(lambda step: KNOWN).take()
-        assert run.checked == [*range(CHECK_STEPS, TOTAL - FADE_STEPS + 1, CHECK_STEPS)] + [
-            step for step in run.checked if step > TOTAL - FADE_STEPS
-        ]
 
     def test_checks_are_every_step_where_a_margin_is_near(self):
         """The residue falls by .02 a step, through the whole window in 25."""

@@ -1,4 +1,4 @@
-"""One run per output folder, also after a kill, in other threads and other processes."""
+"""One run per output folder, also after a kill or an error, and in other processes."""
 
 from __future__ import annotations
 
@@ -7,26 +7,24 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 
 import pytest
 
-from fasterase.engine.run_lock import lock_run
+import fasterase
+from fasterase.engine.conditions import lock_run
 from fasterase.errors import InputError
+from tests.marks import SHORT_RUN
+from tests.tiny_model import TinyModel, pairs
 
 # Holds the folder given until it is killed.
 HOLD = """
 import sys, time
 from pathlib import Path
-from fasterase.engine.run_lock import lock_run
+from fasterase.engine.conditions import lock_run
 with lock_run(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
-
-
-def names_in(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 def test_another_process_is_named_and_its_kill_frees_the_folder(tmp_path):
@@ -64,38 +62,6 @@ def test_orphaned_workers_of_a_killed_run_are_waited_for(tmp_path):
             pass
 
 
-def test_a_second_run_of_this_process_is_refused_and_the_first_keeps_the_lock(tmp_path):
-    def again():
-        with lock_run(tmp_path):
-            pass
-
-    with lock_run(tmp_path):
-        for _ in range(2):
-            with pytest.raises(InputError, match=rf"in use by process {os.getpid()} on"):
-                again()
-        caught = []
-
-        def in_thread():
-            try:
-                again()
-            except InputError as error:
-                caught.append(error)
-
-        thread = threading.Thread(target=in_thread)
-        thread.start()
-        thread.join()
-        assert len(caught) == 1
-    again()
-
-
-def test_an_error_frees_the_folder_and_nothing_but_the_lock_is_left(tmp_path):
-    with pytest.raises(ZeroDivisionError), lock_run(tmp_path):
-        raise ZeroDivisionError
-    assert names_in(tmp_path) == [".run.lock"]
-    with lock_run(tmp_path):
-        pass
-
-
 def test_a_holder_that_has_not_said_who_it_is(tmp_path):
     with lock_run(tmp_path):
         (tmp_path / ".run.json").write_text("{")
@@ -115,6 +81,39 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog)
     assert "cannot be locked (no flock)" in caplog.text
 
 
-def test_no_folder_needs_no_lock():
-    with lock_run(None), lock_run(None):
-        pass
+FORGET, RETAIN = pairs(6, seed=1), pairs(20, seed=2)
+
+
+def run(folder, *, callback=None, **config):
+    settings = {"lr": 1e-3, "batch_size": 8, "forget_batch_size": 4, "max_steps": 4}
+    settings |= {"progress": False, "evaluation": None, "output_dir": folder}
+    return fasterase.unlearn(
+        TinyModel(), FORGET, RETAIN, callback=callback, **{**settings, **config}
+    )
+
+
+@SHORT_RUN
+def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(tmp_path):
+    refused = []
+
+    def start_another(record):
+        with pytest.raises(InputError, match=rf"output_dir: .* by process {os.getpid()}") as caught:
+            run(tmp_path, resume="never")
+        refused.append(caught.value)
+
+    assert len(run(tmp_path, callback=start_another).history) == 4
+    assert len(refused) == 4
+    run(tmp_path)
+
+
+@SHORT_RUN
+def test_a_run_that_failed_frees_its_folder(tmp_path):
+    def fail(record):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path, callback=fail)
+    with pytest.raises(InputError, match="forget"):
+        fasterase.unlearn(TinyModel(), [], RETAIN, output_dir=tmp_path)
+    run(tmp_path)
+    assert [path.name for path in tmp_path.glob(".*")] == [".run.lock"]

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 
 import fasterase
-from fasterase.config import UnlearnConfig
 from tests.tiny_model import TinyModel, pairs
 
 STEPS = {"lr": 1e-2, "batch_size": 8, "forget_batch_size": 4, "progress": False, "max_steps": 3}
@@ -170,8 +169,3 @@ def test_a_missing_tracker_is_refused_before_the_model_is_loaded(name, monkeypat
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(fasterase.MissingExtraError, match=rf"fasterase\[{name}\]"):
         fasterase.unlearn("no such model", "f", "r", report_to=name)
-
-
-def test_other_trackers_are_refused():
-    with pytest.raises(fasterase.InputError, match="report_to"):
-        UnlearnConfig(report_to="mlflow")

@@ -117,12 +117,7 @@ def test_token_ids_and_seeds():
         trained = Trained.choose(model, "all", logit_scale=False)
         before = model.weights()
         found_here = forget_words(
-            PairEncoder(model),
-            forget,
-            retain,
-            drawn=np.arange(3),
-            trained=trained,
-            seed=seed,
+            PairEncoder(model), forget, retain, drawn=np.arange(3), trained=trained, seed=seed
         )
         assert len(found_here.tokens) == 2  # the concept's own
         ((name, table),) = (
@@ -137,7 +132,7 @@ def test_token_ids_and_seeds():
 
 @pytest.mark.filterwarnings("ignore:verdict")
 @pytest.mark.parametrize("forget_weight", [0.0, 3.0])
-def test_a_run_begins_with_it_unless_it_forgets_nothing(forget_weight):
+def test_a_run_begins_with_it_unless_it_forgets_nothing_and_says_so(forget_weight, capsys):
     erased = knowing_model()
     original = {name: weight.clone() for name, weight in erased.weights().items()}
     fasterase.unlearn(
@@ -146,26 +141,14 @@ def test_a_run_begins_with_it_unless_it_forgets_nothing(forget_weight):
         concept_pairs(KEPT, 20, seed=2),
         forget_weight=forget_weight,
         lr=1e-9,
-        max_steps=1,
-        evaluation=None,
-        progress=False,
-    )
-    moved = {n: (w - original[n]).abs().amax().item() for n, w in erased.weights().items()}
-    large = [name for name, distance in moved.items() if distance > 1e-3]
-    assert len(large) == (forget_weight > 0)
-
-
-@pytest.mark.filterwarnings("ignore:verdict")
-def test_a_run_says_what_it_draws_and_how_many_words_it_forgets(capsys):
-    fasterase.unlearn(
-        knowing_model(),
-        concept_pairs([FORGOTTEN], 24, seed=1),
-        concept_pairs(KEPT, 20, seed=2),
-        lr=1e-9,
         max_steps=3,
         batch_size=8,
         evaluation=None,
     )
+    moved = {n: (w - original[n]).abs().amax().item() for n, w in erased.weights().items()}
+    large = [name for name, distance in moved.items() if distance > 1e-3]
+    assert len(large) == (forget_weight > 0)
     printed = "".join(capsys.readouterr())
     assert "training draws at most 24 of 140 retain pairs" in printed
-    assert "2 tokens of the forget set alone lost their meaning" in printed
+    said = "2 tokens of the forget set alone lost their meaning"
+    assert (said in printed) == (forget_weight > 0)

@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fasterase
-from fasterase.engine import build_engine
+from fasterase.engine import optim
 from fasterase.errors import ResumeError
 from fasterase.models.forward import Features
 from fasterase.parallel.local import LocalEngine
@@ -169,13 +169,13 @@ def run_case(name: str, folder: Path | None = None, **overrides: Any) -> dict[st
         assert folder is not None
         settings["output_dir"] = str(folder / case.folder)
     module = model.module if case.automatic else model
-    handed = case.optimizer or build_engine.build_optimizer
+    handed = case.optimizer or optim.build_optimizer
     verdict = None
     history: list[dict[str, Any]] = []
     error = ""
     try:
         with (
-            patch.object(build_engine, "build_optimizer", handed),
+            patch.object(optim, "build_optimizer", handed),
             _in_fp64(model) if case.in_fp64 else nullcontext(),
             _breaking(case.broken),
             _Reductions() as reductions,

@@ -9,8 +9,12 @@ import pytest
 import torch
 
 from tests.parallel.job import STEPS, make_model, run_case
-from tests.parallel.launched import outcome, run_cases
-from tests.parallel.nearness import assert_equal_in_fp64, assert_near_in_fp32
+from tests.parallel.launched import (
+    assert_equal_in_fp64,
+    assert_near_in_fp32,
+    outcome,
+    run_cases,
+)
 
 pytest.importorskip("deepspeed")
 
@@ -38,9 +42,21 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def folder(case: str, request: pytest.FixtureRequest) -> Path:
+    """Where the outcomes of a case are."""
+    return request.getfixturevalue("quick" if case in QUICK else "whole")
+
+
 @pytest.fixture(scope="module")
 def alone() -> dict[str, dict[str, Any]]:
     return {}
+
+
+def cases(kind: str) -> list[Any]:
+    """All cases of a kind; those that take long are run with all others."""
+    slow = [pytest.param(case, marks=pytest.mark.scale) for case in WHOLE if case.startswith(kind)]
+    return [*(case for case in QUICK if case.startswith(kind)), *slow]
 
 
 def one_process(case: str, alone: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -53,7 +69,9 @@ def one_process(case: str, alone: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return alone[plain]
 
 
-def assert_same_run(case: str, folder: Path, alone: dict[str, dict[str, Any]]) -> None:
+@pytest.mark.parametrize("case", [*cases("sgd"), *cases("adam")])
+@pytest.mark.filterwarnings("ignore:verdict")
+def test_two_processes_equal_one(case, folder, alone):
     expected = one_process(case, alone)
     found = outcome(folder, case)
     assert len(found["history"]) == STEPS
@@ -66,19 +84,6 @@ def assert_same_run(case: str, folder: Path, alone: dict[str, dict[str, Any]]) -
     assert other["history"] == found["history"]
     for name, weight in found["weights"].items():
         assert torch.equal(other["weights"][name], weight), name
-
-
-@pytest.mark.parametrize("case", ["sgd-plain", "adam-cached", "sgd-zero1", "sgd-zero3"])
-@pytest.mark.filterwarnings("ignore:verdict")
-def test_two_processes_equal_one(case, quick, alone):
-    assert_same_run(case, quick, alone)
-
-
-@pytest.mark.scale
-@pytest.mark.parametrize("case", [case for case in WHOLE if case.startswith(("sgd", "adam"))])
-@pytest.mark.filterwarnings("ignore:verdict")
-def test_every_stage_equals_one_process(case, whole, alone):
-    assert_same_run(case, whole, alone)
 
 
 def test_reductions_do_not_grow_with_micro_batches(quick):
@@ -94,7 +99,8 @@ def test_reductions_of_zero_do_not_grow_with_micro_batches(stage, whole, quick):
     assert outcome(whole, f"sgd-plain-zero{stage}")["reductions"] == cached > 0
 
 
-def assert_left_out(case: str, folder: Path) -> None:
+@pytest.mark.parametrize("case", cases("nan"))
+def test_the_nan_of_one_rank_leaves_all_weights_alone(case, folder):
     histories = [outcome(folder, case, rank=rank)["history"] for rank in (0, 1)]
     assert repr(histories[0]) == repr(histories[1])  # a NaN is not equal to itself
     assert [record["applied"] for record in histories[0]] == [True, False, True, True, True]
@@ -104,29 +110,9 @@ def assert_left_out(case: str, folder: Path) -> None:
         assert torch.equal(weight, weights[1][name])
 
 
-@pytest.mark.parametrize("case", ["nan", "nan-zero3"])
-def test_the_nan_of_one_rank_leaves_all_weights_alone(case, quick):
-    assert_left_out(case, quick)
-
-
-@pytest.mark.scale
-@pytest.mark.parametrize("case", ["nan-zero1", "nan-zero2"])
-def test_the_nan_of_one_rank_leaves_all_weights_alone_at_every_stage(case, whole):
-    assert_left_out(case, whole)
-
-
-def assert_decided_alike(case: str, folder: Path) -> None:
+@pytest.mark.parametrize("case", cases("automatic"))
+def test_the_automatic_recipe_decides_alike_on_all_ranks(case, folder):
     outcomes = [outcome(folder, case, rank=rank) for rank in (0, 1)]
     assert outcomes[0]["verdict"] == outcomes[1]["verdict"] == "forgotten"
     assert outcomes[0]["history"] == outcomes[1]["history"]
     assert len({record["lr"] for record in outcomes[0]["history"]}) > 10
-
-
-def test_the_automatic_recipe_decides_alike_on_all_ranks(quick):
-    assert_decided_alike("automatic", quick)
-
-
-@pytest.mark.scale
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_the_automatic_recipe_decides_alike_under_zero(stage, whole):
-    assert_decided_alike(f"automatic-zero{stage}", whole)

@@ -77,19 +77,27 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
     return load_file(output / "model" / "open_clip_model.safetensors")
 
 
-def test_sigterm_to_one_rank_saves_on_all(inputs, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "rank"),
+    [
+        ("SIGTERM", 1),
+        pytest.param("SIGTERM", None, marks=pytest.mark.scale, id="SIGTERM to the launcher"),
+        pytest.param("SIGUSR1", 0, marks=pytest.mark.scale),
+    ],
+)
+def test_a_signal_saves_on_all(inputs, tmp_path, name, rank):
     output = tmp_path / "run"
     job = start(torchrun(*unlearn_command(inputs, output)))
     await_steps(job, output, 3)
-    os.kill(ranks_of(job)[1], signal.SIGTERM)
+    os.kill(job.pid if rank is None else ranks_of(job)[rank], getattr(signal, name))
     said = finish(job)
     assert status(output) == 75, said
     steps = len((output / "history.jsonl").read_text().splitlines())
     assert steps < STEPS
     assert saved_steps(output)[-1] == steps
-    assert "stopped by SIGTERM" in said
     shards = (output / "checkpoints" / f"step-{steps:09d}").glob("shard-*-of-00002.safetensors")
     assert len(list(shards)) == 2
+    assert f"stopped by {name}" in said or rank is None
 
 
 def test_a_killed_rank_is_named_and_the_relaunch_ends_as_if_nothing_had_happened(inputs, tmp_path):
@@ -112,28 +120,6 @@ def test_a_killed_rank_is_named_and_the_relaunch_ends_as_if_nothing_had_happened
     assert len((output / "history.jsonl").read_text().splitlines()) == 30
     expected, found = weights(whole), weights(output)
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
-
-
-@pytest.mark.scale
-def test_sigterm_to_the_launcher_saves_on_all(inputs, tmp_path):
-    output = tmp_path / "run"
-    job = start(torchrun(*unlearn_command(inputs, output)))
-    await_steps(job, output, 3)
-    job.send_signal(signal.SIGTERM)
-    said = finish(job)
-    assert status(output) == 75, said
-    assert saved_steps(output)[-1] == len((output / "history.jsonl").read_text().splitlines())
-
-
-@pytest.mark.scale
-@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no SIGUSR1 here")
-def test_sigusr1_to_one_rank_saves_on_all(inputs, tmp_path):
-    output = tmp_path / "run"
-    job = start(torchrun(*unlearn_command(inputs, output)))
-    await_steps(job, output, 3)
-    os.kill(ranks_of(job)[0], signal.SIGUSR1)
-    said = finish(job)
-    assert status(output) == 75, said
 
 
 @pytest.mark.scale

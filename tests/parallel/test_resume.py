@@ -14,8 +14,7 @@ from safetensors import safe_open
 from fasterase.engine.optim import Trained
 from fasterase.models.load import load_model
 from tests.parallel.job import make_big_model, make_model, run_case
-from tests.parallel.launched import outcome, run_cases
-from tests.parallel.nearness import assert_near_in_fp32
+from tests.parallel.launched import assert_near_in_fp32, outcome, run_cases
 
 pytest.importorskip("deepspeed")
 pytestmark = [pytest.mark.filterwarnings("ignore:verdict")]

@@ -14,7 +14,7 @@ RUN = UnlearnConfig(batch_size=12, forget_batch_size=4, lr=1e-4, max_steps=3)
 
 
 def completed(given, *, precision="fp32", run=RUN):
-    return complete(read_deepspeed(given), run, precision=precision, world_size=2)
+    return complete(run.replace(deepspeed=given), precision=precision, world_size=2)
 
 
 @pytest.mark.parametrize(

@@ -1,22 +1,45 @@
-"""What a run's verdict means for its user, in words: the figures, and what to do next."""
+"""What came of a run, and what it means for its user, in words."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from fasterase.config import UnlearnConfig
-from fasterase.engine.run import Outcome
+from fasterase.engine.history import StepRecord
 from fasterase.evaluation.verdict import (
     FEW_IMAGES,
     FORGOTTEN,
     NEVER_KNOWN,
     OVER_ERASED,
+    Trace,
     describe_verdict,
 )
+from fasterase.models.lora import LoraAdapter
+from fasterase.report.evaluation import Evaluation
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The outcome of a run."""
+
+    history: list[StepRecord]
+    floor: float  # cosine of unrelated pairs under the original
+    verdict: str | None  # None if there was nothing to compare with
+    traces: dict[str, Trace]  # set to forget -> what is left of it
+    evaluation: Evaluation | None  # the erased model beside the original
+    limit: str | None  # what kept an automatic run from forgetting: "damage", "steps" or None
+    adapter: LoraAdapter | None = None  # what tune="lora:N" has added to the weights
+
+    def figures(self) -> dict[str, float]:
+        """Return `set/name` -> value of what is left of each set, and of the evaluation."""
+        residues = {f"{name}/residue": trace.residue for name, trace in self.traces.items()}
+        return residues | ({} if self.evaluation is None else self.evaluation.flat())
 
 
 def advise(outcome: Outcome, config: UnlearnConfig) -> str | None:
     """Return a warning of any verdict but "forgotten", of none, and of one that few images show.
 
-    None if there is nothing to warn of.
+    It has the figures and says what to do next. None if there is nothing to warn of.
     """
     if outcome.verdict is None:
         return (
@@ -37,6 +60,7 @@ def advise(outcome: Outcome, config: UnlearnConfig) -> str | None:
 
 def _next_step(outcome: Outcome, config: UnlearnConfig) -> str:
     steps = len(outcome.history)
+    known = f"It is still known after {steps} step{'' if steps == 1 else 's'}"
     if outcome.verdict == NEVER_KNOWN:
         return (
             "The original model does not know these pairs, so there is nothing to forget"
@@ -44,40 +68,32 @@ def _next_step(outcome: Outcome, config: UnlearnConfig) -> str:
             "check the model, its tokenizer and preprocess, and that the captions belong to the "
             "images."
         )
-    return f"{_remedy(outcome, config, steps)}{_where(config)}"
-
-
-def _remedy(outcome: Outcome, config: UnlearnConfig, steps: int) -> str:
-    known = f"It is still known after {steps} step{'' if steps == 1 else 's'}"
     if outcome.verdict == OVER_ERASED:
-        return (
+        remedy = (
             "The pairs are less similar than unrelated ones, which shows what was erased. Train "
             "for fewer steps, with a lower lr, or with the automatic recipe (lr, epochs and floor "
             "'auto')."
         )
-    if outcome.limit == "damage":
-        return (
+    elif outcome.limit == "damage":
+        remedy = (
             f"Forgetting it costs kept pairs more than max_damage={config.max_damage:g} of their "
             "recall@1, so the weights with the least residue within it were kept. Allow more "
             "(max_damage=None allows any), or give more retain pairs close to the concept."
         )
-    if config.runs_until_forgotten:
+    elif config.runs_until_forgotten:
         most = ", the most that an automatic run takes" if outcome.limit == "steps" else ""
-        return (
-            f"{known}{most}. Give more forget pairs or larger "
-            "batches, or numbers for max_steps and lr."
+        remedy = (
+            f"{known}{most}. Give more forget pairs or larger batches, or numbers for max_steps "
+            "and lr."
         )
-    further = "" if config.output_dir is None else ": the run in output_dir continues"
-    lr = "" if config.lr == "auto" else f", a higher lr (now {config.lr:g})"
-    return (
-        f"{known}. Give more steps (max_steps or epochs{further})"
-        f"{lr} or a higher forget_weight (now {config.forget_weight:g}); or give neither lr nor "
-        "epochs nor max_steps: the run then ends once it is forgotten."
-    )
-
-
-def _where(config: UnlearnConfig) -> str:
-    """Say where a run with other settings can go: checkpoints of this one refuse them."""
-    if config.output_dir is None:
-        return ""
-    return " Other settings need another output_dir, or resume='never'."
+    else:
+        further = "" if config.output_dir is None else ": the run in output_dir continues"
+        lr = "" if config.lr == "auto" else f", a higher lr (now {config.lr:g})"
+        remedy = (
+            f"{known}. Give more steps (max_steps or epochs{further}){lr} or a higher "
+            f"forget_weight (now {config.forget_weight:g}); or give neither lr nor epochs nor "
+            "max_steps: the run then ends once it is forgotten."
+        )
+    # The checkpoints of this run refuse other settings.
+    other = " Other settings need another output_dir, or resume='never'."
+    return remedy if config.output_dir is None else remedy + other
