@@ -14,8 +14,8 @@ import fasterase
 from fasterase.cli import main
 from fasterase.cli.parser import parse
 from fasterase.errors import InputError
-from fasterase.planner.measure import measure_micro_batch
-from fasterase.planner.setups import _largest
+from fasterase.planner.count import measure_micro_batch
+from fasterase.planner.plan import _largest
 from tests import small_models
 
 
@@ -56,8 +56,8 @@ def test_big_g_on_eight_gpus_is_zero_1(big_g):
         12e6 * big_g.flops_per_pair / (0.4 * 989e12) / 3600
     )
     assert big_g.disk_bytes == 2 * 12_000_000 * (8 + 1280 * 2)
-    assert big_g.run.retain_pairs == 100 * 256
-    assert big_g.run.steps == math.ceil(100_000 / 64)
+    assert big_g.retain_pairs == 100 * 256
+    assert big_g.steps == math.ceil(100_000 / 64)
     assert "--model ViT-bigG-14/TAG " in big_g.command
     launcher, unlearn = big_g.command.split(" --module fasterase ")
     assert launcher == "deepspeed --num_gpus 8"
@@ -159,12 +159,10 @@ def test_outputs_of_frozen_blocks_take_disk():
     options = {"forget": 1000, "tune": "last:1", "prefix_cache": 20}
     image, text = 50 * 768, 77 * 512
     found = fasterase.plan("ViT-B-32", 100_000, precision="fp32", **options)
-    assert found.run.prefix_bytes == (25_600 + 9 * 1000) * (4 * image + 20) + 26_600 * (
-        4 * text + 20
-    )
+    assert found.prefix_bytes == (25_600 + 9 * 1000) * (4 * image + 20) + 26_600 * (4 * text + 20)
     assert "GB at most" in str(found)
     half = fasterase.plan("ViT-B-32", 100_000, forget_augment=False, **options)
-    assert half.run.prefix_bytes == 26_600 * (2 * image + 2 * text + 40)
-    assert fasterase.plan("ViT-B-32", 100_000, tune="last:1").run.prefix_bytes == 0
+    assert half.prefix_bytes == 26_600 * (2 * image + 2 * text + 40)
+    assert fasterase.plan("ViT-B-32", 100_000, tune="last:1").prefix_bytes == 0
     with pytest.raises(InputError, match="one process"):
         fasterase.plan("ViT-B-32", 100_000, gpus=8, **options)
