@@ -39,7 +39,12 @@ def parse_text(name: str, text: str, hint: Any) -> Any:
     Raises:
         InputError: none has; the message starts with `name`.
     """
-    in_yaml = _read_yaml(text)
+    import yaml
+
+    try:
+        in_yaml = yaml.safe_load(text)
+    except Exception:  # not YAML; PyYAML also raises ValueError, KeyError, OverflowError ...
+        in_yaml = text
     readings = [text, in_yaml, text.strip("()[] ").split(",")]
     if text.lower() in ("none", "null"):
         readings.insert(0, None)
@@ -50,16 +55,6 @@ def parse_text(name: str, text: str, hint: Any) -> Any:
         with contextlib.suppress(InputError):
             return parse_value(name, reading, hint)
     return parse_value(name, text, hint)
-
-
-def _read_yaml(text: str) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    # Not YAML: take the text itself. PyYAML also raises ValueError, KeyError, OverflowError ...
-    except Exception:
-        return text
 
 
 def parse_named(name: str, entries: Any) -> dict[str, str]:
@@ -108,13 +103,8 @@ def suggest_names(name: object, known: Iterable[str], *, otherwise: str) -> str:
 def parse_names(argument: str, names: Any, known: Collection[str]) -> list[str]:
     """Return the distinct names of a list, in order.
 
-    Args:
-        argument: name of the argument, a plural such as `"attacks"`.
-        names: its value.
-        known: all names there are.
-
     Raises:
-        InputError: it is no list, or a name is not among `known`.
+        InputError: it is no list, or a name is not among `known`; names `argument`, a plural.
     """
     listed = f"Known: {', '.join(known)}."
     if isinstance(names, str) or not isinstance(names, Sequence):

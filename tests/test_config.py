@@ -132,6 +132,7 @@ def test_cliperase_is_the_paper_and_takes_overrides():
         ("betas", (0.9, 1.0)),
         ("betas", 0.9),
         ("max_grad_norm", 0.0),
+        ("tune", "auto"),
         ("tune", "last"),
         ("tune", "last:0"),
         ("precision", "fp8"),

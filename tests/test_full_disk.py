@@ -63,7 +63,7 @@ def save_pickle(file: Path) -> None:
 )
 def test_any_writer_on_a_full_disk(tmp_path, write):
     path = write_text(tmp_path / "file", "old")
-    named = r"File too large: .*file cannot be written, it takes 4\.0 kB\. .* unchanged"
+    named = r"File too large: .*file cannot be written, it takes 4\.00kB\. .* unchanged"
     with (
         small_files(2000),
         pytest.raises(DiskFullError, match=named),
