@@ -147,6 +147,12 @@ def test_broken_pairs_are_named_in_a_warning() -> None:
     assert found.pairs["forget"] == 1
 
 
+def test_a_model_that_is_missing_is_named_before_another_one_is_measured(monkeypatch) -> None:
+    monkeypatch.setattr("fasterase.api.PairEncoder", lambda *_, **__: pytest.fail("measured"))
+    with pytest.raises(InputError, match="model: 'no/folder'"):
+        fasterase.evaluate("no/folder", FORGET, RETAIN, original=lookup_model())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -34,7 +34,7 @@ from tests.cli.fake_api import REQUIRED
         (["erase"], "unknown command erase. The commands are unlearn, evaluate, plan, split"),
         (["unlean", "--model", "m"], "unknown command unlean. Did you mean unlearn"),
         (["--local_rank", "0", "evalute"], "Did you mean evaluate?"),
-        (["--model", "m", "evaluate"], "Write the command first: fasterase evaluate --model"),
+        (["--model", "m", "evaluate"], "Those of a command stand after it"),
         ([], "command"),
         (["--versio"], "--version"),
         (["evaluate", "--model", "m"], "--forget, --retain"),
