@@ -127,27 +127,27 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
 
 def _convert(value: Any, kind: Any) -> Any:
     """Return `value` as `kind`, one of `_kinds`; `ValueError` or `OverflowError` if it is not."""
-    container, items = get_origin(kind), get_args(kind)
+    if get_origin(kind) is not None:
+        return _convert_items(value, get_origin(kind), get_args(kind))
     if isinstance(kind, str):
         if isinstance(value, str) and value == kind:
             return value
-    elif kind is float:
-        if isinstance(value, int | float | str) and not isinstance(value, bool):
-            number = float(value)
-            if math.isfinite(number):
-                return number
-    elif kind is str:
-        if isinstance(value, str | PathLike):
-            return str(value)
-    elif container is tuple:
-        if isinstance(value, list | tuple) and len(value) == len(items):
-            return tuple(_convert(item, part) for item, part in zip(value, items, strict=True))
-    elif container is list:
-        if isinstance(value, list):
-            return [_convert(item, items[0]) for item in value]
-    elif container is dict:
-        if isinstance(value, Mapping):
-            return dict(value)
+    elif kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        number = float(value)
+        if math.isfinite(number):
+            return number
+    elif kind is str and isinstance(value, PathLike):
+        return str(value)
     elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
+    raise ValueError
+
+
+def _convert_items(value: Any, container: Any, items: Sequence[Any]) -> Any:
+    if container is tuple and isinstance(value, list | tuple) and len(value) == len(items):
+        return tuple(_convert(item, part) for item, part in zip(value, items, strict=True))
+    if container is list and isinstance(value, list):
+        return [_convert(item, items[0]) for item in value]
+    if container is dict and isinstance(value, Mapping):
+        return dict(value)
     raise ValueError
