@@ -265,7 +265,7 @@ def _compute_matrices(
 
 
 def _select_rows(pairs: _Pairs, rows: slice, has_kl: bool) -> dict[str, Any]:
-    """Arguments of `contrastive` for these rows, with the reference if `has_kl`."""
+    """Arguments of `contrastive` for these rows, with the original's features if `has_kl`."""
     ref_image, ref_text = pairs.ref_image, pairs.ref_text
     return {
         "image": pairs.image[rows],
