@@ -39,32 +39,25 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # Imported when first used, so that `fasterase --help` and a mistyped flag need not wait for torch.
-_HOME = {
-    "unlearn": "fasterase.api",
-    "UnlearnResult": "fasterase.result",
-    "UnlearnConfig": "fasterase.config",
-    "evaluate": "fasterase.api",
-    "Evaluation": "fasterase.report.evaluation",
-    "split": "fasterase.pairs.split",
-    "plan": "fasterase.planner",
-    "Plan": "fasterase.planner",
-    "apply_delta": "fasterase.models.delta",
-    "erase_loss": "fasterase.objective",
-    "EraseLoss": "fasterase.objective",
-    "ClipLoss": "fasterase.losses",
-    "DistillClipLoss": "fasterase.losses",
-    "contrastive": "fasterase.ops.contrastive",
-    "Contrastive": "fasterase.ops.contrastive",
-    "available_backends": "fasterase.ops.contrastive",
-    "explain_backend": "fasterase.ops.contrastive",
-    "DiskFullError": "fasterase.errors",
-    "FaseraseError": "fasterase.errors",
-    "InputError": "fasterase.errors",
-    "MissingExtraError": "fasterase.errors",
-    "NonFiniteError": "fasterase.errors",
-    "PreemptedError": "fasterase.errors",
-    "ResumeError": "fasterase.errors",
+_NAMES = {
+    "fasterase.api": ("unlearn", "evaluate"),
+    "fasterase.result": ("UnlearnResult",),
+    "fasterase.config": ("UnlearnConfig",),
+    "fasterase.report.evaluation": ("Evaluation",),
+    "fasterase.pairs.split": ("split",),
+    "fasterase.planner": ("plan", "Plan"),
+    "fasterase.models.delta": ("apply_delta",),
+    "fasterase.objective": ("erase_loss", "EraseLoss"),
+    "fasterase.losses": ("ClipLoss", "DistillClipLoss"),
+    "fasterase.ops.contrastive": (
+        *("contrastive", "Contrastive", "available_backends", "explain_backend"),
+    ),
+    "fasterase.errors": (
+        *("FaseraseError", "InputError", "MissingExtraError", "ResumeError"),
+        *("DiskFullError", "NonFiniteError", "PreemptedError"),
+    ),
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [*_HOME, "__version__"]
 

@@ -21,7 +21,7 @@ from fasterase.engine.conditions import check_environment, check_retain, lock_ru
 from fasterase.engine.history import StepRecord, tracking
 from fasterase.engine.job import Job, RunClock
 from fasterase.engine.model_state import best_device, borrowed, placed, resolve_device
-from fasterase.engine.outcome import Outcome, advise
+from fasterase.engine.outcome import advise
 from fasterase.engine.run import Run
 from fasterase.engine.stops import explaining_interrupts
 from fasterase.errors import InputError
@@ -140,11 +140,10 @@ def unlearn(
                     model, tokenizer=tokenizer, preprocess=preprocess, model_name=model_name
                 )
                 named = isinstance(model, (str, os.PathLike))
-                if copy and not named:
-                    encoder = separate_copy(encoder)
+                encoder = separate_copy(encoder) if copy and not named else encoder
             keys = {"image_key": image_key, "text_key": text_key}
             with ranks.raising_together():
-                opened, to_forget = _open_sets(forget, retain, holdout, sets, forget_sets, **keys)
+                opened, to_forget = _open_sets(forget, retain, holdout, sets, forget_sets, keys)
                 check_retain(opened["retain"], config)
                 opened["retain"], removed = remove_overlap(opened["retain"], opened["forget"])
             _warn_overlap(removed)
@@ -161,32 +160,27 @@ def unlearn(
             job = Job(encoder, opened, to_forget, config, ledger, clock, output, callback, ranks)
             # Not before: a call with a wrong argument leaves no folder behind.
             with ranks.first_enters(lambda: lock_run(output)):
-                outcome = _run(job, device)
-                result = UnlearnResult(
-                    model=encoder.given,
-                    history=outcome.history,
-                    evaluation=outcome.evaluation,
-                    verdict=outcome.verdict,
-                    traces=outcome.traces,
-                    config=config,
-                    skipped=ledger.skips,
-                    floor=outcome.floor,
+                result = _run(
+                    job,
+                    device,
                     removed_from_retain=removed,
-                    seconds=clock.seconds(),
-                    encoder=encoder,
                     original_weights=weights,
-                    adapter=outcome.adapter,
-                    sets=opened,
                     parent_record=parent_record,
                 )
                 with ranks.raising_together():
                     if output is not None and ranks.is_first:
-                        _write(result, output)
+                        result.save(output / "model")
+                        if result.evaluation is not None:
+                            result.evaluation.to_json(output / "evaluation.json")
+                        result.report(output / "report.md")
             return result
 
 
-def _run(job: Job, device: torch.device) -> Outcome:
-    """Make the run of a job on a device, tell trackers, and warn of what the user should know."""
+def _run(job: Job, device: torch.device, **known: Any) -> UnlearnResult:
+    """Make the run of a job on a device, tell trackers, and warn of what the user should know.
+
+    `known` are the fields of the result that are known before.
+    """
     encoder, config = job.model, job.config
     if config.progress:
         tqdm.write(f"fasterase: erasing from {encoder.name}; recipe: {describe_recipe(config)}")
@@ -210,14 +204,21 @@ def _run(job: Job, device: torch.device) -> Outcome:
     if advice is not None:
         warnings.warn(advice, stacklevel=3)
     remember(encoder.module, encoder.companions)
-    return outcome
-
-
-def _write(result: UnlearnResult, output: Path) -> None:
-    result.save(output / "model")
-    if result.evaluation is not None:
-        result.evaluation.to_json(output / "evaluation.json")
-    result.report(output / "report.md")
+    return UnlearnResult(
+        model=encoder.given,
+        history=outcome.history,
+        evaluation=outcome.evaluation,
+        verdict=outcome.verdict,
+        traces=outcome.traces,
+        config=config,
+        skipped=job.ledger.skips,
+        floor=outcome.floor,
+        seconds=job.clock.seconds(),
+        encoder=encoder,
+        adapter=outcome.adapter,
+        sets=job.sets,
+        **known,
+    )
 
 
 @contextmanager
@@ -284,10 +285,10 @@ def evaluate(
         class_names: classes of the zero-shot accuracy, kept ones too. None: the classes that the
             sources carry (class-per-folder), if any.
         templates: prompts with `{}` for the class name. None: "a photo of a {}.".
-        tasks: what models are used for, on every set and model here (docs/attacks.md):
+        tasks: what models are used for, on every set and model here (docs/evidence.md):
             "zero_shot", "retrieval", "image_retrieval", "linear_probe", "prototypes" and
             "paraphrases".
-        attacks: attempts to bring the concept back, run on every model here (docs/attacks.md):
+        attacks: attempts to bring the concept back, run on every model here (docs/evidence.md):
             "swap" looks for it with the original's image tower and the model's text tower, and the
             reverse; "probe" tries to tell its images from others by their features alone;
             "quantise" judges the model again with 8- and 4-bit weights; "relearn" fine-tunes
@@ -315,11 +316,10 @@ def evaluate(
         MissingExtraError: a task or an attack needs a package that is not installed (extra `eval`).
     """
     tasks = check_tasks(tasks)
-    attacks = check_attacks(
-        attacks, original=original is not None, non_members=non_members is not None
-    )
+    has_strangers = non_members is not None
+    attacks = check_attacks(attacks, original=original is not None, non_members=has_strangers)
     keys: dict[str, Any] = {"image_key": image_key, "text_key": text_key}
-    sources, to_forget = _open_sets(forget, retain, holdout, sets, forget_sets, **keys)
+    sources, to_forget = _open_sets(forget, retain, holdout, sets, forget_sets, keys)
     if not len(sources["retain"]):
         raise InputError("`retain` is empty; a verdict needs pairs to keep, to compare with.")
     strangers = None if non_members is None else open_pairs(non_members, name="non_members", **keys)
@@ -339,39 +339,59 @@ def evaluate(
     examiner = Examiner(evaluator, tasks=tasks, attacks=attacks, non_members=strangers)
     ledger = SkipLedger(sum(map(len, sources.values())), max_skipped=1.0)
 
-    record, fingerprint = read_record(model), ""
-
-    def measure(name: str, each: Model, *, before: Measurement | None = None) -> Measurement:
-        # One model at a time, so that of models given by name only one is in memory.
-        encoder = load_compared(
-            name, each, tokenizer=tokenizer, preprocess=preprocess, model_name=model_name
-        )
-        named = isinstance(each, (str, os.PathLike))
-        default = best_device() if named else encoder.device
-        with placed(encoder, device=resolve_device(device, default=default)):
-            pairs = PairEncoder(encoder, ledger=ledger, num_workers=workers, progress=progress)
-            features = evaluator.encode(pairs)
-            measured = evaluator.measure(pairs, features, original=before)
-            examiner.examine(name, pairs, features)
-            if name == "model" and record is not None:
-                nonlocal fingerprint
-                fingerprint = fingerprint_weights(encoder.module)
-            return measured
-
-    before = None if original is None else measure("original", original)
-    measured = measure("model", model, before=before)
-    compared = {name: measure(name, other, before=before) for name, other in references.items()}
+    models: dict[str, Model] = {} if original is None else {"original": original}
+    models |= {"model": model, **references}
+    record = read_record(model)
+    given = {"tokenizer": tokenizer, "preprocess": preprocess, "model_name": model_name}
+    encoding = {"ledger": ledger, "num_workers": workers, "progress": progress}
+    measured, fingerprint = _measure_models(
+        models, evaluator, examiner, given, encoding, device=device, audited=record is not None
+    )
     evaluation = compare(
         evaluator,
-        measured,
-        original=before,
-        references=compared,
+        measured.pop("model"),
+        original=measured.pop("original", None),
+        references=measured,
         tasks=examiner.task_figures(),
         attacks=examiner.attack_figures(),
         series=examiner.series(),
     )
     digests = {name: source.digest() for name, source in sources.items()} if record else {}
     return audit(evaluation, record, fingerprint=fingerprint, digests=digests)
+
+
+def _measure_models(
+    models: Mapping[str, Model],
+    evaluator: Evaluator,
+    examiner: Examiner,
+    given: dict[str, Any],
+    encoding: dict[str, Any],
+    *,
+    device: str | None,
+    audited: bool,
+) -> tuple[dict[str, Measurement], str]:
+    """Measure one model at a time, so that of those given by name only one is in memory.
+
+    Return also the fingerprint of "model", if it is to be audited.
+    """
+    # A model that cannot be loaded is told of now, not after minutes of measuring the others.
+    for name in list(models)[1:]:
+        load_compared(name, models[name], **given)
+    measured: dict[str, Measurement] = {}
+    fingerprint = ""
+    for name, model in models.items():
+        encoder = load_compared(name, model, **given)
+        default = best_device() if isinstance(model, (str, os.PathLike)) else encoder.device
+        with placed(encoder, device=resolve_device(device, default=default)):
+            pairs = PairEncoder(encoder, **encoding)
+            features = evaluator.encode(pairs)
+            before = measured.get("original")
+            measured[name] = evaluator.measure(pairs, features, original=before)
+            examiner.examine(name, pairs, features)
+            if name == "model" and audited:
+                fingerprint = fingerprint_weights(encoder.module)
+        del encoder, pairs, features
+    return measured, fingerprint
 
 
 def _check_arguments(config: object, callback: object) -> None:
@@ -412,9 +432,7 @@ def _open_sets(
     holdout: Any,
     sets: Mapping[str, Any] | None,
     forget_sets: Mapping[str, Any] | None,
-    *,
-    image_key: str | None,
-    text_key: str | None,
+    keys: dict[str, Any],
 ) -> tuple[dict[str, PairTable], list[str]]:
     """Open all sets; return them by name, and the names of the further ones to forget."""
     given = {"forget": forget, "retain": retain}
@@ -431,7 +449,6 @@ def _open_sets(
                 what = "an argument of its own" if own else "also one of forget_sets"
                 raise InputError(f"{argument}: {name!r} is {what}. Choose another name.")
             given[name] = source
-    keys: dict[str, Any] = {"image_key": image_key, "text_key": text_key}
     opened = {
         name: open_pairs(source, name=name, may_be_empty=name == "retain", **keys)
         for name, source in given.items()

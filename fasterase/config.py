@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -17,20 +17,8 @@ Recipe = Literal["fasterase", "cliperase"]
 
 # What a YAML file for `fasterase unlearn --config` may hold besides fields: `unlearn`'s arguments.
 COMMAND_KEYS = (
-    "model",
-    "model_name",
-    "forget",
-    "retain",
-    "holdout",
-    "sets",
-    "forget_sets",
-    "data",
-    "forget_expression",
-    "forget_ids",
-    "forget_classes",
-    "image_key",
-    "text_key",
-    "recipe",
+    *("model", "model_name", "forget", "retain", "holdout", "sets", "forget_sets", "recipe"),
+    *("data", "forget_expression", "forget_ids", "forget_classes", "image_key", "text_key"),
 )
 
 # What is true of a field, in its metadata.
@@ -41,6 +29,24 @@ FREE = "free"
 BOOKKEEPING = "bookkeeping"
 # `fasterase plan` and `fasterase demo` take it as a flag.
 PLAN, DEMO = "plan", "demo"
+
+
+# Fields, what holds of a value that is neither None nor "auto", and how to say so.
+_RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], object], str], ...] = (
+    (("forget_weight", "retain_weight"), lambda x: x >= 0, "be 0 or more"),
+    (("consistency_weight", "anchor_weight"), lambda x: x >= 0, "be 0 or more"),
+    (("weight_decay", "warmup_steps", "seed"), lambda x: x >= 0, "be 0 or more"),
+    (("cross_weight", "num_workers"), lambda x: x >= 0, "be 0 or more, or 'auto'"),
+    (("batch_size", "forget_batch_size"), lambda x: x >= 1, "be 1 or more"),
+    (("max_steps", "micro_batch_size", "save_every"), lambda x: x >= 1, "be 1 or more, or None"),
+    (("epochs",), lambda x: x >= 1, "be 1 or more, or 'auto'"),
+    (("lr",), lambda x: x > 0, "be above 0, or 'auto'"),
+    (("max_grad_norm", "prefix_cache"), lambda x: x > 0, "be above 0, or None"),
+    (("max_damage",), lambda x: 0 <= x <= 1, "be in [0, 1], or None"),
+    (("max_skipped",), lambda x: 0 <= x <= 1, "be in [0, 1]"),
+    (("betas",), lambda betas: all(0 <= x < 1 for x in betas), "be in [0, 1)"),
+    (("floor",), lambda x: -1 <= x <= 1, "be a cosine in [-1, 1], 'auto' or None"),
+)
 
 
 def _tagged(default: Any, *tags: str) -> Any:
@@ -223,43 +229,13 @@ class UnlearnConfig:
         for field in dataclasses.fields(self):
             value = parse_value(field.name, getattr(self, field.name), hints[field.name])
             object.__setattr__(self, field.name, value)
-        self._check_ranges()
-
-    def _check_ranges(self) -> None:
-        for name in (
-            "forget_weight",
-            "retain_weight",
-            "consistency_weight",
-            "anchor_weight",
-            "weight_decay",
-            "warmup_steps",
-            "seed",
-        ):
-            _check(self, name, getattr(self, name) >= 0, "be 0 or more")
-        for name in ("cross_weight", "num_workers"):
-            value = getattr(self, name)
-            _check(self, name, value == "auto" or value >= 0, "be 0 or more, or 'auto'")
-        if self.epochs != "auto":
-            _check(self, "epochs", self.epochs >= 1, "be 1 or more, or 'auto'")
-        for name in ("batch_size", "forget_batch_size"):
-            _check(self, name, getattr(self, name) >= 1, "be 1 or more")
-        for name in ("max_steps", "micro_batch_size", "save_every"):
-            value = getattr(self, name)
-            _check(self, name, value is None or value >= 1, "be 1 or more, or None")
-        if self.lr != "auto":
-            _check(self, "lr", self.lr > 0, "be above 0, or 'auto'")
-        damage = self.max_damage
-        _check(self, "max_damage", damage is None or 0 <= damage <= 1, "be in [0, 1], or None")
-        _check(self, "betas", all(0 <= beta < 1 for beta in self.betas), "be in [0, 1)")
-        for name in ("max_grad_norm", "prefix_cache"):
-            limit = getattr(self, name)
-            _check(self, name, limit is None or limit > 0, "be above 0, or None")
-        _check(self, "max_skipped", 0 <= self.max_skipped <= 1, "be in [0, 1]")
-        if isinstance(self.floor, float):
-            _check(self, "floor", -1 <= self.floor <= 1, "be a cosine in [-1, 1], 'auto' or None")
+        for names, holds, must in _RANGES:
+            for name in names:
+                value = getattr(self, name)
+                self._check(name, value in (None, "auto") or holds(value), must)
         tune = re.fullmatch(r"all|image|text|projections|(last|lora):[1-9]\d*", self.tune)
         known = "be 'all', 'image', 'text', 'projections', 'last:N' or 'lora:N' with N >= 1"
-        _check(self, "tune", tune is not None, known)
+        self._check("tune", tune, known)
         if not (self.forget_weight or self.retain_weight or self.consistency_weight):
             raise InputError(
                 "forget_weight, retain_weight and consistency_weight are all 0: nothing to train. "
@@ -272,38 +248,39 @@ class UnlearnConfig:
             )
         self._check_automatic()
 
+    def _check(self, name: str, holds: object, must: str) -> None:
+        if not holds:
+            raise InputError(f"{name}={getattr(self, name)!r} must {must}.")
+
     def _check_automatic(self) -> None:
         """Refuse options that the automatic recipe cannot be combined with, or that need it."""
         if self.thorough:
-            _check(self, "thorough", self.runs_until_forgotten, "be False with numbers of steps")
+            self._check("thorough", self.runs_until_forgotten, "be False with numbers of steps")
             is_crossed = self.used_cross_weight > 0 and self.tune not in ("image", "text")
             needed = "be False where one tower is frozen or cross_weight is 0 (see cross_weight)"
-            _check(self, "thorough", is_crossed, needed)
+            self._check("thorough", is_crossed, needed)
         chosen = [f"lr={self.lr!r}"] if self.lr == "auto" else []
         if self.runs_until_forgotten:
             chosen.append(f"epochs={self.epochs!r}")
         if not chosen:
             return
         automatic, numbers = " and ".join(chosen), "numbers for lr and epochs (or max_steps)"
-        if self.forget_loss == "contrastive":
-            raise InputError(
-                f"forget_loss='contrastive' has no end that {automatic} could aim at. Give "
-                f"{numbers}, or use forget_loss='similarity'."
-            )
-        if self.floor is None:
-            raise InputError(
-                f"floor=None has no end that {automatic} could aim at. Give {numbers}, or use "
-                "floor='auto'."
-            )
+        for name, endless, instead in (
+            ("forget_loss", "contrastive", "similarity"),
+            ("floor", None, "auto"),
+        ):
+            if getattr(self, name) == endless:
+                raise InputError(
+                    f"{name}={endless!r} has no end that {automatic} could aim at. Give {numbers}, "
+                    f"or use {name}={instead!r}."
+                )
         if not self.forget_weight:
             raise InputError(
                 f"forget_weight=0 with {automatic}: nothing is forgotten. Give {numbers}."
             )
         for name, default in (("schedule", "constant"), ("warmup_steps", 0)):
-            value = getattr(self, name)
-            _check(
-                self, name, value == default, f"be {default!r} with {automatic}; or give {numbers}"
-            )
+            must = f"be {default!r} with {automatic}; or give {numbers}"
+            self._check(name, getattr(self, name) == default, must)
 
     @property
     def runs_until_forgotten(self) -> bool:
@@ -459,8 +436,3 @@ def _check_names(values: Mapping[str, Any]) -> dict[str, Any]:
             )
             raise InputError(f"unknown option `{name}`.{hint}")
     return dict(values)
-
-
-def _check(config: UnlearnConfig, name: str, holds: bool, must: str) -> None:
-    if not holds:
-        raise InputError(f"{name}={getattr(config, name)!r} must {must}.")

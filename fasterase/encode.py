@@ -37,45 +37,26 @@ TEXTS_PER_IMAGE = 4
 
 
 class EncodedBatch(NamedTuple):
-    """Some pairs of a source with their features on the CPU, fp32, unit rows.
+    """Some pairs of a source with their features on the CPU, fp32, unit rows."""
 
-    Attributes:
-        rows: [n] int64, rows of the source.
-        image: [n, D].
-        captions: (row, key) of each caption of these rows, in order.
-        text_keys: [m] identities of the captions that were encoded: neither in an earlier batch
-            nor among those that the caller already has.
-        text: [m, D].
-        skipped: pairs that cannot be read; they are in none of the above.
-    """
-
-    rows: np.ndarray
-    image: Tensor
-    captions: list[tuple[int, str]]
-    text_keys: list[str]
-    text: Tensor
-    skipped: list[Skip]
+    rows: np.ndarray  # [n] int64, rows of the source
+    image: Tensor  # [n, D]
+    captions: list[tuple[int, str]]  # (row, key) of each caption of these rows, in order
+    text_keys: list[str]  # [m] those encoded: neither in an earlier batch nor known to the caller
+    text: Tensor  # [m, D]
+    skipped: list[Skip]  # pairs that cannot be read; they are in none of the above
 
 
 @dataclass(frozen=True)
 class PairFeatures:
-    """Features of n pairs of one source under one model, on the CPU, fp32, unit rows.
+    """Features of n pairs of one source under one model, on the CPU, fp32, unit rows."""
 
-    Attributes:
-        rows: [n] int64, rows of the source.
-        image: [n, D].
-        text: [m, D], one row per distinct caption.
-        captions: [m] identities of those captions.
-        pair_text: [n] rows in `text` of each pair's captions, the first caption first.
-        skipped: pairs that cannot be read; they are in none of the above.
-    """
-
-    rows: np.ndarray
-    image: Tensor
-    text: Tensor
-    captions: list[str]
-    pair_text: list[list[int]]
-    skipped: list[Skip]
+    rows: np.ndarray  # [n] int64, rows of the source
+    image: Tensor  # [n, D]
+    text: Tensor  # [m, D], one row per distinct caption
+    captions: list[str]  # [m] identities of those captions
+    pair_text: list[list[int]]  # [n] rows in `text` of each pair's captions, the first one first
+    skipped: list[Skip]  # pairs that cannot be read; they are in none of the above
 
     @property
     def first_text(self) -> Tensor:
@@ -269,10 +250,32 @@ class PairEncoder:
         Raises:
             InputError: too many pairs cannot be read, or none.
         """
-        with self.ranks.raising_together():
-            mine = self._own_pairs(
-                source, rows, captions=captions, description=description, leave=leave
-            )
+        images: list[Tensor] = []
+        texts: list[Tensor] = []
+        place: dict[str, int] = {}
+        pair_text: dict[int, list[int]] = {}
+        skipped: list[Skip] = []
+        own = self.own_rows(rows)
+        passes = -(-len(rows) // (self.batch_size * self.ranks.world_size))
+        bar = self.progress_bar(description, len(own), leave=leave)
+        with self.ranks.raising_together(), bar, self._passing(passes):
+            for batch in self.batches(source, own, captions=captions, bar=bar):
+                images.append(batch.image)
+                texts.append(batch.text)
+                for key in batch.text_keys:
+                    place[key] = len(place)
+                for row, key in batch.captions:
+                    pair_text.setdefault(row, []).append(place[key])
+                skipped += batch.skipped
+        nothing = torch.empty(0, self.model.embed_dim)
+        mine = PairFeatures(
+            np.fromiter(pair_text, dtype=np.int64),
+            torch.cat([nothing, *images]),
+            torch.cat([nothing, *texts]),
+            list(place),
+            list(pair_text.values()),
+            skipped,
+        )
         found = PairFeatures.joined(self.ranks.gather_objects(mine))
         self.ledger.exchange(self.ranks)
         self.ledger.warn()
@@ -283,41 +286,6 @@ class PairEncoder:
         """Return this rank's share of `rows`, in whole batches."""
         share = self.ranks.share(-(-len(rows) // self.batch_size))
         return rows[share.start * self.batch_size : share.stop * self.batch_size]
-
-    def _own_pairs(
-        self,
-        source: PairTable,
-        rows: np.ndarray,
-        *,
-        captions: Captions,
-        description: str,
-        leave: bool,
-    ) -> PairFeatures:
-        own = self.own_rows(rows)
-        images: list[Tensor] = []
-        texts: list[Tensor] = []
-        place: dict[str, int] = {}
-        pair_text: dict[int, list[int]] = {}
-        skipped: list[Skip] = []
-        passes = -(-len(rows) // (self.batch_size * self.ranks.world_size))
-        with self.progress_bar(description, len(own), leave=leave) as bar, self._passing(passes):
-            for batch in self.batches(source, own, captions=captions, bar=bar):
-                images.append(batch.image)
-                texts.append(batch.text)
-                for key in batch.text_keys:
-                    place[key] = len(place)
-                for row, key in batch.captions:
-                    pair_text.setdefault(row, []).append(place[key])
-                skipped += batch.skipped
-        nothing = torch.empty(0, self.model.embed_dim)
-        return PairFeatures(
-            np.fromiter(pair_text, dtype=np.int64),
-            torch.cat([nothing, *images]),
-            torch.cat([nothing, *texts]),
-            list(place),
-            list(pair_text.values()),
-            skipped,
-        )
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Encode texts that belong to no pair, such as class prompts; [len(texts), D]."""

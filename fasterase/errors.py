@@ -62,15 +62,10 @@ class DiskFullError(FaseraseError, OSError):
 
 
 def import_extra(module: str, extra: str, purpose: str) -> ModuleType:
-    """Import a module of an optional dependency.
-
-    Args:
-        module: what to import, such as `"matplotlib.figure"`.
-        extra: the extra of fasterase that installs it.
-        purpose: what needs it; the message starts with these words.
+    """Import a module that the extra `extra` of fasterase installs.
 
     Raises:
-        MissingExtraError: the module cannot be imported.
+        MissingExtraError: it cannot be imported; the message says that `purpose` needs it.
     """
     try:
         return importlib.import_module(module)

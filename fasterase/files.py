@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 
+from tqdm import tqdm
+
 from fasterase.errors import DiskFullError, FaseraseError, InputError
 
 # Marks a folder as a model that fasterase saved and may replace; names the library that loads it.
@@ -58,8 +60,7 @@ def replace_folder(
 ) -> Iterator[Path]:
     """Yield a new empty folder to fill, and rename it to `path` if the block succeeds.
 
-    An existing folder is removed only once the new one has taken its place. Otherwise as
-    `replace_file`.
+    An existing folder is removed only once the new one has its place. Otherwise as `replace_file`.
     """
     with _staging_folder(path, size_bytes) as stage:
         new = stage / path.name
@@ -71,7 +72,14 @@ def replace_folder(
                 file.chmod(file.stat().st_mode | (new.stat().st_mode & 0o666))
                 if sync:
                     flush_to_disk(file)
-        _swap(new, path, replaced=stage / f"{path.name}.replaced")
+        # A folder that is not empty cannot be renamed over.
+        replaced = path.exists() and path.rename(stage / f"{path.name}.replaced")
+        try:
+            new.rename(path)
+        except OSError:
+            if replaced:
+                replaced.rename(path)
+            raise
 
 
 @contextmanager
@@ -92,11 +100,7 @@ def replace_model_folder(folder: str | os.PathLike[str], *, library: str) -> Ite
 
 
 def check_replaceable(target: Path, *, argument: str = "folder") -> None:
-    """Raise `InputError` if saving a model to `target` would replace files of somebody else.
-
-    Args:
-        argument: the name of the argument that `target` comes from, for the message.
-    """
+    """Raise `InputError`, which names `argument`, if a model in `target` would replace files."""
     if not target.exists():
         return
     if not target.is_dir():
@@ -117,11 +121,7 @@ def write_text(path: Path, text: str) -> Path:
 
 
 def append_whole(file: FileIO, data: bytes, *, path: Path) -> None:
-    """Append all of `data` or nothing to an unbuffered file, whose path is for the message.
-
-    Raises:
-        DiskFullError: there is no room for it.
-    """
+    """Append all of `data` to an unbuffered file, or nothing and raise `DiskFullError`."""
     end = file.seek(0, os.SEEK_END)
     written = 0
     try:
@@ -131,16 +131,11 @@ def append_whole(file: FileIO, data: bytes, *, path: Path) -> None:
         file.truncate(end)
         if error.errno not in _FULL:
             raise
-        size = end + len(data)
-        raise _full_disk_error(path, error.errno, size, written_bytes=written) from error
+        raise _full_disk_error(path, error.errno, end + len(data), written) from error
 
 
 def parse_path(value: object, *, argument: str) -> Path:
-    """Return a path that a caller gave as a str or `os.PathLike`.
-
-    Raises:
-        InputError: it is something else; names `argument`.
-    """
+    """Return a path given as a str or `os.PathLike`; `InputError` names `argument` for others."""
     try:
         return Path(value)  # type: ignore[arg-type]
     except TypeError as error:
@@ -150,11 +145,7 @@ def parse_path(value: object, *, argument: str) -> Path:
 
 
 def check_writable(folder: Path, *, argument: str) -> None:
-    """Create `folder`, and try to write to it: better now than after hours.
-
-    Raises:
-        InputError: one or the other fails; names `argument`.
-    """
+    """Create `folder` and write to it, or raise `InputError`: better now than after hours."""
     action = "created"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -168,12 +159,9 @@ def check_writable(folder: Path, *, argument: str) -> None:
 
 
 def check_creatable(folder: Path, *, argument: str) -> None:
-    """Check, without creating it, that `folder` could be created and written to.
+    """Raise `InputError` if `folder` could not be created and written to, without creating it.
 
     For what is written only at the end, so that a call that fails before leaves nothing behind.
-
-    Raises:
-        InputError: it could not; names `argument`.
     """
     folder = folder.absolute()
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
@@ -195,11 +183,7 @@ def crc32(file: Path) -> int:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes left half written in `folder`.
-
-    Call it only where no other process can be writing to `folder`: it would lose its unfinished
-    files.
-    """
+    """Remove what killed processes left half written in `folder`, where no other one writes now."""
     for stage in folder.glob(f".*{_STAGE_SUFFIX}"):
         shutil.rmtree(stage, ignore_errors=True)
 
@@ -240,7 +224,7 @@ def reporting_full_disk(
         if number is None:
             raise
         written = sum(file.stat().st_size for file in stage.rglob("*") if file.is_file())
-        raise _full_disk_error(target, number, size_bytes, written_bytes=written) from error
+        raise _full_disk_error(target, number, size_bytes, written) from error
 
 
 def _full_disk_number(error: Exception, stage: Path) -> int | None:
@@ -262,50 +246,22 @@ def _full_disk_number(error: Exception, stage: Path) -> int | None:
 
 
 def _full_disk_error(
-    target: Path, number: int, size_bytes: int | None, *, written_bytes: int
+    target: Path, number: int, size_bytes: int | None, written_bytes: int
 ) -> DiskFullError:
     """Return the error that names the file, its size and the room there is for it."""
     facts = [f"{target} cannot be written"]
     if size_bytes is not None:
-        facts.append(f"it takes {_format_bytes(size_bytes)}")
+        facts.append(f"it takes {tqdm.format_sizeof(size_bytes, 'B')}")
     if number == errno.ENOSPC:  # of a quota, the system does not tell what is left
         free = shutil.disk_usage(target.parent).free + written_bytes
-        facts.append(f"{_format_bytes(free)} are free")
+        facts.append(f"{tqdm.format_sizeof(free, 'B')} are free")
     return DiskFullError(
         f"{os.strerror(number)}: {', '.join(facts)}. What was there before is unchanged. Free some "
         "space, or choose another folder, and start again."
     )
 
 
-def _format_bytes(size: int) -> str:
-    """Return a size such as `3 bytes` or `1.2 GB`."""
-    if size < 1000:
-        return f"{size} bytes"
-    value = float(size)
-    for unit in ("kB", "MB", "GB"):
-        value /= 1000
-        if value < 1000:
-            return f"{value:.1f} {unit}"
-    return f"{value / 1000:.1f} TB"
-
-
 def flush_to_disk(file: Path) -> None:
     """Wait until the content of `file` is on disk, so that a power cut cannot lose it."""
     with file.open("rb") as handle:
         os.fsync(handle.fileno())
-
-
-def _swap(new: Path, target: Path, *, replaced: Path) -> None:
-    """Rename `new` to `target`, moving an existing `target` to `replaced` first.
-
-    A folder that is not empty cannot be renamed over.
-    """
-    if not target.exists():
-        new.rename(target)
-        return
-    target.rename(replaced)
-    try:
-        new.rename(target)
-    except OSError:
-        replaced.rename(target)
-        raise

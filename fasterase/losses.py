@@ -18,14 +18,6 @@ class _Pairs(NamedTuple):
     scale: Tensor | float
 
 
-class _Side(NamedTuple):
-    """One direction of the similarities of a rank's own pairs with those of all ranks."""
-
-    queries: Tensor  # [n, D], own
-    keys: Tensor  # [W n, D], rank by rank
-    scale: Tensor | float
-
-
 class ClipLoss(nn.Module):
     """Drop-in for `open_clip.loss.ClipLoss`: symmetric InfoNCE in O(N D) memory.
 
@@ -106,13 +98,12 @@ class ClipLoss(nn.Module):
         every_teacher = None if teacher is None else self._gather(teacher, with_grad=False)
         if self.world_size == 1 or not self.local_loss:
             return _square_losses(every, every_teacher)
-        sides = _own_sides(own, every)
-        teachers: tuple[_Side | None, ...] = (None, None)
+        teachers: tuple[_Pairs | None, ...] = (None, None)
         if teacher is not None and every_teacher is not None:
             teachers = _own_sides(teacher, every_teacher)
         found = [
             _block_losses(side, of_teacher, rank=self.rank)
-            for side, of_teacher in zip(sides, teachers, strict=True)
+            for side, of_teacher in zip(_own_sides(own, every), teachers, strict=True)
         ]
         cross_entropy, distilled = zip(*found, strict=True)
         mean = torch.stack(cross_entropy).mean()
@@ -174,11 +165,9 @@ class DistillClipLoss(ClipLoss):
         """(contrastive, distillation) means, the latter over rows and columns alike."""
         pairs = _Pairs(image_features, text_features, _scale(logit_scale))
         dist_scale = _scale(dist_logit_scale)
-        teacher = _Pairs(
-            dist_image_features.detach(),
-            dist_text_features.detach(),
-            dist_scale.detach() if isinstance(dist_scale, Tensor) else dist_scale,
-        )
+        if isinstance(dist_scale, Tensor):
+            dist_scale = dist_scale.detach()
+        teacher = _Pairs(dist_image_features.detach(), dist_text_features.detach(), dist_scale)
         contrastive_loss, distill_loss = self._mean_losses(pairs, teacher)
         assert distill_loss is not None
         if output_dict:
@@ -209,12 +198,14 @@ def _square_losses(pairs: _Pairs, teacher: _Pairs | None) -> tuple[Tensor, Tenso
     return mean, ((losses.kl_row + row + losses.kl_col + col) / 2).mean()
 
 
-def _own_sides(own: _Pairs, every: _Pairs) -> tuple[_Side, _Side]:
-    """Image -> text and text -> image."""
-    return _Side(own.image, every.text, own.scale), _Side(own.text, every.image, own.scale)
+def _own_sides(own: _Pairs, every: _Pairs) -> tuple[_Pairs, _Pairs]:
+    """A rank's own images [n, D] with the texts of all ranks [W n, D], and the reverse."""
+    return _Pairs(own.image, every.text, own.scale), _Pairs(own.text, every.image, own.scale)
 
 
-def _block_losses(side: _Side, teacher: _Side | None, *, rank: int) -> tuple[Tensor, Tensor | None]:
+def _block_losses(
+    side: _Pairs, teacher: _Pairs | None, *, rank: int
+) -> tuple[Tensor, Tensor | None]:
     """InfoNCE of n queries among the keys of all ranks, and the cross-entropy to a teacher: [n].
 
     The operator takes square problems, so the queries meet the keys of one rank at a time. With
@@ -239,11 +230,11 @@ def _block_losses(side: _Side, teacher: _Side | None, *, rank: int) -> tuple[Ten
     return cross_entropy, cross_entropy - (teacher_gaps.softmax(0) * expected).sum(0)
 
 
-def _in_blocks(side: _Side) -> tuple[_Pairs, tuple[int, ...]]:
+def _in_blocks(side: _Pairs) -> tuple[_Pairs, tuple[int, ...]]:
     """Pair the queries with the keys of each rank in turn; and the sizes of the square problems."""
-    n = len(side.queries)
-    blocks = len(side.keys) // n
-    return _Pairs(side.queries.repeat(blocks, 1), side.keys, side.scale), (n,) * blocks
+    n = len(side.image)
+    blocks = len(side.text) // n
+    return side._replace(image=side.image.repeat(blocks, 1)), (n,) * blocks
 
 
 def _block_gaps(ce_row: Tensor, pairs: _Pairs, *, rank: int, blocks: int) -> Tensor:

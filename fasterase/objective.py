@@ -127,17 +127,9 @@ def erase_loss(
     Raises:
         InputError: an argument is not as described.
     """
+    weights = forget_weight, retain_weight, consistency_weight
     objective = Objective(
-        forget_weight,
-        retain_weight,
-        consistency_weight,
-        forget_loss,
-        floor,
-        anchor_weight,
-        negatives,
-        backend,
-        products,
-        cross_weight,
+        *weights, forget_loss, floor, anchor_weight, negatives, backend, products, cross_weight
     )
     pairs = _check(objective, image, text, scale, ref_image, ref_text, ref_scale, labels, n_forget)
     forget, retain, consistency, anchor = _compute_terms(pairs, objective, is_weighted=False)[1]
@@ -201,37 +193,41 @@ class _Pairs(NamedTuple):
     def retain_rows(self) -> slice:
         return slice(self.n_forget, len(self.image))
 
+    def originals(self) -> tuple[Tensor, Tensor]:
+        """The original's features, which the checks have found."""
+        assert self.ref_image is not None
+        assert self.ref_text is not None
+        return self.ref_image.to(self.scale.dtype), self.ref_text.to(self.scale.dtype)
+
     def mean(self, samples: Tensor) -> Tensor:
         return samples.mean() if len(samples) else self.zero
-
-
-class _Matrices(NamedTuple):
-    """Losses of the similarity matrices, by the rows that use them; None where none is used."""
-
-    forget: Contrastive | None
-    retain: Contrastive | None
-    total: Tensor  # [] their differentiable weighted total, if that was asked for; else 0
 
 
 def _compute_terms(
     pairs: _Pairs, objective: Objective, *, is_weighted: bool
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """The weighted total of the similarity matrices, as in `_Matrices`, and the four terms."""
-    matrices = _compute_matrices(pairs, objective, is_weighted)
-    forget = _compute_forget(pairs, objective, matrices.forget)
-    retain, consistency = _compute_retain(pairs, matrices.retain)
-    anchor = _compute_anchor(pairs) if objective.anchor_weight else pairs.zero
-    return matrices.total, (forget, retain, consistency, anchor)
+    """The differentiable weighted total of the similarity matrices, or 0, and the four terms."""
+    of_forget, of_retain, total = _compute_matrices(pairs, objective, is_weighted)
+    forget = _compute_forget(pairs, objective, of_forget)
+    retain = consistency = anchor = pairs.zero
+    if of_retain is not None:
+        retain = pairs.mean((of_retain.ce_row + of_retain.ce_col) / 2)
+        if of_retain.kl_row is not None and of_retain.kl_col is not None:
+            consistency = pairs.mean(of_retain.kl_row + of_retain.kl_col)
+    rows, dtype = pairs.retain_rows, pairs.scale.dtype
+    if objective.anchor_weight and rows.start < rows.stop:
+        features = (pairs.image, pairs.text, *pairs.originals())
+        anchor = moved_distance(*(each[rows].to(dtype) for each in features))
+    return total, (forget, retain, consistency, anchor)
 
 
-def _make_zero(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    """0 with gradients of 0, so a loss without rows does not break the caller's backward pass."""
-    dtype = scale.dtype
-    return image[:0].to(dtype).sum() + text[:0].to(dtype).sum() + scale.expand(0).sum()
-
-
-def _compute_matrices(pairs: _Pairs, objective: Objective, is_weighted: bool) -> _Matrices:
+def _compute_matrices(
+    pairs: _Pairs, objective: Objective, is_weighted: bool
+) -> tuple[Contrastive | None, Contrastive | None, Tensor]:
     """Compute the similarity matrices that a weight uses, one or one per set, in one call.
+
+    Return the losses of the forget and of the retain rows, None where no weight uses them, and
+    their differentiable weighted total, if that is asked for, else 0.
 
     Two in one call have the KL for both sets or for neither. That of the forget rows is not used;
     its cost is a part of one matrix, where a second call would double the launches. A step on the
@@ -241,7 +237,7 @@ def _compute_matrices(pairs: _Pairs, objective: Objective, is_weighted: bool) ->
     uses_retain = objective.retain_weight != 0 or objective.consistency_weight != 0
     groups = None
     if not (uses_forget or uses_retain):
-        return _Matrices(None, None, pairs.zero)
+        return None, None, pairs.zero
     if objective.negatives == "joint" or (uses_forget and uses_retain):
         rows = slice(0, len(pairs.image))
         if objective.negatives == "own":
@@ -260,13 +256,16 @@ def _compute_matrices(pairs: _Pairs, objective: Objective, is_weighted: bool) ->
     else:
         losses = contrastive(**call)
     if rows == slice(0, len(pairs.image)):
-        forget, retain = (_select_losses(losses, x) for x in (pairs.forget_rows, pairs.retain_rows))
-        return _Matrices(forget, retain, total)
-    return _Matrices(losses, None, total) if uses_forget else _Matrices(None, losses, total)
+        forget, retain = (
+            Contrastive._make(None if loss is None else loss[part] for loss in losses)
+            for part in (pairs.forget_rows, pairs.retain_rows)
+        )
+        return forget, retain, total
+    return (losses, None, total) if uses_forget else (None, losses, total)
 
 
 def _select_rows(pairs: _Pairs, rows: slice, has_kl: bool) -> dict[str, Any]:
-    """Arguments of `contrastive` for these rows, with the reference if `has_kl`."""
+    """Arguments of `contrastive` for these rows, with the original's features if `has_kl`."""
     ref_image, ref_text = pairs.ref_image, pairs.ref_text
     return {
         "image": pairs.image[rows],
@@ -290,11 +289,6 @@ def _spread_weights(pairs: _Pairs, objective: Objective, uses_forget: bool, has_
     return spread
 
 
-def _select_losses(losses: Contrastive, rows: slice) -> Contrastive:
-    kl_row, kl_col = (None if kl is None else kl[rows] for kl in (losses.kl_row, losses.kl_col))
-    return Contrastive(losses.ce_row[rows], losses.ce_col[rows], kl_row, kl_col)
-
-
 def _compute_forget(pairs: _Pairs, objective: Objective, losses: Contrastive | None) -> Tensor:
     if objective.forget_loss != "similarity":
         return pairs.zero if losses is None else -pairs.mean((losses.ce_row + losses.ce_col) / 2)
@@ -302,18 +296,15 @@ def _compute_forget(pairs: _Pairs, objective: Objective, losses: Contrastive | N
     if not pairs.n_forget:
         return pairs.zero
     image, text = pairs.image[rows].to(dtype), pairs.text[rows].to(dtype)
-    weight = objective.cross_weight
     own = _exceed(image, text, objective)
-    if not weight:
+    if not objective.cross_weight:
         return own
-    assert pairs.ref_image is not None
-    assert pairs.ref_text is not None
-    ref_image, ref_text = pairs.ref_image.to(dtype), pairs.ref_text.to(dtype)
+    ref_image, ref_text = pairs.originals()
     crossed = _exceed(image, ref_text[rows], objective) + _exceed(ref_image[rows], text, objective)
     if pairs.n_forget < len(pairs.image):
         crossed = crossed + _shift(image, ref_image, ref_text, pairs)
         crossed = crossed + _shift(text, ref_text, ref_image, pairs)
-    return own + weight * crossed
+    return own + objective.cross_weight * crossed
 
 
 def _shift(features: Tensor, original: Tensor, others: Tensor, pairs: _Pairs) -> Tensor:
@@ -332,26 +323,6 @@ def _exceed(image: Tensor, text: Tensor, objective: Objective) -> Tensor:
         return cosine.mean()
     above = (cosine - floor).clamp_min(0).mean()
     return above + (floor - cosine.mean()).clamp_min(0) if objective.cross_weight else above
-
-
-def _compute_retain(pairs: _Pairs, losses: Contrastive | None) -> tuple[Tensor, Tensor]:
-    """(retain, consistency)."""
-    if losses is None:
-        return pairs.zero, pairs.zero
-    retain = pairs.mean((losses.ce_row + losses.ce_col) / 2)
-    if losses.kl_row is None or losses.kl_col is None:
-        return retain, pairs.zero
-    return retain, pairs.mean(losses.kl_row + losses.kl_col)
-
-
-def _compute_anchor(pairs: _Pairs) -> Tensor:
-    dtype, rows = pairs.scale.dtype, pairs.retain_rows
-    assert pairs.ref_image is not None
-    assert pairs.ref_text is not None
-    if rows.start == rows.stop:
-        return pairs.zero
-    features = (pairs.image, pairs.text, pairs.ref_image, pairs.ref_text)
-    return moved_distance(*(each[rows].to(dtype) for each in features))
 
 
 def moved_distance(image: Tensor, text: Tensor, ref_image: Tensor, ref_text: Tensor) -> Tensor:
@@ -375,15 +346,6 @@ def _check(
     n_forget: int,
 ) -> _Pairs:
     """Check everything and pack the batch."""
-    _check_batch(image, text, scale, labels, n_forget)
-    _check_options(objective)
-    _check_originals(image, ref_image, ref_text, ref_scale, objective)
-    scale = scale_tensor(scale, image, compute_dtype(image, text))
-    zero = _make_zero(image, text, scale)
-    return _Pairs(image, text, scale, ref_image, ref_text, ref_scale, labels, n_forget, zero)
-
-
-def _check_batch(image: Any, text: Any, scale: Any, labels: Any, n_forget: Any) -> None:
     check_pairs(image, text)
     check_scale(scale, "scale")
     if labels is not None:
@@ -398,6 +360,12 @@ def _check_batch(image: Any, text: Any, scale: Any, labels: Any, n_forget: Any) 
             f"n_forget must be between 0 and the {len(image)} rows of image, forget pairs first; "
             f"got {n_forget}."
         )
+    _check_options(objective)
+    _check_originals(image, ref_image, ref_text, ref_scale, objective)
+    scale = scale_tensor(scale, image, compute_dtype(image, text))
+    # With gradients of 0, so that a loss without rows does not break the caller's backward pass.
+    zero = image[:0].to(scale.dtype).sum() + text[:0].to(scale.dtype).sum() + scale.expand(0).sum()
+    return _Pairs(image, text, scale, ref_image, ref_text, ref_scale, labels, n_forget, zero)
 
 
 def _check_options(objective: Objective) -> None:

@@ -39,7 +39,12 @@ def parse_text(name: str, text: str, hint: Any) -> Any:
     Raises:
         InputError: none has; the message starts with `name`.
     """
-    in_yaml = _read_yaml(text)
+    import yaml
+
+    try:
+        in_yaml = yaml.safe_load(text)
+    except Exception:  # not YAML; PyYAML also raises ValueError, KeyError, OverflowError ...
+        in_yaml = text
     readings = [text, in_yaml, text.strip("()[] ").split(",")]
     if text.lower() in ("none", "null"):
         readings.insert(0, None)
@@ -50,16 +55,6 @@ def parse_text(name: str, text: str, hint: Any) -> Any:
         with contextlib.suppress(InputError):
             return parse_value(name, reading, hint)
     return parse_value(name, text, hint)
-
-
-def _read_yaml(text: str) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    # Not YAML: take the text itself. PyYAML also raises ValueError, KeyError, OverflowError ...
-    except Exception:
-        return text
 
 
 def parse_named(name: str, entries: Any) -> dict[str, str]:
@@ -108,13 +103,8 @@ def suggest_names(name: object, known: Iterable[str], *, otherwise: str) -> str:
 def parse_names(argument: str, names: Any, known: Collection[str]) -> list[str]:
     """Return the distinct names of a list, in order.
 
-    Args:
-        argument: name of the argument, a plural such as `"attacks"`.
-        names: its value.
-        known: all names there are.
-
     Raises:
-        InputError: it is no list, or a name is not among `known`.
+        InputError: it is no list, or a name is not among `known`; names `argument`, a plural.
     """
     listed = f"Known: {', '.join(known)}."
     if isinstance(names, str) or not isinstance(names, Sequence):
@@ -137,27 +127,27 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
 
 def _convert(value: Any, kind: Any) -> Any:
     """Return `value` as `kind`, one of `_kinds`; `ValueError` or `OverflowError` if it is not."""
-    container, items = get_origin(kind), get_args(kind)
+    if get_origin(kind) is not None:
+        return _convert_items(value, get_origin(kind), get_args(kind))
     if isinstance(kind, str):
         if isinstance(value, str) and value == kind:
             return value
-    elif kind is float:
-        if isinstance(value, int | float | str) and not isinstance(value, bool):
-            number = float(value)
-            if math.isfinite(number):
-                return number
-    elif kind is str:
-        if isinstance(value, str | PathLike):
-            return str(value)
-    elif container is tuple:
-        if isinstance(value, list | tuple) and len(value) == len(items):
-            return tuple(_convert(item, part) for item, part in zip(value, items, strict=True))
-    elif container is list:
-        if isinstance(value, list):
-            return [_convert(item, items[0]) for item in value]
-    elif container is dict:
-        if isinstance(value, Mapping):
-            return dict(value)
+    elif kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        number = float(value)
+        if math.isfinite(number):
+            return number
+    elif kind is str and isinstance(value, PathLike):
+        return str(value)
     elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
+    raise ValueError
+
+
+def _convert_items(value: Any, container: Any, items: Sequence[Any]) -> Any:
+    if container is tuple and isinstance(value, list | tuple) and len(value) == len(items):
+        return tuple(_convert(item, part) for item, part in zip(value, items, strict=True))
+    if container is list and isinstance(value, list):
+        return [_convert(item, items[0]) for item in value]
+    if container is dict and isinstance(value, Mapping):
+        return dict(value)
     raise ValueError

@@ -28,16 +28,12 @@ def progress_bar(
     delay: float = 0.0,
     shown: bool = True,
 ) -> tqdm:
-    """Return a tqdm bar on stderr.
+    """Return a tqdm bar on stderr, with tqdm's own arguments.
 
     Args:
         description: what is going on.
-        total: how many units there are, if known.
         items: iterated over by the bar itself; None if the caller calls `update`.
         unit: what is counted, such as "pair".
-        initial: units that are already done.
-        leave: keep the bar when it is complete.
-        delay: seconds before the bar appears.
         shown: False shows nothing.
     """
     common: dict[str, Any] = {

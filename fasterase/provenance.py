@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
-from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,42 +22,13 @@ LIBRARIES = ("torch", "open_clip_torch", "transformers", "peft", "numpy")
 _HEADING = "## How it was erased"
 
 
-def make_record(
-    *,
-    parent: Mapping[str, Any],
-    fingerprint: str,
-    config: Mapping[str, Any],
-    data: Mapping[str, Mapping[str, Any]],
-    outcome: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Return the record of one erasure, as it is written to `FILE`.
-
-    Args:
-        parent: `name` and `fingerprint` of the model before, and its own `record` or None.
-        fingerprint: of the erased model's weights.
-        config: fields of the recipe.
-        data: set -> `pairs`, their number, and `digest` of their names, sizes and captions.
-        outcome: verdict, residue of each set to forget, steps, seconds.
-    """
-    return {
-        "format": FORMAT,
-        "erased_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "fingerprint": fingerprint,
-        "outcome": dict(outcome),
-        "data": {name: dict(each) for name, each in data.items()},
-        "config": dict(config),
-        "libraries": {"fasterase": _fasterase_version(), **_versions()},
-        "parent": dict(parent),
-    }
-
-
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Write `FILE`, and tell the same in the model card, which is made if there is none."""
     write_text(folder / FILE, json.dumps(record, indent=1) + "\n")
     card = folder / CARD
     text = card.read_text(encoding="utf-8") if card.is_file() else "# A model after erasing\n"
     text = text.partition(_HEADING)[0].rstrip()
-    lines = "\n".join(f"- {line}" for line in describe_record(record))
+    lines = "\n".join(f"- {line}" for line in _describe(record))
     write_text(card, f"{text}\n\n{_HEADING}\n\n{lines}\n\n`{FILE}` has all of it.\n")
 
 
@@ -94,8 +65,7 @@ def erasures(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return chain
 
 
-def describe_record(record: Mapping[str, Any]) -> list[str]:
-    """Describe a record in a few lines."""
+def _describe(record: Mapping[str, Any]) -> list[str]:
     outcome, parent = record["outcome"], record["parent"]
     sets = ", ".join(f"{name} ({each['pairs']:,} pairs)" for name, each in record["data"].items())
     libraries = ", ".join(f"{name} {number}" for name, number in record["libraries"].items())
@@ -123,7 +93,7 @@ def audit(
 
     Args:
         evaluation: of the model as it is now.
-        record: what was written when it was saved; None leaves the evaluation as it is.
+        record: of when it was saved; None leaves the evaluation as it is.
         fingerprint: of its weights now.
         digests: set -> digest of the pairs that were measured.
     """
@@ -149,17 +119,12 @@ def audit(
     return replace(evaluation, audit=lines)
 
 
-def _fasterase_version() -> str:
+def library_versions() -> dict[str, str]:
+    """Return the version of fasterase and of each of `LIBRARIES` that is installed."""
     from fasterase import __version__
 
-    return __version__
-
-
-def _versions() -> dict[str, str]:
-    found = {}
+    found = {"fasterase": __version__}
     for name in LIBRARIES:
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found

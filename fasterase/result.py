@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from fasterase.models.lora import LoraAdapter
 from fasterase.objective import EraseLoss
 from fasterase.pairs.skips import Skip
 from fasterase.pairs.table import PairTable
-from fasterase.provenance import make_record, write_record
+from fasterase.provenance import FORMAT, library_versions, write_record
 from fasterase.report.evaluation import Evaluation
 from fasterase.report.examples import Examples, example_rows
 from fasterase.report.folder import write_report_folder
@@ -145,27 +146,30 @@ class UnlearnResult:
         return path
 
     def _record(self) -> dict[str, Any]:
+        """What `provenance.json` holds."""
         before = restored_original(self.encoder, self.original_weights)
-        parent = {
-            "name": self.encoder.public_name,
-            "fingerprint": fingerprint_weights(before.module),
-            "record": self.parent_record,
-        }
-        return make_record(
-            parent=parent,
-            fingerprint=fingerprint_weights(self.encoder.module),
-            config=self.config.recipe(),
-            data={
-                name: {"pairs": len(source), "digest": source.digest()}
-                for name, source in self.sets.items()
-            },
-            outcome={
+        return {
+            "format": FORMAT,
+            "erased_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "fingerprint": fingerprint_weights(self.encoder.module),
+            "outcome": {
                 "verdict": self.verdict,
                 "residue": {name: trace.residue for name, trace in self.traces.items()},
                 "steps": len(self.history),
                 "seconds": round(self.seconds, 1),
             },
-        )
+            "data": {
+                name: {"pairs": len(source), "digest": source.digest()}
+                for name, source in self.sets.items()
+            },
+            "config": self.config.recipe(),
+            "libraries": library_versions(),
+            "parent": {
+                "name": self.encoder.public_name,
+                "fingerprint": fingerprint_weights(before.module),
+                "record": self.parent_record,
+            },
+        }
 
     def push_to_hub(
         self,
@@ -192,12 +196,12 @@ class UnlearnResult:
                 is public and `private` was asked for. Other errors of the hub are passed on.
         """
         facts = {**self._facts(), "recipe": describe_recipe(self.config)}
-        # The others may name folders of this machine.
-        told = [fact for fact in facts if fact not in ("model", "saved in")]
+        for fact in ("model", "saved in"):  # they may name folders of this machine
+            facts.pop(fact, None)
         return push_model(
             self.encoder,
             name,
-            facts=[f"{fact}: {facts[fact]}" for fact in told],
+            facts=[f"{fact}: {value}" for fact, value in facts.items()],
             private=private,
             commit_message=commit_message,
             token=token,
@@ -256,10 +260,7 @@ def _format_report(result: UnlearnResult) -> str:
         terms = EraseLoss._fields
         lines += ["## Losses", "", "| | " + " | ".join(terms) + " |"]
         lines.append("|---" * (len(terms) + 1) + "|")
-        for label, record in (
-            ("first step", result.history[0]),
-            ("last step", result.history[-1]),
-        ):
+        for label, record in (("first step", result.history[0]), ("last step", result.history[-1])):
             lines.append(f"| {label} | " + " | ".join(f"{record[t]:.4f}" for t in terms) + " |")
         lines.append("")
     if result.evaluation is not None:

@@ -26,15 +26,7 @@ def test_a_copy_made_in_the_callers_inference_mode_is_trained():
     model = small_models.open_clip_vit()
     pixels, ids = small_models.random_pairs(count=10)
     given = list(zip(pixels, ids, strict=True))
+    options = {"max_steps": 1, "lr": 1e-3, "progress": False, "evaluation": None}
     with torch.inference_mode():
-        result = fasterase.unlearn(
-            model,
-            given[:4],
-            given[4:],
-            copy=True,
-            max_steps=1,
-            lr=1e-3,
-            progress=False,
-            evaluation=None,
-        )
+        result = fasterase.unlearn(model, given[:4], given[4:], copy=True, **options)
     assert not same_weights(result.model.state_dict(), model.state_dict())

@@ -53,18 +53,10 @@ def check(function, calls):
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize(("backend", "labelled"), CASES)
 def test_contrastive(backend, labelled, grouped):
-    def total(image, text, scale, ref_image, ref_text, ref_scale, labels, groups):
-        found = contrastive(
-            image,
-            text,
-            scale,
-            ref_image=ref_image,
-            ref_text=ref_text,
-            ref_scale=ref_scale,
-            labels=labels,
-            groups=groups,
-            backend=backend,
-        )
+    def total(*call):
+        names = ("ref_image", "ref_text", "ref_scale", "labels", "groups")
+        options = dict(zip(names, call[3:], strict=True))
+        found = contrastive(*call[:3], **options, backend=backend)
         return sum(weight * x.mean() for weight, x in enumerate(found, 1))
 
     groups = [(n // 3, n - n // 3) if grouped else None for n in SIZES]

@@ -74,12 +74,10 @@ def test_a_model_of_a_library_is_measured_and_left_as_it_was() -> None:
     model = small_models.open_clip_vit()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     forget, retain = small_pairs(3, first=10), small_pairs(6, first=20)
+    length = small_models.CONTEXT_LENGTH
     padded = [
-        [
-            (image, nn.functional.pad(ids, (0, small_models.CONTEXT_LENGTH - len(ids))))
-            for image, ids in s
-        ]
-        for s in (forget, retain)
+        [(image, nn.functional.pad(ids, (0, length - len(ids)))) for image, ids in pairs]
+        for pairs in (forget, retain)
     ]
     found = fasterase.evaluate(model, *padded, original=model, max_pairs=5)
     assert found.pairs == {"forget": 3, "retain": 5}
@@ -99,14 +97,8 @@ def test_strings_go_through_the_given_tokenizer_and_pictures_through_preprocess(
     pictures = torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8)
     forget = [(pictures[0], "a cat")]
     retain = [(pictures[i], text) for i, text in ((1, "a dog"), (2, "a hen"), (3, "an owl"))]
-    model = small_models.open_clip_vit()
-    found = fasterase.evaluate(
-        model,
-        forget,
-        retain,
-        class_names=["cat", "dog", "hen"],
-        tokenizer=small_models.simple_tokenizer(),
-    )
+    options = {"class_names": ["cat", "dog", "hen"], "tokenizer": small_models.simple_tokenizer()}
+    found = fasterase.evaluate(small_models.open_clip_vit(), forget, retain, **options)
     assert 0 <= found.to_dict()["retain"]["zero_shot_accuracy"] <= 1
 
 
@@ -145,6 +137,12 @@ def test_broken_pairs_are_named_in_a_warning() -> None:
     with pytest.warns(UserWarning, match=r"1 broken pairs.*forget\[1\]"):
         found = fasterase.evaluate(lookup_model(), broken, RETAIN, original=lookup_model())
     assert found.pairs["forget"] == 1
+
+
+def test_a_model_that_is_missing_is_named_before_another_one_is_measured(monkeypatch) -> None:
+    monkeypatch.setattr("fasterase.api.PairEncoder", lambda *_, **__: pytest.fail("measured"))
+    with pytest.raises(InputError, match="model: 'no/folder'"):
+        fasterase.evaluate("no/folder", FORGET, RETAIN, original=lookup_model())
 
 
 @pytest.mark.parametrize(

@@ -82,16 +82,10 @@ def test_the_loss_on_one_page_is_erase_loss(weights):
     labels = torch.randint(20, (30,))
     for each in now:
         each.requires_grad_()
-    ours = fasterase.erase_loss(
-        *now,
-        *original,
-        n_forget=11,
-        labels=labels,
-        forget_weight=weights[0],
-        retain_weight=weights[1],
-        consistency_weight=weights[2],
-        backend="dense",
-    )
+    names = ("forget_weight", "retain_weight", "consistency_weight")
+    options = {"n_forget": 11, "labels": labels, "backend": "dense"}
+    options |= dict(zip(names, weights, strict=True))
+    ours = fasterase.erase_loss(*now, *original, **options)
     theirs = page.erase_loss(now, original, labels, 11, weights)
     torch.testing.assert_close(theirs, ours.total, rtol=1e-12, atol=0)
     gradients = zip(

@@ -7,6 +7,8 @@ import signal
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -24,18 +26,22 @@ def test_write_text_makes_folders_and_leaves_only_the_file(tmp_path: Path) -> No
     assert names_in(path.parent) == ["report.md"]
 
 
-def test_an_error_while_writing_keeps_the_old_file(tmp_path: Path) -> None:
+def test_an_error_while_writing_keeps_the_old_file_and_the_old_folder(tmp_path: Path) -> None:
     path = write_text(tmp_path / "report.md", "old")
+    with replace_folder(tmp_path / "step-1") as new:
+        (new / "old").touch()
 
-    def fail() -> None:
-        with replace_file(path) as temporary:
-            temporary.write_text("half")
+    def fail(replace: Callable[[Path], AbstractContextManager[Path]], path: Path) -> None:
+        with replace(path) as temporary:
+            (temporary / "half" if temporary.is_dir() else temporary).write_text("half")
             raise RuntimeError
 
-    with pytest.raises(RuntimeError):
-        fail()
+    for replace, name in ((replace_file, "report.md"), (replace_folder, "step-1")):
+        with pytest.raises(RuntimeError):
+            fail(replace, tmp_path / name)
     assert path.read_text() == "old"
-    assert names_in(tmp_path) == ["report.md"]
+    assert names_in(tmp_path / "step-1") == ["old"]
+    assert names_in(tmp_path) == ["report.md", "step-1"]
 
 
 def test_the_temporary_file_has_the_final_name_and_no_glob_of_it_matches(tmp_path: Path) -> None:
@@ -46,10 +52,11 @@ def test_the_temporary_file_has_the_final_name_and_no_glob_of_it_matches(tmp_pat
     assert names_in(tmp_path) == ["weights.tar.gz"]
 
 
-def test_permissions_are_those_of_any_new_file_or_folder(tmp_path: Path) -> None:
-    def mode(path: Path) -> int:
-        return stat.S_IMODE(path.stat().st_mode)
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
 
+
+def test_permissions_are_those_of_any_new_file_or_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     write_text(tmp_path / "written", "")
@@ -67,22 +74,6 @@ def test_a_folder_replaces_the_old_one_as_a_whole(tmp_path: Path) -> None:
             assert not (target / name).exists()
         assert names_in(target) == [name]
     assert names_in(target.parent) == ["step-1"]
-
-
-def test_an_error_while_filling_keeps_the_old_folder(tmp_path: Path) -> None:
-    target = tmp_path / "step-1"
-    with replace_folder(target) as new:
-        (new / "old").touch()
-
-    def fail() -> None:
-        with replace_folder(target) as new:
-            (new / "half").touch()
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        fail()
-    assert names_in(target) == ["old"]
-    assert names_in(tmp_path) == ["step-1"]
 
 
 def test_a_folder_that_cannot_be_put_in_place_gives_the_old_one_back(
@@ -150,5 +141,5 @@ def test_files_of_a_new_folder_may_be_read_by_whom_the_umask_allows(tmp_path):
         (new / "tool").touch(mode=0o700)
     allowed = (tmp_path / "model").stat().st_mode & 0o666
     assert allowed & 0o444 == 0o444
-    assert (tmp_path / "model" / "weights").stat().st_mode & 0o777 == allowed | 0o600
-    assert (tmp_path / "model" / "tool").stat().st_mode & 0o777 == allowed | 0o700
+    assert mode(tmp_path / "model" / "weights") == allowed | 0o600
+    assert mode(tmp_path / "model" / "tool") == allowed | 0o700

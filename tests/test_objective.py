@@ -270,7 +270,7 @@ def test_half_precision_and_autocast():
     assert torch.autograd.grad(plain.total, call["image"])[0].dtype == torch.bfloat16
 
 
-def test_references_may_be_absent_where_unused():
+def test_the_originals_features_may_be_absent_where_unused():
     call = tensors(oracle.clip_like(12, 4, 10.0))
     full = erase_loss(**call, n_forget=4, consistency_weight=0)
     call |= dict.fromkeys(("ref_image", "ref_text", "ref_scale"))

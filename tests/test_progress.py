@@ -15,10 +15,7 @@ from fasterase.progress import LOG_SECONDS, WaitingShare, progress_bar
 class Stream(io.StringIO):
     def __init__(self, terminal: bool) -> None:
         super().__init__()
-        self._terminal = terminal
-
-    def isatty(self) -> bool:
-        return self._terminal
+        self.isatty = lambda: terminal
 
 
 @pytest.fixture
@@ -57,8 +54,7 @@ def test_a_log_gets_a_line_every_few_seconds(monkeypatch, clock):
 
 
 def test_a_terminal_gets_a_live_bar(monkeypatch, clock):
-    text = steps(monkeypatch, clock, terminal=True)
-    assert text.count("\r") >= 60
+    assert steps(monkeypatch, clock, terminal=True).count("\r") >= 60
 
 
 def test_a_short_bar_that_vanishes_leaves_no_line_in_a_log(monkeypatch, clock):

@@ -136,30 +136,13 @@ def test_what_was_erased_first_stays_erased_and_damage_does_not_add_up() -> None
     model = knowing_model()
     kept = concept_pairs(range(2, 8), 20, seed=1)
     sets = {name: concept_pairs((i,), 20, seed=2) for i, name in enumerate("ab")}
-    results = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in "ab":
-            results.append(
-                fasterase.unlearn(
-                    model,
-                    sets[name],
-                    kept,
-                    lr=1e-3,
-                    max_steps=40,
-                    evaluation=None,
-                    backend="dense",
-                    progress=False,
-                )
-            )
-    found = fasterase.evaluate(
-        model,
-        sets["b"],
-        kept,
-        forget_sets={"a": sets["a"]},
-        original=knowing_model(),
-        progress=False,
-    )
+            options = {"lr": 1e-3, "max_steps": 40, "backend": "dense"}
+            fasterase.unlearn(model, sets[name], kept, **{**SETTINGS, **options})
+    options = {"forget_sets": {"a": sets["a"]}, "original": knowing_model(), "progress": False}
+    found = fasterase.evaluate(model, sets["b"], kept, **options)
     assert found.set_verdicts["original"] == {"forget": "remembered", "a": "remembered"}
     assert "remembered" not in found.set_verdicts["model"].values()
     before, after = (

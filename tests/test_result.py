@@ -68,11 +68,10 @@ def run(model):
     """A short run on pictures with captions."""
     forget = [(Image.new("RGB", (40, 30), (200, i, 9)), f"apple {i}") for i in range(4)]
     retain = [(Image.new("RGB", (40, 30), (9, i, 200)), f"boat {i}") for i in range(20)]
+    options = {"tokenizer": small_models.simple_tokenizer(), "max_steps": 2}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return fasterase.unlearn(
-            model, forget, retain, tokenizer=small_models.simple_tokenizer(), max_steps=2, **QUIET
-        )
+        return fasterase.unlearn(model, forget, retain, **options, **QUIET)
 
 
 @pytest.fixture(scope="module")

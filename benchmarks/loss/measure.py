@@ -18,7 +18,7 @@ from benchmarks.processes import (
     call_in_process,
     describe_error,
 )
-from fasterase.planner.measure import PeakMemory, proc_bytes
+from fasterase.planner.count import PeakMemory, proc_bytes
 
 # Written before every timed call on a GPU, so that each starts with a cold L2 (50 MB on an H100).
 _FLUSH_BYTES = 256 * 2**20

@@ -63,7 +63,7 @@ from fasterase.models.load import load_model
 from fasterase.models.prefix import Halfway, SplitTower
 from fasterase.models.preprocessing import Tokens
 from fasterase.pairs.sampler import Sampler
-from fasterase.planner.measure import PeakMemory
+from fasterase.planner.count import PeakMemory
 
 IMPLEMENTATIONS = ("fasterase", "naive")
 # A run that takes longer has hung.

@@ -64,7 +64,7 @@ from fasterase.pairs.sampler import Sampler
 from fasterase.pairs.split import split
 from fasterase.pairs.table import PairTable
 from fasterase.pairs.tar_index import index_path
-from fasterase.planner.measure import PeakMemory
+from fasterase.planner.count import PeakMemory
 
 SHARD_PAIRS = 10_000
 _PICTURES = 2_000  # pairs with images of 256 x 256 pixels, for `decode`, `step` and `sweep`

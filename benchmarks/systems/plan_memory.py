@@ -24,7 +24,7 @@ from benchmarks.processes import call_in_process
 from fasterase.files import write_text
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.planner.architecture import build_architecture
-from fasterase.planner.measure import PeakMemory, with_random_weights
+from fasterase.planner.count import PeakMemory, with_random_weights
 
 RETAIN, FORGET = 5, 2
 _M_MMAP_THRESHOLD = -3  # of mallopt, <malloc.h>

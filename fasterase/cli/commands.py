@@ -6,6 +6,7 @@ import dataclasses
 import re
 import shlex
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ RULES = ("forget_expression", "forget_ids", "forget_classes")
 
 
 @dataclass(frozen=True)
-class Command:
+class Command(ABC):
     """A command without flags of its own.
 
     Attributes:
@@ -31,9 +32,9 @@ class Command:
     needs: ClassVar[tuple[str, ...]] = ()
     config_fields: ClassVar[tuple[str, ...]] = ()
 
+    @abstractmethod
     def run(self, **fields: Any) -> str | None:
         """Run the command; return the verdict, if it comes to one."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -49,17 +49,23 @@ def parse(argv: Sequence[str]) -> Parsed:
         re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), token)
         for token in argv
     ]
-    general, command, rest = _split_at_command(argv)
-    _check_order(general, argv)
-    _parse_known(_general_parser(), general)
-    if command is None:
+    # The command is the first word that is no flag, nor the value of a launcher's flag.
+    words = (
+        place
+        for place, token in enumerate(argv)
+        if not token.startswith("-") and argv[place - 1 : place] != ["--local_rank"]
+    )
+    place = next(words, len(argv))
+    _parse_known(_general_parser(), argv[:place])
+    command = argv[place] if place < len(argv) else ""
+    if not command:
         raise InputError(f"no command. Give one of {', '.join(COMMANDS)}; --help explains them.")
     if command not in COMMANDS:
         known = f"The commands are {', '.join(COMMANDS)}."
         hint = suggest_names(command, COMMANDS, otherwise=known)
         raise InputError(f"unknown command {command}.{hint}")
     flags = {flag.name: flag for flag in flags_of(command)}
-    given = _parse_known(_command_parser(command, flags.values()), rest)
+    given = _parse_known(_command_parser(command, flags.values()), argv[place + 1 :])
     given.pop("debug", None)
     values: dict[str, Any] = {}
     for file in given.pop("config", []):
@@ -70,25 +76,6 @@ def parse(argv: Sequence[str]) -> Parsed:
         else:  # the words of a flag that takes several; of `print_config`, which no YAML has, True
             values[name] = _parse(flags[name], found) if name in flags else found
     return Parsed(command, values)
-
-
-def _split_at_command(argv: list[str]) -> tuple[list[str], str | None, list[str]]:
-    """Split at the command: the first word that is no flag, nor the value of a launcher's flag."""
-    for place, token in enumerate(argv):
-        if not token.startswith("-") and argv[place - 1 : place] != ["--local_rank"]:
-            return argv[:place], token, argv[place + 1 :]
-    return argv, None, []
-
-
-def _check_order(general: Sequence[str], argv: Sequence[str]) -> None:
-    names = {f"--{flag.name}" for name in COMMANDS for flag in flags_of(name) if general}
-    for flag in (token.partition("=")[0] for token in general):
-        if flag in names:
-            command = next((word for word in argv if word in COMMANDS), "unlearn")
-            raise InputError(
-                f"{flag} stands before the command. Write the command first: fasterase {command} "
-                f"{flag} ..."
-            )
 
 
 def flags_of(command: str) -> list[Flag]:
@@ -151,7 +138,8 @@ def _parse_known(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[s
         raise InputError(f"unexpected argument {unknown[0]!r}. Values need a flag before them.")
     known = parser._option_string_actions
     hint = suggest_names(flag, known, otherwise="--help lists the flags.")
-    raise InputError(f"unknown flag {flag}.{hint}")
+    order = " Those of a command stand after it." if parser.prog == "fasterase" else ""
+    raise InputError(f"unknown flag {flag}.{hint}{order}")
 
 
 def _general_parser() -> _ArgumentParser:
@@ -212,9 +200,8 @@ def _read_config(file: str, flags: Mapping[str, Flag]) -> dict[str, Any]:
     values = read_yaml(file)
     for name, value in values.items():
         if name not in flags:
-            hint = suggest_names(
-                name, flags, otherwise="--help lists the flags, which are the keys."
-            )
+            otherwise = "--help lists the flags, which are the keys."
+            hint = suggest_names(name, flags, otherwise=otherwise)
             raise InputError(f"config: unknown key `{name}` in {file}.{hint}")
         values[name] = _parse(flags[name], value)
     return values

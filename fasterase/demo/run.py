@@ -32,12 +32,9 @@ RECIPES = tuple(RECIPE_TITLES)
 
 
 def recipe_config(recipe: str, *, small_model: bool, **fields: Any) -> UnlearnConfig:
-    """Return the recipe's config.
+    """Return the config of a recipe, "fasterase" or "cliperase" (the paper's); `fields` win.
 
-    Args:
-        recipe: "fasterase" or "cliperase" (the paper's).
-        small_model: give batches for a small set, and the paper's recipe its tuned values.
-        fields: fields of `UnlearnConfig`, which win.
+    For the small model it has batches for a small set, and the paper's recipe its tuned values.
 
     Raises:
         InputError: `recipe` is not known, or `fields` are not fields of `UnlearnConfig`.
@@ -50,10 +47,7 @@ def recipe_config(recipe: str, *, small_model: bool, **fields: Any) -> UnlearnCo
 
 
 def forget_pairs(sets: DemoSets, recipe: str) -> Drawings:
-    """Return the forget drawings with the captions of a recipe.
-
-    These are all wordings for fasterase, and only the names for the paper's.
-    """
+    """Return the forget drawings with all wordings for fasterase, and names for the paper's."""
     return sets.forget if recipe == "fasterase" else sets.forget.reworded(emoji.name_only)
 
 

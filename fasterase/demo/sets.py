@@ -26,8 +26,7 @@ NEIGHBOURS_PER_CONCEPT = 5
 class Drawings(Dataset[dict[str, Any]]):
     """Drawings of some concepts as `{"image", "text"}`; `wording` makes the text from the record.
 
-    Attributes:
-        names: the concept of each drawing.
+    `names` holds the concept of each drawing.
     """
 
     def __init__(
@@ -63,24 +62,14 @@ class Drawings(Dataset[dict[str, Any]]):
 
 @dataclass(frozen=True)
 class DemoSets:
-    """Pair sets of one erasure; kept concepts are split, by concept, into retain and holdout.
+    """Pair sets of one erasure; kept concepts are split, by concept, into retain and holdout."""
 
-    Attributes:
-        concepts: names of the forgotten concepts.
-        forget: their drawings by the training teams, with all wordings.
-        retain: three quarters of the other member concepts.
-        holdout: the last quarter.
-        unseen: the same concepts drawn by a team whose pictures no model has seen; also to forget.
-        neighbour: the kept concepts nearest to them in the original's text features (most of them
-            in retain, some in holdout).
-    """
-
-    concepts: list[str]
-    forget: Drawings
-    retain: Drawings
-    holdout: Drawings
-    unseen: Drawings
-    neighbour: Drawings
+    concepts: list[str]  # names of the forgotten concepts
+    forget: Drawings  # theirs by the training teams, with all wordings
+    retain: Drawings  # three quarters of the other member concepts
+    holdout: Drawings  # the last quarter
+    unseen: Drawings  # to be forgotten too: theirs by a team whose pictures no model has seen
+    neighbour: Drawings  # of the kept concepts nearest to them in the original's text features
 
 
 def open_teams(teams: Sequence[str]) -> PairTable:
@@ -89,7 +78,7 @@ def open_teams(teams: Sequence[str]) -> PairTable:
     return open_pairs("::".join(shards), name=" and ".join(teams))
 
 
-def chosen_concepts(records: list[emoji.EmojiInfo], expression: str) -> set[str]:
+def _choose_concepts(records: list[emoji.EmojiInfo], expression: str) -> set[str]:
     """Return the concepts of a group or subgroup, or those with names matching an expression.
 
     Raises:
@@ -116,18 +105,15 @@ def chosen_concepts(records: list[emoji.EmojiInfo], expression: str) -> set[str]
 def build_sets(expression: str, *, original: str, seed: int) -> DemoSets:
     """Build the sets to forget the concepts that `expression` chooses from the base's training set.
 
-    Args:
-        expression: group, subgroup or regular expression on concept names.
-        original: the model that provides the text features to find neighbours.
-        seed: seed of the split into retain and holdout.
+    Neighbours are near in the text features of `original`; `seed` splits retain and holdout.
 
     Raises:
-        InputError: see `chosen_concepts`.
+        InputError: see `_choose_concepts`.
     """
     trained, unseen = open_teams(emoji.TRAIN_TEAMS), open_teams([emoji.UNSEEN_TEAM])
     records = [cast(emoji.EmojiInfo, trained.meta(row)) for row in range(len(trained))]
     members = [record for record in records if record["member"]]
-    chosen = chosen_concepts(members, expression)
+    chosen = _choose_concepts(members, expression)
     kept = sorted({record["concept"] for record in members} - chosen)
     order = np.random.default_rng(seed).permutation(len(kept))
     held_out = {kept[i] for i in order[: int(len(kept) * HOLDOUT_SHARE)]}

@@ -32,12 +32,7 @@ def summary(evaluation: Evaluation, recipe: str) -> str:
     """Return six lines: the share of pictures that each model names, by set.
 
     On sets to forget, a picture counts as named if the closest of all names is any name of the
-    erased concept; on the other sets, if it is the picture's own name.
-
-    Args:
-        evaluation: evaluation of the model that `recipe` made, beside the original and the
-            references.
-        recipe: name of the recipe, the heading of its column.
+    erased concept; on the other sets, if it is the picture's own name. `recipe` made the model.
     """
     models = {
         "original": evaluation.original or {},
@@ -50,11 +45,9 @@ def summary(evaluation: Evaluation, recipe: str) -> str:
         values = [_percent(scores.get(name, {}).get(metric)) for scores in models.values()]
         lines.append([text.format(chance=chance), *values])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    label_width, *others = widths
     return "\n".join(
-        "  ".join(
-            [label.ljust(widths[0])]
-            + [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        )
+        "  ".join([f"{label:<{label_width}}", *map(str.rjust, cells, others)])
         for label, *cells in lines
     )
 

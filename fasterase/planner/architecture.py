@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import copy
-import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor, empty_like, nn
 
 from fasterase.errors import InputError
 from fasterase.models import huggingface, openclip
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.load import load_model
 from fasterase.models.openclip_config import build_from_config
-from fasterase.models.prefix import SplitTower
 from fasterase.option_values import suggest_names
 
 _FORMS = (
@@ -40,7 +36,7 @@ def build_architecture(
         InputError: no configuration, or none of a supported model.
     """
     if isinstance(model, nn.Module | DualEncoder):
-        return copy_with(load_model(model), functools.partial(torch.empty_like, device="meta"))
+        return copy_with(load_model(model), lambda tensor: empty_like(tensor, device="meta"))
     if not isinstance(model, str | os.PathLike):
         if not hasattr(model, "model_type"):
             raise InputError(f"model: {type(model).__name__} is not a model. Give {_FORMS}")
@@ -49,43 +45,17 @@ def build_architecture(
     folder = Path(name.removeprefix("local-dir:")).expanduser()
     if (folder / openclip.CONFIG_FILE).is_file():
         return _from_open_clip(f"local-dir:{folder}", name=str(folder))
-    if (folder / "config.json").is_file():
-        config = huggingface.read_config(str(folder), name=str(folder), online=False)
-        return huggingface.from_config(config, name=str(folder))
+    if name.startswith("hf:") or (folder / "config.json").is_file():
+        online = name.startswith("hf:")
+        source = name.removeprefix("hf:") if online else str(folder)
+        config = huggingface.read_config(source, name=name, online=online)
+        return huggingface.from_config(config, name=name)
     if folder.is_dir():
         raise InputError(
             f"model: {folder} holds neither {openclip.CONFIG_FILE} (open_clip) nor config.json "
             "(transformers), so its architecture is unknown"
         )
-    if name.startswith("hf:"):
-        config = huggingface.read_config(name.removeprefix("hf:"), name=name, online=True)
-        return huggingface.from_config(config, name=name)
     return _from_open_clip(name, name=name)
-
-
-def fake_device() -> FakeTensorMode:
-    """Return a mode in which tensors have a shape, a dtype and a CPU, but no storage.
-
-    Unlike meta tensors, these run under autocast and with fused attention.
-    """
-    # Small constants that libraries store outside of parameters and buffers stay real.
-    return FakeTensorMode(allow_non_fake_inputs=True)
-
-
-def copy_to_fake_device(model: DualEncoder) -> DualEncoder:
-    """Copy a model of meta tensors; call it inside a `fake_device`."""
-    return copy_with(model, functools.partial(torch.empty_like, device="cpu"))
-
-
-def frozen_widths(model: DualEncoder, tune: str) -> dict[str, int]:
-    """Return tower -> how many numbers the blocks that `tune` freezes output for one pair.
-
-    Raises:
-        InputError: see `SplitTower`.
-    """
-    with fake_device():
-        fake = copy_to_fake_device(model)
-        return {tower: SplitTower(fake, tower, tune).width for tower in ("image", "text")}
 
 
 def copy_with(model: DualEncoder, make: Callable[[Tensor], Tensor]) -> DualEncoder:

@@ -1,30 +1,40 @@
-"""What a step costs: FLOPs and peak memory of one micro-batch, counted, and memory by part.
+"""What a step costs: FLOPs and memory of one micro-batch, counted or measured, and memory by part.
 
-The towers run on tensors without storage (`fake_device`), and a dispatch mode counts the FLOPs of
+The towers run on tensors without storage, and a dispatch mode counts the FLOPs of
 all operators, by the formulas of `torch.utils.flop_counter`, and the bytes of all live storages.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import math
+import re
+import time
 import weakref
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from fasterase.engine.model_state import checkpointed_activations
 from fasterase.engine.optim import EIGHT_BIT, Trained
+from fasterase.errors import InputError
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.forward import TowerForward
+from fasterase.models.prefix import SplitTower
 from fasterase.models.preprocessing import Tokens
-from fasterase.planner.architecture import copy_to_fake_device, fake_device
+from fasterase.planner.architecture import copy_with
 
 Parallel = Literal["plain", "zero1", "zero2", "zero3"]
 
@@ -38,6 +48,9 @@ _REDUCE_BUCKET, _PREFETCH_BUCKET, _PLAIN_BUCKET = 500_000_000, 50_000_000, 1 << 
 LOSS_WORKSPACE_BYTES = 256 * 2**20
 # Matrices [n, n] in fp32 that autograd holds for "dense", with the KL.
 _DENSE_MATRICES = 10
+# A measured micro-batch has activations that are large beside what the allocator keeps for itself.
+_MEASURED_BYTES = 256e6
+_FEWEST_PAIRS, _MOST_PAIRS = 4, 64
 
 _aten = torch.ops.aten
 # The registry of torch 2.13 lacks the attention of CPUs, which stands for that of any device here.
@@ -69,6 +82,8 @@ class Counter(TorchDispatchMode):
         self._storages = {each.untyped_storage()._cdata for each in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:
+            return NotImplemented  # two in three calls; it makes nothing
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         formula = _FORMULAS.get(func.overloadpacket)
@@ -99,22 +114,21 @@ class Tracer:
         model: on the meta device; `requires_grad` tells what is trained.
         precision: compute dtype of the towers, resolved.
         on_gpu: count what a GPU allocates.
-        activation_checkpointing: of the blocks of both towers.
     """
 
-    def __init__(
-        self,
-        model: DualEncoder,
-        *,
-        precision: str,
-        on_gpu: bool,
-        activation_checkpointing: bool = False,
-    ) -> None:
-        with fake_device() as self._fake:
-            self._model = copy_to_fake_device(model)
-        self._checkpointing = activation_checkpointing
+    def __init__(self, model: DualEncoder, *, precision: str, on_gpu: bool) -> None:
+        # Tensors without storage on a "CPU": unlike meta tensors, they run under autocast and with
+        # fused attention. Small constants of the libraries stay real.
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with self._fake:
+            self._model = copy_with(model, lambda each: torch.empty_like(each, device="cpu"))
         if on_gpu and precision != "fp32":
-            _normalise_in_fp32(self._model.module)
+            for part in self._model.module.modules():
+                # As autocast does on a GPU, and not on a CPU.
+                if isinstance(part, nn.LayerNorm | nn.GroupNorm):
+                    part.register_forward_pre_hook(
+                        lambda _, inputs: (inputs[0].float(), *inputs[1:])
+                    )
         self._forward = build_forward(self._model, precision=precision)
         self.backpropagate = cache(self._backpropagate)
 
@@ -128,33 +142,43 @@ class Tracer:
                 self._forward(*((pixels, None) if tower == "image" else (None, tokens)))
         return counter
 
-    def activation_bytes(self, pairs: int, *, share: int) -> int:
+    def frozen_widths(self, tune: str) -> dict[str, int]:
+        """Return tower -> how many numbers the blocks that `tune` freezes output for one pair.
+
+        Raises:
+            InputError: see `SplitTower`.
+        """
+        with self._fake:
+            return {each: SplitTower(self._model, each, tune).width for each in ("image", "text")}
+
+    def activation_bytes(self, pairs: int, *, share: int, checkpointing: bool = False) -> int:
         """Return what a micro-batch of `pairs` of a GPU's `share` needs beside the gradients."""
         if pairs == share:
             # The gradients of a step of one micro-batch appear while its activations go.
-            trained = sum(
-                each.numel() for each in self._model.module.parameters() if each.requires_grad
-            )
-            peak = self.backpropagate(pairs, with_gradients=False).peak_bytes
+            parameters = self._model.module.parameters()
+            trained = sum(each.numel() for each in parameters if each.requires_grad)
+            peak = self.backpropagate(pairs, checkpointing=checkpointing).peak_bytes
             return max(0, peak - trained * FP32)
         # Memory is a convex function of the number of pairs: the line between one and the share
         # lies on it or above.
         one, most = (
-            self.backpropagate(each, with_gradients=True).peak_bytes for each in (1, share)
+            self.backpropagate(each, checkpointing=checkpointing, with_gradients=True).peak_bytes
+            for each in (1, share)
         )
         return one + (most - one) * (pairs - 1) // (share - 1)
 
-    def _backpropagate(self, pairs: int, *, with_gradients: bool) -> Counter:
+    def _backpropagate(
+        self, pairs: int, *, checkpointing: bool = False, with_gradients: bool = False
+    ) -> Counter:
         """Count encoding `pairs` pairs with a graph and back-propagating them.
 
         Args:
             pairs: in the micro-batch.
+            checkpointing: of the activations of the blocks of both towers.
             with_gradients: whether gradients are there before, and not counted, as for all
                 micro-batches of a step but the first.
         """
-        checkpointed = (
-            checkpointed_activations(self._model) if self._checkpointing else nullcontext()
-        )
+        checkpointed = checkpointed_activations(self._model) if checkpointing else nullcontext()
         with self._fake, checkpointed:
             for parameter in self._model.module.parameters():
                 wanted = with_gradients and parameter.requires_grad
@@ -188,13 +212,6 @@ def run_micro_batch(model: DualEncoder, forward: TowerForward, pairs: int) -> No
 def _empty_pairs(model: DualEncoder, pairs: int) -> tuple[Tensor, Tokens]:
     tokens = torch.zeros(pairs, model.context_length, dtype=torch.int64, device=model.device)
     return torch.empty(pairs, 3, *model.image_size, device=model.device), Tokens(tokens, None)
-
-
-def _normalise_in_fp32(module: nn.Module) -> None:
-    """Make normalisation layers take fp32, as autocast does on a GPU and not on a CPU."""
-    for part in module.modules():
-        if isinstance(part, nn.LayerNorm | nn.GroupNorm):
-            part.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
 
 
 @dataclass(frozen=True)
@@ -259,6 +276,10 @@ class StepMemory:
         copies = {"plain": 0, "zero1": 2, "zero2": 2, "zero3": 1}[parallel]
         matrices = _DENSE_MATRICES * self.compared**2 * FP32
         loss = matrices if self.backend == "dense" else min(LOSS_WORKSPACE_BYTES, matrices)
+        # Of both towers: encoded in parts, concatenated, the original's, and gradients. Each of
+        # several GPUs computes the loss of the whole batch, from all rows of the last three.
+        own = -(-self.pairs // self.gpus)
+        feature_rows = 8 * self.pairs if self.gpus == 1 else 6 * self.pairs + 6 * own
         # It comes after the backward pass, in the memory that activations and loss have left.
         update = self._update_numbers(parallel, optimizer) * FP32 - activations - loss
         return {
@@ -267,7 +288,7 @@ class StepMemory:
             "optimizer_states": -(-self._state_bytes(optimizer) // shares),
             "partitions": copies * share * FP32,
             "activations": activations,
-            "features": self._feature_rows() * self.width * FP32,
+            "features": feature_rows * self.width * FP32,
             "loss": loss,
             "update": max(0, update),
         }
@@ -294,11 +315,119 @@ class StepMemory:
         bucket = max(_PLAIN_BUCKET, counts.largest) if parallel == "plain" else _REDUCE_BUCKET
         return max(update, min(counts.trained, bucket) if self.gpus > 1 else 0)
 
-    def _feature_rows(self) -> int:
-        """Rows of both towers: encoded in parts, concatenated, the original's, and gradients.
 
-        Each of several GPUs holds all rows of the last three: it computes the loss of the whole
-        batch.
-        """
-        own = -(-self.pairs // self.gpus)
-        return 8 * self.pairs if self.gpus == 1 else 6 * self.pairs + 6 * own
+@dataclass(frozen=True)
+class Measured:
+    """What encoding and back-propagating one micro-batch took on this machine."""
+
+    device: str  # "cuda" or "cpu"
+    pairs: int  # in the micro-batch
+    activation_bytes: int  # peak beyond weights and gradients
+    counted_bytes: int  # what was counted for it beforehand
+    tflops: float  # TFLOP per second
+
+    @property
+    def correction(self) -> float:
+        """By what the counted memory of activations is multiplied."""
+        return self.activation_bytes / self.counted_bytes
+
+    def lines(self) -> list[str]:
+        """Return two lines for the table of a plan."""
+        return [
+            f"Measured here ({self.device}, {self.pairs} pairs): activations of "
+            f"{self.activation_bytes / 1e9:.2f} GB, not {self.counted_bytes / 1e9:.2f} GB; "
+            f"so those above are multiplied by {self.correction:.2f}.",
+            f"Speed here: {self.tflops:.3g} TFLOP/s.",
+        ]
+
+
+def measure_micro_batch(model: DualEncoder, *, precision: str) -> Measured:
+    """Run one micro-batch of a model of meta tensors with random weights.
+
+    Raises:
+        InputError: there is not enough memory for weights and gradients, or no way to measure it.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    on_gpu = device == "cuda"
+    tracer = Tracer(model, precision=precision, on_gpu=on_gpu)
+    pairs = _FEWEST_PAIRS
+    counted = tracer.backpropagate(pairs, with_gradients=True)
+    if counted.peak_bytes < _MEASURED_BYTES:
+        pairs = min(_MOST_PAIRS, math.ceil(pairs * _MEASURED_BYTES / counted.peak_bytes))
+        counted = tracer.backpropagate(pairs, with_gradients=True)
+    numbers = sum(each.numel() for each in model.module.parameters())
+    wanted = 2 * numbers * FP32 + counted.peak_bytes
+    free = torch.cuda.mem_get_info()[0] if on_gpu else proc_bytes("meminfo", "MemAvailable")
+    if wanted > free:
+        raise InputError(
+            f"measure: a micro-batch of this model needs {wanted / 1e9:.1f} GB here, and "
+            f"{free / 1e9:.1f} GB are free. Plan without measure, or on a larger machine."
+        )
+    real = with_random_weights(model, device=device)
+    forward = build_forward(real, precision=precision)
+    # The first makes gradients, and what libraries make once.
+    run_micro_batch(real, forward, 1)
+    memory = PeakMemory(device)
+    started = time.perf_counter()
+    run_micro_batch(real, forward, pairs)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    tflops = counted.flops / (time.perf_counter() - started) / 1e12
+    return Measured(device, pairs, memory.bytes(), counted.peak_bytes, tflops)
+
+
+def with_random_weights(model: DualEncoder, *, device: str) -> DualEncoder:
+    """Copy a model of meta tensors with random weights; whole numbers and masks become 0.
+
+    BatchNorm gets the statistics that it begins with: features and gradients stay finite.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+
+    def fill(tensor: Tensor) -> Tensor:
+        new = torch.zeros_like(tensor, device=device)
+        return new.normal_(std=0.02, generator=generator) if new.is_floating_point() else new
+
+    real = copy_with(model, fill)
+    for part in real.module.modules():
+        if isinstance(part, _BatchNorm):
+            part.reset_running_stats()
+    return real
+
+
+class PeakMemory:
+    """Measures the peak memory of what follows, above what is in use when it is made.
+
+    On a GPU this is what torch's allocator counts. On a CPU it is resident memory, which earlier
+    peaks of the process would hide: call it in a process of its own.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+            return
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM = VmRSS
+        self._before = proc_bytes("self/status", "VmRSS")
+
+    def bytes(self) -> int:
+        """Return the peak so far."""
+        if self._device == "cuda":
+            return torch.cuda.max_memory_allocated() - self._before
+        return proc_bytes("self/status", "VmHWM") - self._before
+
+
+def proc_bytes(file: str, field: str) -> int:
+    """Return a size from a file of /proc.
+
+    Raises:
+        LookupError: the file has no such field.
+    """
+    text = (Path("/proc") / file).read_text(encoding="utf-8")
+    found = re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)
+    if found is None:
+        raise LookupError(f"/proc/{file} has no line {field}")
+    return int(found[1]) * 1024

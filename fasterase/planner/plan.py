@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 import os
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from fasterase.config import UnlearnConfig
+from fasterase.engine.job import POOL_BATCHES, count_steps
+from fasterase.engine.optim import EIGHT_BIT, Trained
+from fasterase.engine.prefix_cache import VIEWS, check_prefix_cache, row_bytes, training_bytes
 from fasterase.errors import InputError
 from fasterase.models.dual_encoder import DualEncoder
+from fasterase.models.lora import parse_rank
+from fasterase.pairs.sampler import Sampler
 from fasterase.planner.architecture import build_architecture
-from fasterase.planner.count import FP32
-from fasterase.planner.measure import Measured, measure_micro_batch
-from fasterase.planner.setups import PlannedJob, Setup, choose_setup
+from fasterase.planner.count import (
+    FP32,
+    Measured,
+    Parallel,
+    ParameterCounts,
+    StepMemory,
+    Tracer,
+    measure_micro_batch,
+)
 
 # Dense peak of an H100 SXM in TFLOP/s (NVIDIA's data sheet), and the share of it that training a
 # large ViT reaches.
@@ -37,17 +49,193 @@ _PARTS = {
     "update": "update, beyond room left by activations",
 }
 _WIDTH = 98
+# Share of a GPU's memory that is planned with: the rest is for the CUDA context, cuBLAS and NCCL
+# (about 2 GB) and for gaps between blocks of torch's allocator.
+USABLE = 0.92
+# What ZeRO-3 costs beside the others, which gather weights once per step, not in every pass.
+_ZERO3_PENALTY = 1.2
+# Smaller micro-batches leave a GPU idle.
+_LEAST_MICRO_BATCH = 8
+# A peak up to this share of a GPU's memory leaves room for larger batches and longer captions.
+_COMFORTABLE = 0.8
 
 
 @dataclass(frozen=True)
-class Run:
-    """The run that the command starts."""
+class Setup:
+    """One way to run a job, and what it costs on each GPU."""
 
-    steps: int  # at most
-    retain_pairs: int  # how many different ones are read
-    gpu_hours: float  # of all GPUs together, at most; encoding the original's features included
-    disk_bytes: int  # of the original's features of those pairs
-    prefix_bytes: int  # of the outputs of frozen blocks, which `prefix_cache` stores; else 0
+    parallel: Parallel  # "plain": data parallelism, or one process
+    optimizer: str
+    activation_checkpointing: bool
+    name: str  # the way to run in words
+    micro_batch_size: int  # the largest that fits, at most a GPU's share of the batch; 0: none
+    in_one: bool  # the whole share fits and is encoded once; else twice (GradCache)
+    bytes_per_gpu: dict[str, int]  # part -> bytes at the peak of a step with it (or with one pair)
+    flops_per_pair: int  # of training, re-encoding and checkpointing included
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.bytes_per_gpu.values())
+
+    @property
+    def cost(self) -> float:
+        """Relative time of a pair; infinite if nothing fits."""
+        if self.micro_batch_size == 0:
+            return math.inf
+        idle = 1.0 if self.in_one else max(1.0, _LEAST_MICRO_BATCH / self.micro_batch_size)
+        return self.flops_per_pair * idle * (_ZERO3_PENALTY if self.parallel == "zero3" else 1.0)
+
+
+class PlannedJob:
+    """An erasure of a model on the meta device: what all ways to run it have in common."""
+
+    def __init__(
+        self, model: DualEncoder, config: UnlearnConfig, pairs: int, forget: int, gpus: int
+    ) -> None:
+        if parse_rank(config.tune) is not None:
+            raise InputError(
+                f"tune={config.tune!r}: adapters are not planned. Plan tune='all', which needs "
+                "more: adapters spare the gradients and the states of the weights themselves."
+            )
+        self.model, self._config, self._gpus = model, config, gpus
+        self.on_gpu = not (config.device or "cuda").startswith("cpu")
+        auto = "bf16" if self.on_gpu else "fp32"
+        self.precision = auto if config.precision == "auto" else config.precision
+        self._trained = Trained.choose(model, config.tune, logit_scale=config.train_logit_scale)
+        names = set(self._trained.parameters(model.module))
+        for name, parameter in model.module.named_parameters():
+            parameter.requires_grad_(name in names)
+        sampler = Sampler(
+            forget,
+            min(pairs, POOL_BATCHES * config.batch_size),
+            forget_batch_size=config.forget_batch_size,
+            batch_size=config.batch_size,
+            seed=config.seed,
+        )
+        self.share = sampler.max_pairs_per_rank(gpus)
+        self.steps = count_steps(config, sampler)
+        # An automatic run reads its pool, any other what its steps draw.
+        batches = POOL_BATCHES if config.runs_until_forgotten else self.steps
+        self.retain_pairs = min(pairs, batches * config.batch_size)
+        self.counts = ParameterCounts.of(model, self._trained)
+        step_pairs, n_retain = sampler.max_pairs_per_rank(), min(config.batch_size, pairs)
+        compared = max(n_retain, step_pairs - n_retain)
+        self._memory = StepMemory(
+            counts=self.counts,
+            gpus=gpus,
+            on_gpu=self.on_gpu,
+            pairs=step_pairs,
+            compared=compared if config.negatives == "own" else step_pairs,
+            width=model.embed_dim,
+            backend=config.backend,
+        )
+        self._tracer = tracer = Tracer(model, precision=self.precision, on_gpu=self.on_gpu)
+        self.forward_flops = {tower: tracer.forward(tower).flops for tower in ("image", "text")}
+
+    def flops(self, setup: Setup) -> int:
+        """Return those of the run: of its steps, and of encoding the original's features."""
+        steps = self.steps * self._memory.pairs * setup.flops_per_pair
+        return steps + self.retain_pairs * sum(self.forward_flops.values())
+
+    def prefix_bytes(self, forget: int) -> int:
+        """Return the bytes on disk of the outputs of frozen blocks that `prefix_cache` stores."""
+        if self._config.prefix_cache is None:
+            return 0
+        check_prefix_cache(self._config, self._gpus)
+        widths = self._tracer.frozen_widths(self._config.tune)
+        return training_bytes(
+            {tower: row_bytes(width, self.precision) for tower, width in widths.items()},
+            forget=forget,
+            retain=self.retain_pairs,
+            views=VIEWS if self._config.forget_augment else 0,
+        )
+
+    def setups(self, usable: float, correction: float) -> list[Setup]:
+        """Return the ways to run, the simplest first.
+
+        Args:
+            usable: bytes of each GPU that may be planned with.
+            correction: by what counted activations are multiplied.
+        """
+        config = self._config
+        parallels: tuple[Parallel, ...] = ("plain", "zero1", "zero2", "zero3")
+        optimizers = [config.optimizer]
+        if self.on_gpu and config.optimizer not in EIGHT_BIT:
+            optimizers.append("paged_adamw8bit")
+        checkpointings = [config.activation_checkpointing]
+        towers = (self.model.image_parts(), self.model.text_parts())
+        if not config.activation_checkpointing and all(parts.blocks for parts in towers):
+            checkpointings.append(True)
+        return [
+            self._setup(parallel, optimizer, checkpointing, usable, correction)
+            for checkpointing in checkpointings
+            for optimizer in optimizers
+            for parallel in (parallels if self._gpus > 1 else parallels[:1])
+        ]
+
+    def _setup(
+        self,
+        parallel: Parallel,
+        optimizer: str,
+        checkpointing: bool,
+        usable: float,
+        correction: float,
+    ) -> Setup:
+        """Return a way to run, with the largest micro-batch that `usable` bytes hold."""
+        tracer, share = self._tracer, self.share
+
+        def parts(pairs: int) -> dict[str, int]:
+            counted = tracer.activation_bytes(pairs, share=share, checkpointing=checkpointing)
+            return self._memory.parts(parallel, optimizer, int(counted * correction))
+
+        most = min(share, self._config.micro_batch_size or share)
+        fitting = _largest(lambda pairs: sum(parts(pairs).values()), usable, most)
+        flops = tracer.backpropagate(share, checkpointing=checkpointing).flops // share
+        if fitting < share:
+            # GradCache: both towers without a graph, then the trained ones with one.
+            trained = {"image": self._trained.image, "text": self._trained.text}
+            flops += sum(self.forward_flops[tower] for tower in trained if trained[tower])
+        alone = "plain data parallelism" if self._gpus > 1 else "one process"
+        words = [alone if parallel == "plain" else f"ZeRO-{parallel[-1]}"]
+        words += ["8-bit states"] * (optimizer in EIGHT_BIT) + ["checkpointing"] * checkpointing
+        return Setup(
+            parallel=parallel,
+            optimizer=optimizer,
+            activation_checkpointing=checkpointing,
+            name=", ".join(words),
+            micro_batch_size=fitting,
+            in_one=fitting == share,
+            bytes_per_gpu=parts(max(fitting, 1)),
+            flops_per_pair=flops,
+        )
+
+
+def _largest(bytes_of: Callable[[int], int], limit: float, most: int) -> int:
+    """Return the largest number of pairs up to `most` that needs at most `limit` bytes, or 0."""
+    if bytes_of(most) <= limit:
+        return most
+    fitting = bisect.bisect_right(range(1, most), limit, key=bytes_of)
+    return fitting - fitting % 8 if fitting > 64 else fitting
+
+
+def choose_setup(setups: list[Setup], gpus: int, gpu_memory: float) -> Setup:
+    """Return the fastest; of those that are as fast, the simplest that leaves room, if one does.
+
+    Raises:
+        InputError: not one pair fits, whatever the setup.
+    """
+    least = min(each.cost for each in setups)
+    if least == math.inf:
+        smallest = min(setups, key=lambda each: each.peak_bytes)
+        raise InputError(
+            f"gpu_memory={gpu_memory:g}: one pair at a time needs "
+            f"{smallest.peak_bytes / 1e9 / USABLE:.0f} GB on each of {gpus} GPUs, even with "
+            f"{smallest.name}. Give more gpus or gpu_memory, train less (tune='last:N'), or take a "
+            "smaller batch_size."
+        )
+    fastest = [each for each in setups if each.cost <= 1.01 * least]
+    roomy = [each for each in fastest if each.peak_bytes <= _COMFORTABLE * gpu_memory * 1e9]
+    return (roomy or fastest)[0]
 
 
 @dataclass(frozen=True)
@@ -66,7 +254,11 @@ class Plan:
     forward_flops: dict[str, int]  # tower -> FLOPs of encoding one image or text
     setup: Setup  # the recommended way to run
     setups: tuple[Setup, ...]  # all that were compared, the simplest first
-    run: Run
+    steps: int  # of the run that the command starts, at most
+    retain_pairs: int  # how many different ones it reads
+    run_gpu_hours: float  # of all GPUs, at most; encoding the original's features included
+    run_disk_bytes: int  # of the original's features of those pairs
+    prefix_bytes: int  # of the outputs of frozen blocks, which `prefix_cache` stores; else 0
     gpu_hours_per_epoch: float  # of training on `pairs` once; NaN on a CPU without `measure`
     disk_bytes: int  # of the original's features of `pairs` pairs, images and captions
     tflops: float  # peak of a GPU
@@ -91,7 +283,7 @@ class Plan:
         return self.setup.flops_per_pair
 
     def __str__(self) -> str:
-        config, setup, run, measured = self.config, self.setup, self.run, self.measured
+        config, setup, measured = self.config, self.setup, self.measured
         image, text = (self.forward_flops[tower] / 1e9 for tower in ("image", "text"))
         training = f"{setup.flops_per_pair / 1e9:,.1f} GFLOP"
         encoded = "encoded once" if setup.in_one else "encoded twice"
@@ -109,27 +301,20 @@ class Plan:
             f"  encoding an image, a text           {image:,.1f} + {text:,.1f} GFLOP",
             f"  training on a pair                  {training} ({encoded})",
             f"  an epoch over {f'{self.pairs:,} pairs':<22}{self._hours(self.gpu_hours_per_epoch)}",
-            f"  the run, at most {f'{run.steps:,} steps':<19}{self._hours(run.gpu_hours)}",
+            f"  the run, at most {f'{self.steps:,} steps':<19}{self._hours(self.run_gpu_hours)}",
             "",
             "Data",
-            f"  retain pairs that the run reads     {run.retain_pairs:,} of {self.pairs:,}",
-            f"  the original's features on disk     {run.disk_bytes / 1e9:,.3f} GB for these, "
+            f"  retain pairs that the run reads     {self.retain_pairs:,} of {self.pairs:,}",
+            f"  the original's features on disk     {self.run_disk_bytes / 1e9:,.3f} GB for these, "
             f"{self.disk_bytes / 1e9:,.1f} GB for all",
         ]
-        if run.prefix_bytes:
+        if self.prefix_bytes:
             lines.append(
-                f"  outputs of frozen blocks on disk    {run.prefix_bytes / 1e9:,.3f} GB at most; "
+                f"  outputs of frozen blocks on disk    {self.prefix_bytes / 1e9:,.3f} GB at most; "
                 "the compute above is without them"
             )
         if measured is not None:
-            lines += [
-                "",
-                f"Measured here ({measured.device}, {measured.pairs} pairs): activations of "
-                f"{measured.activation_bytes / 1e9:.2f} GB, not "
-                f"{measured.counted_bytes / 1e9:.2f} GB; "
-                f"so those above are multiplied by {measured.correction:.2f}.",
-                f"Speed here: {measured.tflops:.3g} TFLOP/s.",
-            ]
+            lines += ["", *measured.lines()]
         lines += ["", *textwrap.wrap(self.reason, _WIDTH), "", _wrap_command(self.command)]
         return "\n".join(lines)
 
@@ -184,9 +369,9 @@ def plan(
         if not value > 0:
             raise InputError(f"{name}={value!r} must be above 0.")
     job = PlannedJob(build_architecture(model), config, pairs, forget, gpus)
-    prefix_bytes = job.prefix_bytes()
+    prefix_bytes = job.prefix_bytes(forget)
     measured = measure_micro_batch(job.model, precision=job.precision) if measure else None
-    setups = job.setups(gpu_memory, measured.correction if measured else 1.0)
+    setups = job.setups(USABLE * gpu_memory * 1e9, measured.correction if measured else 1.0)
     setup = choose_setup(setups, gpus, gpu_memory)
     if tflops is None:
         tflops = _TFLOPS[job.precision] if job.on_gpu else math.nan
@@ -194,13 +379,6 @@ def plan(
         tflops, efficiency = measured.tflops, 1.0
     per_hour = tflops * 1e12 * efficiency * 3600
     feature_row = 8 + job.model.embed_dim * (2 if job.on_gpu and job.precision != "fp32" else FP32)
-    run = Run(
-        steps=job.steps,
-        retain_pairs=job.retain_pairs,
-        gpu_hours=job.flops(setup) / per_hour,
-        disk_bytes=2 * job.retain_pairs * feature_row,
-        prefix_bytes=prefix_bytes,
-    )
     return Plan(
         model=job.model.name,
         pairs=pairs,
@@ -214,31 +392,28 @@ def plan(
         forward_flops=job.forward_flops,
         setup=setup,
         setups=tuple(setups),
-        run=run,
+        steps=job.steps,
+        retain_pairs=job.retain_pairs,
+        run_gpu_hours=job.flops(setup) / per_hour,
+        run_disk_bytes=2 * job.retain_pairs * feature_row,
+        prefix_bytes=prefix_bytes,
         gpu_hours_per_epoch=pairs * setup.flops_per_pair / per_hour,
         disk_bytes=2 * pairs * feature_row,
         tflops=tflops,
         efficiency=efficiency,
         measured=measured,
-        command=_write_command(_name_for_command(model), config, setup, gpus),
+        command=_write_command(model, config, setup, gpus),
         reason=_explain(setup, setups, gpus, job.share),
     )
 
 
-def _name_for_command(model: Any) -> str:
-    """Return what `--model` is given: an open_clip name needs a tag for its weights."""
-    if not isinstance(model, str | os.PathLike):
-        return "MODEL"
+def _write_command(model: Any, config: UnlearnConfig, setup: Setup, gpus: int) -> str:
     import open_clip
 
-    name = os.fspath(model)
-    if name not in open_clip.list_models():
-        return name
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    return f"{name}/{tags[0] if len(tags) == 1 else 'TAG'}"
-
-
-def _write_command(model: str, config: UnlearnConfig, setup: Setup, gpus: int) -> str:
+    name = os.fspath(model) if isinstance(model, str | os.PathLike) else "MODEL"
+    if name in open_clip.list_models():  # needs a tag for its weights
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        name = f"{name}/{tags[0] if len(tags) == 1 else 'TAG'}"
     nodes, rest = divmod(gpus, _GPUS_PER_NODE)
     launcher = ""
     if gpus > 1 and setup.parallel != "plain":
@@ -252,7 +427,7 @@ def _write_command(model: str, config: UnlearnConfig, setup: Setup, gpus: int) -
     elif gpus > 1:
         launcher = f"torchrun --nproc_per_node {gpus} -m "
     words = [
-        f"{launcher}fasterase unlearn --model {model} --forget FORGET --retain RETAIN "
+        f"{launcher}fasterase unlearn --model {name} --forget FORGET --retain RETAIN "
         "--output_dir RUN"
     ]
     chosen = config.to_dict() | {
@@ -261,9 +436,9 @@ def _write_command(model: str, config: UnlearnConfig, setup: Setup, gpus: int) -
         "micro_batch_size": None if setup.in_one else setup.micro_batch_size,
     }
     defaults = UnlearnConfig().to_dict()
-    for name, value in chosen.items():
-        if value != defaults[name]:
-            words.append(f"--{name} {','.join(map(str, value)) if name == 'betas' else value}")
+    for field, value in chosen.items():
+        if value != defaults[field]:
+            words.append(f"--{field} {','.join(map(str, value)) if field == 'betas' else value}")
     if setup.parallel != "plain":
         words.append(f"--deepspeed {setup.parallel}.json")
     return " ".join(words)
@@ -295,15 +470,13 @@ def _explain(setup: Setup, setups: list[Setup], gpus: int, share: int) -> str:
 
 
 def _memory_table(setup: Setup, setups: Sequence[Setup]) -> list[str]:
-    parts = {
-        text.format(optimizer=setup.optimizer, pairs=setup.micro_batch_size): setup.bytes_per_gpu[
-            part
-        ]
-        for part, text in _PARTS.items()
-    }
+    chosen = {"optimizer": setup.optimizer, "pairs": setup.micro_batch_size}
     return [
         "Memory of each GPU at the peak of a step, GB",
-        *(f"  {label:<42}{size / 1e9:>9.2f}" for label, size in parts.items()),
+        *(
+            f"  {_PARTS[part].format(**chosen):<42}{size / 1e9:>9.2f}"
+            for part, size in setup.bytes_per_gpu.items()
+        ),
         f"  {'peak':<42}{setup.peak_bytes / 1e9:>9.2f}",
         "",
         f"{'Ways to run':<54}{'pairs at a time':>16}{'peak GB':>10}{'GFLOP per pair':>17}",

@@ -44,31 +44,24 @@ def test_dashes_and_launcher_flags(launcher, unlearn):
         (["--evaluation", "none"], "evaluation", None),
         (["--progress", "false"], "progress", False),
         (["--progress"], "progress", True),
-        (["--betas", "[0.1, 0.2]"], "betas", (0.1, 0.2)),
         (["--deepspeed", "zero3.json"], "deepspeed", "zero3.json"),
         (["--deepspeed", '{"a": {"b": 1}}'], "deepspeed", {"a": {"b": 1}}),
         (["--tune", "last:4"], "tune", "last:4"),
         (["--lr", "1e-8"], "lr", 1e-8),
         (["--lr", "auto"], "lr", "auto"),
         (["--epochs", "auto"], "epochs", "auto"),
+        (["--betas", "0.1,0.2"], "betas", (0.1, 0.2)),
+        (["--betas", "(0.1, 0.2)"], "betas", (0.1, 0.2)),
+        (["--betas", "[1e-1,.2]"], "betas", (0.1, 0.2)),
+        # A path that reads as a number or None stays text.
+        (["--output_dir", "3"], "output_dir", "3"),
+        (["--tune", "none"], "tune", "none"),
+        (["--deepspeed", "7"], "deepspeed", "7"),
+        (["--device", "NONE"], "device", None),
     ],
 )
 def test_values(flags, field, value):
     assert parse(["unlearn", *flags]).values == {field: value}
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [("0.1,0.2", (0.1, 0.2)), ("(0.1, 0.2)", (0.1, 0.2)), ("[1e-1,.2]", (0.1, 0.2))],
-)
-def test_spellings_of_a_pair_of_numbers(text, value):
-    assert parse(["unlearn", "--betas", text]).values == {"betas": value}
-
-
-def test_a_path_that_reads_as_a_number_or_none_stays_text():
-    flags = ["--output_dir", "3", "--tune", "none", "--deepspeed", "7", "--device", "NONE"]
-    expected = {"output_dir": "3", "tune": "none", "deepspeed": "7", "device": None}
-    assert parse(["unlearn", *flags]).values == expected
 
 
 def test_flags_win_over_the_file_wherever_they_stand_and_later_files_over_earlier(tmp_path):

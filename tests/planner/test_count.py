@@ -54,8 +54,8 @@ def test_transformers_models_from_their_configuration(build):
     assert sum(p.numel() for p in model.module.parameters()) == sum(
         p.numel() for p in module.parameters()
     )
-    both = Tracer(model, precision="fp32", on_gpu=False).backpropagate(2, with_gradients=True)
     tracer = Tracer(model, precision="fp32", on_gpu=False)
+    both = tracer.backpropagate(2)
     forward = tracer.forward("image").flops + tracer.forward("text").flops
     # Back-propagating costs twice a forward pass, but for the image's own gradient.
     assert 2.5 < both.flops / 2 / forward < 3.2
@@ -63,13 +63,10 @@ def test_transformers_models_from_their_configuration(build):
 
 def test_activation_checkpointing_runs_the_blocks_again_in_less_memory():
     model = build_architecture(small_models.open_clip_vit(layers=6))
-    plain, checkpointed = (
-        Tracer(model, precision="bf16", on_gpu=True, activation_checkpointing=flag)
-        for flag in (False, True)
-    )
-    forward = sum(plain.forward(tower).flops for tower in ("image", "text"))
+    tracer = Tracer(model, precision="bf16", on_gpu=True)
+    forward = sum(tracer.forward(tower).flops for tower in ("image", "text"))
     whole, again = (
-        tracer.backpropagate(256, with_gradients=True) for tracer in (plain, checkpointed)
+        tracer.backpropagate(256, with_gradients=True, checkpointing=flag) for flag in (False, True)
     )
     # All of a block but its last product, the MLP's, of which the backward pass needs no output.
     assert 0.6 < (again.flops - whole.flops) / (256 * forward) < 0.7
@@ -89,9 +86,7 @@ def step_memory(counts, *, gpus):
 
 
 def test_eight_bit_states_count_small_tensors_and_embeddings_in_fp32():
-    counts = ParameterCounts(
-        total=1000_000, buffers=0, trained=1000_000, eight_bit=256_000, largest=1, largest_block=1
-    )
+    counts = ParameterCounts(1000_000, 0, 1000_000, 256_000, 1, 1)
     of = step_memory(counts, gpus=1).parts("plain", "lion8bit", 0)
     assert of["optimizer_states"] == 744_000 * 4 + 256_000 + 1000 * 4
 
