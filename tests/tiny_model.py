@@ -110,6 +110,8 @@ def micro_batches(
         MicroBatch(
             rows=np.arange(i, min(i + size, len(pixels))),
             ids=[str(row) for row in range(i, min(i + size, len(pixels)))],
+            views=np.zeros(len(pixels[i : i + size]), np.int64),
+            fresh=np.arange(len(pixels[i : i + size])),
             pixels=pixels[i : i + size],
             skipped=[],
             step=0,

@@ -18,7 +18,6 @@ from fasterase.engine.grad_cache import backpropagate, buffers_in_train_mode, re
 from fasterase.engine.history import HistoryFile, StepRecord
 from fasterase.engine.loss import StepLoss
 from fasterase.engine.pacing import Pacing
-from fasterase.engine.prefix_cache import PrefixCache
 from fasterase.engine.stops import (
     NonFiniteGuard,
     StopRequests,
@@ -50,7 +49,6 @@ class Trainer:
         max_grad_norm: limit of the global gradient norm; None does not clip.
         seed: seed for Dropout.
         ranks: who takes part.
-        prefixes: outputs of the frozen blocks; None: the towers run whole.
 
     Attributes:
         step: steps taken so far.
@@ -69,7 +67,6 @@ class Trainer:
         max_grad_norm: float | None,
         seed: int,
         ranks: Ranks,
-        prefixes: PrefixCache | None = None,
     ) -> None:
         self.step = 0
         self.engine = engine
@@ -80,7 +77,6 @@ class Trainer:
         self._max_grad_norm = float("inf") if max_grad_norm is None else max_grad_norm
         self._seed = seed
         self._guard = NonFiniteGuard(precision)
-        self._prefixes = prefixes
 
     def train_step(self, batch: StepBatch, lr: float, *, passes: int) -> StepRecord:
         """Take one step: encode, loss, gradients, clip, update; a non-finite step is left out.
@@ -109,7 +105,6 @@ class Trainer:
                 device=self._device,
                 seed_of=self._dropout_seed,
                 passes=passes if self.engine.in_lockstep else None,
-                halfway=None if self._prefixes is None else self._prefixes.halfway,
             )
         self.step = batch.step + 1
         grad_norm, applied = 0.0, False

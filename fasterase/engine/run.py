@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from fasterase.engine.pacing import (
     LinePacing,
     Pacing,
 )
-from fasterase.engine.prefix_cache import PrefixCache, open_prefix_cache
+from fasterase.engine.prefix_cache import open_prefix_cache
 from fasterase.engine.rates import LineFollower, Rate
 from fasterase.engine.words import ForgottenWords, forget_words
 from fasterase.errors import InputError, NonFiniteError, PreemptedError
@@ -138,7 +138,6 @@ class Run:
         )
         self._checkpoints: CheckpointFolder | None = None
         self._saved: Checkpoint | None = None
-        self._prefixes: PrefixCache | None = None
         self._adapter: LoraAdapter | None = None
 
     def erase(self) -> Outcome:
@@ -150,11 +149,8 @@ class Run:
         job = self.job
         self.open_checkpoint()
         self.choose_judge()
-        with (
-            cache_folder(job.config.reference_cache, job.output, job.ranks) as folder,
-            ExitStack() as stack,
-        ):
-            cache = self.open_caches(folder, stack)
+        with cache_folder(job.config.reference_cache, job.output, job.ranks) as folder:
+            cache = self.open_caches(folder)
             self._baseline = measure_original(
                 job,
                 self._draws,
@@ -218,7 +214,7 @@ class Run:
                 "max_steps) and no stop_when_forgotten, or retain pairs with other captions."
             )
 
-    def open_caches(self, folder: Path, stack: ExitStack) -> FeatureCache:
+    def open_caches(self, folder: Path) -> FeatureCache:
         """Open what keeps the original's features, and the outputs of frozen blocks if asked."""
         job, config, model = self.job, self.job.config, self.job.model
         encoding = f"{self._fingerprint} {job.precision}"
@@ -235,7 +231,7 @@ class Run:
             ]
             if pool is not None:
                 measured.insert(0, ("retain", pool.withheld))
-            self._prefixes = open_prefix_cache(
+            self._encoder.prefixes = open_prefix_cache(
                 folder / key[:16],
                 model,
                 job.sets,
@@ -245,8 +241,6 @@ class Run:
                 job.precision,
                 job.ranks,
             )
-            stack.callback(self._prefixes.flush)
-            self._encoder.prefixes = self._prefixes
         return FeatureCache(folder, key, model.embed_dim, is_half=is_half, ranks=job.ranks)
 
     @contextmanager
@@ -366,7 +360,6 @@ class Run:
             max_grad_norm=job.config.max_grad_norm,
             seed=job.config.seed,
             ranks=job.ranks,
-            prefixes=self._prefixes,
         )
 
     def _build_pacing(
@@ -423,7 +416,7 @@ class Run:
             last_step=trainer.step if pacing.is_done or never_known else pacing.total_steps,
             micro_batch_size=config.micro_batch_size,
             augment_forget=config.forget_augment,
-            keeper=self._prefixes,
+            prefixes=self._encoder.prefixes,
             num_workers=self._num_workers,
             ranks=job.ranks,
         )

@@ -1,10 +1,9 @@
 """The frozen lower part of a tower, run once, and the rest of the tower, run from its output.
 
-With `tune="last:N"` and `"projections"` everything up to a certain block stays as it is, and so
-does what that block puts out for a pair. Both parts are the library's own forward pass. For the
-lower one it ends as soon as that output is there. For the upper one a stand-in takes the place of
-the frozen blocks and puts the output in, and another that of the convolution that cuts images into
-patches, the one costly part below the blocks.
+With `tune="last:N"` and `"projections"` the lower blocks stay as they are, and so do their outputs
+for a pair. Both parts are the library's own forward pass. The lower one ends with the output of the
+last frozen block. For the upper one, stubs replace the frozen blocks and the patch convolution (the
+one costly part below the blocks), and return the given output.
 """
 
 from __future__ import annotations
@@ -39,10 +38,13 @@ class Halfway:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def index(self, rows: Any) -> Halfway:
+        """Pick rows by anything that indexes a tensor."""
+        tokens = None if self.tokens is None else self.tokens.index(rows)
+        return Halfway(self.tower, self.rows[rows], tokens)
+
     def __getitem__(self, part: slice) -> Halfway:
-        """Return some of the rows."""
-        tokens = None if self.tokens is None else self.tokens.index(part)
-        return Halfway(self.tower, self.rows[part], tokens)
+        return self.index(part)
 
     @property
     def device(self) -> torch.device:
@@ -98,8 +100,8 @@ class SplitTower:
             )
         self._row = _row_of_blocks(model.module, parts.blocks, tower, model.name)
         self._last: Any = parts.blocks[frozen - 1]
-        self._kept: Sequence[Any] = parts.blocks[frozen:]
-        self._patches = _patch_convolution(model, parts) if tower == "image" else None
+        self._tuned: Sequence[Any] = parts.blocks[frozen:]
+        self._patches = _patch_convolution(model.module, self._row) if tower == "image" else None
         two = torch.zeros(2, model.context_length, dtype=torch.int64, device=model.device)
         output = self._run_lower(self._pixels(2) if tower == "image" else Tokens(two))
         self._is_tuple = isinstance(output, tuple)
@@ -119,8 +121,8 @@ class SplitTower:
     def upper(self, halfway: Halfway) -> Tensor:
         """Return the features [n, D] of what the frozen part has put out."""
         hidden = halfway.rows.reshape(-1, *self._shape).movedim(0, self._axis)
-        stand_in = _StandIn(self._last, (hidden,) if self._is_tuple else hidden)
-        with self._only([stand_in, *self._kept]):
+        stub = _Stub(self._last, (hidden,) if self._is_tuple else hidden)
+        with self._only([stub, *self._tuned]):
             if halfway.tokens is None:
                 return self._model.encode_image(self._pixels(len(halfway.rows)))
             return self._model.encode_text(halfway.tokens)
@@ -175,8 +177,8 @@ class _ReachedError(Exception):
         self.output = output
 
 
-class _StandIn(nn.Module):
-    """Puts out what the frozen blocks would; for anything else it is the last of them.
+class _Stub(nn.Module):
+    """Returns the output of the frozen blocks; for anything else it is the last of them.
 
     open_clip looks at the first block's weights for their dtype.
     """
@@ -206,27 +208,14 @@ def _no_patches(convolution: nn.Conv2d) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _patch_convolution(model: DualEncoder, parts: TowerParts) -> Any:
+def _patch_convolution(module: nn.Module, blocks: nn.Module) -> Any:
     """Return the convolution without overlap that a ViT begins with; None for another tower."""
-    inside = {id(part) for block in parts.blocks for part in _modules(block)}
+    inside = {id(part) for part in blocks.modules()}
     found = [
-        part
-        for tower in parts.everything
-        for part in _modules(tower)
-        if isinstance(part, nn.Conv2d) and id(part) not in inside
+        part for part in module.modules() if isinstance(part, nn.Conv2d) and id(part) not in inside
     ]
-    if not found:
-        found = [
-            part
-            for name, part in model.module.named_modules()
-            if isinstance(part, nn.Conv2d) and id(part) not in inside
-        ]
-    plain = [each for each in found if each.kernel_size == each.stride and each.padding == (0, 0)]
-    return plain[0] if len(found) == len(plain) == 1 else None
-
-
-def _modules(part: Any) -> Iterator[nn.Module]:
-    return part.modules() if isinstance(part, nn.Module) else iter(())
+    is_plain = len(found) == 1 and found[0].kernel_size == found[0].stride
+    return found[0] if is_plain and found[0].padding == (0, 0) else None
 
 
 def _row_of_blocks(module: nn.Module, blocks: Sequence[Any], tower: str, name: str) -> nn.Module:

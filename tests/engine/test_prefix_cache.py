@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 
 import fasterase
-from fasterase.engine import run as run_module
-from fasterase.engine.prefix_cache import VIEWS, PrefixCache, row_bytes
+from fasterase.engine.prefix_cache import VIEWS, row_bytes
 from fasterase.errors import InputError
 from fasterase.models.prefix import SplitTower
 from fasterase.pairs import table
@@ -79,7 +78,7 @@ def test_the_weights_are_the_same_bits_where_captions_repeat(lower_rows):
     assert lower_rows == {"image": 12, "text": 5}
 
 
-def test_a_resumed_run_finds_what_was_kept(tmp_path, lower_rows):
+def test_a_resumed_run_finds_what_was_cached(tmp_path, lower_rows):
     whole = small_models.open_clip_vit()
     parts = copy.deepcopy(whole)
     stopped = copy.deepcopy(whole)
@@ -93,30 +92,8 @@ def test_a_resumed_run_finds_what_was_kept(tmp_path, lower_rows):
     assert lower_rows["text"] == 12
 
 
-def test_a_killed_run_loses_only_what_was_collected(tmp_path, monkeypatch, lower_rows):
-    """Before the first step: the next run finds the original's features, and not what lay below."""
-    killed = small_models.open_clip_vit()
-    again, whole = copy.deepcopy(killed), copy.deepcopy(killed)
-    measure = run_module.measure_original
-
-    def measure_and_die(*given, **options):
-        measure(*given, **options)
-        raise RuntimeError("killed")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run_module, "measure_original", measure_and_die)
-        patch.setattr(PrefixCache, "flush", lambda self: None)
-        with pytest.raises(RuntimeError, match="killed"):
-            weights_of(killed, output_dir=str(tmp_path))
-    assert not [path for path in tmp_path.rglob("*.safetensors") if "-below-" in str(path)]
-    assert same_weights(
-        weights_of(again, output_dir=str(tmp_path)), weights_of(whole, prefix_cache=None)
-    )
-    assert lower_rows == {"image": 24, "text": 24}
-
-
 @pytest.mark.parametrize("options", [{"evaluation": "quick"}, {"stop_when_forgotten": True}])
-def test_checks_and_measurements_begin_with_what_is_kept(options, lower_rows):
+def test_checks_and_measurements_begin_with_what_is_cached(options, lower_rows):
     pixels, ids = small_models.random_pairs(small_models.SIMPLE_VOCABULARY_SIZE, count=5, seed=3)
     options = {**options, "sets": {"other": list(zip(pixels, ids, strict=True))}}
     if "stop_when_forgotten" in options:
@@ -130,7 +107,7 @@ def test_checks_and_measurements_begin_with_what_is_kept(options, lower_rows):
     assert lower_rows == {"image": 12 + measured, "text": 12 + measured}
 
 
-def test_what_is_only_measured_is_kept_while_there_is_room(tmp_path, lower_rows):
+def test_what_is_only_measured_is_cached_while_there_is_room(tmp_path, lower_rows):
     """The budget holds what training draws; nothing more is written."""
     pixels, ids = small_models.random_pairs(small_models.SIMPLE_VOCABULARY_SIZE, count=5, seed=3)
     model = small_models.open_clip_vit()
@@ -143,11 +120,11 @@ def test_what_is_only_measured_is_kept_while_there_is_room(tmp_path, lower_rows)
         output_dir=str(tmp_path),
     )
     assert lower_rows == {"image": 12 + 2 * 5, "text": 12 + 2 * 5}
-    kept = [path for path in tmp_path.rglob("*.safetensors") if "-below-" in str(path)]
-    assert 11.9 * pair < sum(path.stat().st_size for path in kept) < 16.9 * pair
+    cached = [path for path in tmp_path.rglob("*.safetensors") if "-below-" in str(path)]
+    assert 11.9 * pair < sum(path.stat().st_size for path in cached) < 16.9 * pair
 
 
-def test_images_that_are_kept_are_not_opened(tmp_path, monkeypatch):
+def test_images_that_are_cached_are_not_opened(tmp_path, monkeypatch):
     opened = []
     decode = table.decode_image
     monkeypatch.setattr(
@@ -202,6 +179,6 @@ def test_half_the_disk_for_towers_in_bf16(tmp_path):
         (small_models.open_clip_resnet, {}, "not one row of modules"),
     ],
 )
-def test_what_cannot_be_kept_is_refused(build, options, says):
+def test_what_cannot_be_cached_is_refused(build, options, says):
     with pytest.raises(InputError, match=says):
         weights_of(build(), **options)
