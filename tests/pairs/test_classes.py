@@ -10,7 +10,7 @@ from torch.utils.data import Dataset, Subset
 from torchvision.datasets import DatasetFolder, FakeData, ImageFolder
 
 from fasterase.errors import InputError
-from fasterase.pairs.classes import normalize_class_name
+from fasterase.pairs.items import normalize_class_name
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.split import split
