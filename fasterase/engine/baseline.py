@@ -33,8 +33,9 @@ from fasterase.original.features import (
     LiveOriginal,
     Original,
     OriginalFeatures,
+    floor_rows,
+    unmatched_cosine,
 )
-from fasterase.original.floor import floor_rows, unmatched_cosine
 from fasterase.pairs.table import PairTable
 
 # Retain captions that a warning lists, and words of a forget caption that are looked for in them.

@@ -1,4 +1,7 @@
-"""The frozen original's features: encoded once and cached on disk, or computed in each step."""
+"""The frozen original's features, and the floor.
+
+They are encoded once and cached on disk, or computed in each step.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,7 @@ from fasterase.pairs.batches import StepBatch
 from fasterase.pairs.prepare import caption_key, hash_captions
 from fasterase.pairs.table import PairTable
 from fasterase.parallel.ranks import ALONE, Ranks
+from fasterase.seeds import Stream, generator
 
 # Rows of a block on disk: 4 MB of D=1024. A block holds whole batches, so that a resumed sweep
 # repeats the same batches, and with them the same last bits, as an uninterrupted one.
@@ -31,6 +35,8 @@ BLOCK = 1024
 # Stored rows that a process checks before a run, which can mend damage only there: all that a run
 # draws by default, in seconds. Of more than these, the others are checked when they are used.
 CHECKED_ROWS = 1 << 18
+# Pairs of each set behind the floor: 2 x 1024^2 cosines give the mean of unrelated pairs to 1e-3.
+FLOOR_PAIRS = 1024
 
 
 class FeatureCache:
@@ -109,19 +115,15 @@ class FeatureCache:
         images = self.images(source)
         keys = source.base_rows(rows)
         self._remove_damaged(images, keys)
-        present = images.has(keys)
+        present = images.has(keys) & ~self._lack_captions(images, keys)
         parts = [encoder.own_rows(part) for part in _resume_blocks(rows, present)]
-        # Their images are encoded again, to reach their captions, but not stored twice.
-        no_captions = encoder.own_rows(rows[self._lack_captions(images, keys)])
         known = int(present.sum())
         before = len(images)
-        total = known + sum(map(len, parts)) + len(no_captions)
+        total = known + sum(map(len, parts))
         with self._ranks.together(), encoder.progress_bar(description, total) as bar:
             bar.update(known)
             for part in parts:
-                self._encode(source, part, encoder, bar, images)
-            if len(no_captions):
-                self._encode(source, no_captions, encoder, bar, None)
+                self._encode(source, part, encoder, bar)
         written = sum(self._ranks.gather_objects(len(images) - before))
         for store in (self._captions, images):
             store.refresh()
@@ -133,17 +135,15 @@ class FeatureCache:
         encoder.ledger.exchange(self._ranks)
         encoder.ledger.warn()
 
-    def _encode(
-        self,
-        source: PairTable,
-        rows: np.ndarray,
-        encoder: PairEncoder,
-        bar: tqdm,
-        images: FeatureStore | None,
-    ) -> None:
-        """Encode rows and store the captions that are missing, and the images in `images`."""
+    def _encode(self, source: PairTable, rows: np.ndarray, encoder: PairEncoder, bar: tqdm) -> None:
+        """Encode rows, and store their images and the captions that are missing."""
+        images = self.images(source)
         encoded = encoder.batches(
-            source, rows, captions="all", bar=bar, is_known=self._has_captions
+            source,
+            rows,
+            captions="all",
+            bar=bar,
+            is_known=lambda keys: self._captions.has(hash_captions(keys)),
         )
         while block := list(islice(encoded, max(1, BLOCK // encoder.batch_size))):
             # Captions first: the captions of a stored image are not encoded again.
@@ -151,51 +151,44 @@ class FeatureCache:
                 hash_captions([key for batch in block for key in batch.text_keys]),
                 torch.cat([batch.text for batch in block]).numpy(),
             )
-            if images is not None:
-                captions = [caption for batch in block for caption in batch.captions]
-                of_row = source.base_rows(np.array([row for row, _ in captions], np.int64))
-                images.put(
-                    source.base_rows(np.concatenate([batch.rows for batch in block])),
-                    torch.cat([batch.image for batch in block]).numpy(),
-                    np.stack([of_row, hash_captions([key for _, key in captions])], axis=1),
-                )
+            captions = [caption for batch in block for caption in batch.captions]
+            of_row = source.base_rows(np.array([row for row, _ in captions], np.int64))
+            images.put(
+                source.base_rows(np.concatenate([batch.rows for batch in block])),
+                torch.cat([batch.image for batch in block]).numpy(),
+                np.stack([of_row, hash_captions([key for _, key in captions])], axis=1),
+            )
         self._captions.refresh()
 
     def _remove_damaged(self, images: FeatureStore, keys: np.ndarray) -> None:
         """Remove blocks with damaged features of `keys` or of their captions, on all ranks.
 
-        Each rank reads at most `CHECKED_ROWS` of its share, evenly spaced.
+        The first rank looks for them, and reads whole blocks: those of at most `CHECKED_ROWS`,
+        evenly spaced.
         """
+        damaged: tuple[list[str], list[str]] = ([], [])
         with self._ranks.together():
-            own = self._own_present(images, keys)
-            own = own[np.linspace(0, len(own), min(len(own), CHECKED_ROWS), False, dtype=np.int64)]
-            damaged = images.damaged_blocks(own)
-            captions = np.unique(images.captions(own)[:, 1])
-            damaged_texts = self._captions.damaged_blocks(captions[self._captions.has(captions)])
-        for found in self._ranks.gather_objects((damaged, damaged_texts)):
-            images.remove(found[0])
-            self._captions.remove(found[1])
+            if self._ranks.is_first:
+                keys = keys[images.has(keys)]
+                some = np.linspace(0, len(keys), min(len(keys), CHECKED_ROWS), False, dtype=int)
+                captions = np.unique(images.captions(keys[some])[:, 1])
+                captions = captions[self._captions.has(captions)]
+                damaged = (
+                    images.damaged_blocks(keys[some]),
+                    self._captions.damaged_blocks(captions),
+                )
+        found = self._ranks.gather_objects(damaged)[0]
+        images.remove(found[0])
+        self._captions.remove(found[1])
 
     def _lack_captions(self, images: FeatureStore, keys: np.ndarray) -> np.ndarray:
         """Return which of `keys` (n,) have an image whose captions are lost, (n,) bool.
 
-        Of a caption that several images have lost, the first of them on each rank stands for it.
+        Of a caption that several images have lost, the first of them stands for it.
         """
-        with self._ranks.together():
-            captions = images.captions(self._own_present(images, keys))
-            lost = captions[~self._captions.has(captions[:, 1])]
-            lost = lost[np.unique(lost[:, 1], return_index=True)[1]]
-        every = np.concatenate(self._ranks.gather_objects(lost[:, 0]))
-        return np.isin(keys, every)
-
-    def _own_present(self, images: FeatureStore, keys: np.ndarray) -> np.ndarray:
-        """Return this rank's share of those of `keys` (n,) that have an image."""
-        present = keys[images.has(keys)]
-        share = self._ranks.share(len(present))
-        return present[share.start : share.stop]
-
-    def _has_captions(self, keys: list[str]) -> np.ndarray:
-        return self._captions.has(hash_captions(keys))
+        captions = images.captions(keys[images.has(keys)])
+        lost = captions[~self._captions.has(captions[:, 1])]
+        return np.isin(keys, lost[np.unique(lost[:, 1], return_index=True)[1], 0])
 
 
 class OriginalFeatures:
@@ -362,3 +355,38 @@ def _resume_blocks(rows: np.ndarray, present: np.ndarray) -> Iterator[np.ndarray
 def _first_caption(source: PairTable, row: int) -> str:
     texts = source.texts(row)
     return caption_key(texts if isinstance(texts, Tensor) else texts[0])
+
+
+def floor_rows(count: int) -> np.ndarray:
+    """Return the rows (sorted) of a set of `count` that the floor is measured on.
+
+    They depend on nothing else, so that runs with other steps, batches or seeds have one floor.
+    """
+    if count <= FLOOR_PAIRS:
+        return np.arange(count)
+    return np.sort(generator(0, Stream.FLOOR).choice(count, size=FLOOR_PAIRS, replace=False))
+
+
+def unmatched_cosine(forget: PairFeatures, retain: PairFeatures) -> float:
+    """Return the mean cosine of forget images with retain captions and the reverse: the floor.
+
+    Never taken inside the forget set, whose pairs may all share one caption: every "unmatched" pair
+    there would be a matched one. Pairs with equal captions are left out.
+
+    Returns:
+        The mean; 0 if no two captions of the sets differ.
+
+    Raises:
+        InputError: the model's features are not finite, so no run can start from them.
+    """
+    for pairs in (forget, retain):
+        if not (torch.isfinite(pairs.image).all() and torch.isfinite(pairs.first_text).all()):
+            raise InputError(
+                "model: its features are NaN or infinite before the first step. Give a model with "
+                "finite weights, and precision='fp32' if it overflows in fp16."
+            )
+    captions = [np.array(pairs.first_captions, dtype=object) for pairs in (forget, retain)]
+    differ = torch.from_numpy(captions[0][:, None] != captions[1][None, :])
+    cosines = forget.image @ retain.first_text.T + forget.first_text @ retain.image.T
+    count = 2 * int(differ.sum())
+    return float(cosines[differ].double().sum()) / count if count else 0.0

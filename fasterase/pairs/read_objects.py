@@ -196,7 +196,8 @@ def _find_classes(dataset: Any) -> tuple[list[str], list[Any] | None] | None:
     """
     whole, rows = dataset, np.arange(len(dataset))
     while isinstance(whole, Subset):
-        whole, rows = whole.dataset, np.asarray(whole.indices)[rows]
+        rows = np.asarray(whole.indices)[rows]
+        whole = whole.dataset
     names = getattr(whole, "classes", None)
     if not isinstance(names, Sequence) or isinstance(names, str) or len(dataset) == 0:
         return None

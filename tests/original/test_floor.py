@@ -8,7 +8,7 @@ import torch
 
 from fasterase.encode import PairFeatures
 from fasterase.errors import InputError
-from fasterase.original.floor import unmatched_cosine
+from fasterase.original.features import unmatched_cosine
 
 
 def features(keys, seed):

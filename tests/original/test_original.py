@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fasterase
-from fasterase.original.floor import floor_rows
+from fasterase.original.features import floor_rows
 from fasterase.pairs.open import open_pairs
 from tests.marks import SHORT_RUN
 from tests.tiny_model import TinyModel, pairs, same_weights
