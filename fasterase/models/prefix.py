@@ -2,14 +2,14 @@
 
 With `tune="last:N"` and `"projections"` the lower blocks stay as they are, and so do their outputs
 for a pair. Both parts are the library's own forward pass. The lower one ends with the output of the
-last frozen block. For the upper one, stubs replace the frozen blocks and the patch convolution (the
-one costly part below the blocks), and return the given output.
+last frozen block. In the upper one, the frozen blocks return that output, and the patch convolution
+(the one costly part below a ViT's blocks) is left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,27 +81,24 @@ class SplitTower:
         tune: what is trained.
 
     Attributes:
-        width: numbers that the frozen part puts out for an image or text.
+        width: numbers that the frozen part outputs for an image or text.
 
     Raises:
-        InputError: no block is frozen, or the blocks are no row of modules.
+        InputError: no block is frozen.
     """
 
     def __init__(self, model: DualEncoder, tower: str, tune: str) -> None:
         self._model = model
         self._tower = tower
         parts = model.image_parts() if tower == "image" else model.text_parts()
-        frozen = frozen_blocks(tune, parts)
-        if not frozen:
+        self._frozen: Sequence[Any] = parts.blocks[: frozen_blocks(tune, parts)]
+        if not self._frozen:
             raise InputError(
                 f"prefix_cache: with tune={tune!r} no block of the {tower} tower is frozen, so "
-                "there is nothing to keep. Use 'last:N' with a smaller N, 'projections', or leave "
+                "there is nothing to cache. Use 'last:N' with a smaller N, 'projections', or leave "
                 "prefix_cache None."
             )
-        self._row = _row_of_blocks(model.module, parts.blocks, tower, model.name)
-        self._last: Any = parts.blocks[frozen - 1]
-        self._tuned: Sequence[Any] = parts.blocks[frozen:]
-        self._patches = _patch_convolution(model.module, self._row) if tower == "image" else None
+        self._patches = _patch_convolution(model.module, parts) if tower == "image" else None
         two = torch.zeros(2, model.context_length, dtype=torch.int64, device=model.device)
         output = self._run_lower(self._pixels(2) if tower == "image" else Tokens(two))
         self._is_tuple = isinstance(output, tuple)
@@ -113,16 +110,20 @@ class SplitTower:
 
     @torch.no_grad()
     def lower(self, given: Tensor | Tokens) -> Tensor:
-        """Return what the frozen part puts out for pixels or tokens, [n, width] fp32."""
+        """Return what the frozen part outputs for pixels or tokens, [n, width] fp32."""
         output = self._run_lower(given)
         found = output[0] if isinstance(output, tuple) else output
         return found.movedim(self._axis, 0).reshape(-1, self.width).float()
 
     def upper(self, halfway: Halfway) -> Tensor:
-        """Return the features [n, D] of what the frozen part has put out."""
+        """Return the features [n, D] of outputs of the frozen part."""
         hidden = halfway.rows.reshape(-1, *self._shape).movedim(0, self._axis)
-        stub = _Stub(self._last, (hidden,) if self._is_tuple else hidden)
-        with self._only([stub, *self._tuned]):
+        output = (hidden,) if self._is_tuple else hidden
+        with ExitStack() as stack:
+            for block in self._frozen:
+                stack.enter_context(_forward(block, lambda *_, **__: output))
+            if self._patches is not None:
+                stack.enter_context(_forward(self._patches, _no_patches(self._patches)))
             if halfway.tokens is None:
                 return self._model.encode_image(self._pixels(len(halfway.rows)))
             return self._model.encode_text(halfway.tokens)
@@ -131,7 +132,7 @@ class SplitTower:
         def end(_: nn.Module, __: Any, output: Any) -> None:
             raise _ReachedError(output)
 
-        hook = self._last.register_forward_hook(end)
+        hook = self._frozen[-1].register_forward_hook(end)
         try:
             with torch.no_grad():
                 if isinstance(given, Tensor):
@@ -152,22 +153,6 @@ class SplitTower:
         one = torch.zeros(1, 1, 1, 1, device=self._model.device)
         return one.expand(count, 3, *self._model.image_size)
 
-    @contextmanager
-    def _only(self, blocks: Sequence[nn.Module]) -> Iterator[None]:
-        """Let the tower run these blocks alone, and no convolution below them."""
-        own = dict(self._row._modules)
-        self._row._modules.clear()
-        self._row._modules.update({str(i): block for i, block in enumerate(blocks)})
-        if self._patches is not None:
-            self._patches.forward = _no_patches(self._patches)
-        try:
-            yield
-        finally:
-            self._row._modules.clear()
-            self._row._modules.update(own)
-            if self._patches is not None:
-                del self._patches.forward
-
 
 class _ReachedError(Exception):
     """Ends a forward pass with the output of a block."""
@@ -177,23 +162,17 @@ class _ReachedError(Exception):
         self.output = output
 
 
-class _Stub(nn.Module):
-    """Returns the output of the frozen blocks; for anything else it is the last of them.
-
-    open_clip looks at the first block's weights for their dtype.
-    """
-
-    def __init__(self, block: nn.Module, output: Any) -> None:
-        super().__init__()
-        # Not a submodule: the tower has it under its own name.
-        self.__dict__["_block"] = block
-        self.__dict__["_output"] = output
-
-    def forward(self, *_: Any, **__: Any) -> Any:
-        return self._output
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_block"], name)
+@contextmanager
+def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Run `forward` in place of the module's own inside the block."""
+    own = module.__dict__.get("forward")  # such as that of activation checkpointing
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
 
 
 def _no_patches(convolution: nn.Conv2d) -> Callable[[Tensor], Tensor]:
@@ -208,24 +187,12 @@ def _no_patches(convolution: nn.Conv2d) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _patch_convolution(module: nn.Module, blocks: nn.Module) -> Any:
+def _patch_convolution(module: nn.Module, parts: TowerParts) -> Any:
     """Return the convolution without overlap that a ViT begins with; None for another tower."""
-    inside = {id(part) for part in blocks.modules()}
+    blocks = (block for block in parts.blocks if isinstance(block, nn.Module))
+    inside = {id(part) for block in blocks for part in block.modules()}
     found = [
         part for part in module.modules() if isinstance(part, nn.Conv2d) and id(part) not in inside
     ]
     is_plain = len(found) == 1 and found[0].kernel_size == found[0].stride
     return found[0] if is_plain and found[0].padding == (0, 0) else None
-
-
-def _row_of_blocks(module: nn.Module, blocks: Sequence[Any], tower: str, name: str) -> nn.Module:
-    """Return the list that holds the blocks and nothing else."""
-    wanted = [id(block) for block in blocks]
-    for part in module.modules():
-        is_list = isinstance(part, nn.ModuleList | nn.Sequential)
-        if is_list and [id(block) for block in part.children()] == wanted:
-            return part
-    raise InputError(
-        f"prefix_cache: the blocks of the {tower} tower of {name} are not one row of modules (as a "
-        "ViT's are), so that the frozen ones cannot be left out. Leave prefix_cache None."
-    )
