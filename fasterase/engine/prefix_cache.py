@@ -87,21 +87,22 @@ class PrefixCache(Prefixes):
         store, _ = self._images_of(source)
         return store.has(self._keys(source, rows, views))
 
-    def images(self, batch: Loaded, parts: Sequence[tuple[PairTable, slice]]) -> Halfway:
+    def images(self, batch: Loaded, sources: Sequence[PairTable]) -> Halfway:
         came = np.zeros(len(batch.rows), bool)
         came[batch.fresh] = True
         outputs = torch.empty(len(batch.rows), self._image.width)
         if came.any():
             assert isinstance(batch.pixels, Tensor)
             outputs[torch.from_numpy(came)] = self._run_lower(self._image, batch.pixels)
-        for source, part in parts:
+        for number, source in enumerate(sources):
+            here = np.flatnonzero(batch.which == number)
             store, admitted = self._images_of(source)
-            keys, found = self._keys(source, batch.rows[part], batch.views[part]), outputs[part]
-            cached = ~came[part]
-            found[torch.from_numpy(cached)] = torch.from_numpy(store.get(keys[cached]))
+            keys = self._keys(source, batch.rows[here], batch.views[here])
+            cached = ~came[here]
+            outputs[torch.from_numpy(here[cached])] = torch.from_numpy(store.get(keys[cached]))
             # Workers read ahead: meanwhile, an image that came may have been cached.
-            new = ~cached & ~store.has(keys) & admitted[source.base_rows(batch.rows[part])]
-            _add(store, keys[new], found[torch.from_numpy(new)])
+            new = ~cached & ~store.has(keys) & admitted[source.base_rows(batch.rows[here])]
+            _add(store, keys[new], outputs[torch.from_numpy(here[new])])
         return Halfway(self._image, outputs)
 
     def texts(self, keys: Sequence[str], tokens: Tokens) -> Halfway:

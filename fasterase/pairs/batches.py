@@ -39,10 +39,12 @@ class Loaded:
     """Some pairs, ready for the towers; broken ones are left out.
 
     Attributes:
-        rows: [n] int64, rows of their source.
+        which: [n] the number of each pair's source.
+        rows: [n] int64, in that source.
         ids: [n].
         views: [n] int64, 0 for the image itself, -1 for a view made for this step alone, else the
             number of a view that `Prefixes` caches.
+        captions: (row, caption key) of every caption read, in order.
         pixels: [k, 3, H, W] uint8, or float32 (normalised) where the transform does not split; with
             `Prefixes`, what frozen blocks output for the n images.
         fresh: [k] int64, which of the n images were read: all unless `Prefixes` has others.
@@ -50,13 +52,20 @@ class Loaded:
         skipped: pairs that are broken.
     """
 
+    which: np.ndarray
     rows: np.ndarray
     ids: list[str]
     views: np.ndarray
+    captions: list[tuple[int, str]]
     pixels: Tensor | Halfway
     fresh: np.ndarray
     tokens: Tokens | Halfway
     skipped: list[Skip]
+
+    @property
+    def keys(self) -> list[str]:
+        """Identities of the captions."""
+        return [key for _, key in self.captions]
 
 
 @dataclass
@@ -67,14 +76,25 @@ class MicroBatch(Loaded):
         step: counted from 0.
         offset: position of its first pair in the draw of the step for all ranks, counting broken
             pairs.
-        n_forget: how many of the n are forget pairs.
-        keys: [n] identities of the captions.
     """
 
     step: int
     offset: int
-    n_forget: int
-    keys: list[str]
+
+    @property
+    def n_forget(self) -> int:
+        return int((self.which == 0).sum())
+
+
+@dataclass
+class SweepBatch(Loaded):
+    """Some rows of a source, not augmented.
+
+    Attributes:
+        new_keys: [m] keys that no earlier batch had; `tokens` are of these alone.
+    """
+
+    new_keys: list[str]
 
 
 @dataclass
@@ -120,19 +140,6 @@ class StepBatch:
         return np.concatenate([part.rows for part in self.micro_batches])[self.n_forget :]
 
 
-@dataclass
-class SweepBatch(Loaded):
-    """Some rows of a source, not augmented.
-
-    Attributes:
-        captions: (row, caption key) of every caption read.
-        new_keys: [m] keys that no earlier batch had; their texts are in `tokens`.
-    """
-
-    captions: list[tuple[int, str]]
-    new_keys: list[str]
-
-
 class Prefixes(Protocol):
     """Outputs of the frozen lower blocks of both towers, cached.
 
@@ -146,13 +153,8 @@ class Prefixes(Protocol):
         """Return for which images (n,) an output is cached, (n,) bool; see `Loaded.views`."""
         ...
 
-    def images(self, batch: Loaded, parts: Sequence[tuple[PairTable, slice]]) -> Halfway:
-        """Return the outputs for a batch of pixels, and cache those of images that were read.
-
-        Args:
-            batch: some pairs.
-            parts: sources, and which of the pairs come from each.
-        """
+    def images(self, batch: Loaded, sources: Sequence[PairTable]) -> Halfway:
+        """Return the outputs for a batch of pixels, and cache those of images that were read."""
         ...
 
     def texts(self, keys: Sequence[str], tokens: Tokens) -> Halfway:
@@ -204,11 +206,11 @@ def step_batches(
     reader = _Reader((forget, retain), prepare, black)
     loaded: list[MicroBatch] = []
     for request, found in _read_all(reader, requests(), prefixes, num_workers):
-        part = _micro_batch(request, found, (forget, retain))
+        part = MicroBatch(**vars(found), step=request.step, offset=request.offset)
         if prefixes is not None and part.ids:
-            n = part.n_forget
-            part.pixels = prefixes.images(part, [(forget, slice(0, n)), (retain, slice(n, None))])
-            part.tokens = prefixes.texts(part.keys, found.tokens)
+            assert isinstance(part.tokens, Tokens)
+            part.pixels = prefixes.images(part, (forget, retain))
+            part.tokens = prefixes.texts(part.keys, part.tokens)
         loaded.append(part)
         if len(loaded) == parts:
             skipped = [skip for each in loaded for skip in each.skipped]
@@ -249,27 +251,17 @@ def sweep(
 
     seen: set[str] = set()
     reader = _Reader((source,), prepare)
-    for request, found in _read_all(reader, requests(), prefixes, num_workers):
-        kept = request.rows[found.places]
+    for _, found in _read_all(reader, requests(), prefixes, num_workers):
         places: dict[str, int] = {}  # of captions that no earlier batch had
-        for place, (_, key) in enumerate(found.captions):
+        for place, key in enumerate(found.keys):
             if key not in seen:
                 seen.add(key)
                 places[key] = place
-        tokens = found.tokens.index(list(places.values()))
-        batch = SweepBatch(
-            rows=kept,
-            ids=[source.id(row) for row in kept.tolist()],
-            views=request.views[found.places],
-            pixels=found.pixels,
-            fresh=found.fresh,
-            tokens=tokens,
-            skipped=found.skipped,
-            captions=[(int(kept[place]), key) for place, key in found.captions],
-            new_keys=list(places),
-        )
+        batch = SweepBatch(**vars(found), new_keys=list(places))
+        batch.tokens = tokens = found.tokens.index(list(places.values()))
         if prefixes is not None:
-            batch.pixels = prefixes.images(batch, [(source, slice(None))])
+            assert isinstance(tokens, Tokens)
+            batch.pixels = prefixes.images(batch, (source,))
             batch.tokens = prefixes.texts(batch.new_keys, tokens)
         yield batch
 
@@ -300,29 +292,10 @@ class _Request:
 
 @dataclass
 class _StepRequest(_Request):
-    """The pairs of one micro-batch; see `MicroBatch`."""
+    """The pairs of a `MicroBatch`."""
 
     step: int
     offset: int
-
-
-@dataclass
-class _Found:
-    """What was read of n requested pairs, without those that are broken.
-
-    Attributes:
-        places: [m] int64, where the pairs stood among those requested.
-        captions: (place among the m, key) of each caption, in order.
-        tokens: of these.
-        fresh, pixels, skipped: see `Loaded`.
-    """
-
-    places: np.ndarray
-    captions: list[tuple[int, str]]
-    tokens: Tokens
-    fresh: np.ndarray
-    pixels: Tensor
-    skipped: list[Skip]
 
 
 def _draw_part(sampler: Sampler, step: int, part: int, *, size: int, ranks: Ranks) -> _StepRequest:
@@ -356,28 +329,9 @@ def _choose_views(request: _StepRequest, forget: PairTable, count: int) -> None:
             request.views[place] = view + 1
 
 
-def _micro_batch(
-    request: _StepRequest, found: _Found, sources: tuple[PairTable, PairTable]
-) -> MicroBatch:
-    rows, which = request.rows[found.places], request.which[found.places]
-    return MicroBatch(
-        rows=rows,
-        ids=[sources[w].id(row) for w, row in zip(which.tolist(), rows.tolist(), strict=True)],
-        views=request.views[found.places],
-        pixels=found.pixels,
-        fresh=found.fresh,
-        tokens=found.tokens,
-        skipped=found.skipped,
-        step=request.step,
-        offset=request.offset,
-        n_forget=int((which == 0).sum()),
-        keys=[key for _, key in found.captions],
-    )
-
-
 def _read_all(
     reader: _Reader, requests: Iterable[R], prefixes: Prefixes | None, num_workers: int
-) -> Iterator[tuple[R, _Found]]:
+) -> Iterator[tuple[R, Loaded]]:
     """Yield each request and what was read; with workers, requests are made a few ahead."""
 
     def without_cached() -> Iterator[R]:
@@ -408,34 +362,39 @@ class _Reader:
     prepare: Preparer
     black: Tensor | None = None
 
-    def __call__(self, request: _Request) -> _Found:
+    def __call__(self, request: _Request) -> Loaded:
         places: list[int] = []
+        ids: list[str] = []
         texts: list[tuple[int, PreparedText]] = []
         fresh: list[int] = []
         pixels: list[Tensor] = []
         skipped: list[Skip] = []
-        for place in range(len(request.rows)):
+        for place, row in enumerate(request.rows.tolist()):
             try:
-                image, captions = self._read(request, place)
+                id, image, captions = self._read(request, place)
             except BrokenPair as broken:
                 skipped.append(Skip(broken.id, broken.reason))
                 continue
             if image is not None:
                 fresh.append(len(places))
                 pixels.append(image)
-            texts += [(len(places), text) for text in captions]
             places.append(place)
-        return _Found(
-            np.array(places, np.int64),
-            [(place, text.key) for place, text in texts],
-            stack_tokens([text.tokens for _, text in texts], self.prepare.context_length),
-            np.array(fresh, np.int64),
+            ids.append(id)
+            texts += [(row, text) for text in captions]
+        return Loaded(
+            request.which[places],
+            request.rows[places],
+            ids,
+            request.views[places],
+            [(row, text.key) for row, text in texts],
             self.prepare.stack(pixels),
+            np.array(fresh, np.int64),
+            stack_tokens([text.tokens for _, text in texts], self.prepare.context_length),
             skipped,
         )
 
-    def _read(self, request: _Request, place: int) -> tuple[Tensor | None, list[PreparedText]]:
-        """Return pixels if wanted, and captions of a pair; raise `BrokenPair`."""
+    def _read(self, request: _Request, place: int) -> tuple[str, Tensor | None, list[PreparedText]]:
+        """Return a pair's id, pixels if wanted, and captions; raise `BrokenPair`."""
         source, row = self.sources[request.which[place]], int(request.rows[place])
         seed, *position = request.seeds[place]
         image = None
@@ -453,9 +412,9 @@ class _Reader:
             is_text = isinstance(texts, list)
             record = Record(None, texts, source.id(row)) if is_text else source[row]
         if request.captions is not None:
-            return image, [self.prepare.text(record, int(request.captions[place]))]
+            return record.id, image, [self.prepare.text(record, int(request.captions[place]))]
         count = len(record.text) if isinstance(record.text, list) else 1
-        return image, [self.prepare.text(record, number) for number in range(count)]
+        return record.id, image, [self.prepare.text(record, number) for number in range(count)]
 
 
 @contextmanager

@@ -33,17 +33,15 @@ class Pixels:
     def has_images(self, source, rows, views):
         return np.array([key in self.cached for key in self.keys(source, rows, views)], bool)
 
-    def images(self, batch, parts):
+    def images(self, batch, sources):
         came = dict(zip(batch.fresh.tolist(), batch.pixels, strict=True))
         self.read += len(came)
-        keys = [
-            key
-            for source, part in parts
-            for key in self.keys(source, batch.rows[part], batch.views[part])
-        ]
-        for place, key in enumerate(keys):
-            self.cached.setdefault(key, came.get(place))
-        return Halfway(None, torch.stack([self.cached[key] for key in keys]))
+        images = []
+        for place, number in enumerate(batch.which):
+            here = slice(place, place + 1)
+            (key,) = self.keys(sources[number], batch.rows[here], batch.views[here])
+            images.append(self.cached.setdefault(key, came.get(place)))
+        return Halfway(None, torch.stack(images))
 
     def texts(self, keys, tokens):
         return Halfway(None, tokens.ids, tokens)
