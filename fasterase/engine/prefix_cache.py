@@ -40,11 +40,9 @@ class PrefixCache(Prefixes):
     """Begins batches halfway through the towers, for the tuned blocks to finish.
 
     Args:
-        folder: of the cache; one for each model, precision and `tune`.
+        folder: of a model and precision. The cache is beside it, one for each `tune`.
         model: in eval mode, on its device.
-        tune: what is trained.
-        views: how many views of a forget image are cached; 0: the image itself alone.
-        seed: of the views.
+        config: the run's settings.
         precision: compute dtype of the towers, resolved.
 
     Raises:
@@ -52,17 +50,19 @@ class PrefixCache(Prefixes):
     """
 
     def __init__(
-        self, folder: Path, model: DualEncoder, tune: str, *, views: int, seed: int, precision: str
+        self, folder: Path, model: DualEncoder, config: UnlearnConfig, precision: str
     ) -> None:
-        self.views = views
-        self._seed = seed
+        self.views = VIEWS if config.forget_augment else 0
+        self._seed = config.seed
         self._device, self._precision = model.device, precision
-        self._image, self._text = (SplitTower(model, tower, tune) for tower in ("image", "text"))
+        self._image, self._text = (
+            SplitTower(model, tower, config.tune) for tower in ("image", "text")
+        )
         self.row_bytes = {
             "image": row_bytes(self._image.width, precision),
             "text": row_bytes(self._text.width, precision),
         }
-        self._folder = folder
+        self._folder = folder.with_name(f"{folder.name}-below-{config.tune.replace(':', '-')}")
         self._images: dict[str, tuple[FeatureStore, np.ndarray]] = {}
         self._captions = self._open("captions", self._text.width)
         self._room_for_captions = 0
@@ -200,14 +200,11 @@ def open_prefix_cache(
     """Return the cache of a run, and say how large it may grow.
 
     Args:
-        folder: of a model and precision.
-        model: see `PrefixCache`.
+        folder, model, config, precision: see `PrefixCache`.
         sets: `"forget"`, `"retain"` and others.
         drawn: rows of the retain set that the steps may draw.
         measured: rows of sets that are encoded before and after, and in checks; stored as far as
             there is room, the first ones first.
-        config: the run's settings.
-        precision: compute dtype of the towers, resolved.
         ranks: who takes part.
 
     Raises:
@@ -221,16 +218,9 @@ def open_prefix_cache(
         if not source.stable:
             raise InputError(
                 f"prefix_cache: {source.name} gives another view of a pair each time it is read, "
-                "so there is nothing to keep. Leave prefix_cache None."
+                "so there is nothing to cache. Leave prefix_cache None."
             )
-    cache = PrefixCache(
-        folder.with_name(f"{folder.name}-below-{config.tune.replace(':', '-')}"),
-        model,
-        config.tune,
-        views=VIEWS if config.forget_augment else 0,
-        seed=config.seed,
-        precision=precision,
-    )
+    cache = PrefixCache(folder, model, config, precision)
     limit = config.prefix_cache * 1e9
     needed = training_bytes(
         cache.row_bytes, forget=len(forget), retain=len(drawn), views=cache.views

@@ -264,15 +264,8 @@ def parse_text(text: Any, *, id: str) -> str | list[str] | Tensor:
         if not captions:
             raise BrokenPair(id, "no caption in the list")
         return captions if len(captions) > 1 else captions[0]
-    if isinstance(text, np.ndarray) or (
-        isinstance(text, tuple | list) and all(isinstance(t, int | np.integer) for t in text)
-    ):
-        text = torch.as_tensor(np.asarray(text))
-    if isinstance(text, Tensor) and not text.is_floating_point() and text.dtype != torch.bool:
-        if text.ndim == 2 and text.shape[0] == 1:
-            text = text[0]
-        if text.ndim == 1 and text.numel() > 0:
-            return text.long()
+    if (ids := _token_ids(text)) is not None:
+        return ids
     hint = ""
     if class_number(text) is not None:
         hint = ": that looks like a class number, give the class name as caption instead"
@@ -282,6 +275,19 @@ def parse_text(text: Any, *, id: str) -> str | list[str] | Tensor:
         f"{id}: a text must be a str, a list of str or token ids [length]; "
         f"found {_describe(text)}{hint}"
     )
+
+
+def _token_ids(text: Any) -> Tensor | None:
+    is_list = isinstance(text, tuple | list)
+    if isinstance(text, np.ndarray) or (
+        is_list and all(isinstance(each, int | np.integer) for each in text)
+    ):
+        text = torch.as_tensor(np.asarray(text))
+    if not isinstance(text, Tensor) or text.is_floating_point() or text.dtype == torch.bool:
+        return None
+    if text.ndim == 2 and text.shape[0] == 1:
+        text = text[0]
+    return text.long() if text.ndim == 1 and text.numel() > 0 else None
 
 
 def _is_missing(value: Any) -> bool:

@@ -64,14 +64,7 @@ def open_objects(source: Any, name: str, image_key: str | None, text_key: str | 
                 f"pairs, pass iter(loader) instead.)"
             ) from error
     random_access = hasattr(source, "__getitem__") and hasattr(source, "__len__")
-    if isinstance(source, Mapping):
-        if source and all(hasattr(value, "select_columns") for value in source.values()):
-            raise InputError(
-                f"`{name}` is a Hugging Face DatasetDict; choose one of its splits: "
-                f"{[str(key) for key in source]}"
-            )
-        return _open_list([source], name, image_key, text_key)
-    if isinstance(source, tuple) and _is_batch_tuple(source):
+    if _is_one_batch(source, name):
         return _open_list([source], name, image_key, text_key)
     if random_access and hasattr(source, "select_columns"):
         return _open_hugging_face(source, name, image_key, text_key)
@@ -82,11 +75,24 @@ def open_objects(source: Any, name: str, image_key: str | None, text_key: str | 
     if text_key is None and (found := _find_classes(source)) is not None:
         classes, targets = found
         return ItemTable(name, source, columns=targets, classes=classes)
-    if len(source) > 0 and _first_is_batch(source, image_key, text_key):
+    first = _first_readable(source)[1]
+    if first is not None and is_batch(first, image_key, text_key):
         batches = _read_all((source[i] for i in range(len(source))), name)
         return _open_list(batches, name, image_key, text_key)
     in_memory = isinstance(source, TensorDataset)
     return ItemTable(name, source, image_key, text_key, in_memory=in_memory)
+
+
+def _is_one_batch(source: Any, name: str) -> bool:
+    if isinstance(source, Mapping):
+        if source and all(hasattr(value, "select_columns") for value in source.values()):
+            raise InputError(
+                f"`{name}` is a Hugging Face DatasetDict; choose one of its splits: "
+                f"{[str(key) for key in source]}"
+            )
+        return True
+    is_pair = isinstance(source, tuple) and len(source) == 2
+    return is_pair and isinstance(source[0], Tensor | np.ndarray) and source[0].ndim == 4
 
 
 def _open_stream(source: Any, name: str, image_key: str | None, text_key: str | None) -> PairTable:
@@ -104,17 +110,15 @@ def _read_all(items: Iterable[Any], name: str) -> list[Any]:
     return list(progress_bar(f"reading {name}", items=items, unit="item", delay=2))
 
 
-def _is_batch_tuple(source: tuple[Any, ...]) -> bool:
-    return len(source) == 2 and isinstance(source[0], Tensor | np.ndarray) and source[0].ndim == 4
-
-
-def _first_is_batch(dataset: Any, image_key: str | None, text_key: str | None) -> bool:
-    try:
-        first = dataset[0]
-    # It will be reported as a broken pair when it is read as one.
-    except Exception:
-        return False
-    return is_batch(first, image_key, text_key)
+def _first_readable(dataset: Any) -> tuple[int, Any]:
+    """Return the index of the first item that can be read, and the item; None if there is none."""
+    for index in range(min(len(dataset), 8)):
+        try:
+            return index, dataset[index]
+        # An item may be broken in any way; it will be reported when it is drawn.
+        except Exception:
+            continue
+    return 0, None
 
 
 def _open_list(
@@ -148,7 +152,7 @@ def _open_hugging_face(
     """Open a `datasets.Dataset`; captions and other columns are read without decoding images."""
     # A transform set by the user may need the image column for its outputs.
     changes = source.format["type"] == "custom"
-    found = _keys_of_first(source) if changes else list(source.column_names)
+    found = list((_first_readable(source)[1] or ()) if changes else source.column_names)
     text_key, classes = _choose_label(source, found, text_key)
     columns = None
     if not changes:
@@ -156,14 +160,6 @@ def _open_hugging_face(
         text_key = choose_key(found, text_key, TEXT_KEYS, "text_key")
         columns = source.select_columns([column for column in found if column != image_key])
     return ItemTable(name, source, image_key, text_key, columns, classes=classes)
-
-
-def _keys_of_first(dataset: Any) -> list[str]:
-    try:
-        return list(dataset[0])
-    # An empty dataset, or an item that will be reported as broken when it is drawn.
-    except Exception:
-        return []
 
 
 def _choose_label(
@@ -201,7 +197,9 @@ def _find_classes(dataset: Any) -> tuple[list[str], list[Any] | None] | None:
     names = getattr(whole, "classes", None)
     if not isinstance(names, Sequence) or isinstance(names, str) or len(dataset) == 0:
         return None
-    index, number = _first_number(dataset)
+    index, item = _first_readable(dataset)
+    is_pair = isinstance(item, tuple | list) and len(item) == 2
+    number = class_number(item[1]) if is_pair else None
     if number is None:
         return None
     if getattr(whole, "target_transform", None) is not None:
@@ -218,19 +216,6 @@ def _find_classes(dataset: Any) -> tuple[list[str], list[Any] | None] | None:
             numbers = [values[row] for row in rows.tolist()]
             return classes, numbers if class_number(numbers[index]) == number else None
     return classes, None
-
-
-def _first_number(dataset: Any) -> tuple[int, int | None]:
-    """Return the first readable item's index and class number; None if it has no such number."""
-    for index in range(min(len(dataset), 8)):
-        try:
-            item = dataset[index]
-        # An item may be broken in any way; it will be reported when it is drawn.
-        except Exception:
-            continue
-        is_pair = isinstance(item, tuple | list) and len(item) == 2
-        return index, class_number(item[1]) if is_pair else None
-    return 0, None
 
 
 class ItemTable(PairTable):
