@@ -29,7 +29,6 @@ from fasterase.evaluation.measurement import Measurement
 from fasterase.evaluation.verdict import REMEMBERED, Trace
 from fasterase.original.features import (
     CachedOriginal,
-    FeatureCache,
     LiveOriginal,
     Original,
     OriginalFeatures,
@@ -76,7 +75,7 @@ def measure_original(
     job: Job,
     draws: Draws,
     encoder: PairEncoder,
-    cache: FeatureCache,
+    original: OriginalFeatures,
     *,
     judge: Judge,
     evaluator: Evaluator | None,
@@ -86,7 +85,7 @@ def measure_original(
     Args:
         job, draws: the run.
         encoder: the original.
-        cache: where its features are kept.
+        original: its features.
         judge: measures what it knows of the sets to forget.
         evaluator: measures everything; None to measure nothing else.
 
@@ -94,7 +93,6 @@ def measure_original(
         InputError: too many pairs cannot be read, or features are not finite.
     """
     wanted = _wanted_rows(job, draws, judge, evaluator)
-    original = OriginalFeatures(encoder, cache)
     for name, rows in wanted.items():
         if len(rows):
             original.encode(job.sets[name], rows)
@@ -125,7 +123,7 @@ def measure_original(
     if remembered:
         # `judge` leaves out retain captions that are forget captions: look at all that are encoded.
         _warn_of_naming_captions(remembered, original.pairs(job.retain, wanted["retain"]))
-    reference = _open_reference(job, encoder, cache)
+    reference = _open_reference(job, encoder, original)
     return Baseline(floor, traces, measured, reference, damage, damage_rows)
 
 
@@ -168,12 +166,12 @@ def _with_forget(job: Job) -> bool:
     return job.config.negatives == "joint" or job.config.used_cross_weight > 0
 
 
-def _open_reference(job: Job, encoder: PairEncoder, cache: FeatureCache) -> Original | None:
+def _open_reference(job: Job, encoder: PairEncoder, original: OriginalFeatures) -> Original | None:
     """Return the original's features for each step; None if no loss uses them."""
     if _caches_reference(job):
         scale = encoder.model.scale().detach().clone()
         return CachedOriginal(
-            cache, job.forget, job.retain, scale=scale, with_forget=_with_forget(job)
+            original, job.forget, job.retain, scale=scale, with_forget=_with_forget(job)
         )
     if not _uses_reference(job):
         return None

@@ -43,7 +43,7 @@ from fasterase.evaluation.judge import JUDGED_PAIRS, Judge, summarise
 from fasterase.evaluation.verdict import Trace, decide
 from fasterase.files import write_text
 from fasterase.models.lora import LoraAdapter, adapting, parse_rank
-from fasterase.original.features import FeatureCache, cache_folder
+from fasterase.original.features import OriginalFeatures, cache_folder
 from fasterase.pairs.batches import StepBatch, step_batches
 from fasterase.pairs.processes import count_workers
 from fasterase.pairs.skips import SkipLedger
@@ -214,7 +214,7 @@ class Run:
                 "max_steps) and no stop_when_forgotten, or retain pairs with other captions."
             )
 
-    def open_caches(self, folder: Path) -> FeatureCache:
+    def open_caches(self, folder: Path) -> OriginalFeatures:
         """Open what keeps the original's features, and the outputs of frozen blocks if asked."""
         job, config, model = self.job, self.job.config, self.job.model
         encoding = f"{self._fingerprint} {job.precision}"
@@ -241,7 +241,7 @@ class Run:
                 job.precision,
                 job.ranks,
             )
-        return FeatureCache(folder, key, model.embed_dim, is_half=is_half, ranks=job.ranks)
+        return OriginalFeatures(self._encoder, folder, key, is_half=is_half)
 
     @contextmanager
     def adapted(self) -> Iterator[None]:

@@ -39,38 +39,34 @@ CHECKED_ROWS = 1 << 18
 FLOOR_PAIRS = 1024
 
 
-class FeatureCache:
-    """Features of one model over any number of sources.
+class OriginalFeatures:
+    """Features of any number of sources under the original model; each pair is encoded once.
 
-    Images are stored by their row in the source, under the source's digest; captions by their
-    content, whatever source they come from. Views of one source (`fasterase.split`, overlap
-    removal) share its rows, so that erasing another concept finds them again.
+    Sources whose items are the same on every read are cached on disk: images by their row in the
+    source, under the source's digest, and captions by their content, whatever source they come
+    from. Views of one source (`fasterase.split`, overlap removal) share its rows, so that erasing
+    another concept finds them again. Other sources are kept in memory: another read would give
+    another view of the pair.
 
     Args:
+        encoder: the original model. Each of its ranks encodes its share and writes blocks of its
+            own; all of them see the folder, and call the methods alike.
         folder: root of the cache, created when first used.
         model_key: identifies the model: weights, preprocessing and compute dtype.
-        width: D0.
         is_half: store fp16, half the size, for a loss that multiplies in fp16 anyway. Of unit rows
             it keeps 11 bits. Caches of the two kinds do not see each other.
-        ranks: who takes part: each encodes its share and writes blocks of its own. All of them see
-            the folder, and call the methods alike.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        model_key: str,
-        width: int,
-        *,
-        is_half: bool = False,
-        ranks: Ranks = ALONE,
+        self, encoder: PairEncoder, folder: Path, model_key: str, *, is_half: bool = False
     ) -> None:
+        self.width = encoder.model.embed_dim
+        self._encoder, self._ranks = encoder, encoder.ranks
         self._root = folder
         self._folder = folder / (model_key[:16] + ("-fp16" if is_half else ""))
         self._dtype = "fp16" if is_half else "fp32"
-        self.width = width
-        self._ranks = ranks
         self._images: dict[str, FeatureStore] = {}
+        self._in_memory: dict[int, PairFeatures] = {}
 
     @cached_property
     def _captions(self) -> FeatureStore:
@@ -102,16 +98,18 @@ class FeatureCache:
         """Return features (n, D0) of captions by their identities; `KeyError` if one is missing."""
         return self._captions.get(hash_captions(keys))
 
-    def fill(
-        self, source: PairTable, rows: np.ndarray, encoder: PairEncoder, *, description: str
-    ) -> None:
+    def encode(self, source: PairTable, rows: np.ndarray) -> None:
         """Encode those of `rows` (sorted, distinct) that are missing, with all their captions.
 
         Damaged blocks are removed first, and their features encoded again.
 
         Raises:
-            InputError: too many pairs cannot be read.
+            InputError: too many pairs cannot be read; none, of a source that is not stable.
         """
+        encoder, description = self._encoder, f"original's features ({source.name})"
+        if not source.stable:
+            self._in_memory[id(source)] = encoder.pairs(source, rows, description=description)
+            return
         images = self.images(source)
         keys = source.base_rows(rows)
         self._remove_damaged(images, keys)
@@ -123,7 +121,7 @@ class FeatureCache:
         with self._ranks.together(), encoder.progress_bar(description, total) as bar:
             bar.update(known)
             for part in parts:
-                self._encode(source, part, encoder, bar)
+                self._encode(source, part, bar)
         written = sum(self._ranks.gather_objects(len(images) - before))
         for store in (self._captions, images):
             store.refresh()
@@ -135,9 +133,33 @@ class FeatureCache:
         encoder.ledger.exchange(self._ranks)
         encoder.ledger.warn()
 
-    def _encode(self, source: PairTable, rows: np.ndarray, encoder: PairEncoder, bar: tqdm) -> None:
-        """Encode rows, and store their images and the captions that are missing."""
+    def pairs(self, source: PairTable, rows: np.ndarray) -> PairFeatures:
+        """Return features of `rows` with their first captions; unreadable pairs are left out.
+
+        Raises:
+            InputError: none of the pairs can be read.
+        """
+        if not source.stable:
+            return self._in_memory[id(source)].at(rows)
         images = self.images(source)
+        readable = rows[images.has(source.base_rows(rows))]
+        check_readable(source, len(rows), len(readable))
+        place: dict[str, int] = {}
+        pair_text = [
+            [place.setdefault(_first_caption(source, row), len(place))] for row in readable.tolist()
+        ]
+        return PairFeatures(
+            readable,
+            torch.from_numpy(images.get(source.base_rows(readable))),
+            torch.from_numpy(self.texts(list(place))),
+            list(place),
+            pair_text,
+            [],
+        )
+
+    def _encode(self, source: PairTable, rows: np.ndarray, bar: tqdm) -> None:
+        """Encode rows, and store their images and the captions that are missing."""
+        images, encoder = self.images(source), self._encoder
         encoded = encoder.batches(
             source,
             rows,
@@ -191,64 +213,11 @@ class FeatureCache:
         return np.isin(keys, lost[np.unique(lost[:, 1], return_index=True)[1], 0])
 
 
-class OriginalFeatures:
-    """Features of the sets under the original model; each pair is encoded once.
-
-    Sources whose items are the same on every read go through the cache on disk. The others are
-    kept in memory: another read would give another view of the pair.
-
-    Args:
-        encoder: the original model.
-        cache: where features are stored between runs.
-    """
-
-    def __init__(self, encoder: PairEncoder, cache: FeatureCache) -> None:
-        self._encoder = encoder
-        self._cache = cache
-        self._in_memory: dict[int, PairFeatures] = {}
-
-    def encode(self, source: PairTable, rows: np.ndarray) -> None:
-        """Encode rows (sorted, distinct) of a set, once for all later uses.
-
-        Raises:
-            InputError: too many pairs cannot be read, or none.
-        """
-        description = f"original's features ({source.name})"
-        if source.stable:
-            self._cache.fill(source, rows, self._encoder, description=description)
-        else:
-            self._in_memory[id(source)] = self._encoder.pairs(source, rows, description=description)
-
-    def pairs(self, source: PairTable, rows: np.ndarray) -> PairFeatures:
-        """Return features of `rows` with their first captions; unreadable pairs are left out.
-
-        Raises:
-            InputError: none of the pairs can be read.
-        """
-        if not source.stable:
-            return self._in_memory[id(source)].at(rows)
-        images = self._cache.images(source)
-        readable = rows[images.has(source.base_rows(rows))]
-        check_readable(source, len(rows), len(readable))
-        place: dict[str, int] = {}
-        pair_text = [
-            [place.setdefault(_first_caption(source, row), len(place))] for row in readable.tolist()
-        ]
-        return PairFeatures(
-            readable,
-            torch.from_numpy(images.get(source.base_rows(readable))),
-            torch.from_numpy(self._cache.texts(list(place))),
-            list(place),
-            pair_text,
-            [],
-        )
-
-
 class CachedOriginal:
     """The original's features of a step's batch, read from the filled cache.
 
     Args:
-        cache: filled with the rows that the batches hold.
+        cache: has the rows that the batches hold.
         forget, retain: the sources of the batches' rows.
         scale: 0-d, exp(logit_scale) of the original.
         with_forget: also return features of forget rows, which `negatives="joint"` and
@@ -258,7 +227,7 @@ class CachedOriginal:
 
     def __init__(
         self,
-        cache: FeatureCache,
+        cache: OriginalFeatures,
         forget: PairTable,
         retain: PairTable,
         *,

@@ -14,7 +14,7 @@ import pytest
 from fasterase.encode import BATCH_SIZE, PairEncoder
 from fasterase.errors import FaseraseError
 from fasterase.original import features
-from fasterase.original.features import FeatureCache
+from fasterase.original.features import OriginalFeatures
 from fasterase.original.store import FeatureStore
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.prepare import caption_key
@@ -51,8 +51,10 @@ def test_fp16_takes_half_the_disk_and_a_place_of_its_own(tmp_path):
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     keys, sizes = np.arange(64), []
     source = open_pairs(pairs(2, seed=0), name="forget")
+    encoder = PairEncoder(TinyModel())
     folders = {
-        FeatureCache(tmp_path, "model", 512, is_half=x).images(source).folder for x in (True, False)
+        OriginalFeatures(encoder, tmp_path, "model", is_half=x).images(source).folder
+        for x in (True, False)
     }
     assert len(folders) == 2
     for dtype, error in (("fp32", 0), ("fp16", 1e-4), ("bf16", 1e-3)):
@@ -178,14 +180,13 @@ def write_share(folder, rank, world_size, die_at=None):
     os.replace = dying
     source = open_pairs(pairs(N_PAIRS, seed=0), name="retain")
     encoder = PairEncoder(TinyModel(), ranks=ranks)
-    store = FeatureCache(folder, "model", encoder.model.embed_dim, ranks=ranks)
-    store.fill(source, np.arange(N_PAIRS), encoder, description="")
+    OriginalFeatures(encoder, folder, "model").encode(source, np.arange(N_PAIRS))
 
 
 def read_all(folder):
     """Images and captions of a filled cache, and the number of blocks' rows on disk."""
     source = open_pairs(pairs(N_PAIRS, seed=0), name="retain")
-    filled_cache = FeatureCache(folder, "model", TinyModel().embed_dim)
+    filled_cache = OriginalFeatures(PairEncoder(TinyModel()), folder, "model")
     images = filled_cache.images(source)
     keys = [caption_key(source.texts(row)) for row in range(N_PAIRS)]
     return images.get(np.arange(N_PAIRS)), filled_cache.texts(keys), len(images)
