@@ -2,8 +2,7 @@
 
 With `tune="last:N"` and `"projections"` the lower blocks stay as they are, and so do their outputs
 for a pair. Both parts are the library's own forward pass. The lower one ends with the output of the
-last frozen block. In the upper one, the frozen blocks return that output, and the patch convolution
-(the one costly part below a ViT's blocks) is left out.
+last frozen block; in the upper one, the frozen blocks return that output, whatever their input.
 """
 
 from __future__ import annotations
@@ -98,7 +97,6 @@ class SplitTower:
                 "there is nothing to cache. Use 'last:N' with a smaller N, 'projections', or leave "
                 "prefix_cache None."
             )
-        self._patches = _patch_convolution(model.module, parts) if tower == "image" else None
         two = torch.zeros(2, model.context_length, dtype=torch.int64, device=model.device)
         output = self._run_lower(self._pixels(2) if tower == "image" else Tokens(two))
         self._is_tuple = isinstance(output, tuple)
@@ -122,11 +120,10 @@ class SplitTower:
         with ExitStack() as stack:
             for block in self._frozen:
                 stack.enter_context(_forward(block, lambda *_, **__: output))
-            if self._patches is not None:
-                stack.enter_context(_forward(self._patches, _no_patches(self._patches)))
-            if halfway.tokens is None:
-                return self._model.encode_image(self._pixels(len(halfway.rows)))
-            return self._model.encode_text(halfway.tokens)
+            if halfway.tokens is not None:
+                return self._model.encode_text(halfway.tokens)
+            # Of one picture, so that what comes before the blocks costs next to nothing.
+            return self._model.encode_image(self._pixels(1))
 
     def _run_lower(self, given: Tensor | Tokens) -> Any:
         def end(_: nn.Module, __: Any, output: Any) -> None:
@@ -149,9 +146,7 @@ class SplitTower:
         )
 
     def _pixels(self, count: int) -> Tensor:
-        """Return pixels that nothing depends on, without memory of their own."""
-        one = torch.zeros(1, 1, 1, 1, device=self._model.device)
-        return one.expand(count, 3, *self._model.image_size)
+        return torch.zeros(count, 3, *self._model.image_size, device=self._model.device)
 
 
 class _ReachedError(Exception):
@@ -173,26 +168,3 @@ def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
         del module.forward
         if own is not None:
             module.forward = own
-
-
-def _no_patches(convolution: nn.Conv2d) -> Callable[[Tensor], Tensor]:
-    def forward(pixels: Tensor) -> Tensor:
-        height, width = (
-            side // stride
-            for side, stride in zip(pixels.shape[-2:], convolution.stride, strict=True)
-        )
-        zero = convolution.weight.new_zeros(1, 1, 1, 1)
-        return zero.expand(len(pixels), convolution.out_channels, height, width)
-
-    return forward
-
-
-def _patch_convolution(module: nn.Module, parts: TowerParts) -> Any:
-    """Return the convolution without overlap that a ViT begins with; None for another tower."""
-    blocks = (block for block in parts.blocks if isinstance(block, nn.Module))
-    inside = {id(part) for block in blocks for part in block.modules()}
-    found = [
-        part for part in module.modules() if isinstance(part, nn.Conv2d) and id(part) not in inside
-    ]
-    is_plain = len(found) == 1 and found[0].kernel_size == found[0].stride
-    return found[0] if is_plain and found[0].padding == (0, 0) else None
