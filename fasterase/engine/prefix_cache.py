@@ -32,7 +32,7 @@ from fasterase.parallel.ranks import Ranks
 
 # Views of a forget image that are cached, where forget images are altered.
 VIEWS = 8
-# What a row takes on disk beside its numbers: its key, and its share of a file's head.
+# What a row takes on disk beside its numbers: key, checksum, and its share of a file's head.
 _ROW_BYTES = 20
 
 

@@ -32,7 +32,7 @@ from fasterase.seeds import Stream, generator
 # Rows of a block on disk: 4 MB of D=1024. A block holds whole batches, so that a resumed sweep
 # repeats the same batches, and with them the same last bits, as an uninterrupted one.
 BLOCK = 1024
-# Stored rows that a process checks before a run, which can mend damage only there: all that a run
+# Stored rows that are checked before a run, which can repair damage only there: all that a run
 # draws by default, in seconds. Of more than these, the others are checked when they are used.
 CHECKED_ROWS = 1 << 18
 # Pairs of each set behind the floor: 2 x 1024^2 cosines give the mean of unrelated pairs to 1e-3.
@@ -185,8 +185,7 @@ class OriginalFeatures:
     def _remove_damaged(self, images: FeatureStore, keys: np.ndarray) -> None:
         """Remove blocks with damaged features of `keys` or of their captions, on all ranks.
 
-        The first rank looks for them, and reads whole blocks: those of at most `CHECKED_ROWS`,
-        evenly spaced.
+        The first rank reads at most `CHECKED_ROWS` of them, evenly spaced.
         """
         damaged: tuple[list[str], list[str]] = ([], [])
         with self._ranks.together():

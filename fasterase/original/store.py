@@ -4,10 +4,11 @@ A file, or block, is written once and whole. Its tensors:
 
     keys      [n] int64
     captions  [m, 2] int64: a key, and a caption whose features that row needs
+    sums      [n] uint32: CRC-32 of each feature
     features  [n, D0] fp32, fp16 or bf16
 
-Its header holds the CRC-32 of the keys, which are checked when the block is opened, and that of the
-rest, which is checked when it is first used.
+Its header holds the CRC-32 of the keys, which are checked when the block is opened, and that of
+captions and sums. A feature is checked whenever it is read.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ class FeatureStore:
             raise KeyError(int(keys[~found][0]))
         features = torch.empty(len(keys), self.width, dtype=self._dtype)
         for name, here, rows in self._places(keys):
-            tensors = self._blocks[name].tensors
-            if tensors is None:
+            read = self._blocks[name].read(rows)
+            if read is None:
                 self._warn(name)
                 self.remove([name])
                 raise FaseraseError(
@@ -88,7 +89,7 @@ class FeatureStore:
                     "Run again: its features alone are computed again, and a run with an "
                     "`output_dir` resumes from its last checkpoint."
                 )
-            features[torch.from_numpy(here)] = tensors["features"][torch.from_numpy(rows)]
+            features[torch.from_numpy(here)] = read
         return features.float().numpy()
 
     def captions(self, keys: np.ndarray) -> np.ndarray:
@@ -101,8 +102,9 @@ class FeatureStore:
         return np.concatenate(parts)
 
     def damaged_blocks(self, keys: np.ndarray) -> list[str]:
-        """Return the damaged blocks, with a warning, of those that have features of `keys`."""
-        damaged = [name for name, *_ in self._places(keys) if self._blocks[name].tensors is None]
+        """Return the blocks, with a warning, in which features of `keys` are damaged."""
+        places = self._places(keys)
+        damaged = [name for name, _, rows in places if self._blocks[name].read(rows) is None]
         for name in damaged:
             self._warn(name)
         return damaged
@@ -127,10 +129,12 @@ class FeatureStore:
         """
         if len(keys) == 0:
             return
+        stored = torch.from_numpy(features).to(self._dtype).contiguous()
         tensors = {
             "keys": torch.tensor(keys),
             "captions": torch.tensor(captions),
-            "features": torch.from_numpy(features).to(self._dtype).contiguous(),
+            "sums": torch.tensor(_sums(stored)),
+            "features": stored,
         }
         checksums = {"keys": _checksum(tensors["keys"]), "rest": _checksum_of_rest(tensors)}
         path = self.folder / f"{int(keys[0]) & (2**64 - 1):016x}-{checksums['rest']}{_SUFFIX}"
@@ -195,12 +199,12 @@ class FeatureStore:
 
 
 class _Block:
-    """One file of a store, mapped and checked when it is first used.
+    """One file of a store, mapped when it is first used.
 
     Args:
         path: the file.
         keys: (n,) int64.
-        rest: checksum of all but the keys.
+        rest: checksum of captions and sums.
     """
 
     def __init__(self, path: Path, keys: np.ndarray, rest: str) -> None:
@@ -210,14 +214,21 @@ class _Block:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor] | None:
-        """Captions and features; None if they are damaged or the file is no longer there."""
+        """Captions, sums and features; None if one of the former is damaged or the file is gone."""
         try:
             # As torch's tensors they stay mapped once the file is closed.
             with safe_open(self._path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in ("captions", "features")}
+                tensors = {name: file.get_tensor(name) for name in ("captions", "sums", "features")}
         except (FileNotFoundError, SafetensorError):
             return None
         return tensors if _checksum_of_rest(tensors) == self._rest else None
+
+    def read(self, rows: np.ndarray) -> Tensor | None:
+        """Return features [n, D0] of `rows` (n,); None if one is damaged."""
+        if self.tensors is None:
+            return None
+        read = self.tensors["features"][torch.from_numpy(rows)]
+        return read if np.array_equal(_sums(read), self.tensors["sums"].numpy()[rows]) else None
 
 
 def _open_block(path: Path, layout: tuple[torch.dtype, int]) -> _Block | None:
@@ -245,4 +256,10 @@ def _checksum(*tensors: Tensor) -> str:
 
 
 def _checksum_of_rest(tensors: dict[str, Tensor]) -> str:
-    return _checksum(tensors["captions"], tensors["features"])
+    return _checksum(tensors["captions"], tensors["sums"])
+
+
+def _sums(features: Tensor) -> np.ndarray:
+    """Return the CRC-32 (n,) of each row of `features`."""
+    rows = features.view(torch.uint8).numpy()
+    return np.fromiter((zlib.crc32(row) for row in rows), "<u4", len(rows))
