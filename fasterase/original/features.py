@@ -113,7 +113,11 @@ class OriginalFeatures:
         images = self.images(source)
         keys = source.base_rows(rows)
         self._remove_damaged(images, keys)
-        present = images.has(keys) & ~self._lack_captions(images, keys)
+        present = images.has(keys)
+        captions = images.captions(keys[present])
+        lost = captions[~self._captions.has(captions[:, 1])]
+        # Of a caption that several images have lost, the first of them is encoded again.
+        present &= ~np.isin(keys, lost[np.unique(lost[:, 1], return_index=True)[1], 0])
         parts = [encoder.own_rows(part) for part in _resume_blocks(rows, present)]
         known = int(present.sum())
         before = len(images)
@@ -145,9 +149,11 @@ class OriginalFeatures:
         readable = rows[images.has(source.base_rows(rows))]
         check_readable(source, len(rows), len(readable))
         place: dict[str, int] = {}
-        pair_text = [
-            [place.setdefault(_first_caption(source, row), len(place))] for row in readable.tolist()
-        ]
+        pair_text = []
+        for row in readable.tolist():
+            texts = source.texts(row)
+            key = caption_key(texts if isinstance(texts, Tensor) else texts[0])
+            pair_text.append([place.setdefault(key, len(place))])
         return PairFeatures(
             readable,
             torch.from_numpy(images.get(source.base_rows(readable))),
@@ -201,15 +207,6 @@ class OriginalFeatures:
         found = self._ranks.gather_objects(damaged)[0]
         images.remove(found[0])
         self._captions.remove(found[1])
-
-    def _lack_captions(self, images: FeatureStore, keys: np.ndarray) -> np.ndarray:
-        """Return which of `keys` (n,) have an image whose captions are lost, (n,) bool.
-
-        Of a caption that several images have lost, the first of them stands for it.
-        """
-        captions = images.captions(keys[images.has(keys)])
-        lost = captions[~self._captions.has(captions[:, 1])]
-        return np.isin(keys, lost[np.unique(lost[:, 1], return_index=True)[1], 0])
 
 
 class CachedOriginal:
@@ -318,11 +315,6 @@ def _resume_blocks(rows: np.ndarray, present: np.ndarray) -> Iterator[np.ndarray
     for chosen in (touched & ~present, ~touched):
         if chosen.any():
             yield rows[chosen]
-
-
-def _first_caption(source: PairTable, row: int) -> str:
-    texts = source.texts(row)
-    return caption_key(texts if isinstance(texts, Tensor) else texts[0])
 
 
 def floor_rows(count: int) -> np.ndarray:
