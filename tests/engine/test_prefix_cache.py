@@ -21,7 +21,10 @@ from tests.tiny_model import same_weights
 
 pytestmark = SHORT_RUN
 OTHER = list(
-    zip(*small_models.random_pairs(small_models.SIMPLE_VOCABULARY_SIZE, 5, seed=3), strict=True)
+    zip(
+        *small_models.random_pairs(small_models.SIMPLE_VOCABULARY_SIZE, count=5, seed=3),
+        strict=True,
+    )
 )
 RUN = {"tune": "last:1", "forget_augment": False, "max_steps": 4, "prefix_cache": 1.0}
 
