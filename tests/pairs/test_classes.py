@@ -144,17 +144,14 @@ class TestHuggingFace:
         )
 
     @pytest.mark.parametrize("form", [None, "torch"])
-    def test_names_of_the_label_column(self, picture, form):
+    def test_names_of_the_label_column(self, picture, form, monkeypatch):
         pairs = open_pairs(self.dataset(picture, label=[0, 1, 1]).with_format(form), name="x")
         assert pairs.classes == ["apple", "sea lion"]
         assert captions(pairs) == [["apple"], ["sea lion"], ["sea lion"]]
         assert pairs[1].text == "sea lion"
-        assert pairs.meta(1)["class"] == "sea lion"
-
-    def test_other_columns_stay_in_meta_and_images_unread(self, picture, monkeypatch):
-        pairs = open_pairs(self.dataset(picture, label=[0, 1, 1]), name="x")
         monkeypatch.setattr(datasets.Image, "decode_example", None)
-        assert pairs.meta(2) == {"shade": 2, "class": "sea lion"}
+        shade = {} if form else {"shade": 1}
+        assert pairs.meta(1) == {**shade, "class": "sea lion"}
 
     def test_a_caption_column_wins_unless_the_label_is_named(self, picture):
         source = self.dataset(picture, label=[0, 1, 1]).add_column("text", ["a", "b", "c"])
