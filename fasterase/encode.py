@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +22,7 @@ from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.forward import TowerForward, resolve_precision
 from fasterase.models.prefix import Halfway
 from fasterase.models.preprocessing import Tokens
-from fasterase.pairs.batches import Captions, SweepBatch, sweep
-from fasterase.pairs.kept import Keeper
+from fasterase.pairs.batches import Captions, Prefixes, sweep
 from fasterase.pairs.prepare import Preparer
 from fasterase.pairs.skips import Skip, SkipLedger
 from fasterase.pairs.table import PairTable
@@ -101,18 +100,6 @@ class PairFeatures:
             [self.pair_text[i] for i in kept],
             self.skipped,
         )
-
-
-class Prefixes(Keeper, Protocol):
-    """Outputs of frozen lower blocks, with which encoding begins."""
-
-    def images(self, source: PairTable, batch: SweepBatch) -> Halfway:
-        """Return the images [n] of a batch halfway through their tower."""
-        ...
-
-    def texts(self, keys: Sequence[str], tokens: Tokens) -> Halfway:
-        """Return captions halfway through their tower, by identity (m,) and tokens [m, L]."""
-        ...
 
 
 class PairEncoder:
@@ -206,7 +193,6 @@ class PairEncoder:
         Raises:
             InputError: too many pairs cannot be read.
         """
-        prefixes = self.prefixes if source.stable else None
         loaded = sweep(
             source,
             rows,
@@ -214,7 +200,7 @@ class PairEncoder:
             captions=captions,
             batch_size=self.batch_size,
             num_workers=self._num_workers,
-            keeper=prefixes,
+            prefixes=self.prefixes if source.stable else None,
         )
         waiting = WaitingShare()
         for batch in waiting.over(loaded):
@@ -225,12 +211,10 @@ class PairEncoder:
                 keys, tokens = [keys[i] for i in fresh], tokens.index(fresh)
             yield EncodedBatch(
                 batch.rows,
-                self._encode_images(
-                    batch.pixels if prefixes is None else prefixes.images(source, batch)
-                ),
+                self._encode_images(batch.pixels),
                 batch.captions,
                 keys,
-                self._encode_tokens(tokens if prefixes is None else prefixes.texts(keys, tokens)),
+                self._encode_tokens(tokens),
                 batch.skipped,
             )
             bar.set_postfix({"waiting for data": str(waiting)}, refresh=False)
@@ -331,8 +315,7 @@ class PairEncoder:
             tokens = Tokens(tokens.ids.new_zeros(1, tokens.ids.shape[1]))
 
         def encode(part: slice) -> Tensor:
-            given = tokens[part] if isinstance(tokens, Halfway) else tokens.index(part)
-            text = self._towers(None, given.to(self._device)).text
+            text = self._towers(None, tokens.index(part).to(self._device)).text
             assert text is not None
             return text.cpu()
 

@@ -87,6 +87,8 @@ def test_cliperase_is_the_paper_and_takes_overrides():
         ("epochs", "never"),
         ("epochs", True),
         ("max_steps", 0),
+        ("batch_size", 0),
+        ("forget_batch_size", 0),
         ("micro_batch_size", 0),
         ("lr", 0.0),
         ("lr", "automatic"),

@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fasterase"
 
+
 def _pyproject() -> dict:
     if sys.version_info >= (3, 11):
         import tomllib

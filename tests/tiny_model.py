@@ -106,17 +106,22 @@ def micro_batches(
     """A batch cut into micro-batches of `size` pairs; without `keys`, no caption repeats."""
     size = size or len(pixels)
     keys = [str(row) for row in range(len(pixels))] if keys is None else list(keys)
-    return [
-        MicroBatch(
-            rows=np.arange(i, min(i + size, len(pixels))),
-            ids=[str(row) for row in range(i, min(i + size, len(pixels)))],
-            pixels=pixels[i : i + size],
-            skipped=[],
-            step=0,
-            offset=i,
-            n_forget=max(0, min(size, n_forget - i)),
-            tokens=tokens.index(slice(i, i + size)),
-            keys=keys[i : i + size],
+    parts = []
+    for start in range(0, len(pixels), size):
+        rows = np.arange(start, min(start + size, len(pixels)))
+        parts.append(
+            MicroBatch(
+                which=(rows >= n_forget).astype(int),
+                rows=rows,
+                ids=[str(row) for row in rows],
+                views=np.zeros(len(rows), np.int64),
+                captions=[(row, keys[row]) for row in rows],
+                pixels=pixels[start : start + size],
+                fresh=np.arange(len(rows)),
+                tokens=tokens.index(slice(start, start + size)),
+                skipped=[],
+                step=0,
+                offset=start,
+            )
         )
-        for i in range(0, len(pixels), size)
-    ]
+    return parts

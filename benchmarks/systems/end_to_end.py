@@ -70,6 +70,8 @@ IMPLEMENTATIONS = ("fasterase", "naive")
 _LIMIT_SECONDS = 6 * 3600.0
 # Disk for the outputs of frozen blocks.
 _CACHE_GB = 50.0
+# Pairs of a pass of the tuned blocks, whose FLOPs are counted: below these, one picture is encoded.
+_BOUND_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -197,11 +199,12 @@ def _bound(encoder: DualEncoder, sets: DemoSets, setting: Setting) -> float:
         with FlopCounterMode(display=False) as upper:
             for tower, given in (("image", pixels), ("text", tokens)):
                 split = SplitTower(encoder, tower, setting.tune)
-                rows = torch.zeros(1, split.width, device=encoder.device)
-                Halfway(split, rows, given if isinstance(given, Tokens) else None).finish()
+                rows = torch.zeros(_BOUND_ROWS, split.width, device=encoder.device)
+                texts = given.index([0] * len(rows)) if isinstance(given, Tokens) else None
+                Halfway(split, rows, texts).finish()
         # The splits have tried two empty pairs each, up to the last frozen block and without a
         # graph; what they ran is not part of it.
-        trained = upper.get_total_flops() - _probes(encoder, setting.tune)
+        trained = (upper.get_total_flops() - _probes(encoder, setting.tune)) // _BOUND_ROWS
     pairs, distinct = 0, 0
     for size, count in (
         (setting.batch_size, len(sets.retain)),

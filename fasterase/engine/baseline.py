@@ -25,12 +25,12 @@ from fasterase.evaluation.scores import find_position, similarity_chunks
 from fasterase.evaluation.verdict import REMEMBERED, Trace
 from fasterase.original.features import (
     CachedOriginal,
-    FeatureCache,
     LiveOriginal,
     Original,
     OriginalFeatures,
+    floor_rows,
+    unmatched_cosine,
 )
-from fasterase.original.floor import floor_rows, unmatched_cosine
 from fasterase.pairs.table import PairTable
 
 # Retain captions that a warning lists, and words of a forget caption that are looked for in them.
@@ -67,7 +67,7 @@ def measure_original(
     job: Job,
     draws: Draws,
     encoder: PairEncoder,
-    cache: FeatureCache,
+    original: OriginalFeatures,
     *,
     judge: Judge,
     evaluator: Evaluator | None,
@@ -79,14 +79,13 @@ def measure_original(
     Raises:
         InputError: too many pairs cannot be read, or features are not finite.
     """
-    known = OriginalFeatures(encoder, cache)
     wanted = _wanted_rows(job, draws, judge, evaluator)
     for name, rows in wanted.items():
         if len(rows):
-            known.encode(job.sets[name], rows)
+            original.encode(job.sets[name], rows)
 
     def features(of_sets: Mapping[str, np.ndarray]) -> dict[str, PairFeatures]:
-        return {name: known.pairs(job.sets[name], rows) for name, rows in of_sets.items()}
+        return {name: original.pairs(job.sets[name], rows) for name, rows in of_sets.items()}
 
     floor = unmatched_cosine(**features(_floor_rows(job)))
     judged = features(judge.rows)
@@ -96,16 +95,16 @@ def measure_original(
         measured = evaluator.measure(encoder, features(measured_rows(evaluator, job.sets)))
     damage, damage_rows = None, np.empty(0, np.int64)
     if draws.pool is not None and judged:
-        drawn = known.pairs(job.retain, draws.pool.drawn)
+        drawn = original.pairs(job.retain, draws.pool.drawn)
         near = find_neighbours(judged["forget"].first_text, drawn, MAX_NEIGHBOURS)
         damage_rows = np.union1d(near, draws.pool.withheld)
-        damage = DamageMeter(known.pairs(job.retain, damage_rows))
+        damage = DamageMeter(original.pairs(job.retain, damage_rows))
     remembered = [judged[name] for name, trace in traces.items() if trace.is_remembered]
     if remembered:
         # `judge` leaves out retain captions that are forget captions: look at all that are encoded.
-        _warn_of_naming_captions(remembered, known.pairs(job.retain, wanted["retain"]))
-    original = _open_original(job, encoder, cache)
-    return Baseline(floor, traces, measured, original, damage, damage_rows)
+        _warn_of_naming_captions(remembered, original.pairs(job.retain, wanted["retain"]))
+    of_steps = _open_original(job, encoder, original)
+    return Baseline(floor, traces, measured, of_steps, damage, damage_rows)
 
 
 def _wanted_rows(
@@ -155,14 +154,14 @@ def _is_cached(job: Job) -> bool:
     return _needs_original(job) and job.forget.stable and job.retain.stable
 
 
-def _open_original(job: Job, encoder: PairEncoder, cache: FeatureCache) -> Original | None:
+def _open_original(job: Job, encoder: PairEncoder, original: OriginalFeatures) -> Original | None:
     """Return the original's features for each step; None if no loss uses them."""
     if not _needs_original(job):
         return None
     if _is_cached(job):
         scale = encoder.model.scale().detach().clone()
         return CachedOriginal(
-            cache, job.forget, job.retain, scale=scale, with_forget=_needs_forget(job)
+            original, job.forget, job.retain, scale=scale, with_forget=_needs_forget(job)
         )
     warnings.warn(
         "`forget` or `retain` returns a different item on a second read (random "

@@ -26,8 +26,6 @@ from fasterase.pairs.batches import MicroBatch
 from fasterase.parallel.engine import Engine
 
 LossOfFeatures = Callable[[Tensor, Tensor, Tensor], FeatureGradients]
-# Takes the images and some captions of a micro-batch, by their places, through the frozen blocks.
-HalfwayOf = Callable[[MicroBatch, Sequence[int]], tuple[Halfway, Halfway]]
 
 # Captions that a micro-batch encodes at least, of those that it has. Products of fewer rows may
 # round a row differently, and steps with a prefix cache should be those without, bit for bit.
@@ -52,7 +50,6 @@ def backpropagate(
     device: torch.device,
     seed_of: Callable[[MicroBatch], int],
     passes: int | None = None,
-    halfway: HalfwayOf | None = None,
 ) -> EraseLoss:
     """Add the gradient of the loss over all micro-batches to the parameters' `.grad`.
 
@@ -66,8 +63,6 @@ def backpropagate(
             have the same Dropout masks.
         passes: how often the towers are called, if more often than there are micro-batches; the
             calls beyond them encode a row of zeros, whose gradient is zero.
-        halfway: takes a micro-batch through the frozen blocks (`PrefixCache`); the towers then run
-            the others. None: they run whole.
 
     Returns:
         The loss, detached.
@@ -76,7 +71,7 @@ def backpropagate(
     # In train mode each pair has a Dropout mask of its own, and counts in BatchNorm's statistics.
     texts = _Texts(micro_batches, repeats=module.training)
     parts = [
-        _prepare(part, fresh, halfway, seed_of(part))
+        _prepare(part, fresh, seed_of(part))
         for part, fresh in zip(micro_batches, texts.fresh, strict=True)
     ]
     if passes is not None and passes > len(parts):
@@ -159,7 +154,7 @@ class _Texts:
         return gradients._replace(text=summed)
 
 
-def _prepare(part: MicroBatch, fresh: Sequence[int], halfway: HalfwayOf | None, seed: int) -> _Part:
+def _prepare(part: MicroBatch, fresh: Sequence[int], seed: int) -> _Part:
     """Return what the towers encode of a micro-batch, with the captions at `fresh` alone."""
     if not part.ids:
         return _without_rows(part, seed)
@@ -167,17 +162,15 @@ def _prepare(part: MicroBatch, fresh: Sequence[int], halfway: HalfwayOf | None, 
     if len(fresh) < _FEWEST_TEXTS:
         known = [place for place in range(len(part.ids)) if place not in fresh]
         captions += known[: _FEWEST_TEXTS - len(fresh)]
-    pixels: Tensor | Halfway = part.pixels
-    tokens: Tokens | Halfway = part.tokens
-    if halfway is not None:
-        pixels, tokens = halfway(part, captions)
-    elif captions != list(range(len(part.ids))):
-        tokens = part.tokens.index(captions)
-    return _Part(pixels, tokens, len(part.ids), len(fresh), seed)
+    is_all = captions == list(range(len(part.ids)))
+    tokens = part.tokens if is_all else part.tokens.index(captions)
+    return _Part(part.pixels, tokens, len(part.ids), len(fresh), seed)
 
 
 def _without_rows(part: MicroBatch, seed: int) -> _Part:
     """Return a row of zeros, which does not count."""
+    assert isinstance(part.pixels, Tensor)
+    assert isinstance(part.tokens, Tokens)
     pixels = part.pixels.new_zeros(1, *part.pixels.shape[1:])
     tokens = Tokens(part.tokens.ids.new_zeros(1, part.tokens.ids.shape[1]), None)
     return _Part(pixels, tokens, 0, 0, seed)

@@ -15,7 +15,6 @@ from fasterase.engine.history import HistoryFile, StepRecord
 from fasterase.engine.job import Job
 from fasterase.engine.loss import OfOriginal, StepLoss
 from fasterase.engine.pacing import Pacing
-from fasterase.engine.prefix_cache import PrefixCache
 from fasterase.engine.stops import NonFiniteGuard, how_to_continue, non_finite_term, stop_requests
 from fasterase.errors import PreemptedError
 from fasterase.original.features import Original
@@ -36,7 +35,6 @@ class Trainer:
         engine: the towers and their optimiser.
         loss_of: the objective over the pairs of all ranks.
         original: the original's features; None if no loss uses them.
-        prefixes: outputs of the frozen blocks; None: the towers run whole.
     """
 
     def __init__(
@@ -45,8 +43,6 @@ class Trainer:
         engine: Engine,
         loss_of: StepLoss,
         original: Original | None,
-        *,
-        prefixes: PrefixCache | None = None,
     ) -> None:
         self.step = 0  # how many were taken
         self._job = job
@@ -54,7 +50,6 @@ class Trainer:
         self._loss_of = loss_of
         self._original = original
         self._guard = NonFiniteGuard(job.precision)
-        self._prefixes = prefixes
 
     def train_step(self, batch: StepBatch, lr: float, *, passes: int) -> StepRecord:
         """Take one step: encode, loss, gradients, clip, update; a non-finite step is left out.
@@ -82,7 +77,6 @@ class Trainer:
                 device=engine.device,
                 seed_of=lambda part: torch_seed(seed, Stream.DROPOUT, part.step, part.offset),
                 passes=passes if engine.in_lockstep else None,
-                halfway=None if self._prefixes is None else self._prefixes.halfway,
             )
         self.step = batch.step + 1
         grad_norm, applied = 0.0, False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from fasterase.engine.model_state import training
 from fasterase.engine.optim import Trained, build_engine, shards
 from fasterase.engine.outcome import Outcome
 from fasterase.engine.pacing import SETTLED_LOSS, AutomaticPacing, Check, Pacing
-from fasterase.engine.prefix_cache import PrefixCache, open_prefix_cache
+from fasterase.engine.prefix_cache import open_prefix_cache
 from fasterase.engine.rates import LineFollower, Rate, Schedule
 from fasterase.engine.words import ForgottenWords, forget_words
 from fasterase.errors import InputError, NonFiniteError, PreemptedError
@@ -35,7 +35,7 @@ from fasterase.evaluation.verdict import decide
 from fasterase.files import write_text
 from fasterase.models.dual_encoder import separate_copy
 from fasterase.models.lora import LoraAdapter, adapting, parse_rank
-from fasterase.original.features import FeatureCache, cache_folder
+from fasterase.original.features import OriginalFeatures, cache_folder
 from fasterase.pairs.batches import StepBatch, step_batches
 from fasterase.pairs.processes import count_workers
 from fasterase.parallel.engine import Engine
@@ -85,7 +85,6 @@ class Run:
         )
         self._checkpoints: CheckpointFolder | None = None
         self._saved: Checkpoint | None = None
-        self._prefixes: PrefixCache | None = None
         self._adapter: LoraAdapter | None = None
 
     def erase(self) -> Outcome:
@@ -97,11 +96,8 @@ class Run:
         job = self.job
         self.open_checkpoint()
         self.choose_judge()
-        with (
-            cache_folder(job.config.reference_cache, job.output, job.ranks) as folder,
-            ExitStack() as stack,
-        ):
-            cache = self.open_caches(folder, stack)
+        with cache_folder(job.config.reference_cache, job.output, job.ranks) as folder:
+            cache = self.open_caches(folder)
             self._baseline = measure_original(
                 job,
                 self._draws,
@@ -158,7 +154,7 @@ class Run:
                 "max_steps) and no stop_when_forgotten, or retain pairs with other captions."
             )
 
-    def open_caches(self, folder: Path, stack: ExitStack) -> FeatureCache:
+    def open_caches(self, folder: Path) -> OriginalFeatures:
         """Open what keeps the original's features, and the outputs of frozen blocks if asked."""
         job, config, model = self.job, self.job.config, self.job.model
         encoding = f"{self._fingerprint} {job.precision}"
@@ -175,7 +171,7 @@ class Run:
             ]
             if pool is not None:
                 measured.insert(0, ("retain", pool.withheld))
-            self._prefixes = open_prefix_cache(
+            self._encoder.prefixes = open_prefix_cache(
                 folder / key[:16],
                 model,
                 job.sets,
@@ -185,9 +181,7 @@ class Run:
                 job.precision,
                 job.ranks,
             )
-            stack.callback(self._prefixes.flush)
-            self._encoder.prefixes = self._prefixes
-        return FeatureCache(folder, key, model.embed_dim, is_half=is_half, ranks=job.ranks)
+        return OriginalFeatures(self._encoder, folder, key, is_half=is_half)
 
     @contextmanager
     def adapted(self) -> Iterator[None]:
@@ -228,7 +222,6 @@ class Run:
                 engine,
                 StepLoss.of_job(job, self._trained, floor=baseline.floor),
                 baseline.original,
-                prefixes=self._prefixes,
             )
             pacing = self._build_pacing(engine, original, start)
             self._resume(trainer, pacing)
@@ -327,7 +320,7 @@ class Run:
             last_step=trainer.step if pacing.is_done or never_known else pacing.total_steps,
             micro_batch_size=config.micro_batch_size,
             augment_forget=config.forget_augment,
-            keeper=self._prefixes,
+            prefixes=self._encoder.prefixes,
             num_workers=self._num_workers,
             ranks=job.ranks,
         )

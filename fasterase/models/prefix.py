@@ -1,16 +1,14 @@
 """The frozen lower part of a tower, run once, and the rest of the tower, run from its output.
 
-With `tune="last:N"` and `"projections"` everything up to a certain block stays as it is, and so
-does what that block puts out for a pair. Both parts are the library's own forward pass. For the
-lower one it ends as soon as that output is there. For the upper one a stand-in takes the place of
-the frozen blocks and puts the output in, and another that of the convolution that cuts images into
-patches, the one costly part below the blocks.
+With `tune="last:N"` and `"projections"` the lower blocks stay as they are, and so do their outputs
+for a pair. Both parts are the library's own forward pass. The lower one ends with the output of the
+last frozen block; in the upper one, the frozen blocks return that output, whatever their input.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,10 +37,13 @@ class Halfway:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def index(self, rows: Any) -> Halfway:
+        """Pick rows by anything that indexes a tensor."""
+        tokens = None if self.tokens is None else self.tokens.index(rows)
+        return Halfway(self.tower, self.rows[rows], tokens)
+
     def __getitem__(self, part: slice) -> Halfway:
-        """Return some of the rows."""
-        tokens = None if self.tokens is None else self.tokens.index(part)
-        return Halfway(self.tower, self.rows[part], tokens)
+        return self.index(part)
 
     @property
     def device(self) -> torch.device:
@@ -79,27 +80,23 @@ class SplitTower:
         tune: what is trained.
 
     Attributes:
-        width: numbers that the frozen part puts out for an image or text.
+        width: numbers that the frozen part outputs for an image or text.
 
     Raises:
-        InputError: no block is frozen, or the blocks are no row of modules.
+        InputError: no block is frozen.
     """
 
     def __init__(self, model: DualEncoder, tower: str, tune: str) -> None:
         self._model = model
         self._tower = tower
         parts = model.image_parts() if tower == "image" else model.text_parts()
-        frozen = frozen_blocks(tune, parts)
-        if not frozen:
+        self._frozen: Sequence[Any] = parts.blocks[: frozen_blocks(tune, parts)]
+        if not self._frozen:
             raise InputError(
                 f"prefix_cache: with tune={tune!r} no block of the {tower} tower is frozen, so "
-                "there is nothing to keep. Use 'last:N' with a smaller N, 'projections', or leave "
+                "there is nothing to cache. Use 'last:N' with a smaller N, 'projections', or leave "
                 "prefix_cache None."
             )
-        self._row = _row_of_blocks(model.module, parts.blocks, tower, model.name)
-        self._last: Any = parts.blocks[frozen - 1]
-        self._kept: Sequence[Any] = parts.blocks[frozen:]
-        self._patches = _patch_convolution(model, parts) if tower == "image" else None
         two = torch.zeros(2, model.context_length, dtype=torch.int64, device=model.device)
         output = self._run_lower(self._pixels(2) if tower == "image" else Tokens(two))
         self._is_tuple = isinstance(output, tuple)
@@ -111,25 +108,28 @@ class SplitTower:
 
     @torch.no_grad()
     def lower(self, given: Tensor | Tokens) -> Tensor:
-        """Return what the frozen part puts out for pixels or tokens, [n, width] fp32."""
+        """Return what the frozen part outputs for pixels or tokens, [n, width] fp32."""
         output = self._run_lower(given)
         found = output[0] if isinstance(output, tuple) else output
         return found.movedim(self._axis, 0).reshape(-1, self.width).float()
 
     def upper(self, halfway: Halfway) -> Tensor:
-        """Return the features [n, D] of what the frozen part has put out."""
+        """Return the features [n, D] of outputs of the frozen part."""
         hidden = halfway.rows.reshape(-1, *self._shape).movedim(0, self._axis)
-        stand_in = _StandIn(self._last, (hidden,) if self._is_tuple else hidden)
-        with self._only([stand_in, *self._kept]):
-            if halfway.tokens is None:
-                return self._model.encode_image(self._pixels(len(halfway.rows)))
-            return self._model.encode_text(halfway.tokens)
+        output = (hidden,) if self._is_tuple else hidden
+        with ExitStack() as stack:
+            for block in self._frozen:
+                stack.enter_context(_forward(block, lambda *_, **__: output))
+            if halfway.tokens is not None:
+                return self._model.encode_text(halfway.tokens)
+            # Of one picture, so that what comes before the blocks costs next to nothing.
+            return self._model.encode_image(self._pixels(1))
 
     def _run_lower(self, given: Tensor | Tokens) -> Any:
         def end(_: nn.Module, __: Any, output: Any) -> None:
             raise _ReachedError(output)
 
-        hook = self._last.register_forward_hook(end)
+        hook = self._frozen[-1].register_forward_hook(end)
         try:
             with torch.no_grad():
                 if isinstance(given, Tensor):
@@ -146,25 +146,7 @@ class SplitTower:
         )
 
     def _pixels(self, count: int) -> Tensor:
-        """Return pixels that nothing depends on, without memory of their own."""
-        one = torch.zeros(1, 1, 1, 1, device=self._model.device)
-        return one.expand(count, 3, *self._model.image_size)
-
-    @contextmanager
-    def _only(self, blocks: Sequence[nn.Module]) -> Iterator[None]:
-        """Let the tower run these blocks alone, and no convolution below them."""
-        own = dict(self._row._modules)
-        self._row._modules.clear()
-        self._row._modules.update({str(i): block for i, block in enumerate(blocks)})
-        if self._patches is not None:
-            self._patches.forward = _no_patches(self._patches)
-        try:
-            yield
-        finally:
-            self._row._modules.clear()
-            self._row._modules.update(own)
-            if self._patches is not None:
-                del self._patches.forward
+        return torch.zeros(count, 3, *self._model.image_size, device=self._model.device)
 
 
 class _ReachedError(Exception):
@@ -175,68 +157,14 @@ class _ReachedError(Exception):
         self.output = output
 
 
-class _StandIn(nn.Module):
-    """Puts out what the frozen blocks would; for anything else it is the last of them.
-
-    open_clip looks at the first block's weights for their dtype.
-    """
-
-    def __init__(self, block: nn.Module, output: Any) -> None:
-        super().__init__()
-        # Not a submodule: the tower has it under its own name.
-        self.__dict__["_block"] = block
-        self.__dict__["_output"] = output
-
-    def forward(self, *_: Any, **__: Any) -> Any:
-        return self._output
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_block"], name)
-
-
-def _no_patches(convolution: nn.Conv2d) -> Callable[[Tensor], Tensor]:
-    def forward(pixels: Tensor) -> Tensor:
-        height, width = (
-            side // stride
-            for side, stride in zip(pixels.shape[-2:], convolution.stride, strict=True)
-        )
-        zero = convolution.weight.new_zeros(1, 1, 1, 1)
-        return zero.expand(len(pixels), convolution.out_channels, height, width)
-
-    return forward
-
-
-def _patch_convolution(model: DualEncoder, parts: TowerParts) -> Any:
-    """Return the convolution without overlap that a ViT begins with; None for another tower."""
-    inside = {id(part) for block in parts.blocks for part in _modules(block)}
-    found = [
-        part
-        for tower in parts.everything
-        for part in _modules(tower)
-        if isinstance(part, nn.Conv2d) and id(part) not in inside
-    ]
-    if not found:
-        found = [
-            part
-            for name, part in model.module.named_modules()
-            if isinstance(part, nn.Conv2d) and id(part) not in inside
-        ]
-    plain = [each for each in found if each.kernel_size == each.stride and each.padding == (0, 0)]
-    return plain[0] if len(found) == len(plain) == 1 else None
-
-
-def _modules(part: Any) -> Iterator[nn.Module]:
-    return part.modules() if isinstance(part, nn.Module) else iter(())
-
-
-def _row_of_blocks(module: nn.Module, blocks: Sequence[Any], tower: str, name: str) -> nn.Module:
-    """Return the list that holds the blocks and nothing else."""
-    wanted = [id(block) for block in blocks]
-    for part in module.modules():
-        is_list = isinstance(part, nn.ModuleList | nn.Sequential)
-        if is_list and [id(block) for block in part.children()] == wanted:
-            return part
-    raise InputError(
-        f"prefix_cache: the blocks of the {tower} tower of {name} are not one row of modules (as a "
-        "ViT's are), so that the frozen ones cannot be left out. Leave prefix_cache None."
-    )
+@contextmanager
+def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Run `forward` in place of the module's own inside the block."""
+    own = module.__dict__.get("forward")  # such as that of activation checkpointing
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own

@@ -1,4 +1,7 @@
-"""The frozen original's features: encoded once and cached on disk, or computed in each step."""
+"""The frozen original's features, and the floor.
+
+They are encoded once and cached on disk, or computed in each step.
+"""
 
 from __future__ import annotations
 
@@ -24,47 +27,46 @@ from fasterase.pairs.batches import StepBatch
 from fasterase.pairs.prepare import caption_key, hash_captions
 from fasterase.pairs.table import PairTable
 from fasterase.parallel.ranks import ALONE, Ranks
+from fasterase.seeds import Stream, generator
 
 # Rows of a block on disk: 4 MB of D=1024. A block holds whole batches, so that a resumed sweep
 # repeats the same batches, and with them the same last bits, as an uninterrupted one.
 BLOCK = 1024
-# Stored rows that a process checks before a run, which can mend damage only there: all that a run
+# Stored rows that are checked before a run, which can repair damage only there: all that a run
 # draws by default, in seconds. Of more than these, the others are checked when they are used.
 CHECKED_ROWS = 1 << 18
+# Pairs of each set behind the floor: 2 x 1024^2 cosines give the mean of unrelated pairs to 1e-3.
+FLOOR_PAIRS = 1024
 
 
-class FeatureCache:
-    """Features of one model over any number of sources.
+class OriginalFeatures:
+    """Features of any number of sources under the original model; each pair is encoded once.
 
-    Images are stored by their row in the source, under the source's digest; captions by their
-    content, whatever source they come from. Views of one source (`fasterase.split`, overlap
-    removal) share its rows, so that erasing another concept finds them again.
+    Sources whose items are the same on every read are cached on disk: images by their row in the
+    source, under the source's digest, and captions by their content, whatever source they come
+    from. Views of one source (`fasterase.split`, overlap removal) share its rows, so that erasing
+    another concept finds them again. Other sources are kept in memory: another read would give
+    another view of the pair.
 
     Args:
+        encoder: the original model. Each of its ranks encodes its share and writes blocks of its
+            own; all of them see the folder, and call the methods alike.
         folder: root of the cache, created when first used.
         model_key: identifies the model: weights, preprocessing and compute dtype.
-        width: D0.
         is_half: store fp16, half the size, for a loss that multiplies in fp16 anyway. Of unit rows
             it keeps 11 bits. Caches of the two kinds do not see each other.
-        ranks: who takes part: each encodes its share and writes blocks of its own. All of them see
-            the folder, and call the methods alike.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        model_key: str,
-        width: int,
-        *,
-        is_half: bool = False,
-        ranks: Ranks = ALONE,
+        self, encoder: PairEncoder, folder: Path, model_key: str, *, is_half: bool = False
     ) -> None:
+        self.width = encoder.model.embed_dim
+        self._encoder, self._ranks = encoder, encoder.ranks
         self._root = folder
         self._folder = folder / (model_key[:16] + ("-fp16" if is_half else ""))
         self._dtype = "fp16" if is_half else "fp32"
-        self.width = width
-        self._ranks = ranks
         self._images: dict[str, FeatureStore] = {}
+        self._in_memory: dict[int, PairFeatures] = {}
 
     @cached_property
     def _captions(self) -> FeatureStore:
@@ -96,32 +98,34 @@ class FeatureCache:
         """Return features (n, D0) of captions by their identities; `KeyError` if one is missing."""
         return self._captions.get(hash_captions(keys))
 
-    def fill(
-        self, source: PairTable, rows: np.ndarray, encoder: PairEncoder, *, description: str
-    ) -> None:
+    def encode(self, source: PairTable, rows: np.ndarray) -> None:
         """Encode those of `rows` (sorted, distinct) that are missing, with all their captions.
 
         Damaged blocks are removed first, and their features encoded again.
 
         Raises:
-            InputError: too many pairs cannot be read.
+            InputError: too many pairs cannot be read; none, of a source that is not stable.
         """
+        encoder, description = self._encoder, f"original's features ({source.name})"
+        if not source.stable:
+            self._in_memory[id(source)] = encoder.pairs(source, rows, description=description)
+            return
         images = self.images(source)
         keys = source.base_rows(rows)
         self._remove_damaged(images, keys)
         present = images.has(keys)
+        captions = images.captions(keys[present])
+        lost = captions[~self._captions.has(captions[:, 1])]
+        # Of a caption that several images have lost, the first of them is encoded again.
+        present &= ~np.isin(keys, lost[np.unique(lost[:, 1], return_index=True)[1], 0])
         parts = [encoder.own_rows(part) for part in _resume_blocks(rows, present)]
-        # Their images are encoded again, to reach their captions, but not stored twice.
-        no_captions = encoder.own_rows(rows[self._lack_captions(images, keys)])
         known = int(present.sum())
         before = len(images)
-        total = known + sum(map(len, parts)) + len(no_captions)
+        total = known + sum(map(len, parts))
         with self._ranks.raising_together(), encoder.progress_bar(description, total) as bar:
             bar.update(known)
             for part in parts:
-                self._encode(source, part, encoder, bar, images)
-            if len(no_captions):
-                self._encode(source, no_captions, encoder, bar, None)
+                self._encode(source, part, bar)
         written = sum(self._ranks.gather_objects(len(images) - before))
         for store in (self._captions, images):
             store.refresh()
@@ -133,99 +137,6 @@ class FeatureCache:
         encoder.ledger.exchange(self._ranks)
         encoder.ledger.warn()
 
-    def _encode(
-        self,
-        source: PairTable,
-        rows: np.ndarray,
-        encoder: PairEncoder,
-        bar: tqdm,
-        images: FeatureStore | None,
-    ) -> None:
-        """Encode rows and store the captions that are missing, and the images in `images`."""
-        encoded = encoder.batches(
-            source, rows, captions="all", bar=bar, is_known=self._has_captions
-        )
-        while block := list(islice(encoded, max(1, BLOCK // encoder.batch_size))):
-            # Captions first: the captions of a stored image are not encoded again.
-            self._captions.put(
-                hash_captions([key for batch in block for key in batch.text_keys]),
-                torch.cat([batch.text for batch in block]).numpy(),
-            )
-            if images is not None:
-                captions = [caption for batch in block for caption in batch.captions]
-                of_row = source.base_rows(np.array([row for row, _ in captions], np.int64))
-                images.put(
-                    source.base_rows(np.concatenate([batch.rows for batch in block])),
-                    torch.cat([batch.image for batch in block]).numpy(),
-                    np.stack([of_row, hash_captions([key for _, key in captions])], axis=1),
-                )
-        self._captions.refresh()
-
-    def _remove_damaged(self, images: FeatureStore, keys: np.ndarray) -> None:
-        """Remove blocks with damaged features of `keys` or of their captions, on all ranks.
-
-        Each rank reads at most `CHECKED_ROWS` of its share, evenly spaced.
-        """
-        with self._ranks.raising_together():
-            own = self._own_present(images, keys)
-            own = own[np.linspace(0, len(own), min(len(own), CHECKED_ROWS), False, dtype=np.int64)]
-            damaged = images.damaged_blocks(own)
-            captions = np.unique(images.captions(own)[:, 1])
-            damaged_texts = self._captions.damaged_blocks(captions[self._captions.has(captions)])
-        for found in self._ranks.gather_objects((damaged, damaged_texts)):
-            images.remove(found[0])
-            self._captions.remove(found[1])
-
-    def _lack_captions(self, images: FeatureStore, keys: np.ndarray) -> np.ndarray:
-        """Return which of `keys` (n,) have an image whose captions are lost, (n,) bool.
-
-        Of a caption that several images have lost, the first of them on each rank stands for it.
-        """
-        with self._ranks.raising_together():
-            captions = images.captions(self._own_present(images, keys))
-            lost = captions[~self._captions.has(captions[:, 1])]
-            lost = lost[np.unique(lost[:, 1], return_index=True)[1]]
-        every = np.concatenate(self._ranks.gather_objects(lost[:, 0]))
-        return np.isin(keys, every)
-
-    def _own_present(self, images: FeatureStore, keys: np.ndarray) -> np.ndarray:
-        """Return this rank's share of those of `keys` (n,) that have an image."""
-        present = keys[images.has(keys)]
-        share = self._ranks.share(len(present))
-        return present[share.start : share.stop]
-
-    def _has_captions(self, keys: list[str]) -> np.ndarray:
-        return self._captions.has(hash_captions(keys))
-
-
-class OriginalFeatures:
-    """Features of the sets under the original model; each pair is encoded once.
-
-    Sources whose items are the same on every read go through the cache on disk. The others are
-    kept in memory: another read would give another view of the pair.
-
-    Args:
-        encoder: the original model.
-        cache: where features are stored between runs.
-    """
-
-    def __init__(self, encoder: PairEncoder, cache: FeatureCache) -> None:
-        self._encoder = encoder
-        self._cache = cache
-        self._in_memory: dict[int, PairFeatures] = {}
-
-    def encode(self, source: PairTable, rows: np.ndarray) -> None:
-        """Encode rows (sorted, distinct) of a set, once for all later uses.
-
-        Raises:
-            InputError: too many pairs cannot be read, or none.
-        """
-        description = f"original's features ({source.name})"
-        if source.stable:
-            self._cache.fill(source, rows, self._encoder, description=description)
-        else:
-            self._in_memory[id(source)] = self._encoder.pairs(source, rows, description=description)
-
     def pairs(self, source: PairTable, rows: np.ndarray) -> PairFeatures:
         """Return features of `rows` with their first captions; unreadable pairs are left out.
 
@@ -234,28 +145,75 @@ class OriginalFeatures:
         """
         if not source.stable:
             return self._in_memory[id(source)].at(rows)
-        images = self._cache.images(source)
+        images = self.images(source)
         readable = rows[images.has(source.base_rows(rows))]
         check_readable(source, len(rows), len(readable))
         place: dict[str, int] = {}
-        pair_text = [
-            [place.setdefault(_first_caption(source, row), len(place))] for row in readable.tolist()
-        ]
+        pair_text = []
+        for row in readable.tolist():
+            texts = source.texts(row)
+            key = caption_key(texts if isinstance(texts, Tensor) else texts[0])
+            pair_text.append([place.setdefault(key, len(place))])
         return PairFeatures(
             readable,
             torch.from_numpy(images.get(source.base_rows(readable))),
-            torch.from_numpy(self._cache.texts(list(place))),
+            torch.from_numpy(self.texts(list(place))),
             list(place),
             pair_text,
             [],
         )
+
+    def _encode(self, source: PairTable, rows: np.ndarray, bar: tqdm) -> None:
+        """Encode rows, and store their images and the captions that are missing."""
+        images, encoder = self.images(source), self._encoder
+        encoded = encoder.batches(
+            source,
+            rows,
+            captions="all",
+            bar=bar,
+            is_known=lambda keys: self._captions.has(hash_captions(keys)),
+        )
+        while block := list(islice(encoded, max(1, BLOCK // encoder.batch_size))):
+            # Captions first: the captions of a stored image are not encoded again.
+            self._captions.put(
+                hash_captions([key for batch in block for key in batch.text_keys]),
+                torch.cat([batch.text for batch in block]).numpy(),
+            )
+            captions = [caption for batch in block for caption in batch.captions]
+            of_row = source.base_rows(np.array([row for row, _ in captions], np.int64))
+            images.put(
+                source.base_rows(np.concatenate([batch.rows for batch in block])),
+                torch.cat([batch.image for batch in block]).numpy(),
+                np.stack([of_row, hash_captions([key for _, key in captions])], axis=1),
+            )
+        self._captions.refresh()
+
+    def _remove_damaged(self, images: FeatureStore, keys: np.ndarray) -> None:
+        """Remove blocks with damaged features of `keys` or of their captions, on all ranks.
+
+        The first rank reads at most `CHECKED_ROWS` of them, evenly spaced.
+        """
+        damaged: tuple[list[str], list[str]] = ([], [])
+        with self._ranks.raising_together():
+            if self._ranks.is_first:
+                keys = keys[images.has(keys)]
+                some = np.linspace(0, len(keys), min(len(keys), CHECKED_ROWS), False, dtype=int)
+                captions = np.unique(images.captions(keys[some])[:, 1])
+                captions = captions[self._captions.has(captions)]
+                damaged = (
+                    images.damaged_blocks(keys[some]),
+                    self._captions.damaged_blocks(captions),
+                )
+        found = self._ranks.gather_objects(damaged)[0]
+        images.remove(found[0])
+        self._captions.remove(found[1])
 
 
 class CachedOriginal:
     """The original's features of a step's batch, read from the filled cache.
 
     Args:
-        cache: filled with the rows that the batches hold.
+        cache: has the rows that the batches hold.
         forget, retain: the sources of the batches' rows.
         scale: 0-d, exp(logit_scale) of the original.
         with_forget: also return features of forget rows, which `negatives="joint"` and
@@ -265,7 +223,7 @@ class CachedOriginal:
 
     def __init__(
         self,
-        cache: FeatureCache,
+        cache: OriginalFeatures,
         forget: PairTable,
         retain: PairTable,
         *,
@@ -359,6 +317,36 @@ def _resume_blocks(rows: np.ndarray, present: np.ndarray) -> Iterator[np.ndarray
             yield rows[chosen]
 
 
-def _first_caption(source: PairTable, row: int) -> str:
-    texts = source.texts(row)
-    return caption_key(texts if isinstance(texts, Tensor) else texts[0])
+def floor_rows(count: int) -> np.ndarray:
+    """Return the rows (sorted) of a set of `count` that the floor is measured on.
+
+    They depend on nothing else, so that runs with other steps, batches or seeds have one floor.
+    """
+    if count <= FLOOR_PAIRS:
+        return np.arange(count)
+    return np.sort(generator(0, Stream.FLOOR).choice(count, size=FLOOR_PAIRS, replace=False))
+
+
+def unmatched_cosine(forget: PairFeatures, retain: PairFeatures) -> float:
+    """Return the mean cosine of forget images with retain captions and the reverse: the floor.
+
+    Never taken inside the forget set, whose pairs may all share one caption: every "unmatched" pair
+    there would be a matched one. Pairs with equal captions are left out.
+
+    Returns:
+        The mean; 0 if no two captions of the sets differ.
+
+    Raises:
+        InputError: the model's features are not finite, so no run can start from them.
+    """
+    for pairs in (forget, retain):
+        if not (torch.isfinite(pairs.image).all() and torch.isfinite(pairs.first_text).all()):
+            raise InputError(
+                "model: its features are NaN or infinite before the first step. Give a model with "
+                "finite weights, and precision='fp32' if it overflows in fp16."
+            )
+    captions = [np.array(pairs.first_captions, dtype=object) for pairs in (forget, retain)]
+    differ = torch.from_numpy(captions[0][:, None] != captions[1][None, :])
+    cosines = forget.image @ retain.first_text.T + forget.first_text @ retain.image.T
+    count = 2 * int(differ.sum())
+    return float(cosines[differ].double().sum()) / count if count else 0.0

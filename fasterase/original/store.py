@@ -1,4 +1,4 @@
-"""Features by key on disk, in safetensors files that tell by themselves what is damaged.
+"""Features by key on disk, in checksummed safetensors files.
 
 A file, or block, is written once and whole. Its tensors:
 
@@ -7,16 +7,13 @@ A file, or block, is written once and whole. Its tensors:
     sums      [n] uint32: CRC-32 of each feature
     features  [n, D0] fp32, fp16 or bf16
 
-Its header holds the CRC-32 of the keys, and of captions and sums (`rest`). Header and keys are all
-that opening reads, at most 1 % of a block of 512 or more numbers per feature. A feature is checked
-whenever it is read.
+Its header holds the CRC-32 of the keys, which are checked when the block is opened, and that of
+captions and sums. A feature is checked whenever it is read.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import zlib
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -26,6 +23,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from fasterase.errors import FaseraseError
 from fasterase.files import replace_file
@@ -34,9 +32,6 @@ log = logging.getLogger(__name__)
 
 _SUFFIX = ".safetensors"
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_DTYPE_NAMES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
-# Larger than any header of a block: of a foreign file no more is read.
-_MAX_HEADER_BYTES = 1 << 12
 NO_CAPTIONS = np.empty((0, 2), np.int64)
 
 
@@ -45,8 +40,7 @@ class FeatureStore:
 
     A block is written under a temporary name and renamed: either all of it exists or nothing, and
     an interrupted sweep resumes after its last block. Blocks are mapped when their features are
-    first read, so that a set of millions costs no resident memory beyond its keys, twice, and no
-    open file.
+    first read: a set of millions costs no memory of its own beyond its keys, and no open file.
 
     Args:
         folder: where the blocks are; created if missing. Blocks whose header or keys are damaged,
@@ -59,7 +53,6 @@ class FeatureStore:
         self.folder = folder
         self.width = width
         self._dtype = _DTYPES[dtype]
-        self._layout = (_DTYPE_NAMES[dtype], width)
         self._blocks: dict[str, _Block] = {}
         self._index()
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +79,6 @@ class FeatureStore:
         if not found.all():
             raise KeyError(int(keys[~found][0]))
         features = torch.empty(len(keys), self.width, dtype=self._dtype)
-        stored = features.view(torch.uint8).numpy()
         for name, here, rows in self._places(keys):
             read = self._blocks[name].read(rows)
             if read is None:
@@ -97,24 +89,22 @@ class FeatureStore:
                     "Run again: its features alone are computed again, and a run with an "
                     "`output_dir` resumes from its last checkpoint."
                 )
-            stored[here] = read
+            features[torch.from_numpy(here)] = read
         return features.float().numpy()
 
     def captions(self, keys: np.ndarray) -> np.ndarray:
         """Return [m, 2], a key and a caption, what came with `keys`, which the store has."""
         parts = [NO_CAPTIONS]
         for name, here, _ in self._places(keys):
-            captions = self._blocks[name].captions
-            parts.append(captions[np.isin(captions[:, 0], keys[here])])
+            if (tensors := self._blocks[name].tensors) is not None:
+                captions = tensors["captions"].numpy()
+                parts.append(captions[np.isin(captions[:, 0], keys[here])])
         return np.concatenate(parts)
 
     def damaged_blocks(self, keys: np.ndarray) -> list[str]:
         """Return the blocks, with a warning, in which features of `keys` are damaged."""
-        damaged = [
-            name
-            for name, _, rows in self._places(keys)
-            if self._blocks[name].read(rows) is None or not self._blocks[name].is_sound
-        ]
+        places = self._places(keys)
+        damaged = [name for name, _, rows in places if self._blocks[name].read(rows) is None]
         for name in damaged:
             self._warn(name)
         return damaged
@@ -140,23 +130,20 @@ class FeatureStore:
         if len(keys) == 0:
             return
         stored = torch.from_numpy(features).to(self._dtype).contiguous()
-        sums = _sums(stored.view(torch.uint8).numpy())
         tensors = {
             "keys": torch.tensor(keys),
             "captions": torch.tensor(captions),
-            "sums": torch.tensor(sums),
+            "sums": torch.tensor(_sums(stored)),
             "features": stored,
         }
-        name = f"{int(keys[0]) & (2**64 - 1):016x}-{_checksum(keys, captions, sums):08x}{_SUFFIX}"
-        path = self.folder / name
-        rest = _checksum(captions, sums)
-        checksums = {"keys": f"{_checksum(keys):08x}", "rest": f"{rest:08x}"}
+        checksums = {"keys": _checksum(tensors["keys"]), "rest": _checksum_of_rest(tensors)}
+        path = self.folder / f"{int(keys[0]) & (2**64 - 1):016x}-{checksums['rest']}{_SUFFIX}"
         size_bytes = sum(tensor.nbytes for tensor in tensors.values())
         with replace_file(path, sync=True, size_bytes=size_bytes) as temporary:
             save_file(tensors, temporary, checksums)
             # safetensors lets the owner alone read its files, whatever the folder allows.
             temporary.chmod(self.folder.stat().st_mode & 0o666)
-        self._blocks[name] = _Block(path, keys, rest)
+        self._blocks[path.name] = _Block(path, keys, checksums["rest"])
 
     def refresh(self) -> None:
         """Make what was `put`, here or by another process, visible to `has` and `get`.
@@ -166,7 +153,7 @@ class FeatureStore:
         for path in sorted(self.folder.glob(f"*{_SUFFIX}")):
             if path.name in self._blocks:
                 continue
-            block = _open_block(path, self._layout)
+            block = _open_block(path, (self._dtype, self.width))
             if block is None:
                 self._warn(path.name)
                 path.unlink(missing_ok=True)
@@ -212,78 +199,67 @@ class FeatureStore:
 
 
 class _Block:
-    """One file of a store, mapped when it is first read.
+    """One file of a store, mapped when it is first used.
 
     Args:
         path: the file.
         keys: (n,) int64.
-        rest: CRC-32 of captions and sums.
+        rest: checksum of captions and sums.
     """
 
-    def __init__(self, path: Path, keys: np.ndarray, rest: int) -> None:
+    def __init__(self, path: Path, keys: np.ndarray, rest: str) -> None:
         self.keys = keys
         self._path = path
         self._rest = rest
 
     @cached_property
-    def _tensors(self) -> dict[str, np.ndarray] | None:
-        """Captions, sums and features, as bytes; None if the file is no longer whole or there."""
+    def tensors(self) -> dict[str, Tensor] | None:
+        """Captions, sums and features; None if one of the former is damaged or the file is gone."""
         try:
             # As torch's tensors they stay mapped once the file is closed.
             with safe_open(self._path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in ("captions", "sums", "features")}
         except (FileNotFoundError, SafetensorError):
             return None
-        tensors["features"] = tensors["features"].view(torch.uint8)
-        return {name: tensor.numpy() for name, tensor in tensors.items()}
+        return tensors if _checksum_of_rest(tensors) == self._rest else None
 
-    @property
-    def captions(self) -> np.ndarray:
-        """[m, 2], a key and a caption."""
-        return NO_CAPTIONS if self._tensors is None else self._tensors["captions"]
-
-    @property
-    def is_sound(self) -> bool:
-        """Whether captions and sums are as they were written."""
-        found = self._tensors
-        return found is not None and self._rest == _checksum(found["captions"], found["sums"])
-
-    def read(self, rows: np.ndarray) -> np.ndarray | None:
-        """Return bytes of features (n, bytes of a feature); None if one is damaged."""
-        if self._tensors is None:
+    def read(self, rows: np.ndarray) -> Tensor | None:
+        """Return features [n, D0] of `rows` (n,); None if one is damaged."""
+        if self.tensors is None:
             return None
-        read = self._tensors["features"].take(rows, axis=0)
-        return read if np.array_equal(_sums(read), self._tensors["sums"][rows]) else None
+        read = self.tensors["features"][torch.from_numpy(rows)]
+        return read if np.array_equal(_sums(read), self.tensors["sums"].numpy()[rows]) else None
 
 
-def _open_block(path: Path, layout: tuple[str, int]) -> _Block | None:
-    """Return a block of a dtype and width; None if it is damaged, not whole, or another file."""
-    with path.open("rb", buffering=0) as file:
-        if hasattr(os, "posix_fadvise"):
-            # Else the system would read ahead, several times what is read here.
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-        size = os.fstat(file.fileno()).st_size
-        try:
-            start = 8 + int.from_bytes(file.read(8), "little")
-            tensors = json.loads(file.read(min(start - 8, _MAX_HEADER_BYTES)))
-            checksums = tensors.pop("__metadata__")
-            of_keys, of_rest = int(checksums["keys"], 16), int(checksums["rest"], 16)
-            dtype, (_, width) = tensors["features"]["dtype"], tensors["features"]["shape"]
-            end = start + max(tensor["data_offsets"][1] for tensor in tensors.values())
-            first, last = tensors["keys"]["data_offsets"]
-            file.seek(start + first)
-            keys = np.frombuffer(file.read(min(last - first, size)), "<i8")
-        except (ValueError, LookupError, TypeError, AttributeError):  # no such header
-            return None
-    is_whole = (dtype, width, end, _checksum(keys)) == (*layout, size, of_keys)
-    return _Block(path, keys, of_rest) if is_whole else None
+def _open_block(path: Path, layout: tuple[torch.dtype, int]) -> _Block | None:
+    """Return a block of a dtype and width; None if its head is damaged, or it is another file."""
+    try:
+        # Refuses a file that is not as long as its header says.
+        with safe_open(path, "pt") as file:
+            checksums = file.metadata()
+            keys = file.get_tensor("keys")
+            features = file.get_tensor("features")
+            is_ours = (features.dtype, features.shape[1]) == layout
+            if not is_ours or checksums["keys"] != _checksum(keys):
+                return None
+            return _Block(path, keys.numpy().copy(), checksums["rest"])
+    except (SafetensorError, LookupError, TypeError):
+        return None
 
 
-def _checksum(*arrays: np.ndarray) -> int:
-    """Return the CRC-32 of arrays, one after the other."""
-    return zlib.crc32(b"".join(array.tobytes() for array in arrays))
+def _checksum(*tensors: Tensor) -> str:
+    """Return the CRC-32 of tensors, one after the other, in hexadecimal."""
+    value = 0
+    for tensor in tensors:
+        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, value)
+    return f"{value:08x}"
 
 
-def _sums(features: np.ndarray) -> np.ndarray:
-    """Return the CRC-32 (n,) of each row of `features`, bytes (n, bytes of a feature)."""
-    return np.fromiter((zlib.crc32(row) for row in features), "<u4", len(features))
+def _checksum_of_rest(tensors: dict[str, Tensor]) -> str:
+    return _checksum(tensors["captions"], tensors["sums"])
+
+
+def _sums(features: Tensor) -> np.ndarray:
+    """Return the CRC-32 (n,) of each row of `features`."""
+    rows = features.view(torch.uint8).numpy()
+    return np.fromiter((zlib.crc32(row) for row in rows), "<u4", len(rows))

@@ -1,28 +1,37 @@
-"""Loading of pairs, in parallel: micro-batches for training steps, and sweeps over a set."""
+"""From draws to batches: micro-batches for training steps, and sweeps over a set.
+
+Worker processes read the pairs and turn them into pixels and tokens. With `Prefixes`, a batch
+begins with what frozen blocks output for it, and images whose output is cached are not read.
+"""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property, partial
-from typing import Literal, NamedTuple
+from functools import cached_property
+from itertools import tee
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fasterase.models.prefix import Halfway
 from fasterase.models.preprocessing import Tokens
-from fasterase.pairs.kept import Keeper, draw_views, stack_known
-from fasterase.pairs.loading import Drawn, read_pairs
-from fasterase.pairs.prepare import Preparer, hash_captions
+from fasterase.pairs.augment import augment, is_plain
+from fasterase.pairs.items import Record
+from fasterase.pairs.prepare import PreparedText, Preparer, hash_captions, stack_tokens
+from fasterase.pairs.processes import load_parallel
 from fasterase.pairs.sampler import Sampler
-from fasterase.pairs.skips import Skip
+from fasterase.pairs.skips import BrokenPair, Skip
 from fasterase.pairs.table import PairTable
-from fasterase.parallel.ranks import ALONE, Ranks, share_of
+from fasterase.parallel.ranks import ALONE, Ranks
 from fasterase.seeds import Stream, generator
 
 Captions = Literal["all", "first"]
+R = TypeVar("R", bound="_Request")
 
 
 @dataclass
@@ -30,42 +39,62 @@ class Loaded:
     """Some pairs, ready for the towers; broken ones are left out.
 
     Attributes:
-        rows: [n] int64, rows of their source.
+        which: [n] the number of each pair's source.
+        rows: [n] int64, in that source.
         ids: [n].
-        pixels: [n, 3, H, W] uint8, or float32 (normalised) where the transform does not split;
-            with `fresh`, of those pairs alone.
-        skipped: rows that are broken.
-        fresh: [k] int64, which of the n images are not kept (`Keeper`); None without a keeper.
+        views: [n] int64, 0 for the image itself, -1 for a view made for this step alone, else the
+            number of a view that `Prefixes` caches.
+        captions: (row, caption key) of every caption read, in order.
+        pixels: [k, 3, H, W] uint8, or float32 (normalised) where the transform does not split; with
+            `Prefixes`, what frozen blocks output for the n images.
+        fresh: [k] int64, which of the n images were read: all unless `Prefixes` has others.
+        tokens: ids [m, L] of the captions; with `Prefixes`, what frozen blocks output for them.
+        skipped: pairs that are broken.
     """
 
+    which: np.ndarray
     rows: np.ndarray
     ids: list[str]
-    pixels: Tensor
+    views: np.ndarray
+    captions: list[tuple[int, str]]
+    pixels: Tensor | Halfway
+    fresh: np.ndarray
+    tokens: Tokens | Halfway
     skipped: list[Skip]
-    fresh: np.ndarray | None = field(default=None, kw_only=True)
+
+    @property
+    def keys(self) -> list[str]:
+        """Identities of the captions."""
+        return [key for _, key in self.captions]
 
 
 @dataclass
 class MicroBatch(Loaded):
-    """Consecutive pairs of one step, forget pairs first.
+    """Consecutive pairs of one step, forget pairs first, each with one caption.
 
     Attributes:
         step: counted from 0.
         offset: position of its first pair in the draw of the step for all ranks, counting broken
             pairs.
-        n_forget: how many of the n are forget pairs.
-        tokens: ids [n, L].
-        keys: [n] identities of the captions.
-        views: [n] int64, which of its kept views each image is; 0 is the image itself. None without
-            a keeper.
     """
 
     step: int
     offset: int
-    n_forget: int
-    tokens: Tokens
-    keys: list[str]
-    views: np.ndarray | None = None
+
+    @property
+    def n_forget(self) -> int:
+        return int((self.which == 0).sum())
+
+
+@dataclass
+class SweepBatch(Loaded):
+    """Some rows of a source, not augmented.
+
+    Attributes:
+        new_keys: [m] keys that no earlier batch had; `tokens` are of these alone.
+    """
+
+    new_keys: list[str]
 
 
 @dataclass
@@ -111,19 +140,26 @@ class StepBatch:
         return np.concatenate([part.rows for part in self.micro_batches])[self.n_forget :]
 
 
-@dataclass
-class SweepBatch(Loaded):
-    """Some rows of a source, not augmented.
+class Prefixes(Protocol):
+    """Outputs of the frozen lower blocks of both towers, cached.
 
     Attributes:
-        captions: (row, caption key) of every caption read.
-        new_keys: keys that no earlier batch had; their texts are in `tokens`.
-        tokens: ids [len(new_keys), L].
+        views: of an image that is altered at random, how many are made and cached.
     """
 
-    captions: list[tuple[int, str]]
-    new_keys: list[str]
-    tokens: Tokens
+    views: int
+
+    def has_images(self, source: PairTable, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
+        """Return for which images (n,) an output is cached, (n,) bool; see `Loaded.views`."""
+        ...
+
+    def images(self, batch: Loaded, sources: Sequence[PairTable]) -> Halfway:
+        """Return the outputs for a batch of pixels, and cache those of images that were read."""
+        ...
+
+    def texts(self, keys: Sequence[str], tokens: Tokens) -> Halfway:
+        """Return the outputs for captions, by their identities (m,) and tokens [m, L]."""
+        ...
 
 
 def step_batches(
@@ -136,7 +172,7 @@ def step_batches(
     last_step: int,
     micro_batch_size: int | None = None,
     augment_forget: bool,
-    keeper: Keeper | None = None,
+    prefixes: Prefixes | None = None,
     num_workers: int = 0,
     ranks: Ranks = ALONE,
 ) -> Iterator[StepBatch]:
@@ -148,8 +184,8 @@ def step_batches(
     Python, NumPy and PyTorch are seeded in the same way while one of its items is read, so that its
     own augmentation repeats too. Workers load one micro-batch at a time.
 
-    With a `keeper`, each forget image has as many views as it says, seeded by its row, and each
-    step draws one. What is kept is not read.
+    With `prefixes` (of stable sources), each forget image has as many views as it says, seeded by
+    its row, and each step draws one.
 
     Raises:
         InputError: as `Preparer` does, also from inside a worker.
@@ -158,25 +194,23 @@ def step_batches(
     size = micro_batch_size or largest
     # The last part of a step may be empty: steps differ in size by one pair.
     parts = max(1, -(-largest // size))
-    draw = partial(
-        _draw_part,
-        sampler,
-        size=size,
-        parts=parts,
-        share=partial(share_of, rank=ranks.rank, world_size=ranks.world_size),
-    )
-    numbers = range(first_step * parts, last_step * parts)
-    micro_batches = _micro_batches(
-        (forget, retain),
-        map(draw, numbers),
-        sampler.seed,
-        prepare,
-        keeper,
-        augment_forget,
-        num_workers,
-    )
+
+    def requests() -> Iterator[_StepRequest]:
+        for number in range(first_step * parts, last_step * parts):
+            request = _draw_part(sampler, *divmod(number, parts), size=size, ranks=ranks)
+            if augment_forget:
+                _choose_views(request, forget, 0 if prefixes is None else prefixes.views)
+            yield request
+
+    black = prepare.black_level() if augment_forget else None
+    reader = _Reader((forget, retain), prepare, black)
     loaded: list[MicroBatch] = []
-    for part in micro_batches:
+    for request, found in _read_all(reader, requests(), prefixes, num_workers):
+        part = MicroBatch(**vars(found), step=request.step, offset=request.offset)
+        if prefixes is not None and part.ids:
+            assert isinstance(part.tokens, Tokens)
+            part.pixels = prefixes.images(part, (forget, retain))
+            part.tokens = prefixes.texts(part.keys, part.tokens)
         loaded.append(part)
         if len(loaded) == parts:
             skipped = [skip for each in loaded for skip in each.skipped]
@@ -193,7 +227,7 @@ def sweep(
     captions: Captions,
     batch_size: int,
     num_workers: int = 0,
-    keeper: Keeper | None = None,
+    prefixes: Prefixes | None = None,
 ) -> Iterator[SweepBatch]:
     """Read rows once each, in the given order, with all their captions or the first one.
 
@@ -204,142 +238,197 @@ def sweep(
         captions: which captions of each row.
         batch_size: rows per batch.
         num_workers: processes that load and decode.
-        keeper: what is kept is not read; None reads everything.
+        prefixes: see `Loaded`; only for a stable source.
     """
     rows = np.asarray(rows, dtype=np.int64)
-    parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    batches = _sweep_batches(source, parts, prepare, captions, keeper, num_workers)
+
+    def requests() -> Iterator[_Request]:
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            number = None if captions == "all" else np.zeros(len(part), np.int64)
+            seeds: list[tuple[int, ...]] = [(0, row) for row in part.tolist()]
+            yield _Request(np.zeros(len(part), np.int64), part, number, seeds)
+
     seen: set[str] = set()
-    for batch in batches:
-        fresh = [i for i, key in enumerate(batch.new_keys) if key not in seen]
-        if len(fresh) < len(batch.new_keys):
-            batch.tokens = batch.tokens.index(fresh)
-            batch.new_keys = [batch.new_keys[i] for i in fresh]
-        seen.update(batch.new_keys)
+    reader = _Reader((source,), prepare)
+    for _, found in _read_all(reader, requests(), prefixes, num_workers):
+        places: dict[str, int] = {}  # of captions that no earlier batch had
+        for place, key in enumerate(found.keys):
+            if key not in seen:
+                seen.add(key)
+                places[key] = place
+        batch = SweepBatch(**vars(found), new_keys=list(places))
+        batch.tokens = tokens = found.tokens.index(list(places.values()))
+        if prefixes is not None:
+            assert isinstance(tokens, Tokens)
+            batch.pixels = prefixes.images(batch, (source,))
+            batch.tokens = prefixes.texts(batch.new_keys, tokens)
         yield batch
 
 
-class _Part(NamedTuple):
-    """A rank's pairs of one micro-batch, before they are read.
+@dataclass
+class _Request:
+    """Pairs to read.
 
     Attributes:
-        step, offset: see `MicroBatch`.
-        positions: [n] of the pairs in the step's draw.
-        rows: [n] int64, in the forget set or, from `n_forget` on, the retain set.
-        captions: [n] numbers of the captions, see `Draw`.
-        n_forget: how many of the n are forget pairs.
+        which: [n] the number of each pair's source.
+        rows: [n] int64, in that source.
+        captions: [n] numbers of the captions wanted, see `Draw`; None for all.
+        seeds: [n] the seed and position that make up what is random of each pair: its view, and
+            the reading of a source that is not stable.
+        views: [n], see `Loaded`.
+        wanted: [n] bool, whose images are read.
     """
+
+    which: np.ndarray
+    rows: np.ndarray
+    captions: np.ndarray | None
+    seeds: list[tuple[int, ...]]
+
+    def __post_init__(self) -> None:
+        self.views = np.zeros(len(self.rows), np.int64)
+        self.wanted = np.ones(len(self.rows), bool)
+
+
+@dataclass
+class _StepRequest(_Request):
+    """The pairs of a `MicroBatch`."""
 
     step: int
     offset: int
-    positions: list[int]
-    rows: np.ndarray
-    captions: np.ndarray
-    n_forget: int
 
 
-def _draw_part(
-    sampler: Sampler, number: int, *, size: int, parts: int, share: Callable[[int], range]
-) -> _Part:
-    step, part = divmod(number, parts)
+def _draw_part(sampler: Sampler, step: int, part: int, *, size: int, ranks: Ranks) -> _StepRequest:
     draw = sampler.draw(step)
     rows = np.concatenate([draw.forget, draw.retain])
     captions = np.concatenate([draw.forget_captions, draw.retain_captions])
     n_forget = len(draw.forget)
-    own = [*share(n_forget), *(n_forget + place for place in share(len(draw.retain)))]
+    own = [*ranks.share(n_forget), *(n_forget + place for place in ranks.share(len(draw.retain)))]
     positions = own[part * size : (part + 1) * size]
-    return _Part(
-        step,
-        positions[0] if positions else len(rows),
-        positions,
+    return _StepRequest(
+        np.array([position >= n_forget for position in positions], np.int64),
         rows[positions],
         captions[positions],
-        sum(position < n_forget for position in positions),
+        [(sampler.seed, step, position) for position in positions],
+        step,
+        positions[0] if positions else len(rows),
     )
 
 
-def _micro_batches(
-    sources: tuple[PairTable, PairTable],
-    drawn: Iterator[_Part],
-    seed: int,
-    prepare: Preparer,
-    keeper: Keeper | None,
-    augment_forget: bool,
-    num_workers: int,
-) -> Iterator[MicroBatch]:
-    waiting: deque[tuple[_Part, np.ndarray]] = deque()
-    num_views = keeper.views if keeper is not None and augment_forget else 0
+def _choose_views(request: _StepRequest, forget: PairTable, count: int) -> None:
+    """Choose views of the forget images: for this step alone, or one of `count` of each row."""
+    for place in np.flatnonzero(request.which == 0).tolist():
+        if not count:
+            request.views[place] = -1
+            continue
+        seed, *position = request.seeds[place]
+        row = int(forget.base_rows(request.rows[place : place + 1])[0])
+        view = int(generator(seed, Stream.AUGMENTATION, *position).integers(count))
+        request.seeds[place] = (seed, row, view)
+        if not is_plain(generator(seed, Stream.AUGMENTATION, row, view)):
+            request.views[place] = view + 1
 
-    def pairs() -> Iterator[Drawn]:
-        for part in drawn:
-            is_forget = np.arange(len(part.rows)) < part.n_forget
-            seeds = [(seed, part.step, position) for position in part.positions]
-            views = np.zeros(len(part.rows), np.int64)
-            if num_views:
-                rows = part.rows[is_forget]
-                numbers = [
-                    generator(seed, Stream.AUGMENTATION, *position)
-                    for _, *position in seeds[: part.n_forget]
-                ]
-                views[is_forget] = draw_views(sources[0], rows, numbers, num_views, seed=seed)
-                for place, row in enumerate(sources[0].base_rows(rows).tolist()):
-                    seeds[place] = (seed, row, int(views[place]) - 1)
-            altered = is_forget & augment_forget if keeper is None else views > 0
-            waiting.append((part, views))
-            yield Drawn((~is_forget).astype(int), part.rows, part.captions, seeds, altered, views)
 
-    black = prepare.black_level() if augment_forget else None
-    for found in read_pairs(
-        pairs(), sources, prepare, keeper=keeper, black=black, num_workers=num_workers
-    ):
-        part, views = waiting.popleft()
-        rows = part.rows[found.places]
-        n_forget = int((found.places < part.n_forget).sum())
-        texts = [text for (text,) in found.texts]
-        yield MicroBatch(
-            rows=rows,
-            ids=[sources[place >= n_forget].id(row) for place, row in enumerate(rows.tolist())],
-            pixels=found.pixels,
-            skipped=found.skipped,
-            fresh=None if keeper is None else found.fresh,
-            step=part.step,
-            offset=part.offset,
-            n_forget=n_forget,
-            tokens=stack_known(texts, prepare.context_length),
-            keys=[text.key for text in texts],
-            views=None if keeper is None else views[found.places],
+def _read_all(
+    reader: _Reader, requests: Iterable[R], prefixes: Prefixes | None, num_workers: int
+) -> Iterator[tuple[R, Loaded]]:
+    """Yield each request and what was read; with workers, requests are made a few ahead."""
+
+    def without_cached() -> Iterator[R]:
+        for request in requests:
+            if prefixes is not None:
+                for number, source in enumerate(reader.sources):
+                    here = request.which == number
+                    rows, views = request.rows[here], request.views[here]
+                    request.wanted[here] = ~prefixes.has_images(source, rows, views)
+            yield request
+
+    ahead, behind = tee(without_cached())
+    for found in load_parallel(reader, ahead, num_workers):
+        yield next(behind), found
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads requested pairs, in a worker process.
+
+    Args:
+        sources: those that requests number.
+        prepare: records to pixels and tokens.
+        black: see `augment`.
+    """
+
+    sources: tuple[PairTable, ...]
+    prepare: Preparer
+    black: Tensor | None = None
+
+    def __call__(self, request: _Request) -> Loaded:
+        places: list[int] = []
+        ids: list[str] = []
+        texts: list[tuple[int, PreparedText]] = []
+        fresh: list[int] = []
+        pixels: list[Tensor] = []
+        skipped: list[Skip] = []
+        for place, row in enumerate(request.rows.tolist()):
+            try:
+                id, image, captions = self._read(request, place)
+            except BrokenPair as broken:
+                skipped.append(Skip(broken.id, broken.reason))
+                continue
+            if image is not None:
+                fresh.append(len(places))
+                pixels.append(image)
+            places.append(place)
+            ids.append(id)
+            texts += [(row, text) for text in captions]
+        return Loaded(
+            request.which[places],
+            request.rows[places],
+            ids,
+            request.views[places],
+            [(row, text.key) for row, text in texts],
+            self.prepare.stack(pixels),
+            np.array(fresh, np.int64),
+            stack_tokens([text.tokens for _, text in texts], self.prepare.context_length),
+            skipped,
         )
 
+    def _read(self, request: _Request, place: int) -> tuple[str, Tensor | None, list[PreparedText]]:
+        """Return a pair's id, pixels if wanted, and captions; raise `BrokenPair`."""
+        source, row = self.sources[request.which[place]], int(request.rows[place])
+        seed, *position = request.seeds[place]
+        image = None
+        if request.wanted[place]:
+            # A source that is random itself repeats, whatever the number of workers.
+            with nullcontext() if source.stable else _seeded(seed, *position):
+                record = source[row]
+            image = self.prepare.image(record)
+            if request.views[place]:
+                numbers = generator(seed, Stream.AUGMENTATION, *position)
+                image = augment(image, numbers, black=self.black)
+        else:
+            texts = source.texts(row)
+            # Only the whole record has the mask of token ids.
+            is_text = isinstance(texts, list)
+            record = Record(None, texts, source.id(row)) if is_text else source[row]
+        if request.captions is not None:
+            return record.id, image, [self.prepare.text(record, int(request.captions[place]))]
+        count = len(record.text) if isinstance(record.text, list) else 1
+        return record.id, image, [self.prepare.text(record, number) for number in range(count)]
 
-def _sweep_batches(
-    source: PairTable,
-    parts: Sequence[np.ndarray],
-    prepare: Preparer,
-    captions: Captions,
-    keeper: Keeper | None,
-    num_workers: int,
-) -> Iterator[SweepBatch]:
-    def pairs() -> Iterator[Drawn]:
-        for rows in parts:
-            zeros = np.zeros(len(rows), np.int64)
-            seeds = [(0, row) for row in rows.tolist()]
-            chosen = None if captions == "all" else zeros
-            yield Drawn(zeros, rows, chosen, seeds, zeros > 0, zeros)
 
-    read = read_pairs(pairs(), (source,), prepare, keeper=keeper, num_workers=num_workers)
-    for rows, found in zip(parts, read, strict=True):
-        kept = rows[found.places].tolist()
-        wanted = [
-            (row, text) for row, texts in zip(kept, found.texts, strict=True) for text in texts
-        ]
-        distinct = {text.key: text for _, text in wanted}
-        yield SweepBatch(
-            rows=np.array(kept, np.int64),
-            ids=[source.id(row) for row in kept],
-            pixels=found.pixels,
-            skipped=found.skipped,
-            fresh=None if keeper is None else found.fresh,
-            captions=[(row, text.key) for row, text in wanted],
-            new_keys=list(distinct),
-            tokens=stack_known(list(distinct.values()), prepare.context_length),
-        )
+@contextmanager
+def _seeded(seed: int, *position: int) -> Iterator[None]:
+    """Seed Python's, NumPy's and PyTorch's generators for the block; restore them afterwards."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    value = int(generator(seed, Stream.DATASET, *position).integers(2**32))
+    random.seed(value)
+    np.random.seed(value)
+    # Not torch.manual_seed, which reseeds accelerators too.
+    torch.random.default_generator.manual_seed(value)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])

@@ -1,9 +1,9 @@
-"""One pair as a Python object: its forms, and what is wrong with others; batches of pairs."""
+"""One pair as a Python object: its forms, and what is wrong with others; batches and classes."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor
 
 from fasterase.errors import InputError
-from fasterase.pairs.classes import class_number
 from fasterase.pairs.skips import BrokenPair
 
 IMAGE_KEYS = (
@@ -32,7 +31,8 @@ class Record(tuple[Any, Any]):
     """A decoded pair: a tuple `(image, text)` that also knows where it comes from.
 
     Attributes:
-        image: PIL image, uint8 tensor [3, H, W], or float tensor [3, H, W] (already preprocessed).
+        image: PIL image, uint8 tensor [3, H, W], or float tensor [3, H, W] (already preprocessed);
+            the path of one from `parse_item`.
         text: a caption, a list of alternative captions, or token ids [L] int64.
         id: stable and readable: a file path, `shard.tar/key`, or `forget[12]`.
         mask: attention mask [L] that came with the token ids.
@@ -73,15 +73,6 @@ class Record(tuple[Any, Any]):
         return self[1]
 
 
-class Item(NamedTuple):
-    """A checked pair before decoding: `image` may be a path; `text` is str, list of str or ids."""
-
-    image: Any
-    text: Any
-    mask: Tensor | None = None
-    meta: dict[str, Any] = {}  # noqa: RUF012 (never modified)
-
-
 def choose_key(found: list[str], given: str | None, usual: tuple[str, ...], option: str) -> str:
     """Choose the column to read: the one the user named, or the first usual name found."""
     if given is not None:
@@ -119,17 +110,71 @@ def select_plain(item: Mapping[str, Any], *, without: tuple[str | None, ...]) ->
     }
 
 
-def parse_item(item: Any, image_key: str | None, text_key: str | None, *, id: str) -> Item:
+class Columns(NamedTuple):
+    """The parts of a pair or of a batch, not checked yet."""
+
+    image: Any
+    text: Any
+    mask: Any = None
+    meta: dict[str, Any] = {}  # noqa: RUF012 (never modified)
+
+    def with_class_name(self, classes: Sequence[str]) -> Columns:
+        """Return columns whose text, a class number, is the name of the class.
+
+        It is None (no caption) for -1, which marks unlabelled items.
+        """
+        number = class_number(self.text)
+        if number is None or number == -1:
+            return self._replace(text=None)
+        if not 0 <= number < len(classes):
+            raise InputError(f"the class number {number} is none of the {len(classes)} classes")
+        name = classes[number]
+        return self._replace(text=name, meta={**self.meta, "class": name})
+
+
+def normalize_class_name(name: str) -> str:
+    """Turn the name of a class or of its folder into a caption: underscores become spaces."""
+    return " ".join(name.replace("_", " ").split())
+
+
+def class_number(value: Any) -> int | None:
+    """Return `value` as an int if it is a whole number (an int, or 0-d array or tensor)."""
+    if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
+        return None
+    return int(value)
+
+
+def parse_item(
+    item: Any,
+    image_key: str | None,
+    text_key: str | None,
+    *,
+    id: str,
+    classes: Sequence[str] | None = None,
+) -> Record:
     """Check an item; a leading dimension of 1 on its tensors is dropped.
+
+    Args:
+        item: in any form.
+        image_key, text_key: see `open_pairs`.
+        id: of the record.
+        classes: names of the classes, if the texts are class numbers.
+
+    Returns:
+        The pair, not decoded: its image may be a path.
 
     Raises:
         InputError: the item's form is wrong (wrong keys, a batch, a class number as text, ...).
         BrokenPair: the form is right, but the image or caption is missing or blank.
     """
     if isinstance(item, Record):
-        return Item(item.image, item.text, item.mask, item.meta)
-    image, text, mask, meta = _find_columns(item, image_key, text_key)
-    text = parse_text(text, id=id)
+        return Record(item.image, item.text, id, item.mask, item.meta)
+    columns = _find_columns(item, image_key, text_key)
+    if classes is not None:
+        columns = columns.with_class_name(classes)
+    text, mask = parse_text(columns.text, id=id), columns.mask
     if mask is not None:
         mask = torch.as_tensor(mask).reshape(-1).long()
         if not isinstance(text, Tensor) or mask.shape != text.shape:
@@ -137,32 +182,22 @@ def parse_item(item: Any, image_key: str | None, text_key: str | None, *, id: st
                 f"{id}: attention_mask has {mask.numel()} entries for "
                 f"{text.numel() if isinstance(text, Tensor) else 'no'} token ids"
             )
-    return Item(_parse_image(image, id=id), text, mask, meta)
+    return Record(_parse_image(columns.image, id=id), text, id, mask, columns.meta)
 
 
-class _Columns(NamedTuple):
-    """The parts of a pair or of a batch, not checked yet."""
-
-    image: Any
-    text: Any
-    mask: Any
-    meta: dict[str, Any]
-
-
-def _find_columns(item: Any, image_key: str | None, text_key: str | None) -> _Columns:
+def _find_columns(item: Any, image_key: str | None, text_key: str | None) -> Columns:
+    if isinstance(item, Columns):
+        return item
     if isinstance(item, Mapping):
         keys = [str(key) for key in item]
         image = choose_key(keys, image_key, IMAGE_KEYS, "image_key")
         text = choose_key(keys, text_key, TEXT_KEYS, "text_key")
         mask = item.get("attention_mask") if text == "input_ids" else None
-        return _Columns(item[image], item[text], mask, select_plain(item, without=(image, text)))
+        return Columns(item[image], item[text], mask, select_plain(item, without=(image, text)))
     if isinstance(item, tuple | list) and len(item) == 2:
-        return _Columns(item[0], item[1], None, {})
-    what = (
-        f"{type(item).__name__} of {len(item)}"
-        if isinstance(item, tuple | list)
-        else _describe(item)
-    )
+        return Columns(*item)
+    is_list = isinstance(item, tuple | list)
+    what = f"{type(item).__name__} of {len(item)}" if is_list else _describe(item)
     raise InputError(
         f"a pair must be (image, text), {{'image', 'text'}} or {{'pixel_values', 'input_ids'}}; "
         f"found {what}"
@@ -229,15 +264,8 @@ def parse_text(text: Any, *, id: str) -> str | list[str] | Tensor:
         if not captions:
             raise BrokenPair(id, "no caption in the list")
         return captions if len(captions) > 1 else captions[0]
-    if isinstance(text, np.ndarray) or (
-        isinstance(text, tuple | list) and all(isinstance(t, int | np.integer) for t in text)
-    ):
-        text = torch.as_tensor(np.asarray(text))
-    if isinstance(text, Tensor) and not text.is_floating_point() and text.dtype != torch.bool:
-        if text.ndim == 2 and text.shape[0] == 1:
-            text = text[0]
-        if text.ndim == 1 and text.numel() > 0:
-            return text.long()
+    if (ids := _token_ids(text)) is not None:
+        return ids
     hint = ""
     if class_number(text) is not None:
         hint = ": that looks like a class number, give the class name as caption instead"
@@ -249,6 +277,19 @@ def parse_text(text: Any, *, id: str) -> str | list[str] | Tensor:
     )
 
 
+def _token_ids(text: Any) -> Tensor | None:
+    is_list = isinstance(text, tuple | list)
+    if isinstance(text, np.ndarray) or (
+        is_list and all(isinstance(each, int | np.integer) for each in text)
+    ):
+        text = torch.as_tensor(np.asarray(text))
+    if not isinstance(text, Tensor) or text.is_floating_point() or text.dtype == torch.bool:
+        return None
+    if text.ndim == 2 and text.shape[0] == 1:
+        text = text[0]
+    return text.long() if text.ndim == 1 and text.numel() > 0 else None
+
+
 def _is_missing(value: Any) -> bool:
     """Tell whether it is None, or the NaN by which pandas and NumPy mark a missing cell."""
     return value is None or (isinstance(value, float | np.floating) and bool(np.isnan(value)))
@@ -256,12 +297,16 @@ def _is_missing(value: Any) -> bool:
 
 def is_batch(item: Any, image_key: str | None, text_key: str | None) -> bool:
     """Tell whether `item` holds several pairs; a tensor batch of one counts as a pair."""
-    if isinstance(item, list) and item and all(_is_plain_pair(part) for part in item):
+    if _is_list_of_pairs(item):
         return True
     image = _find_columns(item, image_key, text_key).image
     if isinstance(image, Tensor | np.ndarray):
         return image.ndim == 4 and image.shape[0] != 1
     return isinstance(image, tuple | list)
+
+
+def _is_list_of_pairs(item: Any) -> bool:
+    return isinstance(item, list) and bool(item) and all(map(_is_plain_pair, item))
 
 
 def _is_plain_pair(value: Any) -> bool:
@@ -279,13 +324,15 @@ def _is_plain_pair(value: Any) -> bool:
 
 
 def unbatch(item: Any, image_key: str | None, text_key: str | None) -> list[Any]:
-    """Split a batch into `(image, text)` or `{"pixel_values", "input_ids", ...}` items.
+    """Split a batch into items, and return any other item alone.
 
     Raises:
         InputError: the columns differ in length.
     """
-    if isinstance(item, list) and item and all(_is_plain_pair(part) for part in item):
+    if _is_list_of_pairs(item):
         return list(item)
+    if not is_batch(item, image_key, text_key):
+        return [item]
     images, texts, masks, _ = _find_columns(item, image_key, text_key)
     for column, values in (("texts", texts), ("attention masks", masks)):
         if values is None and column != "texts":
@@ -295,17 +342,13 @@ def unbatch(item: Any, image_key: str | None, text_key: str | None) -> list[Any]
                 f"a batch of {len(images)} images needs as many {column}; found "
                 f"{_describe(values)}. If it is one pair: the image comes first, then the text."
             )
-        count = len(values)
-        if count != len(images):
+        if len(values) != len(images):
             raise InputError(
-                f"a batch holds {len(images)} images and {count} {column}; the numbers must agree"
+                f"a batch holds {len(images)} images and {len(values)} {column}; the numbers must "
+                "agree"
             )
-    if masks is None:
-        return list(zip(images, texts, strict=True))
-    return [
-        {"pixel_values": image, "input_ids": ids, "attention_mask": mask}
-        for image, ids, mask in zip(images, texts, masks, strict=True)
-    ]
+    masks = [None] * len(images) if masks is None else masks
+    return [Columns(*columns) for columns in zip(images, texts, masks, strict=True)]
 
 
 def _describe(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -36,6 +37,7 @@ class PreparedText(NamedTuple):
 KNOWN_CAPTIONS = 16_384
 
 
+@dataclass
 class Preparer:
     """Turns records into pixels and tokens. Picklable if its two callables are; holds no weights.
 
@@ -47,20 +49,12 @@ class Preparer:
         vocab_size: token ids are below it.
     """
 
-    def __init__(
-        self,
-        image_transform: ImageTransform | None,
-        text_tokenizer: Callable[[Sequence[str]], Tokens] | None,
-        image_size: tuple[int, int],
-        context_length: int,
-        vocab_size: int,
-    ) -> None:
-        self.image_transform = image_transform
-        self.text_tokenizer = text_tokenizer
-        self.image_size = image_size
-        self.context_length = context_length
-        self.vocab_size = vocab_size
-        self._known_tokens: dict[str, Tokens] = {}
+    image_transform: ImageTransform | None
+    text_tokenizer: Callable[[Sequence[str]], Tokens] | None
+    image_size: tuple[int, int]
+    context_length: int
+    vocab_size: int
+    _known_tokens: dict[str, Tokens] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def for_model(cls, model: DualEncoder) -> Preparer:
@@ -134,7 +128,8 @@ class Preparer:
         """
         text = record.text
         if isinstance(text, Tensor):
-            return self._check_ids(record, text)
+            self._check_ids(record.id, text)
+            return PreparedText(Tokens(text, record.mask), caption_key(text))
         captions = [text] if isinstance(text, str) else text
         chosen = captions[caption % len(captions)]
         if self.text_tokenizer is None:
@@ -150,18 +145,16 @@ class Preparer:
                 self._known_tokens[chosen] = tokens
         return PreparedText(tokens, caption_key(chosen))
 
-    def _check_ids(self, record: Record, ids: Tensor) -> PreparedText:
+    def _check_ids(self, id: str, ids: Tensor) -> None:
         if len(ids) > self.context_length:
             raise InputError(
-                f"{record.id}: {len(ids)} token ids, but the model takes at most "
-                f"{self.context_length}"
+                f"{id}: {len(ids)} token ids, but the model takes at most {self.context_length}"
             )
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
             raise InputError(
-                f"{record.id}: token ids from {int(ids.min())} to {int(ids.max())}, but the "
+                f"{id}: token ids from {int(ids.min())} to {int(ids.max())}, but the "
                 f"model's vocabulary has {self.vocab_size}; they come from another tokenizer"
             )
-        return PreparedText(Tokens(ids, record.mask), caption_key(ids))
 
 
 def caption_key(text: str | Tensor) -> str:

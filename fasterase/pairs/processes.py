@@ -1,4 +1,4 @@
-"""Processes that read and load pairs: how many there are, and a pool of them."""
+"""Processes that read and load pairs: how many there are, a pool of them, and data loaders."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from fasterase.errors import InputError
 from fasterase.option_values import parse_value
 from fasterase.parallel.ranks import ALONE, Ranks
 
@@ -62,3 +66,60 @@ def _end_at_interrupts() -> None:
     What a worker leaves half done, such as the download of a shard, the next run resumes.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+class _LoadDataset(Dataset[Any]):
+    """Maps a request to `load(request)`, or to the InputError that it raised."""
+
+    def __init__(self, load: Callable[[Any], Any]) -> None:
+        self._load = load
+
+    def __getitem__(self, request: Any) -> Any:
+        try:
+            return self._load(request)
+        # A value rather than an exception, which DataLoader would wrap in a worker's traceback.
+        except InputError as error:
+            return error
+
+
+def load_parallel(
+    load: Callable[[Any], Any], requests: Iterable[Any], num_workers: int
+) -> Iterator[Any]:
+    """Yield `load(request)` for each request, in order.
+
+    Args:
+        load: picklable if there are workers; an `InputError` that it raises ends the loop.
+        requests: made as they are asked for, a few ahead of the results if there are workers.
+        num_workers: processes that load; 0: this one.
+    """
+    loader = DataLoader(
+        _LoadDataset(load),
+        batch_size=None,
+        sampler=requests,
+        num_workers=num_workers,
+        # A generator of its own; otherwise each loader would draw from the global one and change
+        # Dropout.
+        generator=torch.Generator(),
+        worker_init_fn=_leave_signals_to_parent,
+    )
+    batches = iter(loader)
+    try:
+        for batch in batches:
+            if isinstance(batch, InputError):
+                raise batch
+            yield batch
+    finally:
+        # The loader stops its workers when its last reference is dropped.
+        del batches
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """Ignore the signals that end a run, so that the main process can finish its step and save.
+
+    A scheduler's SIGTERM and a terminal's Ctrl-C reach every process of the run. Only the first
+    SIGTERM is ignored, so that the parent can still end a worker that hangs.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fasterase.errors import InputError
-from fasterase.pairs.classes import normalize_class_name
 from fasterase.pairs.images import ImageFiles
+from fasterase.pairs.items import normalize_class_name
 from fasterase.pairs.parts import pack
 from fasterase.pairs.table import PairTable
 

@@ -1,4 +1,7 @@
-"""Pairs from Python objects: map-style datasets, data loaders, iterables, Hugging Face datasets."""
+"""Pairs from Python objects: map-style datasets, data loaders, iterables, Hugging Face datasets.
+
+The name of a pair's class becomes its caption, where a dataset has class numbers.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,19 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from fasterase.errors import InputError
-from fasterase.pairs.classes import find_classified, label_columns, name_labels
 from fasterase.pairs.images import ImageFiles, decode_image, read_image_file, to_rgb
 from fasterase.pairs.items import (
     IMAGE_KEYS,
     TEXT_KEYS,
-    Item,
+    Columns,
     Record,
     choose_key,
+    class_number,
     is_batch,
+    normalize_class_name,
     parse_item,
     parse_text,
     select_plain,
@@ -41,6 +45,8 @@ _PROBES = 8
 _REMEMBERED = 1 << 20
 # Items of which captions and a few pixels enter the manifest, if the others would need decoding.
 _MANIFEST_ITEMS = 64
+# Where torchvision's datasets keep the class numbers of all their items.
+_TARGETS = ("targets", "labels", "_labels")
 
 
 def open_objects(source: Any, name: str, image_key: str | None, text_key: str | None) -> PairTable:
@@ -58,14 +64,7 @@ def open_objects(source: Any, name: str, image_key: str | None, text_key: str | 
                 f"pairs, pass iter(loader) instead.)"
             ) from error
     random_access = hasattr(source, "__getitem__") and hasattr(source, "__len__")
-    if isinstance(source, Mapping):
-        if source and all(hasattr(value, "select_columns") for value in source.values()):
-            raise InputError(
-                f"`{name}` is a Hugging Face DatasetDict; choose one of its splits: "
-                f"{[str(key) for key in source]}"
-            )
-        return _open_list([source], name, image_key, text_key)
-    if isinstance(source, tuple) and _is_batch_tuple(source):
+    if _is_one_batch(source, name):
         return _open_list([source], name, image_key, text_key)
     if random_access and hasattr(source, "select_columns"):
         return _open_hugging_face(source, name, image_key, text_key)
@@ -73,13 +72,27 @@ def open_objects(source: Any, name: str, image_key: str | None, text_key: str | 
         return _open_stream(source, name, image_key, text_key)
     if isinstance(source, list | tuple):
         return _open_list(source, name, image_key, text_key)
-    if text_key is None and (found := find_classified(source)) is not None:
-        return ItemTable(name, found.items, "image", "text", found.captions, classes=found.classes)
-    if len(source) > 0 and _first_is_batch(source, image_key, text_key):
+    if text_key is None and (found := _find_classes(source)) is not None:
+        classes, targets = found
+        return ItemTable(name, source, columns=targets, classes=classes)
+    first = _first_readable(source)[1]
+    if first is not None and is_batch(first, image_key, text_key):
         batches = _read_all((source[i] for i in range(len(source))), name)
         return _open_list(batches, name, image_key, text_key)
     in_memory = isinstance(source, TensorDataset)
     return ItemTable(name, source, image_key, text_key, in_memory=in_memory)
+
+
+def _is_one_batch(source: Any, name: str) -> bool:
+    if isinstance(source, Mapping):
+        if source and all(hasattr(value, "select_columns") for value in source.values()):
+            raise InputError(
+                f"`{name}` is a Hugging Face DatasetDict; choose one of its splits: "
+                f"{[str(key) for key in source]}"
+            )
+        return True
+    is_pair = isinstance(source, tuple) and len(source) == 2
+    return is_pair and isinstance(source[0], Tensor | np.ndarray) and source[0].ndim == 4
 
 
 def _open_stream(source: Any, name: str, image_key: str | None, text_key: str | None) -> PairTable:
@@ -88,107 +101,132 @@ def _open_stream(source: Any, name: str, image_key: str | None, text_key: str | 
             f"`{name}` must be a dataset, a data loader, an iterable of pairs, or a path; "
             f"found {type(source).__name__}"
         )
-    labels = label_columns(source)
-    label = _choose_label(getattr(source, "column_names", None) or [], text_key, labels)
-    if label is not None:
-        source = name_labels(source, label, labels[label])
-    opened = _open_list(_read_all(source, name), name, image_key, label or text_key)
-    opened.classes = labels.get(label) if label is not None else None
-    return opened
+    columns = getattr(source, "column_names", None) or []
+    text_key, classes = _choose_label(source, columns, text_key)
+    return _open_list(_read_all(source, name), name, image_key, text_key, classes)
 
 
 def _read_all(items: Iterable[Any], name: str) -> list[Any]:
     return list(progress_bar(f"reading {name}", items=items, unit="item", delay=2))
 
 
-def _is_batch_tuple(source: tuple[Any, ...]) -> bool:
-    return len(source) == 2 and isinstance(source[0], Tensor | np.ndarray) and source[0].ndim == 4
-
-
-def _first_is_batch(dataset: Any, image_key: str | None, text_key: str | None) -> bool:
-    try:
-        first = dataset[0]
-    # It will be reported as a broken pair when it is read as one.
-    except Exception:
-        return False
-    return is_batch(first, image_key, text_key)
+def _first_readable(dataset: Any) -> tuple[int, Any]:
+    """Return the index of the first item that can be read, and the item; None if there is none."""
+    for index in range(min(len(dataset), 8)):
+        try:
+            return index, dataset[index]
+        # An item may be broken in any way; it will be reported when it is drawn.
+        except Exception:
+            continue
+    return 0, None
 
 
 def _open_list(
-    items: Sequence[Any], name: str, image_key: str | None, text_key: str | None
+    items: Sequence[Any],
+    name: str,
+    image_key: str | None,
+    text_key: str | None,
+    classes: list[str] | None = None,
 ) -> PairTable:
-    pairs: list[Item | BrokenPair] = []
+    pairs: list[Record | BrokenPair] = []
     for item in items:
-        # `unbatch` returns pairs in a standard form, so the keys no longer apply.
-        batch = is_batch(item, image_key, text_key)
-        keys = (None, None) if batch else (image_key, text_key)
-        for part in unbatch(item, image_key, text_key) if batch else [item]:
+        for part in unbatch(item, image_key, text_key):
+            id = f"{name}[{len(pairs)}]"
             try:
-                pairs.append(parse_item(part, *keys, id=f"{name}[{len(pairs)}]"))
+                pairs.append(parse_item(part, image_key, text_key, id=id, classes=classes))
             # Kept in the list, so that it is reported when it is drawn.
             except BrokenPair as error:
                 pairs.append(error)
-    files = [pair for pair in pairs if isinstance(pair, Item) and isinstance(pair.image, str)]
+    files = [pair for pair in pairs if isinstance(pair, Record) and isinstance(pair.image, str)]
     if files and len(files) == len(pairs) and not any(isinstance(f.text, Tensor) for f in files):
         # As a table of them would be opened: told apart without reading the images.
         texts = ([file.text] if isinstance(file.text, str) else file.text for file in files)
         rows = ((file.image, text, file.meta) for file, text in zip(files, texts, strict=True))
-        return PairTable(name, pack(rows), ImageFiles(Path()))
-    return ItemTable(name, pairs, in_memory=not files)
+        return PairTable(name, pack(rows), ImageFiles(Path()), classes=classes)
+    return ItemTable(name, pairs, classes=classes, in_memory=not files)
 
 
 def _open_hugging_face(
     source: Any, name: str, image_key: str | None, text_key: str | None
 ) -> ItemTable:
     """Open a `datasets.Dataset`; captions and other columns are read without decoding images."""
-    labels = label_columns(source)
-    found, columns = list(source.column_names), None
     # A transform set by the user may need the image column for its outputs.
     changes = source.format["type"] == "custom"
-    if changes:
-        found = _keys_of_first(source)
-    label = _choose_label(found, text_key, labels)
+    found = list((_first_readable(source)[1] or ()) if changes else source.column_names)
+    text_key, classes = _choose_label(source, found, text_key)
+    columns = None
     if not changes:
         image_key = choose_key(found, image_key, IMAGE_KEYS, "image_key")
-        text_key = label or choose_key(found, text_key, TEXT_KEYS, "text_key")
+        text_key = choose_key(found, text_key, TEXT_KEYS, "text_key")
         columns = source.select_columns([column for column in found if column != image_key])
-    if label is None:
-        return ItemTable(name, source, image_key, text_key, columns)
-    classes = labels[label]
-    source, columns = (
-        None if rows is None else name_labels(rows, label, classes) for rows in (source, columns)
-    )
-    return ItemTable(name, source, image_key, label, columns, classes=classes)
-
-
-def _keys_of_first(dataset: Any) -> list[str]:
-    try:
-        return list(dataset[0])
-    # An empty dataset, or an item that will be reported as broken when it is drawn.
-    except Exception:
-        return []
+    return ItemTable(name, source, image_key, text_key, columns, classes=classes)
 
 
 def _choose_label(
-    found: Sequence[str], text_key: str | None, labels: Mapping[str, list[str]]
-) -> str | None:
-    """Return the column of class numbers to take captions from; None if there are captions."""
-    if text_key is not None:
-        return text_key if text_key in labels else None
-    if any(key in found for key in TEXT_KEYS):
+    dataset: Any, found: Sequence[str], text_key: str | None
+) -> tuple[str | None, list[str] | None]:
+    """Choose a column of a Hugging Face dataset, and the names of its classes if it has numbers.
+
+    A column of numbers (`ClassLabel`) is chosen if it is named, or the only one and there are no
+    captions.
+    """
+    labels = {
+        column: [normalize_class_name(name) for name in feature.names]
+        for column, feature in (getattr(dataset, "features", None) or {}).items()
+        if type(feature).__name__ == "ClassLabel"
+    }
+    if text_key is None and not any(key in found for key in TEXT_KEYS):
+        usable = [column for column in labels if column in found]
+        text_key = usable[0] if len(usable) == 1 else None
+    return text_key, None if text_key is None else labels.get(text_key)
+
+
+def _find_classes(dataset: Any) -> tuple[list[str], list[Any] | None] | None:
+    """Return the classes of a dataset with `.classes` whose items are `(image, class number)`.
+
+    Such are torchvision's `ImageFolder`, `DatasetFolder`, `CIFAR10`, ..., and `Subset`s of them.
+    Beside the names come the numbers of all items, if these are known without reading images.
+
+    Raises:
+        InputError: a `target_transform` changes the class numbers, so that they name no class.
+    """
+    whole, rows = dataset, np.arange(len(dataset))
+    while isinstance(whole, Subset):
+        rows = np.asarray(whole.indices)[rows]
+        whole = whole.dataset
+    names = getattr(whole, "classes", None)
+    if not isinstance(names, Sequence) or isinstance(names, str) or len(dataset) == 0:
         return None
-    columns = [column for column in labels if column in found]
-    return columns[0] if len(columns) == 1 else None
+    index, item = _first_readable(dataset)
+    is_pair = isinstance(item, tuple | list) and len(item) == 2
+    number = class_number(item[1]) if is_pair else None
+    if number is None:
+        return None
+    if getattr(whole, "target_transform", None) is not None:
+        raise InputError(
+            "the dataset has `classes` and a target_transform that returns numbers, which may not "
+            "be those of the classes. Remove it, or let it return the name of the class."
+        )
+    # torchvision's ImageNet has several names for a class; the first is the usual one.
+    classes = [normalize_class_name(name if isinstance(name, str) else name[0]) for name in names]
+    for attribute in _TARGETS:
+        targets = getattr(whole, attribute, None)
+        if isinstance(targets, list | np.ndarray | Tensor) and len(targets) == len(whole):
+            values = targets if isinstance(targets, list) else targets.tolist()
+            numbers = [values[row] for row in rows.tolist()]
+            return classes, numbers if class_number(numbers[index]) == number else None
+    return classes, None
 
 
 class ItemTable(PairTable):
     """The items of a map-style dataset, or a list of parsed items.
 
     Args:
-        items: a map-style dataset of items, or a list of `Item` and `BrokenPair`.
+        items: a map-style dataset of items, or a list of `Record` and `BrokenPair`.
         image_key, text_key: see `open_pairs`.
-        columns: the items without their images, if they can be read so.
-        classes: see `PairTable`.
+        columns: the items without their images, or their class numbers alone, if these can be read
+            so.
+        classes: names of the classes, if the texts are class numbers.
         in_memory: whether the images are held decoded in memory.
     """
 
@@ -208,8 +246,7 @@ class ItemTable(PairTable):
         self.in_memory = in_memory
         self._items = items
         self._columns = columns
-        self._image_key = image_key
-        self._text_key = text_key
+        self._keys = image_key, text_key
         self._seen: dict[int, str | list[str]] = {}
         self.stable = isinstance(items, list) or self._is_deterministic()
 
@@ -219,7 +256,7 @@ class ItemTable(PairTable):
     def _id(self, row: int) -> str:
         return f"{self._label}[{row}]"
 
-    def _parse(self, row: int) -> Item:
+    def _parse(self, row: int) -> Record:
         try:
             item = self._items[row]
         except (InputError, BrokenPair):
@@ -229,39 +266,40 @@ class ItemTable(PairTable):
             raise BrokenPair(self._id(row), f"{type(error).__name__}: {error}") from error
         if isinstance(item, BrokenPair):
             raise item
-        if isinstance(item, Item):
-            return item
-        return parse_item(item, self._image_key, self._text_key, id=self._id(row))
+        record = parse_item(item, *self._keys, id=self._id(row), classes=self.classes)
+        # Captions that could not be read again without the image.
+        is_whole = self._columns is None and not isinstance(self._items, list)
+        if is_whole and len(self._seen) < _REMEMBERED and not isinstance(record.text, Tensor):
+            self._seen[row] = record.text
+        return record
+
+    def _parse_columns(self, row: int) -> Columns:
+        """Return text and metadata without reading the image."""
+        found, text_key = self._columns[row], self._keys[1]
+        columns = Columns(None, found)
+        if isinstance(found, Mapping):
+            meta = select_plain(found, without=(text_key,))
+            columns = Columns(None, found[text_key], meta=meta)
+        return columns if self.classes is None else columns.with_class_name(self.classes)
 
     def _record(self, row: int) -> Record:
-        item, id = self._parse(row), self._id(row)
-        image = item.image
-        if isinstance(image, str):
-            image = decode_image(read_image_file(image, id=id), id=id)
-        self._remember(row, item.text)
-        return Record(image, item.text, id, item.mask, item.meta)
+        record = self._parse(row)
+        if not isinstance(record.image, str):
+            return record
+        image = decode_image(read_image_file(record.image, id=record.id), id=record.id)
+        return Record(image, record.text, record.id, record.mask, record.meta)
 
     def _texts(self, row: int) -> list[str] | Tensor:
         if self._columns is not None:
-            text = parse_text(self._columns[row][self._text_key], id=self._id(row))
-        elif row in self._seen and self.stable:
+            text = parse_text(self._parse_columns(row).text, id=self._id(row))
+        elif self.stable and row in self._seen:
             text = self._seen[row]
         else:
             text = self._parse(row).text
-            self._remember(row, text)
         return [text] if isinstance(text, str) else text
 
-    def _remember(self, row: int, text: str | list[str] | Tensor) -> None:
-        """Keep captions that could not be read again without the image."""
-        is_whole = self._columns is None and not isinstance(self._items, list)
-        has_room = self.stable and len(self._seen) < _REMEMBERED
-        if is_whole and has_room and not isinstance(text, Tensor):
-            self._seen[row] = text
-
     def _meta(self, row: int) -> dict[str, Any]:
-        if self._columns is None:
-            return self._parse(row).meta
-        return select_plain(self._columns[row], without=(self._text_key,))
+        return (self._parse(row) if self._columns is None else self._parse_columns(row)).meta
 
     def _every_id(self) -> Iterator[str]:
         return map(self._id, range(self._count()))

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fasterase.errors import InputError
 from fasterase.seeds import Stream, generator
 
 # Remote shards whose rows are shuffled together. The cache has to hold those of both sets, and the
@@ -59,11 +58,6 @@ class Sampler:
         forget_shards: np.ndarray | None = None,
         retain_shards: np.ndarray | None = None,
     ) -> None:
-        for option, value in (("forget_batch_size", forget_batch_size), ("batch_size", batch_size)):
-            if value < 1:
-                raise InputError(f"`{option}` must be at least 1; found {value}")
-        if seed < 0:
-            raise InputError(f"`seed` must not be negative; found {seed}")
         self.n_forget = n_forget
         self.n_retain = n_retain
         self._pool = retain_rows

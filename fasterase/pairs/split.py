@@ -15,8 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from fasterase.errors import InputError
-from fasterase.pairs.classes import normalize_class_name
-from fasterase.pairs.items import Record
+from fasterase.pairs.items import Record, normalize_class_name
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.parts import Part
 from fasterase.pairs.processes import count_processes, process_pool

@@ -7,7 +7,6 @@ import os
 import resource
 import signal
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ import pytest
 from fasterase.encode import BATCH_SIZE, PairEncoder
 from fasterase.errors import FaseraseError
 from fasterase.original import features
-from fasterase.original.features import FeatureCache
+from fasterase.original.features import OriginalFeatures
 from fasterase.original.store import FeatureStore
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.prepare import caption_key
@@ -38,6 +37,7 @@ def filled(folder, *blocks):
 
 def test_rows_come_back_in_the_order_asked_for(tmp_path):
     filled(tmp_path, [5, -7, 2], [100], [3, 9])
+    (tmp_path / "77-0.tmp").write_bytes(b"half, as a killed process leaves it")
     store = FeatureStore(tmp_path, 3)
     assert store.has(np.array([5, -7, 2, 100, 3, 9])).all()
     keys = np.array([9, -7, 9, 100])
@@ -52,8 +52,10 @@ def test_fp16_takes_half_the_disk_and_a_place_of_its_own(tmp_path):
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     keys, sizes = np.arange(64), []
     source = open_pairs(pairs(2, seed=0), name="forget")
+    encoder = PairEncoder(TinyModel())
     folders = {
-        FeatureCache(tmp_path, "model", 512, is_half=x).images(source).folder for x in (True, False)
+        OriginalFeatures(encoder, tmp_path, "model", is_half=x).images(source).folder
+        for x in (True, False)
     }
     assert len(folders) == 2
     for dtype, error in (("fp32", 0), ("fp16", 1e-4), ("bf16", 1e-3)):
@@ -160,23 +162,6 @@ def test_others_may_read_what_they_may_of_the_folder(tmp_path):
         assert block.stat().st_mode & 0o777 == mode & 0o666
 
 
-@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the system counts no bytes")
-def test_opening_reads_less_than_a_hundredth(tmp_path, monkeypatch):
-    def bytes_read():
-        return int(Path("/proc/self/io").read_text().split()[1])
-
-    store = FeatureStore(tmp_path, 512, dtype="fp16")
-    for first in range(0, 8192, 1024):
-        store.put(np.arange(first, first + 1024), np.ones((1024, 512), np.float32))
-    size = sum(path.stat().st_size for path in tmp_path.iterdir())
-    before, own = bytes_read(), bytes_read()
-    with monkeypatch.context() as patch:
-        patch.setattr(np, "memmap", None)  # what is read through a map is not counted
-        store = FeatureStore(tmp_path, 512, dtype="fp16")
-    assert store.has(np.arange(8192)).all()
-    assert 8 * 8192 < bytes_read() - own - (own - before) < 0.01 * size
-
-
 def write_share(folder, rank, world_size, die_at=None):
     """Fill a cache as one of several processes, which dies when it has written so often."""
     features.BLOCK = BATCH_SIZE
@@ -196,14 +181,13 @@ def write_share(folder, rank, world_size, die_at=None):
     os.replace = dying
     source = open_pairs(pairs(N_PAIRS, seed=0), name="retain")
     encoder = PairEncoder(TinyModel(), ranks=ranks)
-    store = FeatureCache(folder, "model", encoder.model.embed_dim, ranks=ranks)
-    store.fill(source, np.arange(N_PAIRS), encoder, description="")
+    OriginalFeatures(encoder, folder, "model").encode(source, np.arange(N_PAIRS))
 
 
 def read_all(folder):
     """Images and captions of a filled cache, and the number of blocks' rows on disk."""
     source = open_pairs(pairs(N_PAIRS, seed=0), name="retain")
-    filled_cache = FeatureCache(folder, "model", TinyModel().embed_dim)
+    filled_cache = OriginalFeatures(PairEncoder(TinyModel()), folder, "model")
     images = filled_cache.images(source)
     keys = [caption_key(source.texts(row)) for row in range(N_PAIRS)]
     return images.get(np.arange(N_PAIRS)), filled_cache.texts(keys), len(images)
@@ -239,10 +223,3 @@ def run_writers(folder, writers, dies=None, after=None):
         ended = {0} if number != dies else {-signal.SIGKILL} if after is None else {0, -9}
         assert process.exitcode in ended
     return read_all(folder) if dies is None else None
-
-
-def test_what_a_kill_left_half_written_is_ignored(tmp_path):
-    filled(tmp_path, [1])
-    (tmp_path / "77-0.tmp").write_bytes(b"\x93NUMPY half")
-    store = FeatureStore(tmp_path, 3)
-    assert store.has(np.array([1])).all()

@@ -47,23 +47,14 @@ def pairs(name, n, *, texts=None, bad=()):
     return open_pairs(items, name=name)
 
 
-def load(
-    forget, retain, *, steps=(0, 7), workers=0, augment=False, seed=3, prepare=PREPARE, size=None
-):
-    sampler = Sampler(len(forget), len(retain), forget_batch_size=4, batch_size=6, seed=seed)
-    return list(
-        step_batches(
-            forget,
-            retain,
-            sampler,
-            prepare,
-            first_step=steps[0],
-            last_step=steps[1],
-            micro_batch_size=size,
-            augment_forget=augment,
-            num_workers=workers,
-        )
-    )
+def iterate(forget, retain, *, steps=(0, 7), augment=False, prepare=PREPARE, **options):
+    sampler = Sampler(len(forget), len(retain), forget_batch_size=4, batch_size=6, seed=3)
+    options |= {"first_step": steps[0], "last_step": steps[1], "augment_forget": augment}
+    return step_batches(forget, retain, sampler, prepare, **options)
+
+
+def load(*sources, workers=0, size=None, **options):
+    return list(iterate(*sources, num_workers=workers, micro_batch_size=size, **options))
 
 
 def pixels_of(batch):
@@ -152,25 +143,22 @@ def test_equal_captions_share_a_label_across_both_sets():
 
 def test_broken_pairs_are_left_out_and_named():
     forget, retain = pairs("forget", 4, bad=range(4)), pairs("retain", 6, bad=[1])
-    batch = load(forget, retain, steps=(0, 1))[0]
+    (batch,) = load(forget, retain, steps=(0, 1))
     assert batch.n_forget == 0
     assert len(pixels_of(batch)) == 5
-    assert {skip.id for skip in batch.skipped} == {
-        "forget[0]",
-        "forget[1]",
-        "forget[2]",
-        "forget[3]",
-        "retain[1]",
-    }
+    broken = {*(f"forget[{i}]" for i in range(4)), "retain[1]"}
+    assert {skip.id for skip in batch.skipped} == broken
     assert all("NaN" in skip.reason for skip in batch.skipped)
     assert 1 not in batch.retain_rows
-
-
-def test_a_wholly_broken_batch_is_empty():
-    batch = load(pairs("forget", 2, bad=[0, 1]), pairs("retain", 2, bad=[0, 1]), steps=(0, 1))[0]
-    assert pixels_of(batch).shape == (0, 3, 4, 4)
-    assert ids_of(batch).shape == (0, 6)
-    assert len(batch.labels) == 0
+    # Cut by what was drawn: every process then has the same number of micro-batches.
+    (parted,) = load(forget, retain, steps=(0, 1), size=2)
+    assert [part.offset for part in parted.micro_batches] == [4, 6, 8]
+    assert sorted(len(part.ids) for part in parted.micro_batches) == [1, 2, 2]
+    assert len(parted.skipped) == 5
+    (empty,) = load(forget, pairs("retain", 2, bad=[0, 1]), steps=(0, 1))
+    assert pixels_of(empty).shape == (0, 3, 4, 4)
+    assert ids_of(empty).shape == (0, 6)
+    assert len(empty.labels) == 0
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -207,18 +195,7 @@ def test_a_random_dataset_repeats_and_leaves_the_global_generators_alone():
 
 
 def test_stopping_early_leaves_no_workers():
-    forget, retain = pairs("forget", 4), pairs("retain", 6)
-    sampler = Sampler(4, 6, forget_batch_size=4, batch_size=6, seed=0)
-    batches = step_batches(
-        forget,
-        retain,
-        sampler,
-        PREPARE,
-        first_step=0,
-        last_step=10**6,
-        augment_forget=False,
-        num_workers=2,
-    )
+    batches = iterate(pairs("forget", 4), pairs("retain", 6), steps=(0, 10**6), num_workers=2)
     next(batches)
     assert multiprocessing.active_children()
     batches.close()
@@ -245,15 +222,6 @@ def test_micro_batches_are_the_same_batch_in_parts(pictures, size, workers):
         assert [part.offset for part in other.micro_batches] == [
             size * i for i in range(len(sizes))
         ]
-
-
-def test_broken_pairs_leave_the_cuts_between_micro_batches_alone():
-    """Cut by what was drawn: every process then has the same number of them."""
-    forget, retain = pairs("forget", 4, bad=[0, 1, 2, 3]), pairs("retain", 6, bad=[1])
-    (batch,) = load(forget, retain, steps=(0, 1), size=2)
-    assert [part.offset for part in batch.micro_batches] == [4, 6, 8]
-    assert sorted(len(part.ids) for part in batch.micro_batches) == [1, 2, 2]
-    assert len(batch.skipped) == 5
 
 
 def resized(image):

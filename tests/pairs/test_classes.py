@@ -10,7 +10,7 @@ from torch.utils.data import Dataset, Subset
 from torchvision.datasets import DatasetFolder, FakeData, ImageFolder
 
 from fasterase.errors import InputError
-from fasterase.pairs.classes import normalize_class_name
+from fasterase.pairs.items import normalize_class_name
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.split import split
@@ -55,20 +55,16 @@ def test_torchvision_folders_have_class_names_as_captions(folder, open_folder):
     assert captions(pairs) == [["apple"], ["apple"], ["sea lion"], ["sea lion"]]
 
 
-def test_captions_are_found_without_reading_an_image(folder):
-    pairs = open_pairs(ImageFolder(str(folder)), name="x")
-    for file in folder.rglob("*.png"):
-        file.unlink()
-    assert pairs.texts(3) == ["sea lion"]
-    assert pairs.meta(0) == {"class": "apple"}
-
-
-def test_a_broken_first_item_does_not_hide_the_classes(folder):
-    (folder / "apple" / "0.png").write_bytes(b"damaged")
+@pytest.mark.parametrize("first", [None, b"damaged"])
+def test_captions_are_found_without_reading_an_image(folder, first):
+    """Also if the first item is broken, which does not hide the classes."""
+    if first is not None:
+        (folder / "apple" / "0.png").write_bytes(first)
     pairs = open_pairs(ImageFolder(str(folder)), name="x")
     for file in folder.rglob("*.png"):
         file.unlink()
     assert captions(pairs) == [["apple"], ["apple"], ["sea lion"], ["sea lion"]]
+    assert pairs.meta(0) == {"class": "apple"}
 
 
 def test_splits_by_class(folder):
@@ -148,17 +144,14 @@ class TestHuggingFace:
         )
 
     @pytest.mark.parametrize("form", [None, "torch"])
-    def test_names_of_the_label_column(self, picture, form):
+    def test_names_of_the_label_column(self, picture, form, monkeypatch):
         pairs = open_pairs(self.dataset(picture, label=[0, 1, 1]).with_format(form), name="x")
         assert pairs.classes == ["apple", "sea lion"]
         assert captions(pairs) == [["apple"], ["sea lion"], ["sea lion"]]
         assert pairs[1].text == "sea lion"
-        assert pairs.meta(1)["class"] == "sea lion"
-
-    def test_other_columns_stay_in_meta_and_images_unread(self, picture, monkeypatch):
-        pairs = open_pairs(self.dataset(picture, label=[0, 1, 1]), name="x")
         monkeypatch.setattr(datasets.Image, "decode_example", None)
-        assert pairs.meta(2) == {"shade": 2, "class": "sea lion"}
+        shade = {} if form else {"shade": 1}
+        assert pairs.meta(1) == {**shade, "class": "sea lion"}
 
     def test_a_caption_column_wins_unless_the_label_is_named(self, picture):
         source = self.dataset(picture, label=[0, 1, 1]).add_column("text", ["a", "b", "c"])

@@ -193,23 +193,19 @@ def test_missing_parts_make_a_broken_pair_not_an_error(bad):
     assert caught.value.id == "forget[1]"
 
 
-def test_a_dataset_that_fails_on_an_item_has_a_broken_pair():
-    def make(index: int):
-        if index == 1:
-            raise OSError("disk on fire")
-        return TEXT_TUPLES[index]
+def test_an_item_that_fails_is_a_broken_pair_and_all_of_them_an_error():
+    def failing(*indices):
+        def make(index: int):
+            if index in indices:
+                raise OSError("disk on fire")
+            return TEXT_TUPLES[index]
 
-    pairs = open_pairs(Pairs(make, 4), name="retain")
+        return open_pairs(Pairs(make, 4), name="retain")
+
     with pytest.raises(BrokenPair, match="OSError: disk on fire"):
-        pairs[1]
-
-
-def test_a_dataset_that_fails_on_every_item_is_an_error():
-    def make(index: int):
-        raise OSError("disk on fire")
-
+        failing(1)[1]
     with pytest.raises(InputError, match=r"`retain`: no pair can be read.*disk on fire"):
-        open_pairs(Pairs(make, 4), name="retain")
+        failing(0, 1, 2, 3)
 
 
 def test_random_augmentation_is_seen():
@@ -308,7 +304,7 @@ class TestHuggingFace:
             "image", features["image"]
         )
 
-    def test_columns_by_name(self, picture):
+    def test_columns_by_name(self, picture, monkeypatch):
         source = self.dataset(picture, caption=["a", "b", "c"], source=["x", "y", "z"])
         pairs = open_pairs(source, name="retain")
         assert len(pairs) == 3
@@ -316,9 +312,7 @@ class TestHuggingFace:
         assert pairs.meta(1) == {"source": "y"}
         assert pairs[1].image.getpixel((0, 0)) == picture(1).getpixel((0, 0))
         assert pairs.stable
-
-    def test_captions_do_not_decode_images(self, picture, monkeypatch):
-        pairs = open_pairs(self.dataset(picture, text=["a", "b", "c"]), name="retain")
+        # Captions do not decode images.
         monkeypatch.setattr(datasets.Image, "decode_example", None)
         assert pairs.texts(2) == ["c"]
 

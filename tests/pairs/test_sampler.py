@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fasterase.errors import InputError
 from fasterase.pairs.sampler import WINDOW_SHARDS, Sampler
 from fasterase.seeds import Stream, generator
 
@@ -137,10 +136,3 @@ def test_an_empty_set_draws_nothing():
     assert len(draw.forget) == 0
     assert len(draw.retain) == 2
     assert len(Sampler(5, 0, forget_batch_size=2, batch_size=2, seed=0).draw(3).retain) == 0
-
-
-@pytest.mark.parametrize("option", ["forget_batch_size", "batch_size", "seed"])
-def test_bad_options_are_named(option):
-    options = {"forget_batch_size": 1, "batch_size": 1, "seed": 0, option: -1}
-    with pytest.raises(InputError, match=f"`{option}`"):
-        Sampler(5, 5, **options)

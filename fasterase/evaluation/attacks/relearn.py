@@ -144,6 +144,8 @@ def _divide(
 def _load(target: Target, name: str, rows: np.ndarray) -> Lesson:
     source, prepare = target.evaluator.sources[name], target.encoder.prepare
     (batch,) = sweep(source, rows, prepare, captions="first", batch_size=len(rows))
+    assert isinstance(batch.pixels, Tensor)
+    assert isinstance(batch.tokens, Tokens)
     keys = [key for _, key in batch.captions]
     place = {key: i for i, key in enumerate(batch.new_keys)}
     device = target.encoder.model.device
