@@ -9,24 +9,37 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from fasterase.errors import InputError
 from fasterase.pairs.images import ImagesInMemory
 from fasterase.pairs.items import Record
-from fasterase.pairs.parts import Part, Parts, add_metadata
-from fasterase.pairs.remote import RemoteError, RemoteShard, describe_shards, is_remote, shard_name
-from fasterase.pairs.remote_cache import BYTES_VARIABLE, ShardCache
+from fasterase.pairs.parts import Part, Parts
+from fasterase.pairs.remote import (
+    BYTES_VARIABLE,
+    RemoteError,
+    RemoteShard,
+    ShardCache,
+    describe_shards,
+    is_remote,
+    shard_name,
+)
 from fasterase.pairs.sampler import WINDOW_SHARDS
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.table import PairTable
-from fasterase.pairs.tar_index import Entries, add_lost, check_parts, index_shards, read_rows
-from fasterase.pairs.tar_reader import Sample, open_sequential
+from fasterase.pairs.tar_index import (
+    Entries,
+    Shard,
+    add_lost,
+    check_parts,
+    index_shards,
+    read_rows,
+)
+from fasterase.pairs.tar_reader import open_sequential
 from fasterase.progress import progress_bar
 
 IMAGE_ENTRIES = "jpg;png;jpeg;webp"
@@ -69,7 +82,7 @@ def expand_pattern(pattern: str, *, name: str) -> list[str]:
 
 
 def open_tars(
-    shards: list[str], *, name: str, image_key: str | None = None, text_key: str | None = None
+    places: list[str], *, name: str, image_key: str | None = None, text_key: str | None = None
 ) -> PairTable:
     """Open the pairs of tar shards, in order; the ids are `shard.tar/key`.
 
@@ -78,7 +91,7 @@ def open_tars(
     The `json` entry becomes the pair's `meta`.
 
     Uncompressed tars are indexed in one pass over their headers (`tar_index`) and read by offset;
-    those at a URL (`remote`) from local copies, of which a bounded number is kept (`remote_cache`).
+    those at a URL from local copies, of which a bounded number is kept (`remote`).
     A sample of img2dataset that its json entry calls failed, or whose image has another size than
     it says, is a broken pair. Compressed tars and pipes allow no random access: they are read once
     from start to end, and their encoded images are kept in memory.
@@ -91,57 +104,50 @@ def open_tars(
             images or no captions under those endings.
         MissingExtraError: remote shards need a package that is not installed.
     """
-    urls = list(dict.fromkeys(filter(is_remote, shards)))
+    urls = list(dict.fromkeys(filter(is_remote, places)))
     cache = ShardCache.of_environment() if urls else None
     remote = describe_shards(urls, name=name) if urls else {}
-    sequential = any(
-        shard_name(shard).lower().endswith(_COMPRESSED)
-        or not (shard in remote or os.path.isfile(shard))
-        for shard in shards
-    )
+    shards = [
+        Shard(place, remote[place], cache)
+        if place in remote
+        else Shard(os.path.abspath(place) if os.path.isfile(place) else place)
+        for place in places
+    ]
     entries = Entries(
         tuple((image_key or IMAGE_ENTRIES).lower().split(";")),
         tuple((text_key or TEXT_ENTRIES).lower().split(";")),
         text_key or "",
     )
-    if sequential:
-        return _load_tars(shards, name, entries, remote, cache)
-    paths = [shard if shard in remote else os.path.abspath(shard) for shard in shards]
-    parts = index_shards(paths, name=name, entries=entries, remote=remote, cache=cache)
-    check_parts(name, parts, entries)
-    broken = add_lost(name, paths, parts)
+    if not all(map(_is_plain, shards)):
+        return _load_tars(shards, name, entries)
+    parts = index_shards(shards, name=name, entries=entries)
+    broken = add_lost(name, shards, parts)
     if cache is not None:
         _warn_if_cache_is_small(name, list(remote.values()), cache)
-    images = TarImages(paths, parts, entries, remote, cache)
-    return TarTable(name, parts, images, broken=broken)
+    return TarTable(name, parts, TarImages(shards, parts, entries), broken=broken)
+
+
+def _is_plain(shard: Shard) -> bool:
+    """Tell whether a shard can be read at random: it is a file or at a URL, and not compressed."""
+    is_compressed = shard_name(shard.place).lower().endswith(_COMPRESSED)
+    return not is_compressed and (shard.remote is not None or os.path.isfile(shard.place))
 
 
 class TarImages:
     """The entries of uncompressed tars, read by shard and offset.
 
     Attributes:
-        shards: paths or URLs.
+        shards: where they are.
         entries: which entries of a shard the index holds.
 
     Args:
         parts: the index of each shard, and that of lost samples.
-        remote: URL -> what was there when it was indexed.
-        cache: where remote shards are read from.
     """
 
-    def __init__(
-        self,
-        shards: Sequence[str],
-        parts: Sequence[Part],
-        entries: Entries,
-        remote: Mapping[str, RemoteShard],
-        cache: ShardCache | None,
-    ) -> None:
+    def __init__(self, shards: Sequence[Shard], parts: Sequence[Part], entries: Entries) -> None:
         self.shards = list(shards)
         self.entries = entries
-        self.cache = cache
         self._parts = Parts(parts)
-        self._remote = dict(remote)
 
     def sizes(self, ids: Iterable[str]) -> np.ndarray:
         return self._parts.column("size")
@@ -156,37 +162,31 @@ class TarImages:
         """Return the image (kind "") or the json entry ("json_") of a sample; None without one."""
         number, at = self._parts.find(row)
         part = self._parts.every[number]
-        size = part.number(f"{kind}size", at)
+        size = part.value(f"{kind}size", at)
         if size < 0:
             return None
         shard = self.shards[number]
         try:
-            with self.open(shard) as file:
-                file.seek(part.number(f"{kind}offset", at))
+            with shard.open() as file:
+                file.seek(part.value(f"{kind}offset", at))
                 data = file.read(size)
         except RemoteError as error:
             raise BrokenPair(id, str(error)) from error
         except OSError as error:
-            raise BrokenPair(id, f"{shard} cannot be read: {error}") from error
+            raise BrokenPair(id, f"{shard.place} cannot be read: {error}") from error
         if len(data) < size:
-            raise BrokenPair(id, f"{shard} was cut off after it was opened")
+            raise BrokenPair(id, f"{shard.place} was cut off after it was opened")
         return data
-
-    def open(self, shard: str) -> AbstractContextManager[IO[bytes]]:
-        """Open a shard, or the local copy of a remote one."""
-        if self.cache is not None and shard in self._remote:
-            return self.cache.open(self._remote[shard])
-        return open(shard, "rb")
 
     def location(self, row: int, id: str) -> str:
         number, at = self._parts.find(row)
         shard = self.shards[number]
-        place = shard if shard in self._remote else _resolve(shard)
-        return f"{place}::{self._parts.every[number].number('offset', at)}"
+        place = _resolve(shard.place) if shard.remote is None else shard.place
+        return f"{place}::{self._parts.every[number].value('offset', at)}"
 
     def shard_numbers(self) -> np.ndarray | None:
         """Return the shard of each row, [n] int32; None if all are local."""
-        if not self._remote:
+        if not any(shard.remote for shard in self.shards):
             return None
         numbers = np.repeat(np.arange(len(self._parts.every)), np.diff(self._parts.starts))
         # Lost samples, which are not read, are of one of them.
@@ -214,7 +214,7 @@ class TarTable(PairTable):
     @cached_property
     def _digest(self) -> str:
         # Sizes are in those of the parts; reading the column again would take seconds of many.
-        parts = b"".join(part.digest() for part in self.parts.every)
+        parts = "".join(part.digest() for part in self.parts.every).encode()
         return hashlib.blake2b(parts, digest_size=16).hexdigest()
 
     def _shards(self) -> np.ndarray | None:
@@ -238,55 +238,29 @@ def _warn_if_cache_is_small(name: str, shards: list[RemoteShard], cache: ShardCa
         )
 
 
-def _load_tars(
-    shards: list[str],
-    name: str,
-    entries: Entries,
-    remote: Mapping[str, RemoteShard],
-    cache: ShardCache | None,
-) -> PairTable:
+def _load_tars(shards: list[Shard], name: str, entries: Entries) -> PairTable:
     warnings.warn(
         f"`{name}`: compressed shards and pipes allow no random access; they are read once and "
         f"their images kept in memory. For large sets, use uncompressed .tar files.",
         stacklevel=2,
     )
     images: list[bytes | None] = []
-    metas: list[bytes] = []
     parts: list[Part] = []
-    with progress_bar(f"reading {name}", unit="pair", delay=2) as bar:
-
-        def take(sample: Sample) -> None:
-            images.append(entries.image_of(sample.data))
-            metas.append(_dump_object(sample.data.get("json", b"{}")))
-            bar.update()
-
-        for shard in shards:
-            try:
-                with open_sequential(shard, remote.get(shard), cache) as (file, damage):
-                    wanted = (*entries.image, "json")
-                    parts.append(
-                        read_rows(shard, file, entries, damage=damage, wanted=wanted, take=take)
-                    )
-            except RemoteError as error:
-                raise InputError(f"`{name}`: {error}") from error
-            # Pipes raise errors of their own.
-            except Exception as error:
-                raise InputError(f"`{name}`: shard {shard} cannot be read: {error}") from error
+    for shard in progress_bar(f"reading {name}", items=shards, unit="shard", delay=2):
+        try:
+            is_file = shard.remote is not None or os.path.isfile(shard.place)
+            raw = shard.open() if is_file else None
+            with open_sequential(shard.place, raw) as (file, damage):
+                parts.append(read_rows(shard.place, file, entries, damage=damage, images=images))
+        except RemoteError as error:
+            raise InputError(f"`{name}`: {error}") from error
+        # Pipes raise errors of their own.
+        except Exception as error:
+            raise InputError(f"`{name}`: shard {shard.place} cannot be read: {error}") from error
     check_parts(name, parts, entries)
     broken = add_lost(name, shards, parts)
-    lost = sum(map(len, parts)) - len(images)
-    images += [None] * lost
-    metas += [b""] * lost
-    return PairTable(name, add_metadata(parts, metas), ImagesInMemory(images), broken=broken)
-
-
-def _dump_object(data: bytes) -> bytes:
-    """Normalise a json entry; anything but an object becomes an empty one."""
-    try:
-        value = json.loads(data)
-    except ValueError:
-        return b""
-    return json.dumps(value).encode() if isinstance(value, dict) else b""
+    images += [None] * (sum(map(len, parts)) - len(images))
+    return PairTable(name, parts, ImagesInMemory(images), broken=broken)
 
 
 def _check_downloaded(record: Record) -> None:

@@ -1,23 +1,31 @@
-"""Shards at a URL: which protocols are known, what a shard is now, and its bytes, with retries."""
+"""Shards at a URL: what is there, and local copies of them within a bound.
+
+All processes of a machine share one folder of copies. A shard is fetched whole by one of them while
+the others wait for it; a download that was cut off resumes. The name of a copy is a hash of URL,
+size and version, so a shard that changes on its server is another file.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import logging
 import os
 import posixpath
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple
 from urllib.parse import urlsplit
 
+from filelock import FileLock, Timeout
+
 from fasterase.errors import FaseraseError, InputError, import_extra
+from fasterase.files import reporting_full_disk
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 # Protocol -> the module that speaks it, and the extra of fasterase that installs that.
 _PROTOCOLS = {
@@ -34,13 +42,22 @@ TRIES = 3
 PAUSE_SECONDS = 2.0  # before the second try; doubled for each further one
 CHUNK_BYTES = 8 << 20
 _ASKED_AT_ONCE = 16
-# What a file system tells of a file that changes with its content, whatever its name for it.
-_VERSIONS = ("ETag", "etag", "md5Hash", "Content-MD5", "Digest", "blob_id", "Last-Modified")
-_LATER_VERSIONS = ("LastModified", "last_modified", "mtime", "updated", "last_commit")
+# What a file system tells of a file that changes with its content, whatever its name for it; the
+# first that it tells counts.
+_VERSIONS = (
+    *("ETag", "etag", "md5Hash", "Content-MD5", "Digest", "blob_id", "Last-Modified"),
+    *("LastModified", "last_modified", "mtime", "updated", "last_commit"),
+)
+FOLDER_VARIABLE = "FASTERASE_SHARD_CACHE"
+BYTES_VARIABLE = "FASTERASE_SHARD_CACHE_BYTES"
+DEFAULT_BYTES = 64 << 30
+# Seconds for which a shard that could not be fetched counts as broken, before it is tried again.
+_FAILED_SECONDS = 300.0
+_POLL_SECONDS = 0.05
 
 
 class RemoteError(FaseraseError, OSError):
-    """A remote shard cannot be had now; the message names it and says how to mend it.
+    """A remote shard cannot be read now; the message names it and says what to do.
 
     Attributes:
         missing: whether it does not exist.
@@ -65,14 +82,15 @@ class RemoteShard(NamedTuple):
     version: str
 
 
-def is_remote(shard: str) -> bool:
+def is_remote(place: str) -> bool:
     """Tell whether a path is a URL of a known protocol."""
-    return shard.partition("://")[0] in _PROTOCOLS and "://" in shard
+    protocol, separator, _ = place.partition("://")
+    return bool(separator) and protocol in _PROTOCOLS
 
 
-def shard_name(shard: str) -> str:
+def shard_name(place: str) -> str:
     """Return the file name of a shard; of a URL without query, which may hold a signature."""
-    return posixpath.basename(urlsplit(shard).path) if is_remote(shard) else os.path.basename(shard)
+    return posixpath.basename(urlsplit(place).path) if is_remote(place) else os.path.basename(place)
 
 
 def describe_shards(urls: Sequence[str], *, name: str) -> dict[str, RemoteShard]:
@@ -88,8 +106,6 @@ def describe_shards(urls: Sequence[str], *, name: str) -> dict[str, RemoteShard]
     """
     for url in urls:
         _filesystem(url)  # here, so that all threads share one, and a missing package is one error
-    found: dict[str, RemoteShard] = {}
-    failed: list[RemoteError] = []
 
     def ask(url: str) -> RemoteShard | RemoteError:
         try:
@@ -98,18 +114,15 @@ def describe_shards(urls: Sequence[str], *, name: str) -> dict[str, RemoteShard]
             return error
 
     with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
-        for url, answer in zip(urls, pool.map(ask, urls), strict=True):
-            if isinstance(answer, RemoteError):
-                failed.append(answer)
-            else:
-                found[url] = answer
+        answers = list(pool.map(ask, urls))
+    failed = [answer for answer in answers if isinstance(answer, RemoteError)]
     if failed:
-        missing = sum(error.missing for error in failed)
-        what = "are missing" if missing == len(failed) else "cannot be opened"
+        missing = all(error.missing for error in failed)
         raise InputError(
-            f"`{name}`: {len(failed)} of {len(urls)} shards {what}, such as: {failed[0]}"
+            f"`{name}`: {len(failed)} of {len(urls)} shards "
+            f"{'are missing' if missing else 'cannot be opened'}, such as: {failed[0]}"
         ) from failed[0]
-    return found
+    return {answer.url: answer for answer in answers if isinstance(answer, RemoteShard)}
 
 
 def describe_shard(url: str) -> RemoteShard:
@@ -118,18 +131,18 @@ def describe_shard(url: str) -> RemoteShard:
     Raises:
         RemoteError: nothing, or it cannot be reached, or its size is unknown.
     """
-    info = _try(url, lambda: _call(_filesystem(url), "info", url))
+    info = _request(url, "info")
     size = info.get("size")
     if not isinstance(size, int):
         raise RemoteError(
             f"shard {url}: its server does not tell its size, by which a truncated download is "
             f"recognised. Copy the shards to local files, or to another server."
         )
-    versions = (info[key] for key in (*_VERSIONS, *_LATER_VERSIONS) if info.get(key))
+    versions = (info[key] for key in _VERSIONS if info.get(key))
     return RemoteShard(url, size, str(next(versions, "")))
 
 
-def download(shard: RemoteShard, path: Path) -> None:
+def _download(shard: RemoteShard, path: Path) -> None:
     """Append to the file at `path` what it lacks of the shard.
 
     Raises:
@@ -142,115 +155,90 @@ def download(shard: RemoteShard, path: Path) -> None:
             f"version {shard.version!r}; now {now.size} bytes, version {now.version!r}). Leave "
             f"shards alone while they are read, and start again."
         )
+
+    def check(data: bytes) -> bytes:
+        if len(data) == shard.size:  # the server knows no ranges
+            return data[start:]
+        if len(data) != end - start:
+            raise OSError(f"it is truncated: {len(data)} of {end - start} bytes came")
+        return data
+
     with path.open("ab") as file:
-        for data in _chunks(shard, file.tell()):
-            file.write(data)
+        while (start := file.tell()) < shard.size:
+            end = min(start + CHUNK_BYTES, shard.size)
+            file.write(_request(shard.url, "cat_file", check, start=start, end=end))
 
 
-def _chunks(shard: RemoteShard, start: int) -> Iterator[bytes]:
-    """Yield the bytes of a shard from `start` on."""
-    while start < shard.size:
-        end = min(start + CHUNK_BYTES, shard.size)
-        data = _try(shard.url, functools.partial(_read, shard, start, end))
-        yield data
-        start += len(data)
+def _request(
+    url: str, method: str, check: Callable[[Any], Any] = lambda answer: answer, **options: Any
+) -> Any:
+    """Call a method of a URL's file system, up to `TRIES` times.
 
-
-def _read(shard: RemoteShard, start: int, end: int) -> bytes:
-    """Return bytes `start` to `end - 1`, or all from `start` on if the server knows no ranges."""
-    data = _call(_filesystem(shard.url), "cat_file", shard.url, start=start, end=end)
-    if len(data) == shard.size:
-        return data[start:]
-    if len(data) != end - start:
-        raise OSError(
-            f"it is truncated: {len(data)} of the {end - start} bytes from byte {start} on came"
-        )
-    return data
-
-
-def _try(url: str, request: Callable[[], T]) -> T:
-    """Make a request, up to `TRIES` times.
+    Args:
+        check: returns the answer, or raises.
 
     Raises:
         RemoteError: it failed each time, or what it asks for is missing or forbidden.
     """
-    pause = PAUSE_SECONDS
+    filesystem = _filesystem(url)
     for attempt in range(1, TRIES + 1):
         try:
-            return request()
-        except (FaseraseError, KeyboardInterrupt):
-            raise
+            if not filesystem.async_impl:  # Hugging Face's, which has time limits of its own
+                return check(getattr(filesystem, method)(url, **options))
+            from fsspec.asyn import sync
+
+            call = getattr(filesystem, f"_{method}")
+            return check(sync(filesystem.loop, call, url, timeout=PATIENCE_SECONDS, **options))
         # Each file system raises errors of its own: aiohttp's, botocore's, httpx's, ...
         except Exception as error:
-            status = _status(error)
-            if status in (404, 410) or (status is None and _says_missing(url, error)):
-                raise RemoteError(
-                    f"shard {url} is missing (not found on its server). Correct the pattern, or "
-                    f"put the shard there.",
-                    missing=True,
-                ) from error
-            reason = _reason(error, status)
-            if status in (401, 403) or isinstance(error, PermissionError):
-                raise RemoteError(
-                    f"shard {url} may not be read ({reason}). Log in as its server asks for, or "
-                    f"sign the URL anew."
-                ) from error
+            reason = _lasting_reason(url, error)
             if attempt == TRIES:
                 raise RemoteError(
                     f"shard {url} cannot be read: {reason}, at the last of {TRIES} tries. Check "
                     f"the network and the server; or copy the shards to local files."
                 ) from error
             log.warning("Shard %s: %s; trying again.", url, reason)
-        time.sleep(pause)
-        pause *= 2
+        time.sleep(PAUSE_SECONDS * 2 ** (attempt - 1))
     raise AssertionError
 
 
-def _call(filesystem: Any, method: str, *args: Any, **options: Any) -> Any:
-    """Call a method of a file system; one that is asynchronous gets `PATIENCE_SECONDS`.
-
-    The others (Hugging Face's) have time limits of their own.
-    """
-    if not getattr(filesystem, "async_impl", False):
-        return getattr(filesystem, method)(*args, **options)
-    from fsspec.asyn import sync
-
-    function = getattr(filesystem, f"_{method}")
-    return sync(filesystem.loop, function, *args, timeout=PATIENCE_SECONDS, **options)
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and what is behind it: fsspec hides the server's answer there."""
-    seen: BaseException | None = error
-    while seen is not None:
-        yield seen
-        seen = seen.__cause__
+def _lasting_reason(url: str, error: Exception) -> str:
+    """Say why a request failed; raise `RemoteError` if a further one would as well."""
+    causes: list[BaseException] = [error]  # fsspec hides the server's answer there
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    status = next(filter(None, map(_status, causes)), None)
+    # Over HTTP, fsspec says that a file is not found whatever failed when it asked for its size.
+    says_missing = isinstance(error, FileNotFoundError)
+    is_hidden = url.startswith("http") and len(causes) > 1
+    if status in (404, 410) or (status is None and says_missing and not is_hidden):
+        raise RemoteError(
+            f"shard {url} is missing (not found on its server). Correct the pattern, or put the "
+            f"shard there.",
+            missing=True,
+        ) from error
+    if status is not None:
+        reason = f"its server answered with status {status}"
+    elif any(isinstance(e, TimeoutError) or "Timeout" in type(e).__name__ for e in causes):
+        reason = f"it is too slow: no answer within {PATIENCE_SECONDS:g} seconds"
+    else:
+        reason = str(causes[-1]) or type(causes[-1]).__name__
+    if status in (401, 403) or isinstance(error, PermissionError):
+        raise RemoteError(
+            f"shard {url} may not be read ({reason}). Log in as its server asks for, or sign the "
+            f"URL anew."
+        ) from error
+    return reason
 
 
 def _status(error: BaseException) -> int | None:
-    """Return the HTTP status behind an error, if any."""
-    for cause in _causes(error):
-        for holder in (cause, getattr(cause, "response", None)):
-            for field in ("status", "status_code", "code"):
-                status = getattr(holder, field, None)
-                if isinstance(status, int) and 400 <= status < 600:
-                    return status
+    """Return the HTTP status that an error tells, if any."""
+    for holder in (error, getattr(error, "response", None)):
+        for name in ("status", "status_code", "code"):
+            status = getattr(holder, name, None)
+            if isinstance(status, int) and 400 <= status < 600:
+                return status
     return None
-
-
-def _says_missing(url: str, error: Exception) -> bool:
-    # Over HTTP, fsspec says so of whatever failed when it asked for a size.
-    hidden = url.startswith("http") and error.__cause__ is not None
-    return isinstance(error, FileNotFoundError) and not hidden
-
-
-def _reason(error: Exception, status: int | None) -> str:
-    if status is not None:
-        return f"its server answered with status {status}"
-    causes = list(_causes(error))
-    if any(isinstance(e, TimeoutError) or "Timeout" in type(e).__name__ for e in causes):
-        return f"it is too slow: no answer within {PATIENCE_SECONDS:g} seconds"
-    return str(causes[-1]) or type(causes[-1]).__name__
 
 
 def _filesystem(url: str) -> Any:
@@ -271,3 +259,130 @@ def _open_filesystem(protocol: str, process: int) -> Any:
     import_extra(module, extra, purpose)
     # Its own, not one that it shares with other users of this process.
     return fsspec.filesystem(protocol, use_listings_cache=False, skip_instance_cache=True)
+
+
+class ShardCache:
+    """A folder of whole shards, of which the least recently used are dropped first.
+
+    While a shard is fetched, the name of its file tells what it will take, for others to count.
+
+    Args:
+        folder: shared by all processes of this machine.
+        max_bytes: bound of what it holds, unfinished downloads included.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.folder = folder
+        self.max_bytes = max_bytes
+        self._locks = folder / "locks"
+        self._failed: dict[str, tuple[float, str]] = {}
+
+    @classmethod
+    def of_environment(cls) -> ShardCache:
+        """Return the cache that the environment names: `FASTERASE_SHARD_CACHE` is its folder,
+        `FASTERASE_SHARD_CACHE_BYTES` its bound; by default 64 GiB in the user's cache folder.
+
+        Raises:
+            InputError: the bound is no number of bytes.
+        """
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fasterase" / "remote"
+        folder = Path(os.environ.get(FOLDER_VARIABLE) or cache).expanduser()
+        bound = os.environ.get(BYTES_VARIABLE) or str(DEFAULT_BYTES)
+        if not bound.isdecimal():
+            raise InputError(
+                f"{BYTES_VARIABLE}={bound!r} must be a whole number of bytes, such as "
+                f"{DEFAULT_BYTES} for 64 GiB."
+            )
+        return cls(folder, int(bound))
+
+    def open(self, shard: RemoteShard) -> IO[bytes]:
+        """Open a shard, fetched if need be. It may be dropped, and can be read on, while open.
+
+        Raises:
+            RemoteError: it cannot be fetched.
+            InputError: it is larger than the cache, or the cache cannot be written.
+            DiskFullError: there is no room for it.
+        """
+        path = self._path(shard)
+        try:
+            file = path.open("rb")
+        except FileNotFoundError:
+            return self._fetch(shard, path)
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(path)
+        return file
+
+    def _path(self, shard: RemoteShard) -> Path:
+        key = hashlib.blake2b("\n".join(map(str, shard)).encode(), digest_size=12).hexdigest()
+        return self.folder / f"{key}-{shard_name(shard.url)[-80:]}"
+
+    def _fetch(self, shard: RemoteShard, path: Path) -> IO[bytes]:
+        """Download a shard, unless another process has done so in the meantime, and open it."""
+        if shard.size > self.max_bytes:
+            raise InputError(
+                f"shard {shard.url} takes {shard.size} bytes, more than the {self.max_bytes} of "
+                f"the cache of remote shards. Raise {BYTES_VARIABLE}; a few dozen shards should "
+                f"fit."
+            )
+        since, reason = self._failed.get(shard.url, (-_FAILED_SECONDS, ""))
+        if time.monotonic() - since < _FAILED_SECONDS:
+            raise RemoteError(reason)
+        partial = path.with_name(f"{path.name}.{shard.size}.partial")
+        try:
+            self._locks.mkdir(parents=True, exist_ok=True)
+            with FileLock(self._locks / path.name):
+                if not path.exists():
+                    self._reserve(partial, shard.size)
+                    with reporting_full_disk(self._locks, target=path, size_bytes=shard.size):
+                        _download(shard, partial)
+                    with self._room():
+                        os.replace(partial, path)
+                return path.open("rb")
+        except RemoteError as error:
+            # Each of its pairs would wait for it again.
+            self._failed[shard.url] = time.monotonic(), str(error)
+            raise
+        except PermissionError as error:
+            raise InputError(
+                f"{self.folder} cannot be written ({error.strerror}), and remote shards are kept "
+                f"there while they are read. Name another folder with {FOLDER_VARIABLE}."
+            ) from error
+
+    def _room(self) -> FileLock:
+        """Return the lock of what the folder holds."""
+        return FileLock(self._locks / "room")
+
+    def _reserve(self, partial: Path, size: int) -> None:
+        """Make room for a shard of `size` bytes, and the file to download it to."""
+        while True:
+            with self._room():
+                if partial.exists() or self._make_room(size):
+                    partial.touch()
+                    return
+            # All others are being fetched, which ends.
+            time.sleep(_POLL_SECONDS)
+
+    def _make_room(self, size: int) -> bool:
+        """Drop the least recently used shards until `size` bytes fit; False if they do not."""
+        held = sorted(self.folder.glob("*-*"), key=lambda path: path.stat().st_mtime_ns)
+        sizes = [_whole_size(path) for path in held]
+        over = size + sum(sizes) - self.max_bytes
+        for path, whole in zip(held, sizes, strict=True):
+            if over > 0 and self._drop(path):
+                over -= whole
+        return over <= 0
+
+    def _drop(self, path: Path) -> bool:
+        """Remove a shard, or an unfinished download; False if it is being fetched."""
+        name = path.name.rsplit(".", 2)[0] if path.suffix == ".partial" else path.name
+        try:
+            with FileLock(self._locks / name, timeout=0):
+                path.unlink()
+        except (Timeout, OSError):  # Windows refuses to remove a file that is open
+            return False
+        return True
+
+
+def _whole_size(path: Path) -> int:
+    """Return the bytes that a file of the cache takes, or will take."""
+    return int(path.name.split(".")[-2]) if path.suffix == ".partial" else path.stat().st_size

@@ -207,7 +207,7 @@ class PairTable(Sequence[Record]):
     # What follows takes rows of `base`, and reads the columns.
 
     def _count(self) -> int:
-        return len(self.parts)
+        return self.parts.starts[-1]
 
     def _find(self, row: int) -> tuple[Part, int]:
         number, at = self.parts.find(row)
@@ -219,7 +219,7 @@ class PairTable(Sequence[Record]):
 
     def _texts(self, row: int) -> list[str] | Tensor:
         part, at = self._find(row)
-        captions = part.captions(at)
+        captions = part.value("captions", at)
         if not captions:
             raise BrokenPair(self._id(row), self.broken.get(row, "no readable caption"))
         return captions
@@ -260,7 +260,7 @@ class PairTable(Sequence[Record]):
 
     @cached_property
     def _digest(self) -> str:
-        parts = b"".join(part.digest() for part in self.parts.every)
+        parts = "".join(part.digest() for part in self.parts.every).encode()
         return hashlib.blake2b(parts + self._sizes.tobytes(), digest_size=16).hexdigest()
 
     def _shards(self) -> np.ndarray | None:

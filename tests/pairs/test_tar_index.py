@@ -86,7 +86,7 @@ def test_what_has_changed_is_indexed_again_alone(shards, read_shards, make_tar, 
     read_shards.clear()
     block = blocks(shards)[2]
     data = block.read_bytes()
-    facts = data.index(b'"torn"')
+    facts = data.rindex(b'"torn"')
     for damaged in (data[:-1], data[:100], data[:facts] + b"\0" + data[facts + 1 :], b""):
         block.write_bytes(damaged)
         assert contents(shards) == after
@@ -192,7 +192,7 @@ def test_headers_are_read_as_tarfile_reads_them(tmp_path, form):
         expected = [(m.name, m.offset_data, m.size, m.isfile()) for m in tar]
     with path.open("rb") as file:
         reader = ShardReader(file)
-        found = [(e.name, e.offset, e.size, e.is_file) for e in iter(reader.next, None)]
+        found = [(e.name, e.offset_data, e.size, e.isfile()) for e in reader.entries()]
         assert reader.damage == []
     assert found == expected
 
