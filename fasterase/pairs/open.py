@@ -11,8 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from fasterase.errors import InputError
-from fasterase.pairs.read_files import is_frame, open_file, open_frame
-from fasterase.pairs.read_folders import open_folder
+from fasterase.pairs.read_files import is_frame, open_file, open_folder, open_frame
 from fasterase.pairs.read_objects import open_objects
 from fasterase.pairs.read_tars import TAR_ENDINGS, expand_pattern, is_tar_pattern, open_tars
 from fasterase.pairs.table import PairTable

@@ -1,4 +1,4 @@
-"""Read pairs from the columns of CSV, TSV, JSON and Parquet files and of DataFrames."""
+"""Read pairs from files of columns (CSV, JSON, Parquet), DataFrames and folders of images."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-import pyarrow as pa
-from pyarrow import csv as arrow_csv
 from pyarrow import parquet
 
 from fasterase.errors import InputError
+from fasterase.pairs.classes import normalize_class_name
 from fasterase.pairs.images import ImageFiles, ImagesInMemory
 from fasterase.pairs.items import IMAGE_KEYS, TEXT_KEYS, check_columns, choose_key, select_plain
 from fasterase.pairs.parts import pack
@@ -25,7 +24,7 @@ _NAMES = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar"}
 SEPARATORS = tuple(_NAMES)
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 PARQUET_ENDINGS = (".parquet", ".pq")
-_BLOCK_BYTES = 1 << 24  # a row must fit in two
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # Text files hold neither pixels nor token ids.
 _IMAGE_COLUMNS = tuple(key for key in IMAGE_KEYS if key != "pixel_values")
 _TEXT_COLUMNS = tuple(key for key in TEXT_KEYS if key != "input_ids")
@@ -237,89 +236,48 @@ def _read_separated(
         names = _split_header(header, separator)
         _check_header(names, path.parent, separator)
         _choose_columns(names, image_key, text_key, text_file=True)
-        if not _check_quotes(file, separator):
-            return
-    for batch in _read_batches(path, names, separator):
-        columns = [column.to_pylist() for column in batch.columns]
-        yield from (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
+        for number, cells in _read_cells(file, separator):
+            if len(cells) == len(names):
+                yield dict(zip(names, cells, strict=True))
+            elif "".join(cells).strip():
+                count = len(cells)
+                raise InputError(
+                    f"line {number} has {count} cell{'s' * (count != 1)}, but the header has "
+                    f"{len(names)} ({', '.join(names)}). Put cells that hold a "
+                    f"{_NAMES[separator]} or a line break in double quotes, and leave none out."
+                )
 
 
-def _read_batches(path: Path, names: list[str], separator: str) -> Iterator[pa.RecordBatch]:
-    wrong: list[arrow_csv.InvalidRow] = []
-
-    def note(row: arrow_csv.InvalidRow) -> str:
-        if row.text.strip():
-            wrong.append(row)
-        return "error" if wrong else "skip"
-
-    try:
-        yield from arrow_csv.open_csv(
-            str(path),
-            arrow_csv.ReadOptions(
-                use_threads=False, column_names=names, skip_rows=1, block_size=_BLOCK_BYTES
-            ),
-            arrow_csv.ParseOptions(
-                delimiter=separator, newlines_in_values=True, invalid_row_handler=note
-            ),
-            arrow_csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string())),
-        )
-    except pa.ArrowInvalid as error:
-        if not wrong:
-            raise InputError(f"it cannot be read as a table: {error}") from error
-        count = wrong[0].actual_columns
-        raise InputError(
-            f"line {_find_line(path, wrong[0].text)} has {count} cell{'s' * (count != 1)}, but the "
-            f"header has {len(names)} ({', '.join(names)}). Put cells that hold a "
-            f"{_NAMES[separator]} or a line break in double quotes, and leave none out."
-        ) from error
-
-
-def _find_line(path: Path, row: str) -> int:
-    """Return the number of the first line of a row. Arrow counts rows, which may have several."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        first = row.splitlines()[0]
-        return next(
-            (number for number, line in enumerate(file, 1) if line.strip("\r\n") == first), 0
-        )
-
-
-def _check_quotes(file: TextIO, separator: str) -> bool:
-    """Read the lines after the header; tell whether there are any but blank ones.
+def _read_cells(file: TextIO, separator: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield the first line of each row after the header, and its cells.
 
     Raises:
-        InputError: a quote is not closed. Arrow would make one caption of the rest of the file, or
+        InputError: a quote is not closed, which would make one caption of the rest of the file, or
             of all lines up to the next quote.
     """
-    any_row = False
-    pending: list[str] = []
-    first = 0
-    for number, line in enumerate(file, 2):
-        any_row = any_row or bool(line.strip())
-        if line.count('"') % 2 == 0:
-            if pending:
-                pending.append(line)
-        elif pending:
-            pending.append(line)
-            if _quote_error(pending, separator):
-                break
-            pending = []
-        elif "end of data" in _quote_error([line], separator):
-            pending, first = [line], number
-    if pending:
-        raise InputError(
-            f"line {first}: {_quote_error(pending, separator)}; a double quote that begins a cell "
-            "is not closed. Close it, or write the cell in double quotes and each quote inside it "
-            'twice ("").'
-        )
-    return any_row
+    line = ""
 
+    def lines() -> Iterator[str]:
+        nonlocal line
+        for line in file:  # noqa: UP028 (the last one is needed below)
+            yield line
 
-def _quote_error(lines: list[str], separator: str) -> str:
-    try:
-        list(csv.reader(lines, delimiter=separator, strict=True))
-    except csv.Error as error:
-        return str(error)
-    return ""
+    reader = csv.reader(lines(), delimiter=separator, strict=True)
+    while True:
+        first = reader.line_num + 2
+        try:
+            yield first, next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            # `"d" e` in one line loses nothing.
+            if reader.line_num + 1 > first or "expected after" not in str(error):
+                raise InputError(
+                    f"line {first}: {error}; a double quote that begins a cell is not closed. "
+                    "Close it, or write the cell in double quotes and each quote inside it "
+                    'twice ("").'
+                ) from error
+            yield first, next(csv.reader([line], delimiter=separator))
 
 
 def _check_header(names: list[str], folder: Path, separator: str) -> None:
@@ -351,3 +309,66 @@ def detect_separator(header: str, image_key: str | None, text_key: str | None) -
 
 def _split_header(header: str, separator: str) -> list[str]:
     return [name.strip() for name in next(csv.reader([header], delimiter=separator))]
+
+
+def open_folder(folder: Path, *, name: str) -> PairTable:
+    """Read a folder of images.
+
+    If any image, at any depth, has a `.txt` file with the same stem beside it, the captions come
+    from those files (one caption per file), and an image without one is a broken pair. Otherwise
+    the first level of folders are classes, and the caption is the name of the folder with spaces
+    for underscores.
+
+    Raises:
+        InputError: there are no images, or some are outside any class folder.
+    """
+    images: list[str] = []
+    captioned: set[str] = set()
+    for relative in _walk(folder):
+        stem, ending = os.path.splitext(relative)
+        if ending.lower() in IMAGE_ENDINGS:
+            images.append(relative)
+        elif ending == ".txt":
+            captioned.add(stem)
+    if not images:
+        raise InputError(
+            f"`{name}`: folder {folder} holds neither images ({', '.join(IMAGE_ENDINGS)}) nor .tar "
+            f"shards"
+        )
+    stems = [os.path.splitext(image)[0] for image in images]
+    if not captioned.isdisjoint(stems):
+        captions = (_read_caption(folder, stem) if stem in captioned else [] for stem in stems)
+        rows = ((image, texts, None) for image, texts in zip(images, captions, strict=True))
+        return PairTable(name, pack(rows), ImageFiles(folder))
+    loose = [image for image in images if os.sep not in image]
+    if loose:
+        raise InputError(
+            f"`{name}`: {folder} holds images with neither a .txt caption beside them nor a class "
+            f"folder around them, such as {loose[0]}"
+        )
+    folders = [image.split(os.sep, 1)[0] for image in images]
+    class_of = {each: normalize_class_name(each) for each in sorted(set(folders))}
+    parts = pack(
+        (image, [class_of[each]], {"class": class_of[each]})
+        for image, each in zip(images, folders, strict=True)
+    )
+    classes = list(dict.fromkeys(class_of.values()))
+    return PairTable(name, parts, ImageFiles(folder), classes=classes)
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    """Yield the relative paths of all files in sorted order, without hidden files and folders."""
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(f for f in folders if not f.startswith((".", "__MACOSX")))
+        relative = os.path.relpath(parent, folder)
+        for file in sorted(files):
+            if not file.startswith("."):
+                yield file if relative == "." else os.path.join(relative, file)
+
+
+def _read_caption(folder: Path, stem: str) -> list[str]:
+    try:
+        return [(folder / f"{stem}.txt").read_text(encoding="utf-8-sig")]
+    # Like an unreadable image, an unreadable caption makes a broken pair.
+    except (OSError, UnicodeDecodeError):
+        return []

@@ -10,8 +10,7 @@ import pytest
 from fasterase.errors import InputError
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.skips import BrokenPair
-from fasterase.pairs.split import split
-from fasterase.pairs.split_files import write_split
+from fasterase.pairs.split import split, write_split
 
 CAPTIONS = ["an apple", 'a "red" apple, cut', "a pear\nin two lines", "größe", "", "sea lion"]
 
