@@ -141,7 +141,7 @@ def write_large(folder: Path, shard: str, *, pairs: int) -> list[str]:
         path = folder / f"{number:05d}.tar"
         with path.open("wb") as file:
             file.truncate(source.facts["size_bytes"])
-        changed = {"shard": path.name, "mtime_ns": path.stat().st_mtime_ns}
+        changed = {"shard": path.name, "version": str(path.stat().st_mtime_ns)}
         target = index_path(str(path), opened.images.entries)
         target.parent.mkdir(exist_ok=True)
         Part(source.batch, source.facts | changed).save(target)

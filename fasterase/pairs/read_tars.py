@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import functools
 import glob
-import hashlib
 import json
 import os
 import re
 import warnings
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,26 +17,11 @@ from fasterase.errors import InputError
 from fasterase.pairs.images import ImagesInMemory
 from fasterase.pairs.items import Record
 from fasterase.pairs.parts import Part, Parts
-from fasterase.pairs.remote import (
-    BYTES_VARIABLE,
-    RemoteError,
-    RemoteShard,
-    ShardCache,
-    describe_shards,
-    is_remote,
-    shard_name,
-)
+from fasterase.pairs.remote import BYTES_VARIABLE, RemoteError, Shard, describe_shards, shard_name
 from fasterase.pairs.sampler import WINDOW_SHARDS
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.table import PairTable
-from fasterase.pairs.tar_index import (
-    Entries,
-    Shard,
-    add_lost,
-    check_parts,
-    index_shards,
-    read_rows,
-)
+from fasterase.pairs.tar_index import Entries, add_lost, check_parts, index_shards, read_rows
 from fasterase.pairs.tar_reader import open_sequential
 from fasterase.progress import progress_bar
 
@@ -104,15 +87,7 @@ def open_tars(
             images or no captions under those endings.
         MissingExtraError: remote shards need a package that is not installed.
     """
-    urls = list(dict.fromkeys(filter(is_remote, places)))
-    cache = ShardCache.of_environment() if urls else None
-    remote = describe_shards(urls, name=name) if urls else {}
-    shards = [
-        Shard(place, remote[place], cache)
-        if place in remote
-        else Shard(os.path.abspath(place) if os.path.isfile(place) else place)
-        for place in places
-    ]
+    shards = describe_shards(places, name=name)
     entries = Entries(
         tuple((image_key or IMAGE_ENTRIES).lower().split(";")),
         tuple((text_key or TEXT_ENTRIES).lower().split(";")),
@@ -122,15 +97,14 @@ def open_tars(
         return _load_tars(shards, name, entries)
     parts = index_shards(shards, name=name, entries=entries)
     broken = add_lost(name, shards, parts)
-    if cache is not None:
-        _warn_if_cache_is_small(name, list(remote.values()), cache)
+    _check_cache(name, {shard for shard in shards if shard.cache is not None})
     return TarTable(name, parts, TarImages(shards, parts, entries), broken=broken)
 
 
 def _is_plain(shard: Shard) -> bool:
     """Tell whether a shard can be read at random: it is a file or at a URL, and not compressed."""
     is_compressed = shard_name(shard.place).lower().endswith(_COMPRESSED)
-    return not is_compressed and (shard.remote is not None or os.path.isfile(shard.place))
+    return not is_compressed and (shard.cache is not None or os.path.isfile(shard.place))
 
 
 class TarImages:
@@ -181,12 +155,12 @@ class TarImages:
     def location(self, row: int, id: str) -> str:
         number, at = self._parts.find(row)
         shard = self.shards[number]
-        place = _resolve(shard.place) if shard.remote is None else shard.place
+        place = _resolve(shard.place) if shard.cache is None else shard.place
         return f"{place}::{self._parts.every[number].value('offset', at)}"
 
     def shard_numbers(self) -> np.ndarray | None:
         """Return the shard of each row, [n] int32; None if all are local."""
-        if not any(shard.remote for shard in self.shards):
+        if not any(shard.cache for shard in self.shards):
             return None
         numbers = np.repeat(np.arange(len(self._parts.every)), np.diff(self._parts.starts))
         # Lost samples, which are not read, are of one of them.
@@ -211,12 +185,6 @@ class TarTable(PairTable):
         _check_downloaded(record)
         return record
 
-    @cached_property
-    def _digest(self) -> str:
-        # Sizes are in those of the parts; reading the column again would take seconds of many.
-        parts = "".join(part.digest() for part in self.parts.every).encode()
-        return hashlib.blake2b(parts, digest_size=16).hexdigest()
-
     def _shards(self) -> np.ndarray | None:
         return self.images.shard_numbers()
 
@@ -225,20 +193,23 @@ class TarTable(PairTable):
 _resolve = functools.cache(os.path.realpath)
 
 
-def _warn_if_cache_is_small(name: str, shards: list[RemoteShard], cache: ShardCache) -> None:
-    """Warn if training would fetch the same shards again and again."""
+def _check_cache(name: str, shards: set[Shard]) -> None:
+    """Warn if training would fetch the same remote shards again and again."""
     # Workers read the next window ahead while others still read this one.
-    needed = min(len(shards), 2 * WINDOW_SHARDS) * max(shard.size for shard in shards)
-    if cache.max_bytes < needed:
+    needed = min(len(shards), 2 * WINDOW_SHARDS) * max((shard.size for shard in shards), default=0)
+    held = min((shard.cache.max_bytes for shard in shards if shard.cache), default=0)
+    if held < needed:
         warnings.warn(
-            f"`{name}`: the cache of remote shards holds {cache.max_bytes} bytes. Training "
-            f"shuffles {WINDOW_SHARDS} shards together and would fetch them more than once. Raise "
+            f"`{name}`: the cache of remote shards holds {held} bytes. Training shuffles "
+            f"{WINDOW_SHARDS} shards together and would fetch them more than once. Raise "
             f"{BYTES_VARIABLE} to {needed} or more for each of the sets to forget and to retain.",
             stacklevel=2,
         )
 
 
 def _load_tars(shards: list[Shard], name: str, entries: Entries) -> PairTable:
+    from webdataset.gopen import gopen
+
     warnings.warn(
         f"`{name}`: compressed shards and pipes allow no random access; they are read once and "
         f"their images kept in memory. For large sets, use uncompressed .tar files.",
@@ -248,10 +219,9 @@ def _load_tars(shards: list[Shard], name: str, entries: Entries) -> PairTable:
     parts: list[Part] = []
     for shard in progress_bar(f"reading {name}", items=shards, unit="shard", delay=2):
         try:
-            is_file = shard.remote is not None or os.path.isfile(shard.place)
-            raw = shard.open() if is_file else None
-            with open_sequential(shard.place, raw) as (file, damage):
-                parts.append(read_rows(shard.place, file, entries, damage=damage, images=images))
+            stream = gopen(shard.place) if shard.cache is None else shard.open()
+            with open_sequential(stream, shard.place) as (file, damage):
+                parts.append(read_rows(shard, file, entries, damage=damage, images=images))
         except RemoteError as error:
             raise InputError(f"`{name}`: {error}") from error
         # Pipes raise errors of their own.

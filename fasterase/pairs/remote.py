@@ -1,4 +1,4 @@
-"""Shards at a URL: what is there, and local copies of them within a bound.
+"""Shards: files, and what is at URLs, read through local copies of which a bounded number is kept.
 
 All processes of a machine share one folder of copies. A shard is fetched whole by one of them while
 the others wait for it; a download that was cut off resumes. The name of a copy is a hash of URL,
@@ -42,12 +42,15 @@ TRIES = 3
 PAUSE_SECONDS = 2.0  # before the second try; doubled for each further one
 CHUNK_BYTES = 8 << 20
 _ASKED_AT_ONCE = 16
+# Small entries of a tar share a read; of large ones little is read in vain.
+_BUFFER_BYTES = 1 << 15
 # What a file system tells of a file that changes with its content, whatever its name for it; the
 # first that it tells counts.
 _VERSIONS = (
     *("ETag", "etag", "md5Hash", "Content-MD5", "Digest", "blob_id", "Last-Modified"),
     *("LastModified", "last_modified", "mtime", "updated", "last_commit"),
 )
+_STATUSES = ("status", "status_code", "code")  # of an HTTP answer, in errors
 FOLDER_VARIABLE = "FASTERASE_SHARD_CACHE"
 BYTES_VARIABLE = "FASTERASE_SHARD_CACHE_BYTES"
 DEFAULT_BYTES = 64 << 30
@@ -68,18 +71,26 @@ class RemoteError(FaseraseError, OSError):
         self.missing = missing
 
 
-class RemoteShard(NamedTuple):
-    """One version of a shard at a URL.
+class Shard(NamedTuple):
+    """One version of a tar.
 
     Attributes:
-        url: where it is.
-        size: its bytes.
-        version: its ETag or time of change, as the server tells it; empty if it tells neither.
+        place: its absolute path, URL or pipe.
+        size: its bytes; 0 of a pipe.
+        version: its time of change or ETag; empty if a server tells neither.
+        cache: where what is at the URL is copied to; None of others.
     """
 
-    url: str
+    place: str
     size: int
     version: str
+    cache: ShardCache | None = None
+
+    def open(self) -> IO[bytes]:
+        """Open the file, or the local copy of what is at the URL."""
+        if self.cache is not None:
+            return self.cache.open(self)
+        return open(self.place, "rb", buffering=_BUFFER_BYTES)
 
 
 def is_remote(place: str) -> bool:
@@ -93,65 +104,71 @@ def shard_name(place: str) -> str:
     return posixpath.basename(urlsplit(place).path) if is_remote(place) else os.path.basename(place)
 
 
-def describe_shards(urls: Sequence[str], *, name: str) -> dict[str, RemoteShard]:
-    """Ask what is at each of the URLs, many at once; no shard is read.
+def describe_shards(places: Sequence[str], *, name: str) -> list[Shard]:
+    """Find out what is at each place, at many URLs at once; no shard is read.
 
     Args:
-        urls: of one or more protocols.
+        places: paths, pipes and URLs of one or more protocols.
         name: the argument that they were given as.
 
     Raises:
         MissingExtraError: a protocol needs a package that is not installed.
-        InputError: shards are missing or cannot be reached; counts them and names one.
+        InputError: remote shards are missing or cannot be reached; counts them and names one.
     """
+    urls = list(dict.fromkeys(filter(is_remote, places)))
+    cache = ShardCache.of_environment() if urls else None
     for url in urls:
         _filesystem(url)  # here, so that all threads share one, and a missing package is one error
 
-    def ask(url: str) -> RemoteShard | RemoteError:
+    def ask(url: str) -> Shard | RemoteError:
         try:
-            return describe_shard(url)
+            return describe_shard(url)._replace(cache=cache)
         except RemoteError as error:
             return error
 
     with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
-        answers = list(pool.map(ask, urls))
-    failed = [answer for answer in answers if isinstance(answer, RemoteError)]
+        found = dict(zip(urls, pool.map(ask, urls), strict=True))
+    failed = [answer for answer in found.values() if isinstance(answer, RemoteError)]
     if failed:
-        missing = all(error.missing for error in failed)
+        what = "are missing" if all(error.missing for error in failed) else "cannot be opened"
         raise InputError(
-            f"`{name}`: {len(failed)} of {len(urls)} shards "
-            f"{'are missing' if missing else 'cannot be opened'}, such as: {failed[0]}"
+            f"`{name}`: {len(failed)} of {len(urls)} shards {what}, such as: {failed[0]}"
         ) from failed[0]
-    return {answer.url: answer for answer in answers if isinstance(answer, RemoteShard)}
+    shards = (found.get(place) or describe_shard(place) for place in places)
+    return [shard for shard in shards if isinstance(shard, Shard)]
 
 
-def describe_shard(url: str) -> RemoteShard:
-    """Ask what is at the URL.
+def describe_shard(place: str) -> Shard:
+    """Find out what is at a path, pipe or URL.
 
     Raises:
-        RemoteError: nothing, or it cannot be reached, or its size is unknown.
+        RemoteError: nothing is at the URL, or it cannot be reached, or its size is unknown.
     """
-    info = _request(url, "info")
-    size = info.get("size")
-    if not isinstance(size, int):
+    if not is_remote(place):
+        if not os.path.isfile(place):
+            return Shard(place, 0, "")
+        status = os.stat(place)
+        return Shard(os.path.abspath(place), status.st_size, str(status.st_mtime_ns))
+    info = _request(place, "info")
+    if not isinstance(info.get("size"), int):
         raise RemoteError(
-            f"shard {url}: its server does not tell its size, by which a truncated download is "
+            f"shard {place}: its server does not tell its size, by which a truncated download is "
             f"recognised. Copy the shards to local files, or to another server."
         )
     versions = (info[key] for key in _VERSIONS if info.get(key))
-    return RemoteShard(url, size, str(next(versions, "")))
+    return Shard(place, info["size"], str(next(versions, "")))
 
 
-def _download(shard: RemoteShard, path: Path) -> None:
+def _download(shard: Shard, path: Path) -> None:
     """Append to the file at `path` what it lacks of the shard.
 
     Raises:
         RemoteError: it is missing, has changed, does not answer, or ends before its size.
     """
-    now = describe_shard(shard.url)
-    if now != shard:
+    now = describe_shard(shard.place)
+    if now[:3] != shard[:3]:
         raise RemoteError(
-            f"shard {shard.url} has changed since it was opened (it had {shard.size} bytes, "
+            f"shard {shard.place} has changed since it was opened (it had {shard.size} bytes, "
             f"version {shard.version!r}; now {now.size} bytes, version {now.version!r}). Leave "
             f"shards alone while they are read, and start again."
         )
@@ -166,7 +183,7 @@ def _download(shard: RemoteShard, path: Path) -> None:
     with path.open("ab") as file:
         while (start := file.tell()) < shard.size:
             end = min(start + CHUNK_BYTES, shard.size)
-            file.write(_request(shard.url, "cat_file", check, start=start, end=end))
+            file.write(_request(shard.place, "cat_file", check, start=start, end=end))
 
 
 def _request(
@@ -178,7 +195,7 @@ def _request(
         check: returns the answer, or raises.
 
     Raises:
-        RemoteError: it failed each time, or what it asks for is missing or forbidden.
+        RemoteError: it failed each time, or what it asks for is missing.
     """
     filesystem = _filesystem(url)
     for attempt in range(1, TRIES + 1):
@@ -191,54 +208,42 @@ def _request(
             return check(sync(filesystem.loop, call, url, timeout=PATIENCE_SECONDS, **options))
         # Each file system raises errors of its own: aiohttp's, botocore's, httpx's, ...
         except Exception as error:
-            reason = _lasting_reason(url, error)
+            reason = _explain(url, error)
+            if reason is None:
+                raise RemoteError(
+                    f"shard {url} is missing (not found on its server). Correct the pattern, or "
+                    f"put the shard there.",
+                    missing=True,
+                ) from error
             if attempt == TRIES:
                 raise RemoteError(
                     f"shard {url} cannot be read: {reason}, at the last of {TRIES} tries. Check "
-                    f"the network and the server; or copy the shards to local files."
+                    f"the network, the server and your access to it; or copy the shards to local "
+                    f"files."
                 ) from error
             log.warning("Shard %s: %s; trying again.", url, reason)
         time.sleep(PAUSE_SECONDS * 2 ** (attempt - 1))
     raise AssertionError
 
 
-def _lasting_reason(url: str, error: Exception) -> str:
-    """Say why a request failed; raise `RemoteError` if a further one would as well."""
-    causes: list[BaseException] = [error]  # fsspec hides the server's answer there
-    while causes[-1].__cause__ is not None:
-        causes.append(causes[-1].__cause__)
-    status = next(filter(None, map(_status, causes)), None)
-    # Over HTTP, fsspec says that a file is not found whatever failed when it asked for its size.
-    says_missing = isinstance(error, FileNotFoundError)
+def _explain(url: str, error: BaseException) -> str | None:
+    """Return why a request failed; None if what it asks for is missing."""
+    causes = [error]  # behind errors of its own, fsspec hides the server's answer
+    while (cause := causes[-1].__cause__) is not None:
+        causes.append(cause)
+    holders = (each for cause in causes for each in (cause, getattr(cause, "response", None)))
+    told = (getattr(each, name, None) for each in holders for name in _STATUSES)
+    status = next((each for each in told if isinstance(each, int) and 400 <= each < 600), None)
+    # Over HTTP, "not found" is what it says of whatever failed when it asked for a size.
     is_hidden = url.startswith("http") and len(causes) > 1
-    if status in (404, 410) or (status is None and says_missing and not is_hidden):
-        raise RemoteError(
-            f"shard {url} is missing (not found on its server). Correct the pattern, or put the "
-            f"shard there.",
-            missing=True,
-        ) from error
+    is_missing = isinstance(error, FileNotFoundError) and not is_hidden
+    if status in (404, 410) or (status is None and is_missing):
+        return None
     if status is not None:
-        reason = f"its server answered with status {status}"
-    elif any(isinstance(e, TimeoutError) or "Timeout" in type(e).__name__ for e in causes):
-        reason = f"it is too slow: no answer within {PATIENCE_SECONDS:g} seconds"
-    else:
-        reason = str(causes[-1]) or type(causes[-1]).__name__
-    if status in (401, 403) or isinstance(error, PermissionError):
-        raise RemoteError(
-            f"shard {url} may not be read ({reason}). Log in as its server asks for, or sign the "
-            f"URL anew."
-        ) from error
-    return reason
-
-
-def _status(error: BaseException) -> int | None:
-    """Return the HTTP status that an error tells, if any."""
-    for holder in (error, getattr(error, "response", None)):
-        for name in ("status", "status_code", "code"):
-            status = getattr(holder, name, None)
-            if isinstance(status, int) and 400 <= status < 600:
-                return status
-    return None
+        return f"its server answered with status {status}"
+    if any(isinstance(each, TimeoutError) or "Timeout" in type(each).__name__ for each in causes):
+        return f"it is too slow: no answer within {PATIENCE_SECONDS:g} seconds"
+    return str(causes[-1]) or type(causes[-1]).__name__
 
 
 def _filesystem(url: str) -> Any:
@@ -295,7 +300,7 @@ class ShardCache:
             )
         return cls(folder, int(bound))
 
-    def open(self, shard: RemoteShard) -> IO[bytes]:
+    def open(self, shard: Shard) -> IO[bytes]:
         """Open a shard, fetched if need be. It may be dropped, and can be read on, while open.
 
         Raises:
@@ -305,26 +310,26 @@ class ShardCache:
         """
         path = self._path(shard)
         try:
-            file = path.open("rb")
+            file = path.open("rb", buffering=_BUFFER_BYTES)
         except FileNotFoundError:
             return self._fetch(shard, path)
         with contextlib.suppress(FileNotFoundError):
             os.utime(path)
         return file
 
-    def _path(self, shard: RemoteShard) -> Path:
-        key = hashlib.blake2b("\n".join(map(str, shard)).encode(), digest_size=12).hexdigest()
-        return self.folder / f"{key}-{shard_name(shard.url)[-80:]}"
+    def _path(self, shard: Shard) -> Path:
+        key = hashlib.blake2b("\n".join(map(str, shard[:3])).encode(), digest_size=12).hexdigest()
+        return self.folder / f"{key}-{shard_name(shard.place)[-80:]}"
 
-    def _fetch(self, shard: RemoteShard, path: Path) -> IO[bytes]:
+    def _fetch(self, shard: Shard, path: Path) -> IO[bytes]:
         """Download a shard, unless another process has done so in the meantime, and open it."""
         if shard.size > self.max_bytes:
             raise InputError(
-                f"shard {shard.url} takes {shard.size} bytes, more than the {self.max_bytes} of "
+                f"shard {shard.place} takes {shard.size} bytes, more than the {self.max_bytes} of "
                 f"the cache of remote shards. Raise {BYTES_VARIABLE}; a few dozen shards should "
                 f"fit."
             )
-        since, reason = self._failed.get(shard.url, (-_FAILED_SECONDS, ""))
+        since, reason = self._failed.get(shard.place, (-_FAILED_SECONDS, ""))
         if time.monotonic() - since < _FAILED_SECONDS:
             raise RemoteError(reason)
         partial = path.with_name(f"{path.name}.{shard.size}.partial")
@@ -337,10 +342,10 @@ class ShardCache:
                         _download(shard, partial)
                     with self._room():
                         os.replace(partial, path)
-                return path.open("rb")
+                return path.open("rb", buffering=_BUFFER_BYTES)
         except RemoteError as error:
             # Each of its pairs would wait for it again.
-            self._failed[shard.url] = time.monotonic(), str(error)
+            self._failed[shard.place] = time.monotonic(), str(error)
             raise
         except PermissionError as error:
             raise InputError(

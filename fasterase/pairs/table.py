@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import compress
 from typing import Any, TypeVar, overload
@@ -125,15 +125,11 @@ class PairTable(Sequence[Record]):
 
     def every_id(self) -> Iterator[str]:
         """Yield the ids of all pairs in order."""
-        if self._is_sparse():
-            return map(self.id, range(len(self)))
-        return self._chosen(self._every_id())
+        return self._every(self._every_id, self._id)
 
     def every_text(self) -> Iterator[list[str] | Tensor]:
         """Yield what `texts` returns for all pairs in order; an empty list for a broken pair."""
-        if not self._is_sparse():
-            return self._chosen(self._every_text())
-        return (self._texts_or_none(self._row(index)) for index in range(len(self)))
+        return self._every(self._every_text, self._texts_or_none)
 
     def caption_hashes(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the hash (see `hash_captions`) and the row of each caption, both [m] int64.
@@ -180,29 +176,23 @@ class PairTable(Sequence[Record]):
         return self.images.location(row, self._id(row))
 
     def _row(self, index: int) -> int:
-        """Return the row of `base`."""
-        if self.indices is not None:
-            # NumPy raises IndexError outside the length, and takes -1 as the last.
-            return int(self.indices[operator.index(index)])
-        return range(self._count())[operator.index(index)]
+        """Return the row of `base`; raise IndexError outside the length."""
+        row = range(len(self))[operator.index(index)]
+        return row if self.indices is None else int(self.indices[row])
 
     def _of_rows(self, column: np.ndarray) -> np.ndarray:
         """Return the values of a column of `base` for the rows of this view."""
         return column if self.indices is None else column[self.indices]
 
-    def _is_sparse(self) -> bool:
-        """Tell whether a pass over the whole table is no way to read these rows in order."""
+    def _every(self, every: Callable[[], Iterator[T]], one: Callable[[int], T]) -> Iterator[T]:
+        """Yield the value of each row: of few, or in another order, one by one."""
         if self.indices is None:
-            return False
-        few = 8 * len(self.indices) < self._count()
-        return few or bool((np.diff(self.indices) <= 0).any())
-
-    def _chosen(self, every: Iterator[T]) -> Iterator[T]:
-        if self.indices is None:
-            return every
+            return every()
+        if 8 * len(self.indices) < self._count() or (np.diff(self.indices) <= 0).any():
+            return map(one, self.indices.tolist())
         chosen = np.zeros(self._count(), bool)
         chosen[self.indices] = True
-        return compress(every, chosen.tolist())
+        return compress(every(), chosen.tolist())
 
     # What follows takes rows of `base`, and reads the columns.
 

@@ -29,7 +29,7 @@ from filelock import FileLock
 from fasterase.errors import FaseraseError, InputError
 from fasterase.pairs.parts import Part, make_batch
 from fasterase.pairs.processes import count_processes, process_pool
-from fasterase.pairs.remote import RemoteError, RemoteShard, ShardCache, shard_name
+from fasterase.pairs.remote import RemoteError, Shard, shard_name
 from fasterase.pairs.tar_reader import Damage, ShardReader
 from fasterase.progress import progress_bar
 
@@ -40,36 +40,7 @@ T = TypeVar("T")
 # Bytes of shards from which on their index is kept: fewer are indexed within about a second.
 KEPT_BYTES = 128 << 20
 _FOLDER = ".fasterase"
-# Small entries share a read; of large ones little is read in vain.
-_BUFFER_BYTES = 1 << 15
-_MISSING = (-1, -1)
 _EXTENTS = ("offset", "size", "json_offset", "json_size")
-
-
-class Shard(NamedTuple):
-    """A tar.
-
-    Attributes:
-        place: its path, URL or pipe.
-        remote, cache: what is at the URL, and where it is read from.
-    """
-
-    place: str
-    remote: RemoteShard | None = None
-    cache: ShardCache | None = None
-
-    def version(self) -> dict[str, Any]:
-        """Return what tells a changed shard from the one that was indexed."""
-        if self.remote is not None:
-            return {"size_bytes": self.remote.size, "version": self.remote.version}
-        status = os.stat(self.place)
-        return {"size_bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
-
-    def open(self) -> IO[bytes]:
-        """Open the file, or the local copy of what is at the URL."""
-        if self.remote is not None and self.cache is not None:
-            return self.cache.open(self.remote)
-        return open(self.place, "rb", buffering=_BUFFER_BYTES)
 
 
 class Entries(NamedTuple):
@@ -103,33 +74,30 @@ class Entries(NamedTuple):
 
 
 def read_rows(
-    place: str,
+    shard: Shard,
     file: IO[bytes],
     entries: Entries,
     *,
     damage: Sequence[Damage] = (),
     images: list[bytes | None] | None = None,
-    **version: Any,
 ) -> Part:
     """Return the samples of a shard that have an image or a caption.
 
-    What is known of the shard (`Part.facts`): its name (`shard`) and `version`; how many samples
+    What is known of the shard (`Part.facts`): its name (`shard`), size, version; how many samples
     have images and captions, and are `torn`: have lost one of the two to damage; the bytes that are
     `readable`; the stretches of `damage`; the samples that are `cut` off and why; the `endings` of
     all entries; the `digest` of ids, sizes and captions.
 
     Args:
-        place: path or URL of the shard.
         file: the shard, decompressed.
         entries: which entries are images and captions.
         damage: what is known to be damaged already.
         images: gets the image of each sample; the rows get the json entries as `metadata` then.
-        version: what a changed shard is recognised by.
 
     Raises:
         tarfile.TarError: it is no tar.
     """
-    reader, name = ShardReader(file), shard_name(place)
+    reader, name = ShardReader(file), shard_name(shard.place)
     known = {*entries.image, *entries.text}
     wanted = {*entries.text, "json"} if entries.json_field else set(entries.text)
     if images is not None:
@@ -138,32 +106,38 @@ def read_rows(
     captions: list[list[str]] = []
     extents: list[int] = []
     metadata: list[bytes] = []
+    spans: list[tuple[int, int]] = []
     endings: set[str] = set()
     cut: dict[str, str] = {}
-    torn = 0
-    for sample in reader.samples(wanted):
-        found = sample.extents.keys() | ({sample.cut} if sample.cut else set())
-        endings |= found
-        if found.isdisjoint(known):
+    for stem, sample in reader.samples():
+        endings |= sample.keys()
+        if sample.keys().isdisjoint(known):
             continue
-        if sample.cut:
-            cut[str(len(ids))] = f"the shard ends inside its {sample.cut}"
-        image = entries.image_of(sample.extents)
-        texts = [] if sample.cut else entries.read_captions(sample.data)
-        torn += sample.torn and not (image is not None and texts)
-        ids.append(f"{name}/{sample.key}")
-        captions.append(texts)
-        extents += (*(image or _MISSING), *sample.extents.get("json", _MISSING))
+        *_, (ending, last) = sample.items()
+        spans.append((next(iter(sample.values())).offset, last.offset_data + last.size))
+        if spans[-1][1] > reader.size:
+            cut[str(len(ids))] = f"the shard ends inside its {ending}"
+            del sample[ending]
+        data = {ending: reader.read(sample[ending]) for ending in wanted & sample.keys()}
+        ids.append(f"{name}/{stem}")
+        captions.append([] if str(len(captions)) in cut else entries.read_captions(data))
+        for entry in (entries.image_of(sample), sample.get("json")):
+            extents += (-1, -1) if entry is None else (entry.offset_data, entry.size)
         if images is not None:
-            images.append(entries.image_of(sample.data))
-            metadata.append(_dump_object(sample.data.get("json", b"")))
+            images.append(entries.image_of(data))
+            metadata.append(_dump_object(data.get("json", b"")))
     part = _make_part(ids, captions, extents, None if images is None else metadata)
+    incomplete = (
+        span
+        for span, texts, offset in zip(spans, captions, extents[::4], strict=True)
+        if offset < 0 or not texts
+    )
     part.facts = {
         "shard": name,
-        **version,
+        **_version(shard),
         "images": sum(offset >= 0 for offset in extents[::4]),
         "captioned": sum(map(bool, captions)),
-        "torn": torn,
+        "torn": sum(any(each.touches(*span) for each in reader.damage) for span in incomplete),
         "readable": reader.readable,
         "damage": [*map(list, damage), *map(list, reader.damage)],
         "cut": cut,
@@ -171,6 +145,11 @@ def read_rows(
         "digest": part.digest(),
     }
     return part
+
+
+def _version(shard: Shard) -> dict[str, Any]:
+    """Return what a changed shard is recognised by."""
+    return {"size_bytes": shard.size, "version": shard.version}
 
 
 def _dump_object(data: bytes) -> bytes:
@@ -183,10 +162,7 @@ def _dump_object(data: bytes) -> bytes:
 
 
 def _make_part(
-    ids: list[str],
-    captions: list[list[str]],
-    extents: list[int],
-    metadata: list[bytes] | None,
+    ids: list[str], captions: list[list[str]], extents: list[int], metadata: list[bytes] | None
 ) -> Part:
     columns = dict(zip(_EXTENTS, np.array(extents, np.int64).reshape(-1, 4).T, strict=True))
     if metadata is not None:
@@ -223,7 +199,7 @@ def add_lost(name: str, shards: Sequence[Shard], parts: list[Part]) -> dict[int,
             stacklevel=2,
         )
     if lost := len(ids):
-        parts.append(_make_part(ids, [[]] * lost, [*_MISSING, *_MISSING] * lost, [b""] * lost))
+        parts.append(_make_part(ids, [[]] * lost, [-1] * 4 * lost, [b""] * lost))
     return broken | dict(enumerate(reasons, start))
 
 
@@ -263,14 +239,12 @@ def index_shards(shards: Sequence[Shard], *, name: str, entries: Entries) -> lis
         InputError: a shard cannot be read, or there are no samples, no images or no captions.
     """
     distinct = list(dict.fromkeys(shards))
+    is_remote = any(shard.cache is not None for shard in distinct)
+    kept = is_remote or sum(shard.size for shard in distinct) >= KEPT_BYTES
+    opened = {shard: _find(shard, entries) if kept else None for shard in distinct}
+    found = {shard: part for shard, part in opened.items() if part is not None}
+    missing = [shard for shard in distinct if shard not in found]
     try:
-        sizes = (shard.version()["size_bytes"] for shard in distinct)
-        kept = any(shard.remote for shard in distinct) or sum(sizes) >= KEPT_BYTES
-        found = {}
-        if kept:
-            opened = ((shard, _find(shard, entries)) for shard in distinct)
-            found = {shard: part for shard, part in opened if part is not None}
-        missing = [shard for shard in distinct if shard not in found]
         with progress_bar(f"indexing {name}", total=len(missing), unit="shard", delay=2) as bar:
             for shard, part in _index(missing, entries, kept=kept):
                 found[shard] = part
@@ -346,7 +320,7 @@ def _make_index(shard: Shard, entries: Entries) -> Part:
 def _read_shard(shard: Shard, entries: Entries) -> Part:
     try:
         with shard.open() as file:
-            return read_rows(shard.place, file, entries, **shard.version())
+            return read_rows(shard, file, entries)
     except RemoteError as error:
         raise InputError(str(error)) from error
     except (tarfile.TarError, OSError) as error:
@@ -367,7 +341,7 @@ def _open(path: Path, shard: Shard) -> Part | None:
     except (OSError, ValueError) as error:
         log.warning("Shard index: %s is damaged (%s) and is made again.", path, error)
         return None
-    if not shard.version().items() <= part.facts.items():
+    if not _version(shard).items() <= part.facts.items():
         log.info("Shard index: %s has changed and is indexed again.", shard.place)
         return None
     return part

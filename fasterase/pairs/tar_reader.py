@@ -11,9 +11,10 @@ import shutil
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import groupby
+from operator import itemgetter
 from typing import IO, Any, NamedTuple
 
 _BLOCK = tarfile.BLOCKSIZE
@@ -36,23 +37,9 @@ class Damage(NamedTuple):
     size: int
     reason: str
 
-
-@dataclass
-class Sample:
-    """Consecutive entries of one stem.
-
-    Attributes:
-        extents: offset and size of each entry, by ending.
-        data: the bytes of the wanted entries, by ending.
-        cut: the ending of the entry that the shard ends in, if any.
-        torn: whether it stands beside a damaged stretch, which may hold some of its entries.
-    """
-
-    key: str
-    extents: dict[str, tuple[int, int]] = field(default_factory=dict)
-    data: dict[str, bytes] = field(default_factory=dict)
-    cut: str | None = None
-    torn: bool = False
+    def touches(self, start: int, end: int) -> bool:
+        """Tell whether it is beside or inside these entries, some of which it may hold."""
+        return start <= self.offset + self.size and self.offset < end + _BLOCK
 
 
 class _Header(tarfile.TarInfo):
@@ -108,9 +95,10 @@ def _plain_size(block: bytes) -> int | None:
 
 
 class ShardReader:
-    """Reads the samples of an uncompressed shard, also those after a damaged stretch.
+    """Reads the entries of an uncompressed shard, also those after a damaged stretch.
 
     Attributes:
+        size: the bytes of the file.
         damage: the damaged stretches met so far.
         readable: the bytes of the entries met so far.
     """
@@ -118,8 +106,8 @@ class ShardReader:
     def __init__(self, file: IO[bytes]) -> None:
         self.damage: list[Damage] = []
         self.readable = 0
+        self.size = file.seek(0, os.SEEK_END)
         self._file = file
-        self._size = file.seek(0, os.SEEK_END)
 
     def entries(self) -> Iterator[tarfile.TarInfo]:
         """Yield the headers of all entries; note the stretches between that are none.
@@ -127,24 +115,24 @@ class ShardReader:
         Raises:
             tarfile.TarError: the file is empty, or holds no entry at all and is not an empty tar.
         """
-        if self._size == 0:
+        if self.size == 0:
             raise tarfile.ReadError("it is empty")
         self._file.seek(0)
         # Without `ignore_zeros`, a damaged header and a hole of zeros would end the archive.
         tar = tarfile.TarFile(fileobj=self._file, tarinfo=_Header, ignore_zeros=True)
         end = 0
-        while end < self._size and (entry := tar.next()) is not None:
+        while end < self.size and (entry := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]
             self._note_gap(end, entry.offset)
             end = tar.offset
             self.readable += end - entry.offset
             yield entry
-        if end > self._size:
-            self.damage.append(Damage(self._size, 0, "it ends inside an entry"))
-        elif self._size - end < _BLOCK:
+        if end > self.size:
+            self.damage.append(Damage(self.size, 0, "it ends inside an entry"))
+        elif self.size - end < _BLOCK:
             self.damage.append(Damage(end, 0, "it ends without the end mark of a tar"))
         else:
-            self._note_gap(end, self._size - self._size % _BLOCK)
+            self._note_gap(end, self.size - self.size % _BLOCK)
         if self.damage and not self.readable:
             raise tarfile.ReadError("it is not a tar")
 
@@ -158,32 +146,17 @@ class ShardReader:
         elif end - start > _MOST_PADDING:
             self.damage.append(Damage(start, end - start, "a hole of zeros"))
 
-    def samples(self, wanted: Collection[str]) -> Iterator[Sample]:
-        """Yield the samples of the shard; the entries with a `wanted` ending with their bytes."""
-        sample: Sample | None = None
-        known = 0
-        for entry in self.entries():
-            torn, known = len(self.damage) > known, len(self.damage)
-            if torn and sample is not None:
-                sample.torn = True
-            parts = split_entry(entry.name)
-            if not entry.isfile() or parts is None:
-                continue
-            key, ending = parts
-            if sample is None or key != sample.key:
-                if sample is not None:
-                    yield sample
-                sample = Sample(key, torn=torn)
-            if entry.offset_data + entry.size > self._size:
-                sample.cut = ending
-                continue
-            sample.extents[ending] = entry.offset_data, entry.size
-            if ending in wanted:
-                self._file.seek(entry.offset_data)
-                sample.data[ending] = self._file.read(entry.size)
-        if sample is not None:
-            sample.torn |= len(self.damage) > known
-            yield sample
+    def samples(self) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+        """Yield the stem of each sample, consecutive entries of one stem, and these by ending."""
+        files = ((split_entry(entry.name), entry) for entry in self.entries() if entry.isfile())
+        named = ((*parts, entry) for parts, entry in files if parts is not None)
+        for stem, group in groupby(named, itemgetter(0)):
+            yield stem, {ending: entry for _, ending, entry in group}
+
+    def read(self, entry: tarfile.TarInfo) -> bytes:
+        """Return the bytes of an entry."""
+        self._file.seek(entry.offset_data)
+        return self._file.read(entry.size)
 
 
 def split_entry(path: str) -> tuple[str, str] | None:
@@ -199,12 +172,12 @@ def split_entry(path: str) -> tuple[str, str] | None:
 
 
 @contextmanager
-def open_sequential(place: str, raw: IO[bytes] | None) -> Iterator[tuple[IO[bytes], list[Damage]]]:
-    """Open a compressed shard or a pipe, copied to a temporary file and decompressed there.
+def open_sequential(stream: IO[bytes], place: str) -> Iterator[tuple[IO[bytes], list[Damage]]]:
+    """Copy a compressed shard or a pipe to a temporary file, decompressed.
 
     Args:
-        place: path, URL or pipe.
-        raw: what is there, if it is open already; it gets closed.
+        stream: the shard; it gets closed.
+        place: what it is called in messages.
 
     Yields:
         The file, and where the compressed data is damaged.
@@ -212,15 +185,9 @@ def open_sequential(place: str, raw: IO[bytes] | None) -> Iterator[tuple[IO[byte
     Raises:
         OSError, and errors of their own from pipes.
     """
-    from webdataset.gopen import gopen
-
-    with ExitStack() as stack:
-        if raw is None:
-            raw = stack.enter_context(tempfile.TemporaryFile())
-            with gopen(place) as stream:
-                shutil.copyfileobj(stream, raw)
-        else:
-            stack.enter_context(raw)
+    with tempfile.TemporaryFile() as raw, tempfile.TemporaryFile() as plain:
+        with stream:
+            shutil.copyfileobj(stream, raw)
         raw.seek(0)
         start = raw.read(6)
         raw.seek(0)
@@ -230,7 +197,6 @@ def open_sequential(place: str, raw: IO[bytes] | None) -> Iterator[tuple[IO[byte
         if decompress is None:
             yield raw, []
             return
-        plain = stack.enter_context(tempfile.TemporaryFile())
         damage = []
         try:
             # In single blocks, so that all of them before the damage are kept.

@@ -52,7 +52,7 @@ def read_shards(monkeypatch):
     before = tar_index.read_rows
 
     def note(shard, *arguments, **options):
-        read.append(os.path.basename(shard))
+        read.append(os.path.basename(shard.place))
         return before(shard, *arguments, **options)
 
     monkeypatch.setattr(tar_index, "read_rows", note)
