@@ -57,12 +57,11 @@ from fasterase.models.preprocessing import wrap_tokenizer, wrap_transform
 from fasterase.pairs.batches import sweep
 from fasterase.pairs.items import Record
 from fasterase.pairs.overlap import remove_overlap
-from fasterase.pairs.parts import Part
 from fasterase.pairs.prepare import Preparer, stack_tokens
 from fasterase.pairs.read_tars import TarTable, open_tars
 from fasterase.pairs.sampler import Sampler
 from fasterase.pairs.split import split
-from fasterase.pairs.table import PairTable
+from fasterase.pairs.table import PairTable, Part
 from fasterase.pairs.tar_index import index_path
 from fasterase.planner.measure import PeakMemory
 

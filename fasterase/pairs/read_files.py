@@ -16,18 +16,16 @@ from fasterase.errors import InputError
 from fasterase.pairs.classes import normalize_class_name
 from fasterase.pairs.images import ImageFiles, ImagesInMemory
 from fasterase.pairs.items import IMAGE_KEYS, TEXT_KEYS, check_columns, choose_key, select_plain
-from fasterase.pairs.parts import pack
 from fasterase.pairs.read_objects import open_objects
-from fasterase.pairs.table import PairTable
+from fasterase.pairs.table import PairTable, pack
 
 _NAMES = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar"}
 SEPARATORS = tuple(_NAMES)
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 PARQUET_ENDINGS = (".parquet", ".pq")
+# The columns of images and captions that the caller names, None for the usual ones.
+_Keys = tuple[str | None, str | None]
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-# Text files hold neither pixels nor token ids.
-_IMAGE_COLUMNS = tuple(key for key in IMAGE_KEYS if key != "pixel_values")
-_TEXT_COLUMNS = tuple(key for key in TEXT_KEYS if key != "input_ids")
 
 
 def open_file(
@@ -47,18 +45,13 @@ def open_file(
             them twice; a row has more or fewer cells than the header, or an unclosed quote (names
             the line).
     """
-    ending = path.suffix.lower()
+    ending, keys = path.suffix.lower(), (image_key, text_key)
     try:
         if ending in PARQUET_ENDINGS:
-            return _open_columns(
-                *_read_parquet(path), name, path.name, path.parent, image_key, text_key
-            )
-        rows = (
-            _read_json(path)
-            if ending in JSON_ENDINGS
-            else _read_separated(path, image_key, text_key)
-        )
-        parts = pack(_find_pairs(rows, path.name, image_key, text_key))
+            return _open_columns(*_read_parquet(path), keys, name, path.name, path.parent)
+        is_json = ending in JSON_ENDINGS
+        rows = _read_json(path) if is_json else _read_separated(path, keys)
+        parts = pack(_find_pairs(rows, keys, path.name))
     except UnicodeDecodeError as error:
         raise InputError(f"`{name}`: {path} is not a UTF-8 text file: {error.reason}") from error
     except InputError as error:
@@ -88,31 +81,25 @@ def open_frame(
     # pandas marks missing text by NaN, NA or NaT.
     cells = [each.astype(object).where(each.notna(), None).tolist() for each in columns]
     names = [str(label) for label in frame.columns]
-    return _open_columns(names, cells, name, name, Path.cwd(), image_key, text_key)
+    return _open_columns(names, cells, (image_key, text_key), name, name, Path.cwd())
 
 
-def _choose_columns(
-    found: list[str], image_key: str | None, text_key: str | None, *, text_file: bool
-) -> tuple[str, str]:
-    image_names, text_names = (
-        (_IMAGE_COLUMNS, _TEXT_COLUMNS) if text_file else (IMAGE_KEYS, TEXT_KEYS)
-    )
+def _choose_columns(found: list[str], keys: _Keys) -> tuple[str, str]:
     check_columns(found)
     return (
-        choose_key(found, image_key, image_names, "image_key"),
-        choose_key(found, text_key, text_names, "text_key"),
+        choose_key(found, keys[0], IMAGE_KEYS, "image_key"),
+        choose_key(found, keys[1], TEXT_KEYS, "text_key"),
     )
 
 
 def _find_pairs(
-    rows: Iterator[dict[str, Any]], label: str, image_key: str | None, text_key: str | None
+    rows: Iterator[dict[str, Any]], keys: _Keys, label: str
 ) -> Iterator[tuple[str, list[str], dict[str, Any]]]:
     """Yield the path of the image, the captions and the other columns of each row."""
     columns = None
     for number, row in enumerate(rows, 1):
         # The first row decides; JSON objects after it may lack keys.
-        if columns is None:
-            columns = _choose_columns(list(row), image_key, text_key, text_file=True)
+        columns = columns or _choose_columns(list(row), keys)
         image, text = (row.pop(column, None) for column in columns)
         named = isinstance(image, str) and image
         yield image if named else f"{label}, row {number} without an image", _captions(text), row
@@ -135,13 +122,7 @@ def _read_parquet(path: Path) -> tuple[list[str], list[list[Any]]]:
 
 
 def _open_columns(
-    names: list[str],
-    cells: list[list[Any]],
-    name: str,
-    label: str,
-    root: Path,
-    image_key: str | None,
-    text_key: str | None,
+    names: list[str], cells: list[list[Any]], keys: _Keys, name: str, label: str, root: Path
 ) -> PairTable:
     """Open columns of equal length as image files, encoded images or decoded items.
 
@@ -150,30 +131,30 @@ def _open_columns(
         label: what the ids of images without a path start with.
         root: the folder of relative paths.
     """
-    chosen = _choose_columns(names, image_key, text_key, text_file=False)
+    chosen = _choose_columns(names, keys)
     columns = dict(zip(names, cells, strict=True))
-    images = [_unpack_image(cell) for cell in columns.pop(chosen[0])]
+    images = list(map(_unpack_image, columns.pop(chosen[0])))
     texts = [
         each.tolist() if isinstance(each, np.ndarray) else each for each in columns.pop(chosen[1])
     ]
     metas = [
-        select_plain(dict(zip(columns, row, strict=True)), without=())
-        for row in zip(*columns.values(), strict=True)
-    ] or [{} for _ in images]
+        select_plain({other: columns[other][row] for other in columns}, without=())
+        for row in range(len(images))
+    ]
     kinds = {type(image) for image in images if image is not None}
     if not all(map(_is_captions, texts)) or kinds not in ({str}, {bytes}, set()):
-        items = [
+        items = (
             {
                 **meta,
                 "image": os.path.join(root, image) if isinstance(image, str) else image,
                 "text": text,
             }
             for image, text, meta in zip(images, texts, metas, strict=True)
-        ]
-        return open_objects(items, name, "image", "text")
-    ids = [f"{label}[{row}]" for row in range(len(images))]
-    if kinds != {bytes}:
-        ids = [image or id for image, id in zip(images, ids, strict=True)]
+        )
+        return open_objects(list(items), name, "image", "text")
+    ids = (
+        image if image and kinds == {str} else f"{label}[{row}]" for row, image in enumerate(images)
+    )
     parts = pack(zip(ids, map(_captions, texts), metas, strict=True))
     return PairTable(name, parts, ImagesInMemory(images) if kinds == {bytes} else ImageFiles(root))
 
@@ -225,17 +206,15 @@ def _read_array(file: TextIO) -> Iterator[tuple[str, Any]]:
     yield from ((f"entry {number} of the array", row) for number, row in enumerate(rows, 1))
 
 
-def _read_separated(
-    path: Path, image_key: str | None, text_key: str | None
-) -> Iterator[dict[str, Any]]:
+def _read_separated(path: Path, keys: _Keys) -> Iterator[dict[str, Any]]:
     with open(path, encoding="utf-8-sig", newline="") as file:
         header = file.readline()
         if not header.strip():
             raise InputError("the file has no header line")
-        separator = detect_separator(header, image_key, text_key)
+        separator = detect_separator(header, *keys)
         names = _split_header(header, separator)
         _check_header(names, path.parent, separator)
-        _choose_columns(names, image_key, text_key, text_file=True)
+        _choose_columns(names, keys)
         for number, cells in _read_cells(file, separator):
             if len(cells) == len(names):
                 yield dict(zip(names, cells, strict=True))
@@ -296,13 +275,12 @@ def _check_header(names: list[str], folder: Path, separator: str) -> None:
 
 def detect_separator(header: str, image_key: str | None, text_key: str | None) -> str:
     """Return the separator that gives the header the wanted columns, or else most columns."""
-    image_names = (image_key,) if image_key is not None else _IMAGE_COLUMNS
-    text_names = (text_key,) if text_key is not None else _TEXT_COLUMNS
+    image_names = IMAGE_KEYS if image_key is None else (image_key,)
+    text_names = TEXT_KEYS if text_key is None else (text_key,)
 
     def score(separator: str) -> tuple[int, int]:
-        names = _split_header(header, separator)
-        wanted = any(n in image_names for n in names) + any(n in text_names for n in names)
-        return wanted, len(names)
+        names = set(_split_header(header, separator))
+        return sum(not names.isdisjoint(each) for each in (image_names, text_names)), len(names)
 
     return max(SEPARATORS, key=score)
 
@@ -340,20 +318,16 @@ def open_folder(folder: Path, *, name: str) -> PairTable:
         captions = (_read_caption(folder, stem) if stem in captioned else [] for stem in stems)
         rows = ((image, texts, None) for image, texts in zip(images, captions, strict=True))
         return PairTable(name, pack(rows), ImageFiles(folder))
-    loose = [image for image in images if os.sep not in image]
-    if loose:
+    loose = next((image for image in images if os.sep not in image), None)
+    if loose is not None:
         raise InputError(
             f"`{name}`: {folder} holds images with neither a .txt caption beside them nor a class "
-            f"folder around them, such as {loose[0]}"
+            f"folder around them, such as {loose}"
         )
-    folders = [image.split(os.sep, 1)[0] for image in images]
-    class_of = {each: normalize_class_name(each) for each in sorted(set(folders))}
-    parts = pack(
-        (image, [class_of[each]], {"class": class_of[each]})
-        for image, each in zip(images, folders, strict=True)
-    )
-    classes = list(dict.fromkeys(class_of.values()))
-    return PairTable(name, parts, ImageFiles(folder), classes=classes)
+    classes = [normalize_class_name(image.split(os.sep, 1)[0]) for image in images]
+    pairs = zip(images, classes, strict=True)
+    parts = pack((image, [each], {"class": each}) for image, each in pairs)
+    return PairTable(name, parts, ImageFiles(folder), classes=list(dict.fromkeys(classes)))
 
 
 def _walk(folder: Path) -> Iterator[str]:

@@ -28,10 +28,9 @@ from fasterase.pairs.items import (
     select_plain,
     unbatch,
 )
-from fasterase.pairs.parts import pack
 from fasterase.pairs.prepare import caption_key, hash_captions
 from fasterase.pairs.skips import BrokenPair
-from fasterase.pairs.table import PairTable
+from fasterase.pairs.table import PairTable, pack
 from fasterase.progress import progress_bar
 
 # Items read twice to see whether a dataset is deterministic. One would miss a flip of probability

@@ -16,11 +16,10 @@ import numpy as np
 from fasterase.errors import InputError
 from fasterase.pairs.images import ImagesInMemory
 from fasterase.pairs.items import Record
-from fasterase.pairs.parts import Part, Parts
 from fasterase.pairs.remote import BYTES_VARIABLE, RemoteError, Shard, describe_shards, shard_name
 from fasterase.pairs.sampler import WINDOW_SHARDS
 from fasterase.pairs.skips import BrokenPair
-from fasterase.pairs.table import PairTable
+from fasterase.pairs.table import PairTable, Part, Parts
 from fasterase.pairs.tar_index import Entries, add_lost, check_parts, index_shards, read_rows
 from fasterase.pairs.tar_reader import open_sequential
 from fasterase.progress import progress_bar

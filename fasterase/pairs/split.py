@@ -21,10 +21,9 @@ from fasterase.pairs.classes import normalize_class_name
 from fasterase.pairs.images import ImageFiles
 from fasterase.pairs.items import IMAGE_KEYS, TEXT_KEYS, Record
 from fasterase.pairs.open import open_pairs
-from fasterase.pairs.parts import Part
 from fasterase.pairs.processes import count_processes, process_pool
 from fasterase.pairs.read_objects import ItemTable
-from fasterase.pairs.table import PairTable
+from fasterase.pairs.table import PairTable, Part
 from fasterase.progress import progress_bar
 
 

@@ -27,9 +27,9 @@ import numpy as np
 from filelock import FileLock
 
 from fasterase.errors import FaseraseError, InputError
-from fasterase.pairs.parts import Part, make_batch
 from fasterase.pairs.processes import count_processes, process_pool
 from fasterase.pairs.remote import RemoteError, Shard, shard_name
+from fasterase.pairs.table import Part, make_batch
 from fasterase.pairs.tar_reader import Damage, ShardReader
 from fasterase.progress import progress_bar
 
@@ -134,7 +134,8 @@ def read_rows(
     )
     part.facts = {
         "shard": name,
-        **_version(shard),
+        "size_bytes": shard.size,
+        "version": shard.version,
         "images": sum(offset >= 0 for offset in extents[::4]),
         "captioned": sum(map(bool, captions)),
         "torn": sum(any(each.touches(*span) for each in reader.damage) for span in incomplete),
@@ -145,11 +146,6 @@ def read_rows(
         "digest": part.digest(),
     }
     return part
-
-
-def _version(shard: Shard) -> dict[str, Any]:
-    """Return what a changed shard is recognised by."""
-    return {"size_bytes": shard.size, "version": shard.version}
 
 
 def _dump_object(data: bytes) -> bytes:
@@ -341,7 +337,7 @@ def _open(path: Path, shard: Shard) -> Part | None:
     except (OSError, ValueError) as error:
         log.warning("Shard index: %s is damaged (%s) and is made again.", path, error)
         return None
-    if not _version(shard).items() <= part.facts.items():
+    if (part.facts["size_bytes"], part.facts.get("version")) != shard[1:3]:
         log.info("Shard index: %s has changed and is indexed again.", shard.place)
         return None
     return part

@@ -9,11 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fasterase.pairs import parts
+from fasterase.pairs import table as tables
 from fasterase.pairs.images import ImagesInMemory
-from fasterase.pairs.parts import Part, Parts, make_batch, pack
 from fasterase.pairs.prepare import hash_captions
-from fasterase.pairs.table import PairTable
+from fasterase.pairs.table import PairTable, Part, Parts, make_batch, pack
 
 ROWS = st.lists(st.tuples(st.text(st.characters()), st.lists(st.text(st.characters()))), min_size=1)
 
@@ -56,7 +55,7 @@ def test_digests_see_borders():
 def test_rows_of_many_parts_and_of_a_file_are_those_of_one(monkeypatch, tmp_path):
     rows = [(f"id {n}", [f"caption {n}"] * (n % 3), {"n": n}) for n in range(10)]
     whole = PairTable("x", pack(rows), ImagesInMemory([b""] * 10))
-    monkeypatch.setattr(parts, "_PART_ROWS", 4)
+    monkeypatch.setattr(tables, "_PART_ROWS", 4)
     split = PairTable("x", pack(rows), ImagesInMemory([b""] * 10))
     assert len(split.parts.every) == 3
     for row in (0, 3, 4, 9, -1):
