@@ -50,7 +50,7 @@ _VERSIONS = (
     *("ETag", "etag", "md5Hash", "Content-MD5", "Digest", "blob_id", "Last-Modified"),
     *("LastModified", "last_modified", "mtime", "updated", "last_commit"),
 )
-_STATUSES = ("status", "status_code", "code")  # of an HTTP answer, in errors
+_STATUSES = ("status", "status_code")  # of an HTTP answer, in errors
 FOLDER_VARIABLE = "FASTERASE_SHARD_CACHE"
 BYTES_VARIABLE = "FASTERASE_SHARD_CACHE_BYTES"
 DEFAULT_BYTES = 64 << 30
@@ -243,7 +243,8 @@ def _explain(url: str, error: BaseException) -> str | None:
         return f"its server answered with status {status}"
     if any(isinstance(each, TimeoutError) or "Timeout" in type(each).__name__ for each in causes):
         return f"it is too slow: no answer within {PATIENCE_SECONDS:g} seconds"
-    return str(causes[-1]) or type(causes[-1]).__name__
+    last_line = str(causes[-1]).rpartition("\n")[2].strip()  # aiohttp makes up a status before it
+    return last_line or type(causes[-1]).__name__
 
 
 def _filesystem(url: str) -> Any:
