@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Hashable
+from itertools import chain
 
 import numpy as np
 from PIL import Image
@@ -104,12 +105,14 @@ def _with_same_captions(
     retain: PairTable, candidates: np.ndarray, forget: PairTable, known: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return those rows of both that have a caption in common with a row of the other."""
-    (hashes, rows), (known_hashes, known_rows) = retain.caption_hashes(), forget.caption_hashes()
-    here, there = np.isin(rows, candidates), np.isin(known_rows, known)
-    shared = np.intersect1d(hashes[here], known_hashes[there])
+    mine, others = (
+        list(source.select(rows).every_text())
+        for source, rows in ((retain, candidates), (forget, known))
+    )
+    shared = set(chain.from_iterable(mine)).intersection(chain.from_iterable(others))
     return (
-        np.unique(rows[here & np.isin(hashes, shared)]),
-        np.unique(known_rows[there & np.isin(known_hashes, shared)]),
+        candidates[[not shared.isdisjoint(texts) for texts in mine]],
+        known[[not shared.isdisjoint(texts) for texts in others]],
     )
 
 

@@ -25,19 +25,16 @@ from fasterase.errors import InputError
 from fasterase.files import replace_file
 from fasterase.pairs.images import Images, decode_image
 from fasterase.pairs.items import Record
-from fasterase.pairs.prepare import hash_captions
 from fasterase.pairs.skips import BrokenPair
 
 T = TypeVar("T")
 
-# Of a row: its id, its captions, other data as a JSON object (or nothing); in a tar also the hash
-# of each caption (`hash_captions`), and where its image and its json entry are (-1 without one).
-# Ids are bytes, since names of files may be no text.
+# Of a row: its id, its captions, other data as a JSON object (or nothing); in a tar also where its
+# image and its json entry are (-1 without one). Ids are bytes, since names of files may be no text.
 COLUMNS = {
     "id": pa.binary(),
     "captions": pa.list_(pa.string()),
     "metadata": pa.binary(),
-    "hashes": pa.list_(pa.int64()),
     "offset": pa.int64(),
     "size": pa.int64(),
     "json_offset": pa.int64(),
@@ -144,17 +141,6 @@ class Part:
         texts = captions.flatten().to_pylist()
         return (texts[start:end] for start, end in pairwise(captions.offsets.to_pylist()))
 
-    def caption_hashes(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the hash and the row of each caption, both [m] int64."""
-        if self.path is not None or "hashes" in self.batch.schema.names:
-            column = self.column("hashes")
-            hashes = column.flatten().to_numpy()
-        else:
-            column = self.column("captions")
-            hashes = hash_captions(column.flatten().to_pylist())
-        counts = np.diff(column.offsets.to_numpy())
-        return hashes, np.repeat(np.arange(len(self)), counts)
-
     def digest(self) -> str:
         """Return a hash of ids, captions and, of tars, sizes."""
         if "digest" in self.facts:
@@ -197,8 +183,6 @@ class Parts:
 def make_batch(
     ids: Sequence[str],
     captions: Sequence[Sequence[str]],
-    *,
-    hashed: bool = False,
     **columns: Sequence[Any] | np.ndarray,
 ) -> pa.RecordBatch:
     """Return rows of `COLUMNS`; captions are stripped, and blank ones left out.
@@ -206,7 +190,6 @@ def make_batch(
     Args:
         ids: [n].
         captions: [n] those of each row.
-        hashed: whether to add their hashes.
         columns: [n] values of others.
     """
     texts = [[text for each in row if (text := each.strip())] for row in captions]
@@ -217,10 +200,6 @@ def make_batch(
         arrays = {"captions": pa.array(texts, COLUMNS["captions"])}
     arrays["id"] = pa.array([id.encode(*_ENCODING) for id in ids], COLUMNS["id"])
     arrays |= {name: pa.array(column, COLUMNS[name]) for name, column in columns.items()}
-    if hashed:
-        lists = arrays["captions"]
-        hashes = pa.array(hash_captions(lists.flatten().to_pylist()))
-        arrays["hashes"] = pa.ListArray.from_arrays(lists.offsets, hashes)
     return pa.RecordBatch.from_pydict(arrays)
 
 
@@ -343,20 +322,6 @@ class PairTable(Sequence[Record]):
         """Yield what `texts` returns for all pairs in order; an empty list for a broken pair."""
         return self._every(self._every_text, self._texts_or_none)
 
-    def caption_hashes(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the hash (see `hash_captions`) and the row of each caption, both [m] int64.
-
-        Rows are in order; pairs without a readable caption have none.
-        """
-        hashes, rows = self._caption_hashes()
-        if self.indices is None:
-            return hashes, rows
-        first = np.searchsorted(rows, self.indices)
-        counts = np.searchsorted(rows, self.indices, side="right") - first
-        before = np.cumsum(counts) - counts
-        at = np.arange(counts.sum()) + np.repeat(first - before, counts)
-        return hashes[at], np.repeat(np.arange(len(self)), counts)
-
     def digest(self) -> str:
         """Return a hex digest of ids, sizes and captions, by which caches recognise the data."""
         if self.indices is None:
@@ -454,11 +419,6 @@ class PairTable(Sequence[Record]):
     def _every_text(self) -> Iterator[list[str] | Tensor]:
         for part in self.parts.every:
             yield from part.every_captions()
-
-    def _caption_hashes(self) -> tuple[np.ndarray, np.ndarray]:
-        found = [part.caption_hashes() for part in self.parts.every]
-        rows = [start + rows for start, (_, rows) in zip(self.parts.starts, found, strict=False)]
-        return np.concatenate([hashes for hashes, _ in found]), np.concatenate(rows)
 
     @cached_property
     def _digest(self) -> str:

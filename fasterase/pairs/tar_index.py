@@ -163,7 +163,7 @@ def _make_part(
     columns = dict(zip(_EXTENTS, np.array(extents, np.int64).reshape(-1, 4).T, strict=True))
     if metadata is not None:
         columns["metadata"] = metadata
-    return Part(make_batch(ids, captions, hashed=True, **columns), {})
+    return Part(make_batch(ids, captions, **columns), {})
 
 
 def add_lost(name: str, shards: Sequence[Shard], parts: list[Part]) -> dict[int, str]:

@@ -17,7 +17,7 @@ from torch.utils.data import Subset as TorchSubset
 from fasterase import split
 from fasterase.errors import InputError
 from fasterase.pairs.open import open_pairs
-from fasterase.pairs.prepare import hash_captions
+from fasterase.pairs.prepare import caption_key, hash_captions
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.split import write_split
 
@@ -190,6 +190,8 @@ def test_results_say_what_they_are(items, classes):
 
 def test_caption_hashes(items):
     assert chosen(items, hash_captions(["an apple-like pear", "a red apple"])) == [0, 3]
+    coded = [(items[0][0], torch.tensor([n, 2, 0])) for n in range(3)]
+    assert chosen(coded, hash_captions([caption_key(torch.tensor([1, 2]))])) == [1]
     with pytest.raises(InputError, match="1 of the 2 caption hashes belong to no pair"):
         split(items, forget=hash_captions(["a red apple", "A red apple"]))
 
