@@ -51,8 +51,9 @@ def remove_overlap(retain: PairTable, forget: PairTable) -> tuple[PairTable, lis
 def _find_duplicates(retain: PairTable, forget: PairTable) -> np.ndarray:
     """Return the rows of `retain` whose image is also in `forget`, [n] int64."""
     if _share_index(retain, forget):
-        rows, known = (each.base_rows(np.arange(len(each))) for each in (retain, forget))
-        return np.flatnonzero(np.isin(rows, known))
+        known = np.zeros(len(forget.base), bool)
+        known[forget.base_rows(np.arange(len(forget)))] = True
+        return np.flatnonzero(known[retain.base_rows(np.arange(len(retain)))])
     sizes, known_sizes = retain.encoded_sizes(), forget.encoded_sizes()
     if sizes is not None and known_sizes is not None:
         return _find_same_files(retain, sizes, forget, known_sizes)
@@ -64,9 +65,9 @@ def _share_index(retain: PairTable, forget: PairTable) -> bool:
     one, other = retain.images, forget.images
     if not isinstance(one, TarImages) or not isinstance(other, TarImages):
         return False
-    places, others = ([shard.place for shard in each.shards] for each in (one, other))
-    is_distinct = len(set(places)) == len(places)
-    return is_distinct and places == others and one.entries == other.entries
+    shards, others = ([shard[:3] for shard in each.shards] for each in (one, other))
+    is_distinct = len(set(shards)) == len(shards)
+    return is_distinct and shards == others and one.entries == other.entries
 
 
 def _find_same_files(

@@ -102,23 +102,20 @@ def test_other_entries_have_an_index_of_their_own(shards):
     assert len(blocks(shards)) == 5
 
 
-def test_the_cache_takes_what_cannot_be_written_beside_the_shards(
-    shards, read_shards, tmp_path_factory, monkeypatch
+@pytest.mark.parametrize("kept", [True, False])
+def test_an_index_that_cannot_be_written_beside_the_shards(
+    shards, read_shards, tmp_path_factory, monkeypatch, kept
 ):
+    """It is kept in the user's cache, or in memory if that fails too."""
     cache = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache) if kept else "/dev/null")
     monkeypatch.setattr("fasterase.pairs.tar_index.os.access", lambda *_: False)
-    assert len(contents(shards)) == 8
-    assert len(list(cache.rglob("*.arrow"))) == 4
-    read_shards.clear()
-    assert len(contents(shards)) == 8
-    assert read_shards == []
+    for again in (False, True):
+        read_shards.clear()
+        assert len(contents(shards)) == 8
+        assert len(read_shards) == (0 if kept and again else 4)
+    assert len(list(cache.rglob("*.arrow"))) == (4 if kept else 0)
     assert not (shards / ".fasterase").exists()
-
-
-def test_an_index_that_cannot_be_kept_stays_in_memory(shards, caplog):
-    (shards / ".fasterase").write_text("a file where the folder would be")
-    assert len(contents(shards)) == 8
 
 
 def _open_often(folder, seen):
