@@ -92,18 +92,14 @@ def open_tars(
         tuple((text_key or TEXT_ENTRIES).lower().split(";")),
         text_key or "",
     )
-    if not all(map(_is_plain, shards)):
-        return _load_tars(shards, name, entries)
+    for shard in shards:
+        is_compressed = shard_name(shard.place).lower().endswith(_COMPRESSED)
+        if is_compressed or not (shard.cache or os.path.isfile(shard.place)):
+            return _load_tars(shards, name, entries)
     parts = index_shards(shards, name=name, entries=entries)
     broken = add_lost(name, shards, parts)
     _check_cache(name, {shard for shard in shards if shard.cache is not None})
     return TarTable(name, parts, TarImages(shards, parts, entries), broken=broken)
-
-
-def _is_plain(shard: Shard) -> bool:
-    """Tell whether a shard can be read at random: it is a file or at a URL, and not compressed."""
-    is_compressed = shard_name(shard.place).lower().endswith(_COMPRESSED)
-    return not is_compressed and (shard.cache is not None or os.path.isfile(shard.place))
 
 
 class TarImages:
@@ -180,8 +176,25 @@ class TarTable(PairTable):
         return meta if isinstance(meta, dict) else {}
 
     def _record(self, row: int) -> Record:
+        """Read a pair; it is broken if the json entry of img2dataset contradicts its image.
+
+        `width` and `height` are of the image as it was stored, `original_width` as it was
+        downloaded. Other data sets, without the latter, may mean other sizes.
+        """
         record = super()._record(row)
-        _check_downloaded(record)
+        meta, size = record.meta, record.image.size
+        if not {"status", "width", "height", "original_width"} <= meta.keys():
+            return record
+        if meta["status"] != "success":
+            raise BrokenPair(record.id, f"its download failed: status {meta['status']!r}")
+        said = (meta["width"], meta["height"])
+        # Some of its resizers turn the image by its EXIF orientation, and some only say so.
+        if all(isinstance(side, int) for side in said) and sorted(said) != sorted(size):
+            raise BrokenPair(
+                record.id,
+                f"the image has {size[0]} x {size[1]} pixels, its json entry says "
+                f"{said[0]} x {said[1]}",
+            )
         return record
 
     def _shards(self) -> np.ndarray | None:
@@ -230,24 +243,3 @@ def _load_tars(shards: list[Shard], name: str, entries: Entries) -> PairTable:
     broken = add_lost(name, shards, parts)
     images += [None] * (sum(map(len, parts)) - len(images))
     return PairTable(name, parts, ImagesInMemory(images), broken=broken)
-
-
-def _check_downloaded(record: Record) -> None:
-    """Compare an image of img2dataset with its json entry; raise `BrokenPair` if they differ.
-
-    `width` and `height` are of the image as it was stored, `original_width` as it was downloaded.
-    Other data sets, without the latter, may mean other sizes.
-    """
-    meta = record.meta
-    if not {"status", "width", "height", "original_width"} <= meta.keys():
-        return
-    if meta["status"] != "success":
-        raise BrokenPair(record.id, f"its download failed: status {meta['status']!r}")
-    said = (meta["width"], meta["height"])
-    # Some of its resizers turn the image by its EXIF orientation, and some only say that it is.
-    if all(isinstance(side, int) for side in said) and sorted(said) != sorted(record.image.size):
-        width, height = record.image.size
-        raise BrokenPair(
-            record.id,
-            f"the image has {width} x {height} pixels, its json entry says {said[0]} x {said[1]}",
-        )

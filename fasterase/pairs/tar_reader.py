@@ -25,7 +25,6 @@ _PAX = ord("x")
 _FILES = b"0\0"
 # Records of extended headers by which a file differs from what its own header says.
 _TELLING_PAX = re.compile(rb" (path|size|GNU\.[^=\n]*|hdrcharset)=")
-_MOST_PAX = 1 << 16
 _DECOMPRESSORS = ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ\x00", lzma.open))
 _ZSTD = b"\x28\xb5\x2f\xfd"
 
@@ -56,7 +55,7 @@ class _Header(tarfile.TarInfo):
         # webdataset's writer puts one before each file, for the fraction of a second.
         if len(block) == _BLOCK and block[156] == _PAX:
             size = _plain_size(block)
-            if size is not None and size <= _MOST_PAX:
+            if size is not None:
                 padded = -(-size // _BLOCK) * _BLOCK
                 data = tar.fileobj.read(padded + _BLOCK)
                 if not _TELLING_PAX.search(data, 0, size):
