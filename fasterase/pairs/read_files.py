@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -180,30 +180,27 @@ def _read_json(path: Path) -> Iterator[dict[str, Any]]:
         first = next((line.lstrip()[0] for line in file if line.strip()), "")
         file.seek(0)
         is_array = first == "[" and path.suffix.lower() == ".json"
-        for where, row in _read_array(file) if is_array else _read_lines(file):
+        rows: Iterable[tuple[int, Any]]
+        if is_array:
+            rows = enumerate(_parse_json(file.read()), 1)
+        else:
+            lines = ((number, line.strip()) for number, line in enumerate(file, 1))
+            rows = ((number, _parse_json(line, number)) for number, line in lines if line)
+        for number, row in rows:
             if not isinstance(row, dict):
+                where = f"entry {number} of the array" if is_array else f"line {number}"
                 raise InputError(f"{where} must hold one JSON object; found a {type(row).__name__}")
             yield row
 
 
-def _read_lines(file: TextIO) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(file, 1):
-        try:
-            if line.strip():
-                yield f"line {number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"line {number} is not a JSON object: {error.msg}. A file holds one object per "
-                f"line, or (.json) one array of objects."
-            ) from error
-
-
-def _read_array(file: TextIO) -> Iterator[tuple[str, Any]]:
+def _parse_json(text: str, line: int = 1) -> Any:
     try:
-        rows = json.load(file)
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise InputError(f"line {error.lineno} is not valid JSON: {error.msg}") from error
-    yield from ((f"entry {number} of the array", row) for number, row in enumerate(rows, 1))
+        raise InputError(
+            f"line {line + error.lineno - 1} is not valid JSON: {error.msg}. A file holds one "
+            f"object per line, or (.json) one array of objects."
+        ) from error
 
 
 def _read_separated(path: Path, keys: _Keys) -> Iterator[dict[str, Any]]:

@@ -52,7 +52,7 @@ class _Header(tarfile.TarInfo):
         start = tar.fileobj.tell()
         block = first = tar.fileobj.read(_BLOCK)
         offset = start + _BLOCK
-        # webdataset's writer puts one before each file, for the fraction of a second.
+        # webdataset's writer puts an extended header before each file, for fractions of seconds.
         if len(block) == _BLOCK and block[156] == _PAX:
             size = _plain_size(block)
             if size is not None:

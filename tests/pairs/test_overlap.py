@@ -55,20 +55,6 @@ def test_tars_and_files_are_compared(pictures, make_tar, encoded, tmp_path):
         remaining(shard, shard)
 
 
-@pytest.mark.filterwarnings("ignore:`x`. compressed shards")
-def test_compressed_shards_of_one_name_are_compared_by_their_images(make_tar, encoded, tmp_path):
-    folders = [tmp_path / name for name in ("one", "two")]
-    shards = []
-    for folder, shade in zip(folders, (10, 20), strict=True):
-        folder.mkdir()
-        entries = {"a.png": encoded(shade), "a.txt": "cat"}
-        shards.append(shutil.move(make_tar("s.tar.gz", entries, "w:gz"), folder / "s.tar.gz"))
-    forget, retain = (open_pairs(str(shard), name="x") for shard in shards)
-    assert forget.id(0) == retain.id(0)
-    assert len(forget.encoded_image(0)) == len(retain.encoded_image(0))
-    assert remove_overlap(retain, forget) == (retain, [])
-
-
 @pytest.mark.parametrize("form", ["table", "list"])
 def test_files_of_other_sizes_and_in_the_same_place_are_not_read(pictures, monkeypatch, form):
     def pairs_of(*numbers):
