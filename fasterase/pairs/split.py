@@ -151,18 +151,16 @@ def _every_captions(pairs: PairTable) -> Iterator[list[str]]:
 
 
 def _match_classes(pairs: PairTable, names: Sequence[str]) -> np.ndarray:
-    folded = {_fold(name): name for name in reversed(names)}
     if pairs.classes is not None:
-        classes = ([_fold(pairs.meta(index)["class"])] for index in range(len(pairs)))
         unknown = [name for name in names if _fold(name) not in map(_fold, pairs.classes)]
         if unknown:
             raise InputError(
                 f"`forget`: no class {unknown[0]!r}; the classes are {', '.join(pairs.classes)}"
             )
-        return _match_names(pairs, classes, set(folded))[0]
+    # Where there are classes, they are the captions.
     captions = (map(_fold, texts) for texts in _every_captions(pairs))
-    chosen, missing = _match_names(pairs, captions, set(folded))
-    if missing and chosen.any():
+    chosen, missing = _match_names(pairs, captions, set(map(_fold, names)))
+    if missing and chosen.any() and pairs.classes is None:
         name = next(name for name in names if _fold(name) in missing)
         raise InputError(
             f"`forget`: {name!r} is no caption of the {len(pairs)} pairs, nor their class. "

@@ -85,8 +85,8 @@ def read_rows(
 
     What is known of the shard (`Part.facts`): its name (`shard`), size, version; how many samples
     have images and captions, and are `torn`: have lost one of the two to damage; the bytes that are
-    `readable`; the stretches of `damage`; the samples that are `cut` off and why; the `endings` of
-    all entries; the `digest` of ids, sizes and captions.
+    `readable`; the stretches of `damage`; why the last sample is `cut` off, if it is; the `endings`
+    of all entries; the `digest` of ids, sizes and captions.
 
     Args:
         file: the shard, decompressed.
@@ -108,7 +108,7 @@ def read_rows(
     metadata: list[bytes] = []
     spans: list[tuple[int, int]] = []
     endings: set[str] = set()
-    cut: dict[str, str] = {}
+    cut = ""
     for stem, sample in reader.samples():
         endings |= sample.keys()
         if sample.keys().isdisjoint(known):
@@ -116,11 +116,11 @@ def read_rows(
         *_, (ending, last) = sample.items()
         spans.append((next(iter(sample.values())).offset, last.offset_data + last.size))
         if spans[-1][1] > reader.size:
-            cut[str(len(ids))] = f"the shard ends inside its {ending}"
+            cut = f"the shard ends inside its {ending}"
             del sample[ending]
         data = {ending: reader.read(sample[ending]) for ending in wanted & sample.keys()}
         ids.append(f"{name}/{stem}")
-        captions.append([] if str(len(captions)) in cut else entries.read_captions(data))
+        captions.append([] if cut else entries.read_captions(data))
         for entry in (entries.image_of(sample), sample.get("json")):
             extents += (-1, -1) if entry is None else (entry.offset_data, entry.size)
         if images is not None:
@@ -180,8 +180,9 @@ def add_lost(name: str, shards: Sequence[Shard], parts: list[Part]) -> dict[int,
     start = 0
     for shard, part in zip(shards, parts, strict=True):
         facts = part.facts
-        broken |= {start + int(sample): reason for sample, reason in facts["cut"].items()}
         start += len(part)
+        if facts["cut"]:
+            broken[start - 1] = facts["cut"]
         if not facts["damage"]:
             continue
         lost = _count_lost(shard.place, part, usual)
