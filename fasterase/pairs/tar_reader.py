@@ -114,8 +114,8 @@ class ShardReader:
         Raises:
             tarfile.TarError: the file is empty, or holds no entry at all and is not an empty tar.
         """
-        if self.size == 0:
-            raise tarfile.ReadError("it is empty")
+        if self.size < _BLOCK:
+            raise tarfile.ReadError("it is not a tar" if self.size else "it is empty")
         self._file.seek(0)
         # Without `ignore_zeros`, a damaged header and a hole of zeros would end the archive.
         tar = tarfile.TarFile(fileobj=self._file, tarinfo=_Header, ignore_zeros=True)
