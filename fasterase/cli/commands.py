@@ -317,7 +317,7 @@ class Split(_Source):
     output_dir: str | None = None
 
     def run(self, **fields: Any) -> None:
-        from fasterase.pairs.split_files import write_split
+        from fasterase.pairs.split import write_split
 
         data, folder = Path(str(self.data)), Path(str(self.output_dir))
         where = f"--output_dir={self.output_dir!r}"

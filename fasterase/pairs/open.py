@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from fasterase.errors import InputError
-from fasterase.pairs.read_files import is_frame, open_file, open_frame
-from fasterase.pairs.read_folders import open_folder
+from fasterase.pairs.read_files import is_frame, open_file, open_folder, open_frame
 from fasterase.pairs.read_objects import open_objects
 from fasterase.pairs.read_tars import TAR_ENDINGS, expand_pattern, is_tar_pattern, open_tars
 from fasterase.pairs.table import PairTable
@@ -72,27 +70,24 @@ def _open(source: Any, name: str, image_key: str | None, text_key: str | None) -
     view = _find_view(source)
     if view is not None:
         return view
+    tars = _find_tars(source, name)
+    if tars is not None:
+        return open_tars(tars, name=name, image_key=image_key, text_key=text_key)
+    if is_frame(source):
+        return open_frame(source, name=name, image_key=image_key, text_key=text_key)
     if not isinstance(source, str | os.PathLike):
-        return _open_object(source, name, image_key, text_key)
-    text = os.fspath(source)
-    if not text:
-        raise InputError(f"`{name}` is an empty path")
-    path = Path(text).expanduser()
+        if hasattr(source, "to_pandas") and not hasattr(source, "select_columns"):
+            kind = f"{type(source).__module__.partition('.')[0]} {type(source).__name__}"
+            raise InputError(f"`{name}` is a {kind}; pass its .to_pandas(), a pandas DataFrame")
+        return open_objects(source, name, image_key, text_key)
+    path = Path(source).expanduser()
     if path.is_dir():
-        shards = sorted(str(shard) for shard in path.glob("*.tar"))
-        if shards:
-            return open_tars(shards, name=name, image_key=image_key, text_key=text_key)
         return open_folder(path, name=name)
     if os.path.isfile(path):
-        if path.name.lower().endswith(TAR_ENDINGS):
-            return open_tars([str(path)], name=name, image_key=image_key, text_key=text_key)
         return open_file(path, name=name, image_key=image_key, text_key=text_key)
-    if is_tar_pattern(text):
-        shards = expand_pattern(text, name=name)
-        return open_tars(shards, name=name, image_key=image_key, text_key=text_key)
     raise InputError(
-        f"`{name}`: no file or folder {text!r}. A path must be a CSV, TSV, JSONL, JSON or Parquet "
-        f"table, a folder of images or shards, or a shard pattern such as "
+        f"`{name}`: no file or folder {os.fspath(source)!r}. A path must be a CSV, TSV, JSONL, "
+        f"JSON or Parquet table, a folder of images or shards, or a shard pattern such as "
         f"'shards/{{000..099}}.tar'."
     )
 
@@ -110,34 +105,31 @@ def _find_view(source: Any) -> PairTable | None:
     return None
 
 
-def _open_object(source: Any, name: str, image_key: str | None, text_key: str | None) -> PairTable:
-    if is_frame(source):
-        return open_frame(source, name=name, image_key=image_key, text_key=text_key)
-    if hasattr(source, "to_pandas") and not hasattr(source, "select_columns"):
-        kind = f"{type(source).__module__.partition('.')[0]} {type(source).__name__}"
-        raise InputError(f"`{name}` is a {kind}; pass its .to_pandas(), a pandas DataFrame")
-    if isinstance(source, list | tuple) and _lists_tars(source):
-        shards = [
-            shard
-            for pattern in map(os.fspath, source)
-            for shard in expand_pattern(pattern, name=name)
-        ]
-        return open_tars(shards, name=name, image_key=image_key, text_key=text_key)
-    return open_objects(source, name, image_key, text_key)
-
-
-def _lists_tars(source: Sequence[Any]) -> bool:
-    """Tell whether `source` lists tars.
+def _find_tars(source: Any, name: str) -> list[str] | None:
+    """Return the shards that `source` names: a pattern, a tar, a folder of tars, or a list of them.
 
     Raises:
-        InputError: it lists other paths.
+        InputError: shards are missing, it is a list of other paths or an empty path.
     """
-    if not source or not all(isinstance(each, str | os.PathLike) for each in source):
-        return False
-    other = next((each for each in source if not is_tar_pattern(os.fspath(each))), None)
-    if other is not None:
-        raise InputError(
-            f"a list of paths must name tars; found {os.fspath(other)!r}. Give a table or folder "
-            f"as one path, and pairs as (image, text)."
-        )
-    return True
+    if isinstance(source, list | tuple):
+        if not source or not all(isinstance(each, str | os.PathLike) for each in source):
+            return None
+        patterns = list(map(os.fspath, source))
+        other = next((each for each in patterns if not is_tar_pattern(each)), None)
+        if other is not None:
+            raise InputError(
+                f"a list of paths must name tars; found {other!r}. Give a table or folder as one "
+                f"path, and pairs as (image, text)."
+            )
+        return [shard for pattern in patterns for shard in expand_pattern(pattern, name=name)]
+    if not isinstance(source, str | os.PathLike):
+        return None
+    text = os.fspath(source)
+    if not text:
+        raise InputError(f"`{name}` is an empty path")
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return sorted(map(str, path.glob("*.tar"))) or None
+    if os.path.isfile(path):
+        return [str(path)] if path.name.lower().endswith(TAR_ENDINGS) else None
+    return expand_pattern(text, name=name) if is_tar_pattern(text) else None

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Callable, Hashable
+from itertools import chain
 
 import numpy as np
 from PIL import Image
 
 from fasterase.errors import InputError
 from fasterase.pairs.images import to_rgb
-from fasterase.pairs.read_tars import TarTable
+from fasterase.pairs.read_tars import TarImages
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.table import PairTable
 
@@ -33,8 +35,8 @@ def remove_overlap(retain: PairTable, forget: PairTable) -> tuple[PairTable, lis
     Raises:
         InputError: nothing would be left of `retain`.
     """
-    duplicates = _find_duplicates(retain, forget) if len(retain) else []
-    if not duplicates:
+    duplicates = _find_duplicates(retain, forget) if len(retain) else np.empty(0, np.int64)
+    if not len(duplicates):
         return retain, []
     if len(duplicates) == len(retain):
         raise InputError(
@@ -43,43 +45,36 @@ def remove_overlap(retain: PairTable, forget: PairTable) -> tuple[PairTable, lis
         )
     keep = np.ones(len(retain), bool)
     keep[duplicates] = False
-    return retain.where(keep), [retain.id(row) for row in duplicates]
+    return retain.where(keep), list(map(retain.id, duplicates.tolist()))
 
 
-def _find_duplicates(retain: PairTable, forget: PairTable) -> list[int]:
+def _find_duplicates(retain: PairTable, forget: PairTable) -> np.ndarray:
+    """Return the rows of `retain` whose image is also in `forget`, [n] int64."""
     if _share_index(retain, forget):
-        return _find_same_rows(retain, forget)
-    mine, others = retain.encoded_sizes(), forget.encoded_sizes()
-    if mine is not None and others is not None:
-        return _find_same_files(retain, mine, forget, others)
+        known = np.zeros(len(forget.base), bool)
+        known[forget.base_rows(np.arange(len(forget)))] = True
+        return np.flatnonzero(known[retain.base_rows(np.arange(len(retain)))])
+    sizes, known_sizes = retain.encoded_sizes(), forget.encoded_sizes()
+    if sizes is not None and known_sizes is not None:
+        return _find_same_files(retain, sizes, forget, known_sizes)
     return _find_same_pixels(retain, forget)
 
 
 def _share_index(retain: PairTable, forget: PairTable) -> bool:
     """Tell whether both sets are rows of one index, so that equal rows mean equal images."""
-    one, other = retain.base, forget.base
-    if not isinstance(one, TarTable) or not isinstance(other, TarTable):
+    one, other = retain.images, forget.images
+    if not isinstance(one, TarImages) or not isinstance(other, TarImages):
         return False
-    shards = one.images.shards
-    same = shards == other.images.shards and one.images.entries == other.images.entries
-    return same and len(set(shards)) == len(shards)
-
-
-def _find_same_rows(retain: PairTable, forget: PairTable) -> list[int]:
-    """Return the rows of `retain` that are rows of `forget` too."""
-    known = np.zeros(len(forget.base), bool)
-    known[slice(None) if forget.indices is None else forget.indices] = True
-    shared = known if retain.indices is None else known[retain.indices]
-    return np.flatnonzero(shared).tolist()
+    shards, others = ([shard[:3] for shard in each.shards] for each in (one, other))
+    is_distinct = len(set(shards)) == len(shards)
+    return is_distinct and shards == others and one.entries == other.entries
 
 
 def _find_same_files(
-    retain: PairTable, retain_sizes: np.ndarray, forget: PairTable, forget_sizes: np.ndarray
-) -> list[int]:
-    """Return the rows of `retain` whose image file is also in `forget`."""
-    sizes = np.unique(forget_sizes[forget_sizes >= 0])
-    candidates = np.flatnonzero(np.isin(retain_sizes, sizes))
-    known = np.flatnonzero(np.isin(forget_sizes, np.unique(retain_sizes[candidates])))
+    retain: PairTable, sizes: np.ndarray, forget: PairTable, known_sizes: np.ndarray
+) -> np.ndarray:
+    candidates = np.flatnonzero(np.isin(sizes, known_sizes[known_sizes >= 0]))
+    known = np.flatnonzero(np.isin(known_sizes, sizes[candidates]))
     if len(candidates) > _MOST_READ:
         count = len(candidates)
         candidates, known = _with_same_captions(retain, candidates, forget, known)
@@ -88,34 +83,38 @@ def _find_same_files(
             f"{len(candidates)} of them with an equal caption too are compared with it",
             stacklevel=2,
         )
-    locations = {forget.encoded_location(row) for row in known.tolist()}
-    same = [row for row in candidates.tolist() if retain.encoded_location(row) in locations]
+    same = _with_same(PairTable.encoded_location, retain, candidates, forget, known)
     # Only what may be a copy in another place has to be read.
     others = np.setdiff1d(candidates, same)
-    known = known[np.isin(forget_sizes[known], retain_sizes[others])]
-    contents = {_digest_file(forget, row) for row in known.tolist()} - {None}
-    copies = [row for row in others.tolist() if _digest_file(retain, row) in contents]
-    return sorted(same + copies)
+    known = known[np.isin(known_sizes[known], sizes[others])]
+    return np.union1d(same, _with_same(_digest_file, retain, others, forget, known))
+
+
+def _with_same(
+    key: Callable[[PairTable, int], Hashable],
+    retain: PairTable,
+    candidates: np.ndarray,
+    forget: PairTable,
+    known: np.ndarray,
+) -> np.ndarray:
+    """Return those rows of `retain` whose key one of the rows of `forget` has; None is no key."""
+    keys = {key(forget, row) for row in known.tolist()} - {None}
+    return np.array([row for row in candidates.tolist() if key(retain, row) in keys], np.int64)
 
 
 def _with_same_captions(
     retain: PairTable, candidates: np.ndarray, forget: PairTable, known: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return those rows of both that have a caption in common with a row of the other."""
-    hashes, rows = _of_rows(retain.caption_hashes(), candidates)
-    known_hashes, known_rows = _of_rows(forget.caption_hashes(), known)
-    shared = np.intersect1d(hashes, known_hashes)
-    return (
-        np.unique(rows[np.isin(hashes, shared)]),
-        np.unique(known_rows[np.isin(known_hashes, shared)]),
+    mine, others = (
+        list(source.select(rows).every_text())
+        for source, rows in ((retain, candidates), (forget, known))
     )
-
-
-def _of_rows(
-    captions: tuple[np.ndarray, np.ndarray], rows: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    here = np.isin(captions[1], rows)
-    return captions[0][here], captions[1][here]
+    shared = set(chain.from_iterable(mine)).intersection(chain.from_iterable(others))
+    return (
+        candidates[[not shared.isdisjoint(texts) for texts in mine]],
+        known[[not shared.isdisjoint(texts) for texts in others]],
+    )
 
 
 def _digest_file(source: PairTable, row: int) -> bytes | None:
@@ -125,8 +124,7 @@ def _digest_file(source: PairTable, row: int) -> bytes | None:
         return None
 
 
-def _find_same_pixels(retain: PairTable, forget: PairTable) -> list[int]:
-    """Return the rows of `retain` whose decoded image is also in `forget`."""
+def _find_same_pixels(retain: PairTable, forget: PairTable) -> np.ndarray:
     for source in (retain, forget):
         too_many = not source.in_memory and len(source) > _MOST_READ
         if too_many or not source.stable:
@@ -136,22 +134,20 @@ def _find_same_pixels(retain: PairTable, forget: PairTable) -> list[int]:
                 f"{reason}",
                 stacklevel=2,
             )
-            return []
-    known = {_digest_pixels(forget, row) for row in range(len(forget))} - {None}
-    return [row for row in range(len(retain)) if _digest_pixels(retain, row) in known]
+            return np.empty(0, np.int64)
+    rows, known = np.arange(len(retain)), np.arange(len(forget))
+    return _with_same(_digest_pixels, retain, rows, forget, known)
 
 
 def _digest_pixels(source: PairTable, row: int) -> bytes | None:
     try:
         image = source[row].image
         if isinstance(image, Image.Image):
-            image = to_rgb(image, id=source.id(row))
+            image = np.asarray(to_rgb(image, id=source.id(row))).transpose(2, 0, 1)
+        else:
+            image = (image.float() if image.is_floating_point() else image).detach().cpu().numpy()
     except BrokenPair:
         return None
-    if isinstance(image, Image.Image):
-        values = np.asarray(image).transpose(2, 0, 1)
-    else:
-        values = (image.float() if image.is_floating_point() else image).detach().cpu().numpy()
-    digest = hashlib.blake2b(f"{values.dtype} {values.shape}".encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(values).tobytes())
+    digest = hashlib.blake2b(f"{image.dtype} {image.shape}".encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(image).tobytes())
     return digest.digest()

@@ -1,34 +1,37 @@
-"""Read pairs from the columns of CSV, TSV, JSON and Parquet files and of DataFrames."""
+"""Read pairs from files of columns (CSV, JSON, Parquet), DataFrames and folders of images."""
 
 from __future__ import annotations
 
 import csv
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-import pyarrow as pa
-from pyarrow import csv as arrow_csv
 from pyarrow import parquet
 
 from fasterase.errors import InputError
 from fasterase.pairs.images import ImageFiles, ImagesInMemory
-from fasterase.pairs.items import IMAGE_KEYS, TEXT_KEYS, check_columns, choose_key, select_plain
-from fasterase.pairs.parts import pack
+from fasterase.pairs.items import (
+    IMAGE_KEYS,
+    TEXT_KEYS,
+    check_columns,
+    choose_key,
+    normalize_class_name,
+    select_plain,
+)
 from fasterase.pairs.read_objects import open_objects
-from fasterase.pairs.table import PairTable
+from fasterase.pairs.table import PairTable, pack
 
 _NAMES = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar"}
 SEPARATORS = tuple(_NAMES)
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 PARQUET_ENDINGS = (".parquet", ".pq")
-_BLOCK_BYTES = 1 << 24  # a row must fit in two
-# Text files hold neither pixels nor token ids.
-_IMAGE_COLUMNS = tuple(key for key in IMAGE_KEYS if key != "pixel_values")
-_TEXT_COLUMNS = tuple(key for key in TEXT_KEYS if key != "input_ids")
+# The columns of images and captions that the caller names, None for the usual ones.
+_Keys = tuple[str | None, str | None]
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def open_file(
@@ -48,18 +51,13 @@ def open_file(
             them twice; a row has more or fewer cells than the header, or an unclosed quote (names
             the line).
     """
-    ending = path.suffix.lower()
+    ending, keys = path.suffix.lower(), (image_key, text_key)
     try:
         if ending in PARQUET_ENDINGS:
-            return _open_columns(
-                *_read_parquet(path), name, path.name, path.parent, image_key, text_key
-            )
-        rows = (
-            _read_json(path)
-            if ending in JSON_ENDINGS
-            else _read_separated(path, image_key, text_key)
-        )
-        parts = pack(_find_pairs(rows, path.name, image_key, text_key))
+            return _open_columns(*_read_parquet(path), keys, name, path.name, path.parent)
+        is_json = ending in JSON_ENDINGS
+        rows = _read_json(path) if is_json else _read_separated(path, keys)
+        parts = pack(_find_pairs(rows, keys, path.name))
     except UnicodeDecodeError as error:
         raise InputError(f"`{name}`: {path} is not a UTF-8 text file: {error.reason}") from error
     except InputError as error:
@@ -89,31 +87,25 @@ def open_frame(
     # pandas marks missing text by NaN, NA or NaT.
     cells = [each.astype(object).where(each.notna(), None).tolist() for each in columns]
     names = [str(label) for label in frame.columns]
-    return _open_columns(names, cells, name, name, Path.cwd(), image_key, text_key)
+    return _open_columns(names, cells, (image_key, text_key), name, name, Path.cwd())
 
 
-def _choose_columns(
-    found: list[str], image_key: str | None, text_key: str | None, *, text_file: bool
-) -> tuple[str, str]:
-    image_names, text_names = (
-        (_IMAGE_COLUMNS, _TEXT_COLUMNS) if text_file else (IMAGE_KEYS, TEXT_KEYS)
-    )
+def _choose_columns(found: list[str], keys: _Keys) -> tuple[str, str]:
     check_columns(found)
     return (
-        choose_key(found, image_key, image_names, "image_key"),
-        choose_key(found, text_key, text_names, "text_key"),
+        choose_key(found, keys[0], IMAGE_KEYS, "image_key"),
+        choose_key(found, keys[1], TEXT_KEYS, "text_key"),
     )
 
 
 def _find_pairs(
-    rows: Iterator[dict[str, Any]], label: str, image_key: str | None, text_key: str | None
+    rows: Iterator[dict[str, Any]], keys: _Keys, label: str
 ) -> Iterator[tuple[str, list[str], dict[str, Any]]]:
     """Yield the path of the image, the captions and the other columns of each row."""
     columns = None
     for number, row in enumerate(rows, 1):
         # The first row decides; JSON objects after it may lack keys.
-        if columns is None:
-            columns = _choose_columns(list(row), image_key, text_key, text_file=True)
+        columns = columns or _choose_columns(list(row), keys)
         image, text = (row.pop(column, None) for column in columns)
         named = isinstance(image, str) and image
         yield image if named else f"{label}, row {number} without an image", _captions(text), row
@@ -136,13 +128,7 @@ def _read_parquet(path: Path) -> tuple[list[str], list[list[Any]]]:
 
 
 def _open_columns(
-    names: list[str],
-    cells: list[list[Any]],
-    name: str,
-    label: str,
-    root: Path,
-    image_key: str | None,
-    text_key: str | None,
+    names: list[str], cells: list[list[Any]], keys: _Keys, name: str, label: str, root: Path
 ) -> PairTable:
     """Open columns of equal length as image files, encoded images or decoded items.
 
@@ -151,30 +137,30 @@ def _open_columns(
         label: what the ids of images without a path start with.
         root: the folder of relative paths.
     """
-    chosen = _choose_columns(names, image_key, text_key, text_file=False)
+    chosen = _choose_columns(names, keys)
     columns = dict(zip(names, cells, strict=True))
-    images = [_unpack_image(cell) for cell in columns.pop(chosen[0])]
+    images = list(map(_unpack_image, columns.pop(chosen[0])))
     texts = [
         each.tolist() if isinstance(each, np.ndarray) else each for each in columns.pop(chosen[1])
     ]
     metas = [
-        select_plain(dict(zip(columns, row, strict=True)), without=())
-        for row in zip(*columns.values(), strict=True)
-    ] or [{} for _ in images]
+        select_plain({other: columns[other][row] for other in columns}, without=())
+        for row in range(len(images))
+    ]
     kinds = {type(image) for image in images if image is not None}
     if not all(map(_is_captions, texts)) or kinds not in ({str}, {bytes}, set()):
-        items = [
+        items = (
             {
                 **meta,
                 "image": os.path.join(root, image) if isinstance(image, str) else image,
                 "text": text,
             }
             for image, text, meta in zip(images, texts, metas, strict=True)
-        ]
-        return open_objects(items, name, "image", "text")
-    ids = [f"{label}[{row}]" for row in range(len(images))]
-    if kinds != {bytes}:
-        ids = [image or id for image, id in zip(images, ids, strict=True)]
+        )
+        return open_objects(list(items), name, "image", "text")
+    ids = (
+        image if image and kinds == {str} else f"{label}[{row}]" for row, image in enumerate(images)
+    )
     parts = pack(zip(ids, map(_captions, texts), metas, strict=True))
     return PairTable(name, parts, ImagesInMemory(images) if kinds == {bytes} else ImageFiles(root))
 
@@ -200,126 +186,80 @@ def _read_json(path: Path) -> Iterator[dict[str, Any]]:
         first = next((line.lstrip()[0] for line in file if line.strip()), "")
         file.seek(0)
         is_array = first == "[" and path.suffix.lower() == ".json"
-        for where, row in _read_array(file) if is_array else _read_lines(file):
+        rows: Iterable[tuple[int, Any]]
+        if is_array:
+            rows = enumerate(_parse_json(file.read()), 1)
+        else:
+            lines = ((number, line.strip()) for number, line in enumerate(file, 1))
+            rows = ((number, _parse_json(line, number)) for number, line in lines if line)
+        for number, row in rows:
             if not isinstance(row, dict):
+                where = f"entry {number} of the array" if is_array else f"line {number}"
                 raise InputError(f"{where} must hold one JSON object; found a {type(row).__name__}")
             yield row
 
 
-def _read_lines(file: TextIO) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(file, 1):
-        try:
-            if line.strip():
-                yield f"line {number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"line {number} is not a JSON object: {error.msg}. A file holds one object per "
-                f"line, or (.json) one array of objects."
-            ) from error
-
-
-def _read_array(file: TextIO) -> Iterator[tuple[str, Any]]:
+def _parse_json(text: str, line: int = 1) -> Any:
     try:
-        rows = json.load(file)
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise InputError(f"line {error.lineno} is not valid JSON: {error.msg}") from error
-    yield from ((f"entry {number} of the array", row) for number, row in enumerate(rows, 1))
+        raise InputError(
+            f"line {line + error.lineno - 1} is not valid JSON: {error.msg}. A file holds one "
+            f"object per line, or (.json) one array of objects."
+        ) from error
 
 
-def _read_separated(
-    path: Path, image_key: str | None, text_key: str | None
-) -> Iterator[dict[str, Any]]:
+def _read_separated(path: Path, keys: _Keys) -> Iterator[dict[str, Any]]:
     with open(path, encoding="utf-8-sig", newline="") as file:
         header = file.readline()
         if not header.strip():
             raise InputError("the file has no header line")
-        separator = detect_separator(header, image_key, text_key)
+        separator = detect_separator(header, *keys)
         names = _split_header(header, separator)
         _check_header(names, path.parent, separator)
-        _choose_columns(names, image_key, text_key, text_file=True)
-        if not _check_quotes(file, separator):
-            return
-    for batch in _read_batches(path, names, separator):
-        columns = [column.to_pylist() for column in batch.columns]
-        yield from (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
+        _choose_columns(names, keys)
+        for number, cells in _read_cells(file, separator):
+            if len(cells) == len(names):
+                yield dict(zip(names, cells, strict=True))
+            elif "".join(cells).strip():
+                count = len(cells)
+                raise InputError(
+                    f"line {number} has {count} cell{'s' * (count != 1)}, but the header has "
+                    f"{len(names)} ({', '.join(names)}). Put cells that hold a "
+                    f"{_NAMES[separator]} or a line break in double quotes, and leave none out."
+                )
 
 
-def _read_batches(path: Path, names: list[str], separator: str) -> Iterator[pa.RecordBatch]:
-    wrong: list[arrow_csv.InvalidRow] = []
-
-    def note(row: arrow_csv.InvalidRow) -> str:
-        if row.text.strip():
-            wrong.append(row)
-        return "error" if wrong else "skip"
-
-    try:
-        yield from arrow_csv.open_csv(
-            str(path),
-            arrow_csv.ReadOptions(
-                use_threads=False, column_names=names, skip_rows=1, block_size=_BLOCK_BYTES
-            ),
-            arrow_csv.ParseOptions(
-                delimiter=separator, newlines_in_values=True, invalid_row_handler=note
-            ),
-            arrow_csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string())),
-        )
-    except pa.ArrowInvalid as error:
-        if not wrong:
-            raise InputError(f"it cannot be read as a table: {error}") from error
-        count = wrong[0].actual_columns
-        raise InputError(
-            f"line {_find_line(path, wrong[0].text)} has {count} cell{'s' * (count != 1)}, but the "
-            f"header has {len(names)} ({', '.join(names)}). Put cells that hold a "
-            f"{_NAMES[separator]} or a line break in double quotes, and leave none out."
-        ) from error
-
-
-def _find_line(path: Path, row: str) -> int:
-    """Return the number of the first line of a row. Arrow counts rows, which may have several."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        first = row.splitlines()[0]
-        return next(
-            (number for number, line in enumerate(file, 1) if line.strip("\r\n") == first), 0
-        )
-
-
-def _check_quotes(file: TextIO, separator: str) -> bool:
-    """Read the lines after the header; tell whether there are any but blank ones.
+def _read_cells(file: TextIO, separator: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield the first line of each row after the header, and its cells.
 
     Raises:
-        InputError: a quote is not closed. Arrow would make one caption of the rest of the file, or
+        InputError: a quote is not closed, which would make one caption of the rest of the file, or
             of all lines up to the next quote.
     """
-    any_row = False
-    pending: list[str] = []
-    first = 0
-    for number, line in enumerate(file, 2):
-        any_row = any_row or bool(line.strip())
-        if line.count('"') % 2 == 0:
-            if pending:
-                pending.append(line)
-        elif pending:
-            pending.append(line)
-            if _quote_error(pending, separator):
-                break
-            pending = []
-        elif "end of data" in _quote_error([line], separator):
-            pending, first = [line], number
-    if pending:
-        raise InputError(
-            f"line {first}: {_quote_error(pending, separator)}; a double quote that begins a cell "
-            "is not closed. Close it, or write the cell in double quotes and each quote inside it "
-            'twice ("").'
-        )
-    return any_row
+    line = ""
 
+    def lines() -> Iterator[str]:
+        nonlocal line
+        for line in file:  # noqa: UP028 (the last one is needed below)
+            yield line
 
-def _quote_error(lines: list[str], separator: str) -> str:
-    try:
-        list(csv.reader(lines, delimiter=separator, strict=True))
-    except csv.Error as error:
-        return str(error)
-    return ""
+    reader = csv.reader(lines(), delimiter=separator, strict=True)
+    while True:
+        first = reader.line_num + 2
+        try:
+            yield first, next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            # `"d" e` in one line loses nothing.
+            if reader.line_num + 1 > first or "expected after" not in str(error):
+                raise InputError(
+                    f"line {first}: {error}; a double quote that begins a cell is not closed. "
+                    "Close it, or write the cell in double quotes and each quote inside it "
+                    'twice ("").'
+                ) from error
+            yield first, next(csv.reader([line], delimiter=separator))
 
 
 def _check_header(names: list[str], folder: Path, separator: str) -> None:
@@ -338,16 +278,74 @@ def _check_header(names: list[str], folder: Path, separator: str) -> None:
 
 def detect_separator(header: str, image_key: str | None, text_key: str | None) -> str:
     """Return the separator that gives the header the wanted columns, or else most columns."""
-    image_names = (image_key,) if image_key is not None else _IMAGE_COLUMNS
-    text_names = (text_key,) if text_key is not None else _TEXT_COLUMNS
+    image_names = IMAGE_KEYS if image_key is None else (image_key,)
+    text_names = TEXT_KEYS if text_key is None else (text_key,)
 
     def score(separator: str) -> tuple[int, int]:
-        names = _split_header(header, separator)
-        wanted = any(n in image_names for n in names) + any(n in text_names for n in names)
-        return wanted, len(names)
+        names = set(_split_header(header, separator))
+        return sum(not names.isdisjoint(each) for each in (image_names, text_names)), len(names)
 
     return max(SEPARATORS, key=score)
 
 
 def _split_header(header: str, separator: str) -> list[str]:
     return [name.strip() for name in next(csv.reader([header], delimiter=separator))]
+
+
+def open_folder(folder: Path, *, name: str) -> PairTable:
+    """Read a folder of images.
+
+    If any image, at any depth, has a `.txt` file with the same stem beside it, the captions come
+    from those files (one caption per file), and an image without one is a broken pair. Otherwise
+    the first level of folders are classes, and the caption is the name of the folder with spaces
+    for underscores.
+
+    Raises:
+        InputError: there are no images, or some are outside any class folder.
+    """
+    images: list[str] = []
+    captioned: set[str] = set()
+    for relative in _walk(folder):
+        stem, ending = os.path.splitext(relative)
+        if ending.lower() in IMAGE_ENDINGS:
+            images.append(relative)
+        elif ending == ".txt":
+            captioned.add(stem)
+    if not images:
+        raise InputError(
+            f"`{name}`: folder {folder} holds neither images ({', '.join(IMAGE_ENDINGS)}) nor .tar "
+            f"shards"
+        )
+    stems = [os.path.splitext(image)[0] for image in images]
+    if not captioned.isdisjoint(stems):
+        captions = (_read_caption(folder, stem) if stem in captioned else [] for stem in stems)
+        rows = ((image, texts, None) for image, texts in zip(images, captions, strict=True))
+        return PairTable(name, pack(rows), ImageFiles(folder))
+    loose = next((image for image in images if os.sep not in image), None)
+    if loose is not None:
+        raise InputError(
+            f"`{name}`: {folder} holds images with neither a .txt caption beside them nor a class "
+            f"folder around them, such as {loose}"
+        )
+    classes = [normalize_class_name(image.split(os.sep, 1)[0]) for image in images]
+    pairs = zip(images, classes, strict=True)
+    parts = pack((image, [each], {"class": each}) for image, each in pairs)
+    return PairTable(name, parts, ImageFiles(folder), classes=list(dict.fromkeys(classes)))
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    """Yield the relative paths of all files in sorted order, without hidden files and folders."""
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(f for f in folders if not f.startswith((".", "__MACOSX")))
+        relative = os.path.relpath(parent, folder)
+        for file in sorted(files):
+            if not file.startswith("."):
+                yield file if relative == "." else os.path.join(relative, file)
+
+
+def _read_caption(folder: Path, stem: str) -> list[str]:
+    try:
+        return [(folder / f"{stem}.txt").read_text(encoding="utf-8-sig")]
+    # Like an unreadable image, an unreadable caption makes a broken pair.
+    except (OSError, UnicodeDecodeError):
+        return []

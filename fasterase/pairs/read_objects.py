@@ -32,10 +32,8 @@ from fasterase.pairs.items import (
     select_plain,
     unbatch,
 )
-from fasterase.pairs.parts import pack
-from fasterase.pairs.prepare import caption_key, hash_captions
 from fasterase.pairs.skips import BrokenPair
-from fasterase.pairs.table import PairTable
+from fasterase.pairs.table import PairTable, pack
 from fasterase.progress import progress_bar
 
 # Items read twice to see whether a dataset is deterministic. One would miss a flip of probability
@@ -306,12 +304,6 @@ class ItemTable(PairTable):
 
     def _every_text(self) -> Iterator[list[str] | Tensor]:
         return map(self._texts_or_none, range(self._count()))
-
-    def _caption_hashes(self) -> tuple[np.ndarray, np.ndarray]:
-        texts = ([each] if isinstance(each, Tensor) else each for each in self._every_text())
-        keys = [list(map(caption_key, each)) for each in texts]
-        rows = np.repeat(np.arange(len(keys)), [len(each) for each in keys])
-        return hash_captions([key for each in keys for key in each]), rows
 
     def _is_deterministic(self) -> bool:
         """Read a few items twice and compare; raise `InputError` if none can be read."""

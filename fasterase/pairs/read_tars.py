@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import functools
 import glob
-import hashlib
 import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from functools import cached_property
-from typing import IO, Any
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
 from fasterase.errors import InputError
 from fasterase.pairs.images import ImagesInMemory
 from fasterase.pairs.items import Record
-from fasterase.pairs.parts import Part, Parts, add_metadata
-from fasterase.pairs.remote import RemoteError, RemoteShard, describe_shards, is_remote, shard_name
-from fasterase.pairs.remote_cache import BYTES_VARIABLE, ShardCache
+from fasterase.pairs.remote import BYTES_VARIABLE, RemoteError, Shard, describe_shards, shard_name
 from fasterase.pairs.sampler import WINDOW_SHARDS
 from fasterase.pairs.skips import BrokenPair
-from fasterase.pairs.table import PairTable
+from fasterase.pairs.table import PairTable, Part, Parts
 from fasterase.pairs.tar_index import Entries, add_lost, check_parts, index_shards, read_rows
-from fasterase.pairs.tar_reader import Sample, open_sequential
+from fasterase.pairs.tar_reader import open_sequential
 from fasterase.progress import progress_bar
 
 IMAGE_ENTRIES = "jpg;png;jpeg;webp"
@@ -69,7 +64,7 @@ def expand_pattern(pattern: str, *, name: str) -> list[str]:
 
 
 def open_tars(
-    shards: list[str], *, name: str, image_key: str | None = None, text_key: str | None = None
+    places: list[str], *, name: str, image_key: str | None = None, text_key: str | None = None
 ) -> PairTable:
     """Open the pairs of tar shards, in order; the ids are `shard.tar/key`.
 
@@ -78,7 +73,7 @@ def open_tars(
     The `json` entry becomes the pair's `meta`.
 
     Uncompressed tars are indexed in one pass over their headers (`tar_index`) and read by offset;
-    those at a URL (`remote`) from local copies, of which a bounded number is kept (`remote_cache`).
+    those at a URL from local copies, of which a bounded number is kept (`remote`).
     A sample of img2dataset that its json entry calls failed, or whose image has another size than
     it says, is a broken pair. Compressed tars and pipes allow no random access: they are read once
     from start to end, and their encoded images are kept in memory.
@@ -91,57 +86,37 @@ def open_tars(
             images or no captions under those endings.
         MissingExtraError: remote shards need a package that is not installed.
     """
-    urls = list(dict.fromkeys(filter(is_remote, shards)))
-    cache = ShardCache.of_environment() if urls else None
-    remote = describe_shards(urls, name=name) if urls else {}
-    sequential = any(
-        shard_name(shard).lower().endswith(_COMPRESSED)
-        or not (shard in remote or os.path.isfile(shard))
-        for shard in shards
-    )
+    shards = describe_shards(places, name=name)
     entries = Entries(
         tuple((image_key or IMAGE_ENTRIES).lower().split(";")),
         tuple((text_key or TEXT_ENTRIES).lower().split(";")),
         text_key or "",
     )
-    if sequential:
-        return _load_tars(shards, name, entries, remote, cache)
-    paths = [shard if shard in remote else os.path.abspath(shard) for shard in shards]
-    parts = index_shards(paths, name=name, entries=entries, remote=remote, cache=cache)
-    check_parts(name, parts, entries)
-    broken = add_lost(name, paths, parts)
-    if cache is not None:
-        _warn_if_cache_is_small(name, list(remote.values()), cache)
-    images = TarImages(paths, parts, entries, remote, cache)
-    return TarTable(name, parts, images, broken=broken)
+    for shard in shards:
+        is_compressed = shard_name(shard.place).lower().endswith(_COMPRESSED)
+        if is_compressed or not (shard.cache or os.path.isfile(shard.place)):
+            return _load_tars(shards, name, entries)
+    parts = index_shards(shards, name=name, entries=entries)
+    broken = add_lost(name, shards, parts)
+    _check_cache(name, {shard for shard in shards if shard.cache is not None})
+    return TarTable(name, parts, TarImages(shards, parts, entries), broken=broken)
 
 
 class TarImages:
     """The entries of uncompressed tars, read by shard and offset.
 
     Attributes:
-        shards: paths or URLs.
+        shards: where they are.
         entries: which entries of a shard the index holds.
 
     Args:
         parts: the index of each shard, and that of lost samples.
-        remote: URL -> what was there when it was indexed.
-        cache: where remote shards are read from.
     """
 
-    def __init__(
-        self,
-        shards: Sequence[str],
-        parts: Sequence[Part],
-        entries: Entries,
-        remote: Mapping[str, RemoteShard],
-        cache: ShardCache | None,
-    ) -> None:
+    def __init__(self, shards: Sequence[Shard], parts: Sequence[Part], entries: Entries) -> None:
         self.shards = list(shards)
         self.entries = entries
-        self.cache = cache
         self._parts = Parts(parts)
-        self._remote = dict(remote)
 
     def sizes(self, ids: Iterable[str]) -> np.ndarray:
         return self._parts.column("size")
@@ -156,37 +131,31 @@ class TarImages:
         """Return the image (kind "") or the json entry ("json_") of a sample; None without one."""
         number, at = self._parts.find(row)
         part = self._parts.every[number]
-        size = part.number(f"{kind}size", at)
+        size = part.value(f"{kind}size", at)
         if size < 0:
             return None
         shard = self.shards[number]
         try:
-            with self.open(shard) as file:
-                file.seek(part.number(f"{kind}offset", at))
+            with shard.open() as file:
+                file.seek(part.value(f"{kind}offset", at))
                 data = file.read(size)
         except RemoteError as error:
             raise BrokenPair(id, str(error)) from error
         except OSError as error:
-            raise BrokenPair(id, f"{shard} cannot be read: {error}") from error
+            raise BrokenPair(id, f"{shard.place} cannot be read: {error}") from error
         if len(data) < size:
-            raise BrokenPair(id, f"{shard} was cut off after it was opened")
+            raise BrokenPair(id, f"{shard.place} was cut off after it was opened")
         return data
-
-    def open(self, shard: str) -> AbstractContextManager[IO[bytes]]:
-        """Open a shard, or the local copy of a remote one."""
-        if self.cache is not None and shard in self._remote:
-            return self.cache.open(self._remote[shard])
-        return open(shard, "rb")
 
     def location(self, row: int, id: str) -> str:
         number, at = self._parts.find(row)
         shard = self.shards[number]
-        place = shard if shard in self._remote else _resolve(shard)
-        return f"{place}::{self._parts.every[number].number('offset', at)}"
+        place = _resolve(shard.place) if shard.cache is None else shard.place
+        return f"{place}::{self._parts.every[number].value('offset', at)}"
 
     def shard_numbers(self) -> np.ndarray | None:
         """Return the shard of each row, [n] int32; None if all are local."""
-        if not self._remote:
+        if not any(shard.cache for shard in self.shards):
             return None
         numbers = np.repeat(np.arange(len(self._parts.every)), np.diff(self._parts.starts))
         # Lost samples, which are not read, are of one of them.
@@ -207,15 +176,26 @@ class TarTable(PairTable):
         return meta if isinstance(meta, dict) else {}
 
     def _record(self, row: int) -> Record:
-        record = super()._record(row)
-        _check_downloaded(record)
-        return record
+        """Read a pair; it is broken if the json entry of img2dataset contradicts its image.
 
-    @cached_property
-    def _digest(self) -> str:
-        # Sizes are in those of the parts; reading the column again would take seconds of many.
-        parts = b"".join(part.digest() for part in self.parts.every)
-        return hashlib.blake2b(parts, digest_size=16).hexdigest()
+        `width` and `height` are of the image as it was stored, `original_width` as it was
+        downloaded. Other data sets, without the latter, may mean other sizes.
+        """
+        record = super()._record(row)
+        meta, size = record.meta, record.image.size
+        if not {"status", "width", "height", "original_width"} <= meta.keys():
+            return record
+        if meta["status"] != "success":
+            raise BrokenPair(record.id, f"its download failed: status {meta['status']!r}")
+        said = (meta["width"], meta["height"])
+        # Some of its resizers turn the image by its EXIF orientation, and some only say so.
+        if all(isinstance(side, int) for side in said) and sorted(said) != sorted(size):
+            raise BrokenPair(
+                record.id,
+                f"the image has {size[0]} x {size[1]} pixels, its json entry says "
+                f"{said[0]} x {said[1]}",
+            )
+        return record
 
     def _shards(self) -> np.ndarray | None:
         return self.images.shard_numbers()
@@ -225,86 +205,41 @@ class TarTable(PairTable):
 _resolve = functools.cache(os.path.realpath)
 
 
-def _warn_if_cache_is_small(name: str, shards: list[RemoteShard], cache: ShardCache) -> None:
-    """Warn if training would fetch the same shards again and again."""
+def _check_cache(name: str, shards: set[Shard]) -> None:
+    """Warn if training would fetch the same remote shards again and again."""
     # Workers read the next window ahead while others still read this one.
-    needed = min(len(shards), 2 * WINDOW_SHARDS) * max(shard.size for shard in shards)
-    if cache.max_bytes < needed:
+    needed = min(len(shards), 2 * WINDOW_SHARDS) * max((shard.size for shard in shards), default=0)
+    held = min((shard.cache.max_bytes for shard in shards if shard.cache), default=0)
+    if held < needed:
         warnings.warn(
-            f"`{name}`: the cache of remote shards holds {cache.max_bytes} bytes. Training "
-            f"shuffles {WINDOW_SHARDS} shards together and would fetch them more than once. Raise "
+            f"`{name}`: the cache of remote shards holds {held} bytes. Training shuffles "
+            f"{WINDOW_SHARDS} shards together and would fetch them more than once. Raise "
             f"{BYTES_VARIABLE} to {needed} or more for each of the sets to forget and to retain.",
             stacklevel=2,
         )
 
 
-def _load_tars(
-    shards: list[str],
-    name: str,
-    entries: Entries,
-    remote: Mapping[str, RemoteShard],
-    cache: ShardCache | None,
-) -> PairTable:
+def _load_tars(shards: list[Shard], name: str, entries: Entries) -> PairTable:
+    from webdataset.gopen import gopen
+
     warnings.warn(
         f"`{name}`: compressed shards and pipes allow no random access; they are read once and "
         f"their images kept in memory. For large sets, use uncompressed .tar files.",
         stacklevel=2,
     )
     images: list[bytes | None] = []
-    metas: list[bytes] = []
     parts: list[Part] = []
-    with progress_bar(f"reading {name}", unit="pair", delay=2) as bar:
-
-        def take(sample: Sample) -> None:
-            images.append(entries.image_of(sample.data))
-            metas.append(_dump_object(sample.data.get("json", b"{}")))
-            bar.update()
-
-        for shard in shards:
-            try:
-                with open_sequential(shard, remote.get(shard), cache) as (file, damage):
-                    wanted = (*entries.image, "json")
-                    parts.append(
-                        read_rows(shard, file, entries, damage=damage, wanted=wanted, take=take)
-                    )
-            except RemoteError as error:
-                raise InputError(f"`{name}`: {error}") from error
-            # Pipes raise errors of their own.
-            except Exception as error:
-                raise InputError(f"`{name}`: shard {shard} cannot be read: {error}") from error
+    for shard in progress_bar(f"reading {name}", items=shards, unit="shard", delay=2):
+        try:
+            stream = gopen(shard.place) if shard.cache is None else shard.open()
+            with open_sequential(stream, shard.place) as (file, damage):
+                parts.append(read_rows(shard, file, entries, damage=damage, images=images))
+        except RemoteError as error:
+            raise InputError(f"`{name}`: {error}") from error
+        # Pipes raise errors of their own.
+        except Exception as error:
+            raise InputError(f"`{name}`: shard {shard.place} cannot be read: {error}") from error
     check_parts(name, parts, entries)
     broken = add_lost(name, shards, parts)
-    lost = sum(map(len, parts)) - len(images)
-    images += [None] * lost
-    metas += [b""] * lost
-    return PairTable(name, add_metadata(parts, metas), ImagesInMemory(images), broken=broken)
-
-
-def _dump_object(data: bytes) -> bytes:
-    """Normalise a json entry; anything but an object becomes an empty one."""
-    try:
-        value = json.loads(data)
-    except ValueError:
-        return b""
-    return json.dumps(value).encode() if isinstance(value, dict) else b""
-
-
-def _check_downloaded(record: Record) -> None:
-    """Compare an image of img2dataset with its json entry; raise `BrokenPair` if they differ.
-
-    `width` and `height` are of the image as it was stored, `original_width` as it was downloaded.
-    Other data sets, without the latter, may mean other sizes.
-    """
-    meta = record.meta
-    if not {"status", "width", "height", "original_width"} <= meta.keys():
-        return
-    if meta["status"] != "success":
-        raise BrokenPair(record.id, f"its download failed: status {meta['status']!r}")
-    said = (meta["width"], meta["height"])
-    # Some of its resizers turn the image by its EXIF orientation, and some only say that it is.
-    if all(isinstance(side, int) for side in said) and sorted(said) != sorted(record.image.size):
-        width, height = record.image.size
-        raise BrokenPair(
-            record.id,
-            f"the image has {width} x {height} pixels, its json entry says {said[0]} x {said[1]}",
-        )
+    images += [None] * (sum(map(len, parts)) - len(images))
+    return PairTable(name, parts, ImagesInMemory(images), broken=broken)

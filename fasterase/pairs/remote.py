@@ -1,23 +1,31 @@
-"""Shards at a URL: which protocols are known, what a shard is now, and its bytes, with retries."""
+"""Shards: files, and what is at URLs, read through local copies of which a bounded number is kept.
+
+All processes of a machine share one folder of copies. A shard is fetched whole by one of them while
+the others wait for it; a download that was cut off resumes. The name of a copy is a hash of URL,
+size and version, so a shard that changes on its server is another file.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import logging
 import os
 import posixpath
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple
 from urllib.parse import urlsplit
 
+from filelock import FileLock, Timeout
+
 from fasterase.errors import FaseraseError, InputError, import_extra
+from fasterase.files import reporting_full_disk
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 # Protocol -> the module that speaks it, and the extra of fasterase that installs that.
 _PROTOCOLS = {
@@ -34,13 +42,25 @@ TRIES = 3
 PAUSE_SECONDS = 2.0  # before the second try; doubled for each further one
 CHUNK_BYTES = 8 << 20
 _ASKED_AT_ONCE = 16
-# What a file system tells of a file that changes with its content, whatever its name for it.
-_VERSIONS = ("ETag", "etag", "md5Hash", "Content-MD5", "Digest", "blob_id", "Last-Modified")
-_LATER_VERSIONS = ("LastModified", "last_modified", "mtime", "updated", "last_commit")
+# Small entries of a tar share a read; of large ones little is read in vain.
+_BUFFER_BYTES = 1 << 15
+# What a file system tells of a file that changes with its content, whatever its name for it; the
+# first that it tells counts.
+_VERSIONS = (
+    *("ETag", "etag", "md5Hash", "Content-MD5", "Digest", "blob_id", "Last-Modified"),
+    *("LastModified", "last_modified", "mtime", "updated", "last_commit"),
+)
+_STATUSES = ("status", "status_code")  # of an HTTP answer, in errors
+FOLDER_VARIABLE = "FASTERASE_SHARD_CACHE"
+BYTES_VARIABLE = "FASTERASE_SHARD_CACHE_BYTES"
+DEFAULT_BYTES = 64 << 30
+# Seconds for which a shard that could not be fetched counts as broken, before it is tried again.
+_FAILED_SECONDS = 300.0
+_POLL_SECONDS = 0.05
 
 
 class RemoteError(FaseraseError, OSError):
-    """A remote shard cannot be had now; the message names it and says how to mend it.
+    """A remote shard cannot be read now; the message names it and says what to do.
 
     Attributes:
         missing: whether it does not exist.
@@ -51,206 +71,180 @@ class RemoteError(FaseraseError, OSError):
         self.missing = missing
 
 
-class RemoteShard(NamedTuple):
-    """One version of a shard at a URL.
+class Shard(NamedTuple):
+    """One version of a tar.
 
     Attributes:
-        url: where it is.
-        size: its bytes.
-        version: its ETag or time of change, as the server tells it; empty if it tells neither.
+        place: its absolute path, URL or pipe.
+        size: its bytes; 0 of a pipe.
+        version: its time of change or ETag; empty if a server tells neither.
+        cache: where what is at the URL is copied to; None of others.
     """
 
-    url: str
+    place: str
     size: int
     version: str
+    cache: ShardCache | None = None
+
+    def open(self) -> IO[bytes]:
+        """Open the file, or the local copy of what is at the URL."""
+        if self.cache is not None:
+            return self.cache.open(self)
+        return open(self.place, "rb", buffering=_BUFFER_BYTES)
 
 
-def is_remote(shard: str) -> bool:
+def is_remote(place: str) -> bool:
     """Tell whether a path is a URL of a known protocol."""
-    return shard.partition("://")[0] in _PROTOCOLS and "://" in shard
+    protocol, separator, _ = place.partition("://")
+    return bool(separator) and protocol in _PROTOCOLS
 
 
-def shard_name(shard: str) -> str:
+def shard_name(place: str) -> str:
     """Return the file name of a shard; of a URL without query, which may hold a signature."""
-    return posixpath.basename(urlsplit(shard).path) if is_remote(shard) else os.path.basename(shard)
+    return posixpath.basename(urlsplit(place).path) if is_remote(place) else os.path.basename(place)
 
 
-def describe_shards(urls: Sequence[str], *, name: str) -> dict[str, RemoteShard]:
-    """Ask what is at each of the URLs, many at once; no shard is read.
+def describe_shards(places: Sequence[str], *, name: str) -> list[Shard]:
+    """Find out what is at each place, at many URLs at once; no shard is read.
 
     Args:
-        urls: of one or more protocols.
+        places: paths, pipes and URLs of one or more protocols.
         name: the argument that they were given as.
 
     Raises:
         MissingExtraError: a protocol needs a package that is not installed.
-        InputError: shards are missing or cannot be reached; counts them and names one.
+        InputError: remote shards are missing or cannot be reached; counts them and names one.
     """
+    urls = list(dict.fromkeys(filter(is_remote, places)))
+    cache = ShardCache.of_environment() if urls else None
     for url in urls:
         _filesystem(url)  # here, so that all threads share one, and a missing package is one error
-    found: dict[str, RemoteShard] = {}
-    failed: list[RemoteError] = []
 
-    def ask(url: str) -> RemoteShard | RemoteError:
+    def ask(url: str) -> Shard | RemoteError:
         try:
-            return describe_shard(url)
+            return describe_shard(url)._replace(cache=cache)
         except RemoteError as error:
             return error
 
     with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
-        for url, answer in zip(urls, pool.map(ask, urls), strict=True):
-            if isinstance(answer, RemoteError):
-                failed.append(answer)
-            else:
-                found[url] = answer
+        found = dict(zip(urls, pool.map(ask, urls), strict=True))
+    failed = [answer for answer in found.values() if isinstance(answer, RemoteError)]
     if failed:
-        missing = sum(error.missing for error in failed)
-        what = "are missing" if missing == len(failed) else "cannot be opened"
+        what = "are missing" if all(error.missing for error in failed) else "cannot be opened"
         raise InputError(
             f"`{name}`: {len(failed)} of {len(urls)} shards {what}, such as: {failed[0]}"
         ) from failed[0]
-    return found
+    shards = (found.get(place) or describe_shard(place) for place in places)
+    return [shard for shard in shards if isinstance(shard, Shard)]
 
 
-def describe_shard(url: str) -> RemoteShard:
-    """Ask what is at the URL.
+def describe_shard(place: str) -> Shard:
+    """Find out what is at a path, pipe or URL.
 
     Raises:
-        RemoteError: nothing, or it cannot be reached, or its size is unknown.
+        RemoteError: nothing is at the URL, or it cannot be reached, or its size is unknown.
     """
-    info = _try(url, lambda: _call(_filesystem(url), "info", url))
-    size = info.get("size")
-    if not isinstance(size, int):
+    if not is_remote(place):
+        if not os.path.isfile(place):
+            return Shard(place, 0, "")
+        status = os.stat(place)
+        return Shard(os.path.abspath(place), status.st_size, str(status.st_mtime_ns))
+    info = _request(place, "info")
+    if not isinstance(info.get("size"), int):
         raise RemoteError(
-            f"shard {url}: its server does not tell its size, by which a truncated download is "
+            f"shard {place}: its server does not tell its size, by which a truncated download is "
             f"recognised. Copy the shards to local files, or to another server."
         )
-    versions = (info[key] for key in (*_VERSIONS, *_LATER_VERSIONS) if info.get(key))
-    return RemoteShard(url, size, str(next(versions, "")))
+    versions = (info[key] for key in _VERSIONS if info.get(key))
+    return Shard(place, info["size"], str(next(versions, "")))
 
 
-def download(shard: RemoteShard, path: Path) -> None:
+def _download(shard: Shard, path: Path) -> None:
     """Append to the file at `path` what it lacks of the shard.
 
     Raises:
         RemoteError: it is missing, has changed, does not answer, or ends before its size.
     """
-    now = describe_shard(shard.url)
-    if now != shard:
+    now = describe_shard(shard.place)
+    if now[:3] != shard[:3]:
         raise RemoteError(
-            f"shard {shard.url} has changed since it was opened (it had {shard.size} bytes, "
+            f"shard {shard.place} has changed since it was opened (it had {shard.size} bytes, "
             f"version {shard.version!r}; now {now.size} bytes, version {now.version!r}). Leave "
             f"shards alone while they are read, and start again."
         )
+
+    def check(data: bytes) -> bytes:
+        if len(data) == shard.size:  # the server knows no ranges
+            return data[start:]
+        if len(data) != end - start:
+            raise OSError(f"it is truncated: {len(data)} of {end - start} bytes came")
+        return data
+
     with path.open("ab") as file:
-        for data in _chunks(shard, file.tell()):
-            file.write(data)
+        while (start := file.tell()) < shard.size:
+            end = min(start + CHUNK_BYTES, shard.size)
+            file.write(_request(shard.place, "cat_file", check, start=start, end=end))
 
 
-def _chunks(shard: RemoteShard, start: int) -> Iterator[bytes]:
-    """Yield the bytes of a shard from `start` on."""
-    while start < shard.size:
-        end = min(start + CHUNK_BYTES, shard.size)
-        data = _try(shard.url, functools.partial(_read, shard, start, end))
-        yield data
-        start += len(data)
+def _request(
+    url: str, method: str, check: Callable[[Any], Any] = lambda answer: answer, **options: Any
+) -> Any:
+    """Call a method of a URL's file system, up to `TRIES` times.
 
-
-def _read(shard: RemoteShard, start: int, end: int) -> bytes:
-    """Return bytes `start` to `end - 1`, or all from `start` on if the server knows no ranges."""
-    data = _call(_filesystem(shard.url), "cat_file", shard.url, start=start, end=end)
-    if len(data) == shard.size:
-        return data[start:]
-    if len(data) != end - start:
-        raise OSError(
-            f"it is truncated: {len(data)} of the {end - start} bytes from byte {start} on came"
-        )
-    return data
-
-
-def _try(url: str, request: Callable[[], T]) -> T:
-    """Make a request, up to `TRIES` times.
+    Args:
+        check: returns the answer, or raises.
 
     Raises:
-        RemoteError: it failed each time, or what it asks for is missing or forbidden.
+        RemoteError: it failed each time, or what it asks for is missing.
     """
-    pause = PAUSE_SECONDS
+    filesystem = _filesystem(url)
     for attempt in range(1, TRIES + 1):
         try:
-            return request()
-        except (FaseraseError, KeyboardInterrupt):
-            raise
+            if not filesystem.async_impl:  # Hugging Face's, which has time limits of its own
+                return check(getattr(filesystem, method)(url, **options))
+            from fsspec.asyn import sync
+
+            call = getattr(filesystem, f"_{method}")
+            return check(sync(filesystem.loop, call, url, timeout=PATIENCE_SECONDS, **options))
         # Each file system raises errors of its own: aiohttp's, botocore's, httpx's, ...
         except Exception as error:
-            status = _status(error)
-            if status in (404, 410) or (status is None and _says_missing(url, error)):
+            reason = _explain(url, error)
+            if reason is None:
                 raise RemoteError(
                     f"shard {url} is missing (not found on its server). Correct the pattern, or "
                     f"put the shard there.",
                     missing=True,
                 ) from error
-            reason = _reason(error, status)
-            if status in (401, 403) or isinstance(error, PermissionError):
-                raise RemoteError(
-                    f"shard {url} may not be read ({reason}). Log in as its server asks for, or "
-                    f"sign the URL anew."
-                ) from error
             if attempt == TRIES:
                 raise RemoteError(
                     f"shard {url} cannot be read: {reason}, at the last of {TRIES} tries. Check "
-                    f"the network and the server; or copy the shards to local files."
+                    f"the network, the server and your access to it; or copy the shards to local "
+                    f"files."
                 ) from error
             log.warning("Shard %s: %s; trying again.", url, reason)
-        time.sleep(pause)
-        pause *= 2
+        time.sleep(PAUSE_SECONDS * 2 ** (attempt - 1))
     raise AssertionError
 
 
-def _call(filesystem: Any, method: str, *args: Any, **options: Any) -> Any:
-    """Call a method of a file system; one that is asynchronous gets `PATIENCE_SECONDS`.
-
-    The others (Hugging Face's) have time limits of their own.
-    """
-    if not getattr(filesystem, "async_impl", False):
-        return getattr(filesystem, method)(*args, **options)
-    from fsspec.asyn import sync
-
-    function = getattr(filesystem, f"_{method}")
-    return sync(filesystem.loop, function, *args, timeout=PATIENCE_SECONDS, **options)
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and what is behind it: fsspec hides the server's answer there."""
-    seen: BaseException | None = error
-    while seen is not None:
-        yield seen
-        seen = seen.__cause__
-
-
-def _status(error: BaseException) -> int | None:
-    """Return the HTTP status behind an error, if any."""
-    for cause in _causes(error):
-        for holder in (cause, getattr(cause, "response", None)):
-            for field in ("status", "status_code", "code"):
-                status = getattr(holder, field, None)
-                if isinstance(status, int) and 400 <= status < 600:
-                    return status
-    return None
-
-
-def _says_missing(url: str, error: Exception) -> bool:
-    # Over HTTP, fsspec says so of whatever failed when it asked for a size.
-    hidden = url.startswith("http") and error.__cause__ is not None
-    return isinstance(error, FileNotFoundError) and not hidden
-
-
-def _reason(error: Exception, status: int | None) -> str:
+def _explain(url: str, error: BaseException) -> str | None:
+    """Return why a request failed; None if what it asks for is missing."""
+    causes = [error]  # behind errors of its own, fsspec hides the server's answer
+    while (cause := causes[-1].__cause__) is not None:
+        causes.append(cause)
+    holders = (each for cause in causes for each in (cause, getattr(cause, "response", None)))
+    told = (getattr(each, name, None) for each in holders for name in _STATUSES)
+    status = next((each for each in told if isinstance(each, int) and 400 <= each < 600), None)
+    # Over HTTP, "not found" is what it says of whatever failed when it asked for a size.
+    is_hidden = url.startswith("http") and len(causes) > 1
+    is_missing = isinstance(error, FileNotFoundError) and not is_hidden
+    if status in (404, 410) or (status is None and is_missing):
+        return None
     if status is not None:
         return f"its server answered with status {status}"
-    causes = list(_causes(error))
-    if any(isinstance(e, TimeoutError) or "Timeout" in type(e).__name__ for e in causes):
+    if any(isinstance(each, TimeoutError) or "Timeout" in type(each).__name__ for each in causes):
         return f"it is too slow: no answer within {PATIENCE_SECONDS:g} seconds"
-    return str(causes[-1]) or type(causes[-1]).__name__
+    last_line = str(causes[-1]).rpartition("\n")[2].strip()  # aiohttp makes up a status before it
+    return last_line or type(causes[-1]).__name__
 
 
 def _filesystem(url: str) -> Any:
@@ -271,3 +265,130 @@ def _open_filesystem(protocol: str, process: int) -> Any:
     import_extra(module, extra, purpose)
     # Its own, not one that it shares with other users of this process.
     return fsspec.filesystem(protocol, use_listings_cache=False, skip_instance_cache=True)
+
+
+class ShardCache:
+    """A folder of whole shards, of which the least recently used are dropped first.
+
+    While a shard is fetched, the name of its file tells what it will take, for others to count.
+
+    Args:
+        folder: shared by all processes of this machine.
+        max_bytes: bound of what it holds, unfinished downloads included.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.folder = folder
+        self.max_bytes = max_bytes
+        self._locks = folder / "locks"
+        self._failed: dict[str, tuple[float, str]] = {}
+
+    @classmethod
+    def of_environment(cls) -> ShardCache:
+        """Return the cache that the environment names: `FASTERASE_SHARD_CACHE` is its folder,
+        `FASTERASE_SHARD_CACHE_BYTES` its bound; by default 64 GiB in the user's cache folder.
+
+        Raises:
+            InputError: the bound is no number of bytes.
+        """
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fasterase" / "remote"
+        folder = Path(os.environ.get(FOLDER_VARIABLE) or cache).expanduser()
+        bound = os.environ.get(BYTES_VARIABLE) or str(DEFAULT_BYTES)
+        if not bound.isdecimal():
+            raise InputError(
+                f"{BYTES_VARIABLE}={bound!r} must be a whole number of bytes, such as "
+                f"{DEFAULT_BYTES} for 64 GiB."
+            )
+        return cls(folder, int(bound))
+
+    def open(self, shard: Shard) -> IO[bytes]:
+        """Open a shard, fetched if need be. It may be dropped, and can be read on, while open.
+
+        Raises:
+            RemoteError: it cannot be fetched.
+            InputError: it is larger than the cache, or the cache cannot be written.
+            DiskFullError: there is no room for it.
+        """
+        path = self._path(shard)
+        try:
+            file = path.open("rb", buffering=_BUFFER_BYTES)
+        except FileNotFoundError:
+            return self._fetch(shard, path)
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(path)
+        return file
+
+    def _path(self, shard: Shard) -> Path:
+        key = hashlib.blake2b("\n".join(map(str, shard[:3])).encode(), digest_size=12).hexdigest()
+        return self.folder / f"{key}-{shard_name(shard.place)[-80:]}"
+
+    def _fetch(self, shard: Shard, path: Path) -> IO[bytes]:
+        """Download a shard, unless another process has done so in the meantime, and open it."""
+        if shard.size > self.max_bytes:
+            raise InputError(
+                f"shard {shard.place} takes {shard.size} bytes, more than the {self.max_bytes} of "
+                f"the cache of remote shards. Raise {BYTES_VARIABLE}; a few dozen shards should "
+                f"fit."
+            )
+        since, reason = self._failed.get(shard.place, (-_FAILED_SECONDS, ""))
+        if time.monotonic() - since < _FAILED_SECONDS:
+            raise RemoteError(reason)
+        partial = path.with_name(f"{path.name}.{shard.size}.partial")
+        try:
+            self._locks.mkdir(parents=True, exist_ok=True)
+            with FileLock(self._locks / path.name):
+                if not path.exists():
+                    self._reserve(partial, shard.size)
+                    with reporting_full_disk(self._locks, target=path, size_bytes=shard.size):
+                        _download(shard, partial)
+                    with self._room():
+                        os.replace(partial, path)
+                return path.open("rb", buffering=_BUFFER_BYTES)
+        except RemoteError as error:
+            # Each of its pairs would wait for it again.
+            self._failed[shard.place] = time.monotonic(), str(error)
+            raise
+        except PermissionError as error:
+            raise InputError(
+                f"{self.folder} cannot be written ({error.strerror}), and remote shards are kept "
+                f"there while they are read. Name another folder with {FOLDER_VARIABLE}."
+            ) from error
+
+    def _room(self) -> FileLock:
+        """Return the lock of what the folder holds."""
+        return FileLock(self._locks / "room")
+
+    def _reserve(self, partial: Path, size: int) -> None:
+        """Make room for a shard of `size` bytes, and the file to download it to."""
+        while True:
+            with self._room():
+                if partial.exists() or self._make_room(size):
+                    partial.touch()
+                    return
+            # All others are being fetched, which ends.
+            time.sleep(_POLL_SECONDS)
+
+    def _make_room(self, size: int) -> bool:
+        """Drop the least recently used shards until `size` bytes fit; False if they do not."""
+        held = sorted(self.folder.glob("*-*"), key=lambda path: path.stat().st_mtime_ns)
+        sizes = [_whole_size(path) for path in held]
+        over = size + sum(sizes) - self.max_bytes
+        for path, whole in zip(held, sizes, strict=True):
+            if over > 0 and self._drop(path):
+                over -= whole
+        return over <= 0
+
+    def _drop(self, path: Path) -> bool:
+        """Remove a shard, or an unfinished download; False if it is being fetched."""
+        name = path.name.rsplit(".", 2)[0] if path.suffix == ".partial" else path.name
+        try:
+            with FileLock(self._locks / name, timeout=0):
+                path.unlink()
+        except (Timeout, OSError):  # Windows refuses to remove a file that is open
+            return False
+        return True
+
+
+def _whole_size(path: Path) -> int:
+    """Return the bytes that a file of the cache takes, or will take."""
+    return int(path.name.split(".")[-2]) if path.suffix == ".partial" else path.stat().st_size

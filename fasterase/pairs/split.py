@@ -1,27 +1,32 @@
-"""Split pairs into a forget and a retain set, in one pass over their captions or ids."""
+"""Split pairs into a forget and a retain set, and write both to files that are read back."""
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from functools import cached_property, partial
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from torch import Tensor
 
 from fasterase.errors import InputError
-from fasterase.pairs.items import Record, normalize_class_name
+from fasterase.files import replace_file
+from fasterase.pairs.images import ImageFiles
+from fasterase.pairs.items import IMAGE_KEYS, TEXT_KEYS, Record, normalize_class_name
 from fasterase.pairs.open import open_pairs
-from fasterase.pairs.parts import Part
+from fasterase.pairs.prepare import caption_key, hash_captions
 from fasterase.pairs.processes import count_processes, process_pool
 from fasterase.pairs.read_objects import ItemTable
-from fasterase.pairs.table import PairTable
+from fasterase.pairs.table import PairTable, Part
 from fasterase.progress import progress_bar
+
+Name = TypeVar("Name", str, int)
 
 
 def split(
@@ -88,11 +93,9 @@ def _select(pairs: PairTable, forget: Any) -> np.ndarray:
     """Return which pairs the rule `forget` selects, [n] bool."""
     if isinstance(forget, os.PathLike) or (isinstance(forget, str) and os.path.isfile(forget)):
         return _match_ids(pairs, Path(forget))
-    if isinstance(forget, str):
-        if _fold(forget) in map(_fold, pairs.classes or ()):
-            return _match_classes(pairs, [forget])
-        return _match_captions(pairs, forget)
-    if isinstance(forget, re.Pattern):
+    if isinstance(forget, str) and _fold(forget) in map(_fold, pairs.classes or ()):
+        return _match_classes(pairs, [forget])
+    if isinstance(forget, str | re.Pattern):
         return _match_captions(pairs, forget)
     if isinstance(forget, np.ndarray) and forget.dtype == np.int64 and forget.ndim == 1:
         return _match_hashes(pairs, forget)
@@ -116,6 +119,20 @@ def _mark(pairs: PairTable, matches: Iterable[bool]) -> np.ndarray:
     return np.fromiter(bar, dtype=bool, count=total)
 
 
+def _match_names(
+    pairs: PairTable, every: Iterable[Iterable[Name]], wanted: set[Name]
+) -> tuple[np.ndarray, set[Name]]:
+    """Return which pairs have a name that is wanted, [n] bool, and the names that none has."""
+    missing = set(wanted)
+
+    def matches(names: Iterable[Name]) -> bool:
+        matched = wanted.intersection(names)
+        missing.difference_update(matched)
+        return bool(matched)
+
+    return _mark(pairs, map(matches, every)), missing
+
+
 def _fold(name: str) -> str:
     """Return the form in which class names are compared."""
     return normalize_class_name(name).casefold()
@@ -133,26 +150,19 @@ def _every_captions(pairs: PairTable) -> Iterator[list[str]]:
 
 
 def _match_classes(pairs: PairTable, names: Sequence[str]) -> np.ndarray:
-    wanted = {_fold(name) for name in names}
     if pairs.classes is not None:
         unknown = [name for name in names if _fold(name) not in map(_fold, pairs.classes)]
         if unknown:
             raise InputError(
                 f"`forget`: no class {unknown[0]!r}; the classes are {', '.join(pairs.classes)}"
             )
-        return _mark(pairs, (_fold(pairs.meta(i)["class"]) in wanted for i in range(len(pairs))))
-    found: set[str] = set()
-
-    def matches(texts: list[str]) -> bool:
-        matched = wanted.intersection(map(_fold, texts))
-        found.update(matched)
-        return bool(matched)
-
-    chosen = _mark(pairs, map(matches, _every_captions(pairs)))
-    missing = [name for name in names if _fold(name) not in found]
-    if missing and found:
+    # Where there are classes, they are the captions.
+    captions = (map(_fold, texts) for texts in _every_captions(pairs))
+    chosen, missing = _match_names(pairs, captions, set(map(_fold, names)))
+    if missing and chosen.any() and pairs.classes is None:
+        name = next(name for name in names if _fold(name) in missing)
         raise InputError(
-            f"`forget`: {missing[0]!r} is no caption of the {len(pairs)} pairs, nor their class. "
+            f"`forget`: {name!r} is no caption of the {len(pairs)} pairs, nor their class. "
             "Names are compared with whole captions; give a regular expression to search in them"
         )
     return chosen
@@ -164,14 +174,14 @@ def _match_captions(pairs: PairTable, expression: str | re.Pattern[str]) -> np.n
         pattern = re.compile(expression, flags)
     except re.error as error:
         raise InputError(f"`forget`={expression!r} is not a regular expression: {error}") from error
-    if isinstance(pairs, ItemTable) or pairs.indices is not None:
-        return _mark(pairs, (any(map(pattern.search, texts)) for texts in _every_captions(pairs)))
-    parts = pairs.parts.every
     # Rows in memory would be copied to the other processes.
-    workers = count_processes(len(parts)) if parts[0].path is not None else 1
-    search = partial(_search_part, pattern)
-    with nullcontext() if workers < 2 else process_pool(workers) as pool:
-        found = map(search, parts) if pool is None else pool.map(search, parts)
+    is_view = isinstance(pairs, ItemTable) or pairs.indices is not None
+    files = [] if is_view else [part for part in pairs.parts.every if part.path is not None]
+    workers = count_processes(len(files))
+    if workers < 2:
+        return _mark(pairs, (any(map(pattern.search, texts)) for texts in _every_captions(pairs)))
+    with process_pool(workers) as pool:
+        found = pool.map(partial(_search_part, pattern), pairs.parts.every)
         return _mark(pairs, chain.from_iterable(found))
 
 
@@ -180,15 +190,14 @@ def _search_part(pattern: re.Pattern[str], part: Part) -> list[bool]:
 
 
 def _match_hashes(pairs: PairTable, wanted: np.ndarray) -> np.ndarray:
-    hashes, rows = pairs.caption_hashes()
-    unknown = np.setdiff1d(wanted, hashes)
-    if len(unknown):
+    texts = ([each] if isinstance(each, Tensor) else each for each in pairs.every_text())
+    hashes = (hash_captions(list(map(caption_key, each))).tolist() for each in texts)
+    chosen, missing = _match_names(pairs, hashes, set(wanted.tolist()))
+    if missing:
         raise InputError(
-            f"`forget`: {len(unknown)} of the {len(np.unique(wanted))} caption hashes belong to no "
-            f"pair, such as {unknown[0]}"
+            f"`forget`: {len(missing)} of the {len(np.unique(wanted))} caption hashes belong to no "
+            f"pair, such as {min(missing)}"
         )
-    chosen = np.zeros(len(pairs), bool)
-    chosen[rows[np.isin(hashes, wanted)]] = True
     return chosen
 
 
@@ -198,41 +207,26 @@ def _match_ids(pairs: PairTable, path: Path) -> np.ndarray:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"`forget`: the file of ids {path} cannot be read: {error}") from error
     wanted = {line.strip() for line in lines} - {""}
-    found: set[str] = set()
-
-    def matches(id: str) -> bool:
-        start, matched = 0, False
-        while True:
-            name = id[start:]
-            if name in wanted:
-                found.add(name)
-                matched = True
-            start = id.find("/", start) + 1
-            if start == 0:
-                return matched
-
-    chosen = _mark(pairs, map(matches, pairs.every_id()))
-    missing = sorted(wanted - found)
+    # Of an id a/b/c: c, b/c, a/b/c.
+    ends = (accumulate(id.split("/")[::-1], "{1}/{0}".format) for id in pairs.every_id())
+    chosen, missing = _match_names(pairs, ends, wanted)
     if missing:
         raise InputError(
             f"`forget`: {len(missing)} of the {len(wanted)} ids in {path} name no pair, such as "
-            f"{missing[0]!r}; the first pair's id is {pairs.id(0)!r}"
+            f"{min(missing)!r}; the first pair's id is {pairs.id(0)!r}"
         )
     return chosen
 
 
 class _LazyRecord:
-    """Stands in for a `Record`; reads each part when it is accessed."""
+    """Stands in for a `Record`; reads captions, other data and the image when they are accessed."""
 
     def __init__(self, pairs: PairTable, index: int) -> None:
         self._pairs = pairs
         self._index = index
+        self.id = pairs.id(index)
 
-    @property
-    def id(self) -> str:
-        return self._pairs.id(self._index)
-
-    @property
+    @cached_property
     def meta(self) -> dict[str, Any]:
         return self._pairs.meta(self._index)
 
@@ -252,3 +246,67 @@ class _LazyRecord:
     @property
     def mask(self) -> Tensor | None:
         return self._record.mask
+
+
+class SplitFiles(NamedTuple):
+    """What `write_split` wrote.
+
+    Attributes:
+        forget, retain: the files.
+        tables: whether they are tables of pairs, or lists of ids.
+    """
+
+    forget: Path
+    retain: Path
+    tables: bool
+
+
+def write_split(forget: PairTable, retain: PairTable, folder: Path) -> SplitFiles:
+    """Write two parts of one source to `folder`, as tables or as lists of ids.
+
+    Image files are listed in tables with their absolute paths, captions and other columns: CSV, or
+    JSONL where a pair has several captions. Other columns that would be taken for the image or the
+    caption are left out. Images that are no files cannot be named in a table: the files hold the
+    ids of the pairs, for `fasterase.split(source, forget=path)`.
+
+    Raises:
+        InputError: a pair of each part has the same id, so that ids do not tell the parts apart.
+    """
+    parts = (forget, retain)
+    tables = isinstance(forget.images, ImageFiles)
+    if tables:
+        several = any(len(texts) > 1 for part in parts for texts in part.every_text())
+        ending = ".jsonl" if several else ".csv"
+    else:
+        ending = ".txt"
+        shared = set(forget.every_id()).intersection(retain.every_id())
+        if shared:
+            raise InputError(
+                f"the id {min(shared)!r} belongs to pairs in both parts, so that a list of ids "
+                f"cannot hold the split. Rename the shards, whose names and keys are the ids."
+            )
+    files = SplitFiles(folder / f"forget{ending}", folder / f"retain{ending}", tables)
+    for path, part in zip(files[:2], parts, strict=True):
+        with (
+            replace_file(path) as temporary,
+            open(temporary, "w", encoding="utf-8", newline="") as file,
+        ):
+            if ending == ".csv":
+                rows = list(_rows(part))
+                names = dict.fromkeys(name for row in rows for name in row)
+                writer = csv.DictWriter(file, names)
+                writer.writeheader()
+                writer.writerows(rows)
+            else:
+                lines = map(json.dumps, _rows(part)) if tables else part.every_id()
+                file.writelines(f"{line}\n" for line in lines)
+    return files
+
+
+def _rows(part: PairTable) -> Iterator[dict[str, Any]]:
+    assert isinstance(part.images, ImageFiles)
+    usual = {*IMAGE_KEYS, *TEXT_KEYS}
+    for index, (id, texts) in enumerate(zip(part.every_id(), part.every_text(), strict=True)):
+        meta = {key: value for key, value in part.meta(index).items() if key not in usual}
+        text = texts[0] if len(texts) == 1 else texts or ""
+        yield {"filepath": part.images.path(id), "title": text, **meta}

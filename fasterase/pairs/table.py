@@ -1,4 +1,7 @@
-"""`PairTable`: image-text pairs as rows, whatever they were read from, and views of them."""
+"""`PairTable`: image-text pairs as rows, whatever they were read from, and views of them.
+
+The rows are Arrow record batches, in memory or in memory-mapped files (`Part`).
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,208 @@ import copy
 import hashlib
 import json
 import operator
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import compress
+from itertools import accumulate, compress, islice, pairwise
+from pathlib import Path
 from typing import Any, TypeVar, overload
 
 import numpy as np
+import pyarrow as pa
+from pyarrow import ipc
 from torch import Tensor
 
+from fasterase.errors import InputError
+from fasterase.files import replace_file
 from fasterase.pairs.images import Images, decode_image
 from fasterase.pairs.items import Record
-from fasterase.pairs.parts import Part, Parts
 from fasterase.pairs.skips import BrokenPair
 
 T = TypeVar("T")
+
+# Of a row: its id, its captions, other data as a JSON object (or nothing); in a tar also where its
+# image and its json entry are (-1 without one). Ids are bytes, since names of files may be no text.
+COLUMNS = {
+    "id": pa.binary(),
+    "captions": pa.list_(pa.string()),
+    "metadata": pa.binary(),
+    "offset": pa.int64(),
+    "size": pa.int64(),
+    "json_offset": pa.int64(),
+    "json_size": pa.int64(),
+}
+_PART_ROWS = 1 << 16
+_ENCODING = ("utf-8", "surrogatepass")
+
+
+class Part:
+    """Some rows, in memory or in an Arrow file.
+
+    A file is mapped when a row is first asked for, so that opening many of them takes neither time
+    nor memory, and processes share what they read of it.
+
+    Args:
+        batch: the rows; None if they are in a file.
+        facts: what is known of them together, as JSON takes it; of rows in a file also `rows`.
+        path: the file.
+    """
+
+    def __init__(
+        self, batch: pa.RecordBatch | None, facts: dict[str, Any], path: str | None = None
+    ) -> None:
+        self.facts = facts
+        self.path = path
+        if batch is not None:
+            self.batch = batch
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Workers map the file themselves.
+        return Part, (self.batch if self.path is None else None, self.facts, self.path)
+
+    @classmethod
+    def open(cls, path: str) -> Part:
+        """Open a file; nothing but its facts is read.
+
+        Raises:
+            OSError: there is none.
+            ValueError: it is damaged; says how.
+        """
+        with pa.OSFile(path) as file:
+            return cls(None, _read_facts(ipc.open_file(file)), path)
+
+    def save(self, path: Path) -> Part:
+        """Write rows in memory to a file, whole or not at all, and return them as they are there.
+
+        Raises as `replace_file` does.
+        """
+        facts = json.dumps(self.facts | {"rows": len(self)})
+        with (
+            replace_file(path, size_bytes=self.batch.nbytes) as temporary,
+            ipc.new_file(
+                str(temporary), self.batch.schema.with_metadata({"facts": facts})
+            ) as writer,
+        ):
+            writer.write_batch(self.batch)
+        return Part.open(str(path))
+
+    @cached_property
+    def batch(self) -> pa.RecordBatch:
+        """The rows; of a file, they stay mapped."""
+        return self._map()
+
+    def _map(self) -> pa.RecordBatch:
+        """Raise `InputError` if another process has indexed another shard of this name since."""
+        try:
+            # Closed at once: a set has more parts than a process may hold files open.
+            with pa.memory_map(self.path) as file:
+                reader = ipc.open_file(file)
+                if _read_facts(reader) == self.facts:
+                    return reader.get_batch(0)
+                reason = "other facts"
+        except (OSError, ValueError) as error:
+            reason = str(error)
+        raise InputError(
+            f"the index of shard {self.facts['shard']} was removed or replaced while in use "
+            f"({self.path}: {reason}). Leave shards alone while they are read, and start again; if "
+            f"it fails again, remove that file."
+        )
+
+    def __len__(self) -> int:
+        return self.batch.num_rows if self.path is None else self.facts["rows"]
+
+    def value(self, name: str, row: int) -> Any:
+        """Return a value of a column."""
+        return self.batch.column(name)[row].as_py()
+
+    def string(self, name: str, row: int) -> str:
+        """Return a value of `id` or `metadata`."""
+        return self.value(name, row).decode(*_ENCODING)
+
+    def column(self, name: str) -> pa.Array:
+        """Return a column for one pass over it, which leaves nothing of a file mapped."""
+        return (self.batch if self.path is None else self._map()).column(name)
+
+    def every_id(self) -> Iterator[str]:
+        """Yield the ids in order."""
+        return (id.decode(*_ENCODING) for id in self.column("id").to_pylist())
+
+    def every_captions(self) -> Iterator[list[str]]:
+        """Yield the captions of each row in order."""
+        captions = self.column("captions")  # its own `to_pylist` takes thrice the time
+        texts = captions.flatten().to_pylist()
+        return (texts[start:end] for start, end in pairwise(captions.offsets.to_pylist()))
+
+    def digest(self) -> str:
+        """Return a hash of ids, captions and, of tars, sizes."""
+        if "digest" in self.facts:
+            return self.facts["digest"]
+        digest = hashlib.blake2b(digest_size=16)
+        for name in ("id", "captions", "size"):
+            if name in self.batch.schema.names:
+                for buffer in filter(None, self.batch.column(name).buffers()):
+                    digest.update(buffer)
+        return digest.hexdigest()
+
+
+def _read_facts(reader: ipc.RecordBatchFileReader) -> dict[str, Any]:
+    return json.loads((reader.schema.metadata or {}).get(b"facts", b""))
+
+
+class Parts:
+    """Parts of a table, one after another.
+
+    Attributes:
+        every: the parts.
+        starts: the first row of each, and their end.
+    """
+
+    def __init__(self, parts: Iterable[Part]) -> None:
+        self.every = list(parts)
+        # Bisection of a list takes a tenth of the time of one of an array.
+        self.starts = [0, *accumulate(map(len, self.every))]
+
+    def find(self, row: int) -> tuple[int, int]:
+        """Return the number of the part that holds a row, and the row in that part."""
+        number = bisect_right(self.starts, row) - 1
+        return number, row - self.starts[number]
+
+    def column(self, name: str) -> np.ndarray:
+        """Return a column of numbers, [n] int64."""
+        return np.concatenate([part.column(name).to_numpy() for part in self.every])
+
+
+def make_batch(
+    ids: Sequence[str],
+    captions: Sequence[Sequence[str]],
+    **columns: Sequence[Any] | np.ndarray,
+) -> pa.RecordBatch:
+    """Return rows of `COLUMNS`; captions are stripped, and blank ones left out.
+
+    Args:
+        ids: [n].
+        captions: [n] those of each row.
+        columns: [n] values of others.
+    """
+    texts = [[text for each in row if (text := each.strip())] for row in captions]
+    try:
+        arrays = {"captions": pa.array(texts, COLUMNS["captions"])}
+    except UnicodeEncodeError:  # halves of a character, as JSON may hold
+        texts = [[text.encode("utf-8", "replace").decode() for text in row] for row in texts]
+        arrays = {"captions": pa.array(texts, COLUMNS["captions"])}
+    arrays["id"] = pa.array([id.encode(*_ENCODING) for id in ids], COLUMNS["id"])
+    arrays |= {name: pa.array(column, COLUMNS[name]) for name, column in columns.items()}
+    return pa.RecordBatch.from_pydict(arrays)
+
+
+def pack(rows: Iterable[tuple[str, Sequence[str], dict[str, Any] | None]]) -> list[Part]:
+    """Return rows of id, captions and other data, in memory."""
+    parts, rows = [], iter(rows)
+    while some := list(islice(rows, _PART_ROWS)):
+        ids, captions, others = zip(*some, strict=True)
+        metadata = [json.dumps(each).encode() if each else b"" for each in others]
+        parts.append(Part(make_batch(ids, captions, metadata=metadata), {}))
+    return parts
 
 
 class PairTable(Sequence[Record]):
@@ -125,29 +316,11 @@ class PairTable(Sequence[Record]):
 
     def every_id(self) -> Iterator[str]:
         """Yield the ids of all pairs in order."""
-        if self._is_sparse():
-            return map(self.id, range(len(self)))
-        return self._chosen(self._every_id())
+        return self._every(self._every_id, self._id)
 
     def every_text(self) -> Iterator[list[str] | Tensor]:
         """Yield what `texts` returns for all pairs in order; an empty list for a broken pair."""
-        if not self._is_sparse():
-            return self._chosen(self._every_text())
-        return (self._texts_or_none(self._row(index)) for index in range(len(self)))
-
-    def caption_hashes(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the hash (see `hash_captions`) and the row of each caption, both [m] int64.
-
-        Rows are in order; pairs without a readable caption have none.
-        """
-        hashes, rows = self._caption_hashes()
-        if self.indices is None:
-            return hashes, rows
-        first = np.searchsorted(rows, self.indices)
-        counts = np.searchsorted(rows, self.indices, side="right") - first
-        before = np.cumsum(counts) - counts
-        at = np.arange(counts.sum()) + np.repeat(first - before, counts)
-        return hashes[at], np.repeat(np.arange(len(self)), counts)
+        return self._every(self._every_text, self._texts_or_none)
 
     def digest(self) -> str:
         """Return a hex digest of ids, sizes and captions, by which caches recognise the data."""
@@ -180,34 +353,28 @@ class PairTable(Sequence[Record]):
         return self.images.location(row, self._id(row))
 
     def _row(self, index: int) -> int:
-        """Return the row of `base`."""
-        if self.indices is not None:
-            # NumPy raises IndexError outside the length, and takes -1 as the last.
-            return int(self.indices[operator.index(index)])
-        return range(self._count())[operator.index(index)]
+        """Return the row of `base`; raise IndexError outside the length."""
+        row = range(len(self))[operator.index(index)]
+        return row if self.indices is None else int(self.indices[row])
 
     def _of_rows(self, column: np.ndarray) -> np.ndarray:
         """Return the values of a column of `base` for the rows of this view."""
         return column if self.indices is None else column[self.indices]
 
-    def _is_sparse(self) -> bool:
-        """Tell whether a pass over the whole table is no way to read these rows in order."""
+    def _every(self, every: Callable[[], Iterator[T]], one: Callable[[int], T]) -> Iterator[T]:
+        """Yield the value of each row: of few, or in another order, one by one."""
         if self.indices is None:
-            return False
-        few = 8 * len(self.indices) < self._count()
-        return few or bool((np.diff(self.indices) <= 0).any())
-
-    def _chosen(self, every: Iterator[T]) -> Iterator[T]:
-        if self.indices is None:
-            return every
+            return every()
+        if 8 * len(self.indices) < self._count() or (np.diff(self.indices) <= 0).any():
+            return map(one, self.indices.tolist())
         chosen = np.zeros(self._count(), bool)
         chosen[self.indices] = True
-        return compress(every, chosen.tolist())
+        return compress(every(), chosen.tolist())
 
     # What follows takes rows of `base`, and reads the columns.
 
     def _count(self) -> int:
-        return len(self.parts)
+        return self.parts.starts[-1]
 
     def _find(self, row: int) -> tuple[Part, int]:
         number, at = self.parts.find(row)
@@ -219,7 +386,7 @@ class PairTable(Sequence[Record]):
 
     def _texts(self, row: int) -> list[str] | Tensor:
         part, at = self._find(row)
-        captions = part.captions(at)
+        captions = part.value("captions", at)
         if not captions:
             raise BrokenPair(self._id(row), self.broken.get(row, "no readable caption"))
         return captions
@@ -253,14 +420,9 @@ class PairTable(Sequence[Record]):
         for part in self.parts.every:
             yield from part.every_captions()
 
-    def _caption_hashes(self) -> tuple[np.ndarray, np.ndarray]:
-        found = [part.caption_hashes() for part in self.parts.every]
-        rows = [start + rows for start, (_, rows) in zip(self.parts.starts, found, strict=False)]
-        return np.concatenate([hashes for hashes, _ in found]), np.concatenate(rows)
-
     @cached_property
     def _digest(self) -> str:
-        parts = b"".join(part.digest() for part in self.parts.every)
+        parts = "".join(part.digest() for part in self.parts.every).encode()
         return hashlib.blake2b(parts + self._sizes.tobytes(), digest_size=16).hexdigest()
 
     def _shards(self) -> np.ndarray | None:

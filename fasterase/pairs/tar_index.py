@@ -1,10 +1,10 @@
-"""The index of tar shards, an Arrow file each: built once by all who open them, and found again.
+"""The samples of tar shards, read past damage, and the index of them, an Arrow file for each shard.
 
-A small set is indexed in memory whenever it is opened. Of a larger one the rows of each shard are
-kept in the hidden folder `.fasterase` beside the shards, or in the user's cache folder if that
-cannot be written. Only a shard whose size or time of change differs from what its index says, or
-whose index is damaged, is indexed again. The index of remote shards is always kept, in the user's
-cache folder, and recognised by the shard's size and version; opening it again reads no shard.
+A small set is indexed in memory whenever it is opened. The index of a larger one is kept in the
+hidden folder `.fasterase` beside the shards, or in the user's cache folder if that cannot be
+written. Only a shard whose size or time of change differs from what its index says, or whose index
+is damaged, is indexed again. The index of remote shards is always kept, in the user's cache folder,
+and recognised by the shard's size and version; opening it again reads no shard.
 """
 
 from __future__ import annotations
@@ -17,21 +17,20 @@ import random
 import statistics
 import tarfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import as_completed
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import IO, NamedTuple, TypeVar
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from fasterase.errors import FaseraseError, InputError
-from fasterase.pairs.parts import Part, make_batch
 from fasterase.pairs.processes import count_processes, process_pool
-from fasterase.pairs.remote import RemoteError, RemoteShard, is_remote, shard_name
-from fasterase.pairs.remote_cache import ShardCache
-from fasterase.pairs.tar_reader import Damage, Extent, Sample, ShardReader, count_lost
+from fasterase.pairs.remote import RemoteError, Shard, shard_name
+from fasterase.pairs.table import Part, make_batch
+from fasterase.pairs.tar_reader import Damage, ShardReader
 from fasterase.progress import progress_bar
 
 log = logging.getLogger(__name__)
@@ -41,9 +40,6 @@ T = TypeVar("T")
 # Bytes of shards from which on their index is kept: fewer are indexed within about a second.
 KEPT_BYTES = 128 << 20
 _FOLDER = ".fasterase"
-# Small entries share a read; of large ones little is read in vain.
-_BUFFER_BYTES = 1 << 15
-_MISSING = Extent(-1, -1)
 _EXTENTS = ("offset", "size", "json_offset", "json_size")
 
 
@@ -72,89 +68,105 @@ class Entries(NamedTuple):
         values = value if isinstance(value, list) else [value]
         return [text for text in values if isinstance(text, str)]
 
-    def captions(self) -> set[str]:
-        """Return the endings of the entries that may hold captions."""
-        return {*self.text, "json"} if self.json_field else set(self.text)
-
     def image_of(self, sample: Mapping[str, T]) -> T | None:
         """Return the sample's image entry, None if it has none."""
         return next((sample[ending] for ending in self.image if ending in sample), None)
 
 
 def read_rows(
-    shard: str,
+    shard: Shard,
     file: IO[bytes],
     entries: Entries,
     *,
-    damage: Damage | None = None,
-    wanted: Sequence[str] = (),
-    take: Callable[[Sample], None] = lambda sample: None,
-    **version: Any,
+    damage: Sequence[Damage] = (),
+    images: list[bytes | None] | None = None,
 ) -> Part:
     """Return the samples of a shard that have an image or a caption.
 
-    What is known of the shard (`Part.facts`): its name (`shard`) and `version`; how many samples
+    What is known of the shard (`Part.facts`): its name (`shard`), size, version; how many samples
     have images and captions, and are `torn`: have lost one of the two to damage; the bytes that are
-    `readable`; the stretches of `damage`; the samples that are `cut` off and why; the `endings` of
-    all entries; the `digest` of ids, sizes and captions.
+    `readable`; the stretches of `damage`; why the last sample is `cut` off, if it is; the `endings`
+    of all entries; the `digest` of ids, sizes and captions.
 
     Args:
-        shard: path or URL.
         file: the shard, decompressed.
         entries: which entries are images and captions.
         damage: what is known to be damaged already.
-        wanted: endings of the entries whose bytes `take` needs.
-        take: gets each sample.
-        version: by which a changed shard is recognised.
+        images: gets the image of each sample; the rows get the json entries as `metadata` then.
 
     Raises:
         tarfile.TarError: it is no tar.
     """
-    reader, name = ShardReader(file), shard_name(shard)
+    reader, name = ShardReader(file), shard_name(shard.place)
     known = {*entries.image, *entries.text}
+    wanted = {*entries.text, "json"} if entries.json_field else set(entries.text)
+    if images is not None:
+        wanted |= {*entries.image, "json"}
     ids: list[str] = []
     captions: list[list[str]] = []
     extents: list[int] = []
+    metadata: list[bytes] = []
+    spans: list[tuple[int, int]] = []
     endings: set[str] = set()
-    cut: dict[str, str] = {}
-    torn = 0
-    for sample in reader.samples({*wanted, *entries.captions()}):
-        found = sample.extents.keys() | ({sample.cut} if sample.cut else set())
-        endings |= found
-        if found.isdisjoint(known):
+    cut = ""
+    for stem, sample in reader.samples():
+        endings |= sample.keys()
+        if sample.keys().isdisjoint(known):
             continue
-        if sample.cut:
-            cut[str(len(ids))] = f"the shard ends inside its {sample.cut}"
-        image = entries.image_of(sample.extents)
-        texts = [] if sample.cut else entries.read_captions(sample.data)
-        torn += sample.torn and not (image is not None and texts)
-        ids.append(f"{name}/{sample.key}")
-        captions.append(texts)
-        extents += (*(image or _MISSING), *sample.extents.get("json", _MISSING))
-        take(sample)
-    part = _as_part(ids, captions, np.array(extents, np.int64).reshape(-1, 4))
-    stretches = [*([damage] if damage else []), *reader.damage]
+        *_, (ending, last) = sample.items()
+        spans.append((next(iter(sample.values())).offset, last.offset_data + last.size))
+        if spans[-1][1] > reader.size:
+            cut = f"the shard ends inside its {ending}"
+            del sample[ending]
+        data = {ending: reader.read(sample[ending]) for ending in wanted & sample.keys()}
+        ids.append(f"{name}/{stem}")
+        captions.append([] if cut else entries.read_captions(data))
+        for entry in (entries.image_of(sample), sample.get("json")):
+            extents += (-1, -1) if entry is None else (entry.offset_data, entry.size)
+        if images is not None:
+            images.append(entries.image_of(data))
+            metadata.append(_dump_object(data.get("json", b"")))
+    part = _make_part(ids, captions, extents, None if images is None else metadata)
+    incomplete = (
+        span
+        for span, texts, offset in zip(spans, captions, extents[::4], strict=True)
+        if offset < 0 or not texts
+    )
     part.facts = {
         "shard": name,
-        **version,
-        "images": int((part.column("offset").to_numpy() >= 0).sum()),
-        "captioned": sum(map(bool, part.every_captions())),
-        "torn": torn,
+        "size_bytes": shard.size,
+        "version": shard.version,
+        "images": sum(offset >= 0 for offset in extents[::4]),
+        "captioned": sum(map(bool, captions)),
+        "torn": sum(any(each.touches(*span) for each in reader.damage) for span in incomplete),
         "readable": reader.readable,
-        "damage": [list(stretch) for stretch in stretches],
+        "damage": [*map(list, damage), *map(list, reader.damage)],
         "cut": cut,
         "endings": sorted(endings),
-        "digest": part.digest().decode(),
+        "digest": part.digest(),
     }
     return part
 
 
-def _as_part(ids: list[str], captions: list[list[str]], extents: np.ndarray) -> Part:
-    columns = dict(zip(_EXTENTS, extents.T, strict=True))
-    return Part(make_batch(ids, captions, hashed=True, **columns), {})
+def _dump_object(data: bytes) -> bytes:
+    """Normalise a json entry; anything but an object becomes an empty one."""
+    try:
+        value = json.loads(data)
+    except ValueError:
+        return b""
+    return json.dumps(value).encode() if isinstance(value, dict) else b""
 
 
-def add_lost(name: str, shards: Sequence[str], parts: list[Part]) -> dict[int, str]:
+def _make_part(
+    ids: list[str], captions: list[list[str]], extents: list[int], metadata: list[bytes] | None
+) -> Part:
+    columns = dict(zip(_EXTENTS, np.array(extents, np.int64).reshape(-1, 4).T, strict=True))
+    if metadata is not None:
+        columns["metadata"] = metadata
+    return Part(make_batch(ids, captions, **columns), {})
+
+
+def add_lost(name: str, shards: Sequence[Shard], parts: list[Part]) -> dict[int, str]:
     """Add a part for the samples that damaged shards have lost, and warn.
 
     Returns:
@@ -168,31 +180,77 @@ def add_lost(name: str, shards: Sequence[str], parts: list[Part]) -> dict[int, s
     start = 0
     for shard, part in zip(shards, parts, strict=True):
         facts = part.facts
-        broken |= {start + int(sample): reason for sample, reason in facts["cut"].items()}
         start += len(part)
+        if facts["cut"]:
+            broken[start - 1] = facts["cut"]
         if not facts["damage"]:
             continue
-        damage = [Damage(*stretch) for stretch in facts["damage"]]
-        lost = count_lost(
-            shard,
-            len(part),
-            torn=facts["torn"],
-            readable=facts["readable"],
-            damage=damage,
-            usual=usual,
-        )
-        where = "; ".join(f"byte {stretch.offset}: {stretch.reason}" for stretch in damage)
+        lost = _count_lost(shard.place, part, usual)
+        where = "; ".join(f"byte {offset}: {reason}" for offset, _, reason in facts["damage"])
         ids += [f"{facts['shard']}/lost sample {number}" for number in range(1, lost + 1)]
         reasons += [f"lost from a damaged shard ({where})"] * lost
         warnings.warn(
-            f"`{name}`: shard {shard} is damaged ({where}). At least {lost + facts['torn']} of "
-            f"its samples cannot be used and count as skipped, {len(part) - facts['torn']} "
-            f"can. Fetch or write it again.",
+            f"`{name}`: shard {shard.place} is damaged ({where}). At least {lost + facts['torn']} "
+            f"of its samples cannot be used and count as skipped, {len(part) - facts['torn']} can. "
+            f"Fetch or write it again.",
             stacklevel=2,
         )
-    if ids:
-        parts.append(_as_part(ids, [[] for _ in ids], np.full((len(ids), 4), -1)))
+    if lost := len(ids):
+        parts.append(_make_part(ids, [[]] * lost, [-1] * 4 * lost, [b""] * lost))
     return broken | dict(enumerate(reasons, start))
+
+
+def _count_lost(place: str, part: Part, usual: int) -> int:
+    """Return how many samples a damaged shard has lost beyond those found.
+
+    That is what its index tells: `successes` of img2dataset's `00000_stats.json`, or the first line
+    of DALI's `00000.idx`. Without an index it is an estimate from below: what is missing to the
+    `usual` number of an undamaged shard (0 if there is none), or what the unreadable bytes would
+    have held, but at least one if no sample found is torn.
+    """
+    stem = place.removesuffix(".tar")
+    # Either may be missing, or of another kind.
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        stated = json.loads(Path(f"{stem}_stats.json").read_bytes())["successes"]
+        return max(int(stated) - len(part), 0)
+    with suppress(OSError, ValueError, IndexError):
+        first = Path(f"{stem}.idx").read_text(encoding="utf-8").splitlines()[0]
+        return max(int(first.split()[1]) - len(part), 0)
+    torn, unreadable = part.facts["torn"], sum(size for _, size, _ in part.facts["damage"])
+    by_bytes = round(unreadable * len(part) / max(part.facts["readable"], 1)) - torn
+    return max(usual - len(part), by_bytes, 0 if torn else 1)
+
+
+def index_shards(shards: Sequence[Shard], *, name: str, entries: Entries) -> list[Part]:
+    """Open the index of uncompressed shards; make what is missing of it.
+
+    Several processes, on several machines too, may do so at once: they share the work, and none
+    sees a part of a file.
+
+    Args:
+        shards: files and URLs.
+        name: the argument that the shards were given as.
+        entries: which entries are images and captions.
+
+    Raises:
+        InputError: a shard cannot be read, or there are no samples, no images or no captions.
+    """
+    distinct = list(dict.fromkeys(shards))
+    is_remote = any(shard.cache is not None for shard in distinct)
+    kept = is_remote or sum(shard.size for shard in distinct) >= KEPT_BYTES
+    opened = {shard: _find(shard, entries) if kept else None for shard in distinct}
+    found = {shard: part for shard, part in opened.items() if part is not None}
+    missing = [shard for shard in distinct if shard not in found]
+    try:
+        with progress_bar(f"indexing {name}", total=len(missing), unit="shard", delay=2) as bar:
+            for shard, part in _index(missing, entries, kept=kept):
+                found[shard] = part
+                bar.update()
+    except InputError as error:
+        raise InputError(f"`{name}`: {error}") from error
+    parts = [found[shard] for shard in shards]
+    check_parts(name, parts, entries)
+    return parts
 
 
 def check_parts(name: str, parts: Sequence[Part], entries: Entries) -> None:
@@ -214,154 +272,65 @@ def check_parts(name: str, parts: Sequence[Part], entries: Entries) -> None:
         )
 
 
-class _Job(NamedTuple):
-    """A shard to index.
-
-    Attributes:
-        path: of the shard; its URL if it is remote.
-        kept: whether its index is to be written to a file.
-        entries: which entries are images and captions.
-        remote: what is at the URL.
-        cache: where to read that from.
-    """
-
-    path: str
-    kept: bool
-    entries: Entries
-    remote: RemoteShard | None = None
-    cache: ShardCache | None = None
-
-    def version(self) -> dict[str, Any]:
-        """Return by what a changed shard is recognised."""
-        if self.remote is not None:
-            return {"size_bytes": self.remote.size, "version": self.remote.version}
-        status = os.stat(self.path)
-        return {"size_bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
-
-    def open(self) -> AbstractContextManager[IO[bytes]]:
-        if self.remote is not None and self.cache is not None:
-            return self.cache.open(self.remote)
-        return open(self.path, "rb", buffering=_BUFFER_BYTES)
-
-
-def index_shards(
-    shards: Sequence[str],
-    *,
-    name: str,
-    entries: Entries,
-    remote: Mapping[str, RemoteShard],
-    cache: ShardCache | None,
-) -> list[Part]:
-    """Open the index of uncompressed shards; make what is missing of it.
-
-    Several processes, on several machines too, may do so at once: they share the work, and none
-    sees a part of a file.
-
-    Args:
-        shards: absolute paths, and URLs.
-        name: the argument that the shards were given as.
-        entries: which entries are images and captions.
-        remote: URL -> what is there.
-        cache: where remote shards are read from.
-
-    Raises:
-        InputError: a shard cannot be read.
-    """
-    distinct = list(dict.fromkeys(shards))
-    kept = bool(remote) or sum(map(_size, distinct)) >= KEPT_BYTES
-    found: dict[str, Part] = {}
-    jobs: list[_Job] = []
-    for path in distinct:
-        job = _Job(path, kept, entries, remote.get(path), cache)
-        part = _find(job) if kept else None
-        if part is None:
-            jobs.append(job)
-        else:
-            found[path] = part
-    with progress_bar(f"indexing {name}", total=len(jobs), unit="shard", delay=2) as bar:
-        try:
-            for path, part in _run(jobs):
-                found[path] = part
-                bar.update()
-        except InputError as error:
-            raise InputError(f"`{name}`: {error}") from error
-    return [found[path] for path in shards]
-
-
-def _run(jobs: list[_Job]) -> Iterator[tuple[str, Part]]:
-    """Yield the path of each shard and its rows, in the order in which they are done."""
-    workers = count_processes(len(jobs)) if jobs and jobs[0].kept else 1
+def _index(shards: list[Shard], entries: Entries, *, kept: bool) -> Iterator[tuple[Shard, Part]]:
+    """Yield each shard with its rows, perhaps read in several processes."""
+    workers = count_processes(len(shards)) if kept else 1
+    read = partial(_make_index if kept else _read_shard, entries=entries)
     if workers < 2:
-        for job in jobs:
-            part = _index(job)
-            assert part is not None
-            yield job.path, part
+        yield from ((shard, read(shard)) for shard in shards)
         return
-    # Processes that start together meet at few shards.
-    random.Random(os.getpid()).shuffle(jobs)
+    # Other processes may start together with this one; so they meet at few shards.
+    random.Random(os.getpid()).shuffle(shards)
     with process_pool(workers) as pool:
-        for wait in (False, True):
-            futures = {pool.submit(_index, job, wait=wait): job for job in jobs}
-            jobs = []
-            for future in as_completed(futures):
-                job = futures.pop(future)
-                part = future.result()
-                if part is None:
-                    jobs.append(job)
-                else:
-                    yield job.path, part
+        yield from zip(shards, pool.map(read, shards), strict=True)
 
 
-def _index(job: _Job, *, wait: bool = True) -> Part | None:
-    """Index a shard, and keep its rows if they are to be kept.
+def _make_index(shard: Shard, entries: Entries) -> Part:
+    """Index a shard and write its index, unless another process does so now.
 
-    None if another process is at it, unless `wait` waits for that. Rows that cannot be written,
-    since a disk is full or read-only, stay in memory.
+    Rows that cannot be written, since a disk is full or read-only, stay in memory.
     """
-    if not job.kept:
-        return _read_shard(job)
-    path = index_path(job.path, job.entries)
+    path = index_path(shard.place, entries)
+    lock = FileLock(f"{path}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{path}.lock")
-        lock.acquire(timeout=-1 if wait else 0)
-    except Timeout:
-        return None
+        lock.acquire()
     except OSError:
-        return _read_shard(job)
+        return _read_shard(shard, entries)
     try:
-        return _open(path, job) or _keep(_read_shard(job), path)
+        part = _open(path, shard)
+        if part is not None:
+            return part
+        part = _read_shard(shard, entries)
+        try:
+            return part.save(path)
+        except (FaseraseError, OSError) as error:
+            log.warning("Shard index: %s", error)
+            return part
     finally:
-        # Whoever waits for this file finds the rows; whoever makes a new one, too.
+        # Safe to unlink: waiters and later lockers find the index.
         with suppress(OSError):
             os.unlink(lock.lock_file)
         lock.release()
 
 
-def _keep(part: Part, path: Path) -> Part:
+def _read_shard(shard: Shard, entries: Entries) -> Part:
     try:
-        return part.save(path)
-    except (FaseraseError, OSError) as error:
-        log.warning("Shard index: %s", error)
-        return part
-
-
-def _read_shard(job: _Job) -> Part:
-    try:
-        with job.open() as file:
-            return read_rows(job.path, file, job.entries, **job.version())
+        with shard.open() as file:
+            return read_rows(shard, file, entries)
     except RemoteError as error:
         raise InputError(str(error)) from error
     except (tarfile.TarError, OSError) as error:
-        raise InputError(f"shard {job.path} cannot be read: {error}") from error
+        raise InputError(f"shard {shard.place} cannot be read: {error}") from error
 
 
-def _find(job: _Job) -> Part | None:
+def _find(shard: Shard, entries: Entries) -> Part | None:
     """Open the index of a shard, wherever it is kept; None if it has to be made."""
-    return next(filter(None, (_open(path, job) for path in _paths(job.path, job.entries))), None)
+    paths = _paths(shard.place, entries)
+    return next(filter(None, (_open(path, shard) for path in paths)), None)
 
 
-def _open(path: Path, job: _Job) -> Part | None:
+def _open(path: Path, shard: Shard) -> Part | None:
     try:
         part = Part.open(str(path))
     except FileNotFoundError:
@@ -369,36 +338,30 @@ def _open(path: Path, job: _Job) -> Part | None:
     except (OSError, ValueError) as error:
         log.warning("Shard index: %s is damaged (%s) and is made again.", path, error)
         return None
-    if not job.version().items() <= part.facts.items():
-        log.info("Shard index: %s has changed and is indexed again.", job.path)
+    if (part.facts["size_bytes"], part.facts.get("version")) != shard[1:3]:
+        log.info("Shard index: %s has changed and is indexed again.", shard.place)
         return None
     return part
 
 
-def _paths(path: str, entries: Entries) -> list[Path]:
+def _paths(place: str, entries: Entries) -> list[Path]:
     """Return where an index may be: beside its shard if that is local, and in the user's cache.
 
     Other entries of one shard make other files.
     """
     chosen = hashlib.blake2b(repr(entries).encode(), digest_size=4).hexdigest()
-    file = f"{shard_name(path)}.{chosen}.arrow"
+    file = f"{shard_name(place)}.{chosen}.arrow"
+    is_local = "://" not in place
+    parent = Path(place).parent
+    whole = parent.resolve() if is_local else place
+    folder = hashlib.blake2b(os.fsencode(whole), digest_size=8).hexdigest()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    parent = Path(path).parent
-    whole = path if is_remote(path) else parent.resolve()
-    name = hashlib.blake2b(os.fsencode(whole), digest_size=8).hexdigest()
-    cached = cache / "fasterase" / "shards" / name / file
-    return [cached] if is_remote(path) else [parent / _FOLDER / file, cached]
+    cached = cache / "fasterase" / "shards" / folder / file
+    return [parent / _FOLDER / file, cached] if is_local else [cached]
 
 
-def index_path(path: str, entries: Entries) -> Path:
-    """Return where the index of the shard at `path` is written."""
-    paths = _paths(path, entries)
-    can_write = len(paths) > 1 and os.access(Path(path).parent, os.W_OK)
+def index_path(place: str, entries: Entries) -> Path:
+    """Return where the index of the shard at a path or URL is written."""
+    paths = _paths(place, entries)
+    can_write = len(paths) > 1 and os.access(Path(place).parent, os.W_OK)
     return paths[0 if can_write else -1]
-
-
-def _size(path: str) -> int:
-    try:
-        return os.path.getsize(path)
-    except OSError:
-        return 0

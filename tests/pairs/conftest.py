@@ -64,3 +64,18 @@ def pictures(tmp_path: Path) -> Path:
     for shade in range(6):
         (folder / f"{shade}.png").write_bytes(_encoded(shade))
     return folder
+
+
+@pytest.fixture
+def shards(make_tar: Callable[..., str]) -> Path:
+    """A folder of s-0.tar ... s-3.tar: samples key0 ... key7, two each, with captions `n 0` ..."""
+    for shard in range(4):
+        entries: dict[str, object] = {}
+        for n in (2 * shard, 2 * shard + 1):
+            entries |= {
+                f"key{n}.json": {"group": f"g{n}", "alt": [f"x{n}", f"y{n}"]},
+                f"key{n}.png": _encoded(n),
+                f"key{n}.txt": f" n {n}\n",
+            }
+        path = make_tar(f"s-{shard}.tar", entries)
+    return Path(path).parent

@@ -15,7 +15,6 @@ from fasterase.pairs import overlap
 from fasterase.pairs.images import ImageFiles
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.overlap import remove_overlap
-from fasterase.pairs.prepare import hash_captions
 from fasterase.pairs.read_tars import TarImages
 
 
@@ -54,20 +53,6 @@ def test_tars_and_files_are_compared(pictures, make_tar, encoded, tmp_path):
     assert remaining(shard, pictures / "f.csv") == (["r.tar/k0", "r.tar/k2"], ["r.tar/k1"])
     with pytest.raises(InputError, match="all 3 pairs show images"):
         remaining(shard, shard)
-
-
-@pytest.mark.filterwarnings("ignore:`x`. compressed shards")
-def test_compressed_shards_of_one_name_are_compared_by_their_images(make_tar, encoded, tmp_path):
-    folders = [tmp_path / name for name in ("one", "two")]
-    shards = []
-    for folder, shade in zip(folders, (10, 20), strict=True):
-        folder.mkdir()
-        entries = {"a.png": encoded(shade), "a.txt": "cat"}
-        shards.append(shutil.move(make_tar("s.tar.gz", entries, "w:gz"), folder / "s.tar.gz"))
-    forget, retain = (open_pairs(str(shard), name="x") for shard in shards)
-    assert forget.id(0) == retain.id(0)
-    assert len(forget.encoded_image(0)) == len(retain.encoded_image(0))
-    assert remove_overlap(retain, forget) == (retain, [])
 
 
 @pytest.mark.parametrize("form", ["table", "list"])
@@ -191,20 +176,3 @@ def test_of_very_many_files_only_those_with_equal_captions_are_read(
     with pytest.warns(UserWarning, match=r"`retain`: 4 images have the size .* only the 2 of them"):
         assert remaining(retain, shard)[1] == ["r.tar/same"]
     assert len(reads) == 4
-
-
-def test_caption_hashes_of_all_kinds_of_sources(shard, make_tar, encoded):
-    texts = ["one", ["two", "three"], None, "one"]
-    listed = open_pairs([(torch.zeros(3, 2, 2), text) for text in texts], name="x")
-    entries = {}
-    for number, text in enumerate(texts):
-        entries |= {f"k{number}.png": encoded(number), f"k{number}.json": {"text": text}}
-    tars = open_pairs(make_tar("t.tar", entries), name="x", text_key="text")
-    for pairs in (listed, tars):
-        hashes, rows = pairs.caption_hashes()
-        assert rows.tolist() == [0, 1, 1, 3]
-        assert hashes.tolist() == hash_captions(["one", "two", "three", "one"]).tolist()
-        hashes, rows = pairs.select([3, 1, 2, 1]).caption_hashes()
-        assert rows.tolist() == [0, 1, 1, 3, 3]
-        expected = ["one", "two", "three", "two", "three"]
-        assert hashes.tolist() == hash_captions(expected).tolist()

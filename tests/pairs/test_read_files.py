@@ -1,4 +1,4 @@
-"""CSV, TSV and JSONL: columns, separators, quoting, unicode, damage."""
+"""Tables (CSV, JSON, Parquet, DataFrames) and folders: columns, quoting, unicode, damage."""
 
 from __future__ import annotations
 
@@ -8,18 +8,32 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
+import pandas
+import pyarrow
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from fasterase.errors import InputError
 from fasterase.pairs.open import open_pairs
+from fasterase.pairs.overlap import remove_overlap
 from fasterase.pairs.read_files import SEPARATORS, detect_separator, open_file
 from fasterase.pairs.skips import BrokenPair
 
 TEXT = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=20).filter(
     lambda text: bool(text.strip())
 )
+
+
+def captions(pairs):
+    return [pairs.texts(i) for i in range(len(pairs))]
+
+
+def shade(pairs, row):
+    return pairs[row].image.getpixel((0, 0))[0]
 
 
 def table(folder: Path, content: str, name: str = "pairs.csv") -> Path:
@@ -34,7 +48,7 @@ def test_open_clip_columns_with_any_separator(pictures, separator, ending):
     lines = ["filepath,title,source", "0.png,zero,a", "1.png,one,b"]
     path = table(pictures, "\n".join(lines).replace(",", separator), f"t{ending}")
     pairs = open_pairs(path, name="forget")
-    assert [pairs.texts(i) for i in range(len(pairs))] == [["zero"], ["one"]]
+    assert captions(pairs) == [["zero"], ["one"]]
     assert pairs[1].image.getpixel((0, 0))[0] == 1
     assert pairs.id(1) == "1.png"
     assert pairs.meta(0) == {"source": "a"}
@@ -47,18 +61,16 @@ def test_relative_paths_are_resolved_against_the_table_and_absolute_ones_kept(pi
     assert pairs[1].image.getpixel((0, 0))[0] == 4
 
 
-def test_keys_choose_columns(pictures):
-    path = table(pictures, "title;img;words\nno;2.png;yes\n")
-    pairs = open_pairs(path, name="x", image_key="img", text_key="words")
-    assert pairs[0].text == "yes"
-    with pytest.raises(InputError, match=r"`text_key`: no column 'word'.*'title', 'img', 'words'"):
-        open_pairs(path, name="x", image_key="img", text_key="word")
-
-
-def test_wrong_columns_list_those_found(pictures):
-    path = table(pictures, "url,alt\n0.png,a\n")
-    with pytest.raises(InputError, match=r"`retain`.*found are \['url', 'alt'\].*`image_key`"):
-        open_pairs(path, name="retain")
+@pytest.mark.parametrize("form", [Path, pandas.read_csv])
+def test_keys_choose_columns(pictures, monkeypatch, form):
+    monkeypatch.chdir(pictures)
+    source = form(table(pictures, "title,photo,words\nno,2.png,yes\n"))
+    pairs = open_pairs(source, name="x", image_key="photo", text_key="words")
+    assert (pairs[0].text, shade(pairs, 0)) == ("yes", 2)
+    with pytest.raises(InputError, match=r"`text_key`: no column 'word'.*'photo', 'words'"):
+        open_pairs(source, name="x", image_key="photo", text_key="word")
+    with pytest.raises(InputError, match=r"`x`.*found are \['title', .*'\].*`image_key`"):
+        open_pairs(source, name="x")
 
 
 def test_jsonl_with_alternatives_and_meta(pictures):
@@ -96,13 +108,13 @@ def test_json_array(pictures, mark):
     [
         ("t.csv", "", "no header line"),
         ("t.csv", "filepath,title\n", r"`x` is empty \(.*t.csv\)"),
-        ("t.jsonl", "{oops}\n", "line 1 is not a JSON object"),
+        ("t.jsonl", "{oops}\n", "line 1 is not valid JSON"),
         ("t.jsonl", "[1]\n", "line 1 must hold one JSON object; found a list"),
         ("t.jsonl", "", "`x` is empty"),
         ("t.json", "[]", "`x` is empty"),
         ("t.json", '[{"image": "0.png", "text": "a"}, 3]', "entry 2 of the array must hold"),
         ("t.json", '[{"image":\n "0.png"', "line 2 is not valid JSON"),
-        ("t.json", '{\n"images": []}', "line 1 is not a JSON object.*one array of objects"),
+        ("t.json", '{\n"images": []}', "line 1 is not valid JSON.*one array of objects"),
         ("t.csv", 'filepath,title\n0.png,"' + "a\n" * 70000, "line 2: .*not closed"),
         ("t.csv", 'filepath,title\n0.png,a\n1.png,"b\n2.png,c\n', "line 3: .*not closed"),
         ("t.csv", 'filepath,title\n0.png,"a', "line 2: .*not closed"),
@@ -223,3 +235,218 @@ def test_the_header_with_the_wanted_columns_wins():
     assert detect_separator("image, text\n", None, None) == ","
     assert detect_separator("filepath;title;a,b,c,d,e\n", None, None) == ";"
     assert detect_separator("one|two\n", "one", "two") == "|"
+
+
+def write_parquet(path, **columns):
+    parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+def test_frame_of_paths(pictures, monkeypatch):
+    monkeypatch.chdir(pictures)
+    frame = pandas.DataFrame(
+        {
+            "filepath": ["0.png", str(pictures / "1.png"), "gone.png"],
+            "title": ["zero", "one", "x"],
+            "score": [1, 2, 3],
+        }
+    )
+    pairs = open_pairs(frame[frame.score < 3].iloc[::-1], name="forget")
+    monkeypatch.chdir("/")
+    assert captions(pairs) == [["one"], ["zero"]]
+    assert (shade(pairs, 0), shade(pairs, 1)) == (1, 0)
+    assert pairs.id(1) == "0.png"
+    assert pairs.meta(1) == {"score": 1}
+    assert pairs.encoded_sizes().tolist() == [
+        (pictures / name).stat().st_size for name in ("1.png", "0.png")
+    ]
+
+
+def test_missing_cells_are_broken_pairs(pictures):
+    images = [str(pictures / "0.png"), None, str(pictures / "1.png")]
+    pairs = open_pairs(pandas.DataFrame({"image": images, "text": ["a", "b", None]}), name="x")
+    assert pairs[0].text == "a"
+    for row, message in ((1, r"x\[1\]"), (2, "no readable caption")):
+        with pytest.raises(BrokenPair, match=message):
+            pairs[row]
+
+
+def test_frame_of_pictures_arrays_and_token_ids(picture):
+    images = [picture(1), np.full((2, 2, 3), 7, np.uint8)]
+    frame = pandas.DataFrame(
+        {"image": images, "caption": ["a", np.array(["b", "c"])], "text": [1, 2]}
+    )
+    pairs = open_pairs(frame, name="x", text_key="caption")
+    assert [shade(pairs, row) for row in (0, 1)] == [1, 7]
+    assert pairs[1].text == ["b", "c"]
+    assert pairs.id(1) == "x[1]"
+    tensors = {"pixel_values": list(torch.zeros(2, 3, 4, 4)), "input_ids": [[1, 2], [3, 4]]}
+    ids = open_pairs(pandas.DataFrame(tensors), name="x")
+    assert ids[1].text.tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("names", [["title", "title", "path"], ["text", "path", "path"]])
+def test_two_columns_of_one_name_are_refused(names, tmp_path):
+    repeated = max(names, key=names.count)
+    found = rf"2 columns are named '{repeated}'; the columns found are .*Rename or remove"
+    with pytest.raises(InputError, match=f"`x`: {found}"):
+        open_pairs(pandas.DataFrame([["a", "b", "c"]], columns=names), name="x")
+    table = pyarrow.table([["a"], ["b"], ["c"]], names=names)
+    parquet.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(InputError, match=rf"`x`: .*t\.parquet: {found}"):
+        open_pairs(tmp_path / "t.parquet", name="x")
+
+
+def test_empty_frames_and_other_tables_say_what_to_pass():
+    with pytest.raises(InputError, match="`x` is empty"):
+        open_pairs(pandas.DataFrame({"image": [], "text": []}), name="x")
+    with pytest.raises(InputError, match=r"`x` is a pyarrow Table; pass its \.to_pandas\(\)"):
+        open_pairs(pyarrow.table({"image": ["a"], "text": ["b"]}), name="x")
+
+
+def test_parquet_of_paths(pictures):
+    file = write_parquet(
+        pictures / "t.parquet",
+        filepath=["0.png", None, str(pictures / "2.png")],
+        title=[["zero", "0"], ["one"], None],
+        score=[1.5, None, 3],
+    )
+    pairs = open_pairs(str(file), name="forget")
+    assert pairs[0].text == ["zero", "0"]
+    assert pairs.meta(0) == {"score": 1.5}
+    assert pairs.id(1) == "t.parquet[1]"
+    for row in (1, 2):
+        with pytest.raises(BrokenPair):
+            pairs[row]
+
+
+@pytest.mark.parametrize("wrap", [lambda data: data, lambda data: {"bytes": data, "path": "x.png"}])
+def test_parquet_of_encoded_images(tmp_path, encoded, wrap):
+    file = write_parquet(
+        tmp_path / "t.parquet",
+        image=[wrap(encoded(3)), None, wrap(b"damaged")],
+        text=["a", "b", "c"],
+    )
+    pairs = open_pairs(file, name="forget")
+    assert (shade(pairs, 0), pairs[0].text, pairs.id(0)) == (3, "a", "t.parquet[0]")
+    assert pairs.encoded_sizes().tolist() == [len(encoded(3)), -1, 7]
+    with pytest.raises(BrokenPair, match=r"t\.parquet\[1\]: no image"):
+        pairs[1]
+    with pytest.raises(BrokenPair, match="cannot be decoded"):
+        pairs[2]
+
+
+def test_files_of_one_name_do_not_overlap_but_by_content(tmp_path, encoded):
+    sources = []
+    for folder, shades in (("a", (1, 2)), ("b", (3, 2))):
+        (tmp_path / folder).mkdir()
+        images = [encoded(each) for each in shades]
+        file = write_parquet(tmp_path / folder / "t.parquet", image=images, text=["x", "y"])
+        sources.append(open_pairs(file, name=folder))
+    assert remove_overlap(*sources)[1] == ["t.parquet[1]"]
+
+
+def test_damaged_parquet_and_wrong_columns(tmp_path):
+    (tmp_path / "t.parquet").write_bytes(b"PAR1 no more")
+    with pytest.raises(InputError, match=r"`x`: .*t\.parquet: it cannot be read as Parquet"):
+        open_pairs(tmp_path / "t.parquet", name="x")
+    with pytest.raises(InputError, match=r"`x`: .*u\.parquet: no column named .*\['url', 'text'\]"):
+        open_pairs(write_parquet(tmp_path / "u.parquet", url=["a"], text=["b"]), name="x")
+
+
+def write_folder(folder, files):
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def test_class_folders_caption_by_name(tmp_path, encoded):
+    write_folder(
+        tmp_path,
+        {
+            "sea_lion/b.PNG": encoded(1),
+            "sea_lion/a.jpg": encoded(2, "JPEG"),
+            "apple/deep/x.webp": encoded(3, "WEBP"),
+            "apple/notes.md": "not an image",
+            ".cache/x.png": encoded(4),
+        },
+    )
+    pairs = open_pairs(tmp_path, name="forget")
+    assert pairs.classes == ["apple", "sea lion"]
+    assert {pairs.id(i): pairs[i].text for i in range(3)} == {
+        "apple/deep/x.webp": "apple",
+        "sea_lion/a.jpg": "sea lion",
+        "sea_lion/b.PNG": "sea lion",
+    }
+    assert pairs.meta(0) == {"class": "apple"}
+
+
+def test_captions_beside_images_at_any_depth(tmp_path, encoded):
+    write_folder(
+        tmp_path,
+        {
+            "x.jpg": encoded(1, "JPEG"),
+            "x.txt": " a caption\n",
+            "00001/y.png": encoded(2),
+            "00001/y.txt": "größe",
+            "z.png": encoded(3),
+            "bad.png": encoded(4),
+            "bad.txt": b"\xff\xfe\xfa",
+        },
+    )
+    pairs = open_pairs(tmp_path, name="retain")
+    texts, reasons = {}, []
+    for i in range(len(pairs)):
+        try:
+            texts[pairs.id(i)] = pairs[i].text
+        except BrokenPair as broken:
+            reasons.append(broken.reason)
+    assert reasons == ["no readable caption"] * 2
+    assert texts == {"x.jpg": "a caption", "00001/y.png": "größe"}
+    assert pairs.classes is None
+
+
+def test_folders_without_a_meaning_are_refused(tmp_path, encoded):
+    with pytest.raises(InputError, match=r"`forget`: folder .* holds neither images"):
+        open_pairs(tmp_path, name="forget")
+    write_folder(tmp_path, {"x.png": encoded(1), "cat/y.png": encoded(2)})
+    with pytest.raises(InputError, match=r"such as x\.png"):
+        open_pairs(tmp_path, name="forget")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "not an image", "bomb"])
+def test_damaged_images_are_broken_pairs(tmp_path, encoded, monkeypatch, damage):
+    data = encoded(1)
+    contents = {"truncated": data[: len(data) // 2], "empty": b"", "not an image": b"hello"}
+    reason = "exceeds limit" if damage == "bomb" else "image cannot be decoded"
+    if damage == "bomb":
+        monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 40)
+    write_folder(tmp_path, {"cat/x.png": contents.get(damage, data)})
+    with pytest.raises(BrokenPair, match=reason) as caught:
+        open_pairs(tmp_path, name="forget")[0]
+    assert caught.value.id == "cat/x.png"
+
+
+@pytest.mark.parametrize("path", ["nowhere.csv", "no/such/folder", ""])
+def test_missing_paths_are_named(path):
+    with pytest.raises(InputError, match="`forget`"):
+        open_pairs(path, name="forget")
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_a_list_of_tars(make_tar, encoded, kind):
+    shards = [make_tar(f"{n}.tar", {"k.png": encoded(n), "k.txt": f"text {n}"}) for n in range(3)]
+    pairs = open_pairs(kind([Path(shards[2]), shards[0]]), name="retain")
+    assert [pairs.id(i) for i in range(len(pairs))] == ["2.tar/k", "0.tar/k"]
+    pattern = shards[0].replace("0.tar", "{0..1}.tar")
+    assert len(open_pairs(kind([pattern, shards[2]]), name="retain")) == 3
+    with pytest.raises(InputError, match=r"`retain`.*missing, such as .*9\.tar"):
+        open_pairs(kind([shards[0], shards[1].replace("1.tar", "9.tar")]), name="retain")
+
+
+def test_a_list_of_other_paths_says_what_to_give():
+    with pytest.raises(InputError, match=r"`x`: a list of paths must name tars; found 'b\.csv'"):
+        open_pairs(["a.tar", "b.csv"], name="x")
+    with pytest.raises(InputError, match=r"pairs as \(image, text\)"):
+        open_pairs(["x.jpg", "a caption"], name="x")

@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-import io
-import os
-import tarfile
-
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from fasterase.errors import InputError
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.tar_reader import split_entry
-
-
-@pytest.fixture
-def shards(make_tar, encoded):
-    """Three shards of two samples: s-0.tar ... s-2.tar, captions `n 0` ... `n 5`."""
-    for shard in range(3):
-        entries = {}
-        for n in (2 * shard, 2 * shard + 1):
-            entries |= {
-                f"key{n}.json": {"group": f"g{n}", "alt": [f"x{n}", f"y{n}"]},
-                f"key{n}.png": encoded(n),
-                f"key{n}.txt": f"n {n}\n",
-            }
-        path = make_tar(f"s-{shard}.tar", entries)
-    return os.path.dirname(path)
 
 
 def captions(pairs):
@@ -43,9 +23,10 @@ def captions(pairs):
         ("{}/s-{{2,0}}.tar", [4, 5, 0, 1]),
         ("{0}/s-1.tar::{0}/s-0.tar", [2, 3, 0, 1]),
         ("{}/s-1.tar", [2, 3]),
-        ("{}/s-*.tar", range(6)),
-        ("{}", range(6)),
+        ("{}/s-*.tar", range(8)),
+        ("{}", range(8)),
         ("file:{}/s-1.tar", [2, 3]),
+        ("{0}/s-{{2..1}}.tar::{0}/s-{{0,0}}.tar", [4, 5, 2, 3, 0, 1, 0, 1]),
     ],
 )
 def test_patterns(shards, pattern, numbers):
@@ -57,28 +38,10 @@ def test_patterns(shards, pattern, numbers):
         assert pairs.id(row) == f"s-{n // 2}.tar/key{n}"
 
 
-@given(st.lists(st.sampled_from(["0", "1", "2", "{0..2}", "{2..0}", "{0,2}"]), min_size=1))
-@settings(max_examples=25, deadline=None)
-def test_joined_patterns_keep_their_order(tmp_path_factory, parts):
-    folder = tmp_path_factory.mktemp("shards")
-    image = io.BytesIO()
-    Image.new("RGB", (2, 2)).save(image, "PNG")
-    for shard in range(3):
-        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
-            for ending, data in ((".png", image.getvalue()), (".txt", b"%d" % shard)):
-                info = tarfile.TarInfo(f"k{ending}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    meaning = {"{0..2}": "012", "{2..0}": "210", "{0,2}": "02"}
-    pattern = "::".join(f"{folder}/{part}.tar" for part in parts)
-    pairs = open_pairs(pattern, name="x")
-    assert captions(pairs) == list("".join(meaning.get(part, part) for part in parts))
-
-
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("s-{0..4}.tar", r"2 of 5 shards .* missing, such as .*s-3\.tar"),
+        ("s-{0..5}.tar", r"2 of 6 shards .* missing, such as .*s-4\.tar"),
         ("s-{0..4.tar", "bad shard pattern.*[Uu]nbalanced"),
         ("none-*.tar", "1 of 1 shards"),
     ],
@@ -172,7 +135,7 @@ def test_manifest_follows_the_shards(shards, make_tar, encoded):
     first = open_pairs(f"{shards}/s-0.tar", name="x").digest()
     assert first == open_pairs(f"{shards}/s-0.tar", name="y").digest()
     assert first != open_pairs(f"{shards}/s-1.tar", name="x").digest()
-    assert open_pairs(shards, name="x").digest() != first
+    assert open_pairs(str(shards), name="x").digest() != first
 
 
 @given(st.from_regex(r"([a-z]{1,3}/){0,2}[a-zA-Z0-9_-]{1,8}\.[a-zA-Z0-9.]{1,8}", fullmatch=True))

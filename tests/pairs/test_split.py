@@ -1,12 +1,14 @@
-"""Split pairs by classes, captions, caption hashes, callables and ids."""
+"""Split pairs by classes, captions, hashes, callables and ids; written splits are read back."""
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 from collections.abc import Sequence
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from torch.utils.data import ConcatDataset, DataLoader
@@ -15,8 +17,9 @@ from torch.utils.data import Subset as TorchSubset
 from fasterase import split
 from fasterase.errors import InputError
 from fasterase.pairs.open import open_pairs
-from fasterase.pairs.prepare import hash_captions
+from fasterase.pairs.prepare import caption_key, hash_captions
 from fasterase.pairs.skips import BrokenPair
+from fasterase.pairs.split import write_split
 
 TEXTS = ["a red apple", "pineapple", "APPLE", ["a pear", "an apple-like pear"], "sea lion"]
 
@@ -46,6 +49,8 @@ def chosen(source, forget):
 
 
 def test_expressions_search_captions_without_case(items):
+    rows = [{"img": image, "words": text} for image, text in items]
+    assert split(rows, forget="lion", image_key="img", text_key="words")[0].texts(0) == ["sea lion"]
     assert chosen(items, "apple") == [0, 1, 2, 3]
     assert chosen(items, r"\bapple\b") == [0, 2, 3]
     assert chosen(items, "^sea") == [4]
@@ -123,34 +128,30 @@ def test_broken_pairs_stay_in_retain_to_be_skipped_there(items):
         rest[4]
 
 
-def test_subsets_delegate(items):
-    part, rest = split(items, forget="apple")
-    assert part.texts(3) == ["a pear", "an apple-like pear"]
-    assert rest.texts(0) == ["sea lion"]
-    assert rest.id(0) == "source[4]"
-    assert part.digest() != rest.digest()
-    inner, _ = split(part, forget="pear")
-    assert inner.indices.tolist() == [3]
-    assert [record.id for record in inner] == ["source[3]"]
-    for index in (len(part), -len(part) - 1):
-        with pytest.raises(IndexError):
-            part[index]
-
-
 def test_results_are_sequences_of_pairs(items):
-    part, _ = split(items, forget="apple")
+    part, rest = split(items, forget="apple")
     assert isinstance(part, Sequence)
-    assert len(part) == 4
+    assert (part.texts(3), rest.texts(0)) == (["a pear", "an apple-like pear"], ["sea lion"])
+    assert part.digest() != rest.digest()
     image, text = part[np.int64(2)]
     assert torch.equal(image, items[2][0])
     assert text == items[2][1]
     assert part[-1].id == "source[3]"
     assert [record.id for record in part] == [f"source[{i}]" for i in range(4)]
     assert [record.id for record in reversed(part)] == [f"source[{i}]" for i in (3, 2, 1, 0)]
+    for index in (len(part), -len(part) - 1):
+        with pytest.raises(IndexError):
+            part[index]
+
+
+def test_views_of_results(items):
+    part, _ = split(items, forget="apple")
+    inner, _ = split(part, forget="pear")
+    assert inner.indices.tolist() == [3]
+    assert [record.id for record in inner] == ["source[3]"]
     view = part[::-2]
     assert [record.id for record in view] == ["source[3]", "source[1]"]
     assert open_pairs(view, name="forget") is view
-    assert len(part[2:2]) == 0
     with pytest.raises(InputError, match="`forget` is empty"):
         open_pairs(part[2:2], name="forget")
 
@@ -183,14 +184,10 @@ def test_results_say_what_they_are(items, classes):
     assert repr(open_pairs(items * 300, name="retain")) == "retain pairs: 1,500 of a list"
 
 
-def test_keys_are_passed_on(items):
-    rows = [{"img": image, "words": text} for image, text in items]
-    part, _ = split(rows, forget="lion", image_key="img", text_key="words")
-    assert part.texts(0) == ["sea lion"]
-
-
 def test_caption_hashes(items):
     assert chosen(items, hash_captions(["an apple-like pear", "a red apple"])) == [0, 3]
+    coded = [(items[0][0], torch.tensor([n, 2, 0])) for n in range(3)]
+    assert chosen(coded, hash_captions([caption_key(torch.tensor([1, 2]))])) == [1]
     with pytest.raises(InputError, match="1 of the 2 caption hashes belong to no pair"):
         split(items, forget=hash_captions(["a red apple", "A red apple"]))
 
@@ -212,3 +209,70 @@ def test_passes_over_views_and_shards_give_what_single_rows_give(make_tar, encod
             else:
                 with pytest.raises(BrokenPair):
                     source.texts(i)
+
+
+WRITTEN = ["an apple", 'a "red" apple, cut', "a pear\nin two lines", "größe", "", "sea lion"]
+
+
+@pytest.fixture
+def table(pictures):
+    rows = [
+        {"filepath": f"{n}.png", "title": text, "source": f"s{n}", "image": "no.png"}
+        for n, text in enumerate(WRITTEN)
+    ]
+    pandas.DataFrame(rows).to_csv(pictures / "t.csv", index=False)
+    return pictures / "t.csv"
+
+
+def read(path):
+    pairs = open_pairs(path, name="x")
+    return [(pairs.id(i), pairs.texts(i), pairs.meta(i), pairs[i].image) for i in range(len(pairs))]
+
+
+def test_tables_give_the_pairs_back(table, tmp_path):
+    forget, retain = split(table, forget="apple", image_key="filepath")
+    files = write_split(forget, retain, tmp_path / "sets")
+    assert files == (tmp_path / "sets/forget.csv", tmp_path / "sets/retain.csv", True)
+    found = read(files.forget)
+    assert [texts for _, texts, *_ in found] == [["an apple"], ['a "red" apple, cut']]
+    assert [id for id, *_ in found] == [str(table.parent / f"{n}.png") for n in (0, 1)]
+    assert found[1][2] == {"source": "s1"}
+    assert found[1][3].getpixel((0, 0))[0] == 1
+    kept = open_pairs(files.retain, name="retain")
+    assert kept.texts(0) == ["a pear\nin two lines"]
+    assert kept.texts(1) == ["größe"]
+    with pytest.raises(BrokenPair):
+        kept.texts(2)
+    assert kept.encoded_sizes().tolist() == retain.encoded_sizes().tolist()
+
+
+def test_alternative_captions_need_json_lines(pictures, tmp_path):
+    rows = [{"image": "0.png", "text": ["a", "b"], "score": 1.5}, {"image": "1.png", "text": "c"}]
+    (pictures / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files = write_split(*split(pictures / "t.jsonl", forget="c"), tmp_path)
+    assert (files.forget.name, files.retain.name) == ("forget.jsonl", "retain.jsonl")
+    ((id, texts, meta, _),) = read(files.retain)
+    assert (id, texts, meta) == (str(pictures / "0.png"), ["a", "b"], {"score": 1.5})
+
+
+def test_tars_give_lists_of_ids(make_tar, encoded, tmp_path):
+    entries = {f"k{n}.png": encoded(n) for n in range(3)}
+    entries |= {f"k{n}.txt": "apple" if n else "pear" for n in range(3)}
+    shard = make_tar("a.tar", dict(sorted(entries.items())))
+    forget, retain = split(shard, forget="apple")
+    files = write_split(forget, retain, tmp_path)
+    assert (files.forget.name, files.tables) == ("forget.txt", False)
+    assert files.retain.read_text() == "a.tar/k0\n"
+    again, rest = split(shard, forget=files.forget)
+    assert again.indices.tolist() == forget.indices.tolist()
+    assert rest.indices.tolist() == retain.indices.tolist()
+
+
+def test_ids_that_repeat_are_refused(make_tar, encoded, tmp_path):
+    shards = []
+    for folder, text in (("x", "apple"), ("y", "pear")):
+        (tmp_path / folder).mkdir()
+        shards.append(make_tar(f"{folder}/a.tar", {"k.png": encoded(1), "k.txt": text}))
+    with pytest.raises(InputError, match=r"'a\.tar/k' belongs to pairs in both parts"):
+        write_split(*split(shards, forget="apple"), tmp_path / "sets")
+    assert not (tmp_path / "sets").exists()

@@ -9,11 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fasterase.pairs import parts
+from fasterase.pairs import table as tables
 from fasterase.pairs.images import ImagesInMemory
-from fasterase.pairs.parts import Part, Parts, make_batch, pack
-from fasterase.pairs.prepare import hash_captions
-from fasterase.pairs.table import PairTable
+from fasterase.pairs.table import PairTable, Part, Parts, make_batch, pack
 
 ROWS = st.lists(st.tuples(st.text(st.characters()), st.lists(st.text(st.characters()))), min_size=1)
 
@@ -34,11 +32,6 @@ def test_ids_and_captions_come_back_without_blank_ones(rows):
         assert list(pairs.every_id()) == [id for id, _ in rows]
         assert [pairs.id(row) for row in range(len(rows))] == [id for id, _ in rows]
         assert list(pairs.every_text()) == captions
-        hashes, of_row = pairs.caption_hashes()
-        assert (
-            hashes.tolist() == hash_captions([text for each in captions for text in each]).tolist()
-        )
-        assert np.bincount(of_row, minlength=len(rows)).tolist() == list(map(len, captions))
 
 
 def test_digests_see_borders():
@@ -56,7 +49,7 @@ def test_digests_see_borders():
 def test_rows_of_many_parts_and_of_a_file_are_those_of_one(monkeypatch, tmp_path):
     rows = [(f"id {n}", [f"caption {n}"] * (n % 3), {"n": n}) for n in range(10)]
     whole = PairTable("x", pack(rows), ImagesInMemory([b""] * 10))
-    monkeypatch.setattr(parts, "_PART_ROWS", 4)
+    monkeypatch.setattr(tables, "_PART_ROWS", 4)
     split = PairTable("x", pack(rows), ImagesInMemory([b""] * 10))
     assert len(split.parts.every) == 3
     for row in (0, 3, 4, 9, -1):
@@ -65,7 +58,6 @@ def test_rows_of_many_parts_and_of_a_file_are_those_of_one(monkeypatch, tmp_path
     batch = make_batch(
         [id for id, *_ in rows],
         [captions for _, captions, _ in rows],
-        hashed=True,
         **{name: np.arange(10) for name in ("offset", "size", "json_offset", "json_size")},
     )
     kept = Part(batch, {"shard": "s.tar"}).save(tmp_path / "s.arrow")
@@ -73,8 +65,6 @@ def test_rows_of_many_parts_and_of_a_file_are_those_of_one(monkeypatch, tmp_path
     assert list(opened.every_id()) == list(whole.every_id())
     assert opened.texts(5) == whole.texts(5)
     assert Parts([kept]).column("size").tolist() == list(range(10))
-    for one, other in zip(opened.caption_hashes(), whole.caption_hashes(), strict=True):
-        assert np.array_equal(one, other)
 
 
 def test_rows_end_where_the_table_does():
