@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from fasterase.errors import InputError
 from fasterase.files import parse_path, replace_model_folder
-from fasterase.models.adapters import PREFIX, WEIGHTS_FILE, write_adapter
 from fasterase.models.dual_encoder import DualEncoder, frozen_copy
 from fasterase.models.load import DELTA_FILE, load_model
 from fasterase.models.lora import LoraAdapter, low_rank_product
+from fasterase.models.wrapped import PEFT_PREFIX, PEFT_WEIGHTS, write_adapter
 
 _FORMAT = "fasterase-delta-3"
 # Bytes of a number -> the integers that hold its bits.
@@ -266,10 +266,10 @@ def _read(folder: Path) -> _Delta:
         for name in dtypes:
             if stored[f"xor/{name}"].dtype != _INTEGERS[dtypes[name].itemsize]:
                 raise TypeError(f"xor/{name} is {stored[f'xor/{name}'].dtype}")
-        adapter = _read_file(folder / WEIGHTS_FILE)[0] if factors else {}
+        adapter = _read_file(folder / PEFT_WEIGHTS)[0] if factors else {}
         products = {
             name: low_rank_product(
-                *(adapter[f"{PREFIX}{layer}.lora_{each}.weight"] for each in "AB")
+                *(adapter[f"{PEFT_PREFIX}{layer}.lora_{each}.weight"] for each in "AB")
             )
             for name, layer in factors.items()
         }

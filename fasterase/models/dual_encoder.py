@@ -23,9 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasterase.errors import InputError
-from fasterase.models.companions import Companions
 from fasterase.models.lora import adapted_weights, parse_rank
-from fasterase.models.preprocessing import ImageTransform, Tokens, describe_transform
+from fasterase.models.preprocessing import Companions, ImageTransform, Tokens, describe_transform
 from fasterase.models.wrapped import check_trainable, unwrap
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fasterase.errors import InputError, import_extra
-from fasterase.models.adapters import has_adapters
+from fasterase.models.wrapped import has_adapters
 
 _ADAPTER = "default"
 
