@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from fasterase.errors import InputError, import_extra
-from fasterase.files import replace_model_folder
 from fasterase.models.dual_encoder import DualEncoder, Tokens, TowerParts
 from fasterase.models.preprocessing import (
     Companions,
@@ -28,19 +27,15 @@ from fasterase.models.preprocessing import (
     wrap_tokenizer,
     wrap_transform,
 )
-from fasterase.models.wrapped import has_adapters, plain_state, save_adapters
+from fasterase.models.wrapped import plain_state
 
 _CLASSES = {"clip": "CLIPModel", "siglip": "SiglipModel", "siglip2": "Siglip2Model"}
-# One safetensors file up to this size; by default the library shards in version 4, not in 5.
-_MAX_SHARD_SIZE = "5GB"
 
 
 class HuggingFaceEncoder(DualEncoder):
-    """A transformers model.
+    """A transformers model: `CLIPModel`, `SiglipModel` or `Siglip2Model`.
 
     Args:
-        module: `CLIPModel`, `SiglipModel` or `Siglip2Model`.
-        name: display name.
         source: folder or hub id to look for its tokenizer and image processor in.
         online: whether that search may use the network.
         tokenizer, preprocess: the caller's, which take precedence.
@@ -49,6 +44,7 @@ class HuggingFaceEncoder(DualEncoder):
         image_processor: the library's image processor, which `save` writes; None when unknown.
     """
 
+    library = "transformers"
     module: Any
     text_tokenizer: TextTokenizer | None
 
@@ -153,23 +149,10 @@ class HuggingFaceEncoder(DualEncoder):
         after = [tower.final_layer_norm, projection]
         return TowerParts([tower, projection], list(tower.encoder.layers), after, [projection])
 
-    def save(self, folder: Path) -> None:
-        """Write a `from_pretrained` folder, with tokenizer and image processor where known.
-
-        Of a model with adapters, the adapters are written (see `save_adapters`).
-        """
-        adapted = has_adapters(self.module)
-        with replace_model_folder(folder, library="peft" if adapted else "transformers") as new:
-            if adapted:
-                save_adapters(self.module, new, home=Path(folder))
-            else:
-                self.module.save_pretrained(
-                    new, state_dict=plain_state(self.module), max_shard_size=_MAX_SHARD_SIZE
-                )
-            tokenizer: Any = getattr(self.text_tokenizer, "source", None)
-            for companion in (tokenizer, self.image_processor):
-                if hasattr(companion, "save_pretrained"):
-                    companion.save_pretrained(new)
+    def _write_model(self, folder: Path) -> None:
+        # One safetensors file up to this size; by default the library shards in version 4.
+        state = plain_state(self.module)
+        self.module.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
 
 
 def is_transformers(module: nn.Module) -> bool:
@@ -182,10 +165,7 @@ def is_transformers(module: nn.Module) -> bool:
 
 
 def from_instance(module: nn.Module, *, tokenizer: Any, preprocess: Any) -> HuggingFaceEncoder:
-    """Adapt a transformers module, with the tokenizer and image processor of its checkpoint.
-
-    They are looked for on this machine only: in the module's folder or in the hub's cache.
-    """
+    """Adapt a module, with the tokenizer and image processor that this machine has for it."""
     return HuggingFaceEncoder(
         module,
         name=type(module).__name__,
@@ -220,11 +200,7 @@ def from_source(
 
 
 def load_weights(kind: Any, source: str, config: Any, *, name: str, online: bool) -> Any:
-    """Load the library's class `kind`, all its weights included.
-
-    Raises:
-        InputError: out of reach, or some weights are missing.
-    """
+    """Load the library's class `kind`; `InputError` if out of reach or weights are missing."""
     try:
         module, report = kind.from_pretrained(
             source,
@@ -245,12 +221,7 @@ def load_weights(kind: Any, source: str, config: Any, *, name: str, online: bool
 
 
 def read_config(source: str, *, name: str, online: bool) -> Any:
-    """Read the library's configuration of a hub id or folder.
-
-    Raises:
-        InputError: out of reach.
-        MissingExtraError: transformers is not installed.
-    """
+    """Read the library's configuration of a hub id or folder; `InputError` if out of reach."""
     transformers = import_extra("transformers", "hf", f"Loading {name}")
     try:
         return transformers.AutoConfig.from_pretrained(source, local_files_only=not online)
@@ -259,11 +230,7 @@ def read_config(source: str, *, name: str, online: bool) -> Any:
 
 
 def from_config(config: Any, *, name: str) -> HuggingFaceEncoder:
-    """Build a model from the library's configuration on the meta device, without weights.
-
-    Raises:
-        InputError: not the configuration of a supported model.
-    """
+    """Build a model from the library's configuration on the meta device, without weights."""
     with torch.device("meta"):
         module = _class_of(config, name)(config).eval()
     return HuggingFaceEncoder(module, name=name, source=None, online=False)

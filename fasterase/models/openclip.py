@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fasterase.errors import InputError
-from fasterase.files import replace_model_folder
 from fasterase.models.dual_encoder import DualEncoder, Part, Tokens, TowerParts, without_folders
 from fasterase.models.openclip_config import (
+    CONFIG_FILE,
     Config,
     adjust_config,
     as_trained,
@@ -35,24 +35,22 @@ from fasterase.models.preprocessing import (
     wrap_tokenizer,
     wrap_transform,
 )
-from fasterase.models.wrapped import has_adapters, plain_state, save_adapters
+from fasterase.models.wrapped import plain_state
 
-CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 _DEFAULT_CONTEXT_LENGTH = 77  # open_clip's own, for a transformers text tower that states none
 
 
 class OpenClipEncoder(DualEncoder):
-    """An open_clip model.
+    """An open_clip model: `CLIP`, `CustomTextCLIP` or `CoCa`.
 
     Args:
-        module: `CLIP`, `CustomTextCLIP` or `CoCa`.
-        name: display name.
         config: its `model_cfg`; None when unknown, and then `save` writes the weights alone.
         source: the name, hub id or folder that open_clip finds its tokenizer by; None if unknown.
         tokenizer, preprocess: the caller's, which take precedence.
     """
 
+    library = "open_clip"
     module: Any
     text_tokenizer: TextTokenizer | None
 
@@ -82,15 +80,22 @@ class OpenClipEncoder(DualEncoder):
         self.text_tokenizer = self._choose_tokenizer(tokenizer, source)
 
     def _choose_tokenizer(self, given: Any, source: str | None) -> TextTokenizer | None:
-        found = _find_tokenizer(source) if given is None and source is not None else given
-        if found is None:
-            return None
+        sizes = self.context_length, self.vocab_size
+        if given is not None or source is None:
+            return None if given is None else wrap_tokenizer(given, *sizes, with_mask=False)
         try:
-            return wrap_tokenizer(found, self.context_length, self.vocab_size, with_mask=False)
+            import open_clip
+
+            return wrap_tokenizer(open_clip.get_tokenizer(source), *sizes, with_mask=False)
         except InputError:
-            if given is not None:
-                raise
             # open_clip's fallback tokenizer for a model of another vocabulary: not this model's.
+            return None
+        except Exception as error:
+            warnings.warn(
+                f"the tokenizer of {source} could not be loaded, so captions must be token ids "
+                f"unless tokenizer= is given: {error}",
+                stacklevel=3,
+            )
             return None
 
     def _image_features(self, pixels: Tensor) -> Tensor:
@@ -133,29 +138,13 @@ class OpenClipEncoder(DualEncoder):
         blocks = list(text.transformer.resblocks)
         return TowerParts(everything, blocks, after, _present(text.text_projection) or after)
 
-    def save(self, folder: Path) -> None:
-        """Write a folder that `open_clip.create_model_and_transforms("local-dir:FOLDER")` reads.
-
-        It holds `open_clip_config.json`, one safetensors file and the tokenizer's files. If the
-        architecture is unknown, the weights are written alone. README.md in the folder says how to
-        load either. Of a model with adapters, the adapters are written (see `save_adapters`).
-        """
+    def _write_model(self, folder: Path) -> None:
+        """Write what open_clip reads as `"local-dir:..."`; without `config` the weights alone."""
         from safetensors.torch import save_file
 
-        tokenizer: Any = getattr(self.text_tokenizer, "source", None)
-        adapted = has_adapters(self.module)
-        with replace_model_folder(folder, library="peft" if adapted else "open_clip") as new:
-            if hasattr(tokenizer, "save_pretrained"):
-                tokenizer.save_pretrained(new)
-            if adapted:
-                save_adapters(self.module, new, home=Path(folder))
-                return
-            save_file(_state_to_write(self.module), new / WEIGHTS_FILE, {"format": "pt"})
-            if self.config is not None:
-                _write_config(self.module, self.config, tokenizer, new)
-            is_loadable = self.config is not None
-            readme = _readme(self.public_name, Path(folder).name, loadable=is_loadable)
-            (new / "README.md").write_text(readme, encoding="utf-8")
+        save_file(_state_to_write(self.module), folder / WEIGHTS_FILE, {"format": "pt"})
+        if self.config is not None:
+            _write_config(self.module, self.config, self.companions.tokenizer, folder)
 
 
 def from_instance(
@@ -175,11 +164,12 @@ def from_instance(
                 f"model_name: the weights of this {type(module).__name__} do not have the shapes "
                 f"of {model_name!r}; name its real architecture or leave model_name out"
             )
+    agreed = names and all(_tokenizer_of(name) == _tokenizer_of(names[0]) for name in names)
     return OpenClipEncoder(
         module,
         name=names[0] if names else type(module).__name__,
         config=config,
-        source=names[0] if names and _agree_on_tokenizer(names) else None,
+        source=names[0] if agreed else None,
         tokenizer=tokenizer,
         preprocess=preprocess,
     )
@@ -260,16 +250,11 @@ def from_source(
 def from_checkpoint(
     file: Path, *, model_name: str | None, tokenizer: Any, preprocess: Any
 ) -> OpenClipEncoder:
-    """Load a weights file; only tensors are unpickled, and none may be missing.
+    """Load a checkpoint of open_clip's training or a state dict; only tensors are unpickled.
 
     Options of the training that the weights show are followed (see `as_trained`). A file says
-    nothing of preprocessing: without `preprocess` it is open_clip's standard one.
-
-    Args:
-        file: a checkpoint that open_clip's training wrote, or a state dict, also as safetensors.
-        model_name: open_clip's name of the architecture; None: the one with weights of these
-            shapes, with a warning where several differ in what weights do not show.
-        tokenizer, preprocess: the caller's, which take precedence.
+    nothing of preprocessing: without `preprocess` it is open_clip's standard one. Without
+    `model_name` the architecture is the one with weights of these shapes.
 
     Raises:
         InputError: the file holds no readable open_clip weights; `model_name` does not fit them;
@@ -340,30 +325,11 @@ def _context_length(module: nn.Module, config: Config | None) -> int:
     )
 
 
-def _find_tokenizer(source: str) -> Any:
-    """open_clip's tokenizer for a name, hub id or folder; None, with a warning, if out of reach."""
+def _tokenizer_of(name: str) -> list[Any]:
     import open_clip
 
-    try:
-        return open_clip.get_tokenizer(source)
-    except Exception as error:
-        warnings.warn(
-            f"the tokenizer of {source} could not be loaded, so captions must be token ids unless "
-            f"tokenizer= is given: {error}",
-            stacklevel=3,
-        )
-        return None
-
-
-def _agree_on_tokenizer(names: list[str]) -> bool:
-    import open_clip
-
-    def tokenizer_of(name: str) -> tuple[Any, ...]:
-        text = open_clip.get_model_config(name)["text_cfg"]
-        keys = ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs")
-        return tuple(text.get(key) for key in keys)
-
-    return all(tokenizer_of(name) == tokenizer_of(names[0]) for name in names)
+    text = open_clip.get_model_config(name)["text_cfg"]
+    return [text.get(key) for key in ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs")]
 
 
 def _state_to_write(module: nn.Module) -> dict[str, Tensor]:
@@ -414,24 +380,6 @@ def _describe_tokenizer(text: Config, source: Any) -> None:
         text["tokenizer_kwargs"] = options
     if getattr(source, "tokenizer_mode", ""):
         text["tokenizer_mode"] = source.tokenizer_mode
-
-
-def _readme(name: str, folder_name: str, *, loadable: bool) -> str:
-    if loadable:
-        how = (
-            "Load it with open_clip:\n\n```python\nimport open_clip\n\n"
-            "model, _, preprocess = open_clip.create_model_and_transforms("
-            f'"local-dir:{folder_name}")\n```\n'
-        )
-    else:
-        how = (
-            f"open_clip does not describe this architecture, so there is no {CONFIG_FILE}.\n"
-            "Build the module the way you did before, then load the weights:\n\n```python\n"
-            "from safetensors.torch import load_file\n\n"
-            f'model.load_state_dict(load_file("{WEIGHTS_FILE}"))\n```\n\n'
-            "logit_scale and logit_bias are stored 0-d; reshape them where the module has [1].\n"
-        )
-    return f"# {name}, after unlearning with fasterase\n\n{how}"
 
 
 def _timm_parts(visual: Any) -> TowerParts:

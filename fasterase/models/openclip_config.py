@@ -20,6 +20,7 @@ from fasterase.errors import InputError
 from fasterase.models.preprocessing import read_size
 from fasterase.models.wrapped import plain_state, uncompiled
 
+CONFIG_FILE = "open_clip_config.json"
 # A `model_cfg`: what open_clip keeps in its json files and builds models from.
 Config = dict[str, Any]
 

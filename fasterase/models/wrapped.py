@@ -178,7 +178,6 @@ def save_adapters(module: nn.Module, folder: Path, *, home: Path) -> None:
         state = get_peft_model_state_dict(module, adapter_name=name, save_embedding_layers=False)
         saved |= {tensor.data_ptr() for tensor in state.values()}
         write_adapter(config, state, module, folder / inside, home=home / inside)
-    (folder / "README.md").write_text(_README, encoding="utf-8")
     left_out = [
         name
         for name, parameter in module.named_parameters()
@@ -191,18 +190,6 @@ def save_adapters(module: nn.Module, folder: Path, *, home: Path) -> None:
             "adapter's modules_to_save, or save the state dict of result.model yourself",
             stacklevel=4,
         )
-
-
-_README = """# Adapters, after unlearning with fasterase
-
-Load the base model as before, then put them on it:
-
-```python
-import peft
-
-model = peft.PeftModel.from_pretrained(base_model, "this folder")
-```
-"""
 
 
 def write_adapter(
