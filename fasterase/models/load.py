@@ -30,8 +30,11 @@ DELTA_FILE = "delta.safetensors"
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
+_Given = nn.Module | DualEncoder | str | os.PathLike[str]
+
+
 def load_model(
-    model: nn.Module | DualEncoder | str | os.PathLike[str],
+    model: _Given,
     *,
     tokenizer: Any = None,
     preprocess: Any = None,
@@ -71,7 +74,7 @@ def load_model(
 
 def load_compared(
     name: str,
-    model: nn.Module | DualEncoder | str | os.PathLike[str],
+    model: _Given,
     *,
     tokenizer: Any = None,
     preprocess: Any = None,
@@ -81,8 +84,8 @@ def load_compared(
 
     Args:
         name: `"model"`, `"original"` or the name of a reference.
-        model, tokenizer, preprocess: see `load_model`.
-        model_name: likewise; not used where the model says its architecture itself.
+        model_name: as in `load_model`; not used where the model says its architecture itself.
+        model, tokenizer, preprocess: as in `load_model`.
     """
     try:
         used_name = model_name if _takes_model_name(model) else None

@@ -25,11 +25,7 @@ PEFT_PREFIX = "base_model.model."
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """Return the model inside data-parallel wrappers, `torch.compile` and `PeftModel`, or itself.
-
-    Raises:
-        InputError: a `PeftModel` whose adapter is a prompt; it acts outside the towers.
-    """
+    """Return the model inside `DataParallel`, `torch.compile` and `PeftModel`, or itself."""
     while (inner := _inside(module)) is not None:
         module = inner
     return module
@@ -103,12 +99,7 @@ def _plain_name(name: str, inner: dict[str, str]) -> str | None:
 
 
 def check_trainable(module: nn.Module, name: str) -> None:
-    """Refuse weights that no optimiser could change, or that would change without effect.
-
-    Raises:
-        InputError: weights made in inference mode; sharded weights; quantised weights without
-            adapters; adapters that are merged or disabled.
-    """
+    """Refuse weights that no optimiser could change, or that would change without effect."""
     for parameter in module.parameters():
         if parameter.is_inference():
             raise InputError(
@@ -195,14 +186,9 @@ def save_adapters(module: nn.Module, folder: Path, *, home: Path) -> None:
 def write_adapter(
     config: Any, state: Mapping[str, Tensor], module: nn.Module, folder: Path, *, home: Path
 ) -> None:
-    """Write one adapter as peft reads it.
+    """Write one adapter of `module` as peft reads it: its config and `get_peft_model_state_dict`.
 
-    Args:
-        config: its configuration, of peft.
-        state: its weights, named as `peft.get_peft_model_state_dict` does.
-        module: the model that it belongs to.
-        folder: made if it is missing.
-        home: where it will be.
+    `folder` is made if it is missing; `home` is where it will be.
     """
     from safetensors.torch import save_file
 
