@@ -9,8 +9,6 @@ from torch import Tensor
 
 from fasterase.errors import InputError
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
 
 def check_pairs(image: Any, text: Any, names: tuple[str, str] = ("image", "text")) -> None:
     """Both are [N, D] floating-point tensors, of one shape and on one device."""
@@ -24,20 +22,22 @@ def check_pairs(image: Any, text: Any, names: tuple[str, str] = ("image", "text"
             raise InputError(
                 f"{name} must have shape (N, D), one row a pair; got {tuple(value.shape)}."
             )
-        if value.dtype not in _FLOATS:
-            raise InputError(
-                f"{name} must be float16, bfloat16, float32 or float64; got {value.dtype}. "
-                f"Convert it with {name}.float()."
-            )
+        _check_dtype(value, name)
     if image.shape != text.shape:
         raise InputError(
             f"{names[0]} and {names[1]} must have the same shape, row i of both being pair i; "
             f"got {tuple(image.shape)} and {tuple(text.shape)}."
         )
     if image.device != text.device:
+        found = f"got {image.device} and {text.device}."
+        raise InputError(f"{names[0]} and {names[1]} must be on one device; {found}")
+
+
+def _check_dtype(value: Tensor, name: str) -> None:
+    if value.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise InputError(
-            f"{names[0]} and {names[1]} must be on one device; "
-            f"got {image.device} and {text.device}."
+            f"{name} must be float16, bfloat16, float32 or float64; got {value.dtype}. "
+            f"Convert with {name}.float()."
         )
 
 
@@ -150,11 +150,7 @@ def check_weights(weights: Any, image: Tensor, has_reference: bool) -> None:
         raise InputError(
             f"weights must have shape {shape}, of {', '.join(names)}; got {tuple(weights.shape)}."
         )
-    if weights.dtype not in _FLOATS:
-        raise InputError(
-            f"weights must be float16, bfloat16, float32 or float64; got {weights.dtype}. "
-            f"Convert them with weights.float()."
-        )
+    _check_dtype(weights, "weights")
     if weights.device != image.device:
         raise InputError(f"weights must be on image's device {image.device}; got {weights.device}.")
     if weights.requires_grad:

@@ -242,10 +242,10 @@ def plan_strips(sizes: tuple[int, int], elements: int, block_m: int) -> list[tup
         return [whole]
     length = max(elements // max(strides) // block_m, 1) * block_m
     launches = []
-    for start in range(0, first, length):
-        rows = min(length, first - start)
-        launches.append((Strip(0, first, start, rows, 0), Strip(first, second, start, 0, 0)))
-    for start in range(0, second, length):
-        rows = min(length, second - start)
-        launches.append((Strip(0, first, start, 0, 0), Strip(first, second, start, rows, 0)))
+    for group in (0, 1):
+        for start in range(0, sizes[group], length):
+            rows = [0, 0]
+            rows[group] = min(length, sizes[group] - start)
+            one, other = Strip(0, first, start, rows[0], 0), Strip(first, second, start, rows[1], 0)
+            launches.append((one, other))
     return launches
