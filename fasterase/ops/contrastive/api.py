@@ -14,7 +14,16 @@ from torch.autograd.function import once_differentiable
 
 from fasterase.errors import InputError
 from fasterase.ops.contrastive import cpu
-from fasterase.ops.contrastive.checks import check_call, check_weights, compute_dtype
+from fasterase.ops.contrastive.checks import (
+    check_groups,
+    check_labels,
+    check_pairs,
+    check_reference,
+    check_scale,
+    check_weights,
+    compute_dtype,
+    scale_tensor,
+)
 from fasterase.ops.contrastive.chunked import contrastive_chunked
 from fasterase.ops.contrastive.dense import Contrastive, contrastive_dense
 from fasterase.ops.contrastive.labels import find_kinds, multiply_gaps
@@ -28,10 +37,7 @@ from fasterase.ops.contrastive.operator import (
 )
 from fasterase.ops.contrastive.products import check_products, resolve_products
 
-Backend = Callable[
-    [Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Groups],
-    Contrastive,
-]
+Backend = Callable[..., Contrastive]  # (*batch, groups)
 
 BACKENDS: dict[str, Backend | None] = {
     "dense": contrastive_dense,
@@ -114,8 +120,7 @@ def contrastive(
         InputError: an argument has the wrong type, shape, dtype or device, the reference requires
             grad, the backend is unknown or not available here, or products is unknown.
     """
-    sizes = check_call(image, text, scale, ref_image, ref_text, ref_scale, labels, groups)
-    batch = Batch.of(image, text, scale, ref_image, ref_text, ref_scale)
+    batch, sizes = _prepare(image, text, scale, ref_image, ref_text, ref_scale, labels, groups)
     return _compute(_choose(backend, products, batch), batch, sizes, labels)
 
 
@@ -157,9 +162,8 @@ def weighted_contrastive(
         InputError: `contrastive` would raise it, or weights have the wrong shape, dtype or device,
             or require grad.
     """
-    sizes = check_call(image, text, scale, ref_image, ref_text, ref_scale, labels, groups)
+    batch, sizes = _prepare(image, text, scale, ref_image, ref_text, ref_scale, labels, groups)
     check_weights(weights, image, ref_image is not None)
-    batch = Batch.of(image, text, scale, ref_image, ref_text, ref_scale)
     choice = _choose(backend, products, batch)
     weights = weights.to(batch.scale.dtype)
     run = load_backend(choice.name)
@@ -271,8 +275,7 @@ def explain_backend(
     Raises:
         InputError: `contrastive` would raise it.
     """
-    check_call(image, text, scale, ref_image, ref_text, ref_scale, labels, groups)
-    batch = Batch.of(image, text, scale, ref_image, ref_text, ref_scale)
+    batch, _ = _prepare(image, text, scale, ref_image, ref_text, ref_scale, labels, groups)
     return _choose(backend, products, batch)
 
 
@@ -284,12 +287,7 @@ def available_backends() -> tuple[str, ...]:
 def choose_backend(backend: str, pairs: tuple[Tensor, Tensor] | None = None) -> tuple[str, str]:
     """Resolve `backend` to (name, reason); a named one is used or refused, never replaced.
 
-    Args:
-        backend: "auto" or a name.
-        pairs: image and text of the call; without them only the name is checked.
-
-    Raises:
-        InputError: the name is unknown, not available here, or not for image's device.
+    Without the call's `pairs`, image and text, only the name is checked.
     """
     if backend == "auto":
         return _choose_automatically(pairs)
@@ -307,6 +305,38 @@ def choose_backend(backend: str, pairs: tuple[Tensor, Tensor] | None = None) -> 
             f"backend='cpu' takes CPU tensors; image is on {pairs[0].device}. Use backend='auto'."
         )
     return backend, "named by the caller"
+
+
+def _prepare(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor | float,
+    ref_image: Tensor | None,
+    ref_text: Tensor | None,
+    ref_scale: Tensor | float | None,
+    labels: Tensor | None,
+    groups: tuple[int, ...] | None,
+) -> tuple[Batch, Groups]:
+    """Check all arguments but the backend; the batch, and the sizes of the groups with rows."""
+    check_pairs(image, text)
+    check_scale(scale, "scale")
+    dtype = compute_dtype(image, text)
+    reference = {"ref_image": ref_image, "ref_text": ref_text, "ref_scale": ref_scale}
+    missing = [name for name, value in reference.items() if value is None]
+    if 0 < len(missing) < 3:
+        raise InputError(
+            f"ref_image, ref_text and ref_scale go together; {' and '.join(missing)} missing. "
+            f"Pass all three, or none."
+        )
+    if ref_scale is not None:
+        check_reference(image, ref_image, ref_text)
+        check_scale(ref_scale, "ref_scale")
+        ref_scale = scale_tensor(ref_scale, image, dtype).detach()
+    if labels is not None:
+        check_labels(labels, len(image))
+    sizes = check_groups(groups, len(image))
+    scale = scale_tensor(scale, image, dtype)
+    return Batch(image, text, scale, ref_image, ref_text, ref_scale), sizes
 
 
 def _choose(backend: str, products: str, batch: Batch) -> BackendChoice:
@@ -359,7 +389,7 @@ def _choose_automatically(pairs: tuple[Tensor, Tensor] | None) -> tuple[str, str
         if reason is None:
             return "cpu", "auto: C++ tiles for tensors on the CPU"
         _warn_of_fallback(reason)
-        return ("chunked", f"auto: torch tiles, because the C++ kernels are missing: {reason}")
+        return "chunked", f"auto: torch tiles, because the C++ kernels are missing: {reason}"
     return "chunked", "auto: O(N D) memory on any device and dtype"
 
 

@@ -108,10 +108,10 @@ def _load_library(library: Path) -> None:
 def build_library() -> Path:
     """The shared library, compiled if it is not in the cache; any number of processes may ask.
 
-    The cache is `TORCH_EXTENSIONS_DIR`, else `~/.cache/torch_extensions`. The name of the library
-    contains digests of sources, compiler flags, torch, libc and the CPU's features, and of the
-    compiler, so neither an update nor a home folder shared by different machines can load the wrong
-    code. Where there is no compiler, that of any compiler will do.
+    The cache is `TORCH_EXTENSIONS_DIR`, else `~/.cache/torch_extensions`. The library's name has
+    digests of sources, flags, torch, libc, the CPU's features and the compiler, so neither an
+    update nor a home folder shared by different machines can load the wrong code. Where there is no
+    compiler, that of any compiler will do.
 
     Raises:
         BuildError: there is no compiler, it failed, or the cache cannot be written.

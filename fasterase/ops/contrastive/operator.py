@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fasterase.ops.contrastive.checks import compute_dtype, scale_tensor
 from fasterase.ops.contrastive.dense import Contrastive
 
 _LIBRARY = torch.library.Library("fasterase", "FRAGMENT")
@@ -33,23 +32,6 @@ class Batch(NamedTuple):
     ref_image: Tensor | None  # [N, D0]
     ref_text: Tensor | None  # [N, D0]
     ref_scale: Tensor | None  # []
-
-    @classmethod
-    def of(
-        cls,
-        image: Tensor,
-        text: Tensor,
-        scale: Tensor | float,
-        ref_image: Tensor | None,
-        ref_text: Tensor | None,
-        ref_scale: Tensor | float | None,
-    ) -> Batch:
-        """Make a batch from arguments that `checks.check_call` has passed."""
-        dtype = compute_dtype(image, text)
-        scale = scale_tensor(scale, image, dtype)
-        if ref_scale is not None:
-            ref_scale = scale_tensor(ref_scale, image, dtype).detach()
-        return cls(image, text, scale, ref_image, ref_text, ref_scale)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """The batch of each tensor's result."""
