@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fasterase.errors import InputError
 from fasterase.files import parse_path, replace_model_folder
 from fasterase.models.dual_encoder import DualEncoder, frozen_copy
+from fasterase.models.hub import loading_code
 from fasterase.models.load import DELTA_FILE, load_model
 from fasterase.models.lora import LoraAdapter, low_rank_product
 from fasterase.models.wrapped import PEFT_PREFIX, PEFT_WEIGHTS, write_adapter
@@ -109,7 +110,7 @@ def save_delta(
         readme = _README.format(name=model.public_name)
         if adapter is not None:
             write_adapter(adapter.config, adapter.state, model.module, new, home=Path(folder))
-            readme += _PEFT_README
+            readme += "\n" + loading_code(new, "peft", "this folder")
         (new / "README.md").write_text(readme, encoding="utf-8")
     return Path(folder)
 
@@ -299,15 +300,5 @@ import fasterase
 
 fasterase.apply_delta(original, "this folder")
 fasterase.apply_delta(erased, "this folder", sign=-1)
-```
-"""
-
-_PEFT_README = """
-It is also an adapter of peft:
-
-```python
-import peft
-
-model = peft.PeftModel.from_pretrained(original, "this folder")
 ```
 """

@@ -142,7 +142,12 @@ class OpenClipEncoder(DualEncoder):
         """Write what open_clip reads as `"local-dir:..."`; without `config` the weights alone."""
         from safetensors.torch import save_file
 
-        save_file(_state_to_write(self.module), folder / WEIGHTS_FILE, {"format": "pt"})
+        # Each with memory of its own, as safetensors wants; open_clip reads 0-d temperatures.
+        state = {k: v.detach().cpu().clone() for k, v in plain_state(self.module).items()}
+        for name, tensor in state.items():
+            is_scalar = name in ("logit_scale", "logit_bias")
+            state[name] = tensor.reshape(()) if is_scalar else tensor.contiguous()
+        save_file(state, folder / WEIGHTS_FILE, {"format": "pt"})
         if self.config is not None:
             _write_config(self.module, self.config, self.companions.tokenizer, folder)
 
@@ -330,21 +335,6 @@ def _tokenizer_of(name: str) -> list[Any]:
 
     text = open_clip.get_model_config(name)["text_cfg"]
     return [text.get(key) for key in ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs")]
-
-
-def _state_to_write(module: nn.Module) -> dict[str, Tensor]:
-    """Every tensor on the CPU, contiguous and with memory of its own, the temperature 0-d."""
-    state: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in plain_state(module).items():
-        written = tensor.detach().cpu().contiguous()
-        if name in ("logit_scale", "logit_bias"):
-            written = written.reshape(())
-        if written.data_ptr() in seen:
-            written = written.clone()
-        seen.add(written.data_ptr())
-        state[name] = written
-    return state
 
 
 def _write_config(module: Any, config: Config, tokenizer: Any, folder: Path) -> None:

@@ -64,23 +64,15 @@ class ImageTransform:
         return self.whole(image) if self.parts is None else self.parts.pixels(image)
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """Turn uint8 [..., 3, H, W] into float32 on the same device; return floats unchanged.
-
-        Raises:
-            InputError: integers that are not uint8, or uint8 where the transform does not split.
-        """
+        """Turn uint8 [..., 3, H, W] into float32 on the same device; return floats unchanged."""
         if pixels.is_floating_point():
             return pixels
-        if self.parts is None:
+        if self.parts is None or pixels.dtype != torch.uint8:
             raise InputError(
-                f"preprocess: {pixels.dtype} pixels cannot be normalised, because this preprocess "
-                "has no mean and standard deviation of its own to apply. Give the float tensors "
-                "that it returns, or a torchvision Compose that ends in ToTensor and Normalize"
-            )
-        if pixels.dtype != torch.uint8:
-            raise InputError(
-                f"preprocess: {pixels.dtype} pixels cannot be normalised; give uint8 pixels, or "
-                "float pixels that are already preprocessed"
+                f"preprocess: {pixels.dtype} pixels cannot be normalised: only uint8 can, and only "
+                "where the preprocess has a mean and standard deviation of its own to apply. Give "
+                "the float tensors that it returns, or a torchvision Compose that ends in ToTensor "
+                "and Normalize"
             )
         return self.parts.normalise(pixels)
 
