@@ -110,7 +110,7 @@ class DualEncoder(abc.ABC):
         self,
         tokens: Tokens,  # [B, L]
     ) -> Tensor:  # [B, D] unit rows
-        """Encode texts; fp32 under autocast and for half-precision weights (fp64 stays fp64)."""
+        """Encode texts, in the same precision."""
         return _unit_rows(self._text_features(tokens))
 
     def save(self, folder: Path) -> None:
@@ -163,11 +163,7 @@ class DualEncoder(abc.ABC):
         return self.logit_scale.device
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
-        """Encode `texts` as token ids [B, L].
-
-        Raises:
-            InputError: names `tokenizer` when the model has none.
-        """
+        """Encode `texts` as token ids [B, L]; `InputError` when the model has no tokenizer."""
         if self.text_tokenizer is None:
             raise InputError(
                 f"tokenizer: {self.name} came without one and its architecture names none, so "
@@ -178,11 +174,7 @@ class DualEncoder(abc.ABC):
         return self.text_tokenizer(texts)
 
     def preprocess(self, image: Image) -> Tensor:
-        """Transform a picture to [3, H, W] float32.
-
-        Raises:
-            InputError: names `preprocess` when the model has none.
-        """
+        """Transform a picture to [3, H, W] float32; `InputError` without a transform."""
         return self._known_transform("images that are not float tensors")(image)
 
     def selected(self, tune: str) -> list[tuple[str, nn.Parameter]]:

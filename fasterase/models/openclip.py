@@ -155,11 +155,7 @@ class OpenClipEncoder(DualEncoder):
 def from_instance(
     module: nn.Module, *, tokenizer: Any, preprocess: Any, model_name: str | None
 ) -> OpenClipEncoder:
-    """Adapt an open_clip module; its architecture is `model_name`, or recognised, or read off it.
-
-    Raises:
-        InputError: `model_name`, `tokenizer` or `preprocess` does not fit the module.
-    """
+    """Adapt a module; its architecture is `model_name`, or recognised, or read off it."""
     if model_name is None:
         config, names = find_config(module)
     else:
@@ -181,11 +177,7 @@ def from_instance(
 
 
 def from_name(name: str, tag: str | None, *, tokenizer: Any, preprocess: Any) -> OpenClipEncoder:
-    """Load real weights by open_clip's architecture name and pretrained tag.
-
-    Raises:
-        InputError: no such tag, or its weights cannot be loaded.
-    """
+    """Load real weights by open_clip's architecture name and pretrained tag."""
     import open_clip
 
     settings = open_clip.get_pretrained_cfg(name, tag) if tag else {}

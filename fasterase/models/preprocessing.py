@@ -150,13 +150,9 @@ class TextTokenizer:
 def wrap_transform(preprocess: Any, image_size: tuple[int, int]) -> ImageTransform:
     """Make the caller's `preprocess=` an `ImageTransform`, after trying it on one picture.
 
-    Args:
-        preprocess: a callable PIL image -> [3, H, W] float tensor, a transformers image processor,
-            or the `image_transform` of another model.
-        image_size: (height, width) in pixels that the model takes.
-
-    Raises:
-        InputError: `preprocess` is none of these, or its pixels are not [3, *image_size].
+    It is a callable PIL image -> [3, H, W] float tensor, a transformers image processor, or the
+    `image_transform` of another model; `InputError` otherwise, or if its pixels are not
+    [3, *image_size].
     """
     if isinstance(preprocess, ImageTransform):
         preprocess = preprocess.whole
@@ -220,11 +216,7 @@ def describe_transform(transform: Callable[..., Any] | None) -> str:
 def wrap_tokenizer(
     tokenizer: Any, context_length: int, vocab_size: int, *, with_mask: bool
 ) -> TextTokenizer:
-    """Make the caller's `tokenizer=` a `TextTokenizer`, after trying it on one caption.
-
-    Raises:
-        InputError: not a tokenizer, or its ids do not fit the model's vocabulary or length.
-    """
+    """Make the caller's `tokenizer=` a `TextTokenizer`, after trying it on one caption."""
     if isinstance(tokenizer, TextTokenizer):  # another DualEncoder's
         tokenizer = tokenizer.source
     if is_image_processor(tokenizer):
