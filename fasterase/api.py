@@ -31,10 +31,10 @@ from fasterase.evaluation.examiner import Examiner
 from fasterase.evaluation.measurement import Measurement
 from fasterase.evaluation.tasks.table import check_tasks
 from fasterase.files import check_creatable, check_replaceable
-from fasterase.models.companions import remember
 from fasterase.models.delta import fingerprint_weights, keep_original
 from fasterase.models.dual_encoder import DualEncoder, separate_copy
 from fasterase.models.load import check_model_name, load_compared, load_model
+from fasterase.models.preprocessing import remember
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.overlap import remove_overlap
 from fasterase.pairs.processes import count_workers

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fasterase.files import replace_model_folder
 from fasterase.models.dual_encoder import DualEncoder, Tokens, TowerParts
 from fasterase.pairs.batches import MicroBatch
 
@@ -37,6 +36,7 @@ class TinyModule(nn.Module):
 
 
 class TinyModel(DualEncoder):
+    library = "none"
     name = "tiny"
     embed_dim = 12
     image_size = (SIZE, SIZE)
@@ -66,9 +66,8 @@ class TinyModel(DualEncoder):
         every = [module.embedding, module.text, module.text_projection]
         return TowerParts(every, [module.text], [module.text_projection], [module.text_projection])
 
-    def save(self, folder: Path) -> None:
-        with replace_model_folder(folder, library="none") as new:
-            save_file(self.module.state_dict(), new / "model.safetensors")
+    def _write_model(self, folder: Path) -> None:
+        save_file(self.module.state_dict(), folder / "model.safetensors")
 
     def weights(self) -> dict[str, Tensor]:
         """A copy of all parameters and buffers."""

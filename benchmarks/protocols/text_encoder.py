@@ -18,8 +18,7 @@ from fasterase.errors import InputError, import_extra
 from fasterase.models.dual_encoder import DualEncoder, hash_tensors
 from fasterase.models.huggingface import load_weights, read_config
 from fasterase.models.load import load_model
-from fasterase.models.openclip import is_open_clip
-from fasterase.models.openclip_config import is_hf_text, text_tower
+from fasterase.models.openclip_config import is_hf_text, kind_of, text_tower
 from fasterase.models.preprocessing import Tokens
 from fasterase.models.wrapped import plain_state
 
@@ -107,7 +106,7 @@ def read_text_tower(encoder: DualEncoder) -> TextTower:
     module: Any = encoder.module
     if hasattr(encoder.wrapper, "merge_and_unload"):
         module = copy.deepcopy(encoder.wrapper).merge_and_unload()  # type: ignore[union-attr, operator]
-    if is_open_clip(module):
+    if kind_of(module) is not None:
         return _read_open_clip(module, encoder.name, encoder.text_tokenizer)
     if module.config.model_type != "clip":
         raise _not_clip(encoder.name, f"it is a {type(module).__name__}")

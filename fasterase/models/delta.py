@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from fasterase.errors import InputError
 from fasterase.files import parse_path, replace_model_folder
-from fasterase.models.adapters import PREFIX, WEIGHTS_FILE, write_adapter
 from fasterase.models.dual_encoder import DualEncoder, frozen_copy
+from fasterase.models.hub import loading_code
 from fasterase.models.load import DELTA_FILE, load_model
 from fasterase.models.lora import LoraAdapter, low_rank_product
+from fasterase.models.wrapped import PEFT_PREFIX, PEFT_WEIGHTS, write_adapter
 
 _FORMAT = "fasterase-delta-3"
 # Bytes of a number -> the integers that hold its bits.
@@ -38,19 +39,13 @@ def keep_original(
 ) -> dict[str, Tensor]:
     """Copy to the CPU, in their own dtype, the tensors that a run may change.
 
-    Args:
-        model: the model before the run.
-        tune: what is trained, as in `DualEncoder.trainable`.
-        logit_scale: whether the temperature is trained.
-        buffers: whether the run moves buffers (statistics of BatchNorm).
-
-    Raises:
-        InputError: see `DualEncoder.trainable`.
+    These are `model.trainable(tune)`, the temperature if `logit_scale`, and `buffers` (statistics
+    of BatchNorm).
     """
     changing: dict[str, Tensor] = dict(model.trainable(tune))
-    for name, parameter in model.module.named_parameters():
-        if logit_scale and parameter is model.logit_scale:
-            changing[name] = parameter
+    if logit_scale:
+        parameters = model.module.named_parameters()
+        changing |= {name: each for name, each in parameters if each is model.logit_scale}
     if buffers:
         changing.update(model.module.named_buffers())
     return {
@@ -59,12 +54,7 @@ def keep_original(
 
 
 def restored_original(model: DualEncoder, original: Mapping[str, Tensor]) -> DualEncoder:
-    """Return a copy of the erased model with its weights as they were before the run.
-
-    Args:
-        model: the erased model.
-        original: what `keep_original` returned.
-    """
+    """Copy the erased model, with the weights that `keep_original` returned before the run."""
     restored = frozen_copy(model)
     tensors = _tensors(restored.module)
     with torch.no_grad():
@@ -79,12 +69,11 @@ def save_delta(
     folder: str | os.PathLike[str],
     adapter: LoraAdapter | None = None,
 ) -> Path:
-    """Write the folder that `apply_delta` reads.
+    """Write the folder that `apply_delta` reads, atomically.
 
     Args:
         model: the erased model.
         original: what `keep_original` returned before the run.
-        folder: written atomically.
         adapter: what `tune="lora:N"` has added; peft loads the folder, too.
 
     Raises:
@@ -99,15 +88,14 @@ def save_delta(
     for name, before in original.items():
         after = now[name].detach().cpu()
         if adapter is not None and name in factors:
-            product = adapter.product(name).reshape(after.shape)
-            wrong = (_bits(_add(after, product, -1)) ^ _bits(before)).flatten()
+            found = _add(after, adapter.product(name), -1)
+            wrong = (_bits(found) ^ _bits(before)).flatten()
             stored[f"at/{name}"] = at = wrong.nonzero()[:, 0]
             stored[f"xor/{name}"] = wrong[at]
-        else:
-            difference = _bits(before) ^ _bits(after)
-            if not difference.any():
-                continue
+        elif (difference := _bits(before) ^ _bits(after)).any():
             stored[f"xor/{name}"] = difference
+        else:
+            continue
         dtypes[name] = str(after.dtype).removeprefix("torch.")
     metadata = {
         "format": _FORMAT,
@@ -122,7 +110,7 @@ def save_delta(
         readme = _README.format(name=model.public_name)
         if adapter is not None:
             write_adapter(adapter.config, adapter.state, model.module, new, home=Path(folder))
-            readme += _PEFT_README
+            readme += "\n" + loading_code(new, "peft", "this folder")
         (new / "README.md").write_text(readme, encoding="utf-8")
     return Path(folder)
 
@@ -157,16 +145,13 @@ def apply_delta(
     encoder = load_model(model)
     tensors = _tensors(encoder.module)
     for name in delta.dtypes:
-        wanted = (
-            delta.products[name] if name in delta.products else delta.stored[f"xor/{name}"]
-        ).shape
-        found = tensors[name].shape if name in tensors else None
-        if found is None or found.numel() != wanted.numel():
+        wanted = delta.products.get(name, delta.stored[f"xor/{name}"])
+        if name not in tensors or tensors[name].numel() != wanted.numel():
+            found = f"is {list(tensors[name].shape)}" if name in tensors else "is missing"
             raise InputError(
                 f"model: {encoder.name} has another architecture than {delta.model}, for "
-                f"which {delta.file} was made: its `{name}` is {list(wanted)}, the model's "
-                f"{'is missing' if found is None else f'is {list(found)}'}. "
-                "Give the model that was erased."
+                f"which {delta.file} was made: its `{name}` is {list(wanted.shape)}, the model's "
+                f"{found}. Give the model that was erased."
             )
     _check_weights(encoder, delta, sign)
     moved = {
@@ -202,21 +187,17 @@ class _Delta:
         if name not in self.products:
             bits = _bits(start.to(dtype)) ^ self.stored[f"xor/{name}"].reshape(start.shape)
             return bits.view(dtype)
-        moved = _add(start.to(dtype), self.products[name].reshape(start.shape), sign)
+        moved = _add(start.to(dtype), self.products[name], sign)
         if sign == -1:
             _bits(moved).view(-1)[self.stored[f"at/{name}"]] ^= self.stored[f"xor/{name}"]
         return moved
 
 
 def fingerprint_weights(module: nn.Module, replaced: Mapping[str, Tensor] | None = None) -> str:
-    """Return a SHA-256 of the weights alone, whatever their dtype, device, tokenizer or transform.
+    """Return a SHA-256 of the weights alone, with those in `replaced` instead of the module's own.
 
     Half-precision weights have the fingerprint of the same values in fp32, in which some libraries
     load them.
-
-    Args:
-        module: the library's own module.
-        replaced: values to take instead of the module's own, by name.
     """
     own = _tensors(module)
     instead = {id(own[name]): tensor for name, tensor in (replaced or {}).items()}
@@ -266,10 +247,10 @@ def _read(folder: Path) -> _Delta:
         for name in dtypes:
             if stored[f"xor/{name}"].dtype != _INTEGERS[dtypes[name].itemsize]:
                 raise TypeError(f"xor/{name} is {stored[f'xor/{name}'].dtype}")
-        adapter = _read_file(folder / WEIGHTS_FILE)[0] if factors else {}
+        adapter = _read_file(folder / PEFT_WEIGHTS)[0] if factors else {}
         products = {
             name: low_rank_product(
-                *(adapter[f"{PREFIX}{layer}.lora_{each}.weight"] for each in "AB")
+                *(adapter[f"{PEFT_PREFIX}{layer}.lora_{each}.weight"] for each in "AB")
             )
             for name, layer in factors.items()
         }
@@ -302,7 +283,8 @@ def _wide(values: Tensor) -> Tensor:
 
 
 def _add(start: Tensor, product: Tensor, sign: int) -> Tensor:
-    return (_wide(start) + sign * product).to(start.dtype).contiguous()
+    moved = _wide(start) + sign * product.reshape(start.shape)
+    return moved.to(start.dtype).contiguous()
 
 
 def _bits(values: Tensor) -> Tensor:
@@ -318,15 +300,5 @@ import fasterase
 
 fasterase.apply_delta(original, "this folder")
 fasterase.apply_delta(erased, "this folder", sign=-1)
-```
-"""
-
-_PEFT_README = """
-It is also an adapter of peft:
-
-```python
-import peft
-
-model = peft.PeftModel.from_pretrained(original, "this folder")
 ```
 """

@@ -13,7 +13,7 @@ import abc
 import copy
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,10 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasterase.errors import InputError
-from fasterase.models.companions import Companions
-from fasterase.models.lora import adapted_weights, parse_rank
-from fasterase.models.preprocessing import ImageTransform, Tokens, describe_transform
-from fasterase.models.wrapped import check_trainable, unwrap
+from fasterase.files import replace_model_folder
+from fasterase.models.hub import loading_code
+from fasterase.models.lora import adapted_weights
+from fasterase.models.preprocessing import Companions, ImageTransform, Tokens, describe_transform
+from fasterase.models.wrapped import check_trainable, has_adapters, save_adapters, unwrap
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -42,6 +43,7 @@ class DualEncoder(abc.ABC):
     """A CLIP model of any library, under one set of names.
 
     Attributes:
+        library: the one that loads what `save` writes: "open_clip" or "transformers".
         module: the library's own object; training changes it in place.
         wrapper: what the caller put around `module` and passed in, such as a `PeftModel`; None if
             `module` itself was passed in.
@@ -55,6 +57,7 @@ class DualEncoder(abc.ABC):
         text_tokenizer: list of str -> `Tokens`, picklable in the same way; None when unknown.
     """
 
+    library: str
     module: nn.Module
     wrapper: nn.Module | None = None
     name: str
@@ -87,12 +90,8 @@ class DualEncoder(abc.ABC):
         """List the parts of the text tower, for `trainable`."""
 
     @abc.abstractmethod
-    def save(self, folder: Path) -> None:
-        """Write a folder that the model's own library loads, completely or not at all.
-
-        Raises:
-            InputError: `folder` exists and is neither empty nor a model saved by fasterase.
-        """
+    def _write_model(self, folder: Path) -> None:
+        """Write weights and configuration as the library reads them; the tokenizer is in place."""
 
     def encode_image(
         self,
@@ -111,8 +110,30 @@ class DualEncoder(abc.ABC):
         self,
         tokens: Tokens,  # [B, L]
     ) -> Tensor:  # [B, D] unit rows
-        """Encode texts; fp32 under autocast and for half-precision weights (fp64 stays fp64)."""
+        """Encode texts, in the same precision."""
         return _unit_rows(self._text_features(tokens))
+
+    def save(self, folder: Path) -> None:
+        """Write a folder that the model's own library loads, completely or not at all.
+
+        It holds the model, tokenizer and image processor where known, and a README.md that says how
+        to load it. Of a model with adapters, only these are written (see `save_adapters`).
+
+        Raises:
+            InputError: `folder` exists and is neither empty nor a model saved by fasterase.
+        """
+        library = "peft" if has_adapters(self.module) else self.library
+        with replace_model_folder(folder, library=library) as new:
+            for companion in (self.companions.tokenizer, self.companions.preprocess):
+                if hasattr(companion, "save_pretrained"):
+                    companion.save_pretrained(new)
+            if library == "peft":
+                save_adapters(self.module, new, home=Path(folder))
+            else:
+                self._write_model(new)
+            code = loading_code(new, library, Path(folder).name)
+            readme = f"# {self.public_name}, after unlearning with fasterase\n\n{code}"
+            (new / "README.md").write_text(readme, encoding="utf-8")
 
     @property
     def given(self) -> nn.Module:
@@ -142,11 +163,7 @@ class DualEncoder(abc.ABC):
         return self.logit_scale.device
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
-        """Encode `texts` as token ids [B, L].
-
-        Raises:
-            InputError: names `tokenizer` when the model has none.
-        """
+        """Encode `texts` as token ids [B, L]; `InputError` when the model has no tokenizer."""
         if self.text_tokenizer is None:
             raise InputError(
                 f"tokenizer: {self.name} came without one and its architecture names none, so "
@@ -157,11 +174,7 @@ class DualEncoder(abc.ABC):
         return self.text_tokenizer(texts)
 
     def preprocess(self, image: Image) -> Tensor:
-        """Transform a picture to [3, H, W] float32.
-
-        Raises:
-            InputError: names `preprocess` when the model has none.
-        """
+        """Transform a picture to [3, H, W] float32; `InputError` without a transform."""
         return self._known_transform("images that are not float tensors")(image)
 
     def selected(self, tune: str) -> list[tuple[str, nn.Parameter]]:
@@ -177,8 +190,10 @@ class DualEncoder(abc.ABC):
         Raises:
             InputError: unknown `tune`, a tower has fewer than N blocks, or no linear maps in them.
         """
-        parts = _select_parts(self.image_parts(), self.text_parts(), tune)
-        chosen = {id(parameter) for parameter in _parameters(parts)}
+        chosen: set[int] = set()
+        for part in _select_parts(self.image_parts(), self.text_parts(), tune):
+            parameters = [part] if isinstance(part, nn.Parameter) else part.parameters()
+            chosen |= {id(parameter) for parameter in parameters}
         return [
             (name, parameter)
             for name, parameter in self.module.named_parameters()
@@ -206,8 +221,6 @@ class DualEncoder(abc.ABC):
         """Return a SHA-256 of weights, image size, preprocessing and tokenizer.
 
         Models with equal fingerprints give equal features.
-
-        Weights on the CPU are hashed in place (about 1 GB/s); others are copied one at a time.
         """
         digest = hashlib.sha256()
         hash_tensors(digest, self.module.state_dict())
@@ -277,26 +290,20 @@ def _unit_rows(features: Tensor) -> Tensor:
 def _select_parts(image: TowerParts, text: TowerParts, tune: str) -> list[Part]:
     if tune == "all":
         return [*image.everything, *text.everything]
-    if tune == "image":
-        return [*image.everything]
-    if tune == "text":
-        return [*text.everything]
+    if tune in ("image", "text"):
+        return [*(image if tune == "image" else text).everything]
     if tune == "projections":
         return [*image.projection, *text.projection]
-    if isinstance(tune, str) and parse_rank(tune) is not None:
-        return [*_linear_weights("image", image, tune), *_linear_weights("text", text, tune)]
-    count = _parse_block_count(tune)
-    return [*_last_blocks("image", image, count), *_last_blocks("text", text, count)]
-
-
-def _parse_block_count(tune: str) -> int:
-    match = re.fullmatch(r"last:([1-9][0-9]*)", tune) if isinstance(tune, str) else None
+    match = re.fullmatch(r"(last|lora):([1-9][0-9]*)", tune) if isinstance(tune, str) else None
     if match is None:
         raise InputError(
             f'tune: {tune!r} is not one of "all", "image", "text", "projections", "last:N" or '
             '"lora:N" (N a positive number, as in "last:4")'
         )
-    return int(match[1])
+    if match[1] == "lora":
+        return [*_linear_weights("image", image, tune), *_linear_weights("text", text, tune)]
+    count = int(match[2])
+    return [*_last_blocks("image", image, count), *_last_blocks("text", text, count)]
 
 
 def _linear_weights(tower: str, parts: TowerParts, tune: str) -> list[nn.Parameter]:
@@ -311,21 +318,8 @@ def _linear_weights(tower: str, parts: TowerParts, tune: str) -> list[nn.Paramet
 
 def _last_blocks(tower: str, parts: TowerParts, count: int) -> list[Part]:
     if count > len(parts.blocks):
-        found = (
-            f"the {tower} tower has {len(parts.blocks)} blocks"
-            if parts.blocks
-            else f"the {tower} tower's blocks cannot be told apart"
-        )
         raise InputError(
-            f'tune: "last:{count}" asks for {count} blocks of each tower, but {found}. '
-            f'Use a smaller number or "{tower}" or "all".'
+            f'tune: "last:{count}" asks for {count} blocks of each tower, but the {tower} tower '
+            f'has {len(parts.blocks)} blocks. Use a smaller number or "{tower}" or "all".'
         )
     return [*parts.blocks[-count:], *parts.after_blocks]
-
-
-def _parameters(parts: Iterable[Part]) -> Iterable[nn.Parameter]:
-    for part in parts:
-        if isinstance(part, nn.Parameter):
-            yield part
-        else:
-            yield from part.parameters()

@@ -1,4 +1,4 @@
-"""Upload a model to the Hugging Face hub, with a model card."""
+"""Upload a model to the Hugging Face hub, with a model card; how a saved model is loaded."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fasterase.errors import InputError
 from fasterase.files import MARKER
-from fasterase.models.dual_encoder import DualEncoder
-from fasterase.models.openclip import CONFIG_FILE
+from fasterase.models.openclip_config import CONFIG_FILE
+
+if TYPE_CHECKING:
+    from fasterase.models.dual_encoder import DualEncoder
 
 TAGS = ("fasterase", "machine-unlearning", "clip")
 
@@ -55,70 +57,67 @@ def push_model(
     with tempfile.TemporaryDirectory() as folder:
         saved = Path(folder) / "model"
         model.save(saved)
-        (saved / "README.md").write_text(
-            model_card(saved, repository, model.public_name, facts), encoding="utf-8"
-        )
+        card = _model_card(saved, repository, model.public_name, facts)
+        (saved / "README.md").write_text(card, encoding="utf-8")
         api.upload_folder(repo_id=repository, folder_path=str(saved), commit_message=commit_message)
     return f"{huggingface_hub.constants.ENDPOINT}/{repository}"
 
 
-def model_card(folder: Path, repository: str, original: str, facts: Sequence[str]) -> str:
-    """Return the card of a saved model: metadata, what was done, how to load it.
-
-    Args:
-        folder: the saved model.
-        repository: where it will be.
-        original: the name of the model before erasing.
-        facts: lines about the run.
-    """
+def _model_card(folder: Path, repository: str, original: str, facts: Sequence[str]) -> str:
+    """Return metadata, what was done to the model named `original`, and how to load the result."""
     from huggingface_hub import ModelCardData
 
     library = json.loads((folder / MARKER).read_text(encoding="utf-8"))["library"]
-    data = ModelCardData(
-        library_name=library,
-        pipeline_tag="zero-shot-image-classification",
-        tags=list(TAGS),
-    )
+    task = "zero-shot-image-classification"
+    data = ModelCardData(library_name=library, pipeline_tag=task, tags=list(TAGS))
     return "\n".join(
         [
             f"---\n{data.to_yaml()}\n---",
             f"# {repository.rpartition('/')[2]}\n",
             f"`{original}`, from which fasterase erased chosen image-text associations.\n",
             *(f"- {fact}" for fact in facts),
-            "\n## Load it\n",
-            f"```python\n{_loading_code(folder, library, repository)}\n```\n",
+            f"\n{loading_code(folder, library, repository, on_hub=True)}",
             "Erasing suppresses an association in these weights. It is no proof that no trace is "
             "left, and it deletes no data.\n",
         ]
     )
 
 
-def _loading_code(folder: Path, library: str, repository: str) -> str:
+def loading_code(folder: Path, library: str, name: str, *, on_hub: bool = False) -> str:
+    """Return the part of a README that says how to load what `DualEncoder.save` wrote.
+
+    Args:
+        folder: holds the model.
+        library: the one that loads it.
+        name: of the final folder, or of the repository `on_hub`.
+    """
     if library == "peft":
-        return (
-            "from peft import PeftModel\n\n"
-            f'model = PeftModel.from_pretrained(original_model, "{repository}")'
-        )
-    if library == "transformers":
+        lines = [
+            "from peft import PeftModel\n",
+            f'model = PeftModel.from_pretrained(original_model, "{name}")',
+        ]
+    elif library == "transformers":
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return (
-            "import transformers\n\n"
-            f'model = transformers.{config["architectures"][0]}.from_pretrained("{repository}")'
-        )
-    if (folder / CONFIG_FILE).is_file():
-        return (
-            "import open_clip\n\n"
-            "model, _, preprocess = open_clip.create_model_and_transforms("
-            f'"hf-hub:{repository}")\n'
-            f'tokenizer = open_clip.get_tokenizer("hf-hub:{repository}")'
-        )
-    weights = next(path.name for path in sorted(folder.glob("*.safetensors")))
-    return (
-        "from huggingface_hub import hf_hub_download\n"
-        "from safetensors.torch import load_file\n\n"
-        "# Build the model as it was built before; open_clip has no name for its architecture.\n"
-        f'model.load_state_dict(load_file(hf_hub_download("{repository}", "{weights}")))'
-    )
+        kind = config["architectures"][0]
+        lines = ["import transformers\n", f'model = transformers.{kind}.from_pretrained("{name}")']
+    elif (folder / CONFIG_FILE).is_file():
+        source = f"hf-hub:{name}" if on_hub else f"local-dir:{name}"
+        lines = [
+            "import open_clip\n",
+            f'model, _, preprocess = open_clip.create_model_and_transforms("{source}")',
+            f'tokenizer = open_clip.get_tokenizer("{source}")',
+        ]
+    else:
+        weights = next((path.name for path in sorted(folder.glob("*.safetensors"))), "")
+        file = f'hf_hub_download("{name}", "{weights}")' if on_hub else f'"{name}/{weights}"'
+        lines = [
+            *(["from huggingface_hub import hf_hub_download"] if on_hub else []),
+            "from safetensors.torch import load_file\n",
+            "# Build the model as it was built before; open_clip has no name for its architecture.",
+            "# logit_scale and logit_bias are stored 0-d: reshape them where the module has [1].",
+            f"model.load_state_dict(load_file({file}))",
+        ]
+    return "\n".join(["## Load it\n", "```python", *lines, "```\n"])
 
 
 def _find_or_create(api: Any, name: str, *, private: bool) -> str:

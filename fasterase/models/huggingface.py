@@ -8,6 +8,7 @@ none of this.
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from fasterase.errors import InputError, import_extra
-from fasterase.files import replace_model_folder
-from fasterase.models.adapters import has_adapters, save_adapters
-from fasterase.models.companions import Companions
 from fasterase.models.dual_encoder import DualEncoder, Tokens, TowerParts
 from fasterase.models.preprocessing import (
+    Companions,
     ImageTransform,
     TextTokenizer,
     is_image_processor,
@@ -31,16 +30,12 @@ from fasterase.models.preprocessing import (
 from fasterase.models.wrapped import plain_state
 
 _CLASSES = {"clip": "CLIPModel", "siglip": "SiglipModel", "siglip2": "Siglip2Model"}
-# One safetensors file up to this size; by default the library shards in version 4, not in 5.
-_MAX_SHARD_SIZE = "5GB"
 
 
 class HuggingFaceEncoder(DualEncoder):
-    """A transformers model.
+    """A transformers model: `CLIPModel`, `SiglipModel` or `Siglip2Model`.
 
     Args:
-        module: `CLIPModel`, `SiglipModel` or `Siglip2Model`.
-        name: display name.
         source: folder or hub id to look for its tokenizer and image processor in.
         online: whether that search may use the network.
         tokenizer, preprocess: the caller's, which take precedence.
@@ -49,6 +44,7 @@ class HuggingFaceEncoder(DualEncoder):
         image_processor: the library's image processor, which `save` writes; None when unknown.
     """
 
+    library = "transformers"
     module: Any
     text_tokenizer: TextTokenizer | None
 
@@ -68,10 +64,13 @@ class HuggingFaceEncoder(DualEncoder):
         text, vision = config.text_config, config.vision_config
         self.context_length = int(text.max_position_embeddings)
         self.vocab_size = int(text.vocab_size)
-        self._patch_size = int(vision.patch_size) if _is_naflex(module) else None
-        self.image_size = (
-            _naflex_size(vision) if _is_naflex(module) else read_size(vision.image_size)
-        )
+        self._patch_size: int | None = None
+        if any(ancestor.__name__ == "Siglip2Model" for ancestor in type(module).__mro__):
+            self._patch_size = int(vision.patch_size)
+            side = math.isqrt(vision.num_patches) * self._patch_size
+            self.image_size = side, side
+        else:
+            self.image_size = read_size(vision.image_size)
         # SigLIP states its width in text_config, where it is also the vision tower's.
         self.embed_dim = int(
             text.projection_size if hasattr(text, "projection_size") else config.projection_dim
@@ -83,31 +82,29 @@ class HuggingFaceEncoder(DualEncoder):
     def _choose_tokenizer(
         self, given: Any, source: str | None, online: bool
     ) -> TextTokenizer | None:
-        if given is not None:
-            return self._wrap_tokenizer(given)
-        if source is None:
-            return None
+        wrap = functools.partial(
+            wrap_tokenizer,
+            context_length=self.context_length,
+            vocab_size=self.vocab_size,
+            with_mask=True,
+        )
+        if given is not None or source is None:
+            return None if given is None else wrap(given)
         try:
             from transformers import AutoTokenizer
 
-            found = AutoTokenizer.from_pretrained(source, local_files_only=not online)
-            wrapped = self._wrap_tokenizer(found)
+            wrapped = wrap(AutoTokenizer.from_pretrained(source, local_files_only=not online))
             first, second = wrapped(["a photo of a cat", "two dogs on the grass"]).ids
         except Exception:
             return None  # Missing, or of another model: `tokenize` says so when it is needed.
         # Without the tokenizer's files the library may return one with an empty vocabulary.
         return None if torch.equal(first, second) else wrapped
 
-    def _wrap_tokenizer(self, tokenizer: Any) -> TextTokenizer:
-        return wrap_tokenizer(tokenizer, self.context_length, self.vocab_size, with_mask=True)
-
     def _choose_transform(
         self, given: Any, source: str | None, online: bool
     ) -> ImageTransform | None:
-        if given is not None:
-            return self._wrap_transform(given)
-        if source is None:
-            return None
+        if given is not None or source is None:
+            return None if given is None else self._wrap_transform(given)
         try:
             from transformers import AutoImageProcessor
 
@@ -126,63 +123,36 @@ class HuggingFaceEncoder(DualEncoder):
     def companions(self) -> Companions:
         """The tokenizer, and the image processor itself where there is one."""
         known = super().companions
-        return (
-            known
-            if self.image_processor is None
-            else Companions(known.tokenizer, self.image_processor)
-        )
+        return Companions(known.tokenizer, self.image_processor or known.preprocess)
 
     def _image_features(self, pixels: Tensor) -> Tensor:
-        if self._patch_size is None:
-            output = self.module.get_image_features(pixel_values=pixels)
-        else:
-            patches, mask, shapes = _cut_patches(pixels, self._patch_size)
-            output = self.module.get_image_features(
-                pixel_values=patches, pixel_attention_mask=mask, spatial_shapes=shapes
-            )
-        return _features(output)
+        inputs = {"pixel_values": pixels}
+        if self._patch_size is not None:
+            inputs = _cut_patches(pixels, self._patch_size)
+        return _features(self.module.get_image_features(**inputs))
 
     def _text_features(self, tokens: Tokens) -> Tensor:
-        return _features(
-            self.module.get_text_features(input_ids=tokens.ids, attention_mask=tokens.mask)
-        )
+        inputs = {"input_ids": tokens.ids, "attention_mask": tokens.mask}
+        return _features(self.module.get_text_features(**inputs))
 
     def image_parts(self) -> TowerParts:
         tower: Any = self.module.vision_model
         head = getattr(tower, "head", None) or getattr(self.module, "visual_projection", None)
         projection = [] if head is None else [head]
         after = [tower.post_layernorm, *projection]
-        return TowerParts(
-            [tower, *projection], list(tower.encoder.layers), after, projection or after
-        )
+        blocks = list(tower.encoder.layers)
+        return TowerParts([tower, *projection], blocks, after, projection or after)
 
     def text_parts(self) -> TowerParts:
         tower: Any = self.module.text_model
         projection = getattr(tower, "head", None) or self.module.text_projection
-        return TowerParts(
-            [tower, projection],
-            list(tower.encoder.layers),
-            [tower.final_layer_norm, projection],
-            [projection],
-        )
+        after = [tower.final_layer_norm, projection]
+        return TowerParts([tower, projection], list(tower.encoder.layers), after, [projection])
 
-    def save(self, folder: Path) -> None:
-        """Write a `from_pretrained` folder, with tokenizer and image processor where known.
-
-        Of a model with adapters, the adapters are written (see `save_adapters`).
-        """
-        adapted = has_adapters(self.module)
-        with replace_model_folder(folder, library="peft" if adapted else "transformers") as new:
-            if adapted:
-                save_adapters(self.module, new, home=Path(folder))
-            else:
-                self.module.save_pretrained(
-                    new, state_dict=plain_state(self.module), max_shard_size=_MAX_SHARD_SIZE
-                )
-            tokenizer: Any = getattr(self.text_tokenizer, "source", None)
-            for companion in (tokenizer, self.image_processor):
-                if hasattr(companion, "save_pretrained"):
-                    companion.save_pretrained(new)
+    def _write_model(self, folder: Path) -> None:
+        # One safetensors file up to this size; by default the library shards in version 4.
+        state = plain_state(self.module)
+        self.module.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
 
 
 def is_transformers(module: nn.Module) -> bool:
@@ -195,10 +165,7 @@ def is_transformers(module: nn.Module) -> bool:
 
 
 def from_instance(module: nn.Module, *, tokenizer: Any, preprocess: Any) -> HuggingFaceEncoder:
-    """Adapt a transformers module, with the tokenizer and image processor of its checkpoint.
-
-    They are looked for on this machine only: in the module's folder or in the hub's cache.
-    """
+    """Adapt a module, with the tokenizer and image processor that this machine has for it."""
     return HuggingFaceEncoder(
         module,
         name=type(module).__name__,
@@ -233,11 +200,7 @@ def from_source(
 
 
 def load_weights(kind: Any, source: str, config: Any, *, name: str, online: bool) -> Any:
-    """Load the library's class `kind`, all its weights included.
-
-    Raises:
-        InputError: out of reach, or some weights are missing.
-    """
+    """Load the library's class `kind`; `InputError` if out of reach or weights are missing."""
     try:
         module, report = kind.from_pretrained(
             source,
@@ -258,12 +221,7 @@ def load_weights(kind: Any, source: str, config: Any, *, name: str, online: bool
 
 
 def read_config(source: str, *, name: str, online: bool) -> Any:
-    """Read the library's configuration of a hub id or folder.
-
-    Raises:
-        InputError: out of reach.
-        MissingExtraError: transformers is not installed.
-    """
+    """Read the library's configuration of a hub id or folder; `InputError` if out of reach."""
     transformers = import_extra("transformers", "hf", f"Loading {name}")
     try:
         return transformers.AutoConfig.from_pretrained(source, local_files_only=not online)
@@ -272,11 +230,7 @@ def read_config(source: str, *, name: str, online: bool) -> Any:
 
 
 def from_config(config: Any, *, name: str) -> HuggingFaceEncoder:
-    """Build a model from the library's configuration on the meta device, without weights.
-
-    Raises:
-        InputError: not the configuration of a supported model.
-    """
+    """Build a model from the library's configuration on the meta device, without weights."""
     with torch.device("meta"):
         module = _class_of(config, name)(config).eval()
     return HuggingFaceEncoder(module, name=name, source=None, online=False)
@@ -296,11 +250,11 @@ def _class_of(config: Any, name: str) -> Any:
 def _cut_patches(
     pixels: Tensor,  # [B, 3, H, W]
     patch_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> dict[str, Tensor]:
     """Cut images into patches [B, P, 3 * patch_size^2], row by row, a pixel's channels together.
 
     This is the order of `Siglip2ImageProcessor`, without padding: the mask [B, P] is all ones, and
-    the grid [B, 2] holds the (rows, columns) of every image.
+    the shapes [B, 2] are the (rows, columns) of every image.
     """
     batch, channels, height, width = pixels.shape
     if height % patch_size or width % patch_size:
@@ -313,21 +267,12 @@ def _cut_patches(
     patches = grid.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, -1)
     mask = torch.ones(batch, rows * columns, dtype=torch.int32, device=pixels.device)
     shapes = torch.tensor([[rows, columns]], device=pixels.device).expand(batch, 2)
-    return patches, mask, shapes
+    return {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shapes}
 
 
 def _features(output: Any) -> Tensor:
     # A tensor before version 5; since then an output object with the projection as pooler_output.
     return output if isinstance(output, Tensor) else output.pooler_output
-
-
-def _is_naflex(module: nn.Module) -> bool:
-    return any(ancestor.__name__ == "Siglip2Model" for ancestor in type(module).__mro__)
-
-
-def _naflex_size(vision: Any) -> tuple[int, int]:
-    side = math.isqrt(vision.num_patches) * int(vision.patch_size)
-    return side, side
 
 
 def _unreachable(name: str, error: Exception) -> InputError:

@@ -13,12 +13,12 @@ from torch import nn
 
 from fasterase.errors import InputError
 from fasterase.files import MARKER
-from fasterase.models import adapters, huggingface, openclip
-from fasterase.models.companions import Companions, remember, remembered
+from fasterase.models import huggingface, openclip
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.openclip import CONFIG_FILE
-from fasterase.models.openclip_checkpoint import from_checkpoint
-from fasterase.models.wrapped import unwrap
+from fasterase.models.openclip_config import kind_of
+from fasterase.models.preprocessing import Companions, remember, remembered
+from fasterase.models.wrapped import PEFT_CONFIG, load_adapters, unwrap
 
 _FORMS = (
     'an open_clip or transformers CLIP model, "ViT-B-32/laion2b_s34b_b79k" (open_clip name/tag), '
@@ -30,8 +30,11 @@ DELTA_FILE = "delta.safetensors"
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
+_Given = nn.Module | DualEncoder | str | os.PathLike[str]
+
+
 def load_model(
-    model: nn.Module | DualEncoder | str | os.PathLike[str],
+    model: _Given,
     *,
     tokenizer: Any = None,
     preprocess: Any = None,
@@ -42,9 +45,9 @@ def load_model(
     Args:
         model: an open_clip `CLIP`, `CustomTextCLIP` or `CoCa`; a transformers `CLIPModel`,
             `SiglipModel` or `Siglip2Model`; one of these in a `PeftModel`, a `DataParallel` or
-            compiled; or a string or path: "ViT-B-32/laion2b_s34b_b79k"
-            (open_clip name/tag), "hf-hub:org/name" (open_clip), "hf:org/name" (transformers), a
-            folder that either library or fasterase wrote, or an open_clip checkpoint file.
+            compiled; or a string or path: "ViT-B-32/laion2b_s34b_b79k" (open_clip name/tag),
+            "hf-hub:org/name" (open_clip), "hf:org/name" (transformers), a folder that either
+            library or fasterase wrote, or an open_clip checkpoint file.
         tokenizer: open_clip tokenizer, transformers tokenizer or processor, or any callable
             list of str -> [B, L] ids; by default those that an earlier call knew, or the model's
             own, if known.
@@ -71,7 +74,7 @@ def load_model(
 
 def load_compared(
     name: str,
-    model: nn.Module | DualEncoder | str | os.PathLike[str],
+    model: _Given,
     *,
     tokenizer: Any = None,
     preprocess: Any = None,
@@ -81,8 +84,8 @@ def load_compared(
 
     Args:
         name: `"model"`, `"original"` or the name of a reference.
-        model, tokenizer, preprocess: see `load_model`.
-        model_name: likewise; not used where the model says its architecture itself.
+        model_name: as in `load_model`; not used where the model says its architecture itself.
+        model, tokenizer, preprocess: as in `load_model`.
     """
     try:
         used_name = model_name if _takes_model_name(model) else None
@@ -105,7 +108,7 @@ def check_model_name(model_name: str | None, models: Iterable[object]) -> None:
 
 def _takes_model_name(model: object) -> bool:
     if isinstance(model, nn.Module):
-        return openclip.is_open_clip(unwrap(model))
+        return kind_of(unwrap(model)) is not None
     return isinstance(model, (str, os.PathLike)) and _is_weights_file(Path(model).expanduser())
 
 
@@ -115,20 +118,17 @@ def _is_weights_file(file: Path) -> bool:
 
 def _adapt(given: nn.Module, companions: Companions, model_name: str | None) -> DualEncoder:
     module = unwrap(given)
-    companions = companions.or_else(remembered(module))
-    tokenizer, preprocess = companions.tokenizer, companions.preprocess
+    known = {**vars(remembered(module)), **companions.known()}
     encoder: DualEncoder
-    if openclip.is_open_clip(module):
-        encoder = openclip.from_instance(
-            module, tokenizer=tokenizer, preprocess=preprocess, model_name=model_name
-        )
+    if kind_of(module) is not None:
+        encoder = openclip.from_instance(module, model_name=model_name, **known)
     elif huggingface.is_transformers(module):
         if model_name is not None:
             raise InputError(
                 f"model_name: {model_name!r} names an open_clip architecture, but the model is a "
                 f"{type(module).__name__} of transformers; leave model_name out"
             )
-        encoder = huggingface.from_instance(module, tokenizer=tokenizer, preprocess=preprocess)
+        encoder = huggingface.from_instance(module, **known)
     else:
         inner = getattr(module, "module", None)
         raise InputError(
@@ -144,18 +144,15 @@ def _load(model: str | os.PathLike[str], model_name: str | None, **given: Any) -
     name = os.fspath(model)
     file = Path(name).expanduser()
     if _is_weights_file(file):
-        return from_checkpoint(file, model_name=model_name, **given)
+        return openclip.from_checkpoint(file, model_name=model_name, **given)
     if model_name is not None:
         raise InputError(
             f"model_name: {model_name!r} is for open_clip instances and checkpoint files; "
             f"{name!r} already says what to load"
         )
     folder = Path(name.removeprefix("local-dir:")).expanduser()
-    if (
-        isinstance(model, os.PathLike)
-        or name.startswith("local-dir:")
-        or (name and folder.is_dir())
-    ):
+    is_folder = isinstance(model, os.PathLike) or name.startswith("local-dir:")
+    if is_folder or (name and folder.is_dir()):
         return _load_folder(folder, **given)
     if name.startswith("hf-hub:"):
         return openclip.from_source(name, name=name, **given)
@@ -172,7 +169,7 @@ def _load_folder(folder: Path, **given: Any) -> DualEncoder:
             f"model: {folder} holds only what an erasure changed; load the original model and put "
             "it on with fasterase.apply_delta(model, folder)"
         )
-    if (folder / adapters.CONFIG_FILE).is_file():
+    if (folder / PEFT_CONFIG).is_file():
         return _load_adapter(folder, **given)
     if (folder / CONFIG_FILE).is_file():
         return openclip.from_source(f"local-dir:{folder}", name=str(folder), **given)
@@ -190,7 +187,7 @@ def _load_folder(folder: Path, **given: Any) -> DualEncoder:
 
 
 def _load_adapter(folder: Path, **given: Any) -> DualEncoder:
-    config = json.loads((folder / adapters.CONFIG_FILE).read_text(encoding="utf-8"))
+    config = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8"))
     base = config.get("base_model_name_or_path")
     if not base:
         raise InputError(
@@ -198,9 +195,10 @@ def _load_adapter(folder: Path, **given: Any) -> DualEncoder:
             f"put the adapter on it with peft.PeftModel.from_pretrained(model, {str(folder)!r}), "
             "and pass the result"
         )
-    base = adapters.find_base(base, folder)
+    beside = folder / base  # `save_adapters` names a base by its path from there
+    base = str(beside) if beside.is_dir() else base
     encoder = huggingface.from_source(base, name=str(folder), online=True, **given)
-    encoder.wrapper = adapters.load_adapters(encoder.module, folder)
+    encoder.wrapper = load_adapters(encoder.module, folder)
     return encoder
 
 

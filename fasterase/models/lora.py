@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fasterase.errors import InputError, import_extra
-from fasterase.models.adapters import has_adapters
+from fasterase.models.wrapped import has_adapters
 
 _ADAPTER = "default"
 
@@ -53,7 +53,7 @@ class LoraAdapter:
 
 
 def parse_rank(tune: str) -> int | None:
-    """Return N of `"lora:N"`; None for any other `tune`."""
+    """Return N of `"lora:N"`, None for any other `tune`."""
     match = re.fullmatch(r"lora:([1-9][0-9]*)", tune)
     return None if match is None else int(match[1])
 
@@ -69,11 +69,6 @@ def low_rank_product(down: Tensor, up: Tensor) -> Tensor:
     return total
 
 
-def adapted_weights(blocks: Iterable[Any]) -> list[nn.Parameter]:
-    """Return the weights of all linear maps in `blocks` that are adapted."""
-    return [_weight(layer) for layer in _linear_maps(blocks)]
-
-
 @contextmanager
 def adapting(
     module: nn.Module, blocks: Iterable[Any], *, rank: int, seed: int, scale: nn.Parameter
@@ -81,17 +76,8 @@ def adapting(
     """Put adapters on the linear maps in `blocks`; afterwards take them off, into the weights.
 
     They begin as zero (B = 0), so that the model computes what it did before. Inside, only their
-    parameters require a gradient, and `scale` if it did. Layers whose weights are frozen get none.
-
-    Args:
-        module: the library's own module.
-        blocks: of both towers.
-        rank: N of `"lora:N"`.
-        seed: of A.
-        scale: the model's `logit_scale`.
-
-    Yields:
-        The adapter, which is filled when the block ends.
+    parameters require a gradient, and `scale` (the temperature) if it did. Layers whose weights are
+    frozen get none. The adapter is filled when the block ends.
 
     Raises:
         InputError: the model has adapters already.
@@ -146,8 +132,13 @@ def adapting(
                 weight.add_(adapter.product(weight_names[id(weight)]).to(weight.device))
 
 
+def adapted_weights(blocks: Iterable[Any]) -> list[nn.Parameter]:
+    """Return the weights of all linear maps in `blocks` that are adapted."""
+    return [_weight(layer) for layer in _linear_maps(blocks)]
+
+
 def _linear_maps(blocks: Iterable[Any]) -> Iterator[Any]:
-    """Yield linear layers and attention layers; not the layers inside of the latter."""
+    """Yield linear and attention layers; not the layers inside of the latter."""
     for block in blocks:
         inside: set[int] = set()
         for part in block.modules() if isinstance(block, nn.Module) else ():
@@ -178,7 +169,7 @@ def _give_back(noted: _Parameters, *_: Any) -> None:
     """Give layers the parameters that they had.
 
     In each forward pass of an attention layer, peft puts new ones in their place: it adds B A and
-    subtracts it again, which rounds. After a thousand steps they would be other weights.
+    subtracts it again, which rounds.
     """
     for part, parameters in noted:
         part._parameters.clear()

@@ -11,17 +11,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fasterase.errors import InputError, import_extra
-from fasterase.files import replace_model_folder
-from fasterase.models.adapters import has_adapters, save_adapters
+from fasterase.errors import InputError
 from fasterase.models.dual_encoder import DualEncoder, Part, Tokens, TowerParts, without_folders
 from fasterase.models.openclip_config import (
+    CONFIG_FILE,
     Config,
     adjust_config,
+    as_trained,
+    build_same,
     find_config,
     get_named_config,
     is_hf_text,
-    kind_of,
+    name_of_weights,
     read_embed_dim,
     read_image_size,
     text_tower,
@@ -36,22 +37,20 @@ from fasterase.models.preprocessing import (
 )
 from fasterase.models.wrapped import plain_state
 
-CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 _DEFAULT_CONTEXT_LENGTH = 77  # open_clip's own, for a transformers text tower that states none
 
 
 class OpenClipEncoder(DualEncoder):
-    """An open_clip model.
+    """An open_clip model: `CLIP`, `CustomTextCLIP` or `CoCa`.
 
     Args:
-        module: `CLIP`, `CustomTextCLIP` or `CoCa`.
-        name: display name.
         config: its `model_cfg`; None when unknown, and then `save` writes the weights alone.
         source: the name, hub id or folder that open_clip finds its tokenizer by; None if unknown.
         tokenizer, preprocess: the caller's, which take precedence.
     """
 
+    library = "open_clip"
     module: Any
     text_tokenizer: TextTokenizer | None
 
@@ -72,29 +71,32 @@ class OpenClipEncoder(DualEncoder):
         self.image_size = read_image_size(module)
         self.context_length = _context_length(module, config)
         self.vocab_size = int(text_tower(module).vocab_size)
-        self.image_transform = self._choose_transform(preprocess)
+        settings = getattr(self.module.visual, "preprocess_cfg", None)
+        self.image_transform: ImageTransform | None = None
+        if preprocess is not None:
+            self.image_transform = wrap_transform(preprocess, self.image_size)
+        elif settings is not None:
+            self.image_transform = build_open_clip_transform(settings, self.image_size)
         self.text_tokenizer = self._choose_tokenizer(tokenizer, source)
 
-    def _choose_transform(self, given: Any) -> ImageTransform | None:
-        if given is not None:
-            return wrap_transform(given, self.image_size)
-        settings = getattr(self.module.visual, "preprocess_cfg", None)
-        return None if settings is None else build_open_clip_transform(settings, self.image_size)
-
     def _choose_tokenizer(self, given: Any, source: str | None) -> TextTokenizer | None:
-        if given is not None:
-            return self._wrap_tokenizer(given)
-        found = None if source is None else _find_tokenizer(source)
-        if found is None:
-            return None
+        sizes = self.context_length, self.vocab_size
+        if given is not None or source is None:
+            return None if given is None else wrap_tokenizer(given, *sizes, with_mask=False)
         try:
-            return self._wrap_tokenizer(found)
+            import open_clip
+
+            return wrap_tokenizer(open_clip.get_tokenizer(source), *sizes, with_mask=False)
         except InputError:
             # open_clip's fallback tokenizer for a model of another vocabulary: not this model's.
             return None
-
-    def _wrap_tokenizer(self, tokenizer: Any) -> TextTokenizer:
-        return wrap_tokenizer(tokenizer, self.context_length, self.vocab_size, with_mask=False)
+        except Exception as error:
+            warnings.warn(
+                f"the tokenizer of {source} could not be loaded, so captions must be token ids "
+                f"unless tokenizer= is given: {error}",
+                stacklevel=3,
+            )
+            return None
 
     def _image_features(self, pixels: Tensor) -> Tensor:
         # A matrix: gains may be kept in fp32. Sharded ones are all vectors, and all of one dtype.
@@ -105,75 +107,77 @@ class OpenClipEncoder(DualEncoder):
         return self.module.encode_text(tokens.ids, normalize=False)
 
     def image_parts(self) -> TowerParts:
+        visual: Any = self.module.visual
+        if hasattr(visual, "trunk"):
+            return _timm_parts(visual)
+        if hasattr(visual, "layer4"):
+            pool = visual.attnpool
+            return TowerParts([visual], _resnet_stages(visual), [pool], [pool.c_proj])
+        contrastive = getattr(visual, "attn_pool_contrastive", None)
+        after = _present(visual.attn_pool, contrastive, visual.ln_post, visual.proj)
+        everything = list(visual.parameters())
         vision = self.config["vision_cfg"] if self.config is not None else {}
-        return _image_tower_parts(
-            self.module.visual, fixed_positions=vision.get("pos_embed_type") == "sin_cos_2d"
-        )
+        if vision.get("pos_embed_type") == "sin_cos_2d":  # a table of sines, not learnt
+            everything = [each for each in everything if each is not visual.positional_embedding]
+        blocks = list(visual.transformer.resblocks)
+        return TowerParts(everything, blocks, after, _present(visual.proj) or after)
 
     def text_parts(self) -> TowerParts:
-        return _text_tower_parts(self.module)
+        text: Any = text_tower(self.module)
+        if is_hf_text(text):
+            # The attribute that holds the layers differs between architectures.
+            parts = text.transformer.modules()
+            lists = [list(part) for part in parts if isinstance(part, nn.ModuleList)]
+            blocks = max(reversed(lists), key=len, default=[])
+            after = _after(text, blocks)
+            return TowerParts([text], blocks, after, [*text.proj.parameters()] or after)
+        after = _present(text.ln_final, text.text_projection)
+        everything = [text]
+        if text is self.module:
+            everything = [text.token_embedding, text.positional_embedding, text.transformer, *after]
+        blocks = list(text.transformer.resblocks)
+        return TowerParts(everything, blocks, after, _present(text.text_projection) or after)
 
-    def save(self, folder: Path) -> None:
-        """Write a folder that `open_clip.create_model_and_transforms("local-dir:FOLDER")` reads.
-
-        It holds `open_clip_config.json`, one safetensors file and the tokenizer's files. If the
-        architecture is unknown, the weights are written alone. README.md in the folder says how to
-        load either. Of a model with adapters, the adapters are written (see `save_adapters`).
-        """
+    def _write_model(self, folder: Path) -> None:
+        """Write what open_clip reads as `"local-dir:..."`; without `config` the weights alone."""
         from safetensors.torch import save_file
 
-        tokenizer: Any = getattr(self.text_tokenizer, "source", None)
-        if has_adapters(self.module):
-            with replace_model_folder(folder, library="peft") as new:
-                save_adapters(self.module, new, home=Path(folder))
-                if hasattr(tokenizer, "save_pretrained"):
-                    tokenizer.save_pretrained(new)
-            return
-        with replace_model_folder(folder, library="open_clip") as new:
-            save_file(_state_to_write(self.module), new / WEIGHTS_FILE, {"format": "pt"})
-            if hasattr(tokenizer, "save_pretrained"):
-                tokenizer.save_pretrained(new)
-            if self.config is not None:
-                _write_config(self.module, self.config, tokenizer, new)
-            is_loadable = self.config is not None
-            readme = _readme(self.public_name, Path(folder).name, loadable=is_loadable)
-            (new / "README.md").write_text(readme, encoding="utf-8")
-
-
-def is_open_clip(module: nn.Module) -> bool:
-    """Whether this adapter takes the module; does not import the library."""
-    return kind_of(module) is not None
+        # Each with memory of its own, as safetensors wants; open_clip reads 0-d temperatures.
+        state = {k: v.detach().cpu().clone() for k, v in plain_state(self.module).items()}
+        for name, tensor in state.items():
+            is_scalar = name in ("logit_scale", "logit_bias")
+            state[name] = tensor.reshape(()) if is_scalar else tensor.contiguous()
+        save_file(state, folder / WEIGHTS_FILE, {"format": "pt"})
+        if self.config is not None:
+            _write_config(self.module, self.config, self.companions.tokenizer, folder)
 
 
 def from_instance(
     module: nn.Module, *, tokenizer: Any, preprocess: Any, model_name: str | None
 ) -> OpenClipEncoder:
-    """Adapt an open_clip module; its architecture is `model_name`, or recognised, or read off it.
-
-    Raises:
-        InputError: `model_name`, `tokenizer` or `preprocess` does not fit the module.
-    """
-    if model_name is not None:
-        config: Config | None = get_named_config(module, model_name)
-        names = [model_name]
-    else:
+    """Adapt a module; its architecture is `model_name`, or recognised, or read off it."""
+    if model_name is None:
         config, names = find_config(module)
+    else:
+        config, names = adjust_config(get_named_config(model_name), module), [model_name]
+        if build_same(config, module) is None:
+            raise InputError(
+                f"model_name: the weights of this {type(module).__name__} do not have the shapes "
+                f"of {model_name!r}; name its real architecture or leave model_name out"
+            )
+    agreed = names and all(_tokenizer_of(name) == _tokenizer_of(names[0]) for name in names)
     return OpenClipEncoder(
         module,
         name=names[0] if names else type(module).__name__,
         config=config,
-        source=names[0] if names and _agree_on_tokenizer(names) else None,
+        source=names[0] if agreed else None,
         tokenizer=tokenizer,
         preprocess=preprocess,
     )
 
 
 def from_name(name: str, tag: str | None, *, tokenizer: Any, preprocess: Any) -> OpenClipEncoder:
-    """Load real weights by open_clip's architecture name and pretrained tag.
-
-    Raises:
-        InputError: no such tag, or its weights cannot be loaded.
-    """
+    """Load real weights by open_clip's architecture name and pretrained tag."""
     import open_clip
 
     settings = open_clip.get_pretrained_cfg(name, tag) if tag else {}
@@ -186,16 +190,15 @@ def from_name(name: str, tag: str | None, *, tokenizer: Any, preprocess: Any) ->
             + (f"; close: {', '.join(near)}" if near else "")
             + f". Its tags: {', '.join(tags) if tags else 'none, open_clip has no weights for it'}"
         )
-    # Some tags' weights were trained with QuickGELU under a name without it; open_clip only warns
-    # and would run them with the wrong activation.
-    quick_gelu = bool(settings.get("quick_gelu"))
     return from_source(
         name,
         name=f"{name}/{tag}",
         tokenizer=tokenizer,
         preprocess=preprocess,
         tag=tag,
-        quick_gelu=quick_gelu,
+        # Some tags' weights were trained with QuickGELU under a name without it; open_clip only
+        # warns and would run them with the wrong activation.
+        quick_gelu=bool(settings.get("quick_gelu")),
     )
 
 
@@ -217,7 +220,6 @@ def from_source(
     """
     import open_clip
 
-    _check_text_extra(source)
     try:
         module = open_clip.create_model(
             source,
@@ -242,17 +244,72 @@ def from_source(
     )
 
 
-def _check_text_extra(source: str) -> None:
+def from_checkpoint(
+    file: Path, *, model_name: str | None, tokenizer: Any, preprocess: Any
+) -> OpenClipEncoder:
+    """Load a checkpoint of open_clip's training or a state dict; only tensors are unpickled.
+
+    Options of the training that the weights show are followed (see `as_trained`). A file says
+    nothing of preprocessing: without `preprocess` it is open_clip's standard one. Without
+    `model_name` the architecture is the one with weights of these shapes.
+
+    Raises:
+        InputError: the file holds no readable open_clip weights; `model_name` does not fit them;
+            or without it no known architecture does.
+    """
     import open_clip
 
-    if source.startswith("hf-hub:"):
-        return  # Its configuration is not here yet; the library's own message names transformers.
+    state = _read_weights(file)
+    if model_name is None:
+        model_name = name_of_weights(state, file)
+    trained = as_trained(state, get_named_config(model_name))
+    bias = {name: trained[name] for name in ("init_logit_bias",) if name in trained}
     try:
-        config = open_clip.get_model_config(source) or {}
-    except (OSError, ValueError):
-        return  # A folder without a readable configuration: create_model says so.
-    if config.get("text_cfg", {}).get("hf_model_name"):
-        import_extra("transformers", "hf", f"The text tower of {source}")
+        module = open_clip.create_model(
+            model_name,
+            load_weights=False,
+            pretrained_text=False,
+            force_custom_text=trained.get("custom_text", False),
+            force_image_size=trained["vision_cfg"].get("image_size"),
+            force_context_length=trained["text_cfg"].get("context_length"),
+            **bias,
+        ).eval()
+        open_clip.load_checkpoint(module, str(file), strict=True, weights_only=True)
+    except Exception as error:
+        raise InputError(
+            f"model_name: the weights in {file} do not fit {model_name!r}: {error}. Name the "
+            "architecture that they were trained with"
+        ) from error
+    return OpenClipEncoder(
+        module,
+        name=f"{model_name} ({file.name})",
+        config=adjust_config(trained, module),
+        source=model_name,
+        tokenizer=tokenizer,
+        preprocess=preprocess,
+    )
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    """Read the state dict, without the prefix that data-parallel training gives it."""
+    from open_clip.factory import load_state_dict
+
+    try:
+        state = load_state_dict(str(file), weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"model: {file} cannot be read as weights: {reason} Only tensors are loaded "
+            "(weights_only=True). Give a checkpoint of open_clip's training or the state dict of a "
+            "model; weights that OpenAI published load by name, as in 'ViT-B-32/openai'"
+        ) from error
+    if not any(name.startswith("visual.") for name in state):
+        found = ", ".join(list(state)[:3])
+        raise InputError(
+            f"model: {file} holds no weights of an open_clip model (it begins with {found}). Give "
+            "a file with open_clip's state dict, or the folder of a transformers model"
+        )
+    return state
 
 
 def _context_length(module: nn.Module, config: Config | None) -> int:
@@ -265,45 +322,11 @@ def _context_length(module: nn.Module, config: Config | None) -> int:
     )
 
 
-def _find_tokenizer(source: str) -> Any:
-    """open_clip's tokenizer for a name, hub id or folder; None, with a warning, if out of reach."""
+def _tokenizer_of(name: str) -> list[Any]:
     import open_clip
 
-    try:
-        return open_clip.get_tokenizer(source)
-    except Exception as error:
-        warnings.warn(
-            f"the tokenizer of {source} could not be loaded, so captions must be token ids unless "
-            f"tokenizer= is given: {error}",
-            stacklevel=3,
-        )
-        return None
-
-
-def _agree_on_tokenizer(names: list[str]) -> bool:
-    import open_clip
-
-    def tokenizer_of(name: str) -> tuple[Any, ...]:
-        text = open_clip.get_model_config(name)["text_cfg"]
-        keys = ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs")
-        return tuple(text.get(key) for key in keys)
-
-    return all(tokenizer_of(name) == tokenizer_of(names[0]) for name in names)
-
-
-def _state_to_write(module: nn.Module) -> dict[str, Tensor]:
-    """Every tensor on the CPU, contiguous and with memory of its own, the temperature 0-d."""
-    state: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in plain_state(module).items():
-        written = tensor.detach().cpu().contiguous()
-        if name in ("logit_scale", "logit_bias"):
-            written = written.reshape(())
-        if written.data_ptr() in seen:
-            written = written.clone()
-        seen.add(written.data_ptr())
-        state[name] = written
-    return state
+    text = open_clip.get_model_config(name)["text_cfg"]
+    return [text.get(key) for key in ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs")]
 
 
 def _write_config(module: Any, config: Config, tokenizer: Any, folder: Path) -> None:
@@ -329,59 +352,16 @@ def _describe_tokenizer(text: Config, source: Any) -> None:
     inner = source if is_hf_tokenizer(source) else source.tokenizer
     name = without_folders(getattr(inner, "name_or_path", ""))
     text.setdefault("hf_tokenizer_name", name or "tokenizer")
+    options = text.get("tokenizer_kwargs") or {}
     clean = getattr(getattr(source, "clean_fn", None), "__name__", "").removeprefix("_clean_")
-    options = {
-        "clean": clean if clean in ("lower", "whitespace", "canonicalize") else None,
-        "strip_sep_token": getattr(source, "strip_sep_token", False) or None,
-    }
-    kept = {key: value for key, value in options.items() if value is not None}
-    if kept:
-        text["tokenizer_kwargs"] = {**(text.get("tokenizer_kwargs") or {}), **kept}
+    if clean in ("lower", "whitespace", "canonicalize"):
+        options["clean"] = clean
+    if getattr(source, "strip_sep_token", False):
+        options["strip_sep_token"] = True
+    if options:
+        text["tokenizer_kwargs"] = options
     if getattr(source, "tokenizer_mode", ""):
         text["tokenizer_mode"] = source.tokenizer_mode
-
-
-def _readme(name: str, folder_name: str, *, loadable: bool) -> str:
-    if loadable:
-        how = (
-            "Load it with open_clip:\n\n```python\nimport open_clip\n\n"
-            "model, _, preprocess = open_clip.create_model_and_transforms("
-            f'"local-dir:{folder_name}")\n```\n'
-        )
-    else:
-        how = (
-            f"open_clip does not describe this architecture, so there is no {CONFIG_FILE}.\n"
-            "Build the module the way you did before, then load the weights:\n\n```python\n"
-            "from safetensors.torch import load_file\n\n"
-            f'model.load_state_dict(load_file("{WEIGHTS_FILE}"))\n```\n\n'
-            "logit_scale and logit_bias are stored 0-d; reshape them where the module has [1].\n"
-        )
-    return f"# {name}, after unlearning with fasterase\n\n{how}"
-
-
-def _image_tower_parts(visual: Any, *, fixed_positions: bool) -> TowerParts:
-    """Parts of a ViT, ResNet or timm tower.
-
-    Args:
-        fixed_positions: a ViT's positional embedding is a table of sines, not learnt.
-    """
-    if hasattr(visual, "trunk"):
-        return _timm_parts(visual)
-    if hasattr(visual, "layer4"):
-        return TowerParts(
-            [visual], _resnet_stages(visual), [visual.attnpool], [visual.attnpool.c_proj]
-        )
-    after = _present(
-        visual.attn_pool,
-        getattr(visual, "attn_pool_contrastive", None),
-        visual.ln_post,
-        visual.proj,
-    )
-    fixed = visual.positional_embedding if fixed_positions else None
-    everything = [parameter for parameter in visual.parameters() if parameter is not fixed]
-    return TowerParts(
-        everything, list(visual.transformer.resblocks), after, _present(visual.proj) or after
-    )
 
 
 def _timm_parts(visual: Any) -> TowerParts:
@@ -395,32 +375,8 @@ def _timm_parts(visual: Any) -> TowerParts:
     return TowerParts([visual], blocks, after, [*visual.head.parameters()] or own or after)
 
 
-def _text_tower_parts(module: Any) -> TowerParts:
-    """Parts of open_clip's own text transformer, or of one from transformers."""
-    text: Any = text_tower(module)
-    if is_hf_text(text):
-        blocks = _longest_list(text.transformer)
-        after = _after(text, blocks)
-        return TowerParts([text], blocks, after, [*text.proj.parameters()] or after)
-    after = _present(text.ln_final, text.text_projection)
-    everything = (
-        [text.token_embedding, text.positional_embedding, text.transformer, *after]
-        if text is module
-        else [text]
-    )
-    return TowerParts(
-        everything, list(text.transformer.resblocks), after, _present(text.text_projection) or after
-    )
-
-
 def _resnet_stages(resnet: Any) -> list[nn.Module]:
     return [resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4]
-
-
-def _longest_list(module: nn.Module) -> list[nn.Module]:
-    """The layers of a transformers encoder; their attribute differs between architectures."""
-    lists = [list(part) for part in module.modules() if isinstance(part, nn.ModuleList)]
-    return sorted(lists, key=len)[-1] if lists else []
 
 
 def _after(tower: nn.Module, blocks: list[nn.Module]) -> list[Part]:

@@ -1,4 +1,4 @@
-"""Find the name and `model_cfg` of an open_clip instance among open_clip's own configurations.
+"""Configurations (`model_cfg`) of open_clip: read off a module, or found for one or for weights.
 
 A configuration, even one read off the module, is trusted only if the library builds a module with
 the same state dict from it. The build is on the meta device: no memory and little time.
@@ -6,8 +6,11 @@ the same state dict from it. The build is on the meta device: no memory and litt
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,39 +20,18 @@ from fasterase.errors import InputError
 from fasterase.models.preprocessing import read_size
 from fasterase.models.wrapped import plain_state, uncompiled
 
+CONFIG_FILE = "open_clip_config.json"
 # A `model_cfg`: what open_clip keeps in its json files and builds models from.
 Config = dict[str, Any]
 
-# Weight -> its shape.
-Shapes = dict[str, torch.Size]
-
-# Keys that change no feature once weights are loaded, or that cannot be read off a module.
-_IGNORED_VISION = {
-    "head_width",
-    "mlp_ratio",
-    "pos_embed_type",
-    "ls_init_value",
-    "patch_dropout",
-    "timm_model_pretrained",
-    "timm_drop",
-    "timm_drop_path",
-}
-_IGNORED_TEXT = {
-    "hf_tokenizer_name",
-    "tokenizer_mode",
-    "tokenizer_kwargs",
-    "mlp_ratio",
-    "ls_init_value",
-    "final_ln_after_pool",
-    "hf_model_pretrained",
-}
+_RESNET_STRIDE = 32  # pixels per cell of the last feature map
 
 
-def get_named_config(module: nn.Module, model_name: str) -> Config:
-    """Return open_clip's configuration named `model_name`, adjusted to the module's sizes.
+def get_named_config(model_name: str) -> Config:
+    """Return open_clip's configuration named `model_name`.
 
     Raises:
-        InputError: no such configuration, or the module is of another architecture.
+        InputError: there is none.
     """
     import open_clip
 
@@ -59,12 +41,6 @@ def get_named_config(module: nn.Module, model_name: str) -> Config:
             f"model_name: open_clip knows no {model_name!r}; see open_clip.list_models(), or "
             "register a configuration with open_clip.add_model_config(path)"
         )
-    config = adjust_config(config, module)
-    if not builds_same(config, module):
-        raise InputError(
-            f"model_name: the weights of this {type(module).__name__} do not have the shapes of "
-            f"{model_name!r}; name its real architecture or leave model_name out"
-        )
     return config
 
 
@@ -73,21 +49,17 @@ def find_config(module: nn.Module) -> tuple[Config | None, list[str]]:
     import open_clip
 
     read = read_config(module)
-    if read is not None and not builds_same(read, module):
-        read = None
-    own = None if read is None else comparable(read)
     names = []
     for name in open_clip.list_models():
         config = open_clip.get_model_config(name)
-        if own is not None:
-            same = comparable(config) == own
-        else:
-            same = _may_match(config, module) and builds_same(adjust_config(config, module), module)
-        if same:
+        if not _may_fit_module(config, module, read):
+            continue
+        built = build_same(config if read else adjust_config(config, module), module)
+        if built is not None and read_config(built) == read:
             names.append(name)
     if names:
         return adjust_config(open_clip.get_model_config(names[0]), module), names
-    return read, names
+    return (read if read and build_same(read, module) else None), names
 
 
 def adjust_config(config: Config, module: nn.Module) -> Config:
@@ -98,77 +70,50 @@ def adjust_config(config: Config, module: nn.Module) -> Config:
         config["vision_cfg"]["image_size"] = _side(found)
     if not config["text_cfg"].get("hf_model_name"):
         config["text_cfg"]["context_length"] = int(text_tower(module).context_length)
+    if kind_of(module) != "CLIP":
+        config["custom_text"] = True
     if _uses_quick_gelu(module):
         config["quick_gelu"] = True
     # The module decides whether there is a logit_bias; both scalars are written 0-d.
     config.pop("nonscalar_logit_scale", None)
-    bias = getattr(module, "logit_bias", None)
-    if bias is None:
+    if getattr(module, "logit_bias", None) is None:
         config.pop("init_logit_bias", None)
     else:
-        config.setdefault("init_logit_bias", float(bias.detach().reshape(())))
+        config.setdefault("init_logit_bias", 0.0)
     return config
 
 
-def read_config(module: Any) -> Config | None:
-    """Read `model_cfg` off the module; None if a tower is not one of open_clip's own."""
-    vision, text = _read_vision(uncompiled(module.visual)), _read_text(module)
-    if vision is None or text is None:
-        return None
-    config: Config = {"embed_dim": read_embed_dim(module), "vision_cfg": vision, "text_cfg": text}
-    if _uses_quick_gelu(module):
-        config["quick_gelu"] = True
-    if kind_of(module) != "CLIP":
-        config["custom_text"] = True
-    if kind_of(module) == "CoCa":
-        config["multimodal_cfg"] = _read_decoder(module, text)
-    if module.logit_bias is not None:
-        config["init_logit_bias"] = float(module.logit_bias.detach().reshape(()))
-    return config
-
-
-def builds_same(config: Config, module: nn.Module) -> bool:
-    """Whether the library builds a module with the same state dict from `config`."""
-    return shapes_of_config(config, kind_of(module)) == shapes_of_state(plain_state(module))
-
-
-def shapes_of_config(config: Config, kind: str | None = None) -> Shapes | None:
-    """Return the shapes of the state dict that the library builds from `config`.
-
-    Args:
-        config: a `model_cfg`.
-        kind: the class, as `kind_of` names it; None: the one that the library would choose.
-
-    None: the configuration is for another class, or a transformers tower's own configuration is not
-    on this machine.
-    """
-    try:
-        built = build_from_config(config, kind)
-    except Exception:
-        return None
-    return shapes_of_state(built.state_dict())
-
-
-def build_from_config(config: Config, kind: str | None = None) -> nn.Module:
+def build_from_config(config: Config) -> nn.Module:
     """Build a module from a `model_cfg` on the meta device, without weights.
 
     Raises:
-        Exception: whatever the library raises; see `shapes_of_config`.
+        Exception: whatever the library raises, as where a transformers tower's own configuration
+            is not on this machine.
     """
     from open_clip.coca_model import CoCa
     from open_clip.model import CLIP, CustomTextCLIP
 
     arguments = deepcopy(config)
-    custom = arguments.pop("custom_text", False) or "hf_model_name" in arguments["text_cfg"]
-    if kind is None:
-        kind = "CoCa" if "multimodal_cfg" in config else "CustomTextCLIP" if custom else "CLIP"
+    custom = arguments.pop("custom_text", False)
     if arguments["text_cfg"].get("hf_model_name"):
+        custom = True
         arguments["text_cfg"]["hf_model_pretrained"] = False
+    kind = CoCa if "multimodal_cfg" in config else CustomTextCLIP if custom else CLIP
     with torch.device("meta"):
-        return {"CLIP": CLIP, "CustomTextCLIP": CustomTextCLIP, "CoCa": CoCa}[kind](**arguments)
+        return kind(**arguments)
 
 
-def shapes_of_state(state: Mapping[str, Tensor]) -> Shapes:
+def build_same(config: Config, given: nn.Module | Mapping[str, Tensor]) -> nn.Module | None:
+    """Build from `config`; None unless the state dict is as that of `given`, a module or one."""
+    try:
+        built = build_from_config(config)
+    except Exception:
+        return None
+    state = plain_state(given) if isinstance(given, nn.Module) else given
+    return built if _shapes(built.state_dict()) == _shapes(state) else None
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     """Return the shape of every weight that tells architectures apart."""
     # The temperature is written 0-d whatever shape it has in memory; a locked ResNet's BatchNorm
     # counts no batches.
@@ -179,14 +124,111 @@ def shapes_of_state(state: Mapping[str, Tensor]) -> Shapes:
     }
 
 
+def _may_fit_module(config: Config, module: nn.Module, read: Config | None) -> bool:
+    """Compare cheaply, so that only a few candidates need to be built."""
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    trunk = getattr(module.visual, "trunk", None)
+    timm_settings = getattr(trunk, "pretrained_cfg", None) or getattr(trunk, "default_cfg", {})
+    timm_name = vision.get("timm_model_name")
+    tower = text_tower(module)
+    hf_name = getattr(getattr(tower, "config", None), "_name_or_path", None)
+    return (
+        config["embed_dim"] == read_embed_dim(module)
+        and bool(timm_name) == (trunk is not None)
+        and (not timm_name or timm_name.partition(".")[0] == timm_settings.get("architecture"))
+        and read_image_size(module) == read_size(vision.get("image_size", 224))
+        and text.get("hf_model_name") == hf_name
+        and (hf_name is not None or text.get("vocab_size", 49408) == tower.vocab_size)
+        and (read is None or vision.get("layers", 12) == read["vision_cfg"]["layers"])
+    )
+
+
+def name_of_weights(state: dict[str, Tensor], file: Path) -> str:
+    """Find the name of the architecture that has weights of these shapes.
+
+    Warns where several have that differ in what weights do not show.
+
+    Raises:
+        InputError: none has.
+    """
+    import open_clip
+
+    shapes = _shapes(state)
+    found: dict[str, nn.Module] = {}
+    for name in open_clip.list_models():
+        config = as_trained(state, open_clip.get_model_config(name))
+        if _may_fit_weights(config, shapes) and (built := build_same(config, state)) is not None:
+            found[name] = built
+    if not found:
+        raise InputError(
+            f"model: the weights in {file} have the shapes of no architecture that open_clip "
+            "knows. Give model_name=, its name after open_clip.add_model_config(path), or build "
+            "the module, load the weights and pass the module"
+        )
+    first = next(iter(found))
+
+    def unseen(name: str) -> tuple[Any, ...]:
+        built = found[name]
+        return read_config(built), read_image_size(built), _uses_quick_gelu(built)
+
+    different = [name for name in found if unseen(name) != unseen(first)]
+    if different:
+        warnings.warn(
+            f"model: {file} is taken for {first}, but its weights have the shapes of "
+            f"{', '.join(different)} too, and weights do not show the difference (an activation, "
+            "as a rule). Give model_name= to be sure",
+            stacklevel=4,
+        )
+    return first
+
+
+def _may_fit_weights(config: Config, shapes: Mapping[str, torch.Size]) -> bool:
+    """Compare cheaply, so that only a few candidates need to be built."""
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    table = shapes.get("token_embedding.weight") or shapes.get("text.token_embedding.weight")
+    is_timm = any(name.startswith("visual.trunk.") for name in shapes)
+    if bool(vision.get("timm_model_name")) != is_timm or table is None:
+        return False
+    if tuple(table) != (text.get("vocab_size", 49408), text.get("width", 512)):
+        return False
+    patches = shapes.get("visual.conv1.weight")
+    patch_size = vision.get("patch_size")
+    return patches is None or patch_size is None or patches[-1] == read_size(patch_size)[1]
+
+
+def as_trained(state: Mapping[str, Tensor], config: Config) -> Config:
+    """Copy `config` with the options of open_clip's training that the weights show.
+
+    These are the image size, the context length, a logit_bias (`--siglip`) and a text tower of its
+    own (`--force-custom-text`).
+    """
+    config = deepcopy(config)
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    if "logit_bias" in state:
+        config.setdefault("init_logit_bias", 0.0)
+    if any(name.startswith("text.") for name in state):
+        config["custom_text"] = True
+    cells, stride = state.get("visual.positional_embedding"), 0
+    if cells is not None and "visual.conv1.weight" in state:
+        stride = state["visual.conv1.weight"].shape[-1]
+    elif "visual.attnpool.positional_embedding" in state:
+        cells, stride = state["visual.attnpool.positional_embedding"], _RESNET_STRIDE
+    if cells is not None and stride:
+        side = math.isqrt(len(cells) - 1)
+        size = read_size(vision.get("image_size", 224))
+        if side**2 == len(cells) - 1 and (side, side) != (size[0] // stride, size[1] // stride):
+            vision["image_size"] = side * stride
+    positions = state.get("positional_embedding", state.get("text.positional_embedding"))
+    if positions is not None:
+        text["context_length"] = len(positions) - bool(text.get("embed_cls"))
+    return config
+
+
 def kind_of(module: nn.Module) -> str | None:
     """`"CLIP"`, `"CustomTextCLIP"` or `"CoCa"` for an instance of that class, else None."""
     for ancestor in type(module).__mro__:
-        if ancestor.__module__.partition(".")[0] == "open_clip" and ancestor.__name__ in (
-            "CLIP",
-            "CustomTextCLIP",
-            "CoCa",
-        ):
+        is_library = ancestor.__module__.partition(".")[0] == "open_clip"
+        if is_library and ancestor.__name__ in ("CLIP", "CustomTextCLIP", "CoCa"):
             return ancestor.__name__
     return None
 
@@ -224,67 +266,23 @@ def _uses_quick_gelu(module: Any) -> bool:
     return any(type(part).__name__ == "QuickGELU" for part in module.modules())
 
 
-def comparable(config: Config) -> dict[str, Any]:
-    """Fill in every default and drop everything that changes no feature."""
-    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
-
-    vision = vars(CLIPVisionCfg(**config["vision_cfg"])).copy()
-    text = vars(CLIPTextCfg(**config["text_cfg"])).copy()
-    heads = vision["width"] * (32 if _is_resnet(vision) else 1) // vision["head_width"]
-    hidden = int(vision["width"] * vision["mlp_ratio"]), int(text["width"] * text["mlp_ratio"])
-    size = vision.pop("image_size")
-    if vision["attentional_pool"]:
-        # With attentional pooling the module no longer knows the pool_type it was given.
-        vision.pop("pool_type")
-    else:
-        vision.pop("attn_pooler_queries")
-        vision.pop("attn_pooler_heads")
-    if _is_resnet(vision):
-        hidden = 0, hidden[1]
-        vision.pop("patch_size")
-    if text["pool_type"] != "eos":
-        text.pop("eos_id")
-    if not (text["embed_cls"] or text["no_causal_mask"]):
-        text.pop("pad_id")
-    return {
-        "vision": {k: _plain(v) for k, v in vision.items() if k not in _IGNORED_VISION},
-        "text": {k: _plain(v) for k, v in text.items() if k not in _IGNORED_TEXT},
-        "heads": heads,
-        "hidden": hidden,
-        "image_size": read_size(size),
-        "layer_scale": (vision["ls_init_value"] is None, text["ls_init_value"] is None),
-        "embed_dim": config["embed_dim"],
-        "quick_gelu": config.get("quick_gelu", False),
-        "custom_text": config.get("custom_text", False) or bool(text["hf_model_name"]),
-        "decoder": _plain(config.get("multimodal_cfg", {}).get("layers")),
-        "logit_bias": config.get("init_logit_bias") is not None,
-    }
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _is_resnet(vision: Config) -> bool:
-    return isinstance(vision["layers"], (list, tuple))
-
-
-def _may_match(config: Config, module: nn.Module) -> bool:
-    """Compare cheaply, so that only a few candidates need to be built."""
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    trunk = getattr(module.visual, "trunk", None)
-    timm_settings = getattr(trunk, "pretrained_cfg", None) or getattr(trunk, "default_cfg", {})
-    timm_name = vision.get("timm_model_name")
-    tower = text_tower(module)
-    hf_name = getattr(getattr(tower, "config", None), "_name_or_path", None)
-    return (
-        config["embed_dim"] == read_embed_dim(module)
-        and bool(timm_name) == (trunk is not None)
-        and (not timm_name or timm_name.partition(".")[0] == timm_settings.get("architecture"))
-        and read_image_size(module) == read_size(vision.get("image_size", 224))
-        and text.get("hf_model_name") == hf_name
-        and (hf_name is not None or text.get("vocab_size", 49408) == tower.vocab_size)
-    )
+def read_config(module: Any) -> Config | None:
+    """Read `model_cfg` off the module; None if a tower is not one of open_clip's own."""
+    vision, text = _read_vision(uncompiled(module.visual)), _read_text(module)
+    if vision is None or text is None:
+        return None
+    config: Config = {"embed_dim": read_embed_dim(module), "vision_cfg": vision, "text_cfg": text}
+    if kind_of(module) == "CoCa":
+        decoder = module.text_decoder
+        config["multimodal_cfg"] = {
+            "context_length": decoder.context_length,
+            "vocab_size": text["vocab_size"],
+            "width": decoder.width,
+            "heads": decoder.resblocks[0].attn.num_heads,
+            "layers": len(decoder.resblocks),
+            "ls_init_value": _read_layer_scale(decoder.resblocks[0]),
+        }
+    return adjust_config(config, module)
 
 
 def _read_vision(visual: Any) -> Config | None:
@@ -296,61 +294,50 @@ def _read_vision(visual: Any) -> Config | None:
             "width": width,
             "head_width": width * 32 // visual.attnpool.num_heads,
         }
-    if type(visual).__name__ != "VisionTransformer":
-        return None
-    blocks = _read_blocks(visual.transformer)
+    blocks = _read_blocks(visual) if type(visual).__name__ == "VisionTransformer" else None
     if blocks is None:
         return None
-    heads = blocks.pop("heads")
     config: Config = {
         "image_size": _side(visual.image_size),
         "patch_size": _side(visual.patch_size),
+        "head_width": blocks["width"] // blocks.pop("heads"),
         **blocks,
-        "head_width": blocks["width"] // heads,
-        **_read_norm(visual.ln_post),
+        "norm_kwargs": {"eps": visual.ln_post.eps},
+        "no_ln_pre": isinstance(visual.ln_pre, nn.Identity),
+        "final_ln_after_pool": visual.final_ln_after_pool,
+        "output_tokens": visual.output_tokens,
+        "pool_type": visual.pool_type,
     }
-    if isinstance(visual.ln_pre, nn.Identity):
-        config["no_ln_pre"] = True
-    if visual.final_ln_after_pool:
-        config["final_ln_after_pool"] = True
-    if visual.output_tokens:
-        config["output_tokens"] = True
     if visual.attn_pool is not None:
         config["attentional_pool"] = visual.attn_pool_type or True
         config["attn_pooler_queries"] = visual.attn_pool.query.shape[0]
         config["attn_pooler_heads"] = visual.attn_pool.attn.num_heads
-    elif visual.pool_type != "tok":
-        config["pool_type"] = visual.pool_type
     return config
 
 
 def _read_text(module: Any) -> Config | None:
     text = uncompiled(text_tower(module))
-    if text is not module and type(text).__name__ != "TextTransformer":
-        return None
-    blocks = _read_blocks(text.transformer)
+    is_own = text is module or type(text).__name__ == "TextTransformer"
+    blocks = _read_blocks(text) if is_own else None
     if blocks is None:
         return None
     config: Config = {
         "context_length": text.context_length,
         "vocab_size": text.vocab_size,
         **blocks,
-        **_read_norm(text.ln_final),
+        "norm_kwargs": {"eps": text.ln_final.eps},
+        "no_causal_mask": text.attn_mask is None,
     }
-    if text.attn_mask is None:
-        config["no_causal_mask"] = True
-    pool_type, eos_id = (
-        (text.text_pool_type, text.text_eos_id) if text is module else (text.pool_type, text.eos_id)
-    )
-    if pool_type != "argmax":
-        config |= {"pool_type": pool_type, "eos_id": eos_id}
-    if text is not module:
-        if text.pad_id != 0:
-            config["pad_id"] = text.pad_id
-        if text.cls_emb is not None:
-            config["embed_cls"] = True
-        if text.output_tokens:
-            config["output_tokens"] = True
+    if text is module:
+        config |= {"pool_type": text.text_pool_type, "eos_id": text.text_eos_id}
+    else:
+        config |= {
+            "pool_type": text.pool_type,
+            "eos_id": text.eos_id,
+            "pad_id": text.pad_id,
+            "embed_cls": text.cls_emb is not None,
+            "output_tokens": text.output_tokens,
+        }
     if text.text_projection is None:
         config["proj_type"] = "none"
     elif isinstance(text.text_projection, nn.Linear):
@@ -358,46 +345,29 @@ def _read_text(module: Any) -> Config | None:
     return config
 
 
-def _read_decoder(module: Any, text: Config) -> Config:
-    decoder = module.text_decoder
-    return {
-        "context_length": decoder.context_length,
-        "vocab_size": text["vocab_size"],
-        "width": decoder.width,
-        "heads": decoder.resblocks[0].attn.num_heads,
-        "layers": len(decoder.resblocks),
-        **_read_layer_scale(decoder.resblocks[0]),
-    }
-
-
-def _read_blocks(transformer: Any) -> Config | None:
+def _read_blocks(tower: Any) -> Config | None:
     """Read sizes and options of a stack of open_clip's standard blocks; None for custom ones."""
+    transformer = tower.transformer
     block = uncompiled(transformer.resblocks[0])
     if type(block).__name__ != "ResidualAttentionBlock":
         return None
     width, hidden = transformer.width, block.mlp.c_fc.out_features
     ratio = hidden / width
-    config: Config = {
+    approximate = getattr(block.mlp.gelu, "approximate", "none")
+    return {
         "width": width,
         "heads": block.attn.num_heads,
         "layers": len(transformer.resblocks),
-        **_read_layer_scale(block),
-    }
-    if hidden != 4 * width:
         # The library takes int(width * ratio); half a unit more survives rounding down.
-        config["mlp_ratio"] = ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
-    if getattr(block.mlp.gelu, "approximate", "none") != "none":
-        config["act_kwargs"] = {"approximate": block.mlp.gelu.approximate}
-    return config
+        "mlp_ratio": ratio if int(width * ratio) == hidden else (hidden + 0.5) / width,
+        "ls_init_value": _read_layer_scale(block),
+        "act_kwargs": None if approximate == "none" else {"approximate": approximate},
+    }
 
 
-def _read_layer_scale(block: Any) -> Config:
+def _read_layer_scale(block: Any) -> float | None:
     # The initial value is unknown and irrelevant to loaded weights; that a scale exists is not.
-    return {} if isinstance(block.ls_1, nn.Identity) else {"ls_init_value": 1e-5}
-
-
-def _read_norm(norm: Any) -> Config:
-    return {} if norm.eps == 1e-5 else {"norm_kwargs": {"eps": norm.eps}}
+    return None if isinstance(block.ls_1, nn.Identity) else 1e-5
 
 
 def _side(size: int | Sequence[int]) -> int | list[int]:

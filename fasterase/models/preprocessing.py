@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fasterase.errors import InputError
 
@@ -44,9 +44,8 @@ class Tokens(NamedTuple):
 class ImageTransform:
     """PIL image -> pixels, whole or in two parts; picklable as its callables are, no weights.
 
-    The two parts are `pixels`, which runs in data-loader workers, and `normalise`, which runs on
-    the device. Build one with `wrap_transform` or `build_open_clip_transform`: they check that the
-    two parts give the same result as the whole.
+    Build one with `wrap_transform` or `build_open_clip_transform`: they check that the two parts
+    give the same result as the whole.
 
     Attributes:
         whole: PIL image -> [3, H, W] float32: the model's own transform or the caller's.
@@ -65,23 +64,15 @@ class ImageTransform:
         return self.whole(image) if self.parts is None else self.parts.pixels(image)
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """Turn uint8 [..., 3, H, W] into float32 on the same device; return floats unchanged.
-
-        Raises:
-            InputError: integers that are not uint8, or uint8 where the transform does not split.
-        """
+        """Turn uint8 [..., 3, H, W] into float32 on the same device; return floats unchanged."""
         if pixels.is_floating_point():
             return pixels
-        if self.parts is None:
+        if self.parts is None or pixels.dtype != torch.uint8:
             raise InputError(
-                f"preprocess: {pixels.dtype} pixels cannot be normalised, because this preprocess "
-                "has no mean and standard deviation of its own to apply. Give the float tensors "
-                "that it returns, or a torchvision Compose that ends in ToTensor and Normalize"
-            )
-        if pixels.dtype != torch.uint8:
-            raise InputError(
-                f"preprocess: {pixels.dtype} pixels cannot be normalised; give uint8 pixels, or "
-                "float pixels that are already preprocessed"
+                f"preprocess: {pixels.dtype} pixels cannot be normalised: only uint8 can, and only "
+                "where the preprocess has a mean and standard deviation of its own to apply. Give "
+                "the float tensors that it returns, or a torchvision Compose that ends in ToTensor "
+                "and Normalize"
             )
         return self.parts.normalise(pixels)
 
@@ -113,7 +104,7 @@ class TransformParts:
 class TextTokenizer:
     """A tokenizer of either library, or any callable, at one model's context length.
 
-    Picklable if the tokenizer is, and holds no weights: data-loader workers receive a copy.
+    Picklable if the tokenizer is: data-loader workers receive a copy.
 
     Attributes:
         source: the tokenizer as given; `save` writes it next to the weights.
@@ -123,11 +114,25 @@ class TextTokenizer:
         self.source = source
         self.context_length = context_length
         self.with_mask = with_mask
-        self._takes_length = not is_hf_tokenizer(source) and _accepts(source, "context_length")
+        try:
+            takes_length = "context_length" in inspect.signature(source).parameters
+        except (TypeError, ValueError):
+            takes_length = False
+        self._options: dict[str, Any] = {"context_length": context_length} if takes_length else {}
+        if is_hf_tokenizer(source):
+            self._options = {
+                "padding": "max_length",
+                "truncation": True,
+                "max_length": context_length,
+                "return_tensors": "pt",
+            }
 
     def __call__(self, texts: Sequence[str]) -> Tokens:
         """Encode `texts`: ids [B, context_length] int64, with a mask where the model takes one."""
-        ids, mask = self._encode(list(texts))
+        encoded, mask = self.source(list(texts), **self._options), None
+        if isinstance(encoded, Mapping) or hasattr(encoded, "input_ids"):
+            encoded, mask = encoded["input_ids"], encoded.get("attention_mask")
+        ids = torch.as_tensor(encoded)
         if ids.ndim != 2 or ids.shape[0] != len(texts) or torch.is_floating_point(ids):
             raise InputError(
                 f"tokenizer: {type(self.source).__name__} gave {ids.dtype} of shape "
@@ -141,34 +146,13 @@ class TextTokenizer:
             )
         return Tokens(ids.long(), mask.long() if self.with_mask and mask is not None else None)
 
-    def _encode(self, texts: list[str]) -> tuple[Tensor, Tensor | None]:
-        if is_hf_tokenizer(self.source):
-            encoded = self.source(
-                texts,
-                padding="max_length",
-                truncation=True,
-                max_length=self.context_length,
-                return_tensors="pt",
-            )
-        elif self._takes_length:
-            encoded = self.source(texts, context_length=self.context_length)
-        else:
-            encoded = self.source(texts)
-        if isinstance(encoded, Mapping) or hasattr(encoded, "input_ids"):
-            return torch.as_tensor(encoded["input_ids"]), encoded.get("attention_mask")
-        return torch.as_tensor(encoded), None
-
 
 def wrap_transform(preprocess: Any, image_size: tuple[int, int]) -> ImageTransform:
     """Make the caller's `preprocess=` an `ImageTransform`, after trying it on one picture.
 
-    Args:
-        preprocess: a callable PIL image -> [3, H, W] float tensor, a transformers image processor,
-            or the `image_transform` of another model.
-        image_size: (height, width) in pixels that the model takes.
-
-    Raises:
-        InputError: `preprocess` is none of these, or its pixels are not [3, *image_size].
+    It is a callable PIL image -> [3, H, W] float tensor, a transformers image processor, or the
+    `image_transform` of another model; `InputError` otherwise, or if its pixels are not
+    [3, *image_size].
     """
     if isinstance(preprocess, ImageTransform):
         preprocess = preprocess.whole
@@ -177,7 +161,7 @@ def wrap_transform(preprocess: Any, image_size: tuple[int, int]) -> ImageTransfo
             f"preprocess: {type(preprocess).__name__} is a tokenizer; pass it as tokenizer="
         )
     if hasattr(preprocess, "max_num_patches"):
-        whole: Callable[[Image], Any] = SquashTransform.from_naflex(preprocess, image_size)
+        whole: Callable[[Image], Any] = _squash_naflex(preprocess, image_size)
     elif is_image_processor(preprocess):
         whole = ProcessorTransform(preprocess)
     elif callable(preprocess):
@@ -232,11 +216,7 @@ def describe_transform(transform: Callable[..., Any] | None) -> str:
 def wrap_tokenizer(
     tokenizer: Any, context_length: int, vocab_size: int, *, with_mask: bool
 ) -> TextTokenizer:
-    """Make the caller's `tokenizer=` a `TextTokenizer`, after trying it on one caption.
-
-    Raises:
-        InputError: not a tokenizer, or its ids do not fit the model's vocabulary or length.
-    """
+    """Make the caller's `tokenizer=` a `TextTokenizer`, after trying it on one caption."""
     if isinstance(tokenizer, TextTokenizer):  # another DualEncoder's
         tokenizer = tokenizer.source
     if is_image_processor(tokenizer):
@@ -310,56 +290,20 @@ class ProcessorTransform:
         return batch["pixel_values"][0]
 
 
-@dataclass(frozen=True)
-class SquashTransform:
-    """Resize to exactly `size`, ignoring the aspect ratio, rescale to 0..1 and normalise.
+def _squash_naflex(processor: Any, image_size: tuple[int, int]) -> Callable[[Image], Tensor]:
+    """Resize to exactly `image_size` with the statistics of a NaFlex (SigLIP 2) image processor.
 
-    A fixed-resolution SigLIP does this. A NaFlex SigLIP 2 gets its images this way too: its own
-    processor would keep the aspect ratio and give every image another patch grid.
+    The processor itself would keep the aspect ratio and give every image another patch grid.
     """
+    from torchvision.transforms import Compose, Normalize, Resize, ToTensor
 
-    size: tuple[int, int]  # (height, width) pixels
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    resample: int  # PIL's number
-
-    @classmethod
-    def from_naflex(cls, processor: Any, image_size: tuple[int, int]) -> SquashTransform:
-        """Use the statistics of a NaFlex (SigLIP 2) image processor at one resolution."""
-        mean, std = tuple(processor.image_mean), tuple(processor.image_std)
-        return cls(image_size, mean, std, int(processor.resample))
-
-    def __call__(self, image: Image) -> Tensor:
-        from torchvision.transforms.functional import normalize, to_tensor
-
-        return normalize(to_tensor(self._squash(image)), list(self.mean), list(self.std))
-
-    def parts(self) -> TransformParts:
-        """Take rescaling and normalisation out."""
-        return TransformParts(self._resize, mean=self.mean, std=self.std)
-
-    def _resize(self, image: Image) -> Tensor:
-        from torchvision.transforms.functional import pil_to_tensor
-
-        return pil_to_tensor(self._squash(image)).contiguous()
-
-    def _squash(self, image: Image) -> Image:
-        height, width = self.size
-        return image.convert("RGB").resize((width, height), resample=self.resample)
+    resize = Resize(image_size, interpolation=int(processor.resample))
+    normalise = Normalize(processor.image_mean, processor.image_std)
+    return Compose([_convert_to_rgb, resize, ToTensor(), normalise])
 
 
-@dataclass(frozen=True)
-class _ComposeHead:
-    """The steps of a torchvision Compose before ToTensor."""
-
-    steps: tuple[Callable[[Any], Any], ...]
-
-    def __call__(self, image: Image) -> Tensor:
-        from torchvision.transforms.functional import pil_to_tensor
-
-        for step in self.steps:
-            image = step(image)
-        return pil_to_tensor(image).contiguous()
+def _convert_to_rgb(image: Image) -> Image:
+    return image.convert("RGB")
 
 
 def _find_parts(whole: Callable[[Image], Tensor], picture: Image) -> TransformParts | None:
@@ -378,9 +322,9 @@ def _find_parts(whole: Callable[[Image], Tensor], picture: Image) -> TransformPa
 
 
 def _propose_parts(whole: Callable[[Image], Tensor]) -> TransformParts | None:
-    from torchvision.transforms import Compose, Normalize, ToTensor
+    from torchvision.transforms import Compose, Normalize, PILToTensor, ToTensor
 
-    if isinstance(whole, (ProcessorTransform, SquashTransform)):
+    if isinstance(whole, ProcessorTransform):
         return whole.parts()
     if not isinstance(whole, Compose):
         return None
@@ -392,7 +336,7 @@ def _propose_parts(whole: Callable[[Image], Tensor]) -> TransformParts | None:
         *steps, last = steps
     if not isinstance(last, ToTensor):  # open_clip's MaybeToTensor is a ToTensor
         return None
-    head = _ComposeHead(tuple(steps))
+    head = Compose([*steps, PILToTensor(), torch.Tensor.contiguous])
     return TransformParts(head, mean=tuple(map(float, mean)), std=tuple(map(float, std)))
 
 
@@ -419,8 +363,59 @@ def _run_seeded(transform: Callable[[Image], Tensor], picture: Image) -> Tensor:
         return transform(picture)
 
 
-def _accepts(function: Callable[..., Any], argument: str) -> bool:
-    try:
-        return argument in inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        return False
+# On the library's own module. The underscores keep it out of state dicts and saved configurations.
+_COMPANIONS = "_fasterase_companions"
+
+
+@dataclass(frozen=True)
+class Companions:
+    """What reads captions and pictures for a model, as its library or the caller gives it.
+
+    Attributes:
+        tokenizer: takes part as `tokenizer=`; None when unknown.
+        preprocess: takes part as `preprocess=`; None when unknown.
+    """
+
+    tokenizer: Any = None
+    preprocess: Any = None
+
+    @classmethod
+    def from_arguments(cls, tokenizer: Any, preprocess: Any) -> Companions:
+        """Take transformers processors apart: either argument gives the other where that is None.
+
+        Args:
+            tokenizer, preprocess: the caller's; a processor such as `CLIPProcessor` holds both.
+        """
+        if _is_processor(tokenizer):
+            preprocess = tokenizer if preprocess is None else preprocess
+            tokenizer = tokenizer.tokenizer
+        if _is_processor(preprocess):
+            tokenizer = preprocess.tokenizer if tokenizer is None else tokenizer
+            preprocess = preprocess.image_processor
+        return cls(tokenizer, preprocess)
+
+    def known(self) -> dict[str, Any]:
+        """Return those that are not None, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Companions:
+        return self
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        # A pickled model must be readable without fasterase, and a caller's function may not be
+        # picklable: None takes this place.
+        return type(None), ()
+
+
+def remember(module: nn.Module, companions: Companions) -> None:
+    """Keep them on the module, so that they are found when it is passed in again, or a copy."""
+    setattr(module, _COMPANIONS, companions)
+
+
+def remembered(module: nn.Module) -> Companions:
+    """Return what `remember` kept on the module; nothing known otherwise."""
+    return getattr(module, _COMPANIONS, None) or Companions()
+
+
+def _is_processor(candidate: Any) -> bool:
+    return hasattr(candidate, "image_processor") and hasattr(candidate, "tokenizer")

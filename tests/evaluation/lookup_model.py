@@ -51,7 +51,7 @@ class LookupModel(DualEncoder):
     def text_parts(self) -> TowerParts:
         raise NotImplementedError
 
-    def save(self, folder: Path) -> None:
+    def _write_model(self, folder: Path) -> None:
         raise NotImplementedError
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,3 +79,13 @@ def noise_picture(width: int, height: int) -> Image.Image:
     generator = torch.Generator().manual_seed(width)
     values = torch.randint(256, (height, width, 3), generator=generator).to(torch.uint8)
     return Image.fromarray(values.numpy())
+
+
+class Malicious:
+    """Writes to `trace` when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> Any:
+        return (self.trace.write_text, ("executed",))

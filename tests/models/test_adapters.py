@@ -40,18 +40,24 @@ def lora(**options: Any) -> peft.LoraConfig:
     return peft.LoraConfig(r=4, **{"target_modules": ["q_proj", "v_proj", "c_fc"], **options})
 
 
+HF = len(small_models.HF_VOCABULARY)
+
+
 def vocabulary_of(module: nn.Module) -> int:
     hf = type(module).__module__.startswith("transformers")
-    return len(small_models.HF_VOCABULARY) if hf else small_models.SIMPLE_VOCABULARY_SIZE
+    return HF if hf else small_models.SIMPLE_VOCABULARY_SIZE
 
 
-def erase(given: nn.Module, vocabulary: int, **options: Any) -> UnlearnResult:
-    pixels, ids = small_models.random_pairs(vocabulary, count=12)
-    items = list(zip(pixels, ids, strict=True))
+def pairs(vocabulary: int = HF) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(*small_models.random_pairs(vocabulary, count=12), strict=True))
+
+
+def erase(given: nn.Module, vocabulary: int = HF, **options: Any) -> UnlearnResult:
+    items = pairs(vocabulary)
     return fasterase.unlearn(given, items[:4], items[4:], **{**STEPS, **options})
 
 
-def features(model: DualEncoder, vocabulary: int) -> Tensor:
+def features(model: DualEncoder, vocabulary: int = HF) -> Tensor:
     pixels, ids = small_models.random_pairs(vocabulary, count=4, seed=7)
     with torch.no_grad():
         return torch.cat([model.encode_image(pixels), model.encode_text(Tokens(ids))])
@@ -99,29 +105,27 @@ def test_an_adapter_of_transformers_own(tmp_path: Path, monkeypatch: pytest.Monk
     base: Any = small_models.hf_clip()
     given = copy.deepcopy(base)
     given.add_adapter(lora())
-    vocabulary = vocabulary_of(base)
-    result = erase(given, vocabulary)
+    result = erase(given)
     folder = result.save(tmp_path / "erased")
     base.load_adapter(str(folder))
-    expected = features(load_model(given), vocabulary)
-    torch.testing.assert_close(features(load_model(base), vocabulary), expected)
+    expected = features(load_model(given))
+    torch.testing.assert_close(features(load_model(base)), expected)
 
 
 def test_an_adapter_of_any_name_and_modules_to_save(tmp_path: Path) -> None:
     base = small_models.hf_clip()
-    vocabulary = vocabulary_of(base)
     config = lora(modules_to_save=["visual_projection"])
     given = peft.get_peft_model(copy.deepcopy(base), config, adapter_name="mine")
     given.add_adapter("other", lora())
-    result = erase(given, vocabulary, copy=True)
+    result = erase(given, copy=True)
     assert isinstance(result.model, peft.PeftModel)
     assert result.model is not given
     folder = result.save(tmp_path / "erased")
     assert (folder / "other" / "adapter_config.json").is_file()
     again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(folder))
-    expected = features(load_model(result.model), vocabulary)
-    torch.testing.assert_close(features(load_model(again), vocabulary), expected)
-    assert not torch.allclose(features(load_model(given), vocabulary), expected, atol=1e-3)
+    expected = features(load_model(result.model))
+    torch.testing.assert_close(features(load_model(again)), expected)
+    assert not torch.allclose(features(load_model(given)), expected, atol=1e-3)
 
 
 def test_a_saved_adapter_is_a_model_if_it_names_its_base(tmp_path: Path) -> None:
@@ -133,16 +137,15 @@ def test_a_saved_adapter_is_a_model_if_it_names_its_base(tmp_path: Path) -> None
         preprocess=small_models.hf_image_processor(),
     ).save(tmp_path / "before" / "base")
     given = peft.get_peft_model(CLIPModel.from_pretrained(tmp_path / "before" / "base"), lora())
-    vocabulary = len(small_models.HF_VOCABULARY)
-    result = erase(given, vocabulary)
+    result = erase(given)
     result.save(tmp_path / "before" / "erased")
     folder = (tmp_path / "before").rename(tmp_path / "after") / "erased"
     assert "before" not in (folder / "adapter_config.json").read_text()
     model = load_model(folder)
     assert isinstance(model.given, peft.PeftModel)
     assert model.text_tokenizer is not None
-    torch.testing.assert_close(features(model, vocabulary), features(load_model(given), vocabulary))
-    assert erase(model.given, vocabulary).model is model.given  # it can be trained further
+    torch.testing.assert_close(features(model), features(load_model(given)))
+    assert erase(model.given).model is model.given  # it can be trained further
 
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(
@@ -167,21 +170,20 @@ def test_without_peft_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 def test_weights_beside_the_adapters_are_not_lost_in_silence(tmp_path: Path) -> None:
     given = wrapped(small_models.hf_clip())
     given.get_parameter("base_model.model.visual_projection.weight").requires_grad_(True)
-    result = erase(given, len(small_models.HF_VOCABULARY))
+    result = erase(given)
     with pytest.warns(UserWarning, match=r"1 trained weights .*visual_projection.*modules_to_save"):
         result.save(tmp_path / "erased")
 
 
 def test_adapters_that_would_train_in_vain_are_refused() -> None:
     given: Any = wrapped(small_models.hf_clip())
-    vocabulary = len(small_models.HF_VOCABULARY)
     given.merge_adapter()
     with pytest.raises(InputError, match=r"merged .*unmerge_adapter\(\)"):
-        erase(given, vocabulary)
+        erase(given)
     given.unmerge_adapter()
     given.base_model.disable_adapter_layers()
     with pytest.raises(InputError, match=r"disabled.*Enable"):
-        erase(given, vocabulary)
+        erase(given)
 
 
 def test_a_prompt_is_not_an_adapter() -> None:

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from fasterase.errors import InputError, MissingExtraError
 from fasterase.models import load_model
 from tests import small_models
-from tests.models.conftest import batch_for, build_model
+from tests.models.conftest import Malicious, batch_for, build_model
 
 
 @pytest.fixture(scope="module")
@@ -145,14 +145,6 @@ def test_damaged_open_clip_folders(open_clip_folder: Path, tmp_path: Path) -> No
     (folder / "open_clip_config.json").write_text("{")
     with pytest.raises(InputError, match=r"^model: .*could not load"):
         load_model(folder)
-
-
-class Malicious:
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self):
-        return (self.trace.write_text, ("executed",))
 
 
 def test_no_folder_is_unpickled(open_clip_folder: Path, hf_folder: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import fasterase
 from fasterase.errors import InputError
 from fasterase.models import load_model
 from tests import small_models
-from tests.models.conftest import batch_for
+from tests.models.conftest import Malicious, batch_for
 
 
 @pytest.fixture(autouse=True)
@@ -139,14 +139,6 @@ def test_wrong_names_and_unknown_shapes(tmp_path: Path) -> None:
         InputError, match=r"model: .*unknown\.pt have the shapes of no .*model_name="
     ):
         load_model(unknown)
-
-
-class Malicious:
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> Any:
-        return (self.trace.write_text, ("executed",))
 
 
 def test_what_is_not_weights(tmp_path: Path) -> None:

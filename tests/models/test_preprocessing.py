@@ -73,22 +73,12 @@ def test_wrong_tokenizers_are_named(tokenizer: object, says: str) -> None:
         (lambda image: torch.zeros(3, 32, 32, dtype=torch.uint8), r"gave torch\.uint8"),
         (transforms.ToTensor(), r"\(3, 35, 39\), but the model takes \(3, 32, 32\)"),
         (lambda image: image.nonsense, "failed on a plain RGB image"),
+        (small_models.hf_image_processor(48), r"\(3, 48, 48\)"),
     ],
 )
 def test_wrong_preprocess_is_named(preprocess: object, says: str) -> None:
     with pytest.raises(InputError, match=f"^preprocess: .*{says}"):
         load_model(MODULE, preprocess=preprocess)
-
-
-def test_a_torchvision_transform_is_taken() -> None:
-    transform = transforms.Compose([transforms.Resize((32, 32)), transforms.ToTensor()])
-    model = load_model(MODULE, preprocess=transform)
-    assert model.preprocess(Image.new("RGB", (10, 20), (255, 0, 0)))[:, 0, 0].tolist() == [1, 0, 0]
-
-
-def test_an_image_processor_of_another_size_is_named() -> None:
-    with pytest.raises(InputError, match=r"^preprocess: .*\(3, 48, 48\)"):
-        load_model(small_models.hf_clip(), preprocess=small_models.hf_image_processor(48))
 
 
 NORMALISE = transforms.Normalize(small_models.MEAN, small_models.STD)
@@ -231,12 +221,3 @@ def test_another_model_s_transform_is_taken() -> None:
     assert second == first
     with pytest.raises(InputError, match="int32"):
         second.normalise(torch.zeros(3, 32, 32, dtype=torch.int32))
-
-
-def test_a_user_s_compose_encodes_uint8_images() -> None:
-    model = load_model(MODULE, preprocess=compose(transforms.ToTensor(), NORMALISE))
-    assert model.image_transform is not None
-    picture = noise_picture(51, 43)
-    features = model.encode_image(model.image_transform.pixels(picture)[None])
-    expected = model.encode_image(model.preprocess(picture)[None])
-    torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)

@@ -14,37 +14,20 @@ from fasterase.errors import InputError
 from fasterase.models import load_model
 from tests import small_models
 from tests.marks import SHORT_RUN
-
-STEPS = {
-    "lr": 1e-2,
-    "max_steps": 1,
-    "batch_size": 8,
-    "forget_batch_size": 4,
-    "progress": False,
-    "evaluation": None,
-}
+from tests.models.test_adapters import erase, pairs
 
 pytestmark = SHORT_RUN
 
 
-def items(vocabulary: int = len(small_models.HF_VOCABULARY)) -> list[tuple[Tensor, Tensor]]:
-    pixels, ids = small_models.random_pairs(vocabulary, count=12)
-    return list(zip(pixels, ids, strict=True))
-
-
-def erase(model: nn.Module, pairs: list[tuple[Tensor, Tensor]], **options: Any) -> Any:
-    return fasterase.unlearn(model, pairs[:4], pairs[4:], **{**STEPS, **options})
-
-
-def measurable(model: nn.Module, pairs: list[tuple[Tensor, Tensor]]) -> bool:
-    return "forget" in fasterase.evaluate(model, pairs[:4], pairs[4:]).to_dict()
+def measurable(model: nn.Module) -> bool:
+    return "forget" in fasterase.evaluate(model, pairs()[:4], pairs()[4:]).to_dict()
 
 
 def test_data_parallel_models_are_unwrapped(tmp_path: Path) -> None:
     inside = small_models.hf_clip()
     before = inside.text_projection.weight.detach().clone()
     given = nn.DataParallel(inside)
-    result = erase(given, items())
+    result = erase(given)
     assert result.model is given
     assert given.module is inside
     assert not torch.equal(inside.text_projection.weight, before)
@@ -57,7 +40,7 @@ def test_under_a_compiled_model_the_original_is_trained() -> None:
     before = inside.text_projection.weight.detach().clone()
     given: Any = torch.compile(inside, backend="eager")
     with pytest.warns(UserWarning, match="model: it is compiled, .* without compilation"):
-        result = erase(given, items())
+        result = erase(given)
     assert result.model is given
     assert not torch.equal(inside.text_projection.weight, before)
     assert given.text_projection.weight is inside.text_projection.weight
@@ -81,11 +64,11 @@ def test_quantised_models_are_measured_but_not_trained() -> None:
     named = r"model: \S+ of CLIP\w* is quantised.*before quantisation"
     model = torch.ao.quantization.quantize_dynamic(small_models.hf_clip(), {nn.Linear})
     with pytest.raises(InputError, match=named):
-        erase(model, items())
-    assert measurable(model, items())
+        erase(model)
+    assert measurable(model)
     model = torch.ao.quantization.quantize_dynamic(small_models.open_clip_vit(), {nn.Linear})
     with pytest.raises(InputError, match=named):
-        erase(model, items(small_models.SIMPLE_VOCABULARY_SIZE))
+        erase(model, small_models.SIMPLE_VOCABULARY_SIZE)
 
 
 def test_a_quantised_checkpoint_keeps_its_dtypes(
@@ -124,11 +107,11 @@ def test_adapters_on_quantised_weights_do_train() -> None:
     layer = model.vision_model.encoder.layers[0].mlp
     layer.fc1 = EightBit(layer.fc1)
     with pytest.raises(InputError, match=r"fc1\.weight of CLIPModel is quantised"):
-        erase(model, items())
+        erase(model)
     given = peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"]), model)
     layer.register_buffer("scales", torch.ones(2).to(torch.float8_e4m3fn))
     before = layer.fc1.weight.clone()
-    assert erase(given, items()).model is model
+    assert erase(given).model is model
     assert torch.equal(layer.fc1.weight, before)
     assert layer.scales.dtype == torch.float8_e4m3fn
 
@@ -137,9 +120,9 @@ def test_inference_mode_weights_say_how_to_load_them() -> None:
     with torch.inference_mode():
         model = small_models.hf_clip()
     with pytest.raises(InputError, match=r"model: .*torch\.inference_mode.*copy=True"):
-        erase(model, items())
-    assert measurable(model, items())
-    result = erase(model, items(), copy=True)
+        erase(model)
+    assert measurable(model)
+    result = erase(model, copy=True)
     assert not torch.equal(result.model.text_projection.weight, model.text_projection.weight)
 
 

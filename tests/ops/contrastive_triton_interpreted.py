@@ -18,7 +18,21 @@ from fasterase.ops.contrastive import (
 )
 from fasterase.ops.contrastive import triton as triton_backend
 from tests.ops import criterion_checks
-from tests.ops.triton_checks import SMALL_TILE, batch_on, check, flags, norm_error, poisoned, run
+from tests.ops.test_contrastive import (  # noqa: F401, over the backends of this process
+    test_nan_and_infinite_scales_do_not_give_numbers,
+    test_nan_stays_nan_and_in_its_group,
+)
+from tests.ops.triton_checks import (
+    SMALL_TILE,
+    batch_on,
+    check,
+    check_guard,
+    check_nothing_beyond_is_read,
+    check_torch_tiles,
+    flags,
+    norm_error,
+    run,
+)
 
 FP32, FP16 = torch.float32, torch.float16
 
@@ -88,9 +102,7 @@ def test_rectangles_of_several_blocks_and_backwards_of_several_strips(dtype, mon
 @pytest.mark.usefixtures("two_slots")
 @pytest.mark.parametrize("dtype", [FP32, FP16])
 def test_opposite_cones_fire_the_guard(dtype):
-    call, _ = batch_on("cpu", dtype, 160, 64, 32, 100.0, gap=5.0)
-    assert flags(call, (20, 140)) == [1, 1]
-    check("cpu", dtype, 160, 64, 64, 100.0, (20, 140), gap=5.0)
+    check_guard("cpu", dtype, 160, (20, 140))
 
 
 def test_the_guard_is_a_group_s_own():
@@ -115,32 +127,11 @@ def test_without_reference(dtype, n, width, groups, strip_rows, monkeypatch):
     """Items, strips and runs of one tile and of several."""
     monkeypatch.setattr(triton_plan, "WORKSPACE_BYTES", strip_rows * 192 * dtype.itemsize)
     monkeypatch.setattr(triton_plan, "LEAST_STRIP_ROWS", 1)
-    call, batch = batch_on("cpu", dtype, n, width, None, 14.3)
-    for name in ("ref_image", "ref_text", "ref_scale"):
-        del call[name]
-    upstream = np.random.default_rng(0).normal(size=(2, n))
-    losses, gradients = run(call, upstream, groups)
-    wide = {k: v.detach().float().requires_grad_() for k, v in call.items()}
-    chunked = contrastive(**wide, groups=groups, backend="chunked")
-    total = sum((torch.tensor(w) * x).sum() for w, x in zip(upstream, chunked[:2], strict=True))
-    expected = torch.autograd.grad(total, list(wide.values()))
-    for left, right in zip(losses, chunked[:2], strict=True):
-        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
-    for left, right in zip(gradients[:2], expected[:2], strict=True):
-        assert norm_error(left, right.numpy()) < max(1e-5, 2 * torch.finfo(dtype).eps)
-    assert batch.labels is None
+    check_torch_tiles("cpu", dtype, n, width, groups, has_ref=False, tolerance=1e-4)
 
 
 def test_nothing_beyond_the_tensors_is_read():
-    call, _ = batch_on("cpu", FP32, 45, 20, 12, 100.0)
-    upstream = np.ones((4, 45))
-    clean = run(call, upstream, (15, 30))
-    held = {k: poisoned(v) if v.dim() == 2 else v for k, v in call.items()}
-    for name in ("image", "text"):
-        held[name].requires_grad_()
-    found = run(held, upstream, (15, 30))
-    for left, right in zip(clean, found, strict=True):
-        assert all(map(torch.equal, left, right))
+    check_nothing_beyond_is_read("cpu", FP32, 45, 20, 12, (15, 30))
 
 
 def test_columns_stored_first_and_mixed_precisions():
@@ -185,30 +176,6 @@ def test_small_groups(groups):
     assert all(bool(x.isfinite().all()) for x in (*losses, *gradients))
     if groups[0] == 1:
         assert all(x[0].item() == 0 for x in losses)
-
-
-@pytest.mark.parametrize("where", ["image", "text", "ref_image"])
-def test_nan_stays_nan_and_in_its_group(where):
-    call, _ = batch_on("cpu", FP32, 30, 8, 8, 100.0)
-    with torch.no_grad():
-        call[where][4, 2] = torch.nan
-    losses = contrastive(**call, groups=(10, 20), backend="triton")
-    reached = losses if where in ("image", "text") else losses[2:]
-    assert all(bool(x[4].isnan()) for x in reached)
-    assert all(bool(x[10:].isfinite().all()) for x in losses)
-    if where != "text":  # a NaN image is a candidate in every column
-        assert all(bool(x[:10].isnan().all()) for x in reached[1::2])
-    if where != "ref_image":
-        gradient = torch.autograd.grad(sum(x[:10].sum() for x in losses), call["image"])[0]
-        assert bool(gradient[:10].isnan().any())
-        assert not gradient[10:].any()
-
-
-@pytest.mark.parametrize("scale", [torch.nan, torch.inf])
-def test_nan_and_infinite_scales_do_not_give_numbers(scale):
-    call, _ = batch_on("cpu", FP32, 6, 4, 4, 1.0)
-    call["scale"] = torch.tensor(scale)
-    assert not any(bool(x.isfinite().any()) for x in contrastive(**call, backend="triton"))
 
 
 def test_a_matched_pair_keeps_its_tiny_cross_entropy():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from hypothesis import strategies as st
 from fasterase.ops.contrastive import available_backends, chunked, contrastive, cpu
 from tests import oracle
 
-# On CPU tensors; test_contrastive_triton*.py have the GPU's backend.
-BACKENDS = tuple(name for name in available_backends() if name != "triton")
+# On CPU tensors; contrastive_triton_interpreted.py runs some of these tests under the interpreter.
+IS_INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
+BACKENDS = tuple(name for name in available_backends() if (name == "triton") == IS_INTERPRETED)
 # Of each value, or of 1e-2 x max(1, scale / 10) where the value is smaller. Upstream gradients are
 # N(0, 1) a sample, not 1/N, so that almost no gradient hides below that floor; autograd's plain
 # fp32 then errs up to 2.4e-4 (labels, N = 1031, scale 14.3).

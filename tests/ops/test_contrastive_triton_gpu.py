@@ -30,47 +30,21 @@ def test_matches_the_oracle(dtype, n, width, ref_width, scale, groups, labels):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opposite_cones_fire_the_guard(dtype):
-    call, _ = triton_checks.batch_on("cuda", dtype, 400, 64, 64, 100.0, gap=5.0)
-    assert triton_checks.flags(call, (100, 300)) == [1, 1]
-    triton_checks.check("cuda", dtype, 400, 64, 64, 100.0, (100, 300), gap=5.0)
+    triton_checks.check_guard("cuda", dtype, 400, (100, 300))
 
 
+# One row block, several column blocks: every step reloads the row sums of the last. And 8700 rows,
+# which are more than 32 blocks of 256: programs of several blocks.
+@pytest.mark.parametrize(("width", "groups"), [(64, (100, 4300)), (128, (900, 8700))])
 @pytest.mark.parametrize("has_ref", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_runs_of_tiles_that_take_one_step_each(dtype, has_ref, monkeypatch):
-    """One row block, several column blocks: every step reloads the row sums of the last."""
-    hold_against_torch_tiles(dtype, has_ref, 64, (100, 4300), monkeypatch)
-
-
-@pytest.mark.parametrize("has_ref", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_programs_of_several_blocks_and_backwards_of_several_strips(dtype, has_ref, monkeypatch):
-    """8700 rows are more than 32 blocks of 256."""
+def test_long_runs_and_backwards_of_several_strips(dtype, has_ref, width, groups, monkeypatch):
     assert triton_plan.count_slots(8700, 256) < 8700 / 256
-    hold_against_torch_tiles(dtype, has_ref, 128, (900, 8700), monkeypatch)
-
-
-def hold_against_torch_tiles(dtype, has_ref, width, groups, monkeypatch):
-    """In fp32, with a workspace of several strips."""
-    n = sum(groups)
     monkeypatch.setattr(triton_plan, "WORKSPACE_BYTES", 2**23)
     monkeypatch.setattr(triton_plan, "LEAST_STRIP_ROWS", 1)
-    call, _ = triton_checks.batch_on("cuda", dtype, n, width, 64, 14.3)
-    if not has_ref:
-        call = {k: v for k, v in call.items() if not k.startswith("ref_")}
-    upstream = np.random.default_rng(0).normal(size=(4 if has_ref else 2, n))
-    found = triton_checks.run(call, upstream, groups)
-    wide = {k: v.detach().float() for k, v in call.items()}
-    for name in ("image", "text", "scale"):
-        wide[name].requires_grad_()
-    losses = contrastive(**wide, groups=groups, backend="chunked")[: len(upstream)]
-    total = sum((torch.tensor(w).cuda() * x).sum() for w, x in zip(upstream, losses, strict=True))
-    gradients = torch.autograd.grad(total, [wide["image"], wide["text"], wide["scale"]])
-    for left, right in zip(found[0], losses, strict=True):
-        torch.testing.assert_close(left, right, rtol=3e-4, atol=3e-5)
-    for left, right in zip(found[1][:2], gradients[:2], strict=True):
-        error = triton_checks.norm_error(left, right.double().cpu().numpy())
-        assert error < max(3e-4, 2 * torch.finfo(dtype).eps)
+    triton_checks.check_torch_tiles(
+        "cuda", dtype, sum(groups), width, groups, has_ref=has_ref, tolerance=3e-4
+    )
 
 
 @pytest.mark.parametrize("has_ref", [True, False])
@@ -78,7 +52,7 @@ def hold_against_torch_tiles(dtype, has_ref, width, groups, monkeypatch):
 def test_the_same_bits_every_time(dtype, has_ref):
     call, _ = triton_checks.batch_on("cuda", dtype, 9600, 128, 64, 100.0)
     if not has_ref:
-        call = {k: v for k, v in call.items() if not k.startswith("ref_")}
+        call = triton_checks.without_reference(call)
     upstream = np.random.default_rng(0).normal(size=(4 if has_ref else 2, 9600))
     first = triton_checks.run(call, upstream, (1000, 8600))
     for _ in range(3):
@@ -87,14 +61,7 @@ def test_the_same_bits_every_time(dtype, has_ref):
 
 
 def test_nothing_beyond_the_tensors_is_read():
-    call, _ = triton_checks.batch_on("cuda", torch.bfloat16, 300, 100, 60, 100.0)
-    upstream = np.ones((4, 300))
-    clean = triton_checks.run(call, upstream, (100, 200))
-    held = {k: triton_checks.poisoned(v) if v.dim() == 2 else v for k, v in call.items()}
-    for name in ("image", "text"):
-        held[name].requires_grad_()
-    for left, right in zip(clean, triton_checks.run(held, upstream, (100, 200)), strict=True):
-        assert all(map(torch.equal, left, right))
+    triton_checks.check_nothing_beyond_is_read("cuda", torch.bfloat16, 300, 100, 60, (100, 200))
 
 
 def test_auto_opcheck_compile_and_autocast():

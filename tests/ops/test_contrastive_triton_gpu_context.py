@@ -108,7 +108,7 @@ def test_more_than_two_to_the_31_numbers_in_the_features():
 def test_strips_of_more_than_two_to_the_31_numbers(monkeypatch):
     needs_free(16)
     call = batch(n=65536)
-    call = {k: v for k, v in call.items() if not k.startswith("ref_")}
+    call = triton_checks.without_reference(call)
     expected = run(call)
     monkeypatch.setattr(WORKSPACE, 6 * 2**30)  # 49,152 rows of G in bf16
     torch.cuda.reset_peak_memory_stats()
@@ -173,7 +173,7 @@ def test_nothing_is_read_before_it_is_written(dtype, has_ref, monkeypatch):
     monkeypatch.setattr(LEAST_ROWS, 1)
     call = batch(dtype, labels=90)
     if not has_ref:
-        call = {k: v for k, v in call.items() if not k.startswith("ref_")}
+        call = triton_checks.without_reference(call)
     expected = run(call, (200, 300))
 
     def filled(allocate):

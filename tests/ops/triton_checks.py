@@ -85,6 +85,46 @@ def check(device, dtype, n, width, ref_width, scale, groups, *, labels=None, gap
         assert abs(gradients[2].item() - exact.scale) < torch.finfo(dtype).eps * terms
 
 
+def without_reference(call):
+    return {name: value for name, value in call.items() if not name.startswith("ref_")}
+
+
+def check_torch_tiles(device, dtype, n, width, groups, *, has_ref, tolerance):
+    """Against `"chunked"` in fp32."""
+    call, _ = batch_on(device, dtype, n, width, 64, 14.3)
+    if not has_ref:
+        call = without_reference(call)
+    upstream = np.random.default_rng(0).normal(size=(4 if has_ref else 2, n))
+    losses, gradients = run(call, upstream, groups)
+    wide = {k: v.detach().float() for k, v in call.items()}
+    inputs = [wide[name].requires_grad_() for name in ("image", "text", "scale")]
+    exact = contrastive(**wide, groups=groups, backend="chunked")[: len(upstream)]
+    total = sum((torch.tensor(w).to(x) * x).sum() for w, x in zip(upstream, exact, strict=True))
+    expected = torch.autograd.grad(total, inputs)
+    for left, right in zip(losses, exact, strict=True):
+        torch.testing.assert_close(left, right, rtol=tolerance, atol=tolerance / 10)
+    for left, right in zip(gradients[:2], expected[:2], strict=True):
+        error = norm_error(left, right.double().cpu().numpy())
+        assert error < max(tolerance, 2 * torch.finfo(dtype).eps)
+
+
+def check_guard(device, dtype, n, groups):
+    """Opposite cones fire it in both groups."""
+    call, _ = batch_on(device, dtype, n, 64, 64, 100.0, gap=5.0)
+    assert flags(call, groups) == [1, 1]
+    check(device, dtype, n, 64, 64, 100.0, groups, gap=5.0)
+
+
+def check_nothing_beyond_is_read(device, dtype, n, width, ref_width, groups):
+    call, _ = batch_on(device, dtype, n, width, ref_width, 100.0)
+    upstream = np.ones((4, n))
+    held = {k: poisoned(v) if v.dim() == 2 else v for k, v in call.items()}
+    for name in ("image", "text"):
+        held[name].requires_grad_()
+    for left, right in zip(run(call, upstream, groups), run(held, upstream, groups), strict=True):
+        assert all(map(torch.equal, left, right))
+
+
 def poisoned(rows):
     """The same rows, in the middle of NaN."""
     buffer = torch.full((len(rows) + 70, rows.shape[1] + 70), torch.nan).to(rows)

@@ -6,34 +6,38 @@ import functools
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fasterase.errors import InputError
 from fasterase.ops.contrastive import cpu
-from fasterase.ops.contrastive.autograd import (
-    compute_labelled_losses,
-    compute_native_losses,
-    sum_weighted_losses,
+from fasterase.ops.contrastive.checks import (
+    check_groups,
+    check_labels,
+    check_pairs,
+    check_reference,
+    check_scale,
+    check_weights,
+    compute_dtype,
+    scale_tensor,
 )
-from fasterase.ops.contrastive.checks import check_call, check_weights, compute_dtype
 from fasterase.ops.contrastive.chunked import contrastive_chunked
 from fasterase.ops.contrastive.dense import Contrastive, contrastive_dense
-from fasterase.ops.contrastive.labels import compute_label_terms, find_kinds
+from fasterase.ops.contrastive.labels import find_kinds, multiply_gaps
 from fasterase.ops.contrastive.operator import (
     Batch,
     Groups,
     Operator,
+    Wanted,
+    refuse_second_derivative,
     unpack_losses,
 )
 from fasterase.ops.contrastive.products import check_products, resolve_products
 
-Backend = Callable[
-    [Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Groups],
-    Contrastive,
-]
+Backend = Callable[..., Contrastive]  # (*batch, groups)
 
 BACKENDS: dict[str, Backend | None] = {
     "dense": contrastive_dense,
@@ -116,8 +120,7 @@ def contrastive(
         InputError: an argument has the wrong type, shape, dtype or device, the reference requires
             grad, the backend is unknown or not available here, or products is unknown.
     """
-    sizes = check_call(image, text, scale, ref_image, ref_text, ref_scale, labels, groups)
-    batch = Batch.of(image, text, scale, ref_image, ref_text, ref_scale)
+    batch, sizes = _prepare(image, text, scale, ref_image, ref_text, ref_scale, labels, groups)
     return _compute(_choose(backend, products, batch), batch, sizes, labels)
 
 
@@ -159,18 +162,99 @@ def weighted_contrastive(
         InputError: `contrastive` would raise it, or weights have the wrong shape, dtype or device,
             or require grad.
     """
-    sizes = check_call(image, text, scale, ref_image, ref_text, ref_scale, labels, groups)
+    batch, sizes = _prepare(image, text, scale, ref_image, ref_text, ref_scale, labels, groups)
     check_weights(weights, image, ref_image is not None)
-    batch = Batch.of(image, text, scale, ref_image, ref_text, ref_scale)
     choice = _choose(backend, products, batch)
     weights = weights.to(batch.scale.dtype)
     run = load_backend(choice.name)
     if sizes and isinstance(run, Operator):
         kinds = find_kinds(labels, sizes, image.device)
-        return Weighted(*sum_weighted_losses(run, batch, weights, sizes, choice.products, kinds))
+        return _sum_weighted_losses(run, batch, weights, sizes, choice.products, kinds)
     differentiable = _compute(choice, batch, sizes, labels)
     stacked = torch.stack([loss for loss in differentiable if loss is not None])
     return Weighted((weights * stacked).sum(), unpack_losses(stacked.detach()))
+
+
+def _sum_weighted_losses(
+    operator: Operator,
+    batch: Batch,
+    weights: Tensor,  # [2 or 4, N]
+    groups: Groups,
+    products: str,
+    kinds: Tensor | None,
+) -> Weighted:
+    wants = batch.requires_grad()
+    options = operator.options(batch, groups, any(wants), products)
+    if any(wants):
+        total, losses = _GradientsInForward.apply(
+            *batch, operator, groups, options, kinds, wants, weights
+        )
+    else:
+        losses = operator.forward(*batch, groups, *options)[0]
+        if kinds is not None:
+            _add_terms(losses, batch, kinds)
+        total = (weights * losses).sum()
+    return Weighted(total, unpack_losses(losses))
+
+
+class _GradientsInForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        *tensors, operator, groups, options, kinds, wants, weights = arguments
+        batch = Batch(*tensors)
+        wanted = Wanted._make((*wants, False))
+        losses, *made = operator.take_step(weights, batch, groups, wanted, options)
+        if kinds is not None:
+            terms = _add_terms(losses, batch, kinds)
+            _add_gradients_of_terms(tuple(made), weights, batch, kinds, terms, wanted)
+        ctx.save_for_backward(*made)
+        ctx.wants = wants
+        ctx.dtypes = batch.image.dtype, batch.text.dtype, batch.scale.dtype
+        ctx.mark_non_differentiable(losses)
+        return (weights * losses).sum(), losses
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return _multiply_saved_gradients(ctx, refuse_second_derivative(upstream))
+
+
+@once_differentiable
+def _multiply_saved_gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = (
+        (gradient * upstream).to(dtype) if is_wanted else None
+        for gradient, dtype, is_wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wants, strict=True)
+    )
+    return (*gradients, *(None,) * 9)
+
+
+def _add_terms(losses: Tensor, batch: Batch, kinds: Tensor) -> Tensor:
+    """Add the terms of repeated labels to the cross-entropies in `losses`; return terms / scale."""
+    image, text, scale, *_ = batch
+    terms = torch.ops.fasterase.label_terms.default(image, text, kinds, scale.dtype)
+    losses[:2].addcmul_(scale, terms)
+    return terms
+
+
+def _add_gradients_of_terms(
+    made: tuple[Tensor, Tensor, Tensor],
+    upstream: Tensor,  # [2 or 4, N]
+    batch: Batch,
+    kinds: Tensor,
+    terms: Tensor,
+    wanted: Wanted,
+) -> None:
+    image, text, scale, *_ = batch
+    d_image, d_text, d_scale = made
+    upstream = upstream[:2]
+    of_image, of_text = torch.ops.fasterase.label_terms_backward.default(
+        upstream * scale, image, text, kinds, wanted.image, wanted.text
+    )
+    if wanted.image:
+        d_image.add_(of_image)
+    if wanted.text:
+        d_text.add_(of_text)
+    if wanted.scale:
+        d_scale.add_((upstream * terms).sum())
 
 
 def explain_backend(
@@ -186,15 +270,12 @@ def explain_backend(
     backend: str = "auto",
     products: str = "auto",
 ) -> BackendChoice:
-    """The backend that the same call of `contrastive` uses, and why: `.name`, `.reason`.
-
-    `.products` says how it multiplies the features.
+    """The backend that the same call of `contrastive` uses, why, and how it multiplies features.
 
     Raises:
         InputError: `contrastive` would raise it.
     """
-    check_call(image, text, scale, ref_image, ref_text, ref_scale, labels, groups)
-    batch = Batch.of(image, text, scale, ref_image, ref_text, ref_scale)
+    batch, _ = _prepare(image, text, scale, ref_image, ref_text, ref_scale, labels, groups)
     return _choose(backend, products, batch)
 
 
@@ -206,22 +287,18 @@ def available_backends() -> tuple[str, ...]:
 def choose_backend(backend: str, pairs: tuple[Tensor, Tensor] | None = None) -> tuple[str, str]:
     """Resolve `backend` to (name, reason); a named one is used or refused, never replaced.
 
-    Args:
-        backend: "auto" or a name.
-        pairs: image and text of the call; without them only the name is checked.
-
-    Raises:
-        InputError: the name is unknown, not available here, or not for image's device.
+    Without the call's `pairs`, image and text, only the name is checked.
     """
     if backend == "auto":
         return _choose_automatically(pairs)
-    if backend not in BACKENDS:
-        raise InputError(f"backend must be one of {_list_usable()}; got {backend!r}.")
     reason = _explain_missing(backend)
-    if reason is not None:
+    if backend not in BACKENDS or reason is not None:
+        usable = ", ".join(map(repr, ("auto", *available_backends())))
+        if backend not in BACKENDS:
+            raise InputError(f"backend must be one of {usable}; got {backend!r}.")
         raise InputError(
             f"backend={backend!r} is not available in this installation: {reason}. "
-            f"Use one of {_list_usable()}."
+            f"Use one of {usable}."
         )
     if backend == "cpu" and pairs is not None and pairs[0].device.type != "cpu":
         raise InputError(
@@ -230,12 +307,43 @@ def choose_backend(backend: str, pairs: tuple[Tensor, Tensor] | None = None) -> 
     return backend, "named by the caller"
 
 
+def _prepare(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor | float,
+    ref_image: Tensor | None,
+    ref_text: Tensor | None,
+    ref_scale: Tensor | float | None,
+    labels: Tensor | None,
+    groups: tuple[int, ...] | None,
+) -> tuple[Batch, Groups]:
+    """Check all arguments but the backend; the batch, and the sizes of the groups with rows."""
+    check_pairs(image, text)
+    check_scale(scale, "scale")
+    dtype = compute_dtype(image, text)
+    reference = {"ref_image": ref_image, "ref_text": ref_text, "ref_scale": ref_scale}
+    missing = [name for name, value in reference.items() if value is None]
+    if 0 < len(missing) < 3:
+        raise InputError(
+            f"ref_image, ref_text and ref_scale go together; {' and '.join(missing)} missing. "
+            f"Pass all three, or none."
+        )
+    if ref_scale is not None:
+        check_reference(image, ref_image, ref_text)
+        check_scale(ref_scale, "ref_scale")
+        ref_scale = scale_tensor(ref_scale, image, dtype).detach()
+    if labels is not None:
+        check_labels(labels, len(image))
+    sizes = check_groups(groups, len(image))
+    scale = scale_tensor(scale, image, dtype)
+    return Batch(image, text, scale, ref_image, ref_text, ref_scale), sizes
+
+
 def _choose(backend: str, products: str, batch: Batch) -> BackendChoice:
     check_products(products)
     name, reason = choose_backend(backend, (batch.image, batch.text))
-    features = (batch.image, batch.text, batch.ref_image, batch.ref_text)
-    given = [each for each in features if each is not None]
-    return BackendChoice(name, reason, resolve_products(products, name, given))
+    features = [side for side in batch if side is not None and side.dim() == 2]
+    return BackendChoice(name, reason, resolve_products(products, name, features))
 
 
 def _compute(
@@ -246,28 +354,25 @@ def _compute(
     backend = load_backend(choice.name)
     is_eager = not torch.compiler.is_compiling()
     if is_eager and isinstance(backend, Operator) and backend.native is not None:
-        return compute_native_losses(backend, batch, groups, choice.products, labels)
+        options = backend.options(batch, groups, any(batch.requires_grad()), choice.products)
+        native = backend.native(*batch, groups, labels, *options)
+        return Contrastive(*native, *(None,) * (4 - len(native)))
     kinds = find_kinds(labels, groups, batch.image.device)
-    if not isinstance(backend, Operator):
-        losses = backend(*batch, groups)
-    elif kinds is None or not is_eager:
-        losses = backend(*batch, groups, choice.products)
-    else:
-        return compute_labelled_losses(backend, batch, groups, choice.products, kinds)
+    products = (choice.products,) if isinstance(backend, Operator) else ()
+    losses = backend(*batch, groups, *products)
     if kinds is None:
         return losses
-    row, col = compute_label_terms(batch.image, batch.text, batch.scale, kinds).unbind()
-    return losses._replace(ce_row=losses.ce_row + row, ce_col=losses.ce_col + col)
+    terms = multiply_gaps(batch.image, batch.text, kinds, batch.scale.dtype)
+    ce_row, ce_col = torch.stack(losses[:2]).addcmul(batch.scale, terms).unbind()
+    return losses._replace(ce_row=ce_row, ce_col=ce_col)
 
 
 def load_backend(name: str) -> Backend:
-    """The function of a backend that `choose_backend` returned.
-
-    Triton is imported on first use: it is not installed everywhere, and the import takes 0.3 s.
-    """
+    """The function of a backend that `choose_backend` returned."""
     backend = BACKENDS[name]
     if backend is not None:
         return backend
+    # On first use: Triton is not installed everywhere, and the import takes 0.3 s.
     from fasterase.ops.contrastive.triton import contrastive_triton
 
     return contrastive_triton
@@ -284,7 +389,7 @@ def _choose_automatically(pairs: tuple[Tensor, Tensor] | None) -> tuple[str, str
         if reason is None:
             return "cpu", "auto: C++ tiles for tensors on the CPU"
         _warn_of_fallback(reason)
-        return ("chunked", f"auto: torch tiles, because the C++ kernels are missing: {reason}")
+        return "chunked", f"auto: torch tiles, because the C++ kernels are missing: {reason}"
     return "chunked", "auto: O(N D) memory on any device and dtype"
 
 
@@ -297,18 +402,12 @@ def _warn_of_fallback(reason: str) -> None:
     )
 
 
-def _list_usable() -> str:
-    return ", ".join(repr(name) for name in ("auto", *available_backends()))
-
-
 def _explain_missing(backend: str) -> str | None:
     """Why a backend cannot run here; None if it can."""
     if backend == "cpu":
         return cpu.load_kernels()
-    return _explain_missing_triton() if backend == "triton" else None
-
-
-def _explain_missing_triton() -> str | None:
+    if backend != "triton":
+        return None
     if find_spec("triton") is None:
         return "the package triton is not installed (it comes with torch on Linux)"
     import triton
@@ -324,5 +423,5 @@ def _explain_missing_triton() -> str | None:
     return None if INTERPRETED else "there is no CUDA device"
 
 
-# A constant to torch.compile, like `cpu.load_kernels`: torch 2.11 cannot trace find_spec.
-_explain_missing_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# A constant to torch.compile, as `cpu.load_kernels` is: torch 2.11 cannot trace find_spec.
+_explain_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from fasterase.errors import InputError
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
 
 def check_pairs(image: Any, text: Any, names: tuple[str, str] = ("image", "text")) -> None:
     """Both are [N, D] floating-point tensors, of one shape and on one device."""
@@ -24,20 +22,22 @@ def check_pairs(image: Any, text: Any, names: tuple[str, str] = ("image", "text"
             raise InputError(
                 f"{name} must have shape (N, D), one row a pair; got {tuple(value.shape)}."
             )
-        if value.dtype not in _FLOATS:
-            raise InputError(
-                f"{name} must be float16, bfloat16, float32 or float64; got {value.dtype}. "
-                f"Convert it with {name}.float()."
-            )
+        _check_dtype(value, name)
     if image.shape != text.shape:
         raise InputError(
             f"{names[0]} and {names[1]} must have the same shape, row i of both being pair i; "
             f"got {tuple(image.shape)} and {tuple(text.shape)}."
         )
     if image.device != text.device:
+        found = f"got {image.device} and {text.device}."
+        raise InputError(f"{names[0]} and {names[1]} must be on one device; {found}")
+
+
+def _check_dtype(value: Tensor, name: str) -> None:
+    if value.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise InputError(
-            f"{names[0]} and {names[1]} must be on one device; "
-            f"got {image.device} and {text.device}."
+            f"{name} must be float16, bfloat16, float32 or float64; got {value.dtype}. "
+            f"Convert with {name}.float()."
         )
 
 
@@ -109,52 +109,16 @@ def check_groups(groups: Any, rows: int) -> tuple[int, ...]:
     return tuple(n for n in sizes if n)
 
 
-def check_call(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor | float,
-    ref_image: Tensor | None,
-    ref_text: Tensor | None,
-    ref_scale: Tensor | float | None,
-    labels: Tensor | None,
-    groups: tuple[int, ...] | None,
-) -> tuple[int, ...]:
-    """All arguments of `contrastive` but the backend; the sizes of the groups that have rows."""
-    check_pairs(image, text)
-    check_scale(scale, "scale")
-    reference = {"ref_image": ref_image, "ref_text": ref_text, "ref_scale": ref_scale}
-    missing = [name for name, value in reference.items() if value is None]
-    if 0 < len(missing) < 3:
-        raise InputError(
-            f"ref_image, ref_text and ref_scale go together; {' and '.join(missing)} missing. "
-            f"Pass all three, or none."
-        )
-    if not missing:
-        check_reference(image, ref_image, ref_text)
-        check_scale(ref_scale, "ref_scale")
-    if labels is not None:
-        check_labels(labels, len(image))
-    return check_groups(groups, len(image))
-
-
 def check_weights(weights: Any, image: Tensor, has_reference: bool) -> None:
     """[4, N] constants, one a loss and pair; [2, N] where there are no KLs."""
     names = ("ce_row", "ce_col", "kl_row", "kl_col")[: 4 if has_reference else 2]
     shape = (len(names), len(image))
+    of = f"shape {shape}, of {', '.join(names)}"
     if not isinstance(weights, Tensor):
-        raise InputError(
-            f"weights must be a tensor of shape {shape}, of {', '.join(names)}; "
-            f"got {type(weights).__name__}."
-        )
+        raise InputError(f"weights must be a tensor of {of}; got {type(weights).__name__}.")
     if weights.shape != shape:
-        raise InputError(
-            f"weights must have shape {shape}, of {', '.join(names)}; got {tuple(weights.shape)}."
-        )
-    if weights.dtype not in _FLOATS:
-        raise InputError(
-            f"weights must be float16, bfloat16, float32 or float64; got {weights.dtype}. "
-            f"Convert them with weights.float()."
-        )
+        raise InputError(f"weights must have {of}; got {tuple(weights.shape)}.")
+    _check_dtype(weights, "weights")
     if weights.device != image.device:
         raise InputError(f"weights must be on image's device {image.device}; got {weights.device}.")
     if weights.requires_grad:

@@ -22,6 +22,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from fasterase.errors import FaseraseError
 from fasterase.files import replace_file
@@ -107,35 +108,42 @@ def _load_library(library: Path) -> None:
 def build_library() -> Path:
     """The shared library, compiled if it is not in the cache; any number of processes may ask.
 
-    The cache is `TORCH_EXTENSIONS_DIR`, else `~/.cache/torch_extensions`. The name of the library
-    contains digests of sources, compiler flags, torch, libc and the CPU's features, and of the
-    compiler, so neither an update nor a home folder shared by different machines can load the wrong
-    code. Where there is no compiler, that of any compiler will do.
+    The cache is `TORCH_EXTENSIONS_DIR`, else `~/.cache/torch_extensions`. The library's name has
+    digests of sources, flags, torch, libc, the CPU's features and the compiler, so neither an
+    update nor a home folder shared by different machines can load the wrong code. Where there is no
+    compiler, that of any compiler will do.
 
     Raises:
         BuildError: there is no compiler, it failed, or the cache cannot be written.
     """
-    sources = _list_sources()
+    paths = (Path(str(entry)) for entry in files("fasterase.csrc").iterdir())
+    sources = sorted(path for path in paths if path.suffix in (".cpp", ".h"))
     texts = [source.read_text(encoding="utf-8") for source in sources]
     system = (torch.__version__, *platform.libc_ver(), _read_cpu_features())
     stem = f"fasterase_contrastive_{_compute_digest(*_FLAGS, *system, *texts)}"
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    root = os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")
+    cache = Path(root).expanduser()
+    wanted = os.environ.get("CXX", "c++")
+    compiler = shutil.which(wanted)
     if compiler is None:
-        built = sorted(_find_cache().glob(f"{stem}_*.so"), key=os.path.getmtime)
+        built = sorted(cache.glob(f"{stem}_*.so"), key=os.path.getmtime)
         if built:
             return built[-1]
-    _check_tools()
-    name = f"{stem}_{_compute_digest(str(compiler), _ask_version(str(compiler)))}"
-    library = _find_cache() / f"{name}.so"
+        raise BuildError(f"no C++ compiler ({wanted} is not on PATH); install g++ or set CXX")
+    if sys.platform == "win32":
+        raise BuildError("the C++ kernels are not built on Windows")
+    asked = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
+    name = f"{stem}_{_compute_digest(compiler, asked.stdout)}"
+    library = cache / f"{name}.so"
     if library.exists():
         return library
     try:
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with _lock_file(library.with_suffix(".lock")):
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(library.with_suffix(".lock")):
             if not library.exists():
                 _compile_library(name, sources, library)
     except OSError as error:
-        raise BuildError(f"the cache {library.parent} cannot be written ({error})") from error
+        raise BuildError(f"the cache {cache} cannot be written ({error})") from error
     return library
 
 
@@ -159,26 +167,8 @@ def _compile_library(name: str, sources: list[Path], library: Path) -> None:
             raise BuildError(f"compiling the C++ kernels failed ({message.strip()})") from error
 
 
-def _check_tools() -> None:
-    if sys.platform == "win32":
-        raise BuildError("the C++ kernels are not built on Windows")
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None:
-        raise BuildError(f"no C++ compiler ({compiler} is not on PATH); install g++ or set CXX")
-
-
-def _list_sources() -> list[Path]:
-    paths = (Path(str(entry)) for entry in files("fasterase.csrc").iterdir())
-    return sorted(path for path in paths if path.suffix in (".cpp", ".h"))
-
-
 def _compute_digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-
-
-def _ask_version(compiler: str) -> str:
-    asked = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
-    return asked.stdout
 
 
 def _read_cpu_features() -> str:
@@ -189,21 +179,6 @@ def _read_cpu_features() -> str:
             if line.partition(":")[0].strip() in ("model name", "flags", "Features", "CPU part"):
                 features.add(line)
     return "\n".join(sorted(features))
-
-
-def _find_cache() -> Path:
-    root = os.environ.get("TORCH_EXTENSIONS_DIR")
-    return Path(root) if root else Path("~/.cache/torch_extensions").expanduser()
-
-
-@contextlib.contextmanager
-def _lock_file(path: Path) -> Iterator[None]:
-    """Admit one process at a time; the lock of a process that dies is released."""
-    import fcntl
-
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fasterase.ops.contrastive.operator import add_autograd
+from fasterase.ops.contrastive.operator import add_autograd, define
 
 # Rows of one label that are added up one after the other; longer runs are split into such pieces.
 # The mean of 24576 equal rows is then off by 5e-6 of it in fp32 and not by 4e-4, and a GPU, which
@@ -24,15 +24,6 @@ _PIECE = 64
 # few. Means of 32 columns or fewer cost more in overhead than they save.
 _BLOCK_CPU, _BLOCK_ACCELERATOR = 2**20, 2**26
 _LEAST_COLUMNS = 32
-
-# Separate operators, because a compiler would replace ordered additions by atomic ones.
-_LIBRARY = torch.library.Library("fasterase", "FRAGMENT")
-_LIBRARY.define("label_kinds(Tensor labels, SymInt[] groups) -> Tensor")
-_LIBRARY.define("label_terms(Tensor image, Tensor text, Tensor kinds, ScalarType dtype) -> Tensor")
-_LIBRARY.define(
-    "label_terms_backward(Tensor upstream, Tensor image, Tensor text, Tensor kinds, "
-    "bool wants_image, bool wants_text) -> (Tensor, Tensor)"
-)
 
 
 class Kinds(NamedTuple):
@@ -60,31 +51,14 @@ def find_kinds(
     The terms are then exactly 0 and need not be computed. Labels on a device are not looked at, so
     that nothing waits for it.
     """
-    if labels is None or not groups or _are_distinct(labels, groups):
+    if labels is None or not groups:
         return None
-    return torch.ops.fasterase.label_kinds.default(labels.to(device), groups)
-
-
-def _are_distinct(labels: Tensor, groups: tuple[int, ...]) -> bool:
-    """False also where there are no values to look at, as while torch.compile traces."""
-    if torch.compiler.is_compiling() or type(labels) is not Tensor or labels.device.type != "cpu":
-        return False
-    return all(len(set(part.tolist())) == len(part) for part in labels.split(groups))
-
-
-def compute_label_terms(
-    image: Tensor,  # [N, D]
-    text: Tensor,  # [N, D]
-    scale: Tensor,  # []
-    kinds: Tensor,  # [4, N]
-) -> Tensor:
-    """The terms, [2 (row, column), N], that labels add to the cross-entropies.
-
-    The operator yields `lse_i - s_ii`; the positive of row i is the mean of s_ij over its label,
-    `s * <I_i, mean text of the label>`, so the row gains `s * <I_i, T_i - mean text>`, which is
-    exactly 0 for a label that occurs once in its group. Memory: the gradients, [N, D] each.
-    """
-    return scale * _multiply_gaps(image, text, kinds, scale.dtype)
+    # There are no values to look at while torch.compile traces.
+    is_tracing = torch.compiler.is_compiling() or type(labels) is not Tensor
+    is_known = labels.device.type == "cpu" and not is_tracing
+    if is_known and all(len(set(part.tolist())) == len(part) for part in labels.split(groups)):
+        return None
+    return _label_kinds(labels.to(device), groups)
 
 
 def _find_kinds(labels: Tensor, groups: Sequence[int]) -> Tensor:
@@ -106,10 +80,6 @@ def _find_kinds(labels: Tensor, groups: Sequence[int]) -> Tensor:
     return torch.stack(Kinds(kind[rank], piece[rank], count[rank], place.scatter(0, piece, kind)))
 
 
-def _make_fake_kinds(labels: Tensor, groups: Sequence[int]) -> Tensor:
-    return labels.new_empty(4, labels.shape[0], dtype=torch.long)
-
-
 # The operators below: `<I_i, gap of T_i>` and `<T_i, gap of I_i>`, [2, N], linear in image and in
 # text, and the gradients of `(upstream * terms).sum()` in both, empty where not wanted.
 def _forward(image: Tensor, text: Tensor, stacked: Tensor, dtype: torch.dtype) -> Tensor:
@@ -119,10 +89,6 @@ def _forward(image: Tensor, text: Tensor, stacked: Tensor, dtype: torch.dtype) -
         terms[0] += _subtract_means(text_block, kinds).mul_(image_block).sum(1)
         terms[1] += _subtract_means(image_block, kinds).mul_(text_block).sum(1)
     return terms.masked_fill_(kinds.is_alone(), 0.0)
-
-
-def _make_fake_terms(image: Tensor, text: Tensor, kinds: Tensor, dtype: torch.dtype) -> Tensor:
-    return image.new_empty(2, image.shape[0], dtype=dtype)
 
 
 def _backward(
@@ -207,25 +173,47 @@ def _second_derivative(ctx: Any, g_image: Tensor, g_text: Tensor) -> tuple[Tenso
     upstream, image, text, kinds = ctx.saved_tensors
     d_upstream, d_image, d_text = torch.zeros_like(upstream), None, None
     if ctx.wants[0]:
-        d_upstream = d_upstream + _multiply_gaps(g_image, text, kinds, upstream.dtype)
+        d_upstream = d_upstream + multiply_gaps(g_image, text, kinds, upstream.dtype)
         d_text = _differentiate_terms(upstream, g_image, text, kinds, False, True)[1]
     if ctx.wants[1]:
-        d_upstream = d_upstream + _multiply_gaps(image, g_text, kinds, upstream.dtype)
+        d_upstream = d_upstream + multiply_gaps(image, g_text, kinds, upstream.dtype)
         d_image = _differentiate_terms(upstream, image, g_text, kinds, True, False)[0]
     return d_upstream, d_image, d_text, None, None, None
 
 
-for _name, _kernel, _fake in (
-    ("label_kinds", _find_kinds, _make_fake_kinds),
-    ("label_terms", _forward, _make_fake_terms),
-    ("label_terms_backward", _backward, _make_empty_gradients),
-):
-    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fasterase::{_name}", _fake, lib=_LIBRARY)
-
-_multiply_gaps = add_autograd(
-    torch.ops.fasterase.label_terms.default, _save_inputs, _first_derivative
+# Separate operators, because a compiler would replace ordered additions by atomic ones.
+_KEY = "CompositeExplicitAutograd"
+_label_kinds = define(
+    "label_kinds",
+    "(Tensor labels, SymInt[] groups) -> Tensor",
+    _find_kinds,
+    _KEY,
+    lambda labels, groups: labels.new_empty(4, labels.shape[0], dtype=torch.long),
+)
+# The terms, [2 (row, column), N] and times scale, that labels add to the cross-entropies. A backend
+# yields `lse_i - s_ii`; the positive of row i is the mean of s_ij over its label, `s * <I_i, mean
+# text of the label>`, so the row gains `s * <I_i, T_i - mean text>`, which is exactly 0 for a label
+# that occurs once in its group. Memory: the gradients, [N, D] each.
+multiply_gaps = add_autograd(
+    define(
+        "label_terms",
+        "(Tensor image, Tensor text, Tensor kinds, ScalarType dtype) -> Tensor",
+        _forward,
+        _KEY,
+        lambda image, text, kinds, dtype: image.new_empty(2, image.shape[0], dtype=dtype),
+    ),
+    _save_inputs,
+    _first_derivative,
 )
 _differentiate_terms = add_autograd(
-    torch.ops.fasterase.label_terms_backward.default, _save_backward_inputs, _second_derivative
+    define(
+        "label_terms_backward",
+        "(Tensor upstream, Tensor image, Tensor text, Tensor kinds, bool wants_image, "
+        "bool wants_text) -> (Tensor, Tensor)",
+        _backward,
+        _KEY,
+        _make_empty_gradients,
+    ),
+    _save_backward_inputs,
+    _second_derivative,
 )

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fasterase.ops.contrastive.checks import compute_dtype, scale_tensor
 from fasterase.ops.contrastive.dense import Contrastive
 
 _LIBRARY = torch.library.Library("fasterase", "FRAGMENT")
-_BATCH_SCHEMA = (
+_BATCH = (
     "Tensor image, Tensor text, Tensor scale, "
     "Tensor? ref_image, Tensor? ref_text, Tensor? ref_scale"
 )
+_WANTED = "bool wants_image, bool wants_text, bool wants_scale, bool rounded"
+_GRADIENTS = "Tensor d_image, Tensor d_text, Tensor d_scale"
 
 Groups = tuple[int, ...]
 
@@ -32,23 +32,6 @@ class Batch(NamedTuple):
     ref_image: Tensor | None  # [N, D0]
     ref_text: Tensor | None  # [N, D0]
     ref_scale: Tensor | None  # []
-
-    @classmethod
-    def of(
-        cls,
-        image: Tensor,
-        text: Tensor,
-        scale: Tensor | float,
-        ref_image: Tensor | None,
-        ref_text: Tensor | None,
-        ref_scale: Tensor | float | None,
-    ) -> Batch:
-        """Make a batch from arguments that `checks.check_call` has passed."""
-        dtype = compute_dtype(image, text)
-        scale = scale_tensor(scale, image, dtype)
-        if ref_scale is not None:
-            ref_scale = scale_tensor(ref_scale, image, dtype).detach()
-        return cls(image, text, scale, ref_image, ref_text, ref_scale)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """The batch of each tensor's result."""
@@ -91,27 +74,24 @@ Options = Callable[[Batch, Groups, bool, str], tuple[Any, ...]]
 
 @dataclass(frozen=True)
 class Operator:
-    """A backend: its two torch operators. Differentiable once, for any upstream gradients.
+    """A backend: its torch operators. Differentiable once, for any upstream gradients.
 
     Attributes:
         forward: `(*batch, groups, *options) -> (losses, statistics, *saved)`.
         differentiable: the losses of the same call, followed by autograd.
         backward: `(upstream, *batch, statistics, *saved, groups, *wanted, *options) -> (d_image,
-            d_text, d_scale)`. Gradients not requested are placeholders; only their dtype is
-            meaningful.
+            d_text, d_scale)`. Of gradients not requested only the dtype is meaningful.
         options: a function of (batch, groups, whether a backward pass may follow, the resolved
             products); raises InputError where the backend cannot take the batch.
-        backward_takes_options: whether the backward operator has the arguments `options`.
         step: `(weights, *batch, groups, *wanted, *options) -> (losses, d_image, d_text, d_scale)`
-            of a step that knows its weights, where the backend has a faster way than forward and
-            backward.
-        native: `(*batch, groups, labels, *options)`, the losses of the call, [N] each, followed by
-            autograd and with the terms of repeated labels, where the backend has that in C++.
+            where the backend has a faster way than forward and backward.
+        native: `(*batch, groups, labels, *options)`, the losses, [N] each, followed by autograd and
+            with the terms of repeated labels, where the backend has that in C++.
     """
 
     forward: Callable[..., tuple[Tensor, ...]]
     differentiable: Callable[..., Tensor]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    backward: Callable[..., Any]
     options: Options
     backward_takes_options: bool
     step: Callable[..., tuple[Tensor, ...]] | None = None
@@ -141,7 +121,7 @@ class Operator:
         wanted: Wanted,
         options: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Call `backward`; tensors: the batch, and what forward returned after the losses."""
+        """Call `backward` with the batch, and what forward returned after the losses."""
         more = options if self.backward_takes_options else ()
         return self.backward(upstream, *tensors, groups, *wanted, *more)
 
@@ -161,12 +141,6 @@ def unpack_losses(losses: Tensor) -> Contrastive:
     return Contrastive(ce_row, ce_col, *(kl or (None, None)))
 
 
-def _no_options(
-    batch: Batch, groups: Groups, is_differentiable: bool, products: str
-) -> tuple[Any, ...]:
-    return ()
-
-
 def register(
     name: str,
     saved: Mapping[str, Callable[..., Tensor]],
@@ -177,41 +151,30 @@ def register(
     step: Callable[..., tuple[Tensor | None, ...]] | bool = False,
     has_native: bool = False,
     options_schema: str = "",
-    options: Options = _no_options,
-    backward_takes_options: bool = False,
+    options: Options = lambda batch, groups, is_differentiable, products: (),
 ) -> Operator:
     """Define `fasterase::{name}` and `fasterase::{name}_backward`, with fakes and autograd.
 
     Args:
         saved: the tensors that forward returns after losses and statistics: for each name a
             function of (batch, groups, *options) that makes an empty tensor like it.
-        key: dispatch key of forward and backward, None where C++ registers them.
+        key: dispatch key of the functions below, None where C++ registers them, whose backward pass
+            has no use for the options.
         forward: a function of (batch, groups, *options).
-        backward: a function of (upstream, batch, (statistics, *saved), groups, wanted) and, if
-            `backward_takes_options`, *options; returns None for a gradient that is not wanted.
+        backward: a function of (upstream, batch, (statistics, *saved), groups, wanted, *options);
+            returns None for a gradient that is not wanted.
         step: a function of (weights, batch, groups, wanted, *options) that returns losses and
-            gradients, likewise; True where C++ registers it, False where forward and backward are
-            as fast.
+            gradients, likewise; True where C++ registers it.
         has_native: whether C++ registers `fasterase::{name}_losses`, which is `Operator.native`.
         options_schema: schema of the arguments that `options` returns.
     """
-    outputs = ", ".join(f"Tensor {output}" for output in ("statistics", *saved))
+    outputs = [f"Tensor {output}" for output in ("statistics", *saved)]
     more = f", {options_schema}" if options_schema else ""
-    backward_more = more if backward_takes_options else ""
-    num_tensors = len(Batch._fields) + 1 + len(saved)
-    _LIBRARY.define(f"{name}({_BATCH_SCHEMA}, SymInt[] groups{more}) -> (Tensor losses, {outputs})")
-    _LIBRARY.define(
-        f"{name}_backward(Tensor upstream, {_BATCH_SCHEMA}, {outputs}, SymInt[] groups, "
-        f"bool wants_image, bool wants_text, bool wants_scale, bool rounded{backward_more}) "
-        "-> (Tensor d_image, Tensor d_text, Tensor d_scale)",
-    )
-    forward_op, backward_op = (
-        getattr(torch.ops.fasterase, each).default for each in (name, f"{name}_backward")
-    )
-    operator = Operator(forward_op, forward_op, backward_op, options, backward_takes_options)
-    if key is not None and forward is not None and backward is not None:
-        _LIBRARY.impl(name, _flatten_forward(forward), key)
-        _LIBRARY.impl(f"{name}_backward", _flatten_backward(backward, num_tensors), key)
+
+    def run_forward(*arguments: Any) -> tuple[Tensor, ...]:
+        assert forward is not None
+        groups, *rest = arguments[6:]
+        return forward(Batch(*arguments[:6]), tuple(groups), *rest)
 
     def make_fake_outputs(*arguments: Any) -> tuple[Tensor, ...]:
         batch, *rest = Batch(*arguments[:6]), *arguments[6:]
@@ -222,21 +185,83 @@ def register(
             *(make_empty(batch, *rest) for make_empty in saved.values()),
         )
 
-    torch.library.register_fake(f"fasterase::{name}", make_fake_outputs, lib=_LIBRARY)
-    torch.library.register_fake(
-        f"fasterase::{name}_backward", partial(_make_fake_gradients, num_tensors), lib=_LIBRARY
-    )
-    if step:
-        operator = replace(operator, step=_define_step(name, step, key, more))
+    schema = f"({_BATCH}, SymInt[] groups{more}) -> (Tensor losses, {', '.join(outputs)})"
+    forward_op = define(name, schema, run_forward, key, make_fake_outputs)
+    takes_options = key is not None
+    backward_more = more if takes_options else ""
+    backward_op = _define_gradients(f"{name}_backward", outputs, backward, key, backward_more)
+    step_op = _define_gradients(f"{name}_step", [], step, key, more) if step else None
+    native_op = None
     if has_native:
-        _LIBRARY.define(
-            f"{name}_losses({_BATCH_SCHEMA}, SymInt[] groups, Tensor? labels{more}) -> Tensor[]"
-        )
-        native = getattr(torch.ops.fasterase, f"{name}_losses").default
-        operator = replace(operator, native=native)
-    differentiate = _make_backward(operator)
-    losses_of = add_autograd(forward_op, _save_context, differentiate, first_only=True)
+        schema = f"({_BATCH}, SymInt[] groups, Tensor? labels{more}) -> Tensor[]"
+        native_op = define(f"{name}_losses", schema, None, key, None)
+    operator = Operator(
+        forward_op, forward_op, backward_op, options, takes_options, step_op, native_op
+    )
+    backward_pass = _make_backward(operator)
+    losses_of = add_autograd(forward_op, _save_context, backward_pass, first_only=True)
     return replace(operator, differentiable=losses_of)
+
+
+def define(
+    name: str, schema: str, run: Callable[..., Any] | None, key: str | None, fake: Any
+) -> Any:
+    """Define `fasterase::{name}`; with a dispatch `key` it runs `run`, else C++ registers it."""
+    _LIBRARY.define(name + schema)
+    if key is not None:
+        _LIBRARY.impl(name, run, key)
+    if fake is not None:
+        torch.library.register_fake(f"fasterase::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.fasterase, name).default
+
+
+def _define_gradients(
+    name: str, saved: Sequence[str], run: Callable[..., Any] | Any, key: str | None, more: str
+) -> Callable[..., tuple[Tensor, ...]]:
+    """Define an operator that makes gradients from weights of the losses.
+
+    It takes what forward has `saved`; where that is nothing, it returns the losses too.
+    """
+    num_tensors = len(Batch._fields) + len(saved)
+
+    def parse(arguments: tuple[Any, ...]) -> tuple[Batch, Wanted, tuple[Any, ...]]:
+        tensors, (groups, *rest) = arguments[:num_tensors], arguments[num_tensors:]
+        batch, wanted = Batch(*tensors[:6]), Wanted(*rest[:4])
+        held = (tensors[6:],) if saved else ()
+        return batch, wanted, (batch, *held, tuple(groups), wanted, *rest[4:])
+
+    def compute(weights: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        batch, wanted, given = parse(arguments)
+        *losses, image, text, scale = run(weights, *given)
+        return (
+            *losses,
+            _empty_gradient(batch.image, batch, wanted, is_wanted=False)
+            if image is None
+            else image,
+            _empty_gradient(batch.text, batch, wanted, is_wanted=False) if text is None else text,
+            batch.scale.new_zeros(()) if scale is None else scale,
+        )
+
+    def make_fake_outputs(weights: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        batch, wanted, _ = parse(arguments)
+        losses = batch.scale.new_empty(2 * batch.matrices, batch.image.shape[0])
+        return (
+            *(() if saved else (losses,)),
+            _empty_gradient(batch.image, batch, wanted, is_wanted=wanted.image),
+            _empty_gradient(batch.text, batch, wanted, is_wanted=wanted.text),
+            batch.scale.new_empty(()),
+        )
+
+    inputs = ", ".join(("Tensor weights", _BATCH, *saved, "SymInt[] groups"))
+    outputs = ", ".join((*(() if saved else ("Tensor losses",)), _GRADIENTS))
+    schema = f"({inputs}, {_WANTED}{more}) -> ({outputs})"
+    return define(name, schema, compute, key, make_fake_outputs)
+
+
+def _empty_gradient(side: Tensor, batch: Batch, wanted: Wanted, *, is_wanted: bool) -> Tensor:
+    """An empty tensor for a gradient, or in the place of one that is not wanted."""
+    dtype = side.dtype if wanted.rounded else batch.scale.dtype
+    return side.new_empty(side.shape if is_wanted else 0, dtype=dtype)
 
 
 def add_autograd(
@@ -250,7 +275,7 @@ def add_autograd(
 
     With `first_only` that returns the first output alone, and only `save_context` sees the others.
     A derivative in Python costs the dispatcher 0.1 ms per step, as much as the products of 64
-    pairs. Eager calls go around it, through an autograd function of the same parts.
+    pairs: eager calls go around it, through an autograd function.
     """
     torch.library.register_autograd(
         run.name(), differentiate, setup_context=save_context, lib=_LIBRARY
@@ -274,105 +299,6 @@ def add_autograd(
     return call
 
 
-def _flatten_forward(forward: Forward) -> Callable[..., tuple[Tensor, ...]]:
-    def run_forward(*arguments: Any) -> tuple[Tensor, ...]:
-        groups, *options = arguments[6:]
-        return forward(Batch(*arguments[:6]), tuple(groups), *options)
-
-    return run_forward
-
-
-def _define_step(
-    name: str,
-    step: Callable[..., tuple[Tensor | None, ...]] | bool,
-    key: str | None,
-    options_schema: str,
-) -> Callable[..., tuple[Tensor, ...]]:
-    """Define `fasterase::{name}_step`, and implement it where `step` is a function."""
-
-    def parse(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        return _parse_backward_arguments(len(Batch._fields), arguments)
-
-    def run_step(weights: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        assert callable(step)
-        batch, _, groups, wanted, *options = parse(arguments)
-        losses, *made = step(weights, batch, groups, wanted, *options)
-        assert losses is not None
-        return losses, *_fill_placeholders(made, batch, wanted)
-
-    def make_fake_outputs(weights: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        batch, _, _, wanted, *_ = parse(arguments)
-        losses = batch.scale.new_empty(2 * batch.matrices, batch.image.shape[0])
-        return losses, *_make_empty_gradients(batch, wanted)
-
-    _LIBRARY.define(
-        f"{name}_step(Tensor weights, {_BATCH_SCHEMA}, SymInt[] groups, bool wants_image, "
-        f"bool wants_text, bool wants_scale, bool rounded{options_schema}) "
-        "-> (Tensor losses, Tensor d_image, Tensor d_text, Tensor d_scale)"
-    )
-    if callable(step):
-        _LIBRARY.impl(f"{name}_step", run_step, key)
-    torch.library.register_fake(f"fasterase::{name}_step", make_fake_outputs, lib=_LIBRARY)
-    operator: Callable[..., tuple[Tensor, ...]] = getattr(
-        torch.ops.fasterase, f"{name}_step"
-    ).default
-    return operator
-
-
-def _flatten_backward(backward: Backward, num_tensors: int) -> Callable[..., tuple[Tensor, ...]]:
-    def run_backward(upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        batch, saved, groups, wanted, *options = _parse_backward_arguments(num_tensors, arguments)
-        made = backward(upstream, batch, saved, groups, wanted, *options)
-        return _fill_placeholders(made, batch, wanted)
-
-    return run_backward
-
-
-def _fill_placeholders(
-    made: Sequence[Tensor | None], batch: Batch, wanted: Wanted
-) -> tuple[Tensor, Tensor, Tensor]:
-    image, text, scale = made
-    return (
-        _make_placeholder(batch.image, batch, wanted) if image is None else image,
-        _make_placeholder(batch.text, batch, wanted) if text is None else text,
-        batch.scale.new_zeros(()) if scale is None else scale,
-    )
-
-
-def _make_fake_gradients(
-    num_tensors: int, upstream: Tensor, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, _, _, wanted, *_ = _parse_backward_arguments(num_tensors, arguments)
-    return _make_empty_gradients(batch, wanted)
-
-
-def _make_empty_gradients(batch: Batch, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor]:
-    image, text = (
-        side.new_empty(side.shape, dtype=_gradient_dtype(side, batch, wanted))
-        if is_wanted
-        else _make_placeholder(side, batch, wanted)
-        for side, is_wanted in ((batch.image, wanted.image), (batch.text, wanted.text))
-    )
-    return image, text, batch.scale.new_empty(())
-
-
-def _parse_backward_arguments(num_tensors: int, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """(batch, saved, groups, wanted, *options) from the arguments that follow `upstream`."""
-    tensors, (groups, *rest) = arguments[:num_tensors], arguments[num_tensors:]
-    num_wanted = len(Wanted._fields)
-    wanted, options = Wanted(*rest[:num_wanted]), rest[num_wanted:]
-    return Batch(*tensors[:6]), tensors[6:], tuple(groups), wanted, *options
-
-
-def _gradient_dtype(side: Tensor, batch: Batch, wanted: Wanted) -> torch.dtype:
-    return side.dtype if wanted.rounded else batch.scale.dtype
-
-
-def _make_placeholder(side: Tensor, batch: Batch, wanted: Wanted) -> Tensor:
-    """An empty tensor in the place of a gradient that is not wanted."""
-    return side.new_empty(0, dtype=_gradient_dtype(side, batch, wanted))
-
-
 def _save_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.groups, *ctx.options = inputs[6:]
     _, *saved = output
@@ -382,26 +308,15 @@ def _save_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def _make_backward(operator: Operator) -> Callable[..., tuple[Tensor | None, ...]]:
-    def run_operator(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        wants = ctx.needs_input_grad[:3]
-        wanted = Wanted(wants[0], wants[1], wants[2], rounded=True)
+    """The backward pass of losses, which is skipped for losses that nobody uses."""
+
+    def run(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        wants = ctx.needs_input_grad
+        wanted = Wanted._make((*wants[:3], True))
         made = operator.differentiate(upstream, ctx.saved_tensors, ctx.groups, wanted, ctx.options)
-        return keep_wanted(ctx, made)
+        gradients = (g if is_wanted else None for g, is_wanted in zip(made, wants, strict=False))
+        return (*gradients, *(None,) * (len(wants) - 3))
 
-    return differentiate_once(run_operator)
-
-
-def keep_wanted(ctx: Any, made: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """What a backward pass returns: d_image, d_text, d_scale where wanted, None for the rest."""
-    wants = ctx.needs_input_grad
-    gradients = (g if wanted else None for g, wanted in zip(made, wants[:3], strict=True))
-    return (*gradients, *(None,) * (len(wants) - 3))
-
-
-def differentiate_once(
-    run: Callable[[Any, Tensor], tuple[Tensor | None, ...]],
-) -> Callable[..., tuple[Tensor | None, ...]]:
-    """The backward pass of losses: `run`, which is skipped for losses that nobody uses."""
     refuse_or_run = once_differentiable(run)
 
     def differentiate(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,10 +33,7 @@ def check_products(products: Any) -> None:
 def resolve_products(products: str, backend: str, features: Sequence[Tensor]) -> str:
     """Return how a call multiplies: "fp16", "bf16", "tf32", "fp32" or "fp64".
 
-    Args:
-        products: one of `PRODUCTS`.
-        backend: the name of the backend that runs.
-        features: image, text and, if there is a reference, its two.
+    `features` are image, text and, if there is a reference, its two.
     """
     if any(each.dtype == torch.float64 for each in features[:2]):
         return "fp64"
@@ -70,17 +68,15 @@ def refuse_tf32() -> Iterator[None]:
     if not allows_tf32():
         yield
         return
+    matmul = torch.backends.cuda.matmul
     try:
         before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # set through `fp32_precision`, which must not be mixed with this function
-        torch.backends.cuda.matmul.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            torch.backends.cuda.matmul.fp32_precision = "tf32"
-        return
-    torch.set_float32_matmul_precision("highest")
+        restore = partial(torch.set_float32_matmul_precision, before)
+        torch.set_float32_matmul_precision("highest")
+    except RuntimeError:  # set through `fp32_precision`, which must not be mixed with these
+        restore = partial(setattr, matmul, "fp32_precision", "tf32")
+        matmul.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        restore()

@@ -68,10 +68,6 @@ _ROWS, _DEPTH = 16, 128
 _GAIN_FP16 = 8192.0
 
 
-def _num_multiprocessors(device: torch.device) -> int:
-    return 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
-
-
 class _Problem(NamedTuple):
     """The groups of a launch, prepared for products."""
 
@@ -116,12 +112,7 @@ class _Problem(NamedTuple):
         peaks = new(matrices, 3, blocks)
         has_ref = matrices == 2
         image, text, scale, ref_image, ref_text, ref_scale = batch
-        given = (
-            image,
-            text,
-            image if ref_image is None else ref_image,
-            text if ref_text is None else ref_text,
-        )
+        given: Any = image, text, *((ref_image, ref_text) if has_ref else (image, text))
         arguments = (*given, scale, ref_scale if has_ref else scale)
         strides = tuple(side.stride(0) for side in given)
         sizes = (pair.split, n, *features.widths)
@@ -292,7 +283,9 @@ def _fill_strips(
             (-(-strip.num_rows // tile.block_m), -(-strip.n // tile.block_n)) for strip in strips
         ]
         # Longer runs only if there are enough tiles for all multiprocessors.
-        length = sum(a * b for a, b in counts) // (2 * _num_multiprocessors(workspace.device))
+        device = None if INTERPRETED else torch.cuda.get_device_properties(workspace.device)
+        multiprocessors = 1 if device is None else device.multi_processor_count
+        length = sum(a * b for a, b in counts) // (2 * multiprocessors)
         length = max(1, min(RUN_LENGTH, length))
         gradient_strip_without_reference[(sum(-(-a // length) * b for a, b in counts),)](
             *features[:2], problem.scales, *weights, workspace, *features.strides[:2],
@@ -420,5 +413,4 @@ contrastive_triton = register(
     step=step,
     options_schema="str products",
     options=_check,
-    backward_takes_options=True,
 )

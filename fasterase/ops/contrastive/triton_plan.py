@@ -73,13 +73,7 @@ EVEN_TILES = {
 
 
 def choose_tile(kernel: str, is_half: bool, widths: tuple[int, ...], architecture: str) -> Tile:
-    """Choose the tile of a launch.
-
-    kernel: "sums", "sums_with_reference", "sums_online", "strip", "strip_with_reference" or
-        "strip_online".
-    widths: D of the features and of their reference.
-    architecture: such as "sm_90", or "gfx" for AMD's; one without entries has the general tiles.
-    """
+    """Choose the tile of a launch with features of these widths, D and D0."""
     key = kernel, is_half
     tile = EVEN_TILES.get(architecture, {}).get(key, TILES[key])
     if all(width % tile.block_k == 0 for width in widths):
@@ -232,8 +226,8 @@ def strip_stride(n: int) -> int:
 def plan_strips(sizes: tuple[int, int], elements: int, block_m: int) -> list[tuple[Strip, Strip]]:
     """Divide the rows of G into launches of at most `elements` elements, a strip of each group.
 
-    Both groups whole if they fit; else one strip per launch, the other of which has no rows. A
-    strip has at least one row block, however small `elements` is.
+    Both groups whole if they fit; else one strip per launch, of at least one row block, and the
+    other has no rows.
     """
     first, second = sizes
     strides = strip_stride(first), strip_stride(second)
@@ -242,10 +236,10 @@ def plan_strips(sizes: tuple[int, int], elements: int, block_m: int) -> list[tup
         return [whole]
     length = max(elements // max(strides) // block_m, 1) * block_m
     launches = []
-    for start in range(0, first, length):
-        rows = min(length, first - start)
-        launches.append((Strip(0, first, start, rows, 0), Strip(first, second, start, 0, 0)))
-    for start in range(0, second, length):
-        rows = min(length, second - start)
-        launches.append((Strip(0, first, start, 0, 0), Strip(first, second, start, rows, 0)))
+    for group in (0, 1):
+        for start in range(0, sizes[group], length):
+            rows = [0, 0]
+            rows[group] = min(length, sizes[group] - start)
+            one, other = Strip(0, first, start, rows[0], 0), Strip(first, second, start, rows[1], 0)
+            launches.append((one, other))
     return launches
