@@ -28,11 +28,8 @@ from fasterase.engine.run_lock import lock_run
 from fasterase.engine.stops import explaining_interrupts
 from fasterase.engine.trackers import tracking
 from fasterase.errors import InputError
-from fasterase.evaluation.attacks.table import check_attacks
-from fasterase.evaluation.evaluator import Evaluator
-from fasterase.evaluation.examiner import Examiner
-from fasterase.evaluation.measurement import Measurement
-from fasterase.evaluation.tasks.table import check_tasks
+from fasterase.evaluation.evaluator import Evaluator, Measurement
+from fasterase.evaluation.examiner import Examiner, check_attacks, check_tasks
 from fasterase.files import check_creatable, check_replaceable
 from fasterase.models.companions import remember
 from fasterase.models.delta import fingerprint_weights, keep_original
@@ -365,13 +362,7 @@ def evaluate(
     measured = measure("model", model, before=before)
     compared = {name: measure(name, other, before=before) for name, other in references.items()}
     evaluation = compare(
-        evaluator,
-        measured,
-        original=before,
-        references=compared,
-        tasks=examiner.task_figures(),
-        attacks=examiner.attack_figures(),
-        series=examiner.series(),
+        evaluator, measured, original=before, references=compared, examiner=examiner
     )
     digests = {name: source.digest() for name, source in sources.items()} if record else {}
     return audit(evaluation, record, fingerprint=fingerprint, digests=digests)

@@ -214,5 +214,4 @@ def test_licences_are_declared():
 @pytest.mark.parametrize("path", _modules(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_are_small_and_named_after_one_job(path):
     assert path.stem not in ("utils", "common", "helpers", "misc")
-    most = 250 if _part(path) == "evaluation" else 500
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= most
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 500

@@ -21,7 +21,7 @@ from benchmarks.result_files import RESULTS, code_version, device_name, write_cs
 from fasterase.demo import emoji
 from fasterase.demo.sets import Drawings, build_sets, open_teams
 from fasterase.errors import InputError
-from fasterase.evaluation.attacks.table import ATTACKS
+from fasterase.evaluation.examiner import ATTACKS
 from fasterase.report.evaluation import Evaluation
 
 ORIGINAL, RETRAINED = "demo's model", "retrained without it"

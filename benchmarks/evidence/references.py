@@ -31,7 +31,7 @@ from fasterase.demo import emoji
 from fasterase.demo.run import evaluate_sets
 from fasterase.demo.sets import build_sets
 from fasterase.errors import InputError
-from fasterase.evaluation.measurement import Scores
+from fasterase.evaluation.evaluator import Scores
 from fasterase.provenance import read_record
 from fasterase.report.evaluation import Evaluation
 

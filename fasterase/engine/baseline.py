@@ -23,10 +23,8 @@ from fasterase.engine.damage import (
 )
 from fasterase.engine.job import Draws, Job
 from fasterase.engine.pacing import Check
-from fasterase.evaluation.evaluator import Evaluator
-from fasterase.evaluation.judge import Judge, summarise
-from fasterase.evaluation.measurement import Measurement
-from fasterase.evaluation.verdict import REMEMBERED, Trace
+from fasterase.evaluation.evaluator import Evaluator, Measurement
+from fasterase.evaluation.verdict import REMEMBERED, Judge, Trace, summarise
 from fasterase.original.features import (
     CachedOriginal,
     FeatureCache,

@@ -40,28 +40,18 @@ class Metric:
     forget: str
     keep: str
 
-    def wanted(self, *, forget: bool) -> str:
-        """Return the arrow of a set to forget, or of one to keep."""
-        return self.forget if forget else self.keep
-
     def average_of(self, values: np.ndarray) -> float:
         """Return the set's value from per-pair `values` [n]; NaN marks pairs that do not count."""
         return float(np.nanmean(values) if self.average == "mean" else np.nanmedian(values))
-
-    def format(self, value: float) -> str:
-        """Format `value` for tables: shares in percent, without the sign."""
-        return format_value(self.unit, value)
 
 
 def format_value(unit: str, value: float) -> str:
     """Format a value for tables: a `"share"` in percent, `"rank"`, `"seconds"` or `"cosine"`."""
     if unit == "share":
         return f"{100 * value:.1f}"
-    if unit == "rank":
-        return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
-    if unit == "seconds":
-        return f"{value:.1f}"
-    return f"{value:+.2f}".replace("-0.00", "+0.00")
+    if unit == "cosine":
+        return f"{value:+.2f}".replace("-0.00", "+0.00")
+    return f"{value:.0f}" if unit == "rank" and value >= 1000 else f"{value:.1f}"
 
 
 def _share(key: str, title: str, keep: str = "↑") -> Metric:

@@ -13,8 +13,7 @@ from torch.nn.functional import normalize
 
 from fasterase.encode import PairFeatures
 from fasterase.errors import InputError
-from fasterase.evaluation.features import captions_of
-from fasterase.evaluation.scores import search_candidates
+from fasterase.evaluation.scores import captions_of, search_candidates
 from fasterase.pairs.table import PairTable
 
 TEMPLATES: tuple[str, ...] = ("a photo of a {}.",)

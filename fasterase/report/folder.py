@@ -8,9 +8,8 @@ from typing import Any
 
 from fasterase.errors import MissingExtraError
 from fasterase.files import write_text
-from fasterase.report.examples import Examples
-from fasterase.report.losses import plot_history
-from fasterase.report.pictures import TEXT_WIDTH, picture_sheet
+from fasterase.report.pictures import TEXT_WIDTH, Examples, picture_sheet
+from fasterase.report.plots import plot_history
 
 # Captions of more characters than a name are given more pixels.
 NAME_LENGTH, SENTENCE_WIDTH = 30, 290

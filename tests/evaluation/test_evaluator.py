@@ -13,8 +13,7 @@ from torch.nn.functional import normalize
 from fasterase.encode import PairEncoder
 from fasterase.errors import InputError
 from fasterase.evaluation import scores
-from fasterase.evaluation.evaluator import Evaluator
-from fasterase.evaluation.features import sampled_rows
+from fasterase.evaluation.evaluator import Evaluator, sampled_rows
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.table import PairTable
 from fasterase.report.evaluation import compare

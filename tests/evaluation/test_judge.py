@@ -13,10 +13,8 @@ from torch.nn.functional import normalize
 
 from fasterase.encode import PairEncoder
 from fasterase.engine.job import undrawn_rows
-from fasterase.evaluation.evaluator import Evaluator
-from fasterase.evaluation.features import sampled_rows
-from fasterase.evaluation.judge import Judge, PairTraces
-from fasterase.evaluation.verdict import decide
+from fasterase.evaluation.evaluator import Evaluator, sampled_rows
+from fasterase.evaluation.verdict import Judge, PairTraces, decide
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.sampler import Sampler
 from fasterase.pairs.table import PairTable

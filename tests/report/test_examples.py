@@ -9,7 +9,7 @@ from PIL import Image
 from fasterase.encode import PairEncoder
 from fasterase.models.load import load_model
 from fasterase.pairs.open import open_pairs
-from fasterase.report.examples import PICTURES, CaptionRanking, example_rows, spread
+from fasterase.report.pictures import PICTURES, CaptionRanking, example_rows, spread
 from tests import small_models
 
 

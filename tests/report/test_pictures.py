@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from fasterase.errors import InputError
@@ -17,7 +16,6 @@ from fasterase.report.pictures import (
     Strip,
     contact_sheet,
     picture_sheet,
-    top_captions,
 )
 
 RED, GREEN = (0xC8, 0x10, 0x2E), (0x1A, 0x7F, 0x37)
@@ -87,10 +85,3 @@ def test_captions_of_several_lines_are_drawn_on_one(tmp_path: Path) -> None:
 def test_no_rows_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="rows is empty"):
         picture_sheet([], tmp_path / "sheet.png")
-
-
-def test_top_captions_are_the_closest_best_first() -> None:
-    text = torch.eye(4)
-    image = torch.tensor([[0.1, 0.9, 0.3, 0.2], [0.9, 0.0, 0.1, 0.5]])
-    assert top_captions(image, text, list("abcd"), k=2) == [["b", "c"], ["a", "d"]]
-    assert top_captions(image, text, list("abcd"), k=9)[0] == ["b", "c", "d", "a"]

@@ -10,19 +10,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import torch
 
 from fasterase.encode import PairFeatures
 from fasterase.errors import InputError, import_extra
-from fasterase.evaluation.figures import Figure, Found, Series, share_below, share_figure
-from fasterase.evaluation.target import Target
+from fasterase.evaluation.findings import Examined, Finding, Series, Target, share_finding
+from fasterase.evaluation.scores import share_below
 
 # False positives that an accusation may cost, and non-members without which such a rate means
 # nothing: three of 300.
 FALSE_POSITIVES, ENOUGH = 0.01, 300
 BIN = 0.05  # of the histograms of cosines
+TITLES = {"cosine": "matched cosine", "change": "matched cosine minus the original's"}
 
 
-def membership(target: Target) -> Found:
+def membership(target: Target) -> Examined:
     """Tell members, which the original was trained on, from non-members by their similarity.
 
     The score of a pair is the cosine of its image with its first caption; with an original also
@@ -53,21 +55,18 @@ def membership(target: Target) -> Found:
         originals = {name: before[name].at(rows) for name, rows in names.items()}
         originals["non-members"] = target.original_non_members
         scores["change"] = {n: _change(those, originals[n]) for n, those in features.items()}
-    figures: list[Figure] = []
+    findings: list[Finding] = []
     series: list[Series] = []
-    for key, title in (
-        ("cosine", "matched cosine"),
-        ("change", "matched cosine minus the original's"),
-    ):
+    for key, title in TITLES.items():
         if key not in scores:
             continue
         others = scores[key]["non-members"]
         for name in names:
             wanted = "" if name == "retain" else "↓ chance"
             group, place = f"{name} against non-members, {title}", f"{name}/{key}"
-            figures.append(
-                target.resampled_figure(
-                    share_below(scores[key][name], others),
+            findings.append(
+                target.resampled(
+                    share_below(*map(torch.from_numpy, (scores[key][name], others))),
                     key=f"{place}/auc",
                     group=group,
                     title="AUC, %",
@@ -76,8 +75,8 @@ def membership(target: Target) -> Found:
                 )
             )
             if len(others) >= ENOUGH:
-                figures.append(
-                    share_figure(
+                findings.append(
+                    share_finding(
                         found_members(scores[key][name], others),
                         key=f"{place}/tpr",
                         group=group,
@@ -87,7 +86,7 @@ def membership(target: Target) -> Found:
                     )
                 )
         series += _histograms(scores[key], panel=f"{target.name}: {title}", x_label=title)
-    return Found(figures, series)
+    return Examined(findings, series)
 
 
 def matched_cosine(pairs: PairFeatures) -> np.ndarray:

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import torch
 
 from fasterase.errors import InputError, import_extra
-from fasterase.evaluation.figures import Figure, Found, share_below
-from fasterase.evaluation.target import FALSE_POSITIVES, Target
+from fasterase.evaluation.findings import FALSE_POSITIVES, Examined, Finding, Target
+from fasterase.evaluation.scores import share_below
 from fasterase.seeds import Stream, generator
 
 FOLDS = 5
@@ -21,7 +22,7 @@ FOLDS = 5
 Fit = Callable[[np.ndarray, np.ndarray], Callable[[np.ndarray], np.ndarray]]
 
 
-def probe(target: Target) -> Found:
+def probe(target: Target) -> Examined:
     """Tell images to forget from unrelated ones by a linear probe and by class prototypes.
 
     Both are fitted on four fifths of the judged `forget` images and of the unrelated retain images,
@@ -34,10 +35,7 @@ def probe(target: Target) -> Found:
         MissingExtraError: scikit-learn is not installed (extra `eval`).
     """
     evaluator = target.evaluator
-    images = {
-        name: target.features[name].at(rows).image.double().numpy()
-        for name, rows in evaluator.judge.rows.items()
-    }
+    images = {name: those.image.double().numpy() for name, those in target.judged().items()}
     unrelated, forget = images.pop("retain"), images["forget"]
     folds = min(FOLDS, len(forget), len(unrelated))
     if folds < 2:
@@ -49,7 +47,7 @@ def probe(target: Target) -> Found:
         name: assign_folds(len(those), folds, seed=evaluator.seed)
         for name, those in (*images.items(), ("retain", unrelated))
     }
-    figures: list[Figure] = []
+    findings: list[Finding] = []
     for key, title, fit in (
         ("linear_probe", "linear probe of image features", fit_linear),
         ("prototypes", "prototypes of image features", fit_prototypes),
@@ -62,16 +60,17 @@ def probe(target: Target) -> Found:
             others = score(unrelated[unseen])
             for name, those in images.items():
                 rows = fold_of[name] == fold
-                below[name][rows] = share_below(score(those[rows]), others)
+                tried = torch.from_numpy(score(those[rows]))
+                below[name][rows] = share_below(tried, torch.from_numpy(others))
                 chance[name][rows] = _found_by_chance(len(others))
         for name in images:
-            figures += target.separation_figures(
+            findings += target.separation(
                 below[name],
                 key=f"{name}/{key}",
                 group=f"{name}, {title}",
                 chance=float(chance[name].mean()),
             )
-    return Found(figures)
+    return Examined(findings)
 
 
 def assign_folds(count: int, folds: int, *, seed: int) -> np.ndarray:

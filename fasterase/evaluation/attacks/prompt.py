@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fasterase.encode import PairFeatures
 from fasterase.errors import InputError
-from fasterase.evaluation.figures import Figure, Found, Series, share_below
-from fasterase.evaluation.target import FALSE_POSITIVES, Target
+from fasterase.evaluation.findings import FALSE_POSITIVES, Examined, Finding, Series, Target
+from fasterase.evaluation.scores import share_below
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.pairs.skips import BrokenPair
 from fasterase.seeds import Stream, generator
@@ -27,7 +27,7 @@ BEAM = 4  # prompts that are built on
 ROUNDS = 4  # of adding a word or replacing one
 
 
-def prompt(target: Target) -> Found:
+def prompt(target: Target) -> Examined:
     """Search for words that separate images to forget from unrelated ones, under the text tower.
 
     The search sees half of the `forget` images and half of the unrelated retain images. It first
@@ -40,18 +40,18 @@ def prompt(target: Target) -> Found:
     `WORDS + 2 ROUNDS BEAM PIECES` texts through the text tower, 3,072 of them, and no image.
 
     Raises:
-        InputError: the model has no tokenizer (a reference without one gets no figures), or there
+        InputError: the model has no tokenizer (a reference without one gets no findings), or there
             are fewer than two images to forget or unrelated ones.
     """
     evaluator, model = target.evaluator, target.encoder.model
     if model.text_tokenizer is None:
         if target.name != "model":
-            return Found([])
+            return Examined([])
         raise InputError(
             f"attacks: 'prompt' writes captions, and {model.name} came without a tokenizer. Pass "
             "tokenizer=, or leave 'prompt' out."
         )
-    judged = {name: target.features[name].at(rows) for name, rows in evaluator.judge.rows.items()}
+    judged = target.judged()
     halves = {name: _halves(judged[name], evaluator.seed) for name in ("forget", "retain")}
     if not all(len(seen) and len(unseen) for seen, unseen in halves.values()):
         raise InputError(
@@ -67,18 +67,17 @@ def prompt(target: Target) -> Found:
     unseen = {name: those.image for name, those in judged.items()}
     unseen |= {name: others for name, (_, others) in halves.items()}
     unrelated = unseen.pop("retain")
-    figures: list[Figure] = []
+    findings: list[Finding] = []
     for key, title, text in (
         ("caption", "best caption of the data", natural),
         ("prompt", f"best of {search.tried:,} prompts", search.best[0]),
     ):
         feature = target.encoder.texts([text])[0]
-        figures.append(Figure(f"{key}/text", title, "text", "text", "", text))
-        others = (unrelated @ feature).double().numpy()
+        findings.append(Finding(f"{key}/text", title, "text", "text", "", text))
+        others = (unrelated @ feature).double()
         for name, images in unseen.items():
-            below = share_below((images @ feature).double().numpy(), others)
-            figures += target.separation_figures(
-                below,
+            findings += target.separation(
+                share_below((images @ feature).double(), others),
                 key=f"{name}/{key}",
                 group=title,
                 chance=FALSE_POSITIVES,
@@ -87,7 +86,7 @@ def prompt(target: Target) -> Found:
     places = [float(count) for count, _ in history]
     scores = [score for _, score in history]
     axis = "gap of mean cosines, deviations"
-    return Found(figures, [Series("best prompt so far", "prompts tried", axis, places, scores)])
+    return Examined(findings, [Series("best prompt so far", "prompts tried", axis, places, scores)])
 
 
 class Search:

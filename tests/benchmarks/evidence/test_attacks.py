@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.evidence import attacks
 from fasterase.errors import InputError
-from fasterase.evaluation.figures import Figure
+from fasterase.evaluation.findings import Finding
 from fasterase.report.evaluation import Evaluation
 
 
@@ -20,7 +20,7 @@ def test_models_have_names() -> None:
 
 
 def test_each_model_has_a_row_with_its_interval() -> None:
-    figure = Figure("auc", "group", "AUC", "share", "↓", 0.5, 0.4, 0.6, original=1.0)
+    figure = Finding("auc", "group", "AUC", "share", "↓", 0.5, 0.4, 0.6, original=1.0)
     figure = dataclasses.replace(
         figure, references={"other": 0.7}, other_intervals={"original": [0.9, 1.0]}
     )

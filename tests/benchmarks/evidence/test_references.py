@@ -10,8 +10,8 @@ from benchmarks.evidence import references
 from benchmarks.evidence.references import ATTACKED, ERASED, ORIGINAL, RETRAINED, VERDICT
 from fasterase.demo import emoji
 from fasterase.errors import InputError
-from fasterase.evaluation.figures import Figure
-from fasterase.evaluation.measurement import Scores
+from fasterase.evaluation.evaluator import Scores
+from fasterase.evaluation.findings import Finding
 from fasterase.report.evaluation import Evaluation
 
 
@@ -28,9 +28,9 @@ def scores(known: float, kept: float) -> Scores:
 
 
 def evaluation(erased: float, retrained: float) -> Evaluation:
-    attacks: dict[str, dict[str, Figure]] = {}
+    attacks: dict[str, dict[str, Finding]] = {}
     for each in ATTACKED:
-        figure = Figure(
+        figure = Finding(
             each.key,
             "",
             "",

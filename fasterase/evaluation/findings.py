@@ -1,0 +1,302 @@
+"""What a task or an attack is given, and what it finds: numbers and curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from fasterase.encode import PairEncoder, PairFeatures
+from fasterase.evaluation.evaluator import Evaluator
+from fasterase.evaluation.metrics import (
+    METRICS,
+    bootstrap_intervals,
+    format_value,
+    wilson_interval,
+)
+from fasterase.evaluation.scores import Position, distinct_firsts, find_position
+from fasterase.evaluation.verdict import PairTraces
+
+CELL = 12  # characters of a text in a table
+# Share of unrelated images that may be taken for the concept when an image counts as found.
+FALSE_POSITIVES = 0.05
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One number of a task or an attack.
+
+    Attributes:
+        key: name in dictionaries and JSON, such as `"forget/original_images/contest_hit@1"`.
+        group: heading that the finding stands under in tables.
+        title: its name there.
+        unit: `"share"` (0 to 1, printed in percent), `"cosine"`, `"rank"`, `"seconds"`,
+            `"verdict"` or `"text"`.
+        wanted: wanted direction; empty if it only informs.
+        value: of the model; words if the unit is `"verdict"` or `"text"`.
+        low, high: 95 % interval of `value`; None for what is no share.
+        chance: value of a random order; None if there is no such level.
+        original: the original's value, or None if it was not attacked.
+        references: name -> value of a further model.
+        other_intervals: `"original"` or name of a reference -> low and high of its value.
+    """
+
+    key: str
+    group: str
+    title: str
+    unit: str
+    wanted: str
+    value: float | str
+    low: float | None = None
+    high: float | None = None
+    chance: float | None = None
+    original: float | str | None = None
+    references: dict[str, float | str] = field(default_factory=dict)
+    other_intervals: dict[str, list[float]] = field(default_factory=dict)
+
+    def format(self, value: float | str | None) -> str:
+        """Format a value of this finding for tables, "-" for None; long texts are shortened."""
+        if value is None:
+            return "-"
+        if isinstance(value, str):
+            return value if len(value) <= CELL else value[: CELL - 3] + "..."
+        return format_value(self.unit, value)
+
+    @property
+    def interval(self) -> str:
+        """The interval as tables show it."""
+        return "-" if self.low is None else f"{self.format(self.low)} to {self.format(self.high)}"
+
+
+Findings = dict[str, Finding]  # key -> finding
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of one panel of a plot.
+
+    Attributes:
+        panel: title of the panel; series of one title share it.
+        x_label, y_label: of the panel's axes, with units.
+        x, y: [n] points.
+        kind: `"line"` through the points; or `"steps"`, a histogram with a level `y[i]` from `x[i]`
+            to `x[i + 1]`, whose last level is repeated.
+        line: what the line shows, where a panel has several of one model; colours then tell these
+            apart, and else the models.
+        ticks: [n] what to write at `x` instead of the numbers.
+        point_labels: [n] what to write at each point.
+        model: whose it is: `"model"`, `"original"` or the name of a reference.
+    """
+
+    panel: str
+    x_label: str
+    y_label: str
+    x: list[float]
+    y: list[float]
+    kind: str = "line"
+    line: str = ""
+    ticks: list[str] | None = None
+    point_labels: list[str] | None = None
+    model: str = "model"
+
+
+class Examined(NamedTuple):
+    """What a task or an attack finds out about one model.
+
+    Attributes:
+        findings: none if a reference cannot be attacked.
+        series: what its plot shows; none if the findings themselves are plotted.
+    """
+
+    findings: list[Finding]
+    series: Sequence[Series] = ()
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model that is used or attacked.
+
+    Attributes:
+        name: `"model"`, `"original"` or the name of a reference.
+        encoder: the model. What changes it puts it back as it was.
+        features: set -> its features of the measured pairs.
+        original: the same of the original; None if it is not among the models.
+        non_members: the model's features of pairs that no model was trained on; None without any.
+        original_non_members: the same of the original.
+        evaluator: the pairs, and the judge of the sets to forget.
+    """
+
+    name: str
+    encoder: PairEncoder
+    features: Mapping[str, PairFeatures]
+    original: Mapping[str, PairFeatures] | None
+    non_members: PairFeatures | None
+    original_non_members: PairFeatures | None
+    evaluator: Evaluator
+
+    def judged(self) -> dict[str, PairFeatures]:
+        """Return set -> features of the pairs that the verdict compares; `"retain"`: unrelated."""
+        return {name: self.features[name].at(r) for name, r in self.evaluator.judge.rows.items()}
+
+    def encode(self, rows: Mapping[str, np.ndarray], what: str) -> dict[str, PairFeatures]:
+        """Return set -> features of its `rows`, encoded anew; `what` stands at the bar."""
+        return {
+            name: self.encoder.pairs(
+                self.evaluator.sources[name], those, description=f"{what} ({name})", leave=False
+            )
+            for name, those in rows.items()
+        }
+
+    def resampled(
+        self,
+        values: np.ndarray,  # [n] shares; NaN for pairs that do not count
+        *,
+        key: str,
+        group: str,
+        title: str,
+        wanted: str,
+        chance: float,
+    ) -> Finding:
+        """Return the mean over pairs with its bootstrap interval."""
+        evaluator = self.evaluator
+        intervals = bootstrap_intervals(
+            {key: values}, {}, resamples=evaluator.resamples, seed=evaluator.seed
+        )
+        return share_finding(
+            values,
+            key=key,
+            group=group,
+            title=title,
+            wanted=wanted,
+            chance=chance,
+            interval=intervals[key],
+        )
+
+    def of_set(
+        self,
+        name: str,
+        values: np.ndarray,  # [n] shares; NaN for pairs that do not count
+        *,
+        key: str,
+        title: str,
+        chance: float,
+        aim: str = "",
+    ) -> Finding:
+        """Return the mean over the pairs of the set `name`, with its bootstrap interval.
+
+        It should fall on sets to forget, to chance at most if `aim` says so, and not on others.
+        """
+        wanted = f"↓{aim}" if name in self.evaluator.forget_sets else "↑"
+        key = f"{name}/{key}"
+        return self.resampled(
+            values, key=key, group=name, title=title, wanted=wanted, chance=chance
+        )
+
+    def hits(
+        self, name: str, found: Position, chances: Mapping[int, float], *, key: str, title: str
+    ) -> list[Finding]:
+        """Return how often the first k candidates of queries [n] hold a right one, for several k.
+
+        Args:
+            name: the set.
+            found: where each query finds its best right candidate.
+            chances: k -> chance level.
+            key: of the findings; `"@k"` follows.
+            title: of the findings, with `{}` for k.
+        """
+        return [
+            self.of_set(name, found.hit(k), key=f"{key}@{k}", title=title.format(k), chance=chance)
+            for k, chance in chances.items()
+        ]
+
+    def separation(
+        self,
+        below: np.ndarray,  # [n] share of unrelated images below each image of the concept
+        *,
+        key: str,
+        group: str,
+        chance: float,
+        prefix: str = "",
+    ) -> list[Finding]:
+        """Return how well a score tells images of the concept from unrelated ones.
+
+        The AUC, `key/auc`, and the share of images above all but `FALSE_POSITIVES` of the others,
+        `key/found`, beside the share that a random score finds. `prefix` is that of the titles.
+        """
+        auc = self.resampled(
+            below,
+            key=f"{key}/auc",
+            group=group,
+            title=f"{prefix}AUC, %",
+            wanted="↓",
+            chance=0.5,
+        )
+        found = share_finding(
+            (below >= 1 - FALSE_POSITIVES).astype(float),
+            key=f"{key}/found",
+            group=group,
+            title=f"{prefix}found at 5 % FPR, %",
+            wanted="↓",
+            chance=chance,
+        )
+        return [auc, found]
+
+    def traces(self, traces: Mapping[str, PairTraces], *, key: str, group: str) -> list[Finding]:
+        """Return residues (bootstrap intervals) and hit@1 (Wilson interval) of each set to forget.
+
+        `key` and `group` stand beside the set's name in each finding's key and heading.
+        """
+        findings = []
+        for name, found in traces.items():
+            metrics = found.metrics()
+            for metric in METRICS:
+                if metric.key in metrics:
+                    values, chance = metrics[metric.key]
+                    make = share_finding if metric.key == "contest_hit@1" else self.resampled
+                    findings.append(
+                        make(
+                            values,
+                            key=f"{name}/{key}/{metric.key}",
+                            group=f"{name}, {group}",
+                            title=metric.title,
+                            wanted=metric.forget,
+                            chance=chance,
+                        )
+                    )
+        return findings
+
+
+def share_finding(
+    values: np.ndarray,  # [n] 0 or 1, or shares where ties are counted as chance would break them
+    *,
+    key: str,
+    group: str,
+    title: str,
+    wanted: str,
+    chance: float,
+    interval: tuple[float, float] | None = None,
+) -> Finding:
+    """Return a share of n trials; its interval is Wilson's unless another one is given."""
+    share = float(np.nanmean(values))
+    low, high = interval or wilson_interval(share, len(values))
+    return Finding(key, group, title, "share", wanted, share, low, high, chance)
+
+
+def recall_finding(
+    pairs: PairFeatures, *, key: str, group: str, title: str = "retain image->text R@1, %"
+) -> Finding:
+    """Return image->text recall@1 of pairs that should be kept, among their own captions."""
+    distinct, own = distinct_firsts(pairs)
+    right = torch.nn.functional.one_hot(torch.tensor(own), len(distinct)).bool()
+    position = find_position(pairs.image @ pairs.text[distinct].T, right)
+    return share_finding(
+        position.hit(1),
+        key=f"{key}/recall@1",
+        group=group,
+        title=title,
+        wanted="↑",
+        chance=1 / len(distinct),
+    )
