@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.command import comparison_parser, exit_with
-from benchmarks.evidence.attacked import attacks_of
+from benchmarks.evidence.attacks import attacks_of
 from benchmarks.evidence.cells import (
     COSTLY,
     METHODS,

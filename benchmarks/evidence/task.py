@@ -53,12 +53,7 @@ class Method:
 
 
 def train(
-    task: Task,
-    config: UnlearnConfig,
-    *,
-    forget: Any,
-    retain: Any,
-    measured_at: Sequence[int] = (),
+    task: Task, config: UnlearnConfig, *, forget: Any, retain: Any, measured_at: Sequence[int] = ()
 ) -> int:
     """Train the task's model with the library's engine; return the number of steps taken."""
     with warnings.catch_warnings():

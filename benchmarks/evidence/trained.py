@@ -136,12 +136,7 @@ METHODS = (
         erase_by_objective,
         _grid(ASCENT, consistency_weight=(3.0, 9.0)),
     ),
-    Method(
-        "error-maximising noise",
-        "arXiv 2111.08947",
-        erase_by_noise,
-        _grid(OFF),
-    ),
+    Method("error-maximising noise", "arXiv 2111.08947", erase_by_noise, _grid(OFF)),
     Method(
         "negated task vector",
         "arXiv 2212.04089",

@@ -13,11 +13,7 @@ from torch import Tensor
 
 from benchmarks.loss.case import Case, Inputs, exact_losses, in_fp64, make_inputs
 from benchmarks.loss.providers import PROVIDERS, Loss, Provider, UnavailableError
-from benchmarks.processes import (
-    MeasurementError,
-    call_in_process,
-    describe_error,
-)
+from benchmarks.processes import MeasurementError, call_in_process, describe_error
 from fasterase.planner.measure import PeakMemory, proc_bytes
 
 # Written before every timed call on a GPU, so that each starts with a cold L2 (50 MB on an H100).

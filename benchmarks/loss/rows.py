@@ -12,14 +12,7 @@ from benchmarks.result_files import read_csv, write_csv
 
 # Keys of extra_benchmark_config_str that tell two measurements apart, with the values of rows that
 # lack them; the other keys are results.
-_SETTINGS = {
-    "D": None,
-    "dtype": None,
-    "scale": None,
-    "kl": None,
-    "threads": None,
-    "labels": False,
-}
+_SETTINGS = {"D": None, "dtype": None, "scale": None, "kl": None, "threads": None, "labels": False}
 
 
 @dataclass

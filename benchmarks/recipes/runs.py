@@ -43,10 +43,7 @@ KEEPING = {
 # The default without what it does to words and between towers; so is the fixed rate's.
 PLAIN = {"forget_words": False, "cross_weight": 0.0}
 # What the others are given besides batch sizes.
-AUTOMATIC: dict[str, dict[str, Any]] = {
-    "fasterase": {},
-    "fasterase, plain": PLAIN,
-}
+AUTOMATIC: dict[str, dict[str, Any]] = {"fasterase": {}, "fasterase, plain": PLAIN}
 BASELINE = "fasterase"
 # The default with other optimisers, which `benchmarks.systems.eight_bit` compares with it.
 OPTIMIZERS = {f"fasterase, {name}": {"optimizer": name} for name in ("adamw8bit", "lion8bit")}
@@ -171,11 +168,7 @@ def execute(run: Run, work: Path, retrained: dict[str, str]) -> Outcome:
 
     def measure(steps: int) -> None:
         evaluation = evaluate_sets(
-            model,
-            sets,
-            original=str(emoji.BASE_MODEL),
-            progress=False,
-            references=references,
+            model, sets, original=str(emoji.BASE_MODEL), progress=False, references=references
         )
         assert evaluation.original is not None
         here = (run.recipe, run.subgroup, run.lr, run.keeping, steps, run.seed)

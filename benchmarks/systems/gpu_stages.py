@@ -119,15 +119,8 @@ def _compiled(results: Path, log: Path) -> list[list[str]]:
 
 
 def _end_to_end(results: Path, log: Path) -> list[list[str]]:
-    return [
-        _python(
-            "benchmarks.systems.end_to_end",
-            "--device",
-            "cuda",
-            "--output",
-            results / "end_to_end.csv",
-        )
-    ]
+    options = ("--device", "cuda", "--output", results / "end_to_end.csv")
+    return [_python("benchmarks.systems.end_to_end", *options)]
 
 
 def _cost_model(results: Path, log: Path) -> list[list[str]] | str:
@@ -135,22 +128,12 @@ def _cost_model(results: Path, log: Path) -> list[list[str]] | str:
     found = [file for file in files if file.is_file()]
     if not found:
         return f"no measurements: {files[0]} comes from the stage speed-bf16"
-    return [
-        _python(
-            "benchmarks.loss.gpu_model",
-            "--against",
-            file,
-            "--output",
-            results / f"{file.stem}_model.csv",
-        )
-        for file in found
-    ]
+    return [_python("benchmarks.loss.gpu_model", "--against", file) for file in found]
 
 
 def _repeats(results: Path, log: Path) -> list[list[str]]:
-    return [
-        _python("benchmarks.systems.gpu_checks", "repeats", "--output", results / "gpu_repeats.csv")
-    ]
+    output = results / "gpu_repeats.csv"
+    return [_python("benchmarks.systems.gpu_checks", "repeats", "--output", output)]
 
 
 STAGES = {

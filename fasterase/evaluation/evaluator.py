@@ -44,21 +44,13 @@ Scores = dict[str, dict[str, float]]  # set -> metric -> value
 
 @dataclass(frozen=True)
 class Measurement:
-    """One model's values.
+    """One model's values."""
 
-    Attributes:
-        model: its name.
-        sets: set -> per-pair values.
-        traces: set to forget -> what is left of it; empty without unrelated pairs.
-        candidates: number of candidate captions.
-        images: set -> image features of its pairs [n, D].
-    """
-
-    model: str
+    model: str  # its name
     sets: dict[str, SetScores]
-    traces: dict[str, Trace]
-    candidates: int
-    images: dict[str, Tensor]
+    traces: dict[str, Trace]  # of the sets to forget; empty without unrelated pairs
+    candidates: int  # number of candidate captions
+    images: dict[str, Tensor]  # set -> image features of its pairs [n, D]
 
     def check_same_pairs(self, other: Measurement, name: str) -> None:
         """Raise `InputError` if another model, called `name`, was measured on other pairs."""
@@ -108,13 +100,9 @@ class Evaluator:
     Args:
         sources: set name -> pairs; `"forget"` and `"retain"` are required. An empty set is not
             measured.
-        forget_sets: names of further sets to forget. They come first, with `"forget"`; all others
-            are sets to keep.
+        forget_sets: names of further sets to forget; all others are sets to keep.
         preferred: set -> rows that make up half of the sample, where they are enough.
-        max_pairs: pairs taken from each set, drawn by `seed` if it has more. None takes all.
-        seed: of that drawing and of the bootstrap.
-        class_names: classes for zero-shot accuracy. None: those that the sources carry, if any.
-        templates: prompts with `{}` for the class name. None: "a photo of a {}.".
+        max_pairs, seed, class_names, templates: as in `fasterase.evaluate`.
         quick: at most 1,000 pairs per set and 200 bootstrap resamples instead of 1,000.
 
     Attributes:
@@ -173,11 +161,7 @@ class Evaluator:
         return sampled_rows(length, self.max_pairs, seed=self.seed, preferred=preferred)
 
     def encode(self, encoder: PairEncoder) -> dict[str, PairFeatures]:
-        """Return set -> features of its `rows`.
-
-        Raises:
-            InputError: a set has no readable pair.
-        """
+        """Return set -> features of its `rows`; `InputError` if a set has no readable pair."""
         return {
             name: encoder.pairs(source, self.rows(name), description=f"measuring ({name})")
             for name, source in self.sources.items()
@@ -194,7 +178,7 @@ class Evaluator:
 
         Args:
             encoder: the model.
-            features: its features of the `rows` of each set, if they have been computed already.
+            features: what `encode` returned for it, if that has been called already.
             original: of the original, whose image features the captions are also searched in,
                 unless their width differs.
 

@@ -65,10 +65,7 @@ def check_tasks(names: Sequence[str]) -> list[str]:
 def check_attacks(names: Sequence[str], *, original: bool, non_members: bool) -> list[str]:
     """Return the distinct names of attacks, in order.
 
-    Args:
-        names: what the caller gave as `attacks`.
-        original: whether the original is among the models.
-        non_members: whether there are pairs that no model was trained on.
+    `original` and `non_members` say whether these are among what the attacks are given.
 
     Raises:
         InputError: a name is unknown, what an attack needs is missing, or no attack needs what was
@@ -146,11 +143,11 @@ class Examiner:
     def examine(
         self, name: str, encoder: PairEncoder, features: Mapping[str, PairFeatures]
     ) -> None:
-        """Run all tasks and attacks on one model.
+        """Run all tasks and attacks on one model, which is left as it is.
 
         Args:
             name: `"model"`, `"original"` or the name of a reference.
-            encoder: the model, which is left as it is.
+            encoder: the model.
             features: set -> its features of the evaluator's pairs.
 
         Raises:

@@ -11,12 +11,7 @@ import torch
 
 from fasterase.encode import PairEncoder, PairFeatures
 from fasterase.evaluation.evaluator import Evaluator
-from fasterase.evaluation.metrics import (
-    METRICS,
-    bootstrap_intervals,
-    format_value,
-    wilson_interval,
-)
+from fasterase.evaluation.metrics import METRICS, bootstrap_intervals, format_value, wilson_interval
 from fasterase.evaluation.scores import Position, distinct_firsts, find_position
 from fasterase.evaluation.verdict import PairTraces
 
@@ -64,6 +59,17 @@ class Finding:
         if isinstance(value, str):
             return value if len(value) <= CELL else value[: CELL - 3] + "..."
         return format_value(self.unit, value)
+
+    def by_model(self) -> dict[str, tuple[float | str, float | None, float | None]]:
+        """Return `"model"`, `"original"` and references -> value, low and high end, where known."""
+        values = {"model": self.value, "original": self.original, **self.references}
+        ends: dict[str, tuple[float | None, float | None]] = {"model": (self.low, self.high)}
+        ends |= {name: (low, high) for name, (low, high) in self.other_intervals.items()}
+        return {
+            name: (value, *ends.get(name, (None, None)))
+            for name, value in values.items()
+            if value is not None
+        }
 
     @property
     def interval(self) -> str:
@@ -185,10 +191,7 @@ class Target:
         chance: float,
         aim: str = "",
     ) -> Finding:
-        """Return the mean over the pairs of the set `name`, with its bootstrap interval.
-
-        It should fall on sets to forget, to chance at most if `aim` says so, and not on others.
-        """
+        """Return the mean over a set's pairs: to fall on sets to forget, with `aim` to chance."""
         wanted = f"↓{aim}" if name in self.evaluator.forget_sets else "↑"
         key = f"{name}/{key}"
         return self.resampled(
@@ -200,12 +203,7 @@ class Target:
     ) -> list[Finding]:
         """Return how often the first k candidates of queries [n] hold a right one, for several k.
 
-        Args:
-            name: the set.
-            found: where each query finds its best right candidate.
-            chances: k -> chance level.
-            key: of the findings; `"@k"` follows.
-            title: of the findings, with `{}` for k.
+        `chances` maps k to the chance level; `title` has `{}` for k, and `key` gets `"@k"`.
         """
         return [
             self.of_set(name, found.hit(k), key=f"{key}@{k}", title=title.format(k), chance=chance)
@@ -227,12 +225,7 @@ class Target:
         `key/found`, beside the share that a random score finds. `prefix` is that of the titles.
         """
         auc = self.resampled(
-            below,
-            key=f"{key}/auc",
-            group=group,
-            title=f"{prefix}AUC, %",
-            wanted="↓",
-            chance=0.5,
+            below, key=f"{key}/auc", group=group, title=f"{prefix}AUC, %", wanted="↓", chance=0.5
         )
         found = share_finding(
             (below >= 1 - FALSE_POSITIVES).astype(float),

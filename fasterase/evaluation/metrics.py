@@ -21,22 +21,14 @@ WILSON_Z = 1.959964  # 95 %
 
 @dataclass(frozen=True)
 class Metric:
-    """One number per set.
+    """One number per set."""
 
-    Attributes:
-        key: name in dictionaries and JSON.
-        title: name in tables.
-        unit: `"share"` (0 to 1, printed in percent), `"rank"` (1 is best) or `"cosine"`.
-        average: how per-pair values become the set's value.
-        forget: wanted direction on sets to forget. Values beyond chance are a trace too, so ranks
-            and cosines aim at the chance level and not past it.
-        keep: wanted direction on all other sets; empty for metrics of sets to forget only.
-    """
-
-    key: str
-    title: str
-    unit: Literal["share", "rank", "cosine"]
-    average: Literal["mean", "median"]
+    key: str  # name in dictionaries and JSON
+    title: str  # name in tables
+    unit: Literal["share", "rank", "cosine"]  # 0 to 1, printed in percent; 1 is best; -1 to 1
+    average: Literal["mean", "median"]  # how per-pair values become the set's value
+    # Wanted directions on sets to forget, and on all others if the metric exists there. Values
+    # beyond chance are a trace too, so ranks and cosines aim at the chance level and not past it.
     forget: str
     keep: str
 
@@ -82,19 +74,15 @@ def bootstrap_intervals(
     seed: int,
     level: float = 0.95,
 ) -> dict[str, tuple[float, float]]:
-    """Return percentile intervals of the mean or the median of per-pair values.
+    """Return name -> percentile interval of the mean or the median of per-pair values.
 
     All metrics share the resampled pairs. Time is O(resamples x n), memory O(1) in both.
 
     Args:
         means: name -> [n] values whose mean is wanted; NaN marks pairs that do not count.
         medians: name -> [n] values whose median is wanted.
-        resamples: number of resamples of n pairs, drawn with replacement.
-        seed: of the drawing.
+        resamples: number of resamples of n pairs, drawn with replacement by `seed`.
         level: share of the resampled statistics inside the interval.
-
-    Returns:
-        name -> (low, high).
     """
     lengths = {len(values) for values in (*means.values(), *medians.values())}
     if not lengths:

@@ -86,17 +86,11 @@ def check_finite(features: Tensor, names: Sequence[str], model: str) -> None:
 
 @dataclass(frozen=True)
 class SetScores:
-    """Per-pair values of one set.
+    """Per-pair values of one set, by the key of the metric."""
 
-    Attributes:
-        ids: [n] ids of the pairs.
-        values: metric key -> [n]; NaN for pairs without a value (no known class).
-        chance: metric key -> the value of a random order of the candidates; for the cosine the
-            mean over unmatched candidates.
-    """
-
-    ids: list[str]
-    values: dict[str, np.ndarray]
+    ids: list[str]  # [n] of the pairs
+    values: dict[str, np.ndarray]  # [n]; NaN for pairs without a value (no known class)
+    # Of a random order of the candidates; for the cosine the mean over unmatched candidates.
     chance: dict[str, float]
 
     @property
@@ -234,12 +228,7 @@ def search_candidates(
 
 
 def find_position(similarity: Tensor, right: Tensor) -> Position:
-    """Return the position of each row's best right candidate.
-
-    Args:
-        similarity: [n, m] cosines of queries with candidates.
-        right: [n, m] or [1, m] bool, at least one True in each row.
-    """
+    """Return each query's position by cosines [n, m]; `right` [n or 1, m] has a True per row."""
 
     def count(mask: Tensor) -> np.ndarray:
         # Summing bytes is ten times faster than summing bool on a CPU.

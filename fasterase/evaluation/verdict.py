@@ -17,13 +17,7 @@ from torch import Tensor
 
 from fasterase.encode import PairFeatures
 from fasterase.evaluation.metrics import wilson_interval
-from fasterase.evaluation.scores import (
-    TIE,
-    all_captions,
-    captions_of,
-    distinct_firsts,
-    share_below,
-)
+from fasterase.evaluation.scores import TIE, all_captions, captions_of, distinct_firsts, share_below
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.table import PairTable
 from fasterase.seeds import Stream, generator
@@ -96,15 +90,10 @@ class Trace:
 
 
 def decide(traces: Mapping[str, Trace], original: Mapping[str, Trace] | None = None) -> str | None:
-    """Return the verdict on a model: the worst over its sets to forget.
+    """Return the verdict on a model, the worst over its sets to forget; None without traces.
 
-    Args:
-        traces: set -> trace of the model.
-        original: set -> trace of the model before erasing; a set that it does not remember was
-            never known. None if the original was not measured.
-
-    Returns:
-        `"remembered"`, `"over-erased"`, `"forgotten"` or `"never known"`; None without traces.
+    It is `"remembered"`, `"over-erased"`, `"forgotten"` or `"never known"`: that is a set which
+    the `original`, if it was measured, does not remember.
     """
     verdicts = decide_each(traces, original).values()
     return next((verdict for verdict in PRECEDENCE if verdict in verdicts), None)
@@ -132,20 +121,13 @@ def describe_verdict(verdict: str, traces: Mapping[str, Trace]) -> str:
 
 
 class PairTraces(NamedTuple):
-    """Per-pair figures of one set, [n] each; the chance of its contest.
+    """What is left of each of n judged pairs of a set to forget."""
 
-    Attributes:
-        rows: rows of the source.
-        image_to_text, text_to_image: residues.
-        hit: 1 if a caption of the set wins the image, 0 if not; a share for ties.
-        chance: of `hit`.
-    """
-
-    rows: np.ndarray
-    image_to_text: np.ndarray
-    text_to_image: np.ndarray
-    hit: np.ndarray
-    chance: float
+    rows: np.ndarray  # [n] of the source
+    image_to_text: np.ndarray  # [n] residues
+    text_to_image: np.ndarray  # [n]
+    hit: np.ndarray  # [n] 1 if a caption of the set wins the image, 0 if not; a share for ties
+    chance: float  # of `hit`
 
     @property
     def residue(self) -> np.ndarray:
@@ -190,8 +172,7 @@ class Judge:
         limit: pairs judged of each set at most.
 
     Attributes:
-        rows: set -> rows (sorted) that are judged. Empty if no retain pair is unrelated: then there
-            is nothing to compare with, and no verdict.
+        rows: set -> rows (sorted) that are judged; empty, and no verdict, without unrelated pairs.
     """
 
     def __init__(
@@ -224,12 +205,7 @@ class Judge:
         self.rows = chosen if len(chosen["retain"]) else {}
 
     def judge(self, features: Mapping[str, PairFeatures]) -> dict[str, PairTraces]:
-        """Return set -> figures of the judged pairs among `features`; unreadable ones are left out.
-
-        Args:
-            features: set -> features under the model, of `rows` or more. Sets to forget that are
-                missing are not judged.
-        """
+        """Return set to forget -> what is left of its judged pairs among `features` of a model."""
         judged = {
             name: features[name].at(rows) for name, rows in self.rows.items() if name in features
         }

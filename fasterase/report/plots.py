@@ -168,11 +168,9 @@ def plot_findings(findings: Sequence[Finding], path: str | PathLike[str], *, tit
             axis.hlines(place, low, high, **INTERVAL)
             if each.chance is not None:
                 axis.plot(100 * each.chance, place, **CHANCE)
-            values = {"model": each.value, "original": each.original, **each.references}
-            for model, value in values.items():
-                if value is not None:
-                    colour = colours.setdefault(model, COLOURS[len(colours) % len(COLOURS)])
-                    axis.plot(100 * float(value), place, "o", color=colour)
+            for model, (value, *_) in each.by_model().items():
+                colour = colours.setdefault(model, COLOURS[len(colours) % len(COLOURS)])
+                axis.plot(100 * float(value), place, "o", color=colour)
             ticks[place] = each.title
         place += 1.4
     axis.set_yticks([*ticks], [*ticks.values()], fontsize=8)

@@ -85,11 +85,7 @@ def test_a_line_is_split_only_if_no_font_has_all_of_it():
     assert parts("a ⌚ and é") == [("STIXGeneral", "a ⌚ and é")]
     few = [face._replace(characters=face.characters - {"é"}) for face in faces[2:]]
     faces[2:] = few
-    assert parts("a ⌚ and é") == [
-        (OWN, "a "),
-        ("STIXGeneral", "⌚ and "),
-        ("DejaVu Sans", "é"),
-    ]
+    assert parts("a ⌚ and é") == [(OWN, "a "), ("STIXGeneral", "⌚ and "), ("DejaVu Sans", "é")]
     assert parts("") == [(OWN, "")]
 
 

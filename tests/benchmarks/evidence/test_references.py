@@ -74,10 +74,7 @@ def test_references_are_the_packaged_model_and_finished_ones(tmp_path: Path) -> 
     with pytest.raises(InputError, match=r"--references: no folder .*without-CONCEPT"):
         references.find_references(tmp_path)
     (tmp_path / "without-drink" / "training.json").write_text("{}")
-    assert references.find_references(tmp_path) == {
-        **packaged,
-        "drink": tmp_path / "without-drink",
-    }
+    assert references.find_references(tmp_path) == {**packaged, "drink": tmp_path / "without-drink"}
 
 
 def test_every_model_has_every_figure() -> None:

@@ -18,13 +18,7 @@ from benchmarks.loss.rows import Row, read_rows, write_rows
 from benchmarks.result_files import RESULTS
 from tests import oracle
 
-NO_COMPILER = [
-    "fasterase-cpu",
-    "fasterase-chunked",
-    "fasterase-dense",
-    "torch-dense",
-    "open_clip",
-]
+NO_COMPILER = ["fasterase-cpu", "fasterase-chunked", "fasterase-dense", "torch-dense", "open_clip"]
 LIGER_HEADER = (
     "kernel_name,kernel_provider,kernel_operation_mode,metric_name,metric_unit,x_name,x_label,"
     "x_value,y_value_50,y_value_20,y_value_80,extra_benchmark_config_str,gpu_name,timestamp,version"

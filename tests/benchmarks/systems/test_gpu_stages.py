@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.loss.gpu_model import __main__ as gpu_model
-from benchmarks.loss.gpu_model.measured import compare, summarise
+from benchmarks.loss.gpu_model.__main__ import compare, summarise
 from benchmarks.loss.rows import Row, write_rows
 from benchmarks.systems import gpu_checks, gpu_stages
 from benchmarks.systems.gpu_stages import STAGES, Stage
@@ -196,7 +196,7 @@ def test_the_model_is_held_against_measured_steps(tmp_path, monkeypatch, capsys)
     assert found[-1]["of_peak"] == pytest.approx(12 * 32768**2 * 768 / 0.03 / 989e12, rel=0.01)
     assert "N >= 8,192: 0.94 times as long" in summarise(found)
 
-    monkeypatch.setattr("benchmarks.loss.gpu_model.measured.predict_step", predict)
+    monkeypatch.setattr(gpu_model, "predict_step", predict)
     gpu_model.main(["--against", str(path)])
     assert path.with_name("contrastive_cuda_model.csv").read_text().count("\n") == 4
     assert "32,768" in capsys.readouterr().out
