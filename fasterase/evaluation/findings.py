@@ -80,6 +80,16 @@ class Finding:
 Findings = dict[str, Finding]  # key -> finding
 
 
+class Label(NamedTuple):
+    """What a share among the findings is called; see `Finding`."""
+
+    key: str
+    group: str
+    title: str
+    wanted: str
+    chance: float
+
+
 @dataclass(frozen=True)
 class Series:
     """One line of one panel of a plot.
@@ -156,47 +166,18 @@ class Target:
             for name, those in rows.items()
         }
 
-    def resampled(
-        self,
-        values: np.ndarray,  # [n] shares; NaN for pairs that do not count
-        *,
-        key: str,
-        group: str,
-        title: str,
-        wanted: str,
-        chance: float,
-    ) -> Finding:
-        """Return the mean over pairs with its bootstrap interval."""
-        evaluator = self.evaluator
-        intervals = bootstrap_intervals(
-            {key: values}, {}, resamples=evaluator.resamples, seed=evaluator.seed
-        )
-        return share_finding(
-            values,
-            key=key,
-            group=group,
-            title=title,
-            wanted=wanted,
-            chance=chance,
-            interval=intervals[key],
-        )
+    def resampled(self, values: np.ndarray, label: Label) -> Finding:
+        """Return the mean of shares [n], NaN for pairs that do not count: bootstrap over pairs."""
+        resamples, seed = self.evaluator.resamples, self.evaluator.seed
+        intervals = bootstrap_intervals({label.key: values}, {}, resamples=resamples, seed=seed)
+        return share_finding(values, label, intervals[label.key])
 
     def of_set(
-        self,
-        name: str,
-        values: np.ndarray,  # [n] shares; NaN for pairs that do not count
-        *,
-        key: str,
-        title: str,
-        chance: float,
-        aim: str = "",
+        self, name: str, values: np.ndarray, *, key: str, title: str, chance: float, aim: str = ""
     ) -> Finding:
         """Return the mean over a set's pairs: to fall on sets to forget, with `aim` to chance."""
         wanted = f"↓{aim}" if name in self.evaluator.forget_sets else "↑"
-        key = f"{name}/{key}"
-        return self.resampled(
-            values, key=key, group=name, title=title, wanted=wanted, chance=chance
-        )
+        return self.resampled(values, Label(f"{name}/{key}", name, title, wanted, chance))
 
     def hits(
         self, name: str, found: Position, chances: Mapping[int, float], *, key: str, title: str
@@ -224,18 +205,12 @@ class Target:
         The AUC, `key/auc`, and the share of images above all but `FALSE_POSITIVES` of the others,
         `key/found`, beside the share that a random score finds. `prefix` is that of the titles.
         """
-        auc = self.resampled(
-            below, key=f"{key}/auc", group=group, title=f"{prefix}AUC, %", wanted="↓", chance=0.5
-        )
-        found = share_finding(
-            (below >= 1 - FALSE_POSITIVES).astype(float),
-            key=f"{key}/found",
-            group=group,
-            title=f"{prefix}found at 5 % FPR, %",
-            wanted="↓",
-            chance=chance,
-        )
-        return [auc, found]
+        found = (below >= 1 - FALSE_POSITIVES).astype(float)
+        title = f"{prefix}found at 5 % FPR, %"
+        return [
+            self.resampled(below, Label(f"{key}/auc", group, f"{prefix}AUC, %", "↓", 0.5)),
+            share_finding(found, Label(f"{key}/found", group, title, "↓", chance)),
+        ]
 
     def traces(self, traces: Mapping[str, PairTraces], *, key: str, group: str) -> list[Finding]:
         """Return residues (bootstrap intervals) and hit@1 (Wilson interval) of each set to forget.
@@ -248,33 +223,23 @@ class Target:
             for metric in METRICS:
                 if metric.key in metrics:
                     values, chance = metrics[metric.key]
-                    make = share_finding if metric.key == "contest_hit@1" else self.resampled
-                    findings.append(
-                        make(
-                            values,
-                            key=f"{name}/{key}/{metric.key}",
-                            group=f"{name}, {group}",
-                            title=metric.title,
-                            wanted=metric.forget,
-                            chance=chance,
-                        )
-                    )
+                    place, heading = f"{name}/{key}/{metric.key}", f"{name}, {group}"
+                    label = Label(place, heading, metric.title, metric.forget, chance)
+                    is_hit = metric.key == "contest_hit@1"
+                    make = share_finding if is_hit else self.resampled
+                    findings.append(make(values, label))
         return findings
 
 
 def share_finding(
     values: np.ndarray,  # [n] 0 or 1, or shares where ties are counted as chance would break them
-    *,
-    key: str,
-    group: str,
-    title: str,
-    wanted: str,
-    chance: float,
+    label: Label,
     interval: tuple[float, float] | None = None,
 ) -> Finding:
     """Return a share of n trials; its interval is Wilson's unless another one is given."""
     share = float(np.nanmean(values))
     low, high = interval or wilson_interval(share, len(values))
+    key, group, title, wanted, chance = label
     return Finding(key, group, title, "share", wanted, share, low, high, chance)
 
 
@@ -284,12 +249,5 @@ def recall_finding(
     """Return image->text recall@1 of pairs that should be kept, among their own captions."""
     distinct, own = distinct_firsts(pairs)
     right = torch.nn.functional.one_hot(torch.tensor(own), len(distinct)).bool()
-    position = find_position(pairs.image @ pairs.text[distinct].T, right)
-    return share_finding(
-        position.hit(1),
-        key=f"{key}/recall@1",
-        group=group,
-        title=title,
-        wanted="↑",
-        chance=1 / len(distinct),
-    )
+    hit = find_position(pairs.image @ pairs.text[distinct].T, right).hit(1)
+    return share_finding(hit, Label(f"{key}/recall@1", group, title, "↑", 1 / len(distinct)))

@@ -14,7 +14,7 @@ import torch
 
 from fasterase.encode import PairFeatures
 from fasterase.errors import InputError, import_extra
-from fasterase.evaluation.findings import Examined, Finding, Series, Target, share_finding
+from fasterase.evaluation.findings import Examined, Finding, Label, Series, Target, share_finding
 from fasterase.evaluation.scores import share_below
 
 # False positives that an accusation may cost, and non-members without which such a rate means
@@ -57,35 +57,20 @@ def membership(target: Target) -> Examined:
         scores["change"] = {n: _change(those, originals[n]) for n, those in features.items()}
     findings: list[Finding] = []
     series: list[Series] = []
-    for key, title in TITLES.items():
-        if key not in scores:
-            continue
-        others = scores[key]["non-members"]
+    for key in scores:
+        panel, others = TITLES[key], scores[key]["non-members"]
         for name in names:
             wanted = "" if name == "retain" else "↓ chance"
-            group, place = f"{name} against non-members, {title}", f"{name}/{key}"
-            findings.append(
-                target.resampled(
-                    share_below(*map(torch.from_numpy, (scores[key][name], others))),
-                    key=f"{place}/auc",
-                    group=group,
-                    title="AUC, %",
-                    wanted=wanted,
-                    chance=0.5,
-                )
-            )
+            group, place = f"{name} against non-members, {panel}", f"{name}/{key}"
+            below = share_below(*map(torch.from_numpy, (scores[key][name], others)))
+            label = Label(f"{place}/auc", group, "AUC, %", wanted, 0.5)
+            findings.append(target.resampled(below, label))
             if len(others) >= ENOUGH:
-                findings.append(
-                    share_finding(
-                        found_members(scores[key][name], others),
-                        key=f"{place}/tpr",
-                        group=group,
-                        title="TPR at 1 % FPR, %",
-                        wanted=wanted.removesuffix(" chance"),
-                        chance=FALSE_POSITIVES,
-                    )
-                )
-        series += _histograms(scores[key], panel=f"{target.name}: {title}", x_label=title)
+                found, wanted = found_members(scores[key][name], others), wanted[:1]
+                title = "TPR at 1 % FPR, %"
+                label = Label(f"{place}/tpr", group, title, wanted, FALSE_POSITIVES)
+                findings.append(share_finding(found, label))
+        series += _histograms(scores[key], panel=f"{target.name}: {panel}", x_label=panel)
     return Examined(findings, series)
 
 
@@ -115,18 +100,9 @@ def _histograms(scores: Mapping[str, np.ndarray], *, panel: str, x_label: str) -
     low = min(those.min() for those in scores.values())
     high = max(those.max() for those in scores.values())
     edges = np.arange(np.floor(low / BIN), np.floor(high / BIN) + 2) * BIN
+    axes = x_label, "share of the set's pairs, %", edges.tolist()
     lines = []
     for name, those in scores.items():
-        share = 100 * np.histogram(those, edges)[0] / len(those)
-        lines.append(
-            Series(
-                panel,
-                x_label,
-                "share of the set's pairs, %",
-                edges.tolist(),
-                [*share.tolist(), 0.0],
-                kind="steps",
-                line=name,
-            )
-        )
+        levels = [*(100 * np.histogram(those, edges)[0] / len(those)).tolist(), 0.0]
+        lines.append(Series(panel, *axes, levels, kind="steps", line=name))
     return lines

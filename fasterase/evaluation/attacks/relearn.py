@@ -16,7 +16,14 @@ from torch import Tensor
 
 from fasterase.encode import PairFeatures
 from fasterase.errors import InputError
-from fasterase.evaluation.findings import Examined, Series, Target, recall_finding, share_finding
+from fasterase.evaluation.findings import (
+    Examined,
+    Label,
+    Series,
+    Target,
+    recall_finding,
+    share_finding,
+)
 from fasterase.evaluation.verdict import PairTraces
 from fasterase.models.dual_encoder import DualEncoder, separate_copy
 from fasterase.models.preprocessing import Tokens
@@ -177,7 +184,7 @@ def _describe(
     ticks, places = [str(k) for k in shots], [float(place) for place in range(len(shots))]
     for name in outcomes[0].traces:
         traces = [outcome.traces[name] for outcome in outcomes]
-        for key, title, wanted, chance, values in (
+        for key, figure, wanted, chance, values in (
             ("residue", "residue", "↓ chance", 0.5, [trace.residue for trace in traces]),
             ("contest_hit@1", "hit@1", "↓", traces[0].chance, [trace.hit for trace in traces]),
         ):
@@ -185,21 +192,14 @@ def _describe(
             labels = [*pairs, "area under the curve"]
             for point, label, those in zip([*keys, "area"], labels, [*values, area], strict=True):
                 # Single hits are few trials, often all alike.
-                few = title == "hit@1" and point != "area"
+                few = figure == "hit@1" and point != "area"
                 make = share_finding if few else target.resampled
-                findings.append(
-                    make(
-                        those,
-                        key=f"{name}/{point}/{key}",
-                        group=f"{name}, after relearning",
-                        title=f"{title}, {label}, %",
-                        wanted=wanted,
-                        chance=chance,
-                    )
-                )
+                place, group = f"{name}/{point}/{key}", f"{name}, after relearning"
+                title = f"{figure}, {label}, %"
+                findings.append(make(those, Label(place, group, title, wanted, chance)))
             curve = [100 * float(those.mean()) for those in values]
-            of_others = f"{title} of the others, %"
-            panel = f"{name}: {title}"
+            of_others = f"{figure} of the others, %"
+            panel = f"{name}: {figure}"
             series.append(Series(panel, RELEARNED, of_others, places, curve, ticks=ticks))
         # The last curve, hit@1, again: on the plane of damage against relearning.
         plane = f"{name}: damage against relearning"
