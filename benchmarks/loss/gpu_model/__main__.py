@@ -50,7 +50,7 @@ def _is_step(row: Row) -> bool:
         == ("fasterase-triton", "speed", "full")
         and row.y_value_50 is not None
         and row.extra["dtype"] in _HALVES
-        and not row.extra.get("labels", False)
+        and not row.extra["labels"]
     )
 
 
