@@ -301,7 +301,8 @@ def _table(rows: list[dict[str, str]]) -> str:
             " / ".join(f"{q:,.4g}" for q in np.quantile(v, (0.2, 0.5, 0.8))) if v else "–"
             for v in samples
         ]
-        lines.append([name, *cells, _advantage(*samples, name in _LARGER_IS_BETTER)])
+        own, naive = samples
+        lines.append([name, *cells, _advantage(own, naive, name in _LARGER_IS_BETTER)])
     verdicts = (
         f"{row['verdict']} ({float(row['residue']):.2f})" if row["residue"] else "none"
         for row in rows

@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import chain, count
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fasterase.errors import InputError, import_extra
+from fasterase.errors import InputError
 from fasterase.evaluation.findings import Examined, Finding, Target
 from fasterase.evaluation.scores import (
     captions_of,
@@ -67,34 +68,15 @@ def zero_shot(target: Target) -> Examined:
     return Examined(findings)
 
 
-def linear_probe(target: Target) -> Examined:
-    """Return each set's accuracy under a linear classifier of its image features.
-
-    Multinomial logistic regression (L2, C = 1) on standardised features, over all labels of all
-    sets; see `probe_sets`. Costs two fits of scikit-learn.
-
-    Raises:
-        InputError: fewer than two labels have two images.
-        MissingExtraError: scikit-learn is not installed (extra `eval`).
-    """
-    return probe_sets(target, fit_linear, task="linear_probe", title="linear probe accuracy, %")
-
-
-def prototypes(target: Target) -> Examined:
-    """Return each set's accuracy by the nearest mean image of a label; see `probe_sets`.
-
-    Raises:
-        InputError: fewer than two labels have two images.
-    """
-    return probe_sets(target, fit_prototypes, task="prototypes", title="prototype accuracy, %")
-
-
-def probe_sets(target: Target, fit: Fit, *, task: str, title: str) -> Examined:
+def probe(target: Target, fit: Fit, *, task: str, title: str) -> Examined:
     """Fit a classifier on half of the images of each label, and score the others; then swap.
 
     A label is the pair's class, or else its first caption. All sets are fitted together: labels
     with two images or more, of whatever set, take part. No text and no tower is involved, so that
     this tells what the image features themselves keep apart.
+
+    Raises:
+        InputError: fewer than two labels have two images.
     """
     labels = image_labels(target)
     joined = np.concatenate([*labels.values()])
@@ -127,14 +109,15 @@ def probe_sets(target: Target, fit: Fit, *, task: str, title: str) -> Examined:
 
 def fit_linear(images: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     """Fit a multinomial logistic regression (L2, C = 1) on standardised features."""
-    linear = import_extra("sklearn.linear_model", "eval", "tasks: 'linear_probe'")
-    scale = import_extra("sklearn.preprocessing", "eval", "tasks: 'linear_probe'").StandardScaler()
-    fitted = linear.LogisticRegression(max_iter=1000, tol=1e-3)
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    fitted = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, tol=1e-3))
     with warnings.catch_warnings():
         # Two images per caption are two per class: half of them are one each.
         warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
-        fitted.fit(scale.fit_transform(images), labels)
-    return lambda those: fitted.predict(scale.transform(those))
+        return fitted.fit(images, labels).predict
 
 
 def fit_prototypes(images: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
@@ -144,6 +127,10 @@ def fit_prototypes(images: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarr
     np.add.at(means, place, images)
     means /= np.linalg.norm(means, axis=1, keepdims=True)
     return lambda those: known[(those @ means.T).argmax(1)]
+
+
+linear_probe = partial(probe, fit=fit_linear, task="linear_probe", title="linear probe accuracy, %")
+prototypes = partial(probe, fit=fit_prototypes, task="prototypes", title="prototype accuracy, %")
 
 
 def image_labels(target: Target) -> Mapping[str, np.ndarray]:

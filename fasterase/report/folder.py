@@ -20,13 +20,7 @@ REPORT, PLOT, SHEET = "report.md", "losses.png", "pictures.png"
 def write_report_folder(
     folder: Path, text: str, *, history: Sequence[Mapping[str, Any]], examples: Examples
 ) -> Path:
-    """Write `REPORT`, and `PLOT` and `SHEET` where there is something to show.
-
-    Args:
-        folder: made if it does not exist; its other files stay.
-        text: the report in Markdown, to which the pictures are added.
-        history: one record per step.
-        examples: the pictures of the sheet.
+    """Write `REPORT` with `text`, and `PLOT` and `SHEET` where there is something to show.
 
     Raises:
         MissingExtraError: matplotlib is missing; all but the plot is written.

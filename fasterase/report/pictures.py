@@ -43,21 +43,13 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class SheetRow:
-    """One picture of a sheet.
+    """One picture of a sheet."""
 
-    Attributes:
-        section: the name of its set; consecutive pictures of a section share one heading.
-        image: the picture, of any size; it is scaled to a square thumbnail.
-        caption: what it shows.
-        before: the top captions of the original model, best first.
-        after: the top captions of the erased model.
-    """
-
-    section: str
-    image: Image.Image
-    caption: str
-    before: Sequence[str]
-    after: Sequence[str]
+    section: str  # the name of its set; consecutive pictures of a section share one heading
+    image: Image.Image  # of any size; it is scaled to a square thumbnail
+    caption: str  # what it shows
+    before: Sequence[str]  # the top captions of the original model, best first
+    after: Sequence[str]  # of the erased model
 
 
 class Examples(NamedTuple):
@@ -68,13 +60,7 @@ class Examples(NamedTuple):
 
 
 class CaptionRanking:
-    """Finds the captions closest to pictures, by the original and by the erased model.
-
-    Args:
-        candidates: the captions that compete, distinct.
-        before: the original model.
-        after: the erased model.
-    """
+    """Finds the closest of distinct captions to pictures, before erasing and after."""
 
     def __init__(self, candidates: list[str], before: PairEncoder, after: PairEncoder) -> None:
         self._candidates = candidates
@@ -241,19 +227,12 @@ def _draw_row(
 
 
 class Strip(NamedTuple):
-    """A row of pictures.
+    """A row of pictures."""
 
-    Attributes:
-        title: stands above them.
-        pictures: of any size; they are scaled to square thumbnails.
-        marked: which of them get a frame.
-        colour: of the frames.
-    """
-
-    title: str
-    pictures: Sequence[Image.Image]
-    marked: Sequence[bool]
-    colour: str
+    title: str  # stands above them
+    pictures: Sequence[Image.Image]  # of any size; they are scaled to square thumbnails
+    marked: Sequence[bool]  # which of them get a frame
+    colour: str  # of the frames
 
 
 def contact_sheet(strips: Sequence[Strip], path: Path) -> Path:

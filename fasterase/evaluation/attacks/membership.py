@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from fasterase.encode import PairFeatures
-from fasterase.errors import InputError, import_extra
+from fasterase.errors import InputError
 from fasterase.evaluation.findings import Examined, Finding, Label, Series, Target, share_finding
 from fasterase.evaluation.scores import share_below
 
@@ -36,7 +36,6 @@ def membership(target: Target) -> Examined:
 
     Raises:
         InputError: fewer than two non-members can be read.
-        MissingExtraError: scikit-learn is not installed (extra `eval`).
     """
     strangers = target.non_members
     assert strangers is not None
@@ -81,7 +80,8 @@ def matched_cosine(pairs: PairFeatures) -> np.ndarray:
 
 def found_members(members: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Return [n], 1 for members above the lowest threshold that `FALSE_POSITIVES` allow."""
-    roc_curve = import_extra("sklearn.metrics", "eval", "attacks: 'membership'").roc_curve
+    from sklearn.metrics import roc_curve
+
     is_member = np.repeat([1, 0], [len(members), len(others)])
     rates, _, thresholds = roc_curve(
         is_member, np.concatenate([members, others]), drop_intermediate=False

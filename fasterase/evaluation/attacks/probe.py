@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from fasterase.errors import InputError, import_extra
+from fasterase.errors import InputError
 from fasterase.evaluation.findings import FALSE_POSITIVES, Examined, Finding, Target
 from fasterase.evaluation.scores import share_below
 from fasterase.seeds import Stream, generator
@@ -32,7 +32,6 @@ def probe(target: Target) -> Examined:
 
     Raises:
         InputError: fewer than two images to forget or unrelated ones.
-        MissingExtraError: scikit-learn is not installed (extra `eval`).
     """
     evaluator = target.evaluator
     images = {name: those.image.double().numpy() for name, those in target.judged().items()}
@@ -80,13 +79,14 @@ def assign_folds(count: int, folds: int, *, seed: int) -> np.ndarray:
 
 def fit_linear(forget: np.ndarray, others: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     """Fit a balanced logistic regression (L2, C = 1) on standardised features."""
-    linear = import_extra("sklearn.linear_model", "eval", "attacks: 'probe'")
-    scale = import_extra("sklearn.preprocessing", "eval", "attacks: 'probe'").StandardScaler()
-    features = scale.fit_transform(np.concatenate([forget, others]))
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    balanced = LogisticRegression(class_weight="balanced", max_iter=1000)
     classes = np.repeat([1, 0], [len(forget), len(others)])
-    fitted = linear.LogisticRegression(class_weight="balanced", max_iter=1000)
-    fitted.fit(features, classes)
-    return lambda those: fitted.decision_function(scale.transform(those))
+    fitted = make_pipeline(StandardScaler(), balanced)
+    return fitted.fit(np.concatenate([forget, others]), classes).decision_function
 
 
 def fit_prototypes(forget: np.ndarray, others: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
