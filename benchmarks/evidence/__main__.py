@@ -148,11 +148,7 @@ def settings_table(chosen: Chosen, tuned_on: str) -> list[dict[str, Any]]:
 
 
 def read_settings(file: Path, methods: Sequence[Method]) -> tuple[Chosen, str]:
-    """Return what an earlier run chose for the methods, and on which concepts.
-
-    Raises:
-        InputError: there is no such file, or it has no setting of a method that has several.
-    """
+    """Return what an earlier run chose for the methods, and on which concepts."""
     if not file.is_file():
         raise InputError(f"--settings: no file {file}. An earlier run writes {SETTINGS}.")
     rows = {row["method"]: row for row in read_csv(file)}

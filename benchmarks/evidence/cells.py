@@ -33,29 +33,19 @@ COSTLY = ("relearn",)
 
 @dataclass(frozen=True)
 class Measured:
-    """A model after an erasure.
+    """A model after an erasure."""
 
-    Attributes:
-        method: title of the method or variant, or `ORIGINAL` or `RETRAINED`.
-        setting: as JSON, with the `steps` at which this model was measured.
-        subgroup, seed: what was erased, and the seed of the run.
-        scores: set -> metric -> value.
-        chance: set -> metric -> value of a random order.
-        verdicts, residues: set to forget -> verdict, mean residue.
-        attacks: attack -> figure -> value.
-        seconds: from the start of the erasure, measurements included.
-    """
-
-    method: str
-    setting: str
-    subgroup: str
-    seed: int
-    scores: dict[str, dict[str, float]]
-    chance: dict[str, dict[str, float]]
-    verdicts: dict[str, str]
-    residues: dict[str, float]
+    method: str  # title of the method or variant, or `ORIGINAL` or `RETRAINED`
+    setting: str  # as JSON, with the `steps` at which this model was measured
+    subgroup: str  # what was erased
+    seed: int  # of the run
+    scores: dict[str, dict[str, float]]  # set -> metric -> value
+    chance: dict[str, dict[str, float]]  # set -> metric -> value of a random order
+    verdicts: dict[str, str]  # set to forget -> verdict
+    residues: dict[str, float]  # set to forget -> mean residue
+    # attack -> figure -> value
     attacks: dict[str, dict[str, float | str]] = field(default_factory=dict)
-    seconds: float = 0.0
+    seconds: float = 0.0  # from the start of the erasure, measurements included
 
 
 @dataclass(frozen=True)
@@ -150,11 +140,7 @@ def run_cells(cells: Iterable[Cell], work: Path, processes: int) -> list[Measure
 
 
 def check_methods(titles: Iterable[str]) -> list[Method]:
-    """Look methods up by title.
-
-    Raises:
-        InputError: there is no such method.
-    """
+    """Look methods up by title."""
     unknown = [title for title in titles if title not in METHODS]
     if unknown:
         raise InputError(f"--methods: {unknown[0]!r} is none of {', '.join(METHODS)}.")

@@ -43,11 +43,7 @@ ATTACKED = (*SWAPPED, *RELEARNED, *MEMBERSHIP)
 
 
 def find_references(folder: Path | None) -> dict[str, Path]:
-    """Return concept -> model trained without it: the packaged one and those in `folder`.
-
-    Raises:
-        InputError: `folder` holds no such model.
-    """
+    """Return concept -> model trained without it: the packaged one and those in `folder`."""
     found = {emoji.DEFAULT_FORGET: emoji.RETRAINED_MODEL}
     if folder is not None:
         trained = sorted(file.parent for file in folder.glob(f"{PREFIX}*/training.json"))

@@ -127,9 +127,6 @@ def peak_extra_bytes(provider: Provider, case: Case, mode: str) -> int:
 
     On a GPU this is what torch's allocator counts; on a CPU it is resident memory, measured in a
     separate process.
-
-    Raises:
-        UnavailableError: the provider cannot take the case, or the process died or took too long.
     """
     if case.device == "cuda":
         return _measured_peak(provider.name, case, mode)

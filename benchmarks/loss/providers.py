@@ -28,24 +28,18 @@ class UnavailableError(MeasurementError):
 
 @dataclass(frozen=True)
 class Provider:
-    """One implementation; `build(case)` returns its loss.
-
-    Attributes:
-        dense_matrices: number of [N, N] matrices alive at its peak, without and with the KL,
-            taken from the benchmark's own memory rows; 0 if memory does not grow with N^2.
-        keeps_logits: it may keep logits for the backward pass, which the FLOPs of `case.flops`
-            compute twice.
-        objective: the field of `Losses` that it computes.
-        omits_reference_entropy: its KL is a cross-entropy.
-    """
+    """One implementation; `build(case)` returns its loss."""
 
     name: str
     build: Callable[[Case], Loss]
     package: str = "fasterase"
+    # Number of [N, N] matrices alive at its peak, without and with the KL, taken from the
+    # benchmark's own memory rows; 0 if memory does not grow with N^2.
     dense_matrices: tuple[int, int] = (0, 0)
+    # It may keep logits for the backward pass, which the FLOPs of `case.flops` compute twice.
     keeps_logits: bool = False
-    objective: str = "clip"
-    omits_reference_entropy: bool = False
+    objective: str = "clip"  # the field of `Losses` that it computes
+    omits_reference_entropy: bool = False  # its KL is a cross-entropy
     has_scale_gradient: bool = True
     compiles: bool = False
 

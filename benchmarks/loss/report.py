@@ -75,9 +75,6 @@ def draw_curves(rows: list[Row], metric: str, csv: Path, mode: str = "full") -> 
 
     A picture has one panel per width, without and with the KL. Panels of times also show the time
     at the rate of a large matrix product.
-
-    Raises:
-        MissingExtraError: matplotlib is missing.
     """
     import_extra("matplotlib", "eval", "--plot").use("Agg")
     shown = [r for r in rows if r.metric_name == metric and r.kernel_operation_mode == mode]

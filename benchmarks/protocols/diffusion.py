@@ -50,11 +50,6 @@ def run_check(check: DiffusionCheck, output: Path) -> str:
 
     Each prompt has a folder in `output` for each arm. What is there is not drawn again; another
     detector or other objects are looked for in the same pictures.
-
-    Raises:
-        InputError: a model cannot be loaded or does not fit, or `output` holds pictures that were
-            drawn with other settings.
-        MissingExtraError: diffusers or transformers is not installed.
     """
     check_creatable(output, argument=f"--output={str(output)!r}")
     device = resolve_device(check.device, default=best_device())
@@ -78,11 +73,7 @@ def run_check(check: DiffusionCheck, output: Path) -> str:
 def _draw_missing(
     check: DiffusionCheck, tower: TextTower, output: Path, device: torch.device
 ) -> None:
-    """Draw the prompts that have no folder yet, after comparing the original with the pipeline.
-
-    Raises:
-        InputError: a folder that is there was drawn with other settings, or a model does not fit.
-    """
+    """Draw the prompts that have no folder yet, after comparing the original with the pipeline."""
     records = {
         (arm, prompt): {
             "prompt": prompt,

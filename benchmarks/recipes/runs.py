@@ -147,12 +147,9 @@ class Outcome:
 
 
 def execute(run: Run, work: Path, retrained: dict[str, str]) -> Outcome:
-    """Carry out a run, or read its result if it has already run.
+    """Carry out a run, or read its result from `work` if it has already run.
 
-    Args:
-        run: the erasure.
-        work: folder of the results.
-        retrained: subgroup -> folder of a model that was trained without it.
+    `retrained` maps subgroups to folders of models that were trained without them.
     """
     result = work / f"{run.name}.json"
     if result.is_file():
@@ -237,10 +234,7 @@ def default_runs(recipes: Iterable[str], subgroups: Iterable[str], seeds: int) -
 def tabulate(outcome: Outcome, label: str, label_of: Callable[[str], str]) -> list[dict[str, Any]]:
     """Return a row per run: its verdict, what is left of the concept, and the damage.
 
-    Args:
-        outcome: of all runs.
-        label: the first column.
-        label_of: recipe -> what stands there.
+    The first column is `label`, with `label_of` the recipe.
     """
     rows: dict[tuple[str, str, int], dict[str, Any]] = {}
     for value in outcome.values:
@@ -271,11 +265,7 @@ def interval(values: np.ndarray, resamples: int = 10_000) -> tuple[float, float]
 
 
 def parse_retrained(entries: list[str]) -> dict[str, str]:
-    """Read the SUBGROUP=FOLDER entries of --retrained, and add the packaged model.
-
-    Raises:
-        InputError: one has another form, or there is no such subgroup or folder.
-    """
+    """Read the SUBGROUP=FOLDER entries of --retrained, and add the packaged model."""
     given = parse_named("retrained", entries)
     for subgroup, folder in given.items():
         if subgroup not in TEST:

@@ -82,27 +82,19 @@ _CACHE_GB = 50.0
 
 @dataclass(frozen=True)
 class Setting:
-    """What both implementations do; equal settings give comparable runs.
+    """What both implementations do; equal settings give comparable runs."""
 
-    Attributes:
-        model: a name or folder of an open_clip model.
-        concept: which emoji to forget, as in the demo.
-        max_pairs: pairs measured per set for the verdict.
-        tune: what is trained: `"all"`, `"last:N"` or `"projections"`.
-        layers: of each tower; 0: as the model has them.
-    """
-
-    model: str
-    concept: str
+    model: str  # a name or folder of an open_clip model
+    concept: str  # which emoji to forget, as in the demo
     device: str
     steps: int
     lr: float
     batch_size: int
     forget_batch_size: int
     seed: int
-    max_pairs: int
-    tune: str = "all"
-    layers: int = 0
+    max_pairs: int  # pairs measured per set for the verdict
+    tune: str = "all"  # what is trained: `"all"`, `"last:N"` or `"projections"`
+    layers: int = 0  # of each tower; 0: as the model has them
 
     def config(self) -> UnlearnConfig:
         """Return the paper's objective with these numbers, for both implementations."""
@@ -137,11 +129,7 @@ class Sample:
 
 
 def measure(implementation: str, setting: Setting) -> Sample:
-    """Carry out one run in this process.
-
-    Raises:
-        MeasurementError: the loop cannot train the model.
-    """
+    """Carry out one run in this process."""
     # Its text features choose the neighbours; and what this loads is loaded for both.
     sets = build_sets(setting.concept, original=setting.model, seed=setting.seed)
     peak = PeakMemory(setting.device)

@@ -398,11 +398,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def measure(
     stages: Mapping[str, Mapping[str, Measurement]], shards: list[str], *, repeats: int
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for each run of each implementation, which take turns, in processes of their own.
-
-    Raises:
-        MeasurementError: a run failed.
-    """
+    """Yield a row for each run of the implementations, in turn, in processes of their own."""
     for stage, implementations in stages.items():
         for _ in range(repeats):
             for name, run in implementations.items():

@@ -22,34 +22,23 @@ FALSE_POSITIVES = 0.05
 
 @dataclass(frozen=True)
 class Finding:
-    """One number of a task or an attack.
+    """One number of a task or an attack."""
 
-    Attributes:
-        key: name in dictionaries and JSON, such as `"forget/original_images/contest_hit@1"`.
-        group: heading that the finding stands under in tables.
-        title: its name there.
-        unit: `"share"` (0 to 1, printed in percent), `"cosine"`, `"rank"`, `"seconds"`,
-            `"verdict"` or `"text"`.
-        wanted: wanted direction; empty if it only informs.
-        value: of the model; words if the unit is `"verdict"` or `"text"`.
-        low, high: 95 % interval of `value`; None for what is no share.
-        chance: value of a random order; None if there is no such level.
-        original: the original's value, or None if it was not attacked.
-        references: name -> value of a further model.
-        other_intervals: `"original"` or name of a reference -> low and high of its value.
-    """
-
-    key: str
-    group: str
-    title: str
+    key: str  # name in dictionaries and JSON, such as `"forget/original_images/contest_hit@1"`
+    group: str  # heading that the finding stands under in tables
+    title: str  # its name there
+    # `"share"` (0 to 1, printed in percent), `"cosine"`, `"rank"`, `"seconds"`, `"verdict"` or
+    # `"text"`
     unit: str
-    wanted: str
-    value: float | str
-    low: float | None = None
+    wanted: str  # wanted direction; empty if it only informs
+    value: float | str  # of the model; words if the unit is `"verdict"` or `"text"`
+    low: float | None = None  # 95 % interval of `value`; None for what is no share
     high: float | None = None
-    chance: float | None = None
-    original: float | str | None = None
+    chance: float | None = None  # value of a random order; None if there is no such level
+    original: float | str | None = None  # the original's value, or None if it was not attacked
+    # name -> value of a further model
     references: dict[str, float | str] = field(default_factory=dict)
+    # `"original"` or name of a reference -> low and high of its value
     other_intervals: dict[str, list[float]] = field(default_factory=dict)
 
     def format(self, value: float | str | None) -> str:
@@ -92,66 +81,45 @@ class Label(NamedTuple):
 
 @dataclass(frozen=True)
 class Series:
-    """One line of one panel of a plot.
+    """One line of one panel of a plot."""
 
-    Attributes:
-        panel: title of the panel; series of one title share it.
-        x_label, y_label: of the panel's axes, with units.
-        x, y: [n] points.
-        kind: `"line"` through the points; or `"steps"`, a histogram with a level `y[i]` from `x[i]`
-            to `x[i + 1]`, whose last level is repeated.
-        line: what the line shows, where a panel has several of one model; colours then tell these
-            apart, and else the models.
-        ticks: [n] what to write at `x` instead of the numbers.
-        point_labels: [n] what to write at each point.
-        model: whose it is: `"model"`, `"original"` or the name of a reference.
-    """
-
-    panel: str
-    x_label: str
+    panel: str  # title of the panel; series of one title share it
+    x_label: str  # with units, as the next
     y_label: str
-    x: list[float]
+    x: list[float]  # [n] of points, as the next
     y: list[float]
+    # `"line"` through the points; or `"steps"`, a histogram with a level `y[i]` from `x[i]` to
+    # `x[i + 1]`, whose last level is repeated.
     kind: str = "line"
+    # What the line shows, where a panel has several of one model; colours then tell these apart,
+    # and else the models.
     line: str = ""
-    ticks: list[str] | None = None
-    point_labels: list[str] | None = None
-    model: str = "model"
+    ticks: list[str] | None = None  # [n] what to write at `x` instead of the numbers
+    point_labels: list[str] | None = None  # [n] what to write at each point
+    model: str = "model"  # whose it is: `"model"`, `"original"` or the name of a reference
 
 
 class Examined(NamedTuple):
-    """What a task or an attack finds out about one model.
+    """What a task or an attack finds out about one model."""
 
-    Attributes:
-        findings: none if a reference cannot be attacked.
-        series: what its plot shows; none if the findings themselves are plotted.
-    """
-
-    findings: list[Finding]
+    findings: list[Finding]  # none if a reference cannot be attacked
+    # What its plot shows; none if the findings themselves are plotted.
     series: Sequence[Series] = ()
 
 
 @dataclass(frozen=True)
 class Target:
-    """A model that is used or attacked.
+    """A model that is used or attacked."""
 
-    Attributes:
-        name: `"model"`, `"original"` or the name of a reference.
-        encoder: the model. What changes it puts it back as it was.
-        features: set -> its features of the measured pairs.
-        original: the same of the original; None if it is not among the models.
-        non_members: the model's features of pairs that no model was trained on; None without any.
-        original_non_members: the same of the original.
-        evaluator: the pairs, and the judge of the sets to forget.
-    """
-
-    name: str
-    encoder: PairEncoder
-    features: Mapping[str, PairFeatures]
+    name: str  # `"model"`, `"original"` or the name of a reference
+    encoder: PairEncoder  # what changes its weights puts them back
+    features: Mapping[str, PairFeatures]  # set -> its features of the measured pairs
+    # The same of the original; None if it is not among the models.
     original: Mapping[str, PairFeatures] | None
+    # The model's features of pairs that no model was trained on; None without any.
     non_members: PairFeatures | None
-    original_non_members: PairFeatures | None
-    evaluator: Evaluator
+    original_non_members: PairFeatures | None  # the same of the original
+    evaluator: Evaluator  # the pairs, and the judge of the sets to forget
 
     def judged(self) -> dict[str, PairFeatures]:
         """Return set -> features of the pairs that the verdict compares; `"retain"`: unrelated."""

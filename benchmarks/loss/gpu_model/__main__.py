@@ -25,11 +25,7 @@ Predict = Callable[[Gpu, int, int, bool], float]
 
 
 def compare(path: Path, predict: Predict | None = None) -> list[dict[str, Any]]:
-    """Return one row per measured step of fasterase's Triton backend in half precision.
-
-    Raises:
-        InputError: the file has no such step, or none on a GPU that the model knows.
-    """
+    """Return one row per measured step of fasterase's Triton backend in half precision."""
     measured = [row for row in read_rows(path) if _is_step(row)]
     if not measured:
         raise InputError(
