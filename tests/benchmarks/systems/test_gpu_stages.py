@@ -144,11 +144,6 @@ def test_a_python_without_torch_is_told_what_to_install():
     assert "make gpu PYTHON=" in found.stderr
 
 
-def test_wheels_that_are_not_there(tmp_path):
-    with pytest.raises(InputError, match=r"no \*.whl"):
-        gpu_stages.install(tmp_path)
-
-
 def test_repeats_that_differ_are_an_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_checks.Call, "run", lambda self, device: [torch.ones(3)])
     arguments = ["repeats", "--output", str(tmp_path / "repeats.csv")]
