@@ -136,9 +136,7 @@ class Examiner:
         self._original_non_members: PairFeatures | None = None
         self._tasks = {name: TASKS[name] for name in tasks}
         self._attacks = {name: ATTACKS[name] for name in attacks}
-        names = (*tasks, *attacks)
-        self._found: dict[str, dict[str, Findings]] = {name: {} for name in names}
-        self._series: dict[str, list[Series]] = {name: [] for name in names}
+        self._found: dict[str, dict[str, Examined]] = {name: {} for name in (*tasks, *attacks)}
 
     def examine(
         self, name: str, encoder: PairEncoder, features: Mapping[str, PairFeatures]
@@ -177,8 +175,7 @@ class Examiner:
             seconds = time.perf_counter() - start
             if findings:
                 findings.append(Finding("seconds", "cost", "seconds", "seconds", "", seconds))
-            self._found[key][name] = {finding.key: finding for finding in findings}
-            self._series[key] += [replace(each, model=name) for each in series]
+            self._found[key][name] = Examined(findings, [replace(x, model=name) for x in series])
 
     def task_findings(self) -> dict[str, Findings]:
         """Return task -> the model's findings beside those of all others."""
@@ -190,18 +187,18 @@ class Examiner:
 
     def series(self) -> dict[str, list[Series]]:
         """Return attack -> what its plot shows, the model first; without those that have none."""
-        return {
-            name: sorted(those, key=lambda each: each.model != "model")
-            for name, those in self._series.items()
-            if those
-        }
+        series = {}
+        for key, found in self._found.items():
+            models = sorted(found, key=lambda name: name != "model")
+            series[key] = [each for name in models for each in found[name].series]
+        return {key: those for key, those in series.items() if those}
 
 
-def _side_by_side(found: Mapping[str, Findings]) -> Findings:
-    others = {name: findings for name, findings in found.items() if name != "model"}
+def _side_by_side(found: Mapping[str, Examined]) -> Findings:
+    by_key = {name: {each.key: each for each in those.findings} for name, those in found.items()}
     merged = {}
-    for key, finding in found["model"].items():
-        same = {name: findings[key] for name, findings in others.items() if key in findings}
+    for key, finding in by_key.pop("model").items():
+        same = {name: findings[key] for name, findings in by_key.items() if key in findings}
         values = {name: other.value for name, other in same.items()}
         original = values.pop("original", None)
         intervals = {

@@ -57,11 +57,14 @@ def probe(target: Target) -> Examined:
             unseen = fold_of["retain"] == fold
             score = fit(forget[fold_of["forget"] != fold], unrelated[~unseen])
             others = score(unrelated[unseen])
+            # A random image is above all but `FALSE_POSITIVES` of the others so often.
+            count = len(others)
+            by_chance = (count - np.ceil((1 - FALSE_POSITIVES) * count) + 1) / (count + 1)
             for name, those in images.items():
                 rows = fold_of[name] == fold
                 tried = torch.from_numpy(score(those[rows]))
                 below[name][rows] = share_below(tried, torch.from_numpy(others))
-                chance[name][rows] = _found_by_chance(len(others))
+                chance[name][rows] = by_chance
         for name in images:
             findings += target.separation(
                 below[name],
@@ -93,8 +96,3 @@ def fit_prototypes(forget: np.ndarray, others: np.ndarray) -> Callable[[np.ndarr
     """Score by the cosine with the mean image to forget, minus that with the mean other one."""
     near, far = (mean / np.linalg.norm(mean) for mean in (forget.mean(0), others.mean(0)))
     return lambda those: those @ (near - far)
-
-
-def _found_by_chance(others: int) -> float:
-    """Return the chance that a random image is above all but `FALSE_POSITIVES` of the others."""
-    return (others - np.ceil((1 - FALSE_POSITIVES) * others) + 1) / (others + 1)
