@@ -16,10 +16,13 @@ from benchmarks.evidence.task import Method, Setting, Task
 from benchmarks.processes import call_all
 from fasterase.demo import emoji
 from fasterase.demo.run import evaluate_sets
-from fasterase.demo.sets import build_sets
+from fasterase.demo.sets import DemoSets, build_sets
 from fasterase.errors import InputError
+from fasterase.evaluation.findings import Findings
 from fasterase.files import write_text
+from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.load import load_model
+from fasterase.report.evaluation import Evaluation
 
 METHODS: dict[str, Method] = {
     method.title: method for method in (*trained.METHODS, *closed_form.METHODS)
@@ -85,23 +88,7 @@ def run_cell(cell: Cell, work: Path) -> list[Measured]:
     start = time.perf_counter()
 
     def measure(steps: int) -> None:
-        costly = tuple(attack for attack in cell.attacks if attack in COSTLY)
-        cheap = tuple(attack for attack in cell.attacks if attack not in COSTLY)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "verdict: ")
-            evaluation = evaluate_sets(
-                model,
-                sets,
-                original=str(emoji.BASE_MODEL) if cheap else None,
-                attacks=cheap,
-                seed=cell.seed,
-                progress=False,
-            )
-            attacks = dict(evaluation.attacks)
-            if costly:
-                attacks |= evaluate_sets(
-                    model, sets, attacks=costly, seed=cell.seed, progress=False
-                ).attacks
+        evaluation, attacks = _evaluate(model, sets, cell)
         residues = {
             name: evaluation.mean_residue(name, evaluation.scores)
             for name in ("forget", "forget-unseen")
@@ -130,6 +117,23 @@ def run_cell(cell: Cell, work: Path) -> list[Measured]:
         (METHODS | VARIANTS)[cell.method].erase(Task(model, sets, cell.seed, measure), setting)
     write_text(path, json.dumps([asdict(each) for each in found]))
     return found
+
+
+def _evaluate(
+    model: DualEncoder, sets: DemoSets, cell: Cell
+) -> tuple[Evaluation, dict[str, Findings]]:
+    """Measure a model, with what the attacks find; costly ones are not run on the original too."""
+    options: dict[str, Any] = {"seed": cell.seed, "progress": False}
+    costly = tuple(attack for attack in cell.attacks if attack in COSTLY)
+    cheap = tuple(attack for attack in cell.attacks if attack not in COSTLY)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "verdict: ")
+        original = str(emoji.BASE_MODEL) if cheap else None
+        evaluation = evaluate_sets(model, sets, original=original, attacks=cheap, **options)
+        attacks = dict(evaluation.attacks)
+        if costly:
+            attacks |= evaluate_sets(model, sets, attacks=costly, **options).attacks
+    return evaluation, attacks
 
 
 def run_cells(cells: Iterable[Cell], work: Path, processes: int) -> list[Measured]:

@@ -10,6 +10,7 @@ import itertools
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -75,16 +76,7 @@ def _draw_missing(
 ) -> None:
     """Draw the prompts that have no folder yet, after comparing the original with the pipeline."""
     records = {
-        (arm, prompt): {
-            "prompt": prompt,
-            "pipeline": check.pipeline,
-            "text encoder": tower.fingerprint() if arm == "erased" else "the pipeline's own",
-            "steps": check.steps,
-            "guidance": check.guidance,
-            "seed": check.seed,
-            "images": check.images,
-            "device": device.type,
-        }
+        (arm, prompt): _record(check, tower, device, arm=arm, prompt=prompt)
         for arm, prompt in itertools.product(ARMS, check.all_prompts)
     }
     missing = [each for each in records if not place(output, *each).exists()]
@@ -128,6 +120,22 @@ def _draw_missing(
                     bar.update()
                 record = {**records[arm, prompt], "seeds": seeds, "moved": moved[prompt]}
                 (folder / DRAWN).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _record(
+    check: DiffusionCheck, tower: TextTower, device: torch.device, *, arm: str, prompt: str
+) -> dict[str, Any]:
+    """Return the settings with which the pictures of a prompt are drawn."""
+    return {
+        "prompt": prompt,
+        "pipeline": check.pipeline,
+        "text encoder": tower.fingerprint() if arm == "erased" else "the pipeline's own",
+        "steps": check.steps,
+        "guidance": check.guidance,
+        "seed": check.seed,
+        "images": check.images,
+        "device": device.type,
+    }
 
 
 def _detect(check: DiffusionCheck, output: Path, device: torch.device) -> Scores:

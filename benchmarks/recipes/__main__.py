@@ -206,12 +206,9 @@ def main(arguments: list[str] | None = None) -> None:
     }
     summary = summarise(tested.values)
     write_csv(options.output / "recipes.csv", every)
-    write_csv(
-        options.output / "recipes_verdicts.csv", [asdict(ending) for ending in endings.values()]
-    )
+    write_csv(options.output / "recipes_verdicts.csv", [*map(asdict, endings.values())])
     write_csv(options.output / "recipes_summary.csv", summary)
-    counted = "\n".join(count_verdicts(list(endings.values())))
-    text = f"{table(summary)}\n{counted}\n"
+    text = "\n".join([table(summary), *count_verdicts(list(endings.values()))]) + "\n"
     write_text(options.output / "recipes.txt", text)
     print(text)
 

@@ -187,8 +187,7 @@ def execute(run: Run, work: Path, retrained: dict[str, str]) -> Outcome:
             measure(record.step)
 
     with warnings.catch_warnings():
-        # The verdict is in the results.
-        warnings.filterwarnings("ignore", "verdict: ")
+        warnings.filterwarnings("ignore", "verdict: ")  # it is in the results
         erased = fasterase.unlearn(
             model.module,
             forget_pairs(sets, "cliperase" if run.is_papers else "fasterase"),
@@ -199,12 +198,9 @@ def execute(run: Run, work: Path, retrained: dict[str, str]) -> Outcome:
         )
     if not run.steps:
         measure(len(erased.history))
-    stored = {
-        "values": [asdict(value) for value in values],
-        "endings": [asdict(ending) for ending in endings],
-    }
-    write_text(result, json.dumps(stored))
-    return Outcome(values, endings)
+    outcome = Outcome(values, endings)
+    write_text(result, json.dumps(asdict(outcome)))
+    return outcome
 
 
 def execute_all(
