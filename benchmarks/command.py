@@ -33,10 +33,16 @@ def new_parser(description: str | None, **options: Any) -> argparse.ArgumentPars
     return argparse.ArgumentParser(description=description, formatter_class=layout, **options)
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: give a number of 1 or more.")
+    return int(text)
+
+
 def comparison_parser(description: str | None, *, work: str) -> argparse.ArgumentParser:
     """Return a parser with --processes, --output and --work, by default the folder `work`."""
     parser = new_parser(description)
-    parser.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--processes", type=_count, default=2, help="runs at a time of one thread")
     parser.add_argument("--work", type=Path, default=Path(work), help="what is measured is kept")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     return parser

@@ -56,11 +56,7 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, lef
 
 @functools.cache
 def device_name(device: str) -> str:
-    """Return the name of the GPU, or of the CPU with the instructions that torch uses.
-
-    Raises:
-        InputError: it is a GPU, and there is none.
-    """
+    """Return the name of the GPU, or of the CPU with the instructions that torch uses."""
     # Not above: `make gpu` tells what it lacks where there is no torch.
     import torch
 

@@ -25,11 +25,8 @@ from fasterase.engine.outcome import advise
 from fasterase.engine.run import Run
 from fasterase.engine.stops import explaining_interrupts
 from fasterase.errors import InputError
-from fasterase.evaluation.attacks.table import check_attacks
-from fasterase.evaluation.evaluator import Evaluator
-from fasterase.evaluation.examiner import Examiner
-from fasterase.evaluation.measurement import Measurement
-from fasterase.evaluation.tasks.table import check_tasks
+from fasterase.evaluation.evaluator import Evaluator, Measurement
+from fasterase.evaluation.examiner import Examiner, check_attacks, check_tasks
 from fasterase.files import check_creatable, check_replaceable
 from fasterase.models.delta import fingerprint_weights, keep_original
 from fasterase.models.dual_encoder import DualEncoder, separate_copy
@@ -352,9 +349,7 @@ def evaluate(
         measured.pop("model"),
         original=measured.pop("original", None),
         references=measured,
-        tasks=examiner.task_figures(),
-        attacks=examiner.attack_figures(),
-        series=examiner.series(),
+        examiner=examiner,
     )
     digests = {name: source.digest() for name, source in sources.items()} if record else {}
     return audit(evaluation, record, fingerprint=fingerprint, digests=digests)

@@ -26,8 +26,8 @@ from fasterase.pairs.skips import Skip
 from fasterase.pairs.table import PairTable
 from fasterase.provenance import FORMAT, library_versions, write_record
 from fasterase.report.evaluation import Evaluation
-from fasterase.report.examples import Examples, example_rows
 from fasterase.report.folder import write_report_folder
+from fasterase.report.pictures import Examples, example_rows
 from fasterase.report.tables import Section, html_table
 
 _NAMED_SKIPS = 100  # in a report
@@ -102,7 +102,7 @@ class UnlearnResult:
     def _repr_html_(self) -> str:
         """Show a table in a notebook."""
         rows = [[fact, value] for fact, value in self._facts().items()]
-        table = html_table(["", "erasure"], [Section("", rows)], left=2)
+        table = html_table(["", "erasure"], [Section("", rows)])
         return table if self.evaluation is None else table + self.evaluation._repr_html_()
 
     def _facts(self) -> dict[str, str]:

@@ -16,12 +16,12 @@ table) to --output.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.command import comparison_parser, exit_with
-from benchmarks.evidence.attacked import attacks_of
+from benchmarks.evidence.attacks import attacks_of
 from benchmarks.evidence.cells import (
     COSTLY,
     METHODS,
@@ -85,32 +85,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         chosen, tuned_on = read_settings(options.settings, methods)
     print(describe_choice(chosen), flush=True)
 
-    seeds = range(options.seeds)
     in_final = finalists(methods, chosen, options.finalists)
     print(f"Finalists: {', '.join(in_final)}", flush=True)
     tested = [
-        Cell(ORIGINAL, "{}", place, seed, attacks) for place in options.subgroups for seed in seeds
+        *other_cells(options.subgroups, options.seeds, attacks, retrained),
+        *method_cells(methods, chosen, in_final, options.subgroups, options.seeds, attacks),
     ]
-    tested += [
-        Cell(RETRAINED, "{}", place, seed, attacks, folder)
-        for place, folder in retrained.items()
-        if place in options.subgroups
-        for seed in seeds
-    ]
-    cheap = tuple(attack for attack in attacks if attack not in COSTLY)
-    for method in methods:
-        is_finalist = method.title in in_final
-        tested += [
-            Cell(
-                method.title,
-                final_setting(chosen, method.title),
-                place,
-                seed,
-                attacks if is_finalist else cheap,
-            )
-            for place in options.subgroups
-            for seed in seeds[: method.most_seeds if is_finalist else 1]
-        ]
     found = run_cells(tested, options.work, options.processes)
     order = [ORIGINAL, RETRAINED, *METHODS]
     found.sort(key=lambda each: (order.index(each.method), each.subgroup, each.seed))
@@ -121,6 +101,42 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_csv(options.output / "evidence_models.csv", [flatten(each) for each in found])
     write_text(options.output / "evidence.md", text)
     print(text)
+
+
+def other_cells(
+    places: Sequence[str], seeds: int, attacks: tuple[str, ...], retrained: Mapping[str, str]
+) -> list[Cell]:
+    """Return the cells of models that no method made: the original, and the retrained ones."""
+    cells = [
+        Cell(ORIGINAL, "{}", place, seed, attacks) for place in places for seed in range(seeds)
+    ]
+    return cells + [
+        Cell(RETRAINED, "{}", place, seed, attacks, folder)
+        for place, folder in retrained.items()
+        if place in places
+        for seed in range(seeds)
+    ]
+
+
+def method_cells(
+    methods: Sequence[Method],
+    chosen: Chosen,
+    in_final: Sequence[str],
+    places: Sequence[str],
+    seeds: int,
+    attacks: tuple[str, ...],
+) -> list[Cell]:
+    """Return the cells of all methods; those in the final have all seeds and the costly attacks."""
+    cheap = tuple(attack for attack in attacks if attack not in COSTLY)
+    cells = []
+    for method in methods:
+        is_finalist = method.title in in_final
+        setting = final_setting(chosen, method.title)
+        for place in places:
+            for seed in range(seeds)[: method.most_seeds if is_finalist else 1]:
+                own = attacks if is_finalist else cheap
+                cells.append(Cell(method.title, setting, place, seed, own))
+    return cells
 
 
 def tune(
@@ -148,11 +164,7 @@ def settings_table(chosen: Chosen, tuned_on: str) -> list[dict[str, Any]]:
 
 
 def read_settings(file: Path, methods: Sequence[Method]) -> tuple[Chosen, str]:
-    """Return what an earlier run chose for the methods, and on which concepts.
-
-    Raises:
-        InputError: there is no such file, or it has no setting of a method that has several.
-    """
+    """Return what an earlier run chose for the methods, and on which concepts."""
     if not file.is_file():
         raise InputError(f"--settings: no file {file}. An earlier run writes {SETTINGS}.")
     rows = {row["method"]: row for row in read_csv(file)}

@@ -10,21 +10,46 @@ to --output, one row per attack, figure and model, and draws the attacks to --pl
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fasterase
-from benchmarks.command import exit_with
+from benchmarks.command import exit_with, new_parser
 from benchmarks.result_files import RESULTS, code_version, device_name, write_csv
 from fasterase.demo import emoji
 from fasterase.demo.sets import Drawings, build_sets, open_teams
 from fasterase.errors import InputError
-from fasterase.evaluation.attacks.table import ATTACKS
+from fasterase.evaluation.examiner import ATTACKS
+from fasterase.option_values import parse_named
 from fasterase.report.evaluation import Evaluation
 
 ORIGINAL, RETRAINED = "demo's model", "retrained without it"
+
+
+class Attacked(NamedTuple):
+    """A figure of an attack, and the title of its column."""
+
+    attack: str
+    key: str
+    title: str
+
+
+SWAPPED = (
+    Attacked("swap", "forget/original_images/contest_hit@1", "its texts, original's images: hit@1"),
+    Attacked("swap", "forget/original_texts/contest_hit@1", "its images, original's texts: hit@1"),
+)
+PROBED = (Attacked("probe", "forget/linear_probe/auc", "probe AUC"),)
+RELEARNED = (
+    Attacked("relearn", "forget/area/residue", "relearned residue"),
+    Attacked("relearn", "forget/area/contest_hit@1", "relearned hit@1"),
+)
+MEMBERSHIP = (Attacked("membership", "forget/cosine/auc", "membership AUC"),)
+
+
+def attacks_of(figures: tuple[Attacked, ...]) -> tuple[str, ...]:
+    """Return the names of the attacks behind some figures, each once."""
+    return tuple(dict.fromkeys(each.attack for each in figures))
 
 
 def non_members() -> Drawings:
@@ -35,45 +60,29 @@ def non_members() -> Drawings:
 
 
 def rows_of(evaluation: Evaluation, model: str, **given: Any) -> Iterator[dict[str, Any]]:
-    """Yield a row per attack, figure and model, with its interval; `model` names the first one."""
-    for attack, figures in evaluation.attacks.items():
-        for figure in figures.values():
-            values = {model: figure.value, ORIGINAL: figure.original, **figure.references}
-            intervals: dict[str, Sequence[float | None]] = {
-                **figure.other_intervals,
-                model: (figure.low, figure.high),
-            }
-            for name, value in values.items():
-                key = "original" if name == ORIGINAL else name
-                low, high = intervals.get(key, (None, None))
-                if value is not None:
-                    yield {
-                        "attack": attack,
-                        "figure": figure.key,
-                        "wanted": figure.wanted,
-                        "model": name,
-                        "value": value,
-                        "low": low,
-                        "high": high,
-                        "chance": figure.chance,
-                        **given,
-                    }
+    """Yield a row per attack, finding and model, with its interval; `model` names the first one."""
+    titles = {"model": model, "original": ORIGINAL}
+    for attack, findings in evaluation.attacks.items():
+        for finding in findings.values():
+            for name, (value, low, high) in finding.by_model().items():
+                row: dict[str, Any] = {"attack": attack, "figure": finding.key}
+                row["wanted"] = finding.wanted
+                row |= {"model": titles.get(name, name), "value": value, "low": low, "high": high}
+                yield {**row, "chance": finding.chance, **given}
 
 
 def parse_models(entries: Sequence[str]) -> dict[str, str]:
     """Read NAME=FOLDER entries."""
-    models = {}
-    for entry in entries:
-        name, _, folder = entry.partition("=")
-        if not (name and folder) or name in (ORIGINAL, RETRAINED):
-            raise InputError(f"--erased {entry}: expected NAME=FOLDER of a model.")
-        models[name] = folder
+    models = parse_named("erased", list(entries))
+    for name in (ORIGINAL, RETRAINED):
+        if name in models:
+            raise InputError(f"--erased {name}: this is another model. Choose another name.")
     return models
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--erased", nargs="+", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--max_pairs", type=int, default=5000, help="pairs measured per set")
     parser.add_argument("--plots", type=Path, help="also draw the attacks on each model here")

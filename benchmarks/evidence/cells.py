@@ -16,10 +16,13 @@ from benchmarks.evidence.task import Method, Setting, Task
 from benchmarks.processes import call_all
 from fasterase.demo import emoji
 from fasterase.demo.run import evaluate_sets
-from fasterase.demo.sets import build_sets
+from fasterase.demo.sets import DemoSets, build_sets
 from fasterase.errors import InputError
+from fasterase.evaluation.findings import Findings
 from fasterase.files import write_text
+from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.load import load_model
+from fasterase.report.evaluation import Evaluation
 
 METHODS: dict[str, Method] = {
     method.title: method for method in (*trained.METHODS, *closed_form.METHODS)
@@ -33,29 +36,19 @@ COSTLY = ("relearn",)
 
 @dataclass(frozen=True)
 class Measured:
-    """A model after an erasure.
+    """A model after an erasure."""
 
-    Attributes:
-        method: title of the method or variant, or `ORIGINAL` or `RETRAINED`.
-        setting: as JSON, with the `steps` at which this model was measured.
-        subgroup, seed: what was erased, and the seed of the run.
-        scores: set -> metric -> value.
-        chance: set -> metric -> value of a random order.
-        verdicts, residues: set to forget -> verdict, mean residue.
-        attacks: attack -> figure -> value.
-        seconds: from the start of the erasure, measurements included.
-    """
-
-    method: str
-    setting: str
-    subgroup: str
-    seed: int
-    scores: dict[str, dict[str, float]]
-    chance: dict[str, dict[str, float]]
-    verdicts: dict[str, str]
-    residues: dict[str, float]
+    method: str  # title of the method or variant, or `ORIGINAL` or `RETRAINED`
+    setting: str  # as JSON, with the `steps` at which this model was measured
+    subgroup: str  # what was erased
+    seed: int  # of the run
+    scores: dict[str, dict[str, float]]  # set -> metric -> value
+    chance: dict[str, dict[str, float]]  # set -> metric -> value of a random order
+    verdicts: dict[str, str]  # set to forget -> verdict
+    residues: dict[str, float]  # set to forget -> mean residue
+    # attack -> figure -> value
     attacks: dict[str, dict[str, float | str]] = field(default_factory=dict)
-    seconds: float = 0.0
+    seconds: float = 0.0  # from the start of the erasure, measurements included
 
 
 @dataclass(frozen=True)
@@ -95,23 +88,7 @@ def run_cell(cell: Cell, work: Path) -> list[Measured]:
     start = time.perf_counter()
 
     def measure(steps: int) -> None:
-        costly = tuple(attack for attack in cell.attacks if attack in COSTLY)
-        cheap = tuple(attack for attack in cell.attacks if attack not in COSTLY)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "verdict: ")
-            evaluation = evaluate_sets(
-                model,
-                sets,
-                original=str(emoji.BASE_MODEL) if cheap else None,
-                attacks=cheap,
-                seed=cell.seed,
-                progress=False,
-            )
-            attacks = dict(evaluation.attacks)
-            if costly:
-                attacks |= evaluate_sets(
-                    model, sets, attacks=costly, seed=cell.seed, progress=False
-                ).attacks
+        evaluation, attacks = _evaluate(model, sets, cell)
         residues = {
             name: evaluation.mean_residue(name, evaluation.scores)
             for name in ("forget", "forget-unseen")
@@ -142,6 +119,23 @@ def run_cell(cell: Cell, work: Path) -> list[Measured]:
     return found
 
 
+def _evaluate(
+    model: DualEncoder, sets: DemoSets, cell: Cell
+) -> tuple[Evaluation, dict[str, Findings]]:
+    """Measure a model, with what the attacks find; costly ones are not run on the original too."""
+    options: dict[str, Any] = {"seed": cell.seed, "progress": False}
+    costly = tuple(attack for attack in cell.attacks if attack in COSTLY)
+    cheap = tuple(attack for attack in cell.attacks if attack not in COSTLY)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "verdict: ")
+        original = str(emoji.BASE_MODEL) if cheap else None
+        evaluation = evaluate_sets(model, sets, original=original, attacks=cheap, **options)
+        attacks = dict(evaluation.attacks)
+        if costly:
+            attacks |= evaluate_sets(model, sets, attacks=costly, **options).attacks
+    return evaluation, attacks
+
+
 def run_cells(cells: Iterable[Cell], work: Path, processes: int) -> list[Measured]:
     """Carry out cells in parallel, each with one thread, and print each as it ends."""
     done = call_all(run_cell, cells, work, processes=processes, describe=lambda cell: cell.title)
@@ -150,11 +144,7 @@ def run_cells(cells: Iterable[Cell], work: Path, processes: int) -> list[Measure
 
 
 def check_methods(titles: Iterable[str]) -> list[Method]:
-    """Look methods up by title.
-
-    Raises:
-        InputError: there is no such method.
-    """
+    """Look methods up by title."""
     unknown = [title for title in titles if title not in METHODS]
     if unknown:
         raise InputError(f"--methods: {unknown[0]!r} is none of {', '.join(METHODS)}.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -56,33 +58,26 @@ def erase_linearly(task: Task, setting: Setting) -> None:
 
 def encode_captions(model: DualEncoder, drawings: Drawings) -> Tensor:
     """Return text features of every caption of every drawing, [captions, D], in fp64."""
-    captions = [
-        caption for index in range(len(drawings)) for caption in _as_list(drawings[index]["text"])
-    ]
-    return encode_texts(model, captions)
+    texts = [drawings[index]["text"] for index in range(len(drawings))]
+    captions = [[text] if isinstance(text, str) else text for text in texts]
+    return encode_texts(model, [*chain.from_iterable(captions)])
 
 
 def encode_texts(model: DualEncoder, captions: list[str]) -> Tensor:
     """Return text features, [captions, D], in fp64."""
-    with torch.no_grad():
-        return torch.cat(
-            [
-                model.encode_text(model.tokenize(captions[start : start + 256]))
-                for start in range(0, len(captions), 256)
-            ]
-        ).double()
+    return _encode(captions, lambda part: model.encode_text(model.tokenize(part)))
 
 
 def encode_images(model: DualEncoder, drawings: Drawings) -> Tensor:
     """Return image features, [drawings, D], in fp64."""
     pictures = [model.preprocess(drawings[index]["image"]) for index in range(len(drawings))]
-    with torch.no_grad():
-        return torch.cat(
-            [
-                model.encode_image(torch.stack(pictures[start : start + 256]))
-                for start in range(0, len(pictures), 256)
-            ]
-        ).double()
+    return _encode(pictures, lambda part: model.encode_image(torch.stack(part)))
+
+
+@torch.no_grad()
+def _encode(items: list[Any], encode: Callable[[list[Any]], Tensor]) -> Tensor:
+    parts = [encode(items[start : start + 256]) for start in range(0, len(items), 256)]
+    return torch.cat(parts).double()
 
 
 def fold(model: DualEncoder, image_map: Tensor, text_map: Tensor) -> None:
@@ -93,10 +88,6 @@ def fold(model: DualEncoder, image_map: Tensor, text_map: Tensor) -> None:
             weight.copy_((weight.double() @ matrix).to(weight.dtype))
 
 
-def _as_list(text: str | list[str]) -> list[str]:
-    return [text] if isinstance(text, str) else text
-
-
 METHODS = (
     Method(
         "null-space projection",
@@ -105,10 +96,7 @@ METHODS = (
         [{"rank": rank, "centred": centred} for rank in (2, 8, 32) for centred in (False, True)],
     ),
     Method(
-        "LEACE",
-        "arXiv 2306.03819",
-        erase_linearly,
-        [{"labels": "set"}, {"labels": "concepts"}],
+        "LEACE", "arXiv 2306.03819", erase_linearly, [{"labels": "set"}, {"labels": "concepts"}]
     ),
     # Tuning may choose the other, which costs little and forgets little.
     Method(

@@ -27,7 +27,7 @@ from PIL import Image
 
 import fasterase
 from benchmarks.command import comparison_parser, exit_with
-from benchmarks.evidence.attacked import RELEARNED, SWAPPED, attacks_of
+from benchmarks.evidence.attacks import RELEARNED, SWAPPED, attacks_of
 from benchmarks.processes import call_all
 from benchmarks.result_files import markdown_table, write_csv
 from fasterase.demo.run import recipe_config
@@ -195,11 +195,7 @@ def run(place: tuple[int, int], work: Path) -> Evaluation:
 def rows_of(digit: str, seed: int, evaluation: Evaluation) -> Iterator[dict[str, Any]]:
     """Yield a row per model: shares from 0 to 1, and the verdicts."""
     assert evaluation.original is not None
-    scores = {
-        "original": evaluation.original,
-        "erased": evaluation.scores,
-        **evaluation.references,
-    }
+    scores = {"original": evaluation.original, "erased": evaluation.scores, **evaluation.references}
     for model in MODELS:
         verdicts = evaluation.set_verdicts["model" if model == "erased" else model]
         row: dict[str, Any] = {"digit": digit, "seed": seed, "model": model}
@@ -210,9 +206,8 @@ def rows_of(digit: str, seed: int, evaluation: Evaluation) -> Iterator[dict[str,
         for name, title in (("retain", "others"), ("holdout", "others, unseen")):
             row[f"{title} accuracy"] = scores[model][name]["zero_shot_accuracy"]
         for each in ATTACKED:
-            figure = evaluation.attacks[each.attack][each.key]
-            values = {"original": figure.original, "erased": figure.value, **figure.references}
-            row[each.title] = values[model]
+            found = evaluation.attacks[each.attack][each.key].by_model()
+            row[each.title], *_ = found["model" if model == "erased" else model]
         yield row
 
 

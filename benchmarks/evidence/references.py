@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.command import comparison_parser, exit_with
-from benchmarks.evidence.attacked import MEMBERSHIP, RELEARNED, SWAPPED, Attacked, attacks_of
-from benchmarks.evidence.attacks import non_members
+from benchmarks.evidence.attacks import MEMBERSHIP, RELEARNED, SWAPPED, attacks_of, non_members
 from benchmarks.evidence.sequential import HIT, RECALL, erase
 from benchmarks.processes import call_all
 from benchmarks.recipes.runs import KEEP_SETS
@@ -31,7 +30,6 @@ from fasterase.demo import emoji
 from fasterase.demo.run import evaluate_sets
 from fasterase.demo.sets import build_sets
 from fasterase.errors import InputError
-from fasterase.evaluation.measurement import Scores
 from fasterase.provenance import read_record
 from fasterase.report.evaluation import Evaluation
 
@@ -45,11 +43,7 @@ ATTACKED = (*SWAPPED, *RELEARNED, *MEMBERSHIP)
 
 
 def find_references(folder: Path | None) -> dict[str, Path]:
-    """Return concept -> model trained without it: the packaged one and those in `folder`.
-
-    Raises:
-        InputError: `folder` holds no such model.
-    """
+    """Return concept -> model trained without it: the packaged one and those in `folder`."""
     found = {emoji.DEFAULT_FORGET: emoji.RETRAINED_MODEL}
     if folder is not None:
         trained = sorted(file.parent for file in folder.glob(f"{PREFIX}*/training.json"))
@@ -94,44 +88,21 @@ def rows_of(concept: str, evaluation: Evaluation) -> Iterator[dict[str, Any]]:
     scores = {ORIGINAL: original, RETRAINED: references[RETRAINED], ERASED: evaluation.scores}
     verdicts = {**evaluation.set_verdicts, ERASED: evaluation.set_verdicts["model"]}
     for model in MODELS:
-        figures: dict[str, Any] = {
-            **_trace(evaluation, scores[model], verdicts[model]),
-            **_changes(scores[model], original),
-        }
+        figures: dict[str, Any] = {}
+        for name, prefix in FORGET_SETS.items():
+            figures[f"{prefix}hit@1"] = scores[model][name][HIT]
+            figures[f"{prefix}residue"] = evaluation.mean_residue(name, scores[model])
+            figures[f"{prefix}{VERDICT}"] = verdicts[model][name]
+        for name in KEEP_SETS:
+            figures[f"{name} change"] = scores[model][name][RECALL] - original[name][RECALL]
         here = {"concept": concept, "model": model}
         for figure, value in figures.items():
             yield {**here, "figure": figure, "value": value}
         for each in ATTACKED:
-            yield {**here, "figure": each.title, **_found(evaluation, each, model)}
-
-
-def _trace(
-    evaluation: Evaluation, scores: Scores, verdicts: Mapping[str, str]
-) -> dict[str, float | str | None]:
-    """Return what is left of the concept, on trained and on unseen drawings."""
-    figures: dict[str, float | str | None] = {}
-    for name, prefix in FORGET_SETS.items():
-        figures[f"{prefix}hit@1"] = scores[name][HIT]
-        figures[f"{prefix}residue"] = evaluation.mean_residue(name, scores)
-        figures[f"{prefix}{VERDICT}"] = verdicts[name]
-    return figures
-
-
-def _changes(scores: Scores, original: Scores) -> dict[str, float]:
-    """Return recall@1 of what is kept, minus the original's."""
-    return {f"{name} change": scores[name][RECALL] - original[name][RECALL] for name in KEEP_SETS}
-
-
-def _found(evaluation: Evaluation, attacked: Attacked, model: str) -> dict[str, Any]:
-    """Return what an attack found on one of the models, with its 95 % interval."""
-    figure = evaluation.attacks[attacked.attack][attacked.key]
-    values = {ORIGINAL: figure.original, ERASED: figure.value, **figure.references}
-    intervals: dict[str, Sequence[float | None]] = {
-        **figure.other_intervals,
-        ERASED: (figure.low, figure.high),
-    }
-    low, high = intervals[model]
-    return {"value": values[model], "low": low, "high": high, "chance": figure.chance}
+            finding = evaluation.attacks[each.attack][each.key]
+            value, low, high = finding.by_model()["model" if model == ERASED else model]
+            found = {"value": value, "low": low, "high": high, "chance": finding.chance}
+            yield {**here, "figure": each.title, **found}
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -49,19 +49,12 @@ DIRECTIONS = ("image_to_text", "text_to_image")
 
 @dataclass(frozen=True)
 class Case:
-    """The erasures of one start in one setting, which one process makes.
+    """The erasures of one start in one setting, which one process makes."""
 
-    Attributes:
-        model: one of `digits.KINDS`, or a concept of the demo's model.
-        start: seed of the model's initialisation.
-        threads: of torch.
-        capability: value of ATEN_CPU_CAPABILITY; None leaves it unset.
-    """
-
-    model: str
-    start: int
-    threads: int
-    capability: str | None
+    model: str  # one of `digits.KINDS`, or a concept of the demo's model
+    start: int  # seed of the model's initialisation
+    threads: int  # of torch
+    capability: str | None  # value of ATEN_CPU_CAPABILITY; None leaves it unset
 
     @property
     def name(self) -> str:

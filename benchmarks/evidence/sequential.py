@@ -51,15 +51,12 @@ History = tuple[tuple[str, ...], ...]
 
 @dataclass(frozen=True)
 class State:
-    """A model: what was erased from it, and the seed of splits and runs.
-
-    Attributes:
-        judges_each: the last erasure went on until each of its subgroups was forgotten, not only
-            all of them as one set.
-    """
+    """A model: what was erased from it, and the seed of splits and runs."""
 
     erased: History
     seed: int
+    # The last erasure went on until each of its subgroups was forgotten, not only all of them as
+    # one set.
     judges_each: bool = False
 
     @property
@@ -77,17 +74,11 @@ class State:
 
 @dataclass(frozen=True)
 class Concepts:
-    """The pairs of all erasures of one seed.
+    """The pairs of all erasures of one seed."""
 
-    Attributes:
-        own: subgroup -> its sets, as if it were the only one to erase.
-        together: sets of all subgroups as a single forget set.
-        neighbour: drawings of kept concepts that are neighbours of any subgroup.
-    """
-
-    own: Mapping[str, DemoSets]
-    together: DemoSets
-    neighbour: Drawings
+    own: Mapping[str, DemoSets]  # subgroup -> its sets, as if it were the only one to erase
+    together: DemoSets  # sets of all subgroups as a single forget set
+    neighbour: Drawings  # drawings of kept concepts that are neighbours of any subgroup
 
     def forget(self, subgroups: Collection[str]) -> Drawings:
         """Return the drawings of some subgroups, with all wordings."""
@@ -234,13 +225,9 @@ def rows_of(
     steps: int,
     crowded: Mapping[str, float],
 ) -> list[dict[str, Any]]:
-    """Return a row per set of a model; changes are against the original.
+    """Return a row per set of a model; changes are against the original, the demo's model.
 
-    Args:
-        state: the model.
-        evaluation, original: what was measured on it and on the demo's model.
-        steps: training steps of the last erasure.
-        crowded: subgroup -> `crowding` of its captions.
+    `steps` are those of the last erasure; `crowded` maps subgroups to `crowding` of their captions.
     """
     gone = {subgroup for step in state.erased for subgroup in step}
     here = {"seed": state.seed, "erased": state.title, "steps": steps}

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.evidence.attacked import PROBED, RELEARNED, SWAPPED
+from benchmarks.evidence.attacks import PROBED, RELEARNED, SWAPPED
 from benchmarks.evidence.cells import ORIGINAL, Measured
 from benchmarks.recipes.runs import FORGET_SETS, KEEP_SETS, interval
 from benchmarks.result_files import markdown_table

@@ -18,47 +18,29 @@ Setting = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """One erasure to be carried out.
+    """One erasure to be carried out."""
 
-    Attributes:
-        model: the model, to be changed in place.
-        sets: the pairs; a method uses forget and retain alone.
-        seed: of everything random.
-        measure: to be called with the number of steps taken wherever the model may be judged.
-    """
-
-    model: DualEncoder
-    sets: DemoSets
-    seed: int
+    model: DualEncoder  # the model, to be changed in place
+    sets: DemoSets  # the pairs; a method uses forget and retain alone
+    seed: int  # of everything random
+    # To be called with the number of steps taken wherever the model may be judged.
     measure: Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to forget.
+    """A way to forget."""
 
-    Attributes:
-        title: its name in tables.
-        source: where it comes from.
-        erase: carries out a task with a setting.
-        settings: those tried on the validation concepts; one alone is taken as it is.
-        most_seeds: of a finalist; None: as many as asked for.
-    """
-
-    title: str
-    source: str
-    erase: Callable[[Task, Setting], None]
+    title: str  # its name in tables
+    source: str  # where it comes from
+    erase: Callable[[Task, Setting], None]  # carries out a task with a setting
+    # Those tried on the validation concepts; one alone is taken as it is.
     settings: Sequence[Setting]
-    most_seeds: int | None = None
+    most_seeds: int | None = None  # of a finalist; None: as many as asked for
 
 
 def train(
-    task: Task,
-    config: UnlearnConfig,
-    *,
-    forget: Any,
-    retain: Any,
-    measured_at: Sequence[int] = (),
+    task: Task, config: UnlearnConfig, *, forget: Any, retain: Any, measured_at: Sequence[int] = ()
 ) -> int:
     """Train the task's model with the library's engine; return the number of steps taken."""
     with warnings.catch_warnings():

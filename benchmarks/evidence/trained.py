@@ -116,58 +116,27 @@ def _grid(weights: Setting, **more: tuple[float, ...]) -> list[Setting]:
     ]
 
 
+def _objective(title: str, source: str, weights: Setting, **more: tuple[float, ...]) -> Method:
+    return Method(title, source, erase_by_objective, _grid(weights, **more))
+
+
+PAPER, ABLATION = "ACL 2025, long.1469", "ACL 2025, long.1469, ablation"
+FORGETTING, RETAINING = {**OFF, "forget_weight": 3.0}, {"retain_weight": 1.0}
 METHODS = (
-    Method(
-        "retain only",
-        "fine-tuning on the retain set",
-        erase_by_objective,
-        _grid({**OFF, "retain_weight": 1.0}),
-    ),
-    Method("gradient ascent", "arXiv 2109.13398", erase_by_objective, _grid(ASCENT)),
-    Method(
-        "gradient difference",
-        "arXiv 2203.12817",
-        erase_by_objective,
-        _grid({**ASCENT, "retain_weight": 1.0}),
-    ),
-    Method(
-        "KL-constrained ascent",
-        "arXiv 2401.06121",
-        erase_by_objective,
-        _grid(ASCENT, consistency_weight=(3.0, 9.0)),
-    ),
-    Method(
-        "error-maximising noise",
-        "arXiv 2111.08947",
-        erase_by_noise,
-        _grid(OFF),
-    ),
+    _objective("retain only", "fine-tuning on the retain set", OFF | RETAINING),
+    _objective("gradient ascent", "arXiv 2109.13398", ASCENT),
+    _objective("gradient difference", "arXiv 2203.12817", ASCENT | RETAINING),
+    _objective("KL-constrained ascent", "arXiv 2401.06121", ASCENT, consistency_weight=(3.0, 9.0)),
+    Method("error-maximising noise", "arXiv 2111.08947", erase_by_noise, _grid(OFF)),
     Method(
         "negated task vector",
         "arXiv 2212.04089",
         erase_by_negation,
         [{"lr": 1e-4, "max_steps": 60, "share": share} for share in (0.5, 1.0, 2.0, 4.0)],
     ),
-    Method(
-        "CLIPErase, FM",
-        "ACL 2025, long.1469, ablation",
-        erase_by_objective,
-        _grid({**OFF, "forget_weight": 3.0}),
-    ),
-    Method(
-        "CLIPErase, FM + RM",
-        "ACL 2025, long.1469, ablation",
-        erase_by_objective,
-        _grid({**OFF, "forget_weight": 3.0, "retain_weight": 1.0}),
-    ),
-    Method(
-        "CLIPErase",
-        "ACL 2025, long.1469",
-        erase_by_objective,
-        _grid({**OFF, "forget_weight": 3.0, "retain_weight": 1.0}, consistency_weight=(3.0, 9.0)),
-    ),
+    _objective("CLIPErase, FM", ABLATION, FORGETTING),
+    _objective("CLIPErase, FM + RM", ABLATION, FORGETTING | RETAINING),
+    _objective("CLIPErase", PAPER, FORGETTING | RETAINING, consistency_weight=(3.0, 9.0)),
     Method("fasterase", "the library's default", erase_by_default, [{}]),
-    Method(
-        "fasterase, thorough", "thorough=True", erase_by_default, [{"thorough": True}], most_seeds=1
-    ),
+    Method("fasterase, thorough", "thorough=True", erase_by_default, [{"thorough": True}], 1),
 )

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.command import comparison_parser, exit_with
-from benchmarks.evidence.attacked import attacks_of
+from benchmarks.evidence.attacks import attacks_of
 from benchmarks.evidence.cells import ORIGINAL, VARIANTS, Cell, as_text, run_cells
 from benchmarks.evidence.table import ATTACKED, as_table, by_place, summarise
 from benchmarks.recipes.runs import VALIDATION

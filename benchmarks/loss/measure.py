@@ -13,11 +13,7 @@ from torch import Tensor
 
 from benchmarks.loss.case import Case, Inputs, exact_losses, in_fp64, make_inputs
 from benchmarks.loss.providers import PROVIDERS, Loss, Provider, UnavailableError
-from benchmarks.processes import (
-    MeasurementError,
-    call_in_process,
-    describe_error,
-)
+from benchmarks.processes import MeasurementError, call_in_process, describe_error
 from fasterase.planner.count import PeakMemory, proc_bytes
 
 # Written before every timed call on a GPU, so that each starts with a cold L2 (50 MB on an H100).
@@ -131,9 +127,6 @@ def peak_extra_bytes(provider: Provider, case: Case, mode: str) -> int:
 
     On a GPU this is what torch's allocator counts; on a CPU it is resident memory, measured in a
     separate process.
-
-    Raises:
-        UnavailableError: the provider cannot take the case, or the process died or took too long.
     """
     if case.device == "cuda":
         return _measured_peak(provider.name, case, mode)

@@ -28,24 +28,18 @@ class UnavailableError(MeasurementError):
 
 @dataclass(frozen=True)
 class Provider:
-    """One implementation; `build(case)` returns its loss.
-
-    Attributes:
-        dense_matrices: number of [N, N] matrices alive at its peak, without and with the KL,
-            taken from the benchmark's own memory rows; 0 if memory does not grow with N^2.
-        keeps_logits: it may keep logits for the backward pass, which the FLOPs of `case.flops`
-            compute twice.
-        objective: the field of `Losses` that it computes.
-        omits_reference_entropy: its KL is a cross-entropy.
-    """
+    """One implementation; `build(case)` returns its loss."""
 
     name: str
     build: Callable[[Case], Loss]
     package: str = "fasterase"
+    # Number of [N, N] matrices alive at its peak, without and with the KL, taken from the
+    # benchmark's own memory rows; 0 if memory does not grow with N^2.
     dense_matrices: tuple[int, int] = (0, 0)
+    # It may keep logits for the backward pass, which the FLOPs of `case.flops` compute twice.
     keeps_logits: bool = False
-    objective: str = "clip"
-    omits_reference_entropy: bool = False
+    objective: str = "clip"  # the field of `Losses` that it computes
+    omits_reference_entropy: bool = False  # its KL is a cross-entropy
     has_scale_gradient: bool = True
     compiles: bool = False
 
@@ -118,7 +112,7 @@ def _torch_dense(case: Case) -> Loss:
 
 
 def _open_clip(case: Case) -> Loss:
-    _refuse_labels(case, "open_clip")
+    _refuse(case, "open_clip")
     from open_clip.loss import ClipLoss, DistillClipLoss
 
     if not case.kl:
@@ -133,8 +127,7 @@ def _open_clip_compiled(case: Case) -> Loss:
 
 
 def _torch_linear_cross_entropy(case: Case) -> Loss:
-    _refuse_kl(case, "torch's linear_cross_entropy")
-    _refuse_labels(case, "torch's linear_cross_entropy")
+    _refuse(case, "torch's linear_cross_entropy", kl=True)
     try:
         from torch.nn import LinearCrossEntropyOptions
         from torch.nn.functional import linear_cross_entropy
@@ -155,10 +148,10 @@ def _torch_linear_cross_entropy(case: Case) -> Loss:
 
 def _liger(case: Case) -> Loss:
     """Build the chunked distillation loss in torch, or without the KL the Triton cross-entropy."""
-    _refuse_labels(case, "Liger-Kernel")
+    _refuse(case, "Liger-Kernel")
     target = torch.arange(case.num_pairs, device=case.device)
     if not case.kl:
-        _need_cuda(case, "Liger-Kernel's fused linear cross-entropy (without a teacher)")
+        _refuse(case, "Liger-Kernel's fused linear cross-entropy (without a teacher)", cpu=True)
         fused = _imported("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
 
         def infonce(inputs: Inputs) -> Tensor:
@@ -185,9 +178,7 @@ def _liger(case: Case) -> Loss:
 
 
 def _memeff(case: Case) -> Loss:
-    _refuse_kl(case, "memeff")
-    _refuse_labels(case, "memeff")
-    _need_cuda(case, "memeff")
+    _refuse(case, "memeff", kl=True, cpu=True)
     # stable=True, its default, would give gradients times sqrt(N / scale).
     loss = _imported("memeff").MemoryEfficientCLIPLoss(
         temperature=1.0 / case.scale, normalized_inputs=True, stable=False
@@ -196,18 +187,14 @@ def _memeff(case: Case) -> Loss:
 
 
 def _siglip(case: Case) -> Loss:
-    _refuse_kl(case, "siglip-kernel")
-    _refuse_labels(case, "siglip-kernel")
-    _need_cuda(case, "siglip-kernel")
+    _refuse(case, "siglip-kernel", kl=True, cpu=True)
     run = _imported("siglip_kernel").fused_siglip_loss
     bias = torch.tensor(SIGLIP_BIAS, device=case.device)
     return lambda inputs: run(inputs.image, inputs.text, inputs.scale.log(), bias)
 
 
 def _inf_cl(case: Case) -> Loss:
-    _refuse_kl(case, "inf-cl")
-    _refuse_labels(case, "inf-cl")
-    _need_cuda(case, "inf-cl")
+    _refuse(case, "inf-cl", kl=True, cpu=True)
     if case.width % 256:
         raise UnavailableError(f"inf-cl needs a multiple of its head width, 256; D is {case.width}")
     run = _imported("inf_cl").cal_flash_loss
@@ -219,18 +206,13 @@ def _inf_cl(case: Case) -> Loss:
     return loss
 
 
-def _refuse_kl(case: Case, name: str) -> None:
-    if case.kl:
+def _refuse(case: Case, name: str, *, kl: bool = False, cpu: bool = False) -> None:
+    """Refuse a case with labels, and with what else an implementation cannot take."""
+    if kl and case.kl:
         raise UnavailableError(f"{name} has no KL to a teacher")
-
-
-def _refuse_labels(case: Case, name: str) -> None:
     if case.labels:
         raise UnavailableError(f"{name} knows no pairs that are each other's positives")
-
-
-def _need_cuda(case: Case, name: str) -> None:
-    if case.device != "cuda":
+    if cpu and case.device != "cuda":
         raise UnavailableError(f"{name} is Triton kernels, which need a CUDA GPU")
 
 
@@ -249,11 +231,7 @@ _ALL = (
         "fasterase-dense", partial(_fasterase, "dense"), dense_matrices=(7, 20), keeps_logits=True
     ),
     Provider(
-        "torch-dense",
-        _torch_dense,
-        package="torch",
-        dense_matrices=(5, 10),
-        keeps_logits=True,
+        "torch-dense", _torch_dense, package="torch", dense_matrices=(5, 10), keeps_logits=True
     ),
     Provider(
         "open_clip",

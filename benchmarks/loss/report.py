@@ -75,9 +75,6 @@ def draw_curves(rows: list[Row], metric: str, csv: Path, mode: str = "full") -> 
 
     A picture has one panel per width, without and with the KL. Panels of times also show the time
     at the rate of a large matrix product.
-
-    Raises:
-        MissingExtraError: matplotlib is missing.
     """
     import_extra("matplotlib", "eval", "--plot").use("Agg")
     shown = [r for r in rows if r.metric_name == metric and r.kernel_operation_mode == mode]
@@ -200,7 +197,7 @@ def _draw_panels(rows: list[Row], title: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
     widths = sorted({row.extra["D"] for row in rows})
-    losses = sorted({(row.extra["kl"], row.extra.get("labels", False)) for row in rows})
+    losses = sorted({(row.extra["kl"], row.extra["labels"]) for row in rows})
     figure = Figure(figsize=(4.2 * len(widths), 3.4 * len(losses)), layout="constrained")
     grid = figure.subplots(len(losses), len(widths), squeeze=False, sharex=True)
     names = list(dict.fromkeys(row.kernel_provider for row in rows))
@@ -208,8 +205,7 @@ def _draw_panels(rows: list[Row], title: str, path: Path) -> None:
         panel = [
             row
             for row in rows
-            if (row.extra["kl"], row.extra.get("labels", False), row.extra["D"])
-            == (kl, labels, width)
+            if (row.extra["kl"], row.extra["labels"], row.extra["D"]) == (kl, labels, width)
         ]
         if not panel:
             grid[i][j].axis("off")  # labels are measured at one width

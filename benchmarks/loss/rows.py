@@ -10,16 +10,8 @@ from typing import Any
 
 from benchmarks.result_files import read_csv, write_csv
 
-# Keys of extra_benchmark_config_str that tell two measurements apart, with the values of rows that
-# lack them; the other keys are results.
-_SETTINGS = {
-    "D": None,
-    "dtype": None,
-    "scale": None,
-    "kl": None,
-    "threads": None,
-    "labels": False,
-}
+# Keys of extra_benchmark_config_str that tell two measurements apart; the others are results.
+_SETTINGS = ("D", "dtype", "scale", "kl", "threads", "labels")
 
 
 @dataclass
@@ -45,16 +37,9 @@ class Row:
     @property
     def key(self) -> tuple[Any, ...]:
         """Equal for two measurements of the same thing."""
-        settings = tuple(self.extra.get(name, default) for name, default in _SETTINGS.items())
-        return (
-            self.kernel_name,
-            self.kernel_provider,
-            self.kernel_operation_mode,
-            self.metric_name,
-            self.x_value,
-            self.gpu_name,
-            *settings,
-        )
+        named = (self.kernel_name, self.kernel_provider, self.kernel_operation_mode)
+        settings = (self.extra[name] for name in _SETTINGS)
+        return (*named, self.metric_name, self.x_value, self.gpu_name, *settings)
 
 
 _COLUMNS = [

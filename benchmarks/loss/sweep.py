@@ -90,6 +90,11 @@ def main(argv: list[str] | None = None) -> None:
                         bar.write(_line(row))
                         reported.add(why)
     print(f"{len(rows)} rows in {path}")
+    _show(path, args)
+
+
+def _show(path: Path, args: argparse.Namespace) -> None:
+    """Draw curves and print tables of a file, where asked for."""
     if args.plot:
         for metric in ("speed", "memory"):
             for picture in draw_curves(read_rows(path), metric, path):

@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.command import exit_with, new_parser
-from benchmarks.protocols.cc12m import CC12M
-from benchmarks.protocols.cifar100 import CIFAR
 from benchmarks.protocols.diffusion import MODELS, run_check
 from benchmarks.protocols.diffusion_check import CONCEPT, CONTROLS, DiffusionCheck
-from benchmarks.protocols.flickr30k import FLICKR
 from benchmarks.protocols.protocol import TABLE, Protocol, run_protocol
+from benchmarks.protocols.published import CC12M, CIFAR, FLICKR
 from fasterase.config import UnlearnConfig
 
-# A new protocol that erases from a model is one file and one entry here.
+# A new protocol that erases from a model is a `Protocol` and an entry here.
 PROTOCOLS: dict[str, Protocol] = {"cifar100": CIFAR, "flickr30k": FLICKR, "cc12m": CC12M}
 DIFFUSION = "diffusion"
 _CHECK_FIELDS = {field.name for field in fields(DiffusionCheck)}

@@ -23,10 +23,6 @@ class Detector:
         queries: object -> text that asks for it.
         device: where to run it.
         batch_size: pictures at once.
-
-    Raises:
-        InputError: it cannot be loaded, or is another kind of model.
-        MissingExtraError: transformers is not installed.
     """
 
     def __init__(

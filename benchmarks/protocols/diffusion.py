@@ -10,6 +10,7 @@ import itertools
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,11 +51,6 @@ def run_check(check: DiffusionCheck, output: Path) -> str:
 
     Each prompt has a folder in `output` for each arm. What is there is not drawn again; another
     detector or other objects are looked for in the same pictures.
-
-    Raises:
-        InputError: a model cannot be loaded or does not fit, or `output` holds pictures that were
-            drawn with other settings.
-        MissingExtraError: diffusers or transformers is not installed.
     """
     check_creatable(output, argument=f"--output={str(output)!r}")
     device = resolve_device(check.device, default=best_device())
@@ -78,22 +74,9 @@ def run_check(check: DiffusionCheck, output: Path) -> str:
 def _draw_missing(
     check: DiffusionCheck, tower: TextTower, output: Path, device: torch.device
 ) -> None:
-    """Draw the prompts that have no folder yet, after comparing the original with the pipeline.
-
-    Raises:
-        InputError: a folder that is there was drawn with other settings, or a model does not fit.
-    """
+    """Draw the prompts that have no folder yet, after comparing the original with the pipeline."""
     records = {
-        (arm, prompt): {
-            "prompt": prompt,
-            "pipeline": check.pipeline,
-            "text encoder": tower.fingerprint() if arm == "erased" else "the pipeline's own",
-            "steps": check.steps,
-            "guidance": check.guidance,
-            "seed": check.seed,
-            "images": check.images,
-            "device": device.type,
-        }
+        (arm, prompt): _record(check, tower, device, arm=arm, prompt=prompt)
         for arm, prompt in itertools.product(ARMS, check.all_prompts)
     }
     missing = [each for each in records if not place(output, *each).exists()]
@@ -137,6 +120,22 @@ def _draw_missing(
                     bar.update()
                 record = {**records[arm, prompt], "seeds": seeds, "moved": moved[prompt]}
                 (folder / DRAWN).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _record(
+    check: DiffusionCheck, tower: TextTower, device: torch.device, *, arm: str, prompt: str
+) -> dict[str, Any]:
+    """Return the settings with which the pictures of a prompt are drawn."""
+    return {
+        "prompt": prompt,
+        "pipeline": check.pipeline,
+        "text encoder": tower.fingerprint() if arm == "erased" else "the pipeline's own",
+        "steps": check.steps,
+        "guidance": check.guidance,
+        "seed": check.seed,
+        "images": check.images,
+        "device": device.type,
+    }
 
 
 def _detect(check: DiffusionCheck, output: Path, device: torch.device) -> Scores:

@@ -36,41 +36,24 @@ Scores = Mapping[tuple[str, str], Sequence[Mapping[str, float]]]
 
 @dataclass(frozen=True)
 class DiffusionCheck:
-    """Settings of the check.
+    """Settings of the check."""
 
-    Attributes:
-        pipeline: folder or hub id of a Stable Diffusion 1 or 2 in diffusers' format.
-        erased: the erased CLIP, as `load_text_tower` takes it.
-        detector: folder or hub id of an OWL-ViT or OWLv2 of transformers.
-        model: the CLIP before erasing, to check that its tower is the pipeline's; None: no check.
-        concepts: what was erased.
-        controls: other objects, which should still be drawn.
-        templates: texts with one `{}` for an object; "a {}" becomes "an {}" before a vowel.
-        images: pictures of each prompt and arm.
-        threshold: score from which on a detection counts.
-        steps, guidance: denoising steps, and scale of the classifier-free guidance.
-        seed: of the latents.
-        batch_size: pictures drawn at once.
-        device: where to run; None: the accelerator if there is one.
-
-    Raises:
-        InputError: a value is out of range.
-    """
-
-    pipeline: str
-    erased: str
-    detector: str
+    pipeline: str  # folder or hub id of a Stable Diffusion 1 or 2 in diffusers' format
+    erased: str  # the erased CLIP, as `load_text_tower` takes it
+    detector: str  # folder or hub id of an OWL-ViT or OWLv2 of transformers
+    # The CLIP before erasing, to check that its tower is the pipeline's; None: no check.
     model: str | None = None
-    concepts: Sequence[str] = (CONCEPT,)
-    controls: Sequence[str] = CONTROLS
+    concepts: Sequence[str] = (CONCEPT,)  # what was erased
+    controls: Sequence[str] = CONTROLS  # other objects, which should still be drawn
+    # Texts with one `{}` for an object; "a {}" becomes "an {}" before a vowel.
     templates: Sequence[str] = TEMPLATES
-    images: int = 10
-    threshold: float = 0.2
-    steps: int = 50
-    guidance: float = 7.5
-    seed: int = 0
-    batch_size: int = 5
-    device: str | None = None
+    images: int = 10  # pictures of each prompt and arm
+    threshold: float = 0.2  # score from which on a detection counts
+    steps: int = 50  # of denoising
+    guidance: float = 7.5  # scale of the classifier-free guidance
+    seed: int = 0  # of the latents
+    batch_size: int = 5  # pictures drawn at once
+    device: str | None = None  # where to run; None: the accelerator if there is one
 
     def __post_init__(self) -> None:
         check_templates(self.templates)

@@ -21,8 +21,7 @@ from benchmarks.protocols.diffusion_check import (
 )
 from benchmarks.protocols.protocol import Reported
 from fasterase.evaluation.metrics import bootstrap_intervals, format_value, wilson_interval
-from fasterase.report.examples import spread
-from fasterase.report.pictures import ERASED, OWN, Strip
+from fasterase.report.pictures import ERASED, OWN, Strip, spread
 from fasterase.report.tables import Section, markdown_table
 
 RESAMPLES = 1000

@@ -47,40 +47,27 @@ RECALLS = tuple(
 
 @dataclass(frozen=True)
 class Case:
-    """One erasure of a protocol.
+    """One erasure of a protocol."""
 
-    Attributes:
-        name: of the case, also of its folder.
-        forget, retain: pairs to train on.
-        forget_sets, sets: pairs to measure, as in `fasterase.evaluate`.
-        class_names: classes of the zero-shot accuracy, if any.
-        reported: title of a measure -> what the paper reports of this case.
-    """
-
-    name: str
-    forget: Any
+    name: str  # of the case, also of its folder
+    forget: Any  # pairs to train on, as the next
     retain: Any
-    forget_sets: Mapping[str, Any]
+    forget_sets: Mapping[str, Any]  # pairs to measure, as in `fasterase.evaluate`
     sets: Mapping[str, Any]
-    class_names: Sequence[str] | None = None
+    class_names: Sequence[str] | None = None  # classes of the zero-shot accuracy, if any
+    # title of a measure -> what the paper reports of this case
     reported: Mapping[str, Reported] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """A data set, what is erased from it, and what is measured.
+    """A data set, what is erased from it, and what is measured."""
 
-    Attributes:
-        cases: folder of the data and concept to erase (None: the protocol's own) -> its cases.
-        measures: rows of the table.
-        data: what to put into the folder of the data, and where it is from.
-        differences: where the setting is not the paper's, or not known to be.
-    """
-
+    # folder of the data and concept to erase (None: the protocol's own) -> its cases
     cases: Callable[[Path, str | None], Iterable[Case]]
-    measures: Sequence[Measure]
-    data: str
-    differences: str
+    measures: Sequence[Measure]  # rows of the table
+    data: str  # what to put into the folder of the data, and where it is from
+    differences: str  # where the setting is not the paper's, or not known to be
 
 
 def run_protocol(
@@ -100,17 +87,11 @@ def run_protocol(
     interrupted erasure resumes.
 
     Args:
-        protocol: what to run.
         model: a name or folder, as `fasterase.unlearn` takes it.
-        data: folder of the data set.
-        output: folder of the results.
-        config: the recipe.
+        data, output: folders.
         concept: what to erase instead of the protocol's own choice.
         only: names of the cases to run; empty for all.
         max_pairs: pairs measured of each set.
-
-    Raises:
-        InputError: the data is missing, or a name is unknown.
     """
     check_creatable(output, argument=f"--output={str(output)!r}")
     cases = list(protocol.cases(data, concept))

@@ -51,20 +51,13 @@ _NO_TOWER = ("visual.", "logit_", "text_projection")
 
 
 class TextTower(NamedTuple):
-    """The part of a CLIP that turns tokens into hidden states.
+    """The part of a CLIP that turns tokens into hidden states."""
 
-    Attributes:
-        name: of the model, for messages.
-        config: fields of `CLIPTextConfig`: those of `_SHARED`.
-        num_layers: number of blocks.
-        state: the weights, under the names inside `CLIPTextModel`.
-        tokenize: list of str -> [B, L] ids; None if the model came without a tokenizer.
-    """
-
-    name: str
-    config: dict[str, Any]
-    num_layers: int
-    state: dict[str, Tensor]
+    name: str  # of the model, for messages
+    config: dict[str, Any]  # fields of `CLIPTextConfig`: those of `_SHARED`
+    num_layers: int  # number of blocks
+    state: dict[str, Tensor]  # the weights, under the names inside `CLIPTextModel`
+    # list of str -> [B, L] ids; None if the model came without a tokenizer
     tokenize: Callable[[Sequence[str]], Tokens] | None
 
     def fingerprint(self) -> str:
@@ -80,10 +73,6 @@ def load_text_tower(source: str) -> TextTower:
     Args:
         source: a name or folder; `"hf:org/name"` or a folder may also hold a `CLIPTextModel` or
             `CLIPTextModelWithProjection`. Adapters are merged into the weights.
-
-    Raises:
-        InputError: it cannot be loaded, or its text tower is not CLIP's.
-        MissingExtraError: the library that reads the model is not installed.
     """
     location, online = source.removeprefix("hf:"), source.startswith("hf:")
     if online or (Path(location).expanduser() / "config.json").is_file():
@@ -99,9 +88,6 @@ def read_text_tower(encoder: DualEncoder) -> TextTower:
     """Read the text tower of an open_clip `CLIP` or `CustomTextCLIP`, or of a `CLIPModel`.
 
     The weights are the model's own, not copies, unless adapters have to be merged.
-
-    Raises:
-        InputError: it is of another architecture, such as SigLIP's.
     """
     module: Any = encoder.module
     if hasattr(encoder.wrapper, "merge_and_unload"):
@@ -120,13 +106,7 @@ def build_text_encoder(tower: TextTower, like: Any, *, argument: str) -> Any:
     If `like` has fewer blocks, the first ones of the tower are taken: Stable Diffusion 2 leaves out
     the last one.
 
-    Args:
-        tower: where the weights are from.
-        like: the text encoder of a pipeline; its configuration, device and dtype stay.
-        argument: the name of the argument that the tower comes from, for the message.
-
-    Raises:
-        InputError: the two are of different architectures; says in what they differ.
+    Its configuration, device and dtype stay. Errors name the `argument` of the tower.
     """
     differences = [
         f"{title} {tower.config[field]} instead of {getattr(like.config, field)}"
@@ -195,11 +175,7 @@ def _read_open_clip(
 
 
 def _rename(key: str, tensor: Tensor, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield transformers' names for one of open_clip's weights.
-
-    Raises:
-        InputError: CLIP has no such weight; what it does is unknown here.
-    """
+    """Yield transformers' names for one of open_clip's weights."""
     if key in _OUTSIDE:
         yield _OUTSIDE[key], tensor
         return

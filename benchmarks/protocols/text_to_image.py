@@ -32,10 +32,6 @@ class TextToImage:
 
     Attributes:
         own: the pipeline's own text encoder, a transformers `CLIPTextModel`.
-
-    Raises:
-        InputError: it cannot be loaded, or is no such pipeline.
-        MissingExtraError: diffusers or transformers is not installed.
     """
 
     def __init__(
@@ -74,12 +70,7 @@ class TextToImage:
         self._batch_size = batch_size
 
     def fit(self, tower: TextTower, prompts: Sequence[str], *, argument: str) -> Any:
-        """Return a text encoder for the pipeline with the weights of `tower`.
-
-        Raises:
-            InputError: the tower is of another architecture, or its tokenizer reads a prompt
-                differently; names `argument`.
-        """
+        """Return a text encoder for the pipeline with the weights of `tower`."""
         built = build_text_encoder(tower, self.own, argument=argument)
         if tower.tokenize is not None:
             for prompt, theirs in zip(prompts, tower.tokenize(prompts).ids.tolist(), strict=True):
@@ -93,11 +84,7 @@ class TextToImage:
         return built
 
     def check_same(self, encoder: Any, prompts: Sequence[str], *, argument: str) -> None:
-        """Refuse an original that is not the pipeline's own text encoder.
-
-        Raises:
-            InputError: it gives other hidden states; names `argument`.
-        """
+        """Refuse an original that is not the pipeline's own text encoder."""
         furthest = max(self.distances(encoder, prompts))
         if furthest > SAME:
             raise InputError(

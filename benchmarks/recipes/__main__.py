@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -49,19 +50,9 @@ TUNED = tuple(KEEPING)
 RECIPES = (*AUTOMATIC, *TUNED, UNTUNED, "retain only")
 # Seeds of the default, which decides for itself when to stop.
 DEFAULT_SEEDS = 3
-REPORTED = (
-    ("forget", "image_to_text_recall@1"),
-    ("forget", "concept_hit@1"),
-    ("forget", "image_to_text_residue"),
-    ("forget", "text_to_image_residue"),
-    ("forget-unseen", "image_to_text_recall@1"),
-    ("forget-unseen", "concept_hit@1"),
-    ("forget-unseen", "image_to_text_residue"),
-    ("forget-unseen", "text_to_image_residue"),
-    ("retain", "image_to_text_recall@1"),
-    ("neighbour", "image_to_text_recall@1"),
-    ("holdout", "image_to_text_recall@1"),
-)
+RECALL, HIT = "image_to_text_recall@1", "concept_hit@1"
+TRACES = (RECALL, HIT, "image_to_text_residue", "text_to_image_residue")
+REPORTED = (*product(FORGET_SETS, TRACES), *((name, RECALL) for name in KEEP_SETS))
 UNTUNED_SETTING: Setting = (1e-4, 3.0, 90)
 
 
@@ -73,9 +64,9 @@ def damage(values: list[Value]) -> float:
     """
     terms = []
     for value in values:
-        if value.set in FORGET_SETS and value.metric == "concept_hit@1":
+        if value.set in FORGET_SETS and value.metric == HIT:
             terms.append(max(value.value - value.chance, 0.0))
-        if value.set in KEEP_SETS and value.metric == "image_to_text_recall@1":
+        if value.set in KEEP_SETS and value.metric == RECALL:
             terms.append(max(value.original - value.value, 0.0))
     return sum(terms) / len({value.subgroup for value in values})
 
@@ -215,12 +206,9 @@ def main(arguments: list[str] | None = None) -> None:
     }
     summary = summarise(tested.values)
     write_csv(options.output / "recipes.csv", every)
-    write_csv(
-        options.output / "recipes_verdicts.csv", [asdict(ending) for ending in endings.values()]
-    )
+    write_csv(options.output / "recipes_verdicts.csv", [*map(asdict, endings.values())])
     write_csv(options.output / "recipes_summary.csv", summary)
-    counted = "\n".join(count_verdicts(list(endings.values())))
-    text = f"{table(summary)}\n{counted}\n"
+    text = "\n".join([table(summary), *count_verdicts(list(endings.values()))]) + "\n"
     write_text(options.output / "recipes.txt", text)
     print(text)
 

@@ -43,10 +43,7 @@ KEEPING = {
 # The default without what it does to words and between towers; so is the fixed rate's.
 PLAIN = {"forget_words": False, "cross_weight": 0.0}
 # What the others are given besides batch sizes.
-AUTOMATIC: dict[str, dict[str, Any]] = {
-    "fasterase": {},
-    "fasterase, plain": PLAIN,
-}
+AUTOMATIC: dict[str, dict[str, Any]] = {"fasterase": {}, "fasterase, plain": PLAIN}
 BASELINE = "fasterase"
 # The default with other optimisers, which `benchmarks.systems.eight_bit` compares with it.
 OPTIMIZERS = {f"fasterase, {name}": {"optimizer": name} for name in ("adamw8bit", "lion8bit")}
@@ -150,12 +147,9 @@ class Outcome:
 
 
 def execute(run: Run, work: Path, retrained: dict[str, str]) -> Outcome:
-    """Carry out a run, or read its result if it has already run.
+    """Carry out a run, or read its result from `work` if it has already run.
 
-    Args:
-        run: the erasure.
-        work: folder of the results.
-        retrained: subgroup -> folder of a model that was trained without it.
+    `retrained` maps subgroups to folders of models that were trained without them.
     """
     result = work / f"{run.name}.json"
     if result.is_file():
@@ -171,11 +165,7 @@ def execute(run: Run, work: Path, retrained: dict[str, str]) -> Outcome:
 
     def measure(steps: int) -> None:
         evaluation = evaluate_sets(
-            model,
-            sets,
-            original=str(emoji.BASE_MODEL),
-            progress=False,
-            references=references,
+            model, sets, original=str(emoji.BASE_MODEL), progress=False, references=references
         )
         assert evaluation.original is not None
         here = (run.recipe, run.subgroup, run.lr, run.keeping, steps, run.seed)
@@ -197,8 +187,7 @@ def execute(run: Run, work: Path, retrained: dict[str, str]) -> Outcome:
             measure(record.step)
 
     with warnings.catch_warnings():
-        # The verdict is in the results.
-        warnings.filterwarnings("ignore", "verdict: ")
+        warnings.filterwarnings("ignore", "verdict: ")  # it is in the results
         erased = fasterase.unlearn(
             model.module,
             forget_pairs(sets, "cliperase" if run.is_papers else "fasterase"),
@@ -209,12 +198,9 @@ def execute(run: Run, work: Path, retrained: dict[str, str]) -> Outcome:
         )
     if not run.steps:
         measure(len(erased.history))
-    stored = {
-        "values": [asdict(value) for value in values],
-        "endings": [asdict(ending) for ending in endings],
-    }
-    write_text(result, json.dumps(stored))
-    return Outcome(values, endings)
+    outcome = Outcome(values, endings)
+    write_text(result, json.dumps(asdict(outcome)))
+    return outcome
 
 
 def execute_all(
@@ -244,10 +230,7 @@ def default_runs(recipes: Iterable[str], subgroups: Iterable[str], seeds: int) -
 def tabulate(outcome: Outcome, label: str, label_of: Callable[[str], str]) -> list[dict[str, Any]]:
     """Return a row per run: its verdict, what is left of the concept, and the damage.
 
-    Args:
-        outcome: of all runs.
-        label: the first column.
-        label_of: recipe -> what stands there.
+    The first column is `label`, with `label_of` the recipe.
     """
     rows: dict[tuple[str, str, int], dict[str, Any]] = {}
     for value in outcome.values:
@@ -278,11 +261,7 @@ def interval(values: np.ndarray, resamples: int = 10_000) -> tuple[float, float]
 
 
 def parse_retrained(entries: list[str]) -> dict[str, str]:
-    """Read the SUBGROUP=FOLDER entries of --retrained, and add the packaged model.
-
-    Raises:
-        InputError: one has another form, or there is no such subgroup or folder.
-    """
+    """Read the SUBGROUP=FOLDER entries of --retrained, and add the packaged model."""
     given = parse_named("retrained", entries)
     for subgroup, folder in given.items():
         if subgroup not in TEST:

@@ -52,7 +52,14 @@ from tqdm import tqdm
 import fasterase
 from benchmarks.command import exit_with, new_parser
 from benchmarks.processes import MeasurementError, call_in_process
-from benchmarks.result_files import RESULTS, code_version, device_name, read_csv, write_csv
+from benchmarks.result_files import (
+    RESULTS,
+    code_version,
+    device_name,
+    markdown_table,
+    read_csv,
+    write_csv,
+)
 from benchmarks.systems.naive_erasure import erase_naively
 from fasterase.config import UnlearnConfig
 from fasterase.demo import emoji
@@ -66,6 +73,7 @@ from fasterase.pairs.sampler import Sampler
 from fasterase.planner.count import PeakMemory
 
 IMPLEMENTATIONS = ("fasterase", "naive")
+_LARGER_IS_BETTER = ("pairs_per_second",)
 # A run that takes longer has hung.
 _LIMIT_SECONDS = 6 * 3600.0
 # Disk for the outputs of frozen blocks.
@@ -76,27 +84,19 @@ _BOUND_ROWS = 64
 
 @dataclass(frozen=True)
 class Setting:
-    """What both implementations do; equal settings give comparable runs.
+    """What both implementations do; equal settings give comparable runs."""
 
-    Attributes:
-        model: a name or folder of an open_clip model.
-        concept: which emoji to forget, as in the demo.
-        max_pairs: pairs measured per set for the verdict.
-        tune: what is trained: `"all"`, `"last:N"` or `"projections"`.
-        layers: of each tower; 0: as the model has them.
-    """
-
-    model: str
-    concept: str
+    model: str  # a name or folder of an open_clip model
+    concept: str  # which emoji to forget, as in the demo
     device: str
     steps: int
     lr: float
     batch_size: int
     forget_batch_size: int
     seed: int
-    max_pairs: int
-    tune: str = "all"
-    layers: int = 0
+    max_pairs: int  # pairs measured per set for the verdict
+    tune: str = "all"  # what is trained: `"all"`, `"last:N"` or `"projections"`
+    layers: int = 0  # of each tower; 0: as the model has them
 
     def config(self) -> UnlearnConfig:
         """Return the paper's objective with these numbers, for both implementations."""
@@ -131,11 +131,7 @@ class Sample:
 
 
 def measure(implementation: str, setting: Setting) -> Sample:
-    """Carry out one run in this process.
-
-    Raises:
-        MeasurementError: the loop cannot train the model.
-    """
+    """Carry out one run in this process."""
     # Its text features choose the neighbours; and what this loads is loaded for both.
     sets = build_sets(setting.concept, original=setting.model, seed=setting.seed)
     peak = PeakMemory(setting.device)
@@ -205,13 +201,12 @@ def _bound(encoder: DualEncoder, sets: DemoSets, setting: Setting) -> float:
         # The splits have tried two empty pairs each, up to the last frozen block and without a
         # graph; what they ran is not part of it.
         trained = (upper.get_total_flops() - _probes(encoder, setting.tune)) // _BOUND_ROWS
-    pairs, distinct = 0, 0
-    for size, count in (
+    drawn = (
         (setting.batch_size, len(sets.retain)),
         (setting.forget_batch_size, len(sets.forget)),
-    ):
-        pairs += setting.steps * min(size, count)
-        distinct += min(count, setting.steps * size)
+    )
+    pairs = sum(setting.steps * min(size, count) for size, count in drawn)
+    distinct = sum(min(count, setting.steps * size) for size, count in drawn)
     retained = min(len(sets.retain), setting.steps * setting.batch_size)
     naive = pairs * (2 * forward + 2 * trained)
     own = pairs * 3 * trained + distinct * (forward - trained) + retained * trained
@@ -278,64 +273,39 @@ def summarise(rows: list[dict[str, str]]) -> str:
     blocks: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for row in rows:
         blocks.setdefault(_place(row), []).append(row)
-    return "\n\n".join(_table(block) for block in blocks.values())
+    return "\n".join(_table(block) for block in blocks.values())
 
 
 def _table(rows: list[dict[str, str]]) -> str:
     first = rows[0]
-    lines = [
-        f"**{first['model']}, {first['concept']}, tune={_default(first, 'tune')}, "
-        f"{_default(first, 'layers')} layers (0: its own), {first['steps']} steps of "
-        f"{first['batch_size']} + {first['forget_batch_size']} pairs; {first['gpu_name']}, "
-        f"{first['threads']} threads; torch {first['torch']}**",
-        "",
-        f"| p20 / p50 / p80 | {' | '.join(IMPLEMENTATIONS)} | advantage |",
-        "|---|" + "---:|" * (len(IMPLEMENTATIONS) + 1),
-    ]
-    for name, is_larger_better in (
-        ("pairs_per_second", True),
-        ("step_ms", False),
-        ("seconds", False),
-        ("cpu_seconds", False),
-        ("first_step", False),
-        ("peak_mib", False),
-    ):
-        own, naive = (
-            # Rows of older versions have fewer columns.
-            [
-                float(row[name])
-                for row in rows
-                if row["implementation"] == implementation and row.get(name)
-            ]
-            for implementation in IMPLEMENTATIONS
-        )
+    title = (
+        f"**{first['model']}, {first['concept']}, tune={first['tune']}, {first['layers']} layers "
+        f"(0: its own), {first['steps']} steps of {first['batch_size']} + "
+        f"{first['forget_batch_size']} pairs; {first['gpu_name']}, {first['threads']} threads; "
+        f"torch {first['torch']}**"
+    )
+    runs = [[row for row in rows if row["implementation"] == name] for name in IMPLEMENTATIONS]
+    lines = []
+    for name in (*_LARGER_IS_BETTER, "step_ms", "seconds", "cpu_seconds", "first_step", "peak_mib"):
+        samples = [[float(row[name]) for row in those] for those in runs]
         cells = [
             " / ".join(f"{q:,.4g}" for q in np.quantile(v, (0.2, 0.5, 0.8))) if v else "–"
-            for v in (own, naive)
+            for v in samples
         ]
-        lines.append(
-            f"| {name} | {' | '.join(cells)} | {_advantage(own, naive, is_larger_better)} |"
-        )
-    verdicts = [
-        ", ".join(
-            dict.fromkeys(
-                f"{row['verdict']} ({float(row['residue']):.2f})" if row["residue"] else "none"
-                for row in rows
-                if row["implementation"] == implementation
-            )
-        )
-        for implementation in IMPLEMENTATIONS
-    ]
-    lines.append(f"| verdict (residue) | {' | '.join(verdicts)} | |")
-    runs = [
-        str(sum(row["implementation"] == implementation for row in rows))
-        for implementation in IMPLEMENTATIONS
-    ]
-    bounds = [float(row["bound"]) for row in rows if row.get("bound")]
-    if bounds:
-        lines.append(f"| bound by FLOPs | | | {np.median(bounds):.2f}x |")
-    lines.append(f"| runs | {' | '.join(runs)} | |")
-    return "\n".join(lines)
+        own, naive = samples
+        lines.append([name, *cells, _advantage(own, naive, name in _LARGER_IS_BETTER)])
+    verdicts = (
+        f"{row['verdict']} ({float(row['residue']):.2f})" if row["residue"] else "none"
+        for row in rows
+    )
+    told = dict.fromkeys(zip(verdicts, (row["implementation"] for row in rows), strict=True))
+    by_name = [", ".join(text for text, of in told if of == name) for name in IMPLEMENTATIONS]
+    lines.append(["verdict (residue)", *by_name, ""])
+    bound = np.median([float(row["bound"]) for row in rows])
+    lines.append(["bound by FLOPs", "", "", f"{bound:.2f}x"])
+    lines.append(["runs", *(str(len(those)) for those in runs), ""])
+    columns = ["p20 / p50 / p80", *IMPLEMENTATIONS, "advantage"]
+    return f"{title}\n\n{markdown_table(columns, lines)}"
 
 
 def _advantage(own: list[float], naive: list[float], is_larger_better: bool) -> str:
@@ -351,12 +321,7 @@ def _advantage(own: list[float], naive: list[float], is_larger_better: bool) -> 
 def _place(row: dict[str, str]) -> tuple[str, ...]:
     """Equal for rows that compare."""
     names = [field.name for field in fields(Setting)]
-    return tuple(_default(row, name) for name in (*names, "gpu_name", "threads"))
-
-
-def _default(row: dict[str, str], name: str) -> str:
-    """Return a cell; of rows that were measured before there was a choice, what they had."""
-    return row.get(name) or {"tune": "all", "layers": "0"}[name]
+    return tuple(row[name] for name in (*names, "gpu_name", "threads"))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -384,18 +349,10 @@ def main(argv: list[str] | None = None) -> None:
         load = os.getloadavg()[0]
         sample = call_in_process(measure, name, setting, seconds=_LIMIT_SECONDS, preload=[])
         measured = {key: _text(value) for key, value in asdict(sample).items()}
-        rows.append(
-            {
-                "implementation": name,
-                "repeat": repeat,
-                **here,
-                **measured,
-                "load": f"{load:.1f}",
-                "torch": torch.__version__,
-                "version": code_version(),
-                "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            }
-        )
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        row = {"implementation": name, "repeat": repeat, **here, **measured, "load": f"{load:.1f}"}
+        versions = {"torch": torch.__version__, "version": code_version()}
+        rows.append({**row, **versions, "timestamp": now})
         write_csv(args.output, rows)
     print(f"{len(rows)} rows in {args.output}\n")
     print(summarise([row for row in rows if _place(row) == _place(here)]))

@@ -51,19 +51,12 @@ Commands = Callable[[Path, Path], "list[list[str]] | str"]
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage.
+    """One stage."""
 
-    Attributes:
-        about: what it does.
-        commands: (results, log) -> its commands, or why it has none.
-        needs_gpu: without one it is skipped.
-        runs_interpreted: it also runs on CPU tensors under TRITON_INTERPRET=1.
-    """
-
-    about: str
-    commands: Commands
-    needs_gpu: bool = True
-    runs_interpreted: bool = False
+    about: str  # what it does
+    commands: Commands  # (results, log) -> its commands, or why it has none
+    needs_gpu: bool = True  # without one it is skipped
+    runs_interpreted: bool = False  # it also runs on CPU tensors under TRITON_INTERPRET=1
 
 
 def _python(module: str, *arguments: object) -> list[str]:
@@ -119,15 +112,8 @@ def _compiled(results: Path, log: Path) -> list[list[str]]:
 
 
 def _end_to_end(results: Path, log: Path) -> list[list[str]]:
-    return [
-        _python(
-            "benchmarks.systems.end_to_end",
-            "--device",
-            "cuda",
-            "--output",
-            results / "end_to_end.csv",
-        )
-    ]
+    options = ("--device", "cuda", "--output", results / "end_to_end.csv")
+    return [_python("benchmarks.systems.end_to_end", *options)]
 
 
 def _cost_model(results: Path, log: Path) -> list[list[str]] | str:
@@ -135,22 +121,12 @@ def _cost_model(results: Path, log: Path) -> list[list[str]] | str:
     found = [file for file in files if file.is_file()]
     if not found:
         return f"no measurements: {files[0]} comes from the stage speed-bf16"
-    return [
-        _python(
-            "benchmarks.loss.gpu_model",
-            "--against",
-            file,
-            "--output",
-            results / f"{file.stem}_model.csv",
-        )
-        for file in found
-    ]
+    return [_python("benchmarks.loss.gpu_model", "--against", file) for file in found]
 
 
 def _repeats(results: Path, log: Path) -> list[list[str]]:
-    return [
-        _python("benchmarks.systems.gpu_checks", "repeats", "--output", results / "gpu_repeats.csv")
-    ]
+    output = results / "gpu_repeats.csv"
+    return [_python("benchmarks.systems.gpu_checks", "repeats", "--output", output)]
 
 
 STAGES = {
@@ -255,12 +231,7 @@ def run_command(command: list[str], log: Path, *, seconds: float) -> int | None:
 
 
 def install(wheels: Path) -> None:
-    """Install every wheel of a folder, without the network and without their dependencies.
-
-    Raises:
-        InputError: there is none.
-        SystemExit: pip fails.
-    """
+    """Install every wheel of a folder, without the network and without their dependencies."""
     found = sorted(map(str, wheels.glob("*.whl")))
     if not found:
         raise InputError(f"WHEELS: no *.whl in {wheels}. Give a folder that holds some.")
@@ -270,11 +241,7 @@ def install(wheels: Path) -> None:
 
 
 def has_gpu() -> bool:
-    """Tell whether torch sees a GPU.
-
-    Raises:
-        InputError: this Python has no torch that works.
-    """
+    """Tell whether torch sees a GPU."""
     try:
         import torch
     except ImportError as error:

@@ -36,15 +36,9 @@ def erase_naively(
     tokenizer: Callable[[list[str]], Tensor],
     after_step: Callable[[], object],
 ) -> None:
-    """Train an open_clip model in place, one step per draw.
+    """Train an open_clip model in place, on its device, one step per draw of pairs.
 
-    Args:
-        model: the model, on its device.
-        forget, retain: the pairs.
-        draws: which pairs each step takes.
-        config: weights, lr and betas; see `erasure_config` in `end_to_end`.
-        preprocess, tokenizer: the model's own.
-        after_step: called after each step.
+    Of the config it takes weights, lr and betas; `preprocess` and `tokenizer` are the model's own.
     """
     assert config.lr != "auto"
     model.eval()

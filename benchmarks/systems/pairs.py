@@ -41,6 +41,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -154,25 +155,15 @@ def _open(shards: list[str]) -> TarTable:
     return pairs
 
 
-class _Measured:
-    """Measures a block: seconds of the wall and of the processor, peak memory.
-
-    Attributes:
-        row: the figures, once the block is left.
-    """
-
-    def __enter__(self) -> _Measured:
-        self._memory = PeakMemory("cpu")
-        self._processor = _processor_seconds()
-        self._start = time.perf_counter()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.row: dict[str, Any] = {
-            "seconds": time.perf_counter() - self._start,
-            "cpu_seconds": _processor_seconds() - self._processor,
-            "peak_mib": self._memory.bytes() / 2**20,
-        }
+@contextmanager
+def _measured() -> Iterator[dict[str, Any]]:
+    """Yield a row that gets, after the block, seconds of wall and processor and peak memory."""
+    row: dict[str, Any] = {}
+    memory, processor, start = PeakMemory("cpu"), _processor_seconds(), time.perf_counter()
+    yield row
+    row["seconds"] = time.perf_counter() - start
+    row["cpu_seconds"] = _processor_seconds() - processor
+    row["peak_mib"] = memory.bytes() / 2**20
 
 
 def _processor_seconds() -> float:
@@ -189,56 +180,56 @@ def index_ours(shards: list[str]) -> dict[str, Any]:
 
 def open_ours(shards: list[str]) -> dict[str, Any]:
     """Open the shards, whose index is kept."""
-    with _Measured() as measured:
+    with _measured() as row:
         pairs = _open(shards)
-    return measured.row | {"pairs": len(pairs)}
+    return row | {"pairs": len(pairs)}
 
 
 def index_theirs(shards: list[str]) -> dict[str, Any]:
     """Iterate over the samples, undecoded."""
     shards = shards[:_THEIR_SHARDS]
-    with _Measured() as measured:
+    with _measured() as row:
         found = sum(1 for _ in webdataset.WebDataset(shards, shardshuffle=False))
-    return measured.row | {"pairs": found}
+    return row | {"pairs": found}
 
 
 def split_ours(shards: list[str]) -> dict[str, Any]:
     """Split by an expression."""
     pairs = _open(shards)
-    with _Measured() as measured:
+    with _measured() as row:
         forget, _ = split(pairs, forget=rf"\b{_WORD}\b")
-    return measured.row | {"pairs": len(pairs), "found": len(forget)}
+    return row | {"pairs": len(pairs), "found": len(forget)}
 
 
 def split_theirs(shards: list[str]) -> dict[str, Any]:
     """Select by an expression."""
     search = re.compile(rf"\b{_WORD}\b".encode(), re.IGNORECASE).search
     shards = shards[:_THEIR_SHARDS]
-    with _Measured() as measured:
+    with _measured() as row:
         seen = found = 0
         for sample in webdataset.WebDataset(shards, shardshuffle=False):
             seen += 1
             found += search(sample["txt"]) is not None
-    return measured.row | {"pairs": seen, "found": found}
+    return row | {"pairs": seen, "found": found}
 
 
 def decode_ours(shards: list[str]) -> dict[str, Any]:
     """Read all pairs at random."""
     pairs = _open(shards)
     order = np.random.default_rng(0).permutation(len(pairs)).tolist()
-    with _Measured() as measured:
-        for row in order:
-            image, _ = pairs[row]
+    with _measured() as row:
+        for number in order:
+            image, _ = pairs[number]
             assert image.size
-    return measured.row | {"pairs": len(pairs)}
+    return row | {"pairs": len(pairs)}
 
 
 def decode_theirs(shards: list[str]) -> dict[str, Any]:
     """Read all pairs in order."""
-    with _Measured() as measured:
+    with _measured() as row:
         stream = webdataset.WebDataset(shards, shardshuffle=False).decode("pil")
         read = sum(1 for _ in stream.to_tuple("jpg", "txt", "json"))
-    return measured.row | {"pairs": read}
+    return row | {"pairs": read}
 
 
 def _preparer() -> Preparer:
@@ -258,12 +249,12 @@ def step_ours(shards: list[str]) -> dict[str, Any]:
     preparer = _preparer()
     pairs = _open(shards)
     rows = np.random.default_rng(0).permutation(len(pairs))
-    with _Measured() as measured:
+    with _measured() as row:
         for start in range(0, len(rows), _BATCH):
-            records = [pairs[row] for row in rows[start : start + _BATCH].tolist()]
+            records = [pairs[i] for i in rows[start : start + _BATCH].tolist()]
             preparer.stack([preparer.image(record) for record in records])
             stack_tokens([preparer.text(record).tokens for record in records], 77)
-    return measured.row | {"pairs": len(pairs)}
+    return row | {"pairs": len(pairs)}
 
 
 def step_theirs(shards: list[str]) -> dict[str, Any]:
@@ -277,10 +268,10 @@ def sweep_ours(shards: list[str]) -> dict[str, Any]:
     preparer = _preparer()
     pairs = _open(shards)
     rows = np.arange(len(pairs))
-    with _Measured() as measured:
+    with _measured() as row:
         batches = sweep(pairs, rows, preparer, captions="all", batch_size=_BATCH)
         read = sum(len(batch.rows) for batch in batches)
-    return measured.row | {"pairs": read}
+    return row | {"pairs": read}
 
 
 def sweep_theirs(shards: list[str]) -> dict[str, Any]:
@@ -291,31 +282,22 @@ def sweep_theirs(shards: list[str]) -> dict[str, Any]:
 def _load_theirs(stream: webdataset.WebDataset) -> dict[str, Any]:
     torch.set_num_threads(1)
     transform, tokenizer = _preprocessing()
-    with _Measured() as measured:
+    with _measured() as row:
         stream = stream.decode("pilrgb").to_tuple("jpg", "txt")
         stream = stream.map_tuple(transform, lambda text: tokenizer(text)[0])
         read = sum(len(images) for images, _ in stream.batched(_BATCH))
-    return measured.row | {"pairs": read}
+    return row | {"pairs": read}
 
 
-def decode_whole(shards: list[str]) -> dict[str, Any]:
+def decode_photos(shards: list[str], *, draft: bool = False) -> dict[str, Any]:
     """Decode JPEGs at their size."""
-    return _decode_photos(shards, draft=False)
-
-
-def decode_drafts(shards: list[str]) -> dict[str, Any]:
-    """Decode JPEGs at half their size, as libjpeg can."""
-    return _decode_photos(shards, draft=True)
-
-
-def _decode_photos(shards: list[str], *, draft: bool) -> dict[str, Any]:
     pairs = _open(shards)
     files = [pairs.encoded_image(row) for row in range(len(pairs))]
-    with _Measured() as measured:
+    with _measured() as row:
         for file in files:
             _decode_photo(file, draft=draft)
     if not draft:
-        return measured.row | {"pairs": len(files)}
+        return row | {"pairs": len(files)}
     preparer = _preparer()
     differences = []
     for file in files[:50]:
@@ -324,7 +306,12 @@ def _decode_photos(shards: list[str], *, draft: bool) -> dict[str, Any]:
             for each in (False, True)
         )
         differences.append(float((whole - half).abs().mean()))
-    return measured.row | {"pairs": len(files), "difference": statistics.fmean(differences)}
+    return row | {"pairs": len(files), "difference": statistics.fmean(differences)}
+
+
+def decode_drafts(shards: list[str]) -> dict[str, Any]:
+    """Decode JPEGs at half their size, as libjpeg can."""
+    return decode_photos(shards, draft=True)
 
 
 def _decode_photo(file: bytes, *, draft: bool) -> Image.Image:
@@ -352,26 +339,26 @@ def draw_large(shards: list[str]) -> dict[str, Any]:
     sampler = Sampler(len(forget), len(retain), forget_batch_size=64, batch_size=_BATCH, seed=0)
     sampler.draw(0)  # permutes the pairs of a pass, which takes longer than a step
     steps: list[float] = []
-    with _Measured() as measured:
+    with _measured() as row:
         for step in range(1, _STEPS + 1):
             start = time.thread_time()
             draw = sampler.draw(step)
             for part, rows in ((forget, draw.forget), (retain, draw.retain)):
-                for row in rows.tolist():
-                    part.texts(row)
-                    part.encoded_location(row)
+                for number in rows.tolist():
+                    part.texts(number)
+                    part.encoded_location(number)
             steps.append(time.thread_time() - start)
     drawn = len(steps) * (64 + _BATCH)
-    return measured.row | {"pairs": drawn, "step_ms": 1000 * statistics.median(steps)}
+    return row | {"pairs": drawn, "step_ms": 1000 * statistics.median(steps)}
 
 
 def overlap_large(shards: list[str]) -> dict[str, Any]:
     """Remove a forget set from all pairs, as if both had been opened by themselves."""
     forget, _ = _forget_and_retain(_open(shards))
     pairs = _open(shards)
-    with _Measured() as measured:
+    with _measured() as row:
         _, removed = remove_overlap(pairs, forget)
-    return measured.row | {"pairs": len(pairs), "found": len(removed)}
+    return row | {"pairs": len(pairs), "found": len(removed)}
 
 
 Measurement = Callable[[list[str]], dict[str, Any]]
@@ -386,7 +373,7 @@ _DECODED: dict[str, dict[str, Measurement]] = {
     "sweep": {"fasterase": sweep_ours, "webdataset": sweep_theirs},
 }
 _PHOTO: dict[str, dict[str, Measurement]] = {
-    "draft": {"whole": decode_whole, "draft": decode_drafts},
+    "draft": {"whole": decode_photos, "draft": decode_drafts}
 }
 _LARGE: dict[str, dict[str, Measurement]] = {
     "large open": {"fasterase": open_ours},
@@ -410,11 +397,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def measure(
     stages: Mapping[str, Mapping[str, Measurement]], shards: list[str], *, repeats: int
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for each run of each implementation, which take turns, in processes of their own.
-
-    Raises:
-        MeasurementError: a run failed.
-    """
+    """Yield a row for each run of the implementations, in turn, in processes of their own."""
     for stage, implementations in stages.items():
         for _ in range(repeats):
             for name, run in implementations.items():

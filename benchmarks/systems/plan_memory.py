@@ -9,7 +9,6 @@ the model was built. Freed blocks of 1 MiB or more are given back to the system 
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import warnings
 from pathlib import Path
@@ -19,9 +18,9 @@ import torch
 from torch import Tensor
 
 import fasterase
-from benchmarks.command import exit_with
+from benchmarks.command import exit_with, new_parser
 from benchmarks.processes import call_in_process
-from fasterase.files import write_text
+from benchmarks.result_files import RESULTS, write_csv
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.planner.architecture import build_architecture
 from fasterase.planner.count import PeakMemory, with_random_weights
@@ -109,22 +108,22 @@ def planned_peak(model: str, settings: dict[str, Any]) -> int:
 
 def main() -> None:
     """Measure all cases, print them, and write them as CSV."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", default="benchmarks/results/plan_memory.csv")
+    parser = new_parser(__doc__)
+    parser.add_argument("--output", type=Path, default=RESULTS / "plan_memory.csv")
     parser.add_argument("--only", help="a model", choices=sorted({each.model for each in CASES}))
     arguments = parser.parse_args()
-    lines = [("model", "settings", "planned_mb", "measured_mb", "planned/measured")]
+    rows = []
     for case in CASES:
         if arguments.only not in (None, case.model):
             continue
         measured = call_in_process(measure_peak, *case, seconds=3600, preload=["fasterase.api"])
         planned = planned_peak(*case)
         named = " ".join(f"{name}={value}" for name, value in case.settings.items())
-        numbers = (f"{planned / 1e6:.0f}", f"{measured / 1e6:.0f}", f"{planned / measured:.3f}")
-        lines.append((case.model, named, *numbers))
-        print(*lines[-1], sep="\t", flush=True)
-    text = "\n".join(",".join(line) for line in lines) + "\n"
-    write_text(Path(arguments.output), text)
+        row = {"model": case.model, "settings": named, "planned_mb": f"{planned / 1e6:.0f}"}
+        row |= {"measured_mb": f"{measured / 1e6:.0f}"}
+        rows.append({**row, "planned/measured": f"{planned / measured:.3f}"})
+        print(*rows[-1].values(), sep="\t", flush=True)
+    write_csv(arguments.output, rows)
 
 
 if __name__ == "__main__":

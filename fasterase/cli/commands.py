@@ -230,11 +230,13 @@ class Evaluate(_Erasure):
 
     def run(self, **fields: Any) -> str | None:
         from fasterase.report.evaluation import check_report_path
-        from fasterase.report.losses import require_matplotlib
+        from fasterase.report.plots import require_matplotlib
 
         if self.output is not None:
             check_report_path(Path(self.output), argument="--output")
         if self.plots is not None:
+            if not (self.tasks or self.attacks):
+                raise InputError("--plots: there is nothing to draw without --tasks or --attacks.")
             check_creatable(Path(self.plots), argument="--plots")
             require_matplotlib()
         classes = None if self.class_names is None else _read_lines(Path(self.class_names))

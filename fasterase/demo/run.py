@@ -22,7 +22,7 @@ from fasterase.errors import InputError
 from fasterase.files import write_text
 from fasterase.parallel.ranks import launched_rank
 from fasterase.report.evaluation import Evaluation
-from fasterase.report.losses import plot_history, require_matplotlib
+from fasterase.report.plots import plot_history, require_matplotlib
 
 # The paper's recipe has numbers to choose; `python -m benchmarks.recipes` chose these on its
 # validation subgroups. Ours has none: the demo gives it nothing but batches for a small set.

@@ -9,8 +9,7 @@ from fasterase.encode import PairEncoder
 from fasterase.models.load import load_model
 from fasterase.pairs.open import open_pairs
 from fasterase.report.evaluation import Evaluation
-from fasterase.report.examples import CaptionRanking, spread
-from fasterase.report.pictures import picture_sheet
+from fasterase.report.pictures import CaptionRanking, picture_sheet, spread
 
 PICTURES = 12
 

@@ -18,11 +18,9 @@ from torch import Tensor
 from fasterase.encode import PairEncoder, PairFeatures
 from fasterase.engine.job import Draws, Job
 from fasterase.engine.pacing import Check
-from fasterase.evaluation.evaluator import Evaluator
-from fasterase.evaluation.judge import Judge, summarise
-from fasterase.evaluation.measurement import Measurement
+from fasterase.evaluation.evaluator import Evaluator, Measurement
 from fasterase.evaluation.scores import find_position, similarity_chunks
-from fasterase.evaluation.verdict import REMEMBERED, Trace
+from fasterase.evaluation.verdict import REMEMBERED, Judge, Trace, summarise
 from fasterase.original.features import (
     CachedOriginal,
     LiveOriginal,

@@ -28,10 +28,8 @@ from fasterase.engine.prefix_cache import open_prefix_cache
 from fasterase.engine.rates import LineFollower, Rate, Schedule
 from fasterase.engine.words import ForgottenWords, forget_words
 from fasterase.errors import InputError, NonFiniteError, PreemptedError
-from fasterase.evaluation.evaluator import Evaluator
-from fasterase.evaluation.features import sampled_rows
-from fasterase.evaluation.judge import JUDGED_PAIRS, Judge, summarise
-from fasterase.evaluation.verdict import decide
+from fasterase.evaluation.evaluator import Evaluator, sampled_rows
+from fasterase.evaluation.verdict import JUDGED_PAIRS, Judge, decide, summarise
 from fasterase.files import write_text
 from fasterase.models.dual_encoder import separate_copy
 from fasterase.models.lora import LoraAdapter, adapting, parse_rank

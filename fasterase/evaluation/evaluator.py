@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fasterase.encode import PairEncoder, PairFeatures
 from fasterase.errors import InputError
-from fasterase.evaluation.features import SetFeatures, all_captions, sampled_rows
-from fasterase.evaluation.judge import Judge, summarise
-from fasterase.evaluation.measurement import Measurement
-from fasterase.evaluation.scores import CaptionPool, SetScores, retrieval_scores
+from fasterase.evaluation.metrics import OLD_INDEX, bootstrap_intervals
+from fasterase.evaluation.scores import (
+    CaptionPool,
+    SetFeatures,
+    SetScores,
+    all_captions,
+    check_finite,
+    retrieval_scores,
+    text_to_image,
+)
+from fasterase.evaluation.verdict import Judge, Trace, summarise
 from fasterase.evaluation.zero_shot import (
     carried_classes,
     check_class_names,
@@ -24,10 +33,61 @@ from fasterase.evaluation.zero_shot import (
 from fasterase.option_values import parse_value
 from fasterase.pairs.skips import Skip
 from fasterase.pairs.table import PairTable
+from fasterase.seeds import Stream, generator
 
 FULL_RESAMPLES = 1000
 QUICK_RESAMPLES = 200
 QUICK_PAIRS = 1000
+
+Scores = dict[str, dict[str, float]]  # set -> metric -> value
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One model's values."""
+
+    model: str  # its name
+    sets: dict[str, SetScores]
+    traces: dict[str, Trace]  # of the sets to forget; empty without unrelated pairs
+    candidates: int  # number of candidate captions
+    images: dict[str, Tensor]  # set -> image features of its pairs [n, D]
+
+    def check_same_pairs(self, other: Measurement, name: str) -> None:
+        """Raise `InputError` if another model, called `name`, was measured on other pairs."""
+        for set_name, scores in self.sets.items():
+            if set_name not in other.sets or other.sets[set_name].ids != scores.ids:
+                raise InputError(
+                    f"{name}: measured on other pairs of {set_name!r} than the model. "
+                    "Measure both with the same Evaluator."
+                )
+
+    def averages(self) -> Scores:
+        """Return set -> metric -> value."""
+        return {
+            name: {each.key: each.average_of(scores.values[each.key]) for each in scores.metrics}
+            for name, scores in self.sets.items()
+        }
+
+    def chances(self) -> Scores:
+        """Return set -> metric -> value of a random order."""
+        return {
+            name: {each.key: scores.chance[each.key] for each in scores.metrics}
+            for name, scores in self.sets.items()
+        }
+
+    def intervals(self, *, resamples: int, seed: int) -> dict[str, dict[str, tuple[float, float]]]:
+        """Return set -> metric -> 95 % bootstrap interval over pairs."""
+
+        def of(scores: SetScores) -> dict[str, tuple[float, float]]:
+            values: dict[str, dict[str, np.ndarray]] = {"mean": {}, "median": {}}
+            for each in scores.metrics:
+                values[each.average][each.key] = scores.values[each.key]
+            found = bootstrap_intervals(
+                values["mean"], values["median"], resamples=resamples, seed=seed
+            )
+            return {each.key: found[each.key] for each in scores.metrics}
+
+        return {name: of(scores) for name, scores in self.sets.items()}
 
 
 class Evaluator:
@@ -40,13 +100,9 @@ class Evaluator:
     Args:
         sources: set name -> pairs; `"forget"` and `"retain"` are required. An empty set is not
             measured.
-        forget_sets: names of further sets to forget. They come first, with `"forget"`; all others
-            are sets to keep.
+        forget_sets: names of further sets to forget; all others are sets to keep.
         preferred: set -> rows that make up half of the sample, where they are enough.
-        max_pairs: pairs taken from each set, drawn by `seed` if it has more. None takes all.
-        seed: of that drawing and of the bootstrap.
-        class_names: classes for zero-shot accuracy. None: those that the sources carry, if any.
-        templates: prompts with `{}` for the class name. None: "a photo of a {}.".
+        max_pairs, seed, class_names, templates: as in `fasterase.evaluate`.
         quick: at most 1,000 pairs per set and 200 bootstrap resamples instead of 1,000.
 
     Attributes:
@@ -95,28 +151,17 @@ class Evaluator:
         self._preferred = dict(preferred or {})
         # Of the whole forget set, sampled or not: other sets may have its captions too.
         self._concept = all_captions(sources["forget"])
-        self.judge = Judge(
-            sources,
-            self.forget_sets,
-            seed=seed,
-            rows={name: self.rows(name) for name in self.sources},
-        )
+        rows = {name: self.rows(name) for name in self.sources}
+        self.judge = Judge(sources, self.forget_sets, seed=seed, rows=rows)
 
     def rows(self, name: str) -> np.ndarray:
         """Return the rows (ascending) of a set that are measured."""
-        return sampled_rows(
-            len(self.sources[name]),
-            self.max_pairs,
-            seed=self.seed,
-            preferred=self._preferred.get(name),
-        )
+        preferred = self._preferred.get(name)
+        length = len(self.sources[name])
+        return sampled_rows(length, self.max_pairs, seed=self.seed, preferred=preferred)
 
     def encode(self, encoder: PairEncoder) -> dict[str, PairFeatures]:
-        """Return set -> features of its `rows`.
-
-        Raises:
-            InputError: a set has no readable pair.
-        """
+        """Return set -> features of its `rows`; `InputError` if a set has no readable pair."""
         return {
             name: encoder.pairs(source, self.rows(name), description=f"measuring ({name})")
             for name, source in self.sources.items()
@@ -133,7 +178,7 @@ class Evaluator:
 
         Args:
             encoder: the model.
-            features: its features of the `rows` of each set, if they have been computed already.
+            features: what `encode` returned for it, if that has been called already.
             original: of the original, whose image features the captions are also searched in,
                 unless their width differs.
 
@@ -144,31 +189,30 @@ class Evaluator:
         if features is None:
             features = self.encode(encoder)
         self.skipped = [skip for name in self.sources for skip in features[name].skipped]
-        sets = {
-            name: SetFeatures.of(source, features[name], model=encoder.model.name)
-            for name, source in self.sources.items()
-        }
-        pool = CaptionPool.of(sets)
-        concept = torch.tensor([caption in self._concept for caption in pool.captions])
+        model = encoder.model.name
+        pool = CaptionPool.of(features[name] for name in self.sources)
+        check_finite(pool.text, list(pool.row), model)
+        sets = {name: SetFeatures.of(each, features[name]) for name, each in self.sources.items()}
+        concept = torch.tensor([caption in self._concept for caption in pool.row])
         scores = {}
         for name, found in sets.items():
-            distractors = None if name == "retain" else sets.get("retain")
-            scores[name] = retrieval_scores(found, pool, concept, distractors)
+            check_finite(found.image, found.ids, model)
+            scores[name] = retrieval_scores(found, pool, concept, _distractors(sets, name))
         if self.class_names is not None:
             self._add_accuracy(encoder, features, scores, self.class_names)
         traces = self.judge.judge(features)
         for name, trace in traces.items():
             for key, (values, chance) in trace.metrics_at(features[name].rows).items():
                 scores[name].add(key, values, chance)
-        measured = Measurement(
-            encoder.model.name,
-            scores,
-            summarise(traces),
-            len(pool.captions),
-            {name: features.image for name, features in sets.items()},
-        )
+        images = {name: found.image for name, found in sets.items()}
+        measured = Measurement(model, scores, summarise(traces), len(pool.row), images)
         if original is not None:
-            measured.add_old_index(original, sets)
+            measured.check_same_pairs(original, "original")
+            if pool.text.shape[1] == original.images["forget"].shape[1]:
+                old = {n: each._replace(image=original.images[n]) for n, each in sets.items()}
+                for name, each in old.items():
+                    hits, by_chance = text_to_image(each, pool, _distractors(old, name))
+                    scores[name].add(OLD_INDEX, hits.hit(1), float(by_chance.hit(1).mean()))
         return measured
 
     def _add_accuracy(
@@ -193,3 +237,26 @@ class Evaluator:
         for name, those in known.items():
             values = score_accuracy(features[name].image, classes, those)
             scores[name].add("zero_shot_accuracy", values, 1 / len(class_names))
+
+
+def sampled_rows(
+    length: int, max_pairs: int | None, *, seed: int, preferred: np.ndarray | None = None
+) -> np.ndarray:
+    """Return ascending rows of a set of `length`, at most `max_pairs`; None takes all.
+
+    Every set of one length gets the same rows, so that sets which list the same concepts in the
+    same order stay comparable. `preferred` rows make up half of a draw, or as much of it as there
+    are.
+    """
+    if max_pairs is None or length <= max_pairs:
+        return np.arange(length)
+    order = generator(seed, Stream.EVALUATION).permutation(length)
+    if preferred is not None and len(preferred):
+        first = order[np.isin(order, preferred)][: -(-max_pairs // 2)]
+        order = np.concatenate([first, order[~np.isin(order, first)]])
+    return np.sort(order[:max_pairs])
+
+
+def _distractors(sets: Mapping[str, SetFeatures], name: str) -> SetFeatures | None:
+    """Return the pairs whose images compete with those of a set."""
+    return None if name == "retain" else sets.get("retain")

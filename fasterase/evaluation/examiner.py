@@ -1,20 +1,107 @@
-"""Run the chosen tasks and attacks on each model, and put their figures side by side."""
+"""The tasks and attacks by name; run the chosen ones on each model, and compare what they find.
+
+A new one is a function from a `Target` to what it `Examined`, and an entry in `TASKS` or `ATTACKS`.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from fasterase.encode import PairEncoder, PairFeatures
-from fasterase.errors import InputError
-from fasterase.evaluation.attacks.table import ATTACKS
-from fasterase.evaluation.evaluator import Evaluator
-from fasterase.evaluation.features import sampled_rows
-from fasterase.evaluation.figures import Figure, Figures, Series
-from fasterase.evaluation.target import Target
-from fasterase.evaluation.tasks.table import TASKS
+from fasterase.errors import InputError, import_extra
+from fasterase.evaluation import tasks as task
+from fasterase.evaluation.attacks.membership import membership
+from fasterase.evaluation.attacks.probe import probe
+from fasterase.evaluation.attacks.prompt import prompt
+from fasterase.evaluation.attacks.quantise import quantise
+from fasterase.evaluation.attacks.relearn import relearn
+from fasterase.evaluation.attacks.swap import swap
+from fasterase.evaluation.evaluator import Evaluator, sampled_rows
+from fasterase.evaluation.findings import Examined, Finding, Findings, Series, Target
+from fasterase.option_values import parse_names
 from fasterase.pairs.table import PairTable
+
+
+class Examination(NamedTuple):
+    """How a task or an attack is run, and what it needs."""
+
+    run: Callable[[Target], Examined]
+    needs_original: bool = False
+    needs_non_members: bool = False
+    needs_module: str | None = None  # of the extra `eval`
+
+
+TASKS: dict[str, Examination] = {
+    "zero_shot": Examination(task.zero_shot),
+    "retrieval": Examination(task.retrieval),
+    "image_retrieval": Examination(task.image_retrieval),
+    "linear_probe": Examination(task.linear_probe, needs_module="sklearn"),
+    "prototypes": Examination(task.prototypes),
+    "paraphrases": Examination(task.paraphrases),
+}
+ATTACKS: dict[str, Examination] = {
+    "swap": Examination(swap, needs_original=True),
+    "probe": Examination(probe, needs_module="sklearn"),
+    "quantise": Examination(quantise),
+    "relearn": Examination(relearn),
+    "prompt": Examination(prompt),
+    "membership": Examination(membership, needs_non_members=True, needs_module="sklearn"),
+}
+
+
+def check_tasks(names: Sequence[str]) -> list[str]:
+    """Return the distinct names of tasks, in order.
+
+    Raises:
+        InputError: a name is unknown.
+        MissingExtraError: a task needs a package that is not installed.
+    """
+    return _parse_names("tasks", names, TASKS)
+
+
+def check_attacks(names: Sequence[str], *, original: bool, non_members: bool) -> list[str]:
+    """Return the distinct names of attacks, in order.
+
+    `original` and `non_members` say whether these are among what the attacks are given.
+
+    Raises:
+        InputError: a name is unknown, what an attack needs is missing, or no attack needs what was
+            given for one.
+        MissingExtraError: an attack needs a package that is not installed.
+    """
+    chosen = _parse_names("attacks", names, ATTACKS)
+    for name in chosen:
+        attack = ATTACKS[name]
+        if attack.needs_original and not original:
+            raise InputError(
+                f"attacks: {name!r} needs the model before erasing. Pass it as original=, or leave "
+                f"{name!r} out."
+            )
+        if attack.needs_non_members and not non_members:
+            raise InputError(
+                f"attacks: {name!r} needs pairs of the same source that no model was trained on. "
+                f"Pass them as non_members=, or leave {name!r} out."
+            )
+    if non_members and not any(ATTACKS[name].needs_non_members for name in chosen):
+        raise InputError(
+            "non_members: none of the attacks uses them. Add 'membership' to attacks=, or leave "
+            "non_members out."
+        )
+    return chosen
+
+
+def _parse_names(
+    argument: str, names: Sequence[str], known: Mapping[str, Examination]
+) -> list[str]:
+    chosen = parse_names(argument, names, known)
+    for name in chosen:
+        module = known[name].needs_module
+        if module is not None:  # now, not after minutes of measuring
+            import_extra(module, "eval", f"{argument}: {name!r}")
+    return chosen
 
 
 class Examiner:
@@ -42,23 +129,23 @@ class Examiner:
                 "attacks: every caption of `retain` is also one to forget, so there is nothing to "
                 "compare with. Give retain pairs with other captions, or no attacks."
             )
-        self._tasks, self._attacks = tasks, attacks
         self._evaluator = evaluator
         self._non_members = non_members
+        # Features alone: of models given by name only one is in memory at a time.
         self._original: Mapping[str, PairFeatures] | None = None
         self._original_non_members: PairFeatures | None = None
-        names = (*tasks, *attacks)
-        self._found: dict[str, dict[str, Figures]] = {name: {} for name in names}
-        self._series: dict[str, list[Series]] = {name: [] for name in names}
+        self._tasks = {name: TASKS[name] for name in tasks}
+        self._attacks = {name: ATTACKS[name] for name in attacks}
+        self._found: dict[str, dict[str, Examined]] = {name: {} for name in (*tasks, *attacks)}
 
     def examine(
         self, name: str, encoder: PairEncoder, features: Mapping[str, PairFeatures]
     ) -> None:
-        """Run all tasks and attacks on one model.
+        """Run all tasks and attacks on one model, which is left as it is.
 
         Args:
             name: `"model"`, `"original"` or the name of a reference.
-            encoder: the model, which is left as it is.
+            encoder: the model.
             features: set -> its features of the evaluator's pairs.
 
         Raises:
@@ -66,7 +153,11 @@ class Examiner:
         """
         if not self._found:
             return
-        strangers = self._encode_non_members(encoder)
+        evaluator, others = self._evaluator, self._non_members
+        strangers = None
+        if others is not None:
+            rows = sampled_rows(len(others), evaluator.max_pairs, seed=evaluator.seed)
+            strangers = encoder.pairs(others, rows, description="measuring (non-members)")
         if name == "original":
             self._original, self._original_non_members = features, strangers
         target = Target(
@@ -76,48 +167,38 @@ class Examiner:
             self._original,
             strangers,
             self._original_non_members,
-            self._evaluator,
+            evaluator,
         )
-        chosen = {each: TASKS[each].run for each in self._tasks}
-        chosen |= {each: ATTACKS[each].run for each in self._attacks}
-        for key, run in chosen.items():
+        for key, examination in (self._tasks | self._attacks).items():
             start = time.perf_counter()
-            figures, series = run(target)
+            findings, series = examination.run(target)
             seconds = time.perf_counter() - start
-            if figures:
-                figures.append(Figure("seconds", "cost", "seconds", "seconds", "", seconds))
-            self._found[key][name] = {figure.key: figure for figure in figures}
-            self._series[key] += [replace(each, model=name) for each in series]
+            if findings:
+                findings.append(Finding("seconds", "cost", "seconds", "seconds", "", seconds))
+            self._found[key][name] = Examined(findings, [replace(x, model=name) for x in series])
 
-    def _encode_non_members(self, encoder: PairEncoder) -> PairFeatures | None:
-        if self._non_members is None:
-            return None
-        evaluator = self._evaluator
-        rows = sampled_rows(len(self._non_members), evaluator.max_pairs, seed=evaluator.seed)
-        return encoder.pairs(self._non_members, rows, description="measuring (non-members)")
-
-    def task_figures(self) -> dict[str, Figures]:
-        """Return task -> the model's figures beside those of all others."""
+    def task_findings(self) -> dict[str, Findings]:
+        """Return task -> the model's findings beside those of all others."""
         return {name: _side_by_side(self._found[name]) for name in self._tasks}
 
-    def attack_figures(self) -> dict[str, Figures]:
-        """Return attack -> the model's figures beside those of all others."""
+    def attack_findings(self) -> dict[str, Findings]:
+        """Return attack -> the model's findings beside those of all others."""
         return {name: _side_by_side(self._found[name]) for name in self._attacks}
 
     def series(self) -> dict[str, list[Series]]:
         """Return attack -> what its plot shows, the model first; without those that have none."""
-        return {
-            name: sorted(those, key=lambda each: each.model != "model")
-            for name, those in self._series.items()
-            if those
-        }
+        series = {}
+        for key, found in self._found.items():
+            models = sorted(found, key=lambda name: name != "model")
+            series[key] = [each for name in models for each in found[name].series]
+        return {key: those for key, those in series.items() if those}
 
 
-def _side_by_side(found: Mapping[str, Figures]) -> Figures:
-    others = {name: figures for name, figures in found.items() if name != "model"}
+def _side_by_side(found: Mapping[str, Examined]) -> Findings:
+    by_key = {name: {each.key: each for each in those.findings} for name, those in found.items()}
     merged = {}
-    for key, figure in found["model"].items():
-        same = {name: figures[key] for name, figures in others.items() if key in figures}
+    for key, finding in by_key.pop("model").items():
+        same = {name: findings[key] for name, findings in by_key.items() if key in findings}
         values = {name: other.value for name, other in same.items()}
         original = values.pop("original", None)
         intervals = {
@@ -126,6 +207,6 @@ def _side_by_side(found: Mapping[str, Figures]) -> Figures:
             if other.low is not None and other.high is not None
         }
         merged[key] = replace(
-            figure, original=original, references=values, other_intervals=intervals
+            finding, original=original, references=values, other_intervals=intervals
         )
     return merged

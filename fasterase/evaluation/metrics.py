@@ -21,47 +21,29 @@ WILSON_Z = 1.959964  # 95 %
 
 @dataclass(frozen=True)
 class Metric:
-    """One number per set.
+    """One number per set."""
 
-    Attributes:
-        key: name in dictionaries and JSON.
-        title: name in tables.
-        unit: `"share"` (0 to 1, printed in percent), `"rank"` (1 is best) or `"cosine"`.
-        average: how per-pair values become the set's value.
-        forget: wanted direction on sets to forget. Values beyond chance are a trace too, so ranks
-            and cosines aim at the chance level and not past it.
-        keep: wanted direction on all other sets; empty for metrics of sets to forget only.
-    """
-
-    key: str
-    title: str
-    unit: Literal["share", "rank", "cosine"]
-    average: Literal["mean", "median"]
+    key: str  # name in dictionaries and JSON
+    title: str  # name in tables
+    unit: Literal["share", "rank", "cosine"]  # 0 to 1, printed in percent; 1 is best; -1 to 1
+    average: Literal["mean", "median"]  # how per-pair values become the set's value
+    # Wanted directions on sets to forget, and on all others if the metric exists there. Values
+    # beyond chance are a trace too, so ranks and cosines aim at the chance level and not past it.
     forget: str
     keep: str
-
-    def wanted(self, *, forget: bool) -> str:
-        """Return the arrow of a set to forget, or of one to keep."""
-        return self.forget if forget else self.keep
 
     def average_of(self, values: np.ndarray) -> float:
         """Return the set's value from per-pair `values` [n]; NaN marks pairs that do not count."""
         return float(np.nanmean(values) if self.average == "mean" else np.nanmedian(values))
-
-    def format(self, value: float) -> str:
-        """Format `value` for tables: shares in percent, without the sign."""
-        return format_value(self.unit, value)
 
 
 def format_value(unit: str, value: float) -> str:
     """Format a value for tables: a `"share"` in percent, `"rank"`, `"seconds"` or `"cosine"`."""
     if unit == "share":
         return f"{100 * value:.1f}"
-    if unit == "rank":
-        return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
-    if unit == "seconds":
-        return f"{value:.1f}"
-    return f"{value:+.2f}".replace("-0.00", "+0.00")
+    if unit == "cosine":
+        return f"{value:+.2f}".replace("-0.00", "+0.00")
+    return f"{value:.0f}" if unit == "rank" and value >= 1000 else f"{value:.1f}"
 
 
 def _share(key: str, title: str, keep: str = "↑") -> Metric:
@@ -92,19 +74,15 @@ def bootstrap_intervals(
     seed: int,
     level: float = 0.95,
 ) -> dict[str, tuple[float, float]]:
-    """Return percentile intervals of the mean or the median of per-pair values.
+    """Return name -> percentile interval of the mean or the median of per-pair values.
 
     All metrics share the resampled pairs. Time is O(resamples x n), memory O(1) in both.
 
     Args:
         means: name -> [n] values whose mean is wanted; NaN marks pairs that do not count.
         medians: name -> [n] values whose median is wanted.
-        resamples: number of resamples of n pairs, drawn with replacement.
-        seed: of the drawing.
+        resamples: number of resamples of n pairs, drawn with replacement by `seed`.
         level: share of the resampled statistics inside the interval.
-
-    Returns:
-        name -> (low, high).
     """
     lengths = {len(values) for values in (*means.values(), *medians.values())}
     if not lengths:

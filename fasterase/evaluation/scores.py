@@ -10,7 +10,7 @@ scores exactly chance, neither 0 nor 100 %.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,8 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasterase.evaluation.features import SetFeatures
-from fasterase.evaluation.metrics import CONCEPT_DEPTHS, RECALL_DEPTHS
+from fasterase.encode import PairFeatures
+from fasterase.errors import InputError
+from fasterase.evaluation.metrics import CONCEPT_DEPTHS, METRICS, RECALL_DEPTHS, Metric
+from fasterase.pairs.prepare import caption_key
+from fasterase.pairs.skips import BrokenPair
+from fasterase.pairs.table import PairTable
 
 # Two cosines this close are a tie: fp32 dot products of equal unit vectors differ by about 1e-7.
 TIE = 1e-6
@@ -27,46 +31,99 @@ TIE = 1e-6
 CHUNK_ELEMENTS = 4_000_000
 
 
-@dataclass(frozen=True)
-class SetScores:
-    """Per-pair values of one set.
+class SetFeatures(NamedTuple):
+    """Image features of n pairs, on the CPU, fp32, unit rows, with their names.
 
-    Attributes:
-        ids: [n] ids of the pairs.
-        values: metric key -> [n]; NaN for pairs without a value (no known class).
-        chance: metric key -> the value of a random order of the candidates; for the cosine the
-            mean over unmatched candidates.
+    A pair with several captions is represented by its first one; the others only count as right
+    answers.
     """
 
-    ids: list[str]
-    values: dict[str, np.ndarray]
+    image: Tensor  # [n, D]
+    captions: list[list[str]]  # [n] all of each pair, the first one first; token ids spelled out
+    ids: list[str]  # [n] as the source gives them
+
+    @classmethod
+    def of(cls, source: PairTable, features: PairFeatures) -> SetFeatures:
+        """Add captions and ids from the source to `features`."""
+        rows = features.rows.tolist()
+        captions = [captions_of(source, row) for row in rows]
+        return cls(features.image, captions, [source.id(row) for row in rows])
+
+
+def distinct_firsts(pairs: PairFeatures) -> tuple[list[int], list[int]]:
+    """Return the rows in `pairs.text` of distinct first captions, and each pair's among them."""
+    place: dict[int, int] = {}
+    own = [place.setdefault(captions[0], len(place)) for captions in pairs.pair_text]
+    return list(place), own
+
+
+def captions_of(source: PairTable, row: int) -> list[str]:
+    """Return the identities of all captions of a pair, the first one first."""
+    texts = source.texts(row)
+    return [caption_key(texts)] if isinstance(texts, Tensor) else list(map(caption_key, texts))
+
+
+def all_captions(source: PairTable) -> set[str]:
+    """Return every caption of every readable pair of a set."""
+    found: set[str] = set()
+    for row in range(len(source)):
+        try:
+            found.update(captions_of(source, row))
+        except BrokenPair:  # counted and named when the pair is encoded
+            continue
+    return found
+
+
+def check_finite(features: Tensor, names: Sequence[str], model: str) -> None:
+    """Raise `InputError` if features [n, D] under `model` of the inputs `names` are not finite."""
+    broken = (~features.isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if broken:
+        raise InputError(
+            f"model: {model} gives features that are not finite for {len(broken)} of "
+            f"{len(names)} inputs, the first {names[broken[0]]!r}. Its weights may hold NaN."
+        )
+
+
+@dataclass(frozen=True)
+class SetScores:
+    """Per-pair values of one set, by the key of the metric."""
+
+    ids: list[str]  # [n] of the pairs
+    values: dict[str, np.ndarray]  # [n]; NaN for pairs without a value (no known class)
+    # Of a random order of the candidates; for the cosine the mean over unmatched candidates.
     chance: dict[str, float]
+
+    @property
+    def metrics(self) -> list[Metric]:
+        """Metrics that have values, in the order of tables."""
+        return [metric for metric in METRICS if metric.key in self.values]
 
     def add(self, key: str, values: np.ndarray, chance: float) -> None:
         """Add a metric: per-pair `values` [n] and chance level."""
         self.values[key], self.chance[key] = values, chance
 
+    def add_hits(
+        self, key: str, depths: Sequence[int], found: Position, by_chance: Position
+    ) -> None:
+        """Add `key@k` for each of `depths`: is a right candidate among the first k?"""
+        for k in depths:
+            self.add(f"{key}@{k}", found.hit(k), float(by_chance.hit(k).mean()))
 
-@dataclass(frozen=True)
-class CaptionPool:
-    """Distinct captions of all sets, the candidates of image->text."""
+
+class CaptionPool(NamedTuple):
+    """Distinct first captions of all sets, the candidates of image->text."""
 
     text: Tensor  # [M, D]
-    captions: list[str]  # [M]
     row: dict[str, int]  # caption -> its row
 
     @classmethod
-    def of(cls, sets: Mapping[str, SetFeatures]) -> CaptionPool:
-        captions: list[str] = []
-        row: dict[str, int] = {}
-        rows: list[Tensor] = []
-        for features in sets.values():
-            for caption, vector in zip(features.captions, features.text, strict=True):
-                if caption not in row:
-                    row[caption] = len(captions)
-                    captions.append(caption)
-                    rows.append(vector)
-        return cls(torch.stack(rows), captions, row)
+    def of(cls, features: Iterable[PairFeatures]) -> CaptionPool:
+        vectors: dict[str, Tensor] = {}
+        for pairs in features:
+            for row in distinct_firsts(pairs)[0]:
+                vectors.setdefault(pairs.captions[row], pairs.text[row])
+        places = {caption: i for i, caption in enumerate(vectors)}
+        return cls(torch.stack(list(vectors.values())), places)
 
 
 def retrieval_scores(
@@ -76,14 +133,14 @@ def retrieval_scores(
     distractors: SetFeatures | None,
 ) -> SetScores:
     """Return all retrieval metrics of one set; memory is bounded by `CHUNK_ELEMENTS`."""
-    n, size = len(features.ids), len(pool.captions)
-    own = [[pool.row[c] for c in texts if c in pool.row] for texts in features.pair_captions]
-    first = torch.tensor([pool.row[features.captions[i]] for i in features.pair_text])
+    n, size = len(features.ids), len(pool.row)
+    own = [[pool.row[c] for c in texts if c in pool.row] for texts in features.captions]
+    first = torch.tensor([pool.row[texts[0]] for texts in features.captions])
     own_count = np.array([len(rows) for rows in own])
 
     own_parts, first_parts, concept_parts, matched, unmatched = [], [], [], [], []
     for rows, similarity in similarity_chunks(features.image, pool.text):
-        right = column_mask(own[rows], size)
+        right = _column_mask(own[rows], size)
         own_parts.append(find_position(similarity, right))
         canonical = torch.zeros_like(right).scatter_(1, first[rows, None], True)
         first_parts.append(find_position(similarity, canonical))
@@ -92,69 +149,40 @@ def retrieval_scores(
         wrong = similarity.masked_fill(right, 0).sum(dim=1).double().numpy()
         unmatched.append(wrong / np.maximum(size - own_count[rows], 1))
 
-    image_side, text_side, images = _text_to_image(features, distractors)
-    concept_count = np.full(n, int(concept.sum()))
-    values, expected = {}, {}
-    for key, depths, found, by_chance in (
-        (
-            "image_to_text_recall",
-            RECALL_DEPTHS,
-            join_positions(own_parts),
-            chance_position(size, own_count),
-        ),
-        ("text_to_image_recall", RECALL_DEPTHS, image_side, chance_position(images, text_side)),
-        (
-            "concept_hit",
-            CONCEPT_DEPTHS,
-            join_positions(concept_parts),
-            chance_position(size, concept_count),
-        ),
-    ):
-        for k in depths:
-            values[f"{key}@{k}"] = found.hit(k)
-            expected[f"{key}@{k}"] = float(by_chance.hit(k).mean())
-    values["median_rank"] = join_positions(first_parts).rank()
-    expected["median_rank"] = (size + 1) / 2
-    values["matched_cosine"] = np.concatenate(matched)
-    expected["matched_cosine"] = float(np.concatenate(unmatched).mean())
-    return SetScores(features.ids, values, expected)
+    scores = SetScores(features.ids, {}, {})
+    by_chance = chance_position(size, own_count)
+    scores.add_hits("image_to_text_recall", RECALL_DEPTHS, join_positions(own_parts), by_chance)
+    found, by_chance = text_to_image(features, pool, distractors)
+    scores.add_hits("text_to_image_recall", RECALL_DEPTHS, found, by_chance)
+    by_chance = chance_position(size, np.full(n, int(concept.sum())))
+    scores.add_hits("concept_hit", CONCEPT_DEPTHS, join_positions(concept_parts), by_chance)
+    scores.add("median_rank", join_positions(first_parts).rank(), (size + 1) / 2)
+    expected = float(np.concatenate(unmatched).mean())
+    scores.add("matched_cosine", np.concatenate(matched), expected)
+    return scores
 
 
-def old_index_scores(
-    features: SetFeatures, distractors: SetFeatures | None
-) -> tuple[np.ndarray, float]:
-    """Return [n] text->image hit@1 and its chance level; `image` of both sets is the original's."""
-    found, right, count = _text_to_image(features, distractors)
-    return found.hit(1), float(chance_position(count, right).hit(1).mean())
-
-
-def _text_to_image(
-    features: SetFeatures, distractors: SetFeatures | None
-) -> tuple[Position, np.ndarray, int]:
-    """Return positions [n], right images per caption [n], and the number of candidates."""
-    image, pair_captions = features.image, features.pair_captions
+def text_to_image(
+    features: SetFeatures, pool: CaptionPool, distractors: SetFeatures | None
+) -> tuple[Position, Position]:
+    """Return where each pair's first caption finds its image, [n], and where by chance."""
+    image, candidates = features.image, features.captions
     if distractors is not None:
         image = torch.cat([image, distractors.image])
-        pair_captions = pair_captions + distractors.pair_captions
-    images_of: dict[str, list[int]] = {caption: [] for caption in features.captions}
-    for row, captions in enumerate(pair_captions):
+        candidates = candidates + distractors.captions
+    images_of: dict[str, list[int]] = {captions[0]: [] for captions in features.captions}
+    for row, captions in enumerate(candidates):
         for caption in captions:
             if caption in images_of:
                 images_of[caption].append(row)
-    right = [images_of[caption] for caption in features.captions]
+    right = list(images_of.values())
+    by_caption = search_candidates(pool.text[[pool.row[c] for c in images_of]], image, right)
     # Every pair queries with its first caption: a caption counts as often as it has pairs.
-    by_caption = search_candidates(features.text, image, right)
-    found = Position(*(field[features.pair_text] for field in by_caption))
+    place = {caption: i for i, caption in enumerate(images_of)}
+    pairs = [place[captions[0]] for captions in features.captions]
     counts = np.array([len(rows) for rows in right])
-    return found, counts[features.pair_text], len(image)
-
-
-def column_mask(columns: Sequence[list[int]], width: int) -> Tensor:
-    """Return [len(columns), width] bool, True at each row's columns."""
-    mask = torch.zeros(len(columns), width, dtype=torch.bool)
-    rows = [row for row, those in enumerate(columns) for _ in those]
-    mask[rows, [column for those in columns for column in those]] = True
-    return mask
+    found = Position(*(field[pairs] for field in by_caption))
+    return found, chance_position(len(image), counts[pairs])
 
 
 class Position(NamedTuple):
@@ -195,26 +223,21 @@ def search_candidates(
     for rows, similarity in similarity_chunks(queries, candidates):
         if without is not None:
             similarity[torch.arange(len(similarity)), list(without[rows])] = -torch.inf
-        parts.append(find_position(similarity, column_mask(right[rows], len(candidates))))
+        parts.append(find_position(similarity, _column_mask(right[rows], len(candidates))))
     return join_positions(parts)
 
 
 def find_position(similarity: Tensor, right: Tensor) -> Position:
-    """Return the position of each row's best right candidate.
+    """Return each query's position by cosines [n, m]; `right` [n or 1, m] has a True per row."""
 
-    Args:
-        similarity: [n, m] cosines of queries with candidates.
-        right: [n, m] or [1, m] bool, at least one True in each row.
-    """
+    def count(mask: Tensor) -> np.ndarray:
+        # Summing bytes is ten times faster than summing bool on a CPU.
+        return mask.view(torch.uint8).sum(dim=1, dtype=torch.int32).numpy()
+
     best = similarity.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
     above = similarity > best + TIE
     tied = (similarity >= best - TIE) & ~above
-    return Position(_count(above), _count(tied), _count(tied & right))
-
-
-def _count(mask: Tensor) -> np.ndarray:
-    """Count each row's True. Summing bytes is ten times faster than summing bool on a CPU."""
-    return mask.view(torch.uint8).sum(dim=1, dtype=torch.int32).numpy()
+    return Position(count(above), count(tied), count(tied & right))
 
 
 def chance_position(candidates: int, right: np.ndarray) -> Position:
@@ -233,3 +256,21 @@ def similarity_chunks(queries: Tensor, candidates: Tensor) -> Iterator[tuple[sli
     for start in range(0, len(queries), step):
         rows = slice(start, min(start + step, len(queries)))
         yield rows, queries[rows] @ candidates.T
+
+
+def share_below(scores: Tensor, others: Tensor) -> np.ndarray:
+    """Return [n], the share of `others` [m] or [n, m] below each of `scores` [n]; ties count half.
+
+    With the scores of all others in every row, its mean is the AUC.
+    """
+    score = scores[:, None]
+    below = (others < score - TIE).double() + (others <= score + TIE).double()
+    return (below.mean(1) / 2).numpy()
+
+
+def _column_mask(columns: Sequence[list[int]], width: int) -> Tensor:
+    """Return [len(columns), width] bool, True at each row's columns."""
+    mask = torch.zeros(len(columns), width, dtype=torch.bool)
+    rows = [row for row, those in enumerate(columns) for _ in those]
+    mask[rows, [column for those in columns for column in those]] = True
+    return mask

@@ -1,14 +1,26 @@
-"""Whether a concept is forgotten: what is left of it, and the verdict from that.
+"""Whether a concept is forgotten: what is left of it among unrelated pairs, and the verdict.
 
 No threshold on a cosine could serve two models: their scales differ. Verdicts rest on ranks of the
-concept's own pairs among unrelated captions and images (see `judge`), where 0.5 means that nothing
-is known.
+concept's own pairs among unrelated captions and images, where 0.5 means that nothing is known.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fasterase.encode import PairFeatures
+from fasterase.evaluation.metrics import wilson_interval
+from fasterase.evaluation.scores import TIE, all_captions, captions_of, distinct_firsts, share_below
+from fasterase.pairs.skips import BrokenPair
+from fasterase.pairs.table import PairTable
+from fasterase.seeds import Stream, generator
 
 FORGOTTEN, REMEMBERED = "forgotten", "remembered"
 OVER_ERASED, NEVER_KNOWN = "over-erased", "never known"
@@ -24,6 +36,11 @@ OVER_ERASED_RESIDUE = 0.25
 HARMLESS_HIT = 0.10
 # Forget images below which a verdict shows little.
 FEW_IMAGES = 20
+
+# Pairs of each set, and unrelated pairs, that are judged at most.
+JUDGED_PAIRS = 1000
+# Unrelated captions per caption of the concept in the contest, so that chance is at most 5 %.
+RIVALS = 19
 
 
 @dataclass(frozen=True)
@@ -73,15 +90,10 @@ class Trace:
 
 
 def decide(traces: Mapping[str, Trace], original: Mapping[str, Trace] | None = None) -> str | None:
-    """Return the verdict on a model: the worst over its sets to forget.
+    """Return the verdict on a model, the worst over its sets to forget; None without traces.
 
-    Args:
-        traces: set -> trace of the model.
-        original: set -> trace of the model before erasing; a set that it does not remember was
-            never known. None if the original was not measured.
-
-    Returns:
-        `"remembered"`, `"over-erased"`, `"forgotten"` or `"never known"`; None without traces.
+    It is `"remembered"`, `"over-erased"`, `"forgotten"` or `"never known"`: that is a set which
+    the `original`, if it was measured, does not remember.
     """
     verdicts = decide_each(traces, original).values()
     return next((verdict for verdict in PRECEDENCE if verdict in verdicts), None)
@@ -106,3 +118,152 @@ def describe_verdict(verdict: str, traces: Mapping[str, Trace]) -> str:
     """Return the verdict with the figures of each set, one line per set."""
     lines = [f"{name}: {trace.describe()}" for name, trace in traces.items()]
     return "\n".join([f"verdict: {verdict}", *lines])
+
+
+class PairTraces(NamedTuple):
+    """What is left of each of n judged pairs of a set to forget."""
+
+    rows: np.ndarray  # [n] of the source
+    image_to_text: np.ndarray  # [n] residues
+    text_to_image: np.ndarray  # [n]
+    hit: np.ndarray  # [n] 1 if a caption of the set wins the image, 0 if not; a share for ties
+    chance: float  # of `hit`
+
+    @property
+    def residue(self) -> np.ndarray:
+        """Mean of both directions."""
+        return (self.image_to_text + self.text_to_image) / 2
+
+    def metrics(self) -> dict[str, tuple[np.ndarray, float]]:
+        """Return metric -> per-pair values and chance level, as the evaluation lists them."""
+        return {
+            "image_to_text_residue": (self.image_to_text, 0.5),
+            "text_to_image_residue": (self.text_to_image, 0.5),
+            "contest_hit@1": (self.hit, self.chance),
+        }
+
+    def metrics_at(self, rows: np.ndarray) -> dict[str, tuple[np.ndarray, float]]:
+        """Return `metrics` for `rows` of the source, among them the judged; NaN for all others."""
+        judged = np.isin(rows, self.rows)
+        found = {}
+        for key, (values, chance) in self.metrics().items():
+            spread = np.full(len(rows), np.nan)
+            spread[judged] = values
+            found[key] = spread, chance
+        return found
+
+    def summary(self) -> Trace:
+        means = (self.image_to_text, self.text_to_image, self.hit)
+        image_to_text, text_to_image, hit = (float(values.mean()) for values in means)
+        interval = wilson_interval(hit, len(self.rows))
+        return Trace(image_to_text, text_to_image, hit, *interval, self.chance, len(self.rows))
+
+
+class Judge:
+    """Compares the pairs of sets to forget with unrelated pairs of the retain set.
+
+    Unrelated pairs are retain pairs whose first caption is none of the captions to forget.
+
+    Args:
+        sources: set -> pairs, with a set `"retain"`.
+        forget_sets: names of the sets to forget.
+        seed: seed of the choice of pairs.
+        rows: set -> rows (sorted) to choose from; all rows of a set that is missing here.
+        limit: pairs judged of each set at most.
+
+    Attributes:
+        rows: set -> rows (sorted) that are judged; empty, and no verdict, without unrelated pairs.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, PairTable],
+        forget_sets: Collection[str],
+        *,
+        seed: int,
+        rows: Mapping[str, np.ndarray] | None = None,
+        limit: int = JUDGED_PAIRS,
+    ) -> None:
+        self._seed = seed
+        concept = set().union(*(all_captions(sources[name]) for name in forget_sets))
+
+        def is_unrelated(row: int) -> bool:
+            try:
+                return captions_of(sources["retain"], row)[0] not in concept
+            except BrokenPair:  # counted and named when the pair is encoded
+                return True
+
+        def choose(name: str) -> np.ndarray:
+            given = (rows or {}).get(name, np.arange(len(sources[name])))
+            order = generator(seed, Stream.VERDICT).permutation(given)
+            if name == "retain":
+                unrelated = islice(filter(is_unrelated, order.tolist()), limit)
+                order = np.fromiter(unrelated, dtype=np.int64)
+            return np.sort(order[:limit])
+
+        chosen = {name: choose(name) for name in ("retain", *forget_sets)}
+        self.rows = chosen if len(chosen["retain"]) else {}
+
+    def judge(self, features: Mapping[str, PairFeatures]) -> dict[str, PairTraces]:
+        """Return set to forget -> what is left of its judged pairs among `features` of a model."""
+        judged = {
+            name: features[name].at(rows) for name, rows in self.rows.items() if name in features
+        }
+        unrelated = judged.pop("retain", None)
+        if unrelated is None or not len(unrelated.rows):
+            return {}
+        return {
+            name: _compare(found, unrelated, seed=self._seed)
+            for name, found in judged.items()
+            if len(found.rows)
+        }
+
+
+def summarise(traces: Mapping[str, PairTraces]) -> dict[str, Trace]:
+    """Return set -> summary."""
+    return {name: found.summary() for name, found in traces.items()}
+
+
+def _compare(forget: PairFeatures, unrelated: PairFeatures, *, seed: int) -> PairTraces:
+    captions, place = distinct_firsts(forget)
+    others, _ = distinct_firsts(unrelated)
+    own = torch.tensor(place)
+    text = forget.text[captions]
+    matched = (forget.image * text[own]).sum(1)
+    image_rivals = forget.image @ unrelated.text[others].T
+    text_rivals = (text @ unrelated.image.T)[own]
+    size = min(len(captions), max(1, len(others) // RIVALS))
+    hit = _contest(forget.image @ text.T, image_rivals, own, size=size, seed=seed)
+    return PairTraces(
+        rows=forget.rows,
+        image_to_text=share_below(matched, image_rivals),
+        text_to_image=share_below(matched, text_rivals),
+        hit=hit,
+        chance=size / (size + len(others)),
+    )
+
+
+def _contest(
+    concept: Tensor,  # [n, m] cosines of images with captions of the set
+    rivals: Tensor,  # [n, U] cosines of images with unrelated captions
+    own: Tensor,  # [n] column of each image's own caption
+    *,
+    size: int,
+    seed: int,
+) -> np.ndarray:
+    """Return [n], 1 where one of `size` captions of the set, the own included, beats all rivals.
+
+    Ties count as a random order would break them.
+    """
+    drawn = generator(seed, Stream.VERDICT, 1).permutation(concept.shape[1])
+    runs = torch.zeros(concept.shape, dtype=torch.bool)
+    runs[:, drawn[: size - 1].tolist()] = True
+    # The own caption takes a place of its own; where it was drawn anyway, the next one does.
+    already = runs.gather(1, own[:, None])[:, 0]
+    runs[torch.arange(len(own)), own] = True
+    runs[already, int(drawn[size - 1])] = True
+    entered = concept.masked_fill(~runs, -torch.inf)
+    best = torch.maximum(entered.amax(1), rivals.amax(1))[:, None] - TIE
+    winners = (entered >= best).sum(1)
+    losers = (rivals >= best).sum(1)
+    return (winners / (winners + losers)).double().numpy()

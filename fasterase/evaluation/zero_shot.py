@@ -13,8 +13,8 @@ from torch.nn.functional import normalize
 
 from fasterase.encode import PairFeatures
 from fasterase.errors import InputError
-from fasterase.evaluation.features import captions_of
-from fasterase.evaluation.scores import search_candidates
+from fasterase.evaluation.scores import captions_of, search_candidates
+from fasterase.option_values import parse_value
 from fasterase.pairs.table import PairTable
 
 TEMPLATES: tuple[str, ...] = ("a photo of a {}.",)
@@ -93,12 +93,9 @@ def check_templates(templates: Sequence[str] | None) -> tuple[str, ...]:
     """
     if templates is None:
         return TEMPLATES
-    if isinstance(templates, str):
-        templates = (templates,)
-    if not isinstance(templates, list | tuple):
-        raise InputError(f"templates={templates!r} must be a list of texts.")
-    for template in templates:
-        if not isinstance(template, str) or template.count("{}") != 1:
+    templates = [templates] if isinstance(templates, str) else list(templates)
+    for template in parse_value("templates", templates, list[str]):
+        if template.count("{}") != 1:
             raise InputError(
                 f"templates: {template!r} must be text with one {{}} for the class name, "
                 f"such as {TEMPLATES[0]!r}."
@@ -123,11 +120,9 @@ def check_class_names(class_names: Sequence[str] | None) -> list[str] | None:
     """
     if class_names is None:
         return None
-    listed = isinstance(class_names, list | tuple)
-    if not listed or not all(isinstance(name, str) for name in class_names):
-        raise InputError(f"class_names={class_names!r} must be a list of names, one per class.")
+    given = list(class_names) if isinstance(class_names, tuple) else class_names
     first_spelling: dict[str, str] = {}
-    for name in filter(str.strip, class_names):
+    for name in filter(str.strip, parse_value("class_names", given, list[str])):
         first_spelling.setdefault(name.casefold(), name)
     names = list(first_spelling.values())
     if len(names) < 2:

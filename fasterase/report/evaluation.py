@@ -13,20 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from fasterase.errors import InputError
-from fasterase.evaluation.evaluator import Evaluator
-from fasterase.evaluation.figures import Figure, Figures, Series
-from fasterase.evaluation.measurement import Measurement, Scores
-from fasterase.evaluation.metrics import METRICS, OLD_INDEX, Metric
+from fasterase.evaluation.evaluator import Evaluator, Measurement, Scores
+from fasterase.evaluation.examiner import Examiner
+from fasterase.evaluation.findings import Finding, Findings, Series
+from fasterase.evaluation.metrics import METRICS, OLD_INDEX
 from fasterase.evaluation.verdict import decide, decide_each
 from fasterase.files import check_creatable, check_writable, parse_path, write_text
-from fasterase.report.curves import Dots, plot_dots, plot_series
+from fasterase.report.plots import plot_findings, plot_series
 from fasterase.report.tables import Section, html_table, markdown_table, text_table
 
 LEGEND = (
     "Sets to forget: ↓ should fall to chance or below; ↓ chance and ↑ chance should reach chance\n"
     "and not pass it. All other sets, against the original: ↑ should not fall, ↓ should not rise."
 )
-LEFT = 2  # leading columns of words; the others are numbers
 REFERENCE_WIDTH = 10  # characters of a line of a reference's name
 
 
@@ -67,8 +66,8 @@ class Evaluation:
     set_verdicts: dict[str, dict[str, str]] = field(default_factory=dict)
     original: Scores | None = None
     references: dict[str, Scores] = field(default_factory=dict)
-    tasks: dict[str, Figures] = field(default_factory=dict)
-    attacks: dict[str, Figures] = field(default_factory=dict)
+    tasks: dict[str, Findings] = field(default_factory=dict)
+    attacks: dict[str, Findings] = field(default_factory=dict)
     audit: list[str] = field(default_factory=list)
     series: dict[str, list[Series]] = field(default_factory=dict)
 
@@ -104,19 +103,19 @@ class Evaluation:
         Verdicts and prompts are words, and only in `attacks`.
         """
         found = {name: dict(values) for name, values in self.scores.items()}
-        for kind, name, figures in self.examined():
+        for kind, name, findings in self.examined():
             found[f"{kind}:{name}"] = {
-                key: figure.value
-                for key, figure in figures.items()
-                if not isinstance(figure.value, str)
+                key: finding.value
+                for key, finding in findings.items()
+                if not isinstance(finding.value, str)
             }
         return found
 
-    def examined(self) -> Iterator[tuple[str, str, Figures]]:
+    def examined(self) -> Iterator[tuple[str, str, Findings]]:
         """Yield `"task"` or `"attack"`, its name and what it found."""
         for kind, those in (("task", self.tasks), ("attack", self.attacks)):
-            for name, figures in those.items():
-                yield kind, name, figures
+            for name, findings in those.items():
+                yield kind, name, findings
 
     def flat(self) -> dict[str, float]:
         """Return `set/metric` -> value of the model, for trackers."""
@@ -128,22 +127,19 @@ class Evaluation:
 
     def table(self) -> str:
         """Return plain text, one row per set and metric; 100 columns wide with two references."""
-        references = [
-            "\n".join(textwrap.wrap(name, width=REFERENCE_WIDTH) or [name])
-            for name in self.references
-        ]
-        table = text_table(_columns(self, references), _sections(self), left=LEFT)
+        references = ["\n".join(textwrap.wrap(name, REFERENCE_WIDTH)) for name in self.references]
+        table = text_table(_columns(self, references), _sections(self))
         return "\n\n".join([table, *_notes(self)])
 
     def markdown(self) -> str:
         """Return the same table in Markdown, with a heading."""
-        table = markdown_table(_columns(self, [*self.references]), _sections(self), left=LEFT)
+        table = markdown_table(_columns(self, [*self.references]), _sections(self))
         title = f"# Evaluation of {self.settings['model']}"
         return "\n\n".join([title, table, *_notes(self)]) + "\n"
 
     def _repr_html_(self) -> str:
         """Show the table in a notebook."""
-        table = html_table(_columns(self, [*self.references]), _sections(self), left=LEFT)
+        table = html_table(_columns(self, [*self.references]), _sections(self))
         return table + "".join(f"<p>{html.escape(note)}</p>" for note in _notes(self))
 
     def report(self, path: str | PathLike[str]) -> Path:
@@ -176,12 +172,12 @@ class Evaluation:
             )
         check_writable(folder, argument="folder")
         files = []
-        for kind, name, figures in self.examined():
+        for kind, name, findings in self.examined():
             path, title = folder / f"{name}.png", f"{kind} {name} of {self.settings['model']}"
             if self.series.get(name):
                 files.append(plot_series(self.series[name], path, title=title))
             else:
-                files.append(plot_dots(_dots(figures), path, title=title))
+                files.append(plot_findings([*findings.values()], path, title=title))
         return files
 
     def to_json(self, path: str | PathLike[str]) -> Path:
@@ -211,7 +207,7 @@ class Evaluation:
             }
             for kind in ("tasks", "attacks"):
                 values[kind] = {
-                    name: {key: Figure(**figure) for key, figure in found.items()}
+                    name: {key: Finding(**finding) for key, finding in found.items()}
                     for name, found in values.get(kind, {}).items()
                 }
             values["series"] = {
@@ -229,49 +225,53 @@ def compare(
     *,
     original: Measurement | None = None,
     references: Mapping[str, Measurement] | None = None,
-    tasks: Mapping[str, Figures] | None = None,
-    attacks: Mapping[str, Figures] | None = None,
-    series: Mapping[str, list[Series]] | None = None,
+    examiner: Examiner | None = None,
 ) -> Evaluation:
     """Put the measurement of `model` beside those of the others, with intervals and verdicts.
 
-    `tasks`, `attacks` and `series` are handed on: what each of them found, and what its plot
-    shows.
+    `examiner` has run the tasks and attacks, if there are any.
 
     Raises:
         InputError: the measurements are of different pairs.
     """
-    others = {**({} if original is None else {"original": original}), **(references or {})}
+    references = references or {}
+    others = {**({} if original is None else {"original": original}), **references}
     for name, other in others.items():
         model.check_same_pairs(other, name)
     before = None if original is None else original.traces
-    verdicts, set_verdicts = {}, {}
-    for name, each in {"model": model, **others}.items():
-        verdict = decide(each.traces, before)
-        if verdict is not None:
-            verdicts[name] = verdict
-        set_verdicts[name] = decide_each(each.traces, before)
+    traces = {name: each.traces for name, each in {"model": model, **others}.items()}
+    verdicts = {name: decide(each, before) for name, each in traces.items()}
+    settings = {
+        "model": model.model,
+        "candidates": model.candidates,
+        "max_pairs": evaluator.max_pairs,
+        "seed": evaluator.seed,
+        "resamples": evaluator.resamples,
+    }
     return Evaluation(
         scores=model.averages(),
         intervals=model.intervals(resamples=evaluator.resamples, seed=evaluator.seed),
         chance=model.chances(),
         pairs={name: len(scores.ids) for name, scores in model.sets.items()},
+        settings=settings,
         forget_sets=list(evaluator.forget_sets),
-        verdicts=verdicts,
-        set_verdicts=set_verdicts,
-        original=None if original is None else original.averages_as_original_of(model),
-        references={name: other.averages() for name, other in (references or {}).items()},
-        settings={
-            "model": model.model,
-            "candidates": model.candidates,
-            "max_pairs": evaluator.max_pairs,
-            "seed": evaluator.seed,
-            "resamples": evaluator.resamples,
-        },
-        tasks=dict(tasks or {}),
-        attacks=dict(attacks or {}),
-        series=dict(series or {}),
+        verdicts={name: verdict for name, verdict in verdicts.items() if verdict is not None},
+        set_verdicts={name: decide_each(each, before) for name, each in traces.items()},
+        original=None if original is None else _original_scores(original, model),
+        references={name: other.averages() for name, other in references.items()},
+        tasks={} if examiner is None else examiner.task_findings(),
+        attacks={} if examiner is None else examiner.attack_findings(),
+        series={} if examiner is None else examiner.series(),
     )
+
+
+def _original_scores(original: Measurement, model: Measurement) -> Scores:
+    """Return an original's averages: in the old index too, which its own images are."""
+    scores = original.averages()
+    for name, values in scores.items():
+        if OLD_INDEX in model.sets[name].values:
+            values[OLD_INDEX] = values["text_to_image_recall@1"]
+    return scores
 
 
 def _columns(evaluation: Evaluation, references: Sequence[str]) -> list[str]:
@@ -280,64 +280,72 @@ def _columns(evaluation: Evaluation, references: Sequence[str]) -> list[str]:
 
 
 def _sections(evaluation: Evaluation) -> list[Section]:
-    """Return one section per set, then one per task or attack and group of its figures."""
-    sections = [
-        Section(
-            _set_title(evaluation, name),
-            [_metric_row(evaluation, name, metric) for metric in METRICS if metric.key in values],
-        )
-        for name, values in evaluation.scores.items()
-    ]
-    for kind, name, figures in evaluation.examined():
-        for group, those in groupby(figures.values(), key=lambda figure: figure.group):
-            rows = [_figure_row(evaluation, figure) for figure in those]
+    """Return one section per set, then one per task or attack and group of its findings."""
+    sections = []
+    for name in evaluation.scores:
+        count = evaluation.pairs[name]
+        aim = "to forget" if name in evaluation.forget_sets else "to keep"
+        title = f"{name} ({count:,} pair{'' if count == 1 else 's'}, {aim})"
+        rows = [_row(evaluation, finding) for finding in _set_findings(evaluation, name)]
+        sections.append(Section(title, rows))
+    for kind, name, findings in evaluation.examined():
+        for group, those in groupby(findings.values(), key=lambda finding: finding.group):
+            rows = [_row(evaluation, finding) for finding in those]
             sections.append(Section(f"{kind} {name}: {group}", rows))
     return sections
 
 
-def _set_title(evaluation: Evaluation, name: str) -> str:
-    count = evaluation.pairs[name]
-    aim = "to forget" if name in evaluation.forget_sets else "to keep"
-    return f"{name} ({count:,} pair{'' if count == 1 else 's'}, {aim})"
+def _set_findings(evaluation: Evaluation, name: str) -> Iterator[Finding]:
+    """Yield the metrics of a set in the form of findings."""
+    for metric in METRICS:
+        if metric.key in evaluation.scores[name]:
+            wanted = metric.forget if name in evaluation.forget_sets else metric.keep
+            others: dict[str, float | str] = {
+                other: scores[name][metric.key]
+                for other, scores in evaluation.references.items()
+                if metric.key in scores.get(name, {})
+            }
+            yield Finding(
+                metric.key,
+                name,
+                metric.title,
+                metric.unit,
+                wanted,
+                evaluation.scores[name][metric.key],
+                *evaluation.intervals[name][metric.key],
+                evaluation.chance[name][metric.key],
+                (evaluation.original or {}).get(name, {}).get(metric.key),
+                others,
+            )
 
 
-def _metric_row(evaluation: Evaluation, name: str, metric: Metric) -> list[str]:
-    def cell(scores: Scores) -> str:
-        value = scores.get(name, {}).get(metric.key)
-        return "-" if value is None else metric.format(value)
-
-    low, high = evaluation.intervals[name][metric.key]
+def _row(evaluation: Evaluation, finding: Finding) -> list[str]:
     return [
-        metric.title,
-        metric.wanted(forget=name in evaluation.forget_sets),
-        metric.format(evaluation.chance[name][metric.key]),
-        *([] if evaluation.original is None else [cell(evaluation.original)]),
-        cell(evaluation.scores),
-        f"{metric.format(low)} to {metric.format(high)}",
-        *map(cell, evaluation.references.values()),
-    ]
-
-
-def _figure_row(evaluation: Evaluation, figure: Figure) -> list[str]:
-    return [
-        figure.title,
-        figure.wanted,
-        figure.format(figure.chance),
-        *([] if evaluation.original is None else [figure.format(figure.original)]),
-        figure.format(figure.value),
-        figure.interval,
-        *(figure.format(figure.references.get(name)) for name in evaluation.references),
+        finding.title,
+        finding.wanted,
+        finding.format(finding.chance),
+        *([] if evaluation.original is None else [finding.format(finding.original)]),
+        finding.format(finding.value),
+        finding.interval,
+        *(finding.format(finding.references.get(name)) for name in evaluation.references),
     ]
 
 
 def _notes(evaluation: Evaluation) -> list[str]:
     """Return the verdicts, what the audit found, and how to read the table."""
-    audit = [f"- {line}" for line in evaluation.audit]
-    return [
-        _describe_verdicts(evaluation),
-        *(["\n".join(["Audit:", *audit])] if audit else []),
-        _legend(evaluation),
-    ]
+    notes = [_describe_verdicts(evaluation)]
+    if evaluation.audit:
+        notes.append("\n".join(["Audit:", *(f"- {line}" for line in evaluation.audit)]))
+    candidates = evaluation.settings["candidates"]
+    legend = (
+        f"{LEGEND}\nimage->text ranks among {candidates:,} captions, "
+        "text->image among the set's images and the\nretain set's."
+    )
+    if any(OLD_INDEX in values for values in evaluation.scores.values()):
+        legend += (
+            "\ntext->old image ranks the original's features of the images, an index not rebuilt."
+        )
+    return [*notes, legend]
 
 
 def _describe_verdicts(evaluation: Evaluation) -> str:
@@ -346,51 +354,13 @@ def _describe_verdicts(evaluation: Evaluation) -> str:
             "Verdict: none. No retain pair has a caption that is not in a set to forget, so\n"
             "there is nothing to compare with."
         )
-    listed = (
-        f"{name} {verdict}{_by_set(evaluation.set_verdicts.get(name, {}))}"
-        for name, verdict in evaluation.verdicts.items()
-    )
+    listed = []
+    for name, verdict in evaluation.verdicts.items():
+        sets = evaluation.set_verdicts.get(name, {})
+        # Where there are several, say which set the verdict comes from.
+        by_set = ", ".join(f"{each} by {other}" for other, each in sets.items())
+        listed.append(f"{name} {verdict}" + (f" ({by_set})" if len(sets) > 1 else ""))
     return f"Verdict: {', '.join(listed)}."
-
-
-def _by_set(verdicts: dict[str, str]) -> str:
-    """Say which set the verdict on a model comes from, where there are several."""
-    if len(verdicts) < 2:
-        return ""
-    return f" ({', '.join(f'{verdict} by {name}' for name, verdict in verdicts.items())})"
-
-
-def _legend(evaluation: Evaluation) -> str:
-    old_index = (
-        "\ntext->old image ranks the original's features of the images, an index not rebuilt."
-        if any(OLD_INDEX in values for values in evaluation.scores.values())
-        else ""
-    )
-    return (
-        f"{LEGEND}\nimage->text ranks among {evaluation.settings['candidates']:,} captions, "
-        "text->image among the set's images and the\nretain set's."
-        f"{old_index}"
-    )
-
-
-def _dots(figures: Figures) -> list[Dots]:
-    """Return the shares among figures as rows of a plot, in percent."""
-    rows = []
-    for figure in figures.values():
-        if figure.unit != "share" or figure.low is None or figure.high is None:
-            continue
-        values = {"model": figure.value, "original": figure.original, **figure.references}
-        rows.append(
-            Dots(
-                figure.group,
-                figure.title,
-                {name: 100 * float(value) for name, value in values.items() if value is not None},
-                100 * figure.low,
-                100 * figure.high,
-                None if figure.chance is None else 100 * figure.chance,
-            )
-        )
-    return rows
 
 
 def check_report_path(path: Path, *, argument: str) -> None:

@@ -8,9 +8,8 @@ from typing import Any
 
 from fasterase.errors import MissingExtraError
 from fasterase.files import write_text
-from fasterase.report.examples import Examples
-from fasterase.report.losses import plot_history
-from fasterase.report.pictures import TEXT_WIDTH, picture_sheet
+from fasterase.report.pictures import TEXT_WIDTH, Examples, picture_sheet
+from fasterase.report.plots import plot_history
 
 # Captions of more characters than a name are given more pixels.
 NAME_LENGTH, SENTENCE_WIDTH = 30, 290
@@ -21,13 +20,7 @@ REPORT, PLOT, SHEET = "report.md", "losses.png", "pictures.png"
 def write_report_folder(
     folder: Path, text: str, *, history: Sequence[Mapping[str, Any]], examples: Examples
 ) -> Path:
-    """Write `REPORT`, and `PLOT` and `SHEET` where there is something to show.
-
-    Args:
-        folder: made if it does not exist; its other files stay.
-        text: the report in Markdown, to which the pictures are added.
-        history: one record per step.
-        examples: the pictures of the sheet.
+    """Write `REPORT` with `text`, and `PLOT` and `SHEET` where there is something to show.
 
     Raises:
         MissingExtraError: matplotlib is missing; all but the plot is written.

@@ -32,17 +32,11 @@ _LEFTWARD_WORDS = re.compile(rf"[{_LEFTWARD}](?:[{_LEFTWARD}\s]*[{_LEFTWARD}])?"
 
 
 class Face(NamedTuple):
-    """A font, as far as some texts need it.
+    """A font, as far as some texts need it."""
 
-    Attributes:
-        family: its name for matplotlib.
-        file: None for the font that the library brings.
-        characters: those that it has, of ASCII and of the texts.
-    """
-
-    family: str
-    file: str | None
-    characters: frozenset[str]
+    family: str  # its name for matplotlib
+    file: str | None  # None for the font that the library brings
+    characters: frozenset[str]  # those that it has, of ASCII and of the texts
 
 
 def find_faces(texts: Iterable[str], own: ImageFont.FreeTypeFont) -> list[Face]:
@@ -160,12 +154,7 @@ def letter(figure: Any) -> None:
 
 
 class Pen:
-    """Writes on a picture of Pillow.
-
-    Args:
-        draw: the picture's canvas.
-        texts: all that will be written, so that fonts are looked for once.
-    """
+    """Writes on a picture; `texts` is all that will be written, so that fonts are sought once."""
 
     def __init__(self, draw: ImageDraw.ImageDraw, texts: Iterable[str]) -> None:
         self._draw = draw

@@ -1,20 +1,31 @@
-"""Picture sheets: with top captions before and after erasing, or in titled strips."""
+"""Picture sheets: examples with their closest captions before and after erasing, or strips."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, groupby
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from fasterase.encode import PairEncoder
 from fasterase.errors import InputError
 from fasterase.files import replace_file
+from fasterase.pairs.skips import BrokenPair
+from fasterase.pairs.table import PairTable
 from fasterase.report.lettering import Pen
+from fasterase.seeds import Stream, generator
+
+PICTURES = 8  # of each section
+CAPTIONS = 3  # per picture, before and after
+# Captions that compete, at most.
+FORGET_CANDIDATES, RETAIN_CANDIDATES = 100, 400
 
 # Pixels.
 PICTURE, LINE, GAP, TEXT_WIDTH = 96, 20, 12, 190
@@ -23,36 +34,124 @@ MARGIN = 20
 COLUMNS = 2  # pictures side by side
 
 INK, FAINT, ERASED, OWN, RULE = "#202020", "#808080", "#c8102e", "#1a7f37", "#d0d0d0"
+LEGEND = (
+    ("Top captions before and after.", INK),
+    ("red: a caption of the erased concept", ERASED),
+    ("green: the picture's own caption, to be kept", OWN),
+)
 
 
 @dataclass(frozen=True)
 class SheetRow:
-    """One picture of a sheet.
+    """One picture of a sheet."""
 
-    Attributes:
-        section: the name of its set; consecutive pictures of a section share one heading.
-        image: the picture, of any size; it is scaled to a square thumbnail.
-        caption: what it shows.
-        before: the top captions of the original model, best first.
-        after: the top captions of the erased model.
+    section: str  # the name of its set; consecutive pictures of a section share one heading
+    image: Image.Image  # of any size; it is scaled to a square thumbnail
+    caption: str  # what it shows
+    before: Sequence[str]  # the top captions of the original model, best first
+    after: Sequence[str]  # of the erased model
+
+
+class Examples(NamedTuple):
+    """Pictures for a sheet, and the captions to forget among those that competed."""
+
+    rows: list[SheetRow]
+    erased: list[str]
+
+
+class CaptionRanking:
+    """Finds the closest of distinct captions to pictures, before erasing and after."""
+
+    def __init__(self, candidates: list[str], before: PairEncoder, after: PairEncoder) -> None:
+        self._candidates = candidates
+        self._encoders = before, after
+        self.text = [encoder.texts(candidates) for encoder in self._encoders]  # [m, D] each
+
+    def rows(
+        self, section: str, source: PairTable, rows: Sequence[int], count: int = CAPTIONS
+    ) -> list[SheetRow]:
+        """Return the readable pictures among `rows`, each with its `count` closest captions."""
+        if not rows:
+            return []
+        wanted = np.unique(np.asarray(rows, dtype=np.int64))
+        closest: list[dict[int, list[str]]] = []
+        for encoder, text in zip(self._encoders, self.text, strict=True):
+            images = encoder.pairs(source, wanted, description=f"pictures ({section})")
+            best = (images.image @ text.T).topk(min(count, len(text)), dim=1).indices
+            found = [[self._candidates[i] for i in row] for row in best.tolist()]
+            closest.append(dict(zip(images.rows.tolist(), found, strict=True)))
+        before, after = closest
+        return [
+            SheetRow(section, _picture(source[row].image), caption, before[row], after[row])
+            for row in map(int, rows)
+            if row in before and (caption := _first_caption(source, row)) is not None
+        ]
+
+
+def example_rows(
+    forget: PairTable, retain: PairTable, before: PairEncoder, after: PairEncoder, *, seed: int
+) -> Examples:
+    """Choose pictures to forget, their neighbours and others, and rank captions for them.
+
+    Neighbours are the retain pairs with the captions closest to those to forget, by the original's
+    text features. Captions compete that belong to a random sample of both sets.
+
+    There are none if the captions are token ids, which cannot be shown.
     """
+    random = generator(seed, Stream.EXAMPLES)
+    to_forget = _captions(forget, FORGET_CANDIDATES, random)
+    to_keep = _captions(retain, RETAIN_CANDIDATES, random)
+    to_keep = {text: row for text, row in to_keep.items() if text not in to_forget}
+    if not to_forget or not to_keep:
+        return Examples([], [])
+    ranking = CaptionRanking([*to_forget, *to_keep], before, after)
+    text = ranking.text[0]
+    closeness = (text[len(to_forget) :] @ text[: len(to_forget)].T).amax(dim=1)
+    nearest = closeness.argsort(descending=True).tolist()
+    kept = list(to_keep.values())
+    near, others = ([kept[i] for i in those] for those in (nearest[:PICTURES], nearest[PICTURES:]))
+    rows = [
+        *ranking.rows("To forget", forget, spread(list(to_forget.values()), PICTURES)),
+        *ranking.rows("Neighbours: kept, with similar captions", retain, near),
+        *ranking.rows("Kept", retain, spread(others, PICTURES)),
+    ]
+    return Examples(rows, list(to_forget))
 
-    section: str
-    image: Image.Image
-    caption: str
-    before: Sequence[str]
-    after: Sequence[str]
+
+def spread(items: Sequence[int], count: int) -> list[int]:
+    """Choose at most `count` items, spread evenly."""
+    places = np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)
+    return [items[i] for i in places]
 
 
-def top_captions(
-    image: Tensor,  # [n, D] unit rows
-    text: Tensor,  # [m, D] unit rows
-    captions: Sequence[str],  # [m]
-    k: int = 3,
-) -> list[list[str]]:
-    """Return the `k` captions closest to each image, best first. Materialises [n, m] scores."""
-    best = (image @ text.T).topk(min(k, len(captions)), dim=1).indices
-    return [[captions[i] for i in row] for row in best.tolist()]
+def _first_caption(source: PairTable, row: int) -> str | None:
+    """Return the first caption of a pair; None if it is token ids or cannot be read."""
+    try:
+        texts = source.texts(row)
+    except BrokenPair:
+        return None
+    return None if isinstance(texts, Tensor) else texts[0]
+
+
+def _captions(source: PairTable, count: int, random: np.random.Generator) -> dict[str, int]:
+    """Return distinct captions of at most `count` pairs drawn at random, each with its row."""
+    captions: dict[str, int] = {}
+    drawn = random.choice(len(source), min(count, len(source)), replace=False)
+    for row in np.sort(drawn).tolist():
+        text = _first_caption(source, row)
+        if text is not None:
+            captions.setdefault(text, row)
+    return captions
+
+
+def _picture(image: Image.Image | Tensor) -> Image.Image:
+    """Return a PIL image; a preprocessed tensor is stretched from black to white."""
+    if isinstance(image, Image.Image):
+        return image
+    if image.is_floating_point():
+        low, high = image.min(), image.max()
+        image = ((image - low) / (high - low).clamp_min(1e-9) * 255).round().to(torch.uint8)
+    return Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy())
 
 
 def picture_sheet(
@@ -76,91 +175,33 @@ def picture_sheet(
     """
     if not rows:
         raise InputError("rows is empty: there is no picture to draw.")
-    sections: list[tuple[str, list[SheetRow]]] = []
-    for row in rows:
-        if not sections or sections[-1][0] != row.section:
-            sections.append((row.section, []))
-        sections[-1][1].append(row)
+    sections = [(name, [*members]) for name, members in groupby(rows, key=lambda row: row.section)]
     depth = max(len(names) for row in rows for names in (row.before, row.after))
     cell_height = max(PICTURE, LINE * (2 + depth)) + GAP
-    heading_height = 2 * LINE + GAP
-    grid_rows = [-(-len(members) // COLUMNS) for _, members in sections]
     cell_width = PICTURE + 2 * text_width + 3 * GAP
+    heading_height = 2 * LINE + GAP
+    lines = sum(-(-len(members) // COLUMNS) for _, members in sections)
     width = 2 * MARGIN + COLUMNS * cell_width + (COLUMNS - 1) * GAP
-    height = 2 * MARGIN + LINE + len(sections) * heading_height + sum(grid_rows) * cell_height
+    height = 2 * MARGIN + LINE + len(sections) * heading_height + lines * cell_height
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     written = ((row.section, row.caption, *row.before, *row.after) for row in rows)
     pen = Pen(draw, chain.from_iterable(written))
-    _write_legend(pen, MARGIN, MARGIN)
+    left: float = MARGIN
+    for text, colour in LEGEND:
+        pen.write((left, MARGIN), text, size=14, fill=colour)
+        left += pen.length(text, 14) + 2 * GAP
     top = MARGIN + LINE
-    for (name, members), lines in zip(sections, grid_rows, strict=True):
+    for name, members in sections:
         draw.line((MARGIN, top + GAP, width - MARGIN, top + GAP), fill=RULE)
         pen.write((MARGIN, top + GAP + 6), name, size=18, fill=INK)
         top += heading_height
         for index, row in enumerate(members):
-            left = MARGIN + (index % COLUMNS) * (cell_width + GAP)
-            place = left, top + index // COLUMNS * cell_height
+            place = MARGIN + index % COLUMNS * (cell_width + GAP), top
             _draw_row(sheet, pen, place, text_width, row, frozenset(erased))
-        top += lines * cell_height
-    path = Path(path)
-    with replace_file(path) as temporary:
-        sheet.save(temporary)
-    return path
-
-
-class Strip(NamedTuple):
-    """A row of pictures.
-
-    Attributes:
-        title: stands above them.
-        pictures: of any size; they are scaled to square thumbnails.
-        marked: which of them get a frame.
-        colour: of the frames.
-    """
-
-    title: str
-    pictures: Sequence[Image.Image]
-    marked: Sequence[bool]
-    colour: str
-
-
-def contact_sheet(strips: Sequence[Strip], path: Path) -> Path:
-    """Draw strips below each other, each under its title, and write an image file."""
-    columns = max(len(strip.pictures) for strip in strips)
-    cell, height = PICTURE + GAP, LINE + PICTURE + GAP
-    size = 2 * MARGIN + columns * cell - GAP, 2 * MARGIN + len(strips) * height
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-    pen = Pen(draw, [strip.title for strip in strips])
-    for number, strip in enumerate(strips):
-        top = MARGIN + number * height
-        pen.write((MARGIN, top - 2), strip.title, size=14, fill=INK)
-        for place, (picture, marked) in enumerate(zip(strip.pictures, strip.marked, strict=True)):
-            corner = MARGIN + place * cell, top + LINE
-            sheet.paste(_make_thumbnail(picture), corner)
-            if marked:
-                outside = (
-                    corner[0] - 3,
-                    corner[1] - 3,
-                    corner[0] + PICTURE + 2,
-                    corner[1] + PICTURE + 2,
-                )
-                draw.rectangle(outside, outline=strip.colour, width=3)
-    with replace_file(path) as temporary:
-        sheet.save(temporary)
-    return path
-
-
-def _write_legend(pen: Pen, left: float, top: int) -> None:
-    words = (
-        ("Top captions before and after.", INK),
-        ("red: a caption of the erased concept", ERASED),
-        ("green: the picture's own caption, to be kept", OWN),
-    )
-    for text, colour in words:
-        pen.write((left, top), text, size=14, fill=colour)
-        left += pen.length(text, 14) + 2 * GAP
+            if index % COLUMNS == COLUMNS - 1 or index == len(members) - 1:
+                top += cell_height
+    return _save(sheet, path)
 
 
 def _draw_row(
@@ -185,12 +226,48 @@ def _draw_row(
         text_left += text_width + GAP
 
 
+class Strip(NamedTuple):
+    """A row of pictures."""
+
+    title: str  # stands above them
+    pictures: Sequence[Image.Image]  # of any size; they are scaled to square thumbnails
+    marked: Sequence[bool]  # which of them get a frame
+    colour: str  # of the frames
+
+
+def contact_sheet(strips: Sequence[Strip], path: Path) -> Path:
+    """Draw strips below each other, each under its title, and write an image file."""
+    columns = max(len(strip.pictures) for strip in strips)
+    cell, height = PICTURE + GAP, LINE + PICTURE + GAP
+    size = 2 * MARGIN + columns * cell - GAP, 2 * MARGIN + len(strips) * height
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    pen = Pen(draw, [strip.title for strip in strips])
+    for number, strip in enumerate(strips):
+        top = MARGIN + number * height
+        pen.write((MARGIN, top - 2), strip.title, size=14, fill=INK)
+        for place, (picture, marked) in enumerate(zip(strip.pictures, strip.marked, strict=True)):
+            left, above = MARGIN + place * cell, top + LINE
+            sheet.paste(_make_thumbnail(picture), (left, above))
+            if marked:
+                outside = (left - 3, above - 3, left + PICTURE + 2, above + PICTURE + 2)
+                draw.rectangle(outside, outline=strip.colour, width=3)
+    return _save(sheet, path)
+
+
 def _make_thumbnail(image: Image.Image) -> Image.Image:
     """Scale the picture to fit a square of `PICTURE` pixels, centred on white."""
     layer = image.convert("RGBA")
     scale = PICTURE / max(layer.size)
-    size = (max(1, round(layer.width * scale)), max(1, round(layer.height * scale)))
-    layer = layer.resize(size, Image.Resampling.BICUBIC)
+    width, height = (max(1, round(side * scale)) for side in layer.size)
+    layer = layer.resize((width, height), Image.Resampling.BICUBIC)
     square = Image.new("RGB", (PICTURE, PICTURE), "white")
-    square.paste(layer, ((PICTURE - size[0]) // 2, (PICTURE - size[1]) // 2), layer)
+    square.paste(layer, ((PICTURE - width) // 2, (PICTURE - height) // 2), layer)
     return square
+
+
+def _save(sheet: Image.Image, path: str | PathLike[str]) -> Path:
+    path = Path(path)
+    with replace_file(path) as temporary:
+        sheet.save(temporary)
+    return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 
 @dataclass(frozen=True)
@@ -15,28 +16,24 @@ class Section:
     rows: list[list[str]]
 
 
-def text_table(columns: Sequence[str], sections: Sequence[Section], *, left: int) -> str:
+def text_table(columns: Sequence[str], sections: Sequence[Section], *, left: int = 2) -> str:
     """Format a table as aligned plain text.
 
     Args:
         columns: headers; a line break makes the header taller instead of wider.
         sections: the rows, each with one cell per column.
-        left: number of leading columns aligned left; the others are aligned right.
+        left: number of leading columns of words, aligned left; the others are aligned right.
     """
-    headers = [column.split("\n") for column in columns]
-    height = max(map(len, headers))
-    header_rows = [
-        [([""] * (height - len(lines)) + lines)[level] for lines in headers]
-        for level in range(height)
-    ]
-    rows = [row for section in sections for row in section.rows]
-    widths = [max(len(row[i]) for row in header_rows + rows) for i in range(len(columns))]
+    # Headers stand on the bottom line of the tallest.
+    upwards = zip_longest(*(reversed(column.split("\n")) for column in columns), fillvalue="")
+    header_rows = [*upwards][::-1]
+    rows = [*header_rows, *(row for section in sections for row in section.rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
-        aligned = [
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
+        aligned = [cell.ljust(width) for cell, width in zip(cells[:left], widths, strict=False)]
+        numbers = zip(cells[left:], widths[left:], strict=True)
+        aligned += [cell.rjust(width) for cell, width in numbers]
         return ("  " + "  ".join(aligned)).rstrip()
 
     lines = [line(row) for row in header_rows]
@@ -46,18 +43,19 @@ def text_table(columns: Sequence[str], sections: Sequence[Section], *, left: int
     return "\n".join(lines)
 
 
-def markdown_table(columns: Sequence[str], sections: Sequence[Section], *, left: int) -> str:
+def markdown_table(columns: Sequence[str], sections: Sequence[Section], *, left: int = 2) -> str:
     """Format one Markdown table per section, with its title as a heading."""
     rule = ["---" if i < left else "---:" for i in range(len(columns))]
     blocks = []
     for section in sections:
         rows = [list(columns), rule, *section.rows]
-        table = "\n".join(f"| {' | '.join(map(_escape_bars, row))} |" for row in rows)
+        escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+        table = "\n".join(f"| {' | '.join(row)} |" for row in escaped)
         blocks.append(f"## {section.title}\n\n{table}")
     return "\n\n".join(blocks)
 
 
-def html_table(columns: Sequence[str], sections: Sequence[Section], *, left: int) -> str:
+def html_table(columns: Sequence[str], sections: Sequence[Section], *, left: int = 2) -> str:
     """Format a table as HTML, for notebooks; each title is a row of its own."""
 
     def line(cells: Sequence[str], tag: str) -> str:
@@ -77,7 +75,3 @@ def html_table(columns: Sequence[str], sections: Sequence[Section], *, left: int
         lines += [line(row, "td") for row in section.rows]
     head = f"<thead>{line(columns, 'th')}</thead>"
     return f"<table>{head}<tbody>{''.join(lines)}</tbody></table>"
-
-
-def _escape_bars(cell: str) -> str:
-    return cell.replace("|", "\\|")

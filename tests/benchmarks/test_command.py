@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.command import exit_with
+from benchmarks.command import comparison_parser, exit_with
 from fasterase.errors import DiskFullError, InputError
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +35,7 @@ def test_every_command_reports_its_errors_in_the_same_place():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("evidence.attacks --erased demo", "--erased demo: expected NAME=FOLDER"),
+        ("evidence.attacks --erased demo", "--erased demo: expected NAME=WHERE"),
         ("evidence.digits --work FILE", "--work: FILE cannot be created"),
         ("systems.eight_bit --work FILE", "--work: FILE cannot be created"),
         pytest.param(
@@ -69,6 +69,16 @@ def test_wrong_input_is_one_line_and_exit_code_2(words, said, tmp_path, monkeypa
     assert found.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in found
     assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "two"])
+def test_there_is_a_process_or_more(count, capsys):
+    parser = comparison_parser("", work="runs")
+    assert parser.parse_args(["--processes", "3"]).processes == 3
+    with pytest.raises(SystemExit) as stopped:
+        parser.parse_args([f"--processes={count}"])
+    assert stopped.value.code == 2
+    assert f"--processes: {count}: give a number of 1 or more" in capsys.readouterr().err
 
 
 def test_other_ends(capsys):

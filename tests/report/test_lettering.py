@@ -9,10 +9,10 @@ import matplotlib
 import pytest
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
-from fasterase.evaluation.figures import Series
+from fasterase.evaluation.findings import Finding, Series
 from fasterase.report import lettering
-from fasterase.report.curves import Dots, plot_dots, plot_series
 from fasterase.report.lettering import Pen, find_faces, spell, turn_round
+from fasterase.report.plots import plot_findings, plot_series
 
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 DEJAVU = ("DejaVu Sans", str(FONTS / "DejaVuSans.ttf"))
@@ -85,11 +85,7 @@ def test_a_line_is_split_only_if_no_font_has_all_of_it():
     assert parts("a ⌚ and é") == [("STIXGeneral", "a ⌚ and é")]
     few = [face._replace(characters=face.characters - {"é"}) for face in faces[2:]]
     faces[2:] = few
-    assert parts("a ⌚ and é") == [
-        (OWN, "a "),
-        ("STIXGeneral", "⌚ and "),
-        ("DejaVu Sans", "é"),
-    ]
+    assert parts("a ⌚ and é") == [(OWN, "a "), ("STIXGeneral", "⌚ and "), ("DejaVu Sans", "é")]
     assert parts("") == [(OWN, "")]
 
 
@@ -103,8 +99,8 @@ def test_plots_use_the_same_fonts_and_warn_of_no_glyph(tmp_path):
     for text in ("⌚ [U+4F60 U+597D]: hit", "[U+732B]", "[U+72AC]", "of [U+6A21 U+578B]"):
         assert f"<!-- {text} -->" in plot
     assert "STIXGeneral" in plot
-    dots = [Dots("组", "AUC", {"model": 50.0, "模型": 60.0}, 40.0, 60.0, 50.0)]
-    plot = plot_dots(dots, tmp_path / "dots.svg", title="⌚").read_text(encoding="utf-8")
+    found = Finding("auc", "组", "AUC", "share", "", 0.5, 0.4, 0.6, 0.5, references={"模型": 0.6})
+    plot = plot_findings([found], tmp_path / "dots.svg", title="⌚").read_text(encoding="utf-8")
     for text in ("[U+7EC4]", "[U+6A21 U+578B]"):
         assert f"<!-- {text} -->" in plot
 

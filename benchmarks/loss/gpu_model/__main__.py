@@ -2,19 +2,119 @@
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from benchmarks.command import exit_with
-from benchmarks.loss.gpu_model.measured import compare, summarise
+import numpy as np
+
+from benchmarks.command import exit_with, new_parser
+from benchmarks.loss.gpu_model.gpu_time import A100, H100, Gpu
+from benchmarks.loss.rows import Row, read_rows
 from benchmarks.result_files import write_csv
+from fasterase.errors import InputError
+
+# GPUs of the model by a word of torch's name for the device.
+_GPUS = {"H100": H100, "A100": A100}
+_HALVES = ("bfloat16", "float16")
+# How much longer than predicted the two kernels with published times took.
+USUAL_RATIO = 1.25
+
+# (gpu, n, width, has_ref) -> milliseconds of forward and backward.
+Predict = Callable[[Gpu, int, int, bool], float]
+
+
+def compare(path: Path, predict: Predict | None = None) -> list[dict[str, Any]]:
+    """Return one row per measured step of fasterase's Triton backend in half precision."""
+    measured = [row for row in read_rows(path) if _is_step(row)]
+    if not measured:
+        raise InputError(
+            f"--against: {path} has no times of fasterase-triton, forward and backward, in half "
+            "precision. Give what python -m benchmarks.loss --device cuda wrote."
+        )
+    predict = predict or predict_step
+    found = [_compare_row(row, predict) for row in measured if _gpu(row) is not None]
+    if not found:
+        names = ", ".join(sorted({row.gpu_name for row in measured}))
+        raise InputError(f"--against: the model knows {' and '.join(_GPUS)}; {path} has {names}.")
+    return sorted(found, key=lambda row: (row["dtype"], row["kl"], row["width"], row["n"]))
+
+
+def _is_step(row: Row) -> bool:
+    return (
+        (row.kernel_provider, row.metric_name, row.kernel_operation_mode)
+        == ("fasterase-triton", "speed", "full")
+        and row.y_value_50 is not None
+        and row.extra["dtype"] in _HALVES
+        and not row.extra["labels"]
+    )
+
+
+def _gpu(row: Row) -> Gpu | None:
+    return next((gpu for word, gpu in _GPUS.items() if word in row.gpu_name), None)
+
+
+def _compare_row(row: Row, predict: Predict) -> dict[str, Any]:
+    gpu = _gpu(row)
+    assert gpu is not None
+    assert row.y_value_50 is not None
+    width, kl = row.extra["D"], row.extra["kl"]
+    predicted = predict(gpu, row.x_value, width, kl)
+    flops = (12 if kl else 8) * row.x_value**2 * width
+    return {
+        "gpu": row.gpu_name,
+        "dtype": row.extra["dtype"],
+        "kl": kl,
+        "width": width,
+        "n": row.x_value,
+        "predicted_ms": predicted,
+        "measured_ms": row.y_value_50,
+        "measured_p20": row.y_value_20,
+        "measured_p80": row.y_value_80,
+        "ratio": row.y_value_50 / predicted,
+        "of_peak": flops / row.y_value_50 / 1e-3 / gpu.peak_flops,
+        "of_peak_predicted": flops / predicted / 1e-3 / gpu.peak_flops,
+    }
+
+
+def predict_step(gpu: Gpu, n: int, width: int, has_ref: bool) -> float:
+    """Predict a step in milliseconds, from the kernels as they compile now."""
+    # Compiling needs Triton and its tools; reading measurements does not.
+    from benchmarks.loss.gpu_model.cost_model import step_row
+    from benchmarks.loss.gpu_model.fasterase_kernels import modelled
+
+    sums = modelled(gpu, "sums", width, False, n)
+    strip = modelled(gpu, "strip", width, has_ref, n)
+    return step_row(gpu, n, (sums, strip), "as launched")["ms"]
+
+
+def summarise(rows: list[dict[str, Any]]) -> str:
+    """Return the comparison as text, with the median ratio of large and of small batches."""
+    lines = [
+        f"{'':9} {'':9} {'D':>5} {'N':>8} {'predicted':>10} {'measured':>10} {'ratio':>6} of peak"
+    ]
+    for row in rows:
+        loss = "KL" if row["kl"] else "InfoNCE"
+        lines.append(
+            f"{row['dtype']:9} {loss:9} {row['width']:5} {row['n']:8,} {row['predicted_ms']:10.3f} "
+            f"{row['measured_ms']:10.3f} {row['ratio']:6.2f} {row['of_peak']:.0%}, predicted "
+            f"{row['of_peak_predicted']:.0%}"
+        )
+    lines.append("")
+    for name, low, high in (("N < 8,192", 0, 8192), ("N >= 8,192", 8192, 2**62)):
+        ratios = [row["ratio"] for row in rows if low <= row["n"] < high]
+        if ratios:
+            lines.append(
+                f"{name}: {np.median(ratios):.2f} times as long as predicted "
+                f"({min(ratios):.2f} to {max(ratios):.2f}); kernels of others with published times "
+                f"took {USUAL_RATIO:.2f} times as long"
+            )
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Print the comparison, and write it to --output."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.loss.gpu_model", description=__doc__
-    )
+    parser = new_parser(__doc__, prog="python -m benchmarks.loss.gpu_model")
     parser.add_argument(
         "--against",
         type=Path,

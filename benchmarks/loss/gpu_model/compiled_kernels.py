@@ -34,12 +34,7 @@ from fasterase.ops.contrastive.operator import Batch, Wanted
 from fasterase.ops.contrastive.products import resolve_products
 
 # Bytes of shared memory available to one block, by architecture.
-SHARED_LIMIT = {
-    "sm_80": 163 * 1024,
-    "sm_90": 227 * 1024,
-    "sm_100": 227 * 1024,
-    "gfx942": 64 * 1024,
-}
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _POINTERS = {
@@ -108,11 +103,7 @@ class _Recorder:
 
 
 def launches(
-    dtype: torch.dtype,
-    width: int,
-    ref_width: int | None,
-    target: str,
-    products: str | None = None,
+    dtype: torch.dtype, width: int, ref_width: int | None, target: str, products: str | None = None
 ) -> list[Launch]:
     """Record every launch of forward, backward and a step with known weights, at N = 4096.
 

@@ -37,10 +37,8 @@ class Case(NamedTuple):
 def make_case(drift: float, moved: float, seed: int) -> Case:
     """Features with a real CLIP's statistics: cosines near 0.32 where matched, else 0.13 +- 0.05.
 
-    Args:
-        drift: length of a random change of every feature.
-        moved: share of the images whose association was moved to another pair's caption.
-        seed: of everything random.
+    `drift` is the length of a random change of every feature, `moved` the share of the images whose
+    association was moved to another pair's caption.
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -10,19 +10,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import torch
 
 from fasterase.encode import PairFeatures
-from fasterase.errors import InputError, import_extra
-from fasterase.evaluation.figures import Figure, Found, Series, share_below, share_figure
-from fasterase.evaluation.target import Target
+from fasterase.errors import InputError
+from fasterase.evaluation.findings import Examined, Finding, Label, Series, Target, share_finding
+from fasterase.evaluation.scores import share_below
 
 # False positives that an accusation may cost, and non-members without which such a rate means
 # nothing: three of 300.
 FALSE_POSITIVES, ENOUGH = 0.01, 300
 BIN = 0.05  # of the histograms of cosines
+TITLES = {"cosine": "matched cosine", "change": "matched cosine minus the original's"}
 
 
-def membership(target: Target) -> Found:
+def membership(target: Target) -> Examined:
     """Tell members, which the original was trained on, from non-members by their similarity.
 
     The score of a pair is the cosine of its image with its first caption; with an original also
@@ -34,7 +36,6 @@ def membership(target: Target) -> Found:
 
     Raises:
         InputError: fewer than two non-members can be read.
-        MissingExtraError: scikit-learn is not installed (extra `eval`).
     """
     strangers = target.non_members
     assert strangers is not None
@@ -53,41 +54,23 @@ def membership(target: Target) -> Found:
         originals = {name: before[name].at(rows) for name, rows in names.items()}
         originals["non-members"] = target.original_non_members
         scores["change"] = {n: _change(those, originals[n]) for n, those in features.items()}
-    figures: list[Figure] = []
+    findings: list[Finding] = []
     series: list[Series] = []
-    for key, title in (
-        ("cosine", "matched cosine"),
-        ("change", "matched cosine minus the original's"),
-    ):
-        if key not in scores:
-            continue
-        others = scores[key]["non-members"]
+    for key in scores:
+        panel, others = TITLES[key], scores[key]["non-members"]
         for name in names:
             wanted = "" if name == "retain" else "↓ chance"
-            group, place = f"{name} against non-members, {title}", f"{name}/{key}"
-            figures.append(
-                target.resampled_figure(
-                    share_below(scores[key][name], others),
-                    key=f"{place}/auc",
-                    group=group,
-                    title="AUC, %",
-                    wanted=wanted,
-                    chance=0.5,
-                )
-            )
+            group, place = f"{name} against non-members, {panel}", f"{name}/{key}"
+            below = share_below(*map(torch.from_numpy, (scores[key][name], others)))
+            label = Label(f"{place}/auc", group, "AUC, %", wanted, 0.5)
+            findings.append(target.resampled(below, label))
             if len(others) >= ENOUGH:
-                figures.append(
-                    share_figure(
-                        found_members(scores[key][name], others),
-                        key=f"{place}/tpr",
-                        group=group,
-                        title="TPR at 1 % FPR, %",
-                        wanted=wanted.removesuffix(" chance"),
-                        chance=FALSE_POSITIVES,
-                    )
-                )
-        series += _histograms(scores[key], panel=f"{target.name}: {title}", x_label=title)
-    return Found(figures, series)
+                found, wanted = found_members(scores[key][name], others), wanted[:1]
+                title = "TPR at 1 % FPR, %"
+                label = Label(f"{place}/tpr", group, title, wanted, FALSE_POSITIVES)
+                findings.append(share_finding(found, label))
+        series += _histograms(scores[key], panel=f"{target.name}: {panel}", x_label=panel)
+    return Examined(findings, series)
 
 
 def matched_cosine(pairs: PairFeatures) -> np.ndarray:
@@ -97,7 +80,8 @@ def matched_cosine(pairs: PairFeatures) -> np.ndarray:
 
 def found_members(members: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Return [n], 1 for members above the lowest threshold that `FALSE_POSITIVES` allow."""
-    roc_curve = import_extra("sklearn.metrics", "eval", "attacks: 'membership'").roc_curve
+    from sklearn.metrics import roc_curve
+
     is_member = np.repeat([1, 0], [len(members), len(others)])
     rates, _, thresholds = roc_curve(
         is_member, np.concatenate([members, others]), drop_intermediate=False
@@ -116,18 +100,9 @@ def _histograms(scores: Mapping[str, np.ndarray], *, panel: str, x_label: str) -
     low = min(those.min() for those in scores.values())
     high = max(those.max() for those in scores.values())
     edges = np.arange(np.floor(low / BIN), np.floor(high / BIN) + 2) * BIN
+    axes = x_label, "share of the set's pairs, %", edges.tolist()
     lines = []
     for name, those in scores.items():
-        share = 100 * np.histogram(those, edges)[0] / len(those)
-        lines.append(
-            Series(
-                panel,
-                x_label,
-                "share of the set's pairs, %",
-                edges.tolist(),
-                [*share.tolist(), 0.0],
-                kind="steps",
-                line=name,
-            )
-        )
+        levels = [*(100 * np.histogram(those, edges)[0] / len(those)).tolist(), 0.0]
+        lines.append(Series(panel, *axes, levels, kind="steps", line=name))
     return lines

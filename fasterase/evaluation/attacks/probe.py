@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import torch
 
-from fasterase.errors import InputError, import_extra
-from fasterase.evaluation.figures import Figure, Found, share_below
-from fasterase.evaluation.target import FALSE_POSITIVES, Target
+from fasterase.errors import InputError
+from fasterase.evaluation.findings import FALSE_POSITIVES, Examined, Finding, Target
+from fasterase.evaluation.scores import share_below
 from fasterase.seeds import Stream, generator
 
 FOLDS = 5
@@ -21,7 +22,7 @@ FOLDS = 5
 Fit = Callable[[np.ndarray, np.ndarray], Callable[[np.ndarray], np.ndarray]]
 
 
-def probe(target: Target) -> Found:
+def probe(target: Target) -> Examined:
     """Tell images to forget from unrelated ones by a linear probe and by class prototypes.
 
     Both are fitted on four fifths of the judged `forget` images and of the unrelated retain images,
@@ -31,13 +32,9 @@ def probe(target: Target) -> Found:
 
     Raises:
         InputError: fewer than two images to forget or unrelated ones.
-        MissingExtraError: scikit-learn is not installed (extra `eval`).
     """
     evaluator = target.evaluator
-    images = {
-        name: target.features[name].at(rows).image.double().numpy()
-        for name, rows in evaluator.judge.rows.items()
-    }
+    images = {name: those.image.double().numpy() for name, those in target.judged().items()}
     unrelated, forget = images.pop("retain"), images["forget"]
     folds = min(FOLDS, len(forget), len(unrelated))
     if folds < 2:
@@ -49,7 +46,7 @@ def probe(target: Target) -> Found:
         name: assign_folds(len(those), folds, seed=evaluator.seed)
         for name, those in (*images.items(), ("retain", unrelated))
     }
-    figures: list[Figure] = []
+    findings: list[Finding] = []
     for key, title, fit in (
         ("linear_probe", "linear probe of image features", fit_linear),
         ("prototypes", "prototypes of image features", fit_prototypes),
@@ -60,18 +57,22 @@ def probe(target: Target) -> Found:
             unseen = fold_of["retain"] == fold
             score = fit(forget[fold_of["forget"] != fold], unrelated[~unseen])
             others = score(unrelated[unseen])
+            # A random image is above all but `FALSE_POSITIVES` of the others so often.
+            count = len(others)
+            by_chance = (count - np.ceil((1 - FALSE_POSITIVES) * count) + 1) / (count + 1)
             for name, those in images.items():
                 rows = fold_of[name] == fold
-                below[name][rows] = share_below(score(those[rows]), others)
-                chance[name][rows] = _found_by_chance(len(others))
+                tried = torch.from_numpy(score(those[rows]))
+                below[name][rows] = share_below(tried, torch.from_numpy(others))
+                chance[name][rows] = by_chance
         for name in images:
-            figures += target.separation_figures(
+            findings += target.separation(
                 below[name],
                 key=f"{name}/{key}",
                 group=f"{name}, {title}",
                 chance=float(chance[name].mean()),
             )
-    return Found(figures)
+    return Examined(findings)
 
 
 def assign_folds(count: int, folds: int, *, seed: int) -> np.ndarray:
@@ -81,21 +82,17 @@ def assign_folds(count: int, folds: int, *, seed: int) -> np.ndarray:
 
 def fit_linear(forget: np.ndarray, others: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     """Fit a balanced logistic regression (L2, C = 1) on standardised features."""
-    linear = import_extra("sklearn.linear_model", "eval", "attacks: 'probe'")
-    scale = import_extra("sklearn.preprocessing", "eval", "attacks: 'probe'").StandardScaler()
-    features = scale.fit_transform(np.concatenate([forget, others]))
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    balanced = LogisticRegression(class_weight="balanced", max_iter=1000)
     classes = np.repeat([1, 0], [len(forget), len(others)])
-    fitted = linear.LogisticRegression(class_weight="balanced", max_iter=1000)
-    fitted.fit(features, classes)
-    return lambda those: fitted.decision_function(scale.transform(those))
+    fitted = make_pipeline(StandardScaler(), balanced)
+    return fitted.fit(np.concatenate([forget, others]), classes).decision_function
 
 
 def fit_prototypes(forget: np.ndarray, others: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     """Score by the cosine with the mean image to forget, minus that with the mean other one."""
     near, far = (mean / np.linalg.norm(mean) for mean in (forget.mean(0), others.mean(0)))
     return lambda those: those @ (near - far)
-
-
-def _found_by_chance(others: int) -> float:
-    """Return the chance that a random image is above all but `FALSE_POSITIVES` of the others."""
-    return (others - np.ceil((1 - FALSE_POSITIVES) * others) + 1) / (others + 1)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fasterase.encode import PairFeatures
 from fasterase.errors import InputError
-from fasterase.evaluation.figures import Figure, Found, Series, share_below
-from fasterase.evaluation.target import FALSE_POSITIVES, Target
+from fasterase.evaluation.findings import FALSE_POSITIVES, Examined, Finding, Series, Target
+from fasterase.evaluation.scores import share_below
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.pairs.skips import BrokenPair
 from fasterase.seeds import Stream, generator
@@ -27,7 +27,7 @@ BEAM = 4  # prompts that are built on
 ROUNDS = 4  # of adding a word or replacing one
 
 
-def prompt(target: Target) -> Found:
+def prompt(target: Target) -> Examined:
     """Search for words that separate images to forget from unrelated ones, under the text tower.
 
     The search sees half of the `forget` images and half of the unrelated retain images. It first
@@ -40,18 +40,18 @@ def prompt(target: Target) -> Found:
     `WORDS + 2 ROUNDS BEAM PIECES` texts through the text tower, 3,072 of them, and no image.
 
     Raises:
-        InputError: the model has no tokenizer (a reference without one gets no figures), or there
+        InputError: the model has no tokenizer (a reference without one gets no findings), or there
             are fewer than two images to forget or unrelated ones.
     """
     evaluator, model = target.evaluator, target.encoder.model
     if model.text_tokenizer is None:
         if target.name != "model":
-            return Found([])
+            return Examined([])
         raise InputError(
             f"attacks: 'prompt' writes captions, and {model.name} came without a tokenizer. Pass "
             "tokenizer=, or leave 'prompt' out."
         )
-    judged = {name: target.features[name].at(rows) for name, rows in evaluator.judge.rows.items()}
+    judged = target.judged()
     halves = {name: _halves(judged[name], evaluator.seed) for name in ("forget", "retain")}
     if not all(len(seen) and len(unseen) for seen, unseen in halves.values()):
         raise InputError(
@@ -62,93 +62,82 @@ def prompt(target: Target) -> Found:
     search = Search(target, halves["forget"][0], halves["retain"][0])
     captions = list(dict.fromkeys(c for those in judged.values() for c in those.first_captions))
     search.try_prompts(captions)
+    search.note()
     natural = search.best[0]
-    history = search.run(words_to_try(target))
+    search.run(words_to_try(target))
     unseen = {name: those.image for name, those in judged.items()}
     unseen |= {name: others for name, (_, others) in halves.items()}
     unrelated = unseen.pop("retain")
-    figures: list[Figure] = []
+    findings: list[Finding] = []
     for key, title, text in (
         ("caption", "best caption of the data", natural),
-        ("prompt", f"best of {search.tried:,} prompts", search.best[0]),
+        ("prompt", f"best of {len(search.scores):,} prompts", search.best[0]),
     ):
         feature = target.encoder.texts([text])[0]
-        figures.append(Figure(f"{key}/text", title, "text", "text", "", text))
-        others = (unrelated @ feature).double().numpy()
+        findings.append(Finding(f"{key}/text", title, "text", "text", "", text))
+        others = (unrelated @ feature).double()
         for name, images in unseen.items():
-            below = share_below((images @ feature).double().numpy(), others)
-            figures += target.separation_figures(
-                below,
+            findings += target.separation(
+                share_below((images @ feature).double(), others),
                 key=f"{name}/{key}",
                 group=title,
                 chance=FALSE_POSITIVES,
                 prefix=f"{name}: ",
             )
-    places = [float(count) for count, _ in history]
-    scores = [score for _, score in history]
+    places, scores = map(list, zip(*search.history, strict=True))
     axis = "gap of mean cosines, deviations"
-    return Found(figures, [Series("best prompt so far", "prompts tried", axis, places, scores)])
+    return Examined(findings, [Series("best prompt so far", "prompts tried", axis, places, scores)])
 
 
 class Search:
-    """The prompts tried so far, and the best of them.
-
-    Args:
-        target: whose text tower is searched.
-        images: [n, D] features of images to forget.
-        others: [m, D] of unrelated images.
-
-    Attributes:
-        best: the `BEAM` best prompts, the best first.
-        tried: number of prompts.
-    """
+    """The prompts tried so far: their separation of images [n, D] from others [m, D]."""
 
     def __init__(self, target: Target, images: Tensor, others: Tensor) -> None:
         self._target = target
         self._images, self._others = images, others
-        self._scores: dict[str, float] = {}
+        self.scores: dict[str, float] = {}
+        # How many prompts had been tried, and the best score, after each round.
+        self.history: list[tuple[float, float]] = []
 
     @property
     def best(self) -> list[str]:
-        return sorted(self._scores, key=lambda text: -self._scores[text])[:BEAM]
-
-    @property
-    def tried(self) -> int:
-        return len(self._scores)
+        """The `BEAM` best prompts, the best first."""
+        return sorted(self.scores, key=lambda text: -self.scores[text])[:BEAM]
 
     def try_prompts(self, texts: Iterable[str]) -> None:
         """Score those of `texts` that are new."""
-        fresh = [text for text in dict.fromkeys(texts) if text not in self._scores]
-        if not fresh:
-            return
-        features = self._target.encoder.texts(fresh)
-        wanted, unwanted = (features @ images.T for images in (self._images, self._others))
-        spread = unwanted.std(dim=1, correction=0).clamp_min(1e-6)
-        scores = (wanted.mean(1) - unwanted.mean(1)) / spread
-        self._scores |= dict(zip(fresh, scores.tolist(), strict=True))
+        fresh = [text for text in dict.fromkeys(texts) if text not in self.scores]
+        if fresh:
+            features = self._target.encoder.texts(fresh)
+            wanted, unwanted = (features @ images.T for images in (self._images, self._others))
+            spread = unwanted.std(dim=1, correction=0).clamp_min(1e-6)
+            scores = (wanted.mean(1) - unwanted.mean(1)) / spread
+            self.scores |= dict(zip(fresh, scores.tolist(), strict=True))
 
-    def run(self, words: Sequence[str]) -> list[tuple[int, float]]:
-        """Search; return how many prompts had been tried, and the best score, after each round."""
+    def note(self) -> None:
+        """End a round."""
+        self.history.append((float(len(self.scores)), self.scores[self.best[0]]))
+
+    def run(self, words: Sequence[str]) -> None:
+        """Try `words`, then build prompts from the best of them."""
         numbers = generator(self._target.evaluator.seed, Stream.PROMPT, 1)
         total = len(words) + 2 * ROUNDS * BEAM * PIECES
-        history = [(self.tried, self._scores[self.best[0]])]
         with self._target.encoder.progress_bar("searching prompts", total, unit="prompt") as bar:
             self.try_prompts(words)
+            self.note()
             bar.update(len(words))
-            history.append((self.tried, self._scores[self.best[0]]))
-            pieces = sorted(words, key=lambda word: -self._scores[word])[:PIECES]
+            pieces = sorted(words, key=lambda word: -self.scores[word])[:PIECES]
             for _ in range(ROUNDS):
                 self.try_prompts([f"{start} {piece}" for start in self.best for piece in pieces])
                 replaced = []
                 for start in self.best:
-                    parts = start.split()
                     for piece in pieces:
-                        place = int(numbers.integers(len(parts)))
-                        replaced.append(" ".join([*parts[:place], piece, *parts[place + 1 :]]))
+                        parts = start.split()
+                        parts[int(numbers.integers(len(parts)))] = piece
+                        replaced.append(" ".join(parts))
                 self.try_prompts(replaced)
+                self.note()
                 bar.update(2 * BEAM * PIECES)
-                history.append((self.tried, self._scores[self.best[0]]))
-        return history
 
 
 def words_to_try(target: Target) -> list[str]:

@@ -13,15 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from fasterase.errors import InputError
-from fasterase.evaluation.figures import Figure, Found, recall_figure, trace_figures
-from fasterase.evaluation.judge import summarise
-from fasterase.evaluation.target import Target
-from fasterase.evaluation.verdict import decide
+from fasterase.evaluation.findings import Examined, Finding, Target, recall_finding
+from fasterase.evaluation.verdict import decide, summarise
 
 BITS = (8, 4)
 
 
-def quantise(target: Target) -> Found:
+def quantise(target: Target) -> Examined:
     """Judge the model again with the weights of its linear layers rounded to 8 and to 4 bits.
 
     Rounding is to nearest, symmetric, with one scale per output row; activations stay as they are.
@@ -31,36 +29,30 @@ def quantise(target: Target) -> Found:
 
     Raises:
         InputError: the model has no linear layer with floating-point weights. A reference without
-            any gets no figures.
+            any gets no findings.
     """
     weights = linear_weights(target.encoder.model.module)
     if not weights:
         if target.name != "model":
-            return Found([])
+            return Examined([])
         raise InputError(
             "attacks: 'quantise' rounds the weights of linear layers (nn.Linear and "
             f"nn.MultiheadAttention), and {target.encoder.model.name} has none in floating point. "
             "Leave 'quantise' out."
         )
-    evaluator, judge = target.evaluator, target.evaluator.judge
-    figures = []
+    judge = target.evaluator.judge
+    findings = []
     for bits in BITS:
+        key, group = f"{bits}_bits", f"{bits}-bit weights"
         with rounded(weights, bits):
-            features = {
-                name: target.encoder.pairs(
-                    evaluator.sources[name], rows, description=f"{bits}-bit weights ({name})"
-                )
-                for name, rows in judge.rows.items()
-            }
-        traces, key, group = judge.judge(features), f"{bits}_bits", f"{bits}-bit weights"
+            features = target.encode(judge.rows, group)
+        traces = judge.judge(features)
         verdict = decide(summarise(traces))
         assert verdict is not None
-        figures.append(Figure(f"{key}/verdict", group, "verdict", "verdict", "", verdict))
-        figures.append(recall_figure(features["retain"], key=f"retain/{key}", group=group))
-        figures += trace_figures(
-            traces, key=key, group=group, resamples=evaluator.resamples, seed=evaluator.seed
-        )
-    return Found(figures)
+        findings.append(Finding(f"{key}/verdict", group, "verdict", "verdict", "", verdict))
+        findings.append(recall_finding(features["retain"], key=f"retain/{key}", group=group))
+        findings += target.traces(traces, key=key, group=group)
+    return Examined(findings)
 
 
 def linear_weights(module: nn.Module) -> list[Tensor]:

@@ -7,17 +7,24 @@ saw the concept has to learn it, one that hides it only has to be reminded.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fasterase.encode import PairEncoder, PairFeatures
+from fasterase.encode import PairFeatures
 from fasterase.errors import InputError
-from fasterase.evaluation.figures import Found, Series, recall_figure, share_figure
-from fasterase.evaluation.metrics import bootstrap_intervals
-from fasterase.evaluation.target import Target
+from fasterase.evaluation.findings import (
+    Examined,
+    Label,
+    Series,
+    Target,
+    recall_finding,
+    share_finding,
+)
+from fasterase.evaluation.verdict import PairTraces
 from fasterase.models.dual_encoder import DualEncoder, separate_copy
 from fasterase.models.preprocessing import Tokens
 from fasterase.ops.contrastive import contrastive
@@ -31,7 +38,7 @@ STEPS = 20
 RATES = (1e-5, 1e-4)  # the one counts that brings more back with the most pairs
 BETAS = (0.9, 0.98)
 
-RESIDUE, HIT = "residue", "contest_hit@1"
+RELEARNED, KEPT = "forget pairs relearned", "retain image->text R@1, %"  # labels of axes
 
 
 class Lesson(NamedTuple):
@@ -45,18 +52,17 @@ class Lesson(NamedTuple):
 class Outcome(NamedTuple):
     """What is measured on the left-over pairs."""
 
-    values: dict[str, dict[str, np.ndarray]]  # metric -> set to forget -> per pair
-    chance: dict[str, dict[str, float]]  # metric -> set
+    traces: dict[str, PairTraces]  # set to forget -> what is known of it
     retain: PairFeatures
 
     @property
     def recovered(self) -> tuple[float, float]:
         """How much of the forget set is back: hit@1, and the residue where hits are equal."""
-        hit, residue = (self.values[metric]["forget"].mean() for metric in (HIT, RESIDUE))
-        return float(hit), float(residue)
+        forget = self.traces["forget"]
+        return float(forget.hit.mean()), float(forget.residue.mean())
 
 
-def relearn(target: Target) -> Found:
+def relearn(target: Target) -> Examined:
     """Fine-tune copies of the model on k = 1, 2, 4, ... forget pairs, and measure all the others.
 
     Each copy takes `STEPS` steps of Adam on every weight, with InfoNCE over the k pairs and a fixed
@@ -73,27 +79,30 @@ def relearn(target: Target) -> Found:
         InputError: fewer than two forget pairs or unrelated retain pairs.
     """
     evaluator = target.evaluator
-    rows = {name: target.features[name].at(r).rows for name, r in evaluator.judge.rows.items()}
+    rows = {name: pairs.rows for name, pairs in target.judged().items()}
     lessons, left = _divide(rows, seed=evaluator.seed)
     shots = [k for k in SHOTS if k <= len(lessons["forget"])]
     forget, retain = (_load(target, name, lessons[name]) for name in ("forget", "retain"))
-    outcomes = [_measure(target, {name: target.features[name].at(r) for name, r in left.items()})]
+    judge, features = evaluator.judge, target.features
+    before = {name: features[name].at(those) for name, those in left.items()}
+    outcomes = [Outcome(judge.judge(before), before["retain"])]
     last = shots[-1]
     pairs = sum(k + len(retain.labels) for k in [*shots, *[last] * (len(RATES) - 1)]) * STEPS
 
     def relearned(k: int, rate: float) -> Outcome:
         lesson = Lesson(forget.pixels[:k], forget.tokens.index(slice(k)), forget.labels[:k])
         encoder = target.encoder.of(fine_tuned(target.encoder.model, lesson, retain, rate))
-        outcome = _measure(target, _encode(encoder, target, left))
+        student = replace(target, encoder=encoder)
+        after = student.encode(left, "relearned")
         bar.update(STEPS * (k + len(retain.labels)))
-        return outcome
+        return Outcome(judge.judge(after), after["retain"])
 
     with target.encoder.progress_bar("relearning", pairs) as bar:
         tried = {rate: relearned(last, rate) for rate in RATES}
         best = max(RATES, key=lambda rate: tried[rate].recovered)
         outcomes += [relearned(k, best) for k in shots[:-1]]
         outcomes.append(tried[best])
-    return _describe([0, *shots], outcomes, resamples=evaluator.resamples, seed=evaluator.seed)
+    return _describe(target, [0, *shots], outcomes)
 
 
 def fine_tuned(model: DualEncoder, forget: Lesson, retain: Lesson, rate: float) -> DualEncoder:
@@ -156,40 +165,15 @@ def _load(target: Target, name: str, rows: np.ndarray) -> Lesson:
     )
 
 
-def _encode(
-    encoder: PairEncoder, target: Target, rows: Mapping[str, np.ndarray]
-) -> dict[str, PairFeatures]:
-    return {
-        name: encoder.pairs(
-            target.evaluator.sources[name], those, description=f"relearned ({name})", leave=False
-        )
-        for name, those in rows.items()
-    }
-
-
-def _measure(target: Target, features: Mapping[str, PairFeatures]) -> Outcome:
-    traces = target.evaluator.judge.judge(features)
-    return Outcome(
-        {
-            RESIDUE: {n: (t.image_to_text + t.text_to_image) / 2 for n, t in traces.items()},
-            HIT: {n: t.hit for n, t in traces.items()},
-        },
-        {RESIDUE: dict.fromkeys(traces, 0.5), HIT: {n: t.chance for n, t in traces.items()}},
-        features["retain"],
-    )
-
-
 def _describe(
+    target: Target,
     shots: list[int],  # from 0
     outcomes: list[Outcome],  # of each of `shots`
-    *,
-    resamples: int,
-    seed: int,
-) -> Found:
+) -> Examined:
     pairs = [f"{k} pair{'' if k == 1 else 's'}" for k in shots]
     keys = [f"{k}_shots" for k in shots]
     recalls = [
-        recall_figure(
+        recall_finding(
             outcome.retain,
             key=f"retain/{key}",
             group="retain, after relearning",
@@ -197,49 +181,32 @@ def _describe(
         )
         for outcome, key, count in zip(outcomes, keys, pairs, strict=True)
     ]
-    figures, series = [], []
-    for name in outcomes[0].values[HIT]:
-        curves = {}
-        for metric, title, wanted in ((RESIDUE, "residue", "↓ chance"), (HIT, "hit@1", "↓")):
-            values = [outcome.values[metric][name] for outcome in outcomes]
+    findings, series = [], []
+    recall = [100 * float(each.value) for each in recalls]
+    ticks, places = [str(k) for k in shots], [float(place) for place in range(len(shots))]
+    for name in outcomes[0].traces:
+        traces = [outcome.traces[name] for outcome in outcomes]
+        for key, figure, wanted, chance, values in (
+            ("residue", "residue", "↓ chance", 0.5, [trace.residue for trace in traces]),
+            ("contest_hit@1", "hit@1", "↓", traces[0].chance, [trace.hit for trace in traces]),
+        ):
             area = np.average(values[1:], axis=0, weights=area_weights(shots[1:]))
-            means = {**dict(zip(keys, values, strict=True)), "area": area}
-            intervals = bootstrap_intervals(means, {}, resamples=resamples, seed=seed)
-            if metric == HIT:  # few trials, often all alike
-                intervals = {"area": intervals["area"]}
-            titles = [*pairs, "area under the curve"]
-            for (key, those), label in zip(means.items(), titles, strict=True):
-                figures.append(
-                    share_figure(
-                        those,
-                        key=f"{name}/{key}/{metric}",
-                        group=f"{name}, after relearning",
-                        title=f"{title}, {label}, %",
-                        wanted=wanted,
-                        chance=outcomes[0].chance[metric][name],
-                        interval=intervals.get(key),
-                    )
-                )
-            curves[title] = [100 * float(those.mean()) for those in values]
-        series += _plot(name, shots, curves, [100 * float(each.value) for each in recalls])
-    return Found([*figures, *recalls], series)
-
-
-def _plot(
-    name: str, shots: list[int], curves: Mapping[str, list[float]], recall: list[float]
-) -> list[Series]:
-    """Return the curves of a set, and hit@1 on the plane of damage against relearning."""
-    ticks = [str(k) for k in shots]
-    places = [float(place) for place in range(len(shots))]
-    relearned, kept = "forget pairs relearned", "retain image->text R@1, %"
-    lines = [
-        Series(f"{name}: {title}", relearned, f"{title} of the others, %", places, y, ticks=ticks)
-        for title, y in curves.items()
-    ]
-    plane = f"{name}: damage against relearning"
-    hits = curves["hit@1"]
-    lines.append(Series(plane, kept, "hit@1 of the others, %", recall, hits, point_labels=ticks))
-    return lines
+            labels = [*pairs, "area under the curve"]
+            for point, label, those in zip([*keys, "area"], labels, [*values, area], strict=True):
+                # Single hits are few trials, often all alike.
+                few = figure == "hit@1" and point != "area"
+                make = share_finding if few else target.resampled
+                place, group = f"{name}/{point}/{key}", f"{name}, after relearning"
+                title = f"{figure}, {label}, %"
+                findings.append(make(those, Label(place, group, title, wanted, chance)))
+            curve = [100 * float(those.mean()) for those in values]
+            of_others = f"{figure} of the others, %"
+            panel = f"{name}: {figure}"
+            series.append(Series(panel, RELEARNED, of_others, places, curve, ticks=ticks))
+        # The last curve, hit@1, again: on the plane of damage against relearning.
+        plane = f"{name}: damage against relearning"
+        series.append(Series(plane, KEPT, of_others, recall, curve, point_labels=ticks))
+    return Examined([*findings, *recalls], series)
 
 
 def area_weights(shots: list[int]) -> np.ndarray:

@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fasterase.errors import InputError
-from fasterase.evaluation.figures import Found, trace_figures
-from fasterase.evaluation.target import Target
+from fasterase.evaluation.findings import Examined, Target
 
 
-def swap(target: Target) -> Found:
+def swap(target: Target) -> Examined:
     """Judge the original's images with the model's texts, and the original's texts with its images.
 
     Residues and hit@1 as in the verdict; unrelated pairs are swapped in the same way. Costs one
@@ -21,31 +20,23 @@ def swap(target: Target) -> Found:
 
     Raises:
         InputError: the model's features have another width than the original's. A reference of
-            another width gets no figures.
+            another width gets no findings.
     """
-    original = target.original
+    original, judge = target.original, target.evaluator.judge
     assert original is not None
     width, before = (each["retain"].image.shape[1] for each in (target.features, original))
     if width != before:
         if target.name != "model":
-            return Found([])
+            return Examined([])
         raise InputError(
             f"attacks: 'swap' compares one model's images with the other's texts, but features of "
             f"the model have {width} numbers and those of the original {before}. Leave 'swap' out."
         )
-    names = target.evaluator.judge.rows
-    images = {n: replace(target.features[n], image=original[n].image) for n in names}
-    texts = {n: replace(original[n], image=target.features[n].image) for n in names}
-    figures = []
-    for key, group, mixed in (
-        ("original_images", "the original's images with the model's texts", images),
-        ("original_texts", "the model's images with the original's texts", texts),
+    findings, own = [], target.features
+    for key, group, images, texts in (
+        ("original_images", "the original's images with the model's texts", original, own),
+        ("original_texts", "the model's images with the original's texts", own, original),
     ):
-        figures += trace_figures(
-            target.evaluator.judge.judge(mixed),
-            key=key,
-            group=group,
-            resamples=target.evaluator.resamples,
-            seed=target.evaluator.seed,
-        )
-    return Found(figures)
+        mixed = {name: replace(texts[name], image=images[name].image) for name in judge.rows}
+        findings += target.traces(judge.judge(mixed), key=key, group=group)
+    return Examined(findings)

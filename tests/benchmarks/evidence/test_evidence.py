@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 from benchmarks.evidence import closed_form, trained
 from benchmarks.evidence.__main__ import final_setting, finalists, read_settings, settings_table
-from benchmarks.evidence.cells import METHODS, ORIGINAL, Measured, as_text, check_methods
+from benchmarks.evidence.cells import METHODS, ORIGINAL, Measured, as_text
 from benchmarks.evidence.table import ATTACKED, as_table, by_place, choose, summarise
 from benchmarks.result_files import RESULTS, write_csv
 from fasterase.errors import InputError
@@ -120,9 +120,3 @@ def test_figures_of_attacks_are_named_as_the_attacks_name_them():
         known = {(row["attack"], row["figure"]) for row in csv.DictReader(file)}
     shown = {(attack, figure) for attack, figure, _ in ATTACKED}
     assert shown <= known
-
-
-def test_unknown_methods_are_refused():
-    with pytest.raises(InputError, match="'ascent' is none of retain only, gradient ascent"):
-        check_methods(["ascent"])
-    assert len(METHODS) == 14

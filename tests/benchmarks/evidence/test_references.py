@@ -10,8 +10,8 @@ from benchmarks.evidence import references
 from benchmarks.evidence.references import ATTACKED, ERASED, ORIGINAL, RETRAINED, VERDICT
 from fasterase.demo import emoji
 from fasterase.errors import InputError
-from fasterase.evaluation.figures import Figure
-from fasterase.evaluation.measurement import Scores
+from fasterase.evaluation.evaluator import Scores
+from fasterase.evaluation.findings import Finding
 from fasterase.report.evaluation import Evaluation
 
 
@@ -28,9 +28,9 @@ def scores(known: float, kept: float) -> Scores:
 
 
 def evaluation(erased: float, retrained: float) -> Evaluation:
-    attacks: dict[str, dict[str, Figure]] = {}
+    attacks: dict[str, dict[str, Finding]] = {}
     for each in ATTACKED:
-        figure = Figure(
+        figure = Finding(
             each.key,
             "",
             "",
@@ -74,10 +74,7 @@ def test_references_are_the_packaged_model_and_finished_ones(tmp_path: Path) -> 
     with pytest.raises(InputError, match=r"--references: no folder .*without-CONCEPT"):
         references.find_references(tmp_path)
     (tmp_path / "without-drink" / "training.json").write_text("{}")
-    assert references.find_references(tmp_path) == {
-        **packaged,
-        "drink": tmp_path / "without-drink",
-    }
+    assert references.find_references(tmp_path) == {**packaged, "drink": tmp_path / "without-drink"}
 
 
 def test_every_model_has_every_figure() -> None:

@@ -13,6 +13,15 @@ from benchmarks.loss.gpu_model.instructions import count_amd
 from fasterase.engine.loss import loss_products
 from fasterase.ops.contrastive.triton_plan import TILES, choose_tile
 
+NEEDS_TRITON = pytest.mark.skipif(
+    tuple(map(int, compiled_kernels.triton.__version__.split(".")[:2])) < (3, 5),
+    reason="the kernels need Triton 3.5",
+)
+NEEDS_TOOLS = pytest.mark.skipif(
+    not shutil.which(compiled_kernels.tool_path("cuobjdump")),
+    reason="this triton has no cuobjdump",
+)
+
 # A loop over depth, inside a loop over tiles.
 AMD_LISTING = """
 strip:
@@ -33,10 +42,8 @@ strip:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    tuple(map(int, compiled_kernels.triton.__version__.split(".")[:2])) < (3, 5),
-    reason="the kernels need Triton 3.5",
-)
+@NEEDS_TRITON
+@NEEDS_TOOLS
 @pytest.mark.parametrize(
     ("name", "ref_width", "target"),
     [
@@ -52,8 +59,6 @@ strip:
     ],
 )
 def test_no_spills_tensor_cores_and_shared_memory_within_the_limit(name, ref_width, target):
-    if not shutil.which(compiled_kernels.tool_path("cuobjdump")):
-        pytest.skip("this triton has no cuobjdump")
     launches = compiled_kernels.launches(torch.bfloat16, 768, ref_width, target)
     (launch,) = [launch for launch in launches if launch.name == name]
     compiled = compiled_kernels.compile_launch(launch, target)
@@ -66,10 +71,8 @@ def test_no_spills_tensor_cores_and_shared_memory_within_the_limit(name, ref_wid
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    tuple(map(int, compiled_kernels.triton.__version__.split(".")[:2])) < (3, 5),
-    reason="the kernels need Triton 3.5",
-)
+@NEEDS_TRITON
+@NEEDS_TOOLS
 @pytest.mark.parametrize(
     ("ref_width", "products"),
     [
@@ -79,8 +82,6 @@ def test_no_spills_tensor_cores_and_shared_memory_within_the_limit(name, ref_wid
 )
 def test_fp32_features_reach_the_tensor_cores(ref_width, products):
     """As `unlearn` and `ClipLoss` under autocast give them; the table has the same cases."""
-    if not shutil.which(compiled_kernels.tool_path("cuobjdump")):
-        pytest.skip("this triton has no cuobjdump")
     launches = compiled_kernels.launches(torch.float32, 512, ref_width, "sm_90", products)
     multiplying = [launch for launch in launches if "PRECISION" in launch.arguments]
     assert len(multiplying) == (6 if ref_width else 4)
@@ -94,6 +95,7 @@ def test_fp32_features_reach_the_tensor_cores(ref_width, products):
     assert f"float32 as {products}" in cases
 
 
+@NEEDS_TOOLS
 @pytest.mark.parametrize("name", ["row_and_column_sums", "gradient_strip_without_reference"])
 def test_products_of_one_tile_run_beside_the_loads_of_the_next(name):
     """On Hopper: a step leaves its product in flight and loads on; the epilogue waits for it.
@@ -101,8 +103,6 @@ def test_products_of_one_tile_run_beside_the_loads_of_the_next(name):
     Each step waits for loads, and all threads for one another: that orders the row sums that one
     column of tiles stores and the next one reads.
     """
-    if not shutil.which(compiled_kernels.tool_path("cuobjdump")):
-        pytest.skip("this triton has no cuobjdump")
     launches = compiled_kernels.launches(torch.bfloat16, 768, None, "sm_90")
     (launch,) = [launch for launch in launches if launch.name == name]
     loop = compiled_kernels.build(launch, "sm_90").asm["ttgir"].split("scf.for")[-1]

@@ -142,10 +142,7 @@ def test_pictures(models: Models, finished: Path) -> None:
 
 def test_table(models: Models, finished: Path) -> None:
     queries = ["a photo of an apple", "a photo of a dog"]
-    folders = [
-        ["a+photo+of+an+apple", "An+apple+in+snow"],
-        ["a+photo+of+a+dog", "A+dog+in+snow"],
-    ]
+    folders = [["a+photo+of+an+apple", "An+apple+in+snow"], ["a+photo+of+a+dog", "A+dog+in+snow"]]
     found = {}
     for arm in diffusion.ARMS:
         for place, names in enumerate(folders):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.loss.gpu_model import __main__ as gpu_model
-from benchmarks.loss.gpu_model.measured import compare, summarise
+from benchmarks.loss.gpu_model.__main__ import compare, summarise
 from benchmarks.loss.rows import Row, write_rows
 from benchmarks.systems import gpu_checks, gpu_stages
 from benchmarks.systems.gpu_stages import STAGES, Stage
@@ -144,11 +144,6 @@ def test_a_python_without_torch_is_told_what_to_install():
     assert "make gpu PYTHON=" in found.stderr
 
 
-def test_wheels_that_are_not_there(tmp_path):
-    with pytest.raises(InputError, match=r"no \*.whl"):
-        gpu_stages.install(tmp_path)
-
-
 def test_repeats_that_differ_are_an_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_checks.Call, "run", lambda self, device: [torch.ones(3)])
     arguments = ["repeats", "--output", str(tmp_path / "repeats.csv")]
@@ -196,7 +191,7 @@ def test_the_model_is_held_against_measured_steps(tmp_path, monkeypatch, capsys)
     assert found[-1]["of_peak"] == pytest.approx(12 * 32768**2 * 768 / 0.03 / 989e12, rel=0.01)
     assert "N >= 8,192: 0.94 times as long" in summarise(found)
 
-    monkeypatch.setattr("benchmarks.loss.gpu_model.measured.predict_step", predict)
+    monkeypatch.setattr(gpu_model, "predict_step", predict)
     gpu_model.main(["--against", str(path)])
     assert path.with_name("contrastive_cuda_model.csv").read_text().count("\n") == 4
     assert "32,768" in capsys.readouterr().out

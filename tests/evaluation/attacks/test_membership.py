@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 import fasterase
 from fasterase.errors import InputError
-from fasterase.evaluation.figures import Figures
+from fasterase.evaluation.findings import Findings
 from tests.evaluation.lookup_model import LookupModel, picture
 
 MEMBERS, KEPT, STRANGERS, WIDTH = 40, 30, 320, 16
@@ -78,7 +78,7 @@ def test_memorised_pairs_are_told_apart_and_unseen_ones_are_not() -> None:
     assert figures_of(model(forget=5, kept=5))["forget/cosine/tpr"].value > 0.9
 
 
-def figures_of(erased: LookupModel) -> Figures:
+def figures_of(erased: LookupModel) -> Findings:
     return evaluate(erased, non_members=OTHERS).attacks["membership"]
 
 

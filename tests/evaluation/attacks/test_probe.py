@@ -14,7 +14,7 @@ from sklearn.preprocessing import StandardScaler
 import fasterase
 from fasterase.errors import InputError, MissingExtraError
 from fasterase.evaluation.attacks.probe import assign_folds
-from fasterase.evaluation.figures import Figures
+from fasterase.evaluation.findings import Findings
 from tests.evaluation.lookup_model import LookupModel, picture
 
 FORGET, RETAIN, UNSEEN, WIDTH = 23, 160, 11, 6
@@ -23,7 +23,7 @@ PAIRS = [(picture(i), caption) for i, caption in enumerate(CAPTIONS)]
 OTHERS = [(picture(len(PAIRS) + i), "cat 0") for i in range(UNSEEN)]
 
 
-def probe(image: torch.Tensor) -> Figures:
+def probe(image: torch.Tensor) -> Findings:
     model = LookupModel(image, torch.randn(len(CAPTIONS), image.shape[1]), CAPTIONS, "fake")
     return fasterase.evaluate(
         model,

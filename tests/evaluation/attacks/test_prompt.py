@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 import fasterase
 from fasterase.errors import InputError
 from fasterase.evaluation.attacks import prompt as attack
-from fasterase.evaluation.figures import Figures
+from fasterase.evaluation.findings import Findings
 from fasterase.models.preprocessing import Tokens
 from tests.evaluation.lookup_model import LookupModel, picture
 
@@ -62,7 +62,7 @@ PAIRS = [(picture(i), CAPTIONS[i % 2]) for i in range(FORGET)]
 KEPT = [(picture(FORGET + i), CAPTIONS[2 + i % 5]) for i in range(RETAIN)]
 
 
-def figures(of: WordModel, **others: object) -> Figures:
+def figures(of: WordModel, **others: object) -> Findings:
     return fasterase.evaluate(
         of, PAIRS, KEPT, attacks=["prompt"], progress=False, **others
     ).attacks["prompt"]

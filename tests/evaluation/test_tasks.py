@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 import fasterase
 from fasterase.errors import InputError
-from fasterase.evaluation.figures import Figures
+from fasterase.evaluation.findings import Findings
 from tests.evaluation.lookup_model import LookupModel, picture
 
 CLASSES = ["cat", "dog", "hen", "owl", "fox"]
@@ -42,7 +42,7 @@ def model(*, noise: float, knows_cats: bool = True) -> LookupModel:
     return LookupModel(image, text, TEXTS, "fake")
 
 
-def run(of: LookupModel, task: str, **options: Any) -> Figures:
+def run(of: LookupModel, task: str, **options: Any) -> Findings:
     options = {"holdout": HELD_OUT, "class_names": CLASSES, **options}
     found = fasterase.evaluate(of, FORGET, RETAIN, tasks=[task], progress=False, **options)
     assert f"task {task}: forget\n" in found.table()

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from fasterase.errors import InputError
-from fasterase.report.losses import _running_mean, plot_history
+from fasterase.report.plots import _running_mean, plot_history
 
 HISTORY = [
     {"step": step, "total": 3 / step, "forget": 0.7 / step, "retain": 0.1, "consistency": 0.02}
@@ -31,7 +31,7 @@ def test_plot_history_writes_a_picture_that_is_not_blank(tmp_path: Path, history
 
 def test_plot_history_leaves_pyplot_alone(tmp_path: Path) -> None:
     code = (
-        "import sys; from fasterase.report.losses import plot_history; "
+        "import sys; from fasterase.report.plots import plot_history; "
         f"plot_history({HISTORY[:2]!r}, {str(tmp_path / 'loss.svg')!r}); "
         "assert 'matplotlib.pyplot' not in sys.modules"
     )

@@ -1,0 +1,302 @@
+"""Tasks: classify and retrieve the pairs of every set; rank other wordings of their captions."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import chain, count
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fasterase.errors import InputError
+from fasterase.evaluation.findings import Examined, Finding, Target
+from fasterase.evaluation.scores import (
+    captions_of,
+    chance_position,
+    distinct_firsts,
+    search_candidates,
+    share_below,
+)
+from fasterase.evaluation.zero_shot import encode_classes, label_pairs
+
+ACCURACY_DEPTHS = (1, 5)
+RECALL_DEPTHS = (1, 5, 10)
+FOLDS = 2
+
+# Features [n, D] and class numbers [n] to learn from -> class numbers of features [m, D].
+Fit = Callable[[np.ndarray, np.ndarray], Callable[[np.ndarray], np.ndarray]]
+
+
+def zero_shot(target: Target) -> Examined:
+    """Return each set's zero-shot accuracy, top 1 and top 5, over `class_names`.
+
+    A class is the unit mean of its prompts. Of a set, the pairs with a known class count: the one
+    that the source gives, else the one that a caption names. Costs the class prompts through the
+    text tower.
+
+    Raises:
+        InputError: no classes are known, or no pair has one.
+    """
+    evaluator = target.evaluator
+    if evaluator.class_names is None:
+        raise InputError(
+            "tasks: 'zero_shot' needs classes. Give class_names=, or sets whose folders are "
+            "classes, or leave 'zero_shot' out."
+        )
+    names = evaluator.class_names
+    labels = label_pairs(names, evaluator.sources, target.features)
+    if not any((those >= 0).any() for those in labels.values()):
+        raise InputError("tasks: 'zero_shot': no pair belongs to one of class_names.")
+    classes = encode_classes(target.encoder.texts, names, evaluator.templates)
+    findings: list[Finding] = []
+    for name, those in labels.items():
+        known = those >= 0
+        if not known.any():
+            continue
+        images = target.features[name].image[torch.from_numpy(known)]
+        findings += target.hits(
+            name,
+            search_candidates(images, classes, those[known, None].tolist()),
+            {k: k / len(names) for k in ACCURACY_DEPTHS if k < len(names)},
+            key="accuracy",
+            title="zero-shot accuracy, top {}, %",
+        )
+    return Examined(findings)
+
+
+def probe(target: Target, fit: Fit, *, task: str, title: str) -> Examined:
+    """Fit a classifier on half of the images of each label, and score the others; then swap.
+
+    A label is the pair's class, or else its first caption. All sets are fitted together: labels
+    with two images or more, of whatever set, take part. No text and no tower is involved, so that
+    this tells what the image features themselves keep apart.
+
+    Raises:
+        InputError: fewer than two labels have two images.
+    """
+    labels = image_labels(target)
+    joined = np.concatenate([*labels.values()])
+    images = torch.cat([target.features[name].image for name in labels]).double().numpy()
+    # The images of a label fall into the folds in turn.
+    turns: defaultdict[int, count[int]] = defaultdict(count)
+    fold = np.array([next(turns[label]) % FOLDS for label in joined.tolist()])
+    counts = np.bincount(joined)
+    taking_part = counts[joined] >= FOLDS
+    classes = int((counts >= FOLDS).sum())
+    if classes < 2:
+        raise InputError(
+            f"tasks: {task!r} needs two classes with two images or more, found {classes}. Give "
+            f"class_names= or sets with several images per caption, or leave {task!r} out."
+        )
+    right = np.full(len(joined), np.nan)
+    for held_out in range(FOLDS):
+        train = taking_part & (fold != held_out)
+        test = taking_part & (fold == held_out)
+        right[test] = fit(images[train], joined[train])(images[test]) == joined[test]
+    findings: list[Finding] = []
+    ends = np.cumsum([len(those) for those in labels.values()])[:-1]
+    for name, values in zip(labels, np.split(right, ends), strict=True):
+        if not np.isnan(values).all():
+            findings.append(
+                target.of_set(name, values, key="accuracy", title=title, chance=1 / classes)
+            )
+    return Examined(findings)
+
+
+def fit_linear(images: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Fit a multinomial logistic regression (L2, C = 1) on standardised features."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    fitted = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, tol=1e-3))
+    with warnings.catch_warnings():
+        # Two images per caption are two per class: half of them are one each.
+        warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
+        return fitted.fit(images, labels).predict
+
+
+def fit_prototypes(images: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Assign images to the label with the nearest mean, by cosine."""
+    known, place = np.unique(labels, return_inverse=True)
+    means = np.zeros((len(known), images.shape[1]))
+    np.add.at(means, place, images)
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    return lambda those: known[(those @ means.T).argmax(1)]
+
+
+linear_probe = partial(probe, fit=fit_linear, task="linear_probe", title="linear probe accuracy, %")
+prototypes = partial(probe, fit=fit_prototypes, task="prototypes", title="prototype accuracy, %")
+
+
+def image_labels(target: Target) -> Mapping[str, np.ndarray]:
+    """Return set -> [n] number of each pair's class, or else of its first caption."""
+    evaluator = target.evaluator
+    names = evaluator.class_names or []
+    classes = label_pairs(names, evaluator.sources, target.features) if names else {}
+    captions: dict[str, int] = {}
+    found = {}
+    for name in evaluator.sources:
+        firsts = [
+            captions.setdefault(caption, len(names) + len(captions))
+            for caption in target.features[name].first_captions
+        ]
+        known = classes.get(name, np.full(len(firsts), -1))
+        found[name] = np.where(known >= 0, known, firsts)
+    return found
+
+
+def retrieval(target: Target) -> Examined:
+    """Return recall@1/5/10 of each set by itself, image->text and text->image.
+
+    The usual protocol of Flickr30K and COCO: the candidates are the set's own images and all their
+    captions; any of an image's captions is right, and each caption is a query. (The metrics of the
+    evaluation rank first captions among those of all sets instead.) Costs all captions through the
+    text tower.
+    """
+    findings: list[Finding] = []
+    for name in target.evaluator.sources:
+        features = target.features[name]
+        captions, place, text = encode_captions(target, name)
+        own = [sorted({place[caption] for caption in those}) for those in captions]
+        images_of: list[list[int]] = [[] for _ in place]
+        for row, those in enumerate(own):
+            for column in those:
+                images_of[column].append(row)
+        for key, title, queries, candidates, right in (
+            ("image_to_text", "image->text", features.image, text, own),
+            ("text_to_image", "text->image", text, features.image, images_of),
+        ):
+            findings += target.hits(
+                name,
+                search_candidates(queries, candidates, right),
+                _chances(right, len(candidates), [k for k in RECALL_DEPTHS if k < len(candidates)]),
+                key=key,
+                title=f"{title} R@{{}}, %",
+            )
+    if not findings:
+        raise InputError("tasks: 'retrieval' needs a set of two pairs or more.")
+    return Examined(findings)
+
+
+def image_retrieval(target: Target) -> Examined:
+    """Return how often the images nearest to an image show the same thing.
+
+    An image queries the other images of its set and those of the retain set. Right are those with
+    its class, or else with its first caption; images without any such other do not count. Recall@1
+    is the share of queries whose nearest image is right. Costs no pass through a model.
+
+    Raises:
+        InputError: no image has another one of its class or caption.
+    """
+    labels = image_labels(target)
+    findings: list[Finding] = []
+    for name in labels:
+        own, label = target.features[name].image, labels[name]
+        gallery, gallery_label = own, label
+        if name != "retain":
+            gallery = torch.cat([own, target.features["retain"].image])
+            gallery_label = np.concatenate([label, labels["retain"]])
+        columns: dict[int, list[int]] = {}
+        for column, each in enumerate(gallery_label.tolist()):
+            columns.setdefault(each, []).append(column)
+        right = [[c for c in columns[each] if c != row] for row, each in enumerate(label.tolist())]
+        queries = [row for row, those in enumerate(right) if those]
+        if not queries:
+            continue
+        wanted = [right[row] for row in queries]
+        findings += target.hits(
+            name,
+            search_candidates(own[queries], gallery, wanted, without=queries),
+            _chances(wanted, len(gallery) - 1, RECALL_DEPTHS[:2]),
+            key="recall",
+            title="image->image R@{}, %",
+        )
+    if not findings:
+        raise InputError(
+            "tasks: 'image_retrieval' needs images with another one of their class or caption, and "
+            "there are none. Give class_names=, or leave 'image_retrieval' out."
+        )
+    return Examined(findings)
+
+
+def encode_captions(target: Target, name: str) -> tuple[list[list[str]], dict[str, int], Tensor]:
+    """Return all captions of each pair of a set [n], and the row of each in features [m, D]."""
+    features, source = target.features[name], target.evaluator.sources[name]
+    captions = [captions_of(source, row) for row in features.rows.tolist()]
+    distinct = list(dict.fromkeys(chain.from_iterable(captions)))
+    known = {caption: i for i, caption in enumerate(features.captions)}
+    text = features.text
+    fresh = [caption for caption in distinct if caption not in known]
+    if fresh:
+        known |= {caption: len(text) + i for i, caption in enumerate(fresh)}
+        text = torch.cat([text, target.encoder.texts(fresh)])
+    place = {caption: i for i, caption in enumerate(distinct)}
+    return captions, place, text[[known[caption] for caption in distinct]]
+
+
+def _chances(
+    right: Sequence[list[int]], candidates: int, depths: Sequence[int]
+) -> dict[int, float]:
+    """Return depth -> recall in a random order of the candidates, over queries `right` [n]."""
+    position = chance_position(candidates, np.array([len(those) for those in right]))
+    return {k: float(position.hit(k).mean()) for k in depths}
+
+
+def paraphrases(target: Target) -> Examined:
+    """Return the residue of the second and further captions of each pair, in both directions.
+
+    image->text is the share of unrelated captions that are less similar to the image than the
+    paraphrase, text->image that of unrelated images and the paraphrase: 1 known, 0.5 no trace.
+    Unrelated are the pairs that the verdict compares with. A pair's value is the mean over its
+    further captions. On sets to keep it should not fall. Costs all captions through the text tower.
+
+    Raises:
+        InputError: no pair has a second caption.
+    """
+    judge = target.evaluator.judge
+    if not judge.rows:
+        raise InputError(
+            "tasks: 'paraphrases': every caption of `retain` is also one to forget, so there is "
+            "nothing to compare with. Give retain pairs with other captions."
+        )
+    unrelated = target.judged()["retain"]
+    others = unrelated.text[distinct_firsts(unrelated)[0]]
+    findings = []
+    for name in target.evaluator.sources:
+        captions, place, text = encode_captions(target, name)
+        further = [(row, place[c]) for row, those in enumerate(captions) for c in those[1:]]
+        if not further:
+            continue
+        rows, columns = (torch.tensor(those) for those in zip(*further, strict=True))
+        images, texts = target.features[name].image[rows], text[columns]
+        matched = (images * texts).sum(1)
+        paraphrased = np.bincount(rows.numpy(), minlength=len(captions))
+        for key, title, similarity in (
+            ("image_to_text", "image->text", images @ others.T),
+            ("text_to_image", "text->image", texts @ unrelated.image.T),
+        ):
+            below = share_below(matched.double(), similarity.double())
+            total = np.bincount(rows.numpy(), weights=below, minlength=len(captions))
+            with np.errstate(invalid="ignore"):  # pairs without a paraphrase have no value
+                values = total / paraphrased
+            findings.append(
+                target.of_set(
+                    name,
+                    values,
+                    key=f"{key}_residue",
+                    title=f"{title} residue of paraphrases, %",
+                    chance=0.5,
+                    aim=" chance",
+                )
+            )
+    if not findings:
+        raise InputError(
+            "tasks: 'paraphrases' measures the second and further captions of pairs, and no pair "
+            "has any. Give lists of captions, or leave 'paraphrases' out."
+        )
+    return Examined(findings)
