@@ -144,7 +144,7 @@ def test_evaluate_refuses_what_could_not_be_written(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    assert main(["evaluate", *REQUIRED[:-2], flag, path]) == 2
+    assert main(["evaluate", *REQUIRED[:-2], "--attacks", "swap", flag, path]) == 2
     assert said in capsys.readouterr().err
     assert not evaluate.calls
 

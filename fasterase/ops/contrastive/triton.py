@@ -263,6 +263,10 @@ def _compute_gradients(
     return results[0] if wanted.image else None, results[1], d_scale.sum()
 
 
+def _num_multiprocessors(device: torch.device) -> int:
+    return 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def _fill_strips(
     problem: _Problem,
     strips: tuple[Strip, Strip],
@@ -283,9 +287,7 @@ def _fill_strips(
             (-(-strip.num_rows // tile.block_m), -(-strip.n // tile.block_n)) for strip in strips
         ]
         # Longer runs only if there are enough tiles for all multiprocessors.
-        device = None if INTERPRETED else torch.cuda.get_device_properties(workspace.device)
-        multiprocessors = 1 if device is None else device.multi_processor_count
-        length = sum(a * b for a, b in counts) // (2 * multiprocessors)
+        length = sum(a * b for a, b in counts) // (2 * _num_multiprocessors(workspace.device))
         length = max(1, min(RUN_LENGTH, length))
         gradient_strip_without_reference[(sum(-(-a // length) * b for a, b in counts),)](
             *features[:2], problem.scales, *weights, workspace, *features.strides[:2],
