@@ -77,7 +77,7 @@ class UnlearnConfig:
             forget captions, or 0 without retain pairs; `None` is the paper.
         cross_weight: weight, within the forgetting loss, of the cosines of forget images with the
             original's features of their captions, and the reverse: both towers forget, neither
-            below the floor, and forget features keep their mean cosine with retained ones. With
+            below the floor, and their mean cosines with retained features move to it. With
             `"similarity"`. `"auto"` is 1 with `tune="all"` or `"text"`, where words can be
             forgotten too, and 0 otherwise. 0 is the paper.
         forget_augment: apply random affine transforms and tints to forget images, so that the

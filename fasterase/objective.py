@@ -26,8 +26,8 @@ from fasterase.ops.contrastive.checks import (
 from fasterase.ops.contrastive.products import check_products
 
 _WEIGHTS = ("forget_weight", "retain_weight", "consistency_weight", "anchor_weight", "cross_weight")
-# Shifts of a mean cosine below which their loss is quadratic.
-SMOOTH_SHIFT = 0.05
+# Distances of a mean cosine below which their loss is quadratic.
+SMOOTH_STRAY = 0.05
 FORGET_LOSSES = ("similarity", "contrastive")
 NEGATIVES = ("own", "joint")
 
@@ -301,19 +301,20 @@ def _compute_forget(pairs: _Pairs, objective: Objective, losses: Contrastive | N
         return own
     ref_image, ref_text = pairs.originals()
     crossed = _exceed(image, ref_text[rows], objective) + _exceed(ref_image[rows], text, objective)
-    if pairs.n_forget < len(pairs.image):
-        crossed = crossed + _shift(image, ref_image, ref_text, pairs)
-        crossed = crossed + _shift(text, ref_text, ref_image, pairs)
+    if objective.floor is not None and pairs.n_forget < len(pairs.image):
+        for features, others in ((image, ref_text), (text, ref_image)):
+            crossed = crossed + _stray(features, others[pairs.retain_rows], objective.floor)
     return own + objective.cross_weight * crossed
 
 
-def _shift(features: Tensor, original: Tensor, others: Tensor, pairs: _Pairs) -> Tensor:
-    """How far the mean cosine of forget rows with the other tower's retain rows has moved.
+def _stray(features: Tensor, others: Tensor, floor: float) -> Tensor:
+    """How far mean cosines of forget rows with the other tower's retain rows are from the floor.
 
-    Smooth at 0, where every run starts: the sign of a rounding error must not decide a gradient.
+    A matched cosine at the floor is no trace only where unrelated ones have it for their mean, in
+    both directions. Smooth at 0: the sign of a rounding error must not decide a gradient.
     """
-    moved = (features - original[pairs.forget_rows]) @ others[pairs.retain_rows].mean(0)
-    return smooth_l1_loss(moved, torch.zeros_like(moved), beta=SMOOTH_SHIFT)
+    distance = features @ others.mean(0) - floor
+    return smooth_l1_loss(distance, torch.zeros_like(distance), beta=SMOOTH_STRAY)
 
 
 def _exceed(image: Tensor, text: Tensor, objective: Objective) -> Tensor:

@@ -174,17 +174,17 @@ def erase_loss(
                         d_image[i] += share * text[i]
                     if d_text is not None:
                         d_text[i] += share * image[i]
-        for now, ref, others, grad in (
-            (batch.image, batch.ref_image, batch.ref_text, gradient.image),
-            (batch.text, batch.ref_text, batch.ref_image, gradient.text),
+        for now, others, grad in (
+            (batch.image, batch.ref_text, gradient.image),
+            (batch.text, batch.ref_image, gradient.text),
         ):
-            if cross_weight and n_forget < total:
+            if cross_weight and floor is not None and n_forget < total:
                 mean = sum(others[j] for j in range(n_forget, total)) / sizes["retain"]
                 for i in range(n_forget):
-                    shift = float((now[i] - ref[i]) @ mean)
-                    is_small = abs(shift) < 0.05
-                    loss = shift**2 / 0.1 if is_small else abs(shift) - 0.025
-                    slope = shift / 0.05 if is_small else np.sign(shift)
+                    stray = float(now[i] @ mean) - floor
+                    is_small = abs(stray) < 0.05
+                    loss = stray**2 / 0.1 if is_small else abs(stray) - 0.025
+                    slope = stray / 0.05 if is_small else np.sign(stray)
                     values["forget"] += cross_weight * loss / n_forget
                     grad[i] += forget_weight * cross_weight * slope * mean / n_forget
     if anchor_weight:
