@@ -121,7 +121,7 @@ def _python(code: str, *, cwd: Path, path: Path | None = None) -> str:
 
 def test_licences_are_declared():
     project = _pyproject()["project"]
-    assert project["license"] == "Apache-2.0 AND MIT AND CC-BY-4.0"
+    assert project["license"] == "Apache-2.0 AND MIT AND CC-BY-4.0 AND CC-BY-SA-4.0"
     for pattern in project["license-files"]:
         assert list(ROOT.glob(pattern)), pattern
     assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")

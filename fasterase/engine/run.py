@@ -37,7 +37,7 @@ from fasterase.original.features import OriginalFeatures, cache_folder
 from fasterase.pairs.batches import StepBatch, step_batches
 from fasterase.pairs.processes import count_workers
 from fasterase.parallel.engine import Engine
-from fasterase.report.evaluation import compare
+from fasterase.report.evaluation import compare, describe_hurt
 from fasterase.seeds import Stream, torch_seed
 
 
@@ -260,6 +260,8 @@ class Run:
         if evaluator is not None:
             found = evaluator.measure(self._encoder, features, original=baseline.measured)
             evaluation = compare(evaluator, found, original=baseline.measured)
+            if evaluation.hurt:
+                self._say(describe_hurt(evaluation, count=5))
         verdict = decide(traces, baseline.traces)
         return Outcome(history, baseline.floor, verdict, traces, evaluation, limit, self._adapter)
 

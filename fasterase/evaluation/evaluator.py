@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fasterase.encode import PairEncoder, PairFeatures
 from fasterase.errors import InputError
+from fasterase.evaluation.hurt import choose_things, encode_things
 from fasterase.evaluation.metrics import OLD_INDEX, bootstrap_intervals
 from fasterase.evaluation.scores import (
     CaptionPool,
@@ -38,6 +39,7 @@ from fasterase.seeds import Stream, generator
 FULL_RESAMPLES = 1000
 QUICK_RESAMPLES = 200
 QUICK_PAIRS = 1000
+QUICK_THINGS = 500
 
 Scores = dict[str, dict[str, float]]  # set -> metric -> value
 
@@ -51,6 +53,9 @@ class Measurement:
     traces: dict[str, Trace]  # of the sets to forget; empty without unrelated pairs
     candidates: int  # number of candidate captions
     images: dict[str, Tensor]  # set -> image features of its pairs [n, D]
+    captions: dict[str, list[str]]  # set -> first caption of each pair
+    classes: dict[str, list[str | None]]  # set -> class of each pair, with classes
+    things: Tensor | None  # features of everyday things; None without a tokenizer
 
     def check_same_pairs(self, other: Measurement, name: str) -> None:
         """Raise `InputError` if another model, called `name`, was measured on other pairs."""
@@ -103,12 +108,14 @@ class Evaluator:
         forget_sets: names of further sets to forget; all others are sets to keep.
         preferred: set -> rows that make up half of the sample, where they are enough.
         max_pairs, seed, class_names, templates: as in `fasterase.evaluate`.
-        quick: at most 1,000 pairs per set and 200 bootstrap resamples instead of 1,000.
+        quick: at most 1,000 pairs per set, 200 bootstrap resamples instead of 1,000, and 500
+            everyday things instead of all.
 
     Attributes:
         skipped: pairs that the last `measure` could not read.
         judge: judges the sets to forget, on pairs that are measured anyway.
         resamples: number of bootstrap resamples.
+        things: everyday things whose texts are measured too.
 
     Raises:
         InputError: a name or value is unusable.
@@ -153,6 +160,7 @@ class Evaluator:
         self._concept = all_captions(sources["forget"])
         rows = {name: self.rows(name) for name in self.sources}
         self.judge = Judge(sources, self.forget_sets, seed=seed, rows=rows)
+        self.things = choose_things(self._concept, QUICK_THINGS if quick else None)
 
     def rows(self, name: str) -> np.ndarray:
         """Return the rows (ascending) of a set that are measured."""
@@ -198,14 +206,24 @@ class Evaluator:
         for name, found in sets.items():
             check_finite(found.image, found.ids, model)
             scores[name] = retrieval_scores(found, pool, concept, _distractors(sets, name))
+        classes: dict[str, list[str | None]] = {}
         if self.class_names is not None:
-            self._add_accuracy(encoder, features, scores, self.class_names)
+            classes = self._add_accuracy(encoder, features, scores, self.class_names)
         traces = self.judge.judge(features)
         for name, trace in traces.items():
             for key, (values, chance) in trace.metrics_at(features[name].rows).items():
                 scores[name].add(key, values, chance)
-        images = {name: found.image for name, found in sets.items()}
-        measured = Measurement(model, scores, summarise(traces), len(pool.row), images)
+        has_things = bool(self.things) and encoder.model.text_tokenizer is not None
+        measured = Measurement(
+            model,
+            scores,
+            summarise(traces),
+            len(pool.row),
+            {name: found.image for name, found in sets.items()},
+            {name: [each[0] for each in found.captions] for name, found in sets.items()},
+            classes,
+            encode_things(encoder, self.things) if has_things else None,
+        )
         if original is not None:
             measured.check_same_pairs(original, "original")
             if pool.text.shape[1] == original.images["forget"].shape[1]:
@@ -221,8 +239,11 @@ class Evaluator:
         features: Mapping[str, PairFeatures],
         scores: Mapping[str, SetScores],
         class_names: list[str],
-    ) -> None:
-        """Add the zero-shot accuracy of the sets of which some pair has a known class."""
+    ) -> dict[str, list[str | None]]:
+        """Add the zero-shot accuracy of the sets of which some pair has a known class.
+
+        Return set -> the class of each of its pairs.
+        """
         labels = label_pairs(class_names, self.sources, features)
         known = {name: those for name, those in labels.items() if (those >= 0).any()}
         if not known:
@@ -232,11 +253,15 @@ class Evaluator:
                     f"{', '.join(class_names[:5])}{', ...' if len(class_names) > 5 else ''}. "
                     "A pair's class is its folder or the one class that its caption names."
                 )
-            return
+            return {}
         classes = encode_classes(encoder.texts, class_names, self.templates)
         for name, those in known.items():
             values = score_accuracy(features[name].image, classes, those)
             scores[name].add("zero_shot_accuracy", values, 1 / len(class_names))
+        return {
+            name: [class_names[place] if place >= 0 else None for place in those.tolist()]
+            for name, those in known.items()
+        }
 
 
 def sampled_rows(

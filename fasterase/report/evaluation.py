@@ -16,6 +16,7 @@ from fasterase.errors import InputError
 from fasterase.evaluation.evaluator import Evaluator, Measurement, Scores
 from fasterase.evaluation.examiner import Examiner
 from fasterase.evaluation.findings import Finding, Findings, Series
+from fasterase.evaluation.hurt import RECALL, Hurt, Outside, hurt_groups, worst_first
 from fasterase.evaluation.metrics import METRICS, OLD_INDEX
 from fasterase.evaluation.verdict import decide, decide_each
 from fasterase.files import check_creatable, check_writable, parse_path, write_text
@@ -26,6 +27,7 @@ LEGEND = (
     "Sets to forget: ↓ should fall to chance or below; ↓ chance and ↑ chance should reach chance\n"
     "and not pass it. All other sets, against the original: ↑ should not fall, ↓ should not rise."
 )
+LISTED = 20  # names of what was hurt most
 REFERENCE_WIDTH = 10  # characters of a line of a reference's name
 
 
@@ -54,6 +56,12 @@ class Evaluation:
         audit: what the record beside a saved model says, and how the model compares with it; empty
             without a record.
         series: name of an attack -> what `plot` draws, if that is more than its figures.
+        hurt: what lost outside the sets to forget, by name, the worst first: captions and classes
+            of sets to keep, and everyday words. Empty without the original.
+        outside: of everyday things, which need no pictures: how many were measured (`things`), the
+            mean `cosine` with the original's feature and that of the lowest 5 %, the mean share of
+            nearest `neighbours` that stayed, the share of things that lost more than half of them
+            (`hurt`). Empty without the original or a tokenizer.
     """
 
     scores: Scores
@@ -70,6 +78,8 @@ class Evaluation:
     attacks: dict[str, Findings] = field(default_factory=dict)
     audit: list[str] = field(default_factory=list)
     series: dict[str, list[Series]] = field(default_factory=dict)
+    hurt: list[Hurt] = field(default_factory=list)
+    outside: dict[str, float] = field(default_factory=dict)
 
     @property
     def verdict(self) -> str | None:
@@ -214,6 +224,7 @@ class Evaluation:
                 name: [Series(**each) for each in those]
                 for name, those in values.get("series", {}).items()
             }
+            values["hurt"] = [Hurt(*each) for each in values.get("hurt", [])]
             return cls(**values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"path: {path} is not an evaluation ({error}).") from error
@@ -248,6 +259,10 @@ def compare(
         "seed": evaluator.seed,
         "resamples": evaluator.resamples,
     }
+    outside: dict[str, float] = {}
+    hurt: list[Hurt] = []
+    if original is not None:
+        outside, hurt = _compare_outside(evaluator, model, original)
     return Evaluation(
         scores=model.averages(),
         intervals=model.intervals(resamples=evaluator.resamples, seed=evaluator.seed),
@@ -262,7 +277,27 @@ def compare(
         tasks={} if examiner is None else examiner.task_findings(),
         attacks={} if examiner is None else examiner.attack_findings(),
         series={} if examiner is None else examiner.series(),
+        hurt=hurt,
+        outside=outside,
     )
+
+
+def _compare_outside(
+    evaluator: Evaluator, model: Measurement, original: Measurement
+) -> tuple[dict[str, float], list[Hurt]]:
+    """Return `Evaluation.outside` and `Evaluation.hurt`."""
+    kept = [name for name in model.sets if name not in evaluator.forget_sets]
+    found: list[Hurt] = []
+    for kind, of_sets, metric in (
+        ("caption", model.captions, RECALL),
+        ("class", model.classes, "zero_shot_accuracy"),
+    ):
+        names = {name: of_sets[name] for name in kept if name in of_sets}
+        found += hurt_groups(kind, names, model.sets, original.sets, metric)
+    if model.things is None or original.things is None:
+        return {}, worst_first(found)
+    outside = Outside.compare(model.things, original.things)
+    return outside.summary(), worst_first([*found, *outside.hurt(evaluator.things)])
 
 
 def _original_scores(original: Measurement, model: Measurement) -> Scores:
@@ -334,6 +369,10 @@ def _row(evaluation: Evaluation, finding: Finding) -> list[str]:
 def _notes(evaluation: Evaluation) -> list[str]:
     """Return the verdicts, what the audit found, and how to read the table."""
     notes = [_describe_verdicts(evaluation)]
+    if evaluation.hurt:
+        notes.append(describe_hurt(evaluation, count=LISTED))
+    if evaluation.outside:
+        notes.append(_describe_outside(evaluation.outside))
     if evaluation.audit:
         notes.append("\n".join(["Audit:", *(f"- {line}" for line in evaluation.audit)]))
     candidates = evaluation.settings["candidates"]
@@ -346,6 +385,22 @@ def _notes(evaluation: Evaluation) -> list[str]:
             "\ntext->old image ranks the original's features of the images, an index not rebuilt."
         )
     return [*notes, legend]
+
+
+def describe_hurt(evaluation: Evaluation, *, count: int) -> str:
+    """Name the `count` that lost most; empty if nothing did."""
+    worst = [each.describe() for each in evaluation.hurt[:count]]
+    more = len(evaluation.hurt) - len(worst)
+    return f"Hurt most: {', '.join(worst)}{f' and {more:,} more' if more else ''}." if worst else ""
+
+
+def _describe_outside(outside: Mapping[str, float]) -> str:
+    return (
+        f"Outside the sets: {outside['things']:,} everyday things kept "
+        f"{100 * outside['neighbours']:.0f} % of their nearest neighbours; "
+        f"{100 * outside['hurt']:.1f} % of them lost more than half. Cosine with the original "
+        f"{outside['cosine']:.3f}, of the lowest 5 % {outside['cosine_of_5_percent']:.3f}."
+    )
 
 
 def _describe_verdicts(evaluation: Evaluation) -> str:

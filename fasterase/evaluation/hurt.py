@@ -1,0 +1,168 @@
+"""What erasing hurt outside the forget set, by name: captions, classes, everyday words.
+
+Averages hide narrow damage: "dog" may be gone with "guide dog" while recall stays as it was.
+Everyday things need no pictures: a text that has other neighbours than under the original has
+another meaning.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fasterase.encode import PairEncoder
+from fasterase.evaluation.scores import SetScores
+from fasterase.vocabulary import everyday_things, words_of
+
+TEMPLATE = "a photo of {}"
+NEIGHBOURS = 10
+# Share of its neighbours below which a thing counts as hurt.
+ENOUGH_NEIGHBOURS = 0.5
+# Letters in a row that words with a common token share.
+PART = 3
+RECALL = "image_to_text_recall@1"
+
+
+class Hurt(NamedTuple):
+    """Something that lost by erasing.
+
+    Attributes:
+        name: a caption, the name of a class, or an everyday thing.
+        kind: `"caption"` (before and after are recall@1 of its pictures, among the captions of all
+            sets), `"class"` (zero-shot accuracy) or `"word"` (share of the nearest everyday things
+            under the original that are still nearest).
+        before, after: shares, of the original and of the model.
+        count: pictures; of a word, neighbours.
+    """
+
+    name: str
+    kind: str
+    before: float
+    after: float
+    count: int  # type: ignore[assignment]  # of tuples, which nobody counts in
+
+    def describe(self) -> str:
+        """Return `ant 100 -> 0 % of 2 pictures`."""
+        things = "neighbours" if self.kind == "word" else "pictures"
+        things = things.removesuffix("s") if self.count == 1 else things
+        kind = " (class)" if self.kind == "class" else ""
+        before, after = 100 * self.before, 100 * self.after
+        return f"{self.name}{kind} {before:.0f} -> {after:.0f} % of {self.count} {things}"
+
+
+def choose_things(captions: Collection[str], count: int | None) -> list[str]:
+    """Return everyday things to measure, those that share words or letters with captions first.
+
+    Things that a caption to forget names as a whole are left out.
+
+    Args:
+        captions: all captions to forget.
+        count: how many things; None for all.
+    """
+    named = {" ".join(words_of(caption.lower())) for caption in captions}
+    words = {word for caption in captions for word in words_of(caption.lower())}
+    parts = set().union(*map(_parts, words))
+    things = [thing for thing in everyday_things() if " ".join(words_of(thing)) not in named]
+    order = np.random.default_rng(0).permutation(len(things)).tolist()  # the same for every run
+
+    def shared(place: int) -> tuple[int, int]:
+        own = words_of(things[place])
+        return len(words.intersection(own)), len(parts & set().union(*map(_parts, own)))
+
+    order.sort(key=shared, reverse=True)
+    return sorted(things[place] for place in order[:count])
+
+
+def encode_things(encoder: PairEncoder, things: Sequence[str]) -> Tensor:
+    """Return features [n, D] of things, each in a plain phrase."""
+    return encoder.texts([TEMPLATE.format(thing) for thing in things]).float().cpu()
+
+
+class Outside(NamedTuple):
+    """How far everyday things moved."""
+
+    cosine: np.ndarray  # [n] with the feature of the same text under the original
+    neighbours: np.ndarray  # [n] share of the nearest things under the original that still are
+
+    @classmethod
+    def compare(cls, model: Tensor, original: Tensor) -> Outside:
+        """Compare features [n, D] of the same things; the cosines are NaN for another D."""
+        count = min(NEIGHBOURS, len(model) - 1)
+        now, before = _neighbours(model, count), _neighbours(original, count)
+        same = (now[:, :, None] == before[:, None, :]).any(2).double().mean(1)
+        if model.shape == original.shape:
+            cosine = torch.cosine_similarity(model, original).double()
+        else:
+            cosine = torch.full((len(model),), torch.nan)
+        return cls(cosine.numpy(), same.numpy())
+
+    def summary(self) -> dict[str, float]:
+        """Return name -> value, ready for JSON."""
+        return {
+            "things": len(self.neighbours),
+            "cosine": float(self.cosine.mean()),
+            "cosine_of_5_percent": float(np.quantile(self.cosine, 0.05)),
+            "neighbours": float(self.neighbours.mean()),
+            "hurt": float((self.neighbours < ENOUGH_NEIGHBOURS).mean()),
+        }
+
+    def hurt(self, things: Sequence[str]) -> Iterator[Hurt]:
+        """Yield the things that kept less than half of their neighbours."""
+        count = min(NEIGHBOURS, len(things) - 1)
+        for thing, share in zip(things, self.neighbours.tolist(), strict=True):
+            if share < ENOUGH_NEIGHBOURS:
+                yield Hurt(thing, "word", 1.0, share, count)
+
+
+def hurt_groups(
+    kind: str,
+    names: Mapping[str, Sequence[str | None]],
+    model: Mapping[str, SetScores],
+    original: Mapping[str, SetScores],
+    metric: str,
+) -> Iterator[Hurt]:
+    """Yield the groups of pairs whose mean of a metric fell.
+
+    Args:
+        kind: see `Hurt`.
+        names: set -> name of the group of each of its pairs; None for no group.
+        model, original: set -> scores of the same pairs.
+        metric: the one that counts.
+    """
+    groups: dict[str, dict[str, tuple[float, float]]] = defaultdict(dict)
+    for set_name, of_pairs in names.items():
+        before, after = (scores[set_name].values.get(metric) for scores in (original, model))
+        if before is None or after is None:
+            continue
+        ids = model[set_name].ids  # a pair may be in two sets
+        for name, id, old, new in zip(of_pairs, ids, before.tolist(), after.tolist(), strict=True):
+            if name is not None:
+                groups[name][id] = old, new
+    for name, values in groups.items():
+        old, new = np.mean(list(values.values()), axis=0).tolist()
+        if new < old:
+            yield Hurt(name, kind, old, new, len(values))
+
+
+def worst_first(found: Iterable[Hurt]) -> list[Hurt]:
+    """Sort by what was lost; where that is equal pictures before texts, many before few."""
+
+    def key(each: Hurt) -> tuple[float, bool, int, str]:
+        return each.after - each.before, each.kind == "word", -each.count, each.name
+
+    return sorted(found, key=key)
+
+
+def _neighbours(features: Tensor, count: int) -> Tensor:
+    similarity = features @ features.T
+    similarity.fill_diagonal_(-torch.inf)
+    return similarity.topk(count).indices
+
+
+def _parts(word: str) -> set[str]:
+    return {word[start : start + PART] for start in range(len(word) - PART + 1)}
