@@ -58,6 +58,7 @@ def unlearn(
     holdout: Any = None,
     sets: Mapping[str, Any] | None = None,
     forget_sets: Mapping[str, Any] | None = None,
+    concept: str | None = None,
     image_key: str | None = None,
     text_key: str | None = None,
     callback: Callable[[StepRecord], object] | None = None,
@@ -102,6 +103,7 @@ def unlearn(
             are only measured.
         forget_sets: name -> further pairs that should be forgotten as well (unseen pictures, other
             wordings); they are only measured, and the verdict is the worst over all of them.
+        concept: what the forget set is called in the report, the model card and the provenance.
         image_key, text_key: columns of tables, keys of dicts and fields of tar samples.
         callback: called after each step with its record; returning True ends the run cleanly.
         copy: work on a deep copy and leave `model` alone.
@@ -122,7 +124,7 @@ def unlearn(
         KeyboardInterrupt: Ctrl-C; likewise, after the current step. The message says how to go on.
     """
     clock = RunClock()
-    _check_arguments(config, callback)
+    _check_arguments(config, callback, concept)
     config = (config or UnlearnConfig()).replace(**overrides)
     check_environment(config)
     with join_ranks(alone_too=config.deepspeed is not None) as ranks, _speaking(ranks):
@@ -163,6 +165,7 @@ def unlearn(
                     removed_from_retain=removed,
                     original_weights=weights,
                     parent_record=parent_record,
+                    concept=concept,
                 )
                 with ranks.raising_together():
                     if output is not None and ranks.is_first:
@@ -389,7 +392,12 @@ def _measure_models(
     return measured, fingerprint
 
 
-def _check_arguments(config: object, callback: object) -> None:
+def _check_arguments(config: object, callback: object, concept: object) -> None:
+    if concept is not None and not (isinstance(concept, str) and concept.strip()):
+        raise InputError(
+            f"concept={concept!r} must say in words what is forgotten, such as 'guide dogs', or be "
+            "None."
+        )
     if not isinstance(config, UnlearnConfig | None):
         raise InputError(
             f"config: expected an UnlearnConfig, found {type(config).__name__}. Use "

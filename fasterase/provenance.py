@@ -71,6 +71,7 @@ def _describe(record: Mapping[str, Any]) -> list[str]:
     libraries = ", ".join(f"{name} {number}" for name, number in record["libraries"].items())
     chain = erasures(record)
     lines = [
+        f"concept: {record.get('concept') or 'not stated'}",
         f"erased: {record['erased_at']}, {outcome['steps']} steps",
         f"verdict then: {outcome['verdict'] or 'none'}",
         f"data: {sets}",

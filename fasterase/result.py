@@ -15,7 +15,7 @@ from fasterase.config import UnlearnConfig, describe_recipe, format_yaml
 from fasterase.encode import PairEncoder
 from fasterase.engine.history import StepRecord
 from fasterase.engine.model_state import best_device, placed, resolve_device
-from fasterase.evaluation.verdict import REMEMBERED, Trace
+from fasterase.evaluation.verdict import FORGOTTEN, NEVER_KNOWN, Trace
 from fasterase.files import check_writable, parse_path, write_text
 from fasterase.models.delta import fingerprint_weights, restored_original, save_delta
 from fasterase.models.dual_encoder import DualEncoder
@@ -58,6 +58,7 @@ class UnlearnResult:
         adapter: what `tune="lora:N"` has added to the weights; None otherwise.
         parent_record: the record of the erasure before, if the model was loaded from a folder that
             had one; see `fasterase.provenance`.
+        concept: what the caller named the forget set; None: not stated.
     """
 
     model: nn.Module
@@ -75,11 +76,12 @@ class UnlearnResult:
     sets: Mapping[str, PairTable]
     adapter: LoraAdapter | None = None
     parent_record: Mapping[str, Any] | None = None
+    concept: str | None = None
 
     @property
     def forgotten(self) -> bool:
-        """Whether there is a verdict, and it is not "remembered"."""
-        return self.verdict not in (None, REMEMBERED)
+        """Whether the verdict is "forgotten" or "never known": "over-erased" is a loud trace."""
+        return self.verdict in (FORGOTTEN, NEVER_KNOWN)
 
     @property
     def residue(self) -> float | None:
@@ -109,6 +111,7 @@ class UnlearnResult:
         """What fits on one screen: neither weights nor history."""
         facts = {
             "model": self.encoder.name,
+            **({} if self.concept is None else {"concept": self.concept}),
             "verdict": self.verdict or "none",
             **({} if self.residue is None else {"residue": f"{self.residue:.2f}"}),
             "steps": f"{len(self.history):,}",
@@ -150,6 +153,7 @@ class UnlearnResult:
         before = restored_original(self.encoder, self.original_weights)
         return {
             "format": FORMAT,
+            "concept": self.concept,
             "erased_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "fingerprint": fingerprint_weights(self.encoder.module),
             "outcome": {
@@ -247,6 +251,7 @@ def _format_report(result: UnlearnResult) -> str:
     lines = [
         "# Erasure report",
         "",
+        f"- concept: {result.concept or 'not stated'}",
         f"- verdict: **{result.verdict or 'none'}**",
         *(f"  - {name}: {trace.describe()}" for name, trace in result.traces.items()),
         f"- steps: {len(result.history)}, {result.seconds:.1f} s in all",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from types import SimpleNamespace
@@ -50,6 +51,20 @@ def short_result(steps: int, **fields) -> UnlearnResult:
     return UnlearnResult(**{**values, **fields})
 
 
+@pytest.mark.parametrize(
+    ("verdict", "forgotten"),
+    [
+        ("forgotten", True),
+        ("never known", True),
+        ("over-erased", False),
+        ("remembered", False),
+        (None, False),
+    ],
+)
+def test_only_no_trace_is_forgotten(verdict, forgotten):
+    assert short_result(1, verdict=verdict).forgotten is forgotten
+
+
 @pytest.mark.parametrize("steps", [0, 2])
 def test_report(tmp_path, steps):
     path = tmp_path / "new" / "report.md"
@@ -57,6 +72,7 @@ def test_report(tmp_path, steps):
     assert result.report(path) == path
     text = path.read_text()
     assert "verdict: **forgotten**" in text
+    assert "- concept: not stated" in text
     assert "THE TABLE" in text
     assert "- retain[3]: image holds NaN values" in text
     assert ("| last step | 0.2500 |" in text) == bool(steps)
@@ -64,14 +80,14 @@ def test_report(tmp_path, steps):
     assert UnlearnConfig(**settings) == UnlearnConfig(betas=(0.5, 0.75))
 
 
-def run(model):
+def run(model, **fields):
     """A short run on pictures with captions."""
     forget = [(Image.new("RGB", (40, 30), (200, i, 9)), f"apple {i}") for i in range(4)]
     retain = [(Image.new("RGB", (40, 30), (9, i, 200)), f"boat {i}") for i in range(20)]
     options = {"tokenizer": small_models.simple_tokenizer(), "max_steps": 2}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return fasterase.unlearn(model, forget, retain, **options, **QUIET)
+        return fasterase.unlearn(model, forget, retain, **options, **QUIET, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +114,22 @@ def test_a_folder_gets_the_report_the_plot_and_the_pictures(result, tmp_path):
     assert result.report(tmp_path / "notes").read_text().startswith("# Erasure report")
     with pytest.raises(fasterase.InputError, match="path: "):
         result.report(tmp_path / "notes" / "report")
+
+
+def test_the_concept_stands_in_report_card_and_provenance(tmp_path):
+    result = run(small_models.open_clip_vit(), concept="apples")
+    assert result.concept == "apples"
+    assert "concept: apples" in repr(result)
+    assert "- concept: apples" in result.report(tmp_path / "report.md").read_text()
+    saved = result.save(tmp_path / "model")
+    assert "- concept: apples" in (saved / "README.md").read_text()
+    assert json.loads((saved / "provenance.json").read_text())["concept"] == "apples"
+
+
+@pytest.mark.parametrize("concept", ["", " ", 3, ["apples"]], ids=repr)
+def test_a_concept_is_words(concept):
+    with pytest.raises(fasterase.InputError, match=r"^concept=.*must say in words"):
+        run(None, concept=concept)
 
 
 def test_without_matplotlib_all_but_the_plot_is_written(result, tmp_path, monkeypatch):

@@ -134,6 +134,7 @@ class Unlearn(_Erasure):
 
     Args:
         recipe: defaults that flags and YAML override: `fasterase`, or `cliperase`, the paper's.
+        concept: what is forgotten, in words, for the report, the model card and the provenance.
 
     Examples:
       fasterase unlearn --model ViT-B-32/laion2b_s34b_b79k --forget forget.csv \
@@ -156,6 +157,7 @@ class Unlearn(_Erasure):
     needs = ("model", "forget", "retain", "output_dir")
     config_fields = field_names()
     recipe: Recipe = "fasterase"
+    concept: str | None = None
 
     def config(self, fields: dict[str, Any]) -> UnlearnConfig:
         """Return the recipe with these fields."""
