@@ -18,7 +18,8 @@ Recipe = Literal["fasterase", "cliperase"]
 # What a YAML file for `fasterase unlearn --config` may hold besides fields: `unlearn`'s arguments.
 COMMAND_KEYS = (
     *("model", "model_name", "forget", "retain", "holdout", "sets", "forget_sets", "concept"),
-    *("data", "forget_expression", "forget_ids", "forget_classes", "image_key", "text_key", "recipe"),
+    *("data", "forget_expression", "forget_ids", "forget_classes", "image_key", "text_key"),
+    "recipe",
 )
 
 # What is true of a field, in its metadata.

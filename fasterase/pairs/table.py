@@ -119,9 +119,14 @@ class Part:
     def __len__(self) -> int:
         return self.batch.num_rows if self.path is None else self.facts["rows"]
 
+    @cached_property
+    def _columns(self) -> dict[str, pa.Array]:
+        # Asking the batch for a column takes longer than asking a column for a row.
+        return dict(zip(self.batch.schema.names, self.batch.columns, strict=True))
+
     def value(self, name: str, row: int) -> Any:
         """Return a value of a column."""
-        return self.batch.column(name)[row].as_py()
+        return self._columns[name][row].as_py()
 
     def string(self, name: str, row: int) -> str:
         """Return a value of `id` or `metadata`."""
