@@ -216,6 +216,7 @@ def _run(job: Job, device: torch.device, **known: Any) -> UnlearnResult:
         seconds=job.clock.seconds(),
         encoder=encoder,
         adapter=outcome.adapter,
+        words=outcome.words,
         sets=job.sets,
         **known,
     )

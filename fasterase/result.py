@@ -15,6 +15,7 @@ from fasterase.config import UnlearnConfig, describe_recipe, format_yaml
 from fasterase.encode import PairEncoder
 from fasterase.engine.history import StepRecord
 from fasterase.engine.model_state import best_device, placed, resolve_device
+from fasterase.engine.words import Word
 from fasterase.evaluation.verdict import FORGOTTEN, NEVER_KNOWN, Trace
 from fasterase.files import check_writable, parse_path, write_text
 from fasterase.models.delta import fingerprint_weights, restored_original, save_delta
@@ -59,6 +60,8 @@ class UnlearnResult:
         parent_record: the record of the erasure before, if the model was loaded from a folder that
             had one; see `fasterase.provenance`.
         concept: what the caller named the forget set; None: not stated.
+        words: those whose embeddings were overwritten (`forget_words`), each with `word`, `forget`
+            and `retain`: in how many pairs of these sets it occurs.
     """
 
     model: nn.Module
@@ -77,6 +80,7 @@ class UnlearnResult:
     adapter: LoraAdapter | None = None
     parent_record: Mapping[str, Any] | None = None
     concept: str | None = None
+    words: Sequence[Word] = ()
 
     @property
     def forgotten(self) -> bool:
@@ -162,6 +166,7 @@ class UnlearnResult:
                 "steps": len(self.history),
                 "seconds": round(self.seconds, 1),
             },
+            "words": [each._asdict() for each in self.words],
             "data": {
                 name: {"pairs": len(source), "digest": source.digest()}
                 for name, source in self.sets.items()
@@ -247,6 +252,17 @@ class UnlearnResult:
             )
 
 
+def _list_words(words: Sequence[Word]) -> str:
+    """Name words with their counts, common ones in bold."""
+    listed = [
+        f"{'**' if each.is_common else ''}{each.word}{'**' if each.is_common else ''} "
+        f"({each.forget:,} forget pair{'' if each.forget == 1 else 's'})"
+        for each in words
+    ]
+    common = ". Words in bold are common in English: captions outside both sets may need them"
+    return (", ".join(listed) or "none") + (common if any(w.is_common for w in words) else "")
+
+
 def _format_report(result: UnlearnResult) -> str:
     lines = [
         "# Erasure report",
@@ -256,6 +272,7 @@ def _format_report(result: UnlearnResult) -> str:
         *(f"  - {name}: {trace.describe()}" for name, trace in result.traces.items()),
         f"- steps: {len(result.history)}, {result.seconds:.1f} s in all",
         f"- recipe: {describe_recipe(result.config)}",
+        f"- words that lost their meaning: {_list_words(result.words)}",
         f"- unreadable pairs skipped: {len(result.skipped)}",
         f"- retain pairs left out because they are also in the forget set: "
         f"{len(result.removed_from_retain)}",

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-import types
-
 import pytest
 
 from fasterase import vocabulary
 from fasterase.vocabulary import (
     english_frequencies,
     everyday_things,
-    frequencies_for,
     words_of,
 )
 
@@ -43,21 +39,6 @@ def test_things_are_many_distinct_and_of_known_words():
 )
 def test_words_are_letters_in_a_row(text, words):
     assert words_of(text) == words
-
-
-def test_other_languages_need_their_list(monkeypatch):
-    german = {"ein", "hund", "auf", "der", "wiese", "zwei", "pferde", "fressen", "gras"}
-    monkeypatch.setitem(sys.modules, "wordfreq", None)
-    assert frequencies_for({"a", "dog", "on", "the", "grass", "qwxyz"}) is english_frequencies()
-    assert frequencies_for(german) is None
-    known = {"hund": 5.0, "der": 7.0, "ein": 7.0, "zwei": 6.0, "auf": 7.0, "gras": 4.0}
-    package = types.SimpleNamespace(
-        available_languages=lambda size: {"fi": "", "de": ""},
-        zipf_frequency=lambda word, language: known.get(word, 0) if language == "de" else 0,
-    )
-    monkeypatch.setitem(sys.modules, "wordfreq", package)
-    assert frequencies_for(german) == known
-    assert frequencies_for({"zzz", "yyy", "xxx"}) is None
 
 
 def test_lists_are_read_once():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fasterase.config import UnlearnConfig
 from fasterase.engine.history import StepRecord
+from fasterase.engine.words import Word
 from fasterase.evaluation.verdict import (
     FEW_IMAGES,
     FORGOTTEN,
@@ -29,6 +30,7 @@ class Outcome:
     evaluation: Evaluation | None  # the erased model beside the original
     limit: str | None  # what kept an automatic run from forgetting: "damage", "steps" or None
     adapter: LoraAdapter | None = None  # what tune="lora:N" has added to the weights
+    words: list[Word] = field(default_factory=list)  # whose embeddings were overwritten
 
     def figures(self) -> dict[str, float]:
         """Return `set/name` -> value of what is left of each set, and of the evaluation."""

@@ -201,9 +201,10 @@ class Run:
         """Take the steps; return their records and what kept an automatic run from forgetting."""
         job, config, baseline = self.job, self.job.config, self._baseline
         self._checks = Checks(job, self._encoder, self._judge, baseline)
-        words = self.forget_words()
+        self._words = words = self.forget_words()
         is_automatic = self._draws.pool is not None
-        start = self._checks() if words is not None and is_automatic else None
+        begins_here = words is not None and self._saved is None
+        start = self._checks() if begins_here and is_automatic else None
         working = separate_copy(job.model) if shards(config) else job.model
         parameters = self._trained.parameters(working.module).values()
         devices = [working.device] if working.device.type == "cuda" else []
@@ -231,9 +232,8 @@ class Run:
     def forget_words(self) -> ForgottenWords | None:
         """Overwrite the vectors of tokens that only forget captions use."""
         job, config = self.job, self.job.config
-        # A checkpoint has its own vectors.
-        begins = self._saved is None and not self._baseline.is_never_known
-        if not (begins and config.forget_words and config.forget_weight):
+        wanted = config.forget_words and config.forget_weight
+        if not wanted or self._baseline.is_never_known:
             return None
         words = forget_words(
             self._encoder,
@@ -242,9 +242,10 @@ class Run:
             drawn=self._draws.rows[1],
             trained=self._trained,
             seed=config.seed,
+            overwrite=self._saved is None,  # a checkpoint has its own vectors
         )
         if words is not None:
-            self._say(f"{len(words.tokens)} tokens of the forget set alone lost their meaning")
+            self._say(words.describe())
         return words
 
     def measure_erased(self, history: list[StepRecord], limit: str | None) -> Outcome:
@@ -263,7 +264,18 @@ class Run:
             if evaluation.hurt:
                 self._say(describe_hurt(evaluation, count=5))
         verdict = decide(traces, baseline.traces)
-        return Outcome(history, baseline.floor, verdict, traces, evaluation, limit, self._adapter)
+        # Not where the original's weights were the best.
+        is_taken = self._words is not None and self._words.are_taken(self.job.model)
+        return Outcome(
+            history,
+            baseline.floor,
+            verdict,
+            traces,
+            evaluation,
+            limit,
+            self._adapter,
+            self._words.words if self._words is not None and is_taken else [],
+        )
 
     def _build_pacing(
         self, engine: Engine, original: dict[str, Tensor], start: Check | None

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from fasterase.models.dual_encoder import DualEncoder
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.table import PairTable
 from fasterase.seeds import Stream, generator, torch_seed
+from fasterase.vocabulary import english_frequencies, words_of
 
 # Pairs of each set whose captions are read.
 READ_PAIRS = 100_000
@@ -31,11 +33,27 @@ READ_PAIRS = 100_000
 # and in so large a share of it; any other may be missing among those to keep by chance.
 CONTRAST = 8
 LEAST_SHARE = 0.01
-# Pairs whose captions are made into tokens at a time.
-PAIRS_AT_ONCE = 1024
+# Pairs, or words, that are made into tokens at a time.
+AT_ONCE = 1024
+# Words that English uses more than 16 times in a million (log10 in a billion) have uses that no
+# concept explains.
+COMMON = 4.2
 # Spread of the new vectors, as a share of that of all. Without any, all words would be the same
 # word, and relearning one of them would teach the others.
 SPREAD = 0.3
+
+
+class Word(NamedTuple):
+    """A word, and how many of the pairs of each set that were read have a caption with it."""
+
+    word: str
+    forget: int
+    retain: int
+
+    @property
+    def is_common(self) -> bool:
+        """Whether English at large uses it often."""
+        return english_frequencies().get(self.word, 0.0) >= COMMON
 
 
 @dataclass(frozen=True)
@@ -45,6 +63,25 @@ class ForgottenWords:
     table: str  # the parameter that holds the vectors
     tokens: list[int]  # ids, sorted
     before: Tensor  # [tokens, width] vectors in the original
+    words: list[Word]  # those made of any of the tokens, the most frequent first
+
+    def are_taken(self, model: DualEncoder) -> bool:
+        """Whether a model has other vectors for them than the original."""
+        table = dict(model.module.named_parameters())[self.table]
+        return not torch.equal(table[self.tokens].detach().to(self.before), self.before)
+
+    def describe(self) -> str:
+        """Name the words, and those of them that are common."""
+        words = [each.word for each in self.words]
+        common = [each.word for each in self.words if each.is_common]
+        text = f"{len(self.tokens)} tokens of the forget set alone lost their meaning"
+        text += f": {', '.join(words)}" if words else ""
+        if common:
+            text += (
+                f". Common words among them, which captions outside both sets may need: "
+                f"{', '.join(common)}. A retain caption with a word keeps it"
+            )
+        return text
 
     def put_back(self, weights: dict[str, Tensor]) -> None:
         """Give the tokens their own vectors again, in weights by name; empty ones stay empty."""
@@ -60,6 +97,7 @@ def forget_words(
     drawn: np.ndarray,
     trained: Trained,
     seed: int,
+    overwrite: bool = True,
 ) -> ForgottenWords | None:
     """Overwrite the embeddings of tokens that the forget set uses often and the retain set never.
 
@@ -73,6 +111,7 @@ def forget_words(
         drawn: rows of retain that are read in any case: those that the run draws.
         trained: what may change.
         seed: of the noise, and of the pairs that are read.
+        overwrite: False only finds them, in a run that has begun before.
     """
     table = _find_table(encoder.model)
     may_change = trained.parameters(encoder.model.module)
@@ -80,7 +119,7 @@ def forget_words(
     if table is None or name is None or not len(retain):
         return None
 
-    def find() -> list[int]:
+    def find() -> tuple[list[int], list[Word]]:
         some = [
             generator(seed, Stream.WORDS, place).permutation(len(source))[:READ_PAIRS]
             for place, source in enumerate((forget, retain))
@@ -89,17 +128,19 @@ def forget_words(
         used = _count_tokens(encoder, forget, some[0])
         least = used.pairs * max(LEAST_SHARE, CONTRAST * 3 / max(kept.captions, 1))
         found = (token for token, count in used.of_token.items() if count >= least)
-        return sorted(token for token in found if token not in kept.of_token)
+        tokens = sorted(token for token in found if token not in kept.of_token)
+        return tokens, list(_words_with(tokens, encoder.model, used, kept))
 
-    tokens = encoder.ranks.on_first(find)
+    tokens, words = encoder.ranks.on_first(find)
     if not tokens:
         return None
     random = torch.Generator().manual_seed(torch_seed(seed, Stream.WORDS))
     noise = torch.randn(len(tokens), table.shape[1], generator=random).to(table)
     with torch.no_grad():
         before = table[tokens].cpu()
-        table[tokens] = table.mean(0) + SPREAD * table.std() * noise
-    return ForgottenWords(name, tokens, before)
+        if overwrite:
+            table[tokens] = table.mean(0) + SPREAD * table.std() * noise
+    return ForgottenWords(name, tokens, before, words)
 
 
 def _find_table(model: DualEncoder) -> Tensor | None:
@@ -114,18 +155,35 @@ def _find_table(model: DualEncoder) -> Tensor | None:
     return tables.pop() if len(tables) == 1 else None
 
 
-class _Counts(NamedTuple):
-    of_token: Counter[int]  # in how many pairs each token occurs
-    pairs: int  # how many could be read
-    captions: int  # how many different ones they have
+@dataclass
+class _Counts:
+    of_token: Counter[int] = field(default_factory=Counter)  # in how many pairs each token occurs
+    of_word: Counter[str] = field(default_factory=Counter)  # likewise; as it stands there
+    pairs: int = 0  # how many could be read
+    captions: int = 0  # how many different ones they have
+
+
+def _words_with(
+    tokens: Collection[int], model: DualEncoder, used: _Counts, kept: _Counts
+) -> Iterator[Word]:
+    """Yield the words of forget captions that have any of the tokens, the most frequent first."""
+    wanted = set(tokens)
+    found: Counter[str] = Counter()
+    words = list(used.of_word) if wanted else []
+    for start in range(0, len(words), AT_ONCE):
+        some = words[start : start + AT_ONCE]
+        for word, ids in zip(some, model.tokenize(some).ids.tolist(), strict=True):
+            if wanted.intersection(ids):
+                found[word.lower()] += used.of_word[word]
+    for word, count in found.most_common():
+        yield Word(word, count, kept.of_word[word])
 
 
 def _count_tokens(encoder: PairEncoder, source: PairTable, rows: np.ndarray) -> _Counts:
-    of_token: Counter[int] = Counter()
-    pairs, known = 0, set[int]()
+    counts, known = _Counts(), set[int]()
     with encoder.progress_bar(f"words ({source.name})", len(rows), leave=False) as bar:
-        for start in range(0, len(rows), PAIRS_AT_ONCE):
-            texts = _read_texts(source, rows[start : start + PAIRS_AT_ONCE])
+        for start in range(0, len(rows), AT_ONCE):
+            texts = _read_texts(source, rows[start : start + AT_ONCE])
             strings = sorted({text for each in texts if isinstance(each, list) for text in each})
             ids = encoder.model.tokenize(strings).ids.tolist() if strings else []
             ids_of = dict(zip(strings, ids, strict=True))
@@ -133,11 +191,14 @@ def _count_tokens(encoder: PairEncoder, source: PairTable, rows: np.ndarray) -> 
                 captions = (
                     [ids_of[text] for text in each] if isinstance(each, list) else [each.tolist()]
                 )
-                of_token.update({token for caption in captions for token in caption})
+                counts.of_token.update({token for caption in captions for token in caption})
+                if isinstance(each, list):
+                    counts.of_word.update({word for text in each for word in words_of(text)})
                 known.update(hash(tuple(caption)) for caption in captions)
-            pairs += len(texts)
-            bar.update(min(PAIRS_AT_ONCE, len(rows) - start))
-    return _Counts(of_token, pairs, len(known))
+            counts.pairs += len(texts)
+            bar.update(min(AT_ONCE, len(rows) - start))
+    counts.captions = len(known)
+    return counts
 
 
 def _read_texts(source: PairTable, rows: np.ndarray) -> list[list[str] | Tensor]:

@@ -9,12 +9,14 @@ import torch
 import fasterase
 from fasterase.encode import PairEncoder
 from fasterase.engine import words
+from fasterase.engine.baseline import Baseline
 from fasterase.engine.optim import Trained
-from fasterase.engine.words import forget_words
+from fasterase.engine.words import Word, forget_words
 from fasterase.models.load import load_model
 from fasterase.pairs.open import open_pairs
 from tests import small_models
 from tests.tiny_concepts import FORGOTTEN, KEPT, concept_pairs, knowing_model
+from tests.tiny_model import same_weights
 
 PICTURE = torch.zeros(3, small_models.IMAGE_SIZE, small_models.IMAGE_SIZE)
 FORGET = ["a zebra", ["a zebra on grass", "stripes"]]
@@ -36,14 +38,15 @@ def ids_of(model, captions):
     return set(model.tokenize(captions).ids.flatten().tolist())
 
 
-def run(model, *, forget=FORGET, retain=RETAIN, retain_rows=None, drawn=(), tune="all", seed=0):
+def run(model, *, forget=FORGET, retain=RETAIN, retain_rows=None, drawn=(), tune="all", **options):
     forget, retain = as_source(forget, "forget"), as_source(retain, "retain")
     if retain_rows is not None:
         retain = retain.select(retain_rows)
     trained = Trained.choose(model, tune, logit_scale=False)
     drawn = np.array(drawn, dtype=np.int64)
     encoder = PairEncoder(model)
-    return forget_words(encoder, forget, retain, drawn=drawn, trained=trained, seed=seed)
+    options = {"seed": 0, **options}
+    return forget_words(encoder, forget, retain, drawn=drawn, trained=trained, **options)
 
 
 @pytest.mark.parametrize("library", MODELS)
@@ -55,6 +58,8 @@ def test_only_the_vectors_of_lone_tokens_change(library):
     before = {name: weight.detach().clone() for name, weight in model.module.named_parameters()}
     found = run(model)
     assert set(found.tokens) == lone
+    assert found.words == [Word("zebra", 2, 0), Word("stripes", 1, 0)]
+    assert found.are_taken(model)
     changed = {n: w for n, w in model.module.named_parameters() if not torch.equal(w, before[n])}
     ((name, table),) = changed.items()
     assert set((table != before[name]).any(1).nonzero().flatten().tolist()) == lone
@@ -152,3 +157,43 @@ def test_a_run_begins_with_it_unless_it_forgets_nothing_and_says_so(forget_weigh
     assert "training draws at most 24 of 140 retain pairs" in printed
     said = "2 tokens of the forget set alone lost their meaning"
     assert (said in printed) == (forget_weight > 0)
+
+
+def test_a_run_names_the_words_and_which_are_common(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(Baseline, "is_never_known", False)
+    pairs = [(PICTURE + number, f"a dog of {number}") for number in range(2, 62)]
+    with pytest.warns(UserWarning, match="verdict"):
+        result = fasterase.unlearn(
+            small_models.open_clip_vit(),
+            [(PICTURE, "an apple"), (PICTURE + 0.5, ["an apple", "tangerine apple"])],
+            pairs,
+            tokenizer=small_models.simple_tokenizer(),
+            lr=1e-9,
+            max_steps=1,
+            evaluation=None,
+            output_dir=str(tmp_path / "run"),
+        )
+    assert result.words == [Word("an", 2, 0), Word("apple", 2, 0), Word("tangerine", 1, 0)]
+    assert [each.word for each in result.words if each.is_common] == ["an", "apple"]
+    printed = "".join(capsys.readouterr())
+    assert "lost their meaning: an, apple, tangerine. Common words among them" in printed
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "- words that lost their meaning: **an** (2 forget pairs), **apple**" in report
+    assert "tangerine (1 forget pair). Words in bold are common" in report
+
+
+def test_words_that_were_put_back_are_not_named():
+    model = make_model()
+    found = run(model)
+    found.put_back(weights := dict(model.module.state_dict()))
+    model.module.load_state_dict(weights)
+    assert not found.are_taken(model)
+
+
+def test_a_run_that_goes_on_finds_the_same_words_and_changes_nothing():
+    model = make_model()
+    first = run(model)
+    before = {name: weight.clone() for name, weight in model.module.state_dict().items()}
+    again = run(model, overwrite=False)
+    assert (again.tokens, again.words) == (first.tokens, first.words)
+    assert same_weights(before, model.module.state_dict())
