@@ -115,8 +115,8 @@ def check_steps_left(config: UnlearnConfig, total_steps: int, *, taken: int) -> 
 def lock_run(output_dir: Path | None) -> Iterator[None]:
     """Create `output_dir` and keep other runs out of it for the block; None does nothing.
 
-    The lock is the operating system's, which takes it from a process that ends in whatever way. So
-    nothing stale can be left, on another host neither.
+    This is a lock of the operating system, released however the process ends, so no stale lock can
+    remain, even on another host.
 
     Raises:
         InputError: it cannot be written to; or another run, which is named, holds it.

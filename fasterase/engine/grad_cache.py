@@ -27,17 +27,17 @@ from fasterase.parallel.engine import Engine
 
 LossOfFeatures = Callable[[Tensor, Tensor, Tensor], FeatureGradients]
 
-# Captions that a micro-batch encodes at least, of those that it has. Products of fewer rows may
-# round a row differently, and steps with a prefix cache should be those without, bit for bit.
+# Minimum number of captions encoded per micro-batch, if it has that many. Smaller products may
+# round differently, and steps must be the same with and without a prefix cache, bit for bit.
 _FEWEST_TEXTS = 4
 
 
 class _Part(NamedTuple):
-    """What the towers encode at a time, of which the first rows count."""
+    """Input of one call of the towers; only the first `images` or `texts` rows are used."""
 
     pixels: Tensor | Halfway
     tokens: Tokens | Halfway
-    images: int  # how many rows of pixels count
+    images: int
     texts: int
     seed: int
 
@@ -47,7 +47,6 @@ def backpropagate(
     micro_batches: Sequence[MicroBatch],
     loss_of: LossOfFeatures,
     *,
-    device: torch.device,
     seed_of: Callable[[MicroBatch], int],
     passes: int | None = None,
 ) -> EraseLoss:
@@ -58,7 +57,6 @@ def backpropagate(
         micro_batches: at least one.
         loss_of: maps image features (n, D), text features (n, D) and scale of the whole batch to
             the loss and its gradients. If all gradients are None there is no backward pass.
-        device: where the towers run.
         seed_of: seed of the generators while a micro-batch is encoded; both encodings of it then
             have the same Dropout masks.
         passes: how often the towers are called, if more often than there are micro-batches; the
@@ -80,8 +78,8 @@ def backpropagate(
 
     def encode(part: _Part, *, graph: bool, image: bool = True, text: bool = True) -> Features:
         torch.manual_seed(part.seed)
-        pixels = part.pixels.to(device) if image else None
-        tokens = part.tokens.to(device) if text else None
+        pixels = part.pixels.to(engine.device) if image else None
+        tokens = part.tokens.to(engine.device) if text else None
         with torch.set_grad_enabled(graph):
             found = engine(pixels, tokens)
             return Features(

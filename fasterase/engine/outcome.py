@@ -39,7 +39,7 @@ class Outcome:
 
 
 def advise(outcome: Outcome, config: UnlearnConfig) -> str | None:
-    """Return a warning of any verdict but "forgotten", of none, and of one that few images show.
+    """Return a warning if the verdict is not "forgotten", is missing, or rests on few images.
 
     It has the figures and says what to do next. None if there is nothing to warn of.
     """

@@ -21,8 +21,8 @@ from fasterase.evaluation.verdict import FORGOTTEN, OVER_ERASED, REMEMBERED, Tra
 # There are fewer where a residue, at its pace, would soon pass a margin.
 CHECK_STEPS = 5
 CHECKED_LOSS = 0.6
-# A thorough run, in which either tower also forgets beside the original's other one, fades only at
-# this share: the verdict asks the two new towers alone, and holds once one of them has forgotten.
+# A thorough run also makes each new tower forget when paired with the original's other one. It
+# starts to fade only at this share: the verdict asks the two new towers alone.
 SETTLED_LOSS = 0.35
 # ... or once the loss has not fallen by a tenth in so many steps.
 PATIENCE_STEPS, NOTICED_FALL = 60, 0.9
@@ -76,7 +76,7 @@ class Check(NamedTuple):
     def is_safely_forgotten(self) -> bool:
         """Whether the traces are below the verdict's thresholds by a margin.
 
-        Where one direction has fallen far, more of it would take that one out of its margin.
+        If one direction has already fallen far, further training would push it below its margin.
         """
         margin = MARGIN_RESIDUE if self.least_residue > LEAST_RESIDUE else RESTING[1]
         return (
@@ -89,7 +89,7 @@ class Check(NamedTuple):
 
 
 class Pacing:
-    """A number of steps that the user gave. What it holds is in checkpoints.
+    """Pacing of a number of steps that the user gave. Its state is saved in checkpoints.
 
     Args:
         rate: the learning rate.

@@ -29,8 +29,8 @@ from fasterase.vocabulary import english_frequencies, words_of
 # Pairs of each set whose captions are read.
 READ_PAIRS = 100_000
 # A token that none of n different captions to keep has is in fewer than 3 / n of all (at 95 %, the
-# rule of three). It belongs to the concept if it is so many times as frequent in the forget set,
-# and in so large a share of it; any other may be missing among those to keep by chance.
+# rule of three). It counts as the concept's own if it is at least CONTRAST times that frequent in
+# the forget set and in LEAST_SHARE of its pairs; a rarer one may be missing by chance.
 CONTRAST = 8
 LEAST_SHARE = 0.01
 # Pairs, or words, that are made into tokens at a time.

@@ -73,7 +73,7 @@ def open_tars(
     The `json` entry becomes the pair's `meta`.
 
     Uncompressed tars are indexed in one pass over their headers (`tar_index`) and read by offset;
-    those at a URL from local copies, of which a bounded number is kept (`remote`).
+    those at a URL through a local cache of limited size (`remote`).
     A sample of img2dataset that its json entry calls failed, or whose image has another size than
     it says, is a broken pair. Compressed tars and pipes allow no random access: they are read once
     from start to end, and their encoded images are kept in memory.

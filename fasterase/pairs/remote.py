@@ -1,4 +1,4 @@
-"""Shards: files, and what is at URLs, read through local copies of which a bounded number is kept.
+"""Shards: local files, and remote ones read through a local cache of limited size.
 
 All processes of a machine share one folder of copies. A shard is fetched whole by one of them while
 the others wait for it; a download that was cut off resumes. The name of a copy is a hash of URL,
@@ -42,10 +42,10 @@ TRIES = 3
 PAUSE_SECONDS = 2.0  # before the second try; doubled for each further one
 CHUNK_BYTES = 8 << 20
 _ASKED_AT_ONCE = 16
-# Small entries of a tar share a read; of large ones little is read in vain.
+# Large enough for one read to cover several small entries, small enough to waste little on others.
 _BUFFER_BYTES = 1 << 15
-# What a file system tells of a file that changes with its content, whatever its name for it; the
-# first that it tells counts.
+# Metadata that change with a file's content, under the names that file systems use; the first one
+# present is used.
 _VERSIONS = (
     *("ETag", "etag", "md5Hash", "Content-MD5", "Digest", "blob_id", "Last-Modified"),
     *("LastModified", "last_modified", "mtime", "updated", "last_commit"),

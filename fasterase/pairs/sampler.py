@@ -32,9 +32,9 @@ class Sampler:
     One epoch is one pass over the forget set: a fresh permutation, cut into `steps_per_epoch`
     batches whose sizes differ by at most one, so that no pair is left out and no batch is tiny.
     The retain set cycles in passes of its own, each a fresh permutation. They follow one another
-    and are cut into full batches, so that every pass draws each pair once. In a batch that ends one
-    pass and begins the next, a row that it already holds is put off to the batch after it; no batch
-    holds a row twice. Of a set smaller than two batches, the rows that a batch leaves out are cut
+    and are cut into full batches, so that every pass draws each pair once. Where a batch spans two
+    passes, a row that it already contains is postponed to the next batch; no batch contains a row
+    twice. Of a set smaller than two batches, the rows that a batch leaves out are cut
     from passes in this way, so that each is left out equally often. Rows of remote shards are
     shuffled in windows, see `shuffle_rows`.
 
@@ -126,8 +126,8 @@ class Sampler:
     def _first_rows(self, stream: Stream, number: int, size: int) -> np.ndarray:
         """Return the first rows of a pass, [2 * size], without repeats in a batch.
 
-        Rows that the batch across its beginning holds already change places with others of the
-        first `size`. There are enough: the batch takes the last `shared` rows of the pass before,
+        The batch that spans two passes must not repeat a row: those it drew from the pass before
+        are swapped with later ones among the first `size`. There are enough: the batch takes the last `shared` rows of the pass before,
         and of this pass the `shared` rows after it lie among the first `size`.
         """
         count = self._retain_count

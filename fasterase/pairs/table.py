@@ -133,7 +133,7 @@ class Part:
         return self.value(name, row).decode(*_ENCODING)
 
     def column(self, name: str) -> pa.Array:
-        """Return a column for one pass over it, which leaves nothing of a file mapped."""
+        """Return a column for a single pass; a file is not kept mapped afterwards."""
         return (self.batch if self.path is None else self._map()).column(name)
 
     def every_id(self) -> Iterator[str]:
@@ -367,7 +367,7 @@ class PairTable(Sequence[Record]):
         return column if self.indices is None else column[self.indices]
 
     def _every(self, every: Callable[[], Iterator[T]], one: Callable[[int], T]) -> Iterator[T]:
-        """Yield the value of each row: of few, or in another order, one by one."""
+        """Yield the value of each row; few, or reordered ones, are looked up one by one."""
         if self.indices is None:
             return every()
         if 8 * len(self.indices) < self._count() or (np.diff(self.indices) <= 0).any():

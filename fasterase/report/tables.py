@@ -55,11 +55,11 @@ def markdown_table(columns: Sequence[str], sections: Sequence[Section], *, left:
     return "\n\n".join(blocks)
 
 
-def html_table(columns: Sequence[str], sections: Sequence[Section], *, left: int = 2) -> str:
+def html_table(columns: Sequence[str], sections: Sequence[Section]) -> str:
     """Format a table as HTML, for notebooks; each title is a row of its own."""
 
     def line(cells: Sequence[str], tag: str) -> str:
-        sides = ["left"] * left + ["right"] * (len(cells) - left)
+        sides = ["left"] * 2 + ["right"] * (len(cells) - 2)
         styled = [
             f'<{tag} style="text-align: {side}">{html.escape(cell)}</{tag}>'
             for cell, side in zip(cells, sides, strict=True)
