@@ -47,6 +47,7 @@ def backpropagate(
     micro_batches: Sequence[MicroBatch],
     loss_of: LossOfFeatures,
     *,
+    device: torch.device,
     seed_of: Callable[[MicroBatch], int],
     passes: int | None = None,
 ) -> EraseLoss:
@@ -57,6 +58,7 @@ def backpropagate(
         micro_batches: at least one.
         loss_of: maps image features (n, D), text features (n, D) and scale of the whole batch to
             the loss and its gradients. If all gradients are None there is no backward pass.
+        device: where the towers run.
         seed_of: seed of the generators while a micro-batch is encoded; both encodings of it then
             have the same Dropout masks.
         passes: how often the towers are called, if more often than there are micro-batches; the
@@ -78,8 +80,8 @@ def backpropagate(
 
     def encode(part: _Part, *, graph: bool, image: bool = True, text: bool = True) -> Features:
         torch.manual_seed(part.seed)
-        pixels = part.pixels.to(engine.device) if image else None
-        tokens = part.tokens.to(engine.device) if text else None
+        pixels = part.pixels.to(device) if image else None
+        tokens = part.tokens.to(device) if text else None
         with torch.set_grad_enabled(graph):
             found = engine(pixels, tokens)
             return Features(

@@ -74,6 +74,7 @@ class Trainer:
                     labels=batch.labels,
                     upstream=engine.upstream(),
                 ),
+                device=engine.device,
                 seed_of=lambda part: torch_seed(seed, Stream.DROPOUT, part.step, part.offset),
                 passes=passes if engine.in_lockstep else None,
             )

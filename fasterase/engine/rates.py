@@ -23,7 +23,7 @@ LINE_STEPS = 80
 # Trust region: squared distance that retained features may move (the anchor loss) before lr falls.
 # It widens by a factor per step once the line has ended: otherwise a run that lags behind the whole
 # line would stand still at its border. lr may climb back to where it left the region, and beyond
-# that only as fast as the region widens; a faster run would jump from "remembered" to "over-erased".
+# that only as fast as the region widens: a faster run jumps from "remembered" to "over-erased".
 TRUSTED_DISTANCE = 0.012
 WIDENING = 1.02
 # Weight of the past in running averages of the loss and the distance.

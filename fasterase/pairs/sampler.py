@@ -127,8 +127,9 @@ class Sampler:
         """Return the first rows of a pass, [2 * size], without repeats in a batch.
 
         The batch that spans two passes must not repeat a row: those it drew from the pass before
-        are swapped with later ones among the first `size`. There are enough: the batch takes the last `shared` rows of the pass before,
-        and of this pass the `shared` rows after it lie among the first `size`.
+        are swapped with later ones among the first `size`. There are enough: the batch takes the
+        last `shared` rows of the pass before, and the `shared` rows of this pass after it lie among
+        the first `size`.
         """
         count = self._retain_count
         rows = self._permutation(stream, number, count)[: 2 * size]
