@@ -4,7 +4,7 @@
 
 Erases a digit from small CLIPs of handwriting (a ViT, a ResNet and a SigLIP, each trained from
 several initialisations) and concepts from the demo's model, with several seeds, with 1 and 2
-threads, and with the instructions that torch chooses on this CPU and fewer of them. Models are
+threads, and with the instructions that torch chooses on this CPU and with AVX2 alone. Models are
 trained anew in every setting: a start that differs in its last bits is the case that is tested.
 --work keeps measurements, so an interrupted command resumes. Writes robustness.csv, a row per
 erasure, to --output. It prints the least distance of a residue to a threshold of the verdict for
@@ -40,9 +40,8 @@ from fasterase.result import UnlearnResult
 from tests import digits
 
 CONCEPTS = ("food-fruit", "animal-bird")
-# None: the instructions that torch chooses. The others are AVX2, or where it chooses these, none.
-CHOSEN = torch.backends.cpu.get_cpu_capability()
-CAPABILITIES = (None, "default" if CHOSEN == "AVX2" else "avx2")
+OWN = "own"  # the instructions that torch chooses
+CAPABILITIES = (OWN, "avx2", "default")
 THREADS = (1, 2)
 COLUMNS = ("erased from", "erasures", "forgotten", "steps", "to a threshold, trained", "unseen")
 DIRECTIONS = ("image_to_text", "text_to_image")
@@ -168,6 +167,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--starts", type=int, default=3, help="initialisations of each model")
     parser.add_argument("--seeds", type=int, default=3, help="erasures of each start")
     parser.add_argument("--threads", nargs="+", type=int, default=THREADS)
+    parser.add_argument(
+        "--instructions",
+        nargs="+",
+        default=(OWN, "avx2"),
+        choices=CAPABILITIES,
+        metavar="SET",
+        help="ATEN_CPU_CAPABILITY, or own: those that torch chooses, avx2 on many CPUs",
+    )
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.case is not None:
@@ -178,8 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         build_sets(concept, original=str(emoji.BASE_MODEL), seed=0)  # refuses an unknown one
     options.work.mkdir(parents=True, exist_ok=True)
     cases = [
-        Case(model, start, threads, capability)
-        for capability in CAPABILITIES
+        Case(model, start, threads, None if instructions == OWN else instructions)
+        for instructions in options.instructions
         for threads in options.threads
         for model in (*options.models, *options.concepts)
         for start in range(options.starts if model in kinds else 1)
