@@ -375,7 +375,8 @@ def _measure_models(
     """
     # A model that cannot be loaded is told of now, not after minutes of measuring the others.
     for name in list(models)[1:]:
-        load_compared(name, models[name], **given)
+        if isinstance(models[name], (str, os.PathLike)):
+            load_compared(name, models[name], **given)
     measured: dict[str, Measurement] = {}
     fingerprint = ""
     for name, model in models.items():
@@ -385,7 +386,10 @@ def _measure_models(
             pairs = PairEncoder(encoder, **encoding)
             features = evaluator.encode(pairs)
             before = measured.get("original")
-            measured[name] = evaluator.measure(pairs, features, original=before)
+            is_compared = "original" in models and name in ("original", "model")
+            measured[name] = evaluator.measure(
+                pairs, features, original=before, with_things=is_compared
+            )
             examiner.examine(name, pairs, features)
             if name == "model" and audited:
                 fingerprint = fingerprint_weights(encoder.module)

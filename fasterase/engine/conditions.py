@@ -156,6 +156,8 @@ def lock_run(output_dir: Path | None) -> Iterator[None]:
 def _read_holder(file: Path) -> dict[str, Any]:
     """Return process, host and start of the run that holds a folder; empty if it has not said."""
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    known = isinstance(found, dict) and {"pid", "host", "started"} <= found.keys()
+    return found if known and isinstance(found["pid"], int) else {}

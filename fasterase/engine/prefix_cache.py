@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from fasterase.config import UnlearnConfig
 from fasterase.errors import InputError
+from fasterase.files import check_writable
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.forward import autocast
 from fasterase.models.prefix import Halfway, SplitTower
@@ -64,8 +66,11 @@ class PrefixCache(Prefixes):
         }
         self._folder = folder.with_name(f"{folder.name}-below-{config.tune.replace(':', '-')}")
         self._images: dict[str, tuple[FeatureStore, np.ndarray]] = {}
-        self._captions = self._open("captions", self._text.width)
         self._room_for_captions = 0
+
+    @cached_property
+    def _captions(self) -> FeatureStore:
+        return self._open("captions", self._text.width)
 
     def admit(self, source: PairTable, rows: np.ndarray, *, limit_bytes: float = math.inf) -> int:
         """Cache images of `rows`, and as many captions, if all of them fit; nothing is read yet.
@@ -231,6 +236,7 @@ def open_prefix_cache(
             f"{needed / 1e9:.3g} GB. Give prefix_cache={math.ceil(needed / 1e8) / 10:g} or more, "
             "fewer pairs, or leave it None."
         )
+    check_writable(folder.parent, argument="reference_cache")
     cache.admit(forget, np.arange(len(forget)))
     cache.admit(retain, drawn)
     for name, rows in measured:

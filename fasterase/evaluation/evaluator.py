@@ -55,7 +55,7 @@ class Measurement:
     images: dict[str, Tensor]  # set -> image features of its pairs [n, D]
     captions: dict[str, list[str]]  # set -> first caption of each pair
     classes: dict[str, list[str | None]]  # set -> class of each pair, with classes
-    things: Tensor | None  # features of everyday things; None without a tokenizer
+    things: Tensor | None  # features of everyday things, if they were measured
 
     def check_same_pairs(self, other: Measurement, name: str) -> None:
         """Raise `InputError` if another model, called `name`, was measured on other pairs."""
@@ -181,6 +181,7 @@ class Evaluator:
         features: Mapping[str, PairFeatures] | None = None,
         *,
         original: Measurement | None = None,
+        with_things: bool = True,
     ) -> Measurement:
         """Score a model on all sets.
 
@@ -189,6 +190,7 @@ class Evaluator:
             features: what `encode` returned for it, if that has been called already.
             original: of the original, whose image features the captions are also searched in,
                 unless their width differs.
+            with_things: measure everyday things too, which an original is compared with.
 
         Raises:
             InputError: a set has no readable pair, features are not finite, or `class_names` were
@@ -213,7 +215,6 @@ class Evaluator:
         for name, trace in traces.items():
             for key, (values, chance) in trace.metrics_at(features[name].rows).items():
                 scores[name].add(key, values, chance)
-        has_things = bool(self.things) and encoder.model.text_tokenizer is not None
         measured = Measurement(
             model,
             scores,
@@ -222,7 +223,7 @@ class Evaluator:
             {name: found.image for name, found in sets.items()},
             {name: [each[0] for each in found.captions] for name, found in sets.items()},
             classes,
-            encode_things(encoder, self.things) if has_things else None,
+            encode_things(encoder, self.things) if with_things else None,
         )
         if original is not None:
             measured.check_same_pairs(original, "original")

@@ -7,6 +7,7 @@ another meaning.
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fasterase.encode import PairEncoder
-from fasterase.evaluation.scores import SetScores
+from fasterase.evaluation.scores import SetScores, check_finite
 from fasterase.vocabulary import everyday_things, words_of
 
 TEMPLATE = "a photo of {}"
@@ -78,9 +79,21 @@ def choose_things(captions: Collection[str], count: int | None) -> list[str]:
     return sorted(things[place] for place in order[:count])
 
 
-def encode_things(encoder: PairEncoder, things: Sequence[str]) -> Tensor:
-    """Return features [n, D] of things, each in a plain phrase."""
-    return encoder.texts([TEMPLATE.format(thing) for thing in things]).float().cpu()
+def encode_things(encoder: PairEncoder, things: Sequence[str]) -> Tensor | None:
+    """Return features [n, D] of things, each in a plain phrase; None if it cannot read them."""
+    if not things or encoder.model.text_tokenizer is None:
+        return None
+    try:
+        found = encoder.texts([TEMPLATE.format(thing) for thing in things]).float().cpu()
+    except Exception as error:  # of a tokenizer that knows the words of its own data alone
+        warnings.warn(
+            f"everyday words are not measured: the tokenizer of {encoder.model.name} cannot read "
+            f"them ({type(error).__name__}: {error})",
+            stacklevel=2,
+        )
+        return None
+    check_finite(found, things, encoder.model.name)
+    return found
 
 
 class Outside(NamedTuple):
@@ -102,14 +115,16 @@ class Outside(NamedTuple):
         return cls(cosine.numpy(), same.numpy())
 
     def summary(self) -> dict[str, float]:
-        """Return name -> value, ready for JSON."""
-        return {
+        """Return name -> value, ready for JSON; cosines only if there are any."""
+        found = {
             "things": len(self.neighbours),
-            "cosine": float(self.cosine.mean()),
-            "cosine_of_5_percent": float(np.quantile(self.cosine, 0.05)),
             "neighbours": float(self.neighbours.mean()),
             "hurt": float((self.neighbours < ENOUGH_NEIGHBOURS).mean()),
         }
+        if not np.isnan(self.cosine).any():
+            found["cosine"] = float(self.cosine.mean())
+            found["cosine_of_5_percent"] = float(np.quantile(self.cosine, 0.05))
+        return found
 
     def hurt(self, things: Sequence[str]) -> Iterator[Hurt]:
         """Yield the things that kept less than half of their neighbours."""

@@ -191,22 +191,19 @@ class OriginalFeatures:
     def _remove_damaged(self, images: FeatureStore, keys: np.ndarray) -> None:
         """Remove blocks with damaged features of `keys` or of their captions, on all ranks.
 
-        The first rank reads at most `CHECKED_ROWS` of them, evenly spaced.
+        Each rank reads at most `CHECKED_ROWS` of its share, evenly spaced.
         """
-        damaged: tuple[list[str], list[str]] = ([], [])
         with self._ranks.raising_together():
-            if self._ranks.is_first:
-                keys = keys[images.has(keys)]
-                some = np.linspace(0, len(keys), min(len(keys), CHECKED_ROWS), False, dtype=int)
-                captions = np.unique(images.captions(keys[some])[:, 1])
-                captions = captions[self._captions.has(captions)]
-                damaged = (
-                    images.damaged_blocks(keys[some]),
-                    self._captions.damaged_blocks(captions),
-                )
-        found = self._ranks.gather_objects(damaged)[0]
-        images.remove(found[0])
-        self._captions.remove(found[1])
+            keys = keys[images.has(keys)]
+            share = self._ranks.share(len(keys))
+            keys = keys[share.start : share.stop]
+            some = keys[np.linspace(0, len(keys), min(len(keys), CHECKED_ROWS), False, dtype=int)]
+            captions = np.unique(images.captions(some)[:, 1])
+            captions = captions[self._captions.has(captions)]
+            damaged = images.damaged_blocks(some), self._captions.damaged_blocks(captions)
+        for of_images, of_captions in self._ranks.gather_objects(damaged):
+            images.remove(of_images)
+            self._captions.remove(of_captions)
 
 
 class CachedOriginal:

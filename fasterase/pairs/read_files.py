@@ -29,6 +29,11 @@ _NAMES = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar"}
 SEPARATORS = tuple(_NAMES)
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 PARQUET_ENDINGS = (".parquet", ".pq")
+# Text holds neither pixels nor token ids.
+_IMAGE_COLUMNS = tuple(key for key in IMAGE_KEYS if key != "pixel_values")
+_TEXT_COLUMNS = tuple(key for key in TEXT_KEYS if key != "input_ids")
+# Of a cell: captions and metadata of web pages are long.
+_CELL_LIMIT = 1 << 30
 # The columns of images and captions that the caller names, None for the usual ones.
 _Keys = tuple[str | None, str | None]
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -90,11 +95,15 @@ def open_frame(
     return _open_columns(names, cells, (image_key, text_key), name, name, Path.cwd())
 
 
-def _choose_columns(found: list[str], keys: _Keys) -> tuple[str, str]:
+def _choose_columns(
+    found: list[str],
+    keys: _Keys,
+    usual: tuple[tuple[str, ...], tuple[str, ...]] = (IMAGE_KEYS, TEXT_KEYS),
+) -> tuple[str, str]:
     check_columns(found)
     return (
-        choose_key(found, keys[0], IMAGE_KEYS, "image_key"),
-        choose_key(found, keys[1], TEXT_KEYS, "text_key"),
+        choose_key(found, keys[0], usual[0], "image_key"),
+        choose_key(found, keys[1], usual[1], "text_key"),
     )
 
 
@@ -105,7 +114,7 @@ def _find_pairs(
     columns = None
     for number, row in enumerate(rows, 1):
         # The first row decides; JSON objects after it may lack keys.
-        columns = columns or _choose_columns(list(row), keys)
+        columns = columns or _choose_columns(list(row), keys, (_IMAGE_COLUMNS, _TEXT_COLUMNS))
         image, text = (row.pop(column, None) for column in columns)
         named = isinstance(image, str) and image
         yield image if named else f"{label}, row {number} without an image", _captions(text), row
@@ -244,6 +253,7 @@ def _read_cells(file: TextIO, separator: str) -> Iterator[tuple[int, list[str]]]
         for line in file:  # noqa: UP028 (the last one is needed below)
             yield line
 
+    csv.field_size_limit(max(csv.field_size_limit(), _CELL_LIMIT))
     reader = csv.reader(lines(), delimiter=separator, strict=True)
     while True:
         first = reader.line_num + 2
@@ -252,6 +262,9 @@ def _read_cells(file: TextIO, separator: str) -> Iterator[tuple[int, list[str]]]
         except StopIteration:
             return
         except csv.Error as error:
+            is_quote = "expected after" in str(error) or "end of data" in str(error)
+            if not is_quote:
+                raise InputError(f"line {first}: {error}") from error
             # `"d" e` in one line loses nothing.
             if reader.line_num + 1 > first or "expected after" not in str(error):
                 raise InputError(
@@ -278,8 +291,8 @@ def _check_header(names: list[str], folder: Path, separator: str) -> None:
 
 def detect_separator(header: str, image_key: str | None, text_key: str | None) -> str:
     """Return the separator that gives the header the wanted columns, or else most columns."""
-    image_names = IMAGE_KEYS if image_key is None else (image_key,)
-    text_names = TEXT_KEYS if text_key is None else (text_key,)
+    image_names = _IMAGE_COLUMNS if image_key is None else (image_key,)
+    text_names = _TEXT_COLUMNS if text_key is None else (text_key,)
 
     def score(separator: str) -> tuple[int, int]:
         names = set(_split_header(header, separator))

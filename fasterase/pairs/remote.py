@@ -370,7 +370,8 @@ class ShardCache:
 
     def _make_room(self, size: int) -> bool:
         """Drop the least recently used shards until `size` bytes fit; False if they do not."""
-        held = sorted(self.folder.glob("*-*"), key=lambda path: path.stat().st_mtime_ns)
+        held = [path for path in self.folder.glob("*-*") if path.is_file() and _is_own(path)]
+        held.sort(key=lambda path: path.stat().st_mtime_ns)
         sizes = [_whole_size(path) for path in held]
         over = size + sum(sizes) - self.max_bytes
         for path, whole in zip(held, sizes, strict=True):
@@ -387,6 +388,11 @@ class ShardCache:
         except (Timeout, OSError):  # Windows refuses to remove a file that is open
             return False
         return True
+
+
+def _is_own(path: Path) -> bool:
+    """Tell a file of the cache from what others may have put into its folder."""
+    return path.suffix != ".partial" or path.name.split(".")[-2].isdecimal()
 
 
 def _whole_size(path: Path) -> int:

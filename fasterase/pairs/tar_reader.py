@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import lzma
 import os
 import re
@@ -172,7 +173,7 @@ def split_entry(path: str) -> tuple[str, str] | None:
 
 @contextmanager
 def open_sequential(stream: IO[bytes], place: str) -> Iterator[tuple[IO[bytes], list[Damage]]]:
-    """Copy a compressed shard or a pipe to a temporary file, decompressed.
+    """Decompress a shard to a temporary file; a pipe is copied to one first.
 
     Args:
         stream: the shard; it gets closed.
@@ -184,9 +185,11 @@ def open_sequential(stream: IO[bytes], place: str) -> Iterator[tuple[IO[bytes], 
     Raises:
         OSError, and errors of their own from pipes.
     """
-    with tempfile.TemporaryFile() as raw, tempfile.TemporaryFile() as plain:
-        with stream:
-            shutil.copyfileobj(stream, raw)
+    with stream, tempfile.TemporaryFile() as copied, tempfile.TemporaryFile() as plain:
+        raw = stream
+        if not isinstance(stream, io.BufferedReader):  # a pipe of webdataset
+            shutil.copyfileobj(stream, copied)
+            raw = copied
         raw.seek(0)
         start = raw.read(6)
         raw.seek(0)

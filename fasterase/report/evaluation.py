@@ -61,7 +61,8 @@ class Evaluation:
         outside: of everyday things, which need no pictures: how many were measured (`things`), the
             mean `cosine` with the original's feature and that of the lowest 5 %, the mean share of
             nearest `neighbours` that stayed, the share of things that lost more than half of them
-            (`hurt`). Empty without the original or a tokenizer.
+            (`hurt`). No cosines for an original of another width; empty without the original, or
+            a tokenizer that reads them.
     """
 
     scores: Scores
@@ -395,12 +396,17 @@ def describe_hurt(evaluation: Evaluation, *, count: int) -> str:
 
 
 def _describe_outside(outside: Mapping[str, float]) -> str:
-    return (
+    text = (
         f"Outside the sets: {outside['things']:,} everyday things kept "
         f"{100 * outside['neighbours']:.0f} % of their nearest neighbours; "
-        f"{100 * outside['hurt']:.1f} % of them lost more than half. Cosine with the original "
-        f"{outside['cosine']:.3f}, of the lowest 5 % {outside['cosine_of_5_percent']:.3f}."
+        f"{100 * outside['hurt']:.1f} % of them lost more than half."
     )
+    if "cosine" in outside:
+        lowest = outside["cosine_of_5_percent"]
+        text += (
+            f" Cosine with the original {outside['cosine']:.3f}, of the lowest 5 % {lowest:.3f}."
+        )
+    return text
 
 
 def _describe_verdicts(evaluation: Evaluation) -> str:

@@ -62,9 +62,11 @@ def test_orphaned_workers_of_a_killed_run_are_waited_for(tmp_path):
             pass
 
 
-def test_a_holder_that_has_not_said_who_it_is(tmp_path):
+@pytest.mark.parametrize("said", ["{", "null", "[1]", '{"host": "here"}', '{"pid": "x"}'])
+def test_a_holder_that_has_not_said_who_it_is(tmp_path, said):
+    (tmp_path / ".run.json").write_text(said.replace("here", socket.gethostname()))
     with lock_run(tmp_path):
-        (tmp_path / ".run.json").write_text("{")
+        (tmp_path / ".run.json").write_text(said)
         with pytest.raises(InputError, match="in use by another run"), lock_run(tmp_path):
             pass
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -64,6 +66,34 @@ def test_a_moved_thing_is_hurt_and_a_common_rotation_is_not():
     assert summary["cosine"] == pytest.approx(1 - 2 / 40)
     assert summary["neighbours"] < 1
     assert np.isnan(Outside.compare(before[:, :8], before).cosine).all()
+
+
+def test_a_model_of_another_width_has_no_cosines():
+    numbers = torch.Generator().manual_seed(0)
+    features = torch.randn(40, 16, generator=numbers)
+    summary = Outside.compare(features[:, :8], features).summary()
+    assert set(summary) == {"things", "neighbours", "hurt"}
+    json.dumps(summary, allow_nan=False)
+
+
+def test_a_tokenizer_of_few_words_is_a_warning(monkeypatch):
+    monkeypatch.setattr(hurt, "everyday_things", lambda: ("ant", "bee", "cow"))
+    size = small_models.IMAGE_SIZE
+    pairs = [(torch.full((3, size, size), float(n)), f"a {n}") for n in range(6)]
+    simple = small_models.simple_tokenizer()
+
+    def tokenizer(texts):
+        if any("ant" in text for text in texts):
+            raise KeyError("ant")
+        return simple(texts)
+
+    model = small_models.open_clip_vit()
+    options = {"tokenizer": tokenizer, "progress": False}
+    with pytest.warns(UserWarning, match=r"everyday words are not measured.*KeyError: 'ant'"):
+        found = fasterase.evaluate(model, pairs[:2], pairs[2:], original=model, **options)
+    assert found.outside == {}
+    # Without an original there is nothing to compare them with.
+    assert fasterase.evaluate(model, pairs[:2], pairs[2:], **options).outside == {}
 
 
 def test_things_near_the_captions_are_chosen_and_the_concept_is_not(monkeypatch):

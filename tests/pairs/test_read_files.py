@@ -73,6 +73,25 @@ def test_keys_choose_columns(pictures, monkeypatch, form):
         open_pairs(source, name="x")
 
 
+@pytest.mark.parametrize("ending", [".csv", ".jsonl"])
+def test_text_holds_no_token_ids_or_pixels(pictures, ending):
+    """Such columns of a text file are other data, whatever stands in them."""
+    row = {"pixel_values": "x.jpg", "filepath": "0.png", "input_ids": "[1, 2]", "title": "zero"}
+    lines = [",".join(row), ",".join(cell.replace(",", "") for cell in row.values())]
+    content = json.dumps(row) if ending == ".jsonl" else "\n".join(lines)
+    pairs = open_pairs(table(pictures, content, f"t{ending}"), name="x")
+    assert captions(pairs) == [["zero"]]
+    assert pairs.id(0) == "0.png"
+    assert set(pairs.meta(0)) == {"pixel_values", "input_ids"}
+
+
+def test_long_cells_are_read(pictures):
+    text = "word " * 40_000
+    pairs = open_pairs(table(pictures, f"filepath,title,page\n0.png,zero,{text}\n"), name="x")
+    assert captions(pairs) == [["zero"]]
+    assert pairs.meta(0)["page"] == text
+
+
 def test_jsonl_with_alternatives_and_meta(pictures):
     rows = [
         {"image": "0.png", "text": ["a", "b"], "score": 1.5},

@@ -224,6 +224,9 @@ def test_the_cache_keeps_its_bound_and_drops_the_least_recently_used(
     bound = sum(map(os.path.getsize, shards[:2])) + 1000
     monkeypatch.setenv(remote.BYTES_VARIABLE, str(bound))
     pairs = open_pairs(f"{server.url}/s-{{0..3}}.tar", name="x")
+    folder = pairs.images.shards[0].cache.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "somebody-else's.partial").touch()
     for row in (0, 2, 0, 4, 0):
         assert pairs[row].text == f"n {row}"
         time.sleep(0.01)
