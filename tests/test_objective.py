@@ -147,6 +147,7 @@ def test_an_infinite_total_stays_so_with_gradients_made_in_the_forward():
         assert loss_of(**call, **rest, n_forget=1, retain_weight=4.0).total == torch.inf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("negatives", ["own", "joint"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_made_in_the_forward_compile_as_one_graph(backend, negatives):

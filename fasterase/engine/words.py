@@ -175,7 +175,7 @@ def _words_with(
         for word, ids in zip(some, model.tokenize(some).ids.tolist(), strict=True):
             if wanted.intersection(ids):
                 found[word.lower()] += used.of_word[word]
-    for word, count in found.most_common():
+    for word, count in sorted(found.items(), key=lambda each: (-each[1], each[0])):
         yield Word(word, count, kept.of_word[word])
 
 

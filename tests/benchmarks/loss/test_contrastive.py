@@ -157,6 +157,7 @@ def test_no_provider_always_follows_the_same_other():
     assert {(a, b) for a, b in pairs if a != b} == set(itertools.permutations("abc", 2))
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_matrices():
     case = Case(2048, 8)  # 16 MB a matrix, far above what a first call touches besides
     dense = ("fasterase-dense", "torch-dense")
