@@ -286,10 +286,10 @@ def evaluate(
         class_names: classes of the zero-shot accuracy, kept ones too. None: the classes that the
             sources carry (class-per-folder), if any.
         templates: prompts with `{}` for the class name. None: "a photo of a {}.".
-        tasks: what models are used for, on every set and model here (docs/evidence.md):
+        tasks: what models are used for, on every set and model here (docs/attacks.md):
             "zero_shot", "retrieval", "image_retrieval", "linear_probe", "prototypes" and
             "paraphrases".
-        attacks: attempts to bring the concept back, run on every model here (docs/evidence.md):
+        attacks: attempts to bring the concept back, run on every model here (docs/attacks.md):
             "swap" looks for it with the original's image tower and the model's text tower, and the
             reverse; "probe" tries to tell its images from others by their features alone;
             "quantise" judges the model again with 8- and 4-bit weights; "relearn" fine-tunes

@@ -85,7 +85,8 @@ def encode_things(encoder: PairEncoder, things: Sequence[str]) -> Tensor | None:
         return None
     try:
         found = encoder.texts([TEMPLATE.format(thing) for thing in things]).float().cpu()
-    except Exception as error:  # of a tokenizer that knows the words of its own data alone
+    # A tokenizer may know the words of its own data alone. A device that fails says so itself.
+    except (LookupError, TypeError, ValueError) as error:
         warnings.warn(
             f"everyday words are not measured: the tokenizer of {encoder.model.name} cannot read "
             f"them ({type(error).__name__}: {error})",

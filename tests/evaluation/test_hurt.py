@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -94,6 +95,15 @@ def test_a_tokenizer_of_few_words_is_a_warning(monkeypatch):
     assert found.outside == {}
     # Without an original there is nothing to compare them with.
     assert fasterase.evaluate(model, pairs[:2], pairs[2:], **options).outside == {}
+
+
+def test_a_device_that_fails_is_no_tokenizer_that_does():
+    def fail(texts):
+        raise torch.OutOfMemoryError("no room")
+
+    model = SimpleNamespace(text_tokenizer=object(), name="x")
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        hurt.encode_things(SimpleNamespace(model=model, texts=fail), ["ant", "bee"])
 
 
 def test_things_near_the_captions_are_chosen_and_the_concept_is_not(monkeypatch):
