@@ -36,6 +36,8 @@ LEAST_RESIDUE = 0.35
 # Residues at which final weights may rest: the verdict's own thresholds with a margin, since other
 # pairs and other processors round a model that ends at a threshold to either side of it.
 RESTING = (0.3, 0.7)
+# Weights below them are moved back towards the start by at most this share, found by halving.
+MOST_EASED, EASE_CHECKS = 0.25, 5
 # The first fade and two more.
 MAX_FADES = 3
 # Steps of an automatic run, or one pass over the forget set if that is more.
@@ -150,6 +152,7 @@ class _Progress:
 
     last: tuple[int, float, float]  # step of the last check, its largest and smallest residue
     best_rank: list[float]  # of the best weights, see `_rank`
+    best_least: float  # their smallest residue
     lowest: tuple[int, float] | None = None  # last noticeable fall of the loss: step, share left
     next_check: int = 0  # a step, if no check is due before
     fade_from: tuple[int, float] | None = None  # first step of a fade, and its learning rate
@@ -164,7 +167,8 @@ class AutomaticPacing(Pacing):
     the loss has converged, or the damage is exceeded, lr decays to 0, which recovers some damage.
     If the verdict does not hold then, the run resumes, at most twice. The best weights seen are
     restored at the end: of forgotten ones those that rest within the margins, faded ones first,
-    then those with the least damage; else those with the least residue within `max_damage`.
+    then those with the least damage; else those with the least residue within `max_damage`. Where
+    the best lie below the margins, weights between the start's and theirs are considered too.
 
     Args:
         rate: the learning rate while forgetting.
@@ -172,7 +176,7 @@ class AutomaticPacing(Pacing):
         weights: copies the trained weights, to CPU.
         load: puts such a copy back.
         original: the original's check and weights, the first candidate for the best weights.
-        start: the check of the weights that training starts from, if they are not the original's.
+        start: those that training starts from; no check of the original's, or in a resumed run.
         settled_loss: share of the first forgetting loss above which a verdict does not end the run
             while the loss still falls.
         max_steps: the budget.
@@ -186,7 +190,7 @@ class AutomaticPacing(Pacing):
         weights: Callable[[], dict[str, Tensor]],
         load: Callable[[dict[str, Tensor]], None],
         original: tuple[Check, dict[str, Tensor]],
-        start: Check | None = None,
+        start: tuple[Check | None, dict[str, Tensor]],
         settled_loss: float = 1.0,
         max_steps: int,
     ) -> None:
@@ -197,9 +201,11 @@ class AutomaticPacing(Pacing):
         self._settled_loss = settled_loss
         self._step = 0
         known, self._best = original
-        self._now = _Progress((0, known.residue, known.least_residue), _rank(known, faded=False))
-        if start is not None:
-            self._consider(start, faded=False)
+        residues = known.residue, known.least_residue
+        self._now = _Progress((0, *residues), _rank(known, faded=False), known.least_residue)
+        found, self._start = start
+        if found is not None:
+            self._consider(found, faded=False)
 
     def lr(self, step: int) -> float:
         if self._now.fade_from is None:
@@ -267,10 +273,27 @@ class AutomaticPacing(Pacing):
             self._now.fade_from = None
 
     def _finish(self) -> None:
+        if self._now.best_rank[1] != REMEMBERED_RANK and self._now.best_least < RESTING[0]:
+            self._ease()
         self._load(self._best)
         self.is_done = True
         if self._now.best_rank[1] == REMEMBERED_RANK:
             self.limit = "damage" if self._now.has_exceeded else "steps"
+
+    def _ease(self) -> None:
+        """Look for the margin on the straight line from the best weights back to the start's."""
+        low, high, best = 0.0, MOST_EASED, self._best
+        for _ in range(EASE_CHECKS):
+            share = (low + high) / 2
+            self._load(
+                {name: _between(each, self._start[name], share) for name, each in best.items()}
+            )
+            found = self._check()
+            self._consider(found, faded=True)
+            if found.least_residue < RESTING[0]:
+                low = share
+            else:
+                high = share
 
     def _consider(self, found: Check, *, faded: bool) -> None:
         """Take a copy of the weights if they are better than the best so far."""
@@ -278,6 +301,7 @@ class AutomaticPacing(Pacing):
         rank = _rank(found, faded=faded)
         if rank < self._now.best_rank:
             self._now.best_rank, self._best = rank, self._weights()
+            self._now.best_least = found.least_residue
 
     def state(self) -> dict[str, Any]:
         return {**super().state(), "limit": self.limit, "progress": asdict(self._now)}
@@ -292,6 +316,10 @@ class AutomaticPacing(Pacing):
         self._now = _Progress(**state["progress"])
         if tensors:
             self._best = tensors
+
+
+def _between(tensor: Tensor, start: Tensor, share: float) -> Tensor:
+    return tensor.lerp(start, share) if tensor.is_floating_point() else tensor
 
 
 # Ranks of verdicts among the candidates for the best weights.

@@ -213,16 +213,14 @@ class Run:
             training(working.module, parameters, train_mode=config.train_mode),
         ):
             engine = build_engine(job, self._trained, working)
-            original = engine.weights() if is_automatic else {}
-            if words is not None:
-                words.put_back(original)
+            begun = engine.weights() if is_automatic else {}
             trainer = Trainer(
                 job,
                 engine,
                 StepLoss.of_job(job, self._trained, floor=baseline.floor),
                 baseline.original,
             )
-            pacing = self._build_pacing(engine, original, start)
+            pacing = self._build_pacing(engine, (start, begun))
             self._resume(trainer, pacing)
             with self._encoder.through(engine), _exporting(engine):
                 batches = self._batches(trainer, pacing)
@@ -242,7 +240,6 @@ class Run:
             drawn=self._draws.rows[1],
             trained=self._trained,
             seed=config.seed,
-            overwrite=self._saved is None,  # a checkpoint has its own vectors
         )
         if words is not None:
             self._say(words.describe())
@@ -278,11 +275,12 @@ class Run:
         )
 
     def _build_pacing(
-        self, engine: Engine, original: dict[str, Tensor], start: Check | None
+        self, engine: Engine, start: tuple[Check | None, dict[str, Tensor]]
     ) -> Pacing:
-        config, checks = self.job.config, self._checks
+        config, checks, words = self.job.config, self._checks, self._words
         total_steps = self._draws.total_steps
         if config.runs_until_forgotten:
+            original = start[1] if words is None else words.put_back(start[1])
             return AutomaticPacing(
                 LineFollower() if config.lr == "auto" else Rate(config.lr),
                 check=checks,

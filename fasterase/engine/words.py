@@ -83,10 +83,13 @@ class ForgottenWords:
             )
         return text
 
-    def put_back(self, weights: dict[str, Tensor]) -> None:
-        """Give the tokens their own vectors again, in weights by name; empty ones stay empty."""
-        if weights:
-            weights[self.table][self.tokens] = self.before
+    def put_back(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return weights by name in which the tokens have their own vectors; none of none."""
+        if not weights:
+            return weights
+        table = weights[self.table].clone()
+        table[self.tokens] = self.before
+        return {**weights, self.table: table}
 
 
 def forget_words(
@@ -97,7 +100,6 @@ def forget_words(
     drawn: np.ndarray,
     trained: Trained,
     seed: int,
-    overwrite: bool = True,
 ) -> ForgottenWords | None:
     """Overwrite the embeddings of tokens that the forget set uses often and the retain set never.
 
@@ -111,7 +113,6 @@ def forget_words(
         drawn: rows of retain that are read in any case: those that the run draws.
         trained: what may change.
         seed: of the noise, and of the pairs that are read.
-        overwrite: False only finds them, in a run that has begun before.
     """
     table = _find_table(encoder.model)
     may_change = trained.parameters(encoder.model.module)
@@ -138,8 +139,7 @@ def forget_words(
     noise = torch.randn(len(tokens), table.shape[1], generator=random).to(table)
     with torch.no_grad():
         before = table[tokens].cpu()
-        if overwrite:
-            table[tokens] = table.mean(0) + SPREAD * table.std() * noise
+        table[tokens] = table.mean(0) + SPREAD * table.std() * noise
     return ForgottenWords(name, tokens, before, words)
 
 

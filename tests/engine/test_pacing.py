@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fasterase.engine.history import StepRecord
 from fasterase.engine.pacing import (
+    EASE_CHECKS,
     FADE_STEPS,
     PATIENCE_STEPS,
     AutomaticPacing,
@@ -197,7 +198,7 @@ class Run:
 
     def __init__(
         self,
-        script: Callable[[int], Check],
+        script: Callable[[float], Check],
         *,
         loss: Callable[[int], float] = lambda step: 0.8 if step < 3 else 0.1,
         total: int = TOTAL,
@@ -205,27 +206,30 @@ class Run:
         settled_loss: float = 1.0,
     ) -> None:
         self.step = 0
-        self.checked: list[int] = []
+        self.now = 0.0  # the step whose weights the model has
+        self.checked: list[float] = []
         self.lrs: list[float] = []
-        self.loaded: list[int] = []
+        self.loaded: list[float] = []
         self._loss = loss
         self._script = script
         self.pacing = AutomaticPacing(
             rate or Rate(1e-3),
             check=self._check,
-            weights=lambda: {"step": torch.tensor(self.step)},
+            weights=lambda: {"step": torch.tensor(self.now)},
             load=self._load,
-            original=(KNOWN, {"step": torch.tensor(0)}),
+            original=(KNOWN, {"step": torch.tensor(0.0)}),
+            start=(None, {"step": torch.tensor(0.0)}),
             settled_loss=settled_loss,
             max_steps=total,
         )
 
     def _check(self) -> Check:
-        self.checked.append(self.step)
-        return self._script(self.step)
+        self.checked.append(self.now)
+        return self._script(self.now)
 
     def _load(self, weights: dict[str, Tensor]) -> None:
-        self.loaded.append(int(weights["step"]))
+        self.now = float(weights["step"])
+        self.loaded.append(self.now)
 
     def take(self, steps: int | None = None) -> Run:
         """Take some steps, or all that there are."""
@@ -233,13 +237,14 @@ class Run:
         while self.step < last and not self.pacing.is_done:
             self.lrs.append(self.pacing.lr(self.step))
             self.step += 1
+            self.now = float(self.step)
             self.pacing.after_step(record(self.step, self._loss(self.step)))
         return self
 
 
-def at(checks: dict[int, Check], otherwise: Check) -> Callable[[int], Check]:
-    """A check at each of some steps, and another at all others."""
-    return lambda step: checks.get(step, otherwise)
+def at(checks: dict[int, Check], otherwise: Check) -> Callable[[float], Check]:
+    """A check at each of some steps, another at all others, and a bad one between steps."""
+    return lambda step: checks.get(int(step), otherwise) if step == int(step) else KNOWN
 
 
 class TestAutomatic:
@@ -348,7 +353,7 @@ class TestAutomatic:
     )
     def test_the_best_weights_are_restored(self, checks, best):
         run = Run(at(checks, check(0.7, damage=1.0))).take()
-        assert run.loaded == [best]
+        assert run.loaded[-1] == best
         assert run.pacing.limit is None
 
     def test_beyond_the_damage_it_fades_and_keeps_the_least_residue_within(self):
@@ -419,6 +424,56 @@ class TestAutomatic:
         assert near == [28, 29]
         assert run.step == 43, "the fade ends at the first residue below .35"
         assert 0.3 < 1.2 - 0.02 * run.loaded[0] < 0.7
+
+
+class TestEasing:
+    """Weights that fell below the margin move back along the line to the start's, step 0."""
+
+    @staticmethod
+    def run(least: float, *, gap: float = 0.3) -> tuple[Run, Callable[[float], Check]]:
+        """The only candidate is step 10; residues rise evenly on the way back from it, to 1."""
+
+        def script(step: float) -> Check:
+            if step != 10 and step == int(step):
+                return KNOWN
+            low = least + (1 - step / 10) * (1 - least)
+            return check(min(1.0, low + gap), least=low)
+
+        return Run(script), script
+
+    @pytest.mark.parametrize("least", [0.29, 0.26, 0.22, 0.15])
+    def test_they_rest_at_the_margin(self, least):
+        run, script = self.run(least)
+        run.take()
+        assert len(run.loaded) == EASE_CHECKS + 1
+        assert 7.5 <= run.loaded[-1] < 10
+        assert 0.3 <= script(run.loaded[-1]).least_residue < 0.4
+        assert run.pacing.limit is None
+
+    def test_none_better_leaves_the_best(self):
+        """With the directions further apart than the margins there is no place between them."""
+        run, script = self.run(0.27, gap=0.45)
+        run.take()
+        assert run.loaded[-1] == 10
+        assert script(10).verdict == "forgotten"
+
+    def test_what_is_still_remembered_is_not_moved(self):
+        run = Run(lambda step: check(0.9, least=0.2)).take()
+        assert len(run.loaded) == 1
+
+    def test_integers_and_the_copies_of_other_ranks_stay(self):
+        run, _ = self.run(0.29)
+        run.pacing = AutomaticPacing(
+            Rate(1e-3),
+            check=lambda: check(0.5, least=0.29),
+            weights=dict,
+            load=lambda weights: run.loaded.append(len(weights)),
+            original=(KNOWN, {}),
+            start=(None, {}),
+            max_steps=TOTAL,
+        )
+        run.take()
+        assert run.loaded == [0] * (EASE_CHECKS + 1)
 
 
 def test_a_line_that_ends_too_high_is_lowered_until_the_rate_rises_again():

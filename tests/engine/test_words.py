@@ -16,7 +16,6 @@ from fasterase.models.load import load_model
 from fasterase.pairs.open import open_pairs
 from tests import small_models
 from tests.tiny_concepts import FORGOTTEN, KEPT, concept_pairs, knowing_model
-from tests.tiny_model import same_weights
 
 PICTURE = torch.zeros(3, small_models.IMAGE_SIZE, small_models.IMAGE_SIZE)
 FORGET = ["a zebra", ["a zebra on grass", "stripes"]]
@@ -67,8 +66,7 @@ def test_only_the_vectors_of_lone_tokens_change(library):
     spread = (new - before[name].mean(0)).std() / before[name].std()
     assert spread == pytest.approx(words.SPREAD, rel=0.2)
     assert not torch.equal(new[0], new[1])
-    weights = dict(model.module.state_dict())
-    found.put_back(weights)
+    weights = found.put_back(dict(model.module.state_dict()))
     assert found.table == name
     assert torch.equal(weights[name], before[name])
 
@@ -185,15 +183,5 @@ def test_a_run_names_the_words_and_which_are_common(capsys, tmp_path, monkeypatc
 def test_words_that_were_put_back_are_not_named():
     model = make_model()
     found = run(model)
-    found.put_back(weights := dict(model.module.state_dict()))
-    model.module.load_state_dict(weights)
+    model.module.load_state_dict(found.put_back(dict(model.module.state_dict())))
     assert not found.are_taken(model)
-
-
-def test_a_run_that_goes_on_finds_the_same_words_and_changes_nothing():
-    model = make_model()
-    first = run(model)
-    before = {name: weight.clone() for name, weight in model.module.state_dict().items()}
-    again = run(model, overwrite=False)
-    assert (again.tokens, again.words) == (first.tokens, first.words)
-    assert same_weights(before, model.module.state_dict())
