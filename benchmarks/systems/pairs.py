@@ -59,11 +59,10 @@ from fasterase.pairs.batches import sweep
 from fasterase.pairs.items import Record
 from fasterase.pairs.overlap import remove_overlap
 from fasterase.pairs.prepare import Preparer, stack_tokens
-from fasterase.pairs.read_tars import TarTable, open_tars
+from fasterase.pairs.read_tars import TarTable, index_paths, open_tars
 from fasterase.pairs.sampler import Sampler
 from fasterase.pairs.split import split
 from fasterase.pairs.table import PairTable, Part
-from fasterase.pairs.tar_index import index_path
 from fasterase.planner.count import PeakMemory
 
 SHARD_PAIRS = 10_000
@@ -142,7 +141,7 @@ def write_large(folder: Path, shard: str, *, pairs: int) -> list[str]:
         with path.open("wb") as file:
             file.truncate(source.facts["size_bytes"])
         changed = {"shard": path.name, "version": str(path.stat().st_mtime_ns)}
-        target = index_path(str(path), opened.images.entries)
+        target = index_paths(str(path), opened.images.entries)[0]
         target.parent.mkdir(exist_ok=True)
         Part(source.batch, source.facts | changed).save(target)
         paths.append(str(path))

@@ -15,14 +15,8 @@ from fasterase.errors import InputError
 from fasterase.pairs.skips import BrokenPair
 
 IMAGE_KEYS = (
-    "image",
-    "pixel_values",
-    "filepath",
-    "image_path",
-    "path",
-    "file_name",
-    "filename",
-    "img",
+    *("image", "pixel_values", "filepath", "image_path"),
+    *("path", "file_name", "filename", "img"),
 )
 TEXT_KEYS = ("text", "caption", "input_ids", "title", "texts", "captions")
 
@@ -32,7 +26,7 @@ class Record(tuple[Any, Any]):
 
     Attributes:
         image: PIL image, uint8 tensor [3, H, W], or float tensor [3, H, W] (already preprocessed);
-            the path of one from `parse_item`.
+            from `parse_item` also the path of an image file, or its bytes.
         text: a caption, a list of alternative captions, or token ids [L] int64.
         id: stable and readable: a file path, `shard.tar/key`, or `forget[12]`.
         mask: attention mask [L] that came with the token ids.
@@ -118,11 +112,13 @@ class Columns(NamedTuple):
     mask: Any = None
     meta: dict[str, Any] = {}  # noqa: RUF012 (never modified)
 
-    def with_class_name(self, classes: Sequence[str]) -> Columns:
-        """Return columns whose text, a class number, is the name of the class.
+    def with_class_name(self, classes: Sequence[str] | None) -> Columns:
+        """Return columns whose text, a class number, is the name of the class, if there are any.
 
         It is None (no caption) for -1, which marks unlabelled items.
         """
+        if classes is None:
+            return self
         number = class_number(self.text)
         if number is None or number == -1:
             return self._replace(text=None)
@@ -154,16 +150,9 @@ def parse_item(
     id: str,
     classes: Sequence[str] | None = None,
 ) -> Record:
-    """Check an item; a leading dimension of 1 on its tensors is dropped.
+    """Check an item in any form; a leading dimension of 1 on its tensors is dropped.
 
-    Args:
-        item: in any form.
-        image_key, text_key: see `open_pairs`.
-        id: of the record.
-        classes: names of the classes, if the texts are class numbers.
-
-    Returns:
-        The pair, not decoded: its image may be a path.
+    The image is not decoded. If there are `classes`, the text is the number of one.
 
     Raises:
         InputError: the item's form is wrong (wrong keys, a batch, a class number as text, ...).
@@ -171,9 +160,7 @@ def parse_item(
     """
     if isinstance(item, Record):
         return Record(item.image, item.text, id, item.mask, item.meta)
-    columns = _find_columns(item, image_key, text_key)
-    if classes is not None:
-        columns = columns.with_class_name(classes)
+    columns = _find_columns(item, image_key, text_key).with_class_name(classes)
     text, mask = parse_text(columns.text, id=id), columns.mask
     if mask is not None:
         mask = torch.as_tensor(mask).reshape(-1).long()
@@ -217,7 +204,7 @@ def _parse_image(image: Any, *, id: str) -> Any:
             f"{id}: an image tensor must be uint8 or float of shape [3, height, width]; "
             f"found {_describe(image)}"
         )
-    if isinstance(image, Image.Image):
+    if isinstance(image, Image.Image | bytes):
         return image
     if isinstance(image, np.ndarray):
         return _image_from_array(image, id=id)
@@ -259,6 +246,8 @@ def parse_text(text: Any, *, id: str) -> str | list[str] | Tensor:
         return text
     if _is_missing(text):
         raise BrokenPair(id, "no caption")
+    if isinstance(text, np.ndarray) and text.dtype.kind in "OU":
+        text = text.tolist()
     if isinstance(text, tuple | list) and all(isinstance(t, str) or _is_missing(t) for t in text):
         captions = [t for t in text if isinstance(t, str) and t.strip()]
         if not captions:
@@ -295,45 +284,20 @@ def _is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float | np.floating) and bool(np.isnan(value)))
 
 
-def is_batch(item: Any, image_key: str | None, text_key: str | None) -> bool:
-    """Tell whether `item` holds several pairs; a tensor batch of one counts as a pair."""
-    if _is_list_of_pairs(item):
-        return True
-    image = _find_columns(item, image_key, text_key).image
-    if isinstance(image, Tensor | np.ndarray):
-        return image.ndim == 4 and image.shape[0] != 1
-    return isinstance(image, tuple | list)
-
-
-def _is_list_of_pairs(item: Any) -> bool:
-    return isinstance(item, list) and bool(item) and all(map(_is_plain_pair, item))
-
-
-def _is_plain_pair(value: Any) -> bool:
-    # Pairs of (path, caption) in a list do not count: DataLoader's default collation turns them
-    # into a list of two tuples of strings, which are columns.
-    if isinstance(value, Mapping):
-        return True
-    return (
-        isinstance(value, tuple)
-        and len(value) == 2
-        and isinstance(value[0], Tensor | np.ndarray | Image.Image)
-        and not isinstance(value[1], Image.Image)
-        and not (isinstance(value[1], Tensor) and value[1].is_floating_point())
-    )
-
-
-def unbatch(item: Any, image_key: str | None, text_key: str | None) -> list[Any]:
-    """Split a batch into items, and return any other item alone.
+def unbatch(item: Any, image_key: str | None, text_key: str | None) -> list[Any] | None:
+    """Split a batch into items; None for one item. A tensor batch of one counts as an item.
 
     Raises:
         InputError: the columns differ in length.
     """
-    if _is_list_of_pairs(item):
-        return list(item)
-    if not is_batch(item, image_key, text_key):
-        return [item]
+    if isinstance(item, list) and item and all(map(_is_plain_pair, item)):
+        return item
     images, texts, masks, _ = _find_columns(item, image_key, text_key)
+    if isinstance(images, Tensor | np.ndarray):
+        if images.ndim != 4 or images.shape[0] == 1:
+            return None
+    elif not isinstance(images, tuple | list):
+        return None
     for column, values in (("texts", texts), ("attention masks", masks)):
         if values is None and column != "texts":
             continue
@@ -349,6 +313,20 @@ def unbatch(item: Any, image_key: str | None, text_key: str | None) -> list[Any]
             )
     masks = [None] * len(images) if masks is None else masks
     return [Columns(*columns) for columns in zip(images, texts, masks, strict=True)]
+
+
+def _is_plain_pair(value: Any) -> bool:
+    # Pairs of (path, caption) in a list do not count: DataLoader's default collation turns them
+    # into a list of two tuples of strings, which are columns.
+    if isinstance(value, Mapping):
+        return True
+    return (
+        isinstance(value, tuple)
+        and len(value) == 2
+        and isinstance(value[0], Tensor | np.ndarray | Image.Image)
+        and not isinstance(value[1], Image.Image)
+        and not (isinstance(value[1], Tensor) and value[1].is_floating_point())
+    )
 
 
 def _describe(value: Any) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Hashable
-from itertools import chain
 
 import numpy as np
 from PIL import Image
@@ -65,7 +64,7 @@ def _share_index(retain: PairTable, forget: PairTable) -> bool:
     one, other = retain.images, forget.images
     if not isinstance(one, TarImages) or not isinstance(other, TarImages):
         return False
-    shards, others = ([shard[:3] for shard in each.shards] for each in (one, other))
+    shards, others = ([shard[:4] for shard in each.shards] for each in (one, other))
     is_distinct = len(set(shards)) == len(shards)
     return is_distinct and shards == others and one.entries == other.entries
 
@@ -106,14 +105,11 @@ def _with_same_captions(
     retain: PairTable, candidates: np.ndarray, forget: PairTable, known: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return those rows of both that have a caption in common with a row of the other."""
-    mine, others = (
-        list(source.select(rows).every_text())
-        for source, rows in ((retain, candidates), (forget, known))
-    )
-    shared = set(chain.from_iterable(mine)).intersection(chain.from_iterable(others))
+    hashes, rows = retain.select(candidates).caption_hashes()
+    others, known_rows = forget.select(known).caption_hashes()
     return (
-        candidates[[not shared.isdisjoint(texts) for texts in mine]],
-        known[[not shared.isdisjoint(texts) for texts in others]],
+        candidates[np.unique(rows[np.isin(hashes, others)])],
+        known[np.unique(known_rows[np.isin(others, hashes)])],
     )
 
 

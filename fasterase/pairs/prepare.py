@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -167,7 +167,7 @@ def caption_key(text: str | Tensor) -> str:
     return f"ids {values}"
 
 
-def hash_captions(keys: Sequence[str]) -> np.ndarray:
+def hash_captions(keys: Iterable[str]) -> np.ndarray:
     """Return 64-bit hashes [n] int64 of caption identities, the same in every process.
 
     They label the pairs of a batch and name the rows of the feature cache. Among 12 million

@@ -9,20 +9,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
 from pyarrow import parquet
 
 from fasterase.errors import InputError
-from fasterase.pairs.images import ImageFiles, ImagesInMemory
+from fasterase.pairs.images import ImageFiles
 from fasterase.pairs.items import (
     IMAGE_KEYS,
     TEXT_KEYS,
+    Columns,
     check_columns,
     choose_key,
     normalize_class_name,
     select_plain,
 )
-from fasterase.pairs.read_objects import open_objects
+from fasterase.pairs.read_objects import open_list
 from fasterase.pairs.table import PairTable, pack
 
 _NAMES = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar"}
@@ -117,13 +117,9 @@ def _find_pairs(
         columns = columns or _choose_columns(list(row), keys, (_IMAGE_COLUMNS, _TEXT_COLUMNS))
         image, text = (row.pop(column, None) for column in columns)
         named = isinstance(image, str) and image
-        yield image if named else f"{label}, row {number} without an image", _captions(text), row
-
-
-def _captions(text: Any) -> list[str]:
-    """Return the captions in a cell: a str, or a list of str; none in any other."""
-    values = text if isinstance(text, list | tuple) else [text]
-    return [each for each in values if isinstance(each, str)]
+        texts = text if isinstance(text, list) else [text]
+        captions = [each for each in texts if isinstance(each, str)]
+        yield image if named else f"{label}, row {number} without an image", captions, row
 
 
 def _read_parquet(path: Path) -> tuple[list[str], list[list[Any]]]:
@@ -139,51 +135,20 @@ def _read_parquet(path: Path) -> tuple[list[str], list[list[Any]]]:
 def _open_columns(
     names: list[str], cells: list[list[Any]], keys: _Keys, name: str, label: str, root: Path
 ) -> PairTable:
-    """Open columns of equal length as image files, encoded images or decoded items.
+    """Open columns of equal length, by their names; for `label` and `root` see `open_list`."""
+    image_key, text_key = _choose_columns(names, keys)
 
-    Args:
-        names, cells: of the columns.
-        label: what the ids of images without a path start with.
-        root: the folder of relative paths.
-    """
-    chosen = _choose_columns(names, keys)
-    columns = dict(zip(names, cells, strict=True))
-    images = list(map(_unpack_image, columns.pop(chosen[0])))
-    texts = [
-        each.tolist() if isinstance(each, np.ndarray) else each for each in columns.pop(chosen[1])
-    ]
-    metas = [
-        select_plain({other: columns[other][row] for other in columns}, without=())
-        for row in range(len(images))
-    ]
-    kinds = {type(image) for image in images if image is not None}
-    if not all(map(_is_captions, texts)) or kinds not in ({str}, {bytes}, set()):
-        items = (
-            {
-                **meta,
-                "image": os.path.join(root, image) if isinstance(image, str) else image,
-                "text": text,
-            }
-            for image, text, meta in zip(images, texts, metas, strict=True)
-        )
-        return open_objects(list(items), name, "image", "text")
-    ids = (
-        image if image and kinds == {str} else f"{label}[{row}]" for row, image in enumerate(images)
-    )
-    parts = pack(zip(ids, map(_captions, texts), metas, strict=True))
-    return PairTable(name, parts, ImagesInMemory(images) if kinds == {bytes} else ImageFiles(root))
+    def items() -> Iterator[Columns]:
+        for values in zip(*cells, strict=True):
+            row = dict(zip(names, values, strict=True))
+            image = row[image_key]
+            if isinstance(image, Mapping) and {"bytes", "path"} >= set(image):
+                image = image.get("bytes") or image.get("path")
+            yield Columns(
+                image, row[text_key], meta=select_plain(row, without=(image_key, text_key))
+            )
 
-
-def _unpack_image(cell: Any) -> Any:
-    if isinstance(cell, Mapping) and {"bytes", "path"} >= set(cell):
-        cell = cell.get("bytes") or cell.get("path")
-    return os.fspath(cell) if isinstance(cell, os.PathLike) else cell
-
-
-def _is_captions(text: Any) -> bool:
-    """Tell whether a cell is a caption, alternative captions or empty: anything but token ids."""
-    values = text if isinstance(text, list | tuple) else [text]
-    return all(each is None or isinstance(each, str) for each in values)
+    return open_list(items(), name, label=label, root=root)
 
 
 def _read_json(path: Path) -> Iterator[dict[str, Any]]:

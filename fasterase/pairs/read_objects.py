@@ -6,10 +6,10 @@ The name of a pair's class becomes its caption, where a dataset has class number
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from fasterase.errors import InputError
-from fasterase.pairs.images import ImageFiles, decode_image, read_image_file, to_rgb
+from fasterase.pairs.images import ImageFiles, ImagesInMemory, decode_image, read_image_file, to_rgb
 from fasterase.pairs.items import (
     IMAGE_KEYS,
     TEXT_KEYS,
@@ -25,7 +25,6 @@ from fasterase.pairs.items import (
     Record,
     choose_key,
     class_number,
-    is_batch,
     normalize_class_name,
     parse_item,
     parse_text,
@@ -33,8 +32,10 @@ from fasterase.pairs.items import (
     unbatch,
 )
 from fasterase.pairs.skips import BrokenPair
-from fasterase.pairs.table import PairTable, pack
+from fasterase.pairs.table import PairTable, Part, pack
 from fasterase.progress import progress_bar
+
+T = TypeVar("T")
 
 # Items read twice to see whether a dataset is deterministic. One would miss a flip of probability
 # 1/2 half of the time; eight miss it once in 256.
@@ -63,20 +64,20 @@ def open_objects(source: Any, name: str, image_key: str | None, text_key: str | 
             ) from error
     random_access = hasattr(source, "__getitem__") and hasattr(source, "__len__")
     if _is_one_batch(source, name):
-        return _open_list([source], name, image_key, text_key)
+        return open_list([source], name, image_key, text_key)
     if random_access and hasattr(source, "select_columns"):
         return _open_hugging_face(source, name, image_key, text_key)
     if isinstance(source, IterableDataset) or not random_access:
         return _open_stream(source, name, image_key, text_key)
     if isinstance(source, list | tuple):
-        return _open_list(source, name, image_key, text_key)
+        return open_list(source, name, image_key, text_key)
     if text_key is None and (found := _find_classes(source)) is not None:
         classes, targets = found
         return ItemTable(name, source, columns=targets, classes=classes)
     first = _first_readable(source)[1]
-    if first is not None and is_batch(first, image_key, text_key):
+    if first is not None and unbatch(first, image_key, text_key) is not None:
         batches = _read_all((source[i] for i in range(len(source))), name)
-        return _open_list(batches, name, image_key, text_key)
+        return open_list(batches, name, image_key, text_key)
     in_memory = isinstance(source, TensorDataset)
     return ItemTable(name, source, image_key, text_key, in_memory=in_memory)
 
@@ -101,7 +102,7 @@ def _open_stream(source: Any, name: str, image_key: str | None, text_key: str | 
         )
     columns = getattr(source, "column_names", None) or []
     text_key, classes = _choose_label(source, columns, text_key)
-    return _open_list(_read_all(source, name), name, image_key, text_key, classes)
+    return open_list(_read_all(source, name), name, image_key, text_key, classes)
 
 
 def _read_all(items: Iterable[Any], name: str) -> list[Any]:
@@ -119,29 +120,52 @@ def _first_readable(dataset: Any) -> tuple[int, Any]:
     return 0, None
 
 
-def _open_list(
-    items: Sequence[Any],
+def open_list(
+    items: Iterable[Any],
     name: str,
-    image_key: str | None,
-    text_key: str | None,
+    image_key: str | None = None,
+    text_key: str | None = None,
     classes: list[str] | None = None,
+    *,
+    label: str | None = None,
+    root: str | os.PathLike[str] = "",
 ) -> PairTable:
+    """Open items and batches of them, in memory; files alone, or encoded images, as a plain table.
+
+    Args:
+        items: see `open_pairs`.
+        classes: names of the classes, if the texts are class numbers.
+        label: what the ids of pairs begin with that are no files; None: the name.
+        root: the folder of relative paths.
+    """
     pairs: list[Record | BrokenPair] = []
     for item in items:
-        for part in unbatch(item, image_key, text_key):
-            id = f"{name}[{len(pairs)}]"
+        batch = unbatch(item, image_key, text_key)
+        for part in [item] if batch is None else batch:
+            id = f"{label or name}[{len(pairs)}]"
             try:
                 pairs.append(parse_item(part, image_key, text_key, id=id, classes=classes))
             # Kept in the list, so that it is reported when it is drawn.
             except BrokenPair as error:
                 pairs.append(error)
-    files = [pair for pair in pairs if isinstance(pair, Record) and isinstance(pair.image, str)]
-    if files and len(files) == len(pairs) and not any(isinstance(f.text, Tensor) for f in files):
-        # As a table of them would be opened: told apart without reading the images.
-        texts = ([file.text] if isinstance(file.text, str) else file.text for file in files)
-        rows = ((file.image, text, file.meta) for file, text in zip(files, texts, strict=True))
-        return PairTable(name, pack(rows), ImageFiles(Path()), classes=classes)
-    return ItemTable(name, pairs, classes=classes, in_memory=not files)
+    readable = [pair for pair in pairs if isinstance(pair, Record)]
+    kinds = {str if isinstance(pair.image, str) else type(pair.image) for pair in readable}
+    is_coded = any(isinstance(pair.text, Tensor) for pair in readable)
+    if kinds not in ({str}, {bytes}) or is_coded:
+        return ItemTable(name, pairs, classes=classes, in_memory=str not in kinds, root=root)
+    broken = {row: pair.reason for row, pair in enumerate(pairs) if isinstance(pair, BrokenPair)}
+    parts = pack(map(_row_of, pairs))
+    if kinds == {str}:  # told apart without reading the images
+        return PairTable(name, parts, ImageFiles(root), classes=classes, broken=broken)
+    images = [pair.image if isinstance(pair, Record) else None for pair in pairs]
+    return PairTable(name, parts, ImagesInMemory(images), classes=classes, broken=broken)
+
+
+def _row_of(pair: Record | BrokenPair) -> tuple[str, list[str], dict[str, Any] | None]:
+    if isinstance(pair, BrokenPair):
+        return pair.id, [], None
+    captions = [pair.text] if isinstance(pair.text, str) else pair.text
+    return pair.image if isinstance(pair.image, str) else pair.id, captions, pair.meta
 
 
 def _open_hugging_face(
@@ -225,7 +249,8 @@ class ItemTable(PairTable):
         columns: the items without their images, or their class numbers alone, if these can be read
             so.
         classes: names of the classes, if the texts are class numbers.
-        in_memory: whether the images are held decoded in memory.
+        in_memory: whether the images are held in memory.
+        root: the folder of relative paths.
     """
 
     def __init__(
@@ -238,78 +263,80 @@ class ItemTable(PairTable):
         *,
         classes: list[str] | None = None,
         in_memory: bool = False,
+        root: str | os.PathLike[str] = "",
     ) -> None:
         self.name = self._label = name
         self.classes = classes
         self.in_memory = in_memory
         self._items = items
+        self._count = len(items)
         self._columns = columns
         self._keys = image_key, text_key
+        self._root = os.path.abspath(root)
         self._seen: dict[int, str | list[str]] = {}
         self.stable = isinstance(items, list) or self._is_deterministic()
 
-    def _count(self) -> int:
-        return len(self._items)
+    def id(self, index: int) -> str:
+        return f"{self._label}[{self._row(index)}]"
 
-    def _id(self, row: int) -> str:
-        return f"{self._label}[{row}]"
-
-    def _parse(self, row: int) -> Record:
+    def _parse(self, index: int) -> Record:
+        row = self._row(index)
         try:
             item = self._items[row]
         except (InputError, BrokenPair):
             raise
         # A dataset may fail on an item in any way; that item is a broken pair.
         except Exception as error:
-            raise BrokenPair(self._id(row), f"{type(error).__name__}: {error}") from error
+            raise BrokenPair(self.id(index), f"{type(error).__name__}: {error}") from error
         if isinstance(item, BrokenPair):
             raise item
-        record = parse_item(item, *self._keys, id=self._id(row), classes=self.classes)
+        record = parse_item(item, *self._keys, id=self.id(index), classes=self.classes)
         # Captions that could not be read again without the image.
         is_whole = self._columns is None and not isinstance(self._items, list)
         if is_whole and len(self._seen) < _REMEMBERED and not isinstance(record.text, Tensor):
             self._seen[row] = record.text
         return record
 
-    def _parse_columns(self, row: int) -> Columns:
+    def _parse_columns(self, index: int) -> Columns:
         """Return text and metadata without reading the image."""
-        found, text_key = self._columns[row], self._keys[1]
+        found, text_key = self._columns[self._row(index)], self._keys[1]
         columns = Columns(None, found)
         if isinstance(found, Mapping):
             meta = select_plain(found, without=(text_key,))
             columns = Columns(None, found[text_key], meta=meta)
-        return columns if self.classes is None else columns.with_class_name(self.classes)
+        return columns.with_class_name(self.classes)
 
-    def _record(self, row: int) -> Record:
-        record = self._parse(row)
-        if not isinstance(record.image, str):
-            return record
-        image = decode_image(read_image_file(record.image, id=record.id), id=record.id)
+    def _record(self, index: int) -> Record:
+        record = self._parse(index)
+        image = record.image
+        if isinstance(image, str):
+            image = read_image_file(os.path.join(self._root, image), id=record.id)
+        if isinstance(image, bytes):
+            image = decode_image(image, id=record.id)
         return Record(image, record.text, record.id, record.mask, record.meta)
 
-    def _texts(self, row: int) -> list[str] | Tensor:
+    def texts(self, index: int) -> list[str] | Tensor:
         if self._columns is not None:
-            text = parse_text(self._parse_columns(row).text, id=self._id(row))
-        elif self.stable and row in self._seen:
-            text = self._seen[row]
+            text = parse_text(self._parse_columns(index).text, id=self.id(index))
+        elif self.stable and self._row(index) in self._seen:
+            text = self._seen[self._row(index)]
         else:
-            text = self._parse(row).text
+            text = self._parse(index).text
         return [text] if isinstance(text, str) else text
 
-    def _meta(self, row: int) -> dict[str, Any]:
-        return (self._parse(row) if self._columns is None else self._parse_columns(row)).meta
+    def meta(self, index: int) -> dict[str, Any]:
+        return (self._parse(index) if self._columns is None else self._parse_columns(index)).meta
 
-    def _every_id(self) -> Iterator[str]:
-        return map(self._id, range(self._count()))
-
-    def _every_text(self) -> Iterator[list[str] | Tensor]:
-        return map(self._texts_or_none, range(self._count()))
+    def _every(
+        self, of_part: Callable[[Part], Iterator[T]], of_row: Callable[[int], T]
+    ) -> Iterator[T]:
+        return map(of_row, range(len(self)))
 
     def _is_deterministic(self) -> bool:
         """Read a few items twice and compare; raise `InputError` if none can be read."""
         failure = None
         readable = False
-        for index in _spread_indices(self._count(), _PROBES):
+        for index in _spread_indices(self._count, _PROBES):
             try:
                 first, second = (_fingerprint(self._record(index), whole=True) for _ in range(2))
             except BrokenPair as error:
@@ -328,15 +355,15 @@ class ItemTable(PairTable):
 
         Captions are those of all items if reading them decodes no images, else of the same few.
         """
-        digest = hashlib.blake2b(f"{self._count()}".encode(), digest_size=16)
-        sampled = set(_spread_indices(self._count(), _MANIFEST_ITEMS))
+        digest = hashlib.blake2b(f"{self._count}".encode(), digest_size=16)
+        sampled = set(_spread_indices(self._count, _MANIFEST_ITEMS))
         all_captions = isinstance(self._items, list) or self._columns is not None
-        for index in range(self._count()) if all_captions else sorted(sampled):
+        for index in range(self._count) if all_captions else sorted(sampled):
             try:
                 if index in sampled:
                     digest.update(_fingerprint(self._record(index), whole=False))
                 else:
-                    digest.update(_serialize_text(self._texts(index)))
+                    digest.update(_serialize_text(self.texts(index)))
             except BrokenPair as error:
                 digest.update(str(error).encode())
         return digest.hexdigest()

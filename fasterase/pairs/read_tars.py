@@ -1,4 +1,11 @@
-"""WebDataset shards: index tars and read them by offset, load compressed ones into memory."""
+"""WebDataset shards: tars are indexed and read by offset, compressed ones and pipes from memory.
+
+The index of a small set is made whenever it is opened. That of a larger one is kept, an Arrow file
+for each shard, in the hidden folder `.fasterase` beside the shards, or in the user's cache folder
+if that cannot be written. Only a shard whose size or time of change differs from what its index
+says, or whose index is damaged, is indexed again. The index of remote shards is always kept, in the
+user's cache folder, and recognised by the shard's size and version.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +13,40 @@ import functools
 import glob
 import hashlib
 import json
+import logging
 import os
+import random
 import re
+import tarfile
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
-from fasterase.errors import InputError
-from fasterase.pairs.images import ImagesInMemory
+from fasterase.errors import FaseraseError, InputError
 from fasterase.pairs.items import Record
+from fasterase.pairs.processes import count_processes, process_pool
 from fasterase.pairs.remote import BYTES_VARIABLE, RemoteError, Shard, describe_shards, shard_name
 from fasterase.pairs.sampler import WINDOW_SHARDS
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.table import PairTable, Part, Parts
-from fasterase.pairs.tar_index import Entries, add_lost, check_parts, index_shards, read_rows
-from fasterase.pairs.tar_reader import open_sequential
+from fasterase.pairs.tar_reader import Entries, add_lost, read_rows, read_whole
 from fasterase.progress import progress_bar
+
+log = logging.getLogger(__name__)
 
 IMAGE_ENTRIES = "jpg;png;jpeg;webp"
 TEXT_ENTRIES = "txt"
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 TAR_ENDINGS = (".tar", *_COMPRESSED)
+# Bytes of shards from which on their index is kept: fewer are indexed within about a second.
+KEPT_BYTES = 128 << 20
+_FOLDER = ".fasterase"
 
 
 def is_tar_pattern(source: str) -> bool:
@@ -46,15 +63,13 @@ def expand_pattern(pattern: str, *, name: str) -> list[str]:
     from webdataset.shardlists import expand_urls
 
     try:
-        urls = expand_urls(pattern)
+        urls = [url.removeprefix("file:") for url in expand_urls(pattern)]
     # ValueError from braceexpand, KeyError for an environment variable that is not set.
     except (ValueError, KeyError) as error:
         raise InputError(f"`{name}`: bad shard pattern {pattern!r}: {error}") from error
     shards: list[str] = []
     for url in urls:
-        url = url.removeprefix("file:")
-        matched = sorted(glob.glob(url)) if any(c in url for c in "*?[") else []
-        shards.extend(matched or [url])
+        shards += (sorted(glob.glob(url)) if any(c in url for c in "*?[") else ()) or [url]
     missing = [shard for shard in shards if not _URL.match(shard) and not os.path.isfile(shard)]
     if missing:
         raise InputError(
@@ -66,18 +81,18 @@ def expand_pattern(pattern: str, *, name: str) -> list[str]:
 
 def open_tars(
     places: list[str], *, name: str, image_key: str | None = None, text_key: str | None = None
-) -> PairTable:
+) -> TarTable:
     """Open the pairs of tar shards, in order; the ids are `shard.tar/key`.
 
     Images are the entries `jpg;png;jpeg;webp` (or `image_key`: endings joined by `;`). Captions are
     the entry `txt` (or `text_key`: endings, or a field of the `json` entry, which may be a list).
     The `json` entry becomes the pair's `meta`.
 
-    Uncompressed tars are indexed in one pass over their headers (`tar_index`) and read by offset;
-    those at a URL through a local cache of limited size (`remote`).
+    Uncompressed tars are indexed in one pass over their headers and read by offset; those at a URL
+    through a local cache of limited size (`remote`). Compressed tars and pipes allow no random
+    access: they are read once from start to end, and kept in memory.
     A sample of img2dataset that its json entry calls failed, or whose image has another size than
-    it says, is a broken pair. Compressed tars and pipes allow no random access: they are read once
-    from start to end, and their encoded images are kept in memory.
+    it says, is a broken pair.
 
     Of a damaged or truncated shard, every sample that can be read is read, and a warning names it.
     The others are broken pairs: `shard.tar/lost sample 1`, ... where their keys are lost too.
@@ -87,24 +102,20 @@ def open_tars(
             images or no captions under those endings.
         MissingExtraError: remote shards need a package that is not installed.
     """
-    shards = describe_shards(places, name=name)
+    shards = _load_sequential(describe_shards(places, name=name), name)
     entries = Entries(
         tuple((image_key or IMAGE_ENTRIES).lower().split(";")),
         tuple((text_key or TEXT_ENTRIES).lower().split(";")),
         text_key or "",
     )
-    for shard in shards:
-        is_compressed = shard_name(shard.place).lower().endswith(_COMPRESSED)
-        if is_compressed or not (shard.cache or os.path.isfile(shard.place)):
-            return _load_tars(shards, name, entries)
-    parts = index_shards(shards, name=name, entries=entries)
+    parts = _index_shards(shards, name, entries)
     broken = add_lost(name, shards, parts)
     _check_cache(name, {shard for shard in shards if shard.cache is not None})
     return TarTable(name, parts, TarImages(shards, parts, entries), broken=broken)
 
 
 class TarImages:
-    """The entries of uncompressed tars, read by shard and offset.
+    """The entries of tars, read by shard and offset.
 
     Attributes:
         shards: where they are.
@@ -130,15 +141,13 @@ class TarImages:
 
     def read_entry(self, row: int, id: str, kind: str) -> bytes | None:
         """Return the image (kind "") or the json entry ("json_") of a sample; None without one."""
-        number, at = self._parts.find(row)
-        part = self._parts.every[number]
-        size = part.value(f"{kind}size", at)
+        size = self._parts.value(f"{kind}size", row)
         if size < 0:
             return None
-        shard = self.shards[number]
+        shard = self.shards[self._parts.find(row)[0]]
         try:
             with shard.open() as file:
-                file.seek(part.value(f"{kind}offset", at))
+                file.seek(self._parts.value(f"{kind}offset", row))
                 data = file.read(size)
         except RemoteError as error:
             raise BrokenPair(id, str(error)) from error
@@ -149,10 +158,11 @@ class TarImages:
         return data
 
     def location(self, row: int, id: str) -> str:
-        number, at = self._parts.find(row)
-        shard = self.shards[number]
+        shard = self.shards[self._parts.find(row)[0]]
+        if shard.data is not None:  # a pipe may give something else each time
+            return f"bytes {hashlib.blake2b(self.read(row, id)).hexdigest()}"
         place = _resolve(shard.place) if shard.cache is None else shard.place
-        return f"{place}::{self._parts.every[number].value('offset', at)}"
+        return f"{place}::{self._parts.value('offset', row)}"
 
     def shard_numbers(self) -> np.ndarray | None:
         """Return the shard of each row, [n] int32; None if all are local."""
@@ -164,25 +174,25 @@ class TarImages:
 
 
 class TarTable(PairTable):
-    """Samples of uncompressed tars, some of them perhaps lost."""
+    """Samples of tars, some of them perhaps lost."""
 
     images: TarImages
 
-    def _meta(self, row: int) -> dict[str, Any]:
-        data = self.images.read_entry(row, self._id(row), "json_")
+    def meta(self, index: int) -> dict[str, Any]:
+        data = self.images.read_entry(self._row(index), self.id(index), "json_")
         try:
             meta = {} if data is None else json.loads(data)
         except ValueError as error:
-            raise BrokenPair(self._id(row), f"json cannot be read: {error}") from error
+            raise BrokenPair(self.id(index), f"json cannot be read: {error}") from error
         return meta if isinstance(meta, dict) else {}
 
-    def _record(self, row: int) -> Record:
+    def _record(self, index: int) -> Record:
         """Read a pair; it is broken if the json entry of img2dataset contradicts its image.
 
         `width` and `height` are of the image as it was stored, `original_width` as it was
         downloaded. Other data sets, without the latter, may mean other sizes.
         """
-        record = super()._record(row)
+        record = super()._record(index)
         meta, size = record.meta, record.image.size
         if not {"status", "width", "height", "original_width"} <= meta.keys():
             return record
@@ -204,8 +214,9 @@ class TarTable(PairTable):
         parts = "".join(part.digest() for part in self.parts.every).encode()
         return hashlib.blake2b(parts, digest_size=16).hexdigest()
 
-    def _shards(self) -> np.ndarray | None:
-        return self.images.shard_numbers()
+    def shards(self) -> np.ndarray | None:
+        numbers = self.images.shard_numbers()
+        return None if numbers is None else numbers[self._rows]
 
 
 # Resolving a path asks the file system about each of its folders.
@@ -226,27 +237,160 @@ def _check_cache(name: str, shards: set[Shard]) -> None:
         )
 
 
-def _load_tars(shards: list[Shard], name: str, entries: Entries) -> PairTable:
-    from webdataset.gopen import gopen
+def _load_sequential(shards: list[Shard], name: str) -> list[Shard]:
+    """Return the shards; compressed ones and pipes with all that they hold."""
 
-    warnings.warn(
-        f"`{name}`: compressed shards and pipes allow no random access; they are read once and "
-        f"their images kept in memory. For large sets, use uncompressed .tar files.",
-        stacklevel=2,
-    )
-    images: list[bytes | None] = []
-    parts: list[Part] = []
-    for shard in progress_bar(f"reading {name}", items=shards, unit="shard", delay=2):
+    def is_sequential(shard: Shard) -> bool:
+        is_compressed = shard_name(shard.place).lower().endswith(_COMPRESSED)
+        return is_compressed or not (shard.cache or os.path.isfile(shard.place))
+
+    def load(shard: Shard) -> Shard:
+        from webdataset.gopen import gopen
+
         try:
             stream = gopen(shard.place) if shard.cache is None else shard.open()
-            with open_sequential(stream, shard.place) as (file, damage):
-                parts.append(read_rows(shard, file, entries, damage=damage, images=images))
+            data, damage = read_whole(stream, shard.place)
         except RemoteError as error:
             raise InputError(f"`{name}`: {error}") from error
         # Pipes raise errors of their own.
         except Exception as error:
             raise InputError(f"`{name}`: shard {shard.place} cannot be read: {error}") from error
-    check_parts(name, parts, entries)
-    broken = add_lost(name, shards, parts)
-    images += [None] * (sum(map(len, parts)) - len(images))
-    return PairTable(name, parts, ImagesInMemory(images), broken=broken)
+        return shard._replace(data=data, damage=damage, cache=None)
+
+    sequential = list(dict.fromkeys(filter(is_sequential, shards)))
+    if not sequential:
+        return shards
+    warnings.warn(
+        f"`{name}`: compressed shards and pipes allow no random access; they are read once and "
+        f"kept in memory. For large sets, use uncompressed .tar files.",
+        stacklevel=3,
+    )
+    bar = progress_bar(f"reading {name}", items=sequential, unit="shard", delay=2)
+    loaded = {shard: load(shard) for shard in bar}
+    return [loaded.get(shard, shard) for shard in shards]
+
+
+def _index_shards(shards: Sequence[Shard], name: str, entries: Entries) -> list[Part]:
+    """Open the index of shards; make what is missing of it.
+
+    Several processes, on several machines too, may do so at once: they share the work, and none
+    sees a part of a file.
+
+    Raises:
+        InputError: a shard cannot be read, or there are no samples, no images or no captions.
+    """
+    distinct = list(dict.fromkeys(shards))
+    is_large = sum(shard.size for shard in distinct) >= KEPT_BYTES
+    kept = is_large or any(shard.cache is not None for shard in distinct)
+    kept = kept and all(shard.data is None for shard in distinct)
+    opened = {shard: _find(shard, entries) if kept else None for shard in distinct}
+    found = {shard: part for shard, part in opened.items() if part is not None}
+    missing = [shard for shard in distinct if shard not in found]
+    try:
+        with progress_bar(f"indexing {name}", total=len(missing), unit="shard", delay=2) as bar:
+            for shard, part in _index(missing, entries, kept=kept):
+                found[shard] = part
+                bar.update()
+    except InputError as error:
+        raise InputError(f"`{name}`: {error}") from error
+    parts = [found[shard] for shard in shards]
+    facts = [part.facts for part in parts]
+    endings = ", ".join(sorted({ending for each in facts for ending in each["endings"]})) or "none"
+    if not any(map(len, parts)):
+        raise InputError(f"`{name}`: the shards hold no samples; entries found: {endings}")
+    for fact, what, wanted, hint in (
+        ("images", "images", entries.image, "`image_key`"),
+        ("captioned", "captions", entries.text, "`text_key`, which also takes a field of the json"),
+    ):
+        if not any(each[fact] for each in facts):
+            raise InputError(
+                f"`{name}`: no {what} under {';'.join(wanted)}; entries found: {endings}. Name the "
+                f"right ending with {hint}."
+            )
+    return parts
+
+
+def _index(shards: list[Shard], entries: Entries, *, kept: bool) -> Iterator[tuple[Shard, Part]]:
+    """Yield each shard with its rows, perhaps read in several processes."""
+    workers = count_processes(len(shards)) if kept else 1
+    read = functools.partial(_make_index if kept else _read_shard, entries=entries)
+    if workers < 2:
+        yield from ((shard, read(shard)) for shard in shards)
+        return
+    # Other processes may start together with this one; so they meet at few shards.
+    random.Random(os.getpid()).shuffle(shards)
+    with process_pool(workers) as pool:
+        yield from zip(shards, pool.map(read, shards), strict=True)
+
+
+def _make_index(shard: Shard, entries: Entries) -> Part:
+    """Index a shard and write its index, unless another process does so now.
+
+    Rows that cannot be written, since a disk is full or read-only, stay in memory.
+    """
+    path, part = index_paths(shard.place, entries)[0], None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock") as lock:
+            try:
+                if (part := _open(path, shard)) is None:
+                    part = _read_shard(shard, entries)
+                    part = part.save(path)
+            finally:
+                # Safe to unlink: waiters and later lockers find the index.
+                with suppress(OSError):
+                    os.unlink(lock.lock_file)
+    except (FaseraseError, OSError) as error:
+        if part is None and isinstance(error, FaseraseError):
+            raise  # the shard cannot be read
+        log.warning("Shard index: %s", error)
+    return _read_shard(shard, entries) if part is None else part
+
+
+def _read_shard(shard: Shard, entries: Entries) -> Part:
+    try:
+        with shard.open() as file:
+            return read_rows(shard, file, entries)
+    except RemoteError as error:
+        raise InputError(str(error)) from error
+    except (tarfile.TarError, OSError) as error:
+        raise InputError(f"shard {shard.place} cannot be read: {error}") from error
+
+
+def _find(shard: Shard, entries: Entries) -> Part | None:
+    """Open the index of a shard, wherever it is kept; None if it has to be made."""
+    paths = index_paths(shard.place, entries)
+    return next((part for path in paths if (part := _open(path, shard)) is not None), None)
+
+
+def _open(path: Path, shard: Shard) -> Part | None:
+    try:
+        part = Part.open(str(path))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        log.warning("Shard index: %s is damaged (%s) and is made again.", path, error)
+        return None
+    if (part.facts["size_bytes"], part.facts.get("version")) != shard[1:3]:
+        log.info("Shard index: %s has changed and is indexed again.", shard.place)
+        return None
+    return part
+
+
+def index_paths(place: str, entries: Entries) -> list[Path]:
+    """Return where the index of a shard may be, first where it would be written.
+
+    That is beside a local shard, and in the user's cache. Other entries make other files.
+    """
+    chosen = hashlib.blake2b(repr(entries).encode(), digest_size=4).hexdigest()
+    file = f"{shard_name(place)}.{chosen}.arrow"
+    is_local = "://" not in place
+    parent = Path(place).parent
+    whole = parent.resolve() if is_local else place
+    folder = hashlib.blake2b(os.fsencode(whole), digest_size=8).hexdigest()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    cached = cache / "fasterase" / "shards" / folder / file
+    if not is_local:
+        return [cached]
+    beside = parent / _FOLDER / file
+    return [beside, cached] if os.access(parent, os.W_OK) else [cached, beside]

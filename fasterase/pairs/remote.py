@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import io
 import logging
 import os
 import posixpath
@@ -78,16 +79,22 @@ class Shard(NamedTuple):
         place: its absolute path, URL or pipe.
         size: its bytes; 0 of a pipe.
         version: its time of change or ETag; empty if a server tells neither.
+        data: what it holds, decompressed, if it allows no random access.
+        damage: where its compressed data is damaged.
         cache: where what is at the URL is copied to; None of others.
     """
 
     place: str
     size: int
     version: str
+    data: bytes | None = None
+    damage: tuple[tuple[int, int, str], ...] = ()
     cache: ShardCache | None = None
 
     def open(self) -> IO[bytes]:
         """Open the file, or the local copy of what is at the URL."""
+        if self.data is not None:
+            return io.BytesIO(self.data)
         if self.cache is not None:
             return self.cache.open(self)
         return open(self.place, "rb", buffering=_BUFFER_BYTES)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -20,13 +20,10 @@ from fasterase.files import replace_file
 from fasterase.pairs.images import ImageFiles
 from fasterase.pairs.items import IMAGE_KEYS, TEXT_KEYS, Record, normalize_class_name
 from fasterase.pairs.open import open_pairs
-from fasterase.pairs.prepare import caption_key, hash_captions
 from fasterase.pairs.processes import count_processes, process_pool
 from fasterase.pairs.read_objects import ItemTable
 from fasterase.pairs.table import PairTable, Part
 from fasterase.progress import progress_bar
-
-Name = TypeVar("Name", str, int)
 
 
 def split(
@@ -120,12 +117,12 @@ def _mark(pairs: PairTable, matches: Iterable[bool]) -> np.ndarray:
 
 
 def _match_names(
-    pairs: PairTable, every: Iterable[Iterable[Name]], wanted: set[Name]
-) -> tuple[np.ndarray, set[Name]]:
+    pairs: PairTable, every: Iterable[Iterable[str]], wanted: set[str]
+) -> tuple[np.ndarray, set[str]]:
     """Return which pairs have a name that is wanted, [n] bool, and the names that none has."""
     missing = set(wanted)
 
-    def matches(names: Iterable[Name]) -> bool:
+    def matches(names: Iterable[str]) -> bool:
         matched = wanted.intersection(names)
         missing.difference_update(matched)
         return bool(matched)
@@ -190,14 +187,15 @@ def _search_part(pattern: re.Pattern[str], part: Part) -> list[bool]:
 
 
 def _match_hashes(pairs: PairTable, wanted: np.ndarray) -> np.ndarray:
-    texts = ([each] if isinstance(each, Tensor) else each for each in pairs.every_text())
-    hashes = (hash_captions(list(map(caption_key, each))).tolist() for each in texts)
-    chosen, missing = _match_names(pairs, hashes, set(wanted.tolist()))
-    if missing:
+    hashes, rows = pairs.caption_hashes()
+    missing = np.setdiff1d(wanted, hashes)
+    if len(missing):
         raise InputError(
             f"`forget`: {len(missing)} of the {len(np.unique(wanted))} caption hashes belong to no "
-            f"pair, such as {min(missing)}"
+            f"pair, such as {missing[0]}"
         )
+    chosen = np.zeros(len(pairs), bool)
+    chosen[rows[np.isin(hashes, wanted)]] = True
     return chosen
 
 

@@ -12,7 +12,7 @@ import operator
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import accumulate, compress, islice, pairwise
+from itertools import accumulate, chain, compress, islice, pairwise
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -25,7 +25,9 @@ from fasterase.errors import InputError
 from fasterase.files import replace_file
 from fasterase.pairs.images import Images, decode_image
 from fasterase.pairs.items import Record
+from fasterase.pairs.prepare import caption_key, hash_captions
 from fasterase.pairs.skips import BrokenPair
+from fasterase.progress import progress_bar
 
 T = TypeVar("T")
 
@@ -85,11 +87,10 @@ class Part:
         Raises as `replace_file` does.
         """
         facts = json.dumps(self.facts | {"rows": len(self)})
+        schema = self.batch.schema.with_metadata({"facts": facts})
         with (
             replace_file(path, size_bytes=self.batch.nbytes) as temporary,
-            ipc.new_file(
-                str(temporary), self.batch.schema.with_metadata({"facts": facts})
-            ) as writer,
+            ipc.new_file(str(temporary), schema) as writer,
         ):
             writer.write_batch(self.batch)
         return Part.open(str(path))
@@ -125,12 +126,8 @@ class Part:
         return dict(zip(self.batch.schema.names, self.batch.columns, strict=True))
 
     def value(self, name: str, row: int) -> Any:
-        """Return a value of a column."""
+        """Return a value of a column; ids are bytes."""
         return self._columns[name][row].as_py()
-
-    def string(self, name: str, row: int) -> str:
-        """Return a value of `id` or `metadata`."""
-        return self.value(name, row).decode(*_ENCODING)
 
     def column(self, name: str) -> pa.Array:
         """Return a column for a single pass; a file is not kept mapped afterwards."""
@@ -180,6 +177,11 @@ class Parts:
         number = bisect_right(self.starts, row) - 1
         return number, row - self.starts[number]
 
+    def value(self, name: str, row: int) -> Any:
+        """Return a value of a column."""
+        number, at = self.find(row)
+        return self.every[number].value(name, at)
+
     def column(self, name: str) -> np.ndarray:
         """Return a column of numbers, [n] int64."""
         return np.concatenate([part.column(name).to_numpy() for part in self.every])
@@ -190,13 +192,7 @@ def make_batch(
     captions: Sequence[Sequence[str]],
     **columns: Sequence[Any] | np.ndarray,
 ) -> pa.RecordBatch:
-    """Return rows of `COLUMNS`; captions are stripped, and blank ones left out.
-
-    Args:
-        ids: [n].
-        captions: [n] those of each row.
-        columns: [n] values of others.
-    """
+    """Return n rows of `COLUMNS`; captions are stripped, and blank ones left out."""
     texts = [[text for each in row if (text := each.strip())] for row in captions]
     try:
         arrays = {"captions": pa.array(texts, COLUMNS["captions"])}
@@ -226,7 +222,7 @@ class PairTable(Sequence[Record]):
 
     Args:
         parts: the rows; their columns are `id`, `captions` and perhaps `metadata` (JSON).
-        images: reads the encoded images; None if they are held or made decoded.
+        images: reads the encoded images.
 
     Attributes:
         name: the argument it was given as (`"forget"`, `"retain"`, ...), for messages.
@@ -235,6 +231,7 @@ class PairTable(Sequence[Record]):
             augmentation.
         classes: class names if the source has them (class-per-folder), else None.
         in_memory: whether the images are held decoded in memory, so that reading all is cheap.
+        images: as given; None if they are held or made decoded.
         indices: [n] int64, the rows of `base` that a view shows; None if it is no view.
         broken: row of `base` -> why it cannot be read, where more is known than what is missing.
     """
@@ -247,6 +244,7 @@ class PairTable(Sequence[Record]):
     indices: np.ndarray | None = None
     images: Images | None = None
     _base: PairTable | None = None
+    _count: int  # rows of `base`
 
     def __init__(
         self,
@@ -259,6 +257,7 @@ class PairTable(Sequence[Record]):
     ) -> None:
         self.name = name
         self.parts = Parts(parts)
+        self._count = self.parts.starts[-1]
         self.images = images
         self.classes = classes
         self.broken = broken or {}
@@ -279,10 +278,9 @@ class PairTable(Sequence[Record]):
 
     def select(self, rows: Sequence[int] | np.ndarray, *, name: str | None = None) -> PairTable:
         """Return a view of some rows, in the given order."""
-        rows = np.asarray(rows, dtype=np.int64)
         view = copy.copy(self)
         view._base = self.base
-        view.indices = self.base_rows(rows)
+        view.indices = self.base_rows(np.asarray(rows, dtype=np.int64))
         view.name = self.name if name is None else name
         return view
 
@@ -291,7 +289,7 @@ class PairTable(Sequence[Record]):
         return self.select(np.flatnonzero(mask), name=name)
 
     def __len__(self) -> int:
-        return self._count() if self.indices is None else len(self.indices)
+        return self._count if self.indices is None else len(self.indices)
 
     @overload
     def __getitem__(self, index: int) -> Record: ...
@@ -301,11 +299,17 @@ class PairTable(Sequence[Record]):
         """Decode a pair; raise `BrokenPair` if its image or caption cannot be read."""
         if isinstance(index, slice):
             return self.select(np.arange(len(self))[index])
-        return self._record(self._row(index))
+        return self._record(index)
+
+    def _record(self, index: int) -> Record:
+        captions, id = self.texts(index), self.id(index)
+        image = decode_image(self.encoded_image(index), id=id)
+        text = captions[0] if len(captions) == 1 else captions
+        return Record(image, text, id, meta=self.meta(index))
 
     def id(self, index: int) -> str:
         """Return the pair's id without decoding the image."""
-        return self._id(self._row(index))
+        return self.parts.value("id", self._row(index)).decode(*_ENCODING)
 
     def texts(self, index: int) -> list[str] | Tensor:
         """Return all captions, or token ids [L], if possible without decoding the image.
@@ -313,24 +317,75 @@ class PairTable(Sequence[Record]):
         Raises:
             BrokenPair: there are none.
         """
-        return self._texts(self._row(index))
+        row = self._row(index)
+        captions = self.parts.value("captions", row)
+        if not captions:
+            raise BrokenPair(self.id(index), self.broken.get(row, "no readable caption"))
+        return captions
 
     def meta(self, index: int) -> dict[str, Any]:
         """Return other data of the pair; see `Record.meta`."""
-        return self._meta(self._row(index))
+        return json.loads(self.parts.value("metadata", self._row(index)) or "{}")
 
     def every_id(self) -> Iterator[str]:
         """Yield the ids of all pairs in order."""
-        return self._every(self._every_id, self._id)
+        return self._every(Part.every_id, self.id)
 
     def every_text(self) -> Iterator[list[str] | Tensor]:
         """Yield what `texts` returns for all pairs in order; an empty list for a broken pair."""
-        return self._every(self._every_text, self._texts_or_none)
+
+        def texts_or_none(index: int) -> list[str] | Tensor:
+            try:
+                return self.texts(index)
+            except BrokenPair:
+                return []
+
+        return self._every(Part.every_captions, texts_or_none)
+
+    def _every(
+        self, of_part: Callable[[Part], Iterator[T]], of_row: Callable[[int], T]
+    ) -> Iterator[T]:
+        """Yield the value of each row; few, or reordered ones, are looked up one by one."""
+        if self.indices is not None and (
+            8 * len(self.indices) < self._count or (np.diff(self.indices) <= 0).any()
+        ):
+            return map(of_row, range(len(self)))
+        values = chain.from_iterable(map(of_part, self.parts.every))
+        if self.indices is None:
+            return values
+        chosen = np.zeros(self._count, bool)
+        chosen[self.indices] = True
+        return compress(values, chosen.tolist())
+
+    def caption_hashes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return `hash_captions` of all captions, [m] int64, and the row of each, [m] int64.
+
+        They take 16 bytes a caption; as strings, those of millions of pairs take gigabytes.
+        """
+        description = f"comparing captions of {self.name}"
+        bar = progress_bar(
+            description, items=self.every_text(), total=len(self), unit="pair", leave=False, delay=2
+        )
+        counts: list[int] = []
+
+        def keys() -> Iterator[str]:
+            for texts in bar:
+                texts = [texts] if isinstance(texts, Tensor) else texts
+                counts.append(len(texts))
+                yield from map(caption_key, texts)
+
+        hashes = hash_captions(keys())
+        return hashes, np.repeat(np.arange(len(self)), counts)
+
+    @cached_property
+    def _digest(self) -> str:
+        parts = "".join(part.digest() for part in self.parts.every).encode()
+        return hashlib.blake2b(parts + self._sizes.tobytes(), digest_size=16).hexdigest()
 
     def digest(self) -> str:
         """Return a hex digest of ids, sizes and captions, by which caches recognise the data."""
         if self.indices is None:
-            return self.base._digest
+            return self._digest
         digest = hashlib.blake2b(self.base._digest.encode(), digest_size=16)
         digest.update(self.indices.tobytes())
         return digest.hexdigest()
@@ -340,100 +395,33 @@ class PairTable(Sequence[Record]):
 
         None if any pair is as quickly read as the next.
         """
-        shards = self._shards()
-        return None if shards is None else self._of_rows(shards)
+        return None
+
+    @cached_property
+    def _sizes(self) -> np.ndarray:
+        assert self.images is not None
+        return self.images.sizes(self.every_id())
 
     def encoded_sizes(self) -> np.ndarray | None:
         """Return the bytes of each encoded image, [n] int64, -1 if missing; None if decoded."""
-        return None if self.images is None else self._of_rows(self.base._sizes)
+        return None if self.images is None else self.base._sizes[self._rows]
 
     def encoded_image(self, index: int) -> bytes:
         """Return the bytes of the image file. Only if `encoded_sizes` is not None."""
-        return self._image(self._row(index))
+        assert self.images is not None
+        return self.images.read(self._row(index), self.id(index))
 
     def encoded_location(self, index: int) -> str:
         """Return what identifies those bytes: the resolved path, and the position in a tar."""
         assert self.images is not None
-        row = self._row(index)
-        return self.images.location(row, self._id(row))
+        return self.images.location(self._row(index), self.id(index))
 
     def _row(self, index: int) -> int:
         """Return the row of `base`; raise IndexError outside the length."""
         row = range(len(self))[operator.index(index)]
         return row if self.indices is None else int(self.indices[row])
 
-    def _of_rows(self, column: np.ndarray) -> np.ndarray:
-        """Return the values of a column of `base` for the rows of this view."""
-        return column if self.indices is None else column[self.indices]
-
-    def _every(self, every: Callable[[], Iterator[T]], one: Callable[[int], T]) -> Iterator[T]:
-        """Yield the value of each row; few, or reordered ones, are looked up one by one."""
-        if self.indices is None:
-            return every()
-        if 8 * len(self.indices) < self._count() or (np.diff(self.indices) <= 0).any():
-            return map(one, self.indices.tolist())
-        chosen = np.zeros(self._count(), bool)
-        chosen[self.indices] = True
-        return compress(every(), chosen.tolist())
-
-    # What follows takes rows of `base`, and reads the columns.
-
-    def _count(self) -> int:
-        return self.parts.starts[-1]
-
-    def _find(self, row: int) -> tuple[Part, int]:
-        number, at = self.parts.find(row)
-        return self.parts.every[number], at
-
-    def _id(self, row: int) -> str:
-        part, at = self._find(row)
-        return part.string("id", at)
-
-    def _texts(self, row: int) -> list[str] | Tensor:
-        part, at = self._find(row)
-        captions = part.value("captions", at)
-        if not captions:
-            raise BrokenPair(self._id(row), self.broken.get(row, "no readable caption"))
-        return captions
-
-    def _texts_or_none(self, row: int) -> list[str] | Tensor:
-        try:
-            return self._texts(row)
-        except BrokenPair:
-            return []
-
-    def _meta(self, row: int) -> dict[str, Any]:
-        part, at = self._find(row)
-        return json.loads(part.string("metadata", at) or "{}")
-
-    def _image(self, row: int) -> bytes:
-        assert self.images is not None
-        return self.images.read(row, self._id(row))
-
-    def _record(self, row: int) -> Record:
-        captions, id = self._texts(row), self._id(row)
-        image = decode_image(self._image(row), id=id)
-        return Record(
-            image, captions[0] if len(captions) == 1 else captions, id, meta=self._meta(row)
-        )
-
-    def _every_id(self) -> Iterator[str]:
-        for part in self.parts.every:
-            yield from part.every_id()
-
-    def _every_text(self) -> Iterator[list[str] | Tensor]:
-        for part in self.parts.every:
-            yield from part.every_captions()
-
-    @cached_property
-    def _digest(self) -> str:
-        parts = "".join(part.digest() for part in self.parts.every).encode()
-        return hashlib.blake2b(parts + self._sizes.tobytes(), digest_size=16).hexdigest()
-
-    def _shards(self) -> np.ndarray | None:
-        return None
-
-    @cached_property
-    def _sizes(self) -> np.ndarray:
-        assert self.images is not None
-        return self.images.sizes(self._every_id())
+    @property
+    def _rows(self) -> np.ndarray | slice:
+        """What picks the rows of this view from a column of `base`."""
+        return slice(None) if self.indices is None else self.indices

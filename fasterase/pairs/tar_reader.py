@@ -1,22 +1,29 @@
-"""Read one tar shard past damage: its samples, and the stretches that cannot be read."""
+"""One tar shard, read past damage: its samples as rows, and the stretches that cannot be read."""
 
 from __future__ import annotations
 
 import bz2
 import gzip
 import io
+import json
 import lzma
 import os
 import re
-import shutil
+import statistics
 import tarfile
-import tempfile
+import warnings
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import groupby
 from operator import itemgetter
+from pathlib import Path
 from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+from fasterase.pairs.remote import Shard, shard_name
+from fasterase.pairs.table import Part, make_batch
 
 _BLOCK = tarfile.BLOCKSIZE
 # An archive ends in two blocks of zeros, padded to a record of twenty; joined archives have that in
@@ -171,35 +178,27 @@ def split_entry(path: str) -> tuple[str, str] | None:
     return (f"{folder}/{stem}" if folder else stem), ending.lower()
 
 
-@contextmanager
-def open_sequential(stream: IO[bytes], place: str) -> Iterator[tuple[IO[bytes], list[Damage]]]:
-    """Decompress a shard to a temporary file; a pipe is copied to one first.
+def read_whole(stream: IO[bytes], place: str) -> tuple[bytes, tuple[Damage, ...]]:
+    """Return a shard read to its end, decompressed, and where its compressed data is damaged.
 
     Args:
-        stream: the shard; it gets closed.
+        stream: a file or a pipe of webdataset; it gets closed.
         place: what it is called in messages.
-
-    Yields:
-        The file, and where the compressed data is damaged.
 
     Raises:
         OSError, and errors of their own from pipes.
     """
-    with stream, tempfile.TemporaryFile() as copied, tempfile.TemporaryFile() as plain:
-        raw = stream
-        if not isinstance(stream, io.BufferedReader):  # a pipe of webdataset
-            shutil.copyfileobj(stream, copied)
-            raw = copied
-        raw.seek(0)
+    with stream:
+        is_file = isinstance(stream, io.BufferedReader)
+        raw = stream if is_file else io.BytesIO(stream.read())
         start = raw.read(6)
         raw.seek(0)
         if start.startswith(_ZSTD):
             raise OSError(f"zstd is not supported here; give 'pipe:zstd -dc {place}'")
         decompress = next((each for magic, each in _DECOMPRESSORS if start.startswith(magic)), None)
         if decompress is None:
-            yield raw, []
-            return
-        damage = []
+            return raw.read(), ()
+        plain = io.BytesIO()
         try:
             # In single blocks, so that all of them before the damage are kept.
             with decompress(raw) as packed:
@@ -207,5 +206,150 @@ def open_sequential(stream: IO[bytes], place: str) -> Iterator[tuple[IO[bytes], 
                     plain.write(block)
         except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
             reason = f"its compressed data is damaged: {error}"
-            damage.append(Damage(plain.tell(), 0, reason))
-        yield plain, damage
+            return plain.getvalue(), (Damage(plain.tell(), 0, reason),)
+        return plain.getvalue(), ()
+
+
+class Entries(NamedTuple):
+    """The entries of a sample that are its image and its caption.
+
+    Attributes:
+        image, text: endings, the first that a sample has counts.
+        json_field: the field of the json entry that is the caption if there is no text entry;
+            empty for none.
+    """
+
+    image: tuple[str, ...]
+    text: tuple[str, ...]
+    json_field: str
+
+    def read_captions(self, texts: Mapping[str, bytes]) -> list[str]:
+        """Return the readable captions of a sample, from its text and json entries."""
+        try:
+            for ending in self.text:
+                if ending in texts:
+                    return [texts[ending].decode("utf-8-sig")]
+            value = json.loads(texts["json"])[self.json_field.removeprefix("json:")]
+        except (KeyError, TypeError, ValueError):
+            return []
+        values = value if isinstance(value, list) else [value]
+        return [text for text in values if isinstance(text, str)]
+
+
+def read_rows(shard: Shard, file: IO[bytes], entries: Entries) -> Part:
+    """Return the samples of a shard that have an image or a caption.
+
+    What is known of the shard (`Part.facts`): its name (`shard`), size, version; how many samples
+    have images and captions, and are `torn`: have lost one of the two to damage; the bytes that are
+    `readable`; the stretches of `damage`; why the last sample is `cut` off, if it is; the `endings`
+    of all entries; the `digest` of ids, sizes and captions.
+
+    Args:
+        file: the shard, decompressed.
+        entries: which entries are images and captions.
+
+    Raises:
+        tarfile.TarError: it is no tar.
+    """
+    reader, name = ShardReader(file), shard_name(shard.place)
+    wanted = {*entries.text, "json"} if entries.json_field else set(entries.text)
+    ids: list[str] = []
+    captions: list[list[str]] = []
+    extents: list[int] = []
+    incomplete: list[tuple[int, int]] = []
+    endings: set[str] = set()
+    cut = ""
+    for stem, sample in reader.samples():
+        endings |= sample.keys()
+        if sample.keys().isdisjoint((*entries.image, *entries.text)):
+            continue
+        *_, (ending, last) = sample.items()
+        span = next(iter(sample.values())).offset, last.offset_data + last.size
+        if span[1] > reader.size:
+            cut = f"the shard ends inside its {ending}"
+            del sample[ending]
+        texts = {ending: reader.read(sample[ending]) for ending in wanted & sample.keys()}
+        ids.append(f"{name}/{stem}")
+        captions.append([] if cut else entries.read_captions(texts))
+        image = next((sample[ending] for ending in entries.image if ending in sample), None)
+        for entry in (image, sample.get("json")):
+            extents += (-1, -1) if entry is None else (entry.offset_data, entry.size)
+        if image is None or not captions[-1]:
+            incomplete.append(span)
+    part = make_part(ids, captions, extents)
+    part.facts = {
+        "shard": name,
+        "size_bytes": shard.size,
+        "version": shard.version,
+        "images": sum(offset >= 0 for offset in extents[::4]),
+        "captioned": sum(map(bool, captions)),
+        "torn": sum(any(each.touches(*span) for each in reader.damage) for span in incomplete),
+        "readable": reader.readable,
+        "damage": [*map(list, shard.damage), *map(list, reader.damage)],
+        "cut": cut,
+        "endings": sorted(endings),
+        "digest": part.digest(),
+    }
+    return part
+
+
+def make_part(ids: list[str], captions: list[list[str]], extents: list[int]) -> Part:
+    """Return rows in memory; offset and size of image and json entry of each are in `extents`."""
+    columns = np.array(extents, np.int64).reshape(-1, 4).T
+    names = ("offset", "size", "json_offset", "json_size")
+    return Part(make_batch(ids, captions, **dict(zip(names, columns, strict=True))), {})
+
+
+def add_lost(name: str, shards: Sequence[Shard], parts: list[Part]) -> dict[int, str]:
+    """Add a part for the samples that damaged shards have lost, and warn.
+
+    Returns:
+        row -> why its sample cannot be read.
+    """
+    undamaged = [len(part) for part in parts if not part.facts["damage"]]
+    usual = round(statistics.median(undamaged)) if undamaged else 0
+    broken: dict[int, str] = {}
+    ids: list[str] = []
+    reasons: list[str] = []
+    start = 0
+    for shard, part in zip(shards, parts, strict=True):
+        facts = part.facts
+        start += len(part)
+        if facts["cut"]:
+            broken[start - 1] = facts["cut"]
+        if not facts["damage"]:
+            continue
+        lost = _count_lost(shard.place, part, usual)
+        where = "; ".join(f"byte {offset}: {reason}" for offset, _, reason in facts["damage"])
+        ids += [f"{facts['shard']}/lost sample {number}" for number in range(1, lost + 1)]
+        reasons += [f"lost from a damaged shard ({where})"] * lost
+        warnings.warn(
+            f"`{name}`: shard {shard.place} is damaged ({where}). At least {lost + facts['torn']} "
+            f"of its samples cannot be used and count as skipped, {len(part) - facts['torn']} can. "
+            f"Fetch or write it again.",
+            stacklevel=2,
+        )
+    if lost := len(ids):
+        parts.append(make_part(ids, [[]] * lost, [-1] * 4 * lost))
+    return broken | dict(enumerate(reasons, start))
+
+
+def _count_lost(place: str, part: Part, usual: int) -> int:
+    """Return how many samples a damaged shard has lost beyond those found.
+
+    That is what its index tells: `successes` of img2dataset's `00000_stats.json`, or the first line
+    of DALI's `00000.idx`. Without an index it is an estimate from below: what is missing to the
+    `usual` number of an undamaged shard (0 if there is none), or what the unreadable bytes would
+    have held, but at least one if no sample found is torn.
+    """
+    stem = place.removesuffix(".tar")
+    # Either may be missing, or of another kind.
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        stated = json.loads(Path(f"{stem}_stats.json").read_bytes())["successes"]
+        return max(int(stated) - len(part), 0)
+    with suppress(OSError, ValueError, IndexError):
+        first = Path(f"{stem}.idx").read_text(encoding="utf-8").splitlines()[0]
+        return max(int(first.split()[1]) - len(part), 0)
+    torn, unreadable = part.facts["torn"], sum(size for _, size, _ in part.facts["damage"])
+    by_bytes = round(unreadable * len(part) / max(part.facts["readable"], 1)) - torn
+    return max(usual - len(part), by_bytes, 0 if torn else 1)

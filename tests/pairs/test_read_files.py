@@ -285,7 +285,7 @@ def test_missing_cells_are_broken_pairs(pictures):
     images = [str(pictures / "0.png"), None, str(pictures / "1.png")]
     pairs = open_pairs(pandas.DataFrame({"image": images, "text": ["a", "b", None]}), name="x")
     assert pairs[0].text == "a"
-    for row, message in ((1, r"x\[1\]"), (2, "no readable caption")):
+    for row, message in ((1, r"x\[1\]"), (2, r"x\[2\]: no caption")):
         with pytest.raises(BrokenPair, match=message):
             pairs[row]
 

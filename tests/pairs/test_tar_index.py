@@ -11,7 +11,7 @@ import tarfile
 import pytest
 
 from fasterase.errors import InputError
-from fasterase.pairs import processes, tar_index
+from fasterase.pairs import processes, read_tars
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.split import split
@@ -21,7 +21,7 @@ from fasterase.pairs.tar_reader import ShardReader
 @pytest.fixture(autouse=True)
 def kept_index(monkeypatch):
     """The index of any set is kept."""
-    monkeypatch.setattr(tar_index, "KEPT_BYTES", 0)
+    monkeypatch.setattr(read_tars, "KEPT_BYTES", 0)
 
 
 def contents(folder):
@@ -38,13 +38,13 @@ def blocks(folder):
 def read_shards(monkeypatch):
     """The names of the shards that are read from now on by this process."""
     read = []
-    before = tar_index.read_rows
+    before = read_tars.read_rows
 
     def note(shard, *arguments, **options):
         read.append(os.path.basename(shard.place))
         return before(shard, *arguments, **options)
 
-    monkeypatch.setattr(tar_index, "read_rows", note)
+    monkeypatch.setattr(read_tars, "read_rows", note)
     monkeypatch.setattr(processes, "num_cpus", lambda: 1)
     return read
 
@@ -53,7 +53,7 @@ def test_a_kept_index_is_that_in_memory(shards, monkeypatch):
     kept = contents(shards)
     assert [path.name.split(".tar.")[0] for path in blocks(shards)] == [f"s-{n}" for n in range(4)]
     manifest = open_pairs(str(shards), name="retain").digest()
-    monkeypatch.setattr(tar_index, "KEPT_BYTES", 1 << 40)
+    monkeypatch.setattr(read_tars, "KEPT_BYTES", 1 << 40)
     assert contents(shards) == kept
     assert [caption for _, (caption,), *_ in kept] == [f"n {n}" for n in range(8)]
     assert open_pairs(str(shards), name="x").digest() == manifest
@@ -98,7 +98,7 @@ def test_an_index_that_cannot_be_written_beside_the_shards(
     """It is kept in the user's cache, or in memory if that fails too."""
     cache = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache) if kept else "/dev/null")
-    monkeypatch.setattr("fasterase.pairs.tar_index.os.access", lambda *_: False)
+    monkeypatch.setattr("fasterase.pairs.read_tars.os.access", lambda *_: False)
     for again in (False, True):
         read_shards.clear()
         assert len(contents(shards)) == 8

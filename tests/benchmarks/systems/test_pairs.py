@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.systems import pairs as benchmark
-from fasterase.pairs import tar_index
+from fasterase.pairs import read_tars
 
 
 @pytest.fixture
 def shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(tar_index, "KEPT_BYTES", 0)
+    monkeypatch.setattr(read_tars, "KEPT_BYTES", 0)
     (tmp_path / "small").mkdir()
     return benchmark.write_shards(tmp_path / "small", shards=2, pairs=30, side=32)
 
