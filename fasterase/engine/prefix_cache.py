@@ -27,7 +27,7 @@ from fasterase.models.forward import autocast
 from fasterase.models.prefix import Halfway, SplitTower
 from fasterase.models.preprocessing import Tokens
 from fasterase.original.store import FeatureStore
-from fasterase.pairs.batches import Loaded, Prefixes
+from fasterase.pairs.batches import MicroBatch, Prefixes
 from fasterase.pairs.prepare import hash_captions
 from fasterase.pairs.table import PairTable
 from fasterase.parallel.ranks import Ranks
@@ -92,7 +92,7 @@ class PrefixCache(Prefixes):
         store, _ = self._images_of(source)
         return store.has(self._keys(source, rows, views))
 
-    def images(self, batch: Loaded, sources: Sequence[PairTable]) -> Halfway:
+    def images(self, batch: MicroBatch, sources: Sequence[PairTable]) -> Halfway:
         came = np.zeros(len(batch.rows), bool)
         came[batch.fresh] = True
         outputs = torch.empty(len(batch.rows), self._image.width)

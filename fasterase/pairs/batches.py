@@ -11,8 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import tee
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -20,9 +19,15 @@ from torch import Tensor
 
 from fasterase.models.prefix import Halfway
 from fasterase.models.preprocessing import Tokens
-from fasterase.pairs.augment import augment, is_plain
 from fasterase.pairs.items import Record
-from fasterase.pairs.prepare import PreparedText, Preparer, hash_captions, stack_tokens
+from fasterase.pairs.prepare import (
+    PreparedText,
+    Preparer,
+    augment,
+    hash_captions,
+    is_plain,
+    stack_tokens,
+)
 from fasterase.pairs.processes import load_parallel
 from fasterase.pairs.sampler import Sampler
 from fasterase.pairs.skips import BrokenPair, Skip
@@ -31,12 +36,11 @@ from fasterase.parallel.ranks import ALONE, Ranks
 from fasterase.seeds import Stream, generator
 
 Captions = Literal["all", "first"]
-R = TypeVar("R", bound="_Request")
 
 
 @dataclass
-class Loaded:
-    """Some pairs, ready for the towers; broken ones are left out.
+class MicroBatch:
+    """Some pairs, ready for the towers: part of a step, or rows of a sweep. No broken ones.
 
     Attributes:
         which: [n] the number of each pair's source.
@@ -44,12 +48,17 @@ class Loaded:
         ids: [n].
         views: [n] int64, 0 for the image itself, -1 for a view made for this step alone, else the
             number of a view that `Prefixes` caches.
-        captions: (row, caption key) of every caption read, in order.
+        captions: (row, caption key) of every caption read, in order; in a step one for each pair.
         pixels: [k, 3, H, W] uint8, or float32 (normalised) where the transform does not split; with
             `Prefixes`, what frozen blocks output for the n images.
         fresh: [k] int64, which of the n images were read: all unless `Prefixes` has others.
-        tokens: ids [m, L] of the captions; with `Prefixes`, what frozen blocks output for them.
+        tokens: ids [m, L] of the captions, in a sweep of `new_keys` alone; with `Prefixes`, what
+            frozen blocks output for them.
         skipped: pairs that are broken.
+        step: counted from 0. Forget pairs of a step come first.
+        offset: position of its first pair in the draw of the step for all ranks, counting broken
+            pairs.
+        new_keys: of a sweep, the keys that no earlier batch had.
     """
 
     which: np.ndarray
@@ -61,40 +70,18 @@ class Loaded:
     fresh: np.ndarray
     tokens: Tokens | Halfway
     skipped: list[Skip]
-
-    @property
-    def keys(self) -> list[str]:
-        """Identities of the captions."""
-        return [key for _, key in self.captions]
-
-
-@dataclass
-class MicroBatch(Loaded):
-    """Consecutive pairs of one step, forget pairs first, each with one caption.
-
-    Attributes:
-        step: counted from 0.
-        offset: position of its first pair in the draw of the step for all ranks, counting broken
-            pairs.
-    """
-
-    step: int
-    offset: int
+    step: int = 0
+    offset: int = 0
+    new_keys: list[str] = field(default_factory=list)
 
     @property
     def n_forget(self) -> int:
         return int((self.which == 0).sum())
 
-
-@dataclass
-class SweepBatch(Loaded):
-    """Some rows of a source, not augmented.
-
-    Attributes:
-        new_keys: [m] keys that no earlier batch had; `tokens` are of these alone.
-    """
-
-    new_keys: list[str]
+    @property
+    def keys(self) -> list[str]:
+        """Identities of the captions."""
+        return [key for _, key in self.captions]
 
 
 @dataclass
@@ -150,10 +137,10 @@ class Prefixes(Protocol):
     views: int
 
     def has_images(self, source: PairTable, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
-        """Return for which images (n,) an output is cached, (n,) bool; see `Loaded.views`."""
+        """Return for which images (n,) an output is cached, (n,) bool; see `MicroBatch.views`."""
         ...
 
-    def images(self, batch: Loaded, sources: Sequence[PairTable]) -> Halfway:
+    def images(self, batch: MicroBatch, sources: Sequence[PairTable]) -> Halfway:
         """Return the outputs for a batch of pixels, and cache those of images that were read."""
         ...
 
@@ -195,18 +182,34 @@ def step_batches(
     # The last part of a step may be empty: steps differ in size by one pair.
     parts = max(1, -(-largest // size))
 
-    def requests() -> Iterator[_StepRequest]:
-        for number in range(first_step * parts, last_step * parts):
-            request = _draw_part(sampler, *divmod(number, parts), size=size, ranks=ranks)
-            if augment_forget:
-                _choose_views(request, forget, 0 if prefixes is None else prefixes.views)
-            yield request
+    def requests() -> Iterator[_Request]:
+        for step in range(first_step, last_step):
+            draw = sampler.draw(step)
+            n_forget = len(draw.forget)
+            rows = np.concatenate([draw.forget, draw.retain])
+            captions = np.concatenate([draw.forget_captions, draw.retain_captions])
+            own = np.array(
+                [*ranks.share(n_forget), *(n_forget + k for k in ranks.share(len(draw.retain)))],
+                np.int64,
+            )
+            for start in range(0, parts * size, size):
+                places = own[start : start + size]
+                request = _Request(
+                    (places >= n_forget).astype(np.int64),
+                    rows[places],
+                    captions[places],
+                    [(sampler.seed, step, place) for place in places.tolist()],
+                    step,
+                    int(places[0]) if len(places) else len(rows),
+                )
+                if augment_forget:
+                    _choose_views(request, forget, 0 if prefixes is None else prefixes.views)
+                yield request
 
     black = prepare.black_level() if augment_forget else None
     reader = _Reader((forget, retain), prepare, black)
     loaded: list[MicroBatch] = []
-    for request, found in _read_all(reader, requests(), prefixes, num_workers):
-        part = MicroBatch(**vars(found), step=request.step, offset=request.offset)
+    for part in _read_all(reader, requests(), prefixes, num_workers):
         if prefixes is not None and part.ids:
             assert isinstance(part.tokens, Tokens)
             part.pixels = prefixes.images(part, (forget, retain))
@@ -228,17 +231,15 @@ def sweep(
     batch_size: int,
     num_workers: int = 0,
     prefixes: Prefixes | None = None,
-) -> Iterator[SweepBatch]:
+) -> Iterator[MicroBatch]:
     """Read rows once each, in the given order, with all their captions or the first one.
 
     Args:
         source: the pairs.
         rows: distinct rows.
-        prepare: records to pixels and tokens.
-        captions: which captions of each row.
         batch_size: rows per batch.
         num_workers: processes that load and decode.
-        prefixes: see `Loaded`; only for a stable source.
+        prefixes: see `MicroBatch`; only for a stable source.
     """
     rows = np.asarray(rows, dtype=np.int64)
 
@@ -250,15 +251,14 @@ def sweep(
             yield _Request(np.zeros(len(part), np.int64), part, number, seeds)
 
     seen: set[str] = set()
-    reader = _Reader((source,), prepare)
-    for _, found in _read_all(reader, requests(), prefixes, num_workers):
+    for batch in _read_all(_Reader((source,), prepare), requests(), prefixes, num_workers):
         places: dict[str, int] = {}  # of captions that no earlier batch had
-        for place, key in enumerate(found.keys):
+        for place, key in enumerate(batch.keys):
             if key not in seen:
                 seen.add(key)
                 places[key] = place
-        batch = SweepBatch(**vars(found), new_keys=list(places))
-        batch.tokens = tokens = found.tokens.index(list(places.values()))
+        batch.new_keys = list(places)
+        batch.tokens = tokens = batch.tokens.index(list(places.values()))
         if prefixes is not None:
             assert isinstance(tokens, Tokens)
             batch.pixels = prefixes.images(batch, (source,))
@@ -276,7 +276,7 @@ class _Request:
         captions: [n] numbers of the captions wanted, see `Draw`; None for all.
         seeds: [n] the seed and position that make up what is random of each pair: its view, and
             the reading of a source that is not stable.
-        views: [n], see `Loaded`.
+        step, offset, views: see `MicroBatch`.
         wanted: [n] bool, whose images are read.
     """
 
@@ -284,38 +284,15 @@ class _Request:
     rows: np.ndarray
     captions: np.ndarray | None
     seeds: list[tuple[int, ...]]
+    step: int = 0
+    offset: int = 0
 
     def __post_init__(self) -> None:
         self.views = np.zeros(len(self.rows), np.int64)
         self.wanted = np.ones(len(self.rows), bool)
 
 
-@dataclass
-class _StepRequest(_Request):
-    """The pairs of a `MicroBatch`."""
-
-    step: int
-    offset: int
-
-
-def _draw_part(sampler: Sampler, step: int, part: int, *, size: int, ranks: Ranks) -> _StepRequest:
-    draw = sampler.draw(step)
-    rows = np.concatenate([draw.forget, draw.retain])
-    captions = np.concatenate([draw.forget_captions, draw.retain_captions])
-    n_forget = len(draw.forget)
-    own = [*ranks.share(n_forget), *(n_forget + place for place in ranks.share(len(draw.retain)))]
-    positions = own[part * size : (part + 1) * size]
-    return _StepRequest(
-        np.array([position >= n_forget for position in positions], np.int64),
-        rows[positions],
-        captions[positions],
-        [(sampler.seed, step, position) for position in positions],
-        step,
-        positions[0] if positions else len(rows),
-    )
-
-
-def _choose_views(request: _StepRequest, forget: PairTable, count: int) -> None:
+def _choose_views(request: _Request, forget: PairTable, count: int) -> None:
     """Choose views of the forget images: for this step alone, or one of `count` of each row."""
     for place in np.flatnonzero(request.which == 0).tolist():
         if not count:
@@ -330,11 +307,11 @@ def _choose_views(request: _StepRequest, forget: PairTable, count: int) -> None:
 
 
 def _read_all(
-    reader: _Reader, requests: Iterable[R], prefixes: Prefixes | None, num_workers: int
-) -> Iterator[tuple[R, Loaded]]:
-    """Yield each request and what was read; with workers, requests are made a few ahead."""
+    reader: _Reader, requests: Iterable[_Request], prefixes: Prefixes | None, num_workers: int
+) -> Iterator[MicroBatch]:
+    """Yield what is read for each request; with workers, requests are made a few ahead."""
 
-    def without_cached() -> Iterator[R]:
+    def without_cached() -> Iterator[_Request]:
         for request in requests:
             if prefixes is not None:
                 for number, source in enumerate(reader.sources):
@@ -343,9 +320,7 @@ def _read_all(
                     request.wanted[here] = ~prefixes.has_images(source, rows, views)
             yield request
 
-    ahead, behind = tee(without_cached())
-    for found in load_parallel(reader, ahead, num_workers):
-        yield next(behind), found
+    return load_parallel(reader, without_cached(), num_workers)
 
 
 @dataclass(frozen=True)
@@ -362,7 +337,7 @@ class _Reader:
     prepare: Preparer
     black: Tensor | None = None
 
-    def __call__(self, request: _Request) -> Loaded:
+    def __call__(self, request: _Request) -> MicroBatch:
         places: list[int] = []
         ids: list[str] = []
         texts: list[tuple[int, PreparedText]] = []
@@ -381,7 +356,7 @@ class _Reader:
             places.append(place)
             ids.append(id)
             texts += [(row, text) for text in captions]
-        return Loaded(
+        return MicroBatch(
             request.which[places],
             request.rows[places],
             ids,
@@ -391,6 +366,8 @@ class _Reader:
             np.array(fresh, np.int64),
             stack_tokens([text.tokens for _, text in texts], self.prepare.context_length),
             skipped,
+            request.step,
+            request.offset,
         )
 
     def _read(self, request: _Request, place: int) -> tuple[str, Tensor | None, list[PreparedText]]:

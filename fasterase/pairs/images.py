@@ -7,6 +7,7 @@ import io
 import os
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Protocol
 
 import numpy as np
@@ -20,15 +21,12 @@ class Images(Protocol):
 
     def sizes(self, ids: Iterable[str]) -> np.ndarray:
         """Return the bytes of each image, [n] int64; -1 if it is missing."""
-        ...
 
     def read(self, row: int, id: str) -> bytes:
         """Return the bytes of an image; raise `BrokenPair` if it cannot be read."""
-        ...
 
     def location(self, row: int, id: str) -> str:
         """Return what identifies these bytes among all images."""
-        ...
 
 
 class ImageFiles:
@@ -58,8 +56,7 @@ class ImagesInMemory:
         self._images = images
 
     def sizes(self, ids: Iterable[str]) -> np.ndarray:
-        sizes = (-1 if image is None else len(image) for image in self._images)
-        return np.fromiter(sizes, dtype=np.int64, count=len(self._images))
+        return np.array([-1 if image is None else len(image) for image in self._images], np.int64)
 
     def read(self, row: int, id: str) -> bytes:
         image = self._images[row]
@@ -126,7 +123,11 @@ def to_rgb(image: Image.Image, *, id: str) -> Image.Image:
             kind = "NaN" if np.isnan(values).any() else "infinite"
             raise BrokenPair(id, f"image holds {kind} values")
         image = _from_grey(_scale(values, image), image)
-    return _turn_upright(image).convert("RGB")
+    # PIL raises errors of many kinds on damaged metadata. The picture itself is whole.
+    with suppress(Exception):
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+    return image.convert("RGB")
 
 
 def _scale(values: np.ndarray, image: Image.Image) -> np.ndarray:
@@ -148,12 +149,3 @@ def _from_grey(values: np.ndarray, like: Image.Image) -> Image.Image:
     grey = Image.fromarray(np.rint(values).astype(np.uint8))
     grey.info.update(like.info)
     return grey
-
-
-def _turn_upright(image: Image.Image) -> Image.Image:
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        return ImageOps.exif_transpose(image) if orientation != 1 else image
-    # PIL raises errors of many kinds on damaged metadata. The picture itself is whole.
-    except Exception:
-        return image

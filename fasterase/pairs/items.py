@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +35,8 @@ class Record(tuple[Any, Any]):
             row, or `{"class": name}` for a class-per-folder image.
     """
 
+    image = property(itemgetter(0))
+    text = property(itemgetter(1))
     id: str
     mask: Tensor | None
     meta: dict[str, Any]
@@ -58,41 +61,18 @@ class Record(tuple[Any, Any]):
     def __repr__(self) -> str:
         return f"Record(image={self.image!r}, text={self.text!r}, id={self.id!r})"
 
-    @property
-    def image(self) -> Any:
-        return self[0]
-
-    @property
-    def text(self) -> Any:
-        return self[1]
-
 
 def choose_key(found: list[str], given: str | None, usual: tuple[str, ...], option: str) -> str:
     """Choose the column to read: the one the user named, or the first usual name found."""
-    if given is not None:
-        if given not in found:
-            raise InputError(f"`{option}`: no column {given!r}; the columns found are {found}")
-        return given
-    for key in usual:
-        if key in found:
-            return key
-    raise InputError(
-        f"no column named {', '.join(usual)}; the columns found are {found}. "
-        f"Name the right one with `{option}`."
-    )
-
-
-def check_columns(names: list[str]) -> None:
-    """Raise `InputError` if two columns have one name: which of them is meant, nobody can tell.
-
-    Those without a name may be several: programs write them where a line ends in separators.
-    """
-    repeated = next((name for name in names if name and names.count(name) > 1), None)
-    if repeated is not None:
+    if given is not None and given not in found:
+        raise InputError(f"`{option}`: no column {given!r}; the columns found are {found}")
+    key = given or next((key for key in usual if key in found), None)
+    if key is None:
         raise InputError(
-            f"{names.count(repeated)} columns are named {repeated!r}; the columns found are "
-            f"{names}. Rename or remove all but one of them."
+            f"no column named {', '.join(usual)}; the columns found are {found}. "
+            f"Name the right one with `{option}`."
         )
+    return key
 
 
 def select_plain(item: Mapping[str, Any], *, without: tuple[str | None, ...]) -> dict[str, Any]:
@@ -197,13 +177,11 @@ def _parse_image(image: Any, *, id: str) -> Any:
     if isinstance(image, Tensor):
         if image.ndim == 4 and image.shape[0] == 1:
             image = image[0]
-        usable = image.ndim == 3 and (image.is_floating_point() or image.dtype == torch.uint8)
-        if usable and (image.is_floating_point() or image.shape[0] == 3):
+        is_bytes = image.dtype == torch.uint8 and image.shape[:1] == (3,)
+        if image.ndim == 3 and (image.is_floating_point() or is_bytes):
             return image
-        raise InputError(
-            f"{id}: an image tensor must be uint8 or float of shape [3, height, width]; "
-            f"found {_describe(image)}"
-        )
+        what = "an image tensor must be uint8 or float of shape [3, height, width]"
+        raise InputError(f"{id}: {what}; found {_describe(image)}")
     if isinstance(image, Image.Image | bytes):
         return image
     if isinstance(image, np.ndarray):
@@ -220,14 +198,14 @@ def _parse_image(image: Any, *, id: str) -> Any:
 def _image_from_array(image: np.ndarray, *, id: str) -> Image.Image:
     """Return the picture of a uint8 array [H, W, 3], or grey [H, W] or [H, W, 1]."""
     grey = image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
-    usable = grey.ndim == 2 or (grey.ndim == 3 and grey.shape[2] == 3)
-    if usable and grey.size > 0 and grey.dtype == np.uint8:
-        return Image.fromarray(np.ascontiguousarray(grey))
+    is_picture = grey.ndim == 2 or (grey.ndim == 3 and grey.shape[2] == 3)
     if grey.dtype != np.uint8:
         hint = (
             "Scale it to 0..255 and use image.astype('uint8'); if it is preprocessed already, pass "
             "torch.from_numpy(image), float of shape [3, height, width]"
         )
+    elif is_picture and grey.size > 0:
+        return Image.fromarray(np.ascontiguousarray(grey))
     elif grey.ndim == 3 and grey.shape[0] == 3:
         hint = "Move the channels last: image.transpose(1, 2, 0)"
     else:
@@ -318,15 +296,12 @@ def unbatch(item: Any, image_key: str | None, text_key: str | None) -> list[Any]
 def _is_plain_pair(value: Any) -> bool:
     # Pairs of (path, caption) in a list do not count: DataLoader's default collation turns them
     # into a list of two tuples of strings, which are columns.
-    if isinstance(value, Mapping):
-        return True
-    return (
-        isinstance(value, tuple)
-        and len(value) == 2
-        and isinstance(value[0], Tensor | np.ndarray | Image.Image)
-        and not isinstance(value[1], Image.Image)
-        and not (isinstance(value[1], Tensor) and value[1].is_floating_point())
-    )
+    if not isinstance(value, tuple) or len(value) != 2:
+        return isinstance(value, Mapping)
+    image, text = value
+    if isinstance(text, Image.Image) or (isinstance(text, Tensor) and text.is_floating_point()):
+        return False
+    return isinstance(image, Tensor | np.ndarray | Image.Image)
 
 
 def _describe(value: Any) -> str:

@@ -55,23 +55,17 @@ def open_pairs(
         place = f" ({os.fspath(source)})" if isinstance(source, str | os.PathLike) else ""
         raise InputError(f"`{name}` is empty{place}; it needs at least one image-text pair")
     if opened is not source and opened.origin is None:
-        opened.origin = _describe_origin(source)
+        kind = type(source).__name__
+        opened.origin = f"{'an' if kind[0] in 'AEIOU' else 'a'} {kind}"
+        if isinstance(source, str | os.PathLike):
+            opened.origin = os.path.basename(os.fspath(source).rstrip("/")) or os.fspath(source)
     return opened
 
 
-def _describe_origin(source: Any) -> str:
-    if isinstance(source, str | os.PathLike):
-        return os.path.basename(os.fspath(source).rstrip("/")) or os.fspath(source)
-    kind = type(source).__name__
-    return f"{'an' if kind[0] in 'AEIOU' else 'a'} {kind}"
-
-
 def _open(source: Any, name: str, image_key: str | None, text_key: str | None) -> PairTable:
-    view = _find_view(source)
-    if view is not None:
+    if (view := _find_view(source)) is not None:
         return view
-    tars = _find_tars(source, name)
-    if tars is not None:
+    if (tars := _find_tars(source, name)) is not None:
         return open_tars(tars, name=name, image_key=image_key, text_key=text_key)
     if is_frame(source):
         return open_frame(source, name=name, image_key=image_key, text_key=text_key)
@@ -94,15 +88,12 @@ def _open(source: Any, name: str, image_key: str | None, text_key: str | None) -
 
 def _find_view(source: Any) -> PairTable | None:
     """Return the `PairTable` that `source` is, loads from, or is a `torch` `Subset` of."""
-    if isinstance(source, PairTable):
-        return source
     if isinstance(source, DataLoader):
         return _find_view(source.dataset)
     if isinstance(source, torch.utils.data.Subset):
         whole = _find_view(source.dataset)
-        if whole is not None:
-            return whole.select(source.indices)
-    return None
+        return None if whole is None else whole.select(source.indices)
+    return source if isinstance(source, PairTable) else None
 
 
 def _find_tars(source: Any, name: str) -> list[str] | None:
@@ -124,8 +115,7 @@ def _find_tars(source: Any, name: str) -> list[str] | None:
         return [shard for pattern in patterns for shard in expand_pattern(pattern, name=name)]
     if not isinstance(source, str | os.PathLike):
         return None
-    text = os.fspath(source)
-    if not text:
+    if not (text := os.fspath(source)):
         raise InputError(f"`{name}` is an empty path")
     path = Path(text).expanduser()
     if path.is_dir():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 
 import numpy as np
 from PIL import Image
@@ -96,9 +96,17 @@ def _with_same(
     forget: PairTable,
     known: np.ndarray,
 ) -> np.ndarray:
-    """Return those rows of `retain` whose key one of the rows of `forget` has; None is no key."""
-    keys = {key(forget, row) for row in known.tolist()} - {None}
-    return np.array([row for row in candidates.tolist() if key(retain, row) in keys], np.int64)
+    """Return those rows of `retain` whose key one of the rows of `forget` has; none if broken."""
+
+    def keys(source: PairTable, rows: np.ndarray) -> Iterator[Hashable]:
+        for row in rows.tolist():
+            try:
+                yield key(source, row)
+            except BrokenPair:
+                yield None
+
+    wanted = set(keys(forget, known)) - {None}
+    return candidates[[each in wanted for each in keys(retain, candidates)]]
 
 
 def _with_same_captions(
@@ -113,11 +121,8 @@ def _with_same_captions(
     )
 
 
-def _digest_file(source: PairTable, row: int) -> bytes | None:
-    try:
-        return hashlib.blake2b(source.encoded_image(row), digest_size=16).digest()
-    except BrokenPair:
-        return None
+def _digest_file(source: PairTable, row: int) -> bytes:
+    return hashlib.blake2b(source.encoded_image(row), digest_size=16).digest()
 
 
 def _find_same_pixels(retain: PairTable, forget: PairTable) -> np.ndarray:
@@ -135,15 +140,12 @@ def _find_same_pixels(retain: PairTable, forget: PairTable) -> np.ndarray:
     return _with_same(_digest_pixels, retain, rows, forget, known)
 
 
-def _digest_pixels(source: PairTable, row: int) -> bytes | None:
-    try:
-        image = source[row].image
-        if isinstance(image, Image.Image):
-            image = np.asarray(to_rgb(image, id=source.id(row))).transpose(2, 0, 1)
-        else:
-            image = (image.float() if image.is_floating_point() else image).detach().cpu().numpy()
-    except BrokenPair:
-        return None
+def _digest_pixels(source: PairTable, row: int) -> bytes:
+    image = source[row].image
+    if isinstance(image, Image.Image):
+        image = np.asarray(to_rgb(image, id=source.id(row))).transpose(2, 0, 1)
+    else:
+        image = (image.float() if image.is_floating_point() else image).detach().cpu().numpy()
     digest = hashlib.blake2b(f"{image.dtype} {image.shape}".encode(), digest_size=16)
     digest.update(np.ascontiguousarray(image).tobytes())
     return digest.digest()

@@ -17,7 +17,6 @@ from fasterase.pairs.items import (
     IMAGE_KEYS,
     TEXT_KEYS,
     Columns,
-    check_columns,
     choose_key,
     normalize_class_name,
     select_plain,
@@ -100,7 +99,13 @@ def _choose_columns(
     keys: _Keys,
     usual: tuple[tuple[str, ...], tuple[str, ...]] = (IMAGE_KEYS, TEXT_KEYS),
 ) -> tuple[str, str]:
-    check_columns(found)
+    # Those without a name may be several: programs write them where a line ends in separators.
+    repeated = next((name for name in found if name and found.count(name) > 1), None)
+    if repeated is not None:
+        raise InputError(
+            f"{found.count(repeated)} columns are named {repeated!r}; the columns found are "
+            f"{found}. Rename or remove all but one of them."
+        )
     return (
         choose_key(found, keys[0], usual[0], "image_key"),
         choose_key(found, keys[1], usual[1], "text_key"),
@@ -110,7 +115,6 @@ def _choose_columns(
 def _find_pairs(
     rows: Iterator[dict[str, Any]], keys: _Keys, label: str
 ) -> Iterator[tuple[str, list[str], dict[str, Any]]]:
-    """Yield the path of the image, the captions and the other columns of each row."""
     columns = None
     for number, row in enumerate(rows, 1):
         # The first row decides; JSON objects after it may lack keys.
@@ -152,10 +156,7 @@ def _open_columns(
 
 
 def _read_json(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file with one per line, or with one array of them.
-
-    Arrow would demand one type a column, but a text is a str or a list of them.
-    """
+    # Arrow would demand one type a column, but a text is a str or a list of them.
     with open(path, encoding="utf-8-sig") as file:
         first = next((line.lstrip()[0] for line in file if line.strip()), "")
         file.seek(0)
@@ -190,7 +191,14 @@ def _read_separated(path: Path, keys: _Keys) -> Iterator[dict[str, Any]]:
             raise InputError("the file has no header line")
         separator = detect_separator(header, *keys)
         names = _split_header(header, separator)
-        _check_header(names, path.parent, separator)
+        file_name = next(
+            (each for each in names if each and os.path.isfile(path.parent / each)), None
+        )
+        if file_name is not None:
+            raise InputError(
+                f"the first line is a pair, not a header ({file_name!r} is a file). Put the names "
+                f"of the columns there, such as: {separator.join(('filepath', 'title'))!r}"
+            )
         _choose_columns(names, keys)
         for number, cells in _read_cells(file, separator):
             if len(cells) == len(names):
@@ -207,9 +215,7 @@ def _read_separated(path: Path, keys: _Keys) -> Iterator[dict[str, Any]]:
 def _read_cells(file: TextIO, separator: str) -> Iterator[tuple[int, list[str]]]:
     """Yield the first line of each row after the header, and its cells.
 
-    Raises:
-        InputError: a quote is not closed, which would make one caption of the rest of the file, or
-            of all lines up to the next quote.
+    A quote that is not closed would make one caption of all lines up to the next quote.
     """
     line = ""
 
@@ -227,31 +233,16 @@ def _read_cells(file: TextIO, separator: str) -> Iterator[tuple[int, list[str]]]
         except StopIteration:
             return
         except csv.Error as error:
-            is_quote = "expected after" in str(error) or "end of data" in str(error)
-            if not is_quote:
-                raise InputError(f"line {first}: {error}") from error
-            # `"d" e` in one line loses nothing.
-            if reader.line_num + 1 > first or "expected after" not in str(error):
-                raise InputError(
-                    f"line {first}: {error}; a double quote that begins a cell is not closed. "
-                    "Close it, or write the cell in double quotes and each quote inside it "
-                    'twice ("").'
-                ) from error
-            yield first, next(csv.reader([line], delimiter=separator))
-
-
-def _check_header(names: list[str], folder: Path, separator: str) -> None:
-    """Raise `InputError` if the first line names an image file, as a pair does."""
-    for name in names:
-        try:
-            is_pair = bool(name) and (folder / name).is_file()
-        except (OSError, ValueError):
-            continue  # too long for a path, or with a null character
-        if is_pair:
-            raise InputError(
-                f"the first line is a pair, not a header ({name!r} is a file). Put the names of "
-                f"the columns there, such as: {separator.join(('filepath', 'title'))!r}"
+            if "expected after" in str(error) and reader.line_num + 1 == first:
+                # `"d" e` in one line loses nothing.
+                yield first, next(csv.reader([line], delimiter=separator))
+                continue
+            hint = (
+                "; a double quote that begins a cell is not closed. Close it, or write the cell in "
+                'double quotes and each quote inside it twice ("").'
             )
+            is_quote = "expected after" in str(error) or "end of data" in str(error)
+            raise InputError(f"line {first}: {error}{hint * is_quote}") from error
 
 
 def detect_separator(header: str, image_key: str | None, text_key: str | None) -> str:

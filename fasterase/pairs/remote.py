@@ -51,25 +51,21 @@ _VERSIONS = (
     *("ETag", "etag", "md5Hash", "Content-MD5", "Digest", "blob_id", "Last-Modified"),
     *("LastModified", "last_modified", "mtime", "updated", "last_commit"),
 )
-_STATUSES = ("status", "status_code")  # of an HTTP answer, in errors
 FOLDER_VARIABLE = "FASTERASE_SHARD_CACHE"
 BYTES_VARIABLE = "FASTERASE_SHARD_CACHE_BYTES"
 DEFAULT_BYTES = 64 << 30
 # Seconds for which a shard that could not be fetched counts as broken, before it is tried again.
 _FAILED_SECONDS = 300.0
 _POLL_SECONDS = 0.05
+_KEY_BYTES = 12  # of a hash that begins the name of a copy
 
 
 class RemoteError(FaseraseError, OSError):
-    """A remote shard cannot be read now; the message names it and says what to do.
+    """A remote shard cannot be read now; the message names it and says what to do."""
 
-    Attributes:
-        missing: whether it does not exist.
-    """
 
-    def __init__(self, message: str, *, missing: bool = False) -> None:
-        super().__init__(message)
-        self.missing = missing
+class _MissingError(RemoteError):
+    """It does not exist."""
 
 
 class Shard(NamedTuple):
@@ -112,11 +108,7 @@ def shard_name(place: str) -> str:
 
 
 def describe_shards(places: Sequence[str], *, name: str) -> list[Shard]:
-    """Find out what is at each place, at many URLs at once; no shard is read.
-
-    Args:
-        places: paths, pipes and URLs of one or more protocols.
-        name: the argument that they were given as.
+    """Find out what is at each path, pipe or URL, at many at once; no shard is read.
 
     Raises:
         MissingExtraError: a protocol needs a package that is not installed.
@@ -126,23 +118,18 @@ def describe_shards(places: Sequence[str], *, name: str) -> list[Shard]:
     cache = ShardCache.of_environment() if urls else None
     for url in urls:
         _filesystem(url)  # here, so that all threads share one, and a missing package is one error
-
-    def ask(url: str) -> Shard | RemoteError:
-        try:
-            return describe_shard(url)._replace(cache=cache)
-        except RemoteError as error:
-            return error
-
     with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
-        found = dict(zip(urls, pool.map(ask, urls), strict=True))
-    failed = [answer for answer in found.values() if isinstance(answer, RemoteError)]
+        asked = {url: pool.submit(describe_shard, url) for url in urls}
+    errors = [answer.exception() for answer in asked.values()]
+    failed = [error for error in errors if isinstance(error, RemoteError)]
     if failed:
-        what = "are missing" if all(error.missing for error in failed) else "cannot be opened"
+        is_missing = all(isinstance(error, _MissingError) for error in failed)
         raise InputError(
-            f"`{name}`: {len(failed)} of {len(urls)} shards {what}, such as: {failed[0]}"
+            f"`{name}`: {len(failed)} of {len(urls)} shards "
+            f"{'are missing' if is_missing else 'cannot be opened'}, such as: {failed[0]}"
         ) from failed[0]
-    shards = (found.get(place) or describe_shard(place) for place in places)
-    return [shard for shard in shards if isinstance(shard, Shard)]
+    found = {url: answer.result()._replace(cache=cache) for url, answer in asked.items()}
+    return [found.get(place) or describe_shard(place) for place in places]
 
 
 def describe_shard(place: str) -> Shard:
@@ -217,10 +204,9 @@ def _request(
         except Exception as error:
             reason = _explain(url, error)
             if reason is None:
-                raise RemoteError(
+                raise _MissingError(
                     f"shard {url} is missing (not found on its server). Correct the pattern, or "
-                    f"put the shard there.",
-                    missing=True,
+                    f"put the shard there."
                 ) from error
             if attempt == TRIES:
                 raise RemoteError(
@@ -238,16 +224,15 @@ def _explain(url: str, error: BaseException) -> str | None:
     causes = [error]  # behind errors of its own, fsspec hides the server's answer
     while (cause := causes[-1].__cause__) is not None:
         causes.append(cause)
-    holders = (each for cause in causes for each in (cause, getattr(cause, "response", None)))
-    told = (getattr(each, name, None) for each in holders for name in _STATUSES)
+    holders = [each for cause in causes for each in (cause, getattr(cause, "response", None))]
+    told = [getattr(each, name, None) for each in holders for name in ("status", "status_code")]
     status = next((each for each in told if isinstance(each, int) and 400 <= each < 600), None)
+    if status is not None:
+        return None if status in (404, 410) else f"its server answered with status {status}"
     # Over HTTP, "not found" is what it says of whatever failed when it asked for a size.
     is_hidden = url.startswith("http") and len(causes) > 1
-    is_missing = isinstance(error, FileNotFoundError) and not is_hidden
-    if status in (404, 410) or (status is None and is_missing):
+    if isinstance(error, FileNotFoundError) and not is_hidden:
         return None
-    if status is not None:
-        return f"its server answered with status {status}"
     if any(isinstance(each, TimeoutError) or "Timeout" in type(each).__name__ for each in causes):
         return f"it is too slow: no answer within {PATIENCE_SECONDS:g} seconds"
     last_line = str(causes[-1]).rpartition("\n")[2].strip()  # aiohttp makes up a status before it
@@ -277,17 +262,13 @@ def _open_filesystem(protocol: str, process: int) -> Any:
 class ShardCache:
     """A folder of whole shards, of which the least recently used are dropped first.
 
-    While a shard is fetched, the name of its file tells what it will take, for others to count.
-
-    Args:
-        folder: shared by all processes of this machine.
-        max_bytes: bound of what it holds, unfinished downloads included.
+    All processes of this machine share it. `max_bytes` bounds what it holds, unfinished downloads
+    included: while a shard is fetched, the name of its file tells what it will take.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self.folder = folder
         self.max_bytes = max_bytes
-        self._locks = folder / "locks"
         self._failed: dict[str, tuple[float, str]] = {}
 
     @classmethod
@@ -326,8 +307,12 @@ class ShardCache:
         return file
 
     def _path(self, shard: Shard) -> Path:
-        key = hashlib.blake2b("\n".join(map(str, shard[:3])).encode(), digest_size=12).hexdigest()
-        return self.folder / f"{key}-{shard_name(shard.place)[-80:]}"
+        key = hashlib.blake2b("\n".join(map(str, shard[:3])).encode(), digest_size=_KEY_BYTES)
+        return self.folder / f"{key.hexdigest()}-{shard_name(shard.place)[-80:]}"
+
+    def _lock(self, name: str, timeout: float = -1) -> FileLock:
+        """Return the lock of a copy by its name, or of "room": what the folder holds."""
+        return FileLock(self.folder / "locks" / name[: 2 * _KEY_BYTES], timeout=timeout)
 
     def _fetch(self, shard: Shard, path: Path) -> IO[bytes]:
         """Download a shard, unless another process has done so in the meantime, and open it."""
@@ -341,14 +326,16 @@ class ShardCache:
         if time.monotonic() - since < _FAILED_SECONDS:
             raise RemoteError(reason)
         partial = path.with_name(f"{path.name}.{shard.size}.partial")
+        locks = self.folder / "locks"
         try:
-            self._locks.mkdir(parents=True, exist_ok=True)
-            with FileLock(self._locks / path.name):
+            locks.mkdir(parents=True, exist_ok=True)
+            with self._lock(path.name):
                 if not path.exists():
-                    self._reserve(partial, shard.size)
-                    with reporting_full_disk(self._locks, target=path, size_bytes=shard.size):
+                    while not self._reserve(partial, shard.size):
+                        time.sleep(_POLL_SECONDS)  # all others are being fetched, which ends
+                    with reporting_full_disk(locks, target=path, size_bytes=shard.size):
                         _download(shard, partial)
-                    with self._room():
+                    with self._lock("room"):
                         os.replace(partial, path)
                 return path.open("rb", buffering=_BUFFER_BYTES)
         except RemoteError as error:
@@ -361,45 +348,24 @@ class ShardCache:
                 f"there while they are read. Name another folder with {FOLDER_VARIABLE}."
             ) from error
 
-    def _room(self) -> FileLock:
-        """Return the lock of what the folder holds."""
-        return FileLock(self._locks / "room")
-
-    def _reserve(self, partial: Path, size: int) -> None:
-        """Make room for a shard of `size` bytes, and the file to download it to."""
-        while True:
-            with self._room():
-                if partial.exists() or self._make_room(size):
-                    partial.touch()
-                    return
-            # All others are being fetched, which ends.
-            time.sleep(_POLL_SECONDS)
-
-    def _make_room(self, size: int) -> bool:
-        """Drop the least recently used shards until `size` bytes fit; False if they do not."""
-        held = [path for path in self.folder.glob("*-*") if path.is_file() and _is_own(path)]
-        held.sort(key=lambda path: path.stat().st_mtime_ns)
-        sizes = [_whole_size(path) for path in held]
-        over = size + sum(sizes) - self.max_bytes
-        for path, whole in zip(held, sizes, strict=True):
-            if over > 0 and self._drop(path):
-                over -= whole
-        return over <= 0
-
-    def _drop(self, path: Path) -> bool:
-        """Remove a shard, or an unfinished download; False if it is being fetched."""
-        name = path.name.rsplit(".", 2)[0] if path.suffix == ".partial" else path.name
-        try:
-            with FileLock(self._locks / name, timeout=0):
-                path.unlink()
-        except (Timeout, OSError):  # Windows refuses to remove a file that is open
-            return False
-        return True
-
-
-def _is_own(path: Path) -> bool:
-    """Tell a file of the cache from what others may have put into its folder."""
-    return path.suffix != ".partial" or path.name.split(".")[-2].isdecimal()
+    def _reserve(self, partial: Path, size: int) -> bool:
+        """Make the file to download a shard to, if there is room or the oldest files leave it."""
+        with self._lock("room"):
+            if partial.exists():
+                return True
+            files = self.folder.glob("?" * 2 * _KEY_BYTES + "-*")
+            held = [(path.stat().st_mtime_ns, path, _whole_size(path)) for path in files]
+            over = size + sum(each for *_, each in held) - self.max_bytes
+            for _, path, each in sorted(held):
+                # One that is being fetched is kept; Windows also refuses if it is open.
+                with contextlib.suppress(Timeout, OSError):
+                    if over > 0:
+                        with self._lock(path.name, timeout=0):
+                            path.unlink()
+                        over -= each
+            if over <= 0:
+                partial.touch()
+            return over <= 0
 
 
 def _whole_size(path: Path) -> int:

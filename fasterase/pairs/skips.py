@@ -35,30 +35,6 @@ class Skip(NamedTuple):
     reason: str
 
 
-class _DistinctIds:
-    """Counts distinct ids in 8 bytes each: a set of the strings takes 120.
-
-    Their hashes are kept in sorted runs, each at least twice as long as the next.
-    """
-
-    def __init__(self) -> None:
-        self._runs: list[np.ndarray] = []
-
-    def __len__(self) -> int:
-        return sum(map(len, self._runs))
-
-    def add(self, ids: list[str]) -> None:
-        fresh = np.unique(np.fromiter(map(hash, ids), np.int64, len(ids)))
-        for run in self._runs:
-            at = np.minimum(np.searchsorted(run, fresh), len(run) - 1)
-            fresh = fresh[run[at] != fresh]
-        if len(fresh) == 0:
-            return
-        while self._runs and len(self._runs[-1]) < 2 * len(fresh):
-            fresh = np.sort(np.concatenate([self._runs.pop(), fresh]))
-        self._runs.append(fresh)
-
-
 class SkipLedger:
     """Counts skipped pairs over distinct ids, those that this rank has read.
 
@@ -71,7 +47,10 @@ class SkipLedger:
     def __init__(self, total: int, *, max_skipped: float = 0.01) -> None:
         self.max_skipped = max_skipped
         self._least = min(total, _LEAST_COUNTED)
-        self._seen = _DistinctIds()
+        # Hashes of ids: 8 bytes each, where a set of the strings takes 120. The distinct ones are
+        # known; others wait until they are as many.
+        self._known = np.empty(0, np.int64)
+        self._waiting: list[np.ndarray] = []
         self._skips: dict[str, Skip] = {}
         self._elsewhere: dict[str, Skip] = {}  # what other ranks skipped
         self._warned: set[str] = set()
@@ -88,17 +67,24 @@ class SkipLedger:
             InputError: more than `max_skipped` of the pairs are broken; names them.
         """
         skipped = list(skipped)
-        self._seen.add([*seen, *(skip.id for skip in skipped)])
+        ids = [*seen, *(skip.id for skip in skipped)]
+        self._waiting.append(np.fromiter(map(hash, ids), np.int64, len(ids)))
         for skip in skipped:
             self._skips.setdefault(skip.id, skip)
-        counted = max(len(self._seen), self._least)
-        if len(self._skips) > self.max_skipped * counted:
+        if self._is_too_many() or sum(map(len, self._waiting)) > len(self._known):
+            self._known = np.unique(np.concatenate([self._known, *self._waiting]))
+            self._waiting = []
+        if self._is_too_many():
             raise InputError(
-                f"{len(self._skips)} of {len(self._seen)} pairs cannot be used, more than the "
-                f"{self.max_skipped:.1%} that `max_skipped` allows of {counted}: "
-                f"{self._named(list(self._skips.values()))}. Repair or remove them, or raise "
-                "`max_skipped`."
+                f"{len(self._skips)} of {len(self._known)} pairs cannot be used, more than the "
+                f"{self.max_skipped:.1%} that `max_skipped` allows of "
+                f"{max(len(self._known), self._least)}: {_named(list(self._skips.values()))}. "
+                "Repair or remove them, or raise `max_skipped`."
             )
+
+    def _is_too_many(self) -> bool:
+        """Tell whether more are skipped than the pairs known so far allow."""
+        return len(self._skips) > self.max_skipped * max(len(self._known), self._least)
 
     def exchange(self, ranks: Ranks) -> None:
         """Learn what the other ranks have skipped, so that one of them can name it all."""
@@ -110,11 +96,9 @@ class SkipLedger:
         fresh = [skip for skip in self.skips if skip.id not in self._warned]
         self._warned.update(skip.id for skip in fresh)
         if fresh:
-            warnings.warn(
-                f"{len(fresh)} broken pairs are skipped: {self._named(fresh)}", stacklevel=2
-            )
+            warnings.warn(f"{len(fresh)} broken pairs are skipped: {_named(fresh)}", stacklevel=2)
 
-    @staticmethod
-    def _named(skips: list[Skip]) -> str:
-        shown = "; ".join(f"{skip.id} ({skip.reason})" for skip in skips[:_NAMED])
-        return shown + (f"; and {len(skips) - _NAMED} more" if len(skips) > _NAMED else "")
+
+def _named(skips: list[Skip]) -> str:
+    shown = "; ".join(f"{skip.id} ({skip.reason})" for skip in skips[:_NAMED])
+    return shown + (f"; and {len(skips) - _NAMED} more" if len(skips) > _NAMED else "")
