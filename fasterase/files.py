@@ -33,9 +33,9 @@ def replace_file(
 ) -> Iterator[Path]:
     """Yield a temporary path to write to, and rename it to `path` if the block succeeds.
 
-    The temporary file has the same name as `path`, in a hidden folder beside it, so writers that
-    choose the format by the suffix see the right one. Missing parent folders are created. After an
-    error `path` is unchanged and nothing is left behind; after a kill see `remove_leftovers`.
+    The temporary file has the same name as `path`, so that writers which choose the format by the
+    suffix see the right one. Missing parent folders are created. After an error `path` is unchanged
+    and nothing is left behind; after a kill see `remove_leftovers`.
 
     Args:
         sync: flush the content to disk before the rename, so that a power cut cannot leave an
@@ -84,10 +84,7 @@ def replace_folder(
 
 @contextmanager
 def replace_model_folder(folder: str | os.PathLike[str], *, library: str) -> Iterator[Path]:
-    """`replace_folder` for a saved model: refuse foreign folders, and mark the new one as ours.
-
-    Args:
-        library: the library that loads the model, recorded in the marker file.
+    """`replace_folder` for a model that `library` loads: refuse foreign folders, mark the new one.
 
     Raises:
         InputError: `folder` is a file, or holds anything but a model saved by fasterase.
@@ -101,11 +98,9 @@ def replace_model_folder(folder: str | os.PathLike[str], *, library: str) -> Ite
 
 def check_replaceable(target: Path, *, argument: str = "folder") -> None:
     """Raise `InputError`, which names `argument`, if a model in `target` would replace files."""
-    if not target.exists():
-        return
-    if not target.is_dir():
+    if target.exists() and not target.is_dir():
         raise InputError(f"{argument}: {target} is a file; name a folder to save the model in")
-    if any(target.iterdir()) and not (target / MARKER).is_file():
+    if target.exists() and any(target.iterdir()) and not (target / MARKER).is_file():
         raise InputError(
             f"{argument}: {target} holds files that fasterase did not write, and saving would "
             "replace them; name a new or empty folder"
@@ -159,10 +154,7 @@ def check_writable(folder: Path, *, argument: str) -> None:
 
 
 def check_creatable(folder: Path, *, argument: str) -> None:
-    """Raise `InputError` if `folder` could not be created and written to, without creating it.
-
-    For what is written only at the end, so that a call that fails before leaves nothing behind.
-    """
+    """Raise `InputError` if `folder` could not be created and written to, without creating it."""
     folder = folder.absolute()
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not nearest.is_dir():
@@ -229,35 +221,33 @@ def reporting_full_disk(
 
 def _full_disk_number(error: Exception, stage: Path) -> int | None:
     """Return the system's number of an error that a full disk raised; None for any other."""
-    if isinstance(error, OSError):
-        return error.errno if error.errno in _FULL else None
     # safetensors raises an error of its own, which quotes the system's. torch does not even that,
     # but leaves what it has written, so that the disk is still full.
     quoted = re.search(r"\(os error (\d+)\)", str(error))
-    if quoted is not None:
-        return int(quoted[1]) if int(quoted[1]) in _FULL else None
-    try:
-        (stage / "probe").write_bytes(bytes(_PROBE_BYTES))
-    except OSError as full:
-        return full.errno if full.errno in _FULL else None
-    finally:
-        (stage / "probe").unlink(missing_ok=True)
-    return None
+    if not isinstance(error, OSError) and quoted is None:
+        try:
+            (stage / "probe").write_bytes(bytes(_PROBE_BYTES))
+        except OSError as full:
+            error = full
+        finally:
+            (stage / "probe").unlink(missing_ok=True)
+    number = error.errno if isinstance(error, OSError) else quoted and int(quoted[1])
+    return number if number in _FULL else None
 
 
 def _full_disk_error(
     target: Path, number: int, size_bytes: int | None, written_bytes: int
 ) -> DiskFullError:
     """Return the error that names the file, its size and the room there is for it."""
-    facts = [f"{target} cannot be written"]
+    facts = f"{target} cannot be written"
     if size_bytes is not None:
-        facts.append(f"it takes {tqdm.format_sizeof(size_bytes, 'B')}")
+        facts += f", it takes {tqdm.format_sizeof(size_bytes, 'B')}"
     if number == errno.ENOSPC:  # of a quota, the system does not tell what is left
         free = shutil.disk_usage(target.parent).free + written_bytes
-        facts.append(f"{tqdm.format_sizeof(free, 'B')} are free")
+        facts += f", {tqdm.format_sizeof(free, 'B')} are free"
     return DiskFullError(
-        f"{os.strerror(number)}: {', '.join(facts)}. What was there before is unchanged. Free some "
-        "space, or choose another folder, and start again."
+        f"{os.strerror(number)}: {facts}. What was there before is unchanged. Free some space, or "
+        "choose another folder, and start again."
     )
 
 

@@ -1,7 +1,4 @@
-"""The frozen original's features, and the floor.
-
-They are encoded once and cached on disk, or computed in each step.
-"""
+"""The frozen original's features, encoded once and cached or computed in each step; the floor."""
 
 from __future__ import annotations
 
@@ -43,18 +40,16 @@ class OriginalFeatures:
     """Features of any number of sources under the original model; each pair is encoded once.
 
     Sources whose items are the same on every read are cached on disk: images by their row in the
-    source, under the source's digest, and captions by their content, whatever source they come
-    from. Views of one source (`fasterase.split`, overlap removal) share its rows, so that erasing
-    another concept finds them again. Other sources are kept in memory: another read would give
-    another view of the pair.
+    source (which its views share), under its digest, and captions by their content, whatever source
+    they come from. Other sources are kept in memory: another read would give another view.
 
     Args:
         encoder: the original model. Each of its ranks encodes its share and writes blocks of its
             own; all of them see the folder, and call the methods alike.
         folder: root of the cache, created when first used.
         model_key: identifies the model: weights, preprocessing and compute dtype.
-        is_half: store fp16, half the size, for a loss that multiplies in fp16 anyway. Of unit rows
-            it keeps 11 bits. Caches of the two kinds do not see each other.
+        is_half: store fp16 in a cache of its own, for a loss that multiplies in fp16 anyway. Of
+            unit rows it keeps 11 bits.
     """
 
     def __init__(
@@ -85,8 +80,7 @@ class OriginalFeatures:
     def images(self, source: PairTable) -> FeatureStore:
         """Return the store of the source's images, whose keys `base_rows` gives.
 
-        Raises:
-            InputError: the folder cannot be written to.
+        InputError: the folder cannot be written to.
         """
         digest = source.base.digest()
         if digest not in self._images:
@@ -150,8 +144,7 @@ class OriginalFeatures:
         check_readable(source, len(rows), len(readable))
         place: dict[str, int] = {}
         pair_text = []
-        for row in readable.tolist():
-            texts = source.texts(row)
+        for texts in map(source.texts, readable.tolist()):
             key = caption_key(texts if isinstance(texts, Tensor) else texts[0])
             pair_text.append([place.setdefault(key, len(place))])
         return PairFeatures(
@@ -166,13 +159,11 @@ class OriginalFeatures:
     def _encode(self, source: PairTable, rows: np.ndarray, bar: tqdm) -> None:
         """Encode rows, and store their images and the captions that are missing."""
         images, encoder = self.images(source), self._encoder
-        encoded = encoder.batches(
-            source,
-            rows,
-            captions="all",
-            bar=bar,
-            is_known=lambda keys: self._captions.has(hash_captions(keys)),
-        )
+
+        def is_known(keys: list[str]) -> np.ndarray:
+            return self._captions.has(hash_captions(keys))
+
+        encoded = encoder.batches(source, rows, captions="all", bar=bar, is_known=is_known)
         while block := list(islice(encoded, max(1, BLOCK // encoder.batch_size))):
             # Captions first: the captions of a stored image are not encoded again.
             self._captions.put(
@@ -207,11 +198,9 @@ class OriginalFeatures:
 
 
 class CachedOriginal:
-    """The original's features of a step's batch, read from the filled cache.
+    """The original's features of a step's batch, read from the cache that has its rows.
 
     Args:
-        cache: has the rows that the batches hold.
-        forget, retain: the sources of the batches' rows.
         scale: 0-d, exp(logit_scale) of the original.
         with_forget: also return features of forget rows, which `negatives="joint"` and
             `cross_weight` use; else they are zeros. A cached row belongs to the plain image, not to
@@ -227,22 +216,18 @@ class CachedOriginal:
         scale: Tensor,
         with_forget: bool,
     ) -> None:
+        sources = (forget, retain) if with_forget else (retain,)
         # Looked up once, since it takes the digest of the whole set.
-        self._forget = (forget, cache.images(forget)) if with_forget else None
-        self._retain = (retain, cache.images(retain))
+        self._stores = [(source, cache.images(source)) for source in reversed(sources)]
         self._cache = cache
         self.scale = scale
 
     def features(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
         """Return unit features (n, D0), (n, D0) fp32 of the batch's images and captions."""
-        n = batch.n_forget
-        parts = [(*self._retain, batch.retain_rows, slice(n, None))]
-        if self._forget is not None:
-            parts.append((*self._forget, batch.forget_rows, slice(0, n)))
-        keys = batch.keys
-        image = np.zeros((len(keys), self._cache.width), np.float32)
-        text = np.zeros((len(keys), self._cache.width), np.float32)
-        for source, images, rows, where in parts:
+        n, keys = batch.n_forget, batch.keys
+        places = [(batch.retain_rows, slice(n, None)), (batch.forget_rows, slice(0, n))]
+        image, text = np.zeros((2, len(keys), self._cache.width), np.float32)
+        for (source, images), (rows, where) in zip(self._stores, places, strict=False):
             try:
                 image[where] = images.get(source.base_rows(rows))
                 text[where] = self._cache.texts(keys[where])
@@ -259,8 +244,8 @@ class CachedOriginal:
 class LiveOriginal:
     """A frozen copy of the model, which encodes each batch beside the trained one.
 
-    It costs a second set of weights and one more forward pass per step. A cached row would belong
-    to another view of the image, and a wrong target corrupts consistency and anchor silently.
+    A cached row would belong to another view of the image, and a wrong target corrupts consistency
+    and anchor silently.
     """
 
     def __init__(self, model: DualEncoder, *, precision: str) -> None:
@@ -288,10 +273,7 @@ Original = CachedOriginal | LiveOriginal
 def cache_folder(
     reference_cache: str | None, output_dir: Path | None, ranks: Ranks = ALONE
 ) -> Iterator[Path]:
-    """Yield where features are kept: `reference_cache`, inside `output_dir`, or temporary.
-
-    All ranks get the same folder.
-    """
+    """Yield where all ranks keep features: `reference_cache`, in `output_dir`, or temporary."""
     if reference_cache is not None:
         yield Path(reference_cache)
     elif output_dir is not None:
@@ -304,8 +286,7 @@ def cache_folder(
 def _resume_blocks(rows: np.ndarray, present: np.ndarray) -> Iterator[np.ndarray]:
     """Yield the missing rows: first those of partly present blocks, then untouched blocks.
 
-    Untouched blocks thereby keep their batches, wherever an earlier sweep was interrupted and
-    however many unreadable rows it left out.
+    These thereby keep their batches, wherever an earlier sweep was interrupted.
     """
     block = np.arange(len(rows)) // BLOCK
     touched = np.isin(block, np.unique(block[present]))
@@ -315,10 +296,7 @@ def _resume_blocks(rows: np.ndarray, present: np.ndarray) -> Iterator[np.ndarray
 
 
 def floor_rows(count: int) -> np.ndarray:
-    """Return the rows (sorted) of a set of `count` that the floor is measured on.
-
-    They depend on nothing else, so that runs with other steps, batches or seeds have one floor.
-    """
+    """Return the rows (sorted) of a set of `count` that the floor of any run is measured on."""
     if count <= FLOOR_PAIRS:
         return np.arange(count)
     return np.sort(generator(0, Stream.FLOOR).choice(count, size=FLOOR_PAIRS, replace=False))
@@ -327,11 +305,8 @@ def floor_rows(count: int) -> np.ndarray:
 def unmatched_cosine(forget: PairFeatures, retain: PairFeatures) -> float:
     """Return the mean cosine of forget images with retain captions and the reverse: the floor.
 
-    Never taken inside the forget set, whose pairs may all share one caption: every "unmatched" pair
-    there would be a matched one. Pairs with equal captions are left out.
-
-    Returns:
-        The mean; 0 if no two captions of the sets differ.
+    Never taken inside the forget set, whose pairs may all share one caption. Pairs with equal
+    captions are left out; 0 if no two captions of the sets differ.
 
     Raises:
         InputError: the model's features are not finite, so no run can start from them.

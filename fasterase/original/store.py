@@ -36,11 +36,10 @@ NO_CAPTIONS = np.empty((0, 2), np.int64)
 
 
 class FeatureStore:
-    """Features by 64-bit key, in memory-mapped blocks that are each written whole.
+    """Features by 64-bit key, in blocks that are each written whole or not at all.
 
-    A block is written under a temporary name and renamed: either all of it exists or nothing, and
-    an interrupted sweep resumes after its last block. Blocks are mapped when their features are
-    first read: a set of millions costs no memory of its own beyond its keys, and no open file.
+    Blocks are mapped when their features are first read: a set of millions costs no memory of its
+    own beyond its keys, and no open file.
 
     Args:
         folder: where the blocks are; created if missing. Blocks whose header or keys are damaged,
@@ -105,8 +104,7 @@ class FeatureStore:
         """Return the blocks, with a warning, in which features of `keys` are damaged."""
         places = self._places(keys)
         damaged = [name for name, _, rows in places if self._blocks[name].read(rows) is None]
-        for name in damaged:
-            self._warn(name)
+        self._warn(*damaged)
         return damaged
 
     def remove(self, names: Iterable[str]) -> None:
@@ -120,13 +118,7 @@ class FeatureStore:
     def put(
         self, keys: np.ndarray, features: np.ndarray, captions: np.ndarray = NO_CAPTIONS
     ) -> None:
-        """Append one block.
-
-        Args:
-            keys: (n,) int64.
-            features: (n, D0) float32.
-            captions: (m, 2) pairs of a key and the key of a caption that belongs to it.
-        """
+        """Append a block of `keys` (n,), `features` (n, D0) float32 and `captions` (m, 2)."""
         if len(keys) == 0:
             return
         stored = torch.from_numpy(features).to(self._dtype).contiguous()
@@ -136,29 +128,26 @@ class FeatureStore:
             "sums": torch.tensor(_sums(stored)),
             "features": stored,
         }
-        checksums = {"keys": _checksum(tensors["keys"]), "rest": _checksum_of_rest(tensors)}
-        path = self.folder / f"{int(keys[0]) & (2**64 - 1):016x}-{checksums['rest']}{_SUFFIX}"
+        rest = _checksum(tensors["captions"], tensors["sums"])
+        checksums = {"keys": _checksum(tensors["keys"]), "rest": rest}
+        path = self.folder / f"{int(keys[0]) & (2**64 - 1):016x}-{rest}{_SUFFIX}"
         size_bytes = sum(tensor.nbytes for tensor in tensors.values())
         with replace_file(path, sync=True, size_bytes=size_bytes) as temporary:
             save_file(tensors, temporary, checksums)
             # safetensors lets the owner alone read its files, whatever the folder allows.
             temporary.chmod(self.folder.stat().st_mode & 0o666)
-        self._blocks[path.name] = _Block(path, keys, checksums["rest"])
+        self._blocks[path.name] = _Block(path, keys, rest)
 
     def refresh(self) -> None:
-        """Make what was `put`, here or by another process, visible to `has` and `get`.
-
-        A separate step, because it sorts all keys.
-        """
+        """Sort all keys: makes what was `put`, here or elsewhere, visible to `has` and `get`."""
         for path in sorted(self.folder.glob(f"*{_SUFFIX}")):
             if path.name in self._blocks:
                 continue
-            block = _open_block(path, (self._dtype, self.width))
-            if block is None:
+            if (block := _open_block(path, (self._dtype, self.width))) is not None:
+                self._blocks[path.name] = block
+            else:
                 self._warn(path.name)
                 path.unlink(missing_ok=True)
-            else:
-                self._blocks[path.name] = block
         if len(self._blocks) > len(self._names):
             self._index()
 
@@ -175,7 +164,7 @@ class FeatureStore:
             block.keys = self._keys[start : start + len(block.keys)]  # so that memory has one copy
 
     def _find(self, keys: np.ndarray) -> np.ndarray:
-        """Return the places of `keys` (n,) among those of all blocks, or of others if missing."""
+        """Return the places of `keys` (n,) among those of all blocks; of others if missing."""
         at = np.searchsorted(self._keys, keys, sorter=self._order)
         return self._order[np.minimum(at, len(self._order) - 1)]
 
@@ -190,22 +179,17 @@ class FeatureStore:
         for number, here in zip(numbers.tolist(), np.split(order, first[1:]), strict=True):
             yield self._names[number], here, rows[here] - self._starts[number]
 
-    def _warn(self, name: str) -> None:
-        log.warning(
-            "Reference cache: %s is damaged or was not written by fasterase; its features are "
-            "computed again.",
-            self.folder / name,
-        )
+    def _warn(self, *names: str) -> None:
+        for name in names:
+            log.warning(
+                "Reference cache: %s is damaged or was not written by fasterase; its features are "
+                "computed again.",
+                self.folder / name,
+            )
 
 
 class _Block:
-    """One file of a store, mapped when it is first used.
-
-    Args:
-        path: the file.
-        keys: (n,) int64.
-        rest: checksum of captions and sums.
-    """
+    """One file of a store, mapped when it is first used; `rest`: checksum of captions and sums."""
 
     def __init__(self, path: Path, keys: np.ndarray, rest: str) -> None:
         self.keys = keys
@@ -221,7 +205,8 @@ class _Block:
                 tensors = {name: file.get_tensor(name) for name in ("captions", "sums", "features")}
         except (FileNotFoundError, SafetensorError):
             return None
-        return tensors if _checksum_of_rest(tensors) == self._rest else None
+        is_whole = _checksum(tensors["captions"], tensors["sums"]) == self._rest
+        return tensors if is_whole else None
 
     def read(self, rows: np.ndarray) -> Tensor | None:
         """Return features [n, D0] of `rows` (n,); None if one is damaged."""
@@ -237,8 +222,7 @@ def _open_block(path: Path, layout: tuple[torch.dtype, int]) -> _Block | None:
         # Refuses a file that is not as long as its header says.
         with safe_open(path, "pt") as file:
             checksums = file.metadata()
-            keys = file.get_tensor("keys")
-            features = file.get_tensor("features")
+            keys, features = file.get_tensor("keys"), file.get_tensor("features")
             is_ours = (features.dtype, features.shape[1]) == layout
             if not is_ours or checksums["keys"] != _checksum(keys):
                 return None
@@ -253,10 +237,6 @@ def _checksum(*tensors: Tensor) -> str:
     for tensor in tensors:
         value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, value)
     return f"{value:08x}"
-
-
-def _checksum_of_rest(tensors: dict[str, Tensor]) -> str:
-    return _checksum(tensors["captions"], tensors["sums"])
 
 
 def _sums(features: Tensor) -> np.ndarray:

@@ -86,12 +86,9 @@ class MicroBatch:
 
 @dataclass
 class StepBatch:
-    """A rank's pairs of one step, in micro-batches, without broken pairs. Forget pairs come first.
+    """A rank's pairs of one step, without the broken ones (`skipped`). Forget pairs come first.
 
-    Attributes:
-        step: counted from 0.
-        micro_batches: at least one; none is empty unless the rank has no readable pair.
-        skipped: pairs that were drawn and are broken.
+    There is at least one micro-batch; none is empty unless the rank has no readable pair.
     """
 
     step: int
@@ -138,15 +135,12 @@ class Prefixes(Protocol):
 
     def has_images(self, source: PairTable, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
         """Return for which images (n,) an output is cached, (n,) bool; see `MicroBatch.views`."""
-        ...
 
     def images(self, batch: MicroBatch, sources: Sequence[PairTable]) -> Halfway:
         """Return the outputs for a batch of pixels, and cache those of images that were read."""
-        ...
 
     def texts(self, keys: Sequence[str], tokens: Tokens) -> Halfway:
         """Return the outputs for captions, by their identities (m,) and tokens [m, L]."""
-        ...
 
 
 def step_batches(
@@ -232,23 +226,18 @@ def sweep(
     num_workers: int = 0,
     prefixes: Prefixes | None = None,
 ) -> Iterator[MicroBatch]:
-    """Read rows once each, in the given order, with all their captions or the first one.
+    """Read distinct rows in the given order, with all their captions or the first one.
 
-    Args:
-        source: the pairs.
-        rows: distinct rows.
-        batch_size: rows per batch.
-        num_workers: processes that load and decode.
-        prefixes: see `MicroBatch`; only for a stable source.
+    `num_workers` processes load and decode; `prefixes` (see `MicroBatch`) need a stable source.
     """
     rows = np.asarray(rows, dtype=np.int64)
 
     def requests() -> Iterator[_Request]:
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
-            number = None if captions == "all" else np.zeros(len(part), np.int64)
+            zeros = np.zeros(len(part), np.int64)
             seeds: list[tuple[int, ...]] = [(0, row) for row in part.tolist()]
-            yield _Request(np.zeros(len(part), np.int64), part, number, seeds)
+            yield _Request(zeros, part, None if captions == "all" else zeros, seeds)
 
     seen: set[str] = set()
     for batch in _read_all(_Reader((source,), prepare), requests(), prefixes, num_workers):
@@ -325,13 +314,7 @@ def _read_all(
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads requested pairs, in a worker process.
-
-    Args:
-        sources: those that requests number.
-        prepare: records to pixels and tokens.
-        black: see `augment`.
-    """
+    """Reads requested pairs, in a worker process; `black`: see `augment`."""
 
     sources: tuple[PairTable, ...]
     prepare: Preparer
@@ -341,8 +324,7 @@ class _Reader:
         places: list[int] = []
         ids: list[str] = []
         texts: list[tuple[int, PreparedText]] = []
-        fresh: list[int] = []
-        pixels: list[Tensor] = []
+        pixels: dict[int, Tensor] = {}
         skipped: list[Skip] = []
         for place, row in enumerate(request.rows.tolist()):
             try:
@@ -351,8 +333,7 @@ class _Reader:
                 skipped.append(Skip(broken.id, broken.reason))
                 continue
             if image is not None:
-                fresh.append(len(places))
-                pixels.append(image)
+                pixels[len(places)] = image
             places.append(place)
             ids.append(id)
             texts += [(row, text) for text in captions]
@@ -362,8 +343,8 @@ class _Reader:
             ids,
             request.views[places],
             [(row, text.key) for row, text in texts],
-            self.prepare.stack(pixels),
-            np.array(fresh, np.int64),
+            self.prepare.stack(list(pixels.values())),
+            np.array(list(pixels), np.int64),
             stack_tokens([text.tokens for _, text in texts], self.prepare.context_length),
             skipped,
             request.step,

@@ -34,29 +34,25 @@ def remove_overlap(retain: PairTable, forget: PairTable) -> tuple[PairTable, lis
     Raises:
         InputError: nothing would be left of `retain`.
     """
-    duplicates = _find_duplicates(retain, forget) if len(retain) else np.empty(0, np.int64)
-    if not len(duplicates):
+    if _share_index(retain, forget):
+        known = np.zeros(len(forget.base), bool)
+        known[forget.base_rows(np.arange(len(forget)))] = True
+        shared = known[retain.base_rows(np.arange(len(retain)))]
+    else:
+        shared = np.zeros(len(retain), bool)
+        sizes, known_sizes = retain.encoded_sizes(), forget.encoded_sizes()
+        if sizes is None or known_sizes is None:
+            shared[_find_same_pixels(retain, forget)] = True
+        else:
+            shared[_find_same_files(retain, sizes, forget, known_sizes)] = True
+    if not shared.any():
         return retain, []
-    if len(duplicates) == len(retain):
+    if shared.all():
         raise InputError(
             f"`retain`: all {len(retain)} pairs show images that are in `forget` too; give pairs "
             f"that the model should keep"
         )
-    keep = np.ones(len(retain), bool)
-    keep[duplicates] = False
-    return retain.where(keep), list(map(retain.id, duplicates.tolist()))
-
-
-def _find_duplicates(retain: PairTable, forget: PairTable) -> np.ndarray:
-    """Return the rows of `retain` whose image is also in `forget`, [n] int64."""
-    if _share_index(retain, forget):
-        known = np.zeros(len(forget.base), bool)
-        known[forget.base_rows(np.arange(len(forget)))] = True
-        return np.flatnonzero(known[retain.base_rows(np.arange(len(retain)))])
-    sizes, known_sizes = retain.encoded_sizes(), forget.encoded_sizes()
-    if sizes is not None and known_sizes is not None:
-        return _find_same_files(retain, sizes, forget, known_sizes)
-    return _find_same_pixels(retain, forget)
+    return retain.where(~shared), [retain.id(row) for row in np.flatnonzero(shared).tolist()]
 
 
 def _share_index(retain: PairTable, forget: PairTable) -> bool:
@@ -76,7 +72,10 @@ def _find_same_files(
     known = np.flatnonzero(np.isin(known_sizes, sizes[candidates]))
     if len(candidates) > _MOST_READ:
         count = len(candidates)
-        candidates, known = _with_same_captions(retain, candidates, forget, known)
+        hashes, rows = retain.select(candidates).caption_hashes()
+        known_hashes, known_rows = forget.select(known).caption_hashes()
+        candidates = candidates[np.unique(rows[np.isin(hashes, known_hashes)])]
+        known = known[np.unique(known_rows[np.isin(known_hashes, hashes)])]
         warnings.warn(
             f"`retain`: {count} images have the size in bytes of an image in `forget`; only the "
             f"{len(candidates)} of them with an equal caption too are compared with it",
@@ -86,7 +85,7 @@ def _find_same_files(
     # Only what may be a copy in another place has to be read.
     others = np.setdiff1d(candidates, same)
     known = known[np.isin(known_sizes[known], sizes[others])]
-    return np.union1d(same, _with_same(_digest_file, retain, others, forget, known))
+    return np.union1d(same, _with_same(_digest_bytes, retain, others, forget, known))
 
 
 def _with_same(
@@ -96,7 +95,7 @@ def _with_same(
     forget: PairTable,
     known: np.ndarray,
 ) -> np.ndarray:
-    """Return those rows of `retain` whose key one of the rows of `forget` has; none if broken."""
+    """Return those `candidates` whose key a `known` row has; a broken pair has none."""
 
     def keys(source: PairTable, rows: np.ndarray) -> Iterator[Hashable]:
         for row in rows.tolist():
@@ -107,22 +106,6 @@ def _with_same(
 
     wanted = set(keys(forget, known)) - {None}
     return candidates[[each in wanted for each in keys(retain, candidates)]]
-
-
-def _with_same_captions(
-    retain: PairTable, candidates: np.ndarray, forget: PairTable, known: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return those rows of both that have a caption in common with a row of the other."""
-    hashes, rows = retain.select(candidates).caption_hashes()
-    others, known_rows = forget.select(known).caption_hashes()
-    return (
-        candidates[np.unique(rows[np.isin(hashes, others)])],
-        known[np.unique(known_rows[np.isin(others, hashes)])],
-    )
-
-
-def _digest_file(source: PairTable, row: int) -> bytes:
-    return hashlib.blake2b(source.encoded_image(row), digest_size=16).digest()
 
 
 def _find_same_pixels(retain: PairTable, forget: PairTable) -> np.ndarray:
@@ -140,12 +123,15 @@ def _find_same_pixels(retain: PairTable, forget: PairTable) -> np.ndarray:
     return _with_same(_digest_pixels, retain, rows, forget, known)
 
 
+def _digest_bytes(source: PairTable, row: int) -> bytes:
+    return hashlib.blake2b(source.encoded_image(row), digest_size=16).digest()
+
+
 def _digest_pixels(source: PairTable, row: int) -> bytes:
     image = source[row].image
     if isinstance(image, Image.Image):
         image = np.asarray(to_rgb(image, id=source.id(row))).transpose(2, 0, 1)
     else:
         image = (image.float() if image.is_floating_point() else image).detach().cpu().numpy()
-    digest = hashlib.blake2b(f"{image.dtype} {image.shape}".encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(image).tobytes())
-    return digest.digest()
+    kind = f"{image.dtype} {image.shape}".encode()
+    return hashlib.blake2b(kind + image.tobytes(), digest_size=16).digest()

@@ -21,19 +21,6 @@ from fasterase.pairs.images import to_rgb
 from fasterase.pairs.items import Record
 from fasterase.pairs.skips import BrokenPair
 
-
-class PreparedText(NamedTuple):
-    """One caption.
-
-    Attributes:
-        tokens: ids [L] and mask [L] or None.
-        key: the caption's identity, see `caption_key`.
-    """
-
-    tokens: Tokens
-    key: str
-
-
 # Forget images are altered so that the association is erased and not one picture of it.
 ROTATION_DEGREES = 15.0
 SHIFT = 0.1  # of the image's side
@@ -45,6 +32,13 @@ PLAIN = 0.5  # share of views that are the image itself
 # Captions whose tokens are remembered, 10 MB at CLIP's length: the same pairs are read in steps and
 # in checks, and tokenising a caption takes as long as a small text tower.
 KNOWN_CAPTIONS = 16_384
+
+
+class PreparedText(NamedTuple):
+    """One caption: ids [L] and mask [L] or None, and its identity, see `caption_key`."""
+
+    tokens: Tokens
+    key: str
 
 
 @dataclass
@@ -86,14 +80,13 @@ class Preparer:
             InputError: a float tensor of another size than the model's.
             BrokenPair: NaN or infinite values.
         """
-        image = record.image
+        image, expected = record.image, [3, *self.image_size]
         if isinstance(image, Tensor) and image.is_floating_point():
-            expected = (3, *self.image_size)
-            if tuple(image.shape) != expected:
+            if list(image.shape) != expected:
                 raise InputError(
                     f"{record.id}: a float image is taken as preprocessed and must have the "
-                    f"model's size {list(expected)}; found {list(image.shape)}. Resize it, or pass "
-                    f"PIL images or uint8 tensors."
+                    f"model's size {expected}; found {list(image.shape)}. Resize it, or pass PIL "
+                    f"images or uint8 tensors."
                 )
             pixels = image.detach().to("cpu", torch.float32)
         else:
@@ -138,7 +131,17 @@ class Preparer:
         """
         text = record.text
         if isinstance(text, Tensor):
-            self._check_ids(record.id, text)
+            if len(text) > self.context_length:
+                raise InputError(
+                    f"{record.id}: {len(text)} token ids, but the model takes at most "
+                    f"{self.context_length}"
+                )
+            low, high = (int(text.min()), int(text.max())) if len(text) else (0, 0)
+            if low < 0 or high >= self.vocab_size:
+                raise InputError(
+                    f"{record.id}: token ids from {low} to {high}, but the model's vocabulary has "
+                    f"{self.vocab_size}; they come from another tokenizer"
+                )
             return PreparedText(Tokens(text, record.mask), caption_key(text))
         captions = [text] if isinstance(text, str) else text
         chosen = captions[caption % len(captions)]
@@ -154,17 +157,6 @@ class Preparer:
             if len(self._known_tokens) < KNOWN_CAPTIONS:
                 self._known_tokens[chosen] = tokens
         return PreparedText(tokens, caption_key(chosen))
-
-    def _check_ids(self, id: str, ids: Tensor) -> None:
-        if len(ids) > self.context_length:
-            raise InputError(
-                f"{id}: {len(ids)} token ids, but the model takes at most {self.context_length}"
-            )
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
-            raise InputError(
-                f"{id}: token ids from {int(ids.min())} to {int(ids.max())}, but the "
-                f"model's vocabulary has {self.vocab_size}; they come from another tokenizer"
-            )
 
 
 def caption_key(text: str | Tensor) -> str:
@@ -245,19 +237,12 @@ def alter(
 
     height, width = pixels.shape[1:]
     cos, sin = math.cos(angle) / zoom, math.sin(angle) / zoom
-    theta = torch.tensor(
-        [
-            [cos, -sin * height / width, shift[0]],
-            [sin * width / height, cos, shift[1]],
-        ],
-        dtype=torch.float32,
-    )
-    grid = F.affine_grid(theta[None], [1, 3, height, width], align_corners=False)
+    matrix = [[cos, -sin * height / width, shift[0]], [sin * width / height, cos, shift[1]]]
+    theta = torch.tensor([matrix], dtype=torch.float32)
+    grid = F.affine_grid(theta, [1, 3, height, width], align_corners=False)
     border = torch.cat((pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1]), dim=1)
     fill = border.median(dim=1).values.view(3, 1, 1)
     # grid_sample pads with zeros; shifted by the fill colour, the padding is the fill colour.
     moved = F.grid_sample((pixels - fill)[None], grid, align_corners=False)[0] + fill
-
-    dark = moved.amin(dim=(1, 2)) if black is None else black
-    dark = dark.view(3, 1, 1)
+    dark = (moved.amin(dim=(1, 2)) if black is None else black).view(3, 1, 1)
     return dark + (moved - dark) * strength

@@ -53,23 +53,21 @@ def count_processes(items: int) -> int:
 def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """Yield a pool of forked processes; what they have not begun is dropped after the block."""
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, context, initializer=_end_at_interrupts) as pool:
+    # They end at Ctrl-C at once and without a traceback: the main process is told too. What they
+    # leave half done, such as the download of a shard, the next run resumes.
+    at_once = (signal.SIGINT, signal.SIG_DFL)
+    with ProcessPoolExecutor(workers, context, signal.signal, at_once) as pool:
         try:
             yield pool
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _end_at_interrupts() -> None:
-    """End at Ctrl-C at once and without a traceback: the main process is told too.
+class _Loading(Dataset[Any]):
+    """Maps a request to `load(request)`, or to the InputError that it raised.
 
-    What a worker leaves half done, such as the download of a shard, the next run resumes.
+    As an exception, DataLoader would wrap it in a worker's traceback.
     """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-class _LoadDataset(Dataset[Any]):
-    """Maps a request to `load(request)`, or to the InputError that it raised."""
 
     def __init__(self, load: Callable[[Any], Any]) -> None:
         self._load = load
@@ -77,7 +75,6 @@ class _LoadDataset(Dataset[Any]):
     def __getitem__(self, request: Any) -> Any:
         try:
             return self._load(request)
-        # A value rather than an exception, which DataLoader would wrap in a worker's traceback.
         except InputError as error:
             return error
 
@@ -93,7 +90,7 @@ def load_parallel(
         num_workers: processes that load; 0: this one.
     """
     loader = DataLoader(
-        _LoadDataset(load),
+        _Loading(load),
         batch_size=None,
         sampler=requests,
         num_workers=num_workers,
@@ -102,22 +99,17 @@ def load_parallel(
         generator=torch.Generator(),
         worker_init_fn=_leave_signals_to_parent,
     )
-    batches = iter(loader)
-    try:
-        for batch in batches:
-            if isinstance(batch, InputError):
-                raise batch
-            yield batch
-    finally:
-        # The loader stops its workers when its last reference is dropped.
-        del batches
+    # The loop's iterator is the only one: the loader stops its workers when it is dropped.
+    for batch in loader:
+        if isinstance(batch, InputError):
+            raise batch
+        yield batch
 
 
 def _leave_signals_to_parent(worker: int) -> None:
-    """Ignore the signals that end a run, so that the main process can finish its step and save.
+    """Ignore the signals that end a run, which reach all of its processes: the main one saves.
 
-    A scheduler's SIGTERM and a terminal's Ctrl-C reach every process of the run. Only the first
-    SIGTERM is ignored, so that the parent can still end a worker that hangs.
+    Only the first SIGTERM is ignored, so that the parent can still end a worker that hangs.
     """
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -115,18 +115,10 @@ def open_tars(
 
 
 class TarImages:
-    """The entries of tars, read by shard and offset.
+    """The entries of tars, by the index of each shard, and that of lost samples: `parts`."""
 
-    Attributes:
-        shards: where they are.
-        entries: which entries of a shard the index holds.
-
-    Args:
-        parts: the index of each shard, and that of lost samples.
-    """
-
-    def __init__(self, shards: Sequence[Shard], parts: Sequence[Part], entries: Entries) -> None:
-        self.shards = list(shards)
+    def __init__(self, shards: list[Shard], parts: list[Part], entries: Entries) -> None:
+        self.shards = shards
         self.entries = entries
         self._parts = Parts(parts)
 
@@ -193,19 +185,16 @@ class TarTable(PairTable):
         downloaded. Other data sets, without the latter, may mean other sizes.
         """
         record = super()._record(index)
-        meta, size = record.meta, record.image.size
+        meta, (width, height) = record.meta, record.image.size
         if not {"status", "width", "height", "original_width"} <= meta.keys():
             return record
         if meta["status"] != "success":
             raise BrokenPair(record.id, f"its download failed: status {meta['status']!r}")
-        said = (meta["width"], meta["height"])
+        said = meta["width"], meta["height"]
         # Some of its resizers turn the image by its EXIF orientation, and some only say so.
-        if all(isinstance(side, int) for side in said) and sorted(said) != sorted(size):
-            raise BrokenPair(
-                record.id,
-                f"the image has {size[0]} x {size[1]} pixels, its json entry says "
-                f"{said[0]} x {said[1]}",
-            )
+        if all(isinstance(side, int) for side in said) and {*said} != {width, height}:
+            stated = f"its json entry says {said[0]} x {said[1]}"
+            raise BrokenPair(record.id, f"the image has {width} x {height} pixels, {stated}")
         return record
 
     @functools.cached_property
@@ -283,8 +272,11 @@ def _index_shards(shards: Sequence[Shard], name: str, entries: Entries) -> list[
     is_large = sum(shard.size for shard in distinct) >= KEPT_BYTES
     kept = is_large or any(shard.cache is not None for shard in distinct)
     kept = kept and all(shard.data is None for shard in distinct)
-    opened = {shard: _find(shard, entries) if kept else None for shard in distinct}
-    found = {shard: part for shard, part in opened.items() if part is not None}
+    found: dict[Shard, Part] = {}
+    for shard in distinct if kept else ():
+        for path in index_paths(shard.place, entries):
+            if shard not in found and (part := _open(path, shard)) is not None:
+                found[shard] = part
     missing = [shard for shard in distinct if shard not in found]
     try:
         with progress_bar(f"indexing {name}", total=len(missing), unit="shard", delay=2) as bar:
@@ -355,12 +347,6 @@ def _read_shard(shard: Shard, entries: Entries) -> Part:
         raise InputError(str(error)) from error
     except (tarfile.TarError, OSError) as error:
         raise InputError(f"shard {shard.place} cannot be read: {error}") from error
-
-
-def _find(shard: Shard, entries: Entries) -> Part | None:
-    """Open the index of a shard, wherever it is kept; None if it has to be made."""
-    paths = index_paths(shard.place, entries)
-    return next((part for path in paths if (part := _open(path, shard)) is not None), None)
 
 
 def _open(path: Path, shard: Shard) -> Part | None:

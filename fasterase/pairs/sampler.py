@@ -31,12 +31,10 @@ class Sampler:
 
     One epoch is one pass over the forget set: a fresh permutation, cut into `steps_per_epoch`
     batches whose sizes differ by at most one, so that no pair is left out and no batch is tiny.
-    The retain set cycles in passes of its own, each a fresh permutation. They follow one another
-    and are cut into full batches, so that every pass draws each pair once. Where a batch spans two
-    passes, a row that it already contains is postponed to the next batch; no batch contains a row
-    twice. Of a set smaller than two batches, the rows that a batch leaves out are cut
-    from passes in this way, so that each is left out equally often. Rows of remote shards are
-    shuffled in windows, see `shuffle_rows`.
+    The retain set cycles in passes of its own, which follow one another and are cut into full
+    batches. No batch contains a row twice: where it spans two passes, a row that it already
+    contains is postponed to the next batch. Of a set smaller than two batches, the rows that a
+    batch leaves out are cut from passes in this way, so that each is left out equally often.
 
     Args:
         n_forget, n_retain: pairs in the sets; 0 draws none.
@@ -60,9 +58,9 @@ class Sampler:
     ) -> None:
         self.n_forget = n_forget
         self.n_retain = n_retain
+        self.seed = seed
         self._pool = retain_rows
         self._retain_count = n_retain if retain_rows is None else len(retain_rows)
-        self.seed = seed
         if retain_shards is not None and retain_rows is not None:
             retain_shards = retain_shards[retain_rows]
         self._shards = {Stream.FORGET_ORDER: forget_shards, Stream.RETAIN_ORDER: retain_shards}
@@ -113,11 +111,10 @@ class Sampler:
         """Cut batch `step` of `size` rows, at most half of all, from the passes of a stream."""
         number, start = divmod(step * size, self._retain_count)
         if start < size:
-            rows = self._first_rows(stream, number, size)[start : start + size]
-        else:
-            order = self._permutation(stream, number, self._retain_count)
-            self._passes[stream] = {number: order}  # the one before is not needed any more
-            rows = order[start : start + size]
+            return self._first_rows(stream, number, size)[start : start + size]
+        order = self._permutation(stream, number, self._retain_count)
+        self._passes[stream] = {number: order}  # the one before is not needed any more
+        rows = order[start : start + size]
         if len(rows) < size:
             head = self._first_rows(stream, number + 1, size)[: size - len(rows)]
             rows = np.concatenate([rows, head])

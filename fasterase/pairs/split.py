@@ -18,7 +18,7 @@ from torch import Tensor
 from fasterase.errors import InputError
 from fasterase.files import replace_file
 from fasterase.pairs.images import ImageFiles
-from fasterase.pairs.items import IMAGE_KEYS, TEXT_KEYS, Record, normalize_class_name
+from fasterase.pairs.items import IMAGE_KEYS, TEXT_KEYS, normalize_class_name
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.processes import count_processes, process_pool
 from fasterase.pairs.read_objects import ItemTable
@@ -66,24 +66,20 @@ def split(
     """
     pairs = open_pairs(source, name="source", image_key=image_key, text_key=text_key)
     matches = _select(pairs, forget)
-    for outcome, empty in ((not matches.any(), "forget"), (matches.all(), "retain")):
-        if outcome:
-            share = "no pair" if empty == "forget" else "every pair"
-            no_file = empty == "forget" and isinstance(forget, str)
-            hint = ", and there is no file of ids of that name" if no_file else ""
-            raise InputError(
-                f"`forget`={_format_rule(forget)} matches {share} of {len(pairs)}, so the {empty} "
-                f"set would be empty{hint}"
-            )
+    if matches.all() or not matches.any():
+        share, empty = ("every", "retain") if matches.any() else ("no", "forget")
+        no_file = isinstance(forget, str) and not matches.any()
+        hint = ", and there is no file of ids of that name" if no_file else ""
+        rule: Any = os.fspath(forget) if isinstance(forget, os.PathLike) else forget
+        if isinstance(forget, np.ndarray):
+            rule = f"{len(forget)} caption hashes"
+        elif isinstance(forget, re.Pattern):
+            rule = forget.pattern
+        raise InputError(
+            f"`forget`={rule!r} matches {share} pair of {len(pairs)}, so the {empty} set would be "
+            f"empty{hint}"
+        )
     return pairs.where(matches, name="forget"), pairs.where(~matches, name="retain")
-
-
-def _format_rule(forget: Any) -> str:
-    if isinstance(forget, re.Pattern):
-        return repr(forget.pattern)
-    if isinstance(forget, np.ndarray):
-        return f"{len(forget)} caption hashes"
-    return repr(os.fspath(forget) if isinstance(forget, os.PathLike) else forget)
 
 
 def _select(pairs: PairTable, forget: Any) -> np.ndarray:
@@ -109,10 +105,8 @@ def _select(pairs: PairTable, forget: Any) -> np.ndarray:
 
 def _mark(pairs: PairTable, matches: Iterable[bool]) -> np.ndarray:
     """Collect whether each pair matches, [n] bool, with a progress bar."""
-    total = len(pairs)
-    bar = progress_bar(
-        f"splitting {pairs.name}", total=total, items=matches, unit="pair", leave=False, delay=2
-    )
+    name, total = f"splitting {pairs.name}", len(pairs)
+    bar = progress_bar(name, total=total, items=matches, unit="pair", leave=False, delay=2)
     return np.fromiter(bar, dtype=bool, count=total)
 
 
@@ -131,7 +125,6 @@ def _match_names(
 
 
 def _fold(name: str) -> str:
-    """Return the form in which class names are compared."""
     return normalize_class_name(name).casefold()
 
 
@@ -220,8 +213,7 @@ class _LazyRecord:
     """Stands in for a `Record`; reads captions, other data and the image when they are accessed."""
 
     def __init__(self, pairs: PairTable, index: int) -> None:
-        self._pairs = pairs
-        self._index = index
+        self._pairs, self._index = pairs, index
         self.id = pairs.id(index)
 
     @cached_property
@@ -233,17 +225,12 @@ class _LazyRecord:
         texts = self._pairs.texts(self._index)
         return texts[0] if isinstance(texts, list) and len(texts) == 1 else texts
 
-    @cached_property
-    def _record(self) -> Record:
-        return self._pairs[self._index]
-
-    @property
-    def image(self) -> Any:
-        return self._record.image
-
-    @property
-    def mask(self) -> Tensor | None:
-        return self._record.mask
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("image", "mask"):
+            raise AttributeError(f"a record has no {name!r}")
+        record = self._pairs[self._index]
+        self.image, self.mask = record.image, record.mask
+        return getattr(record, name)
 
 
 class SplitFiles(NamedTuple):
@@ -277,8 +264,7 @@ def write_split(forget: PairTable, retain: PairTable, folder: Path) -> SplitFile
         ending = ".jsonl" if several else ".csv"
     else:
         ending = ".txt"
-        shared = set(forget.every_id()).intersection(retain.every_id())
-        if shared:
+        if shared := set(forget.every_id()).intersection(retain.every_id()):
             raise InputError(
                 f"the id {min(shared)!r} belongs to pairs in both parts, so that a list of ids "
                 f"cannot hold the split. Rename the shards, whose names and keys are the ids."
@@ -291,8 +277,7 @@ def write_split(forget: PairTable, retain: PairTable, folder: Path) -> SplitFile
         ):
             if ending == ".csv":
                 rows = list(_rows(part))
-                names = dict.fromkeys(name for row in rows for name in row)
-                writer = csv.DictWriter(file, names)
+                writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
                 writer.writeheader()
                 writer.writerows(rows)
             else:
@@ -303,8 +288,7 @@ def write_split(forget: PairTable, retain: PairTable, folder: Path) -> SplitFile
 
 def _rows(part: PairTable) -> Iterator[dict[str, Any]]:
     assert isinstance(part.images, ImageFiles)
-    usual = {*IMAGE_KEYS, *TEXT_KEYS}
     for index, (id, texts) in enumerate(zip(part.every_id(), part.every_text(), strict=True)):
-        meta = {key: value for key, value in part.meta(index).items() if key not in usual}
         text = texts[0] if len(texts) == 1 else texts or ""
+        meta = {k: v for k, v in part.meta(index).items() if k not in (*IMAGE_KEYS, *TEXT_KEYS)}
         yield {"filepath": part.images.path(id), "title": text, **meta}

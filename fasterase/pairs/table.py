@@ -53,9 +53,8 @@ class Part:
     nor memory, and processes share what they read of it.
 
     Args:
-        batch: the rows; None if they are in a file.
+        batch: the rows; None if they are in the file at `path`.
         facts: what is known of them together, as JSON takes it; of rows in a file also `rows`.
-        path: the file.
     """
 
     def __init__(
@@ -72,20 +71,12 @@ class Part:
 
     @classmethod
     def open(cls, path: str) -> Part:
-        """Open a file; nothing but its facts is read.
-
-        Raises:
-            OSError: there is none.
-            ValueError: it is damaged; says how.
-        """
+        """Open a file, of which the facts are read; OSError: there is none; ValueError: damage."""
         with pa.OSFile(path) as file:
             return cls(None, _read_facts(ipc.open_file(file)), path)
 
     def save(self, path: Path) -> Part:
-        """Write rows in memory to a file, whole or not at all, and return them as they are there.
-
-        Raises as `replace_file` does.
-        """
+        """Write rows in memory as `replace_file` does, and return them as they are there."""
         facts = json.dumps(self.facts | {"rows": len(self)})
         schema = self.batch.schema.with_metadata({"facts": facts})
         with (
@@ -160,12 +151,7 @@ def _read_facts(reader: ipc.RecordBatchFileReader) -> dict[str, Any]:
 
 
 class Parts:
-    """Parts of a table, one after another.
-
-    Attributes:
-        every: the parts.
-        starts: the first row of each, and their end.
-    """
+    """Parts of a table, one after another; `starts`: the first row of each, and their end."""
 
     def __init__(self, parts: Iterable[Part]) -> None:
         self.every = list(parts)

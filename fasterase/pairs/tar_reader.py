@@ -102,12 +102,9 @@ def _plain_size(block: bytes) -> int | None:
 
 
 class ShardReader:
-    """Reads the entries of an uncompressed shard, also those after a damaged stretch.
+    """Reads the entries of an uncompressed shard of `size` bytes, also those after damage.
 
-    Attributes:
-        size: the bytes of the file.
-        damage: the damaged stretches met so far.
-        readable: the bytes of the entries met so far.
+    `damage` holds the damaged stretches met so far, `readable` is the bytes of the entries.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -181,12 +178,7 @@ def split_entry(path: str) -> tuple[str, str] | None:
 def read_whole(stream: IO[bytes], place: str) -> tuple[bytes, tuple[Damage, ...]]:
     """Return a shard read to its end, decompressed, and where its compressed data is damaged.
 
-    Args:
-        stream: a file or a pipe of webdataset; it gets closed.
-        place: what it is called in messages.
-
-    Raises:
-        OSError, and errors of their own from pipes.
+    `stream`, a file or a pipe of webdataset, gets closed; pipes raise errors of their own.
     """
     with stream:
         is_file = isinstance(stream, io.BufferedReader)
@@ -211,12 +203,9 @@ def read_whole(stream: IO[bytes], place: str) -> tuple[bytes, tuple[Damage, ...]
 
 
 class Entries(NamedTuple):
-    """The entries of a sample that are its image and its caption.
+    """The entries of a sample that are its image and its caption: the first of these endings.
 
-    Attributes:
-        image, text: endings, the first that a sample has counts.
-        json_field: the field of the json entry that is the caption if there is no text entry;
-            empty for none.
+    If there is no text entry, the caption is a field of the json entry; "" for none.
     """
 
     image: tuple[str, ...]
@@ -242,14 +231,7 @@ def read_rows(shard: Shard, file: IO[bytes], entries: Entries) -> Part:
     What is known of the shard (`Part.facts`): its name (`shard`), size, version; how many samples
     have images and captions, and are `torn`: have lost one of the two to damage; the bytes that are
     `readable`; the stretches of `damage`; why the last sample is `cut` off, if it is; the `endings`
-    of all entries; the `digest` of ids, sizes and captions.
-
-    Args:
-        file: the shard, decompressed.
-        entries: which entries are images and captions.
-
-    Raises:
-        tarfile.TarError: it is no tar.
+    of all entries; the `digest` of ids, sizes and captions. tarfile.TarError: it is no tar.
     """
     reader, name = ShardReader(file), shard_name(shard.place)
     wanted = {*entries.text, "json"} if entries.json_field else set(entries.text)
@@ -303,8 +285,7 @@ def make_part(ids: list[str], captions: list[list[str]], extents: list[int]) -> 
 def add_lost(name: str, shards: Sequence[Shard], parts: list[Part]) -> dict[int, str]:
     """Add a part for the samples that damaged shards have lost, and warn.
 
-    Returns:
-        row -> why its sample cannot be read.
+    Returns row -> why its sample cannot be read.
     """
     undamaged = [len(part) for part in parts if not part.facts["damage"]]
     usual = round(statistics.median(undamaged)) if undamaged else 0
