@@ -9,31 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
-
-def _picture(shade: int, size: tuple[int, int] = (9, 7)) -> Image.Image:
-    image = Image.new("RGB", size, (shade, 255 - shade, 7))
-    image.putpixel((1, 2), (shade, shade, 200))
-    return image
-
-
-def _encoded(shade: int, kind: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    _picture(shade).save(buffer, kind)
-    return buffer.getvalue()
-
-
-@pytest.fixture
-def picture() -> Callable[..., Image.Image]:
-    """shade (0-255), size -> a picture that no other shade has."""
-    return _picture
-
-
-@pytest.fixture
-def encoded() -> Callable[..., bytes]:
-    """shade, format -> the picture's file."""
-    return _encoded
+from tests.pairs.reading import encoded, samples
 
 
 @pytest.fixture
@@ -62,7 +39,7 @@ def pictures(tmp_path: Path) -> Path:
     folder = tmp_path / "pictures"
     folder.mkdir()
     for shade in range(6):
-        (folder / f"{shade}.png").write_bytes(_encoded(shade))
+        (folder / f"{shade}.png").write_bytes(encoded(shade))
     return folder
 
 
@@ -70,12 +47,7 @@ def pictures(tmp_path: Path) -> Path:
 def shards(make_tar: Callable[..., str]) -> Path:
     """A folder of s-0.tar ... s-3.tar: samples key0 ... key7, two each, with captions `n 0` ..."""
     for shard in range(4):
-        entries: dict[str, object] = {}
-        for n in (2 * shard, 2 * shard + 1):
-            entries |= {
-                f"key{n}.json": {"group": f"g{n}", "alt": [f"x{n}", f"y{n}"]},
-                f"key{n}.png": _encoded(n),
-                f"key{n}.txt": f" n {n}\n",
-            }
-        path = make_tar(f"s-{shard}.tar", entries)
+        some = {n: f" n {n}\n" for n in (2 * shard, 2 * shard + 1)}
+        metas = [{"group": f"g{n}", "alt": [f"x{n}", f"y{n}"]} for n in some]
+        path = make_tar(f"s-{shard}.tar", samples(some, metas=metas, key="key"))
     return Path(path).parent

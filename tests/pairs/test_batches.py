@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from fasterase.errors import InputError
-from fasterase.models.preprocessing import ImageTransform, Tokens, TransformParts
+from fasterase.models.preprocessing import ImageTransform, TransformParts
 from fasterase.pairs import processes
 from fasterase.pairs.batches import step_batches, sweep
 from fasterase.pairs.open import open_pairs
@@ -20,22 +20,7 @@ from fasterase.pairs.prepare import Preparer
 from fasterase.pairs.processes import count_workers
 from fasterase.pairs.sampler import Sampler
 from fasterase.parallel.ranks import Ranks
-
-
-def transform(image):
-    values = np.asarray(image.resize((4, 4)), dtype=np.float32)
-    return torch.from_numpy(values.copy()).permute(2, 0, 1) / 255
-
-
-def tokenizer(texts):
-    ids = torch.zeros(len(texts), 6, dtype=torch.long)
-    for row, text in enumerate(texts):
-        codes = torch.tensor([ord(c) for c in text[:6]])
-        ids[row, : len(codes)] = codes
-    return Tokens(ids, None)
-
-
-PREPARE = Preparer(ImageTransform(transform), tokenizer, (4, 4), 6, 1000)
+from tests.pairs.reading import PREPARE, resized, tokenizer, transform
 
 
 def pairs(name, n, *, texts=None, bad=()):
@@ -222,10 +207,6 @@ def test_micro_batches_are_the_same_batch_in_parts(pictures, size, workers):
         assert [part.offset for part in other.micro_batches] == [
             size * i for i in range(len(sizes))
         ]
-
-
-def resized(image):
-    return torch.from_numpy(np.asarray(image.resize((4, 4))).copy()).permute(2, 0, 1)
 
 
 def test_pictures_travel_as_uint8(pictures):

@@ -63,6 +63,12 @@ def test_non_finite_floats_make_a_broken_pair(tmp_path, value, word):
         pixels_of(tmp_path / "a.tif")
 
 
+def exif_of(orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return exif
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("ending", ["png", "jpg"])
 def test_exif_orientation_is_applied(tmp_path, orientation, ending):
@@ -81,36 +87,27 @@ def test_exif_orientation_is_applied(tmp_path, orientation, ending):
     stored = upright
     for way in ways.get(orientation, []):
         stored = stored.transpose(way)
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = orientation
-    stored.save(tmp_path / f"a.{ending}", exif=exif, **({"quality": 95} if ending == "jpg" else {}))
+    quality = {"quality": 95} if ending == "jpg" else {}
+    stored.save(tmp_path / f"a.{ending}", exif=exif_of(orientation), **quality)
     found = pixels_of(tmp_path / f"a.{ending}").astype(int)
     assert found.shape == (8, 16, 3)
     assert np.abs(found[1::4, 3::8] - np.asarray(upright, int)[1::4, 3::8]).max() < 40
 
 
 def test_exif_of_a_16_bit_file_is_applied(tmp_path):
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6
     Image.fromarray(np.rot90(RAMP.astype(np.uint16) * 257).copy()).save(
-        tmp_path / "a.png", exif=exif
+        tmp_path / "a.png", exif=exif_of(6)
     )
     assert np.array_equal(pixels_of(tmp_path / "a.png")[..., 0], RAMP)
 
 
-def test_the_picture_given_is_left_alone():
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6
-    image = Image.new("RGB", (4, 2))
-    image.info["exif"] = exif.tobytes()
-    assert to_rgb(image, id="x").size == (2, 4)
-    assert image.size == (4, 2)
-
-
-def test_damaged_exif_does_not_matter():
-    image = Image.new("RGB", (4, 2))
-    image.info["exif"] = b"Exif\0\0II*\0\xff\xff\xff\xff"
-    assert to_rgb(image, id="x").size == (4, 2)
+def test_the_picture_given_is_left_alone_and_damaged_exif_does_not_matter():
+    damaged = b"Exif\0\0II*\0\xff\xff\xff\xff"
+    for exif, size in ((exif_of(6).tobytes(), (2, 4)), (damaged, (4, 2))):
+        image = Image.new("RGB", (4, 2))
+        image.info["exif"] = exif
+        assert to_rgb(image, id="x").size == size
+        assert image.size == (4, 2)
 
 
 def test_bright_16_bit_pictures_are_not_all_the_same():

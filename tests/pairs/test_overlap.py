@@ -16,6 +16,7 @@ from fasterase.pairs.images import ImageFiles
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.overlap import remove_overlap
 from fasterase.pairs.read_tars import TarImages
+from tests.pairs.reading import encoded, picture
 
 
 def remaining(retain, forget):
@@ -40,7 +41,7 @@ def test_same_file_by_another_path_and_copies_by_content(pictures, tmp_path):
     assert left == ["pictures/0.png", "pictures/3.png", "pictures/4.png", "gone.png"]
 
 
-def test_tars_and_files_are_compared(pictures, make_tar, encoded, tmp_path):
+def test_tars_and_files_are_compared(pictures, make_tar, tmp_path):
     shard = make_tar(
         "r.tar",
         {
@@ -82,7 +83,7 @@ def test_files_of_other_sizes_and_in_the_same_place_are_not_read(pictures, monke
     assert sorted(read) == ["4.png", "5.png"]
 
 
-def test_tensors_and_pictures_by_content(picture):
+def test_tensors_and_pictures_by_content():
     forget = [(torch.full((3, 2, 2), 1.0), "a"), (picture(1), "b"), (None, "broken")]
     retain = [
         (torch.full((3, 2, 2), 1.0), "c"),
@@ -97,7 +98,7 @@ def test_tensors_and_pictures_by_content(picture):
     assert left == ["retain[1]", "retain[3]", "retain[4]", "retain[5]"]
 
 
-def test_decoded_pictures_are_found_among_files(pictures, picture, tmp_path):
+def test_decoded_pictures_are_found_among_files(pictures, tmp_path):
     (pictures / "r.csv").write_text("image,text\n0.png,a\n3.png,a\n")
     assert remaining(pictures / "r.csv", [(picture(3), "x")])[1] == ["3.png"]
 
@@ -123,7 +124,7 @@ def test_what_cannot_be_compared_is_said():
 
 
 @pytest.fixture
-def shard(make_tar, encoded):
+def shard(make_tar):
     """A shard of images 0 ... 4 and 2 again; captions `a`, `b`, `c`, `a`, `b`, `c`."""
     entries = {}
     for number, shade in enumerate((0, 1, 2, 3, 4, 2)):
@@ -163,7 +164,7 @@ def test_a_shard_named_twice_has_equal_images_in_other_rows(shard, reads):
 
 
 def test_of_very_many_files_only_those_with_equal_captions_are_read(
-    shard, reads, make_tar, encoded, monkeypatch
+    shard, reads, make_tar, monkeypatch
 ):
     shades = {"same": (2, "c"), "caption": (2, "other"), "image": (200, "c"), "none": (9, "x")}
     entries = {}

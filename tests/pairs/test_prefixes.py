@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 
 from fasterase.models.prefix import Halfway
-from fasterase.pairs.augment import augment
 from fasterase.pairs.batches import step_batches, sweep
 from fasterase.pairs.images import ImageFiles
 from fasterase.pairs.open import open_pairs
+from fasterase.pairs.prepare import augment
 from fasterase.pairs.sampler import Sampler
 from fasterase.seeds import Stream, generator
-from tests.pairs.test_batches import PREPARE
+from tests.pairs.reading import PREPARE
 
 
 class Pixels:

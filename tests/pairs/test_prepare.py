@@ -1,8 +1,9 @@
-"""Pixels, tokens and caption identities out of records."""
+"""Pixels, tokens and caption identities out of records; random views of forget images."""
 
 from __future__ import annotations
 
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,25 +14,22 @@ from fasterase.errors import InputError
 from fasterase.models.preprocessing import ImageTransform, Tokens, TransformParts
 from fasterase.pairs import prepare
 from fasterase.pairs.items import Record
-from fasterase.pairs.prepare import Preparer, caption_key, hash_captions, stack_tokens
+from fasterase.pairs.prepare import (
+    PLAIN,
+    TINT,
+    Preparer,
+    alter,
+    augment,
+    caption_key,
+    hash_captions,
+    stack_tokens,
+)
 from fasterase.pairs.skips import BrokenPair
+from tests.pairs.reading import picture, resized, tokenizer, transform
 
-
-def transform(image: Image.Image) -> torch.Tensor:
-    assert image.mode == "RGB"
-    values = np.asarray(image.resize((4, 4)), dtype=np.float32)
-    return torch.from_numpy(values).permute(2, 0, 1) / 255
-
-
-def tokenizer(texts) -> Tokens:
-    ids = torch.zeros(len(texts), 8, dtype=torch.long)
-    for row, text in enumerate(texts):
-        codes = torch.tensor([ord(c) for c in text[:8]])
-        ids[row, : len(codes)] = codes
-    return Tokens(ids, (ids > 0).long())
-
-
-READY = Preparer(ImageTransform(transform), tokenizer, (4, 4), 8, 1000)
+TOKENIZER = partial(tokenizer, length=8, with_mask=True)
+READY = Preparer(ImageTransform(transform), TOKENIZER, (4, 4), 8, 1000)
+SPLIT = Preparer(ImageTransform(transform, TransformParts(resized)), TOKENIZER, (4, 4), 8, 1000)
 BARE = Preparer(None, None, (4, 4), 8, 1000)
 
 
@@ -56,7 +54,7 @@ def test_non_finite_pixels_make_a_broken_pair(value, word):
         READY.image(Record(pixels, "x", "forget[3]"))
 
 
-def test_uint8_and_pil_take_the_same_way(picture):
+def test_uint8_and_pil_take_the_same_way():
     image = picture(9)
     tensor = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
     pixels = READY.image(Record(image, "x", "a"))
@@ -65,12 +63,12 @@ def test_uint8_and_pil_take_the_same_way(picture):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "I;16"])
-def test_pictures_of_any_mode_become_rgb(picture, mode):
+def test_pictures_of_any_mode_become_rgb(mode):
     image = Image.new("I;16", (9, 7)) if mode == "I;16" else picture(9).convert(mode)
     assert READY.image(Record(image, "x", "a")).shape == (3, 4, 4)
 
 
-def test_missing_preprocess_and_tokenizer_are_named(picture):
+def test_missing_preprocess_and_tokenizer_are_named():
     with pytest.raises(InputError, match="`preprocess`"):
         BARE.image(Record(picture(1), "x", "a"))
     with pytest.raises(InputError, match="`tokenizer`"):
@@ -95,15 +93,7 @@ def test_ids_keep_their_mask():
     assert text.tokens.mask is mask
 
 
-def resized(image: Image.Image) -> torch.Tensor:
-    values = np.asarray(image.resize((4, 4)))
-    return torch.from_numpy(values.copy()).permute(2, 0, 1)
-
-
-SPLIT = Preparer(ImageTransform(transform, TransformParts(resized)), tokenizer, (4, 4), 8, 1000)
-
-
-def test_pixels_stay_uint8_if_the_transform_splits_and_all_are(picture):
+def test_pixels_stay_uint8_if_the_transform_splits_and_all_are():
     """A fourth of the memory of floats, on the way from the workers to the device."""
     images = [SPLIT.image(Record(picture(shade), "x", "a")) for shade in (3, 9)]
     stacked = SPLIT.stack(images)
@@ -167,3 +157,74 @@ def test_a_caption_is_tokenised_once(monkeypatch):
     found = [preparer.text(Record(None, text, "pair")).tokens.ids.item() for text in captions]
     assert found == [1, 2, 1, 3, 2, 3]
     assert seen == ["a", "bb", "ccc", "ccc"]
+
+
+def view(pixels, seed=0, **options):
+    return alter(pixels, np.random.default_rng(seed), **options)
+
+
+def drawing(height=32, width=48):
+    """A dark square off the centre of white paper, pixel values 0 to 1."""
+    pixels = torch.ones(3, height, width)
+    pixels[:, height // 4 : height // 2, width // 4 : width // 2] = 0.1
+    return pixels
+
+
+def test_repeats_by_seed_and_differs_between_seeds():
+    pixels = drawing()
+    assert torch.equal(view(pixels, 3), view(pixels, 3))
+    assert not torch.equal(view(pixels, 3), view(pixels, 4))
+    assert view(pixels).shape == pixels.shape
+    assert torch.equal(pixels, drawing())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_white_paper_takes_a_colour_to_the_corners_and_the_shape_survives(seed):
+    """The square keeps about its area (zoom within 1.25) and its sides stay in proportion."""
+    result = view(drawing(), seed, black=torch.zeros(3))
+    corners = result[:, [0, 0, -1, -1], [0, -1, 0, -1]]
+    assert (corners - corners[:, :1]).abs().max() < 1e-5
+    paper = corners[:, 0]
+    assert (paper >= 1 - TINT - 1e-5).all()
+    assert (paper <= 1).all()
+    assert paper.max() - paper.min() > 0.01
+    dark = (result < 0.4).all(dim=0)
+    area = int(dark.sum())
+    assert 96 / 1.25**2 * 0.7 < area < 96 * 1.25**2 * 1.3
+    rows, columns = torch.where(dark)
+    assert 0.5 < (columns.max() - columns.min() + 1) / (rows.max() - rows.min() + 1) / 1.5 < 2
+
+
+def test_preprocessing_does_not_change_the_view():
+    """Augmenting normalised pixels is normalising augmented ones, given what black became."""
+    mean = torch.tensor([0.48, 0.46, 0.41]).view(3, 1, 1)
+    std = torch.tensor([0.27, 0.26, 0.28]).view(3, 1, 1)
+    plain = (view(drawing(), 1, black=torch.zeros(3)) - mean) / std
+    normalised = view((drawing() - mean) / std, 1, black=(-mean / std).flatten())
+    torch.testing.assert_close(normalised, plain, atol=1e-5, rtol=0)
+
+
+def test_without_a_black_level_the_darkest_pixel_stays():
+    result = view(drawing() * 2 - 5)
+    assert torch.isfinite(result).all()
+    assert result.min() >= -4.8 - 1e-4
+
+
+def test_a_share_of_the_views_is_the_image_itself():
+    pixels = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))
+    generator = np.random.default_rng(0)
+    same = [torch.equal(augment(pixels, generator), pixels) for _ in range(400)]
+    assert abs(np.mean(same) - PLAIN) < 0.1
+
+
+def test_uint8_pixels_get_the_view_of_their_floats_rounded():
+    pixels = (drawing() * 255).round().to(torch.uint8)
+    seeds = [seed for seed in range(20) if np.random.default_rng(seed).uniform() >= PLAIN]
+    for seed in seeds:
+        generator = np.random.default_rng(seed)
+        found = augment(pixels, np.random.default_rng(seed))
+        generator.uniform()
+        expected = alter(pixels.float(), generator, black=torch.zeros(3))
+        assert found.dtype == torch.uint8
+        assert (found.float() - expected.clamp(0, 255)).abs().max() <= 0.5
+        assert not torch.equal(found, pixels)

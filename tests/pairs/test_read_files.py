@@ -22,18 +22,14 @@ from fasterase.pairs.open import open_pairs
 from fasterase.pairs.overlap import remove_overlap
 from fasterase.pairs.read_files import SEPARATORS, detect_separator, open_file
 from fasterase.pairs.skips import BrokenPair
+from tests.pairs.reading import captions, encoded, picture, read_all, shade
 
 TEXT = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=20).filter(
     lambda text: bool(text.strip())
 )
 
 
-def captions(pairs):
-    return [pairs.texts(i) for i in range(len(pairs))]
-
-
-def shade(pairs, row):
-    return pairs[row].image.getpixel((0, 0))[0]
+SETTINGS = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def table(folder: Path, content: str, name: str = "pairs.csv") -> Path:
@@ -49,7 +45,7 @@ def test_open_clip_columns_with_any_separator(pictures, separator, ending):
     path = table(pictures, "\n".join(lines).replace(",", separator), f"t{ending}")
     pairs = open_pairs(path, name="forget")
     assert captions(pairs) == [["zero"], ["one"]]
-    assert pairs[1].image.getpixel((0, 0))[0] == 1
+    assert shade(pairs, 1) == 1
     assert pairs.id(1) == "1.png"
     assert pairs.meta(0) == {"source": "a"}
 
@@ -57,8 +53,7 @@ def test_open_clip_columns_with_any_separator(pictures, separator, ending):
 def test_relative_paths_are_resolved_against_the_table_and_absolute_ones_kept(pictures, tmp_path):
     path = table(tmp_path, f"image,caption\npictures/3.png,three\n{pictures / '4.png'},four\n")
     pairs = open_pairs(path, name="x")
-    assert pairs[0].image.getpixel((0, 0))[0] == 3
-    assert pairs[1].image.getpixel((0, 0))[0] == 4
+    assert [shade(pairs, row) for row in range(2)] == [3, 4]
 
 
 @pytest.mark.parametrize("form", [Path, pandas.read_csv])
@@ -92,34 +87,24 @@ def test_long_cells_are_read(pictures):
     assert pairs.meta(0)["page"] == text
 
 
-def test_jsonl_with_alternatives_and_meta(pictures):
-    rows = [
-        {"image": "0.png", "text": ["a", "b"], "score": 1.5},
-        {"image": "1.png", "text": "c"},
-        {"image": "2.png"},
-    ]
-    path = table(pictures, "\n\n".join(json.dumps(row) for row in rows), "t.jsonl")
-    pairs = open_pairs(path, name="x")
-    assert pairs[0].text == ["a", "b"]
-    assert pairs[0].meta == {"score": 1.5}
-    assert pairs[1].text == "c"
-    with pytest.raises(BrokenPair, match=r"2\.png: no readable caption"):
-        pairs[2]
-
-
 @pytest.mark.parametrize("mark", ["", "\ufeff", "\n \n"])
-def test_json_array(pictures, mark):
+@pytest.mark.parametrize("name", ["t.jsonl", "t.json", "array.json"])
+def test_json_with_alternatives_and_meta(pictures, name, mark):
     rows = [
-        {"filepath": "0.png", "title": "zero", "score": 1.5},
-        {"filepath": "1.png", "title": ["one", "1"]},
+        {"filepath": "0.png", "title": ["a", "b"], "score": 1.5},
+        {"filepath": "1.png", "title": "c"},
+        {"filepath": "2.png"},
     ]
-    path = table(pictures, mark + json.dumps(rows, indent=1), "t.json")
-    pairs = open_pairs(path, name="x")
-    assert [pairs.texts(i) for i in range(len(pairs))] == [["zero"], ["one", "1"]]
-    assert pairs[0].image.getpixel((0, 0))[0] == 0
-    assert pairs.meta(0) == {"score": 1.5}
-    lines = table(pictures, "\n".join(map(json.dumps, rows)), "lines.json")
-    assert open_pairs(lines, name="x").digest() == pairs.digest()
+    lines = "\n\n".join(map(json.dumps, rows))
+    content = json.dumps(rows, indent=1) if name == "array.json" else lines
+    pairs = open_pairs(table(pictures, mark + content, name), name="x")
+    good, broken = read_all(pairs)
+    assert good == {"0.png": ["a", "b"], "1.png": "c"}
+    assert broken == {"2.png": "no readable caption"}
+    assert shade(pairs, 0) == 0
+    assert [pairs.meta(row) for row in range(2)] == [{"score": 1.5}, {}]
+    same = open_pairs(table(pictures, lines, "same.jsonl"), name="x")
+    assert pairs.digest() == same.digest()
 
 
 @pytest.mark.parametrize(
@@ -172,19 +157,14 @@ def test_binary_file_is_refused(tmp_path):
 
 def test_quotes_that_lose_nothing_are_read(pictures):
     path = table(pictures, 'filepath\ttitle\n0.png\ta "b" c\n1.png\t"d" e\n2.png\t"f\n""g"""\n')
-    pairs = open_pairs(path, name="x")
-    assert [pairs.texts(i) for i in range(3)] == [['a "b" c'], ["d e"], ['f\n"g"']]
+    assert captions(open_pairs(path, name="x")) == [['a "b" c'], ["d e"], ['f\n"g"']]
 
 
 def test_blank_cells_and_missing_images_are_broken_pairs(pictures):
     path = table(pictures, "filepath,title\n0.png,\n,only a caption\ngone.png,gone\n5.png,ok\n")
-    pairs = open_pairs(path, name="x")
-    assert len(pairs) == 4
-    for row in range(3):
-        with pytest.raises(BrokenPair):
-            pairs[row]
-    assert pairs.id(1) == "pairs.csv, row 2 without an image"
-    assert pairs[3].text == "ok"
+    good, broken = read_all(open_pairs(path, name="x"))
+    assert good == {"5.png": "ok"}
+    assert list(broken) == ["0.png", "pairs.csv, row 2 without an image", "gone.png"]
 
 
 def test_manifest_follows_captions_and_sizes(pictures):
@@ -205,7 +185,7 @@ def test_manifest_follows_captions_and_sizes(pictures):
     mark=st.booleans(),
     names=st.sampled_from([("filepath", "title"), ("text", "image"), ("a", "caption", "path")]),
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(SETTINGS, max_examples=60)
 def test_any_table_that_csv_writes_is_read_back(
     tmp_path, rows, separator, quoting, ending, mark, names
 ):
@@ -220,12 +200,12 @@ def test_any_table_that_csv_writes_is_read_back(
     path = tmp_path / "pairs.csv"
     path.write_bytes(buffer.getvalue().encode("utf-8-sig" if mark else "utf-8"))
     pairs = open_file(path, name="x")
-    assert [pairs.id(i) for i in range(len(pairs))] == [image for image, _ in rows]
-    assert [pairs.texts(i) for i in range(len(pairs))] == [[text.strip()] for _, text in rows]
+    assert list(pairs.every_id()) == [image for image, _ in rows]
+    assert captions(pairs) == [[text.strip()] for _, text in rows]
 
 
 @given(st.lists(st.dictionaries(st.sampled_from(["image", "text", "x"]), TEXT), max_size=4))
-@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(SETTINGS, max_examples=50)
 def test_any_json_lines_are_read_or_named(tmp_path, rows):
     path = tmp_path / "t.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
@@ -242,7 +222,7 @@ def test_any_json_lines_are_read_or_named(tmp_path, rows):
 
 
 @given(st.text(max_size=300))
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(SETTINGS, max_examples=100)
 def test_no_text_file_makes_it_crash(tmp_path, content):
     path = tmp_path / "t.csv"
     path.write_text(content, encoding="utf-8", errors="replace", newline="")
@@ -284,13 +264,10 @@ def test_frame_of_paths(pictures, monkeypatch):
 def test_missing_cells_are_broken_pairs(pictures):
     images = [str(pictures / "0.png"), None, str(pictures / "1.png")]
     pairs = open_pairs(pandas.DataFrame({"image": images, "text": ["a", "b", None]}), name="x")
-    assert pairs[0].text == "a"
-    for row, message in ((1, r"x\[1\]"), (2, r"x\[2\]: no caption")):
-        with pytest.raises(BrokenPair, match=message):
-            pairs[row]
+    assert read_all(pairs) == ({images[0]: "a"}, {"x[1]": "no image", "x[2]": "no caption"})
 
 
-def test_frame_of_pictures_arrays_and_token_ids(picture):
+def test_frame_of_pictures_arrays_and_token_ids():
     images = [picture(1), np.full((2, 2, 3), 7, np.uint8)]
     frame = pandas.DataFrame(
         {"image": images, "caption": ["a", np.array(["b", "c"])], "text": [1, 2]}
@@ -331,31 +308,28 @@ def test_parquet_of_paths(pictures):
         score=[1.5, None, 3],
     )
     pairs = open_pairs(str(file), name="forget")
-    assert pairs[0].text == ["zero", "0"]
+    good, broken = read_all(pairs)
+    assert good == {"0.png": ["zero", "0"]}
     assert pairs.meta(0) == {"score": 1.5}
-    assert pairs.id(1) == "t.parquet[1]"
-    for row in (1, 2):
-        with pytest.raises(BrokenPair):
-            pairs[row]
+    assert list(broken) == ["t.parquet[1]", "t.parquet[2]"]
 
 
 @pytest.mark.parametrize("wrap", [lambda data: data, lambda data: {"bytes": data, "path": "x.png"}])
-def test_parquet_of_encoded_images(tmp_path, encoded, wrap):
+def test_parquet_of_encoded_images(tmp_path, wrap):
     file = write_parquet(
         tmp_path / "t.parquet",
         image=[wrap(encoded(3)), None, wrap(b"damaged")],
         text=["a", "b", "c"],
     )
     pairs = open_pairs(file, name="forget")
-    assert (shade(pairs, 0), pairs[0].text, pairs.id(0)) == (3, "a", "t.parquet[0]")
+    good, broken = read_all(pairs)
+    assert (good, shade(pairs, 0)) == ({"t.parquet[0]": "a"}, 3)
     assert pairs.encoded_sizes().tolist() == [len(encoded(3)), -1, 7]
-    with pytest.raises(BrokenPair, match=r"t\.parquet\[1\]: no image"):
-        pairs[1]
-    with pytest.raises(BrokenPair, match="cannot be decoded"):
-        pairs[2]
+    assert broken["t.parquet[1]"] == "no image"
+    assert "cannot be decoded" in broken["t.parquet[2]"]
 
 
-def test_files_of_one_name_do_not_overlap_but_by_content(tmp_path, encoded):
+def test_files_of_one_name_do_not_overlap_but_by_content(tmp_path):
     sources = []
     for folder, shades in (("a", (1, 2)), ("b", (3, 2))):
         (tmp_path / folder).mkdir()
@@ -380,7 +354,7 @@ def write_folder(folder, files):
         path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def test_class_folders_caption_by_name(tmp_path, encoded):
+def test_class_folders_caption_by_name(tmp_path):
     write_folder(
         tmp_path,
         {
@@ -401,7 +375,7 @@ def test_class_folders_caption_by_name(tmp_path, encoded):
     assert pairs.meta(0) == {"class": "apple"}
 
 
-def test_captions_beside_images_at_any_depth(tmp_path, encoded):
+def test_captions_beside_images_at_any_depth(tmp_path):
     write_folder(
         tmp_path,
         {
@@ -415,18 +389,13 @@ def test_captions_beside_images_at_any_depth(tmp_path, encoded):
         },
     )
     pairs = open_pairs(tmp_path, name="retain")
-    texts, reasons = {}, []
-    for i in range(len(pairs)):
-        try:
-            texts[pairs.id(i)] = pairs[i].text
-        except BrokenPair as broken:
-            reasons.append(broken.reason)
-    assert reasons == ["no readable caption"] * 2
-    assert texts == {"x.jpg": "a caption", "00001/y.png": "größe"}
+    good, broken = read_all(pairs)
+    assert good == {"x.jpg": "a caption", "00001/y.png": "größe"}
+    assert broken == dict.fromkeys(["z.png", "bad.png"], "no readable caption")
     assert pairs.classes is None
 
 
-def test_folders_without_a_meaning_are_refused(tmp_path, encoded):
+def test_folders_without_a_meaning_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"`forget`: folder .* holds neither images"):
         open_pairs(tmp_path, name="forget")
     write_folder(tmp_path, {"x.png": encoded(1), "cat/y.png": encoded(2)})
@@ -435,7 +404,7 @@ def test_folders_without_a_meaning_are_refused(tmp_path, encoded):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "not an image", "bomb"])
-def test_damaged_images_are_broken_pairs(tmp_path, encoded, monkeypatch, damage):
+def test_damaged_images_are_broken_pairs(tmp_path, monkeypatch, damage):
     data = encoded(1)
     contents = {"truncated": data[: len(data) // 2], "empty": b"", "not an image": b"hello"}
     reason = "exceeds limit" if damage == "bomb" else "image cannot be decoded"
@@ -454,10 +423,10 @@ def test_missing_paths_are_named(path):
 
 
 @pytest.mark.parametrize("kind", [list, tuple])
-def test_a_list_of_tars(make_tar, encoded, kind):
+def test_a_list_of_tars(make_tar, kind):
     shards = [make_tar(f"{n}.tar", {"k.png": encoded(n), "k.txt": f"text {n}"}) for n in range(3)]
     pairs = open_pairs(kind([Path(shards[2]), shards[0]]), name="retain")
-    assert [pairs.id(i) for i in range(len(pairs))] == ["2.tar/k", "0.tar/k"]
+    assert list(pairs.every_id()) == ["2.tar/k", "0.tar/k"]
     pattern = shards[0].replace("0.tar", "{0..1}.tar")
     assert len(open_pairs(kind([pattern, shards[2]]), name="retain")) == 3
     with pytest.raises(InputError, match=r"`retain`.*missing, such as .*9\.tar"):

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from fasterase.errors import InputError
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.skips import BrokenPair
+from tests.pairs.reading import captions, picture
 
 
 def floats(n: int) -> list[torch.Tensor]:
@@ -112,16 +113,11 @@ def test_every_form_reads_the_same_pairs(form):
         else:
             assert torch.equal(record.text, ids(4)[i])
             assert torch.equal(pairs.texts(i), ids(4)[i])
+        if form in ("token dicts", "batches of a loader"):
+            assert record.mask.tolist() == [1, 1, 0]
 
 
-@pytest.mark.parametrize("form", ["token dicts", "batches of a loader"])
-def test_attention_mask_comes_along(form):
-    source, _ = FORMS[form]
-    pairs = open_pairs(source() if callable(source) else source, name="forget")
-    assert pairs[2].mask.tolist() == [1, 1, 0]
-
-
-def test_a_list_of_str_beside_one_image_is_its_alternatives(picture):
+def test_a_list_of_str_beside_one_image_is_its_alternatives():
     pairs = open_pairs([(picture(1), ["a", "b"]), (floats(1)[0], ["c", "", "d", "e"])], name="x")
     assert len(pairs) == 2
     assert pairs[0].text == ["a", "b"]
@@ -212,8 +208,8 @@ def test_random_augmentation_is_seen():
     flips = Pairs(lambda i: (TEXT_TUPLES[1][0] * (torch.rand(()) < 0.5), "text"), 50)
     torch.manual_seed(0)
     assert not open_pairs(flips, name="x").stable
-    captions = Pairs(lambda i: (TEXT_TUPLES[0][0], f"text {torch.rand(())}"), 5)
-    assert not open_pairs(captions, name="x").stable
+    texts = Pairs(lambda i: (TEXT_TUPLES[0][0], f"text {torch.rand(())}"), 5)
+    assert not open_pairs(texts, name="x").stable
 
 
 @pytest.mark.parametrize(
@@ -244,15 +240,10 @@ def test_random_augmentation_is_seen():
         ([("a", Image.new("RGB", (4, 4)))], r"found Image: a pair is \(image, text\)"),
         ([(["a", "b"], Image.new("RGB", (4, 4)))], "found Image. .*the image comes first"),
         (
-            [
-                {
-                    "pixel_values": torch.zeros(3, 4, 4),
-                    "input_ids": torch.tensor([1, 2]),
-                    "attention_mask": torch.tensor([1]),
-                }
-            ],
-            "attention_mask has 1 entries for 2 token ids",
+            [TOKEN_DICTS[0] | {"attention_mask": torch.tensor([1])}],
+            "attention_mask has 1 entries for 3 token ids",
         ),
+        (DataLoader(Pairs(lambda i: i, 4), collate_fn=list), r"pass iter\(loader\) instead"),
     ],
 )
 def test_wrong_inputs_are_named(source, message):
@@ -265,12 +256,6 @@ def test_a_named_key_that_is_not_there_lists_the_columns():
         open_pairs(DICTS, name="forget", text_key="x")
 
 
-def test_a_loader_whose_collation_makes_the_pairs_says_what_to_do():
-    loader = DataLoader(Pairs(lambda i: i, 4), collate_fn=lambda rows: rows)
-    with pytest.raises(InputError, match=r"pass iter\(loader\) instead"):
-        open_pairs(loader, name="forget")
-
-
 def test_items_are_read_once_for_all_manifests():
     read = []
     pairs = open_pairs(Pairs(lambda i: (read.append(i), TEXT_TUPLES[i])[1], 3), name="x")
@@ -280,12 +265,11 @@ def test_items_are_read_once_for_all_manifests():
 
 
 def test_manifest_follows_captions_pixels_and_order():
+    (image, _), *others = TEXT_TUPLES
     manifest = open_pairs(TEXT_TUPLES, name="a").digest()
     assert manifest == open_pairs(list(TEXT_TUPLES), name="b").digest()
-    changed = [(TEXT_TUPLES[0][0] + 1, "caption 0"), *TEXT_TUPLES[1:]]
-    assert manifest != open_pairs(changed, name="a").digest()
-    renamed = [(TEXT_TUPLES[0][0], "other"), *TEXT_TUPLES[1:]]
-    assert manifest != open_pairs(renamed, name="a").digest()
+    for first in ((image + 1, "caption 0"), (image, "other")):
+        assert manifest != open_pairs([first, *others], name="a").digest()
     assert manifest != open_pairs(TEXT_TUPLES[::-1], name="a").digest()
 
 
@@ -297,15 +281,12 @@ def test_sources_pickle_for_spawned_workers():
 
 
 class TestHuggingFace:
-    def dataset(self, picture, **columns):
-        images = [picture(i) for i in range(3)]
-        features = {"image": datasets.Image()}
-        return datasets.Dataset.from_dict({"image": images, **columns}).cast_column(
-            "image", features["image"]
-        )
+    def dataset(self, **columns):
+        source = datasets.Dataset.from_dict({"image": [picture(i) for i in range(3)], **columns})
+        return source.cast_column("image", datasets.Image())
 
-    def test_columns_by_name(self, picture, monkeypatch):
-        source = self.dataset(picture, caption=["a", "b", "c"], source=["x", "y", "z"])
+    def test_columns_by_name(self, monkeypatch):
+        source = self.dataset(caption=["a", "b", "c"], source=["x", "y", "z"])
         pairs = open_pairs(source, name="retain")
         assert len(pairs) == 3
         assert pairs.texts(1) == ["b"]
@@ -316,30 +297,30 @@ class TestHuggingFace:
         monkeypatch.setattr(datasets.Image, "decode_example", None)
         assert pairs.texts(2) == ["c"]
 
-    def test_alternatives_and_keys(self, picture):
-        source = self.dataset(picture, alt=[["a", "b"], ["c"], ["d"]])
-        pairs = open_pairs(source, name="retain", text_key="alt")
-        assert pairs[0].text == ["a", "b"]
+    def test_alternatives_and_keys(self):
+        source = self.dataset(alt=[["a", "b"], ["c"], ["d"]])
+        assert open_pairs(source, name="retain", text_key="alt")[0].text == ["a", "b"]
 
-    def test_manifest_repeats(self, picture):
-        first = open_pairs(self.dataset(picture, text=["a", "b", "c"]), name="x").digest()
-        assert first == open_pairs(self.dataset(picture, text=["a", "b", "c"]), name="x").digest()
-        assert first != open_pairs(self.dataset(picture, text=["a", "b", "d"]), name="x").digest()
+    def test_manifest_repeats(self):
+        first, again, other = (
+            open_pairs(self.dataset(text=list(texts)), name="x").digest()
+            for texts in ("abc", "abc", "abd")
+        )
+        assert first == again != other
 
-    def test_user_transform_keeps_working(self, picture):
-        source = self.dataset(picture, text=["a", "b", "c"])
+    def test_user_transform_keeps_working(self):
+        source = self.dataset(text=["a", "b", "c"])
         source.set_transform(
             lambda rows: {"image": rows["image"], "text": [t.upper() for t in rows["text"]]}
         )
         assert open_pairs(source, name="x").texts(1) == ["B"]
 
-    def test_streams_are_spooled(self, picture):
-        source = self.dataset(picture, text=["a", "b", "c"]).to_iterable_dataset()
-        pairs = open_pairs(source, name="x")
-        assert [pairs.texts(i) for i in range(len(pairs))] == [["a"], ["b"], ["c"]]
+    def test_streams_are_spooled(self):
+        source = self.dataset(text=["a", "b", "c"]).to_iterable_dataset()
+        assert captions(open_pairs(source, name="x")) == [["a"], ["b"], ["c"]]
 
-    def test_wrong_columns_and_missing_split(self, picture):
-        source = self.dataset(picture, label=[0, 1, 2])
+    def test_wrong_columns_and_missing_split(self):
+        source = self.dataset(label=[0, 1, 2])
         with pytest.raises(InputError, match=r"`x`.*\['image', 'label'\]"):
             open_pairs(source, name="x")
         splits = datasets.DatasetDict({"train": source})

@@ -19,6 +19,7 @@ from fasterase.pairs.open import open_pairs
 from fasterase.pairs.remote import RemoteError, ShardCache, describe_shard
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.split import split
+from tests.pairs.reading import encoded
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -122,7 +123,7 @@ def test_the_same_pairs_as_local_ones_and_read_once(server, shards, tmp_path):
     assert server.reads == []
 
 
-def test_a_changed_shard_is_read_anew(server, shards, make_tar, encoded):
+def test_a_changed_shard_is_read_anew(server, shards, make_tar):
     url = f"{server.url}/s-0.tar"
     before = open_pairs(url, name="x")
     assert before[0].text == "n 0"
@@ -194,7 +195,7 @@ def test_a_server_without_ranges(server, shards, monkeypatch):
     assert len(server.reads) == 1
 
 
-def test_compressed_shards(server, make_tar, encoded):
+def test_compressed_shards(server, make_tar):
     make_tar("z.tar.gz", {"a.png": encoded(1), "a.txt": "cat"}, "w:gz")
     with pytest.warns(UserWarning, match="compressed shards .* kept in memory"):
         pairs = open_pairs(f"{server.url}/z.tar.gz?signature=1", name="x")

@@ -20,6 +20,7 @@ from fasterase.pairs.open import open_pairs
 from fasterase.pairs.prepare import caption_key, hash_captions
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.split import write_split
+from tests.pairs.reading import encoded
 
 TEXTS = ["a red apple", "pineapple", "APPLE", ["a pear", "an apple-like pear"], "sea lion"]
 
@@ -30,7 +31,7 @@ def items():
 
 
 @pytest.fixture
-def classes(tmp_path, encoded):
+def classes(tmp_path):
     for number, name in enumerate(["apple", "pine_apple", "sea_lion"]):
         (tmp_path / "data" / name).mkdir(parents=True)
         for n in range(2):
@@ -192,7 +193,7 @@ def test_caption_hashes(items):
         split(items, forget=hash_captions(["a red apple", "A red apple"]))
 
 
-def test_passes_over_views_and_shards_give_what_single_rows_give(make_tar, encoded):
+def test_passes_over_views_and_shards_give_what_single_rows_give(make_tar):
     entries = {"b/2.png": encoded(1)}
     for number in range(40):
         entries |= {f"k{number}.png": encoded(number)}
@@ -255,7 +256,7 @@ def test_alternative_captions_need_json_lines(pictures, tmp_path):
     assert (id, texts, meta) == (str(pictures / "0.png"), ["a", "b"], {"score": 1.5})
 
 
-def test_tars_give_lists_of_ids(make_tar, encoded, tmp_path):
+def test_tars_give_lists_of_ids(make_tar, tmp_path):
     entries = {f"k{n}.png": encoded(n) for n in range(3)}
     entries |= {f"k{n}.txt": "apple" if n else "pear" for n in range(3)}
     shard = make_tar("a.tar", dict(sorted(entries.items())))
@@ -268,7 +269,7 @@ def test_tars_give_lists_of_ids(make_tar, encoded, tmp_path):
     assert rest.indices.tolist() == retain.indices.tolist()
 
 
-def test_ids_that_repeat_are_refused(make_tar, encoded, tmp_path):
+def test_ids_that_repeat_are_refused(make_tar, tmp_path):
     shards = []
     for folder, text in (("x", "apple"), ("y", "pear")):
         (tmp_path / folder).mkdir()

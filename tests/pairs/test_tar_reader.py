@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import fasterase
 from fasterase.errors import InputError
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.skips import BrokenPair
+from fasterase.pairs.tar_reader import ShardReader, split_entry
+from tests.pairs.reading import read_all, samples
 from tests.small_models import open_clip_vit, simple_tokenizer
 
 IMAGE_BYTES = 3 * 512
@@ -42,18 +48,17 @@ def read(path, match=r"damaged"):
     """Captions that can be read, and reasons of those that cannot, of a damaged shard."""
     with pytest.warns(UserWarning, match=match):
         pairs = open_pairs(str(path), name="retain")
-    good, lost = [], {}
-    for row in range(len(pairs)):
-        try:
-            caption = pairs.texts(row)[0]
-            assert len(pairs.encoded_image(row)) == IMAGE_BYTES
-            good.append(caption)
-        except BrokenPair as error:
-            lost[error.id] = error.reason
-    return good, lost
+
+    def read_entries(pairs, row):
+        caption = pairs.texts(row)[0]
+        assert len(pairs.encoded_image(row)) == IMAGE_BYTES
+        return caption
+
+    good, lost = read_all(pairs, read_entries)
+    return list(good.values()), lost
 
 
-def captions(*numbers):
+def numbered(*numbers):
     return [f"caption {n}" for n in numbers]
 
 
@@ -75,7 +80,7 @@ def test_cut_shards(shard, length, match, key, reason):
     os.truncate(path, length)
     warning = rf"`retain`: shard {path} is damaged .*{match}.*At least 1 of its samples cannot"
     good, lost = read(path, warning)
-    assert good == captions(0, 1)
+    assert good == numbered(0, 1)
     assert list(lost) == [f"s.tar/{key}"]
     assert lost[f"s.tar/{key}"].startswith(reason)
 
@@ -85,7 +90,7 @@ def test_the_neighbours_tell_how_many_are_lost(shard):
         path = shard(f"s-{n}.tar")
     os.truncate(path.with_name("s-1.tar"), 2 * SAMPLE_BYTES + 1000)
     good, lost = read(path.parent, "At least 4 of its samples")
-    assert good == captions(*range(6), 0, 1, *range(6))
+    assert good == numbered(*range(6), 0, 1, *range(6))
     assert list(lost) == ["s-1.tar/k2", *(f"s-1.tar/lost sample {n}" for n in (1, 2, 3))]
 
 
@@ -116,7 +121,7 @@ def test_samples_after_damage_are_read(shard, start, data, match, good, lost):
         file.seek(start * SAMPLE_BYTES)
         file.write(data)
     found, missing = read(path, match)
-    assert found == captions(*good)
+    assert found == numbered(*good)
     assert len(missing) == lost
 
 
@@ -125,7 +130,7 @@ def test_joined_archives_are_read_to_the_end(shard):
     path = one.with_name("joined.tar")
     path.write_bytes(one.read_bytes() + two.read_bytes())
     pairs = open_pairs(str(path), name="retain")
-    assert [pairs.texts(i)[0] for i in range(len(pairs))] == captions(0, 1, 0, 1, 2)
+    assert [text for (text,) in pairs.every_text()] == numbered(0, 1, 0, 1, 2)
 
 
 @pytest.mark.filterwarnings("ignore:.*kept in memory")
@@ -133,7 +138,7 @@ def test_a_cut_compressed_shard(shard):
     path = shard("s.tar.gz", samples=200, mode="w:gz")
     os.truncate(path, path.stat().st_size // 2)
     good, lost = read(path, "compressed data is damaged")
-    assert good == captions(*range(len(good)))
+    assert good == numbered(*range(len(good)))
     assert 50 < len(good) < 101
     assert len(lost) == 1
 
@@ -142,7 +147,7 @@ def test_a_cut_compressed_shard(shard):
 def test_a_cut_pipe(shard):
     path = shard("s.tar")
     os.truncate(path, 2 * SAMPLE_BYTES)
-    assert read(f"pipe:cat {path}")[0] == captions(0, 1)
+    assert read(f"pipe:cat {path}")[0] == numbered(0, 1)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"<html>not found</html>" * 100])
@@ -168,12 +173,9 @@ def test_a_shard_that_shrinks_after_it_was_opened(shard):
         pairs.encoded_image(3)
 
 
-def test_lost_samples_count_against_max_skipped(make_tar, encoded):
+def test_lost_samples_count_against_max_skipped(make_tar):
     """They are drawn, skipped and named like any broken pair."""
-    entries = {}
-    for n in range(4):
-        entries |= {f"k{n}.png": encoded(n), f"k{n}.txt": f"caption {n}"}
-    path = make_tar("s.tar", entries)
+    path = make_tar("s.tar", samples({n: f"caption {n}" for n in range(4)}))
     os.truncate(path, 3 * 4 * 512)
     named = r"more than .*`max_skipped`.*s\.tar/lost sample 1 \(lost from a damaged shard"
     with pytest.warns(UserWarning, match="is damaged"), pytest.raises(InputError, match=named):
@@ -185,3 +187,39 @@ def test_lost_samples_count_against_max_skipped(make_tar, encoded):
             progress=False,
             evaluation=None,
         )
+
+
+@given(st.from_regex(r"([a-z]{1,3}/){0,2}[a-zA-Z0-9_-]{1,8}\.[a-zA-Z0-9.]{1,8}", fullmatch=True))
+def test_entries_split_at_the_first_dot_of_the_file_name(path):
+    if path.rpartition("/")[2].startswith("__"):
+        assert split_entry(path) is None
+        return
+    key, ending = split_entry(path)
+    assert f"{key}.{ending}" == path[: len(key)] + path[len(key) :].lower()
+    assert "." not in key
+    assert split_entry(path.replace(".", "_")) is None
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_headers_are_read_as_tarfile_reads_them(tmp_path, form):
+    """Long, foreign and nested names, times with fractions, folders and links."""
+    names = ["a.txt", "dir/b.txt", "x" * 95 + ".txt", "f/" * 70 + "deep.txt", "k.", "d.d/e.txt"]
+    names += [] if form == tarfile.USTAR_FORMAT else ["ä" * 120 + ".txt", "é.txt"]
+    path = tmp_path / "s.tar"
+    with tarfile.open(path, "w", format=form) as tar:
+        for number, name in enumerate(names):
+            info = tarfile.TarInfo(name)
+            info.size = 500 * number
+            info.mtime = 1.5 if form == tarfile.PAX_FORMAT else 1
+            tar.addfile(info, io.BytesIO(bytes(info.size)))
+        for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE):
+            info = tarfile.TarInfo("other.txt")
+            info.type, info.linkname = kind, "a.txt"
+            tar.addfile(info)
+    with tarfile.open(path) as tar:
+        expected = [(m.name, m.offset_data, m.size, m.isfile()) for m in tar]
+    with path.open("rb") as file:
+        reader = ShardReader(file)
+        found = [(e.name, e.offset_data, e.size, e.isfile()) for e in reader.entries()]
+        assert reader.damage == []
+    assert found == expected
