@@ -16,14 +16,13 @@ from fasterase.pairs.images import ImageFiles
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.overlap import remove_overlap
 from fasterase.pairs.read_tars import TarImages
-from tests.pairs.reading import encoded, picture
+from tests.pairs.reading import encoded, picture, samples
 
 
 def remaining(retain, forget):
-    left, removed = remove_overlap(
-        open_pairs(retain, name="retain"), open_pairs(forget, name="forget")
-    )
-    return [left.id(i) for i in range(len(left))], removed
+    opened = open_pairs(retain, name="retain"), open_pairs(forget, name="forget")
+    left, removed = remove_overlap(*opened)
+    return list(left.every_id()), removed
 
 
 def test_same_file_by_another_path_and_copies_by_content(pictures, tmp_path):
@@ -42,14 +41,7 @@ def test_same_file_by_another_path_and_copies_by_content(pictures, tmp_path):
 
 
 def test_tars_and_files_are_compared(pictures, make_tar, tmp_path):
-    shard = make_tar(
-        "r.tar",
-        {
-            f"k{n}{ending}": encoded(n) if ending == ".png" else f"text {n}"
-            for n in range(3)
-            for ending in (".png", ".txt")
-        },
-    )
+    shard = make_tar("r.tar", samples({n: f"text {n}" for n in range(3)}))
     (pictures / "f.csv").write_text("image,text\n1.png,a\n")
     assert remaining(shard, pictures / "f.csv") == (["r.tar/k0", "r.tar/k2"], ["r.tar/k1"])
     with pytest.raises(InputError, match="all 3 pairs show images"):
