@@ -150,11 +150,12 @@ class TarImages:
         return data
 
     def location(self, row: int, id: str) -> str:
-        shard = self.shards[self._parts.find(row)[0]]
+        number, at = self._parts.find(row)
+        shard = self.shards[number]
         if shard.data is not None:  # a pipe may give something else each time
             return f"bytes {hashlib.blake2b(self.read(row, id)).hexdigest()}"
         place = _resolve(shard.place) if shard.cache is None else shard.place
-        return f"{place}::{self._parts.value('offset', row)}"
+        return f"{place}::{self._parts.every[number].value('offset', at)}"
 
     def shard_numbers(self) -> np.ndarray | None:
         """Return the shard of each row, [n] int32; None if all are local."""

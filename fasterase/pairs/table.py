@@ -295,7 +295,10 @@ class PairTable(Sequence[Record]):
 
     def id(self, index: int) -> str:
         """Return the pair's id without decoding the image."""
-        return self.parts.value("id", self._row(index)).decode(*_ENCODING)
+        return self._id(self._row(index))
+
+    def _id(self, row: int) -> str:  # of `base`
+        return self.parts.value("id", row).decode(*_ENCODING)
 
     def texts(self, index: int) -> list[str] | Tensor:
         """Return all captions, or token ids [L], if possible without decoding the image.
@@ -306,7 +309,7 @@ class PairTable(Sequence[Record]):
         row = self._row(index)
         captions = self.parts.value("captions", row)
         if not captions:
-            raise BrokenPair(self.id(index), self.broken.get(row, "no readable caption"))
+            raise BrokenPair(self._id(row), self.broken.get(row, "no readable caption"))
         return captions
 
     def meta(self, index: int) -> dict[str, Any]:
@@ -395,12 +398,14 @@ class PairTable(Sequence[Record]):
     def encoded_image(self, index: int) -> bytes:
         """Return the bytes of the image file. Only if `encoded_sizes` is not None."""
         assert self.images is not None
-        return self.images.read(self._row(index), self.id(index))
+        row = self._row(index)
+        return self.images.read(row, self._id(row))
 
     def encoded_location(self, index: int) -> str:
         """Return what identifies those bytes: the resolved path, and the position in a tar."""
         assert self.images is not None
-        return self.images.location(self._row(index), self.id(index))
+        row = self._row(index)
+        return self.images.location(row, self._id(row))
 
     def _row(self, index: int) -> int:
         """Return the row of `base`; raise IndexError outside the length."""
