@@ -31,8 +31,7 @@ class Record(tuple[Any, Any]):
         text: a caption, a list of alternative captions, or token ids [L] int64.
         id: stable and readable: a file path, `shard.tar/key`, or `forget[12]`.
         mask: attention mask [L] that came with the token ids.
-        meta: other data of the pair: the json entry of a tar sample, the other columns of a table
-            row, or `{"class": name}` for a class-per-folder image.
+        meta: the json entry of a tar sample, other columns, or `{"class": name}`.
     """
 
     image = property(itemgetter(0))
@@ -93,14 +92,11 @@ class Columns(NamedTuple):
     meta: dict[str, Any] = {}  # noqa: RUF012 (never modified)
 
     def with_class_name(self, classes: Sequence[str] | None) -> Columns:
-        """Return columns whose text, a class number, is the name of the class, if there are any.
-
-        It is None (no caption) for -1, which marks unlabelled items.
-        """
+        """Return columns whose text, a class number, is the name of the class, if there are any."""
         if classes is None:
             return self
         number = class_number(self.text)
-        if number is None or number == -1:
+        if number is None or number == -1:  # unlabelled
             return self._replace(text=None)
         if not 0 <= number < len(classes):
             raise InputError(f"the class number {number} is none of the {len(classes)} classes")
@@ -187,7 +183,7 @@ def _parse_image(image: Any, *, id: str) -> Any:
     if isinstance(image, np.ndarray):
         return _image_from_array(image, id=id)
     if isinstance(image, str | os.PathLike):
-        return os.fspath(image)
+        return str(os.fspath(image))
     hint = "; for a Hugging Face dataset use with_format('torch')" * isinstance(image, list)
     raise InputError(
         f"{id}: an image must be a tensor, a NumPy array, a PIL image or a path; found "

@@ -46,9 +46,8 @@ def open_file(
     A `.jsonl` file has one JSON object per line, a `.json` file the same or one array of objects;
     their text may be a list of alternative captions. The images of a Parquet file are paths, the
     bytes of image files (kept in memory), or `{"bytes", "path"}` as Hugging Face writes them. Any
-    other file is read as separated values with a header, from which the separator (tab, comma,
-    semicolon or bar) is detected. Other columns become the `meta` of the pairs. A row whose image
-    or caption is blank is kept as a broken pair.
+    other file has a header, from which its separator (tab, comma, semicolon or bar) is detected.
+    Other columns become the `meta` of the pairs. A row without image or caption is a broken pair.
 
     Raises:
         InputError: the file is not of that kind, or lacks the columns (lists those found) or has

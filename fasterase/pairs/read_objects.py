@@ -17,7 +17,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from fasterase.errors import InputError
-from fasterase.pairs.images import ImageFiles, ImagesInMemory, decode_image, read_image_file, to_rgb
+from fasterase.pairs.images import (
+    ImageFiles,
+    Images,
+    ImagesInMemory,
+    decode_image,
+    read_image_file,
+    to_rgb,
+)
 from fasterase.pairs.items import (
     IMAGE_KEYS,
     TEXT_KEYS,
@@ -149,16 +156,17 @@ def open_list(
             except BrokenPair as error:
                 pairs.append(error)
     readable = [pair for pair in pairs if isinstance(pair, Record)]
-    kinds = {str if isinstance(pair.image, str) else type(pair.image) for pair in readable}
+    kinds = {type(pair.image) for pair in readable}
     is_coded = any(isinstance(pair.text, Tensor) for pair in readable)
     if kinds not in ({str}, {bytes}) or is_coded:
         return ItemTable(name, pairs, classes=classes, in_memory=str not in kinds, root=root)
+    # Told apart without decoding the images.
+    images: Images = ImageFiles(root)
+    if kinds == {bytes}:
+        images = ImagesInMemory([getattr(pair, "image", None) for pair in pairs])
     broken = {row: pair.reason for row, pair in enumerate(pairs) if isinstance(pair, BrokenPair)}
     parts = pack(map(_row_of, pairs))
-    if kinds == {str}:  # told apart without reading the images
-        return PairTable(name, parts, ImageFiles(root), classes=classes, broken=broken)
-    images = [pair.image if isinstance(pair, Record) else None for pair in pairs]
-    return PairTable(name, parts, ImagesInMemory(images), classes=classes, broken=broken)
+    return PairTable(name, parts, images, classes=classes, broken=broken)
 
 
 def _row_of(pair: Record | BrokenPair) -> tuple[str, list[str], dict[str, Any] | None]:
@@ -208,9 +216,6 @@ def _find_classes(dataset: Any) -> tuple[list[str], list[Any] | None] | None:
 
     Such are torchvision's `ImageFolder`, `DatasetFolder`, `CIFAR10`, ..., and `Subset`s of them.
     Beside the names come the numbers of all items, if these are known without reading images.
-
-    Raises:
-        InputError: a `target_transform` changes the class numbers, so that they name no class.
     """
     whole, rows = dataset, np.arange(len(dataset))
     while isinstance(whole, Subset):
@@ -221,8 +226,7 @@ def _find_classes(dataset: Any) -> tuple[list[str], list[Any] | None] | None:
         return None
     index, item = _first_readable(dataset)
     is_pair = isinstance(item, tuple | list) and len(item) == 2
-    number = class_number(item[1]) if is_pair else None
-    if number is None:
+    if not is_pair or (number := class_number(item[1])) is None:
         return None
     if getattr(whole, "target_transform", None) is not None:
         raise InputError(
@@ -241,11 +245,9 @@ def _find_classes(dataset: Any) -> tuple[list[str], list[Any] | None] | None:
 
 
 class ItemTable(PairTable):
-    """The items of a map-style dataset, or a list of parsed items.
+    """The items of a map-style dataset, or a list of `Record` and `BrokenPair`.
 
     Args:
-        items: a map-style dataset of items, or a list of `Record` and `BrokenPair`.
-        image_key, text_key: see `open_pairs`.
         columns: the items without their images, or their class numbers alone, if these can be read
             so.
         classes: names of the classes, if the texts are class numbers.
@@ -334,24 +336,22 @@ class ItemTable(PairTable):
 
     def _is_deterministic(self) -> bool:
         """Read a few items twice and compare; raise `InputError` if none can be read."""
-        failure = None
-        readable = False
-        for index in _spread_indices(self._count, _PROBES):
+        failures, indices = [], _spread_indices(self._count, _PROBES)
+        for index in indices:
             try:
                 first, second = (_fingerprint(self._record(index), whole=True) for _ in range(2))
             except BrokenPair as error:
-                failure = error
+                failures.append(error)
                 continue
-            readable = True
             if first != second:
                 return False
-        if failure is not None and not readable:
-            raise InputError(f"`{self.name}`: no pair can be read; for example {failure}")
+        if failures and len(failures) == len(indices):
+            raise InputError(f"`{self.name}`: no pair can be read; for example {failures[-1]}")
         return True
 
     @cached_property
     def _digest(self) -> str:
-        """Digest the length, the captions, and the shape and some pixel values of a few items.
+        """Of the length, the captions, and the shape and some pixel values of a few items.
 
         Captions are those of all items if reading them decodes no images, else of the same few.
         """

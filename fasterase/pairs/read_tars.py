@@ -19,8 +19,8 @@ import random
 import re
 import tarfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -279,9 +279,16 @@ def _index_shards(shards: Sequence[Shard], name: str, entries: Entries) -> list[
             if shard not in found and (part := _open(path, shard)) is not None:
                 found[shard] = part
     missing = [shard for shard in distinct if shard not in found]
+    workers = count_processes(len(missing)) if kept else 1
+    if workers > 1:
+        # Other processes may start together with this one; so they meet at few shards.
+        random.Random(os.getpid()).shuffle(missing)
+    read = functools.partial(_make_index if kept else _read_shard, entries=entries)
+    bar = progress_bar(f"indexing {name}", total=len(missing), unit="shard", delay=2)
     try:
-        with progress_bar(f"indexing {name}", total=len(missing), unit="shard", delay=2) as bar:
-            for shard, part in _index(missing, entries, kept=kept):
+        with bar, process_pool(workers) if workers > 1 else nullcontext() as pool:
+            made = map(read, missing) if pool is None else pool.map(read, missing)
+            for shard, part in zip(missing, made, strict=True):
                 found[shard] = part
                 bar.update()
     except InputError as error:
@@ -301,19 +308,6 @@ def _index_shards(shards: Sequence[Shard], name: str, entries: Entries) -> list[
                 f"right ending with {hint}."
             )
     return parts
-
-
-def _index(shards: list[Shard], entries: Entries, *, kept: bool) -> Iterator[tuple[Shard, Part]]:
-    """Yield each shard with its rows, perhaps read in several processes."""
-    workers = count_processes(len(shards)) if kept else 1
-    read = functools.partial(_make_index if kept else _read_shard, entries=entries)
-    if workers < 2:
-        yield from ((shard, read(shard)) for shard in shards)
-        return
-    # Other processes may start together with this one; so they meet at few shards.
-    random.Random(os.getpid()).shuffle(shards)
-    with process_pool(workers) as pool:
-        yield from zip(shards, pool.map(read, shards), strict=True)
 
 
 def _make_index(shard: Shard, entries: Entries) -> Part:

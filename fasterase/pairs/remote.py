@@ -1,8 +1,8 @@
 """Shards: local files, and remote ones read through a local cache of limited size.
 
-All processes of a machine share one folder of copies. A shard is fetched whole by one of them while
-the others wait for it; a download that was cut off resumes. The name of a copy is a hash of URL,
-size and version, so a shard that changes on its server is another file.
+A shard is fetched whole by one process of a machine while the others wait for it; a download that
+was cut off resumes. The name of a copy is a hash of URL, size and version, so that a shard which
+changes on its server is another file.
 """
 
 from __future__ import annotations
@@ -154,11 +154,7 @@ def describe_shard(place: str) -> Shard:
 
 
 def _download(shard: Shard, path: Path) -> None:
-    """Append to the file at `path` what it lacks of the shard.
-
-    Raises:
-        RemoteError: it is missing, has changed, does not answer, or ends before its size.
-    """
+    """Append to the file at `path` what it lacks of the shard."""
     now = describe_shard(shard.place)
     if now[:3] != shard[:3]:
         raise RemoteError(
@@ -183,10 +179,7 @@ def _download(shard: Shard, path: Path) -> None:
 def _request(
     url: str, method: str, check: Callable[[Any], Any] = lambda answer: answer, **options: Any
 ) -> Any:
-    """Call a method of a URL's file system, up to `TRIES` times.
-
-    Args:
-        check: returns the answer, or raises.
+    """Call a method of a URL's file system, up to `TRIES` times; `check` may refuse its answer.
 
     Raises:
         RemoteError: it failed each time, or what it asks for is missing.
@@ -240,11 +233,6 @@ def _explain(url: str, error: BaseException) -> str | None:
 
 
 def _filesystem(url: str) -> Any:
-    """Return the file system of a URL.
-
-    Raises:
-        MissingExtraError: it needs a package that is not installed.
-    """
     # fsspec's own objects do not survive a fork.
     return _open_filesystem(url.partition("://")[0], os.getpid())
 

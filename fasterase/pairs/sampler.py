@@ -123,10 +123,8 @@ class Sampler:
     def _first_rows(self, stream: Stream, number: int, size: int) -> np.ndarray:
         """Return the first rows of a pass, [2 * size], without repeats in a batch.
 
-        The batch that spans two passes must not repeat a row: those it drew from the pass before
-        are swapped with later ones among the first `size`. There are enough: the batch takes the
-        last `shared` rows of the pass before, and the `shared` rows of this pass after it lie among
-        the first `size`.
+        The batch that spans two passes must not repeat a row: those it drew from the pass before,
+        its last `shared` rows, are swapped with later ones among the first `size`, which suffice.
         """
         count = self._retain_count
         rows = self._permutation(stream, number, count)[: 2 * size]

@@ -40,8 +40,8 @@ def split(
 ) -> tuple[PairTable, PairTable]:
     """Split pairs into `(forget, retain)`, both accepted by `fasterase.unlearn`.
 
-    Both are sequences of records, which are `(image, text)` tuples with `.id` and `.meta`. Slices
-    are views that `unlearn` accepts too, as is a `torch.utils.data.Subset` or `DataLoader` of them.
+    Both are sequences of records: `(image, text)` tuples with `.id` and `.meta`. `unlearn` also
+    accepts their slices, and a `torch.utils.data.Subset` or `DataLoader` of them.
 
     Args:
         source: pairs in any form that `unlearn` takes.
@@ -234,12 +234,7 @@ class _LazyRecord:
 
 
 class SplitFiles(NamedTuple):
-    """What `write_split` wrote.
-
-    Attributes:
-        forget, retain: the files.
-        tables: whether they are tables of pairs, or lists of ids.
-    """
+    """What `write_split` wrote: tables of pairs, or lists of ids."""
 
     forget: Path
     retain: Path
@@ -249,10 +244,9 @@ class SplitFiles(NamedTuple):
 def write_split(forget: PairTable, retain: PairTable, folder: Path) -> SplitFiles:
     """Write two parts of one source to `folder`, as tables or as lists of ids.
 
-    Image files are listed in tables with their absolute paths, captions and other columns: CSV, or
-    JSONL where a pair has several captions. Other columns that would be taken for the image or the
-    caption are left out. Images that are no files cannot be named in a table: the files hold the
-    ids of the pairs, for `fasterase.split(source, forget=path)`.
+    Image files are listed in tables with their absolute paths, captions and other columns (but
+    those with usual names of images and captions): CSV, or JSONL where a pair has several captions.
+    Of other images, the files hold the ids, for `fasterase.split(source, forget=path)`.
 
     Raises:
         InputError: a pair of each part has the same id, so that ids do not tell the parts apart.

@@ -206,10 +206,6 @@ class PairTable(Sequence[Record]):
     The rows are Arrow record batches (`Part`). `select`, `where` and slices give views: rows of
     the same table in another order, of which nothing is copied. Negative rows count from the end.
 
-    Args:
-        parts: the rows; their columns are `id`, `captions` and perhaps `metadata` (JSON).
-        images: reads the encoded images.
-
     Attributes:
         name: the argument it was given as (`"forget"`, `"retain"`, ...), for messages.
         origin: what it was read from, in a few words, such as the name of a file.
@@ -217,7 +213,7 @@ class PairTable(Sequence[Record]):
             augmentation.
         classes: class names if the source has them (class-per-folder), else None.
         in_memory: whether the images are held decoded in memory, so that reading all is cheap.
-        images: as given; None if they are held or made decoded.
+        images: reads the encoded images; None if they are held or made decoded.
         indices: [n] int64, the rows of `base` that a view shows; None if it is no view.
         broken: row of `base` -> why it cannot be read, where more is known than what is missing.
     """

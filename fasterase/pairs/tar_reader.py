@@ -50,10 +50,7 @@ class Damage(NamedTuple):
 
 
 class _Header(tarfile.TarInfo):
-    """The header of an entry. A file's in the form that nearly all have is read here.
-
-    This takes a tenth of the time of `tarfile`, which reads every field and sums byte by byte.
-    """
+    """The header of an entry. That of a usual file is read here, in a tenth of tarfile's time."""
 
     @classmethod
     def fromtarfile(cls, tar: Any) -> _Header:
@@ -116,8 +113,7 @@ class ShardReader:
     def entries(self) -> Iterator[tarfile.TarInfo]:
         """Yield the headers of all entries; note the stretches between that are none.
 
-        Raises:
-            tarfile.TarError: the file is empty, or holds no entry at all and is not an empty tar.
+        tarfile.TarError: the file is empty, or holds no entry at all and is not an empty tar.
         """
         if self.size < _BLOCK:
             raise tarfile.ReadError("it is not a tar" if self.size else "it is empty")
