@@ -30,8 +30,7 @@ class Watched(TinyModel):
 
     def __init__(self, **options) -> None:
         super().__init__(**options)
-        self.images: dict[str, list[bytes]] = {"before": [], "steps": [], "after": []}
-        self.texts: dict[str, list[bytes]] = {"before": [], "steps": [], "after": []}
+        self.images, self.texts = ({"before": [], "steps": [], "after": []} for _ in range(2))
 
     def encode_image(self, pixels):
         self._note(self.images, pixels)
@@ -43,9 +42,8 @@ class Watched(TinyModel):
 
     def _note(self, seen, rows):
         moment = "after" if seen["steps"] else "before"
-        seen["steps" if torch.is_grad_enabled() else moment] += [
-            row.numpy().tobytes() for row in rows
-        ]
+        moment = "steps" if torch.is_grad_enabled() else moment
+        seen[moment] += [row.numpy().tobytes() for row in rows]
 
     @property
     def swept(self):
@@ -53,10 +51,12 @@ class Watched(TinyModel):
         return len(self.images["before"]), len(self.texts["before"])
 
 
-def swept(folder, *, forget=None, retain=None, tower=None, **config):
+FORGET, RETAIN = pairs(6, seed=1), pairs(40, seed=2)
+
+
+def swept(folder, *, forget=FORGET, retain=RETAIN, tower=None, **config):
     """The tower after a run, with what it has encoded."""
     tower = tower or Watched()
-    forget, retain = forget or pairs(6, seed=1), retain or pairs(40, seed=2)
     settings = {**STEPS, "reference_cache": folder, "forget_augment": False, **config}
     fasterase.unlearn(tower, forget, retain, **settings)
     return tower
@@ -64,14 +64,13 @@ def swept(folder, *, forget=None, retain=None, tower=None, **config):
 
 @pytest.mark.parametrize("uses_reference", [True, False])
 def test_only_pairs_that_are_used_are_swept_and_only_once(tmp_path, uses_reference):
-    forget, retain = pairs(6, seed=1), pairs(3000, seed=2)
+    retain = pairs(3000, seed=2)
     users = ("consistency_weight", "anchor_weight", "cross_weight")
-    weights = {} if uses_reference else dict.fromkeys(users, 0.0)
-    config = {"forget": forget, "retain": retain, **weights}
+    config = {"retain": retain, **({} if uses_reference else dict.fromkeys(users, 0.0))}
     first = swept(tmp_path, **config)
     floor = [retain[row] for row in floor_rows(3000)]
     for seen, part in ((first.images, 0), (first.texts, 1)):
-        wanted = {pair[part].numpy().tobytes() for pair in (*forget, *floor)} | set(seen["after"])
+        wanted = {pair[part].numpy().tobytes() for pair in (*FORGET, *floor)} | set(seen["after"])
         assert len(seen["after"]) == 6 + 1000, "the pairs that are judged"
         assert not set(seen["steps"]) <= wanted
         if uses_reference:
@@ -96,17 +95,17 @@ def test_without_a_folder_nothing_is_left(tmp_path, monkeypatch):
 @pytest.mark.parametrize("part", ["captions", "images"])
 def test_of_a_damaged_cache_only_the_damaged_block_is_remade(tmp_path, monkeypatch, part, place):
     monkeypatch.setattr("fasterase.original.features.BLOCK", 64)
-    forget, retain = pairs(6, seed=1), pairs(200, seed=2)
-    one = swept(tmp_path, forget=forget, retain=retain, max_steps=2)
+    config = {"retain": pairs(200, seed=2), "max_steps": 2}
+    one = swept(tmp_path, **config)
     blocks = sorted(tmp_path.glob(f"*/{part}*/*.safetensors"), key=lambda path: path.stat().st_size)
     assert len(blocks) >= 4
     data = bytearray(blocks[-1].read_bytes())
     data[place] ^= 0xFF
     blocks[-1].write_bytes(data)
-    two = swept(tmp_path, forget=forget, retain=retain, max_steps=2)
+    two = swept(tmp_path, **config)
     assert two.swept == (64, 64 if part == "captions" else 0)
     assert same_weights(one.weights(), two.weights())
-    assert swept(tmp_path, forget=forget, retain=retain, max_steps=2).swept == (0, 0)
+    assert swept(tmp_path, **config).swept == (0, 0)
 
 
 def test_other_models_data_and_precisions_find_nothing(tmp_path):
@@ -114,17 +113,16 @@ def test_other_models_data_and_precisions_find_nothing(tmp_path):
     everything = (46, 46)
     assert swept(tmp_path, tower=Watched(seed=7)).swept == everything
     assert swept(tmp_path, precision="bf16").swept == everything
-    other = pairs(40, seed=2)
-    other[0] = (other[0][0] + 1, other[0][1])
-    assert swept(tmp_path, retain=other).swept == (40, 0), "images anew, captions are known"
+    (image, text), *others = RETAIN
+    assert swept(tmp_path, retain=[(image + 1, text), *others]).swept == (40, 0), (
+        "images anew, captions are known"
+    )
 
 
 def test_views_of_one_source_share_its_features(tmp_path):
     source = open_pairs(pairs(30, seed=1), name="retain")
-    forget, retain = source.select(range(6)), source.select(range(6, 30))
-    assert swept(tmp_path, forget=forget, retain=retain).swept == (30, 30)
-    forget, retain = source.select(range(9)), source.select(range(9, 30))
-    assert swept(tmp_path, forget=forget, retain=retain).swept == (0, 0)
+    for n, expected in ((6, (30, 30)), (9, (0, 0))):
+        assert swept(tmp_path, forget=source[:n], retain=source[n:]).swept == expected
 
 
 def test_all_captions_of_a_pair_are_there_and_equal_ones_encoded_once(tmp_path):
@@ -165,21 +163,20 @@ def test_random_items_get_a_live_reference_that_is_right():
 
     config = {**STEPS, "forget_augment": False, "max_steps": 1}
     with pytest.warns(UserWarning, match="beside the trained one in every step"):
-        result = fasterase.unlearn(TinyModel(), pairs(6, seed=1), Flipping(0.5), **config)
+        result = fasterase.unlearn(TinyModel(), FORGET, Flipping(0.5), **config)
     # At the first step the model is the original: nothing has moved yet if both saw the same view.
     assert result.history[0].anchor < 1e-9
     assert result.history[0].consistency < 1e-6
-    still = fasterase.unlearn(TinyModel(), pairs(6, seed=1), Flipping(0.0), **config)
+    still = fasterase.unlearn(TinyModel(), FORGET, Flipping(0.0), **config)
     assert still.history[0].anchor < 1e-9
 
 
 def test_the_floor_is_between_unrelated_pairs():
-    tower = TinyModel()
-    forget, retain = pairs(6, seed=1), pairs(12, seed=2)
-    result = fasterase.unlearn(TinyModel(), forget, retain, **STEPS)
+    tower, retain = TinyModel(), pairs(12, seed=2)
+    result = fasterase.unlearn(TinyModel(), FORGET, retain, **STEPS)
     with torch.no_grad():
         image, text = [], []
-        for items in (forget, retain):
+        for items in (FORGET, retain):
             pixels, ids = map(torch.stack, zip(*items, strict=True))
             image.append(tower.encode_image(pixels).numpy())
             text.append(tower.encode_text(fasterase.models.dual_encoder.Tokens(ids)).numpy())
@@ -187,7 +184,7 @@ def test_the_floor_is_between_unrelated_pairs():
     assert result.floor == pytest.approx(expected, abs=1e-6)
     plain = {**STEPS, "forget_batch_size": 6, "forget_augment": False, "floor": 0.02}
     plain |= {"forget_words": False, "cross_weight": 0.0}
-    given = fasterase.unlearn(TinyModel(), forget, retain, **plain)
+    given = fasterase.unlearn(TinyModel(), FORGET, retain, **plain)
     assert given.floor == result.floor, "the original's, whatever the loss is given"
     cosines = (image[0] * text[0]).sum(1)
     assert given.history[0].forget == pytest.approx(np.maximum(cosines - 0.02, 0).mean(), abs=1e-6)
@@ -197,11 +194,13 @@ def test_the_floor_is_between_unrelated_pairs():
     "changed", [{"seed": 5}, {"batch_size": 3}, {"max_steps": 7}, {"lr": "auto"}]
 )
 def test_the_floor_depends_on_model_and_pairs_only(tmp_path, changed):
-    forget, retain = pairs(6, seed=1), pairs(1100, seed=2)
+    retain = pairs(1100, seed=2)
     config = {**STEPS, "max_steps": 1, "reference_cache": tmp_path}
-    first = fasterase.unlearn(TinyModel(), forget, retain, **config)
-    other = fasterase.unlearn(TinyModel(), forget, retain, **{**config, **changed})
-    assert other.floor == first.floor
+    first, other = (
+        fasterase.unlearn(TinyModel(), FORGET, retain, **{**config, **change}).floor
+        for change in ({}, changed)
+    )
+    assert other == first
 
 
 def features(keys, seed):
@@ -222,9 +221,7 @@ def test_equal_captions_are_left_out():
                 cosines.append(float(forget.image[i] @ retain.text[j]))
                 cosines.append(float(retain.image[j] @ forget.text[i]))
     assert unmatched_cosine(forget, retain) == pytest.approx(np.mean(cosines), abs=1e-6)
-
-
-def test_nothing_to_compare_is_zero():
+    # Nothing to compare is zero.
     assert unmatched_cosine(features(["a"], 1), features(["a", "a"], 2)) == 0.0
 
 

@@ -19,7 +19,7 @@ from fasterase.pairs.open import open_pairs
 from fasterase.pairs.remote import RemoteError, ShardCache, describe_shard
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.split import split
-from tests.pairs.reading import encoded
+from tests.pairs.reading import contents, encoded
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -95,12 +95,6 @@ def server(tmp_path, monkeypatch):
 def shards(shards):
     """The paths of s-0.tar ... s-3.tar."""
     return sorted(map(str, shards.glob("*.tar")))
-
-
-def contents(source):
-    pairs = open_pairs(source, name="retain")
-    rows = range(len(pairs))
-    return [(pairs.id(i), pairs.texts(i), pairs.meta(i), pairs.encoded_image(i)) for i in rows]
 
 
 def held(tmp_path):
