@@ -58,10 +58,7 @@ def replace_file(
 def replace_folder(
     path: Path, *, sync: bool = False, size_bytes: int | None = None
 ) -> Iterator[Path]:
-    """Yield a new empty folder to fill, and rename it to `path` if the block succeeds.
-
-    An existing folder is removed only once the new one has its place. Otherwise as `replace_file`.
-    """
+    """`replace_file` for a new folder to fill; an old one is removed once it has its place."""
     with _staging_folder(path, size_bytes) as stage:
         new = stage / path.name
         new.mkdir()
@@ -141,13 +138,12 @@ def parse_path(value: object, *, argument: str) -> Path:
 
 def check_writable(folder: Path, *, argument: str) -> None:
     """Create `folder` and write to it, or raise `InputError`: better now than after hours."""
-    action = "created"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        action = "written to"
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"\n")
     except OSError as error:
+        action = "written to" if folder.is_dir() else "created"
         raise InputError(
             f"{argument}: {folder} cannot be {action} ({error.strerror}). Give another path."
         ) from error
@@ -203,10 +199,7 @@ def _staging_folder(target: Path, size_bytes: int | None) -> Iterator[Path]:
 def reporting_full_disk(
     stage: Path, *, target: Path, size_bytes: int | None = None
 ) -> Iterator[None]:
-    """Write `target` in parts below `stage`, and turn errors of a full disk into `DiskFullError`.
-
-    For a process that writes into the stage of another one's `replace_folder`.
-    """
+    """Raise `DiskFullError` for errors of a full disk, while `target` is written below `stage`."""
     try:
         yield
     except FaseraseError:

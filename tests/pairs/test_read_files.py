@@ -45,15 +45,9 @@ def test_open_clip_columns_with_any_separator(pictures, separator, ending):
     path = table(pictures, "\n".join(lines).replace(",", separator), f"t{ending}")
     pairs = open_pairs(path, name="forget")
     assert captions(pairs) == [["zero"], ["one"]]
-    assert shade(pairs, 1) == 1
+    assert shade(pairs, 1) == 1  # relative to the table
     assert pairs.id(1) == "1.png"
     assert pairs.meta(0) == {"source": "a"}
-
-
-def test_relative_paths_are_resolved_against_the_table_and_absolute_ones_kept(pictures, tmp_path):
-    path = table(tmp_path, f"image,caption\npictures/3.png,three\n{pictures / '4.png'},four\n")
-    pairs = open_pairs(path, name="x")
-    assert [shade(pairs, row) for row in range(2)] == [3, 4]
 
 
 @pytest.mark.parametrize("form", [Path, pandas.read_csv])
@@ -333,7 +327,7 @@ def test_files_of_one_name_do_not_overlap_but_by_content(tmp_path):
     sources = []
     for folder, shades in (("a", (1, 2)), ("b", (3, 2))):
         (tmp_path / folder).mkdir()
-        images = [encoded(each) for each in shades]
+        images = list(map(encoded, shades))
         file = write_parquet(tmp_path / folder / "t.parquet", image=images, text=["x", "y"])
         sources.append(open_pairs(file, name=folder))
     assert remove_overlap(*sources)[1] == ["t.parquet[1]"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 
 import datasets
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from fasterase.errors import InputError
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.skips import BrokenPair
-from tests.pairs.reading import captions, picture
+from tests.pairs.reading import captions, encoded, picture, read_all, shade
 
 
 def floats(n: int) -> list[torch.Tensor]:
@@ -146,27 +147,28 @@ def test_numpy_images_are_pictures_in_colour_or_grey():
         assert [record.text for record in open_pairs([batch], name="x")] == ["a", "b"]
 
 
-def test_paths_are_read_and_missing_files_are_broken(pictures):
-    items = [(str(pictures / "2.png"), "two"), (pictures / "none.png", "none")]
-    pairs = open_pairs(items, name="x")
-    assert pairs[0].image.size == (9, 7)
-    with pytest.raises(BrokenPair, match=r"none\.png cannot be read: No such file"):
-        pairs[1]
-    assert [pairs.id(row) for row in range(2)] == [str(pictures / "2.png"), items[1][0].as_posix()]
-
-
-def test_paths_may_be_listed_with_other_columns_and_beside_broken_pairs(pictures):
+def test_files_are_listed_with_other_columns_and_beside_broken_pairs(pictures):
     file = str(pictures / "2.png")
-    items = [{"path": file, "captions": ["a", "b"], "year": 2019}, {"path": file, "captions": "c"}]
-    pairs = open_pairs(items, name="x")
-    assert [(record.text, record.meta) for record in map(pairs.__getitem__, range(2))] == [
-        (["a", "b"], {"year": 2019}),
-        ("c", {}),
+    items = [
+        {"path": file, "captions": ["a", "b"], "year": 2019},
+        {"path": pictures / "none.png", "captions": "c"},
+        {"path": None, "captions": "d"},
     ]
-    mixed = open_pairs([*items, {"path": None, "captions": "d"}], name="x")
-    assert mixed[0].text == ["a", "b"]
-    with pytest.raises(BrokenPair, match=r"x\[2\]: no image"):
-        mixed[2]
+    pairs = open_pairs(items, name="x")
+    assert (shade(pairs, 0), pairs[0].text) == (2, ["a", "b"])
+    assert [pairs.meta(row) for row in range(2)] == [{"year": 2019}, {}]
+    _, broken = read_all(pairs)
+    assert list(broken) == [str(pictures / "none.png"), "x[2]"]
+    assert "none.png cannot be read: No such file" in broken[str(pictures / "none.png")]
+    assert broken["x[2]"] == "no image"
+    assert pairs.encoded_sizes().tolist() == [os.path.getsize(file), -1, -1]
+
+
+def test_encoded_images_are_read_as_files_are():
+    pairs = open_pairs([(encoded(3), "a"), (None, "b")], name="x")
+    assert (shade(pairs, 0), read_all(pairs)) == (3, ({"x[0]": "a"}, {"x[1]": "no image"}))
+    mixed = open_pairs([(encoded(3), "a"), (picture(4), "b")], name="x")
+    assert [shade(mixed, row) for row in range(2)] == [3, 4]
 
 
 @pytest.mark.parametrize(

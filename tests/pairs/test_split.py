@@ -20,7 +20,7 @@ from fasterase.pairs.open import open_pairs
 from fasterase.pairs.prepare import caption_key, hash_captions
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.split import write_split
-from tests.pairs.reading import encoded
+from tests.pairs.reading import encoded, samples
 
 TEXTS = ["a red apple", "pineapple", "APPLE", ["a pear", "an apple-like pear"], "sea lion"]
 
@@ -252,14 +252,12 @@ def test_alternative_captions_need_json_lines(pictures, tmp_path):
     (pictures / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
     files = write_split(*split(pictures / "t.jsonl", forget="c"), tmp_path)
     assert (files.forget.name, files.retain.name) == ("forget.jsonl", "retain.jsonl")
-    ((id, texts, meta, _),) = read(files.retain)
-    assert (id, texts, meta) == (str(pictures / "0.png"), ["a", "b"], {"score": 1.5})
+    ((*stored, _),) = read(files.retain)
+    assert stored == [str(pictures / "0.png"), ["a", "b"], {"score": 1.5}]
 
 
 def test_tars_give_lists_of_ids(make_tar, tmp_path):
-    entries = {f"k{n}.png": encoded(n) for n in range(3)}
-    entries |= {f"k{n}.txt": "apple" if n else "pear" for n in range(3)}
-    shard = make_tar("a.tar", dict(sorted(entries.items())))
+    shard = make_tar("a.tar", samples({0: "pear", 1: "apple", 2: "apple"}))
     forget, retain = split(shard, forget="apple")
     files = write_split(forget, retain, tmp_path)
     assert (files.forget.name, files.tables) == ("forget.txt", False)
