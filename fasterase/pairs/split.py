@@ -21,7 +21,6 @@ from fasterase.pairs.images import ImageFiles
 from fasterase.pairs.items import IMAGE_KEYS, TEXT_KEYS, normalize_class_name
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.processes import count_processes, process_pool
-from fasterase.pairs.read_objects import ItemTable
 from fasterase.pairs.table import PairTable, Part
 from fasterase.progress import progress_bar
 
@@ -165,7 +164,7 @@ def _match_captions(pairs: PairTable, expression: str | re.Pattern[str]) -> np.n
     except re.error as error:
         raise InputError(f"`forget`={expression!r} is not a regular expression: {error}") from error
     # Rows in memory would be copied to the other processes.
-    is_view = isinstance(pairs, ItemTable) or pairs.indices is not None
+    is_view = pairs.images is None or pairs.indices is not None
     files = [] if is_view else [part for part in pairs.parts.every if part.path is not None]
     workers = count_processes(len(files))
     if workers < 2:
