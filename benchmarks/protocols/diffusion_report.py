@@ -54,7 +54,7 @@ def measure_object(
     before, after = (detected(arm, own) for arm in ARMS)
     others = detected("original", [each for each in check.all_prompts if each not in own])
     change = after - before
-    interval = bootstrap_intervals({"change": change}, {}, resamples=RESAMPLES, seed=check.seed)
+    interval = bootstrap_intervals({"change": change}, resamples=RESAMPLES, seed=check.seed)
     moved = [read_record(place(output, "erased", prompt) / DRAWN)["moved"] for prompt in own]
     return {
         "object": name,

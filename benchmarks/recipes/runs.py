@@ -257,7 +257,7 @@ def setting(value: Value) -> Setting:
 
 def interval(values: np.ndarray, resamples: int = 10_000) -> tuple[float, float]:
     """Bootstrap the 95 % percentile interval of the mean over subgroups (and seeds)."""
-    return bootstrap_intervals({"mean": values}, {}, resamples=resamples, seed=0)["mean"]
+    return bootstrap_intervals({"mean": values}, resamples=resamples, seed=0)["mean"]
 
 
 def parse_retrained(entries: list[str]) -> dict[str, str]:

@@ -8,19 +8,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fasterase.encode import PairEncoder, PairFeatures
 from fasterase.errors import InputError, import_extra
 from fasterase.evaluation import tasks as task
-from fasterase.evaluation.attacks.membership import membership
-from fasterase.evaluation.attacks.probe import probe
+from fasterase.evaluation.attacks.features import membership, probe, swap
 from fasterase.evaluation.attacks.prompt import prompt
-from fasterase.evaluation.attacks.quantise import quantise
-from fasterase.evaluation.attacks.relearn import relearn
-from fasterase.evaluation.attacks.swap import swap
+from fasterase.evaluation.attacks.weights import quantise, relearn
 from fasterase.evaluation.evaluator import Evaluator, sampled_rows
-from fasterase.evaluation.findings import Examined, Finding, Findings, Series, Target
+from fasterase.evaluation.findings import NON_MEMBERS, Examined, Finding, Findings, Target
 from fasterase.option_values import parse_names
 from fasterase.pairs.table import PairTable
 
@@ -133,9 +130,6 @@ class Examiner:
         self._non_members = non_members
         # Features alone: of models given by name only one is in memory at a time.
         self._original: Mapping[str, PairFeatures] | None = None
-        self._original_non_members: PairFeatures | None = None
-        self._tasks = {name: TASKS[name] for name in tasks}
-        self._attacks = {name: ATTACKS[name] for name in attacks}
         self._found: dict[str, dict[str, Examined]] = {name: {} for name in (*tasks, *attacks)}
 
     def examine(
@@ -154,44 +148,36 @@ class Examiner:
         if not self._found:
             return
         evaluator, others = self._evaluator, self._non_members
-        strangers = None
         if others is not None:
             rows = sampled_rows(len(others), evaluator.max_pairs, seed=evaluator.seed)
             strangers = encoder.pairs(others, rows, description="measuring (non-members)")
+            features = {**features, NON_MEMBERS: strangers}
         if name == "original":
-            self._original, self._original_non_members = features, strangers
-        target = Target(
-            name,
-            encoder,
-            features,
-            self._original,
-            strangers,
-            self._original_non_members,
-            evaluator,
-        )
-        for key, examination in (self._tasks | self._attacks).items():
+            self._original = features
+        target = Target(name, encoder, features, self._original, evaluator)
+        for key, found in self._found.items():
             start = time.perf_counter()
-            findings, series = examination.run(target)
+            findings, series = (TASKS | ATTACKS)[key].run(target)
             seconds = time.perf_counter() - start
             if findings:
                 findings.append(Finding("seconds", "cost", "seconds", "seconds", "", seconds))
-            self._found[key][name] = Examined(findings, [replace(x, model=name) for x in series])
+            found[name] = Examined(findings, [replace(each, model=name) for each in series])
 
-    def task_findings(self) -> dict[str, Findings]:
-        """Return task -> the model's findings beside those of all others."""
-        return {name: _side_by_side(self._found[name]) for name in self._tasks}
+    def results(self) -> dict[str, Any]:
+        """Return the fields `tasks`, `attacks` and `series` of an evaluation.
 
-    def attack_findings(self) -> dict[str, Findings]:
-        """Return attack -> the model's findings beside those of all others."""
-        return {name: _side_by_side(self._found[name]) for name in self._attacks}
-
-    def series(self) -> dict[str, list[Series]]:
-        """Return attack -> what its plot shows, the model first; without those that have none."""
+        The model's findings stand beside those of all others, and its series before theirs.
+        """
         series = {}
         for key, found in self._found.items():
             models = sorted(found, key=lambda name: name != "model")
             series[key] = [each for name in models for each in found[name].series]
-        return {key: those for key, those in series.items() if those}
+        compared = {name: _side_by_side(found) for name, found in self._found.items()}
+        return {
+            "tasks": {name: those for name, those in compared.items() if name in TASKS},
+            "attacks": {name: those for name, those in compared.items() if name in ATTACKS},
+            "series": {name: those for name, those in series.items() if those},
+        }
 
 
 def _side_by_side(found: Mapping[str, Examined]) -> Findings:

@@ -267,7 +267,7 @@ def compare(
     return Evaluation(
         scores=model.averages(),
         intervals=model.intervals(resamples=evaluator.resamples, seed=evaluator.seed),
-        chance=model.chances(),
+        chance={name: dict(scores.chance) for name, scores in model.sets.items()},
         pairs={name: len(scores.ids) for name, scores in model.sets.items()},
         settings=settings,
         forget_sets=list(evaluator.forget_sets),
@@ -275,11 +275,9 @@ def compare(
         set_verdicts={name: decide_each(each, before) for name, each in traces.items()},
         original=None if original is None else _original_scores(original, model),
         references={name: other.averages() for name, other in references.items()},
-        tasks={} if examiner is None else examiner.task_findings(),
-        attacks={} if examiner is None else examiner.attack_findings(),
-        series={} if examiner is None else examiner.series(),
         hurt=hurt,
         outside=outside,
+        **({} if examiner is None else examiner.results()),
     )
 
 
@@ -289,8 +287,11 @@ def _compare_outside(
     """Return `Evaluation.outside` and `Evaluation.hurt`."""
     kept = [name for name in model.sets if name not in evaluator.forget_sets]
     found: list[Hurt] = []
+    captions = {
+        name: [those[0] for those in each.captions] for name, each in model.features.items()
+    }
     for kind, of_sets, metric in (
-        ("caption", model.captions, RECALL),
+        ("caption", captions, RECALL),
         ("class", model.classes, "zero_shot_accuracy"),
     ):
         names = {name: of_sets[name] for name in kept if name in of_sets}

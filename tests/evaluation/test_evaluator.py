@@ -327,13 +327,12 @@ def test_class_names_that_no_pair_has_are_an_error() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*broken pairs are skipped")
-def test_broken_pairs_are_left_out_and_kept_in_mind() -> None:
+def test_broken_pairs_are_left_out() -> None:
     opened = sources()
     broken = [(picture(0), "cat"), (torch.full((3, 1, 1), torch.nan), "puma"), (picture(1), "cat")]
     opened["forget"] = open_pairs(broken, name="forget")
     evaluator = Evaluator(opened)
     assert evaluator.measure(encoder(0)).sets["forget"].ids == ["forget[0]", "forget[2]"]
-    assert [skip.id for skip in evaluator.skipped] == ["forget[1]"]
 
 
 @pytest.mark.filterwarnings("ignore:.*broken pairs are skipped")
@@ -376,16 +375,8 @@ def test_measuring_leaves_the_module_as_it_was() -> None:
         ({"seed": -1}, "seed=-1"),
         ({"templates": ["a photo"]}, "templates"),
         ({"class_names": "cat"}, "class_names"),
-        ({"forget_sets": ["other"]}, "no set 'other', only forget, retain, forget-unseen"),
     ],
 )
 def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Evaluator(sources(), **options)
-
-
-def test_forget_and_retain_must_be_there() -> None:
-    opened = sources()
-    del opened["retain"]
-    with pytest.raises(InputError, match="no set 'retain', only forget, forget-unseen, holdout"):
-        Evaluator(opened)

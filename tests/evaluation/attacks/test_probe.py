@@ -13,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 
 import fasterase
 from fasterase.errors import InputError, MissingExtraError
-from fasterase.evaluation.attacks.probe import assign_folds
+from fasterase.evaluation.attacks.features import assign_folds
 from fasterase.evaluation.findings import Findings
 from tests.evaluation.lookup_model import LookupModel, picture
 

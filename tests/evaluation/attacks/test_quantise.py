@@ -11,7 +11,7 @@ from torch import nn
 
 import fasterase
 from fasterase.errors import InputError
-from fasterase.evaluation.attacks.quantise import linear_weights, round_to_nearest
+from fasterase.evaluation.attacks.weights import linear_weights, round_to_nearest
 from tests import small_models
 from tests.evaluation.lookup_model import LookupModel, picture
 from tests.tiny_concepts import FORGOTTEN, KEPT, concept_pairs, knowing_model
@@ -79,7 +79,7 @@ def test_the_weights_come_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -
     before = model.weights()
     forget, retain = (concept_pairs(those, 3, seed=5) for those in ((FORGOTTEN,), KEPT))
     monkeypatch.setattr(
-        "fasterase.evaluation.attacks.quantise.round_to_nearest",
+        "fasterase.evaluation.attacks.weights.round_to_nearest",
         lambda weight, bits: torch.full_like(weight, torch.nan) if len(weight) == 12 else 1 / 0,
     )
     with pytest.raises(ZeroDivisionError):

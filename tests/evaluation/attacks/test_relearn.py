@@ -15,8 +15,8 @@ from PIL import Image
 
 import fasterase
 from fasterase.errors import InputError
-from fasterase.evaluation.attacks import relearn as attack
-from fasterase.evaluation.attacks.relearn import area_weights
+from fasterase.evaluation.attacks import weights as attack
+from fasterase.evaluation.attacks.weights import area_weights
 from fasterase.models.dual_encoder import Tokens
 from fasterase.report.evaluation import Evaluation
 from fasterase.seeds import Stream, generator
