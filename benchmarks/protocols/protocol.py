@@ -173,4 +173,4 @@ def format_table(protocol: Protocol, found: Sequence[tuple[Case, Evaluation]]) -
         sections.append(
             Section(f"{case.name}: {evaluation.verdict or 'no verdict'}, residue {left} %", rows)
         )
-    return f"{markdown_table(columns, sections, left=2)}\n\n{protocol.differences}\n"
+    return f"{markdown_table(columns, sections)}\n\n{protocol.differences}\n"

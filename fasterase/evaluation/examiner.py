@@ -17,7 +17,14 @@ from fasterase.evaluation.attacks.features import membership, probe, swap
 from fasterase.evaluation.attacks.prompt import prompt
 from fasterase.evaluation.attacks.weights import quantise, relearn
 from fasterase.evaluation.evaluator import Evaluator, sampled_rows
-from fasterase.evaluation.findings import NON_MEMBERS, Examined, Finding, Findings, Target
+from fasterase.evaluation.findings import (
+    NON_MEMBERS,
+    Examined,
+    Finding,
+    Findings,
+    Target,
+    UnsuitableModelError,
+)
 from fasterase.option_values import parse_names
 from fasterase.pairs.table import PairTable
 
@@ -26,11 +33,15 @@ class Examination(NamedTuple):
     """How a task or an attack is run, and what it needs."""
 
     run: Callable[[Target], Examined]
-    needs_original: bool = False
-    needs_non_members: bool = False
+    needs: str | None = None  # key of `NEEDS`
     needs_module: str | None = None  # of the extra `eval`
 
 
+NEEDS = {
+    "original": "the model before erasing. Pass it as original",
+    "non_members": "pairs of the same source that no model was trained on. "
+    "Pass them as non_members",
+}
 TASKS: dict[str, Examination] = {
     "zero_shot": Examination(task.zero_shot),
     "retrieval": Examination(task.retrieval),
@@ -40,12 +51,12 @@ TASKS: dict[str, Examination] = {
     "paraphrases": Examination(task.paraphrases),
 }
 ATTACKS: dict[str, Examination] = {
-    "swap": Examination(swap, needs_original=True),
+    "swap": Examination(swap, "original"),
     "probe": Examination(probe, needs_module="sklearn"),
     "quantise": Examination(quantise),
     "relearn": Examination(relearn),
     "prompt": Examination(prompt),
-    "membership": Examination(membership, needs_non_members=True, needs_module="sklearn"),
+    "membership": Examination(membership, "non_members", "sklearn"),
 }
 
 
@@ -70,19 +81,12 @@ def check_attacks(names: Sequence[str], *, original: bool, non_members: bool) ->
         MissingExtraError: an attack needs a package that is not installed.
     """
     chosen = _parse_names("attacks", names, ATTACKS)
+    given = {"original": original, "non_members": non_members}
     for name in chosen:
-        attack = ATTACKS[name]
-        if attack.needs_original and not original:
-            raise InputError(
-                f"attacks: {name!r} needs the model before erasing. Pass it as original=, or leave "
-                f"{name!r} out."
-            )
-        if attack.needs_non_members and not non_members:
-            raise InputError(
-                f"attacks: {name!r} needs pairs of the same source that no model was trained on. "
-                f"Pass them as non_members=, or leave {name!r} out."
-            )
-    if non_members and not any(ATTACKS[name].needs_non_members for name in chosen):
+        needed = ATTACKS[name].needs
+        if needed is not None and not given[needed]:
+            raise InputError(f"attacks: {name!r} needs {NEEDS[needed]}=, or leave {name!r} out.")
+    if non_members and not any(ATTACKS[name].needs == "non_members" for name in chosen):
         raise InputError(
             "non_members: none of the attacks uses them. Add 'membership' to attacks=, or leave "
             "non_members out."
@@ -137,10 +141,7 @@ class Examiner:
     ) -> None:
         """Run all tasks and attacks on one model, which is left as it is.
 
-        Args:
-            name: `"model"`, `"original"` or the name of a reference.
-            encoder: the model.
-            features: set -> its features of the evaluator's pairs.
+        `features` are those of the evaluator's pairs; see `Target` for the rest.
 
         Raises:
             InputError: one of them cannot be run on the model.
@@ -157,7 +158,12 @@ class Examiner:
         target = Target(name, encoder, features, self._original, evaluator)
         for key, found in self._found.items():
             start = time.perf_counter()
-            findings, series = (TASKS | ATTACKS)[key].run(target)
+            try:
+                findings, series = (TASKS | ATTACKS)[key].run(target)
+            except UnsuitableModelError:
+                if name == "model":
+                    raise
+                findings, series = [], ()
             seconds = time.perf_counter() - start
             if findings:
                 findings.append(Finding("seconds", "cost", "seconds", "seconds", "", seconds))
@@ -186,13 +192,14 @@ def _side_by_side(found: Mapping[str, Examined]) -> Findings:
     for key, finding in by_key.pop("model").items():
         same = {name: findings[key] for name, findings in by_key.items() if key in findings}
         values = {name: other.value for name, other in same.items()}
-        original = values.pop("original", None)
-        intervals = {
-            name: [other.low, other.high]
-            for name, other in same.items()
-            if other.low is not None and other.high is not None
-        }
         merged[key] = replace(
-            finding, original=original, references=values, other_intervals=intervals
+            finding,
+            original=values.pop("original", None),
+            references=values,
+            other_intervals={
+                name: [other.low, other.high]
+                for name, other in same.items()
+                if other.low is not None and other.high is not None
+            },
         )
     return merged

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fasterase.encode import PairEncoder, PairFeatures
+from fasterase.errors import InputError
 from fasterase.evaluation.evaluator import Evaluator
 from fasterase.evaluation.metrics import METRICS, bootstrap_intervals, format_value, wilson_interval
 from fasterase.evaluation.scores import Position, distinct_firsts, find_position
@@ -90,10 +91,14 @@ class Series:
     model: str = "model"  # whose it is: `"model"`, `"original"` or the name of a reference
 
 
+class UnsuitableModelError(InputError):
+    """An attack cannot be run on this model; an original or a reference then has no findings."""
+
+
 class Examined(NamedTuple):
     """What a task or an attack finds out about one model."""
 
-    findings: list[Finding]  # none if a reference cannot be attacked
+    findings: list[Finding]
     # What its plot shows; none if the findings themselves are plotted.
     series: Sequence[Series] = ()
 
@@ -114,6 +119,17 @@ class Target:
     def judged(self) -> dict[str, PairFeatures]:
         """Return set -> features of the pairs that the verdict compares; `"retain"`: unrelated."""
         return {name: self.features[name].at(r) for name, r in self.evaluator.judge.rows.items()}
+
+    def two_of_each(self, attack: str) -> dict[str, PairFeatures]:
+        """Return `judged`; `InputError` for fewer than two pairs to forget or unrelated ones."""
+        judged = self.judged()
+        forget, retain = (len(judged[name].rows) for name in ("forget", "retain"))
+        if min(forget, retain) < 2:
+            raise InputError(
+                f"attacks: {attack!r} needs two pairs or more of each kind, found {forget} to "
+                f"forget and {retain} unrelated. Give more pairs, or leave {attack!r} out."
+            )
+        return judged
 
     def encode(self, rows: Mapping[str, np.ndarray], what: str) -> dict[str, PairFeatures]:
         """Return set -> features of its `rows`, encoded anew; `what` stands at the bar."""

@@ -68,10 +68,10 @@ RULES = "one of --forget_expression, --forget_ids, --forget_classes"
     ("flags", "named"),
     [
         (["--data", "DATA"], f"--data needs {RULES}"),
-        (["--data", "DATA", "--forget", "f.csv"], "--data and --forget exclude each other"),
+        (["--data", "DATA", "--forget", "f.csv"], "nor --retain; found --forget."),
         (
             ["--data", "DATA", "--forget_expression", "a", "--retain", "r.csv"],
-            "--data and --retain exclude each other",
+            "found --forget_expression and --retain.",
         ),
         (
             ["--data", "DATA", "--forget_expression", "a", "--forget_ids", "i.txt"],

@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 
 from fasterase.encode import PairEncoder
 from fasterase.engine.job import undrawn_rows
+from fasterase.evaluation import verdict
 from fasterase.evaluation.evaluator import Evaluator, sampled_rows
 from fasterase.evaluation.verdict import Judge, PairTraces, decide
 from fasterase.pairs.open import open_pairs
@@ -189,10 +190,10 @@ def test_without_unrelated_pairs_there_is_no_verdict() -> None:
     assert "Verdict: none. No retain pair" in found.table()
 
 
-def test_at_most_so_many_pairs_are_judged_by_a_seeded_draw() -> None:
+def test_at_most_so_many_pairs_are_judged_by_a_seeded_draw(monkeypatch: Any) -> None:
+    monkeypatch.setattr(verdict, "JUDGED_PAIRS", 20)
     sets = open_sets(forget=words("cat", 50), retain=words("dog", 70))
-    first, again = (Judge(sets, ["forget"], seed=1, limit=20) for _ in range(2))
-    other = Judge(sets, ["forget"], seed=2, limit=20)
+    first, again, other = (Judge(sets, ["forget"], seed=seed) for seed in (1, 1, 2))
     for name in ("forget", "retain"):
         assert len(first.rows[name]) == 20
         assert np.array_equal(first.rows[name], again.rows[name])

@@ -28,6 +28,7 @@ from fasterase.evaluation.findings import (
     Finding,
     Series,
     Target,
+    UnsuitableModelError,
     share_finding,
 )
 from fasterase.evaluation.scores import share_below
@@ -52,16 +53,13 @@ def swap(target: Target) -> Examined:
     judging per direction on features that were computed anyway; no model runs.
 
     Raises:
-        InputError: the model's features have another width than the original's. A reference of
-            another width gets no findings.
+        InputError: the model's features have another width than the original's.
     """
     original, judge = target.original, target.evaluator.judge
     assert original is not None
     width, before = (each["retain"].image.shape[1] for each in (target.features, original))
     if width != before:
-        if target.name != "model":
-            return Examined([])
-        raise InputError(
+        raise UnsuitableModelError(
             f"attacks: 'swap' compares one model's images with the other's texts, but features of "
             f"the model have {width} numbers and those of the original {before}. Leave 'swap' out."
         )
@@ -84,21 +82,14 @@ def probe(target: Target) -> Examined:
     fits of scikit-learn on features that were computed anyway; no model runs.
 
     Raises:
-        InputError: fewer than two images to forget or unrelated ones.
+        InputError: fewer than two pairs to forget or unrelated ones.
     """
     evaluator = target.evaluator
-    images = {name: those.image.double().numpy() for name, those in target.judged().items()}
+    judged = target.two_of_each("probe")
+    images = {name: those.image.double().numpy() for name, those in judged.items()}
+    folds = min(FOLDS, len(images["forget"]), len(images["retain"]))
+    fold_of = {n: assign_folds(len(x), folds, seed=evaluator.seed) for n, x in images.items()}
     unrelated, forget = images.pop("retain"), images["forget"]
-    folds = min(FOLDS, len(forget), len(unrelated))
-    if folds < 2:
-        raise InputError(
-            f"attacks: 'probe' needs two images or more of each kind, found {len(forget)} to "
-            f"forget and {len(unrelated)} unrelated. Give more pairs, or leave 'probe' out."
-        )
-    fold_of = {
-        name: assign_folds(len(those), folds, seed=evaluator.seed)
-        for name, those in (*images.items(), ("retain", unrelated))
-    }
     findings: list[Finding] = []
     for key, title, fit in (
         ("linear_probe", "linear probe of image features", fit_linear),

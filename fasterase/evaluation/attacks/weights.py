@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from fasterase.encode import PairFeatures
-from fasterase.errors import InputError
 from fasterase.evaluation.findings import (
     Examined,
     Finding,
     Series,
     Target,
+    UnsuitableModelError,
     recall_finding,
     share_finding,
 )
@@ -64,14 +64,11 @@ def quantise(target: Target) -> Examined:
     copy of the linear layers in memory. The model gets its own weights back.
 
     Raises:
-        InputError: the model has no linear layer with floating-point weights. A reference without
-            any gets no findings.
+        InputError: the model has no linear layer with floating-point weights.
     """
     weights = linear_weights(target.encoder.model.module)
     if not weights:
-        if target.name != "model":
-            return Examined([])
-        raise InputError(
+        raise UnsuitableModelError(
             "attacks: 'quantise' rounds the weights of linear layers (nn.Linear and "
             f"nn.MultiheadAttention), and {target.encoder.model.name} has none in floating point. "
             "Leave 'quantise' out."
@@ -164,10 +161,10 @@ def relearn(target: Target) -> Examined:
     learning rate, and memory for an fp32 copy of the model with gradients and Adam's states.
 
     Raises:
-        InputError: fewer than two forget pairs or unrelated retain pairs.
+        InputError: fewer than two pairs to forget or unrelated ones.
     """
     evaluator = target.evaluator
-    rows = {name: pairs.rows for name, pairs in target.judged().items()}
+    rows = {name: pairs.rows for name, pairs in target.two_of_each("relearn").items()}
     lessons, left = _divide(rows, seed=evaluator.seed)
     shots = [k for k in SHOTS if k <= len(lessons["forget"])]
     forget, retain = (_load(target, name, lessons[name]) for name in ("forget", "retain"))
@@ -227,12 +224,6 @@ def _divide(
     lessons, left = {}, dict(rows)
     for place, (name, most) in enumerate((("forget", max(SHOTS)), ("retain", POOL))):
         count = min(most, len(rows[name]) // 2)
-        if count < 1:
-            raise InputError(
-                f"attacks: 'relearn' needs two pairs or more of each kind, found "
-                f"{len(rows['forget'])} to forget and {len(rows['retain'])} unrelated to keep. "
-                "Give more pairs, or leave 'relearn' out."
-            )
         order = generator(seed, Stream.RELEARN, place).permutation(rows[name])
         lessons[name], left[name] = order[:count], np.sort(order[count:])
     return lessons, left

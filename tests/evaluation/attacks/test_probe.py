@@ -92,9 +92,7 @@ def test_a_concept_apart_is_found_and_one_like_the_rest_is_not(
 def test_what_probes_need_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     model = LookupModel(torch.eye(3), torch.eye(3), ["cat", "dog", "hen"], "fake")
     one, two = [(picture(0), "cat")], [(picture(1), "dog"), (picture(2), "hen")]
-    with pytest.raises(
-        InputError, match=r"'probe' needs two images .* found 1 to forget and 2 unr"
-    ):
+    with pytest.raises(InputError, match=r"'probe' needs two .* found 1 to forget and 2 unr"):
         fasterase.evaluate(model, one, two, attacks=["probe"], progress=False)
     with pytest.raises(InputError, match="attacks: every caption of `retain` is also one to forg"):
         fasterase.evaluate(model, two, two, attacks=["probe"], progress=False)

@@ -124,7 +124,7 @@ def test_a_tokenizer_is_needed() -> None:
     kept = [(picture(30 + i), torch.tensor([5 + i])) for i in range(4)]
     with pytest.raises(InputError, match="'prompt' writes captions, and words came without a tok"):
         fasterase.evaluate(mute, pairs, kept, attacks=["prompt"], progress=False)
-    with pytest.raises(InputError, match=r"'prompt' needs two images .* found 1 to forget and 60"):
+    with pytest.raises(InputError, match=r"'prompt' needs two pairs .* found 1 to forget and 60"):
         fasterase.evaluate(
             model(known="apple"), PAIRS[:1], KEPT, attacks=["prompt"], progress=False
         )
