@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.command import exit_with, new_parser
+from benchmarks.command import TEST, exit_with, new_parser
 from benchmarks.evidence.closed_form import project_texts_out
 from benchmarks.evidence.task import Task, train
-from benchmarks.recipes.runs import KEEP_SETS, TEST
+from benchmarks.recipes.runs import KEEP_SETS
 from benchmarks.result_files import RESULTS, read_csv, write_csv
 from fasterase.demo import emoji
 from fasterase.demo.run import evaluate_sets, forget_pairs, recipe_config

@@ -29,7 +29,7 @@ import fasterase
 from benchmarks.command import comparison_parser, exit_with
 from benchmarks.evidence.attacks import RELEARNED, SWAPPED, attacks_of
 from benchmarks.processes import call_all
-from benchmarks.result_files import markdown_table, write_csv
+from benchmarks.result_files import count_words, markdown_table, write_csv
 from fasterase.demo.run import recipe_config
 from fasterase.errors import import_extra
 from fasterase.files import check_writable, replace_file
@@ -223,18 +223,15 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def _cell(values: Sequence[Any]) -> str:
     if isinstance(values[0], str):
-        counts = {value: values.count(value) for value in dict.fromkeys(values)}
-        return ", ".join(f"{value} {count}" for value, count in counts.items())
+        return count_words(values)
     return f"{100 * np.mean(values):.1f}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing, and write the results."""
-    parser = comparison_parser(__doc__, work="runs/digits")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument(
-        "--digits", nargs="+", type=int, default=range(len(DIGITS)), choices=range(len(DIGITS))
-    )
+    parser = comparison_parser(__doc__, work="runs/digits", seeds=1)
+    known = range(len(DIGITS))
+    parser.add_argument("--digits", nargs="+", type=int, default=known, choices=known)
     options = parser.parse_args(argv)
     check_writable(options.work, argument="--work")
     places = [(digit, seed) for seed in range(options.seeds) for digit in options.digits]

@@ -158,14 +158,13 @@ def faults(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make what is missing, write the results, and return 1 if an erasure is not as promised."""
-    parser = comparison_parser(__doc__, work="runs/robustness")
+    parser = comparison_parser(__doc__, work="runs/robustness", seeds=3)
     kinds = tuple(digits.KINDS)
     parser.add_argument("--models", nargs="*", default=kinds, choices=kinds, metavar="MODEL")
     parser.add_argument(
         "--concepts", nargs="*", default=CONCEPTS, metavar="CONCEPT", help="of the demo's model"
     )
     parser.add_argument("--starts", type=int, default=3, help="initialisations of each model")
-    parser.add_argument("--seeds", type=int, default=3, help="erasures of each start")
     parser.add_argument("--threads", nargs="+", type=int, default=THREADS)
     parser.add_argument(
         "--instructions",

@@ -28,7 +28,7 @@ import torch
 import fasterase
 from benchmarks.command import comparison_parser, exit_with
 from benchmarks.processes import call_all
-from benchmarks.recipes.runs import KEEP_SETS, TEST
+from benchmarks.recipes.runs import KEEP_SETS
 from benchmarks.result_files import markdown_table, write_csv
 from fasterase.demo import emoji
 from fasterase.demo.run import recipe_config
@@ -294,15 +294,8 @@ def table(rows: Sequence[Mapping[str, Any]], subgroups: Sequence[str]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Erase, measure and write the results."""
-    parser = comparison_parser(__doc__, work="runs/sequential")
-    parser.add_argument(
-        "--subgroups",
-        nargs="+",
-        default=["food-fruit", "animal-bird", "drink"],
-        choices=TEST,
-        metavar="SUBGROUP",
-    )
-    parser.add_argument("--seeds", type=int, default=2)
+    default = ["food-fruit", "animal-bird", "drink"]
+    parser = comparison_parser(__doc__, work="runs/sequential", seeds=2, subgroups=default)
     options = parser.parse_args(arguments)
     work, subgroups = options.work, options.subgroups
     states = plan(subgroups, options.seeds)

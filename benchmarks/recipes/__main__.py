@@ -15,7 +15,6 @@ recipes_summary.csv and recipes.txt (the table) to --output.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import asdict
 from functools import partial
 from itertools import product
@@ -23,25 +22,24 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.command import comparison_parser, exit_with
+from benchmarks.command import TEST, VALIDATION, comparison_parser, exit_with
 from benchmarks.recipes.runs import (
     AUTOMATIC,
     FORGET_SETS,
     KEEP_SETS,
     KEEPING,
-    TEST,
     UNTUNED,
-    VALIDATION,
     Ending,
     Run,
     Setting,
     Value,
+    add_retrained,
     execute_all,
     interval,
     parse_retrained,
     setting,
 )
-from benchmarks.result_files import write_csv
+from benchmarks.result_files import count_words, write_csv
 from fasterase.files import write_text
 
 RATES = (3e-5, 1e-4, 2e-4)
@@ -133,8 +131,7 @@ def count_verdicts(endings: list[Ending]) -> list[str]:
             found = [e for e in endings if (e.recipe, e.set) == (recipe, name)]
             if not found:
                 continue
-            verdicts = Counter(ending.verdict for ending in found)
-            listed = ", ".join(f"{verdict} {count}" for verdict, count in verdicts.most_common())
+            listed = count_words(ending.verdict for ending in found)
             residues = [ending.residue for ending in found]
             lines.append(
                 f"{recipe:20} {name:14} {len(found):3} models: {listed}; residue "
@@ -161,17 +158,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Tune, test and write the results."""
-    parser = comparison_parser(__doc__, work="runs/recipes")
-    parser.add_argument(
-        "--seeds", type=int, default=1, help="number of seeds of the test runs with numbers"
-    )
-    parser.add_argument(
-        "--retrained",
-        nargs="*",
-        default=[],
-        metavar="SUBGROUP=FOLDER",
-        help="further models trained without a subgroup (tools.demo_assets.train), to judge",
-    )
+    parser = comparison_parser(__doc__, work="runs/recipes", seeds=1)
+    add_retrained(parser)
     options = parser.parse_args(arguments)
     retrained = parse_retrained(options.retrained)
     run_all = partial(

@@ -151,9 +151,9 @@ class PairTraces(NamedTuple):
         return found
 
     def summary(self) -> Trace:
-        means = [float(each.mean()) for each in (self.image_to_text, self.text_to_image, self.hit)]
-        interval = wilson_interval(means[-1], len(self.rows))
-        return Trace(*means, *interval, self.chance, len(self.rows))
+        hit, count = float(self.hit.mean()), len(self.rows)
+        residues = float(self.image_to_text.mean()), float(self.text_to_image.mean())
+        return Trace(*residues, hit, *wilson_interval(hit, count), self.chance, count)
 
 
 class Judge:
