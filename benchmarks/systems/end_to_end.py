@@ -201,10 +201,7 @@ def _bound(encoder: DualEncoder, sets: DemoSets, setting: Setting) -> float:
         # The splits have tried two empty pairs each, up to the last frozen block and without a
         # graph; what they ran is not part of it.
         trained = (upper.get_total_flops() - _probes(encoder, setting.tune)) // _BOUND_ROWS
-    drawn = (
-        (setting.batch_size, len(sets.retain)),
-        (setting.forget_batch_size, len(sets.forget)),
-    )
+    drawn = ((setting.batch_size, len(sets.retain)), (setting.forget_batch_size, len(sets.forget)))
     pairs = sum(setting.steps * min(size, count) for size, count in drawn)
     distinct = sum(min(count, setting.steps * size) for size, count in drawn)
     retained = min(len(sets.retain), setting.steps * setting.batch_size)

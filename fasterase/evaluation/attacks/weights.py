@@ -40,10 +40,7 @@ BITS = (8, 4)  # of the rounded weights
 # Attention has either one matrix for queries, keys and values, or three.
 MATRICES = (
     (nn.Linear, ("weight",)),
-    (
-        nn.MultiheadAttention,
-        ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
-    ),
+    (nn.MultiheadAttention, ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")),
 )
 
 SHOTS = (1, 2, 4, 8, 16)  # forget pairs that the attacker has; at most half of them

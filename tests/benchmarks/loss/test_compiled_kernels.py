@@ -18,8 +18,7 @@ NEEDS_TRITON = pytest.mark.skipif(
     reason="the kernels need Triton 3.5",
 )
 NEEDS_TOOLS = pytest.mark.skipif(
-    not shutil.which(compiled_kernels.tool_path("cuobjdump")),
-    reason="this triton has no cuobjdump",
+    not shutil.which(compiled_kernels.tool_path("cuobjdump")), reason="this triton has no cuobjdump"
 )
 
 # A loop over depth, inside a loop over tiles.
