@@ -87,7 +87,7 @@ def test_runs_continue_from_the_saved_model_and_are_not_repeated(concepts, tmp_p
         erased.append((model, set(forget.names), set(retain.names), seed, folder, judged))
 
     monkeypatch.setattr(sequential, "erase", erase)
-    monkeypatch.setattr(sequential, "measure", lambda *_: evaluation(known={}, kept=1.0))
+    monkeypatch.setattr(sequential, "measure", lambda *_, **__: evaluation(known={}, kept=1.0))
     cached = functools.cache(lambda subgroups, seed: concepts)
     monkeypatch.setattr(sequential, "build_concepts", cached)
     first, second = State(((FLOWERS,),), 3), State(((FLOWERS,), (MARINE,)), 3)
