@@ -56,13 +56,12 @@ Chosen = dict[str, tuple[str, float]]  # title -> (setting, damage on the valida
 def main(argv: Sequence[str] | None = None) -> None:
     """Tune, test and write the results."""
     parser = comparison_parser(__doc__, work="runs/evidence", seeds=3, subgroups=TEST)
-    parser.add_argument("--finalists", type=int, default=4, help="how many of the tuned methods")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="TITLE")
-    parser.add_argument("--validation", nargs="+", default=VALIDATION, choices=VALIDATION)
-    parser.add_argument(
-        "--settings", type=Path, metavar="FILE", help="of an earlier run, in place of validation"
-    )
-    parser.add_argument("--attacks", nargs="*", default=[], choices=attacks_of(ATTACKED))
+    add = parser.add_argument
+    add("--finalists", type=int, default=4, help="how many of the tuned methods")
+    add("--methods", nargs="+", default=list(METHODS), metavar="TITLE")
+    add("--validation", nargs="+", default=VALIDATION, choices=VALIDATION)
+    add("--settings", type=Path, metavar="FILE", help="of an earlier run, in place of validation")
+    add("--attacks", nargs="*", default=[], choices=attacks_of(ATTACKED))
     add_retrained(parser)
     options = parser.parse_args(argv)
     methods = check_methods(options.methods)
@@ -190,9 +189,8 @@ def final_setting(chosen: Chosen, title: str) -> str:
 
 def flatten(each: Measured) -> dict[str, Any]:
     """Return a row of evidence_models.csv."""
-    row: dict[str, Any] = {
-        name: getattr(each, name) for name in ("method", "setting", "subgroup", "seed", "seconds")
-    }
+    columns = ("method", "setting", "subgroup", "seed", "seconds")
+    row: dict[str, Any] = {name: getattr(each, name) for name in columns}
     for name, scores in each.scores.items():
         row |= {f"{name} {metric}": scores[metric] for metric in (HIT, RECALL) if metric in scores}
     for name, verdict in each.verdicts.items():

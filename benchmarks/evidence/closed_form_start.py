@@ -62,7 +62,7 @@ def measure(subgroup: str, start: str, seed: int) -> dict[str, Any]:
     row: dict[str, Any] = {"start": start, "subgroup": subgroup, "seed": seed, "steps": steps}
     for name, verdict in evaluation.set_verdicts["model"].items():
         row[f"{name} verdict"] = verdict
-        row[f"{name} residue"] = evaluation.mean_residue(name, evaluation.scores)
+        row[f"{name} residue"] = evaluation.mean_residue(name)
     for name in KEEP_SETS:
         change = evaluation.scores[name][recall] - evaluation.original[name][recall]
         row[f"{name} recall@1 change"] = change

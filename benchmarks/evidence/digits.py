@@ -41,23 +41,8 @@ MODELS = ("original", "retrained", "erased", "erased, thorough")
 
 STEPS, WARM_UP, BATCH, LEARNING_RATE = 300, 20, 256, 1e-3
 IMAGE_SIZE, CONTEXT_LENGTH = 32, 16
-MODEL = {
-    "embed_dim": 64,
-    "vision_cfg": {
-        "image_size": IMAGE_SIZE,
-        "patch_size": 8,
-        "layers": 4,
-        "width": 64,
-        "head_width": 16,
-    },
-    "text_cfg": {
-        "context_length": CONTEXT_LENGTH,
-        "vocab_size": 49408,
-        "width": 64,
-        "heads": 4,
-        "layers": 2,
-    },
-}
+VISION = {"image_size": IMAGE_SIZE, "patch_size": 8, "layers": 4, "width": 64, "head_width": 16}
+TEXT = {"context_length": CONTEXT_LENGTH, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 2}
 ATTACKED = (*SWAPPED, *RELEARNED)
 
 Pair = dict[str, Any]
@@ -69,16 +54,11 @@ class Scans:
     def __init__(self) -> None:
         datasets = import_extra("sklearn.datasets", "eval", "the scans of digits")
         found = datasets.load_digits()
-        pictures = [
-            Image.fromarray((15 * scan).astype(np.uint8)).convert("RGB") for scan in found.images
-        ]
-        pairs = [
-            (
-                int(digit),
-                {"image": picture, "text": [each.format(DIGITS[digit]) for each in WORDINGS]},
-            )
-            for picture, digit in zip(pictures, found.target, strict=True)
-        ]
+        pairs = []
+        for scan, digit in zip(found.images, found.target.tolist(), strict=True):
+            picture = Image.fromarray((15 * scan).astype(np.uint8)).convert("RGB")
+            texts = [each.format(DIGITS[digit]) for each in WORDINGS]
+            pairs.append((digit, {"image": picture, "text": texts}))
         first_unseen = 2 * len(pairs) // 3
         self._trained, self._unseen = pairs[:first_unseen], pairs[first_unseen:]
 
@@ -94,7 +74,7 @@ class Scans:
 def build_model(seed: int) -> CLIP:
     """Return the small CLIP with random weights."""
     torch.manual_seed(seed)
-    return CLIP(**MODEL).eval()
+    return CLIP(embed_dim=64, vision_cfg=VISION, text_cfg=TEXT).eval()
 
 
 def companions() -> dict[str, Any]:
@@ -163,13 +143,8 @@ def run(place: tuple[int, int], work: Path) -> Evaluation:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "verdict")  # it is in the results
         for model in (erased, thorough):
-            fasterase.unlearn(
-                model,
-                forget,
-                retain,
-                config=config.replace(thorough=model is thorough),
-                **companions(),
-            )
+            asked = config.replace(thorough=model is thorough)
+            fasterase.unlearn(model, forget, retain, config=asked, **companions())
         evaluation = fasterase.evaluate(
             erased,
             forget,

@@ -36,8 +36,6 @@ PREFIX = "without-"
 ORIGINAL, RETRAINED, ERASED = MODELS = ("original", "retrained", "erased")
 VERDICT = "verdict"
 FORGET_SETS = {"forget": "", "forget-unseen": "unseen "}
-
-
 ATTACKED = (*SWAPPED, *RELEARNED, *MEMBERSHIP)
 
 
@@ -144,9 +142,8 @@ def distances(rows: Sequence[Mapping[str, Any]]) -> str:
             continue
         apart = []
         for each in concepts:
-            erased, retrained = (
-                np.mean(_values(rows, [each], model, figure)) for model in (ERASED, RETRAINED)
-            )
+            ends = (_values(rows, [each], model, figure) for model in (ERASED, RETRAINED))
+            erased, retrained = map(np.mean, ends)
             apart.append(100 * (erased - retrained))
         listed = ", ".join(f"{value:+.1f}" for value in apart)
         lines.append(f"{figure:36} {np.mean(apart):+6.1f} ({listed})")

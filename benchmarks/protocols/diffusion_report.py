@@ -69,19 +69,14 @@ def measure_object(
     change = after - before
     interval = bootstrap_intervals({"change": change}, resamples=RESAMPLES, seed=check.seed)
     moved = [read_record(place(output, "erased", prompt) / DRAWN)["moved"] for prompt in own]
-    return {
-        "object": name,
-        "forget": name in check.concepts,
-        "pictures": len(before),
-        "original": float(before.mean()),
-        "original_interval": wilson_interval(float(before.mean()), len(before)),
-        "erased": float(after.mean()),
-        "erased_interval": wilson_interval(float(after.mean()), len(after)),
-        "change": float(change.mean()),
-        "change_interval": interval["change"],
-        "elsewhere": float(others.mean()) if len(others) else None,
-        "moved": float(np.mean(moved)),
-    }
+    row: dict[str, Any] = {"object": name, "forget": name in check.concepts}
+    row["pictures"] = len(before)
+    for arm, found in zip(ARMS, (before, after), strict=True):
+        share = float(found.mean())
+        row |= {arm: share, f"{arm}_interval": wilson_interval(share, len(found))}
+    row |= {"change": float(change.mean()), "change_interval": interval["change"]}
+    row["elsewhere"] = float(others.mean()) if len(others) else None
+    return {**row, "moved": float(np.mean(moved))}
 
 
 def format_table(figures: Sequence[Mapping[str, Any]]) -> str:

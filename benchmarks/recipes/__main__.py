@@ -99,27 +99,21 @@ def summarise(values: list[Value]) -> list[dict[str, Any]]:
             change = after - np.array([v.original for v in found])
             low, high = interval(after)
             change_low, change_high = interval(change)
-            automatic = recipe in AUTOMATIC
-            rows.append(
-                {
-                    "recipe": recipe,
-                    "lr": "auto" if automatic else found[0].lr,
-                    "keeping": "" if automatic else found[0].keeping,
-                    "steps": float(np.mean([v.steps for v in found])),
-                    "set": name,
-                    "metric": metric,
-                    "subgroups": len({v.subgroup for v in found}),
-                    "runs": len(found),
-                    "chance": float(np.mean([v.chance for v in found])),
-                    "original": float(np.mean([v.original for v in found])),
-                    "mean": float(after.mean()),
-                    "low": low,
-                    "high": high,
-                    "change": float(change.mean()),
-                    "change_low": change_low,
-                    "change_high": change_high,
-                }
-            )
+            lr, keeping = found[0].lr, found[0].keeping
+            row: dict[str, Any] = {"recipe": recipe, "lr": lr, "keeping": keeping}
+            if recipe in AUTOMATIC:
+                row |= {"lr": "auto", "keeping": ""}
+            row |= {
+                "steps": float(np.mean([v.steps for v in found])),
+                "set": name,
+                "metric": metric,
+            }
+            row |= {"subgroups": len({v.subgroup for v in found}), "runs": len(found)}
+            for column in ("chance", "original"):
+                row[column] = float(np.mean([getattr(v, column) for v in found]))
+            row |= {"mean": float(after.mean()), "low": low, "high": high}
+            row |= {"change": float(change.mean())}
+            rows.append({**row, "change_low": change_low, "change_high": change_high})
     return rows
 
 
