@@ -54,7 +54,6 @@ Chosen = dict[str, tuple[str, float]]  # title -> (setting, damage on the valida
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Tune, test and write the results."""
     parser = comparison_parser(__doc__, work="runs/evidence", seeds=3, subgroups=TEST)
     add = parser.add_argument
     add("--finalists", type=int, default=4, help="how many of the tuned methods")

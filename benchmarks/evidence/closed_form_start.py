@@ -70,7 +70,6 @@ def measure(subgroup: str, start: str, seed: int) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run what is missing, and write the results."""
     parser = new_parser(__doc__)
     parser.add_argument(
         "--subgroups", nargs="+", default=["food-fruit"], choices=TEST, metavar="SUBGROUP"

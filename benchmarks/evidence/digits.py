@@ -79,11 +79,10 @@ def build_model(seed: int) -> CLIP:
 
 def companions() -> dict[str, Any]:
     """Return the tokenizer and preprocess of all models."""
+    half = (0.5,) * 3
     return {
         "tokenizer": open_clip.SimpleTokenizer(context_length=CONTEXT_LENGTH),
-        "preprocess": open_clip.image_transform(
-            IMAGE_SIZE, is_train=False, mean=(0.5,) * 3, std=(0.5,) * 3
-        ),
+        "preprocess": open_clip.image_transform(IMAGE_SIZE, is_train=False, mean=half, std=half),
     }
 
 
@@ -203,7 +202,6 @@ def _cell(values: Sequence[Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run what is missing, and write the results."""
     parser = comparison_parser(__doc__, work="runs/digits", seeds=1)
     known = range(len(DIGITS))
     parser.add_argument("--digits", nargs="+", type=int, default=known, choices=known)

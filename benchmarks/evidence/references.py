@@ -151,7 +151,6 @@ def distances(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Erase, measure and write the results."""
     parser = comparison_parser(__doc__, work="runs/references", seeds=3)
     parser.add_argument("--references", type=Path, metavar="FOLDER", help="the folder above")
     options = parser.parse_args(arguments)

@@ -280,7 +280,6 @@ def table(rows: Sequence[Mapping[str, Any]], subgroups: Sequence[str]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Erase, measure and write the results."""
     default = ["food-fruit", "animal-bird", "drink"]
     parser = comparison_parser(__doc__, work="runs/sequential", seeds=2, subgroups=default)
     options = parser.parse_args(arguments)

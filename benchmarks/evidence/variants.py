@@ -21,7 +21,6 @@ from benchmarks.result_files import write_csv
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run what is missing, and write the results."""
     parser = comparison_parser(__doc__, work="runs/variants", seeds=3)
     options = parser.parse_args(argv)
     seeds = range(options.seeds)

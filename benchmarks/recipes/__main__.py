@@ -151,7 +151,6 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Tune, test and write the results."""
     parser = comparison_parser(__doc__, work="runs/recipes", seeds=1)
     add_retrained(parser)
     options = parser.parse_args(arguments)

@@ -21,7 +21,6 @@ def tune_of(recipe: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run, and write the results."""
     parser = comparison_parser(__doc__, work="runs/tune", seeds=1, subgroups=["food-fruit"])
     options = parser.parse_args(arguments)
     check_writable(options.work, argument="--work")

@@ -79,7 +79,6 @@ def seed_distance(baseline: dict[tuple[str, int], dict[str, Any]], column: str) 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run, and write the results."""
     parser = comparison_parser(__doc__, work="runs/eight_bit", seeds=2, subgroups=TEST)
     known = [optimizer_of(recipe) for recipe in OPTIMIZERS]
     parser.add_argument("--optimizers", nargs="+", default=known, choices=known)

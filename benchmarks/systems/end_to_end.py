@@ -182,9 +182,7 @@ def _repeat_blocks(encoder: DualEncoder, layers: int) -> None:
 def _bound(encoder: DualEncoder, sets: DemoSets, setting: Setting) -> float:
     """Return the FLOPs of the loop's towers over those of the library's."""
     pixels = torch.zeros(1, 3, *encoder.image_size, device=encoder.device)
-    tokens = Tokens(
-        torch.zeros(1, encoder.context_length, dtype=torch.int64, device=encoder.device)
-    )
+    tokens = Tokens(pixels.new_zeros(1, encoder.context_length, dtype=torch.int64))
     # With a graph: without one, attention takes a path that is not counted.
     with FlopCounterMode(display=False) as whole:
         encoder.encode_image(pixels)
@@ -322,7 +320,6 @@ def _place(row: dict[str, str]) -> tuple[str, ...]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure what is missing, and print the table."""
     args = _parser().parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)

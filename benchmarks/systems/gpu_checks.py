@@ -105,7 +105,6 @@ def repeat(call: Call, device: str, times: int) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the calls, and return the exit code."""
     parser = new_parser(__doc__, prog="python -m benchmarks.systems.gpu_checks")
     parser.add_argument("mode", choices=("small", "repeats"))
     parser.add_argument("--times", type=int, help="repeats of a call; default: 20, on a CPU 2")

@@ -413,7 +413,6 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Run all stages."""
     parser = new_parser(__doc__, prog="python -m benchmarks.pairs")
     parser.add_argument("--pairs", type=int, default=200_000, help="pairs to index and to split")
     parser.add_argument("--large", type=int, default=12_000_000, help="pairs of the large index")

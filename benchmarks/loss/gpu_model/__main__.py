@@ -105,7 +105,6 @@ def summarise(rows: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print the comparison, and write it to --output."""
     parser = new_parser(__doc__, prog="python -m benchmarks.loss.gpu_model")
     add = parser.add_argument
     text = "CSV of python -m benchmarks.loss --device cuda"
