@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from benchmarks.result_files import RESULTS
 from fasterase.cli.main import exit_code_of, format_error
 from fasterase.errors import FaseraseError
+
+# Subgroups of the demo's emoji: recipes are tuned on some, and measured on others.
+VALIDATION = ("animal-marine", "food-asian")
+TEST = (
+    *("food-fruit", "animal-bird", "food-sweet", "drink"),
+    *("transport-air", "musical-instrument", "plant-flower", "sport"),
+)
 
 
 def exit_with(main: Callable[[], int | None]) -> NoReturn:
@@ -39,10 +46,16 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def comparison_parser(description: str | None, *, work: str) -> argparse.ArgumentParser:
-    """Return a parser with --processes, --output and --work, by default the folder `work`."""
+def comparison_parser(
+    description: str | None, *, work: str, seeds: int, subgroups: Sequence[str] = ()
+) -> argparse.ArgumentParser:
+    """Return a parser with --processes, --seeds, --work, --output and, if given, --subgroups."""
     parser = new_parser(description)
-    parser.add_argument("--processes", type=_count, default=2, help="runs at a time of one thread")
-    parser.add_argument("--work", type=Path, default=Path(work), help="what is measured is kept")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    add = parser.add_argument
+    add("--processes", type=_count, default=2, help="runs at a time of one thread")
+    add("--seeds", type=int, default=seeds, help="how many, from 0 on")
+    add("--work", type=Path, default=Path(work), help="what is measured is kept")
+    add("--output", type=Path, default=RESULTS, help="folder of the results")
+    if subgroups:
+        add("--subgroups", nargs="+", default=subgroups, choices=TEST, metavar="SUBGROUP")
     return parser

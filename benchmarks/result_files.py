@@ -7,6 +7,7 @@ import functools
 import io
 import platform
 import subprocess
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,11 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, lef
     rule = "|" + "---|" * left + "---:|" * (len(columns) - left)
     lines = [f"| {' | '.join(cells)} |" for cells in (columns, *rows)]
     return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
+
+
+def count_words(words: Iterable[str]) -> str:
+    """Return each word with how often it occurs, such as `forgotten 3, remembered 1`."""
+    return ", ".join(f"{word} {count}" for word, count in Counter(words).most_common())
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from fasterase.encode import PairEncoder
 from fasterase.engine.history import StepRecord
 from fasterase.engine.model_state import best_device, placed, resolve_device
 from fasterase.engine.words import Word
+from fasterase.errors import MissingExtraError
 from fasterase.evaluation.verdict import FORGOTTEN, NEVER_KNOWN, Trace
 from fasterase.files import check_writable, parse_path, write_text
 from fasterase.models.delta import fingerprint_weights, restored_original, save_delta
@@ -27,11 +28,13 @@ from fasterase.pairs.skips import Skip
 from fasterase.pairs.table import PairTable
 from fasterase.provenance import FORMAT, library_versions, write_record
 from fasterase.report.evaluation import Evaluation
-from fasterase.report.folder import write_report_folder
-from fasterase.report.pictures import Examples, example_rows
+from fasterase.report.pictures import TEXT_WIDTH, Examples, example_rows, picture_sheet
+from fasterase.report.plots import plot_history
 from fasterase.report.tables import Section, html_table
 
 _NAMED_SKIPS = 100  # in a report
+# Captions of more characters than a name are given more pixels.
+NAME_LENGTH, SENTENCE_WIDTH = 30, 290
 
 
 @dataclass(frozen=True, repr=False)
@@ -232,12 +235,28 @@ class UnlearnResult:
                 the plot is written.
         """
         path = parse_path(path, argument="path")
+        text = _format_report(self)
         if path.is_file() or (path.suffix and not path.is_dir()):
-            return write_text(path, _format_report(self))
+            return write_text(path, text)
         check_writable(path, argument="path")
-        return write_report_folder(
-            path, _format_report(self), history=self.history, examples=self._examples()
-        )
+        missing: MissingExtraError | None = None
+        if self.history:
+            try:
+                plot_history(self.history, path / "losses.png")
+                text += _section("Losses over the steps", "losses.png")
+            except MissingExtraError as error:
+                missing = error
+        examples = self._examples()
+        if examples.rows:
+            longest = max(len(name) for row in examples.rows for name in (*row.before, *row.after))
+            width = SENTENCE_WIDTH if longest > NAME_LENGTH else TEXT_WIDTH
+            sheet = path / "pictures.png"
+            picture_sheet(examples.rows, sheet, erased=examples.erased, text_width=width)
+            text += _section("Closest captions before and after", "pictures.png")
+        write_text(path / "report.md", text)
+        if missing is not None:
+            raise missing
+        return path
 
     def _examples(self) -> Examples:
         before = restored_original(self.encoder, self.original_weights)
@@ -250,6 +269,10 @@ class UnlearnResult:
                 PairEncoder(self.encoder, precision=self.config.precision),
                 seed=self.config.seed,
             )
+
+
+def _section(title: str, file: str) -> str:
+    return f"\n## {title}\n\n![{title}]({file})\n"
 
 
 def _list_words(words: Sequence[Word]) -> str:

@@ -61,7 +61,7 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.setattr(factory, "download_pretrained", lambda *_, **__: path)
     # The tiny model knows nothing to forget, and would use up the budget of an automatic run.
     monkeypatch.setattr("fasterase.engine.job.MAX_STEPS", 4)
-    monkeypatch.setattr("fasterase.evaluation.attacks.relearn.STEPS", 1)
+    monkeypatch.setattr("fasterase.evaluation.attacks.weights.STEPS", 1)
     return tmp_path
 
 

@@ -12,8 +12,8 @@ import argparse
 from pathlib import Path
 
 from fasterase.demo import emoji
+from fasterase.demo.run import rank_names
 from fasterase.demo.sets import Drawings, build_sets
-from fasterase.demo.show import rank_names
 from fasterase.pairs.open import open_pairs
 from fasterase.report.pictures import picture_sheet
 

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.command import comparison_parser, exit_with
+from benchmarks.command import TEST, VALIDATION, comparison_parser, exit_with
 from benchmarks.evidence.attacks import attacks_of
 from benchmarks.evidence.cells import (
     COSTLY,
@@ -44,7 +44,7 @@ from benchmarks.evidence.table import (
     summarise,
 )
 from benchmarks.evidence.task import Method
-from benchmarks.recipes.runs import TEST, VALIDATION, parse_retrained
+from benchmarks.recipes.runs import add_retrained, parse_retrained
 from benchmarks.result_files import read_csv, write_csv
 from fasterase.errors import InputError
 from fasterase.files import write_text
@@ -54,24 +54,14 @@ Chosen = dict[str, tuple[str, float]]  # title -> (setting, damage on the valida
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Tune, test and write the results."""
-    parser = comparison_parser(__doc__, work="runs/evidence")
-    parser.add_argument("--seeds", type=int, default=3, help="of finalists, on the test concepts")
-    parser.add_argument("--finalists", type=int, default=4, help="how many of the tuned methods")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="TITLE")
-    parser.add_argument("--subgroups", nargs="+", default=TEST, choices=TEST, metavar="SUBGROUP")
-    parser.add_argument("--validation", nargs="+", default=VALIDATION, choices=VALIDATION)
-    parser.add_argument(
-        "--settings", type=Path, metavar="FILE", help="of an earlier run, in place of validation"
-    )
-    parser.add_argument("--attacks", nargs="*", default=[], choices=attacks_of(ATTACKED))
-    parser.add_argument(
-        "--retrained",
-        nargs="*",
-        default=[],
-        metavar="SUBGROUP=FOLDER",
-        help="further models trained without a subgroup (tools.demo_assets.train)",
-    )
+    parser = comparison_parser(__doc__, work="runs/evidence", seeds=3, subgroups=TEST)
+    add = parser.add_argument
+    add("--finalists", type=int, default=4, help="how many of the tuned methods")
+    add("--methods", nargs="+", default=list(METHODS), metavar="TITLE")
+    add("--validation", nargs="+", default=VALIDATION, choices=VALIDATION)
+    add("--settings", type=Path, metavar="FILE", help="of an earlier run, in place of validation")
+    add("--attacks", nargs="*", default=[], choices=attacks_of(ATTACKED))
+    add_retrained(parser)
     options = parser.parse_args(argv)
     methods = check_methods(options.methods)
     attacks = tuple(options.attacks)
@@ -198,9 +188,8 @@ def final_setting(chosen: Chosen, title: str) -> str:
 
 def flatten(each: Measured) -> dict[str, Any]:
     """Return a row of evidence_models.csv."""
-    row: dict[str, Any] = {
-        name: getattr(each, name) for name in ("method", "setting", "subgroup", "seed", "seconds")
-    }
+    columns = ("method", "setting", "subgroup", "seed", "seconds")
+    row: dict[str, Any] = {name: getattr(each, name) for name in columns}
     for name, scores in each.scores.items():
         row |= {f"{name} {metric}": scores[metric] for metric in (HIT, RECALL) if metric in scores}
     for name, verdict in each.verdicts.items():

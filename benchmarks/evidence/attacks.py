@@ -81,7 +81,6 @@ def parse_models(entries: Sequence[str]) -> dict[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command."""
     parser = new_parser(__doc__)
     parser.add_argument("--erased", nargs="+", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--max_pairs", type=int, default=5000, help="pairs measured per set")

@@ -89,10 +89,7 @@ def run_cell(cell: Cell, work: Path) -> list[Measured]:
 
     def measure(steps: int) -> None:
         evaluation, attacks = _evaluate(model, sets, cell)
-        residues = {
-            name: evaluation.mean_residue(name, evaluation.scores)
-            for name in ("forget", "forget-unseen")
-        }
+        residues = {name: evaluation.mean_residue(name) for name in ("forget", "forget-unseen")}
         found.append(
             Measured(
                 cell.method,

@@ -42,11 +42,7 @@ def erase_linearly(task: Task, setting: Setting) -> None:
         if setting["labels"] == "concepts":
             names = task.sets.forget.names
             if encode is encode_captions:
-                names = [
-                    name
-                    for index, name in enumerate(names)
-                    for _ in task.sets.forget[index]["text"]
-                ]
+                names = [n for i, n in enumerate(names) for _ in task.sets.forget[i]["text"]]
             known = sorted(set(names))
             kinds[: len(forget)] = torch.tensor([1 + known.index(name) for name in names])
         labels = torch.nn.functional.one_hot(kinds)[:, 1:].double()
@@ -88,22 +84,11 @@ def fold(model: DualEncoder, image_map: Tensor, text_map: Tensor) -> None:
             weight.copy_((weight.double() @ matrix).to(weight.dtype))
 
 
+PROJECTIONS = [{"rank": rank, "centred": each} for rank in (2, 8, 32) for each in (False, True)]
+BY_SET, BY_CONCEPT, LEACE = {"labels": "set"}, {"labels": "concepts"}, "arXiv 2306.03819"
 METHODS = (
-    Method(
-        "null-space projection",
-        "after arXiv 2512.14137",
-        project_texts_out,
-        [{"rank": rank, "centred": centred} for rank in (2, 8, 32) for centred in (False, True)],
-    ),
-    Method(
-        "LEACE", "arXiv 2306.03819", erase_linearly, [{"labels": "set"}, {"labels": "concepts"}]
-    ),
+    Method("null-space projection", "after arXiv 2512.14137", project_texts_out, PROJECTIONS),
+    Method("LEACE", LEACE, erase_linearly, [BY_SET, BY_CONCEPT]),
     # Tuning may choose the other, which costs little and forgets little.
-    Method(
-        "LEACE, a label per concept",
-        "arXiv 2306.03819",
-        erase_linearly,
-        [{"labels": "concepts"}],
-        most_seeds=1,
-    ),
+    Method("LEACE, a label per concept", LEACE, erase_linearly, [BY_CONCEPT], most_seeds=1),
 )

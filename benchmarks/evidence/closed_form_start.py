@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.command import exit_with, new_parser
+from benchmarks.command import TEST, exit_with, new_parser
 from benchmarks.evidence.closed_form import project_texts_out
 from benchmarks.evidence.task import Task, train
-from benchmarks.recipes.runs import KEEP_SETS, TEST
+from benchmarks.recipes.runs import KEEP_SETS
 from benchmarks.result_files import RESULTS, read_csv, write_csv
 from fasterase.demo import emoji
 from fasterase.demo.run import evaluate_sets, forget_pairs, recipe_config
@@ -62,7 +62,7 @@ def measure(subgroup: str, start: str, seed: int) -> dict[str, Any]:
     row: dict[str, Any] = {"start": start, "subgroup": subgroup, "seed": seed, "steps": steps}
     for name, verdict in evaluation.set_verdicts["model"].items():
         row[f"{name} verdict"] = verdict
-        row[f"{name} residue"] = evaluation.mean_residue(name, evaluation.scores)
+        row[f"{name} residue"] = evaluation.mean_residue(name)
     for name in KEEP_SETS:
         change = evaluation.scores[name][recall] - evaluation.original[name][recall]
         row[f"{name} recall@1 change"] = change
@@ -70,7 +70,6 @@ def measure(subgroup: str, start: str, seed: int) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run what is missing, and write the results."""
     parser = new_parser(__doc__)
     parser.add_argument(
         "--subgroups", nargs="+", default=["food-fruit"], choices=TEST, metavar="SUBGROUP"

@@ -29,7 +29,7 @@ import fasterase
 from benchmarks.command import comparison_parser, exit_with
 from benchmarks.evidence.attacks import RELEARNED, SWAPPED, attacks_of
 from benchmarks.processes import call_all
-from benchmarks.result_files import markdown_table, write_csv
+from benchmarks.result_files import count_words, markdown_table, write_csv
 from fasterase.demo.run import recipe_config
 from fasterase.errors import import_extra
 from fasterase.files import check_writable, replace_file
@@ -41,23 +41,8 @@ MODELS = ("original", "retrained", "erased", "erased, thorough")
 
 STEPS, WARM_UP, BATCH, LEARNING_RATE = 300, 20, 256, 1e-3
 IMAGE_SIZE, CONTEXT_LENGTH = 32, 16
-MODEL = {
-    "embed_dim": 64,
-    "vision_cfg": {
-        "image_size": IMAGE_SIZE,
-        "patch_size": 8,
-        "layers": 4,
-        "width": 64,
-        "head_width": 16,
-    },
-    "text_cfg": {
-        "context_length": CONTEXT_LENGTH,
-        "vocab_size": 49408,
-        "width": 64,
-        "heads": 4,
-        "layers": 2,
-    },
-}
+VISION = {"image_size": IMAGE_SIZE, "patch_size": 8, "layers": 4, "width": 64, "head_width": 16}
+TEXT = {"context_length": CONTEXT_LENGTH, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 2}
 ATTACKED = (*SWAPPED, *RELEARNED)
 
 Pair = dict[str, Any]
@@ -69,16 +54,11 @@ class Scans:
     def __init__(self) -> None:
         datasets = import_extra("sklearn.datasets", "eval", "the scans of digits")
         found = datasets.load_digits()
-        pictures = [
-            Image.fromarray((15 * scan).astype(np.uint8)).convert("RGB") for scan in found.images
-        ]
-        pairs = [
-            (
-                int(digit),
-                {"image": picture, "text": [each.format(DIGITS[digit]) for each in WORDINGS]},
-            )
-            for picture, digit in zip(pictures, found.target, strict=True)
-        ]
+        pairs = []
+        for scan, digit in zip(found.images, found.target.tolist(), strict=True):
+            picture = Image.fromarray((15 * scan).astype(np.uint8)).convert("RGB")
+            texts = [each.format(DIGITS[digit]) for each in WORDINGS]
+            pairs.append((digit, {"image": picture, "text": texts}))
         first_unseen = 2 * len(pairs) // 3
         self._trained, self._unseen = pairs[:first_unseen], pairs[first_unseen:]
 
@@ -94,16 +74,15 @@ class Scans:
 def build_model(seed: int) -> CLIP:
     """Return the small CLIP with random weights."""
     torch.manual_seed(seed)
-    return CLIP(**MODEL).eval()
+    return CLIP(embed_dim=64, vision_cfg=VISION, text_cfg=TEXT).eval()
 
 
 def companions() -> dict[str, Any]:
     """Return the tokenizer and preprocess of all models."""
+    half = (0.5,) * 3
     return {
         "tokenizer": open_clip.SimpleTokenizer(context_length=CONTEXT_LENGTH),
-        "preprocess": open_clip.image_transform(
-            IMAGE_SIZE, is_train=False, mean=(0.5,) * 3, std=(0.5,) * 3
-        ),
+        "preprocess": open_clip.image_transform(IMAGE_SIZE, is_train=False, mean=half, std=half),
     }
 
 
@@ -163,13 +142,8 @@ def run(place: tuple[int, int], work: Path) -> Evaluation:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "verdict")  # it is in the results
         for model in (erased, thorough):
-            fasterase.unlearn(
-                model,
-                forget,
-                retain,
-                config=config.replace(thorough=model is thorough),
-                **companions(),
-            )
+            asked = config.replace(thorough=model is thorough)
+            fasterase.unlearn(model, forget, retain, config=asked, **companions())
         evaluation = fasterase.evaluate(
             erased,
             forget,
@@ -223,18 +197,14 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def _cell(values: Sequence[Any]) -> str:
     if isinstance(values[0], str):
-        counts = {value: values.count(value) for value in dict.fromkeys(values)}
-        return ", ".join(f"{value} {count}" for value, count in counts.items())
+        return count_words(values)
     return f"{100 * np.mean(values):.1f}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run what is missing, and write the results."""
-    parser = comparison_parser(__doc__, work="runs/digits")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument(
-        "--digits", nargs="+", type=int, default=range(len(DIGITS)), choices=range(len(DIGITS))
-    )
+    parser = comparison_parser(__doc__, work="runs/digits", seeds=1)
+    known = range(len(DIGITS))
+    parser.add_argument("--digits", nargs="+", type=int, default=known, choices=known)
     options = parser.parse_args(argv)
     check_writable(options.work, argument="--work")
     places = [(digit, seed) for seed in range(options.seeds) for digit in options.digits]

@@ -13,7 +13,6 @@ interrupted command resumes. Writes references.csv, a row per seed, concept, mod
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from benchmarks.evidence.attacks import MEMBERSHIP, RELEARNED, SWAPPED, attacks_
 from benchmarks.evidence.sequential import HIT, RECALL, erase
 from benchmarks.processes import call_all
 from benchmarks.recipes.runs import KEEP_SETS
-from benchmarks.result_files import markdown_table, write_csv
+from benchmarks.result_files import count_words, markdown_table, write_csv
 from fasterase.demo import emoji
 from fasterase.demo.run import evaluate_sets
 from fasterase.demo.sets import build_sets
@@ -37,8 +36,6 @@ PREFIX = "without-"
 ORIGINAL, RETRAINED, ERASED = MODELS = ("original", "retrained", "erased")
 VERDICT = "verdict"
 FORGET_SETS = {"forget": "", "forget-unseen": "unseen "}
-
-
 ATTACKED = (*SWAPPED, *RELEARNED, *MEMBERSHIP)
 
 
@@ -131,7 +128,7 @@ def _values(
 
 def _cell(figure: str, values: Sequence[Any]) -> str:
     if figure.endswith(VERDICT):
-        return ", ".join(f"{verdict} {count}" for verdict, count in Counter(values).most_common())
+        return count_words(values)
     sign = "+" if figure.endswith("change") else ""
     return f"{100 * np.mean(values):{sign}.1f}"
 
@@ -145,9 +142,8 @@ def distances(rows: Sequence[Mapping[str, Any]]) -> str:
             continue
         apart = []
         for each in concepts:
-            erased, retrained = (
-                np.mean(_values(rows, [each], model, figure)) for model in (ERASED, RETRAINED)
-            )
+            ends = (_values(rows, [each], model, figure) for model in (ERASED, RETRAINED))
+            erased, retrained = map(np.mean, ends)
             apart.append(100 * (erased - retrained))
         listed = ", ".join(f"{value:+.1f}" for value in apart)
         lines.append(f"{figure:36} {np.mean(apart):+6.1f} ({listed})")
@@ -155,10 +151,8 @@ def distances(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Erase, measure and write the results."""
-    parser = comparison_parser(__doc__, work="runs/references")
+    parser = comparison_parser(__doc__, work="runs/references", seeds=3)
     parser.add_argument("--references", type=Path, metavar="FOLDER", help="the folder above")
-    parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args(arguments)
     references = find_references(options.references)
     cells = [(seed, concept) for seed in range(options.seeds) for concept in references]

@@ -158,24 +158,17 @@ def faults(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make what is missing, write the results, and return 1 if an erasure is not as promised."""
-    parser = comparison_parser(__doc__, work="runs/robustness")
+    parser = comparison_parser(__doc__, work="runs/robustness", seeds=3)
     kinds = tuple(digits.KINDS)
-    parser.add_argument("--models", nargs="*", default=kinds, choices=kinds, metavar="MODEL")
-    parser.add_argument(
-        "--concepts", nargs="*", default=CONCEPTS, metavar="CONCEPT", help="of the demo's model"
-    )
-    parser.add_argument("--starts", type=int, default=3, help="initialisations of each model")
-    parser.add_argument("--seeds", type=int, default=3, help="erasures of each start")
-    parser.add_argument("--threads", nargs="+", type=int, default=THREADS)
-    parser.add_argument(
-        "--instructions",
-        nargs="+",
-        default=(OWN, "avx2"),
-        choices=CAPABILITIES,
-        metavar="SET",
-        help="ATEN_CPU_CAPABILITY, or own: those that torch chooses, avx2 on many CPUs",
-    )
-    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--models", nargs="*", default=kinds, choices=kinds, metavar="MODEL")
+    add("--concepts", nargs="*", default=CONCEPTS, metavar="CONCEPT", help="of the demo's model")
+    add("--starts", type=int, default=3, help="initialisations of each model")
+    add("--threads", nargs="+", type=int, default=THREADS)
+    text = "ATEN_CPU_CAPABILITY, or own: those that torch chooses, avx2 on many CPUs"
+    own = (OWN, "avx2")
+    add("--instructions", nargs="+", default=own, choices=CAPABILITIES, metavar="SET", help=text)
+    add("--case", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.case is not None:
         seeds = options.case.pop("seeds")

@@ -28,7 +28,7 @@ import torch
 import fasterase
 from benchmarks.command import comparison_parser, exit_with
 from benchmarks.processes import call_all
-from benchmarks.recipes.runs import KEEP_SETS, TEST
+from benchmarks.recipes.runs import KEEP_SETS
 from benchmarks.result_files import markdown_table, write_csv
 from fasterase.demo import emoji
 from fasterase.demo.run import recipe_config
@@ -87,13 +87,9 @@ class Concepts:
 
     def retain(self, erased: Collection[str]) -> Drawings:
         """Return what is kept when the subgroups in `erased` are gone or go: the others too."""
-        later = {
-            name
-            for subgroup, sets in self.own.items()
-            if subgroup not in erased
-            for name in sets.concepts
-        }
-        kept = later | set(self.together.retain.names)
+        later = [sets for subgroup, sets in self.own.items() if subgroup not in erased]
+        kept = {name for sets in later for name in sets.concepts}
+        kept.update(self.together.retain.names)
         return Drawings.of(open_teams(emoji.TRAIN_TEAMS), kept)
 
 
@@ -230,31 +226,22 @@ def rows_of(
     `steps` are those of the last erasure; `crowded` maps subgroups to `crowding` of their captions.
     """
     gone = {subgroup for step in state.erased for subgroup in step}
-    here = {"seed": state.seed, "erased": state.title, "steps": steps}
+    here: dict[str, Any] = {"seed": state.seed, "erased": state.title, "steps": steps}
     rows = []
     for name, verdict in evaluation.set_verdicts["model"].items():
         if name == "forget":  # all subgroups in one, which have rows of their own
             continue
         scores, subgroup = evaluation.scores[name], name.removesuffix(UNSEEN)
-        rows.append(
-            {
-                **here,
-                "set": name,
-                "wanted": "forget" if subgroup in gone else "keep",
-                "verdict": verdict,
-                "hit@1": scores[HIT],
-                "chance": evaluation.chance[name][HIT],
-                "residue": evaluation.mean_residue(name),
-                **{direction: scores[key] for direction, key in RESIDUES.items()},
-                "cosine": scores["matched_cosine"],
-                "captions' mutual cosine": crowded[subgroup],
-            }
-        )
+        row = {**here, "set": name, "wanted": "forget" if subgroup in gone else "keep"}
+        row |= {"verdict": verdict, "hit@1": scores[HIT], "chance": evaluation.chance[name][HIT]}
+        row["residue"] = evaluation.mean_residue(name)
+        row |= {direction: scores[key] for direction, key in RESIDUES.items()}
+        row["cosine"] = scores["matched_cosine"]
+        rows.append({**row, "captions' mutual cosine": crowded[subgroup]})
     for name in KEEP_SETS:
         recall, before = evaluation.scores[name][RECALL], original.scores[name][RECALL]
-        rows.append(
-            {**here, "set": name, "wanted": "keep", "recall@1": recall, "change": recall - before}
-        )
+        row = {**here, "set": name, "wanted": "keep", "recall@1": recall}
+        rows.append({**row, "change": recall - before})
     return rows
 
 
@@ -293,16 +280,8 @@ def table(rows: Sequence[Mapping[str, Any]], subgroups: Sequence[str]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Erase, measure and write the results."""
-    parser = comparison_parser(__doc__, work="runs/sequential")
-    parser.add_argument(
-        "--subgroups",
-        nargs="+",
-        default=["food-fruit", "animal-bird", "drink"],
-        choices=TEST,
-        metavar="SUBGROUP",
-    )
-    parser.add_argument("--seeds", type=int, default=2)
+    default = ["food-fruit", "animal-bird", "drink"]
+    parser = comparison_parser(__doc__, work="runs/sequential", seeds=2, subgroups=default)
     options = parser.parse_args(arguments)
     work, subgroups = options.work, options.subgroups
     states = plan(subgroups, options.seeds)

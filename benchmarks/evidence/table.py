@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 from benchmarks.evidence.attacks import PROBED, RELEARNED, SWAPPED
 from benchmarks.evidence.cells import ORIGINAL, Measured
 from benchmarks.recipes.runs import FORGET_SETS, KEEP_SETS, interval
-from benchmarks.result_files import markdown_table
+from benchmarks.result_files import count_words, markdown_table
 
 HIT, RECALL = "concept_hit@1", "image_to_text_recall@1"
 ATTACKED = (*SWAPPED, *PROBED, *RELEARNED)
@@ -64,10 +63,7 @@ def summarise(found: Sequence[Measured], originals: Originals) -> list[dict[str,
         for name in FORGET_SETS:
             row |= _spread(f"{name} hit@1", [each.scores[name][HIT] for each in those])
             row |= _spread(f"{name} residue", [each.residues[name] for each in those])
-            verdicts = Counter(each.verdicts[name] for each in those)
-            row[f"{name} verdicts"] = ", ".join(
-                f"{verdict} {count}" for verdict, count in verdicts.most_common()
-            )
+            row[f"{name} verdicts"] = count_words(each.verdicts[name] for each in those)
         moved = [changes(each, originals[each.subgroup, each.seed]) for each in those]
         for name in KEEP_SETS:
             row |= _spread(f"{name} change", [change[name] for change in moved])

@@ -93,14 +93,9 @@ def erase_by_negation(task: Task, setting: Setting) -> None:
     names = forget_pairs(task.sets, "cliperase")
     taken = train(task, config, forget=task.sets.holdout, retain=names)
     after = module.state_dict()
-    module.load_state_dict(
-        {
-            name: value - setting["share"] * (after[name] - value)
-            if value.is_floating_point()
-            else value
-            for name, value in before.items()
-        }
-    )
+    for name, value in before.items():
+        share = setting["share"] if value.is_floating_point() else 0
+        after[name].copy_(value - share * (after[name] - value))
     task.measure(taken)
 
 

@@ -13,18 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.command import comparison_parser, exit_with
+from benchmarks.command import VALIDATION, comparison_parser, exit_with
 from benchmarks.evidence.attacks import attacks_of
 from benchmarks.evidence.cells import ORIGINAL, VARIANTS, Cell, as_text, run_cells
 from benchmarks.evidence.table import ATTACKED, as_table, by_place, summarise
-from benchmarks.recipes.runs import VALIDATION
 from benchmarks.result_files import write_csv
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run what is missing, and write the results."""
-    parser = comparison_parser(__doc__, work="runs/variants")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = comparison_parser(__doc__, work="runs/variants", seeds=3)
     options = parser.parse_args(argv)
     seeds = range(options.seeds)
     cells = [Cell(ORIGINAL, "{}", place, seed) for place in VALIDATION for seed in seeds]

@@ -115,11 +115,8 @@ def _noise(module: nn.Module, share: float, generator: torch.Generator) -> Itera
         noise = torch.randn(weight.shape, generator=generator) * (share * weight.std())
         return output + linear(inputs[0], noise)
 
-    hooks = [
-        layer.register_forward_hook(add)
-        for layer in module.modules()
-        if isinstance(layer, nn.Linear)
-    ]
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+    hooks = [layer.register_forward_hook(add) for layer in layers]
     try:
         yield
     finally:
@@ -165,16 +162,12 @@ def _tried(title: str, erase: Callable[[Task, Setting], None], **setting: Any) -
     return Method(title, "", erase, [setting], most_seeds=1)
 
 
+NEIGHBOURS = [{"share": 0.1, "copies": 4}]
 METHODS = (
     Method("the default", "", erase_by_default, [{}]),
     Method("thorough", "", erase_by_default, [{"thorough": True}]),
     Method("a higher floor", "", erase_to_a_higher_floor, [{"deviations": 0.3}]),
-    Method(
-        "neighbours drawn more often",
-        "",
-        erase_with_neighbours_drawn_more,
-        [{"share": 0.1, "copies": 4}],
-    ),
+    Method("neighbours drawn more often", "", erase_with_neighbours_drawn_more, NEIGHBOURS),
     _tried("pictures without captions", erase_beside_unlabelled_pictures),
     _tried("captions without pictures", erase_beside_unlabelled_captions),
     _tried("all wordings of what is kept", erase_beside_all_wordings),

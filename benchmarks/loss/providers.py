@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from types import ModuleType
@@ -65,17 +65,7 @@ def _fasterase(backend: str, case: Case) -> Loss:
         raise UnavailableError(str(error)) from error
 
     def loss(inputs: Inputs) -> Tensor:
-        image, text, scale, ref_image, ref_text, ref_scale, labels = inputs
-        found = contrastive(
-            image,
-            text,
-            scale,
-            ref_image=ref_image,
-            ref_text=ref_text,
-            ref_scale=ref_scale,
-            labels=labels,
-            backend=backend,
-        )
+        found = contrastive(**inputs._asdict(), backend=backend)
         total = (found.ce_row + found.ce_col).mean() / 2
         if found.kl_row is not None and found.kl_col is not None:
             total = total + (found.kl_row + found.kl_col).mean() / 2
@@ -223,6 +213,14 @@ def _imported(module: str) -> ModuleType:
         raise UnavailableError(f"{module} cannot be imported ({error})") from error
 
 
+_OPEN_CLIP = Provider(
+    "open_clip",
+    _open_clip,
+    package="open_clip_torch",
+    dense_matrices=(6, 12),
+    keeps_logits=True,
+    omits_reference_entropy=True,
+)
 _ALL = (
     Provider("fasterase-triton", partial(_fasterase, "triton")),
     Provider("fasterase-cpu", partial(_fasterase, "cpu"), keeps_logits=True),
@@ -233,21 +231,12 @@ _ALL = (
     Provider(
         "torch-dense", _torch_dense, package="torch", dense_matrices=(5, 10), keeps_logits=True
     ),
-    Provider(
-        "open_clip",
-        _open_clip,
-        package="open_clip_torch",
-        dense_matrices=(6, 12),
-        keeps_logits=True,
-        omits_reference_entropy=True,
-    ),
-    Provider(
-        "open_clip-compiled",
-        _open_clip_compiled,
-        package="open_clip_torch",
+    _OPEN_CLIP,
+    replace(
+        _OPEN_CLIP,
+        name="open_clip-compiled",
+        build=_open_clip_compiled,
         dense_matrices=(3, 9),
-        keeps_logits=True,
-        omits_reference_entropy=True,
         compiles=True,
     ),
     Provider("torch-linear-ce", _torch_linear_cross_entropy, package="torch"),

@@ -111,7 +111,7 @@ def _speed_table(title: str, rows: list[Row]) -> str:
         f"| N | | p20 | p50 | p80 | samples | {ratios} | of a large product |",
         "|---:|---|" + "---:|" * (5 + len(_BASELINES)),
     ]
-    notes: dict[str, list[str]] = {}
+    notes: dict[str, dict[str, None]] = {}  # what is said -> of what, each once
     for size in sorted({row.x_value for row in rows}):
         found = {row.kernel_provider: row for row in rows if row.x_value == size}
         timed = [
@@ -131,11 +131,10 @@ def _speed_table(title: str, rows: list[Row]) -> str:
             lines.append(f"| {size:,} | {name} | " + " | ".join(cells) + " |")
             if note is not None:
                 cell = f"{name} at N = {size:,} ({row.extra['of_gemm']:.0%})"
-                notes.setdefault(note, []).append(cell)
+                notes.setdefault(note, {})[cell] = None
         for name, row in found.items():
             if row.y_value_50 is None:
-                names = notes.setdefault(row.extra["why"], [])
-                names += [name] if name not in names else []
+                notes.setdefault(row.extra["why"], {})[name] = None
     return "\n".join([*lines, *_listed(notes)])
 
 
@@ -160,7 +159,7 @@ def _ratio(baseline: Row | None, row: Row) -> str:
     return f"{baseline.y_value_50 / row.y_value_50:.2f}"
 
 
-def _listed(notes: dict[str, list[str]]) -> list[str]:
+def _listed(notes: dict[str, dict[str, None]]) -> list[str]:
     lines = [f"- {', '.join(names)}: {note}" for note, names in notes.items()]
     return ["", *lines] if lines else []
 
@@ -174,13 +173,12 @@ def _memory_table(title: str, rows: list[Row]) -> str:
         "| | " + " | ".join(f"N = {size}" for size in sizes) + " |",
         "|---|" + "---:|" * len(sizes),
     ]
-    reasons: dict[str, list[str]] = {}
+    reasons: dict[str, dict[str, None]] = {}
     for name in dict.fromkeys(row.kernel_provider for row in rows):
         line = [found.get((name, size)) for size in sizes]
         for row in line:
             if row is not None and row.y_value_50 is None:
-                names = reasons.setdefault(row.extra["why"], [])
-                names += [name] if name not in names else []
+                reasons.setdefault(row.extra["why"], {})[name] = None
         values = [None if row is None else row.y_value_50 for row in line]
         if any(value is not None for value in values):
             lines.append(f"| {name} | " + " | ".join(map(_number, values)) + " |")

@@ -26,9 +26,9 @@ class Row:
     x_name: str
     x_label: str
     x_value: int
-    y_value_50: float | None
-    y_value_20: float | None
-    y_value_80: float | None
+    y_value_50: float | None = None
+    y_value_20: float | None = None
+    y_value_80: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     gpu_name: str = ""  # the CPU's name if there is no GPU
     timestamp: str = ""

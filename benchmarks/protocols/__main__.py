@@ -22,7 +22,6 @@ _CHECK_FIELDS = {field.name for field in fields(DiffusionCheck)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command, and print its table."""
     options = _parse(argv)
     output = options.output or Path("runs") / options.protocol
     run = _run_diffusion if options.protocol == DIFFUSION else _run_protocol

@@ -25,7 +25,13 @@ from benchmarks.protocols.diffusion_check import (
     place,
     read_record,
 )
-from benchmarks.protocols.diffusion_report import COLUMNS, format_table, measure_object, strips
+from benchmarks.protocols.diffusion_report import (
+    COLUMNS,
+    contact_sheet,
+    format_table,
+    measure_object,
+    strips,
+)
 from benchmarks.protocols.protocol import EVALUATION, TABLE
 from benchmarks.protocols.text_encoder import TextTower, load_text_tower
 from benchmarks.protocols.text_to_image import TextToImage
@@ -34,7 +40,6 @@ from fasterase.engine.model_state import best_device, resolve_device
 from fasterase.errors import InputError
 from fasterase.files import check_creatable, remove_leftovers, replace_folder, write_text
 from fasterase.progress import progress_bar
-from fasterase.report.pictures import contact_sheet
 
 MODELS = (
     "the models are folders, or hub ids that are downloaded: PIPELINE a Stable Diffusion 1 or 2 in "

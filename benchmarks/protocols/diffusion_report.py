@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 from benchmarks.protocols.diffusion_check import (
     ARMS,
@@ -21,7 +22,19 @@ from benchmarks.protocols.diffusion_check import (
 )
 from benchmarks.protocols.protocol import Reported
 from fasterase.evaluation.metrics import bootstrap_intervals, format_value, wilson_interval
-from fasterase.report.pictures import ERASED, OWN, Strip, spread
+from fasterase.files import replace_file
+from fasterase.report.lettering import Pen
+from fasterase.report.pictures import (
+    ERASED,
+    GAP,
+    INK,
+    LINE,
+    MARGIN,
+    OWN,
+    PICTURE,
+    make_thumbnail,
+    spread,
+)
 from fasterase.report.tables import Section, markdown_table
 
 RESAMPLES = 1000
@@ -54,21 +67,16 @@ def measure_object(
     before, after = (detected(arm, own) for arm in ARMS)
     others = detected("original", [each for each in check.all_prompts if each not in own])
     change = after - before
-    interval = bootstrap_intervals({"change": change}, {}, resamples=RESAMPLES, seed=check.seed)
+    interval = bootstrap_intervals({"change": change}, resamples=RESAMPLES, seed=check.seed)
     moved = [read_record(place(output, "erased", prompt) / DRAWN)["moved"] for prompt in own]
-    return {
-        "object": name,
-        "forget": name in check.concepts,
-        "pictures": len(before),
-        "original": float(before.mean()),
-        "original_interval": wilson_interval(float(before.mean()), len(before)),
-        "erased": float(after.mean()),
-        "erased_interval": wilson_interval(float(after.mean()), len(after)),
-        "change": float(change.mean()),
-        "change_interval": interval["change"],
-        "elsewhere": float(others.mean()) if len(others) else None,
-        "moved": float(np.mean(moved)),
-    }
+    row: dict[str, Any] = {"object": name, "forget": name in check.concepts}
+    row["pictures"] = len(before)
+    for arm, found in zip(ARMS, (before, after), strict=True):
+        share = float(found.mean())
+        row |= {arm: share, f"{arm}_interval": wilson_interval(share, len(found))}
+    row |= {"change": float(change.mean()), "change_interval": interval["change"]}
+    row["elsewhere"] = float(others.mean()) if len(others) else None
+    return {**row, "moved": float(np.mean(moved))}
 
 
 def format_table(figures: Sequence[Mapping[str, Any]]) -> str:
@@ -100,7 +108,16 @@ def format_table(figures: Sequence[Mapping[str, Any]]) -> str:
         for forget, title in titles.items()
     ]
     shown = [section for section in sections if section.rows]
-    return f"{markdown_table(COLUMNS, shown, left=2)}\n\n{NOTES}\n"
+    return f"{markdown_table(COLUMNS, shown)}\n\n{NOTES}\n"
+
+
+class Strip(NamedTuple):
+    """A row of pictures."""
+
+    title: str  # stands above them
+    pictures: Sequence[Image.Image]  # of any size; they are scaled to square thumbnails
+    marked: Sequence[bool]  # which of them get a frame
+    colour: str  # of the frames
 
 
 def strips(
@@ -117,3 +134,24 @@ def strips(
             [scores[arm, prompt][i][name] >= check.threshold for prompt, i in chosen],
             ERASED if figure["forget"] else OWN,
         )
+
+
+def contact_sheet(strips: Sequence[Strip], path: Path) -> None:
+    """Draw strips below each other, each under its title, and write an image file."""
+    columns = max(len(strip.pictures) for strip in strips)
+    cell, height = PICTURE + GAP, LINE + PICTURE + GAP
+    size = 2 * MARGIN + columns * cell - GAP, 2 * MARGIN + len(strips) * height
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    pen = Pen(draw, [strip.title for strip in strips])
+    for number, strip in enumerate(strips):
+        top = MARGIN + number * height
+        pen.write((MARGIN, top - 2), strip.title, size=14, fill=INK)
+        for column, (picture, marked) in enumerate(zip(strip.pictures, strip.marked, strict=True)):
+            left, above = MARGIN + column * cell, top + LINE
+            sheet.paste(make_thumbnail(picture), (left, above))
+            if marked:
+                outside = (left - 3, above - 3, left + PICTURE + 2, above + PICTURE + 2)
+                draw.rectangle(outside, outline=strip.colour, width=3)
+    with replace_file(path) as temporary:
+        sheet.save(temporary)

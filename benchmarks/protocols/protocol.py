@@ -157,20 +157,11 @@ def format_table(protocol: Protocol, found: Sequence[tuple[Case, Evaluation]]) -
             if figure is None:
                 continue
             reported = case.reported.get(measure.title, Reported())
-            rows.append(
-                [
-                    measure.title,
-                    figure.wanted,
-                    figure.format(figure.chance),
-                    figure.format(figure.original),
-                    figure.format(figure.value),
-                    figure.interval,
-                    *("-" if each is None else f"{each:.2f}" for each in reported),
-                ]
-            )
+            values = map(figure.format, (figure.chance, figure.original, figure.value))
+            paper = ("-" if each is None else f"{each:.2f}" for each in reported)
+            rows.append([measure.title, figure.wanted, *values, figure.interval, *paper])
         residue = evaluation.residue
         left = "-" if residue is None else format_value("share", residue)
-        sections.append(
-            Section(f"{case.name}: {evaluation.verdict or 'no verdict'}, residue {left} %", rows)
-        )
-    return f"{markdown_table(columns, sections, left=2)}\n\n{protocol.differences}\n"
+        title = f"{case.name}: {evaluation.verdict or 'no verdict'}, residue {left} %"
+        sections.append(Section(title, rows))
+    return f"{markdown_table(columns, sections)}\n\n{protocol.differences}\n"

@@ -15,7 +15,6 @@ recipes_summary.csv and recipes.txt (the table) to --output.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import asdict
 from functools import partial
 from itertools import product
@@ -23,25 +22,24 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.command import comparison_parser, exit_with
+from benchmarks.command import TEST, VALIDATION, comparison_parser, exit_with
 from benchmarks.recipes.runs import (
     AUTOMATIC,
     FORGET_SETS,
     KEEP_SETS,
     KEEPING,
-    TEST,
     UNTUNED,
-    VALIDATION,
     Ending,
     Run,
     Setting,
     Value,
+    add_retrained,
     execute_all,
     interval,
     parse_retrained,
     setting,
 )
-from benchmarks.result_files import write_csv
+from benchmarks.result_files import count_words, write_csv
 from fasterase.files import write_text
 
 RATES = (3e-5, 1e-4, 2e-4)
@@ -101,27 +99,21 @@ def summarise(values: list[Value]) -> list[dict[str, Any]]:
             change = after - np.array([v.original for v in found])
             low, high = interval(after)
             change_low, change_high = interval(change)
-            automatic = recipe in AUTOMATIC
-            rows.append(
-                {
-                    "recipe": recipe,
-                    "lr": "auto" if automatic else found[0].lr,
-                    "keeping": "" if automatic else found[0].keeping,
-                    "steps": float(np.mean([v.steps for v in found])),
-                    "set": name,
-                    "metric": metric,
-                    "subgroups": len({v.subgroup for v in found}),
-                    "runs": len(found),
-                    "chance": float(np.mean([v.chance for v in found])),
-                    "original": float(np.mean([v.original for v in found])),
-                    "mean": float(after.mean()),
-                    "low": low,
-                    "high": high,
-                    "change": float(change.mean()),
-                    "change_low": change_low,
-                    "change_high": change_high,
-                }
-            )
+            lr, keeping = found[0].lr, found[0].keeping
+            row: dict[str, Any] = {"recipe": recipe, "lr": lr, "keeping": keeping}
+            if recipe in AUTOMATIC:
+                row |= {"lr": "auto", "keeping": ""}
+            row |= {
+                "steps": float(np.mean([v.steps for v in found])),
+                "set": name,
+                "metric": metric,
+            }
+            row |= {"subgroups": len({v.subgroup for v in found}), "runs": len(found)}
+            for column in ("chance", "original"):
+                row[column] = float(np.mean([getattr(v, column) for v in found]))
+            row |= {"mean": float(after.mean()), "low": low, "high": high}
+            row |= {"change": float(change.mean())}
+            rows.append({**row, "change_low": change_low, "change_high": change_high})
     return rows
 
 
@@ -133,8 +125,7 @@ def count_verdicts(endings: list[Ending]) -> list[str]:
             found = [e for e in endings if (e.recipe, e.set) == (recipe, name)]
             if not found:
                 continue
-            verdicts = Counter(ending.verdict for ending in found)
-            listed = ", ".join(f"{verdict} {count}" for verdict, count in verdicts.most_common())
+            listed = count_words(ending.verdict for ending in found)
             residues = [ending.residue for ending in found]
             lines.append(
                 f"{recipe:20} {name:14} {len(found):3} models: {listed}; residue "
@@ -160,18 +151,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Tune, test and write the results."""
-    parser = comparison_parser(__doc__, work="runs/recipes")
-    parser.add_argument(
-        "--seeds", type=int, default=1, help="number of seeds of the test runs with numbers"
-    )
-    parser.add_argument(
-        "--retrained",
-        nargs="*",
-        default=[],
-        metavar="SUBGROUP=FOLDER",
-        help="further models trained without a subgroup (tools.demo_assets.train), to judge",
-    )
+    parser = comparison_parser(__doc__, work="runs/recipes", seeds=1)
+    add_retrained(parser)
     options = parser.parse_args(arguments)
     retrained = parse_retrained(options.retrained)
     run_all = partial(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import warnings
 from collections.abc import Callable, Iterable
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 import fasterase
+from benchmarks.command import TEST
 from benchmarks.processes import call_all
 from fasterase.config import UnlearnConfig
 from fasterase.demo import emoji
@@ -23,17 +25,6 @@ from fasterase.files import write_text
 from fasterase.models.load import load_model
 from fasterase.option_values import parse_named
 
-VALIDATION = ("animal-marine", "food-asian")
-TEST = (
-    "food-fruit",
-    "animal-bird",
-    "food-sweet",
-    "drink",
-    "transport-air",
-    "musical-instrument",
-    "plant-flower",
-    "sport",
-)
 # The term that protects everything else, and its candidate weights: the recipe's own and three
 # times that.
 KEEPING = {
@@ -257,7 +248,13 @@ def setting(value: Value) -> Setting:
 
 def interval(values: np.ndarray, resamples: int = 10_000) -> tuple[float, float]:
     """Bootstrap the 95 % percentile interval of the mean over subgroups (and seeds)."""
-    return bootstrap_intervals({"mean": values}, {}, resamples=resamples, seed=0)["mean"]
+    return bootstrap_intervals({"mean": values}, resamples=resamples, seed=0)["mean"]
+
+
+def add_retrained(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that `parse_retrained` reads."""
+    text = "further models trained without a subgroup (tools.demo_assets.train)"
+    parser.add_argument("--retrained", nargs="*", default=[], metavar="SUBGROUP=FOLDER", help=text)
 
 
 def parse_retrained(entries: list[str]) -> dict[str, str]:

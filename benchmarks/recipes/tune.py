@@ -10,7 +10,7 @@ keeps every run, so an interrupted command resumes. Writes tune.csv, a row per r
 from __future__ import annotations
 
 from benchmarks.command import comparison_parser, exit_with
-from benchmarks.recipes.runs import TEST, TUNES, default_runs, execute_all, tabulate
+from benchmarks.recipes.runs import TUNES, default_runs, execute_all, tabulate
 from benchmarks.result_files import write_csv
 from fasterase.files import check_writable
 
@@ -21,12 +21,7 @@ def tune_of(recipe: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run, and write the results."""
-    parser = comparison_parser(__doc__, work="runs/tune")
-    parser.add_argument(
-        "--subgroups", nargs="+", default=["food-fruit"], choices=TEST, metavar="SUBGROUP"
-    )
-    parser.add_argument("--seeds", type=int, default=1)
+    parser = comparison_parser(__doc__, work="runs/tune", seeds=1, subgroups=["food-fruit"])
     options = parser.parse_args(arguments)
     check_writable(options.work, argument="--work")
     runs = default_runs(TUNES, options.subgroups, options.seeds)
@@ -34,12 +29,8 @@ def main(arguments: list[str] | None = None) -> None:
     rows = tabulate(outcome, "tune", tune_of)
     write_csv(options.output / "tune.csv", rows)
     for row in rows:
-        print(
-            ", ".join(
-                f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}"
-                for key, value in row.items()
-            )
-        )
+        shown = {key: f"{v:.3f}" if isinstance(v, float) else v for key, v in row.items()}
+        print(", ".join(f"{key} {value}" for key, value in shown.items()))
 
 
 if __name__ == "__main__":

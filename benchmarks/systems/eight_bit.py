@@ -12,22 +12,20 @@ eight_bit.csv (every run) and eight_bit.txt (the table) to --output.
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from typing import Any
 
 import numpy as np
 
-from benchmarks.command import comparison_parser, exit_with
+from benchmarks.command import TEST, comparison_parser, exit_with
 from benchmarks.recipes.runs import (
     MEASURED,
     OPTIMIZERS,
-    TEST,
     default_runs,
     execute_all,
     interval,
     tabulate,
 )
-from benchmarks.result_files import write_csv
+from benchmarks.result_files import count_words, write_csv
 from fasterase.files import check_writable, write_text
 
 COLUMNS = ("steps", "forget residue", "forget-unseen residue", *MEASURED)
@@ -62,8 +60,7 @@ def compare(rows: list[dict[str, Any]]) -> str:
             )
     for name, found in {"adamw": baseline, **by_optimizer}.items():
         for column in ("forget verdict", "forget-unseen verdict"):
-            counted = Counter(row[column] for row in found.values())
-            listed = ", ".join(f"{verdict} {count}" for verdict, count in counted.most_common())
+            listed = count_words(row[column] for row in found.values())
             lines.append(f"{name:10} {column:26} {len(found)} runs: {listed}")
     return "\n".join(lines) + "\n"
 
@@ -82,16 +79,9 @@ def seed_distance(baseline: dict[tuple[str, int], dict[str, Any]], column: str) 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run, and write the results."""
-    parser = comparison_parser(__doc__, work="runs/eight_bit")
-    parser.add_argument("--subgroups", nargs="+", default=TEST, choices=TEST, metavar="SUBGROUP")
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument(
-        "--optimizers",
-        nargs="+",
-        default=[optimizer_of(recipe) for recipe in OPTIMIZERS],
-        choices=[optimizer_of(recipe) for recipe in OPTIMIZERS],
-    )
+    parser = comparison_parser(__doc__, work="runs/eight_bit", seeds=2, subgroups=TEST)
+    known = [optimizer_of(recipe) for recipe in OPTIMIZERS]
+    parser.add_argument("--optimizers", nargs="+", default=known, choices=known)
     options = parser.parse_args(arguments)
     check_writable(options.work, argument="--work")
     recipes = [name for name in OPTIMIZERS if optimizer_of(name) in options.optimizers]

@@ -182,9 +182,7 @@ def _repeat_blocks(encoder: DualEncoder, layers: int) -> None:
 def _bound(encoder: DualEncoder, sets: DemoSets, setting: Setting) -> float:
     """Return the FLOPs of the loop's towers over those of the library's."""
     pixels = torch.zeros(1, 3, *encoder.image_size, device=encoder.device)
-    tokens = Tokens(
-        torch.zeros(1, encoder.context_length, dtype=torch.int64, device=encoder.device)
-    )
+    tokens = Tokens(pixels.new_zeros(1, encoder.context_length, dtype=torch.int64))
     # With a graph: without one, attention takes a path that is not counted.
     with FlopCounterMode(display=False) as whole:
         encoder.encode_image(pixels)
@@ -201,10 +199,7 @@ def _bound(encoder: DualEncoder, sets: DemoSets, setting: Setting) -> float:
         # The splits have tried two empty pairs each, up to the last frozen block and without a
         # graph; what they ran is not part of it.
         trained = (upper.get_total_flops() - _probes(encoder, setting.tune)) // _BOUND_ROWS
-    drawn = (
-        (setting.batch_size, len(sets.retain)),
-        (setting.forget_batch_size, len(sets.forget)),
-    )
+    drawn = ((setting.batch_size, len(sets.retain)), (setting.forget_batch_size, len(sets.forget)))
     pairs = sum(setting.steps * min(size, count) for size, count in drawn)
     distinct = sum(min(count, setting.steps * size) for size, count in drawn)
     retained = min(len(sets.retain), setting.steps * setting.batch_size)
@@ -325,7 +320,6 @@ def _place(row: dict[str, str]) -> tuple[str, ...]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure what is missing, and print the table."""
     args = _parser().parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -97,21 +97,14 @@ def repeat(call: Call, device: str, times: int) -> dict[str, Any]:
         # Moves what the next call allocates, and leaves NaN in it.
         held.append(torch.full((1000 * (number + 1),), torch.nan, device=device))
         held = held[-3:]
-    return {
-        "call": call.name,
-        "n": call.num_pairs,
-        "width": call.width,
-        "times": times,
-        "equal": len(digests) == 1,
-        "digest": " ".join(sorted(digests)),
-        "gpu_name": device_name(device),
-        "torch": torch.__version__,
-        "version": code_version(),
-    }
+    row: dict[str, Any] = {"call": call.name, "n": call.num_pairs, "width": call.width}
+    row["times"] = times
+    row |= {"equal": len(digests) == 1, "digest": " ".join(sorted(digests))}
+    row |= {"gpu_name": device_name(device), "torch": torch.__version__}
+    return {**row, "version": code_version()}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the calls, and return the exit code."""
     parser = new_parser(__doc__, prog="python -m benchmarks.systems.gpu_checks")
     parser.add_argument("mode", choices=("small", "repeats"))
     parser.add_argument("--times", type=int, help="repeats of a call; default: 20, on a CPU 2")

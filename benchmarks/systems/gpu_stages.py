@@ -254,7 +254,6 @@ def has_gpu() -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the stages asked for, and return the exit code."""
     parser = new_parser(__doc__, prog="python -m benchmarks.systems.gpu_stages")
     parser.add_argument("--stage", choices=list(STAGES), help="only this one, done or not")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="limit of a stage")

@@ -77,15 +77,8 @@ _SENTENCE = (
     "by sea blue sky white wall black cat street market people city"
 )
 _FIGURES = (
-    "seconds",
-    "cpu_seconds",
-    "peak_mib",
-    "pairs",
-    "pairs_per_second",
-    "pairs_per_cpu_second",
-    "found",
-    "step_ms",
-    "difference",
+    *("seconds", "cpu_seconds", "peak_mib", "pairs", "pairs_per_second", "pairs_per_cpu_second"),
+    *("found", "step_ms", "difference"),
 )
 _LIMIT_SECONDS = 3600.0
 _PRELOAD = ["fasterase.pairs.split", "open_clip", "webdataset"]
@@ -99,19 +92,11 @@ def write_shards(folder: Path, *, shards: int, pairs: int, side: int) -> list[st
     with webdataset.TarWriter(str(first)) as writer:
         for number in range(pairs):
             caption = " ".join(numbers.choice(_SENTENCE.split(), 15))
-            meta = {
-                "caption": caption,
-                "url": f"https://example.org/images/{number:09d}.jpg",
-                "key": f"{number:09d}",
-                "status": "success",
-                "error_message": None,
-                "width": side,
-                "height": side,
-                "original_width": 2 * side,
-                "original_height": 2 * side,
-                "exif": "{}",
-                "sha256": "0" * 64,
-            }
+            url = f"https://example.org/images/{number:09d}.jpg"
+            meta: dict[str, Any] = {"caption": caption, "url": url, "key": f"{number:09d}"}
+            meta |= {"status": "success", "error_message": None, "width": side, "height": side}
+            meta |= {"original_width": 2 * side, "original_height": 2 * side}
+            meta |= {"exif": "{}", "sha256": "0" * 64}
             sample = {"jpg": images[number % len(images)], "txt": caption, "json": meta}
             writer.write({"__key__": f"{number:09d}", **sample})
     paths = [first, *(folder / f"{number:05d}.tar" for number in range(1, shards))]
@@ -427,7 +412,6 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Run all stages."""
     parser = new_parser(__doc__, prog="python -m benchmarks.pairs")
     parser.add_argument("--pairs", type=int, default=200_000, help="pairs to index and to split")
     parser.add_argument("--large", type=int, default=12_000_000, help="pairs of the large index")

@@ -107,7 +107,6 @@ def planned_peak(model: str, settings: dict[str, Any]) -> int:
 
 
 def main() -> None:
-    """Measure all cases, print them, and write them as CSV."""
     parser = new_parser(__doc__)
     parser.add_argument("--output", type=Path, default=RESULTS / "plan_memory.csv")
     parser.add_argument("--only", help="a model", choices=sorted({each.model for each in CASES}))

@@ -17,7 +17,8 @@ from fasterase.config import DEMO, PLAN, Recipe, UnlearnConfig, field_names, for
 from fasterase.errors import InputError, MissingExtraError
 from fasterase.files import check_creatable
 
-RULES = ("forget_expression", "forget_ids", "forget_classes")
+SETS = ("forget", "retain")
+RULES = ("forget_expression", "forget_ids", "forget_classes")  # which split `data` into these
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class _Erasure(_Source, _Sets):
     def call(self, function: Any, *, without: tuple[str, ...], **others: Any) -> Any:
         """Call a function of the library with all flags but those named, and with `others`."""
         sets = (self.forget, self.retain) if self.data is None else self.split()
-        without = ("model", "forget", "retain", "data", *RULES, *without)
+        without = ("model", *SETS, "data", *RULES, *without)
         flags = {name: value for name, value in vars(self).items() if name not in without}
         return function(self.model, *sets, **{**flags, **others})
 
@@ -160,7 +161,6 @@ class Unlearn(_Erasure):
     concept: str | None = None
 
     def config(self, fields: dict[str, Any]) -> UnlearnConfig:
-        """Return the recipe with these fields."""
         return (UnlearnConfig.cliperase if self.recipe == "cliperase" else UnlearnConfig)(**fields)
 
     def run(self, **fields: Any) -> str | None:
@@ -241,8 +241,9 @@ class Evaluate(_Erasure):
                 raise InputError("--plots: there is nothing to draw without --tasks or --attacks.")
             check_creatable(Path(self.plots), argument="--plots")
             require_matplotlib()
-        classes = None if self.class_names is None else _read_lines(Path(self.class_names))
-        evaluation = self.call(fasterase.evaluate, without=("output", "plots"), class_names=classes)
+        evaluation = self.call(
+            fasterase.evaluate, without=("output", "plots"), class_names=self._read_classes()
+        )
         print(evaluation.table())
         if self.output is not None:
             print(f"Written to {evaluation.report(self.output)}.")
@@ -250,11 +251,14 @@ class Evaluate(_Erasure):
             print(f"Plots: {', '.join(map(str, evaluation.plot(self.plots)))}.")
         return evaluation.verdict
 
-
-def _read_lines(file: Path) -> list[str]:
-    if not file.is_file():
-        raise InputError(f"class_names: no file {file}. Give a text file with one name per line.")
-    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    def _read_classes(self) -> list[str] | None:
+        if self.class_names is None:
+            return None
+        file = Path(self.class_names)
+        if not file.is_file():
+            raise InputError(f"class_names: no file {file}. Give one with a name per line.")
+        lines = map(str.strip, file.read_text(encoding="utf-8").splitlines())
+        return list(filter(None, lines))
 
 
 @dataclass(frozen=True)
@@ -426,7 +430,7 @@ def run_command(command: str, values: dict[str, Any]) -> str | None:
         print(format_yaml({**given, **flags.config(fields).to_dict()}), end="")
         return None
     _check_sets(values)
-    split = ("forget", "retain") if values.get("data") is not None else ()
+    split = SETS if values.get("data") is not None else ()
     missing = [f"--{name}" for name in cls.needs if name not in split and values.get(name) is None]
     if missing:
         raise InputError(
@@ -438,17 +442,12 @@ def run_command(command: str, values: dict[str, Any]) -> str | None:
 
 def _check_sets(values: Mapping[str, Any]) -> None:
     """Check that `values` name either two sets, or one source and one rule that splits it."""
-    rules = [f"--{name}" for name in RULES if values.get(name) is not None]
-    sets = [f"--{name}" for name in ("forget", "retain") if values.get(name) is not None]
-    either = f"one of {', '.join(f'--{name}' for name in RULES)}"
-    if values.get("data") is None:
-        if rules:
-            raise InputError(f"{rules[0]} splits the pairs of --data, which is missing: give it.")
-    elif sets:
+    given = [f"--{name}" for name in (*RULES, *SETS) if values.get(name) is not None]
+    rules = [flag for flag in given if flag[2:] in RULES]
+    if values.get("data") is None and rules:
+        raise InputError(f"{rules[0]} splits the pairs of --data, which is missing: give it.")
+    if values.get("data") is not None and (len(rules) != 1 or rules != given):
         raise InputError(
-            f"--data and {' and '.join(sets)} exclude each other. Give --data and {either}, or "
-            "--forget and --retain."
+            f"--data needs one of {', '.join(f'--{name}' for name in RULES)}, which says what to "
+            f"forget, and neither --forget nor --retain; found {' and '.join(given) or 'none'}."
         )
-    elif len(rules) != 1:
-        found = " and ".join(rules) or "none"
-        raise InputError(f"--data needs {either}, which says what to forget; found {found}.")

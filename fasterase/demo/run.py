@@ -17,18 +17,33 @@ import fasterase
 from fasterase.config import UnlearnConfig
 from fasterase.demo import emoji
 from fasterase.demo.sets import DemoSets, Drawings, build_sets
-from fasterase.demo.show import RECIPE_TITLES, draw_sheet, print_result
+from fasterase.encode import PairEncoder
 from fasterase.errors import InputError
 from fasterase.files import write_text
+from fasterase.models.load import load_model
+from fasterase.pairs.open import open_pairs
 from fasterase.parallel.ranks import launched_rank
 from fasterase.report.evaluation import Evaluation
+from fasterase.report.pictures import CaptionRanking, picture_sheet, spread
 from fasterase.report.plots import plot_history, require_matplotlib
 
+# What the summary calls each recipe.
+RECIPES = {"fasterase": "fasterase", "cliperase": "paper's recipe"}
 # The paper's recipe has numbers to choose; `python -m benchmarks.recipes` chose these on its
 # validation subgroups. Ours has none: the demo gives it nothing but batches for a small set.
 CLIPERASE = {"lr": 1e-4, "consistency_weight": 9.0, "max_steps": 60}
 BATCHES = {"batch_size": 128, "forget_batch_size": 32}
-RECIPES = tuple(RECIPE_TITLES)
+PICTURES = 12  # of each set on the sheet
+
+# Set, metric and meaning of each line of the summary.
+_FORGET, _KEEP = "concept_hit@1", "image_to_text_recall@1"
+_SUMMARY = (
+    ("forget", _FORGET, "forget: still named (by chance: {chance})"),
+    ("forget-unseen", _FORGET, "forget-unseen: other drawings of them"),
+    ("neighbour", _KEEP, "neighbour: similar, named correctly"),
+    ("retain", _KEEP, "retain: all others, named correctly"),
+    ("holdout", _KEEP, "holdout: not in the run, named correctly"),
+)
 
 
 def recipe_config(recipe: str, *, small_model: bool, **fields: Any) -> UnlearnConfig:
@@ -75,19 +90,12 @@ def run_demo(
 ) -> Evaluation | None:
     """Erase the concept `forget` from a small CLIP (or from `model`), and print before and after.
 
-    Args:
-        forget: a group or subgroup of emoji ("food-fruit"), or a regular expression on names.
-        model: any model that `fasterase.unlearn` takes; None is the small CLIP of the package.
-        recipe: "fasterase" or "cliperase" (the paper's); the other one runs for comparison.
-        output_dir: folder of the results; None is `runs/demo-<forget>`, with `_` for characters
-            that are not part of a word.
-        full: also print the table of every metric.
-        fields: further fields of `UnlearnConfig`.
+    The arguments are the flags of `fasterase demo`; `fields` are further fields of `UnlearnConfig`.
+    The other recipe runs for comparison. The folder gets the whole evaluation, the erased model,
+    the history, a loss plot and a sheet of pictures with captions before and after.
 
     Returns:
-        The evaluation. A summary of it is printed. The folder gets the whole of it, the erased
-        model, the history, a loss plot and a sheet of pictures with captions before and after.
-        None on all but the first of several processes, which erase together.
+        The evaluation; None on all but the first of several processes, which erase together.
 
     Raises:
         InputError: an argument is not usable.
@@ -96,10 +104,9 @@ def run_demo(
     require_matplotlib()  # now, not after minutes of erasing
     original = str(emoji.BASE_MODEL) if model is None else model
     folder = Path(output_dir or "runs/demo-" + re.sub(r"[^\w-]+", "_", forget))
-    small_model = model is None
     configs = {
-        name: recipe_config(name, small_model=small_model, **fields)
-        for name in (recipe, *(other for other in RECIPES if other != recipe))
+        name: recipe_config(name, small_model=model is None, **fields)
+        for name in dict.fromkeys((recipe, *RECIPES))
     }
     sets = build_sets(forget, original=original, seed=configs[recipe].seed)
     shown = ", ".join(sets.concepts[:6]) + (", ..." if len(sets.concepts) > 6 else "")
@@ -110,10 +117,8 @@ def run_demo(
     )
     results = {}
     for name, config in configs.items():
-        config = config.replace(
-            output_dir=str(folder if name == recipe else folder / name),
-            reference_cache=str(folder / "reference"),
-        )
+        place = folder if name == recipe else folder / name
+        config = config.replace(output_dir=str(place), reference_cache=str(folder / "reference"))
         with _comparison(name) if name != recipe else nullcontext():
             results[name] = fasterase.unlearn(
                 original, forget_pairs(sets, name), sets.retain, config=config
@@ -123,7 +128,7 @@ def run_demo(
     references = {
         f"{name} recipe": str(folder / name / "model") for name in configs if name != recipe
     }
-    if small_model and forget == emoji.DEFAULT_FORGET:
+    if model is None and forget == emoji.DEFAULT_FORGET:
         references["retrained without it"] = str(emoji.RETRAINED_MODEL)
     evaluation = evaluate_sets(
         str(folder / "model"),
@@ -145,7 +150,7 @@ def run_demo(
 @contextmanager
 def _comparison(recipe: str) -> Iterator[None]:
     """Announce the run of the other recipe, and put its name before the warnings of the run."""
-    title = RECIPE_TITLES[recipe]
+    title = RECIPES[recipe]
     print(f"For comparison: {title}.")
     caught: list[warnings.WarningMessage] = []
     try:
@@ -155,3 +160,86 @@ def _comparison(recipe: str) -> Iterator[None]:
         for warning in caught:
             text = f"{title} (comparison): {warning.message}"
             warnings.warn(text, warning.category, stacklevel=2)
+
+
+def summary(evaluation: Evaluation, recipe: str) -> str:
+    """Return six lines: the share of pictures that each model names, by set.
+
+    On sets to forget, a picture counts as named if the closest of all names is any name of the
+    erased concept; on the other sets, if it is the picture's own name. `recipe` made the model.
+    """
+    models = {
+        "original": evaluation.original or {},
+        RECIPES[recipe]: evaluation.scores,
+        **{_title(name): scores for name, scores in evaluation.references.items()},
+    }
+    lines = [["share of pictures", *models]]
+    for name, metric, text in _SUMMARY:
+        chance = _percent(evaluation.chance.get(name, {}).get(metric))
+        values = [_percent(scores.get(name, {}).get(metric)) for scores in models.values()]
+        lines.append([text.format(chance=chance), *values])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    label_width, *others = widths
+    return "\n".join(
+        "  ".join([f"{label:<{label_width}}", *map(str.rjust, cells, others)])
+        for label, *cells in lines
+    )
+
+
+def print_result(evaluation: Evaluation, folder: Path, *, recipe: str, full: bool) -> None:
+    """Print the summary, the full table if wanted, and what the output folder contains."""
+    print(f"\n{summary(evaluation, recipe)}\n")
+    verdicts = {"model": RECIPES[recipe], **{n: _title(n) for n in evaluation.references}}
+    for name, title in verdicts.items():
+        scores = None if name == "model" else evaluation.references[name]
+        listed = ", ".join(
+            f"{each} {verdict} (residue {evaluation.mean_residue(each, scores):.2f})"
+            for each, verdict in evaluation.set_verdicts.get(name, {}).items()
+        )
+        if listed:
+            print(f"Verdict on {title}: {listed}.")
+    print("Residue: 1 is known, 0.5 no trace, 0 loudly absent.")
+    if full:
+        print(f"\n{evaluation.table()}\n")
+    hint = "" if full else " (--full prints it)"
+    print(f"Every metric, with 95 % intervals: {folder / 'evaluation.txt'}{hint}.")
+    print(
+        f"Also in {folder}:\n  model/ (the erased model), pictures.png (captions before and "
+        "after), losses.png,\n  report.md, evaluation.json, history.jsonl."
+    )
+    print("The pairs are emoji: real image-text pairs, but no evidence about photographs.")
+
+
+def draw_sheet(sets: DemoSets, original: str, erased: Path, path: Path) -> None:
+    """Write the sheet of `PICTURES` drawings each of forget, neighbour and retain to `path`."""
+    ranking = rank_names(sets, original, erased)
+    sections = {"forget": sets.forget, "neighbour": sets.neighbour, "retain": sets.retain}
+    rows = [
+        row
+        for section, pairs in sections.items()
+        for row in ranking.rows(section, open_pairs(pairs, name=section), _spread(pairs))
+    ]
+    picture_sheet(rows, path, erased=sets.concepts)
+
+
+def rank_names(sets: DemoSets, original: str, erased: Path) -> CaptionRanking:
+    """Let the names of all concepts of the run compete for the drawings."""
+    names = {name for pairs in (sets.forget, sets.retain, sets.holdout) for name in pairs.names}
+    return CaptionRanking(
+        sorted(names), PairEncoder(load_model(original)), PairEncoder(load_model(erased))
+    )
+
+
+def _title(reference: str) -> str:
+    """Name a reference in the summary: `cliperase recipe` as its title, others as they are."""
+    return RECIPES.get(reference.removesuffix(" recipe"), reference)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def _spread(pairs: Drawings) -> list[int]:
+    """Choose `PICTURES` drawings spread evenly over the set, of different concepts if possible."""
+    first_of = {name: row for row, name in reversed(list(enumerate(pairs.names)))}
+    return spread(sorted(first_of.values()), PICTURES)

@@ -12,7 +12,7 @@ from torch import Tensor
 from fasterase.encode import PairEncoder, PairFeatures
 from fasterase.errors import InputError
 from fasterase.evaluation.hurt import choose_things, encode_things
-from fasterase.evaluation.metrics import OLD_INDEX, bootstrap_intervals
+from fasterase.evaluation.metrics import METRICS, OLD_INDEX, bootstrap_intervals
 from fasterase.evaluation.scores import (
     CaptionPool,
     SetFeatures,
@@ -32,7 +32,6 @@ from fasterase.evaluation.zero_shot import (
     score_accuracy,
 )
 from fasterase.option_values import parse_value
-from fasterase.pairs.skips import Skip
 from fasterase.pairs.table import PairTable
 from fasterase.seeds import Stream, generator
 
@@ -52,8 +51,7 @@ class Measurement:
     sets: dict[str, SetScores]
     traces: dict[str, Trace]  # of the sets to forget; empty without unrelated pairs
     candidates: int  # number of candidate captions
-    images: dict[str, Tensor]  # set -> image features of its pairs [n, D]
-    captions: dict[str, list[str]]  # set -> first caption of each pair
+    features: dict[str, SetFeatures]
     classes: dict[str, list[str | None]]  # set -> class of each pair, with classes
     things: Tensor | None  # features of everyday things, if they were measured
 
@@ -73,26 +71,18 @@ class Measurement:
             for name, scores in self.sets.items()
         }
 
-    def chances(self) -> Scores:
-        """Return set -> metric -> value of a random order."""
-        return {
-            name: {each.key: scores.chance[each.key] for each in scores.metrics}
-            for name, scores in self.sets.items()
-        }
-
     def intervals(self, *, resamples: int, seed: int) -> dict[str, dict[str, tuple[float, float]]]:
         """Return set -> metric -> 95 % bootstrap interval over pairs."""
-
-        def of(scores: SetScores) -> dict[str, tuple[float, float]]:
-            values: dict[str, dict[str, np.ndarray]] = {"mean": {}, "median": {}}
-            for each in scores.metrics:
-                values[each.average][each.key] = scores.values[each.key]
-            found = bootstrap_intervals(
-                values["mean"], values["median"], resamples=resamples, seed=seed
+        medians = [each.key for each in METRICS if each.average == "median"]
+        return {
+            name: bootstrap_intervals(
+                {each.key: scores.values[each.key] for each in scores.metrics},
+                medians=medians,
+                resamples=resamples,
+                seed=seed,
             )
-            return {each.key: found[each.key] for each in scores.metrics}
-
-        return {name: of(scores) for name, scores in self.sets.items()}
+            for name, scores in self.sets.items()
+        }
 
 
 class Evaluator:
@@ -103,8 +93,7 @@ class Evaluator:
     similarities.
 
     Args:
-        sources: set name -> pairs; `"forget"` and `"retain"` are required. An empty set is not
-            measured.
+        sources: set name -> pairs, with `"forget"` and `"retain"`. An empty set is not measured.
         forget_sets: names of further sets to forget; all others are sets to keep.
         preferred: set -> rows that make up half of the sample, where they are enough.
         max_pairs, seed, class_names, templates: as in `fasterase.evaluate`.
@@ -112,13 +101,11 @@ class Evaluator:
             everyday things instead of all.
 
     Attributes:
-        skipped: pairs that the last `measure` could not read.
         judge: judges the sets to forget, on pairs that are measured anyway.
-        resamples: number of bootstrap resamples.
         things: everyday things whose texts are measured too.
 
     Raises:
-        InputError: a name or value is unusable.
+        InputError: a value is unusable.
     """
 
     def __init__(
@@ -133,9 +120,6 @@ class Evaluator:
         templates: Sequence[str] | None = None,
         quick: bool = False,
     ) -> None:
-        for name in ("forget", "retain", *forget_sets):
-            if name not in sources:
-                raise InputError(f"sources has no set {name!r}, only {', '.join(sources)}.")
         max_pairs = parse_value("max_pairs", max_pairs, int | None)
         if max_pairs is not None and max_pairs < 1:
             raise InputError(f"max_pairs={max_pairs!r} must be 1 or more, or None for all pairs.")
@@ -154,7 +138,6 @@ class Evaluator:
         if self.class_names is None:
             self.class_names = carried_classes(sources)
         self.resamples = QUICK_RESAMPLES if quick else FULL_RESAMPLES
-        self.skipped: list[Skip] = []
         self._preferred = dict(preferred or {})
         # Of the whole forget set, sampled or not: other sets may have its captions too.
         self._concept = all_captions(sources["forget"])
@@ -188,8 +171,7 @@ class Evaluator:
         Args:
             encoder: the model.
             features: what `encode` returned for it, if that has been called already.
-            original: of the original, whose image features the captions are also searched in,
-                unless their width differs.
+            original: in whose image features captions are searched too, if their width is the same.
             with_things: measure everyday things too, which an original is compared with.
 
         Raises:
@@ -198,7 +180,6 @@ class Evaluator:
         """
         if features is None:
             features = self.encode(encoder)
-        self.skipped = [skip for name in self.sources for skip in features[name].skipped]
         model = encoder.model.name
         pool = CaptionPool.of(features[name] for name in self.sources)
         check_finite(pool.text, list(pool.row), model)
@@ -208,27 +189,18 @@ class Evaluator:
         for name, found in sets.items():
             check_finite(found.image, found.ids, model)
             scores[name] = retrieval_scores(found, pool, concept, _distractors(sets, name))
-        classes: dict[str, list[str | None]] = {}
-        if self.class_names is not None:
-            classes = self._add_accuracy(encoder, features, scores, self.class_names)
+        classes = self._add_accuracy(encoder, features, scores)
         traces = self.judge.judge(features)
         for name, trace in traces.items():
             for key, (values, chance) in trace.metrics_at(features[name].rows).items():
                 scores[name].add(key, values, chance)
-        measured = Measurement(
-            model,
-            scores,
-            summarise(traces),
-            len(pool.row),
-            {name: found.image for name, found in sets.items()},
-            {name: [each[0] for each in found.captions] for name, found in sets.items()},
-            classes,
-            encode_things(encoder, self.things) if with_things else None,
-        )
+        things = encode_things(encoder, self.things) if with_things else None
+        traced = summarise(traces)
+        measured = Measurement(model, scores, traced, len(pool.row), sets, classes, things)
         if original is not None:
             measured.check_same_pairs(original, "original")
-            if pool.text.shape[1] == original.images["forget"].shape[1]:
-                old = {n: each._replace(image=original.images[n]) for n, each in sets.items()}
+            old = original.features  # of the same pairs
+            if pool.text.shape[1] == old["forget"].image.shape[1]:
                 for name, each in old.items():
                     hits, by_chance = text_to_image(each, pool, _distractors(old, name))
                     scores[name].add(OLD_INDEX, hits.hit(1), float(by_chance.hit(1).mean()))
@@ -239,28 +211,29 @@ class Evaluator:
         encoder: PairEncoder,
         features: Mapping[str, PairFeatures],
         scores: Mapping[str, SetScores],
-        class_names: list[str],
     ) -> dict[str, list[str | None]]:
         """Add the zero-shot accuracy of the sets of which some pair has a known class.
 
         Return set -> the class of each of its pairs.
         """
-        labels = label_pairs(class_names, self.sources, features)
-        known = {name: those for name, those in labels.items() if (those >= 0).any()}
-        if not known:
-            if self._classes_asked_for:
-                raise InputError(
-                    f"class_names: no pair of {', '.join(labels)} belongs to one of "
-                    f"{', '.join(class_names[:5])}{', ...' if len(class_names) > 5 else ''}. "
-                    "A pair's class is its folder or the one class that its caption names."
-                )
+        names = self.class_names
+        if names is None:
             return {}
-        classes = encode_classes(encoder.texts, class_names, self.templates)
+        labels = label_pairs(names, self.sources, features)
+        known = {name: those for name, those in labels.items() if (those >= 0).any()}
+        if known:
+            classes = encode_classes(encoder.texts, names, self.templates)
+        elif self._classes_asked_for:
+            raise InputError(
+                f"class_names: no pair of {', '.join(labels)} belongs to one of "
+                f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}. "
+                "A pair's class is its folder or the one class that its caption names."
+            )
         for name, those in known.items():
             values = score_accuracy(features[name].image, classes, those)
-            scores[name].add("zero_shot_accuracy", values, 1 / len(class_names))
+            scores[name].add("zero_shot_accuracy", values, 1 / len(names))
         return {
-            name: [class_names[place] if place >= 0 else None for place in those.tolist()]
+            name: [names[place] if place >= 0 else None for place in those.tolist()]
             for name, those in known.items()
         }
 

@@ -8,19 +8,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fasterase.encode import PairEncoder, PairFeatures
 from fasterase.errors import InputError, import_extra
 from fasterase.evaluation import tasks as task
-from fasterase.evaluation.attacks.membership import membership
-from fasterase.evaluation.attacks.probe import probe
+from fasterase.evaluation.attacks.features import membership, probe, swap
 from fasterase.evaluation.attacks.prompt import prompt
-from fasterase.evaluation.attacks.quantise import quantise
-from fasterase.evaluation.attacks.relearn import relearn
-from fasterase.evaluation.attacks.swap import swap
+from fasterase.evaluation.attacks.weights import quantise, relearn
 from fasterase.evaluation.evaluator import Evaluator, sampled_rows
-from fasterase.evaluation.findings import Examined, Finding, Findings, Series, Target
+from fasterase.evaluation.findings import (
+    NON_MEMBERS,
+    Examined,
+    Finding,
+    Findings,
+    Target,
+    UnsuitableModelError,
+)
 from fasterase.option_values import parse_names
 from fasterase.pairs.table import PairTable
 
@@ -29,11 +33,15 @@ class Examination(NamedTuple):
     """How a task or an attack is run, and what it needs."""
 
     run: Callable[[Target], Examined]
-    needs_original: bool = False
-    needs_non_members: bool = False
+    needs: str | None = None  # key of `NEEDS`
     needs_module: str | None = None  # of the extra `eval`
 
 
+NEEDS = {
+    "original": "the model before erasing. Pass it as original",
+    "non_members": "pairs of the same source that no model was trained on. "
+    "Pass them as non_members",
+}
 TASKS: dict[str, Examination] = {
     "zero_shot": Examination(task.zero_shot),
     "retrieval": Examination(task.retrieval),
@@ -43,12 +51,12 @@ TASKS: dict[str, Examination] = {
     "paraphrases": Examination(task.paraphrases),
 }
 ATTACKS: dict[str, Examination] = {
-    "swap": Examination(swap, needs_original=True),
+    "swap": Examination(swap, "original"),
     "probe": Examination(probe, needs_module="sklearn"),
     "quantise": Examination(quantise),
     "relearn": Examination(relearn),
     "prompt": Examination(prompt),
-    "membership": Examination(membership, needs_non_members=True, needs_module="sklearn"),
+    "membership": Examination(membership, "non_members", "sklearn"),
 }
 
 
@@ -73,19 +81,12 @@ def check_attacks(names: Sequence[str], *, original: bool, non_members: bool) ->
         MissingExtraError: an attack needs a package that is not installed.
     """
     chosen = _parse_names("attacks", names, ATTACKS)
+    given = {"original": original, "non_members": non_members}
     for name in chosen:
-        attack = ATTACKS[name]
-        if attack.needs_original and not original:
-            raise InputError(
-                f"attacks: {name!r} needs the model before erasing. Pass it as original=, or leave "
-                f"{name!r} out."
-            )
-        if attack.needs_non_members and not non_members:
-            raise InputError(
-                f"attacks: {name!r} needs pairs of the same source that no model was trained on. "
-                f"Pass them as non_members=, or leave {name!r} out."
-            )
-    if non_members and not any(ATTACKS[name].needs_non_members for name in chosen):
+        needed = ATTACKS[name].needs
+        if needed is not None and not given[needed]:
+            raise InputError(f"attacks: {name!r} needs {NEEDS[needed]}=, or leave {name!r} out.")
+    if non_members and not any(ATTACKS[name].needs == "non_members" for name in chosen):
         raise InputError(
             "non_members: none of the attacks uses them. Add 'membership' to attacks=, or leave "
             "non_members out."
@@ -133,9 +134,6 @@ class Examiner:
         self._non_members = non_members
         # Features alone: of models given by name only one is in memory at a time.
         self._original: Mapping[str, PairFeatures] | None = None
-        self._original_non_members: PairFeatures | None = None
-        self._tasks = {name: TASKS[name] for name in tasks}
-        self._attacks = {name: ATTACKS[name] for name in attacks}
         self._found: dict[str, dict[str, Examined]] = {name: {} for name in (*tasks, *attacks)}
 
     def examine(
@@ -143,10 +141,7 @@ class Examiner:
     ) -> None:
         """Run all tasks and attacks on one model, which is left as it is.
 
-        Args:
-            name: `"model"`, `"original"` or the name of a reference.
-            encoder: the model.
-            features: set -> its features of the evaluator's pairs.
+        `features` are those of the evaluator's pairs; see `Target` for the rest.
 
         Raises:
             InputError: one of them cannot be run on the model.
@@ -154,44 +149,41 @@ class Examiner:
         if not self._found:
             return
         evaluator, others = self._evaluator, self._non_members
-        strangers = None
         if others is not None:
             rows = sampled_rows(len(others), evaluator.max_pairs, seed=evaluator.seed)
             strangers = encoder.pairs(others, rows, description="measuring (non-members)")
+            features = {**features, NON_MEMBERS: strangers}
         if name == "original":
-            self._original, self._original_non_members = features, strangers
-        target = Target(
-            name,
-            encoder,
-            features,
-            self._original,
-            strangers,
-            self._original_non_members,
-            evaluator,
-        )
-        for key, examination in (self._tasks | self._attacks).items():
+            self._original = features
+        target = Target(name, encoder, features, self._original, evaluator)
+        for key, found in self._found.items():
             start = time.perf_counter()
-            findings, series = examination.run(target)
+            try:
+                findings, series = (TASKS | ATTACKS)[key].run(target)
+            except UnsuitableModelError:
+                if name == "model":
+                    raise
+                findings, series = [], ()
             seconds = time.perf_counter() - start
             if findings:
                 findings.append(Finding("seconds", "cost", "seconds", "seconds", "", seconds))
-            self._found[key][name] = Examined(findings, [replace(x, model=name) for x in series])
+            found[name] = Examined(findings, [replace(each, model=name) for each in series])
 
-    def task_findings(self) -> dict[str, Findings]:
-        """Return task -> the model's findings beside those of all others."""
-        return {name: _side_by_side(self._found[name]) for name in self._tasks}
+    def results(self) -> dict[str, Any]:
+        """Return the fields `tasks`, `attacks` and `series` of an evaluation.
 
-    def attack_findings(self) -> dict[str, Findings]:
-        """Return attack -> the model's findings beside those of all others."""
-        return {name: _side_by_side(self._found[name]) for name in self._attacks}
-
-    def series(self) -> dict[str, list[Series]]:
-        """Return attack -> what its plot shows, the model first; without those that have none."""
+        The model's findings stand beside those of all others, and its series before theirs.
+        """
         series = {}
         for key, found in self._found.items():
             models = sorted(found, key=lambda name: name != "model")
             series[key] = [each for name in models for each in found[name].series]
-        return {key: those for key, those in series.items() if those}
+        compared = {name: _side_by_side(found) for name, found in self._found.items()}
+        return {
+            "tasks": {name: those for name, those in compared.items() if name in TASKS},
+            "attacks": {name: those for name, those in compared.items() if name in ATTACKS},
+            "series": {name: those for name, those in series.items() if those},
+        }
 
 
 def _side_by_side(found: Mapping[str, Examined]) -> Findings:
@@ -200,13 +192,14 @@ def _side_by_side(found: Mapping[str, Examined]) -> Findings:
     for key, finding in by_key.pop("model").items():
         same = {name: findings[key] for name, findings in by_key.items() if key in findings}
         values = {name: other.value for name, other in same.items()}
-        original = values.pop("original", None)
-        intervals = {
-            name: [other.low, other.high]
-            for name, other in same.items()
-            if other.low is not None and other.high is not None
-        }
         merged[key] = replace(
-            finding, original=original, references=values, other_intervals=intervals
+            finding,
+            original=values.pop("original", None),
+            references=values,
+            other_intervals={
+                name: [other.low, other.high]
+                for name, other in same.items()
+                if other.low is not None and other.high is not None
+            },
         )
     return merged

@@ -10,11 +10,13 @@ import numpy as np
 import torch
 
 from fasterase.encode import PairEncoder, PairFeatures
+from fasterase.errors import InputError
 from fasterase.evaluation.evaluator import Evaluator
 from fasterase.evaluation.metrics import METRICS, bootstrap_intervals, format_value, wilson_interval
 from fasterase.evaluation.scores import Position, distinct_firsts, find_position
 from fasterase.evaluation.verdict import PairTraces
 
+NON_MEMBERS = ""  # no set has this name
 CELL = 12  # characters of a text in a table
 # Share of unrelated images that may be taken for the concept when an image counts as found.
 FALSE_POSITIVES = 0.05
@@ -69,16 +71,6 @@ class Finding:
 Findings = dict[str, Finding]  # key -> finding
 
 
-class Label(NamedTuple):
-    """What a share among the findings is called; see `Finding`."""
-
-    key: str
-    group: str
-    title: str
-    wanted: str
-    chance: float
-
-
 @dataclass(frozen=True)
 class Series:
     """One line of one panel of a plot."""
@@ -99,10 +91,14 @@ class Series:
     model: str = "model"  # whose it is: `"model"`, `"original"` or the name of a reference
 
 
+class UnsuitableModelError(InputError):
+    """An attack cannot be run on this model; an original or a reference then has no findings."""
+
+
 class Examined(NamedTuple):
     """What a task or an attack finds out about one model."""
 
-    findings: list[Finding]  # none if a reference cannot be attacked
+    findings: list[Finding]
     # What its plot shows; none if the findings themselves are plotted.
     series: Sequence[Series] = ()
 
@@ -113,17 +109,27 @@ class Target:
 
     name: str  # `"model"`, `"original"` or the name of a reference
     encoder: PairEncoder  # what changes its weights puts them back
-    features: Mapping[str, PairFeatures]  # set -> its features of the measured pairs
+    # Set -> its features of the measured pairs; `NON_MEMBERS` -> those of pairs that no model was
+    # trained on, if there are any.
+    features: Mapping[str, PairFeatures]
     # The same of the original; None if it is not among the models.
     original: Mapping[str, PairFeatures] | None
-    # The model's features of pairs that no model was trained on; None without any.
-    non_members: PairFeatures | None
-    original_non_members: PairFeatures | None  # the same of the original
     evaluator: Evaluator  # the pairs, and the judge of the sets to forget
 
     def judged(self) -> dict[str, PairFeatures]:
         """Return set -> features of the pairs that the verdict compares; `"retain"`: unrelated."""
         return {name: self.features[name].at(r) for name, r in self.evaluator.judge.rows.items()}
+
+    def two_of_each(self, attack: str) -> dict[str, PairFeatures]:
+        """Return `judged`; `InputError` for fewer than two pairs to forget or unrelated ones."""
+        judged = self.judged()
+        forget, retain = (len(judged[name].rows) for name in ("forget", "retain"))
+        if min(forget, retain) < 2:
+            raise InputError(
+                f"attacks: {attack!r} needs two pairs or more of each kind, found {forget} to "
+                f"forget and {retain} unrelated. Give more pairs, or leave {attack!r} out."
+            )
+        return judged
 
     def encode(self, rows: Mapping[str, np.ndarray], what: str) -> dict[str, PairFeatures]:
         """Return set -> features of its `rows`, encoded anew; `what` stands at the bar."""
@@ -134,18 +140,20 @@ class Target:
             for name, those in rows.items()
         }
 
-    def resampled(self, values: np.ndarray, label: Label) -> Finding:
-        """Return the mean of shares [n], NaN for pairs that do not count: bootstrap over pairs."""
+    def resampled(
+        self, values: np.ndarray, key: str, group: str, title: str, wanted: str, chance: float
+    ) -> Finding:
+        """Return `share_finding` of shares [n], NaN for pairs that do not count: bootstrap."""
         resamples, seed = self.evaluator.resamples, self.evaluator.seed
-        intervals = bootstrap_intervals({label.key: values}, {}, resamples=resamples, seed=seed)
-        return share_finding(values, label, intervals[label.key])
+        found = bootstrap_intervals({key: values}, resamples=resamples, seed=seed)
+        return share_finding(values, key, group, title, wanted, chance, found[key])
 
     def of_set(
         self, name: str, values: np.ndarray, *, key: str, title: str, chance: float, aim: str = ""
     ) -> Finding:
         """Return the mean over a set's pairs: to fall on sets to forget, with `aim` to chance."""
         wanted = f"↓{aim}" if name in self.evaluator.forget_sets else "↑"
-        return self.resampled(values, Label(f"{name}/{key}", name, title, wanted, chance))
+        return self.resampled(values, f"{name}/{key}", name, title, wanted, chance)
 
     def hits(
         self, name: str, found: Position, chances: Mapping[int, float], *, key: str, title: str
@@ -176,8 +184,8 @@ class Target:
         found = (below >= 1 - FALSE_POSITIVES).astype(float)
         title = f"{prefix}found at 5 % FPR, %"
         return [
-            self.resampled(below, Label(f"{key}/auc", group, f"{prefix}AUC, %", "↓", 0.5)),
-            share_finding(found, Label(f"{key}/found", group, title, "↓", chance)),
+            self.resampled(below, f"{key}/auc", group, f"{prefix}AUC, %", "↓", 0.5),
+            share_finding(found, f"{key}/found", group, title, "↓", chance),
         ]
 
     def traces(self, traces: Mapping[str, PairTraces], *, key: str, group: str) -> list[Finding]:
@@ -188,26 +196,26 @@ class Target:
         findings = []
         for name, found in traces.items():
             metrics = found.metrics()
-            for metric in METRICS:
-                if metric.key in metrics:
-                    values, chance = metrics[metric.key]
-                    place, heading = f"{name}/{key}/{metric.key}", f"{name}, {group}"
-                    label = Label(place, heading, metric.title, metric.forget, chance)
-                    is_hit = metric.key == "contest_hit@1"
-                    make = share_finding if is_hit else self.resampled
-                    findings.append(make(values, label))
+            for metric in (each for each in METRICS if each.key in metrics):
+                values, chance = metrics[metric.key]
+                make = share_finding if metric.key == "contest_hit@1" else self.resampled
+                place, heading = f"{name}/{key}/{metric.key}", f"{name}, {group}"
+                findings.append(make(values, place, heading, metric.title, metric.forget, chance))
         return findings
 
 
 def share_finding(
     values: np.ndarray,  # [n] 0 or 1, or shares where ties are counted as chance would break them
-    label: Label,
+    key: str,
+    group: str,
+    title: str,
+    wanted: str,
+    chance: float,
     interval: tuple[float, float] | None = None,
 ) -> Finding:
     """Return a share of n trials; its interval is Wilson's unless another one is given."""
     share = float(np.nanmean(values))
     low, high = interval or wilson_interval(share, len(values))
-    key, group, title, wanted, chance = label
     return Finding(key, group, title, "share", wanted, share, low, high, chance)
 
 
@@ -218,4 +226,4 @@ def recall_finding(
     distinct, own = distinct_firsts(pairs)
     right = torch.nn.functional.one_hot(torch.tensor(own), len(distinct)).bool()
     hit = find_position(pairs.image @ pairs.text[distinct].T, right).hit(1)
-    return share_finding(hit, Label(f"{key}/recall@1", group, title, "↑", 1 / len(distinct)))
+    return share_finding(hit, f"{key}/recall@1", group, title, "↑", 1 / len(distinct))

@@ -30,21 +30,16 @@ RECALL = "image_to_text_recall@1"
 
 
 class Hurt(NamedTuple):
-    """Something that lost by erasing.
+    """Something that lost by erasing."""
 
-    Attributes:
-        name: a caption, the name of a class, or an everyday thing.
-        kind: `"caption"` (before and after are recall@1 of its pictures, among the captions of all
-            sets), `"class"` (zero-shot accuracy) or `"word"` (share of the nearest everyday things
-            under the original that are still nearest).
-        before, after: shares, of the original and of the model.
-        count: pictures; of a word, neighbours.
-    """
-
-    name: str
+    name: str  # a caption, the name of a class, or an everyday thing
+    # `"caption"` (before and after are recall@1 of its pictures, among the captions of all sets),
+    # `"class"` (zero-shot accuracy) or `"word"` (share of the nearest everyday things under the
+    # original that are still nearest).
     kind: str
-    before: float
-    after: float
+    before: float  # shares: of the original
+    after: float  # and of the model
+    # Pictures; of a word, neighbours.
     count: int  # type: ignore[assignment]  # of tuples, which nobody counts in
 
     def describe(self) -> str:
@@ -57,13 +52,10 @@ class Hurt(NamedTuple):
 
 
 def choose_things(captions: Collection[str], count: int | None) -> list[str]:
-    """Return everyday things to measure, those that share words or letters with captions first.
+    """Return `count` everyday things to measure, or all of them if it is None.
 
-    Things that a caption to forget names as a whole are left out.
-
-    Args:
-        captions: all captions to forget.
-        count: how many things; None for all.
+    Those that share words or letters with the `captions` to forget come first. Things that a
+    caption names as a whole are left out.
     """
     named = {" ".join(words_of(caption.lower())) for caption in captions}
     words = {word for caption in captions for word in words_of(caption.lower())}
@@ -144,11 +136,8 @@ def hurt_groups(
 ) -> Iterator[Hurt]:
     """Yield the groups of pairs whose mean of a metric fell.
 
-    Args:
-        kind: see `Hurt`.
-        names: set -> name of the group of each of its pairs; None for no group.
-        model, original: set -> scores of the same pairs.
-        metric: the one that counts.
+    `names` maps a set to the group of each of its pairs, or None; `model` and `original` to scores
+    of the same pairs.
     """
     groups: dict[str, dict[str, tuple[float, float]]] = defaultdict(dict)
     for set_name, of_pairs in names.items():

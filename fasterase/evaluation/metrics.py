@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,41 +67,41 @@ METRICS: tuple[Metric, ...] = (
 
 
 def bootstrap_intervals(
-    means: Mapping[str, np.ndarray],
-    medians: Mapping[str, np.ndarray],
+    values: Mapping[str, np.ndarray],
     *,
     resamples: int,
     seed: int,
+    medians: Collection[str] = (),
     level: float = 0.95,
 ) -> dict[str, tuple[float, float]]:
-    """Return name -> percentile interval of the mean or the median of per-pair values.
+    """Return name -> percentile interval of the mean of per-pair values [n].
 
     All metrics share the resampled pairs. Time is O(resamples x n), memory O(1) in both.
 
     Args:
-        means: name -> [n] values whose mean is wanted; NaN marks pairs that do not count.
-        medians: name -> [n] values whose median is wanted.
+        values: name -> [n] values; NaN marks pairs that do not count.
         resamples: number of resamples of n pairs, drawn with replacement by `seed`.
+        medians: names whose median is wanted instead; their values hold no NaN.
         level: share of the resampled statistics inside the interval.
     """
-    lengths = {len(values) for values in (*means.values(), *medians.values())}
-    if not lengths:
+    if not values:
         return {}
-    (n,) = lengths
-    found: dict[str, list[np.ndarray]] = {name: [] for name in (*means, *medians)}
+    (n,) = {len(each) for each in values.values()}
+    found: dict[str, list[np.ndarray]] = {name: [] for name in values}
     for counts in _resample_counts(n, resamples, seed):
-        for name, values in means.items():
-            counted = ~np.isnan(values)
+        for name, each in values.items():
+            if name in medians:
+                found[name].append(_weighted_median(each, counts))
+                continue
+            counted = ~np.isnan(each)
             with np.errstate(invalid="ignore"):  # a resample without any counted pair is NaN
-                found[name].append(counts @ np.where(counted, values, 0) / (counts @ counted))
-        for name, values in medians.items():
-            found[name].append(_weighted_median(values, counts))
+                found[name].append(counts @ np.where(counted, each, 0) / (counts @ counted))
     tail = 50 * (1 - level)
-    result = {}
-    for name, parts in found.items():
-        low, high = np.nanpercentile(np.concatenate(parts), [tail, 100 - tail])
-        result[name] = (float(low), float(high))
-    return result
+    ends = {
+        name: np.nanpercentile(np.concatenate(parts), [tail, 100 - tail])
+        for name, parts in found.items()
+    }
+    return {name: (float(low), float(high)) for name, (low, high) in ends.items()}
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -32,19 +33,18 @@ CHUNK_ELEMENTS = 4_000_000
 
 
 class SetFeatures(NamedTuple):
-    """Image features of n pairs, on the CPU, fp32, unit rows, with their names.
+    """Image features of n pairs with their names.
 
     A pair with several captions is represented by its first one; the others only count as right
     answers.
     """
 
-    image: Tensor  # [n, D]
+    image: Tensor  # [n, D], as in `PairFeatures`
     captions: list[list[str]]  # [n] all of each pair, the first one first; token ids spelled out
     ids: list[str]  # [n] as the source gives them
 
     @classmethod
     def of(cls, source: PairTable, features: PairFeatures) -> SetFeatures:
-        """Add captions and ids from the source to `features`."""
         rows = features.rows.tolist()
         captions = [captions_of(source, row) for row in rows]
         return cls(features.image, captions, [source.id(row) for row in rows])
@@ -99,13 +99,11 @@ class SetScores:
         return [metric for metric in METRICS if metric.key in self.values]
 
     def add(self, key: str, values: np.ndarray, chance: float) -> None:
-        """Add a metric: per-pair `values` [n] and chance level."""
         self.values[key], self.chance[key] = values, chance
 
     def add_hits(
         self, key: str, depths: Sequence[int], found: Position, by_chance: Position
     ) -> None:
-        """Add `key@k` for each of `depths`: is a right candidate among the first k?"""
         for k in depths:
             self.add(f"{key}@{k}", found.hit(k), float(by_chance.hit(k).mean()))
 
@@ -133,7 +131,7 @@ def retrieval_scores(
     distractors: SetFeatures | None,
 ) -> SetScores:
     """Return all retrieval metrics of one set; memory is bounded by `CHUNK_ELEMENTS`."""
-    n, size = len(features.ids), len(pool.row)
+    size = len(pool.row)
     own = [[pool.row[c] for c in texts if c in pool.row] for texts in features.captions]
     first = torch.tensor([pool.row[texts[0]] for texts in features.captions])
     own_count = np.array([len(rows) for rows in own])
@@ -154,7 +152,7 @@ def retrieval_scores(
     scores.add_hits("image_to_text_recall", RECALL_DEPTHS, join_positions(own_parts), by_chance)
     found, by_chance = text_to_image(features, pool, distractors)
     scores.add_hits("text_to_image_recall", RECALL_DEPTHS, found, by_chance)
-    by_chance = chance_position(size, np.full(n, int(concept.sum())))
+    by_chance = chance_position(size, np.full(len(own), int(concept.sum())))
     scores.add_hits("concept_hit", CONCEPT_DEPTHS, join_positions(concept_parts), by_chance)
     scores.add("median_rank", join_positions(first_parts).rank(), (size + 1) / 2)
     expected = float(np.concatenate(unmatched).mean())
@@ -166,15 +164,12 @@ def text_to_image(
     features: SetFeatures, pool: CaptionPool, distractors: SetFeatures | None
 ) -> tuple[Position, Position]:
     """Return where each pair's first caption finds its image, [n], and where by chance."""
-    image, candidates = features.image, features.captions
-    if distractors is not None:
-        image = torch.cat([image, distractors.image])
-        candidates = candidates + distractors.captions
+    sets = [features] if distractors is None else [features, distractors]
+    image = torch.cat([each.image for each in sets])
     images_of: dict[str, list[int]] = {captions[0]: [] for captions in features.captions}
-    for row, captions in enumerate(candidates):
-        for caption in captions:
-            if caption in images_of:
-                images_of[caption].append(row)
+    for row, captions in enumerate(chain.from_iterable(each.captions for each in sets)):
+        for caption in filter(images_of.__contains__, captions):
+            images_of[caption].append(row)
     right = list(images_of.values())
     by_caption = search_candidates(pool.text[[pool.row[c] for c in images_of]], image, right)
     # Every pair queries with its first caption: a caption counts as often as it has pairs.

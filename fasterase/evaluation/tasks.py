@@ -42,25 +42,23 @@ def zero_shot(target: Target) -> Examined:
         InputError: no classes are known, or no pair has one.
     """
     evaluator = target.evaluator
-    if evaluator.class_names is None:
+    names = evaluator.class_names
+    if names is None:
         raise InputError(
             "tasks: 'zero_shot' needs classes. Give class_names=, or sets whose folders are "
             "classes, or leave 'zero_shot' out."
         )
-    names = evaluator.class_names
     labels = label_pairs(names, evaluator.sources, target.features)
-    if not any((those >= 0).any() for those in labels.values()):
+    known = {name: those >= 0 for name, those in labels.items() if (those >= 0).any()}
+    if not known:
         raise InputError("tasks: 'zero_shot': no pair belongs to one of class_names.")
     classes = encode_classes(target.encoder.texts, names, evaluator.templates)
     findings: list[Finding] = []
-    for name, those in labels.items():
-        known = those >= 0
-        if not known.any():
-            continue
-        images = target.features[name].image[torch.from_numpy(known)]
+    for name, rows in known.items():
+        images, right = target.features[name].image[torch.from_numpy(rows)], labels[name][rows]
         findings += target.hits(
             name,
-            search_candidates(images, classes, those[known, None].tolist()),
+            search_candidates(images, classes, right[:, None].tolist()),
             {k: k / len(names) for k in ACCURACY_DEPTHS if k < len(names)},
             key="accuracy",
             title="zero-shot accuracy, top {}, %",
@@ -97,14 +95,14 @@ def probe(target: Target, fit: Fit, *, task: str, title: str) -> Examined:
         train = taking_part & (fold != held_out)
         test = taking_part & (fold == held_out)
         right[test] = fit(images[train], joined[train])(images[test]) == joined[test]
-    findings: list[Finding] = []
-    ends = np.cumsum([len(those) for those in labels.values()])[:-1]
-    for name, values in zip(labels, np.split(right, ends), strict=True):
-        if not np.isnan(values).all():
-            findings.append(
-                target.of_set(name, values, key="accuracy", title=title, chance=1 / classes)
-            )
-    return Examined(findings)
+    parts = np.split(right, np.cumsum([len(those) for those in labels.values()])[:-1])
+    return Examined(
+        [
+            target.of_set(name, values, key="accuracy", title=title, chance=1 / classes)
+            for name, values in zip(labels, parts, strict=True)
+            if not np.isnan(values).all()
+        ]
+    )
 
 
 def fit_linear(images: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
@@ -201,9 +199,9 @@ def image_retrieval(target: Target) -> Examined:
         if name != "retain":
             gallery = torch.cat([own, target.features["retain"].image])
             gallery_label = np.concatenate([label, labels["retain"]])
-        columns: dict[int, list[int]] = {}
+        columns: defaultdict[int, list[int]] = defaultdict(list)
         for column, each in enumerate(gallery_label.tolist()):
-            columns.setdefault(each, []).append(column)
+            columns[each].append(column)
         right = [[c for c in columns[each] if c != row] for row, each in enumerate(label.tolist())]
         queries = [row for row, those in enumerate(right) if those]
         if not queries:
@@ -284,16 +282,8 @@ def paraphrases(target: Target) -> Examined:
             total = np.bincount(rows.numpy(), weights=below, minlength=len(captions))
             with np.errstate(invalid="ignore"):  # pairs without a paraphrase have no value
                 values = total / paraphrased
-            findings.append(
-                target.of_set(
-                    name,
-                    values,
-                    key=f"{key}_residue",
-                    title=f"{title} residue of paraphrases, %",
-                    chance=0.5,
-                    aim=" chance",
-                )
-            )
+            named = {"key": f"{key}_residue", "title": f"{title} residue of paraphrases, %"}
+            findings.append(target.of_set(name, values, **named, chance=0.5, aim=" chance"))
     if not findings:
         raise InputError(
             "tasks: 'paraphrases' measures the second and further captions of pairs, and no pair "

@@ -72,16 +72,14 @@ class Trace:
 
     @property
     def is_remembered(self) -> bool:
-        return max(
-            self.image_to_text, self.text_to_image
-        ) > REMEMBERED_RESIDUE or self.hit_low > max(HARMLESS_HIT, 2 * self.chance)
+        known = max(self.image_to_text, self.text_to_image) > REMEMBERED_RESIDUE
+        return known or self.hit_low > max(HARMLESS_HIT, 2 * self.chance)
 
     @property
     def is_over_erased(self) -> bool:
         return min(self.image_to_text, self.text_to_image) < OVER_ERASED_RESIDUE
 
     def describe(self) -> str:
-        """Describe the figures in one line."""
         return (
             f"residue {self.image_to_text:.2f} image->text, {self.text_to_image:.2f} text->image "
             f"(1 known, 0.5 no trace, 0 loudly absent); hit@1 {100 * self.hit:.0f} % "
@@ -90,11 +88,7 @@ class Trace:
 
 
 def decide(traces: Mapping[str, Trace], original: Mapping[str, Trace] | None = None) -> str | None:
-    """Return the verdict on a model, the worst over its sets to forget; None without traces.
-
-    It is `"remembered"`, `"over-erased"`, `"forgotten"` or `"never known"`: that is a set which
-    the `original`, if it was measured, does not remember.
-    """
+    """Return the worst of the verdicts of `decide_each`; None without traces."""
     verdicts = decide_each(traces, original).values()
     return next((verdict for verdict in PRECEDENCE if verdict in verdicts), None)
 
@@ -102,7 +96,11 @@ def decide(traces: Mapping[str, Trace], original: Mapping[str, Trace] | None = N
 def decide_each(
     traces: Mapping[str, Trace], original: Mapping[str, Trace] | None = None
 ) -> dict[str, str]:
-    """Return set -> verdict of each set alone; see `decide`."""
+    """Return set to forget -> verdict on it.
+
+    It is `"remembered"`, `"over-erased"`, `"forgotten"`, or `"never known"` where the `original`,
+    if it was measured, does not remember the set.
+    """
 
     def of(name: str, trace: Trace) -> str:
         if original is not None and not original[name].is_remembered:
@@ -153,10 +151,9 @@ class PairTraces(NamedTuple):
         return found
 
     def summary(self) -> Trace:
-        means = (self.image_to_text, self.text_to_image, self.hit)
-        image_to_text, text_to_image, hit = (float(values.mean()) for values in means)
-        interval = wilson_interval(hit, len(self.rows))
-        return Trace(image_to_text, text_to_image, hit, *interval, self.chance, len(self.rows))
+        hit, count = float(self.hit.mean()), len(self.rows)
+        residues = float(self.image_to_text.mean()), float(self.text_to_image.mean())
+        return Trace(*residues, hit, *wilson_interval(hit, count), self.chance, count)
 
 
 class Judge:
@@ -167,9 +164,8 @@ class Judge:
     Args:
         sources: set -> pairs, with a set `"retain"`.
         forget_sets: names of the sets to forget.
-        seed: seed of the choice of pairs.
+        seed: of the choice of pairs.
         rows: set -> rows (sorted) to choose from; all rows of a set that is missing here.
-        limit: pairs judged of each set at most.
 
     Attributes:
         rows: set -> rows (sorted) that are judged; empty, and no verdict, without unrelated pairs.
@@ -182,7 +178,6 @@ class Judge:
         *,
         seed: int,
         rows: Mapping[str, np.ndarray] | None = None,
-        limit: int = JUDGED_PAIRS,
     ) -> None:
         self._seed = seed
         concept = set().union(*(all_captions(sources[name]) for name in forget_sets))
@@ -197,26 +192,22 @@ class Judge:
             given = (rows or {}).get(name, np.arange(len(sources[name])))
             order = generator(seed, Stream.VERDICT).permutation(given)
             if name == "retain":
-                unrelated = islice(filter(is_unrelated, order.tolist()), limit)
+                unrelated = islice(filter(is_unrelated, order.tolist()), JUDGED_PAIRS)
                 order = np.fromiter(unrelated, dtype=np.int64)
-            return np.sort(order[:limit])
+            return np.sort(order[:JUDGED_PAIRS])
 
         chosen = {name: choose(name) for name in ("retain", *forget_sets)}
         self.rows = chosen if len(chosen["retain"]) else {}
 
     def judge(self, features: Mapping[str, PairFeatures]) -> dict[str, PairTraces]:
         """Return set to forget -> what is left of its judged pairs among `features` of a model."""
-        judged = {
-            name: features[name].at(rows) for name, rows in self.rows.items() if name in features
-        }
+        known = [name for name in self.rows if name in features]
+        judged = {name: features[name].at(self.rows[name]) for name in known}
+        judged = {name: found for name, found in judged.items() if len(found.rows)}
         unrelated = judged.pop("retain", None)
-        if unrelated is None or not len(unrelated.rows):
+        if unrelated is None:
             return {}
-        return {
-            name: _compare(found, unrelated, seed=self._seed)
-            for name, found in judged.items()
-            if len(found.rows)
-        }
+        return {name: _compare(found, unrelated, seed=self._seed) for name, found in judged.items()}
 
 
 def summarise(traces: Mapping[str, PairTraces]) -> dict[str, Trace]:

@@ -20,47 +20,41 @@ from fasterase.pairs.table import PairTable
 TEMPLATES: tuple[str, ...] = ("a photo of a {}.",)
 
 
-class ClassLabels:
-    """Finds the class of a pair.
-
-    It is the class that its source gives (`meta["class"]`, as class-per-folder sources do), else
-    the one class that a caption names as whole words; a caption that names several names none.
-    "hot dog" is not "dog": the longer of overlapping names counts.
-    """
-
-    def __init__(self, class_names: Sequence[str]) -> None:
-        self._index = {name.casefold(): i for i, name in enumerate(class_names)}
-        longest_first = sorted(map(re.escape, self._index), key=len, reverse=True)
-        self._pattern = re.compile(rf"(?<!\w)(?:{'|'.join(longest_first)})(?!\w)")
-
-    def of(self, meta: Mapping[str, Any], captions: Sequence[str]) -> int | None:
-        """Return the index of the pair's class, or None."""
-        known = self._index.get(str(meta.get("class", "")).casefold())
-        if known is not None:
-            return known
-        for caption in captions:
-            named = set(self._pattern.findall(caption.casefold()))
-            if len(named) == 1:
-                return self._index[named.pop()]
-        return None
-
-
 def label_pairs(
     class_names: Sequence[str],
     sources: Mapping[str, PairTable],
     features: Mapping[str, PairFeatures],
 ) -> dict[str, np.ndarray]:
     """Return set -> [n] class number of each pair that has features; -1 if it has no class."""
-    classes = ClassLabels(class_names)
-
-    def label(source: PairTable, row: int) -> int:
-        found = classes.of(source.meta(row), captions_of(source, row))
-        return -1 if found is None else found
-
+    label = labeller(class_names)
     return {
-        name: np.array([label(source, row) for row in features[name].rows.tolist()])
+        name: np.array(
+            [
+                label(source.meta(row), captions_of(source, row))
+                for row in features[name].rows.tolist()
+            ]
+        )
         for name, source in sources.items()
     }
+
+
+def labeller(class_names: Sequence[str]) -> Callable[[Mapping[str, Any], Sequence[str]], int]:
+    """Return what tells the class number of a pair from its `meta` and captions; -1 for none.
+
+    It is the class that its source gives (`meta["class"]`, as class-per-folder sources do), else
+    the one class that a caption names as whole words; a caption that names several names none.
+    "hot dog" is not "dog": the longer of overlapping names counts.
+    """
+    number = {name.casefold(): i for i, name in enumerate(class_names)}
+    longest_first = sorted(map(re.escape, number), key=len, reverse=True)
+    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(longest_first)})(?!\w)")
+
+    def label(meta: Mapping[str, Any], captions: Sequence[str]) -> int:
+        given = {str(meta.get("class", "")).casefold()} & number.keys()
+        named = (set(pattern.findall(caption.casefold())) for caption in captions)
+        return next((number[each.pop()] for each in (given, *named) if len(each) == 1), -1)
+
+    return label
 
 
 def encode_classes(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from os import PathLike
@@ -169,9 +169,6 @@ class Evaluation:
     def plot(self, folder: str | PathLike[str]) -> list[Path]:
         """Draw each task and attack to a file of its name in `folder`, such as `relearn.png`.
 
-        Returns:
-            the files.
-
         Raises:
             InputError: there is neither, or the folder cannot be written to.
             MissingExtraError: matplotlib is not installed (extra `eval`).
@@ -253,48 +250,43 @@ def compare(
     before = None if original is None else original.traces
     traces = {name: each.traces for name, each in {"model": model, **others}.items()}
     verdicts = {name: decide(each, before) for name, each in traces.items()}
-    settings = {
-        "model": model.model,
-        "candidates": model.candidates,
-        "max_pairs": evaluator.max_pairs,
-        "seed": evaluator.seed,
-        "resamples": evaluator.resamples,
-    }
-    outside: dict[str, float] = {}
-    hurt: list[Hurt] = []
-    if original is not None:
-        outside, hurt = _compare_outside(evaluator, model, original)
+    outside, hurt = _compare_outside(evaluator, model, original)
     return Evaluation(
         scores=model.averages(),
         intervals=model.intervals(resamples=evaluator.resamples, seed=evaluator.seed),
-        chance=model.chances(),
+        chance={name: dict(scores.chance) for name, scores in model.sets.items()},
         pairs={name: len(scores.ids) for name, scores in model.sets.items()},
-        settings=settings,
+        settings={
+            "model": model.model,
+            "candidates": model.candidates,
+            "max_pairs": evaluator.max_pairs,
+            "seed": evaluator.seed,
+            "resamples": evaluator.resamples,
+        },
         forget_sets=list(evaluator.forget_sets),
         verdicts={name: verdict for name, verdict in verdicts.items() if verdict is not None},
         set_verdicts={name: decide_each(each, before) for name, each in traces.items()},
         original=None if original is None else _original_scores(original, model),
         references={name: other.averages() for name, other in references.items()},
-        tasks={} if examiner is None else examiner.task_findings(),
-        attacks={} if examiner is None else examiner.attack_findings(),
-        series={} if examiner is None else examiner.series(),
         hurt=hurt,
         outside=outside,
+        **({} if examiner is None else examiner.results()),
     )
 
 
 def _compare_outside(
-    evaluator: Evaluator, model: Measurement, original: Measurement
+    evaluator: Evaluator, model: Measurement, original: Measurement | None
 ) -> tuple[dict[str, float], list[Hurt]]:
     """Return `Evaluation.outside` and `Evaluation.hurt`."""
+    if original is None:
+        return {}, []
     kept = [name for name in model.sets if name not in evaluator.forget_sets]
-    found: list[Hurt] = []
-    for kind, of_sets, metric in (
-        ("caption", model.captions, RECALL),
-        ("class", model.classes, "zero_shot_accuracy"),
-    ):
-        names = {name: of_sets[name] for name in kept if name in of_sets}
-        found += hurt_groups(kind, names, model.sets, original.sets, metric)
+    captions = {name: [each[0] for each in model.features[name].captions] for name in kept}
+    classes = {name: model.classes[name] for name in kept if name in model.classes}
+    found = [
+        *hurt_groups("caption", captions, model.sets, original.sets, RECALL),
+        *hurt_groups("class", classes, model.sets, original.sets, "zero_shot_accuracy"),
+    ]
     if model.things is None or original.things is None:
         return {}, worst_first(found)
     outside = Outside.compare(model.things, original.things)
@@ -317,18 +309,16 @@ def _columns(evaluation: Evaluation, references: Sequence[str]) -> list[str]:
 
 def _sections(evaluation: Evaluation) -> list[Section]:
     """Return one section per set, then one per task or attack and group of its findings."""
-    sections = []
+    found: list[tuple[str, Iterable[Finding]]] = []
     for name in evaluation.scores:
         count = evaluation.pairs[name]
         aim = "to forget" if name in evaluation.forget_sets else "to keep"
         title = f"{name} ({count:,} pair{'' if count == 1 else 's'}, {aim})"
-        rows = [_row(evaluation, finding) for finding in _set_findings(evaluation, name)]
-        sections.append(Section(title, rows))
+        found.append((title, _set_findings(evaluation, name)))
     for kind, name, findings in evaluation.examined():
         for group, those in groupby(findings.values(), key=lambda finding: finding.group):
-            rows = [_row(evaluation, finding) for finding in those]
-            sections.append(Section(f"{kind} {name}: {group}", rows))
-    return sections
+            found.append((f"{kind} {name}: {group}", list(those)))
+    return [Section(title, [_row(evaluation, each) for each in those]) for title, those in found]
 
 
 def _set_findings(evaluation: Evaluation, name: str) -> Iterator[Finding]:

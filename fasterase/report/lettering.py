@@ -66,8 +66,8 @@ def _characters_of(font: ImageFont.FreeTypeFont, wanted: Iterable[str]) -> froze
             return character in " \n"
         if _is_invisible(character):
             return _shapes(font)
-        size, pixels = draw(character)
-        return (size, pixels) != lacking and (any(pixels) or character.isspace())
+        drawn = draw(character)
+        return drawn != lacking and (any(drawn[1]) or character.isspace())
 
     lacking = draw(_NEVER_A_CHARACTER)
     return frozenset(filter(has, wanted))
@@ -189,18 +189,18 @@ class Pen:
             yield font, piece if _shapes(font) else turn_round(piece)
 
 
-def _split(text: str, faces: list[Face]) -> Iterator[tuple[Face, str]]:
-    """Yield a whole line with the first font that has all of it, else parts in several."""
-    face = next((each for each in faces if each.characters.issuperset(text)), None)
-    start = 0
-    for at, character in enumerate(text if face is None else ""):
-        if face is None or character not in face.characters:
-            if face is not None:
-                yield face, text[start:at]
-            face = next(each for each in faces if character in each.characters)
-            start = at
-    if face is not None:
-        yield face, text[start:]
+def _split(text: str, faces: list[Face]) -> list[tuple[Face, str]]:
+    """Return a whole line with the first font that has all of it, else parts in several."""
+    for face in faces:
+        if face.characters.issuperset(text):
+            return [(face, text)]
+    parts: list[tuple[Face, str]] = []
+    for character in text:
+        if not parts or character not in parts[-1][0].characters:
+            parts.append((next(each for each in faces if character in each.characters), ""))
+        face, part = parts[-1]
+        parts[-1] = face, part + character
+    return parts
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Picture sheets: examples with their closest captions before and after erasing, or strips."""
+"""Picture sheets: examples with their closest captions before and after erasing."""
 
 from __future__ import annotations
 
@@ -201,7 +201,10 @@ def picture_sheet(
             _draw_row(sheet, pen, place, text_width, row, frozenset(erased))
             if index % COLUMNS == COLUMNS - 1 or index == len(members) - 1:
                 top += cell_height
-    return _save(sheet, path)
+    path = Path(path)
+    with replace_file(path) as temporary:
+        sheet.save(temporary)
+    return path
 
 
 def _draw_row(
@@ -213,7 +216,7 @@ def _draw_row(
     erased: frozenset[str],
 ) -> None:
     left, top = place
-    sheet.paste(_make_thumbnail(row.image), (left, top))
+    sheet.paste(make_thumbnail(row.image), (left, top))
     text_left = left + PICTURE + GAP
     own = pen.shorten(row.caption, 2 * text_width + GAP, 15)
     pen.write((text_left, top - 2), own, size=15, fill=INK)
@@ -226,36 +229,7 @@ def _draw_row(
         text_left += text_width + GAP
 
 
-class Strip(NamedTuple):
-    """A row of pictures."""
-
-    title: str  # stands above them
-    pictures: Sequence[Image.Image]  # of any size; they are scaled to square thumbnails
-    marked: Sequence[bool]  # which of them get a frame
-    colour: str  # of the frames
-
-
-def contact_sheet(strips: Sequence[Strip], path: Path) -> Path:
-    """Draw strips below each other, each under its title, and write an image file."""
-    columns = max(len(strip.pictures) for strip in strips)
-    cell, height = PICTURE + GAP, LINE + PICTURE + GAP
-    size = 2 * MARGIN + columns * cell - GAP, 2 * MARGIN + len(strips) * height
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-    pen = Pen(draw, [strip.title for strip in strips])
-    for number, strip in enumerate(strips):
-        top = MARGIN + number * height
-        pen.write((MARGIN, top - 2), strip.title, size=14, fill=INK)
-        for place, (picture, marked) in enumerate(zip(strip.pictures, strip.marked, strict=True)):
-            left, above = MARGIN + place * cell, top + LINE
-            sheet.paste(_make_thumbnail(picture), (left, above))
-            if marked:
-                outside = (left - 3, above - 3, left + PICTURE + 2, above + PICTURE + 2)
-                draw.rectangle(outside, outline=strip.colour, width=3)
-    return _save(sheet, path)
-
-
-def _make_thumbnail(image: Image.Image) -> Image.Image:
+def make_thumbnail(image: Image.Image) -> Image.Image:
     """Scale the picture to fit a square of `PICTURE` pixels, centred on white."""
     layer = image.convert("RGBA")
     scale = PICTURE / max(layer.size)
@@ -264,10 +238,3 @@ def _make_thumbnail(image: Image.Image) -> Image.Image:
     square = Image.new("RGB", (PICTURE, PICTURE), "white")
     square.paste(layer, ((PICTURE - width) // 2, (PICTURE - height) // 2), layer)
     return square
-
-
-def _save(sheet: Image.Image, path: str | PathLike[str]) -> Path:
-    path = Path(path)
-    with replace_file(path) as temporary:
-        sheet.save(temporary)
-    return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -118,8 +119,8 @@ def plot_series(series: Sequence[Series], path: str | PathLike[str], *, title: s
     handles: dict[str, Any] = {}
     for panel, axis in zip(panels, axes, strict=False):
         for each in (each for each in series if each.panel == panel):
-            name = each.line or each.model
-            _draw_series(axis, each, label=name, colour=COLOURS[names.index(name) % len(COLOURS)])
+            place = names.index(each.line or each.model)
+            _draw_series(axis, each, label=names[place], colour=COLOURS[place % len(COLOURS)])
         axis.set_title(panel, loc="left", fontsize=10)
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
@@ -150,10 +151,10 @@ def plot_findings(findings: Sequence[Finding], path: str | PathLike[str], *, tit
     Raises:
         MissingExtraError: matplotlib is not installed (extra `eval`).
     """
-    groups: dict[str, list[Finding]] = {}
+    groups: defaultdict[str, list[Finding]] = defaultdict(list)
     for each in findings:
         if each.unit == "share" and each.low is not None:
-            groups.setdefault(each.group, []).append(each)
+            groups[each.group].append(each)
     rows = sum(map(len, groups.values()))
     figure = _new_figure(9.0, ROW_INCHES * (rows + 1.4 * len(groups)) + 1.5)
     axis = figure.subplots()

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import zip_longest
+from typing import NamedTuple
+
+WORDS = 2  # leading columns, aligned left; the others are numbers, aligned right
 
 
-@dataclass(frozen=True)
-class Section:
+class Section(NamedTuple):
     """Table rows under one title."""
 
     title: str
     rows: list[list[str]]
 
 
-def text_table(columns: Sequence[str], sections: Sequence[Section], *, left: int = 2) -> str:
-    """Format a table as aligned plain text.
-
-    Args:
-        columns: headers; a line break makes the header taller instead of wider.
-        sections: the rows, each with one cell per column.
-        left: number of leading columns of words, aligned left; the others are aligned right.
-    """
+def text_table(columns: Sequence[str], sections: Sequence[Section]) -> str:
+    """Format a table as aligned text; a line break makes a header taller instead of wider."""
     # Headers stand on the bottom line of the tallest.
     upwards = zip_longest(*(reversed(column.split("\n")) for column in columns), fillvalue="")
     header_rows = [*upwards][::-1]
@@ -31,9 +26,10 @@ def text_table(columns: Sequence[str], sections: Sequence[Section], *, left: int
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
-        aligned = [cell.ljust(width) for cell, width in zip(cells[:left], widths, strict=False)]
-        numbers = zip(cells[left:], widths[left:], strict=True)
-        aligned += [cell.rjust(width) for cell, width in numbers]
+        aligned = [
+            cell.ljust(width) if place < WORDS else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
         return ("  " + "  ".join(aligned)).rstrip()
 
     lines = [line(row) for row in header_rows]
@@ -43,9 +39,9 @@ def text_table(columns: Sequence[str], sections: Sequence[Section], *, left: int
     return "\n".join(lines)
 
 
-def markdown_table(columns: Sequence[str], sections: Sequence[Section], *, left: int = 2) -> str:
+def markdown_table(columns: Sequence[str], sections: Sequence[Section]) -> str:
     """Format one Markdown table per section, with its title as a heading."""
-    rule = ["---" if i < left else "---:" for i in range(len(columns))]
+    rule = ["---" if place < WORDS else "---:" for place in range(len(columns))]
     blocks = []
     for section in sections:
         rows = [list(columns), rule, *section.rows]
@@ -59,10 +55,10 @@ def html_table(columns: Sequence[str], sections: Sequence[Section]) -> str:
     """Format a table as HTML, for notebooks; each title is a row of its own."""
 
     def line(cells: Sequence[str], tag: str) -> str:
-        sides = ["left"] * 2 + ["right"] * (len(cells) - 2)
         styled = [
-            f'<{tag} style="text-align: {side}">{html.escape(cell)}</{tag}>'
-            for cell, side in zip(cells, sides, strict=True)
+            f'<{tag} style="text-align: {"left" if place < WORDS else "right"}">'
+            f"{html.escape(cell)}</{tag}>"
+            for place, cell in enumerate(cells)
         ]
         return f"<tr>{''.join(styled)}</tr>"
 

@@ -73,7 +73,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(words, said, tmp_path, monkeypa
 
 @pytest.mark.parametrize("count", ["0", "-1", "two"])
 def test_there_is_a_process_or_more(count, capsys):
-    parser = comparison_parser("", work="runs")
+    parser = comparison_parser("", work="runs", seeds=1)
     assert parser.parse_args(["--processes", "3"]).processes == 3
     with pytest.raises(SystemExit) as stopped:
         parser.parse_args([f"--processes={count}"])

@@ -10,15 +10,11 @@ from tests.cli.fake_api import FakeApi
 
 @pytest.fixture
 def unlearn(monkeypatch: pytest.MonkeyPatch) -> FakeApi:
-    return _replaced(monkeypatch, "unlearn")
+    monkeypatch.setitem(vars(fasterase), "unlearn", api := FakeApi())
+    return api
 
 
 @pytest.fixture
 def evaluate(monkeypatch: pytest.MonkeyPatch) -> FakeApi:
-    return _replaced(monkeypatch, "evaluate")
-
-
-def _replaced(monkeypatch: pytest.MonkeyPatch, name: str) -> FakeApi:
-    api = FakeApi()
-    monkeypatch.setitem(vars(fasterase), name, api)
+    monkeypatch.setitem(vars(fasterase), "evaluate", api := FakeApi())
     return api

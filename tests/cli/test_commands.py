@@ -157,12 +157,6 @@ def test_a_misspelt_attack_leaves_no_folder_for_plots(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_evaluate_refuses_to_plot_nothing(evaluate, tmp_path, capsys):
-    assert main(["evaluate", *REQUIRED[:-2], "--plots", str(tmp_path)]) == 2
-    assert "--plots: there is nothing to draw without --tasks" in capsys.readouterr().err
-    assert not evaluate.calls
-
-
 def test_demo_passes_only_what_was_given(monkeypatch):
     api = FakeApi()
     module = SimpleNamespace(run_demo=api)

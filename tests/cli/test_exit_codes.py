@@ -44,6 +44,9 @@ from tests.cli.fake_api import REQUIRED
         (["evaluate", *REQUIRED[:-2], "--sets", "retain=x.csv"], "'retain' is an argument"),
         (["evaluate", *REQUIRED[:-2], "--num_workers", "many"], "num_workers='many'"),
         (["evaluate", "--lr", "3"], "--lr"),
+        (["evaluate", *REQUIRED[:-2], "--plots", "."], "--plots: there is nothing to draw without"),
+        (["split", "--output_dir", "new"], "split needs --data"),
+        (["split", "--data", "d", "--forget_expression", "a"], "split needs --output_dir"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(flags, named, unlearn, capsys):

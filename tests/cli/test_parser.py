@@ -76,10 +76,7 @@ def _unit(low: float, high: float) -> st.SearchStrategy[float]:
 
 
 # Numbers, since the automatic recipe excludes some values of other fields.
-NUMBERS = {
-    "epochs": st.integers(1, 10**9),
-    "lr": st.floats(1e-300, 1e300, allow_nan=False),
-}
+NUMBERS = {"epochs": st.integers(1, 10**9), "lr": st.floats(1e-300, 1e300, allow_nan=False)}
 FIELD_VALUES = {
     "forget_weight": _unit(0, 1e6),
     "anchor_weight": _unit(0, 1e6),

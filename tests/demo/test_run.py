@@ -16,9 +16,8 @@ from PIL import Image
 import fasterase
 from fasterase.config import UnlearnConfig
 from fasterase.demo import emoji
-from fasterase.demo.run import RECIPES, recipe_config, run_demo
+from fasterase.demo.run import RECIPES, print_result, recipe_config, run_demo, summary
 from fasterase.demo.sets import HOLDOUT_SHARE, build_sets
-from fasterase.demo.show import print_result, summary
 from fasterase.report.evaluation import Evaluation
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import fasterase
 from fasterase.models.dual_encoder import DualEncoder, TowerParts
 from fasterase.models.preprocessing import ImageTransform, Tokens
+from fasterase.report.evaluation import Evaluation
 
 
 class LookupTokenizer:
@@ -57,6 +60,11 @@ class LookupModel(DualEncoder):
 
 def _no_transform(image: object) -> Tensor:
     raise AssertionError("the pictures of these tests are preprocessed")
+
+
+def attack(name: str, model: DualEncoder, forget: Any, retain: Any, **options: Any) -> Evaluation:
+    """Evaluate a model under one attack."""
+    return fasterase.evaluate(model, forget, retain, attacks=[name], progress=False, **options)
 
 
 def picture(number: int) -> Tensor:

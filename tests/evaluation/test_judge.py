@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.nn.functional import normalize
 
 from fasterase.encode import PairEncoder
 from fasterase.engine.job import undrawn_rows
+from fasterase.evaluation import verdict
 from fasterase.evaluation.evaluator import Evaluator, sampled_rows
 from fasterase.evaluation.verdict import Judge, PairTraces, decide
 from fasterase.pairs.open import open_pairs
@@ -26,12 +28,11 @@ Captions = Sequence[str | list[str]]
 
 def open_sets(**captions: Captions) -> dict[str, PairTable]:
     """Sets of pairs with these captions; their images are numbered on through all sets."""
-    sets, number = {}, 0
-    for name, those in captions.items():
-        items: list[Any] = [(picture(number + i), caption) for i, caption in enumerate(those)]
-        sets[name.replace("_", "-")] = open_pairs(items, name=name)
-        number += len(those)
-    return sets
+    numbers = itertools.count()
+    return {
+        name: open_pairs([(picture(next(numbers)), each) for each in those], name=name)
+        for name, those in captions.items()
+    }
 
 
 def judge(
@@ -171,28 +172,24 @@ def test_unrelated_pairs_have_none_of_the_captions_to_forget() -> None:
         retain=["dog", "small cat", "lynx", ["hen", "cat"], "dog"],
     )
     assert list(Judge(sets, ["forget"], seed=0).rows["retain"]) == [0, 2, 3, 4]
-    both = Judge(sets, ["forget", "unseen"], seed=0)
-    assert {name: list(rows) for name, rows in both.rows.items()} == {
-        "forget": [0, 1],
-        "unseen": [0],
-        "retain": [0, 3, 4],
-    }
+    both = {k: list(v) for k, v in Judge(sets, ["forget", "unseen"], seed=0).rows.items()}
+    assert both == {"forget": [0, 1], "unseen": [0], "retain": [0, 3, 4]}
 
 
 def test_without_unrelated_pairs_there_is_no_verdict() -> None:
     sets = open_sets(forget=["cat", "lynx"], retain=["cat", "lynx", "cat"])
     assert Judge(sets, ["forget"], seed=0).rows == {}
-    evaluator = Evaluator(sets)
     model = LookupModel(torch.eye(5), torch.eye(5)[:2], ["cat", "lynx"], "lookup")
+    evaluator = Evaluator(sets)
     found = compare(evaluator, evaluator.measure(PairEncoder(model)))
     assert (found.verdict, found.residue, found.verdicts) == (None, None, {})
     assert "Verdict: none. No retain pair" in found.table()
 
 
-def test_at_most_so_many_pairs_are_judged_by_a_seeded_draw() -> None:
+def test_at_most_so_many_pairs_are_judged_by_a_seeded_draw(monkeypatch: Any) -> None:
+    monkeypatch.setattr(verdict, "JUDGED_PAIRS", 20)
     sets = open_sets(forget=words("cat", 50), retain=words("dog", 70))
-    first, again = (Judge(sets, ["forget"], seed=1, limit=20) for _ in range(2))
-    other = Judge(sets, ["forget"], seed=2, limit=20)
+    first, again, other = (Judge(sets, ["forget"], seed=seed) for seed in (1, 1, 2))
     for name in ("forget", "retain"):
         assert len(first.rows[name]) == 20
         assert np.array_equal(first.rows[name], again.rows[name])

@@ -23,8 +23,8 @@ def test_equals_resampling_in_a_loop(n: int, level: float, monkeypatch: pytest.M
     monkeypatch.setattr(metrics, "RESAMPLE_ELEMENTS", 7 * n)  # in several chunks
     values = np.random.default_rng(1).normal(size=n).round(1)  # rounded: with repetitions
     some = np.where(np.arange(n) % 3 == 1, np.nan, values)  # pairs without a value do not count
-    means = {"mean": values, "some": some}
-    found = bootstrap_intervals(means, {"median": values}, resamples=300, seed=5, level=level)
+    given = {"mean": values, "some": some, "median": values}
+    found = bootstrap_intervals(given, medians=["median"], resamples=300, seed=5, level=level)
     assert found["mean"] == pytest.approx(brute_force(values, np.mean, 300, 5, level))
     assert found["median"] == pytest.approx(brute_force(values, np.median, 300, 5, level))
     if n > 10:  # else some resamples have no pair that counts
@@ -36,7 +36,7 @@ def test_contains_the_value_and_shrinks_with_the_number_of_pairs() -> None:
     widths = []
     for n in (50, 5000):
         values = (rng.random(n) < 0.3).astype(float)
-        low, high = bootstrap_intervals({"hit": values}, {}, resamples=1000, seed=0)["hit"]
+        low, high = bootstrap_intervals({"hit": values}, resamples=1000, seed=0)["hit"]
         assert low < values.mean() < high
         # Normal approximation of the binomial.
         half = 1.96 * np.sqrt(values.mean() * (1 - values.mean()) / n)

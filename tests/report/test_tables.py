@@ -2,30 +2,29 @@ from __future__ import annotations
 
 from fasterase.report.tables import Section, markdown_table, text_table
 
-COLUMNS = ["metric", "a longer\nheader", "x"]
+COLUMNS = ["metric", "as", "a longer\nheader", "x"]
 SECTIONS = [
-    Section("first", [["recall", "1.0", "20.0"], ["rank of it", "-", "3"]]),
-    Section("second", [["recall", "100.0", "7"]]),
+    Section("first", [["recall", "a", "1.0", "20.0"], ["rank of it", "b", "-", "3"]]),
+    Section("second", [["recall|", "a", "100.0", "7"]]),
 ]
 
 
 def test_text_table_aligns_columns_and_stacks_headers() -> None:
-    assert text_table(COLUMNS, SECTIONS, left=1).split("\n") == [
-        "              a longer",
-        "  metric        header     x",
-        "----------------------------",
+    assert text_table(COLUMNS, SECTIONS).split("\n") == [
+        "                  a longer",
+        "  metric      as    header     x",
+        "--------------------------------",
         "first",
-        "  recall           1.0  20.0",
-        "  rank of it         -     3",
-        "----------------------------",
+        "  recall      a        1.0  20.0",
+        "  rank of it  b          -     3",
+        "--------------------------------",
         "second",
-        "  recall         100.0     7",
+        "  recall|     a      100.0     7",
     ]
 
 
 def test_markdown_table_has_a_heading_a_section_and_escapes_bars() -> None:
-    sections = [*SECTIONS, Section("third", [["a|b", "1", "2"]])]
-    text = markdown_table(["metric", "value", "x"], sections, left=1)
-    assert text.startswith("## first\n\n| metric | value | x |\n| --- | ---: | ---: |\n| recall |")
-    assert text.count("\n## ") == 2
-    assert "| a\\|b | 1 | 2 |" in text
+    text = markdown_table(["metric", "as", "value", "x"], SECTIONS)
+    assert text.startswith("## first\n\n| metric | as | value | x |\n| --- | --- | ---: | ---: |")
+    assert text.count("## ") == 2
+    assert "| recall\\| | a | 100.0 | 7 |" in text

@@ -59,22 +59,14 @@ def _compare_row(row: Row, predict: Predict) -> dict[str, Any]:
     assert gpu is not None
     assert row.y_value_50 is not None
     width, kl = row.extra["D"], row.extra["kl"]
-    predicted = predict(gpu, row.x_value, width, kl)
+    predicted, measured = predict(gpu, row.x_value, width, kl), row.y_value_50
     flops = (12 if kl else 8) * row.x_value**2 * width
-    return {
-        "gpu": row.gpu_name,
-        "dtype": row.extra["dtype"],
-        "kl": kl,
-        "width": width,
-        "n": row.x_value,
-        "predicted_ms": predicted,
-        "measured_ms": row.y_value_50,
-        "measured_p20": row.y_value_20,
-        "measured_p80": row.y_value_80,
-        "ratio": row.y_value_50 / predicted,
-        "of_peak": flops / row.y_value_50 / 1e-3 / gpu.peak_flops,
-        "of_peak_predicted": flops / predicted / 1e-3 / gpu.peak_flops,
-    }
+    found: dict[str, Any] = {"gpu": row.gpu_name, "dtype": row.extra["dtype"]}
+    found |= {"kl": kl, "width": width}
+    found |= {"n": row.x_value, "predicted_ms": predicted, "measured_ms": measured}
+    found |= {"measured_p20": row.y_value_20, "measured_p80": row.y_value_80}
+    found |= {"ratio": measured / predicted, "of_peak": flops / measured / 1e-3 / gpu.peak_flops}
+    return {**found, "of_peak_predicted": flops / predicted / 1e-3 / gpu.peak_flops}
 
 
 def predict_step(gpu: Gpu, n: int, width: int, has_ref: bool) -> float:
@@ -113,18 +105,11 @@ def summarise(rows: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print the comparison, and write it to --output."""
     parser = new_parser(__doc__, prog="python -m benchmarks.loss.gpu_model")
-    parser.add_argument(
-        "--against",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="CSV of python -m benchmarks.loss --device cuda",
-    )
-    parser.add_argument(
-        "--output", type=Path, help="CSV to write; default: FILE's name with _model, beside it"
-    )
+    add = parser.add_argument
+    text = "CSV of python -m benchmarks.loss --device cuda"
+    add("--against", type=Path, required=True, metavar="FILE", help=text)
+    add("--output", type=Path, help="CSV to write; default: FILE's name with _model, beside it")
     args = parser.parse_args(argv)
     found = compare(args.against)
     output = args.output or args.against.with_name(f"{args.against.stem}_model.csv")

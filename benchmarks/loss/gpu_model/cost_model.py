@@ -29,16 +29,10 @@ SIZES = tuple(2**k for k in range(10, 21))
 # Of [N, N] logits that a step could keep on a GPU of 80 GB beside towers.
 KEPT_BYTES = 8 * 2**30
 
-CANDIDATES = (
-    Tile(128, 128, 64, 8, 3),
-    Tile(128, 128, 64, 4, 3),
-    Tile(128, 256, 64, 8, 3),
-    Tile(256, 128, 64, 8, 3),
-    Tile(256, 64, 64, 8, 3),
-    Tile(128, 64, 64, 8, 3),
-    Tile(64, 256, 64, 4, 3),
-    Tile(64, 128, 64, 4, 3),
-)
+CANDIDATES = [
+    *(Tile(m, n, 64, 8, 3) for m, n in ((128, 128), (128, 256), (256, 128), (256, 64), (128, 64))),
+    *(Tile(m, n, 64, 4, 3) for m, n in ((128, 128), (64, 256), (64, 128))),
+]
 
 
 def kernel_row(gpu: Gpu, kernel: Modelled, n: int, table: str = "kernel") -> dict[str, Any]:
@@ -46,25 +40,24 @@ def kernel_row(gpu: Gpu, kernel: Modelled, n: int, table: str = "kernel") -> dic
     result = kernel.cost
     at_load = clock(gpu) / gpu.boost_hz
     flops = (2 if kernel.has_ref else 1) * 2 * n * n * kernel.width
-    seconds = kernel.seconds(gpu, n, n)
+    name = kernel.name + (" + reference" if kernel.has_ref else "")
+    tile = "x".join(map(str, kernel.tile[:3])) + " {}w {}s".format(*kernel.tile[3:])
+    row: dict[str, Any] = {"table": table, "name": name, "gpu": gpu.name, "n": n}
+    row |= {"width": kernel.width, "tile": tile, "registers": kernel.path.registers}
+    row |= {"stack": kernel.path.stack_bytes, "resident": kernel.resident}
+    row |= {unit: round(clocks) for unit, clocks in result.clocks._asdict().items()}
+    row |= {"alone_clocks": round(result.alone), "tile_clocks": round(result.tile)}
+    row |= {"binds": result.binds, **_rates(gpu, flops, kernel.seconds(gpu, n, n))}
+    overlapped = at_load * result.clocks.tensor / max(result.clocks)
+    return {**row, "of_peak_if_overlapped": overlapped}
+
+
+def _rates(gpu: Gpu, flops: float, seconds: float) -> dict[str, float]:
+    rate = flops / seconds
     return {
-        "table": table,
-        "name": kernel.name + (" + reference" if kernel.has_ref else ""),
-        "gpu": gpu.name,
-        "n": n,
-        "width": kernel.width,
-        "tile": "x".join(map(str, kernel.tile[:3])) + " {}w {}s".format(*kernel.tile[3:]),
-        "registers": kernel.path.registers,
-        "stack": kernel.path.stack_bytes,
-        "resident": kernel.resident,
-        **{unit: round(clocks) for unit, clocks in result.clocks._asdict().items()},
-        "alone_clocks": round(result.alone),
-        "tile_clocks": round(result.tile),
-        "binds": result.binds,
         "ms": seconds * 1e3,
-        "of_peak": flops / seconds / gpu.peak_flops,
-        "of_gemm": flops / seconds / gpu.gemm_flops,
-        "of_peak_if_overlapped": at_load * result.clocks.tensor / max(result.clocks),
+        "of_peak": rate / gpu.peak_flops,
+        "of_gemm": rate / gpu.gemm_flops,
     }
 
 
@@ -85,19 +78,11 @@ def step_row(
     )
     # As launched, also where kept logits save some: then the shares compare like the times.
     flops = (12 if strip.has_ref else 8) * n * n * sums.width
-    seconds = sum(parts)
-    return {
-        "table": "step",
-        "name": f"{name}, {'InfoNCE + KL' if strip.has_ref else 'InfoNCE'}",
-        "gpu": gpu.name,
-        "n": n,
-        "width": sums.width,
-        "strip_rows": strip_rows,
-        **{f"{part}_ms": value * 1e3 for part, value in parts._asdict().items()},
-        "ms": seconds * 1e3,
-        "of_peak": flops / seconds / gpu.peak_flops,
-        "of_gemm": flops / seconds / gpu.gemm_flops,
-    }
+    name = f"{name}, {'InfoNCE + KL' if strip.has_ref else 'InfoNCE'}"
+    row: dict[str, Any] = {"table": "step", "name": name, "gpu": gpu.name, "n": n}
+    row |= {"width": sums.width, "strip_rows": strip_rows}
+    row |= {f"{part}_ms": value * 1e3 for part, value in parts._asdict().items()}
+    return row | _rates(gpu, flops, sum(parts))
 
 
 def rows(n: int, wants_tiles: bool) -> Iterator[dict[str, Any]]:

@@ -6,6 +6,7 @@ strings of tokens that mean nothing to a reader.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 
@@ -14,8 +15,14 @@ import torch
 from torch import Tensor
 
 from fasterase.encode import PairFeatures
-from fasterase.errors import InputError
-from fasterase.evaluation.findings import FALSE_POSITIVES, Examined, Finding, Series, Target
+from fasterase.evaluation.findings import (
+    FALSE_POSITIVES,
+    Examined,
+    Finding,
+    Series,
+    Target,
+    UnsuitableModelError,
+)
 from fasterase.evaluation.scores import share_below
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.pairs.skips import BrokenPair
@@ -40,30 +47,21 @@ def prompt(target: Target) -> Examined:
     `WORDS + 2 ROUNDS BEAM PIECES` texts through the text tower, 3,072 of them, and no image.
 
     Raises:
-        InputError: the model has no tokenizer (a reference without one gets no findings), or there
-            are fewer than two images to forget or unrelated ones.
+        InputError: the model has no tokenizer, or there are fewer than two pairs of a kind.
     """
     evaluator, model = target.evaluator, target.encoder.model
     if model.text_tokenizer is None:
-        if target.name != "model":
-            return Examined([])
-        raise InputError(
+        raise UnsuitableModelError(
             f"attacks: 'prompt' writes captions, and {model.name} came without a tokenizer. Pass "
             "tokenizer=, or leave 'prompt' out."
         )
-    judged = target.judged()
+    judged = target.two_of_each("prompt")
     halves = {name: _halves(judged[name], evaluator.seed) for name in ("forget", "retain")}
-    if not all(len(seen) and len(unseen) for seen, unseen in halves.values()):
-        raise InputError(
-            f"attacks: 'prompt' needs two images or more of each kind, found "
-            f"{len(judged['forget'].rows)} to forget and {len(judged['retain'].rows)} unrelated. "
-            "Give more pairs, or leave 'prompt' out."
-        )
     search = Search(target, halves["forget"][0], halves["retain"][0])
     captions = list(dict.fromkeys(c for those in judged.values() for c in those.first_captions))
     search.try_prompts(captions)
     search.note()
-    natural = search.best[0]
+    natural = search.best()[0]
     search.run(words_to_try(target))
     unseen = {name: those.image for name, those in judged.items()}
     unseen |= {name: others for name, (_, others) in halves.items()}
@@ -71,7 +69,7 @@ def prompt(target: Target) -> Examined:
     findings: list[Finding] = []
     for key, title, text in (
         ("caption", "best caption of the data", natural),
-        ("prompt", f"best of {len(search.scores):,} prompts", search.best[0]),
+        ("prompt", f"best of {len(search.scores):,} prompts", search.best()[0]),
     ):
         feature = target.encoder.texts([text])[0]
         findings.append(Finding(f"{key}/text", title, "text", "text", "", text))
@@ -99,9 +97,8 @@ class Search:
         # How many prompts had been tried, and the best score, after each round.
         self.history: list[tuple[float, float]] = []
 
-    @property
     def best(self) -> list[str]:
-        """The `BEAM` best prompts, the best first."""
+        """Return the `BEAM` best prompts, the best first."""
         return sorted(self.scores, key=lambda text: -self.scores[text])[:BEAM]
 
     def try_prompts(self, texts: Iterable[str]) -> None:
@@ -116,7 +113,7 @@ class Search:
 
     def note(self) -> None:
         """End a round."""
-        self.history.append((float(len(self.scores)), self.scores[self.best[0]]))
+        self.history.append((float(len(self.scores)), self.scores[self.best()[0]]))
 
     def run(self, words: Sequence[str]) -> None:
         """Try `words`, then build prompts from the best of them."""
@@ -128,13 +125,12 @@ class Search:
             bar.update(len(words))
             pieces = sorted(words, key=lambda word: -self.scores[word])[:PIECES]
             for _ in range(ROUNDS):
-                self.try_prompts([f"{start} {piece}" for start in self.best for piece in pieces])
+                self.try_prompts([f"{start} {piece}" for start in self.best() for piece in pieces])
                 replaced = []
-                for start in self.best:
-                    for piece in pieces:
-                        parts = start.split()
-                        parts[int(numbers.integers(len(parts)))] = piece
-                        replaced.append(" ".join(parts))
+                for start, piece in itertools.product(self.best(), pieces):
+                    parts = start.split()
+                    parts[int(numbers.integers(len(parts)))] = piece
+                    replaced.append(" ".join(parts))
                 self.try_prompts(replaced)
                 self.note()
                 bar.update(2 * BEAM * PIECES)
@@ -163,9 +159,8 @@ def words_to_try(target: Target) -> list[str]:
 def random_tokens(model: DualEncoder, numbers: np.random.Generator, *, count: int) -> list[str]:
     """Return tokens of the vocabulary as text; none if the tokenizer cannot decode."""
     source = model.companions.tokenizer
-    decode = getattr(source, "decode", None) or getattr(
-        getattr(source, "tokenizer", None), "decode", None
-    )
+    wrapped = getattr(source, "tokenizer", None)
+    decode = getattr(source, "decode", None) or getattr(wrapped, "decode", None)
     if decode is None:
         return []
     ids = numbers.permutation(model.vocab_size)[:count].tolist()

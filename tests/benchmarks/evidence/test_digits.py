@@ -11,7 +11,7 @@ from sklearn import datasets
 
 from benchmarks.evidence import digits
 from benchmarks.evidence.digits import DIGITS, Scans, trained_model
-from fasterase.evaluation.attacks import relearn
+from fasterase.evaluation.attacks import weights
 from tests.marks import SHORT_RUN
 
 pytestmark = SHORT_RUN
@@ -50,7 +50,7 @@ def test_a_model_is_trained_once(few, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:verdict")
 def test_every_model_has_a_row(few, tmp_path, monkeypatch):
-    monkeypatch.setattr(relearn, "STEPS", 1)
+    monkeypatch.setattr(weights, "STEPS", 1)
     evaluation = digits.run((7, 0), tmp_path)
     assert digits.run((7, 0), tmp_path).scores == evaluation.scores
     rows = list(digits.rows_of("seven", 0, evaluation))

@@ -68,14 +68,15 @@ def measured(method: str, setting: dict, *, hit: float, recall: float, place: st
 
 
 def test_the_setting_of_least_damage_on_average_is_chosen():
+    by_set, by_concept = {"labels": "set"}, {"labels": "concepts"}
     found = [
         measured(ORIGINAL, {}, hit=1.0, recall=0.9),
         measured(ORIGINAL, {}, hit=1.0, recall=0.8, place="y"),
         # 3 x 0.1 and 3 x 0.3 lost; nothing lost, but 2 x 0.48 left of x, all forgotten of y.
-        measured("LEACE", {"labels": "set"}, hit=0.0, recall=0.8),
-        measured("LEACE", {"labels": "set"}, hit=0.0, recall=0.5, place="y"),
-        measured("LEACE", {"labels": "concepts"}, hit=0.5, recall=0.9),
-        measured("LEACE", {"labels": "concepts"}, hit=0.02, recall=0.8, place="y"),
+        measured("LEACE", by_set, hit=0.0, recall=0.8),
+        measured("LEACE", by_set, hit=0.0, recall=0.5, place="y"),
+        measured("LEACE", by_concept, hit=0.5, recall=0.9),
+        measured("LEACE", by_concept, hit=0.02, recall=0.8, place="y"),
     ]
     chosen = choose(found, by_place(found))
     assert chosen["LEACE"] == (as_text({"labels": "concepts"}), pytest.approx(0.48))

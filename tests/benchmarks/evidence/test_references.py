@@ -16,11 +16,8 @@ from fasterase.report.evaluation import Evaluation
 
 
 def scores(known: float, kept: float) -> Scores:
-    trace = {
-        references.HIT: known,
-        "image_to_text_residue": known,
-        "text_to_image_residue": known + 0.2,
-    }
+    trace = {references.HIT: known, "image_to_text_residue": known}
+    trace["text_to_image_residue"] = known + 0.2
     return {
         **dict.fromkeys(references.FORGET_SETS, trace),
         **{name: {references.RECALL: kept} for name in references.KEEP_SETS},
@@ -29,37 +26,18 @@ def scores(known: float, kept: float) -> Scores:
 
 def evaluation(erased: float, retrained: float) -> Evaluation:
     attacks: dict[str, dict[str, Finding]] = {}
+    others = {"original": 0.9, "references": {RETRAINED: retrained}}
+    others["other_intervals"] = {ORIGINAL: [0.8, 1.0], RETRAINED: [0.1, 0.9]}
     for each in ATTACKED:
-        figure = Finding(
-            each.key,
-            "",
-            "",
-            "share",
-            "↓",
-            erased,
-            erased - 0.1,
-            erased + 0.1,
-            original=0.9,
-            references={RETRAINED: retrained},
-            other_intervals={ORIGINAL: [0.8, 1.0], RETRAINED: [0.1, 0.9]},
-        )
+        value = erased, erased - 0.1, erased + 0.1
+        figure = Finding(each.key, "", "", "share", "↓", *value, **others)
         attacks.setdefault(each.attack, {})[each.key] = figure
-    verdicts = {
-        name: dict.fromkeys(references.FORGET_SETS, verdict)
-        for name, verdict in (
-            ("model", "over-erased"),
-            (ORIGINAL, "remembered"),
-            (RETRAINED, "forgotten"),
-        )
-    }
+    verdicts = {"model": "over-erased", ORIGINAL: "remembered", RETRAINED: "forgotten"}
     return Evaluation(
-        scores=scores(erased, 0.94),
-        intervals={},
-        chance={},
-        pairs={},
-        settings={},
-        verdicts={name: those["forget"] for name, those in verdicts.items()},
-        set_verdicts=verdicts,
+        scores(erased, 0.94),
+        *({}, {}, {}, {}),
+        verdicts=verdicts,
+        set_verdicts={k: dict.fromkeys(references.FORGET_SETS, v) for k, v in verdicts.items()},
         original=scores(0.8, 0.97),
         references={RETRAINED: scores(retrained, 0.96)},
         attacks=attacks,

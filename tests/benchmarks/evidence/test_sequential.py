@@ -31,24 +31,13 @@ def evaluation(
     *, known: dict[str, float], kept: float, verdict: str = "forgotten", residue: float = 0.4
 ) -> Evaluation:
     """What is measured on a model that knows a share of each set to forget."""
-    scores = {
-        name: {
-            HIT: share,
-            "image_to_text_residue": residue,
-            "text_to_image_residue": residue + 0.2,
-            "matched_cosine": -0.1,
-        }
-        for name, share in {"forget": 0.5, **known}.items()
-    }
+    trace = {"image_to_text_residue": residue, "text_to_image_residue": residue + 0.2}
+    trace["matched_cosine"] = -0.1
+    scores = {name: {HIT: share, **trace} for name, share in {"forget": 0.5, **known}.items()}
     scores |= {name: {RECALL: kept} for name in sequential.KEEP_SETS}
-    return Evaluation(
-        scores=scores,
-        intervals={},
-        chance={name: {HIT: 0.05} for name in scores},
-        pairs={},
-        settings={},
-        set_verdicts={"model": dict.fromkeys(["forget", *known], verdict)},
-    )
+    chance = {name: {HIT: 0.05} for name in scores}
+    verdicts = {"model": dict.fromkeys(["forget", *known], verdict)}
+    return Evaluation(scores, {}, chance, {}, {}, set_verdicts=verdicts)
 
 
 def test_every_erasure_starts_from_a_model_made_before():
@@ -98,12 +87,9 @@ def test_runs_continue_from_the_saved_model_and_are_not_repeated(concepts, tmp_p
         erased.append((model, set(forget.names), set(retain.names), seed, folder, judged))
 
     monkeypatch.setattr(sequential, "erase", erase)
-    monkeypatch.setattr(
-        sequential, "measure", lambda model, concepts, seed: evaluation(known={}, kept=1.0)
-    )
-    monkeypatch.setattr(
-        sequential, "build_concepts", functools.cache(lambda subgroups, seed: concepts)
-    )
+    monkeypatch.setattr(sequential, "measure", lambda *_, **__: evaluation(known={}, kept=1.0))
+    cached = functools.cache(lambda subgroups, seed: concepts)
+    monkeypatch.setattr(sequential, "build_concepts", cached)
     first, second = State(((FLOWERS,),), 3), State(((FLOWERS,), (MARINE,)), 3)
     both = State(((FLOWERS, MARINE),), 3, judges_each=True)
     for state in (State((), 3), first, second, second, both):
@@ -112,17 +98,13 @@ def test_runs_continue_from_the_saved_model_and_are_not_repeated(concepts, tmp_p
     later = names_of(concepts, ASIAN)
     flowers, marine = names_of(concepts, FLOWERS), names_of(concepts, MARINE)
     folder = sequential.model_of(first, tmp_path)
+    kept, base = always | later, emoji.BASE_MODEL
+    two, at_once = (sequential.model_of(each, tmp_path) for each in (second, both))
+    judged = {FLOWERS: flowers, MARINE: marine}
     assert erased == [
-        (emoji.BASE_MODEL, flowers, always | later | marine, 3, folder, {}),
-        (folder, marine, always | later, 3, sequential.model_of(second, tmp_path), {}),
-        (
-            emoji.BASE_MODEL,
-            flowers | marine,
-            always | later,
-            3,
-            sequential.model_of(both, tmp_path),
-            {FLOWERS: flowers, MARINE: marine},
-        ),
+        (base, flowers, kept | marine, 3, folder, {}),
+        (folder, marine, kept, 3, two, {}),
+        (base, flowers | marine, kept, 3, at_once, judged),
     ]
     assert sequential.evaluation_of(second, tmp_path).is_file()
 
@@ -131,12 +113,9 @@ def test_rows_say_what_is_gone_and_what_changed():
     before = evaluation(known=dict.fromkeys(SUBGROUPS, 1.0), kept=0.9, verdict="remembered")
     known = {FLOWERS: 0.0, f"{FLOWERS}, unseen": 0.1, ASIAN: 1.0}
     after = evaluation(known=known, kept=0.8)
-    rows = {
-        row["set"]: row
-        for row in sequential.rows_of(
-            State(((FLOWERS,), (MARINE,)), 1), after, before, steps=70, crowded=CROWDED
-        )
-    }
+    state = State(((FLOWERS,), (MARINE,)), 1)
+    found = sequential.rows_of(state, after, before, steps=70, crowded=CROWDED)
+    rows = {row["set"]: row for row in found}
     assert list(rows) == [*known, *sequential.KEEP_SETS]
     wanted = {name: row["wanted"] for name, row in rows.items()}
     assert [name for name in wanted if wanted[name] == "forget"] == [*known][:2]
@@ -160,17 +139,13 @@ def test_captions_crowd_where_they_are_like_each_other():
 
 def test_sums_add_the_single_erasures_of_each_seed():
     before = evaluation(known=dict.fromkeys(SUBGROUPS, 1.0), kept=0.9)
-    rows = []
+    rows, half = [], dict.fromkeys(SUBGROUPS, 0.5)
+    both = ((FLOWERS,), (MARINE,)), ((FLOWERS, MARINE),)
     for seed in (0, 1):
-        for lost, history in enumerate(
-            [(), ((FLOWERS,),), ((MARINE,),), ((FLOWERS,), (MARINE,)), ((FLOWERS, MARINE),)]
-        ):
-            after = evaluation(
-                known=dict.fromkeys(SUBGROUPS, 0.5), kept=0.9 - 0.01 * lost - 0.1 * seed
-            )
-            rows += sequential.rows_of(
-                State(history, seed), after, before, steps=70, crowded=CROWDED
-            )
+        for lost, history in enumerate([(), ((FLOWERS,),), ((MARINE,),), *both]):
+            after = evaluation(known=half, kept=0.9 - 0.01 * lost - 0.1 * seed)
+            state = State(history, seed)
+            rows += sequential.rows_of(state, after, before, steps=70, crowded=CROWDED)
     sums = sequential.sum_singles(rows, SUBGROUPS)
     found = {(row["seed"], row["set"]): row["change"] for row in sums}
     assert len(found) == 2 * len(sequential.KEEP_SETS)

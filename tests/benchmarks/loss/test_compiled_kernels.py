@@ -18,8 +18,7 @@ NEEDS_TRITON = pytest.mark.skipif(
     reason="the kernels need Triton 3.5",
 )
 NEEDS_TOOLS = pytest.mark.skipif(
-    not shutil.which(compiled_kernels.tool_path("cuobjdump")),
-    reason="this triton has no cuobjdump",
+    not shutil.which(compiled_kernels.tool_path("cuobjdump")), reason="this triton has no cuobjdump"
 )
 
 # A loop over depth, inside a loop over tiles.
@@ -131,16 +130,7 @@ def test_tiles_of_an_architecture(is_half, widths):
 
 def test_amd_instructions_are_counted_in_the_inner_loop_and_in_all():
     loop, total = count_amd(AMD_LISTING)
-    assert {unit: n for unit, n in loop.items() if n} == {
-        "tensor": 1,
-        "shared": 1,
-        "global": 1,
-        "other": 1,
-    }
-    assert {unit: total[unit] for unit in ("special", "shuffle", "local", "fp32", "other")} == {
-        "special": 1,
-        "shuffle": 1,
-        "local": 1,
-        "fp32": 1,
-        "other": 3,
-    }
+    in_loop = dict.fromkeys(("tensor", "shared", "global", "other"), 1)
+    assert {unit: n for unit, n in loop.items() if n} == in_loop
+    once = dict.fromkeys(("special", "shuffle", "local", "fp32"), 1)
+    assert {unit: total[unit] for unit in (*once, "other")} == {**once, "other": 3}

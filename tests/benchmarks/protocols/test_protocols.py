@@ -15,9 +15,11 @@ from torchvision.datasets import CIFAR100
 
 import fasterase
 from benchmarks.protocols.__main__ import PROTOCOLS, main
+from benchmarks.protocols.diffusion_report import Strip, contact_sheet
 from fasterase.errors import FaseraseError
 from fasterase.files import write_text
 from fasterase.models.load import load_model
+from fasterase.report.pictures import GAP, MARGIN, PICTURE
 from tests import small_models
 
 pytestmark = pytest.mark.filterwarnings("ignore:verdict", "ignore:retain. .* captions seem to name")
@@ -183,3 +185,20 @@ def test_unknown_cases_are_named(run, tmp_path: Path, monkeypatch: pytest.Monkey
     assert "--concept 'zebra' is no class of CIFAR-100" in run(
         "cifar100", tmp_path, "--concept", "zebra"
     )
+
+
+def test_marked_pictures_of_a_strip_are_framed(tmp_path: Path) -> None:
+    blue = Image.new("RGB", (40, 40), (0, 0, 255))
+    strips = [
+        Strip("apple", [blue, blue], [False, True], "#c8102e"),
+        Strip("dog", [blue], [True], "#1a7f37"),
+    ]
+    contact_sheet(strips, tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width == 2 * MARGIN + 2 * PICTURE + GAP
+        middle, half = MARGIN + PICTURE + GAP // 2, sheet.height // 2
+        boxes = (0, 0, middle, half), (middle, 0, sheet.width, half), (0, half, middle, 2 * half)
+        parts = [sheet.convert("RGB").crop(box).getcolors(1 << 20) for box in boxes]
+    red, green = (0xC8, 0x10, 0x2E), (0x1A, 0x7F, 0x37)
+    found = [{colour for _, colour in part or []} & {red, green} for part in parts]
+    assert found == [set(), {red}, {green}]

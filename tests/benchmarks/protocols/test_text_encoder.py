@@ -28,6 +28,12 @@ def pipeline_encoder(**text):
     return tiny_diffusion.text_encoder(seed=9, **text)
 
 
+def build(module, **text):
+    """The text tower of a model in the place of a pipeline's."""
+    tower = read_text_tower(load_model(module))
+    return build_text_encoder(tower, pipeline_encoder(**text), argument="--erased")
+
+
 def randomised(module):
     """Fill biases and norms too, which libraries begin with 0 and 1."""
     generator = torch.Generator().manual_seed(3)
@@ -47,32 +53,26 @@ def open_clip_hidden_states(module, blocks: int) -> torch.Tensor:
     return text.ln_final(states)
 
 
-@pytest.mark.parametrize("kind", ["open_clip_vit", "open_clip_custom_text", "open_clip_resnet"])
+def quick_gelu(**sizes):
+    from open_clip.model import CLIP
+
+    return CLIP(**small_models.open_clip_config(**sizes), quick_gelu=True).eval()
+
+
+@pytest.mark.parametrize("kind", ["vit", "custom_text", "resnet", "quick_gelu"])
 @pytest.mark.parametrize("layers", [2, 1])
 def test_open_clip_tower(kind: str, layers: int) -> None:
-    module = randomised(getattr(small_models, kind)(**SIZES))
-    tower = read_text_tower(load_model(module))
-    built = build_text_encoder(
-        tower, pipeline_encoder(hidden_act="gelu", num_hidden_layers=layers), argument="--erased"
-    )
+    is_quick = kind == "quick_gelu"
+    make = quick_gelu if is_quick else getattr(small_models, f"open_clip_{kind}")
+    module = randomised(make(**SIZES))
+    act = {} if is_quick else {"hidden_act": "gelu"}
+    built = build(module, num_hidden_layers=layers, **act)
     with torch.no_grad():
         found = built(IDS)
         torch.testing.assert_close(found.last_hidden_state, open_clip_hidden_states(module, layers))
         if layers == 2:
             projection = getattr(module, "text", module).text_projection
             torch.testing.assert_close(found.pooler_output @ projection, module.encode_text(IDS))
-
-
-def test_open_clip_with_quick_gelu() -> None:
-    from open_clip.model import CLIP
-
-    torch.manual_seed(0)
-    module = randomised(CLIP(**small_models.open_clip_config(**SIZES), quick_gelu=True).eval())
-    built = build_text_encoder(
-        read_text_tower(load_model(module)), pipeline_encoder(), argument="--erased"
-    )
-    with torch.no_grad():
-        torch.testing.assert_close(built(IDS).last_hidden_state, open_clip_hidden_states(module, 2))
 
 
 @pytest.mark.parametrize("layers", [2, 1])
@@ -118,8 +118,7 @@ def test_adapters_are_merged() -> None:
     base = tiny_diffusion.clip()
     config = peft.LoraConfig(target_modules=["q_proj", "fc1"], init_lora_weights=False)
     adapted = peft.get_peft_model(base, config).eval()
-    tower = read_text_tower(load_model(adapted))
-    built = build_text_encoder(tower, pipeline_encoder(), argument="--erased")
+    built = build(adapted)
     with torch.no_grad():
         found = built(IDS).last_hidden_state
         torch.testing.assert_close(found, base.text_model(IDS).last_hidden_state)

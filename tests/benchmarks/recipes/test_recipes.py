@@ -11,17 +11,15 @@ from benchmarks.recipes.runs import Ending, Run, Value
 
 def value(recipe: str, subgroup: str, name: str, metric: str, after: float, **changes) -> Value:
     fields = {"lr": 1e-4, "keeping": 10.0, "steps": 60, "seed": 0, "original": 0.9, "chance": 0.02}
-    return Value(
-        recipe=recipe, subgroup=subgroup, set=name, metric=metric, value=after, **(fields | changes)
-    )
+    fields |= {"recipe": recipe, "subgroup": subgroup, "set": name, "metric": metric}
+    return Value(value=after, **(fields | changes))
 
 
 def measured(recipe: str, subgroup: str, *, known: float, kept: float, **changes) -> list[Value]:
     """What one run reports: `known` of the concept, `kept` of the rest."""
+    of = {"forget": known, "forget-unseen": known}
     return [
-        value(
-            recipe, subgroup, name, metric, known if name.startswith("forget") else kept, **changes
-        )
+        value(recipe, subgroup, name, metric, of.get(name, kept), **changes)
         for name, metric in recipes.REPORTED
     ]
 
@@ -93,13 +91,7 @@ def test_runs_differ_in_name_and_use_their_settings():
 
 
 def test_verdicts_are_counted_by_recipe_and_set():
-    endings = [
-        Ending("fasterase", subgroup, 120, 0, "forget", verdict, residue)
-        for subgroup, verdict, residue in (
-            ("x", "forgotten", 0.4),
-            ("y", "forgotten", 0.6),
-            ("z", "remembered", 0.8),
-        )
-    ]
+    found = {"x": ("forgotten", 0.4), "y": ("forgotten", 0.6), "z": ("remembered", 0.8)}
+    endings = [Ending("fasterase", name, 120, 0, "forget", *each) for name, each in found.items()]
     (line,) = recipes.count_verdicts(endings)
     assert "3 models: forgotten 2, remembered 1; residue 0.60 (0.40 to 0.80)" in line

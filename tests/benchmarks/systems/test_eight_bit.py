@@ -15,22 +15,15 @@ def outcome(recipe: str, subgroup: str, seed: int, *, kept: float, residue: floa
         Value(recipe, subgroup, None, None, 50, seed, name, metric, kept, 0.9, 0.02)
         for name, metric, _ in eight_bit.MEASURED.values()
     ]
-    endings = [
-        Ending(recipe, subgroup, 50, seed, name, "forgotten", residue) for name in FORGET_SETS
-    ]
-    return Outcome(values, endings)
+    ended = ("forgotten", residue)
+    return Outcome(values, [Ending(recipe, subgroup, 50, seed, n, *ended) for n in FORGET_SETS])
 
 
 def table(*outcomes: Outcome) -> list[dict]:
-    original = Ending("original", "x", 50, 0, "forget", "remembered", 1.0)
-    return eight_bit.tabulate(
-        Outcome(
-            [value for each in outcomes for value in each.values],
-            [*(ending for each in outcomes for ending in each.endings), original],
-        ),
-        "optimizer",
-        eight_bit.optimizer_of,
-    )
+    values = [value for each in outcomes for value in each.values]
+    endings = [ending for each in outcomes for ending in each.endings]
+    endings.append(Ending("original", "x", 50, 0, "forget", "remembered", 1.0))
+    return eight_bit.tabulate(Outcome(values, endings), "optimizer", eight_bit.optimizer_of)
 
 
 def test_differences_are_paired_and_seeds_are_compared_within_a_subgroup():

@@ -62,14 +62,9 @@ def test_a_failed_stage_does_not_stop_the_others(run):
 def test_a_stage_ends_in_time_with_all_its_children(run, tmp_path):
     """The child of the command would otherwise write later."""
     late = f"import time; time.sleep(3); open({str(tmp_path / 'late')!r}, 'w')"
-    code, output = run(
-        {
-            "slow": "import subprocess, sys, time; print('began', flush=True); "
-            f"subprocess.Popen([sys.executable, '-c', {late!r}]); time.sleep(60)"
-        },
-        "--seconds",
-        "1.5",
-    )
+    slow = "import subprocess, sys, time; print('began', flush=True); "
+    slow += f"subprocess.Popen([sys.executable, '-c', {late!r}]); time.sleep(60)"
+    code, output = run({"slow": slow}, "--seconds", "1.5")
     assert code == gpu_stages.UNFINISHED
     assert "began" in output
     assert "run it again to continue" in output

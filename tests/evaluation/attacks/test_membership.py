@@ -10,10 +10,9 @@ import torch
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch.nn.functional import normalize
 
-import fasterase
 from fasterase.errors import InputError
 from fasterase.evaluation.findings import Findings
-from tests.evaluation.lookup_model import LookupModel, picture
+from tests.evaluation.lookup_model import LookupModel, attack, picture
 
 MEMBERS, KEPT, STRANGERS, WIDTH = 40, 30, 320, 16
 COUNT = MEMBERS + KEPT + STRANGERS
@@ -36,15 +35,10 @@ def cosines(of: LookupModel) -> np.ndarray:
     return torch.cosine_similarity(image, text).numpy()
 
 
-def evaluate(erased: LookupModel, **others: object) -> fasterase.report.evaluation.Evaluation:
-    return fasterase.evaluate(
-        erased, FORGET, RETAIN, attacks=["membership"], progress=False, **others
-    )
-
-
 def test_figures_are_those_of_scikit_learn(tmp_path: Path) -> None:
     erased, original = model(forget=0.3, kept=1), model(forget=1, kept=1, seed=1)
-    found = evaluate(erased, original=original, non_members=OTHERS)
+    given = {"original": original, "non_members": OTHERS}
+    found = attack("membership", erased, FORGET, RETAIN, **given)
     figures = found.attacks["membership"]
     now, before = cosines(erased), cosines(original)
     for key, score in (("cosine", now), ("change", now - before)):
@@ -78,13 +72,14 @@ def test_memorised_pairs_are_told_apart_and_unseen_ones_are_not() -> None:
     assert figures_of(model(forget=5, kept=5))["forget/cosine/tpr"].value > 0.9
 
 
-def figures_of(erased: LookupModel) -> Findings:
-    return evaluate(erased, non_members=OTHERS).attacks["membership"]
+def figures_of(erased: LookupModel, others: list = OTHERS) -> Findings:
+    found = attack("membership", erased, FORGET, RETAIN, non_members=others)
+    return found.attacks["membership"]
 
 
 def test_few_non_members_give_no_rate_at_one_percent() -> None:
-    found = evaluate(model(forget=0, kept=5), non_members=OTHERS[:299]).attacks["membership"]
+    found = figures_of(model(forget=0, kept=5), OTHERS[:299])
     assert "forget/cosine/auc" in found
     assert "forget/cosine/tpr" not in found
     with pytest.raises(InputError, match="'membership' needs two non-members or more"):
-        evaluate(model(forget=0, kept=5), non_members=OTHERS[:1])
+        figures_of(model(forget=0, kept=5), OTHERS[:1])

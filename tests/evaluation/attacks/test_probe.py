@@ -11,11 +11,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
-import fasterase
 from fasterase.errors import InputError, MissingExtraError
-from fasterase.evaluation.attacks.probe import assign_folds
+from fasterase.evaluation.attacks.features import assign_folds
 from fasterase.evaluation.findings import Findings
-from tests.evaluation.lookup_model import LookupModel, picture
+from tests.evaluation.lookup_model import LookupModel, attack, picture
 
 FORGET, RETAIN, UNSEEN, WIDTH = 23, 160, 11, 6
 CAPTIONS = [f"{kind} {i}" for kind, n in (("cat", FORGET), ("thing", RETAIN)) for i in range(n)]
@@ -25,14 +24,9 @@ OTHERS = [(picture(len(PAIRS) + i), "cat 0") for i in range(UNSEEN)]
 
 def probe(image: torch.Tensor) -> Findings:
     model = LookupModel(image, torch.randn(len(CAPTIONS), image.shape[1]), CAPTIONS, "fake")
-    return fasterase.evaluate(
-        model,
-        PAIRS[:FORGET],
-        PAIRS[FORGET:],
-        forget_sets={"unseen": OTHERS},
-        attacks=["probe"],
-        progress=False,
-    ).attacks["probe"]
+    sets = {"unseen": OTHERS}
+    found = attack("probe", model, PAIRS[:FORGET], PAIRS[FORGET:], forget_sets=sets)
+    return found.attacks["probe"]
 
 
 def images(*, distance: float) -> torch.Tensor:
@@ -92,12 +86,10 @@ def test_a_concept_apart_is_found_and_one_like_the_rest_is_not(
 def test_what_probes_need_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     model = LookupModel(torch.eye(3), torch.eye(3), ["cat", "dog", "hen"], "fake")
     one, two = [(picture(0), "cat")], [(picture(1), "dog"), (picture(2), "hen")]
-    with pytest.raises(
-        InputError, match=r"'probe' needs two images .* found 1 to forget and 2 unr"
-    ):
-        fasterase.evaluate(model, one, two, attacks=["probe"], progress=False)
+    with pytest.raises(InputError, match=r"'probe' needs two .* found 1 to forget and 2 unr"):
+        attack("probe", model, one, two)
     with pytest.raises(InputError, match="attacks: every caption of `retain` is also one to forg"):
-        fasterase.evaluate(model, two, two, attacks=["probe"], progress=False)
+        attack("probe", model, two, two)
     imported = importlib.import_module
 
     def without_sklearn(name: str) -> object:
@@ -107,4 +99,4 @@ def test_what_probes_need_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(importlib, "import_module", without_sklearn)
     with pytest.raises(MissingExtraError, match=r"'probe' needs `sklearn`.*fasterase\[eval\]"):
-        fasterase.evaluate(model, "no file", two, attacks=["probe"])
+        attack("probe", model, "no file", two)

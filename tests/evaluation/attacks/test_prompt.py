@@ -11,12 +11,11 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn.functional import normalize
 
-import fasterase
 from fasterase.errors import InputError
-from fasterase.evaluation.attacks import prompt as attack
+from fasterase.evaluation.attacks import prompt
 from fasterase.evaluation.findings import Findings
 from fasterase.models.preprocessing import Tokens
-from tests.evaluation.lookup_model import LookupModel, picture
+from tests.evaluation.lookup_model import LookupModel, attack, picture
 
 WIDTH = 12
 LEXICON = ["pad", "apple", "fruit", "qx", "zu", *(f"w{i}" for i in range(15))]
@@ -63,9 +62,7 @@ KEPT = [(picture(FORGET + i), CAPTIONS[2 + i % 5]) for i in range(RETAIN)]
 
 
 def figures(of: WordModel, **others: object) -> Findings:
-    return fasterase.evaluate(
-        of, PAIRS, KEPT, attacks=["prompt"], progress=False, **others
-    ).attacks["prompt"]
+    return attack("prompt", of, PAIRS, KEPT, **others).attacks["prompt"]
 
 
 def test_hidden_words_are_found_and_asked_for_images_that_the_search_did_not_see() -> None:
@@ -79,7 +76,7 @@ def test_hidden_words_are_found_and_asked_for_images_that_the_search_did_not_see
         feature = normalize(hiding.module.text[WordTokenizer()([text]).ids[0]].sum(0), dim=0)
         scores = (normalize(hiding.module.image, dim=1) @ feature).detach().numpy()
         unseen = [
-            np.array_split(attack.generator(0, attack.Stream.PROMPT, 2).permutation(n), 2)[1]
+            np.array_split(prompt.generator(0, prompt.Stream.PROMPT, 2).permutation(n), 2)[1]
             for n in (FORGET, RETAIN)
         ]
         rows = np.concatenate([unseen[0], FORGET + unseen[1]])
@@ -93,11 +90,11 @@ def test_hidden_words_are_found_and_asked_for_images_that_the_search_did_not_see
 
 
 def test_the_search_finds_the_best_of_all_short_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attack, "ROUNDS", 1)
+    monkeypatch.setattr(prompt, "ROUNDS", 1)
     hiding = model(known="qx zu")
     best = figures(hiding)["prompt/text"].value
-    order = attack.generator(0, attack.Stream.PROMPT, 2).permutation(FORGET)
-    kept = attack.generator(0, attack.Stream.PROMPT, 2).permutation(RETAIN)
+    order = prompt.generator(0, prompt.Stream.PROMPT, 2).permutation(FORGET)
+    kept = prompt.generator(0, prompt.Stream.PROMPT, 2).permutation(RETAIN)
     images = normalize(hiding.module.image.detach(), dim=1).double().numpy()
     seen = images[np.array_split(order, 2)[0]], images[FORGET + np.array_split(kept, 2)[0]]
 
@@ -123,8 +120,6 @@ def test_a_tokenizer_is_needed() -> None:
     pairs = [(picture(i), torch.tensor([1 + i % 2])) for i in range(4)]
     kept = [(picture(30 + i), torch.tensor([5 + i])) for i in range(4)]
     with pytest.raises(InputError, match="'prompt' writes captions, and words came without a tok"):
-        fasterase.evaluate(mute, pairs, kept, attacks=["prompt"], progress=False)
-    with pytest.raises(InputError, match=r"'prompt' needs two images .* found 1 to forget and 60"):
-        fasterase.evaluate(
-            model(known="apple"), PAIRS[:1], KEPT, attacks=["prompt"], progress=False
-        )
+        attack("prompt", mute, pairs, kept)
+    with pytest.raises(InputError, match=r"'prompt' needs two pairs .* found 1 to forget and 60"):
+        attack("prompt", model(known="apple"), PAIRS[:1], KEPT)

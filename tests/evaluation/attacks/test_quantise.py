@@ -11,9 +11,9 @@ from torch import nn
 
 import fasterase
 from fasterase.errors import InputError
-from fasterase.evaluation.attacks.quantise import linear_weights, round_to_nearest
+from fasterase.evaluation.attacks.weights import linear_weights, round_to_nearest
 from tests import small_models
-from tests.evaluation.lookup_model import LookupModel, picture
+from tests.evaluation.lookup_model import LookupModel, attack, picture
 from tests.tiny_concepts import FORGOTTEN, KEPT, concept_pairs, knowing_model
 from tests.tiny_model import same_weights
 
@@ -34,9 +34,7 @@ def test_figures_are_those_of_a_model_with_rounded_weights() -> None:
     model = knowing_model()
     forget, retain = (concept_pairs(those, 6, seed=5) for those in ((FORGOTTEN,), KEPT))
     before = model.weights()
-    found = fasterase.evaluate(
-        model, forget, retain, original=model, attacks=["quantise"], progress=False
-    ).attacks["quantise"]
+    found = attack("quantise", model, forget, retain, original=model).attacks["quantise"]
     assert same_weights(model.weights(), before)
     for bits in (8, 4):
         other = copy.deepcopy(model)
@@ -66,12 +64,8 @@ def test_attention_is_rounded_too() -> None:
     assert {f"{block}.mlp.c_fc.weight", f"{block}.mlp.c_proj.weight"} <= found
     assert not {name for name in found if "embedding" in name or name.endswith("bias")}
     apart = nn.MultiheadAttention(4, 1, kdim=2, vdim=3)
-    assert [list(weight.shape) for weight in linear_weights(apart)] == [
-        [4, 4],
-        [4, 2],
-        [4, 3],
-        [4, 4],
-    ]
+    shapes = [tuple(weight.shape) for weight in linear_weights(apart)]
+    assert shapes == [(4, 4), (4, 2), (4, 3), (4, 4)]
 
 
 def test_the_weights_come_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,11 +73,11 @@ def test_the_weights_come_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -
     before = model.weights()
     forget, retain = (concept_pairs(those, 3, seed=5) for those in ((FORGOTTEN,), KEPT))
     monkeypatch.setattr(
-        "fasterase.evaluation.attacks.quantise.round_to_nearest",
+        "fasterase.evaluation.attacks.weights.round_to_nearest",
         lambda weight, bits: torch.full_like(weight, torch.nan) if len(weight) == 12 else 1 / 0,
     )
     with pytest.raises(ZeroDivisionError):
-        fasterase.evaluate(model, forget, retain, attacks=["quantise"], progress=False)
+        attack("quantise", model, forget, retain)
     assert same_weights(model.weights(), before)
 
 
@@ -91,4 +85,4 @@ def test_a_model_without_linear_layers_is_named() -> None:
     model = LookupModel(torch.eye(2), torch.eye(2), ["cat", "dog"], "lookup")
     one, other = [(picture(0), "cat")], [(picture(1), "dog")]
     with pytest.raises(InputError, match=r"'quantise' rounds the weights .* lookup has none"):
-        fasterase.evaluate(model, one, other, attacks=["quantise"], progress=False)
+        attack("quantise", model, one, other)

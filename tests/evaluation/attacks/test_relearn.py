@@ -15,12 +15,11 @@ from PIL import Image
 
 import fasterase
 from fasterase.errors import InputError
-from fasterase.evaluation.attacks import relearn as attack
-from fasterase.evaluation.attacks.relearn import area_weights
+from fasterase.evaluation.attacks import weights
 from fasterase.models.dual_encoder import Tokens
 from fasterase.report.evaluation import Evaluation
 from fasterase.seeds import Stream, generator
-from tests.evaluation.lookup_model import LookupModel, picture
+from tests.evaluation.lookup_model import LookupModel, attack, picture
 from tests.tiny_concepts import FORGOTTEN, KEPT, concept_pairs, knowing_model
 from tests.tiny_model import TinyModel, same_weights
 
@@ -30,9 +29,8 @@ RETAIN = concept_pairs(KEPT, 20, seed=6)
 
 @pytest.fixture(autouse=True)
 def fast_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attack, "RATES", (1e-4, 3e-3))
-    monkeypatch.setattr(attack, "SHOTS", (1, 4))
-    monkeypatch.setattr(attack, "POOL", 30)
+    for name, value in {"RATES": (1e-4, 3e-3), "SHOTS": (1, 4), "POOL": 30}.items():
+        monkeypatch.setattr(weights, name, value)
 
 
 def by_hand(model: TinyModel, forget: list, retain: list, rate: float) -> TinyModel:
@@ -55,14 +53,8 @@ def by_hand(model: TinyModel, forget: list, retain: list, rate: float) -> TinyMo
 def test_figures_are_those_of_a_model_that_was_fine_tuned_by_hand() -> None:
     model = hiding_model()
     before = model.weights()
-    figures = fasterase.evaluate(
-        model,
-        FORGET,
-        RETAIN,
-        forget_sets={"unseen": FORGET[:5]},
-        attacks=["relearn"],
-        progress=False,
-    ).attacks["relearn"]
+    found = attack("relearn", model, FORGET, RETAIN, forget_sets={"unseen": FORGET[:5]})
+    figures = found.attacks["relearn"]
     assert same_weights(model.weights(), before)
     assert all(weight.requires_grad for weight in model.module.parameters())
 
@@ -83,11 +75,9 @@ def test_figures_are_those_of_a_model_that_was_fine_tuned_by_hand() -> None:
     for k in (0, 1, 4):
         student = relearned(k, best) if k else model
         forget = scores(student, left)["forget"]
-        figure = figures[f"forget/{k}_shots/contest_hit@1"]
-        assert figure.value == pytest.approx(forget["contest_hit@1"], abs=1e-4)
-        assert figures[f"forget/{k}_shots/residue"].value == pytest.approx(
-            residue(forget), abs=1e-4
-        )
+        hit, trace = (figures[f"forget/{k}_shots/{x}"] for x in ("contest_hit@1", "residue"))
+        assert hit.value == pytest.approx(forget["contest_hit@1"], abs=1e-4)
+        assert trace.value == pytest.approx(residue(forget), abs=1e-4)
         recall = scores(student, kept[:1])["retain"]["image_to_text_recall@1"]
         assert figures[f"retain/{k}_shots/recall@1"].value == pytest.approx(recall)
         curve.append(forget["contest_hit@1"])
@@ -103,18 +93,10 @@ def residue(scores: dict[str, float]) -> float:
 def test_what_was_hidden_comes_back_sooner_than_what_was_never_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attack, "RATES", (1e-3,))
+    monkeypatch.setattr(weights, "RATES", (1e-3,))
+    others = {"original": knowing_model(), "references": {"never saw it": knowing_model(KEPT)}}
     for seed in range(3):
-        found = fasterase.evaluate(
-            hiding_model(),
-            FORGET,
-            RETAIN,
-            original=knowing_model(),
-            references={"never saw it": knowing_model(KEPT)},
-            attacks=["relearn"],
-            progress=False,
-            seed=seed,
-        )
+        found = attack("relearn", hiding_model(), FORGET, RETAIN, **others, seed=seed)
         figures = found.attacks["relearn"]
         before, after = (figures[f"forget/{k}_shots/residue"] for k in (0, 1))
         of_never = after.references["never saw it"] - before.references["never saw it"]
@@ -134,15 +116,17 @@ def test_what_was_hidden_comes_back_sooner_than_what_was_never_seen(
 def test_area_is_over_the_logarithm_of_the_number_of_pairs() -> None:
     values = np.array([0.0, 0.2, 0.6, 1.0])
     expected = np.trapezoid(values, np.log2([1, 2, 4, 16])) / 4
-    assert np.average(values, weights=area_weights([1, 2, 4, 16])) == pytest.approx(expected)
-    assert area_weights([1]).tolist() == [1]
+    assert np.average(values, weights=weights.area_weights([1, 2, 4, 16])) == pytest.approx(
+        expected
+    )
+    assert weights.area_weights([1]).tolist() == [1]
 
 
 def test_too_few_pairs_are_named() -> None:
     model = LookupModel(torch.eye(3), torch.eye(3), ["cat", "dog", "hen"], "fake")
     one, two = [(picture(0), "cat")], [(picture(1), "dog"), (picture(2), "hen")]
     with pytest.raises(InputError, match=r"'relearn' needs two .* found 1 to forget and 2 unre"):
-        fasterase.evaluate(model, one, two, attacks=["relearn"], progress=False)
+        attack("relearn", model, one, two)
     with pytest.raises(InputError, match=r"plot: there is nothing to draw"):
         fasterase.evaluate(model, one, two, progress=False).plot("nowhere")
 
@@ -151,18 +135,9 @@ def test_too_few_pairs_are_named() -> None:
 def hiding_model() -> TinyModel:
     """The knowing model after an erasure that stops as soon as the concept is hidden."""
     model = knowing_model()
+    options = {"lr": 1e-3, "max_steps": 40, "forget_words": False, "cross_weight": 0.0}
+    options |= {"backend": "dense", "evaluation": None, "progress": False}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        fasterase.unlearn(
-            model,  # type: ignore[arg-type]
-            FORGET,
-            RETAIN,
-            lr=1e-3,
-            max_steps=40,
-            forget_words=False,
-            cross_weight=0.0,
-            backend="dense",
-            evaluation=None,
-            progress=False,
-        )
+        fasterase.unlearn(model, FORGET, RETAIN, **options)  # type: ignore[arg-type]
     return model

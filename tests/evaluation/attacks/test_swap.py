@@ -12,7 +12,7 @@ import fasterase
 from fasterase.cli.parser import parse
 from fasterase.errors import InputError
 from fasterase.report.evaluation import Evaluation
-from tests.evaluation.lookup_model import LookupModel, picture
+from tests.evaluation.lookup_model import LookupModel, attack, picture
 
 CAPTIONS = ["cat", "lynx", *(f"thing {i}" for i in range(40))]
 FORGET = [(picture(0), "cat"), (picture(1), "lynx")]
@@ -36,25 +36,17 @@ def joined(image: LookupModel, text: LookupModel) -> LookupModel:
 
 def test_figures_are_those_of_a_model_made_of_both_towers(tmp_path: Path) -> None:
     original, erased, retrained = model(0), model(1), model(2)
-    found = fasterase.evaluate(
-        erased,
-        FORGET,
-        RETAIN,
-        forget_sets={"unseen": UNSEEN},
-        original=original,
-        references={"retrained": retrained, "narrow": model(3, width=4)},
-        attacks=("swap",),
-        progress=False,
-    )
+    others = {"retrained": retrained, "narrow": model(3, width=4)}
+    sets = {"unseen": UNSEEN}
+    given = {"original": original, "references": others, "forget_sets": sets}
+    found = attack("swap", erased, FORGET, RETAIN, **given)
     figures = found.attacks["swap"]
     for key, mixed, mixed_reference in (
         ("original_images", joined(original, erased), joined(original, retrained)),
         ("original_texts", joined(erased, original), joined(retrained, original)),
     ):
         of_model, of_reference = (
-            fasterase.evaluate(
-                each, FORGET, RETAIN, forget_sets={"unseen": UNSEEN}, progress=False
-            ).to_dict()
+            fasterase.evaluate(each, FORGET, RETAIN, forget_sets=sets, progress=False).to_dict()
             for each in (mixed, mixed_reference)
         )
         assert found.original is not None
@@ -81,10 +73,7 @@ def test_one_erased_tower_leaves_the_concept_in_the_other() -> None:
     text = torch.eye(42)
     text[:2] *= -1
     erased = LookupModel(torch.eye(42), text, CAPTIONS, "other names for cats")
-    found = fasterase.evaluate(
-        erased, FORGET, RETAIN, original=original, attacks=["swap"], progress=False
-    )
-    figures = found.attacks["swap"]
+    figures = attack("swap", erased, FORGET, RETAIN, original=original).attacks["swap"]
     assert figures["forget/original_images/image_to_text_residue"].value == 0
     assert figures["forget/original_texts/image_to_text_residue"].value == 1
     assert figures["forget/original_texts/contest_hit@1"].value == 1
@@ -93,9 +82,7 @@ def test_one_erased_tower_leaves_the_concept_in_the_other() -> None:
 
 def test_a_model_of_another_width_cannot_be_swapped() -> None:
     with pytest.raises(InputError, match=r"attacks: 'swap' compares .* have 4 numbers .* 6"):
-        fasterase.evaluate(
-            model(1, width=4), FORGET, RETAIN, original=model(0), attacks=["swap"], progress=False
-        )
+        attack("swap", model(1, width=4), FORGET, RETAIN, original=model(0))
 
 
 def test_the_command_line_takes_several_names() -> None:

@@ -1,4 +1,7 @@
-"""Relearning: how many pairs of the concept does it take to bring all of it back?
+"""Attacks on weights: rounding them, and fine-tuning them on a few pairs of the concept.
+
+An erasure with small steps moves each weight by less than a 4-bit grid is wide, and rounding may
+undo it (Zhang et al., "Catastrophic Failure of LLM Unlearning via Quantization", ICLR 2025).
 
 Fine-tuning on a few pairs shows whether an association is gone or only hidden: a model that never
 saw the concept has to learn it, one that hides it only has to be reminded.
@@ -6,31 +9,39 @@ saw the concept has to learn it, one that hides it only has to be reminded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fasterase.encode import PairFeatures
-from fasterase.errors import InputError
 from fasterase.evaluation.findings import (
     Examined,
-    Label,
+    Finding,
     Series,
     Target,
+    UnsuitableModelError,
     recall_finding,
     share_finding,
 )
-from fasterase.evaluation.verdict import PairTraces
+from fasterase.evaluation.verdict import PairTraces, decide, summarise
 from fasterase.models.dual_encoder import DualEncoder, separate_copy
 from fasterase.models.preprocessing import Tokens
 from fasterase.ops.contrastive import contrastive
 from fasterase.pairs.batches import sweep
 from fasterase.pairs.prepare import hash_captions
 from fasterase.seeds import Stream, generator
+
+BITS = (8, 4)  # of the rounded weights
+# Attention has either one matrix for queries, keys and values, or three.
+MATRICES = (
+    (nn.Linear, ("weight",)),
+    (nn.MultiheadAttention, ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")),
+)
 
 SHOTS = (1, 2, 4, 8, 16)  # forget pairs that the attacker has; at most half of them
 POOL = 32  # retain pairs that the attacker has; at most half of them
@@ -39,6 +50,77 @@ RATES = (1e-5, 1e-4)  # the one counts that brings more back with the most pairs
 BETAS = (0.9, 0.98)
 
 RELEARNED, KEPT = "forget pairs relearned", "retain image->text R@1, %"  # labels of axes
+
+
+def quantise(target: Target) -> Examined:
+    """Judge the model again with the weights of its linear layers rounded to 8 and to 4 bits.
+
+    Rounding is to nearest, symmetric, with one scale per output row; activations stay as they are.
+    Recall on unrelated retain pairs says what the rounding costs by itself: a model that it breaks
+    has forgotten everything. Costs one pass over the judged pairs per number of bits, and a second
+    copy of the linear layers in memory. The model gets its own weights back.
+
+    Raises:
+        InputError: the model has no linear layer with floating-point weights.
+    """
+    weights = linear_weights(target.encoder.model.module)
+    if not weights:
+        raise UnsuitableModelError(
+            "attacks: 'quantise' rounds the weights of linear layers (nn.Linear and "
+            f"nn.MultiheadAttention), and {target.encoder.model.name} has none in floating point. "
+            "Leave 'quantise' out."
+        )
+    judge = target.evaluator.judge
+    findings = []
+    for bits in BITS:
+        key, group = f"{bits}_bits", f"{bits}-bit weights"
+        with rounded(weights, bits):
+            features = target.encode(judge.rows, group)
+        traces = judge.judge(features)
+        verdict = decide(summarise(traces))
+        assert verdict is not None
+        findings.append(Finding(f"{key}/verdict", group, "verdict", "verdict", "", verdict))
+        findings.append(recall_finding(features["retain"], key=f"retain/{key}", group=group))
+        findings += target.traces(traces, key=key, group=group)
+    return Examined(findings)
+
+
+def linear_weights(module: nn.Module) -> list[Tensor]:
+    """Return the floating-point matrices of linear layers, those inside attention included.
+
+    Projections that a library keeps as bare parameters, embeddings and convolutions stay out.
+    """
+    found = [
+        weight
+        for part in module.modules()
+        for kind, names in MATRICES
+        if isinstance(part, kind)
+        for name in names
+        if (weight := getattr(part, name)) is not None and weight.is_floating_point()
+    ]
+    return list({id(weight): weight for weight in found}.values())
+
+
+@contextmanager
+def rounded(weights: Sequence[Tensor], bits: int) -> Iterator[None]:
+    """Round `weights` in the block; afterwards each holds its own storage again, bit for bit."""
+    before = [weight.data for weight in weights]
+    try:
+        for weight in weights:
+            weight.data = round_to_nearest(weight.data, bits)
+        yield
+    finally:
+        for weight, data in zip(weights, before, strict=True):
+            weight.data = data
+
+
+def round_to_nearest(weight: Tensor, bits: int) -> Tensor:
+    """Return `scale * round(weight / scale)`, scale = max |row| / (2^(bits - 1) - 1), [out, in]."""
+    levels = 2 ** (bits - 1) - 1
+    values = weight.float()
+    scale = values.abs().amax(dim=1, keepdim=True) / levels
+    scale = torch.where(scale > 0, scale, 1)
+    return ((values / scale).round() * scale).to(weight.dtype)
 
 
 class Lesson(NamedTuple):
@@ -76,10 +158,10 @@ def relearn(target: Target) -> Examined:
     learning rate, and memory for an fp32 copy of the model with gradients and Adam's states.
 
     Raises:
-        InputError: fewer than two forget pairs or unrelated retain pairs.
+        InputError: fewer than two pairs to forget or unrelated ones.
     """
     evaluator = target.evaluator
-    rows = {name: pairs.rows for name, pairs in target.judged().items()}
+    rows = {name: pairs.rows for name, pairs in target.two_of_each("relearn").items()}
     lessons, left = _divide(rows, seed=evaluator.seed)
     shots = [k for k in SHOTS if k <= len(lessons["forget"])]
     forget, retain = (_load(target, name, lessons[name]) for name in ("forget", "retain"))
@@ -139,12 +221,6 @@ def _divide(
     lessons, left = {}, dict(rows)
     for place, (name, most) in enumerate((("forget", max(SHOTS)), ("retain", POOL))):
         count = min(most, len(rows[name]) // 2)
-        if count < 1:
-            raise InputError(
-                f"attacks: 'relearn' needs two pairs or more of each kind, found "
-                f"{len(rows['forget'])} to forget and {len(rows['retain'])} unrelated to keep. "
-                "Give more pairs, or leave 'relearn' out."
-            )
         order = generator(seed, Stream.RELEARN, place).permutation(rows[name])
         lessons[name], left[name] = order[:count], np.sort(order[count:])
     return lessons, left
@@ -197,8 +273,7 @@ def _describe(
                 few = figure == "hit@1" and point != "area"
                 make = share_finding if few else target.resampled
                 place, group = f"{name}/{point}/{key}", f"{name}, after relearning"
-                title = f"{figure}, {label}, %"
-                findings.append(make(those, Label(place, group, title, wanted, chance)))
+                findings.append(make(those, place, group, f"{figure}, {label}, %", wanted, chance))
             curve = [100 * float(those.mean()) for those in values]
             of_others = f"{figure} of the others, %"
             panel = f"{name}: {figure}"

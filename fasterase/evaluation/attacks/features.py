@@ -1,0 +1,221 @@
+"""Attacks on features alone: swapped towers, probes, and membership inference.
+
+- Cross-tower recovery: is the concept gone from both towers, or only from their agreement? An
+  eraser that moves one tower leaves the concept in the other: whoever still has the original's
+  other tower finds it again.
+- Probes: can the pictures of the concept still be told from all others by their features alone?
+  Erasing changes which caption a picture is nearest to. Its features may still set it apart, and a
+  few labelled pictures then bring the class back without any text.
+- Membership: can one tell that the forgotten pairs were once trained on? Such pairs tend to be
+  more similar than others of the same source. After forgetting they should be neither more nor
+  less similar than pairs that were never trained on: both tell them apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from fasterase.encode import PairFeatures
+from fasterase.errors import InputError
+from fasterase.evaluation.findings import (
+    FALSE_POSITIVES,
+    NON_MEMBERS,
+    Examined,
+    Finding,
+    Series,
+    Target,
+    UnsuitableModelError,
+    share_finding,
+)
+from fasterase.evaluation.scores import share_below
+from fasterase.seeds import Stream, generator
+
+FOLDS = 5
+
+# Features of images to forget [p, D] and of others [q, D] -> a score of features [n, D].
+Fit = Callable[[np.ndarray, np.ndarray], Callable[[np.ndarray], np.ndarray]]
+
+# False positives that an accusation may cost, and non-members without which such a rate means
+# nothing: three of 300.
+ACCUSED, ENOUGH = 0.01, 300
+BIN = 0.05  # of the histograms of cosines
+TITLES = {"cosine": "matched cosine", "change": "matched cosine minus the original's"}
+
+
+def swap(target: Target) -> Examined:
+    """Judge the original's images with the model's texts, and the original's texts with its images.
+
+    Residues and hit@1 as in the verdict; unrelated pairs are swapped in the same way. Costs one
+    judging per direction on features that were computed anyway; no model runs.
+
+    Raises:
+        InputError: the model's features have another width than the original's.
+    """
+    original, judge = target.original, target.evaluator.judge
+    assert original is not None
+    width, before = (each["retain"].image.shape[1] for each in (target.features, original))
+    if width != before:
+        raise UnsuitableModelError(
+            f"attacks: 'swap' compares one model's images with the other's texts, but features of "
+            f"the model have {width} numbers and those of the original {before}. Leave 'swap' out."
+        )
+    findings, own = [], target.features
+    for key, group, images, texts in (
+        ("original_images", "the original's images with the model's texts", original, own),
+        ("original_texts", "the model's images with the original's texts", own, original),
+    ):
+        mixed = {name: replace(texts[name], image=images[name].image) for name in judge.rows}
+        findings += target.traces(judge.judge(mixed), key=key, group=group)
+    return Examined(findings)
+
+
+def probe(target: Target) -> Examined:
+    """Tell images to forget from unrelated ones by a linear probe and by class prototypes.
+
+    Both are fitted on four fifths of the judged `forget` images and of the unrelated retain images,
+    and score the last fifth, five times over. The further sets to forget are never fitted: their
+    images are scored by the five fits in turn, against the same unrelated images. Costs five small
+    fits of scikit-learn on features that were computed anyway; no model runs.
+
+    Raises:
+        InputError: fewer than two pairs to forget or unrelated ones.
+    """
+    evaluator = target.evaluator
+    judged = target.two_of_each("probe")
+    images = {name: those.image.double().numpy() for name, those in judged.items()}
+    folds = min(FOLDS, len(images["forget"]), len(images["retain"]))
+    fold_of = {n: assign_folds(len(x), folds, seed=evaluator.seed) for n, x in images.items()}
+    unrelated, forget = images.pop("retain"), images["forget"]
+    findings: list[Finding] = []
+    for key, title, fit in (
+        ("linear_probe", "linear probe of image features", fit_linear),
+        ("prototypes", "prototypes of image features", fit_prototypes),
+    ):
+        below = {name: np.empty(len(those)) for name, those in images.items()}
+        chance = {name: np.empty(len(those)) for name, those in images.items()}
+        for fold in range(folds):
+            unseen = fold_of["retain"] == fold
+            score = fit(forget[fold_of["forget"] != fold], unrelated[~unseen])
+            others = torch.from_numpy(score(unrelated[unseen]))
+            # A random image is above all but `FALSE_POSITIVES` of the others so often.
+            count = len(others)
+            by_chance = (count - np.ceil((1 - FALSE_POSITIVES) * count) + 1) / (count + 1)
+            for name, those in images.items():
+                rows = fold_of[name] == fold
+                below[name][rows] = share_below(torch.from_numpy(score(those[rows])), others)
+                chance[name][rows] = by_chance
+        for name, values in below.items():
+            place, group, by_chance = f"{name}/{key}", f"{name}, {title}", chance[name].mean()
+            findings += target.separation(values, key=place, group=group, chance=float(by_chance))
+    return Examined(findings)
+
+
+def assign_folds(count: int, folds: int, *, seed: int) -> np.ndarray:
+    """Return [count] the fold of each row, in sizes that differ by one at most."""
+    return generator(seed, Stream.PROBE).permutation(count) % folds
+
+
+def fit_linear(forget: np.ndarray, others: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Fit a balanced logistic regression (L2, C = 1) on standardised features."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    balanced = LogisticRegression(class_weight="balanced", max_iter=1000)
+    classes = np.repeat([1, 0], [len(forget), len(others)])
+    fitted = make_pipeline(StandardScaler(), balanced)
+    return fitted.fit(np.concatenate([forget, others]), classes).decision_function
+
+
+def fit_prototypes(forget: np.ndarray, others: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Score by the cosine with the mean image to forget, minus that with the mean other one."""
+    near, far = (mean / np.linalg.norm(mean) for mean in (forget.mean(0), others.mean(0)))
+    return lambda those: those @ (near - far)
+
+
+def membership(target: Target) -> Examined:
+    """Tell members, which the original was trained on, from non-members by their similarity.
+
+    The score of a pair is the cosine of its image with its first caption; with an original also
+    that cosine minus the original's, which is what somebody with both models would look at.
+    Members are the judged pairs of each set to forget, and of retain for comparison. AUC is the
+    share of non-members below a member, ties half; where there are `ENOUGH` non-members, TPR is
+    the share of members above the score that 1 % of the non-members reach. Costs one pass over the
+    non-members.
+
+    Raises:
+        InputError: fewer than two non-members can be read.
+    """
+    others = target.features[NON_MEMBERS]
+    if len(others.rows) < 2:
+        raise InputError(
+            "attacks: 'membership' needs two non-members or more, of the same source as the pairs "
+            "to forget. Give more pairs as non_members, or leave 'membership' out."
+        )
+    # The pairs to keep, which are there for comparison, come last.
+    rows = dict(sorted(target.evaluator.judge.rows.items(), key=lambda each: each[0] == "retain"))
+
+    def judged(features: Mapping[str, PairFeatures]) -> dict[str, PairFeatures]:
+        members = {name: features[name].at(those) for name, those in rows.items()}
+        return {**members, "non-members": features[NON_MEMBERS]}
+
+    now = judged(target.features)
+    scores = {"cosine": {name: matched_cosine(those) for name, those in now.items()}}
+    if target.original is not None and target.name != "original":
+        before = judged(target.original)
+        scores["change"] = {name: _change(those, before[name]) for name, those in now.items()}
+    findings: list[Finding] = []
+    series: list[Series] = []
+    for key, found in scores.items():
+        panel, strangers = TITLES[key], found["non-members"]
+        for name in rows:
+            wanted = "" if name == "retain" else "↓ chance"
+            group, place = f"{name} against non-members, {panel}", f"{name}/{key}"
+            below = share_below(*map(torch.from_numpy, (found[name], strangers)))
+            findings.append(target.resampled(below, f"{place}/auc", group, "AUC, %", wanted, 0.5))
+            if len(strangers) >= ENOUGH:
+                caught, title = found_members(found[name], strangers), "TPR at 1 % FPR, %"
+                findings.append(
+                    share_finding(caught, f"{place}/tpr", group, title, wanted[:1], ACCUSED)
+                )
+        series += _histograms(found, panel=f"{target.name}: {panel}", x_label=panel)
+    return Examined(findings, series)
+
+
+def matched_cosine(pairs: PairFeatures) -> np.ndarray:
+    """Return [n], the cosine of each image with the first caption of its pair."""
+    return (pairs.image * pairs.first_text).sum(1).double().numpy()
+
+
+def found_members(members: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return [n], 1 for members above the lowest threshold that `ACCUSED` allow."""
+    from sklearn.metrics import roc_curve
+
+    is_member = np.repeat([1, 0], [len(members), len(others)])
+    rates, _, thresholds = roc_curve(
+        is_member, np.concatenate([members, others]), drop_intermediate=False
+    )
+    return (members >= thresholds[rates <= ACCUSED][-1]).astype(float)
+
+
+def _change(now: PairFeatures, before: PairFeatures) -> np.ndarray:
+    """Return [n], how far the matched cosine of pairs that both models could read has moved."""
+    rows = np.intersect1d(now.rows, before.rows)
+    return matched_cosine(now.at(rows)) - matched_cosine(before.at(rows))
+
+
+def _histograms(scores: Mapping[str, np.ndarray], *, panel: str, x_label: str) -> list[Series]:
+    """Return what share of each set falls into each bin, over the range that all sets need."""
+    low = min(those.min() for those in scores.values())
+    high = max(those.max() for those in scores.values())
+    edges = np.arange(np.floor(low / BIN), np.floor(high / BIN) + 2) * BIN
+    axes = x_label, "share of the set's pairs, %", edges.tolist()
+    lines = []
+    for name, those in scores.items():
+        levels = [*(100 * np.histogram(those, edges)[0] / len(those)).tolist(), 0.0]
+        lines.append(Series(panel, *axes, levels, kind="steps", line=name))
+    return lines
