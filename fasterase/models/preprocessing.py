@@ -394,9 +394,12 @@ class Companions:
             preprocess = preprocess.image_processor
         return cls(tokenizer, preprocess)
 
-    def known(self) -> dict[str, Any]:
-        """Return those that are not None, by name."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+    def or_else(self, other: Companions) -> Companions:
+        """Return these, with those of `other` in the place of None."""
+        return Companions(
+            other.tokenizer if self.tokenizer is None else self.tokenizer,
+            other.preprocess if self.preprocess is None else self.preprocess,
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Companions:
         return self

@@ -30,11 +30,10 @@ from torch.utils.flop_counter import flop_registry
 from fasterase.engine.model_state import checkpointed_activations
 from fasterase.engine.optim import EIGHT_BIT, Trained
 from fasterase.errors import InputError
-from fasterase.models.dual_encoder import DualEncoder
+from fasterase.models.dual_encoder import DualEncoder, copy_with
 from fasterase.models.forward import TowerForward
 from fasterase.models.prefix import SplitTower
 from fasterase.models.preprocessing import Tokens
-from fasterase.planner.architecture import copy_with
 
 Parallel = Literal["plain", "zero1", "zero2", "zero3"]
 

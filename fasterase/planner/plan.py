@@ -19,9 +19,9 @@ from fasterase.engine.optim import EIGHT_BIT, Trained
 from fasterase.engine.prefix_cache import VIEWS, check_prefix_cache, row_bytes, training_bytes
 from fasterase.errors import InputError
 from fasterase.models.dual_encoder import DualEncoder
+from fasterase.models.load import load_architecture
 from fasterase.models.lora import parse_rank
 from fasterase.pairs.sampler import Sampler
-from fasterase.planner.architecture import build_architecture
 from fasterase.planner.count import (
     FP32,
     Measured,
@@ -368,7 +368,7 @@ def plan(
     ):  # fmt: skip
         if not value > 0:
             raise InputError(f"{name}={value!r} must be above 0.")
-    job = PlannedJob(build_architecture(model), config, pairs, forget, gpus)
+    job = PlannedJob(load_architecture(model), config, pairs, forget, gpus)
     prefix_bytes = job.prefix_bytes(forget)
     measured = measure_micro_batch(job.model, precision=job.precision) if measure else None
     setups = job.setups(USABLE * gpu_memory * 1e9, measured.correction if measured else 1.0)

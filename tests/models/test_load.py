@@ -79,7 +79,7 @@ def test_named_open_clip_instances_are_recognised() -> None:
         (None, "NoneType is not a model"),
         ("nonsense", "neither an open_clip model nor a folder"),
         ("", "neither an open_clip model nor a folder"),
-        ("ViT-B32", "Close open_clip names: ViT-B-32"),
+        ("ViT-B32", "Did you mean .*ViT-B-32"),
         ("ViT-B-32", "Its tags: .*laion2b_s34b_b79k"),
         ("ViT-B-32/", "Its tags: .*laion2b_s34b_b79k"),
         ("ViT-B-32/laion2b_s34b", "close: .*laion2b_s34b_b79k"),
