@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasterase.models.prefix import Halfway
+from fasterase.models.forward import Halfway
 from fasterase.models.preprocessing import Tokens
 from fasterase.pairs.augment import augment, is_plain
 from fasterase.pairs.items import Record

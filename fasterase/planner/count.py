@@ -31,8 +31,7 @@ from fasterase.engine.model_state import checkpointed_activations
 from fasterase.engine.optim import EIGHT_BIT, Trained
 from fasterase.errors import InputError
 from fasterase.models.dual_encoder import DualEncoder, copy_with
-from fasterase.models.forward import TowerForward
-from fasterase.models.prefix import SplitTower
+from fasterase.models.forward import SplitTower, TowerForward
 from fasterase.models.preprocessing import Tokens
 
 Parallel = Literal["plain", "zero1", "zero2", "zero3"]

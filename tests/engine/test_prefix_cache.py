@@ -12,7 +12,7 @@ from PIL import Image
 import fasterase
 from fasterase.engine.prefix_cache import VIEWS, row_bytes
 from fasterase.errors import InputError
-from fasterase.models.prefix import SplitTower
+from fasterase.models.forward import SplitTower
 from fasterase.pairs import table
 from tests import small_models
 from tests.marks import SHORT_RUN

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fasterase.models.prefix import Halfway
+from fasterase.models.forward import Halfway
 from fasterase.pairs.augment import augment
 from fasterase.pairs.batches import step_batches, sweep
 from fasterase.pairs.images import ImageFiles

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fasterase.errors import InputError
 from fasterase.ops.contrastive import cpu
@@ -32,7 +31,7 @@ from fasterase.ops.contrastive.operator import (
     Groups,
     Operator,
     Wanted,
-    refuse_second_derivative,
+    differentiable_once,
     unpack_losses,
 )
 from fasterase.ops.contrastive.products import check_products, resolve_products
@@ -215,10 +214,10 @@ class _GradientsInForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return _multiply_saved_gradients(ctx, refuse_second_derivative(upstream))
+        return _multiply_saved_gradients(ctx, upstream)
 
 
-@once_differentiable
+@differentiable_once
 def _multiply_saved_gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     gradients = (
         (gradient * upstream).to(dtype) if is_wanted else None

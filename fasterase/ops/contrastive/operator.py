@@ -310,6 +310,7 @@ def _save_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 def _make_backward(operator: Operator) -> Callable[..., tuple[Tensor | None, ...]]:
     """The backward pass of losses, which is skipped for losses that nobody uses."""
 
+    @differentiable_once
     def run(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         wants = ctx.needs_input_grad
         wanted = Wanted._make((*wants[:3], True))
@@ -317,21 +318,23 @@ def _make_backward(operator: Operator) -> Callable[..., tuple[Tensor | None, ...
         gradients = (g if is_wanted else None for g, is_wanted in zip(made, wants, strict=False))
         return (*gradients, *(None,) * (len(wants) - 3))
 
-    refuse_or_run = once_differentiable(run)
-
     def differentiate(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if upstream is None:
-            return (None,) * len(ctx.needs_input_grad)
-        chosen = refuse_or_run if torch.is_grad_enabled() else run
-        return chosen(ctx, refuse_second_derivative(upstream))
+        return (None,) * len(ctx.needs_input_grad) if upstream is None else run(ctx, upstream)
 
     return differentiate
 
 
-def refuse_second_derivative(upstream: Tensor) -> Tensor:
-    """Make `once_differentiable` refuse every second derivative.
+def differentiable_once(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a backward pass `(ctx, upstream)` refuse every second derivative.
 
-    By itself it refuses only where the upstream gradient requires grad, but the gradients depend on
-    the features as well.
+    By itself `once_differentiable` refuses only where the upstream gradient requires grad, but the
+    gradients depend on the features as well.
     """
-    return upstream.detach().requires_grad_() if torch.is_grad_enabled() else upstream
+    refuse = once_differentiable(run)
+
+    def differentiate(ctx: Any, upstream: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            return refuse(ctx, upstream.detach().requires_grad_())
+        return run(ctx, upstream)
+
+    return differentiate
