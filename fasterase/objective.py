@@ -18,12 +18,12 @@ from fasterase.ops.contrastive.api import choose_backend
 from fasterase.ops.contrastive.checks import (
     check_labels,
     check_pairs,
+    check_products,
     check_reference,
     check_scale,
     compute_dtype,
     scale_tensor,
 )
-from fasterase.ops.contrastive.products import check_products
 
 _WEIGHTS = ("forget_weight", "retain_weight", "consistency_weight", "anchor_weight", "cross_weight")
 # Distances of a mean cosine below which their loss is quadratic.

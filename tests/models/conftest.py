@@ -5,19 +5,17 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from fasterase.models import DualEncoder, Tokens, load_model
+from fasterase.models import Tokens, load_model
 from tests import small_models
 
 
 @pytest.fixture(autouse=True)
-def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+def _offline(monkeypatch):
     # The library reads the environment once, at import, which may happen before this fixture.
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -35,7 +33,7 @@ BUILDERS: dict[str, Callable[[], torch.nn.Module]] = {
 }
 
 
-def build_model(kind: str) -> DualEncoder:
+def build_model(kind):
     """Build a model with weights of its own, a matching tokenizer and preprocessing."""
     model = copy.copy(_template(kind))
     model.module = copy.deepcopy(model.module)
@@ -43,7 +41,7 @@ def build_model(kind: str) -> DualEncoder:
 
 
 @functools.cache
-def _template(kind: str) -> DualEncoder:
+def _template(kind):
     module = BUILDERS[kind]()
     if kind.startswith("open_clip"):
         return load_model(module, tokenizer=small_models.simple_tokenizer())
@@ -57,16 +55,16 @@ def _template(kind: str) -> DualEncoder:
 
 
 @pytest.fixture(params=list(BUILDERS))
-def kind(request: pytest.FixtureRequest) -> str:
+def kind(request):
     return request.param
 
 
 @pytest.fixture
-def model(kind: str) -> DualEncoder:
+def model(kind):
     return build_model(kind)
 
 
-def batch_for(model: DualEncoder, count: int = 4) -> tuple[torch.Tensor, Tokens]:
+def batch_for(model, count=4):
     """Return random pixels and ids that the model takes."""
     hf = type(model.module).__module__.startswith("transformers")
     vocabulary = len(small_models.HF_VOCABULARY) if hf else small_models.SIMPLE_VOCABULARY_SIZE
@@ -74,7 +72,7 @@ def batch_for(model: DualEncoder, count: int = 4) -> tuple[torch.Tensor, Tokens]
     return pixels, Tokens(ids)
 
 
-def noise_picture(width: int, height: int) -> Image.Image:
+def noise_picture(width, height):
     """Return an RGB picture in which every value of a channel occurs."""
     generator = torch.Generator().manual_seed(width)
     values = torch.randint(256, (height, width, 3), generator=generator).to(torch.uint8)
@@ -84,8 +82,8 @@ def noise_picture(width: int, height: int) -> Image.Image:
 class Malicious:
     """Writes to `trace` when it is unpickled."""
 
-    def __init__(self, trace: Path) -> None:
+    def __init__(self, trace):
         self.trace = trace
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self):
         return (self.trace.write_text, ("executed",))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -28,17 +26,17 @@ pytestmark = pytest.mark.filterwarnings("ignore:(verdict|retain): ")
 class Processor(CLIPProcessor):
     """The library checks the tokenizer's class, which the small one does not have."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.tokenizer = small_models.hf_tokenizer()
         self.image_processor = small_models.hf_image_processor()
 
 
-def erase(model: Any, **options: Any) -> fasterase.UnlearnResult:
+def erase(model, **options):
     return fasterase.unlearn(model, PAIRS[:2], PAIRS[2:], **{**STEPS, **options})
 
 
 @pytest.mark.parametrize("argument", ["tokenizer", "preprocess"])
-def test_a_processor_gives_both(argument: str) -> None:
+def test_a_processor_gives_both(argument):
     model = load_model(small_models.hf_clip(), **{argument: Processor()})
     assert model.tokenize(["a cat"]).mask is not None
     assert model.preprocess(Image.new("L", (9, 9))).shape == (3, 32, 32)
@@ -47,7 +45,7 @@ def test_a_processor_gives_both(argument: str) -> None:
     assert load_model(module, **{argument: Processor()}).tokenize(["a cat"]).ids.shape == (1, 16)
 
 
-def test_the_other_argument_wins_over_a_processor_s_part() -> None:
+def test_the_other_argument_wins_over_a_processor_s_part():
     tokenizer = small_models.hf_tokenizer()
     model = load_model(small_models.hf_clip(), preprocess=Processor(), tokenizer=tokenizer)
     assert model.companions.tokenizer is tokenizer
@@ -56,7 +54,7 @@ def test_the_other_argument_wins_over_a_processor_s_part() -> None:
     assert model.companions.preprocess is processor
 
 
-def test_words_of_other_libraries_are_understood() -> None:
+def test_words_of_other_libraries_are_understood():
     module = small_models.hf_clip()
     with pytest.raises(InputError, match=r"`processor`.*preprocess= or tokenizer="):
         erase(module, processor=Processor())
@@ -66,7 +64,7 @@ def test_words_of_other_libraries_are_understood() -> None:
         erase(module, preprocess=small_models.hf_tokenizer())
 
 
-def test_a_result_finds_its_tokenizer_and_preprocessing_again() -> None:
+def test_a_result_finds_its_tokenizer_and_preprocessing_again():
     tokenizer, processor = small_models.hf_tokenizer(), small_models.hf_image_processor()
     module = small_models.hf_clip()
     result = erase(module, tokenizer=tokenizer, preprocess=processor, evaluation=None)
@@ -81,7 +79,7 @@ def test_a_result_finds_its_tokenizer_and_preprocessing_again() -> None:
     assert erase(result.model, tokenizer=other, evaluation=None).tokenizer is other
 
 
-def test_a_model_loaded_by_name_carries_them(tmp_path: Path) -> None:
+def test_a_model_loaded_by_name_carries_them(tmp_path):
     vocabulary = len(small_models.HF_VOCABULARY)
     load_model(
         small_models.open_clip_vit(vocab_size=vocabulary), tokenizer=small_models.hf_tokenizer()
@@ -95,7 +93,7 @@ def test_a_model_loaded_by_name_carries_them(tmp_path: Path) -> None:
     assert load_model(small_models.open_clip_vit(vocab_size=vocabulary)).text_tokenizer is None
 
 
-def test_they_are_in_no_state_dict_and_no_pickle() -> None:
+def test_they_are_in_no_state_dict_and_no_pickle():
     module = small_models.open_clip_vit()
     expected = list(module.state_dict())
     result = erase(
@@ -107,11 +105,11 @@ def test_they_are_in_no_state_dict_and_no_pickle() -> None:
     assert load_model(pickle.loads(pickled)).text_tokenizer is None
 
 
-def test_half_known_companions_are_none() -> None:
+def test_half_known_companions_are_none():
     module = small_models.hf_clip()
     pixels, ids = small_models.random_pairs()
     pairs = list(zip(pixels, ids, strict=True))
-    result = fasterase.unlearn(module, pairs[:2], pairs[2:], **STEPS, evaluation=None)  # type: ignore[arg-type]
+    result = fasterase.unlearn(module, pairs[:2], pairs[2:], **STEPS, evaluation=None)
     assert result.tokenizer is None
     assert result.preprocess is None
     known = build_model("hf_siglip2")

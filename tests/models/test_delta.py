@@ -19,7 +19,7 @@ from tests.tiny_model import TinyModel, pairs, same_weights
 STEPS = {"lr": 1e-2, "batch_size": 8, "forget_batch_size": 4, "progress": False, "max_steps": 3}
 
 
-def weights(module) -> dict[str, torch.Tensor]:
+def weights(module):
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 

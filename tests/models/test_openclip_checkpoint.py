@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -21,7 +20,7 @@ from tests.models.conftest import Malicious, batch_for
 
 
 @pytest.fixture(autouse=True)
-def _architectures(monkeypatch: pytest.MonkeyPatch) -> None:
+def _architectures(monkeypatch):
     """open_clip knows three small architectures and nothing else."""
     config = small_models.open_clip_config()
     resnet = copy.deepcopy(config)
@@ -31,21 +30,21 @@ def _architectures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", known)
 
 
-def training_checkpoint(module: nn.Module) -> dict[str, Any]:
+def training_checkpoint(module):
     """What open_clip's training writes, here after data-parallel training."""
     state = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
     optimizer = torch.optim.AdamW(module.parameters())
     return {"epoch": 3, "name": "run", "state_dict": state, "optimizer": optimizer.state_dict()}
 
 
-def write(folder: Path, module: nn.Module, name: str = "epoch_3.pt") -> Path:
+def write(folder, module, name="epoch_3.pt"):
     torch.save(training_checkpoint(module), folder / name)
     return folder / name
 
 
 @pytest.mark.parametrize("model_name", [None, "small"])
 @pytest.mark.parametrize("form", ["training", "state dict", "safetensors"])
-def test_files_of_every_form(form: str, model_name: str | None, tmp_path: Path) -> None:
+def test_files_of_every_form(form, model_name, tmp_path):
     module = small_models.open_clip_vit(seed=3)
     file = tmp_path / "weights.pt"
     if form == "training":
@@ -64,7 +63,7 @@ def test_files_of_every_form(form: str, model_name: str | None, tmp_path: Path) 
     assert torch.equal(model.encode_text(tokens), expected.encode_text(tokens))
 
 
-def test_erase_from_a_checkpoint_and_save_it(tmp_path: Path) -> None:
+def test_erase_from_a_checkpoint_and_save_it(tmp_path):
     pixels, ids = small_models.random_pairs(small_models.SIMPLE_VOCABULARY_SIZE, count=12)
     pairs: list[tuple[Tensor, Tensor]] = list(zip(pixels, ids, strict=True))
     file = write(tmp_path, small_models.open_clip_resnet())
@@ -78,9 +77,7 @@ def test_erase_from_a_checkpoint_and_save_it(tmp_path: Path) -> None:
     assert torch.equal(again.text_projection, result.model.text_projection.cpu())
 
 
-def test_evaluate_names_the_architecture_of_every_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_evaluate_names_the_architecture_of_every_checkpoint(tmp_path, monkeypatch):
     quick = {**small_models.open_clip_config(), "quick_gelu": True}
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "small-quickgelu", quick)
     pixels, ids = small_models.random_pairs(small_models.SIMPLE_VOCABULARY_SIZE, count=12)
@@ -89,7 +86,7 @@ def test_evaluate_names_the_architecture_of_every_checkpoint(
     saved = tmp_path / "saved"
     load_model(file, model_name="small-quickgelu").save(saved)
 
-    def measure(model: Any, model_name: str, **others: Any) -> Any:
+    def measure(model, model_name, **others):
         sets = {"forget": pairs[:4], "retain": pairs[4:], "progress": False}
         return fasterase.evaluate(model, **sets, model_name=model_name, **others)
 
@@ -105,7 +102,7 @@ def test_evaluate_names_the_architecture_of_every_checkpoint(
         measure(saved, "small", original=saved)
 
 
-def test_options_of_the_training_are_seen_in_the_weights(tmp_path: Path) -> None:
+def test_options_of_the_training_are_seen_in_the_weights(tmp_path):
     module = small_models.open_clip_vit(image_size=48, context_length=10)
     module.logit_bias = nn.Parameter(torch.tensor(-9.0))
     model: Any = load_model(write(tmp_path, module))
@@ -117,18 +114,16 @@ def test_options_of_the_training_are_seen_in_the_weights(tmp_path: Path) -> None
     assert type(load_model(custom, model_name="small").module).__name__ == "CustomTextCLIP"
 
 
-def test_what_weights_do_not_show_is_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_weights_do_not_show_is_a_warning(tmp_path, monkeypatch):
     quick = {**small_models.open_clip_config(), "quick_gelu": True}
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "small-quickgelu", quick)
     file = write(tmp_path, small_models.open_clip_vit())
     with pytest.warns(UserWarning, match="taken for small, .*small-quickgelu.*model_name="):
         assert load_model(file).name.startswith("small (")
-    assert load_model(file, model_name="small-quickgelu").config["quick_gelu"]  # type: ignore[attr-defined]
+    assert load_model(file, model_name="small-quickgelu").config["quick_gelu"]
 
 
-def test_wrong_names_and_unknown_shapes(tmp_path: Path) -> None:
+def test_wrong_names_and_unknown_shapes(tmp_path):
     file = write(tmp_path, small_models.open_clip_vit())
     with pytest.raises(InputError, match=r"(?s)model_name: .*do not fit 'small-deeper'"):
         load_model(file, model_name="small-deeper")
@@ -141,7 +136,7 @@ def test_wrong_names_and_unknown_shapes(tmp_path: Path) -> None:
         load_model(unknown)
 
 
-def test_what_is_not_weights(tmp_path: Path) -> None:
+def test_what_is_not_weights(tmp_path):
     file = tmp_path / "weights.pt"
     torch.save({"state_dict": Malicious(tmp_path / "trace")}, file)
     with pytest.raises(InputError, match=r"model: .*cannot be read as weights.*weights_only"):

@@ -15,7 +15,7 @@ from fasterase.models.openclip_config import build_same, find_config, read_confi
 from tests import small_models
 
 
-def on_meta(config: dict[str, Any]) -> torch.nn.Module:
+def on_meta(config):
     arguments = deepcopy(config)
     custom = arguments.pop("custom_text", False)
     kind = CoCa if "multimodal_cfg" in arguments else CustomTextCLIP if custom else CLIP
@@ -37,7 +37,7 @@ def on_meta(config: dict[str, Any]) -> torch.nn.Module:
         "EVA02-B-16",
     ],
 )
-def test_named_architectures_are_told_apart(name: str) -> None:
+def test_named_architectures_are_told_apart(name):
     config, names = find_config(on_meta(open_clip.get_model_config(name)))
     assert names == [name]
     expected = open_clip.get_model_config(name)
@@ -61,9 +61,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("custom", [False, True])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_options_are_read_and_rebuild_the_same_function(
-    options: dict[str, Any], custom: bool
-) -> None:
+def test_options_are_read_and_rebuild_the_same_function(options, custom):
     config = small_models.open_clip_config()
     for key, value in options.items():
         config[key] = {**config[key], **value} if isinstance(value, dict) else value
@@ -83,7 +81,7 @@ def test_options_are_read_and_rebuild_the_same_function(
     assert torch.equal(rebuilt.encode_text(ids), module.encode_text(ids))
 
 
-def test_custom_blocks_are_not_read_wrongly() -> None:
+def test_custom_blocks_are_not_read_wrongly():
     config = small_models.open_clip_config()
     config["vision_cfg"]["qk_norm"] = True
     assert find_config(CLIP(**config)) == (None, [])

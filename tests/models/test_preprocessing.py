@@ -8,7 +8,6 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torchvision import transforms
 
 from fasterase.errors import InputError
@@ -25,7 +24,7 @@ from tests.models.conftest import noise_picture
 MODULE = small_models.open_clip_vit()
 
 
-def words(texts: list[str]) -> torch.Tensor:
+def words(texts):
     ids = torch.zeros(len(texts), 16, dtype=torch.int32)
     for row, text in enumerate(texts):
         for column, word in enumerate(text.split()[:15]):
@@ -34,14 +33,14 @@ def words(texts: list[str]) -> torch.Tensor:
     return ids
 
 
-def test_any_callable_tokenizes() -> None:
+def test_any_callable_tokenizes():
     tokens = load_model(MODULE, tokenizer=words).tokenize(("a red cat",))
     assert tokens.ids.tolist() == [[1, 3, 3, *[0] * 12, 49407]]
     assert tokens.ids.dtype == torch.int64
     assert tokens.mask is None
 
 
-def test_open_clip_tokenizers_are_run_at_the_model_s_length() -> None:
+def test_open_clip_tokenizers_are_run_at_the_model_s_length():
     import open_clip
 
     model = load_model(MODULE, tokenizer=open_clip.get_tokenizer("ViT-B-32"))
@@ -59,7 +58,7 @@ def test_open_clip_tokenizers_are_run_at_the_model_s_length() -> None:
         (lambda texts: texts.nonsense, "failed on a plain caption"),
     ],
 )
-def test_wrong_tokenizers_are_named(tokenizer: object, says: str) -> None:
+def test_wrong_tokenizers_are_named(tokenizer, says):
     with pytest.raises(InputError, match=f"^tokenizer: .*{says}"):
         load_model(MODULE, tokenizer=tokenizer)
 
@@ -76,7 +75,7 @@ def test_wrong_tokenizers_are_named(tokenizer: object, says: str) -> None:
         (small_models.hf_image_processor(48), r"\(3, 48, 48\)"),
     ],
 )
-def test_wrong_preprocess_is_named(preprocess: object, says: str) -> None:
+def test_wrong_preprocess_is_named(preprocess, says):
     with pytest.raises(InputError, match=f"^preprocess: .*{says}"):
         load_model(MODULE, preprocess=preprocess)
 
@@ -84,17 +83,17 @@ def test_wrong_preprocess_is_named(preprocess: object, says: str) -> None:
 NORMALISE = transforms.Normalize(small_models.MEAN, small_models.STD)
 
 
-def compose(*ending: Callable[..., object]) -> transforms.Compose:
+def compose(*ending):
     return transforms.Compose([transforms.Resize((32, 32)), *ending])
 
 
-def siglip_processor(**options: object) -> object:
+def siglip_processor(**options):
     from transformers import SiglipImageProcessor
 
     return SiglipImageProcessor(size={"height": 32, "width": 32}, **options)
 
 
-def naflex_processor() -> object:
+def naflex_processor():
     from transformers import Siglip2ImageProcessor
 
     return Siglip2ImageProcessor(patch_size=8, max_num_patches=16, image_mean=[0.1, 0.2, 0.3])
@@ -130,29 +129,29 @@ WHOLE: dict[str, Callable[[], object]] = {
 
 
 class FloatTensor(transforms.ToTensor):
-    def __call__(self, pic: torch.Tensor) -> torch.Tensor:
+    def __call__(self, pic):
         return pic / 255
 
 
 class OffsetNormalise(transforms.Normalize):
     """Not what its mean and std say."""
 
-    def forward(self, tensor: torch.Tensor) -> torch.Tensor:
+    def forward(self, tensor):
         return super().forward(tensor) + 0.01
 
 
 class Resized:
-    def __call__(self, image: Image.Image) -> torch.Tensor:
+    def __call__(self, image):
         return compose(transforms.ToTensor())(image)
 
 
-def seeded(run: Callable[[Image.Image], torch.Tensor], picture: Image.Image) -> torch.Tensor:
+def seeded(run, picture):
     torch.manual_seed(5)
     return run(picture)
 
 
 @pytest.mark.parametrize("form", SPLITTING)
-def test_both_parts_give_what_the_whole_gives(form: str) -> None:
+def test_both_parts_give_what_the_whole_gives(form):
     transform = wrap_transform(SPLITTING[form](), (32, 32))
     assert transform.parts is not None
     picture = noise_picture(51, 43)
@@ -170,12 +169,12 @@ def test_both_parts_give_what_the_whole_gives(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", WHOLE)
-def test_other_callables_run_whole(form: str) -> None:
+def test_other_callables_run_whole(form):
     preprocess = WHOLE[form]()
     transform = wrap_transform(preprocess, (32, 32))
     assert transform.parts is None
     picture = noise_picture(51, 43)
-    expected = seeded(preprocess, picture)  # type: ignore[arg-type]
+    expected = seeded(preprocess, picture)
     for part in (transform, transform.pixels):
         assert torch.equal(seeded(part, picture), expected)
     assert transform.normalise(expected) is expected
@@ -183,7 +182,7 @@ def test_other_callables_run_whole(form: str) -> None:
         transform.normalise(torch.zeros(3, 32, 32, dtype=torch.uint8))
 
 
-def test_open_clip_transforms_split_exactly() -> None:
+def test_open_clip_transforms_split_exactly():
     for mode in ("shortest", "longest", "squash"):
         settings = {"size": [32, 32], "mean": small_models.MEAN, "resize_mode": mode}
         transform = build_open_clip_transform(settings, (32, 32))
@@ -194,7 +193,7 @@ def test_open_clip_transforms_split_exactly() -> None:
 
 
 @pytest.mark.parametrize("form", SPLITTING)
-def test_transforms_pickle_and_describe_themselves_as_before(form: str) -> None:
+def test_transforms_pickle_and_describe_themselves_as_before(form):
     preprocess = SPLITTING[form]()
     transform = wrap_transform(preprocess, (32, 32))
     again = pickle.loads(pickle.dumps(transform))
@@ -206,7 +205,7 @@ def test_transforms_pickle_and_describe_themselves_as_before(form: str) -> None:
     assert "Parts" not in describe_transform(transform)
 
 
-def test_wrapping_leaves_the_random_state_alone() -> None:
+def test_wrapping_leaves_the_random_state_alone():
     torch.manual_seed(1)
     expected = torch.rand(2)
     torch.manual_seed(1)
@@ -214,7 +213,7 @@ def test_wrapping_leaves_the_random_state_alone() -> None:
     assert torch.equal(torch.rand(2), expected)
 
 
-def test_another_model_s_transform_is_taken() -> None:
+def test_another_model_s_transform_is_taken():
     first = wrap_transform(small_models.hf_image_processor(), (32, 32))
     second = wrap_transform(first, (32, 32))
     assert isinstance(second, ImageTransform)

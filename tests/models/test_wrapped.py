@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import fasterase
 from fasterase.errors import InputError
@@ -19,11 +18,11 @@ from tests.models.test_adapters import erase, pairs
 pytestmark = SHORT_RUN
 
 
-def measurable(model: nn.Module) -> bool:
+def measurable(model):
     return "forget" in fasterase.evaluate(model, pairs()[:4], pairs()[4:]).to_dict()
 
 
-def test_data_parallel_models_are_unwrapped(tmp_path: Path) -> None:
+def test_data_parallel_models_are_unwrapped(tmp_path):
     inside = small_models.hf_clip()
     before = inside.text_projection.weight.detach().clone()
     given = nn.DataParallel(inside)
@@ -35,7 +34,7 @@ def test_data_parallel_models_are_unwrapped(tmp_path: Path) -> None:
     assert torch.equal(again.text_projection.weight, inside.text_projection.weight)
 
 
-def test_under_a_compiled_model_the_original_is_trained() -> None:
+def test_under_a_compiled_model_the_original_is_trained():
     inside = small_models.hf_clip()
     before = inside.text_projection.weight.detach().clone()
     given: Any = torch.compile(inside, backend="eager")
@@ -47,7 +46,7 @@ def test_under_a_compiled_model_the_original_is_trained() -> None:
 
 
 @pytest.mark.parametrize("build", [small_models.hf_clip, small_models.open_clip_vit])
-def test_a_compiled_part_is_saved_under_its_plain_names(build: Any, tmp_path: Path) -> None:
+def test_a_compiled_part_is_saved_under_its_plain_names(build, tmp_path):
     model = build()
     tower = "vision_model" if build is small_models.hf_clip else "visual"
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -60,7 +59,7 @@ def test_a_compiled_part_is_saved_under_its_plain_names(build: Any, tmp_path: Pa
 
 # Of torch, about a future without its own quantisation.
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
-def test_quantised_models_are_measured_but_not_trained() -> None:
+def test_quantised_models_are_measured_but_not_trained():
     named = r"model: \S+ of CLIP\w* is quantised.*before quantisation"
     model = torch.ao.quantization.quantize_dynamic(small_models.hf_clip(), {nn.Linear})
     with pytest.raises(InputError, match=named):
@@ -71,9 +70,7 @@ def test_quantised_models_are_measured_but_not_trained() -> None:
         erase(model, small_models.SIMPLE_VOCABULARY_SIZE)
 
 
-def test_a_quantised_checkpoint_keeps_its_dtypes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_quantised_checkpoint_keeps_its_dtypes(tmp_path, monkeypatch):
     import transformers
 
     model = load_model(small_models.hf_clip())
@@ -88,7 +85,7 @@ def test_a_quantised_checkpoint_keeps_its_dtypes(
 class EightBit(nn.Linear):
     """A layer of integer weights and a scale, as quantising libraries make them."""
 
-    def __init__(self, full: nn.Linear) -> None:
+    def __init__(self, full):
         super().__init__(full.in_features, full.out_features, bias=False)
         self.bias = full.bias
         largest = full.weight.detach().abs().max()
@@ -96,11 +93,11 @@ class EightBit(nn.Linear):
         whole = (full.weight.detach() / self.step).round().to(torch.int8)
         self.weight = nn.Parameter(whole, requires_grad=False)
 
-    def forward(self, values: Tensor) -> Tensor:
+    def forward(self, values):
         return nn.functional.linear(values, self.weight.float() * self.step, self.bias)
 
 
-def test_adapters_on_quantised_weights_do_train() -> None:
+def test_adapters_on_quantised_weights_do_train():
     import peft
 
     model: Any = small_models.hf_clip()
@@ -116,7 +113,7 @@ def test_adapters_on_quantised_weights_do_train() -> None:
     assert layer.scales.dtype == torch.float8_e4m3fn
 
 
-def test_inference_mode_weights_say_how_to_load_them() -> None:
+def test_inference_mode_weights_say_how_to_load_them():
     with torch.inference_mode():
         model = small_models.hf_clip()
     with pytest.raises(InputError, match=r"model: .*torch\.inference_mode.*copy=True"):
@@ -126,6 +123,6 @@ def test_inference_mode_weights_say_how_to_load_them() -> None:
     assert not torch.equal(result.model.text_projection.weight, model.text_projection.weight)
 
 
-def test_an_unknown_wrapper_is_named() -> None:
+def test_an_unknown_wrapper_is_named():
     with pytest.raises(InputError, match=r"model: AveragedModel wraps a CLIPModel; pass the model"):
         load_model(torch.optim.swa_utils.AveragedModel(small_models.hf_clip()))

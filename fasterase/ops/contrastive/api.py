@@ -17,10 +17,12 @@ from fasterase.ops.contrastive.checks import (
     check_groups,
     check_labels,
     check_pairs,
+    check_products,
     check_reference,
     check_scale,
     check_weights,
     compute_dtype,
+    resolve_products,
     scale_tensor,
 )
 from fasterase.ops.contrastive.chunked import contrastive_chunked
@@ -34,7 +36,6 @@ from fasterase.ops.contrastive.operator import (
     differentiable_once,
     unpack_losses,
 )
-from fasterase.ops.contrastive.products import check_products, resolve_products
 
 Backend = Callable[..., Contrastive]  # (*batch, groups)
 

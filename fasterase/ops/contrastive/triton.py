@@ -43,8 +43,8 @@ from fasterase.kernels.contrastive_sums import (
 )
 from fasterase.kernels.contrastive_sums_online import row_and_column_sums_online
 from fasterase.ops.contrastive import triton_plan
+from fasterase.ops.contrastive.checks import refuse_tf32
 from fasterase.ops.contrastive.operator import Batch, Gradients, Groups, Wanted, register
-from fasterase.ops.contrastive.products import refuse_tf32
 from fasterase.ops.contrastive.triton_plan import (
     INTERPRETED,
     Features,
