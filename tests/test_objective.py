@@ -169,7 +169,7 @@ def matrices(monkeypatch, request):
     calls = []
 
     def spy(**options):
-        calls.append((len(options["image"]), options["ref_image"] is not None, options["groups"]))
+        calls.append((len(options["image"]), "ref_image" in options, options["groups"]))
         return called(**options)
 
     called = getattr(objective, request.param)
@@ -269,8 +269,8 @@ WRONG = [
     ({"image": torch.zeros(6, 4).int()}, "image must be float"),
     ({"scale": torch.ones(2)}, "scale must be a 0-d"),
     ({"scale": 0}, "scale must be a positive number"),
-    ({"n_forget": 7}, "n_forget must be between 0 and the 6 rows.*got 7"),
-    ({"n_forget": -1}, "n_forget must be between 0"),
+    ({"n_forget": 7}, "n_forget must be an integer between 0 and the 6 rows.*got 7"),
+    ({"n_forget": -1}, "n_forget must be an integer between 0"),
     ({"n_forget": 2.0}, "n_forget must be an integer.*2.0"),
     ({"n_forget": True}, "n_forget must be an integer"),
     ({"forget_weight": "3"}, "forget_weight must be a number of at least 0; got '3'"),

@@ -37,11 +37,7 @@ class HuggingFaceEncoder(DualEncoder):
 
     Args:
         given: the caller's tokenizer and preprocessing, which take precedence.
-        source: folder or hub id to look for the library's in.
-        online: whether that search may use the network.
-
-    Attributes:
-        image_processor: the library's image processor, which `save` writes; None when unknown.
+        source: folder or hub id to look for the library's in; `online`: on the network, too.
     """
 
     library = "transformers"
@@ -74,7 +70,7 @@ class HuggingFaceEncoder(DualEncoder):
         self.embed_dim = int(
             text.projection_size if hasattr(text, "projection_size") else config.projection_dim
         )
-        self.image_processor: Any = None
+        self.image_processor: Any = None  # the library's, which `save` writes
         self.text_tokenizer = self._wrap_tokenizer(given.tokenizer)
         self.image_transform = self._wrap_transform(given.preprocess)
         if source is None:
@@ -171,11 +167,8 @@ def from_source(
 ) -> HuggingFaceEncoder:
     """Load a hub id or a `from_pretrained` folder in fp32, never with random weights.
 
-    With `empty` it is on the meta device, without weights.
-
-    Raises:
-        InputError: not a supported CLIP model, out of reach, or some weights are missing.
-        MissingExtraError: transformers is not installed.
+    With `empty` it is on the meta device. `InputError` where it is no supported CLIP model, out of
+    reach, or without some of its weights.
     """
     config = read_config(source, name=name, online=online)
     if empty:
@@ -239,10 +232,9 @@ def _cut_patches(
     pixels: Tensor,  # [B, 3, H, W]
     patch_size: int,
 ) -> dict[str, Tensor]:
-    """Cut images into patches [B, P, 3 * patch_size^2], row by row, a pixel's channels together.
+    """Cut images into patches [B, P, 3 * patch_size^2] in the order of `Siglip2ImageProcessor`.
 
-    This is the order of `Siglip2ImageProcessor`, without padding: the mask [B, P] is all ones, and
-    the shapes [B, 2] are the (rows, columns) of every image.
+    Without padding: the mask [B, P] is all ones, and the shapes [B, 2] are (rows, columns).
     """
     batch, channels, height, width = pixels.shape
     if height % patch_size or width % patch_size:

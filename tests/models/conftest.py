@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import fasterase
 from fasterase.models import Tokens, load_model
 from tests import small_models
 
@@ -66,9 +67,7 @@ def model(kind):
 
 def batch_for(model, count=4):
     """Return random pixels and ids that the model takes."""
-    hf = type(model.module).__module__.startswith("transformers")
-    vocabulary = len(small_models.HF_VOCABULARY) if hf else small_models.SIMPLE_VOCABULARY_SIZE
-    pixels, ids = small_models.random_pairs(vocabulary, count=count)
+    pixels, ids = small_models.random_pairs(vocabulary_of(model.module), count=count)
     return pixels, Tokens(ids)
 
 
@@ -87,3 +86,39 @@ class Malicious:
 
     def __reduce__(self):
         return (self.trace.write_text, ("executed",))
+
+
+STEPS = {
+    "lr": 1e-2,
+    "max_steps": 2,
+    "batch_size": 8,
+    "forget_batch_size": 4,
+    "progress": False,
+    "evaluation": None,
+}
+
+
+def vocabulary_of(module):
+    """That of a module, wrapped or not."""
+    hf = any(type(part).__module__.startswith("transformers") for part in module.modules())
+    return len(small_models.HF_VOCABULARY) if hf else small_models.SIMPLE_VOCABULARY_SIZE
+
+
+def pairs(module=None):
+    """Twelve pairs of pixels and ids that the module, or else a transformers model, takes."""
+    vocabulary = len(small_models.HF_VOCABULARY) if module is None else vocabulary_of(module)
+    return list(zip(*small_models.random_pairs(vocabulary, count=12), strict=True))
+
+
+def erase(given, **options):
+    """Run two steps, of four pairs to forget and eight to keep."""
+    items = pairs(given)
+    return fasterase.unlearn(given, items[:4], items[4:], **{**STEPS, **options})
+
+
+def features(given):
+    """Features of four other pairs, images and texts."""
+    model = load_model(given)
+    pixels, ids = small_models.random_pairs(vocabulary_of(model.module), count=4, seed=7)
+    with torch.no_grad():
+        return torch.cat([model.encode_image(pixels), model.encode_text(Tokens(ids))])

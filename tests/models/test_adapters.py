@@ -10,20 +10,11 @@ import peft
 import pytest
 import torch
 
-import fasterase
 from fasterase.errors import InputError, MissingExtraError
-from fasterase.models import Tokens, load_model
+from fasterase.models import load_model
 from tests import small_models
 from tests.marks import SHORT_RUN
-
-STEPS = {
-    "lr": 1e-2,
-    "max_steps": 2,
-    "batch_size": 8,
-    "forget_batch_size": 4,
-    "progress": False,
-    "evaluation": None,
-}
+from tests.models.conftest import erase, features
 
 pytestmark = [
     SHORT_RUN,
@@ -34,29 +25,6 @@ pytestmark = [
 
 def lora(**options):
     return peft.LoraConfig(r=4, **{"target_modules": ["q_proj", "v_proj", "c_fc"], **options})
-
-
-HF = len(small_models.HF_VOCABULARY)
-
-
-def vocabulary_of(module):
-    hf = type(module).__module__.startswith("transformers")
-    return HF if hf else small_models.SIMPLE_VOCABULARY_SIZE
-
-
-def pairs(vocabulary=HF):
-    return list(zip(*small_models.random_pairs(vocabulary, count=12), strict=True))
-
-
-def erase(given, vocabulary=HF, **options):
-    items = pairs(vocabulary)
-    return fasterase.unlearn(given, items[:4], items[4:], **{**STEPS, **options})
-
-
-def features(model, vocabulary=HF):
-    pixels, ids = small_models.random_pairs(vocabulary, count=4, seed=7)
-    with torch.no_grad():
-        return torch.cat([model.encode_image(pixels), model.encode_text(Tokens(ids))])
 
 
 def injected(base):
@@ -71,24 +39,23 @@ def wrapped(base):
 @pytest.mark.parametrize("adapt", [wrapped, injected])
 def test_only_adapters_train_and_peft_reads_them(build, adapt, tmp_path):
     base = build()
-    vocabulary = vocabulary_of(base)
     given = adapt(copy.deepcopy(base))
     before = {name: tensor.clone() for name, tensor in given.state_dict().items()}
-    original = features(load_model(given), vocabulary)
+    original = features(given)
 
-    result = erase(given, vocabulary)
+    result = erase(given)
     assert result.model is given
     after = given.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed
     assert all(".lora_" in name for name in changed)
-    erased = features(load_model(given), vocabulary)
+    erased = features(given)
     assert not torch.allclose(erased, original, atol=1e-3)
 
     folder = result.save(tmp_path / "erased")
     assert [path.name for path in folder.rglob("*.safetensors")] == ["adapter_model.safetensors"]
     again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(folder))
-    torch.testing.assert_close(features(load_model(again), vocabulary), erased)
+    torch.testing.assert_close(features(again), erased)
 
 
 def test_an_adapter_of_transformers_own(tmp_path, monkeypatch):
@@ -102,8 +69,8 @@ def test_an_adapter_of_transformers_own(tmp_path, monkeypatch):
     result = erase(given)
     folder = result.save(tmp_path / "erased")
     base.load_adapter(str(folder))
-    expected = features(load_model(given))
-    torch.testing.assert_close(features(load_model(base)), expected)
+    expected = features(given)
+    torch.testing.assert_close(features(base), expected)
 
 
 def test_an_adapter_of_any_name_and_modules_to_save(tmp_path):
@@ -117,9 +84,9 @@ def test_an_adapter_of_any_name_and_modules_to_save(tmp_path):
     folder = result.save(tmp_path / "erased")
     assert (folder / "other" / "adapter_config.json").is_file()
     again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(folder))
-    expected = features(load_model(result.model))
-    torch.testing.assert_close(features(load_model(again)), expected)
-    assert not torch.allclose(features(load_model(given)), expected, atol=1e-3)
+    expected = features(result.model)
+    torch.testing.assert_close(features(again), expected)
+    assert not torch.allclose(features(given), expected, atol=1e-3)
 
 
 def test_a_saved_adapter_is_a_model_if_it_names_its_base(tmp_path):
@@ -138,7 +105,7 @@ def test_a_saved_adapter_is_a_model_if_it_names_its_base(tmp_path):
     model = load_model(folder)
     assert isinstance(model.given, peft.PeftModel)
     assert model.text_tokenizer is not None
-    torch.testing.assert_close(features(model), features(load_model(given)))
+    torch.testing.assert_close(features(model), features(given))
     assert erase(model.given).model is model.given  # it can be trained further
 
     config = json.loads((folder / "adapter_config.json").read_text())

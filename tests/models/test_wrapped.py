@@ -1,4 +1,4 @@
-"""Wrapped, compiled, quantised and inference-mode models: taken, or refused with what to pass."""
+"""Wrapped, compiled, quantised and frozen models: taken, or refused with what to pass."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ import fasterase
 from fasterase.errors import InputError
 from fasterase.models import load_model
 from tests import small_models
+from tests import tiny_model as tiny
 from tests.marks import SHORT_RUN
-from tests.models.test_adapters import erase, pairs
+from tests.models.conftest import STEPS, erase, pairs
+
+FORGET, RETAIN = tiny.pairs(4, seed=1), tiny.pairs(8, seed=2)
 
 pytestmark = SHORT_RUN
 
@@ -67,7 +70,7 @@ def test_quantised_models_are_measured_but_not_trained():
     assert measurable(model)
     model = torch.ao.quantization.quantize_dynamic(small_models.open_clip_vit(), {nn.Linear})
     with pytest.raises(InputError, match=named):
-        erase(model, small_models.SIMPLE_VOCABULARY_SIZE)
+        erase(model)
 
 
 def test_a_quantised_checkpoint_keeps_its_dtypes(tmp_path, monkeypatch):
@@ -126,3 +129,77 @@ def test_inference_mode_weights_say_how_to_load_them():
 def test_an_unknown_wrapper_is_named():
     with pytest.raises(InputError, match=r"model: AveragedModel wraps a CLIPModel; pass the model"):
         load_model(torch.optim.swa_utils.AveragedModel(small_models.hf_clip()))
+
+
+# What the caller froze (`requires_grad=False`) is never trained, whatever `tune` says.
+def changed_by(module, run):
+    """Names of the weights and buffers that `run` changes; no requires_grad may."""
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    flags = [parameter.requires_grad for parameter in module.parameters()]
+    run()
+    assert [parameter.requires_grad for parameter in module.parameters()] == flags
+    assert all(parameter.grad is None for parameter in module.parameters())
+    after = module.state_dict()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def changed_by_erasing(model, **options):
+    return changed_by(
+        model.module,
+        lambda: fasterase.unlearn(model, FORGET, RETAIN, **{**STEPS, **options}),
+    )
+
+
+@pytest.mark.parametrize("tune", ["all", "projections", "text"])
+def test_single_tensors_stay(tune):
+    model = tiny.TinyModel()
+    model.module.text_projection.weight.requires_grad_(False)
+    model.module.image[1].requires_grad_(False)
+    changed = changed_by_erasing(model, tune=tune)
+    assert "text_projection.bias" in changed
+    assert not changed & {"text_projection.weight", "image.1.weight", "image.1.bias"}
+    assert any(name.startswith("image") for name in changed) is (tune != "text")
+
+
+def test_a_frozen_tower_stays_with_its_batch_norm_statistics():
+    model = tiny.TinyModel(batch_norm=True)
+    model.module.image.requires_grad_(False)
+    changed = changed_by_erasing(model, train_mode=True)
+    assert changed
+    assert not any(name.startswith("image") for name in changed)
+    assert any(
+        name.startswith("image.2.running")
+        for name in changed_by_erasing(tiny.TinyModel(batch_norm=True), train_mode=True)
+    )
+
+
+@pytest.mark.parametrize("build", [small_models.open_clip_vit, small_models.open_clip_resnet])
+def test_a_locked_image_tower_of_open_clip(build, tmp_path):
+    module = build()
+    module.lock_image_tower(freeze_bn_stats=True)
+    results = []
+    changed = changed_by(module, lambda: results.append(erase(module)))
+    assert changed
+    assert not any(name.startswith("visual.") for name in changed)
+    again = load_model(results[0].save(tmp_path / "erased"))
+    pixels = pairs(module)[0][0][None]
+    expected = results[0].encoder.encode_image(pixels)
+    torch.testing.assert_close(again.encode_image(pixels), expected)
+
+
+def test_nothing_left_to_train_says_how_to_mend_it():
+    model = tiny.TinyModel()
+    model.module.requires_grad_(False)
+    with pytest.raises(InputError, match=r"tune: .*all are frozen.*requires_grad_\(True\)"):
+        changed_by_erasing(model)
+    model.module.text_projection.requires_grad_(True)
+    with pytest.raises(InputError, match=r'tune: "image" names .* frozen .*another tune'):
+        changed_by_erasing(model, tune="image")
+    assert changed_by_erasing(model) == {"text_projection.weight", "text_projection.bias"}
+
+
+def test_a_frozen_temperature_is_not_trained_behind_the_back():
+    model = tiny.TinyModel()
+    model.module.logit_scale.requires_grad_(False)
+    with pytest.raises(InputError, match=r"train_logit_scale: logit_scale is frozen"):
+        changed_by_erasing(model, train_logit_scale=True)

@@ -74,42 +74,33 @@ Options = Callable[[Batch, Groups, bool, str], tuple[Any, ...]]
 
 @dataclass(frozen=True)
 class Operator:
-    """A backend: its torch operators. Differentiable once, for any upstream gradients.
+    """A backend: its torch operators. Differentiable once, for any upstream gradients."""
 
-    Attributes:
-        forward: `(*batch, groups, *options) -> (losses, statistics, *saved)`.
-        differentiable: the losses of the same call, followed by autograd.
-        backward: `(upstream, *batch, statistics, *saved, groups, *wanted, *options) -> (d_image,
-            d_text, d_scale)`. Of gradients not requested only the dtype is meaningful.
-        options: a function of (batch, groups, whether a backward pass may follow, the resolved
-            products); raises InputError where the backend cannot take the batch.
-        step: `(weights, *batch, groups, *wanted, *options) -> (losses, d_image, d_text, d_scale)`
-            where the backend has a faster way than forward and backward.
-        native: `(*batch, groups, labels, *options)`, the losses, [N] each, followed by autograd and
-            with the terms of repeated labels, where the backend has that in C++.
-    """
-
+    # (*batch, groups, *options) -> (losses, statistics, *saved)
     forward: Callable[..., tuple[Tensor, ...]]
+    # The losses of the same call, followed by autograd.
     differentiable: Callable[..., Tensor]
+    # (upstream, *batch, statistics, *saved, groups, *wanted, *options) -> (d_image, d_text,
+    # d_scale). Of gradients not requested only the dtype is meaningful.
     backward: Callable[..., Any]
+    # Of (batch, groups, whether a backward pass may follow, the resolved products); raises
+    # InputError where the backend cannot take the batch.
     options: Options
     backward_takes_options: bool
+    # (weights, *batch, groups, *wanted, *options) -> (losses, d_image, d_text, d_scale), where the
+    # backend has a faster way than forward and backward.
     step: Callable[..., tuple[Tensor, ...]] | None = None
+    # (*batch, groups, labels, *options): the losses, [N] each, followed by autograd and with the
+    # terms of repeated labels, where the backend has that in C++.
     native: Callable[..., list[Tensor]] | None = None
 
     def __call__(
         self,
-        image: Tensor,
-        text: Tensor,
-        scale: Tensor,
-        ref_image: Tensor | None,
-        ref_text: Tensor | None,
-        ref_scale: Tensor | None,
+        batch: Batch,
         groups: Groups,  # none empty
-        products: str = "fp32",  # as `resolve_products` returns them
+        products: str,  # as `resolve_products` returns them
     ) -> Contrastive:
         """Same numbers as `contrastive_dense`, and the same bits every time."""
-        batch = Batch(image, text, scale, ref_image, ref_text, ref_scale)
         options = self.options(batch, groups, any(batch.requires_grad()), products)
         return unpack_losses(self.differentiable(*batch, groups, *options))
 
