@@ -96,8 +96,7 @@ def _largest(bytes_of: Callable[[int], int], limit: float, most: int) -> int:
 def choose_setup(setups: Sequence[Setup], gpus: int, gpu_memory: float) -> Setup:
     """Return the fastest; of those that are as fast, the simplest that leaves room, if one does.
 
-    Raises:
-        InputError: not one pair fits, whatever the setup.
+    `InputError` where not one pair fits, whatever the setup.
     """
     least = min(each.cost for each in setups)
     if least == math.inf:
@@ -335,8 +334,8 @@ def plan(
 ) -> Plan:
     """Estimate memory, time and disk of an erasure from the model's architecture alone.
 
-    No weights are read. The towers run on tensors without storage, and FLOPs and live bytes are
-    counted (`fasterase/planner/count.py`).
+    No weights are read, but for a checkpoint file. The towers run on tensors without storage, and
+    FLOPs and live bytes are counted (`fasterase/planner/count.py`).
 
     Args:
         model: in any form that `unlearn` takes, an open_clip name without a tag, or a transformers

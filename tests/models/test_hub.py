@@ -19,16 +19,11 @@ from tests import small_models
 
 
 class Hub:
-    """Stands in for `HfApi`: keeps what is uploaded.
+    """Stands in for `HfApi`: keeps what is uploaded in `folder`."""
 
-    Args:
-        folder: where the uploads are kept.
-        existing: name -> whether it is private.
-    """
-
-    def __init__(self, folder, existing=None):
+    def __init__(self, folder):
         self.folder = folder
-        self.existing = existing or {}
+        self.existing: dict[str, bool] = {}  # name -> whether it is private
         self.created: dict[str, bool] = {}
         self.message = self.token = None
         self.refusal = 409

@@ -54,8 +54,7 @@ def test_an_hf_instance_finds_its_tokenizer_where_it_came_from(hf_folder):
     from transformers import CLIPModel
 
     model = load_model(CLIPModel.from_pretrained(hf_folder))
-    assert model.text_tokenizer is not None
-    assert model.image_transform is not None
+    assert None not in (model.text_tokenizer, model.image_transform)
 
 
 def test_named_open_clip_instances_are_recognised():
@@ -135,12 +134,10 @@ def test_damaged_open_clip_folders(open_clip_folder, tmp_path):
     folder = shutil.copytree(open_clip_folder, tmp_path / "damaged")
     config = json.loads((folder / "open_clip_config.json").read_text())
     config["model_cfg"]["text_cfg"]["layers"] = 3
-    (folder / "open_clip_config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=r"^model: .*could not load"):
-        load_model(folder)
-    (folder / "open_clip_config.json").write_text("{")
-    with pytest.raises(InputError, match=r"^model: .*could not load"):
-        load_model(folder)
+    for content in (json.dumps(config), "{"):
+        (folder / "open_clip_config.json").write_text(content)
+        with pytest.raises(InputError, match=r"^model: .*could not load"):
+            load_model(folder)
 
 
 def test_no_folder_is_unpickled(open_clip_folder, hf_folder, tmp_path):
@@ -185,16 +182,18 @@ def test_without_transformers_the_extra_is_named(hf_folder, monkeypatch):
         load_model(hf_folder)
 
 
-def test_model_name_must_fit():
-    module = small_models.open_clip_vit()
-    with pytest.raises(InputError, match=r"model_name: .*do not have the shapes"):
-        load_model(module, model_name="ViT-B-32")
-    with pytest.raises(InputError, match="model_name: open_clip knows no"):
-        load_model(module, model_name="ViT-Z")
-    with pytest.raises(InputError, match=r"model_name: .*transformers"):
-        load_model(small_models.hf_clip(), model_name="ViT-B-32")
-    with pytest.raises(InputError, match=r"model_name: .*already says"):
-        load_model("ViT-B-32/openai", model_name="ViT-B-32")
+@pytest.mark.parametrize(
+    ("model", "model_name", "says"),
+    [
+        (small_models.open_clip_vit(), "ViT-B-32", "do not have the shapes"),
+        (small_models.open_clip_vit(), "ViT-Z", "open_clip knows no"),
+        (small_models.hf_clip(), "ViT-B-32", "transformers"),
+        ("ViT-B-32/openai", "ViT-B-32", "already says"),
+    ],
+)
+def test_model_name_must_fit(model, model_name, says):
+    with pytest.raises(InputError, match=f"model_name: .*{says}"):
+        load_model(model, model_name=model_name)
 
 
 def test_openai_tags_run_with_their_own_activation(monkeypatch):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fasterase
 from fasterase.errors import InputError
 from fasterase.models import load_model
+from fasterase.models.load import load_architecture
 from tests import small_models
 from tests.models.conftest import Malicious, batch_for
 
@@ -112,6 +113,9 @@ def test_options_of_the_training_are_seen_in_the_weights(tmp_path):
     custom = write(tmp_path, small_models.open_clip_custom_text(), "custom.pt")
     assert type(load_model(custom).module).__name__ == "CustomTextCLIP"
     assert type(load_model(custom, model_name="small").module).__name__ == "CustomTextCLIP"
+    architecture = load_architecture(custom)
+    assert type(architecture.module).__name__ == "CustomTextCLIP"
+    assert architecture.device.type == "meta"
 
 
 def test_what_weights_do_not_show_is_a_warning(tmp_path, monkeypatch):

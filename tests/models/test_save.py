@@ -17,7 +17,7 @@ from fasterase.errors import InputError
 from fasterase.files import replace_model_folder
 from fasterase.models import load_model
 from tests import small_models
-from tests.models.conftest import batch_for, build_model
+from tests.models.conftest import BUILDERS, batch_for, build_model
 
 
 def safetensors_in(folder):
@@ -32,16 +32,7 @@ def nudged(model):
     return model
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "open_clip_vit",
-        "open_clip_resnet",
-        "open_clip_custom_text",
-        "open_clip_siglip",
-        "open_clip_coca",
-    ],
-)
+@pytest.mark.parametrize("kind", [kind for kind in BUILDERS if kind.startswith("open_clip")])
 def test_open_clip_reads_it_as_local_dir(kind, tmp_path):
     model = nudged(build_model(kind))
     pixels, tokens = batch_for(model)
@@ -61,7 +52,7 @@ def test_open_clip_reads_it_as_local_dir(kind, tmp_path):
     assert torch.equal(tokenizer(["a cat"]), model.tokenize(["a cat"]).ids)
 
 
-@pytest.mark.parametrize("kind", ["hf_clip", "hf_siglip", "hf_siglip2"])
+@pytest.mark.parametrize("kind", [kind for kind in BUILDERS if kind.startswith("hf")])
 def test_transformers_reads_it_with_from_pretrained(kind, tmp_path):
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from fasterase.ops.contrastive import available_backends, chunked, contrastive, cpu
 from tests import oracle
+from tests.ops import criterion_checks
 from tests.ops.calls import INPUTS, relative_error, rounded, run, tensors
 
 # On CPU tensors; contrastive_triton_interpreted.py runs some of these tests under the interpreter.
@@ -300,3 +301,19 @@ def test_mixed_precisions_take_the_wider_one():
     image, text = torch.randn(5, 3), torch.randn(5, 3, dtype=torch.float64)
     assert contrastive(image, text, 2.0).ce_row.dtype == torch.float64
     assert contrastive(image.half(), text.bfloat16(), 2.0).ce_row.dtype == torch.float32
+
+
+# The stated accuracy of the tiled backends; Triton's is held where its tests run.
+@pytest.mark.parametrize(("shape", "scale", "labelled"), criterion_checks.CASES)
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "dense"])
+def test_near_the_oracle_and_no_worse_than_eager(backend, shape, scale, labelled):
+    for options in criterion_checks.OPTIONS:
+        criterion_checks.check(backend, shape, scale, labelled, **options)
+
+
+@pytest.mark.parametrize(("shape", "scale", "labelled"), criterion_checks.CASES)
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "dense"])
+def test_with_weights_of_one(backend, shape, scale, labelled):
+    """N(0, 1) upstream, so that single elements of the gradients stand above the floor."""
+    batch = criterion_checks.batch_of(shape, scale, labelled)
+    check(batch, None, backend, torch.float32, criterion_checks.RELATIVE)

@@ -226,10 +226,8 @@ def _define_gradients(
         *losses, image, text, scale = run(weights, *given)
         return (
             *losses,
-            _empty_gradient(batch.image, batch, wanted, is_wanted=False)
-            if image is None
-            else image,
-            _empty_gradient(batch.text, batch, wanted, is_wanted=False) if text is None else text,
+            _empty_gradient(batch.image, batch, wanted) if image is None else image,
+            _empty_gradient(batch.text, batch, wanted) if text is None else text,
             batch.scale.new_zeros(()) if scale is None else scale,
         )
 
@@ -238,8 +236,8 @@ def _define_gradients(
         losses = batch.scale.new_empty(2 * batch.matrices, batch.image.shape[0])
         return (
             *(() if saved else (losses,)),
-            _empty_gradient(batch.image, batch, wanted, is_wanted=wanted.image),
-            _empty_gradient(batch.text, batch, wanted, is_wanted=wanted.text),
+            _empty_gradient(batch.image, batch, wanted, wanted.image),
+            _empty_gradient(batch.text, batch, wanted, wanted.text),
             batch.scale.new_empty(()),
         )
 
@@ -249,7 +247,7 @@ def _define_gradients(
     return define(name, schema, compute, key, make_fake_outputs)
 
 
-def _empty_gradient(side: Tensor, batch: Batch, wanted: Wanted, *, is_wanted: bool) -> Tensor:
+def _empty_gradient(side: Tensor, batch: Batch, wanted: Wanted, is_wanted: bool = False) -> Tensor:
     """An empty tensor for a gradient, or in the place of one that is not wanted."""
     dtype = side.dtype if wanted.rounded else batch.scale.dtype
     return side.new_empty(side.shape if is_wanted else 0, dtype=dtype)
