@@ -148,8 +148,7 @@ def test_gradients_made_in_the_forward_compile_as_one_graph(backend, negatives):
         found, expected = compiled(*arguments), total(*arguments)
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
         pair = [torch.autograd.grad(x, arguments[:3]) for x in (found, expected)]
-        for one, other in zip(*pair, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("negatives", ["own", "joint"])

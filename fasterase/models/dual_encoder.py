@@ -219,10 +219,7 @@ class DualEncoder(abc.ABC):
         return free
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 of weights, image size, preprocessing and tokenizer.
-
-        Models with equal fingerprints give equal features.
-        """
+        """Return a SHA-256 of all that features depend on: weights, preprocessing and tokenizer."""
         digest = hashlib.sha256()
         hash_tensors(digest, self.module.state_dict())
         digest.update(f"{self.image_size};{describe_transform(self.image_transform)};".encode())

@@ -99,17 +99,11 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
 
 @dataclass(frozen=True)
 class Halfway:
-    """Outputs of the frozen part for a batch, in the place of pixels or tokens.
+    """Outputs of the frozen part for a batch, in the place of pixels or tokens."""
 
-    Attributes:
-        tower: runs the rest.
-        rows: [n, width], flat.
-        tokens: of these rows; None for images.
-    """
-
-    tower: SplitTower
-    rows: Tensor
-    tokens: Tokens | None = None
+    tower: SplitTower  # runs the rest
+    rows: Tensor  # [n, width], flat
+    tokens: Tokens | None = None  # of these rows; None for images
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -128,11 +122,8 @@ class Halfway:
 
     def to(self, device: torch.device | str) -> Halfway:
         """Move to `device`."""
-        return Halfway(
-            self.tower,
-            self.rows.to(device),
-            None if self.tokens is None else self.tokens.to(device),
-        )
+        tokens = None if self.tokens is None else self.tokens.to(device)
+        return Halfway(self.tower, self.rows.to(device), tokens)
 
     def finish(self) -> Tensor:
         """Return the features [n, D], differentiable in the tuned blocks."""
@@ -149,18 +140,9 @@ def frozen_blocks(tune: str, parts: TowerParts) -> int:
 
 
 class SplitTower:
-    """A tower in two parts.
+    """The `"image"` or the `"text"` tower in two parts; `InputError` if `tune` freezes no block.
 
-    Args:
-        model: its owner.
-        tower: `"image"` or `"text"`.
-        tune: what is trained.
-
-    Attributes:
-        width: numbers that the frozen part outputs for an image or text.
-
-    Raises:
-        InputError: no block is frozen.
+    The frozen part outputs `width` numbers for an image or text.
     """
 
     def __init__(self, model: DualEncoder, tower: str, tune: str) -> None:
@@ -177,7 +159,7 @@ class SplitTower:
         two = torch.zeros(2, model.context_length, dtype=torch.int64, device=model.device)
         output = self._run_lower(self._pixels(2) if tower == "image" else Tokens(two))
         self._is_tuple = isinstance(output, tuple)
-        found = output[0] if isinstance(output, tuple) else output
+        found = output[0] if self._is_tuple else output
         # open_clip's transformers may have the batch second.
         self._axis = list(found.shape).index(2)
         self._shape = found.movedim(self._axis, 0).shape[1:]
@@ -187,7 +169,7 @@ class SplitTower:
     def lower(self, given: Tensor | Tokens) -> Tensor:
         """Return what the frozen part outputs for pixels or tokens, [n, width] fp32."""
         output = self._run_lower(given)
-        found = output[0] if isinstance(output, tuple) else output
+        found = output[0] if self._is_tuple else output
         return found.movedim(self._axis, 0).reshape(-1, self.width).float()
 
     def upper(self, halfway: Halfway) -> Tensor:
@@ -214,7 +196,7 @@ class SplitTower:
                 else:
                     self._model.encode_text(given)
         except _ReachedError as reached:
-            return reached.output
+            return reached.args[0]
         finally:
             hook.remove()
         raise InputError(
@@ -227,11 +209,7 @@ class SplitTower:
 
 
 class _ReachedError(Exception):
-    """Ends a forward pass with the output of a block."""
-
-    def __init__(self, output: Any) -> None:
-        super().__init__()
-        self.output = output
+    """Ends a forward pass; its argument is the output of a block."""
 
 
 @contextmanager

@@ -30,7 +30,6 @@ _FORMS = (
 DELTA_FILE = "delta.safetensors"
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
-
 _Given = nn.Module | DualEncoder | str | os.PathLike[str]
 
 
@@ -101,10 +100,8 @@ def load_compared(
 ) -> DualEncoder:
     """Load one of several models that are compared; an error names the argument it came from.
 
-    Args:
-        name: `"model"`, `"original"` or the name of a reference.
-        model_name: as in `load_model`; not used where the model says its architecture itself.
-        model, tokenizer, preprocess: as in `load_model`.
+    That is `name`: `"model"`, `"original"` or the name of a reference. `model_name` is not used
+    where the model says its architecture itself.
     """
     try:
         used_name = model_name if _takes_model_name(model) else None

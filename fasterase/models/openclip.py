@@ -237,12 +237,8 @@ def from_checkpoint(file: Path, given: Companions, model_name: str | None) -> Op
     """Load a checkpoint of open_clip's training or a state dict; only tensors are unpickled.
 
     Options of the training that the weights show are followed (see `as_trained`). A file says
-    nothing of preprocessing: without the caller's it is open_clip's standard one. Without
-    `model_name` the architecture is the one with weights of these shapes.
-
-    Raises:
-        InputError: the file holds no readable open_clip weights; `model_name` does not fit them;
-            or without it no known architecture does.
+    nothing of preprocessing: without the caller's it is open_clip's standard one. `InputError` if
+    `model_name`, or without it any known architecture, does not fit the weights.
     """
     import open_clip
 

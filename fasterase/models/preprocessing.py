@@ -166,14 +166,15 @@ def wrap_transform(preprocess: Any, image_size: tuple[int, int]) -> ImageTransfo
         raise InputError(
             f"preprocess: {type(preprocess).__name__} failed on a plain RGB image: {error}"
         ) from error
-    if not isinstance(pixels, Tensor) or not torch.is_floating_point(pixels):
-        found = pixels.dtype if isinstance(pixels, Tensor) else type(pixels).__name__
-        raise InputError(f"preprocess: gave {found} where a float tensor [3, H, W] is needed")
     expected = (3, *image_size)
-    if tuple(pixels.shape) != expected:
+    is_tensor = isinstance(pixels, Tensor)
+    if not is_tensor or not pixels.is_floating_point() or pixels.shape != expected:
+        found = (
+            f"{pixels.dtype} of shape {tuple(pixels.shape)}" if is_tensor else type(pixels).__name__
+        )
         raise InputError(
-            f"preprocess: gave an image of shape {tuple(pixels.shape)}, but the model takes "
-            f"{expected} (channels, height, width)"
+            f"preprocess: gave {found}, but the model takes float tensors of shape {expected} "
+            "(channels, height, width)"
         )
     return ImageTransform(whole, _find_parts(whole, picture))
 

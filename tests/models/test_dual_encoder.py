@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
@@ -262,10 +263,8 @@ def test_more_blocks_than_there_are(model):
 
 
 def custom_text(**config):
-    from open_clip.model import CustomTextCLIP
-
     torch.manual_seed(0)
-    return CustomTextCLIP(**{**small_models.open_clip_config(), **config}).eval()
+    return open_clip.CustomTextCLIP(**{**small_models.open_clip_config(), **config}).eval()
 
 
 def test_timm_tower():

@@ -10,14 +10,14 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 import fasterase
 from fasterase.errors import InputError
 from fasterase.models import load_model
 from fasterase.models.load import load_architecture
 from tests import small_models
-from tests.models.conftest import Malicious, batch_for
+from tests.models.conftest import Malicious, batch_for, pairs
 
 
 @pytest.fixture(autouse=True)
@@ -65,13 +65,12 @@ def test_files_of_every_form(form, model_name, tmp_path):
 
 
 def test_erase_from_a_checkpoint_and_save_it(tmp_path):
-    pixels, ids = small_models.random_pairs(small_models.SIMPLE_VOCABULARY_SIZE, count=12)
-    pairs: list[tuple[Tensor, Tensor]] = list(zip(pixels, ids, strict=True))
-    file = write(tmp_path, small_models.open_clip_resnet())
+    module = small_models.open_clip_resnet()
+    items, file = pairs(module), write(tmp_path, module)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(verdict|retain): ")
         result = fasterase.unlearn(
-            file, pairs[:4], pairs[4:], max_steps=1, progress=False, evaluation=None
+            file, items[:4], items[4:], max_steps=1, progress=False, evaluation=None
         )
     assert result.encoder.name == "small-resnet (epoch_3.pt)"
     again: Any = open_clip.create_model(f"local-dir:{result.save(tmp_path / 'erased')}")
@@ -81,14 +80,13 @@ def test_erase_from_a_checkpoint_and_save_it(tmp_path):
 def test_evaluate_names_the_architecture_of_every_checkpoint(tmp_path, monkeypatch):
     quick = {**small_models.open_clip_config(), "quick_gelu": True}
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "small-quickgelu", quick)
-    pixels, ids = small_models.random_pairs(small_models.SIMPLE_VOCABULARY_SIZE, count=12)
-    pairs: list[tuple[Tensor, Tensor]] = list(zip(pixels, ids, strict=True))
-    file = write(tmp_path, small_models.open_clip_vit())
+    module = small_models.open_clip_vit()
+    items, file = pairs(module), write(tmp_path, module)
     saved = tmp_path / "saved"
     load_model(file, model_name="small-quickgelu").save(saved)
 
     def measure(model, model_name, **others):
-        sets = {"forget": pairs[:4], "retain": pairs[4:], "progress": False}
+        sets = {"forget": items[:4], "retain": items[4:], "progress": False}
         return fasterase.evaluate(model, **sets, model_name=model_name, **others)
 
     # Without the name each of the files would be taken for "small", with a warning.

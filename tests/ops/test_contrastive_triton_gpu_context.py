@@ -112,8 +112,7 @@ def test_strips_of_more_than_two_to_the_31_numbers(monkeypatch):
     before = torch.cuda.memory_allocated()
     found = run(call)
     assert torch.cuda.max_memory_allocated() - before > 2**32
-    for left, right in zip(found, expected, strict=True):
-        torch.testing.assert_close(left, right, rtol=2e-2, atol=1e-3)
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-3)
 
 
 @needs_gpu
@@ -142,8 +141,7 @@ def test_tf32_is_used_only_if_torch_allows_it():
         torch.set_float32_matmul_precision(before)
     assert_same_bits(still_exact, exact)
     assert not torch.equal(rounded[0], exact[0])
-    for left, right in zip(rounded[:2], exact[:2], strict=True):
-        torch.testing.assert_close(left, right, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(rounded[:2], exact[:2], rtol=2e-2, atol=2e-2)
 
 
 @needs_gpu
@@ -244,8 +242,7 @@ def test_a_cuda_graph_of_a_whole_step():
     assert all(map(torch.equal, snapshot(), start))  # capturing runs nothing
     graph.replay()
     torch.testing.assert_close(loss, expected_loss)
-    for found, value in zip(snapshot(), expected, strict=True):
-        torch.testing.assert_close(found, value, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(snapshot(), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_what_the_tests_on_a_gpu_replace_exists():
