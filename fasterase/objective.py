@@ -160,9 +160,6 @@ def weighted_erase_loss(
 
     The gradients of the similarity matrices are made together with the losses, by
     `weighted_contrastive`; the backward pass multiplies them by the upstream gradient.
-
-    Raises:
-        InputError: `erase_loss` would raise it.
     """
     given = _Pairs(image, text, scale, ref_image, ref_text, ref_scale, labels, n_forget)
     pairs = _check(given, objective)
@@ -229,7 +226,7 @@ def _compute_matrices(
     """Compute the similarity matrices that a weight uses, one or one per set, in one call.
 
     Return the losses of the forget and of the retain rows, None where no weight uses them, and
-    their differentiable weighted total, if that is asked for, else 0.
+    their weighted total, 0 unless `is_weighted`.
 
     Two in one call have the KL for both sets or for neither. That of the forget rows is not used;
     its cost is a part of one matrix, where a second call would double the launches. A step on the
@@ -326,10 +323,7 @@ def _exceed(image: Tensor, text: Tensor, objective: Objective) -> Tensor:
 
 
 def moved_distance(image: Tensor, text: Tensor, ref_image: Tensor, ref_text: Tensor) -> Tensor:
-    """Return the mean over pairs of `|image - ref_image|^2 + |text - ref_text|^2`.
-
-    All are [n, D] with n >= 1.
-    """
+    """Return the mean over [n, D] pairs of `|image - ref_image|^2 + |text - ref_text|^2`."""
     moved = (image - ref_image).square().sum(1) + (text - ref_text).square().sum(1)
     return moved.mean()
 

@@ -150,7 +150,7 @@ class Plan:
         on_gpu = not (config.device or "cuda").startswith("cpu")
         auto = "bf16" if on_gpu else "fp32"
         self.precision = auto if config.precision == "auto" else config.precision
-        step_pairs = self._count_draws()
+        step_pairs, compared = self._count_draws()
         self._trained = Trained.choose(model, config.tune, logit_scale=config.train_logit_scale)
         names = set(self._trained.parameters(model.module))
         for name, parameter in model.module.named_parameters():
@@ -160,16 +160,8 @@ class Plan:
         tracer = Tracer(model, precision=self.precision, on_gpu=on_gpu)
         self.forward_flops = {tower: tracer.forward(tower).flops for tower in ("image", "text")}
         self.prefix_bytes = self._count_prefix_bytes(tracer)
-        n_retain = min(config.batch_size, pairs)
-        compared = max(n_retain, step_pairs - n_retain)
         self._memory = StepMemory(
-            counts=counts,
-            gpus=gpus,
-            on_gpu=on_gpu,
-            pairs=step_pairs,
-            compared=compared if config.negatives == "own" else step_pairs,
-            width=model.embed_dim,
-            backend=config.backend,
+            counts, gpus, on_gpu, step_pairs, compared, model.embed_dim, config.backend
         )
         self.measured = measure_micro_batch(model, precision=self.precision) if measure else None
         self.setups = self._compare_setups(model, tracer)
@@ -199,8 +191,11 @@ class Plan:
     def _hours_of(self, flops: int) -> float:
         return flops / (self.tflops * 1e12 * self.efficiency * 3600)
 
-    def _count_draws(self) -> int:
-        """Count a GPU's share of a step, the steps and what they read; return a step's pairs."""
+    def _count_draws(self) -> tuple[int, int]:
+        """Count a GPU's share of a step, the steps and what they read.
+
+        Return a step's pairs, and the most of them that the loss compares with each other.
+        """
         config = self.config
         sampler = Sampler(
             self.forget,
@@ -213,7 +208,9 @@ class Plan:
         # An automatic run reads its pool, any other what its steps draw.
         batches = POOL_BATCHES if config.runs_until_forgotten else self.steps
         self.retain_pairs = min(self.pairs, batches * config.batch_size)
-        return sampler.max_pairs_per_rank()
+        step_pairs, n_retain = sampler.max_pairs_per_rank(), min(config.batch_size, self.pairs)
+        own = max(n_retain, step_pairs - n_retain)
+        return step_pairs, own if config.negatives == "own" else step_pairs
 
     def _count_prefix_bytes(self, tracer: Tracer) -> int:
         if self.config.prefix_cache is None:

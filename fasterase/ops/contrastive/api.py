@@ -272,11 +272,7 @@ def explain_backend(
     backend: str = "auto",
     products: str = "auto",
 ) -> BackendChoice:
-    """The backend that the same call of `contrastive` uses, why, and how it multiplies features.
-
-    Raises:
-        InputError: `contrastive` would raise it.
-    """
+    """The backend that the same call of `contrastive` uses; raises what that would raise."""
     given = Batch(image, text, scale, ref_image, ref_text, ref_scale)  # type: ignore[arg-type]
     batch, _ = _prepare(given, labels, groups)
     return _choose(backend, products, batch)

@@ -146,11 +146,12 @@ def check_products(products: Any) -> None:
         )
 
 
-def resolve_products(products: str, backend: str, features: Sequence[Tensor]) -> str:
-    """Return how a call multiplies: "fp16", "bf16", "tf32", "fp32" or "fp64".
-
-    `features` are image, text and, if there is a reference, its two.
-    """
+def resolve_products(
+    products: str,
+    backend: str,
+    features: Sequence[Tensor],  # image, text and, if there is a reference, its two
+) -> str:
+    """How a call multiplies `features`: "fp16", "bf16", "tf32", "fp32" or "fp64"."""
     if any(each.dtype == torch.float64 for each in features[:2]):
         return "fp64"
     if backend != "triton":

@@ -209,10 +209,7 @@ def define(
 def _define_gradients(
     name: str, saved: Sequence[str], run: Callable[..., Any] | Any, key: str | None, more: str
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """Define an operator that makes gradients from weights of the losses.
-
-    It takes what forward has `saved`; where that is nothing, it returns the losses too.
-    """
+    """Define an operator that makes gradients; it returns the losses too if none are `saved`."""
     num_tensors = len(Batch._fields) + len(saved)
 
     def parse(arguments: tuple[Any, ...]) -> tuple[Batch, Wanted, tuple[Any, ...]]:
