@@ -83,7 +83,7 @@ def load_architecture(model: _Given | Any) -> DualEncoder:
     """
     if isinstance(model, (str, os.PathLike)):
         encoder = _load(model, Companions(), None, empty=True)
-    elif hasattr(model, "model_type"):
+    elif hasattr(model, "model_type") and not isinstance(model, nn.Module):
         return huggingface.from_config(model, name=type(model).__name__)
     else:
         encoder = load_model(model)
