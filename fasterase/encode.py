@@ -19,8 +19,7 @@ from tqdm import tqdm
 
 from fasterase.errors import InputError
 from fasterase.models.dual_encoder import DualEncoder
-from fasterase.models.forward import TowerForward, resolve_precision
-from fasterase.models.prefix import Halfway
+from fasterase.models.forward import Halfway, TowerForward, resolve_precision
 from fasterase.models.preprocessing import Tokens
 from fasterase.pairs.batches import Captions, Prefixes, sweep
 from fasterase.pairs.prepare import Preparer

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from fasterase.errors import InputError
 from fasterase.ops.contrastive import contrastive
 
+_Groups = tuple[int, ...] | None
+
 
 class _Pairs(NamedTuple):
     image: Tensor  # [N, D]
@@ -86,28 +88,26 @@ class ClipLoss(nn.Module):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """The mean loss; a bias common to all logits cancels and is not looked at."""
-        pairs = _Pairs(image_features, text_features, _scale(logit_scale))
-        loss, _ = self._mean_losses(pairs, teacher=None)
+        (loss,) = self._mean_losses(_Pairs(image_features, text_features, _scale(logit_scale)))
         return {"contrastive_loss": loss} if output_dict else loss
 
-    def _mean_losses(self, own: _Pairs, teacher: _Pairs | None) -> tuple[Tensor, Tensor | None]:
+    def _mean_losses(self, own: _Pairs, *teacher: _Pairs) -> tuple[Tensor, ...]:
         """The means of InfoNCE and, with a teacher, of the cross-entropy to it."""
         if self.world_size > 1:
             self._check_process_group()
-        every = self._gather(own, with_grad=self.gather_with_grad)
-        every_teacher = None if teacher is None else self._gather(teacher, with_grad=False)
-        if self.world_size == 1 or not self.local_loss:
-            return _square_losses(every, every_teacher)
-        teachers: tuple[_Pairs | None, ...] = (None, None)
-        if teacher is not None and every_teacher is not None:
-            teachers = _own_sides(teacher, every_teacher)
-        found = [
-            _block_losses(side, of_teacher, rank=self.rank)
-            for side, of_teacher in zip(_own_sides(own, every), teachers, strict=True)
+        every = [
+            self._gather(own, with_grad=self.gather_with_grad),
+            *(self._gather(each, with_grad=False) for each in teacher),
         ]
-        cross_entropy, distilled = zip(*found, strict=True)
-        mean = torch.stack(cross_entropy).mean()
-        return mean, None if teacher is None else torch.stack(distilled).mean()
+        if self.world_size == 1 or not self.local_loss:
+            return _square_losses(*every)
+        # A rank's own images [n, D] with the texts of all ranks [W n, D], and the reverse.
+        models = list(zip((own, *teacher), every, strict=True))
+        found = (
+            _block_losses(self.rank, *(_Pairs(o.image, e.text, o.scale) for o, e in models)),
+            _block_losses(self.rank, *(_Pairs(o.text, e.image, o.scale) for o, e in models)),
+        )
+        return tuple(torch.stack(sides).mean() for sides in zip(*found, strict=True))
 
     def _gather(self, own: _Pairs, *, with_grad: bool) -> _Pairs:
         """Concatenate the features of all ranks, rank by rank."""
@@ -169,7 +169,6 @@ class DistillClipLoss(ClipLoss):
             dist_scale = dist_scale.detach()
         teacher = _Pairs(dist_image_features.detach(), dist_text_features.detach(), dist_scale)
         contrastive_loss, distill_loss = self._mean_losses(pairs, teacher)
-        assert distill_loss is not None
         if output_dict:
             return {"contrastive_loss": contrastive_loss, "distill_loss": distill_loss}
         return contrastive_loss, distill_loss
@@ -180,32 +179,25 @@ def _scale(value: Tensor | float) -> Tensor | float:
     return value.reshape(()) if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
-def _reference(teacher: _Pairs | None) -> dict[str, Any]:
-    if teacher is None:
-        return {}
-    return {"ref_image": teacher.image, "ref_text": teacher.text, "ref_scale": teacher.scale}
+def _losses(pairs: _Pairs, *teacher: _Pairs, groups: _Groups = None) -> list[Tensor]:
+    """The operator's two losses, or four with a teacher."""
+    names = ("ref_image", "ref_text", "ref_scale")
+    reference: dict[str, Any] = {k: v for each in teacher for k, v in zip(names, each, strict=True)}
+    found = contrastive(*pairs, groups=groups, **reference)
+    return [loss for loss in found if loss is not None]
 
 
-def _square_losses(pairs: _Pairs, teacher: _Pairs | None) -> tuple[Tensor, Tensor | None]:
+def _square_losses(pairs: _Pairs, *teacher: _Pairs) -> tuple[Tensor, ...]:
     """The means of InfoNCE and of the cross-entropy to the teacher, over all rows and columns."""
-    losses = contrastive(*pairs, **_reference(teacher))
-    mean = ((losses.ce_row + losses.ce_col) / 2).mean()
-    if teacher is None:
-        return mean, None
-    assert losses.kl_row is not None
-    assert losses.kl_col is not None
-    row, col = _entropies(teacher)
-    return mean, ((losses.kl_row + row + losses.kl_col + col) / 2).mean()
+    ce_row, ce_col, *kl = _losses(pairs, *teacher)
+    mean = ((ce_row + ce_col) / 2).mean()
+    if not teacher:
+        return (mean,)
+    row, col = _entropies(teacher[0])
+    return mean, ((kl[0] + row + kl[1] + col) / 2).mean()
 
 
-def _own_sides(own: _Pairs, every: _Pairs) -> tuple[_Pairs, _Pairs]:
-    """A rank's own images [n, D] with the texts of all ranks [W n, D], and the reverse."""
-    return _Pairs(own.image, every.text, own.scale), _Pairs(own.text, every.image, own.scale)
-
-
-def _block_losses(
-    side: _Pairs, teacher: _Pairs | None, *, rank: int
-) -> tuple[Tensor, Tensor | None]:
+def _block_losses(rank: int, side: _Pairs, *teacher: _Pairs) -> tuple[Tensor, ...]:
     """InfoNCE of n queries among the keys of all ranks, and the cross-entropy to a teacher: [n].
 
     The operator takes square problems, so the queries meet the keys of one rank at a time. With
@@ -214,27 +206,22 @@ def _block_losses(
         InfoNCE       = logsumexp over r of lse_r - own diagonal
         cross-entropy = logsumexp over r of lse_r - sum over r of w_r (lse_r - KL_r - entropy_r)
     """
-    pairs, groups = _in_blocks(side)
-    of_teacher = None if teacher is None else _in_blocks(teacher)[0]
-    losses = contrastive(*pairs, groups=groups, **_reference(of_teacher))
-    gaps = _block_gaps(losses.ce_row, pairs, rank=rank, blocks=len(groups))
-    cross_entropy = gaps.logsumexp(0)
-    if of_teacher is None:
-        return cross_entropy, None
-    assert losses.kl_row is not None
-    with torch.no_grad():
-        alone = contrastive(*of_teacher, groups=groups)
-        teacher_gaps = _block_gaps(alone.ce_row, of_teacher, rank=rank, blocks=len(groups))
-        entropy = _entropies(of_teacher, groups)[0].reshape(gaps.shape)
-    expected = gaps - losses.kl_row.reshape(gaps.shape) - entropy
-    return cross_entropy, cross_entropy - (teacher_gaps.softmax(0) * expected).sum(0)
-
-
-def _in_blocks(side: _Pairs) -> tuple[_Pairs, tuple[int, ...]]:
-    """Pair the queries with the keys of each rank in turn; and the sizes of the square problems."""
     n = len(side.image)
-    blocks = len(side.text) // n
-    return side._replace(image=side.image.repeat(blocks, 1)), (n,) * blocks
+    groups = (n,) * (len(side.text) // n)
+    pairs, *of_teacher = (
+        each._replace(image=each.image.repeat(len(groups), 1)) for each in (side, *teacher)
+    )
+    ce_row, _, *kl = _losses(pairs, *of_teacher, groups=groups)
+    gaps = _block_gaps(ce_row, pairs, rank=rank, blocks=len(groups))
+    cross_entropy = gaps.logsumexp(0)
+    if not teacher:
+        return (cross_entropy,)
+    with torch.no_grad():
+        alone = _losses(*of_teacher, groups=groups)
+        teacher_gaps = _block_gaps(alone[0], *of_teacher, rank=rank, blocks=len(groups))
+        entropy = _entropies(of_teacher[0], groups)[0].reshape(gaps.shape)
+    expected = gaps - kl[0].reshape(gaps.shape) - entropy
+    return cross_entropy, cross_entropy - (teacher_gaps.softmax(0) * expected).sum(0)
 
 
 def _block_gaps(ce_row: Tensor, pairs: _Pairs, *, rank: int, blocks: int) -> Tensor:
@@ -249,14 +236,11 @@ def _block_gaps(ce_row: Tensor, pairs: _Pairs, *, rank: int, blocks: int) -> Ten
 
 
 @torch.no_grad()
-def _entropies(teacher: _Pairs, groups: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
+def _entropies(teacher: _Pairs, groups: _Groups = None) -> tuple[Tensor, Tensor]:
     """Entropies of the teacher's rows and columns, `log n - KL(teacher || uniform)`.
 
-    A model whose features are all zero is the uniform one.
+    A model whose features are all zero is the uniform one; its cross-entropy is log n.
     """
     zeros = teacher.image.new_zeros(len(teacher.image), 1)
-    gap = contrastive(zeros, zeros, 1.0, groups=groups, **_reference(teacher))
-    assert gap.kl_row is not None
-    assert gap.kl_col is not None
-    # Of an n x n matrix of zeros the cross-entropy is log n.
-    return gap.ce_row - gap.kl_row, gap.ce_col - gap.kl_col
+    ce_row, ce_col, kl_row, kl_col = _losses(_Pairs(zeros, zeros, 1.0), teacher, groups=groups)
+    return ce_row - kl_row, ce_col - kl_col

@@ -18,12 +18,12 @@ from fasterase.ops.contrastive.api import choose_backend
 from fasterase.ops.contrastive.checks import (
     check_labels,
     check_pairs,
+    check_products,
     check_reference,
     check_scale,
     compute_dtype,
     scale_tensor,
 )
-from fasterase.ops.contrastive.products import check_products
 
 _WEIGHTS = ("forget_weight", "retain_weight", "consistency_weight", "anchor_weight", "cross_weight")
 # Distances of a mean cosine below which their loss is quadratic.
@@ -131,7 +131,8 @@ def erase_loss(
     objective = Objective(
         *weights, forget_loss, floor, anchor_weight, negatives, backend, products, cross_weight
     )
-    pairs = _check(objective, image, text, scale, ref_image, ref_text, ref_scale, labels, n_forget)
+    given = _Pairs(image, text, scale, ref_image, ref_text, ref_scale, labels, n_forget)
+    pairs = _check(given, objective)
     forget, retain, consistency, anchor = _compute_terms(pairs, objective, is_weighted=False)[1]
     total = (
         pairs.zero
@@ -159,11 +160,9 @@ def weighted_erase_loss(
 
     The gradients of the similarity matrices are made together with the losses, by
     `weighted_contrastive`; the backward pass multiplies them by the upstream gradient.
-
-    Raises:
-        InputError: `erase_loss` would raise it.
     """
-    pairs = _check(objective, image, text, scale, ref_image, ref_text, ref_scale, labels, n_forget)
+    given = _Pairs(image, text, scale, ref_image, ref_text, ref_scale, labels, n_forget)
+    pairs = _check(given, objective)
     total, terms = _compute_terms(pairs, objective, is_weighted=True)
     if objective.forget_loss == "similarity":
         total = total + objective.forget_weight * terms[0]
@@ -173,17 +172,17 @@ def weighted_erase_loss(
 
 
 class _Pairs(NamedTuple):
-    """The checked batch; scale has the dtype of the computation."""
+    """The batch; once checked, scale is a tensor in the dtype of the computation."""
 
     image: Tensor  # [N, D]
     text: Tensor  # [N, D]
-    scale: Tensor  # []
+    scale: Any  # []
     ref_image: Tensor | None  # [N, D0]
     ref_text: Tensor | None  # [N, D0]
     ref_scale: Tensor | float | None
     labels: Tensor | None  # [N]
     n_forget: int
-    zero: Tensor  # [] a term without rows
+    zero: Any = None  # [] a term without rows, once checked
 
     @property
     def forget_rows(self) -> slice:
@@ -227,7 +226,7 @@ def _compute_matrices(
     """Compute the similarity matrices that a weight uses, one or one per set, in one call.
 
     Return the losses of the forget and of the retain rows, None where no weight uses them, and
-    their differentiable weighted total, if that is asked for, else 0.
+    their weighted total, 0 unless `is_weighted`.
 
     Two in one call have the KL for both sets or for neither. That of the forget rows is not used;
     its cost is a part of one matrix, where a second call would double the launches. A step on the
@@ -266,16 +265,13 @@ def _compute_matrices(
 
 def _select_rows(pairs: _Pairs, rows: slice, has_kl: bool) -> dict[str, Any]:
     """Arguments of `contrastive` for these rows, with the original's features if `has_kl`."""
-    ref_image, ref_text = pairs.ref_image, pairs.ref_text
-    return {
-        "image": pairs.image[rows],
-        "text": pairs.text[rows],
-        "scale": pairs.scale,
-        "ref_image": ref_image[rows] if has_kl and ref_image is not None else None,
-        "ref_text": ref_text[rows] if has_kl and ref_text is not None else None,
-        "ref_scale": pairs.ref_scale if has_kl else None,
-        "labels": None if pairs.labels is None else pairs.labels[rows],
-    }
+    reference = ("ref_image", "ref_text", "ref_scale") if has_kl else ()
+    names = ("image", "text", "scale", "labels", *reference)
+    found = {name: getattr(pairs, name) for name in names}
+    for name, value in found.items():  # in a comprehension, torch.compile would fix the row count
+        if isinstance(value, Tensor) and value.dim():
+            found[name] = value[rows]
+    return found
 
 
 def _spread_weights(pairs: _Pairs, objective: Objective, uses_forget: bool, has_kl: bool) -> Tensor:
@@ -327,46 +323,29 @@ def _exceed(image: Tensor, text: Tensor, objective: Objective) -> Tensor:
 
 
 def moved_distance(image: Tensor, text: Tensor, ref_image: Tensor, ref_text: Tensor) -> Tensor:
-    """Return the mean over pairs of `|image - ref_image|^2 + |text - ref_text|^2`.
-
-    All are [n, D] with n >= 1.
-    """
+    """Return the mean over [n, D] pairs of `|image - ref_image|^2 + |text - ref_text|^2`."""
     moved = (image - ref_image).square().sum(1) + (text - ref_text).square().sum(1)
     return moved.mean()
 
 
-def _check(
-    objective: Objective,
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor | float,
-    ref_image: Tensor | None,
-    ref_text: Tensor | None,
-    ref_scale: Tensor | float | None,
-    labels: Tensor | None,
-    n_forget: int,
-) -> _Pairs:
-    """Check everything and pack the batch."""
+def _check(pairs: _Pairs, objective: Objective) -> _Pairs:
+    image, text, scale, n_forget = pairs.image, pairs.text, pairs.scale, pairs.n_forget
     check_pairs(image, text)
     check_scale(scale, "scale")
-    if labels is not None:
-        check_labels(labels, len(image))
-    if isinstance(n_forget, bool) or not isinstance(n_forget, int):
+    if pairs.labels is not None:
+        check_labels(pairs.labels, len(image))
+    is_integer = isinstance(n_forget, int) and not isinstance(n_forget, bool)
+    if not is_integer or not 0 <= n_forget <= len(image):
         raise InputError(
-            f"n_forget must be an integer, the number of forget rows; "
-            f"got {type(n_forget).__name__} {n_forget!r}."
-        )
-    if not 0 <= n_forget <= len(image):
-        raise InputError(
-            f"n_forget must be between 0 and the {len(image)} rows of image, forget pairs first; "
-            f"got {n_forget}."
+            f"n_forget must be an integer between 0 and the {len(image)} rows of image, forget "
+            f"pairs first; got {n_forget!r}."
         )
     _check_options(objective)
-    _check_originals(image, ref_image, ref_text, ref_scale, objective)
+    _check_originals(pairs, objective)
     scale = scale_tensor(scale, image, compute_dtype(image, text))
     # With gradients of 0, so that a loss without rows does not break the caller's backward pass.
     zero = image[:0].to(scale.dtype).sum() + text[:0].to(scale.dtype).sum() + scale.expand(0).sum()
-    return _Pairs(image, text, scale, ref_image, ref_text, ref_scale, labels, n_forget, zero)
+    return pairs._replace(scale=scale, zero=zero)
 
 
 def _check_options(objective: Objective) -> None:
@@ -398,19 +377,18 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_originals(
-    image: Tensor,
-    ref_image: Any,
-    ref_text: Any,
-    ref_scale: Any,
-    objective: Objective,
-) -> None:
-    features, scale = {"ref_image": ref_image, "ref_text": ref_text}, {"ref_scale": ref_scale}
-    crosses = objective.cross_weight if objective.forget_loss == "similarity" else 0
+def _check_originals(pairs: _Pairs, objective: Objective) -> None:
+    features = {"ref_image": pairs.ref_image, "ref_text": pairs.ref_text}
+    anchor = objective.anchor_weight
+    cross = objective.cross_weight if objective.forget_loss == "similarity" else 0
     for weight_name, weight, needed in (
-        ("consistency_weight", objective.consistency_weight, features | scale),
-        ("anchor_weight", objective.anchor_weight, features),
-        ("cross_weight", crosses, features),
+        (
+            "consistency_weight",
+            objective.consistency_weight,
+            {**features, "ref_scale": pairs.ref_scale},
+        ),
+        ("anchor_weight", anchor, features),
+        ("cross_weight", cross, features),
     ):
         missing = [name for name, value in needed.items() if value is None]
         if weight and missing:
@@ -418,15 +396,15 @@ def _check_originals(
                 f"{' and '.join(missing)} missing, but {weight_name}={weight} compares with the "
                 f"original model. Pass {'it' if len(missing) == 1 else 'them'} or {weight_name}=0."
             )
-    if (ref_image is None) != (ref_text is None):
+    if (pairs.ref_image is None) != (pairs.ref_text is None):
         raise InputError("ref_image and ref_text go together; pass both, or None for both.")
-    if ref_image is not None:
-        check_reference(image, ref_image, ref_text)
-        for name, weight in (("anchor_weight", objective.anchor_weight), ("cross_weight", crosses)):
-            if weight and ref_image.shape != image.shape:
+    if pairs.ref_image is not None:
+        check_reference(pairs.image, pairs.ref_image, pairs.ref_text)
+        for name, weight in (("anchor_weight", anchor), ("cross_weight", cross)):
+            if weight and pairs.ref_image.shape != pairs.image.shape:
                 raise InputError(
                     f"{name}={weight} needs original features as wide as the current ones; "
-                    f"got {ref_image.shape[1]} and {image.shape[1]}. Pass {name}=0."
+                    f"got {pairs.ref_image.shape[1]} and {pairs.image.shape[1]}. Pass {name}=0."
                 )
-    if ref_scale is not None:
-        check_scale(ref_scale, "ref_scale")
+    if pairs.ref_scale is not None:
+        check_scale(pairs.ref_scale, "ref_scale")

@@ -1,4 +1,4 @@
-"""What each process of `test_losses_ranks.py` runs: our losses and open_clip's, side by side."""
+"""What each process of `test_losses.py` runs: our losses and open_clip's, side by side."""
 
 from __future__ import annotations
 

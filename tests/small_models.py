@@ -25,26 +25,6 @@ HF_VOCABULARY = {c: i for i, c in enumerate(["<pad>", "<unk>", *_CHARACTERS, "<s
 SIMPLE_VOCABULARY_SIZE = 49408
 
 
-def _vit_config(image_size: int, layers: int) -> dict[str, Any]:
-    return {
-        "image_size": image_size,
-        "layers": layers,
-        "width": 32,
-        "head_width": 16,
-        "patch_size": 8,
-    }
-
-
-def _text_config(context_length: int, vocab_size: int, layers: int) -> dict[str, Any]:
-    return {
-        "context_length": context_length,
-        "vocab_size": vocab_size,
-        "width": 32,
-        "heads": 2,
-        "layers": layers,
-    }
-
-
 def open_clip_config(
     *,
     image_size: int = IMAGE_SIZE,
@@ -54,84 +34,59 @@ def open_clip_config(
     vocab_size: int = SIMPLE_VOCABULARY_SIZE,
 ) -> dict[str, Any]:
     """Return the `model_cfg` of `open_clip_vit` with the same arguments."""
+    shared = {"layers": layers, "width": 32}
+    text = {"context_length": context_length, "vocab_size": vocab_size, "heads": 2}
     return {
         "embed_dim": embed_dim,
-        "vision_cfg": _vit_config(image_size, layers),
-        "text_cfg": _text_config(context_length, vocab_size, layers),
+        "vision_cfg": {"image_size": image_size, "head_width": 16, "patch_size": 8, **shared},
+        "text_cfg": {**text, **shared},
     }
 
 
-def _finish_open_clip(module: nn.Module) -> nn.Module:
-    from open_clip.model import set_model_preprocess_cfg
+def _build_open_clip(kind: str, config: dict[str, Any], seed: int) -> nn.Module:
+    import open_clip
 
-    set_model_preprocess_cfg(
-        module,
-        {
-            "size": module.visual.image_size,
-            "mode": "RGB",
-            "mean": MEAN,
-            "std": STD,
-            "interpolation": "bicubic",
-            "resize_mode": "shortest",
-            "fill_color": 0,
-        },
-    )
+    torch.manual_seed(seed)
+    module = getattr(open_clip, kind)(**config)
+    if kind == "CoCa":
+        # The library leaves this one uninitialised, and so different in every process.
+        nn.init.normal_(module.text_decoder.text_projection, std=0.02)
+    settings = {"size": module.visual.image_size, "mode": "RGB", "mean": MEAN, "std": STD}
+    settings |= {"interpolation": "bicubic", "resize_mode": "shortest", "fill_color": 0}
+    open_clip.model.set_model_preprocess_cfg(module, settings)
     return module.eval()
 
 
 def open_clip_vit(*, seed: int = 0, **sizes: Any) -> nn.Module:
     """Build an open_clip `CLIP` with a ViT tower; `sizes` as in `open_clip_config`."""
-    from open_clip.model import CLIP
-
-    torch.manual_seed(seed)
-    return _finish_open_clip(CLIP(**open_clip_config(**sizes)))
+    return _build_open_clip("CLIP", open_clip_config(**sizes), seed)
 
 
 def open_clip_resnet(*, seed: int = 0, **sizes: Any) -> nn.Module:
     """Build an open_clip `CLIP` with a ModifiedResNet (BatchNorm), one bottleneck per stage."""
-    from open_clip.model import CLIP
-
     config = open_clip_config(**sizes)
-    config["vision_cfg"] = {
-        "image_size": config["vision_cfg"]["image_size"],
-        "layers": [1, 1, 1, 1],
-        "width": 8,
-        "head_width": 64,
-    }
-    torch.manual_seed(seed)
-    return _finish_open_clip(CLIP(**config))
+    size = config["vision_cfg"]["image_size"]
+    tower = {"image_size": size, "layers": [1, 1, 1, 1], "width": 8, "head_width": 64}
+    return _build_open_clip("CLIP", {**config, "vision_cfg": tower}, seed)
 
 
 def open_clip_custom_text(*, seed: int = 0, siglip: bool = False, **sizes: Any) -> nn.Module:
     """Build an open_clip `CustomTextCLIP`; `siglip` adds a logit_bias and a projection bias."""
-    from open_clip.model import CustomTextCLIP
-
     config = open_clip_config(**sizes)
     if siglip:
         config["init_logit_bias"] = -10.0
         config["text_cfg"] |= {"no_causal_mask": True, "proj_bias": True, "pool_type": "last"}
-    torch.manual_seed(seed)
-    return _finish_open_clip(CustomTextCLIP(**config))
+    return _build_open_clip("CustomTextCLIP", config, seed)
 
 
 def open_clip_coca(*, seed: int = 0, **sizes: Any) -> nn.Module:
     """Build an open_clip `CoCa`: attentional pooling, and a text decoder that no feature uses."""
-    from open_clip.coca_model import CoCa
-
     config = open_clip_config(**sizes)
-    config["vision_cfg"] |= {
-        "attentional_pool": True,
-        "attn_pooler_heads": 2,
-        "attn_pooler_queries": 8,
-        "output_tokens": True,
-    }
+    config["vision_cfg"] |= {"attn_pooler_heads": 2, "attn_pooler_queries": 8}
+    config["vision_cfg"] |= {"attentional_pool": True, "output_tokens": True}
     config["multimodal_cfg"] = {**config["text_cfg"], "attn_pooler_heads": 2}
     config["text_cfg"] |= {"embed_cls": True, "output_tokens": True}
-    torch.manual_seed(seed)
-    module = CoCa(**config)
-    # The library leaves this one uninitialised, and so different in every process.
-    nn.init.normal_(module.text_decoder.text_projection, std=0.02)
-    return _finish_open_clip(module)
+    return _build_open_clip("CoCa", config, seed)
 
 
 @functools.cache

@@ -9,6 +9,9 @@ import pytest
 import torch
 
 import fasterase
+from fasterase.errors import InputError
+from tests import small_models
+from tests.loss_ranks import run_rank
 
 NAMES = ("ClipLoss", "DistillClipLoss")
 
@@ -96,22 +99,21 @@ def test_bias_and_scale_of_shape_one():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_same_constructor(name):
-    ours, theirs = (inspect.signature(getattr(m, name)) for m in (fasterase, open_clip.loss))
-    assert list(ours.parameters) == list(theirs.parameters)
-    assert [p.default for p in ours.parameters.values()] == [
-        p.default for p in theirs.parameters.values()
-    ]
+def test_the_same_constructor_and_call(name):
+    def parameters(library, method):
+        return inspect.signature(getattr(getattr(library, name), method)).parameters.values()
+
+    both_libraries = (fasterase, open_clip.loss)
     ours, theirs = (
-        inspect.signature(getattr(m, name).forward) for m in (fasterase, open_clip.loss)
+        [(p.name, p.default) for p in parameters(x, "__init__")] for x in both_libraries
     )
-    assert list(ours.parameters) == list(theirs.parameters)
+    assert ours == theirs
+    ours, theirs = ([p.name for p in parameters(x, "forward")] for x in both_libraries)
+    assert ours == theirs
 
 
 def test_training_open_clip_takes_the_same_steps():
     """The README's loop, with either library's loss."""
-    from tests import small_models
-
     torch.manual_seed(0)
     images = torch.randn(3, 8, 3, small_models.IMAGE_SIZE, small_models.IMAGE_SIZE)
     tokens = small_models.simple_tokenizer()([f"picture {i}" for i in range(8)])
@@ -128,3 +130,29 @@ def test_training_open_clip_takes_the_same_steps():
     assert max(step.abs().max() for step in trained[0].values()) > 1e-3
     for name, step in trained[0].items():
         close(step, trained[1][name])
+
+
+@pytest.mark.slow
+def test_two_ranks_have_open_clips_values_and_gradients(tmp_path):
+    torch.multiprocessing.spawn(run_rank, args=(2, str(tmp_path / "meeting")), nprocs=2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"world_size": 0}, "world_size=0 must be 1 or more"),
+        ({"world_size": 2, "rank": 2}, "rank=2 must be from 0 to world_size - 1"),
+        ({"rank": -1}, "rank=-1 must be"),
+        ({"world_size": 2, "use_horovod": True}, "use_horovod=True with world_size=2"),
+    ],
+)
+def test_wrong_arguments(name, options, named):
+    with pytest.raises(InputError, match=named):
+        getattr(fasterase, name)(**options)
+
+
+def test_without_a_process_group():
+    loss_of = fasterase.ClipLoss(world_size=2, local_loss=True)
+    with pytest.raises(InputError, match="world_size=2: this process is in no process group"):
+        loss_of(torch.eye(3), torch.eye(3), 1.0)

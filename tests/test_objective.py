@@ -13,6 +13,7 @@ from fasterase.errors import InputError
 from fasterase.objective import Objective, erase_loss, weighted_erase_loss
 from fasterase.ops.contrastive import available_backends
 from tests import oracle
+from tests.ops.calls import rounded, tensors
 
 # On CPU tensors; test_contrastive_triton*.py have the GPU's backend.
 BACKENDS = tuple(name for name in available_backends() if name != "triton")
@@ -44,21 +45,6 @@ CASES = [
 ]
 
 
-def tensors(batch, dtype=torch.float32):
-    def tensor(value, requires_grad=False):
-        return torch.tensor(value, dtype=dtype, requires_grad=requires_grad)
-
-    return {
-        "image": tensor(batch.image, True),
-        "text": tensor(batch.text, True),
-        "scale": tensor(batch.scale, True),
-        "ref_image": tensor(batch.ref_image),
-        "ref_text": tensor(batch.ref_text),
-        "ref_scale": tensor(batch.ref_scale),
-        "labels": None if batch.labels is None else torch.tensor(batch.labels),
-    }
-
-
 def weighted(*arguments, n_forget, labels=None, **rest):
     """`weighted_erase_loss`, called like `erase_loss`."""
     batch = {key: rest.pop(key) for key in list(rest) if key not in Objective._fields}
@@ -72,11 +58,9 @@ EITHER = pytest.mark.parametrize("loss_of", [erase_loss, weighted])
 @functools.cache
 def expectation(index):
     (n, width), ref_width, scale, num_labels, options = CASES[index]
-    batch = oracle.clip_like(
-        n, width, scale, ref_width=ref_width, num_labels=num_labels, seed=index
+    batch = rounded(
+        oracle.clip_like(n, width, scale, ref_width=ref_width, num_labels=num_labels, seed=index)
     )
-    for name in ("image", "text", "ref_image", "ref_text", "scale", "ref_scale"):
-        setattr(batch, name, np.float64(np.float32(getattr(batch, name))))
     return batch, *oracle.erase_loss(batch, **options)
 
 
@@ -164,8 +148,7 @@ def test_gradients_made_in_the_forward_compile_as_one_graph(backend, negatives):
         found, expected = compiled(*arguments), total(*arguments)
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
         pair = [torch.autograd.grad(x, arguments[:3]) for x in (found, expected)]
-        for one, other in zip(*pair, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("negatives", ["own", "joint"])
@@ -185,7 +168,7 @@ def matrices(monkeypatch, request):
     calls = []
 
     def spy(**options):
-        calls.append((len(options["image"]), options["ref_image"] is not None, options["groups"]))
+        calls.append((len(options["image"]), "ref_image" in options, options["groups"]))
         return called(**options)
 
     called = getattr(objective, request.param)
@@ -279,14 +262,14 @@ def test_the_originals_features_may_be_absent_where_unused():
 
 
 WRONG = [
-    ({"image": torch.zeros(6)}, r"image must have shape \(N, D\)"),
+    ({"image": torch.zeros(6)}, r"image must be a torch.Tensor of features, shape \(N, D\)"),
     ({"text": torch.zeros(5, 4)}, "same shape"),
     ({"text": None}, "text must be a torch.Tensor"),
     ({"image": torch.zeros(6, 4).int()}, "image must be float"),
     ({"scale": torch.ones(2)}, "scale must be a 0-d"),
     ({"scale": 0}, "scale must be a positive number"),
-    ({"n_forget": 7}, "n_forget must be between 0 and the 6 rows.*got 7"),
-    ({"n_forget": -1}, "n_forget must be between 0"),
+    ({"n_forget": 7}, "n_forget must be an integer between 0 and the 6 rows.*got 7"),
+    ({"n_forget": -1}, "n_forget must be an integer between 0"),
     ({"n_forget": 2.0}, "n_forget must be an integer.*2.0"),
     ({"n_forget": True}, "n_forget must be an integer"),
     ({"forget_weight": "3"}, "forget_weight must be a number of at least 0; got '3'"),
@@ -301,7 +284,7 @@ WRONG = [
     ({"backend": "cuda"}, "backend must be one of"),
     ({"backend": "cuda", "retain_weight": 0, "consistency_weight": 0}, "backend must be one of"),
     ({"labels": torch.zeros(6)}, "labels must be integers"),
-    ({"labels": torch.zeros(4).long()}, r"labels must have shape \(6,\)"),
+    ({"labels": torch.zeros(4).long()}, "labels must be a tensor of 6 integers"),
     ({"ref_image": None}, "ref_image missing, but consistency_weight=3.0.*or consistency_weight=0"),
     ({"ref_scale": None}, "ref_scale missing, but consistency_weight=3.0"),
     (

@@ -66,8 +66,8 @@ from fasterase.demo import emoji
 from fasterase.demo.run import BATCHES, CLIPERASE
 from fasterase.demo.sets import DemoSets, build_sets
 from fasterase.models.dual_encoder import DualEncoder
+from fasterase.models.forward import Halfway, SplitTower
 from fasterase.models.load import load_model
-from fasterase.models.prefix import Halfway, SplitTower
 from fasterase.models.preprocessing import Tokens
 from fasterase.pairs.sampler import Sampler
 from fasterase.planner.count import PeakMemory

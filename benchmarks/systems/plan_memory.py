@@ -22,7 +22,7 @@ from benchmarks.command import exit_with, new_parser
 from benchmarks.processes import call_in_process
 from benchmarks.result_files import RESULTS, write_csv
 from fasterase.models.dual_encoder import DualEncoder
-from fasterase.planner.architecture import build_architecture
+from fasterase.models.load import load_architecture
 from fasterase.planner.count import PeakMemory, with_random_weights
 
 RETAIN, FORGET = 5, 2
@@ -52,9 +52,9 @@ def measure_peak(model: str, settings: dict[str, Any]) -> int:
     # use, without what glibc would keep for itself.
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
     # Whatever the first run in a process brings.
-    small = build_architecture("ViT-S-32-alt")
+    small = load_architecture("ViT-S-32-alt")
     _erase(small, _random_pairs(small), {})
-    meta = build_architecture(model)
+    meta = load_architecture(model)
     pairs = _random_pairs(meta)
     memory = PeakMemory("cpu")
     _erase(meta, pairs, settings)

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fasterase.engine.loss import FeatureGradients
-from fasterase.models.forward import Features
-from fasterase.models.prefix import Halfway
+from fasterase.models.forward import Features, Halfway
 from fasterase.models.preprocessing import Tokens
 from fasterase.objective import EraseLoss
 from fasterase.pairs.batches import MicroBatch

@@ -23,8 +23,7 @@ from fasterase.config import UnlearnConfig
 from fasterase.errors import InputError
 from fasterase.files import check_writable
 from fasterase.models.dual_encoder import DualEncoder
-from fasterase.models.forward import autocast
-from fasterase.models.prefix import Halfway, SplitTower
+from fasterase.models.forward import Halfway, SplitTower, autocast
 from fasterase.models.preprocessing import Tokens
 from fasterase.original.store import FeatureStore
 from fasterase.pairs.batches import MicroBatch, Prefixes

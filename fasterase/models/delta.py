@@ -39,8 +39,7 @@ def keep_original(
 ) -> dict[str, Tensor]:
     """Copy to the CPU, in their own dtype, the tensors that a run may change.
 
-    These are `model.trainable(tune)`, the temperature if `logit_scale`, and `buffers` (statistics
-    of BatchNorm).
+    `buffers` are statistics of BatchNorm.
     """
     changing: dict[str, Tensor] = dict(model.trainable(tune))
     if logit_scale:
@@ -69,15 +68,10 @@ def save_delta(
     folder: str | os.PathLike[str],
     adapter: LoraAdapter | None = None,
 ) -> Path:
-    """Write the folder that `apply_delta` reads, atomically.
+    """Write the folder that `apply_delta` reads, atomically; with an `adapter` peft loads it too.
 
-    Args:
-        model: the erased model.
-        original: what `keep_original` returned before the run.
-        adapter: what `tune="lora:N"` has added; peft loads the folder, too.
-
-    Raises:
-        InputError: `folder` holds files that fasterase did not write.
+    `original` is what `keep_original` returned before the run. Raises `InputError` where `folder`
+    holds files that fasterase did not write.
     """
     from safetensors.torch import save_file
 

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -190,8 +190,9 @@ class DualEncoder(abc.ABC):
         Raises:
             InputError: unknown `tune`, a tower has fewer than N blocks, or no linear maps in them.
         """
+        towers = {"image": self.image_parts(), "text": self.text_parts()}
         chosen: set[int] = set()
-        for part in _select_parts(self.image_parts(), self.text_parts(), tune):
+        for part in _select_parts(towers, tune):
             parameters = [part] if isinstance(part, nn.Parameter) else part.parameters()
             chosen |= {id(parameter) for parameter in parameters}
         return [
@@ -218,10 +219,7 @@ class DualEncoder(abc.ABC):
         return free
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 of weights, image size, preprocessing and tokenizer.
-
-        Models with equal fingerprints give equal features.
-        """
+        """Return a SHA-256 of all that features depend on: weights, preprocessing and tokenizer."""
         digest = hashlib.sha256()
         hash_tensors(digest, self.module.state_dict())
         digest.update(f"{self.image_size};{describe_transform(self.image_transform)};".encode())
@@ -271,6 +269,22 @@ def frozen_copy(model: DualEncoder) -> DualEncoder:
     return frozen
 
 
+def copy_with(model: DualEncoder, make: Callable[[Tensor], Tensor]) -> DualEncoder:
+    """Copy a model with `make(tensor)` in place of every tensor; shared tensors stay shared."""
+    memo: dict[int, Any] = {}
+    for part in model.module.modules():
+        for value in [*part._parameters.values(), *part._buffers.values(), *vars(part).values()]:
+            if isinstance(value, nn.Parameter):
+                new = make(value.detach())
+                memo[id(value)] = nn.Parameter(new, requires_grad=value.requires_grad)
+            elif isinstance(value, Tensor):
+                memo[id(value)] = make(value)
+    copied = copy.copy(model)
+    copied.wrapper = None
+    copied.module = copy.deepcopy(model.module, memo)
+    return copied
+
+
 def separate_copy(model: DualEncoder) -> DualEncoder:
     """Copy a model with weights of its own, and the wrapper with it."""
     separate = copy.copy(model)
@@ -287,39 +301,31 @@ def _unit_rows(features: Tensor) -> Tensor:
     return F.normalize(features, dim=-1)
 
 
-def _select_parts(image: TowerParts, text: TowerParts, tune: str) -> list[Part]:
-    if tune == "all":
-        return [*image.everything, *text.everything]
-    if tune in ("image", "text"):
-        return [*(image if tune == "image" else text).everything]
+def _select_parts(towers: Mapping[str, TowerParts], tune: str) -> list[Part]:
+    if tune in ("all", *towers):
+        named = [parts for tower, parts in towers.items() if tune in ("all", tower)]
+        return [part for parts in named for part in parts.everything]
     if tune == "projections":
-        return [*image.projection, *text.projection]
+        return [part for parts in towers.values() for part in parts.projection]
     match = re.fullmatch(r"(last|lora):([1-9][0-9]*)", tune) if isinstance(tune, str) else None
     if match is None:
         raise InputError(
             f'tune: {tune!r} is not one of "all", "image", "text", "projections", "last:N" or '
             '"lora:N" (N a positive number, as in "last:4")'
         )
-    if match[1] == "lora":
-        return [*_linear_weights("image", image, tune), *_linear_weights("text", text, tune)]
-    count = int(match[2])
-    return [*_last_blocks("image", image, count), *_last_blocks("text", text, count)]
-
-
-def _linear_weights(tower: str, parts: TowerParts, tune: str) -> list[nn.Parameter]:
-    weights = adapted_weights(parts.blocks)
-    if not weights:
-        raise InputError(
-            f'tune: "{tune}" adapts the linear maps in the blocks of both towers, and none were '
-            f'found in the {tower} tower (a ResNet has convolutions). Use "all" or another tune.'
-        )
-    return weights
-
-
-def _last_blocks(tower: str, parts: TowerParts, count: int) -> list[Part]:
-    if count > len(parts.blocks):
-        raise InputError(
-            f'tune: "last:{count}" asks for {count} blocks of each tower, but the {tower} tower '
-            f'has {len(parts.blocks)} blocks. Use a smaller number or "{tower}" or "all".'
-        )
-    return [*parts.blocks[-count:], *parts.after_blocks]
+    count, chosen = int(match[2]), list[Part]()
+    for tower, parts in towers.items():
+        weights = adapted_weights(parts.blocks) if match[1] == "lora" else []
+        if match[1] == "lora" and not weights:
+            raise InputError(
+                f'tune: "{tune}" adapts the linear maps in the blocks of both towers, and none '
+                f"were found in the {tower} tower (a ResNet has convolutions). "
+                'Use "all" or another tune.'
+            )
+        if match[1] == "last" and count > len(parts.blocks):
+            raise InputError(
+                f'tune: "{tune}" asks for {count} blocks of each tower, but the {tower} tower has '
+                f'{len(parts.blocks)} blocks. Use a smaller number or "{tower}" or "all".'
+            )
+        chosen += weights or [*parts.blocks[-count:], *parts.after_blocks]
+    return chosen

@@ -27,19 +27,9 @@ def push_model(
     commit_message: str,
     token: str | None,
 ) -> str:
-    """Save the model, write a card beside it, upload both, and return the URL of the repository.
+    """Upload the model with a card, and return the URL; see `UnlearnResult.push_to_hub`.
 
-    Args:
-        model: the model to upload.
-        name: `organisation/name`, or `name` for the user's own.
-        facts: lines of the card about the run. Mind what they tell about the data.
-        private: make the repository private if it is new; refuse one that is public.
-        commit_message: of the upload.
-        token: of the hub; None: as `hf auth login` or `HF_TOKEN` left it.
-
-    Raises:
-        InputError: `name` is not a repository's name; the hub refuses the token; the repository
-            is public and `private` was asked for. Other errors of the hub are passed on.
+    `facts` are lines of the card about the run. Mind what they tell about the data.
     """
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError
@@ -84,12 +74,9 @@ def _model_card(folder: Path, repository: str, original: str, facts: Sequence[st
 
 
 def loading_code(folder: Path, library: str, name: str, *, on_hub: bool = False) -> str:
-    """Return the part of a README that says how to load what `DualEncoder.save` wrote.
+    """Return the part of a README that says how `library` loads the model in `folder`.
 
-    Args:
-        folder: holds the model.
-        library: the one that loads it.
-        name: of the final folder, or of the repository `on_hub`.
+    `name` is that of the final folder, or of the repository `on_hub`.
     """
     if library == "peft":
         lines = [

@@ -8,7 +8,7 @@ none of this.
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,8 @@ class HuggingFaceEncoder(DualEncoder):
     """A transformers model: `CLIPModel`, `SiglipModel` or `Siglip2Model`.
 
     Args:
-        source: folder or hub id to look for its tokenizer and image processor in.
-        online: whether that search may use the network.
-        tokenizer, preprocess: the caller's, which take precedence.
-
-    Attributes:
-        image_processor: the library's image processor, which `save` writes; None when unknown.
+        given: the caller's tokenizer and preprocessing, which take precedence.
+        source: folder or hub id to look for the library's in; `online`: on the network, too.
     """
 
     library = "transformers"
@@ -51,12 +47,11 @@ class HuggingFaceEncoder(DualEncoder):
     def __init__(
         self,
         module: nn.Module,
+        given: Companions,
         *,
         name: str,
         source: str | None,
         online: bool,
-        tokenizer: Any = None,
-        preprocess: Any = None,
     ) -> None:
         self.module = module
         self.name = name
@@ -75,45 +70,40 @@ class HuggingFaceEncoder(DualEncoder):
         self.embed_dim = int(
             text.projection_size if hasattr(text, "projection_size") else config.projection_dim
         )
-        self.text_tokenizer = self._choose_tokenizer(tokenizer, source, online)
-        self.image_processor: Any = None
-        self.image_transform = self._choose_transform(preprocess, source, online)
+        self.image_processor: Any = None  # the library's, which `save` writes
+        self.text_tokenizer = self._wrap_tokenizer(given.tokenizer)
+        self.image_transform = self._wrap_transform(given.preprocess)
+        if source is None:
+            return
+        # Missing, or of another model: `tokenize` and `preprocess` say so when it is needed.
+        if given.tokenizer is None:
+            with contextlib.suppress(Exception):
+                self.text_tokenizer = self._find_tokenizer(source, local_files_only=not online)
+        if given.preprocess is None:
+            with contextlib.suppress(Exception):
+                from transformers import AutoImageProcessor
 
-    def _choose_tokenizer(
-        self, given: Any, source: str | None, online: bool
-    ) -> TextTokenizer | None:
-        wrap = functools.partial(
-            wrap_tokenizer,
-            context_length=self.context_length,
-            vocab_size=self.vocab_size,
-            with_mask=True,
-        )
-        if given is not None or source is None:
-            return None if given is None else wrap(given)
-        try:
-            from transformers import AutoTokenizer
+                found = AutoImageProcessor.from_pretrained(source, local_files_only=not online)
+                self.image_transform = self._wrap_transform(found)
 
-            wrapped = wrap(AutoTokenizer.from_pretrained(source, local_files_only=not online))
-            first, second = wrapped(["a photo of a cat", "two dogs on the grass"]).ids
-        except Exception:
-            return None  # Missing, or of another model: `tokenize` says so when it is needed.
+    def _wrap_tokenizer(self, tokenizer: Any) -> TextTokenizer | None:
+        if tokenizer is None:
+            return None
+        return wrap_tokenizer(tokenizer, self.context_length, self.vocab_size, with_mask=True)
+
+    def _find_tokenizer(self, source: str, *, local_files_only: bool) -> TextTokenizer | None:
+        from transformers import AutoTokenizer
+
+        found = AutoTokenizer.from_pretrained(source, local_files_only=local_files_only)
+        wrapped = self._wrap_tokenizer(found)
+        assert wrapped is not None
+        first, second = wrapped(["a photo of a cat", "two dogs on the grass"]).ids
         # Without the tokenizer's files the library may return one with an empty vocabulary.
         return None if torch.equal(first, second) else wrapped
 
-    def _choose_transform(
-        self, given: Any, source: str | None, online: bool
-    ) -> ImageTransform | None:
-        if given is not None or source is None:
-            return None if given is None else self._wrap_transform(given)
-        try:
-            from transformers import AutoImageProcessor
-
-            found = AutoImageProcessor.from_pretrained(source, local_files_only=not online)
-            return self._wrap_transform(found)
-        except Exception:
-            return None  # Missing, or of another model: `preprocess` says so when it is needed.
-
-    def _wrap_transform(self, preprocess: Any) -> ImageTransform:
+    def _wrap_transform(self, preprocess: Any) -> ImageTransform | None:
+        if preprocess is None:
+            return None
         transform = wrap_transform(preprocess, self.image_size)
         if is_image_processor(preprocess):
             self.image_processor = preprocess
@@ -164,39 +154,30 @@ def is_transformers(module: nn.Module) -> bool:
     )
 
 
-def from_instance(module: nn.Module, *, tokenizer: Any, preprocess: Any) -> HuggingFaceEncoder:
+def from_instance(module: nn.Module, given: Companions) -> HuggingFaceEncoder:
     """Adapt a module, with the tokenizer and image processor that this machine has for it."""
+    source = getattr(module, "name_or_path", None) or None
     return HuggingFaceEncoder(
-        module,
-        name=type(module).__name__,
-        source=getattr(module, "name_or_path", None) or None,
-        online=False,
-        tokenizer=tokenizer,
-        preprocess=preprocess,
+        module, given, name=type(module).__name__, source=source, online=False
     )
 
 
 def from_source(
-    source: str, *, name: str, online: bool, tokenizer: Any, preprocess: Any
+    source: str, given: Companions, *, name: str, online: bool, empty: bool = False
 ) -> HuggingFaceEncoder:
     """Load a hub id or a `from_pretrained` folder in fp32, never with random weights.
 
-    Raises:
-        InputError: not a supported CLIP model, out of reach, or some weights are missing.
-        MissingExtraError: transformers is not installed.
+    With `empty` it is on the meta device. `InputError` where it is no supported CLIP model, out of
+    reach, or without some of its weights.
     """
     config = read_config(source, name=name, online=online)
+    if empty:
+        return from_config(config, name=name)
     module = load_weights(_class_of(config, name), source, config, name=name, online=online)
-    return HuggingFaceEncoder(
-        # Version 5 keeps the checkpoint's dtype, which may be half; training needs fp32 weights.
-        # Quantised ones can only be measured, and the library refuses to change their dtype.
-        module if getattr(module, "is_quantized", False) else module.float(),
-        name=name,
-        source=source,
-        online=online,
-        tokenizer=tokenizer,
-        preprocess=preprocess,
-    )
+    # Version 5 keeps the checkpoint's dtype, which may be half; training needs fp32 weights.
+    # Quantised ones can only be measured, and the library refuses to change their dtype.
+    module = module if getattr(module, "is_quantized", False) else module.float()
+    return HuggingFaceEncoder(module, given, name=name, source=source, online=online)
 
 
 def load_weights(kind: Any, source: str, config: Any, *, name: str, online: bool) -> Any:
@@ -233,7 +214,7 @@ def from_config(config: Any, *, name: str) -> HuggingFaceEncoder:
     """Build a model from the library's configuration on the meta device, without weights."""
     with torch.device("meta"):
         module = _class_of(config, name)(config).eval()
-    return HuggingFaceEncoder(module, name=name, source=None, online=False)
+    return HuggingFaceEncoder(module, Companions(), name=name, source=None, online=False)
 
 
 def _class_of(config: Any, name: str) -> Any:
@@ -251,10 +232,9 @@ def _cut_patches(
     pixels: Tensor,  # [B, 3, H, W]
     patch_size: int,
 ) -> dict[str, Tensor]:
-    """Cut images into patches [B, P, 3 * patch_size^2], row by row, a pixel's channels together.
+    """Cut images into patches [B, P, 3 * patch_size^2] in the order of `Siglip2ImageProcessor`.
 
-    This is the order of `Siglip2ImageProcessor`, without padding: the mask [B, P] is all ones, and
-    the shapes [B, 2] are the (rows, columns) of every image.
+    Without padding: the mask [B, P] is all ones, and the shapes [B, 2] are (rows, columns).
     """
     batch, channels, height, width = pixels.shape
     if height % patch_size or width % patch_size:

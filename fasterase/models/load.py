@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from fasterase.errors import InputError
 from fasterase.files import MARKER
 from fasterase.models import huggingface, openclip
-from fasterase.models.dual_encoder import DualEncoder
+from fasterase.models.dual_encoder import DualEncoder, copy_with
 from fasterase.models.openclip import CONFIG_FILE
 from fasterase.models.openclip_config import kind_of
 from fasterase.models.preprocessing import Companions, remember, remembered
 from fasterase.models.wrapped import PEFT_CONFIG, load_adapters, unwrap
+from fasterase.option_values import suggest_names
 
 _FORMS = (
     'an open_clip or transformers CLIP model, "ViT-B-32/laion2b_s34b_b79k" (open_clip name/tag), '
@@ -28,7 +29,6 @@ _FORMS = (
 # What an erasure changed, written by fasterase/models/delta.py: no model by itself.
 DELTA_FILE = "delta.safetensors"
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-
 
 _Given = nn.Module | DualEncoder | str | os.PathLike[str]
 
@@ -67,9 +67,27 @@ def load_model(
         return _adapt(model, given, model_name)
     if not isinstance(model, (str, os.PathLike)):
         raise InputError(f"model: {type(model).__name__} is not a model. Give {_FORMS}")
-    encoder = _load(model, model_name, tokenizer=given.tokenizer, preprocess=given.preprocess)
+    encoder = _load(model, given, model_name)
     remember(encoder.module, encoder.companions)
     return encoder
+
+
+def load_architecture(model: _Given | Any) -> DualEncoder:
+    """Return a model in any form that `load_model` takes with meta tensors in place of its weights.
+
+    An open_clip name needs no tag, and a transformers configuration will do. Only the weights of a
+    checkpoint file are read, and only the configuration of a name on a hub needs the network.
+
+    Raises:
+        InputError: no configuration, or none of a supported model.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        encoder = _load(model, Companions(), None, empty=True)
+    elif hasattr(model, "model_type") and not isinstance(model, nn.Module):
+        return huggingface.from_config(model, name=type(model).__name__)
+    else:
+        encoder = load_model(model)
+    return copy_with(encoder, lambda tensor: torch.empty_like(tensor, device="meta"))
 
 
 def load_compared(
@@ -82,10 +100,8 @@ def load_compared(
 ) -> DualEncoder:
     """Load one of several models that are compared; an error names the argument it came from.
 
-    Args:
-        name: `"model"`, `"original"` or the name of a reference.
-        model_name: as in `load_model`; not used where the model says its architecture itself.
-        model, tokenizer, preprocess: as in `load_model`.
+    That is `name`: `"model"`, `"original"` or the name of a reference. `model_name` is not used
+    where the model says its architecture itself.
     """
     try:
         used_name = model_name if _takes_model_name(model) else None
@@ -118,17 +134,17 @@ def _is_weights_file(file: Path) -> bool:
 
 def _adapt(given: nn.Module, companions: Companions, model_name: str | None) -> DualEncoder:
     module = unwrap(given)
-    known = {**vars(remembered(module)), **companions.known()}
+    companions = companions.or_else(remembered(module))
     encoder: DualEncoder
     if kind_of(module) is not None:
-        encoder = openclip.from_instance(module, model_name=model_name, **known)
+        encoder = openclip.from_instance(module, companions, model_name)
     elif huggingface.is_transformers(module):
         if model_name is not None:
             raise InputError(
                 f"model_name: {model_name!r} names an open_clip architecture, but the model is a "
                 f"{type(module).__name__} of transformers; leave model_name out"
             )
-        encoder = huggingface.from_instance(module, **known)
+        encoder = huggingface.from_instance(module, companions)
     else:
         inner = getattr(module, "module", None)
         raise InputError(
@@ -140,11 +156,17 @@ def _adapt(given: nn.Module, companions: Companions, model_name: str | None) -> 
     return encoder
 
 
-def _load(model: str | os.PathLike[str], model_name: str | None, **given: Any) -> DualEncoder:
+def _load(
+    model: str | os.PathLike[str],
+    given: Companions,
+    model_name: str | None,
+    *,
+    empty: bool = False,  # on the meta device, without weights, where a configuration will do
+) -> DualEncoder:
     name = os.fspath(model)
     file = Path(name).expanduser()
     if _is_weights_file(file):
-        return openclip.from_checkpoint(file, model_name=model_name, **given)
+        return openclip.from_checkpoint(file, given, model_name)
     if model_name is not None:
         raise InputError(
             f"model_name: {model_name!r} is for open_clip instances and checkpoint files; "
@@ -153,15 +175,16 @@ def _load(model: str | os.PathLike[str], model_name: str | None, **given: Any) -
     folder = Path(name.removeprefix("local-dir:")).expanduser()
     is_folder = isinstance(model, os.PathLike) or name.startswith("local-dir:")
     if is_folder or (name and folder.is_dir()):
-        return _load_folder(folder, **given)
+        return _load_folder(folder, given, empty)
     if name.startswith("hf-hub:"):
-        return openclip.from_source(name, name=name, **given)
+        return openclip.from_source(name, given, name=name, empty=empty)
     if name.startswith("hf:"):
-        return huggingface.from_source(name.removeprefix("hf:"), name=name, online=True, **given)
-    return _load_named(name, **given)
+        source = name.removeprefix("hf:")
+        return huggingface.from_source(source, given, name=name, online=True, empty=empty)
+    return _load_named(name, given, empty)
 
 
-def _load_folder(folder: Path, **given: Any) -> DualEncoder:
+def _load_folder(folder: Path, given: Companions, empty: bool) -> DualEncoder:
     if not folder.is_dir():
         raise _no_folder(folder)
     if (folder / DELTA_FILE).is_file():
@@ -169,12 +192,13 @@ def _load_folder(folder: Path, **given: Any) -> DualEncoder:
             f"model: {folder} holds only what an erasure changed; load the original model and put "
             "it on with fasterase.apply_delta(model, folder)"
         )
-    if (folder / PEFT_CONFIG).is_file():
-        return _load_adapter(folder, **given)
+    if (folder / PEFT_CONFIG).is_file() and not empty:
+        return _load_adapter(folder, given)
     if (folder / CONFIG_FILE).is_file():
-        return openclip.from_source(f"local-dir:{folder}", name=str(folder), **given)
+        return openclip.from_source(f"local-dir:{folder}", given, name=str(folder), empty=empty)
     if (folder / "config.json").is_file():
-        return huggingface.from_source(str(folder), name=str(folder), online=False, **given)
+        name = str(folder)
+        return huggingface.from_source(name, given, name=name, online=False, empty=empty)
     if (folder / MARKER).is_file():
         raise InputError(
             f"model: {folder} holds weights of an architecture that open_clip does not describe; "
@@ -186,7 +210,7 @@ def _load_folder(folder: Path, **given: Any) -> DualEncoder:
     )
 
 
-def _load_adapter(folder: Path, **given: Any) -> DualEncoder:
+def _load_adapter(folder: Path, given: Companions) -> DualEncoder:
     config = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8"))
     base = config.get("base_model_name_or_path")
     if not base:
@@ -197,21 +221,20 @@ def _load_adapter(folder: Path, **given: Any) -> DualEncoder:
         )
     beside = folder / base  # `save_adapters` names a base by its path from there
     base = str(beside) if beside.is_dir() else base
-    encoder = huggingface.from_source(base, name=str(folder), online=True, **given)
+    encoder = huggingface.from_source(base, given, name=str(folder), online=True)
     encoder.wrapper = load_adapters(encoder.module, folder)
     return encoder
 
 
-def _load_named(name: str, **given: Any) -> DualEncoder:
+def _load_named(name: str, given: Companions, empty: bool) -> DualEncoder:
     import open_clip as library
 
     architecture, _, tag = name.partition("/")
     if architecture in library.list_models():
-        return openclip.from_name(architecture, tag or None, **given)
+        return openclip.from_name(architecture, tag, given, empty=empty)
     if name.startswith((".", "~", "/")) or os.sep * 2 in name or Path(name).suffix in _WEIGHT_FILES:
         raise _no_folder(Path(name).expanduser())
-    near = difflib.get_close_matches(architecture, library.list_models(), n=3, cutoff=0.6)
-    hint = f" Close open_clip names: {', '.join(near)}." if near else ""
+    hint = suggest_names(architecture, library.list_models(), otherwise="").rstrip()
     raise InputError(
         f"model: {name!r} is neither an open_clip model nor a folder here.{hint} Give {_FORMS}"
     )

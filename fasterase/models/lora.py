@@ -59,11 +59,8 @@ def parse_rank(tune: str) -> int | None:
 
 
 def low_rank_product(down: Tensor, up: Tensor) -> Tensor:
-    """Return up [outputs, rank] x down [rank, inputs].
-
-    It is summed over the rank in order: the same bits on every machine.
-    """
-    total = up[:, :1] * down[:1]
+    """Return up [outputs, rank] x down [rank, inputs], the same bits on every machine."""
+    total = up[:, :1] * down[:1]  # summed over the rank in order
     for k in range(1, len(down)):
         total += up[:, k : k + 1] * down[k : k + 1]
     return total
@@ -133,7 +130,7 @@ def adapting(
 
 
 def adapted_weights(blocks: Iterable[Any]) -> list[nn.Parameter]:
-    """Return the weights of all linear maps in `blocks` that are adapted."""
+    """Return the weights of all linear maps in `blocks`."""
     return [_weight(layer) for layer in _linear_maps(blocks)]
 
 
@@ -151,10 +148,7 @@ def _linear_maps(blocks: Iterable[Any]) -> Iterator[Any]:
 
 
 def _weight(layer: Any) -> nn.Parameter:
-    """Return the weight that is adapted."""
-    if isinstance(layer, nn.MultiheadAttention):
-        return layer.in_proj_weight
-    return layer.weight
+    return layer.in_proj_weight if isinstance(layer, nn.MultiheadAttention) else layer.weight
 
 
 _Parameters = list[tuple[nn.Module, dict[str, nn.Parameter | None]]]

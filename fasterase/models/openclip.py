@@ -18,6 +18,7 @@ from fasterase.models.openclip_config import (
     Config,
     adjust_config,
     as_trained,
+    build_from_config,
     build_same,
     find_config,
     get_named_config,
@@ -28,6 +29,7 @@ from fasterase.models.openclip_config import (
     text_tower,
 )
 from fasterase.models.preprocessing import (
+    Companions,
     ImageTransform,
     TextTokenizer,
     build_open_clip_transform,
@@ -45,9 +47,9 @@ class OpenClipEncoder(DualEncoder):
     """An open_clip model: `CLIP`, `CustomTextCLIP` or `CoCa`.
 
     Args:
+        given: the caller's tokenizer and preprocessing, which take precedence.
         config: its `model_cfg`; None when unknown, and then `save` writes the weights alone.
         source: the name, hub id or folder that open_clip finds its tokenizer by; None if unknown.
-        tokenizer, preprocess: the caller's, which take precedence.
     """
 
     library = "open_clip"
@@ -57,12 +59,11 @@ class OpenClipEncoder(DualEncoder):
     def __init__(
         self,
         module: nn.Module,
+        given: Companions,
         *,
         name: str,
         config: Config | None,
         source: str | None,
-        tokenizer: Any = None,
-        preprocess: Any = None,
     ) -> None:
         self.module = module
         self.name = name
@@ -73,11 +74,11 @@ class OpenClipEncoder(DualEncoder):
         self.vocab_size = int(text_tower(module).vocab_size)
         settings = getattr(self.module.visual, "preprocess_cfg", None)
         self.image_transform: ImageTransform | None = None
-        if preprocess is not None:
-            self.image_transform = wrap_transform(preprocess, self.image_size)
+        if given.preprocess is not None:
+            self.image_transform = wrap_transform(given.preprocess, self.image_size)
         elif settings is not None:
             self.image_transform = build_open_clip_transform(settings, self.image_size)
-        self.text_tokenizer = self._choose_tokenizer(tokenizer, source)
+        self.text_tokenizer = self._choose_tokenizer(given.tokenizer, source)
 
     def _choose_tokenizer(self, given: Any, source: str | None) -> TextTokenizer | None:
         sizes = self.context_length, self.vocab_size
@@ -152,9 +153,7 @@ class OpenClipEncoder(DualEncoder):
             _write_config(self.module, self.config, self.companions.tokenizer, folder)
 
 
-def from_instance(
-    module: nn.Module, *, tokenizer: Any, preprocess: Any, model_name: str | None
-) -> OpenClipEncoder:
+def from_instance(module: nn.Module, given: Companions, model_name: str | None) -> OpenClipEncoder:
     """Adapt a module; its architecture is `model_name`, or recognised, or read off it."""
     if model_name is None:
         config, names = find_config(module)
@@ -166,54 +165,44 @@ def from_instance(
                 f"of {model_name!r}; name its real architecture or leave model_name out"
             )
     agreed = names and all(_tokenizer_of(name) == _tokenizer_of(names[0]) for name in names)
-    return OpenClipEncoder(
-        module,
-        name=names[0] if names else type(module).__name__,
-        config=config,
-        source=names[0] if agreed else None,
-        tokenizer=tokenizer,
-        preprocess=preprocess,
-    )
+    name = names[0] if names else type(module).__name__
+    source = name if agreed else None
+    return OpenClipEncoder(module, given, name=name, config=config, source=source)
 
 
-def from_name(name: str, tag: str | None, *, tokenizer: Any, preprocess: Any) -> OpenClipEncoder:
-    """Load real weights by open_clip's architecture name and pretrained tag."""
+def from_name(name: str, tag: str, given: Companions, *, empty: bool) -> OpenClipEncoder:
+    """Load real weights by open_clip's architecture name and pretrained tag, or none if `empty`."""
     import open_clip
 
     settings = open_clip.get_pretrained_cfg(name, tag) if tag else {}
-    if not settings:
+    if not settings and not empty:
         tags = open_clip.list_pretrained_tags_by_model(name)
-        near = difflib.get_close_matches(tag or "", tags, n=3, cutoff=0.4)
+        near = difflib.get_close_matches(tag, tags, n=3, cutoff=0.4)
         raise InputError(
             f"model: {name!r} needs "
             + (f"one of its pretrained tags, not {tag!r}" if tag else "a pretrained tag after '/'")
             + (f"; close: {', '.join(near)}" if near else "")
             + f". Its tags: {', '.join(tags) if tags else 'none, open_clip has no weights for it'}"
         )
-    return from_source(
-        name,
-        name=f"{name}/{tag}",
-        tokenizer=tokenizer,
-        preprocess=preprocess,
-        tag=tag,
-        # Some tags' weights were trained with QuickGELU under a name without it; open_clip only
-        # warns and would run them with the wrong activation.
-        quick_gelu=bool(settings.get("quick_gelu")),
-    )
+    # Some tags' weights were trained with QuickGELU under a name without it; open_clip only
+    # warns and would run them with the wrong activation.
+    quick = bool(settings.get("quick_gelu"))
+    shown = f"{name}/{tag}" if tag else name
+    return from_source(name, given, name=shown, tag=tag, quick_gelu=quick, empty=empty)
 
 
 def from_source(
     source: str,
+    given: Companions,
     *,
     name: str,
-    tokenizer: Any,
-    preprocess: Any,
     tag: str | None = None,
     quick_gelu: bool = False,
+    empty: bool = False,
 ) -> OpenClipEncoder:
     """Load `"hf-hub:org/name"`, `"local-dir:FOLDER"`, or an architecture name with its `tag`.
 
-    Never with random weights, and never by unpickling objects.
+    Never with random weights, and never by unpickling objects; on the meta device if `empty`.
 
     Raises:
         InputError: the source does not give a model with all its weights.
@@ -221,41 +210,35 @@ def from_source(
     import open_clip
 
     try:
-        module = open_clip.create_model(
-            source,
-            pretrained=tag,
-            force_quick_gelu=quick_gelu,
-            require_pretrained=True,
-            weights_only=True,
-        ).eval()
+        config = open_clip.get_model_config(source)
+        if empty:
+            module = build_from_config({**config, "quick_gelu": True} if quick_gelu else config)
+        else:
+            module = open_clip.create_model(
+                source,
+                pretrained=tag,
+                force_quick_gelu=quick_gelu,
+                require_pretrained=True,
+                weights_only=True,
+            )
     except Exception as error:
         raise InputError(
-            f"model: open_clip could not load {name}: {error}. Its weights must be on this "
-            "machine, complete and of this architecture, or reachable over the network (see "
-            "HF_HUB_OFFLINE and the hub's cache); a folder works without network"
+            f"model: open_clip could not load {name}: {error}. Its "
+            f"{'configuration' if empty else 'weights'} must be on this machine, complete and of "
+            "this architecture, or reachable over the network (see HF_HUB_OFFLINE and the hub's "
+            "cache); a folder that holds all of it works without network"
         ) from error
-    return OpenClipEncoder(
-        module,
-        name=name,
-        config=adjust_config(open_clip.get_model_config(source), module),
-        source=source,
-        tokenizer=tokenizer,
-        preprocess=preprocess,
-    )
+    config = adjust_config(config, module)
+    tokenizer_source = None if empty else source
+    return OpenClipEncoder(module.eval(), given, name=name, config=config, source=tokenizer_source)
 
 
-def from_checkpoint(
-    file: Path, *, model_name: str | None, tokenizer: Any, preprocess: Any
-) -> OpenClipEncoder:
+def from_checkpoint(file: Path, given: Companions, model_name: str | None) -> OpenClipEncoder:
     """Load a checkpoint of open_clip's training or a state dict; only tensors are unpickled.
 
     Options of the training that the weights show are followed (see `as_trained`). A file says
-    nothing of preprocessing: without `preprocess` it is open_clip's standard one. Without
-    `model_name` the architecture is the one with weights of these shapes.
-
-    Raises:
-        InputError: the file holds no readable open_clip weights; `model_name` does not fit them;
-            or without it no known architecture does.
+    nothing of preprocessing: without the caller's it is open_clip's standard one. `InputError` if
+    `model_name`, or without it any known architecture, does not fit the weights.
     """
     import open_clip
 
@@ -280,14 +263,8 @@ def from_checkpoint(
             f"model_name: the weights in {file} do not fit {model_name!r}: {error}. Name the "
             "architecture that they were trained with"
         ) from error
-    return OpenClipEncoder(
-        module,
-        name=f"{model_name} ({file.name})",
-        config=adjust_config(trained, module),
-        source=model_name,
-        tokenizer=tokenizer,
-        preprocess=preprocess,
-    )
+    config, name = adjust_config(trained, module), f"{model_name} ({file.name})"
+    return OpenClipEncoder(module, given, name=name, config=config, source=model_name)
 
 
 def _read_weights(file: Path) -> dict[str, Tensor]:

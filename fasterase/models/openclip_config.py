@@ -28,11 +28,7 @@ _RESNET_STRIDE = 32  # pixels per cell of the last feature map
 
 
 def get_named_config(model_name: str) -> Config:
-    """Return open_clip's configuration named `model_name`.
-
-    Raises:
-        InputError: there is none.
-    """
+    """Return open_clip's configuration named `model_name`; `InputError` if there is none."""
     import open_clip
 
     config = open_clip.get_model_config(model_name)
@@ -84,12 +80,7 @@ def adjust_config(config: Config, module: nn.Module) -> Config:
 
 
 def build_from_config(config: Config) -> nn.Module:
-    """Build a module from a `model_cfg` on the meta device, without weights.
-
-    Raises:
-        Exception: whatever the library raises, as where a transformers tower's own configuration
-            is not on this machine.
-    """
+    """Build a module from a `model_cfg` on the meta device; raises whatever the library does."""
     from open_clip.coca_model import CoCa
     from open_clip.model import CLIP, CustomTextCLIP
 
@@ -144,12 +135,9 @@ def _may_fit_module(config: Config, module: nn.Module, read: Config | None) -> b
 
 
 def name_of_weights(state: dict[str, Tensor], file: Path) -> str:
-    """Find the name of the architecture that has weights of these shapes.
+    """Find the name of the architecture that has weights of these shapes; `InputError` if none has.
 
     Warns where several have that differ in what weights do not show.
-
-    Raises:
-        InputError: none has.
     """
     import open_clip
 
@@ -199,8 +187,7 @@ def _may_fit_weights(config: Config, shapes: Mapping[str, torch.Size]) -> bool:
 def as_trained(state: Mapping[str, Tensor], config: Config) -> Config:
     """Copy `config` with the options of open_clip's training that the weights show.
 
-    These are the image size, the context length, a logit_bias (`--siglip`) and a text tower of its
-    own (`--force-custom-text`).
+    They are the image size, the context length, `--siglip` and `--force-custom-text`.
     """
     config = deepcopy(config)
     vision, text = config["vision_cfg"], config["text_cfg"]
@@ -275,9 +262,8 @@ def read_config(module: Any) -> Config | None:
     if kind_of(module) == "CoCa":
         decoder = module.text_decoder
         config["multimodal_cfg"] = {
-            "context_length": decoder.context_length,
+            **_read(decoder, "context_length", "width"),
             "vocab_size": text["vocab_size"],
-            "width": decoder.width,
             "heads": decoder.resblocks[0].attn.num_heads,
             "layers": len(decoder.resblocks),
             "ls_init_value": _read_layer_scale(decoder.resblocks[0]),
@@ -304,9 +290,7 @@ def _read_vision(visual: Any) -> Config | None:
         **blocks,
         "norm_kwargs": {"eps": visual.ln_post.eps},
         "no_ln_pre": isinstance(visual.ln_pre, nn.Identity),
-        "final_ln_after_pool": visual.final_ln_after_pool,
-        "output_tokens": visual.output_tokens,
-        "pool_type": visual.pool_type,
+        **_read(visual, "final_ln_after_pool", "output_tokens", "pool_type"),
     }
     if visual.attn_pool is not None:
         config["attentional_pool"] = visual.attn_pool_type or True
@@ -322,8 +306,7 @@ def _read_text(module: Any) -> Config | None:
     if blocks is None:
         return None
     config: Config = {
-        "context_length": text.context_length,
-        "vocab_size": text.vocab_size,
+        **_read(text, "context_length", "vocab_size"),
         **blocks,
         "norm_kwargs": {"eps": text.ln_final.eps},
         "no_causal_mask": text.attn_mask is None,
@@ -331,13 +314,8 @@ def _read_text(module: Any) -> Config | None:
     if text is module:
         config |= {"pool_type": text.text_pool_type, "eos_id": text.text_eos_id}
     else:
-        config |= {
-            "pool_type": text.pool_type,
-            "eos_id": text.eos_id,
-            "pad_id": text.pad_id,
-            "embed_cls": text.cls_emb is not None,
-            "output_tokens": text.output_tokens,
-        }
+        config |= _read(text, "pool_type", "eos_id", "pad_id", "output_tokens")
+        config["embed_cls"] = text.cls_emb is not None
     if text.text_projection is None:
         config["proj_type"] = "none"
     elif isinstance(text.text_projection, nn.Linear):
@@ -363,6 +341,10 @@ def _read_blocks(tower: Any) -> Config | None:
         "ls_init_value": _read_layer_scale(block),
         "act_kwargs": None if approximate == "none" else {"approximate": approximate},
     }
+
+
+def _read(part: Any, *options: str) -> Config:
+    return {option: getattr(part, option) for option in options}
 
 
 def _read_layer_scale(block: Any) -> float | None:

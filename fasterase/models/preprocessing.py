@@ -44,16 +44,12 @@ class Tokens(NamedTuple):
 class ImageTransform:
     """PIL image -> pixels, whole or in two parts; picklable as its callables are, no weights.
 
-    Build one with `wrap_transform` or `build_open_clip_transform`: they check that the two parts
-    give the same result as the whole.
-
-    Attributes:
-        whole: PIL image -> [3, H, W] float32: the model's own transform or the caller's.
-        parts: its two parts; None where they cannot be told apart.
+    `wrap_transform` and `build_open_clip_transform` check that the two parts give what the whole
+    gives.
     """
 
-    whole: Callable[[Image], Tensor]
-    parts: TransformParts | None = None
+    whole: Callable[[Image], Tensor]  # -> [3, H, W] float32: the model's own or the caller's
+    parts: TransformParts | None = None  # None where they cannot be told apart
 
     def __call__(self, image: Image) -> Tensor:
         """Return [3, H, W] float32, resized, cropped and normalised."""
@@ -79,17 +75,11 @@ class ImageTransform:
 
 @dataclass(frozen=True)
 class TransformParts:
-    """The two parts of an image transform.
+    """The two parts of an image transform."""
 
-    Attributes:
-        pixels: PIL image -> [3, H, W] uint8.
-        divisor: maps 0..255 to the range that mean and std refer to; 255 for 0..1.
-        mean, std: one value per channel, or one for all.
-    """
-
-    pixels: Callable[[Image], Tensor]
-    divisor: float = 255.0
-    mean: tuple[float, ...] = (0.0,)
+    pixels: Callable[[Image], Tensor]  # -> [3, H, W] uint8
+    divisor: float = 255.0  # maps 0..255 to the range that mean and std refer to; 255 for 0..1
+    mean: tuple[float, ...] = (0.0,)  # one value per channel, or one for all
     std: tuple[float, ...] = (1.0,)
 
     def normalise(
@@ -104,10 +94,7 @@ class TransformParts:
 class TextTokenizer:
     """A tokenizer of either library, or any callable, at one model's context length.
 
-    Picklable if the tokenizer is: data-loader workers receive a copy.
-
-    Attributes:
-        source: the tokenizer as given; `save` writes it next to the weights.
+    Picklable if the tokenizer, its `source`, is: data-loader workers receive a copy.
     """
 
     def __init__(self, source: Any, context_length: int, *, with_mask: bool) -> None:
@@ -150,8 +137,7 @@ class TextTokenizer:
 def wrap_transform(preprocess: Any, image_size: tuple[int, int]) -> ImageTransform:
     """Make the caller's `preprocess=` an `ImageTransform`, after trying it on one picture.
 
-    It is a callable PIL image -> [3, H, W] float tensor, a transformers image processor, or the
-    `image_transform` of another model; `InputError` otherwise, or if its pixels are not
+    It may be the `image_transform` of another model, too. `InputError` if its pixels are not
     [3, *image_size].
     """
     if isinstance(preprocess, ImageTransform):
@@ -180,14 +166,15 @@ def wrap_transform(preprocess: Any, image_size: tuple[int, int]) -> ImageTransfo
         raise InputError(
             f"preprocess: {type(preprocess).__name__} failed on a plain RGB image: {error}"
         ) from error
-    if not isinstance(pixels, Tensor) or not torch.is_floating_point(pixels):
-        found = pixels.dtype if isinstance(pixels, Tensor) else type(pixels).__name__
-        raise InputError(f"preprocess: gave {found} where a float tensor [3, H, W] is needed")
     expected = (3, *image_size)
-    if tuple(pixels.shape) != expected:
+    is_tensor = isinstance(pixels, Tensor)
+    if not is_tensor or not pixels.is_floating_point() or pixels.shape != expected:
+        found = (
+            f"{pixels.dtype} of shape {tuple(pixels.shape)}" if is_tensor else type(pixels).__name__
+        )
         raise InputError(
-            f"preprocess: gave an image of shape {tuple(pixels.shape)}, but the model takes "
-            f"{expected} (channels, height, width)"
+            f"preprocess: gave {found}, but the model takes float tensors of shape {expected} "
+            "(channels, height, width)"
         )
     return ImageTransform(whole, _find_parts(whole, picture))
 
@@ -291,10 +278,8 @@ class ProcessorTransform:
 
 
 def _squash_naflex(processor: Any, image_size: tuple[int, int]) -> Callable[[Image], Tensor]:
-    """Resize to exactly `image_size` with the statistics of a NaFlex (SigLIP 2) image processor.
-
-    The processor itself would keep the aspect ratio and give every image another patch grid.
-    """
+    """Resize to exactly `image_size` with the statistics of a NaFlex (SigLIP 2) image processor."""
+    # The processor itself would keep the aspect ratio and give every image another patch grid.
     from torchvision.transforms import Compose, Normalize, Resize, ToTensor
 
     resize = Resize(image_size, interpolation=int(processor.resample))
@@ -369,23 +354,14 @@ _COMPANIONS = "_fasterase_companions"
 
 @dataclass(frozen=True)
 class Companions:
-    """What reads captions and pictures for a model, as its library or the caller gives it.
-
-    Attributes:
-        tokenizer: takes part as `tokenizer=`; None when unknown.
-        preprocess: takes part as `preprocess=`; None when unknown.
-    """
+    """`tokenizer=` and `preprocess=` of a model, by its library or the caller; None: unknown."""
 
     tokenizer: Any = None
     preprocess: Any = None
 
     @classmethod
     def from_arguments(cls, tokenizer: Any, preprocess: Any) -> Companions:
-        """Take transformers processors apart: either argument gives the other where that is None.
-
-        Args:
-            tokenizer, preprocess: the caller's; a processor such as `CLIPProcessor` holds both.
-        """
+        """Take transformers processors, which hold both, apart where the other one is None."""
         if _is_processor(tokenizer):
             preprocess = tokenizer if preprocess is None else preprocess
             tokenizer = tokenizer.tokenizer
@@ -394,9 +370,12 @@ class Companions:
             preprocess = preprocess.image_processor
         return cls(tokenizer, preprocess)
 
-    def known(self) -> dict[str, Any]:
-        """Return those that are not None, by name."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+    def or_else(self, other: Companions) -> Companions:
+        """Return these, with those of `other` in the place of None."""
+        return Companions(
+            other.tokenizer if self.tokenizer is None else self.tokenizer,
+            other.preprocess if self.preprocess is None else self.preprocess,
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Companions:
         return self

@@ -186,10 +186,7 @@ def save_adapters(module: nn.Module, folder: Path, *, home: Path) -> None:
 def write_adapter(
     config: Any, state: Mapping[str, Tensor], module: nn.Module, folder: Path, *, home: Path
 ) -> None:
-    """Write one adapter of `module` as peft reads it: its config and `get_peft_model_state_dict`.
-
-    `folder` is made if it is missing; `home` is where it will be.
-    """
+    """Write one adapter of `module` as peft reads it; `folder` will be in the place of `home`."""
     from safetensors.torch import save_file
 
     folder.mkdir(exist_ok=True)
@@ -223,12 +220,7 @@ def _name_base(base: str | None, home: Path) -> str | None:
 
 
 def load_adapters(base: nn.Module, folder: Path) -> nn.Module:
-    """Put the adapters that `folder` holds around `base`, ready to train.
-
-    Raises:
-        InputError: they do not fit.
-        MissingExtraError: peft is not installed.
-    """
+    """Put the adapters that `folder` holds around `base`, ready to train; `InputError` if not."""
     peft: Any = import_extra("peft", "peft", f"Loading the adapter in {folder}")
     try:
         return peft.PeftModel.from_pretrained(base, str(folder), is_trainable=True).eval()

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasterase.models.prefix import Halfway
+from fasterase.models.forward import Halfway
 from fasterase.models.preprocessing import Tokens
 from fasterase.pairs.items import Record
 from fasterase.pairs.prepare import (

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from fasterase.models.forward import Features
-from fasterase.models.prefix import Halfway
+from fasterase.models.forward import Features, Halfway
 from fasterase.models.preprocessing import Tokens
 
 

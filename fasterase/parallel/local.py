@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasterase.models.forward import Features, TowerForward
-from fasterase.models.prefix import Halfway
+from fasterase.models.forward import Features, Halfway, TowerForward
 from fasterase.models.preprocessing import Tokens
 from fasterase.parallel.engine import TrainingState
 from fasterase.parallel.ranks import ALONE, Ranks

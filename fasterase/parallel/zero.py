@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from fasterase.errors import MissingExtraError, ResumeError, import_extra
 from fasterase.models.dual_encoder import DualEncoder
-from fasterase.models.forward import Features, TowerForward
-from fasterase.models.prefix import Halfway
+from fasterase.models.forward import Features, Halfway, TowerForward
 from fasterase.models.preprocessing import Tokens
 from fasterase.parallel.engine import TrainingState
 from fasterase.parallel.local import as_json, is_number

@@ -30,11 +30,9 @@ from torch.utils.flop_counter import flop_registry
 from fasterase.engine.model_state import checkpointed_activations
 from fasterase.engine.optim import EIGHT_BIT, Trained
 from fasterase.errors import InputError
-from fasterase.models.dual_encoder import DualEncoder
-from fasterase.models.forward import TowerForward
-from fasterase.models.prefix import SplitTower
+from fasterase.models.dual_encoder import DualEncoder, copy_with
+from fasterase.models.forward import SplitTower, TowerForward
 from fasterase.models.preprocessing import Tokens
-from fasterase.planner.architecture import copy_with
 
 Parallel = Literal["plain", "zero1", "zero2", "zero3"]
 
@@ -66,14 +64,10 @@ _FORMULAS = {
 
 
 class Counter(TorchDispatchMode):
-    """Counts what runs while it is active.
+    """Counts what runs while it is active, without the memory of the `known` tensors.
 
-    Args:
-        known: tensors that were there before, and are not counted.
-
-    Attributes:
-        flops: floating-point operations; a multiplication and an addition count as two.
-        peak_bytes: the largest amount of memory allocated at a time.
+    `flops` count a multiplication and an addition as two; `peak_bytes` is the largest amount of
+    memory allocated at a time.
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
@@ -108,12 +102,9 @@ class Counter(TorchDispatchMode):
 
 
 class Tracer:
-    """Counts what encoding and back-propagating a micro-batch costs.
+    """Counts what encoding and back-propagating a micro-batch costs, `on_gpu` or on a CPU.
 
-    Args:
-        model: on the meta device; `requires_grad` tells what is trained.
-        precision: compute dtype of the towers, resolved.
-        on_gpu: count what a GPU allocates.
+    `model` is on the meta device; `requires_grad` tells what is trained.
     """
 
     def __init__(self, model: DualEncoder, *, precision: str, on_gpu: bool) -> None:
@@ -122,13 +113,10 @@ class Tracer:
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self._fake:
             self._model = copy_with(model, lambda each: torch.empty_like(each, device="cpu"))
-        if on_gpu and precision != "fp32":
-            for part in self._model.module.modules():
-                # As autocast does on a GPU, and not on a CPU.
-                if isinstance(part, nn.LayerNorm | nn.GroupNorm):
-                    part.register_forward_pre_hook(
-                        lambda _, inputs: (inputs[0].float(), *inputs[1:])
-                    )
+        for part in self._model.module.modules() if on_gpu and precision != "fp32" else ():
+            # As autocast does on a GPU, and not on a CPU.
+            if isinstance(part, nn.LayerNorm | nn.GroupNorm):
+                part.register_forward_pre_hook(lambda _, given: (given[0].float(), *given[1:]))
         self._forward = build_forward(self._model, precision=precision)
         self.backpropagate = cache(self._backpropagate)
 
@@ -143,11 +131,7 @@ class Tracer:
         return counter
 
     def frozen_widths(self, tune: str) -> dict[str, int]:
-        """Return tower -> how many numbers the blocks that `tune` freezes output for one pair.
-
-        Raises:
-            InputError: see `SplitTower`.
-        """
+        """Return tower -> how many numbers the blocks that `tune` freezes output for one pair."""
         with self._fake:
             return {each: SplitTower(self._model, each, tune).width for each in ("image", "text")}
 
@@ -172,11 +156,8 @@ class Tracer:
     ) -> Counter:
         """Count encoding `pairs` pairs with a graph and back-propagating them.
 
-        Args:
-            pairs: in the micro-batch.
-            checkpointing: of the activations of the blocks of both towers.
-            with_gradients: whether gradients are there before, and not counted, as for all
-                micro-batches of a step but the first.
+        `with_gradients`: they are there before, and not counted, as for all micro-batches of a step
+        but the first.
         """
         checkpointed = checkpointed_activations(self._model) if checkpointing else nullcontext()
         with self._fake, checkpointed:
@@ -344,8 +325,7 @@ class Measured:
 def measure_micro_batch(model: DualEncoder, *, precision: str) -> Measured:
     """Run one micro-batch of a model of meta tensors with random weights.
 
-    Raises:
-        InputError: there is not enough memory for weights and gradients, or no way to measure it.
+    `InputError` where there is not enough memory for weights and gradients.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     on_gpu = device == "cuda"
@@ -421,11 +401,7 @@ class PeakMemory:
 
 
 def proc_bytes(file: str, field: str) -> int:
-    """Return a size from a file of /proc.
-
-    Raises:
-        LookupError: the file has no such field.
-    """
+    """Return a size from a file of /proc; `LookupError` if it has no such field."""
     text = (Path("/proc") / file).read_text(encoding="utf-8")
     found = re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)
     if found is None:

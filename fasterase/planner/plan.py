@@ -19,12 +19,11 @@ from fasterase.engine.optim import EIGHT_BIT, Trained
 from fasterase.engine.prefix_cache import VIEWS, check_prefix_cache, row_bytes, training_bytes
 from fasterase.errors import InputError
 from fasterase.models.dual_encoder import DualEncoder
+from fasterase.models.load import load_architecture
 from fasterase.models.lora import parse_rank
 from fasterase.pairs.sampler import Sampler
-from fasterase.planner.architecture import build_architecture
 from fasterase.planner.count import (
     FP32,
-    Measured,
     Parallel,
     ParameterCounts,
     StepMemory,
@@ -86,130 +85,6 @@ class Setup:
         return self.flops_per_pair * idle * (_ZERO3_PENALTY if self.parallel == "zero3" else 1.0)
 
 
-class PlannedJob:
-    """An erasure of a model on the meta device: what all ways to run it have in common."""
-
-    def __init__(
-        self, model: DualEncoder, config: UnlearnConfig, pairs: int, forget: int, gpus: int
-    ) -> None:
-        if parse_rank(config.tune) is not None:
-            raise InputError(
-                f"tune={config.tune!r}: adapters are not planned. Plan tune='all', which needs "
-                "more: adapters spare the gradients and the states of the weights themselves."
-            )
-        self.model, self._config, self._gpus = model, config, gpus
-        self.on_gpu = not (config.device or "cuda").startswith("cpu")
-        auto = "bf16" if self.on_gpu else "fp32"
-        self.precision = auto if config.precision == "auto" else config.precision
-        self._trained = Trained.choose(model, config.tune, logit_scale=config.train_logit_scale)
-        names = set(self._trained.parameters(model.module))
-        for name, parameter in model.module.named_parameters():
-            parameter.requires_grad_(name in names)
-        sampler = Sampler(
-            forget,
-            min(pairs, POOL_BATCHES * config.batch_size),
-            forget_batch_size=config.forget_batch_size,
-            batch_size=config.batch_size,
-            seed=config.seed,
-        )
-        self.share = sampler.max_pairs_per_rank(gpus)
-        self.steps = count_steps(config, sampler)
-        # An automatic run reads its pool, any other what its steps draw.
-        batches = POOL_BATCHES if config.runs_until_forgotten else self.steps
-        self.retain_pairs = min(pairs, batches * config.batch_size)
-        self.counts = ParameterCounts.of(model, self._trained)
-        step_pairs, n_retain = sampler.max_pairs_per_rank(), min(config.batch_size, pairs)
-        compared = max(n_retain, step_pairs - n_retain)
-        self._memory = StepMemory(
-            counts=self.counts,
-            gpus=gpus,
-            on_gpu=self.on_gpu,
-            pairs=step_pairs,
-            compared=compared if config.negatives == "own" else step_pairs,
-            width=model.embed_dim,
-            backend=config.backend,
-        )
-        self._tracer = tracer = Tracer(model, precision=self.precision, on_gpu=self.on_gpu)
-        self.forward_flops = {tower: tracer.forward(tower).flops for tower in ("image", "text")}
-
-    def flops(self, setup: Setup) -> int:
-        """Return those of the run: of its steps, and of encoding the original's features."""
-        steps = self.steps * self._memory.pairs * setup.flops_per_pair
-        return steps + self.retain_pairs * sum(self.forward_flops.values())
-
-    def prefix_bytes(self, forget: int) -> int:
-        """Return the bytes on disk of the outputs of frozen blocks that `prefix_cache` stores."""
-        if self._config.prefix_cache is None:
-            return 0
-        check_prefix_cache(self._config, self._gpus)
-        widths = self._tracer.frozen_widths(self._config.tune)
-        return training_bytes(
-            {tower: row_bytes(width, self.precision) for tower, width in widths.items()},
-            forget=forget,
-            retain=self.retain_pairs,
-            views=VIEWS if self._config.forget_augment else 0,
-        )
-
-    def setups(self, usable: float, correction: float) -> list[Setup]:
-        """Return the ways to run, the simplest first.
-
-        Args:
-            usable: bytes of each GPU that may be planned with.
-            correction: by what counted activations are multiplied.
-        """
-        config = self._config
-        parallels: tuple[Parallel, ...] = ("plain", "zero1", "zero2", "zero3")
-        optimizers = [config.optimizer]
-        if self.on_gpu and config.optimizer not in EIGHT_BIT:
-            optimizers.append("paged_adamw8bit")
-        checkpointings = [config.activation_checkpointing]
-        towers = (self.model.image_parts(), self.model.text_parts())
-        if not config.activation_checkpointing and all(parts.blocks for parts in towers):
-            checkpointings.append(True)
-        return [
-            self._setup(parallel, optimizer, checkpointing, usable, correction)
-            for checkpointing in checkpointings
-            for optimizer in optimizers
-            for parallel in (parallels if self._gpus > 1 else parallels[:1])
-        ]
-
-    def _setup(
-        self,
-        parallel: Parallel,
-        optimizer: str,
-        checkpointing: bool,
-        usable: float,
-        correction: float,
-    ) -> Setup:
-        """Return a way to run, with the largest micro-batch that `usable` bytes hold."""
-        tracer, share = self._tracer, self.share
-
-        def parts(pairs: int) -> dict[str, int]:
-            counted = tracer.activation_bytes(pairs, share=share, checkpointing=checkpointing)
-            return self._memory.parts(parallel, optimizer, int(counted * correction))
-
-        most = min(share, self._config.micro_batch_size or share)
-        fitting = _largest(lambda pairs: sum(parts(pairs).values()), usable, most)
-        flops = tracer.backpropagate(share, checkpointing=checkpointing).flops // share
-        if fitting < share:
-            # GradCache: both towers without a graph, then the trained ones with one.
-            trained = {"image": self._trained.image, "text": self._trained.text}
-            flops += sum(self.forward_flops[tower] for tower in trained if trained[tower])
-        alone = "plain data parallelism" if self._gpus > 1 else "one process"
-        words = [alone if parallel == "plain" else f"ZeRO-{parallel[-1]}"]
-        words += ["8-bit states"] * (optimizer in EIGHT_BIT) + ["checkpointing"] * checkpointing
-        return Setup(
-            parallel=parallel,
-            optimizer=optimizer,
-            activation_checkpointing=checkpointing,
-            name=", ".join(words),
-            micro_batch_size=fitting,
-            in_one=fitting == share,
-            bytes_per_gpu=parts(max(fitting, 1)),
-            flops_per_pair=flops,
-        )
-
-
 def _largest(bytes_of: Callable[[int], int], limit: float, most: int) -> int:
     """Return the largest number of pairs up to `most` that needs at most `limit` bytes, or 0."""
     if bytes_of(most) <= limit:
@@ -218,11 +93,10 @@ def _largest(bytes_of: Callable[[int], int], limit: float, most: int) -> int:
     return fitting - fitting % 8 if fitting > 64 else fitting
 
 
-def choose_setup(setups: list[Setup], gpus: int, gpu_memory: float) -> Setup:
+def choose_setup(setups: Sequence[Setup], gpus: int, gpu_memory: float) -> Setup:
     """Return the fastest; of those that are as fast, the simplest that leaves room, if one does.
 
-    Raises:
-        InputError: not one pair fits, whatever the setup.
+    `InputError` where not one pair fits, whatever the setup.
     """
     least = min(each.cost for each in setups)
     if least == math.inf:
@@ -238,49 +112,167 @@ def choose_setup(setups: list[Setup], gpus: int, gpu_memory: float) -> Setup:
     return (roomy or fastest)[0]
 
 
-@dataclass(frozen=True)
 class Plan:
-    """What erasing costs. `str(plan)` is a table."""
+    """What erasing costs. `str(plan)` is a table.
 
-    model: str  # name of the architecture
-    pairs: int  # size of the retain set
-    forget: int  # size of the forget set
-    gpus: int
-    gpu_memory: float  # GB (10^9 bytes) of each
-    config: UnlearnConfig
-    precision: str  # compute dtype of the towers
-    parameters: int
-    trained_parameters: int  # those that `config.tune` trains
-    forward_flops: dict[str, int]  # tower -> FLOPs of encoding one image or text
-    setup: Setup  # the recommended way to run
-    setups: tuple[Setup, ...]  # all that were compared, the simplest first
-    steps: int  # of the run that the command starts, at most
-    retain_pairs: int  # how many different ones it reads
-    run_gpu_hours: float  # of all GPUs, at most; encoding the original's features included
-    run_disk_bytes: int  # of the original's features of those pairs
-    prefix_bytes: int  # of the outputs of frozen blocks, which `prefix_cache` stores; else 0
-    gpu_hours_per_epoch: float  # of training on `pairs` once; NaN on a CPU without `measure`
-    disk_bytes: int  # of the original's features of `pairs` pairs, images and captions
-    tflops: float  # peak of a GPU
-    efficiency: float  # share of it that is assumed to be reached
-    measured: Measured | None  # a micro-batch on this machine
-    command: str  # words in capitals stand for paths and names to fill in
-    reason: str  # why this one
+    Attributes:
+        setup: the recommended way to run, and `setups` all that were compared, the simplest first.
+        bytes_per_gpu: part -> bytes on each GPU at the peak of a step; they add up to the peak.
+        micro_batch_size: the largest that fits, at most a GPU's share of the batch.
+        flops_per_pair: of training on one pair, re-encoding included.
+        forward_flops: tower -> FLOPs of encoding one image or text.
+        gpu_hours_per_epoch: of training on `pairs` once; NaN on a CPU without `measure`.
+        disk_bytes: of the original's features of `pairs` pairs, images and captions.
+        steps, run_gpu_hours: of the run that the command starts, at most; encoding the original's
+            features included.
+        retain_pairs, run_disk_bytes: how many different ones it reads, and their features' bytes.
+        prefix_bytes: of the outputs of frozen blocks, which `prefix_cache` stores; else 0.
+        command: words in capitals stand for paths and names to fill in.
+        reason: why this one.
+    """
+
+    def __init__(
+        self,
+        model: DualEncoder,  # on the meta device
+        given: str,  # what the command calls it
+        pairs: int,
+        config: UnlearnConfig,
+        *,
+        forget: int,
+        gpus: int,
+        gpu_memory: float,
+        tflops: float | None,
+        efficiency: float,
+        measure: bool,
+    ) -> None:
+        self.model, self.config, self.pairs, self.forget = model.name, config, pairs, forget
+        self.gpus, self.gpu_memory = gpus, gpu_memory
+        on_gpu = not (config.device or "cuda").startswith("cpu")
+        auto = "bf16" if on_gpu else "fp32"
+        self.precision = auto if config.precision == "auto" else config.precision
+        step_pairs, compared = self._count_draws()
+        self._trained = Trained.choose(model, config.tune, logit_scale=config.train_logit_scale)
+        names = set(self._trained.parameters(model.module))
+        for name, parameter in model.module.named_parameters():
+            parameter.requires_grad_(name in names)
+        counts = ParameterCounts.of(model, self._trained)
+        self.parameters, self.trained_parameters = counts.total, counts.trained
+        tracer = Tracer(model, precision=self.precision, on_gpu=on_gpu)
+        self.forward_flops = {tower: tracer.forward(tower).flops for tower in ("image", "text")}
+        self.prefix_bytes = self._count_prefix_bytes(tracer)
+        self._memory = StepMemory(
+            counts, gpus, on_gpu, step_pairs, compared, model.embed_dim, config.backend
+        )
+        self.measured = measure_micro_batch(model, precision=self.precision) if measure else None
+        self.setups = self._compare_setups(model, tracer)
+        self.setup = setup = choose_setup(self.setups, gpus, gpu_memory)
+        self.bytes_per_gpu, self.micro_batch_size = setup.bytes_per_gpu, setup.micro_batch_size
+        self.flops_per_pair = setup.flops_per_pair
+
+        if tflops is None:
+            tflops = _TFLOPS[self.precision] if on_gpu else math.nan
+        if self.measured is not None and not on_gpu:
+            tflops, efficiency = self.measured.tflops, 1.0
+        self.tflops, self.efficiency = tflops, efficiency
+        row = 8 + model.embed_dim * (2 if on_gpu and self.precision != "fp32" else FP32)
+        self.run_disk_bytes, self.disk_bytes = 2 * self.retain_pairs * row, 2 * pairs * row
+        self.command = _write_command(given, config, setup, gpus)
+        self.reason = _explain(setup, self.setups, gpus, self.share)
 
     @property
-    def bytes_per_gpu(self) -> dict[str, int]:
-        """Part -> bytes on each GPU at the peak of a step; they add up to the peak."""
-        return self.setup.bytes_per_gpu
+    def run_gpu_hours(self) -> float:
+        training = self.steps * self._memory.pairs * self.flops_per_pair
+        return self._hours_of(training + self.retain_pairs * sum(self.forward_flops.values()))
 
     @property
-    def micro_batch_size(self) -> int:
-        """The largest micro-batch that fits, at most a GPU's share of the batch."""
-        return self.setup.micro_batch_size
+    def gpu_hours_per_epoch(self) -> float:
+        return self._hours_of(self.pairs * self.flops_per_pair)
 
-    @property
-    def flops_per_pair(self) -> int:
-        """FLOPs of training on one pair, re-encoding included."""
-        return self.setup.flops_per_pair
+    def _hours_of(self, flops: int) -> float:
+        return flops / (self.tflops * 1e12 * self.efficiency * 3600)
+
+    def _count_draws(self) -> tuple[int, int]:
+        """Count a GPU's share of a step, the steps and what they read.
+
+        Return a step's pairs, and the most of them that the loss compares with each other.
+        """
+        config = self.config
+        sampler = Sampler(
+            self.forget,
+            min(self.pairs, POOL_BATCHES * config.batch_size),
+            forget_batch_size=config.forget_batch_size,
+            batch_size=config.batch_size,
+            seed=config.seed,
+        )
+        self.share, self.steps = sampler.max_pairs_per_rank(self.gpus), count_steps(config, sampler)
+        # An automatic run reads its pool, any other what its steps draw.
+        batches = POOL_BATCHES if config.runs_until_forgotten else self.steps
+        self.retain_pairs = min(self.pairs, batches * config.batch_size)
+        step_pairs, n_retain = sampler.max_pairs_per_rank(), min(config.batch_size, self.pairs)
+        own = max(n_retain, step_pairs - n_retain)
+        return step_pairs, own if config.negatives == "own" else step_pairs
+
+    def _count_prefix_bytes(self, tracer: Tracer) -> int:
+        if self.config.prefix_cache is None:
+            return 0
+        check_prefix_cache(self.config, self.gpus)
+        widths = tracer.frozen_widths(self.config.tune)
+        return training_bytes(
+            {tower: row_bytes(width, self.precision) for tower, width in widths.items()},
+            forget=self.forget,
+            retain=self.retain_pairs,
+            views=VIEWS if self.config.forget_augment else 0,
+        )
+
+    def _compare_setups(self, model: DualEncoder, tracer: Tracer) -> list[Setup]:
+        config = self.config
+        parallels: tuple[Parallel, ...] = ("plain", "zero1", "zero2", "zero3")
+        optimizers = [config.optimizer]
+        if self._memory.on_gpu and config.optimizer not in EIGHT_BIT:
+            optimizers.append("paged_adamw8bit")
+        checkpointings = [config.activation_checkpointing]
+        towers = (model.image_parts(), model.text_parts())
+        if not config.activation_checkpointing and all(parts.blocks for parts in towers):
+            checkpointings.append(True)
+        return [
+            self._fit(tracer, parallel, optimizer, checkpointing)
+            for checkpointing in checkpointings
+            for optimizer in optimizers
+            for parallel in (parallels if self.gpus > 1 else parallels[:1])
+        ]
+
+    def _fit(
+        self, tracer: Tracer, parallel: Parallel, optimizer: str, checkpointing: bool
+    ) -> Setup:
+        """Return a way to run, with the largest micro-batch that fits."""
+        share = self.share
+        correction = 1.0 if self.measured is None else self.measured.correction
+
+        def parts(pairs: int) -> dict[str, int]:
+            counted = tracer.activation_bytes(pairs, share=share, checkpointing=checkpointing)
+            return self._memory.parts(parallel, optimizer, int(counted * correction))
+
+        most = min(share, self.config.micro_batch_size or share)
+        limit = USABLE * self.gpu_memory * 1e9
+        fitting = _largest(lambda pairs: sum(parts(pairs).values()), limit, most)
+        flops = tracer.backpropagate(share, checkpointing=checkpointing).flops // share
+        if fitting < share:
+            # GradCache: both towers without a graph, then the trained ones with one.
+            trained = {"image": self._trained.image, "text": self._trained.text}
+            flops += sum(self.forward_flops[tower] for tower in trained if trained[tower])
+        alone = "plain data parallelism" if self.gpus > 1 else "one process"
+        words = [alone if parallel == "plain" else f"ZeRO-{parallel[-1]}"]
+        words += ["8-bit states"] * (optimizer in EIGHT_BIT) + ["checkpointing"] * checkpointing
+        return Setup(
+            parallel=parallel,
+            optimizer=optimizer,
+            activation_checkpointing=checkpointing,
+            name=", ".join(words),
+            micro_batch_size=fitting,
+            in_one=fitting == share,
+            bytes_per_gpu=parts(max(fitting, 1)),
+            flops_per_pair=flops,
+        )
 
     def __str__(self) -> str:
         config, setup, measured = self.config, self.setup, self.measured
@@ -339,8 +331,8 @@ def plan(
 ) -> Plan:
     """Estimate memory, time and disk of an erasure from the model's architecture alone.
 
-    No weights are read. The towers run on tensors without storage, and FLOPs and live bytes are
-    counted (`fasterase/planner/count.py`).
+    No weights are read, but for a checkpoint file. The towers run on tensors without storage, and
+    FLOPs and live bytes are counted (`fasterase/planner/count.py`).
 
     Args:
         model: in any form that `unlearn` takes, an open_clip name without a tag, or a transformers
@@ -368,49 +360,28 @@ def plan(
     ):  # fmt: skip
         if not value > 0:
             raise InputError(f"{name}={value!r} must be above 0.")
-    job = PlannedJob(build_architecture(model), config, pairs, forget, gpus)
-    prefix_bytes = job.prefix_bytes(forget)
-    measured = measure_micro_batch(job.model, precision=job.precision) if measure else None
-    setups = job.setups(USABLE * gpu_memory * 1e9, measured.correction if measured else 1.0)
-    setup = choose_setup(setups, gpus, gpu_memory)
-    if tflops is None:
-        tflops = _TFLOPS[job.precision] if job.on_gpu else math.nan
-    if measured is not None and not job.on_gpu:
-        tflops, efficiency = measured.tflops, 1.0
-    per_hour = tflops * 1e12 * efficiency * 3600
-    feature_row = 8 + job.model.embed_dim * (2 if job.on_gpu and job.precision != "fp32" else FP32)
+    if parse_rank(config.tune) is not None:
+        raise InputError(
+            f"tune={config.tune!r}: adapters are not planned. Plan tune='all', which needs "
+            "more: adapters spare the gradients and the states of the weights themselves."
+        )
     return Plan(
-        model=job.model.name,
-        pairs=pairs,
+        load_architecture(model),
+        os.fspath(model) if isinstance(model, str | os.PathLike) else "MODEL",
+        pairs,
+        config,
         forget=forget,
         gpus=gpus,
         gpu_memory=gpu_memory,
-        config=config,
-        precision=job.precision,
-        parameters=job.counts.total,
-        trained_parameters=job.counts.trained,
-        forward_flops=job.forward_flops,
-        setup=setup,
-        setups=tuple(setups),
-        steps=job.steps,
-        retain_pairs=job.retain_pairs,
-        run_gpu_hours=job.flops(setup) / per_hour,
-        run_disk_bytes=2 * job.retain_pairs * feature_row,
-        prefix_bytes=prefix_bytes,
-        gpu_hours_per_epoch=pairs * setup.flops_per_pair / per_hour,
-        disk_bytes=2 * pairs * feature_row,
         tflops=tflops,
         efficiency=efficiency,
-        measured=measured,
-        command=_write_command(model, config, setup, gpus),
-        reason=_explain(setup, setups, gpus, job.share),
+        measure=measure,
     )
 
 
-def _write_command(model: Any, config: UnlearnConfig, setup: Setup, gpus: int) -> str:
+def _write_command(name: str, config: UnlearnConfig, setup: Setup, gpus: int) -> str:
     import open_clip
 
-    name = os.fspath(model) if isinstance(model, str | os.PathLike) else "MODEL"
     if name in open_clip.list_models():  # needs a tag for its weights
         tags = open_clip.list_pretrained_tags_by_model(name)
         name = f"{name}/{tags[0] if len(tags) == 1 else 'TAG'}"
@@ -444,7 +415,7 @@ def _write_command(model: Any, config: UnlearnConfig, setup: Setup, gpus: int) -
     return " ".join(words)
 
 
-def _explain(setup: Setup, setups: list[Setup], gpus: int, share: int) -> str:
+def _explain(setup: Setup, setups: Sequence[Setup], gpus: int, share: int) -> str:
     """Say why `setup`, and why none of the simpler ones."""
     whole = f"a GPU's share of {share} pairs" if gpus > 1 else f"the batch of {share} pairs"
     once = (

@@ -12,11 +12,11 @@ from PIL import Image
 import fasterase
 from fasterase.engine.prefix_cache import VIEWS, row_bytes
 from fasterase.errors import InputError
-from fasterase.models.prefix import SplitTower
+from fasterase.models.forward import SplitTower
 from fasterase.pairs import table
 from tests import small_models
 from tests.marks import SHORT_RUN
-from tests.models.test_adapters import STEPS, erase, vocabulary_of
+from tests.models.conftest import STEPS, erase
 from tests.tiny_model import same_weights
 
 pytestmark = SHORT_RUN
@@ -45,7 +45,7 @@ def lower_rows(monkeypatch):
 
 
 def weights_of(model, **options):
-    erase(model, vocabulary_of(model), **{**RUN, **options})
+    erase(model, **{**RUN, **options})
     return model.state_dict()
 
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from fasterase.models import DualEncoder, Tokens, load_model
+import fasterase
+from fasterase.models import Tokens, load_model
 from tests import small_models
 
 
 @pytest.fixture(autouse=True)
-def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+def _offline(monkeypatch):
     # The library reads the environment once, at import, which may happen before this fixture.
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -35,7 +34,7 @@ BUILDERS: dict[str, Callable[[], torch.nn.Module]] = {
 }
 
 
-def build_model(kind: str) -> DualEncoder:
+def build_model(kind):
     """Build a model with weights of its own, a matching tokenizer and preprocessing."""
     model = copy.copy(_template(kind))
     model.module = copy.deepcopy(model.module)
@@ -43,7 +42,7 @@ def build_model(kind: str) -> DualEncoder:
 
 
 @functools.cache
-def _template(kind: str) -> DualEncoder:
+def _template(kind):
     module = BUILDERS[kind]()
     if kind.startswith("open_clip"):
         return load_model(module, tokenizer=small_models.simple_tokenizer())
@@ -57,24 +56,22 @@ def _template(kind: str) -> DualEncoder:
 
 
 @pytest.fixture(params=list(BUILDERS))
-def kind(request: pytest.FixtureRequest) -> str:
+def kind(request):
     return request.param
 
 
 @pytest.fixture
-def model(kind: str) -> DualEncoder:
+def model(kind):
     return build_model(kind)
 
 
-def batch_for(model: DualEncoder, count: int = 4) -> tuple[torch.Tensor, Tokens]:
+def batch_for(model, count=4):
     """Return random pixels and ids that the model takes."""
-    hf = type(model.module).__module__.startswith("transformers")
-    vocabulary = len(small_models.HF_VOCABULARY) if hf else small_models.SIMPLE_VOCABULARY_SIZE
-    pixels, ids = small_models.random_pairs(vocabulary, count=count)
+    pixels, ids = small_models.random_pairs(vocabulary_of(model.module), count=count)
     return pixels, Tokens(ids)
 
 
-def noise_picture(width: int, height: int) -> Image.Image:
+def noise_picture(width, height):
     """Return an RGB picture in which every value of a channel occurs."""
     generator = torch.Generator().manual_seed(width)
     values = torch.randint(256, (height, width, 3), generator=generator).to(torch.uint8)
@@ -84,8 +81,44 @@ def noise_picture(width: int, height: int) -> Image.Image:
 class Malicious:
     """Writes to `trace` when it is unpickled."""
 
-    def __init__(self, trace: Path) -> None:
+    def __init__(self, trace):
         self.trace = trace
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self):
         return (self.trace.write_text, ("executed",))
+
+
+STEPS = {
+    "lr": 1e-2,
+    "max_steps": 2,
+    "batch_size": 8,
+    "forget_batch_size": 4,
+    "progress": False,
+    "evaluation": None,
+}
+
+
+def vocabulary_of(module):
+    """That of a module, wrapped or not."""
+    hf = any(type(part).__module__.startswith("transformers") for part in module.modules())
+    return len(small_models.HF_VOCABULARY) if hf else small_models.SIMPLE_VOCABULARY_SIZE
+
+
+def pairs(module=None):
+    """Twelve pairs of pixels and ids that the module, or else a transformers model, takes."""
+    vocabulary = len(small_models.HF_VOCABULARY) if module is None else vocabulary_of(module)
+    return list(zip(*small_models.random_pairs(vocabulary, count=12), strict=True))
+
+
+def erase(given, **options):
+    """Run two steps, of four pairs to forget and eight to keep."""
+    items = pairs(given)
+    return fasterase.unlearn(given, items[:4], items[4:], **{**STEPS, **options})
+
+
+def features(given):
+    """Features of four other pairs, images and texts."""
+    model = load_model(given)
+    pixels, ids = small_models.random_pairs(vocabulary_of(model.module), count=4, seed=7)
+    with torch.no_grad():
+        return torch.cat([model.encode_image(pixels), model.encode_text(Tokens(ids))])

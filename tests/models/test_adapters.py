@@ -4,30 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from torch import Tensor, nn
 
-import fasterase
 from fasterase.errors import InputError, MissingExtraError
-from fasterase.models import DualEncoder, Tokens, load_model
-from fasterase.result import UnlearnResult
+from fasterase.models import load_model
 from tests import small_models
 from tests.marks import SHORT_RUN
-
-STEPS = {
-    "lr": 1e-2,
-    "max_steps": 2,
-    "batch_size": 8,
-    "forget_batch_size": 4,
-    "progress": False,
-    "evaluation": None,
-}
+from tests.models.conftest import erase, features
 
 pytestmark = [
     SHORT_RUN,
@@ -36,68 +23,42 @@ pytestmark = [
 ]
 
 
-def lora(**options: Any) -> peft.LoraConfig:
+def lora(**options):
     return peft.LoraConfig(r=4, **{"target_modules": ["q_proj", "v_proj", "c_fc"], **options})
 
 
-HF = len(small_models.HF_VOCABULARY)
-
-
-def vocabulary_of(module: nn.Module) -> int:
-    hf = type(module).__module__.startswith("transformers")
-    return HF if hf else small_models.SIMPLE_VOCABULARY_SIZE
-
-
-def pairs(vocabulary: int = HF) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(*small_models.random_pairs(vocabulary, count=12), strict=True))
-
-
-def erase(given: nn.Module, vocabulary: int = HF, **options: Any) -> UnlearnResult:
-    items = pairs(vocabulary)
-    return fasterase.unlearn(given, items[:4], items[4:], **{**STEPS, **options})
-
-
-def features(model: DualEncoder, vocabulary: int = HF) -> Tensor:
-    pixels, ids = small_models.random_pairs(vocabulary, count=4, seed=7)
-    with torch.no_grad():
-        return torch.cat([model.encode_image(pixels), model.encode_text(Tokens(ids))])
-
-
-def injected(base: nn.Module) -> nn.Module:
+def injected(base):
     return peft.inject_adapter_in_model(lora(), base)
 
 
-def wrapped(base: nn.Module) -> nn.Module:
+def wrapped(base):
     return peft.get_peft_model(base, lora())
 
 
 @pytest.mark.parametrize("build", [small_models.hf_clip, small_models.open_clip_vit])
 @pytest.mark.parametrize("adapt", [wrapped, injected])
-def test_only_adapters_train_and_peft_reads_them(
-    build: Callable[[], nn.Module], adapt: Callable[[nn.Module], nn.Module], tmp_path: Path
-) -> None:
+def test_only_adapters_train_and_peft_reads_them(build, adapt, tmp_path):
     base = build()
-    vocabulary = vocabulary_of(base)
     given = adapt(copy.deepcopy(base))
     before = {name: tensor.clone() for name, tensor in given.state_dict().items()}
-    original = features(load_model(given), vocabulary)
+    original = features(given)
 
-    result = erase(given, vocabulary)
+    result = erase(given)
     assert result.model is given
     after = given.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed
     assert all(".lora_" in name for name in changed)
-    erased = features(load_model(given), vocabulary)
+    erased = features(given)
     assert not torch.allclose(erased, original, atol=1e-3)
 
     folder = result.save(tmp_path / "erased")
     assert [path.name for path in folder.rglob("*.safetensors")] == ["adapter_model.safetensors"]
     again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(folder))
-    torch.testing.assert_close(features(load_model(again), vocabulary), erased)
+    torch.testing.assert_close(features(again), erased)
 
 
-def test_an_adapter_of_transformers_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_of_transformers_own(tmp_path, monkeypatch):
     import transformers.integrations.peft as integration
 
     # The newest transformers may ask for a peft that is not released yet.
@@ -108,11 +69,11 @@ def test_an_adapter_of_transformers_own(tmp_path: Path, monkeypatch: pytest.Monk
     result = erase(given)
     folder = result.save(tmp_path / "erased")
     base.load_adapter(str(folder))
-    expected = features(load_model(given))
-    torch.testing.assert_close(features(load_model(base)), expected)
+    expected = features(given)
+    torch.testing.assert_close(features(base), expected)
 
 
-def test_an_adapter_of_any_name_and_modules_to_save(tmp_path: Path) -> None:
+def test_an_adapter_of_any_name_and_modules_to_save(tmp_path):
     base = small_models.hf_clip()
     config = lora(modules_to_save=["visual_projection"])
     given = peft.get_peft_model(copy.deepcopy(base), config, adapter_name="mine")
@@ -123,12 +84,12 @@ def test_an_adapter_of_any_name_and_modules_to_save(tmp_path: Path) -> None:
     folder = result.save(tmp_path / "erased")
     assert (folder / "other" / "adapter_config.json").is_file()
     again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(folder))
-    expected = features(load_model(result.model))
-    torch.testing.assert_close(features(load_model(again)), expected)
-    assert not torch.allclose(features(load_model(given)), expected, atol=1e-3)
+    expected = features(result.model)
+    torch.testing.assert_close(features(again), expected)
+    assert not torch.allclose(features(given), expected, atol=1e-3)
 
 
-def test_a_saved_adapter_is_a_model_if_it_names_its_base(tmp_path: Path) -> None:
+def test_a_saved_adapter_is_a_model_if_it_names_its_base(tmp_path):
     from transformers import CLIPModel
 
     load_model(
@@ -144,7 +105,7 @@ def test_a_saved_adapter_is_a_model_if_it_names_its_base(tmp_path: Path) -> None
     model = load_model(folder)
     assert isinstance(model.given, peft.PeftModel)
     assert model.text_tokenizer is not None
-    torch.testing.assert_close(features(model), features(load_model(given)))
+    torch.testing.assert_close(features(model), features(given))
     assert erase(model.given).model is model.given  # it can be trained further
 
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -155,7 +116,7 @@ def test_a_saved_adapter_is_a_model_if_it_names_its_base(tmp_path: Path) -> None
         load_model(folder)
 
 
-def test_without_peft_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_peft_the_extra_is_named(tmp_path, monkeypatch):
     import sys
 
     load_model(small_models.hf_clip()).save(tmp_path / "base")
@@ -167,7 +128,7 @@ def test_without_peft_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Mon
         load_model(tmp_path / "adapter")
 
 
-def test_weights_beside_the_adapters_are_not_lost_in_silence(tmp_path: Path) -> None:
+def test_weights_beside_the_adapters_are_not_lost_in_silence(tmp_path):
     given = wrapped(small_models.hf_clip())
     given.get_parameter("base_model.model.visual_projection.weight").requires_grad_(True)
     result = erase(given)
@@ -175,7 +136,7 @@ def test_weights_beside_the_adapters_are_not_lost_in_silence(tmp_path: Path) -> 
         result.save(tmp_path / "erased")
 
 
-def test_adapters_that_would_train_in_vain_are_refused() -> None:
+def test_adapters_that_would_train_in_vain_are_refused():
     given: Any = wrapped(small_models.hf_clip())
     given.merge_adapter()
     with pytest.raises(InputError, match=r"merged .*unmerge_adapter\(\)"):
@@ -186,7 +147,7 @@ def test_adapters_that_would_train_in_vain_are_refused() -> None:
         erase(given)
 
 
-def test_a_prompt_is_not_an_adapter() -> None:
+def test_a_prompt_is_not_an_adapter():
     config = peft.PromptTuningConfig(
         num_virtual_tokens=2, token_dim=32, num_layers=2, num_attention_heads=2
     )
@@ -197,7 +158,7 @@ def test_a_prompt_is_not_an_adapter() -> None:
         load_model(given)
 
 
-def test_open_clip_still_knows_the_architecture_under_adapters() -> None:
+def test_open_clip_still_knows_the_architecture_under_adapters():
     import open_clip
 
     with torch.device("meta"):

@@ -7,14 +7,13 @@ import copy
 import pytest
 import torch
 
-from fasterase.models import DualEncoder
 from fasterase.models.forward import TowerForward, autocast, resolve_precision
 from tests.models.conftest import batch_for, build_model
 
 CPU = torch.device("cpu")
 
 
-def test_features_and_scale_equal_the_model_s(model: DualEncoder) -> None:
+def test_features_and_scale_equal_the_model_s(model):
     pixels, tokens = batch_for(model)
     image, text, scale = TowerForward(model, precision="fp32")(pixels, tokens)
     assert torch.equal(image, model.encode_image(pixels))
@@ -22,7 +21,7 @@ def test_features_and_scale_equal_the_model_s(model: DualEncoder) -> None:
     assert torch.equal(scale, model.scale())
 
 
-def test_absent_inputs_give_no_features() -> None:
+def test_absent_inputs_give_no_features():
     model = build_model("hf_clip")
     pixels, tokens = batch_for(model)
     forward = TowerForward(model, precision="fp32")
@@ -35,7 +34,7 @@ def test_absent_inputs_give_no_features() -> None:
 
 @pytest.mark.parametrize("image_trained", [True, False])
 @pytest.mark.parametrize("text_trained", [True, False])
-def test_only_trained_towers_have_a_graph(image_trained: bool, text_trained: bool) -> None:
+def test_only_trained_towers_have_a_graph(image_trained, text_trained):
     model = build_model("hf_clip")
     forward = TowerForward(
         model, precision="fp32", image_trained=image_trained, text_trained=text_trained
@@ -48,11 +47,11 @@ def test_only_trained_towers_have_a_graph(image_trained: bool, text_trained: boo
         assert not any(part.requires_grad for part in forward(*batch_for(model)))
 
 
-def test_gradients_equal_the_model_s() -> None:
+def test_gradients_equal_the_model_s():
     model = build_model("open_clip_vit")
     batch = batch_for(model)
 
-    def gradients(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> list:
+    def gradients(image, text, scale):
         loss = (scale * image @ text.T).square().sum()
         return torch.autograd.grad(loss, [p for _, p in model.trainable("all")])
 
@@ -61,7 +60,7 @@ def test_gradients_equal_the_model_s() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_bf16_runs_in_bf16_and_returns_fp32(model: DualEncoder) -> None:
+def test_bf16_runs_in_bf16_and_returns_fp32(model):
     pixels, tokens = batch_for(model)
     image, text, scale = TowerForward(model, precision="bf16")(pixels, tokens)
     for features, exact in ((image, model.encode_image(pixels)), (text, model.encode_text(tokens))):
@@ -73,7 +72,7 @@ def test_bf16_runs_in_bf16_and_returns_fp32(model: DualEncoder) -> None:
     assert all(p.dtype == torch.float32 for p in model.module.parameters())
 
 
-def test_half_and_double_weights_return_fp32() -> None:
+def test_half_and_double_weights_return_fp32():
     model = build_model("open_clip_vit")
     batch = batch_for(model)
     for dtype in (torch.bfloat16, torch.float64):
@@ -83,7 +82,7 @@ def test_half_and_double_weights_return_fp32() -> None:
         assert text.dtype == torch.float32
 
 
-def test_a_copy_runs_its_own_weights() -> None:
+def test_a_copy_runs_its_own_weights():
     model = build_model("open_clip_vit")
     pixels, _ = batch_for(model)
     forward = TowerForward(model, precision="fp32")
@@ -101,7 +100,7 @@ def test_a_copy_runs_its_own_weights() -> None:
     ("precision", "dtype"),
     [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)],
 )
-def test_autocast_sets_the_dtype_of_products(precision: str, dtype: torch.dtype) -> None:
+def test_autocast_sets_the_dtype_of_products(precision, dtype):
     assert resolve_precision("auto", CPU) == "fp32"
     assert resolve_precision(precision, CPU) == precision
     with autocast(precision, CPU):

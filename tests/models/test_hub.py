@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -20,25 +19,20 @@ from tests import small_models
 
 
 class Hub:
-    """Stands in for `HfApi`: keeps what is uploaded.
+    """Stands in for `HfApi`: keeps what is uploaded in `folder`."""
 
-    Args:
-        folder: where the uploads are kept.
-        existing: name -> whether it is private.
-    """
-
-    def __init__(self, folder: Path, existing: dict[str, bool] | None = None) -> None:
+    def __init__(self, folder):
         self.folder = folder
-        self.existing = existing or {}
+        self.existing: dict[str, bool] = {}  # name -> whether it is private
         self.created: dict[str, bool] = {}
         self.message = self.token = None
         self.refusal = 409
 
-    def __call__(self, token: str | None) -> Hub:
+    def __call__(self, token):
         self.token = token
         return self
 
-    def create_repo(self, name: str, *, private: bool) -> SimpleNamespace:
+    def create_repo(self, name, *, private):
         if name in self.existing or self.refusal == 401:
             from huggingface_hub.errors import HfHubHTTPError
 
@@ -46,10 +40,10 @@ class Hub:
         self.created[name] = private
         return SimpleNamespace(repo_id=name if "/" in name else f"me/{name}")
 
-    def repo_info(self, name: str) -> SimpleNamespace:
+    def repo_info(self, name):
         return SimpleNamespace(id=name, private=self.existing[name])
 
-    def upload_folder(self, *, repo_id: str, folder_path: str, commit_message: str) -> None:
+    def upload_folder(self, *, repo_id, folder_path, commit_message):
         import shutil
 
         self.message = commit_message
@@ -63,7 +57,7 @@ def hub(tmp_path, monkeypatch):
     return hub
 
 
-def result(module, **options) -> UnlearnResult:
+def result(module, **options):
     encoder = load_model(module, **options)
     return UnlearnResult(
         model=encoder.module,
@@ -84,7 +78,7 @@ def result(module, **options) -> UnlearnResult:
     )
 
 
-def card(folder: Path) -> tuple[dict, str]:
+def card(folder):
     _, header, text = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     return yaml.safe_load(header), text
 

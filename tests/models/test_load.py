@@ -20,20 +20,20 @@ from tests.models.conftest import Malicious, batch_for, build_model
 
 
 @pytest.fixture(scope="module")
-def open_clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def open_clip_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "open_clip"
     build_model("open_clip_vit").save(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def hf_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "hf"
     build_model("hf_clip").save(folder)
     return folder
 
 
-def test_folders_load_as_str_path_and_local_dir(open_clip_folder: Path, hf_folder: Path) -> None:
+def test_folders_load_as_str_path_and_local_dir(open_clip_folder, hf_folder):
     expected = build_model("open_clip_vit")
     pixels, _ = batch_for(expected)
     for form in (open_clip_folder, str(open_clip_folder), f"local-dir:{open_clip_folder}"):
@@ -45,20 +45,19 @@ def test_folders_load_as_str_path_and_local_dir(open_clip_folder: Path, hf_folde
         assert model.image_transform is not None
 
 
-def test_a_dual_encoder_is_returned_unchanged() -> None:
+def test_a_dual_encoder_is_returned_unchanged():
     model = build_model("hf_clip")
     assert load_model(model) is model
 
 
-def test_an_hf_instance_finds_its_tokenizer_where_it_came_from(hf_folder: Path) -> None:
+def test_an_hf_instance_finds_its_tokenizer_where_it_came_from(hf_folder):
     from transformers import CLIPModel
 
     model = load_model(CLIPModel.from_pretrained(hf_folder))
-    assert model.text_tokenizer is not None
-    assert model.image_transform is not None
+    assert None not in (model.text_tokenizer, model.image_transform)
 
 
-def test_named_open_clip_instances_are_recognised() -> None:
+def test_named_open_clip_instances_are_recognised():
     import open_clip
 
     with torch.device("meta"):
@@ -79,7 +78,7 @@ def test_named_open_clip_instances_are_recognised() -> None:
         (None, "NoneType is not a model"),
         ("nonsense", "neither an open_clip model nor a folder"),
         ("", "neither an open_clip model nor a folder"),
-        ("ViT-B32", "Close open_clip names: ViT-B-32"),
+        ("ViT-B32", "Did you mean .*ViT-B-32"),
         ("ViT-B-32", "Its tags: .*laion2b_s34b_b79k"),
         ("ViT-B-32/", "Its tags: .*laion2b_s34b_b79k"),
         ("ViT-B-32/laion2b_s34b", "close: .*laion2b_s34b_b79k"),
@@ -91,25 +90,21 @@ def test_named_open_clip_instances_are_recognised() -> None:
         (Path(__file__), "is a file"),
     ],
 )
-def test_unusable_models_are_named(model: object, says: str) -> None:
+def test_unusable_models_are_named(model, says):
     with pytest.raises(InputError, match=rf"(?s)^model: .*{says}"):
-        load_model(model)  # type: ignore[arg-type]
+        load_model(model)
 
 
 @pytest.mark.parametrize(
     "model", ["ViT-B-32/laion2b_s34b_b79k", "hf-hub:no-org/no-model", "hf:no-org/no-model"]
 )
-def test_without_network_there_are_no_random_weights(
-    model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_network_there_are_no_random_weights(model, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(InputError, match=r"(?s)^model: .*could not load.*network"):
         load_model(model)
 
 
-def test_folders_without_weights_or_config(
-    open_clip_folder: Path, hf_folder: Path, tmp_path: Path
-) -> None:
+def test_folders_without_weights_or_config(open_clip_folder, hf_folder, tmp_path):
     for source, weights in (
         (open_clip_folder, "open_clip_model.safetensors"),
         (hf_folder, "model.safetensors"),
@@ -124,7 +119,7 @@ def test_folders_without_weights_or_config(
         load_model(empty)
 
 
-def test_missing_weights_are_not_made_up(hf_folder: Path, tmp_path: Path) -> None:
+def test_missing_weights_are_not_made_up(hf_folder, tmp_path):
     from safetensors.torch import load_file, save_file
 
     folder = shutil.copytree(hf_folder, tmp_path / "hf")
@@ -135,19 +130,17 @@ def test_missing_weights_are_not_made_up(hf_folder: Path, tmp_path: Path) -> Non
         load_model(folder)
 
 
-def test_damaged_open_clip_folders(open_clip_folder: Path, tmp_path: Path) -> None:
+def test_damaged_open_clip_folders(open_clip_folder, tmp_path):
     folder = shutil.copytree(open_clip_folder, tmp_path / "damaged")
     config = json.loads((folder / "open_clip_config.json").read_text())
     config["model_cfg"]["text_cfg"]["layers"] = 3
-    (folder / "open_clip_config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=r"^model: .*could not load"):
-        load_model(folder)
-    (folder / "open_clip_config.json").write_text("{")
-    with pytest.raises(InputError, match=r"^model: .*could not load"):
-        load_model(folder)
+    for content in (json.dumps(config), "{"):
+        (folder / "open_clip_config.json").write_text(content)
+        with pytest.raises(InputError, match=r"^model: .*could not load"):
+            load_model(folder)
 
 
-def test_no_folder_is_unpickled(open_clip_folder: Path, hf_folder: Path, tmp_path: Path) -> None:
+def test_no_folder_is_unpickled(open_clip_folder, hf_folder, tmp_path):
     trace = tmp_path / "trace"
     for source, name in (
         (open_clip_folder, "open_clip_pytorch_model.bin"),
@@ -165,7 +158,7 @@ def test_no_folder_is_unpickled(open_clip_folder: Path, hf_folder: Path, tmp_pat
     assert not trace.exists()
 
 
-def test_tensors_in_a_bin_file_do_load(open_clip_folder: Path, tmp_path: Path) -> None:
+def test_tensors_in_a_bin_file_do_load(open_clip_folder, tmp_path):
     from safetensors.torch import load_file
 
     folder = shutil.copytree(open_clip_folder, tmp_path / "bin")
@@ -175,7 +168,7 @@ def test_tensors_in_a_bin_file_do_load(open_clip_folder: Path, tmp_path: Path) -
     assert load_model(folder).fingerprint() == load_model(open_clip_folder).fingerprint()
 
 
-def test_another_transformers_model_is_refused(tmp_path: Path) -> None:
+def test_another_transformers_model_is_refused(tmp_path):
     from transformers import BertConfig
 
     BertConfig(hidden_size=16, num_attention_heads=2).save_pretrained(tmp_path)
@@ -183,32 +176,32 @@ def test_another_transformers_model_is_refused(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
-def test_without_transformers_the_extra_is_named(
-    hf_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_transformers_the_extra_is_named(hf_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(MissingExtraError, match=r"fasterase\[hf\]"):
         load_model(hf_folder)
 
 
-def test_model_name_must_fit() -> None:
-    module = small_models.open_clip_vit()
-    with pytest.raises(InputError, match=r"model_name: .*do not have the shapes"):
-        load_model(module, model_name="ViT-B-32")
-    with pytest.raises(InputError, match="model_name: open_clip knows no"):
-        load_model(module, model_name="ViT-Z")
-    with pytest.raises(InputError, match=r"model_name: .*transformers"):
-        load_model(small_models.hf_clip(), model_name="ViT-B-32")
-    with pytest.raises(InputError, match=r"model_name: .*already says"):
-        load_model("ViT-B-32/openai", model_name="ViT-B-32")
+@pytest.mark.parametrize(
+    ("model", "model_name", "says"),
+    [
+        (small_models.open_clip_vit(), "ViT-B-32", "do not have the shapes"),
+        (small_models.open_clip_vit(), "ViT-Z", "open_clip knows no"),
+        (small_models.hf_clip(), "ViT-B-32", "transformers"),
+        ("ViT-B-32/openai", "ViT-B-32", "already says"),
+    ],
+)
+def test_model_name_must_fit(model, model_name, says):
+    with pytest.raises(InputError, match=f"model_name: .*{says}"):
+        load_model(model, model_name=model_name)
 
 
-def test_openai_tags_run_with_their_own_activation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_openai_tags_run_with_their_own_activation(monkeypatch):
     import open_clip
 
     asked: dict[str, object] = {}
 
-    def create_model(name: str, **options: object) -> nn.Module:
+    def create_model(name, **options):
         asked.update(options, name=name)
         raise RuntimeError("stop here")
 

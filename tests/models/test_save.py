@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -15,17 +14,16 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fasterase.errors import InputError
-from fasterase.files import replace_model_folder
-from fasterase.models import DualEncoder, load_model
+from fasterase.models import load_model
 from tests import small_models
-from tests.models.conftest import batch_for, build_model
+from tests.models.conftest import BUILDERS, batch_for, build_model
 
 
-def safetensors_in(folder: Path) -> list[str]:
+def safetensors_in(folder):
     return sorted(path.name for path in folder.glob("**/*.safetensors"))
 
 
-def nudged(model: DualEncoder) -> DualEncoder:
+def nudged(model):
     """Change all weights, so that a loader cannot pass by rebuilding the model."""
     with torch.no_grad():
         for parameter in model.module.parameters():
@@ -33,17 +31,8 @@ def nudged(model: DualEncoder) -> DualEncoder:
     return model
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "open_clip_vit",
-        "open_clip_resnet",
-        "open_clip_custom_text",
-        "open_clip_siglip",
-        "open_clip_coca",
-    ],
-)
-def test_open_clip_reads_it_as_local_dir(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [kind for kind in BUILDERS if kind.startswith("open_clip")])
+def test_open_clip_reads_it_as_local_dir(kind, tmp_path):
     model = nudged(build_model(kind))
     pixels, tokens = batch_for(model)
     model.save(tmp_path / "erased")
@@ -62,8 +51,8 @@ def test_open_clip_reads_it_as_local_dir(kind: str, tmp_path: Path) -> None:
     assert torch.equal(tokenizer(["a cat"]), model.tokenize(["a cat"]).ids)
 
 
-@pytest.mark.parametrize("kind", ["hf_clip", "hf_siglip", "hf_siglip2"])
-def test_transformers_reads_it_with_from_pretrained(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [kind for kind in BUILDERS if kind.startswith("hf")])
+def test_transformers_reads_it_with_from_pretrained(kind, tmp_path):
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
     model = nudged(build_model(kind))
@@ -81,7 +70,7 @@ def test_transformers_reads_it_with_from_pretrained(kind: str, tmp_path: Path) -
         assert ids == model.tokenize(["a cat"]).ids.tolist()
 
 
-def test_own_folders_come_back_whole(kind: str, tmp_path: Path) -> None:
+def test_own_folders_come_back_whole(kind, tmp_path):
     model = nudged(build_model(kind))
     pixels, tokens = batch_for(model)
     model.save(tmp_path / "erased")
@@ -100,7 +89,7 @@ def test_own_folders_come_back_whole(kind: str, tmp_path: Path) -> None:
             assert json.loads(first.read_text()) == json.loads(second.read_text())
 
 
-def test_temperature_is_written_0d_and_tied_weights_twice(tmp_path: Path) -> None:
+def test_temperature_is_written_0d_and_tied_weights_twice(tmp_path):
     module: Any = small_models.open_clip_custom_text(siglip=True)
     blocks = module.visual.transformer.resblocks
     blocks[1].ln_1.weight = blocks[0].ln_1.weight
@@ -115,7 +104,7 @@ def test_temperature_is_written_0d_and_tied_weights_twice(tmp_path: Path) -> Non
     open_clip.create_model(f"local-dir:{tmp_path}/erased", require_pretrained=True)
 
 
-def test_hf_tokenizer_of_an_open_clip_folder_is_kept(tmp_path: Path) -> None:
+def test_hf_tokenizer_of_an_open_clip_folder_is_kept(tmp_path):
     vocabulary = len(small_models.HF_VOCABULARY)
     source = tmp_path / "source"
     model = load_model(
@@ -132,17 +121,19 @@ def test_hf_tokenizer_of_an_open_clip_folder_is_kept(tmp_path: Path) -> None:
     assert load_model(tmp_path / "again").fingerprint() == loaded.fingerprint()
 
 
-def test_the_fallback_tokenizer_is_not_taken_for_another_vocabulary(tmp_path: Path) -> None:
+def test_the_fallback_tokenizer_is_not_taken_for_another_vocabulary(tmp_path):
     load_model(small_models.open_clip_vit(vocab_size=500)).save(tmp_path / "erased")
     assert load_model(tmp_path / "erased").text_tokenizer is None
 
 
-def test_unknown_architecture_saves_weights_and_says_how(tmp_path: Path) -> None:
-    from open_clip.model import CustomTextCLIP
+TIMM_CONFIG = {
+    **small_models.open_clip_config(),
+    "vision_cfg": {"timm_model_name": "test_vit", "image_size": 160},
+}
 
-    config = small_models.open_clip_config()
-    config["vision_cfg"] = {"timm_model_name": "test_vit", "image_size": 160}
-    module = CustomTextCLIP(**config).eval()
+
+def test_unknown_architecture_saves_weights_and_says_how(tmp_path):
+    module = open_clip.CustomTextCLIP(**TIMM_CONFIG).eval()
     model = load_model(module)
     model.save(tmp_path / "erased")
     folder = tmp_path / "erased"
@@ -154,18 +145,10 @@ def test_unknown_architecture_saves_weights_and_says_how(tmp_path: Path) -> None
         load_model(folder)
 
 
-def test_model_name_makes_an_unknown_architecture_loadable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from open_clip import factory
-    from open_clip.model import CustomTextCLIP
-
-    config = small_models.open_clip_config()
-    config["vision_cfg"] = {"timm_model_name": "test_vit", "image_size": 160}
-    config["custom_text"] = True
-    monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny-timm", config)
-    arguments = {key: value for key, value in config.items() if key != "custom_text"}
-    module = CustomTextCLIP(**arguments).eval()
+def test_model_name_makes_an_unknown_architecture_loadable(tmp_path, monkeypatch):
+    config = {**TIMM_CONFIG, "custom_text": True}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-timm", config)
+    module = open_clip.CustomTextCLIP(**TIMM_CONFIG).eval()
     for model in (load_model(module, model_name="tiny-timm"), load_model(module)):
         assert model.name == "tiny-timm"
         assert model.text_tokenizer is not None
@@ -174,12 +157,12 @@ def test_model_name_makes_an_unknown_architecture_loadable(
         assert torch.equal(read.visual.head.proj.weight, module.visual.head.proj.weight)
 
 
-def test_saving_again_replaces_only_what_fasterase_wrote(tmp_path: Path) -> None:
+def test_saving_again_replaces_only_what_fasterase_wrote(tmp_path):
     model = build_model("open_clip_vit")
     target = tmp_path / "deep" / "erased"
     model.save(target)
     (target / "stale").write_text("x")
-    model.save(str(target))  # type: ignore[arg-type]
+    model.save(str(target))
     assert not (target / "stale").exists()
 
     empty = tmp_path / "empty"
@@ -197,23 +180,7 @@ def test_saving_again_replaces_only_what_fasterase_wrote(tmp_path: Path) -> None
         model.save(foreign / "thesis.tex")
 
 
-def test_a_failed_save_leaves_the_old_model_and_no_litter(tmp_path: Path) -> None:
-    target = tmp_path / "erased"
-    build_model("hf_clip").save(target)
-    before = sorted(path.name for path in target.iterdir())
-
-    def fill_the_disk() -> None:
-        with replace_model_folder(target, library="open_clip") as new:
-            (new / "half").write_text("x")
-            raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        fill_the_disk()
-    assert sorted(path.name for path in target.iterdir()) == before
-    assert [path.name for path in tmp_path.iterdir()] == ["erased"]
-
-
-def test_saved_half_precision_is_read_back_as_fp32(tmp_path: Path) -> None:
+def test_saved_half_precision_is_read_back_as_fp32(tmp_path):
     model = build_model("hf_clip")
     model.module.half()
     model.save(tmp_path / "half")

@@ -17,37 +17,31 @@ from fasterase.ops.contrastive import (
     weighted_contrastive,
 )
 from fasterase.ops.contrastive import triton as triton_backend
-from tests.ops import criterion_checks
+from tests.ops import criterion_checks, triton_checks
+from tests.ops.calls import norm_error
 from tests.ops.test_contrastive import (  # noqa: F401, over the backends of this process
+    test_a_matched_pair_keeps_its_tiny_cross_entropy,
+    test_autocast_changes_nothing,
+    test_inputs_without_gradient,
     test_nan_and_infinite_scales_do_not_give_numbers,
     test_nan_stays_nan_and_in_its_group,
+    test_second_backward_over_a_retained_graph,
+    test_small_groups,
 )
-from tests.ops.triton_checks import (
-    SMALL_TILE,
+from tests.ops.triton_checks import (  # noqa: F401, a fixture
     batch_on,
     check,
     check_guard,
     check_nothing_beyond_is_read,
     check_torch_tiles,
     flags,
-    norm_error,
     run,
+    small_tiles,
 )
 
 FP32, FP16 = torch.float32, torch.float16
 
-# The interpreter computes in NumPy, which warns of infinities that the kernels handle: log(0) in a
-# group of one pair, exponentials that overflow before the guard replaces them.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
-]
-
-
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
-    for key in triton_plan.TILES:
-        monkeypatch.setitem(triton_plan.TILES, key, SMALL_TILE)
+pytestmark = triton_checks.INTERPRETED
 
 
 @pytest.fixture
@@ -77,6 +71,7 @@ def short_strips(monkeypatch):
         (FP16, 130, 64, 96, 14.3, (1, 2, 127), 90),
         (FP32, 65, 128, 128, 14.3, (64, 1), None),
         (FP16, 65, 128, 128, 100.0, None, None),
+        (FP32, 6, 1, 1, 30.0, (2, 1, 0, 3), None),
     ],
 )
 def test_matches_the_oracle(dtype, n, width, ref_width, scale, groups, labels):
@@ -151,43 +146,6 @@ def test_the_same_bits_every_time_and_over_a_retained_graph():
     first, second = (run(call, upstream, (30, 40)) for _ in range(2))
     for left, right in zip(first, second, strict=True):
         assert all(map(torch.equal, left, right))
-
-
-@pytest.mark.parametrize("wanted", [("image",), ("text",), ("scale",), ("image", "scale")])
-def test_inputs_without_gradient(wanted):
-    call, _ = batch_on("cpu", FP32, 30, 20, 12, 14.3)
-    gradients = {}
-    for chosen in (("image", "text", "scale"), wanted):
-        for name in ("image", "text", "scale"):
-            call[name] = call[name].detach().requires_grad_(name in chosen)
-        sum(x.sum() for x in contrastive(**call, backend="triton")).backward()
-        for name in chosen:
-            gradients.setdefault(name, []).append(call[name].grad)
-    for name in wanted:
-        torch.testing.assert_close(*gradients[name], rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("groups", [(1,), (1, 1), (2, 1, 0, 3)])
-def test_small_groups(groups):
-    n = sum(groups)
-    check("cpu", FP32, n, 5, 3, 30.0, groups)
-    call, _ = batch_on("cpu", FP32, n, 1, 1, 30.0)
-    losses, gradients = run(call, np.ones((4, n)), groups)
-    assert all(bool(x.isfinite().all()) for x in (*losses, *gradients))
-    if groups[0] == 1:
-        assert all(x[0].item() == 0 for x in losses)
-
-
-def test_a_matched_pair_keeps_its_tiny_cross_entropy():
-    call, batch = batch_on("cpu", FP32, 40, 128, 128, 100.0)
-    call["text"] = call["image"].detach()
-    ce = contrastive(**call, backend="triton").ce_row.double()
-    cosine = batch.image @ batch.image.T
-    gaps = 100.0 * (cosine - np.diag(cosine)[:, None])
-    np.fill_diagonal(gaps, -np.inf)
-    expected = np.log1p(np.exp(gaps).sum(1))
-    assert expected.max() < 1e-12
-    torch.testing.assert_close(ce.detach(), torch.tensor(expected), rtol=1e-4, atol=0)
 
 
 def test_torch_operator_and_compile():

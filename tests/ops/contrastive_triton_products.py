@@ -17,15 +17,14 @@ from fasterase.objective import Objective, weighted_erase_loss
 from fasterase.ops.contrastive import contrastive, explain_backend, triton_plan
 from fasterase.ops.contrastive import triton as triton_backend
 from tests import oracle
-from tests.ops.triton_checks import SMALL_TILE, batch_on, norm_error, run
+from tests.ops import triton_checks
+from tests.ops.calls import norm_error
+from tests.ops.triton_checks import batch_on, run, small_tiles  # noqa: F401, a fixture
 from tests.tiny_model import TinyModel, pairs
 
 FP32, FP16 = torch.float32, torch.float16
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
-]
+pytestmark = triton_checks.INTERPRETED
 
 
 class Counted:
@@ -37,12 +36,6 @@ class Counted:
     def __getitem__(self, grid):
         self.launched.append(self.name)
         return self.kernel[grid]
-
-
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
-    for key in triton_plan.TILES:
-        monkeypatch.setitem(triton_plan.TILES, key, SMALL_TILE)
 
 
 @pytest.fixture
@@ -230,7 +223,7 @@ def test_products_of_a_call(monkeypatch):
     assert products(**halves) == products(**halves, products="fp32") == "fp16"
     halves["ref_text"] = call["ref_text"]
     assert products(**halves) == "fp32"  # never one of them alone
-    monkeypatch.setattr("fasterase.ops.contrastive.products.allows_tf32", lambda: True)
+    monkeypatch.setattr("fasterase.ops.contrastive.checks.allows_tf32", lambda: True)
     assert products() == "tf32"
     assert products(products="fp32") == "fp32"
     assert str(explain_backend(**call, backend="triton")).startswith("triton, tf32 products: ")

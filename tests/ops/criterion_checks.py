@@ -18,6 +18,7 @@ import torch
 from fasterase.objective import erase_loss
 from fasterase.ops.contrastive import contrastive
 from tests import oracle
+from tests.ops.calls import INPUTS, rounded, tensors
 
 RELATIVE = 3e-4
 SHAPES = (((123, 80), 48), ((67, 33), 33), ((130, 64), 96), ((65, 128), 128), ((252, 507), 507))
@@ -33,12 +34,11 @@ OPTIONS = [
 def batch_of(shape, scale, labelled):
     """As fp32 holds it, so that the oracle sees what the operator sees."""
     (n, width), ref_width = shape
-    batch = oracle.clip_like(
-        n, width, scale, ref_width=ref_width, num_labels=n // 2 if labelled else None, seed=n
+    return rounded(
+        oracle.clip_like(
+            n, width, scale, ref_width=ref_width, num_labels=n // 2 if labelled else None, seed=n
+        )
     )
-    for name in ("image", "text", "ref_image", "ref_text", "scale", "ref_scale"):
-        setattr(batch, name, np.float64(np.float32(getattr(batch, name))))
-    return batch
 
 
 def expected(batch, *, has_retain, **options):
@@ -54,17 +54,13 @@ def expected(batch, *, has_retain, **options):
 
 
 def found(backend, batch, *, has_retain, **options):
-    call = {
-        name: torch.tensor(getattr(batch, name), dtype=torch.float32)
-        for name in ("image", "text", "scale", "ref_image", "ref_text", "ref_scale")
-    }
-    wanted = [call[name].requires_grad_() for name in ("image", "text", "scale")]
-    labels = None if batch.labels is None else torch.tensor(batch.labels)
+    call = tensors(batch)
+    wanted = [call[name] for name in INPUTS]
     n_forget = 0 if has_retain else len(batch.image)
-    loss = erase_loss(**call, labels=labels, n_forget=n_forget, backend=backend, **options)
+    loss = erase_loss(**call, n_forget=n_forget, backend=backend, **options)
     gradients = torch.autograd.grad(loss.total, wanted)
     return {
-        **contrastive(**call, labels=labels, backend=backend)._asdict(),
+        **contrastive(**call, backend=backend)._asdict(),
         **loss._asdict(),
         **dict(zip(("d_image", "d_text", "d_scale"), gradients, strict=True)),
     }

@@ -12,6 +12,7 @@ from torch._C import DispatchKey, DispatchKeySet
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasterase.ops.contrastive import available_backends, contrastive, weighted_contrastive
+from tests.ops.calls import INPUTS, features
 
 TILED = [name for name in available_backends() if name not in ("dense", "triton")]
 N, D = 600, 32
@@ -34,15 +35,15 @@ class MultiplyAdds(TorchDispatchMode):
 
 
 def batch(**grads):
-    torch.manual_seed(0)
-    features = [torch.nn.functional.normalize(torch.randn(N, D), dim=1) for _ in range(4)]
-    image, text = (
-        x.requires_grad_(grads.get(name, True))
-        for name, x in zip(("image", "text"), features, strict=False)
+    image, text, scale, *reference = features(N, D)
+    for name, each in zip(INPUTS, (image, text, scale), strict=True):
+        each.requires_grad_(grads.get(name, True))
+    return (
+        image,
+        text,
+        scale,
+        dict(zip(("ref_image", "ref_text", "ref_scale"), reference, strict=True)),
     )
-    scale = torch.tensor(20.0, requires_grad=grads.get("scale", True))
-    reference = {"ref_image": features[2], "ref_text": features[3], "ref_scale": 20.0}
-    return image, text, scale, reference
 
 
 def products(function):

@@ -5,22 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fasterase.ops.contrastive import available_backends, contrastive
+from fasterase.ops.contrastive import available_backends
+from tests.ops.calls import features, weighted_mean
 
 # On CPU tensors; test_contrastive_triton*.py have the GPU's backend.
 BACKENDS = tuple(name for name in available_backends() if name not in ("dense", "triton"))
 # Further arguments of each forward. cpu: tiles of 8, some of the 2 x 15 x 15 + 2 x 25 x 25 logits
 # kept; tiles of 512, none kept.
 OPTIONS = {"chunked": [(), ()], "cpu": [(8, 700), (512, 0)]}
-
-
-def features(n=40, dtype=torch.float32, *, feature_dtype=None):
-    torch.manual_seed(0)
-    sides = [torch.nn.functional.normalize(torch.randn(n, 8, dtype=dtype)) for _ in range(4)]
-    image, text, ref_image, ref_text = (side.to(feature_dtype or dtype) for side in sides)
-    scale, ref_scale = torch.tensor(30.0, dtype=dtype), torch.tensor(20.0, dtype=dtype)
-    differentiable = (x.requires_grad_() for x in (image, text, scale))
-    return *differentiable, ref_image, ref_text, ref_scale
 
 
 def operators(backend):
@@ -89,18 +81,12 @@ def test_gradients_come_rounded_or_in_the_dtype_of_the_computation(backend):
     assert torch.equal(only_text[1], exact[1])
 
 
-def total(image, text, scale, ref_image, ref_text, ref_scale, backend):
-    reference = {"ref_image": ref_image, "ref_text": ref_text, "ref_scale": ref_scale}
-    losses = contrastive(image, text, scale, **reference, backend=backend)
-    return sum(weight * x.mean() for weight, x in enumerate(losses, 1))
-
-
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 def test_compiles_as_one_graph(backend):
-    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(weighted_mean, fullgraph=True, backend="aot_eager")
     for n in (40, 52, 57):  # from the second on with symbolic sizes
         batch = features(n)
-        found, expected = (f(*batch, backend) for f in (compiled, total))
+        found, expected = (f(*batch, backend) for f in (compiled, weighted_mean))
         assert torch.equal(found, expected)
         gradients = [torch.autograd.grad(x, batch[:3]) for x in (found, expected)]
         assert all(map(torch.equal, *gradients))

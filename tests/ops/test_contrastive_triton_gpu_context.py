@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 from fasterase.objective import Objective, weighted_erase_loss
 from fasterase.ops.contrastive import contrastive, explain_backend
 from tests.ops import triton_checks
+from tests.ops.calls import INPUTS, assert_same_bits, without_reference
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -29,12 +30,8 @@ def batch(dtype=torch.bfloat16, n=500, width=64, **options):
 def run(call, groups=None, **options):
     """All losses and gradients of a call, for equal weights."""
     losses = [x for x in contrastive(**call, groups=groups, **options) if x is not None]
-    leaves = [call["image"], call["text"], call["scale"]]
+    leaves = [call[name] for name in INPUTS]
     return [*losses, *torch.autograd.grad(sum(x.sum() for x in losses), leaves)]
-
-
-def assert_same_bits(left, right):
-    assert all(map(torch.equal, left, right))
 
 
 def needs_free(gib: float) -> None:
@@ -48,7 +45,7 @@ def test_a_device_that_is_not_the_current_one():
     call = batch()
     expected = run(call)
     there = {k: v.detach().to("cuda:1") for k, v in call.items()}
-    for name in ("image", "text", "scale"):
+    for name in INPUTS:
         there[name].requires_grad_()
     found = run(there)
     assert {x.device.index for x in found} == {1}
@@ -69,7 +66,7 @@ def test_kernels_follow_the_current_stream():
         torch.cuda._sleep(200_000_000)  # about 0.1 s
         for name, value in late.items():
             value.copy_(call[name].detach())
-        for name in ("image", "text", "scale"):
+        for name in INPUTS:
             late[name].requires_grad_()
         found = run(late)
     torch.cuda.current_stream().wait_stream(stream)
@@ -108,15 +105,14 @@ def test_more_than_two_to_the_31_numbers_in_the_features():
 def test_strips_of_more_than_two_to_the_31_numbers(monkeypatch):
     needs_free(16)
     call = batch(n=65536)
-    call = triton_checks.without_reference(call)
+    call = without_reference(call)
     expected = run(call)
     monkeypatch.setattr(WORKSPACE, 6 * 2**30)  # 49,152 rows of G in bf16
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     found = run(call)
     assert torch.cuda.max_memory_allocated() - before > 2**32
-    for left, right in zip(found, expected, strict=True):
-        torch.testing.assert_close(left, right, rtol=2e-2, atol=1e-3)
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-3)
 
 
 @needs_gpu
@@ -145,8 +141,7 @@ def test_tf32_is_used_only_if_torch_allows_it():
         torch.set_float32_matmul_precision(before)
     assert_same_bits(still_exact, exact)
     assert not torch.equal(rounded[0], exact[0])
-    for left, right in zip(rounded[:2], exact[:2], strict=True):
-        torch.testing.assert_close(left, right, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(rounded[:2], exact[:2], rtol=2e-2, atol=2e-2)
 
 
 @needs_gpu
@@ -158,7 +153,7 @@ def test_autocast_rounds_the_products_of_fp32_features(name):
         assert explain_backend(**call).products == name
         losses = [x for x in contrastive(**call) if x is not None]
     # As in AMP: the backward pass runs outside of autocast.
-    leaves = [call["image"], call["text"], call["scale"]]
+    leaves = [call[name] for name in INPUTS]
     gradients = torch.autograd.grad(sum(x.sum() for x in losses), leaves)
     assert_same_bits([*losses, *gradients], expected)
     assert {x.dtype for x in (*losses, *gradients)} == {torch.float32}
@@ -173,7 +168,7 @@ def test_nothing_is_read_before_it_is_written(dtype, has_ref, monkeypatch):
     monkeypatch.setattr(LEAST_ROWS, 1)
     call = batch(dtype, labels=90)
     if not has_ref:
-        call = triton_checks.without_reference(call)
+        call = without_reference(call)
     expected = run(call, (200, 300))
 
     def filled(allocate):
@@ -247,8 +242,7 @@ def test_a_cuda_graph_of_a_whole_step():
     assert all(map(torch.equal, snapshot(), start))  # capturing runs nothing
     graph.replay()
     torch.testing.assert_close(loss, expected_loss)
-    for found, value in zip(snapshot(), expected, strict=True):
-        torch.testing.assert_close(found, value, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(snapshot(), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_what_the_tests_on_a_gpu_replace_exists():

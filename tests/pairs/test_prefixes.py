@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fasterase.models.prefix import Halfway
+from fasterase.models.forward import Halfway
 from fasterase.pairs.batches import step_batches, sweep
 from fasterase.pairs.images import ImageFiles
 from fasterase.pairs.open import open_pairs

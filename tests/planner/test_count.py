@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fasterase.models.load import load_architecture
 from fasterase.planner import count
-from fasterase.planner.architecture import build_architecture
 from fasterase.planner.count import Counter, ParameterCounts, StepMemory, Tracer
 from tests import small_models
 
@@ -28,7 +28,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_and_flops_are_the_published_ones(name):
     parameters, image, text = PUBLISHED[name]
-    model = build_architecture(name)
+    model = load_architecture(name)
     counted = sum(each.numel() for each in model.module.parameters())
     assert counted == pytest.approx(1e6 * parameters, rel=0.001)
     tracer = Tracer(model, precision="fp32", on_gpu=False)
@@ -50,7 +50,7 @@ def test_live_bytes_are_those_of_the_graph():
 @pytest.mark.parametrize("build", [small_models.hf_clip, small_models.hf_siglip])
 def test_transformers_models_from_their_configuration(build):
     module = build()
-    model = build_architecture(module.config)
+    model = load_architecture(module.config)
     assert sum(p.numel() for p in model.module.parameters()) == sum(
         p.numel() for p in module.parameters()
     )
@@ -62,7 +62,7 @@ def test_transformers_models_from_their_configuration(build):
 
 
 def test_activation_checkpointing_runs_the_blocks_again_in_less_memory():
-    model = build_architecture(small_models.open_clip_vit(layers=6))
+    model = load_architecture(small_models.open_clip_vit(layers=6))
     tracer = Tracer(model, precision="bf16", on_gpu=True)
     forward = sum(tracer.forward(tower).flops for tower in ("image", "text"))
     whole, again = (
@@ -74,7 +74,7 @@ def test_activation_checkpointing_runs_the_blocks_again_in_less_memory():
 
 
 def test_the_line_between_one_pair_and_the_share_lies_on_the_counted_memory_or_above():
-    model = build_architecture(small_models.open_clip_vit(layers=2))
+    model = load_architecture(small_models.open_clip_vit(layers=2))
     tracer = Tracer(model, precision="fp32", on_gpu=False)
     for pairs in (1, 2, 7, 15):
         counted = tracer.backpropagate(pairs, with_gradients=True).peak_bytes

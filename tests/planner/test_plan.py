@@ -14,7 +14,7 @@ import fasterase
 from fasterase.cli import main
 from fasterase.cli.parser import parse
 from fasterase.errors import InputError
-from fasterase.planner.architecture import build_architecture
+from fasterase.models.load import load_architecture
 from fasterase.planner.count import measure_micro_batch
 from fasterase.planner.plan import _largest
 from tests import small_models
@@ -107,7 +107,7 @@ def test_the_largest_micro_batch_fits_and_a_larger_one_does_not(limit):
 
 
 def test_a_micro_batch_measured_here_is_what_was_counted():
-    model = build_architecture(small_models.open_clip_vit(image_size=128, layers=2))
+    model = load_architecture(small_models.open_clip_vit(image_size=128, layers=2))
     measured = measure_micro_batch(model, precision="fp32")
     # A small model: what the allocator keeps for itself shows.
     assert measured.correction == pytest.approx(1, abs=0.25)

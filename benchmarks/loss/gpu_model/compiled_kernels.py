@@ -30,8 +30,8 @@ from benchmarks.result_files import RESULTS, write_csv
 from fasterase.errors import InputError
 from fasterase.ops.contrastive import triton as triton_backend
 from fasterase.ops.contrastive import triton_plan
+from fasterase.ops.contrastive.checks import resolve_products
 from fasterase.ops.contrastive.operator import Batch, Wanted
-from fasterase.ops.contrastive.products import resolve_products
 
 # Bytes of shared memory available to one block, by architecture.
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fasterase.errors import InputError
 from fasterase.ops.contrastive import cpu
@@ -18,10 +17,12 @@ from fasterase.ops.contrastive.checks import (
     check_groups,
     check_labels,
     check_pairs,
+    check_products,
     check_reference,
     check_scale,
     check_weights,
     compute_dtype,
+    resolve_products,
     scale_tensor,
 )
 from fasterase.ops.contrastive.chunked import contrastive_chunked
@@ -32,10 +33,9 @@ from fasterase.ops.contrastive.operator import (
     Groups,
     Operator,
     Wanted,
-    refuse_second_derivative,
+    differentiable_once,
     unpack_losses,
 )
-from fasterase.ops.contrastive.products import check_products, resolve_products
 
 Backend = Callable[..., Contrastive]  # (*batch, groups)
 
@@ -120,7 +120,8 @@ def contrastive(
         InputError: an argument has the wrong type, shape, dtype or device, the reference requires
             grad, the backend is unknown or not available here, or products is unknown.
     """
-    batch, sizes = _prepare(image, text, scale, ref_image, ref_text, ref_scale, labels, groups)
+    given = Batch(image, text, scale, ref_image, ref_text, ref_scale)  # type: ignore[arg-type]
+    batch, sizes = _prepare(given, labels, groups)
     return _compute(_choose(backend, products, batch), batch, sizes, labels)
 
 
@@ -162,7 +163,8 @@ def weighted_contrastive(
         InputError: `contrastive` would raise it, or weights have the wrong shape, dtype or device,
             or require grad.
     """
-    batch, sizes = _prepare(image, text, scale, ref_image, ref_text, ref_scale, labels, groups)
+    given = Batch(image, text, scale, ref_image, ref_text, ref_scale)  # type: ignore[arg-type]
+    batch, sizes = _prepare(given, labels, groups)
     check_weights(weights, image, ref_image is not None)
     choice = _choose(backend, products, batch)
     weights = weights.to(batch.scale.dtype)
@@ -215,10 +217,10 @@ class _GradientsInForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return _multiply_saved_gradients(ctx, refuse_second_derivative(upstream))
+        return _multiply_saved_gradients(ctx, upstream)
 
 
-@once_differentiable
+@differentiable_once
 def _multiply_saved_gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     gradients = (
         (gradient * upstream).to(dtype) if is_wanted else None
@@ -270,12 +272,9 @@ def explain_backend(
     backend: str = "auto",
     products: str = "auto",
 ) -> BackendChoice:
-    """The backend that the same call of `contrastive` uses, why, and how it multiplies features.
-
-    Raises:
-        InputError: `contrastive` would raise it.
-    """
-    batch, _ = _prepare(image, text, scale, ref_image, ref_text, ref_scale, labels, groups)
+    """The backend that the same call of `contrastive` uses; raises what that would raise."""
+    given = Batch(image, text, scale, ref_image, ref_text, ref_scale)  # type: ignore[arg-type]
+    batch, _ = _prepare(given, labels, groups)
     return _choose(backend, products, batch)
 
 
@@ -308,35 +307,28 @@ def choose_backend(backend: str, pairs: tuple[Tensor, Tensor] | None = None) -> 
 
 
 def _prepare(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor | float,
-    ref_image: Tensor | None,
-    ref_text: Tensor | None,
-    ref_scale: Tensor | float | None,
+    given: Any,  # a Batch whose scales may be numbers
     labels: Tensor | None,
     groups: tuple[int, ...] | None,
 ) -> tuple[Batch, Groups]:
     """Check all arguments but the backend; the batch, and the sizes of the groups with rows."""
-    check_pairs(image, text)
-    check_scale(scale, "scale")
-    dtype = compute_dtype(image, text)
-    reference = {"ref_image": ref_image, "ref_text": ref_text, "ref_scale": ref_scale}
-    missing = [name for name, value in reference.items() if value is None]
+    check_pairs(given.image, given.text)
+    check_scale(given.scale, "scale")
+    missing = [name for name, value in given._asdict().items() if value is None]
     if 0 < len(missing) < 3:
         raise InputError(
             f"ref_image, ref_text and ref_scale go together; {' and '.join(missing)} missing. "
             f"Pass all three, or none."
         )
-    if ref_scale is not None:
-        check_reference(image, ref_image, ref_text)
-        check_scale(ref_scale, "ref_scale")
-        ref_scale = scale_tensor(ref_scale, image, dtype).detach()
+    image, dtype = given.image, compute_dtype(given.image, given.text)
+    if not missing:
+        check_reference(image, given.ref_image, given.ref_text)
+        check_scale(given.ref_scale, "ref_scale")
+        given = given._replace(ref_scale=scale_tensor(given.ref_scale, image, dtype).detach())
     if labels is not None:
         check_labels(labels, len(image))
     sizes = check_groups(groups, len(image))
-    scale = scale_tensor(scale, image, dtype)
-    return Batch(image, text, scale, ref_image, ref_text, ref_scale), sizes
+    return given._replace(scale=scale_tensor(given.scale, image, dtype)), sizes
 
 
 def _choose(backend: str, products: str, batch: Batch) -> BackendChoice:
@@ -358,8 +350,10 @@ def _compute(
         native = backend.native(*batch, groups, labels, *options)
         return Contrastive(*native, *(None,) * (4 - len(native)))
     kinds = find_kinds(labels, groups, batch.image.device)
-    products = (choice.products,) if isinstance(backend, Operator) else ()
-    losses = backend(*batch, groups, *products)
+    if isinstance(backend, Operator):
+        losses = backend(batch, groups, choice.products)
+    else:
+        losses = backend(*batch, groups)
     if kinds is None:
         return losses
     terms = multiply_gaps(batch.image, batch.text, kinds, batch.scale.dtype)

@@ -1,7 +1,15 @@
-"""What the contrastive operator and the objectives above it accept."""
+"""What the operator and the objectives above it accept, and how features are multiplied.
+
+Only `triton` has a choice of products; the other backends multiply in the dtype of the computation.
+Features of half precision are multiplied as they are: the sum of their exact products is taken in
+fp32. Others may be rounded to fp16 or bf16 first, all or none: the KL of two equal models stays 0.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,28 +17,30 @@ from torch import Tensor
 
 from fasterase.errors import InputError
 
+PRODUCTS = ("auto", "fp32", "fp16", "bf16")
+HALF_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
 
 def check_pairs(image: Any, text: Any, names: tuple[str, str] = ("image", "text")) -> None:
     """Both are [N, D] floating-point tensors, of one shape and on one device."""
     for name, value in zip(names, (image, text), strict=True):
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or value.dim() != 2:
             raise InputError(
-                f"{name} must be a torch.Tensor of features, shape (N, D); "
-                f"got {type(value).__name__}."
-            )
-        if value.dim() != 2:
-            raise InputError(
-                f"{name} must have shape (N, D), one row a pair; got {tuple(value.shape)}."
+                f"{name} must be a torch.Tensor of features, shape (N, D), one row a pair; "
+                f"got {_describe(value)}."
             )
         _check_dtype(value, name)
-    if image.shape != text.shape:
+    if image.shape != text.shape or image.device != text.device:
         raise InputError(
-            f"{names[0]} and {names[1]} must have the same shape, row i of both being pair i; "
-            f"got {tuple(image.shape)} and {tuple(text.shape)}."
+            f"{names[0]} and {names[1]} must have the same shape, row i of both being pair i, on "
+            f"one device; got {_describe(image)} and {_describe(text)}."
         )
-    if image.device != text.device:
-        found = f"got {image.device} and {text.device}."
-        raise InputError(f"{names[0]} and {names[1]} must be on one device; {found}")
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
+    return type(value).__name__
 
 
 def _check_dtype(value: Tensor, name: str) -> None:
@@ -44,15 +54,10 @@ def _check_dtype(value: Tensor, name: str) -> None:
 def check_reference(image: Tensor, ref_image: Any, ref_text: Any) -> None:
     """The original's features fit the batch and are constants."""
     check_pairs(ref_image, ref_text, ("ref_image", "ref_text"))
-    if len(ref_image) != len(image):
+    if len(ref_image) != len(image) or ref_image.device != image.device:
         raise InputError(
-            f"ref_image and ref_text must have one row a pair, {len(image)} as image has; "
-            f"got {len(ref_image)}."
-        )
-    if ref_image.device != image.device:
-        raise InputError(
-            f"ref_image and ref_text must be on image's device {image.device}; "
-            f"got {ref_image.device}."
+            f"ref_image and ref_text must have one row a pair, {len(image)} as image has, on "
+            f"image's device {image.device}; got {_describe(ref_image)}."
         )
     for name, value in (("ref_image", ref_image), ("ref_text", ref_text)):
         if value.requires_grad:
@@ -65,16 +70,15 @@ def check_reference(image: Tensor, ref_image: Any, ref_text: Any) -> None:
 def check_scale(value: Any, name: str) -> None:
     """`exp(logit_scale)`: a 0-d tensor, or a positive finite number."""
     if isinstance(value, Tensor):
-        if value.dim() != 0 or not value.is_floating_point():
-            raise InputError(
-                f"{name} must be a 0-d floating-point tensor or a float, exp(logit_scale); "
-                f"got shape {tuple(value.shape)}, {value.dtype}."
-            )
-    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        is_known = value.dim() == 0 and value.is_floating_point()
+    else:
+        is_known = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_known:
         raise InputError(
-            f"{name} must be a 0-d tensor or a float, exp(logit_scale); got {type(value).__name__}."
+            f"{name} must be a 0-d floating-point tensor or a float, exp(logit_scale); "
+            f"got {_describe(value)}."
         )
-    elif not 0 < value <= torch.finfo(torch.float32).max:
+    if not isinstance(value, Tensor) and not 0 < value <= torch.finfo(torch.float32).max:
         raise InputError(
             f"{name} must be a positive number, exp(logit_scale), that fits fp32; got {value}."
         )
@@ -82,16 +86,11 @@ def check_scale(value: Any, name: str) -> None:
 
 def check_labels(labels: Any, rows: int) -> None:
     """[N] integers."""
-    if not isinstance(labels, Tensor):
-        raise InputError(
-            f"labels must be a tensor of {rows} integers, one a pair; got {type(labels).__name__}."
-        )
+    if not isinstance(labels, Tensor) or labels.shape != (rows,):
+        found = _describe(labels)
+        raise InputError(f"labels must be a tensor of {rows} integers, one a pair; got {found}.")
     if labels.dtype is torch.bool or labels.is_floating_point() or labels.is_complex():
         raise InputError(f"labels must be integers; got {labels.dtype}. Use labels.long().")
-    if labels.shape != (rows,):
-        raise InputError(
-            f"labels must have shape ({rows},), one integer a pair; got {tuple(labels.shape)}."
-        )
 
 
 def check_groups(groups: Any, rows: int) -> tuple[int, ...]:
@@ -113,14 +112,13 @@ def check_weights(weights: Any, image: Tensor, has_reference: bool) -> None:
     """[4, N] constants, one a loss and pair; [2, N] where there are no KLs."""
     names = ("ce_row", "ce_col", "kl_row", "kl_col")[: 4 if has_reference else 2]
     shape = (len(names), len(image))
-    of = f"shape {shape}, of {', '.join(names)}"
-    if not isinstance(weights, Tensor):
-        raise InputError(f"weights must be a tensor of {of}; got {type(weights).__name__}.")
-    if weights.shape != shape:
-        raise InputError(f"weights must have {of}; got {tuple(weights.shape)}.")
+    is_tensor = isinstance(weights, Tensor)
+    if not is_tensor or weights.shape != shape or weights.device != image.device:
+        raise InputError(
+            f"weights must be a tensor of shape {shape}, of {', '.join(names)}, on image's device "
+            f"{image.device}; got {_describe(weights)}."
+        )
     _check_dtype(weights, "weights")
-    if weights.device != image.device:
-        raise InputError(f"weights must be on image's device {image.device}; got {weights.device}.")
     if weights.requires_grad:
         raise InputError(
             "weights require grad, but are constants here. Pass weights.detach(), or weight the "
@@ -138,3 +136,64 @@ def scale_tensor(value: Tensor | float, image: Tensor, dtype: torch.dtype) -> Te
     if isinstance(value, Tensor):
         return value.to(device=image.device, dtype=dtype)
     return image.new_full((), value, dtype=dtype)  # filled there: a copy would wait for the device
+
+
+def check_products(products: Any) -> None:
+    """Refuse what is not in `PRODUCTS`."""
+    if products not in PRODUCTS:
+        raise InputError(
+            f"products must be one of {', '.join(map(repr, PRODUCTS))}; got {products!r}."
+        )
+
+
+def resolve_products(
+    products: str,
+    backend: str,
+    features: Sequence[Tensor],  # image, text and, if there is a reference, its two
+) -> str:
+    """How a call multiplies `features`: "fp16", "bf16", "tf32", "fp32" or "fp64"."""
+    if any(each.dtype == torch.float64 for each in features[:2]):
+        return "fp64"
+    if backend != "triton":
+        return "tf32" if features[0].is_cuda and allows_tf32() else "fp32"
+    if products in HALF_DTYPES:
+        return products
+    dtypes = [each.dtype for each in features]
+    if products == "auto" and torch.is_autocast_enabled("cuda"):
+        dtypes = [torch.get_autocast_dtype("cuda")]
+    for name, dtype in HALF_DTYPES.items():
+        if all(each == dtype for each in dtypes):
+            return name
+    return "tf32" if products == "auto" and allows_tf32() else "fp32"
+
+
+def allows_tf32() -> bool:
+    """Decide as cuBLAS does. torch 2.9 has settings per backend, which older functions reject."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):
+        return matmul.fp32_precision == "tf32"
+    return matmul.allow_tf32
+
+
+# A constant to torch.compile, which compiles anew when the setting changes.
+allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def refuse_tf32() -> Iterator[None]:
+    """Keep cuBLAS from taking TF32, whatever torch's settings say."""
+    if not allows_tf32():
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    try:
+        before = torch.get_float32_matmul_precision()
+        restore = partial(torch.set_float32_matmul_precision, before)
+        torch.set_float32_matmul_precision("highest")
+    except RuntimeError:  # set through `fp32_precision`, which must not be mixed with these
+        restore = partial(setattr, matmul, "fp32_precision", "tf32")
+        matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        restore()

@@ -275,15 +275,8 @@ def _backward(
                     statistics[..., rows], shared, strict=True
                 )
             ]
-            _add_gradients(
-                None if d_image is None else d_image[rows],
-                None if d_text is None else d_text[rows],
-                logits,
-                ref,
-                softmaxes,
-                ce,
-                kl,
-            )
+            of_image, of_text = (None if x is None else x[rows] for x in (d_image, d_text))
+            _add_gradients(of_image, of_text, logits, ref, softmaxes, ce, kl)
         d_scale = None
         if wanted.scale:
             side, d_side = (text, d_text) if d_image is None else (image, d_image)
@@ -299,10 +292,9 @@ def _backward(
 
 
 def _normalise_upstream(upstream: Tensor) -> tuple[Tensor, Tensor]:
-    """Divide upstream gradients [2 or 4, N] by their largest finite magnitude; return both.
+    """(upstream / its largest finite magnitude, [2 (ce, kl), 2 (row, col), N]; that magnitude).
 
-    The quotients have shape [2 (ce, kl), 2 (row, col), N]. Weights of about 1 keep a 1/N out of
-    factors that may be 1e-34 already (sums up to exp(78)).
+    Weights of about 1 keep a 1/N out of factors that may be 1e-34 already (sums up to exp(78)).
     """
     largest = upstream.abs().masked_fill(~upstream.isfinite(), 0.0).amax()
     weights = upstream / torch.where(largest == 0, torch.ones_like(largest), largest)

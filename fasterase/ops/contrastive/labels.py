@@ -30,7 +30,7 @@ class Kinds(NamedTuple):
     """Which rows share a label. The operators take the fields stacked, [4, N].
 
     A kind is a label in its group; a piece is up to `_PIECE` rows of one kind. Both are numbered
-    from 0. There may be fewer than N of them; the last numbers then belong to no row.
+    from 0; numbers that no row needs come last.
     """
 
     of_row: Tensor  # [N] the kind of a row
@@ -48,8 +48,7 @@ def find_kinds(
 ) -> Tensor | None:
     """`Kinds`, stacked, [4, N], on device; None if no label is known to occur twice in a group.
 
-    The terms are then exactly 0 and need not be computed. Labels on a device are not looked at, so
-    that nothing waits for it.
+    The terms are then exactly 0. Labels on a device are not looked at, so nothing waits for it.
     """
     if labels is None or not groups:
         return None

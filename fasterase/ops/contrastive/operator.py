@@ -74,42 +74,33 @@ Options = Callable[[Batch, Groups, bool, str], tuple[Any, ...]]
 
 @dataclass(frozen=True)
 class Operator:
-    """A backend: its torch operators. Differentiable once, for any upstream gradients.
+    """A backend: its torch operators. Differentiable once, for any upstream gradients."""
 
-    Attributes:
-        forward: `(*batch, groups, *options) -> (losses, statistics, *saved)`.
-        differentiable: the losses of the same call, followed by autograd.
-        backward: `(upstream, *batch, statistics, *saved, groups, *wanted, *options) -> (d_image,
-            d_text, d_scale)`. Of gradients not requested only the dtype is meaningful.
-        options: a function of (batch, groups, whether a backward pass may follow, the resolved
-            products); raises InputError where the backend cannot take the batch.
-        step: `(weights, *batch, groups, *wanted, *options) -> (losses, d_image, d_text, d_scale)`
-            where the backend has a faster way than forward and backward.
-        native: `(*batch, groups, labels, *options)`, the losses, [N] each, followed by autograd and
-            with the terms of repeated labels, where the backend has that in C++.
-    """
-
+    # (*batch, groups, *options) -> (losses, statistics, *saved)
     forward: Callable[..., tuple[Tensor, ...]]
+    # The losses of the same call, followed by autograd.
     differentiable: Callable[..., Tensor]
+    # (upstream, *batch, statistics, *saved, groups, *wanted, *options) -> (d_image, d_text,
+    # d_scale). Of gradients not requested only the dtype is meaningful.
     backward: Callable[..., Any]
+    # Of (batch, groups, whether a backward pass may follow, the resolved products); raises
+    # InputError where the backend cannot take the batch.
     options: Options
     backward_takes_options: bool
+    # (weights, *batch, groups, *wanted, *options) -> (losses, d_image, d_text, d_scale), where the
+    # backend has a faster way than forward and backward.
     step: Callable[..., tuple[Tensor, ...]] | None = None
+    # (*batch, groups, labels, *options): the losses, [N] each, followed by autograd and with the
+    # terms of repeated labels, where the backend has that in C++.
     native: Callable[..., list[Tensor]] | None = None
 
     def __call__(
         self,
-        image: Tensor,
-        text: Tensor,
-        scale: Tensor,
-        ref_image: Tensor | None,
-        ref_text: Tensor | None,
-        ref_scale: Tensor | None,
+        batch: Batch,
         groups: Groups,  # none empty
-        products: str = "fp32",  # as `resolve_products` returns them
+        products: str,  # as `resolve_products` returns them
     ) -> Contrastive:
         """Same numbers as `contrastive_dense`, and the same bits every time."""
-        batch = Batch(image, text, scale, ref_image, ref_text, ref_scale)
         options = self.options(batch, groups, any(batch.requires_grad()), products)
         return unpack_losses(self.differentiable(*batch, groups, *options))
 
@@ -218,10 +209,7 @@ def define(
 def _define_gradients(
     name: str, saved: Sequence[str], run: Callable[..., Any] | Any, key: str | None, more: str
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """Define an operator that makes gradients from weights of the losses.
-
-    It takes what forward has `saved`; where that is nothing, it returns the losses too.
-    """
+    """Define an operator that makes gradients; it returns the losses too if none are `saved`."""
     num_tensors = len(Batch._fields) + len(saved)
 
     def parse(arguments: tuple[Any, ...]) -> tuple[Batch, Wanted, tuple[Any, ...]]:
@@ -235,10 +223,8 @@ def _define_gradients(
         *losses, image, text, scale = run(weights, *given)
         return (
             *losses,
-            _empty_gradient(batch.image, batch, wanted, is_wanted=False)
-            if image is None
-            else image,
-            _empty_gradient(batch.text, batch, wanted, is_wanted=False) if text is None else text,
+            _empty_gradient(batch.image, batch, wanted) if image is None else image,
+            _empty_gradient(batch.text, batch, wanted) if text is None else text,
             batch.scale.new_zeros(()) if scale is None else scale,
         )
 
@@ -247,8 +233,8 @@ def _define_gradients(
         losses = batch.scale.new_empty(2 * batch.matrices, batch.image.shape[0])
         return (
             *(() if saved else (losses,)),
-            _empty_gradient(batch.image, batch, wanted, is_wanted=wanted.image),
-            _empty_gradient(batch.text, batch, wanted, is_wanted=wanted.text),
+            _empty_gradient(batch.image, batch, wanted, wanted.image),
+            _empty_gradient(batch.text, batch, wanted, wanted.text),
             batch.scale.new_empty(()),
         )
 
@@ -258,7 +244,7 @@ def _define_gradients(
     return define(name, schema, compute, key, make_fake_outputs)
 
 
-def _empty_gradient(side: Tensor, batch: Batch, wanted: Wanted, *, is_wanted: bool) -> Tensor:
+def _empty_gradient(side: Tensor, batch: Batch, wanted: Wanted, is_wanted: bool = False) -> Tensor:
     """An empty tensor for a gradient, or in the place of one that is not wanted."""
     dtype = side.dtype if wanted.rounded else batch.scale.dtype
     return side.new_empty(side.shape if is_wanted else 0, dtype=dtype)
@@ -310,6 +296,7 @@ def _save_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 def _make_backward(operator: Operator) -> Callable[..., tuple[Tensor | None, ...]]:
     """The backward pass of losses, which is skipped for losses that nobody uses."""
 
+    @differentiable_once
     def run(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         wants = ctx.needs_input_grad
         wanted = Wanted._make((*wants[:3], True))
@@ -317,21 +304,23 @@ def _make_backward(operator: Operator) -> Callable[..., tuple[Tensor | None, ...
         gradients = (g if is_wanted else None for g, is_wanted in zip(made, wants, strict=False))
         return (*gradients, *(None,) * (len(wants) - 3))
 
-    refuse_or_run = once_differentiable(run)
-
     def differentiate(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if upstream is None:
-            return (None,) * len(ctx.needs_input_grad)
-        chosen = refuse_or_run if torch.is_grad_enabled() else run
-        return chosen(ctx, refuse_second_derivative(upstream))
+        return (None,) * len(ctx.needs_input_grad) if upstream is None else run(ctx, upstream)
 
     return differentiate
 
 
-def refuse_second_derivative(upstream: Tensor) -> Tensor:
-    """Make `once_differentiable` refuse every second derivative.
+def differentiable_once(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a backward pass `(ctx, upstream)` refuse every second derivative.
 
-    By itself it refuses only where the upstream gradient requires grad, but the gradients depend on
-    the features as well.
+    By itself `once_differentiable` refuses only where the upstream gradient requires grad, but the
+    gradients depend on the features as well.
     """
-    return upstream.detach().requires_grad_() if torch.is_grad_enabled() else upstream
+    refuse = once_differentiable(run)
+
+    def differentiate(ctx: Any, upstream: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            return refuse(ctx, upstream.detach().requires_grad_())
+        return run(ctx, upstream)
+
+    return differentiate

@@ -43,8 +43,8 @@ from fasterase.kernels.contrastive_sums import (
 )
 from fasterase.kernels.contrastive_sums_online import row_and_column_sums_online
 from fasterase.ops.contrastive import triton_plan
+from fasterase.ops.contrastive.checks import refuse_tf32
 from fasterase.ops.contrastive.operator import Batch, Gradients, Groups, Wanted, register
-from fasterase.ops.contrastive.products import refuse_tf32
 from fasterase.ops.contrastive.triton_plan import (
     INTERPRETED,
     Features,
@@ -155,8 +155,8 @@ class _Softmaxes(NamedTuple):
 def _compute_losses(problem: _Problem, *, is_step: bool) -> tuple[Tensor, _Softmaxes]:
     """(losses [4 or 2, N], softmaxes).
 
-    is_step: weights are known and strips of G follow, which find the sums of e0 * (s0 - s): sweep
-        over one matrix after the other, with larger tiles, and leave that part of the KL out.
+    In a step weights are known and strips of G follow, which find the sums of e0 * (s0 - s): sweep
+    over one matrix after the other, with larger tiles, and leave that part of the KL out.
     """
     pair, features, has_ref = problem.pair, problem.features, problem.has_ref
     split, n, matrices = pair.split, len(problem.batch.image), problem.batch.matrices
@@ -201,10 +201,7 @@ def _compute_losses(problem: _Problem, *, is_step: bool) -> tuple[Tensor, _Softm
 def _compute_gradients(
     problem: _Problem, softmaxes: _Softmaxes, wanted: Wanted, losses: Tensor | None
 ) -> Gradients:
-    """Gradients of `(upstream * losses).sum()`.
-
-    losses: those of a step, whose KLs are completed; None otherwise.
-    """
+    """Gradients of `(upstream * losses).sum()`; completes the KLs of a step's `losses`."""
     batch, features, has_ref = problem.batch, problem.features, problem.has_ref
     image, text = features[:2]
     n, width = image.shape

@@ -11,8 +11,8 @@ import triton
 from torch import Tensor
 
 from fasterase.kernels.contrastive_layout import SLOTS, locate_rows
+from fasterase.ops.contrastive.checks import HALF_DTYPES
 from fasterase.ops.contrastive.operator import Batch, Groups
-from fasterase.ops.contrastive.products import HALF_DTYPES
 
 # Kernels defined under TRITON_INTERPRET=1 run in numpy, on CPU tensors.
 INTERPRETED = not isinstance(locate_rows, triton.JITFunction)
