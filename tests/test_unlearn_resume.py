@@ -8,11 +8,11 @@ import shutil
 import pytest
 import torch
 
-import fasterase
 from fasterase.errors import ResumeError
 from tests.marks import SHORT_RUN
-from tests.tiny_model import TinyModel, pairs, same_weights
-from tests.tiny_run import AUTOMATIC, CONFIG, in_process, run
+from tests.tiny_concepts import AUTOMATIC
+from tests.tiny_model import TinyModel, erase, pairs, same_weights, unchanged
+from tests.tiny_run import CONFIG, in_process
 
 EVERYTHING = {
     "train_mode": True,
@@ -32,6 +32,10 @@ def lines(folder):
 
 def steps(folder):
     return [json.loads(line)["step"] for line in lines(folder)]
+
+
+def checkpoints(folder):
+    return sorted(int(path.name[5:]) for path in folder.glob("checkpoints/step-*"))
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +58,12 @@ def whole(tmp_path_factory):
 def test_killed_once_and_run_again(tmp_path, whole, die_at):
     folder = tmp_path / "run"
     in_process(folder, die_at=die_at)
-    saved = max((int(path.name[5:]) for path in folder.glob("checkpoints/step-*")), default=0)
+    saved = max(checkpoints(folder), default=0)
     before = lines(folder)[:saved]
     assert same_weights(in_process(folder), whole)
     assert lines(folder)[:saved] == before, "with its times, so these steps were not taken again"
     assert steps(folder) == [1, 2, 3, 4, 5, 6]
-    assert sorted(f.name for f in (folder / "checkpoints").iterdir()) == [
-        "step-000000004",
-        "step-000000006",
-    ]
+    assert checkpoints(folder) == [4, 6]
 
 
 def test_killed_at_every_kind_of_moment_with_everything_on(tmp_path):
@@ -70,13 +71,10 @@ def test_killed_at_every_kind_of_moment_with_everything_on(tmp_path):
     options = {"config": EVERYTHING, "tower": tower, "n_retain": 1100}
     expected = in_process(tmp_path / "whole", **options)
     folder = tmp_path / "run"
-    moments = [
-        ("sweep block", 3),
-        ("optimiser step", 3),
-        ("checkpoint shard", 1),
-        ("optimiser step", 4),
-    ]
-    for die_at in moments:
+    for die_at in (
+        *(("sweep block", 3), ("optimiser step", 3)),
+        *(("checkpoint shard", 1), ("optimiser step", 4)),
+    ):
         in_process(folder, die_at=die_at, **options)
     options["config"] = {**EVERYTHING, "num_workers": 2}
     assert same_weights(in_process(folder, **options), expected)
@@ -84,7 +82,7 @@ def test_killed_at_every_kind_of_moment_with_everything_on(tmp_path):
 
 
 def test_an_automatic_run_is_killed_while_it_learns_and_while_it_fades(tmp_path):
-    config = {"config": AUTOMATIC}
+    config = {"config": {**AUTOMATIC, "save_every": 4}}
     expected = in_process(tmp_path / "whole", **config)
     folder = tmp_path / "run"
     total = len(steps(tmp_path / "whole"))
@@ -92,20 +90,17 @@ def test_an_automatic_run_is_killed_while_it_learns_and_while_it_fades(tmp_path)
     for step in (23, total - 5):
         taken = len(steps(folder)) // 4 * 4  # of which a checkpoint was written
         in_process(folder, die_at=("optimiser step", step - taken), **config)
-        (newest, *_) = sorted((folder / "checkpoints").iterdir(), reverse=True)
+        newest = max((folder / "checkpoints").iterdir())
         assert (newest / "best.safetensors").is_file()
     assert same_weights(in_process(folder, **config), expected)
-    lrs = [
+    found, wanted = (
         [json.loads(line)["lr"] for line in lines(each)] for each in (folder, tmp_path / "whole")
-    ]
-    assert lrs[0] == lrs[1]
+    )
+    assert found == wanted
 
 
-def go(folder, *, tower=None, forget=None, retain=None, **config):
-    tower = tower or TinyModel()
-    settings = {**CONFIG, "progress": False, "evaluation": None, "output_dir": folder, **config}
-    forget, retain = forget or pairs(6, seed=1), retain or pairs(20, seed=2)
-    return fasterase.unlearn(tower, forget, retain, **settings)
+def go(folder, tower=None, **config):
+    return erase(tower, **{**CONFIG, "output_dir": folder, **config})
 
 
 @pytest.fixture
@@ -134,12 +129,10 @@ class TestResume:
     )
     def test_another_run_is_refused_by_name(self, stopped, change, named):
         tower = change.get("tower") or TinyModel()
-        before = tower.weights()
         config = (stopped / "config.yaml").read_text()
-        with pytest.raises(ResumeError, match=named) as caught:
+        with unchanged(tower.module), pytest.raises(ResumeError, match=named) as caught:
             go(stopped, **{**change, "tower": tower})
         assert "resume='never'" in str(caught.value)
-        assert same_weights(tower.weights(), before)
         assert (stopped / "config.yaml").read_text() == config
         assert steps(stopped) == [1, 2, 3]
 
@@ -165,17 +158,18 @@ class TestResume:
             for name, tensor in again.weights().items():
                 torch.testing.assert_close(tensor, whole.weights()[name], atol=1e-6, rtol=0)
 
-    def test_a_finished_run_goes_on_if_it_may_take_more_steps(self, tmp_path):
-        whole, again = TinyModel(), TinyModel()
-        go(tmp_path / "whole", tower=whole, max_steps=10)
+    def test_a_finished_run_goes_on_if_it_may_take_more_steps_and_else_does_nothing(self, tmp_path):
+        whole = TinyModel()
+        go(tmp_path / "whole", whole, max_steps=10)
         go(tmp_path / "run", max_steps=6)
         first = lines(tmp_path / "run")
-        seen = []
-        result = go(tmp_path / "run", tower=again, max_steps=10, callback=seen.append)
-        assert [record.step for record in seen] == [7, 8, 9, 10]
-        assert [record.step for record in result.history] == list(range(1, 11))
-        assert lines(tmp_path / "run")[:6] == first
-        assert same_weights(again.weights(), whole.weights())
+        for taken in ([7, 8, 9, 10], []):
+            again, seen = TinyModel(), []
+            result = go(tmp_path / "run", again, max_steps=10, callback=seen.append)
+            assert [record.step for record in seen] == taken
+            assert [record.step for record in result.history] == list(range(1, 11))
+            assert lines(tmp_path / "run")[:6] == first
+            assert same_weights(again.weights(), whole.weights())
 
     @pytest.mark.parametrize(
         ("change", "asked"),
@@ -187,11 +181,10 @@ class TestResume:
         ids=str,
     )
     def test_fewer_steps_than_were_taken_are_refused(self, stopped, change, asked):
-        tower = TinyModel()
-        before, config = tower.weights(), (stopped / "config.yaml").read_text()
-        with pytest.raises(ResumeError, match=rf"{asked}: .* taken 3 steps .* Give 3 or more"):
-            go(stopped, tower=tower, **change)
-        assert same_weights(tower.weights(), before)
+        tower, config = TinyModel(), (stopped / "config.yaml").read_text()
+        named = rf"{asked}: .* taken 3 steps .* Give 3 or more"
+        with unchanged(tower.module), pytest.raises(ResumeError, match=named):
+            go(stopped, tower, **change)
         assert (stopped / "config.yaml").read_text() == config
         assert [record.step for record in go(stopped, max_steps=3).history] == [1, 2, 3]
 
@@ -212,7 +205,7 @@ class TestResume:
         assert steps(stopped) == [1, 2]
         go(stopped / "other", tower=fresh, lr=2e-3, max_steps=2)
         assert same_weights(tower.weights(), fresh.weights())
-        assert [f.name for f in (stopped / "checkpoints").iterdir()] == ["step-000000002"]
+        assert checkpoints(stopped) == [2]
 
     def test_must_needs_a_checkpoint(self, tmp_path, stopped):
         with pytest.raises(ResumeError, match="holds no checkpoint"):
@@ -220,15 +213,6 @@ class TestResume:
         with pytest.raises(ResumeError, match="without output_dir"):
             go(None, resume="must")
         assert len(go(stopped, resume="must").history) == 6
-
-    def test_a_finished_run_does_nothing_more(self, tmp_path):
-        first, second = TinyModel(), TinyModel()
-        go(tmp_path, tower=first)
-        seen = []
-        result = go(tmp_path, tower=second, callback=seen.append)
-        assert not seen
-        assert same_weights(first.weights(), second.weights())
-        assert [record.step for record in result.history] == [1, 2, 3, 4, 5, 6]
 
     def test_a_damaged_checkpoint_gives_way_to_the_one_before(self, stopped, caplog):
         whole, again = TinyModel(), TinyModel()
@@ -289,11 +273,10 @@ class TestResume:
         assert not (tmp_path / "run" / "reference").exists()
 
 
+@SHORT_RUN
 def test_last_two_checkpoints_are_kept(tmp_path):
-    run(tmp_path, config={"save_every": 1}, tower={}, n_retain=20)
-    names = sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir())
-    assert names == ["step-000000005", "step-000000006"]
-    shutil.rmtree(tmp_path / "checkpoints" / names[-1])
-    erased = run(tmp_path, config={"save_every": 1}, tower={}, n_retain=20)
-    assert (tmp_path / "checkpoints" / names[-1]).is_dir()
-    assert erased.module is not None
+    go(tmp_path, save_every=1)
+    assert checkpoints(tmp_path) == [5, 6]
+    shutil.rmtree(tmp_path / "checkpoints" / "step-000000006")
+    go(tmp_path, save_every=1)
+    assert checkpoints(tmp_path) == [5, 6]

@@ -15,28 +15,19 @@ from typing import Any
 import torch
 import torch._dynamo  # The first optimiser step would import it, in every process anew.
 
-import fasterase
 import fasterase.api
 import fasterase.engine.checkpoint
 import fasterase.engine.history
 import fasterase.original.store
 from fasterase.errors import PreemptedError
-from tests.tiny_concepts import FORGOTTEN, KEPT, concept_pairs, knowing_model
-from tests.tiny_model import TinyModel, pairs
+from tests import tiny_concepts
+from tests.tiny_model import FORGET, TinyModel, erase, pairs
 
 # Processes come out of a server without torch's threads, which do not survive a fork.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.tiny_run"])
 
-# What `lr` and the steps are chosen for by the run itself.
-AUTOMATIC = {
-    "lr": "auto",
-    "max_steps": None,
-    "batch_size": 32,
-    "forget_batch_size": 12,
-    "save_every": 4,
-}
-CONFIG = {"lr": 1e-3, "batch_size": 8, "forget_batch_size": 4, "max_steps": 6, "save_every": 2}
+CONFIG = {"max_steps": 6, "save_every": 2}
 
 
 def run(
@@ -52,23 +43,15 @@ def run(
     An automatic run erases a concept from a tower that knows it.
     """
     automatic = config.get("lr") == "auto"
-    erased = knowing_model() if automatic else TinyModel(**tower)
-    forget = concept_pairs([FORGOTTEN], 24, seed=1) if automatic else pairs(6, seed=1)
-    retain = concept_pairs(KEPT, 20, seed=2) if automatic else pairs(n_retain, seed=2)
+    model = tiny_concepts.knowing_model() if automatic else TinyModel(**tower)
+    forget = tiny_concepts.FORGET if automatic else FORGET
+    retain = tiny_concepts.RETAIN if automatic else pairs(n_retain, seed=2)
     with warnings.catch_warnings():
         # A few steps on random weights forget nothing, and random captions are close to each other.
         warnings.filterwarnings("ignore", "verdict|retain: .* seem to name")
-        fasterase.unlearn(
-            erased,
-            forget,
-            retain,
-            progress=False,
-            evaluation=None,
-            output_dir=folder,
-            callback=callback,
-            **{**CONFIG, **config},
-        )
-    return erased
+        options = {**CONFIG, **config, "output_dir": folder, "callback": callback}
+        erase(model, forget, retain, **options)
+    return model
 
 
 def _die_at(place: str, number: int) -> None:
