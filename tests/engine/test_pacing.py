@@ -178,8 +178,9 @@ def check(
     return Check({"forget": Trace(residue, least, 0.0, 0.0, 0.1, 0.05, 50)}, damage, exceeded)
 
 
-KNOWN = check(1.0)
-SAFE = check(0.5)
+KNOWN, SAFE = check(1.0), check(0.5)
+HURT = check(0.8, damage=0.09, exceeded=True)
+HEALED = {5: HURT, 25: check(0.8, damage=0.01), 30: SAFE}
 
 
 class Run:
@@ -313,10 +314,27 @@ class TestAutomatic:
         assert run.loaded == [5], "forgotten, if only before fading"
         assert run.pacing.limit is None
 
-    def test_a_fade_ends_before_it_leads_to_over_erased(self):
-        run = Run(at({15: check(0.5, least=0.3)}, SAFE)).take()
-        assert run.step == 15
-        assert run.loaded == [15]
+    @pytest.mark.parametrize(
+        ("script", "end", "kept", "limit"),
+        [
+            # A fade ends before it leads to "over-erased".
+            (at({15: check(0.5, least=0.3)}, SAFE), 15, 15, None),
+            # Beyond the damage it fades, and keeps the least residue within it.
+            (
+                at({5: check(0.9), 10: check(0.85), 15: HURT, 35: HURT}, KNOWN),
+                15 + FADE_STEPS,
+                10,
+                "damage",
+            ),
+            # Damage that fading heals is no end.
+            (at(HEALED, check(0.6, damage=0.02)), 30 + FADE_STEPS, 30 + FADE_STEPS, None),
+            # What only makes it worse gives the original back.
+            (lambda step: KNOWN, TOTAL, 0, "steps"),
+        ],
+    )
+    def test_it_ends_and_keeps_one_step_s_weights(self, script, end, kept, limit):
+        run = Run(script).take()
+        assert (run.step, run.loaded, run.pacing.limit) == (end, [kept], limit)
 
     @pytest.mark.parametrize(
         ("checks", "best"),
@@ -342,32 +360,12 @@ class TestAutomatic:
         assert run.loaded[-1] == best
         assert run.pacing.limit is None
 
-    def test_beyond_the_damage_it_fades_and_keeps_the_least_residue_within(self):
-        hurt = check(0.8, damage=0.09, exceeded=True)
-        run = Run(at({5: check(0.9), 10: check(0.85), 15: hurt, 35: hurt}, KNOWN)).take()
-        assert run.step == 15 + FADE_STEPS
-        assert run.loaded == [10]
-        assert run.pacing.limit == "damage"
-
-    def test_damage_that_fading_heals_is_no_end(self):
-        hurt = check(0.8, damage=0.09, exceeded=True)
-        healed = {5: hurt, 25: check(0.8, damage=0.01), 30: SAFE}
-        run = Run(at(healed, check(0.6, damage=0.02))).take()
-        assert run.step == 30 + FADE_STEPS
-        assert run.loaded == [run.step]
-        assert run.pacing.limit is None
-
     def test_a_run_that_never_gets_there_fades_in_its_last_steps(self):
         run = Run(lambda step: check(1.0 - step / 2000)).take()
         assert run.step == TOTAL
         assert run.lrs[TOTAL - FADE_STEPS - 1] == 1e-3
         assert run.lrs[-1] == pytest.approx(1e-3 / (FADE_STEPS + 1))
         assert run.loaded == [TOTAL]
-        assert run.pacing.limit == "steps"
-
-    def test_a_run_that_only_makes_it_worse_gives_the_original_back(self):
-        run = Run(lambda step: KNOWN).take()
-        assert run.loaded == [0]
         assert run.pacing.limit == "steps"
 
     @pytest.mark.parametrize(
