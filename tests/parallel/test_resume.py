@@ -13,13 +13,12 @@ from safetensors import safe_open
 
 from fasterase.engine.optim import Trained
 from fasterase.models.load import load_model
-from tests.parallel.job import make_big_model, make_model, run_case
+from tests.parallel.job import STAGES, make_big_model, make_model, run_case
 from tests.parallel.launched import assert_near_in_fp32, outcome, run_cases
+from tests.tiny_model import same_weights
 
 pytest.importorskip("deepspeed")
 pytestmark = [pytest.mark.filterwarnings("ignore:verdict")]
-
-STAGES = (1, 2, 3)
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +87,7 @@ def test_quantised_states_go_on_bit_for_bit(saved, tmp_path, stage):
     whole = outcome(saved, f"whole8-zero{stage}")
     found = resumed(saved, tmp_path, f"resume8-zero{stage}", ranks=2)
     assert found["history"][-1]["total"] == whole["history"][-1]["total"]
-    for name, weight in whole["weights"].items():
-        assert torch.equal(found["weights"][name], weight), name
+    assert same_weights(found["weights"], whole["weights"])
 
 
 @pytest.mark.scale
