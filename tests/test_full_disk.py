@@ -87,18 +87,18 @@ def test_a_folder_on_a_full_disk(tmp_path):
     assert names_in(tmp_path) == []
 
 
-def test_an_error_of_another_kind_is_not_blamed_on_the_disk(tmp_path):
-    with pytest.raises(RuntimeError, match="mine"), replace_file(tmp_path / "file"):
-        raise RuntimeError("mine")
-
-
 @pytest.mark.parametrize(
-    ("number", "free"), [(errno.ENOSPC, r", \d.* are free\."), (errno.EDQUOT, r"written\.")]
+    ("error", "named"),
+    [
+        (OSError(errno.ENOSPC, ""), os.strerror(errno.ENOSPC) + r".*, \d.* are free\."),
+        (OSError(errno.EDQUOT, ""), os.strerror(errno.EDQUOT) + r".*written\."),
+        (RuntimeError("of another kind"), "^of another kind$"),
+    ],
 )
-def test_the_systems_words_for_it(tmp_path, number, free):
-    named = f"{os.strerror(number)}.*{free}"
-    with pytest.raises(DiskFullError, match=named), replace_file(tmp_path / "file"):
-        raise OSError(number, os.strerror(number))
+def test_only_a_full_disk_is_blamed_in_the_system_s_words(tmp_path, error, named):
+    kind = DiskFullError if isinstance(error, OSError) else RuntimeError
+    with pytest.raises(kind, match=named), replace_file(tmp_path / "file"):
+        raise error
 
 
 def test_a_line_of_the_history_is_written_whole_or_not_at_all(tmp_path):
