@@ -16,7 +16,7 @@ from fasterase.models.preprocessing import Tokens
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.skips import SkipLedger
 from tests.marks import SHORT_RUN
-from tests.tiny_model import FORGET, RETAIN, TinyModel, erase, pairs
+from tests.tiny_model import FORGET, RETAIN, TinyModel, erase, pairs, watch
 
 
 class Recording(TinyModel):
@@ -26,16 +26,13 @@ class Recording(TinyModel):
         super().__init__()
         self.images: list[Tensor] = []
         self.texts: list[Tensor] = []
+        watch(self, "image", lambda pixels, _: self.note(self.images, pixels))
+        watch(self, "text", lambda tokens, _: self.note(self.texts, tokens.ids))
 
-    def encode_image(self, pixels: Tensor) -> Tensor:
+    @staticmethod
+    def note(seen: list[Tensor], given: Tensor) -> None:
         if not torch.is_grad_enabled():
-            self.images += list(pixels)
-        return super().encode_image(pixels)
-
-    def encode_text(self, tokens: Tokens) -> Tensor:
-        if not torch.is_grad_enabled():
-            self.texts += list(tokens.ids)
-        return super().encode_text(tokens)
+            seen += given
 
 
 def passes(seen: list[Tensor], items: list[Tensor]) -> set[int]:
@@ -142,21 +139,17 @@ def test_unreadable_pairs_are_counted_named_and_an_error_if_all_are():
 
 
 def test_a_batch_that_does_not_fit_in_memory_is_encoded_in_parts():
-    class Small(TinyModel):
-        """Has memory for three images, or twelve texts."""
+    """There is memory for three images, or twelve texts."""
 
-        def encode_image(self, pixels: Tensor) -> Tensor:
-            if len(pixels) > 3:
-                raise torch.OutOfMemoryError("too small")
-            return super().encode_image(pixels)
+    def refuse(given, features):
+        if len(features) > (12 if isinstance(given, Tokens) else 3):
+            raise torch.OutOfMemoryError("too small")
 
-        def encode_text(self, tokens: Tokens) -> Tensor:
-            if len(tokens.ids) > 12:
-                raise torch.OutOfMemoryError("too small")
-            return super().encode_text(tokens)
-
+    small = TinyModel()
+    for side in ("image", "text"):
+        watch(small, side, refuse)
     source, rows = open_pairs(pairs(21, seed=1), name="retain"), np.arange(21)
-    encoders = [PairEncoder(model(), batch_size=16) for model in (Small, TinyModel)]
+    encoders = [PairEncoder(model, batch_size=16) for model in (small, TinyModel())]
     found, expected = (each.pairs(source, rows, description="") for each in encoders)
     torch.testing.assert_close(found.image, expected.image)
     torch.testing.assert_close(found.first_text, expected.first_text)

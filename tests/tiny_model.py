@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,18 @@ def same_weights(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(
         one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
     )
+
+
+def watch(model: DualEncoder, side: str, see: Callable[[Any, Tensor], Tensor | None]) -> None:
+    """Call `see` with input and features of each encoding; what it returns takes their place."""
+    plain = getattr(model, f"encode_{side}")
+
+    def encode(given: Any) -> Tensor:
+        features = plain(given)
+        other = see(given, features)
+        return features if other is None else other
+
+    setattr(model, f"encode_{side}", encode)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from fasterase.models.load import load_model
 from fasterase.models.preprocessing import Tokens
 from fasterase.objective import Objective, erase_loss
 from tests import small_models
-from tests.tiny_model import TinyModel, batch, micro_batches
+from tests.tiny_model import TinyModel, batch, micro_batches, watch
 
 N, N_FORGET = 22, 6
 ONE = torch.ones(())
@@ -87,13 +87,7 @@ def backpropagated(
 def spied(model: DualEncoder, side: str) -> list[tuple[Any, Tensor]]:
     """A list that fills with the inputs and outputs of a tower."""
     seen: list[tuple[Any, Tensor]] = []
-    plain = getattr(model, f"encode_{side}")
-
-    def encode(given: Any) -> Tensor:
-        seen.append((given, plain(given)))
-        return seen[-1][1]
-
-    setattr(model, f"encode_{side}", encode)
+    watch(model, side, lambda *call: seen.append(call))
     return seen
 
 

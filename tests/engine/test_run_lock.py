@@ -14,7 +14,7 @@ from filelock import FileLock
 from fasterase.engine.conditions import lock_run
 from fasterase.errors import InputError
 from tests.marks import SHORT_RUN
-from tests.tiny_model import erase
+from tests.tiny_model import TinyModel, erase
 
 # Holds the folder given until it is killed, and its worker a moment longer.
 HOLD = """
@@ -78,12 +78,15 @@ def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(tmp_pa
 
 
 @SHORT_RUN
-def test_a_run_that_failed_frees_its_folder(tmp_path):
+def test_a_run_that_failed_frees_its_folder_and_its_model(tmp_path):
+    tower = TinyModel()
+
     def fail(record):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        erase(output_dir=tmp_path, callback=fail)
+        erase(tower, output_dir=tmp_path, callback=fail)
+    assert all(parameter.requires_grad for parameter in tower.module.parameters())
     with pytest.raises(InputError, match="forget"):
         erase(forget=[], output_dir=tmp_path)
     erase(output_dir=tmp_path)

@@ -89,11 +89,8 @@ def wandb(monkeypatch):
 
 def test_wandb_gets_steps_settings_and_evaluation(tmp_path, wandb):
     result = run(report_to="wandb", output_dir=tmp_path)
-    assert wandb.arguments == {
-        "project": "fasterase",
-        "dir": str(tmp_path),
-        "config": result.config.to_dict(),
-    }
+    settings = {"project": "fasterase", "config": result.config.to_dict()}
+    assert wandb.arguments == {**settings, "dir": str(tmp_path)}
     assert [values["step"] for values in wandb.logged] == [1, 2, 3]
     assert [values["loss/total"] for values in wandb.logged] == [r.total for r in result.history]
     residue = {"forget/residue": result.residue}

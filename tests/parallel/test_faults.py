@@ -22,8 +22,7 @@ PROMPT_SECONDS = 60.0
 def await_steps(job: subprocess.Popen[str], output: Path, count: int) -> None:
     """Wait until the job has taken `count` steps."""
     until = time.monotonic() + 120
-    history = output / "history.jsonl"
-    while not history.is_file() or len(history.read_text().splitlines()) < count:
+    while steps_taken(output) < count:
         assert job.poll() is None, job.communicate()[0][-4000:]
         assert time.monotonic() < until
         time.sleep(0.02)
@@ -48,8 +47,9 @@ def status(output: Path) -> int:
     return json.loads((output / "status.json").read_text())["exit_code"]
 
 
-def saved_steps(output: Path) -> list[int]:
-    return sorted(int(folder.name[5:]) for folder in (output / "checkpoints").iterdir())
+def steps_taken(output: Path) -> int:
+    history = output / "history.jsonl"
+    return len(history.read_text().splitlines()) if history.is_file() else 0
 
 
 @pytest.mark.parametrize(
@@ -67,11 +67,10 @@ def test_a_signal_saves_on_all(inputs, tmp_path, name, rank):
     os.kill(job.pid if rank is None else ranks_of(job)[rank], getattr(signal, name))
     said = finish(job, PROMPT_SECONDS)
     assert status(output) == 75, said
-    steps = len((output / "history.jsonl").read_text().splitlines())
-    assert steps < STEPS
-    assert saved_steps(output)[-1] == steps
-    shards = (output / "checkpoints" / f"step-{steps:09d}").glob("shard-*-of-00002.safetensors")
-    assert len(list(shards)) == 2
+    assert steps_taken(output) < STEPS
+    newest = max((output / "checkpoints").iterdir())
+    assert newest.name == f"step-{steps_taken(output):09d}"
+    assert len(list(newest.glob("shard-*-of-00002.safetensors"))) == 2
     assert f"stopped by {name}" in said or rank is None
 
 
@@ -88,7 +87,7 @@ def test_a_killed_rank_is_named_and_the_relaunch_ends_as_if_nothing_had_happened
     assert status(output) == 1
     for folder in (output, whole):
         run(torchrun(*unlearn_command(inputs, folder, **short)))
-    assert len((output / "history.jsonl").read_text().splitlines()) == 30
+    assert steps_taken(output) == 30
     assert same_weights(weights(whole), weights(output))
 
 
