@@ -40,8 +40,9 @@ class Batch:
             given[name].requires_grad_()
         return Batch(**given)
 
-    def rows(self, keep: slice) -> Batch:
-        return Batch(**{k: v[keep] if np.ndim(v) else v for k, v in vars(self).items()})
+    def rows(self, keep: slice, *, reference: bool = True) -> Batch:
+        given = {k: v for k, v in vars(self).items() if reference or not k.startswith("ref_")}
+        return Batch(**{k: v[keep] if np.ndim(v) else v for k, v in given.items()})
 
 
 class Gradient(NamedTuple):
@@ -52,6 +53,7 @@ class Gradient(NamedTuple):
     @classmethod
     def of(cls, total: Tensor, batch: Batch) -> Gradient:
         inputs = (batch.image, batch.text, batch.scale)
+        total = total + 0 * batch.scale  # a graph also where there are no pairs
         image, text, scale = torch.autograd.grad(total, inputs, materialize_grads=True)
         return cls(image.numpy(), text.numpy(), float(scale))
 
@@ -95,7 +97,7 @@ def contrastive(
     sizes = [size for size in groups or (len(batch.image),) if size]
     ends = np.cumsum(sizes)
     parts = [square(batch.rows(slice(end - n, end))) for n, end in zip(sizes, ends, strict=True)]
-    losses = torch.cat(parts, 1)
+    losses = torch.cat([torch.zeros(4, 0), *parts], 1)
     total = (torch.tensor(upstream) * losses).sum()
     return losses.detach().numpy(), Gradient.of(total, batch)
 
@@ -116,7 +118,7 @@ def erase_loss(
 ) -> tuple[dict[str, float], Gradient]:
     """The terms whose weight is not 0 (others 0) with their total, and the total's gradient."""
     batch = batch.leaves()
-    nothing = 0 * batch.image.sum()
+    nothing = torch.zeros(())
     forget, retain = (batch.rows(rows) for rows in (slice(0, n_forget), slice(n_forget, None)))
 
     def losses(rows: slice) -> Tensor:

@@ -12,7 +12,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -59,75 +58,53 @@ def make_pairs(count: int, *, seed: int, captions: int) -> list[tuple[torch.Tens
     return [(image, texts[i % captions]) for i, image in enumerate(images)]
 
 
-@dataclass(frozen=True)
-class Case:
-    """A run: its settings, and what else is special about it.
+PLAIN = {"lr": 0.02}
+CACHED = {"lr": 0.02, "micro_batch_size": 3}  # 4 parts on one of two ranks, 3 on the other
+ADAM = {"lr": 1e-3, "micro_batch_size": 3}
+EIGHT = {**ADAM, "optimizer": "adamw8bit"}
+BIG = {"lr": 1e-4, "micro_batch_size": 4, "activation_checkpointing": True}
+BIG |= {"optimizer": "paged_adamw8bit"}
+FIRST = {"max_steps": 3, "save_every": 3}
+# Settings by name of a case, to which "-zero2" adds ZeRO of stage 2. "sgd" and "nan" are handed
+# plain SGD, "nan" gets a NaN in the second step, "automatic" erases a concept from a model that
+# knows it, "big" has the depth, heads and MLP ratio of ViT-bigG-14, but is narrow.
+CASES: dict[str, dict[str, Any]] = {
+    "sgd": CACHED,
+    "sgd-plain": PLAIN,
+    "sgd-cached": CACHED,
+    "adam": ADAM,
+    "adam-cached": ADAM,
+    "nan": CACHED,
+    "automatic": {},
+    "save": ADAM | FIRST,
+    "resume": ADAM,
+    "whole8": EIGHT,
+    "save8": EIGHT | FIRST,
+    "resume8": EIGHT,
+    "big-whole": BIG | {"max_steps": 3},
+    "big-save": BIG | {"max_steps": 2, "save_every": 1},
+    "big-resume": BIG | {"max_steps": 3},
+}
+# Names of output folders, to which the stage is added.
+FOLDERS = {"save": "states", "save8": "eight", "big-save": "big"}
+FOLDERS |= {"resume": "states", "resume8": "eight", "big-resume": "big"}
+# These are trained in fp64, where the order of sums does not show. ZeRO cannot.
+IN_FP64 = ("sgd-plain", "sgd-cached", "adam-cached")
+STAGES = (1, 2, 3)
 
-    Attributes:
-        sgd: hand it plain SGD.
-        automatic: erase a concept from a model that knows it, by the automatic recipe.
-        big: a model with the depth, heads and MLP ratio of ViT-bigG-14, but narrow.
-        folder: name of an output folder, which other cases resume from.
-        broken: make a gradient of rank 1 NaN in the second step.
-        in_fp64: train in fp64, where the order of sums does not show. ZeRO cannot.
-    """
 
-    settings: dict[str, Any] = field(default_factory=dict)
-    sgd: bool = False
-    automatic: bool = False
-    big: bool = False
-    folder: str | None = None
-    broken: bool = False
-    in_fp64: bool = False
+def _zero(stage: str) -> dict[str, Any]:
+    zero = {"stage": int(stage), "stage3_param_persistence_threshold": 0}
+    return {"deepspeed": {"zero_optimization": zero}}
 
 
 def _sgd(module: nn.Module, trained: Any, **_: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(trained.parameters(module).values(), lr=0.0)
 
 
-PLAIN = {"lr": 0.02}
-CACHED = {"lr": 0.02, "micro_batch_size": 3}  # 4 parts on one of two ranks, 3 on the other
-ADAM = {"lr": 1e-3, "micro_batch_size": 3}
-STAGES = (1, 2, 3)
-EVEN_SMALL = {"stage3_param_persistence_threshold": 0}
-ZERO = {n: {"deepspeed": {"zero_optimization": {"stage": n, **EVEN_SMALL}}} for n in STAGES}
-BIG = {"lr": 1e-4, "micro_batch_size": 4, "activation_checkpointing": True, **ZERO[3]}
-BIG |= {"optimizer": "paged_adamw8bit"}
-EIGHT = {**ADAM, "optimizer": "adamw8bit"}
-FIRST = {"max_steps": 3, "save_every": 3}
-CASES = {
-    "sgd-plain": Case(PLAIN, sgd=True, in_fp64=True),
-    "sgd-cached": Case(CACHED, sgd=True, in_fp64=True),
-    "adam-cached": Case(ADAM, in_fp64=True),
-    "nan": Case(CACHED, sgd=True, broken=True),
-    "automatic": Case(automatic=True),
-    "save": Case(ADAM | FIRST, folder="plain"),
-    "resume": Case(ADAM, folder="plain"),
-    "big-whole": Case(BIG | {"max_steps": 3}, big=True),
-    "big-save": Case(BIG | {"max_steps": 2, "save_every": 1}, big=True, folder="big"),
-    "big-resume": Case(BIG | {"max_steps": 3}, big=True, folder="big"),
-    **{
-        f"{name}-zero{stage}": case
-        for stage in ZERO
-        for name, case in {
-            "sgd": Case(CACHED | ZERO[stage], sgd=True),
-            "sgd-plain": Case(PLAIN | ZERO[stage], sgd=True),
-            "adam": Case(ADAM | ZERO[stage]),
-            "nan": Case(CACHED | ZERO[stage], sgd=True, broken=True),
-            "automatic": Case(ZERO[stage], automatic=True),
-            "save": Case(ADAM | FIRST | ZERO[stage], folder=f"zero{stage}"),
-            "resume": Case(ADAM | ZERO[stage], folder=f"zero{stage}"),
-            "whole8": Case(EIGHT | ZERO[stage]),
-            "save8": Case(EIGHT | FIRST | ZERO[stage], folder=f"eight{stage}"),
-            "resume8": Case(EIGHT | ZERO[stage], folder=f"eight{stage}"),
-        }.items()
-    },
-}
-
-
 def run_case(name: str, folder: Path = Path()) -> dict[str, Any]:
     """Run a case in this process, and return its records, weights and reductions."""
-    case = CASES[name]
+    kind, _, stage = name.partition("-zero")
     settings: dict[str, Any] = {
         "max_steps": STEPS,
         "forget_batch_size": 5,
@@ -137,19 +114,20 @@ def run_case(name: str, folder: Path = Path()) -> dict[str, Any]:
         "progress": False,
         "floor": 0.0,
     }
-    model: Any = make_big_model() if case.big else make_model()
+    model: Any = make_big_model() if kind.startswith("big") else make_model()
     sets = make_pairs(13, seed=1, captions=5), make_pairs(40, seed=2, captions=24)
-    if case.automatic:
+    if kind == "automatic":
         settings, model = tiny_concepts.AUTOMATIC, tiny_concepts.knowing_model()
         sets = tiny_concepts.FORGET, tiny_concepts.RETAIN
-    settings = settings | case.settings
-    if case.folder is not None:
-        settings["output_dir"] = str(folder / case.folder)
+    settings = settings | CASES[kind] | (_zero(stage) if stage else {})
+    if kind in FOLDERS:
+        settings["output_dir"] = str(folder / (FOLDERS[kind] + stage))
+    handed = _sgd if kind.startswith(("sgd", "nan")) else optim.build_optimizer
     found: dict[str, Any] = {"error": ""}
     with (
-        patch.object(optim, "build_optimizer", _sgd if case.sgd else optim.build_optimizer),
-        _in_fp64(model) if case.in_fp64 else nullcontext(),
-        _broken_on_rank_1() if case.broken else nullcontext(),
+        patch.object(optim, "build_optimizer", handed),
+        _in_fp64(model) if name in IN_FP64 else nullcontext(),
+        _broken_on_rank_1() if kind == "nan" else nullcontext(),
         _Reductions() as reductions,
     ):
         try:
