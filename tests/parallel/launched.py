@@ -27,15 +27,12 @@ def torchrun(*arguments: str, ranks: int = 2) -> list[str]:
     return [*launcher, "--nproc-per-node", str(ranks), "-m", *arguments]
 
 
-def environment() -> dict[str, str]:
-    """Return an environment for small jobs: one thread each, and no GPU for DeepSpeed."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
-
-
 def start(command: list[str]) -> subprocess.Popen[str]:
-    """Start a command in a session of its own; its output is one text."""
+    """Start a command in a session of its own: one thread each, and no GPU for DeepSpeed."""
+    variables = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=environment(), start_new_session=True, **streams)
+    where = {"cwd": ROOT, "env": os.environ | variables, "start_new_session": True}
+    return subprocess.Popen(command, **where, **streams)
 
 
 def finish(job: subprocess.Popen[str], timeout: float = 400) -> str:
@@ -81,8 +78,7 @@ def unlearn_command(inputs: Path, output: Path, **fields: Any) -> list[str]:
         "evaluation": "null",
         **fields,
     }
-    flags = [f"--{name}={value}" for name, value in settings.items()]
-    return ["fasterase", "unlearn", *flags]
+    return ["fasterase", "unlearn", *(f"--{name}={value}" for name, value in settings.items())]
 
 
 TERMS = ("total", "forget", "retain", "consistency", "anchor")

@@ -9,6 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.parallel.launched import STEPS, finish, run, start, torchrun, unlearn_command, weights
@@ -30,16 +31,8 @@ def await_steps(job: subprocess.Popen[str], output: Path, count: int) -> None:
 
 def ranks_of(job: subprocess.Popen[str]) -> list[int]:
     """Return the processes of the ranks, in their order."""
-    found = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            variables = (entry / "environ").read_bytes().split(b"\0")
-        except (OSError, IndexError):
-            continue
-        rank = [each for each in variables if each.startswith(b"RANK=")]
-        if parent == job.pid and rank:
-            found[int(rank[0][5:])] = int(entry.name)
+    children = psutil.Process(job.pid).children()
+    found = {int(each.environ()["RANK"]): each.pid for each in children if "RANK" in each.environ()}
     return [found[rank] for rank in sorted(found)]
 
 
