@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,6 @@ from tests import small_models
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = ("the digit {}", "a written {}")
 CONTEXT_LENGTH = 24
-VOCABULARY = len(small_models.HF_VOCABULARY)
 TRAINED = 1200  # of 1,797 images; the others are only measured
 WEIGHTS = Path(__file__).parent / "data"
 
@@ -29,23 +29,17 @@ class Kind(NamedTuple):
     build: Callable[..., nn.Module]
     steps: int
     erased: int
-    sizes: dict[str, int]
 
 
-SIZES = {"context_length": CONTEXT_LENGTH}
-OPEN_CLIP_SIZES = {**SIZES, "vocab_size": VOCABULARY}
+SIZES = {"context_length": CONTEXT_LENGTH, "vocab_size": len(small_models.HF_VOCABULARY)}
 KINDS = {
-    "vit": Kind(small_models.open_clip_vit, 400, 3, OPEN_CLIP_SIZES),
-    "resnet": Kind(small_models.open_clip_resnet, 200, 7, OPEN_CLIP_SIZES),
-    "siglip": Kind(small_models.hf_siglip, 400, 7, SIZES),
+    "vit": Kind(partial(small_models.open_clip_vit, **SIZES), 400, 3),
+    "resnet": Kind(partial(small_models.open_clip_resnet, **SIZES), 200, 7),
+    "siglip": Kind(partial(small_models.hf_siglip, context_length=CONTEXT_LENGTH), 400, 7),
 }
 # Settings of an erasure of one digit.
-OPTIONS: dict[str, Any] = {
-    "batch_size": 64,
-    "forget_batch_size": 32,
-    "progress": False,
-    "evaluation": None,
-}
+OPTIONS: dict[str, Any] = {"batch_size": 64, "forget_batch_size": 32}
+OPTIONS |= {"progress": False, "evaluation": None}
 
 
 class Digits(NamedTuple):
@@ -62,8 +56,8 @@ class Digits(NamedTuple):
         data = load_digits()
         order = np.random.default_rng(0).permutation(len(data.target))
         small = torch.from_numpy(data.images[order]).float() / 8 - 1  # [n, 8, 8]
-        size = (small_models.IMAGE_SIZE, small_models.IMAGE_SIZE)
-        pixels = interpolate(small[:, None], size=size, mode="bilinear").repeat(1, 3, 1, 1)
+        pixels = interpolate(small[:, None], size=small_models.IMAGE_SIZE, mode="bilinear")
+        pixels = pixels.repeat(1, 3, 1, 1)
         labels = torch.from_numpy(data.target[order])
         return cls(pixels[:TRAINED], labels[:TRAINED]), cls(pixels[TRAINED:], labels[TRAINED:])
 
@@ -82,14 +76,14 @@ def tokenizer() -> Any:
 
 def trained_model(kind: str, digits: Digits, *, seed: int = 0) -> nn.Module:
     """Train a model of a kind from an initialisation."""
-    model = KINDS[kind].build(seed=seed, **KINDS[kind].sizes)
+    model = KINDS[kind].build(seed=seed)
     train(model, digits, steps=KINDS[kind].steps, lr=3e-3)
     return model
 
 
 def pinned_model(kind: str) -> nn.Module:
     """Load the model of a kind that `tools/train_digits.py` trained: it is the same everywhere."""
-    model = KINDS[kind].build(**KINDS[kind].sizes)
+    model = KINDS[kind].build()
     model.load_state_dict(load_file(WEIGHTS / f"digits_{kind}.safetensors"))
     return model
 

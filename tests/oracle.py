@@ -1,124 +1,108 @@
-"""The contrastive operator and the erasure objective a second time: numpy, fp64, one row at a time.
+"""The contrastive operator and the erasure objective a second time, in fp64, as they are defined.
 
-Values come from log-sum-exps over explicit rows and label sets, gradients from the softmax formulas
-written out as full matrices; nothing is shared with fasterase. `tests/test_oracle.py` holds the
-gradients against finite differences.
+Values come from log-softmaxes over explicit matrices and label sets, gradients from autograd
+through them; nothing is shared with fasterase.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import smooth_l1_loss
 
 Array = NDArray[np.float64]
 
 
 @dataclass
 class Batch:
-    """fp64 features of pairs and of their frozen originals; labels None: all different."""
+    """fp64 features of pairs and of their frozen originals; labels None: all different.
 
-    image: Array
-    text: Array
-    scale: float
-    ref_image: Array | None = None
-    ref_text: Array | None = None
-    ref_scale: float | None = None
-    labels: Array | None = None
+    Tests make it of arrays, the formulas below of tensors.
+    """
+
+    image: Any
+    text: Any
+    scale: Any
+    ref_image: Any = None
+    ref_text: Any = None
+    ref_scale: Any = None
+    labels: Any = None
+
+    def leaves(self) -> Batch:
+        """The same in tensors; gradients are wanted of image, text and scale."""
+        given = {k: torch.tensor(np.array(v)) for k, v in vars(self).items() if v is not None}
+        for name in ("image", "text", "scale"):
+            given[name].requires_grad_()
+        return Batch(**given)
 
     def rows(self, keep: slice, *, reference: bool = True) -> Batch:
-        has_ref = reference and self.ref_image is not None
-        return Batch(
-            self.image[keep],
-            self.text[keep],
-            self.scale,
-            self.ref_image[keep] if has_ref else None,
-            self.ref_text[keep] if has_ref else None,
-            self.ref_scale if has_ref else None,
-            None if self.labels is None else self.labels[keep],
-        )
+        given = {k: v for k, v in vars(self).items() if reference or not k.startswith("ref_")}
+        return Batch(**{k: v[keep] if np.ndim(v) else v for k, v in given.items()})
 
 
-@dataclass
-class Gradient:
+class Gradient(NamedTuple):
     image: Array
     text: Array
     scale: float
 
     @classmethod
-    def zero(cls, batch: Batch) -> Gradient:
-        return cls(np.zeros_like(batch.image), np.zeros_like(batch.text), 0.0)
-
-    def add(self, keep: slice, other: Gradient) -> None:
-        self.image[keep] += other.image
-        self.text[keep] += other.text
-        self.scale += other.scale
+    def of(cls, total: Tensor, batch: Batch) -> Gradient:
+        inputs = (batch.image, batch.text, batch.scale)
+        total = total + 0 * batch.scale  # a graph also where there are no pairs
+        image, text, scale = torch.autograd.grad(total, inputs, materialize_grads=True)
+        return cls(image.numpy(), text.numpy(), float(scale))
 
 
-def log_softmax(logits: Array) -> Array:
-    """Of one row; the largest term is kept out of the log, which matters for a row won by far."""
-    top = int(np.argmax(logits))
-    others = np.delete(logits, top) - logits[top]
-    return logits - logits[top] - np.log1p(np.exp(others).sum())
+def log_softmax(logits: Tensor) -> Tensor:
+    """Of rows; the largest term is kept out of the log, which matters for a row won by far."""
+    top = logits.argmax(1, keepdim=True)
+    shifted = logits - logits.gather(1, top)
+    others = shifted.scatter(1, top, -torch.inf)
+    return shifted - torch.log1p(others.exp().sum(1, keepdim=True))
 
 
-def direction(logits: Array, ref_logits: Array | None, labels: Array) -> tuple[Array, ...]:
-    """(ce [n], d ce_i / d s_i. [n, n], kl [n], d kl_i / d s_i. [n, n]) of the rows of `logits`."""
-    n = len(logits)
-    ce, d_ce = np.zeros(n), np.zeros((n, n))
-    kl, d_kl = np.zeros(n), np.zeros((n, n))
-    for i, row in enumerate(logits):
-        log_p = log_softmax(row)
-        same = np.flatnonzero(labels == labels[i])
-        ce[i] = -log_p[same].mean()
-        d_ce[i] = np.exp(log_p)
-        d_ce[i, same] -= 1.0 / len(same)
-        if ref_logits is not None:
-            log_p0 = log_softmax(ref_logits[i])
-            kl[i] = (np.exp(log_p0) * (log_p0 - log_p)).sum()
-            d_kl[i] = np.exp(log_p) - np.exp(log_p0)
-    return ce, d_ce, kl, d_kl
+def direction(logits: Tensor, ref_logits: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(ce [n], kl [n]) of the rows of `logits`; the KLs are 0 without a reference."""
+    log_p = log_softmax(logits)
+    same = labels[:, None] == labels
+    ce = -(log_p * same).sum(1) / same.sum(1)
+    if ref_logits is None:
+        return ce, torch.zeros_like(ce)
+    log_p0 = log_softmax(ref_logits)
+    return ce, (log_p0.exp() * (log_p0 - log_p)).sum(1)
 
 
+def square(batch: Batch) -> Tensor:
+    """Losses [4, n] (ce_row, ce_col, kl_row, kl_col) of one square problem."""
+    logits, ref = batch.scale * batch.image @ batch.text.T, None
+    if batch.ref_image is not None:
+        ref = batch.ref_scale * batch.ref_image @ batch.ref_text.T
+    labels = torch.arange(len(logits)) if batch.labels is None else batch.labels
+    rows = direction(logits, ref, labels)
+    columns = direction(logits.T, None if ref is None else ref.T, labels)
+    return torch.stack([rows[0], columns[0], rows[1], columns[1]])
+
+
+@torch.enable_grad()
 def contrastive(
     batch: Batch, upstream: Array, groups: tuple[int, ...] | None = None
 ) -> tuple[Array, Gradient]:
-    """Losses [4, N] (ce_row, ce_col, kl_row, kl_col), gradient of `(upstream * losses).sum()`.
-
-    Without a reference the KLs are 0.
-    """
-    total = len(batch.image)
-    losses, gradient = np.zeros((4, total)), Gradient.zero(batch)
-    start = 0
-    for n in groups or (total,):
-        keep = slice(start, start + n)
-        start += n
-        part = batch.rows(keep)
-        losses[:, keep], part_gradient = _square(part, upstream[:, keep])
-        gradient.add(keep, part_gradient)
-    return losses, gradient
+    """Losses [4, N] as of `square`, and the gradient of `(upstream * losses).sum()`."""
+    batch = batch.leaves()
+    sizes = [size for size in groups or (len(batch.image),) if size]
+    ends = np.cumsum(sizes)
+    parts = [square(batch.rows(slice(end - n, end))) for n, end in zip(sizes, ends, strict=True)]
+    losses = torch.cat([torch.zeros(4, 0), *parts], 1)
+    total = (torch.tensor(upstream) * losses).sum()
+    return losses.detach().numpy(), Gradient.of(total, batch)
 
 
-def _square(batch: Batch, upstream: Array) -> tuple[Array, Gradient]:
-    cosine = batch.image @ batch.text.T
-    ref = None
-    if batch.ref_image is not None:
-        ref = batch.ref_scale * (batch.ref_image @ batch.ref_text.T)
-    labels = np.arange(len(cosine)) if batch.labels is None else batch.labels
-    logits = batch.scale * cosine
-    ce_row, d_ce_row, kl_row, d_kl_row = direction(logits, ref, labels)
-    ce_col, d_ce_col, kl_col, d_kl_col = direction(logits.T, None if ref is None else ref.T, labels)
-    up = upstream[..., None]
-    d_logits = up[0] * d_ce_row + up[2] * d_kl_row + (up[1] * d_ce_col + up[3] * d_kl_col).T
-    gradient = Gradient(
-        batch.scale * d_logits @ batch.text,
-        batch.scale * d_logits.T @ batch.image,
-        float((d_logits * cosine).sum()),
-    )
-    return np.stack([ce_row, ce_col, kl_row, kl_col]), gradient
-
-
+@torch.enable_grad()
 def erase_loss(
     batch: Batch,
     *,
@@ -133,76 +117,48 @@ def erase_loss(
     cross_weight: float = 0.0,
 ) -> tuple[dict[str, float], Gradient]:
     """The terms whose weight is not 0 (others 0) with their total, and the total's gradient."""
-    total = len(batch.image)
-    sets = {"forget": slice(0, n_forget), "retain": slice(n_forget, total)}
-    sizes = {name: max(rows.stop - rows.start, 1) for name, rows in sets.items()}
-    upstream = {name: np.zeros((4, total)) for name in sets}
-    if forget_loss == "contrastive":
-        upstream["forget"][:2, sets["forget"]] = -forget_weight / 2 / sizes["forget"]
-    upstream["retain"][:2, sets["retain"]] = retain_weight / 2 / sizes["retain"]
-    upstream["retain"][2:, sets["retain"]] = consistency_weight / sizes["retain"]
+    batch = batch.leaves()
+    nothing = torch.zeros(())
+    forget, retain = (batch.rows(rows) for rows in (slice(0, n_forget), slice(n_forget, None)))
 
-    values = dict.fromkeys(("forget", "retain", "consistency", "anchor"), 0.0)
-    gradient = Gradient.zero(batch)
-    for name, rows in sets.items():
-        if rows.stop == rows.start or not upstream[name].any():
-            continue
-        where = rows if negatives == "own" else slice(0, total)
-        losses, part = contrastive(batch.rows(where), upstream[name][:, where])
-        gradient.add(where, part)
-        own = losses if negatives == "own" else losses[:, rows]
-        if name == "forget":
-            values["forget"] = -own[:2].sum(0).mean() / 2
-        else:
-            values["retain"] = own[:2].sum(0).mean() / 2
-            values["consistency"] = own[2:].sum(0).mean() if consistency_weight else 0.0
-    if forget_loss == "similarity" and n_forget:
-        for weight, image, text, d_image, d_text in (
-            (1.0, batch.image, batch.text, gradient.image, gradient.text),
-            (cross_weight, batch.image, batch.ref_text, gradient.image, None),
-            (cross_weight, batch.ref_image, batch.text, None, gradient.text),
+    def losses(rows: slice) -> Tensor:
+        return square(batch.rows(rows)) if negatives == "own" else square(batch)[:, rows]
+
+    values = dict.fromkeys(("forget", "retain", "consistency", "anchor"), nothing)
+    if len(retain.image) and (retain_weight or consistency_weight):
+        found = losses(slice(n_forget, None))
+        values["retain"] = found[:2].sum(0).mean() / 2
+        values["consistency"] = found[2:].sum(0).mean() if consistency_weight else nothing
+    if n_forget and forget_weight and forget_loss == "contrastive":
+        values["forget"] = -losses(slice(0, n_forget))[:2].sum(0).mean() / 2
+    if n_forget and forget_loss == "similarity":
+        for weight, image, text in (
+            (1.0, forget.image, forget.text),
+            (cross_weight, forget.image, forget.ref_text),
+            (cross_weight, forget.ref_image, forget.text),
         ):
             if weight:
-                cosines = [float(image[i] @ text[i]) for i in range(n_forget)]
-                pulls = int(cross_weight and floor is not None and np.mean(cosines) < floor)
-                values["forget"] += weight * pulls * ((floor or 0.0) - np.mean(cosines))
-                for i, cosine in enumerate(cosines):
-                    is_above = int(floor is None or cosine > floor)
-                    values["forget"] += weight * is_above * (cosine - (floor or 0.0)) / n_forget
-                    share = weight * (is_above - pulls) * forget_weight / n_forget
-                    if d_image is not None:
-                        d_image[i] += share * text[i]
-                    if d_text is not None:
-                        d_text[i] += share * image[i]
-        for now, others, grad in (
-            (batch.image, batch.ref_text, gradient.image),
-            (batch.text, batch.ref_image, gradient.text),
-        ):
-            if cross_weight and floor is not None and n_forget < total:
-                mean = sum(others[j] for j in range(n_forget, total)) / sizes["retain"]
-                for i in range(n_forget):
-                    stray = float(now[i] @ mean) - floor
-                    is_small = abs(stray) < 0.05
-                    loss = stray**2 / 0.1 if is_small else abs(stray) - 0.025
-                    slope = stray / 0.05 if is_small else np.sign(stray)
-                    values["forget"] += cross_weight * loss / n_forget
-                    grad[i] += forget_weight * cross_weight * slope * mean / n_forget
-    if anchor_weight:
-        for i in range(n_forget, total):
-            for now, ref, grad in (
-                (batch.image, batch.ref_image, gradient.image),
-                (batch.text, batch.ref_text, gradient.text),
-            ):
-                moved = now[i] - ref[i]
-                values["anchor"] += float(moved @ moved) / sizes["retain"]
-                grad[i] += 2 * anchor_weight / sizes["retain"] * moved
+                cosines = (image * text).sum(1)
+                above = cosines if floor is None else (cosines - floor).relu()
+                values["forget"] = values["forget"] + weight * above.mean()
+                if cross_weight and floor is not None:
+                    values["forget"] = values["forget"] + weight * (floor - cosines.mean()).relu()
+        if cross_weight and floor is not None and len(retain.image):
+            for now, others in ((forget.image, retain.ref_text), (forget.text, retain.ref_image)):
+                strays = now @ others.mean(0) - floor
+                loss = smooth_l1_loss(strays, torch.zeros_like(strays), beta=0.05)
+                values["forget"] = values["forget"] + cross_weight * loss
+    if anchor_weight and len(retain.image):
+        moved = [retain.image - retain.ref_image, retain.text - retain.ref_text]
+        values["anchor"] = sum(each.square().sum(1).mean() for each in moved)
     values["total"] = (
         forget_weight * values["forget"]
         + retain_weight * values["retain"]
         + consistency_weight * values["consistency"]
         + anchor_weight * values["anchor"]
     )
-    return values, gradient
+    gradient = Gradient.of(values["total"], batch)
+    return {name: value.item() for name, value in values.items()}, gradient
 
 
 def unit_rows(rows: Array) -> Array:

@@ -9,16 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-import fasterase
 from fasterase.encode import PairEncoder
 from fasterase.engine import run
 from fasterase.errors import InputError
 from fasterase.models.preprocessing import Tokens
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.skips import SkipLedger
-from tests.tiny_model import TinyModel, pairs
-
-CONFIG = {"lr": 1e-3, "batch_size": 8, "forget_batch_size": 4, "max_steps": 3, "progress": False}
+from tests.marks import SHORT_RUN
+from tests.tiny_model import FORGET, RETAIN, TinyModel, erase, pairs, watch
 
 
 class Recording(TinyModel):
@@ -28,16 +26,13 @@ class Recording(TinyModel):
         super().__init__()
         self.images: list[Tensor] = []
         self.texts: list[Tensor] = []
+        watch(self, "image", lambda pixels, _: self.note(self.images, pixels))
+        watch(self, "text", lambda tokens, _: self.note(self.texts, tokens.ids))
 
-    def encode_image(self, pixels: Tensor) -> Tensor:
+    @staticmethod
+    def note(seen: list[Tensor], given: Tensor) -> None:
         if not torch.is_grad_enabled():
-            self.images += list(pixels)
-        return super().encode_image(pixels)
-
-    def encode_text(self, tokens: Tokens) -> Tensor:
-        if not torch.is_grad_enabled():
-            self.texts += list(tokens.ids)
-        return super().encode_text(tokens)
+            seen += given
 
 
 def passes(seen: list[Tensor], items: list[Tensor]) -> set[int]:
@@ -46,34 +41,28 @@ def passes(seen: list[Tensor], items: list[Tensor]) -> set[int]:
 
 
 @pytest.mark.parametrize("config", [{}, {"evaluation": "full"}, {"micro_batch_size": 3}])
-def test_a_run_encodes_each_set_once_with_the_original_and_once_with_the_result(config, recwarn):
+@SHORT_RUN
+def test_a_run_encodes_each_set_once_with_the_original_and_once_with_the_result(
+    config, monkeypatch
+):
     """Outside of training; evaluation, verdict, floor and cache share one pass."""
-    sets = {"forget": pairs(6, seed=1), "retain": pairs(20, seed=2), "holdout": pairs(9, seed=3)}
+    holdout = pairs(9, seed=3)
     model = Recording()
     # GradCache encodes without a graph too: count those passes apart.
-    before_training: list[int] = []
-    after_training: list[int] = []
+    counts: list[list[int]] = []
 
-    def note(record: dict) -> None:
-        after_training[:] = [len(model.images), len(model.texts)]
+    def note(record: dict | None = None) -> None:
+        counts.append([len(model.images), len(model.texts)])
 
     plain = run.run_steps
-
-    def noting(*args, **kwargs):
-        before_training[:] = [len(model.images), len(model.texts)]
-        return plain(*args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "run_steps", noting)
-        fasterase.unlearn(model, **sets, callback=note, **{**CONFIG, **config})
-    for seen, start, end, column in (
-        (model.images, before_training[0], after_training[0], 0),
-        (model.texts, before_training[1], after_training[1], 1),
-    ):
-        for name, items in sets.items():
+    monkeypatch.setattr(run, "run_steps", lambda *given, **more: note() or plain(*given, **more))
+    erase(model, **{"holdout": holdout, "callback": note, "evaluation": "quick", **config})
+    for column, seen in enumerate((model.images, model.texts)):
+        before_training, after_training = counts[0][column], counts[-1][column]
+        for name, items in {"forget": FORGET, "retain": RETAIN, "holdout": holdout}.items():
             values = [item[column] for item in items]
-            assert passes(seen[:start], values) == {1}, f"original, {name}"
-            assert passes(seen[end:], values) == {1}, f"result, {name}"
+            assert passes(seen[:before_training], values) == {1}, f"original, {name}"
+            assert passes(seen[after_training:], values) == {1}, f"result, {name}"
 
 
 def test_features_are_those_of_the_model_row_by_row():
@@ -118,8 +107,7 @@ def test_modes_and_gradients_are_left_alone():
     first, second = (encoder.pairs(source, np.arange(4), description="") for _ in range(2))
     assert torch.equal(first.image, second.image), "Dropout is off"
     assert not first.image.requires_grad
-    assert model.module.image.training
-    assert not model.module.text.training
+    assert (model.module.image.training, model.module.text.training) == (True, False)
     assert torch.is_grad_enabled()
 
 
@@ -151,21 +139,17 @@ def test_unreadable_pairs_are_counted_named_and_an_error_if_all_are():
 
 
 def test_a_batch_that_does_not_fit_in_memory_is_encoded_in_parts():
-    class Small(TinyModel):
-        """Has memory for three images, or twelve texts."""
+    """There is memory for three images, or twelve texts."""
 
-        def encode_image(self, pixels: Tensor) -> Tensor:
-            if len(pixels) > 3:
-                raise torch.OutOfMemoryError("too small")
-            return super().encode_image(pixels)
+    def refuse(given, features):
+        if len(features) > (12 if isinstance(given, Tokens) else 3):
+            raise torch.OutOfMemoryError("too small")
 
-        def encode_text(self, tokens: Tokens) -> Tensor:
-            if len(tokens.ids) > 12:
-                raise torch.OutOfMemoryError("too small")
-            return super().encode_text(tokens)
-
+    small = TinyModel()
+    for side in ("image", "text"):
+        watch(small, side, refuse)
     source, rows = open_pairs(pairs(21, seed=1), name="retain"), np.arange(21)
-    encoders = [PairEncoder(model(), batch_size=16) for model in (Small, TinyModel)]
+    encoders = [PairEncoder(model, batch_size=16) for model in (small, TinyModel())]
     found, expected = (each.pairs(source, rows, description="") for each in encoders)
     torch.testing.assert_close(found.image, expected.image)
     torch.testing.assert_close(found.first_text, expected.first_text)

@@ -14,6 +14,7 @@ from fasterase.engine.model_state import placed
 from fasterase.errors import InputError
 from tests import small_models
 from tests.evaluation.lookup_model import LookupModel, picture
+from tests.tiny_model import unchanged
 
 TEXTS = ["cat", "dog", "hen", "owl", "a photo of a cat.", "a photo of a dog."]
 FORGET, RETAIN = [(picture(0), "cat")], [(picture(1), "dog"), (picture(2), "hen")]
@@ -62,60 +63,45 @@ def test_all_sets_and_models_are_measured() -> None:
     assert found.original["retain"]["matched_cosine"] < 1
 
 
-def small_pairs(count: int, *, first: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    torch.manual_seed(first)
-    size = small_models.IMAGE_SIZE
-    return [
-        (torch.randn(3, size, size), torch.tensor([49406, first + i, 49407])) for i in range(count)
-    ]
-
-
 def test_a_model_of_a_library_is_measured_and_left_as_it_was() -> None:
     model = small_models.open_clip_vit()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    forget, retain = small_pairs(3, first=10), small_pairs(6, first=20)
-    length = small_models.CONTEXT_LENGTH
-    padded = [
-        [(image, nn.functional.pad(ids, (0, length - len(ids)))) for image, ids in pairs]
-        for pairs in (forget, retain)
-    ]
-    found = fasterase.evaluate(model, *padded, original=model, max_pairs=5)
+    vocabulary = small_models.SIMPLE_VOCABULARY_SIZE
+    forget, retain = (
+        list(zip(*small_models.random_pairs(vocabulary, count=n, seed=n), strict=True))
+        for n in (3, 6)
+    )
+    with unchanged(model):
+        found = fasterase.evaluate(model, forget, retain, original=model, max_pairs=5)
     assert found.pairs == {"forget": 3, "retain": 5}
     assert found.original == found.to_dict()
+    pixels, ids = map(torch.stack, zip(*forget, strict=True))
     with torch.no_grad():
-        image = model.encode_image(torch.stack([i for i, _ in forget]), normalize=True)
-        text = model.encode_text(torch.stack([t for _, t in padded[0]]), normalize=True)
+        image = model.encode_image(pixels, normalize=True)
+        text = model.encode_text(ids, normalize=True)
     assert found.to_dict()["forget"]["matched_cosine"] == pytest.approx(
         float((image * text).sum(1).mean()), abs=1e-5
     )
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name])
 
 
 def test_strings_go_through_the_given_tokenizer_and_pictures_through_preprocess() -> None:
     size = small_models.IMAGE_SIZE
     pictures = torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8)
-    forget = [(pictures[0], "a cat")]
-    retain = [(pictures[i], text) for i, text in ((1, "a dog"), (2, "a hen"), (3, "an owl"))]
+    forget, *retain = zip(pictures, ("a cat", "a dog", "a hen", "an owl"), strict=True)
     options = {"class_names": ["cat", "dog", "hen"], "tokenizer": small_models.simple_tokenizer()}
-    found = fasterase.evaluate(small_models.open_clip_vit(), forget, retain, **options)
+    found = fasterase.evaluate(small_models.open_clip_vit(), [forget], retain, **options)
     assert 0 <= found.to_dict()["retain"]["zero_shot_accuracy"] <= 1
 
 
-def test_workers_progress_and_device_reach_the_encoder(monkeypatch) -> None:
+def test_workers_progress_and_device_reach_the_encoder(monkeypatch, capsys) -> None:
     made = []
 
     def encoder(model: Any, **options: Any) -> PairEncoder:
-        made.append({**options, "device": str(model.device)})
+        made.append((options["num_workers"], options["progress"], str(model.device)))
         return PairEncoder(model, **options)
 
     monkeypatch.setattr("fasterase.api.PairEncoder", encoder)
     fasterase.evaluate(lookup_model(), FORGET, RETAIN, device="cpu", num_workers=1, progress=False)
-    assert (made[0]["num_workers"], made[0]["progress"], made[0]["device"]) == (1, False, "cpu")
-
-
-def test_progress_is_shown_unless_switched_off(capsys) -> None:
-    fasterase.evaluate(lookup_model(), FORGET, RETAIN, progress=False)
+    assert made[0] == (1, False, "cpu")
     assert capsys.readouterr().err == ""
     fasterase.evaluate(lookup_model(), FORGET, RETAIN)
     assert "measuring (retain)" in capsys.readouterr().err

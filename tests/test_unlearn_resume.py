@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import shutil
 
 import pytest
 import torch
 
-import fasterase
 from fasterase.errors import ResumeError
 from tests.marks import SHORT_RUN
-from tests.tiny_model import TinyModel, pairs, same_weights
-from tests.tiny_run import AUTOMATIC, CONFIG, in_process, run
+from tests.tiny_concepts import AUTOMATIC
+from tests.tiny_model import TinyModel, erase, pairs, same_weights, unchanged
+from tests.tiny_run import CONFIG, in_process
 
-EVERYTHING = {
-    "train_mode": True,
-    "train_logit_scale": True,
-    "micro_batch_size": 3,
-    "warmup_steps": 2,
-    "schedule": "cosine",
-    "weight_decay": 0.1,
-    "negatives": "joint",
-}
+EVERYTHING = {"train_mode": True, "train_logit_scale": True, "negatives": "joint"}
+EVERYTHING |= {"warmup_steps": 2, "schedule": "cosine", "weight_decay": 0.1, "micro_batch_size": 3}
+STEPS = [1, 2, 3, 4, 5, 6]
 
 
 def lines(folder):
@@ -34,6 +28,10 @@ def steps(folder):
     return [json.loads(line)["step"] for line in lines(folder)]
 
 
+def checkpoints(folder):
+    return sorted(int(path.name[5:]) for path in folder.glob("checkpoints/step-*"))
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     return in_process(tmp_path_factory.mktemp("whole") / "run")
@@ -42,70 +40,58 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize(
     "die_at",
     [
-        ("sweep block", 2),
-        ("optimiser step", 1),
-        ("optimiser step", 4),
-        ("history line", 3),
-        ("checkpoint shard", 2),
-        ("checkpoint removal", 1),
+        *("sweep block 2", "optimiser step 1", "optimiser step 4", "history line 3"),
+        *("checkpoint shard 2", "checkpoint removal 1"),
     ],
-    ids=lambda moment: f"{moment[0]} {moment[1]}",
 )
 def test_killed_once_and_run_again(tmp_path, whole, die_at):
     folder = tmp_path / "run"
     in_process(folder, die_at=die_at)
-    saved = max((int(path.name[5:]) for path in folder.glob("checkpoints/step-*")), default=0)
+    saved = max(checkpoints(folder), default=0)
     before = lines(folder)[:saved]
     assert same_weights(in_process(folder), whole)
     assert lines(folder)[:saved] == before, "with its times, so these steps were not taken again"
-    assert steps(folder) == [1, 2, 3, 4, 5, 6]
-    assert sorted(f.name for f in (folder / "checkpoints").iterdir()) == [
-        "step-000000004",
-        "step-000000006",
-    ]
+    assert steps(folder) == STEPS
+    assert checkpoints(folder) == [4, 6]
 
 
 def test_killed_at_every_kind_of_moment_with_everything_on(tmp_path):
-    tower = {"dropout": 0.3, "batch_norm": True}
-    options = {"config": EVERYTHING, "tower": tower, "n_retain": 1100}
+    options = {**EVERYTHING, "tower": {"dropout": 0.3, "batch_norm": True}, "n_retain": 1100}
     expected = in_process(tmp_path / "whole", **options)
     folder = tmp_path / "run"
-    moments = [
-        ("sweep block", 3),
-        ("optimiser step", 3),
-        ("checkpoint shard", 1),
-        ("optimiser step", 4),
-    ]
-    for die_at in moments:
-        in_process(folder, die_at=die_at, **options)
-    options["config"] = {**EVERYTHING, "num_workers": 2}
-    assert same_weights(in_process(folder, **options), expected)
-    assert steps(folder) == [1, 2, 3, 4, 5, 6]
+    for moment in ("sweep block 3", "optimiser step 3", "checkpoint shard 1", "optimiser step 4"):
+        in_process(folder, die_at=moment, **options)
+    assert same_weights(in_process(folder, **options, num_workers=2), expected)
+    assert steps(folder) == STEPS
 
 
 def test_an_automatic_run_is_killed_while_it_learns_and_while_it_fades(tmp_path):
-    config = {"config": AUTOMATIC}
+    config = {**AUTOMATIC, "save_every": 4}
     expected = in_process(tmp_path / "whole", **config)
     folder = tmp_path / "run"
     total = len(steps(tmp_path / "whole"))
     assert total > 40
     for step in (23, total - 5):
         taken = len(steps(folder)) // 4 * 4  # of which a checkpoint was written
-        in_process(folder, die_at=("optimiser step", step - taken), **config)
-        (newest, *_) = sorted((folder / "checkpoints").iterdir(), reverse=True)
+        in_process(folder, die_at=f"optimiser step {step - taken}", **config)
+        newest = max((folder / "checkpoints").iterdir())
         assert (newest / "best.safetensors").is_file()
     assert same_weights(in_process(folder, **config), expected)
-    lrs = [
+    found, wanted = (
         [json.loads(line)["lr"] for line in lines(each)] for each in (folder, tmp_path / "whole")
-    ]
-    assert lrs[0] == lrs[1]
+    )
+    assert found == wanted
 
 
-def go(folder, *, tower=None, forget=None, retain=None, **config):
-    tower = tower or TinyModel()
-    settings = {**CONFIG, "progress": False, "evaluation": None, "output_dir": folder, **config}
-    forget, retain = forget or pairs(6, seed=1), retain or pairs(20, seed=2)
-    return fasterase.unlearn(tower, forget, retain, **settings)
+def go(folder, tower=None, **config):
+    return erase(tower, **{**CONFIG, "output_dir": folder, **config})
+
+
+@functools.cache
+def weights_of_an_unbroken_run():
+    tower = TinyModel()
+    erase(tower, **CONFIG)
+    return tower.weights()
 
 
 @pytest.fixture
@@ -134,12 +120,10 @@ class TestResume:
     )
     def test_another_run_is_refused_by_name(self, stopped, change, named):
         tower = change.get("tower") or TinyModel()
-        before = tower.weights()
         config = (stopped / "config.yaml").read_text()
-        with pytest.raises(ResumeError, match=named) as caught:
+        with unchanged(tower.module), pytest.raises(ResumeError, match=named) as caught:
             go(stopped, **{**change, "tower": tower})
         assert "resume='never'" in str(caught.value)
-        assert same_weights(tower.weights(), before)
         assert (stopped / "config.yaml").read_text() == config
         assert steps(stopped) == [1, 2, 3]
 
@@ -157,25 +141,25 @@ class TestResume:
         ids=lambda change: next(iter(change)),
     )
     def test_what_changes_no_weight_may_change(self, stopped, change):
-        whole, again = TinyModel(), TinyModel()
-        go(stopped / "whole", tower=whole)
-        result = go(stopped, tower=again, **change)
+        again = TinyModel()
+        result = go(stopped, again, **change)
         if "stop_when_forgotten" not in change:
-            assert [record.step for record in result.history] == [1, 2, 3, 4, 5, 6]
-            for name, tensor in again.weights().items():
-                torch.testing.assert_close(tensor, whole.weights()[name], atol=1e-6, rtol=0)
+            assert [record.step for record in result.history] == STEPS
+            expected = weights_of_an_unbroken_run()
+            torch.testing.assert_close(again.weights(), expected, atol=1e-6, rtol=0)
 
-    def test_a_finished_run_goes_on_if_it_may_take_more_steps(self, tmp_path):
-        whole, again = TinyModel(), TinyModel()
-        go(tmp_path / "whole", tower=whole, max_steps=10)
+    def test_a_finished_run_goes_on_if_it_may_take_more_steps_and_else_does_nothing(self, tmp_path):
+        whole = TinyModel()
+        go(tmp_path / "whole", whole, max_steps=10)
         go(tmp_path / "run", max_steps=6)
         first = lines(tmp_path / "run")
-        seen = []
-        result = go(tmp_path / "run", tower=again, max_steps=10, callback=seen.append)
-        assert [record.step for record in seen] == [7, 8, 9, 10]
-        assert [record.step for record in result.history] == list(range(1, 11))
-        assert lines(tmp_path / "run")[:6] == first
-        assert same_weights(again.weights(), whole.weights())
+        for taken in ([7, 8, 9, 10], []):
+            again, seen = TinyModel(), []
+            result = go(tmp_path / "run", again, max_steps=10, callback=seen.append)
+            assert [record.step for record in seen] == taken
+            assert [record.step for record in result.history] == list(range(1, 11))
+            assert lines(tmp_path / "run")[:6] == first
+            assert same_weights(again.weights(), whole.weights())
 
     @pytest.mark.parametrize(
         ("change", "asked"),
@@ -187,11 +171,10 @@ class TestResume:
         ids=str,
     )
     def test_fewer_steps_than_were_taken_are_refused(self, stopped, change, asked):
-        tower = TinyModel()
-        before, config = tower.weights(), (stopped / "config.yaml").read_text()
-        with pytest.raises(ResumeError, match=rf"{asked}: .* taken 3 steps .* Give 3 or more"):
-            go(stopped, tower=tower, **change)
-        assert same_weights(tower.weights(), before)
+        tower, config = TinyModel(), (stopped / "config.yaml").read_text()
+        named = rf"{asked}: .* taken 3 steps .* Give 3 or more"
+        with unchanged(tower.module), pytest.raises(ResumeError, match=named):
+            go(stopped, tower, **change)
         assert (stopped / "config.yaml").read_text() == config
         assert [record.step for record in go(stopped, max_steps=3).history] == [1, 2, 3]
 
@@ -212,7 +195,7 @@ class TestResume:
         assert steps(stopped) == [1, 2]
         go(stopped / "other", tower=fresh, lr=2e-3, max_steps=2)
         assert same_weights(tower.weights(), fresh.weights())
-        assert [f.name for f in (stopped / "checkpoints").iterdir()] == ["step-000000002"]
+        assert checkpoints(stopped) == [2]
 
     def test_must_needs_a_checkpoint(self, tmp_path, stopped):
         with pytest.raises(ResumeError, match="holds no checkpoint"):
@@ -221,37 +204,21 @@ class TestResume:
             go(None, resume="must")
         assert len(go(stopped, resume="must").history) == 6
 
-    def test_a_finished_run_does_nothing_more(self, tmp_path):
-        first, second = TinyModel(), TinyModel()
-        go(tmp_path, tower=first)
-        seen = []
-        result = go(tmp_path, tower=second, callback=seen.append)
-        assert not seen
-        assert same_weights(first.weights(), second.weights())
-        assert [record.step for record in result.history] == [1, 2, 3, 4, 5, 6]
-
     def test_a_damaged_checkpoint_gives_way_to_the_one_before(self, stopped, caplog):
-        whole, again = TinyModel(), TinyModel()
-        go(stopped / "whole", tower=whole)
+        again = TinyModel()
         newest = stopped / "checkpoints" / "step-000000003"
         (shard,) = newest.glob("shard-*")
         shard.write_bytes(shard.read_bytes()[:-9])
-        result = go(stopped, tower=again, save_every=1)
+        result = go(stopped, again, save_every=1)
         assert f"{newest} cannot be read ({shard.name} is damaged)" in caplog.text
-        assert same_weights(again.weights(), whole.weights())
-        assert [record.step for record in result.history] == [1, 2, 3, 4, 5, 6]
+        assert same_weights(again.weights(), weights_of_an_unbroken_run())
+        assert [record.step for record in result.history] == STEPS
 
     def test_no_readable_checkpoint_is_an_error(self, stopped):
         for folder in (stopped / "checkpoints").iterdir():
             (folder / "state.json").unlink()
         with pytest.raises(ResumeError, match=r"none of the checkpoints .* can be read"):
             go(stopped)
-
-    def test_a_history_line_cut_off_by_a_kill_is_written_again(self, stopped):
-        with (stopped / "history.jsonl").open("a") as file:
-            file.write('{"step": 4, "tot')
-        go(stopped)
-        assert steps(stopped) == [1, 2, 3, 4, 5, 6]
 
     def test_fp16_loss_scale_and_counts_go_on(self, stopped):
         folder = stopped / "fp16"
@@ -287,13 +254,3 @@ class TestResume:
         assert (result.floor, result.traces) == (expected.floor, expected.traces)
         assert same_weights(again.weights(), whole.weights())
         assert not (tmp_path / "run" / "reference").exists()
-
-
-def test_last_two_checkpoints_are_kept(tmp_path):
-    run(tmp_path, config={"save_every": 1}, tower={}, n_retain=20)
-    names = sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir())
-    assert names == ["step-000000005", "step-000000006"]
-    shutil.rmtree(tmp_path / "checkpoints" / names[-1])
-    erased = run(tmp_path, config={"save_every": 1}, tower={}, n_retain=20)
-    assert (tmp_path / "checkpoints" / names[-1]).is_dir()
-    assert erased.module is not None

@@ -9,32 +9,23 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-import fasterase
 from fasterase.cli import main
 from fasterase.errors import InputError
 from fasterase.models.load import load_model
 from fasterase.pairs.open import open_pairs
 from tests.small_models import open_clip_vit, simple_tokenizer
-from tests.tiny_model import TinyModel, pairs, same_weights
-
-FORGET = pairs(6, seed=1)
-NUMBERS = {"lr": 1e-3, "max_steps": 3, "forget_batch_size": 4, "progress": False}
-
-
-class Nothing(Dataset):
-    def __len__(self):
-        return 0
-
-    def __getitem__(self, index):
-        raise IndexError(index)
+from tests.tiny_model import FORGET, TinyModel, erase, pairs, same_weights
 
 
 class Augmented(Dataset):
+    def __init__(self, items):
+        self.items = items
+
     def __len__(self):
-        return len(FORGET)
+        return len(self.items)
 
     def __getitem__(self, index):
-        pixels, ids = FORGET[index]
+        pixels, ids = self.items[index]
         return pixels + 0.1 * torch.randn_like(pixels), ids
 
 
@@ -42,10 +33,10 @@ class Augmented(Dataset):
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"retain": Nothing(), "evaluation": None},
+        {"evaluation": "quick"},
+        {"retain": Augmented([])},
         {"retain": open_pairs(FORGET, name="all").select([], name="retain")},
-        {"forget": Augmented()},
+        {"forget": Augmented(FORGET)},
         {"evaluation": "full", "sets": {"near": pairs(5, seed=3)}},
         {"cross_weight": 0.0},
         {"forget_loss": "contrastive", "negatives": "joint"},
@@ -56,9 +47,8 @@ class Augmented(Dataset):
 def test_a_run_forgets_and_gives_no_verdict(options):
     model = TinyModel()
     before = model.weights()
-    given = {"forget": FORGET, "retain": [], **NUMBERS, **options}
     with pytest.warns(UserWarning, match="no verdict: there is no retain caption"):
-        result = fasterase.unlearn(model, **given)
+        result = erase(model, **{"retain": [], **options})
     assert (result.verdict, result.residue, result.forgotten) == (None, None, False)
     assert not same_weights(model.weights(), before)
     assert len(result.history) == 3
@@ -80,16 +70,9 @@ def test_a_run_forgets_and_gives_no_verdict(options):
 )
 def test_what_needs_a_retain_set_asks_for_numbers(options):
     with pytest.raises(InputError, match=r"`retain` is empty.*Give numbers for lr and epochs"):
-        fasterase.unlearn(TinyModel(), FORGET, [], **{**NUMBERS, **options})
+        erase(retain=[], **options)
     with pytest.raises(InputError, match="`retain` is empty and forget_weight=0"):
-        fasterase.unlearn(TinyModel(), FORGET, [], **NUMBERS, forget_weight=0.0)
-
-
-def test_stop_when_forgotten_needs_other_captions_to_tell_by():
-    other_pictures = [(pixels, FORGET[0][1]) for pixels, _ in pairs(4, seed=2)]
-    forget = [(pixels, FORGET[0][1]) for pixels, _ in FORGET]
-    with pytest.raises(InputError, match=r"retain: every caption .* no stop_when_forgotten"):
-        fasterase.unlearn(TinyModel(), forget, other_pictures, **NUMBERS, stop_when_forgotten=True)
+        erase(retain=[], forget_weight=0.0)
 
 
 @pytest.mark.filterwarnings("ignore:no verdict")
@@ -105,9 +88,9 @@ def test_a_file_without_rows_on_the_command_line(file, content, tmp_path, capsys
     (tmp_path / "forget.csv").write_text("\n".join(rows))
     (tmp_path / file).write_text(content)
     run = tmp_path / "run"
-    sets = ["--forget", str(tmp_path / "forget.csv"), "--retain", str(tmp_path / file)]
-    sets += ["--progress", "false"]
-    command = ["unlearn", "--model", str(tmp_path / "original"), *sets, "--output_dir", str(run)]
+    folders = {"model": "original", "forget": "forget.csv", "retain": file, "output_dir": "run"}
+    flags = [f"--{name}={tmp_path / path}" for name, path in folders.items()]
+    command = ["unlearn", *flags, "--progress", "false"]
     assert main(command) == 2
     assert "`retain` is empty" in capsys.readouterr().err
     command += ["--lr", "1e-4", "--tune", "projections", "--prefix_cache", "1"]

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fasterase import vocabulary
-from fasterase.vocabulary import (
-    english_frequencies,
-    everyday_things,
-    words_of,
-)
+from fasterase.vocabulary import english_frequencies, everyday_things, words_of
 
 
 def test_frequencies_are_those_of_english():
@@ -19,6 +14,7 @@ def test_frequencies_are_those_of_english():
     assert 4.5 < frequencies["dog"] < 5.5
     assert 3 <= frequencies["octopus"] < 4 < frequencies["mountain"] < frequencies["of"]
     assert "qwxyz" not in frequencies
+    assert english_frequencies() is frequencies, "read once"
 
 
 def test_things_are_many_distinct_and_of_known_words():
@@ -39,7 +35,3 @@ def test_things_are_many_distinct_and_of_known_words():
 )
 def test_words_are_letters_in_a_row(text, words):
     assert words_of(text) == words
-
-
-def test_lists_are_read_once():
-    assert english_frequencies() is vocabulary.english_frequencies()

@@ -34,6 +34,18 @@ def concept_pairs(concepts: Iterable[int], count: int, *, seed: int) -> list[tup
     return items
 
 
+FORGET, RETAIN = concept_pairs([FORGOTTEN], 24, seed=1), concept_pairs(KEPT, 20, seed=2)
+
+# `lr` and the steps are chosen by the run itself, which forgets the concept.
+AUTOMATIC = {
+    "lr": "auto",
+    "max_steps": None,
+    "batch_size": 32,
+    "forget_batch_size": 12,
+    "progress": False,
+}
+
+
 def knowing_model(concepts: Iterable[int] = range(CONCEPTS)) -> TinyModel:
     """A model that knows all concepts, or only the given ones."""
     model = TinyModel()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from tests.small_models import simple_tokenizer
 
@@ -54,46 +55,34 @@ def full_tokenizer() -> Any:
 
 
 def _tokenizer(pieces: list[str], merges: list[str]) -> Any:
-    from transformers import CLIPTokenizer
-
     numbers = {piece: i for i, piece in enumerate((*pieces, "<|startoftext|>", "<|endoftext|>"))}
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "vocab.json").write_text(json.dumps(numbers), encoding="utf-8")
         merged = "\n".join(["#version: 0.2", *merges])
         Path(folder, "merges.txt").write_text(merged, encoding="utf-8")
         length = TEXT["max_position_embeddings"]
-        return CLIPTokenizer.from_pretrained(folder, model_max_length=length)
+        return transformers.CLIPTokenizer.from_pretrained(folder, model_max_length=length)
 
 
 def clip(*, seed: int = 0, **text: Any) -> Any:
     """Build a transformers `CLIPModel`; `text` overrides `TEXT`."""
-    from transformers import CLIPConfig, CLIPModel
-
     torch.manual_seed(seed)
-    return CLIPModel(
-        CLIPConfig(text_config=TEXT | text, vision_config=VISION, projection_dim=16)
-    ).eval()
+    towers = {"text_config": TEXT | text, "vision_config": VISION}
+    return transformers.CLIPModel(transformers.CLIPConfig(**towers, projection_dim=16)).eval()
 
 
 def text_encoder(*, seed: int = 0, **text: Any) -> Any:
     """Build a transformers `CLIPTextModel`; `text` overrides `TEXT`."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
     torch.manual_seed(seed)
-    return CLIPTextModel(CLIPTextConfig(**(TEXT | text))).eval()
+    return transformers.CLIPTextModel(transformers.CLIPTextConfig(**(TEXT | text))).eval()
 
 
 def save_pipeline(folder: Path, encoder: Any, tokenizer: Any) -> str:
     """Write a Stable Diffusion with this text encoder and tokenizer, as diffusers does."""
-    from diffusers import (
-        AutoencoderKL,
-        DDIMScheduler,
-        StableDiffusionPipeline,
-        UNet2DConditionModel,
-    )
+    import diffusers
 
     torch.manual_seed(1)
-    unet = UNet2DConditionModel(
+    unet = diffusers.UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 16),
         layers_per_block=1,
@@ -108,19 +97,21 @@ def save_pipeline(folder: Path, encoder: Any, tokenizer: Any) -> str:
         for name, weight in unet.named_parameters():
             if "attn2" in name and weight.ndim == 2:
                 weight.mul_(4)
-    vae = AutoencoderKL(
+    vae = diffusers.AutoencoderKL(
         block_out_channels=(8, 16),
         norm_num_groups=4,
         latent_channels=4,
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
     )
-    StableDiffusionPipeline(
+    diffusers.StableDiffusionPipeline(
         vae=vae,
         text_encoder=encoder,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        scheduler=diffusers.DDIMScheduler(
+            clip_sample=False, set_alpha_to_one=False, steps_offset=1
+        ),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -130,8 +121,6 @@ def save_pipeline(folder: Path, encoder: Any, tokenizer: Any) -> str:
 
 def save_detector(folder: Path, kind: str) -> str:
     """Write an `"OwlViT"` or `"Owlv2"` with its processor, as transformers does."""
-    import transformers
-
     config = getattr(transformers, f"{kind}Config")(
         text_config=TEXT, vision_config=VISION, projection_dim=TEXT["hidden_size"]
     )

@@ -1,21 +1,32 @@
-"""A two-tower model of a few hundred weights with Dropout and BatchNorm, for the engine's tests."""
+"""A two-tower model of a few hundred weights with Dropout and BatchNorm, and short runs of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import fasterase
 from fasterase.models.dual_encoder import DualEncoder, Tokens, TowerParts
 from fasterase.pairs.batches import MicroBatch
 
 SIZE = 4
 VOCABULARY = 50
 LENGTH = 5
+STEPS = {
+    "lr": 1e-3,
+    "batch_size": 8,
+    "forget_batch_size": 4,
+    "max_steps": 3,
+    "progress": False,
+    "evaluation": None,
+}
 
 
 class TinyModule(nn.Module):
@@ -87,11 +98,51 @@ def same_weights(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     )
 
 
+def watch(model: DualEncoder, side: str, see: Callable[[Any, Tensor], Tensor | None]) -> None:
+    """Call `see` with input and features of each encoding; what it returns takes their place."""
+    plain = getattr(model, f"encode_{side}")
+
+    def encode(given: Any) -> Tensor:
+        features = plain(given)
+        other = see(given, features)
+        return features if other is None else other
+
+    setattr(model, f"encode_{side}", encode)
+
+
+@contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """Weights, modes and what is trained are after the block what they were, whatever it raises."""
+
+    def switches() -> list[bool]:
+        parameters = (parameter.requires_grad for parameter in module.parameters())
+        return [*(part.training for part in module.modules()), *parameters]
+
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}, switches()
+    try:
+        yield
+    finally:
+        assert same_weights(before[0], module.state_dict())
+        assert before[1] == switches()
+
+
+def erase(
+    model: Any = None, forget: Any = None, retain: Any = None, **settings: Any
+) -> fasterase.UnlearnResult:
+    """A run of a few steps; the model and the pairs are tiny ones unless they are given."""
+    forget, retain = (FORGET if forget is None else forget), (RETAIN if retain is None else retain)
+    given = TinyModel() if model is None else model
+    return fasterase.unlearn(given, forget, retain, **{**STEPS, **settings})
+
+
 def batch(count: int, *, seed: int = 1) -> tuple[Tensor, Tokens]:
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randn(count, 3, SIZE, SIZE, generator=generator)
     ids = torch.randint(1, VOCABULARY, (count, LENGTH), generator=generator)
     return pixels, Tokens(ids)
+
+
+FORGET, RETAIN = pairs(6, seed=1), pairs(20, seed=2)
 
 
 def micro_batches(

@@ -10,37 +10,16 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fasterase
 from fasterase.engine.model_state import borrowed, checkpointed_activations
 from fasterase.errors import InputError
 from fasterase.models.dual_encoder import DualEncoder
-from fasterase.models.load import load_model
 from fasterase.models.preprocessing import Tokens
 from tests import small_models
-from tests.tiny_model import TinyModel, pairs
+from tests.engine.test_grad_cache import LIBRARIES, built
+from tests.marks import SHORT_RUN
+from tests.tiny_model import TinyModel, erase, same_weights
 
-KINDS = (
-    "open_clip_vit",
-    "open_clip_resnet",
-    "open_clip_custom_text",
-    "open_clip_coca",
-    "hf_clip",
-    "hf_siglip",
-    "hf_siglip2",
-)
-VOCABULARY = len(small_models.HF_VOCABULARY)
-
-
-def built(kind: str, **sizes: int) -> DualEncoder:
-    if kind.startswith("open_clip"):
-        sizes["vocab_size"] = VOCABULARY
-    module = getattr(small_models, kind)(**sizes)
-    for part in module.modules():
-        if isinstance(getattr(part, "dropout", None), float):
-            part.dropout = 0.2
-        if isinstance(part, torch.nn.MultiheadAttention):
-            part.dropout = 0.2
-    return load_model(module)
+KINDS = (*LIBRARIES, "open_clip_custom_text", "open_clip_coca", "hf_siglip2")
 
 
 def features(model: DualEncoder) -> tuple[Tensor, Tensor]:
@@ -66,10 +45,9 @@ def test_same_gradients_and_buffers(kind, train_mode):
     with checkpointed_activations(checkpointed):
         found = gradients(checkpointed)
     assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        assert torch.equal(found[name], gradient), name
-    for one, two in zip(plain.module.buffers(), checkpointed.module.buffers(), strict=True):
-        assert torch.equal(one, two)
+    assert same_weights(found, expected)
+    buffers = (dict(model.module.named_buffers()) for model in (plain, checkpointed))
+    assert same_weights(*buffers)
 
 
 class AliveTensors(TorchDispatchMode):
@@ -94,10 +72,8 @@ class AliveTensors(TorchDispatchMode):
 def kept_bytes(model: DualEncoder) -> int:
     """What a forward pass of both towers keeps for the backward pass."""
     with AliveTensors() as alive:
-        kept = features(model)
-    total = alive.bytes()
-    del kept
-    return total
+        _kept = features(model)
+        return alive.bytes()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -147,34 +123,18 @@ def test_blocks_that_are_not_known():
     assert "forward" not in model.module.image[1].__dict__
 
 
-@pytest.mark.filterwarnings("ignore:verdict: ")
+@SHORT_RUN
 @pytest.mark.parametrize("micro_batch_size", [None, 4])
 def test_a_run_ends_with_the_same_weights(micro_batch_size):
     """With Dropout and BatchNorm in train mode, and both of GradCache's passes."""
-    options = {
-        "lr": 1e-2,
-        "max_steps": 3,
-        "batch_size": 8,
-        "forget_batch_size": 3,
-        "train_mode": True,
-        "micro_batch_size": micro_batch_size,
-        "evaluation": None,
-        "progress": False,
-    }
+    options = {"lr": 1e-2, "train_mode": True, "micro_batch_size": micro_batch_size}
     runs = []
     for checkpointing in (False, True):
         model = TinyModel(dropout=0.3, batch_norm=True)
         calls: list[None] = []
         model.module.text[0].register_forward_hook(lambda *_, calls=calls: calls.append(None))
-        fasterase.unlearn(
-            model,  # type: ignore[arg-type]
-            pairs(6, seed=1),
-            pairs(20, seed=2),
-            activation_checkpointing=checkpointing,
-            **options,
-        )
+        erase(model, activation_checkpointing=checkpointing, **options)
         runs.append((model.weights(), len(calls)))
     (plain, once), (checkpointed, again) = runs
-    for name, weight in plain.items():
-        assert torch.equal(weight, checkpointed[name]), name
+    assert same_weights(plain, checkpointed)
     assert again == once + 3 * (3 if micro_batch_size else 1)  # once more per backward pass

@@ -18,30 +18,20 @@ from fasterase.objective import EraseLoss
 from tests.tiny_model import TinyModel
 
 
-def optimizer(name: str, model: TinyModel | None = None, **options):
-    model = model or TinyModel()
-    trained = Trained.choose(model, "all", logit_scale=True)
-    config = {"lr": 0.1, "betas": (0.9, 0.98), "weight_decay": 0.5, **options}
-    return build_optimizer(model.module, trained, name=name, **config)
-
-
 @pytest.mark.parametrize(("name", "kind"), [("adamw", "AdamW"), ("adam", "Adam")])
 def test_only_matrices_decay(name, kind):
     model = TinyModel()
     # transformers and open_clip keep it 0-d, others as a vector or a matrix.
     model.module.logit_scale = nn.Parameter(torch.ones(1, 1))
-    made = optimizer(name, model)
+    trained = Trained.choose(model, "all", logit_scale=True)
+    config = {"lr": 0.1, "betas": (0.9, 0.98), "weight_decay": 0.5}
+    made = build_optimizer(model.module, trained, name=name, **config)
     assert type(made).__name__ == kind
     groups = {group["weight_decay"]: group["params"] for group in made.param_groups}
     assert [p.shape for p in groups[0.5]] == [(24, 48), (12, 24), (50, 16), (16, 16), (12, 16)]
     assert any(p is model.module.logit_scale for p in groups[0.0])
     assert len(groups[0.0]) == 7
     assert all(group["betas"] == (0.9, 0.98) for group in made.param_groups)
-
-
-def test_every_parameter_is_in_one_group():
-    model = TinyModel()
-    made = optimizer("adamw", model)
     grouped = [id(p) for group in made.param_groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.module.parameters())
 
@@ -78,30 +68,25 @@ def test_learning_rates():
     assert rates("cosine", warmup_steps=50) == [2.0 * (step + 1) / 50 for step in range(12)]
 
 
-def loss(**terms):
-    values = dict.fromkeys(EraseLoss._fields, 1.0) | terms
-    return EraseLoss(**{name: torch.tensor(value) for name, value in values.items()})
-
-
 def test_the_first_broken_term_is_named():
-    nan, inf = math.nan, math.inf
-    assert non_finite_term(loss()) is None
-    assert non_finite_term(loss(total=nan, consistency=nan, anchor=inf)) == "consistency"
-    assert non_finite_term(loss(total=inf)) == "total"
+    def named(**terms):
+        values = dict.fromkeys(EraseLoss._fields, 1.0) | terms
+        return non_finite_term(EraseLoss(**{n: torch.tensor(v) for n, v in values.items()}))
+
+    assert named() is None
+    assert named(total=math.nan, consistency=math.nan, anchor=math.inf) == "consistency"
+    assert named(total=math.inf) == "total"
 
 
 @pytest.mark.parametrize(("precision", "limit"), [("fp32", 3), ("bf16", 3), ("fp16", 20)])
 def test_a_few_broken_steps_in_a_row_stop(precision, limit):
     guard = NonFiniteGuard(precision)
-    for step in range(1, limit):
-        guard.record("retain", step=step, ids=["a"])
-    guard.record(None, step=limit, ids=["a"])
-    for step in range(1, limit):
-        guard.record("retain", step=step, ids=["a"])
+    almost = ["retain"] * (limit - 1)
+    for step, term in enumerate([*almost, None, *almost]):
+        guard.record(term, step=step, ids=["a"])
     ids = [f"pair {i}" for i in range(30)]
-    with pytest.raises(
-        NonFiniteError, match=r"retain .* step 99.*pair 7, \.\.\. \(30 in all\)"
-    ) as e:
+    named = r"retain .* step 99.*pair 7, \.\.\. \(30 in all\)"
+    with pytest.raises(NonFiniteError, match=named) as e:
         guard.record("retain", step=99, ids=ids)
     assert e.value.pair_ids == tuple(ids)
 

@@ -35,31 +35,38 @@ from fasterase.engine.rates import (
 from fasterase.evaluation.verdict import Trace
 
 TOTAL = 400
+STUCK_STEPS = 15 + PATIENCE_STEPS + FADE_STEPS
 
 
 def record(step: int, forget: float, anchor: float = 0.0, *, applied: bool = True) -> StepRecord:
     return StepRecord(step=step, forget=forget, anchor=anchor, applied=applied)
 
 
-def rates(rate: Rate, losses: Callable[[int], float], steps: int, *, anchor: float = 0.0):
+def rates(
+    rate: Rate,
+    steps: int,
+    *,
+    loss: Callable[[int], float] = lambda step: 0.8,
+    anchor: Callable[[int], float] = lambda step: 0.0,
+) -> list[float]:
     """The learning rate after each step."""
     found = []
     for step in range(1, steps + 1):
-        rate.follow(record(step, losses(step), anchor))
+        rate.follow(record(step, loss(step), anchor(step)))
         found.append(rate.lr)
     return found
 
 
 class TestLine:
     def test_it_rises_while_the_loss_lags_up_to_a_limit(self):
-        found = rates(LineFollower(), lambda step: 0.8, 100)
+        found = rates(LineFollower(), 100)
         assert found[0] >= FIRST_LR
         assert all(later >= lr for lr, later in itertools.pairwise(found))
         assert found[30] > 10 * FIRST_LR
         assert found[-1] == LR_RANGE[1]
 
     def test_it_falls_while_the_loss_leads_down_to_a_share_of_its_highest(self):
-        found = rates(LineFollower(), lambda step: 0.8 if step < 30 else 0.01, 70)
+        found = rates(LineFollower(), 70, loss=lambda step: 0.8 if step < 30 else 0.01)
         assert all(later <= lr for lr, later in itertools.pairwise(found[33:]))
         assert found[-1] == pytest.approx(LEAST_SHARE * max(found))
 
@@ -84,19 +91,18 @@ class TestLine:
 
     @pytest.mark.parametrize("loss", [0.0, 5e-4, -0.1])
     def test_a_first_loss_near_zero_does_not_raise_it(self, loss):
-        found = rates(LineFollower(), lambda step: loss, 300)
-        assert max(found) <= FIRST_LR
+        assert max(rates(LineFollower(), 300, loss=lambda step: loss)) <= FIRST_LR
 
     def test_it_falls_while_kept_features_have_moved_too_far(self):
-        inside = rates(LineFollower(), lambda step: 0.8, 40, anchor=TRUSTED_DISTANCE)
-        outside = rates(LineFollower(), lambda step: 0.8, 40, anchor=TRUSTED_DISTANCE * 1.01)
+        inside = rates(LineFollower(), 40, anchor=lambda step: TRUSTED_DISTANCE)
+        outside = rates(LineFollower(), 40, anchor=lambda step: TRUSTED_DISTANCE * 1.01)
         assert inside[-1] > 10 * FIRST_LR
         assert all(later < lr for lr, later in itertools.pairwise(outside[:20]))
         assert outside[-1] == pytest.approx(LEAST_SHARE * FIRST_LR)
 
     def test_the_region_widens_after_the_line(self):
         """A run that lags behind the whole line would else stand still at the border."""
-        found = rates(LineFollower(), lambda step: 0.8, 400, anchor=2 * TRUSTED_DISTANCE)
+        found = rates(LineFollower(), 400, anchor=lambda step: 2 * TRUSTED_DISTANCE)
         least = LEAST_SHARE * FIRST_LR
         assert found[LINE_STEPS] == pytest.approx(least)
         assert found[LINE_STEPS + 30] == pytest.approx(least)
@@ -104,13 +110,8 @@ class TestLine:
 
     def test_it_does_not_leap_past_the_rate_that_left_the_region(self):
         """It returns there quickly, and grows as the region does from there on."""
-        rate = LineFollower()
-        left = rates(rate, lambda step: 0.8, 25)[-1]
-        anchors = itertools.chain([1.0], itertools.repeat(0.0))
-        found = []
-        for step, anchor in zip(range(26, 120), anchors, strict=False):
-            rate.follow(record(step, 0.8, anchor))
-            found.append(rate.lr)
+        found = rates(LineFollower(), 119, anchor=lambda step: float(step == 26))
+        left, found = found[24], found[25:]
         growth = [later / lr for lr, later in itertools.pairwise(found)]
         assert min(found) < 0.5 * left
         assert max(growth) == pytest.approx(FASTER)
@@ -130,7 +131,8 @@ class TestLine:
 def test_a_given_rate_is_constant_and_knows_the_share_left():
     rate = Rate(3e-4)
     assert rate.share_left == 0.0
-    found = rates(rate, lambda step: 0.8 if step == 1 else 0.2, 60, anchor=9.0)
+    loss = lambda step: 0.8 if step == 1 else 0.2  # noqa: E731
+    found = rates(rate, 60, loss=loss, anchor=lambda step: 9.0)
     assert set(found) == {3e-4}
     assert rate.share_left == pytest.approx(0.25, abs=1e-3)
 
@@ -154,32 +156,19 @@ class TestNumbers:
         assert done == [False] * 7 + [True]
         assert pacing.tensors() == {}
 
-    def test_who_no_longer_wants_it_to_stop_gets_the_steps_left(self):
-        def pacing(**options):
-            return Pacing(Rate(1.0), total_steps=30, **options)
-
-        stopped = pacing(is_forgotten=lambda: True)
-        stopped.after_step(record(1, 0.5))
-        again, on = pacing(is_forgotten=lambda: True), pacing()
-        for each in (again, on):
-            each.restore(stopped.state(), {})
-        assert (again.is_done, on.is_done) == (True, False)
-
     def test_the_automatic_rate_spans_the_steps(self):
         """Losses that follow the line of 40 steps lead one of 400."""
-
-        def last_lr(total):
-            pacing, again = (
-                Pacing(LineFollower(line_steps=total), total_steps=total) for _ in range(2)
-            )
+        found = []
+        for total in (40, 400):
+            lines = [LineFollower(line_steps=total) for _ in range(2)]
+            pacing, again = (Pacing(line, total_steps=total) for line in lines)
             for step in range(1, 41):
                 pacing.after_step(record(step, 0.8 * (1 - 0.8 * step / 40)))
             again.restore(json.loads(json.dumps(pacing.state())), {})
             assert again.lr(40) == pacing.lr(40)
-            return pacing.lr(40)
-
-        assert last_lr(40) > 10 * FIRST_LR
-        assert last_lr(400) < FIRST_LR
+            found.append(pacing.lr(40))
+        assert found[0] > 10 * FIRST_LR
+        assert found[1] < FIRST_LR
 
 
 def check(
@@ -189,8 +178,10 @@ def check(
     return Check({"forget": Trace(residue, least, 0.0, 0.0, 0.1, 0.05, 50)}, damage, exceeded)
 
 
-KNOWN = check(1.0)
-SAFE = check(0.5)
+KNOWN, SAFE = check(1.0), check(0.5)
+HURT = check(0.8, damage=0.09, exceeded=True)
+HURTS = {5: check(0.9), 10: check(0.85), 15: HURT, 35: HURT}
+HEALED = {5: HURT, 25: check(0.8, damage=0.01), 30: SAFE}
 
 
 class Run:
@@ -204,6 +195,7 @@ class Run:
         total: int = TOTAL,
         rate: Rate | None = None,
         settled_loss: float = 1.0,
+        has_weights: bool = True,
     ) -> None:
         self.step = 0
         self.now = 0.0  # the step whose weights the model has
@@ -212,13 +204,14 @@ class Run:
         self.loaded: list[float] = []
         self._loss = loss
         self._script = script
+        self._has_weights = has_weights
         self.pacing = AutomaticPacing(
             rate or Rate(1e-3),
             check=self._check,
-            weights=lambda: {"step": torch.tensor(self.now)},
+            weights=self._weights,
             load=self._load,
-            original=(KNOWN, {"step": torch.tensor(0.0)}),
-            start=(None, {"step": torch.tensor(0.0)}),
+            original=(KNOWN, self._weights()),
+            start=(None, self._weights()),
             settled_loss=settled_loss,
             max_steps=total,
         )
@@ -227,8 +220,11 @@ class Run:
         self.checked.append(self.now)
         return self._script(self.now)
 
+    def _weights(self) -> dict[str, Tensor]:
+        return {"step": torch.tensor(self.now)} if self._has_weights else {}
+
     def _load(self, weights: dict[str, Tensor]) -> None:
-        self.now = float(weights["step"])
+        self.now = float(weights.get("step", 0.0))
         self.loaded.append(self.now)
 
     def take(self, steps: int | None = None) -> Run:
@@ -267,19 +263,20 @@ class TestAutomatic:
         assert (run.pacing.is_done, run.pacing.limit) == (True, None)
         assert run.pacing.tensors() == {}
 
-    def test_the_verdict_waits_for_a_settled_loss(self):
-        """Smoothed, the loss is below a fifth of its first value from step 14 on."""
-        run = Run(lambda step: SAFE, settled_loss=0.2).take()
-        assert run.step == 15 + FADE_STEPS
+    @pytest.mark.parametrize(
+        ("loss", "least", "most"),
+        [
+            # Smoothed, it is below a fifth of its first value from step 14 on.
+            (lambda step: 0.8 if step < 3 else 0.1, 15 + FADE_STEPS, 15 + FADE_STEPS),
+            # It no longer falls: that is not waited for.
+            (lambda step: 0.8 if step < 3 else 0.3, STUCK_STEPS, STUCK_STEPS),
+            (lambda step: 0.8 * 0.995**step, 301, 369),
+        ],
+    )
+    def test_the_verdict_waits_for_a_settled_loss(self, loss, least, most):
+        run = Run(lambda step: SAFE, loss=loss, settled_loss=0.2).take()
+        assert least <= run.step <= most
         assert run.loaded == [run.step]
-
-    def test_it_does_not_wait_for_a_loss_that_no_longer_falls(self):
-        stuck = Run(lambda step: SAFE, loss=lambda step: 0.8 if step < 3 else 0.3, settled_loss=0.2)
-        stuck.take()
-        assert stuck.step == 15 + PATIENCE_STEPS + FADE_STEPS
-        falls = Run(lambda step: SAFE, loss=lambda step: 0.8 * 0.995**step, settled_loss=0.2)
-        falls.take()
-        assert 300 < falls.step < 370
 
     def test_a_run_that_waits_for_its_loss_does_not_hurry(self):
         """The trust region does not widen: what is forgotten is worth no more damage."""
@@ -323,10 +320,22 @@ class TestAutomatic:
         assert run.loaded == [5], "forgotten, if only before fading"
         assert run.pacing.limit is None
 
-    def test_a_fade_ends_before_it_leads_to_over_erased(self):
-        run = Run(at({15: check(0.5, least=0.3)}, SAFE)).take()
-        assert run.step == 15
-        assert run.loaded == [15]
+    @pytest.mark.parametrize(
+        ("script", "end", "kept", "limit"),
+        [
+            # A fade ends before it leads to "over-erased".
+            (at({15: check(0.5, least=0.3)}, SAFE), 15, 15, None),
+            # Beyond the damage it fades, and keeps the least residue within it.
+            (at(HURTS, KNOWN), 15 + FADE_STEPS, 10, "damage"),
+            # Damage that fading heals is no end.
+            (at(HEALED, check(0.6, damage=0.02)), 30 + FADE_STEPS, 30 + FADE_STEPS, None),
+            # What only makes it worse gives the original back.
+            (lambda step: KNOWN, TOTAL, 0, "steps"),
+        ],
+    )
+    def test_it_ends_and_keeps_one_step_s_weights(self, script, end, kept, limit):
+        run = Run(script).take()
+        assert (run.step, run.loaded, run.pacing.limit) == (end, [kept], limit)
 
     @pytest.mark.parametrize(
         ("checks", "best"),
@@ -340,11 +349,7 @@ class TestAutomatic:
             ({5: check(0.6, damage=0.1, least=0.31), 25: check(0.74)}, 5),
             # Within the budget of damage first.
             (
-                {
-                    5: check(0.7, damage=0.01),
-                    10: SAFE,
-                    30: check(0.6, damage=0.09, exceeded=True),
-                },
+                {5: check(0.7, damage=0.01), 10: SAFE, 30: check(0.6, damage=0.09, exceeded=True)},
                 10,
             ),
             # Over-erased before remembered.
@@ -356,32 +361,12 @@ class TestAutomatic:
         assert run.loaded[-1] == best
         assert run.pacing.limit is None
 
-    def test_beyond_the_damage_it_fades_and_keeps_the_least_residue_within(self):
-        hurt = check(0.8, damage=0.09, exceeded=True)
-        run = Run(at({5: check(0.9), 10: check(0.85), 15: hurt, 35: hurt}, KNOWN)).take()
-        assert run.step == 15 + FADE_STEPS
-        assert run.loaded == [10]
-        assert run.pacing.limit == "damage"
-
-    def test_damage_that_fading_heals_is_no_end(self):
-        hurt = check(0.8, damage=0.09, exceeded=True)
-        healed = {5: hurt, 25: check(0.8, damage=0.01), 30: SAFE}
-        run = Run(at(healed, check(0.6, damage=0.02))).take()
-        assert run.step == 30 + FADE_STEPS
-        assert run.loaded == [run.step]
-        assert run.pacing.limit is None
-
     def test_a_run_that_never_gets_there_fades_in_its_last_steps(self):
         run = Run(lambda step: check(1.0 - step / 2000)).take()
         assert run.step == TOTAL
         assert run.lrs[TOTAL - FADE_STEPS - 1] == 1e-3
         assert run.lrs[-1] == pytest.approx(1e-3 / (FADE_STEPS + 1))
         assert run.loaded == [TOTAL]
-        assert run.pacing.limit == "steps"
-
-    def test_a_run_that_only_makes_it_worse_gives_the_original_back(self):
-        run = Run(lambda step: KNOWN).take()
-        assert run.loaded == [0]
         assert run.pacing.limit == "steps"
 
     @pytest.mark.parametrize(
@@ -396,13 +381,8 @@ class TestAutomatic:
     )
     def test_a_run_that_is_continued_anywhere_has_the_same_future(self, script):
         def start() -> Run:
-            loss = 0.8
-            return Run(
-                script,
-                loss=lambda step: loss * 0.95**step,
-                total=120,
-                rate=LineFollower(),
-            )
+            rate = LineFollower()
+            return Run(script, loss=lambda step: 0.8 * 0.95**step, total=120, rate=rate)
 
         whole = start().take()
         for step in range(whole.step + 1):
@@ -411,9 +391,8 @@ class TestAutomatic:
             second.pacing.restore(state, first.pacing.tensors())
             second.step = step
             second.take()
-            assert first.lrs + second.lrs == whole.lrs
-            assert first.checked + second.checked == whole.checked
-            assert first.loaded + second.loaded == whole.loaded
+            for each in ("lrs", "checked", "loaded"):
+                assert getattr(first, each) + getattr(second, each) == getattr(whole, each)
             assert second.pacing.limit == whole.pacing.limit
             assert second.pacing.is_done
 
@@ -461,40 +440,19 @@ class TestEasing:
         run = Run(lambda step: check(0.9, least=0.2)).take()
         assert len(run.loaded) == 1
 
-    def test_integers_and_the_copies_of_other_ranks_stay(self):
-        run, _ = self.run(0.29)
-        run.pacing = AutomaticPacing(
-            Rate(1e-3),
-            check=lambda: check(0.5, least=0.29),
-            weights=dict,
-            load=lambda weights: run.loaded.append(len(weights)),
-            original=(KNOWN, {}),
-            start=(None, {}),
-            max_steps=TOTAL,
-        )
-        run.take()
-        assert run.loaded == [0] * (EASE_CHECKS + 1)
+    def test_a_rank_without_weights_takes_part_in_every_check(self):
+        run = Run(lambda step: check(0.5, least=0.29), has_weights=False)
+        assert run.take().loaded == [0.0] * (EASE_CHECKS + 1)
 
 
 def test_a_line_that_ends_too_high_is_lowered_until_the_rate_rises_again():
     """A concept that is still remembered at a spent loss: waiting would change nothing."""
-    rate = LineFollower()
-
-    def follow(steps: int, loss: float) -> None:
-        for _ in range(steps):
-            rate.follow(StepRecord(forget=loss, anchor=0.0, applied=True))
-
-    follow(1, 0.8)
-    follow(120, 0.01)
+    rate, other = LineFollower(), LineFollower()
+    found = rates(rate, 121, loss=lambda step: 0.8 if step == 1 else 0.01)
     assert rate.is_spent
-    fallen = rate.lr
-    follow(5, 0.01)
-    assert rate.lr <= fallen
-    fallen = rate.lr
+    fallen = rates(rate, 5, loss=lambda step: 0.01)[-1]
+    assert fallen <= found[-1]
     for _ in range(4):
         rate.aim_lower()
-    other = LineFollower()
     other.restore(rate.state())
-    rate = other
-    follow(20, 0.01)
-    assert rate.lr > 5 * fallen
+    assert rates(other, 20, loss=lambda step: 0.01)[-1] > 5 * fallen

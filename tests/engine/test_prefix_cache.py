@@ -20,13 +20,10 @@ from tests.models.conftest import STEPS, erase
 from tests.tiny_model import same_weights
 
 pytestmark = SHORT_RUN
-OTHER = list(
-    zip(
-        *small_models.random_pairs(small_models.SIMPLE_VOCABULARY_SIZE, count=5, seed=3),
-        strict=True,
-    )
-)
+MEASURED = small_models.random_pairs(small_models.SIMPLE_VOCABULARY_SIZE, count=5, seed=3)
+OTHER = {"evaluation": "quick", "sets": {"other": list(zip(*MEASURED, strict=True))}}
 RUN = {"tune": "last:1", "forget_augment": False, "max_steps": 4, "prefix_cache": 1.0}
+EPOCHS = {"max_steps": None, "epochs": 4}
 
 
 @pytest.fixture
@@ -49,17 +46,18 @@ def weights_of(model, **options):
     return model.state_dict()
 
 
+def cached_bytes(folder):
+    files = (path for path in folder.rglob("*.safetensors") if "-below-" in str(path))
+    return sum(path.stat().st_size for path in files)
+
+
 @pytest.mark.parametrize(
     ("build", "options", "measured"),
     [
         (small_models.open_clip_vit, {"micro_batch_size": 4}, 0),
         (small_models.open_clip_vit, {"tune": "projections"}, 0),
-        (small_models.open_clip_vit, {"evaluation": "quick", "sets": {"other": OTHER}}, 5),
-        (
-            small_models.open_clip_vit,
-            {"stop_when_forgotten": True, "max_steps": None, "epochs": 4},
-            0,
-        ),
+        (small_models.open_clip_vit, OTHER, 5),
+        (small_models.open_clip_vit, {"stop_when_forgotten": True, **EPOCHS}, 0),
         (small_models.open_clip_custom_text, {}, 0),
         (small_models.open_clip_resnet, {}, 0),
         (small_models.hf_clip, {}, 0),
@@ -92,9 +90,7 @@ def test_the_weights_are_the_same_bits_where_captions_repeat(lower_rows):
 
 
 def test_a_resumed_run_finds_what_was_cached(tmp_path, lower_rows):
-    whole = small_models.open_clip_vit()
-    parts = copy.deepcopy(whole)
-    stopped = copy.deepcopy(whole)
+    whole, stopped, parts = (small_models.open_clip_vit() for _ in range(3))
     options = {"forget_augment": True}
     wanted = weights_of(whole, **options)
     lower_rows.update(image=0, text=0)
@@ -108,19 +104,17 @@ def test_a_resumed_run_finds_what_was_cached(tmp_path, lower_rows):
 def test_what_is_only_measured_is_cached_while_there_is_room(tmp_path, lower_rows):
     """The budget holds what training draws; nothing more is written."""
     pair = sum(row_bytes(tokens * 32, "fp32") for tokens in (17, small_models.CONTEXT_LENGTH))
-    options = {"prefix_cache": 16.9 * pair / 1e9, "evaluation": "quick", "sets": {"other": OTHER}}
-    weights_of(small_models.open_clip_vit(), **options, output_dir=str(tmp_path))
+    options = {"prefix_cache": 16.9 * pair / 1e9, **OTHER, "output_dir": str(tmp_path)}
+    weights_of(small_models.open_clip_vit(), **options)
     assert lower_rows == {"image": 12 + 2 * 5, "text": 12 + 2 * 5}
-    cached = [path for path in tmp_path.rglob("*.safetensors") if "-below-" in str(path)]
-    assert 11.9 * pair < sum(path.stat().st_size for path in cached) < 16.9 * pair
+    assert 11.9 * pair < cached_bytes(tmp_path) < 16.9 * pair
 
 
 def test_images_that_are_cached_are_not_opened(tmp_path, monkeypatch):
     opened = []
     decode = table.decode_image
-    monkeypatch.setattr(
-        table, "decode_image", lambda data, *, id: (opened.append(id), decode(data, id=id))[1]
-    )
+    note = lambda data, *, id: opened.append(id) or decode(data, id=id)  # noqa: E731
+    monkeypatch.setattr(table, "decode_image", note)
     numbers = np.random.default_rng(0)
     for name, count in (("forget", 4), ("retain", 8)):
         for row in range(count):
@@ -142,23 +136,16 @@ def test_images_that_are_cached_are_not_opened(tmp_path, monkeypatch):
 
 
 def test_half_the_disk_for_towers_in_bf16(tmp_path):
-    def flat(weights):
-        return torch.cat([each.flatten() for each in weights.values()])
+    def weights(**options):
+        found = weights_of(small_models.open_clip_vit(), **options)
+        return torch.cat([each.flatten() for each in found.values()])
 
-    sizes, features = {}, {}
-    for precision in ("fp32", "bf16"):
-        folder = tmp_path / precision
-        weights = weights_of(
-            small_models.open_clip_vit(), precision=precision, output_dir=str(folder)
-        )
-        features[precision] = flat(weights)
-        files = [path for path in folder.rglob("*.safetensors") if "-below-" in str(path)]
-        sizes[precision] = sum(path.stat().st_size for path in files)
-    assert 0.5 < sizes["bf16"] / sizes["fp32"] < 0.55
-    start = flat(small_models.open_clip_vit().state_dict())
-    whole = small_models.open_clip_vit()
-    exact = flat(weights_of(whole, precision="bf16", prefix_cache=None))
-    assert (features["bf16"] - exact).norm() < 0.3 * (exact - start).norm()
+    weights(precision="fp32", output_dir=str(tmp_path / "fp32"))
+    found = weights(precision="bf16", output_dir=str(tmp_path / "bf16"))
+    assert 0.5 < cached_bytes(tmp_path / "bf16") / cached_bytes(tmp_path / "fp32") < 0.55
+    exact = weights(precision="bf16", prefix_cache=None)
+    start = torch.cat([w.flatten() for w in small_models.open_clip_vit().state_dict().values()])
+    assert (found - exact).norm() < 0.3 * (exact - start).norm()
 
 
 @pytest.mark.parametrize(

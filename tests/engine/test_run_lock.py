@@ -9,53 +9,35 @@ import subprocess
 import sys
 
 import pytest
+from filelock import FileLock
 
-import fasterase
 from fasterase.engine.conditions import lock_run
 from fasterase.errors import InputError
 from tests.marks import SHORT_RUN
-from tests.tiny_model import TinyModel, pairs
+from tests.tiny_model import TinyModel, erase
 
-# Holds the folder given until it is killed.
+# Holds the folder given until it is killed, and its worker a moment longer.
 HOLD = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from fasterase.engine.conditions import lock_run
 with lock_run(Path(sys.argv[1])):
+    if os.fork() == 0:
+        time.sleep(1.5)
+        os._exit(0)
     print("held", flush=True)
     time.sleep(60)
 """
 
 
-def test_another_process_is_named_and_its_kill_frees_the_folder(tmp_path):
+def test_another_process_is_named_and_its_kill_frees_the_folder_once_its_workers_end(tmp_path):
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout.readline() == "held\n"
-        named = (
-            rf"output_dir: .* in use by process {process.pid} on {socket.gethostname()}, started 20"
-        )
-        with pytest.raises(InputError, match=named), lock_run(tmp_path):
-            pass
-        process.send_signal(signal.SIGKILL)
-    with lock_run(tmp_path):
-        pass
-
-
-def test_orphaned_workers_of_a_killed_run_are_waited_for(tmp_path):
-    code = HOLD.replace(
-        'print("held", flush=True)',
-        """
-    import os
-    if os.fork() == 0:
-        time.sleep(1.5)
-        os._exit(0)
-    print("held", flush=True)""",
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout.readline() == "held\n"
+        holder = f"process {process.pid} on {socket.gethostname()}, started 20"
+        with pytest.raises(InputError, match=f"output_dir: .* in use by {holder}"):
+            lock_run(tmp_path).__enter__()
         process.send_signal(signal.SIGKILL)
         process.wait()
         with lock_run(tmp_path):
@@ -72,8 +54,6 @@ def test_a_holder_that_has_not_said_who_it_is(tmp_path, said):
 
 
 def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog):
-    from filelock import FileLock
-
     def refuse(*args, **options):
         raise NotImplementedError("no flock")
 
@@ -83,39 +63,31 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog)
     assert "cannot be locked (no flock)" in caplog.text
 
 
-FORGET, RETAIN = pairs(6, seed=1), pairs(20, seed=2)
-
-
-def run(folder, *, callback=None, **config):
-    settings = {"lr": 1e-3, "batch_size": 8, "forget_batch_size": 4, "max_steps": 4}
-    settings |= {"progress": False, "evaluation": None, "output_dir": folder}
-    return fasterase.unlearn(
-        TinyModel(), FORGET, RETAIN, callback=callback, **{**settings, **config}
-    )
-
-
 @SHORT_RUN
 def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(tmp_path):
     refused = []
 
     def start_another(record):
         with pytest.raises(InputError, match=rf"output_dir: .* by process {os.getpid()}") as caught:
-            run(tmp_path, resume="never")
+            erase(output_dir=tmp_path, resume="never")
         refused.append(caught.value)
 
-    assert len(run(tmp_path, callback=start_another).history) == 4
-    assert len(refused) == 4
-    run(tmp_path)
+    assert len(erase(output_dir=tmp_path, callback=start_another).history) == 3
+    assert len(refused) == 3
+    erase(output_dir=tmp_path)
 
 
 @SHORT_RUN
-def test_a_run_that_failed_frees_its_folder(tmp_path):
+def test_a_run_that_failed_frees_its_folder_and_its_model(tmp_path):
+    tower = TinyModel()
+
     def fail(record):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        run(tmp_path, callback=fail)
+        erase(tower, output_dir=tmp_path, callback=fail)
+    assert all(parameter.requires_grad for parameter in tower.module.parameters())
     with pytest.raises(InputError, match="forget"):
-        fasterase.unlearn(TinyModel(), [], RETAIN, output_dir=tmp_path)
-    run(tmp_path)
+        erase(forget=[], output_dir=tmp_path)
+    erase(output_dir=tmp_path)
     assert [path.name for path in tmp_path.glob(".*")] == [".run.lock"]

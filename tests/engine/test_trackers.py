@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import sys
-import warnings
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import fasterase
-from tests.tiny_model import TinyModel, pairs
+from tests.marks import SHORT_RUN
+from tests.tiny_model import erase
 
-STEPS = {"lr": 1e-2, "batch_size": 8, "forget_batch_size": 4, "progress": False, "max_steps": 3}
-
-
-def run(**options):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return fasterase.unlearn(
-            TinyModel(), pairs(6, seed=1), pairs(20, seed=2), **{**STEPS, **options}
-        )
+run = partial(erase, lr=1e-2, evaluation="quick")
+pytestmark = SHORT_RUN
 
 
 def events(folder):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     found = EventAccumulator(str(folder))
     found.Reload()
     return found
@@ -42,30 +36,16 @@ def test_tensorboard_gets_steps_settings_and_evaluation(tmp_path):
     assert [event.value for event in found.Scalars("lr")] == pytest.approx([1e-2] * 3)
     for name, value in result.evaluation.flat().items():
         assert [event.value for event in found.Scalars(name)] == [pytest.approx(value)], name
-    (start,) = (
-        data.session_start_info
-        for name, data in (
-            (name, _hparams(found, name)) for name in found.PluginTagToContent("hparams")
-        )
-        if name == "_hparams_/session_start_info"
-    )
-    assert start.hparams["lr"].number_value == 1e-2
-    assert start.hparams["forget_loss"].string_value == "similarity"
-
-
-def _hparams(found, name):
-    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-
-    return HParamsPluginData.FromString(found.PluginTagToContent("hparams")[name])
+    content = found.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    settings = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert settings["lr"].number_value == 1e-2
+    assert settings["forget_loss"].string_value == "similarity"
 
 
 def test_a_resumed_run_logs_each_step_once(tmp_path):
-    def stop(record):
-        return record["step"] == 2
-
-    options = {"report_to": "tensorboard", "output_dir": tmp_path, "evaluation": None}
-    run(**options, max_steps=4, save_every=1, callback=stop)
-    run(**options, max_steps=4)
+    options = {"report_to": "tensorboard", "output_dir": tmp_path, "max_steps": 4}
+    run(**options, save_every=1, callback=lambda record: record["step"] == 2)
+    run(**options)
     steps = [event.step for event in events(tmp_path / "tensorboard").Scalars("loss/total")]
     assert steps == [1, 2, 3, 4]
 
@@ -81,22 +61,19 @@ class Wandb:
     """Stands in for the library: keeps what it is told."""
 
     def __init__(self) -> None:
-        self.run = None
-        self.arguments = None
+        self.run = self.arguments = None
         self.logged: list[dict] = []
         self.summary: dict = {}
         self.finished: list[int] = []
-        self.config = SimpleNamespace(update=lambda values, allow_val_change: self.set(values))
+        self.log = self.logged.append
+        self.config = SimpleNamespace(update=self.set)
 
-    def set(self, values) -> None:
+    def set(self, values, *, allow_val_change) -> None:
         self.arguments = values
 
     def init(self, **arguments):
         self.arguments = arguments
         return self
-
-    def log(self, values) -> None:
-        self.logged.append(values)
 
     def finish(self, exit_code: int) -> None:
         self.finished.append(exit_code)
@@ -112,11 +89,8 @@ def wandb(monkeypatch):
 
 def test_wandb_gets_steps_settings_and_evaluation(tmp_path, wandb):
     result = run(report_to="wandb", output_dir=tmp_path)
-    assert wandb.arguments == {
-        "project": "fasterase",
-        "dir": str(tmp_path),
-        "config": result.config.to_dict(),
-    }
+    settings = {"project": "fasterase", "config": result.config.to_dict()}
+    assert wandb.arguments == {**settings, "dir": str(tmp_path)}
     assert [values["step"] for values in wandb.logged] == [1, 2, 3]
     assert [values["loss/total"] for values in wandb.logged] == [r.total for r in result.history]
     residue = {"forget/residue": result.residue}

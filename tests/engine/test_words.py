@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-import fasterase
 from fasterase.encode import PairEncoder
 from fasterase.engine import words
 from fasterase.engine.baseline import Baseline
@@ -14,19 +13,19 @@ from fasterase.engine.optim import Trained
 from fasterase.engine.words import Word, forget_words
 from fasterase.models.load import load_model
 from fasterase.pairs.open import open_pairs
-from tests import small_models
+from fasterase.pairs.table import PairTable
+from tests import small_models, tiny_concepts
 from tests.tiny_concepts import FORGOTTEN, KEPT, concept_pairs, knowing_model
+from tests.tiny_model import erase, same_weights
 
 PICTURE = torch.zeros(3, small_models.IMAGE_SIZE, small_models.IMAGE_SIZE)
 FORGET = ["a zebra", ["a zebra on grass", "stripes"]]
 RETAIN = ["a horse on grass", *(f"a dog {number}" for number in range(100))]
-MODELS = {
-    "open_clip": (small_models.open_clip_vit, small_models.simple_tokenizer),
-    "custom text": (small_models.open_clip_custom_text, small_models.simple_tokenizer),
-    "CoCa": (small_models.open_clip_coca, small_models.simple_tokenizer),
-    "transformers": (small_models.hf_clip, small_models.hf_tokenizer),
-    "SigLIP": (small_models.hf_siglip, small_models.hf_tokenizer),
-}
+
+
+def make_model(kind="open_clip_vit"):
+    named = small_models.simple_tokenizer if "open_clip" in kind else small_models.hf_tokenizer
+    return load_model(getattr(small_models, kind)(), tokenizer=named())
 
 
 def as_source(captions, name):
@@ -37,21 +36,22 @@ def ids_of(model, captions):
     return set(model.tokenize(captions).ids.flatten().tolist())
 
 
-def run(model, *, forget=FORGET, retain=RETAIN, retain_rows=None, drawn=(), tune="all", **options):
-    forget, retain = as_source(forget, "forget"), as_source(retain, "retain")
-    if retain_rows is not None:
-        retain = retain.select(retain_rows)
+def run(model, *, forget=FORGET, retain=RETAIN, drawn=(), tune="all", seed=0):
+    sets = (
+        given if isinstance(given, PairTable) else as_source(given, name)
+        for name, given in (("forget", forget), ("retain", retain))
+    )
     trained = Trained.choose(model, tune, logit_scale=False)
     drawn = np.array(drawn, dtype=np.int64)
-    encoder = PairEncoder(model)
-    options = {"seed": 0, **options}
-    return forget_words(encoder, forget, retain, drawn=drawn, trained=trained, **options)
+    return forget_words(PairEncoder(model), *sets, drawn=drawn, trained=trained, seed=seed)
 
 
-@pytest.mark.parametrize("library", MODELS)
-def test_only_the_vectors_of_lone_tokens_change(library):
-    build, tokenizer = MODELS[library]
-    model = load_model(build(), tokenizer=tokenizer())
+@pytest.mark.parametrize(
+    "kind",
+    ["open_clip_vit", "open_clip_custom_text", "open_clip_coca", "hf_clip", "hf_siglip"],
+)
+def test_only_the_vectors_of_lone_tokens_change(kind):
+    model = make_model(kind)
     lone = ids_of(model, ["a zebra", "a zebra on grass", "stripes"]) - ids_of(model, RETAIN)
     assert lone
     before = {name: weight.detach().clone() for name, weight in model.module.named_parameters()}
@@ -69,20 +69,18 @@ def test_only_the_vectors_of_lone_tokens_change(library):
     weights = found.put_back(dict(model.module.state_dict()))
     assert found.table == name
     assert torch.equal(weights[name], before[name])
-
-
-def make_model():
-    return load_model(small_models.open_clip_vit(), tokenizer=small_models.simple_tokenizer())
+    model.module.load_state_dict(weights)
+    assert not found.are_taken(model)
 
 
 def test_nothing_changes_that_is_not_trained_or_has_nothing_to_be_kept():
     model = make_model()
-    before = {name: weight.clone() for name, weight in model.module.named_parameters()}
+    before = {name: weight.clone() for name, weight in model.module.state_dict().items()}
     for tune in ("image", "projections", "last:1"):
         assert run(model, tune=tune) is None
-    assert run(model, retain_rows=[]) is None
+    assert run(model, retain=as_source(RETAIN, "retain").select([])) is None
     assert run(model, forget=["a dog"]) is None
-    assert all(torch.equal(w, before[n]) for n, w in model.module.named_parameters())
+    assert same_weights(before, dict(model.module.state_dict()))
     assert run(model, tune="text") is not None
 
 
@@ -110,44 +108,30 @@ def test_what_may_be_missing_among_the_kept_by_chance_is_left_alone():
 
 
 def test_token_ids_and_seeds():
-    found = {}
+    forget = open_pairs(concept_pairs([FORGOTTEN], 30, seed=3), name="forget")
+    retain = open_pairs(concept_pairs(KEPT, 30, seed=3), name="retain")
+    tables = []
     for seed in (0, 0, 1):
         model = knowing_model()
-        forget, retain = (
-            open_pairs(concept_pairs(which, 30, seed=3), name=name)
-            for which, name in (([FORGOTTEN], "forget"), (KEPT, "retain"))
-        )
-        trained = Trained.choose(model, "all", logit_scale=False)
         before = model.weights()
-        found_here = forget_words(
-            PairEncoder(model), forget, retain, drawn=np.arange(3), trained=trained, seed=seed
-        )
-        assert len(found_here.tokens) == 2  # the concept's own
-        ((name, table),) = (
-            (n, w) for n, w in model.weights().items() if not torch.equal(w, before[n])
-        )
+        found = run(model, forget=forget, retain=retain, drawn=range(3), seed=seed)
+        assert len(found.tokens) == 2  # the concept's own
+        changed = {n: w for n, w in model.weights().items() if not torch.equal(w, before[n])}
+        ((name, table),) = changed.items()
         rows = (table != before[name]).any(1).nonzero().flatten()
         assert rows.tolist() == [2 * FORGOTTEN + 1, 2 * FORGOTTEN + 2]
-        found.setdefault(seed, []).append(table)
-    assert torch.equal(*found[0])
-    assert not torch.equal(found[0][0], found[1][0])
+        tables.append(table)
+    assert torch.equal(tables[0], tables[1])
+    assert not torch.equal(tables[0], tables[2])
 
 
 @pytest.mark.filterwarnings("ignore:verdict")
 @pytest.mark.parametrize("forget_weight", [0.0, 3.0])
 def test_a_run_begins_with_it_unless_it_forgets_nothing_and_says_so(forget_weight, capsys):
     erased = knowing_model()
-    original = {name: weight.clone() for name, weight in erased.weights().items()}
-    fasterase.unlearn(
-        erased,
-        concept_pairs([FORGOTTEN], 24, seed=1),
-        concept_pairs(KEPT, 20, seed=2),
-        forget_weight=forget_weight,
-        lr=1e-9,
-        max_steps=3,
-        batch_size=8,
-        evaluation=None,
-    )
+    original = erased.weights()
+    options = {"forget_weight": forget_weight, "lr": 1e-9, "progress": True}
+    erase(erased, tiny_concepts.FORGET, tiny_concepts.RETAIN, **options)
     moved = {n: (w - original[n]).abs().amax().item() for n, w in erased.weights().items()}
     large = [name for name, distance in moved.items() if distance > 1e-3]
     assert len(large) == (forget_weight > 0)
@@ -159,18 +143,12 @@ def test_a_run_begins_with_it_unless_it_forgets_nothing_and_says_so(forget_weigh
 
 def test_a_run_names_the_words_and_which_are_common(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(Baseline, "is_never_known", False)
-    pairs = [(PICTURE + number, f"a dog of {number}") for number in range(2, 62)]
+    forget = [(PICTURE, "an apple"), (PICTURE + 0.5, ["an apple", "tangerine apple"])]
+    retain = [(PICTURE + number, f"a dog of {number}") for number in range(2, 62)]
+    options = {"tokenizer": small_models.simple_tokenizer(), "output_dir": str(tmp_path / "run")}
+    options |= {"lr": 1e-9, "max_steps": 1, "progress": True}
     with pytest.warns(UserWarning, match="verdict"):
-        result = fasterase.unlearn(
-            small_models.open_clip_vit(),
-            [(PICTURE, "an apple"), (PICTURE + 0.5, ["an apple", "tangerine apple"])],
-            pairs,
-            tokenizer=small_models.simple_tokenizer(),
-            lr=1e-9,
-            max_steps=1,
-            evaluation=None,
-            output_dir=str(tmp_path / "run"),
-        )
+        result = erase(small_models.open_clip_vit(), forget, retain, **options)
     assert result.words == [Word("an", 2, 0), Word("apple", 2, 0), Word("tangerine", 1, 0)]
     assert [each.word for each in result.words if each.is_common] == ["an", "apple"]
     printed = "".join(capsys.readouterr())
@@ -178,10 +156,3 @@ def test_a_run_names_the_words_and_which_are_common(capsys, tmp_path, monkeypatc
     report = (tmp_path / "run" / "report.md").read_text()
     assert "- words that lost their meaning: **an** (2 forget pairs), **apple**" in report
     assert "tangerine (1 forget pair). Words in bold are common" in report
-
-
-def test_words_that_were_put_back_are_not_named():
-    model = make_model()
-    found = run(model)
-    model.module.load_state_dict(found.put_back(dict(model.module.state_dict())))
-    assert not found.are_taken(model)

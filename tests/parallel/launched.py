@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.parallel.job import STEPS as CASE_STEPS
 from tests.parallel.job import make_model
@@ -25,27 +27,40 @@ def torchrun(*arguments: str, ranks: int = 2) -> list[str]:
     return [*launcher, "--nproc-per-node", str(ranks), "-m", *arguments]
 
 
-def environment() -> dict[str, str]:
-    """Return an environment for small jobs: one thread each, and no GPU for DeepSpeed."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+def start(command: list[str]) -> subprocess.Popen[str]:
+    """Start a command in a session of its own: one thread each, and no GPU for DeepSpeed."""
+    variables = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    where = {"cwd": ROOT, "env": os.environ | variables, "start_new_session": True}
+    return subprocess.Popen(command, **where, **streams)
+
+
+def finish(job: subprocess.Popen[str], timeout: float = 400) -> str:
+    """Return the output of a command once it has ended; end it if it takes longer."""
+    try:
+        return job.communicate(timeout=timeout)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(job.pid, signal.SIGKILL)
+        raise
+
+
+def run(command: list[str], timeout: float = 400) -> None:
+    job = start(command)
+    said = finish(job, timeout)
+    assert job.returncode == 0, said[-8000:]
 
 
 def run_cases(cases: list[str], folder: Path, *, ranks: int = 2, timeout: float = 400) -> None:
     """Run cases of `tests.parallel.job` on `ranks` processes."""
-    done = subprocess.run(
-        torchrun("tests.parallel.job", ",".join(cases), str(folder), ranks=ranks),
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    run(torchrun("tests.parallel.job", ",".join(cases), str(folder), ranks=ranks), timeout)
 
 
 def outcome(folder: Path, case: str, *, rank: int = 0) -> dict[str, Any]:
     return torch.load(folder / f"{case}-{rank}.pt", weights_only=False)
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "model" / "open_clip_model.safetensors")
 
 
 def unlearn_command(inputs: Path, output: Path, **fields: Any) -> list[str]:
@@ -63,8 +78,7 @@ def unlearn_command(inputs: Path, output: Path, **fields: Any) -> list[str]:
         "evaluation": "null",
         **fields,
     }
-    flags = [f"--{name}={value}" for name, value in settings.items()]
-    return ["fasterase", "unlearn", *flags]
+    return ["fasterase", "unlearn", *(f"--{name}={value}" for name, value in settings.items())]
 
 
 TERMS = ("total", "forget", "retain", "consistency", "anchor")

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.parallel.job import STEPS, make_model, run_case
-from tests.parallel.launched import (
-    assert_equal_in_fp64,
-    assert_near_in_fp32,
-    outcome,
-    run_cases,
-)
+from tests.parallel.launched import assert_equal_in_fp64, assert_near_in_fp32, outcome, run_cases
+from tests.tiny_model import same_weights
 
 pytest.importorskip("deepspeed")
 
@@ -30,15 +26,13 @@ WHOLE = [
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("two")
-    run_cases(QUICK, folder)
+    run_cases(QUICK, folder := tmp_path_factory.mktemp("two"))
     return folder
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("all")
-    run_cases(WHOLE, folder, timeout=1800)
+    run_cases(WHOLE, folder := tmp_path_factory.mktemp("all"), timeout=1800)
     return folder
 
 
@@ -48,31 +42,23 @@ def folder(case: str, request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue("quick" if case in QUICK else "whole")
 
 
-@pytest.fixture(scope="module")
-def alone() -> dict[str, dict[str, Any]]:
-    return {}
-
-
 def cases(kind: str) -> list[Any]:
     """All cases of a kind; those that take long are run with all others."""
     slow = [pytest.param(case, marks=pytest.mark.scale) for case in WHOLE if case.startswith(kind)]
     return [*(case for case in QUICK if case.startswith(kind)), *slow]
 
 
-def one_process(case: str, alone: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return the outcome of the same run in this process, without ZeRO and in fp64."""
-    plain, _, stage = case.partition("-zero")
-    if stage and plain in ("sgd", "adam"):
-        plain += "-cached"
-    if plain not in alone:
-        alone[plain] = run_case(plain)
-    return alone[plain]
+@functools.cache
+def one_process(plain: str) -> dict[str, Any]:
+    return run_case(plain)
 
 
 @pytest.mark.parametrize("case", [*cases("sgd"), *cases("adam")])
 @pytest.mark.filterwarnings("ignore:verdict")
-def test_two_processes_equal_one(case, folder, alone):
-    expected = one_process(case, alone)
+def test_two_processes_equal_one(case, folder):
+    """The one runs without ZeRO and in fp64."""
+    plain, _, stage = case.partition("-zero")
+    expected = one_process(f"{plain}-cached" if stage and plain in ("sgd", "adam") else plain)
     found = outcome(folder, case)
     assert len(found["history"]) == STEPS
     assert_alike = assert_near_in_fp32 if "zero" in case else assert_equal_in_fp64
@@ -82,8 +68,7 @@ def test_two_processes_equal_one(case, folder, alone):
     assert max(moved) > 1e-3
     other = outcome(folder, case, rank=1)
     assert other["history"] == found["history"]
-    for name, weight in found["weights"].items():
-        assert torch.equal(other["weights"][name], weight), name
+    assert same_weights(other["weights"], found["weights"])
 
 
 def test_reductions_do_not_grow_with_micro_batches(quick):
@@ -101,18 +86,16 @@ def test_reductions_of_zero_do_not_grow_with_micro_batches(stage, whole, quick):
 
 @pytest.mark.parametrize("case", cases("nan"))
 def test_the_nan_of_one_rank_leaves_all_weights_alone(case, folder):
-    histories = [outcome(folder, case, rank=rank)["history"] for rank in (0, 1)]
-    assert repr(histories[0]) == repr(histories[1])  # a NaN is not equal to itself
-    assert [record["applied"] for record in histories[0]] == [True, False, True, True, True]
-    weights = [outcome(folder, case, rank=rank)["weights"] for rank in (0, 1)]
-    for name, weight in weights[0].items():
-        assert weight.isfinite().all()
-        assert torch.equal(weight, weights[1][name])
+    one, two = (outcome(folder, case, rank=rank) for rank in (0, 1))
+    assert repr(one["history"]) == repr(two["history"])  # a NaN is not equal to itself
+    assert [record["applied"] for record in one["history"]] == [True, False, True, True, True]
+    assert same_weights(one["weights"], two["weights"])
+    assert all(weight.isfinite().all() for weight in one["weights"].values())
 
 
 @pytest.mark.parametrize("case", cases("automatic"))
 def test_the_automatic_recipe_decides_alike_on_all_ranks(case, folder):
-    outcomes = [outcome(folder, case, rank=rank) for rank in (0, 1)]
-    assert outcomes[0]["verdict"] == outcomes[1]["verdict"] == "forgotten"
-    assert outcomes[0]["history"] == outcomes[1]["history"]
-    assert len({record["lr"] for record in outcomes[0]["history"]}) > 10
+    one, two = (outcome(folder, case, rank=rank) for rank in (0, 1))
+    assert one["verdict"] == two["verdict"] == "forgotten"
+    assert one["history"] == two["history"]
+    assert len({record["lr"] for record in one["history"]}) > 10

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from tests.parallel.launched import ROOT, environment, torchrun, unlearn_command
+from tests.parallel.launched import run, torchrun, unlearn_command, weights
 
 pytestmark = pytest.mark.slow
 
 pytest.importorskip("deepspeed")
 
 SHORT = {"max_steps": 5, "micro_batch_size": 3, "weight_decay": 0.0}
-
-
-def run(arguments: list[str]) -> None:
-    done = subprocess.run(
-        arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-
-
-def weights(output: Path) -> dict[str, torch.Tensor]:
-    return load_file(output / "model" / "open_clip_model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +31,9 @@ def alone(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, t
 def test_a_launched_command_equals_one_process(inputs, tmp_path, alone, launcher, stage):
     more = {} if stage is None else {"deepspeed": f"{stage}.json"}
     command = unlearn_command(inputs, tmp_path / "run", **SHORT, **more)
-    if launcher == "torchrun":
-        run(torchrun(*command))
-    else:
-        run(
-            [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus=2", "--module", *command]
-        )
-    original = load_file(inputs / "model" / "open_clip_model.safetensors")
+    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus=2", "--module"]
+    run(torchrun(*command) if launcher == "torchrun" else [*deepspeed, *command])
+    original = weights(inputs)
     moved = max(float((weight - original[name]).abs().max()) for name, weight in alone.items())
     assert moved > 1e-3
     found = weights(tmp_path / "run")

@@ -25,12 +25,19 @@ def test_shipped_configurations(name, stage):
     assert zero_stage(config) == stage
     assert config["gradient_clipping"] == RUN.max_grad_norm
     assert not config["torch_autocast"]["enabled"]
+    with pytest.raises(InputError, match="precision='fp16' does not go with deepspeed"):
+        completed(name, precision="fp16")
 
 
 def test_a_file_comes_before_a_shipped_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "zero1.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    file = tmp_path / "zero1.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
     assert zero_stage(read_deepspeed("zero1.json")) == 2
+    for text in ("{", "[1]"):
+        file.write_text(text)
+        with pytest.raises(InputError, match=r"zero1\.json"):
+            read_deepspeed(str(file))
 
 
 def test_auto_and_absent_values_come_from_the_run():
@@ -69,15 +76,3 @@ def test_auto_and_absent_values_come_from_the_run():
 def test_contradictions_name_both_values(given, said):
     with pytest.raises(InputError, match=f"deepspeed: .*{said}"):
         completed(given)
-
-
-def test_fp16_is_refused():
-    with pytest.raises(InputError, match="precision='fp16' does not go with deepspeed"):
-        completed("zero1", precision="fp16")
-
-
-@pytest.mark.parametrize("text", ["{", "[1]"])
-def test_a_file_that_is_no_object(tmp_path, text):
-    (tmp_path / "bad.json").write_text(text)
-    with pytest.raises(InputError, match=r"bad\.json"):
-        read_deepspeed(str(tmp_path / "bad.json"))
