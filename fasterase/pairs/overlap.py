@@ -34,6 +34,8 @@ def remove_overlap(retain: PairTable, forget: PairTable) -> tuple[PairTable, lis
     Raises:
         InputError: nothing would be left of `retain`.
     """
+    if not len(retain):
+        return retain, []
     if _share_index(retain, forget):
         known = np.zeros(len(forget.base), bool)
         known[forget.base_rows(np.arange(len(forget)))] = True
