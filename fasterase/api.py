@@ -103,7 +103,8 @@ def unlearn(
             are only measured.
         forget_sets: name -> further pairs that should be forgotten as well (unseen pictures, other
             wordings); they are only measured, and the verdict is the worst over all of them.
-        concept: what the forget set is called in the report, the model card and the provenance.
+        concept: what is forgotten, in words, such as "octopus": `forget_words` takes its meaning,
+            and the report, the model card and the provenance name it.
         image_key, text_key: columns of tables, keys of dicts and fields of tar samples.
         callback: called after each step with its record; returning True ends the run cleanly.
         copy: work on a deep copy and leave `model` alone.
@@ -156,7 +157,9 @@ def unlearn(
                 buffers=config.train_mode,
             )
             ledger = SkipLedger(sum(map(len, opened.values())), max_skipped=config.max_skipped)
-            job = Job(encoder, opened, to_forget, config, ledger, clock, output, callback, ranks)
+            job = Job(
+                encoder, opened, to_forget, config, ledger, clock, output, callback, ranks, concept
+            )
             # Not before: a call with a wrong argument leaves no folder behind.
             with ranks.first_enters(lambda: lock_run(output)):
                 result = _run(

@@ -79,14 +79,16 @@ class UnlearnConfig:
         cross_weight: weight, within the forgetting loss, of the cosines of forget images with the
             original's features of their captions, and the reverse: both towers forget, neither
             below the floor, and their mean cosines with retained features move to it. With
-            `"similarity"`. `"auto"` is 1 with `tune="all"` or `"text"`, where words can be
-            forgotten too, and 0 otherwise. 0 is the paper.
+            `"similarity"`. `"auto"` is 1, and 0 with `tune="image"`, whose text tower is the
+            original's. 0 is the paper; a tower may then tell, beside the original's other one.
         forget_augment: apply random affine transforms and tints to forget images, so that the
             association is erased for unseen pictures too. False is the paper.
-        forget_words: before training, replace embeddings of tokens frequent in forget captions and
-            absent from retain captions with neutral ones. Nothing else changes, and what was
-            known of them is gone, not hidden. Needs `tune="all"` or `"text"`; other runs go
-            without. False is the paper.
+        forget_words: before training, replace the embeddings of words that are to be forgotten
+            with neutral ones: what was known of them is gone, not hidden. True takes the word that
+            `concept` names (of several, the rare ones) and, with 1,000 or more different retain
+            captions, rare words that forget captions often have and these never; a list takes its
+            words. Tokens that other words or retain captions use stay. Needs `tune="all"` or
+            `"text"`; other runs go without. False is the paper.
         negatives: `"own"` uses one similarity matrix per set; `"joint"` uses one over both sets.
 
     > Steps
@@ -105,9 +107,8 @@ class UnlearnConfig:
             compute the gradient of the full batch in the memory of one micro-batch. `None`: encode
             the whole batch at once. In eval mode a caption that repeats is encoded once a step.
         thorough: with `epochs="auto"` and cross terms, a run that could end goes on until the
-            forgetting loss has settled (`fasterase.engine.pacing`): the verdict looks at the two
-            new towers and may hold while the image tower still knows the concept, beside the
-            original's text tower. It then forgets more, at more steps and damage to neighbours.
+            forgetting loss has settled (`fasterase.engine.pacing`): both towers forget more than
+            the verdict asks, at more steps and damage to neighbours.
         stop_when_forgotten: check the verdict once per epoch, and stop once it is no longer
             "remembered". For a number of `epochs`; automatic ones stop anyway.
 
@@ -182,7 +183,7 @@ class UnlearnConfig:
     floor: float | Literal["auto"] | None = "auto"
     cross_weight: float | Literal["auto"] = "auto"
     forget_augment: bool = True
-    forget_words: bool = True
+    forget_words: bool | list[str] = True
     negatives: Literal["own", "joint"] = _tagged("own", PLAN)
     # steps
     epochs: int | Literal["auto"] = _tagged("auto", FREE, PLAN)
@@ -237,6 +238,11 @@ class UnlearnConfig:
         tune = re.fullmatch(r"all|image|text|projections|(last|lora):[1-9]\d*", self.tune)
         known = "be 'all', 'image', 'text', 'projections', 'last:N' or 'lora:N' with N >= 1"
         self._check("tune", tune, known)
+        if not isinstance(self.forget_words, bool):
+            named = self.forget_words and all(
+                re.search(r"[^\W\d_]", each) for each in self.forget_words
+            )
+            self._check("forget_words", named, "be True, False or a list of words")
         if not (self.forget_weight or self.retain_weight or self.consistency_weight):
             raise InputError(
                 "forget_weight, retain_weight and consistency_weight are all 0: nothing to train. "
@@ -290,15 +296,11 @@ class UnlearnConfig:
 
     @property
     def used_cross_weight(self) -> float:
-        """`cross_weight` as a number: 0 where forget pairs have no cosines to lower.
-
-        Where words keep their vectors, the cross terms ask of the trained part alone what words and
-        towers otherwise do together: adapters then took more than twice the steps, at more damage.
-        """
+        """`cross_weight` as a number: 0 where forget pairs have no cosines to lower."""
         if not self.forget_weight or self.forget_loss != "similarity":
             return 0.0
         if self.cross_weight == "auto":
-            return 1.0 if self.tune in ("all", "text") else 0.0
+            return 0.0 if self.tune == "image" else 1.0
         return self.cross_weight
 
     @classmethod

@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping
 from importlib.resources import files
 
+# What tokenizers that know the words of their own data alone raise for others.
+UNREADABLE = (LookupError, TypeError, ValueError)
 # Letters in a row, with hyphens and apostrophes apart: "snow-capped" are two words.
 _WORD = re.compile(r"[^\W\d_]+")
 
@@ -17,6 +19,12 @@ _WORD = re.compile(r"[^\W\d_]+")
 def words_of(text: str) -> list[str]:
     """Return the words of a text as they stand there; digits and punctuation are none."""
     return _WORD.findall(text)
+
+
+def parts_of(word: str) -> set[str]:
+    """Return its letters in threes, first and last ones marked: words with none share no token."""
+    marked = f" {word} "
+    return {marked[start : start + 3] for start in range(len(marked) - 2)}
 
 
 @functools.cache
@@ -29,6 +37,16 @@ def english_frequencies() -> Mapping[str, float]:
     for line in _read("english.tsv").splitlines():
         level, words = line.split("\t")
         found.update(dict.fromkeys(words.split(), float(level)))
+    return found
+
+
+@functools.cache
+def english_by_part() -> Mapping[str, list[str]]:
+    """Return part (`parts_of`) -> words of `english_frequencies` that have it."""
+    found: dict[str, list[str]] = {}
+    for word in english_frequencies():
+        for part in parts_of(word):
+            found.setdefault(part, []).append(word)
     return found
 
 

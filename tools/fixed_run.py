@@ -30,7 +30,7 @@ from torch import nn
 
 import fasterase
 from fasterase.demo import emoji
-from fasterase.demo.run import forget_pairs, recipe_config
+from fasterase.demo.run import recipe_config
 from fasterase.demo.sets import build_sets
 from fasterase.files import write_text
 from tests.small_models import (
@@ -131,9 +131,7 @@ def _erasures(folder: Path) -> Iterator[tuple[str, Callable[[], fasterase.Unlear
     config = recipe_config("fasterase", small_model=True, progress=False, max_steps=None)
     yield (
         "automatic",
-        lambda: fasterase.unlearn(
-            str(emoji.BASE_MODEL), forget_pairs(sets, "fasterase"), sets.retain, config=config
-        ),
+        lambda: fasterase.unlearn(str(emoji.BASE_MODEL), sets.forget, sets.retain, config=config),
     )
 
 

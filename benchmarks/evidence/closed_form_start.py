@@ -24,7 +24,7 @@ from benchmarks.evidence.task import Task, train
 from benchmarks.recipes.runs import KEEP_SETS
 from benchmarks.result_files import RESULTS, read_csv, write_csv
 from fasterase.demo import emoji
-from fasterase.demo.run import evaluate_sets, forget_pairs, recipe_config
+from fasterase.demo.run import evaluate_sets, recipe_config
 from fasterase.demo.sets import build_sets
 from fasterase.models.load import load_model
 
@@ -52,7 +52,7 @@ def measure(subgroup: str, start: str, seed: int) -> dict[str, Any]:
     steps = train(
         Task(model, sets, seed, measure=project),
         recipe_config("fasterase", small_model=True, forget_words=start == WORDS),
-        forget=forget_pairs(sets, "fasterase"),
+        forget=sets.forget,
         retain=sets.retain,
         measured_at=[1],
     )

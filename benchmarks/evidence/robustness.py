@@ -31,7 +31,7 @@ import fasterase
 from benchmarks.command import comparison_parser, exit_with
 from benchmarks.result_files import device_name, markdown_table, write_csv
 from fasterase.demo import emoji
-from fasterase.demo.run import forget_pairs, recipe_config
+from fasterase.demo.run import recipe_config, trained_pairs
 from fasterase.demo.sets import build_sets
 from fasterase.engine.pacing import RESTING
 from fasterase.evaluation.verdict import OVER_ERASED_RESIDUE, REMEMBERED_RESIDUE
@@ -114,8 +114,7 @@ def _concept_erasures(case: Case, seeds: int) -> Iterator[tuple[UnlearnResult, d
         sets = build_sets(case.model, original=str(emoji.BASE_MODEL), seed=seed)
         result = fasterase.unlearn(
             str(emoji.BASE_MODEL),
-            forget_pairs(sets, "fasterase"),
-            sets.retain,
+            *trained_pairs(sets, "fasterase"),
             forget_sets={"unseen": sets.unseen},
             config=recipe_config("fasterase", small_model=True, seed=seed, progress=False),
         )

@@ -14,7 +14,8 @@ from torch.nn.functional import cosine_similarity
 from torch.utils.data import ConcatDataset
 
 from benchmarks.evidence.task import Method, Setting, Task, plain_config, train
-from fasterase.demo.run import forget_pairs, recipe_config
+from fasterase.demo import emoji
+from fasterase.demo.run import recipe_config, trained_pairs
 
 RATES, STEPS = (3e-5, 1e-4), (15, 30, 60)
 OFF = {"forget_weight": 0.0, "retain_weight": 0.0, "consistency_weight": 0.0, "anchor_weight": 0.0}
@@ -30,7 +31,7 @@ def erase_by_objective(task: Task, setting: Setting) -> None:
     train(
         task,
         config,
-        forget=forget_pairs(task.sets, "cliperase"),
+        forget=task.sets.forget.reworded(emoji.name_only),
         retain=task.sets.retain,
         measured_at=setting["steps"],
     )
@@ -39,8 +40,8 @@ def erase_by_objective(task: Task, setting: Setting) -> None:
 def erase_by_default(task: Task, setting: Setting) -> None:
     """The library's default, which chooses rate and steps for itself."""
     config = recipe_config("fasterase", small_model=True, **setting)
-    pairs = forget_pairs(task.sets, "fasterase")
-    task.measure(train(task, config, forget=pairs, retain=task.sets.retain))
+    forget, retain = trained_pairs(task.sets, "fasterase")
+    task.measure(train(task, config, forget=forget, retain=retain))
 
 
 def erase_by_noise(task: Task, setting: Setting) -> None:
@@ -51,7 +52,8 @@ def erase_by_noise(task: Task, setting: Setting) -> None:
     """
     fields = _fields_of(setting) | {"retain_weight": 1.0}
     both: ConcatDataset[Any] = ConcatDataset([task.sets.retain, cast(Any, find_noise(task))])
-    names = forget_pairs(task.sets, "cliperase")  # with weight 0; the engine wants a forget set
+    # With weight 0; the engine wants a forget set.
+    names = task.sets.forget.reworded(emoji.name_only)
     for steps in setting["steps"]:  # each in halves of its own
         before = {name: value.clone() for name, value in task.model.module.state_dict().items()}
         config = plain_config(max_steps=steps // 2, **fields)
@@ -90,7 +92,7 @@ def erase_by_negation(task: Task, setting: Setting) -> None:
     )
     # The engine's retain loss is InfoNCE: its retain set is the forget set here. The held-out pairs
     # in the place of the other have weight 0.
-    names = forget_pairs(task.sets, "cliperase")
+    names = task.sets.forget.reworded(emoji.name_only)
     taken = train(task, config, forget=task.sets.holdout, retain=names)
     after = module.state_dict()
     for name, value in before.items():

@@ -15,7 +15,7 @@ from benchmarks.evidence.closed_form import encode_captions, encode_images, enco
 from benchmarks.evidence.task import Method, Setting, Task, plain_config, train
 from benchmarks.evidence.trained import OFF, erase_by_default
 from fasterase.demo import emoji
-from fasterase.demo.run import forget_pairs, recipe_config
+from fasterase.demo.run import recipe_config
 from fasterase.demo.sets import Drawings, open_teams
 from fasterase.models.dual_encoder import DualEncoder
 
@@ -140,7 +140,7 @@ def average_with_the_original(task: Task, setting: Setting) -> None:
 def erase_relearn_erase(task: Task, setting: Setting) -> None:
     """Erase, bring the concept back by `steps` of fine-tuning, and erase what came back."""
     _erase_beside(task, task.sets.retain, measured=False)
-    names = forget_pairs(task.sets, "cliperase")
+    names = task.sets.forget.reworded(emoji.name_only)
     config = plain_config(
         **OFF | {"retain_weight": 1.0}, lr=setting["lr"], max_steps=setting["steps"]
     )
@@ -152,7 +152,7 @@ def erase_relearn_erase(task: Task, setting: Setting) -> None:
 def _erase_beside(task: Task, retain: Any, *, measured: bool = True) -> int:
     """Erase by the default recipe beside other retain pairs; return the steps taken."""
     config = recipe_config("fasterase", small_model=True)
-    taken = train(task, config, forget=forget_pairs(task.sets, "fasterase"), retain=retain)
+    taken = train(task, config, forget=task.sets.forget, retain=retain)
     if measured:
         task.measure(taken)
     return taken

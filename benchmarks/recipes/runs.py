@@ -17,7 +17,7 @@ from benchmarks.command import TEST
 from benchmarks.processes import call_all
 from fasterase.config import UnlearnConfig
 from fasterase.demo import emoji
-from fasterase.demo.run import evaluate_sets, forget_pairs, recipe_config
+from fasterase.demo.run import evaluate_sets, recipe_config, trained_pairs
 from fasterase.demo.sets import build_sets
 from fasterase.errors import InputError
 from fasterase.evaluation.metrics import bootstrap_intervals
@@ -181,8 +181,7 @@ def execute(run: Run, work: Path, retrained: dict[str, str]) -> Outcome:
         warnings.filterwarnings("ignore", "verdict: ")  # it is in the results
         erased = fasterase.unlearn(
             model.module,
-            forget_pairs(sets, "cliperase" if run.is_papers else "fasterase"),
-            sets.retain,
+            *trained_pairs(sets, "cliperase" if run.is_papers else "fasterase"),
             config=run.config().replace(progress=False),
             tokenizer=model.text_tokenizer,
             callback=measure_at,

@@ -135,7 +135,8 @@ class Unlearn(_Erasure):
 
     Args:
         recipe: defaults that flags and YAML override: `fasterase`, or `cliperase`, the paper's.
-        concept: what is forgotten, in words, for the report, the model card and the provenance.
+        concept: what is forgotten, in words, such as "octopus": `forget_words` takes its meaning,
+            and the report, the model card and the provenance name it.
 
     Examples:
       fasterase unlearn --model ViT-B-32/laion2b_s34b_b79k --forget forget.csv \

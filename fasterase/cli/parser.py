@@ -193,7 +193,8 @@ def _argparse_options(flag: Flag) -> dict[str, Any]:
     text = f"{flag.help} ({'; '.join(details)})" if details else flag.help
     # argparse formats help texts with %.
     options = {"metavar": "VALUE", "help": text.replace("%", "%%")}
-    return {**options, "nargs": "?", "const": "true"} if flag.hint is bool else options
+    is_switch = isinstance(flag.default, bool)
+    return {**options, "nargs": "?", "const": "true"} if is_switch else options
 
 
 def _read_config(file: str, flags: Mapping[str, Flag]) -> dict[str, Any]:

@@ -61,9 +61,13 @@ def recipe_config(recipe: str, *, small_model: bool, **fields: Any) -> UnlearnCo
     return base.replace(**{**(tuned if small_model else {}), "evaluation": None, **fields})
 
 
-def forget_pairs(sets: DemoSets, recipe: str) -> Drawings:
-    """Return the forget drawings with all wordings for fasterase, and names for the paper's."""
-    return sets.forget if recipe == "fasterase" else sets.forget.reworded(emoji.name_only)
+def trained_pairs(sets: DemoSets, recipe: str) -> tuple[Drawings, Drawings]:
+    """Return what to forget and to retain: names for the paper's recipe, for ours all wordings.
+
+    Wordings of retain tell which words of the concept others need too.
+    """
+    wording = emoji.captions if recipe == "fasterase" else emoji.name_only
+    return sets.forget.reworded(wording), sets.retain.reworded(wording)
 
 
 def evaluate_sets(model: Any, sets: DemoSets, **fields: Any) -> Evaluation:
@@ -120,9 +124,7 @@ def run_demo(
         place = folder if name == recipe else folder / name
         config = config.replace(output_dir=str(place), reference_cache=str(folder / "reference"))
         with _comparison(name) if name != recipe else nullcontext():
-            results[name] = fasterase.unlearn(
-                original, forget_pairs(sets, name), sets.retain, config=config
-            )
+            results[name] = fasterase.unlearn(original, *trained_pairs(sets, name), config=config)
     if launched_rank() != 0:
         return None
     references = {

@@ -53,6 +53,7 @@ class Job:
     output: Path | None = None  # folder for checkpoints, history and features
     callback: Callback | None = None  # called after each step; True ends the run
     ranks: Ranks = ALONE  # who takes part
+    concept: str | None = None  # what the caller calls the forget set
 
     @property
     def forget(self) -> PairTable:

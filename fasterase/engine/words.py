@@ -1,16 +1,17 @@
-"""Overwrite the embeddings of tokens that only forget captions use.
+"""Overwrite the embeddings of words that are to be forgotten, where nothing else needs them.
 
-A text tower meets a word as the vector of its tokens. Where no caption to keep uses a token, its
-vector can be replaced by that of a word without a meaning: the tower then knows no more of it than
-one that never read it, and nothing else changes. Training alone moves the vector only as far as it
+A text tower meets a word as the vectors of its tokens. Where no other word uses a token, its vector
+can be replaced by that of a word without a meaning: the tower then knows no more of it than one
+that never read it, and nothing else changes. Training alone moves the vector only as far as it
 takes to hide the association, from where one pair brings it back.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
-from collections.abc import Collection, Iterator
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,15 +21,25 @@ from torch import Tensor, nn
 
 from fasterase.encode import PairEncoder
 from fasterase.engine.optim import Trained
+from fasterase.errors import InputError
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.table import PairTable
 from fasterase.seeds import Stream, generator, torch_seed
-from fasterase.vocabulary import english_frequencies, words_of
+from fasterase.vocabulary import (
+    UNREADABLE,
+    english_by_part,
+    english_frequencies,
+    parts_of,
+    words_of,
+)
 
 # Pairs of each set whose captions are read.
 READ_PAIRS = 100_000
-# A token that none of n different captions to keep has is in fewer than 3 / n of all (at 95 %, the
+# Absence from a few captions to keep shows nothing: from fewer different ones than this, only words
+# that the caller names are taken.
+ENOUGH_CAPTIONS = 1000
+# A word that none of n different captions to keep has is in fewer than 3 / n of all (at 95 %, the
 # rule of three). It counts as the concept's own if it is at least CONTRAST times that frequent in
 # the forget set and in LEAST_SHARE of its pairs; a rarer one may be missing by chance.
 CONTRAST = 8
@@ -36,8 +47,11 @@ LEAST_SHARE = 0.01
 # Pairs, or words, that are made into tokens at a time.
 AT_ONCE = 1024
 # Words that English uses more than 16 times in a million (log10 in a billion) have uses that no
-# concept explains.
-COMMON = 4.2
+# concept explains: they are taken only where they are named. Those above GRAMMAR are about nothing.
+COMMON, GRAMMAR = 4.2, 5.6
+# Scripts without spaces (Thai, Lao, Burmese, Khmer, Chinese, Japanese): whole phrases look like
+# words there.
+_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 # Spread of the new vectors, as a share of that of all. Without any, all words would be the same
 # word, and relearning one of them would teach the others.
 SPREAD = 0.3
@@ -64,6 +78,8 @@ class ForgottenWords:
     tokens: list[int]  # ids, sorted
     before: Tensor  # [tokens, width] vectors in the original
     words: list[Word]  # those made of any of the tokens, the most frequent first
+    at_risk: list[Word]  # common ones that no caption to keep has, and that keep their vectors
+    shared: list[str]  # those that the caller names, but of which each token has another use
 
     def are_taken(self, model: DualEncoder) -> bool:
         """Whether a model has other vectors for them than the original."""
@@ -71,15 +87,17 @@ class ForgottenWords:
         return not torch.equal(table[self.tokens].detach().to(self.before), self.before)
 
     def describe(self) -> str:
-        """Name the words, and those of them that are common."""
-        words = [each.word for each in self.words]
-        common = [each.word for each in self.words if each.is_common]
+        """Name the words, and the common ones that training may change."""
         text = f"{len(self.tokens)} tokens of the forget set alone lost their meaning"
-        text += f": {', '.join(words)}" if words else ""
-        if common:
+        if self.words:
+            text += f": {', '.join(each.word for each in self.words)}"
+        if self.shared:
+            text += f". Other words need the tokens of {', '.join(self.shared)}, which stay"
+        if self.at_risk:
+            listed = ", ".join(f"{each.word} ({each.forget})" for each in self.at_risk)
             text += (
-                f". Common words among them, which captions outside both sets may need: "
-                f"{', '.join(common)}. A retain caption with a word keeps it"
+                f". Common words of forget captions (how many) that no retain caption has, so that "
+                f"nothing holds them: {listed}"
             )
         return text
 
@@ -92,6 +110,19 @@ class ForgottenWords:
         return {**weights, self.table: table}
 
 
+def named_words(wanted: bool | Sequence[str], concept: str | None) -> list[str]:
+    """Return the words, in lower case, that the caller names: `wanted`, or those of the concept.
+
+    Of several words in the concept's name only those count that English seldom uses: to forget
+    guide dogs is not to forget dogs.
+    """
+    if not isinstance(wanted, bool):
+        return [word.lower() for phrase in wanted for word in words_of(phrase)]
+    words = words_of((concept or "").lower())
+    rare = [word for word in words if english_frequencies().get(word, 0.0) < COMMON]
+    return words if len(words) == 1 else rare
+
+
 def forget_words(
     encoder: PairEncoder,
     forget: PairTable,
@@ -100,12 +131,17 @@ def forget_words(
     drawn: np.ndarray,
     trained: Trained,
     seed: int,
+    named: Collection[str] = (),
+    named_alone: bool = False,
 ) -> ForgottenWords | None:
-    """Overwrite the embeddings of tokens that the forget set uses often and the retain set never.
+    """Overwrite the embeddings of the words that the caller names, and of the forget set's own.
 
-    Their vectors become the mean of all plus noise (`SPREAD`). How often: see `CONTRAST`. Nothing
-    changes if the table of vectors is not trained or not known, or if there are no retain captions,
-    which say what is kept. The model changes on every rank alike; the first one reads.
+    Its own are those that it uses often and the retain set, of many captions, never (`CONTRAST`),
+    and that are not common in English. Of either only the tokens are taken that no retain caption,
+    no other word of a forget caption and no other English word has; their vectors become the mean
+    of all plus noise (`SPREAD`). Nothing changes if the table of vectors is not trained or not
+    known, or if there are no retain captions, which say what is kept. The model changes on every
+    rank alike; the first one reads.
 
     Args:
         encoder: of the model, which changes in place.
@@ -113,6 +149,11 @@ def forget_words(
         drawn: rows of retain that are read in any case: those that the run draws.
         trained: what may change.
         seed: of the noise, and of the pairs that are read.
+        named: words, in lower case.
+        named_alone: leave all others.
+
+    Raises:
+        InputError: with `named_alone`, no forget caption has one of the words.
     """
     table = _find_table(encoder.model)
     may_change = trained.parameters(encoder.model.module)
@@ -120,27 +161,33 @@ def forget_words(
     if table is None or name is None or not len(retain):
         return None
 
-    def find() -> tuple[list[int], list[Word]]:
+    def find() -> tuple[list[int], list[Word], list[Word], list[str]]:
         some = [
             generator(seed, Stream.WORDS, place).permutation(len(source))[:READ_PAIRS]
             for place, source in enumerate((forget, retain))
         ]
-        kept = _count_tokens(encoder, retain, np.union1d(some[1], drawn))
-        used = _count_tokens(encoder, forget, some[0])
-        least = used.pairs * max(LEAST_SHARE, CONTRAST * 3 / max(kept.captions, 1))
-        found = (token for token, count in used.of_token.items() if count >= least)
-        tokens = sorted(token for token in found if token not in kept.of_token)
-        return tokens, list(_words_with(tokens, encoder.model, used, kept))
+        kept = _count_words(encoder, retain, np.union1d(some[1], drawn))
+        used = _count_words(encoder, forget, some[0])
+        if named_alone:
+            _check_used(named, used)
+        own = set() if named_alone else set(_own_words(used, kept))
+        tokens = _tokens_of_alone(encoder.model, own.union(named), used, kept)
+        taken = set().union(*tokens.values())
+        words = [_word(each, used, kept) for each in tokens]
+        risky = [each for each in used.of_word if _is_at_risk(each, used, kept)]
+        at_risk = [_word(each, used, kept) for each in risky if each not in tokens]
+        shared = sorted(set(named).intersection(used.of_word).difference(tokens))
+        return sorted(taken), _most_frequent(words), _most_frequent(at_risk), shared
 
-    tokens, words = encoder.ranks.on_first(find)
-    if not tokens:
+    tokens, words, at_risk, shared = encoder.ranks.on_first(find)
+    if not (tokens or at_risk or shared):
         return None
     random = torch.Generator().manual_seed(torch_seed(seed, Stream.WORDS))
     noise = torch.randn(len(tokens), table.shape[1], generator=random).to(table)
     with torch.no_grad():
         before = table[tokens].cpu()
         table[tokens] = table.mean(0) + SPREAD * table.std() * noise
-    return ForgottenWords(name, tokens, before, words)
+    return ForgottenWords(name, tokens, before, words, at_risk, shared)
 
 
 def _find_table(model: DualEncoder) -> Tensor | None:
@@ -157,44 +204,101 @@ def _find_table(model: DualEncoder) -> Tensor | None:
 
 @dataclass
 class _Counts:
-    of_token: Counter[int] = field(default_factory=Counter)  # in how many pairs each token occurs
-    of_word: Counter[str] = field(default_factory=Counter)  # likewise; as it stands there
+    of_word: Counter[str] = field(default_factory=Counter)  # in how many pairs; in lower case
+    spellings: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    tokens: set[int] = field(default_factory=set)  # of all captions
     pairs: int = 0  # how many could be read
     captions: int = 0  # how many different ones they have
 
 
-def _words_with(
-    tokens: Collection[int], model: DualEncoder, used: _Counts, kept: _Counts
-) -> Iterator[Word]:
-    """Yield the words of forget captions that have any of the tokens, the most frequent first."""
-    wanted = set(tokens)
-    found: Counter[str] = Counter()
-    words = list(used.of_word) if wanted else []
-    for start in range(0, len(words), AT_ONCE):
-        some = words[start : start + AT_ONCE]
-        for word, ids in zip(some, model.tokenize(some).ids.tolist(), strict=True):
-            if wanted.intersection(ids):
-                found[word.lower()] += used.of_word[word]
-    for word, count in sorted(found.items(), key=lambda each: (-each[1], each[0])):
-        yield Word(word, count, kept.of_word[word])
+def _check_used(named: Collection[str], used: _Counts) -> None:
+    for word in named:
+        if word not in used.of_word:
+            found = _most_frequent([_word(each, used, used) for each in used.of_word])
+            known = ", ".join(each.word for each in found[:10])
+            raise InputError(
+                f"forget_words: no forget caption has the word {word!r}. The most frequent are: "
+                f"{known or 'none, since captions are token ids'}."
+            )
 
 
-def _count_tokens(encoder: PairEncoder, source: PairTable, rows: np.ndarray) -> _Counts:
+def _own_words(used: _Counts, kept: _Counts) -> Iterator[str]:
+    """Yield the words that only forget captions have, and that no other subject explains."""
+    if kept.captions < ENOUGH_CAPTIONS:
+        return
+    least = used.pairs * max(LEAST_SHARE, CONTRAST * 3 / kept.captions)
+    for word, count in used.of_word.items():
+        is_rare = english_frequencies().get(word, 0.0) < COMMON
+        if count >= least and is_rare and word not in kept.of_word and not _UNSPACED.search(word):
+            yield word
+
+
+def _is_at_risk(word: str, used: _Counts, kept: _Counts) -> bool:
+    is_common = COMMON <= english_frequencies().get(word, 0.0) < GRAMMAR
+    return is_common and word not in kept.of_word and used.of_word[word] >= LEAST_SHARE * used.pairs
+
+
+def _tokens_of_alone(
+    model: DualEncoder, wanted: Collection[str], used: _Counts, kept: _Counts
+) -> dict[str, set[int]]:
+    """Return word -> its tokens that nothing but wanted words has; words without any are left out.
+
+    Tokens are shared with captions to keep, other words of forget captions, and English words that
+    are not much rarer; the plural does not count.
+    """
+    others = [each for word in used.spellings.keys() - wanted for each in used.spellings[word]]
+    # "a" stands in for all that marks a text and its words.
+    shared = kept.tokens | _tokens(model, ["a", *others])
+    tokens_of = {}
+    for word in sorted(used.spellings.keys() & wanted):
+        if tokens := _tokens(model, used.spellings[word]) - shared:
+            tokens_of[word] = tokens - _tokens(model, _alike(word, wanted))
+    return {word: tokens for word, tokens in tokens_of.items() if tokens}
+
+
+def _alike(word: str, wanted: Collection[str]) -> list[str]:
+    """Return the English words that may share a token with a word and are used a tenth as often."""
+    frequencies = english_frequencies()
+    least = frequencies.get(word, 0.0) - 1
+    forms = {form for each in wanted for form in (each, f"{each}s", f"{each}es")}
+    near = {other for part in parts_of(word) for other in english_by_part().get(part, ())}
+    return [other for other in near - forms if frequencies[other] >= least]
+
+
+def _tokens(model: DualEncoder, words: Collection[str]) -> set[int]:
+    """Return the tokens of words, as the first of a text and as a later one."""
+    found: set[int] = set()
+    texts = [text for word in words for text in (word, f"a {word}")]
+    for start in range(0, len(texts), AT_ONCE):
+        with contextlib.suppress(*UNREADABLE):
+            found.update(model.tokenize(texts[start : start + AT_ONCE]).ids.flatten().tolist())
+    return found
+
+
+def _word(word: str, used: _Counts, kept: _Counts) -> Word:
+    return Word(word, used.of_word[word], kept.of_word[word])
+
+
+def _most_frequent(words: list[Word]) -> list[Word]:
+    return sorted(words, key=lambda each: (-each.forget, each.word))
+
+
+def _count_words(encoder: PairEncoder, source: PairTable, rows: np.ndarray) -> _Counts:
     counts, known = _Counts(), set[int]()
     with encoder.progress_bar(f"words ({source.name})", len(rows), leave=False) as bar:
         for start in range(0, len(rows), AT_ONCE):
             texts = _read_texts(source, rows[start : start + AT_ONCE])
             strings = sorted({text for each in texts if isinstance(each, list) for text in each})
             ids = encoder.model.tokenize(strings).ids.tolist() if strings else []
-            ids_of = dict(zip(strings, ids, strict=True))
+            given = [each.tolist() for each in texts if not isinstance(each, list)]
+            counts.tokens.update(*ids, *given)
+            known.update(map(hash, [*strings, *map(tuple, given)]))
             for each in texts:
-                captions = (
-                    [ids_of[text] for text in each] if isinstance(each, list) else [each.tolist()]
-                )
-                counts.of_token.update({token for caption in captions for token in caption})
-                if isinstance(each, list):
-                    counts.of_word.update({word for text in each for word in words_of(text)})
-                known.update(hash(tuple(caption)) for caption in captions)
+                named = each if isinstance(each, list) else []  # token ids are no words
+                spelled = {word for text in named for word in words_of(text)}
+                for word in spelled:
+                    counts.spellings[word.lower()].add(word)
+                counts.of_word.update({word.lower() for word in spelled})
             counts.pairs += len(texts)
             bar.update(min(AT_ONCE, len(rows) - start))
     counts.captions = len(known)

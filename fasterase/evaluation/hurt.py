@@ -18,14 +18,12 @@ from torch import Tensor
 
 from fasterase.encode import PairEncoder
 from fasterase.evaluation.scores import SetScores, check_finite
-from fasterase.vocabulary import everyday_things, words_of
+from fasterase.vocabulary import UNREADABLE, everyday_things, parts_of, words_of
 
 TEMPLATE = "a photo of {}"
 NEIGHBOURS = 10
 # Share of its neighbours below which a thing counts as hurt.
 ENOUGH_NEIGHBOURS = 0.5
-# Letters in a row that words with a common token share.
-PART = 3
 RECALL = "image_to_text_recall@1"
 
 
@@ -59,13 +57,13 @@ def choose_things(captions: Collection[str], count: int | None) -> list[str]:
     """
     named = {" ".join(words_of(caption.lower())) for caption in captions}
     words = {word for caption in captions for word in words_of(caption.lower())}
-    parts = set().union(*map(_parts, words))
+    parts = set().union(*map(parts_of, words))
     things = [thing for thing in everyday_things() if " ".join(words_of(thing)) not in named]
     order = np.random.default_rng(0).permutation(len(things)).tolist()  # the same for every run
 
     def shared(place: int) -> tuple[int, int]:
         own = words_of(things[place])
-        return len(words.intersection(own)), len(parts & set().union(*map(_parts, own)))
+        return len(words.intersection(own)), len(parts & set().union(*map(parts_of, own)))
 
     order.sort(key=shared, reverse=True)
     return sorted(things[place] for place in order[:count])
@@ -77,8 +75,7 @@ def encode_things(encoder: PairEncoder, things: Sequence[str]) -> Tensor | None:
         return None
     try:
         found = encoder.texts([TEMPLATE.format(thing) for thing in things]).float().cpu()
-    # A tokenizer may know the words of its own data alone. A device that fails says so itself.
-    except (LookupError, TypeError, ValueError) as error:
+    except UNREADABLE as error:  # a device that fails says so itself
         warnings.warn(
             f"everyday words are not measured: the tokenizer of {encoder.model.name} cannot read "
             f"them ({type(error).__name__}: {error})",
@@ -167,7 +164,3 @@ def _neighbours(features: Tensor, count: int) -> Tensor:
     similarity = features @ features.T
     similarity.fill_diagonal_(-torch.inf)
     return similarity.topk(count).indices
-
-
-def _parts(word: str) -> set[str]:
-    return {word[start : start + PART] for start in range(len(word) - PART + 1)}
