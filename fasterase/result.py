@@ -46,10 +46,10 @@ class UnlearnResult:
         history: one record per step: `step` (from 1), `total`, `forget`, `retain`, `consistency`,
             `anchor`, `lr`, `grad_norm`, `applied`, `seconds`; as keys and as attributes.
         evaluation: measurements before and after; `None` if the config asked for none.
-        verdict: `"forgotten"`, `"remembered"`, `"over-erased"` (less similar than unrelated pairs)
-            or `"never known"` (by the original), the worst over the forget set and all
-            `forget_sets`; see `fasterase.evaluation.verdict`. None without a retain caption
-            that is no forget caption.
+        verdict: `"forgotten"`, `"remembered"`, `"over-erased"` (less similar than unrelated pairs),
+            `"undecided"` (too few images to tell) or `"never known"` (by the original), the worst
+            over the forget set and all `forget_sets`; see `fasterase.evaluation.verdict`. None
+            without a retain caption that is no forget caption.
         traces: set to forget -> the figures behind its verdict.
         config: the configuration of the run.
         skipped: pairs that could not be read, as `(id, reason)`.

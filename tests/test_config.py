@@ -42,13 +42,13 @@ def test_defaults_are_the_contract():
     assert shown == DEFAULTS
 
 
-def test_towers_are_crossed_where_words_can_be_forgotten():
+def test_towers_are_crossed_unless_the_text_tower_is_the_original_s():
     numbers = {"lr": 1e-5, "epochs": 1}
     for weight, options in (
         (1.0, {}),
         (1.0, {"tune": "text"}),
-        (0.0, {"tune": "lora:8"}),
-        (0.0, {"tune": "last:1"}),
+        (1.0, {"tune": "lora:8"}),
+        (0.0, {"tune": "image"}),
         (0.5, {"tune": "last:1", "cross_weight": 0.5}),
         (0.0, {"forget_weight": 0.0, **numbers}),
         (0.0, {"forget_loss": "contrastive", **numbers}),
@@ -72,6 +72,7 @@ BAD = {
     "forget_loss": ["cosine"],
     "floor": [1.5, "high", float("inf")],
     "forget_augment": [1],
+    "forget_words": [[], ["7"], [7], "octopus", 1],
     "negatives": ["both"],
     "epochs": [0, 1.5, "never", True],
     "max_steps": [0],
@@ -115,7 +116,7 @@ def test_contradictions_are_refused():
 def test_a_thorough_run_needs_cross_terms_and_an_end_of_its_own():
     assert UnlearnConfig(thorough=True).thorough
     for field, value in (
-        *(("max_steps", 3), ("epochs", 3), ("tune", "text"), ("tune", "last:1")),
+        *(("max_steps", 3), ("epochs", 3), ("tune", "text"), ("tune", "image")),
         ("cross_weight", 0.0),
     ):
         with pytest.raises(InputError, match=r"^thorough=True must be False"):

@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 
 import fasterase
 from fasterase.engine import run as run_module
@@ -59,13 +60,45 @@ def test_a_digit_is_erased_from_a_model_that_knows_it(kind):
 
 
 def test_a_thorough_run_goes_on_until_the_loss_has_settled(monkeypatch):
-    monkeypatch.setattr(run_module, "SETTLED_LOSS", 0.25)
+    monkeypatch.setattr(run_module, "SETTLED_LOSS", 0.1)
     plain = run(knowing_model())
     thorough = run(knowing_model(), thorough=True)
     assert plain.verdict == thorough.verdict == "forgotten"
     assert len(plain.history) + 10 <= len(thorough.history) < 400
     last = [min(record.forget for record in each.history) for each in (plain, thorough)]
     assert last[1] < last[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        ({"tune": "text"}, "leaves the image tower as it is"),
+        ({"tune": "image"}, "leaves the text tower as it is"),
+        ({"max_steps": 1}, "Give more steps"),
+    ],
+)
+def test_a_tower_that_still_finds_the_concept_is_no_forgetting(options, advice):
+    with pytest.warns(UserWarning, match=advice):
+        result = run(knowing_model(), **options)
+    assert (result.verdict, result.forgotten) == ("remembered", False)
+    known = {"text": ["image"], "image": ["text"]}.get(options.get("tune"), ["image", "text"])
+    assert result.traces["forget"].telling_towers == known
+    assert len(result.history) < 200, "it does not wait for what cannot change"
+
+
+def test_captions_that_point_at_another_concept_are_no_forgetting():
+    """Swapped token vectors: what the concept's captions say now is a code word's meaning."""
+    model = knowing_model()
+    table = model.module.get_parameter("embedding.weight")
+    with torch.no_grad():
+        first, other = ([2 * each + 1, 2 * each + 2] for each in (FORGOTTEN, KEPT[0]))
+        table[first + other] = table[other + first]
+    found = fasterase.evaluate(model, FORGET, RETAIN, original=knowing_model(), progress=False)
+    assert found.verdict == "remembered"
+    assert found.scores["forget"]["image_tower_hit@1"] == 1
+    assert (
+        found.original["forget"]["image_tower_hit@1"] == found.original["forget"]["contest_hit@1"]
+    )
 
 
 def test_a_concept_is_erased_and_the_others_stay():
@@ -134,7 +167,7 @@ def test_the_worst_of_all_sets_to_forget_is_the_verdict():
     with pytest.warns(UserWarning, match="^verdict: remembered\nforget: .*\nsecond: residue"):
         result = run(knowing_model(), forget_sets=known, lr=1e-3, max_steps=60)
     assert result.verdict == "remembered"
-    assert not result.traces["forget"].is_remembered
+    assert result.traces["forget"].residue < 0.6
     assert result.traces["second"].is_remembered
     with pytest.warns(UserWarning, match="^verdict: never known"):
         never = run(TinyModel(), forget_sets=known)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -17,8 +17,10 @@ from torch import Tensor
 
 from fasterase.encode import PairEncoder, PairFeatures
 from fasterase.engine.job import Draws, Job
+from fasterase.engine.optim import Trained
 from fasterase.engine.pacing import Check
 from fasterase.evaluation.evaluator import Evaluator, Measurement
+from fasterase.evaluation.metrics import TOWER_HITS
 from fasterase.evaluation.scores import find_position, similarity_chunks
 from fasterase.evaluation.verdict import REMEMBERED, Judge, Trace, summarise
 from fasterase.original.features import (
@@ -45,6 +47,7 @@ class Baseline:
     """The original's measurements and features that a run uses."""
 
     floor: float  # mean cosine of unrelated pairs, the automatic floor
+    judged: dict[str, PairFeatures]  # set -> features of the pairs that the verdict judges
     traces: dict[str, Trace]  # set to forget -> what it knows of it, by the verdict's measure
     measured: Measurement | None  # by the evaluator
     original: Original | None  # features for each step, if a loss uses them
@@ -102,7 +105,7 @@ def measure_original(
         # `judge` leaves out retain captions that are forget captions: look at all that are encoded.
         _warn_of_naming_captions(remembered, original.pairs(job.retain, wanted["retain"]))
     of_steps = _open_original(job, encoder, original)
-    return Baseline(floor, traces, measured, of_steps, damage, damage_rows)
+    return Baseline(floor, judged, traces, measured, of_steps, damage, damage_rows)
 
 
 def _wanted_rows(
@@ -182,10 +185,15 @@ class Checks:
     encoder: PairEncoder
     judge: Judge
     baseline: Baseline
+    trained: Trained
 
     def original(self) -> Check:
-        """Return the check of the original."""
-        return self._make_check(self.baseline.traces, Damage(0.0, 0.0))
+        """Return the check of the original: beside itself, each tower knows what both know."""
+        traces = {
+            name: replace(trace, towers=dict.fromkeys(TOWER_HITS, (trace.hit, trace.hit_low)))
+            for name, trace in self.baseline.traces.items()
+        }
+        return self._make_check(traces, Damage(0.0, 0.0))
 
     def __call__(self) -> Check:
         rows = {name: self.judge.rows[name] for name in self.baseline.known_sets}
@@ -207,10 +215,15 @@ class Checks:
         damage, meter = Damage(0.0, 0.0), self.baseline.damage
         if meter is not None:
             damage = meter.measure(features["retain"].at(self.baseline.damage_rows))
-        return self._make_check(summarise(self.judge.judge(features)), damage)
+        traces = self.judge.judge(features, self.baseline.judged)
+        return self._make_check(summarise(traces), damage)
 
     def _make_check(self, traces: Mapping[str, Trace], damage: Damage) -> Check:
-        known = {name: traces[name] for name in self.baseline.known_sets}
+        # A tower that stays as it is will not forget, however long the run waits for it.
+        moving = [name for name in ("image", "text") if getattr(self.trained, name)]
+        known = {
+            name: traces[name].without_towers(keep=moving) for name in self.baseline.known_sets
+        }
         most = self.job.config.max_damage
         return Check(known, damage.mean, most is not None and damage.low > most)
 

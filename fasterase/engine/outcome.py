@@ -12,11 +12,15 @@ from fasterase.evaluation.verdict import (
     FORGOTTEN,
     NEVER_KNOWN,
     OVER_ERASED,
+    UNDECIDED,
     Trace,
     describe_verdict,
 )
 from fasterase.models.lora import LoraAdapter
 from fasterase.report.evaluation import Evaluation
+
+# What `tune` leaves as it is.
+FROZEN_TOWER = {"image": "text", "text": "image"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ def advise(outcome: Outcome, config: UnlearnConfig) -> str | None:
         )
     advice = "" if outcome.verdict == FORGOTTEN else f" {_next_step(outcome, config)}"
     images = outcome.traces["forget"].pairs
-    if images < FEW_IMAGES:
+    if images < FEW_IMAGES and outcome.verdict != UNDECIDED:
         advice += (
             f" {images} forget image{' shows' if images == 1 else 's show'} little: one picture "
             "more or less may change the verdict. Give more pictures of the concept, if only as "
@@ -69,6 +73,19 @@ def _next_step(outcome: Outcome, config: UnlearnConfig) -> str:
             f"{'; it was left as it is' if not steps else ''}. Unless they were erased before, "
             "check the model, its tokenizer and preprocess, and that the captions belong to the "
             "images."
+        )
+    if outcome.verdict == UNDECIDED:
+        possible = max(trace.hit_high for trace in outcome.traces.values())
+        return (
+            "No trace was found, but too few images, or retain captions, were there to tell: up to "
+            f"{100 * possible:.0f} % of such images may still be found. Give at least 12 pictures "
+            "of every set to forget, and 20 different retain captions."
+        )
+    telling = {tower for trace in outcome.traces.values() for tower in trace.telling_towers}
+    if telling and telling == {FROZEN_TOWER.get(config.tune)}:
+        return (
+            f"tune={config.tune!r} leaves the {telling.pop()} tower as it is, and beside the "
+            "original's other tower it still finds the concept. Use tune='all'."
         )
     if outcome.verdict == OVER_ERASED:
         remedy = (

@@ -15,20 +15,28 @@ from torch import Tensor
 
 from fasterase.engine.history import StepRecord
 from fasterase.engine.rates import Rate
-from fasterase.evaluation.verdict import FORGOTTEN, OVER_ERASED, REMEMBERED, Trace, decide
+from fasterase.evaluation.verdict import (
+    FORGOTTEN,
+    OVER_ERASED,
+    REMEMBERED,
+    REMEMBERED_RESIDUE,
+    TOWER_HIT,
+    UNDECIDED,
+    Trace,
+    decide,
+)
 
 # Steps between checks of the verdict, which begin once the loss is this share of its first value.
 # There are fewer where a residue, at its pace, would soon pass a margin.
 CHECK_STEPS = 5
 CHECKED_LOSS = 0.6
-# A thorough run also makes each new tower forget when paired with the original's other one. It
-# starts to fade only at this share: the verdict asks the two new towers alone.
+# A thorough run starts to fade only at this share: both towers forget more than the verdict asks.
 SETTLED_LOSS = 0.35
 # ... or once the loss has not fallen by a tenth in so many steps.
 PATIENCE_STEPS, NOTICED_FALL = 60, 0.9
 # lr fades once the residue is at most this and images are won hardly more often than by chance:
 # fading and unseen pictures need a margin below the verdict's own thresholds.
-MARGIN_RESIDUE = 0.6
+MARGIN_RESIDUE = 0.65
 MARGIN_HIT = 0.05
 FADE_STEPS = 20
 # A fade ends early below this residue, before it leads to "over-erased".
@@ -68,6 +76,13 @@ class Check(NamedTuple):
     def least_residue(self) -> float:
         """The smallest residue of a direction; 1 if no set was ever known."""
         return min(self._residues, default=1.0)
+
+    @property
+    def excess(self) -> float:
+        """How far what is left is above the verdict's thresholds, of pairs and towers together."""
+        towers = (low for t in self.traces.values() for _, low in t.towers.values())
+        pairs = max(self.residue - REMEMBERED_RESIDUE, 0.0)
+        return pairs + sum(max(low - TOWER_HIT, 0.0) for low in towers)
 
     @property
     def beyond_rest(self) -> float:
@@ -258,27 +273,32 @@ class AutomaticPacing(Pacing):
         return share <= self._settled_loss or step - lowest[0] >= PATIENCE_STEPS
 
     def _fade(self, steps: int) -> None:
-        """Check now and then how far the fade has come, and end it in time."""
+        """Check now and then how far the fade has come: it may pass a better place."""
         is_last = steps >= FADE_STEPS or self._step == self.total_steps
         if not is_last and not self._is_check_due():
             return
         found = self._checked()
-        if not is_last and found.least_residue >= LEAST_RESIDUE:
+        self._consider(found, faded=is_last)
+        if not is_last:
             return
-        self._consider(found, faded=True)
-        is_settled = found.verdict in (FORGOTTEN, OVER_ERASED) or found.exceeded
+        is_settled = found.verdict != REMEMBERED or found.exceeded
         if is_settled or self._now.fades == MAX_FADES or self._step == self.total_steps:
             self._finish()
         else:
             self._now.fade_from = None
 
     def _finish(self) -> None:
-        if self._now.best_rank[1] != REMEMBERED_RANK and self._now.best_least < RESTING[0]:
+        if not self._is_remembered and self._now.best_least < RESTING[0]:
             self._ease()
         self._load(self._best)
         self.is_done = True
-        if self._now.best_rank[1] == REMEMBERED_RANK:
+        if self._is_remembered:
             self.limit = "damage" if self._now.has_exceeded else "steps"
+
+    @property
+    def _is_remembered(self) -> bool:
+        """Whether the best weights still know the concept."""
+        return self._now.best_rank[1] == RANKS[REMEMBERED]
 
     def _ease(self) -> None:
         """Look for the margin on the straight line from the best weights back to the start's."""
@@ -323,15 +343,17 @@ def _between(tensor: Tensor, start: Tensor, share: float) -> Tensor:
 
 
 # Ranks of verdicts among the candidates for the best weights.
-FORGOTTEN_RANK, OVER_ERASED_RANK, REMEMBERED_RANK = range(3)
+RANKS = {
+    verdict: rank for rank, verdict in enumerate((FORGOTTEN, UNDECIDED, OVER_ERASED, REMEMBERED))
+}
 
 
 def _rank(found: Check, *, faded: bool) -> list[float]:
     """Return what orders candidates for the best weights, the smallest first."""
-    if found.verdict == FORGOTTEN:
-        order = [FORGOTTEN_RANK, found.beyond_rest, int(not faded), found.damage]
+    if found.verdict == REMEMBERED:
+        order = [found.excess, found.residue]
     elif found.verdict == OVER_ERASED:
-        order = [OVER_ERASED_RANK, found.damage]
+        order = [found.damage]
     else:
-        order = [REMEMBERED_RANK, found.residue]
-    return [int(found.exceeded), *order]
+        order = [found.beyond_rest, int(not faded), found.damage]
+    return [int(found.exceeded), RANKS[found.verdict], *order]

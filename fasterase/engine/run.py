@@ -26,7 +26,7 @@ from fasterase.engine.outcome import Outcome
 from fasterase.engine.pacing import SETTLED_LOSS, AutomaticPacing, Check, Pacing
 from fasterase.engine.prefix_cache import open_prefix_cache
 from fasterase.engine.rates import LineFollower, Rate, Schedule
-from fasterase.engine.words import ForgottenWords, forget_words
+from fasterase.engine.words import ForgottenWords, forget_words, named_words
 from fasterase.errors import InputError, NonFiniteError, PreemptedError
 from fasterase.evaluation.evaluator import Evaluator, sampled_rows
 from fasterase.evaluation.verdict import JUDGED_PAIRS, Judge, decide, summarise
@@ -120,6 +120,7 @@ class Run:
             **config.to_dict(),
             # The pool of retain pairs depends on it.
             "whether the run ends by itself": config.runs_until_forgotten,
+            "words to forget": named_words(config.forget_words, job.concept),
             **self._identity,
         }
         self._checkpoints = CheckpointFolder(job.output / "checkpoints", identity, job.ranks)
@@ -200,7 +201,7 @@ class Run:
     def train(self) -> tuple[list[StepRecord], str | None]:
         """Take the steps; return their records and what kept an automatic run from forgetting."""
         job, config, baseline = self.job, self.job.config, self._baseline
-        self._checks = Checks(job, self._encoder, self._judge, baseline)
+        self._checks = Checks(job, self._encoder, self._judge, baseline, self._trained)
         self._words = words = self.forget_words()
         is_automatic = self._draws.pool is not None
         begins_here = words is not None and self._saved is None
@@ -240,6 +241,8 @@ class Run:
             drawn=self._draws.rows[1],
             trained=self._trained,
             seed=config.seed,
+            named=named_words(config.forget_words, job.concept),
+            named_alone=config.forget_words is not True,
         )
         if words is not None:
             self._say(words.describe())
@@ -253,7 +256,7 @@ class Run:
             name: self._encoder.pairs(sets[name], these, description=f"erased model ({name})")
             for name, these in rows.items()
         }
-        traces = summarise(self._judge.judge(features))
+        traces = summarise(self._judge.judge(features, baseline.judged))
         evaluation = None
         if evaluator is not None:
             found = evaluator.measure(self._encoder, features, original=baseline.measured)

@@ -49,6 +49,7 @@ class Measurement:
 
     model: str  # its name
     sets: dict[str, SetScores]
+    judged: dict[str, PairFeatures]  # set -> features of the pairs that the verdict judges
     traces: dict[str, Trace]  # of the sets to forget; empty without unrelated pairs
     candidates: int  # number of candidate captions
     features: dict[str, SetFeatures]
@@ -190,13 +191,13 @@ class Evaluator:
             check_finite(found.image, found.ids, model)
             scores[name] = retrieval_scores(found, pool, concept, _distractors(sets, name))
         classes = self._add_accuracy(encoder, features, scores)
-        traces = self.judge.judge(features)
+        traces = self.judge.judge(features, None if original is None else original.judged)
         for name, trace in traces.items():
             for key, (values, chance) in trace.metrics_at(features[name].rows).items():
                 scores[name].add(key, values, chance)
         things = encode_things(encoder, self.things) if with_things else None
-        traced = summarise(traces)
-        measured = Measurement(model, scores, traced, len(pool.row), sets, classes, things)
+        judged, traced = self.judge.judged(features), summarise(traces)
+        measured = Measurement(model, scores, judged, traced, len(pool.row), sets, classes, things)
         if original is not None:
             measured.check_same_pairs(original, "original")
             old = original.features  # of the same pairs

@@ -14,6 +14,8 @@ CONCEPT_DEPTHS = (1, 5)
 # Recall of the model's captions among the original's image features: of an image index that was
 # not rebuilt. Of the original itself it is its text->image recall.
 OLD_INDEX = "text_to_original_image_recall@1"
+# Share of images that a tower wins beside the original's other one.
+TOWER_HITS = {"image": "image_tower_hit@1", "text": "text_tower_hit@1"}
 # Elements of one chunk of resampling counts: 32 MB as fp64.
 RESAMPLE_ELEMENTS = 4_000_000
 WILSON_Z = 1.959964  # 95 %
@@ -63,6 +65,10 @@ METRICS: tuple[Metric, ...] = (
         for key, title in (("image_to_text", "image->text"), ("text_to_image", "text->image"))
     ),
     Metric("contest_hit@1", "hit@1 in the verdict, %", "share", "mean", "↓", ""),
+    *(
+        Metric(key, f"hit@1, its {tower} tower alone, %", "share", "mean", "↓", "")
+        for tower, key in TOWER_HITS.items()
+    ),
 )
 
 

@@ -17,7 +17,7 @@ from fasterase.evaluation.evaluator import Evaluator, Measurement, Scores
 from fasterase.evaluation.examiner import Examiner
 from fasterase.evaluation.findings import Finding, Findings, Series
 from fasterase.evaluation.hurt import RECALL, Hurt, Outside, hurt_groups, worst_first
-from fasterase.evaluation.metrics import METRICS, OLD_INDEX
+from fasterase.evaluation.metrics import METRICS, OLD_INDEX, TOWER_HITS
 from fasterase.evaluation.verdict import decide, decide_each
 from fasterase.files import check_creatable, check_writable, parse_path, write_text
 from fasterase.report.plots import plot_findings, plot_series
@@ -84,8 +84,8 @@ class Evaluation:
 
     @property
     def verdict(self) -> str | None:
-        """The verdict on the model: `"remembered"`, `"over-erased"`, `"forgotten"` or `"never
-        known"` (only if the original was measured); None without unrelated retain pairs.
+        """The verdict on the model: `"remembered"`, `"over-erased"`, `"undecided"`, `"forgotten"`
+        or `"never known"` (only if the original was measured); None without unrelated retain pairs.
 
         It is the worst over all sets to forget; see `fasterase.evaluation.verdict`.
         """
@@ -294,9 +294,15 @@ def _compare_outside(
 
 
 def _original_scores(original: Measurement, model: Measurement) -> Scores:
-    """Return an original's averages: in the old index too, which its own images are."""
+    """Return an original's averages: in the old index too, which its own images are.
+
+    Beside itself each of its towers knows what both know.
+    """
     scores = original.averages()
     for name, values in scores.items():
+        for metric in TOWER_HITS.values():
+            if metric in model.sets[name].values:
+                values[metric] = values["contest_hit@1"]
         if OLD_INDEX in model.sets[name].values:
             values[OLD_INDEX] = values["text_to_image_recall@1"]
     return scores

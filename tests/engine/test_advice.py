@@ -36,5 +36,18 @@ def test_an_automatic_run_is_not_told_to_continue(limit):
     assert "output_dir" not in warning(limit=limit)
 
 
+def test_a_tower_that_stays_is_named_and_few_images_are_counted():
+    trace = Trace(0.5, 0.5, 0.0, 0.0, 0.14, 0.05, 24, {"image": (1.0, 0.9), "text": (0.0, 0.0)})
+    outcome = Outcome([], 0.0, "remembered", {"forget": trace}, None, None)
+    said = advise(outcome, UnlearnConfig(tune="text"))
+    assert "100 % by the image tower beside the original's other one" in said
+    assert "tune='text' leaves the image tower as it is" in said
+    assert "Use tune='all'" not in advise(outcome, UnlearnConfig())
+    few = Trace(0.5, 0.5, 0.0, 0.0, 0.28, 0.05, 10)
+    said = advise(Outcome([], 0.0, "undecided", {"forget": few}, None, None), UnlearnConfig())
+    assert "up to 28 % of such images may still be found. Give at least 12 pictures" in said
+    assert "show little" not in said
+
+
 def test_what_was_erased_before_is_not_the_model_at_fault():
     assert "Unless they were erased before" in warning("never known")

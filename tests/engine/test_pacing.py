@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -172,13 +172,23 @@ class TestNumbers:
 
 
 def check(
-    residue: float, *, damage: float = 0.0, exceeded: bool = False, least: float | None = None
+    residue: float,
+    *,
+    damage: float = 0.0,
+    exceeded: bool = False,
+    least: float | None = None,
+    most: float = 0.1,
+    towers: Sequence[float] = (),
 ) -> Check:
+    """Of a hit rate that may be as high as `most`, and of an image and a text tower's alone."""
     least = residue if least is None else least
-    return Check({"forget": Trace(residue, least, 0.0, 0.0, 0.1, 0.05, 50)}, damage, exceeded)
+    alone = {name: (hit, hit) for name, hit in zip(("image", "text"), towers, strict=False)}
+    return Check(
+        {"forget": Trace(residue, least, 0.0, 0.0, most, 0.05, 50, alone)}, damage, exceeded
+    )
 
 
-KNOWN, SAFE = check(1.0), check(0.5)
+KNOWN, SAFE = check(1.0, towers=(1.0, 1.0)), check(0.5)
 HURT = check(0.8, damage=0.09, exceeded=True)
 HURTS = {5: check(0.9), 10: check(0.85), 15: HURT, 35: HURT}
 HEALED = {5: HURT, 25: check(0.8, damage=0.01), 30: SAFE}
@@ -323,8 +333,8 @@ class TestAutomatic:
     @pytest.mark.parametrize(
         ("script", "end", "kept", "limit"),
         [
-            # A fade ends before it leads to "over-erased".
-            (at({15: check(0.5, least=0.3)}, SAFE), 15, 15, None),
+            # A fade may pass a better place than its end.
+            (at({5: SAFE, 15: check(0.5, damage=-0.1)}, check(0.2)), 5 + FADE_STEPS, 15, None),
             # Beyond the damage it fades, and keeps the least residue within it.
             (at(HURTS, KNOWN), 15 + FADE_STEPS, 10, "damage"),
             # Damage that fading heals is no end.
@@ -353,7 +363,10 @@ class TestAutomatic:
                 10,
             ),
             # Over-erased before remembered.
-            ({5: check(0.2), 25: check(0.2, damage=0.01)}, 5),
+            (dict.fromkeys(range(6, 25), KNOWN) | {5: check(0.2), 25: check(0.2, damage=0.01)}, 5),
+            # Too few images before over-erased, and after "forgotten".
+            (dict.fromkeys(range(6, 25), KNOWN) | {5: check(0.2), 25: check(0.5, most=0.3)}, 25),
+            ({5: check(0.5, damage=0.01), 25: check(0.5, most=0.3)}, 5),
         ],
     )
     def test_the_best_weights_are_restored(self, checks, best):
@@ -399,10 +412,23 @@ class TestAutomatic:
     def test_checks_are_every_step_where_a_margin_is_near(self):
         """The residue falls by .02 a step, through the whole window in 25."""
         run = Run(lambda step: check(max(0.0, 1.2 - 0.02 * step))).take()
-        near = [step for step in run.checked if 0.6 < 1.2 - 0.02 * step < 0.65]
-        assert near == [28, 29]
-        assert run.step == 43, "the fade ends at the first residue below .35"
-        assert 0.3 < 1.2 - 0.02 * run.loaded[0] < 0.7
+        near = [step for step in run.checked if 0.64 < 1.2 - 0.02 * step < 0.7]
+        assert near == [26, 27]
+        assert run.step == 28 + FADE_STEPS
+        assert 0.29 < 1.2 - 0.02 * run.loaded[-1] < 0.71
+
+    def test_it_goes_on_while_one_tower_tells(self):
+        """Beside the original's other one: of what it is trained for, all must have gone."""
+
+        def script(step: float) -> Check:
+            return check(0.5, towers=(1.0 - step / 50, 0.0))
+
+        run = Run(script).take()
+        assert run.step == 25 + FADE_STEPS, "1 - 25 / 50 is a half"
+        assert run.loaded == [run.step]
+        stuck = Run(lambda step: check(1.0 - step / 1000, towers=(0.9, 0.9 - step / 1000))).take()
+        assert (stuck.step, stuck.pacing.limit) == (TOTAL, "steps")
+        assert stuck.loaded == [TOTAL], "where pairs and one tower have forgotten the most"
 
 
 class TestEasing:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fasterase.encode import PairEncoder
+from fasterase.encode import PairEncoder, PairFeatures
 from fasterase.engine.job import undrawn_rows
 from fasterase.evaluation import verdict
 from fasterase.evaluation.evaluator import Evaluator, sampled_rows
@@ -227,3 +227,39 @@ def test_unreadable_pairs_are_not_judged() -> None:
     found = judge(sets, image, text, ["cat", *words("dog", 20)])["forget"]
     assert list(found.rows) == [0, 2]
     assert found.summary().pairs == 2
+
+
+def test_each_tower_beside_the_original_s_other_one() -> None:
+    """An eye that still sees the concept is found out, whatever its own texts say, and a mouth."""
+    forget, retain = ["cat"] * 25, words("dog", 40)
+    sets = open_sets(forget=forget, retain=retain)
+    judge = Judge(sets, ["forget"], seed=0)
+    image = torch.cat([torch.eye(3)[[0] * 25], torch.eye(3)[[1, 2]].repeat(20, 1)])
+    text = torch.cat([torch.eye(3)[:1], torch.eye(3)[[1, 2]].repeat(20, 1)])
+    blind, mute = image.clone(), text.clone()
+    blind[:25] = torch.tensor([-1.0, 1.0, 1.0])
+    mute[0] = torch.tensor([-1.0, 1.0, -1.0])
+
+    def encode(image: Tensor, text: Tensor) -> dict[str, PairFeatures]:
+        encoder = PairEncoder(LookupModel(image, text, ["cat", *retain], "lookup"))
+        rows = judge.rows.items()
+        return {name: encoder.pairs(sets[name], those, description="") for name, those in rows}
+
+    original = encode(image, text)
+    for images, texts, telling in (
+        (image, mute, ["image"]),
+        (blind, text, ["text"]),
+        (blind, mute, []),
+        (image, text, ["image", "text"]),
+    ):
+        traces = judge.judge(encode(images, texts), original)["forget"]
+        found = traces.summary()
+        assert found.telling_towers == telling
+        assert {name: hit for name, (hit, _) in found.towers.items()} == {
+            name: float(name in telling) for name in ("image", "text")
+        }
+        assert found.is_remembered == bool(telling)
+        assert traces.metrics()["image_tower_hit@1"][0].shape == (25,)
+    assert not judge.judge(encode(image, mute))["forget"].towers, "without the original"
+    wider = torch.cat([image, image], 1), torch.cat([mute, mute], 1)
+    assert not judge.judge(encode(*wider), original)["forget"].towers, "of another width"

@@ -14,12 +14,20 @@ from fasterase.pairs.table import PairTable
 
 
 def trace(
-    image: float = 0.5, text: float = 0.5, hit_low: float = 0.0, chance: float = 0.05
+    image: float = 0.5,
+    text: float = 0.5,
+    hit_low: float = 0.0,
+    chance: float = 0.05,
+    hit_high: float = 0.2,
+    towers: Sequence[float] = (),
 ) -> Trace:
-    return Trace(image, text, hit_low, hit_low, 1.0, chance, 50)
+    """Of an image tower and a text tower with these low ends."""
+    found = {name: (low, low) for name, low in zip(("image", "text"), towers, strict=False)}
+    return Trace(image, text, hit_low, hit_low, hit_high, chance, 50, found)
 
 
 KNOWN, GONE, ABSENT = trace(1.0, 1.0, 0.9), trace(), trace(0.1, 0.5)
+FEW = trace(hit_high=0.3)
 
 
 @pytest.mark.parametrize(
@@ -38,6 +46,15 @@ KNOWN, GONE, ABSENT = trace(1.0, 1.0, 0.9), trace(), trace(0.1, 0.5)
         (trace(0.5, 0.24), "over-erased"),
         (trace(0.1, 0.9), "remembered"),
         (trace(0.1, 0.1, hit_low=0.2), "remembered"),
+        # One tower gives it away, beside the original's other one.
+        (trace(towers=(0.5, 0.5)), "forgotten"),
+        (trace(towers=(0.51,)), "remembered"),
+        (trace(towers=(0.0, 0.51)), "remembered"),
+        # No trace was found, but what was seen leaves room for one.
+        (trace(hit_high=0.24), "forgotten"),
+        (trace(hit_high=0.25), "undecided"),
+        (trace(0.2, hit_high=0.25), "over-erased"),
+        (trace(0.8, hit_high=0.25), "remembered"),
     ],
 )
 def test_the_words_and_their_precedence(found: Trace, verdict: str) -> None:
@@ -51,6 +68,8 @@ def test_the_words_and_their_precedence(found: Trace, verdict: str) -> None:
     [
         ({"forget": GONE, "a": GONE}, "forget a", "forgotten"),
         ({"forget": GONE, "a": ABSENT}, "forget a", "over-erased"),
+        ({"forget": GONE, "a": FEW}, "forget a", "undecided"),
+        ({"forget": FEW, "a": ABSENT}, "forget a", "over-erased"),
         ({"forget": ABSENT, "a": KNOWN, "b": GONE}, "forget a b", "remembered"),
         # What was never known counts for nothing, unless nothing was.
         ({"forget": GONE, "a": KNOWN}, "forget", "forgotten"),

@@ -76,7 +76,7 @@ def quantise(target: Target) -> Examined:
         key, group = f"{bits}_bits", f"{bits}-bit weights"
         with rounded(weights, bits):
             features = target.encode(judge.rows, group)
-        traces = judge.judge(features)
+        traces = judge.judge(features, target.original)
         verdict = decide(summarise(traces))
         assert verdict is not None
         findings.append(Finding(f"{key}/verdict", group, "verdict", "verdict", "", verdict))
