@@ -7,7 +7,7 @@ forgotten.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -44,8 +44,10 @@ LEAST_RESIDUE = 0.35
 # Residues at which final weights may rest: the verdict's own thresholds with a margin, since other
 # pairs and other processors round a model that ends at a threshold to either side of it.
 RESTING = (0.3, 0.7)
-# Weights below them are moved back towards the start by at most this share, found by halving.
-MOST_EASED, EASE_CHECKS = 0.25, 5
+# Weights below them are moved back towards the start by at most this share, found by halving: all
+# of them or, where one tower then tells too much, those of one tower.
+MOST_EASED = {"all": 0.25, "text": 0.5, "image": 0.5}
+EASE_CHECKS = 5
 # The first fade and two more.
 MAX_FADES = 3
 # Steps of an automatic run, or one pass over the forget set if that is more.
@@ -192,6 +194,7 @@ class AutomaticPacing(Pacing):
         load: puts such a copy back.
         original: the original's check and weights, the first candidate for the best weights.
         start: those that training starts from; no check of the original's, or in a resumed run.
+        towers: `"image"`, `"text"` -> names of its weights.
         settled_loss: share of the first forgetting loss above which a verdict does not end the run
             while the loss still falls.
         max_steps: the budget.
@@ -206,6 +209,7 @@ class AutomaticPacing(Pacing):
         load: Callable[[dict[str, Tensor]], None],
         original: tuple[Check, dict[str, Tensor]],
         start: tuple[Check | None, dict[str, Tensor]],
+        towers: Mapping[str, Collection[str]],
         settled_loss: float = 1.0,
         max_steps: int,
     ) -> None:
@@ -214,6 +218,7 @@ class AutomaticPacing(Pacing):
         self._weights = weights
         self._load = load
         self._settled_loss = settled_loss
+        self._towers = towers
         self._step = 0
         known, self._best = original
         residues = known.residue, known.least_residue
@@ -301,13 +306,21 @@ class AutomaticPacing(Pacing):
         return self._now.best_rank[1] == RANKS[REMEMBERED]
 
     def _ease(self) -> None:
-        """Look for the margin on the straight line from the best weights back to the start's."""
-        low, high, best = 0.0, MOST_EASED, self._best
+        """Look for the margin on straight lines from the best weights back to the start's."""
+        best = self._best
+        for part, most in MOST_EASED.items():
+            names = self._towers.get(part, ())
+            if part == "all" or names:
+                self._ease_part(best, names or best.keys(), most)
+            if self._now.best_least >= RESTING[0]:
+                return
+
+    def _ease_part(self, best: dict[str, Tensor], names: Collection[str], most: float) -> None:
+        low, high = 0.0, most
         for _ in range(EASE_CHECKS):
             share = (low + high) / 2
-            self._load(
-                {name: _between(each, self._start[name], share) for name, each in best.items()}
-            )
+            eased = {n: _between(best[n], self._start[n], share) for n in names if n in best}
+            self._load({**best, **eased})
             found = self._check()
             self._consider(found, faded=True)
             if found.least_residue < RESTING[0]:

@@ -284,6 +284,7 @@ class Run:
         total_steps = self._draws.total_steps
         if config.runs_until_forgotten:
             original = start[1] if words is None else words.put_back(start[1])
+            names = {*self._trained.decayed, *self._trained.undecayed}
             return AutomaticPacing(
                 LineFollower() if config.lr == "auto" else Rate(config.lr),
                 check=checks,
@@ -291,6 +292,10 @@ class Run:
                 load=engine.load_weights,
                 original=(checks.original(), original),
                 start=start,
+                towers={
+                    tower: names & {name for name, _ in self.job.model.selected(tower)}
+                    for tower in ("image", "text")
+                },
                 settled_loss=SETTLED_LOSS if config.thorough else 1.0,
                 max_steps=total_steps,
             )

@@ -222,6 +222,7 @@ class Run:
             load=self._load,
             original=(KNOWN, self._weights()),
             start=(None, self._weights()),
+            towers={},
             settled_loss=settled_loss,
             max_steps=total,
         )
@@ -461,6 +462,34 @@ class TestEasing:
         run.take()
         assert run.loaded[-1] == 10
         assert script(10).verdict == "forgotten"
+
+    def test_one_tower_moves_where_the_other_one_would_tell(self):
+        """The text tower fell too far; the image tower tells at once if it moves back."""
+        ends = {"image": torch.tensor(10.0), "text": torch.tensor(10.0)}
+        now: dict[str, Tensor] = {}
+
+        def measured() -> Check:
+            low = 0.2 + (10 - float(now["text"])) / 20
+            tells = 1.0 if now["image"] < 10 else 0.0
+            return check(0.4 + low / 2, least=low, towers=(tells, 0.0))
+
+        pacing = AutomaticPacing(
+            Rate(1e-3),
+            check=measured,
+            weights=lambda: dict(now),
+            load=now.update,
+            original=(KNOWN, {}),
+            start=(None, dict.fromkeys(ends, torch.tensor(0.0))),
+            towers={"image": ["image"], "text": ["text"]},
+            max_steps=TOTAL,
+        )
+        for step in range(1, TOTAL + 1):
+            if not pacing.is_done:
+                now.update(ends)
+                pacing.after_step(record(step, 0.8 if step < 3 else 0.1))
+        assert now["image"] == 10
+        assert 7.5 <= now["text"] <= 8
+        assert measured().verdict == "forgotten"
 
     def test_what_is_still_remembered_is_not_moved(self):
         run = Run(lambda step: check(0.9, least=0.2)).take()
