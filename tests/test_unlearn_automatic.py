@@ -59,6 +59,7 @@ def test_a_digit_is_erased_from_a_model_that_knows_it(kind):
     assert 0 < len(result.history) < 400
 
 
+@pytest.mark.slow
 def test_a_thorough_run_goes_on_until_the_loss_has_settled(monkeypatch):
     monkeypatch.setattr(run_module, "SETTLED_LOSS", 0.1)
     plain = run(knowing_model())
