@@ -229,7 +229,7 @@ class Run:
         return history, pacing.limit
 
     def forget_words(self) -> ForgottenWords | None:
-        """Overwrite the vectors of tokens that only forget captions use."""
+        """Overwrite the vectors of words of the concept that nothing else needs."""
         job, config = self.job, self.job.config
         wanted = config.forget_words and config.forget_weight
         if not wanted or self._baseline.is_never_known:

@@ -88,7 +88,7 @@ class ForgottenWords:
 
     def describe(self) -> str:
         """Name the words, and the common ones that training may change."""
-        text = f"{len(self.tokens)} tokens of the forget set alone lost their meaning"
+        text = f"{len(self.tokens) or 'no'} tokens of the forget set alone lost their meaning"
         if self.words:
             text += f": {', '.join(each.word for each in self.words)}"
         if self.shared:
@@ -138,10 +138,10 @@ def forget_words(
 
     Its own are those that it uses often and the retain set, of many captions, never (`CONTRAST`),
     and that are not common in English. Of either only the tokens are taken that no retain caption,
-    no other word of a forget caption and no other English word has; their vectors become the mean
-    of all plus noise (`SPREAD`). Nothing changes if the table of vectors is not trained or not
-    known, or if there are no retain captions, which say what is kept. The model changes on every
-    rank alike; the first one reads.
+    no other word of a forget caption and no English word that is not much rarer has; their vectors
+    become the mean of all plus noise (`SPREAD`). Nothing changes if the table of vectors is not
+    trained or not known, or if there are no retain captions, which say what is kept. The model
+    changes on every rank alike; the first one reads.
 
     Args:
         encoder: of the model, which changes in place.
@@ -270,8 +270,13 @@ def _tokens(model: DualEncoder, words: Collection[str]) -> set[int]:
     found: set[int] = set()
     texts = [text for word in words for text in (word, f"a {word}")]
     for start in range(0, len(texts), AT_ONCE):
-        with contextlib.suppress(*UNREADABLE):
-            found.update(model.tokenize(texts[start : start + AT_ONCE]).ids.flatten().tolist())
+        some = texts[start : start + AT_ONCE]
+        try:
+            found.update(model.tokenize(some).ids.flatten().tolist())
+        except UNREADABLE:  # of some of them: the others must count all the same
+            for text in some:
+                with contextlib.suppress(*UNREADABLE):
+                    found.update(model.tokenize([text]).ids.flatten().tolist())
     return found
 
 

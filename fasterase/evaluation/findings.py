@@ -198,7 +198,7 @@ class Target:
             metrics = found.metrics()
             for metric in (each for each in METRICS if each.key in metrics):
                 values, chance = metrics[metric.key]
-                make = share_finding if metric.key == "contest_hit@1" else self.resampled
+                make = share_finding if metric.key.endswith("hit@1") else self.resampled
                 place, heading = f"{name}/{key}/{metric.key}", f"{name}, {group}"
                 findings.append(make(values, place, heading, metric.title, metric.forget, chance))
         return findings

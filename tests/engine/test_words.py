@@ -186,6 +186,21 @@ def test_tokens_that_other_words_have_stay():
     assert "need the tokens of octopus" in run_with(["octopus", "octo"], ["dog"]).describe()
 
 
+def test_a_tokenizer_that_cannot_read_some_words_is_asked_for_each():
+    """Of a closed vocabulary: of all English words like "octopus" it knows "virus" alone."""
+    pieces = {
+        word: [place] for place, word in enumerate(["a", "photo", "of", "cat", "dog"], start=20)
+    }
+    pieces |= {"octopus": [10, 11], "virus": [12, 11]}
+
+    def tokenizer(texts):
+        rows = [[41, *(id for word in text.split() for id in pieces[word])] for text in texts]
+        return torch.tensor([[*row[:7], 42, *[0] * (7 - len(row))] for row in rows])
+
+    model = load_model(small_models.hf_clip(), tokenizer=tokenizer)
+    assert run(model, forget=["octopus"], retain=["dog"], named=["octopus"]).tokens == [10]
+
+
 def test_an_article_that_no_caption_has_is_no_part_of_a_word():
     """Words are looked up as later ones of a text, after an "a", as well."""
     model = make_model()
