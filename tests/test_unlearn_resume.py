@@ -65,6 +65,7 @@ def test_killed_at_every_kind_of_moment_with_everything_on(tmp_path):
     assert steps(folder) == STEPS
 
 
+@pytest.mark.slow
 def test_an_automatic_run_is_killed_while_it_learns_and_while_it_fades(tmp_path):
     config = {**AUTOMATIC, "save_every": 4}
     expected = in_process(tmp_path / "whole", **config)

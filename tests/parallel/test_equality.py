@@ -14,38 +14,52 @@ from tests.tiny_model import same_weights
 
 pytest.importorskip("deepspeed")
 
-QUICK = ["sgd-plain", "adam-cached", "sgd-zero1", "sgd-zero3", "nan", "nan-zero3", "automatic"]
-WHOLE = [
-    "sgd-cached",
-    *(f"{name}-zero{stage}" for name in ("sgd-plain", "adam", "automatic") for stage in (1, 2, 3)),
-    "sgd-zero2",
-    "nan-zero1",
-    "nan-zero2",
-]
+CASES = {
+    "quick": ["sgd-plain", "adam-cached", "sgd-zero1", "nan"],
+    "slow": ["sgd-zero3", "nan-zero3", "automatic"],
+    "whole": [
+        "sgd-cached",
+        *(f"{name}-zero{z}" for name in ("sgd-plain", "adam", "automatic") for z in (1, 2, 3)),
+        "sgd-zero2",
+        "nan-zero1",
+        "nan-zero2",
+    ],
+}
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_cases(QUICK, folder := tmp_path_factory.mktemp("two"))
+    run_cases(CASES["quick"], folder := tmp_path_factory.mktemp("two"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_cases(CASES["slow"], folder := tmp_path_factory.mktemp("slow"))
     return folder
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_cases(WHOLE, folder := tmp_path_factory.mktemp("all"), timeout=1800)
+    run_cases(CASES["whole"], folder := tmp_path_factory.mktemp("all"), timeout=1800)
     return folder
 
 
 @pytest.fixture
 def folder(case: str, request: pytest.FixtureRequest) -> Path:
     """Where the outcomes of a case are."""
-    return request.getfixturevalue("quick" if case in QUICK else "whole")
+    return request.getfixturevalue(next(speed for speed, names in CASES.items() if case in names))
 
 
 def cases(kind: str) -> list[Any]:
     """All cases of a kind; those that take long are run with all others."""
-    slow = [pytest.param(case, marks=pytest.mark.scale) for case in WHOLE if case.startswith(kind)]
-    return [*(case for case in QUICK if case.startswith(kind)), *slow]
+    marks = {"slow": pytest.mark.slow, "whole": pytest.mark.scale}
+    return [
+        pytest.param(case, marks=marks.get(speed, ()))
+        for speed, names in CASES.items()
+        for case in names
+        if case.startswith(kind)
+    ]
 
 
 @functools.cache
@@ -78,8 +92,8 @@ def test_reductions_do_not_grow_with_micro_batches(quick):
 
 @pytest.mark.scale
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_reductions_of_zero_do_not_grow_with_micro_batches(stage, whole, quick):
-    folder = whole if stage == 2 else quick
+def test_reductions_of_zero_do_not_grow_with_micro_batches(stage, whole, quick, slow):
+    folder = {1: quick, 2: whole, 3: slow}[stage]
     cached = outcome(folder, f"sgd-zero{stage}")["reductions"]
     assert outcome(whole, f"sgd-plain-zero{stage}")["reductions"] == cached > 0
 

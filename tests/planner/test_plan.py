@@ -37,6 +37,7 @@ def printed_big_g():
     return plans[0], printed.getvalue()
 
 
+@pytest.mark.slow
 def test_big_g_on_eight_gpus_is_zero_1(printed_big_g):
     big_g = printed_big_g[0]
     numbers = 4 * big_g.parameters
@@ -62,6 +63,7 @@ def test_big_g_on_eight_gpus_is_zero_1(printed_big_g):
     assert "ZeRO-1 fits" in big_g.reason
 
 
+@pytest.mark.slow
 def test_the_table_names_every_part_and_is_the_one_in_the_docs(printed_big_g):
     big_g, table = printed_big_g
     assert table == f"{big_g}\n"
