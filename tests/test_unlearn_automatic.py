@@ -84,7 +84,7 @@ def test_a_tower_that_still_finds_the_concept_is_no_forgetting(options, advice):
     assert (result.verdict, result.forgotten) == ("remembered", False)
     known = {"text": ["image"], "image": ["text"]}.get(options.get("tune"), ["image", "text"])
     assert result.traces["forget"].telling_towers == known
-    assert len(result.history) < 200, "it does not wait for what cannot change"
+    assert len(result.history) < 300, "it does not wait for what cannot change"
 
 
 def test_captions_that_point_at_another_concept_are_no_forgetting():
@@ -129,7 +129,7 @@ def test_a_model_that_never_knew_is_left_as_it_is(tmp_path, output):
     model = TinyModel()
     steps = []
     options = {**AUTOMATIC, "evaluation": None, "output_dir": tmp_path if output else None}
-    warns = pytest.warns(UserWarning, match="^verdict: never known\n.*; it was left as it is")
+    warns = pytest.warns(UserWarning, match=r"(?s)^verdict: never known\n.*; it was left as it is")
     with unchanged(model.module), warns as warned:
         result = fasterase.unlearn(model, FORGET, RETAIN, callback=steps.append, **options)
     assert warned[-1].filename == __file__

@@ -20,6 +20,7 @@ from fasterase.engine.job import Draws, Job
 from fasterase.engine.optim import Trained
 from fasterase.engine.pacing import Check
 from fasterase.evaluation.evaluator import Evaluator, Measurement
+from fasterase.evaluation.hurt import Outside, encode_things
 from fasterase.evaluation.metrics import TOWER_HITS
 from fasterase.evaluation.scores import find_position, similarity_chunks
 from fasterase.evaluation.verdict import REMEMBERED, Judge, Trace, summarise
@@ -37,6 +38,9 @@ from fasterase.pairs.table import PairTable
 LISTED, MAX_WORDS = 5, 8
 # Captions whose features under the original are this close mean the same: either counts as right.
 SAME_MEANING = 0.95
+# Share of everyday words that may lose most of their neighbours before a run is too costly, for
+# damage that retain does not show. Erasing fruit or birds from the demo's model takes .01 to .04.
+MOST_HURT = 0.25
 # Retain pairs nearest to the forget captions, where damage shows first.
 MAX_NEIGHBOURS = 256
 NORMAL_Z = 1.645  # of a one-sided 95 % interval
@@ -186,6 +190,7 @@ class Checks:
     judge: Judge
     baseline: Baseline
     trained: Trained
+    things: Sequence[str] = ()  # everyday words, if the original's are measured
 
     def original(self) -> Check:
         """Return the check of the original: beside itself, each tower knows what both know."""
@@ -193,7 +198,7 @@ class Checks:
             name: replace(trace, towers=dict.fromkeys(TOWER_HITS, (trace.hit, trace.hit_low)))
             for name, trace in self.baseline.traces.items()
         }
-        return self._make_check(traces, Damage(0.0, 0.0))
+        return self._make_check(traces, Damage(0.0, 0.0), hurt=0.0)
 
     def __call__(self) -> Check:
         rows = {name: self.judge.rows[name] for name in self.baseline.known_sets}
@@ -204,28 +209,40 @@ class Checks:
             )
             for name, these in rows.items()
         }
+        texts = None
+        if self._before is not None and self.job.config.max_damage is not None:
+            texts = encode_things(self.encoder, self.things)
         # The first rank decides for all: others may round differently.
-        return self.job.ranks.on_first(lambda: self._measure(features))
+        return self.job.ranks.on_first(lambda: self._measure(features, texts))
 
     def is_forgotten(self) -> bool:
         """Check only whether the verdict is no longer "remembered"."""
         return self.baseline.is_never_known or self().verdict != REMEMBERED
 
-    def _measure(self, features: Mapping[str, PairFeatures]) -> Check:
+    @property
+    def _before(self) -> Tensor | None:
+        """The original's features of the things."""
+        return None if self.baseline.measured is None else self.baseline.measured.things
+
+    def _measure(self, features: Mapping[str, PairFeatures], things: Tensor | None) -> Check:
         damage, meter = Damage(0.0, 0.0), self.baseline.damage
         if meter is not None:
             damage = meter.measure(features["retain"].at(self.baseline.damage_rows))
         traces = self.judge.judge(features, self.baseline.judged)
-        return self._make_check(summarise(traces), damage)
+        hurt = 0.0
+        if things is not None and self._before is not None:
+            hurt = Outside.compare(things, self._before).summary()["hurt"]
+        return self._make_check(summarise(traces), damage, hurt=hurt)
 
-    def _make_check(self, traces: Mapping[str, Trace], damage: Damage) -> Check:
+    def _make_check(self, traces: Mapping[str, Trace], damage: Damage, *, hurt: float) -> Check:
         # A tower that stays as it is will not forget, however long the run waits for it.
         moving = [name for name in ("image", "text") if getattr(self.trained, name)]
         known = {
             name: traces[name].without_towers(keep=moving) for name in self.baseline.known_sets
         }
         most = self.job.config.max_damage
-        return Check(known, damage.mean, most is not None and damage.low > most)
+        is_exceeded = most is not None and (damage.low > most or hurt > MOST_HURT)
+        return Check(known, damage.mean, is_exceeded)
 
 
 class Damage(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -13,6 +13,8 @@ import numpy as np
 from fasterase.config import UnlearnConfig
 from fasterase.engine.history import Callback
 from fasterase.engine.pacing import MAX_STEPS
+from fasterase.errors import InputError
+from fasterase.evaluation.verdict import WITHHELD
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.forward import resolve_precision
 from fasterase.pairs.sampler import Sampler, drawn_rows, shuffle_rows
@@ -26,6 +28,9 @@ POOL_BATCHES = 100
 WITHHELD_SHARE, MAX_WITHHELD = 0.05, 1000
 # Smaller pools are needed whole for training.
 LEAST_POOL = 100
+# Of the forget set an automatic run withholds a fifth: on these pairs it shows whether the concept
+# is forgotten or only its pictures. Smaller sets are needed whole.
+WITHHELD_FORGET_SHARE, LEAST_FORGET = 0.2, 20
 
 
 @dataclass
@@ -63,6 +68,22 @@ class Job:
     def retain(self) -> PairTable:
         return self.sets["retain"]
 
+    def judging_withheld(self, rows: np.ndarray) -> Job:
+        """Return the job with these rows of the forget set as a further set to forget.
+
+        Raises:
+            InputError: there is a set of that name.
+        """
+        if not len(rows):
+            return self
+        if WITHHELD in self.sets:
+            raise InputError(
+                f"sets, forget_sets: {WITHHELD!r} names the pairs to forget that an automatic run "
+                "does not train on. Choose another name."
+            )
+        sets = {**self.sets, WITHHELD: self.forget.select(rows, name=WITHHELD)}
+        return replace(self, sets=sets, forget_sets=[*self.forget_sets, WITHHELD])
+
     @cached_property
     def precision(self) -> str:
         """The towers' compute dtype."""
@@ -88,16 +109,39 @@ class RetainPool:
         return cls(drawn=np.sort(order[withheld:]), withheld=np.sort(order[:withheld]))
 
 
+def choose_withheld(forget: PairTable, seed: int) -> np.ndarray:
+    """Return the rows (sorted) of a forget set that an automatic run does not train on.
+
+    They are all the pairs of some first captions, or any pairs where few captions stand for many.
+    """
+    if len(forget) < LEAST_FORGET:
+        return np.empty(0, np.int64)
+    most = min(int(WITHHELD_FORGET_SHARE * len(forget)), MAX_WITHHELD)
+    hashes, rows = forget.caption_hashes()
+    rows, first = np.unique(rows, return_index=True)
+    captions, place = np.unique(hashes[first], return_inverse=True)
+    numbers = generator(seed, Stream.WITHHELD)
+    order = numbers.permutation(len(captions))
+    sizes = np.bincount(place)[order]
+    whole = np.sort(rows[np.isin(place, order[sizes.cumsum() <= most])])
+    if 2 * len(whole) >= most:
+        return whole
+    return np.sort(numbers.permutation(rows)[:most])
+
+
 class Draws:
     """Which pairs the steps of a job may draw: the `sampler` has the rows of each of them.
 
-    An automatic run uses a part of the retain set, its `pool`.
+    An automatic run uses a part of the retain set, its `pool`, and leaves out `withheld` rows
+    (sorted) of the forget set.
     """
 
     def __init__(self, job: Job) -> None:
         config, forget, retain = job.config, job.forget, job.retain
         self.pool: RetainPool | None = None
+        self.withheld = np.empty(0, np.int64)
         if config.runs_until_forgotten:
+            self.withheld = choose_withheld(forget, config.seed)
             self.pool = RetainPool.choose(
                 len(retain), batch_size=config.batch_size, seed=config.seed, shards=retain.shards()
             )
@@ -107,6 +151,7 @@ class Draws:
             forget_batch_size=config.forget_batch_size,
             batch_size=config.batch_size,
             seed=config.seed,
+            forget_rows=np.setdiff1d(np.arange(len(forget)), self.withheld),
             retain_rows=None if self.pool is None else self.pool.drawn,
             forget_shards=forget.shards(),
             retain_shards=retain.shards(),
@@ -135,6 +180,6 @@ def count_steps(config: UnlearnConfig, sampler: Sampler) -> int:
 
 def undrawn_rows(sampler: Sampler, steps: int) -> np.ndarray:
     """Return the forget rows (sorted) that the first `steps` steps do not draw."""
-    if steps >= sampler.steps_per_epoch:
-        return np.empty(0, np.int64)
-    return np.setdiff1d(np.arange(sampler.n_forget), drawn_rows(sampler, steps)[0])
+    is_whole_pass = steps >= sampler.steps_per_epoch
+    drawn = sampler.forget_rows if is_whole_pass else drawn_rows(sampler, steps)[0]
+    return np.setdiff1d(np.arange(sampler.n_forget), drawn)

@@ -67,7 +67,12 @@ class Check(NamedTuple):
 
     @property
     def _residues(self) -> list[float]:
-        return [each for t in self.traces.values() for each in (t.image_to_text, t.text_to_image)]
+        return [each for t in self._ranked for each in (t.image_to_text, t.text_to_image)]
+
+    @property
+    def _ranked(self) -> list[Trace]:
+        """The traces whose residues and few hits say something."""
+        return [trace for trace in self.traces.values() if not trace.by_hits]
 
     @property
     def residue(self) -> float:
@@ -82,7 +87,7 @@ class Check(NamedTuple):
     @property
     def excess(self) -> float:
         """How far what is left is above the verdict's thresholds, of pairs and towers together."""
-        towers = (low for t in self.traces.values() for _, low in t.towers.values())
+        towers = (low for t in self._ranked for _, low in t.towers.values())
         pairs = max(self.residue - REMEMBERED_RESIDUE, 0.0)
         return pairs + sum(max(low - TOWER_HIT, 0.0) for low in towers)
 
@@ -101,9 +106,7 @@ class Check(NamedTuple):
         return (
             self.verdict != REMEMBERED
             and self.residue <= margin
-            and all(
-                trace.hit <= max(MARGIN_HIT, 1.5 * trace.chance) for trace in self.traces.values()
-            )
+            and all(trace.hit <= max(MARGIN_HIT, 1.5 * trace.chance) for trace in self._ranked)
         )
 
 

@@ -50,7 +50,8 @@ class Run:
 
     def __init__(self, job: Job, *, round_weights: Callable[[], None]) -> None:
         config, model = job.config, job.model
-        self.job = job
+        self._draws = Draws(job)
+        self.job = job = job.judging_withheld(self._draws.withheld)
         self._round_weights = round_weights
         self._trained = Trained.choose(model, config.tune, logit_scale=config.train_logit_scale)
         self._lora_rank = parse_rank(config.tune)
@@ -60,7 +61,6 @@ class Run:
                 "out deepspeed (of adapters, gradients and optimizer states are small), or choose "
                 "another tune."
             )
-        self._draws = Draws(job)
         most = self._draws.sampler.retain_pairs_drawn(self._draws.total_steps)
         self._say(f"training draws at most {most:,} of {len(job.retain):,} retain pairs")
         # Before anything wraps the model: sharded weights would look the same for any model.
@@ -201,7 +201,8 @@ class Run:
     def train(self) -> tuple[list[StepRecord], str | None]:
         """Take the steps; return their records and what kept an automatic run from forgetting."""
         job, config, baseline = self.job, self.job.config, self._baseline
-        self._checks = Checks(job, self._encoder, self._judge, baseline, self._trained)
+        things = () if self._evaluator is None else self._evaluator.things
+        self._checks = Checks(job, self._encoder, self._judge, baseline, self._trained, things)
         self._words = words = self.forget_words()
         is_automatic = self._draws.pool is not None
         begins_here = words is not None and self._saved is None

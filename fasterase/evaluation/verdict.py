@@ -39,6 +39,9 @@ DECISIVE_HIT = 0.25
 # A tower that wins so many images beside the original's other one gives the concept away. Models
 # retrained without a concept win 9 to 42 %.
 TOWER_HIT = 0.5
+# The set of those pairs to forget that the run was not trained on. They are few: the ranks of a
+# handful of captions vary widely where nothing is known of them, and one picture decides a tower.
+WITHHELD = "withheld"
 # Forget images below which a verdict shows little.
 FEW_IMAGES = 20
 
@@ -62,6 +65,7 @@ class Trace:
         pairs: number of pairs judged.
         towers: `"image"`, `"text"` -> `hit` of this tower beside the original's other one, and the
             low end of its interval; empty if there was no original to compare with.
+        by_hits: whether `hit` alone decides, whatever the number of images.
     """
 
     image_to_text: float
@@ -72,6 +76,7 @@ class Trace:
     chance: float
     pairs: int
     towers: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    by_hits: bool = False
 
     @property
     def residue(self) -> float:
@@ -80,14 +85,16 @@ class Trace:
 
     @property
     def is_remembered(self) -> bool:
-        known = max(self.image_to_text, self.text_to_image) > REMEMBERED_RESIDUE
+        most = max(self.image_to_text, self.text_to_image)
+        known = most > REMEMBERED_RESIDUE and not self.by_hits
         is_found = self.hit_low > max(HARMLESS_HIT, 2 * self.chance)
         return known or is_found or bool(self.telling_towers)
 
     @property
     def telling_towers(self) -> list[str]:
         """The towers that give the concept away beside the original's other one."""
-        return [name for name, (_, low) in self.towers.items() if low > TOWER_HIT]
+        towers = {} if self.by_hits else self.towers
+        return [name for name, (_, low) in towers.items() if low > TOWER_HIT]
 
     def without_towers(self, *, keep: Collection[str]) -> Trace:
         """Return the trace with the shares of some towers alone."""
@@ -95,12 +102,13 @@ class Trace:
 
     @property
     def is_over_erased(self) -> bool:
-        return min(self.image_to_text, self.text_to_image) < OVER_ERASED_RESIDUE
+        least = min(self.image_to_text, self.text_to_image)
+        return least < OVER_ERASED_RESIDUE and not self.by_hits
 
     @property
     def is_decisive(self) -> bool:
         """Whether the images are enough to exclude that many of them are still found."""
-        return self.hit_high < DECISIVE_HIT
+        return self.hit_high < DECISIVE_HIT or self.by_hits
 
     def describe(self) -> str:
         towers = "".join(
@@ -271,7 +279,9 @@ class Judge:
 
 def summarise(traces: Mapping[str, PairTraces]) -> dict[str, Trace]:
     """Return set -> summary."""
-    return {name: found.summary() for name, found in traces.items()}
+    return {
+        name: replace(found.summary(), by_hits=name == WITHHELD) for name, found in traces.items()
+    }
 
 
 def _width(features: Mapping[str, PairFeatures]) -> int:

@@ -38,7 +38,7 @@ class Sampler:
 
     Args:
         n_forget, n_retain: pairs in the sets; 0 draws none.
-        retain_rows: the rows of the retain set to draw from; None for all.
+        forget_rows, retain_rows: the rows of the sets to draw from; None for all.
         forget_batch_size, batch_size: forget and retain pairs per step, clipped to the sets.
         seed: not negative.
         forget_shards, retain_shards: see `PairTable.shards`; None shuffles all rows alike.
@@ -52,6 +52,7 @@ class Sampler:
         forget_batch_size: int,
         batch_size: int,
         seed: int,
+        forget_rows: np.ndarray | None = None,
         retain_rows: np.ndarray | None = None,
         forget_shards: np.ndarray | None = None,
         retain_shards: np.ndarray | None = None,
@@ -59,14 +60,18 @@ class Sampler:
         self.n_forget = n_forget
         self.n_retain = n_retain
         self.seed = seed
+        self.forget_rows = np.arange(n_forget) if forget_rows is None else forget_rows
+        self._forget_count = len(self.forget_rows)
         self._pool = retain_rows
         self._retain_count = n_retain if retain_rows is None else len(retain_rows)
+        if forget_shards is not None:
+            forget_shards = forget_shards[self.forget_rows]
         if retain_shards is not None and retain_rows is not None:
             retain_shards = retain_shards[retain_rows]
         self._shards = {Stream.FORGET_ORDER: forget_shards, Stream.RETAIN_ORDER: retain_shards}
-        self.steps_per_epoch = max(1, -(-n_forget // forget_batch_size))
+        self.steps_per_epoch = max(1, -(-self._forget_count // forget_batch_size))
         self._retain_batch = min(batch_size, self._retain_count)
-        self._forget_batch = -(-n_forget // self.steps_per_epoch)  # the largest
+        self._forget_batch = -(-self._forget_count // self.steps_per_epoch)  # the largest
         self._passes: dict[Stream, dict[int, np.ndarray]] = {}
 
     def max_pairs_per_rank(self, world_size: int = 1) -> int:
@@ -89,9 +94,9 @@ class Sampler:
 
     def _forget_rows(self, step: int) -> np.ndarray:
         number, part = divmod(step, self.steps_per_epoch)
-        order = self._permutation(Stream.FORGET_ORDER, number, self.n_forget)
-        bounds = [self.n_forget * k // self.steps_per_epoch for k in (part, part + 1)]
-        return order[bounds[0] : bounds[1]].astype(np.int64)
+        order = self._permutation(Stream.FORGET_ORDER, number, self._forget_count)
+        bounds = [self._forget_count * k // self.steps_per_epoch for k in (part, part + 1)]
+        return self.forget_rows[order[bounds[0] : bounds[1]].astype(np.int64)]
 
     def _retain_rows(self, step: int) -> np.ndarray:
         size, count = self._retain_batch, self._retain_count
