@@ -17,7 +17,12 @@ from tqdm.auto import tqdm
 
 from fasterase.config import UnlearnConfig, describe_recipe
 from fasterase.encode import PairEncoder
-from fasterase.engine.conditions import check_environment, check_retain, lock_run
+from fasterase.engine.conditions import (
+    check_concepts,
+    check_environment,
+    check_retain,
+    lock_run,
+)
 from fasterase.engine.history import StepRecord, tracking
 from fasterase.engine.job import Job, RunClock
 from fasterase.engine.model_state import best_device, borrowed, placed, resolve_device
@@ -32,6 +37,8 @@ from fasterase.models.delta import fingerprint_weights, keep_original
 from fasterase.models.dual_encoder import DualEncoder, separate_copy
 from fasterase.models.load import check_model_name, load_compared, load_model
 from fasterase.models.preprocessing import remember
+from fasterase.pairs.items import IMAGE_KEYS
+from fasterase.pairs.joined import JoinedTable
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.overlap import remove_overlap
 from fasterase.pairs.processes import count_workers
@@ -91,6 +98,9 @@ def unlearn(
             `fasterase.split` returned. An image that is a float tensor (3, H, W) counts as
             preprocessed; a text is a str, a list of str of which one is drawn each time, or token
             ids. docs/inputs.md lists further forms: DataFrames, Parquet, datasets of class numbers.
+            Of several concepts a mapping, name -> pairs: each has a floor, an equal part of every
+            batch, a verdict and a row of its own, weighs more the slower it goes, and the run ends
+            when each is forgotten.
         retain: pairs to keep. Pairs that are also in `forget` are left out, with a warning. An
             empty set needs numbers for lr and epochs (or max_steps), and gives no verdict.
         config: settings; `overrides` are fields of it by name.
@@ -104,7 +114,7 @@ def unlearn(
         forget_sets: name -> further pairs that should be forgotten as well (unseen pictures, other
             wordings); they are only measured, and the verdict is the worst over all of them.
         concept: what is forgotten, in words, such as "octopus": `forget_words` takes its meaning,
-            and the report, the model card and the provenance name it.
+            and the report, the model card and the provenance name it. None: the names of a mapping.
         image_key, text_key: columns of tables, keys of dicts and fields of tar samples.
         callback: called after each step with its record; returning True ends the run cleanly.
         copy: work on a deep copy and leave `model` alone.
@@ -143,8 +153,11 @@ def unlearn(
                 encoder = separate_copy(encoder) if copy and not named else encoder
             keys = {"image_key": image_key, "text_key": text_key}
             with ranks.raising_together():
-                opened, to_forget = _open_sets(forget, retain, holdout, sets, forget_sets, keys)
+                opened, to_forget, concepts = _open_sets(
+                    forget, retain, holdout, sets, forget_sets, keys
+                )
                 check_retain(opened["retain"], config)
+                check_concepts(concepts, config)
                 opened["retain"], removed = remove_overlap(opened["retain"], opened["forget"])
             _warn_overlap(removed)
             home = (launched_device() or best_device()) if named else encoder.device
@@ -157,8 +170,20 @@ def unlearn(
                 buffers=config.train_mode,
             )
             ledger = SkipLedger(sum(map(len, opened.values())), max_skipped=config.max_skipped)
+            if concept is None and concepts:
+                concept = ", ".join(concepts)
             job = Job(
-                encoder, opened, to_forget, config, ledger, clock, output, callback, ranks, concept
+                model=encoder,
+                sets=opened,
+                forget_sets=to_forget,
+                config=config,
+                ledger=ledger,
+                clock=clock,
+                output=output,
+                callback=callback,
+                ranks=ranks,
+                concept=concept,
+                concepts=concepts,
             )
             # Not before: a call with a wrong argument leaves no folder behind.
             with ranks.first_enters(lambda: lock_run(output)):
@@ -323,7 +348,7 @@ def evaluate(
     has_strangers = non_members is not None
     attacks = check_attacks(attacks, original=original is not None, non_members=has_strangers)
     keys: dict[str, Any] = {"image_key": image_key, "text_key": text_key}
-    sources, to_forget = _open_sets(forget, retain, holdout, sets, forget_sets, keys)
+    sources, to_forget, _ = _open_sets(forget, retain, holdout, sets, forget_sets, keys)
     if not len(sources["retain"]):
         raise InputError("`retain` is empty; a verdict needs pairs to keep, to compare with.")
     strangers = None if non_members is None else open_pairs(non_members, name="non_members", **keys)
@@ -444,12 +469,15 @@ def _open_sets(
     sets: Mapping[str, Any] | None,
     forget_sets: Mapping[str, Any] | None,
     keys: dict[str, Any],
-) -> tuple[dict[str, PairTable], list[str]]:
-    """Open all sets; return them by name, and the names of the further ones to forget."""
-    given = {"forget": forget, "retain": retain}
+) -> tuple[dict[str, PairTable], list[str], dict[str, range]]:
+    """Open all sets; return them by name, the names of the further ones to forget, and the rows in
+    the forget set of each of several concepts, which are sets too."""
+    concepts = forget if _names_concepts(forget, keys["image_key"]) else {}
+    given = {"retain": retain} if concepts else {"forget": forget, "retain": retain}
     if holdout is not None:
         given["holdout"] = holdout
-    for argument, named in (("forget_sets", forget_sets), ("sets", sets)):
+    arguments = {"forget": concepts, "forget_sets": forget_sets, "sets": sets}
+    for argument, named in arguments.items():
         if not isinstance(named, Mapping | None):
             raise InputError(f"{argument} must map names to pairs, found {type(named).__name__}.")
         for name, source in (named or {}).items():
@@ -457,14 +485,28 @@ def _open_sets(
                 raise InputError(f"{argument}: {name!r} is not a name.")
             own = name in ("forget", "retain", "holdout")
             if own or name in given:
-                what = "an argument of its own" if own else "also one of forget_sets"
+                what = "an argument of its own" if own else "also a set of another argument"
                 raise InputError(f"{argument}: {name!r} is {what}. Choose another name.")
             given[name] = source
     opened = {
         name: open_pairs(source, name=name, may_be_empty=name == "retain", **keys)
         for name, source in given.items()
     }
-    return opened, list(forget_sets or {})
+    rows, start = {}, 0
+    for name in concepts:
+        rows[name] = range(start, start := start + len(opened[name]))
+    if concepts:
+        opened["forget"] = joined = JoinedTable("forget", [opened[name] for name in concepts])
+        # Views, so that every pair is encoded once.
+        opened |= {name: joined.select(here, name=name) for name, here in rows.items()}
+    return opened, [*concepts, *(forget_sets or {})], rows
+
+
+def _names_concepts(forget: Any, image_key: str | None) -> bool:
+    """Tell a mapping of concepts from one batch of pairs, and from a DatasetDict."""
+    if not isinstance(forget, Mapping) or type(forget).__name__ == "DatasetDict":
+        return False
+    return not any(key == image_key or key in IMAGE_KEYS for key in forget)
 
 
 def _check_references(references: object) -> None:

@@ -100,7 +100,8 @@ class UnlearnConfig:
         max_steps: number of optimiser steps; replaces `epochs`.
         max_damage: share of recall@1 that retain pairs withheld from training, and the forget set's
             neighbours, may lose with `epochs="auto"` (0.03 is 3 points); `None` for any. It counts
-            as exceeded when the near end of its confidence interval is.
+            as exceeded when the near end of its confidence interval is, or when a quarter of the
+            everyday words in `evaluation.outside` have lost most of their neighbours.
         batch_size: retain pairs per step over all ranks, at most the size of the set.
         forget_batch_size: forget pairs per step over all ranks, at most the size of the set.
         micro_batch_size: pairs encoded at a time. If smaller than the batch, GradCache's two passes

@@ -6,6 +6,7 @@ This module applies weights, signs and sets; `ops.contrastive` computes the simi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,14 @@ class EraseLoss(NamedTuple):
     retain: Tensor
     consistency: Tensor
     anchor: Tensor
+
+
+class ForgetGroup(NamedTuple):
+    """One of several concepts among the forget rows of a batch."""
+
+    rows: Tensor  # [m] int64
+    floor: float | None
+    weight: float  # the groups' sum is 1
 
 
 class Objective(NamedTuple):
@@ -155,13 +164,15 @@ def weighted_erase_loss(
     *,
     n_forget: int,
     labels: Tensor | None = None,  # [N]
+    groups: Sequence[ForgetGroup] = (),
 ) -> EraseLoss:
     """`erase_loss` for a training step: only the total is differentiable, once.
 
     The gradients of the similarity matrices are made together with the losses, by
-    `weighted_contrastive`; the backward pass multiplies them by the upstream gradient.
+    `weighted_contrastive`; the backward pass multiplies them by the upstream gradient. With
+    `groups`, which need the loss "similarity", `forget` is their weighted sum.
     """
-    given = _Pairs(image, text, scale, ref_image, ref_text, ref_scale, labels, n_forget)
+    given = _Pairs(image, text, scale, ref_image, ref_text, ref_scale, labels, n_forget, groups)
     pairs = _check(given, objective)
     total, terms = _compute_terms(pairs, objective, is_weighted=True)
     if objective.forget_loss == "similarity":
@@ -182,6 +193,7 @@ class _Pairs(NamedTuple):
     ref_scale: Tensor | float | None
     labels: Tensor | None  # [N]
     n_forget: int
+    groups: Sequence[ForgetGroup] = ()
     zero: Any = None  # [] a term without rows, once checked
 
     @property
@@ -288,9 +300,18 @@ def _spread_weights(pairs: _Pairs, objective: Objective, uses_forget: bool, has_
 def _compute_forget(pairs: _Pairs, objective: Objective, losses: Contrastive | None) -> Tensor:
     if objective.forget_loss != "similarity":
         return pairs.zero if losses is None else -pairs.mean((losses.ce_row + losses.ce_col) / 2)
-    rows, dtype = pairs.forget_rows, pairs.scale.dtype
     if not pairs.n_forget:
         return pairs.zero
+    if not pairs.groups:
+        return _compute_group(pairs, objective, pairs.forget_rows)
+    total = pairs.zero
+    for rows, floor, weight in pairs.groups:
+        total = total + weight * _compute_group(pairs, objective._replace(floor=floor), rows)
+    return total
+
+
+def _compute_group(pairs: _Pairs, objective: Objective, rows: slice | Tensor) -> Tensor:
+    dtype = pairs.scale.dtype
     image, text = pairs.image[rows].to(dtype), pairs.text[rows].to(dtype)
     own = _exceed(image, text, objective)
     if not objective.cross_weight:

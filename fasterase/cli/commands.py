@@ -49,7 +49,8 @@ class _Sets(Command):
             `hf:org/name` (transformers), a folder, or an open_clip checkpoint file.
         model_name: open_clip's name of the architecture of models that are checkpoint files.
         forget: pairs to forget: a CSV, TSV, JSONL, JSON or Parquet file (columns `filepath`,
-            `title`), a folder of `x.jpg` + `x.txt` or of classes, or tars (`{000..099}.tar`).
+            `title`), a folder of `x.jpg` + `x.txt` or of classes, or tars (`{000..099}.tar`). For
+            several concepts NAME=WHERE of each (in YAML also a mapping).
         retain: pairs to keep, in any of the same forms.
         holdout: pairs in neither set, only measured, in any of the same forms.
         sets: further pairs that should be kept, only measured (in YAML also a mapping).
@@ -59,7 +60,7 @@ class _Sets(Command):
 
     model: str | None = None
     model_name: str | None = None
-    forget: str | None = None
+    forget: str | dict[str, str] | None = None
     retain: str | None = None
     holdout: str | None = None
     sets: dict[str, str] = field(default_factory=dict)

@@ -6,7 +6,8 @@ import argparse
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn, get_type_hints
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, get_args, get_type_hints
 
 import fasterase
 from fasterase.cli.commands import COMMANDS
@@ -185,6 +186,8 @@ def _argparse_options(flag: Flag) -> dict[str, Any]:
     if isinstance(flag.default, list | dict):
         metavar = "NAME=WHERE" if isinstance(flag.default, dict) else "NAME"
         return {"nargs": "+", "action": "extend", "metavar": metavar, "help": flag.help}
+    if _may_be_named(flag):
+        return {"nargs": "+", "action": "extend", "metavar": "VALUE", "help": flag.help}
     expected, default = describe_type(flag.hint), flag.default
     details = [] if expected in ("text", "text or None", "a list or None") else [expected]
     if default is not None:
@@ -195,6 +198,11 @@ def _argparse_options(flag: Flag) -> dict[str, Any]:
     options = {"metavar": "VALUE", "help": text.replace("%", "%%")}
     is_switch = isinstance(flag.default, bool)
     return {**options, "nargs": "?", "const": "true"} if is_switch else options
+
+
+def _may_be_named(flag: Flag) -> bool:
+    """Whether a flag takes one value, or several with names."""
+    return dict[str, str] in get_args(flag.hint)
 
 
 def _read_config(file: str, flags: Mapping[str, Flag]) -> dict[str, Any]:
@@ -212,6 +220,10 @@ def _parse(flag: Flag, value: Any) -> Any:
     """Parse what YAML gives, or a command line for flags that take several values."""
     if isinstance(flag.default, dict):
         return parse_named(flag.name, value)
+    if _may_be_named(flag) and value is not None:
+        only = value[0] if isinstance(value, list) and len(value) == 1 else value
+        is_one = isinstance(only, str) and ("=" not in only or Path(only).exists())
+        return only if is_one else parse_named(flag.name, value)
     if isinstance(flag.default, list):
         value = parse_value(flag.name, value, list[str] | str)
         return [value] if isinstance(value, str) else value

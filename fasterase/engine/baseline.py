@@ -50,7 +50,7 @@ NORMAL_Z = 1.645  # of a one-sided 95 % interval
 class Baseline:
     """The original's measurements and features that a run uses."""
 
-    floor: float  # mean cosine of unrelated pairs, the automatic floor
+    floors: list[float]  # mean cosine of unrelated pairs of each concept, the automatic floors
     judged: dict[str, PairFeatures]  # set -> features of the pairs that the verdict judges
     traces: dict[str, Trace]  # set to forget -> what it knows of it, by the verdict's measure
     measured: Measurement | None  # by the evaluator
@@ -92,7 +92,11 @@ def measure_original(
     def features(of_sets: Mapping[str, np.ndarray]) -> dict[str, PairFeatures]:
         return {name: original.pairs(job.sets[name], rows) for name, rows in of_sets.items()}
 
-    floor = unmatched_cosine(**features(_floor_rows(job)))
+    of_retain = features(_floor_rows(job, "retain"))["retain"]
+    floors = [
+        unmatched_cosine(features({name: rows})[name], of_retain)
+        for name, rows in _floor_rows(job, *(job.concepts or ["forget"])).items()
+    ]
     judged = features(judge.rows)
     traces = summarise(judge.judge(judged))
     measured = None
@@ -109,7 +113,7 @@ def measure_original(
         # `judge` leaves out retain captions that are forget captions: look at all that are encoded.
         _warn_of_naming_captions(remembered, original.pairs(job.retain, wanted["retain"]))
     of_steps = _open_original(job, encoder, original)
-    return Baseline(floor, judged, traces, measured, of_steps, damage, damage_rows)
+    return Baseline(floors, judged, traces, measured, of_steps, damage, damage_rows)
 
 
 def _wanted_rows(
@@ -126,7 +130,8 @@ def _wanted_rows(
             wanted["forget"].append(draws.rows[0])
     if draws.pool is not None:
         wanted["retain"] += [draws.pool.drawn, draws.pool.withheld]
-    for chosen in (_floor_rows(job), judge.rows, measured_rows(evaluator, job.sets)):
+    of_floors = _floor_rows(job, "retain", *(job.concepts or ["forget"]))
+    for chosen in (of_floors, judge.rows, measured_rows(evaluator, job.sets)):
         for name, rows in chosen.items():
             wanted[name].append(rows)
     return {name: np.unique(np.concatenate(rows)) for name, rows in wanted.items()}
@@ -139,8 +144,8 @@ def measured_rows(
     return {} if evaluator is None else {n: evaluator.rows(n) for n in sets if len(sets[n])}
 
 
-def _floor_rows(job: Job) -> dict[str, np.ndarray]:
-    return {name: floor_rows(len(job.sets[name])) for name in ("forget", "retain")}
+def _floor_rows(job: Job, *names: str) -> dict[str, np.ndarray]:
+    return {name: floor_rows(len(job.sets[name])) for name in names}
 
 
 def _needs_original(job: Job) -> bool:

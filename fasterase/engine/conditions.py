@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -70,6 +70,15 @@ def check_retain(retain: PairTable, config: UnlearnConfig) -> None:
         raise InputError(
             "`retain` is empty and forget_weight=0: nothing to train. Give pairs to keep, or a "
             "positive forget_weight."
+        )
+
+
+def check_concepts(concepts: Collection[str], config: UnlearnConfig) -> None:
+    """Raise `InputError` for settings that take all pairs to forget as one concept."""
+    if concepts and (config.forget_loss != "similarity" or config.negatives != "own"):
+        raise InputError(
+            f"forget: several concepts ({', '.join(concepts)}) need forget_loss='similarity' and "
+            "negatives='own'. Leave these out, or give one set to forget."
         )
 
 

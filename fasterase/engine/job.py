@@ -59,6 +59,7 @@ class Job:
     callback: Callback | None = None  # called after each step; True ends the run
     ranks: Ranks = ALONE  # who takes part
     concept: str | None = None  # what the caller calls the forget set
+    concepts: Mapping[str, range] = field(default_factory=dict)  # of several: rows in `forget`
 
     @property
     def forget(self) -> PairTable:
@@ -83,6 +84,13 @@ class Job:
             )
         sets = {**self.sets, WITHHELD: self.forget.select(rows, name=WITHHELD)}
         return replace(self, sets=sets, forget_sets=[*self.forget_sets, WITHHELD])
+
+    @property
+    def groups(self) -> list[np.ndarray]:
+        """The rows of the forget set by concept."""
+        return [np.array(rows, np.int64) for rows in self.concepts.values()] or [
+            np.arange(len(self.forget))
+        ]
 
     @cached_property
     def precision(self) -> str:
@@ -141,7 +149,9 @@ class Draws:
         self.pool: RetainPool | None = None
         self.withheld = np.empty(0, np.int64)
         if config.runs_until_forgotten:
-            self.withheld = choose_withheld(forget, config.seed)
+            self.withheld = np.concatenate(
+                [rows[choose_withheld(forget.select(rows), config.seed)] for rows in job.groups]
+            )
             self.pool = RetainPool.choose(
                 len(retain), batch_size=config.batch_size, seed=config.seed, shards=retain.shards()
             )
@@ -151,7 +161,7 @@ class Draws:
             forget_batch_size=config.forget_batch_size,
             batch_size=config.batch_size,
             seed=config.seed,
-            forget_rows=np.setdiff1d(np.arange(len(forget)), self.withheld),
+            forget_groups=[np.setdiff1d(rows, self.withheld) for rows in job.groups],
             retain_rows=None if self.pool is None else self.pool.drawn,
             forget_shards=forget.shards(),
             retain_shards=retain.shards(),
@@ -181,5 +191,6 @@ def count_steps(config: UnlearnConfig, sampler: Sampler) -> int:
 def undrawn_rows(sampler: Sampler, steps: int) -> np.ndarray:
     """Return the forget rows (sorted) that the first `steps` steps do not draw."""
     is_whole_pass = steps >= sampler.steps_per_epoch
-    drawn = sampler.forget_rows if is_whole_pass else drawn_rows(sampler, steps)[0]
+    whole = np.concatenate(sampler.forget_groups)
+    drawn = whole if is_whole_pass else drawn_rows(sampler, steps)[0]
     return np.setdiff1d(np.arange(sampler.n_forget), drawn)

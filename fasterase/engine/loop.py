@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 
+import numpy as np
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from fasterase.engine.checkpoint import Checkpoint, CheckpointFolder
@@ -51,10 +54,13 @@ class Trainer:
         self._original = original
         self._guard = NonFiniteGuard(job.precision)
 
-    def train_step(self, batch: StepBatch, lr: float, *, passes: int) -> StepRecord:
+    def train_step(
+        self, batch: StepBatch, lr: float, *, passes: int, weights: Mapping[str, float]
+    ) -> StepRecord:
         """Take one step: encode, loss, gradients, clip, update; a non-finite step is left out.
 
-        `batch` is this rank's part of it; for `passes` see `backpropagate`.
+        `batch` is this rank's part of it; for `passes` see `backpropagate`. `weights` are those of
+        several concepts in the forget loss.
 
         Raises:
             NonFiniteError: several steps in a row were not finite.
@@ -73,6 +79,7 @@ class Trainer:
                     n_forget=batch.n_forget,
                     labels=batch.labels,
                     upstream=engine.upstream(),
+                    concepts=self._concepts(batch, weights),
                 ),
                 device=engine.device,
                 seed_of=lambda part: torch_seed(seed, Stream.DROPOUT, part.step, part.offset),
@@ -98,6 +105,18 @@ class Trainer:
             applied=applied,
             seconds=seconds,
         )
+
+    def _concepts(
+        self, batch: StepBatch, weights: Mapping[str, float]
+    ) -> tuple[Tensor, list[float]] | None:
+        """Return the number of each pair's concept, and the concepts' weights; None of one."""
+        concepts = self._job.concepts
+        if not concepts:
+            return None
+        stops = [rows.stop for rows in concepts.values()]
+        numbers = np.zeros(len(batch.ids), np.int64)
+        numbers[: batch.n_forget] = np.searchsorted(stops, batch.forget_rows, side="right")
+        return torch.from_numpy(numbers), [weights.get(name, 1.0) for name in concepts]
 
     def _original_features(self, batch: StepBatch) -> OfOriginal:
         if self._original is None:
@@ -151,7 +170,9 @@ def run_steps(
     last_save = time.monotonic()
     with stop_requests() as stop, bar:
         for batch, passes, pairs, waited in _agreed(job, batches):
-            record = trainer.train_step(batch, pacing.lr(batch.step), passes=passes)
+            record = trainer.train_step(
+                batch, pacing.lr(batch.step), passes=passes, weights=pacing.weights
+            )
             history.append(record)
             is_due = time.monotonic() - last_save > SAVE_SECONDS
             if config.save_every is not None:

@@ -7,6 +7,7 @@ own rows, so that no collective is differentiated.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +16,13 @@ from torch import Tensor
 
 from fasterase.engine.job import Job
 from fasterase.engine.optim import Trained
-from fasterase.objective import EraseLoss, Objective, moved_distance, weighted_erase_loss
+from fasterase.objective import (
+    EraseLoss,
+    ForgetGroup,
+    Objective,
+    moved_distance,
+    weighted_erase_loss,
+)
 from fasterase.parallel.ranks import ALONE, Ranks
 
 # CLIP's own ceiling of the scale (Radford et al., 2021, section 2.5).
@@ -52,6 +59,7 @@ class StepLoss:
     loss is the one that a single process would compute.
 
     Attributes:
+        floors: of several concepts, for each; empty for one, whose floor the objective has.
         max_scale: a trained scale is clamped to it inside the loss. Clamping the weight would be
             lost in optimisers that have master weights of their own.
         measures_distance: report the anchor term, the distance that retained features have moved,
@@ -62,21 +70,22 @@ class StepLoss:
     image_trained: bool  # whether its gradient is needed
     text_trained: bool
     scale_trained: bool
+    floors: Sequence[float | None] = ()
     max_scale: float = MAX_SCALE
     measures_distance: bool = False
     ranks: Ranks = ALONE
 
     @classmethod
-    def of_job(cls, job: Job, trained: Trained, *, floor: float) -> StepLoss:
-        """Return the loss of a run; `floor` is the automatic one."""
+    def of_job(cls, job: Job, trained: Trained, *, floors: Sequence[float]) -> StepLoss:
+        """Return the loss of a run; `floors` are the automatic ones of its concepts."""
         config = job.config
-        given = floor if config.floor == "auto" else config.floor
+        chosen = [floor if config.floor == "auto" else config.floor for floor in floors]
         objective = Objective(
             forget_weight=config.forget_weight,
             retain_weight=config.retain_weight,
             consistency_weight=config.consistency_weight,
             forget_loss=config.forget_loss,
-            floor=given if config.forget_loss == "similarity" else None,
+            floor=chosen[0] if config.forget_loss == "similarity" else None,
             anchor_weight=config.anchor_weight,
             negatives=config.negatives,
             backend=config.backend,
@@ -88,6 +97,7 @@ class StepLoss:
             image_trained=trained.image,
             text_trained=trained.text,
             scale_trained=trained.scale,
+            floors=chosen if job.concepts else (),
             max_scale=max(MAX_SCALE, float(job.model.scale().detach())),
             measures_distance=config.lr == "auto" and not config.anchor_weight,
             ranks=job.ranks,
@@ -103,6 +113,7 @@ class StepLoss:
         n_forget: int,
         labels: Tensor,  # [n]
         upstream: Tensor,  # []
+        concepts: tuple[Tensor, Sequence[float]] | None = None,  # [n], one for each concept
     ) -> FeatureGradients:
         """Return the loss over all ranks' rows, and one's own gradients of `upstream * total`.
 
@@ -114,10 +125,11 @@ class StepLoss:
             original: what the original makes of the pairs.
             labels: equal for equal captions; on the CPU, where the operator can look at them.
             upstream: the scaling of the loss in fp16, else 1.
+            concepts: of several, the number of each pair's, and the weight of each.
         """
         ranks = self.ranks
         if ranks.world_size == 1:
-            return self._compute(image, text, scale, original, n_forget, labels, upstream)
+            return self._compute(image, text, scale, original, n_forget, labels, upstream, concepts)
         counts = ranks.gather_objects((n_forget, len(image)))
         is_retain = torch.cat([torch.arange(total) >= forget for forget, total in counts])
         order = is_retain.argsort(stable=True)  # of all rows, those of the first rank first
@@ -141,6 +153,7 @@ class StepLoss:
             sum(forget for forget, _ in counts),
             gathered(labels.to(image.device)).to(labels.device),
             upstream,
+            None if concepts is None else (gathered(concepts[0].to(image.device)), concepts[1]),
         )
         image_gradient, text_gradient = (
             None if gradient is None else gradient[own] * ranks.world_size
@@ -159,6 +172,7 @@ class StepLoss:
         n_forget: int,
         labels: Tensor,  # [N]
         upstream: Tensor,  # []
+        concepts: tuple[Tensor, Sequence[float]] | None,  # [N], one for each concept
     ) -> FeatureGradients:
         """Return the loss over all given rows, and its gradients."""
         trained = (self.image_trained, self.text_trained, self.scale_trained)
@@ -176,6 +190,7 @@ class StepLoss:
                 self.objective,
                 n_forget=n_forget,
                 labels=labels,
+                groups=self._groups(concepts, n_forget),
             )
         detached = EraseLoss(*(term.detach() for term in loss))
         ref_image, ref_text, _ = original
@@ -190,3 +205,18 @@ class StepLoss:
         computed = iter(torch.autograd.grad(loss.total, needed, upstream, allow_unused=True))
         gradients = [next(computed) if leaf.requires_grad else None for leaf in leaves]
         return FeatureGradients(detached, *gradients)
+
+    def _groups(
+        self, concepts: tuple[Tensor, Sequence[float]] | None, n_forget: int
+    ) -> list[ForgetGroup]:
+        """Return the forget rows of each concept that has some, with its floor and weight."""
+        if concepts is None:
+            return []
+        numbers, weights = concepts
+        found = [(numbers[:n_forget] == k).nonzero().flatten() for k in range(len(weights))]
+        here = [number for number, rows in enumerate(found) if len(rows)]
+        total = sum(weights[number] for number in here)
+        return [
+            ForgetGroup(found[number], self.floors[number], weights[number] / total)
+            for number in here
+        ]

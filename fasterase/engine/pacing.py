@@ -8,7 +8,8 @@ forgotten.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -50,6 +51,8 @@ MOST_EASED = {"all": 0.25, "text": 0.5, "image": 0.5}
 EASE_CHECKS = 5
 # The first fade and two more.
 MAX_FADES = 3
+# How much heavier a concept weighs of which all is left than one that is forgotten.
+SLOW_WEIGHT = 2.0
 # Steps of an automatic run, or one pass over the forget set if that is more.
 MAX_STEPS = 400
 
@@ -123,9 +126,12 @@ class Pacing:
         total_steps: the largest number of steps.
         is_done: whether the run has ended.
         limit: what kept an automatic run from forgetting: `"damage"` or `"steps"`; else None.
+        weights: sets to forget -> weight of each in the forget loss, if it is one of several
+            concepts; 1 of a set that is missing.
     """
 
     limit: str | None = None
+    weights: Mapping[str, float] = MappingProxyType({})
 
     def __init__(
         self,
@@ -178,6 +184,7 @@ class _Progress:
     fade_from: tuple[int, float] | None = None  # first step of a fade, and its learning rate
     fades: int = 0  # how many have begun
     has_exceeded: bool = False  # whether a check has found more damage than is allowed
+    weights: dict[str, float] = field(default_factory=dict)  # see `Pacing`
 
 
 class AutomaticPacing(Pacing):
@@ -230,6 +237,10 @@ class AutomaticPacing(Pacing):
         if found is not None:
             self._consider(found, faded=False)
 
+    @property
+    def weights(self) -> Mapping[str, float]:  # type: ignore[override]
+        return self._now.weights
+
     def lr(self, step: int) -> float:
         if self._now.fade_from is None:
             return self._rate.at(step)
@@ -265,6 +276,7 @@ class AutomaticPacing(Pacing):
     def _checked(self) -> Check:
         """Check the model, and decide when to do so again."""
         found = self._check()
+        self._now.weights = {name: _slowness(trace) for name, trace in found.traces.items()}
         step, most, least = self._now.last
         self._now.last = self._step, found.residue, found.least_residue
         fall = max(most - found.residue, least - found.least_residue) / max(1, self._step - step)
@@ -352,6 +364,12 @@ class AutomaticPacing(Pacing):
         self._now = _Progress(**state["progress"])
         if tensors:
             self._best = tensors
+
+
+def _slowness(trace: Trace) -> float:
+    """Return the weight of a concept among several: the more is left of it, the higher."""
+    most = max(trace.image_to_text, trace.text_to_image)
+    return 1 + SLOW_WEIGHT * max(0.0, most - MARGIN_RESIDUE) / (1 - MARGIN_RESIDUE)
 
 
 def _between(tensor: Tensor, start: Tensor, share: float) -> Tensor:

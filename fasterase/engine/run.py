@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -120,7 +121,7 @@ class Run:
             **config.to_dict(),
             # The pool of retain pairs depends on it.
             "whether the run ends by itself": config.runs_until_forgotten,
-            "words to forget": named_words(config.forget_words, job.concept),
+            "words to forget": _named_words(job),
             **self._identity,
         }
         self._checkpoints = CheckpointFolder(job.output / "checkpoints", identity, job.ranks)
@@ -219,7 +220,7 @@ class Run:
             trainer = Trainer(
                 job,
                 engine,
-                StepLoss.of_job(job, self._trained, floor=baseline.floor),
+                StepLoss.of_job(job, self._trained, floors=baseline.floors),
                 baseline.original,
             )
             pacing = self._build_pacing(engine, (start, begun))
@@ -242,7 +243,7 @@ class Run:
             drawn=self._draws.rows[1],
             trained=self._trained,
             seed=config.seed,
-            named=named_words(config.forget_words, job.concept),
+            named=_named_words(job),
             named_alone=config.forget_words is not True,
         )
         if words is not None:
@@ -269,7 +270,7 @@ class Run:
         is_taken = self._words is not None and self._words.are_taken(self.job.model)
         return Outcome(
             history,
-            baseline.floor,
+            fmean(baseline.floors),
             verdict,
             traces,
             evaluation,
@@ -347,6 +348,13 @@ class Run:
     def _say(self, message: str) -> None:
         if self.job.config.progress and self.job.ranks.is_first:
             tqdm.write(f"fasterase: {message}")
+
+
+def _named_words(job: Job) -> list[str]:
+    """Return the words that the caller names, by the names of several concepts too."""
+    names = job.concepts or [job.concept]
+    found = (word for name in names for word in named_words(job.config.forget_words, name))
+    return list(dict.fromkeys(found))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +32,8 @@ class Sampler:
 
     One epoch is one pass over the forget set: a fresh permutation, cut into `steps_per_epoch`
     batches whose sizes differ by at most one, so that no pair is left out and no batch is tiny.
+    Of several groups (concepts) each has an equal part of every batch and passes of its own, and an
+    epoch is a pass over the largest.
     The retain set cycles in passes of its own, which follow one another and are cut into full
     batches. No batch contains a row twice: where it spans two passes, a row that it already
     contains is postponed to the next batch. Of a set smaller than two batches, the rows that a
@@ -38,7 +41,8 @@ class Sampler:
 
     Args:
         n_forget, n_retain: pairs in the sets; 0 draws none.
-        forget_rows, retain_rows: the rows of the sets to draw from; None for all.
+        forget_groups: rows of the forget set to draw from, a group for each concept; None for all.
+        retain_rows: rows of the retain set to draw from; None for all.
         forget_batch_size, batch_size: forget and retain pairs per step, clipped to the sets.
         seed: not negative.
         forget_shards, retain_shards: see `PairTable.shards`; None shuffles all rows alike.
@@ -52,7 +56,7 @@ class Sampler:
         forget_batch_size: int,
         batch_size: int,
         seed: int,
-        forget_rows: np.ndarray | None = None,
+        forget_groups: Sequence[np.ndarray] | None = None,
         retain_rows: np.ndarray | None = None,
         forget_shards: np.ndarray | None = None,
         retain_shards: np.ndarray | None = None,
@@ -60,19 +64,26 @@ class Sampler:
         self.n_forget = n_forget
         self.n_retain = n_retain
         self.seed = seed
-        self.forget_rows = np.arange(n_forget) if forget_rows is None else forget_rows
-        self._forget_count = len(self.forget_rows)
+        self.forget_groups = [np.arange(n_forget)] if forget_groups is None else forget_groups
         self._pool = retain_rows
         self._retain_count = n_retain if retain_rows is None else len(retain_rows)
-        if forget_shards is not None:
-            forget_shards = forget_shards[self.forget_rows]
         if retain_shards is not None and retain_rows is not None:
             retain_shards = retain_shards[retain_rows]
-        self._shards = {Stream.FORGET_ORDER: forget_shards, Stream.RETAIN_ORDER: retain_shards}
-        self.steps_per_epoch = max(1, -(-self._forget_count // forget_batch_size))
+        self._shards: dict[tuple[int, ...], np.ndarray | None]
+        self._shards = {
+            (Stream.FORGET_ORDER, number): None if forget_shards is None else forget_shards[rows]
+            for number, rows in enumerate(self.forget_groups)
+        }
+        self._shards[Stream.RETAIN_ORDER,] = retain_shards
+        share = max(1, forget_batch_size // len(self.forget_groups))
+        self._group_steps = [max(1, -(-len(rows) // share)) for rows in self.forget_groups]
+        self.steps_per_epoch = max(self._group_steps)
         self._retain_batch = min(batch_size, self._retain_count)
-        self._forget_batch = -(-self._forget_count // self.steps_per_epoch)  # the largest
-        self._passes: dict[Stream, dict[int, np.ndarray]] = {}
+        self._forget_batch = sum(  # the largest
+            -(-len(rows) // steps)
+            for rows, steps in zip(self.forget_groups, self._group_steps, strict=True)
+        )
+        self._passes: dict[tuple[int, ...], dict[int, np.ndarray]] = {}
 
     def max_pairs_per_rank(self, world_size: int = 1) -> int:
         """Return the most pairs that one rank has in a step, of each set an equal share."""
@@ -93,10 +104,13 @@ class Sampler:
         return Draw(forget, retain, captions[: len(forget)], captions[len(forget) :])
 
     def _forget_rows(self, step: int) -> np.ndarray:
-        number, part = divmod(step, self.steps_per_epoch)
-        order = self._permutation(Stream.FORGET_ORDER, number, self._forget_count)
-        bounds = [self._forget_count * k // self.steps_per_epoch for k in (part, part + 1)]
-        return self.forget_rows[order[bounds[0] : bounds[1]].astype(np.int64)]
+        drawn = []
+        for group, rows in enumerate(self.forget_groups):
+            number, part = divmod(step, self._group_steps[group])
+            order = self._permutation((Stream.FORGET_ORDER, group), number, len(rows))
+            bounds = [len(rows) * k // self._group_steps[group] for k in (part, part + 1)]
+            drawn.append(rows[order[bounds[0] : bounds[1]].astype(np.int64)])
+        return np.concatenate(drawn)
 
     def _retain_rows(self, step: int) -> np.ndarray:
         size, count = self._retain_batch, self._retain_count
@@ -105,7 +119,7 @@ class Sampler:
         if size <= count // 2:
             drawn = self._cut(Stream.RETAIN_ORDER, step, size)
         else:
-            drawn = self._permutation(Stream.RETAIN_ORDER, step, count)
+            drawn = self._permutation((Stream.RETAIN_ORDER,), step, count)
             if size < count:
                 left_out = self._cut(Stream.LEFT_OUT, step, count - size)
                 drawn = drawn[~np.isin(drawn, left_out)]
@@ -117,8 +131,8 @@ class Sampler:
         number, start = divmod(step * size, self._retain_count)
         if start < size:
             return self._first_rows(stream, number, size)[start : start + size]
-        order = self._permutation(stream, number, self._retain_count)
-        self._passes[stream] = {number: order}  # the one before is not needed any more
+        order = self._permutation((stream,), number, self._retain_count)
+        self._passes[stream,] = {number: order}  # the one before is not needed any more
         rows = order[start : start + size]
         if len(rows) < size:
             head = self._first_rows(stream, number + 1, size)[: size - len(rows)]
@@ -132,11 +146,11 @@ class Sampler:
         its last `shared` rows, are swapped with later ones among the first `size`, which suffice.
         """
         count = self._retain_count
-        rows = self._permutation(stream, number, count)[: 2 * size]
+        rows = self._permutation((stream,), number, count)[: 2 * size]
         shared = number * count % size
         if not shared:
             return rows
-        before = self._permutation(stream, number - 1, count)[count - shared :]
+        before = self._permutation((stream,), number - 1, count)[count - shared :]
         held = np.isin(rows[:size], before)
         again = np.flatnonzero(held[: size - shared])
         others = size - shared + np.flatnonzero(~held[size - shared :])[: len(again)]
@@ -144,14 +158,17 @@ class Sampler:
         rows[again], rows[others] = rows[others], rows[again]
         return rows
 
-    def _permutation(self, stream: Stream, number: int, length: int) -> np.ndarray:
+    def _permutation(self, passes: tuple[int, ...], number: int, length: int) -> np.ndarray:
+        """Permute for a pass of a stream and, of the forget set, a group."""
         # Keep passes: permuting ten million rows takes a second. A batch may need two.
-        kept = self._passes.setdefault(stream, {})
+        kept = self._passes.setdefault(passes, {})
         if number not in kept:
             for other in kept.keys() - {number - 1, number + 1}:
                 del kept[other]
-            numbers = generator(self.seed, stream, number)
-            kept[number] = shuffle_rows(numbers, length, self._shards.get(stream))
+            stream, *group = passes
+            # The position of the first group, and of all retain pairs, is the pass alone.
+            numbers = generator(self.seed, Stream(stream), number, *(g for g in group if g))
+            kept[number] = shuffle_rows(numbers, length, self._shards.get(passes))
         return kept[number]
 
 

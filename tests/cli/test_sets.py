@@ -47,6 +47,28 @@ def test_unlearn_splits_data(rule, value, expected, data, unlearn, tmp_path, mon
     assert sorted(ids(forget) + ids(retain)) == ["apple.png", "pear.png", "pineapple.png"]
 
 
+@pytest.mark.parametrize("by", ["flags", "yaml"])
+def test_several_concepts_have_names(by, unlearn, tmp_path):
+    flags = ["--forget", "octopus=a.csv", "bus=b.csv"]
+    if by == "yaml":
+        file = tmp_path / "erase.yaml"
+        file.write_text("forget:\n  octopus: a.csv\n  bus: b.csv\n")
+        flags = ["--config", str(file)]
+    assert main(["unlearn", *OTHERS, "--retain", "r.csv", *flags]) == 0
+    assert unlearn.calls[0][0][1] == {"octopus": "a.csv", "bus": "b.csv"}
+
+
+def test_one_source_with_an_equals_sign_is_a_file_where_there_is_one(unlearn, tmp_path, capsys):
+    file = tmp_path / "a=b.csv"
+    rest = [*OTHERS, "--retain", "r.csv"]
+    assert main(["unlearn", *rest, "--forget", "one=a.csv"]) == 0
+    file.touch()
+    assert main(["unlearn", *rest, "--forget", str(file)]) == 0
+    assert [call[0][1] for call in unlearn.calls] == [{"one": "a.csv"}, str(file)]
+    assert main(["unlearn", *rest, "--forget", "a.csv", "b.csv"]) == 2
+    assert "--forget a.csv: expected NAME=WHERE" in capsys.readouterr().err
+
+
 def test_evaluate_splits_data_and_yaml_gives_it(data, evaluate, tmp_path):
     file = tmp_path / "measure.yaml"
     file.write_text(f"model: m\ndata: {data}\nforget_classes: [a pear]\n")

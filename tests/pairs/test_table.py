@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from fasterase.pairs import table as tables
 from fasterase.pairs.images import ImagesInMemory
+from fasterase.pairs.joined import JoinedTable
+from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.table import PairTable, Part, Parts, make_batch, pack
 
 ROWS = st.lists(st.tuples(st.text(st.characters()), st.lists(st.text(st.characters()))), min_size=1)
@@ -73,3 +75,18 @@ def test_rows_end_where_the_table_does():
         with pytest.raises(IndexError):
             pairs.texts(row)
     assert len(list(pairs.every_id())) == len(pairs[:]) == 2
+
+
+def test_joined_tables_are_one_and_their_parts_views_of_it():
+    first, second = table(("a", ["x"]), ("b", ["y"])), table(("c", ["z"]), ("d", []))
+    joined = JoinedTable("both", [first, second])
+    assert list(joined.every_id()) == ["a", "b", "c", "d"]
+    assert list(joined.every_text()) == [["x"], ["y"], ["z"], []]
+    part = joined.select([2, 1], name="part")
+    assert [part.texts(0), part.texts(1)] == [["z"], ["y"]]
+    assert part.base.digest() == joined.digest() != part.digest()
+    assert joined.digest() != JoinedTable("both", [second, first]).digest()
+    assert joined.encoded_sizes().tolist() == [*first.encoded_sizes(), *second.encoded_sizes()]
+    assert (joined.shards(), joined.stable) == (None, True)
+    with pytest.raises(BrokenPair, match="d"):
+        joined.texts(3)

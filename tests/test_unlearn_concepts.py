@@ -1,0 +1,171 @@
+"""Several concepts as a mapping, and the pairs that a run leaves out to judge itself by."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from fasterase.engine import run as run_module
+from fasterase.engine.history import StepRecord
+from fasterase.engine.job import Draws, choose_withheld
+from fasterase.engine.loop import Trainer
+from fasterase.engine.pacing import AutomaticPacing, Check
+from fasterase.engine.rates import Rate
+from fasterase.errors import InputError
+from fasterase.evaluation.verdict import Trace
+from fasterase.objective import ForgetGroup, Objective, erase_loss, weighted_erase_loss
+from fasterase.pairs.open import open_pairs
+from fasterase.pairs.sampler import Sampler
+from tests.tiny_concepts import AUTOMATIC, KEPT, RETAIN, concept_pairs, knowing_model
+from tests.tiny_model import erase, same_weights
+
+FEW, MANY = concept_pairs([0], 12, seed=1), concept_pairs([1], 24, seed=1)
+OTHERS = concept_pairs(KEPT[1:], 20, seed=2)
+run = partial(erase, forget={"few": FEW, "many": MANY}, retain=OTHERS, **AUTOMATIC)
+
+
+@pytest.fixture(scope="module")
+def erased():
+    """The result of a run, what its steps may draw, and the concepts' weights at each of them."""
+    draws, weights, step = [], [], Trainer.train_step
+
+    def see(self, *args, **options):
+        weights.append(dict(options["weights"]))
+        return step(self, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train_step", see)
+        patch.setattr(run_module, "Draws", lambda job: draws.append(Draws(job)) or draws[-1])
+        result = run(knowing_model(), evaluation="quick")
+    return result, draws[0], weights
+
+
+def test_every_concept_of_a_mapping_is_forgotten_and_has_a_row(erased):
+    result = erased[0]
+    assert result.verdict == "forgotten"
+    assert result.concept == "few, many"
+    evaluation = result.evaluation
+    assert evaluation.set_verdicts["original"]["few"] == "remembered"
+    for name, count in (("few", 12), ("many", 24), ("forget", 36)):
+        assert evaluation.pairs[name] == count
+        assert evaluation.set_verdicts["model"][name] == "forgotten"
+        assert result.traces[name].residue < 0.75
+
+
+def test_a_slow_concept_weighs_more(erased):
+    weights = erased[2]
+    assert weights[0] == {}, "equal until the first check"
+    assert weights[-1] == {"forget": 1, "few": 1, "many": 1, "withheld": 1}, "all are forgotten"
+
+    def check():
+        few = Trace(0.55, 0.5, 0, 0, 0.1, 0.05, 20)
+        return Check({"few": few, "many": replace(few, text_to_image=0.9)}, 0.0, False)
+
+    pacing = AutomaticPacing(
+        Rate(1e-3),
+        check=check,
+        weights=dict,
+        load=lambda weights: None,
+        original=(check(), {}),
+        start=(None, {}),
+        towers={},
+        max_steps=400,
+    )
+    for step in range(1, 21):
+        pacing.after_step(StepRecord(step=step, forget=0.8 / step, anchor=0.0, applied=True))
+    assert pacing.weights["few"] == 1 < 2 < pacing.weights["many"] <= 3
+    assert pacing.state()["progress"]["weights"] == pacing.weights
+
+
+def test_what_is_withheld_is_not_trained_on_and_is_judged(erased):
+    result, draws, _ = erased
+    assert len(draws.withheld) == 4
+    assert (draws.withheld >= 12).all(), "of a small concept all are needed"
+    assert not np.isin(draws.rows[0], draws.withheld).any()
+    assert len(draws.rows[0]) == 36 - 4
+    assert result.traces["withheld"].pairs == 4
+    with pytest.raises(InputError, match="'withheld' names the pairs to forget that an automatic"):
+        run(sets={"withheld": FEW})
+
+
+@pytest.mark.filterwarnings("ignore:verdict")
+def test_a_run_of_several_concepts_continues_with_the_same_bits(tmp_path):
+    whole = run(knowing_model(), max_steps=14)
+    steps = {"output_dir": tmp_path, "save_every": 1}
+    run(knowing_model(), max_steps=14, callback=lambda record: record.step == 6, **steps)
+    resumed = run(knowing_model(), max_steps=14, **steps)
+    assert len(resumed.history) == len(whole.history) == 14
+    assert same_weights(resumed.model.state_dict(), whole.model.state_dict())
+
+
+def test_concepts_have_equal_parts_of_a_batch_whatever_their_size():
+    groups = [np.arange(12), np.arange(12, 60)]
+    sampler = Sampler(60, 0, forget_batch_size=8, batch_size=1, seed=0, forget_groups=groups)
+    assert sampler.steps_per_epoch == 12, "a pass over the larger one"
+    drawn = [sampler.draw(step).forget for step in range(12)]
+    for rows in drawn:
+        assert [(rows < 12).sum(), (rows >= 12).sum()] == [4, 4]
+    counts = np.bincount(np.concatenate(drawn), minlength=60)
+    assert set(counts[:12]) == {4}
+    assert set(counts[12:]) == {1}
+
+
+def test_the_forget_loss_weighs_concepts_each_above_its_own_floor():
+    numbers = torch.Generator().manual_seed(0)
+    features = [
+        torch.nn.functional.normalize(torch.randn(9, 6, generator=numbers), dim=1) for _ in range(4)
+    ]
+    scale, objective = torch.tensor(10.0), Objective(anchor_weight=1.0, cross_weight=1.0)
+    rows = [torch.tensor([0, 2]), torch.tensor([1, 3, 4])]
+    groups = [ForgetGroup(rows[0], 0.1, 0.25), ForgetGroup(rows[1], -0.2, 0.75)]
+    kept = slice(5, 9)
+
+    def alone(rows, floor):
+        chosen = [torch.cat([each[rows], each[kept]]) for each in features]
+        options = {**objective._asdict(), "floor": floor}
+        found = erase_loss(*chosen[:2], scale, *chosen[2:], scale, n_forget=len(rows), **options)
+        return found.forget
+
+    found = weighted_erase_loss(
+        *features[:2], scale, *features[2:], scale, objective, n_forget=5, groups=groups
+    )
+    expected = 0.25 * alone(rows[0], 0.1) + 0.75 * alone(rows[1], -0.2)
+    assert found.forget == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("forget", "options", "says"),
+    [
+        ({"a": FEW, "": MANY}, {}, "forget: '' is not a name"),
+        ({"retain": FEW}, {}, "forget: 'retain' is an argument of its own"),
+        ({"a": FEW}, {"sets": {"a": MANY}}, "sets: 'a' is also a set of another argument"),
+        ({"a": FEW}, {"negatives": "joint"}, "several concepts .a. need forget_loss='similarity'"),
+        ({"a": []}, {}, "a"),
+    ],
+)
+def test_a_mapping_that_cannot_be_used_is_refused(forget, options, says):
+    with pytest.raises(InputError, match=says):
+        erase(forget=forget, retain=RETAIN, **options)
+
+
+@pytest.mark.filterwarnings("ignore:verdict")
+def test_one_batch_as_a_dict_is_no_mapping_of_concepts():
+    pixels, ids = map(torch.stack, zip(*FEW, strict=True))
+    result = erase(forget={"pixel_values": pixels, "input_ids": ids})
+    assert set(result.traces) == {"forget"}, "nor is anything withheld, with numbers"
+
+
+def test_a_fifth_of_the_pairs_is_withheld_by_whole_captions():
+    image = torch.zeros(3, 8, 8)
+    pairs = [(image, f"caption {n // 2}") for n in range(40)]
+    rows = choose_withheld(open_pairs(pairs, name="forget"), seed=0)
+    assert len(rows) == 8
+    assert set(rows[::2] + 1) == set(rows[1::2]), "both pairs of a caption"
+    assert rows.tolist() != choose_withheld(open_pairs(pairs, name="forget"), seed=1).tolist()
+    one = choose_withheld(open_pairs([(image, "a")] * 25, name="forget"), seed=0)
+    assert len(set(one)) == 5, "of a single caption, pairs"
+    assert not len(choose_withheld(open_pairs(pairs[:19], name="forget"), seed=0))
