@@ -29,6 +29,7 @@ from fasterase.engine.model_state import best_device, borrowed, placed, resolve_
 from fasterase.engine.outcome import advise
 from fasterase.engine.run import Run
 from fasterase.engine.stops import explaining_interrupts
+from fasterase.erased import drop_erased
 from fasterase.errors import InputError
 from fasterase.evaluation.evaluator import Evaluator, Measurement
 from fasterase.evaluation.examiner import Examiner, check_attacks, check_tasks
@@ -45,7 +46,7 @@ from fasterase.pairs.processes import count_workers
 from fasterase.pairs.skips import SkipLedger
 from fasterase.pairs.table import PairTable
 from fasterase.parallel.ranks import Ranks, join_ranks, launched_device
-from fasterase.provenance import audit, read_record
+from fasterase.provenance import audit, erasures, read_record
 from fasterase.report.evaluation import Evaluation, compare
 from fasterase.result import UnlearnResult
 
@@ -158,8 +159,7 @@ def unlearn(
                 )
                 check_retain(opened["retain"], config)
                 check_concepts(concepts, config)
-                opened["retain"], removed = remove_overlap(opened["retain"], opened["forget"])
-            _warn_overlap(removed)
+                removed, earlier = _clean_retain(opened, parent_record)
             home = (launched_device() or best_device()) if named else encoder.device
             device = resolve_device(config.device, default=home)
             # Refuses a wrong `tune`, before minutes of measuring.
@@ -175,7 +175,7 @@ def unlearn(
             job = Job(
                 model=encoder,
                 sets=opened,
-                forget_sets=to_forget,
+                forget_sets=[*to_forget, *earlier],
                 config=config,
                 ledger=ledger,
                 clock=clock,
@@ -383,8 +383,9 @@ def evaluate(
         references=measured,
         examiner=examiner,
     )
-    digests = {name: source.digest() for name, source in sources.items()} if record else {}
-    return audit(evaluation, record, fingerprint=fingerprint, digests=digests)
+    if record is None:
+        return evaluation
+    return audit(evaluation, record, fingerprint=fingerprint, sets=sources)
 
 
 def _measure_models(
@@ -452,7 +453,14 @@ def _check_output_folder(config: UnlearnConfig) -> Path | None:
     return output
 
 
-def _warn_overlap(removed: list[str]) -> None:
+def _clean_retain(
+    opened: dict[str, PairTable], record: Mapping[str, Any] | None
+) -> tuple[list[str], list[str]]:
+    """Take out of retain what is to be forgotten, or was before: the latter become further sets.
+
+    Return the ids of the former, and the names of the latter. `record` is of the model.
+    """
+    opened["retain"], removed = remove_overlap(opened["retain"], opened["forget"])
     if removed:
         shown = ", ".join(removed[:5]) + (", ..." if len(removed) > 5 else "")
         warnings.warn(
@@ -460,6 +468,9 @@ def _warn_overlap(removed: list[str]) -> None:
             f"since they would undo the erasure: {shown}",
             stacklevel=3,
         )
+    opened["retain"], earlier = drop_erased(opened["retain"], erasures(record) if record else [])
+    opened |= earlier
+    return removed, list(earlier)
 
 
 def _open_sets(

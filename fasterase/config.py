@@ -168,6 +168,8 @@ class UnlearnConfig:
         evaluation: measure before and after erasing: `"quick"` (at most 1,000 pairs per set, 200
             bootstrap resamples), `"full"` (at most 5,000 pairs, 1,000 resamples) or `None`.
         max_skipped: share of unreadable pairs above which the run stops (0.01 is 1 %).
+        remember_erased: keep salted digests of the pairs to forget in the record beside the saved
+            model: later erasures leave such pairs out of their retain sets, and judge them again.
         report_to: log each step, the settings and the evaluation to `"tensorboard"` or `"wandb"`
             (extras of these names), in `output_dir` or else in `runs/`. `None` logs to neither.
 
@@ -225,6 +227,7 @@ class UnlearnConfig:
     resume: Literal["auto", "never", "must"] = _tagged("auto", FREE, BOOKKEEPING)
     evaluation: Literal["quick", "full"] | None = _tagged("quick", FREE)
     max_skipped: float = _tagged(0.01, FREE)
+    remember_erased: bool = _tagged(True, FREE)
     report_to: Literal["tensorboard", "wandb"] | None = _tagged(None, FREE, BOOKKEEPING)
 
     def __post_init__(self) -> None:

@@ -11,8 +11,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from fasterase.erased import content_digest, is_same
 from fasterase.errors import InputError
 from fasterase.files import write_text
+from fasterase.pairs.table import PairTable
 from fasterase.report.evaluation import Evaluation
 
 FILE, CARD = "provenance.json", "README.md"
@@ -85,21 +87,19 @@ def _describe(record: Mapping[str, Any]) -> list[str]:
 
 def audit(
     evaluation: Evaluation,
-    record: Mapping[str, Any] | None,
+    record: Mapping[str, Any],
     *,
     fingerprint: str,
-    digests: Mapping[str, str],
+    sets: Mapping[str, PairTable],
 ) -> Evaluation:
     """Return the evaluation of a model with what its record says, one finding per line.
 
     Args:
         evaluation: of the model as it is now.
-        record: of when it was saved; None leaves the evaluation as it is.
+        record: of when it was saved.
         fingerprint: of its weights now.
-        digests: set -> digest of the pairs that were measured.
+        sets: the pairs that were measured.
     """
-    if record is None:
-        return evaluation
     same = fingerprint == record["fingerprint"]
     lines = [
         f"erased {record['erased_at']}, verdict then: {record['outcome']['verdict'] or 'none'}",
@@ -107,17 +107,26 @@ def audit(
     ]
     verdicts = evaluation.set_verdicts.get("model", {})
     for number, step in enumerate(erasures(record), start=1):
-        digest = step["data"]["forget"]["digest"]
-        found = next((name for name, each in digests.items() if each == digest), None)
+        found = next((name for name, pairs in sets.items() if _is_erased(pairs, step)), None)
         what = f"erasure {number} of {step['erased_at']}"
         if found is None:
             lines.append(f"{what}: its pairs are NOT among the sets measured here")
         else:
             now = verdicts.get(found, "not judged")
             lines.append(f"{what}: its pairs are measured here as {found!r}; now {now}")
-    if digests["retain"] != record["data"]["retain"]["digest"]:
+    known = record["data"]["retain"]
+    is_same_digest = sets["retain"].digest() == known["digest"]
+    if not is_same_digest and content_digest(sets["retain"]) != known.get("content"):
         lines.append("retain: other pairs than those that the model was trained to keep")
     return replace(evaluation, audit=lines)
+
+
+def _is_erased(pairs: PairTable, record: Mapping[str, Any]) -> bool:
+    """Tell whether pairs are those that were to be forgotten, wherever they were read from."""
+    if pairs.digest() == record["data"]["forget"]["digest"]:
+        return True
+    erased = record.get("erased")
+    return erased is not None and is_same(pairs, erased)
 
 
 def library_versions() -> dict[str, str]:

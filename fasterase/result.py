@@ -16,6 +16,7 @@ from fasterase.encode import PairEncoder
 from fasterase.engine.history import StepRecord
 from fasterase.engine.model_state import best_device, placed, resolve_device
 from fasterase.engine.words import Word
+from fasterase.erased import content_digest, remember
 from fasterase.errors import MissingExtraError
 from fasterase.evaluation.verdict import FORGOTTEN, NEVER_KNOWN, Trace
 from fasterase.files import check_writable, parse_path, write_text
@@ -170,8 +171,13 @@ class UnlearnResult:
                 "seconds": round(self.seconds, 1),
             },
             "words": [each._asdict() for each in self.words],
+            "erased": remember(self.sets["forget"]) if self.config.remember_erased else None,
             "data": {
-                name: {"pairs": len(source), "digest": source.digest()}
+                name: {
+                    "pairs": len(source),
+                    "digest": source.digest(),
+                    **({"content": content_digest(source)} if name == "retain" else {}),
+                }
                 for name, source in self.sets.items()
             },
             "config": self.config.recipe(),

@@ -23,7 +23,7 @@ from fasterase.evaluation.evaluator import Evaluator, Measurement
 from fasterase.evaluation.hurt import Outside, encode_things
 from fasterase.evaluation.metrics import TOWER_HITS
 from fasterase.evaluation.scores import find_position, similarity_chunks
-from fasterase.evaluation.verdict import REMEMBERED, Judge, Trace, summarise
+from fasterase.evaluation.verdict import EARLIER, REMEMBERED, Judge, Trace, summarise
 from fasterase.original.features import (
     CachedOriginal,
     LiveOriginal,
@@ -61,7 +61,16 @@ class Baseline:
     @property
     def known_sets(self) -> list[str]:
         """The sets to forget that the original remembers."""
-        return [name for name, trace in self.traces.items() if trace.is_remembered]
+        return [
+            name
+            for name, trace in self.traces.items()
+            if trace.is_remembered and not name.startswith(EARLIER)
+        ]
+
+    @property
+    def earlier_sets(self) -> list[str]:
+        """The sets that were erased before."""
+        return [name for name in self.traces if name.startswith(EARLIER)]
 
     @property
     def is_never_known(self) -> bool:
@@ -187,7 +196,8 @@ def _open_original(job: Job, encoder: PairEncoder, original: OriginalFeatures) -
 class Checks:
     """Measures the model in the middle of a run, on the pairs that the final verdict judges.
 
-    Sets that the original does not remember are left out: nothing of them is to be forgotten.
+    Sets that the original does not remember are left out: nothing of them is to be forgotten. Those
+    that were erased before count once they are remembered again.
     """
 
     job: Job
@@ -206,7 +216,8 @@ class Checks:
         return self._make_check(traces, Damage(0.0, 0.0), hurt=0.0)
 
     def __call__(self) -> Check:
-        rows = {name: self.judge.rows[name] for name in self.baseline.known_sets}
+        judged = [*self.baseline.known_sets, *self.baseline.earlier_sets]
+        rows = {name: self.judge.rows[name] for name in judged}
         rows["retain"] = np.union1d(self.judge.rows["retain"], self.baseline.damage_rows)
         features = {
             name: self.encoder.pairs(
@@ -243,7 +254,10 @@ class Checks:
         # A tower that stays as it is will not forget, however long the run waits for it.
         moving = [name for name in ("image", "text") if getattr(self.trained, name)]
         known = {
-            name: traces[name].without_towers(keep=moving) for name in self.baseline.known_sets
+            name: trace.without_towers(keep=moving)
+            for name, trace in traces.items()
+            if name in self.baseline.known_sets
+            or (name in self.baseline.earlier_sets and trace.is_remembered)
         }
         most = self.job.config.max_damage
         is_exceeded = most is not None and (damage.low > most or hurt > MOST_HURT)

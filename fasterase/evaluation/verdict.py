@@ -42,6 +42,8 @@ TOWER_HIT = 0.5
 # The set of those pairs to forget that the run was not trained on. They are few: the ranks of a
 # handful of captions vary widely where nothing is known of them, and one picture decides a tower.
 WITHHELD = "withheld"
+# What names of sets begin with that were erased before: they are to stay so.
+EARLIER = "erased before"
 # Forget images below which a verdict shows little.
 FEW_IMAGES = 20
 
@@ -133,12 +135,14 @@ def decide_each(
 ) -> dict[str, str]:
     """Return set to forget -> verdict on it.
 
-    It is `"remembered"`, `"over-erased"`, `"forgotten"`, or `"never known"` where the `original`,
-    if it was measured, does not remember the set.
+    It is `"remembered"`, `"over-erased"`, `"undecided"`, `"forgotten"`, or `"never known"` where
+    the `original`, if it was measured, does not remember the set. What was erased before may have
+    been learnt again: it is "remembered" then.
     """
 
     def of(name: str, trace: Trace) -> str:
-        if original is not None and not original[name].is_remembered:
+        is_back = name.startswith(EARLIER) and trace.is_remembered
+        if original is not None and not original[name].is_remembered and not is_back:
             return NEVER_KNOWN
         if trace.is_remembered:
             return REMEMBERED

@@ -16,7 +16,7 @@ from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.table import PairTable
 
 # Comparing decoded images, or the contents of files, reads them; a million would take hours.
-_MOST_READ = 20_000
+MOST_READ = 20_000
 
 
 def remove_overlap(retain: PairTable, forget: PairTable) -> tuple[PairTable, list[str]]:
@@ -72,7 +72,7 @@ def _find_same_files(
 ) -> np.ndarray:
     candidates = np.flatnonzero(np.isin(sizes, known_sizes[known_sizes >= 0]))
     known = np.flatnonzero(np.isin(known_sizes, sizes[candidates]))
-    if len(candidates) > _MOST_READ:
+    if len(candidates) > MOST_READ:
         count = len(candidates)
         hashes, rows = retain.select(candidates).caption_hashes()
         known_hashes, known_rows = forget.select(known).caption_hashes()
@@ -112,7 +112,7 @@ def _with_same(
 
 def _find_same_pixels(retain: PairTable, forget: PairTable) -> np.ndarray:
     for source in (retain, forget):
-        too_many = not source.in_memory and len(source) > _MOST_READ
+        too_many = not source.in_memory and len(source) > MOST_READ
         if too_many or not source.stable:
             reason = "is too large to decode for that" if too_many else "differs on every read"
             warnings.warn(
@@ -123,6 +123,16 @@ def _find_same_pixels(retain: PairTable, forget: PairTable) -> np.ndarray:
             return np.empty(0, np.int64)
     rows, known = np.arange(len(retain)), np.arange(len(forget))
     return _with_same(_digest_pixels, retain, rows, forget, known)
+
+
+def image_digest(source: PairTable, row: int) -> bytes:
+    """Return a digest of a pair's image: of its file, wherever that is, or of its pixels.
+
+    Raises:
+        BrokenPair: it cannot be read.
+    """
+    of_pixels = source.encoded_sizes() is None
+    return (_digest_pixels if of_pixels else _digest_bytes)(source, row)
 
 
 def _digest_bytes(source: PairTable, row: int) -> bytes:

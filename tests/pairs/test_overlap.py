@@ -164,7 +164,7 @@ def test_of_very_many_files_only_those_with_equal_captions_are_read(
         entries |= {f"{key}.png": encoded(shade), f"{key}.txt": caption}
     retain = make_tar("r.tar", entries)
     assert remaining(retain, shard)[1] == ["r.tar/same", "r.tar/caption"]
-    monkeypatch.setattr(overlap, "_MOST_READ", 3)
+    monkeypatch.setattr(overlap, "MOST_READ", 3)
     reads.clear()
     with pytest.warns(UserWarning, match=r"`retain`: 4 images have the size .* only the 2 of them"):
         assert remaining(retain, shard)[1] == ["r.tar/same"]
