@@ -414,6 +414,8 @@ def _measure_models(
         with placed(encoder, device=resolve_device(device, default=default)):
             pairs = PairEncoder(encoder, **encoding)
             features = evaluator.encode(pairs)
+            if name == "original":
+                evaluator.judge.calibrate(pairs, features)
             before = measured.get("original")
             is_compared = "original" in models and name in ("original", "model")
             measured[name] = evaluator.measure(

@@ -144,7 +144,10 @@ def test_a_model_that_is_missing_is_named_before_another_one_is_measured(monkeyp
         ({"sets": {"holdout": FORGET}}, "sets: 'holdout' is an argument of its own"),
         ({"sets": {" ": FORGET}}, "sets: ' ' is not a name"),
         ({"forget_sets": {"retain": FORGET}}, "forget_sets: 'retain' is an argument of its own"),
-        ({"forget_sets": {"x": FORGET}, "sets": {"x": FORGET}}, "sets: 'x' is also one of forget_"),
+        (
+            {"forget_sets": {"x": FORGET}, "sets": {"x": FORGET}},
+            "sets: 'x' is also a set of another",
+        ),
         ({"forget_sets": [FORGET]}, "forget_sets must map names to pairs, found list"),
         ({"sets": [FORGET]}, "sets must map names to pairs, found list"),
         ({"sets": {"empty": []}}, "empty"),

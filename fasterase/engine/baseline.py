@@ -107,6 +107,7 @@ def measure_original(
         for name, rows in _floor_rows(job, *(job.concepts or ["forget"])).items()
     ]
     judged = features(judge.rows)
+    judge.calibrate(encoder, judged)
     traces = summarise(judge.judge(judged))
     measured = None
     if evaluator is not None:
@@ -254,7 +255,7 @@ class Checks:
         # A tower that stays as it is will not forget, however long the run waits for it.
         moving = [name for name in ("image", "text") if getattr(self.trained, name)]
         known = {
-            name: trace.without_towers(keep=moving)
+            name: trace.strictly(keep=moving)
             for name, trace in traces.items()
             if name in self.baseline.known_sets
             or (name in self.baseline.earlier_sets and trace.is_remembered)

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasterase.encode import PairFeatures
+from fasterase.encode import PairEncoder, PairFeatures
 from fasterase.evaluation.metrics import TOWER_HITS, wilson_interval
+from fasterase.evaluation.placebo import Band, encode_placebos, find_band
 from fasterase.evaluation.scores import TIE, all_captions, captions_of, distinct_firsts, share_below
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.table import PairTable
@@ -47,6 +48,9 @@ EARLIER = "erased before"
 # Forget images below which a verdict shows little.
 FEW_IMAGES = 20
 
+# Images from which on residues count, where made-up names tell what they mean.
+LEAST_RANKED = 12
+
 # Pairs of each set, and unrelated pairs, that are judged at most.
 JUDGED_PAIRS = 1000
 # Unrelated captions per caption of the concept in the contest, so that chance is at most 5 %.
@@ -68,6 +72,7 @@ class Trace:
         towers: `"image"`, `"text"` -> `hit` of this tower beside the original's other one, and the
             low end of its interval; empty if there was no original to compare with.
         by_hits: whether `hit` alone decides, whatever the number of images.
+        band: residues that made-up names have; what lies between them is no trace.
     """
 
     image_to_text: float
@@ -79,6 +84,7 @@ class Trace:
     pairs: int
     towers: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     by_hits: bool = False
+    band: Band | None = None
 
     @property
     def residue(self) -> float:
@@ -87,8 +93,7 @@ class Trace:
 
     @property
     def is_remembered(self) -> bool:
-        most = max(self.image_to_text, self.text_to_image)
-        known = most > REMEMBERED_RESIDUE and not self.by_hits
+        known = self._exceeds(REMEMBERED_RESIDUE, 1) and not self.by_hits
         is_found = self.hit_low > max(HARMLESS_HIT, 2 * self.chance)
         return known or is_found or bool(self.telling_towers)
 
@@ -98,14 +103,26 @@ class Trace:
         towers = {} if self.by_hits else self.towers
         return [name for name, (_, low) in towers.items() if low > TOWER_HIT]
 
-    def without_towers(self, *, keep: Collection[str]) -> Trace:
-        """Return the trace with the shares of some towers alone."""
-        return replace(self, towers={n: found for n, found in self.towers.items() if n in keep})
+    def strictly(self, *, keep: Collection[str]) -> Trace:
+        """Return the trace without its band, and with the shares of some towers alone."""
+        towers = {name: found for name, found in self.towers.items() if name in keep}
+        return replace(self, towers=towers, band=None)
 
     @property
     def is_over_erased(self) -> bool:
-        least = min(self.image_to_text, self.text_to_image)
-        return least < OVER_ERASED_RESIDUE and not self.by_hits
+        return self._exceeds(OVER_ERASED_RESIDUE, 0) and not self.by_hits
+
+    def _exceeds(self, limit: float, end: int) -> bool:
+        """Whether a residue is beyond a limit and beyond an end of the band, if images suffice."""
+        if self.band is not None and self.pairs < LEAST_RANKED:
+            return False
+        sign = 1 if end else -1
+        ends = [limit, limit] if self.band is None else [found[end] for found in self.band]
+        residues = self.image_to_text, self.text_to_image
+        return any(
+            sign * residue > max(sign * limit, sign * end)
+            for residue, end in zip(residues, ends, strict=True)
+        )
 
     @property
     def is_decisive(self) -> bool:
@@ -168,6 +185,7 @@ class PairTraces(NamedTuple):
     hit: np.ndarray  # [n] 1 if a caption of the set wins the image, 0 if not; a share for ties
     chance: float  # of `hit`
     towers: Mapping[str, np.ndarray]  # see `Trace`; [n] each, as `hit`
+    band: Band | None  # see `Trace`
 
     @property
     def residue(self) -> np.ndarray:
@@ -199,7 +217,7 @@ class PairTraces(NamedTuple):
         shares = {name: float(values.mean()) for name, values in self.towers.items()}
         towers = {name: (share, wilson_interval(share, count)[0]) for name, share in shares.items()}
         interval = wilson_interval(hit, count)
-        return Trace(*residues, hit, *interval, self.chance, count, towers)
+        return Trace(*residues, hit, *interval, self.chance, count, towers, band=self.band)
 
 
 class Judge:
@@ -215,6 +233,7 @@ class Judge:
 
     Attributes:
         rows: set -> rows (sorted) that are judged; empty, and no verdict, without unrelated pairs.
+        bands: set -> residues of made-up names, once `calibrate` has found them.
     """
 
     def __init__(
@@ -244,6 +263,18 @@ class Judge:
 
         chosen = {name: choose(name) for name in ("retain", *forget_sets)}
         self.rows = chosen if len(chosen["retain"]) else {}
+        self.bands: dict[str, Band] = {}
+
+    def calibrate(self, encoder: PairEncoder, features: Mapping[str, PairFeatures]) -> None:
+        """Find what residues mean, from the `features` of the original, which `encoder` holds."""
+        sets = self.judged(features)
+        unrelated = sets.pop("retain", None)
+        for name, pairs in sets.items():
+            if unrelated is None or not len(pairs.rows):
+                continue
+            placebos = encode_placebos(encoder, pairs, unrelated, seed=self._seed)
+            if placebos is not None:
+                self.bands[name] = find_band(pairs, unrelated, placebos, seed=self._seed)
 
     def judge(
         self,
@@ -278,7 +309,10 @@ class Judge:
         unrelated = sets.pop("retain", None)
         if unrelated is None:
             return {}
-        return {name: _compare(found, unrelated, seed=self._seed) for name, found in sets.items()}
+        return {
+            name: _compare(found, unrelated, seed=self._seed)._replace(band=self.bands.get(name))
+            for name, found in sets.items()
+        }
 
 
 def summarise(traces: Mapping[str, PairTraces]) -> dict[str, Trace]:
@@ -309,6 +343,7 @@ def _compare(forget: PairFeatures, unrelated: PairFeatures, *, seed: int) -> Pai
         hit=hit,
         chance=size / (size + len(others)),
         towers={},
+        band=None,
     )
 
 

@@ -1,0 +1,99 @@
+"""What residues look like where nothing is known: made-up names in the captions' own templates.
+
+Beside landscapes the caption of any person ranks high for a picture of a person, and the rank of a
+single caption varies widely whatever a model knows. So a residue counts as a trace, or as a loud
+absence, only beyond those of names that nobody ever learnt, under the original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fasterase.encode import PairEncoder, PairFeatures
+from fasterase.evaluation.scores import distinct_firsts
+from fasterase.seeds import Stream, generator
+from fasterase.vocabulary import UNREADABLE, english_frequencies, words_of
+
+PLACEBOS = 64
+# Means of as many placebos as a set has captions, drawn to find where 95 % of them lie.
+_DRAWS = 1000
+# Words so frequent in English (Zipf) that they are part of a template: "photo", "small".
+_TEMPLATE = 4.7
+_SYLLABLES = [start + vowel for start in "bdfgklmnprstvz" for vowel in "aeiou"]
+
+
+class Band(NamedTuple):
+    """Residues between which 95 % of sets of made-up names lie, by direction."""
+
+    image_to_text: tuple[float, float]
+    text_to_image: tuple[float, float]
+
+
+def placebo_captions(captions: Sequence[str], kept: Collection[str], seed: int) -> list[str]:
+    """Return captions with made-up names in place of what `captions` alone say.
+
+    Words of `kept` captions and the commonest words of English stay; if all words of a caption
+    are such, its rarest one goes.
+    """
+    numbers = generator(seed, Stream.PLACEBO)
+    known = {word for caption in kept for word in words_of(caption.lower())}
+    frequency = english_frequencies()
+
+    def made_up() -> str:
+        return "".join(numbers.choice(_SYLLABLES, int(numbers.integers(2, 4))))
+
+    def renamed(caption: str) -> str:
+        words = words_of(caption)
+        own = {w for w in words if w.lower() not in known and frequency.get(w, 0.0) < _TEMPLATE}
+        if not own and words:
+            own = {min(words, key=lambda word: frequency.get(word.lower(), 0.0))}
+        names = {word: made_up() for word in sorted(own)}
+        for word, name in names.items():
+            caption = caption.replace(word, name)
+        return caption
+
+    order = numbers.permutation(len(captions)).tolist()
+    return [renamed(captions[order[number % len(order)]]) for number in range(PLACEBOS)]
+
+
+def encode_placebos(
+    encoder: PairEncoder, forget: PairFeatures, unrelated: PairFeatures, *, seed: int
+) -> Tensor | None:
+    """Return features [m, D] of placebos; None for captions that are no words it could replace."""
+    captions = list(dict.fromkeys(forget.first_captions))
+    if encoder.model.text_tokenizer is None or not any(map(words_of, captions)):
+        return None
+    try:
+        return encoder.texts(placebo_captions(captions, unrelated.first_captions, seed)).cpu()
+    except UNREADABLE:  # a tokenizer that knows the words of its own data alone
+        return None
+
+
+def find_band(
+    forget: PairFeatures, unrelated: PairFeatures, placebos: Tensor, *, seed: int
+) -> Band:
+    """Return where the residues of a set would lie if its captions were made-up names."""
+    others, _ = distinct_firsts(unrelated)
+    count = len(distinct_firsts(forget)[0])
+    own = forget.image @ placebos.T  # [n, m]
+    to_text = _shares_below(own, forget.image @ unrelated.text[others].T).mean(0)
+    to_image = _shares_below(own.T, placebos @ unrelated.image.T).mean(1)
+    drawn = generator(seed, Stream.PLACEBO, 1).integers(len(placebos), size=(_DRAWS, count))
+
+    def ends(residues: Tensor) -> tuple[float, float]:
+        low, high = np.quantile(residues.numpy()[drawn].mean(1), [0.025, 0.975]).tolist()
+        return low, high
+
+    return Band(ends(to_text), ends(to_image))
+
+
+def _shares_below(scores: Tensor, rivals: Tensor) -> Tensor:
+    """Return [r, k], the share of the row's `rivals` [r, U] that each of `scores` [r, k] beats."""
+    ordered = rivals.sort(1).values.contiguous()
+    below = torch.searchsorted(ordered, scores.contiguous(), right=False).double()
+    return below / rivals.shape[1]

@@ -1,0 +1,129 @@
+"""Made-up names in the captions' own templates tell what residues mean beside a retain set."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from fasterase.encode import PairFeatures
+from fasterase.evaluation.placebo import Band, encode_placebos, find_band, placebo_captions
+from fasterase.evaluation.verdict import (
+    FORGOTTEN,
+    OVER_ERASED,
+    REMEMBERED,
+    UNDECIDED,
+    Trace,
+    decide_each,
+)
+
+
+def unit(*rows):
+    return torch.nn.functional.normalize(torch.tensor(rows, dtype=torch.float32), dim=1)
+
+
+def features(image, text, captions):
+    count = len(captions)
+    return PairFeatures(
+        np.arange(count), image, text, captions, [[row] for row in range(count)], []
+    )
+
+
+def test_names_are_made_up_and_templates_stay():
+    kept = ["a photo of a mountain lake", "the house of my uncle"]
+    found = placebo_captions(["a photo of Jane Miller", "Jane Miller at the lake"], kept, seed=0)
+    assert len(found) == 64
+    assert len(set(found)) > 50
+    for caption in found:
+        assert "Jane" not in caption
+        assert "Miller" not in caption
+        assert caption.startswith("a photo of ") or caption.endswith(" at the lake")
+    assert found == placebo_captions(
+        ["a photo of Jane Miller", "Jane Miller at the lake"], kept, seed=0
+    )
+    of_known = placebo_captions(["the lake house"], kept, seed=0)
+    assert all(caption != "the lake house" for caption in of_known), "its rarest word goes"
+
+
+def people_among_landscapes(numbers):
+    """Any person's caption is nearer to a person's picture than any landscape's."""
+    person, land = unit([1, 0, 0, 0, 0, 0])[0], unit([0, 1, 0, 0, 0, 0])[0]
+
+    def near(axis, count):
+        noise = 0.3 * torch.randn(count, 6, generator=numbers)
+        return torch.nn.functional.normalize(axis + noise, dim=1)
+
+    forget = features(near(person, 20), near(person, 4), ["Jane", "Ann", "Bob", "Tim"])
+    forget = replace(forget, pair_text=[[row % 4] for row in range(20)], rows=np.arange(20))
+    unrelated = features(near(land, 60), near(land, 60), [f"lake {n}" for n in range(60)])
+    return forget, unrelated, near(person, 64)
+
+
+def test_beside_landscapes_any_person_ranks_high_and_that_is_no_trace():
+    forget, unrelated, placebos = people_among_landscapes(torch.Generator().manual_seed(0))
+    band = find_band(forget, unrelated, placebos, seed=0)
+    assert band.image_to_text[1] > 0.97
+    assert band.image_to_text[0] > 0.75
+    strange = Trace(0.96, 0.96, 0.0, 0.0, 0.1, 0.05, 20)
+    assert decide_each({"x": strange}) == {"x": REMEMBERED}
+    assert decide_each({"x": replace(strange, band=band)}) == {"x": FORGOTTEN}
+
+
+def test_beside_a_mixed_set_the_band_is_wide_for_one_caption_and_narrow_for_many():
+    numbers = torch.Generator().manual_seed(1)
+
+    def random(count):
+        return torch.nn.functional.normalize(torch.randn(count, 8, generator=numbers), dim=1)
+
+    unrelated = features(random(80), random(80), [f"thing {n}" for n in range(80)])
+    images = torch.nn.functional.normalize(random(1) + 0.3 * random(40), dim=1)  # of one thing
+    many = features(images, random(40), [f"own {n}" for n in range(40)])
+    one = replace(many, text=many.text[:1], captions=["own 0"], pair_text=[[0]] * 40)
+    placebos = random(64)
+    wide, narrow = (find_band(each, unrelated, placebos, seed=0) for each in (one, many))
+    widths = [high - low for low, high in (wide.image_to_text, narrow.image_to_text)]
+    assert widths[0] > 3 * widths[1]
+    assert widths[1] < 0.25
+    assert abs(sum(narrow.text_to_image) / 2 - 0.5) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("residue", "hits", "images", "verdict"),
+    [
+        (0.9, 0.0, 2, UNDECIDED),
+        (0.9, 0.0, 20, REMEMBERED),
+        (0.1, 0.0, 2, UNDECIDED),
+        (0.1, 0.0, 20, OVER_ERASED),
+        (0.8, 0.0, 20, FORGOTTEN),
+        (0.6, 0.3, 2, REMEMBERED),
+    ],
+)
+def test_two_pictures_are_judged_by_hits_alone(residue, hits, images, verdict):
+    band = Band((0.2, 0.85), (0.2, 0.85))
+    high = 0.1 if images == 20 else 0.7
+    trace = Trace(residue, residue, hits, hits, high, 0.05, images, band=band)
+    assert decide_each({"x": trace}) == {"x": verdict}
+
+
+def test_without_words_or_a_tokenizer_nothing_is_calibrated():
+    forget, unrelated, placebos = people_among_landscapes(torch.Generator().manual_seed(0))
+    asked = []
+
+    def encoder(tokenizer, error=None):
+        def texts(captions):
+            asked.append(captions)
+            if error is not None:
+                raise error
+            return placebos
+
+        return SimpleNamespace(model=SimpleNamespace(text_tokenizer=tokenizer), texts=texts)
+
+    assert encode_placebos(encoder(None), forget, unrelated, seed=0) is None
+    assert encode_placebos(encoder(len, KeyError("zor")), forget, unrelated, seed=0) is None
+    digits = replace(forget, captions=["1", "2", "3", "4"])
+    assert encode_placebos(encoder(len), digits, unrelated, seed=0) is None
+    assert len(asked) == 1
+    assert encode_placebos(encoder(len), forget, unrelated, seed=0) is placebos
