@@ -291,9 +291,9 @@ def evaluate(
 
     On every set: zero-shot accuracy (where classes are known), image->text and text->image
     recall@1/5/10, concept hit@1/5 (an image's first captions hold any caption of the forget set),
-    median rank of the true caption and mean matched cosine; each with a 95 % percentile-bootstrap
-    interval over pairs (1,000 resamples) and its chance level. On sets to forget also the residues
-    behind the verdict (see `fasterase.evaluation.verdict`).
+    median rank of the true caption and mean matched cosine; each with a 95 % interval over pairs
+    (Wilson's for shares, else from 1,000 bootstrap resamples) and its chance level. On sets to
+    forget also the residues behind the verdict (see `fasterase.evaluation.verdict`).
 
     image->text ranks among the distinct first captions of all sets together, so that numbers
     compare across sets; any caption of the pair that is among them counts as right. text->image of

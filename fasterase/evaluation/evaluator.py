@@ -12,7 +12,12 @@ from torch import Tensor
 from fasterase.encode import PairEncoder, PairFeatures
 from fasterase.errors import InputError
 from fasterase.evaluation.hurt import choose_things, encode_things
-from fasterase.evaluation.metrics import METRICS, OLD_INDEX, bootstrap_intervals
+from fasterase.evaluation.metrics import (
+    METRICS,
+    OLD_INDEX,
+    bootstrap_intervals,
+    wilson_interval,
+)
 from fasterase.evaluation.scores import (
     CaptionPool,
     SetFeatures,
@@ -73,17 +78,26 @@ class Measurement:
         }
 
     def intervals(self, *, resamples: int, seed: int) -> dict[str, dict[str, tuple[float, float]]]:
-        """Return set -> metric -> 95 % bootstrap interval over pairs."""
+        """Return set -> metric -> 95 % interval over pairs.
+
+        Wilson's for shares of pairs, which are no certainty where few pairs agree; bootstrapped for
+        the others.
+        """
         medians = [each.key for each in METRICS if each.average == "median"]
-        return {
-            name: bootstrap_intervals(
-                {each.key: scores.values[each.key] for each in scores.metrics},
+        found = {}
+        for name, scores in self.sets.items():
+            rates = {each.key: scores.values[each.key] for each in scores.metrics if each.is_rate}
+            others = {each.key: scores.values[each.key] for each in scores.metrics}
+            found[name] = bootstrap_intervals(
+                {key: values for key, values in others.items() if key not in rates},
                 medians=medians,
                 resamples=resamples,
                 seed=seed,
             )
-            for name, scores in self.sets.items()
-        }
+            for key, values in rates.items():
+                counted = values[~np.isnan(values)]
+                found[name][key] = wilson_interval(float(counted.mean()), len(counted))
+        return found
 
 
 class Evaluator:

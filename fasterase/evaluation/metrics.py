@@ -34,6 +34,11 @@ class Metric:
     forget: str
     keep: str
 
+    @property
+    def is_rate(self) -> bool:
+        """Whether it is the share of pairs that fulfil something, not a mean of their shares."""
+        return self.unit == "share" and not self.key.endswith("_residue")
+
     def average_of(self, values: np.ndarray) -> float:
         """Return the set's value from per-pair `values` [n]; NaN marks pairs that do not count."""
         return float(np.nanmean(values) if self.average == "mean" else np.nanmedian(values))

@@ -40,7 +40,8 @@ class Evaluation:
 
     Attributes:
         scores: set -> metric -> value of the model, as `to_dict()` gives it.
-        intervals: set -> metric -> (low, high), 95 % percentile bootstrap over pairs.
+        intervals: set -> metric -> (low, high), 95 % interval over pairs: Wilson's for
+            shares of pairs, else percentile bootstrap.
         chance: set -> metric -> value of a random order of the candidates; for the cosine the
             model's mean over unmatched pairs.
         pairs: set -> number of pairs measured.

@@ -9,7 +9,10 @@ import pytest
 import fasterase
 from fasterase.demo import emoji
 from fasterase.demo.sets import open_teams
-from fasterase.evaluation.verdict import Trace, decide
+from fasterase.encode import PairEncoder
+from fasterase.evaluation.verdict import Judge, Trace, decide, decide_each, summarise
+from fasterase.models.load import load_model
+from fasterase.pairs.skips import SkipLedger
 from fasterase.pairs.table import PairTable
 
 
@@ -114,3 +117,37 @@ def test_the_demo_s_models() -> None:
     assert 0.55 < residue < 0.75, "it still knows that an apple is food and red"
     assert original is not None
     assert original > 0.99
+
+
+@pytest.mark.slow
+def test_fruit_by_fruit_two_pictures_show_what_is_known_but_not_what_is_gone() -> None:
+    source = open_teams(emoji.TRAIN_TEAMS)
+    metas = [source.meta(row) for row in range(len(source))]
+    rows: dict[str, list[int]] = {"retain": []}
+    for row, meta in enumerate(metas):
+        is_fruit = meta["subgroup"] == emoji.DEFAULT_FORGET
+        if meta["member"]:
+            rows.setdefault(meta["concept"] if is_fruit else "retain", []).append(row)
+    sets = {name: source.select(those, name=name) for name, those in rows.items()}
+    fruit = [name for name in sets if name != "retain"]
+    assert len(fruit) == 19
+    judge = Judge(sets, fruit, seed=0)
+    found = {}
+    for name, folder in (("original", emoji.BASE_MODEL), ("retrained", emoji.RETRAINED_MODEL)):
+        encoder = PairEncoder(
+            load_model(str(folder)),
+            precision="fp32",
+            ledger=SkipLedger(len(source)),
+            num_workers=0,
+            progress=False,
+        )
+        found[name] = {
+            each: encoder.pairs(pairs, judge.rows[each], description=each)
+            for each, pairs in sets.items()
+        }
+        if name == "original":
+            judge.calibrate(encoder, found[name])
+    original = summarise(judge.judge(found["original"]))
+    retrained = summarise(judge.judge(found["retrained"], found["original"]))
+    assert set(decide_each(original).values()) == {"remembered"}
+    assert set(decide_each(retrained, original).values()) == {"undecided"}
