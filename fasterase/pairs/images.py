@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import stat
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -72,11 +73,19 @@ class ImagesInMemory:
 def read_image_file(path: str, *, id: str) -> bytes:
     """Read the bytes of an image file; raise `BrokenPair` if it cannot be read."""
     try:
-        with open(path, "rb") as file:
-            return file.read()
+        return read_regular_file(path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise BrokenPair(id, f"image file {path} cannot be read: {reason}") from error
+
+
+def read_regular_file(path: str | os.PathLike[str]) -> bytes:
+    """Return what a file holds; OSError for one without an end, such as a pipe or a device."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("it is no regular file")
+    with open(path, "rb") as file:
+        return file.read(status.st_size)
 
 
 def _file_size(path: str) -> int:
