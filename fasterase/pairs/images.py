@@ -9,12 +9,15 @@ import stat
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import Protocol
+from typing import IO, Protocol
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from fasterase.pairs.skips import BrokenPair
+
+# Of an image, read from its start and up to its end, to tell it from another one of its size.
+END_BYTES = 1 << 12
 
 
 class Images(Protocol):
@@ -29,8 +32,13 @@ class Images(Protocol):
     def location(self, row: int, id: str) -> str:
         """Return what identifies these bytes among all images."""
 
+    def ends(self, row: int, id: str) -> bytes:
+        """Return the first and the last bytes of an image; raise `BrokenPair` as `read`."""
+        data = self.read(row, id)
+        return data[:END_BYTES] + data[-END_BYTES:]
 
-class ImageFiles:
+
+class ImageFiles(Images):
     """Image files under `root`; the ids are their paths, absolute or relative to `root`."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -46,11 +54,18 @@ class ImageFiles:
     def read(self, row: int, id: str) -> bytes:
         return read_image_file(self.path(id), id=id)
 
+    def ends(self, row: int, id: str) -> bytes:
+        try:
+            with open_regular(self.path(id)) as file:
+                return read_ends(file, 0, os.fstat(file.fileno()).st_size)
+        except (OSError, ValueError) as error:
+            raise BrokenPair(id, str(error)) from error
+
     def location(self, row: int, id: str) -> str:
         return os.path.realpath(self.path(id))
 
 
-class ImagesInMemory:
+class ImagesInMemory(Images):
     """Encoded images held in memory, None where a pair has none."""
 
     def __init__(self, images: Sequence[bytes | None]) -> None:
@@ -81,11 +96,23 @@ def read_image_file(path: str, *, id: str) -> bytes:
 
 def read_regular_file(path: str | os.PathLike[str]) -> bytes:
     """Return what a file holds; OSError for one without an end, such as a pipe or a device."""
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
+    with open_regular(path) as file:
+        return file.read()
+
+
+def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
+    # A pipe would block while it is opened, before anything can be asked of it.
+    if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError("it is no regular file")
-    with open(path, "rb") as file:
-        return file.read(status.st_size)
+    return open(path, "rb")
+
+
+def read_ends(file: IO[bytes], start: int, size: int) -> bytes:
+    """Return the first and the last bytes, `END_BYTES` of each, of an image in a file."""
+    file.seek(start)
+    first = file.read(min(size, END_BYTES))
+    file.seek(start + max(size - END_BYTES, len(first)))
+    return first + file.read(min(size - len(first), END_BYTES))
 
 
 def _file_size(path: str) -> int:

@@ -27,6 +27,7 @@ import numpy as np
 from filelock import FileLock
 
 from fasterase.errors import FaseraseError, InputError, hide_secrets
+from fasterase.pairs.images import Images
 from fasterase.pairs.items import Record
 from fasterase.pairs.processes import count_processes, process_pool
 from fasterase.pairs.remote import (
@@ -120,7 +121,7 @@ def open_tars(
     return TarTable(name, parts, TarImages(shards, parts, entries), broken=broken)
 
 
-class TarImages:
+class TarImages(Images):
     """The entries of tars, by the index of each shard, and that of lost samples: `parts`."""
 
     def __init__(self, shards: list[Shard], parts: list[Part], entries: Entries) -> None:

@@ -60,7 +60,7 @@ _SIGNING = re.compile(
     "x-(amz|goog)-.*|(aws|google)access(key)?id|signature|expires|policy|key-pair-id|.*token",
     re.IGNORECASE,
 )
-_OF_AZURE = ("sig", "sv", "ss", "srt", "sp", "se", "st", "spr", "sr", "sip")
+_OF_AZURE: tuple[str, ...] = ("sig", "sv", "ss", "srt", "sp", "se", "st", "spr", "sr", "sip")
 _OF_AZURE += ("skoid", "sktid", "skt", "ske", "sks", "skv")
 FOLDER_VARIABLE = "FASTERASE_SHARD_CACHE"
 BYTES_VARIABLE = "FASTERASE_SHARD_CACHE_BYTES"

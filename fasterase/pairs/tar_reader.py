@@ -22,7 +22,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from fasterase.errors import hide_secrets
-from fasterase.pairs.images import read_regular_file
+from fasterase.pairs.images import read_ends, read_regular_file
 from fasterase.pairs.remote import Shard, shard_name
 from fasterase.pairs.table import Part, make_batch
 
@@ -32,8 +32,6 @@ _BLOCK = tarfile.BLOCKSIZE
 _MOST_PADDING = 2 * tarfile.RECORDSIZE
 _PAX = ord("x")
 _FILES = b"0\0"
-# Of the end of each image, by which another one of the same size is told apart.
-_READ_OF_IMAGE = 1 << 12
 # Records of extended headers by which a file differs from what its own header says.
 _TELLING_PAX = re.compile(rb" (path|size|GNU\.[^=\n]*|hdrcharset)=")
 _DECOMPRESSORS = ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ\x00", lzma.open))
@@ -165,11 +163,14 @@ class ShardReader:
                 sample[ending] = entry
             yield stem, sample
 
-    def read(self, entry: tarfile.TarInfo, *, most: int | None = None) -> bytes:
-        """Return the bytes of an entry; of more than `most`, the last ones."""
-        size = entry.size if most is None else min(most, entry.size)
-        self._file.seek(entry.offset_data + entry.size - size)
-        return self._file.read(size)
+    def read(self, entry: tarfile.TarInfo) -> bytes:
+        """Return the bytes of an entry."""
+        self._file.seek(entry.offset_data)
+        return self._file.read(entry.size)
+
+    def read_ends(self, entry: tarfile.TarInfo) -> bytes:
+        """Return the first and the last bytes of an entry."""
+        return read_ends(self._file, entry.offset_data, entry.size)
 
 
 def split_entry(path: str) -> tuple[str, str] | None:
@@ -240,7 +241,7 @@ def read_rows(shard: Shard, file: IO[bytes], entries: Entries) -> Part:
     What is known of the shard (`Part.facts`): its name (`shard`), size, version; how many samples
     have images and captions, and are `torn`: have lost one of the two to damage; the bytes that are
     `readable`; the stretches of `damage`; why the last sample is `cut` off, if it is; the `endings`
-    of all entries; the `digest` of ids, sizes, captions and the ends of images.
+    of all entries; the `digest` of ids, sizes, captions and both ends of images.
     tarfile.TarError: it is no tar.
     """
     reader, name = ShardReader(file), shard_name(shard.place)
@@ -262,8 +263,8 @@ def read_rows(shard: Shard, file: IO[bytes], entries: Entries) -> Part:
             del sample[ending]
         image = next((sample[ending] for ending in entries.image if ending in sample), None)
         if image is not None:
-            # Before the captions, which usually follow it and are read with it.
-            content = zlib.crc32(reader.read(image, most=_READ_OF_IMAGE), content)
+            # Before the captions, which usually follow it and are read with its end.
+            content = zlib.crc32(reader.read_ends(image), content)
         texts = {ending: reader.read(sample[ending]) for ending in wanted & sample.keys()}
         ids.append(f"{name}/{stem}")
         captions.append([] if cut else entries.read_captions(texts))
