@@ -118,6 +118,12 @@ def write_text(path: Path, text: str) -> Path:
     return path
 
 
+def to_json(value: object, *, indent: int | None = None) -> str:
+    """Return `value` as JSON; numbers that are not finite, for which JSON has no word, are null."""
+    finite = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    return json.dumps(finite, indent=indent)
+
+
 def append_whole(file: FileIO, data: bytes, *, path: Path) -> None:
     """Append all of `data` to an unbuffered file, or nothing and raise `DiskFullError`."""
     end = file.seek(0, os.SEEK_END)
