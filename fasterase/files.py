@@ -111,9 +111,9 @@ def check_replaceable(target: Path, *, argument: str = "folder") -> None:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write `text` to `path` atomically, as UTF-8, and return `path`."""
+    """Write `text` to `path` atomically and to disk, as UTF-8, and return `path`."""
     data = text.encode()
-    with replace_file(path, size_bytes=len(data)) as temporary:
+    with replace_file(path, sync=True, size_bytes=len(data)) as temporary:
         temporary.write_bytes(data)
     return path
 

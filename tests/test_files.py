@@ -112,12 +112,12 @@ def test_sync_flushes_files_before_and_folders_after_they_take_their_names(
         flushed.append((os.fstat(descriptor).st_ino, target.exists()))
 
     monkeypatch.setattr(os, "fsync", record)
-    with replace_file(tmp_path / "file", sync=True) as temporary:
-        temporary.write_text("c")
+    write_text(tmp_path / "file", "c")
     with replace_model_folder(target, library="x") as new:
         (new / "deep").mkdir()
         (new / "deep" / "a").write_text("a")
-    write_text(tmp_path / "unsynced", "d")
+    with replace_file(tmp_path / "unsynced") as temporary:
+        temporary.write_text("d")
     written = ("file", "", "folder", "folder/deep", "folder/deep/a", "folder/fasterase.json")
     expected = [(path.stat().st_ino, False) for path in map(tmp_path.joinpath, written)]
     assert sorted(flushed) == sorted([*expected, (tmp_path.stat().st_ino, True)])

@@ -67,6 +67,8 @@ def open_file(
         raise InputError(f"`{name}`: {path}: {error}") from error
     except OSError as error:
         raise InputError(f"`{name}`: {path} cannot be read: {error.strerror or error}") from error
+    except RecursionError as error:
+        raise InputError(f"`{name}`: {path}: a row of JSON is nested too deeply") from error
     return PairTable(name, parts, ImageFiles(path.parent))
 
 
@@ -177,7 +179,7 @@ def _parse_json(text: str, line: int = 1) -> Any:
     try:
         return json.loads(text)
     except RecursionError as error:
-        raise InputError(f"line {line}: its JSON is nested too deeply") from error
+        raise InputError(f"line {line} of JSON is nested too deeply") from error
     except json.JSONDecodeError as error:
         raise InputError(
             f"line {line + error.lineno - 1} is not valid JSON: {error.msg}. A file holds one "

@@ -119,7 +119,9 @@ def is_remote(place: str) -> bool:
 
 def shard_name(place: str) -> str:
     """Return the file name of a shard; of a URL without query, which may hold a signature."""
-    return posixpath.basename(urlsplit(place).path) if is_remote(place) else os.path.basename(place)
+    if is_remote(place):
+        return posixpath.basename(urlsplit(place).path)
+    return os.path.basename(hide_secrets(place))  # a pipe may have a URL in it
 
 
 def identity(place: str) -> str:

@@ -111,7 +111,7 @@ def test_json_with_alternatives_and_meta(pictures, name, mark):
         (
             "t.jsonl",
             '{"image": "", "text": ""}\n' + "[" * 100_000,
-            "line 2: its JSON is nested too deeply",
+            "line 2 of JSON is nested too deeply",
         ),
         ("t.jsonl", "[1]\n", "line 1 must hold one JSON object; found a list"),
         ("t.jsonl", "", "`x` is empty"),

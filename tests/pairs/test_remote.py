@@ -10,6 +10,7 @@ import shutil
 import threading
 import time
 import traceback
+import warnings
 from pathlib import Path
 
 import pytest
@@ -249,6 +250,10 @@ def test_passwords_and_signatures_are_shown_nowhere(server, shards, caplog, monk
             open_pairs(url, name="x")
         shown.append("".join(traceback.format_exception(caught.value)))
     assert "s-2.tar?***" in shown[-1]
+    spooled = f"pipe:cat {shards[2]} # http://me:SECRET@h/s-2.tar?sig=SECRET"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        shown.append(f"{open_pairs(spooled, name='x')} {contents(spooled)}")
     assert "trying again" in caplog.text
     assert not [text for text in [*shown, caplog.text] if "SECRET" in text]
 
