@@ -97,12 +97,13 @@ class Trainer:
         )
 
     def _backpropagate(self, batch: StepBatch, passes: int, features: list[Tensor]) -> EraseLoss:
-        """Add the gradients of a step's loss, and put the image and text features in a list."""
+        """Add the gradients of a step's loss; of the first one, put its features in a list."""
         engine, seed = self._engine, self._job.config.seed
         of_original = self._original_features(batch)
 
         def loss_of(image: Tensor, text: Tensor, scale: Tensor) -> FeatureGradients:
-            features[:] = image.detach(), text.detach()
+            if batch.step == 0:
+                features[:] = image.detach(), text.detach()
             return self._loss_of(
                 image,
                 text,

@@ -18,6 +18,8 @@ from fasterase.pairs.skips import BrokenPair
 
 # Of an image, read from its start and up to its end, to tell it from another one of its size.
 END_BYTES = 1 << 12
+# Of a file that is read whole: a file with holes may claim more than any memory.
+_MOST_BYTES = 1 << 30
 
 
 class Images(Protocol):
@@ -97,10 +99,14 @@ def read_image_file(path: str, *, id: str) -> bytes:
 def read_regular_file(path: str | os.PathLike[str]) -> bytes:
     """Return what a file holds; OSError for one without an end, such as a pipe or a device."""
     with open_regular(path) as file:
-        return file.read()
+        size = os.fstat(file.fileno()).st_size
+        if size > _MOST_BYTES:
+            raise OSError(f"it has {size} bytes, more than {_MOST_BYTES}")
+        return file.read(size)
 
 
 def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
+    """Open a file to read; OSError for a pipe or a device."""
     # A pipe would block while it is opened, before anything can be asked of it.
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError("it is no regular file")

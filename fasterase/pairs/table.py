@@ -80,15 +80,15 @@ class Part:
         with pa.memory_map(path) as file:
             reader = ipc.open_file(file)
             facts = _read_facts(reader)
-            if facts.get("checksum") != _checksum(reader.get_batch(0)):
+            if facts.get("checksum") != _checksum(reader.get_batch(0), facts):
                 raise ValueError("its checksum is another one")
         return cls(None, facts, path)
 
     def save(self, path: Path) -> Part:
         """Write rows in memory as `replace_file` does, and return them as they are there."""
-        known = {"rows": len(self), "checksum": _checksum(self.batch)}
-        facts = json.dumps(self.facts | known)
-        schema = self.batch.schema.with_metadata({"facts": facts})
+        facts = self.facts | {"rows": len(self)}
+        facts["checksum"] = _checksum(self.batch, facts)
+        schema = self.batch.schema.with_metadata({"facts": json.dumps(facts)})
         with (
             replace_file(path, size_bytes=self.batch.nbytes) as temporary,
             ipc.new_file(str(temporary), schema) as writer,
@@ -160,9 +160,9 @@ def _read_facts(reader: ipc.RecordBatchFileReader) -> dict[str, Any]:
     return json.loads((reader.schema.metadata or {}).get(b"facts", b""))
 
 
-def _checksum(batch: pa.RecordBatch) -> int:
-    """Return the CRC-32 of all columns."""
-    value = 0
+def _checksum(batch: pa.RecordBatch, facts: dict[str, Any]) -> int:
+    """Return the CRC-32 of all columns, and of all facts but a checksum."""
+    value = zlib.crc32(json.dumps({**facts, "checksum": None}, sort_keys=True).encode())
     for buffer in chain.from_iterable(column.buffers() for column in batch.columns):
         value = value if buffer is None else zlib.crc32(buffer, value)
     return value
@@ -219,9 +219,9 @@ def pack(rows: Iterable[tuple[str, Sequence[str], dict[str, Any] | None]]) -> li
 
 
 def parse_meta(data: bytes | None, *, id: str) -> dict[str, Any]:
-    """Return the JSON object that `data` holds, {} for other values; raise `BrokenPair` if none."""
+    """Return a JSON object, {} for None and other values; raise `BrokenPair` for what is none."""
     try:
-        meta = json.loads(data or b"{}")
+        meta = {} if data is None else json.loads(data)
     except (ValueError, RecursionError) as error:
         raise BrokenPair(id, f"json cannot be read: {error}") from error
     return meta if isinstance(meta, dict) else {}
@@ -337,7 +337,8 @@ class PairTable(Sequence[Record]):
 
     def meta(self, index: int) -> dict[str, Any]:
         """Return other data of the pair; see `Record.meta`."""
-        return parse_meta(self.parts.value("metadata", self._row(index)), id=self.id(index))
+        data = self.parts.value("metadata", self._row(index))
+        return parse_meta(data or None, id=self.id(index))
 
     def every_id(self) -> Iterator[str]:
         """Yield the ids of all pairs in order."""

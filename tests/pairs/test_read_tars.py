@@ -192,12 +192,13 @@ def test_what_has_changed_is_indexed_again_alone(kept, read_shards, make_tar, ca
     block = blocks(kept)[2]
     data = block.read_bytes()
     facts = data.rindex(b'"torn"')
-    harms = [data[:at] + b"!" + data[at + 1 :] for at in (facts, data.index(b"n 5"))]
+    counted = data.rindex(b'"images": 2') + len(b'"images": ')
+    harms = [data[:at] + b"3" + data[at + 1 :] for at in (facts, counted, data.index(b"n 5"))]
     for damaged in (data[:-1], data[:100], *harms, b""):
         block.write_bytes(damaged)
         assert contents(kept) == after
         assert block.read_bytes() == data
-    assert read_shards == ["s-2.tar"] * 5
+    assert read_shards == ["s-2.tar"] * 6
     assert f"{block} is damaged" in caplog.text
 
 
