@@ -38,8 +38,9 @@ from fasterase.pairs.items import (
     select_plain,
     unbatch,
 )
+from fasterase.pairs.sampler import spread_indices
 from fasterase.pairs.skips import BrokenPair
-from fasterase.pairs.table import PairTable, Part, pack, spread_indices
+from fasterase.pairs.table import PairTable, Part, pack
 from fasterase.progress import progress_bar
 
 T = TypeVar("T")

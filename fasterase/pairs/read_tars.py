@@ -28,7 +28,7 @@ from filelock import FileLock
 
 from fasterase.errors import FaseraseError, InputError, hide_secrets
 from fasterase.pairs.images import Images
-from fasterase.pairs.items import Record
+from fasterase.pairs.items import Record, parse_meta
 from fasterase.pairs.processes import count_processes, process_pool
 from fasterase.pairs.remote import (
     BYTES_VARIABLE,
@@ -40,7 +40,7 @@ from fasterase.pairs.remote import (
 )
 from fasterase.pairs.sampler import WINDOW_SHARDS
 from fasterase.pairs.skips import BrokenPair
-from fasterase.pairs.table import PairTable, Part, Parts, parse_meta
+from fasterase.pairs.table import PairTable, Part, Parts
 from fasterase.pairs.tar_reader import Entries, add_lost, read_rows, read_whole
 from fasterase.progress import progress_bar
 

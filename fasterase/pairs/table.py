@@ -26,8 +26,9 @@ from torch import Tensor
 from fasterase.errors import InputError
 from fasterase.files import replace_file
 from fasterase.pairs.images import Images, decode_image
-from fasterase.pairs.items import Record
+from fasterase.pairs.items import Record, parse_meta
 from fasterase.pairs.prepare import caption_key, hash_captions
+from fasterase.pairs.sampler import spread_indices
 from fasterase.pairs.skips import BrokenPair
 from fasterase.progress import progress_bar
 
@@ -216,15 +217,6 @@ def pack(rows: Iterable[tuple[str, Sequence[str], dict[str, Any] | None]]) -> li
         metadata = [json.dumps(each).encode() if each else b"" for each in others]
         parts.append(Part(make_batch(ids, captions, metadata=metadata), {}))
     return parts
-
-
-def parse_meta(data: bytes | None, *, id: str) -> dict[str, Any]:
-    """Return a JSON object, {} for None and other values; raise `BrokenPair` for what is none."""
-    try:
-        meta = {} if data is None else json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise BrokenPair(id, f"json cannot be read: {error}") from error
-    return meta if isinstance(meta, dict) else {}
 
 
 class PairTable(Sequence[Record]):
@@ -449,8 +441,3 @@ class PairTable(Sequence[Record]):
     def _rows(self) -> np.ndarray | slice:
         """What picks the rows of this view from a column of `base`."""
         return slice(None) if self.indices is None else self.indices
-
-
-def spread_indices(length: int, count: int) -> list[int]:
-    """Return at most `count` evenly spaced indices below `length`."""
-    return sorted({int(i) for i in np.linspace(0, length - 1, min(count, length))})
