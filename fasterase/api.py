@@ -36,6 +36,7 @@ from fasterase.evaluation.examiner import Examiner, check_attacks, check_tasks
 from fasterase.files import check_creatable, check_replaceable
 from fasterase.models.delta import fingerprint_weights, keep_original
 from fasterase.models.dual_encoder import DualEncoder, separate_copy
+from fasterase.models.forward import without_autocast
 from fasterase.models.load import check_model_name, load_compared, load_model
 from fasterase.models.preprocessing import remember
 from fasterase.pairs.items import IMAGE_KEYS
@@ -212,9 +213,10 @@ def _run(job: Job, device: torch.device, **known: Any) -> UnlearnResult:
     encoder, config = job.model, job.config
     if config.progress:
         tqdm.write(f"fasterase: erasing from {encoder.name}; recipe: {describe_recipe(config)}")
-    # A caller's no_grad or inference mode would train nothing, silently.
+    # A caller's no_grad or inference mode would train nothing, silently; autocast would round.
     with (
         tracking(config) as tracker,
+        without_autocast(),
         torch.inference_mode(False),
         torch.enable_grad(),
         borrowed(
@@ -373,16 +375,17 @@ def evaluate(
     record = read_record(model)
     given = {"tokenizer": tokenizer, "preprocess": preprocess, "model_name": model_name}
     encoding = {"ledger": ledger, "num_workers": workers, "progress": progress}
-    measured, fingerprint = _measure_models(
-        models, evaluator, examiner, given, encoding, device=device, audited=record is not None
-    )
-    evaluation = compare(
-        evaluator,
-        measured.pop("model"),
-        original=measured.pop("original", None),
-        references=measured,
-        examiner=examiner,
-    )
+    with without_autocast():
+        measured, fingerprint = _measure_models(
+            models, evaluator, examiner, given, encoding, device=device, audited=record is not None
+        )
+        evaluation = compare(
+            evaluator,
+            measured.pop("model"),
+            original=measured.pop("original", None),
+            references=measured,
+            examiner=examiner,
+        )
     if record is None:
         return evaluation
     return audit(evaluation, record, fingerprint=fingerprint, sets=sources)

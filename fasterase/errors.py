@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Sequence
 from types import ModuleType
 
+# In URLs: a user with a password, and a query, which may hold a signature. Anywhere: signatures.
+_USER = re.compile(r"(?<=://)[^\s/?#'\"<>]*@")
+_QUERY = re.compile(r"(://[^\s?'\"<>]*\?)[^\s'\"<>]+")
+_SIGNATURE = re.compile(r"\b(x-(?:amz|goog)-[\w-]+|signature|sig)=[^\s&'\"<>]+", re.IGNORECASE)
+
+
+def hide_secrets(text: str) -> str:
+    """Return a message without the passwords and signatures of the URLs in it."""
+    text = _QUERY.sub(r"\1***", _USER.sub("***@", text))
+    return _SIGNATURE.sub(r"\1=***", text)
+
 
 class FaseraseError(Exception):
-    """Base class of all errors raised by fasterase."""
+    """Base class of all errors raised by fasterase. Messages hold no secrets of URLs."""
+
+    def __init__(self, *told: object) -> None:
+        super().__init__(*(hide_secrets(each) if isinstance(each, str) else each for each in told))
 
 
 class InputError(FaseraseError, ValueError):

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
@@ -38,8 +38,8 @@ def replace_file(
     and nothing is left behind; after a kill see `remove_leftovers`.
 
     Args:
-        sync: flush the content to disk before the rename, so that a power cut cannot leave an
-            empty or truncated file under the final name.
+        sync: flush the content to disk before the rename, and the folder with its name after it,
+            so that a power cut can neither leave a truncated file under that name nor take it back.
         size_bytes: what will be written, if known, for the message of `DiskFullError`.
 
     Raises:
@@ -52,6 +52,8 @@ def replace_file(
         if sync:
             flush_to_disk(temporary)
         os.replace(temporary, path)
+        if sync:
+            _flush_folder(path.parent)
 
 
 @contextmanager
@@ -67,8 +69,10 @@ def replace_folder(
             if file.is_file():
                 # safetensors lets the owner alone read its files, whatever the umask allows.
                 file.chmod(file.stat().st_mode | (new.stat().st_mode & 0o666))
-                if sync:
-                    flush_to_disk(file)
+            if sync:
+                (flush_to_disk if file.is_file() else _flush_folder)(file)
+        if sync:
+            _flush_folder(new)
         # A folder that is not empty cannot be renamed over.
         replaced = path.exists() and path.rename(stage / f"{path.name}.replaced")
         try:
@@ -77,6 +81,8 @@ def replace_folder(
             if replaced:
                 replaced.rename(path)
             raise
+        if sync:
+            _flush_folder(path.parent)
 
 
 @contextmanager
@@ -88,7 +94,7 @@ def replace_model_folder(folder: str | os.PathLike[str], *, library: str) -> Ite
     """
     target = Path(folder).expanduser().absolute()
     check_replaceable(target)
-    with replace_folder(target) as new:
+    with replace_folder(target, sync=True) as new:
         yield new
         (new / MARKER).write_text(json.dumps({"saved_by": "fasterase", "library": library}) + "\n")
 
@@ -105,11 +111,17 @@ def check_replaceable(target: Path, *, argument: str = "folder") -> None:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write `text` to `path` atomically, as UTF-8, and return `path`."""
+    """Write `text` to `path` atomically and to disk, as UTF-8, and return `path`."""
     data = text.encode()
-    with replace_file(path, size_bytes=len(data)) as temporary:
+    with replace_file(path, sync=True, size_bytes=len(data)) as temporary:
         temporary.write_bytes(data)
     return path
+
+
+def to_json(value: object, *, indent: int | None = None) -> str:
+    """Return `value` as JSON; numbers that are not finite, for which JSON has no word, are null."""
+    finite = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    return json.dumps(finite, indent=indent)
 
 
 def append_whole(file: FileIO, data: bytes, *, path: Path) -> None:
@@ -248,3 +260,13 @@ def flush_to_disk(file: Path) -> None:
     """Wait until the content of `file` is on disk, so that a power cut cannot lose it."""
     with file.open("rb") as handle:
         os.fsync(handle.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    """Wait until the names in `folder` are on disk; not every system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -13,7 +13,7 @@ from typing import Any
 
 from fasterase.erased import content_digest, is_same
 from fasterase.errors import InputError
-from fasterase.files import write_text
+from fasterase.files import to_json, write_text
 from fasterase.pairs.table import PairTable
 from fasterase.report.evaluation import Evaluation
 
@@ -26,7 +26,7 @@ _HEADING = "## How it was erased"
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Write `FILE`, and tell the same in the model card, which is made if there is none."""
-    write_text(folder / FILE, json.dumps(record, indent=1) + "\n")
+    write_text(folder / FILE, to_json(record, indent=1) + "\n")
     card = folder / CARD
     text = card.read_text(encoding="utf-8") if card.is_file() else "# A model after erasing\n"
     text = text.partition(_HEADING)[0].rstrip()

@@ -13,7 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from fasterase.files import remove_leftovers, replace_file, replace_folder, write_text
+from fasterase.files import (
+    remove_leftovers,
+    replace_file,
+    replace_folder,
+    replace_model_folder,
+    write_text,
+)
 
 
 def names_in(folder: Path) -> list[str]:
@@ -96,25 +102,25 @@ def test_a_folder_that_cannot_be_put_in_place_gives_the_old_one_back(
     assert names_in(tmp_path) == ["step-1"]
 
 
-def test_sync_flushes_every_file_before_it_takes_its_name(
+def test_sync_flushes_files_before_and_folders_after_they_take_their_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flushed: list[int] = []
+    flushed: list[tuple[int, bool]] = []
+    target = tmp_path / "folder"
 
     def record(descriptor: int) -> None:
-        flushed.append(os.fstat(descriptor).st_ino)
-        assert not (tmp_path / "folder").exists()
+        flushed.append((os.fstat(descriptor).st_ino, target.exists()))
 
     monkeypatch.setattr(os, "fsync", record)
-    with replace_file(tmp_path / "file", sync=True) as temporary:
-        temporary.write_text("c")
-    with replace_folder(tmp_path / "folder", sync=True) as new:
+    write_text(tmp_path / "file", "c")
+    with replace_model_folder(target, library="x") as new:
         (new / "deep").mkdir()
         (new / "deep" / "a").write_text("a")
-        (new / "b").write_text("b")
-    write_text(tmp_path / "unsynced", "d")
-    written = [tmp_path / name for name in ("file", "folder/deep/a", "folder/b")]
-    assert sorted(flushed) == sorted(path.stat().st_ino for path in written)
+    with replace_file(tmp_path / "unsynced") as temporary:
+        temporary.write_text("d")
+    written = ("file", "", "folder", "folder/deep", "folder/deep/a", "folder/fasterase.json")
+    expected = [(path.stat().st_ino, False) for path in map(tmp_path.joinpath, written)]
+    assert sorted(flushed) == sorted([*expected, (tmp_path.stat().st_ino, True)])
 
 
 def test_leftovers_of_a_kill_are_removed_on_request_and_the_old_file_is_whole(

@@ -131,6 +131,21 @@ def test_trains_also_where_the_caller_has_gradients_off(wrapper):
     assert same_weights(plain.weights(), wrapped.weights())
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_callers_autocast_rounds_nothing(precision):
+    plain, wrapped = TinyModel(), TinyModel()
+    options = {"evaluation": "quick", "precision": precision}
+    alone = erase(plain, **options)
+    pairs_of = {"forget": FORGET, "retain": pairs(20, seed=2), "progress": False}
+    measured = fasterase.evaluate(plain, **pairs_of).to_dict()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = erase(wrapped, **options)
+        assert fasterase.evaluate(wrapped, **pairs_of).to_dict() == measured
+        assert torch.is_autocast_enabled("cpu")
+    assert same_weights(plain.weights(), wrapped.weights())
+    assert alone.evaluation.to_dict() == inside.evaluation.to_dict()
+
+
 def test_the_callers_random_numbers_are_not_touched():
     tower = TinyModel(dropout=0.2)
     torch.manual_seed(3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import zlib
 
 import pytest
 import torch
@@ -183,7 +184,10 @@ class TestResume:
         path = stopped / "checkpoints" / "step-000000003" / "state.json"
         state = json.loads(path.read_text())
         assert 0 < state["seconds"] < 100
-        path.write_text(json.dumps({**state, "seconds": 1000.0}))
+        del state["checksum"]
+        state["seconds"] = 1000.0
+        signed = {**state, "checksum": zlib.crc32(json.dumps(state).encode())}
+        path.write_text(json.dumps(signed))
         capsys.readouterr()
         assert 1000 < go(stopped, progress=True).seconds < 1100
         assert "".join(capsys.readouterr()).count("resuming after step 3") == 1
@@ -205,15 +209,29 @@ class TestResume:
             go(None, resume="must")
         assert len(go(stopped, resume="must").history) == 6
 
-    def test_a_damaged_checkpoint_gives_way_to_the_one_before(self, stopped, caplog):
-        again = TinyModel()
+    @pytest.mark.parametrize("part", ["shard-00001-of-00001.safetensors", "state.json"])
+    def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_is_replaced(
+        self, stopped, caplog, part
+    ):
         newest = stopped / "checkpoints" / "step-000000003"
-        (shard,) = newest.glob("shard-*")
-        shard.write_bytes(shard.read_bytes()[:-9])
-        result = go(stopped, again, save_every=1)
-        assert f"{newest} cannot be read ({shard.name} is damaged)" in caplog.text
+        data = (newest / part).read_bytes()
+        seconds = data.find(b'"seconds": ') + len(b'"seconds": ')
+        harmed = data[:seconds] + b"7" + data[seconds + 1 :] if part == "state.json" else data[:-9]
+        assert harmed != data
+        (newest / part).write_bytes(harmed)
+        # It repeats the step that was lost, and no other run repeats it again.
+        for stop_at, expected in ((3, [3]), (6, [4, 5, 6])):
+            again, seen = TinyModel(), []
+            go(stopped, again, callback=lambda each: seen.append(each.step) or each.step == stop_at)  # noqa: B023
+            assert seen == expected
+            assert caplog.text.count(f"{newest} cannot be read ({part} is damaged)") == 1
         assert same_weights(again.weights(), weights_of_an_unbroken_run())
-        assert [record.step for record in result.history] == STEPS
+        assert steps(stopped) == STEPS
+
+    def test_a_damaged_checkpoint_pushes_out_no_whole_one(self, stopped):
+        (stopped / "checkpoints" / "step-000000005").mkdir()
+        go(stopped, callback=lambda record: record.step == 4)
+        assert checkpoints(stopped) == [3, 4]
 
     def test_no_readable_checkpoint_is_an_error(self, stopped):
         for folder in (stopped / "checkpoints").iterdir():

@@ -14,7 +14,13 @@ from typing import Any
 
 from fasterase.cli.commands import run_command
 from fasterase.cli.parser import parse
-from fasterase.errors import FaseraseError, InputError, NonFiniteError, PreemptedError
+from fasterase.errors import (
+    FaseraseError,
+    InputError,
+    NonFiniteError,
+    PreemptedError,
+    hide_secrets,
+)
 from fasterase.files import write_text
 
 EXIT_DONE, EXIT_FAILED, EXIT_REMEMBERED = 0, 1, 4
@@ -88,14 +94,14 @@ def _write_status(output_dir: str | None, code: int | None) -> None:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"warning: {' '.join(hide_secrets(str(message)).split())}", file=sys.stderr)
 
 
 def format_error(error: BaseException) -> str:
     """Describe an error in one line."""
     if isinstance(error, FaseraseError | KeyboardInterrupt):
         return " ".join(str(error).split()) or "interrupted."
-    found = " ".join(f"{type(error).__name__}: {error}".split())
+    found = " ".join(hide_secrets(f"{type(error).__name__}: {error}").split())
     return f"{found} (unexpected; --debug shows the traceback)"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import zlib
 from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -50,8 +51,8 @@ class CheckpointFolder:
     """`output_dir/checkpoints` of one run, identified by its config, model and data.
 
     A checkpoint is a folder. Each rank writes a shard of the tensors; the first one writes the
-    manifest `state.json`, which holds their checksums, last, and then gives the folder its name.
-    Another number of ranks can read them.
+    manifest `state.json`, which holds their checksums and its own, last, and then gives the folder
+    its name. Another number of ranks can read them.
 
     Args:
         folder: where the checkpoints are.
@@ -68,14 +69,14 @@ class CheckpointFolder:
         self._ranks = ranks
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write `checkpoint` and remove all but the last two.
+        """Write `checkpoint`, and remove all but the last two up to it.
+
+        Those of later steps are damaged ones, which the run went back behind.
 
         Raises:
             DiskFullError: there was no room; the checkpoints before it are kept.
         """
         ranks, target = self._ranks, self.folder / f"step-{checkpoint.step:09d}"
-        if ranks.broadcast(target.is_dir()):
-            return
         if ranks.is_first:
             remove_leftovers(self.folder)
         tensors = dict(checkpoint.training.tensors)
@@ -96,6 +97,8 @@ class CheckpointFolder:
             if ranks.is_first:
                 self._write_manifest(new, checkpoint, checksums)
         if ranks.is_first:
+            for later in (path for path in self._steps() if path > target):
+                shutil.rmtree(later)
             self._remove_old()
 
     def _write_manifest(self, new: Path, checkpoint: Checkpoint, checksums: dict[str, int]) -> None:
@@ -112,7 +115,8 @@ class CheckpointFolder:
             "checksums": checksums,
             "identity": self.identity,
         }
-        (new / MANIFEST).write_text(json.dumps(state, indent=1), encoding="utf-8")
+        text = json.dumps(state | {"checksum": _checksum(state)}, indent=1)
+        (new / MANIFEST).write_text(text, encoding="utf-8")
 
     def clear(self) -> None:
         """Remove the checkpoints of an earlier run."""
@@ -198,4 +202,12 @@ class CheckpointFolder:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    return json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    """Return what `state.json` holds; an error of any kind if it is damaged."""
+    state = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    if state.pop("checksum") != _checksum(state):
+        raise ValueError(f"{MANIFEST} is damaged")
+    return state
+
+
+def _checksum(state: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(state).encode())

@@ -19,7 +19,7 @@ from fasterase.config import UnlearnConfig
 from fasterase.engine.history import require_tracker
 from fasterase.engine.optim import EIGHT_BIT, require_bitsandbytes, shards
 from fasterase.errors import InputError, ResumeError
-from fasterase.files import check_writable, write_text
+from fasterase.files import check_writable, remove_leftovers, write_text
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.ops.contrastive.api import choose_backend
 from fasterase.pairs.table import PairTable
@@ -124,6 +124,8 @@ def check_steps_left(config: UnlearnConfig, total_steps: int, *, taken: int) -> 
 def lock_run(output_dir: Path | None) -> Iterator[None]:
     """Create `output_dir` and keep other runs out of it for the block; None does nothing.
 
+    What a killed run has left there half written, such as a model, is removed.
+
     This is a lock of the operating system, released however the process ends, so no stale lock can
     remain, even on another host.
 
@@ -152,6 +154,8 @@ def lock_run(output_dir: Path | None) -> Iterator[None]:
         ) from error
     except (OSError, NotImplementedError) as error:
         log.warning("%s cannot be locked (%s): do not start a second run there.", output_dir, error)
+    else:
+        remove_leftovers(output_dir)
     started = datetime.now().astimezone().isoformat(" ", "seconds")
     try:
         itself = {"pid": os.getpid(), "host": host, "started": started}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import Any
 
 from fasterase.config import UnlearnConfig, format_yaml
 from fasterase.errors import import_extra
-from fasterase.files import append_whole, write_text
+from fasterase.files import append_whole, to_json, write_text
 from fasterase.objective import EraseLoss
 
 
@@ -43,7 +44,7 @@ class HistoryFile:
 
     def __init__(self, path: Path, *, keep_steps: int) -> None:
         self.earlier = [record for record in read_history(path) if record["step"] <= keep_steps]
-        self._path = write_text(path, "".join(json.dumps(each) + "\n" for each in self.earlier))
+        self._path = write_text(path, "".join(to_json(each) + "\n" for each in self.earlier))
 
     def append(self, record: StepRecord) -> None:
         """Append a line.
@@ -53,17 +54,23 @@ class HistoryFile:
         """
         # Unbuffered: a buffer that could not be written would be tried again on closing.
         with self._path.open("ab", buffering=0) as file:
-            append_whole(file, json.dumps(record).encode() + b"\n", path=self._path)
+            append_whole(file, to_json(record).encode() + b"\n", path=self._path)
 
 
 def read_history(path: Path) -> list[StepRecord]:
-    """Return the records of a history file; a last line cut off by a kill is left out."""
+    """Return the records of a history file; a last line cut off by a kill is left out.
+
+    Numbers that were not finite are NaN.
+    """
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
-            records.append(StepRecord(json.loads(line)))
+            found = json.loads(line)
         except json.JSONDecodeError:
             break
+        records.append(
+            StepRecord({name: math.nan if each is None else each for name, each in found.items()})
+        )
     return records
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -16,11 +15,12 @@ from fasterase.engine.checkpoint import Checkpoint, CheckpointFolder
 from fasterase.engine.grad_cache import backpropagate, buffers_in_train_mode, restore_buffers
 from fasterase.engine.history import HistoryFile, StepRecord
 from fasterase.engine.job import Job
-from fasterase.engine.loss import OfOriginal, StepLoss
+from fasterase.engine.loss import FeatureGradients, OfOriginal, StepLoss
 from fasterase.engine.pacing import Pacing
 from fasterase.engine.stops import NonFiniteGuard, how_to_continue, non_finite_term, stop_requests
 from fasterase.errors import PreemptedError
-from fasterase.original.features import Original
+from fasterase.objective import EraseLoss
+from fasterase.original.features import CachedOriginal, Original
 from fasterase.pairs.batches import StepBatch
 from fasterase.parallel.engine import Engine
 from fasterase.progress import WaitingShare, progress_bar
@@ -38,6 +38,7 @@ class Trainer:
         engine: the towers and their optimiser.
         loss_of: the objective over the pairs of all ranks.
         original: the original's features; None if no loss uses them.
+        unchanged: the towers whose features before the first step are the original's.
     """
 
     def __init__(
@@ -46,12 +47,14 @@ class Trainer:
         engine: Engine,
         loss_of: StepLoss,
         original: Original | None,
+        unchanged: Collection[str] = (),
     ) -> None:
         self.step = 0  # how many were taken
         self._job = job
         self._engine = engine
         self._loss_of = loss_of
         self._original = original
+        self._unchanged = unchanged
         self._guard = NonFiniteGuard(job.precision)
 
     def train_step(
@@ -64,32 +67,24 @@ class Trainer:
 
         Raises:
             NonFiniteError: several steps in a row were not finite.
+            InputError: the first step does not begin at the original's features.
         """
         started = time.perf_counter()
-        engine, seed = self._engine, self._job.config.seed
-        max_norm = self._job.config.max_grad_norm
+        engine, most = self._engine, self._job.config.max_grad_norm
         buffers = buffers_in_train_mode(engine.module)
+        features: list[Tensor] = []
         with engine.one_reduction():
-            loss = backpropagate(
-                engine,
-                batch.micro_batches,
-                partial(
-                    self._loss_of,
-                    original=self._original_features(batch),
-                    n_forget=batch.n_forget,
-                    labels=batch.labels,
-                    upstream=engine.upstream(),
-                    concepts=self._concepts(batch, weights),
-                ),
-                device=engine.device,
-                seed_of=lambda part: torch_seed(seed, Stream.DROPOUT, part.step, part.offset),
-                passes=passes if engine.in_lockstep else None,
-            )
+            loss = self._backpropagate(batch, passes, features, weights)
+        if batch.step == 0 and isinstance(self._original, CachedOriginal):
+            with self._job.ranks.raising_together():
+                self._original.check_start(
+                    batch, features, towers=self._unchanged, precision=self._job.precision
+                )
         self.step = batch.step + 1
         grad_norm, applied = 0.0, False
         term = non_finite_term(loss)
         if term is None:
-            most = float("inf") if max_norm is None else max_norm
+            most = float("inf") if most is None else most
             grad_norm, applied = engine.step(lr, max_grad_norm=most)
             term = None if applied else "gradient"
         if not applied:
@@ -117,6 +112,40 @@ class Trainer:
         numbers = np.zeros(len(batch.ids), np.int64)
         numbers[: batch.n_forget] = np.searchsorted(stops, batch.forget_rows, side="right")
         return torch.from_numpy(numbers), [weights.get(name, 1.0) for name in concepts]
+
+    def _backpropagate(
+        self,
+        batch: StepBatch,
+        passes: int,
+        features: list[Tensor],
+        weights: Mapping[str, float],
+    ) -> EraseLoss:
+        """Add the gradients of a step's loss; of the first one, put its features in a list."""
+        engine, seed = self._engine, self._job.config.seed
+        of_original, concepts = self._original_features(batch), self._concepts(batch, weights)
+
+        def loss_of(image: Tensor, text: Tensor, scale: Tensor) -> FeatureGradients:
+            if batch.step == 0:
+                features[:] = image.detach(), text.detach()
+            return self._loss_of(
+                image,
+                text,
+                scale,
+                original=of_original,
+                n_forget=batch.n_forget,
+                labels=batch.labels,
+                upstream=engine.upstream(),
+                concepts=concepts,
+            )
+
+        return backpropagate(
+            engine,
+            batch.micro_batches,
+            loss_of,
+            device=engine.device,
+            seed_of=lambda part: torch_seed(seed, Stream.DROPOUT, part.step, part.offset),
+            passes=passes if engine.in_lockstep else None,
+        )
 
     def _original_features(self, batch: StepBatch) -> OfOriginal:
         if self._original is None:

@@ -222,13 +222,26 @@ class Run:
                 engine,
                 StepLoss.of_job(job, self._trained, floors=baseline.floors),
                 baseline.original,
+                unchanged=self._unchanged_towers(),
             )
             pacing = self._build_pacing(engine, (start, begun))
             self._resume(trainer, pacing)
             with self._encoder.through(engine), _exporting(engine):
                 batches = self._batches(trainer, pacing)
-                history = run_steps(job, trainer, batches, pacing, self._checkpoints)
+                try:
+                    history = run_steps(job, trainer, batches, pacing, self._checkpoints)
+                except InputError:
+                    if words is not None and not trainer.step:
+                        words.give_back(job.model)
+                    raise
         return history, pacing.limit
+
+    def _unchanged_towers(self) -> list[str]:
+        """Return the towers whose features begin as the original's: not with Dropout, or words."""
+        if self.job.config.train_mode:
+            return []
+        replaced = self._words is not None and self._words.tokens
+        return ["image"] if replaced else ["image", "text"]
 
     def forget_words(self) -> ForgottenWords | None:
         """Overwrite the vectors of words of the concept that nothing else needs."""

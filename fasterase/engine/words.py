@@ -101,6 +101,12 @@ class ForgottenWords:
             )
         return text
 
+    def give_back(self, model: DualEncoder) -> None:
+        """Give the tokens of a model their own vectors again."""
+        table = dict(model.module.named_parameters())[self.table]
+        with torch.no_grad():
+            table[self.tokens] = self.before.to(table)
+
     def put_back(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return weights by name in which the tokens have their own vectors; none of none."""
         if not weights:

@@ -148,10 +148,13 @@ def apply_delta(
                 f"{found}. Give the model that was erased."
             )
     _check_weights(encoder, delta, sign)
-    moved = {
-        name: delta.moved(name, tensors[name].detach().cpu(), sign).to(tensors[name].dtype)
-        for name in delta.dtypes
-    }
+    try:
+        moved = {
+            name: delta.moved(name, tensors[name].detach().cpu(), sign).to(tensors[name].dtype)
+            for name in delta.dtypes
+        }
+    except (KeyError, IndexError, RuntimeError) as error:
+        raise InputError(f"folder: {delta.file} is damaged ({error!r}). Save it again.") from error
     if fingerprint_weights(encoder.module, moved) != delta.fingerprints[-sign]:
         raise InputError(
             f"folder: {delta.file} does not turn {encoder.name} into the weights that were saved. "
@@ -250,7 +253,7 @@ def _read(folder: Path) -> _Delta:
         }
         fingerprints = {1: metadata["original"], -1: metadata["erased"]}
         return _Delta(file, metadata["model"], fingerprints, dtypes, products, stored)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"folder: {folder} is damaged ({error!r}). Save it again.") from error
 
 

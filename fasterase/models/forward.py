@@ -10,9 +10,8 @@ last frozen block; in the upper one, the frozen blocks return that output, whate
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -90,11 +89,26 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """Return a context that runs matrix products in `precision`; the weights stay fp32."""
+@contextmanager
+def autocast(precision: str, device: torch.device) -> Iterator[None]:
+    """Run matrix products in `precision` inside the block; the weights stay fp32."""
     if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=_DTYPES[precision])
+        with without_autocast():
+            yield
+        return
+    with torch.autocast(device.type, dtype=_DTYPES[precision]):
+        yield
+    # torch itself forgets the converted weights only where a caller's autocast ends.
+    torch.clear_autocast_cache()
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Switch a caller's `torch.autocast` off inside the block."""
+    with ExitStack() as stack:
+        for device in filter(torch.is_autocast_enabled, ("cpu", "cuda", "mps", "xpu")):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import islice
@@ -34,6 +34,9 @@ BLOCK = 1024
 CHECKED_ROWS = 1 << 18
 # Pairs of each set behind the floor: 2 x 1024^2 cosines give the mean of unrelated pairs to 1e-3.
 FLOOR_PAIRS = 1024
+# Distance of unit features of one pair under one model, in batches of other sizes, on other
+# devices, with TF32 (fp32), or in half precision. Other pictures are 0.3 to 1.4 apart.
+ROUNDING, ROUNDING_HALF = 0.05, 0.2
 
 
 class OriginalFeatures:
@@ -50,6 +53,9 @@ class OriginalFeatures:
         model_key: identifies the model: weights, preprocessing and compute dtype.
         is_half: store fp16 in a cache of its own, for a loss that multiplies in fp16 anyway. Of
             unit rows it keeps 11 bits.
+
+    Attributes:
+        folder: the part of the cache that has this model's features.
     """
 
     def __init__(
@@ -58,7 +64,7 @@ class OriginalFeatures:
         self.width = encoder.model.embed_dim
         self._encoder, self._ranks = encoder, encoder.ranks
         self._root = folder
-        self._folder = folder / (model_key[:16] + ("-fp16" if is_half else ""))
+        self.folder = folder / (model_key[:16] + ("-fp16" if is_half else ""))
         self._dtype = "fp16" if is_half else "fp32"
         self._images: dict[str, FeatureStore] = {}
         self._in_memory: dict[int, PairFeatures] = {}
@@ -67,7 +73,7 @@ class OriginalFeatures:
     def _captions(self) -> FeatureStore:
         with self._ranks.raising_together():
             check_writable(self._root, argument="reference_cache")
-        return self._open(self._folder / "captions")
+        return self._open(self.folder / "captions")
 
     def _open(self, folder: Path) -> FeatureStore:
         """Open a store on the first rank, which removes damaged blocks, then on the others."""
@@ -239,6 +245,35 @@ class CachedOriginal:
                 ) from error
         device = self.scale.device
         return torch.from_numpy(image).to(device), torch.from_numpy(text).to(device)
+
+    def check_start(
+        self, batch: StepBatch, now: Sequence[Tensor], *, towers: Collection[str], precision: str
+    ) -> None:
+        """Check that a run begins at the features it compares with, so that its KL begins at 0.
+
+        Args:
+            batch: of the first step.
+            now: the model's image and text features (n, D) before any update.
+            towers: those that are still the original's: of `"image"` and `"text"`.
+            precision: of the towers, `"fp32"`, `"bf16"` or `"fp16"`.
+
+        Raises:
+            InputError: they differ by more than rounding for a retain pair.
+        """
+        most = ROUNDING if precision == "fp32" else ROUNDING_HALF
+        for tower, ours, before in zip(("image", "text"), now, self.features(batch), strict=True):
+            moved = (ours - before).norm(dim=1)[batch.n_forget :]
+            far = (moved > most).nonzero().flatten().tolist()
+            if far and tower in towers:
+                raise InputError(
+                    f"retain: before the first update, the {tower} features of {len(far)} of "
+                    f"{len(moved)} pairs, such as {batch.ids[batch.n_forget + far[0]]}, are not "
+                    f"those kept of the original (they are {float(moved[far].max()):.2g} apart; "
+                    f"rounding explains {most:g}): the KL of the first step would not be 0, and "
+                    f"the run would hold on to other pairs. Either they have changed since they "
+                    f"were encoded, or they are others at each read. Give pairs that stay the "
+                    f"same, remove {self._cache.folder}, and run again."
+                )
 
 
 class LiveOriginal:

@@ -5,15 +5,21 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import stat
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import Protocol
+from typing import IO, Protocol
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from fasterase.pairs.skips import BrokenPair
+
+# Of an image, read from its start and up to its end, to tell it from another one of its size.
+END_BYTES = 1 << 12
+# Of a file that is read whole: a file with holes may claim more than any memory.
+_MOST_BYTES = 1 << 30
 
 
 class Images(Protocol):
@@ -28,8 +34,13 @@ class Images(Protocol):
     def location(self, row: int, id: str) -> str:
         """Return what identifies these bytes among all images."""
 
+    def ends(self, row: int, id: str) -> bytes:
+        """Return the first and the last bytes of an image; raise `BrokenPair` as `read`."""
+        data = self.read(row, id)
+        return data[:END_BYTES] + data[-END_BYTES:]
 
-class ImageFiles:
+
+class ImageFiles(Images):
     """Image files under `root`; the ids are their paths, absolute or relative to `root`."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -45,11 +56,18 @@ class ImageFiles:
     def read(self, row: int, id: str) -> bytes:
         return read_image_file(self.path(id), id=id)
 
+    def ends(self, row: int, id: str) -> bytes:
+        try:
+            with open_regular(self.path(id)) as file:
+                return read_ends(file, 0, os.fstat(file.fileno()).st_size)
+        except (OSError, ValueError) as error:
+            raise BrokenPair(id, str(error)) from error
+
     def location(self, row: int, id: str) -> str:
         return os.path.realpath(self.path(id))
 
 
-class ImagesInMemory:
+class ImagesInMemory(Images):
     """Encoded images held in memory, None where a pair has none."""
 
     def __init__(self, images: Sequence[bytes | None]) -> None:
@@ -72,11 +90,35 @@ class ImagesInMemory:
 def read_image_file(path: str, *, id: str) -> bytes:
     """Read the bytes of an image file; raise `BrokenPair` if it cannot be read."""
     try:
-        with open(path, "rb") as file:
-            return file.read()
+        return read_regular_file(path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise BrokenPair(id, f"image file {path} cannot be read: {reason}") from error
+
+
+def read_regular_file(path: str | os.PathLike[str]) -> bytes:
+    """Return what a file holds; OSError for one without an end, such as a pipe or a device."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > _MOST_BYTES:
+            raise OSError(f"it has {size} bytes, more than {_MOST_BYTES}")
+        return file.read(size)
+
+
+def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
+    """Open a file to read; OSError for a pipe or a device."""
+    # A pipe would block while it is opened, before anything can be asked of it.
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("it is no regular file")
+    return open(path, "rb")
+
+
+def read_ends(file: IO[bytes], start: int, size: int) -> bytes:
+    """Return the first and the last bytes, `END_BYTES` of each, of an image in a file."""
+    file.seek(start)
+    first = file.read(min(size, END_BYTES))
+    file.seek(start + max(size - END_BYTES, len(first)))
+    return first + file.read(min(size - len(first), END_BYTES))
 
 
 def _file_size(path: str) -> int:

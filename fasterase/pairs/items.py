@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
@@ -306,3 +307,12 @@ def _describe(value: Any) -> str:
     if isinstance(value, np.ndarray):
         return f"an array {list(value.shape)} of {value.dtype}"
     return f"{value!r}" if isinstance(value, int | float) else type(value).__name__
+
+
+def parse_meta(data: bytes | None, *, id: str) -> dict[str, Any]:
+    """Return a JSON object, {} for None and other values; raise `BrokenPair` for what is none."""
+    try:
+        meta = {} if data is None else json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BrokenPair(id, f"json cannot be read: {error}") from error
+    return meta if isinstance(meta, dict) else {}

@@ -13,6 +13,7 @@ from fasterase.errors import InputError
 from fasterase.pairs.read_files import is_frame, open_file, open_folder, open_frame
 from fasterase.pairs.read_objects import open_objects
 from fasterase.pairs.read_tars import TAR_ENDINGS, expand_pattern, is_tar_pattern, open_tars
+from fasterase.pairs.remote import shard_name
 from fasterase.pairs.table import PairTable
 
 
@@ -58,7 +59,7 @@ def open_pairs(
         kind = type(source).__name__
         opened.origin = f"{'an' if kind[0] in 'AEIOU' else 'a'} {kind}"
         if isinstance(source, str | os.PathLike):
-            opened.origin = os.path.basename(os.fspath(source).rstrip("/")) or os.fspath(source)
+            opened.origin = shard_name(os.fspath(source).rstrip("/")) or os.fspath(source)
     return opened
 
 
@@ -119,7 +120,7 @@ def _find_tars(source: Any, name: str) -> list[str] | None:
         raise InputError(f"`{name}` is an empty path")
     path = Path(text).expanduser()
     if path.is_dir():
-        return sorted(map(str, path.glob("*.tar"))) or None
+        return sorted(str(each) for each in path.glob("*.tar") if each.is_file()) or None
     if os.path.isfile(path):
         return [str(path)] if path.name.lower().endswith(TAR_ENDINGS) else None
     return expand_pattern(text, name=name) if is_tar_pattern(text) else None

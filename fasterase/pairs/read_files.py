@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from pyarrow import parquet
 
 from fasterase.errors import InputError
-from fasterase.pairs.images import ImageFiles
+from fasterase.pairs.images import ImageFiles, read_regular_file
 from fasterase.pairs.items import (
     IMAGE_KEYS,
     TEXT_KEYS,
@@ -67,6 +67,8 @@ def open_file(
         raise InputError(f"`{name}`: {path}: {error}") from error
     except OSError as error:
         raise InputError(f"`{name}`: {path} cannot be read: {error.strerror or error}") from error
+    except RecursionError as error:
+        raise InputError(f"`{name}`: {path}: a row of JSON is nested too deeply") from error
     return PairTable(name, parts, ImageFiles(path.parent))
 
 
@@ -176,6 +178,8 @@ def _read_json(path: Path) -> Iterator[dict[str, Any]]:
 def _parse_json(text: str, line: int = 1) -> Any:
     try:
         return json.loads(text)
+    except RecursionError as error:
+        raise InputError(f"line {line} of JSON is nested too deeply") from error
     except json.JSONDecodeError as error:
         raise InputError(
             f"line {line + error.lineno - 1} is not valid JSON: {error.msg}. A file holds one "
@@ -302,9 +306,19 @@ def open_folder(folder: Path, *, name: str) -> PairTable:
 
 
 def _walk(folder: Path) -> Iterator[str]:
-    """Yield the relative paths of all files in sorted order, without hidden files and folders."""
+    """Yield the relative paths of all files in sorted order, without hidden files and folders.
+
+    Links are followed, but not back to a folder that they are in.
+    """
+    around: dict[str, frozenset[tuple[int, int]]] = {}  # folder -> those that it is in
     for parent, folders, files in os.walk(folder, followlinks=True):
+        status, outer = os.stat(parent), around.pop(parent, frozenset())
+        place = status.st_dev, status.st_ino
+        if place in outer:
+            folders.clear()
+            continue
         folders[:] = sorted(f for f in folders if not f.startswith((".", "__MACOSX")))
+        around |= {os.path.join(parent, each): outer | {place} for each in folders}
         relative = os.path.relpath(parent, folder)
         for file in sorted(files):
             if not file.startswith("."):
@@ -313,7 +327,7 @@ def _walk(folder: Path) -> Iterator[str]:
 
 def _read_caption(folder: Path, stem: str) -> list[str]:
     try:
-        return [(folder / f"{stem}.txt").read_text(encoding="utf-8-sig")]
+        return [read_regular_file(folder / f"{stem}.txt").decode("utf-8-sig")]
     # Like an unreadable image, an unreadable caption makes a broken pair.
     except (OSError, UnicodeDecodeError):
         return []

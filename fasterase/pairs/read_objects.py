@@ -38,6 +38,7 @@ from fasterase.pairs.items import (
     select_plain,
     unbatch,
 )
+from fasterase.pairs.sampler import spread_indices
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.table import PairTable, Part, pack
 from fasterase.progress import progress_bar
@@ -51,6 +52,7 @@ _PROBES = 8
 _REMEMBERED = 1 << 20
 # Items of which captions and a few pixels enter the manifest, if the others would need decoding.
 _MANIFEST_ITEMS = 64
+_MANIFEST_ITEMS_IN_MEMORY = 4096
 # Where torchvision's datasets keep the class numbers of all their items.
 _TARGETS = ("targets", "labels", "_labels")
 
@@ -336,7 +338,7 @@ class ItemTable(PairTable):
 
     def _is_deterministic(self) -> bool:
         """Read a few items twice and compare; raise `InputError` if none can be read."""
-        failures, indices = [], _spread_indices(self._count, _PROBES)
+        failures, indices = [], spread_indices(self._count, _PROBES)
         for index in indices:
             try:
                 first, second = (_fingerprint(self._record(index), whole=True) for _ in range(2))
@@ -356,7 +358,8 @@ class ItemTable(PairTable):
         Captions are those of all items if reading them decodes no images, else of the same few.
         """
         digest = hashlib.blake2b(f"{self._count}".encode(), digest_size=16)
-        sampled = set(_spread_indices(self._count, _MANIFEST_ITEMS))
+        most = _MANIFEST_ITEMS_IN_MEMORY if self.in_memory else _MANIFEST_ITEMS
+        sampled = set(spread_indices(self._count, most))
         all_captions = isinstance(self._items, list) or self._columns is not None
         for index in range(self._count) if all_captions else sorted(sampled):
             try:
@@ -367,11 +370,6 @@ class ItemTable(PairTable):
             except BrokenPair as error:
                 digest.update(str(error).encode())
         return digest.hexdigest()
-
-
-def _spread_indices(length: int, count: int) -> list[int]:
-    """Return at most `count` evenly spaced indices below `length`."""
-    return sorted({int(i) for i in np.linspace(0, length - 1, min(count, length))})
 
 
 def _serialize_text(text: Any) -> bytes:
@@ -386,6 +384,6 @@ def _fingerprint(record: Record, *, whole: bool) -> bytes:
     else:
         values = image.detach().cpu().reshape(-1).float().numpy()
     if not whole:
-        values = values[_spread_indices(len(values), 16)]
+        values = values[spread_indices(len(values), 16)]
     shape = image.size if isinstance(image, Image.Image) else tuple(image.shape)
     return repr(shape).encode() + values.tobytes() + _serialize_text(record.text)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import glob
 import hashlib
-import json
 import logging
 import os
 import random
@@ -27,10 +26,18 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from fasterase.errors import FaseraseError, InputError
-from fasterase.pairs.items import Record
+from fasterase.errors import FaseraseError, InputError, hide_secrets
+from fasterase.pairs.images import Images
+from fasterase.pairs.items import Record, parse_meta
 from fasterase.pairs.processes import count_processes, process_pool
-from fasterase.pairs.remote import BYTES_VARIABLE, RemoteError, Shard, describe_shards, shard_name
+from fasterase.pairs.remote import (
+    BYTES_VARIABLE,
+    RemoteError,
+    Shard,
+    describe_shards,
+    identity,
+    shard_name,
+)
 from fasterase.pairs.sampler import WINDOW_SHARDS
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.table import PairTable, Part, Parts
@@ -114,7 +121,7 @@ def open_tars(
     return TarTable(name, parts, TarImages(shards, parts, entries), broken=broken)
 
 
-class TarImages:
+class TarImages(Images):
     """The entries of tars, by the index of each shard, and that of lost samples: `parts`."""
 
     def __init__(self, shards: list[Shard], parts: list[Part], entries: Entries) -> None:
@@ -154,7 +161,7 @@ class TarImages:
         shard = self.shards[number]
         if shard.data is not None:  # a pipe may give something else each time
             return f"bytes {hashlib.blake2b(self.read(row, id)).hexdigest()}"
-        place = _resolve(shard.place) if shard.cache is None else shard.place
+        place = _resolve(shard.place) if shard.cache is None else identity(shard.place)
         return f"{place}::{self._parts.every[number].value('offset', at)}"
 
     def shard_numbers(self) -> np.ndarray | None:
@@ -172,12 +179,8 @@ class TarTable(PairTable):
     images: TarImages
 
     def meta(self, index: int) -> dict[str, Any]:
-        data = self.images.read_entry(self._row(index), self.id(index), "json_")
-        try:
-            meta = {} if data is None else json.loads(data)
-        except ValueError as error:
-            raise BrokenPair(self.id(index), f"json cannot be read: {error}") from error
-        return meta if isinstance(meta, dict) else {}
+        id = self.id(index)
+        return parse_meta(self.images.read_entry(self._row(index), id, "json_"), id=id)
 
     def _record(self, index: int) -> Record:
         """Read a pair; it is broken if the json entry of img2dataset contradicts its image.
@@ -242,9 +245,10 @@ def _load_sequential(shards: list[Shard], name: str) -> list[Shard]:
             data, damage = read_whole(stream, shard.place)
         except RemoteError as error:
             raise InputError(f"`{name}`: {error}") from error
-        # Pipes raise errors of their own.
+        # Pipes raise errors of their own, which show the whole command.
         except Exception as error:
-            raise InputError(f"`{name}`: shard {shard.place} cannot be read: {error}") from error
+            cause = error if hide_secrets(shard.place) == shard.place else None
+            raise InputError(f"`{name}`: shard {shard.place} cannot be read: {error}") from cause
         return shard._replace(data=data, damage=damage, cache=None)
 
     sequential = list(dict.fromkeys(filter(is_sequential, shards)))
@@ -353,7 +357,7 @@ def _open(path: Path, shard: Shard) -> Part | None:
         log.warning("Shard index: %s is damaged (%s) and is made again.", path, error)
         return None
     if (part.facts["size_bytes"], part.facts.get("version")) != shard[1:3]:
-        log.info("Shard index: %s has changed and is indexed again.", shard.place)
+        log.info("Shard index: %s has changed and is indexed again.", hide_secrets(shard.place))
         return None
     return part
 
@@ -367,7 +371,7 @@ def index_paths(place: str, entries: Entries) -> list[Path]:
     file = f"{shard_name(place)}.{chosen}.arrow"
     is_local = "://" not in place
     parent = Path(place).parent
-    whole = parent.resolve() if is_local else place
+    whole = parent.resolve() if is_local else identity(place)
     folder = hashlib.blake2b(os.fsencode(whole), digest_size=8).hexdigest()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     cached = cache / "fasterase" / "shards" / folder / file

@@ -2,7 +2,8 @@
 
 A shard is fetched whole by one process of a machine while the others wait for it; a download that
 was cut off resumes. The name of a copy is a hash of URL, size and version, so that a shard which
-changes on its server is another file.
+changes on its server is another file, and one whose URL is signed anew is the same. Messages show
+neither passwords nor signatures (`errors.hide_secrets`).
 """
 
 from __future__ import annotations
@@ -14,17 +15,19 @@ import io
 import logging
 import os
 import posixpath
+import re
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from filelock import FileLock, Timeout
 
-from fasterase.errors import FaseraseError, InputError, import_extra
-from fasterase.files import reporting_full_disk
+from fasterase.errors import FaseraseError, InputError, hide_secrets, import_extra
+from fasterase.files import flush_to_disk, reporting_full_disk
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +54,14 @@ _VERSIONS = (
     *("ETag", "etag", "md5Hash", "Content-MD5", "Digest", "blob_id", "Last-Modified"),
     *("LastModified", "last_modified", "mtime", "updated", "last_commit"),
 )
+# Parameters of a URL that sign it and say until when: of AWS, Google and CloudFront, and those of
+# Azure, which are too short to be recognised without its `sig`.
+_SIGNING = re.compile(
+    "x-(amz|goog)-.*|(aws|google)access(key)?id|signature|expires|policy|key-pair-id|.*token",
+    re.IGNORECASE,
+)
+_OF_AZURE: tuple[str, ...] = ("sig", "sv", "ss", "srt", "sp", "se", "st", "spr", "sr", "sip")
+_OF_AZURE += ("skoid", "sktid", "skt", "ske", "sks", "skv")
 FOLDER_VARIABLE = "FASTERASE_SHARD_CACHE"
 BYTES_VARIABLE = "FASTERASE_SHARD_CACHE_BYTES"
 DEFAULT_BYTES = 64 << 30
@@ -66,6 +77,10 @@ class RemoteError(FaseraseError, OSError):
 
 class _MissingError(RemoteError):
     """It does not exist."""
+
+
+class _ChangedError(RemoteError):
+    """It is no longer what it was."""
 
 
 class Shard(NamedTuple):
@@ -104,7 +119,25 @@ def is_remote(place: str) -> bool:
 
 def shard_name(place: str) -> str:
     """Return the file name of a shard; of a URL without query, which may hold a signature."""
-    return posixpath.basename(urlsplit(place).path) if is_remote(place) else os.path.basename(place)
+    if is_remote(place):
+        return posixpath.basename(urlsplit(place).path)
+    return os.path.basename(hide_secrets(place))  # a pipe may have a URL in it
+
+
+def identity(place: str) -> str:
+    """Return what stays of a URL when it is signed anew; any other place as it is."""
+    if not is_remote(place):
+        return place
+    url = urlsplit(place)
+    query = parse_qsl(url.query, keep_blank_values=True)
+    of_azure = _OF_AZURE if any(name == "sig" for name, _ in query) else ()
+    kept = [
+        (name, value)
+        for name, value in query
+        if name not in of_azure and not _SIGNING.fullmatch(name)
+    ]
+    host = url.netloc.rpartition("@")[2]
+    return url._replace(netloc=host, query=urlencode(kept)).geturl()
 
 
 def describe_shards(places: Sequence[str], *, name: str) -> list[Shard]:
@@ -129,6 +162,15 @@ def describe_shards(places: Sequence[str], *, name: str) -> list[Shard]:
             f"{'are missing' if is_missing else 'cannot be opened'}, such as: {failed[0]}"
         ) from failed[0]
     found = {url: answer.result()._replace(cache=cache) for url, answer in asked.items()}
+    unversioned = [url for url, shard in found.items() if not shard.version]
+    if unversioned and cache is not None:
+        warnings.warn(
+            f"`{name}`: the server of {len(unversioned)} shards, such as "
+            f"{hide_secrets(unversioned[0])}, tells neither an ETag nor a date of change. A shard "
+            f"that is replaced by one of the same size there is not noticed: remove its copy in "
+            f"{cache.folder} then.",
+            stacklevel=2,
+        )
     return [found.get(place) or describe_shard(place) for place in places]
 
 
@@ -154,14 +196,8 @@ def describe_shard(place: str) -> Shard:
 
 
 def _download(shard: Shard, path: Path) -> None:
-    """Append to the file at `path` what it lacks of the shard."""
-    now = describe_shard(shard.place)
-    if now[:3] != shard[:3]:
-        raise RemoteError(
-            f"shard {shard.place} has changed since it was opened (it had {shard.size} bytes, "
-            f"version {shard.version!r}; now {now.size} bytes, version {now.version!r}). Leave "
-            f"shards alone while they are read, and start again."
-        )
+    """Append to the file at `path` what it lacks of the shard; remove it if that has changed."""
+    _check_unchanged(shard)
 
     def check(data: bytes) -> bytes:
         if len(data) == shard.size:  # the server knows no ranges
@@ -174,6 +210,22 @@ def _download(shard: Shard, path: Path) -> None:
         while (start := file.tell()) < shard.size:
             end = min(start + CHUNK_BYTES, shard.size)
             file.write(_request(shard.place, "cat_file", check, start=start, end=end))
+    try:
+        _check_unchanged(shard)
+    except _ChangedError:
+        path.unlink()  # a mixture of both
+        raise
+    flush_to_disk(path)
+
+
+def _check_unchanged(shard: Shard) -> None:
+    now = describe_shard(shard.place)
+    if now[:3] != shard[:3]:
+        raise _ChangedError(
+            f"shard {shard.place} has changed since it was opened (it had {shard.size} bytes, "
+            f"version {shard.version!r}; now {now.size} bytes, version {now.version!r}). Leave "
+            f"shards alone while they are read, and start again."
+        )
 
 
 def _request(
@@ -196,18 +248,20 @@ def _request(
         # Each file system raises errors of its own: aiohttp's, botocore's, httpx's, ...
         except Exception as error:
             reason = _explain(url, error)
+            # Tracebacks show the cause, whose message has the whole URL.
+            cause = error if hide_secrets(url) == url else None
             if reason is None:
                 raise _MissingError(
                     f"shard {url} is missing (not found on its server). Correct the pattern, or "
                     f"put the shard there."
-                ) from error
+                ) from cause
             if attempt == TRIES:
                 raise RemoteError(
                     f"shard {url} cannot be read: {reason}, at the last of {TRIES} tries. Check "
                     f"the network, the server and your access to it; or copy the shards to local "
                     f"files."
-                ) from error
-            log.warning("Shard %s: %s; trying again.", url, reason)
+                ) from cause
+            log.warning("Shard %s", hide_secrets(f"{url}: {reason}; trying again."))
         time.sleep(PAUSE_SECONDS * 2 ** (attempt - 1))
     raise AssertionError
 
@@ -286,16 +340,17 @@ class ShardCache:
             DiskFullError: there is no room for it.
         """
         path = self._path(shard)
-        try:
-            file = path.open("rb", buffering=_BUFFER_BYTES)
-        except FileNotFoundError:
-            return self._fetch(shard, path)
         with contextlib.suppress(FileNotFoundError):
-            os.utime(path)
-        return file
+            if path.stat().st_size == shard.size:
+                file = path.open("rb", buffering=_BUFFER_BYTES)
+                with contextlib.suppress(FileNotFoundError):
+                    os.utime(path)
+                return file
+        return self._fetch(shard, path)
 
     def _path(self, shard: Shard) -> Path:
-        key = hashlib.blake2b("\n".join(map(str, shard[:3])).encode(), digest_size=_KEY_BYTES)
+        facts = f"{identity(shard.place)}\n{shard.size}\n{shard.version}"
+        key = hashlib.blake2b(facts.encode(), digest_size=_KEY_BYTES)
         return self.folder / f"{key.hexdigest()}-{shard_name(shard.place)[-80:]}"
 
     def _lock(self, name: str, timeout: float = -1) -> FileLock:
@@ -318,7 +373,9 @@ class ShardCache:
         try:
             locks.mkdir(parents=True, exist_ok=True)
             with self._lock(path.name):
-                if not path.exists():
+                # Cut off by a disk or a copy of the folder, it would stay so.
+                if not path.exists() or path.stat().st_size != shard.size:
+                    path.unlink(missing_ok=True)
                     while not self._reserve(partial, shard.size):
                         time.sleep(_POLL_SECONDS)  # all others are being fetched, which ends
                     with reporting_full_disk(locks, target=path, size_bytes=shard.size):

@@ -199,3 +199,8 @@ def drawn_rows(sampler: Sampler, total_steps: int) -> tuple[np.ndarray, np.ndarr
         forget[draw.forget] = True
         retain[draw.retain] = True
     return np.flatnonzero(forget), np.flatnonzero(retain)
+
+
+def spread_indices(length: int, count: int) -> list[int]:
+    """Return at most `count` evenly spaced indices below `length`."""
+    return sorted({int(i) for i in np.linspace(0, length - 1, min(count, length))})

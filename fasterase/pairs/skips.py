@@ -21,8 +21,7 @@ class BrokenPair(FaseraseError):  # noqa: N818 (the name says what it is)
 
     def __init__(self, id: str, reason: str) -> None:
         super().__init__(id, reason)
-        self.id = id
-        self.reason = reason
+        self.id, self.reason = self.args
 
     def __str__(self) -> str:
         return f"{self.id}: {self.reason}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from fasterase.errors import InputError
-from fasterase.files import replace_file
+from fasterase.files import replace_file, to_json
 from fasterase.pairs.images import ImageFiles
 from fasterase.pairs.items import IMAGE_KEYS, TEXT_KEYS, normalize_class_name
 from fasterase.pairs.open import open_pairs
@@ -274,7 +273,7 @@ def write_split(forget: PairTable, retain: PairTable, folder: Path) -> SplitFile
                 writer.writeheader()
                 writer.writerows(rows)
             else:
-                lines = map(json.dumps, _rows(part)) if tables else part.every_id()
+                lines = map(to_json, _rows(part)) if tables else part.every_id()
                 file.writelines(f"{line}\n" for line in lines)
     return files
 

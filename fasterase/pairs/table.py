@@ -9,8 +9,10 @@ import copy
 import hashlib
 import json
 import operator
+import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from itertools import accumulate, chain, compress, islice, pairwise
 from pathlib import Path
@@ -24,8 +26,9 @@ from torch import Tensor
 from fasterase.errors import InputError
 from fasterase.files import replace_file
 from fasterase.pairs.images import Images, decode_image
-from fasterase.pairs.items import Record
+from fasterase.pairs.items import Record, parse_meta
 from fasterase.pairs.prepare import caption_key, hash_captions
+from fasterase.pairs.sampler import spread_indices
 from fasterase.pairs.skips import BrokenPair
 from fasterase.progress import progress_bar
 
@@ -43,14 +46,17 @@ COLUMNS = {
     "json_size": pa.int64(),
 }
 _PART_ROWS = 1 << 16
+# Images whose ends enter the manifest: if one in a thousand has another one of the same size in its
+# place, they miss all of these once in 60.
+_MANIFEST_IMAGES = 4096
 _ENCODING = ("utf-8", "surrogatepass")
 
 
 class Part:
     """Some rows, in memory or in an Arrow file.
 
-    A file is mapped when a row is first asked for, so that opening many of them takes neither time
-    nor memory, and processes share what they read of it.
+    A file is mapped when a row is first asked for, so that many of them take no memory before, and
+    processes share what they read of it.
 
     Args:
         batch: the rows; None if they are in the file at `path`.
@@ -71,14 +77,19 @@ class Part:
 
     @classmethod
     def open(cls, path: str) -> Part:
-        """Open a file, of which the facts are read; OSError: there is none; ValueError: damage."""
-        with pa.OSFile(path) as file:
-            return cls(None, _read_facts(ipc.open_file(file)), path)
+        """Open a file, which is read once; OSError: there is none; ValueError: damage."""
+        with pa.memory_map(path) as file:
+            reader = ipc.open_file(file)
+            facts = _read_facts(reader)
+            if facts.get("checksum") != _checksum(reader.get_batch(0), facts):
+                raise ValueError("its checksum is another one")
+        return cls(None, facts, path)
 
     def save(self, path: Path) -> Part:
         """Write rows in memory as `replace_file` does, and return them as they are there."""
-        facts = json.dumps(self.facts | {"rows": len(self)})
-        schema = self.batch.schema.with_metadata({"facts": facts})
+        facts = self.facts | {"rows": len(self)}
+        facts["checksum"] = _checksum(self.batch, facts)
+        schema = self.batch.schema.with_metadata({"facts": json.dumps(facts)})
         with (
             replace_file(path, size_bytes=self.batch.nbytes) as temporary,
             ipc.new_file(str(temporary), schema) as writer,
@@ -148,6 +159,14 @@ class Part:
 
 def _read_facts(reader: ipc.RecordBatchFileReader) -> dict[str, Any]:
     return json.loads((reader.schema.metadata or {}).get(b"facts", b""))
+
+
+def _checksum(batch: pa.RecordBatch, facts: dict[str, Any]) -> int:
+    """Return the CRC-32 of all columns, and of all facts but a checksum."""
+    value = zlib.crc32(json.dumps({**facts, "checksum": None}, sort_keys=True).encode())
+    for buffer in chain.from_iterable(column.buffers() for column in batch.columns):
+        value = value if buffer is None else zlib.crc32(buffer, value)
+    return value
 
 
 class Parts:
@@ -310,7 +329,8 @@ class PairTable(Sequence[Record]):
 
     def meta(self, index: int) -> dict[str, Any]:
         """Return other data of the pair; see `Record.meta`."""
-        return json.loads(self.parts.value("metadata", self._row(index)) or "{}")
+        data = self.parts.value("metadata", self._row(index))
+        return parse_meta(data or None, id=self.id(index))
 
     def every_id(self) -> Iterator[str]:
         """Yield the ids of all pairs in order."""
@@ -365,10 +385,19 @@ class PairTable(Sequence[Record]):
     @cached_property
     def _digest(self) -> str:
         parts = "".join(part.digest() for part in self.parts.every).encode()
-        return hashlib.blake2b(parts + self._sizes.tobytes(), digest_size=16).hexdigest()
+        digest = hashlib.blake2b(parts + self._sizes.tobytes(), digest_size=16)
+        # Not the times of change, which a copy on a faster disk need not have.
+        for row in spread_indices(self._count, _MANIFEST_IMAGES):
+            with suppress(BrokenPair):
+                digest.update(self.images.ends(row, self._id(row)))  # type: ignore[union-attr]
+        return digest.hexdigest()
 
     def digest(self) -> str:
-        """Return a hex digest of ids, sizes and captions, by which caches recognise the data."""
+        """Return a hex digest by which caches recognise the data.
+
+        It is of ids, sizes, captions, and both ends of images: of `_MANIFEST_IMAGES`, in tars of
+        all.
+        """
         if self.indices is None:
             return self._digest
         digest = hashlib.blake2b(self.base._digest.encode(), digest_size=16)

@@ -17,11 +17,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import groupby
 from operator import itemgetter
-from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from fasterase.errors import hide_secrets
+from fasterase.pairs.images import read_ends, read_regular_file
 from fasterase.pairs.remote import Shard, shard_name
 from fasterase.pairs.table import Part, make_batch
 
@@ -147,16 +148,29 @@ class ShardReader:
             self.damage.append(Damage(start, end - start, "a hole of zeros"))
 
     def samples(self) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-        """Yield the stem of each sample, consecutive entries of one stem, and these by ending."""
+        """Yield the stem of each sample, consecutive entries of one stem, and these by ending.
+
+        An ending that comes again begins another sample.
+        """
         files = ((split_entry(entry.name), entry) for entry in self.entries() if entry.isfile())
         named = ((*parts, entry) for parts, entry in files if parts is not None)
         for stem, group in groupby(named, itemgetter(0)):
-            yield stem, {ending: entry for _, ending, entry in group}
+            sample: dict[str, tarfile.TarInfo] = {}
+            for _, ending, entry in group:
+                if ending in sample:
+                    yield stem, sample
+                    sample = {}
+                sample[ending] = entry
+            yield stem, sample
 
     def read(self, entry: tarfile.TarInfo) -> bytes:
         """Return the bytes of an entry."""
         self._file.seek(entry.offset_data)
         return self._file.read(entry.size)
+
+    def read_ends(self, entry: tarfile.TarInfo) -> bytes:
+        """Return the first and the last bytes of an entry."""
+        return read_ends(self._file, entry.offset_data, entry.size)
 
 
 def split_entry(path: str) -> tuple[str, str] | None:
@@ -215,7 +229,7 @@ class Entries(NamedTuple):
                 if ending in texts:
                     return [texts[ending].decode("utf-8-sig")]
             value = json.loads(texts["json"])[self.json_field.removeprefix("json:")]
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, RecursionError):
             return []
         values = value if isinstance(value, list) else [value]
         return [text for text in values if isinstance(text, str)]
@@ -227,7 +241,8 @@ def read_rows(shard: Shard, file: IO[bytes], entries: Entries) -> Part:
     What is known of the shard (`Part.facts`): its name (`shard`), size, version; how many samples
     have images and captions, and are `torn`: have lost one of the two to damage; the bytes that are
     `readable`; the stretches of `damage`; why the last sample is `cut` off, if it is; the `endings`
-    of all entries; the `digest` of ids, sizes and captions. tarfile.TarError: it is no tar.
+    of all entries; the `digest` of ids, sizes, captions and both ends of images.
+    tarfile.TarError: it is no tar.
     """
     reader, name = ShardReader(file), shard_name(shard.place)
     wanted = {*entries.text, "json"} if entries.json_field else set(entries.text)
@@ -236,7 +251,7 @@ def read_rows(shard: Shard, file: IO[bytes], entries: Entries) -> Part:
     extents: list[int] = []
     incomplete: list[tuple[int, int]] = []
     endings: set[str] = set()
-    cut = ""
+    cut, content = "", 0
     for stem, sample in reader.samples():
         endings |= sample.keys()
         if sample.keys().isdisjoint((*entries.image, *entries.text)):
@@ -246,10 +261,13 @@ def read_rows(shard: Shard, file: IO[bytes], entries: Entries) -> Part:
         if span[1] > reader.size:
             cut = f"the shard ends inside its {ending}"
             del sample[ending]
+        image = next((sample[ending] for ending in entries.image if ending in sample), None)
+        if image is not None:
+            # Before the captions, which usually follow it and are read with its end.
+            content = zlib.crc32(reader.read_ends(image), content)
         texts = {ending: reader.read(sample[ending]) for ending in wanted & sample.keys()}
         ids.append(f"{name}/{stem}")
         captions.append([] if cut else entries.read_captions(texts))
-        image = next((sample[ending] for ending in entries.image if ending in sample), None)
         for entry in (image, sample.get("json")):
             extents += (-1, -1) if entry is None else (entry.offset_data, entry.size)
         if image is None or not captions[-1]:
@@ -266,7 +284,7 @@ def read_rows(shard: Shard, file: IO[bytes], entries: Entries) -> Part:
         "damage": [*map(list, shard.damage), *map(list, reader.damage)],
         "cut": cut,
         "endings": sorted(endings),
-        "digest": part.digest(),
+        "digest": f"{part.digest()}{content:08x}",
     }
     return part
 
@@ -301,8 +319,9 @@ def add_lost(name: str, shards: Sequence[Shard], parts: list[Part]) -> dict[int,
         ids += [f"{facts['shard']}/lost sample {number}" for number in range(1, lost + 1)]
         reasons += [f"lost from a damaged shard ({where})"] * lost
         warnings.warn(
-            f"`{name}`: shard {shard.place} is damaged ({where}). At least {lost + facts['torn']} "
-            f"of its samples cannot be used and count as skipped, {len(part) - facts['torn']} can. "
+            f"`{name}`: shard {hide_secrets(shard.place)} is damaged ({where}). At least "
+            f"{lost + facts['torn']} of its samples cannot be used and count as skipped, "
+            f"{len(part) - facts['torn']} can. "
             f"Fetch or write it again.",
             stacklevel=2,
         )
@@ -321,11 +340,11 @@ def _count_lost(place: str, part: Part, usual: int) -> int:
     """
     stem = place.removesuffix(".tar")
     # Either may be missing, or of another kind.
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        stated = json.loads(Path(f"{stem}_stats.json").read_bytes())["successes"]
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        stated = json.loads(read_regular_file(f"{stem}_stats.json"))["successes"]
         return max(int(stated) - len(part), 0)
     with suppress(OSError, ValueError, IndexError):
-        first = Path(f"{stem}.idx").read_text(encoding="utf-8").splitlines()[0]
+        first = read_regular_file(f"{stem}.idx").decode().splitlines()[0]
         return max(int(first.split()[1]) - len(part), 0)
     torn, unreadable = part.facts["torn"], sum(size for _, size, _ in part.facts["damage"])
     by_bytes = round(unreadable * len(part) / max(part.facts["readable"], 1)) - torn

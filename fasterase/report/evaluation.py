@@ -19,7 +19,7 @@ from fasterase.evaluation.findings import Finding, Findings, Series
 from fasterase.evaluation.hurt import RECALL, Hurt, Outside, hurt_groups, worst_first
 from fasterase.evaluation.metrics import METRICS, OLD_INDEX, TOWER_HITS
 from fasterase.evaluation.verdict import decide, decide_each
-from fasterase.files import check_creatable, check_writable, parse_path, write_text
+from fasterase.files import check_creatable, check_writable, parse_path, to_json, write_text
 from fasterase.report.plots import plot_findings, plot_series
 from fasterase.report.tables import Section, html_table, markdown_table, text_table
 
@@ -195,7 +195,7 @@ class Evaluation:
         Raises:
             InputError: `path` is no path.
         """
-        text = json.dumps(asdict(self), indent=1) + "\n"
+        text = to_json(asdict(self), indent=1) + "\n"
         return write_text(parse_path(path, argument="path"), text)
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 
 import pytest
@@ -104,3 +105,12 @@ def test_history_keeps_the_first_steps_and_drops_a_torn_line(tmp_path):
     assert [record.total for record in read_history(path)] == [0.1, 0.2, 7.0]
     with pytest.raises(AttributeError, match="loss"):
         _ = file.earlier[0].loss
+
+
+def test_a_history_with_nan_is_json(tmp_path):
+    path = tmp_path / "history.jsonl"
+    HistoryFile(path, keep_steps=0).append(StepRecord(step=1, total=math.nan, anchor=math.inf))
+    for _ in range(2):  # of a run and of one that resumes it
+        assert json.loads(path.read_text(), parse_constant=pytest.fail)["total"] is None
+        (record,) = HistoryFile(path, keep_steps=1).earlier
+        assert math.isnan(record.total)

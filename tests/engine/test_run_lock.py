@@ -35,13 +35,15 @@ def test_another_process_is_named_and_its_kill_frees_the_folder_once_its_workers
         [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout.readline() == "held\n"
+        (half := tmp_path / ".model.abc.partial" / "model").mkdir(parents=True)
         holder = f"process {process.pid} on {socket.gethostname()}, started 20"
         with pytest.raises(InputError, match=f"output_dir: .* in use by {holder}"):
             lock_run(tmp_path).__enter__()
+        assert half.exists(), "the other run may be writing it"
         process.send_signal(signal.SIGKILL)
         process.wait()
         with lock_run(tmp_path):
-            pass
+            assert not half.parent.exists()
 
 
 @pytest.mark.parametrize("said", ["{", "null", "[1]", '{"host": "here"}', '{"pid": "x"}'])

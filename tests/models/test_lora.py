@@ -8,6 +8,8 @@ import sys
 import peft
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import fasterase
 from fasterase.errors import InputError, MissingExtraError
@@ -76,6 +78,26 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
     assert not same_weights(stopped.state_dict(), whole.state_dict())
     erase_by_lora(parts, output_dir=folder, resume="must", **settings)
     assert same_weights(parts.state_dict(), whole.state_dict())
+
+
+@pytest.mark.parametrize("harm", ["none", "beyond the weight"])
+def test_a_delta_with_wrong_positions_is_refused(tmp_path, harm):
+    model = small_models.open_clip_vit()
+    erase_by_lora(model).save(tmp_path, delta=True)
+    before = copy.deepcopy(model.state_dict())
+    file = tmp_path / "delta.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    stored = load_file(file)
+    name = next(name for name in stored if name.startswith("at/") and len(stored[name]))
+    if harm == "none":
+        del stored[name]
+    else:
+        stored[name] += 1 << 40
+    save_file(stored, file, metadata)
+    with pytest.raises(InputError, match=r"folder: .*delta\.safetensors is damaged"):
+        fasterase.apply_delta(model, tmp_path, -1)
+    assert same_weights(model.state_dict(), before)
 
 
 def test_deltas_of_two_erasures_in_a_row_come_off_one_after_the_other(tmp_path):

@@ -139,16 +139,21 @@ def test_every_flipped_bit_of_a_header_is_found_or_harmless(tmp_path, caplog):
     caplog.clear()
 
 
-def test_many_blocks_need_few_open_files(tmp_path):
-    blocks = 200
-    most = len(os.listdir("/dev/fd")) + 32
+@pytest.mark.parametrize(
+    ("blocks", "rows"),
+    [(200, 1), pytest.param(1000, 1000, marks=pytest.mark.slow)],
+    ids=["200 blocks", "a million pairs"],
+)
+def test_many_blocks_need_few_open_files(tmp_path, blocks, rows):
+    keys = np.arange(blocks * rows)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = len(os.listdir("/dev/fd")) + 32 if rows == 1 else 256
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, before[1]))
     try:
-        filled(tmp_path, *([number] for number in range(blocks)))
+        filled(tmp_path, *np.split(keys, blocks))
         store = FeatureStore(tmp_path, 3)
-        np.testing.assert_array_equal(store.get(np.arange(blocks))[:, 1], 2 * np.arange(blocks))
-        assert store.damaged_blocks(np.arange(blocks)) == []
+        np.testing.assert_array_equal(store.get(keys)[:, 1], 2 * keys)
+        assert store.damaged_blocks(keys) == []
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 

@@ -12,7 +12,7 @@ from fasterase.errors import InputError
 from fasterase.original.features import floor_rows, unmatched_cosine
 from fasterase.pairs.open import open_pairs
 from tests.marks import SHORT_RUN
-from tests.tiny_model import TinyModel, pairs, same_weights
+from tests.tiny_model import TinyModel, pairs, same_weights, unchanged
 
 STEPS = {
     "lr": 1e-3,
@@ -231,3 +231,24 @@ def test_a_model_of_non_finite_features_is_refused_as_such(tower):
     getattr(retain, tower)[1, 0] = torch.nan
     with pytest.raises(InputError, match=r"^model: its features are NaN"):
         unmatched_cosine(forget, retain)
+
+
+def unnoticed(pairs):
+    """Pairs with the manifest of all others."""
+    source = open_pairs(pairs, name="retain")
+    source.__dict__["_digest"] = "0" * 32
+    return source
+
+
+OTHERS = [(RETAIN[row - 1][0], text) for row, (_, text) in enumerate(RETAIN)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_that_does_not_begin_at_the_original_is_stopped_and_says_why(tmp_path, precision):
+    swept(tmp_path, retain=unnoticed(RETAIN), precision=precision)
+    tower = TinyModel()
+    named = r"the image features of 8 of 8 pairs, such as retain\[\d+\], .* remove .*-?\w+, and run"
+    with unchanged(tower.module), pytest.raises(InputError, match=named):
+        swept(tmp_path, retain=unnoticed(OTHERS), precision=precision, tower=tower)
+    # Dropout alone would make them others.
+    swept(tmp_path, retain=unnoticed(OTHERS), precision=precision, train_mode=True)

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,11 @@ def test_json_with_alternatives_and_meta(pictures, name, mark):
         ("t.csv", "", "no header line"),
         ("t.csv", "filepath,title\n", r"`x` is empty \(.*t.csv\)"),
         ("t.jsonl", "{oops}\n", "line 1 is not valid JSON"),
+        (
+            "t.jsonl",
+            '{"image": "", "text": ""}\n' + "[" * 100_000,
+            "line 2 of JSON is nested too deeply",
+        ),
         ("t.jsonl", "[1]\n", "line 1 must hold one JSON object; found a list"),
         ("t.jsonl", "", "`x` is empty"),
         ("t.json", "[]", "`x` is empty"),
@@ -168,6 +174,17 @@ def test_manifest_follows_captions_and_sizes(pictures):
     (pictures / "1.png").write_bytes((pictures / "1.png").read_bytes() + b"\0")
     assert manifest != open_pairs(path, name="x").digest()
     table(pictures, "filepath,title\n0.png,a\n1.png,c\n")
+    assert manifest != open_pairs(path, name="x").digest()
+
+
+def test_manifest_follows_pictures_of_one_size_and_not_their_times(pictures):
+    path = table(pictures, "filepath,title\n0.png,a\n1.png,b\n")
+    manifest = open_pairs(path, name="x").digest()
+    os.utime(pictures / "1.png", (1, 1))
+    assert manifest == open_pairs(path, name="x").digest()
+    other = encoded(2)
+    assert len(other) == (pictures / "1.png").stat().st_size
+    (pictures / "1.png").write_bytes(other)
     assert manifest != open_pairs(path, name="x").digest()
 
 
@@ -387,6 +404,42 @@ def test_captions_beside_images_at_any_depth(tmp_path):
     assert good == {"x.jpg": "a caption", "00001/y.png": "größe"}
     assert broken == dict.fromkeys(["z.png", "bad.png"], "no readable caption")
     assert pairs.classes is None
+
+
+def test_links_that_lead_back_are_followed_once(tmp_path):
+    """Two in one folder would list its pictures without end; one, 41 times."""
+    root = tmp_path / "root"
+    write_folder(root, {"cat/x.png": encoded(1), "dog/deep/y.png": encoded(2)})
+    write_folder(tmp_path, {"more/z.png": encoded(3)})
+    for link in ("cat/again", "cat/once_more"):
+        (root / link).symlink_to(root / "cat")
+    (root / "dog/deep/up").symlink_to(tmp_path)
+    (root / "owl").symlink_to(tmp_path / "more")
+    (tmp_path / "more/back").symlink_to(root / "dog")
+    pairs = open_pairs(root, name="x")
+    seen = list(pairs.every_id())
+    assert {"cat/x.png", "dog/deep/y.png", "owl/z.png"} <= set(seen)
+    assert len(seen) == len(set(seen)) < 20
+    assert not [id for id in seen if id.startswith("cat/") and id != "cat/x.png"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "caption", "device"])
+def test_files_without_an_end_are_broken_pairs(tmp_path, kind):
+    write_folder(tmp_path, {"cat/x.png": encoded(1), "cat/x.txt": "cat"})
+    if kind == "device":
+        rows = "/dev/zero,endless\nhole.png,a hole\ncat/x.png,cat\n"
+        path = table(tmp_path, f"filepath,title\n{rows}")
+        (tmp_path / "hole.png").touch()
+        os.truncate(tmp_path / "hole.png", 1 << 40)
+    else:
+        path = tmp_path
+        os.mkfifo(tmp_path / "cat" / f"y.{'png' if kind == 'pipe' else 'txt'}")
+        os.mkfifo(tmp_path / "s.tar")
+    if kind == "caption":
+        (tmp_path / "cat/y.png").write_bytes(encoded(2))
+    good, broken = read_all(open_pairs(str(path), name="x"))
+    assert good == {"cat/x.png": "cat"}
+    assert len(broken) == 1 + (kind == "device")
 
 
 def test_folders_without_a_meaning_are_refused(tmp_path):

@@ -128,6 +128,15 @@ def test_manifest_follows_the_shards(shards, make_tar):
     assert first == open_pairs(f"{shards}/s-0.tar", name="y").digest()
     assert first != open_pairs(f"{shards}/s-1.tar", name="x").digest()
     assert open_pairs(str(shards), name="x").digest() != first
+    make_tar("a.tar", samples({1: "a caption", 2: "another"}))
+    before = open_pairs(f"{shards}/a.tar", name="x")
+    other_picture = samples({1: "a caption", 3: "another"})
+    other_picture["k2.png"] = other_picture.pop("k3.png")
+    other_picture["k2.txt"] = other_picture.pop("k3.txt")
+    make_tar("a.tar", other_picture)
+    after = open_pairs(f"{shards}/a.tar", name="x")
+    assert before.encoded_sizes().tolist() == after.encoded_sizes().tolist()
+    assert before.digest() != after.digest()
 
 
 def blocks(folder):
@@ -183,11 +192,13 @@ def test_what_has_changed_is_indexed_again_alone(kept, read_shards, make_tar, ca
     block = blocks(kept)[2]
     data = block.read_bytes()
     facts = data.rindex(b'"torn"')
-    for damaged in (data[:-1], data[:100], data[:facts] + b"\0" + data[facts + 1 :], b""):
+    counted = data.rindex(b'"images": 2') + len(b'"images": ')
+    harms = [data[:at] + b"3" + data[at + 1 :] for at in (facts, counted, data.index(b"n 5"))]
+    for damaged in (data[:-1], data[:100], *harms, b""):
         block.write_bytes(damaged)
         assert contents(kept) == after
         assert block.read_bytes() == data
-    assert read_shards == ["s-2.tar"] * 4
+    assert read_shards == ["s-2.tar"] * 6
     assert f"{block} is damaged" in caplog.text
 
 

@@ -6,8 +6,11 @@ import http.server
 import multiprocessing
 import os
 import re
+import shutil
 import threading
 import time
+import traceback
+import warnings
 from pathlib import Path
 
 import pytest
@@ -31,6 +34,8 @@ class Server(http.server.ThreadingHTTPServer):
         cut: bytes that are sent of each chunk, by file name, before the connection ends.
         cuts: how many more requests are cut.
         ranges: whether ranges are known.
+        versions: whether ETags are told.
+        password: what may read, in base64; empty for everyone.
     """
 
     daemon_threads = True
@@ -38,6 +43,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder, self.ranges, self.cuts = folder, True, 10**9
+        self.versions, self.password = True, ""
         self.reads, self.slow, self.cut = [], {}, {}
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -57,13 +63,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         data, start = path.read_bytes(), 0
         etag = f'"{path.stat().st_mtime_ns}"'
+        if server.password and server.password not in self.headers.get("Authorization", ""):
+            self.send_error(403)
+            return
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         self.send_response(206 if asked and server.ranges else 200)
         if asked and server.ranges:
             start = int(asked[1])
             data = data[start : int(asked[2]) + 1]
         self.send_header("Content-Length", str(len(data)))
-        self.send_header("ETag", etag)
+        if server.versions:
+            self.send_header("ETag", etag)
         self.end_headers()
         if not with_content:
             return
@@ -173,6 +183,85 @@ def test_a_cut_download_goes_on_where_it_stopped(server, shards, monkeypatch):
     with cache.open(shard) as file:
         assert file.read() == data
     assert server.reads[0] == ("s-2.tar", 5000)
+
+
+def test_a_shard_replaced_while_it_is_fetched_is_not_kept(server, shards, monkeypatch):
+    monkeypatch.setattr(remote, "CHUNK_BYTES", 1000)
+    request = remote._request
+
+    def replacing(url, method, *arguments, **options):
+        answer = request(url, method, *arguments, **options)
+        if options.get("start") == 2000:  # by one of the same size
+            os.replace(shutil.copy(shards[2], f"{shards[1]}.new"), shards[1])
+        return answer
+
+    monkeypatch.setattr(remote, "_request", replacing)
+    assert os.path.getsize(shards[1]) == os.path.getsize(shards[2])
+    with pytest.raises(InputError, match=r"s-1.tar has changed since it was opened"):
+        open_pairs(f"{server.url}/s-1.tar", name="x")
+    monkeypatch.setattr(remote, "_request", request)
+    assert held(Path(server.folder)) == []
+    assert [caption for _, (caption,), *_ in contents(f"{server.url}/s-1.tar")] == ["n 4", "n 5"]
+
+
+def test_a_copy_that_was_cut_off_is_fetched_again(server, shards):
+    url = f"{server.url}/s-1.tar"
+    whole = contents(url)
+    (copy,) = ShardCache.of_environment().folder.glob("*-s-1.tar")
+    os.truncate(copy, 1000)
+    assert contents(url) == whole
+
+
+SIGNED = "X-Amz-Credential=key&X-Amz-Signature={}&versionId={}"
+
+
+def test_a_url_signed_anew_finds_the_same_copy_and_index(server, shards):
+    for signature, reads in (("one", 1), ("two", 1)):
+        url = f"{server.url}/s-1.tar?{SIGNED.format(signature, 1)}"
+        assert len(contents(url)) == 2
+        assert len(server.reads) == reads
+    assert "one" not in "".join(held(Path(server.folder)))
+    with_password = url.replace("://", "://me:secret@")
+    assert remote.identity(url) == remote.identity(with_password)
+    assert remote.identity(url) != remote.identity(url.replace("versionId=1", "versionId=2"))
+    azure = "https://h/a.tar?se=2030&sig=x%2F&id=3"
+    assert remote.identity(azure) == "https://h/a.tar?id=3"
+    assert remote.identity("https://h/a.tar?se=2030") == "https://h/a.tar?se=2030"
+
+
+@pytest.mark.filterwarnings("ignore:.*kept in memory")
+def test_passwords_and_signatures_are_shown_nowhere(server, shards, caplog, monkeypatch):
+    place = server.url.replace("://", "://me:SECRET@")
+    server.password = "bWU6U0VDUkVU"
+    os.truncate(shards[1], os.path.getsize(shards[1]) // 3)
+    with pytest.warns(
+        UserWarning, match=r"shard http://\*\*\*@.*s-1.tar\?\*\*\* is damaged"
+    ) as warned:
+        pairs = open_pairs(f"{place}/s-1.tar?{SIGNED.format('SECRET', 1)}", name="x")
+    shown = [repr(pairs), *(str(each.message) for each in warned)]
+    server.password = "another"
+    caplog.set_level("DEBUG", logger="fasterase")
+    for url in (
+        f"{place}/s-2.tar?X-Amz-Signature=SECRET",
+        f"{place}/none.tar?X-Amz-Signature=SECRET",
+        f"pipe:false {place}/s-2.tar?sig=SECRET",
+    ):
+        with pytest.raises(InputError, match="`x`") as caught:
+            open_pairs(url, name="x")
+        shown.append("".join(traceback.format_exception(caught.value)))
+    assert "s-2.tar?***" in shown[-1]
+    spooled = f"pipe:cat {shards[2]} # http://me:SECRET@h/s-2.tar?sig=SECRET"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        shown.append(f"{open_pairs(spooled, name='x')} {contents(spooled)}")
+    assert "trying again" in caplog.text
+    assert not [text for text in [*shown, caplog.text] if "SECRET" in text]
+
+
+def test_a_server_that_tells_no_version_is_told_of(server, shards):
+    server.versions = False
+    with pytest.warns(UserWarning, match=r"`x`: the server of 1 shards, .*s-1.tar, tells neither"):
+        open_pairs(f"{server.url}/s-1.tar", name="x")
 
 
 def test_a_shard_that_is_truncated_on_its_server_is_named(server, shards):

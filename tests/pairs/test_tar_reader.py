@@ -223,3 +223,25 @@ def test_headers_are_read_as_tarfile_reads_them(tmp_path, form):
         found = [(e.name, e.offset_data, e.size, e.isfile()) for e in reader.entries()]
         assert reader.damage == []
     assert found == expected
+
+
+def test_neighbours_of_one_key_are_two_samples(tmp_path):
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name in ("a.png", "a.txt", "a.png", "a.txt", "b.png", "b.png", "b.txt"):
+            info = tarfile.TarInfo(name)
+            info.size = 3
+            tar.addfile(info, io.BytesIO(f"{len(tar.getmembers())}  ".encode()))
+    pairs = open_pairs(str(tmp_path / "s.tar"), name="x")
+    read = [(pairs.id(row)[-1], pairs.encoded_image(row)[:1]) for row in range(4)]
+    assert read == [("a", b"0"), ("a", b"2"), ("b", b"4"), ("b", b"5")]
+    assert list(pairs.every_text()) == [["1"], ["3"], [], ["6"]]
+
+
+def test_json_nested_too_deeply_is_a_broken_pair(make_tar):
+    deep = "[" * 100_000
+    entries = samples({1: "cat", 2: "dog"}) | {"k2.json": deep}
+    pairs = open_pairs(make_tar("a.tar", entries), name="x")
+    assert list(read_all(pairs)[1]) == ["a.tar/k2"]
+    named = {"k1.json": {"caption": "cat"}, "k1.png": b"", "k2.png": b"", "k2.json": deep}
+    pairs = open_pairs(make_tar("b.tar", named), name="x", text_key="caption")
+    assert list(pairs.every_text()) == [["cat"], []]
