@@ -34,6 +34,7 @@ class Stream(enum.IntEnum):
     LATENTS = 15  # pictures of the diffusion check, per prompt and picture
     RELEARN = 16  # pairs that the relearning attack is given
     WORDS = 17  # captions whose words are compared, and the vectors of words without a meaning
+    FIND = 18  # pairs in which a concept is looked for, and which of them are not trained on
 
 
 def generator(seed: int, stream: Stream, *position: int) -> np.random.Generator:

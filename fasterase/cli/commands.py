@@ -19,6 +19,7 @@ from fasterase.files import check_creatable
 
 SETS = ("forget", "retain")
 RULES = ("forget_expression", "forget_ids", "forget_classes")  # which split `data` into these
+GIVEN = ("forget", "retain", "data", *RULES)  # none of which stands beside `found`
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ class _Source(Command):
         data: pairs in any form that `fasterase unlearn --forget` takes, split into those to forget
             and those to keep by exactly one of the next three flags.
         forget_expression: regular expression that is found in a caption, such as `\bapples?\b`.
-        forget_ids: file with the ids of the pairs to forget, one per line.
+        forget_ids: file with the ids of the pairs to forget, one per line, or the decisions.csv
+            that the review page of `fasterase find` saves.
         forget_classes: classes or whole captions to forget, separated by commas.
 
     > Columns
@@ -117,13 +119,31 @@ class _Source(Command):
 
 @dataclass(frozen=True)
 class _Erasure(_Source, _Sets):
-    """A model, and its sets in either way."""
+    """A model, and its sets in any way.
+
+    > Model and pairs
+
+    Args:
+        found: folder that `fasterase find` wrote: its pairs to forget and to keep, and unless they
+            are given, `unseen` of forget_sets and `neighbours` of sets.
+    """
+
+    found: str | None = None
 
     def call(self, function: Any, *, without: tuple[str, ...], **others: Any) -> Any:
         """Call a function of the library with all flags but those named, and with `others`."""
-        sets = (self.forget, self.retain) if self.data is None else self.split()
-        without = ("model", *SETS, "data", *RULES, *without)
+        without = ("model", "found", *GIVEN, *without)
         flags = {name: value for name, value in vars(self).items() if name not in without}
+        if self.found is not None:
+            found = fasterase.Found.load(self.found)
+            sets: Any = tuple(found)
+            for argument, part in (("forget_sets", found.unseen), ("sets", found.neighbours)):
+                if len(part):
+                    flags[argument] = {part.name: part} | flags[argument]
+            if len(found.facts["concept"]) == 1 and flags.get("concept", "") is None:
+                flags["concept"] = found.facts["concept"][0]
+        else:
+            sets = (self.forget, self.retain) if self.data is None else self.split()
         return function(self.model, *sets, **{**flags, **others})
 
 
@@ -143,6 +163,7 @@ class Unlearn(_Erasure):
           --retain 'shards/{000..099}.tar' --output_dir runs/one
       fasterase unlearn --model ViT-B-32/laion2b_s34b_b79k --data pairs.csv \
           --forget_expression '\bapples?\b' --output_dir runs/apples
+      fasterase unlearn --model ViT-B-32/laion2b_s34b_b79k --found sets --output_dir runs/octopus
       fasterase unlearn --config erase.yaml --lr 3e-6 --floor none
       fasterase unlearn --recipe cliperase --print_config > erase.yaml
 
@@ -165,6 +186,8 @@ class Unlearn(_Erasure):
         return (UnlearnConfig.cliperase if self.recipe == "cliperase" else UnlearnConfig)(**fields)
 
     def run(self, **fields: Any) -> str | None:
+        if self.found is not None and (Path(self.found) / "reference").is_dir():
+            fields.setdefault("reference_cache", str(Path(self.found) / "reference"))
         config = self.config(fields)
         result = self.call(fasterase.unlearn, without=("recipe",), config=config)
         if result.evaluation is not None:
@@ -272,6 +295,7 @@ class Plan(Command):
         model: as for `fasterase unlearn`, or an open_clip name alone. No weights are read.
         pairs: number of pairs to keep.
         forget: number of pairs to forget. `none`: a hundredth of `pairs`.
+        find: also tell what `fasterase find` costs, which encodes all pairs once.
 
     > Machine
 
@@ -295,6 +319,7 @@ class Plan(Command):
     model: str | None = None
     pairs: int | None = None
     forget: int | None = None
+    find: bool = False
     gpus: int = 1
     gpu_memory: float = 80.0
     tflops: float | None = None
@@ -342,6 +367,90 @@ class Split(_Source):
             flags |= {"image_key": self.image_key, "text_key": self.text_key}
         words = [w for name, v in flags.items() if v is not None for w in (f"--{name}", str(v))]
         print(f"Next: fasterase unlearn --model MODEL --output_dir RUN {shlex.join(words)}")
+
+
+@dataclass(frozen=True)
+class Find(Command):
+    r"""Find the pairs of a concept in a corpus, by captions and pictures.
+
+    > Concept
+
+    Args:
+        concept: what to find, in words, or several wordings and synonyms.
+        images: example images: files, or one folder.
+        not_about: wordings of what else the words may mean.
+        picture_alone: also forget pairs whose caption does not name the concept, but whose picture
+            is as near as those of captions that do.
+
+    > Model and pairs
+
+    Args:
+        model: the model to be erased, as for `fasterase unlearn`.
+        model_name: open_clip's name of the architecture of a model that is a checkpoint file.
+        data: the corpus, in any form that `fasterase unlearn --forget` takes.
+        image_key: column or tar entry of the image, if it has none of the usual names.
+        text_key: column or tar entry of the caption, if it has none of the usual names.
+        max_pairs: judge a sample of so many pairs. `none`: all.
+        seed: of the sample, and of which pairs are unseen.
+
+    > Output
+
+    Args:
+        output_dir: folder of the sets, of `review.html` and of the features of all pairs.
+        reference_cache: another folder of the features, for `fasterase unlearn` too.
+        precision: compute dtype of the towers, as for `fasterase unlearn`.
+        device: where to run, such as `cuda:0`. `none`: the best available device.
+        num_workers: processes that load and decode pairs, or `auto`.
+        progress: show progress bars.
+
+    Examples:
+      fasterase find --model ViT-B-32/laion2b_s34b_b79k --data pairs.csv --concept octopus \
+          --output_dir sets
+      fasterase find --model ViT-B-32/laion2b_s34b_b79k --data 'shards/{000..099}.tar' \
+          --concept 'guide dog' 'seeing-eye dog' --not_about 'hot dog' --output_dir sets
+
+    Open sets/review.html, correct decisions, and save decisions.csv into the folder: `fasterase
+    unlearn --found sets` takes it over. Run the same command again after an interruption to go on.
+    """
+
+    needs = ("model", "data", "concept", "output_dir")
+    concept: list[str] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
+    not_about: list[str] = field(default_factory=list)
+    picture_alone: bool = False
+    model: str | None = None
+    model_name: str | None = None
+    data: str | None = None
+    image_key: str | None = None
+    text_key: str | None = None
+    max_pairs: int | None = None
+    seed: int = 0
+    output_dir: str | None = None
+    reference_cache: str | None = None
+    precision: str = "auto"
+    device: str | None = None
+    num_workers: int | Literal["auto"] = 0
+    progress: bool = True
+
+    def run(self, **fields: Any) -> None:
+        from fasterase.parallel.ranks import launched_rank
+
+        flags = dict(vars(self))
+        model, data, folder = (flags.pop(name) for name in ("model", "data", "output_dir"))
+        check_creatable(Path(folder), argument=f"--output_dir={folder!r}")
+        flags["images"] = self.images[0] if len(self.images) == 1 else self.images or None
+        flags["not_about"] = self.not_about or None
+        flags["reference_cache"] = self.reference_cache or Path(folder) / "reference"
+        found = fasterase.find(model, data, flags.pop("concept"), **flags)
+        if launched_rank() != 0:
+            return
+        found.save(folder)
+        words = ["--model", model, "--found", folder]
+        if self.reference_cache is not None:
+            words += ["--reference_cache", self.reference_cache]
+        page = Path(folder) / "review.html"
+        print(f"{found!r}\nLook at {page}, and save decisions.csv beside it.")
+        print(f"Next: fasterase unlearn {shlex.join(words)} --output_dir RUN")
 
 
 @dataclass(frozen=True)
@@ -407,6 +516,7 @@ COMMANDS: dict[str, type[Command]] = {
     "evaluate": Evaluate,
     "plan": Plan,
     "split": Split,
+    "find": Find,
     "demo": Demo,
     "compile": Compile,
 }
@@ -430,8 +540,9 @@ def run_command(command: str, values: dict[str, Any]) -> str | None:
         given = {name: values[name] for name in values if name in own}
         print(format_yaml({**given, **flags.config(fields).to_dict()}), end="")
         return None
-    _check_sets(values)
-    split = SETS if values.get("data") is not None else ()
+    if issubclass(cls, _Erasure | Split):
+        _check_sets(values)
+    split = SETS if values.get("data") or values.get("found") else ()
     missing = [f"--{name}" for name in cls.needs if name not in split and values.get(name) is None]
     if missing:
         raise InputError(
@@ -442,7 +553,13 @@ def run_command(command: str, values: dict[str, Any]) -> str | None:
 
 
 def _check_sets(values: Mapping[str, Any]) -> None:
-    """Check that `values` name either two sets, or one source and one rule that splits it."""
+    """Check that `values` name two sets, or one source and a rule that splits it, or `found`."""
+    beside = [f"--{name}" for name in GIVEN if values.get(name) is not None]
+    if values.get("found") is not None and beside:
+        raise InputError(
+            f"--found names the sets by itself; found {' and '.join(beside)} beside it. Leave out "
+            "one or the other."
+        )
     given = [f"--{name}" for name in (*RULES, *SETS) if values.get(name) is not None]
     rules = [flag for flag in given if flag[2:] in RULES]
     if values.get("data") is None and rules:

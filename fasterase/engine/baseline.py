@@ -21,7 +21,7 @@ from fasterase.engine.optim import Trained
 from fasterase.engine.pacing import Check
 from fasterase.evaluation.evaluator import Evaluator, Measurement
 from fasterase.evaluation.metrics import TOWER_HITS
-from fasterase.evaluation.scores import find_position, similarity_chunks
+from fasterase.evaluation.scores import TIE, find_position, similarity_chunks
 from fasterase.evaluation.verdict import REMEMBERED, Judge, Trace, summarise
 from fasterase.original.features import (
     CachedOriginal,
@@ -103,7 +103,9 @@ def measure_original(
     remembered = [judged[name] for name, trace in traces.items() if trace.is_remembered]
     if remembered:
         # `judge` leaves out retain captions that are forget captions: look at all that are encoded.
-        _warn_of_naming_captions(remembered, original.pairs(job.retain, wanted["retain"]))
+        kept = original.pairs(job.retain, wanted["retain"])
+        _warn_of_naming_captions(remembered, kept)
+        _warn_of_pictures(remembered, kept, job.retain)
     of_steps = _open_original(job, encoder, original)
     return Baseline(floor, judged, traces, measured, of_steps, damage, damage_rows)
 
@@ -313,6 +315,41 @@ def _warn_of_naming_captions(forget_sets: Sequence[PairFeatures], retain: PairFe
         f"{', ...' if len(found) > LISTED else ''}. Training on them may undo the erasure. Move "
         "such pairs to `forget`, or leave them out of `retain`; ignore this if they mean "
         "something else.",
+        stacklevel=7,
+    )
+
+
+def _warn_of_pictures(
+    forget_sets: Sequence[PairFeatures], retain: PairFeatures, source: PairTable
+) -> None:
+    """Warn of retain pictures that look like the forget set's, whatever their captions say.
+
+    The original sees one as the concept if a forget caption is nearer to it than its own one, and a
+    forget picture as near as those are to each other, in the median.
+    """
+    near = torch.zeros(len(retain.rows))
+    for each in forget_sets:
+        if len(each.rows) < 2:
+            continue
+        among = each.image @ each.image.T
+        among.fill_diagonal_(-torch.inf)
+        own = (retain.image * retain.first_text).sum(1)
+        is_named = closeness(each.first_text, retain.image) > own + TIE
+        cosine = closeness(each.image, retain.image)
+        is_like = is_named & (cosine >= among.amax(1).median())
+        near = torch.maximum(near, cosine.where(is_like, 0))
+    order = near.argsort(descending=True, stable=True)[: int((near > 0).sum())]
+    if not len(order):
+        return
+    shown = ", ".join(
+        f"{source.id(int(retain.rows[i]))} ({near[i]:.2f})" for i in order[:LISTED].tolist()
+    )
+    warnings.warn(
+        f"retain: {len(order)} of {len(retain.rows)} pictures look like those to be forgotten to "
+        f"the original (cosine with the nearest in brackets): {shown}"
+        f"{', ...' if len(order) > LISTED else ''}. Training on them may undo the erasure. To take "
+        "them out, list their ids in a file and give `fasterase.split(retain, forget=file)[1]` as "
+        "retain; `fasterase.find(model, source, concept)` sorts such pairs out of a whole corpus.",
         stacklevel=7,
     )
 
