@@ -37,19 +37,21 @@ class Found:
         source: the corpus.
         facts: what was looked for, by which model and with what limits, as JSON takes it.
         codes: [n] uint8, the `Decision` on each pair of the source.
+        scores: [n] float32, how near each picture is to the concept; NaN if not judged.
+        named: [n] bool, whether a caption names it.
     """
 
     def __init__(
         self,
         source: PairTable,
         codes: np.ndarray,
-        scores: np.ndarray,  # [n] float32, how near each picture is; NaN if not judged
-        named: np.ndarray,  # [n] bool, whether a caption names it
+        scores: np.ndarray,
+        named: np.ndarray,
         facts: Mapping[str, Any],
         corpus: Mapping[str, Any] | None = None,  # how `open_pairs` gets the source from a path
     ) -> None:
         self.source, self.codes, self.facts = source, codes, facts
-        self._scores, self._named, self._corpus = scores, named, corpus
+        self.scores, self.named, self._corpus = scores, named, corpus
 
     @property
     def forget(self) -> PairTable:
@@ -75,7 +77,7 @@ class Found:
     def unsure(self) -> PairTable:
         """Pairs in neither set, the nearest picture first."""
         rows = np.flatnonzero(self.codes == Decision.UNSURE)
-        order = np.argsort(-self._scores[rows], kind="stable")
+        order = np.argsort(-self.scores[rows], kind="stable")
         return self._marked(self.source.select(rows[order], name="unsure"))
 
     def __iter__(self) -> Iterator[PairTable]:
@@ -99,7 +101,7 @@ class Found:
             "retain": count[Decision.RETAIN] + count[Decision.NEIGHBOUR],
             "neighbours": count[Decision.NEIGHBOUR],
             "unsure": count[Decision.UNSURE],
-            "unsure by caption alone": int((unsure & self._named).sum()),
+            "unsure by caption alone": int((unsure & self.named).sum()),
             "not judged": count[Decision.UNJUDGED],
         }
 
@@ -128,18 +130,18 @@ class Found:
         Raises:
             InputError: the file cannot be written.
         """
-        judged = np.sort(self._scores[self.codes != Decision.UNJUDGED])
+        judged = np.sort(self.scores[self.codes != Decision.UNJUDGED])
         rows: dict[str, list[PageRow]] = {}
         rest: dict[str, list[str]] = {}
         for name, (codes, _) in _MEANT.items():
             these = np.flatnonzero(np.isin(self.codes, codes))
             # Of those to forget, the farthest are the doubtful ones.
             sign = 1 if name == "forget" else -1
-            these = these[np.argsort(sign * self._scores[these], kind="stable")]
+            these = these[np.argsort(sign * self.scores[these], kind="stable")]
             shown, hidden = these[: SHOWN[name]], these[SHOWN[name] :]
-            place = 1 + len(judged) - np.searchsorted(judged, self._scores[shown], side="right")
+            place = 1 + len(judged) - np.searchsorted(judged, self.scores[shown], side="right")
             rows[name] = [
-                PageRow(row, bool(self._named[row]), nearest)
+                PageRow(row, bool(self.named[row]), nearest)
                 for row, nearest in zip(shown.tolist(), place.tolist(), strict=True)
             ]
             if name != "retain":
@@ -188,7 +190,7 @@ class Found:
         write_parts(sets, target)
         self.review(target / PAGE)
         with replace_file(target / ROWS) as temporary:
-            np.savez(temporary, codes=self.codes, scores=self._scores, named=self._named)
+            np.savez(temporary, codes=self.codes, scores=self.scores, named=self.named)
         digests = {name: part.digest() for name, part in sets.items()}
         facts = {**self.facts, "counts": self.counts, "digests": digests}
         facts["corpus"] = {"opened": self._corpus, "digest": self.source.digest()}

@@ -13,7 +13,7 @@ from fasterase.finder.found import Found
 
 NAMES = ("grapes", "melon", "watermelon", "lemon", "banana", "pineapple", "mango", "strawberry")
 NAMELESS = ("grapes", "lemon")  # by one of the teams
-IN_PASSING = ("bus", "drum", "fox", "key")
+IN_PASSING = ("bus", "drum", "fox")
 HOSTILE = '<img src=x onerror=alert(1)>, "{{rest}}"'
 
 
@@ -24,14 +24,15 @@ def make_corpus(folder: Path) -> Path:
     for team in emoji.TRAIN_TEAMS:
         for number, (record, png) in enumerate(emoji.samples(team)):
             name = record["concept"]
-            if not record["member"] or (number % 14 and name not in NAMES + IN_PASSING):
+            wanted = number % 14 == 0 or name in (*NAMES, *IN_PASSING)
+            if not (record["member"] and wanted):
                 continue
             file, title = f"{team} {record['hexcode']}.png", f"a picture of {name}"
             if name in NAMELESS and team == "fluent":
                 title = "a picture"
             elif name in IN_PASSING and team == "noto":
                 title = f"{name} and MELON"
-            elif name == "bear" and team == "noto":
+            elif name == "fox" and team == "fluent":
                 title = HOSTILE
             (folder / file).write_bytes(png)
             rows.append([file, title])
