@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -107,8 +107,9 @@ def measure_original(
     if remembered:
         # `judge` leaves out retain captions that are forget captions: look at all that are encoded.
         kept = original.pairs(job.retain, wanted["retain"])
-        _warn_of_naming_captions(remembered, kept)
-        _warn_of_pictures(remembered, kept, job.retain)
+        named = _warn_of_naming_captions(remembered, kept)
+        if traces["forget"].is_remembered:
+            _warn_of_pictures(judged["forget"], kept, job.retain, named)
     of_steps = _open_original(job, encoder, original)
     return Baseline(floor, judged, traces, measured, of_steps, damage, damage_rows)
 
@@ -292,8 +293,11 @@ def closeness(forget_text: Tensor, text: Tensor) -> Tensor:
     return torch.cat([chunk.amax(1) for _, chunk in similarity_chunks(text, forget_text)])
 
 
-def _warn_of_naming_captions(forget_sets: Sequence[PairFeatures], retain: PairFeatures) -> None:
-    """Warn of retain captions that name the concept: training on them would teach it again."""
+def _warn_of_naming_captions(forget_sets: Sequence[PairFeatures], retain: PairFeatures) -> set[str]:
+    """Warn of retain captions that name the concept: training on them would teach it again.
+
+    Returns these captions.
+    """
     place: dict[str, int] = {}
     for row, caption in enumerate(retain.first_captions):
         place.setdefault(caption, row)
@@ -307,7 +311,7 @@ def _warn_of_naming_captions(forget_sets: Sequence[PairFeatures], retain: PairFe
         if says or cosine > SAME_MEANING
     ]
     if not found:
-        return
+        return set()
     shown = ", ".join(
         f"{caption!r} ({cosine:.2f})"
         for _, cosine, caption in sorted(found, key=lambda each: -each[1])[:LISTED]
@@ -320,29 +324,29 @@ def _warn_of_naming_captions(forget_sets: Sequence[PairFeatures], retain: PairFe
         "something else.",
         stacklevel=7,
     )
+    return {caption for *_, caption in found}
 
 
 def _warn_of_pictures(
-    forget_sets: Sequence[PairFeatures], retain: PairFeatures, source: PairTable
+    forget: PairFeatures, retain: PairFeatures, source: PairTable, named: Collection[str] = ()
 ) -> None:
-    """Warn of retain pictures that look like the forget set's, whatever their captions say.
+    """Warn of retain pictures that look like the forget set's; not of captions that are `named`.
 
     The original sees one as the concept if a forget caption is nearer to it than its own one, and a
     forget picture as near as those are to each other, in the median. Where it mistakes many for
     the concept by their captions, it cannot tell.
     """
-    near = torch.zeros(len(retain.rows))
     own = (retain.image * retain.first_text).sum(1)
-    for each in forget_sets:
-        is_named = closeness(each.first_text, retain.image) > own + TIE
-        if len(each.rows) < 2 or is_named.float().mean() > MISTAKEN:
-            continue
-        among = each.image @ each.image.T
-        among.fill_diagonal_(-torch.inf)
-        cosine = closeness(each.image, retain.image)
-        is_like = is_named & (cosine >= among.amax(1).median())
-        near = torch.maximum(near, cosine.where(is_like, 0))
-    order = near.argsort(descending=True, stable=True)[: int((near > 0).sum())]
+    is_like = closeness(forget.first_text, retain.image) > own + TIE
+    if len(forget.rows) < 2 or is_like.float().mean() > MISTAKEN:
+        return
+    is_like &= torch.tensor([caption not in named for caption in retain.first_captions])
+    among = forget.image @ forget.image.T
+    among.fill_diagonal_(-torch.inf)
+    near = closeness(forget.image, retain.image)
+    is_like &= near >= among.amax(1).median()
+    order = near.where(is_like, -torch.inf).argsort(descending=True, stable=True)
+    order = order[: int(is_like.sum())]
     if not len(order):
         return
     shown = ", ".join(

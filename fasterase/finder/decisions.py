@@ -9,21 +9,21 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fasterase.evaluation.scores import similarity_chunks
+from fasterase.evaluation.scores import TIE, similarity_chunks
 from fasterase.original.features import OriginalFeatures
 from fasterase.pairs.table import PairTable
 from fasterase.seeds import Stream, generator
 
 # A picture whose caption names the concept shows it unless more of the unrelated pictures than this
 # share are nearer: of captions that mention it in passing, so few are believed.
-NEARER_SHARE = 0.05
+NEARER_SHARE = 0.02
 # Pairs that are looked at, where no caption names the concept to learn from how near is near.
 WITHOUT_NAMES = 100
-# Pictures whose features are this close are copies: JPEG at quality 75 and half the size keep
-# cosines above .987 (the demo's drawings and model).
-COPY = 0.98
-# Pairs among which copies are looked for.
-COMPARED = 20_000
+# Copies are nearer to each other than this share of the median distance (1 - cosine) of pictures:
+# JPEG at quality 75, and half the size, move the demo's drawings by .013 of it at most.
+COPY = 0.02
+# Pairs among which copies are looked for, and pictures that the median is taken of.
+COMPARED, MEDIAN_OF = 20_000, 512
 UNSEEN_SHARE = 0.2
 # Neighbours: so many of each pair to forget, at least and at most.
 NEIGHBOURS_PER_PAIR, FEWEST_NEIGHBOURS, MOST_NEIGHBOURS = 4, 20, 256
@@ -53,7 +53,8 @@ def choose_limits(scores: np.ndarray, named: np.ndarray) -> Limits:
     The nearest k pictures hold the share r of those with the name; k maximises r^2 / k. This is, up
     to a constant, precision times recall of "the nearest k show it", if captions leave the name out
     at random (Lee and Liu, ICML 2003): neither a threshold nor the number of nameless ones is
-    needed. Up to `near` it is uncertain, the more so the fewer have the name.
+    needed. Up to `near` it is uncertain, the more so the fewer have the name; but pictures that are
+    closer to the median one than to the k-th are not near.
     """
     total = int(named.sum())
     most = min(len(scores), max(20 * total, 10_000))  # beyond, r^2 / k is below r / 20 of the best
@@ -65,7 +66,9 @@ def choose_limits(scores: np.ndarray, named: np.ndarray) -> Limits:
         return Limits(0, min(WITHOUT_NAMES, margin))
     best = int(np.argmax(found.astype(float) ** 2 / np.arange(1, most + 1))) + 1
     uncertain = math.ceil(2 * best / math.sqrt(found[best - 1])) + 2
-    return Limits(best, best + min(uncertain, margin))
+    half = (scores[nearest[best - 1]] + np.median(scores)) / 2
+    near = min(best + min(uncertain, margin), int((scores[nearest] >= half).sum()))
+    return Limits(best, max(best, near))
 
 
 def decide(
@@ -102,12 +105,16 @@ def find_copies(
     Args:
         rows: [n] of the source, sorted, with `scores` [n] and decisions [n].
     """
-    first = np.arange(len(rows))
+    first = np.arange(len(rows), dtype=np.int32)  # of millions, half the memory of int64
     # Those that are kept without a doubt come last, where not all are compared.
-    chosen = np.sort(np.lexsort((-scores, decided == Decision.RETAIN))[:COMPARED])
+    farness = np.where(decided == Decision.RETAIN, -scores, -np.inf)
+    chosen = np.sort(np.argpartition(farness, min(COMPARED, len(rows) - 1))[:COMPARED])
     image = original.pairs(source, rows[chosen]).image
+    some = rows[np.linspace(0, len(rows) - 1, min(len(rows), MEDIAN_OF)).astype(int)]
+    every = original.pairs(source, some).image
+    least = 1 - COPY * (1 - float((every @ every.T).median())) - TIE
     # The first of those that a picture is a copy of: itself, or an earlier one.
-    copies = ((chunk > COPY).byte() for _, chunk in similarity_chunks(image, image))
+    copies = ((chunk > least).byte() for _, chunk in similarity_chunks(image, image))
     earliest = torch.cat([each.argmax(1) for each in copies])
     while not torch.equal(earliest, earliest[earliest]):
         earliest = earliest[earliest]

@@ -50,6 +50,7 @@ from fasterase.parallel.ranks import Ranks, join_ranks, launched_device
 
 # Captions to keep that hold the meaning of a word which the concept's name shares.
 ENOUGH_CAPTIONS = 20
+LISTED = 10  # words in a warning
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -229,7 +230,8 @@ def _warn(found: Found, wordings: Sequence[str]) -> None:
         lacks.append("unseen is empty: there is one picture to forget, apart from its copies")
     scarce = scarce_words(found.retain, wordings, ENOUGH_CAPTIONS)
     if scarce:
-        listed = ", ".join(f"{word} ({count})" for word, count in scarce.items())
+        few = sorted(scarce, key=lambda word: scarce[word])[:LISTED]
+        listed = ", ".join(f"{word} ({scarce[word]})" for word in few)
         lacks.append(
             f"few captions to keep (how many) have words that the name shares with other things: "
             f"{listed}. Add such pairs to the corpus, or these words may lose their meaning"

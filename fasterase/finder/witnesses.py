@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fasterase.encode import check_readable
 from fasterase.engine.baseline import closeness
-from fasterase.engine.words import GRAMMAR
+from fasterase.engine.words import COMMON, GRAMMAR
 from fasterase.errors import InputError
 from fasterase.original.features import OriginalFeatures
 from fasterase.pairs.table import PairTable
@@ -63,14 +63,15 @@ def _pattern_of(wording: str) -> str:
 
 
 def shared_words(wordings: Sequence[str]) -> list[str]:
-    """Return the words of names of several words, which other captions need too.
+    """Return the common words in names of several words: other captions need them too.
 
     To forget guide dogs is not to forget dogs.
     """
     every = [words_of(fold(wording)) for wording in wordings]
     alone = {words[0] for words in every if len(words) == 1}
     parts = {word for words in every if len(words) > 1 for word in words} - alone
-    return sorted(word for word in parts if english_frequencies().get(word, 0.0) < GRAMMAR)
+    frequencies = english_frequencies()
+    return sorted(word for word in parts if COMMON <= frequencies.get(word, 0.0) < GRAMMAR)
 
 
 def read_captions(

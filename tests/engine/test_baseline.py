@@ -91,7 +91,7 @@ class Ids:
 def warning_of_pictures(forget: PairFeatures, retain: PairFeatures) -> str:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        baseline._warn_of_pictures([forget], retain, Ids())
+        baseline._warn_of_pictures(forget, retain, Ids())
     return "".join(str(each.message) for each in caught)
 
 
