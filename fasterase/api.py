@@ -459,12 +459,14 @@ def _open_sets(
             if own or name in given:
                 what = "an argument of its own" if own else "also one of forget_sets"
                 raise InputError(f"{argument}: {name!r} is {what}. Choose another name.")
-            given[name] = source
+            # `find` has warned already where it found nothing to judge by.
+            if not (isinstance(source, PairTable) and source.found and not len(source)):
+                given[name] = source
     opened = {
         name: open_pairs(source, name=name, may_be_empty=name == "retain", **keys)
         for name, source in given.items()
     }
-    return opened, list(forget_sets or {})
+    return opened, [name for name in forget_sets or {} if name in opened]
 
 
 def _check_references(references: object) -> None:

@@ -138,8 +138,7 @@ class _Erasure(_Source, _Sets):
             found = fasterase.Found.load(self.found)
             sets: Any = tuple(found)
             for argument, part in (("forget_sets", found.unseen), ("sets", found.neighbours)):
-                if len(part):
-                    flags[argument] = {part.name: part} | flags[argument]
+                flags[argument] = {part.name: part} | flags[argument]
             if len(found.facts["concept"]) == 1 and flags.get("concept", "") is None:
                 flags["concept"] = found.facts["concept"][0]
         else:

@@ -15,6 +15,7 @@ from fasterase.cli import main
 from fasterase.demo import emoji
 from fasterase.encode import PairEncoder
 from fasterase.errors import InputError
+from fasterase.finder.decisions import Decision
 from fasterase.finder.found import Found
 from tests.finder.conftest import IN_PASSING, NAMES, look
 from tests.marks import SHORT_RUN
@@ -208,6 +209,7 @@ def test_unlearn_reads_no_picture_again_and_records_where_its_pairs_came_from(
     found, cache, monkeypatch
 ):
     read, before_training = count_reads(monkeypatch), []
+    found.codes[found.codes == Decision.UNSEEN] = Decision.FORGET
     result = fasterase.unlearn(
         str(emoji.BASE_MODEL),
         *found,
@@ -222,6 +224,7 @@ def test_unlearn_reads_no_picture_again_and_records_where_its_pairs_came_from(
         callback=lambda record: before_training.append(len(read)),
     )
     assert before_training == [0]
+    assert set(result.sets) == {"forget", "retain", "neighbours"}, "no pair is unseen"
     record = result._record()["found"]
     assert record["concept"] == list(NAMES)
     assert record["counts"] == found.counts
