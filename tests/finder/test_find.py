@@ -255,8 +255,9 @@ def test_the_command_line_from_a_corpus_to_a_report(corpus, tmp_path, capsys):
     assert "forget" in (run / "report/report.md").read_text()
     flags = ["--model", str(run / "model"), "--found", sets]
     assert main(["evaluate", *flags]) in (0, 4)
-    assert main(["unlearn", *flags, "--forget", "f.csv", "--output_dir", "x"]) == 2
-    assert "--found names the sets by itself; found --forget" in capsys.readouterr().err
+    flags = ["--model", model, "--data", str(corpus), "--output_dir", sets, "--concept", "dog"]
+    assert main(["find", *flags]) == 2
+    assert "holds what was found of grapes, melon" in capsys.readouterr().err
 
 
 @pytest.mark.slow
