@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from fasterase.errors import NonFiniteError as NonFiniteError
     from fasterase.errors import PreemptedError as PreemptedError
     from fasterase.errors import ResumeError as ResumeError
+    from fasterase.finder.find import find as find
+    from fasterase.finder.found import Found as Found
     from fasterase.losses import ClipLoss as ClipLoss
     from fasterase.losses import DistillClipLoss as DistillClipLoss
     from fasterase.models.delta import apply_delta as apply_delta
@@ -45,6 +47,8 @@ _NAMES = {
     "fasterase.config": ("UnlearnConfig",),
     "fasterase.report.evaluation": ("Evaluation",),
     "fasterase.pairs.split": ("split",),
+    "fasterase.finder.find": ("find",),
+    "fasterase.finder.found": ("Found",),
     "fasterase.planner": ("plan", "Plan"),
     "fasterase.models.delta": ("apply_delta",),
     "fasterase.objective": ("erase_loss", "EraseLoss"),

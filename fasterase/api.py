@@ -503,19 +503,21 @@ def _open_sets(
             if own or name in given:
                 what = "an argument of its own" if own else "also a set of another argument"
                 raise InputError(f"{argument}: {name!r} is {what}. Choose another name.")
-            given[name] = source
+            # `find` has warned already where it found nothing to judge by.
+            if not (isinstance(source, PairTable) and source.found and not len(source)):
+                given[name] = source
     opened = {
         name: open_pairs(source, name=name, may_be_empty=name == "retain", **keys)
         for name, source in given.items()
     }
     rows, start = {}, 0
-    for name in concepts:
+    for name in [name for name in concepts if name in opened]:
         rows[name] = range(start, start := start + len(opened[name]))
     if concepts:
-        opened["forget"] = joined = JoinedTable("forget", [opened[name] for name in concepts])
+        opened["forget"] = joined = JoinedTable("forget", [opened[name] for name in rows])
         # Views, so that every pair is encoded once.
         opened |= {name: joined.select(here, name=name) for name, here in rows.items()}
-    return opened, [*concepts, *(forget_sets or {})], rows
+    return opened, [name for name in (*concepts, *(forget_sets or {})) if name in opened], rows
 
 
 def _names_concepts(forget: Any, image_key: str | None) -> bool:

@@ -19,7 +19,7 @@ Recipe = Literal["fasterase", "cliperase"]
 COMMAND_KEYS = (
     *("model", "model_name", "forget", "retain", "holdout", "sets", "forget_sets", "concept"),
     *("data", "forget_expression", "forget_ids", "forget_classes", "image_key", "text_key"),
-    "recipe",
+    *("recipe", "found"),
 )
 
 # What is true of a field, in its metadata.

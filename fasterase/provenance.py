@@ -77,12 +77,20 @@ def _describe(record: Mapping[str, Any]) -> list[str]:
         f"erased: {record['erased_at']}, {outcome['steps']} steps",
         f"verdict then: {outcome['verdict'] or 'none'}",
         f"data: {sets}",
+        *_describe_search(record.get("found")),
         f"before: {parent['name']} ({parent['fingerprint'][:12]})",
         f"with: {libraries}",
     ]
     if len(chain) > 1:
         lines.append(f"erasures so far: {len(chain)}, the first at {chain[0]['erased_at']}")
     return lines
+
+
+def _describe_search(found: Mapping[str, Any] | None) -> list[str]:
+    if found is None:
+        return []
+    unsure = f"{found['counts']['unsure']:,} unsure pairs are in neither set"
+    return [f"found in {found['pairs']:,} pairs by {', '.join(found['concept'])}; {unsure}"]
 
 
 def audit(

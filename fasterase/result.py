@@ -136,8 +136,9 @@ class UnlearnResult:
         model with adapters, only those are written; `PeftModel.from_pretrained` loads them.
 
         `provenance.json` beside them records what was erased, when, with what configuration and
-        library versions, digests of the data, and the model before with its own record, if it had
-        one; the model card tells the same in short, and neither names a folder of this machine.
+        library versions, digests of the data, how `fasterase.find` came to it, if it did, and the
+        model before with its own record, if it had one; the model card tells the same in short, and
+        neither names a folder of this machine.
         `fasterase.evaluate` of the folder compares the model with its record.
 
         Args:
@@ -180,6 +181,7 @@ class UnlearnResult:
                 }
                 for name, source in self.sets.items()
             },
+            "found": self.sets["forget"].found,
             "config": self.config.recipe(),
             "libraries": library_versions(),
             "parent": {

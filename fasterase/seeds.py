@@ -33,9 +33,10 @@ class Stream(enum.IntEnum):
     LORA = 14  # low-rank adapters as they begin
     LATENTS = 15  # pictures of the diffusion check, per prompt and picture
     RELEARN = 16  # pairs that the relearning attack is given
-    PLACEBO = 19  # made-up names that show what residues mean
-    WITHHELD = 18  # pairs to forget that the automatic recipe does not train on
     WORDS = 17  # captions whose words are compared, and the vectors of words without a meaning
+    FIND = 18  # pairs in which a concept is looked for, and which of them are not trained on
+    WITHHELD = 19  # pairs to forget that the automatic recipe does not train on
+    PLACEBO = 20  # made-up names that show what residues mean
 
 
 def generator(seed: int, stream: Stream, *position: int) -> np.random.Generator:

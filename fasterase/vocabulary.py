@@ -14,6 +14,9 @@ from importlib.resources import files
 UNREADABLE = (LookupError, TypeError, ValueError)
 # Letters in a row, with hyphens and apostrophes apart: "snow-capped" are two words.
 _WORD = re.compile(r"[^\W\d_]+")
+# Scripts without spaces (Thai, Lao, Burmese, Khmer, Chinese, Japanese): whole phrases look like
+# words there.
+UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 
 
 def words_of(text: str) -> list[str]:

@@ -6,36 +6,21 @@ import dataclasses
 import re
 import shlex
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import fasterase
+from fasterase.cli.command import Command
+from fasterase.cli.find import Find
 from fasterase.config import DEMO, PLAN, Recipe, UnlearnConfig, field_names, format_yaml
 from fasterase.errors import InputError, MissingExtraError
 from fasterase.files import check_creatable
 
 SETS = ("forget", "retain")
 RULES = ("forget_expression", "forget_ids", "forget_classes")  # which split `data` into these
-
-
-@dataclass(frozen=True)
-class Command(ABC):
-    """A command without flags of its own.
-
-    Attributes:
-        needs: flags without which it does not run.
-        config_fields: fields of `UnlearnConfig` that are flags too; `run` gets those given.
-    """
-
-    needs: ClassVar[tuple[str, ...]] = ()
-    config_fields: ClassVar[tuple[str, ...]] = ()
-
-    @abstractmethod
-    def run(self, **fields: Any) -> str | None:
-        """Run the command; return the verdict, if it comes to one."""
+GIVEN = ("forget", "retain", "data", *RULES)  # none of which stands beside `found`
 
 
 @dataclass(frozen=True)
@@ -77,7 +62,8 @@ class _Source(Command):
         data: pairs in any form that `fasterase unlearn --forget` takes, split into those to forget
             and those to keep by exactly one of the next three flags.
         forget_expression: regular expression that is found in a caption, such as `\bapples?\b`.
-        forget_ids: file with the ids of the pairs to forget, one per line.
+        forget_ids: file with the ids of the pairs to forget, one per line, or the decisions.csv
+            that the review page of `fasterase find` saves.
         forget_classes: classes or whole captions to forget, separated by commas.
 
     > Columns
@@ -118,13 +104,30 @@ class _Source(Command):
 
 @dataclass(frozen=True)
 class _Erasure(_Source, _Sets):
-    """A model, and its sets in either way."""
+    """A model, and its sets in any way.
+
+    > Model and pairs
+
+    Args:
+        found: folder that `fasterase find` wrote: its pairs to forget and to keep, and unless they
+            are given, `unseen` of forget_sets and `neighbours` of sets.
+    """
+
+    found: str | None = None
 
     def call(self, function: Any, *, without: tuple[str, ...], **others: Any) -> Any:
         """Call a function of the library with all flags but those named, and with `others`."""
-        sets = (self.forget, self.retain) if self.data is None else self.split()
-        without = ("model", *SETS, "data", *RULES, *without)
+        without = ("model", "found", *GIVEN, *without)
         flags = {name: value for name, value in vars(self).items() if name not in without}
+        if self.found is not None:
+            found = fasterase.Found.load(self.found)
+            sets: Any = tuple(found)
+            for argument, part in (("forget_sets", found.unseen), ("sets", found.neighbours)):
+                flags[argument] = {part.name: part} | flags[argument]
+            if len(found.facts["concept"]) == 1 and flags.get("concept", "") is None:
+                flags["concept"] = found.facts["concept"][0]
+        else:
+            sets = (self.forget, self.retain) if self.data is None else self.split()
         return function(self.model, *sets, **{**flags, **others})
 
 
@@ -144,6 +147,7 @@ class Unlearn(_Erasure):
           --retain 'shards/{000..099}.tar' --output_dir runs/one
       fasterase unlearn --model ViT-B-32/laion2b_s34b_b79k --data pairs.csv \
           --forget_expression '\bapples?\b' --output_dir runs/apples
+      fasterase unlearn --model ViT-B-32/laion2b_s34b_b79k --found sets --output_dir runs/octopus
       fasterase unlearn --config erase.yaml --lr 3e-6 --floor none
       fasterase unlearn --recipe cliperase --print_config > erase.yaml
 
@@ -166,6 +170,8 @@ class Unlearn(_Erasure):
         return (UnlearnConfig.cliperase if self.recipe == "cliperase" else UnlearnConfig)(**fields)
 
     def run(self, **fields: Any) -> str | None:
+        if self.found is not None and (Path(self.found) / "reference").is_dir():
+            fields.setdefault("reference_cache", str(Path(self.found) / "reference"))
         config = self.config(fields)
         result = self.call(fasterase.unlearn, without=("recipe",), config=config)
         if result.evaluation is not None:
@@ -273,6 +279,7 @@ class Plan(Command):
         model: as for `fasterase unlearn`, or an open_clip name alone. No weights are read.
         pairs: number of pairs to keep.
         forget: number of pairs to forget. `none`: a hundredth of `pairs`.
+        find: also tell what `fasterase find` costs, which encodes all pairs once.
 
     > Machine
 
@@ -296,6 +303,7 @@ class Plan(Command):
     model: str | None = None
     pairs: int | None = None
     forget: int | None = None
+    find: bool = False
     gpus: int = 1
     gpu_memory: float = 80.0
     tflops: float | None = None
@@ -408,6 +416,7 @@ COMMANDS: dict[str, type[Command]] = {
     "evaluate": Evaluate,
     "plan": Plan,
     "split": Split,
+    "find": Find,
     "demo": Demo,
     "compile": Compile,
 }
@@ -431,8 +440,9 @@ def run_command(command: str, values: dict[str, Any]) -> str | None:
         given = {name: values[name] for name in values if name in own}
         print(format_yaml({**given, **flags.config(fields).to_dict()}), end="")
         return None
-    _check_sets(values)
-    split = SETS if values.get("data") is not None else ()
+    if issubclass(cls, _Erasure | Split):
+        _check_sets(values)
+    split = SETS if values.get("data") or values.get("found") else ()
     missing = [f"--{name}" for name in cls.needs if name not in split and values.get(name) is None]
     if missing:
         raise InputError(
@@ -443,7 +453,13 @@ def run_command(command: str, values: dict[str, Any]) -> str | None:
 
 
 def _check_sets(values: Mapping[str, Any]) -> None:
-    """Check that `values` name either two sets, or one source and one rule that splits it."""
+    """Check that `values` name two sets, or one source and a rule that splits it, or `found`."""
+    beside = [f"--{name}" for name in GIVEN if values.get(name) is not None]
+    if values.get("found") is not None and beside:
+        raise InputError(
+            f"--found names the sets by itself; found {' and '.join(beside)} beside it. Leave out "
+            "one or the other."
+        )
     given = [f"--{name}" for name in (*RULES, *SETS) if values.get(name) is not None]
     rules = [flag for flag in given if flag[2:] in RULES]
     if values.get("data") is None and rules:

@@ -27,7 +27,7 @@ EXIT_DONE, EXIT_FAILED, EXIT_REMEMBERED = 0, 1, 4
 EXIT_CODES = ((InputError, 2), (NonFiniteError, 3), (PreemptedError, 75), (KeyboardInterrupt, 130))
 
 # Commands that all processes take part in; the first one alone runs the others.
-ERASING = ("unlearn", "demo")
+SHARED = ("unlearn", "demo", "find")
 # Where the first of several processes leaves the exit code: launchers have codes of their own.
 STATUS_FILE = "status.json"
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with join_ranks() as ranks, _first_prints():
                 _write_status(output_dir, None)
                 verdict = None
-                if ranks.is_first or parsed.command in ERASING:
+                if ranks.is_first or parsed.command in SHARED:
                     verdict = run_command(parsed.command, parsed.values)
                 # The others wait for what the first one does alone.
                 verdict = ranks.broadcast(verdict)

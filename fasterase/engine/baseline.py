@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from fasterase.engine.pacing import Check
 from fasterase.evaluation.evaluator import Evaluator, Measurement
 from fasterase.evaluation.hurt import Outside, encode_things
 from fasterase.evaluation.metrics import TOWER_HITS
-from fasterase.evaluation.scores import find_position, similarity_chunks
+from fasterase.evaluation.scores import TIE, find_position, similarity_chunks
 from fasterase.evaluation.verdict import EARLIER, REMEMBERED, Judge, Trace, summarise
 from fasterase.original.features import (
     CachedOriginal,
@@ -36,6 +36,9 @@ from fasterase.pairs.table import PairTable
 
 # Retain captions that a warning lists, and words of a forget caption that are looked for in them.
 LISTED, MAX_WORDS = 5, 8
+# Share of kept pictures nearer to a forget caption than to their own, above which pictures are not
+# compared. Models that know their pairs are far below, those with random weights at a half.
+MISTAKEN = 0.25
 # Captions whose features under the original are this close mean the same: either counts as right.
 SAME_MEANING = 0.95
 # Share of everyday words that may lose most of their neighbours before a run is too costly, for
@@ -121,7 +124,10 @@ def measure_original(
     remembered = [judged[name] for name, trace in traces.items() if trace.is_remembered]
     if remembered:
         # `judge` leaves out retain captions that are forget captions: look at all that are encoded.
-        _warn_of_naming_captions(remembered, original.pairs(job.retain, wanted["retain"]))
+        kept = original.pairs(job.retain, wanted["retain"])
+        named = _warn_of_naming_captions(remembered, kept)
+        if traces["forget"].is_remembered:
+            _warn_of_pictures(judged["forget"], kept, job.retain, named)
     of_steps = _open_original(job, encoder, original)
     return Baseline(floors, judged, traces, measured, of_steps, damage, damage_rows)
 
@@ -324,8 +330,11 @@ def closeness(forget_text: Tensor, text: Tensor) -> Tensor:
     return torch.cat([chunk.amax(1) for _, chunk in similarity_chunks(text, forget_text)])
 
 
-def _warn_of_naming_captions(forget_sets: Sequence[PairFeatures], retain: PairFeatures) -> None:
-    """Warn of retain captions that name the concept: training on them would teach it again."""
+def _warn_of_naming_captions(forget_sets: Sequence[PairFeatures], retain: PairFeatures) -> set[str]:
+    """Warn of retain captions that name the concept: training on them would teach it again.
+
+    Returns these captions.
+    """
     place: dict[str, int] = {}
     for row, caption in enumerate(retain.first_captions):
         place.setdefault(caption, row)
@@ -339,7 +348,7 @@ def _warn_of_naming_captions(forget_sets: Sequence[PairFeatures], retain: PairFe
         if says or cosine > SAME_MEANING
     ]
     if not found:
-        return
+        return set()
     shown = ", ".join(
         f"{caption!r} ({cosine:.2f})"
         for _, cosine, caption in sorted(found, key=lambda each: -each[1])[:LISTED]
@@ -350,6 +359,42 @@ def _warn_of_naming_captions(forget_sets: Sequence[PairFeatures], retain: PairFe
         f"{', ...' if len(found) > LISTED else ''}. Training on them may undo the erasure. Move "
         "such pairs to `forget`, or leave them out of `retain`; ignore this if they mean "
         "something else.",
+        stacklevel=7,
+    )
+    return {caption for *_, caption in found}
+
+
+def _warn_of_pictures(
+    forget: PairFeatures, retain: PairFeatures, source: PairTable, named: Collection[str] = ()
+) -> None:
+    """Warn of retain pictures that look like the forget set's; not of captions that are `named`.
+
+    The original sees one as the concept if a forget caption is nearer to it than its own one, and a
+    forget picture as near as those are to each other, in the median. Where it mistakes many for
+    the concept by their captions, it cannot tell.
+    """
+    own = (retain.image * retain.first_text).sum(1)
+    is_like = closeness(forget.first_text, retain.image) > own + TIE
+    if len(forget.rows) < 2 or is_like.float().mean() > MISTAKEN:
+        return
+    is_like &= torch.tensor([caption not in named for caption in retain.first_captions])
+    among = forget.image @ forget.image.T
+    among.fill_diagonal_(-torch.inf)
+    near = closeness(forget.image, retain.image)
+    is_like &= near >= among.amax(1).median()
+    order = near.where(is_like, -torch.inf).argsort(descending=True, stable=True)
+    order = order[: int(is_like.sum())]
+    if not len(order):
+        return
+    shown = ", ".join(
+        f"{source.id(int(retain.rows[i]))} ({near[i]:.2f})" for i in order[:LISTED].tolist()
+    )
+    warnings.warn(
+        f"retain: {len(order)} of {len(retain.rows)} pictures look like those to be forgotten to "
+        f"the original (cosine with the nearest in brackets): {shown}"
+        f"{', ...' if len(order) > LISTED else ''}. Training on them may undo the erasure. To take "
+        "them out, list their ids in a file and give `fasterase.split(retain, forget=file)[1]` as "
+        "retain; `fasterase.find(model, source, concept)` sorts such pairs out of a whole corpus.",
         stacklevel=7,
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +33,7 @@ from fasterase.evaluation.verdict import JUDGED_PAIRS, Judge, decide, summarise
 from fasterase.files import write_text
 from fasterase.models.dual_encoder import separate_copy
 from fasterase.models.lora import LoraAdapter, adapting, parse_rank
-from fasterase.original.features import OriginalFeatures, cache_folder
+from fasterase.original.features import OriginalFeatures, cache_folder, feature_key
 from fasterase.pairs.batches import StepBatch, step_batches
 from fasterase.pairs.processes import count_workers
 from fasterase.parallel.engine import Engine
@@ -157,10 +156,8 @@ class Run:
     def open_caches(self, folder: Path) -> OriginalFeatures:
         """Open what keeps the original's features, and the outputs of frozen blocks if asked."""
         job, config, model = self.job, self.job.config, self.job.model
-        encoding = f"{self._fingerprint} {job.precision}"
-        if config.prefix_cache is not None and job.precision == "bf16":
-            encoding += f" {config.tune}"  # rounded halfway
-        key = hashlib.sha256(encoding.encode()).hexdigest()
+        is_rounded = config.prefix_cache is not None and job.precision == "bf16"  # halfway
+        key = feature_key(self._fingerprint, job.precision, *[config.tune] * is_rounded)
         is_half = model.device.type == "cuda" and loss_products(job.precision) == "fp16"
         if config.prefix_cache is not None:
             pool = self._draws.pool

@@ -9,7 +9,6 @@ takes to hide the association, from where one pair brings it back.
 from __future__ import annotations
 
 import contextlib
-import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from fasterase.pairs.table import PairTable
 from fasterase.seeds import Stream, generator, torch_seed
 from fasterase.vocabulary import (
     UNREADABLE,
+    UNSPACED,
     english_by_part,
     english_frequencies,
     parts_of,
@@ -49,9 +49,6 @@ AT_ONCE = 1024
 # Words that English uses more than 16 times in a million (log10 in a billion) have uses that no
 # concept explains: they are taken only where they are named. Those above GRAMMAR are about nothing.
 COMMON, GRAMMAR = 4.2, 5.6
-# Scripts without spaces (Thai, Lao, Burmese, Khmer, Chinese, Japanese): whole phrases look like
-# words there.
-_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 # Spread of the new vectors, as a share of that of all. Without any, all words would be the same
 # word, and relearning one of them would teach the others.
 SPREAD = 0.3
@@ -235,7 +232,7 @@ def _own_words(used: _Counts, kept: _Counts) -> Iterator[str]:
     least = used.pairs * max(LEAST_SHARE, CONTRAST * 3 / kept.captions)
     for word, count in used.of_word.items():
         is_rare = english_frequencies().get(word, 0.0) < COMMON
-        if count >= least and is_rare and word not in kept.of_word and not _UNSPACED.search(word):
+        if count >= least and is_rare and word not in kept.of_word and not UNSPACED.search(word):
             yield word
 
 

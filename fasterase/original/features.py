@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -328,6 +329,11 @@ def _resume_blocks(rows: np.ndarray, present: np.ndarray) -> Iterator[np.ndarray
     for chosen in (touched & ~present, ~touched):
         if chosen.any():
             yield rows[chosen]
+
+
+def feature_key(*encoding: str) -> str:
+    """Return the `model_key` of a fingerprint, a compute dtype, and what else changes features."""
+    return hashlib.sha256(" ".join(encoding).encode()).hexdigest()
 
 
 def floor_rows(count: int) -> np.ndarray:

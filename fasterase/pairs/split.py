@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import accumulate, chain
 from pathlib import Path
@@ -22,6 +23,9 @@ from fasterase.pairs.open import open_pairs
 from fasterase.pairs.processes import count_processes, process_pool
 from fasterase.pairs.table import PairTable, Part
 from fasterase.progress import progress_bar
+
+# What a person decides about a pair; see `read_decisions`.
+DECISIONS = ("forget", "retain", "unsure")
 
 
 def split(
@@ -52,7 +56,8 @@ def split(
               `r"\\bapple\\b"` does not).
             - a compiled pattern: the same, with its own flags.
             - a `Path`: a file with one id per line. It selects the pairs with that id, or with an
-              id that ends in `/` and that id.
+              id that ends in `/` and that id. Or the decisions that a page of `Found.review` saves
+              (see `read_decisions`): what is "unsure" there is in neither set.
             - an array of int64: caption hashes, as `fasterase.pairs.prepare.hash_captions` returns
               them. It selects the pairs with one of these captions, unfolded.
             - a callable that gets the record (`.image`, `.text`, `.id`, `.mask`, `.meta`) and
@@ -63,7 +68,11 @@ def split(
             pairs match.
     """
     pairs = open_pairs(source, name="source", image_key=image_key, text_key=text_key)
-    matches = _select(pairs, forget)
+    is_file = isinstance(forget, os.PathLike) or (
+        isinstance(forget, str) and os.path.isfile(forget)
+    )
+    decided = read_decisions(pairs, Path(forget)) if is_file else None  # type: ignore[arg-type]
+    matches = _select(pairs, forget) if decided is None else decided["forget"]
     if matches.all() or not matches.any():
         share, empty = ("every", "retain") if matches.any() else ("no", "forget")
         no_file = isinstance(forget, str) and not matches.any()
@@ -77,13 +86,41 @@ def split(
             f"`forget`={rule!r} matches {share} pair of {len(pairs)}, so the {empty} set would be "
             f"empty{hint}"
         )
-    return pairs.where(matches, name="forget"), pairs.where(~matches, name="retain")
+    kept = ~matches if decided is None else ~(matches | decided["unsure"])
+    return pairs.where(matches, name="forget"), pairs.where(kept, name="retain")
+
+
+def read_decisions(pairs: PairTable, path: Path) -> dict[str, np.ndarray] | None:
+    """Return decision -> which pairs it is about, [n] bool; None if `path` is a list of ids.
+
+    The file is a CSV with the columns id and decision: "forget", "retain" or "unsure".
+
+    Raises:
+        InputError: it cannot be read, or holds another decision, or an id that no pair has.
+    """
+    text = _read_ids(path)
+    rows = list(csv.reader(io.StringIO(text, newline="")))
+    if not rows or rows[0] != ["id", "decision"]:
+        return None
+    ids: dict[str, set[str]] = {name: set() for name in DECISIONS}
+    for number, row in enumerate(rows[1:], start=2):
+        if len(row) != 2 or row[1] not in ids:
+            raise InputError(
+                f"`forget`: row {number} of {path} must be an id and one of "
+                f"{', '.join(DECISIONS)}; found {row}"
+            )
+        ids[row[1]].add(row[0])
+    return {
+        name: _match_ids(pairs, wanted, path) if wanted else np.zeros(len(pairs), bool)
+        for name, wanted in ids.items()
+    }
 
 
 def _select(pairs: PairTable, forget: Any) -> np.ndarray:
     """Return which pairs the rule `forget` selects, [n] bool."""
     if isinstance(forget, os.PathLike) or (isinstance(forget, str) and os.path.isfile(forget)):
-        return _match_ids(pairs, Path(forget))
+        lines = _read_ids(Path(forget)).splitlines()
+        return _match_ids(pairs, {line.strip() for line in lines} - {""}, Path(forget))
     if isinstance(forget, str) and _fold(forget) in map(_fold, pairs.classes or ()):
         return _match_classes(pairs, [forget])
     if isinstance(forget, str | re.Pattern):
@@ -190,12 +227,14 @@ def _match_hashes(pairs: PairTable, wanted: np.ndarray) -> np.ndarray:
     return chosen
 
 
-def _match_ids(pairs: PairTable, path: Path) -> np.ndarray:
+def _read_ids(path: Path) -> str:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        return path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"`forget`: the file of ids {path} cannot be read: {error}") from error
-    wanted = {line.strip() for line in lines} - {""}
+
+
+def _match_ids(pairs: PairTable, wanted: set[str], path: Path) -> np.ndarray:
     # Of an id a/b/c: c, b/c, a/b/c.
     ends = (accumulate(id.split("/")[::-1], "{1}/{0}".format) for id in pairs.every_id())
     chosen, missing = _match_names(pairs, ends, wanted)
@@ -240,19 +279,29 @@ class SplitFiles(NamedTuple):
 
 
 def write_split(forget: PairTable, retain: PairTable, folder: Path) -> SplitFiles:
-    """Write two parts of one source to `folder`, as tables or as lists of ids.
+    """Write two parts of one source to `folder`; see `write_parts`."""
+    files, tables = write_parts({"forget": forget, "retain": retain}, folder)
+    return SplitFiles(files["forget"], files["retain"], tables)
+
+
+def write_parts(parts: Mapping[str, PairTable], folder: Path) -> tuple[dict[str, Path], bool]:
+    """Write parts of one source, "forget", "retain" and others, as tables or as lists of ids.
 
     Image files are listed in tables with their absolute paths, captions and other columns (but
     those with usual names of images and captions): CSV, or JSONL where a pair has several captions.
     Of other images, the files hold the ids, for `fasterase.split(source, forget=path)`.
 
+    Returns:
+        The file of each part, and whether they are tables.
+
     Raises:
-        InputError: a pair of each part has the same id, so that ids do not tell the parts apart.
+        InputError: a pair of forget and one of retain have the same id, so that ids do not tell
+            them apart.
     """
-    parts = (forget, retain)
+    forget, retain = parts["forget"], parts["retain"]
     tables = isinstance(forget.images, ImageFiles)
     if tables:
-        several = any(len(texts) > 1 for part in parts for texts in part.every_text())
+        several = any(len(texts) > 1 for part in parts.values() for texts in part.every_text())
         ending = ".jsonl" if several else ".csv"
     else:
         ending = ".txt"
@@ -261,21 +310,22 @@ def write_split(forget: PairTable, retain: PairTable, folder: Path) -> SplitFile
                 f"the id {min(shared)!r} belongs to pairs in both parts, so that a list of ids "
                 f"cannot hold the split. Rename the shards, whose names and keys are the ids."
             )
-    files = SplitFiles(folder / f"forget{ending}", folder / f"retain{ending}", tables)
-    for path, part in zip(files[:2], parts, strict=True):
+    files = {name: folder / f"{name}{ending}" for name in parts}
+    for name, part in parts.items():
         with (
-            replace_file(path) as temporary,
+            replace_file(files[name]) as temporary,
             open(temporary, "w", encoding="utf-8", newline="") as file,
         ):
             if ending == ".csv":
                 rows = list(_rows(part))
-                writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
+                columns = dict.fromkeys(name for row in rows for name in row)
+                writer = csv.DictWriter(file, columns or ["filepath", "title"])
                 writer.writeheader()
                 writer.writerows(rows)
             else:
                 lines = map(to_json, _rows(part)) if tables else part.every_id()
                 file.writelines(f"{line}\n" for line in lines)
-    return files
+    return files, tables
 
 
 def _rows(part: PairTable) -> Iterator[dict[str, Any]]:

@@ -11,7 +11,7 @@ import json
 import operator
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from itertools import accumulate, chain, compress, islice, pairwise
@@ -234,6 +234,7 @@ class PairTable(Sequence[Record]):
         in_memory: whether the images are held decoded in memory, so that reading all is cheap.
         images: reads the encoded images; None if they are held or made decoded.
         indices: [n] int64, the rows of `base` that a view shows; None if it is no view.
+        found: how `fasterase.find` came to these pairs, for the record of an erasure; else None.
         broken: row of `base` -> why it cannot be read, where more is known than what is missing.
     """
 
@@ -244,6 +245,7 @@ class PairTable(Sequence[Record]):
     in_memory: bool = False
     indices: np.ndarray | None = None
     images: Images | None = None
+    found: Mapping[str, Any] | None = None
     _base: PairTable | None = None
     _count: int  # rows of `base`
 

@@ -48,6 +48,7 @@ _PARTS = {
     "update": "update, beyond room left by activations",
 }
 _WIDTH = 98
+_SCORE_BYTES = 4 + 1 + 1  # of `fasterase.find`: a score, a decision, whether the name is there
 # Share of a GPU's memory that is planned with: the rest is for the CUDA context, cuBLAS and NCCL
 # (about 2 GB) and for gaps between blocks of torch's allocator.
 USABLE = 0.92
@@ -127,6 +128,7 @@ class Plan:
             features included.
         retain_pairs, run_disk_bytes: how many different ones it reads, and their features' bytes.
         prefix_bytes: of the outputs of frozen blocks, which `prefix_cache` stores; else 0.
+        find_gpu_hours: of `fasterase.find`, which encodes all pairs once, into `disk_bytes`.
         command: words in capitals stand for paths and names to fill in.
         reason: why this one.
     """
@@ -144,7 +146,9 @@ class Plan:
         tflops: float | None,
         efficiency: float,
         measure: bool,
+        find: bool = False,
     ) -> None:
+        self._finds = find
         self.model, self.config, self.pairs, self.forget = model.name, config, pairs, forget
         self.gpus, self.gpu_memory = gpus, gpu_memory
         on_gpu = not (config.device or "cuda").startswith("cpu")
@@ -183,6 +187,10 @@ class Plan:
     def run_gpu_hours(self) -> float:
         training = self.steps * self._memory.pairs * self.flops_per_pair
         return self._hours_of(training + self.retain_pairs * sum(self.forward_flops.values()))
+
+    @property
+    def find_gpu_hours(self) -> float:
+        return self._hours_of(self.pairs * sum(self.forward_flops.values()))
 
     @property
     def gpu_hours_per_epoch(self) -> float:
@@ -279,6 +287,12 @@ class Plan:
         image, text = (self.forward_flops[tower] / 1e9 for tower in ("image", "text"))
         training = f"{setup.flops_per_pair / 1e9:,.1f} GFLOP"
         encoded = "encoded once" if setup.in_one else "encoded twice"
+        finding = [
+            "",
+            "Finding the concept first (fasterase find)",
+            f"  encoding all {f'{self.pairs:,} pairs':<23}{self._hours(self.find_gpu_hours)}",
+            f"  their scores in memory              {_SCORE_BYTES * self.pairs / 1e6:,.0f} MB",
+        ]
         lines = [
             f"{self.model}: {self.parameters / 1e6:,.1f} M parameters, "
             f"{self.trained_parameters / 1e6:,.1f} M trained (tune={config.tune}), "
@@ -299,6 +313,7 @@ class Plan:
             f"  retain pairs that the run reads     {self.retain_pairs:,} of {self.pairs:,}",
             f"  the original's features on disk     {self.run_disk_bytes / 1e9:,.3f} GB for these, "
             f"{self.disk_bytes / 1e9:,.1f} GB for all",
+            *(finding if self._finds else ()),
         ]
         if self.prefix_bytes:
             lines.append(
@@ -326,6 +341,7 @@ def plan(
     tflops: float | None = None,
     efficiency: float = EFFICIENCY,
     measure: bool = False,
+    find: bool = False,
     config: UnlearnConfig | None = None,
     **overrides: Any,
 ) -> Plan:
@@ -345,6 +361,7 @@ def plan(
         efficiency: share of `tflops` that training reaches.
         measure: run a micro-batch with random weights on this machine, and correct the memory of
             activations by what it needs.
+        find: let the table also tell what `fasterase.find` costs.
         config: settings as for `unlearn`. `micro_batch_size` bounds the micro-batch.
         overrides: fields of `UnlearnConfig`. `device="cpu"` plans for a CPU.
 
@@ -376,6 +393,7 @@ def plan(
         tflops=tflops,
         efficiency=efficiency,
         measure=measure,
+        find=find,
     )
 
 

@@ -98,12 +98,17 @@ RULES = "one of --forget_expression, --forget_ids, --forget_classes"
         (["--data", "DATA", "--forget_expression", "cat"], "--forget_expression='cat' matches no"),
         (["--data", "DATA", "--forget_ids", "none.txt"], "--forget_ids: the file of ids none.txt"),
         (["--data", "none.csv", "--forget_expression", "a"], "--data: no file or folder 'none.c"),
+        (
+            ["--found", "sets", "--retain", "r.csv"],
+            "--found names the sets by itself",
+        ),
+        (["--found", "sets"], "found: sets is no folder that `fasterase find` wrote"),
     ],
 )
 @pytest.mark.parametrize("command", ["unlearn", "split"])
 def test_wrong_combinations(command, flags, named, data, unlearn, tmp_path, capsys):
     flags = [data if flag == "DATA" else flag for flag in flags]
-    if command == "split" and {"--forget", "--retain"} & set(flags):
+    if command == "split" and {"--forget", "--retain", "--found"} & set(flags):
         named = "unknown flag"
     others = OTHERS if command == "unlearn" else ["--output_dir", str(tmp_path / "sets")]
     assert main([command, *others, *flags]) == 2

@@ -81,6 +81,38 @@ def test_equal_captions_and_those_of_further_sets_are_named():
     assert "'apple' (1.00), 'pear'" in said
 
 
+class Ids:
+    """Stands in for the retain set."""
+
+    def id(self, row: int) -> str:
+        return f"kept {row}"
+
+
+def warning_of_pictures(forget: PairFeatures, retain: PairFeatures) -> str:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        baseline._warn_of_pictures(forget, retain, Ids())
+    return "".join(str(each.message) for each in caught)
+
+
+def test_kept_pictures_of_the_concept_are_named_whatever_their_captions_say():
+    """Pictures of a concept are alike, nearer to its name than to a caption that leaves it out."""
+    concept, other, third = torch.eye(8)[:3]
+    apples = torch.stack([concept + 0.1 * torch.eye(8)[i] for i in (3, 4, 5)])
+    forget = features(apples, concept[None], captions=[0, 0, 0])
+    kept = torch.stack([concept + 0.1 * torch.eye(8)[6], concept + other, other, third])
+    said = warning_of_pictures(forget, features(kept, torch.stack([third, other, other, third])))
+    assert said.startswith("retain: 1 of 4 pictures look like those to be forgotten")
+    assert "brackets): kept 0 (0.99). " in said
+    assert "`fasterase.split(retain, forget=file)[1]`" in said
+    own_name_is_nearer = features(kept, torch.stack([kept[0], other, other, third]))
+    assert not warning_of_pictures(forget, own_name_is_nearer)
+    strange = features(kept, torch.stack([third, third, third, concept]))
+    assert not warning_of_pictures(forget, strange), "to this model, half of all are the concept"
+    alone = features(apples[:1], concept[None])
+    assert not warning_of_pictures(alone, own_name_is_nearer), "nothing to tell by how near is near"
+
+
 def test_a_share_of_the_retain_pool_is_withheld():
     pool = RetainPool.choose(1000, batch_size=8, seed=3)
     assert len(pool.withheld) == 40

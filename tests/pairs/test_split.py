@@ -267,6 +267,18 @@ def test_tars_give_lists_of_ids(make_tar, tmp_path):
     assert rest.indices.tolist() == retain.indices.tolist()
 
 
+def test_decisions_leave_what_is_unsure_out_of_both_sets(table, tmp_path):
+    file = tmp_path / "decisions.csv"
+    ids = [open_pairs(table, name="x", image_key="filepath").id(i) for i in range(3)]
+    file.write_text(f'\ufeffid,decision\r\n"{ids[0]}",forget\r\n{ids[1]},unsure\r\n')
+    forget, retain = split(table, forget=str(file), image_key="filepath")
+    assert forget.indices.tolist() == [0]
+    assert retain.indices.tolist() == [*range(2, len(forget.base))]
+    file.write_text("id,decision\n")
+    with pytest.raises(InputError, match="matches no pair"):
+        split(table, forget=file, image_key="filepath")
+
+
 def test_ids_that_repeat_are_refused(make_tar, tmp_path):
     shards = []
     for folder, text in (("x", "apple"), ("y", "pear")):

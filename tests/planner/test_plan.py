@@ -136,6 +136,18 @@ def test_a_configuration_out_of_reach_says_what_is_needed(monkeypatch):
         fasterase.plan("roberta-ViT-B-32", 1000)
 
 
+def test_finding_encodes_every_pair_once_and_holds_their_scores():
+    model = small_models.open_clip_vit()
+    plan = fasterase.plan(model, 2_000_000, tflops=1, efficiency=1, find=True)
+    flops = 2_000_000 * (plan.forward_flops["image"] + plan.forward_flops["text"])
+    assert plan.find_gpu_hours == pytest.approx(flops / 1e12 / 3600)
+    lines = str(plan).splitlines()
+    finding = lines.index("Finding the concept first (fasterase find)")
+    assert "2,000,000 pairs" in lines[finding + 1]
+    assert lines[finding + 2].endswith(" 12 MB")
+    assert "Finding" not in str(fasterase.plan(model, 2_000_000))
+
+
 def test_outputs_of_frozen_blocks_take_disk():
     """17 tokens of 32 numbers for an image and 16 for a text, and 20 bytes beside each."""
     options = {"forget": 1000, "tune": "last:1", "prefix_cache": 20}

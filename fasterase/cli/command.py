@@ -1,0 +1,24 @@
+"""What every command is: flags as fields, help as docstring, and a `run`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True)
+class Command(ABC):
+    """A command without flags of its own.
+
+    Attributes:
+        needs: flags without which it does not run.
+        config_fields: fields of `UnlearnConfig` that are flags too; `run` gets those given.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    config_fields: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def run(self, **fields: Any) -> str | None:
+        """Run the command; return the verdict, if it comes to one."""

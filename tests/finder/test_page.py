@@ -1,0 +1,176 @@
+"""The review page: what strangers wrote stays text, nothing is fetched, and a browser uses it."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import html
+import json
+import re
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fasterase
+from fasterase.finder.page import PageRow, write_page
+from fasterase.pairs.open import open_pairs
+from tests.finder.conftest import HOSTILE
+
+DRIVER = shutil.which("chromedriver")
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
+EVERY = {"forget": [], "unsure": [], "retain": []}
+
+
+def test_a_page_holds_its_pictures_and_what_strangers_wrote_as_text(found, tmp_path):
+    found.named[:] = True  # whatever it says
+    page = found.review(tmp_path / "review.html").read_text(encoding="utf-8")
+    shown = page.count("<article")
+    counts = found.counts
+    assert shown == counts["forget"] + counts["unseen"] + counts["unsure"] + counts["retain"]
+    assert page.count('loading="lazy"') == page.count('src="data:image/jpeg') == shown
+    assert HOSTILE not in page
+    assert html.escape(HOSTILE) in page
+    assert not re.search(r"(src|href)=.?https?:|url\(|@import", page)
+    assert "default-src 'none'" in page
+    unsure = page.partition('id="unsure"')[2].partition("</section>")[0]
+    assert unsure.count("<article") == counts["unsure"]
+
+
+def test_hostile_ids_and_hidden_ones(tmp_path):
+    pixels = torch.linspace(-1, 1, 3 * 8 * 8).reshape(3, 8, 8)
+    source = open_pairs([(pixels, "a"), (pixels.mul(255).byte(), "b")], name="</script>&\"'")
+    rows = EVERY | {"unsure": [PageRow(0, True, 1), PageRow(1, False, 2)]}
+    rest = {"forget": ["</script><b>", "half \udcff"]}
+    path = write_page(tmp_path / "p.html", "<i>", source, rows, rest, pictures=2)
+    page = path.read_text(encoding="utf-8")
+    assert page.count("</script>") == 2, "those of the page itself"
+    assert "<title>Review: &lt;i&gt;" in page
+    assert page.count('data-id="&lt;/script&gt;&amp;&quot;&#x27;[') == 2
+    assert page.count("data:image/jpeg") == 2
+    hidden = page.partition('id="rest">')[2].partition("</script>")[0]
+    assert json.loads(hidden) == {"forget": ["</script><b>"]}, "what no file can hold is left out"
+    assert "2 more are not shown" in page
+
+
+class Browser:
+    """A headless Chromium, through WebDriver's own protocol."""
+
+    def __init__(self, address: str, downloads: Path) -> None:
+        self._address = f"{address}/session"
+        options = {
+            "binary": BROWSER,
+            "args": ["--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=900,700"],
+            "prefs": {"download.default_directory": str(downloads)},
+        }
+        wanted = {"browserName": "chrome", "goog:chromeOptions": options}
+        wanted["goog:loggingPrefs"] = {"performance": "ALL", "browser": "ALL"}
+        session = self.send("", {"capabilities": {"alwaysMatch": wanted}})
+        self._address += f"/{session['sessionId']}"
+
+    def send(self, path: str, body: dict[str, Any] | None = None, method: str = "POST") -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        asked = urllib.request.Request(self._address + path, data, method=method)
+        try:
+            with urllib.request.urlopen(asked, timeout=60) as answer:
+                return json.loads(answer.read())["value"]
+        except urllib.error.HTTPError as error:
+            raise AssertionError(error.read().decode()[:500]) from error
+
+    def run(self, script: str, *arguments: object) -> Any:
+        return self.send("/execute/sync", {"script": script, "args": arguments})
+
+    def press(self, *keys: str) -> None:
+        actions = [{"type": kind, "value": k} for k in keys for kind in ("keyDown", "keyUp")]
+        self.send("/actions", {"actions": [{"type": "key", "id": "keys", "actions": actions}]})
+
+    def click(self, selector: str) -> None:
+        self.run(f"document.querySelector('{selector}').scrollIntoView({{block: 'center'}})")
+        found = self.send("/element", {"using": "css selector", "value": selector})
+        self.send(f"/element/{next(iter(found.values()))}/click", {})
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Browser]:
+    if DRIVER is None or BROWSER is None:
+        pytest.skip("needs chromium and chromedriver (Debian: chromium chromium-driver)")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    driver = subprocess.Popen([DRIVER, f"--port={port}"], stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            time.sleep(0.1)
+        one = Browser(f"http://127.0.0.1:{port}", tmp_path)
+        yield one
+        one.send("", method="DELETE")
+    finally:
+        driver.terminate()
+        driver.wait(30)
+
+
+@pytest.mark.slow
+def test_a_person_moves_three_pairs_saves_and_applies(browser, found, corpus, tmp_path):
+    page, saved = found.review(tmp_path / "review.html"), tmp_path / "decisions.csv"
+    first, second = (found.unsure.id(i) for i in range(2))
+    browser.send("/url", {"url": page.as_uri()})
+    assert browser.run("return [...document.images].every((one) => one.loading == 'lazy')")
+    assert browser.run("return document.querySelector('#unsure output').value") == str(
+        len(found.unsure)
+    )
+    browser.press("j", "f")  # the first unsure pair
+    browser.press("r")  # and the next one, which has the focus
+    # The nearest of those to keep, after the one that has just come there.
+    kept = browser.run("return document.querySelectorAll('#retain article')[1].dataset.id")
+    browser.click("#retain article:nth-of-type(2) button[value=unsure]")
+    browser.press("s")
+    deadline = time.monotonic() + 30
+    while not saved.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    with saved.open(encoding="utf-8", newline="") as file:
+        decided = dict(csv.reader(file))
+    assert (decided[first], decided[second], decided[kept]) == ("forget", "retain", "unsure")
+    found.apply(saved)
+    assert kept in found.unsure.every_id()
+    assert first in found.forget.every_id()
+    forget, _ = fasterase.split(corpus, forget=saved)
+    assert len(forget) == found.counts["forget"] + found.counts["unseen"]
+
+    entries = browser.send("/se/log", {"type": "performance"})
+    events = [json.loads(entry["message"])["message"] for entry in entries]
+    sent = [each for each in events if each["method"] == "Network.requestWillBeSent"]
+    urls = [each["params"]["request"]["url"] for each in sent]
+    assert urls
+    assert all(url.startswith(("file:", "data:", "blob:")) for url in urls), urls
+    assert browser.send("/se/log", {"type": "browser"}) == [], "no error, nothing refused"
+
+
+@pytest.mark.slow
+def test_thousands_of_rows_move_without_a_pause(browser, tmp_path):
+    source = open_pairs([(torch.rand(3, 64, 64), f"caption {i}") for i in range(50)], name="x")
+    rows = EVERY | {"unsure": [PageRow(i % 50, False, i) for i in range(5000)]}
+    page = write_page(tmp_path / "many.html", "many", source, rows, {}, pictures=5000)
+    browser.send("/url", {"url": page.as_uri()})
+    browser.press("j")
+    seconds = browser.run(
+        "const start = performance.now();"
+        "for (let i = 0; i < 20; i++) {"
+        "  const key = new KeyboardEvent('keydown', { key: i % 2 ? 'f' : 'j', bubbles: true });"
+        "  document.activeElement.dispatchEvent(key);"
+        "  document.body.getBoundingClientRect();"
+        "}"
+        "return (performance.now() - start) / 20000;"
+    )
+    assert browser.run("return document.querySelectorAll('#forget article').length") == 10
+    assert seconds < 0.25, "of a slow machine; a tenth of it is usual"
