@@ -49,6 +49,40 @@ class Hurt(NamedTuple):
         return f"{self.name}{kind} {before:.0f} -> {after:.0f} % of {self.count} {things}"
 
 
+class Remaining(NamedTuple):
+    """A caption to forget that still wins pictures, in the contest of the verdict."""
+
+    name: str
+    found: float  # share of its pictures that a caption of the set wins
+    count: int  # type: ignore[assignment]  # pictures
+
+    def describe(self) -> str:
+        """Return `octopus 50 % of 2 pictures`."""
+        pictures = "picture" if self.count == 1 else "pictures"
+        return f"{self.name} {100 * self.found:.0f} % of {self.count} {pictures}"
+
+
+def find_remaining(
+    captions: Mapping[str, Sequence[str]], sets: Mapping[str, SetScores]
+) -> list[Remaining]:
+    """Return the captions that still win a picture, those that win most of theirs first.
+
+    `captions` maps a set to forget to the first caption of each of its pairs.
+    """
+    hits: dict[str, dict[str, float]] = defaultdict(dict)
+    for set_name, of_pairs in captions.items():
+        scores = sets[set_name]
+        values = scores.values.get("contest_hit@1", np.full(len(of_pairs), np.nan))
+        for caption, id, hit in zip(of_pairs, scores.ids, values.tolist(), strict=True):
+            if not np.isnan(hit):
+                hits[caption][id] = hit
+    found = [
+        Remaining(name, float(np.mean(list(each.values()))), len(each))
+        for name, each in hits.items()
+    ]
+    return sorted((each for each in found if each.found), key=lambda each: (-each.found, each.name))
+
+
 def choose_things(captions: Collection[str], count: int | None) -> list[str]:
     """Return `count` everyday things to measure, or all of them if it is None.
 

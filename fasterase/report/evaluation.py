@@ -16,7 +16,15 @@ from fasterase.errors import InputError
 from fasterase.evaluation.evaluator import Evaluator, Measurement, Scores
 from fasterase.evaluation.examiner import Examiner
 from fasterase.evaluation.findings import Finding, Findings, Series
-from fasterase.evaluation.hurt import RECALL, Hurt, Outside, hurt_groups, worst_first
+from fasterase.evaluation.hurt import (
+    RECALL,
+    Hurt,
+    Outside,
+    Remaining,
+    find_remaining,
+    hurt_groups,
+    worst_first,
+)
 from fasterase.evaluation.metrics import METRICS, OLD_INDEX, TOWER_HITS
 from fasterase.evaluation.verdict import decide, decide_each
 from fasterase.files import check_creatable, check_writable, parse_path, to_json, write_text
@@ -59,6 +67,8 @@ class Evaluation:
         series: name of an attack -> what `plot` draws, if that is more than its figures.
         hurt: what lost outside the sets to forget, by name, the worst first: captions and classes
             of sets to keep, and everyday words. Empty without the original.
+        remaining: captions to forget that still win pictures in the verdict's contest, by name,
+            with the share of their pictures, the most found first. A mean of many hides one.
         outside: of everyday things, which need no pictures: how many were measured (`things`), the
             mean `cosine` with the original's feature and that of the lowest 5 %, the mean share of
             nearest `neighbours` that stayed, the share of things that lost more than half of them
@@ -82,6 +92,7 @@ class Evaluation:
     series: dict[str, list[Series]] = field(default_factory=dict)
     hurt: list[Hurt] = field(default_factory=list)
     outside: dict[str, float] = field(default_factory=dict)
+    remaining: list[Remaining] = field(default_factory=list)
 
     @property
     def verdict(self) -> str | None:
@@ -224,6 +235,7 @@ class Evaluation:
                 for name, those in values.get("series", {}).items()
             }
             values["hurt"] = [Hurt(*each) for each in values.get("hurt", [])]
+            values["remaining"] = [Remaining(*each) for each in values.get("remaining", [])]
             return cls(**values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"path: {path} is not an evaluation ({error}).") from error
@@ -271,6 +283,10 @@ def compare(
         references={name: other.averages() for name, other in references.items()},
         hurt=hurt,
         outside=outside,
+        remaining=find_remaining(
+            {n: [each[0] for each in model.features[n].captions] for n in evaluator.forget_sets},
+            model.sets,
+        ),
         **({} if examiner is None else examiner.results()),
     )
 
@@ -367,6 +383,10 @@ def _row(evaluation: Evaluation, finding: Finding) -> list[str]:
 def _notes(evaluation: Evaluation) -> list[str]:
     """Return the verdicts, what the audit found, and how to read the table."""
     notes = [_describe_verdicts(evaluation)]
+    if evaluation.remaining:
+        listed = [each.describe() for each in evaluation.remaining[:LISTED]]
+        more = len(evaluation.remaining) - len(listed)
+        notes.append(f"Still found: {', '.join(listed)}{f' and {more:,} more' if more else ''}.")
     if evaluation.hurt:
         notes.append(describe_hurt(evaluation, count=LISTED))
     if evaluation.outside:

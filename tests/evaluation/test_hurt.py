@@ -12,7 +12,15 @@ import torch
 import fasterase
 from fasterase import vocabulary
 from fasterase.evaluation import hurt
-from fasterase.evaluation.hurt import Hurt, Outside, choose_things, hurt_groups, worst_first
+from fasterase.evaluation.hurt import (
+    Hurt,
+    Outside,
+    Remaining,
+    choose_things,
+    find_remaining,
+    hurt_groups,
+    worst_first,
+)
 from fasterase.evaluation.scores import SetScores
 from fasterase.report.evaluation import Evaluation
 from tests import small_models
@@ -140,3 +148,20 @@ def test_a_run_names_what_it_hurt(capsys, tmp_path, monkeypatch):
     assert said in "".join(capsys.readouterr())
     evaluation.to_json(tmp_path / "evaluation.json")
     assert Evaluation.from_json(tmp_path / "evaluation.json") == evaluation
+
+
+def test_captions_that_are_still_found_are_named():
+    def scores(ids, hits):
+        return SetScores(ids, {"contest_hit@1": np.array(hits)}, {})
+
+    captions = {"forget": ["octopus", "octopus", "squid", "bus"], "unseen": ["octopus", "bus"]}
+    sets = {
+        "forget": scores(["a", "b", "c", "d"], [1.0, 0.0, 0.0, np.nan]),
+        "unseen": scores(["e", "f"], [1.0, 0.5]),
+    }
+    found = find_remaining(captions, sets)
+    assert found == [Remaining("octopus", 2 / 3, 3), Remaining("bus", 0.5, 1)]
+    assert [each.describe() for each in found] == [
+        "octopus 67 % of 3 pictures",
+        "bus 50 % of 1 picture",
+    ]
