@@ -24,7 +24,7 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 # Seconds from a signal until a run that does not end by itself is ended; after a second signal.
-GRACE_SECONDS, SECOND_SECONDS = 8.0, 1.0
+GRACE_SECONDS, SECOND_SECONDS = 7.0, 1.0
 # Launchers and schedulers pass on a signal that has reached the ranks already.
 ECHO_SECONDS = 1.0
 _POLL_SECONDS = 0.25

@@ -57,7 +57,7 @@ class _Worker:
     def send(self, message: Any) -> None:
         # A worker that has died is noticed when its result is asked for.
         with suppress(OSError):
-            self.pipe.send(message)
+            self.pipe.send_bytes(pickle.dumps(message))
 
     def receive(self) -> Any:
         """Return the next result.
@@ -249,7 +249,7 @@ def _work(pipe: Connection, load: Any, number: int, parent: int) -> None:
 def _take_in(pipe: Connection, inbox: queue.SimpleQueue[Any]) -> None:
     try:
         while True:
-            inbox.put(pipe.recv())
+            inbox.put(pickle.loads(pipe.recv_bytes()))
     except (EOFError, OSError):
         os._exit(0)  # the parent has gone
 

@@ -128,7 +128,7 @@ class LinkedRanks(Ranks):
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self._stop = current_stop()
-        self._control = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self._control: Any = dist.new_group(backend="gloo", timeout=_PATIENCE)
         self._processes: list[tuple[str, int]] = []
         host = socket.gethostname()
         self._processes = self.gather_objects((host, os.getpid()))
@@ -145,7 +145,9 @@ class LinkedRanks(Ranks):
             if self._stop.number:
                 self.heartbeat.leave()
             self.heartbeat.close()
-        dist.destroy_process_group(self._control)
+        # Its threads and sockets last as long as somebody holds it.
+        control, self._control = self._control, None
+        dist.destroy_process_group(control)
 
     def gather_objects(self, value: T) -> list[T]:
         # On the CPU, whatever the caller's default device is.
