@@ -63,6 +63,7 @@ class StopRequest:
         is_run: whether there is a run.
         at_end: what is closed when it ends.
         idle: worker processes that it keeps for later.
+        last_words: called with the exit code before the process is ended in mid-air.
     """
 
     is_run = False
@@ -72,7 +73,7 @@ class StopRequest:
         self.is_raised = False
         self.at_end = ExitStack()
         self.idle: list[Any] = []
-        self._last_words = last_words
+        self.last_words = last_words
         self._error: Exception | None = None
         self._since = self._first = self._heard = 0.0
         self._patience = self._changed = 0.0
@@ -225,15 +226,15 @@ class StopRequest:
 
     def _end(self) -> None:
         # Ctrl-C in a notebook is not meant to end the notebook.
-        if self._is_over or (self.number == signal.SIGINT and self._last_words is None):
+        if self._is_over or (self.number == signal.SIGINT and self.last_words is None):
             return
         code = INTERRUPTED if self.number == signal.SIGINT else PREEMPTED
         said: object = Stopped(self.number) if self.number else self._error
         if self._error is not None:
             code, said = FAILED, self._error
         with suppress(Exception):
-            if self._last_words is not None:
-                self._last_words(code)
+            if self.last_words is not None:
+                self.last_words(code)
             print(f"fasterase: error: {said}", file=sys.stderr, flush=True)
         os._exit(code)
 
@@ -248,7 +249,7 @@ def current_stop() -> StopRequest:
 
 @contextmanager
 def handling_signals(last_words: Callable[[int], None] | None = None) -> Iterator[StopRequest]:
-    """Turn signals into the end of the run in the block; inside another such block, do nothing.
+    """Turn signals into the end of the run in the block; inside another such block, that one does.
 
     Schedulers announce the end of a job by SIGTERM, or by SIGUSR1 where they are told to. A second
     signal raises at once whatever the run does, and ends the process a second later. Outside the
@@ -257,8 +258,10 @@ def handling_signals(last_words: Callable[[int], None] | None = None) -> Iterato
     Args:
         last_words: called with the exit code before a process is ended that cannot end by itself.
     """
-    if getattr(_of_thread, "stop", None) is not None:
-        yield _of_thread.stop
+    outer = getattr(_of_thread, "stop", None)
+    if outer is not None:
+        outer.last_words = last_words or outer.last_words
+        yield outer
         return
     stop = StopRequest(last_words)
     stop.is_run, _of_thread.stop = True, stop

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 LOCK_FILE = ".run.lock"
 # Apart from the lock itself, which some systems do not let others read.
 HOLDER_FILE = ".run.json"
-# The data-loading workers of a killed run hold its lock until they notice, within five seconds.
+# The workers of a killed run hold its lock until they have ended.
 ORPHAN_SECONDS = 20.0
 
 

@@ -133,13 +133,14 @@ def load_in_workers(
 ) -> Iterator[Any]:
     """Yield `load(request)` for each request, in order, from `count` workers.
 
-    Where a worker dies or stalls, fewer of them do the same work again, down to this process; a
-    warning says so.
+    Where a worker dies or stalls, fewer of them do the same work again; where the last one stalls,
+    this process does. A warning says so.
 
     Raises:
-        FaseraseError: the last worker died; its exit code is named.
+        FaseraseError: the last worker died where one had died before; its exit code is named.
     """
     todo, waiting = iter(requests), deque[Any]()  # asked for, not yet yielded
+    fatal: Any = None  # what the last worker that died was loading
     while count:
         crew, is_idle = _Crew.take(count, load), False
         try:
@@ -147,13 +148,14 @@ def load_in_workers(
             is_idle = True
             return
         except _WorkerError as error:
-            if error.died and count == 1:
+            if error.died and count == 1 and waiting[0] is fatal:
                 raise FaseraseError(
-                    f"the process that loads pairs {error}, again with num_workers=1. It may lack "
-                    "memory, or a library crash on one of the pairs: num_workers=0 loads them in "
-                    "the main process, and shows where."
+                    f"the process that loads pairs {error} twice on the same ones. It may lack "
+                    "memory, or a library crash on them: num_workers=0 loads them in the main "
+                    "process, and shows where."
                 ) from None
-            count //= 2
+            count = max(count // 2, int(error.died))
+            fatal = waiting[0] if error.died else None
             warnings.warn(
                 f"num_workers: a process that loads pairs {error}; going on with "
                 f"{count or 'the main process alone'}. The pairs are the same.",

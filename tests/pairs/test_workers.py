@@ -46,14 +46,15 @@ def die():
 EXPECTED = [9 * i for i in range(9)]
 
 
-def test_a_worker_that_dies_is_replaced_by_fewer(tmp_path):
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_worker_that_dies_is_replaced(tmp_path, count):
     harmed = partial(triple, harm=die, once=tmp_path / "died")
     with pytest.warns(UserWarning, match=r"died \(exit code -9\); going on with 1. The pairs are"):
-        assert loaded(harmed) == EXPECTED
+        assert loaded(harmed, count) == EXPECTED
 
 
 def test_the_last_worker_that_dies_again_is_an_error():
-    said = r"died \(exit code -9\), again with num_workers=1. .*num_workers=0 loads them"
+    said = r"died \(exit code -9\) twice on the same ones. .*num_workers=0 loads them"
     with (
         pytest.warns(UserWarning, match="going on with 1"),
         pytest.raises(FaseraseError, match=said),

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fasterase.parallel.ranks import is_running
 from tests.parallel.job import STEPS as CASE_STEPS
 from tests.parallel.job import make_model
 
@@ -52,6 +53,22 @@ def ranks_of(job: subprocess.Popen[str]) -> list[int]:
     children = psutil.Process(job.pid).children()
     found = {int(each.environ()["RANK"]): each.pid for each in children if "RANK" in each.environ()}
     return [found[rank] for rank in sorted(found)]
+
+
+def family(job: subprocess.Popen[str]) -> list[int]:
+    """Return the processes of a job: a launcher, ranks and their workers."""
+    process = psutil.Process(job.pid)
+    return [job.pid, *(each.pid for each in process.children(recursive=True))]
+
+
+def assert_end(pids: list[int], seconds: float) -> None:
+    """Check that processes end in time, whether or not their parent has collected them."""
+    until = time.monotonic() + seconds
+    while (alive := list(filter(is_running, pids))) and time.monotonic() < until:
+        time.sleep(0.05)
+    for each in alive:
+        os.kill(each, signal.SIGKILL)
+    assert not alive
 
 
 def status(output: Path) -> int:

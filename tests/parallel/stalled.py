@@ -9,34 +9,25 @@ from __future__ import annotations
 
 import ctypes
 import os
+import pkgutil
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
+from fasterase.signals import handling_signals
 
-import fasterase.api
-import fasterase.cli
-import fasterase.engine.checkpoint
-import fasterase.engine.loop
-import fasterase.original.store
-import fasterase.pairs.batches
-import fasterase.pairs.read_tars
-from fasterase.evaluation.evaluator import Evaluator
-from fasterase.result import UnlearnResult
-
-# Owner and name of what hangs when it is called for the given time.
-PLACES: dict[str, tuple[Any, str, int]] = {
-    "opening": (fasterase.api, "_open_sets", 1),
-    "indexing": (fasterase.pairs.read_tars, "_read_shard", 1),
-    "encoding": (fasterase.original.store.FeatureStore, "put", 2),
-    "loading": (fasterase.pairs.batches._Reader, "__call__", 1),
-    "loading a step": (fasterase.pairs.batches._Reader, "_read", 40),
-    "a step": (fasterase.engine.loop.Trainer, "_original_features", 4),
-    "a library": (fasterase.original.store.FeatureStore, "put", 2),
-    "measuring": (Evaluator, "measure", 1),
-    "saving": (UnlearnResult, "save", 1),
+# Name of what hangs when it is called for the given time.
+PLACES = {
+    "opening": ("fasterase.api._open_sets", 1),
+    "indexing": ("fasterase.pairs.read_tars._read_shard", 1),
+    "encoding": ("fasterase.original.store.FeatureStore.put", 2),
+    "loading": ("fasterase.pairs.batches._Reader.__call__", 1),
+    "loading a step": ("fasterase.pairs.batches._Reader._read", 40),
+    "a step": ("fasterase.engine.loop.Trainer._original_features", 4),
+    "a library": ("fasterase.original.store.FeatureStore.put", 2),
+    "measuring": ("fasterase.evaluation.evaluator.Evaluator.measure", 1),
+    "saving": ("fasterase.result.UnlearnResult.save", 1),
 }
 
 
@@ -49,8 +40,9 @@ def hang(place: str) -> None:
 
 
 def patch(place: str, mark: str) -> None:
-    owner, name, call = PLACES[place]
-    plain, count = getattr(owner, name), 0
+    path, call = PLACES[place]
+    plain, count = pkgutil.resolve_name(path), 0
+    owner, _, name = path.rpartition(".")
     rank = os.environ.get("RANK", "0")
 
     def hanging(*given: Any, **options: Any) -> Any:
@@ -61,17 +53,20 @@ def patch(place: str, mark: str) -> None:
             hang(place)
         return plain(*given, **options)
 
-    setattr(owner, name, hanging)
+    setattr(pkgutil.resolve_name(owner), name, hanging)
 
 
 def main() -> int:
-    torch.set_num_threads(1)
-    # Small shards are indexed by several processes too.
-    fasterase.pairs.read_tars.KEPT_BYTES = 0
     place, mark, *arguments = sys.argv[1:]
-    if place != "nowhere":
-        patch(place, mark)
-    return fasterase.cli.main(arguments)
+    with handling_signals():  # imports take seconds
+        import fasterase.cli
+        import fasterase.pairs.read_tars
+
+        # Small shards are indexed by several processes too.
+        fasterase.pairs.read_tars.KEPT_BYTES = 0
+        if place != "nowhere":
+            patch(place, mark)
+        return fasterase.cli.main(arguments)
 
 
 if __name__ == "__main__":

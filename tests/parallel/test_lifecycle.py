@@ -7,16 +7,15 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
-from fasterase.parallel.ranks import is_running
 from tests.parallel.launched import (
+    assert_end,
     await_steps,
+    family,
     finish,
     ranks_of,
     run,
@@ -46,37 +45,6 @@ def await_mark(job: subprocess.Popen[str], output: Path, *, rank: int = 0) -> No
         assert time.monotonic() < until
         time.sleep(0.02)
     time.sleep(0.3)
-
-
-def family(job: subprocess.Popen[str]) -> list[int]:
-    """Return the processes of a job: a launcher, ranks and their workers."""
-    process = psutil.Process(job.pid)
-    return [job.pid, *(each.pid for each in process.children(recursive=True))]
-
-
-def assert_end(pids: list[int], seconds: float) -> None:
-    """Check that processes end in time, whether or not their parent has collected them."""
-    until = time.monotonic() + seconds
-    while (alive := list(filter(is_running, pids))) and time.monotonic() < until:
-        time.sleep(0.05)
-    for each in alive:
-        os.kill(each, signal.SIGKILL)
-    assert not alive
-
-
-@pytest.fixture(scope="module")
-def shards(inputs):
-    """The pairs of `inputs` in tars."""
-    for name in ("forget", "retain"):
-        rows = (inputs / f"{name}.csv").read_text().splitlines()[1:]
-        for number in range(2):
-            with tarfile.open(inputs / f"{name}-{number}.tar", "w") as tar:
-                for row in rows[number::2]:
-                    file, caption = row.split(",")
-                    (inputs / "caption.txt").write_text(caption)
-                    tar.add(inputs / file, file)
-                    tar.add(inputs / "caption.txt", Path(file).with_suffix(".txt").name)
-    return {name: inputs / f"{name}-{{0..1}}.tar" for name in ("forget", "retain")}
 
 
 @pytest.mark.parametrize(
