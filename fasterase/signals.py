@@ -49,6 +49,12 @@ class Stopped(KeyboardInterrupt):
         return f"stopped by {signal_name(self.number)}. Run the same command again to continue."
 
 
+def _numbers() -> list[int]:
+    """Return the signals that end a run; Windows has no SIGUSR1."""
+    names = ("SIGINT", "SIGTERM", "SIGUSR1")
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
+
+
 def signal_name(number: int) -> str:
     """Return what messages call a signal."""
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
@@ -88,7 +94,11 @@ class StopRequest:
         """Raise `Stopped` if a signal came for which no block has patience."""
         if (self.number or self._error) and self._is_due():
             self.is_raised = True
-            raise self._error or Stopped(self.number)
+            raise self.reason()
+
+    def reason(self) -> BaseException:
+        """Return what the run ends with."""
+        return self._error or Stopped(self.number)
 
     @contextmanager
     def patience(self, seconds: float = math.inf) -> Iterator[None]:
@@ -126,11 +136,7 @@ class StopRequest:
         """Handle signals in the block, in the main thread."""
         reader, writer = socket.socketpair()
         writer.setblocking(False)
-        self._handlers = {
-            number: signal.signal(number, self._handle)
-            for name in ("SIGINT", "SIGTERM", "SIGUSR1")
-            if (number := getattr(signal, name, None))  # Windows has no SIGUSR1
-        }
+        self._handlers = {number: signal.signal(number, self._handle) for number in _numbers()}
         # Written to by the interpreter at once, also while this thread is in C code.
         other = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         watcher = threading.Thread(target=self._watch, args=(reader, other), daemon=True)
@@ -162,7 +168,7 @@ class StopRequest:
             self._first = self._first or now
         if is_again or self._is_due():
             self.is_raised = True
-            raise self._error or Stopped(self.number)
+            raise self.reason()
 
     def _note(self, number: int) -> None:
         if not self.number:
@@ -229,13 +235,12 @@ class StopRequest:
         if self._is_over or (self.number == signal.SIGINT and self.last_words is None):
             return
         code = INTERRUPTED if self.number == signal.SIGINT else PREEMPTED
-        said: object = Stopped(self.number) if self.number else self._error
         if self._error is not None:
-            code, said = FAILED, self._error
+            code = FAILED
         with suppress(Exception):
             if self.last_words is not None:
                 self.last_words(code)
-            print(f"fasterase: error: {said}", file=sys.stderr, flush=True)
+            print(f"fasterase: error: {self.reason()}", file=sys.stderr, flush=True)
         os._exit(code)
 
 
@@ -283,9 +288,8 @@ def handling_signals(last_words: Callable[[int], None] | None = None) -> Iterato
 def in_child() -> None:
     """Have a process that was made inside a run leave signals to its parent, and end with it."""
     _of_thread.stop = None
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if number := getattr(signal, name, None):
-            signal.signal(number, signal.SIG_IGN)
+    for number in _numbers():
+        signal.signal(number, signal.SIG_IGN)
 
 
 def end_with_parent(parent: int) -> None:

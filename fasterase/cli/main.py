@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Under a launcher all ranks run it, the first one prints. The exit code of an erasure is also in
     `status.json` of its `output_dir`.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    is_process, argv = argv is None, sys.argv[1:] if argv is None else argv
     status = _Status()
     with handling_signals(status.write) as stop:
         try:
@@ -54,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     traceback.print_exc()
                 print(f"fasterase: error: {format_error(error)}", file=sys.stderr)
         status.write(code)
+    if is_process:
+        # Libraries take a second to leave the interpreter: what is done is not undone.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     return code
 
 

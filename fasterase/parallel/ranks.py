@@ -193,7 +193,7 @@ class LinkedRanks(Ranks):
             LostRankError: a rank has ended or fallen silent.
         """
         if self._stop.is_raised:
-            raise Stopped(self._stop.number)
+            raise self._stop.reason()
         try:
             work = begin()
             pause = 1e-4
@@ -210,7 +210,7 @@ class LinkedRanks(Ranks):
             lost = self.find_lost()
             if self._stop.number and not lost:
                 self._stop.is_raised = True
-                raise Stopped(self._stop.number) from None
+                raise self._stop.reason() from None
             raise self.loss(lost, str(error).splitlines()[0]) from error
 
     def loss(self, lost: str, reason: str) -> LostRankError:

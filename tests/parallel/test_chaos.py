@@ -23,7 +23,7 @@ from tests.tiny_model import same_weights
 
 KILLS = 10
 SEED = 0
-STEPS = 20
+STEPS = 150
 # Of the launcher's patience with a rank that does not end, and of importing torch.
 MOST_SECONDS = 180.0
 
@@ -34,7 +34,7 @@ def test_ten_random_kills_end_in_the_same_bits(inputs, shards, tmp_path):
     numbers = random.Random(SEED)
 
     def launch(output):
-        fields = {"max_steps": STEPS, "save_every": 3, "evaluation": "quick", "num_workers": 1}
+        fields = {"max_steps": STEPS, "save_every": 10, "evaluation": "quick", "num_workers": 1}
         _, *arguments = unlearn_command(inputs, output, **fields, **shards)
         return start(torchrun("tests.parallel.stalled", "nowhere", "-", *arguments))
 
@@ -64,7 +64,6 @@ def test_ten_random_kills_end_in_the_same_bits(inputs, shards, tmp_path):
             kills += 1
         said = finish(job, MOST_SECONDS)
         assert_end(everyone, 5.0)
-        print(job.returncode, killed[-1:], said[-300:] if job.returncode else "")
         if job.returncode == 0:
             assert steps_taken(output) == STEPS, killed
             assert same_weights(weights(whole), weights(output)), killed
