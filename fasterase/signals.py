@@ -293,8 +293,11 @@ def in_child() -> None:
 
 
 def end_with_parent(parent: int) -> None:
-    """Have the system kill this process as soon as its parent `parent` has died, on Linux."""
-    if sys.platform != "linux":
+    """Have the system kill this process as soon as its parent `parent` has died, on Linux.
+
+    0: the parent is not the process whose work it does, but a server that made it.
+    """
+    if sys.platform != "linux" or not parent:
         return
     import ctypes
 

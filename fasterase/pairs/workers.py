@@ -48,8 +48,9 @@ class _Worker:
 
     def __init__(self, number: int, load: Callable[[Any], Any] | None) -> None:
         self.pipe, there = multiprocessing.Pipe()
+        parent = 0 if multiprocessing.get_start_method() == "forkserver" else os.getpid()
         self.process = multiprocessing.Process(
-            target=_work, args=(there, load, number, os.getpid()), daemon=True
+            target=_work, args=(there, load, number, parent), daemon=True
         )
         self.process.start()
         there.close()

@@ -163,7 +163,8 @@ def test_workers_do_not_outlive_a_killed_parent(kind):
 
 @pytest.mark.slow
 @SHORT_RUN
-def test_spawned_workers_are_kept_until_the_run_ends(monkeypatch):
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_workers_that_are_not_forked_are_kept_until_the_run_ends(monkeypatch, method):
     started = []
 
     class Counted(workers._Worker):
@@ -172,19 +173,19 @@ def test_spawned_workers_are_kept_until_the_run_ends(monkeypatch):
             started.append(self.process)
 
     monkeypatch.setattr(workers, "_Worker", Counted)
-    before, forked, spawned = multiprocessing.get_start_method(), TinyModel(), TinyModel()
+    before, forked, kept = multiprocessing.get_start_method(), TinyModel(), TinyModel()
     options = {"num_workers": 1, "stop_when_forgotten": True, "max_steps": 4}
     erase(forked, **options)
     assert len(started) > 4
     started.clear()
-    multiprocessing.set_start_method("spawn", force=True)
+    multiprocessing.set_start_method(method, force=True)
     try:
         with handling_signals():
-            erase(spawned, **options)
+            erase(kept, **options)
             erase(TinyModel(), **options)
             assert 1 <= len(started) <= 3  # training ends before its loader has
             assert any(process.is_alive() for process in started)
     finally:
         multiprocessing.set_start_method(before, force=True)
     assert not any(process.is_alive() for process in started)
-    assert same_weights(forked.weights(), spawned.weights())
+    assert same_weights(forked.weights(), kept.weights())
