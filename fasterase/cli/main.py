@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -38,7 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Under a launcher all ranks run it, the first one prints. The exit code of an erasure is also in
     `status.json` of its `output_dir`.
     """
-    is_process, argv = argv is None, sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv = sys.argv[1:]
+        # Libraries take a second to leave the interpreter: what is done is not undone.
+        atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
     status = _Status()
     with handling_signals(status.write) as stop:
         try:
@@ -54,9 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                     traceback.print_exc()
                 print(f"fasterase: error: {format_error(error)}", file=sys.stderr)
         status.write(code)
-    if is_process:
-        # Libraries take a second to leave the interpreter: what is done is not undone.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     return code
 
 

@@ -92,11 +92,12 @@ class Heartbeat:
             return True
         except OSError:
             return False
+        if data:
+            self._missed[rank] = 0.0
         *lines, self._rest[rank] = (self._rest[rank] + data).split(b"\n")
         for line in lines:
             with suppress(ValueError):  # cut off while the peer was stopped
                 said = json.loads(line)
-                self._missed[rank] = 0.0
                 self.silent |= set(said["silent"]) - {self._rank}
                 stopping = {int(each): number for each, number in said["stopping"].items()}
                 self._told[rank] = set(stopping)
@@ -174,7 +175,8 @@ def _accept(server: socket.socket, token: str, count: int) -> dict[int, socket.s
         server.settimeout(left)
         peer, _ = server.accept()
         peer.settimeout(_CONNECT_SECONDS)
-        with peer.makefile("rb") as lines:
+        said: list[str] = []
+        with suppress(OSError), peer.makefile("rb") as lines:
             said = lines.readline(256).decode("ascii", "replace").split()
         if len(said) == 2 and secrets.compare_digest(said[0], token):
             found[int(said[1])] = peer
