@@ -25,10 +25,16 @@ from fasterase.engine.conditions import (
 )
 from fasterase.engine.history import StepRecord, tracking
 from fasterase.engine.job import Job, RunClock
-from fasterase.engine.model_state import best_device, borrowed, placed, resolve_device
+from fasterase.engine.model_state import (
+    best_device,
+    borrowed,
+    placed,
+    resolve_device,
+    usual_defaults,
+)
 from fasterase.engine.outcome import advise
 from fasterase.engine.run import Run
-from fasterase.engine.stops import explaining_interrupts
+from fasterase.engine.stops import explaining_interrupts, how_to_continue
 from fasterase.erased import drop_erased
 from fasterase.errors import InputError
 from fasterase.evaluation.evaluator import Evaluator, Measurement
@@ -50,6 +56,7 @@ from fasterase.parallel.ranks import Ranks, join_ranks, launched_device
 from fasterase.provenance import audit, erasures, read_record
 from fasterase.report.evaluation import Evaluation, compare
 from fasterase.result import UnlearnResult
+from fasterase.signals import handling_signals
 
 NO_SETS: Mapping[str, Any] = MappingProxyType({})
 Model = nn.Module | str | os.PathLike[str] | DualEncoder
@@ -132,19 +139,29 @@ def unlearn(
             for, or an unreadable one; or `resume="must"` and there is none.
         DiskFullError: there was no room for a file; the last checkpoint is kept.
         NonFiniteError: the loss stayed non-finite; the model holds the last good weights.
-        PreemptedError: SIGTERM or SIGUSR1 arrived; with an `output_dir`, a checkpoint was written.
-        LostRankError: another process of the run ended.
-        KeyboardInterrupt: Ctrl-C; likewise, after the current step. The message says how to go on.
+        PreemptedError: SIGTERM or SIGUSR1 arrived, in whatever the run was doing; a training step
+            was finished and, with an `output_dir`, saved. The same call continues. A second signal
+            does not wait for the step.
+        LostRankError: another process of the run ended, or fell silent.
+        KeyboardInterrupt: Ctrl-C; likewise. The message says how to go on.
     """
     clock = RunClock()
     _check_arguments(config, callback, concept)
     config = (config or UnlearnConfig()).replace(**overrides)
     check_environment(config)
-    with join_ranks(alone_too=config.deepspeed is not None) as ranks, _speaking(ranks):
+    output = None if config.output_dir is None else Path(config.output_dir)
+    with (
+        handling_signals(),
+        explaining_interrupts(lambda: how_to_continue(output)),
+        usual_defaults(),
+        join_ranks(alone_too=config.deepspeed is not None) as ranks,
+    ):
+        if ranks.heartbeat is not None:
+            ranks.heartbeat.limit = config.rank_timeout
         if not ranks.is_first:
             config = config.replace(progress=False, report_to=None)
-        output = ranks.on_first(lambda: _check_output_folder(config))
-        with explaining_interrupts(output):
+        ranks.on_first(lambda: _check_output_folder(output))
+        with _speaking(ranks):
             parent_record = read_record(model)
             # Weights loaded or copied inside a caller's inference mode could never be trained.
             with ranks.raising_together(), torch.inference_mode(False):
@@ -375,7 +392,12 @@ def evaluate(
     record = read_record(model)
     given = {"tokenizer": tokenizer, "preprocess": preprocess, "model_name": model_name}
     encoding = {"ledger": ledger, "num_workers": workers, "progress": progress}
-    with without_autocast():
+    with (
+        handling_signals(),
+        explaining_interrupts(lambda: "Nothing was measured; make the same call again."),
+        usual_defaults(),
+        without_autocast(),
+    ):
         measured, fingerprint = _measure_models(
             models, evaluator, examiner, given, encoding, device=device, audited=record is not None
         )
@@ -448,14 +470,11 @@ def _check_arguments(config: object, callback: object, concept: object) -> None:
         )
 
 
-def _check_output_folder(config: UnlearnConfig) -> Path | None:
+def _check_output_folder(output: Path | None) -> None:
     """Fail now rather than hours later if `output_dir` cannot be created or written to."""
-    if config.output_dir is None:
-        return None
-    output = Path(config.output_dir)
-    check_creatable(output, argument="output_dir")
-    check_replaceable(output / "model", argument="output_dir")
-    return output
+    if output is not None:
+        check_creatable(output, argument="output_dir")
+        check_replaceable(output / "model", argument="output_dir")
 
 
 def _clean_retain(

@@ -42,6 +42,7 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], object], str], ...] = (
     (("max_steps", "micro_batch_size", "save_every"), lambda x: x >= 1, "be 1 or more, or None"),
     (("epochs",), lambda x: x >= 1, "be 1 or more, or 'auto'"),
     (("lr",), lambda x: x > 0, "be above 0, or 'auto'"),
+    (("rank_timeout",), lambda x: x > 0, "be above 0"),
     (("max_grad_norm", "prefix_cache"), lambda x: x > 0, "be above 0, or None"),
     (("max_damage",), lambda x: 0 <= x <= 1, "be in [0, 1], or None"),
     (("max_skipped",), lambda x: 0 <= x <= 1, "be in [0, 1]"),
@@ -172,6 +173,7 @@ class UnlearnConfig:
             model: later erasures leave such pairs out of their retain sets, and judge them again.
         report_to: log each step, the settings and the evaluation to `"tensorboard"` or `"wandb"`
             (extras of these names), in `output_dir` or else in `runs/`. `None` logs to neither.
+        rank_timeout: seconds after which a rank without a sign of life ends the run of all.
 
     Raises:
         InputError: a value is outside its range; the message names the field.
@@ -229,6 +231,7 @@ class UnlearnConfig:
     max_skipped: float = _tagged(0.01, FREE)
     remember_erased: bool = _tagged(True, FREE)
     report_to: Literal["tensorboard", "wandb"] | None = _tagged(None, FREE, BOOKKEEPING)
+    rank_timeout: float = _tagged(60.0, FREE, BOOKKEEPING)
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))

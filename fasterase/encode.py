@@ -28,6 +28,7 @@ from fasterase.pairs.table import PairTable
 from fasterase.parallel.engine import Engine
 from fasterase.parallel.ranks import ALONE, Ranks
 from fasterase.progress import WaitingShare, progress_bar
+from fasterase.signals import current_stop
 
 # Images encoded at a time, on a CPU and on a GPU. Texts are shorter: four times as many.
 BATCH_SIZE, GPU_BATCH_SIZE = 64, 256
@@ -200,6 +201,7 @@ class PairEncoder:
             batch_size=self.batch_size,
             num_workers=self._num_workers,
             prefixes=self.prefixes if source.stable else None,
+            on_this_host=self.ranks.on_this_host,
         )
         waiting = WaitingShare()
         for batch in waiting.over(loaded):
@@ -286,8 +288,8 @@ class PairEncoder:
         try:
             yield
         finally:
-            # After an error too: the other ranks are waiting.
-            while self._in_lockstep and self._passes < passes:
+            # After an error too: the other ranks are waiting; but they leave after a signal.
+            while self._in_lockstep and self._passes < passes and not current_stop().is_raised:
                 self._encode_images(self.prepare.stack([]))
                 self._encode_tokens(self.prepare.no_tokens())
 

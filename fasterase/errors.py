@@ -58,14 +58,14 @@ class NonFiniteError(FaseraseError):
 
 
 class PreemptedError(FaseraseError):
-    """The run was told to stop (SIGTERM).
+    """The run was told to stop (SIGTERM, SIGUSR1).
 
-    With an `output_dir` it wrote a checkpoint; start it again to resume.
+    With an `output_dir`, a training step was saved; start it again to resume.
     """
 
 
 class LostRankError(FaseraseError):
-    """Another process of the run ended, or cannot be reached; the message names it."""
+    """Another process of the run ended, hangs or cannot be reached; the message names it."""
 
 
 class DiskFullError(FaseraseError, OSError):

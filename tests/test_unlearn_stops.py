@@ -7,11 +7,13 @@ import math
 import os
 import signal
 import threading
+import time
 from functools import partial
 
 import pytest
 import torch
 
+from fasterase.engine import loop
 from fasterase.errors import InputError, NonFiniteError, PreemptedError
 from tests import tiny_concepts
 from tests.marks import SHORT_RUN
@@ -182,12 +184,73 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step():
     assert not history
 
 
-def test_runs_in_a_thread_which_may_set_no_handlers():
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_sigterm_in_the_sweep_leaves_the_model_as_it_was(tmp_path, name):
+    """No reader of files or pairs takes it for damage."""
+    tower = TinyModel()
+    watch(tower, "text", lambda *_: os.kill(os.getpid(), getattr(signal, name)))
+    said = rf"^stopped by {name}\. No step was saved yet; make the same call"
+    with unchanged(tower.module), pytest.raises(PreemptedError, match=said):
+        run(tower, output_dir=tmp_path)
+    again, whole = TinyModel(), TinyModel()
+    run(again, output_dir=tmp_path)
+    run(whole)
+    assert same_weights(again.weights(), whole.weights())
+
+
+def test_a_check_of_the_verdict_is_cut_short_after_a_moment(tmp_path, monkeypatch):
+    """It cannot be saved midway: the run continues from the checkpoint before it."""
+    monkeypatch.setattr(loop, "CHECK_PATIENCE_SECONDS", 0.2)
+    told = []
+
+    def terminate(tower, step):
+        def stall(record):
+            if record.step == step:
+                watch(tower, "image", lambda *_: told or told.append(1) or hang())
+
+        return stall
+
+    def hang():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    config = {"stop_when_forgotten": True, "max_steps": 9, "save_every": 2, "output_dir": tmp_path}
+    config |= {"lr": 1e-5}
+    tower, whole = knowing_model(), knowing_model()
+    with pytest.raises(PreemptedError, match=r"stopped by SIGTERM\. A checkpoint is in"):
+        on_concept(tower, callback=terminate(tower, 3), **config)
+    assert [each.name for each in (tmp_path / "checkpoints").iterdir()] == ["step-000000002"]
+    again = knowing_model()
+    with pytest.warns(UserWarning, match="verdict: remembered"):
+        on_concept(again, **config)
+    on_concept(whole, **config | {"output_dir": None})
+    assert same_weights(again.weights(), whole.weights())
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "usual"), [("dtype", torch.float64, torch.float32), ("device", "meta", None)]
+)
+def test_a_caller_s_defaults_of_torch_are_set_aside(kind, value, usual, caplog):
+    plain, other = TinyModel(), TinyModel()
+    run(plain)
+    set_default = getattr(torch, f"set_default_{kind}")
+    set_default(value)
+    try:
+        run(other)
+        assert str(getattr(torch, f"get_default_{kind}")()) == str(value)
+    finally:
+        set_default(usual)
+    assert caplog.text.count("are set aside during this call") == 1
+    assert same_weights(plain.weights(), other.weights())
+
+
+def test_runs_in_a_thread_which_may_set_no_handlers(caplog):
     results = []
     thread = threading.Thread(target=lambda: results.append(run(max_steps=2)))
     thread.start()
     thread.join()
     assert len(results[0].history) == 2
+    assert caplog.text.count("This is not the main thread, which alone may handle signals") == 1
 
 
 def test_callback_true_ends_the_run_and_anything_else_does_not(tmp_path):

@@ -157,8 +157,8 @@ class Unlearn(_Erasure):
     and a flag overrides the same key in the YAML file.
 
     Exit codes: 0 done, 2 wrong input, 3 losses stayed non-finite, 4 done but the verdict is
-    "remembered", 75 preempted after a checkpoint (run again), 130 Ctrl-C (run again), 1 anything
-    else.
+    "remembered", 75 preempted (run again), 130 Ctrl-C (run again), 1 anything else. The code is
+    also in D/status.json.
     """
 
     needs = ("model", "forget", "retain", "output_dir")

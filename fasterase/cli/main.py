@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -22,49 +24,64 @@ from fasterase.errors import (
     hide_secrets,
 )
 from fasterase.files import write_text
+from fasterase.signals import INTERRUPTED, PREEMPTED, Stopped, handling_signals
 
-EXIT_DONE, EXIT_FAILED, EXIT_REMEMBERED = 0, 1, 4
-EXIT_CODES = ((InputError, 2), (NonFiniteError, 3), (PreemptedError, 75), (KeyboardInterrupt, 130))
+EXIT_DONE, EXIT_FAILED, EXIT_WRONG, EXIT_REMEMBERED = 0, 1, 2, 4
+EXIT_CODES = (
+    (InputError, EXIT_WRONG),
+    (NonFiniteError, 3),
+    (PreemptedError, PREEMPTED),
+    (KeyboardInterrupt, INTERRUPTED),
+)
 
 # Commands that all processes take part in; the first one alone runs the others.
 SHARED = ("unlearn", "demo", "find")
-# Where the first of several processes leaves the exit code: launchers have codes of their own.
 STATUS_FILE = "status.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; an error prints one line on stderr.
 
-    Under a launcher all ranks run it, the first one prints, and its exit code is also in
-    `status.json` of the `output_dir`.
+    Under a launcher all ranks run it, the first one prints. The exit code of an erasure is also in
+    `status.json` of its `output_dir`.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    output_dir: str | None = None
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
-            parsed = parse(argv)
-            output_dir = parsed.values.get("output_dir")
-            from fasterase.parallel.ranks import join_ranks  # imports torch
-
-            with join_ranks() as ranks, _first_prints():
-                _write_status(output_dir, None)
-                verdict = None
-                if ranks.is_first or parsed.command in SHARED:
-                    verdict = run_command(parsed.command, parsed.values)
-                # The others wait for what the first one does alone.
-                verdict = ranks.broadcast(verdict)
-        code = EXIT_REMEMBERED if verdict == "remembered" else EXIT_DONE
-        _write_status(output_dir, code)
-    except (Exception, KeyboardInterrupt) as error:
-        code = exit_code_of(error)
-        _write_status(output_dir, code)
-        # What is wrong with the command is wrong on every rank; what happens to one is its own.
-        if _rank() == 0 or code == EXIT_FAILED:
-            if "--debug" in argv:
-                traceback.print_exc()
-            print(f"fasterase: error: {format_error(error)}", file=sys.stderr)
+    if argv is None:
+        argv = sys.argv[1:]
+        # Libraries take a second to leave the interpreter: what is done is not undone.
+        atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
+    status = _Status()
+    with handling_signals(status.write) as stop:
+        try:
+            verdict = _run(argv, status)
+            stop.finish()
+            code = EXIT_REMEMBERED if verdict == "remembered" else EXIT_DONE
+        except (Exception, KeyboardInterrupt) as error:
+            stop.finish()
+            code = exit_code_of(error)
+            # What is wrong with the command is wrong on every rank; what happens to one is its own.
+            if _rank() == 0 or code == EXIT_FAILED:
+                if "--debug" in argv:
+                    traceback.print_exc()
+                print(f"fasterase: error: {format_error(error)}", file=sys.stderr)
+        status.write(code)
     return code
+
+
+def _run(argv: Sequence[str], status: _Status) -> str | None:
+    """Run a command on all ranks; return the verdict, if it comes to one."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        parsed = parse(argv)
+        if parsed.command in SHARED:
+            status.begin(parsed.values.get("output_dir"))
+        from fasterase.parallel.ranks import join_ranks  # imports torch
+
+        with join_ranks() as ranks, _first_prints():
+            verdict = None
+            if ranks.is_first or parsed.command in SHARED:
+                verdict = run_command(parsed.command, parsed.values)
+            # The others wait for what the first one does alone.
+            return ranks.broadcast(verdict)
 
 
 @contextlib.contextmanager
@@ -81,16 +98,26 @@ def _rank() -> int:
     return int(os.environ.get("RANK") or 0)
 
 
-def _write_status(output_dir: str | None, code: int | None) -> None:
-    """Leave the exit code of a launched run in its folder; None removes that of an earlier run."""
-    if "WORLD_SIZE" not in os.environ or _rank() != 0 or output_dir is None:
-        return
-    file = Path(output_dir) / STATUS_FILE
-    with contextlib.suppress(OSError, FaseraseError):
-        if code is None:
-            file.unlink(missing_ok=True)
-        else:
-            write_text(file, json.dumps({"exit_code": code}) + "\n")
+class _Status:
+    """Leaves the exit code of an erasure in its folder: launchers have codes of their own."""
+
+    _file: Path | None = None
+
+    def begin(self, output_dir: str | None) -> None:
+        """Remove what an earlier run has left in the folder, and write there from now on."""
+        if output_dir is not None and _rank() == 0:
+            self._file = Path(output_dir) / STATUS_FILE
+            with contextlib.suppress(OSError):
+                self._file.unlink(missing_ok=True)
+
+    def write(self, code: int) -> None:
+        """Write the exit code; wrong input makes no folder, unless a launcher hides the code."""
+        if self._file is None:
+            return
+        if code == EXIT_WRONG and "WORLD_SIZE" not in os.environ and not self._file.parent.is_dir():
+            return
+        with contextlib.suppress(OSError, FaseraseError):
+            write_text(self._file, json.dumps({"exit_code": code}) + "\n")
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -107,4 +134,6 @@ def format_error(error: BaseException) -> str:
 
 def exit_code_of(error: BaseException) -> int:
     """Return the exit code of a command that ends with `error`."""
+    if isinstance(error, Stopped) and error.number != signal.SIGINT:
+        return PREEMPTED
     return next((code for kind, code in EXIT_CODES if isinstance(error, kind)), EXIT_FAILED)

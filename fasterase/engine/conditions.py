@@ -19,7 +19,7 @@ from fasterase.config import UnlearnConfig
 from fasterase.engine.history import require_tracker
 from fasterase.engine.optim import EIGHT_BIT, require_bitsandbytes, shards
 from fasterase.errors import InputError, ResumeError
-from fasterase.files import check_writable, remove_leftovers, write_text
+from fasterase.files import check_creatable, check_writable, remove_leftovers, write_text
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.ops.contrastive.api import choose_backend
 from fasterase.pairs.table import PairTable
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 LOCK_FILE = ".run.lock"
 # Apart from the lock itself, which some systems do not let others read.
 HOLDER_FILE = ".run.json"
-# The data-loading workers of a killed run hold its lock until they notice, within five seconds.
+# The workers of a killed run hold its lock until they have ended.
 ORPHAN_SECONDS = 20.0
 
 
@@ -47,6 +47,8 @@ def check_environment(config: UnlearnConfig) -> None:
         require_bitsandbytes(config.optimizer)
     if config.report_to is not None:
         require_tracker(config.report_to)
+        if config.output_dir is None:
+            check_creatable(Path("runs"), argument=f"report_to={config.report_to!r}")
     if config.resume == "must" and config.output_dir is None:
         raise ResumeError(
             "resume='must' without output_dir: a run resumes from the checkpoints in its "

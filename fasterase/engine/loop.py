@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Collection, Iterator, Mapping
 
@@ -17,17 +16,19 @@ from fasterase.engine.history import HistoryFile, StepRecord
 from fasterase.engine.job import Job
 from fasterase.engine.loss import FeatureGradients, OfOriginal, StepLoss
 from fasterase.engine.pacing import Pacing
-from fasterase.engine.stops import NonFiniteGuard, how_to_continue, non_finite_term, stop_requests
-from fasterase.errors import PreemptedError
+from fasterase.engine.stops import NonFiniteGuard, how_to_continue, non_finite_term, stop_error
 from fasterase.objective import EraseLoss
 from fasterase.original.features import CachedOriginal, Original
 from fasterase.pairs.batches import StepBatch
 from fasterase.parallel.engine import Engine
 from fasterase.progress import WaitingShare, progress_bar
 from fasterase.seeds import Stream, torch_seed
+from fasterase.signals import Stopped, current_stop
 
 # Seconds between checkpoints if `save_every` is None.
 SAVE_SECONDS = 600.0
+# Seconds that a check of the verdict is given to finish after a signal; it cannot be saved midway.
+CHECK_PATIENCE_SECONDS = 5.0
 
 
 class Trainer:
@@ -184,21 +185,22 @@ def run_steps(
 
     Raises:
         NonFiniteError: several steps in a row were not finite.
-        PreemptedError: SIGTERM arrived; with `checkpoints`, one was written.
+        PreemptedError: SIGTERM arrived; with `checkpoints`, one was written, unless a check of the
+            verdict was cut short.
         KeyboardInterrupt: Ctrl-C; likewise, after the current step.
     """
     ranks, config = job.ranks, job.config
-    file: HistoryFile | None = None
-    with ranks.raising_together():
-        if job.output and ranks.is_first:
-            file = HistoryFile(job.output / "history.jsonl", keep_steps=trainer.step)
-    history = ranks.broadcast(list(file.earlier) if file else [])
+    file, history = _open_history(job, trainer.step)
     total, taken = pacing.total_steps, trainer.step
     bar = progress_bar("erasing", total=total, initial=taken, unit="step", shown=config.progress)
     waiting = WaitingShare()
-    last_save = time.monotonic()
-    with stop_requests() as stop, bar:
+    last_save, number = time.monotonic(), 0
+    stop = current_stop()
+    with stop.patience(), bar:
         for batch, passes, pairs, waited in _agreed(job, batches):
+            if batch is None:
+                number = passes
+                break
             record = trainer.train_step(
                 batch, pacing.lr(batch.step), passes=passes, weights=pacing.weights
             )
@@ -212,48 +214,70 @@ def run_steps(
                 waiting.note(waited, record.seconds)
                 _show(bar, record, pairs / max(record.seconds + waited, 1e-9), waiting)
                 done = job.callback is not None and job.callback(record) is True
+            with stop.patience(CHECK_PATIENCE_SECONDS):
+                pacing.after_step(record)
             found = ranks.all_max(stop.number, done, is_due)
             number = int(found[0])
-            pacing.after_step(record)
             ends = bool(number or found[1] or pacing.is_done)
-            if checkpoints and (ends or trainer.step == total or found[2]):
+            if checkpoints and not number and (ends or trainer.step == total or found[2]):
                 checkpoints.save(trainer.checkpoint(pacing))
                 last_save = time.monotonic()
-            if number:
-                said = f"after step {trainer.step}. {how_to_continue(job.output)}"
-                if number == signal.SIGINT:
-                    raise KeyboardInterrupt(f"stopped by Ctrl-C {said}")
-                raise PreemptedError(f"stopped by {signal.Signals(number).name} {said}")
             if ends:
                 break
+        if number:
+            stop.answer()
+            # Before the first step, there is nothing that a new run would not find again.
+            if checkpoints and trainer.step:
+                checkpoints.save(trainer.checkpoint(pacing))
+            said = f" after step {trainer.step}. {how_to_continue(job.output)}"
+            raise stop_error(number, said)
     return history
 
 
-def _agreed(job: Job, batches: Iterator[StepBatch]) -> Iterator[tuple[StepBatch, int, int, float]]:
+def _open_history(job: Job, step: int) -> tuple[HistoryFile | None, list[StepRecord]]:
+    """Open the file of the first rank; return it, and the records of the first `step` steps."""
+    file: HistoryFile | None = None
+    with job.ranks.raising_together():
+        if job.output and job.ranks.is_first:
+            file = HistoryFile(job.output / "history.jsonl", keep_steps=step)
+    return file, job.ranks.broadcast(list(file.earlier) if file else [])
+
+
+def _agreed(
+    job: Job, batches: Iterator[StepBatch]
+) -> Iterator[tuple[StepBatch | None, int, int, float]]:
     """Yield each batch, the most micro-batches of a rank, the pairs of all ranks, and the seconds
     that the slowest waited for them.
 
-    A batch that cannot be loaded on one rank is an error on all.
+    A batch that cannot be loaded on one rank is an error on all. After a signal to one of them,
+    which also ends the waiting for a batch, it is None, and the second value the signal.
     """
+    stop = current_stop()
     while True:
         batch: StepBatch | None = None
         error: Exception | None = None
         asked = time.perf_counter()
         try:
-            batch = next(batches, None)
+            with stop.patience(0):
+                batch = next(batches, None)
             if batch is not None:
                 job.ledger.add(batch.ids, batch.skipped)
+        except Stopped:
+            stop.answer()
         except Exception as raised:
             error = raised
         counts = [0, 0, 0]
         if batch is not None:
             counts = [len(batch.micro_batches), len(batch.skipped), len(batch.ids)]
         waited = time.perf_counter() - asked
-        everyone = job.ranks.gather_objects((error is not None, *counts, waited))
-        has_failed, passes, skips, pairs, waits = zip(*everyone, strict=True)
+        state = error is not None, stop.number, batch is None, *counts, waited
+        everyone = job.ranks.gather_objects(state)
+        has_failed, numbers, ended, passes, skips, pairs, waits = zip(*everyone, strict=True)
         if any(has_failed):
             job.ranks.raise_together(error)
-        if batch is None:
+        if any(numbers) and any(ended):
+            yield None, max(numbers), 0, 0.0
+        if any(ended):
             return
         if any(skips):
             job.ledger.exchange(job.ranks)

@@ -5,6 +5,7 @@ These are device, dtype, train or eval mode, requires_grad, and activation check
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -16,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from fasterase.engine.grad_cache import buffers_in_train_mode, restore_buffers
 from fasterase.errors import InputError
 from fasterase.models.dual_encoder import DualEncoder
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -164,6 +167,22 @@ def placed(model: DualEncoder, *, device: torch.device) -> Iterator[None]:
     finally:
         if moves:
             model.module.to(home)
+
+
+@contextmanager
+def usual_defaults() -> Iterator[None]:
+    """Make new tensors fp32 on the CPU in the block, whatever defaults the caller has set."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    if dtype == torch.float32 and device.type == "cpu":
+        yield
+        return
+    log.warning("torch's defaults, %s on %s, are set aside during this call.", dtype, device)
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def resolve_device(device: str | None, *, default: torch.device) -> torch.device:

@@ -1,19 +1,17 @@
-"""Non-finite values, which skip a step, and signals, which end a run early."""
+"""Non-finite values, which skip a step, and how a run says that a signal has ended it."""
 
 from __future__ import annotations
 
 import logging
 import math
 import signal
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
-from fasterase.errors import LostRankError, NonFiniteError
+from fasterase.errors import NonFiniteError, PreemptedError
 from fasterase.objective import EraseLoss
+from fasterase.signals import signal_name
 
 log = logging.getLogger(__name__)
 
@@ -60,55 +58,26 @@ def non_finite_term(loss: EraseLoss) -> str | None:
     return None
 
 
-class StopRequest:
-    """The request of a signal to end the run."""
-
-    number = 0  # of the signal
-
-
 @contextmanager
-def stop_requests() -> Iterator[StopRequest]:
-    """Turn Ctrl-C, SIGTERM and SIGUSR1 into a request, so that no step is left half done.
+def explaining_interrupts(advice: Callable[[], str]) -> Iterator[None]:
+    """Turn what a signal raised into an error that says how to go on.
 
-    Schedulers announce the end of a job by SIGTERM, or by SIGUSR1 where they are told to. A second
-    Ctrl-C raises at once. Outside the main thread, where Python allows no handlers, signals keep
-    their usual effect.
+    Raises:
+        PreemptedError: the signal was SIGTERM or SIGUSR1.
+        KeyboardInterrupt: Ctrl-C.
     """
-    stop = StopRequest()
-
-    def request(number: int, frame: FrameType | None) -> None:
-        if stop.number == number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.number = number
-
-    previous: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-            if number := getattr(signal, name, None):  # Windows has no SIGUSR1
-                previous[number] = signal.signal(number, request)
-    try:
-        yield stop
-    except LostRankError:
-        # Launchers send SIGTERM as soon as one rank has died. This one ends by itself, once it has
-        # said which.
-        if previous:
-            previous[signal.SIGTERM] = signal.SIG_IGN
-        raise
-    finally:
-        for number, handler in previous.items():
-            # None means that the handler was not set from Python, and cannot be restored.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-
-@contextmanager
-def explaining_interrupts(output_dir: Path | None) -> Iterator[None]:
-    """Add to a Ctrl-C between steps, such as while pairs are measured, how to go on."""
     try:
         yield
     except KeyboardInterrupt as error:
         if error.args:
             raise
-        raise KeyboardInterrupt(f"stopped by Ctrl-C. {how_to_continue(output_dir)}") from None
+        raise stop_error(getattr(error, "number", signal.SIGINT), f". {advice()}") from None
+
+
+def stop_error(number: int, said: str) -> BaseException:
+    """Return the error that ends a run because of a signal."""
+    kind = KeyboardInterrupt if number == signal.SIGINT else PreemptedError
+    return kind(f"stopped by {signal_name(number)}{said}")
 
 
 def how_to_continue(output_dir: Path | None) -> str:

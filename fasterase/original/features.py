@@ -315,8 +315,18 @@ def cache_folder(
     elif output_dir is not None:
         yield output_dir / "reference"
     else:
-        with ranks.first_enters(lambda: TemporaryDirectory(prefix="fasterase-")) as folder:
+        with ranks.first_enters(_temporary_folder) as folder:
             yield Path(folder)
+
+
+def _temporary_folder() -> TemporaryDirectory[str]:
+    try:
+        return TemporaryDirectory(prefix="fasterase-")
+    except OSError as error:
+        raise InputError(
+            f"reference_cache: no temporary folder can be written to ({error.strerror}). Give a "
+            "folder that can, an output_dir, or set TMPDIR."
+        ) from error
 
 
 def _resume_blocks(rows: np.ndarray, present: np.ndarray) -> Iterator[np.ndarray]:

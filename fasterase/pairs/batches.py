@@ -203,7 +203,8 @@ def step_batches(
     black = prepare.black_level() if augment_forget else None
     reader = _Reader((forget, retain), prepare, black)
     loaded: list[MicroBatch] = []
-    for part in _read_all(reader, requests(), prefixes, num_workers):
+    room = {"item_bytes": size * prepare.image_bytes, "on_this_host": ranks.on_this_host}
+    for part in _read_all(reader, requests(), prefixes, num_workers, **room):
         if prefixes is not None and part.ids:
             assert isinstance(part.tokens, Tokens)
             part.pixels = prefixes.images(part, (forget, retain))
@@ -225,6 +226,7 @@ def sweep(
     batch_size: int,
     num_workers: int = 0,
     prefixes: Prefixes | None = None,
+    on_this_host: int = 1,
 ) -> Iterator[MicroBatch]:
     """Read distinct rows in the given order, with all their captions or the first one.
 
@@ -240,7 +242,10 @@ def sweep(
             yield _Request(zeros, part, None if captions == "all" else zeros, seeds)
 
     seen: set[str] = set()
-    for batch in _read_all(_Reader((source,), prepare), requests(), prefixes, num_workers):
+    reader = _Reader((source,), prepare)
+    largest = min(batch_size, len(rows)) * prepare.image_bytes
+    room = {"item_bytes": largest, "on_this_host": on_this_host}
+    for batch in _read_all(reader, requests(), prefixes, num_workers, **room):
         places: dict[str, int] = {}  # of captions that no earlier batch had
         for place, key in enumerate(batch.keys):
             if key not in seen:
@@ -296,9 +301,13 @@ def _choose_views(request: _Request, forget: PairTable, count: int) -> None:
 
 
 def _read_all(
-    reader: _Reader, requests: Iterable[_Request], prefixes: Prefixes | None, num_workers: int
+    reader: _Reader,
+    requests: Iterable[_Request],
+    prefixes: Prefixes | None,
+    num_workers: int,
+    **room: int,
 ) -> Iterator[MicroBatch]:
-    """Yield what is read for each request; with workers, requests are made a few ahead."""
+    """Yield what is read for each request; for the rest see `load_parallel`."""
 
     def without_cached() -> Iterator[_Request]:
         for request in requests:
@@ -309,7 +318,7 @@ def _read_all(
                     request.wanted[here] = ~prefixes.has_images(source, rows, views)
             yield request
 
-    return load_parallel(reader, without_cached(), num_workers)
+    return load_parallel(reader, without_cached(), num_workers, **room)
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,12 @@ class Preparer:
             model.vocab_size,
         )
 
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of an image's pixels, if it is not given as a float tensor."""
+        is_split = self.image_transform is not None and self.image_transform.parts is not None
+        return 3 * math.prod(self.image_size) * (1 if is_split else 4)
+
     def image(self, record: Record) -> Tensor:
         """Return pixels [3, H, W]: uint8 where the model's transform splits, else float32.
 

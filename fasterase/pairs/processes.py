@@ -1,22 +1,19 @@
-"""Processes that read and load pairs: how many there are, a pool of them, and data loaders."""
+"""Processes that read and load pairs: how many there are, a pool of them, and their results."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Literal
 
-import torch
-from torch.utils.data import DataLoader, Dataset
-
-from fasterase.errors import InputError
 from fasterase.option_values import parse_value
+from fasterase.pairs.workers import count_that_fit, load_in_workers
 from fasterase.parallel.ranks import ALONE, Ranks
+from fasterase.signals import current_stop, end_with_parent, in_child
 
 # More are of no use: two or three cores feed the largest towers of a GPU.
 MOST_PROCESSES = 16
@@ -51,67 +48,46 @@ def count_processes(items: int) -> int:
 
 @contextmanager
 def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Yield a pool of forked processes; what they have not begun is dropped after the block."""
+    """Yield a pool of forked processes, which are ended after an error in the block.
+
+    What they leave half done, such as the download of a shard, the next run resumes.
+    """
     context = multiprocessing.get_context("fork")
-    # They end at Ctrl-C at once and without a traceback: the main process is told too. What they
-    # leave half done, such as the download of a shard, the next run resumes.
-    at_once = (signal.SIGINT, signal.SIG_DFL)
-    with ProcessPoolExecutor(workers, context, signal.signal, at_once) as pool:
+    with ProcessPoolExecutor(workers, context, _begin, (os.getpid(),)) as pool:
         try:
             yield pool
+        except BaseException:
+            # `shutdown` would wait for what they are doing.
+            for process in list(pool._processes.values()):
+                process.kill()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-class _Loading(Dataset[Any]):
-    """Maps a request to `load(request)`, or to the InputError that it raised.
-
-    As an exception, DataLoader would wrap it in a worker's traceback.
-    """
-
-    def __init__(self, load: Callable[[Any], Any]) -> None:
-        self._load = load
-
-    def __getitem__(self, request: Any) -> Any:
-        try:
-            return self._load(request)
-        except InputError as error:
-            return error
+def _begin(parent: int) -> None:
+    in_child()
+    end_with_parent(parent)
 
 
 def load_parallel(
-    load: Callable[[Any], Any], requests: Iterable[Any], num_workers: int
+    load: Callable[[Any], Any],
+    requests: Iterable[Any],
+    num_workers: int,
+    *,
+    item_bytes: int = 0,
+    on_this_host: int = 1,
 ) -> Iterator[Any]:
-    """Yield `load(request)` for each request, in order.
+    """Yield `load(request)` for each request, in order; a signal ends the run between two of them.
 
     Args:
-        load: picklable if there are workers; an `InputError` that it raises ends the loop.
+        load: picklable if there are workers and the system cannot fork; what it raises is raised.
         requests: made as they are asked for, a few ahead of the results if there are workers.
         num_workers: processes that load; 0: this one.
+        item_bytes, on_this_host: see `count_that_fit`.
     """
-    loader = DataLoader(
-        _Loading(load),
-        batch_size=None,
-        sampler=requests,
-        num_workers=num_workers,
-        # A generator of its own; otherwise each loader would draw from the global one and change
-        # Dropout.
-        generator=torch.Generator(),
-        worker_init_fn=_leave_signals_to_parent,
-    )
-    # The loop's iterator is the only one: the loader stops its workers when it is dropped.
-    for batch in loader:
-        if isinstance(batch, InputError):
-            raise batch
-        yield batch
-
-
-def _leave_signals_to_parent(worker: int) -> None:
-    """Ignore the signals that end a run, which reach all of its processes: the main one saves.
-
-    Only the first SIGTERM is ignored, so that the parent can still end a worker that hangs.
-    """
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "SIGUSR1"):
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    workers = count_that_fit(num_workers, item_bytes, on_this_host=on_this_host)
+    stop = current_stop()
+    for item in load_in_workers(load, requests, workers) if workers else map(load, requests):
+        yield item
+        stop.check()

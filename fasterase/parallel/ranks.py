@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fasterase.errors import FaseraseError, InputError, LostRankError, NonFiniteError
+from fasterase.parallel.heartbeat import Heartbeat, connect
+from fasterase.signals import Stopped, current_stop
 
 T = TypeVar("T")
 
@@ -28,6 +31,8 @@ T = TypeVar("T")
 _PATIENCE = timedelta(hours=2)
 # A killed process is a zombie until its launcher collects it; it is looked for this long.
 _OBITUARY_SECONDS = 3.0
+# Longest pause between two looks at an exchange that others have not come to yet.
+_LOOK_SECONDS = 0.02
 
 
 class Ranks:
@@ -36,6 +41,7 @@ class Ranks:
     rank = 0  # number of this process
     world_size = 1  # how many there are
     on_this_host = 1  # how many of them run on this machine
+    heartbeat: Heartbeat | None = None  # tells which rank has fallen silent
 
     @property
     def is_first(self) -> bool:
@@ -84,8 +90,8 @@ class Ranks:
         error: BaseException | None = None
         try:
             yield
-        except LostRankError:
-            raise
+        except (LostRankError, Stopped):
+            raise  # the others have ended, or are told by the heartbeat
         except (Exception, KeyboardInterrupt) as raised:
             error = raised
         self.raise_together(error)
@@ -121,68 +127,135 @@ class LinkedRanks(Ranks):
     def __init__(self) -> None:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
-        self._control = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self._stop = current_stop()
+        self._control: Any = dist.new_group(backend="gloo", timeout=_PATIENCE)
         self._processes: list[tuple[str, int]] = []
         host = socket.gethostname()
         self._processes = self.gather_objects((host, os.getpid()))
-        self.on_this_host = sum(where == host for where, _ in self._processes)
+        hosts = [where for where, _ in self._processes]
+        self.on_this_host = hosts.count(host)
+        sockets = connect(self.rank, hosts, self.gather_objects)
+        if sockets is not None:
+            self.heartbeat = Heartbeat(self.rank, sockets, self._stop)
+            self.heartbeat.on_silence = lambda: self._stop.fail(self._silence())
+
+    def close(self) -> None:
+        """Release what this object has made; the caller's process group stays."""
+        if self.heartbeat is not None:
+            if self._stop.number:
+                self.heartbeat.leave()
+            self.heartbeat.close()
+        # Its threads and sockets last as long as somebody holds it.
+        control, self._control = self._control, None
+        dist.destroy_process_group(control)
 
     def gather_objects(self, value: T) -> list[T]:
-        gathered: list[Any] = [None] * self.world_size
-        with self._exchange():
-            dist.all_gather_object(gathered, value, group=self._control)
+        # On the CPU, whatever the caller's default device is.
+        data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        sizes = self._gather(torch.tensor([len(data)], device="cpu"))
+        padded = torch.zeros(max(map(int, sizes)), dtype=torch.uint8, device="cpu")
+        padded[: len(data)] = data
+        found = zip(self._gather(padded), sizes, strict=True)
+        return [pickle.loads(each[: int(size)].numpy().tobytes()) for each, size in found]
+
+    def _gather(self, tensor: Tensor) -> list[Tensor]:
+        gathered = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        self._exchange(
+            lambda: dist.all_gather(gathered, tensor, group=self._control, async_op=True)
+        )
         return gathered
 
     def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> list[Tensor]:
         padded = rows.new_zeros(max(counts), *rows.shape[1:])
         padded[: len(rows)] = rows.detach()
         gathered = [torch.empty_like(padded) for _ in counts]
-        with self._exchange():
-            dist.all_gather(gathered, padded)
+        self._exchange(lambda: dist.all_gather(gathered, padded, async_op=True), padded)
         return [part[:count] for part, count in zip(gathered, counts, strict=True)]
 
     def average(self, tensors: Sequence[Tensor]) -> None:
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        with self._exchange():
-            dist.all_reduce(flat)
+        self._exchange(lambda: dist.all_reduce(flat, async_op=True), flat)
         flat /= self.world_size
         for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(mean.view_as(tensor))
 
     def broadcast_tensor(self, tensor: Tensor) -> None:
-        with self._exchange():
-            dist.broadcast(tensor, src=0)
+        self._exchange(lambda: dist.broadcast(tensor, src=0, async_op=True), tensor)
 
     def broadcast(self, value: T) -> T:
-        values = [value]
-        with self._exchange():
-            dist.broadcast_object_list(values, src=0, group=self._control)
-        return values[0]
+        return self.gather_objects(value if self.is_first else None)[0]  # type: ignore[return-value]
 
-    @contextlib.contextmanager
-    def _exchange(self) -> Iterator[None]:
+    def _exchange(self, begin: Callable[[], Any], tensor: Tensor | None = None) -> None:
+        """Begin an exchange, and wait for it: a signal or a silent rank ends the waiting.
+
+        Raises:
+            Stopped: the run is on its way out, or others have left it for the same reason.
+            LostRankError: a rank has ended or fallen silent.
+        """
+        if self._stop.is_raised:
+            raise self._stop.reason()
         try:
-            yield
+            work = begin()
+            pause = 1e-4
+            # Of a GPU, the exchange is only queued here.
+            while (tensor is None or not tensor.is_cuda) and not work.is_completed():
+                time.sleep(pause)
+                pause = min(1.1 * pause, _LOOK_SECONDS)
+                self._stop.check()
+                if self.heartbeat is not None and self.heartbeat.silent:
+                    self._stop.finish()
+                    raise self._silence()
+            work.wait()
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise LostRankError(
-                f"{self._name_lost()} ended, so the others cannot go on ({reason}). Its own output "
-                "says why; the same command continues from the last checkpoint."
-            ) from error
+            lost = self.find_lost()
+            if self._stop.number and not lost:
+                self._stop.is_raised = True
+                raise self._stop.reason() from None
+            raise self.loss(lost, str(error).splitlines()[0]) from error
 
-    def _name_lost(self) -> str:
-        """Name the ranks of this host that no longer run, or else those on other hosts."""
-        host = socket.gethostname()
-        mine = [(r, pid) for r, (where, pid) in enumerate(self._processes) if where == host]
+    def loss(self, lost: str, reason: str) -> LostRankError:
+        """Return the error that names the ranks which are lost; it is said undisturbed."""
+        self._stop.finish()
+        return LostRankError(
+            f"{lost or 'another rank'} ended, so the others cannot go on ({reason}). Its own "
+            "output says why; the same command continues from the last checkpoint."
+        )
+
+    def _silence(self) -> LostRankError:
+        """Return the error that names the ranks which give no sign of life."""
+        assert self.heartbeat is not None
+        names = " and ".join(self._name(rank) for rank in sorted(self.heartbeat.silent))
+        return LostRankError(
+            f"{names} gave no sign of life for {self.heartbeat.limit:g} s (stopped, or its host is "
+            "out of reach), so the others cannot go on. End it, and run the same command again to "
+            "continue from the last checkpoint; `rank_timeout` is the limit."
+        )
+
+    def _name(self, rank: int) -> str:
+        host, pid = self._processes[rank]
+        return f"rank {rank} (process {pid} on {host})"
+
+    def find_lost(self, patience: float = _OBITUARY_SECONDS) -> str:
+        """Name the ranks of this host that no longer run, or else those on other hosts.
+
+        One that was told to stop has not been lost.
+        """
+        host, until = socket.gethostname(), time.monotonic() + patience
+        stopping = self.heartbeat.stopping if self.heartbeat is not None else {}
+        mine = [r for r, (where, _) in enumerate(self._processes) if where == host]
         others = [r for r, (where, _) in enumerate(self._processes) if where != host]
-        until = time.monotonic() + _OBITUARY_SECONDS
-        while time.monotonic() < until:
-            lost = [f"rank {r} (process {pid} on {host})" for r, pid in mine if not is_running(pid)]
+        while True:
+            gone = [r for r in mine if not is_running(self._processes[r][1])]
+            lost = [self._name(r) for r in gone if r not in stopping]
             if lost:
                 return " and ".join(lost)
+            if time.monotonic() >= until or self._stop.number:
+                break
             time.sleep(0.1)
         numbers = ", ".join(map(str, others))
-        return f"one of the ranks {numbers} on other hosts" if others else "another rank"
+        # A run that was told to stop takes them for stopping too.
+        is_told = bool(self._stop.number)
+        return f"one of the ranks {numbers} on other hosts" if others and not is_told else ""
 
 
 def share_of(count: int, rank: int, world_size: int) -> range:
@@ -208,8 +281,13 @@ def join_ranks(*, alone_too: bool = False) -> Iterator[Ranks]:
         InputError: the environment names several processes, but not how to reach them.
     """
     launched = int(os.environ.get("WORLD_SIZE") or 1)
+    if _joined:
+        with _naming_lost(_joined[-1]):
+            yield _joined[-1]
+        return
     if dist.is_available() and dist.is_initialized():
-        yield LinkedRanks() if dist.get_world_size() > 1 else ALONE
+        with _linked(dist.get_world_size()) as ranks:
+            yield ranks
         return
     if launched == 1 and not alone_too:
         yield ALONE
@@ -232,9 +310,41 @@ def join_ranks(*, alone_too: bool = False) -> Iterator[Ranks]:
             torch.cuda.set_device(device)  # what "cuda" without a number means
         dist.init_process_group(backend)
     try:
-        yield LinkedRanks() if launched > 1 else ALONE
+        with _linked(launched) as ranks:
+            yield ranks
     finally:
         dist.destroy_process_group()
+
+
+# The ranks of the run that this process is in.
+_joined: list[LinkedRanks] = []
+
+
+@contextlib.contextmanager
+def _linked(count: int) -> Iterator[Ranks]:
+    """Link the ranks of a process group for a block; what that makes is released afterwards."""
+    if count == 1:
+        yield ALONE
+        return
+    ranks = LinkedRanks()
+    _joined.append(ranks)
+    try:
+        with _naming_lost(ranks):
+            yield ranks
+    finally:
+        _joined.remove(ranks)
+        ranks.close()
+
+
+@contextlib.contextmanager
+def _naming_lost(ranks: LinkedRanks) -> Iterator[None]:
+    """Say which rank has died: launchers send SIGTERM to the others as soon as one has."""
+    try:
+        yield
+    except Stopped as error:
+        if lost := ranks.find_lost(0.0):
+            raise ranks.loss(lost, "the launcher ended this one too") from error
+        raise
 
 
 def launched_rank() -> int:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fasterase.encode import BATCH_SIZE, PairEncoder
-from fasterase.errors import FaseraseError
+from fasterase.errors import FaseraseError, InputError
 from fasterase.original import features
 from fasterase.original.features import OriginalFeatures
 from fasterase.original.store import FeatureStore
@@ -67,6 +67,13 @@ def test_fp16_takes_half_the_disk_and_a_place_of_its_own(tmp_path):
         np.testing.assert_allclose(found, features, atol=error)
         sizes.append(sum(path.stat().st_size for path in store.folder.iterdir()))
     assert max(sizes[1:]) < 0.52 * sizes[0]
+
+
+def test_no_temporary_folder_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    raises = pytest.raises(InputError, match="reference_cache: no temporary folder can be written")
+    with raises, features.cache_folder(None, None):
+        pass
 
 
 def test_an_empty_store_has_nothing(tmp_path):

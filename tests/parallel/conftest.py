@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,18 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             lines.append(f"{name}{i}.png,a {name} thing number {i % 10}")
         (folder / f"{name}.csv").write_text("\n".join(lines) + "\n")
     return folder
+
+
+@pytest.fixture(scope="module")
+def shards(inputs: Path) -> dict[str, Path]:
+    """The pairs of `inputs` in tars."""
+    for name in ("forget", "retain"):
+        rows = (inputs / f"{name}.csv").read_text().splitlines()[1:]
+        for number in range(2):
+            with tarfile.open(inputs / f"{name}-{number}.tar", "w") as tar:
+                for row in rows[number::2]:
+                    file, caption = row.split(",")
+                    (inputs / "caption.txt").write_text(caption)
+                    tar.add(inputs / file, file)
+                    tar.add(inputs / "caption.txt", Path(file).with_suffix(".txt").name)
+    return {name: inputs / f"{name}-{{0..1}}.tar" for name in ("forget", "retain")}

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from fasterase.parallel.ranks import is_running
 from tests.parallel.job import STEPS as CASE_STEPS
 from tests.parallel.job import make_model
 
@@ -42,6 +46,47 @@ def finish(job: subprocess.Popen[str], timeout: float = 400) -> str:
     except subprocess.TimeoutExpired:
         os.killpg(job.pid, signal.SIGKILL)
         raise
+
+
+def ranks_of(job: subprocess.Popen[str]) -> list[int]:
+    """Return the processes of the ranks, in their order."""
+    children = psutil.Process(job.pid).children()
+    found = {int(each.environ()["RANK"]): each.pid for each in children if "RANK" in each.environ()}
+    return [found[rank] for rank in sorted(found)]
+
+
+def family(job: subprocess.Popen[str]) -> list[int]:
+    """Return the processes of a job: a launcher, ranks and their workers."""
+    process = psutil.Process(job.pid)
+    return [job.pid, *(each.pid for each in process.children(recursive=True))]
+
+
+def assert_end(pids: list[int], seconds: float) -> None:
+    """Check that processes end in time, whether or not their parent has collected them."""
+    until = time.monotonic() + seconds
+    while (alive := list(filter(is_running, pids))) and time.monotonic() < until:
+        time.sleep(0.05)
+    for each in alive:
+        os.kill(each, signal.SIGKILL)
+    assert not alive
+
+
+def status(output: Path) -> int:
+    return json.loads((output / "status.json").read_text())["exit_code"]
+
+
+def await_steps(job: subprocess.Popen[str], output: Path, count: int) -> None:
+    """Wait until the job has taken `count` steps."""
+    until = time.monotonic() + 120
+    while steps_taken(output) < count:
+        assert job.poll() is None, job.communicate()[0][-4000:]
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def steps_taken(output: Path) -> int:
+    history = output / "history.jsonl"
+    return len(history.read_text().splitlines()) if history.is_file() else 0
 
 
 def run(command: list[str], timeout: float = 400) -> None:

@@ -2,47 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-import time
-from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.parallel.launched import STEPS, finish, run, start, torchrun, unlearn_command, weights
+from tests.parallel.launched import (
+    STEPS,
+    await_steps,
+    finish,
+    ranks_of,
+    run,
+    start,
+    status,
+    steps_taken,
+    torchrun,
+    unlearn_command,
+    weights,
+)
 from tests.tiny_model import same_weights
 
 pytestmark = pytest.mark.slow
 
 PROMPT_SECONDS = 60.0
-
-
-def await_steps(job: subprocess.Popen[str], output: Path, count: int) -> None:
-    """Wait until the job has taken `count` steps."""
-    until = time.monotonic() + 120
-    while steps_taken(output) < count:
-        assert job.poll() is None, job.communicate()[0][-4000:]
-        assert time.monotonic() < until
-        time.sleep(0.02)
-
-
-def ranks_of(job: subprocess.Popen[str]) -> list[int]:
-    """Return the processes of the ranks, in their order."""
-    children = psutil.Process(job.pid).children()
-    found = {int(each.environ()["RANK"]): each.pid for each in children if "RANK" in each.environ()}
-    return [found[rank] for rank in sorted(found)]
-
-
-def status(output: Path) -> int:
-    return json.loads((output / "status.json").read_text())["exit_code"]
-
-
-def steps_taken(output: Path) -> int:
-    history = output / "history.jsonl"
-    return len(history.read_text().splitlines()) if history.is_file() else 0
 
 
 @pytest.mark.parametrize(
