@@ -19,6 +19,7 @@ from fasterase.cli.parser import parse
 from fasterase.errors import (
     FaseraseError,
     InputError,
+    LostRankError,
     NonFiniteError,
     PreemptedError,
     hide_secrets,
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Under a launcher all ranks run it, the first one prints. The exit code of an erasure is also in
     `status.json` of its `output_dir`.
     """
+    is_process, is_lost = argv is None, False
     if argv is None:
         argv = sys.argv[1:]
         # Libraries take a second to leave the interpreter: what is done is not undone.
@@ -57,13 +59,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = EXIT_REMEMBERED if verdict == "remembered" else EXIT_DONE
         except (Exception, KeyboardInterrupt) as error:
             stop.finish()
-            code = exit_code_of(error)
+            code, is_lost = exit_code_of(error), isinstance(error, LostRankError)
             # What is wrong with the command is wrong on every rank; what happens to one is its own.
             if _rank() == 0 or code == EXIT_FAILED:
                 if "--debug" in argv:
                     traceback.print_exc()
                 print(f"fasterase: error: {format_error(error)}", file=sys.stderr)
         status.write(code)
+    if is_process and is_lost:
+        # Leaving the interpreter would wait for the lost rank.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     return code
 
 

@@ -145,6 +145,8 @@ class LinkedRanks(Ranks):
             if self._stop.number:
                 self.heartbeat.leave()
             self.heartbeat.close()
+        if self in _abandoned:
+            return
         # Its threads and sockets last as long as somebody holds it.
         control, self._control = self._control, None
         dist.destroy_process_group(control)
@@ -194,6 +196,7 @@ class LinkedRanks(Ranks):
         """
         if self._stop.is_raised:
             raise self._stop.reason()
+        _abandoned.append(self)
         try:
             work = begin()
             pause = 1e-4
@@ -206,6 +209,7 @@ class LinkedRanks(Ranks):
                     self._stop.finish()
                     raise self._silence()
             work.wait()
+            _abandoned.remove(self)
         except RuntimeError as error:
             lost = self.find_lost()
             if self._stop.number and not lost:
@@ -313,9 +317,12 @@ def join_ranks(*, alone_too: bool = False) -> Iterator[Ranks]:
         with _linked(launched) as ranks:
             yield ranks
     finally:
-        dist.destroy_process_group()
+        if not _abandoned:
+            dist.destroy_process_group()
 
 
+# Those that left an exchange: to destroy its group would wait for a rank that may never come.
+_abandoned: list[LinkedRanks] = []
 # The ranks of the run that this process is in.
 _joined: list[LinkedRanks] = []
 
