@@ -50,13 +50,13 @@ def await_mark(job: subprocess.Popen[str], output: Path, *, rank: int = 0) -> No
 @pytest.mark.parametrize(
     ("place", "workers"),
     [
-        ("opening", 0),
+        pytest.param("opening", 0, marks=pytest.mark.scale),
         ("indexing", 0),
-        ("encoding", 0),
+        pytest.param("encoding", 0, marks=pytest.mark.scale),
         ("loading", 1),
-        ("loading", 0),
+        pytest.param("loading", 0, marks=pytest.mark.scale),
         ("loading a step", 2),
-        ("a library", 0),
+        pytest.param("a library", 0, marks=pytest.mark.scale),
         ("measuring", 0),
         ("saving", 0),
     ],
@@ -83,12 +83,12 @@ def test_sigterm_in_any_phase_of_a_process(inputs, shards, tmp_path, place, work
 @pytest.mark.parametrize(
     ("place", "stalls", "told"),
     [
-        ("opening", 1, 1),
-        ("encoding", 1, 0),
+        pytest.param("opening", 1, 1, marks=pytest.mark.scale),
+        pytest.param("encoding", 1, 0, marks=pytest.mark.scale),
         ("loading a step", 1, 0),
-        ("a library", 1, None),
+        pytest.param("a library", 1, None, marks=pytest.mark.scale),
         ("measuring", 0, None),
-        ("saving", 0, 1),
+        pytest.param("saving", 0, 1, marks=pytest.mark.scale),
     ],
 )
 def test_sigterm_in_any_phase_of_two_ranks(inputs, tmp_path, monkeypatch, place, stalls, told):
@@ -123,7 +123,13 @@ def test_a_second_sigterm_does_not_wait_for_the_step(inputs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("place", "ranks"), [("indexing", 1), ("loading", 1), ("loading", 2), ("a library", 2)]
+    ("place", "ranks"),
+    [
+        ("indexing", 1),
+        pytest.param("loading", 1, marks=pytest.mark.scale),
+        ("loading", 2),
+        pytest.param("a library", 2, marks=pytest.mark.scale),
+    ],
 )
 def test_nothing_outlives_a_killed_parent(inputs, shards, tmp_path, place, ranks):
     """Neither workers a process of its own, nor ranks their launcher."""
@@ -158,7 +164,7 @@ def stop_a_rank(inputs: Path, output: Path, rank: int, **fields: object) -> tupl
     return said, taken
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.scale)])
 def test_a_stopped_rank_is_named(inputs, tmp_path, rank):
     said, taken = stop_a_rank(inputs, tmp_path / "run", rank, rank_timeout=3)
     assert "gave no sign of life for 3 s" in said
