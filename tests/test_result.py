@@ -99,7 +99,8 @@ def test_a_folder_gets_the_report_the_plot_and_the_pictures(result, tmp_path):
     folder = tmp_path / "new" / "report"
     before = {name: tensor.clone() for name, tensor in result.model.state_dict().items()}
     assert result.report(folder) == folder
-    assert {path.name for path in folder.iterdir()} == {"report.md", "losses.png", "pictures.png"}
+    reports = {"report.md", "report.html", "losses.png", "pictures.png"}
+    assert {path.name for path in folder.iterdir()} == reports
     text = (folder / "report.md").read_text()
     assert "](losses.png)" in text
     assert "](pictures.png)" in text
@@ -136,7 +137,8 @@ def test_without_matplotlib_all_but_the_plot_is_written(result, tmp_path, monkey
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(fasterase.MissingExtraError, match=r"fasterase\[eval\]"):
         result.report(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"report.md", "pictures.png"}
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {"report.md", "report.html", "pictures.png"}
     assert "losses.png" not in (tmp_path / "report.md").read_text()
 
 
