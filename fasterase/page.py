@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from fasterase.config import UnlearnConfig
 from fasterase.engine.words import Word
-from fasterase.evaluation.hurt import RECALL, Hurt
+from fasterase.evaluation.hurt import RECALL, Hurt, Remaining
 from fasterase.evaluation.metrics import TOWER_HITS, wilson_interval
 from fasterase.evaluation.verdict import (
     EARLIER,
@@ -107,12 +107,17 @@ class Kept(NamedTuple):
     chance: float
 
 
-class Loss(NamedTuple):
-    """What was hurt, and the 95 % interval of what is left."""
+class Named(NamedTuple):
+    """What was hurt or is still found, and the 95 % interval of its share now."""
 
-    hurt: Hurt
+    what: Hurt | Remaining
     low: float
     high: float
+
+    @classmethod
+    def of(cls, what: Hurt | Remaining) -> Named:
+        share = what.after if isinstance(what, Hurt) else what.found
+        return cls(what, *wilson_interval(share, what.count))
 
 
 @dataclass(frozen=True)
@@ -278,7 +283,7 @@ class RunFacts:
         ]
 
     @cached_property
-    def damage(self) -> list[tuple[str, str, list[Loss], int]]:
+    def damage(self) -> list[tuple[str, str, list[Named], int]]:
         """Groups of what was hurt, neighbours first: title, what is counted, names, how many."""
         hurt = [] if self.evaluation is None else self.evaluation.hurt
         near = set(self.neighbours)
@@ -293,11 +298,15 @@ class RunFacts:
                 what = "everyday words" if is_word else "captions and classes"
                 where = "Close to what was erased" if is_near else "Further away" if near else "All"
                 counted = "nearest words that stayed" if is_word else "own pictures named rightly"
-                losses = [
-                    Loss(each, *wilson_interval(each.after, each.count)) for each in those[:LISTED]
-                ]
+                losses = [Named.of(each) for each in those[:LISTED]]
                 groups.append((f"{where}: {what}", counted, losses, len(those)))
         return [group for group in groups if group[2]]
+
+    @property
+    def remaining(self) -> list[Named]:
+        """Captions to forget that still win pictures."""
+        found = [] if self.evaluation is None else self.evaluation.remaining
+        return [Named.of(each) for each in found[:LISTED]]
 
     @property
     def outside(self) -> str:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from fasterase.config import UnlearnConfig
 from fasterase.evaluation.findings import Finding, Series
-from fasterase.evaluation.hurt import Hurt
+from fasterase.evaluation.hurt import Hurt, Remaining
 from fasterase.evaluation.verdict import Trace
 from fasterase.page import Picture, RunFacts, render_page
 from fasterase.report.evaluation import Evaluation
@@ -79,6 +79,7 @@ def facts(name: str = "fruit", **fields) -> RunFacts:
         series={"prompt": [Series(name, name, "hit, %", [0, 1, 2], [0.0, 50.0, 9.0], line=name)]},
         audit=[name],
         hurt=[Hurt(name, "caption", 1.0, 0.25, 4), Hurt("ant", "word", 1.0, 0.4, 10)],
+        remaining=[Remaining(name, 0.5, 2)],
         outside={"things": 500, "neighbours": 0.97, "hurt": 0.01},
     )
     row = SheetRow("To forget", Image.new("RGB", (40, 20)), name, [name, "b"], [name, "b"], True)
@@ -123,6 +124,7 @@ def test_a_reader_finds_the_verdict_the_cost_the_words_and_how_sure_it_is():
     assert "between 1 % and 20 %). Before, it named 97 %." in text
     assert "These attacks were tried: prompt." in text
     assert "fruit 100 % 25 % 4.6 % to 69.9 % 4" in text, "what was hurt, its interval and count"
+    assert "fruit 50 % 9.5 % to 90.5 % 2" in text, "what is still found"
     assert "fruit 7 0" in text, "the word and how often it stood in either set"
     assert "lr 1e-05" in text
     for link in outline.links:
