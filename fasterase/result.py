@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import cached_property
@@ -290,7 +289,7 @@ class UnlearnResult:
 
     def _draw_pictures(self, folder: Path) -> dict[str, str]:
         """Draw the sheet of pictures, if there are any; return its name and title."""
-        rows, erased = self._examples
+        (rows, erased), _ = self._shown
         if not rows:
             return {}
         longest = max(len(name) for row in rows for name in (*row.before, *row.after))
@@ -346,42 +345,34 @@ class UnlearnResult:
         )
         if not with_pictures:
             return run
-        rows, erased = self._examples
+        (rows, erased), neighbours = self._shown
         pictures = [Picture.of(row, erased) for row in rows]
-        return replace(run, pictures=pictures, neighbours=self._neighbours)
+        return replace(run, pictures=pictures, neighbours=neighbours)
 
     @cached_property
-    def _examples(self) -> Examples:
-        own = ("forget", "retain")
-        others = {name: source for name, source in self.sets.items() if name not in own}
-        others = dict(islice(others.items(), MOST_SETS))
-        with self._original() as before:
-            return example_rows(
-                self.sets["forget"],
-                self.sets["retain"],
+    def _shown(self) -> tuple[Examples, list[str]]:
+        """Pictures with captions, and the names in `evaluation.hurt` close to what was erased."""
+        forget, retain = self.sets["forget"], self.sets["retain"]
+        further = {n: each for n, each in self.sets.items() if n not in ("forget", "retain")}
+        others = dict(islice(further.items(), MOST_SETS))
+        hurt = [] if self.evaluation is None else self.evaluation.hurt
+        names = list(dict.fromkeys(each.name for each in hurt))
+        seed, precision = self.config.seed, self.config.precision
+        original = restored_original(self.encoder, self.original_weights)
+        device = resolve_device(self.config.device, default=best_device())
+        with placed(original, device=device), placed(self.encoder, device=device):
+            before, after = (
+                PairEncoder(each, precision=precision) for each in (original, self.encoder)
+            )
+            examples = example_rows(
+                forget,
+                retain,
                 before,
-                PairEncoder(self.encoder, precision=self.config.precision),
-                seed=self.config.seed,
+                after,
+                seed=seed,
                 others=others,
                 forget_sets=[name for name in others if name in self.traces],
             )
-
-    @cached_property
-    def _neighbours(self) -> list[str]:
-        """The names in `evaluation.hurt` that are close to what was erased."""
-        hurt = [] if self.evaluation is None else self.evaluation.hurt
-        if not hurt:
-            return []
-        names = list(dict.fromkeys(each.name for each in hurt))
-        with self._original() as before:
-            return neighbours_among(
-                names, self.sets["forget"], self.sets["retain"], before, seed=self.config.seed
-            )
-
-    @contextmanager
-    def _original(self) -> Iterator[PairEncoder]:
-        """Give the original, with both models where the run was."""
-        before = restored_original(self.encoder, self.original_weights)
-        device = resolve_device(self.config.device, default=best_device())
-        with placed(before, device=device), placed(self.encoder, device=device):
-            yield PairEncoder(before, precision=self.config.precision)
+            if not examples.rows:  # nor a caption
+                return examples, []
+            return examples, neighbours_among(names, forget, retain, before, seed=seed)

@@ -125,4 +125,7 @@ def _range(values: Iterable[np.ndarray]) -> tuple[float, float]:
 
 
 def _label(value: float) -> str:
-    return f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e6 else f"{value:.3g}"
+    if float(value).is_integer() and abs(value) < 1e6:
+        return f"{value:,.0f}"
+    text = f"{value:.3g}"
+    return f"{value:.1e}" if "e" in text else text
