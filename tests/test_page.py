@@ -187,6 +187,21 @@ def test_what_no_other_file_holds_comes_back():
     assert render_page([replace(run, **rest)]) == render_page([run])
 
 
+def test_long_histories_are_averaged_and_gaps_left_out():
+    steps = [{**facts().history[0], "step": i, "total": float(i)} for i in range(1, 5001)]
+    steps[7]["total"] = float("nan")
+    charts = facts(history=steps).charts
+    assert [chart.title for chart in charts][-1] == "learning rate"
+    points = charts[0].lines[0].points.split(" ")
+    assert 100 < len(points) <= 240
+    across, down = zip(*(map(float, point.split(",")) for point in points), strict=True)
+    assert list(across) == sorted(across)
+    assert list(down) == sorted(down, reverse=True), "upwards"
+    assert [name for name, *_ in charts[2].lines] == ["retain", "consistency", "anchor"]
+    assert len(render_page([facts(history=steps)])) < 100_000
+    assert facts(history=[]).charts == []
+
+
 @pytest.mark.slow
 def test_a_browser_shows_it_without_request_dialog_or_overflow(browser, tmp_path):
     page = write_page([facts(HOSTILE)], tmp_path / "page.html")
