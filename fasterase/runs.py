@@ -36,7 +36,7 @@ def read_run(folder: str | PathLike[str]) -> RunFacts:
     evaluation, rest = folder / "evaluation.json", folder / REST
     return RunFacts(
         name=folder.resolve().name,
-        record=record,
+        record={"concept": None, "words": [], "found": None, **record},  # older ones lack some
         history=read_history(folder / "history.jsonl"),
         evaluation=Evaluation.from_json(evaluation) if evaluation.is_file() else None,
         **(_read_rest(rest) if rest.is_file() else {}),

@@ -101,6 +101,9 @@ def test_a_folder_gets_the_report_the_plot_and_the_pictures(result, tmp_path):
     assert result.report(folder) == folder
     reports = {"report.md", "report.html", "losses.png", "pictures.png"}
     assert {path.name for path in folder.iterdir()} == reports
+    alone = result.report(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert alone.startswith("<!doctype html>")
+    assert alone.count("data:image/jpeg") == 4 + 8 + 8
     text = (folder / "report.md").read_text()
     assert "](losses.png)" in text
     assert "](pictures.png)" in text

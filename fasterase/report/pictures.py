@@ -135,27 +135,24 @@ def example_rows(
     erased = dict.fromkeys([*to_forget, *chain(*(further[name] for name in forget_sets))])
     candidates = dict.fromkeys([*to_forget, *to_keep, *chain(*further.values())])
     ranking = CaptionRanking([*candidates], before, after)
-    closeness = (
-        ranking.text[0][len(to_forget) :][: len(to_keep)] @ ranking.text[0][: len(to_forget)].T
-    )
-    nearest = closeness.amax(dim=1).argsort(descending=True).tolist()
+    texts = ranking.text[0]  # of the original
+    kept_texts = texts[len(to_forget) :][: len(to_keep)]
+    closeness = (kept_texts @ texts[: len(to_forget)].T).amax(dim=1)
+    nearest = closeness.argsort(descending=True).tolist()
     kept = list(to_keep.values())
     near, rest = ([kept[i] for i in those] for those in (nearest[:PICTURES], nearest[PICTURES:]))
-    shown = [spread(list(to_forget.values()), PICTURES), near, spread(rest, PICTURES)]
+    own = spread(list(to_forget.values()), PICTURES)
+
+    def show(name: str, title: str) -> list[SheetRow]:
+        rows, to_go = [*further[name].values()], name in forget_sets
+        return ranking.rows(f"{title}: {name}", others[name], rows, is_to_forget=to_go)
+
     sections = [
-        ranking.rows("To forget", forget, shown[0], is_to_forget=True),
-        *(
-            ranking.rows(f"To forget: {name}", others[name], [*those.values()], is_to_forget=True)
-            for name, those in further.items()
-            if name in forget_sets
-        ),
-        ranking.rows("Neighbours: kept, with similar captions", retain, shown[1]),
-        ranking.rows("Kept", retain, shown[2]),
-        *(
-            ranking.rows(f"To keep: {name}", others[name], [*those.values()])
-            for name, those in further.items()
-            if name not in forget_sets
-        ),
+        ranking.rows("To forget", forget, own, is_to_forget=True),
+        *(show(name, "To forget") for name in further if name in forget_sets),
+        ranking.rows("Neighbours: kept, with similar captions", retain, near),
+        ranking.rows("Kept", retain, spread(rest, PICTURES)),
+        *(show(name, "To keep") for name in further if name not in forget_sets),
     ]
     for rows in sections:
         rows.sort(key=lambda row: not row.is_wrong(erased))
