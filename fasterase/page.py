@@ -149,13 +149,14 @@ class RunFacts:
     called: str = "what it was to forget"
 
     def rest(self) -> dict[str, Any]:
-        """Return what no other file of a run holds, ready for JSON and `with_rest`."""
+        """Return what no other file of a run holds, ready for JSON and `parse_rest`."""
         return {
             "traces": {name: asdict(trace) for name, trace in self.traces.items()},
             "pictures": [list(picture) for picture in self.pictures],
             "neighbours": list(self.neighbours),
             "skipped": [list(each) for each in self.skipped],
             "removed": self.removed,
+            "called": self.called,
         }
 
     @staticmethod

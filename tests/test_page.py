@@ -73,7 +73,7 @@ def facts(name: str = "fruit", **fields) -> RunFacts:
         pairs=dict.fromkeys(scores, 40),
         settings={"model": name, "candidates": 9},
         verdicts={"model": "forgotten"},
-        set_verdicts={"model": {"forget": "forgotten"}},
+        set_verdicts={"model": {"forget": "forgotten"}, name: {"forget": "remembered"}},
         original={each: dict.fromkeys(values, 0.97) for each, values in scores.items()},
         attacks={"prompt": {"a": attack}},
         series={"prompt": [Series(name, name, "hit, %", [0, 1, 2], [0.0, 50.0, 9.0], line=name)]},
@@ -182,7 +182,9 @@ def test_runs_of_other_pairs_are_not_compared_silently():
 
 
 def test_what_no_other_file_holds_comes_back():
-    run = facts()
+    run = facts(called="apples")
+    run = replace(run, record={**run.record, "concept": None})
+    assert "The model has forgotten apples." in render_page([run])
     rest = RunFacts.parse_rest(json.loads(json.dumps(run.rest())))
     assert render_page([replace(run, **rest)]) == render_page([run])
 

@@ -27,7 +27,7 @@ from fasterase.parallel.ranks import launched_rank
 from fasterase.report.evaluation import Evaluation
 from fasterase.report.pictures import CaptionRanking, picture_sheet, spread
 from fasterase.report.plots import plot_history, require_matplotlib
-from fasterase.runs import PAGE, REST, read_run, write_page
+from fasterase.runs import PAGE, REST, read_run, write_page, write_rest
 
 # What the summary calls each recipe.
 RECIPES = {"fasterase": "fasterase", "cliperase": "paper's recipe"}
@@ -149,7 +149,9 @@ def run_demo(
     draw_sheet(sets, original, folder / "model", folder / "pictures.png")
     if (folder / REST).is_file():
         called = forget.rpartition("-")[2] if re.fullmatch(r"[a-z-]+", forget) else forget
-        write_page([replace(read_run(folder), called=called)], folder / PAGE)
+        run = replace(read_run(folder), called=called)
+        write_rest(run, folder)
+        write_page([run], folder / PAGE)
     print_result(evaluation, folder, recipe=recipe, full=full)
     return evaluation
 
