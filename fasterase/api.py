@@ -215,10 +215,7 @@ def unlearn(
                 )
                 with ranks.raising_together():
                     if output is not None and ranks.is_first:
-                        result.save(output / "model")
-                        if result.evaluation is not None:
-                            result.evaluation.to_json(output / "evaluation.json")
-                        result.report(output / "report.md")
+                        result.write_output(output)
             return result
 
 

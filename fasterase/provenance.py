@@ -17,21 +17,14 @@ from fasterase.files import to_json, write_text
 from fasterase.pairs.table import PairTable
 from fasterase.report.evaluation import Evaluation
 
-FILE, CARD = "provenance.json", "README.md"
+FILE = "provenance.json"
 FORMAT = 1
 LIBRARIES = ("torch", "open_clip_torch", "transformers", "peft", "numpy")
 
-_HEADING = "## How it was erased"
-
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write `FILE`, and tell the same in the model card, which is made if there is none."""
+    """Write `FILE`."""
     write_text(folder / FILE, to_json(record, indent=1) + "\n")
-    card = folder / CARD
-    text = card.read_text(encoding="utf-8") if card.is_file() else "# A model after erasing\n"
-    text = text.partition(_HEADING)[0].rstrip()
-    lines = "\n".join(f"- {line}" for line in _describe(record))
-    write_text(card, f"{text}\n\n{_HEADING}\n\n{lines}\n\n`{FILE}` has all of it.\n")
 
 
 def read_record(model: object) -> dict[str, Any] | None:
@@ -65,32 +58,6 @@ def erasures(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         chain.insert(0, current)
         current = current["parent"].get("record")
     return chain
-
-
-def _describe(record: Mapping[str, Any]) -> list[str]:
-    outcome, parent = record["outcome"], record["parent"]
-    sets = ", ".join(f"{name} ({each['pairs']:,} pairs)" for name, each in record["data"].items())
-    libraries = ", ".join(f"{name} {number}" for name, number in record["libraries"].items())
-    chain = erasures(record)
-    lines = [
-        f"concept: {record.get('concept') or 'not stated'}",
-        f"erased: {record['erased_at']}, {outcome['steps']} steps",
-        f"verdict then: {outcome['verdict'] or 'none'}",
-        f"data: {sets}",
-        *_describe_search(record.get("found")),
-        f"before: {parent['name']} ({parent['fingerprint'][:12]})",
-        f"with: {libraries}",
-    ]
-    if len(chain) > 1:
-        lines.append(f"erasures so far: {len(chain)}, the first at {chain[0]['erased_at']}")
-    return lines
-
-
-def _describe_search(found: Mapping[str, Any] | None) -> list[str]:
-    if found is None:
-        return []
-    unsure = f"{found['counts']['unsure']:,} unsure pairs are in neither set"
-    return [f"found in {found['pairs']:,} pairs by {', '.join(found['concept'])}; {unsure}"]
 
 
 def audit(

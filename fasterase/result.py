@@ -1,16 +1,21 @@
-"""`UnlearnResult`: the erased model, the record of the run, and its Markdown report."""
+"""`UnlearnResult`: the erased model, the record of the run, and its reports."""
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 
+from fasterase.card import CARD, model_card, read_base
 from fasterase.config import UnlearnConfig, describe_recipe, format_yaml
 from fasterase.encode import PairEncoder
 from fasterase.engine.history import StepRecord
@@ -25,15 +30,25 @@ from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.hub import push_model
 from fasterase.models.lora import LoraAdapter
 from fasterase.objective import EraseLoss
+from fasterase.page import Picture, RunFacts
 from fasterase.pairs.skips import Skip
 from fasterase.pairs.table import PairTable
-from fasterase.provenance import FORMAT, library_versions, write_record
+from fasterase.provenance import FORMAT, library_versions, read_record, write_record
 from fasterase.report.evaluation import Evaluation
-from fasterase.report.pictures import TEXT_WIDTH, Examples, example_rows, picture_sheet
+from fasterase.report.pictures import (
+    TEXT_WIDTH,
+    Examples,
+    example_rows,
+    neighbours_among,
+    picture_sheet,
+)
 from fasterase.report.plots import plot_history
 from fasterase.report.tables import Section, html_table
+from fasterase.report.templating import render
+from fasterase.runs import PAGE, write_page, write_rest
 
 _NAMED_SKIPS = 100  # in a report
+MOST_SETS = 6  # further ones of which pictures are shown
 # Captions of more characters than a name are given more pixels.
 NAME_LENGTH, SENTENCE_WIDTH = 30, 290
 
@@ -107,15 +122,15 @@ class UnlearnResult:
         return self.encoder.companions.preprocess
 
     def __repr__(self) -> str:
-        return "\n  ".join(["UnlearnResult:", *(f"{k}: {v}" for k, v in self._facts().items())])
+        return "\n  ".join(["UnlearnResult:", *(f"{k}: {v}" for k, v in self._summary().items())])
 
     def _repr_html_(self) -> str:
         """Show a table in a notebook."""
-        rows = [[fact, value] for fact, value in self._facts().items()]
+        rows = [[fact, value] for fact, value in self._summary().items()]
         table = html_table(["", "erasure"], [Section("", rows)])
         return table if self.evaluation is None else table + self.evaluation._repr_html_()
 
-    def _facts(self) -> dict[str, str]:
+    def _summary(self) -> dict[str, str]:
         """What fits on one screen: neither weights nor history."""
         facts = {
             "model": self.encoder.name,
@@ -129,7 +144,9 @@ class UnlearnResult:
             facts["saved in"] = self.config.output_dir
         return facts
 
-    def save(self, folder: str | os.PathLike[str], *, delta: bool = False) -> Path:
+    def save(
+        self, folder: str | os.PathLike[str], *, delta: bool = False, card: bool = True
+    ) -> Path:
         """Write the erased model so that open_clip (`local-dir:`) or `from_pretrained` loads it.
 
         The weights are one safetensors file up to 5 GB. The folder is written atomically. Of a
@@ -137,29 +154,38 @@ class UnlearnResult:
 
         `provenance.json` beside them records what was erased, when, with what configuration and
         library versions, digests of the data, how `fasterase.find` came to it, if it did, and the
-        model before with its own record, if it had one; the model card tells the same in short, and
-        neither names a folder of this machine.
+        model before with its own record, if it had one. `README.md` is a model card that the
+        Hugging Face hub reads. It names what was erased only if `concept` was stated, no caption
+        and no word. Neither names a folder of this machine.
         `fasterase.evaluate` of the folder compares the model with its record.
 
         Args:
             folder: the folder to write.
             delta: write only what changed, for `fasterase.apply_delta`. After `tune="lora:N"` this
                 is an adapter that peft loads too (docs/runs.md); else no library loads it.
+            card: write the model card.
 
         Raises:
             InputError: `folder` is no path, or holds files that fasterase did not write.
         """
         path = parse_path(folder, argument="folder")
+        run = self._facts()  # before its parent's record is replaced, if that is the same folder
+        base = read_base(self.encoder.name)
         if delta:
-            return save_delta(self.encoder, self.original_weights, path, self.adapter)
-        record = self._record()  # before its parent's is replaced, if that is the same folder
-        self.encoder.save(path)
-        write_record(path, record)
+            save_delta(self.encoder, self.original_weights, path, self.adapter)
+        else:
+            self.encoder.save(path)
+            write_record(path, run.record)
+        if card:
+            write_text(path / CARD, model_card(run, path, base))
+        else:
+            (path / CARD).unlink()
         return path
 
     def _record(self) -> dict[str, Any]:
         """What `provenance.json` holds."""
         before = restored_original(self.encoder, self.original_weights)
+        forget = self.sets.get("forget")
         return {
             "format": FORMAT,
             "concept": self.concept,
@@ -172,7 +198,7 @@ class UnlearnResult:
                 "seconds": round(self.seconds, 1),
             },
             "words": [each._asdict() for each in self.words],
-            "erased": remember(self.sets["forget"]) if self.config.remember_erased else None,
+            "erased": remember(forget) if forget and self.config.remember_erased else None,
             "data": {
                 name: {
                     "pairs": len(source),
@@ -181,7 +207,7 @@ class UnlearnResult:
                 }
                 for name, source in self.sets.items()
             },
-            "found": self.sets["forget"].found,
+            "found": None if forget is None else forget.found,
             "config": self.config.recipe(),
             "libraries": library_versions(),
             "parent": {
@@ -215,27 +241,26 @@ class UnlearnResult:
             InputError: `name` is not a repository's name; the hub refuses the token; the repository
                 is public and `private` was asked for. Other errors of the hub are passed on.
         """
-        facts = {**self._facts(), "recipe": describe_recipe(self.config)}
-        for fact in ("model", "saved in"):  # they may name folders of this machine
-            facts.pop(fact, None)
+        run, base = self._facts(), read_base(self.encoder.name)
         return push_model(
             self.encoder,
             name,
-            facts=[f"{fact}: {value}" for fact, value in facts.items()],
+            card=lambda folder, repository: model_card(run, folder, base, repository),
             private=private,
             commit_message=commit_message,
             token=token,
         )
 
     def report(self, path: str | os.PathLike[str]) -> Path:
-        """Write a report: recipe, losses, forgetting, and the evaluation's table.
+        """Write a report: what was forgotten, what it cost and to whom, and how sure that is.
 
         Args:
-            path: a file (an existing one, or a name with a suffix) for the Markdown alone; or a
-                folder for `report.md`, `losses.png` (losses and learning rate over the steps) and
-                `pictures.png`: pictures of the forget set, of its neighbours and of the rest of
-                the retain set, with the captions closest to each before and after. The pictures
-                are read again, and encoded by the model as it is now.
+            path: a file (an existing one, or a name with a suffix): a page with pictures for
+                browsers if it ends in `.html`, else Markdown; or a folder for both (`report.html`,
+                `report.md`), `losses.png` (losses and learning rate over the steps) and
+                `pictures.png`: pictures of the forget set, of its neighbours, of the rest of the
+                retain set and of further sets, with the captions closest to each before and after.
+                The pictures are read and encoded once, by the model as it is then.
 
         Raises:
             InputError: `path` is no path, or the folder cannot be written to.
@@ -243,86 +268,111 @@ class UnlearnResult:
                 the plot is written.
         """
         path = parse_path(path, argument="path")
-        text = _format_report(self)
         if path.is_file() or (path.suffix and not path.is_dir()):
-            return write_text(path, text)
+            if path.suffix == ".html":
+                return write_page([self._facts(with_pictures=True)], path)
+            return write_text(path, self._markdown())
         check_writable(path, argument="path")
         missing: MissingExtraError | None = None
+        drawn = {}
         if self.history:
             try:
                 plot_history(self.history, path / "losses.png")
-                text += _section("Losses over the steps", "losses.png")
+                drawn["losses.png"] = "Losses over the steps"
             except MissingExtraError as error:
                 missing = error
-        examples = self._examples()
-        if examples.rows:
-            longest = max(len(name) for row in examples.rows for name in (*row.before, *row.after))
-            width = SENTENCE_WIDTH if longest > NAME_LENGTH else TEXT_WIDTH
-            sheet = path / "pictures.png"
-            picture_sheet(examples.rows, sheet, erased=examples.erased, text_width=width)
-            text += _section("Closest captions before and after", "pictures.png")
-        write_text(path / "report.md", text)
+        write_text(path / "report.md", self._markdown(drawn | self._draw_pictures(path)))
+        write_page([self._facts(with_pictures=True)], path / PAGE)
         if missing is not None:
             raise missing
         return path
 
-    def _examples(self) -> Examples:
-        before = restored_original(self.encoder, self.original_weights)
+    def _draw_pictures(self, folder: Path) -> dict[str, str]:
+        """Draw the sheet of pictures, if there are any; return its name and title."""
+        (rows, erased), _ = self._shown
+        if not rows:
+            return {}
+        longest = max(len(name) for row in rows for name in (*row.before, *row.after))
+        width = SENTENCE_WIDTH if longest > NAME_LENGTH else TEXT_WIDTH
+        picture_sheet(rows, folder / "pictures.png", erased=erased, text_width=width)
+        return {"pictures.png": "Closest captions before and after"}
+
+    def _markdown(self, drawn: Mapping[str, str] = MappingProxyType({})) -> str:
+        return render(
+            "report.md",
+            result=self,
+            recipe=describe_recipe(self.config),
+            settings=format_yaml(self.config.to_dict()),
+            terms=EraseLoss._fields,
+            named_skips=_NAMED_SKIPS,
+            drawn=drawn,
+        )
+
+    def write_output(self, folder: Path) -> None:
+        """Write what a finished run leaves in its `output_dir`: model, measurement and reports.
+
+        Raises:
+            DiskFullError: there is no room for it.
+        """
+        record = read_record(self.save(folder / "model"))
+        if self.evaluation is not None:
+            self.evaluation.to_json(folder / "evaluation.json")
+        drawn: dict[str, str] = {}
+        try:
+            run = self._facts(record, with_pictures=True)
+            drawn = self._draw_pictures(folder)
+        except Exception as error:  # whatever it is, hours of training are not to end with it
+            reason = f"{type(error).__name__}: {error}"
+            warnings.warn(f"the report has no pictures ({reason})", stacklevel=3)
+            run = self._facts(record)
+        write_text(folder / "report.md", self._markdown(drawn))
+        write_rest(run, folder)
+        write_page([run], folder / PAGE)
+
+    def _facts(
+        self, record: Mapping[str, Any] | None = None, *, with_pictures: bool = False
+    ) -> RunFacts:
+        """Return what a page or a card tells of the run; `record` is made if it is None."""
+        output = self.config.output_dir
+        run = RunFacts(
+            name=self.encoder.public_name if output is None else Path(output).resolve().name,
+            record=self._record() if record is None else record,
+            history=self.history,
+            evaluation=self.evaluation,
+            traces=self.traces,
+            skipped=self.skipped,
+            removed=len(self.removed_from_retain),
+        )
+        if not with_pictures:
+            return run
+        (rows, erased), neighbours = self._shown
+        pictures = [Picture.of(row, erased) for row in rows]
+        return replace(run, pictures=pictures, neighbours=neighbours)
+
+    @cached_property
+    def _shown(self) -> tuple[Examples, list[str]]:
+        """Pictures with captions, and the names in `evaluation.hurt` close to what was erased."""
+        forget, retain = self.sets["forget"], self.sets["retain"]
+        further = {n: each for n, each in self.sets.items() if n not in ("forget", "retain")}
+        others = dict(islice(further.items(), MOST_SETS))
+        hurt = [] if self.evaluation is None else self.evaluation.hurt
+        names = list(dict.fromkeys(each.name for each in hurt))
+        seed, precision = self.config.seed, self.config.precision
+        original = restored_original(self.encoder, self.original_weights)
         device = resolve_device(self.config.device, default=best_device())
-        with placed(before, device=device), placed(self.encoder, device=device):
-            return example_rows(
-                self.sets["forget"],
-                self.sets["retain"],
-                PairEncoder(before, precision=self.config.precision),
-                PairEncoder(self.encoder, precision=self.config.precision),
-                seed=self.config.seed,
+        with placed(original, device=device), placed(self.encoder, device=device):
+            before, after = (
+                PairEncoder(each, precision=precision) for each in (original, self.encoder)
             )
-
-
-def _section(title: str, file: str) -> str:
-    return f"\n## {title}\n\n![{title}]({file})\n"
-
-
-def _list_words(words: Sequence[Word]) -> str:
-    """Name words with their counts, common ones in bold."""
-    listed = [
-        f"{'**' if each.is_common else ''}{each.word}{'**' if each.is_common else ''} "
-        f"({each.forget:,} forget pair{'' if each.forget == 1 else 's'})"
-        for each in words
-    ]
-    common = ". Words in bold are common in English: captions outside both sets may need them"
-    return (", ".join(listed) or "none") + (common if any(w.is_common for w in words) else "")
-
-
-def _format_report(result: UnlearnResult) -> str:
-    lines = [
-        "# Erasure report",
-        "",
-        f"- concept: {result.concept or 'not stated'}",
-        f"- verdict: **{result.verdict or 'none'}**",
-        *(f"  - {name}: {trace.describe()}" for name, trace in result.traces.items()),
-        f"- steps: {len(result.history)}, {result.seconds:.1f} s in all",
-        f"- recipe: {describe_recipe(result.config)}",
-        f"- words that lost their meaning: {_list_words(result.words)}",
-        f"- unreadable pairs skipped: {len(result.skipped)}",
-        f"- retain pairs left out because they are also in the forget set: "
-        f"{len(result.removed_from_retain)}",
-        "",
-    ]
-    if result.history:
-        terms = EraseLoss._fields
-        lines += ["## Losses", "", "| | " + " | ".join(terms) + " |"]
-        lines.append("|---" * (len(terms) + 1) + "|")
-        for label, record in (("first step", result.history[0]), ("last step", result.history[-1])):
-            lines.append(f"| {label} | " + " | ".join(f"{record[t]:.4f}" for t in terms) + " |")
-        lines.append("")
-    if result.evaluation is not None:
-        lines += ["## Evaluation", "", "```", result.evaluation.table(), "```", ""]
-    lines += ["## Settings", "", "```yaml", format_yaml(result.config.to_dict()) + "```", ""]
-    if result.skipped:
-        lines += ["## Skipped pairs", ""]
-        lines += [f"- {id}: {reason}" for id, reason in result.skipped[:_NAMED_SKIPS]]
-        if len(result.skipped) > _NAMED_SKIPS:
-            lines.append(f"- and {len(result.skipped) - _NAMED_SKIPS} more (`result.skipped`)")
-        lines.append("")
-    return "\n".join(lines)
+            examples = example_rows(
+                forget,
+                retain,
+                before,
+                after,
+                seed=seed,
+                others=others,
+                forget_sets=[name for name in others if name in self.traces],
+            )
+            if not examples.rows:  # nor a caption
+                return examples, []
+            return examples, neighbours_among(names, forget, retain, before, seed=seed)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 
 from fasterase.evaluation import hurt
+from tests.browser import browser
+
+__all__ = ["browser"]
 
 
 @pytest.fixture(autouse=True)

@@ -80,13 +80,13 @@ def test_report(tmp_path, steps):
     assert UnlearnConfig(**settings) == UnlearnConfig(betas=(0.5, 0.75))
 
 
-def run(model, **fields):
+def run(model, *, filters="ignore", **fields):
     """A short run on pictures with captions."""
     forget = [(Image.new("RGB", (40, 30), (200, i, 9)), f"apple {i}") for i in range(4)]
     retain = [(Image.new("RGB", (40, 30), (9, i, 200)), f"boat {i}") for i in range(20)]
     options = {"tokenizer": small_models.simple_tokenizer(), "max_steps": 2}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter(filters)
         return fasterase.unlearn(model, forget, retain, **options, **QUIET, **fields)
 
 
@@ -99,7 +99,11 @@ def test_a_folder_gets_the_report_the_plot_and_the_pictures(result, tmp_path):
     folder = tmp_path / "new" / "report"
     before = {name: tensor.clone() for name, tensor in result.model.state_dict().items()}
     assert result.report(folder) == folder
-    assert {path.name for path in folder.iterdir()} == {"report.md", "losses.png", "pictures.png"}
+    reports = {"report.md", "report.html", "losses.png", "pictures.png"}
+    assert {path.name for path in folder.iterdir()} == reports
+    alone = result.report(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert alone.startswith("<!doctype html>")
+    assert alone.count("data:image/jpeg") == 4 + 8 + 8
     text = (folder / "report.md").read_text()
     assert "](losses.png)" in text
     assert "](pictures.png)" in text
@@ -136,8 +140,22 @@ def test_without_matplotlib_all_but_the_plot_is_written(result, tmp_path, monkey
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(fasterase.MissingExtraError, match=r"fasterase\[eval\]"):
         result.report(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"report.md", "pictures.png"}
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {"report.md", "report.html", "pictures.png"}
     assert "losses.png" not in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:verdict", "ignore:retain")
+def test_a_run_does_not_end_with_its_pictures(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("no room for the original")
+
+    monkeypatch.setattr("fasterase.result.example_rows", fail)
+    model = small_models.open_clip_vit()
+    with pytest.warns(UserWarning, match=r"no pictures \(OutOfMemoryError: no room"):
+        run(model, output_dir=tmp_path, filters="default")
+    assert (tmp_path / "model").is_dir()
+    assert "No pictures" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("value", [None, 3, ["a"]], ids=str)

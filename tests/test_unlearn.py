@@ -80,7 +80,7 @@ def test_output_folder(tmp_path):
     assert result.removed_from_retain == ["retain[4]"]
     assert {path.name for path in tmp_path.iterdir()} == {
         *(".run.lock", "checkpoints", "config.yaml", "evaluation.json", "history.jsonl"),
-        *("model", "reference", "report.md"),
+        *("model", "reference", "report.html", "report.json", "report.md"),
     }
     assert fasterase.UnlearnConfig.from_yaml(tmp_path / "config.yaml") == result.config
     lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]

@@ -98,6 +98,6 @@ def test_a_file_without_rows_on_the_command_line(file, content, tmp_path, capsys
         assert main([*command, "--max_steps", str(steps)]) == 0
         assert "no verdict" in capsys.readouterr().out
     assert len((run / "history.jsonl").read_text().splitlines()) == 3
-    assert (run / "report" / "losses.png").is_file()
+    assert (run / "report.html").is_file()
     record = json.loads((run / "model" / "provenance.json").read_text())
     assert record["data"]["retain"]["pairs"] == 0

@@ -14,10 +14,12 @@ class Command(ABC):
     Attributes:
         needs: flags without which it does not run.
         config_fields: fields of `UnlearnConfig` that are flags too; `run` gets those given.
+        positional: the flag whose values may stand first, without it.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
     config_fields: ClassVar[tuple[str, ...]] = ()
+    positional: ClassVar[str | None] = None
 
     @abstractmethod
     def run(self, **fields: Any) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +13,9 @@ from typing import Any, Literal
 import fasterase
 from fasterase.cli.command import Command
 from fasterase.cli.find import Find
+from fasterase.cli.report import Report
 from fasterase.config import DEMO, PLAN, Recipe, UnlearnConfig, field_names, format_yaml
-from fasterase.errors import InputError, MissingExtraError
+from fasterase.errors import InputError
 from fasterase.files import check_creatable
 
 SETS = ("forget", "retain")
@@ -176,13 +176,9 @@ class Unlearn(_Erasure):
         result = self.call(fasterase.unlearn, without=("recipe",), config=config)
         if result.evaluation is not None:
             print(result.evaluation.table())
-        try:
-            result.report(Path(config.output_dir or "") / "report")
-        except MissingExtraError as error:
-            warnings.warn(f"The report has no loss plot: {error}", stacklevel=2)
         print(
-            f"Done in {result.seconds:.0f} s: {result.verdict or 'no verdict'}. Model, history and "
-            f"report: {config.output_dir}"
+            f"Done in {result.seconds:.0f} s: {result.verdict or 'no verdict'}. Model and history: "
+            f"{config.output_dir}\nRead {Path(config.output_dir or '') / 'report.html'}"
         )
         return result.verdict
 
@@ -417,6 +413,7 @@ COMMANDS: dict[str, type[Command]] = {
     "plan": Plan,
     "split": Split,
     "find": Find,
+    "report": Report,
     "demo": Demo,
     "compile": Compile,
 }

@@ -66,7 +66,10 @@ def parse(argv: Sequence[str]) -> Parsed:
         hint = suggest_names(command, COMMANDS, otherwise=known)
         raise InputError(f"unknown command {command}.{hint}")
     flags = {flag.name: flag for flag in flags_of(command)}
-    given = _parse_known(_command_parser(command, flags.values()), argv[place + 1 :])
+    rest, positional = argv[place + 1 :], COMMANDS[command].positional
+    if positional is not None and rest and not rest[0].startswith("-"):
+        rest = [f"--{positional}", *rest]
+    given = _parse_known(_command_parser(command, flags.values()), rest)
     given.pop("debug", None)
     values: dict[str, Any] = {}
     for file in given.pop("config", []):

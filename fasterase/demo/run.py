@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from fasterase.parallel.ranks import launched_rank
 from fasterase.report.evaluation import Evaluation
 from fasterase.report.pictures import CaptionRanking, picture_sheet, spread
 from fasterase.report.plots import plot_history, require_matplotlib
+from fasterase.runs import PAGE, REST, read_run, write_page, write_rest
 
 # What the summary calls each recipe.
 RECIPES = {"fasterase": "fasterase", "cliperase": "paper's recipe"}
@@ -145,6 +147,11 @@ def run_demo(
     if results[recipe].history:  # empty where the model never knew the concept
         plot_history(results[recipe].history, folder / "losses.png")
     draw_sheet(sets, original, folder / "model", folder / "pictures.png")
+    if (folder / REST).is_file():
+        called = forget.rpartition("-")[2] if re.fullmatch(r"[a-z-]+", forget) else forget
+        run = replace(read_run(folder), called=called)
+        write_rest(run, folder)
+        write_page([run], folder / PAGE)
     print_result(evaluation, folder, recipe=recipe, full=full)
     return evaluation
 
@@ -210,6 +217,7 @@ def print_result(evaluation: Evaluation, folder: Path, *, recipe: str, full: boo
         "after), losses.png,\n  report.md, evaluation.json, history.jsonl."
     )
     print("The pairs are emoji: real image-text pairs, but no evidence about photographs.")
+    print(f"Read {folder / PAGE}")
 
 
 def draw_sheet(sets: DemoSets, original: str, erased: Path, path: Path) -> None:

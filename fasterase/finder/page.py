@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-import io
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -13,8 +12,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from fasterase.files import write_text
@@ -22,6 +19,8 @@ from fasterase.pairs.images import to_rgb
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.table import PairTable
 from fasterase.progress import progress_bar
+from fasterase.report.pictures import as_picture
+from fasterase.report.templating import jpeg_uri
 
 THUMBNAIL = 112  # pixels
 CAPTION = 300  # characters
@@ -109,22 +108,8 @@ def _is_text(id: str) -> bool:
 def _picture(source: PairTable, row: int) -> str:
     try:
         image = source[row].image
-        if isinstance(image, Tensor):
-            image = _from_tensor(image)
-        image = to_rgb(image, id=source.id(row))
+        image = to_rgb(as_picture(image), id=source.id(row))
     except BrokenPair as error:
         return f"<i>{_escape(error.reason)}</i>"
     image.thumbnail((THUMBNAIL, THUMBNAIL))
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=75)
-    data = base64.b64encode(file.getvalue()).decode()
-    return f'<img loading="lazy" decoding="async" alt="" src="data:image/jpeg;base64,{data}">'
-
-
-def _from_tensor(image: Tensor) -> Image.Image:
-    """Return a picture of uint8 values, or of preprocessed ones between their least and largest."""
-    values = image.detach().cpu().float().numpy()
-    if image.is_floating_point():
-        low, high = values.min(), values.max()
-        values = (values - low) * (255 / max(float(high - low), 1e-6))
-    return Image.fromarray(np.rint(values).astype(np.uint8).transpose(1, 2, 0))
+    return f'<img loading="lazy" decoding="async" alt="" src="{jpeg_uri(image)}">'

@@ -1,20 +1,20 @@
-"""Upload a model to the Hugging Face hub, with a model card; how a saved model is loaded."""
+"""Upload a model to the Hugging Face hub; how a saved model is loaded."""
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fasterase.errors import InputError
-from fasterase.files import MARKER
 from fasterase.models.openclip_config import CONFIG_FILE
 
 if TYPE_CHECKING:
     from fasterase.models.dual_encoder import DualEncoder
 
+TASK = "zero-shot-image-classification"
 TAGS = ("fasterase", "machine-unlearning", "clip")
 
 
@@ -22,14 +22,14 @@ def push_model(
     model: DualEncoder,
     name: str,
     *,
-    facts: Sequence[str],
+    card: Callable[[Path, str], str],
     private: bool,
     commit_message: str,
     token: str | None,
 ) -> str:
     """Upload the model with a card, and return the URL; see `UnlearnResult.push_to_hub`.
 
-    `facts` are lines of the card about the run. Mind what they tell about the data.
+    `card` returns the card from the folder of the model and the name of the repository.
     """
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError
@@ -47,30 +47,10 @@ def push_model(
     with tempfile.TemporaryDirectory() as folder:
         saved = Path(folder) / "model"
         model.save(saved)
-        card = _model_card(saved, repository, model.public_name, facts)
-        (saved / "README.md").write_text(card, encoding="utf-8")
+        text = card(saved, repository)
+        (saved / "README.md").write_text(text, encoding="utf-8")
         api.upload_folder(repo_id=repository, folder_path=str(saved), commit_message=commit_message)
     return f"{huggingface_hub.constants.ENDPOINT}/{repository}"
-
-
-def _model_card(folder: Path, repository: str, original: str, facts: Sequence[str]) -> str:
-    """Return metadata, what was done to the model named `original`, and how to load the result."""
-    from huggingface_hub import ModelCardData
-
-    library = json.loads((folder / MARKER).read_text(encoding="utf-8"))["library"]
-    task = "zero-shot-image-classification"
-    data = ModelCardData(library_name=library, pipeline_tag=task, tags=list(TAGS))
-    return "\n".join(
-        [
-            f"---\n{data.to_yaml()}\n---",
-            f"# {repository.rpartition('/')[2]}\n",
-            f"`{original}`, from which fasterase erased chosen image-text associations.\n",
-            *(f"- {fact}" for fact in facts),
-            f"\n{loading_code(folder, library, repository, on_hub=True)}",
-            "Erasing suppresses an association in these weights. It is no proof that no trace is "
-            "left, and it deletes no data.\n",
-        ]
-    )
 
 
 def loading_code(folder: Path, library: str, name: str, *, on_hub: bool = False) -> str:

@@ -151,18 +151,18 @@ class Evaluation:
     def table(self) -> str:
         """Return plain text, one row per set and metric; 100 columns wide with two references."""
         references = ["\n".join(textwrap.wrap(name, REFERENCE_WIDTH)) for name in self.references]
-        table = text_table(_columns(self, references), _sections(self))
+        table = text_table(columns_of(self, references), sections_of(self))
         return "\n\n".join([table, *_notes(self)])
 
     def markdown(self) -> str:
         """Return the same table in Markdown, with a heading."""
-        table = markdown_table(_columns(self, [*self.references]), _sections(self))
+        table = markdown_table(columns_of(self, [*self.references]), sections_of(self))
         title = f"# Evaluation of {self.settings['model']}"
         return "\n\n".join([title, table, *_notes(self)]) + "\n"
 
     def _repr_html_(self) -> str:
         """Show the table in a notebook."""
-        table = html_table(_columns(self, [*self.references]), _sections(self))
+        table = html_table(columns_of(self, [*self.references]), sections_of(self))
         return table + "".join(f"<p>{html.escape(note)}</p>" for note in _notes(self))
 
     def report(self, path: str | PathLike[str]) -> Path:
@@ -325,12 +325,12 @@ def _original_scores(original: Measurement, model: Measurement) -> Scores:
     return scores
 
 
-def _columns(evaluation: Evaluation, references: Sequence[str]) -> list[str]:
+def columns_of(evaluation: Evaluation, references: Sequence[str]) -> list[str]:
     original = [] if evaluation.original is None else ["original"]
     return ["metric", "wanted", "chance", *original, "model", "95 % interval", *references]
 
 
-def _sections(evaluation: Evaluation) -> list[Section]:
+def sections_of(evaluation: Evaluation) -> list[Section]:
     """Return one section per set, then one per task or attack and group of its findings."""
     found: list[tuple[str, Iterable[Finding]]] = []
     for name in evaluation.scores:
@@ -390,7 +390,7 @@ def _notes(evaluation: Evaluation) -> list[str]:
     if evaluation.hurt:
         notes.append(describe_hurt(evaluation, count=LISTED))
     if evaluation.outside:
-        notes.append(_describe_outside(evaluation.outside))
+        notes.append(describe_outside(evaluation.outside))
     if evaluation.audit:
         notes.append("\n".join(["Audit:", *(f"- {line}" for line in evaluation.audit)]))
     candidates = evaluation.settings["candidates"]
@@ -412,7 +412,7 @@ def describe_hurt(evaluation: Evaluation, *, count: int) -> str:
     return f"Hurt most: {', '.join(worst)}{f' and {more:,} more' if more else ''}." if worst else ""
 
 
-def _describe_outside(outside: Mapping[str, float]) -> str:
+def describe_outside(outside: Mapping[str, float]) -> str:
     text = (
         f"Outside the sets: {outside['things']:,} everyday things kept "
         f"{100 * outside['neighbours']:.0f} % of their nearest neighbours; "

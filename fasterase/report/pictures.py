@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
 from os import PathLike
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ from fasterase.seeds import Stream, generator
 
 PICTURES = 8  # of each section
 CAPTIONS = 3  # per picture, before and after
+NEAREST = 0.1  # share of retain captions that are neighbours of those to forget
 # Captions that compete, at most.
 FORGET_CANDIDATES, RETAIN_CANDIDATES = 100, 400
 
@@ -50,6 +52,14 @@ class SheetRow:
     caption: str  # what it shows
     before: Sequence[str]  # the top captions of the original model, best first
     after: Sequence[str]  # of the erased model
+    is_to_forget: bool = False
+
+    def is_wrong(self, erased: Collection[str]) -> bool:
+        """Whether it is still named by one of the `erased` captions; of a picture to keep, whether
+        its own caption was the first and no longer is."""
+        if self.is_to_forget:
+            return self.after[0] in erased
+        return self.before[0] == self.caption != self.after[0]
 
 
 class Examples(NamedTuple):
@@ -68,7 +78,13 @@ class CaptionRanking:
         self.text = [encoder.texts(candidates) for encoder in self._encoders]  # [m, D] each
 
     def rows(
-        self, section: str, source: PairTable, rows: Sequence[int], count: int = CAPTIONS
+        self,
+        section: str,
+        source: PairTable,
+        rows: Sequence[int],
+        count: int = CAPTIONS,
+        *,
+        is_to_forget: bool = False,
     ) -> list[SheetRow]:
         """Return the readable pictures among `rows`, each with its `count` closest captions."""
         if not rows:
@@ -82,19 +98,30 @@ class CaptionRanking:
             closest.append(dict(zip(images.rows.tolist(), found, strict=True)))
         before, after = closest
         return [
-            SheetRow(section, _picture(source[row].image), caption, before[row], after[row])
+            SheetRow(
+                section, as_picture(source[row].image), own, before[row], after[row], is_to_forget
+            )
             for row in map(int, rows)
-            if row in before and (caption := _first_caption(source, row)) is not None
+            if row in before and (own := _first_caption(source, row)) is not None
         ]
 
 
 def example_rows(
-    forget: PairTable, retain: PairTable, before: PairEncoder, after: PairEncoder, *, seed: int
+    forget: PairTable,
+    retain: PairTable,
+    before: PairEncoder,
+    after: PairEncoder,
+    *,
+    seed: int,
+    others: Mapping[str, PairTable] = MappingProxyType({}),
+    forget_sets: Collection[str] = (),
 ) -> Examples:
     """Choose pictures to forget, their neighbours and others, and rank captions for them.
 
     Neighbours are the retain pairs with the captions closest to those to forget, by the original's
-    text features. Captions compete that belong to a random sample of both sets.
+    text features. Captions compete that belong to a random sample of both sets, and those of the
+    pictures of `others`, further sets, of which `forget_sets` are to be forgotten. In each section
+    those stand first that went wrong (`SheetRow.is_wrong`).
 
     There are none if the captions are token ids, which cannot be shown.
     """
@@ -104,18 +131,50 @@ def example_rows(
     to_keep = {text: row for text, row in to_keep.items() if text not in to_forget}
     if not to_forget or not to_keep:
         return Examples([], [])
-    ranking = CaptionRanking([*to_forget, *to_keep], before, after)
-    text = ranking.text[0]
-    closeness = (text[len(to_forget) :] @ text[: len(to_forget)].T).amax(dim=1)
+    further = {name: _captions(source, PICTURES, random) for name, source in others.items()}
+    erased = dict.fromkeys([*to_forget, *chain(*(further[name] for name in forget_sets))])
+    candidates = dict.fromkeys([*to_forget, *to_keep, *chain(*further.values())])
+    ranking = CaptionRanking([*candidates], before, after)
+    texts = ranking.text[0]  # of the original
+    kept_texts = texts[len(to_forget) :][: len(to_keep)]
+    closeness = (kept_texts @ texts[: len(to_forget)].T).amax(dim=1)
     nearest = closeness.argsort(descending=True).tolist()
     kept = list(to_keep.values())
-    near, others = ([kept[i] for i in those] for those in (nearest[:PICTURES], nearest[PICTURES:]))
-    rows = [
-        *ranking.rows("To forget", forget, spread(list(to_forget.values()), PICTURES)),
-        *ranking.rows("Neighbours: kept, with similar captions", retain, near),
-        *ranking.rows("Kept", retain, spread(others, PICTURES)),
+    near, rest = ([kept[i] for i in those] for those in (nearest[:PICTURES], nearest[PICTURES:]))
+    own = spread(list(to_forget.values()), PICTURES)
+
+    def show(name: str, title: str) -> list[SheetRow]:
+        rows, to_go = [*further[name].values()], name in forget_sets
+        return ranking.rows(f"{title}: {name}", others[name], rows, is_to_forget=to_go)
+
+    sections = [
+        ranking.rows("To forget", forget, own, is_to_forget=True),
+        *(show(name, "To forget") for name in further if name in forget_sets),
+        ranking.rows("Neighbours: kept, with similar captions", retain, near),
+        ranking.rows("Kept", retain, spread(rest, PICTURES)),
+        *(show(name, "To keep") for name in further if name not in forget_sets),
     ]
-    return Examples(rows, list(to_forget))
+    for rows in sections:
+        rows.sort(key=lambda row: not row.is_wrong(erased))
+    return Examples([*chain(*sections)], [*erased])
+
+
+def neighbours_among(
+    names: Sequence[str], forget: PairTable, retain: PairTable, original: PairEncoder, *, seed: int
+) -> list[str]:
+    """Return the names that are as close to a caption to forget as the nearest of retain captions.
+
+    Nearest are a tenth of them, by the original's text features.
+    """
+    random = generator(seed, Stream.EXAMPLES)
+    to_forget = _captions(forget, FORGET_CANDIDATES, random)
+    to_keep = _captions(retain, RETAIN_CANDIDATES, random)
+    if not (names and to_forget and to_keep):
+        return []
+    erased, kept, named = (original.texts([*each]) for each in (to_forget, to_keep, names))
+    limit = (kept @ erased.T).amax(dim=1).float().quantile(1 - NEAREST)
+    closeness = (named @ erased.T).amax(dim=1).float()
+    return [name for name, each in zip(names, closeness, strict=True) if each >= limit]
 
 
 def spread(items: Sequence[int], count: int) -> list[int]:
@@ -144,7 +203,7 @@ def _captions(source: PairTable, count: int, random: np.random.Generator) -> dic
     return captions
 
 
-def _picture(image: Image.Image | Tensor) -> Image.Image:
+def as_picture(image: Image.Image | Tensor) -> Image.Image:
     """Return a PIL image; a preprocessed tensor is stretched from black to white."""
     if isinstance(image, Image.Image):
         return image

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from itertools import zip_longest
 from typing import NamedTuple
+
+from fasterase.report.templating import render
 
 WORDS = 2  # leading columns, aligned left; the others are numbers, aligned right
 
@@ -52,22 +53,5 @@ def markdown_table(columns: Sequence[str], sections: Sequence[Section]) -> str:
 
 
 def html_table(columns: Sequence[str], sections: Sequence[Section]) -> str:
-    """Format a table as HTML, for notebooks; each title is a row of its own."""
-
-    def line(cells: Sequence[str], tag: str) -> str:
-        styled = [
-            f'<{tag} style="text-align: {"left" if place < WORDS else "right"}">'
-            f"{html.escape(cell)}</{tag}>"
-            for place, cell in enumerate(cells)
-        ]
-        return f"<tr>{''.join(styled)}</tr>"
-
-    lines = []
-    for section in sections:
-        if section.title:
-            title = html.escape(section.title)
-            heading = f'<th colspan="{len(columns)}" style="text-align: left">{title}</th>'
-            lines.append(f"<tr>{heading}</tr>")
-        lines += [line(row, "td") for row in section.rows]
-    head = f"<thead>{line(columns, 'th')}</thead>"
-    return f"<table>{head}<tbody>{''.join(lines)}</tbody></table>"
+    """Format a table as HTML; each title is a row of its own."""
+    return render("table.html", columns=columns, sections=sections, words=WORDS)

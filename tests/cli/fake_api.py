@@ -16,8 +16,6 @@ class FakeApi:
         self.calls: list[tuple[tuple, dict]] = []
         self.error: BaseException | None = None
         self.verdict: str | None = "forgotten"
-        self.reports: list[object] = []
-        self.report_error: BaseException | None = None
 
     def __call__(self, *args: object, **kwargs: object) -> SimpleNamespace:
         self.calls.append((args, kwargs))
@@ -29,14 +27,8 @@ class FakeApi:
             verdict=self.verdict,
             seconds=1.0,
             table=table.table,
-            report=self.report,
+            report=table.report,
         )
-
-    def report(self, path: object) -> object:
-        self.reports.append(path)
-        if self.report_error is not None:
-            raise self.report_error
-        return path
 
     @property
     def config(self) -> UnlearnConfig:

@@ -15,7 +15,6 @@ from PIL import Image
 from fasterase.cli import main
 from fasterase.cli.commands import Unlearn
 from fasterase.config import COMMAND_KEYS, UnlearnConfig, field_names
-from fasterase.errors import MissingExtraError
 from tests import small_models
 from tests.cli.fake_api import REQUIRED, FakeApi
 from tests.marks import SHORT_RUN
@@ -66,14 +65,9 @@ def test_the_keys_of_the_command_line_are_known_to_from_yaml():
     assert set(COMMAND_KEYS) == {field.name for field in dataclasses.fields(Unlearn)}
 
 
-@pytest.mark.filterwarnings("always:The report has no loss plot")
-def test_unlearn_does_without_the_plot_if_matplotlib_is_missing(unlearn, capsys):
-    unlearn.report_error = MissingExtraError("plotting needs `matplotlib`")
+def test_unlearn_ends_with_the_path_of_its_page(unlearn, capsys):
     assert main(["unlearn", *REQUIRED]) == 0
-    assert unlearn.reports == [Path("out/report")]
-    shown = capsys.readouterr()
-    assert "no loss plot: plotting needs `matplotlib`" in shown.err
-    assert "Done" in shown.out
+    assert capsys.readouterr().out.endswith(f"Read {Path('out/report.html')}\n")
 
 
 def test_evaluate(evaluate, tmp_path, capsys):
@@ -185,8 +179,19 @@ def test_unlearn_and_evaluate_on_a_saved_model(tmp_path, capsys):
     assert str(folder) in capsys.readouterr().out
     assert len((folder / "history.jsonl").read_text().splitlines()) == 2
     assert (folder / "evaluation.json").is_file()
-    written = {path.name for path in (folder / "report").iterdir()}
-    assert written == {"report.md", "losses.png", "pictures.png"}
+    assert (folder / "pictures.png").is_file()
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/jpeg") > 4
+    (folder / "report.html").unlink()
+    assert main(["report", str(folder)]) == 0
+    assert (folder / "report.html").read_text(encoding="utf-8") == page
+    both = tmp_path / "both.html"
+    assert main(["report", str(folder), str(folder), "--output", str(both)]) == 0
+    assert "2 erasures side by side" in both.read_text(encoding="utf-8")
+    assert main(["report"]) == 2
+    assert "report needs --runs" in capsys.readouterr().err
+    assert main(["report", str(tmp_path)]) == 2
+    assert "is no folder of a finished run" in capsys.readouterr().err
 
     report = tmp_path / "report.json"
     flags = ["--original", str(tmp_path / "original"), "--sets", f"near={tmp_path / 'forget'}"]

@@ -92,6 +92,12 @@ def test_the_demo_leaves_what_it_says(tmp_path, capsys, monkeypatch):
     shown, bars = capsys.readouterr()
     assert bars == ""
     assert summary(evaluation, "fasterase") in shown
+    assert shown.endswith("Read runs/demo-lemon_melon/report.html\n")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "The model still knows lemon|melon." in page
+    assert "cliperase recipe" in page, "beside the reference"
+    assert page.count("data:image/jpeg") > 10
+    assert len(page) < 3_000_000
     assert evaluation.table() not in shown
     assert evaluation.table() in (tmp_path / "evaluation.txt").read_text(encoding="utf-8")
     assert set(evaluation.references) == {"cliperase recipe"}

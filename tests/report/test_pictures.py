@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from fasterase.report.pictures import (
     CaptionRanking,
     SheetRow,
     example_rows,
+    neighbours_among,
     picture_sheet,
     spread,
 )
@@ -116,6 +118,47 @@ def test_preprocessed_images_are_shown_and_token_ids_are_not(encoders):
     assert row.image.getextrema() != ((0, 0), (0, 0), (0, 0))
     unnamed = open_pairs(list(zip(pixels, ids, strict=True)), name="forget")
     assert example_rows(unnamed, named, *encoders, seed=0).rows == []
+
+
+def test_further_sets_are_shown_and_what_went_wrong_first(encoders):
+    forget = pairs_of("forget", ["a red apple", "a green apple"])
+    retain = pairs_of("retain", [f"boat number {i}" for i in range(9)])
+    others = {"unseen": pairs_of("unseen", ["a tart"]), "holdout": pairs_of("holdout", ["a cat"])}
+    rows, erased = example_rows(
+        forget, retain, *encoders, seed=0, others=others, forget_sets=["unseen"]
+    )
+    sections = dict.fromkeys(row.section for row in rows)
+    assert [*sections][1::3] == ["To forget: unseen", "To keep: holdout"]
+    assert erased == ["a red apple", "a green apple", "a tart"]
+    assert {row.section for row in rows if row.is_to_forget} == {"To forget", "To forget: unseen"}
+    for section in sections:
+        wrong = [row.is_wrong(erased) for row in rows if row.section == section]
+        assert wrong == sorted(wrong, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("is_to_forget", "before", "after", "is_wrong"),
+    [
+        (True, "dog", "hen", True),  # still named, if by another one
+        (True, "dog", "cat", False),
+        (False, "dog", "cat", True),
+        (False, "cat", "hen", False),  # never known
+        (False, "dog", "dog", False),
+    ],
+)
+def test_what_went_wrong(is_to_forget, before, after, is_wrong):
+    shown = row("x", "dog", [before], [after])
+    assert replace(shown, is_to_forget=is_to_forget).is_wrong({"dog", "hen"}) is is_wrong
+
+
+def test_neighbours_are_as_close_as_the_nearest_tenth_of_retain(encoders):
+    forget = pairs_of("forget", ["a red apple", "a green apple"])
+    kept = [f"{word} number {i}" for i, word in enumerate(["boat", "tree", "lamp"] * 10)]
+    retain = pairs_of("retain", kept)
+    near = neighbours_among(["a red apple", *kept], forget, retain, encoders[0], seed=0)
+    assert near[0] == "a red apple"
+    assert len(near) == 1 + 3
+    assert neighbours_among([], forget, retain, encoders[0], seed=0) == []
 
 
 def test_spread_keeps_both_ends():

@@ -1,0 +1,153 @@
+"""The model card of an erased model, as the Hugging Face hub reads it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fasterase.config import UnlearnConfig, describe_recipe
+from fasterase.evaluation.metrics import METRICS
+from fasterase.evaluation.verdict import WITHHELD
+from fasterase.files import MARKER
+from fasterase.models.hub import TAGS, TASK, loading_code
+from fasterase.page import RunFacts
+from fasterase.provenance import FILE, erasures
+from fasterase.report.templating import render
+
+CARD = "README.md"
+# Names of sets that say nothing of what they hold.
+_PLAIN = ("forget", "retain", "holdout", WITHHELD)
+# What the metadata tells of sets to forget, and of the others.
+_FORGET = ("contest_hit@1", "image_to_text_residue", "text_to_image_residue")
+_KEEP = ("zero_shot_accuracy", "image_to_text_recall@1", "text_to_image_recall@1")
+
+
+def read_base(name: str) -> dict[str, Any]:
+    """Return `base_model` and `license` of the model of a name, as far as this machine knows them.
+
+    They come from the card in its folder, or in the hub's cache; nothing is downloaded.
+    """
+    import huggingface_hub
+    from huggingface_hub.repocard import metadata_load
+
+    folder = Path(name).expanduser()
+    repository: str | None
+    card: Path | None
+    if folder.exists():
+        # An instance has the name of its class; a folder of that name is no model by chance alone.
+        repository, card = None, folder / CARD if any(folder.glob("*.safetensors")) else None
+    else:
+        repository = _repository(name)
+        known = repository and huggingface_hub.try_to_load_from_cache(repository, CARD)
+        card = Path(known) if isinstance(known, str) else None
+    found: dict[str, Any] = {}
+    if card is not None and card.is_file():
+        try:
+            data = metadata_load(card) or {}
+        except Exception:  # a stranger's YAML: a card is written without it
+            data = {}
+        found = {
+            key: data[key] for key in ("license", "base_model") if isinstance(data.get(key), str)
+        }
+    return found if repository is None else {**found, "base_model": repository}
+
+
+def _repository(name: str) -> str | None:
+    """Return the hub's repository that a name of a model stands for; None if it stands for none."""
+    prefix, _, rest = name.partition(":")
+    if prefix in ("hf", "hf-hub"):
+        path = rest.partition("@")[0]
+    else:
+        import open_clip
+
+        architecture, _, tag = name.partition("/")
+        path = open_clip.get_pretrained_cfg(architecture, tag).get("hf_hub", "")
+    parts = [part for part in path.split("/") if part]
+    return "/".join(parts[:2]) if len(parts) >= 2 else None
+
+
+def model_card(
+    run: RunFacts, folder: Path, base: Mapping[str, Any], repository: str | None = None
+) -> str:
+    """Return the card of the model that was saved in `folder`.
+
+    It holds no caption and no word of the data, and names of sets only if the concept is stated.
+
+    Args:
+        run: how the model came about.
+        base: what `read_base` returned before the run's folder was written.
+        repository: the model's own, on the hub; None for the folder alone.
+    """
+    from huggingface_hub import ModelCardData
+
+    library = json.loads((folder / MARKER).read_text(encoding="utf-8"))["library"]
+    title = (repository or run.record["parent"]["name"]).rpartition("/")[2]
+    names = _public_names(run)
+    results = list(_results(run, names))
+    loading = (folder / CARD).read_text(encoding="utf-8").partition("\n")[2]
+    if repository is not None:
+        loading = loading_code(folder, library, repository, on_hub=True)
+    relation = "adapter" if library == "peft" else "finetune"
+    facts: dict[str, Any] = dict(base)
+    if "base_model" in base:
+        facts["base_model_relation"] = relation
+    if results:
+        facts |= {"model_name": title, "eval_results": results}
+    library_name = library.partition(".")[0]
+    data = ModelCardData(library_name=library_name, pipeline_tag=TASK, tags=[*TAGS], **facts)
+    text = render(
+        "card.md",
+        title=title,
+        run=run,
+        names=names,
+        recipe=_describe_recipe(run),
+        chain=erasures(run.record),
+        loading=loading.strip(),
+        is_delta=library == "fasterase.apply_delta",
+        record_file=FILE if (folder / FILE).is_file() else None,
+    )
+    return f"---\n{data.to_yaml()}\n---\n{text}"
+
+
+def _public_names(run: RunFacts) -> dict[str, str]:
+    """Return set -> what a card calls it."""
+    sets = dict.fromkeys([*run.record["data"], *run.traces])
+    if run.evaluation is not None:
+        sets |= dict.fromkeys(run.evaluation.scores)
+    if run.record["concept"] is not None:
+        return {name: name for name in sets}
+    others = [name for name in sets if name not in _PLAIN]
+    return {name: name for name in sets} | {
+        name: f"further set {number}" for number, name in enumerate(others, start=1)
+    }
+
+
+def _describe_recipe(run: RunFacts) -> str:
+    settings = dict(run.settings)
+    if run.record["concept"] is None and isinstance(settings["forget_words"], list | tuple):
+        settings["forget_words"] = True  # the words themselves would tell
+    return describe_recipe(UnlearnConfig(**settings))
+
+
+def _results(run: RunFacts, names: Mapping[str, str]) -> Iterator[Any]:
+    from huggingface_hub import EvalResult
+
+    evaluation = run.evaluation
+    if evaluation is None:
+        return
+    titles = {metric.key: metric.title.removesuffix(", %") for metric in METRICS}
+    for name, scores in evaluation.scores.items():
+        aim = "to forget" if name in evaluation.forget_sets else "to keep"
+        for key in _FORGET if name in evaluation.forget_sets else _KEEP:
+            if key in scores:
+                yield EvalResult(
+                    task_type=TASK,
+                    dataset_type=re.sub(r"\W+", "-", names[name]),
+                    dataset_name=f"{names[name]} ({evaluation.pairs[name]:,} pairs, {aim})",
+                    metric_type=key,
+                    metric_name=titles[key],
+                    metric_value=round(scores[key], 4),
+                )
