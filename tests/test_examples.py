@@ -38,7 +38,8 @@ def test_every_example_is_tested():
     }
 
 
-@pytest.mark.filterwarnings("ignore:verdict")
+# One picture to keep, a tamale, does look like those to be forgotten.
+@pytest.mark.filterwarnings("ignore:verdict", "ignore:retain.* look like those to be forgotten")
 def test_erase_a_class(tmp_path, capsys):
     result = load("erase_a_class").main(["--max_steps", "2", "--output", str(tmp_path / "run")])
     assert len(result.history) == 2
