@@ -120,3 +120,20 @@ def test_a_record_of_before_has_no_digests(table, tmp_path):
     pairs = open_pairs(str(table), name="retain")
     assert drop_erased(pairs, [{"concept": None}, {"erased": None}]) == (pairs, {})
     assert FILE == "provenance.json"
+
+
+@pytest.mark.filterwarnings("ignore:verdict", "ignore:retain.* seem to name")
+def test_concepts_in_files_are_kept_apart_from_retain(table, tmp_path):
+    header, *rows = table.read_text().splitlines()
+    for name, chosen in {"warm": rows[:2], "cold": rows[2:4], "all": rows}.items():
+        (tmp_path / f"{name}.csv").write_text("\n".join([header, *chosen]) + "\n")
+    forget = {name: str(tmp_path / f"{name}.csv") for name in ("warm", "cold")}
+    model, tokenizer = small_models.open_clip_vit(), small_models.simple_tokenizer()
+    with pytest.warns(UserWarning, match="4 retain pairs are also in the forget set"):
+        result = erase(model, forget, str(tmp_path / "all.csv"), tokenizer=tokenizer)
+    assert len(result.sets["retain"]) == 2
+    assert {name: len(result.sets[name]) for name in ("warm", "cold", "forget")} == {
+        "warm": 2,
+        "cold": 2,
+        "forget": 4,
+    }

@@ -49,7 +49,7 @@ def test_a_digit_is_erased_from_a_model_that_knows_it(kind):
     )
     after = digits.accuracy(model, others)
     assert result.verdict == "forgotten"
-    assert set(result.traces) == {"forget", "unseen"}
+    assert set(result.traces) == {"forget", "unseen", "withheld"}
     residues = result.traces["forget"]
     low, high = RESTING
     for residue in (residues.image_to_text, residues.text_to_image):

@@ -252,7 +252,7 @@ def test_the_command_line_from_a_corpus_to_a_report(corpus, tmp_path, capsys):
     assert not (run / "reference").exists(), "the features are those of the search"
     record = json.loads((run / "model/provenance.json").read_text())
     assert record["data"]["forget"]["pairs"] == record["found"]["counts"]["forget"] == 12
-    assert "forget" in (run / "report/report.md").read_text()
+    assert "forget" in (run / "report.md").read_text()
     flags = ["--model", str(run / "model"), "--found", sets]
     assert main(["evaluate", *flags]) in (0, 4)
     flags = ["--model", model, "--data", str(corpus), "--output_dir", sets, "--concept", "dog"]
