@@ -44,6 +44,7 @@ def erased():
     return result, draws[0], weights
 
 
+@pytest.mark.slow
 def test_every_concept_of_a_mapping_is_forgotten_and_has_a_row(erased):
     result = erased[0]
     assert result.verdict == "forgotten"
@@ -56,6 +57,7 @@ def test_every_concept_of_a_mapping_is_forgotten_and_has_a_row(erased):
         assert result.traces[name].residue < 0.75
 
 
+@pytest.mark.slow
 def test_a_slow_concept_weighs_more(erased):
     weights = erased[2]
     assert weights[0] == {}, "equal until the first check"
@@ -81,6 +83,7 @@ def test_a_slow_concept_weighs_more(erased):
     assert pacing.state()["progress"]["weights"] == pacing.weights
 
 
+@pytest.mark.slow
 def test_what_is_withheld_is_not_trained_on_and_is_judged(erased):
     result, draws, _ = erased
     assert len(draws.withheld) == 4

@@ -261,7 +261,8 @@ def test_callback_true_ends_the_run_and_anything_else_does_not(tmp_path):
     assert len(run(callback=lambda record: record).history) == 5
 
 
-@pytest.mark.parametrize("lr", [2e-3, pytest.param("auto", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("lr", [2e-3, "auto"])
 def test_stops_when_forgotten_and_stays_stopped(tmp_path, lr):
     config = {"stop_when_forgotten": True, "lr": lr, "max_steps": 300, "output_dir": tmp_path}
     tower = knowing_model()

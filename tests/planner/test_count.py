@@ -61,6 +61,7 @@ def test_transformers_models_from_their_configuration(build):
     assert 2.5 < both.flops / 2 / forward < 3.2
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_runs_the_blocks_again_in_less_memory():
     model = load_architecture(small_models.open_clip_vit(layers=6))
     tracer = Tracer(model, precision="bf16", on_gpu=True)

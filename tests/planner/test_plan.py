@@ -75,6 +75,7 @@ def test_the_table_names_every_part_and_is_the_one_in_the_docs(printed_big_g):
     assert shlex.split(big_g.command) == shlex.split(command)
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_fit_is_encoded_twice():
     module = small_models.open_clip_vit(layers=1, vocab_size=300)
     options = {"forget": 4, "batch_size": 28, "forget_batch_size": 4, "tune": "image"}
