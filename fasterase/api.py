@@ -35,7 +35,6 @@ from fasterase.engine.model_state import (
 from fasterase.engine.outcome import advise
 from fasterase.engine.run import Run
 from fasterase.engine.stops import explaining_interrupts, how_to_continue
-from fasterase.erased import drop_erased
 from fasterase.errors import InputError
 from fasterase.evaluation.evaluator import Evaluator, Measurement
 from fasterase.evaluation.examiner import Examiner, check_attacks, check_tasks
@@ -45,17 +44,14 @@ from fasterase.models.dual_encoder import DualEncoder, separate_copy
 from fasterase.models.forward import without_autocast
 from fasterase.models.load import check_model_name, load_compared, load_model
 from fasterase.models.preprocessing import remember
-from fasterase.pairs.items import IMAGE_KEYS
-from fasterase.pairs.joined import JoinedTable
 from fasterase.pairs.open import open_pairs
-from fasterase.pairs.overlap import remove_overlap
 from fasterase.pairs.processes import count_workers
 from fasterase.pairs.skips import SkipLedger
-from fasterase.pairs.table import PairTable
 from fasterase.parallel.ranks import Ranks, join_ranks, launched_device
-from fasterase.provenance import audit, erasures, read_record
+from fasterase.provenance import audit, read_record
 from fasterase.report.evaluation import Evaluation, compare
 from fasterase.result import UnlearnResult
+from fasterase.sets import clean_retain, open_sets
 from fasterase.signals import handling_signals
 
 NO_SETS: Mapping[str, Any] = MappingProxyType({})
@@ -163,22 +159,14 @@ def unlearn(
         ranks.on_first(lambda: _check_output_folder(output))
         with _speaking(ranks):
             parent_record = read_record(model)
-            # Weights loaded or copied inside a caller's inference mode could never be trained.
-            with ranks.raising_together(), torch.inference_mode(False):
-                encoder = load_model(
-                    model, tokenizer=tokenizer, preprocess=preprocess, model_name=model_name
-                )
-                named = isinstance(model, (str, os.PathLike))
-                encoder = separate_copy(encoder) if copy and not named else encoder
+            given = {"tokenizer": tokenizer, "preprocess": preprocess, "model_name": model_name}
             keys = {"image_key": image_key, "text_key": text_key}
             with ranks.raising_together():
-                opened, to_forget, concepts = _open_sets(
-                    forget, retain, holdout, sets, forget_sets, keys
-                )
-                check_retain(opened["retain"], config)
-                check_concepts(concepts, config)
-                removed, earlier = _clean_retain(opened, parent_record)
-            home = (launched_device() or best_device()) if named else encoder.device
+                encoder, home = _load(model, given, copy=copy)
+                found = open_sets(forget, retain, holdout, sets, forget_sets, keys)
+                check_retain(found.tables["retain"], config)
+                check_concepts(found.concepts, config)
+                removed = clean_retain(found, parent_record)
             device = resolve_device(config.device, default=home)
             # Refuses a wrong `tune`, before minutes of measuring.
             weights = keep_original(
@@ -187,21 +175,19 @@ def unlearn(
                 logit_scale=config.train_logit_scale,
                 buffers=config.train_mode,
             )
-            ledger = SkipLedger(sum(map(len, opened.values())), max_skipped=config.max_skipped)
-            if concept is None and concepts:
-                concept = ", ".join(concepts)
+            total = sum(map(len, found.tables.values()))
             job = Job(
                 model=encoder,
-                sets=opened,
-                forget_sets=[*to_forget, *earlier],
+                sets=found.tables,
+                forget_sets=found.to_forget,
                 config=config,
-                ledger=ledger,
+                ledger=SkipLedger(total, max_skipped=config.max_skipped),
                 clock=clock,
                 output=output,
                 callback=callback,
                 ranks=ranks,
-                concept=concept,
-                concepts=concepts,
+                concept=concept or ", ".join(found.concepts) or None,
+                concepts=found.concepts,
             )
             # Not before: a call with a wrong argument leaves no folder behind.
             with ranks.first_enters(lambda: lock_run(output)):
@@ -211,12 +197,21 @@ def unlearn(
                     removed_from_retain=removed,
                     original_weights=weights,
                     parent_record=parent_record,
-                    concept=concept,
                 )
                 with ranks.raising_together():
                     if output is not None and ranks.is_first:
                         result.write_output(output)
             return result
+
+
+def _load(model: Model, given: dict[str, Any], *, copy: bool) -> tuple[DualEncoder, torch.device]:
+    """Return the model to train, and the device that it is on or, by name, should be on."""
+    # Weights loaded or copied inside a caller's inference mode could never be trained.
+    with torch.inference_mode(False):
+        encoder = load_model(model, **given)
+        if isinstance(model, str | os.PathLike):
+            return encoder, launched_device() or best_device()
+        return separate_copy(encoder) if copy else encoder, encoder.device
 
 
 def _run(job: Job, device: torch.device, **known: Any) -> UnlearnResult:
@@ -262,6 +257,7 @@ def _run(job: Job, device: torch.device, **known: Any) -> UnlearnResult:
         adapter=outcome.adapter,
         words=outcome.words,
         sets=job.sets,
+        concept=job.concept,
         **known,
     )
 
@@ -364,7 +360,7 @@ def evaluate(
     has_strangers = non_members is not None
     attacks = check_attacks(attacks, original=original is not None, non_members=has_strangers)
     keys: dict[str, Any] = {"image_key": image_key, "text_key": text_key}
-    sources, to_forget, _ = _open_sets(forget, retain, holdout, sets, forget_sets, keys)
+    sources, to_forget, _ = open_sets(forget, retain, holdout, sets, forget_sets, keys)
     if not len(sources["retain"]):
         raise InputError("`retain` is empty; a verdict needs pairs to keep, to compare with.")
     strangers = None if non_members is None else open_pairs(non_members, name="non_members", **keys)
@@ -472,75 +468,6 @@ def _check_output_folder(output: Path | None) -> None:
     if output is not None:
         check_creatable(output, argument="output_dir")
         check_replaceable(output / "model", argument="output_dir")
-
-
-def _clean_retain(
-    opened: dict[str, PairTable], record: Mapping[str, Any] | None
-) -> tuple[list[str], list[str]]:
-    """Take out of retain what is to be forgotten, or was before: the latter become further sets.
-
-    Return the ids of the former, and the names of the latter. `record` is of the model.
-    """
-    opened["retain"], removed = remove_overlap(opened["retain"], opened["forget"])
-    if removed:
-        shown = ", ".join(removed[:5]) + (", ..." if len(removed) > 5 else "")
-        warnings.warn(
-            f"{len(removed)} retain pairs are also in the forget set and are left out of retain, "
-            f"since they would undo the erasure: {shown}",
-            stacklevel=3,
-        )
-    opened["retain"], earlier = drop_erased(opened["retain"], erasures(record) if record else [])
-    opened |= earlier
-    return removed, list(earlier)
-
-
-def _open_sets(
-    forget: Any,
-    retain: Any,
-    holdout: Any,
-    sets: Mapping[str, Any] | None,
-    forget_sets: Mapping[str, Any] | None,
-    keys: dict[str, Any],
-) -> tuple[dict[str, PairTable], list[str], dict[str, range]]:
-    """Open all sets; return them by name, the names of the further ones to forget, and the rows in
-    the forget set of each of several concepts, which are sets too."""
-    concepts = forget if _names_concepts(forget, keys["image_key"]) else {}
-    given = {"retain": retain} if concepts else {"forget": forget, "retain": retain}
-    if holdout is not None:
-        given["holdout"] = holdout
-    arguments = {"forget": concepts, "forget_sets": forget_sets, "sets": sets}
-    for argument, named in arguments.items():
-        if not isinstance(named, Mapping | None):
-            raise InputError(f"{argument} must map names to pairs, found {type(named).__name__}.")
-        for name, source in (named or {}).items():
-            if not isinstance(name, str) or not name.strip():
-                raise InputError(f"{argument}: {name!r} is not a name.")
-            own = name in ("forget", "retain", "holdout")
-            if own or name in given:
-                what = "an argument of its own" if own else "also a set of another argument"
-                raise InputError(f"{argument}: {name!r} is {what}. Choose another name.")
-            # `find` has warned already where it found nothing to judge by.
-            if not (isinstance(source, PairTable) and source.found and not len(source)):
-                given[name] = source
-    opened = {
-        name: open_pairs(source, name=name, may_be_empty=name == "retain", **keys)
-        for name, source in given.items()
-    }
-    rows, start = {}, 0
-    for name in [name for name in concepts if name in opened]:
-        rows[name] = range(start, start := start + len(opened[name]))
-    if concepts:
-        opened["forget"] = joined = JoinedTable("forget", [opened[name] for name in rows])
-        # Views, so that every pair is encoded once.
-        opened |= {name: joined.select(here, name=name) for name, here in rows.items()}
-    return opened, [name for name in (*concepts, *(forget_sets or {})) if name in opened], rows
-
-
-def _names_concepts(forget: Any, image_key: str | None) -> bool:
-    """Tell a mapping of concepts from one batch of pairs, and from a DatasetDict."""
-    if not isinstance(forget, Mapping) or type(forget).__name__ == "DatasetDict":
-        return False
-    return not any(key == image_key or key in IMAGE_KEYS for key in forget)
 
 
 def _check_references(references: object) -> None:

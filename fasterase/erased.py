@@ -27,22 +27,20 @@ _SIZE = 10
 def remember(pairs: PairTable) -> dict[str, Any]:
     """Return salted digests of the images and of the first captions of pairs, ready for JSON."""
     salt = secrets.token_hex(16)
-    captions = set(_captions(pairs, salt).tolist())
-    found = {"salt": salt, "captions": sorted(each.hex() for each in captions)}
-    if len(pairs) <= MOST_READ:
-        images = set(_images(pairs, salt)) - {None}
-        found["images"] = sorted(each.hex() for each in images if each)
-    return found
+    return {"salt": salt, **_digests(pairs, salt)}
 
 
 def is_same(pairs: PairTable, erased: Mapping[str, Any]) -> bool:
     """Tell whether pairs are those that were erased, wherever they were read from."""
-    images, captions = erased.get("images"), erased["captions"]
-    if len({*_captions(pairs, erased["salt"]).tolist()}) != len(captions):
-        return False
-    if images is not None and len(pairs) <= MOST_READ:
-        return {each.hex() for each in _images(pairs, erased["salt"]) if each} == set(images)
-    return {each.hex() for each in _captions(pairs, erased["salt"]).tolist()} == set(captions)
+    return {"salt": erased["salt"], **_digests(pairs, erased["salt"])} == erased
+
+
+def _digests(pairs: PairTable, salt: str) -> dict[str, list[str]]:
+    """Return the distinct digests of first captions and, of a set that is not too large, images."""
+    found = {"captions": sorted({each.hex() for each in _salted(_first_captions(pairs)[1], salt)})}
+    if len(pairs) <= MOST_READ:
+        found["images"] = sorted({each.hex() for each in _images(pairs, salt) if each})
+    return found
 
 
 def content_digest(pairs: PairTable) -> str:
@@ -109,10 +107,6 @@ def _among(pairs: PairTable, erased: Mapping[str, Any]) -> np.ndarray:
         images = {bytes.fromhex(each) for each in erased["images"]}
         found |= [each in images for each in _images(pairs, salt)]
     return found
-
-
-def _captions(pairs: PairTable, salt: str) -> np.ndarray:
-    return np.array(list(_salted(_first_captions(pairs)[1], salt)), object)
 
 
 def _first_captions(pairs: PairTable) -> tuple[np.ndarray, np.ndarray]:

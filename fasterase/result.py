@@ -185,7 +185,6 @@ class UnlearnResult:
     def _record(self) -> dict[str, Any]:
         """What `provenance.json` holds."""
         before = restored_original(self.encoder, self.original_weights)
-        forget = self.sets.get("forget")
         return {
             "format": FORMAT,
             "concept": self.concept,
@@ -198,16 +197,7 @@ class UnlearnResult:
                 "seconds": round(self.seconds, 1),
             },
             "words": [each._asdict() for each in self.words],
-            "erased": remember(forget) if forget and self.config.remember_erased else None,
-            "data": {
-                name: {
-                    "pairs": len(source),
-                    "digest": source.digest(),
-                    **({"content": content_digest(source)} if name == "retain" else {}),
-                }
-                for name, source in self.sets.items()
-            },
-            "found": None if forget is None else forget.found,
+            **self._digests,
             "config": self.config.recipe(),
             "libraries": library_versions(),
             "parent": {
@@ -215,6 +205,22 @@ class UnlearnResult:
                 "fingerprint": fingerprint_weights(before.module),
                 "record": self.parent_record,
             },
+        }
+
+    @cached_property
+    def _digests(self) -> dict[str, Any]:
+        """What the record holds of the pairs, which are read for it once."""
+        forget = self.sets.get("forget")
+        data: dict[str, dict[str, Any]] = {
+            name: {"pairs": len(source), "digest": source.digest()}
+            for name, source in self.sets.items()
+        }
+        if "retain" in data:
+            data["retain"]["content"] = content_digest(self.sets["retain"])
+        return {
+            "erased": remember(forget) if forget and self.config.remember_erased else None,
+            "data": data,
+            "found": None if forget is None else forget.found,
         }
 
     def push_to_hub(

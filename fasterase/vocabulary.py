@@ -24,6 +24,11 @@ def words_of(text: str) -> list[str]:
     return _WORD.findall(text)
 
 
+def replace_words(text: str, others: Mapping[str, str]) -> str:
+    """Return a text with other words in place of some, which are given in lower case."""
+    return _WORD.sub(lambda found: others.get(found[0].lower(), found[0]), text)
+
+
 def parts_of(word: str) -> set[str]:
     """Return its letters in threes, first and last ones marked: words with none share no token."""
     marked = f" {word} "

@@ -190,7 +190,8 @@ def test_what_no_other_file_holds_comes_back():
 
 
 def test_long_histories_are_averaged_and_gaps_left_out():
-    steps = [{**facts().history[0], "step": i, "total": float(i)} for i in range(1, 5001)]
+    first = facts().history[0]
+    steps = [{**first, "step": i, "total": float(i)} for i in range(1, 5001)]
     steps[7]["total"] = float("nan")
     charts = facts(history=steps).charts
     assert [chart.title for chart in charts][-1] == "learning rate"

@@ -147,7 +147,7 @@ def test_the_forget_loss_weighs_concepts_each_above_its_own_floor():
         ({"retain": FEW}, {}, "forget: 'retain' is an argument of its own"),
         ({"a": FEW}, {"sets": {"a": MANY}}, "sets: 'a' is also a set of another argument"),
         ({"a": FEW}, {"negatives": "joint"}, "several concepts .a. need forget_loss='similarity'"),
-        ({"a": []}, {}, "a"),
+        ({"empty one": []}, {}, "`empty one`"),
     ],
 )
 def test_a_mapping_that_cannot_be_used_is_refused(forget, options, says):

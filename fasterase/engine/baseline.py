@@ -233,7 +233,8 @@ class Checks:
             for name, these in rows.items()
         }
         texts = None
-        if self._before is not None and self.job.config.max_damage is not None:
+        limits_damage = self.baseline.damage and self.job.config.max_damage is not None
+        if self._before is not None and limits_damage:
             texts = encode_things(self.encoder, self.things)
         # The first rank decides for all: others may round differently.
         return self.job.ranks.on_first(lambda: self._measure(features, texts))

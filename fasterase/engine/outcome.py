@@ -75,7 +75,7 @@ def _next_step(outcome: Outcome, config: UnlearnConfig) -> str:
             "images."
         )
     if outcome.verdict == UNDECIDED:
-        possible = max(trace.hit_high for trace in outcome.traces.values())
+        possible = max(t.hit_high for t in outcome.traces.values() if not t.is_decisive)
         return (
             "No trace was found, but too few images, or retain captions, were there to tell: up to "
             f"{100 * possible:.0f} % of such images may still be found. Give at least 12 pictures "

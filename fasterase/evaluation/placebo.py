@@ -17,7 +17,13 @@ from torch import Tensor
 from fasterase.encode import PairEncoder, PairFeatures
 from fasterase.evaluation.scores import distinct_firsts
 from fasterase.seeds import Stream, generator
-from fasterase.vocabulary import UNREADABLE, english_frequencies, words_of
+from fasterase.vocabulary import (
+    UNREADABLE,
+    UNSPACED,
+    english_frequencies,
+    replace_words,
+    words_of,
+)
 
 PLACEBOS = 64
 # Means of as many placebos as a set has captions, drawn to find where 95 % of them lie.
@@ -48,14 +54,11 @@ def placebo_captions(captions: Sequence[str], kept: Collection[str], seed: int) 
         return "".join(numbers.choice(_SYLLABLES, int(numbers.integers(2, 4))))
 
     def renamed(caption: str) -> str:
-        words = words_of(caption)
-        own = {w for w in words if w.lower() not in known and frequency.get(w, 0.0) < _TEMPLATE}
+        words = words_of(caption.lower())
+        own = {w for w in words if w not in known and frequency.get(w, 0.0) < _TEMPLATE}
         if not own and words:
-            own = {min(words, key=lambda word: frequency.get(word.lower(), 0.0))}
-        names = {word: made_up() for word in sorted(own)}
-        for word, name in names.items():
-            caption = caption.replace(word, name)
-        return caption
+            own = {min(words, key=lambda word: frequency.get(word, 0.0))}
+        return replace_words(caption, {word: made_up() for word in sorted(own)})
 
     order = numbers.permutation(len(captions)).tolist()
     return [renamed(captions[order[number % len(order)]]) for number in range(PLACEBOS)]
@@ -67,6 +70,8 @@ def encode_placebos(
     """Return features [m, D] of placebos; None for captions that are no words it could replace."""
     captions = list(dict.fromkeys(forget.first_captions))
     if encoder.model.text_tokenizer is None or not any(map(words_of, captions)):
+        return None
+    if any(map(UNSPACED.search, captions)):  # where a word ends is not known
         return None
     try:
         return encoder.texts(placebo_captions(captions, unrelated.first_captions, seed)).cpu()

@@ -129,6 +129,14 @@ class Trace:
         """Whether the images are enough to exclude that many of them are still found."""
         return self.hit_high < DECISIVE_HIT or self.by_hits
 
+    def _describe_band(self) -> str:
+        """Say what made-up names have, where that decides."""
+        bare = replace(self, band=None)
+        if (bare.is_remembered, bare.is_over_erased) == (self.is_remembered, self.is_over_erased):
+            return ""
+        ends = (f"{low:.2f} to {high:.2f}" for low, high in self.band or ())
+        return f"; made-up names {' and '.join(ends)}"
+
     def describe(self) -> str:
         towers = "".join(
             f"; {100 * hit:.0f} % by the {name} tower beside the original's other one"
@@ -136,8 +144,9 @@ class Trace:
         )
         return (
             f"residue {self.image_to_text:.2f} image->text, {self.text_to_image:.2f} text->image "
-            f"(1 known, 0.5 no trace, 0 loudly absent); hit@1 {100 * self.hit:.0f} % "
-            f"(chance {100 * self.chance:.0f} %) of {self.pairs} images{towers}"
+            f"(1 known, 0.5 no trace, 0 loudly absent{self._describe_band()}); "
+            f"hit@1 {100 * self.hit:.0f} % (chance {100 * self.chance:.0f} %) of {self.pairs} "
+            f"images{towers}"
         )
 
 

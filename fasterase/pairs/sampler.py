@@ -32,8 +32,8 @@ class Sampler:
 
     One epoch is one pass over the forget set: a fresh permutation, cut into `steps_per_epoch`
     batches whose sizes differ by at most one, so that no pair is left out and no batch is tiny.
-    Of several groups (concepts) each has an equal part of every batch and passes of its own, and an
-    epoch is a pass over the largest.
+    Of several groups (concepts) each has an equal part of every batch, at least a pair, and passes
+    of its own; an epoch is a pass over the largest.
     The retain set cycles in passes of its own, which follow one another and are cut into full
     batches. No batch contains a row twice: where it spans two passes, a row that it already
     contains is postponed to the next batch. Of a set smaller than two batches, the rows that a

@@ -48,6 +48,14 @@ def test_names_are_made_up_and_templates_stay():
     assert all(caption != "the lake house" for caption in of_known), "its rarest word goes"
 
 
+def test_whole_words_are_replaced_whatever_their_case():
+    found = placebo_captions(["Photo of a Lynx near a Lynxhouse"], ["a lynxhouse"], seed=0)
+    for caption in found:
+        first, *_, last = caption.split()
+        assert (first, last) == ("Photo", "Lynxhouse")
+        assert "Lynx " not in caption
+
+
 def people_among_landscapes(numbers):
     """Any person's caption is nearer to a person's picture than any landscape's."""
     person, land = unit([1, 0, 0, 0, 0, 0])[0], unit([0, 1, 0, 0, 0, 0])[0]
@@ -69,7 +77,10 @@ def test_beside_landscapes_any_person_ranks_high_and_that_is_no_trace():
     assert band.image_to_text[0] > 0.75
     strange = Trace(0.96, 0.96, 0.0, 0.0, 0.1, 0.05, 20)
     assert decide_each({"x": strange}) == {"x": REMEMBERED}
-    assert decide_each({"x": replace(strange, band=band)}) == {"x": FORGOTTEN}
+    calibrated = replace(strange, band=band)
+    assert decide_each({"x": calibrated}) == {"x": FORGOTTEN}
+    assert f"made-up names {band.image_to_text[0]:.2f} to" in calibrated.describe()
+    assert "made-up" not in replace(calibrated, image_to_text=0.5, text_to_image=0.5).describe()
 
 
 def test_beside_a_mixed_set_the_band_is_wide_for_one_caption_and_narrow_for_many():
@@ -123,7 +134,8 @@ def test_without_words_or_a_tokenizer_nothing_is_calibrated():
 
     assert encode_placebos(encoder(None), forget, unrelated, seed=0) is None
     assert encode_placebos(encoder(len, KeyError("zor")), forget, unrelated, seed=0) is None
-    digits = replace(forget, captions=["1", "2", "3", "4"])
-    assert encode_placebos(encoder(len), digits, unrelated, seed=0) is None
+    for captions in (["1", "2", "3", "4"], ["リンゴ", "b", "c", "d"]):
+        others = replace(forget, captions=captions)
+        assert encode_placebos(encoder(len), others, unrelated, seed=0) is None
     assert len(asked) == 1
     assert encode_placebos(encoder(len), forget, unrelated, seed=0) is placebos

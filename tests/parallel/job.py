@@ -72,6 +72,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sgd": CACHED,
     "sgd-plain": PLAIN,
     "sgd-cached": CACHED,
+    "sgd-concepts": CACHED,
     "adam": ADAM,
     "adam-cached": ADAM,
     "nan": CACHED,
@@ -89,7 +90,7 @@ CASES: dict[str, dict[str, Any]] = {
 FOLDERS = {"save": "states", "save8": "eight", "big-save": "big"}
 FOLDERS |= {"resume": "states", "resume8": "eight", "big-resume": "big"}
 # These are trained in fp64, where the order of sums does not show. ZeRO cannot.
-IN_FP64 = ("sgd-plain", "sgd-cached", "adam-cached")
+IN_FP64 = ("sgd-plain", "sgd-cached", "sgd-concepts", "adam-cached")
 STAGES = (1, 2, 3)
 
 
@@ -115,7 +116,9 @@ def run_case(name: str, folder: Path = Path()) -> dict[str, Any]:
         "floor": 0.0,
     }
     model: Any = make_big_model() if kind.startswith("big") else make_model()
-    sets = make_pairs(13, seed=1, captions=5), make_pairs(40, seed=2, captions=24)
+    sets: Any = make_pairs(13, seed=1, captions=5), make_pairs(40, seed=2, captions=24)
+    if kind == "sgd-concepts":
+        sets = {"few": sets[0][:4], "many": sets[0][4:]}, sets[1]
     if kind == "automatic":
         settings, model = tiny_concepts.AUTOMATIC, tiny_concepts.knowing_model()
         sets = tiny_concepts.FORGET, tiny_concepts.RETAIN

@@ -19,7 +19,7 @@ from fasterase.signals import handling_signals
 
 # Name of what hangs when it is called for the given time.
 PLACES = {
-    "opening": ("fasterase.api._open_sets", 1),
+    "opening": ("fasterase.api.open_sets", 1),
     "indexing": ("fasterase.pairs.read_tars._read_shard", 1),
     "encoding": ("fasterase.original.store.FeatureStore.put", 2),
     "loading": ("fasterase.pairs.batches._Reader.__call__", 1),

@@ -1,0 +1,100 @@
+"""From what a caller gives to tables by name: sets to forget, to keep and to measure."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from fasterase.erased import drop_erased
+from fasterase.errors import InputError
+from fasterase.pairs.items import IMAGE_KEYS
+from fasterase.pairs.joined import JoinedTable
+from fasterase.pairs.open import open_pairs
+from fasterase.pairs.overlap import remove_overlap
+from fasterase.pairs.table import PairTable
+from fasterase.provenance import erasures
+
+
+class OpenedSets(NamedTuple):
+    """The pairs of a call."""
+
+    tables: dict[str, PairTable]  # by name, with "forget" and "retain"
+    to_forget: list[str]  # names of the further ones to forget
+    concepts: dict[str, range]  # of several: rows in the forget set of each, which is a set too
+
+
+def open_sets(
+    forget: Any,
+    retain: Any,
+    holdout: Any,
+    sets: Mapping[str, Any] | None,
+    forget_sets: Mapping[str, Any] | None,
+    keys: dict[str, Any],
+) -> OpenedSets:
+    """Open all sets; `keys` are the image key and the text key of each.
+
+    Raises:
+        InputError: a source or a name cannot be used.
+    """
+    concepts = forget if _names_concepts(forget, keys["image_key"]) else {}
+    given = {"retain": retain} if concepts else {"forget": forget, "retain": retain}
+    if holdout is not None:
+        given["holdout"] = holdout
+    arguments = {"forget": concepts, "forget_sets": forget_sets, "sets": sets}
+    for argument, named in arguments.items():
+        if not isinstance(named, Mapping | None):
+            raise InputError(f"{argument} must map names to pairs, found {type(named).__name__}.")
+        for name, source in (named or {}).items():
+            if not isinstance(name, str) or not name.strip():
+                raise InputError(f"{argument}: {name!r} is not a name.")
+            own = name in ("forget", "retain", "holdout")
+            if own or name in given:
+                what = "an argument of its own" if own else "also a set of another argument"
+                raise InputError(f"{argument}: {name!r} is {what}. Choose another name.")
+            # `find` has warned already where it found nothing to judge by.
+            if not (isinstance(source, PairTable) and source.found and not len(source)):
+                given[name] = source
+    opened = {
+        name: open_pairs(source, name=name, may_be_empty=name == "retain", **keys)
+        for name, source in given.items()
+    }
+    rows, start = {}, 0
+    for name in [name for name in concepts if name in opened]:
+        rows[name] = range(start, start := start + len(opened[name]))
+    if concepts:
+        opened["forget"] = joined = JoinedTable("forget", [opened[name] for name in rows])
+        # Views, so that every pair is encoded once.
+        opened |= {name: joined.select(here, name=name) for name, here in rows.items()}
+    further = [name for name in (*concepts, *(forget_sets or {})) if name in opened]
+    return OpenedSets(opened, further, rows)
+
+
+def _names_concepts(forget: Any, image_key: str | None) -> bool:
+    """Tell a mapping of concepts from one batch of pairs, and from a DatasetDict."""
+    if not isinstance(forget, Mapping) or type(forget).__name__ == "DatasetDict":
+        return False
+    return not any(key == image_key or key in IMAGE_KEYS for key in forget)
+
+
+def clean_retain(sets: OpenedSets, record: Mapping[str, Any] | None) -> list[str]:
+    """Take out of retain, in place, what is to be forgotten, and return the ids of these pairs.
+
+    What was erased before by the model's `record` is taken out too, and becomes further sets.
+
+    Raises:
+        InputError: nothing would be left of it.
+    """
+    opened = sets.tables
+    opened["retain"], removed = remove_overlap(opened["retain"], opened["forget"])
+    if removed:
+        shown = ", ".join(removed[:5]) + (", ..." if len(removed) > 5 else "")
+        warnings.warn(
+            f"{len(removed)} retain pairs are also in the forget set and are left out of retain, "
+            f"since they would undo the erasure: {shown}",
+            stacklevel=3,
+        )
+    opened["retain"], earlier = drop_erased(opened["retain"], erasures(record) if record else [])
+    opened |= earlier
+    sets.to_forget.extend(earlier)
+    return removed
