@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip
 APT := on Debian or Ubuntu: apt install git make python3-venv
 
 .DEFAULT_GOAL := help
-.PHONY: help demo gpu test test-all test-scale lint format clean installed venv
+.PHONY: help demo gpu test test-all test-scale quick lint style types format clean installed venv
 
 help:
 	@echo 'make demo     erase a concept from the small CLIP that ships with fasterase, show the result'
@@ -38,7 +38,11 @@ demo: installed
 # A file at a time on each core; tests are too small to gain from a second thread.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 \
   --dist loadfile $(ARGS)
-test: lint
+# Checking types takes a minute of one core where there is no cache: the tests run beside it.
+test: style
+	@$(MAKE) --no-print-directory -j2 types quick
+
+quick:
 	$(PYTEST) -m 'not slow and not scale'
 
 test-all: test
@@ -54,11 +58,15 @@ test-scale: installed
 	  || echo failed > $$failed; done | tee -a $(SCALE_LOG); \
 	! [ -s $$failed ]
 
-lint: EXTRAS := hf,eval,demo,dev
-lint: installed
+lint: style types
+
+style: EXTRAS := hf,eval,demo,dev
+style: installed
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/lint-imports --no-logo
+
+types:
 	$(BIN)/python -m mypy
 
 format: EXTRAS := hf,eval,demo,dev
