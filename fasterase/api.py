@@ -71,6 +71,7 @@ def unlearn(
     sets: Mapping[str, Any] | None = None,
     forget_sets: Mapping[str, Any] | None = None,
     concept: str | None = None,
+    request: str | None = None,
     image_key: str | None = None,
     text_key: str | None = None,
     callback: Callable[[StepRecord], object] | None = None,
@@ -120,6 +121,8 @@ def unlearn(
             wordings); they are only measured, and the verdict is the worst over all of them.
         concept: what is forgotten, in words, such as "octopus": `forget_words` takes its meaning,
             and the report, the model card and the provenance name it. None: the names of a mapping.
+        request: the removal request that is honoured, such as "REQ-17", for the report's record and
+            the provenance.
         image_key, text_key: columns of tables, keys of dicts and fields of tar samples.
         callback: called after each step with its record; returning True ends the run cleanly.
         copy: work on a deep copy and leave `model` alone.
@@ -142,7 +145,7 @@ def unlearn(
         KeyboardInterrupt: Ctrl-C; likewise. The message says how to go on.
     """
     clock = RunClock()
-    _check_arguments(config, callback, concept)
+    _check_arguments(config, callback, concept, request)
     config = (config or UnlearnConfig()).replace(**overrides)
     check_environment(config)
     output = None if config.output_dir is None else Path(config.output_dir)
@@ -188,6 +191,7 @@ def unlearn(
                 ranks=ranks,
                 concept=concept or ", ".join(found.concepts) or None,
                 concepts=found.concepts,
+                request=request,
             )
             # Not before: a call with a wrong argument leaves no folder behind.
             with ranks.first_enters(lambda: lock_run(output)):
@@ -258,6 +262,7 @@ def _run(job: Job, device: torch.device, **known: Any) -> UnlearnResult:
         words=outcome.words,
         sets=job.sets,
         concept=job.concept,
+        request=job.request,
         **known,
     )
 
@@ -446,12 +451,14 @@ def _measure_models(
     return measured, fingerprint
 
 
-def _check_arguments(config: object, callback: object, concept: object) -> None:
-    if concept is not None and not (isinstance(concept, str) and concept.strip()):
-        raise InputError(
-            f"concept={concept!r} must say in words what is forgotten, such as 'guide dogs', or be "
-            "None."
-        )
+def _check_arguments(config: object, callback: object, concept: object, request: object) -> None:
+    said = {
+        "concept": (concept, "say in words what is forgotten, such as 'guide dogs'"),
+        "request": (request, "name what asked for the erasure, such as 'REQ-17'"),
+    }
+    for name, (value, must) in said.items():
+        if value is not None and not (isinstance(value, str) and value.strip()):
+            raise InputError(f"{name}={value!r} must {must}, or be None.")
     if not isinstance(config, UnlearnConfig | None):
         raise InputError(
             f"config: expected an UnlearnConfig, found {type(config).__name__}. Use "

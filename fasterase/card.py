@@ -11,9 +11,9 @@ from typing import Any
 from fasterase.config import UnlearnConfig, describe_recipe
 from fasterase.evaluation.metrics import METRICS
 from fasterase.evaluation.verdict import WITHHELD
+from fasterase.facts import RunFacts
 from fasterase.files import MARKER
 from fasterase.models.hub import TAGS, TASK, loading_code
-from fasterase.page import RunFacts
 from fasterase.provenance import FILE, erasures
 from fasterase.report.templating import render
 

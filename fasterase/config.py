@@ -18,6 +18,7 @@ Recipe = Literal["fasterase", "cliperase"]
 # What a YAML file for `fasterase unlearn --config` may hold besides fields: `unlearn`'s arguments.
 COMMAND_KEYS = (
     *("model", "model_name", "forget", "retain", "holdout", "sets", "forget_sets", "concept"),
+    "request",
     *("data", "forget_expression", "forget_ids", "forget_classes", "image_key", "text_key"),
     *("recipe", "found"),
 )

@@ -24,13 +24,13 @@ from fasterase.engine.words import Word
 from fasterase.erased import content_digest, remember
 from fasterase.errors import MissingExtraError
 from fasterase.evaluation.verdict import FORGOTTEN, NEVER_KNOWN, Trace
+from fasterase.facts import Picture, RunFacts
 from fasterase.files import check_writable, parse_path, write_text
 from fasterase.models.delta import fingerprint_weights, restored_original, save_delta
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.hub import push_model
 from fasterase.models.lora import LoraAdapter
 from fasterase.objective import EraseLoss
-from fasterase.page import Picture, RunFacts
 from fasterase.pairs.skips import Skip
 from fasterase.pairs.table import PairTable
 from fasterase.provenance import FORMAT, library_versions, read_record, write_record
@@ -46,6 +46,7 @@ from fasterase.report.plots import plot_history
 from fasterase.report.tables import Section, html_table
 from fasterase.report.templating import render
 from fasterase.runs import PAGE, write_page, write_rest
+from fasterase.statement import state
 
 _NAMED_SKIPS = 100  # in a report
 MOST_SETS = 6  # further ones of which pictures are shown
@@ -79,6 +80,7 @@ class UnlearnResult:
         parent_record: the record of the erasure before, if the model was loaded from a folder that
             had one; see `fasterase.provenance`.
         concept: what the caller named the forget set; None: not stated.
+        request: the request that is honoured, as the caller names it; None: not stated.
         words: those whose embeddings were overwritten (`forget_words`), each with `word`, `forget`
             and `retain`: in how many pairs of these sets it occurs.
     """
@@ -99,6 +101,7 @@ class UnlearnResult:
     adapter: LoraAdapter | None = None
     parent_record: Mapping[str, Any] | None = None
     concept: str | None = None
+    request: str | None = None
     words: Sequence[Word] = ()
 
     @property
@@ -188,6 +191,7 @@ class UnlearnResult:
         return {
             "format": FORMAT,
             "concept": self.concept,
+            "request": self.request,
             "erased_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "fingerprint": fingerprint_weights(self.encoder.module),
             "outcome": {
@@ -277,7 +281,7 @@ class UnlearnResult:
         if path.is_file() or (path.suffix and not path.is_dir()):
             if path.suffix == ".html":
                 return write_page([self._facts(with_pictures=True)], path)
-            return write_text(path, self._markdown())
+            return write_text(path, self._markdown(self._facts()))
         check_writable(path, argument="path")
         missing: MissingExtraError | None = None
         drawn = {}
@@ -287,8 +291,9 @@ class UnlearnResult:
                 drawn["losses.png"] = "Losses over the steps"
             except MissingExtraError as error:
                 missing = error
-        write_text(path / "report.md", self._markdown(drawn | self._draw_pictures(path)))
-        write_page([self._facts(with_pictures=True)], path / PAGE)
+        run = self._facts(with_pictures=True)
+        write_text(path / "report.md", self._markdown(run, drawn | self._draw_pictures(path)))
+        write_page([run], path / PAGE)
         if missing is not None:
             raise missing
         return path
@@ -303,10 +308,11 @@ class UnlearnResult:
         picture_sheet(rows, folder / "pictures.png", erased=erased, text_width=width)
         return {"pictures.png": "Closest captions before and after"}
 
-    def _markdown(self, drawn: Mapping[str, str] = MappingProxyType({})) -> str:
+    def _markdown(self, run: RunFacts, drawn: Mapping[str, str] = MappingProxyType({})) -> str:
         return render(
             "report.md",
             result=self,
+            statement=state(run),
             recipe=describe_recipe(self.config),
             settings=format_yaml(self.config.to_dict()),
             terms=EraseLoss._fields,
@@ -331,7 +337,7 @@ class UnlearnResult:
             reason = f"{type(error).__name__}: {error}"
             warnings.warn(f"the report has no pictures ({reason})", stacklevel=3)
             run = self._facts(record)
-        write_text(folder / "report.md", self._markdown(drawn))
+        write_text(folder / "report.md", self._markdown(run, drawn))
         write_rest(run, folder)
         write_page([run], folder / PAGE)
 
@@ -348,6 +354,7 @@ class UnlearnResult:
             traces=self.traces,
             skipped=self.skipped,
             removed=len(self.removed_from_retain),
+            has_folder=output is not None,
         )
         if not with_pictures:
             return run

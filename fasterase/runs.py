@@ -10,8 +10,9 @@ from typing import Any
 
 from fasterase.engine.history import read_history
 from fasterase.errors import InputError
+from fasterase.facts import RunFacts
 from fasterase.files import parse_path, to_json, write_text
-from fasterase.page import RunFacts, render_page
+from fasterase.page import render_page
 from fasterase.provenance import read_record
 from fasterase.report.evaluation import Evaluation
 
@@ -36,9 +37,10 @@ def read_run(folder: str | PathLike[str]) -> RunFacts:
     evaluation, rest = folder / "evaluation.json", folder / REST
     return RunFacts(
         name=folder.resolve().name,
-        record={"concept": None, "words": [], "found": None, **record},  # older ones lack some
+        record={**dict.fromkeys(("concept", "request", "found")), "words": [], **record},
         history=read_history(folder / "history.jsonl"),
         evaluation=Evaluation.from_json(evaluation) if evaluation.is_file() else None,
+        has_folder=True,
         **(_read_rest(rest) if rest.is_file() else {}),
     )
 

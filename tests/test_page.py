@@ -15,10 +15,12 @@ from fasterase.config import UnlearnConfig
 from fasterase.evaluation.findings import Finding, Series
 from fasterase.evaluation.hurt import Hurt, Remaining
 from fasterase.evaluation.verdict import Trace
-from fasterase.page import Picture, RunFacts, render_page
+from fasterase.facts import Picture, RunFacts
+from fasterase.page import render_page
 from fasterase.report.evaluation import Evaluation
 from fasterase.report.pictures import SheetRow
 from fasterase.runs import write_page
+from fasterase.statement import state
 
 HOSTILE = (
     "</bdi></title><script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7 * 7 }}{% raw %}"
@@ -86,6 +88,7 @@ def facts(name: str = "fruit", **fields) -> RunFacts:
     terms = dict.fromkeys(("total", "forget", "retain", "consistency", "anchor"), 0.25)
     record = {
         "concept": name,
+        "request": name,
         "erased_at": "2026-01-02T03:04:05+00:00",
         "fingerprint": "f" * 64,
         "outcome": {"verdict": "forgotten", "residue": {}, "steps": 2, "seconds": 3.0},
@@ -116,7 +119,7 @@ def test_a_reader_finds_the_verdict_the_cost_the_words_and_how_sure_it_is():
     outline = Outline(page)
     wanted = ["What this does not say", "Before and after", "What was damaged, by name"]
     wanted += ["Close to what was erased: captions and classes", "Which words lost their meaning"]
-    wanted += ["Curves", "Tasks and attacks", "All numbers", "Settings", "Provenance"]
+    wanted += ["Curves", "Tasks and attacks", "All numbers", "Record", "Settings", "Provenance"]
     assert [each for each in outline.headings if each in wanted] == wanted
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page.partition("<body>")[2]))
     assert "The model has forgotten fruit." in text
@@ -133,6 +136,33 @@ def test_a_reader_finds_the_verdict_the_cost_the_words_and_how_sure_it_is():
     assert not re.search(r"https?:|url\(|@import|<script", page)
     assert "default-src 'none'" in page
     assert len(page) < 60_000
+
+
+def test_the_record_says_what_was_asked_done_found_and_not_claimed():
+    share = Finding("b", "forget", "pairs", "share", "", 0.25, low=0.1, high=0.4, original=1.0)
+    run = facts()
+    attacks = {"relearn": {"b": share}}
+    run = replace(run, evaluation=replace(run.evaluation, attacks=attacks), has_folder=True)
+    record = {title: " ".join(lines) for title, lines in state(run)}
+    assert record["Request"] == "fruit"
+    assert "forget: 40 pairs, to forget, trained on; digest d" in record["Scope"]
+    assert "near fruit: 9 pairs, to keep, measured only; digest e" in record["Scope"]
+    assert f"weights {'0' * 64}) to weights {'f' * 64}" in record["What was done"]
+    assert "1 word was replaced" in record["What was done"]
+    assert "tune='all'" in record["What was done"]
+    assert "forgotten. Still named (before: 97 %): 5 % of 40 pictures" in record["Verdict"]
+    assert record["By wording"].startswith("still finds its pictures: fruit")
+    assert "retain: own caption first for 97 % before, 90 % after" in record["Damage"]
+    assert record["Attacks"] == "relearn: forget, pairs: 25 % (10 % to 40 %); original 100 %"
+    assert "--config config.yaml" in record["To repeat it"]
+    assert record["What is not claimed"] == " ".join(run.limits)
+
+    plain = {**run.record, "request": None, "concept": None, "words": []}
+    record = dict(state(facts(record=plain, evaluation=None)))
+    assert record["Request"] == ["not stated"]
+    assert record["Damage"] == ["Not measured."]
+    assert record["Attacks"] == ["None was tried."]
+    assert "By wording" not in record, "wordings were not measured"
 
 
 def test_what_strangers_wrote_adds_no_element(tmp_path):

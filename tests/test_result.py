@@ -18,6 +18,7 @@ from fasterase.config import UnlearnConfig
 from fasterase.engine.history import StepRecord
 from fasterase.evaluation.verdict import Trace
 from fasterase.pairs.skips import Skip
+from fasterase.report.evaluation import Evaluation
 from fasterase.result import UnlearnResult
 from tests import small_models
 from tests.tiny_model import same_weights
@@ -66,14 +67,15 @@ def test_only_no_trace_is_forgotten(verdict, forgotten):
 
 
 @pytest.mark.parametrize("steps", [0, 2])
-def test_report(tmp_path, steps):
+def test_report(result, tmp_path, steps):
     path = tmp_path / "new" / "report.md"
-    result = short_result(steps)
-    assert result.report(path) == path
+    measured = Evaluation({}, {}, {}, {}, {"model": "m", "candidates": 9})
+    shown = short_result(steps, encoder=result.encoder, sets=result.sets, evaluation=measured)
+    assert shown.report(path) == path
     text = path.read_text()
     assert "verdict: **forgotten**" in text
     assert "- concept: not stated" in text
-    assert "THE TABLE" in text
+    assert measured.table() in text
     assert "- retain[3]: image holds NaN values" in text
     assert ("| last step | 0.2500 |" in text) == bool(steps)
     settings = yaml.safe_load(text.partition("```yaml")[2].partition("```")[0])
@@ -120,20 +122,26 @@ def test_a_folder_gets_the_report_the_plot_and_the_pictures(result, tmp_path):
         result.report(tmp_path / "notes" / "report")
 
 
-def test_the_concept_stands_in_report_card_and_provenance(tmp_path):
-    result = run(small_models.open_clip_vit(), concept="apples")
+def test_concept_and_request_stand_in_report_and_provenance_and_the_card_names_one(tmp_path):
+    result = run(small_models.open_clip_vit(), concept="apples", request="REQ-17")
     assert result.concept == "apples"
     assert "concept: apples" in repr(result)
-    assert "- concept: apples" in result.report(tmp_path / "report.md").read_text()
+    text = result.report(tmp_path / "report.md").read_text()
+    assert "- concept: apples" in text
+    assert "- Request:\n  - REQ-17\n" in text
     saved = result.save(tmp_path / "model")
     assert "- concept: apples" in (saved / "README.md").read_text()
-    assert json.loads((saved / "provenance.json").read_text())["concept"] == "apples"
+    assert "REQ-17" not in (saved / "README.md").read_text()
+    record = json.loads((saved / "provenance.json").read_text())
+    assert (record["concept"], record["request"]) == ("apples", "REQ-17")
 
 
 @pytest.mark.parametrize("concept", ["", " ", 3, ["apples"]], ids=repr)
-def test_a_concept_is_words(concept):
+def test_a_concept_is_words_and_so_is_a_request(concept):
     with pytest.raises(fasterase.InputError, match=r"^concept=.*must say in words"):
         run(None, concept=concept)
+    with pytest.raises(fasterase.InputError, match=r"^request=.*must name what asked"):
+        run(None, request=concept)
 
 
 def test_without_matplotlib_all_but_the_plot_is_written(result, tmp_path, monkeypatch):

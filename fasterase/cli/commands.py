@@ -141,6 +141,8 @@ class Unlearn(_Erasure):
         recipe: defaults that flags and YAML override: `fasterase`, or `cliperase`, the paper's.
         concept: what is forgotten, in words, such as "octopus": `forget_words` takes its meaning,
             and the report, the model card and the provenance name it.
+        request: the removal request that is honoured, such as REQ-17, for the report's record and
+            the provenance.
 
     Examples:
       fasterase unlearn --model ViT-B-32/laion2b_s34b_b79k --forget forget.csv \
@@ -165,6 +167,7 @@ class Unlearn(_Erasure):
     config_fields = field_names()
     recipe: Recipe = "fasterase"
     concept: str | None = None
+    request: str | None = None
 
     def config(self, fields: dict[str, Any]) -> UnlearnConfig:
         return (UnlearnConfig.cliperase if self.recipe == "cliperase" else UnlearnConfig)(**fields)

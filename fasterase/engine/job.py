@@ -59,6 +59,7 @@ class Job:
     callback: Callback | None = None  # called after each step; True ends the run
     ranks: Ranks = ALONE  # who takes part
     concept: str | None = None  # what the caller calls the forget set
+    request: str | None = None  # ... and what asked for the run
     concepts: Mapping[str, range] = field(default_factory=dict)  # of several: rows in `forget`
 
     @property

@@ -1,0 +1,367 @@
+"""What is told of a run, in pages, cards and records: from its result, or from its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from fasterase.config import UnlearnConfig
+from fasterase.engine.words import Word
+from fasterase.evaluation.hurt import RECALL, Hurt, Remaining
+from fasterase.evaluation.metrics import TOWER_HITS, wilson_interval
+from fasterase.evaluation.verdict import (
+    FEW_IMAGES,
+    FORGOTTEN,
+    JUDGED_PAIRS,
+    NEVER_KNOWN,
+    OVER_ERASED,
+    PRECEDENCE,
+    REMEMBERED,
+    UNDECIDED,
+    Trace,
+    decide_each,
+)
+from fasterase.provenance import erasures
+from fasterase.report.curves import Chart, history_charts, series_charts
+from fasterase.report.evaluation import (
+    Evaluation,
+    columns_of,
+    describe_outside,
+    sections_of,
+)
+from fasterase.report.pictures import SheetRow, make_thumbnail
+from fasterase.report.tables import html_table
+from fasterase.report.templating import jpeg_uri
+
+LISTED = 40  # names of one kind of damage
+_CAPTION = 300  # characters
+_HIT = "contest_hit@1"
+_VERDICTS = {
+    FORGOTTEN: "The model has forgotten {}.",
+    REMEMBERED: "The model still knows {}.",
+    OVER_ERASED: "The model avoids {} so strongly that this shows what was erased.",
+    UNDECIDED: "There are too few pictures to tell whether the model has forgotten {}.",
+    NEVER_KNOWN: "The model never knew {}: there was nothing to forget.",
+    None: "There is no verdict: no pairs to compare {} with.",
+}
+
+
+class Picture(NamedTuple):
+    """A picture of the gallery, ready for JSON."""
+
+    section: str
+    is_to_forget: bool
+    image: str  # `data:` URI
+    caption: str
+    before: list[str]  # the closest captions by the original, best first
+    after: list[str]  # by the model
+    is_wrong: bool  # still named by what was erased, or no longer by its own caption
+
+    @classmethod
+    def of(cls, row: SheetRow, erased: Collection[str]) -> Picture:
+        thumbnail = jpeg_uri(make_thumbnail(row.image))
+        before, after = ([name[:_CAPTION] for name in each] for each in (row.before, row.after))
+        return cls(
+            row.section,
+            row.is_to_forget,
+            thumbnail,
+            row.caption[:_CAPTION],
+            before,
+            after,
+            row.is_wrong(erased),
+        )
+
+
+class Judged(NamedTuple):
+    """What is left of a set to forget."""
+
+    name: str
+    verdict: str | None
+    pairs: int
+    hit: float  # share of its pictures that one of its captions wins
+    low: float
+    high: float
+    chance: float
+    before: float | None  # `hit` of the original
+    residues: tuple[float, float]  # image->text, text->image
+    band: Sequence[Sequence[float]] | None  # residues of made-up names, (low, high) each
+    towers: Mapping[str, float]  # `hit` of a tower beside the original's other one
+
+
+class Kept(NamedTuple):
+    """A set to keep: the share of its pictures whose own caption is found first."""
+
+    name: str
+    pairs: int
+    before: float | None  # by the original
+    after: float
+    low: float  # 95 % interval of `after`
+    high: float
+    chance: float
+
+
+class Named(NamedTuple):
+    """What was hurt or is still found, and the 95 % interval of its share now."""
+
+    what: Hurt | Remaining
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, what: Hurt | Remaining) -> Named:
+        share = what.after if isinstance(what, Hurt) else what.found
+        return cls(what, *wilson_interval(share, what.count))
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What is told of a run, from its result or from what it left in its folder.
+
+    Attributes:
+        name: of the run, such as its folder's.
+        record: what `provenance.json` holds.
+        history: one record per step.
+        evaluation: of the erased model; None if it was not measured.
+        traces: set to forget -> the figures behind its verdict.
+        pictures: the gallery.
+        neighbours: names in `evaluation.hurt` that are close to what was erased.
+        skipped: id and reason of pairs that could not be read.
+        removed: number of retain pairs that were also in the forget set.
+        called: what the page calls what was erased, where the record does not state it.
+        has_folder: whether the run left its settings in a folder.
+    """
+
+    name: str
+    record: Mapping[str, Any]
+    history: Sequence[Mapping[str, Any]] = ()
+    evaluation: Evaluation | None = None
+    traces: Mapping[str, Trace] = field(default_factory=dict)
+    pictures: Sequence[Picture] = ()
+    neighbours: Collection[str] = ()
+    skipped: Sequence[Sequence[str]] = ()
+    removed: int = 0
+    called: str = "what it was to forget"
+    has_folder: bool = False
+
+    def rest(self) -> dict[str, Any]:
+        """Return what no other file of a run holds, ready for JSON and `parse_rest`."""
+        return {
+            "traces": {name: asdict(trace) for name, trace in self.traces.items()},
+            "pictures": [list(picture) for picture in self.pictures],
+            "neighbours": list(self.neighbours),
+            "skipped": [list(each) for each in self.skipped],
+            "removed": self.removed,
+            "called": self.called,
+        }
+
+    @staticmethod
+    def parse_rest(values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return fields from what `rest` returned."""
+        return {
+            **values,
+            "traces": {name: Trace(**each) for name, each in values["traces"].items()},
+            "pictures": [Picture(*each) for each in values["pictures"]],
+        }
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Fields of `UnlearnConfig` that say how to erase."""
+        settings: Mapping[str, Any] = self.record["config"]
+        return settings
+
+    @property
+    def concept(self) -> str:
+        return self.record.get("concept") or self.called
+
+    @property
+    def verdict(self) -> str | None:
+        """Of the newest measurement."""
+        if self.evaluation is not None and self.evaluation.verdict is not None:
+            return self.evaluation.verdict
+        found: str | None = self.record["outcome"]["verdict"]
+        return found
+
+    @property
+    def headline(self) -> str:
+        return _VERDICTS[self.verdict].format(self.concept)
+
+    @cached_property
+    def judged(self) -> list[Judged]:
+        """The sets to forget, those of the worst verdict first."""
+        names = dict.fromkeys(self.traces)
+        if self.evaluation is not None and self.evaluation.set_verdicts:
+            measured = self.evaluation.set_verdicts["model"]
+            # Another measurement than the run's own counts alone.
+            names = names if set(names) == set(measured) else dict.fromkeys(measured)
+        found = [self._judge(name) for name in names]
+        order = [*PRECEDENCE, None]
+        return sorted(found, key=lambda each: order.index(each.verdict))
+
+    def _judge(self, name: str) -> Judged:
+        trace, evaluation = self.traces.get(name), self.evaluation
+        if evaluation is not None and _HIT in evaluation.scores.get(name, {}):
+            scores = evaluation.scores[name]
+            return Judged(
+                name,
+                evaluation.set_verdicts.get("model", {}).get(name),
+                min(evaluation.pairs[name], JUDGED_PAIRS),
+                scores[_HIT],
+                *evaluation.intervals[name][_HIT],
+                evaluation.chance[name][_HIT],
+                (evaluation.original or {}).get(name, {}).get(_HIT),
+                (scores["image_to_text_residue"], scores["text_to_image_residue"]),
+                None if trace is None else trace.band,
+                {tower: scores[key] for tower, key in TOWER_HITS.items() if key in scores},
+            )
+        trace = self.traces[name]
+        of_run = self.record["outcome"]["verdict"]
+        alone = len(self.traces) == 1 or of_run == NEVER_KNOWN
+        return Judged(
+            name,
+            of_run if alone else decide_each(self.traces)[name],
+            trace.pairs,
+            trace.hit,
+            trace.hit_low,
+            trace.hit_high,
+            trace.chance,
+            None,
+            (trace.image_to_text, trace.text_to_image),
+            trace.band,
+            {tower: share for tower, (share, _) in trace.towers.items()},
+        )
+
+    @property
+    def limits(self) -> Iterator[str]:
+        """What the verdict does not say."""
+        judged = max((each.pairs for each in self.judged), default=0)
+        yield (
+            f"It holds for the pictures and captions that were measured, {judged:,} of a set at "
+            "most. Other pictures, wordings and languages were not tried"
+            + ("." if len(self.judged) < 2 else ", beyond the sets listed here.")
+        )
+        if judged < FEW_IMAGES:
+            yield f"{judged} pictures are few: one more or less may change the verdict."
+        attacks = {} if self.evaluation is None else self.evaluation.attacks
+        yield (
+            f"These attacks were tried: {', '.join(attacks)}. Others may bring back more."
+            if attacks
+            else "No attack was tried. Whoever has the weights and pictures of it can train the "
+            "model on them again (fasterase evaluate --attacks tells how fast it comes back)."
+        )
+        yield (
+            "It is no proof that no trace is left in the weights, and it deletes no data: the "
+            "pictures, and every copy of the original model, are what they were."
+        )
+        yield (
+            "Damage was looked for in the sets to keep and in everyday words alone. What is in "
+            "neither may have changed unseen."
+            if self.evaluation is not None and self.evaluation.original is not None
+            else "Damage was not measured."
+        )
+
+    @cached_property
+    def kept(self) -> list[Kept]:
+        """The sets to keep."""
+        evaluation = self.evaluation
+        if evaluation is None:
+            return []
+        return [
+            Kept(
+                name,
+                evaluation.pairs[name],
+                (evaluation.original or {}).get(name, {}).get(RECALL),
+                scores[RECALL],
+                *evaluation.intervals[name][RECALL],
+                evaluation.chance[name][RECALL],
+            )
+            for name, scores in evaluation.scores.items()
+            if name not in evaluation.forget_sets and RECALL in scores
+        ]
+
+    @cached_property
+    def damage(self) -> list[tuple[str, str, list[Named], int]]:
+        """Groups of what was hurt, neighbours first: title, what is counted, names, how many."""
+        hurt = [] if self.evaluation is None else self.evaluation.hurt
+        near = set(self.neighbours)
+        groups = []
+        for is_word in (False, True):
+            for is_near in (True, False):
+                those = [
+                    each
+                    for each in hurt
+                    if (each.kind == "word", each.name in near) == (is_word, is_near)
+                ]
+                what = "everyday words" if is_word else "captions and classes"
+                where = "Close to what was erased" if is_near else "Further away" if near else "All"
+                counted = "nearest words that stayed" if is_word else "own pictures named rightly"
+                losses = [Named.of(each) for each in those[:LISTED]]
+                groups.append((f"{where}: {what}", counted, losses, len(those)))
+        return [group for group in groups if group[2]]
+
+    @property
+    def remaining(self) -> list[Named]:
+        """Captions to forget that still win pictures."""
+        found = [] if self.evaluation is None else self.evaluation.remaining
+        return [Named.of(each) for each in found[:LISTED]]
+
+    @property
+    def outside(self) -> str:
+        outside = {} if self.evaluation is None else self.evaluation.outside
+        return describe_outside(outside) if outside else ""
+
+    @property
+    def sections(self) -> list[tuple[str, list[Picture]]]:
+        by_section = groupby(self.pictures, key=lambda picture: picture.section)
+        return [(section, list(those)) for section, those in by_section]
+
+    @property
+    def charts(self) -> list[Chart]:
+        return history_charts(self.history)
+
+    @property
+    def examined(self) -> list[tuple[str, str, list[Chart]]]:
+        """Tasks and attacks: title, table of their findings, charts."""
+        evaluation = self.evaluation
+        if evaluation is None:
+            return []
+        rows = sections_of(evaluation)
+        columns = columns_of(evaluation, [*evaluation.references])
+        found = []
+        for kind, name, _ in evaluation.examined():
+            title = f"{kind} {name}"
+            those = [each for each in rows if each.title.startswith(f"{title}: ")]
+            charts = series_charts(evaluation.series.get(name, ()))
+            found.append((title.capitalize(), html_table(columns, those), charts))
+        return found
+
+    @property
+    def metrics(self) -> str:
+        """Every metric of every set, as a table."""
+        if self.evaluation is None:
+            return ""
+        columns = columns_of(self.evaluation, [*self.evaluation.references])
+        sections = sections_of(self.evaluation)[: len(self.evaluation.scores)]
+        return html_table(columns, sections)
+
+    @property
+    def common(self) -> set[str]:
+        """Those of the words that lost their meaning that are common in English."""
+        return {each["word"] for each in self.record["words"] if Word(**each).is_common}
+
+    @property
+    def earlier(self) -> int:
+        """Number of erasures that led to the original."""
+        return len(erasures(self.record)) - 1
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """Settings that are not the defaults."""
+        defaults = UnlearnConfig().to_dict()
+        return {
+            name: value
+            for name, value in self.settings.items()
+            if name not in defaults or value != defaults[name]
+        }
