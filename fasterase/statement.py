@@ -125,8 +125,9 @@ def _attacks(run: RunFacts) -> Iterator[str]:
 
 def _tell_finding(finding: Finding) -> str:
     def tell(value: float | str | None) -> str:
-        is_share = finding.unit == "share" and isinstance(value, float)
-        return percent(value) if is_share else finding.format(value)
+        if finding.unit == "share" and isinstance(value, float):
+            return percent(value)
+        return finding.format(value)
 
     title = f"{finding.group}, {finding.title.removesuffix(', %')}"
     interval = "" if finding.low is None else f" ({tell(finding.low)} to {tell(finding.high)})"
