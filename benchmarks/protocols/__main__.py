@@ -1,4 +1,7 @@
-"""Run one of the paper's protocols on a model: `python -m benchmarks.protocols cifar100 --help`."""
+"""Run one of the paper's protocols on a model: `python -m benchmarks.protocols cifar100 --help`.
+
+`utility` is none of the paper's: what else the field compares CLIPs by, for an erased model.
+"""
 
 from __future__ import annotations
 
@@ -13,24 +16,28 @@ from benchmarks.protocols.diffusion import MODELS, run_check
 from benchmarks.protocols.diffusion_check import CONCEPT, CONTROLS, DiffusionCheck
 from benchmarks.protocols.protocol import TABLE, Protocol, run_protocol
 from benchmarks.protocols.published import CC12M, CIFAR, FLICKR
+from benchmarks.protocols.utility import DATA, run_utility
+from benchmarks.protocols.utility import TABLE as UTILITY_TABLE
 from fasterase.config import UnlearnConfig
 
 # A new protocol that erases from a model is a `Protocol` and an entry here.
 PROTOCOLS: dict[str, Protocol] = {"cifar100": CIFAR, "flickr30k": FLICKR, "cc12m": CC12M}
-DIFFUSION = "diffusion"
+DIFFUSION, UTILITY = "diffusion", "utility"
 _CHECK_FIELDS = {field.name for field in fields(DiffusionCheck)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = _parse(argv)
     output = options.output or Path("runs") / options.protocol
-    run = _run_diffusion if options.protocol == DIFFUSION else _run_protocol
-    print(f"{run(options, output)}\nWritten to {output / TABLE}.")
+    special = {DIFFUSION: (_run_diffusion, TABLE), UTILITY: (_run_utility, UTILITY_TABLE)}
+    run, table = special.get(options.protocol, (_run_protocol, TABLE))
+    print(f"{run(options, output)}\nWritten to {output / table}.")
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     described = {name: f"DATA is {each.data}." for name, each in PROTOCOLS.items()}
     described[DIFFUSION] = MODELS
+    described[UTILITY] = "; ".join(f"--{name}: {data}" for name, data in DATA.items()) + "."
     parser = new_parser(
         "Repeat an experiment of CLIPErase (Yang et al., ACL 2025) with any model.",
         prog="python -m benchmarks.protocols",
@@ -42,6 +49,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("--output", type=Path, help=f"folder of the results: runs/{name}")
         if name == DIFFUSION:
             _add_diffusion(command)
+        elif name == UTILITY:
+            _add_utility(command)
         else:
             _add_erasing(command)
     return parser.parse_args(argv)
@@ -73,6 +82,19 @@ def _run_protocol(options: argparse.Namespace, output: Path) -> str:
         only=options.cases,
         max_pairs=options.max_pairs,
     )
+
+
+def _add_utility(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", required=True, help="erased, as in `fasterase evaluate`")
+    command.add_argument("--original", required=True, help="the model before erasing")
+    for name in DATA:
+        command.add_argument(f"--{name}", type=Path, help="folder of this data set")
+    command.add_argument("--max_pairs", type=int, help="pictures of each data set: all")
+
+
+def _run_utility(options: argparse.Namespace, output: Path) -> str:
+    given = {name: vars(options)[name] for name in DATA if vars(options)[name] is not None}
+    return run_utility(options.model, options.original, given, output, max_pairs=options.max_pairs)
 
 
 def _add_diffusion(command: argparse.ArgumentParser) -> None:

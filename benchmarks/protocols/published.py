@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -75,33 +75,68 @@ CIFAR = Protocol(
     "prompts are not known to be these.",
 )
 
+
+class KarpathyFiles(NamedTuple):
+    """A data set of pictures with five captions each, in Karpathy's splits."""
+
+    name: str
+    annotations: str  # file
+    images: str  # folder
+    source: str  # where the pictures are from
+
+    @property
+    def data(self) -> str:
+        return (
+            f"`{self.annotations}` (in Karpathy's caption_datasets.zip, "
+            "https://cs.stanford.edu/people/karpathy/deepimagesent/) and the folder "
+            f"`{self.images}` with its jpg files ({self.source})"
+        )
+
+
+def read_karpathy(
+    folder: Path, files: KarpathyFiles, *, argument: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the split and the pair, with all its captions, of each picture of its image folder.
+
+    Raises:
+        InputError: the files are missing, or in another form.
+    """
+    annotations, images = folder / files.annotations, folder / files.images
+    if not annotations.is_file() or not images.is_dir():
+        raise InputError(
+            f"--{argument}={str(folder)!r} holds no {files.name}. Put there {files.data}."
+        )
+    try:
+        for each in json.loads(annotations.read_text(encoding="utf-8"))["images"]:
+            captions = [sentence["raw"] for sentence in each["sentences"]]
+            # Of COCO, some are in another folder, none of them for testing.
+            if each.get("filepath", files.images) == files.images:
+                path = str(images / each["filename"])
+                yield each["split"], {"image": path, "text": captions}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{annotations} is not in Karpathy's form ({error!r}). It should be {files.data}."
+        ) from error
+
+
 FLICKR_CONCEPT = "dog"
-ANNOTATIONS, IMAGES = "dataset_flickr30k.json", "flickr30k-images"
-FLICKR_DATA = (
-    f"`{ANNOTATIONS}` (in Karpathy's caption_datasets.zip, "
-    "https://cs.stanford.edu/people/karpathy/deepimagesent/) and the folder "
-    f"`{IMAGES}` with its jpg files (on request, https://shannon.cs.illinois.edu/DenotationGraph/)"
+FLICKR_FILES = KarpathyFiles(
+    "Flickr30K",
+    "dataset_flickr30k.json",
+    "flickr30k-images",
+    "on request, https://shannon.cs.illinois.edu/DenotationGraph/",
 )
+COCO_FILES = KarpathyFiles("COCO", "dataset_coco.json", "val2014", "https://cocodataset.org")
 
 
 def flickr_cases(data: Path, concept: str | None) -> Iterator[Case]:
     """Yield the one case: the concept is erased from `train` and measured on `test`."""
-    annotations = data / ANNOTATIONS
-    if not annotations.is_file() or not (data / IMAGES).is_dir():
-        raise InputError(f"--data={str(data)!r} holds no Flickr30K. Put there {FLICKR_DATA}.")
     one = concept or FLICKR_CONCEPT
     names = re.compile(rf"\b{re.escape(one)}s?\b", re.IGNORECASE)
     sets: dict[tuple[str, bool], list[dict[str, Any]]] = {}
-    try:
-        for image in json.loads(annotations.read_text(encoding="utf-8"))["images"]:
-            captions = [sentence["raw"] for sentence in image["sentences"]]
-            named = any(map(names.search, captions))
-            path = str(data / IMAGES / image["filename"])
-            sets.setdefault((image["split"], named), []).append({"image": path, "text": captions})
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{annotations} is not in Karpathy's form ({error!r}). It should be {FLICKR_DATA}."
-        ) from error
+    for split, pair in read_karpathy(data, FLICKR_FILES, argument="data"):
+        named = any(map(names.search, pair["text"]))
+        sets.setdefault((split, named), []).append(pair)
     for split in ("train", "test"):
         for named, wanted in ((True, "name"), (False, "do not name")):
             if (split, named) not in sets:
@@ -124,7 +159,7 @@ def flickr_cases(data: Path, concept: str | None) -> Iterator[Case]:
 FLICKR = Protocol(
     flickr_cases,
     RECALLS,
-    FLICKR_DATA,
+    FLICKR_FILES.data,
     "Candidates are the images and all captions of each test set by itself. The paper's figures "
     "are from third-party notes: R@10 on forget and retain, whose direction and concept are not "
     "known to be these.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, count
 
@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fasterase.encode import PairEncoder, PairFeatures
 from fasterase.errors import InputError
 from fasterase.evaluation.findings import Examined, Finding, Target
 from fasterase.evaluation.scores import (
+    Position,
     captions_of,
     chance_position,
     distinct_firsts,
@@ -22,9 +24,11 @@ from fasterase.evaluation.scores import (
     share_below,
 )
 from fasterase.evaluation.zero_shot import encode_classes, label_pairs
+from fasterase.pairs.table import PairTable
 
 ACCURACY_DEPTHS = (1, 5)
 RECALL_DEPTHS = (1, 5, 10)
+DIRECTIONS = {"image_to_text": "image->text", "text_to_image": "text->image"}
 FOLDS = 2
 
 # Features [n, D] and class numbers [n] to learn from -> class numbers of features [m, D].
@@ -158,27 +162,36 @@ def retrieval(target: Target) -> Examined:
     """
     findings: list[Finding] = []
     for name in target.evaluator.sources:
-        features = target.features[name]
-        captions, place, text = encode_captions(target, name)
-        own = [sorted({place[caption] for caption in those}) for those in captions]
-        images_of: list[list[int]] = [[] for _ in place]
-        for row, those in enumerate(own):
-            for column in those:
-                images_of[column].append(row)
-        for key, title, queries, candidates, right in (
-            ("image_to_text", "image->text", features.image, text, own),
-            ("text_to_image", "text->image", text, features.image, images_of),
-        ):
+        features, source = target.features[name], target.evaluator.sources[name]
+        captions, place, text = encode_captions(target.encoder, source, features)
+        for key, right, found in rank_captions(features.image, captions, place, text):
+            candidates = len(place) if key == "image_to_text" else len(captions)
             findings += target.hits(
                 name,
-                search_candidates(queries, candidates, right),
-                _chances(right, len(candidates), [k for k in RECALL_DEPTHS if k < len(candidates)]),
+                found,
+                _chances(right, candidates, [k for k in RECALL_DEPTHS if k < candidates]),
                 key=key,
-                title=f"{title} R@{{}}, %",
+                title=f"{DIRECTIONS[key]} R@{{}}, %",
             )
     if not findings:
         raise InputError("tasks: 'retrieval' needs a set of two pairs or more.")
     return Examined(findings)
+
+
+def rank_captions(
+    image: Tensor, captions: Sequence[Sequence[str]], place: Mapping[str, int], text: Tensor
+) -> Iterator[tuple[str, list[list[int]], Position]]:
+    """Yield the key of each direction, the right candidates of its queries, and their positions.
+
+    The arguments are the features [n, D] of images, and what `encode_captions` returns.
+    """
+    own = [sorted({place[caption] for caption in those}) for those in captions]
+    images_of: list[list[int]] = [[] for _ in place]
+    for row, those in enumerate(own):
+        for column in those:
+            images_of[column].append(row)
+    yield "image_to_text", own, search_candidates(image, text, own)
+    yield "text_to_image", images_of, search_candidates(text, image, images_of)
 
 
 def image_retrieval(target: Target) -> Examined:
@@ -222,9 +235,10 @@ def image_retrieval(target: Target) -> Examined:
     return Examined(findings)
 
 
-def encode_captions(target: Target, name: str) -> tuple[list[list[str]], dict[str, int], Tensor]:
+def encode_captions(
+    encoder: PairEncoder, source: PairTable, features: PairFeatures
+) -> tuple[list[list[str]], dict[str, int], Tensor]:
     """Return all captions of each pair of a set [n], and the row of each in features [m, D]."""
-    features, source = target.features[name], target.evaluator.sources[name]
     captions = [captions_of(source, row) for row in features.rows.tolist()]
     distinct = list(dict.fromkeys(chain.from_iterable(captions)))
     known = {caption: i for i, caption in enumerate(features.captions)}
@@ -232,7 +246,7 @@ def encode_captions(target: Target, name: str) -> tuple[list[list[str]], dict[st
     fresh = [caption for caption in distinct if caption not in known]
     if fresh:
         known |= {caption: len(text) + i for i, caption in enumerate(fresh)}
-        text = torch.cat([text, target.encoder.texts(fresh)])
+        text = torch.cat([text, encoder.texts(fresh)])
     place = {caption: i for i, caption in enumerate(distinct)}
     return captions, place, text[[known[caption] for caption in distinct]]
 
@@ -266,7 +280,8 @@ def paraphrases(target: Target) -> Examined:
     others = unrelated.text[distinct_firsts(unrelated)[0]]
     findings = []
     for name in target.evaluator.sources:
-        captions, place, text = encode_captions(target, name)
+        source = target.evaluator.sources[name]
+        captions, place, text = encode_captions(target.encoder, source, target.features[name])
         further = [(row, place[c]) for row, those in enumerate(captions) for c in those[1:]]
         if not further:
             continue

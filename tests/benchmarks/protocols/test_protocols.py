@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torchvision.datasets import CIFAR100
 
@@ -113,12 +115,13 @@ def test_a_ratio_of_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert {record.text for record in pears.forget} == {record.text for record in pears.forget[:1]}
 
 
-def test_flickr30k(run, tmp_path: Path) -> None:
-    (tmp_path / "flickr30k-images").mkdir()
+def write_flickr(root: Path) -> Path:
+    """Write Flickr30K in Karpathy's form: 40 pictures, 16 of them to test on."""
+    (root / "flickr30k-images").mkdir(parents=True)
     images = []
     for i in range(40):
         named = "Two dogs run" if i % 4 == 0 else "A hotdog stand"
-        (tmp_path / "flickr30k-images" / f"{i}.jpg").write_bytes(picture(i))
+        (root / "flickr30k-images" / f"{i}.jpg").write_bytes(picture(i))
         raws = [f"{named} {i}.", *(f"Sentence {k} of {i}." for k in range(4))]
         images.append(
             {
@@ -132,8 +135,13 @@ def test_flickr30k(run, tmp_path: Path) -> None:
                 "filename": f"{i}.jpg",
             }
         )
-    path = tmp_path / "dataset_flickr30k.json"
+    path = root / "dataset_flickr30k.json"
     path.write_text(json.dumps({"images": images, "dataset": "flickr30k"}))
+    return path
+
+
+def test_flickr30k(run, tmp_path: Path) -> None:
+    path = write_flickr(tmp_path)
     table = run("flickr30k", tmp_path)
     assert "## dog: " in table
     assert "| forget, image->text R@1, % | ↓ | 25.0 |" in table  # 5 of 20 captions are right
@@ -166,6 +174,54 @@ def test_cc12m(run, tmp_path: Path) -> None:
     assert "| retain accuracy, % | ↑ | 9.1 |" in table  # one of eleven classes
     assert "| - | 97.10 |" in table
     assert "matches no pair of 80" in run("cc12m", tmp_path, "--concept", "whale")
+
+
+def test_utility_is_compared_picture_by_picture(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f"thing {i}" for i in range(20)]
+    monkeypatch.setattr("open_clip.IMAGENET_CLASSNAMES", names)
+    monkeypatch.setattr("open_clip.OPENAI_IMAGENET_TEMPLATES", [lambda name: f"a {name}."])
+    for i in range(20):
+        (tmp_path / "imagenet" / f"n{i:08d}").mkdir(parents=True)
+        (tmp_path / "imagenet" / f"n{i:08d}" / "1.JPEG").write_bytes(picture(i))
+    flickr = write_flickr(tmp_path / "flickr").parent
+    other = small_models.open_clip_vit()
+    torch.nn.init.normal_(other.text_projection)
+    load_model(other, tokenizer=small_models.simple_tokenizer()).save(tmp_path / "other")
+    data = ["--imagenet", str(tmp_path / "imagenet"), "--flickr30k", str(flickr)]
+    found = {}
+    for name, second in (("same", model), ("changed", str(tmp_path / "other"))):
+        output = tmp_path / name
+        flags = ["--model", second, "--original", model, *data, "--output", str(output)]
+        main(["utility", *flags])
+        found[name] = json.loads((output / "utility.json").read_text(encoding="utf-8"))
+        table = (output / "utility.md").read_text(encoding="utf-8")
+        assert table in capsys.readouterr().out
+        assert table.count("\n") == 2 + 1 + 6
+    assert found["same"]["ImageNet, zero-shot top 1"]["queries"] == 20
+    assert found["same"]["Flickr30K, image->text R@10"]["queries"] == 16
+    assert found["same"]["Flickr30K, text->image R@1"]["queries"] == 80
+    for each in found["same"].values():
+        assert (each["low"], each["high"]) == (0, 0), "of one model no picture differs"
+    recalls = [found["changed"][f"Flickr30K, {way} R@10"] for way in ("image->text", "text->image")]
+    assert any(each["low"] < each["high"] for each in recalls)
+    for each in recalls:
+        assert each["low"] <= each["erased"] - each["original"] <= each["high"]
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ([], "no data set: give one or more of --imagenet, --coco, --flickr30k"),
+        (["--imagenet", "."], "folders n..., not 1,000. Put there the validation pictures"),
+        (["--coco", "."], "--coco='.' holds no COCO. Put there `dataset_coco.json`"),
+    ],
+)
+def test_utility_says_which_data_it_needs(data: list[str], said: str, tmp_path: Path) -> None:
+    with pytest.raises(FaseraseError, match=re.escape(said)):
+        main(["utility", "--model", "m", "--original", "m", *data, "--output", str(tmp_path / "o")])
+    assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
