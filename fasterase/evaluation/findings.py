@@ -189,7 +189,7 @@ class Target:
         ]
 
     def traces(self, traces: Mapping[str, PairTraces], *, key: str, group: str) -> list[Finding]:
-        """Return residues (bootstrap intervals) and hit@1 (Wilson interval) of each set to forget.
+        """Return residues (bootstrap intervals) and hits (Wilson intervals) of each set to forget.
 
         `key` and `group` stand beside the set's name in each finding's key and heading.
         """
@@ -198,7 +198,7 @@ class Target:
             metrics = found.metrics()
             for metric in (each for each in METRICS if each.key in metrics):
                 values, chance = metrics[metric.key]
-                make = share_finding if metric.key.endswith("hit@1") else self.resampled
+                make = share_finding if metric.is_rate else self.resampled
                 place, heading = f"{name}/{key}/{metric.key}", f"{name}, {group}"
                 findings.append(make(values, place, heading, metric.title, metric.forget, chance))
         return findings

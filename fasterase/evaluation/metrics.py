@@ -16,6 +16,8 @@ CONCEPT_DEPTHS = (1, 5)
 OLD_INDEX = "text_to_original_image_recall@1"
 # Share of images that a tower wins beside the original's other one.
 TOWER_HITS = {"image": "image_tower_hit@1", "text": "text_tower_hit@1"}
+# Places of the verdict's contest that are reported beside the first: means hide pairs close to it.
+NEAR = 5
 # Elements of one chunk of resampling counts: 32 MB as fp64.
 RESAMPLE_ELEMENTS = 4_000_000
 WILSON_Z = 1.959964  # 95 %
@@ -69,7 +71,10 @@ METRICS: tuple[Metric, ...] = (
         Metric(f"{key}_residue", f"{title} residue, %", "share", "mean", "↓ chance", "")
         for key, title in (("image_to_text", "image->text"), ("text_to_image", "text->image"))
     ),
-    Metric("contest_hit@1", "hit@1 in the verdict, %", "share", "mean", "↓", ""),
+    *(
+        Metric(f"contest_hit@{k}", f"hit@{k} in the verdict, %", "share", "mean", "↓", "")
+        for k in (1, NEAR)
+    ),
     *(
         Metric(key, f"hit@1, its {tower} tower alone, %", "share", "mean", "↓", "")
         for tower, key in TOWER_HITS.items()

@@ -16,9 +16,17 @@ import torch
 from torch import Tensor
 
 from fasterase.encode import PairEncoder, PairFeatures
-from fasterase.evaluation.metrics import TOWER_HITS, wilson_interval
+from fasterase.evaluation.metrics import NEAR, TOWER_HITS, wilson_interval
 from fasterase.evaluation.placebo import Band, encode_placebos, find_band
-from fasterase.evaluation.scores import TIE, all_captions, captions_of, distinct_firsts, share_below
+from fasterase.evaluation.scores import (
+    Position,
+    all_captions,
+    captions_of,
+    chance_position,
+    distinct_firsts,
+    find_position,
+    share_below,
+)
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.table import PairTable
 from fasterase.seeds import Stream, generator
@@ -193,6 +201,8 @@ class PairTraces(NamedTuple):
     text_to_image: np.ndarray  # [n]
     hit: np.ndarray  # [n] 1 if a caption of the set wins the image, 0 if not; a share for ties
     chance: float  # of `hit`
+    near: np.ndarray  # [n] likewise, if one is among the first `NEAR`
+    near_chance: float
     towers: Mapping[str, np.ndarray]  # see `Trace`; [n] each, as `hit`
     band: Band | None  # see `Trace`
 
@@ -203,10 +213,12 @@ class PairTraces(NamedTuple):
 
     def metrics(self) -> dict[str, tuple[np.ndarray, float]]:
         """Return metric -> per-pair values and chance level, as the evaluation lists them."""
+        near = {f"contest_hit@{NEAR}": (self.near, self.near_chance)}
         return {
             "image_to_text_residue": (self.image_to_text, 0.5),
             "text_to_image_residue": (self.text_to_image, 0.5),
             "contest_hit@1": (self.hit, self.chance),
+            **(near if self.near_chance < 1 else {}),  # with so few rivals it says nothing
             **{TOWER_HITS[name]: (hit, self.chance) for name, hit in self.towers.items()},
         }
 
@@ -344,13 +356,16 @@ def _compare(forget: PairFeatures, unrelated: PairFeatures, *, seed: int) -> Pai
     image_rivals = forget.image @ unrelated.text[others].T
     text_rivals = (text @ unrelated.image.T)[own]
     size = min(len(captions), max(1, len(others) // RIVALS))
-    hit = _contest(forget.image @ text.T, image_rivals, own, size=size, seed=seed)
+    found = _contest(forget.image @ text.T, image_rivals, own, size=size, seed=seed)
+    by_chance = chance_position(size + len(others), np.array([size]))
     return PairTraces(
         rows=forget.rows,
         image_to_text=share_below(matched, image_rivals),
         text_to_image=share_below(matched, text_rivals),
-        hit=hit,
+        hit=found.hit(1),
         chance=size / (size + len(others)),
+        near=found.hit(NEAR),
+        near_chance=float(by_chance.hit(NEAR)[0]),
         towers={},
         band=None,
     )
@@ -363,11 +378,8 @@ def _contest(
     *,
     size: int,
     seed: int,
-) -> np.ndarray:
-    """Return [n], 1 where one of `size` captions of the set, the own included, beats all rivals.
-
-    Ties count as a random order would break them.
-    """
+) -> Position:
+    """Return where the best of `size` captions of the set, the own included, stands."""
     drawn = generator(seed, Stream.VERDICT, 1).permutation(concept.shape[1])
     runs = torch.zeros(concept.shape, dtype=torch.bool)
     runs[:, drawn[: size - 1].tolist()] = True
@@ -375,8 +387,5 @@ def _contest(
     already = runs.gather(1, own[:, None])[:, 0]
     runs[torch.arange(len(own)), own] = True
     runs[already, int(drawn[size - 1])] = True
-    entered = concept.masked_fill(~runs, -torch.inf)
-    best = torch.maximum(entered.amax(1), rivals.amax(1))[:, None] - TIE
-    winners = (entered >= best).sum(1)
-    losers = (rivals >= best).sum(1)
-    return (winners / (winners + losers)).double().numpy()
+    entered = torch.cat([concept.masked_fill(~runs, -torch.inf), rivals], 1)
+    return find_position(entered, torch.cat([runs, torch.zeros_like(rivals, dtype=torch.bool)], 1))

@@ -98,6 +98,8 @@ def brute_force(model: LookupModel) -> dict[str, dict[str, float]]:
                 rivals_of_text = [query @ image[other] for other, _ in numbered["retain"]]
                 values["text_to_image_residue"] = np.mean([matched > r for r in rivals_of_text])
                 values["contest_hit@1"] = matched > max(rivals)
+                if len(rivals) >= 5:
+                    values["contest_hit@5"] = sum(rival > matched for rival in rivals) < 5
             for key, value in values.items():
                 rows.setdefault(key, []).append(float(value))
         result[name] = {
