@@ -183,7 +183,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for model in (*options.models, *options.concepts)
         for start in range(options.starts if model in kinds else 1)
     ]
-    with ThreadPoolExecutor(options.processes) as pool:
+    # More threads than cores wait for each other.
+    with ThreadPoolExecutor(max(1, options.processes // max(options.threads))) as pool:
         pending = {pool.submit(case.run, options.seeds, options.work): case for case in cases}
         for done in as_completed(pending):
             done.result()
