@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 import fasterase
 from tests.cli.fake_api import FakeApi
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a command writes to a relative path is not to be left in the checkout."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
