@@ -9,7 +9,7 @@ from functools import cached_property
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from fasterase.config import UnlearnConfig
+from fasterase.config import UnlearnConfig, describe_recipe, field_names, format_yaml
 from fasterase.engine.words import Word
 from fasterase.evaluation.hurt import RECALL, Hurt, Remaining
 from fasterase.evaluation.metrics import TOWER_HITS, wilson_interval
@@ -27,6 +27,8 @@ from fasterase.evaluation.verdict import (
     Trace,
     decide_each,
 )
+from fasterase.numerals import counted
+from fasterase.objective import EraseLoss
 from fasterase.provenance import erasures
 from fasterase.report.curves import HEIGHT, WIDTH, Chart, history_charts, series_charts
 from fasterase.report.evaluation import (
@@ -40,6 +42,7 @@ from fasterase.report.pictures import SheetRow, make_thumbnail
 from fasterase.report.tables import html_table
 from fasterase.report.templating import jpeg_uri, percent, render
 
+_NAMED_SKIPS = 100  # in Markdown
 LISTED = 40  # names of one kind of damage
 _CAPTION = 300  # characters
 _HIT = "contest_hit@1"
@@ -245,7 +248,8 @@ class RunFacts:
             + ("." if len(self.judged) < 2 else ", beyond the sets listed here.")
         )
         if judged < FEW_IMAGES:
-            yield f"{judged} pictures are few: one more or less may change the verdict."
+            few = counted(judged, "picture is", "pictures are")
+            yield f"{few} few: one more or less may change the verdict."
         attacks = {} if self.evaluation is None else self.evaluation.attacks
         yield (
             f"These attacks were tried: {', '.join(attacks)}. Others may bring back more."
@@ -367,6 +371,20 @@ class RunFacts:
             for name, value in self.settings.items()
             if name not in defaults or value != defaults[name]
         }
+
+
+def render_markdown(run: RunFacts, drawn: Mapping[str, str]) -> str:
+    """Return the run in Markdown; `drawn` maps files of pictures beside it to their titles."""
+    settings = {n: value for n, value in run.settings.items() if n in field_names()}
+    return render(
+        "report.md",
+        run=run,
+        recipe=describe_recipe(UnlearnConfig(**settings)),
+        settings=format_yaml(run.settings),
+        terms=EraseLoss._fields,
+        named_skips=_NAMED_SKIPS,
+        drawn=drawn,
+    )
 
 
 def render_page(runs: Sequence[RunFacts]) -> str:

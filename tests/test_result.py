@@ -17,8 +17,10 @@ import fasterase
 from fasterase.config import UnlearnConfig
 from fasterase.engine.history import StepRecord
 from fasterase.evaluation.verdict import Trace
+from fasterase.page import RunFacts
 from fasterase.pairs.skips import Skip
 from fasterase.result import UnlearnResult
+from fasterase.runs import write_markdown
 from tests import small_models
 from tests.tiny_model import same_weights
 
@@ -67,10 +69,23 @@ def test_only_no_trace_is_forgotten(verdict, forgotten):
 
 @pytest.mark.parametrize("steps", [0, 2])
 def test_report(tmp_path, steps):
-    path = tmp_path / "new" / "report.md"
     result = short_result(steps)
-    assert result.report(path) == path
+    run = RunFacts(
+        name="run",
+        record={
+            "concept": None,
+            "words": [{"word": "apple", "forget": 1, "retain": 0}],
+            "outcome": {"verdict": "forgotten", "steps": steps, "seconds": 12.0},
+            "config": result.config.recipe(),
+        },
+        history=result.history,
+        evaluation=SimpleNamespace(table=lambda: "THE TABLE", verdict=None),
+        traces=result.traces,
+        skipped=result.skipped,
+    )
+    path = write_markdown(run, tmp_path / "new" / "report.md")
     text = path.read_text()
+    assert "lost their meaning: **apple** (1 forget pair)" in text
     assert "verdict: **forgotten**" in text
     assert "- concept: not stated" in text
     assert "THE TABLE" in text

@@ -35,7 +35,7 @@ def refused(named: str, *, model=None, forget=FORGET, retain=RETAIN, error=Input
     return str(caught.value)
 
 
-@pytest.mark.filterwarnings("ignore:1 broken pairs are skipped")
+@pytest.mark.filterwarnings("ignore:1 broken pair is skipped")
 @pytest.mark.parametrize("evaluation", [None, "quick"])
 @pytest.mark.parametrize(
     ("sets", "named"),

@@ -19,6 +19,7 @@ from fasterase.encode import PairEncoder, PairFeatures
 from fasterase.evaluation.metrics import TOWER_HITS, wilson_interval
 from fasterase.evaluation.placebo import Band, encode_placebos, find_band
 from fasterase.evaluation.scores import TIE, all_captions, captions_of, distinct_firsts, share_below
+from fasterase.numerals import counted
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.table import PairTable
 from fasterase.seeds import Stream, generator
@@ -145,8 +146,8 @@ class Trace:
         return (
             f"residue {self.image_to_text:.2f} image->text, {self.text_to_image:.2f} text->image "
             f"(1 known, 0.5 no trace, 0 loudly absent{self._describe_band()}); "
-            f"hit@1 {100 * self.hit:.0f} % (chance {100 * self.chance:.0f} %) of {self.pairs} "
-            f"images{towers}"
+            f"hit@1 {100 * self.hit:.0f} % (chance {100 * self.chance:.0f} %) of "
+            f"{counted(self.pairs, 'image')}{towers}"
         )
 
 
