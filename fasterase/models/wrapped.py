@@ -178,7 +178,7 @@ def save_adapters(module: nn.Module, folder: Path, *, home: Path) -> None:
     if left_out:
         warnings.warn(
             f"{counted(len(left_out), 'trained weight')} outside the adapters will not be saved: "
-            f"{', '.join(left_out[:3])}{', ...' if len(left_out) > 3 else ''}. Name them in the "
+            f"{', '.join(left_out[:3])}{', ...' if len(left_out) > 3 else ''}. Name such in the "
             "adapter's modules_to_save, or save the state dict of result.model yourself",
             stacklevel=4,
         )
