@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -54,6 +54,11 @@ from fasterase.result import UnlearnResult
 from fasterase.sets import clean_retain, open_sets
 from fasterase.signals import handling_signals
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fasterase.overrides import Overrides
+
 NO_SETS: Mapping[str, Any] = MappingProxyType({})
 Model = nn.Module | str | os.PathLike[str] | DualEncoder
 
@@ -76,7 +81,7 @@ def unlearn(
     text_key: str | None = None,
     callback: Callable[[StepRecord], object] | None = None,
     copy: bool = False,
-    **overrides: Any,
+    **overrides: Unpack[Overrides],
 ) -> UnlearnResult:
     """Make `model` forget the associations of the `forget` pairs and keep the rest (CLIPErase).
 
@@ -144,6 +149,7 @@ def unlearn(
         LostRankError: another process of the run ended, or fell silent.
         KeyboardInterrupt: Ctrl-C; likewise. The message says how to go on.
     """
+    arguments = dict(locals())
     clock = RunClock()
     _check_arguments(config, callback, concept, request)
     config = (config or UnlearnConfig()).replace(**overrides)
@@ -192,6 +198,7 @@ def unlearn(
                 concept=concept or ", ".join(found.concepts) or None,
                 concepts=found.concepts,
                 request=request,
+                arguments=arguments,
             )
             # Not before: a call with a wrong argument leaves no folder behind.
             with ranks.first_enters(lambda: lock_run(output)):

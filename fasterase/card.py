@@ -14,6 +14,7 @@ from fasterase.evaluation.verdict import WITHHELD
 from fasterase.facts import RunFacts
 from fasterase.files import MARKER
 from fasterase.models.hub import TAGS, TASK, loading_code
+from fasterase.numerals import counted
 from fasterase.provenance import FILE, erasures
 from fasterase.report.templating import render
 
@@ -141,12 +142,13 @@ def _results(run: RunFacts, names: Mapping[str, str]) -> Iterator[Any]:
     titles = {metric.key: metric.title.removesuffix(", %") for metric in METRICS}
     for name, scores in evaluation.scores.items():
         aim = "to forget" if name in evaluation.forget_sets else "to keep"
+        pairs = counted(evaluation.pairs[name], "pair")
         for key in _FORGET if name in evaluation.forget_sets else _KEEP:
             if key in scores:
                 yield EvalResult(
                     task_type=TASK,
                     dataset_type=re.sub(r"\W+", "-", names[name]),
-                    dataset_name=f"{names[name]} ({evaluation.pairs[name]:,} pairs, {aim})",
+                    dataset_name=f"{names[name]} ({pairs}, {aim})",
                     metric_type=key,
                     metric_name=titles[key],
                     metric_value=round(scores[key], 4),

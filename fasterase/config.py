@@ -8,10 +8,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from fasterase.errors import InputError
 from fasterase.option_values import parse_value, suggest_names
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fasterase.overrides import Overrides
 
 Recipe = Literal["fasterase", "cliperase"]
 
@@ -31,6 +36,8 @@ FREE = "free"
 BOOKKEEPING = "bookkeeping"
 # `fasterase plan` and `fasterase demo` take it as a flag.
 PLAN, DEMO = "plan", "demo"
+# It names a file or a folder, so that a `Path` will do.
+PATH = "path"
 
 
 # Fields, what holds of a value that is neither None nor "auto", and how to say so.
@@ -169,7 +176,8 @@ class UnlearnConfig:
             `"never"` starts from scratch, `"must"` fails without a checkpoint.
         evaluation: measure before and after erasing: `"quick"` (at most 1,000 pairs per set, 200
             bootstrap resamples), `"full"` (at most 5,000 pairs, 1,000 resamples) or `None`.
-        max_skipped: share of unreadable pairs above which the run stops (0.01 is 1 %).
+        max_skipped: share of unreadable pairs above which the run stops (0.01 is 1 %). A single one
+            never stops it, unless this is 0.
         remember_erased: keep salted digests of the pairs to forget in the record beside the saved
             model: later erasures leave such pairs out of their retain sets, and judge them again.
         report_to: log each step, the settings and the evaluation to `"tensorboard"` or `"wandb"`
@@ -219,13 +227,15 @@ class UnlearnConfig:
     prefix_cache: float | None = None
     backend: Literal["auto", "dense", "chunked", "cpu", "triton"] = _tagged("auto", PLAN)
     device: str | None = _tagged(None, FREE, PLAN)
-    deepspeed: str | dict[str, Any] | None = _tagged(None, FREE, BOOKKEEPING, DEMO)  # noqa: RUF009
+    deepspeed: str | dict[str, Any] | None = _tagged(  # noqa: RUF009
+        None, FREE, BOOKKEEPING, DEMO, PATH
+    )
     # run
     seed: int = _tagged(0, DEMO)
-    num_workers: int | Literal["auto"] = _tagged(0, FREE, BOOKKEEPING, DEMO)
-    progress: bool = _tagged(True, FREE, BOOKKEEPING, DEMO)
-    reference_cache: str | None = _tagged(None, FREE, BOOKKEEPING)
-    output_dir: str | None = _tagged(None, FREE, BOOKKEEPING)
+    num_workers: int | Literal["auto"] = _tagged(0, FREE, BOOKKEEPING, PLAN, DEMO)
+    progress: bool = _tagged(True, FREE, BOOKKEEPING, PLAN, DEMO)
+    reference_cache: str | None = _tagged(None, FREE, BOOKKEEPING, PATH)
+    output_dir: str | None = _tagged(None, FREE, BOOKKEEPING, PATH)
     save_every: int | None = _tagged(None, FREE, BOOKKEEPING)
     resume: Literal["auto", "never", "must"] = _tagged("auto", FREE, BOOKKEEPING)
     evaluation: Literal["quick", "full"] | None = _tagged("quick", FREE)
@@ -312,7 +322,7 @@ class UnlearnConfig:
         return self.cross_weight
 
     @classmethod
-    def cliperase(cls, **overrides: Any) -> UnlearnConfig:
+    def cliperase(cls, **overrides: Unpack[Overrides]) -> UnlearnConfig:
         """Return the paper's recipe as far as it is known, with `overrides`.
 
         Yang et al., CLIPErase, ACL 2025 (long.1469), as published descriptions report it: losses
@@ -336,7 +346,7 @@ class UnlearnConfig:
         return cls(**_check_names({**paper, **overrides}))
 
     @classmethod
-    def from_yaml(cls, path: str | PathLike[str], **overrides: Any) -> UnlearnConfig:
+    def from_yaml(cls, path: str | PathLike[str], **overrides: Unpack[Overrides]) -> UnlearnConfig:
         """Read a YAML mapping of fields; `overrides` win.
 
         The file may be one for `--config`, such as `--print_config` writes: `recipe` chooses the
@@ -352,7 +362,7 @@ class UnlearnConfig:
             **_check_names({**fields, **overrides})
         )
 
-    def replace(self, **overrides: Any) -> UnlearnConfig:
+    def replace(self, **overrides: Unpack[Overrides]) -> UnlearnConfig:
         """Return a copy with some fields changed.
 
         Raises:

@@ -83,7 +83,7 @@ def drop_erased(
             kept[here] = False
     if len(retain) and not kept.any():
         raise InputError(
-            f"`retain`: all {len(retain)} pairs were erased from this model before; give pairs "
+            f"`retain`: all {len(retain):,} pairs were erased from this model before; give pairs "
             f"that the model should keep"
         )
     if dropped:

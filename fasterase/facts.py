@@ -24,6 +24,7 @@ from fasterase.evaluation.verdict import (
     Trace,
     decide_each,
 )
+from fasterase.numerals import counted
 from fasterase.provenance import erasures
 from fasterase.report.curves import Chart, history_charts, series_charts
 from fasterase.report.evaluation import (
@@ -243,7 +244,8 @@ class RunFacts:
             + ("." if len(self.judged) < 2 else ", beyond the sets listed here.")
         )
         if judged < FEW_IMAGES:
-            yield f"{judged} pictures are few: one more or less may change the verdict."
+            few = counted(judged, "picture is", "pictures are")
+            yield f"{few} few: one more or less may change the verdict."
         attacks = {} if self.evaluation is None else self.evaluation.attacks
         yield (
             f"These attacks were tried: {', '.join(attacks)}. Others may bring back more."

@@ -6,12 +6,31 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from fasterase.config import UnlearnConfig, describe_recipe, field_names, format_yaml
 from fasterase.evaluation.verdict import EARLIER, WITHHELD
 from fasterase.facts import Judged, Kept, RunFacts
+from fasterase.objective import EraseLoss
 from fasterase.report.curves import HEIGHT, WIDTH
 from fasterase.report.evaluation import LEGEND
 from fasterase.report.templating import percent, render
 from fasterase.statement import state
+
+_NAMED_SKIPS = 100  # in Markdown
+
+
+def render_markdown(run: RunFacts, drawn: Mapping[str, str]) -> str:
+    """Return the run in Markdown; `drawn` maps files of pictures beside it to their titles."""
+    settings = {n: value for n, value in run.settings.items() if n in field_names()}
+    return render(
+        "report.md",
+        run=run,
+        statement=state(run),
+        recipe=describe_recipe(UnlearnConfig(**settings)),
+        settings=format_yaml(run.settings),
+        terms=EraseLoss._fields,
+        named_skips=_NAMED_SKIPS,
+        drawn=drawn,
+    )
 
 
 def render_page(runs: Sequence[RunFacts]) -> str:

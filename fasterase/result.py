@@ -10,13 +10,12 @@ from datetime import datetime, timezone
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 
 from fasterase.card import CARD, model_card, read_base
-from fasterase.config import UnlearnConfig, describe_recipe, format_yaml
+from fasterase.config import UnlearnConfig
 from fasterase.encode import PairEncoder
 from fasterase.engine.history import StepRecord
 from fasterase.engine.model_state import best_device, placed, resolve_device
@@ -30,7 +29,6 @@ from fasterase.models.delta import fingerprint_weights, restored_original, save_
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.hub import push_model
 from fasterase.models.lora import LoraAdapter
-from fasterase.objective import EraseLoss
 from fasterase.pairs.skips import Skip
 from fasterase.pairs.table import PairTable
 from fasterase.provenance import FORMAT, library_versions, read_record, write_record
@@ -44,11 +42,8 @@ from fasterase.report.pictures import (
 )
 from fasterase.report.plots import plot_history
 from fasterase.report.tables import Section, html_table
-from fasterase.report.templating import render
-from fasterase.runs import PAGE, write_page, write_rest
-from fasterase.statement import state
+from fasterase.runs import MARKDOWN, PAGE, write_markdown, write_page, write_rest
 
-_NAMED_SKIPS = 100  # in a report
 MOST_SETS = 6  # further ones of which pictures are shown
 # Captions of more characters than a name are given more pixels.
 NAME_LENGTH, SENTENCE_WIDTH = 30, 290
@@ -165,7 +160,8 @@ class UnlearnResult:
         Args:
             folder: the folder to write.
             delta: write only what changed, for `fasterase.apply_delta`. After `tune="lora:N"` this
-                is an adapter that peft loads too (docs/runs.md); else no library loads it.
+                is an adapter that peft loads too (docs/runs.md); else no library loads it. After
+                `tune="all"` it is as large as the model, which a warning says.
             card: write the model card.
 
         Raises:
@@ -281,44 +277,30 @@ class UnlearnResult:
         if path.is_file() or (path.suffix and not path.is_dir()):
             if path.suffix == ".html":
                 return write_page([self._facts(with_pictures=True)], path)
-            return write_text(path, self._markdown(self._facts()))
+            return write_markdown(self._facts(), path)
         check_writable(path, argument="path")
         missing: MissingExtraError | None = None
-        drawn = {}
         if self.history:
             try:
                 plot_history(self.history, path / "losses.png")
-                drawn["losses.png"] = "Losses over the steps"
             except MissingExtraError as error:
                 missing = error
+        self._draw_pictures(path)
         run = self._facts(with_pictures=True)
-        write_text(path / "report.md", self._markdown(run, drawn | self._draw_pictures(path)))
+        write_markdown(run, path / MARKDOWN)
         write_page([run], path / PAGE)
         if missing is not None:
             raise missing
         return path
 
-    def _draw_pictures(self, folder: Path) -> dict[str, str]:
-        """Draw the sheet of pictures, if there are any; return its name and title."""
+    def _draw_pictures(self, folder: Path) -> None:
+        """Draw the sheet of pictures, if there are any."""
         (rows, erased), _ = self._shown
         if not rows:
-            return {}
+            return
         longest = max(len(name) for row in rows for name in (*row.before, *row.after))
         width = SENTENCE_WIDTH if longest > NAME_LENGTH else TEXT_WIDTH
         picture_sheet(rows, folder / "pictures.png", erased=erased, text_width=width)
-        return {"pictures.png": "Closest captions before and after"}
-
-    def _markdown(self, run: RunFacts, drawn: Mapping[str, str] = MappingProxyType({})) -> str:
-        return render(
-            "report.md",
-            result=self,
-            statement=state(run),
-            recipe=describe_recipe(self.config),
-            settings=format_yaml(self.config.to_dict()),
-            terms=EraseLoss._fields,
-            named_skips=_NAMED_SKIPS,
-            drawn=drawn,
-        )
 
     def write_output(self, folder: Path) -> None:
         """Write what a finished run leaves in its `output_dir`: model, measurement and reports.
@@ -329,15 +311,14 @@ class UnlearnResult:
         record = read_record(self.save(folder / "model"))
         if self.evaluation is not None:
             self.evaluation.to_json(folder / "evaluation.json")
-        drawn: dict[str, str] = {}
         try:
             run = self._facts(record, with_pictures=True)
-            drawn = self._draw_pictures(folder)
+            self._draw_pictures(folder)
         except Exception as error:  # whatever it is, hours of training are not to end with it
             reason = f"{type(error).__name__}: {error}"
             warnings.warn(f"the report has no pictures ({reason})", stacklevel=3)
             run = self._facts(record)
-        write_text(folder / "report.md", self._markdown(run, drawn))
+        write_markdown(run, folder / MARKDOWN)
         write_rest(run, folder)
         write_page([run], folder / PAGE)
 

@@ -12,11 +12,15 @@ from fasterase.engine.history import read_history
 from fasterase.errors import InputError
 from fasterase.facts import RunFacts
 from fasterase.files import parse_path, to_json, write_text
-from fasterase.page import render_page
+from fasterase.page import render_markdown, render_page
 from fasterase.provenance import read_record
 from fasterase.report.evaluation import Evaluation
 
-PAGE = "report.html"
+PAGE, MARKDOWN = "report.html", "report.md"
+_DRAWN = {
+    "losses.png": "Losses over the steps",
+    "pictures.png": "Closest captions before and after",
+}
 # What of a run no other file holds: pictures, the figures behind the verdict.
 REST = "report.json"
 
@@ -57,6 +61,12 @@ def _read_rest(file: Path) -> dict[str, Any]:
 def write_rest(run: RunFacts, folder: Path) -> Path:
     """Write what `read_run` finds in no other file."""
     return write_text(folder / REST, to_json(run.rest()) + "\n")
+
+
+def write_markdown(run: RunFacts, path: Path) -> Path:
+    """Write a run in Markdown, with the pictures that are beside it, and return its path."""
+    drawn = {file: title for file, title in _DRAWN.items() if (path.parent / file).is_file()}
+    return write_text(path, render_markdown(run, drawn))
 
 
 def write_page(runs: Sequence[RunFacts], path: Path) -> Path:

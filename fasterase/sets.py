@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from fasterase.erased import drop_erased
 from fasterase.errors import InputError
+from fasterase.numerals import counted
 from fasterase.pairs.items import IMAGE_KEYS
 from fasterase.pairs.joined import JoinedTable
 from fasterase.pairs.open import open_pairs
@@ -90,8 +91,8 @@ def clean_retain(sets: OpenedSets, record: Mapping[str, Any] | None) -> list[str
     if removed:
         shown = ", ".join(removed[:5]) + (", ..." if len(removed) > 5 else "")
         warnings.warn(
-            f"{len(removed)} retain pairs are also in the forget set and are left out of retain, "
-            f"since they would undo the erasure: {shown}",
+            f"{counted(len(removed), 'retain pair is', 'retain pairs are')} also in the forget set "
+            f"and left out of retain, since that would undo the erasure: {shown}",
             stacklevel=3,
         )
     opened["retain"], earlier = drop_erased(opened["retain"], erasures(record) if record else [])

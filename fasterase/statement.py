@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from fasterase.evaluation.findings import Finding
 from fasterase.facts import Judged, Kept, RunFacts
+from fasterase.numerals import counted
 from fasterase.report.templating import percent
 
 NOT_STATED = "not stated"
@@ -61,8 +62,8 @@ def _deeds(run: RunFacts) -> Iterator[str]:
     yield f"Trained: tune={settings['tune']!r}."
     words = [each["word"] for each in record["words"]]
     yield (
-        f"The meaning of {len(words):,} word{' was' if len(words) == 1 else 's were'} replaced by "
-        f"none: {', '.join(words)}."
+        f"The meaning of {counted(len(words), 'word was', 'words were')} replaced by none: "
+        f"{', '.join(words)}."
         if words
         else "No word's meaning was replaced."
     )

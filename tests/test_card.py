@@ -15,6 +15,8 @@ from fasterase.card import _repository, read_base
 from fasterase.models.load import load_model
 from tests import small_models
 
+pytestmark = pytest.mark.filterwarnings("ignore:the delta takes")
+
 
 def erase(model, **options):
     """Forget apples; some names are long enough to be found in a card."""

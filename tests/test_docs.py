@@ -33,6 +33,7 @@ pytestmark = [
     pytest.mark.filterwarnings(
         *("ignore:verdict", "ignore:retain. .* captions seem to name", "ignore:.*quick_gelu"),
         *("ignore:retain. .* pictures look like", "ignore:find "),
+        "ignore:the delta takes",
     ),
 ]
 

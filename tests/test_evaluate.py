@@ -120,7 +120,7 @@ def test_a_model_is_moved_for_the_measurement_and_back() -> None:
 
 def test_broken_pairs_are_named_in_a_warning() -> None:
     broken = [*FORGET, (torch.full((3, 1, 1), torch.nan), "cat")]
-    with pytest.warns(UserWarning, match=r"1 broken pairs.*forget\[1\]"):
+    with pytest.warns(UserWarning, match=r"1 broken pair is.*forget\[1\]"):
         found = fasterase.evaluate(lookup_model(), broken, RETAIN, original=lookup_model())
     assert found.pairs["forget"] == 1
 

@@ -21,6 +21,7 @@ from tests import small_models
 from tests.evaluation.lookup_model import LookupModel, picture
 from tests.tiny_concepts import concept_pairs, knowing_model
 
+pytestmark = pytest.mark.filterwarnings("ignore:the delta takes")
 SETTINGS: dict[str, Any] = {"lr": 1e-4, "max_steps": 1, "evaluation": None, "progress": False}
 
 

@@ -16,6 +16,7 @@ from torch import nn
 import fasterase
 from fasterase.config import UnlearnConfig
 from fasterase.engine.history import StepRecord
+from fasterase.engine.words import Word
 from fasterase.evaluation.verdict import Trace
 from fasterase.pairs.skips import Skip
 from fasterase.report.evaluation import Evaluation
@@ -70,9 +71,11 @@ def test_only_no_trace_is_forgotten(verdict, forgotten):
 def test_report(result, tmp_path, steps):
     path = tmp_path / "new" / "report.md"
     measured = Evaluation({}, {}, {}, {}, {"model": "m", "candidates": 9})
-    shown = short_result(steps, encoder=result.encoder, sets=result.sets, evaluation=measured)
+    parts = {"encoder": result.encoder, "sets": result.sets, "evaluation": measured}
+    shown = short_result(steps, words=[Word("apple", 1, 0)], **parts)
     assert shown.report(path) == path
     text = path.read_text()
+    assert "lost their meaning: **apple** (1 forget pair)" in text
     assert "verdict: **forgotten**" in text
     assert "- concept: not stated" in text
     assert measured.table() in text

@@ -75,7 +75,7 @@ def test_output_folder(tmp_path):
     retain = pairs(20, seed=2)
     retain[4] = (FORGET[3][0], retain[4][1])
     options = {"output_dir": tmp_path, "holdout": pairs(9, seed=3), "evaluation": "quick"}
-    with pytest.warns(UserWarning, match=r"1 retain pairs are also in the forget set.*\[4\]"):
+    with pytest.warns(UserWarning, match=r"1 retain pair is also in the forget set.*\[4\]"):
         result = erase(retain=retain, **options)
     assert result.removed_from_retain == ["retain[4]"]
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -83,6 +83,8 @@ def test_output_folder(tmp_path):
         *("model", "reference", "report.html", "report.json", "report.md"),
     }
     assert fasterase.UnlearnConfig.from_yaml(tmp_path / "config.yaml") == result.config
+    settings = (tmp_path / "config.yaml").read_text()
+    assert "# Objects in Python, to be given anew: model, forget, retain, holdout.\n" in settings
     lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert lines == result.history
     assert all(set(line) == set(RECORD.split()) for line in lines)
@@ -90,6 +92,7 @@ def test_output_folder(tmp_path):
     assert set(result.evaluation.to_dict()) == {"forget", "retain", "holdout"}
     report = (tmp_path / "report.md").read_text()
     assert "Erasure report" in report
+    assert f"```\n{result.evaluation.table()}\n```" in report
     assert yaml.safe_load(report.partition("```yaml")[2].partition("```")[0])["max_steps"] == 3
 
 
@@ -109,7 +112,18 @@ def test_copy_leaves_the_model_alone():
         assert same_weights(copy.state_dict(), model.state_dict())
 
 
-@pytest.mark.filterwarnings("ignore:1 broken pairs")
+def test_one_broken_picture_of_a_small_set_does_not_end_the_run():
+    retain = pairs(20, seed=2)
+    retain[7][0][0, 0, 0] = float("nan")
+    with pytest.warns(UserWarning, match=r"1 broken pair is skipped: retain\[7\]"):
+        result = erase(retain=retain)
+    assert len(result.history) == 3
+    retain[8][0][0, 0, 0] = float("nan")
+    with pytest.raises(fasterase.InputError, match=r"2 of \d+ pairs cannot be used.*retain\[8\]"):
+        erase(retain=retain)
+
+
+@pytest.mark.filterwarnings("ignore:1 broken pair is")
 def test_broken_pairs_are_named_counted_and_left_out():
     retain, holdout = pairs(400, seed=2), pairs(50, seed=3)
     retain[7][0][0, 0, 0] = float("nan")

@@ -15,11 +15,18 @@ class Command(ABC):
         needs: flags without which it does not run.
         config_fields: fields of `UnlearnConfig` that are flags too; `run` gets those given.
         positional: the flag whose values may stand first, without it.
+        basics: the flags that `--help` shows; all others need `--help-all`. Empty: it shows all.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
     config_fields: ClassVar[tuple[str, ...]] = ()
     positional: ClassVar[str | None] = None
+    basics: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def purpose(cls) -> str:
+        """Return the first line of its help."""
+        return (cls.__doc__ or "").partition("\n")[0]
 
     @abstractmethod
     def run(self, **fields: Any) -> str | None:

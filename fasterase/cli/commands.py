@@ -12,11 +12,14 @@ from typing import Any, Literal
 
 import fasterase
 from fasterase.cli.command import Command
+from fasterase.cli.completion import Completion
 from fasterase.cli.find import Find
+from fasterase.cli.plan import Plan
 from fasterase.cli.report import Report
-from fasterase.config import DEMO, PLAN, Recipe, UnlearnConfig, field_names, format_yaml
+from fasterase.config import DEMO, Recipe, UnlearnConfig, field_names, format_yaml
 from fasterase.errors import InputError
 from fasterase.files import check_creatable
+from fasterase.repeat import check_repeatable
 
 SETS = ("forget", "retain")
 RULES = ("forget_expression", "forget_ids", "forget_classes")  # which split `data` into these
@@ -94,12 +97,15 @@ class _Source(Command):
                 rule = re.compile(rule, re.IGNORECASE)
             elif name == "forget_ids":
                 rule = Path(rule)
-            return fasterase.split(self.data, forget=rule, **keys)
+            parts = fasterase.split(self.data, forget=rule, **keys)
         except re.error as error:
             raise InputError(f"--{name}={rule!r} is not a regular expression: {error}") from error
         except InputError as error:
             message = str(error).replace("`source`", "--data").replace("`forget`", f"--{name}")
             raise type(error)(message) from error
+        for part in parts:
+            part.flags = {"data": self.data, name: getattr(self, name)}
+        return parts
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,8 @@ class _Erasure(_Source, _Sets):
             sets: Any = tuple(found)
             for argument, part in (("forget_sets", found.unseen), ("sets", found.neighbours)):
                 flags[argument] = {part.name: part} | flags[argument]
+            for part in (*sets, found.unseen, found.neighbours):
+                part.flags = {"found": self.found}
             if len(found.facts["concept"]) == 1 and flags.get("concept", "") is None:
                 flags["concept"] = found.facts["concept"][0]
         else:
@@ -165,6 +173,12 @@ class Unlearn(_Erasure):
 
     needs = ("model", "forget", "retain", "output_dir")
     config_fields = field_names()
+    basics = (
+        *("model", "forget", "retain", "found", "data", "forget_expression", "sets", "forget_sets"),
+        *("concept", "recipe", "max_steps", "max_damage", "batch_size", "micro_batch_size", "lr"),
+        *("tune", "precision", "device", "deepspeed", "seed", "num_workers", "output_dir"),
+        *("resume", "evaluation"),
+    )
     recipe: Recipe = "fasterase"
     concept: str | None = None
     request: str | None = None
@@ -223,6 +237,11 @@ class Evaluate(_Erasure):
     """
 
     needs = ("model", "forget", "retain")
+    basics = (
+        *("model", "forget", "retain", "found", "data", "forget_expression", "sets", "forget_sets"),
+        *("original", "references", "tasks", "attacks", "non_members", "device", "num_workers"),
+        *("output", "plots"),
+    )
     original: str | None = None
     references: dict[str, str] = field(default_factory=dict)
     class_names: str | None = None
@@ -266,51 +285,6 @@ class Evaluate(_Erasure):
             raise InputError(f"class_names: no file {file}. Give one with a name per line.")
         lines = map(str.strip, file.read_text(encoding="utf-8").splitlines())
         return list(filter(None, lines))
-
-
-@dataclass(frozen=True)
-class Plan(Command):
-    """Tell memory, time and disk of an erasure beforehand, and how to run it.
-
-    > Job
-
-    Args:
-        model: as for `fasterase unlearn`, or an open_clip name alone. No weights are read.
-        pairs: number of pairs to keep.
-        forget: number of pairs to forget. `none`: a hundredth of `pairs`.
-        find: also tell what `fasterase find` costs, which encodes all pairs once.
-
-    > Machine
-
-    Args:
-        gpus: number of GPUs.
-        gpu_memory: memory of each in GB (10^9 bytes).
-        tflops: dense peak of a GPU in TFLOP/s. `none`: an H100's.
-        efficiency: share of that peak that training reaches.
-        measure: correct the memory of activations by a micro-batch with random weights run here.
-
-    Examples:
-      fasterase plan --model ViT-B-32 --pairs 1_000_000
-      fasterase plan --model ViT-bigG-14 --pairs 12_000_000 --forget 100_000 --gpus 8
-
-    The numbers come from the architecture alone: the training code runs on tensors without storage,
-    and its FLOPs and live memory are counted. docs/planning.md explains each of them.
-    """
-
-    needs = ("model", "pairs")
-    config_fields = field_names(PLAN)
-    model: str | None = None
-    pairs: int | None = None
-    forget: int | None = None
-    find: bool = False
-    gpus: int = 1
-    gpu_memory: float = 80.0
-    tflops: float | None = None
-    efficiency: float = 0.4
-    measure: bool = False
-
-    def run(self, **fields: Any) -> None:
-        print(fasterase.plan(**vars(self), config=UnlearnConfig(**fields)))
 
 
 @dataclass(frozen=True)
@@ -419,6 +393,7 @@ COMMANDS: dict[str, type[Command]] = {
     "report": Report,
     "demo": Demo,
     "compile": Compile,
+    "completion": Completion,
 }
 
 
@@ -441,6 +416,7 @@ def run_command(command: str, values: dict[str, Any]) -> str | None:
         print(format_yaml({**given, **flags.config(fields).to_dict()}), end="")
         return None
     if issubclass(cls, _Erasure | Split):
+        check_repeatable(values)
         _check_sets(values)
     split = SETS if values.get("data") or values.get("found") else ()
     missing = [f"--{name}" for name in cls.needs if name not in split and values.get(name) is None]

@@ -44,7 +44,7 @@ def parse(argv: Sequence[str]) -> Parsed:
 
     Raises:
         InputError: an unknown command or flag, or a value or file that cannot be used.
-        SystemExit: after printing `--help` or `--version`.
+        SystemExit: after printing `--help` or `--version`; without a command, the list of them.
     """
     argv = [
         re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), token)
@@ -57,10 +57,12 @@ def parse(argv: Sequence[str]) -> Parsed:
         if not token.startswith("-") and argv[place - 1 : place] != ["--local_rank"]
     )
     place = next(words, len(argv))
-    _parse_known(_general_parser(), argv[:place])
-    command = argv[place] if place < len(argv) else ""
-    if not command:
-        raise InputError(f"no command. Give one of {', '.join(COMMANDS)}; --help explains them.")
+    general = general_parser()
+    _parse_known(general, argv[:place])
+    if place == len(argv):
+        general.print_help()
+        general.exit()
+    command = argv[place]
     if command not in COMMANDS:
         known = f"The commands are {', '.join(COMMANDS)}."
         hint = suggest_names(command, COMMANDS, otherwise=known)
@@ -69,7 +71,9 @@ def parse(argv: Sequence[str]) -> Parsed:
     rest, positional = argv[place + 1 :], COMMANDS[command].positional
     if positional is not None and rest and not rest[0].startswith("-"):
         rest = [f"--{positional}", *rest]
-    given = _parse_known(_command_parser(command, flags.values()), rest)
+    # Without a value: every flag that stands there is one.
+    everything = not COMMANDS[command].basics or "--help_all" in rest
+    given = _parse_known(command_parser(command, flags.values(), everything=everything), rest)
     given.pop("debug", None)
     values: dict[str, Any] = {}
     for file in given.pop("config", []):
@@ -146,34 +150,38 @@ def _parse_known(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[s
     raise InputError(f"unknown flag {flag}.{hint}{order}")
 
 
-def _general_parser() -> _ArgumentParser:
-    commands = [f"  {name:<10}{_purpose(cls)}" for name, cls in COMMANDS.items()]
+def general_parser() -> _ArgumentParser:
+    """Return the parser of what stands before a command."""
+    commands = [f"  {name:<12}{cls.purpose()}" for name, cls in COMMANDS.items()]
     parser = _ArgumentParser(
         prog="fasterase",
         usage="fasterase COMMAND [--flag VALUE ...]",
         description="Make a CLIP model forget chosen image-text associations.",
         epilog="\n".join(["commands, each with a --help of its own:", *commands]),
     )
-    parser.add_argument("--version", action="version", version=f"fasterase {fasterase.__version__}")
+    version = f"fasterase {fasterase.__version__}"
+    parser.add_argument("-V", "--version", action="version", version=version)
     parser.add_argument("--local_rank", help="set by launchers such as deepspeed and torchrun")
     return parser
 
 
-def _purpose(cls: type) -> str:
-    return (cls.__doc__ or "").partition("\n")[0]
-
-
-def _command_parser(command: str, flags: Iterable[Flag]) -> _ArgumentParser:
+def command_parser(
+    command: str, flags: Iterable[Flag], *, everything: bool = True
+) -> _ArgumentParser:
+    """Return the parser of a command, whose help shows its basic flags or `everything`."""
     cls = COMMANDS[command]
     needs = "".join(f" --{name} {name[0].upper()}" for name in cls.needs)
     parser = _ArgumentParser(
         prog=f"fasterase {command}",
         usage=f"fasterase {command}{needs} [--flag VALUE ...]",
-        description=_purpose(cls),
+        description=cls.purpose(),
         epilog="examples:\n" + inspect.cleandoc(cls.__doc__ or "").partition("Examples:\n")[2],
     )
     text = "YAML file whose keys are flags below"
     parser.add_argument("--config", action="append", metavar="FILE", help=text)
+    if cls.basics:
+        text = "show every flag, not only the basic ones here"
+        parser.add_argument("--help_all", action="help", help=text)
     if command == "unlearn":
         text = "print the configuration as YAML for --config, and exit"
         parser.add_argument("--print_config", action="store_true", help=text)
@@ -181,7 +189,10 @@ def _command_parser(command: str, flags: Iterable[Flag]) -> _ArgumentParser:
     for flag in flags:
         if flag.group not in groups:
             groups[flag.group] = parser.add_argument_group(flag.group)
-        groups[flag.group].add_argument(f"--{flag.name}", **_argparse_options(flag))
+        options = _argparse_options(flag)
+        if not everything and flag.name not in cls.basics:
+            options["help"] = argparse.SUPPRESS
+        groups[flag.group].add_argument(f"--{flag.name}", **options)
     return parser
 
 

@@ -17,8 +17,8 @@ class Report(Command):
 
     Args:
         runs: the output folders of finished runs; they may stand first, without this flag.
-        output: the page to write. `none`: `report.html` in the folder of a single run, and
-            `comparison.html` here for several.
+        output: the page to write. `none`: `report.html`, and `report.md`, in the folder of a single
+            run, and `comparison.html` here for several.
 
     Examples:
       fasterase report runs/one
@@ -34,8 +34,11 @@ class Report(Command):
     output: str | None = None
 
     def run(self, **fields: Any) -> None:
-        from fasterase.runs import PAGE, read_run, write_page
+        from fasterase.runs import MARKDOWN, PAGE, read_run, write_markdown, write_page
 
         found = [read_run(folder) for folder in self.runs]
         default = Path(self.runs[0]) / PAGE if len(found) == 1 else Path("comparison.html")
-        print(f"Written: {write_page(found, Path(self.output or default))}")
+        page = write_page(found, Path(self.output or default))
+        if self.output is None and len(found) == 1:
+            write_markdown(found[0], page.with_name(MARKDOWN))
+        print(f"Written: {page}")

@@ -22,12 +22,21 @@ from fasterase.encode import PairEncoder
 from fasterase.errors import InputError
 from fasterase.files import write_text
 from fasterase.models.load import load_model
+from fasterase.numerals import counted
 from fasterase.pairs.open import open_pairs
 from fasterase.parallel.ranks import launched_rank
 from fasterase.report.evaluation import Evaluation
 from fasterase.report.pictures import CaptionRanking, picture_sheet, spread
 from fasterase.report.plots import plot_history, require_matplotlib
-from fasterase.runs import PAGE, REST, read_run, write_page, write_rest
+from fasterase.runs import (
+    MARKDOWN,
+    PAGE,
+    REST,
+    read_run,
+    write_markdown,
+    write_page,
+    write_rest,
+)
 
 # What the summary calls each recipe.
 RECIPES = {"fasterase": "fasterase", "cliperase": "paper's recipe"}
@@ -116,9 +125,9 @@ def run_demo(
     }
     sets = build_sets(forget, original=original, seed=configs[recipe].seed)
     shown = ", ".join(sets.concepts[:6]) + (", ..." if len(sets.concepts) > 6 else "")
-    print(f"Erasing {len(sets.concepts)} concepts ({shown}) from {original}.")
+    print(f"Erasing {counted(len(sets.concepts), 'concept')} ({shown}) from {original}.")
     print(
-        f"{len(sets.forget)} drawings to forget, {len(sets.retain)} to retain, "
+        f"{counted(len(sets.forget), 'drawing')} to forget, {len(sets.retain)} to retain, "
         f"{len(sets.holdout)} held out. Results go to {folder}."
     )
     results = {}
@@ -152,6 +161,7 @@ def run_demo(
         run = replace(read_run(folder), called=called)
         write_rest(run, folder)
         write_page([run], folder / PAGE)
+        write_markdown(run, folder / MARKDOWN)
     print_result(evaluation, folder, recipe=recipe, full=full)
     return evaluation
 

@@ -21,6 +21,7 @@ from fasterase.engine.optim import EIGHT_BIT, require_bitsandbytes, shards
 from fasterase.errors import InputError, ResumeError
 from fasterase.files import check_creatable, check_writable, remove_leftovers, write_text
 from fasterase.models.dual_encoder import DualEncoder
+from fasterase.numerals import counted
 from fasterase.ops.contrastive.api import choose_backend
 from fasterase.pairs.table import PairTable
 from fasterase.parallel.ranks import Ranks, is_running
@@ -114,9 +115,10 @@ def check_steps_left(config: UnlearnConfig, total_steps: int, *, taken: int) -> 
         return
     asked = f"max_steps={total_steps}"
     if config.max_steps is None:
-        asked = f"epochs={config.epochs} ({total_steps} steps)"
+        asked = f"epochs={config.epochs} ({counted(total_steps, 'step')})"
     raise ResumeError(
-        f"{asked}: the run in output_dir={config.output_dir!r} has taken {taken} steps already. "
+        f"{asked}: the run in output_dir={config.output_dir!r} has taken "
+        f"{counted(taken, 'step')} already. "
         f"Give {taken} or more to continue it, choose another output_dir, or start afresh with "
         "resume='never'."
     )

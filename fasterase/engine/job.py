@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -61,6 +62,7 @@ class Job:
     concept: str | None = None  # what the caller calls the forget set
     request: str | None = None  # ... and what asked for the run
     concepts: Mapping[str, range] = field(default_factory=dict)  # of several: rows in `forget`
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # as the caller gave them
 
     @property
     def forget(self) -> PairTable:

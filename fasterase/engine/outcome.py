@@ -17,6 +17,7 @@ from fasterase.evaluation.verdict import (
     describe_verdict,
 )
 from fasterase.models.lora import LoraAdapter
+from fasterase.numerals import counted
 from fasterase.report.evaluation import Evaluation
 
 # What `tune` leaves as it is.
@@ -57,7 +58,7 @@ def advise(outcome: Outcome, config: UnlearnConfig) -> str | None:
     images = outcome.traces["forget"].pairs
     if images < FEW_IMAGES and outcome.verdict != UNDECIDED:
         advice += (
-            f" {images} forget image{' shows' if images == 1 else 's show'} little: one picture "
+            f" {counted(images, 'forget image shows', 'forget images show')} little: one picture "
             "more or less may change the verdict. Give more pictures of the concept, if only as "
             "forget_sets."
         )
@@ -66,7 +67,7 @@ def advise(outcome: Outcome, config: UnlearnConfig) -> str | None:
 
 def _next_step(outcome: Outcome, config: UnlearnConfig) -> str:
     steps = len(outcome.history)
-    known = f"It is still known after {steps} step{'' if steps == 1 else 's'}"
+    known = f"It is still known after {counted(steps, 'step')}"
     if outcome.verdict == NEVER_KNOWN:
         return (
             "The original model does not know these pairs, so there is nothing to forget"

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fasterase.config import format_yaml
 from fasterase.encode import PairEncoder
 from fasterase.engine.baseline import Checks, measure_original, measured_rows
 from fasterase.engine.checkpoint import Checkpoint, CheckpointFolder
@@ -33,10 +32,12 @@ from fasterase.evaluation.verdict import JUDGED_PAIRS, Judge, decide, summarise
 from fasterase.files import write_text
 from fasterase.models.dual_encoder import separate_copy
 from fasterase.models.lora import LoraAdapter, adapting, parse_rank
+from fasterase.numerals import counted
 from fasterase.original.features import OriginalFeatures, cache_folder, feature_key
 from fasterase.pairs.batches import StepBatch, step_batches
 from fasterase.pairs.processes import count_workers
 from fasterase.parallel.engine import Engine
+from fasterase.repeat import describe_run
 from fasterase.report.evaluation import compare, describe_hurt
 from fasterase.seeds import Stream, torch_seed
 
@@ -62,13 +63,13 @@ class Run:
                 "another tune."
             )
         most = self._draws.sampler.retain_pairs_drawn(self._draws.total_steps)
-        self._say(f"training draws at most {most:,} of {len(job.retain):,} retain pairs")
+        self._say(f"training draws at most {most:,} of {counted(len(job.retain), 'retain pair')}")
         # Before anything wraps the model: sharded weights would look the same for any model.
         self._fingerprint = model.fingerprint()
         self._identity = {"model weights": self._fingerprint}
         for name in ("forget", "retain"):
             source = job.sets[name]
-            changing = f"{len(source)} pairs, changing"
+            changing = f"{counted(len(source), 'pair')}, changing"
             self._identity[f"{name} pairs"] = source.digest() if source.stable else changing
         check_same(self._identity, job.ranks)
         check_train_mode(model, config, job.ranks)
@@ -115,7 +116,7 @@ class Run:
         job, config = self.job, self.job.config
         if job.output is None:
             return
-        settings, file = format_yaml(config.to_dict()), job.output / "config.yaml"
+        settings, file = describe_run(job.arguments, config), job.output / "config.yaml"
         identity = {
             **config.to_dict(),
             # The pool of retain pairs depends on it.

@@ -22,6 +22,7 @@ from fasterase.encode import PairEncoder
 from fasterase.engine.optim import Trained
 from fasterase.errors import InputError
 from fasterase.models.dual_encoder import DualEncoder
+from fasterase.numerals import counted
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.table import PairTable
 from fasterase.seeds import Stream, generator, torch_seed
@@ -85,7 +86,9 @@ class ForgottenWords:
 
     def describe(self) -> str:
         """Name the words, and the common ones that training may change."""
-        text = f"{len(self.tokens) or 'no'} tokens of the forget set alone lost their meaning"
+        tokens = counted(len(self.tokens), "token") if self.tokens else "no token"
+        its = "its" if len(self.tokens) < 2 else "their"
+        text = f"{tokens} of the forget set alone lost {its} meaning"
         if self.words:
             text += f": {', '.join(each.word for each in self.words)}"
         if self.shared:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fasterase.encode import PairEncoder
 from fasterase.evaluation.scores import SetScores, check_finite
+from fasterase.numerals import counted
 from fasterase.vocabulary import UNREADABLE, everyday_things, parts_of, words_of
 
 TEMPLATE = "a photo of {}"
@@ -42,11 +43,10 @@ class Hurt(NamedTuple):
 
     def describe(self) -> str:
         """Return `ant 100 -> 0 % of 2 pictures`."""
-        things = "neighbours" if self.kind == "word" else "pictures"
-        things = things.removesuffix("s") if self.count == 1 else things
+        things = counted(self.count, "neighbour" if self.kind == "word" else "picture")
         kind = " (class)" if self.kind == "class" else ""
         before, after = 100 * self.before, 100 * self.after
-        return f"{self.name}{kind} {before:.0f} -> {after:.0f} % of {self.count} {things}"
+        return f"{self.name}{kind} {before:.0f} -> {after:.0f} % of {things}"
 
 
 class Remaining(NamedTuple):
@@ -58,8 +58,7 @@ class Remaining(NamedTuple):
 
     def describe(self) -> str:
         """Return `octopus 50 % of 2 pictures`."""
-        pictures = "picture" if self.count == 1 else "pictures"
-        return f"{self.name} {100 * self.found:.0f} % of {self.count} {pictures}"
+        return f"{self.name} {100 * self.found:.0f} % of {counted(self.count, 'picture')}"
 
 
 def find_remaining(

@@ -27,6 +27,7 @@ from fasterase.evaluation.scores import (
     find_position,
     share_below,
 )
+from fasterase.numerals import counted
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.table import PairTable
 from fasterase.seeds import Stream, generator
@@ -153,8 +154,8 @@ class Trace:
         return (
             f"residue {self.image_to_text:.2f} image->text, {self.text_to_image:.2f} text->image "
             f"(1 known, 0.5 no trace, 0 loudly absent{self._describe_band()}); "
-            f"hit@1 {100 * self.hit:.0f} % (chance {100 * self.chance:.0f} %) of {self.pairs} "
-            f"images{towers}"
+            f"hit@1 {100 * self.hit:.0f} % (chance {100 * self.chance:.0f} %) of "
+            f"{counted(self.pairs, 'image')}{towers}"
         )
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,13 @@ def save_delta(
         else:
             continue
         dtypes[name] = str(after.dtype).removeprefix("torch.")
+    taken, whole = (sum(each.nbytes for each in tensors.values()) for tensors in (stored, now))
+    if adapter is None and taken > whole / 2:
+        warnings.warn(
+            f"the delta takes {taken / 1e6:,.1f} MB of the model's {whole / 1e6:,.1f} MB, since so "
+            "many weights were trained. After tune='lora:8' it holds a small adapter instead.",
+            stacklevel=3,
+        )
     metadata = {
         "format": _FORMAT,
         "model": model.public_name,

@@ -28,6 +28,7 @@ from fasterase.models.hub import loading_code
 from fasterase.models.lora import adapted_weights
 from fasterase.models.preprocessing import Companions, ImageTransform, Tokens, describe_transform
 from fasterase.models.wrapped import check_trainable, has_adapters, save_adapters, unwrap
+from fasterase.numerals import counted
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -211,8 +212,9 @@ class DualEncoder(abc.ABC):
         selected = self.selected(tune)
         free = [(name, parameter) for name, parameter in selected if parameter.requires_grad]
         if not free:
+            named = counted(len(selected), "parameter")
             raise InputError(
-                f'tune: "{tune}" names {len(selected)} parameters of {self.name}, and all are '
+                f'tune: "{tune}" names {named} of {self.name}, and all are '
                 "frozen (requires_grad=False), so nothing is left to train. Unfreeze what may "
                 "change, as in model.requires_grad_(True), or choose another tune"
             )
@@ -323,9 +325,10 @@ def _select_parts(towers: Mapping[str, TowerParts], tune: str) -> list[Part]:
                 'Use "all" or another tune.'
             )
         if match[1] == "last" and count > len(parts.blocks):
+            has = counted(len(parts.blocks), "block")
             raise InputError(
                 f'tune: "{tune}" asks for {count} blocks of each tower, but the {tower} tower has '
-                f'{len(parts.blocks)} blocks. Use a smaller number or "{tower}" or "all".'
+                f'{has}. Use a smaller number or "{tower}" or "all".'
             )
         chosen += weights or [*parts.blocks[-count:], *parts.after_blocks]
     return chosen

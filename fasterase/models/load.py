@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -235,6 +236,8 @@ def _load_named(name: str, given: Companions, empty: bool) -> DualEncoder:
     if name.startswith((".", "~", "/")) or os.sep * 2 in name or Path(name).suffix in _WEIGHT_FILES:
         raise _no_folder(Path(name).expanduser())
     hint = suggest_names(architecture, library.list_models(), otherwise="").rstrip()
+    if not hint and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        hint = f" Did you mean hf:{name} (transformers), or hf-hub:{name} (open_clip)?"
     raise InputError(
         f"model: {name!r} is neither an open_clip model nor a folder here.{hint} Give {_FORMS}"
     )

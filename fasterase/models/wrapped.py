@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fasterase.errors import InputError, import_extra
+from fasterase.numerals import counted
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -176,8 +177,8 @@ def save_adapters(module: nn.Module, folder: Path, *, home: Path) -> None:
     ]
     if left_out:
         warnings.warn(
-            f"{len(left_out)} trained weights belong to no adapter and are not saved with them: "
-            f"{', '.join(left_out[:3])}{', ...' if len(left_out) > 3 else ''}. Name them in the "
+            f"{counted(len(left_out), 'trained weight')} outside the adapters will not be saved: "
+            f"{', '.join(left_out[:3])}{', ...' if len(left_out) > 3 else ''}. Name such in the "
             "adapter's modules_to_save, or save the state dict of result.model yourself",
             stacklevel=4,
         )

@@ -17,6 +17,7 @@ from torch import Tensor
 from fasterase.errors import InputError
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.preprocessing import ImageTransform, Tokens
+from fasterase.numerals import counted
 from fasterase.pairs.images import to_rgb
 from fasterase.pairs.items import Record
 from fasterase.pairs.skips import BrokenPair
@@ -139,7 +140,7 @@ class Preparer:
         if isinstance(text, Tensor):
             if len(text) > self.context_length:
                 raise InputError(
-                    f"{record.id}: {len(text)} token ids, but the model takes at most "
+                    f"{record.id}: {counted(len(text), 'token id')}, but the model takes at most "
                     f"{self.context_length}"
                 )
             low, high = (int(text.min()), int(text.max())) if len(text) else (0, 0)

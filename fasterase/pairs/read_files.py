@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from pyarrow import parquet
 
 from fasterase.errors import InputError
+from fasterase.numerals import counted
 from fasterase.pairs.images import ImageFiles, read_regular_file
 from fasterase.pairs.items import (
     IMAGE_KEYS,
@@ -209,7 +210,7 @@ def _read_separated(path: Path, keys: _Keys) -> Iterator[dict[str, Any]]:
             elif "".join(cells).strip():
                 count = len(cells)
                 raise InputError(
-                    f"line {number} has {count} cell{'s' * (count != 1)}, but the header has "
+                    f"line {number} has {counted(count, 'cell')}, but the header has "
                     f"{len(names)} ({', '.join(names)}). Put cells that hold a "
                     f"{_NAMES[separator]} or a line break in double quotes, and leave none out."
                 )

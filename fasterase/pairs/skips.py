@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fasterase.errors import FaseraseError, InputError
+from fasterase.numerals import counted
 from fasterase.parallel.ranks import Ranks
 
 _NAMED = 10
@@ -40,7 +41,8 @@ class SkipLedger:
     Args:
         total: pairs in all sets together.
         max_skipped: accepted share of skipped pairs, 0 to 1. It is taken of the distinct pairs seen
-            so far, but of at least `min(total, 1000)`.
+            so far, but of at least `min(total, 1000)`. A single one is accepted at any share above
+            0: in a small set it would always be too many.
     """
 
     def __init__(self, total: int, *, max_skipped: float = 0.01) -> None:
@@ -83,7 +85,8 @@ class SkipLedger:
 
     def _is_too_many(self) -> bool:
         """Tell whether more are skipped than the pairs known so far allow."""
-        return len(self._skips) > self.max_skipped * max(len(self._known), self._least)
+        accepted = self.max_skipped * max(len(self._known), self._least)
+        return len(self._skips) > (max(1, accepted) if accepted else 0)
 
     def exchange(self, ranks: Ranks) -> None:
         """Learn what the other ranks have skipped, so that one of them can name it all."""
@@ -95,7 +98,8 @@ class SkipLedger:
         fresh = [skip for skip in self.skips if skip.id not in self._warned]
         self._warned.update(skip.id for skip in fresh)
         if fresh:
-            warnings.warn(f"{len(fresh)} broken pairs are skipped: {_named(fresh)}", stacklevel=2)
+            broken = counted(len(fresh), "broken pair is", "broken pairs are")
+            warnings.warn(f"{broken} skipped: {_named(fresh)}", stacklevel=2)
 
 
 def _named(skips: list[Skip]) -> str:

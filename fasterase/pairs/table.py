@@ -235,6 +235,7 @@ class PairTable(Sequence[Record]):
         images: reads the encoded images; None if they are held or made decoded.
         indices: [n] int64, the rows of `base` that a view shows; None if it is no view.
         found: how `fasterase.find` came to these pairs, for the record of an erasure; else None.
+        flags: those of the command line that made them, if they are no set of their own.
         broken: row of `base` -> why it cannot be read, where more is known than what is missing.
     """
 
@@ -246,6 +247,7 @@ class PairTable(Sequence[Record]):
     indices: np.ndarray | None = None
     images: Images | None = None
     found: Mapping[str, Any] | None = None
+    flags: Mapping[str, Any] | None = None
     _base: PairTable | None = None
     _count: int  # rows of `base`
 

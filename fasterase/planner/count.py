@@ -12,7 +12,7 @@ import math
 import re
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -33,6 +33,7 @@ from fasterase.errors import InputError
 from fasterase.models.dual_encoder import DualEncoder, copy_with
 from fasterase.models.forward import SplitTower, TowerForward
 from fasterase.models.preprocessing import Tokens
+from fasterase.numerals import counted
 
 Parallel = Literal["plain", "zero1", "zero2", "zero3"]
 
@@ -104,10 +105,20 @@ class Counter(TorchDispatchMode):
 class Tracer:
     """Counts what encoding and back-propagating a micro-batch costs, `on_gpu` or on a CPU.
 
-    `model` is on the meta device; `requires_grad` tells what is trained.
+    `model` is on the meta device; `requires_grad` tells what is trained. `counted` is called after
+    each pass: every operator of it takes a fraction of a millisecond, and large towers have ten
+    thousands.
     """
 
-    def __init__(self, model: DualEncoder, *, precision: str, on_gpu: bool) -> None:
+    def __init__(
+        self,
+        model: DualEncoder,
+        *,
+        precision: str,
+        on_gpu: bool,
+        counted: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._counted = counted
         # Tensors without storage on a "CPU": unlike meta tensors, they run under autocast and with
         # fused attention. Small constants of the libraries stay real.
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -128,6 +139,7 @@ class Tracer:
             # that the counter cannot see.
             with self._counter() as counter:
                 self._forward(*((pixels, None) if tower == "image" else (None, tokens)))
+        self._counted()
         return counter
 
     def frozen_widths(self, tune: str) -> dict[str, int]:
@@ -166,6 +178,7 @@ class Tracer:
                 parameter.grad = torch.empty_like(parameter) if wanted else None
             with self._counter() as counter:
                 run_micro_batch(self._model, self._forward, pairs)
+        self._counted()
         return counter
 
     def _counter(self) -> Counter:
@@ -315,7 +328,7 @@ class Measured:
     def lines(self) -> list[str]:
         """Return two lines for the table of a plan."""
         return [
-            f"Measured here ({self.device}, {self.pairs} pairs): activations of "
+            f"Measured here ({self.device}, {counted(self.pairs, 'pair')}): activations of "
             f"{self.activation_bytes / 1e9:.2f} GB, not {self.counted_bytes / 1e9:.2f} GB; "
             f"so those above are multiplied by {self.correction:.2f}.",
             f"Speed here: {self.tflops:.3g} TFLOP/s.",

@@ -5,11 +5,9 @@ from __future__ import annotations
 import bisect
 import math
 import os
-import re
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -21,6 +19,7 @@ from fasterase.errors import InputError
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.load import load_architecture
 from fasterase.models.lora import parse_rank
+from fasterase.pairs.processes import count_workers
 from fasterase.pairs.sampler import Sampler
 from fasterase.planner.count import (
     FP32,
@@ -30,25 +29,19 @@ from fasterase.planner.count import (
     Tracer,
     measure_micro_batch,
 )
+from fasterase.planner.loading import Feeding, measure_decoding
+from fasterase.planner.table import explain, plan_table, write_command
+from fasterase.progress import progress_bar
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fasterase.overrides import Overrides
 
 # Dense peak of an H100 SXM in TFLOP/s (NVIDIA's data sheet), and the share of it that training a
 # large ViT reaches.
 _TFLOPS = {"fp32": 67.0, "bf16": 989.0, "fp16": 989.0}
 EFFICIENCY = 0.4
-_GPUS_PER_NODE = 8
-
-_PARTS = {
-    "weights": "weights in fp32",
-    "gradients": "gradients in fp32, whole",
-    "optimizer_states": "states of {optimizer}",
-    "partitions": "DeepSpeed's copies of this GPU's share",
-    "activations": "activations of {pairs} pairs",
-    "features": "features of the batch",
-    "loss": "workspace of the loss",
-    "update": "update, beyond room left by activations",
-}
-_WIDTH = 98
-_SCORE_BYTES = 4 + 1 + 1  # of `fasterase.find`: a score, a decision, whether the name is there
 # Share of a GPU's memory that is planned with: the rest is for the CUDA context, cuBLAS and NCCL
 # (about 2 GB) and for gaps between blocks of torch's allocator.
 USABLE = 0.92
@@ -58,6 +51,11 @@ _ZERO3_PENALTY = 1.2
 _LEAST_MICRO_BATCH = 8
 # A peak up to this share of a GPU's memory leaves room for larger batches and longer captions.
 _COMFORTABLE = 0.8
+# Cards that are easy to rent or buy, and their memory in GB.
+_CARDS = (
+    *(("RTX 4060", 8), ("RTX 4070", 12), ("T4", 16), ("L4, A10G or RTX 4090", 24)),
+    *(("A100 40 GB", 40), ("L40S", 48), ("A100 or H100", 80), ("H200", 141), ("B200", 180)),
+)
 
 
 @dataclass(frozen=True)
@@ -129,6 +127,9 @@ class Plan:
         retain_pairs, run_disk_bytes: how many different ones it reads, and their features' bytes.
         prefix_bytes: of the outputs of frozen blocks, which `prefix_cache` stores; else 0.
         find_gpu_hours: of `fasterase.find`, which encodes all pairs once, into `disk_bytes`.
+        run_pairs: pairs that it reads, one as often as it is drawn.
+        feeding: how a GPU gets its pairs: what a process decodes, and how many are needed.
+        smallest_gpu: the smallest common GPU that the run fits on, in a sentence; empty for a CPU.
         command: words in capitals stand for paths and names to fill in.
         reason: why this one.
     """
@@ -147,8 +148,9 @@ class Plan:
         efficiency: float,
         measure: bool,
         find: bool = False,
+        images_per_second: float | None = None,
     ) -> None:
-        self._finds = find
+        self.finds = find
         self.model, self.config, self.pairs, self.forget = model.name, config, pairs, forget
         self.gpus, self.gpu_memory = gpus, gpu_memory
         on_gpu = not (config.device or "cuda").startswith("cpu")
@@ -161,15 +163,21 @@ class Plan:
             parameter.requires_grad_(name in names)
         counts = ParameterCounts.of(model, self._trained)
         self.parameters, self.trained_parameters = counts.total, counts.trained
-        tracer = Tracer(model, precision=self.precision, on_gpu=on_gpu)
-        self.forward_flops = {tower: tracer.forward(tower).flops for tower in ("image", "text")}
-        self.prefix_bytes = self._count_prefix_bytes(tracer)
         self._memory = StepMemory(
             counts, gpus, on_gpu, step_pairs, compared, model.embed_dim, config.backend
         )
-        self.measured = measure_micro_batch(model, precision=self.precision) if measure else None
-        self.setups = self._compare_setups(model, tracer)
-        self.setup = setup = choose_setup(self.setups, gpus, gpu_memory)
+        title = f"plan of {model.name}: passes counted"
+        with progress_bar(title, unit="pass", leave=False, shown=config.progress) as bar:
+            tracer = Tracer(model, precision=self.precision, on_gpu=on_gpu, counted=bar.update)
+            self.forward_flops = {each: tracer.forward(each).flops for each in ("image", "text")}
+            self.prefix_bytes = self._count_prefix_bytes(tracer)
+            self.measured = (
+                measure_micro_batch(model, precision=self.precision) if measure else None
+            )
+            decoded = images_per_second or measure_decoding(model)
+            self.setups = self._compare_setups(model, tracer)
+            self.setup = setup = choose_setup(self.setups, gpus, gpu_memory)
+            self.smallest_gpu = self._find_smallest_gpu(tracer) if on_gpu else ""
         self.bytes_per_gpu, self.micro_batch_size = setup.bytes_per_gpu, setup.micro_batch_size
         self.flops_per_pair = setup.flops_per_pair
 
@@ -180,8 +188,13 @@ class Plan:
         self.tflops, self.efficiency = tflops, efficiency
         row = 8 + model.embed_dim * (2 if on_gpu and self.precision != "fp32" else FP32)
         self.run_disk_bytes, self.disk_bytes = 2 * self.retain_pairs * row, 2 * pairs * row
-        self.command = _write_command(given, config, setup, gpus)
-        self.reason = _explain(setup, self.setups, gpus, self.share)
+        self.run_pairs = self.steps * step_pairs + self.retain_pairs
+        speed = tflops * 1e12 * efficiency / self.flops_per_pair
+        asked = count_workers(config.num_workers)
+        self.feeding = Feeding(decoded, speed, asked, is_measured=images_per_second is None)
+        workers = config.num_workers or self.feeding.workers
+        self.command = write_command(given, config, setup, gpus, workers)
+        self.reason = explain(setup, self.setups, gpus, self.share)
 
     @property
     def run_gpu_hours(self) -> float:
@@ -282,53 +295,34 @@ class Plan:
             flops_per_pair=flops,
         )
 
-    def __str__(self) -> str:
-        config, setup, measured = self.config, self.setup, self.measured
-        image, text = (self.forward_flops[tower] / 1e9 for tower in ("image", "text"))
-        training = f"{setup.flops_per_pair / 1e9:,.1f} GFLOP"
-        encoded = "encoded once" if setup.in_one else "encoded twice"
-        finding = [
-            "",
-            "Finding the concept first (fasterase find)",
-            f"  encoding all {f'{self.pairs:,} pairs':<23}{self._hours(self.find_gpu_hours)}",
-            f"  their scores in memory              {_SCORE_BYTES * self.pairs / 1e6:,.0f} MB",
-        ]
-        lines = [
-            f"{self.model}: {self.parameters / 1e6:,.1f} M parameters, "
-            f"{self.trained_parameters / 1e6:,.1f} M trained (tune={config.tune}), "
-            f"{self.precision}",
-            f"{self.pairs:,} pairs to keep, {self.forget:,} to forget; "
-            f"{config.batch_size} + {config.forget_batch_size} pairs per step on {self.gpus} x "
-            f"{self.gpu_memory:g} GB",
-            "",
-            *_memory_table(setup, self.setups),
-            "",
-            "Compute",
-            f"  encoding an image, a text           {image:,.1f} + {text:,.1f} GFLOP",
-            f"  training on a pair                  {training} ({encoded})",
-            f"  an epoch over {f'{self.pairs:,} pairs':<22}{self._hours(self.gpu_hours_per_epoch)}",
-            f"  the run, at most {f'{self.steps:,} steps':<19}{self._hours(self.run_gpu_hours)}",
-            "",
-            "Data",
-            f"  retain pairs that the run reads     {self.retain_pairs:,} of {self.pairs:,}",
-            f"  the original's features on disk     {self.run_disk_bytes / 1e9:,.3f} GB for these, "
-            f"{self.disk_bytes / 1e9:,.1f} GB for all",
-            *(finding if self._finds else ()),
-        ]
-        if self.prefix_bytes:
-            lines.append(
-                f"  outputs of frozen blocks on disk    {self.prefix_bytes / 1e9:,.3f} GB at most; "
-                "the compute above is without them"
-            )
-        if measured is not None:
-            lines += ["", *measured.lines()]
-        lines += ["", *textwrap.wrap(self.reason, _WIDTH), "", _wrap_command(self.command)]
-        return "\n".join(lines)
+    def _find_smallest_gpu(self, tracer: Tracer) -> str:
+        """Name the smallest of `_CARDS` on which one of the ways to run fits, and that way.
 
-    def _hours(self, hours: float) -> str:
-        if math.isnan(hours):
-            return "unknown on a CPU without --tflops or --measure"
-        return f"{hours:,.2f} GPU-hours at {self.efficiency:.0%} of {self.tflops:,.4g} TFLOP/s"
+        Where no card takes a GPU's share in one micro-batch, as many pairs as keep it busy will do.
+        """
+        found = [(each.peak_bytes, each.name) for each in self.setups if each.in_one]
+        if not any(peak <= USABLE * _CARDS[0][1] * 1e9 for peak, _ in found):
+            pairs = min(_LEAST_MICRO_BATCH, self.share, self.config.micro_batch_size or self.share)
+            leanest = self.setups[-1].activation_checkpointing
+            counted = tracer.backpropagate(pairs, checkpointing=leanest, with_gradients=True)
+            correction = 1.0 if self.measured is None else self.measured.correction
+            activations = int(counted.peak_bytes * correction)
+            for each in self.setups:
+                if each.activation_checkpointing == leanest:
+                    parts = self._memory.parts(each.parallel, each.optimizer, activations)
+                    name = f"{each.name}, micro_batch_size={pairs}"
+                    found.append((sum(parts.values()), name))
+        for card, memory in _CARDS:
+            for peak, name in found:
+                if peak <= USABLE * memory * 1e9:
+                    return (
+                        f"The smallest common GPU that it fits on is {card} ({memory} GB), with "
+                        f"{name}: {peak / 1e9:.1f} GB."
+                    )
+        return f"It fits on none of the common GPUs, of which {_CARDS[-1][0]} is the largest."
+
+    def __str__(self) -> str:
+        return plan_table(self)
 
 
 def plan(
@@ -342,8 +336,9 @@ def plan(
     efficiency: float = EFFICIENCY,
     measure: bool = False,
     find: bool = False,
+    images_per_second: float | None = None,
     config: UnlearnConfig | None = None,
-    **overrides: Any,
+    **overrides: Unpack[Overrides],
 ) -> Plan:
     """Estimate memory, time and disk of an erasure from the model's architecture alone.
 
@@ -362,6 +357,8 @@ def plan(
         measure: run a micro-batch with random weights on this machine, and correct the memory of
             activations by what it needs.
         find: let the table also tell what `fasterase.find` costs.
+        images_per_second: pictures that one process decodes in a second; None: measured here, in a
+            second, on photographs of 640 x 480.
         config: settings as for `unlearn`. `micro_batch_size` bounds the micro-batch.
         overrides: fields of `UnlearnConfig`. `device="cpu"` plans for a CPU.
 
@@ -374,6 +371,7 @@ def plan(
     for name, value in (
         ("pairs", pairs), ("forget", forget), ("gpus", gpus), ("gpu_memory", gpu_memory),
         ("efficiency", efficiency), ("tflops", 1 if tflops is None else tflops),
+        ("images_per_second", 1 if images_per_second is None else images_per_second),
     ):  # fmt: skip
         if not value > 0:
             raise InputError(f"{name}={value!r} must be above 0.")
@@ -394,94 +392,5 @@ def plan(
         efficiency=efficiency,
         measure=measure,
         find=find,
+        images_per_second=images_per_second,
     )
-
-
-def _write_command(name: str, config: UnlearnConfig, setup: Setup, gpus: int) -> str:
-    import open_clip
-
-    if name in open_clip.list_models():  # needs a tag for its weights
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        name = f"{name}/{tags[0] if len(tags) == 1 else 'TAG'}"
-    nodes, rest = divmod(gpus, _GPUS_PER_NODE)
-    launcher = ""
-    if gpus > 1 and setup.parallel != "plain":
-        where = "--hostfile HOSTS" if nodes > 1 else f"--num_gpus {gpus}"
-        launcher = f"deepspeed {where} --module "
-    elif nodes > 1 and not rest:
-        launcher = (
-            f"torchrun --nnodes {nodes} --nproc_per_node {_GPUS_PER_NODE} --rdzv_backend c10d "
-            "--rdzv_endpoint HOST:29400 -m "
-        )
-    elif gpus > 1:
-        launcher = f"torchrun --nproc_per_node {gpus} -m "
-    words = [
-        f"{launcher}fasterase unlearn --model {name} --forget FORGET --retain RETAIN "
-        "--output_dir RUN"
-    ]
-    chosen = config.to_dict() | {
-        "optimizer": setup.optimizer,
-        "activation_checkpointing": setup.activation_checkpointing,
-        "micro_batch_size": None if setup.in_one else setup.micro_batch_size,
-    }
-    defaults = UnlearnConfig().to_dict()
-    for field, value in chosen.items():
-        if value != defaults[field]:
-            words.append(f"--{field} {','.join(map(str, value)) if field == 'betas' else value}")
-    if setup.parallel != "plain":
-        words.append(f"--deepspeed {setup.parallel}.json")
-    return " ".join(words)
-
-
-def _explain(setup: Setup, setups: Sequence[Setup], gpus: int, share: int) -> str:
-    """Say why `setup`, and why none of the simpler ones."""
-    whole = f"a GPU's share of {share} pairs" if gpus > 1 else f"the batch of {share} pairs"
-    once = (
-        "one micro-batch, so that nothing is encoded twice."
-        if setup.in_one
-        else f"micro-batches of {setup.micro_batch_size}, each encoded twice (GradCache)."
-    )
-    sentences = [
-        f"{setup.name[0].upper()}{setup.name[1:]} fits: {setup.peak_bytes / 1e9:.1f} GB at the "
-        f"peak, with {whole} in {once}"
-    ]
-    for other in setups[: setups.index(setup)]:
-        if other.micro_batch_size == 0:
-            found = "not even one pair fits"
-        elif setup.in_one and not other.in_one:
-            found = f"only {other.micro_batch_size} pairs fit at a time, each to be encoded twice"
-        elif other.cost > 1.01 * setup.cost:
-            found = "a pair would take longer"
-        else:
-            found = f"the peak of {other.peak_bytes / 1e9:.1f} GB would leave little room"
-        sentences.append(f"With {other.name} {found}.")
-    return " ".join(sentences)
-
-
-def _memory_table(setup: Setup, setups: Sequence[Setup]) -> list[str]:
-    chosen = {"optimizer": setup.optimizer, "pairs": setup.micro_batch_size}
-    return [
-        "Memory of each GPU at the peak of a step, GB",
-        *(
-            f"  {_PARTS[part].format(**chosen):<42}{size / 1e9:>9.2f}"
-            for part, size in setup.bytes_per_gpu.items()
-        ),
-        f"  {'peak':<42}{setup.peak_bytes / 1e9:>9.2f}",
-        "",
-        f"{'Ways to run':<54}{'pairs at a time':>16}{'peak GB':>10}{'GFLOP per pair':>17}",
-        *(
-            f"{'*' if each is setup else ' '} {each.name:<52}"
-            f"{each.micro_batch_size or 'none fits':>16}"
-            f"{each.peak_bytes / 1e9:>10.1f}{each.flops_per_pair / 1e9:>17,.1f}"
-            for each in setups
-        ),
-    ]
-
-
-def _wrap_command(command: str) -> str:
-    # A flag and its value stay on one line.
-    glued = re.sub(r"(--\w+) (?!-)", "\\1\0", command)
-    wrapper = textwrap.TextWrapper(
-        _WIDTH - 2, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
-    )
-    return " \\\n".join(wrapper.wrap(glued)).replace("\0", " ")

@@ -28,6 +28,7 @@ from fasterase.evaluation.hurt import (
 from fasterase.evaluation.metrics import METRICS, OLD_INDEX, TOWER_HITS
 from fasterase.evaluation.verdict import decide, decide_each
 from fasterase.files import check_creatable, check_writable, parse_path, to_json, write_text
+from fasterase.numerals import counted
 from fasterase.report.plots import plot_findings, plot_series
 from fasterase.report.tables import Section, html_table, markdown_table, text_table
 
@@ -336,7 +337,7 @@ def sections_of(evaluation: Evaluation) -> list[Section]:
     for name in evaluation.scores:
         count = evaluation.pairs[name]
         aim = "to forget" if name in evaluation.forget_sets else "to keep"
-        title = f"{name} ({count:,} pair{'' if count == 1 else 's'}, {aim})"
+        title = f"{name} ({counted(count, 'pair')}, {aim})"
         found.append((title, _set_findings(evaluation, name)))
     for kind, name, findings in evaluation.examined():
         for group, those in groupby(findings.values(), key=lambda finding: finding.group):
@@ -395,7 +396,7 @@ def _notes(evaluation: Evaluation) -> list[str]:
         notes.append("\n".join(["Audit:", *(f"- {line}" for line in evaluation.audit)]))
     candidates = evaluation.settings["candidates"]
     legend = (
-        f"{LEGEND}\nimage->text ranks among {candidates:,} captions, "
+        f"{LEGEND}\nimage->text ranks among {counted(candidates, 'caption')}, "
         "text->image among the set's images and the\nretain set's."
     )
     if any(OLD_INDEX in values for values in evaluation.scores.values()):

@@ -10,6 +10,8 @@ from typing import Any
 
 from PIL import Image
 
+from fasterase.numerals import counted
+
 # What no HTML file may hold: control characters, halves of characters, noncharacters.
 _UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 
@@ -38,7 +40,7 @@ def _environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "inline": _inline}
+    environment.filters |= {"percent": percent, "inline": _inline, "counted": counted}
     return environment
 
 

@@ -182,8 +182,11 @@ def test_unlearn_and_evaluate_on_a_saved_model(tmp_path, capsys):
     assert (folder / "pictures.png").is_file()
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/jpeg") > 4
-    (folder / "report.html").unlink()
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    for name in ("report.html", "report.md"):
+        (folder / name).unlink()
     assert main(["report", str(folder)]) == 0
+    assert (folder / "report.md").read_text(encoding="utf-8") == text
     assert (folder / "report.html").read_text(encoding="utf-8") == page
     both = tmp_path / "both.html"
     assert main(["report", str(folder), str(folder), "--output", str(both)]) == 0

@@ -6,6 +6,8 @@ import contextlib
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -139,12 +141,73 @@ def test_any_command_line_is_parsed_or_refused_as_wrong_input(argv):
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
-        main([command, "--help"] if command else ["--help"])
+        main([command, _all_of(command)] if command else ["--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     for flag in flags_of(command) if command else []:
         assert f"--{flag.name}" in shown
     assert "%%" not in shown
+
+
+def _all_of(command: str) -> str:
+    return "--help-all" if COMMANDS[command].basics else "--help"
+
+
+def test_help_has_the_basics_first(capsys):
+    for command, cls in COMMANDS.items():
+        if not cls.basics:
+            continue
+        flags = [flag.name for flag in flags_of(command)]
+        assert set(cls.basics) < set(flags)
+        shown = {}
+        for flag in ("--help", "--help-all"):
+            with pytest.raises(SystemExit):
+                main([command, flag])
+            listed = re.findall(r"^  --(\w+)", capsys.readouterr().out, flags=re.MULTILINE)
+            shown[flag] = [name for name in listed if name in flags]
+        assert set(shown["--help"]) == set(cls.basics)
+        assert set(shown["--help-all"]) == set(flags)
+    # What is not shown is taken all the same.
+    assert parse(["unlearn", "--betas", "0.1,0.2"]).values == {"betas": (0.1, 0.2)}
+
+
+@pytest.mark.parametrize("argv", [[], ["--debug"], ["--local_rank", "0"]])
+def test_without_a_command_the_commands_are_listed(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    for command, cls in COMMANDS.items():
+        assert f"  {command:<12}{cls.purpose()}\n" in shown
+
+
+@pytest.mark.parametrize("flag", ["-V", "--version"])
+def test_version(flag, capsys):
+    with pytest.raises(SystemExit):
+        main([flag])
+    assert capsys.readouterr().out == f"fasterase {fasterase.__version__}\n"
+
+
+def test_completion_knows_commands_flags_and_values(capsys, tmp_path):
+    pytest.importorskip("shtab")
+    assert main(["completion", "bash"]) == 0
+    (tmp_path / "script").write_text(capsys.readouterr().out)
+    lines = [
+        f"source {tmp_path / 'script'}",
+        *('complete_() { COMP_WORDS=(fasterase "$@") COMP_CWORD=$#', "COMPREPLY=()"),
+        *('_shtab_fasterase fasterase "${@: -1}" "${@: -2:1}"', 'echo "${COMPREPLY[@]}"; }'),
+        *("complete_ unl", "complete_ unlearn --max_st", "complete_ unlearn --optimizer pag"),
+    ]
+    shell = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, text=True)
+    assert shell.stdout.split() == ["unlearn", "--max_steps", "paged_adamw8bit"]
+    assert main(["completion", "fish"]) == 0
+    assert "--tune" in capsys.readouterr().out
+
+
+def test_completion_without_shtab_says_how_to_get_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["completion", "zsh"]) == 2
+    assert "pip install 'fasterase[completion]'" in capsys.readouterr().err
 
 
 def test_every_field_is_a_flag_with_help_in_a_group():

@@ -100,6 +100,9 @@ def test_the_demo_leaves_what_it_says(tmp_path, capsys, monkeypatch):
     assert len(page) < 3_000_000
     assert evaluation.table() not in shown
     assert evaluation.table() in (tmp_path / "evaluation.txt").read_text(encoding="utf-8")
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert text.count("## Evaluation\n") == 1
+    assert evaluation.table() in text, "the demo's own, not the run's smaller one"
     assert set(evaluation.references) == {"cliperase recipe"}
     assert {"forget", "retain", "holdout", "forget-unseen", "neighbour"} <= set(evaluation.scores)
     assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 2

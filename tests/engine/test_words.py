@@ -271,7 +271,7 @@ def test_a_run_names_words_that_are_common_or_at_risk(capsys, tmp_path, monkeypa
     )
     assert [each.word for each in result.words if each.is_common] == ["apple"]
     printed = "".join(capsys.readouterr())
-    assert "lost their meaning: apple. Common words of forget captions" in printed
+    assert "1 token of the forget set alone lost its meaning: apple. Common words of" in printed
     assert "nothing holds them: garden (1)" in printed
     report = (tmp_path / "run" / "report.md").read_text()
     assert "- words that lost their meaning: **apple** (3 forget pairs)" in report

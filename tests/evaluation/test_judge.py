@@ -217,7 +217,7 @@ def test_half_of_the_judged_pairs_are_those_that_training_never_draws() -> None:
     assert len(set(evaluator.judge.rows["forget"]) & set(undrawn)) >= 8
 
 
-@pytest.mark.filterwarnings("ignore:1 broken pairs are skipped")
+@pytest.mark.filterwarnings("ignore:1 broken pair is skipped")
 def test_unreadable_pairs_are_not_judged() -> None:
     forget: list[Any] = [(picture(i), "cat") for i in range(3)]
     forget[1] = (torch.full((3, 1, 1), torch.nan), "cat")

@@ -132,7 +132,9 @@ def test_weights_beside_the_adapters_are_not_lost_in_silence(tmp_path):
     given = wrapped(small_models.hf_clip())
     given.get_parameter("base_model.model.visual_projection.weight").requires_grad_(True)
     result = erase(given)
-    with pytest.warns(UserWarning, match=r"1 trained weights .*visual_projection.*modules_to_save"):
+    with pytest.warns(
+        UserWarning, match=r"1 trained weight outside .*visual_projection.*modules_to_save"
+    ):
         result.save(tmp_path / "erased")
 
 

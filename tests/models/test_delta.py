@@ -16,6 +16,7 @@ from fasterase.models.load import load_model
 from tests import small_models
 from tests.tiny_model import TinyModel, pairs, same_weights
 
+pytestmark = pytest.mark.filterwarnings("ignore:the delta takes")
 STEPS = {"lr": 1e-2, "batch_size": 8, "forget_batch_size": 4, "progress": False, "max_steps": 3}
 
 
@@ -32,6 +33,15 @@ def erase(model, folder, **options):
         )
     result.save(folder, delta=True)
     return result
+
+
+def test_one_of_all_weights_is_told_to_be_as_large_as_the_model(tmp_path):
+    model = TinyModel()
+    with pytest.warns(UserWarning, match=r"delta takes .* MB of .* tune='lora:8'"):
+        erase(model, tmp_path / "all")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        erase(model, tmp_path / "few", tune="projections")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])

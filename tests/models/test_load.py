@@ -78,6 +78,7 @@ def test_named_open_clip_instances_are_recognised():
         (None, "NoneType is not a model"),
         ("nonsense", "neither an open_clip model nor a folder"),
         ("", "neither an open_clip model nor a folder"),
+        ("openai/clip-vit-base-patch32", "Did you mean hf:openai/clip-vit-base-patch32 "),
         ("ViT-B32", "Did you mean .*ViT-B-32"),
         ("ViT-B-32", "Its tags: .*laion2b_s34b_b79k"),
         ("ViT-B-32/", "Its tags: .*laion2b_s34b_b79k"),

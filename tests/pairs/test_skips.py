@@ -30,8 +30,17 @@ def test_a_small_share_is_warned_of_once_by_name():
 
 
 def test_too_many_are_an_error_that_names_them():
-    with pytest.raises(InputError, match=r"1 of 24 pairs .*`max_skipped`.*x\[7\] \(image is torn"):
-        SkipLedger(24).add([f"y[{n}]" for n in range(23)], skips(7))
+    with pytest.raises(InputError, match=r"2 of 24 pairs .*`max_skipped`.*x\[7\] \(image is torn"):
+        SkipLedger(24).add([f"y[{n}]" for n in range(22)], skips(7, 8))
+
+
+def test_a_single_one_in_a_small_set_is_a_warning_unless_none_is_accepted():
+    ledger = SkipLedger(24)
+    ledger.add([f"y[{n}]" for n in range(23)], skips(7))
+    with pytest.warns(UserWarning, match=r"^1 broken pair is skipped: x\[7\]"):
+        ledger.warn()
+    with pytest.raises(InputError, match="1 of 24 pairs"):
+        SkipLedger(24, max_skipped=0.0).add([f"y[{n}]" for n in range(23)], skips(7))
 
 
 def test_a_large_set_is_not_stopped_by_its_first_batch():

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import io
 import math
+import re
 import shlex
+import sys
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,8 +21,11 @@ from fasterase.cli.parser import parse
 from fasterase.errors import InputError
 from fasterase.models.load import load_architecture
 from fasterase.planner.count import measure_micro_batch
+from fasterase.planner.loading import Feeding, describe_hours
 from fasterase.planner.plan import _largest
 from tests import small_models
+
+plan_module = sys.modules["fasterase.planner.plan"]  # the function has its name
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +40,7 @@ def printed_big_g():
     planner = fasterase.plan
     flags = ["--pairs", "12_000_000", "--forget", "100_000", "--gpu-memory", "80", "--gpus", "8"]
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(plan_module, "measure_decoding", lambda model: 240.0)
         patch.setattr(fasterase, "plan", plan)
         assert main(["plan", "--model", "ViT-bigG-14", *flags]) == 0
     return plans[0], printed.getvalue()
@@ -162,3 +171,73 @@ def test_outputs_of_frozen_blocks_take_disk():
     assert fasterase.plan(model, 100_000, tune="last:1").prefix_bytes == 0
     with pytest.raises(InputError, match="one process"):
         fasterase.plan(model, 100_000, gpus=8, **options)
+
+
+def test_loading_and_compute_make_the_wall_clock():
+    """100 pairs/s of compute, 30 images/s of a worker: four workers keep up."""
+    fed = Feeding(images_per_second=30, pairs_per_second=100, asked=0, is_measured=True)
+    assert (fed.needed, fed.workers) == (4, 4)
+    pairs, compute = 360_000, 1.0
+    assert fed.hours(pairs, compute, 1, workers=4) == pytest.approx(1.0)  # compute binds
+    assert fed.hours(pairs, compute, 1, workers=2) == pytest.approx(pairs / 60 / 3600)
+    assert fed.hours(pairs, compute, 1, workers=0) == pytest.approx(pairs / 30 / 3600 + 1)
+    assert fed.hours(pairs, compute, 2, workers=2) == pytest.approx(pairs / 120 / 3600)
+    assert fed.describe().startswith("Compute binds")
+    starved = dataclasses.replace(fed, asked=2)
+    assert starved.workers == 2
+    assert "Loading binds: 30 images/s per worker" in starved.describe()
+    assert "waits 40% of the time with 2. Give --num_workers 4" in starved.describe()
+    unknown = dataclasses.replace(fed, pairs_per_second=math.nan)
+    assert (unknown.workers, unknown.describe()[:8]) == (1, "Loading:")
+
+
+@pytest.mark.parametrize(
+    ("hours", "said"), [(0.005, "18 s"), (0.5, "30.0 min"), (26.2, "26.2 h"), (math.nan, "unknown")]
+)
+def test_durations(hours, said):
+    assert describe_hours(hours) == said
+
+
+def test_a_plan_recommends_workers_and_measures_what_they_decode(capsys):
+    model = small_models.open_clip_vit(layers=1, vocab_size=300)
+    plan = fasterase.plan(model, 100_000, tflops=1, efficiency=1)
+    rate = plan.feeding.images_per_second
+    assert 5 < rate < 5000
+    assert plan.feeding.is_measured
+    assert f"--num_workers {plan.feeding.workers}" in plan.command
+    assert "The smallest common GPU that it fits on is RTX 4060 (8 GB)" in str(plan)
+    options = {"tflops": 1, "efficiency": 1, "images_per_second": 100, "num_workers": 3}
+    told = fasterase.plan(model, 100_000, **options)
+    assert "--num_workers 3" in told.command
+    # 1,000 pairs to forget are 16 batches of 63.
+    pairs = told.steps * (256 + 63) + told.retain_pairs
+    loading = pairs / (100 * 3) / 3600
+    assert loading > told.run_gpu_hours
+    found = told.feeding.hours(told.run_pairs, told.run_gpu_hours, 1, workers=3)
+    assert found == pytest.approx(loading)
+    assert re.search(rf"the run, .* steps +{describe_hours(loading)} ", str(told))
+    with pytest.raises(InputError, match="images_per_second=0"):
+        fasterase.plan(model, 1000, images_per_second=0)
+
+
+@pytest.mark.slow
+def test_the_smallest_gpu_is_found_among_all_ways_to_run(monkeypatch):
+    """Cards of the sizes of this small model: which one holds what is computed, not a constant."""
+    model = small_models.open_clip_vit(layers=1, vocab_size=300)
+    whole = fasterase.plan(model, 1000, images_per_second=1)
+    peaks = sorted(each.peak_bytes / 0.92e9 for each in whole.setups)
+    for memory, fits in ((1.01 * peaks[0], True), (0.99 * peaks[0], None), (1e-5, False)):
+        monkeypatch.setattr(plan_module, "_CARDS", (("TINY", memory), ("LARGE", 2 * memory)))
+        said = fasterase.plan(model, 1000, images_per_second=1).smallest_gpu
+        assert ("none of the common GPUs" in said) == (fits is False)
+        assert ("TINY" in said and "micro_batch_size" not in said) == bool(fits)
+    assert not fasterase.plan(model, 1000, images_per_second=1, device="cpu").smallest_gpu
+
+
+def test_progress_is_shown_while_passes_are_counted(monkeypatch, capsys):
+    model = small_models.open_clip_vit(layers=1, vocab_size=300)
+    shown = []
+    bar = contextlib.nullcontext(SimpleNamespace(update=lambda: shown.append(1)))
+    monkeypatch.setattr(plan_module, "progress_bar", lambda title, **options: bar)
+    fasterase.plan(model, 1000, images_per_second=1)
+    assert len(shown) >= 4  # both towers, a step, and one with checkpointing

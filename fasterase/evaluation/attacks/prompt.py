@@ -25,6 +25,7 @@ from fasterase.evaluation.findings import (
 )
 from fasterase.evaluation.scores import share_below
 from fasterase.models.dual_encoder import DualEncoder
+from fasterase.numerals import counted
 from fasterase.pairs.skips import BrokenPair
 from fasterase.seeds import Stream, generator
 
@@ -69,7 +70,7 @@ def prompt(target: Target) -> Examined:
     findings: list[Finding] = []
     for key, title, text in (
         ("caption", "best caption of the data", natural),
-        ("prompt", f"best of {len(search.scores):,} prompts", search.best()[0]),
+        ("prompt", f"best of {counted(len(search.scores), 'prompt')}", search.best()[0]),
     ):
         feature = target.encoder.texts([text])[0]
         findings.append(Finding(f"{key}/text", title, "text", "text", "", text))

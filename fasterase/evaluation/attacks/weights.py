@@ -31,6 +31,7 @@ from fasterase.evaluation.findings import (
 from fasterase.evaluation.verdict import PairTraces, decide, summarise
 from fasterase.models.dual_encoder import DualEncoder, separate_copy
 from fasterase.models.preprocessing import Tokens
+from fasterase.numerals import counted
 from fasterase.ops.contrastive import contrastive
 from fasterase.pairs.batches import sweep
 from fasterase.pairs.prepare import hash_captions
@@ -246,7 +247,7 @@ def _describe(
     shots: list[int],  # from 0
     outcomes: list[Outcome],  # of each of `shots`
 ) -> Examined:
-    pairs = [f"{k} pair{'' if k == 1 else 's'}" for k in shots]
+    pairs = [counted(k, "pair") for k in shots]
     keys = [f"{k}_shots" for k in shots]
     recalls = [
         recall_finding(

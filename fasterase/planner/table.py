@@ -1,0 +1,202 @@
+"""The table of a plan, the reasons for what it recommends, and the command."""
+
+from __future__ import annotations
+
+import math
+import re
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from fasterase.config import UnlearnConfig
+from fasterase.numerals import counted
+from fasterase.planner.loading import describe_hours
+
+if TYPE_CHECKING:
+    from fasterase.planner.plan import Plan, Setup
+
+_GPUS_PER_NODE = 8
+
+_PARTS = {
+    "weights": "weights in fp32",
+    "gradients": "gradients in fp32, whole",
+    "optimizer_states": "states of {optimizer}",
+    "partitions": "DeepSpeed's copies of this GPU's share",
+    "activations": "activations of {pairs}",
+    "features": "features of the batch",
+    "loss": "workspace of the loss",
+    "update": "update, beyond room left by activations",
+}
+_WIDTH = 98
+_SCORE_BYTES = 4 + 1 + 1  # of `fasterase.find`: a score, a decision, whether the name is there
+
+
+def plan_table(plan: Plan) -> str:
+    """Return what `str(plan)` is."""
+    config, setup, measured = plan.config, plan.setup, plan.measured
+    image, text = (plan.forward_flops[tower] / 1e9 for tower in ("image", "text"))
+    training = f"{setup.flops_per_pair / 1e9:,.1f} GFLOP"
+    encoded = "encoded once" if setup.in_one else "encoded twice"
+    finding = [
+        "",
+        "Finding the concept first (fasterase find)",
+        f"  encoding all {counted(plan.pairs, 'pair'):<23}{_hours(plan, plan.find_gpu_hours)}",
+        f"  their scores in memory              {_SCORE_BYTES * plan.pairs / 1e6:,.0f} MB",
+    ]
+    epoch = _hours(plan, plan.gpu_hours_per_epoch)
+    lines = [
+        f"{plan.model}: {plan.parameters / 1e6:,.1f} M parameters, "
+        f"{plan.trained_parameters / 1e6:,.1f} M trained (tune={config.tune}), "
+        f"{plan.precision}",
+        f"{counted(plan.pairs, 'pair')} to keep, {plan.forget:,} to forget; "
+        f"{config.batch_size} + {config.forget_batch_size} pairs per step on {plan.gpus} x "
+        f"{plan.gpu_memory:g} GB",
+        "",
+        *_memory_table(setup, plan.setups),
+        "",
+        "Compute",
+        f"  encoding an image, a text           {image:,.1f} + {text:,.1f} GFLOP",
+        f"  training on a pair                  {training} ({encoded})",
+        f"  an epoch over {counted(plan.pairs, 'pair'):<22}{epoch}",
+        f"  the run, at most {counted(plan.steps, 'step'):<19}{_hours(plan, plan.run_gpu_hours)}",
+        "",
+        "Data",
+        f"  retain pairs that the run reads     {plan.retain_pairs:,} of {plan.pairs:,}",
+        f"  the original's features on disk     {plan.run_disk_bytes / 1e9:,.3f} GB for these, "
+        f"{plan.disk_bytes / 1e9:,.1f} GB for all",
+        *(finding if plan.finds else ()),
+    ]
+    lines += ["", *_wall_clock(plan)]
+    if plan.prefix_bytes:
+        lines.append(
+            f"  outputs of frozen blocks on disk    {plan.prefix_bytes / 1e9:,.3f} GB at most; "
+            "the compute above is without them"
+        )
+    if measured is not None:
+        lines += ["", *measured.lines()]
+    lines += ["", *textwrap.wrap(plan.reason, _WIDTH)]
+    if plan.smallest_gpu:
+        lines += textwrap.wrap(plan.smallest_gpu, _WIDTH)
+    lines += [*textwrap.wrap(plan.feeding.describe(), _WIDTH), "", _wrap_command(plan.command)]
+    return "\n".join(lines)
+
+
+def _hours(plan: Plan, hours: float) -> str:
+    if math.isnan(hours):
+        return "unknown on a CPU without --tflops or --measure"
+    return f"{hours:,.2f} GPU-hours at {plan.efficiency:.0%} of {plan.tflops:,.4g} TFLOP/s"
+
+
+def write_command(
+    name: str, config: UnlearnConfig, setup: Setup, gpus: int, num_workers: int | str
+) -> str:
+    """Return the command that makes the run as planned."""
+    import open_clip
+
+    if name in open_clip.list_models():  # needs a tag for its weights
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        name = f"{name}/{tags[0] if len(tags) == 1 else 'TAG'}"
+    nodes, rest = divmod(gpus, _GPUS_PER_NODE)
+    launcher = ""
+    if gpus > 1 and setup.parallel != "plain":
+        where = "--hostfile HOSTS" if nodes > 1 else f"--num_gpus {gpus}"
+        launcher = f"deepspeed {where} --module "
+    elif nodes > 1 and not rest:
+        launcher = (
+            f"torchrun --nnodes {nodes} --nproc_per_node {_GPUS_PER_NODE} --rdzv_backend c10d "
+            "--rdzv_endpoint HOST:29400 -m "
+        )
+    elif gpus > 1:
+        launcher = f"torchrun --nproc_per_node {gpus} -m "
+    words = [
+        f"{launcher}fasterase unlearn --model {name} --forget FORGET --retain RETAIN "
+        "--output_dir RUN"
+    ]
+    chosen = config.to_dict() | {
+        "optimizer": setup.optimizer,
+        "activation_checkpointing": setup.activation_checkpointing,
+        "micro_batch_size": None if setup.in_one else setup.micro_batch_size,
+        "num_workers": num_workers,
+    }
+    defaults = UnlearnConfig().to_dict()
+    for field, value in chosen.items():
+        if value != defaults[field]:
+            words.append(f"--{field} {','.join(map(str, value)) if field == 'betas' else value}")
+    if setup.parallel != "plain":
+        words.append(f"--deepspeed {setup.parallel}.json")
+    return " ".join(words)
+
+
+def explain(setup: Setup, setups: Sequence[Setup], gpus: int, share: int) -> str:
+    """Say why `setup`, and why none of the simpler ones."""
+    whole = "a GPU's share of " if gpus > 1 else "the batch of "
+    whole += counted(share, "pair")
+    once = (
+        "one micro-batch, so that nothing is encoded twice."
+        if setup.in_one
+        else f"micro-batches of {setup.micro_batch_size}, each encoded twice (GradCache)."
+    )
+    sentences = [
+        f"{setup.name[0].upper()}{setup.name[1:]} fits: {setup.peak_bytes / 1e9:.1f} GB at the "
+        f"peak, with {whole} in {once}"
+    ]
+    for other in setups[: setups.index(setup)]:
+        if other.micro_batch_size == 0:
+            found = "not even one pair fits"
+        elif setup.in_one and not other.in_one:
+            fits = counted(other.micro_batch_size, "pair fits", "pairs fit")
+            found = f"only {fits} at a time, each to be encoded twice"
+        elif other.cost > 1.01 * setup.cost:
+            found = "a pair would take longer"
+        else:
+            found = f"the peak of {other.peak_bytes / 1e9:.1f} GB would leave little room"
+        sentences.append(f"With {other.name} {found}.")
+    return " ".join(sentences)
+
+
+def _memory_table(setup: Setup, setups: Sequence[Setup]) -> list[str]:
+    chosen = {"optimizer": setup.optimizer, "pairs": counted(setup.micro_batch_size, "pair")}
+    return [
+        "Memory of each GPU at the peak of a step, GB",
+        *(
+            f"  {_PARTS[part].format(**chosen):<42}{size / 1e9:>9.2f}"
+            for part, size in setup.bytes_per_gpu.items()
+        ),
+        f"  {'peak':<42}{setup.peak_bytes / 1e9:>9.2f}",
+        "",
+        f"{'Ways to run':<54}{'pairs at a time':>16}{'peak GB':>10}{'GFLOP per pair':>17}",
+        *(
+            f"{'*' if each is setup else ' '} {each.name:<52}"
+            f"{each.micro_batch_size or 'none fits':>16}"
+            f"{each.peak_bytes / 1e9:>10.1f}{each.flops_per_pair / 1e9:>17,.1f}"
+            for each in setups
+        ),
+    ]
+
+
+def _wrap_command(command: str) -> str:
+    # A flag and its value stay on one line.
+    glued = re.sub(r"(--\w+) (?!-)", "\\1\0", command)
+    wrapper = textwrap.TextWrapper(
+        _WIDTH - 2, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    )
+    return " \\\n".join(wrapper.wrap(glued)).replace("\0", " ")
+
+
+def _wall_clock(plan: Plan) -> list[str]:
+    """Say how long the jobs take with workers that load, and without."""
+    workers = plan.feeding.workers
+    jobs = [
+        (f"an epoch over {counted(plan.pairs, 'pair')}", plan.pairs, plan.gpu_hours_per_epoch),
+        (f"the run, at most {counted(plan.steps, 'step')}", plan.run_pairs, plan.run_gpu_hours),
+    ]
+    if plan.finds:
+        jobs.append(("finding the concept", plan.pairs, plan.find_gpu_hours))
+    lines = [f"Wall clock with --num_workers {workers} per GPU, and without workers"]
+    for name, pairs, hours in jobs:
+        fed, alone = (
+            describe_hours(plan.feeding.hours(pairs, hours, plan.gpus, workers=each))
+            for each in (workers, 0)
+        )
+        lines.append(f"  {name:<36}{fed:<16}{alone}")
+    return lines

@@ -1,0 +1,83 @@
+"""`config.yaml`, which repeats a run: its settings, and the model and the data it was given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike, fspath
+from typing import Any
+
+from fasterase.config import COMMAND_KEYS, UnlearnConfig, format_yaml
+from fasterase.errors import InputError, hide_secrets
+
+# In the place of an argument that a file cannot hold.
+OBJECT = "(an object in Python)"
+# Arguments of `unlearn` that are no flags.
+_NO_FLAGS = ("tokenizer", "preprocess", "callback")
+
+
+def describe_run(arguments: Mapping[str, Any], config: UnlearnConfig) -> str:
+    """Return YAML for `fasterase unlearn --config`: the `arguments` of a call and its settings.
+
+    A set that was made from other arguments names them in its `flags`, and these are written in its
+    place. Passwords and signatures of URLs are left out.
+    """
+    values: dict[str, Any] = {}
+    for name in COMMAND_KEYS:
+        if arguments.get(name) is not None:
+            _add(values, name, arguments[name])
+    notes = ["`fasterase unlearn --config` of this file, in the same folder, repeats the run."]
+    lost = [name for name, value in values.items() if OBJECT in _leaves(value)]
+    if lost:
+        notes.append(f"Objects in Python, to be given anew: {', '.join(lost)}.")
+    others = [name for name in _NO_FLAGS if arguments.get(name) is not None]
+    if others:
+        notes.append(f"Given in Python alone, where no flag stands for it: {', '.join(others)}.")
+    hidden = {name: _hide(value) for name, value in values.items()}
+    if hidden != values:
+        notes.append("`***` stands for passwords and signatures of URLs, to be given anew.")
+    heading = "".join(f"# {note}\n" for note in notes)
+    return heading + format_yaml({**hidden, **config.to_dict()})
+
+
+def check_repeatable(values: Mapping[str, Any]) -> None:
+    """Raise `InputError` for values of `config.yaml` that are to be given anew."""
+    for mark, what in ((OBJECT, "an object in Python"), ("***", "a URL with a secret")):
+        lost = [f"--{n}" for n, value in values.items() if any(mark in e for e in _leaves(value))]
+        if lost:
+            raise InputError(
+                f"config: the run that wrote the file was given {what} for {', '.join(lost)}, "
+                "which a file does not hold. Give each as a flag, which overrides the file."
+            )
+
+
+def _add(values: dict[str, Any], name: str, value: Any) -> None:
+    """Put an argument into `values` as text, or the flags that it was made from."""
+    made = getattr(value, "flags", None)
+    if isinstance(value, str | PathLike):
+        values[name] = fspath(value)
+    elif isinstance(value, Mapping) and name in ("forget", "sets", "forget_sets"):
+        named: dict[str, Any] = {}
+        for key, each in value.items():
+            made = getattr(each, "flags", None)
+            if isinstance(made, Mapping):
+                values |= made
+            else:
+                _add(named, key, each)
+        if named:
+            values[name] = named
+    elif isinstance(made, Mapping):
+        values |= made
+    else:
+        values[name] = OBJECT
+
+
+def _leaves(value: Any) -> list[str]:
+    if isinstance(value, Mapping):
+        return [leaf for each in value.values() for leaf in _leaves(each)]
+    return [value] if isinstance(value, str) else []
+
+
+def _hide(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _hide(each) for name, each in value.items()}
+    return hide_secrets(value) if isinstance(value, str) else value
