@@ -23,7 +23,7 @@ from fasterase.errors import InputError
 from fasterase.files import write_text
 from fasterase.models.load import load_model
 from fasterase.pairs.open import open_pairs
-from fasterase.parallel.ranks import launched_rank
+from fasterase.progress import launched_rank
 from fasterase.report.evaluation import Evaluation
 from fasterase.report.pictures import CaptionRanking, picture_sheet, spread
 from fasterase.report.plots import plot_history, require_matplotlib
@@ -116,11 +116,7 @@ def run_demo(
     }
     sets = build_sets(forget, original=original, seed=configs[recipe].seed)
     shown = ", ".join(sets.concepts[:6]) + (", ..." if len(sets.concepts) > 6 else "")
-    print(f"Erasing {len(sets.concepts)} concepts ({shown}) from {original}.")
-    print(
-        f"{len(sets.forget)} drawings to forget, {len(sets.retain)} to retain, "
-        f"{len(sets.holdout)} held out. Results go to {folder}."
-    )
+    print(f"Erasing {len(sets.concepts)} concepts ({shown}). Results go to {folder}.")
     results = {}
     for name, config in configs.items():
         place = folder if name == recipe else folder / name

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import textwrap
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ from fasterase.planner.count import (
     Tracer,
     measure_micro_batch,
 )
+from fasterase.progress import SHORT_SECONDS, Progress, say
 
 # Dense peak of an H100 SXM in TFLOP/s (NVIDIA's data sheet), and the share of it that training a
 # large ViT reaches.
@@ -167,7 +169,10 @@ class Plan:
         self._memory = StepMemory(
             counts, gpus, on_gpu, step_pairs, compared, model.embed_dim, config.backend
         )
+        began = time.monotonic()
         self.measured = measure_micro_batch(model, precision=self.precision) if measure else None
+        if measure:
+            say("a micro-batch measured", since=began, least=SHORT_SECONDS)
         self.setups = self._compare_setups(model, tracer)
         self.setup = setup = choose_setup(self.setups, gpus, gpu_memory)
         self.bytes_per_gpu, self.micro_batch_size = setup.bytes_per_gpu, setup.micro_batch_size
@@ -242,12 +247,14 @@ class Plan:
         towers = (model.image_parts(), model.text_parts())
         if not config.activation_checkpointing and all(parts.blocks for parts in towers):
             checkpointings.append(True)
-        return [
-            self._fit(tracer, parallel, optimizer, checkpointing)
+        ways = [
+            (parallel, optimizer, checkpointing)
             for checkpointing in checkpointings
             for optimizer in optimizers
             for parallel in (parallels if self.gpus > 1 else parallels[:1])
         ]
+        bar = Progress("planning", items=ways, unit="way", delay=SHORT_SECONDS)
+        return [self._fit(tracer, *way) for way in bar]
 
     def _fit(
         self, tracer: Tracer, parallel: Parallel, optimizer: str, checkpointing: bool
