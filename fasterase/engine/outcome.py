@@ -52,7 +52,7 @@ def describe_known(traces: Mapping[str, Trace], recall: tuple[int, float] | None
         facts[TOLD_SETS:] = [f"{len(facts) - TOLD_SETS:,} further sets"]
     if recall is not None:
         facts.append(f"{recall[0]:,} retain pairs, recall {100 * recall[1]:.1f} %")
-    return "; ".join(facts) or "nothing to compare with"
+    return "; ".join(facts)
 
 
 def advise(outcome: Outcome, config: UnlearnConfig) -> str | None:

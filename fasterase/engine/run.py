@@ -110,7 +110,7 @@ class Run:
                 evaluator=self._evaluator,
             )
             known = describe_known(baseline.traces, baseline.recall)
-            say(f"original measured: {known}", since=began)
+            say(f"original measured: {known or 'nothing to compare with'}", since=began)
             # Adapters become part of the weights when training ends, before these are measured.
             with self.adapted():
                 history, limit = self.train()
@@ -286,8 +286,8 @@ class Run:
             found = evaluator.measure(self._encoder, features, original=baseline.measured)
             evaluation = compare(evaluator, found, original=baseline.measured)
             recall, hurt = found.recall, describe_hurt(evaluation, count=5)
-        known = describe_known(traces, recall)
-        say(f"erased model measured: {verdict or 'no verdict'}; {known}. {hurt}", since=began)
+        known = "; ".join(filter(None, [describe_known(traces, recall), hurt.removesuffix(".")]))
+        say(f"erased model measured: {verdict or 'no verdict'}; {known}", since=began)
         # Not where the original's weights were the best.
         is_taken = self._words is not None and self._words.are_taken(self.job.model)
         return Outcome(
