@@ -205,7 +205,7 @@ def _has_widgets() -> bool:
 
 def _stream() -> TextIO:
     # A notebook shows what comes on stderr like an error.
-    return sys.stdout if "ipykernel" in sys.modules else sys.stderr
+    return sys.stdout if type(sys.stdout).__module__.startswith("ipykernel") else sys.stderr
 
 
 def _clock(seconds: float) -> str:
