@@ -46,7 +46,7 @@ def say(message: str, *, since: float | None = None, least: float = 0.0) -> None
     """Write a line, usually what a phase that is over has found.
 
     Args:
-        message: one line.
+        message: one line; what no terminal should be sent, as captions may hold it, is left out.
         since: when the phase began (`time.monotonic`), to tell how long it took.
         least: say nothing of a phase of fewer seconds.
     """
@@ -55,7 +55,8 @@ def say(message: str, *, since: float | None = None, least: float = 0.0) -> None
     if _may_speak() and (since is None or now - since >= least):
         took = "" if since is None else f" ({_clock(now - since)})"
         sys.stdout.flush()  # what was printed before stands before it in a file of both
-        tqdm.write(f"fasterase: {' '.join(message.split())}{took}", file=_stream())
+        text = "".join(each if each.isprintable() else " " for each in message)
+        tqdm.write(f"fasterase: {' '.join(text.split())}{took}", file=_stream())
         _spoken = now
 
 

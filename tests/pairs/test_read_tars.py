@@ -167,11 +167,12 @@ def read_shards(monkeypatch):
 
 
 def test_indexing_that_takes_long_says_what_it_found(shards, monkeypatch, capsys):
+    monkeypatch.setattr(read_tars, "SHORT_SECONDS", 1e9)
     open_pairs(str(shards), name="retain")
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(read_tars, "SHORT_SECONDS", 0)
     open_pairs(str(shards), name="retain")
-    assert capsys.readouterr().err == "fasterase: retain indexed: 8 pairs in 4 shards (00:00)\n"
+    assert "fasterase: retain indexed: 8 pairs in 4 shards (" in capsys.readouterr().err
     with speaking(False):
         open_pairs(str(shards), name="retain")
     assert capsys.readouterr().err == ""
