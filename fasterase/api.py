@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,9 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
-from fasterase.config import UnlearnConfig, describe_recipe
+from fasterase.config import UnlearnConfig
 from fasterase.encode import PairEncoder
 from fasterase.engine.conditions import (
     check_concepts,
@@ -48,6 +48,7 @@ from fasterase.pairs.open import open_pairs
 from fasterase.pairs.processes import count_workers
 from fasterase.pairs.skips import SkipLedger
 from fasterase.parallel.ranks import Ranks, join_ranks, launched_device
+from fasterase.progress import say, speaking
 from fasterase.provenance import audit, read_record
 from fasterase.report.evaluation import Evaluation, compare
 from fasterase.result import UnlearnResult
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from fasterase.overrides import Overrides
 
 NO_SETS: Mapping[str, Any] = MappingProxyType({})
+WRITING_SECONDS = 10.0  # what is written sooner is not worth a line
 Model = nn.Module | str | os.PathLike[str] | DualEncoder
 
 
@@ -166,7 +168,7 @@ def unlearn(
         if not ranks.is_first:
             config = config.replace(progress=False, report_to=None)
         ranks.on_first(lambda: _check_output_folder(output))
-        with _speaking(ranks):
+        with _warning(ranks), speaking(config.progress):
             parent_record = read_record(model)
             given = {"tokenizer": tokenizer, "preprocess": preprocess, "model_name": model_name}
             keys = {"image_key": image_key, "text_key": text_key}
@@ -211,7 +213,9 @@ def unlearn(
                 )
                 with ranks.raising_together():
                     if output is not None and ranks.is_first:
+                        began = time.monotonic()
                         result.write_output(output)
+                        say("model and report written", since=began, least=WRITING_SECONDS)
             return result
 
 
@@ -231,8 +235,6 @@ def _run(job: Job, device: torch.device, **known: Any) -> UnlearnResult:
     `known` are the fields of the result that are known before.
     """
     encoder, config = job.model, job.config
-    if config.progress:
-        tqdm.write(f"fasterase: erasing from {encoder.name}; recipe: {describe_recipe(config)}")
     # A caller's no_grad or inference mode would train nothing, silently; autocast would round.
     with (
         tracking(config) as tracker,
@@ -246,10 +248,10 @@ def _run(job: Job, device: torch.device, **known: Any) -> UnlearnResult:
         followed = replace(job, callback=tracker.followed_by(job.callback))
         outcome = Run(followed, round_weights=round_weights).erase()
         tracker.summarise(outcome.figures())
-    if config.progress and job.ranks.world_size > 1:
+    if job.ranks.world_size > 1:
         hours = job.clock.seconds() * job.ranks.world_size / 3600
         unit = "GPU" if device.type == "cuda" else "process"
-        tqdm.write(f"fasterase: {job.ranks.world_size} processes, {hours:.2f} {unit}-hours")
+        say(f"{job.ranks.world_size} processes, {hours:.2f} {unit}-hours")
     advice = advise(outcome, config)
     if advice is not None:
         warnings.warn(advice, stacklevel=3)
@@ -275,7 +277,7 @@ def _run(job: Job, device: torch.device, **known: Any) -> UnlearnResult:
 
 
 @contextmanager
-def _speaking(ranks: Ranks) -> Iterator[None]:
+def _warning(ranks: Ranks) -> Iterator[None]:
     """Let the first rank alone warn: all of them find the same."""
     if ranks.is_first:
         yield
@@ -359,7 +361,7 @@ def evaluate(
         device: where to measure, such as `"cuda:0"`; a model passed in is moved back afterwards.
             None: where the model is, or the best available device for one given by name.
         num_workers: processes that load and decode pairs; see `UnlearnConfig`.
-        progress: show progress bars.
+        progress: say how far it is.
 
     Pairs that cannot be read are left out for all models, and named in a warning. A model given by
     the folder that `result.save` wrote is compared with its record, in `evaluation.audit`.
@@ -372,7 +374,8 @@ def evaluate(
     has_strangers = non_members is not None
     attacks = check_attacks(attacks, original=original is not None, non_members=has_strangers)
     keys: dict[str, Any] = {"image_key": image_key, "text_key": text_key}
-    sources, to_forget, _ = open_sets(forget, retain, holdout, sets, forget_sets, keys)
+    with speaking(progress):
+        sources, to_forget, _ = open_sets(forget, retain, holdout, sets, forget_sets, keys)
     if not len(sources["retain"]):
         raise InputError("`retain` is empty; a verdict needs pairs to keep, to compare with.")
     strangers = None if non_members is None else open_pairs(non_members, name="non_members", **keys)
@@ -402,10 +405,14 @@ def evaluate(
         explaining_interrupts(lambda: "Nothing was measured; make the same call again."),
         usual_defaults(),
         without_autocast(),
+        speaking(progress),
     ):
+        began = time.monotonic()
         measured, fingerprint = _measure_models(
             models, evaluator, examiner, given, encoding, device=device, audited=record is not None
         )
+        pairs = sum(len(evaluator.rows(name)) for name in evaluator.sources)
+        say(f"measured: {', '.join(models)}, on {pairs:,} pairs", since=began)
         evaluation = compare(
             evaluator,
             measured.pop("model"),

@@ -166,7 +166,7 @@ class UnlearnConfig:
         seed: seed of sampling, caption choice, augmentation and Dropout.
         num_workers: processes that load and decode pairs, per rank; `"auto"`: the cores of the host
             divided by its ranks, less one, at most 16. Does not affect the order of the pairs.
-        progress: show progress bars.
+        progress: say how far it is.
         reference_cache: folder for the cached features of the original, kept between runs. `None`:
             inside `output_dir`, or a temporary folder.
         output_dir: folder for the history, checkpoints, the erased model and the evaluation.

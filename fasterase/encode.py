@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fasterase.errors import InputError
 from fasterase.models.dual_encoder import DualEncoder
@@ -27,7 +26,7 @@ from fasterase.pairs.skips import Skip, SkipLedger
 from fasterase.pairs.table import PairTable
 from fasterase.parallel.engine import Engine
 from fasterase.parallel.ranks import ALONE, Ranks
-from fasterase.progress import WaitingShare, progress_bar
+from fasterase.progress import Progress, WaitingShare
 from fasterase.signals import current_stop
 
 # Images encoded at a time, on a CPU and on a GPU. Texts are shorter: four times as many.
@@ -112,7 +111,7 @@ class PairEncoder:
         batch_size: images loaded and encoded at a time; None: 64 on a CPU, 256 on a GPU. Of a batch
             that does not fit in the device's memory the halves are encoded one after the other.
         num_workers: processes that load and decode pairs.
-        progress: whether to show progress bars.
+        progress: whether to show progress.
         ranks: who takes part: `pairs` divides the work among them.
 
     Attributes:
@@ -166,11 +165,9 @@ class PairEncoder:
         finally:
             self._towers, self._in_lockstep = before
 
-    def progress_bar(
-        self, description: str, total: int, *, unit: str = "pair", leave: bool = True
-    ) -> tqdm:
-        """Return a bar that counts pairs, for `batches`, or other things."""
-        return progress_bar(description, total=total, unit=unit, leave=leave, shown=self._progress)
+    def progress(self, description: str, total: int, *, unit: str = "pair") -> Progress:
+        """Return what counts pairs, for `batches`, or other things."""
+        return Progress(description, total=total, unit=unit, shown=self._progress)
 
     def batches(
         self,
@@ -178,7 +175,7 @@ class PairEncoder:
         rows: np.ndarray,
         *,
         captions: Captions,
-        bar: tqdm,
+        bar: Progress,
         is_known: Callable[[list[str]], np.ndarray] | None = None,
     ) -> Iterator[EncodedBatch]:
         """Encode rows in the given order, each image and each distinct caption once.
@@ -218,8 +215,8 @@ class PairEncoder:
                 self._encode_tokens(tokens),
                 batch.skipped,
             )
-            bar.set_postfix({"waiting for data": str(waiting)}, refresh=False)
-            bar.update(len(batch.rows) + len(batch.skipped))
+            read = len(batch.rows) + len(batch.skipped)
+            bar.update(read, {"waiting for data": str(waiting)})
 
     def pairs(
         self,
@@ -228,7 +225,6 @@ class PairEncoder:
         *,
         captions: Captions = "first",
         description: str,
-        leave: bool = True,
     ) -> PairFeatures:
         """Encode rows (sorted, distinct) and keep all features in memory, the same on all ranks.
 
@@ -242,7 +238,7 @@ class PairEncoder:
         skipped: list[Skip] = []
         own = self.own_rows(rows)
         passes = -(-len(rows) // (self.batch_size * self.ranks.world_size))
-        bar = self.progress_bar(description, len(own), leave=leave)
+        bar = self.progress(description, len(own))
         with self.ranks.raising_together(), bar, self._passing(passes):
             for batch in self.batches(source, own, captions=captions, bar=bar):
                 images.append(batch.image)

@@ -1,62 +1,163 @@
-"""Progress bars: live in a terminal or a notebook, and a line every few seconds in a log."""
+"""What is said of a run while it goes on: a live line for people, and few plain ones for a log."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from operator import length_hint
 from typing import Any, TextIO, TypeVar
 
+import torch.distributed as dist
+from tqdm import TqdmWarning, tqdm
 from tqdm.asyncio import tqdm_asyncio
-from tqdm.auto import tqdm
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", TqdmWarning)  # without ipywidgets a notebook gets plain lines
+    from tqdm.auto import tqdm as live_tqdm
 
 T = TypeVar("T")
 
-# Seconds between two lines of one bar in a log.
-LOG_SECONDS = 10.0
-_LOG_LINE = "{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+# In a log something is said of a phase that goes on once so many seconds were silent.
+LOG_SECONDS = 30.0
+# What is done sooner is not worth a line.
+SHORT_SECONDS = 2.0
+
+_is_quiet: ContextVar[bool] = ContextVar("is_quiet", default=False)
+_spoken = -LOG_SECONDS  # when the last line was written
+_outermost: Progress | None = None  # loops inside it let it speak
 
 
-def progress_bar(
-    description: str,
-    *,
-    total: int | None = None,
-    items: Iterable[Any] | None = None,
-    unit: str,
-    initial: int = 0,
-    leave: bool = True,
-    delay: float = 0.0,
-    shown: bool = True,
-) -> tqdm:
-    """Return a tqdm bar on stderr, with tqdm's own arguments.
+@contextmanager
+def speaking(wanted: bool) -> Iterator[None]:
+    """Say nothing in the block unless it is `wanted`."""
+    token = _is_quiet.set(_is_quiet.get() or not wanted)
+    try:
+        yield
+    finally:
+        _is_quiet.reset(token)
+
+
+def say(message: str, *, since: float | None = None, least: float = 0.0) -> None:
+    """Write a line, usually what a phase that is over has found.
+
+    Args:
+        message: one line; what no terminal should be sent, as captions may hold it, is left out.
+        since: when the phase began (`time.monotonic`), to tell how long it took.
+        least: say nothing of a phase of fewer seconds.
+    """
+    global _spoken
+    now = time.monotonic()
+    if _may_speak() and (since is None or now - since >= least):
+        took = "" if since is None else f" ({_clock(now - since)})"
+        sys.stdout.flush()  # what was printed before stands before it in a file of both
+        text = "".join(each if each.isprintable() else " " for each in message)
+        tqdm.write(f"fasterase: {' '.join(text.split())}{took}", file=_stream())
+        _spoken = now
+
+
+def launched_rank() -> int:
+    """Return this process's number before it has joined the others; 0 without a launcher."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ.get("RANK") or 0)
+
+
+class Progress:
+    """A loop that goes on. Iterating over it yields its items and counts them.
+
+    A terminal or a notebook shows a bar, which vanishes in the end; a log gets a line whenever
+    `LOG_SECONDS` were silent. Of loops inside each other the outermost speaks, of several processes
+    the first.
 
     Args:
         description: what is going on.
-        items: iterated over by the bar itself; None if the caller calls `update`.
+        total: how many things there are; None if that is not known.
+        items: what to iterate over; None if the caller calls `update`.
         unit: what is counted, such as "pair".
+        initial: how many were done before.
+        delay: seconds before a bar is shown.
         shown: False shows nothing.
     """
-    common: dict[str, Any] = {
-        "iterable": items,
-        "total": total,
-        "desc": description,
-        "unit": unit,
-        "initial": initial,
-        "leave": leave,
-        "disable": not shown,
-    }
-    # A notebook draws widgets; its stderr is no terminal either.
-    if sys.stderr.isatty() or tqdm is not tqdm_asyncio:
-        return tqdm(**common, delay=delay)
-    return tqdm(
-        **common,
-        # A bar that will vanish need not leave a line for each time that it is quickly done.
-        delay=delay if leave else max(delay, LOG_SECONDS),
-        file=_Lines(sys.stderr),
-        bar_format=_LOG_LINE,
-        mininterval=LOG_SECONDS,
-        miniters=1,  # tqdm's estimate of the steps until the next line is slow to notice a stall
-    )
+
+    def __init__(
+        self,
+        description: str,
+        *,
+        total: int | None = None,
+        items: Iterable[Any] | None = None,
+        unit: str,
+        initial: int = 0,
+        delay: float = 0.0,
+        shown: bool = True,
+    ) -> None:
+        total = length_hint(items) or None if total is None else total
+        self._description, self._total, self._items, self._unit = description, total, items, unit
+        self._count = self._initial = initial
+        self._facts = ""
+        self._shown, self._delay = shown and _may_speak(), delay
+        self._bar: tqdm | None = None
+
+    def update(self, count: int = 1, facts: Mapping[str, str] | None = None) -> None:
+        """Count what is done; `facts` are told beside it."""
+        self._count += count
+        if facts:
+            self._facts = "".join(f", {name} {text}" for name, text in facts.items())
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._facts[2:], refresh=False)
+            self._bar.update(count)
+        elif self._shown:
+            (_outermost or self)._tell()
+
+    def _tell(self) -> None:
+        now = time.monotonic()
+        is_due = now - _spoken >= LOG_SECONDS and now - self.began >= SHORT_SECONDS
+        if is_due and self._bar is None:
+            say(self._line(now - self.began))
+
+    def _line(self, seconds: float) -> str:
+        """Return a line such as "reading retain: 4 of 10 items (00:40, up to 01:00 left)"."""
+        done, total = self._count - self._initial, self._total
+        of, left = "", ""
+        if total is not None:
+            of = f" of {total:,}"
+            left = f", up to {_clock(seconds * (total - self._count) / done)} left" if done else ""
+        counted = f"{self._count:,}{of} {self._unit}{'' if total == 1 else 's'}"
+        return f"{self._description}: {counted}{self._facts} ({_clock(seconds)}{left})"
+
+    def __iter__(self) -> Iterator[Any]:
+        with self:
+            for item in self._items or ():
+                yield item
+                self.update()
+
+    def __enter__(self) -> Progress:
+        global _outermost
+        self.began = time.monotonic()
+        if _outermost is not None or not self._shown:
+            return self
+        _outermost = self
+        if _has_widgets() or sys.stderr.isatty():
+            self._bar = live_tqdm(
+                total=self._total,
+                desc=self._description,
+                unit=self._unit,
+                initial=self._initial,
+                leave=False,
+                delay=self._delay,
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        global _outermost
+        if self._bar is not None:
+            self._bar.close()
+        if _outermost is self:
+            _outermost = None
 
 
 class WaitingShare:
@@ -95,18 +196,18 @@ class WaitingShare:
         return f"{float(self):.0%}"
 
 
-class _Lines:
-    """A stream in which each state of a bar is a line of its own, not written over the last."""
+def _may_speak() -> bool:
+    return not _is_quiet.get() and launched_rank() == 0
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._last = ""
 
-    def write(self, text: str) -> None:
-        line = text.strip()
-        if line and line != self._last:
-            self._stream.write(line + "\n")
-            self._last = line
+def _has_widgets() -> bool:
+    return live_tqdm is not tqdm_asyncio
 
-    def flush(self) -> None:
-        self._stream.flush()
+
+def _stream() -> TextIO:
+    # A notebook shows what comes on stderr like an error.
+    return sys.stdout if type(sys.stdout).__module__.startswith("ipykernel") else sys.stderr
+
+
+def _clock(seconds: float) -> str:
+    return tqdm.format_interval(seconds)

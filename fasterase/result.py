@@ -41,7 +41,7 @@ from fasterase.report.pictures import (
     picture_sheet,
 )
 from fasterase.report.plots import plot_history
-from fasterase.report.tables import Section, html_table
+from fasterase.report.templating import render
 from fasterase.runs import MARKDOWN, PAGE, write_markdown, write_page, write_rest
 
 MOST_SETS = 6  # further ones of which pictures are shown
@@ -123,10 +123,17 @@ class UnlearnResult:
         return "\n  ".join(["UnlearnResult:", *(f"{k}: {v}" for k, v in self._summary().items())])
 
     def _repr_html_(self) -> str:
-        """Show a table in a notebook."""
-        rows = [[fact, value] for fact, value in self._summary().items()]
-        table = html_table(["", "erasure"], [Section("", rows)])
-        return table if self.evaluation is None else table + self.evaluation._repr_html_()
+        """Show verdict, pictures before and after, damage and table in a notebook."""
+        facts = self._summary()
+        record = {"concept": self.concept, "outcome": {"verdict": self.verdict}}
+        run = RunFacts(name="", record=record)
+        try:
+            (rows, erased), _ = self._shown
+            run = replace(run, pictures=[Picture.of(row, erased) for row in rows])
+        except Exception as error:  # pictures may have been moved: the rest is shown all the same
+            facts["no pictures"] = f"{type(error).__name__}: {error}"
+        shown = render("notebook.html", headline=run.headline, facts=facts, sections=run.sections)
+        return shown if self.evaluation is None else shown + self.evaluation._repr_html_()
 
     def _summary(self) -> dict[str, str]:
         """What fits on one screen: neither weights nor history."""

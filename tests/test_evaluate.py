@@ -104,7 +104,7 @@ def test_workers_progress_and_device_reach_the_encoder(monkeypatch, capsys) -> N
     assert made[0] == (1, False, "cpu")
     assert capsys.readouterr().err == ""
     fasterase.evaluate(lookup_model(), FORGET, RETAIN)
-    assert "measuring (retain)" in capsys.readouterr().err
+    assert "measured: model, on" in capsys.readouterr().err
 
 
 def test_a_model_is_moved_for_the_measurement_and_back() -> None:

@@ -31,6 +31,7 @@ def load(name: str) -> ModuleType:
 
 def test_every_example_is_tested():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {
+        "demo",  # tests/test_notebook.py
         "erase_a_class",
         "measure_forgetting",
         "the_method",

@@ -22,6 +22,7 @@ from fasterase.pairs.skips import Skip
 from fasterase.report.evaluation import Evaluation
 from fasterase.result import UnlearnResult
 from tests import small_models
+from tests.test_page import HOSTILE, Outline
 from tests.tiny_model import same_weights
 
 QUIET = {"progress": False, "evaluation": None}
@@ -85,14 +86,14 @@ def test_report(result, tmp_path, steps):
     assert UnlearnConfig(**settings) == UnlearnConfig(betas=(0.5, 0.75))
 
 
-def run(model, *, filters="ignore", **fields):
+def run(model, *, filters="ignore", name="apple", **fields):
     """A short run on pictures with captions."""
-    forget = [(Image.new("RGB", (40, 30), (200, i, 9)), f"apple {i}") for i in range(4)]
+    forget = [(Image.new("RGB", (40, 30), (200, i, 9)), f"{name} {i}") for i in range(4)]
     retain = [(Image.new("RGB", (40, 30), (9, i, 200)), f"boat {i}") for i in range(20)]
     options = {"tokenizer": small_models.simple_tokenizer(), "max_steps": 2}
     with warnings.catch_warnings():
         warnings.simplefilter(filters)
-        return fasterase.unlearn(model, forget, retain, **options, **QUIET, **fields)
+        return fasterase.unlearn(model, forget, retain, **options, **{**QUIET, **fields})
 
 
 @pytest.fixture(scope="module")
@@ -196,12 +197,28 @@ def test_repr_fits_one_screen():
     assert "saved" not in unjudged
 
 
-def test_a_notebook_shows_tables():
-    table = short_result(1)._repr_html_()
-    assert "ViT-B-32/&lt;tag&gt;" in table
-    assert '<td style="text-align: left">forgotten</td>' in table
-    assert table.endswith("<table>EVALUATION</table>")
+def test_a_notebook_shows_what_there_is_when_the_pictures_are_gone():
+    shown = short_result(1)._repr_html_()
+    assert "The model has forgotten what it was to forget." in shown
+    assert "ViT-B-32/&lt;tag&gt;" in shown
+    assert '<td style="text-align: left">forgotten</td>' in shown
+    assert "no pictures" in shown
+    assert shown.endswith("<table>EVALUATION</table>")
     assert "EVALUATION" not in short_result(1, evaluation=None)._repr_html_()
+
+
+def test_a_notebook_shows_pictures_and_what_strangers_wrote_adds_no_element():
+    outlines = []
+    for name in ("apple", HOSTILE):
+        result = run(small_models.open_clip_vit(), name=name, concept=name, evaluation="quick")
+        shown = result._repr_html_()
+        assert shown.count('<img src="data:image/jpeg;base64,') == 4 + 8 + 8
+        assert "alert(2)" in shown or name == "apple"
+        assert shown.count("before: <bdi>") == 20
+        assert shown.count("<table>") == 2
+        shown.encode()
+        outlines.append(Outline(shown).tags)
+    assert outlines[0] == outlines[1]
 
 
 def test_a_half_precision_model_is_shown_too(tmp_path):

@@ -39,7 +39,7 @@ from fasterase.engine.conditions import lock_run
 from fasterase.engine.model_state import best_device, resolve_device
 from fasterase.errors import InputError
 from fasterase.files import check_creatable, remove_leftovers, replace_folder, write_text
-from fasterase.progress import progress_bar
+from fasterase.progress import Progress
 
 MODELS = (
     "the models are folders, or hub ids that are downloaded: PIPELINE a Stable Diffusion 1 or 2 in "
@@ -115,7 +115,7 @@ def _draw_missing(
         pipeline.check_same(same, prompts, argument=argument)
     erased = pipeline.fit(tower, prompts, argument=f"--erased={check.erased!r}")
     moved = dict(zip(prompts, pipeline.distances(erased, prompts), strict=True))
-    with progress_bar("pictures", total=check.images * len(missing), unit="picture") as bar:
+    with Progress("pictures", total=check.images * len(missing), unit="picture") as bar:
         for arm, prompt in missing:
             encoder = erased if arm == "erased" else pipeline.own
             seeds = check.seeds(prompt)
@@ -150,7 +150,7 @@ def _detect(check: DiffusionCheck, output: Path, device: torch.device) -> Scores
     detector: Detector | None = None
     scores = {}
     keys = list(itertools.product(ARMS, check.all_prompts))
-    for key in progress_bar("detection", items=keys, unit="prompt"):
+    for key in Progress("detection", items=keys, unit="prompt"):
         folder = place(output, *key)
         file = folder / DETECTED
         found = read_record(file) if file.is_file() else {}

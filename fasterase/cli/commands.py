@@ -223,7 +223,7 @@ class Evaluate(_Erasure):
         seed: seed of the draw and of the bootstrap intervals.
         device: where to run, such as `cuda:0`. `none`: the best available device.
         num_workers: processes that load and decode pairs, or `auto`.
-        progress: show progress bars.
+        progress: say how far it is.
         output: also write the result to this file: the values as `.json`, or the report as `.md`.
         plots: also draw each task and attack to a file in this folder.
 

@@ -46,7 +46,7 @@ class Find(Command):
         precision: compute dtype of the towers, as for `fasterase unlearn`.
         device: where to run, such as `cuda:0`. `none`: the best available device.
         num_workers: processes that load and decode pairs, or `auto`.
-        progress: show progress bars.
+        progress: say how far it is.
 
     Examples:
       fasterase find --model ViT-B-32/laion2b_s34b_b79k --data pairs.csv --concept octopus \
@@ -78,7 +78,7 @@ class Find(Command):
     progress: bool = True
 
     def run(self, **fields: Any) -> None:
-        from fasterase.parallel.ranks import launched_rank
+        from fasterase.progress import launched_rank
 
         flags = dict(vars(self))
         model, data, folder = (flags.pop(name) for name in ("model", "data", "output_dir"))

@@ -24,7 +24,7 @@ from fasterase.files import write_text
 from fasterase.models.load import load_model
 from fasterase.numerals import counted
 from fasterase.pairs.open import open_pairs
-from fasterase.parallel.ranks import launched_rank
+from fasterase.progress import launched_rank
 from fasterase.report.evaluation import Evaluation
 from fasterase.report.pictures import CaptionRanking, picture_sheet, spread
 from fasterase.report.plots import plot_history, require_matplotlib
@@ -125,11 +125,8 @@ def run_demo(
     }
     sets = build_sets(forget, original=original, seed=configs[recipe].seed)
     shown = ", ".join(sets.concepts[:6]) + (", ..." if len(sets.concepts) > 6 else "")
-    print(f"Erasing {counted(len(sets.concepts), 'concept')} ({shown}) from {original}.")
-    print(
-        f"{counted(len(sets.forget), 'drawing')} to forget, {len(sets.retain)} to retain, "
-        f"{len(sets.holdout)} held out. Results go to {folder}."
-    )
+    named = f"{counted(len(sets.concepts), 'concept')} ({shown})"
+    print(f"Erasing {named}. Results go to {folder}.")
     results = {}
     for name, config in configs.items():
         place = folder if name == recipe else folder / name

@@ -79,6 +79,13 @@ class Baseline:
     def is_never_known(self) -> bool:
         return bool(self.traces) and not self.known_sets
 
+    @property
+    def recall(self) -> tuple[int, float] | None:
+        """See `Measurement`; without one, of the pairs that the damage is measured on."""
+        if self.measured is not None:
+            return self.measured.recall
+        return None if self.damage is None else self.damage.recall
+
 
 def measure_original(
     job: Job,
@@ -227,9 +234,7 @@ class Checks:
         rows = {name: self.judge.rows[name] for name in judged}
         rows["retain"] = np.union1d(self.judge.rows["retain"], self.baseline.damage_rows)
         features = {
-            name: self.encoder.pairs(
-                self.job.sets[name], these, description="is it forgotten?", leave=False
-            )
+            name: self.encoder.pairs(self.job.sets[name], these, description="is it forgotten?")
             for name, these in rows.items()
         }
         texts = None
@@ -293,6 +298,11 @@ class DamageMeter:
         self._alike.fill_diagonal_(True)
         self._rows = original.rows
         self._before = self._hits(original)
+
+    @property
+    def recall(self) -> tuple[int, float]:
+        """Number of pairs, and the original's share."""
+        return len(self._before), float(self._before.mean())
 
     def measure(self, features: PairFeatures) -> Damage:
         """Return the loss of a model, on the pairs that both could read."""

@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterator, Mapping
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fasterase.engine.checkpoint import Checkpoint, CheckpointFolder
 from fasterase.engine.grad_cache import backpropagate, buffers_in_train_mode, restore_buffers
@@ -21,7 +20,7 @@ from fasterase.objective import EraseLoss
 from fasterase.original.features import CachedOriginal, Original
 from fasterase.pairs.batches import StepBatch
 from fasterase.parallel.engine import Engine
-from fasterase.progress import WaitingShare, progress_bar
+from fasterase.progress import SHORT_SECONDS, Progress, WaitingShare, say
 from fasterase.seeds import Stream, torch_seed
 from fasterase.signals import Stopped, current_stop
 
@@ -192,7 +191,7 @@ def run_steps(
     ranks, config = job.ranks, job.config
     file, history = _open_history(job, trainer.step)
     total, taken = pacing.total_steps, trainer.step
-    bar = progress_bar("erasing", total=total, initial=taken, unit="step", shown=config.progress)
+    bar = Progress("training", total=total, initial=taken, unit="step")
     waiting = WaitingShare()
     last_save, number = time.monotonic(), 0
     stop = current_stop()
@@ -212,7 +211,8 @@ def run_steps(
                 if file:
                     file.append(record)
                 waiting.note(waited, record.seconds)
-                _show(bar, record, pairs / max(record.seconds + waited, 1e-9), waiting)
+                speed = pairs / max(record.seconds + waited, 1e-9)
+                bar.update(1, _facts(record, pacing.residue, speed, waiting))
                 done = job.callback is not None and job.callback(record) is True
             with stop.patience(CHECK_PATIENCE_SECONDS):
                 pacing.after_step(record)
@@ -220,15 +220,14 @@ def run_steps(
             number = int(found[0])
             ends = bool(number or found[1] or pacing.is_done)
             if checkpoints and not number and (ends or trainer.step == total or found[2]):
-                checkpoints.save(trainer.checkpoint(pacing))
-                last_save = time.monotonic()
+                last_save = _save(checkpoints, trainer, pacing)
             if ends:
                 break
         if number:
             stop.answer()
             # Before the first step, there is nothing that a new run would not find again.
             if checkpoints and trainer.step:
-                checkpoints.save(trainer.checkpoint(pacing))
+                _save(checkpoints, trainer, pacing)
             said = f" after step {trainer.step}. {how_to_continue(job.output)}"
             raise stop_error(number, said)
     return history
@@ -285,17 +284,22 @@ def _agreed(
         yield batch, max(passes), sum(pairs), max(waits)
 
 
-def _show(bar: tqdm, record: StepRecord, pairs_per_second: float, waiting: WaitingShare) -> None:
-    bar.set_postfix(
-        {
-            "loss": f"{record.total:.3f}",
-            "forget": f"{record.forget:.3f}",
-            "retain": f"{record.retain:.3f}",
-            "kl": f"{record.consistency:.4f}",
-            "anchor": f"{record.anchor:.4f}",
-            "pairs/s": f"{pairs_per_second:.0f}",
-            "waiting for data": str(waiting),
-        },
-        refresh=False,
-    )
-    bar.update()
+def _save(checkpoints: CheckpointFolder, trainer: Trainer, pacing: Pacing) -> float:
+    """Save a checkpoint, and return when that was done."""
+    began = time.monotonic()
+    checkpoints.save(trainer.checkpoint(pacing))
+    say(f"checkpoint of step {trainer.step:,} written", since=began, least=SHORT_SECONDS)
+    return time.monotonic()
+
+
+def _facts(
+    record: StepRecord, residue: float | None, pairs_per_second: float, waiting: WaitingShare
+) -> dict[str, str]:
+    """Return what is told of a step; `residue` is that of the last check."""
+    return {
+        "loss": f"{record.total:.3f}",
+        **({} if residue is None else {"residue": f"{residue:.2f}"}),
+        "lr": f"{record.lr:.1e}",
+        "pairs/s": f"{pairs_per_second:,.0f}",
+        "waiting for data": str(waiting),
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fasterase.config import UnlearnConfig
@@ -23,6 +24,8 @@ from fasterase.report.evaluation import Evaluation
 # What `tune` leaves as it is.
 FROZEN_TOWER = {"image": "text", "text": "image"}
 
+TOLD_SETS = 3  # to forget, in a line
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -41,6 +44,16 @@ class Outcome:
         """Return `set/name` -> value of what is left of each set, and of the evaluation."""
         residues = {f"{name}/residue": trace.residue for name, trace in self.traces.items()}
         return residues | ({} if self.evaluation is None else self.evaluation.flat())
+
+
+def describe_known(traces: Mapping[str, Trace], recall: tuple[int, float] | None) -> str:
+    """Tell in a line what a model knows of sets to forget, and of retain (`Measurement.recall`)."""
+    facts = [f"{t.pairs:,} {name} pairs, residue {t.residue:.2f}" for name, t in traces.items()]
+    if len(facts) > TOLD_SETS:
+        facts[TOLD_SETS:] = [f"{len(facts) - TOLD_SETS:,} further sets"]
+    if recall is not None:
+        facts.append(f"{recall[0]:,} retain pairs, recall {100 * recall[1]:.1f} %")
+    return "; ".join(facts)
 
 
 def advise(outcome: Outcome, config: UnlearnConfig) -> str | None:

@@ -147,6 +147,11 @@ class Pacing:
         self._is_forgotten = is_forgotten
         self._check_steps = check_steps
 
+    @property
+    def residue(self) -> float | None:
+        """The largest residue that the last check has found; None without checks."""
+        return None
+
     def lr(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
         return self._rate.at(step)
@@ -240,6 +245,10 @@ class AutomaticPacing(Pacing):
     @property
     def weights(self) -> Mapping[str, float]:  # type: ignore[override]
         return self._now.weights
+
+    @property
+    def residue(self) -> float:
+        return self._now.last[1]
 
     def lr(self, step: int) -> float:
         if self._now.fade_from is None:

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fasterase.config import UnlearnConfig
 from fasterase.errors import InputError
@@ -30,6 +29,7 @@ from fasterase.pairs.batches import MicroBatch, Prefixes
 from fasterase.pairs.prepare import hash_captions
 from fasterase.pairs.table import PairTable
 from fasterase.parallel.ranks import Ranks
+from fasterase.progress import say
 
 # Views of a forget image that are cached, where forget images are altered.
 VIEWS = 8
@@ -241,6 +241,5 @@ def open_prefix_cache(
     for name, rows in measured:
         if sets[name].stable:
             needed += cache.admit(sets[name], rows, limit_bytes=limit - needed)
-    if config.progress:
-        tqdm.write(f"fasterase: outputs of frozen blocks: at most {needed / 1e9:.3g} GB on disk")
+    say(f"outputs of frozen blocks: at most {needed / 1e9:.3g} GB on disk")
     return cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,8 +10,8 @@ from statistics import fmean
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from fasterase.config import describe_recipe
 from fasterase.encode import PairEncoder
 from fasterase.engine.baseline import Checks, measure_original, measured_rows
 from fasterase.engine.checkpoint import Checkpoint, CheckpointFolder
@@ -21,7 +22,7 @@ from fasterase.engine.loop import Trainer, run_steps
 from fasterase.engine.loss import StepLoss, loss_products
 from fasterase.engine.model_state import training
 from fasterase.engine.optim import Trained, build_engine, shards
-from fasterase.engine.outcome import Outcome
+from fasterase.engine.outcome import Outcome, describe_known
 from fasterase.engine.pacing import SETTLED_LOSS, AutomaticPacing, Check, Pacing
 from fasterase.engine.prefix_cache import open_prefix_cache
 from fasterase.engine.rates import LineFollower, Rate, Schedule
@@ -37,6 +38,7 @@ from fasterase.original.features import OriginalFeatures, cache_folder, feature_
 from fasterase.pairs.batches import StepBatch, step_batches
 from fasterase.pairs.processes import count_workers
 from fasterase.parallel.engine import Engine
+from fasterase.progress import say
 from fasterase.repeat import describe_run
 from fasterase.report.evaluation import compare, describe_hurt
 from fasterase.seeds import Stream, torch_seed
@@ -63,7 +65,11 @@ class Run:
                 "another tune."
             )
         most = self._draws.sampler.retain_pairs_drawn(self._draws.total_steps)
-        self._say(f"training draws at most {most:,} of {counted(len(job.retain), 'retain pair')}")
+        say(
+            f"erasing from {model.name}: {counted(len(job.forget), 'pair')} to forget, "
+            f"{len(job.retain):,} to keep, of which training draws at most {most:,}; recipe: "
+            f"{describe_recipe(config)}"
+        )
         # Before anything wraps the model: sharded weights would look the same for any model.
         self._fingerprint = model.fingerprint()
         self._identity = {"model weights": self._fingerprint}
@@ -97,7 +103,8 @@ class Run:
         self.choose_judge()
         with cache_folder(job.config.reference_cache, job.output, job.ranks) as folder:
             cache = self.open_caches(folder)
-            self._baseline = measure_original(
+            began = time.monotonic()
+            self._baseline = baseline = measure_original(
                 job,
                 self._draws,
                 self._encoder,
@@ -105,6 +112,8 @@ class Run:
                 judge=self._judge,
                 evaluator=self._evaluator,
             )
+            known = describe_known(baseline.traces, baseline.recall)
+            say(f"original measured: {known or 'nothing to compare with'}", since=began)
             # Adapters become part of the weights when training ends, before these are measured.
             with self.adapted():
                 history, limit = self.train()
@@ -226,12 +235,16 @@ class Run:
             self._resume(trainer, pacing)
             with self._encoder.through(engine), _exporting(engine):
                 batches = self._batches(trainer, pacing)
+                began = time.monotonic()
                 try:
                     history = run_steps(job, trainer, batches, pacing, self._checkpoints)
                 except InputError:
                     if words is not None and not trainer.step:
                         words.give_back(job.model)
                     raise
+                if history:
+                    loss = history[-1].total
+                    say(f"trained: {len(history):,} steps, loss {loss:.3f}", since=began)
         return history, pacing.limit
 
     def _unchanged_towers(self) -> list[str]:
@@ -258,25 +271,26 @@ class Run:
             named_alone=config.forget_words is not True,
         )
         if words is not None:
-            self._say(words.describe())
+            say(words.describe())
         return words
 
     def measure_erased(self, history: list[StepRecord], limit: str | None) -> Outcome:
         """Judge and measure the erased model beside the original."""
         baseline, evaluator, sets = self._baseline, self._evaluator, self.job.sets
+        began = time.monotonic()
         rows = self._judge.rows | measured_rows(evaluator, sets)
         features = {
             name: self._encoder.pairs(sets[name], these, description=f"erased model ({name})")
             for name, these in rows.items()
         }
         traces = summarise(self._judge.judge(features, baseline.judged))
-        evaluation = None
+        verdict, evaluation, recall, hurt = decide(traces, baseline.traces), None, None, ""
         if evaluator is not None:
             found = evaluator.measure(self._encoder, features, original=baseline.measured)
             evaluation = compare(evaluator, found, original=baseline.measured)
-            if evaluation.hurt:
-                self._say(describe_hurt(evaluation, count=5))
-        verdict = decide(traces, baseline.traces)
+            recall, hurt = found.recall, describe_hurt(evaluation, count=5)
+        known = "; ".join(filter(None, [describe_known(traces, recall), hurt.removesuffix(".")]))
+        say(f"erased model measured: {verdict or 'no verdict'}; {known}", since=began)
         # Not where the original's weights were the best.
         is_taken = self._words is not None and self._words.are_taken(self.job.model)
         return Outcome(
@@ -335,7 +349,7 @@ class Run:
             self.job.clock.earlier = self._saved.seconds
             trainer.restore(self._saved)
             pacing.restore(self._saved.pacing, self._saved.best)
-            self._say(f"resuming after step {self._saved.step}")
+            say(f"resuming after step {self._saved.step}")
         elif self._checkpoints is not None:
             self._checkpoints.clear()
 
@@ -355,10 +369,6 @@ class Run:
             num_workers=self._num_workers,
             ranks=job.ranks,
         )
-
-    def _say(self, message: str) -> None:
-        if self.job.config.progress and self.job.ranks.is_first:
-            tqdm.write(f"fasterase: {message}")
 
 
 def _named_words(job: Job) -> list[str]:

@@ -47,6 +47,7 @@ CONTRAST = 8
 LEAST_SHARE = 0.01
 # Pairs, or words, that are made into tokens at a time.
 AT_ONCE = 1024
+LISTED = 12  # words of a kind, in a line
 # Words that English uses more than 16 times in a million (log10 in a billion) have uses that no
 # concept explains: they are taken only where they are named. Those above GRAMMAR are about nothing.
 COMMON, GRAMMAR = 4.2, 5.6
@@ -90,11 +91,11 @@ class ForgottenWords:
         its = "its" if len(self.tokens) < 2 else "their"
         text = f"{tokens} of the forget set alone lost {its} meaning"
         if self.words:
-            text += f": {', '.join(each.word for each in self.words)}"
+            text += f": {_list([each.word for each in self.words])}"
         if self.shared:
             text += f". Other words need the tokens of {', '.join(self.shared)}, which stay"
         if self.at_risk:
-            listed = ", ".join(f"{each.word} ({each.forget})" for each in self.at_risk)
+            listed = _list([f"{each.word} ({each.forget})" for each in self.at_risk])
             text += (
                 f". Common words of forget captions (how many) that no retain caption has, so that "
                 f"nothing holds them: {listed}"
@@ -290,13 +291,18 @@ def _word(word: str, used: _Counts, kept: _Counts) -> Word:
     return Word(word, used.of_word[word], kept.of_word[word])
 
 
+def _list(words: Sequence[str]) -> str:
+    more = len(words) - LISTED
+    return ", ".join(words[:LISTED]) + (f" and {more:,} more" if more > 0 else "")
+
+
 def _most_frequent(words: list[Word]) -> list[Word]:
     return sorted(words, key=lambda each: (-each.forget, each.word))
 
 
 def _count_words(encoder: PairEncoder, source: PairTable, rows: np.ndarray) -> _Counts:
     counts, known = _Counts(), set[int]()
-    with encoder.progress_bar(f"words ({source.name})", len(rows), leave=False) as bar:
+    with encoder.progress(f"words ({source.name})", len(rows)) as bar:
         for start in range(0, len(rows), AT_ONCE):
             texts = _read_texts(source, rows[start : start + AT_ONCE])
             strings = sorted({text for each in texts if isinstance(each, list) for text in each})

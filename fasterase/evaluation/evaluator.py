@@ -70,6 +70,12 @@ class Measurement:
                     "Measure both with the same Evaluator."
                 )
 
+    @property
+    def recall(self) -> tuple[int, float]:
+        """Number of retain pairs, and the share of their images whose own caption comes first."""
+        values = self.sets["retain"].values["image_to_text_recall@1"]
+        return len(values), float(values.mean())
+
     def averages(self) -> Scores:
         """Return set -> metric -> value."""
         return {

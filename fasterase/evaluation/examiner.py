@@ -27,6 +27,7 @@ from fasterase.evaluation.findings import (
 )
 from fasterase.option_values import parse_names
 from fasterase.pairs.table import PairTable
+from fasterase.progress import say
 
 
 class Examination(NamedTuple):
@@ -157,7 +158,7 @@ class Examiner:
             self._original = features
         target = Target(name, encoder, features, self._original, evaluator)
         for key, found in self._found.items():
-            start = time.perf_counter()
+            start, began = time.perf_counter(), time.monotonic()
             try:
                 findings, series = (TASKS | ATTACKS)[key].run(target)
             except UnsuitableModelError:
@@ -166,6 +167,9 @@ class Examiner:
                 findings, series = [], ()
             seconds = time.perf_counter() - start
             if findings:
+                first = findings[0]
+                text = f"{key} of {name}: {first.title} {first.format(first.value)}"
+                say(text, since=began)
                 findings.append(Finding("seconds", "cost", "seconds", "seconds", "", seconds))
             found[name] = Examined(findings, [replace(each, model=name) for each in series])
 

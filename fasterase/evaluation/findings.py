@@ -135,7 +135,7 @@ class Target:
         """Return set -> features of its `rows`, encoded anew; `what` stands at the bar."""
         return {
             name: self.encoder.pairs(
-                self.evaluator.sources[name], those, description=f"{what} ({name})", leave=False
+                self.evaluator.sources[name], those, description=f"{what} ({name})"
             )
             for name, those in rows.items()
         }

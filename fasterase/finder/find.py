@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -47,6 +48,7 @@ from fasterase.pairs.processes import count_workers
 from fasterase.pairs.skips import SkipLedger
 from fasterase.pairs.table import PairTable
 from fasterase.parallel.ranks import Ranks, join_ranks, launched_device
+from fasterase.progress import say, speaking
 
 # Captions to keep that hold the meaning of a word which the concept's name shares.
 ENOUGH_CAPTIONS = 20
@@ -107,7 +109,7 @@ def find(
         precision: compute dtype of the towers, as in `UnlearnConfig`.
         device: such as `"cuda:0"`; None: where the model is, or the best for one given by name.
         num_workers: processes that load and decode pairs; see `UnlearnConfig`.
-        progress: show progress bars.
+        progress: say how far it is.
 
     Raises:
         InputError: an argument is unusable, or no pair can be read.
@@ -119,7 +121,7 @@ def find(
     if max_pairs is not None and max_pairs < 1:
         raise InputError(f"max_pairs={max_pairs} must be 1 or more, or None.")
     keys: dict[str, Any] = {"image_key": image_key, "text_key": text_key}
-    with join_ranks() as ranks, torch.inference_mode(False):
+    with speaking(progress), join_ranks() as ranks, torch.inference_mode(False):
         with ranks.raising_together():
             dual = load_model(
                 model, tokenizer=tokenizer, preprocess=preprocess, model_name=model_name
@@ -129,8 +131,11 @@ def find(
             is_named = isinstance(model, str | os.PathLike)
             home = (launched_device() or best_device()) if is_named else dual.device
             target = resolve_device(device, default=home)
+        began = time.monotonic()
         captions = ranks.on_first(lambda: read_captions(pairs, wordings, others))
         rows = sample(captions, max_pairs, seed)
+        named = int(captions.named.sum())
+        say(f"captions read: {named:,} of {len(pairs):,} pairs name {wordings[0]}", since=began)
         cache = None if reference_cache is None else os.fspath(reference_cache)
         with borrowed(dual, device=target), cache_folder(cache, None, ranks) as folder:
             encoder = PairEncoder(
@@ -146,7 +151,9 @@ def find(
             is_half = target.type == "cuda" and loss_products(encoder.precision) == "fp16"
             key = feature_key(fingerprint, encoder.precision)
             original = OriginalFeatures(encoder, folder, key, is_half=is_half)
+            began = time.monotonic()
             original.encode(pairs, rows)
+            say(f"encoded: {len(rows):,} pairs", since=began)
             judged = _judge(original, pairs, rows, captions, queries, picture_alone, ranks, seed)
     codes, scores, limits = judged
     facts = {
@@ -214,7 +221,7 @@ def _encode_queries(
     shown = nothing
     if examples is not None:
         every = np.arange(len(examples))
-        shown = encoder.pairs(examples, every, description="example images", leave=False).image
+        shown = encoder.pairs(examples, every, description="example images").image
     return Queries(encoder.texts(wordings), shown, encoder.texts(others) if others else nothing)
 
 

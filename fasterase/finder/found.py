@@ -13,10 +13,12 @@ import numpy as np
 from fasterase.errors import InputError
 from fasterase.files import check_writable, parse_path, replace_file, write_text
 from fasterase.finder.decisions import Decision
-from fasterase.finder.page import PageRow, write_page
+from fasterase.finder.page import PageRow, example_pairs, write_page
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.split import read_decisions, write_parts
 from fasterase.pairs.table import PairTable
+from fasterase.report.pictures import spread
+from fasterase.report.templating import render
 
 FACTS, ROWS, DECIDED = "found.json", "found.npz", "decisions.csv"
 PAGE = "review.html"
@@ -27,6 +29,7 @@ _MEANT = {
     "unsure": ((Decision.UNSURE,), Decision.UNSURE),
 }
 # Pairs of each decision on a page. The file saved from it also holds the other ids, but of retain.
+EXAMPLES = 6  # of each set in a notebook
 SHOWN = {"forget": 2000, "unsure": 2000, "retain": 300}
 
 
@@ -117,6 +120,20 @@ class Found:
                 f"{alone:,} by caption alone, {counts['unsure'] - alone:,} by picture",
                 f"not judged: {counts['not judged']:,}",
             ]
+        )
+
+    def _repr_html_(self) -> str:
+        """Show the counts, and pictures of each set, in a notebook."""
+        shown = [self.unsure, *self, self.unseen, self.neighbours]
+        return render(
+            "notebook.html",
+            headline=f"Found {', '.join(self.facts['concept'])}",
+            facts={name: f"{count:,}" for name, count in self.counts.items()},
+            sections=[
+                (part.name, example_pairs(part, spread(range(len(part)), EXAMPLES)))
+                for part in shown
+                if len(part)
+            ],
         )
 
     def review(self, path: str | os.PathLike[str]) -> Path:

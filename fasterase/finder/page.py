@@ -8,9 +8,10 @@ import html
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -18,8 +19,8 @@ from fasterase.files import write_text
 from fasterase.pairs.images import to_rgb
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.table import PairTable
-from fasterase.progress import progress_bar
-from fasterase.report.pictures import as_picture
+from fasterase.progress import Progress
+from fasterase.report.pictures import as_picture, make_thumbnail
 from fasterase.report.templating import jpeg_uri
 
 THUMBNAIL = 112  # pixels
@@ -60,7 +61,7 @@ def write_page(
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     every = [(name, row) for name in _TITLES for row in rows[name]]
     articles: dict[str, list[str]] = {name: [] for name in _TITLES}
-    for name, row in progress_bar("review page", items=every, unit="pair", leave=False, delay=2):
+    for name, row in Progress("review page", items=every, unit="pair", delay=2):
         articles[name].append(_article(source, row, pictures))
     hidden = {name: list(filter(_is_text, ids)) for name, ids in rest.items()}
     values = {
@@ -76,6 +77,23 @@ def write_page(
     return write_text(path, re.sub(r"\{\{(\w+)\}\}", lambda found: values[found[1]], template))
 
 
+def example_pairs(source: PairTable, rows: Sequence[int]) -> list[dict[str, Any]]:
+    """Return those of the pairs that can be read, for `notebook.html`."""
+    found = []
+    for row in rows:
+        with suppress(BrokenPair):
+            image = jpeg_uri(make_thumbnail(as_picture(source[row].image)))
+            texts = {"image": image, "caption": _caption(source, row), "before": (), "after": ()}
+            found.append({**texts, "is_wrong": False})
+    return found
+
+
+def _caption(source: PairTable, row: int) -> str:
+    captions = source.texts(row)
+    text = " / ".join(captions) if not isinstance(captions, Tensor) else "token ids"
+    return text[:CAPTION] + ("..." if len(text) > CAPTION else "")
+
+
 def _section(name: str, articles: Sequence[str], more: int) -> str:
     note = f"<p>{more:,} more are not shown; they stay as they are.</p>" if more else ""
     heading = f"<h2>{_TITLES[name]} (<output></output>)</h2>{note}"
@@ -83,9 +101,7 @@ def _section(name: str, articles: Sequence[str], more: int) -> str:
 
 
 def _article(source: PairTable, shown: PageRow, pictures: int) -> str:
-    id, captions = source.id(shown.row), source.texts(shown.row)
-    text = " / ".join(captions) if not isinstance(captions, Tensor) else "token ids"
-    text = text[:CAPTION] + ("..." if len(text) > CAPTION else "")
+    id, text = source.id(shown.row), _caption(source, shown.row)
     named = f' data-id="{_escape(id)}"' if _is_text(id) else ""
     says = "names it" if shown.is_named else "does not name it"
     return (

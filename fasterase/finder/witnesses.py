@@ -19,7 +19,7 @@ from fasterase.errors import InputError
 from fasterase.original.features import OriginalFeatures
 from fasterase.pairs.table import PairTable
 from fasterase.parallel.ranks import Ranks
-from fasterase.progress import progress_bar
+from fasterase.progress import Progress
 from fasterase.seeds import Stream, generator
 from fasterase.vocabulary import UNSPACED, english_frequencies, words_of
 
@@ -89,9 +89,8 @@ def read_captions(
     parts = naming_pattern(words) if words else None
     named, related = np.zeros((2, len(source)), bool)
     description = f"reading captions of {source.name}"
-    bar = progress_bar(
-        description, items=source.every_text(), total=len(source), unit="pair", leave=False, delay=2
-    )
+    every, total = source.every_text(), len(source)
+    bar = Progress(description, items=every, total=total, unit="pair", delay=2)
     for row, texts in enumerate(bar):
         if isinstance(texts, Tensor):
             raise InputError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,8 @@ class HuggingFaceEncoder(DualEncoder):
     def _write_model(self, folder: Path) -> None:
         # One safetensors file up to this size; by default the library shards in version 4.
         state = plain_state(self.module)
-        self.module.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
+        with _without_bars():
+            self.module.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
 
 
 def is_transformers(module: nn.Module) -> bool:
@@ -183,13 +185,14 @@ def from_source(
 def load_weights(kind: Any, source: str, config: Any, *, name: str, online: bool) -> Any:
     """Load the library's class `kind`; `InputError` if out of reach or weights are missing."""
     try:
-        module, report = kind.from_pretrained(
-            source,
-            config=config,
-            local_files_only=not online,
-            weights_only=True,
-            output_loading_info=True,
-        )
+        with _without_bars():
+            module, report = kind.from_pretrained(
+                source,
+                config=config,
+                local_files_only=not online,
+                weights_only=True,
+                output_loading_info=True,
+            )
     except Exception as error:
         raise _unreachable(name, error) from error
     missing = sorted(report["missing_keys"])
@@ -199,6 +202,29 @@ def load_weights(kind: Any, source: str, config: Any, *, name: str, online: bool
             f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
         )
     return module
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Hide transformers' bars, which stay in a terminal and fill a log; not those of downloads."""
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+    from transformers.utils import logging
+
+    shows, downloads = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    try:
+        if downloads:
+            enable_progress_bars()
+        yield
+    finally:
+        if shows:
+            logging.enable_progress_bar()
+        if not downloads:
+            disable_progress_bars()
 
 
 def read_config(source: str, *, name: str, online: bool) -> Any:

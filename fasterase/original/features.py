@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fasterase.encode import PairEncoder, PairFeatures, check_readable
 from fasterase.errors import FaseraseError, InputError
@@ -25,6 +24,7 @@ from fasterase.pairs.batches import StepBatch
 from fasterase.pairs.prepare import caption_key, hash_captions
 from fasterase.pairs.table import PairTable
 from fasterase.parallel.ranks import ALONE, Ranks
+from fasterase.progress import Progress
 from fasterase.seeds import Stream, generator
 
 # Rows of a block on disk: 4 MB of D=1024. A block holds whole batches, so that a resumed sweep
@@ -123,7 +123,7 @@ class OriginalFeatures:
         known = int(present.sum())
         before = len(images)
         total = known + sum(map(len, parts))
-        with self._ranks.raising_together(), encoder.progress_bar(description, total) as bar:
+        with self._ranks.raising_together(), encoder.progress(description, total) as bar:
             bar.update(known)
             for part in parts:
                 self._encode(source, part, bar)
@@ -163,7 +163,7 @@ class OriginalFeatures:
             [],
         )
 
-    def _encode(self, source: PairTable, rows: np.ndarray, bar: tqdm) -> None:
+    def _encode(self, source: PairTable, rows: np.ndarray, bar: Progress) -> None:
         """Encode rows, and store their images and the captions that are missing."""
         images, encoder = self.images(source), self._encoder
 

@@ -41,7 +41,7 @@ from fasterase.pairs.items import (
 from fasterase.pairs.sampler import spread_indices
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.table import PairTable, Part, pack
-from fasterase.progress import progress_bar
+from fasterase.progress import Progress
 
 T = TypeVar("T")
 
@@ -115,7 +115,7 @@ def _open_stream(source: Any, name: str, image_key: str | None, text_key: str | 
 
 
 def _read_all(items: Iterable[Any], name: str) -> list[Any]:
-    return list(progress_bar(f"reading {name}", items=items, unit="item", delay=2))
+    return list(Progress(f"reading {name}", items=items, unit="item", delay=2))
 
 
 def _first_readable(dataset: Any) -> tuple[int, Any]:

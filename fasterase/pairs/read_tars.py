@@ -42,7 +42,7 @@ from fasterase.pairs.sampler import WINDOW_SHARDS
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.table import PairTable, Part, Parts
 from fasterase.pairs.tar_reader import Entries, add_lost, read_rows, read_whole
-from fasterase.progress import progress_bar
+from fasterase.progress import SHORT_SECONDS, Progress, say
 
 log = logging.getLogger(__name__)
 
@@ -259,7 +259,7 @@ def _load_sequential(shards: list[Shard], name: str) -> list[Shard]:
         f"kept in memory. For large sets, use uncompressed .tar files.",
         stacklevel=3,
     )
-    bar = progress_bar(f"reading {name}", items=sequential, unit="shard", delay=2)
+    bar = Progress(f"reading {name}", items=sequential, unit="shard", delay=2)
     loaded = {shard: load(shard) for shard in bar}
     return [loaded.get(shard, shard) for shard in shards]
 
@@ -288,7 +288,7 @@ def _index_shards(shards: Sequence[Shard], name: str, entries: Entries) -> list[
         # Other processes may start together with this one; so they meet at few shards.
         random.Random(os.getpid()).shuffle(missing)
     read = functools.partial(_make_index if kept else _read_shard, entries=entries)
-    bar = progress_bar(f"indexing {name}", total=len(missing), unit="shard", delay=2)
+    bar = Progress(f"indexing {name}", total=len(missing), unit="shard", delay=2)
     try:
         with bar, process_pool(workers) if workers > 1 else nullcontext() as pool:
             made = map(read, missing) if pool is None else pool.map(read, missing)
@@ -297,6 +297,8 @@ def _index_shards(shards: Sequence[Shard], name: str, entries: Entries) -> list[
                 bar.update()
     except InputError as error:
         raise InputError(f"`{name}`: {error}") from error
+    counted = f"{sum(map(len, found.values())):,} pairs in {len(found):,} shards"
+    say(f"{name} indexed: {counted}", since=bar.began, least=SHORT_SECONDS)
     parts = [found[shard] for shard in shards]
     facts = [part.facts for part in parts]
     endings = ", ".join(sorted({ending for each in facts for ending in each["endings"]})) or "none"

@@ -22,7 +22,7 @@ from fasterase.pairs.items import IMAGE_KEYS, TEXT_KEYS, normalize_class_name
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.processes import count_processes, process_pool
 from fasterase.pairs.table import PairTable, Part
-from fasterase.progress import progress_bar
+from fasterase.progress import Progress
 
 # What a person decides about a pair; see `read_decisions`.
 DECISIONS = ("forget", "retain", "unsure")
@@ -141,7 +141,7 @@ def _select(pairs: PairTable, forget: Any) -> np.ndarray:
 def _mark(pairs: PairTable, matches: Iterable[bool]) -> np.ndarray:
     """Collect whether each pair matches, [n] bool, with a progress bar."""
     name, total = f"splitting {pairs.name}", len(pairs)
-    bar = progress_bar(name, total=total, items=matches, unit="pair", leave=False, delay=2)
+    bar = Progress(name, total=total, items=matches, unit="pair", delay=2)
     return np.fromiter(bar, dtype=bool, count=total)
 
 

@@ -30,7 +30,7 @@ from fasterase.pairs.items import Record, parse_meta
 from fasterase.pairs.prepare import caption_key, hash_captions
 from fasterase.pairs.sampler import spread_indices
 from fasterase.pairs.skips import BrokenPair
-from fasterase.progress import progress_bar
+from fasterase.progress import Progress
 
 T = TypeVar("T")
 
@@ -372,9 +372,8 @@ class PairTable(Sequence[Record]):
         They take 16 bytes a caption; as strings, those of millions of pairs take gigabytes.
         """
         description = f"comparing captions of {self.name}"
-        bar = progress_bar(
-            description, items=self.every_text(), total=len(self), unit="pair", leave=False, delay=2
-        )
+        every, total = self.every_text(), len(self)
+        bar = Progress(description, items=every, total=total, unit="pair", delay=2)
         counts: list[int] = []
 
         def keys() -> Iterator[str]:

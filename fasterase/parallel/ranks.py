@@ -354,13 +354,6 @@ def _naming_lost(ranks: LinkedRanks) -> Iterator[None]:
         raise
 
 
-def launched_rank() -> int:
-    """Return this process's number before it has joined the others; 0 without a launcher."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank()
-    return int(os.environ.get("RANK") or 0)
-
-
 def launched_device() -> torch.device | None:
     """Return the GPU that a launcher means for this process; None without a launcher or GPU."""
     local = os.environ.get("LOCAL_RANK")

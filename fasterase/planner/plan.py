@@ -31,7 +31,7 @@ from fasterase.planner.count import (
 )
 from fasterase.planner.loading import Feeding, measure_decoding
 from fasterase.planner.table import explain, plan_table, write_command
-from fasterase.progress import progress_bar
+from fasterase.progress import Progress
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -166,8 +166,8 @@ class Plan:
         self._memory = StepMemory(
             counts, gpus, on_gpu, step_pairs, compared, model.embed_dim, config.backend
         )
-        title = f"plan of {model.name}: passes counted"
-        with progress_bar(title, unit="pass", leave=False, shown=config.progress) as bar:
+        title = f"plan of {model.name}"
+        with Progress(title, unit="pass", shown=config.progress) as bar:
             tracer = Tracer(model, precision=self.precision, on_gpu=on_gpu, counted=bar.update)
             self.forward_flops = {each: tracer.forward(each).flops for each in ("image", "text")}
             self.prefix_bytes = self._count_prefix_bytes(tracer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,6 +30,7 @@ from fasterase.files import check_creatable, check_writable, parse_path, to_json
 from fasterase.numerals import counted
 from fasterase.report.plots import plot_findings, plot_series
 from fasterase.report.tables import Section, html_table, markdown_table, text_table
+from fasterase.report.templating import render
 
 LEGEND = (
     "Sets to forget: ↓ should fall to chance or below; ↓ chance and ↑ chance should reach chance\n"
@@ -162,9 +162,10 @@ class Evaluation:
         return "\n\n".join([title, table, *_notes(self)]) + "\n"
 
     def _repr_html_(self) -> str:
-        """Show the table in a notebook."""
+        """Show the verdict, what was hurt, and the table in a notebook."""
         table = html_table(columns_of(self, [*self.references]), sections_of(self))
-        return table + "".join(f"<p>{html.escape(note)}</p>" for note in _notes(self))
+        *notes, legend = _notes(self)
+        return render("evaluation.html", notes=notes, table=table, legend=legend)
 
     def report(self, path: str | PathLike[str]) -> Path:
         """Write the report to `path`: Markdown, or JSON if the name ends in `.json`.

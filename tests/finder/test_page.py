@@ -12,9 +12,11 @@ import pytest
 import torch
 
 import fasterase
+from fasterase.finder.decisions import Decision
 from fasterase.finder.page import PageRow, write_page
 from fasterase.pairs.open import open_pairs
-from tests.finder.conftest import HOSTILE
+from tests.finder.conftest import HOSTILE, NAMES
+from tests.test_page import Outline
 
 EVERY = {"forget": [], "unsure": [], "retain": []}
 
@@ -32,6 +34,22 @@ def test_a_page_holds_its_pictures_and_what_strangers_wrote_as_text(found, tmp_p
     assert "default-src 'none'" in page
     unsure = page.partition('id="unsure"')[2].partition("</section>")[0]
     assert unsure.count("<article") == counts["unsure"]
+
+
+def test_a_notebook_shows_counts_and_pictures(found, tmp_path):
+    found.codes[:] = Decision.RETAIN
+    rows = [row for row in range(len(found.source)) if found.source.texts(row) == [HOSTILE]]
+    found.codes[[*rows, *range(9)]] = Decision.UNSURE
+    shown = found._repr_html_()
+    assert f"Found {', '.join(NAMES)}" in shown
+    assert f"{found.counts['retain']:,}</td>" in shown
+    assert shown.count('<img src="data:image/jpeg') == 6 + 6
+    assert Outline(shown).tags.total() < 100
+    found.codes[:] = Decision.RETAIN
+    found.codes[rows] = Decision.UNSURE
+    shown = found._repr_html_()
+    assert HOSTILE not in shown
+    assert "onerror=alert(1)&gt;, &#34;{{rest}}&#34;" in shown
 
 
 def test_hostile_ids_and_hidden_ones(tmp_path):

@@ -45,6 +45,16 @@ def test_folders_load_as_str_path_and_local_dir(open_clip_folder, hf_folder):
         assert model.image_transform is not None
 
 
+def test_loading_and_saving_write_no_bars_and_leave_the_library_its_own(hf_folder, tmp_path, capfd):
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from transformers.utils import logging
+
+    load_model(hf_folder).save(tmp_path / "again")
+    assert "\r" not in "".join(capfd.readouterr())
+    assert logging.is_progress_bar_enabled()
+    assert not are_progress_bars_disabled()
+
+
 def test_a_dual_encoder_is_returned_unchanged():
     model = build_model("hf_clip")
     assert load_model(model) is model

@@ -13,6 +13,7 @@ from fasterase.pairs import processes, read_tars
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.overlap import remove_overlap
 from fasterase.pairs.split import split
+from fasterase.progress import speaking
 from tests.pairs.reading import captions, contents, encoded, read_all, samples, shade
 
 
@@ -163,6 +164,18 @@ def read_shards(monkeypatch):
     monkeypatch.setattr(read_tars, "read_rows", note)
     monkeypatch.setattr(processes, "num_cpus", lambda: 1)
     return read
+
+
+def test_indexing_that_takes_long_says_what_it_found(shards, monkeypatch, capsys):
+    monkeypatch.setattr(read_tars, "SHORT_SECONDS", 1e9)
+    open_pairs(str(shards), name="retain")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(read_tars, "SHORT_SECONDS", 0)
+    open_pairs(str(shards), name="retain")
+    assert "fasterase: retain indexed: 8 pairs in 4 shards (" in capsys.readouterr().err
+    with speaking(False):
+        open_pairs(str(shards), name="retain")
+    assert capsys.readouterr().err == ""
 
 
 def test_a_kept_index_is_that_in_memory(kept, monkeypatch):

@@ -238,6 +238,6 @@ def test_progress_is_shown_while_passes_are_counted(monkeypatch, capsys):
     model = small_models.open_clip_vit(layers=1, vocab_size=300)
     shown = []
     bar = contextlib.nullcontext(SimpleNamespace(update=lambda: shown.append(1)))
-    monkeypatch.setattr(plan_module, "progress_bar", lambda title, **options: bar)
+    monkeypatch.setattr(plan_module, "Progress", lambda title, **options: bar)
     fasterase.plan(model, 1000, images_per_second=1)
     assert len(shown) >= 4  # both towers, a step, and one with checkpointing

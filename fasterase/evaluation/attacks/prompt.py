@@ -120,7 +120,7 @@ class Search:
         """Try `words`, then build prompts from the best of them."""
         numbers = generator(self._target.evaluator.seed, Stream.PROMPT, 1)
         total = len(words) + 2 * ROUNDS * BEAM * PIECES
-        with self._target.encoder.progress_bar("searching prompts", total, unit="prompt") as bar:
+        with self._target.encoder.progress("searching prompts", total, unit="prompt") as bar:
             self.try_prompts(words)
             self.note()
             bar.update(len(words))

@@ -180,7 +180,7 @@ def relearn(target: Target) -> Examined:
         bar.update(STEPS * (k + len(retain.labels)))
         return Outcome(judge.judge(after), after["retain"])
 
-    with target.encoder.progress_bar("relearning", pairs) as bar:
+    with target.encoder.progress("relearning", pairs) as bar:
         tried = {rate: relearned(last, rate) for rate in RATES}
         best = max(RATES, key=lambda rate: tried[rate].recovered)
         outcomes += [relearned(k, best) for k in shots[:-1]]
