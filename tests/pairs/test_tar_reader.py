@@ -186,6 +186,7 @@ def test_lost_samples_count_against_max_skipped(make_tar):
             tokenizer=simple_tokenizer(),
             progress=False,
             evaluation=None,
+            max_skipped=0,
         )
 
 
