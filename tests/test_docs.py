@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import importlib.resources
 import importlib.util
 import io
 import json
@@ -66,7 +67,12 @@ def workplace(tmp_path, monkeypatch):
         assert (DEMO / f"data/{team}-001.tar").is_file()
         write_shards(rows, f"demo/data/{team}-00{{}}.tar")
     Path("demo/models").symlink_to(DEMO / "models")
-    monkeypatch.setattr("importlib.resources.files", lambda _: tmp_path / "demo")
+    files, demo = importlib.resources.files, tmp_path / "demo"
+    monkeypatch.setattr(
+        importlib.resources,
+        "files",
+        lambda package: demo if package == "fasterase.demo" else files(package),
+    )
     config = small_models.open_clip_config(context_length=77)
     monkeypatch.setitem(factory._MODEL_CONFIGS, "ViT-B-32", config)
     torch.manual_seed(0)  # which pairs are found depends on the weights
