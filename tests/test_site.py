@@ -106,6 +106,11 @@ def test_every_public_name_is_on_an_api_page_with_its_docstring(site):
     for name in fasterase.__all__:
         (shown,) = (page for page in pages if f"fasterase.{name}" in anchors(page))
         words = re.findall(r"\w+", (getattr(fasterase, name).__doc__ or "").partition("\n")[0])
+        # Not a module of the same name, such as fasterase.planner.plan.
+        heading = (
+            rf'id="fasterase.{name}" class="doc doc-heading">\s*<code class="[^"]*symbol-(\w+)"'
+        )
+        assert re.search(heading, shown)[1] in ("function", "class", "attribute"), name
         if name != "__version__":
             text = html.unescape(re.sub(r"<[^>]*>", " ", shown))
             assert " ".join(words) in " ".join(re.findall(r"\w+", text)), name
