@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip
 APT := on Debian or Ubuntu: apt install git make python3-venv
 
 .DEFAULT_GOAL := help
-.PHONY: help demo gpu test test-all test-scale quick lint style types format clean installed venv
+.PHONY: help demo docs gpu test test-all test-scale quick lint style types format clean installed venv
 
 help:
 	@echo 'make demo     erase a concept from the small CLIP that ships with fasterase, show the result'
@@ -25,6 +25,7 @@ help:
 	@echo 'make test-all  those, and the slow tests: processes, interpreter, compilers, docs'
 	@echo 'make test-scale  every stage, size and fault on several processes: 20 minutes'
 	@echo 'make lint     the checks without the tests'
+	@echo 'make docs     build the site into site/'
 	@echo 'make gpu      on a machine with a GPU: its tests, checks and benchmarks, in stages'
 	@echo 'make format   put the code into its standard form'
 	@echo 'make clean    remove .venv and everything built'
@@ -74,13 +75,18 @@ format: installed
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
+# Strictly: a broken link or a page that the navigation lacks is an error.
+docs: EXTRAS := docs
+docs: installed
+	$(BIN)/python -m mkdocs build --strict $(ARGS)
+
 # In .venv if there is one, else with PYTHON: it installs nothing by itself and needs no network.
 gpu:
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.systems.gpu_stages \
 	  $(if $(STAGE),--stage $(STAGE)) $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 # Installs a set of extras once, and again when pyproject.toml has changed.
 installed: STAMP = $(VENV)/.has-$(EXTRAS)

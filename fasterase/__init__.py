@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from fasterase.ops.contrastive import contrastive as contrastive
     from fasterase.ops.contrastive import explain_backend as explain_backend
     from fasterase.pairs.split import split as split
-    from fasterase.planner import Plan as Plan
-    from fasterase.planner import plan as plan
+    from fasterase.planner.plan import Plan as Plan
+    from fasterase.planner.plan import plan as plan
     from fasterase.report.evaluation import Evaluation as Evaluation
     from fasterase.result import UnlearnResult as UnlearnResult
 

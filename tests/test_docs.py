@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import importlib.resources
 import importlib.util
+import io
 import json
 import re
 import shlex
 import subprocess
+import tarfile
 from pathlib import Path
 
 import open_clip
@@ -23,9 +26,12 @@ from fasterase.cli.parser import parse
 from tests import small_models
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DEMO = ROOT / "fasterase/demo"
 # Exit codes: done, and done but remembered, as the tiny model ends.
 DONE = (0, 4)
+# Blocks that run, and those that show what is no code. `math` is drawn when the site is built.
+RUN, SHOWN = {"python", "sh", "bash"}, {"", "bibtex", "math", "text"}
 WORDS = ("apple", "apples", "dog", "cat", "house", "tree", "boat", "plane", "chair", "lamp")
 
 pytestmark = [
@@ -44,7 +50,8 @@ def blocks(page: Path, language: str) -> list[str]:
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A folder with the files that the pages name, and a ViT-B-32 of their tag that is tiny."""
+    """A folder with the files that the pages name, a ViT-B-32 of their tag that is tiny, and a
+    demo of few drawings."""
     from open_clip import factory
 
     monkeypatch.chdir(tmp_path)
@@ -56,6 +63,17 @@ def workplace(tmp_path, monkeypatch):
     sets |= {"octopus": rows[:2], "santa": rows[2:4]}
     for name, chosen in sets.items():
         Path(f"{name}.csv").write_text("\n".join(["filepath\ttitle", *chosen]))
+    write_shards(rows, "shards/00{}.tar")
+    for team in ("noto", "fluent", "twemoji"):
+        assert (DEMO / f"data/{team}-001.tar").is_file()
+        write_shards(rows, f"demo/data/{team}-00{{}}.tar")
+    Path("demo/models").symlink_to(DEMO / "models")
+    files, demo = importlib.resources.files, tmp_path / "demo"
+    monkeypatch.setattr(
+        importlib.resources,
+        "files",
+        lambda package: demo if package == "fasterase.demo" else files(package),
+    )
     config = small_models.open_clip_config(context_length=77)
     monkeypatch.setitem(factory._MODEL_CONFIGS, "ViT-B-32", config)
     torch.manual_seed(0)  # which pairs are found depends on the weights
@@ -67,6 +85,20 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.setattr("fasterase.engine.job.MAX_STEPS", 4)
     monkeypatch.setattr("fasterase.evaluation.attacks.weights.STEPS", 1)
     return tmp_path
+
+
+def write_shards(rows: list[str], pattern: str) -> None:
+    """Write the pairs as two shards too."""
+    for shard in range(2):
+        path = Path(pattern.format(shard))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(path, "w") as tar:
+            for row in rows[shard::2]:
+                name, text = row.split("\t")
+                tar.add(name)
+                caption = tarfile.TarInfo(name.replace(".png", ".txt"))
+                caption.size = len(text)
+                tar.addfile(caption, io.BytesIO(text.encode()))
 
 
 def taken_for_granted() -> dict[str, object]:
@@ -111,10 +143,11 @@ def test_python_blocks_of_the_docs(workplace):
         "erased"
     )
     for page in PAGES[1:]:
+        names = taken_for_granted()
         for block in blocks(page, "python"):
             if "transformers." in block:
                 continue
-            exec(compile(block, page.name, "exec"), taken_for_granted())
+            exec(compile(block, page.name, "exec"), names)
 
 
 def test_what_is_saved_loads_as_the_docs_say_of_transformers(workplace):
@@ -127,9 +160,24 @@ def test_what_is_saved_loads_as_the_docs_say_of_transformers(workplace):
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The commands of a page, without comments and with continued lines joined."""
-    text = "\n".join(blocks(page, "sh")).replace("\\\n", " ")
-    return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
+    """The commands of a page, without comments and with continued lines joined.
+
+    Of scripts (`bash`) those that run fasterase.
+    """
+    scripts = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    ours = [line for line in scripts if " fasterase " in line]
+    lines = "\n".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
+    return [words for line in lines + ours if (words := shlex.split(line, comments=True))]
+
+
+def test_every_block_is_of_a_kind_that_is_run_or_shown():
+    for page in PAGES:
+        opened = re.findall(r"^ *(```|~~~)(.*)$", page.read_text(encoding="utf-8"), re.M)[::2]
+        kinds = {kind for _, kind in opened}
+        assert kinds <= RUN | SHOWN, page
+        assert {mark for mark, _ in opened} <= {"```"}, page
+        for kind in kinds & RUN:
+            assert len(blocks(page, kind)) == [k for _, k in opened].count(kind), page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -137,7 +185,7 @@ def test_shell_blocks(workplace, page):
     for words in commands(page):
         if words[0] == "fasterase":
             run(words[1:])
-        elif words[0] in ("torchrun", "deepspeed"):
+        elif {"torchrun", "deepspeed"} & {*words}:
             Path("erase.yaml").touch()
             parse(words[words.index("fasterase") + 1 :])
         elif words[0] == "make":

@@ -75,7 +75,8 @@ class Trace:
             the image than its own caption: 1 is known, 0.5 no trace, 0 loudly absent.
         text_to_image: the same of unrelated images and the caption.
         hit: share of images won by a caption of the set in a contest with the unrelated captions.
-        hit_low, hit_high: 95 % Wilson interval of `hit`.
+        hit_low: low end of the 95 % Wilson interval of `hit`.
+        hit_high: its high end.
         chance: share that a random order would give.
         pairs: number of pairs judged.
         towers: `"image"`, `"text"` -> `hit` of this tower beside the original's other one, and the

@@ -122,9 +122,10 @@ class Plan:
         forward_flops: tower -> FLOPs of encoding one image or text.
         gpu_hours_per_epoch: of training on `pairs` once; NaN on a CPU without `measure`.
         disk_bytes: of the original's features of `pairs` pairs, images and captions.
-        steps, run_gpu_hours: of the run that the command starts, at most; encoding the original's
-            features included.
-        retain_pairs, run_disk_bytes: how many different ones it reads, and their features' bytes.
+        steps: of the run that the command starts, at most.
+        run_gpu_hours: of these, encoding the original's features included.
+        retain_pairs: how many different ones the run reads.
+        run_disk_bytes: of their features.
         prefix_bytes: of the outputs of frozen blocks, which `prefix_cache` stores; else 0.
         find_gpu_hours: of `fasterase.find`, which encodes all pairs once, into `disk_bytes`.
         run_pairs: pairs that it reads, one as often as it is drawn.
