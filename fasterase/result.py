@@ -56,7 +56,8 @@ class UnlearnResult:
     Attributes:
         model: the erased model: the object that was passed in, or its copy with `copy=True`.
         history: one record per step: `step` (from 1), `total`, `forget`, `retain`, `consistency`,
-            `anchor`, `lr`, `grad_norm`, `applied`, `seconds`; as keys and as attributes.
+            `anchor`, `lr`, `grad_norm`, `applied`, `seconds`, and where an automatic run has
+            looked `residue`, `least_residue` and `damage`; as keys and as attributes.
         evaluation: measurements before and after; `None` if the config asked for none.
         verdict: `"forgotten"`, `"remembered"`, `"over-erased"` (less similar than unrelated pairs),
             `"undecided"` (too few images to tell) or `"never known"` (by the original), the worst

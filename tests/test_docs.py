@@ -151,7 +151,7 @@ def test_python_blocks_of_the_docs(workplace):
 
 
 def test_what_is_saved_loads_as_the_docs_say_of_transformers(workplace):
-    (block,) = (b for b in blocks(ROOT / "docs/inputs.md", "python") if "transformers." in b)
+    (block,) = (b for b in blocks(ROOT / "docs/formats.md", "python") if "transformers." in b)
     pixels, ids = small_models.random_pairs(count=12)
     pairs = list(zip(pixels, ids, strict=True))
     result = fasterase.unlearn(small_models.hf_clip(), pairs[:4], pairs[4:], max_steps=1)

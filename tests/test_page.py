@@ -219,6 +219,20 @@ def test_what_no_other_file_holds_comes_back():
     assert render_page([replace(run, **rest)]) == render_page([run])
 
 
+def test_what_checks_found_is_drawn_where_they_were_made():
+    first = facts().history[0]
+    steps = [{**first, "step": i} for i in range(1, 31)]
+    for step, residue in ((10, 0.9), (20, 0.6), (30, 0.5)):
+        steps[step - 1] |= {"residue": residue, "least_residue": residue - 0.1, "damage": 0.01}
+    residue, damage = facts(history=steps).charts[-2:]
+    assert [line.name for line in residue.lines] == ["residue", "least_residue"]
+    assert len(residue.lines[0].points.split(" ")) == 3
+    assert (residue.lines[0].first, residue.lines[0].last) == ("0.9", "0.5")
+    assert [label for _, label in residue.x_ticks] == ["10", "30"]
+    assert damage.title.startswith("damage")
+    assert not any("residue" in chart.title for chart in facts().charts)
+
+
 def test_long_histories_are_averaged_and_gaps_left_out():
     first = facts().history[0]
     steps = [{**first, "step": i, "total": float(i)} for i in range(1, 5001)]

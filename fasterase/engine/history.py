@@ -20,7 +20,9 @@ from fasterase.objective import EraseLoss
 
 class StepRecord(dict[str, Any]):
     """One step: `step` (from 1), `total`, `forget`, `retain`, `consistency`, `anchor`, `lr`,
-    `grad_norm`, `applied` (False if the step was not finite and left out) and `seconds`.
+    `grad_norm`, `applied` (False if the step was not finite and left out) and `seconds`; where an
+    automatic run has looked, also `residue` and `least_residue`, the largest and smallest of a
+    direction, and `damage`, the share of retain recall@1 that is lost.
 
     A dict, ready for JSON and trackers, whose keys are also attributes.
     """

@@ -203,6 +203,8 @@ def run_steps(
             record = trainer.train_step(
                 batch, pacing.lr(batch.step), passes=passes, weights=pacing.weights
             )
+            with stop.patience(CHECK_PATIENCE_SECONDS):
+                record.update(pacing.after_step(record))
             history.append(record)
             is_due = time.monotonic() - last_save > SAVE_SECONDS
             if config.save_every is not None:
@@ -214,8 +216,6 @@ def run_steps(
                 speed = pairs / max(record.seconds + waited, 1e-9)
                 bar.update(1, _facts(record, pacing.residue, speed, waiting))
                 done = job.callback is not None and job.callback(record) is True
-            with stop.patience(CHECK_PATIENCE_SECONDS):
-                pacing.after_step(record)
             found = ranks.all_max(stop.number, done, is_due)
             number = int(found[0])
             ends = bool(number or found[1] or pacing.is_done)

@@ -68,6 +68,16 @@ class Check(NamedTuple):
     def verdict(self) -> str:
         return decide(self.traces) or REMEMBERED
 
+    def findings(self) -> dict[str, float]:
+        """Return what the history keeps of it."""
+        if not self._residues:
+            return {"damage": self.damage}
+        return {
+            "residue": self.residue,
+            "least_residue": self.least_residue,
+            "damage": self.damage,
+        }
+
     @property
     def _residues(self) -> list[float]:
         return [each for t in self._ranked for each in (t.image_to_text, t.text_to_image)]
@@ -156,11 +166,12 @@ class Pacing:
         """Return the learning rate of a step, counted from 0."""
         return self._rate.at(step)
 
-    def after_step(self, record: StepRecord) -> None:
-        """Record a step."""
+    def after_step(self, record: StepRecord) -> Mapping[str, float]:
+        """Take note of a step; return what a check after it has found, by name."""
         self._rate.follow(record)
         if self._is_forgotten is not None and record.step % self._check_steps == 0:
             self.is_done = self._is_forgotten()
+        return {}
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run needs, ready for JSON."""
@@ -235,6 +246,7 @@ class AutomaticPacing(Pacing):
         self._settled_loss = settled_loss
         self._towers = towers
         self._step = 0
+        self._found: Check | None = None  # after the last step
         known, self._best = original
         residues = known.residue, known.least_residue
         self._now = _Progress((0, *residues), _rank(known, faded=False), known.least_residue)
@@ -256,12 +268,16 @@ class AutomaticPacing(Pacing):
         start, lr = self._now.fade_from
         return lr * max(0.0, 1 - (step - start + 1) / (FADE_STEPS + 1))
 
-    def after_step(self, record: StepRecord) -> None:
-        self._step = record.step
+    def after_step(self, record: StepRecord) -> Mapping[str, float]:
+        self._step, self._found = record.step, None
+        if self._now.fade_from is not None:
+            self._fade(record.step - self._now.fade_from[0])
+        else:
+            self._follow(record)
+        return {} if self._found is None else self._found.findings()
+
+    def _follow(self, record: StepRecord) -> None:
         now, rate = self._now, self._rate
-        if now.fade_from is not None:
-            self._fade(record.step - now.fade_from[0])
-            return
         rate.follow(record)
         last = record.step == self.total_steps - FADE_STEPS
         due = self._is_check_due() and rate.share_left <= CHECKED_LOSS
@@ -284,7 +300,7 @@ class AutomaticPacing(Pacing):
 
     def _checked(self) -> Check:
         """Check the model, and decide when to do so again."""
-        found = self._check()
+        found = self._found = self._check()
         self._now.weights = {name: _slowness(trace) for name, trace in found.traces.items()}
         step, most, least = self._now.last
         self._now.last = self._step, found.residue, found.least_residue

@@ -12,6 +12,11 @@ from fasterase.evaluation.findings import Series
 from fasterase.report.plots import PANELS
 
 WIDTH, HEIGHT = 320, 130  # of the area between the axes, in units of the SVG
+# Of the checks: title of a panel, and what it shows.
+CHECKED: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("residue: largest and smallest of a direction", ("residue", "least_residue")),
+    ("damage: share of retain recall@1 that is lost", ("damage",)),
+)
 # Points of a line: of more steps, means of equally many.
 _POINTS = 240
 _TICKS = 4
@@ -37,13 +42,19 @@ class Chart(NamedTuple):
 
 
 def history_charts(history: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    """Return charts of the losses and the learning rate over the steps of a run."""
+    """Return charts of losses, learning rate, residue and damage over the steps of a run."""
     steps = np.array([record["step"] for record in history], float)
     charts = []
     for title, terms, logarithmic in PANELS:
         values = {term: np.array([record[term] for record in history], float) for term in terms}
         shown = {term: (steps, each) for term, each in values.items() if np.nan_to_num(each).any()}
         charts.append(_chart(title, "step", shown, is_log=logarithmic))
+    checked = [record for record in history if "damage" in record]
+    steps = np.array([record["step"] for record in checked], float)
+    for title, names in CHECKED:
+        found = {term: [record.get(term, np.nan) for record in checked] for term in names}
+        lines = {term: (steps, np.array(each, float)) for term, each in found.items()}
+        charts.append(_chart(title, "step", lines))
     return [chart for chart in charts if chart.lines]
 
 
