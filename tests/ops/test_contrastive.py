@@ -11,8 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fasterase.ops.contrastive import available_backends, chunked, contrastive, cpu
+from fasterase.ops.contrastive import api, available_backends, chunked, contrastive, cpu
 from tests import oracle
 from tests.ops import criterion_checks
 from tests.ops.calls import INPUTS, relative_error, rounded, run, tensors
@@ -317,3 +318,15 @@ def test_with_weights_of_one(backend, shape, scale, labelled):
     """N(0, 1) upstream, so that single elements of the gradients stand above the floor."""
     batch = criterion_checks.batch_of(shape, scale, labelled)
     check(batch, None, backend, torch.float32, criterion_checks.RELATIVE)
+
+
+def test_a_gpu_without_its_kernels_is_told_of(monkeypatch):
+    # A machine whose Triton is too old would multiply in fp32 without tensor cores, silently.
+    monkeypatch.setattr(api, "_explain_missing", lambda backend: f"{backend} is too old")
+    api._warn_of_fallback.cache_clear()
+    with FakeTensorMode():
+        pairs = torch.empty(4, 8, device="cuda"), torch.empty(4, 8, device="cuda")
+    with pytest.warns(UserWarning, match=r"triton is too old. It multiplies in fp32"):
+        assert api.choose_backend("auto", pairs)[0] == "chunked"
+    double = tuple(each.double() for each in pairs)
+    assert api.choose_backend("auto", double)[0] == "chunked", "no kernel was made for fp64"

@@ -377,21 +377,22 @@ def _choose_automatically(pairs: tuple[Tensor, Tensor] | None) -> tuple[str, str
         reason = _explain_missing("triton")
         if reason is None:
             return "triton", "auto: fused Triton kernels for tensors on a GPU"
+        _warn_of_fallback(reason, "It multiplies in fp32, whatever `products` says")
         return "chunked", f"auto: torch tiles, because {reason}"
     if pairs is not None and pairs[0].device.type == "cpu":
         reason = _explain_missing("cpu")
         if reason is None:
             return "cpu", "auto: C++ tiles for tensors on the CPU"
-        _warn_of_fallback(reason)
+        _warn_of_fallback(reason, "`fasterase compile` tries again")
         return "chunked", f"auto: torch tiles, because the C++ kernels are missing: {reason}"
     return "chunked", "auto: O(N D) memory on any device and dtype"
 
 
 @functools.cache
-def _warn_of_fallback(reason: str) -> None:
+def _warn_of_fallback(reason: str, note: str) -> None:
     warnings.warn(
         f"The contrastive loss runs on torch tiles (backend='chunked'), which is slower: {reason}. "
-        f"`fasterase compile` tries again.",
+        f"{note}.",
         stacklevel=4,
     )
 
