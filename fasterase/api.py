@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from typing_extensions import Unpack
 
 from fasterase.config import UnlearnConfig
 from fasterase.encode import PairEncoder
@@ -44,6 +45,8 @@ from fasterase.models.dual_encoder import DualEncoder, separate_copy
 from fasterase.models.forward import without_autocast
 from fasterase.models.load import check_model_name, load_compared, load_model
 from fasterase.models.preprocessing import remember
+from fasterase.numerals import counted
+from fasterase.overrides import Overrides
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.processes import count_workers
 from fasterase.pairs.skips import SkipLedger
@@ -54,11 +57,6 @@ from fasterase.report.evaluation import Evaluation, compare
 from fasterase.result import UnlearnResult
 from fasterase.sets import clean_retain, open_sets
 from fasterase.signals import handling_signals
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from fasterase.overrides import Overrides
 
 NO_SETS: Mapping[str, Any] = MappingProxyType({})
 WRITING_SECONDS = 10.0  # what is written sooner is not worth a line
@@ -376,9 +374,11 @@ def evaluate(
     keys: dict[str, Any] = {"image_key": image_key, "text_key": text_key}
     with speaking(progress):
         sources, to_forget, _ = open_sets(forget, retain, holdout, sets, forget_sets, keys)
+        strangers = None
+        if non_members is not None:
+            strangers = open_pairs(non_members, name="non_members", **keys)
     if not len(sources["retain"]):
         raise InputError("`retain` is empty; a verdict needs pairs to keep, to compare with.")
-    strangers = None if non_members is None else open_pairs(non_members, name="non_members", **keys)
     _check_references(references)
     check_model_name(model_name, [model, original, *references.values()])
     workers = count_workers(num_workers)
@@ -412,7 +412,7 @@ def evaluate(
             models, evaluator, examiner, given, encoding, device=device, audited=record is not None
         )
         pairs = sum(len(evaluator.rows(name)) for name in evaluator.sources)
-        say(f"measured: {', '.join(models)}, on {pairs:,} pairs", since=began)
+        say(f"measured: {', '.join(models)}, on {counted(pairs, 'pair')}", since=began)
         evaluation = compare(
             evaluator,
             measured.pop("model"),

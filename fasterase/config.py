@@ -8,15 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+from typing import Any, Literal, get_type_hints
+
+from typing_extensions import Unpack
 
 from fasterase.errors import InputError
 from fasterase.option_values import parse_value, suggest_names
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from fasterase.overrides import Overrides
+from fasterase.overrides import Overrides
 
 Recipe = Literal["fasterase", "cliperase"]
 

@@ -21,11 +21,17 @@ _NAMED_SKIPS = 100  # in Markdown
 def render_markdown(run: RunFacts, drawn: Mapping[str, str]) -> str:
     """Return the run in Markdown; `drawn` maps files of pictures beside it to their titles."""
     settings = {n: value for n, value in run.settings.items() if n in field_names()}
+    table = "" if run.evaluation is None else run.evaluation.table()
+    fence = "```"
+    while fence in table:  # in the name of a set or in a caption
+        fence += "`"
     return render(
         "report.md",
         run=run,
         statement=state(run),
         recipe=describe_recipe(UnlearnConfig(**settings)),
+        table=table,
+        fence=fence,
         settings=format_yaml(run.settings),
         terms=EraseLoss._fields,
         named_skips=_NAMED_SKIPS,

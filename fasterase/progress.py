@@ -55,9 +55,13 @@ def say(message: str, *, since: float | None = None, least: float = 0.0) -> None
     if _may_speak() and (since is None or now - since >= least):
         took = "" if since is None else f" ({_clock(now - since)})"
         sys.stdout.flush()  # what was printed before stands before it in a file of both
-        text = "".join(each if each.isprintable() else " " for each in message)
-        tqdm.write(f"fasterase: {' '.join(text.split())}{took}", file=_stream())
+        tqdm.write(f"fasterase: {printable(message)}{took}", file=_stream())
         _spoken = now
+
+
+def printable(text: str) -> str:
+    """Return text as one line, without what moves a cursor or turns the direction of writing."""
+    return " ".join("".join(each if each.isprintable() else " " for each in text).split())
 
 
 def launched_rank() -> int:
@@ -126,7 +130,7 @@ class Progress:
         if total is not None:
             of = f" of {total:,}"
             left = f", up to {_clock(seconds * (total - self._count) / done)} left" if done else ""
-        counted = f"{self._count:,}{of} {self._unit}{'' if total == 1 else 's'}"
+        counted = f"{self._count:,}{of} {self._unit}{'' if (total or self._count) == 1 else 's'}"
         return f"{self._description}: {counted}{self._facts} ({_clock(seconds)}{left})"
 
     def __iter__(self) -> Iterator[Any]:

@@ -25,7 +25,10 @@ def describe_run(arguments: Mapping[str, Any], config: UnlearnConfig) -> str:
     for name in COMMAND_KEYS:
         if arguments.get(name) is not None:
             _add(values, name, arguments[name])
-    notes = ["`fasterase unlearn --config` of this file, in the same folder, repeats the run."]
+    notes = [
+        "Repeats the run: `fasterase unlearn --config` of this file, with another --output_dir, "
+        "from the folder that it was started in."
+    ]
     lost = [name for name, value in values.items() if OBJECT in _leaves(value)]
     if lost:
         notes.append(f"Objects in Python, to be given anew: {', '.join(lost)}.")
@@ -41,8 +44,11 @@ def describe_run(arguments: Mapping[str, Any], config: UnlearnConfig) -> str:
 
 def check_repeatable(values: Mapping[str, Any]) -> None:
     """Raise `InputError` for values of `config.yaml` that are to be given anew."""
-    for mark, what in ((OBJECT, "an object in Python"), ("***", "a URL with a secret")):
-        lost = [f"--{n}" for n, value in values.items() if any(mark in e for e in _leaves(value))]
+    for is_lost, what in (
+        (lambda text: text == OBJECT, "an object in Python"),
+        (_has_hidden, "a URL with a secret"),
+    ):
+        lost = [f"--{n}" for n, value in values.items() if any(map(is_lost, _leaves(value)))]
         if lost:
             raise InputError(
                 f"config: the run that wrote the file was given {what} for {', '.join(lost)}, "
@@ -54,7 +60,7 @@ def _add(values: dict[str, Any], name: str, value: Any) -> None:
     """Put an argument into `values` as text, or the flags that it was made from."""
     made = getattr(value, "flags", None)
     if isinstance(value, str | PathLike):
-        values[name] = fspath(value)
+        values[name] = str.__str__(fspath(value))
     elif isinstance(value, Mapping) and name in ("forget", "sets", "forget_sets"):
         named: dict[str, Any] = {}
         for key, each in value.items():
@@ -62,13 +68,18 @@ def _add(values: dict[str, Any], name: str, value: Any) -> None:
             if isinstance(made, Mapping):
                 values |= made
             else:
-                _add(named, key, each)
+                _add(named, str.__str__(key) if isinstance(key, str) else key, each)
         if named:
             values[name] = named
     elif isinstance(made, Mapping):
         values |= made
     else:
         values[name] = OBJECT
+
+
+def _has_hidden(text: str) -> bool:
+    """Whether `hide_secrets` has left something out of a URL."""
+    return any(mark in text for mark in ("://***@", "?***", "=***"))
 
 
 def _leaves(value: Any) -> list[str]:

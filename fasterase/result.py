@@ -139,7 +139,7 @@ class UnlearnResult:
     def _summary(self) -> dict[str, str]:
         """What fits on one screen: neither weights nor history."""
         facts = {
-            "model": self.encoder.name,
+            "model": self.encoder.public_name,
             **({} if self.concept is None else {"concept": self.concept}),
             "verdict": self.verdict or "none",
             **({} if self.residue is None else {"residue": f"{self.residue:.2f}"}),
@@ -159,10 +159,11 @@ class UnlearnResult:
         model with adapters, only those are written; `PeftModel.from_pretrained` loads them.
 
         `provenance.json` beside them records what was erased, when, with what configuration and
-        library versions, digests of the data, how `fasterase.find` came to it, if it did, and the
-        model before with its own record, if it had one. `README.md` is a model card that the
-        Hugging Face hub reads. It names what was erased only if `concept` was stated, no caption
-        and no word. Neither names a folder of this machine.
+        library versions, the `request` if one was stated, digests of the data, how
+        `fasterase.find` came to it, if it did, and the model before with its own record, if it had
+        one. `README.md` is a model card that the Hugging Face hub reads. It names what was erased
+        only if `concept` was stated, no caption and no word. Neither names a folder of this
+        machine.
         `fasterase.evaluate` of the folder compares the model with its record.
 
         Args:
@@ -285,30 +286,32 @@ class UnlearnResult:
         if path.is_file() or (path.suffix and not path.is_dir()):
             if path.suffix == ".html":
                 return write_page([self._facts(with_pictures=True)], path)
-            return write_markdown(self._facts(), path)
+            return write_markdown(self._facts(), path, ())
         check_writable(path, argument="path")
         missing: MissingExtraError | None = None
+        drawn: list[str] = []
         if self.history:
             try:
-                plot_history(self.history, path / "losses.png")
+                drawn.append(plot_history(self.history, path / "losses.png").name)
             except MissingExtraError as error:
                 missing = error
-        self._draw_pictures(path)
+        drawn += self._draw_pictures(path)
         run = self._facts(with_pictures=True)
-        write_markdown(run, path / MARKDOWN)
+        write_markdown(run, path / MARKDOWN, drawn)
         write_page([run], path / PAGE)
         if missing is not None:
             raise missing
         return path
 
-    def _draw_pictures(self, folder: Path) -> None:
-        """Draw the sheet of pictures, if there are any."""
+    def _draw_pictures(self, folder: Path) -> list[str]:
+        """Draw the sheet of pictures, if there are any; return the names of files drawn."""
         (rows, erased), _ = self._shown
         if not rows:
-            return
+            return []
         longest = max(len(name) for row in rows for name in (*row.before, *row.after))
         width = SENTENCE_WIDTH if longest > NAME_LENGTH else TEXT_WIDTH
         picture_sheet(rows, folder / "pictures.png", erased=erased, text_width=width)
+        return ["pictures.png"]
 
     def write_output(self, folder: Path) -> None:
         """Write what a finished run leaves in its `output_dir`: model, measurement and reports.
@@ -319,14 +322,15 @@ class UnlearnResult:
         record = read_record(self.save(folder / "model"))
         if self.evaluation is not None:
             self.evaluation.to_json(folder / "evaluation.json")
+        drawn: list[str] = []
         try:
             run = self._facts(record, with_pictures=True)
-            self._draw_pictures(folder)
+            drawn = self._draw_pictures(folder)
         except Exception as error:  # whatever it is, hours of training are not to end with it
             reason = f"{type(error).__name__}: {error}"
             warnings.warn(f"the report has no pictures ({reason})", stacklevel=3)
             run = self._facts(record)
-        write_markdown(run, folder / MARKDOWN)
+        write_markdown(run, folder / MARKDOWN, drawn)
         write_rest(run, folder)
         write_page([run], folder / PAGE)
 

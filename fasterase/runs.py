@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from fasterase.provenance import read_record
 from fasterase.report.evaluation import Evaluation
 
 PAGE, MARKDOWN = "report.html", "report.md"
-_DRAWN = {
+# Pictures beside the Markdown, and their titles.
+DRAWN = {
     "losses.png": "Losses over the steps",
     "pictures.png": "Closest captions before and after",
 }
@@ -63,10 +64,14 @@ def write_rest(run: RunFacts, folder: Path) -> Path:
     return write_text(folder / REST, to_json(run.rest()) + "\n")
 
 
-def write_markdown(run: RunFacts, path: Path) -> Path:
-    """Write a run in Markdown, with the pictures that are beside it, and return its path."""
-    drawn = {file: title for file, title in _DRAWN.items() if (path.parent / file).is_file()}
-    return write_text(path, render_markdown(run, drawn))
+def write_markdown(run: RunFacts, path: Path, drawn: Collection[str] | None = None) -> Path:
+    """Write a run in Markdown, and return its path.
+
+    It shows those of the pictures `DRAWN` that were `drawn`; None: those in the run's own folder.
+    """
+    if drawn is None:
+        drawn = [file for file in DRAWN if (path.parent / file).is_file()]
+    return write_text(path, render_markdown(run, {file: DRAWN[file] for file in drawn}))
 
 
 def write_page(runs: Sequence[RunFacts], path: Path) -> Path:

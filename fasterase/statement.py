@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from fasterase.evaluation.findings import Finding
-from fasterase.facts import Judged, Kept, RunFacts
+from fasterase.facts import LISTED, Judged, Kept, RunFacts
 from fasterase.numerals import counted
 from fasterase.report.templating import percent
 
@@ -46,9 +46,9 @@ def _scope(run: RunFacts) -> Iterator[str]:
     if run.evaluation is not None:
         to_forget |= set(run.evaluation.forget_sets)
     for name, each in run.record["data"].items():
-        trained = "trained on" if name in ("forget", "retain") else "measured only"
+        use = "training draws from it" if name in ("forget", "retain") else "measured only"
         aim = "to forget" if name in to_forget else "to keep"
-        yield f"{name}: {each['pairs']:,} pairs, {aim}, {trained}; digest {each['digest']}"
+        yield f"{name}: {counted(each['pairs'], 'pair')}, {aim}, {use}; digest {each['digest']}"
 
 
 def _deeds(run: RunFacts) -> Iterator[str]:
@@ -56,8 +56,8 @@ def _deeds(run: RunFacts) -> Iterator[str]:
     parent, outcome = record["parent"], record["outcome"]
     yield (
         f"{record['erased_at']}: fasterase {record['libraries']['fasterase']} took "
-        f"{outcome['steps']:,} steps from {parent['name']} (weights {parent['fingerprint']}) to "
-        f"weights {record['fingerprint']}."
+        f"{counted(outcome['steps'], 'step')} from {parent['name']} (weights "
+        f"{parent['fingerprint']}) to weights {record['fingerprint']}."
     )
     yield f"Trained: tune={settings['tune']!r}."
     words = [each["word"] for each in record["words"]]
@@ -78,9 +78,10 @@ def _tell_judged(each: Judged) -> str:
     )
     return (
         f"{each.name}: {each.verdict or 'no verdict'}. Still named{before}: {percent(each.hit)} of "
-        f"{each.pairs:,} pictures, 95 % interval {percent(each.low)} to {percent(each.high)}, by "
-        f"chance {percent(each.chance)}; residue {each.residues[0]:.2f} image->text, "
-        f"{each.residues[1]:.2f} text->image (1 known, 0.5 no trace){towers}."
+        f"{counted(each.pairs, 'picture')}, 95 % interval {percent(each.low)} to "
+        f"{percent(each.high)}, by chance {percent(each.chance)}; residue "
+        f"{each.residues[0]:.2f} image->text, {each.residues[1]:.2f} text->image (1 known, 0.5 no "
+        f"trace){towers}."
     )
 
 
@@ -88,10 +89,12 @@ def _wordings(run: RunFacts) -> Iterator[str]:
     if run.evaluation is None or not run.judged:
         return
     found = run.evaluation.remaining
-    for each in found:
+    for each in found[:LISTED]:
         yield f"still finds its pictures: {each.describe()}"
+    if len(found) > LISTED:
+        yield f"and {len(found) - LISTED:,} more"
     if not found:
-        yield "No caption of the sets to forget still finds one of its pictures."
+        yield "No first caption of the pictures that were judged still finds one of them."
 
 
 def _damage(run: RunFacts) -> Iterator[str]:
@@ -100,8 +103,8 @@ def _damage(run: RunFacts) -> Iterator[str]:
     if run.outside:
         yield run.outside
     if run.evaluation is not None and run.evaluation.original is not None:
-        names = len(run.evaluation.hurt)
-        yield f"{names:,} captions, classes and everyday words lost something."
+        names = counted(len(run.evaluation.hurt), "name", "names")
+        yield f"{names} of captions, classes and everyday words lost something."
     elif not run.kept:
         yield "Not measured."
 
@@ -110,7 +113,7 @@ def _tell_kept(each: Kept) -> str:
     before = "" if each.before is None else f"{percent(each.before)} before, "
     return (
         f"{each.name}: own caption first for {before}{percent(each.after)} after (95 % interval "
-        f"{percent(each.low)} to {percent(each.high)}) of {each.pairs:,} pictures."
+        f"{percent(each.low)} to {percent(each.high)}) of {counted(each.pairs, 'picture')}."
     )
 
 
@@ -138,8 +141,9 @@ def _tell_finding(finding: Finding) -> str:
 
 def _commands(run: RunFacts) -> Iterator[str]:
     yield (
-        "fasterase unlearn --config config.yaml --output_dir again (config.yaml is in the run's "
-        "folder)"
+        "fasterase unlearn --config RUN/config.yaml --output_dir AGAIN, where RUN is the run's "
+        "folder, from the folder that it was started in. The first lines of the file name what is "
+        "to be given anew, if anything."
         if run.has_folder
         else "With the settings below, the pairs of these digests and the same versions."
     )

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 
+import fasterase
 from fasterase.config import UnlearnConfig
 from fasterase.overrides import Overrides
 from tools import overrides
@@ -20,6 +22,8 @@ def test_the_keywords_are_those_of_the_dataclass():
     assert overrides.FILE.read_text(encoding="utf-8") == overrides.render()
     names = [field.name for field in dataclasses.fields(UnlearnConfig)]
     assert list(Overrides.__annotations__) == names
+    for call in (fasterase.unlearn, fasterase.plan, UnlearnConfig.replace):
+        assert typing.get_type_hints(call)["overrides"], "tools that look at run time find it"
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from fasterase.evaluation.findings import Finding, Series
 from fasterase.evaluation.hurt import Hurt, Remaining
 from fasterase.evaluation.verdict import Trace
 from fasterase.facts import Picture, RunFacts
-from fasterase.page import render_page
+from fasterase.page import render_markdown, render_page
 from fasterase.report.evaluation import Evaluation
 from fasterase.report.pictures import SheetRow
 from fasterase.runs import write_page
@@ -145,7 +145,7 @@ def test_the_record_says_what_was_asked_done_found_and_not_claimed():
     run = replace(run, evaluation=replace(run.evaluation, attacks=attacks), has_folder=True)
     record = {title: " ".join(lines) for title, lines in state(run)}
     assert record["Request"] == "fruit"
-    assert "forget: 40 pairs, to forget, trained on; digest d" in record["Scope"]
+    assert "forget: 40 pairs, to forget, training draws from it; digest d" in record["Scope"]
     assert "near fruit: 9 pairs, to keep, measured only; digest e" in record["Scope"]
     assert f"weights {'0' * 64}) to weights {'f' * 64}" in record["What was done"]
     assert "1 word was replaced" in record["What was done"]
@@ -154,7 +154,7 @@ def test_the_record_says_what_was_asked_done_found_and_not_claimed():
     assert record["By wording"].startswith("still finds its pictures: fruit")
     assert "retain: own caption first for 97 % before, 90 % after" in record["Damage"]
     assert record["Attacks"] == "relearn: forget, pairs: 25 % (10 % to 40 %); original 100 %"
-    assert "--config config.yaml" in record["To repeat it"]
+    assert "--config RUN/config.yaml" in record["To repeat it"]
     assert record["What is not claimed"] == " ".join(run.limits)
 
     plain = {**run.record, "request": None, "concept": None, "words": []}
@@ -163,6 +163,15 @@ def test_the_record_says_what_was_asked_done_found_and_not_claimed():
     assert record["Damage"] == ["Not measured."]
     assert record["Attacks"] == ["None was tried."]
     assert "By wording" not in record, "wordings were not measured"
+
+
+def test_what_strangers_wrote_adds_no_heading_and_closes_no_block_of_markdown():
+    hostile = "dog\n\n## Verdict: never known\n```\n<h1>x</h1>"
+    plain, text = (render_markdown(facts(name), {}) for name in ("dog", hostile))
+    headings = [line for line in plain.splitlines() if line.startswith("#")]
+    outside = "".join(re.split(r"^(`{3,})[a-z]*\n.*?^\1$", text, flags=re.S | re.M)[::2])
+    assert [line for line in outside.splitlines() if line.startswith("#")] == headings
+    assert "<h1>" not in outside.replace(r"\<h1\>", "")
 
 
 def test_what_strangers_wrote_adds_no_element(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
@@ -12,7 +13,7 @@ from PIL import Image
 import fasterase
 from fasterase.cli import main
 from fasterase.config import UnlearnConfig
-from fasterase.repeat import OBJECT, describe_run
+from fasterase.repeat import OBJECT, check_repeatable, describe_run
 from tests import small_models
 from tests.cli.fake_api import FakeApi
 from tests.marks import SHORT_RUN
@@ -47,6 +48,32 @@ def test_sets_that_others_made_are_named_by_these():
     assert values["found"] == "sets"
     assert values["sets"] == {"far": "f.csv"}
     assert not {"forget", "retain"} & set(values)
+
+
+def test_all_sets_of_a_found_folder_are_named_by_it(monkeypatch, tmp_path):
+    class Found:
+        facts = property(lambda self: {"concept": ["octopus"]})
+        unseen = property(lambda self: SimpleNamespace(name="unseen"))  # a new view each time
+        neighbours = property(lambda self: SimpleNamespace(name="neighbours"))
+
+        def __iter__(self):
+            return iter((SimpleNamespace(name="forget"), SimpleNamespace(name="retain")))
+
+    monkeypatch.setitem(vars(fasterase), "unlearn", unlearn := FakeApi())
+    monkeypatch.setitem(vars(fasterase), "Found", SimpleNamespace(load=lambda folder: Found()))
+    flags = ["--model", "m", "--found", "folder", "--output_dir", str(tmp_path)]
+    assert main(["unlearn", *flags]) == 0
+    (model, forget, retain), options = unlearn.calls[0]
+    given = {"forget": forget, "retain": retain, **options}
+    _, values = described(model=model, **{n: given[n] for n in ("forget", "retain", "sets")})
+    assert (values["model"], values["found"]) == ("m", "folder")
+    assert OBJECT not in str(values)
+
+
+def test_texts_of_other_types_and_marks_of_other_kinds():
+    _, values = described(model=np.str_("m"), sets={np.str_("near"): "n.csv"}, concept="f*** words")
+    assert values["sets"] == {"near": "n.csv"}
+    check_repeatable(values)
 
 
 def test_secrets_are_left_out():

@@ -47,7 +47,7 @@ def short_result(steps: int, **fields) -> UnlearnResult:
         "floor": 0.1,
         "removed_from_retain": ["retain[5]"],
         "seconds": 12.0,
-        "encoder": SimpleNamespace(name="ViT-B-32/<tag>"),
+        "encoder": SimpleNamespace(public_name="ViT-B-32/<tag>"),
         "original_weights": {},
         "sets": {},
     }
@@ -80,7 +80,7 @@ def test_report(result, tmp_path, steps):
     assert "verdict: **forgotten**" in text
     assert "- concept: not stated" in text
     assert measured.table() in text
-    assert "- retain[3]: image holds NaN values" in text
+    assert r"- retain\[3\]: image holds NaN values" in text
     assert ("| last step | 0.2500 |" in text) == bool(steps)
     settings = yaml.safe_load(text.partition("```yaml")[2].partition("```")[0])
     assert UnlearnConfig(**settings) == UnlearnConfig(betas=(0.5, 0.75))

@@ -1,7 +1,8 @@
 """What CLIPs are compared by: zero-shot accuracy on ImageNet, retrieval on COCO and Flickr30K.
 
-Both models see the same pictures. The interval is that of the difference, picture by picture: a
-model's own interval is far wider than what an erasure costs.
+Both models see the same pictures. The interval is that of the difference, query by query: a model's
+own interval is far wider than what an erasure costs. (Captions of one picture are queries of their
+own, so that text->image intervals are a little narrow.)
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from fasterase.cli.report import Report
 from fasterase.config import DEMO, Recipe, UnlearnConfig, field_names, format_yaml
 from fasterase.errors import InputError
 from fasterase.files import check_creatable
+from fasterase.progress import speaking
 from fasterase.repeat import check_repeatable
 
 SETS = ("forget", "retain")
@@ -125,17 +126,22 @@ class _Erasure(_Source, _Sets):
         """Call a function of the library with all flags but those named, and with `others`."""
         without = ("model", "found", *GIVEN, *without)
         flags = {name: value for name, value in vars(self).items() if name not in without}
+        shown = vars(others.get("config", self)).get("progress", True)
+        sets: Any = self.forget, self.retain
         if self.found is not None:
-            found = fasterase.Found.load(self.found)
-            sets: Any = tuple(found)
-            for argument, part in (("forget_sets", found.unseen), ("sets", found.neighbours)):
+            with speaking(shown):
+                found = fasterase.Found.load(self.found)
+            sets = tuple(found)
+            further = {"forget_sets": found.unseen, "sets": found.neighbours}
+            for argument, part in further.items():
                 flags[argument] = {part.name: part} | flags[argument]
-            for part in (*sets, found.unseen, found.neighbours):
+            for part in (*sets, *further.values()):
                 part.flags = {"found": self.found}
             if len(found.facts["concept"]) == 1 and flags.get("concept", "") is None:
                 flags["concept"] = found.facts["concept"][0]
-        else:
-            sets = (self.forget, self.retain) if self.data is None else self.split()
+        elif self.data is not None:
+            with speaking(shown):
+                sets = self.split()
         return function(self.model, *sets, **{**flags, **others})
 
 

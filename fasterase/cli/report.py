@@ -39,6 +39,7 @@ class Report(Command):
         found = [read_run(folder) for folder in self.runs]
         default = Path(self.runs[0]) / PAGE if len(found) == 1 else Path("comparison.html")
         page = write_page(found, Path(self.output or default))
+        written = str(page)
         if self.output is None and len(found) == 1:
-            write_markdown(found[0], page.with_name(MARKDOWN))
-        print(f"Written: {page}")
+            written = f"{page}, {write_markdown(found[0], page.with_name(MARKDOWN))}"
+        print(f"Written: {written}")

@@ -48,11 +48,14 @@ class Outcome:
 
 def describe_known(traces: Mapping[str, Trace], recall: tuple[int, float] | None) -> str:
     """Tell in a line what a model knows of sets to forget, and of retain (`Measurement.recall`)."""
-    facts = [f"{t.pairs:,} {name} pairs, residue {t.residue:.2f}" for name, t in traces.items()]
+    facts = [
+        f"{counted(trace.pairs, f'{name} pair')}, residue {trace.residue:.2f}"
+        for name, trace in traces.items()
+    ]
     if len(facts) > TOLD_SETS:
-        facts[TOLD_SETS:] = [f"{len(facts) - TOLD_SETS:,} further sets"]
+        facts[TOLD_SETS:] = [counted(len(facts) - TOLD_SETS, "further set")]
     if recall is not None:
-        facts.append(f"{recall[0]:,} retain pairs, recall {100 * recall[1]:.1f} %")
+        facts.append(f"{counted(recall[0], 'retain pair')}, recall {100 * recall[1]:.1f} %")
     return "; ".join(facts)
 
 

@@ -244,7 +244,7 @@ class Run:
                     raise
                 if history:
                     loss = history[-1].total
-                    say(f"trained: {len(history):,} steps, loss {loss:.3f}", since=began)
+                    say(f"trained: {counted(len(history), 'step')}, loss {loss:.3f}", since=began)
         return history, pacing.limit
 
     def _unchanged_towers(self) -> list[str]:

@@ -71,8 +71,13 @@ class Measurement:
                 )
 
     @property
-    def recall(self) -> tuple[int, float]:
-        """Number of retain pairs, and the share of their images whose own caption comes first."""
+    def recall(self) -> tuple[int, float] | None:
+        """Number of retain pairs, and the share of their images whose own caption comes first.
+
+        None without retain pairs.
+        """
+        if "retain" not in self.sets:
+            return None
         values = self.sets["retain"].values["image_to_text_recall@1"]
         return len(values), float(values.mean())
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from fasterase.encode import PairEncoder
 from fasterase.evaluation.scores import SetScores, check_finite
 from fasterase.numerals import counted
+from fasterase.progress import printable
 from fasterase.vocabulary import UNREADABLE, everyday_things, parts_of, words_of
 
 TEMPLATE = "a photo of {}"
@@ -46,7 +47,7 @@ class Hurt(NamedTuple):
         things = counted(self.count, "neighbour" if self.kind == "word" else "picture")
         kind = " (class)" if self.kind == "class" else ""
         before, after = 100 * self.before, 100 * self.after
-        return f"{self.name}{kind} {before:.0f} -> {after:.0f} % of {things}"
+        return f"{printable(self.name)}{kind} {before:.0f} -> {after:.0f} % of {things}"
 
 
 class Remaining(NamedTuple):
@@ -58,7 +59,9 @@ class Remaining(NamedTuple):
 
     def describe(self) -> str:
         """Return `octopus 50 % of 2 pictures`."""
-        return f"{self.name} {100 * self.found:.0f} % of {counted(self.count, 'picture')}"
+        return (
+            f"{printable(self.name)} {100 * self.found:.0f} % of {counted(self.count, 'picture')}"
+        )
 
 
 def find_remaining(

@@ -42,6 +42,7 @@ from fasterase.finder.witnesses import (
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.forward import resolve_precision
 from fasterase.models.load import load_model
+from fasterase.numerals import counted
 from fasterase.original.features import OriginalFeatures, cache_folder, feature_key
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.processes import count_workers
@@ -153,7 +154,7 @@ def find(
             original = OriginalFeatures(encoder, folder, key, is_half=is_half)
             began = time.monotonic()
             original.encode(pairs, rows)
-            say(f"encoded: {len(rows):,} pairs", since=began)
+            say(f"encoded: {counted(len(rows), 'pair')}", since=began)
             judged = _judge(original, pairs, rows, captions, queries, picture_alone, ranks, seed)
     codes, scores, limits = judged
     facts = {

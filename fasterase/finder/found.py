@@ -28,8 +28,8 @@ _MEANT = {
     "retain": ((Decision.RETAIN, Decision.NEIGHBOUR), Decision.RETAIN),
     "unsure": ((Decision.UNSURE,), Decision.UNSURE),
 }
-# Pairs of each decision on a page. The file saved from it also holds the other ids, but of retain.
 EXAMPLES = 6  # of each set in a notebook
+# Pairs of each decision on a page. The file saved from it also holds the other ids, but of retain.
 SHOWN = {"forget": 2000, "unsure": 2000, "retain": 300}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -214,17 +215,19 @@ def _without_bars() -> Iterator[None]:
     )
     from transformers.utils import logging
 
+    def show(bars: bool, downloads: bool) -> None:
+        with warnings.catch_warnings():
+            # HF_HUB_DISABLE_PROGRESS_BARS decides over downloads alone.
+            warnings.filterwarnings("ignore", "Cannot (en|dis)able progress bars", UserWarning)
+            (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
+            (enable_progress_bars if downloads else disable_progress_bars)()
+
     shows, downloads = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
-    logging.disable_progress_bar()
+    show(False, downloads)
     try:
-        if downloads:
-            enable_progress_bars()
         yield
     finally:
-        if shows:
-            logging.enable_progress_bar()
-        if not downloads:
-            disable_progress_bars()
+        show(shows, downloads)
 
 
 def read_config(source: str, *, name: str, online: bool) -> Any:

@@ -27,6 +27,7 @@ import numpy as np
 from filelock import FileLock
 
 from fasterase.errors import FaseraseError, InputError, hide_secrets
+from fasterase.numerals import counted
 from fasterase.pairs.images import Images
 from fasterase.pairs.items import Record, parse_meta
 from fasterase.pairs.processes import count_processes, process_pool
@@ -297,8 +298,9 @@ def _index_shards(shards: Sequence[Shard], name: str, entries: Entries) -> list[
                 bar.update()
     except InputError as error:
         raise InputError(f"`{name}`: {error}") from error
-    counted = f"{sum(map(len, found.values())):,} pairs in {len(found):,} shards"
-    say(f"{name} indexed: {counted}", since=bar.began, least=SHORT_SECONDS)
+    pairs = counted(sum(map(len, found.values())), "pair")
+    said = f"{pairs} in {counted(len(found), 'shard')}"
+    say(f"{name} indexed: {said}", since=bar.began, least=SHORT_SECONDS)
     parts = [found[shard] for shard in shards]
     facts = [part.facts for part in parts]
     endings = ", ".join(sorted({ending for each in facts for ending in each["endings"]})) or "none"

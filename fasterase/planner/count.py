@@ -106,8 +106,8 @@ class Tracer:
     """Counts what encoding and back-propagating a micro-batch costs, `on_gpu` or on a CPU.
 
     `model` is on the meta device; `requires_grad` tells what is trained. `counted` is called after
-    each pass: every operator of it takes a fraction of a millisecond, and large towers have ten
-    thousands.
+    each pass: every operator of it takes a fraction of a millisecond, and large towers have tens
+    of thousands.
     """
 
     def __init__(

@@ -7,9 +7,10 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
+from typing_extensions import Unpack
 
 from fasterase.config import UnlearnConfig
 from fasterase.engine.job import POOL_BATCHES, count_steps
@@ -19,6 +20,7 @@ from fasterase.errors import InputError
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.load import load_architecture
 from fasterase.models.lora import parse_rank
+from fasterase.overrides import Overrides
 from fasterase.pairs.processes import count_workers
 from fasterase.pairs.sampler import Sampler
 from fasterase.planner.count import (
@@ -32,11 +34,6 @@ from fasterase.planner.count import (
 from fasterase.planner.loading import Feeding, measure_decoding
 from fasterase.planner.table import explain, plan_table, write_command
 from fasterase.progress import Progress
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from fasterase.overrides import Overrides
 
 # Dense peak of an H100 SXM in TFLOP/s (NVIDIA's data sheet), and the share of it that training a
 # large ViT reaches.
@@ -168,7 +165,7 @@ class Plan:
             counts, gpus, on_gpu, step_pairs, compared, model.embed_dim, config.backend
         )
         title = f"plan of {model.name}"
-        with Progress(title, unit="pass", shown=config.progress) as bar:
+        with Progress(title, unit="step", shown=config.progress) as bar:
             tracer = Tracer(model, precision=self.precision, on_gpu=on_gpu, counted=bar.update)
             self.forward_flops = {each: tracer.forward(each).flops for each in ("image", "text")}
             self.prefix_bytes = self._count_prefix_bytes(tracer)

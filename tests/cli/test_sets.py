@@ -8,8 +8,10 @@ import tarfile
 
 import pytest
 
+import fasterase
 from fasterase.cli import main
 from fasterase.pairs.open import open_pairs
+from fasterase.progress import say
 
 OTHERS = ["--model", "m", "--output_dir", "out"]
 
@@ -45,6 +47,20 @@ def test_unlearn_splits_data(rule, value, expected, data, unlearn, tmp_path, mon
     assert model == "m"
     assert ids(forget) == expected
     assert sorted(ids(forget) + ids(retain)) == ["apple.png", "pear.png", "pineapple.png"]
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_split_is_as_quiet_as_the_run(shown, data, unlearn, tmp_path, monkeypatch, capsys):
+    real = fasterase.split
+
+    def split(*args, **kwargs):
+        say("splitting")
+        return real(*args, **kwargs)
+
+    monkeypatch.setitem(vars(fasterase), "split", split)
+    rule = ["--data", data, "--forget_expression", "apple", "--progress", str(shown).lower()]
+    assert main(["unlearn", *OTHERS, *rule]) == 0
+    assert ("splitting" in capsys.readouterr().err) == shown
 
 
 @pytest.mark.parametrize("by", ["flags", "yaml"])
