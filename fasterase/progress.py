@@ -12,7 +12,6 @@ from contextvars import ContextVar
 from operator import length_hint
 from typing import Any, TextIO, TypeVar
 
-import torch.distributed as dist
 from tqdm import TqdmWarning, tqdm
 from tqdm.asyncio import tqdm_asyncio
 
@@ -66,6 +65,8 @@ def printable(text: str) -> str:
 
 def launched_rank() -> int:
     """Return this process's number before it has joined the others; 0 without a launcher."""
+    import torch.distributed as dist  # a command that is wrong should not wait for torch
+
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank()
     return int(os.environ.get("RANK") or 0)
