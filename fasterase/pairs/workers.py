@@ -73,7 +73,8 @@ class _Worker:
             if self.pipe in ready:
                 return pickle.loads(self.pipe.recv_bytes())
         except (EOFError, OSError, RuntimeError):
-            self.process.join(1.0)
+            pass
+        self.process.join(1.0)  # of one that has just died, the code is not there at once
         code = self.process.exitcode
         raise _WorkerError(
             "could not hand over its result" if code is None else f"died (exit code {code})",

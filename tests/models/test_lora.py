@@ -100,6 +100,7 @@ def test_a_delta_with_wrong_positions_is_refused(tmp_path, harm):
     assert same_weights(model.state_dict(), before)
 
 
+@pytest.mark.filterwarnings("ignore:the delta takes")
 def test_deltas_of_two_erasures_in_a_row_come_off_one_after_the_other(tmp_path):
     model = small_models.open_clip_vit()
     states = [copy.deepcopy(model.state_dict())]

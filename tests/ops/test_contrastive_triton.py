@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fasterase.errors import InputError
-from fasterase.ops.contrastive import available_backends, contrastive, explain_backend
+from fasterase.ops.contrastive import api, available_backends, contrastive, explain_backend
 
 triton = pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
@@ -80,6 +80,8 @@ def test_an_old_gpu_is_refused_and_auto_takes_torch_tiles(monkeypatch):
     properties.major = 7
     with pytest.raises(InputError, match=r"compute capability 8\.0"):
         contrastive(features, features, 1.0, backend="triton")
-    choice = explain_backend(on_gpu, on_gpu, 1.0)
+    api._warn_of_fallback.cache_clear()
+    with pytest.warns(UserWarning, match=r"torch tiles .* compute capability 8\.0"):
+        choice = explain_backend(on_gpu, on_gpu, 1.0)
     assert choice.name == "chunked"
     assert "compute capability 8.0" in choice.reason
