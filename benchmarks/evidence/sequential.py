@@ -5,11 +5,11 @@
 Every erasure is the library's default and starts from the saved model of the one before, which it
 takes for the original. Concepts that are erased later are retain pairs until then; those erased
 before are left out, and nothing else is said of them. The subgroups are erased in the given order,
-in the reverse one, each alone, and all at once as a single forget set: once judged as that set
-alone, as a run does by default, once with each subgroup among its `forget_sets`. All models of a
-seed are measured on the same sets: retain, neighbours and held-out hold none of the subgroups.
---work keeps models and measurements, so an interrupted command resumes. Writes sequential.csv, a
-row per model and set, to --output, and prints the means over seeds.
+in the reverse one, each alone, and all at once: as a single forget set, and as a mapping of
+concepts, each of which has a floor and a verdict of its own. All models of a seed are measured on
+the same sets: retain, neighbours and held-out hold none of the subgroups. --work keeps models and
+measurements, so an interrupted command resumes. Writes sequential.csv, a row per model and set, to
+--output, and prints the means over seeds.
 """
 
 from __future__ import annotations
@@ -55,21 +55,19 @@ class State:
 
     erased: History
     seed: int
-    # The last erasure went on until each of its subgroups was forgotten, not only all of them as
-    # one set.
-    judges_each: bool = False
+    is_mapping: bool = False  # whether the last erasure was given its subgroups as concepts
 
     @property
     def name(self) -> str:
         steps = ["+".join(step) for step in self.erased]
-        end = ["each"] if self.judges_each else []
+        end = ["mapping"] if self.is_mapping else []
         return "_".join([f"seed{self.seed}", *(steps or ["original"]), *end])
 
     @property
     def title(self) -> str:
         """What was erased, in words."""
         steps = ", then ".join(" + ".join(step) for step in self.erased) or "nothing"
-        return steps + (", each judged" if self.judges_each else "")
+        return steps + (", as a mapping" if self.is_mapping else "")
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ class Concepts:
         later = [sets for subgroup, sets in self.own.items() if subgroup not in erased]
         kept = {name for sets in later for name in sets.concepts}
         kept.update(self.together.retain.names)
-        return Drawings.of(open_teams(emoji.TRAIN_TEAMS), kept)
+        return Drawings.of(open_teams(emoji.TRAIN_TEAMS), kept, emoji.captions)
 
 
 def build_concepts(subgroups: Sequence[str], seed: int) -> Concepts:
@@ -115,22 +113,21 @@ def plan(subgroups: Sequence[str], seeds: int) -> list[State]:
         histories += [tuple(done) for done in accumulate([each] for each in order)]
     ordered = sorted(dict.fromkeys(histories), key=len)
     return [
-        State(history, seed, judges_each)
+        State(history, seed, is_mapping)
         for history in ordered
-        for judges_each in (False, True)
+        for is_mapping in (False, True)
         for seed in range(seeds)
-        if not judges_each or len(history) == 1 < len(history[0])
+        if not is_mapping or len(history) == 1 < len(history[0])
     ]
 
 
 def erase(
     model: str | Path,
-    forget: Drawings,
+    forget: Drawings | Mapping[str, Drawings],
     retain: Drawings,
     *,
     seed: int,
     folder: Path,
-    forget_sets: Mapping[str, Drawings] | None = None,
 ) -> None:
     """Erase with the default recipe from a model of the demo's size, and save the result."""
     with warnings.catch_warnings():
@@ -139,7 +136,6 @@ def erase(
             str(model),
             forget,
             retain,
-            forget_sets=forget_sets,
             config=recipe_config("fasterase", small_model=True, seed=seed, progress=False),
         )
     result.save(folder)
@@ -156,11 +152,12 @@ def run(state: State, subgroups: Sequence[str], work: Path) -> None:
         last = state.erased[-1]
         erase(
             model_of(State(state.erased[:-1], state.seed), work),
-            concepts.forget(last),
+            {each: concepts.forget([each]) for each in last}
+            if state.is_mapping
+            else concepts.forget(last),
             concepts.retain(erased),
             seed=state.seed,
             folder=model,
-            forget_sets={each: concepts.forget([each]) for each in last if state.judges_each},
         )
     measure(model, concepts, seed=state.seed).to_json(measured)
 

@@ -10,6 +10,7 @@ import pytest
 from benchmarks.evidence import sequential
 from benchmarks.evidence.sequential import HIT, RECALL, SUM, Concepts, State
 from fasterase.demo import emoji
+from fasterase.demo.sets import Drawings
 from fasterase.report.evaluation import Evaluation
 
 # Small subgroups, in an order that is not the alphabet's.
@@ -49,8 +50,8 @@ def test_every_erasure_starts_from_a_model_made_before():
     titles = [state.title for state in states if state.seed == 1]
     together = "plant-flower + animal-marine + food-asian"
     assert titles[:2] == ["nothing", together]
-    assert titles.count(f"{together}, each judged") == 1
-    assert sum(state.judges_each for state in states) == 2
+    assert titles.count(f"{together}, as a mapping") == 1
+    assert sum(state.is_mapping for state in states) == 2
     assert titles[-2:] == [
         "plant-flower, then animal-marine, then food-asian",
         "food-asian, then animal-marine, then plant-flower",
@@ -82,16 +83,17 @@ def test_concepts_are_kept_until_their_turn_and_left_out_afterwards(concepts):
 def test_runs_continue_from_the_saved_model_and_are_not_repeated(concepts, tmp_path, monkeypatch):
     erased = []
 
-    def erase(model: Path, forget, retain, *, seed: int, folder: Path, forget_sets) -> None:
-        judged = {name: set(each.names) for name, each in forget_sets.items()}
-        erased.append((model, set(forget.names), set(retain.names), seed, folder, judged))
+    def erase(model: Path, forget, retain, *, seed: int, folder: Path) -> None:
+        is_one = isinstance(forget, Drawings)
+        given = set(forget.names) if is_one else {n: set(each.names) for n, each in forget.items()}
+        erased.append((model, given, set(retain.names), seed, folder))
 
     monkeypatch.setattr(sequential, "erase", erase)
     monkeypatch.setattr(sequential, "measure", lambda *_, **__: evaluation(known={}, kept=1.0))
     cached = functools.cache(lambda subgroups, seed: concepts)
     monkeypatch.setattr(sequential, "build_concepts", cached)
     first, second = State(((FLOWERS,),), 3), State(((FLOWERS,), (MARINE,)), 3)
-    both = State(((FLOWERS, MARINE),), 3, judges_each=True)
+    both = State(((FLOWERS, MARINE),), 3, is_mapping=True)
     for state in (State((), 3), first, second, second, both):
         sequential.run(state, SUBGROUPS, tmp_path)
     always = set(concepts.together.retain.names)
@@ -100,11 +102,10 @@ def test_runs_continue_from_the_saved_model_and_are_not_repeated(concepts, tmp_p
     folder = sequential.model_of(first, tmp_path)
     kept, base = always | later, emoji.BASE_MODEL
     two, at_once = (sequential.model_of(each, tmp_path) for each in (second, both))
-    judged = {FLOWERS: flowers, MARINE: marine}
     assert erased == [
-        (base, flowers, kept | marine, 3, folder, {}),
-        (folder, marine, kept, 3, two, {}),
-        (base, flowers | marine, kept, 3, at_once, judged),
+        (base, flowers, kept | marine, 3, folder),
+        (folder, marine, kept, 3, two),
+        (base, {FLOWERS: flowers, MARINE: marine}, kept, 3, at_once),
     ]
     assert sequential.evaluation_of(second, tmp_path).is_file()
 
