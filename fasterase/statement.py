@@ -62,10 +62,10 @@ def _deeds(run: RunFacts) -> Iterator[str]:
     yield f"Trained: tune={settings['tune']!r}."
     words = [each["word"] for each in record["words"]]
     yield (
-        f"The meaning of {counted(len(words), 'word was', 'words were')} replaced by none: "
+        f"{counted(len(words), 'word lost its meaning', 'words lost their meaning')}: "
         f"{', '.join(words)}."
         if words
-        else "No word's meaning was replaced."
+        else "No word lost its meaning."
     )
 
 

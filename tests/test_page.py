@@ -148,7 +148,7 @@ def test_the_record_says_what_was_asked_done_found_and_not_claimed():
     assert "forget: 40 pairs, to forget, training draws from it; digest d" in record["Scope"]
     assert "near fruit: 9 pairs, to keep, measured only; digest e" in record["Scope"]
     assert f"weights {'0' * 64}) to weights {'f' * 64}" in record["What was done"]
-    assert "1 word was replaced" in record["What was done"]
+    assert "1 word lost its meaning: fruit." in record["What was done"]
     assert "tune='all'" in record["What was done"]
     assert "forgotten. Still named (before: 97 %): 5 % of 40 pictures" in record["Verdict"]
     assert record["By wording"].startswith("still finds its pictures: fruit")
