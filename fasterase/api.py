@@ -19,8 +19,10 @@ from typing_extensions import Unpack
 from fasterase.config import UnlearnConfig
 from fasterase.encode import PairEncoder
 from fasterase.engine.conditions import (
+    check_arguments,
     check_concepts,
     check_environment,
+    check_output_folder,
     check_retain,
     lock_run,
 )
@@ -39,7 +41,6 @@ from fasterase.engine.stops import explaining_interrupts, how_to_continue
 from fasterase.errors import InputError
 from fasterase.evaluation.evaluator import Evaluator, Measurement
 from fasterase.evaluation.examiner import Examiner, check_attacks, check_tasks
-from fasterase.files import check_creatable, check_replaceable
 from fasterase.models.delta import fingerprint_weights, keep_original
 from fasterase.models.dual_encoder import DualEncoder, separate_copy
 from fasterase.models.forward import without_autocast
@@ -151,7 +152,7 @@ def unlearn(
     """
     arguments = dict(locals())
     clock = RunClock()
-    _check_arguments(config, callback, concept, request)
+    check_arguments(config, callback, concept, request)
     config = (config or UnlearnConfig()).replace(**overrides)
     check_environment(config)
     output = None if config.output_dir is None else Path(config.output_dir)
@@ -165,7 +166,7 @@ def unlearn(
             ranks.heartbeat.limit = config.rank_timeout
         if not ranks.is_first:
             config = config.replace(progress=False, report_to=None)
-        ranks.on_first(lambda: _check_output_folder(output))
+        ranks.on_first(lambda: check_output_folder(output))
         with _warning(ranks), speaking(config.progress):
             parent_record = read_record(model)
             given = {"tokenizer": tokenizer, "preprocess": preprocess, "model_name": model_name}
@@ -178,12 +179,7 @@ def unlearn(
                 removed = clean_retain(found, parent_record)
             device = resolve_device(config.device, default=home)
             # Refuses a wrong `tune`, before minutes of measuring.
-            weights = keep_original(
-                encoder,
-                config.tune,
-                logit_scale=config.train_logit_scale,
-                buffers=config.train_mode,
-            )
+            weights = _keep_original(encoder, config)
             total = sum(map(len, found.tables.values()))
             job = Job(
                 model=encoder,
@@ -211,10 +207,15 @@ def unlearn(
                 )
                 with ranks.raising_together():
                     if output is not None and ranks.is_first:
-                        began = time.monotonic()
-                        result.write_output(output)
-                        say("model and report written", since=began, least=WRITING_SECONDS)
+                        _write(result, output)
             return result
+
+
+def _write(result: UnlearnResult, output: Path) -> None:
+    """Write what a finished run leaves in its folder."""
+    began = time.monotonic()
+    result.write_output(output)
+    say("model and report written", since=began, least=WRITING_SECONDS)
 
 
 def _load(model: Model, given: dict[str, Any], *, copy: bool) -> tuple[DualEncoder, torch.device]:
@@ -225,6 +226,11 @@ def _load(model: Model, given: dict[str, Any], *, copy: bool) -> tuple[DualEncod
         if isinstance(model, str | os.PathLike):
             return encoder, launched_device() or best_device()
         return separate_copy(encoder) if copy else encoder, encoder.device
+
+
+def _keep_original(encoder: DualEncoder, config: UnlearnConfig) -> dict[str, torch.Tensor]:
+    scale, buffers = config.train_logit_scale, config.train_mode
+    return keep_original(encoder, config.tune, logit_scale=scale, buffers=buffers)
 
 
 def _run(job: Job, device: torch.device, **known: Any) -> UnlearnResult:
@@ -463,32 +469,6 @@ def _measure_models(
                 fingerprint = fingerprint_weights(encoder.module)
         del encoder, pairs, features
     return measured, fingerprint
-
-
-def _check_arguments(config: object, callback: object, concept: object, request: object) -> None:
-    said = {
-        "concept": (concept, "say in words what is forgotten, such as 'guide dogs'"),
-        "request": (request, "name what asked for the erasure, such as 'REQ-17'"),
-    }
-    for name, (value, must) in said.items():
-        if value is not None and not (isinstance(value, str) and value.strip()):
-            raise InputError(f"{name}={value!r} must {must}, or be None.")
-    if not isinstance(config, UnlearnConfig | None):
-        raise InputError(
-            f"config: expected an UnlearnConfig, found {type(config).__name__}. Use "
-            "UnlearnConfig(**fields) or UnlearnConfig.from_yaml(path)."
-        )
-    if callback is not None and not callable(callback):
-        raise InputError(
-            f"callback: expected a function of the step's record, found {type(callback).__name__}."
-        )
-
-
-def _check_output_folder(output: Path | None) -> None:
-    """Fail now rather than hours later if `output_dir` cannot be created or written to."""
-    if output is not None:
-        check_creatable(output, argument="output_dir")
-        check_replaceable(output / "model", argument="output_dir")
 
 
 def _check_references(references: object) -> None:

@@ -19,7 +19,13 @@ from fasterase.config import UnlearnConfig
 from fasterase.engine.history import require_tracker
 from fasterase.engine.optim import EIGHT_BIT, require_bitsandbytes, shards
 from fasterase.errors import InputError, ResumeError
-from fasterase.files import check_creatable, check_writable, remove_leftovers, write_text
+from fasterase.files import (
+    check_creatable,
+    check_replaceable,
+    check_writable,
+    remove_leftovers,
+    write_text,
+)
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.numerals import counted
 from fasterase.ops.contrastive.api import choose_backend
@@ -34,6 +40,33 @@ LOCK_FILE = ".run.lock"
 HOLDER_FILE = ".run.json"
 # The workers of a killed run hold its lock until they have ended.
 ORPHAN_SECONDS = 20.0
+
+
+def check_arguments(config: object, callback: object, concept: object, request: object) -> None:
+    """Raise `InputError` for an argument of `unlearn` that is not of its kind."""
+    said = {
+        "concept": (concept, "say in words what is forgotten, such as 'guide dogs'"),
+        "request": (request, "name what asked for the erasure, such as 'REQ-17'"),
+    }
+    for name, (value, must) in said.items():
+        if value is not None and not (isinstance(value, str) and value.strip()):
+            raise InputError(f"{name}={value!r} must {must}, or be None.")
+    if not isinstance(config, UnlearnConfig | None):
+        raise InputError(
+            f"config: expected an UnlearnConfig, found {type(config).__name__}. Use "
+            "UnlearnConfig(**fields) or UnlearnConfig.from_yaml(path)."
+        )
+    if callback is not None and not callable(callback):
+        raise InputError(
+            f"callback: expected a function of the step's record, found {type(callback).__name__}."
+        )
+
+
+def check_output_folder(output: Path | None) -> None:
+    """Fail now rather than hours later if `output_dir` cannot be created or written to."""
+    if output is not None:
+        check_creatable(output, argument="output_dir")
+        check_replaceable(output / "model", argument="output_dir")
 
 
 def check_environment(config: UnlearnConfig) -> None:
