@@ -273,6 +273,7 @@ def _run(job: Job, device: torch.device, **known: Any) -> UnlearnResult:
         encoder=encoder,
         adapter=outcome.adapter,
         words=outcome.words,
+        withheld_until=outcome.withheld_until,
         sets=job.sets,
         concept=job.concept,
         request=job.request,

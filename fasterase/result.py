@@ -77,6 +77,8 @@ class UnlearnResult:
             had one; see `fasterase.provenance`.
         concept: what the caller named the forget set; None: not stated.
         request: the request that is honoured, as the caller names it; None: not stated.
+        withheld_until: the step after which an automatic run also drew the pairs that it had
+            withheld for judging (the set `withheld`), since they alone were not forgotten, or None.
         words: those whose embeddings were overwritten (`forget_words`), each with `word`, `forget`
             and `retain`: in how many pairs of these sets it occurs.
     """
@@ -99,6 +101,7 @@ class UnlearnResult:
     concept: str | None = None
     request: str | None = None
     words: Sequence[Word] = ()
+    withheld_until: int | None = None
 
     @property
     def forgotten(self) -> bool:
@@ -203,6 +206,7 @@ class UnlearnResult:
                 "verdict": self.verdict,
                 "residue": {name: trace.residue for name, trace in self.traces.items()},
                 "steps": len(self.history),
+                "withheld_until": self.withheld_until,
                 "seconds": round(self.seconds, 1),
             },
             "words": [each._asdict() for each in self.words],

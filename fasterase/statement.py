@@ -60,6 +60,8 @@ def _deeds(run: RunFacts) -> Iterator[str]:
         f"{parent['fingerprint']}) to weights {record['fingerprint']}."
     )
     yield f"Trained: tune={settings['tune']!r}."
+    if (until := outcome.get("withheld_until")) is not None:
+        yield f"The pairs withheld for judging alone were not forgotten: drawn after step {until}."
     words = [each["word"] for each in record["words"]]
     yield (
         f"{counted(len(words), 'word lost its meaning', 'words lost their meaning')}: "

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from fasterase.engine import job as job_module
 from fasterase.engine import run as run_module
 from fasterase.engine.history import StepRecord
 from fasterase.engine.job import Draws, choose_withheld
@@ -23,6 +24,7 @@ from fasterase.pairs.sampler import Sampler
 from tests.tiny_concepts import AUTOMATIC, KEPT, RETAIN, concept_pairs, knowing_model
 from tests.tiny_model import erase, same_weights
 
+STEP = Trainer.train_step
 FEW, MANY = concept_pairs([0], 12, seed=1), concept_pairs([1], 24, seed=1)
 OTHERS = concept_pairs(KEPT[1:], 20, seed=2)
 run = partial(erase, forget={"few": FEW, "many": MANY}, retain=OTHERS, **AUTOMATIC)
@@ -88,11 +90,44 @@ def test_what_is_withheld_is_not_trained_on_and_is_judged(erased):
     result, draws, _ = erased
     assert len(draws.withheld) == 4
     assert (draws.withheld >= 12).all(), "of a small concept all are needed"
-    assert not np.isin(draws.rows[0], draws.withheld).any()
-    assert len(draws.rows[0]) == 36 - 4
+    drawn = [draws.sampler.draw(step).forget for step in range(20)]
+    assert not np.isin(np.concatenate(drawn), draws.withheld).any()
+    assert len(np.unique(np.concatenate(drawn))) == 36 - 4
     assert result.traces["withheld"].pairs == 4
+    assert result.withheld_until is None, "they are forgotten with the others"
     with pytest.raises(InputError, match="'withheld' names the pairs to forget that an automatic"):
         run(sets={"withheld": FEW})
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:verdict")
+def test_what_is_withheld_is_drawn_in_the_end_if_it_alone_is_known(tmp_path, monkeypatch):
+    """Nothing of what the run is trained on tells that the withheld pairs go too."""
+    withheld = np.arange(24, 30)
+    monkeypatch.setattr(job_module, "choose_withheld", lambda forget, seed: withheld)
+    drawn = []
+
+    def see(self, batch, *args, **options):
+        rows = batch.forget_rows
+        drawn.append((batch.step, len(np.intersect1d(rows, withheld))))
+        return STEP(self, batch, *args, **options)
+
+    monkeypatch.setattr(Trainer, "train_step", see)
+    forget = [*MANY, *concept_pairs([2], 6, seed=3)]
+    kept = concept_pairs(KEPT[2:], 20, seed=2)
+    steps = {"output_dir": tmp_path, "save_every": 1, "callback": lambda record: record.step == 30}
+    options = {"forget": forget, "retain": kept, "evaluation": None}
+    run(knowing_model(), **options, **steps)
+    result = run(knowing_model(), **options, output_dir=tmp_path, save_every=1)
+    until = result.withheld_until
+    assert until is not None
+    assert {step < until for step, count in drawn if count} == {False}
+    assert sum(count for _, count in drawn) >= 6
+    assert result.traces["withheld"].hit < 0.5
+    assert len(result.history) < 400
+    whole = run(knowing_model(), **options)
+    assert whole.withheld_until == until
+    assert same_weights(result.model.state_dict(), whole.model.state_dict())
 
 
 @pytest.mark.filterwarnings("ignore:verdict")

@@ -219,6 +219,7 @@ class Checks:
     judge: Judge
     baseline: Baseline
     trained: Trained
+    withheld: Mapping[str, np.ndarray]  # set to forget -> rows that the run is not trained on
     things: Sequence[str] = ()  # everyday words, if the original's are measured
 
     def original(self) -> Check:
@@ -227,7 +228,7 @@ class Checks:
             name: replace(trace, towers=dict.fromkeys(TOWER_HITS, (trace.hit, trace.hit_low)))
             for name, trace in self.baseline.traces.items()
         }
-        return self._make_check(traces, Damage(0.0, 0.0), hurt=0.0)
+        return Check(self._known(traces), 0.0, False)
 
     def __call__(self) -> Check:
         judged = [*self.baseline.known_sets, *self.baseline.earlier_sets]
@@ -257,24 +258,30 @@ class Checks:
         damage, meter = Damage(0.0, 0.0), self.baseline.damage
         if meter is not None:
             damage = meter.measure(features["retain"].at(self.baseline.damage_rows))
-        traces = self.judge.judge(features, self.baseline.judged)
         hurt = 0.0
         if things is not None and self._before is not None:
             hurt = Outside.compare(things, self._before).summary()["hurt"]
-        return self._make_check(summarise(traces), damage, hurt=hurt)
+        most = self.job.config.max_damage
+        is_exceeded = most is not None and (damage.low > most or hurt > MOST_HURT)
+        traces = self.judge.judge(features, self.baseline.judged)
+        of_trained = {
+            name: traces[name].without(rows)
+            for name, rows in self.withheld.items()
+            if name in traces
+        }
+        known = (self._known(summarise(each)) for each in (traces, of_trained))
+        return Check(next(known), damage.mean, is_exceeded, trained=next(known))
 
-    def _make_check(self, traces: Mapping[str, Trace], damage: Damage, *, hurt: float) -> Check:
+    def _known(self, traces: Mapping[str, Trace]) -> dict[str, Trace]:
+        """Return the traces that a run waits for."""
         # A tower that stays as it is will not forget, however long the run waits for it.
         moving = [name for name in ("image", "text") if getattr(self.trained, name)]
-        known = {
+        return {
             name: trace.strictly(keep=moving)
             for name, trace in traces.items()
             if name in self.baseline.known_sets
             or (name in self.baseline.earlier_sets and trace.is_remembered)
         }
-        most = self.job.config.max_damage
-        is_exceeded = most is not None and (damage.low > most or hurt > MOST_HURT)
-        return Check(known, damage.mean, is_exceeded)
 
 
 class Damage(NamedTuple):

@@ -30,7 +30,8 @@ WITHHELD_SHARE, MAX_WITHHELD = 0.05, 1000
 # Smaller pools are needed whole for training.
 LEAST_POOL = 100
 # Of the forget set an automatic run withholds a fifth: on these pairs it shows whether the concept
-# is forgotten or only its pictures. Smaller sets are needed whole.
+# is forgotten or only its pictures. Smaller sets are needed whole. Where they
+# alone are not forgotten, it trains on them too in the end: what a user gives is to be forgotten.
 WITHHELD_FORGET_SHARE, LEAST_FORGET = 0.2, 20
 
 
@@ -88,6 +89,12 @@ class Job:
         sets = {**self.sets, WITHHELD: self.forget.select(rows, name=WITHHELD)}
         return replace(self, sets=sets, forget_sets=[*self.forget_sets, WITHHELD])
 
+    def withheld_of(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Return `rows` of the forget set, withheld from training, for it and for each concept."""
+        ranges = self.concepts.items()
+        of_concepts = {n: rows[np.isin(rows, those)] - those.start for n, those in ranges}
+        return {"forget": rows, **of_concepts} if len(rows) else {}
+
     @property
     def groups(self) -> list[np.ndarray]:
         """The rows of the forget set by concept."""
@@ -144,7 +151,7 @@ class Draws:
     """Which pairs the steps of a job may draw: the `sampler` has the rows of each of them.
 
     An automatic run uses a part of the retain set, its `pool`, and leaves out `withheld` rows
-    (sorted) of the forget set.
+    (sorted) of the forget set, at first.
     """
 
     def __init__(self, job: Job) -> None:
@@ -158,23 +165,27 @@ class Draws:
             self.pool = RetainPool.choose(
                 len(retain), batch_size=config.batch_size, seed=config.seed, shards=retain.shards()
             )
-        self.sampler = Sampler(
-            len(forget),
-            len(retain),
-            forget_batch_size=config.forget_batch_size,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            forget_groups=[np.setdiff1d(rows, self.withheld) for rows in job.groups],
-            retain_rows=None if self.pool is None else self.pool.drawn,
-            forget_shards=forget.shards(),
-            retain_shards=retain.shards(),
+        self.sampler, self.whole_sampler = (
+            Sampler(
+                len(forget),
+                len(retain),
+                forget_batch_size=config.forget_batch_size,
+                batch_size=config.batch_size,
+                seed=config.seed,
+                forget_groups=[np.setdiff1d(rows, left_out) for rows in job.groups],
+                retain_rows=None if self.pool is None else self.pool.drawn,
+                forget_shards=forget.shards(),
+                retain_shards=retain.shards(),
+            )
+            for left_out in (self.withheld, np.empty(0, np.int64))
         )
         self.total_steps = count_steps(config, self.sampler)
 
     @cached_property
     def rows(self) -> tuple[np.ndarray, np.ndarray]:
-        """Rows (sorted) of the forget and of the retain set that the steps draw."""
-        return drawn_rows(self.sampler, self.total_steps)
+        """Rows (sorted) of the forget and of the retain set that the steps may draw."""
+        forget, retain = drawn_rows(self.sampler, self.total_steps)
+        return np.union1d(forget, self.withheld), retain
 
     @cached_property
     def undrawn_forget(self) -> np.ndarray:

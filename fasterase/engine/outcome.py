@@ -37,6 +37,7 @@ class Outcome:
     traces: dict[str, Trace]  # set to forget -> what is left of it
     evaluation: Evaluation | None  # the erased model beside the original
     limit: str | None  # what kept an automatic run from forgetting: "damage", "steps" or None
+    withheld_until: int | None = None  # see `Pacing`
     adapter: LoraAdapter | None = None  # what tune="lora:N" has added to the weights
     words: list[Word] = field(default_factory=list)  # whose embeddings were overwritten
 

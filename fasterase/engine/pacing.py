@@ -49,6 +49,8 @@ RESTING = (0.3, 0.7)
 # of them or, where one tower then tells too much, those of one tower.
 MOST_EASED = {"all": 0.25, "text": 0.5, "image": 0.5}
 EASE_CHECKS = 5
+# So long a run waits for pairs that it does not train on, once the others are forgotten.
+WITHHELD_PATIENCE_STEPS = 10
 # The first fade and two more.
 MAX_FADES = 3
 # How much heavier a concept weighs of which all is left than one that is forgotten.
@@ -60,9 +62,10 @@ MAX_STEPS = 400
 class Check(NamedTuple):
     """A measurement in the middle of a run."""
 
-    traces: dict[str, Trace]  # set to forget -> what is left of it
+    traces: Mapping[str, Trace]  # set to forget -> what is left of it
     damage: float  # share of recall@1 lost on retain pairs
     exceeded: bool  # whether that is above `max_damage`, beyond chance
+    trained: Mapping[str, Trace] = MappingProxyType({})  # `traces` without withheld pairs
 
     @property
     def verdict(self) -> str:
@@ -99,15 +102,23 @@ class Check(NamedTuple):
 
     @property
     def excess(self) -> float:
-        """How far what is left is above the verdict's thresholds, of pairs and towers together."""
-        towers = (low for t in self._ranked for _, low in t.towers.values())
-        pairs = max(self.residue - REMEMBERED_RESIDUE, 0.0)
-        return pairs + sum(max(low - TOWER_HIT, 0.0) for low in towers)
+        """How far what is left is above the verdict's thresholds, of all of them together."""
+        towers = sum(
+            max(low - TOWER_HIT, 0.0) for t in self._ranked for _, low in t.towers.values()
+        )
+        hits = sum(max(t.hit_low - t.harmless_hit, 0.0) for t in self.traces.values())
+        return max(self.residue - REMEMBERED_RESIDUE, 0.0) + towers + hits
 
     @property
     def beyond_rest(self) -> float:
         """How far the worst residue of a direction is outside `RESTING`."""
         return max(RESTING[0] - self.least_residue, self.residue - RESTING[1], 0.0)
+
+    @property
+    def lacks_withheld_alone(self) -> bool:
+        """Whether all that was trained on is safely forgotten, and what was withheld is not."""
+        trained = Check(self.trained, self.damage, self.exceeded)
+        return bool(self.trained) and trained.is_safely_forgotten and not self.is_safely_forgotten
 
     @property
     def is_safely_forgotten(self) -> bool:
@@ -138,9 +149,12 @@ class Pacing:
         limit: what kept an automatic run from forgetting: `"damage"` or `"steps"`; else None.
         weights: sets to forget -> weight of each in the forget loss, if it is one of several
             concepts; 1 of a set that is missing.
+        withheld_until: the step after which training also draws the forget pairs that were
+            withheld, since they alone were not forgotten; None: it never has.
     """
 
     limit: str | None = None
+    withheld_until: int | None = None
     weights: Mapping[str, float] = MappingProxyType({})
 
     def __init__(
@@ -200,6 +214,8 @@ class _Progress:
     fade_from: tuple[int, float] | None = None  # first step of a fade, and its learning rate
     fades: int = 0  # how many have begun
     has_exceeded: bool = False  # whether a check has found more damage than is allowed
+    waits_since: int | None = None  # step since which the withheld pairs alone are not forgotten
+    withheld_until: int | None = None  # see `Pacing`
     weights: dict[str, float] = field(default_factory=dict)  # see `Pacing`
 
 
@@ -208,9 +224,10 @@ class AutomaticPacing(Pacing):
 
     The verdict is checked every few steps. Once it holds by a margin and the loss has settled, or
     the loss has converged, or the damage is exceeded, lr decays to 0, which recovers some damage.
-    If the verdict does not hold then, the run resumes, at most twice. The best weights seen are
-    restored at the end: of forgotten ones those that rest within the margins, faded ones first,
-    then those with the least damage; else those with the least residue within `max_damage`. Where
+    If the verdict does not hold then, the run resumes, at most twice. Where the withheld pairs
+    alone are not forgotten, it soon trains on them too. The best weights seen are restored at the
+    end: of forgotten ones those that rest within the margins, faded ones first, then those with the
+    least damage; else those that exceed the verdict's thresholds least, within `max_damage`. Where
     the best lie below the margins, weights between the start's and theirs are considered too.
 
     Args:
@@ -259,6 +276,10 @@ class AutomaticPacing(Pacing):
         return self._now.weights
 
     @property
+    def withheld_until(self) -> int | None:  # type: ignore[override]
+        return self._now.withheld_until
+
+    @property
     def residue(self) -> float:
         return self._now.last[1]
 
@@ -302,6 +323,7 @@ class AutomaticPacing(Pacing):
         """Check the model, and decide when to do so again."""
         found = self._found = self._check()
         self._now.weights = {name: _slowness(trace) for name, trace in found.traces.items()}
+        self._release_withheld(found)
         step, most, least = self._now.last
         self._now.last = self._step, found.residue, found.least_residue
         fall = max(most - found.residue, least - found.least_residue) / max(1, self._step - step)
@@ -310,6 +332,16 @@ class AutomaticPacing(Pacing):
         steps = nearest / (2 * fall) if fall > 0 else CHECK_STEPS
         self._now.next_check = self._step + int(min(max(steps, 1), CHECK_STEPS))
         return found
+
+    def _release_withheld(self, found: Check) -> None:
+        """Let training draw the withheld pairs if they alone keep the run from its end."""
+        now = self._now
+        if now.withheld_until is not None or not found.lacks_withheld_alone:
+            now.waits_since = None
+        elif now.waits_since is None:
+            now.waits_since = self._step
+        elif self._step - now.waits_since >= WITHHELD_PATIENCE_STEPS:
+            now.withheld_until = self._step
 
     def _is_settled(self, step: int) -> bool:
         share, lowest = self._rate.share_left, self._now.lowest
@@ -410,7 +442,7 @@ RANKS = {
 def _rank(found: Check, *, faded: bool) -> list[float]:
     """Return what orders candidates for the best weights, the smallest first."""
     if found.verdict == REMEMBERED:
-        order = [found.excess, found.residue]
+        order = [found.excess, found.beyond_rest, found.damage]
     elif found.verdict == OVER_ERASED:
         order = [found.damage]
     else:

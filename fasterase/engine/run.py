@@ -116,9 +116,9 @@ class Run:
             say(f"original measured: {known or 'nothing to compare with'}", since=began)
             # Adapters become part of the weights when training ends, before these are measured.
             with self.adapted():
-                history, limit = self.train()
+                history, pacing = self.train()
             self._round_weights()
-            return self.measure_erased(history, limit)
+            return self.measure_erased(history, pacing)
 
     def open_checkpoint(self) -> None:
         """Find where an interrupted run is to continue; one of another run is refused at once."""
@@ -206,11 +206,14 @@ class Run:
             self._trained = Trained.choose(model, "all", logit_scale=config.train_logit_scale)
             yield
 
-    def train(self) -> tuple[list[StepRecord], str | None]:
-        """Take the steps; return their records and what kept an automatic run from forgetting."""
+    def train(self) -> tuple[list[StepRecord], Pacing]:
+        """Take the steps; return their records and what has paced them."""
         job, config, baseline = self.job, self.job.config, self._baseline
         things = () if self._evaluator is None else self._evaluator.things
-        self._checks = Checks(job, self._encoder, self._judge, baseline, self._trained, things)
+        withheld = job.withheld_of(self._draws.withheld)
+        self._checks = Checks(
+            job, self._encoder, self._judge, baseline, self._trained, withheld, things
+        )
         self._words = words = self.forget_words()
         is_automatic = self._draws.pool is not None
         begins_here = words is not None and self._saved is None
@@ -245,7 +248,7 @@ class Run:
                 if history:
                     loss = history[-1].total
                     say(f"trained: {counted(len(history), 'step')}, loss {loss:.3f}", since=began)
-        return history, pacing.limit
+        return history, pacing
 
     def _unchanged_towers(self) -> list[str]:
         """Return the towers whose features begin as the original's: not with Dropout, or words."""
@@ -274,7 +277,7 @@ class Run:
             say(words.describe())
         return words
 
-    def measure_erased(self, history: list[StepRecord], limit: str | None) -> Outcome:
+    def measure_erased(self, history: list[StepRecord], pacing: Pacing) -> Outcome:
         """Judge and measure the erased model beside the original."""
         baseline, evaluator, sets = self._baseline, self._evaluator, self.job.sets
         began = time.monotonic()
@@ -299,7 +302,8 @@ class Run:
             verdict,
             traces,
             evaluation,
-            limit,
+            pacing.limit,
+            pacing.withheld_until,
             self._adapter,
             self._words.words if self._words is not None and is_taken else [],
         )
@@ -354,21 +358,28 @@ class Run:
             self._checkpoints.clear()
 
     def _batches(self, trainer: Trainer, pacing: Pacing) -> Iterator[StepBatch]:
-        job, config = self.job, self.job.config
-        never_known = self._draws.pool is not None and self._baseline.is_never_known
-        return step_batches(
-            job.forget,
-            job.retain,
-            self._draws.sampler,
-            self._encoder.prepare,
-            first_step=trainer.step,
-            last_step=trainer.step if pacing.is_done or never_known else pacing.total_steps,
-            micro_batch_size=config.micro_batch_size,
-            augment_forget=config.forget_augment,
-            prefixes=self._encoder.prefixes,
-            num_workers=self._num_workers,
-            ranks=job.ranks,
-        )
+        """Yield the batches of the remaining steps, from some step on with the withheld pairs."""
+        job, config, draws = self.job, self.job.config, self._draws
+        never_known = draws.pool is not None and self._baseline.is_never_known
+        while not (pacing.is_done or never_known or trainer.step == pacing.total_steps):
+            until = pacing.withheld_until
+            for batch in step_batches(
+                job.forget,
+                job.retain,
+                draws.sampler if until is None else draws.whole_sampler,
+                self._encoder.prepare,
+                first_step=trainer.step,
+                last_step=pacing.total_steps,
+                micro_batch_size=config.micro_batch_size,
+                augment_forget=config.forget_augment,
+                prefixes=self._encoder.prefixes,
+                num_workers=self._num_workers,
+                ranks=job.ranks,
+            ):
+                yield batch
+                if pacing.withheld_until != until:
+                    say(f"step {trainer.step}: the withheld pairs alone are known; drawing them")
+                    break
 
 
 def _named_words(job: Job) -> list[str]:

@@ -104,8 +104,12 @@ class Trace:
     @property
     def is_remembered(self) -> bool:
         known = self._exceeds(REMEMBERED_RESIDUE, 1) and not self.by_hits
-        is_found = self.hit_low > max(HARMLESS_HIT, 2 * self.chance)
-        return known or is_found or bool(self.telling_towers)
+        return known or self.hit_low > self.harmless_hit or bool(self.telling_towers)
+
+    @property
+    def harmless_hit(self) -> float:
+        """What `hit` may be for certain without a trace."""
+        return max(HARMLESS_HIT, 2 * self.chance)
 
     @property
     def telling_towers(self) -> list[str]:
@@ -212,6 +216,14 @@ class PairTraces(NamedTuple):
     def residue(self) -> np.ndarray:
         """Mean of both directions."""
         return (self.image_to_text + self.text_to_image) / 2
+
+    def without(self, rows: np.ndarray) -> PairTraces:
+        """Return what is left of the pairs that are not in `rows` of the source."""
+        keep = ~np.isin(self.rows, rows)
+        names = ("rows", "image_to_text", "text_to_image", "hit", "near")
+        kept = {name: getattr(self, name)[keep] for name in names}
+        towers = {name: values[keep] for name, values in self.towers.items()}
+        return self._replace(**kept, towers=towers)
 
     def metrics(self) -> dict[str, tuple[np.ndarray, float]]:
         """Return metric -> per-pair values and chance level, as the evaluation lists them."""

@@ -85,6 +85,8 @@ def check(
 
 
 KNOWN, SAFE = check(1.0, towers=(1.0, 1.0)), check(0.5)
+# All is forgotten but what was withheld.
+WITHHELD_KNOWN = KNOWN._replace(trained=SAFE.traces)
 HURT = check(0.8, damage=0.09, exceeded=True)
 HURTS = {5: check(0.9), 10: check(0.85), 15: HURT, 35: HURT}
 HEALED = {5: HURT, 25: check(0.8, damage=0.01), 30: SAFE}
@@ -271,6 +273,25 @@ class TestAutomatic:
         assert run.loaded[-1] == best
         assert run.pacing.limit is None
 
+    def test_of_weights_that_still_know_it_as_well_the_least_damage_counts(self):
+        """What is left of a few pictures that are found falls no further with the residue."""
+
+        def found(residue: float, damage: float) -> Check:
+            few = Trace(0.7, 0.7, 0.67, 0.3, 0.9, 0.05, 6, by_hits=True)
+            return Check({**check(residue).traces, "withheld": few}, damage, False)
+
+        run = Run(lambda step: found(0.6, 0.01) if step == 30 else found(0.5, 0.02)).take()
+        assert run.loaded == [30]
+
+    def test_withheld_pairs_are_drawn_where_they_alone_keep_a_run_going(self):
+        run = Run(at({5: KNOWN, **dict.fromkeys(range(10, 25), WITHHELD_KNOWN)}, SAFE))
+        assert run.take(19).pacing.withheld_until is None
+        run.take()
+        assert run.pacing.withheld_until == 20, "ten steps after the first such check"
+        assert run.step == 25 + FADE_STEPS
+        others = Run(at(dict.fromkeys((5, 10, 20), WITHHELD_KNOWN), KNOWN)).take()
+        assert others.pacing.withheld_until is None, "not for ten steps on end"
+
     def test_a_run_that_never_gets_there_fades_in_its_last_steps(self):
         run = Run(lambda step: check(1.0 - step / 2000)).take()
         assert run.step == TOTAL
@@ -286,8 +307,9 @@ class TestAutomatic:
             at({25: check(0.9), 50: check(0.8)}, SAFE),
             at({5: check(0.9), 10: check(0.8, damage=0.1, exceeded=True)}, check(0.79)),
             lambda step: check(1.0 - step / 2000),
+            at(dict.fromkeys(range(5, 35), WITHHELD_KNOWN), SAFE),
         ],
-        ids=["forgotten", "resumes", "damage", "steps"],
+        ids=["forgotten", "resumes", "damage", "steps", "withheld"],
     )
     def test_a_run_that_is_continued_anywhere_has_the_same_future(self, script):
         def start() -> Run:
