@@ -116,21 +116,24 @@ class Check(NamedTuple):
 
     @property
     def lacks_withheld_alone(self) -> bool:
-        """Whether all that was trained on is safely forgotten, and what was withheld is not."""
+        """Whether all that was trained on is low enough, and the run has not reached its end."""
         trained = Check(self.trained, self.damage, self.exceeded)
-        return bool(self.trained) and trained.is_safely_forgotten and not self.is_safely_forgotten
+        return bool(self.trained) and trained.is_low and not self.is_safely_forgotten
 
     @property
-    def is_safely_forgotten(self) -> bool:
-        """Whether the traces are below the verdict's thresholds by a margin.
+    def is_low(self) -> bool:
+        """Whether the traces are below the verdict's thresholds, residues by a margin.
 
         If one direction has already fallen far, further training would push it below its margin.
         """
         margin = MARGIN_RESIDUE if self.least_residue > LEAST_RESIDUE else RESTING[1]
-        return (
-            self.verdict != REMEMBERED
-            and self.residue <= margin
-            and all(trace.hit <= max(MARGIN_HIT, 1.5 * trace.chance) for trace in self._ranked)
+        return self.verdict != REMEMBERED and self.residue <= margin
+
+    @property
+    def is_safely_forgotten(self) -> bool:
+        """Whether all traces are below the verdict's thresholds by a margin."""
+        return self.is_low and all(
+            trace.hit <= max(MARGIN_HIT, 1.5 * trace.chance) for trace in self._ranked
         )
 
 
