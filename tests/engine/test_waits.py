@@ -1,0 +1,101 @@
+"""A training step reads from the device once, when all of its work is queued."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fasterase import transfers
+from fasterase.engine.loop import Trainer
+from fasterase.models.preprocessing import Tokens
+from fasterase.pairs.batches import StepBatch
+from fasterase.parallel import local
+from tests.marks import SHORT_RUN
+from tests.tiny_model import TinyModel, batch, erase, micro_batches
+
+pytestmark = SHORT_RUN
+
+# Operators whose result, or its shape, the host has to wait for.
+READS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero"}
+
+
+class Reads(TorchDispatchMode):
+    """Lists what is read from a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.is_off = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in READS and not self.is_off:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"micro_batch_size": 5}, {"tune": "last:1"}, {"train_mode": True, "max_grad_norm": 1.0}],
+)
+def test_one_read_a_step(settings, monkeypatch):
+    model, reads = TinyModel(), Reads()
+    take, update, read = Trainer.train_step, torch.optim.AdamW.step, local.read_numbers
+    in_steps: list[list[str]] = []
+
+    def train_step(trainer, *args, **options):
+        reads.names = []
+        with reads:
+            record = take(trainer, *args, **options)
+        in_steps.append(reads.names)
+        return record
+
+    def adam(optimizer, *args):  # counts its steps on the CPU, whatever the device
+        reads.is_off = True
+        update(optimizer, *args)
+        reads.is_off = False
+
+    def read_numbers(numbers):
+        assert any(each.grad is not None for each in model.module.parameters()), "too early"
+        reads.names.append("numbers")
+        return read(numbers)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    monkeypatch.setattr(torch.optim.AdamW, "step", adam)
+    monkeypatch.setattr(local, "read_numbers", read_numbers)
+    erase(model, **settings)
+    _, *later = in_steps  # the first one also compares with what is kept of the original
+    assert later == [["numbers"]] * 2
+
+
+def test_numbers_of_both_precisions_are_read_exactly():
+    values = [torch.tensor(0.1), torch.tensor(0.1, dtype=torch.float64)]
+    assert transfers.read_numbers(values) == [values[0].item(), 0.1]
+
+
+def test_pixels_are_copied_once_and_through_pinned_memory(monkeypatch):
+    """On a GPU; here tensors say that they are there, and note how they came."""
+    came: list[tuple[bool, bool]] = []
+    to = torch.Tensor.to
+
+    class Pinned(torch.Tensor):
+        pass
+
+    def upload(tensor, device, **options):
+        came.append((isinstance(tensor, Pinned), options.get("non_blocking", False)))
+        return to(tensor, "meta")
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.as_subclass(Pinned))
+    monkeypatch.setattr(Pinned, "to", upload, raising=False)
+    pixels, tokens = batch(12)
+    step = StepBatch(0, micro_batches(pixels, tokens, 5, n_forget=4))
+    step.move_pixels(torch.device("cuda"))
+    assert came == [(True, True)] * 3
+    assert {part.pixels.device.type for part in step.micro_batches} == {"meta"}
+    monkeypatch.setattr("fasterase.pairs.batches.KEPT_BYTES", 100)
+    step = StepBatch(0, micro_batches(pixels, tokens, 5, n_forget=4))
+    step.move_pixels(torch.device("cuda"))
+    assert {part.pixels.device.type for part in step.micro_batches} == {"cpu"}
+    assert Tokens(tokens.ids, tokens.ids).to("cuda").mask.is_meta
+    assert len(came) == 5
