@@ -114,8 +114,8 @@ def _loss(*options: object, dtype: str = "bfloat16", providers: tuple[str, ...] 
     def commands(context: Context) -> list[list[str]]:
         where: tuple[object, ...] = ("--device", "cuda", "--dtypes", dtype, *options)
         if context.is_dry:
-            where = ("--device", "cpu", "--dtypes", "float16", *options)
-            where += ("--sizes", 24, "--error-size", 24, 48, "--widths", 16, "--seconds", 0)
+            where = ("--device", "cpu", "--dtypes", "float32", *options)
+            where += ("--sizes", 24, "--error-size", 24, "--widths", 16, "--seconds", 0)
             where += ("--min-samples", 1, "--max-samples", 1)
         names = providers or (*_OWN, *_PEERS)
         output = context.results / "contrastive_cuda.csv"

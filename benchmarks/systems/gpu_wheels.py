@@ -5,8 +5,8 @@
 The machine is taken to have Linux on x86-64, Python 3.12, and CUDA builds of torch and Triton with
 transformers, timm, pytest, hypothesis and what these need. Wheels are fetched without what they
 depend on, by pip, from the index that it is set up for; of what is a source archive there, one is
-built. With the files of the project they may take 60 MB, so bitsandbytes, which alone takes as
-much, stays behind unless --also names it and there is room.
+built. With the files of the project they may take 60 MB, so bitsandbytes
+(43 MB) stays behind; --also names others that fit.
 """
 
 from __future__ import annotations

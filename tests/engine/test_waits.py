@@ -12,7 +12,7 @@ from fasterase.models.preprocessing import Tokens
 from fasterase.pairs.batches import StepBatch
 from fasterase.parallel import local
 from tests.marks import SHORT_RUN
-from tests.tiny_model import TinyModel, batch, erase, micro_batches
+from tests.tiny_model import TinyModel, batch, erase, micro_batches, watch
 
 pytestmark = SHORT_RUN
 
@@ -99,3 +99,21 @@ def test_pixels_are_copied_once_and_through_pinned_memory(monkeypatch):
     assert {part.pixels.device.type for part in step.micro_batches} == {"cpu"}
     assert Tokens(tokens.ids, tokens.ids).to("cuda").mask.is_meta
     assert len(came) == 5
+
+
+def test_a_loss_that_is_not_finite_says_nothing_of_the_scale_of_fp16(monkeypatch):
+    """Gradients that overflow halve it; these are NaN only so that the step is left out."""
+    scales, take = [], Trainer.train_step
+
+    def train_step(trainer, *args, **options):
+        record = take(trainer, *args, **options)
+        scales.append((record.applied, trainer._engine._scaler.get_scale()))
+        return record
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    model = TinyModel()
+    broken = iter([False, True, False])
+    watch(model, "text", lambda _, x: x * torch.nan if x.requires_grad and next(broken) else None)
+    erase(model, precision="fp16")
+    (_, first), second, _ = scales
+    assert second == (False, first)
