@@ -70,7 +70,7 @@ def use(kernel: str, tile: Tile | None) -> None:
         tiles[kernel, True] = chosen
     # What was planned and compiled for the other one.
     for name, module in list(sys.modules.items()):
-        if name.startswith("fasterase.ops.contrastive."):
+        if name.startswith("fasterase.ops.contrastive.triton"):
             for value in list(vars(module).values()):
                 if callable(getattr(value, "cache_clear", None)):
                     value.cache_clear()

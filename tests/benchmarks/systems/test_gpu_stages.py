@@ -181,7 +181,7 @@ def test_a_dry_run_of_every_stage(tmp_path):
     assert any(row["metric_name"] == "loss_error" and row["y_value_50"] for row in rows)
     assert {row["check"] for row in read_csv(results / "gpu_checks.csv")} == {"repeats", "graphs"}
     erasures = read_csv(results / "gpu_erasures.csv")
-    assert [row["kind"] for row in erasures] == ["plain", "plain", "nccl"]
+    assert [row["kind"] for row in erasures] == ["plain", "plain", "nccl", "zero2"]
     assert float(erasures[0]["planned_mb"]) > 0
     assert read_csv(results / "gpu_kernels.csv")[-1]["kernel"] == "host, to launch a step"
 
