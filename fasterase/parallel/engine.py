@@ -70,10 +70,10 @@ class Engine(Protocol):
         ...
 
     def step(self, lr: float, *, max_grad_norm: float, loss: Sequence[Tensor]) -> Step:
-        """Clip, update and clear the gradients, unless a term of the `loss` is not finite.
+        """Clip, update and clear the gradients; leave the step out if a number is not finite.
 
-        Everything is read from the device at once; what a gradient that is not finite has come
-        from need not be known before.
+        The terms of the `loss` are read from the device here, together with the norm: the host
+        waits once, when the whole step but its update is queued.
         """
         ...
 
