@@ -91,7 +91,7 @@ def _check(mode: str, *, module: str = "gpu_checks", file: str = "") -> Commands
 
 
 def _tests(context: Context) -> list[list[str]]:
-    parallel = ("-n", "8") if find_spec("xdist") and not context.is_dry else ()
+    parallel = ("-n", "4") if find_spec("xdist") and not context.is_dry else ()
     skips = [f"--deselect={name}" for name in context.passed]
     return [_python("pytest", "-v", "-rs", "-p", "no:cacheprovider", *parallel, *_TESTS, *skips)]
 
