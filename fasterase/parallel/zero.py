@@ -95,6 +95,8 @@ class ZeroEngine:
                 each.data = each.data.reshape(1)
         self._layout = f"ZeRO stage {self._stage}, number of ranks {ranks.world_size}"
         model.module.to("cpu")
+        if ranks.world_size == 1:  # a launcher would have set it, and DeepSpeed asks for it
+            os.environ.setdefault("LOCAL_RANK", "0")
         self._engine, self._optimizer, *_ = self._deepspeed.initialize(
             model=forward, optimizer=optimizer, config=dict(config), dist_init_required=False
         )

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,6 +19,7 @@ from tests.marks import SHORT_RUN
 from tests.tiny_model import TinyModel, batch, erase, micro_batches, watch
 
 pytestmark = SHORT_RUN
+ROOT = Path(__file__).parents[2]
 
 # Operators whose result, or its shape, the host has to wait for.
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero"}
@@ -117,3 +122,40 @@ def test_a_loss_that_is_not_finite_says_nothing_of_the_scale_of_fp16(monkeypatch
     erase(model, precision="fp16")
     (_, first), second, _ = scales
     assert second == (False, first)
+
+
+_WITHOUT_A_LAUNCHER = """
+import itertools, sys
+import torch
+from tests.tiny_model import TinyModel, erase
+from fasterase.engine import loop
+
+steps, plain, seen = itertools.count(1), loop.backpropagate, []
+take = loop.Trainer.train_step
+
+def backpropagate(engine, parts, loss_of, **options):
+    broken = next(steps) in (1, 3)
+    given = lambda image, *rest: loss_of(image * torch.nan if broken else image, *rest)
+    return plain(engine, parts, given, **options)
+
+def train_step(trainer, *args, **options):
+    record = take(trainer, *args, **options)
+    seen.append(torch.cat([each.flatten() for each in trainer._engine.weights().values()]))
+    return record
+
+loop.backpropagate, loop.Trainer.train_step = backpropagate, train_step
+result = erase(TinyModel(), max_steps=5, deepspeed=sys.argv[1])
+assert [record.applied for record in result.history] == [False, True, False, True, True]
+assert [torch.equal(a, b) for a, b in itertools.pairwise(seen)] == [False, True, False, False]
+assert seen[-1].isfinite().all()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_deepspeed_leaves_out_a_step_whose_loss_is_not_finite(stage):
+    """In a process without a launcher, too."""
+    pytest.importorskip("deepspeed")
+    command = [sys.executable, "-W", "ignore", "-c", _WITHOUT_A_LAUNCHER, stage]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr[-2000:]
