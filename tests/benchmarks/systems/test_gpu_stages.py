@@ -182,6 +182,13 @@ def test_a_dry_run_of_every_stage(tmp_path):
     assert read_csv(results / "gpu_kernels.csv")[-1]["kernel"] == "host, to launch a step"
 
 
+def test_a_dry_run_leaves_the_committed_results_alone(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(gpu_stages, "run_stage", lambda _, c, **__: seen.append(c) or "done")
+    gpu_stages.main(["--dry-run", "--stage", "small", "--work", str(tmp_path)])
+    assert (seen[0].results, seen[0].is_dry) == (tmp_path / "dry", True)
+
+
 def test_wheels_go_to_the_stages_alone(run, tmp_path, monkeypatch):
     """Not into the machine's own Python, which may not be ours to change."""
     wheels, packages = tmp_path / "wheels", tmp_path / "work/packages"
