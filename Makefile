@@ -3,6 +3,7 @@
 #   PYTHON=python3.12       the interpreter of a new .venv (3.10 or newer)
 #   PIP_ARGS="..."          handed to pip, such as the index of CPU-only torch wheels
 #   STAGE=name WHEELS=dir   one stage of `make gpu`; a folder of wheels to install before it
+#   RESULTS=dir WORK=dir    where its results go, and caches and wheels; DRY=1 tries it on a CPU
 #   ARGS="..."              handed to the command: make demo ARGS="--forget animal-bird"
 
 PYTHON ?= python3
@@ -10,6 +11,9 @@ PIP_ARGS ?=
 ARGS ?=
 STAGE ?=
 WHEELS ?=
+RESULTS ?=
+WORK ?=
+DRY ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,7 +21,7 @@ PIP := $(BIN)/python -m pip
 APT := on Debian or Ubuntu: apt install git make python3-venv
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs gpu test test-all test-scale quick lint style types format clean installed venv
+.PHONY: help demo docs gpu gpu-wheels test test-all test-scale quick lint style types format clean installed venv
 
 help:
 	@echo 'make demo     erase a concept from the small CLIP that ships with fasterase, show the result'
@@ -27,6 +31,7 @@ help:
 	@echo 'make lint     the checks without the tests'
 	@echo 'make docs     build the site into site/'
 	@echo 'make gpu      on a machine with a GPU: its tests, checks and benchmarks, in stages'
+	@echo 'make gpu-wheels  fetch what such a machine without a network lacks'
 	@echo 'make format   put the code into its standard form'
 	@echo 'make clean    remove .venv and everything built'
 	@echo
@@ -83,7 +88,12 @@ docs: installed
 # In .venv if there is one, else with PYTHON: it installs nothing by itself and needs no network.
 gpu:
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.systems.gpu_stages \
-	  $(if $(STAGE),--stage $(STAGE)) $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
+	  $(if $(STAGE),--stage $(STAGE)) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(DRY),--dry-run) \
+	  $(if $(RESULTS),--results $(RESULTS)) $(if $(WORK),--work $(WORK)) $(ARGS)
+
+gpu-wheels: EXTRAS := hf,eval,demo,dev
+gpu-wheels: installed
+	$(BIN)/python -m benchmarks.systems.gpu_wheels $(or $(WHEELS),wheels) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import functools
 import io
+import os
 import platform
+import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -79,9 +81,11 @@ def device_name(device: str) -> str:
 
 @functools.cache
 def code_version() -> str:
-    """Return fasterase's version and commit."""
-    here = Path(__file__).parent
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True
-    )
-    return f"{fasterase.__version__} {found.stdout.strip()}".strip()
+    """Return fasterase's version and commit; without git, that of FASTERASE_COMMIT."""
+    commit = ""
+    if shutil.which("git"):
+        command = ["git", "describe", "--always", "--dirty"]
+        here = Path(__file__).parent
+        commit = subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip()
+    commit = commit or os.environ.get("FASTERASE_COMMIT", "")
+    return f"{fasterase.__version__} {commit}".strip()

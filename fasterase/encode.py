@@ -28,6 +28,7 @@ from fasterase.parallel.engine import Engine
 from fasterase.parallel.ranks import ALONE, Ranks
 from fasterase.progress import Progress, WaitingShare
 from fasterase.signals import current_stop
+from fasterase.transfers import to_device
 
 # Images encoded at a time, on a CPU and on a GPU. Texts are shorter: four times as many.
 BATCH_SIZE, GPU_BATCH_SIZE = 64, 256
@@ -298,7 +299,7 @@ class PairEncoder:
             pixels = pixels.new_zeros(1, *pixels.shape[1:])
 
         def encode(part: slice) -> Tensor:
-            image = self._towers(pixels[part].to(self._device)).image
+            image = self._towers(to_device(pixels[part], self._device)).image
             assert image is not None
             return image.cpu()
 

@@ -108,7 +108,7 @@ def _show(path: Path, args: argparse.Namespace) -> None:
 def cases(args: argparse.Namespace) -> Iterator[Work]:
     """Yield the sweep, small sizes first.
 
-    Memory and labels are at the first width only, errors at one size.
+    Memory and labels are at the first width only, errors at sizes of their own.
     """
     kls, labelled = ([word == "with" for word in words] for words in (args.teacher, args.labels))
     variants = [
@@ -125,8 +125,7 @@ def cases(args: argparse.Namespace) -> Iterator[Work]:
                 if "memory" in args.metrics and width == args.widths[0]:
                     yield "memory", case, mode
         if "error" in args.metrics:
-            for width, kl, labels in variants:
-                size = args.error_size
+            for size, (width, kl, labels) in product(args.error_size, variants):
                 yield "error", Case(size, width, dtype, scale, kl, args.device, labels), "full"
 
 
@@ -289,7 +288,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--modes", nargs="+", default=["full"], choices=MODES)
     add("--metrics", nargs="+", default=list(METRICS), choices=METRICS)
     add("--providers", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS))
-    add("--error-size", type=int, default=1000, help="N of the comparison with fp64")
+    add("--error-size", type=int, nargs="+", default=[1000], help="N of comparisons with fp64")
     add("--seconds", type=float, default=1.0, help="minimum time per provider and cell")
     add("--min-samples", type=int, default=5)
     add("--max-samples", type=int, default=100)

@@ -1,29 +1,35 @@
-"""Small calls of the Triton backend for compute-sanitizer, and the same call many times over.
+"""Calls of the Triton backend: small ones for compute-sanitizer, many times over, and replayed.
 
     python -m benchmarks.systems.gpu_checks small
     python -m benchmarks.systems.gpu_checks repeats
+    python -m benchmarks.systems.gpu_checks graphs
 
 "small" makes one call of each kind; `make gpu STAGE=memcheck` and `STAGE=racecheck` run it under
 compute-sanitizer. "repeats" makes each call many times, between allocations that move its memory,
-and compares the bits. It writes a digest of each call's results to
-benchmarks/results/gpu_repeats.csv, and ends with code 1 if two repeats differ. Both run on CPU
-tensors under TRITON_INTERPRET=1, at smaller sizes.
+and compares the bits. It writes a digest of each call's results, and ends with code 1 if two
+repeats differ. "graphs" captures a step of weighted losses as a CUDA graph, replays it on other
+features, and compares bits and time with the step itself. Both write to
+benchmarks/results/gpu_checks.csv. On CPU tensors, under TRITON_INTERPRET=1, sizes are smaller and
+nothing is captured.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from benchmarks.command import exit_with, new_parser
-from benchmarks.result_files import RESULTS, code_version, device_name, write_csv
+from benchmarks.loss.case import Case, make_inputs
+from benchmarks.loss.measure import clock
+from benchmarks.result_files import RESULTS, code_version, device_name, read_csv, write_csv
 from fasterase.ops.contrastive import contrastive, weighted_contrastive
 
 
@@ -97,18 +103,66 @@ def repeat(call: Call, device: str, times: int) -> dict[str, Any]:
         # Moves what the next call allocates, and leaves NaN in it.
         held.append(torch.full((1000 * (number + 1),), torch.nan, device=device))
         held = held[-3:]
-    row: dict[str, Any] = {"call": call.name, "n": call.num_pairs, "width": call.width}
-    row["times"] = times
-    row |= {"equal": len(digests) == 1, "digest": " ".join(sorted(digests))}
-    row |= {"gpu_name": device_name(device), "torch": torch.__version__}
-    return {**row, "version": code_version()}
+    row: dict[str, Any] = {"check": "repeats", "call": call.name, "n": call.num_pairs}
+    row |= {"width": call.width, "times": times, "equal": len(digests) == 1}
+    return {**row, "digest": " ".join(sorted(digests)), **_here(device)}
+
+
+def replay(num_pairs: int, width: int, device: str, *, kl: bool) -> dict[str, Any]:
+    """Return the row of a step that was captured with some features and replayed with others."""
+    dtype = "float16" if device == "cpu" else "bfloat16"
+    first, second = (
+        make_inputs(Case(num_pairs, width, dtype, kl=kl, device=device), seed) for seed in (0, 1)
+    )
+    weights = torch.full((4 if kl else 2, num_pairs), 1 / num_pairs, device=device)
+
+    def step() -> list[Tensor]:
+        found = weighted_contrastive(*first.leaves, weights, **first.reference, backend="triton")
+        return [found.total.detach(), *torch.autograd.grad(found.total, first.leaves)]
+
+    captured, run_again = capture(step, device)
+    with torch.no_grad():
+        for ours, other in zip(first.leaves, second.leaves, strict=True):
+            ours.copy_(other)
+    replayed = run_again()
+    replayed = [each.clone() for each in (captured if replayed is None else replayed)]
+    equal = all(map(torch.equal, replayed, step()))
+    times = {
+        name: float(np.median([clock(call, device) for _ in range(20 if device == "cuda" else 1)]))
+        for name, call in (("eager_ms", step), ("replay_ms", run_again))
+    }
+    row = {"check": "graphs", "call": f"weighted, {dtype}, {'KL' if kl else 'InfoNCE'}"}
+    return {**row, "n": num_pairs, "width": width, "equal": equal, **times, **_here(device)}
+
+
+def capture(
+    step: Callable[[], list[Tensor]], device: str
+) -> tuple[list[Tensor], Callable[[], list[Tensor] | None]]:
+    """Capture a step; return its outputs, and what replays it into them. A CPU takes the step."""
+    if device == "cpu":
+        return step(), step
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = step()
+    return outputs, graph.replay
+
+
+def _here(device: str) -> dict[str, str]:
+    versions = {"torch": torch.__version__, "version": code_version()}
+    return {"gpu_name": device_name(device), **versions}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = new_parser(__doc__, prog="python -m benchmarks.systems.gpu_checks")
-    parser.add_argument("mode", choices=("small", "repeats"))
+    parser.add_argument("mode", choices=("small", "repeats", "graphs"))
     parser.add_argument("--times", type=int, help="repeats of a call; default: 20, on a CPU 2")
-    parser.add_argument("--output", type=Path, default=RESULTS / "gpu_repeats.csv")
+    parser.add_argument("--output", type=Path, default=RESULTS / "gpu_checks.csv")
     args = parser.parse_args(argv)
     on_gpu = torch.cuda.is_available()
     device = "cuda" if on_gpu else "cpu"
@@ -119,12 +173,23 @@ def main(argv: list[str] | None = None) -> int:
             if not finite:
                 return 1
         return 0
-    rows = []
+    rows: list[dict[str, Any]] = []
+    if args.mode == "graphs":
+        for num_pairs, kl in product((1024, 4096, 16384) if on_gpu else (24,), (False, True)):
+            rows.append(replay(num_pairs, 768 if on_gpu else 16, device, kl=kl))
+            print(rows[-1], flush=True)
+        return _write(args.output, args.mode, rows)
     times = args.times or (20 if on_gpu else 2)
     for call in calls(5000 if on_gpu else 40, 512 if on_gpu else 20, has_bf16=on_gpu):
         rows.append(repeat(call, device, times))
         print(f"{call.name}: {'equal' if rows[-1]['equal'] else 'DIFFERENT'}", flush=True)
-    write_csv(args.output, rows)
+    return _write(args.output, args.mode, rows)
+
+
+def _write(path: Path, mode: str, rows: list[dict[str, Any]]) -> int:
+    """Replace the rows of a mode; return the exit code."""
+    others = [row for row in read_csv(path) if row["check"] != mode]
+    write_csv(path, [*others, *rows])
     return 0 if all(row["equal"] for row in rows) else 1
 
 

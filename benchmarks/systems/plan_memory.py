@@ -53,22 +53,23 @@ def measure_peak(model: str, settings: dict[str, Any]) -> int:
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
     # Whatever the first run in a process brings.
     small = load_architecture("ViT-S-32-alt")
-    _erase(small, _random_pairs(small), {})
+    _erase(small, random_pairs(small, FORGET + RETAIN), {})
     meta = load_architecture(model)
-    pairs = _random_pairs(meta)
+    pairs = random_pairs(meta, FORGET + RETAIN)
     memory = PeakMemory("cpu")
     _erase(meta, pairs, settings)
     return memory.bytes()
 
 
-def _random_pairs(model: DualEncoder) -> list[tuple[Tensor, Tensor]]:
+def random_pairs(model: DualEncoder, count: int) -> list[tuple[Tensor, Tensor]]:
+    """Return pairs of normalised pixels and token ids, as the model takes them."""
     generator = torch.Generator().manual_seed(0)
     return [
         (
             torch.randn(3, *model.image_size, generator=generator),
             torch.randint(1, model.vocab_size - 1, (model.context_length,), generator=generator),
         )
-        for _ in range(FORGET + RETAIN)
+        for _ in range(count)
     ]
 
 

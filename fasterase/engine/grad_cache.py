@@ -23,6 +23,7 @@ from fasterase.models.preprocessing import Tokens
 from fasterase.objective import EraseLoss
 from fasterase.pairs.batches import MicroBatch
 from fasterase.parallel.engine import Engine
+from fasterase.transfers import to_device
 
 LossOfFeatures = Callable[[Tensor, Tensor, Tensor], FeatureGradients]
 
@@ -68,7 +69,7 @@ def backpropagate(
     """
     module = engine.module
     # In train mode each pair has a Dropout mask of its own, and counts in BatchNorm's statistics.
-    texts = _Texts(micro_batches, repeats=module.training)
+    texts = _Texts(micro_batches, repeats=module.training, device=device)
     parts = [
         _prepare(part, fresh, seed_of(part))
         for part, fresh in zip(micro_batches, texts.fresh, strict=True)
@@ -79,7 +80,7 @@ def backpropagate(
 
     def encode(part: _Part, *, graph: bool, image: bool = True, text: bool = True) -> Features:
         torch.manual_seed(part.seed)
-        pixels = part.pixels.to(device) if image else None
+        pixels = to_device(part.pixels, device) if image else None
         tokens = part.tokens.to(device) if text else None
         with torch.set_grad_enabled(graph):
             found = engine(pixels, tokens)
@@ -122,7 +123,9 @@ class _Texts:
             the batch `repeats` captions, else those that no earlier one has.
     """
 
-    def __init__(self, micro_batches: Sequence[MicroBatch], *, repeats: bool) -> None:
+    def __init__(
+        self, micro_batches: Sequence[MicroBatch], *, repeats: bool, device: torch.device
+    ) -> None:
         self.fresh: list[list[int]] = []
         self._count = 0
         numbers: dict[str, int] = {}
@@ -136,20 +139,22 @@ class _Texts:
                     self._count += 1
                 of_pairs.append(numbers[key])
             self.fresh.append(fresh)
-        self._of_pairs = torch.tensor(of_pairs) if self._count < len(of_pairs) else None
+        self._of_pairs: Tensor | None = None
+        if self._count < len(of_pairs):
+            self._of_pairs = to_device(torch.tensor(of_pairs), device)
 
     def spread(self, features: Tensor) -> Tensor:
         """Return the features of all pairs [n, D] from those of the encoded captions."""
         if self._of_pairs is None:
             return features
-        return features[self._of_pairs.to(features.device)]
+        return features[self._of_pairs]
 
     def summed(self, gradients: FeatureGradients) -> FeatureGradients:
         """Add up the gradients of a caption's pairs."""
         if self._of_pairs is None or gradients.text is None:
             return gradients
         summed = gradients.text.new_zeros(self._count, gradients.text.shape[1])
-        summed.index_add_(0, self._of_pairs.to(summed.device), gradients.text)
+        summed.index_add_(0, self._of_pairs, gradients.text)
         return gradients._replace(text=summed)
 
 

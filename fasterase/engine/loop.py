@@ -71,6 +71,7 @@ class Trainer:
         """
         started = time.perf_counter()
         engine, most = self._engine, self._job.config.max_grad_norm
+        batch.move_pixels(engine.device)
         buffers = buffers_in_train_mode(engine.module)
         features: list[Tensor] = []
         with engine.one_reduction():
@@ -81,20 +82,19 @@ class Trainer:
                     batch, features, towers=self._unchanged, precision=self._job.precision
                 )
         self.step = batch.step + 1
-        grad_norm, applied = 0.0, False
-        term = non_finite_term(loss)
-        if term is None:
-            most = float("inf") if most is None else most
-            grad_norm, applied = engine.step(lr, max_grad_norm=most)
-            term = None if applied else "gradient"
+        most = float("inf") if most is None else most
+        values, grad_norm, applied = engine.step(lr, max_grad_norm=most, loss=loss)
+        terms = dict(zip(EraseLoss._fields, values, strict=True))
+        term = non_finite_term(terms)
         if not applied:
+            grad_norm, term = (0.0, term) if term else (grad_norm, "gradient")
             # BatchNorm statistics saw the step too, and would keep its NaN.
             restore_buffers(buffers)
         self._guard.record(term, step=self.step, ids=batch.ids)
         (seconds,) = self._job.ranks.all_max(time.perf_counter() - started)
         return StepRecord(
             step=self.step,
-            **{name: float(value) for name, value in loss._asdict().items()},
+            **terms,
             lr=lr,
             grad_norm=grad_norm,
             applied=applied,

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from fasterase.objective import (
     weighted_erase_loss,
 )
 from fasterase.parallel.ranks import ALONE, Ranks
+from fasterase.transfers import to_device
 
 # CLIP's own ceiling of the scale (Radford et al., 2021, section 2.5).
 MAX_SCALE = 100.0
@@ -42,7 +44,8 @@ def loss_products(precision: str) -> str:
 class FeatureGradients(NamedTuple):
     """The loss of a step, detached, and the gradients of its total.
 
-    They are None for what is not trained, and if the total is not finite or does not depend on it.
+    They are None for what is not trained, and if the total does not depend on it. If a term of the
+    loss is not finite they are NaN, so that no engine takes the step, and nothing has to be read.
     """
 
     loss: EraseLoss
@@ -125,23 +128,30 @@ class StepLoss:
             original: what the original makes of the pairs.
             labels: equal for equal captions; on the CPU, where the operator can look at them.
             upstream: the scaling of the loss in fp16, else 1.
-            concepts: of several, the number of each pair's, and the weight of each.
+            concepts: of several, the number of each pair's, on the CPU, and the weight of each.
         """
         ranks = self.ranks
         if ranks.world_size == 1:
             return self._compute(image, text, scale, original, n_forget, labels, upstream, concepts)
-        counts = ranks.gather_objects((n_forget, len(image)))
+        numbers = None if concepts is None else concepts[0].numpy()
+        found = ranks.gather_objects((n_forget, len(image), labels.numpy(), numbers))
+        counts = [(forget, total) for forget, total, *_ in found]
         is_retain = torch.cat([torch.arange(total) >= forget for forget, total in counts])
         order = is_retain.argsort(stable=True)  # of all rows, those of the first rank first
         owner = torch.cat([torch.full((total,), rank) for rank, (_, total) in enumerate(counts)])
-        own = (owner[order] == ranks.rank).nonzero().flatten().to(image.device)
+        own = to_device((owner[order] == ranks.rank).nonzero().flatten(), image.device)
+        order_there = to_device(order, image.device)
 
         def gathered(rows: Tensor) -> Tensor:
             parts = ranks.gather_rows(rows, [total for _, total in counts])
-            return torch.cat(parts)[order.to(rows.device)]
+            return torch.cat(parts)[order_there]
+
+        def joined(parts: Sequence[np.ndarray]) -> Tensor:
+            return torch.from_numpy(np.concatenate(parts))[order]
 
         ref_image, ref_text, ref_scale = original
-        found = self._compute(
+        *_, of_labels, of_numbers = zip(*found, strict=True)
+        computed = self._compute(
             gathered(image),
             gathered(text),
             scale,
@@ -151,17 +161,15 @@ class StepLoss:
                 ref_scale,
             ),
             sum(forget for forget, _ in counts),
-            gathered(labels.to(image.device)).to(labels.device),
+            joined(of_labels),
             upstream,
-            None if concepts is None else (gathered(concepts[0].to(image.device)), concepts[1]),
+            None if concepts is None else (joined(of_numbers), concepts[1]),
         )
         image_gradient, text_gradient = (
             None if gradient is None else gradient[own] * ranks.world_size
-            for gradient in (found.image, found.text)
+            for gradient in (computed.image, computed.text)
         )
-        # One rank speaks for all: the same sums may round differently on another processor.
-        terms = ranks.broadcast(torch.stack([term.double().cpu() for term in found.loss]))
-        return FeatureGradients(EraseLoss(*terms), image_gradient, text_gradient, found.scale)
+        return computed._replace(image=image_gradient, text=text_gradient)
 
     def _compute(
         self,
@@ -190,7 +198,7 @@ class StepLoss:
                 self.objective,
                 n_forget=n_forget,
                 labels=labels,
-                groups=self._groups(concepts, n_forget),
+                groups=self._groups(concepts, n_forget, image.device),
             )
         detached = EraseLoss(*(term.detach() for term in loss))
         ref_image, ref_text, _ = original
@@ -199,15 +207,20 @@ class StepLoss:
             features = (image.detach(), text.detach(), ref_image, ref_text)
             moved = moved_distance(*(each[n_forget:] for each in features))
             detached = detached._replace(anchor=moved)
-        if not (bool(detached.total.isfinite()) and loss.total.requires_grad):
+        if not loss.total.requires_grad:
             return FeatureGradients(detached, None, None, None)
+        is_finite = torch.stack(detached).isfinite().all()
+        upstream = torch.where(is_finite, upstream, torch.nan)
         needed = [leaf for leaf in leaves if leaf.requires_grad]
         computed = iter(torch.autograd.grad(loss.total, needed, upstream, allow_unused=True))
         gradients = [next(computed) if leaf.requires_grad else None for leaf in leaves]
         return FeatureGradients(detached, *gradients)
 
     def _groups(
-        self, concepts: tuple[Tensor, Sequence[float]] | None, n_forget: int
+        self,
+        concepts: tuple[Tensor, Sequence[float]] | None,
+        n_forget: int,
+        device: torch.device,
     ) -> list[ForgetGroup]:
         """Return the forget rows of each concept that has some, with its floor and weight."""
         if concepts is None:
@@ -217,6 +230,8 @@ class StepLoss:
         here = [number for number, rows in enumerate(found) if len(rows)]
         total = sum(weights[number] for number in here)
         return [
-            ForgetGroup(found[number], self.floors[number], weights[number] / total)
+            ForgetGroup(
+                to_device(found[number], device), self.floors[number], weights[number] / total
+            )
             for number in here
         ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -50,12 +50,10 @@ class NonFiniteGuard:
             )
 
 
-def non_finite_term(loss: EraseLoss) -> str | None:
-    """Return the first loss term that is NaN or infinite, the total last."""
-    for name in (*EraseLoss._fields[1:], "total"):
-        if not math.isfinite(float(getattr(loss, name))):
-            return name
-    return None
+def non_finite_term(terms: Mapping[str, float]) -> str | None:
+    """Return the first term of an `EraseLoss` that is NaN or infinite, the total last."""
+    names = (*EraseLoss._fields[1:], "total")
+    return next((name for name in names if not math.isfinite(terms[name])), None)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fasterase.errors import InputError
 from fasterase.models.dual_encoder import DualEncoder, Tokens, TowerParts
+from fasterase.transfers import to_device
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -134,10 +135,14 @@ class Halfway:
     def device(self) -> torch.device:
         return self.rows.device
 
+    @property
+    def nbytes(self) -> int:
+        return self.rows.nbytes
+
     def to(self, device: torch.device | str) -> Halfway:
         """Move to `device`."""
         tokens = None if self.tokens is None else self.tokens.to(device)
-        return Halfway(self.tower, self.rows.to(device), tokens)
+        return Halfway(self.tower, to_device(self.rows, device), tokens)
 
     def finish(self) -> Tensor:
         """Return the features [n, D], differentiable in the tuned blocks."""

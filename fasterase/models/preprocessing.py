@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fasterase.errors import InputError
+from fasterase.transfers import to_device
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,7 +34,8 @@ class Tokens(NamedTuple):
 
     def to(self, device: torch.device | str) -> Tokens:
         """Move the tokens to `device`."""
-        return Tokens(self.ids.to(device), None if self.mask is None else self.mask.to(device))
+        mask = None if self.mask is None else to_device(self.mask, device)
+        return Tokens(to_device(self.ids, device), mask)
 
     def index(self, rows: Any) -> Tokens:  # type: ignore[override]
         """Pick rows by anything that indexes a tensor: a slice, a mask, a list or a tensor."""

@@ -26,6 +26,7 @@ from fasterase.pairs.table import PairTable
 from fasterase.parallel.ranks import ALONE, Ranks
 from fasterase.progress import Progress
 from fasterase.seeds import Stream, generator
+from fasterase.transfers import to_device
 
 # Rows of a block on disk: 4 MB of D=1024. A block holds whole batches, so that a resumed sweep
 # repeats the same batches, and with them the same last bits, as an uninterrupted one.
@@ -245,7 +246,7 @@ class CachedOriginal:
                     "Check that the data does not change during the run, and run again."
                 ) from error
         device = self.scale.device
-        return torch.from_numpy(image).to(device), torch.from_numpy(text).to(device)
+        return to_device(torch.from_numpy(image), device), to_device(torch.from_numpy(text), device)
 
     def check_start(
         self, batch: StepBatch, now: Sequence[Tensor], *, towers: Collection[str], precision: str
@@ -295,7 +296,8 @@ class LiveOriginal:
         """Return unit features (n, D0), (n, D0) fp32 of the batch's images and captions."""
         images, texts = [], []
         for part in batch.micro_batches:
-            found = self._forward(part.pixels.to(self._device), part.tokens.to(self._device))
+            pixels, tokens = (to_device(each, self._device) for each in (part.pixels, part.tokens))
+            found = self._forward(pixels, tokens)
             images.append(found.image)
             texts.append(found.text)
         return torch.cat(images), torch.cat(texts)

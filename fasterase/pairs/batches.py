@@ -34,8 +34,11 @@ from fasterase.pairs.skips import BrokenPair, Skip
 from fasterase.pairs.table import PairTable
 from fasterase.parallel.ranks import ALONE, Ranks
 from fasterase.seeds import Stream, generator
+from fasterase.transfers import to_device
 
 Captions = Literal["all", "first"]
+# Pixels of a step that stay on the device: 7,000 images of 224 x 224. More are copied once a pass.
+KEPT_BYTES = 2**30
 
 
 @dataclass
@@ -107,6 +110,12 @@ class StepBatch:
     def labels(self) -> Tensor:
         """[n] int64, equal for equal captions, whatever step or process they are drawn in."""
         return torch.from_numpy(hash_captions(self.keys).astype(np.int64))
+
+    def move_pixels(self, device: torch.device) -> None:
+        """Copy the pixels to an accelerator, once for all passes, if they are not too many."""
+        if sum(part.pixels.nbytes for part in self.micro_batches) <= KEPT_BYTES:
+            for part in self.micro_batches:
+                part.pixels = to_device(part.pixels, device)
 
     @property
     def keys(self) -> list[str]:

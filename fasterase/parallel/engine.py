@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
@@ -25,6 +25,20 @@ class TrainingState(NamedTuple):
     tensors: Mapping[str, Tensor]
     scalars: dict[str, Any]
     layout: str = ""
+
+
+class Step(NamedTuple):
+    """What came of a step, the same on all ranks.
+
+    Attributes:
+        loss: its terms.
+        grad_norm: the global norm before clipping, without the loss scaling.
+        applied: whether the weights were updated, which they are not if a number is not finite.
+    """
+
+    loss: list[float]
+    grad_norm: float
+    applied: bool
 
 
 class Engine(Protocol):
@@ -55,12 +69,11 @@ class Engine(Protocol):
         """Hold the backward passes of a step; afterwards the ranks' gradients are averaged once."""
         ...
 
-    def step(self, lr: float, *, max_grad_norm: float) -> tuple[float, bool]:
-        """Clip, update and clear the gradients.
+    def step(self, lr: float, *, max_grad_norm: float, loss: Sequence[Tensor]) -> Step:
+        """Clip, update and clear the gradients; leave the step out if a number is not finite.
 
-        Returns:
-            The global norm before clipping, without the loss scaling; and whether the update was
-            applied, which it is not if the norm is not finite. The same on all ranks.
+        The terms of the `loss` are read from the device here, together with the norm: the host
+        waits once, when the whole step but its update is queued.
         """
         ...
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from fasterase.models.forward import Features, Halfway, TowerForward
 from fasterase.models.preprocessing import Tokens
-from fasterase.parallel.engine import TrainingState
+from fasterase.parallel.engine import Step, TrainingState
 from fasterase.parallel.ranks import ALONE, Ranks
+from fasterase.transfers import read_numbers
 
 # Gradients that travel together: enough to fill a network, few enough to copy (256 MB of fp32).
 _BUCKET_NUMBERS = 1 << 26
@@ -78,22 +79,26 @@ class LocalEngine:
         if bucket:
             self._ranks.average(bucket)
 
-    def step(self, lr: float, *, max_grad_norm: float) -> tuple[float, bool]:
+    def step(self, lr: float, *, max_grad_norm: float, loss: Sequence[Tensor]) -> Step:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         parameters = list(self._parameters.values())
         has_gradients = any(each.grad is not None for each in parameters)
-        norm = 0.0
+        norm = torch.zeros((), device=self.device)
         if has_gradients:
             self._scaler.unscale_(self._optimizer)
-            norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
-        applied = math.isfinite(norm)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        # One rank speaks for all: the same sums may round differently on another processor.
+        *terms, grad_norm = self._ranks.broadcast(read_numbers([*loss, norm]))
+        is_finite = all(map(math.isfinite, terms))
+        applied = is_finite and math.isfinite(grad_norm)
         if applied:
             self._scaler.step(self._optimizer)
         if self._scaler.is_enabled() and has_gradients:
-            self._scaler.update()
+            # Only gradients that overflow tell of a scale that is too large.
+            self._scaler.update(None if is_finite else self._scaler.get_scale())
         self._optimizer.zero_grad(set_to_none=True)
-        return norm, applied
+        return Step(terms, grad_norm, applied)
 
     def weights(self) -> dict[str, Tensor]:
         if not self._ranks.is_first:

@@ -22,10 +22,11 @@ from fasterase.errors import MissingExtraError, ResumeError, import_extra
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.forward import Features, Halfway, TowerForward
 from fasterase.models.preprocessing import Tokens
-from fasterase.parallel.engine import TrainingState
+from fasterase.parallel.engine import Step, TrainingState
 from fasterase.parallel.local import as_json, is_number
 from fasterase.parallel.ranks import Ranks
 from fasterase.parallel.zero_config import zero_stage
+from fasterase.transfers import read_numbers
 
 # `coalesce_grad_reduction` came with it.
 LEAST_VERSION = (0, 19, 2)
@@ -94,6 +95,8 @@ class ZeroEngine:
                 each.data = each.data.reshape(1)
         self._layout = f"ZeRO stage {self._stage}, number of ranks {ranks.world_size}"
         model.module.to("cpu")
+        if ranks.world_size == 1:  # a launcher would have set it, and DeepSpeed asks for it
+            os.environ.setdefault("LOCAL_RANK", "0")
         self._engine, self._optimizer, *_ = self._deepspeed.initialize(
             model=forward, optimizer=optimizer, config=dict(config), dist_init_required=False
         )
@@ -111,12 +114,15 @@ class ZeroEngine:
         with self._engine.coalesce_grad_reduction():
             yield
 
-    def step(self, lr: float, *, max_grad_norm: float) -> tuple[float, bool]:
+    def step(self, lr: float, *, max_grad_norm: float, loss: Sequence[Tensor]) -> Step:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
+        # It leaves out a step whose gradients are not finite, and these are if the loss is.
         self._engine.step()
-        norm = float(self._engine.get_global_grad_norm())
-        return norm, math.isfinite(norm) and self._engine.was_step_applied()
+        norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self.device)
+        *terms, grad_norm = self._ranks.broadcast(read_numbers([*loss, norm]))
+        is_finite = all(map(math.isfinite, (*terms, grad_norm)))
+        return Step(terms, grad_norm, is_finite and self._engine.was_step_applied())
 
     def weights(self) -> dict[str, Tensor]:
         copies: dict[str, Tensor] = {}
@@ -263,7 +269,7 @@ class ZeroEngine:
             found = [each for each in self(pixels, Tokens(ids)) if each is not None]
             outputs = [each for each in found if each.requires_grad]
             torch.autograd.backward(outputs, [torch.zeros_like(each) for each in outputs])
-        self.step(0.0, max_grad_norm=math.inf)
+        self.step(0.0, max_grad_norm=math.inf, loss=())
 
 
 def _resharded_keys(states: Sequence[Mapping[str, Any]]) -> list[str] | None:

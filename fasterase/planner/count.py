@@ -34,6 +34,7 @@ from fasterase.models.dual_encoder import DualEncoder, copy_with
 from fasterase.models.forward import SplitTower, TowerForward
 from fasterase.models.preprocessing import Tokens
 from fasterase.numerals import counted
+from fasterase.pairs.batches import KEPT_BYTES
 
 Parallel = Literal["plain", "zero1", "zero2", "zero3"]
 
@@ -249,6 +250,7 @@ class StepMemory:
     compared: int  # the most of them that the loss compares with each other
     width: int  # of features
     backend: str  # of the loss
+    pixel_bytes: int = 0  # of a pair, as they are loaded
 
     def parts(self, parallel: Parallel, optimizer: str, activations: int) -> dict[str, int]:
         """Return part -> bytes, for a micro-batch with so many bytes of `activations`.
@@ -270,11 +272,13 @@ class StepMemory:
         copies = {"plain": 0, "zero1": 2, "zero2": 2, "zero3": 1}[parallel]
         matrices = _DENSE_MATRICES * self.compared**2 * FP32
         loss = matrices if self.backend == "dense" else min(LOSS_WORKSPACE_BYTES, matrices)
-        # Of both towers: encoded in parts, concatenated, the original's, and gradients. Each of
-        # several GPUs computes the loss of the whole batch, from all rows of the last three.
+        # What a step holds of its pairs: pixels, and features of both towers, encoded in parts,
+        # concatenated, the original's, and gradients. Each of several GPUs computes the loss of the
+        # whole batch, from all rows of the last three.
         own = -(-self.pairs // self.gpus)
         feature_rows = 8 * self.pairs if self.gpus == 1 else 6 * self.pairs + 6 * own
         # It comes after the backward pass, in the memory that activations and loss have left.
+        pixels = min(KEPT_BYTES, own * self.pixel_bytes) if self.on_gpu else 0
         update = self._update_numbers(parallel, optimizer) * FP32 - activations - loss
         return {
             "weights": weights * FP32,
@@ -282,7 +286,7 @@ class StepMemory:
             "optimizer_states": -(-self._state_bytes(optimizer) // shares),
             "partitions": copies * share * FP32,
             "activations": activations,
-            "features": feature_rows * self.width * FP32,
+            "features": feature_rows * self.width * FP32 + pixels,
             "loss": loss,
             "update": max(0, update),
         }

@@ -162,7 +162,14 @@ class Plan:
         counts = ParameterCounts.of(model, self._trained)
         self.parameters, self.trained_parameters = counts.total, counts.trained
         self._memory = StepMemory(
-            counts, gpus, on_gpu, step_pairs, compared, model.embed_dim, config.backend
+            counts,
+            gpus,
+            on_gpu,
+            step_pairs,
+            compared,
+            model.embed_dim,
+            config.backend,
+            pixel_bytes=3 * math.prod(model.image_size),  # uint8
         )
         title = f"plan of {model.name}"
         with Progress(title, unit="step", shown=config.progress) as bar:

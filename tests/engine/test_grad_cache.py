@@ -228,11 +228,13 @@ def test_a_frozen_tower_gets_no_gradient_and_one_encoding(size):
     assert len(calls) == (1 if size is None else -(-N // size))
 
 
-def test_a_non_finite_loss_leaves_no_gradient():
+def test_a_non_finite_loss_spoils_every_gradient():
+    """So that no engine can take the step, though nothing was read before its backward pass."""
     model = TinyModel()
     pixels, _ = batch(N)
     pixels[3] = float("nan")
     for size in (None, 8):
         loss, found = backpropagated(model, size, pixels=pixels)
         assert not torch.isfinite(loss.total)
-        assert not found
+        assert found
+        assert all(each.isnan().any() for each in found.values())

@@ -71,8 +71,7 @@ def test_learning_rates():
 
 def test_the_first_broken_term_is_named():
     def named(**terms):
-        values = dict.fromkeys(EraseLoss._fields, 1.0) | terms
-        return non_finite_term(EraseLoss(**{n: torch.tensor(v) for n, v in values.items()}))
+        return non_finite_term(dict.fromkeys(EraseLoss._fields, 1.0) | terms)
 
     assert named() is None
     assert named(total=math.nan, consistency=math.nan, anchor=math.inf) == "consistency"

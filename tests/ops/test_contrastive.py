@@ -326,7 +326,7 @@ def test_a_gpu_without_its_kernels_is_told_of(monkeypatch):
     api._warn_of_fallback.cache_clear()
     with FakeTensorMode():
         pairs = torch.empty(4, 8, device="cuda"), torch.empty(4, 8, device="cuda")
-    with pytest.warns(UserWarning, match=r"triton is too old. It multiplies in fp32"):
+    with pytest.warns(UserWarning, match=r"triton is too old. Losses, and the precision"):
         assert api.choose_backend("auto", pairs)[0] == "chunked"
     double = tuple(each.double() for each in pairs)
     assert api.choose_backend("auto", double)[0] == "chunked", "no kernel was made for fp64"

@@ -12,7 +12,9 @@ from tests.ops.calls import features, weighted_mean
 BACKENDS = tuple(name for name in available_backends() if name not in ("dense", "triton"))
 # Further arguments of each forward. cpu: tiles of 8, some of the 2 x 15 x 15 + 2 x 25 x 25 logits
 # kept; tiles of 512, none kept.
-OPTIONS = {"chunked": [(), ()], "cpu": [(8, 700), (512, 0)]}
+OPTIONS = {"chunked": [("fp32",), ("bf16",)], "cpu": [(8, 700), (512, 0)]}
+# Those that the backward pass takes too.
+PRODUCTS = {"chunked": ("fp32",), "cpu": ()}
 
 
 def operators(backend):
@@ -26,14 +28,14 @@ def operators(backend):
 def test_opcheck(backend, dtype):
     forward, backward = operators(backend)
     batch = features(dtype=dtype)
-    some, others = OPTIONS[backend]
+    (some, others), more = OPTIONS[backend], PRODUCTS[backend]
     torch.library.opcheck(forward, (*batch, [15, 25], *some))
     torch.library.opcheck(forward, (*batch[:3], None, None, None, [40], *others))
     arguments = [x.detach() for x in batch]
     losses, *found = forward(*arguments, [15, 25], *some)
     upstream = torch.randn_like(losses)
     for wanted in ((True, False, True, True), (False, True, False, False)):
-        torch.library.opcheck(backward, (upstream, *arguments, *found, [15, 25], *wanted))
+        torch.library.opcheck(backward, (upstream, *arguments, *found, [15, 25], *wanted, *more))
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="no C++ kernels")
@@ -59,7 +61,7 @@ def test_opcheck_of_turned_features(backend):
     forward, backward = operators(backend)
     turned = [x.detach().t().contiguous().t() if x.dim() == 2 else x.detach() for x in features()]
     losses, *found = forward(*turned, [40], *OPTIONS[backend][1])
-    call = (torch.ones_like(losses), *turned, *found, [40], True, True, True, True)
+    call = (torch.ones_like(losses), *turned, *found, [40], *[True] * 4, *PRODUCTS[backend])
     torch.library.opcheck(backward, call)
 
 
@@ -69,14 +71,14 @@ def test_gradients_come_rounded_or_in_the_dtype_of_the_computation(backend):
     batch = [x.detach() for x in features(feature_dtype=torch.float16)]
     losses, *found = forward(*batch, [40], *OPTIONS[backend][0])
     upstream = torch.ones_like(losses)
-    call = (upstream, *batch, *found, [40])
-    exact = backward(*call, True, True, True, False)
-    rounded = backward(*call, True, True, True, True)
+    call, more = (upstream, *batch, *found, [40]), PRODUCTS[backend]
+    exact = backward(*call, True, True, True, False, *more)
+    rounded = backward(*call, True, True, True, True, *more)
     assert [x.dtype for x in exact] == [torch.float32] * 3
     assert [x.dtype for x in rounded] == [torch.float16, torch.float16, torch.float32]
     assert all(torch.equal(x.to(y.dtype), y) for x, y in zip(exact, rounded, strict=True))
     assert not torch.equal(exact[0], rounded[0].float())
-    only_text = backward(*call, False, True, False, False)
+    only_text = backward(*call, False, True, False, False, *more)
     assert only_text[0].shape == (0,)
     assert torch.equal(only_text[1], exact[1])
 

@@ -104,7 +104,7 @@ def contrastive(
             CPU, whatever image's device: labels that are all distinct then cost nothing.
         groups: row counts, zeros allowed, that split the batch into independent square problems.
         backend: "auto" or one of `available_backends()`; a named one never falls back.
-        products: how `"triton"` multiplies image by text; the other backends do so in fp32. "fp16"
+        products: of `"triton"`, and on a GPU of `"chunked"`; the others multiply in fp32. "fp16"
             and "bf16" round the features first, current and reference alike, "fp32" multiplies them
             exactly. "auto" follows torch: inside `torch.autocast("cuda", dtype)` that dtype, else
             half-precision features as they are, if all have one dtype, and fp32 products in TF32 if
@@ -377,7 +377,7 @@ def _choose_automatically(pairs: tuple[Tensor, Tensor] | None) -> tuple[str, str
         reason = _explain_missing("triton")
         if reason is None:
             return "triton", "auto: fused Triton kernels for tensors on a GPU"
-        _warn_of_fallback(reason, "It multiplies in fp32, whatever `products` says")
+        _warn_of_fallback(reason, "Losses, and the precision of the products, are the same")
         return "chunked", f"auto: torch tiles, because {reason}"
     if pairs is not None and pairs[0].device.type == "cpu":
         reason = _explain_missing("cpu")

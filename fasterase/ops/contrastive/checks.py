@@ -1,6 +1,7 @@
 """What the operator and the objectives above it accept, and how features are multiplied.
 
-Only `triton` has a choice of products; the other backends multiply in the dtype of the computation.
+`triton`, and `chunked` on a GPU, have a choice of products; all else multiplies in the dtype of the
+computation.
 Features of half precision are multiplied as they are: the sum of their exact products is taken in
 fp32. Others may be rounded to fp16 or bf16 first, all or none: the KL of two equal models stays 0.
 """
@@ -154,7 +155,7 @@ def resolve_products(
     """How a call multiplies `features`: "fp16", "bf16", "tf32", "fp32" or "fp64"."""
     if any(each.dtype == torch.float64 for each in features[:2]):
         return "fp64"
-    if backend != "triton":
+    if backend != "triton" and not (backend == "chunked" and features[0].is_cuda):
         return "tf32" if features[0].is_cuda and allows_tf32() else "fp32"
     if products in HALF_DTYPES:
         return products

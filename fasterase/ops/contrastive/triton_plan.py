@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -70,6 +72,22 @@ EVEN_TILES = {
     # 64 KB of shared memory.
     "gfx": {("sums", True): Tile(128, 128, 64, 8, 2)},
 }
+
+# The fastest tiles that were measured on a GPU, if `gpu_tiles.json` of `make gpu` was put here.
+MEASURED = Path(__file__).with_name("tiles.json")
+
+
+def read_tiles(path: Path) -> dict[str, dict[tuple[str, bool], Tile]]:
+    """Return measured tiles by architecture, as `EVEN_TILES` has them; none without the file."""
+    table = json.loads(path.read_text("utf-8"))["tiles"] if path.is_file() else {}
+    return {
+        architecture: {(kernel, True): Tile(*numbers) for kernel, numbers in tiles.items()}
+        for architecture, tiles in table.items()
+    }
+
+
+for _name, _tiles in read_tiles(MEASURED).items():
+    EVEN_TILES.setdefault(_name, {}).update(_tiles)
 
 
 def choose_tile(kernel: str, is_half: bool, widths: tuple[int, ...], architecture: str) -> Tile:

@@ -1,0 +1,156 @@
+"""Measure a step with other tiles of each Triton kernel, and write the table of the fastest.
+
+    python -m benchmarks.systems.gpu_tiles tiles --output benchmarks/results/gpu_tiles.json
+
+Of one kernel at a time the tile, warps and stages vary, and the time of the whole step is taken at
+two sizes; the fastest by the product of both replaces the planned tile if it gains at least 1 %.
+Candidates are compiled by 16 processes first. What is measured is kept: an interrupted command goes
+on. Copied to fasterase/ops/contrastive/tiles.json, the table is what the plan reads, for its
+architecture and half-precision features whose width the tile's depth divides.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.command import exit_with, new_parser
+from benchmarks.loss.case import Case
+from benchmarks.loss.measure import clock
+from benchmarks.processes import call_all, describe_error
+from benchmarks.result_files import RESULTS, code_version, device_name
+from benchmarks.systems.gpu_kernels import PROCESSES, make_step
+from fasterase.files import write_text
+from fasterase.ops.contrastive import triton_plan
+from fasterase.ops.contrastive.triton_plan import Tile
+
+# A step's kernels, and whether it has the KL when they are measured.
+KERNELS = {"sums": False, "strip": False, "strip_with_reference": True}
+_SHAPES = ((64, 128), (128, 64), (128, 128), (128, 256), (256, 64), (256, 128))
+_LEAST_GAIN = 0.01
+
+Candidate = tuple[str, Tile]
+
+
+def candidates(is_dry: bool) -> list[Candidate]:
+    """Return the tiles to try, the planned one of each kernel first."""
+    found: list[Candidate] = []
+    for kernel in KERNELS:
+        planned = triton_plan.choose_tile(kernel, True, (768, 768), architecture())
+        varied = (
+            Tile(*shape, 64, warps, stages)
+            for shape, warps, stages in product(_SHAPES, (4, 8), (3, 4))
+        )
+        tiles = [planned, *(tile for tile in varied if tile != planned)]
+        found += [(kernel, tile) for tile in (tiles[:2] if is_dry else tiles)]
+    return found
+
+
+def architecture() -> str:
+    """Return the name under which the plan keeps the tiles of this GPU."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return triton_plan._architecture(device)
+
+
+def use(kernel: str, tile: Tile | None) -> None:
+    """Make later steps take a tile for a kernel, None: the planned one."""
+    tiles = triton_plan.EVEN_TILES.setdefault(architecture(), {})
+    _planned.setdefault((kernel, True), tiles.get((kernel, True)))
+    chosen = tile or _planned[kernel, True]
+    if chosen is None:
+        tiles.pop((kernel, True), None)
+    else:
+        tiles[kernel, True] = chosen
+    # What was planned and compiled for the other one.
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fasterase.ops.contrastive.triton"):
+            for value in list(vars(module).values()):
+                if callable(getattr(value, "cache_clear", None)):
+                    value.cache_clear()
+
+
+_planned: dict[tuple[str, bool], Tile | None] = {}
+
+
+def measure(candidate: Candidate, cases: list[Case], times: int) -> dict[str, Any]:
+    """Return what a candidate takes: milliseconds by the number of pairs, or why it cannot run."""
+    kernel, tile = candidate
+    row: dict[str, Any] = {"kernel": kernel, "tile": list(tile)}
+    use(kernel, tile)
+    try:
+        for case in cases:
+            step = make_step(case)
+            step()
+            spent = [clock(step, case.device) for _ in range(times)]
+            row[str(case.num_pairs)] = float(np.median(spent))
+    except Exception as error:  # such as too much shared memory
+        row["why"] = describe_error(error)
+    finally:
+        use(kernel, None)
+    return row
+
+
+def compile_candidate(candidate: Candidate, device: str) -> str:
+    """Compile a candidate's kernels in this process, into Triton's cache on disk."""
+    cases = [_case(candidate[0], n, device) for n in _sizes(device, is_small=True)]
+    return str(measure(candidate, cases, 1).get("why", "compiled"))
+
+
+def fastest(measured: list[dict[str, Any]]) -> dict[str, list[int]]:
+    """Return the tiles that gain enough over the planned ones, by kernel."""
+    found = {}
+    for kernel in KERNELS:
+        rows = [row for row in measured if row["kernel"] == kernel and "why" not in row]
+        if not rows or rows[0] is not next(r for r in measured if r["kernel"] == kernel):
+            continue  # without the planned one there is nothing to compare with
+        costs = [math.prod(v for name, v in row.items() if name.isdecimal()) for row in rows]
+        best = int(np.argmin(costs))
+        sizes = sum(name.isdecimal() for name in rows[0])
+        if (costs[best] / costs[0]) ** (1 / sizes) <= 1 - _LEAST_GAIN:
+            found[kernel] = rows[best]["tile"]
+    return found
+
+
+def _sizes(device: str, *, is_small: bool = False) -> tuple[int, ...]:
+    return (24,) if device == "cpu" else (4096,) if is_small else (8192, 32768)
+
+
+def _case(kernel: str, n: int, device: str) -> Case:
+    on_gpu = device == "cuda"
+    width, dtype = (768, "bfloat16") if on_gpu else (64, "float16")
+    return Case(n, width, dtype, kl=KERNELS[kernel], device=device)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = new_parser(__doc__, prog="python -m benchmarks.systems.gpu_tiles")
+    parser.add_argument("mode", choices=("tiles",))
+    parser.add_argument("--output", type=Path, default=RESULTS / "gpu_tiles.json")
+    args = parser.parse_args(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    here = {"gpu_name": device_name(device), "torch": torch.__version__, "version": code_version()}
+    table = json.loads(args.output.read_text("utf-8")) if args.output.is_file() else {}
+    if any(table.get(name) != value for name, value in here.items()):
+        table = {**here, "measured": []}
+    measured: list[dict[str, Any]] = table["measured"]
+    done = {(row["kernel"], *row["tile"]) for row in measured}
+    todo = [each for each in candidates(device == "cpu") if (each[0], *each[1]) not in done]
+    if device == "cuda" and todo:
+        call_all(compile_candidate, todo, device, processes=PROCESSES)
+    for candidate in todo:
+        cases = [_case(candidate[0], n, device) for n in _sizes(device)]
+        measured.append(measure(candidate, cases, 10 if device == "cuda" else 1))
+        print(measured[-1], flush=True)
+        table["tiles"] = {architecture(): fastest(measured)}
+        write_text(args.output, json.dumps(table, indent=1) + "\n")
+    print(f"faster than planned: {table['tiles'][architecture()] or 'none'}")
+
+
+if __name__ == "__main__":
+    exit_with(main)

@@ -1,0 +1,141 @@
+"""Torch tiles as they run on a GPU: in half precision where asked, and without waiting for it."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fasterase.ops.contrastive import chunked, explain_backend
+from fasterase.ops.contrastive.dense import contrastive_dense
+from fasterase.ops.contrastive.operator import Batch, Wanted
+from tests import oracle
+from tests.ops.calls import INPUTS, norm_error, relative_error, tensors
+
+EVERY = Wanted(image=True, text=True, scale=True, rounded=False)
+HALVES = [("fp16", torch.float16), ("bf16", torch.bfloat16)]
+
+
+def batch_of(call: dict, dtype: torch.dtype = torch.float32) -> Batch:
+    given = {name: x.detach().to(dtype) for name, x in call.items() if name != "labels"}
+    return Batch(*(given.get(name) for name in Batch._fields))
+
+
+def run(batch: Batch, upstream, groups, products):
+    """Losses and gradients."""
+    losses, *saved = chunked._forward(batch, groups, products)
+    weights = torch.as_tensor(upstream, dtype=torch.float32)
+    return losses, chunked._backward(weights, batch, tuple(saved), groups, EVERY, products)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """CPU tensors take the path of an accelerator, in several tiles."""
+    monkeypatch.setattr(chunked.Shift, "from_bound", chunked.Shift.from_peaks)
+    monkeypatch.setattr(chunked, "_TILE_CPU", 7)
+
+
+class Products(TorchDispatchMode):
+    """Notes the products of matrices, by operator and dtypes of the factors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[str, ...]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            tensors = [str(each.dtype) for each in args if isinstance(each, torch.Tensor)]
+            self.seen.add((str(func), *tensors[-2:]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("products", "dtype"), HALVES)
+def test_halves_are_multiplied_as_such_and_nothing_is_read_back(products, dtype, monkeypatch):
+    """A tensor without storage raises wherever the host would wait for its values."""
+    monkeypatch.setattr(chunked, "_TILE_ACCELERATOR", 16)
+    monkeypatch.setattr(chunked, "_multiplying", lambda *_: nullcontext())
+    sides = [torch.empty(40, 8, device="meta") for _ in range(4)]
+    scale = torch.empty((), device="meta")
+    batch = Batch(sides[0], sides[1], scale, sides[2], sides[3], scale)
+    with Products() as products_made:
+        losses, *saved = chunked._forward(batch, (1, 14, 25), products)
+        upstream = torch.empty_like(losses)
+        gradients = chunked._backward(upstream, batch, tuple(saved), (1, 14, 25), EVERY, products)
+    assert products_made.seen == {("aten.mm.dtype", str(dtype), str(dtype))}
+    assert {x.dtype for x in (losses, *gradients)} == {torch.float32}
+
+
+@pytest.mark.parametrize("gap", [0.0, 5.0])
+@pytest.mark.parametrize("has_ref", [True, False])
+def test_maxima_found_on_the_way(as_on_a_gpu, gap, has_ref):
+    """In fp64 exact; also for opposite cones, where a fixed shift loses every term."""
+    data = oracle.clip_like(60, 24, 100.0, modality_gap=gap).rows(slice(0, 60), reference=has_ref)
+    batch = batch_of(tensors(data, torch.float64), torch.float64)
+    upstream = np.random.default_rng(0).normal(size=(4, 60))
+    upstream[2 * batch.matrices :] = 0
+    losses, *saved = chunked._forward(batch, (1, 19, 40), "fp64")
+    weights = torch.tensor(upstream[: len(losses)])
+    gradients = chunked._backward(weights, batch, tuple(saved), (1, 19, 40), EVERY, "fp64")
+    values, exact = oracle.contrastive(data, upstream, (1, 19, 40))
+    for found, value in zip(losses, values, strict=False):
+        assert relative_error(found, value, 100.0) < 1e-10
+    for name, found in zip(INPUTS, gradients, strict=True):
+        assert relative_error(found, getattr(exact, name), 100.0) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["image", "ref_text"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_where_it_is(as_on_a_gpu, name, value):
+    """As with the fixed shift: the losses of other rows and an infinite one's sign are kept."""
+    batch = batch_of(tensors(oracle.clip_like(20, 8, 10.0)))
+    getattr(batch, name)[3, 2] = value
+    found, *_ = chunked._forward(batch, (20,), "fp32")
+    dense = torch.stack(contrastive_dense(*batch, (20,)))
+    assert torch.equal(found.isfinite(), dense.isfinite())
+
+
+@pytest.mark.parametrize(("products", "dtype"), HALVES)
+@pytest.mark.parametrize("length", [1e-4, 1.0, 300.0])  # of rows: fp16 holds neither as they are
+def test_halves_are_near_fp64(as_on_a_gpu, products, dtype, length):
+    n = 150
+    data = oracle.clip_like(n, 512, 100.0)
+    data.image *= length
+    data.scale /= length
+    batch = batch_of(tensors(data))
+    upstream = np.full((4, n), 1 / n)
+    losses, gradients = run(batch, upstream, (50, 100), products)
+    values, exact = oracle.contrastive(data, upstream, (50, 100))
+    loose = torch.finfo(dtype).eps / torch.finfo(torch.float16).eps
+    for found, value in zip(losses, values, strict=True):
+        assert np.abs(found.double().numpy() - value).max() < 2e-2 * loose
+    for name, found in zip(INPUTS[:2], gradients, strict=False):
+        assert 1e-6 < norm_error(found, getattr(exact, name)) < 5e-3 * loose
+
+
+def test_two_equal_models_have_no_kl_in_halves(as_on_a_gpu):
+    batch = batch_of(tensors(oracle.clip_like(40, 16, 50.0)))
+    same = batch._replace(ref_image=batch.image, ref_text=batch.text, ref_scale=batch.scale)
+    of_kl = [[0.0] * 40] * 2 + [[1.0] * 40] * 2
+    losses, gradients = run(same, of_kl, (40,), "fp16")
+    assert losses[2:].abs().max() < 1e-6
+    assert max(each.abs().max() for each in gradients) < 1e-5
+
+
+def test_a_gpu_honours_products_without_its_kernels():
+    with FakeTensorMode():
+        pair = torch.empty(4, 8, device="cuda"), torch.empty(4, 8, device="cuda")
+        halves = [each.bfloat16() for each in pair]
+
+    def products(features, **options):
+        return explain_backend(*features, 1.0, backend="chunked", **options).products
+
+    assert [products(pair, products=name) for name in ("fp16", "bf16", "fp32", "auto")] == [
+        *("fp16", "bf16", "fp32", "fp32")
+    ]
+    assert products(halves) == "bf16"
+    on_cpu = torch.ones(4, 8)
+    assert products((on_cpu, on_cpu), products="fp16") == "fp32"
