@@ -42,7 +42,7 @@ from fasterase.kernels.contrastive_tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["upstream", "n"])
 def gradient_factors(
     upstream,  # [4 or 2, N] gradients: ce row, ce column, kl row, kl column
     scalars,
@@ -308,7 +308,9 @@ def _weighted_exp(
     return g
 
 
-@triton.jit(do_not_specialize=["flag", "n", "num_row_crosses", "num_col_crosses", "is_text"])
+@triton.jit(
+    do_not_specialize=["scale", "flag", "n", "num_row_crosses", "num_col_crosses", "is_text"]
+)
 def feature_gradients(
     products,  # [N, width] fp32: G @ partner or G.T @ partner, times gain, without the diagonal
     partner_products,  # likewise, of the partner's gradient; read if there are programs for it

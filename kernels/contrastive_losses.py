@@ -23,7 +23,7 @@ from fasterase.kernels.contrastive_tiles import sigmoid, softplus
 _TINY = tl.constexpr(2.0**-126)
 
 
-@triton.jit(do_not_specialize=["n", "num_sums"])
+@triton.jit(do_not_specialize=["flag", "upstream", "n", "num_sums"])
 def losses_and_softmaxes(
     parts,  # [2, PART_STATS(_WITH_REF), SLOTS, N] of the online kernel, read if flagged
     sums,  # [2, num_sums, N] read otherwise

@@ -18,7 +18,7 @@ from fasterase.kernels.contrastive_layout import (
 from fasterase.kernels.contrastive_tiles import HEADROOM
 
 
-@triton.jit(do_not_specialize=["n", "num_losses"])
+@triton.jit(do_not_specialize=["scale", "ref_scale", "upstream", "n", "num_losses"])
 def diagonals_and_peaks(
     image,  # [N, width]
     text,
@@ -95,7 +95,7 @@ def _if_finite(x):
     return tl.where(x < float("inf"), x, 0.0)
 
 
-@triton.jit(do_not_specialize=["n", "num_blocks"])
+@triton.jit(do_not_specialize=["scale", "ref_scale", "n", "num_blocks"])
 def shifts_and_rounded_features(
     image,
     text,

@@ -199,7 +199,7 @@ def _add_column_sums(slot, tile, has_earlier, in_group):
     tl.store(slot, earlier + tl.sum(tile, 0), mask=in_group)
 
 
-@triton.jit(do_not_specialize=["n", "num_stats", "num_sums"])
+@triton.jit(do_not_specialize=["flag", "n", "num_stats", "num_sums"])
 def add_partial_sums(
     parts,  # [2, num_stats, SLOTS, N]
     sums,  # [2, num_sums, N] out

@@ -15,6 +15,7 @@ from fasterase.engine.loss import StepLoss, loss_products
 from fasterase.objective import Objective, weighted_erase_loss
 from fasterase.ops.contrastive import contrastive, explain_backend, triton_plan
 from fasterase.ops.contrastive import triton as triton_backend
+from fasterase.ops.contrastive.triton_launch import Launcher
 from tests import oracle
 from tests.ops import triton_checks
 from tests.ops.calls import norm_error
@@ -32,8 +33,8 @@ def multiplied(monkeypatch):
     found = []
     made = triton_plan.Features.of.__func__
 
-    def spy(cls, batch, products):
-        features = made(cls, batch, products)
+    def spy(cls, given, products):
+        features = made(cls, given, products)
         found.append({features.image.dtype, features.text.dtype, features.ref_image.dtype})
         return features
 
@@ -108,12 +109,12 @@ def test_launches_of_a_step(monkeypatch):
     """Where G fits one strip 10 for each set in use, forward and backward, beside two GEMMs."""
     launched = []
 
-    def count(kernel, *arguments, **constants):
+    def count(self, kernel, *arguments, **constants):
         launched.append(kernel)
-        launch(kernel, *arguments, **constants)
+        launch(self, kernel, *arguments, **constants)
 
-    launch = triton_backend.launch
-    monkeypatch.setattr(triton_backend, "launch", count)
+    launch = Launcher.__call__
+    monkeypatch.setattr(Launcher, "__call__", count)
     features = unit_features(30, 32, moved=0.3)
     for loss_of, expected in ((weighted_erase_loss, 10), (fasterase.erase_loss, 12)):
         for sets, options in enumerate(({}, {"forget_loss": "contrastive"}), 1):

@@ -33,7 +33,7 @@ from fasterase.ops.contrastive import triton as triton_backend
 from fasterase.ops.contrastive import triton_plan
 from fasterase.ops.contrastive.checks import resolve_products
 from fasterase.ops.contrastive.operator import Batch, Wanted
-from fasterase.ops.contrastive.triton_launch import FIXED_OPTIONS
+from fasterase.ops.contrastive.triton_launch import FIXED_OPTIONS, Launcher
 
 # Bytes of shared memory available to one block, by architecture.
 SHARED_LIMIT = {
@@ -62,6 +62,7 @@ class Launch(NamedTuple):
     case: str
     arguments: dict[str, Any]
     options: dict[str, Any]
+    handle: tuple[Any, ...]  # under which the launcher finds it
 
     @property
     def name(self) -> str:
@@ -104,20 +105,12 @@ def launches(
     architecture = target if target.startswith("sm_") else "gfx"
     case = f"{str(dtype).removeprefix('torch.')}{f' as {products}' if products else ''} D={width}"
     case += "" if ref_width is None else f" D0={ref_width}"
-    found: list[Launch] = []
     image = torch.zeros(n, width, dtype=dtype)
     ref = None if ref_width is None else torch.zeros(n, ref_width, dtype=dtype)
     scale = torch.ones(())
     batch = Batch(image, image, scale, ref, ref, None if ref is None else scale)
     products = products or resolve_products("auto", "triton", (image,))
-
-    def record(kernel: Any, grid: Any, *args: Any, **constants: Any) -> None:
-        names = ("num_warps", "num_stages")
-        options = {name: constants.pop(name) for name in names if name in constants}
-        arguments = dict(zip(kernel.arg_names, args, strict=False)) | constants
-        found.append(Launch(kernel, case, arguments, options | FIXED_OPTIONS))
-
-    with on_gpu(architecture), mock.patch.object(triton_backend, "launch", record):
+    with on_gpu(architecture), recorded(case) as found:
         losses, *saved = triton_backend.forward(batch, (n,), products)
         wanted = Wanted(image=True, text=True, scale=True, rounded=False)
         triton_backend.backward(losses, batch, tuple(saved), (n,), wanted, products)
@@ -126,46 +119,79 @@ def launches(
 
 
 @contextlib.contextmanager
+def recorded(case: str = "") -> Iterator[list[Launch]]:
+    """Note launches in the place of launching."""
+    found: list[Launch] = []
+
+    def record(launcher: Any, kernel: Any, grid: Any, *args: Any, **constants: Any) -> None:
+        variant = constants.pop("variant", 0)
+        names = ("num_warps", "num_stages")
+        options = {name: constants.pop(name) for name in names if name in constants}
+        handle = id(launcher.handles), id(kernel), variant, *constants.values(), *options.values()
+        arguments = dict(zip(kernel.arg_names, args, strict=False)) | constants
+        found.append(Launch(kernel, case, arguments, options | FIXED_OPTIONS, handle))
+
+    with mock.patch.object(Launcher, "__call__", record):
+        yield found
+
+
+def _multiply_nothing(left: Any, right: Any, out: Any, *, beta: int) -> None:
+    """In the place of cuBLAS."""
+
+
+@contextlib.contextmanager
 def on_gpu(architecture: str) -> Iterator[None]:
     """Plan launches of CPU tensors as for a GPU of 132 multiprocessors, without cuBLAS's part."""
     triton_plan.plan_kernel.cache_clear()
     try:
         with (
-            mock.patch.object(triton_plan, "_architecture", lambda device: architecture),
-            mock.patch.object(triton_backend, "_num_multiprocessors", lambda device: 132),
-            mock.patch.object(triton_backend, "_multiply", lambda *arguments, **options: None),
+            mock.patch.dict(vars(triton_plan), _architecture=lambda device: architecture),
+            mock.patch.dict(vars(triton_backend), _num_multiprocessors=lambda device: 132),
+            mock.patch.object(triton_backend, "_multiply", new=_multiply_nothing),
         ):
             yield
     finally:
         triton_plan.plan_kernel.cache_clear()
 
 
+class Specialisation(NamedTuple):
+    """What Triton compiles a kernel for, beside the options."""
+
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], list[list[Any]]]
+
+
+def specialise(launch: Launch) -> Specialisation:
+    """Decide as `JITFunction` does for the arguments of a launch."""
+    found = Specialisation({}, {}, {})
+    for k, parameter in enumerate(launch.kernel.params):
+        value, name = launch.arguments[parameter.name], parameter.name
+        is_multiple = False
+        if isinstance(value, torch.Tensor):
+            found.signature[name] = _POINTERS[value.dtype]
+            is_multiple = value.data_ptr() % 16 == 0
+        elif parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):
+            found.signature[name] = "constexpr"
+            found.constants[(k,)] = value
+        elif isinstance(value, float):
+            found.signature[name] = "fp32"
+        else:
+            found.signature[name] = "i32"
+            is_multiple = value % 16 == 0
+        if is_multiple and not parameter.do_not_specialize:
+            found.attributes[(k,)] = [["tt.divisibility", 16]]
+    return found
+
+
 def build(launch: Launch, target: str) -> Any:
     """Compile a launch; the result has `.asm["cubin"]` or `.asm["amdgcn"]`, and `.metadata`."""
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for k, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
-        if isinstance(value, torch.Tensor):
-            signature[parameter.name] = _POINTERS[value.dtype]
-            if not parameter.do_not_specialize:
-                attributes[(k,)] = [["tt.divisibility", 16]]
-        elif parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):
-            signature[parameter.name] = "constexpr"
-            constants[(k,)] = value
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:
-            signature[parameter.name] = "i32"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                attributes[(k,)] = [["tt.divisibility", 16]]
     if target.startswith("sm_"):
         gpu = GPUTarget("cuda", int(target[3:]), 32)
     else:
         gpu = GPUTarget("hip", target, 64)
     return triton.compile(
-        ASTSource(launch.kernel, signature, constants, attributes),
+        ASTSource(launch.kernel, *specialise(launch)),
         target=gpu,
         options=launch.options,
     )

@@ -48,13 +48,14 @@ from fasterase.kernels.contrastive_sums_online import row_and_column_sums_online
 from fasterase.ops.contrastive import triton_plan
 from fasterase.ops.contrastive.checks import refuse_tf32
 from fasterase.ops.contrastive.operator import Batch, Gradients, Groups, Wanted, register
-from fasterase.ops.contrastive.triton_launch import launch
+from fasterase.ops.contrastive.triton_launch import Launcher
 from fasterase.ops.contrastive.triton_plan import (
     INTERPRETED,
     Features,
     count_rectangles,
     count_slots,
     plan_strips,
+    select_sides,
     strip_stride,
     with_contiguous_rows,
 )
@@ -75,47 +76,55 @@ class _Problem(NamedTuple):
 
     batch: Batch  # as given, rows contiguous
     features: Features
-    diagonals: Tensor  # [matrices, N]
+    diagonals: Tensor  # [matrices * N]
     scalars: Tensor  # [NUM_SCALARS]
     upstream: Tensor  # [2 * matrices, N] weights of the losses; not read if there are none
     flag: Tensor  # [1] int32; 1 if there is a shift per row and column instead of one for all
+    n: int
+    launch: Launcher
 
     @classmethod
-    def prepare(cls, batch: Batch, products: str, upstream: Tensor | None = None) -> _Problem:
-        """Prepare a batch of one group."""
-        features = Features.of(batch, products)
-        n, matrices = len(batch.image), batch.matrices
-        new = batch.scale.new_empty
-        diagonals = new(matrices, n)
-        problem = cls(
-            batch,
-            features,
-            diagonals,
-            new(int(NUM_SCALARS)),
-            diagonals if upstream is None else upstream.contiguous(),
-            new(1, dtype=torch.int32),
-        )
+    def prepare(
+        cls,
+        batch: Batch,
+        products: str,
+        wanted: Wanted | None = None,
+        upstream: Tensor | None = None,
+    ) -> _Problem:
+        """Prepare a batch of one group; with `upstream`, for the gradients that are `wanted`."""
+        given = select_sides(batch)
+        features = Features.of(given, products)
+        n, matrices = batch.image.shape[0], batch.matrices
         blocks = -(-n // _ROWS)
-        peaks = new(matrices, 3, blocks)
-        image, text, scale = batch[:3]
-        ref_image, ref_text, ref_scale = batch[3:] if matrices == 2 else batch[:3]
-        given = image, text, ref_image, ref_text, scale, ref_scale
-        sizes = (*(side.stride(0) for side in given[:4]), n, *features.widths)
-        num_losses = 0 if upstream is None else 2 * matrices
+        diagonals, peaks, scalars, flag = _allocate(
+            batch.scale, matrices * n, matrices * 3 * blocks, int(NUM_SCALARS), 1
+        )
+        weights = diagonals if upstream is None else upstream.contiguous()
+        strides = tuple(side.stride(0) for side in given)
+        kinds = [(side.dtype, side.data_ptr() % 16) for side in given]
+        launch = Launcher.of(
+            batch.image.device, products, matrices, wanted, features.widths, strides, *kinds
+        )
+        problem = cls(
+            batch, features, diagonals, scalars, weights, flag.view(torch.int32), n, launch
+        )
+        scales = batch.scale, batch.scale if batch.ref_scale is None else batch.ref_scale
+        sizes = *strides, n, *features.widths
         launch(
-            diagonals_and_peaks, (blocks, matrices), *given, problem.upstream, diagonals, peaks,
-            *sizes, num_losses, BLOCK_R=_ROWS, BLOCK_K=_DEPTH,
+            diagonals_and_peaks, (blocks, matrices), *given, *scales, weights, diagonals,
+            peaks, *sizes, 0 if upstream is None else 2 * matrices, BLOCK_R=_ROWS, BLOCK_K=_DEPTH,
         )  # fmt: skip
+        programs = blocks if features.is_rounded else 1
         launch(
-            shifts_and_rounded_features, (blocks if features.is_rounded else 1, matrices), *given,
-            peaks, *features[:4], problem.scalars, problem.flag, *sizes, blocks,
-            ROUNDS=features.is_rounded, BLOCK_R=_ROWS, BLOCK_K=_DEPTH,
+            shifts_and_rounded_features, (programs, matrices), *given, *scales, peaks,
+            *features[:4], scalars, problem.flag, *sizes, blocks, ROUNDS=features.is_rounded,
+            BLOCK_R=_ROWS, BLOCK_K=_DEPTH,
         )  # fmt: skip
         return problem
 
     @property
     def has_ref(self) -> bool:
-        return self.batch.matrices == 2
+        return self.batch.ref_image is not None
 
 
 class _Softmaxes(NamedTuple):
@@ -130,20 +139,26 @@ class _Softmaxes(NamedTuple):
         return cls(fields, fields.new_empty(1 + 2 * matrices, n))
 
 
+def _allocate(like: Tensor, *sizes: int) -> tuple[Tensor, ...]:
+    """Vectors of one allocation, at multiples of 16 bytes as if they had their own."""
+    padded = [-(-size // 4) * 4 for size in sizes]
+    return like.new_empty(sum(padded)).split_with_sizes(padded)
+
+
 def _compute_losses(problem: _Problem, *, is_step: bool) -> tuple[Tensor, _Softmaxes]:
     """(losses [4 or 2, N], softmaxes).
 
     In a step weights are known and strips of G follow, which find the sums of e0 * (s0 - s): sweep
     over one matrix after the other, with larger tiles, and leave that part of the KL out.
     """
-    features, has_ref = problem.features, problem.has_ref
-    n, matrices = len(problem.batch.image), problem.batch.matrices
+    _, features, diagonals, scalars, upstream, flag, n, launch = problem
+    has_ref = problem.has_ref
+    matrices = 1 + has_ref
     has_cross = has_ref and not is_step
     num_sums = matrices + has_cross
     num_parts = int(PART_STATS_WITH_REF if has_ref else PART_STATS)
-    new = problem.diagonals.new_empty
-    parts = new(2, num_parts, int(SLOTS), n)
-    sums = new(2, num_sums, n)
+    new = scalars.new_empty
+    parts, sums = _allocate(scalars, 2 * num_parts * int(SLOTS) * n, 2 * num_sums * n)
     losses = new(2 * matrices, n)
     softmaxes = _Softmaxes.of(new(matrices, int(SOFTMAX_FIELDS), 2, n))
 
@@ -152,31 +167,31 @@ def _compute_losses(problem: _Problem, *, is_step: bool) -> tuple[Tensor, _Softm
     both = *features.strides, n, *features.widths
     if has_cross:
         launch(
-            row_and_column_sums_with_reference, programs, *features[:4], problem.scalars, parts,
+            row_and_column_sums_with_reference, programs, *features[:4], scalars, parts,
             *both, **meta,
         )  # fmt: skip
     else:
         for k in range(matrices):
             pair = slice(2 * k, 2 * k + 2)
             launch(
-                row_and_column_sums, programs, *features[pair], problem.scalars, parts,
-                *features.strides[pair], n, features.widths[k], num_parts, k, LANES=tile.lanes,
-                **meta,
+                row_and_column_sums, programs, *features[pair], scalars, parts,
+                *features.strides[pair], n, features.widths[k], num_parts, k, variant=k,
+                LANES=tile.lanes, **meta,
             )  # fmt: skip
     spans = -(-n // _SPAN), 1
     launch(
-        add_partial_sums, spans, parts, sums, problem.flag, n, num_parts, num_sums, BLOCK_R=_SPAN,
-        **tile.blocks,
+        add_partial_sums, spans, parts, sums, flag, n, num_parts, num_sums,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=_SPAN,
     )  # fmt: skip
     tile, meta = features.plan("sums_online")
     launch(
-        row_and_column_sums_online, (count_rectangles(n, tile), 1), *features[:4], problem.scalars,
-        problem.flag, parts, *both, HAS_REF=has_ref, **meta,
+        row_and_column_sums_online, (count_rectangles(n, tile), 1), *features[:4],
+        scalars, flag, parts, *both, HAS_REF=has_ref, **meta,
     )  # fmt: skip
     launch(
-        losses_and_softmaxes, spans, parts, sums, problem.scalars, problem.flag, problem.diagonals,
-        losses, softmaxes.fields, problem.upstream, softmaxes.factors, n, num_sums,
-        HAS_REF=has_ref, HAS_UPSTREAM=is_step, BLOCK_R=_SPAN, **tile.blocks,
+        losses_and_softmaxes, spans, parts, sums, scalars, flag, diagonals, losses,
+        softmaxes.fields, upstream, softmaxes.factors, n, num_sums, HAS_REF=has_ref,
+        HAS_UPSTREAM=is_step, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=_SPAN,
     )  # fmt: skip
     return losses, softmaxes
 
@@ -185,16 +200,16 @@ def _compute_gradients(
     problem: _Problem, softmaxes: _Softmaxes, wanted: Wanted, losses: Tensor | None
 ) -> Gradients:
     """Gradients of `(upstream * losses).sum()`; completes the KLs of a step's `losses`."""
-    batch, features, has_ref = problem.batch, problem.features, problem.has_ref
+    batch, features, n = problem.batch, problem.features, problem.n
     image, text = features[:2]
-    n, width = image.shape
+    width = features.widths[0]
     new = softmaxes.fields.new_empty
     # The gradient of scale follows from either tower's, so one is made even if neither is wanted.
     makes_image = wanted.image or not wanted.text
     d_image = new(n, width) if makes_image else None
     d_text = new(n, width) if wanted.text else None
 
-    tile = features.plan("strip_with_reference" if has_ref else "strip")[0]
+    tile = features.plan("strip_with_reference" if problem.has_ref else "strip")[0]
     stride = strip_stride(n)
     elements = max(
         triton_plan.WORKSPACE_BYTES // image.element_size(), triton_plan.LEAST_STRIP_ROWS * stride
@@ -203,18 +218,22 @@ def _compute_gradients(
     longest = strips[0].stop
     workspace = image.new_empty(longest, stride)
     gain = _GAIN_FP16 if image.dtype == torch.float16 else 1.0
-    crosses = softmaxes.fields, softmaxes.fields  # none: not read
-    num_crosses = 0, 0
-    if has_ref and losses is not None:
-        num_crosses = count_slots(n, tile.block_n), -(-longest // tile.block_m)
-        crosses = new(num_crosses[0], n), new(num_crosses[1], n)
+    crosses = softmaxes.fields, softmaxes.fields  # not read
+    slots = 0, 0
+    if problem.has_ref and losses is not None:
+        slots = count_slots(n, tile.block_n), -(-longest // tile.block_m)
+        crosses = _allocate(problem.scalars, slots[0] * n, slots[1] * n)
     for rows in strips:
-        _fill_strip(problem, rows, softmaxes, workspace, crosses, gain, num_crosses[0] > 0)
-        g = workspace[: rows.stop - rows.start, :n]
-        if d_image is not None:
-            _multiply(g, text, d_image[rows], beta=0)
+        _fill_strip(problem, rows, softmaxes, workspace, crosses, gain, slots[0] > 0)
+        g, of_image, of_rows = workspace, image, d_image
+        if len(strips) > 1:  # else the views would take the host as long as four launches
+            g, of_image = workspace[: rows.stop - rows.start], image[rows]
+            of_rows = None if d_image is None else d_image[rows]
+        g = g if stride == n else g[:, :n]
+        if of_rows is not None:
+            _multiply(g, text, of_rows, beta=0)
         if d_text is not None:
-            _multiply(g.T, image[rows], d_text, beta=int(rows.start > 0))
+            _multiply(g.T, of_image, d_text, beta=int(rows.start > 0))
 
     d_scale = new(n)
     towers, made = (batch.image, batch.text), (d_image, d_text)
@@ -224,17 +243,16 @@ def _compute_gradients(
         else torch.empty_like(each, dtype=tower.dtype)
         for each, tower in zip(made, towers, strict=True)
     ]
-    # The first of the two is the one that was made, if only one was.
-    order = slice(None) if makes_image else slice(None, None, -1)
+    order = 1 if makes_image else -1  # the first of the two is one that is made
     products, gradients = (
-        [softmaxes.fields if x is None else x for x in each[order]] for each in (made, results)
+        [d_scale if x is None else x for x in each[::order]] for each in (made, results)
     )
-    sides = towers[order]
-    launch(
-        feature_gradients, (-(-n // _ROWS), 2 if makes_image and wanted.text else 1), *products,
+    sides = towers[::order]
+    problem.launch(
+        feature_gradients, (-(-n // _ROWS), makes_image + wanted.text), *products,
         *sides, batch.scale, problem.scalars, *softmaxes, *crosses, problem.flag, *gradients,
-        d_scale, d_scale if losses is None else losses, *(side.stride(0) for side in sides), n,
-        *num_crosses, width, int(not makes_image), gain, BLOCK_R=_ROWS, BLOCK_K=_DEPTH,
+        d_scale, d_scale if losses is None else losses, sides[0].stride(0), sides[1].stride(0), n,
+        *slots, width, int(not makes_image), gain, BLOCK_R=_ROWS, BLOCK_K=_DEPTH,
     )  # fmt: skip
     return results[0] if wanted.image else None, results[1], d_scale.sum()
 
@@ -249,14 +267,14 @@ def _fill_strip(
     strip: slice,
     softmaxes: _Softmaxes,
     workspace: Tensor,
-    crosses: tuple[Tensor, Tensor],
+    crosses: Sequence[Tensor],
     gain: float,
     has_cross: bool,
 ) -> None:
     """Compute a strip of G, of a group that is not flagged and then of one that is."""
-    features, has_ref = problem.features, problem.has_ref
-    weights = *softmaxes, problem.flag, workspace
-    n, num_rows = len(features.image), strip.stop - strip.start
+    features, has_ref, launch = problem.features, problem.has_ref, problem.launch
+    rest = *softmaxes, problem.flag, workspace
+    n, num_rows = problem.n, strip.stop - strip.start
     sizes = n, strip.start, num_rows
     if not has_ref:
         tile, meta = features.plan("strip")
@@ -266,14 +284,14 @@ def _fill_strip(
         length = max(1, min(RUN_LENGTH, length))
         launch(
             gradient_strip_without_reference, (-(-blocks[0] // length) * blocks[1], 1),
-            *features[:2], problem.scalars, *weights, *features.strides[:2], *sizes,
+            *features[:2], problem.scalars, *rest, *features.strides[:2], *sizes,
             features.widths[0], length, gain, **meta,
         )  # fmt: skip
     for is_online in (False, True) if has_ref else (True,):
         tile, meta = features.plan("strip_online" if is_online else "strip_with_reference")
         programs = -(-num_rows // tile.block_m) * count_slots(n, tile.block_n)
         launch(
-            gradient_strip, (programs, 1), *features[:4], problem.scalars, *weights, *crosses,
+            gradient_strip, (programs, 1), *features[:4], problem.scalars, *rest, *crosses,
             *features.strides, *sizes, *features.widths, gain, HAS_REF=has_ref,
             HAS_CROSS=has_cross and not is_online, IS_ONLINE=is_online, **meta,
         )  # fmt: skip
@@ -314,38 +332,41 @@ def _check(batch: Batch, groups: Groups, is_differentiable: bool, products: str)
     return (products,)
 
 
-@contextlib.contextmanager
-def _on_device(batch: Batch, products: str) -> Iterator[None]:
+def _on_device(batch: Batch, products: str) -> contextlib.ExitStack:
     """Launch on the batch's device, and keep cuBLAS at the precision of the products."""
-    kind = batch.image.device.type
-    with (
-        torch.cuda.device_of(batch.image),
-        torch.autocast(kind, enabled=False)
-        if torch.is_autocast_enabled(kind)
-        else contextlib.nullcontext(),
-        refuse_tf32() if products == "fp32" else contextlib.nullcontext(),
-    ):
-        yield
+    device = batch.image.device
+    stack = contextlib.ExitStack()
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        stack.enter_context(torch.cuda.device(device))
+    if torch.is_autocast_enabled(device.type):
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+    if products == "fp32":
+        stack.enter_context(refuse_tf32())
+    return stack
 
 
-def _divide(batch: Batch, groups: Groups) -> list[tuple[slice, Batch]]:
-    """The rows of each group, and its batch with contiguous rows."""
+def _divide(
+    batch: Batch, groups: Groups, weights: Tensor | None = None
+) -> Iterator[tuple[slice, Batch, Tensor | None]]:
+    """The rows of each group, its batch with contiguous rows, and its columns of the weights."""
     batch = with_contiguous_rows(batch)
     if len(groups) == 1:
-        return [(slice(None), batch)]
-    ends = accumulate(groups)
-    spans = [slice(end - n, end) for end, n in zip(ends, groups, strict=True)]
-    return [(rows, batch.map(lambda x, rows=rows: x[rows] if x.dim() else x)) for rows in spans]
+        yield slice(None), batch, weights
+        return
+    for end, n in zip(accumulate(groups), groups, strict=True):
+        rows = slice(end - n, end)
+        sides = [None if x is None else x[rows] if x.dim() else x for x in batch]
+        yield rows, Batch(*sides), None if weights is None else weights[:, rows]
 
 
 def forward(batch: Batch, groups: Groups, products: str) -> tuple[Tensor, Tensor, Tensor]:
     """(losses [4 or 2, N], softmaxes [matrices, SOFTMAX_FIELDS, 2, N], flags [num_groups])."""
     parts = []
     with _on_device(batch, products):
-        for _, group in _divide(batch, groups):
+        for _, group, _ in _divide(batch, groups):
             problem = _Problem.prepare(group, products)
             losses, softmaxes = _compute_losses(problem, is_step=False)
-            parts.append((losses, softmaxes.fields, problem.flag))
+            parts.append((losses, softmaxes.fields, problem.flag.clone()))
     return _join(parts, (-1, -1, -1))
 
 
@@ -360,14 +381,13 @@ def backward(
     fields, flags = saved
     parts = []
     with _on_device(batch, products):
-        for k, (rows, group) in enumerate(_divide(batch, groups)):
-            problem = _Problem.prepare(group, products, upstream[:, rows])
+        for k, (rows, group, weights) in enumerate(_divide(batch, groups, upstream)):
+            problem = _Problem.prepare(group, products, wanted, weights)
             problem = problem._replace(flag=flags[k : k + 1])
             softmaxes = _Softmaxes.of(fields[..., rows].contiguous())
-            n = len(group.image)
-            launch(
-                gradient_factors, (-(-n // _SPAN), 1), problem.upstream, problem.scalars,
-                *softmaxes, n, HAS_REF=problem.has_ref, BLOCK_R=_SPAN,
+            problem.launch(
+                gradient_factors, (-(-problem.n // _SPAN), 1), problem.upstream,
+                problem.scalars, *softmaxes, problem.n, HAS_REF=problem.has_ref, BLOCK_R=_SPAN,
             )  # fmt: skip
             parts.append(_compute_gradients(problem, softmaxes, wanted, None))
     return _join(parts, (0, 0, None))
@@ -378,8 +398,8 @@ def step(
 ) -> tuple[Tensor | None, ...]:
     parts = []
     with _on_device(batch, products):
-        for rows, group in _divide(batch, groups):
-            problem = _Problem.prepare(group, products, weights[:, rows])
+        for _, group, of_group in _divide(batch, groups, weights):
+            problem = _Problem.prepare(group, products, wanted, of_group)
             losses, softmaxes = _compute_losses(problem, is_step=True)
             parts.append((losses, *_compute_gradients(problem, softmaxes, wanted, losses)))
     return _join(parts, (-1, 0, 0, None))

@@ -22,6 +22,9 @@ WORKSPACE_BYTES = 256 * 2**20
 LEAST_STRIP_ROWS = 2048
 
 
+Sides = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
 class Tile(NamedTuple):
     """A kernel's tile and launch parameters."""
 
@@ -89,30 +92,27 @@ class Features(NamedTuple):
     text: Tensor  # [N, D]
     ref_image: Tensor  # [N, D0]; without a reference, image and text once more
     ref_text: Tensor
+    strides: tuple[int, int, int, int]
+    widths: tuple[int, int]
     products: str  # as `resolve_products` returns them
     is_rounded: bool  # by a kernel, which fills the memory that is allocated here
 
     @classmethod
-    def of(cls, batch: Batch, products: str) -> Features:
-        """Prepare the features of a batch with contiguous rows."""
-        given = [batch.image, batch.text]
-        if batch.ref_image is not None and batch.ref_text is not None:
-            given += [batch.ref_image, batch.ref_text]
+    def of(cls, given: Sides, products: str) -> Features:
+        """Prepare features with contiguous rows."""
+        image, text, ref_image, ref_text = given
         dtype = HALF_DTYPES.get(products, torch.float32)
-        is_rounded = products in HALF_DTYPES and any(side.dtype != dtype for side in given)
-        if is_rounded:
-            sides = [side.new_empty(side.shape, dtype=dtype) for side in given]
-        else:
-            sides = [side.to(dtype) for side in given]
-        return cls(sides[0], sides[1], sides[-2], sides[-1], products, is_rounded)
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        return tuple(side.stride(0) for side in self[:4])
-
-    @property
-    def widths(self) -> tuple[int, int]:
-        return self.image.shape[1], self.ref_image.shape[1]
+        is_rounded = False
+        if any(side.dtype != dtype for side in given):
+            is_rounded = products in HALF_DTYPES
+            made = [
+                side.new_empty(side.shape, dtype=dtype) if is_rounded else side.to(dtype)
+                for side in (given[:2] if ref_image is image else given)
+            ]
+            image, text, ref_image, ref_text = made[0], made[1], made[-2], made[-1]
+        strides = image.stride(0), text.stride(0), ref_image.stride(0), ref_text.stride(0)
+        widths = image.shape[1], ref_image.shape[1]
+        return cls(image, text, ref_image, ref_text, strides, widths, products, is_rounded)
 
     def plan(self, kernel: str) -> tuple[Tile, dict[str, Any]]:
         """A kernel's tile and compile-time arguments."""
@@ -135,6 +135,13 @@ def plan_kernel(
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
+
+
+def select_sides(batch: Batch) -> Sides:
+    """image and text, and the reference's or, without one, image and text once more."""
+    if batch.ref_image is None or batch.ref_text is None:
+        return batch.image, batch.text, batch.image, batch.text
+    return batch.image, batch.text, batch.ref_image, batch.ref_text
 
 
 def with_contiguous_rows(batch: Batch) -> Batch:
