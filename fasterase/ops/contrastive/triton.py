@@ -79,7 +79,7 @@ class _Problem(NamedTuple):
     diagonals: Tensor  # [matrices * N]
     scalars: Tensor  # [NUM_SCALARS]
     upstream: Tensor  # [2 * matrices, N] weights of the losses; not read if there are none
-    flag: Tensor  # [1] int32; 1 if there is a shift per row and column instead of one for all
+    flag: Tensor  # int32; the first is 1 if rows and columns have shifts of their own
     n: int
     launch: Launcher
 
@@ -164,17 +164,18 @@ def _compute_losses(problem: _Problem, *, is_step: bool) -> tuple[Tensor, _Softm
 
     tile, meta = features.plan("sums_with_reference" if has_cross else "sums")
     programs = count_rectangles(n, tile), 1
+    sides: tuple[Tensor, ...] = features[:4]
     both = *features.strides, n, *features.widths
     if has_cross:
         launch(
-            row_and_column_sums_with_reference, programs, *features[:4], scalars, parts,
+            row_and_column_sums_with_reference, programs, *sides, scalars, parts,
             *both, **meta,
         )  # fmt: skip
     else:
         for k in range(matrices):
             pair = slice(2 * k, 2 * k + 2)
             launch(
-                row_and_column_sums, programs, *features[pair], scalars, parts,
+                row_and_column_sums, programs, *sides[pair], scalars, parts,
                 *features.strides[pair], n, features.widths[k], num_parts, k, variant=k,
                 LANES=tile.lanes, **meta,
             )  # fmt: skip
@@ -185,7 +186,7 @@ def _compute_losses(problem: _Problem, *, is_step: bool) -> tuple[Tensor, _Softm
     )  # fmt: skip
     tile, meta = features.plan("sums_online")
     launch(
-        row_and_column_sums_online, (count_rectangles(n, tile), 1), *features[:4],
+        row_and_column_sums_online, (count_rectangles(n, tile), 1), *sides,
         scalars, flag, parts, *both, HAS_REF=has_ref, **meta,
     )  # fmt: skip
     launch(
@@ -218,7 +219,7 @@ def _compute_gradients(
     longest = strips[0].stop
     workspace = image.new_empty(longest, stride)
     gain = _GAIN_FP16 if image.dtype == torch.float16 else 1.0
-    crosses = softmaxes.fields, softmaxes.fields  # not read
+    crosses: tuple[Tensor, ...] = (softmaxes.fields,) * 2  # not read
     slots = 0, 0
     if problem.has_ref and losses is not None:
         slots = count_slots(n, tile.block_n), -(-longest // tile.block_m)
@@ -355,8 +356,8 @@ def _divide(
         return
     for end, n in zip(accumulate(groups), groups, strict=True):
         rows = slice(end - n, end)
-        sides = [None if x is None else x[rows] if x.dim() else x for x in batch]
-        yield rows, Batch(*sides), None if weights is None else weights[:, rows]
+        parts = (None if x is None else x[rows] if x.dim() else x for x in batch)
+        yield rows, Batch._make(parts), None if weights is None else weights[:, rows]
 
 
 def forward(batch: Batch, groups: Groups, products: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -366,7 +367,7 @@ def forward(batch: Batch, groups: Groups, products: str) -> tuple[Tensor, Tensor
         for _, group, _ in _divide(batch, groups):
             problem = _Problem.prepare(group, products)
             losses, softmaxes = _compute_losses(problem, is_step=False)
-            parts.append((losses, softmaxes.fields, problem.flag.clone()))
+            parts.append((losses, softmaxes.fields, problem.flag[:1].clone()))
     return _join(parts, (-1, -1, -1))
 
 

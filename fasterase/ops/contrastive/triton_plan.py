@@ -92,7 +92,7 @@ class Features(NamedTuple):
     text: Tensor  # [N, D]
     ref_image: Tensor  # [N, D0]; without a reference, image and text once more
     ref_text: Tensor
-    strides: tuple[int, int, int, int]
+    strides: tuple[int, ...]  # of the four
     widths: tuple[int, int]
     products: str  # as `resolve_products` returns them
     is_rounded: bool  # by a kernel, which fills the memory that is allocated here
