@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import random
 import shutil
 
@@ -11,6 +12,7 @@ import torch
 pytest.importorskip("triton")
 from benchmarks.loss.gpu_model import compiled_kernels, host_time
 from benchmarks.loss.gpu_model.instructions import count_amd
+from benchmarks.result_files import RESULTS
 from fasterase.engine.loss import loss_products
 from fasterase.ops.contrastive import triton as triton_backend
 from fasterase.ops.contrastive.operator import Wanted
@@ -95,6 +97,16 @@ def test_fp32_features_reach_the_tensor_cores(ref_width, products):
     assert any(launch.arguments.get("ROUNDS") for launch in launches)
     cases = {launch.case.split(" D=")[0] for launch in compiled_kernels.cases("sm_90")}
     assert f"float32 as {products}" in cases
+
+
+def test_no_kernel_of_the_committed_table_spills_or_exceeds_its_gpu():
+    """All that `auto` can launch, by the table; the slow tests above compile some of it again."""
+    with (RESULTS / "compiled_kernels.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["target"] for row in rows} == set(compiled_kernels.SHARED_LIMIT)
+    for row in rows:
+        assert int(row["shared_bytes"]) <= compiled_kernels.SHARED_LIMIT[row["target"]], row
+        assert int(row["stack_bytes"]) <= 64 or row["target"] == "gfx942", row
 
 
 @NEEDS_TRITON
