@@ -241,8 +241,7 @@ def _compute_matrices(
     their weighted total, 0 unless `is_weighted`.
 
     Two in one call have the KL for both sets or for neither. That of the forget rows is not used;
-    its cost is a part of one matrix, where a second call would double the launches. A step on the
-    CPU leaves it out.
+    its cost is a part of one matrix. A step on the CPU leaves it out.
     """
     uses_forget = objective.forget_loss == "contrastive" and objective.forget_weight != 0
     uses_retain = objective.retain_weight != 0 or objective.consistency_weight != 0

@@ -1,7 +1,7 @@
 """Who computes what, and the layout of the tensors that contrastive kernels exchange.
 
-A launch covers at most two groups: rows [0, split) and [split, num_rows) of the batch. Programs
-find their work by arithmetic alone, so a launch needs no tables.
+A launch covers one group of N pairs. Programs find their work by arithmetic alone, so a launch
+needs no tables.
 """
 
 from __future__ import annotations
@@ -23,24 +23,17 @@ SHIFT = tl.constexpr(0)  # the shift of the exponentials
 MISS_RATIO = tl.constexpr(1)  # miss_probability / sum of exp(s - shift)
 MISS_PROBABILITY = tl.constexpr(2)  # 1 - p_ii: the softmax's mass beside the diagonal
 
+# `scalars` [NUM_SCALARS], fp32; at each of the first four a value for S and one for S0.
+NUM_SCALARS = tl.constexpr(9)
+SCALE = tl.constexpr(0)  # of the products
+GROUP_SHIFT = tl.constexpr(2)  # of the exponentials
+IMAGE_STRETCH = tl.constexpr(4)  # the power of two that image was multiplied by in the products
+TEXT_STRETCH = tl.constexpr(6)
+UPSTREAM_PEAK = tl.constexpr(8)  # the largest finite weight of the losses; 1 if all are 0
+
 # Tiles are visited column by column in bands of this many rows of tiles, so that those computed at
 # one time share rows and columns in L2.
 _BAND = tl.constexpr(8)
-
-
-@triton.jit
-def locate_rows(block, split, num_rows, BLOCK: tl.constexpr):
-    """(group, its first row, its size, the block's number in it) of a block of BLOCK rows."""
-    return _select_group(block, tl.cdiv(split, BLOCK), split, num_rows)
-
-
-@triton.jit
-def _select_group(index, num_first, split, num_rows):
-    """(group, start, n, index in the group) where the first group has `num_first` indices."""
-    is_second = index >= num_first
-    start = tl.where(is_second, split, 0)
-    n = tl.where(is_second, num_rows - split, split)
-    return is_second.to(tl.int32), start, n, tl.where(is_second, index - num_first, index)
 
 
 @triton.jit
@@ -65,12 +58,9 @@ def visit(index, num_rows, num_cols):
 
 
 @triton.jit
-def locate_rectangle(index, split, num_rows, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The index-th strip x chunk of a sweep: (group, start, n, strip, chunk)."""
-    num_first = count_slots(split, BLOCK_M) * count_slots(split, BLOCK_N)
-    group, start, n, index = _select_group(index, num_first, split, num_rows)
-    strip, chunk = visit(index, count_slots(n, BLOCK_M), count_slots(n, BLOCK_N))
-    return group, start, n, strip, chunk
+def locate_rectangle(n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(strip, chunk) of a program of a sweep."""
+    return visit(tl.program_id(0), count_slots(n, BLOCK_M), count_slots(n, BLOCK_N))
 
 
 @triton.jit
@@ -81,40 +71,24 @@ def slot_range(slot, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def stat_stride(num_rows):
+def stat_stride(n):
     """Elements of `parts` from one statistic to the next."""
-    return SLOTS * tl.cast(num_rows, tl.int64)
+    return SLOTS * tl.cast(n, tl.int64)
 
 
 @triton.jit
-def sweep_slots(parts, start, strip, chunk, num_rows, NUM_STATS: tl.constexpr):
-    """Pointers to a rectangle's slots of row sums and of column sums, at its group's first row."""
-    total_rows = tl.cast(num_rows, tl.int64)
-    row_slot = parts + chunk * total_rows + start
-    col_slot = parts + NUM_STATS * stat_stride(num_rows) + strip * total_rows + start
+def sweep_slots(parts, strip, chunk, n, num_stats):
+    """Pointers to a rectangle's slots of row sums and of column sums."""
+    row_slot = parts + chunk * tl.cast(n, tl.int64)
+    col_slot = parts + num_stats * stat_stride(n) + strip * tl.cast(n, tl.int64)
     return row_slot, col_slot
 
 
 @triton.jit
-def softmax_field(
-    softmaxes, MATRIX: tl.constexpr, FIELD: tl.constexpr, DIRECTION: tl.constexpr, num_rows
-):
+def softmax_field(softmaxes, MATRIX: tl.constexpr, FIELD: tl.constexpr, DIRECTION: tl.constexpr, n):
     """Pointer to one field [N] of `softmaxes`; MATRIX is 0 for S, 1 for the reference's S0."""
     index: tl.constexpr = (MATRIX * SOFTMAX_FIELDS + FIELD) * 2 + DIRECTION
-    return softmaxes + index * tl.cast(num_rows, tl.int64)
-
-
-@triton.jit
-def locate_strip(index, split, num_rows, first_rows, second_rows, num_first):
-    """(group, start, n, rows of its strip of G, the strip's offset in the workspace, index in it).
-
-    The strips of both groups, of `first_rows` and `second_rows` rows, lie one after the other; a
-    launch has `num_first` programs for the first.
-    """
-    group, start, n, index = _select_group(index, num_first, split, num_rows)
-    offset = tl.cast(first_rows, tl.int64) * strip_stride(split)
-    num_strip_rows = tl.where(group == 0, first_rows, second_rows)
-    return group, start, n, num_strip_rows, tl.where(group == 0, 0, offset), index
+    return softmaxes + index * tl.cast(n, tl.int64)
 
 
 @triton.jit

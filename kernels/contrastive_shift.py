@@ -8,53 +8,55 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fasterase.kernels.contrastive_layout import locate_rows
+from fasterase.kernels.contrastive_layout import (
+    GROUP_SHIFT,
+    IMAGE_STRETCH,
+    SCALE,
+    TEXT_STRETCH,
+    UPSTREAM_PEAK,
+)
 from fasterase.kernels.contrastive_tiles import HEADROOM
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale", "ref_scale", "upstream", "n", "num_losses"])
 def diagonals_and_peaks(
     image,  # [N, width]
     text,
-    ref_image,  # [N, ref_width] read if HAS_REF, likewise below
+    ref_image,  # [N, ref_width] read if there are two matrices, likewise below
     ref_text,
     scale,  # []
     ref_scale,
-    upstream,  # [2 * matrices, N] weights of the losses; read if HAS_UPSTREAM
+    upstream,  # [num_losses, N] weights of the losses
     diagonals,  # [matrices, N] out: each pair's own logit
     peaks,  # [matrices, 3, num_blocks] out: longest finite image, text; largest finite weight
     image_stride,
     text_stride,
     ref_image_stride,
     ref_text_stride,
-    split,
-    num_rows,
+    n,
     width,
     ref_width,
-    HAS_REF: tl.constexpr,
-    HAS_UPSTREAM: tl.constexpr,
+    num_losses,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Of one block of rows and one matrix."""
     matrix = tl.program_id(1)
-    _, start, n, block = locate_rows(tl.program_id(0), split, num_rows, BLOCK_R)
-    rows = start + block * BLOCK_R + tl.arange(0, BLOCK_R)
-    exists = rows < start + n
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    exists = rows < n
     peaks += matrix * 3 * tl.num_programs(0) + tl.program_id(0)
-    diagonals += matrix.to(tl.int64) * num_rows
+    diagonals += matrix.to(tl.int64) * n
     if matrix == 0:
         _diagonal_and_peaks(
             image, text, scale, diagonals, peaks, image_stride, text_stride, rows, exists, width,
             BLOCK_R, BLOCK_K,
         )  # fmt: skip
-        if HAS_UPSTREAM:
-            peak = tl.zeros((BLOCK_R,), dtype=tl.float32)
-            for loss in tl.static_range(4 if HAS_REF else 2):
-                at = upstream + loss * tl.cast(num_rows, tl.int64) + rows
-                peak = tl.maximum(peak, _if_finite(tl.abs(tl.load(at, mask=exists, other=0.0))))
-            tl.store(peaks + 2 * tl.num_programs(0), tl.max(peak, 0))
-    elif HAS_REF:
+        peak = tl.zeros((BLOCK_R,), dtype=tl.float32)
+        for loss in range(num_losses):
+            at = upstream + loss * tl.cast(n, tl.int64) + rows
+            peak = tl.maximum(peak, _if_finite(tl.abs(tl.load(at, mask=exists, other=0.0))))
+        tl.store(peaks + 2 * tl.num_programs(0), tl.max(peak, 0))
+    else:
         _diagonal_and_peaks(
             ref_image, ref_text, ref_scale, diagonals, peaks, ref_image_stride, ref_text_stride,
             rows, exists, ref_width, BLOCK_R, BLOCK_K,
@@ -93,7 +95,7 @@ def _if_finite(x):
     return tl.where(x < float("inf"), x, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale", "ref_scale", "n", "num_blocks"])
 def shifts_and_rounded_features(
     image,
     text,
@@ -106,23 +108,17 @@ def shifts_and_rounded_features(
     rounded_text,
     rounded_ref_image,
     rounded_ref_text,
-    scales,  # [matrices] out: the scale of the products
-    stretches,  # [matrices, 2] out: the powers of two that image and text were multiplied by
-    shifts,  # [matrices, 2 (groups)] out
-    flags,  # [2] out: 0
-    upstream_peak,  # [] out: the largest finite weight, 1 if all are 0
+    scalars,  # out
+    flag,  # [] out: 0
     image_stride,
     text_stride,
     ref_image_stride,
     ref_text_stride,
-    split,
-    num_rows,
+    n,
     width,
     ref_width,
-    HAS_REF: tl.constexpr,
-    HAS_UPSTREAM: tl.constexpr,
+    num_blocks,
     ROUNDS: tl.constexpr,
-    PEAK_ROWS: tl.constexpr,  # BLOCK_R of `diagonals_and_peaks`
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -132,53 +128,41 @@ def shifts_and_rounded_features(
     of two costs no precision. The scale of the products takes it back.
     """
     matrix = tl.program_id(1)
-    num_first = tl.cdiv(split, PEAK_ROWS)
-    num_blocks = num_first + tl.cdiv(num_rows - split, PEAK_ROWS)
     peaks += matrix * 3 * num_blocks
-    first_image = _largest(peaks, 0, num_first)
-    first_text = _largest(peaks + num_blocks, 0, num_first)
-    second_image = _largest(peaks, num_first, num_blocks)
-    second_text = _largest(peaks + num_blocks, num_first, num_blocks)
-    scale_value = tl.load(scale)
-    if HAS_REF:
-        scale_value = tl.where(matrix == 1, tl.load(ref_scale), scale_value)
+    longest_image = _largest(peaks, num_blocks)
+    longest_text = _largest(peaks + num_blocks, num_blocks)
+    scale_value = tl.where(matrix == 1, tl.load(ref_scale), tl.load(scale))
     image_exponent, text_exponent = 0, 0
     if ROUNDS:
-        image_exponent = _exponent(tl.maximum(first_image, second_image))
-        text_exponent = _exponent(tl.maximum(first_text, second_text))
+        image_exponent, text_exponent = _exponent(longest_image), _exponent(longest_text)
     image_stretch, text_stretch = _power_of_two(-image_exponent), _power_of_two(-text_exponent)
     if tl.program_id(0) == 0:
-        size = tl.abs(scale_value)
-        shifts += matrix * 2
-        tl.store(shifts, tl.maximum(size * first_image * first_text - HEADROOM, 0.0))
-        tl.store(shifts + 1, tl.maximum(size * second_image * second_text - HEADROOM, 0.0))
-        shrunk = scale_value * _power_of_two(image_exponent)
-        tl.store(scales + matrix, shrunk * _power_of_two(text_exponent))
-        tl.store(stretches + matrix * 2, image_stretch)
-        tl.store(stretches + matrix * 2 + 1, text_stretch)
+        shift = tl.maximum(tl.abs(scale_value) * longest_image * longest_text - HEADROOM, 0.0)
+        shrunk = scale_value * _power_of_two(image_exponent) * _power_of_two(text_exponent)
+        tl.store(scalars + SCALE + matrix, shrunk)
+        tl.store(scalars + GROUP_SHIFT + matrix, shift)
+        tl.store(scalars + IMAGE_STRETCH + matrix, image_stretch)
+        tl.store(scalars + TEXT_STRETCH + matrix, text_stretch)
         if matrix == 0:
-            tl.store(flags + tl.arange(0, 2), tl.zeros((2,), dtype=tl.int32))
-            if HAS_UPSTREAM:
-                peak = _largest(peaks + 2 * num_blocks, 0, num_blocks)
-                tl.store(upstream_peak, tl.where(peak == 0.0, 1.0, peak))
+            tl.store(flag, 0)
+            peak = _largest(peaks + 2 * num_blocks, num_blocks)
+            tl.store(scalars + UPSTREAM_PEAK, tl.where(peak == 0.0, 1.0, peak))
     if ROUNDS:
         if matrix == 0:
-            _round(image, rounded_image, image_stretch, image_stride, num_rows, width,
+            _round(image, rounded_image, image_stretch, image_stride, n, width, BLOCK_R, BLOCK_K)
+            _round(text, rounded_text, text_stretch, text_stride, n, width, BLOCK_R, BLOCK_K)
+        else:
+            _round(ref_image, rounded_ref_image, image_stretch, ref_image_stride, n, ref_width,
                    BLOCK_R, BLOCK_K)  # fmt: skip
-            _round(text, rounded_text, text_stretch, text_stride, num_rows, width,
+            _round(ref_text, rounded_ref_text, text_stretch, ref_text_stride, n, ref_width,
                    BLOCK_R, BLOCK_K)  # fmt: skip
-        elif HAS_REF:
-            _round(ref_image, rounded_ref_image, image_stretch, ref_image_stride, num_rows,
-                   ref_width, BLOCK_R, BLOCK_K)  # fmt: skip
-            _round(ref_text, rounded_ref_text, text_stretch, ref_text_stride, num_rows,
-                   ref_width, BLOCK_R, BLOCK_K)  # fmt: skip
 
 
 @triton.jit
-def _largest(values, first, end):
-    """The largest of values[first:end], none of which is negative."""
+def _largest(values, end):
+    """The largest of values[:end], none of which is negative."""
     peak = tl.zeros((1024,), dtype=tl.float32)
-    for k in range(first, end, 1024):
+    for k in range(0, end, 1024):
         at = k + tl.arange(0, 1024)
         peak = tl.maximum(peak, tl.load(values + at, mask=at < end, other=0.0))
     return tl.max(peak, 0)
@@ -198,13 +182,11 @@ def _power_of_two(exponent):
 
 
 @triton.jit
-def _round(
-    side, rounded, stretch, stride, num_rows, width, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr
-):
+def _round(side, rounded, stretch, stride, n, width, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     at = rows[:, None].to(tl.int64)
     for start in range(0, width, BLOCK_K):
         depth = start + tl.arange(0, BLOCK_K)[None, :]
-        mask = (rows < num_rows)[:, None] & (depth < width)
+        mask = (rows < n)[:, None] & (depth < width)
         x = tl.load(side + at * stride + depth, mask=mask, other=0.0).to(tl.float32)
         tl.store(rounded + at * width + depth, (x * stretch).to(rounded.dtype.element_ty), mask)

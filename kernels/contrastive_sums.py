@@ -1,9 +1,8 @@
 """Forward: row and column sums of exp(S - shift), and of the KL's terms, over all tiles.
 
-A program computes one rectangle of tiles of one group, strip x chunk, which has its own slots in
-`parts`: of its chunk for row sums and of its strip for column sums. `add_partial_sums` adds them
-up. There are no atomics and no barrier between programs; the results depend on the shapes and tiles
-alone.
+A program computes one rectangle of tiles, strip x chunk, which has its own slots in `parts`: of its
+chunk for row sums and of its strip for column sums. `add_partial_sums` adds them up. There are no
+atomics and no barrier between programs; the results depend on the shapes and tiles alone.
 """
 
 from __future__ import annotations
@@ -12,11 +11,11 @@ import triton
 import triton.language as tl
 
 from fasterase.kernels.contrastive_layout import (
-    PART_STATS,
+    GROUP_SHIFT,
     PART_STATS_WITH_REF,
+    SCALE,
     count_slots,
     locate_rectangle,
-    locate_rows,
     slot_range,
     stat_stride,
     sweep_slots,
@@ -31,20 +30,18 @@ from fasterase.kernels.contrastive_tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "num_stats", "matrix"])
 def row_and_column_sums(
     image,
     text,
-    scales,  # [matrices]
-    shifts,  # [matrices, 2]
-    parts,  # [2, PART_STATS(_WITH_REF), SLOTS, N] out: slots of e, or of e0
+    scalars,
+    parts,  # [2, num_stats, SLOTS, N] out: slots of e, or of e0
     image_stride,
     text_stride,
-    split,
-    num_rows,
+    n,
     width,
-    MATRIX: tl.constexpr,  # 0: S, 1: the reference's S0, whose features then are image and text
-    HAS_REF: tl.constexpr,
+    num_stats,  # PART_STATS(_WITH_REF)
+    matrix,  # 0: S, 1: the reference's S0, whose features then are image and text
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -59,18 +56,14 @@ def row_and_column_sums(
     that column, one per thread, and are combined at its end. Row sums are added up in `parts`,
     column after column, because the terms of one row are spread over few threads.
     """
-    num_stats: tl.constexpr = PART_STATS_WITH_REF if HAS_REF else PART_STATS
-    group, start, n, strip, chunk = locate_rectangle(
-        tl.program_id(0), split, num_rows, BLOCK_M, BLOCK_N
-    )
+    strip, chunk = locate_rectangle(n, BLOCK_M, BLOCK_N)
     first_row, end_row = slot_range(strip, n, BLOCK_M)
     first_col, end_col = slot_range(chunk, n, BLOCK_N)
-    row_slot, col_slot = sweep_slots(parts, start, strip, chunk, num_rows, num_stats)
-    row_slot += MATRIX * stat_stride(num_rows)
-    col_slot += MATRIX * stat_stride(num_rows)
-    scale_value = tl.load(scales + MATRIX)
-    shift = tl.load(shifts + MATRIX * 2 + group)
-    first = start.to(tl.int64)
+    row_slot, col_slot = sweep_slots(parts, strip, chunk, n, num_stats)
+    row_slot += matrix * stat_stride(n)
+    col_slot += matrix * stat_stride(n)
+    scale_value = tl.load(scalars + SCALE + matrix)
+    shift = tl.load(scalars + GROUP_SHIFT + matrix)
     steps = tl.cdiv(width, BLOCK_K)
     depth = tl.arange(0, BLOCK_K)
     features = (image, text, image_stride, text_stride, width)
@@ -83,7 +76,7 @@ def row_and_column_sums(
         step = 0
         for _ in tl.range(0, (end_row - first_row) * steps, disable_licm=True):
             row_start, col_start = row_block * BLOCK_M, col_block * BLOCK_N
-            tile = (first, n, row_start, col_start)
+            tile = (n, row_start, col_start)
             product = add_depth_step(
                 product, features, tile, depth, step, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
             )
@@ -117,21 +110,19 @@ def _sum_within_thread(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LANES: t
     return tl.sum(tl.sum(x, 2), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def row_and_column_sums_with_reference(
     image,
     text,
     ref_image,
     ref_text,
-    scales,  # [2]
-    shifts,  # [2, 2]
+    scalars,
     parts,  # [2, PART_STATS_WITH_REF, SLOTS, N] out: slots of e, e0, e0 * (s0 - s)
     image_stride,
     text_stride,
     ref_image_stride,
     ref_text_stride,
-    split,
-    num_rows,
+    n,
     width,
     ref_width,
     BLOCK_M: tl.constexpr,
@@ -146,18 +137,15 @@ def row_and_column_sums_with_reference(
     are added up in `parts`. A loop over the depth of several tiles, as without reference, does not
     fit both products.
     """
-    stride = stat_stride(num_rows)
+    stride = stat_stride(n)
     features = (image, text, image_stride, text_stride, width)
     ref_features = (ref_image, ref_text, ref_image_stride, ref_text_stride, ref_width)
-    group, start, n, strip, chunk = locate_rectangle(
-        tl.program_id(0), split, num_rows, BLOCK_M, BLOCK_N
-    )
+    strip, chunk = locate_rectangle(n, BLOCK_M, BLOCK_N)
     first_row, end_row = slot_range(strip, n, BLOCK_M)
     first_col, end_col = slot_range(chunk, n, BLOCK_N)
-    row_slot, col_slot = sweep_slots(parts, start, strip, chunk, num_rows, PART_STATS_WITH_REF)
-    scale_value, ref_scale_value = tl.load(scales), tl.load(scales + 1)
-    shift, ref_shift = tl.load(shifts + group), tl.load(shifts + 2 + group)
-    first = start.to(tl.int64)
+    row_slot, col_slot = sweep_slots(parts, strip, chunk, n, PART_STATS_WITH_REF)
+    scale_value, ref_scale_value = tl.load(scalars + SCALE), tl.load(scalars + SCALE + 1)
+    shift, ref_shift = tl.load(scalars + GROUP_SHIFT), tl.load(scalars + GROUP_SHIFT + 1)
     for row_block in range(first_row, end_row):
         rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
         row_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
@@ -167,7 +155,7 @@ def row_and_column_sums_with_reference(
         for col_block in tl.range(first_col, end_col, disable_licm=True):
             row_start, col_start = row_block * BLOCK_M, col_block * BLOCK_N
             cols = col_start + tl.arange(0, BLOCK_N)
-            tile = (first, n, row_start, col_start)
+            tile = (n, row_start, col_start)
             s = scale_value * tile_product(
                 features, tile, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
             )
@@ -211,40 +199,36 @@ def _add_column_sums(slot, tile, has_earlier, in_group):
     tl.store(slot, earlier + tl.sum(tile, 0), mask=in_group)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["flag", "n", "num_stats", "num_sums"])
 def add_partial_sums(
-    parts,  # [2, PART_STATS or PART_STATS_WITH_REF, SLOTS, N]
-    sums,  # [2, NUM_SUMS, N] out
-    flags,  # [2] out: 1 if the fixed shift failed for the group
-    split,
-    num_rows,
-    NUM_SUMS: tl.constexpr,  # e; e0; e0 * (s0 - s)
-    HAS_REF: tl.constexpr,
+    parts,  # [2, num_stats, SLOTS, N]
+    sums,  # [2, num_sums, N] out
+    flag,  # [] out: 1 if the fixed shift failed
+    n,
+    num_stats,  # PART_STATS(_WITH_REF)
+    num_sums,  # e; e0; e0 * (s0 - s)
     BLOCK_M: tl.constexpr,  # of the sweep
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Add the slots in order, and flag groups with sums that underflowed or overflowed.
+    """Add the slots in order, and raise the flag over sums that underflowed or overflowed.
 
     Sums of features that are not finite count as overflowed: such groups only take longer.
     """
-    num_stats: tl.constexpr = PART_STATS_WITH_REF if HAS_REF else PART_STATS
-    group, start, n, block = locate_rows(tl.program_id(0), split, num_rows, BLOCK_R)
-    rows = start + block * BLOCK_R + tl.arange(0, BLOCK_R)
-    exists = rows < start + n
-    total_rows = tl.cast(num_rows, tl.int64)
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    exists = rows < n
+    total_rows = tl.cast(n, tl.int64)
     failed = tl.zeros((BLOCK_R,), dtype=tl.int32)
     for direction in tl.static_range(2):  # rows, columns
         num_slots = count_slots(n, BLOCK_N) if direction == 0 else count_slots(n, BLOCK_M)
-        for stat in tl.static_range(NUM_SUMS):
+        for stat in range(num_sums):
             total = tl.zeros((BLOCK_R,), dtype=tl.float32)
-            part = parts + (direction * num_stats + stat) * stat_stride(num_rows) + rows
+            part = parts + (direction * num_stats + stat) * stat_stride(n) + rows
             for k in range(num_slots):
                 total += tl.load(part + k * total_rows, mask=exists, other=0.0)
-            tl.store(sums + (direction * NUM_SUMS + stat) * total_rows + rows, total, exists)
+            tl.store(sums + (direction * num_sums + stat) * total_rows + rows, total, exists)
             is_sound = tl.abs(total) < float("inf")
-            if stat < 2:  # sums of exponentials
-                is_sound &= total >= UNDERFLOW
+            is_sound &= (total >= UNDERFLOW) | (stat == 2)  # the others are of exponentials
             failed |= tl.where(exists & (is_sound == 0), 1, 0)
     if (tl.max(failed, 0) > 0) & (n > 1):
-        tl.store(flags + group, 1)
+        tl.store(flag, 1)

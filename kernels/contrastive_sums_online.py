@@ -1,4 +1,4 @@
-"""Forward: the sums with running maxima, for groups flagged by `add_partial_sums`.
+"""Forward: the sums with running maxima, for a group flagged by `add_partial_sums`.
 
 Always launched, seldom has work. In batches at scale 100 whose logits are all far below the bound
 (a forget set pushed away, images in one cone and texts in the opposite one) sums of exp(s - shift)
@@ -14,6 +14,7 @@ import triton.language as tl
 from fasterase.kernels.contrastive_layout import (
     PART_STATS,
     PART_STATS_WITH_REF,
+    SCALE,
     locate_rectangle,
     slot_range,
     stat_stride,
@@ -22,21 +23,20 @@ from fasterase.kernels.contrastive_layout import (
 from fasterase.kernels.contrastive_tiles import exp_below, off_diagonal, tile_product
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["flag", "n"])
 def row_and_column_sums_online(
     image,
     text,
     ref_image,
     ref_text,
-    scales,  # [matrices]
-    flags,  # [2]
+    scalars,
+    flag,  # []
     parts,  # [2, PART_STATS(_WITH_REF), SLOTS, N] out: peak, mass; reference's peak, mass, cross
     image_stride,
     text_stride,
     ref_image_stride,
     ref_text_stride,
-    split,
-    num_rows,
+    n,
     width,
     ref_width,
     HAS_REF: tl.constexpr,
@@ -47,19 +47,16 @@ def row_and_column_sums_online(
     PRECISION: tl.constexpr,
 ):
     """The sums relative to the largest logit that each program has seen, not to a fixed shift."""
-    stride = stat_stride(num_rows)
+    stride = stat_stride(n)
     part_stats: tl.constexpr = PART_STATS_WITH_REF if HAS_REF else PART_STATS
-    group, start, n, strip, chunk = locate_rectangle(
-        tl.program_id(0), split, num_rows, BLOCK_M, BLOCK_N
-    )
-    if tl.load(flags + group) != 0:
+    strip, chunk = locate_rectangle(n, BLOCK_M, BLOCK_N)
+    if tl.load(flag) != 0:
         first_row, end_row = slot_range(strip, n, BLOCK_M)
         first_col, end_col = slot_range(chunk, n, BLOCK_N)
-        scale_value = tl.load(scales)
+        scale_value = tl.load(scalars + SCALE)
         features = (image, text, image_stride, text_stride, width)
         ref_features = (ref_image, ref_text, ref_image_stride, ref_text_stride, ref_width)
-        row_slot, col_slot = sweep_slots(parts, start, strip, chunk, num_rows, part_stats)
-        first = start.to(tl.int64)
+        row_slot, col_slot = sweep_slots(parts, strip, chunk, n, part_stats)
         for row_block in range(first_row, end_row):
             rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
             peak = tl.full((BLOCK_M,), -float("inf"), dtype=tl.float32)
@@ -70,7 +67,7 @@ def row_and_column_sums_online(
             for col_block in range(first_col, end_col):
                 row_start, col_start = row_block * BLOCK_M, col_block * BLOCK_N
                 cols = col_start + tl.arange(0, BLOCK_N)
-                tile = (first, n, row_start, col_start)
+                tile = (n, row_start, col_start)
                 s = scale_value * tile_product(
                     features, tile, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
                 )
@@ -81,7 +78,7 @@ def row_and_column_sums_online(
                 col = col_slot + cols
                 _fold_into_slots(col, s, s, exists, has_earlier, in_group, stride, False)
                 if HAS_REF:
-                    s0 = tl.load(scales + 1) * tile_product(
+                    s0 = tl.load(scalars + SCALE + 1) * tile_product(
                         ref_features, tile, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
                     )
                     gap = s0 - s
@@ -138,14 +135,14 @@ def _fold_into_slots(slot, x, gap, exists, has_earlier, in_group, stride, HAS_CR
 def merge_slots(
     slots,  # pointer to the peaks; masses and crosses follow at `stat_stride`
     num_slots,
-    num_rows,
+    n,
     exists,
     HAS_CROSS: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """(level, mass, cross) of rows over their slots, each of which has its own peak."""
-    stride = stat_stride(num_rows)
-    total_rows = tl.cast(num_rows, tl.int64)
+    stride = stat_stride(n)
+    total_rows = tl.cast(n, tl.int64)
     level = tl.full((BLOCK_R,), -float("inf"), dtype=tl.float32)
     for k in range(num_slots):
         peak = tl.load(slots + k * total_rows, mask=exists, other=-float("inf"))

@@ -18,7 +18,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def tile_product(
     features,  # (left, right, left_stride, right_stride, width); left and right [N, width]
-    tile,  # (start, n, row_start, col_start): the group's first row (int64) and size, the corner
+    tile,  # (n, row_start, col_start): the group's size, the corner
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -31,12 +31,12 @@ def tile_product(
     mask per row; the caller masks the tile. Only the start of the tile needs 64-bit addresses.
     """
     left, right, left_stride, right_stride, width = features
-    start, n, row_start, col_start = tile
+    n, row_start, col_start = tile
     rows = tl.minimum(tl.arange(0, BLOCK_M), n - 1 - row_start)
     cols = tl.minimum(tl.arange(0, BLOCK_N), n - 1 - col_start)
     depth = tl.arange(0, BLOCK_K)
-    left = left + start * left_stride + tl.cast(row_start, tl.int64) * left_stride
-    right = right + start * right_stride + tl.cast(col_start, tl.int64) * right_stride
+    left = left + tl.cast(row_start, tl.int64) * left_stride
+    right = right + tl.cast(col_start, tl.int64) * right_stride
     left_at = rows[:, None] * left_stride + depth[None, :]
     right_at = cols[None, :] * right_stride + depth[:, None]
     product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -67,11 +67,11 @@ def add_depth_step(
     Addresses are made from the loop's counters in each step, since the tile changes in the loop.
     """
     left, right, left_stride, right_stride, width = features
-    start, n, row_start, col_start = tile
+    n, row_start, col_start = tile
     rows = tl.minimum(tl.arange(0, BLOCK_M), n - 1 - row_start)
     cols = tl.minimum(tl.arange(0, BLOCK_N), n - 1 - col_start)
-    left = left + (start + row_start) * left_stride + step * BLOCK_K
-    right = right + (start + col_start) * right_stride + step * BLOCK_K
+    left = left + tl.cast(row_start, tl.int64) * left_stride + step * BLOCK_K
+    right = right + tl.cast(col_start, tl.int64) * right_stride + step * BLOCK_K
     left += rows[:, None] * left_stride + depth[None, :]
     right += cols[None, :] * right_stride + depth[:, None]
     return _add_product(product, left, right, depth, width - step * BLOCK_K, EVEN_K, PRECISION)

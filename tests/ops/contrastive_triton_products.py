@@ -8,7 +8,6 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from triton.runtime.interpreter import InterpretedFunction
 
 import fasterase
 from fasterase import losses
@@ -16,6 +15,7 @@ from fasterase.engine.loss import StepLoss, loss_products
 from fasterase.objective import Objective, weighted_erase_loss
 from fasterase.ops.contrastive import contrastive, explain_backend, triton_plan
 from fasterase.ops.contrastive import triton as triton_backend
+from fasterase.ops.contrastive.triton_launch import Launcher
 from tests import oracle
 from tests.ops import triton_checks
 from tests.ops.calls import norm_error
@@ -27,25 +27,14 @@ FP32, FP16 = torch.float32, torch.float16
 pytestmark = triton_checks.INTERPRETED
 
 
-class Counted:
-    """A kernel that notes its launches."""
-
-    def __init__(self, kernel, name, launched):
-        self.kernel, self.name, self.launched = kernel, name, launched
-
-    def __getitem__(self, grid):
-        self.launched.append(self.name)
-        return self.kernel[grid]
-
-
 @pytest.fixture
 def multiplied(monkeypatch):
     """Dtypes of the features that the kernels of sums and strips got."""
     found = []
     made = triton_plan.Features.of.__func__
 
-    def spy(cls, batch, products):
-        features = made(cls, batch, products)
+    def spy(cls, given, products):
+        features = made(cls, given, products)
         found.append({features.image.dtype, features.text.dtype, features.ref_image.dtype})
         return features
 
@@ -116,15 +105,19 @@ def test_an_engine_s_step_with_fp16_products(moved, multiplied):
         assert norm_error(found, value.numpy()) < 5e-3
 
 
-def test_both_sets_take_the_launches_of_one(monkeypatch):
-    """Of a step with weights where G fits one strip 10, forward and backward, beside two GEMMs."""
+def test_launches_of_a_step(monkeypatch):
+    """Where G fits one strip 10 for each set in use, forward and backward, beside two GEMMs."""
     launched = []
-    for name, kernel in vars(triton_backend).items():
-        if isinstance(kernel, InterpretedFunction):
-            monkeypatch.setattr(triton_backend, name, Counted(kernel, name, launched))
+
+    def count(self, kernel, *arguments, **constants):
+        launched.append(kernel)
+        launch(self, kernel, *arguments, **constants)
+
+    launch = Launcher.__call__
+    monkeypatch.setattr(Launcher, "__call__", count)
     features = unit_features(30, 32, moved=0.3)
-    for loss_of, count in ((weighted_erase_loss, 10), (fasterase.erase_loss, 12)):
-        for options in ({}, {"forget_loss": "contrastive"}):
+    for loss_of, expected in ((weighted_erase_loss, 10), (fasterase.erase_loss, 12)):
+        for sets, options in enumerate(({}, {"forget_loss": "contrastive"}), 1):
             launched.clear()
             image, text = (side.detach().requires_grad_() for side in features[:2])
             options |= {"products": "fp16", "backend": "triton"}
@@ -132,7 +125,7 @@ def test_both_sets_take_the_launches_of_one(monkeypatch):
                 options = {"objective": Objective(**options)}
             loss = loss_of(image, text, 50.0, *features[2:], 50.0, n_forget=12, **options)
             loss.total.backward()
-            assert len(launched) == count, launched
+            assert len(launched) == sets * expected
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", FP32), ("bf16", FP16)])

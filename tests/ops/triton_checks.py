@@ -31,6 +31,9 @@ INTERPRETED = [
 def small_tiles(monkeypatch):
     for key in triton_plan.TILES:
         monkeypatch.setitem(triton_plan.TILES, key, SMALL_TILE)
+    triton_plan.plan_kernel.cache_clear()
+    yield
+    triton_plan.plan_kernel.cache_clear()
 
 
 def batch_on(device, dtype, n, width, ref_width, scale, *, labels=None, gap=0.0, seed=0):

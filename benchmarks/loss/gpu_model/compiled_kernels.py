@@ -2,8 +2,8 @@
 
     python -m benchmarks.loss.gpu_model.compiled_kernels
 
-The launchers run on CPU tensors, with the kernels replaced by recorders: exactly what a call would
-launch is compiled, for sm_80, sm_90, sm_100 and gfx942 (an AMD MI300). The command prints a table
+A call on CPU tensors has its launches recorded: exactly what it would launch is compiled, for
+sm_80, sm_89, sm_90, sm_100, sm_120 and gfx942 (an AMD MI300). The command prints a table
 and writes `benchmarks/results/compiled_kernels.csv`: registers per thread, bytes of stack (spills),
 shared memory, and the instruction mix in the loop over the features' depth and in the whole kernel.
 """
@@ -11,6 +11,7 @@ shared memory, and the instruction mix in the loop over the features' depth and 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import subprocess
 import tempfile
@@ -32,9 +33,17 @@ from fasterase.ops.contrastive import triton as triton_backend
 from fasterase.ops.contrastive import triton_plan
 from fasterase.ops.contrastive.checks import resolve_products
 from fasterase.ops.contrastive.operator import Batch, Wanted
+from fasterase.ops.contrastive.triton_launch import FIXED_OPTIONS, Launcher
 
 # Bytes of shared memory available to one block, by architecture.
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+SHARED_LIMIT = {
+    "sm_80": 163 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024,
+}
 
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _POINTERS = {
@@ -52,7 +61,8 @@ class Launch(NamedTuple):
     kernel: Any
     case: str
     arguments: dict[str, Any]
-    options: dict[str, int]
+    options: dict[str, Any]
+    handle: tuple[Any, ...]  # under which the launcher finds it
 
     @property
     def name(self) -> str:
@@ -84,24 +94,6 @@ class Compiled(NamedTuple):
     instructions: Counts
 
 
-class _Recorder:
-    """Replaces a kernel; `recorder[grid](...)` records the call."""
-
-    def __init__(self, kernel: Any, case: str, launches: list[Launch]) -> None:
-        self.kernel, self.case, self.launches = kernel, case, launches
-
-    def __getitem__(self, grid: Any) -> Any:
-        def record(*args: Any, **kwargs: Any) -> None:
-            names = self.kernel.arg_names
-            options: dict[str, int] = {
-                name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs
-            }
-            arguments = dict(zip(names, args, strict=False)) | kwargs
-            self.launches.append(Launch(self.kernel, self.case, arguments, options))
-
-        return record
-
-
 def launches(
     dtype: torch.dtype, width: int, ref_width: int | None, target: str, products: str | None = None
 ) -> list[Launch]:
@@ -113,60 +105,93 @@ def launches(
     architecture = target if target.startswith("sm_") else "gfx"
     case = f"{str(dtype).removeprefix('torch.')}{f' as {products}' if products else ''} D={width}"
     case += "" if ref_width is None else f" D0={ref_width}"
-    found: list[Launch] = []
     image = torch.zeros(n, width, dtype=dtype)
     ref = None if ref_width is None else torch.zeros(n, ref_width, dtype=dtype)
     scale = torch.ones(())
     batch = Batch(image, image, scale, ref, ref, None if ref is None else scale)
     products = products or resolve_products("auto", "triton", (image,))
-    with (
-        mock.patch.object(triton_plan, "_architecture", return_value=architecture),
-        mock.patch.object(triton_backend, "_num_multiprocessors", return_value=132),
-        mock.patch.object(triton_backend, "_multiply"),
-    ):
-        patches = [
-            mock.patch.object(triton_backend, name, _Recorder(value, case, found))
-            for name, value in vars(triton_backend).items()
-            if isinstance(value, triton.JITFunction)
-        ]
-        for patch in patches:
-            patch.start()
-        try:
-            losses, *saved = triton_backend.forward(batch, (n,), products)
-            wanted = Wanted(image=True, text=True, scale=True, rounded=False)
-            triton_backend.backward(losses, batch, tuple(saved), (n,), wanted, products)
-            triton_backend.step(losses, batch, (n,), wanted, products)
-        finally:
-            for patch in patches:
-                patch.stop()
+    with on_gpu(architecture), recorded(case) as found:
+        losses, *saved = triton_backend.forward(batch, (n,), products)
+        wanted = Wanted(image=True, text=True, scale=True, rounded=False)
+        triton_backend.backward(losses, batch, tuple(saved), (n,), wanted, products)
+        triton_backend.step(losses, batch, (n,), wanted, products)
     return list({launch.name: launch for launch in found}.values())
+
+
+@contextlib.contextmanager
+def recorded(case: str = "") -> Iterator[list[Launch]]:
+    """Note launches in the place of launching."""
+    found: list[Launch] = []
+
+    def record(launcher: Any, kernel: Any, grid: Any, *args: Any, **constants: Any) -> None:
+        variant = constants.pop("variant", 0)
+        names = ("num_warps", "num_stages")
+        options = {name: constants.pop(name) for name in names if name in constants}
+        handle = id(launcher.handles), id(kernel), variant, *constants.values(), *options.values()
+        arguments = dict(zip(kernel.arg_names, args, strict=False)) | constants
+        found.append(Launch(kernel, case, arguments, options | FIXED_OPTIONS, handle))
+
+    with mock.patch.object(Launcher, "__call__", record):
+        yield found
+
+
+def _multiply_nothing(left: Any, right: Any, out: Any, *, beta: int) -> None:
+    """In the place of cuBLAS."""
+
+
+@contextlib.contextmanager
+def on_gpu(architecture: str) -> Iterator[None]:
+    """Plan launches of CPU tensors as for a GPU of 132 multiprocessors, without cuBLAS's part."""
+    triton_plan.plan_kernel.cache_clear()
+    try:
+        with (
+            mock.patch.dict(vars(triton_plan), _architecture=lambda device: architecture),
+            mock.patch.dict(vars(triton_backend), _num_multiprocessors=lambda device: 132),
+            mock.patch.object(triton_backend, "_multiply", new=_multiply_nothing),
+        ):
+            yield
+    finally:
+        triton_plan.plan_kernel.cache_clear()
+
+
+class Specialisation(NamedTuple):
+    """What Triton compiles a kernel for, beside the options."""
+
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], list[list[Any]]]
+
+
+def specialise(launch: Launch) -> Specialisation:
+    """Decide as `JITFunction` does for the arguments of a launch."""
+    found = Specialisation({}, {}, {})
+    for k, parameter in enumerate(launch.kernel.params):
+        value, name = launch.arguments[parameter.name], parameter.name
+        is_multiple = False
+        if isinstance(value, torch.Tensor):
+            found.signature[name] = _POINTERS[value.dtype]
+            is_multiple = value.data_ptr() % 16 == 0
+        elif parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):
+            found.signature[name] = "constexpr"
+            found.constants[(k,)] = value
+        elif isinstance(value, float):
+            found.signature[name] = "fp32"
+        else:
+            found.signature[name] = "i32"
+            is_multiple = value % 16 == 0
+        if is_multiple and not parameter.do_not_specialize:
+            found.attributes[(k,)] = [["tt.divisibility", 16]]
+    return found
 
 
 def build(launch: Launch, target: str) -> Any:
     """Compile a launch; the result has `.asm["cubin"]` or `.asm["amdgcn"]`, and `.metadata`."""
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for k, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
-        if isinstance(value, torch.Tensor):
-            signature[parameter.name] = _POINTERS[value.dtype]
-            attributes[(k,)] = [["tt.divisibility", 16]]
-        elif parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):
-            signature[parameter.name] = "constexpr"
-            constants[(k,)] = value
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:
-            signature[parameter.name] = "i32"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                attributes[(k,)] = [["tt.divisibility", 16]]
     if target.startswith("sm_"):
         gpu = GPUTarget("cuda", int(target[3:]), 32)
     else:
         gpu = GPUTarget("hip", target, 64)
     return triton.compile(
-        ASTSource(launch.kernel, signature, constants, attributes),
+        ASTSource(launch.kernel, *specialise(launch)),
         target=gpu,
         options=launch.options,
     )

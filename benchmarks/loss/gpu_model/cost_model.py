@@ -12,6 +12,8 @@ elementwise pass takes as long as predicted). The command prints tables and writ
 from __future__ import annotations
 
 import argparse
+import csv
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,13 @@ from benchmarks.loss.gpu_model.fasterase_kernels import Modelled, modelled, step
 from benchmarks.loss.gpu_model.gpu_time import A100, H100, Clocks, Gpu, clock
 from benchmarks.loss.gpu_model.peer_kernels import published_rows
 from benchmarks.result_files import RESULTS, write_csv
-from fasterase.ops.contrastive.triton_plan import Tile
+from fasterase.ops.contrastive.triton_plan import (
+    LEAST_STRIP_ROWS,
+    WORKSPACE_BYTES,
+    Tile,
+    plan_strips,
+    strip_stride,
+)
 
 # N of the training steps.
 SIZES = tuple(2**k for k in range(10, 21))
@@ -72,7 +80,8 @@ def step_row(
 ) -> dict[str, Any]:
     """Predict a training step from its (sums, strip) kernels."""
     sums, strip = (kernel.at(gpu, n) for kernel in pair)
-    strip_rows = min(n, max(2**27 // n, 2048))  # 256 MB of G or 2,048 rows, as launched
+    elements = max(WORKSPACE_BYTES // 2, LEAST_STRIP_ROWS * strip_stride(n))
+    strip_rows = plan_strips(n, elements, strip.tile.block_m)[0].stop
     parts = step(
         *(gpu, n, sums, strip, strip_rows), is_overlapped=is_overlapped, keeps_logits=keeps_logits
     )
@@ -82,7 +91,16 @@ def step_row(
     row: dict[str, Any] = {"table": "step", "name": name, "gpu": gpu.name, "n": n}
     row |= {"width": sums.width, "strip_rows": strip_rows}
     row |= {f"{part}_ms": value * 1e3 for part, value in parts._asdict().items()}
-    return row | _rates(gpu, flops, sum(parts))
+    row |= {"host_ms": host_seconds(strip.has_ref) * 1e3}
+    return row | _rates(gpu, flops, max(sum(parts), host_seconds(strip.has_ref)))
+
+
+@functools.cache
+def host_seconds(has_ref: bool) -> float:
+    """Return the host's time for a step, as `host_time` measured it: the GPU works beside it."""
+    with (RESULTS / "host_time.csv").open() as file:
+        measured = {(row["step"], row["loss"]): float(row["ms"]) for row in csv.DictReader(file)}
+    return measured["triton", "InfoNCE + KL" if has_ref else "InfoNCE"] / 1e3
 
 
 def rows(n: int, wants_tiles: bool) -> Iterator[dict[str, Any]]:
@@ -134,7 +152,18 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
         "binds",
     ),
     "step": (
-        *("name", "n", "width", "strip_rows", "sums_ms", "strip_ms", "gemms_ms", "small_ms", "ms"),
+        *(
+            "name",
+            "n",
+            "width",
+            "strip_rows",
+            "sums_ms",
+            "strip_ms",
+            "gemms_ms",
+            "small_ms",
+            "host_ms",
+            "ms",
+        ),
         *("of_peak", "of_gemm"),
     ),
 }

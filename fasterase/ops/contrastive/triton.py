@@ -15,7 +15,9 @@ The diagonal and the features' gradients come from the features as given.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +31,7 @@ from fasterase.kernels.contrastive_gradients import (
     gradient_strip_without_reference,
 )
 from fasterase.kernels.contrastive_layout import (
+    NUM_SCALARS,
     PART_STATS,
     PART_STATS_WITH_REF,
     SLOTS,
@@ -45,14 +48,14 @@ from fasterase.kernels.contrastive_sums_online import row_and_column_sums_online
 from fasterase.ops.contrastive import triton_plan
 from fasterase.ops.contrastive.checks import refuse_tf32
 from fasterase.ops.contrastive.operator import Batch, Gradients, Groups, Wanted, register
+from fasterase.ops.contrastive.triton_launch import Launcher
 from fasterase.ops.contrastive.triton_plan import (
     INTERPRETED,
     Features,
-    Pair,
-    Strip,
+    count_rectangles,
     count_slots,
-    pairs_of_groups,
     plan_strips,
+    select_sides,
     strip_stride,
     with_contiguous_rows,
 )
@@ -69,87 +72,77 @@ _GAIN_FP16 = 8192.0
 
 
 class _Problem(NamedTuple):
-    """The groups of a launch, prepared for products."""
+    """A group, prepared for products."""
 
     batch: Batch  # as given, rows contiguous
-    pair: Pair
     features: Features
-    diagonals: Tensor  # [matrices, N]
-    scales: Tensor  # [matrices] of the products
-    stretches: Tensor  # [matrices, 2]
-    shifts: Tensor  # [matrices, 2 (groups)]
+    diagonals: Tensor  # [matrices * N]
+    scalars: Tensor  # [NUM_SCALARS]
     upstream: Tensor  # [2 * matrices, N] weights of the losses; not read if there are none
-    upstream_peak: Tensor  # [1]
-    flags: Tensor  # [2] int32; 1 if a group has a shift per row and column instead of one for all
+    flag: Tensor  # int32; the first is 1 if rows and columns have shifts of their own
+    n: int
+    launch: Launcher
 
     @classmethod
     def prepare(
-        cls, batch: Batch, pair: Pair, products: str, upstream: Tensor | None = None
+        cls,
+        batch: Batch,
+        products: str,
+        wanted: Wanted | None = None,
+        upstream: Tensor | None = None,
     ) -> _Problem:
-        """Select the pair's rows of the batch and of upstream, and prepare them."""
-        batch = batch.map(lambda x: x[pair.rows] if x.dim() else x)
-        features = Features.of(batch, products)
-        n, matrices = len(batch.image), batch.matrices
-        has_upstream = upstream is not None
-        new = batch.scale.new_empty
-        diagonals = new(matrices, n)
-        scales, stretches, shifts, peak = new(5 * matrices + 1).split(
-            [matrices, 2 * matrices, 2 * matrices, 1]
+        """Prepare a batch of one group; with `upstream`, for the gradients that are `wanted`."""
+        given = select_sides(batch)
+        features = Features.of(given, products)
+        n, matrices = batch.image.shape[0], batch.matrices
+        blocks = -(-n // _ROWS)
+        diagonals, peaks, scalars, flag = _allocate(
+            batch.scale, matrices * n, matrices * 3 * blocks, int(NUM_SCALARS), 1
+        )
+        weights = diagonals if upstream is None else upstream.contiguous()
+        strides = tuple(side.stride(0) for side in given)
+        kinds = [(side.dtype, side.data_ptr() % 16) for side in given]
+        launch = Launcher.of(
+            batch.image.device, products, matrices, wanted, features.widths, strides, *kinds
         )
         problem = cls(
-            batch,
-            pair,
-            features,
-            diagonals,
-            scales,
-            stretches,
-            shifts,
-            diagonals if upstream is None else upstream[:, pair.rows].contiguous(),
-            peak,
-            new(2, dtype=torch.int32),
+            batch, features, diagonals, scalars, weights, flag.view(torch.int32), n, launch
         )
-        blocks = pair.count_blocks(_ROWS)
-        peaks = new(matrices, 3, blocks)
-        has_ref = matrices == 2
-        image, text, scale, ref_image, ref_text, ref_scale = batch
-        given: Any = image, text, *((ref_image, ref_text) if has_ref else (image, text))
-        arguments = (*given, scale, ref_scale if has_ref else scale)
-        strides = tuple(side.stride(0) for side in given)
-        sizes = (pair.split, n, *features.widths)
-        meta = {"HAS_REF": has_ref, "HAS_UPSTREAM": has_upstream, "BLOCK_K": _DEPTH}
-        diagonals_and_peaks[(blocks, matrices)](
-            *arguments, problem.upstream, diagonals, peaks, *strides, *sizes, BLOCK_R=_ROWS, **meta
-        )
-        programs = -(-n // _ROWS) if features.is_rounded else 1
-        shifts_and_rounded_features[(programs, matrices)](
-            *arguments, peaks, *features[:4], problem.scales, problem.stretches, problem.shifts,
-            problem.flags, problem.upstream_peak, *strides, *sizes, ROUNDS=features.is_rounded,
-            PEAK_ROWS=_ROWS, BLOCK_R=_ROWS, **meta,
+        scales = batch.scale, batch.scale if batch.ref_scale is None else batch.ref_scale
+        sizes = *strides, n, *features.widths
+        launch(
+            diagonals_and_peaks, (blocks, matrices), *given, *scales, weights, diagonals,
+            peaks, *sizes, 0 if upstream is None else 2 * matrices, BLOCK_R=_ROWS, BLOCK_K=_DEPTH,
+        )  # fmt: skip
+        programs = blocks if features.is_rounded else 1
+        launch(
+            shifts_and_rounded_features, (programs, matrices), *given, *scales, peaks,
+            *features[:4], scalars, problem.flag, *sizes, blocks, ROUNDS=features.is_rounded,
+            BLOCK_R=_ROWS, BLOCK_K=_DEPTH,
         )  # fmt: skip
         return problem
 
     @property
     def has_ref(self) -> bool:
-        return self.batch.matrices == 2
-
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        """Strides and sizes, as kernels that multiply image and text take them."""
-        return (*self.features.strides, self.pair.split, len(self.batch.image))
+        return self.batch.ref_image is not None
 
 
 class _Softmaxes(NamedTuple):
     """What the strips of G need of the softmaxes."""
 
     fields: Tensor  # [matrices, SOFTMAX_FIELDS, 2, N]
-    flags: Tensor  # [2] int32; 1 if a group has a shift per row and column instead of one for all
-    factors: Tensor  # [matrices, 2, N] weights times the fields, once they are known
-    diagonal: Tensor  # [N] of G, likewise
+    factors: Tensor  # [1 + 2 * matrices, N] G's diagonal; weights times the fields
 
     @classmethod
-    def of(cls, fields: Tensor, flags: Tensor) -> _Softmaxes:
+    def of(cls, fields: Tensor) -> _Softmaxes:
         matrices, _, _, n = fields.shape
-        return cls(fields, flags, fields.new_empty(matrices, 2, n), fields.new_empty(n))
+        return cls(fields, fields.new_empty(1 + 2 * matrices, n))
+
+
+def _allocate(like: Tensor, *sizes: int) -> tuple[Tensor, ...]:
+    """Vectors of one allocation, at multiples of 16 bytes as if they had their own."""
+    padded = [-(-size // 4) * 4 for size in sizes]
+    return like.new_empty(sum(padded)).split_with_sizes(padded)
 
 
 def _compute_losses(problem: _Problem, *, is_step: bool) -> tuple[Tensor, _Softmaxes]:
@@ -158,42 +151,48 @@ def _compute_losses(problem: _Problem, *, is_step: bool) -> tuple[Tensor, _Softm
     In a step weights are known and strips of G follow, which find the sums of e0 * (s0 - s): sweep
     over one matrix after the other, with larger tiles, and leave that part of the KL out.
     """
-    pair, features, has_ref = problem.pair, problem.features, problem.has_ref
-    split, n, matrices = pair.split, len(problem.batch.image), problem.batch.matrices
+    _, features, diagonals, scalars, upstream, flag, n, launch = problem
+    has_ref = problem.has_ref
+    matrices = 1 + has_ref
     has_cross = has_ref and not is_step
     num_sums = matrices + has_cross
     num_parts = int(PART_STATS_WITH_REF if has_ref else PART_STATS)
-    new = problem.diagonals.new_empty
-    parts = new(2, num_parts, int(SLOTS), n)
-    sums = new(2, num_sums, n)
+    new = scalars.new_empty
+    parts, sums = _allocate(scalars, 2 * num_parts * int(SLOTS) * n, 2 * num_sums * n)
     losses = new(2 * matrices, n)
-    softmaxes = _Softmaxes.of(new(matrices, int(SOFTMAX_FIELDS), 2, n), problem.flags)
+    softmaxes = _Softmaxes.of(new(matrices, int(SOFTMAX_FIELDS), 2, n))
 
-    rest = (parts, *problem.arguments, *features.widths)
+    tile, meta = features.plan("sums_with_reference" if has_cross else "sums")
+    programs = count_rectangles(n, tile), 1
+    sides: tuple[Tensor, ...] = features[:4]
+    both = *features.strides, n, *features.widths
     if has_cross:
-        tile = features.tile("sums_with_reference")
-        row_and_column_sums_with_reference[(pair.count_rectangles(tile),)](
-            *features[:4], problem.scales, problem.shifts, *rest, **features.meta(tile)
-        )
+        launch(
+            row_and_column_sums_with_reference, programs, *sides, scalars, parts,
+            *both, **meta,
+        )  # fmt: skip
     else:
-        tile = features.tile("sums")
         for k in range(matrices):
-            row_and_column_sums[(pair.count_rectangles(tile),)](
-                *features[2 * k : 2 * k + 2], problem.scales, problem.shifts, parts,
-                *features.strides[2 * k : 2 * k + 2], split, n, features.widths[k], MATRIX=k,
-                HAS_REF=has_ref, LANES=tile.lanes, **features.meta(tile),
+            pair = slice(2 * k, 2 * k + 2)
+            launch(
+                row_and_column_sums, programs, *sides[pair], scalars, parts,
+                *features.strides[pair], n, features.widths[k], num_parts, k, variant=k,
+                LANES=tile.lanes, **meta,
             )  # fmt: skip
-    spans = (pair.count_blocks(_SPAN),)
-    meta = {"NUM_SUMS": num_sums, "HAS_REF": has_ref, "BLOCK_R": _SPAN}
-    add_partial_sums[spans](parts, sums, problem.flags, split, n, **meta, **tile.blocks)
-    tile = features.tile("sums_online")
-    row_and_column_sums_online[(pair.count_rectangles(tile),)](
-        *features[:4], problem.scales, problem.flags, *rest, HAS_REF=has_ref, **features.meta(tile)
-    )
-    losses_and_softmaxes[spans](
-        parts, sums, problem.shifts, problem.flags, problem.diagonals, losses,
-        softmaxes.fields, problem.upstream, problem.upstream_peak, softmaxes.factors,
-        softmaxes.diagonal, split, n, HAS_UPSTREAM=is_step, **meta, **tile.blocks,
+    spans = -(-n // _SPAN), 1
+    launch(
+        add_partial_sums, spans, parts, sums, flag, n, num_parts, num_sums,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=_SPAN,
+    )  # fmt: skip
+    tile, meta = features.plan("sums_online")
+    launch(
+        row_and_column_sums_online, (count_rectangles(n, tile), 1), *sides,
+        scalars, flag, parts, *both, HAS_REF=has_ref, **meta,
+    )  # fmt: skip
+    launch(
+        losses_and_softmaxes, spans, parts, sums, scalars, flag, diagonals, losses,
+        softmaxes.fields, upstream, softmaxes.factors, n, num_sums, HAS_REF=has_ref,
+        HAS_UPSTREAM=is_step, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=_SPAN,
     )  # fmt: skip
     return losses, softmaxes
 
@@ -202,109 +201,105 @@ def _compute_gradients(
     problem: _Problem, softmaxes: _Softmaxes, wanted: Wanted, losses: Tensor | None
 ) -> Gradients:
     """Gradients of `(upstream * losses).sum()`; completes the KLs of a step's `losses`."""
-    batch, features, has_ref = problem.batch, problem.features, problem.has_ref
+    batch, features, n = problem.batch, problem.features, problem.n
     image, text = features[:2]
-    n, width = image.shape
+    width = features.widths[0]
     new = softmaxes.fields.new_empty
     # The gradient of scale follows from either tower's, so one is made even if neither is wanted.
     makes_image = wanted.image or not wanted.text
     d_image = new(n, width) if makes_image else None
     d_text = new(n, width) if wanted.text else None
-    has_cross = has_ref and losses is not None
 
-    tile = features.tile("strip_with_reference" if has_ref else "strip")
+    tile = features.plan("strip_with_reference" if problem.has_ref else "strip")[0]
+    stride = strip_stride(n)
     elements = max(
-        triton_plan.WORKSPACE_BYTES // image.element_size(),
-        triton_plan.LEAST_STRIP_ROWS * strip_stride(max(problem.pair.sizes)),
+        triton_plan.WORKSPACE_BYTES // image.element_size(), triton_plan.LEAST_STRIP_ROWS * stride
     )
-    launches = plan_strips(problem.pair.sizes, elements, tile.block_m)
-    longest = max(strip.num_rows for strips in launches for strip in strips)
-    workspace = image.new_empty(
-        max(s.offset + s.num_rows * strip_stride(s.n) for strips in launches for s in strips)
-    )
+    strips = plan_strips(n, elements, tile.block_m)
+    longest = strips[0].stop
+    workspace = image.new_empty(longest, stride)
     gain = _GAIN_FP16 if image.dtype == torch.float16 else 1.0
-    unused = softmaxes.fields
-    crosses = (
-        new(int(SLOTS), n) if has_cross else unused,
-        new(-(-longest // tile.block_m), n) if has_cross else unused,
-    )
-    for strips in launches:
-        _fill_strips(problem, strips, softmaxes, workspace, crosses, gain, has_cross)
-        for strip in strips:
-            if not strip.num_rows:
-                continue
-            g = strip.select(workspace)
-            if d_image is not None:
-                _multiply(g, text[strip.cols], d_image[strip.rows], beta=0)
-            if d_text is not None:
-                _multiply(g.T, image[strip.rows], d_text[strip.cols], beta=int(strip.first > 0))
+    crosses: tuple[Tensor, ...] = (softmaxes.fields,) * 2  # not read
+    slots = 0, 0
+    if problem.has_ref and losses is not None:
+        slots = count_slots(n, tile.block_n), -(-longest // tile.block_m)
+        crosses = _allocate(problem.scalars, slots[0] * n, slots[1] * n)
+    for rows in strips:
+        _fill_strip(problem, rows, softmaxes, workspace, crosses, gain, slots[0] > 0)
+        g, of_image, of_rows = workspace, image, d_image
+        if len(strips) > 1:  # else the views would take the host as long as four launches
+            g, of_image = workspace[: rows.stop - rows.start], image[rows]
+            of_rows = None if d_image is None else d_image[rows]
+        g = g if stride == n else g[:, :n]
+        if of_rows is not None:
+            _multiply(g, text, of_rows, beta=0)
+        if d_text is not None:
+            _multiply(g.T, of_image, d_text, beta=int(rows.start > 0))
 
     d_scale = new(n)
+    towers, made = (batch.image, batch.text), (d_image, d_text)
     results = [
-        made
-        if made is None or tower.dtype == torch.float32 or not wanted.rounded
-        else torch.empty_like(made, dtype=tower.dtype)
-        for made, tower in ((d_image, batch.image), (d_text, batch.text))
+        each
+        if each is None or tower.dtype == torch.float32 or not wanted.rounded
+        else torch.empty_like(each, dtype=tower.dtype)
+        for each, tower in zip(made, towers, strict=True)
     ]
+    order = 1 if makes_image else -1  # the first of the two is one that is made
     products, gradients = (
-        tuple(unused if x is None else x for x in each) for each in ((d_image, d_text), results)
+        [d_scale if x is None else x for x in each[::order]] for each in (made, results)
     )
-    feature_gradients[(problem.pair.count_blocks(_ROWS), 2 if wanted.text else 1)](
-        *products, batch.image, batch.text, batch.scale, problem.stretches, softmaxes.fields,
-        problem.upstream_peak, softmaxes.diagonal, *crosses, softmaxes.flags,
-        *gradients, d_scale, unused if losses is None else losses,
-        batch.image.stride(0), batch.text.stride(0), problem.pair.split, n, longest, width, gain,
-        WANTS_IMAGE=makes_image, WANTS_TEXT=wanted.text, HAS_CROSS=has_cross,
-        **tile.blocks, BLOCK_R=_ROWS, BLOCK_K=_DEPTH,
+    sides = towers[::order]
+    problem.launch(
+        feature_gradients, (-(-n // _ROWS), makes_image + wanted.text), *products,
+        *sides, batch.scale, problem.scalars, *softmaxes, *crosses, problem.flag, *gradients,
+        d_scale, d_scale if losses is None else losses, sides[0].stride(0), sides[1].stride(0), n,
+        *slots, width, int(not makes_image), gain, BLOCK_R=_ROWS, BLOCK_K=_DEPTH,
     )  # fmt: skip
     return results[0] if wanted.image else None, results[1], d_scale.sum()
 
 
+@functools.cache
 def _num_multiprocessors(device: torch.device) -> int:
     return 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _fill_strips(
+def _fill_strip(
     problem: _Problem,
-    strips: tuple[Strip, Strip],
+    strip: slice,
     softmaxes: _Softmaxes,
     workspace: Tensor,
-    crosses: tuple[Tensor, Tensor],
+    crosses: Sequence[Tensor],
     gain: float,
     has_cross: bool,
 ) -> None:
-    """Compute a strip of G of each group, of those that are not flagged and then of the others."""
-    features, has_ref = problem.features, problem.has_ref
-    weights = softmaxes.fields, softmaxes.factors, softmaxes.flags
-    rows = [strip.num_rows for strip in strips]
-    sizes = problem.pair.split, len(features.image), max(strip.first for strip in strips), *rows
+    """Compute a strip of G, of a group that is not flagged and then of one that is."""
+    features, has_ref, launch = problem.features, problem.has_ref, problem.launch
+    rest = *softmaxes, problem.flag, workspace
+    n, num_rows = problem.n, strip.stop - strip.start
+    sizes = n, strip.start, num_rows
     if not has_ref:
-        tile = features.tile("strip")
-        counts = [
-            (-(-strip.num_rows // tile.block_m), -(-strip.n // tile.block_n)) for strip in strips
-        ]
+        tile, meta = features.plan("strip")
+        blocks = -(-num_rows // tile.block_m), -(-n // tile.block_n)
         # Longer runs only if there are enough tiles for all multiprocessors.
-        length = sum(a * b for a, b in counts) // (2 * _num_multiprocessors(workspace.device))
+        length = blocks[0] * blocks[1] // (2 * _num_multiprocessors(workspace.device))
         length = max(1, min(RUN_LENGTH, length))
-        gradient_strip_without_reference[(sum(-(-a // length) * b for a, b in counts),)](
-            *features[:2], problem.scales, *weights, workspace, *features.strides[:2],
-            *sizes, features.widths[0], length, gain, **features.meta(tile),
+        launch(
+            gradient_strip_without_reference, (-(-blocks[0] // length) * blocks[1], 1),
+            *features[:2], problem.scalars, *rest, *features.strides[:2], *sizes,
+            features.widths[0], length, gain, **meta,
         )  # fmt: skip
     for is_online in (False, True) if has_ref else (True,):
-        tile = features.tile("strip_online" if is_online else "strip_with_reference")
-        programs = sum(
-            -(-strip.num_rows // tile.block_m) * count_slots(strip.n, tile.block_n)
-            for strip in strips
-        )
-        gradient_strip[(programs,)](
-            *features[:4], problem.scales, *weights, workspace, *crosses,
+        tile, meta = features.plan("strip_online" if is_online else "strip_with_reference")
+        programs = -(-num_rows // tile.block_m) * count_slots(n, tile.block_n)
+        launch(
+            gradient_strip, (programs, 1), *features[:4], problem.scalars, *rest, *crosses,
             *features.strides, *sizes, *features.widths, gain, HAS_REF=has_ref,
-            HAS_CROSS=has_cross and not is_online, IS_ONLINE=is_online, **features.meta(tile),
+            HAS_CROSS=has_cross and not is_online, IS_ONLINE=is_online, **meta,
         )  # fmt: skip
 
 
 def _join(parts: Sequence[tuple[Tensor | None, ...]], dims: tuple[int | None, ...]) -> Any:
-    """Concatenate the results of all pairs of groups, or add them up where the dim is None."""
+    """Concatenate the results of all groups, or add them up where the dim is None."""
     if len(parts) == 1:
         return parts[0]
     return tuple(
@@ -338,26 +333,41 @@ def _check(batch: Batch, groups: Groups, is_differentiable: bool, products: str)
     return (products,)
 
 
-@contextlib.contextmanager
-def _on_device(batch: Batch, products: str) -> Iterator[None]:
+def _on_device(batch: Batch, products: str) -> contextlib.ExitStack:
     """Launch on the batch's device, and keep cuBLAS at the precision of the products."""
-    with (
-        torch.cuda.device_of(batch.image),
-        torch.autocast(batch.image.device.type, enabled=False),
-        refuse_tf32() if products == "fp32" else contextlib.nullcontext(),
-    ):
-        yield
+    device = batch.image.device
+    stack = contextlib.ExitStack()
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        stack.enter_context(torch.cuda.device(device))
+    if torch.is_autocast_enabled(device.type):
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+    if products == "fp32":
+        stack.enter_context(refuse_tf32())
+    return stack
+
+
+def _divide(
+    batch: Batch, groups: Groups, weights: Tensor | None = None
+) -> Iterator[tuple[slice, Batch, Tensor | None]]:
+    """The rows of each group, its batch with contiguous rows, and its columns of the weights."""
+    batch = with_contiguous_rows(batch)
+    if len(groups) == 1:
+        yield slice(None), batch, weights
+        return
+    for end, n in zip(accumulate(groups), groups, strict=True):
+        rows = slice(end - n, end)
+        parts = (None if x is None else x[rows] if x.dim() else x for x in batch)
+        yield rows, Batch._make(parts), None if weights is None else weights[:, rows]
 
 
 def forward(batch: Batch, groups: Groups, products: str) -> tuple[Tensor, Tensor, Tensor]:
     """(losses [4 or 2, N], softmaxes [matrices, SOFTMAX_FIELDS, 2, N], flags [num_groups])."""
-    batch = with_contiguous_rows(batch)
     parts = []
     with _on_device(batch, products):
-        for pair in pairs_of_groups(groups):
-            problem = _Problem.prepare(batch, pair, products)
+        for _, group, _ in _divide(batch, groups):
+            problem = _Problem.prepare(group, products)
             losses, softmaxes = _compute_losses(problem, is_step=False)
-            parts.append((losses, softmaxes.fields, problem.flags[: pair.num_groups]))
+            parts.append((losses, softmaxes.fields, problem.flag[:1].clone()))
     return _join(parts, (-1, -1, -1))
 
 
@@ -369,17 +379,16 @@ def backward(
     wanted: Wanted,
     products: str,
 ) -> Gradients:
-    batch = with_contiguous_rows(batch)
     fields, flags = saved
     parts = []
     with _on_device(batch, products):
-        for pair in pairs_of_groups(groups):
-            problem = _Problem.prepare(batch, pair, products, upstream)
-            softmaxes = _Softmaxes.of(fields[..., pair.rows].contiguous(), flags[pair.groups])
-            n = len(problem.batch.image)
-            gradient_factors[(-(-n // _SPAN),)](
-                problem.upstream, problem.upstream_peak, softmaxes.fields, softmaxes.factors,
-                softmaxes.diagonal, n, HAS_REF=problem.has_ref, BLOCK_R=_SPAN,
+        for k, (rows, group, weights) in enumerate(_divide(batch, groups, upstream)):
+            problem = _Problem.prepare(group, products, wanted, weights)
+            problem = problem._replace(flag=flags[k : k + 1])
+            softmaxes = _Softmaxes.of(fields[..., rows].contiguous())
+            problem.launch(
+                gradient_factors, (-(-problem.n // _SPAN), 1), problem.upstream,
+                problem.scalars, *softmaxes, problem.n, HAS_REF=problem.has_ref, BLOCK_R=_SPAN,
             )  # fmt: skip
             parts.append(_compute_gradients(problem, softmaxes, wanted, None))
     return _join(parts, (0, 0, None))
@@ -388,14 +397,12 @@ def backward(
 def step(
     weights: Tensor, batch: Batch, groups: Groups, wanted: Wanted, products: str
 ) -> tuple[Tensor | None, ...]:
-    batch = with_contiguous_rows(batch)
     parts = []
     with _on_device(batch, products):
-        for pair in pairs_of_groups(groups):
-            problem = _Problem.prepare(batch, pair, products, weights)
+        for _, group, of_group in _divide(batch, groups, weights):
+            problem = _Problem.prepare(group, products, wanted, of_group)
             losses, softmaxes = _compute_losses(problem, is_step=True)
-            made = _compute_gradients(problem, softmaxes, wanted, losses)
-            parts.append((losses, *made))
+            parts.append((losses, *_compute_gradients(problem, softmaxes, wanted, losses)))
     return _join(parts, (-1, 0, 0, None))
 
 

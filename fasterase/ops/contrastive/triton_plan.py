@@ -1,28 +1,30 @@
-"""Plans of the Triton launches: tiles, compile-time arguments, groups, strips of G."""
+"""Plans of the Triton launches: tiles, compile-time arguments, strips of G."""
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from fasterase.kernels.contrastive_layout import SLOTS, locate_rows
+from fasterase.kernels.contrastive_layout import SLOTS, stat_stride
 from fasterase.ops.contrastive.checks import HALF_DTYPES
-from fasterase.ops.contrastive.operator import Batch, Groups
+from fasterase.ops.contrastive.operator import Batch
 
 # Kernels defined under TRITON_INTERPRET=1 run in numpy, on CPU tensors.
-INTERPRETED = not isinstance(locate_rows, triton.JITFunction)
+INTERPRETED = not isinstance(stat_stride, triton.JITFunction)
 
 # Elements of a strip of G: this many bytes, but never fewer than this many rows, since d_text is
 # read and written once per strip.
 WORKSPACE_BYTES = 256 * 2**20
 LEAST_STRIP_ROWS = 2048
+
+
+Sides = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Tile(NamedTuple):
@@ -44,8 +46,7 @@ class Tile(NamedTuple):
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
 
 
-# By (kernel, half-precision features). "strip_with_reference" spills where it completes the KL, and
-# on sm_100 always; smaller tiles would load half as much again. benchmarks/results has both counts.
+# By (kernel, half-precision features). benchmarks/results has what they occupy.
 TILES = {
     ("sums", True): Tile(128, 128, 64, 8, 3),
     ("sums_with_reference", True): Tile(128, 64, 64, 8, 3),
@@ -69,6 +70,8 @@ EVEN_TILES = {
         ("sums_with_reference", True): Tile(64, 128, 64, 4, 3),
         ("strip", True): Tile(128, 256, 64, 8, 3),
     },
+    # A tile of 128 x 128 would spill 592 bytes a thread.
+    "sm_100": {("strip_with_reference", True): Tile(128, 64, 64, 8, 3)},
     # 64 KB of shared memory.
     "gfx": {("sums", True): Tile(128, 128, 64, 8, 2)},
 }
@@ -107,46 +110,56 @@ class Features(NamedTuple):
     text: Tensor  # [N, D]
     ref_image: Tensor  # [N, D0]; without a reference, image and text once more
     ref_text: Tensor
+    strides: tuple[int, ...]  # of the four
+    widths: tuple[int, int]
     products: str  # as `resolve_products` returns them
     is_rounded: bool  # by a kernel, which fills the memory that is allocated here
 
     @classmethod
-    def of(cls, batch: Batch, products: str) -> Features:
-        """Prepare the features of a batch with contiguous rows."""
-        given = [batch.image, batch.text]
-        if batch.ref_image is not None and batch.ref_text is not None:
-            given += [batch.ref_image, batch.ref_text]
+    def of(cls, given: Sides, products: str) -> Features:
+        """Prepare features with contiguous rows."""
+        image, text, ref_image, ref_text = given
         dtype = HALF_DTYPES.get(products, torch.float32)
-        is_rounded = products in HALF_DTYPES and any(side.dtype != dtype for side in given)
-        if is_rounded:
-            sides = [side.new_empty(side.shape, dtype=dtype) for side in given]
-        else:
-            sides = [side.to(dtype) for side in given]
-        return cls(sides[0], sides[1], sides[-2], sides[-1], products, is_rounded)
+        is_rounded = False
+        if any(side.dtype != dtype for side in given):
+            is_rounded = products in HALF_DTYPES
+            made = [
+                side.new_empty(side.shape, dtype=dtype) if is_rounded else side.to(dtype)
+                for side in (given[:2] if ref_image is image else given)
+            ]
+            image, text, ref_image, ref_text = made[0], made[1], made[-2], made[-1]
+        strides = image.stride(0), text.stride(0), ref_image.stride(0), ref_text.stride(0)
+        widths = image.shape[1], ref_image.shape[1]
+        return cls(image, text, ref_image, ref_text, strides, widths, products, is_rounded)
 
-    @property
-    def strides(self) -> tuple[int, ...]:
-        return tuple(side.stride(0) for side in self[:4])
+    def plan(self, kernel: str) -> tuple[Tile, dict[str, Any]]:
+        """A kernel's tile and compile-time arguments."""
+        return plan_kernel(kernel, self.products, self.widths, self.image.device)
 
-    @property
-    def widths(self) -> tuple[int, int]:
-        return self.image.shape[1], self.ref_image.shape[1]
 
-    def tile(self, kernel: str) -> Tile:
-        is_half = self.products in HALF_DTYPES
-        return choose_tile(kernel, is_half, self.widths, _architecture(self.image.device))
+@functools.lru_cache(maxsize=1024)
+def plan_kernel(
+    kernel: str, products: str, widths: tuple[int, int], device: torch.device
+) -> tuple[Tile, dict[str, Any]]:
+    """The tile and the compile-time arguments of a kernel that multiplies image and text."""
+    architecture = _architecture(device)
+    tile = choose_tile(kernel, products in HALF_DTYPES, widths, architecture)
+    # fp32 products come from three in TF32: as exact, and faster than without tensor cores.
+    exact = "ieee" if architecture == "gfx" else "tf32x3"
+    return tile, tile.blocks | {
+        "BLOCK_K": tile.block_k,
+        "EVEN_K": all(width % tile.block_k == 0 for width in widths),
+        "PRECISION": exact if products == "fp32" else "tf32",
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
 
-    def meta(self, tile: Tile) -> dict[str, object]:
-        """Compile-time arguments of kernels that multiply image and text."""
-        # fp32 products come from three in TF32: as exact, and faster than without tensor cores.
-        exact = "ieee" if _architecture(self.image.device) == "gfx" else "tf32x3"
-        return tile.blocks | {
-            "BLOCK_K": tile.block_k,
-            "EVEN_K": all(width % tile.block_k == 0 for width in self.widths),
-            "PRECISION": exact if self.products == "fp32" else "tf32",
-            "num_warps": tile.num_warps,
-            "num_stages": tile.num_stages,
-        }
+
+def select_sides(batch: Batch) -> Sides:
+    """image and text, and the reference's or, without one, image and text once more."""
+    if batch.ref_image is None or batch.ref_text is None:
+        return batch.image, batch.text, batch.image, batch.text
+    return batch.image, batch.text, batch.ref_image, batch.ref_text
 
 
 def with_contiguous_rows(batch: Batch) -> Batch:
@@ -163,47 +176,21 @@ def with_contiguous_rows(batch: Batch) -> Batch:
 
 @functools.cache
 def _architecture(device: torch.device) -> str:
-    """Name the architecture for `choose_tile`: such as "sm_90", or "gfx" for AMD's."""
+    """Name the architecture for `choose_tile`: such as "sm_90", or "gfx" for AMD's.
+
+    "sm_100" is every Blackwell for data centres (10.0 and 10.3): all have the same registers.
+    """
     if INTERPRETED:
         return "interpreter"
     if torch.version.hip is not None:
         return "gfx"
     major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+    return "sm_100" if major == 10 else f"sm_{major}{minor}"
 
 
-class Pair(NamedTuple):
-    """The one or two groups of a launch, as rows of the batch."""
-
-    rows: slice
-    sizes: tuple[int, int]  # 0 for a second group that is not there
-    groups: slice
-
-    @property
-    def split(self) -> int:
-        return self.sizes[0]
-
-    @property
-    def num_groups(self) -> int:
-        return self.groups.stop - self.groups.start
-
-    def count_blocks(self, block: int) -> int:
-        """Blocks of rows that do not cross groups."""
-        return sum(-(-n // block) for n in self.sizes)
-
-    def count_rectangles(self, tile: Tile) -> int:
-        """Programs of a sweep."""
-        return sum(count_slots(n, tile.block_m) * count_slots(n, tile.block_n) for n in self.sizes)
-
-
-def pairs_of_groups(groups: Groups) -> Iterator[Pair]:
-    """Divide the groups, none of which is empty, into launches of two."""
-    start = 0
-    for k in range(0, len(groups), 2):
-        first, second = (*groups[k : k + 2], 0)[:2]
-        rows = slice(start, start + first + second)
-        yield Pair(rows, (first, second), slice(k, min(k + 2, len(groups))))
-        start = rows.stop
+def count_rectangles(n: int, tile: Tile) -> int:
+    """Programs of a sweep."""
+    return count_slots(n, tile.block_m) * count_slots(n, tile.block_n)
 
 
 def count_slots(n: int, block: int) -> int:
@@ -212,52 +199,18 @@ def count_slots(n: int, block: int) -> int:
     return -(-blocks // max(-(-blocks // int(SLOTS)), 1))
 
 
-class Strip(NamedTuple):
-    """Rows of G of one group, in the workspace of a launch."""
-
-    group_start: int  # in the batch
-    n: int  # size of the group
-    first: int  # first row in the group
-    num_rows: int
-    offset: int  # in the workspace, in elements
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.group_start + self.first, self.group_start + self.first + self.num_rows)
-
-    @property
-    def cols(self) -> slice:
-        return slice(self.group_start, self.group_start + self.n)
-
-    def select(self, workspace: Tensor) -> Tensor:
-        """G [num_rows, n] in the workspace."""
-        stride = strip_stride(self.n)
-        g = workspace[self.offset : self.offset + self.num_rows * stride]
-        return g.view(self.num_rows, stride)[:, : self.n]
-
-
 def strip_stride(n: int) -> int:
     """As the kernels' function of that name."""
     return -(-n // 64) * 64
 
 
-def plan_strips(sizes: tuple[int, int], elements: int, block_m: int) -> list[tuple[Strip, Strip]]:
-    """Divide the rows of G into launches of at most `elements` elements, a strip of each group.
+def plan_strips(n: int, elements: int, block_m: int) -> list[slice]:
+    """Divide the rows of G into strips of equal length, but for the last one's remainder.
 
-    Both groups whole if they fit; else one strip per launch, of at least one row block, and the
-    other has no rows.
+    All rows if they fit in `elements` elements; else whole row blocks, at least one.
     """
-    first, second = sizes
-    strides = strip_stride(first), strip_stride(second)
-    if first * strides[0] + second * strides[1] <= elements:
-        whole = Strip(0, first, 0, first, 0), Strip(first, second, 0, second, first * strides[0])
-        return [whole]
-    length = max(elements // max(strides) // block_m, 1) * block_m
-    launches = []
-    for group in (0, 1):
-        for start in range(0, sizes[group], length):
-            rows = [0, 0]
-            rows[group] = min(length, sizes[group] - start)
-            one, other = Strip(0, first, start, rows[0], 0), Strip(first, second, start, rows[1], 0)
-            launches.append((one, other))
-    return launches
+    stride = strip_stride(n)
+    longest = max(elements // stride // block_m, 1) * block_m
+    count = 1 if n * stride <= elements else -(-n // longest)
+    length = -(-n // count // block_m) * block_m
+    return [slice(start, min(start + length, n)) for start in range(0, n, length)]
