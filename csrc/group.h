@@ -8,6 +8,7 @@
 
 #include <vector>
 
+#include "labels.h"
 #include "rows.h"
 
 namespace fasterase {
@@ -39,9 +40,11 @@ struct Parts {
     constexpr int64_t smallest_tile = 64;
     // Below this many multiply-adds a second thread costs more than it saves.
     constexpr int64_t least_work = int64_t(1) << 22;
+    // torch shares out one product among the threads better than they share small tiles.
+    constexpr int64_t one_tile = 256;
     const int64_t few = std::max<int64_t>(1, at::divup(n, tile));
     const int64_t threads = at::get_num_threads();
-    if (threads == 1 || n * n * width < least_work) return {n, few};
+    if (threads == 1 || n <= one_tile || n * n * width < least_work) return {n, few};
     const int64_t even = at::divup(few, threads) * threads;
     return {n, std::max(few, std::min(even, at::divup(n, smallest_tile)))};
   }
@@ -140,6 +143,7 @@ struct Group {
 
   std::vector<Logits<T>> matrices;
   std::vector<Softmax<T>> softmaxes;
+  Labels<T> labels;
   Parts parts;
   T* kept;                // tiles of the first `kept_parts` parts of rows
   int64_t kept_parts;
@@ -170,6 +174,11 @@ struct Group {
     } else {
       visit(Exponentials<false, T>{s, row_shift, softmax.shift[1] + tile.cols.begin});
     }
+  }
+
+  // Where the diagonal lies in row i of a tile; -1: in another tile.
+  static int64_t find_diagonal(const Tile<T>& tile, int64_t i) {
+    return tile.rows.begin == tile.cols.begin ? i : -1;
   }
 
   // Tile (r, c) of matrix k with `nothing` on the group's diagonal; in `scratch` unless it is kept.
