@@ -40,11 +40,9 @@ struct Parts {
     constexpr int64_t smallest_tile = 64;
     // Below this many multiply-adds a second thread costs more than it saves.
     constexpr int64_t least_work = int64_t(1) << 22;
-    // torch shares out one product among the threads better than they share small tiles.
-    constexpr int64_t one_tile = 256;
     const int64_t few = std::max<int64_t>(1, at::divup(n, tile));
     const int64_t threads = at::get_num_threads();
-    if (threads == 1 || n <= one_tile || n * n * width < least_work) return {n, few};
+    if (threads == 1 || n * n * width < least_work) return {n, few};
     const int64_t even = at::divup(few, threads) * threads;
     return {n, std::max(few, std::min(even, at::divup(n, smallest_tile)))};
   }
