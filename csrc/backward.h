@@ -51,7 +51,8 @@ struct Gradients {
   }
 };
 
-// Factors that turn exp(s - shift) into weight * p, [2][n] per matrix, and G's diagonal, [n].
+// Factors that turn exp(s - shift) into weight * p, [2][n] per matrix, those of positives, and G's
+// diagonal, [n].
 //
 // They use the sums and not exp(shift - lse): a row of p then adds up to the miss probability to
 // the last bit. An lse near 100, rounded, would tilt the whole row by 4e-6, and features that share
@@ -59,18 +60,25 @@ struct Gradients {
 template <typename T>
 struct Coefficients {
   std::vector<std::vector<T>> factors;
+  std::vector<T> positives[2];  // weight / the number of pairs with the same label
   std::vector<T> diagonal;
 
   Coefficients(const Group<T>& group, const Weights<T>& weights)
       : factors(2 * group.matrices.size(), std::vector<T>(weights.n)), diagonal(weights.n, T(0)) {
+    const std::vector<T>& shares = group.labels.shares;
     for (int way = 0; way < 2; ++way) {
       const Softmax<T>& current = group.softmaxes[0];
+      positives[way].resize(shares.size());
       for (int64_t i = 0; i < weights.n; ++i) {
         const T kl = group.has_ref() ? weights.get(1, way, i) : T(0);
         const T both = weights.get(0, way, i) + kl;
         const T miss = current.miss_probability[way][i];
         factors[way][i] = both * (miss / current.sums[way][i]);
         diagonal[i] -= both * miss;
+        if (group.labels.repeats(i)) {
+          positives[way][i] = weights.get(0, way, i) * shares[i];
+          diagonal[i] += weights.get(0, way, i) - positives[way][i];
+        }
         if (!group.has_ref()) continue;
         const Softmax<T>& original = group.softmaxes[1];
         const T ref_miss = original.miss_probability[way][i];
@@ -86,6 +94,7 @@ template <typename T>
 void multiply_tiles(const Group<T>& group, const Coefficients<T>& coefficients,
                     Gradients<T>& gradients) {
   const std::vector<std::vector<T>>& factors = coefficients.factors;
+  const Labels<T>& labels = group.labels;
   const Logits<T>& logits = group.matrices[0];
   const Scratch<T> scratch(group.parts.largest(), 2, 0);
   group.for_each_tile(scratch, [&](const Tile<T>& tile) {
@@ -96,6 +105,11 @@ void multiply_tiles(const Group<T>& group, const Coefficients<T>& coefficients,
       group.visit_exps(0, tile, i, [&](auto current) {
         weigh_exps(current, factors[0][row], factors[1].data() + first_col, g, width);
       });
+      if (labels.repeats(row)) {
+        subtract_positives(g, labels.keys + first_col, labels.keys[row],
+                           group.find_diagonal(tile, i), coefficients.positives[0][row],
+                           coefficients.positives[1].data() + first_col, width);
+      }
       if (!group.has_ref()) continue;
       group.visit_exps(1, tile, i, [&](auto original) {
         subtract_weighed_exps(original, factors[2][row], factors[3].data() + first_col, g, width);

@@ -6,7 +6,6 @@
 
 #include "backward.h"
 #include "forward.h"
-#include "labels.h"
 #include "workspace.h"
 
 namespace fasterase {
@@ -82,12 +81,18 @@ int64_t count_fitting_parts(const Parts& parts, int64_t matrices, int64_t room) 
   return count;
 }
 
+// Labels as the tiles compare them.
+MaybeTensor make_keys(const MaybeTensor& labels) {
+  return labels ? labels->to(at::kLong).contiguous() : labels;
+}
+
 // A group of the rows `rows`, with its first `used` matrices; `kept` is how many may be kept.
 template <typename T>
-Group<T> make_group(const std::vector<Features<T>>& features, const Tensor& statistics, Span rows,
-                    Parts parts, int64_t used, int64_t kept) {
+Group<T> make_group(const std::vector<Features<T>>& features, const Tensor& statistics,
+                    const MaybeTensor& keys, Span rows, Parts parts, int64_t used, int64_t kept) {
   Group<T> group{};
   group.parts = parts;
+  if (keys) group.labels = Labels<T>(keys->const_data_ptr<int64_t>() + rows.begin, rows.size);
   group.kept_matrices = kept;
   for (int64_t k = 0; k < used; ++k) {
     group.matrices.push_back(features[k].select(rows));
@@ -99,7 +104,8 @@ Group<T> make_group(const std::vector<Features<T>>& features, const Tensor& stat
 // With `weights`, the KLs of a group whose KLs all have weight 0 are set to 0.
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const std::vector<Features<T>>& features,
-                                                   at::IntArrayRef groups, int64_t tile,
+                                                   at::IntArrayRef groups,
+                                                   const MaybeTensor& keys, int64_t tile,
                                                    int64_t room, const MaybeTensor& weights = {}) {
   const auto type = c10::CppTypeToScalarType<T>::value;
   const int64_t total = features[0].image.size(0), matrices = features.size();
@@ -116,8 +122,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const std::vector<Features<T>
         matrices > 1 && !(weights && !view_weights<T>(*weights, begin, n).has_loss(1));
     const int64_t used = 1 + has_kl;
     if (used < matrices) losses.narrow(0, 2, 2).narrow(1, begin, n).zero_();
-    Group<T> group =
-        make_group(features, statistics, {begin, n}, Parts::choose(n, width, tile), used, used);
+    Group<T> group = make_group(features, statistics, keys, {begin, n},
+                                Parts::choose(n, width, tile), used, used);
     group.kept = kept_next;
     group.kept_parts = n < 2 ? 0 : count_fitting_parts(group.parts, used, room);
     const int64_t filled = count_kept(group.parts, used, group.kept_parts);
@@ -140,7 +146,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& upstream,
                                             const std::vector<Features<T>>& features,
                                             const Tensor& statistics, const Tensor& kept,
                                             const Tensor& plan, at::IntArrayRef groups,
-                                            Wanted wanted, bool rounded) {
+                                            const MaybeTensor& keys, Wanted wanted, bool rounded) {
   const auto type = c10::CppTypeToScalarType<T>::value;
   const int64_t matrices = features.size();
   const Tensor weights = upstream.to(type).contiguous();
@@ -160,7 +166,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& upstream,
     const Weights<T> group_weights = view_weights<T>(weights, begin, n);
     const bool has_kl = matrices > 1 && group_weights.has_loss(1);
     const bool is_used = has_kl || group_weights.has_loss(0);
-    Group<T> group = make_group(features, statistics, {begin, n}, Parts{n, planned[0]},
+    Group<T> group = make_group(features, statistics, keys, {begin, n}, Parts{n, planned[0]},
                                 is_used ? 1 + has_kl : 0, planned[2]);
     for (Softmax<T>& softmax : group.softmaxes) {
       softmax.is_shared = has_one_shift(softmax.shift, n);
@@ -190,12 +196,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& upstream,
 std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_cpu(
     const Tensor& image, const Tensor& text, const Tensor& scale, const MaybeTensor& ref_image,
     const MaybeTensor& ref_text, const MaybeTensor& ref_scale, at::IntArrayRef groups,
-    int64_t tile, int64_t kept) {
+    const MaybeTensor& labels, int64_t tile, int64_t kept) {
   PlainTensors guard;
   return AT_DISPATCH_FLOATING_TYPES(scale.scalar_type(), "contrastive_cpu", [&] {
     return forward(
         collect_features<scalar_t>(image, text, scale, ref_image, ref_text, ref_scale), groups,
-        tile, kept);
+        make_keys(labels), tile, kept);
   });
 }
 
@@ -203,12 +209,14 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_cpu_backward(
     const Tensor& upstream, const Tensor& image, const Tensor& text, const Tensor& scale,
     const MaybeTensor& ref_image, const MaybeTensor& ref_text, const MaybeTensor& ref_scale,
     const Tensor& statistics, const Tensor& kept, const Tensor& plan, at::IntArrayRef groups,
-    bool wants_image, bool wants_text, bool wants_scale, bool rounded) {
+    bool wants_image, bool wants_text, bool wants_scale, bool rounded, const MaybeTensor& labels,
+    int64_t, int64_t) {
   PlainTensors guard;
   return AT_DISPATCH_FLOATING_TYPES(scale.scalar_type(), "contrastive_cpu_backward", [&] {
     return backward(
         upstream, collect_features<scalar_t>(image, text, scale, ref_image, ref_text, ref_scale),
-        statistics, kept, plan, groups, Wanted{wants_image, wants_text, wants_scale}, rounded);
+        statistics, kept, plan, groups, make_keys(labels),
+        Wanted{wants_image, wants_text, wants_scale}, rounded);
   });
 }
 
@@ -216,43 +224,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_cpu_step(
     const Tensor& weights, const Tensor& image, const Tensor& text, const Tensor& scale,
     const MaybeTensor& ref_image, const MaybeTensor& ref_text, const MaybeTensor& ref_scale,
     at::IntArrayRef groups, bool wants_image, bool wants_text, bool wants_scale, bool rounded,
-    int64_t tile, int64_t kept) {
+    const MaybeTensor& labels, int64_t tile, int64_t kept) {
   PlainTensors guard;
   return AT_DISPATCH_FLOATING_TYPES(scale.scalar_type(), "contrastive_cpu_step", [&] {
     const auto features =
         collect_features<scalar_t>(image, text, scale, ref_image, ref_text, ref_scale);
     const Tensor upstream = weights.to(scale.scalar_type()).contiguous();
+    const MaybeTensor keys = make_keys(labels);
     const auto [losses, statistics, logits, plan] =
-        forward(features, groups, tile, kept, upstream);
+        forward(features, groups, keys, tile, kept, upstream);
     const auto [d_image, d_text, d_scale] =
-        backward(upstream, features, statistics, logits, plan, groups,
+        backward(upstream, features, statistics, logits, plan, groups, keys,
                  Wanted{wants_image, wants_text, wants_scale}, rounded);
     return std::make_tuple(losses, d_image, d_text, d_scale);
-  });
-}
-
-Tensor label_terms(const Tensor& image, const Tensor& text, const Tensor& kinds,
-                   at::ScalarType dtype) {
-  PlainTensors guard;
-  return AT_DISPATCH_FLOATING_TYPES(
-      dtype, "label_terms", [&] { return compute_terms<scalar_t>(image, text, kinds); });
-}
-
-std::tuple<Tensor, Tensor> label_terms_backward(const Tensor& upstream, const Tensor& image,
-                                                const Tensor& text, const Tensor& kinds,
-                                                bool wants_image, bool wants_text) {
-  PlainTensors guard;
-  const Tensor weights = upstream.contiguous();
-  return AT_DISPATCH_FLOATING_TYPES(weights.scalar_type(), "label_terms_backward", [&] {
-    const scalar_t* row = weights.const_data_ptr<scalar_t>();
-    const scalar_t* col = row + weights.size(1);
-    const auto make = [&](bool is_wanted, const Tensor& side, const Tensor& other,
-                          const scalar_t* own_weights, const scalar_t* other_weights) {
-      if (!is_wanted) return at::empty({0}, side.options());
-      return differentiate_terms(other, own_weights, other_weights, kinds).to(side.scalar_type());
-    };
-    return std::make_tuple(make(wants_image, image, text, row, col),
-                           make(wants_text, text, image, col, row));
   });
 }
 
@@ -263,7 +247,4 @@ TORCH_LIBRARY_IMPL(fasterase, CPU, m) {
   m.impl("contrastive_cpu", fasterase::contrastive_cpu);
   m.impl("contrastive_cpu_backward", fasterase::contrastive_cpu_backward);
   m.impl("contrastive_cpu_step", fasterase::contrastive_cpu_step);
-  m.impl("label_kinds", fasterase::find_kinds);
-  m.impl("label_terms", fasterase::label_terms);
-  m.impl("label_terms_backward", fasterase::label_terms_backward);
 }

@@ -8,6 +8,7 @@
 
 #include <vector>
 
+#include "labels.h"
 #include "rows.h"
 
 namespace fasterase {
@@ -140,6 +141,7 @@ struct Group {
 
   std::vector<Logits<T>> matrices;
   std::vector<Softmax<T>> softmaxes;
+  Labels<T> labels;
   Parts parts;
   T* kept;                // tiles of the first `kept_parts` parts of rows
   int64_t kept_parts;
@@ -170,6 +172,11 @@ struct Group {
     } else {
       visit(Exponentials<false, T>{s, row_shift, softmax.shift[1] + tile.cols.begin});
     }
+  }
+
+  // Where the diagonal lies in row i of a tile; -1: in another tile.
+  static int64_t find_diagonal(const Tile<T>& tile, int64_t i) {
+    return tile.rows.begin == tile.cols.begin ? i : -1;
   }
 
   // Tile (r, c) of matrix k with `nothing` on the group's diagonal; in `scratch` unless it is kept.

@@ -55,8 +55,9 @@ class Provider:
 
 
 def _fasterase(backend: str, case: Case) -> Loss:
+    """The weighted total, as a step of `unlearn` computes it: gradients come with the loss."""
     from fasterase.errors import InputError
-    from fasterase.ops.contrastive import contrastive, explain_backend
+    from fasterase.ops.contrastive import explain_backend, weighted_contrastive
 
     try:
         sample = torch.ones(1, 1, device=case.device, dtype=case.torch_dtype)
@@ -64,12 +65,12 @@ def _fasterase(backend: str, case: Case) -> Loss:
     except InputError as error:
         raise UnavailableError(str(error)) from error
 
+    dtype = torch.float64 if case.dtype == "float64" else torch.float32
+    shape = 4 if case.kl else 2, case.num_pairs
+    weights = torch.full(shape, 0.5 / case.num_pairs, dtype=dtype, device=case.device)
+
     def loss(inputs: Inputs) -> Tensor:
-        found = contrastive(**inputs._asdict(), backend=backend)
-        total = (found.ce_row + found.ce_col).mean() / 2
-        if found.kl_row is not None and found.kl_col is not None:
-            total = total + (found.kl_row + found.kl_col).mean() / 2
-        return total
+        return weighted_contrastive(**inputs._asdict(), weights=weights, backend=backend).total
 
     return loss
 

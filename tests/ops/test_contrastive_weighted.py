@@ -149,6 +149,9 @@ def test_differentiable_once_and_over_a_retained_graph(backend):
     assert torch.equal(first, torch.autograd.grad(total, call["image"], retain_graph=True)[0])
     with pytest.raises(RuntimeError, match="once_differentiable"):
         second.sum().backward()
+    kept = first.clone()
+    first.zero_()  # the caller's own
+    assert torch.equal(kept, torch.autograd.grad(total, call["image"])[0])
 
 
 @pytest.mark.parametrize("backend", TILED)

@@ -37,7 +37,7 @@ from fasterase.ops.contrastive.operator import (
     unpack_losses,
 )
 
-Backend = Callable[..., Contrastive]  # (*batch, groups)
+Backend = Operator | Callable[..., Contrastive]  # (*batch, groups, labels)
 
 BACKENDS: dict[str, Backend | None] = {
     "dense": contrastive_dense,
@@ -170,8 +170,7 @@ def weighted_contrastive(
     weights = weights.to(batch.scale.dtype)
     run = load_backend(choice.name)
     if sizes and isinstance(run, Operator):
-        kinds = find_kinds(labels, sizes, image.device)
-        return _sum_weighted_losses(run, batch, weights, sizes, choice.products, kinds)
+        return _sum_weighted_losses(run, batch, weights, sizes, labels, choice.products)
     differentiable = _compute(choice, batch, sizes, labels)
     stacked = torch.stack([loss for loss in differentiable if loss is not None])
     return Weighted((weights * stacked).sum(), unpack_losses(stacked.detach()))
@@ -182,12 +181,14 @@ def _sum_weighted_losses(
     batch: Batch,
     weights: Tensor,  # [2 or 4, N]
     groups: Groups,
+    labels: Tensor | None,
     products: str,
-    kinds: Tensor | None,
 ) -> Weighted:
     wants = batch.requires_grad()
-    options = operator.options(batch, groups, any(wants), products)
-    if any(wants):
+    options, kinds = _choose_options(operator, batch, groups, labels, products)
+    if any(wants) and operator.weighted is not None and not torch.compiler.is_compiling():
+        total, losses = operator.weighted(weights, *batch, groups, *options)
+    elif any(wants):
         total, losses = _GradientsInForward.apply(
             *batch, operator, groups, options, kinds, wants, weights
         )
@@ -197,6 +198,16 @@ def _sum_weighted_losses(
             _add_terms(losses, batch, kinds)
         total = (weights * losses).sum()
     return Weighted(total, unpack_losses(losses))
+
+
+def _choose_options(
+    operator: Operator, batch: Batch, groups: Groups, labels: Tensor | None, products: str
+) -> tuple[tuple[Any, ...], Tensor | None]:
+    """(options of the call, `Kinds` of labels that the operator does not take itself)."""
+    options = operator.options(batch, groups, any(batch.requires_grad()), products)
+    if operator.takes_labels:
+        return (None if labels is None else labels.to(batch.image.device), *options), None
+    return options, find_kinds(labels, groups, batch.image.device)
 
 
 class _GradientsInForward(torch.autograd.Function):
@@ -344,16 +355,10 @@ def _compute(
     if not groups:
         return batch.empty_losses()
     backend = load_backend(choice.name)
-    is_eager = not torch.compiler.is_compiling()
-    if is_eager and isinstance(backend, Operator) and backend.native is not None:
-        options = backend.options(batch, groups, any(batch.requires_grad()), choice.products)
-        native = backend.native(*batch, groups, labels, *options)
-        return Contrastive(*native, *(None,) * (4 - len(native)))
-    kinds = find_kinds(labels, groups, batch.image.device)
-    if isinstance(backend, Operator):
-        losses = backend(batch, groups, choice.products)
-    else:
-        losses = backend(*batch, groups)
+    if not isinstance(backend, Operator):
+        return backend(*batch, groups, labels)
+    options, kinds = _choose_options(backend, batch, groups, labels, choice.products)
+    losses = unpack_losses(backend.differentiable(*batch, groups, *options))
     if kinds is None:
         return losses
     terms = multiply_gaps(batch.image, batch.text, kinds, batch.scale.dtype)

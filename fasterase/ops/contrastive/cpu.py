@@ -17,7 +17,7 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from filelock import FileLock
 from fasterase.errors import FaseraseError
 from fasterase.files import replace_file
 from fasterase.ops.contrastive.operator import Batch, Groups, register
+from fasterase.progress import say
 
 # Edge of a tile: two fp32 tiles of 512 x 512 (S and S0) are 2 MB.
 _TILE = 512
@@ -37,8 +38,13 @@ _KEPT_BYTES = 128 * 2**20
 _LEAST_SHARE = 0.25
 
 # Never -ffast-math: linked in, it turns on flush-to-zero for the whole process. Reassociation would
-# break the argument reduction of exp.
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+# break the argument reduction of exp. OpenMP's runtime is the one that torch has loaded.
+FLAGS = ("-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+_NATIVE_FLAGS = ("-march=native", *FLAGS)
+
+# What `torch.backends.cpu.get_cpu_capability` may return, and the libraries that a wheel has for
+# it, best first. Other processors than x86-64 have the last one.
+VARIANTS = {"AVX512": "-march=x86-64-v4", "AVX2": "-march=x86-64-v3", "DEFAULT": None}
 
 
 def _choose_options(
@@ -55,13 +61,12 @@ def _choose_options(
 contrastive_cpu = register(
     "contrastive_cpu",
     {
-        "logits": lambda batch, groups, tile, kept: batch.scale.new_empty(kept),
-        "plan": lambda batch, groups, tile, kept: batch.scale.new_empty(
+        "logits": lambda batch, groups, labels, tile, kept: batch.scale.new_empty(kept),
+        "plan": lambda batch, groups, *options: batch.scale.new_empty(
             len(groups), 3, dtype=torch.long
         ),
     },
-    step=True,  # which leaves out the reference of groups whose KLs have no weight
-    has_native=True,
+    in_cpp=True,  # a step leaves out the reference of groups whose KLs have no weight
     options_schema="int tile, SymInt kept",
     options=_choose_options,
 )
@@ -72,7 +77,7 @@ class BuildError(FaseraseError):
 
 
 def load_kernels() -> str | None:
-    """Build and load the kernels, once per process; return the reason if that fails, else None."""
+    """Load the kernels, once per process; return the reason if that fails, else None."""
     return _load_kernels()
 
 
@@ -84,15 +89,47 @@ load_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @functools.cache
 def _load_kernels() -> str | None:
     try:
-        library = build_library()
-        try:
-            _load_library(library)
-        except OSError:  # damaged, or made for another system's libraries: once more
-            library.unlink()
-            _load_library(build_library())
+        load_library()
     except (BuildError, OSError) as error:
         return str(error)
     return None
+
+
+@functools.cache
+def load_library() -> Path:
+    """Load the kernels: those of the wheel if it has some for this torch, else built ones.
+
+    Raises:
+        BuildError: there are none, and they cannot be built.
+        OSError: those built cannot be loaded.
+    """
+    for library in _find_shipped():
+        with contextlib.suppress(OSError):  # of another system's libraries: build them
+            _load_library(library)
+            return library
+    library = build_library()
+    try:
+        _load_library(library)
+    except OSError:  # damaged, or made for another system's libraries: once more
+        library.unlink()
+        library = build_library()
+        _load_library(library)
+    return library
+
+
+def name_variant(variant: str) -> str:
+    """The stem of a wheel's library. torch keeps its C++ interface within a minor version."""
+    return f"contrastive_torch{'_'.join(torch.__version__.split('.')[:2])}_{variant}"
+
+
+def _find_shipped() -> list[Path]:
+    """The libraries of an installed wheel that this torch and this CPU can run, best first."""
+    variants = list(VARIANTS)
+    capability = torch.backends.cpu.get_cpu_capability()
+    usable = variants[variants.index(capability) if capability in variants else -1 :]
+    found = {entry.name: Path(str(entry)) for entry in files("fasterase.csrc").iterdir()}
+    names = (f"{name_variant(variant)}.so" for variant in usable)
+    return [found[name] for name in names if name in found]
 
 
 def _load_library(library: Path) -> None:
@@ -120,7 +157,7 @@ def build_library() -> Path:
     sources = sorted(path for path in paths if path.suffix in (".cpp", ".h"))
     texts = [source.read_text(encoding="utf-8") for source in sources]
     system = (torch.__version__, *platform.libc_ver(), _read_cpu_features())
-    stem = f"fasterase_contrastive_{_compute_digest(*_FLAGS, *system, *texts)}"
+    stem = f"fasterase_contrastive_{_compute_digest(*_NATIVE_FLAGS, *system, *texts)}"
     root = os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")
     cache = Path(root).expanduser()
     wanted = os.environ.get("CXX", "c++")
@@ -132,6 +169,7 @@ def build_library() -> Path:
         raise BuildError(f"no C++ compiler ({wanted} is not on PATH); install g++ or set CXX")
     if sys.platform == "win32":
         raise BuildError("the C++ kernels are not built on Windows")
+    check_compiler(compiler, _NATIVE_FLAGS)
     asked = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
     name = f"{stem}_{_compute_digest(compiler, asked.stdout)}"
     library = cache / f"{name}.so"
@@ -147,17 +185,30 @@ def build_library() -> Path:
     return library
 
 
+def check_compiler(compiler: str, flags: Sequence[str]) -> None:
+    """Raise `BuildError` if it refuses the flags or has no OpenMP, before a minute is lost."""
+    program = "#include <omp.h>\nint main() { return omp_get_max_threads(); }\n"
+    command = [compiler, *flags, "-fsyntax-only", "-x", "c++", "-"]
+    tried = subprocess.run(command, input=program, capture_output=True, text=True, check=False)
+    if tried.returncode:
+        said = next((line for line in tried.stderr.splitlines() if "error" in line), "no reason")
+        raise BuildError(
+            f"{compiler} cannot compile them ({said.strip()}); set CXX to g++, or to a clang with "
+            f"OpenMP, which Apple's has not"
+        )
+
+
 def _compile_library(name: str, sources: list[Path], library: Path) -> None:
     from torch.utils import cpp_extension
 
+    say("compiling the C++ kernels of the loss, once for this torch and CPU: about a minute")
     # A killed build must leave nothing that looks like a library.
     with replace_file(library) as temporary, _add_ninja_to_path():
         try:
             cpp_extension.load(
                 name,
                 [str(source) for source in sources if source.suffix == ".cpp"],
-                extra_cflags=list(_FLAGS),
-                extra_ldflags=["-fopenmp"],
+                extra_cflags=list(_NATIVE_FLAGS),
                 build_directory=str(temporary.parent),
                 is_python_module=False,
             )

@@ -25,13 +25,18 @@ def contrastive_dense(
     ref_text: Tensor | None,  # [N, D0]
     ref_scale: Tensor | None,  # []
     groups: tuple[int, ...],  # rows of each independent square problem, none empty; sums to N
+    labels: Tensor | None = None,  # [N]
 ) -> Contrastive:
-    """Plain autograd over S; a pair's positive is its own partner. Peak memory O(max n^2)."""
+    """Plain autograd over S; the positives of a row are all of its label. Memory O(max n^2)."""
     parts: list[tuple[Tensor, ...]] = []
     for k, n in enumerate(groups):
         rows = slice(sum(groups[:k]), sum(groups[:k]) + n)
         logits = _compute_logits(image[rows], text[rows], scale)
         part: tuple[Tensor, ...] = (_cross_entropy(logits), _cross_entropy(logits.T))
+        if labels is not None:
+            same = _compare(labels[rows].to(logits.device))
+            sides = zip(part, (logits, logits.T), strict=True)
+            part = tuple(ce - _mean_gap(s, same) for ce, s in sides)
         if ref_image is not None and ref_text is not None and ref_scale is not None:
             ref = _compute_logits(ref_image[rows], ref_text[rows], ref_scale)
             part += (_kl_divergence(ref, logits), _kl_divergence(ref.T, logits.T))
@@ -63,6 +68,17 @@ def _cross_entropy(logits: Tensor) -> Tensor:
     is_diagonal = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
     others = (gaps - peak.unsqueeze(1)).exp().masked_fill(is_diagonal, 0.0).sum(1)
     return peak + torch.log1p(others + torch.expm1(-peak))
+
+
+def _compare(labels: Tensor) -> Tensor:
+    """[n, n] whether two pairs share a label: any integers, of which only equality counts."""
+    labels = labels.long()  # a bijection for uint64 too
+    return labels.unsqueeze(1) == labels
+
+
+def _mean_gap(logits: Tensor, same: Tensor) -> Tensor:
+    """The mean of s_ij over the positives of row i, from its own partner's: exactly 0 for one."""
+    return _subtract_diagonal(logits).masked_fill(~same, 0.0).sum(1) / same.sum(1)
 
 
 def _kl_divergence(ref: Tensor, logits: Tensor) -> Tensor:

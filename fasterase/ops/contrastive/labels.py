@@ -2,7 +2,7 @@
 
 Every shape follows from the shapes of the inputs and no value is read back to the host, so a step
 with labels compiles to one graph and can be captured as a CUDA graph. `find_kinds` looks only
-at labels that already are on the host. Where csrc/ is loaded, its labels.h computes CPU tensors.
+at labels that already are on the host. `dense` and `cpu` see labels beside their logits instead.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasterase.ops.contrastive.operator import add_autograd, define
+from fasterase.ops.contrastive.operator import add_autograd, define, differentiable_once
 from fasterase.transfers import to_device
 
 # Rows of one label that are added up one after the other; longer runs are split into such pieces.
@@ -161,30 +161,12 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:3])
 
 
-def _first_derivative(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+@differentiable_once
+def _differentiate(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     image, text, kinds = ctx.saved_tensors
     wants = ctx.needs_input_grad[:2]
-    d_image, d_text = _differentiate_terms(upstream, image, text, kinds, *wants)
+    d_image, d_text = _label_terms_backward(upstream, image, text, kinds, *wants)
     return d_image if wants[0] else None, d_text if wants[1] else None, None, None
-
-
-def _save_backward_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, wants_image, wants_text = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.wants = wants_image, wants_text
-
-
-def _second_derivative(ctx: Any, g_image: Tensor, g_text: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients are linear in upstream, image and text, so each swaps with its own gradient."""
-    upstream, image, text, kinds = ctx.saved_tensors
-    d_upstream, d_image, d_text = torch.zeros_like(upstream), None, None
-    if ctx.wants[0]:
-        d_upstream = d_upstream + multiply_gaps(g_image, text, kinds, upstream.dtype)
-        d_text = _differentiate_terms(upstream, g_image, text, kinds, False, True)[1]
-    if ctx.wants[1]:
-        d_upstream = d_upstream + multiply_gaps(image, g_text, kinds, upstream.dtype)
-        d_image = _differentiate_terms(upstream, image, g_text, kinds, True, False)[0]
-    return d_upstream, d_image, d_text, None, None, None
 
 
 # Separate operators, because a compiler would replace ordered additions by atomic ones.
@@ -209,17 +191,13 @@ multiply_gaps = add_autograd(
         lambda image, text, kinds, dtype: image.new_empty(2, image.shape[0], dtype=dtype),
     ),
     _save_inputs,
-    _first_derivative,
+    _differentiate,
 )
-_differentiate_terms = add_autograd(
-    define(
-        "label_terms_backward",
-        "(Tensor upstream, Tensor image, Tensor text, Tensor kinds, bool wants_image, "
-        "bool wants_text) -> (Tensor, Tensor)",
-        _backward,
-        _KEY,
-        _make_empty_gradients,
-    ),
-    _save_backward_inputs,
-    _second_derivative,
+_label_terms_backward = define(
+    "label_terms_backward",
+    "(Tensor upstream, Tensor image, Tensor text, Tensor kinds, bool wants_image, "
+    "bool wants_text) -> (Tensor, Tensor)",
+    _backward,
+    _KEY,
+    _make_empty_gradients,
 )

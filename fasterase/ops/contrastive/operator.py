@@ -86,23 +86,14 @@ class Operator:
     # Of (batch, groups, whether a backward pass may follow, the resolved products); raises
     # InputError where the backend cannot take the batch.
     options: Options
-    backward_takes_options: bool
+    # Whether labels, or None, come before the options; else their terms are added to the losses.
+    takes_labels: bool = False
     # (weights, *batch, groups, *wanted, *options) -> (losses, d_image, d_text, d_scale), where the
     # backend has a faster way than forward and backward.
     step: Callable[..., tuple[Tensor, ...]] | None = None
-    # (*batch, groups, labels, *options): the losses, [N] each, followed by autograd and with the
-    # terms of repeated labels, where the backend has that in C++.
-    native: Callable[..., list[Tensor]] | None = None
-
-    def __call__(
-        self,
-        batch: Batch,
-        groups: Groups,  # none empty
-        products: str,  # as `resolve_products` returns them
-    ) -> Contrastive:
-        """Same numbers as `contrastive_dense`, and the same bits every time."""
-        options = self.options(batch, groups, any(batch.requires_grad()), products)
-        return unpack_losses(self.differentiable(*batch, groups, *options))
+    # (weights, *batch, groups, *options) -> (the differentiable weighted total, losses), where C++
+    # has a step and its autograd.
+    weighted: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     def differentiate(
         self,
@@ -113,8 +104,7 @@ class Operator:
         options: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Call `backward` with the batch, and what forward returned after the losses."""
-        more = options if self.backward_takes_options else ()
-        return self.backward(upstream, *tensors, groups, *wanted, *more)
+        return self.backward(upstream, *tensors, groups, *wanted, *options)
 
     def take_step(
         self, weights: Tensor, batch: Batch, groups: Groups, wanted: Wanted, options: Any
@@ -139,8 +129,8 @@ def register(
     key: str | None = None,
     forward: Forward | None = None,
     backward: Backward | None = None,
-    step: Callable[..., tuple[Tensor | None, ...]] | bool = False,
-    has_native: bool = False,
+    step: Callable[..., tuple[Tensor | None, ...]] | None = None,
+    in_cpp: bool = False,
     options_schema: str = "",
     options: Options = lambda batch, groups, is_differentiable, products: (),
 ) -> Operator:
@@ -149,17 +139,17 @@ def register(
     Args:
         saved: the tensors that forward returns after losses and statistics: for each name a
             function of (batch, groups, *options) that makes an empty tensor like it.
-        key: dispatch key of the functions below, None where C++ registers them, whose backward pass
-            has no use for the options.
+        key: dispatch key of the functions below; None where C++ registers them.
         forward: a function of (batch, groups, *options).
         backward: a function of (upstream, batch, (statistics, *saved), groups, wanted, *options);
             returns None for a gradient that is not wanted.
         step: a function of (weights, batch, groups, wanted, *options) that returns losses and
-            gradients, likewise; True where C++ registers it.
-        has_native: whether C++ registers `fasterase::{name}_losses`, which is `Operator.native`.
+            gradients, likewise.
+        in_cpp: C++ registers all of them and `fasterase::{name}_weighted`, and takes labels.
         options_schema: schema of the arguments that `options` returns.
     """
     outputs = [f"Tensor {output}" for output in ("statistics", *saved)]
+    options_schema = f"Tensor? labels, {options_schema}" if in_cpp else options_schema
     more = f", {options_schema}" if options_schema else ""
 
     def run_forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -178,17 +168,15 @@ def register(
 
     schema = f"({_BATCH}, SymInt[] groups{more}) -> (Tensor losses, {', '.join(outputs)})"
     forward_op = define(name, schema, run_forward, key, make_fake_outputs)
-    takes_options = key is not None
-    backward_more = more if takes_options else ""
-    backward_op = _define_gradients(f"{name}_backward", outputs, backward, key, backward_more)
-    step_op = _define_gradients(f"{name}_step", [], step, key, more) if step else None
-    native_op = None
-    if has_native:
-        schema = f"({_BATCH}, SymInt[] groups, Tensor? labels{more}) -> Tensor[]"
-        native_op = define(f"{name}_losses", schema, None, key, None)
-    operator = Operator(
-        forward_op, forward_op, backward_op, options, takes_options, step_op, native_op
-    )
+    backward_op = _define_gradients(f"{name}_backward", outputs, backward, key, more)
+    step_op = weighted_op = None
+    if step or in_cpp:
+        step_op = _define_gradients(f"{name}_step", [], step, key, more)
+    if in_cpp:
+        inputs = f"Tensor weights, {_BATCH}, SymInt[] groups{more}"
+        schema = f"({inputs}) -> (Tensor total, Tensor losses)"
+        weighted_op = define(f"{name}_weighted", schema, None, None, None)
+    operator = Operator(forward_op, forward_op, backward_op, options, in_cpp, step_op, weighted_op)
     backward_pass = _make_backward(operator)
     losses_of = add_autograd(forward_op, _save_context, backward_pass, first_only=True)
     return replace(operator, differentiable=losses_of)
