@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fasterase.errors import InputError
-from fasterase.ops.contrastive import contrastive
+from fasterase.ops.contrastive import contrastive, weighted_contrastive
 
 _Groups = tuple[int, ...] | None
 
@@ -189,12 +189,13 @@ def _losses(pairs: _Pairs, *teacher: _Pairs, groups: _Groups = None) -> list[Ten
 
 def _square_losses(pairs: _Pairs, *teacher: _Pairs) -> tuple[Tensor, ...]:
     """The means of InfoNCE and of the cross-entropy to the teacher, over all rows and columns."""
-    ce_row, ce_col, *kl = _losses(pairs, *teacher)
-    mean = ((ce_row + ce_col) / 2).mean()
     if not teacher:
-        return (mean,)
+        n, dtype = len(pairs.image), torch.promote_types(pairs.image.dtype, torch.float32)
+        weights = pairs.image.new_full((2, n), 0.5 / max(n, 1), dtype=dtype)
+        return (weighted_contrastive(*pairs, weights).total,)
+    ce_row, ce_col, *kl = _losses(pairs, *teacher)
     row, col = _entropies(teacher[0])
-    return mean, ((kl[0] + row + kl[1] + col) / 2).mean()
+    return ((ce_row + ce_col) / 2).mean(), ((kl[0] + row + kl[1] + col) / 2).mean()
 
 
 def _block_losses(rank: int, side: _Pairs, *teacher: _Pairs) -> tuple[Tensor, ...]:
