@@ -1,9 +1,9 @@
-"""Compile csrc/ into a wheel, for the torch that it is built with; pyproject.toml has all else.
+"""Compile csrc/ into a wheel, for the torch it is built with; pyproject.toml has everything else.
 
 A wheel built where torch can be imported (`python -m build --wheel --no-isolation`) has one library
-per kind of CPU. Without torch, or with FASTERASE_WHEEL=pure, it has the sources alone, which are
-compiled at first use, as they are under any other torch. FASTERASE_WHEEL="AVX2 DEFAULT" compiles
-only these variants.
+per kind of CPU. Where they cannot be compiled, or with FASTERASE_WHEEL=pure, it has the sources
+alone, which are compiled at first use, as they are under any other torch. FASTERASE_WHEEL="AVX2
+DEFAULT" compiles only these variants, and fails if it cannot.
 """
 
 import os
@@ -25,9 +25,13 @@ def configure() -> dict[str, Any]:
     sys.path.insert(0, str(ROOT))
     from fasterase.ops.contrastive.cpu import FLAGS, VARIANTS, check_compiler, name_variant
 
-    check_compiler(os.environ.get("CXX", "c++"), FLAGS)
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     chosen = os.environ.get("FASTERASE_WHEEL", "").split() or list(VARIANTS)
+    for variant in chosen:
+        if variant not in VARIANTS:
+            raise SystemExit(f"FASTERASE_WHEEL={variant}: choose from pure, {', '.join(VARIANTS)}.")
+        own = [VARIANTS[variant]] if is_x86 and VARIANTS[variant] else []
+        check_compiler(os.environ.get("CXX", "c++"), [*FLAGS, *own])
     extensions = [
         CppExtension(
             f"fasterase.csrc.{name_variant(variant)}",
@@ -45,6 +49,14 @@ def configure() -> dict[str, Any]:
     }
 
 
-# Only for wheels: an editable install would go on with the libraries of older sources.
-is_compiled = "bdist_wheel" in sys.argv and os.environ.get("FASTERASE_WHEEL") != "pure"
-setup(**(configure() if is_compiled and find_spec("torch") else {}))
+# Only for wheels: an editable install would keep using libraries built from older sources.
+wanted = os.environ.get("FASTERASE_WHEEL")
+options = {}
+if "bdist_wheel" in sys.argv and wanted != "pure" and find_spec("torch"):
+    try:
+        options = configure()
+    except Exception as error:  # no compiler, an old one, a broken torch
+        if wanted:
+            raise
+        print(f"A wheel of sources alone: {error}", file=sys.stderr)
+setup(**options)

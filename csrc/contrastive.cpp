@@ -61,12 +61,16 @@ Softmax<T> view_softmax(const Tensor& statistics, int64_t matrix, int64_t begin)
   return softmax;
 }
 
-// The weights of the rows from `begin` on, of those of all losses, [2 or 4, N].
 template <typename T>
-Weights<T> view_weights(const Tensor& weights, int64_t begin, int64_t n) {
-  const T* data = weights.const_data_ptr<T>();
-  const T largest = largest_finite(data, weights.numel());
-  return {data + begin, weights.size(1), n, largest == 0 ? T(1) : largest};
+T find_largest(const Tensor& weights) {
+  const T largest = largest_finite(weights.const_data_ptr<T>(), weights.numel());
+  return largest == 0 ? T(1) : largest;
+}
+
+// The weights of the rows from `begin` on, of those of all losses, [2 or 4, N]; the largest of all.
+template <typename T>
+Weights<T> view_weights(const Tensor& weights, int64_t begin, int64_t n, T largest) {
+  return {weights.const_data_ptr<T>() + begin, weights.size(1), n, largest};
 }
 
 // The kept elements of the first `count` parts.
@@ -115,11 +119,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const std::vector<Features<T>
   Tensor kept = Workspace::instance().take<T>(room);
   Tensor plan = at::empty({int64_t(groups.size()), 3}, at::kLong);
   T* kept_next = kept.mutable_data_ptr<T>();
+  const T largest = weights ? find_largest<T>(*weights) : T(1);
   int64_t begin = 0;
   for (size_t g = 0; g < groups.size(); ++g) {
     const int64_t n = groups[g];
     const bool has_kl =
-        matrices > 1 && !(weights && !view_weights<T>(*weights, begin, n).has_loss(1));
+        matrices > 1 && !(weights && !view_weights<T>(*weights, begin, n, largest).has_loss(1));
     const int64_t used = 1 + has_kl;
     if (used < matrices) losses.narrow(0, 2, 2).narrow(1, begin, n).zero_();
     Group<T> group = make_group(features, statistics, keys, {begin, n},
@@ -159,11 +164,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& upstream,
   Tensor d_text = allocate(features[0].text, wanted.text);
   double d_scale = 0;
   const T* kept_next = kept.const_data_ptr<T>();
+  const T largest = find_largest<T>(weights);
   int64_t begin = 0;
   for (size_t g = 0; g < groups.size(); ++g) {
     const int64_t n = groups[g];
     const int64_t* planned = plan.const_data_ptr<int64_t>() + 3 * g;
-    const Weights<T> group_weights = view_weights<T>(weights, begin, n);
+    const Weights<T> group_weights = view_weights<T>(weights, begin, n, largest);
     const bool has_kl = matrices > 1 && group_weights.has_loss(1);
     const bool is_used = has_kl || group_weights.has_loss(0);
     Group<T> group = make_group(features, statistics, keys, {begin, n}, Parts{n, planned[0]},

@@ -1,6 +1,6 @@
 // The weighted total of a call, with gradients made in the forward pass: what
 // fasterase/ops/contrastive/api.py does for any backend, without Python. Python code, met with cold
-// caches once a step, takes longer than the products of 64 pairs.
+// caches once per step, takes longer than the products of 64 pairs.
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -78,7 +78,11 @@ class Weighted : public torch::autograd::Function<Weighted> {
       PlainTensors guard;
       const variable_list made = ctx->get_saved_variables();
       const std::vector<int64_t> dtypes = ctx->saved_data["dtypes"].toIntVector();
-      const bool is_last = !torch::autograd::get_current_graph_task_keep_graph();
+      // In place where nothing else will read them; vmap's tensors cannot be written into others.
+      const auto keys = upstream.key_set();
+      const bool is_mapped = keys.has(c10::DispatchKey::FuncTorchBatched) ||
+                             keys.has(c10::DispatchKey::Batched);
+      const bool is_last = !is_mapped && !torch::autograd::get_current_graph_task_keep_graph();
       for (size_t k = 0; k < made.size(); ++k) {
         if (!ctx->needs_input_grad(k)) continue;
         const Tensor scaled = is_last ? made[k].mul_(upstream) : made[k] * upstream;

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fasterase.errors import InputError
 from fasterase.ops.contrastive import contrastive, weighted_contrastive
+from fasterase.ops.contrastive.checks import check_pairs
 
 _Groups = tuple[int, ...] | None
 
@@ -87,7 +88,7 @@ class ClipLoss(nn.Module):
         logit_bias: Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """The mean loss; a bias common to all logits cancels and is not looked at."""
+        """The mean loss, 0 of no pairs; a bias common to all logits cancels and is ignored."""
         (loss,) = self._mean_losses(_Pairs(image_features, text_features, _scale(logit_scale)))
         return {"contrastive_loss": loss} if output_dict else loss
 
@@ -190,6 +191,7 @@ def _losses(pairs: _Pairs, *teacher: _Pairs, groups: _Groups = None) -> list[Ten
 def _square_losses(pairs: _Pairs, *teacher: _Pairs) -> tuple[Tensor, ...]:
     """The means of InfoNCE and of the cross-entropy to the teacher, over all rows and columns."""
     if not teacher:
+        check_pairs(pairs.image, pairs.text)
         n, dtype = len(pairs.image), torch.promote_types(pairs.image.dtype, torch.float32)
         weights = pairs.image.new_full((2, n), 0.5 / max(n, 1), dtype=dtype)
         return (weighted_contrastive(*pairs, weights).total,)

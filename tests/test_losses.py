@@ -152,6 +152,16 @@ def test_wrong_arguments(name, options, named):
         getattr(fasterase, name)(**options)
 
 
+def test_wrong_features_and_no_pairs():
+    loss_of = fasterase.ClipLoss()
+    for wrong in (None, torch.tensor(1.0), [[1.0]]):
+        with pytest.raises(InputError, match="image"):
+            loss_of(wrong, torch.ones(2, 3), 1.0)
+    image = torch.ones(0, 3, requires_grad=True)
+    loss_of(image, torch.ones(0, 3), 10.0).backward()
+    assert image.grad.shape == (0, 3)
+
+
 def test_without_a_process_group():
     loss_of = fasterase.ClipLoss(world_size=2, local_loss=True)
     with pytest.raises(InputError, match="world_size=2: this process is in no process group"):

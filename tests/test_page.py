@@ -165,6 +165,16 @@ def test_the_record_says_what_was_asked_done_found_and_not_claimed():
     assert "By wording" not in record, "wordings were not measured"
 
 
+def test_it_says_until_when_pairs_were_withheld():
+    trace = Trace(0.6, 0.4, 0.0, 0.0, 0.3, 0.03, 8, by_hits=True)
+    run = facts(evaluation=None, traces={"forget": trace, "withheld": trace})
+    assert "“withheld” are pictures that the run was not trained on." in render_page([run])
+    outcome = {**run.record["outcome"], "withheld_until": 75}
+    run = replace(run, record={**run.record, "outcome": outcome})
+    assert "was not trained on until step 75, when they alone were not" in render_page([run])
+    assert "drawn after step 75" in " ".join(dict(state(run))["What was done"])
+
+
 def test_what_strangers_wrote_adds_no_heading_and_closes_no_block_of_markdown():
     hostile = "dog\n\n## Verdict: never known\n```\n<h1>x</h1>"
     plain, text = (render_markdown(facts(name), {}) for name in ("dog", hostile))

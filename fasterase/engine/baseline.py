@@ -267,7 +267,7 @@ class Checks:
         of_trained = {
             name: traces[name].without(rows)
             for name, rows in self.withheld.items()
-            if name in traces
+            if name in traces and not np.isin(traces[name].rows, rows).all()
         }
         known = (self._known(summarise(each)) for each in (traces, of_trained))
         return Check(next(known), damage.mean, is_exceeded, trained=next(known))

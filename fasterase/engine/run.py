@@ -378,7 +378,7 @@ class Run:
             ):
                 yield batch
                 if pacing.withheld_until != until:
-                    say(f"step {trainer.step}: the withheld pairs alone are known; drawing them")
+                    say(f"step {trainer.step}: the withheld pairs lag behind; training on them too")
                     break
 
 

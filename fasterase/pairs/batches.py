@@ -37,7 +37,7 @@ from fasterase.seeds import Stream, generator
 from fasterase.transfers import to_device
 
 Captions = Literal["all", "first"]
-# Pixels of a step that stay on the device: 7,000 images of 224 x 224. More are copied once a pass.
+# Pixels of a step that stay on the device: 7,000 images of 224 x 224; more are copied in each pass.
 KEPT_BYTES = 2**30
 
 

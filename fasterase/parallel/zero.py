@@ -28,8 +28,8 @@ from fasterase.parallel.ranks import Ranks
 from fasterase.parallel.zero_config import zero_stage
 from fasterase.transfers import read_numbers
 
-# `coalesce_grad_reduction` came with it.
-LEAST_VERSION = (0, 19, 2)
+# It leaves out steps whose norm is not finite in fp32 too, and has `coalesce_grad_reduction`.
+LEAST_VERSION = (0, 19, 8)
 
 
 def require_deepspeed() -> Any:
@@ -95,7 +95,7 @@ class ZeroEngine:
                 each.data = each.data.reshape(1)
         self._layout = f"ZeRO stage {self._stage}, number of ranks {ranks.world_size}"
         model.module.to("cpu")
-        if ranks.world_size == 1:  # a launcher would have set it, and DeepSpeed asks for it
+        if ranks.world_size == 1:  # a launcher would have set it; DeepSpeed reads it in steps too
             os.environ.setdefault("LOCAL_RANK", "0")
         self._engine, self._optimizer, *_ = self._deepspeed.initialize(
             model=forward, optimizer=optimizer, config=dict(config), dist_init_required=False

@@ -218,6 +218,26 @@ def test_the_definition_stays_differentiable_twice():
     assert torch.autograd.gradgradcheck(lambda image: losses(image, inputs[1].detach()), inputs[0])
 
 
+@pytest.mark.parametrize("backend", [name for name in available_backends() if name != "triton"])
+def test_labels_that_change_between_the_passes_change_no_gradient(backend):
+    """They are kept, or their change is an error."""
+    image, text, scale, *_ = features()
+
+    def gradient(*, is_changed: bool):
+        labels = torch.arange(12) // 2
+        loss = contrastive(image, text, scale, labels=labels, backend=backend).ce_row.sum()
+        if is_changed:
+            labels.add_(torch.arange(12))
+        return torch.autograd.grad(loss, image)[0]
+
+    expected = gradient(is_changed=False)
+    if backend == "cpu":
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            gradient(is_changed=True)
+    else:
+        assert torch.equal(gradient(is_changed=True), expected)
+
+
 def test_other_backends_refuse_a_second_derivative():
     image, text, scale = features()
     labels = torch.arange(12) // 2

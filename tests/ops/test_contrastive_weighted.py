@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fasterase.errors import InputError
 from fasterase.ops.contrastive import api, available_backends, contrastive, weighted_contrastive
 from tests import oracle
-from tests.ops.calls import INPUTS, assert_same_bits, tensors
+from tests.ops.calls import INPUTS, assert_same_bits, features, tensors
 
 # On CPU tensors; contrastive_triton_interpreted.py has the GPU's backend.
 BACKENDS = tuple(name for name in available_backends() if name != "triton")
@@ -213,3 +213,17 @@ def test_wrong_arguments_are_named_as_ever():
     call["text"] = call["text"][:-1]
     with pytest.raises(InputError, match="same shape"):
         weighted_contrastive(weights=weights, **call)
+
+
+def test_gradients_of_several_upstreams_at_once():
+    """As `torch.func` and `jacobian(vectorize=True)` ask for them."""
+    image, text, scale, *_ = features()
+    weights = torch.rand(2, 40)
+    upstreams = torch.tensor([1.0, 2.0, 0.5])
+
+    def total():
+        return weighted_contrastive(image, text, scale, weights).total
+
+    (found,) = torch.autograd.grad(total(), image, upstreams, is_grads_batched=True)
+    (once,) = torch.autograd.grad(total(), image)
+    assert torch.equal(found, upstreams[:, None, None] * once)

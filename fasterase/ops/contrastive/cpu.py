@@ -111,7 +111,7 @@ def load_library() -> Path:
     try:
         _load_library(library)
     except OSError:  # damaged, or made for another system's libraries: once more
-        library.unlink()
+        library.unlink(missing_ok=True)  # another rank may have been first
         library = build_library()
         _load_library(library)
     return library
@@ -169,7 +169,6 @@ def build_library() -> Path:
         raise BuildError(f"no C++ compiler ({wanted} is not on PATH); install g++ or set CXX")
     if sys.platform == "win32":
         raise BuildError("the C++ kernels are not built on Windows")
-    check_compiler(compiler, _NATIVE_FLAGS)
     asked = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
     name = f"{stem}_{_compute_digest(compiler, asked.stdout)}"
     library = cache / f"{name}.so"
@@ -179,6 +178,7 @@ def build_library() -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(library.with_suffix(".lock")):
             if not library.exists():
+                check_compiler(compiler, _NATIVE_FLAGS)
                 _compile_library(name, sources, library)
     except OSError as error:
         raise BuildError(f"the cache {cache} cannot be written ({error})") from error
@@ -188,13 +188,13 @@ def build_library() -> Path:
 def check_compiler(compiler: str, flags: Sequence[str]) -> None:
     """Raise `BuildError` if it refuses the flags or has no OpenMP, before a minute is lost."""
     program = "#include <omp.h>\nint main() { return omp_get_max_threads(); }\n"
-    command = [compiler, *flags, "-fsyntax-only", "-x", "c++", "-"]
+    command = [*compiler.split(), *flags, "-fsyntax-only", "-x", "c++", "-"]
     tried = subprocess.run(command, input=program, capture_output=True, text=True, check=False)
     if tried.returncode:
         said = next((line for line in tried.stderr.splitlines() if "error" in line), "no reason")
         raise BuildError(
             f"{compiler} cannot compile them ({said.strip()}); set CXX to g++, or to a clang with "
-            f"OpenMP, which Apple's has not"
+            f"OpenMP (Apple's clang has none)"
         )
 
 

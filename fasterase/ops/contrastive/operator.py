@@ -276,9 +276,14 @@ def add_autograd(
 def _save_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.groups, *ctx.options = inputs[6:]
     _, *saved = output
+    # Labels among the options: saved as the features are, so that a later change of them raises.
+    ctx.labels = [place for place, x in enumerate(ctx.options) if isinstance(x, Tensor)]
+    labels = [ctx.options[place] for place in ctx.labels]
+    for place in ctx.labels:
+        ctx.options[place] = None
     ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:6], *saved)
+    ctx.save_for_backward(*labels, *inputs[:6], *saved)
 
 
 def _make_backward(operator: Operator) -> Callable[..., tuple[Tensor | None, ...]]:
@@ -288,7 +293,11 @@ def _make_backward(operator: Operator) -> Callable[..., tuple[Tensor | None, ...
     def run(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         wants = ctx.needs_input_grad
         wanted = Wanted._make((*wants[:3], True))
-        made = operator.differentiate(upstream, ctx.saved_tensors, ctx.groups, wanted, ctx.options)
+        options, count = list(ctx.options), len(ctx.labels)
+        for place, labels in zip(ctx.labels, ctx.saved_tensors[:count], strict=True):
+            options[place] = labels
+        saved = ctx.saved_tensors[count:]
+        made = operator.differentiate(upstream, saved, ctx.groups, wanted, options)
         gradients = (g if is_wanted else None for g, is_wanted in zip(made, wants, strict=False))
         return (*gradients, *(None,) * (len(wants) - 3))
 

@@ -7,19 +7,23 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
+import hashlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
+from filelock import FileLock
 from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 
 # Stated, since Triton 3.10 changes the default: a multiply-add rounds once.
 FIXED_OPTIONS = {"enable_fp_fusion": True}
+# Seconds that a process waits for another to compile a kernel, which takes some ten.
+COMPILE_SECONDS = 120.0
 
 # By kernel, variant and constants, a compiled kernel and the constants that it takes as arguments.
 Handles = dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]]
@@ -30,19 +34,21 @@ class Launcher(NamedTuple):
 
     handles: Handles
     stream: int | None  # None: through `JITFunction`
+    signature: tuple[Any, ...] = ()
 
     @classmethod
-    def of(cls, *signature: Any) -> Launcher:
+    def of(cls, device: torch.device, *signature: Any) -> Launcher:
         """A launcher for calls of one signature, which settles whatever kernels specialise on.
 
         That is: the device, the dtype of every tensor, whether its address is a multiple of 16
         bytes, and all integers, but for what a kernel lists in `do_not_specialize`.
         """
-        handles = _handles_of(*signature)
+        handles = _handles_of(device, *signature)
         hooks = triton.knobs.runtime.launch_enter_hook
         if not handles or getattr(hooks, "calls", hooks):  # a profiler's, which may change kernels
-            return cls(handles, None)
-        return cls(handles, driver.active.get_current_stream(driver.active.get_current_device()))
+            return cls(handles, None, signature)
+        stream = driver.active.get_current_stream(driver.active.get_current_device())
+        return cls(handles, stream, signature)
 
     def __call__(
         self, kernel: Any, grid: tuple[int, int], *args: Any, variant: int = 0, **constants: Any
@@ -66,7 +72,8 @@ class Launcher(NamedTuple):
             )  # fmt: skip
             return
         compiles = found is None and isinstance(kernel, triton.JITFunction)
-        with _first_of_ranks() if compiles else contextlib.nullcontext():
+        what = getattr(kernel, "__name__", ""), self.signature, key[1:]
+        with _first_of_ranks(*what) if compiles else contextlib.nullcontext():
             made = _compile_and_launch(kernel, (*grid, 1), args, constants)
         # The interpreter has no handle; another version of Triton may have another kind.
         if all(hasattr(made, name) for name in ("run", "function", "packed_metadata")):
@@ -80,18 +87,21 @@ def _handles_of(*signature: Any) -> Handles:
 
 
 @contextlib.contextmanager
-def _first_of_ranks() -> Iterator[None]:
-    """Let one process of a machine compile at a time, so that the others find it in the cache."""
+def _first_of_ranks(*what: Any) -> Iterator[None]:
+    """Let one process compile a kernel, so that the others find it in Triton's cache."""
+    name = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
     try:
         folder = Path(triton.knobs.cache.dir)
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / "fasterase.lock").open("w")
-        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed, or the process has died
-    except (OSError, AttributeError):  # a file system without locks: each compiles for itself
+        lock = FileLock(folder / f"fasterase-{name}.lock", timeout=COMPILE_SECONDS)
+        lock.acquire()
+    except (OSError, AttributeError):  # no locks there, or a holder that hangs: compile it here too
         yield
         return
-    with file:
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _compile_and_launch(
