@@ -23,6 +23,7 @@ from fasterase.evaluation.verdict import (
     REMEMBERED_RESIDUE,
     TOWER_HIT,
     UNDECIDED,
+    WITHHELD,
     Trace,
     decide,
 )
@@ -116,9 +117,10 @@ class Check(NamedTuple):
 
     @property
     def lacks_withheld_alone(self) -> bool:
-        """Whether all that was trained on is low enough, and the run has not reached its end."""
-        trained = Check(self.trained, self.damage, self.exceeded)
-        return bool(self.trained) and trained.is_low and not self.is_safely_forgotten
+        """Whether all is low enough but the withheld pairs, for which the run goes on."""
+        others = {n: trace for n, trace in self.traces.items() if n != WITHHELD}
+        rest = Check({**others, **self.trained}, self.damage, self.exceeded)
+        return bool(self.trained) and rest.is_low and not self.is_safely_forgotten
 
     @property
     def is_low(self) -> bool:
