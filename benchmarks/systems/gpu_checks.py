@@ -196,7 +196,8 @@ def main(argv: list[str] | None = None) -> int:
         is_equal = str(row["equal"]) == "True"
         print(f"{row['call']}, N={row['n']}: {'equal' if is_equal else 'DIFFERENT'}", flush=True)
         if row.get("eager_ms"):
-            print(f"  {row['eager_ms']} ms, replayed {row['replay_ms']} ms", flush=True)
+            eager, replayed = (float(row[name]) for name in ("eager_ms", "replay_ms"))
+            print(f"  {eager:.3f} ms, replayed {replayed:.3f} ms", flush=True)
         is_good &= is_equal
     return int(not is_good)
 
