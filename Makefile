@@ -2,9 +2,10 @@
 #
 #   PYTHON=python3.12       the interpreter of a new .venv (3.10 or newer)
 #   PIP_ARGS="..."          handed to pip, such as the index of CPU-only torch wheels
-#   STAGE=name WHEELS=dir   one stage of `make gpu`; a folder of wheels to install before it
+#   STAGE="a b" WHEELS=dir  these stages of `make gpu`; a folder of wheels to install before them
 #   RESULTS=dir WORK=dir    where its results go, and caches and wheels; DRY=1 tries it on a CPU
-#   ARGS="..."              handed to the command: make demo ARGS="--forget animal-bird"
+#   ARGS="..."              handed to the command: make demo ARGS="--forget animal-bird",
+#                           make gpu ARGS="--total 540" for what fits into nine minutes
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -31,7 +32,7 @@ help:
 	@echo 'make lint     the checks without the tests'
 	@echo 'make docs     build the site into site/'
 	@echo 'make gpu      on a machine with a GPU: its tests, checks and benchmarks, in stages'
-	@echo 'make gpu-wheels  fetch what such a machine without a network lacks'
+	@echo 'make gpu-wheels  fetch packages that such a machine may lack'
 	@echo 'make format   put the code into its standard form'
 	@echo 'make clean    remove .venv and everything built'
 	@echo

@@ -10,7 +10,7 @@ import platform
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,35 @@ def write_csv(
     write_text(path, text.getvalue())
 
 
+def measure_once(
+    path: Path, thing: Mapping[str, Any], device: str, measure: Callable[[], list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """Return the rows of `thing` in a CSV file, measured on this device by this version.
+
+    Where the file lacks them, or one of them says why it has no value or that bits differ, they are
+    measured, and written in place of those of another version.
+    """
+    rows = read_csv(path)
+    key, here = {name: str(value) for name, value in thing.items()}, measured_on(device)
+    same = key | {"gpu_name": here["gpu_name"]}
+    found = [row for row in rows if same.items() <= row.items()]
+    if found and all(
+        here.items() <= row.items() and not row.get("why") and row.get("equal") != "False"
+        for row in found
+    ):
+        return [dict(row) for row in found]
+    others = [row for row in rows if row not in found]
+    measured = [{**key, **row, **here} for row in measure()]
+    write_csv(path, [*others, *measured], decimals=4)
+    return measured
+
+
+def forget_rows(path: Path, check: str) -> None:
+    """Remove the rows of a check from a CSV file, so that they are measured again."""
+    if path.exists():
+        write_csv(path, [row for row in read_csv(path) if row["check"] != check])
+
+
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
     """Format a Markdown table, of which the first `left` columns are words."""
     rule = "|" + "---|" * left + "---:|" * (len(columns) - left)
@@ -79,13 +108,27 @@ def device_name(device: str) -> str:
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
+def measured_on(device: str) -> dict[str, str]:
+    """Return the columns that say what a row was measured on."""
+    import torch
+
+    versions = {"torch": torch.__version__, "version": code_version()}
+    return {"gpu_name": device_name(device), **versions}
+
+
 @functools.cache
 def code_version() -> str:
-    """Return fasterase's version and commit; without git, that of FASTERASE_COMMIT."""
+    """Return fasterase's version and commit; without git, that of FASTERASE_COMMIT.
+
+    New results do not make it "-dirty": a benchmark that writes them must know its rows again.
+    """
     commit = ""
     if shutil.which("git"):
-        command = ["git", "describe", "--always", "--dirty"]
-        here = Path(__file__).parent
-        commit = subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip()
+        root = Path(__file__).parents[1]
+        command = ["git", "describe", "--always"]
+        commit = subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip()
+        changes = ["git", "diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results"]
+        if commit and subprocess.run(changes, cwd=root, capture_output=True).returncode:
+            commit += "-dirty"
     commit = commit or os.environ.get("FASTERASE_COMMIT", "")
     return f"{fasterase.__version__} {commit}".strip()

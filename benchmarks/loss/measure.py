@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import random
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -172,31 +174,44 @@ def available_bytes(device: str) -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+class Truth(NamedTuple):
+    """An exact loss in fp64, and its gradients."""
+
+    loss: Tensor
+    reference_entropy: Tensor  # constant
+    gradients: tuple[Tensor, ...]  # of the leaves
+
+
+# Each provider of a case compares with the same one, which takes longer than all of them.
+@functools.lru_cache(maxsize=1)
+def fp64_truth(case: Case, objective: str) -> Truth:
+    """Compute a loss of the case's inputs in fp64."""
+    exact = in_fp64(make_inputs(case))
+    losses = tiled_losses(exact) if case.num_pairs > _DENSE_PAIRS else exact_losses(exact)
+    loss: Tensor = getattr(losses, objective)
+    gradients = torch.autograd.grad(loss, exact.leaves)
+    return Truth(loss.detach(), losses.reference_entropy.detach(), gradients)
+
+
 def errors_against_fp64(provider: Provider, case: Case) -> dict[str, float]:
     """Return the relative error of the loss and of each gradient.
 
     A relative error is the largest deviation divided by the largest true value. The truth is
     computed in fp64 from the same numbers that the provider gets.
     """
-    is_large = case.num_pairs > _DENSE_PAIRS
-    if is_large and provider.objective == "siglip":
+    if case.num_pairs > _DENSE_PAIRS and provider.objective == "siglip":
         raise UnavailableError("its exact loss takes whole matrices in fp64, which do not fit")
     loss, inputs = provider.build(case), make_inputs(case)
-    exact = in_fp64(inputs)
-    losses = tiled_losses(exact) if is_large else exact_losses(exact)
-    truth: Tensor = getattr(losses, provider.objective)
-    if provider.omits_reference_entropy:
-        truth = truth + losses.reference_entropy
-    truth.backward()
+    truth = fp64_truth(case, provider.objective)
+    true_loss = truth.loss + provider.omits_reference_entropy * truth.reference_entropy
     value = loss(inputs)
     value.backward()
-    errors = {"loss_error": _relative(value.detach(), truth.detach())}
+    errors = {"loss_error": _relative(value.detach(), true_loss)}
     names = ("image_grad_error", "text_grad_error", "scale_grad_error")
-    for name, leaf, true_leaf in zip(names, inputs.leaves, exact.leaves, strict=True):
+    for name, leaf, gradient in zip(names, inputs.leaves, truth.gradients, strict=True):
         if name != "scale_grad_error" or provider.has_scale_gradient:
             assert leaf.grad is not None
-            assert true_leaf.grad is not None
-            errors[name] = _relative(leaf.grad, true_leaf.grad)
+            errors[name] = _relative(leaf.grad, gradient)
     return errors
 
 

@@ -41,6 +41,7 @@ class Provider:
     objective: str = "clip"  # the field of `Losses` that it computes
     omits_reference_entropy: bool = False  # its KL is a cross-entropy
     has_scale_gradient: bool = True
+    makes_gradients_early: bool = False  # in its forward pass, so only both together compare
     compiles: bool = False
 
     @property
@@ -223,9 +224,14 @@ _OPEN_CLIP = Provider(
     omits_reference_entropy=True,
 )
 _ALL = (
-    Provider("fasterase-triton", partial(_fasterase, "triton")),
-    Provider("fasterase-cpu", partial(_fasterase, "cpu"), keeps_logits=True),
-    Provider("fasterase-chunked", partial(_fasterase, "chunked")),
+    Provider("fasterase-triton", partial(_fasterase, "triton"), makes_gradients_early=True),
+    Provider(
+        "fasterase-cpu",
+        partial(_fasterase, "cpu"),
+        keeps_logits=True,
+        makes_gradients_early=True,
+    ),
+    Provider("fasterase-chunked", partial(_fasterase, "chunked"), makes_gradients_early=True),
     Provider(
         "fasterase-dense", partial(_fasterase, "dense"), dense_matrices=(7, 20), keeps_logits=True
     ),

@@ -6,8 +6,9 @@ Sweeps N and D, with and without the KL to a frozen original, and at the first w
 labels, under which four pairs at a time are each other's positives. All providers (providers.py)
 run in one process and in turn; times of different cells were not measured in turn. Each number
 becomes one row of benchmarks/results/contrastive_<device>.csv as soon as its cell is measured. An
-interrupted command resumes from there; --fresh starts again. If a provider cannot take a case, its
-row gives the reason.
+interrupted command resumes from the rows of this version of the code; --fresh measures the cells
+that are asked for again. If a provider cannot take a case, its row gives the reason. A provider
+that failed, or that was not installed and now is, is tried again after all other cells.
 
 Rates are the FLOPs of an implementation that keeps no [N, N] matrix, divided by the median time.
 They are also given as a fraction of the rate of one large matrix product timed in turn with the
@@ -42,7 +43,7 @@ from benchmarks.loss.measure import (
     repetition,
     time_interleaved,
 )
-from benchmarks.loss.providers import PROVIDERS, Provider, UnavailableError
+from benchmarks.loss.providers import PROVIDERS, Loss, Provider, UnavailableError
 from benchmarks.loss.report import draw_curves, explain_share, markdown_tables
 from benchmarks.loss.rows import Row, read_rows, write_rows
 from benchmarks.processes import describe_error
@@ -58,6 +59,7 @@ GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
 _SHARE_OF_MEMORY = 0.9
 
 Work = tuple[str, Case, str]  # metric, case, mode
+Key = tuple[Any, ...]  # of a row
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -65,21 +67,28 @@ def main(argv: list[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     path = args.output or RESULTS / f"contrastive_{args.device}.csv"
-    rows = [] if args.fresh else read_rows(path)
+    rows = read_rows(path)
+    work = _keyed(args)
+    if args.fresh:
+        asked = {key for _, keys in work for each in keys.values() for key in each}
+        rows = [row for row in rows if row.key not in asked]
+    failed = {row.key for row in _of_this_version(rows).values() if row.y_value_50 is None}
+    # What fails every time must not keep a resumed command from the cells that follow.
+    work.sort(key=lambda cell: any(key in failed for keys in cell[1].values() for key in keys))
     warnings.filterwarnings("ignore", message=".*[Tt]ensor [Cc]ores.*")
     reported: set[tuple[str, str]] = set()
-    with tqdm(list(cases(args)), unit="cell", dynamic_ncols=True, disable=None) as bar:
-        for metric, case, mode in bar:
+    with tqdm(work, unit="cell", dynamic_ncols=True, disable=None) as bar:
+        for (metric, case, mode), keys in bar:
             bar.set_postfix_str(f"{metric} {mode} N={case.num_pairs} D={case.width} kl={case.kl}")
-            done = {row.key for row in rows}
-            asked = [PROVIDERS[name] for name in args.providers]
+            known = _of_this_version(rows)
             missing = [
-                provider
-                for provider in asked
-                if not {_row(case, provider.name, mode, m).key for m in _metrics(metric)} <= done
+                PROVIDERS[name]
+                for name in args.providers
+                if not _is_done(PROVIDERS[name], case, mode, [known.get(key) for key in keys[name]])
             ]
             if missing and metric == "speed":
-                missing = asked  # times compare only if measured in turn
+                # Times compare only if measured in turn.
+                missing = [PROVIDERS[name] for name in args.providers]
             if missing:
                 found = _measure(metric, case, mode, missing, args)
                 rows += found
@@ -91,6 +100,37 @@ def main(argv: list[str] | None = None) -> None:
                         reported.add(why)
     print(f"{len(rows)} rows in {path}")
     _show(path, args)
+
+
+def _keyed(args: argparse.Namespace) -> list[tuple[Work, dict[str, list[Key]]]]:
+    """Return the cells, each with the keys of the rows that each provider can give."""
+    found = []
+    for metric, case, mode in cases(args):
+        keys = {
+            name: [_row(case, name, mode, m).key for m in _metrics(metric, PROVIDERS[name])]
+            for name in args.providers
+        }
+        found.append(((metric, case, mode), keys))
+    return found
+
+
+def _of_this_version(rows: list[Row]) -> dict[Key, Row]:
+    return {row.key: row for row in rows if row.version == code_version()}
+
+
+def _is_done(provider: Provider, case: Case, mode: str, rows: list[Row | None]) -> bool:
+    """Tell whether a provider's rows of a cell have values, or would still give their reason."""
+    if None in rows:
+        return False
+    if all(row is not None and row.y_value_50 is not None for row in rows):
+        return True
+    try:
+        _prepare(provider, case, mode)
+    except UnavailableError:
+        return True
+    except Exception:
+        return False
+    return False
 
 
 def _show(path: Path, args: argparse.Namespace) -> None:
@@ -174,8 +214,7 @@ def _speed_rows(
 
 
 def _repetition(provider: Provider, case: Case, mode: str) -> Repetition:
-    _refuse_too_large(provider, case)
-    return repetition(provider.build(case), _inputs(case), mode, case.device)
+    return repetition(_prepare(provider, case, mode), _inputs(case), mode, case.device)
 
 
 @functools.lru_cache(maxsize=1)
@@ -187,7 +226,7 @@ def _inputs(case: Case) -> Inputs:
 def _memory_row(case: Case, mode: str, provider: Provider) -> Row:
     row = _row(case, provider.name, mode, "memory")
     try:
-        _refuse_too_large(provider, case)
+        _prepare(provider, case, mode)
         _fill(row, [peak_extra_bytes(provider, case, mode) / 2**20])
     except Exception as error:
         row.extra["why"] = describe_error(error)
@@ -198,6 +237,7 @@ def _error_rows(case: Case, mode: str, provider: Provider) -> list[Row]:
     found: dict[str, float] = {}
     why = f"{provider.name} gives no gradient of the scale"
     try:
+        _prepare(provider, case, mode)
         found = errors_against_fp64(provider, case)
     except Exception as error:
         why = describe_error(error)
@@ -212,13 +252,21 @@ def _error_rows(case: Case, mode: str, provider: Provider) -> list[Row]:
     return rows
 
 
-def _refuse_too_large(provider: Provider, case: Case) -> None:
+def _prepare(provider: Provider, case: Case, mode: str) -> Loss:
+    """Build a provider's loss.
+
+    Raises:
+        UnavailableError: it cannot take the case or the mode.
+    """
+    if provider.makes_gradients_early and mode in ("forward", "backward"):
+        raise UnavailableError("its forward pass makes the gradients: only both together compare")
     needed, free = provider.dense_bytes(case), available_bytes(case.device)
     if needed > _SHARE_OF_MEMORY * free:
         raise UnavailableError(
             f"not tried: its dense matrices take about {needed / 2**30:.1f} GiB, "
             f"{free / 2**30:.1f} GiB are free"
         )
+    return provider.build(case)
 
 
 def _row(case: Case, provider: str, mode: str, metric: str) -> Row:
@@ -250,8 +298,10 @@ def _row(case: Case, provider: str, mode: str, metric: str) -> Row:
     )
 
 
-def _metrics(metric: str) -> tuple[str, ...]:
-    return ERRORS if metric == "error" else (metric,)
+def _metrics(metric: str, provider: Provider) -> tuple[str, ...]:
+    if metric != "error":
+        return (metric,)
+    return ERRORS if provider.has_scale_gradient else ERRORS[:-1]
 
 
 def _fill(row: Row, values: list[float]) -> None:
@@ -294,7 +344,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-samples", type=int, default=100)
     add("--threads", type=int, help="CPU threads; default: torch's")
     add("--output", type=Path, help="CSV file to write")
-    add("--fresh", action="store_true", help="measure everything again")
+    add("--fresh", action="store_true", help="measure again what is asked for")
     add("--plot", action="store_true", help="draw curves into files beside the CSV")
     add("--table", action="store_true", help="print Markdown tables, and write them beside the CSV")
     return parser

@@ -8,15 +8,17 @@
 compute-sanitizer. "repeats" makes each call many times, between allocations that move its memory,
 and compares the bits. It writes a digest of each call's results, and ends with code 1 if two
 repeats differ. "graphs" captures a step of weighted losses as a CUDA graph, replays it on other
-features, and compares bits and time with the step itself. Both write to
-benchmarks/results/gpu_checks.csv. On CPU tensors, under TRITON_INTERPRET=1, sizes are smaller and
-nothing is captured.
+features, and compares bits and time with the step itself. Both write each row to
+benchmarks/results/gpu_checks.csv as soon as it is measured, and leave out what this version has
+measured on this GPU, unless bits differed; --fresh measures it again. On CPU tensors, under
+TRITON_INTERPRET=1, sizes are smaller and nothing is captured.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +31,7 @@ from torch.nn.functional import normalize
 from benchmarks.command import exit_with, new_parser
 from benchmarks.loss.case import Case, make_inputs
 from benchmarks.loss.measure import clock
-from benchmarks.result_files import RESULTS, code_version, device_name, read_csv, write_csv
+from benchmarks.result_files import RESULTS, forget_rows, measure_once
 from fasterase.ops.contrastive import contrastive, weighted_contrastive
 
 
@@ -63,7 +65,9 @@ class Call(NamedTuple):
             options["labels"] = (torch.arange(self.num_pairs) % 40).to(device)
         if self.weighted:
             weights = torch.rand(4 if self.kl else 2, self.num_pairs, generator=generator)
-            found = weighted_contrastive(image, text, scale, weights.to(device), **options)
+            found = weighted_contrastive(
+                image, text, scale, weights.to(device), products=self.products, **options
+            )
             losses, total = found.losses, found.total
         else:
             losses = contrastive(image, text, scale, products=self.products, **options)
@@ -94,8 +98,8 @@ def digest(tensors: list[Tensor]) -> str:
     return found.hexdigest()[:16]
 
 
-def repeat(call: Call, device: str, times: int) -> dict[str, Any]:
-    """Return the row of one call made `times` times."""
+def repeat(call: Call, device: str, times: int) -> list[dict[str, Any]]:
+    """Make one call `times` times; return a row: were the bits equal, and their digest."""
     digests = set()
     held: list[Tensor] = []
     for number in range(times):
@@ -103,18 +107,15 @@ def repeat(call: Call, device: str, times: int) -> dict[str, Any]:
         # Moves what the next call allocates, and leaves NaN in it.
         held.append(torch.full((1000 * (number + 1),), torch.nan, device=device))
         held = held[-3:]
-    row: dict[str, Any] = {"check": "repeats", "call": call.name, "n": call.num_pairs}
-    row |= {"width": call.width, "times": times, "equal": len(digests) == 1}
-    return {**row, "digest": " ".join(sorted(digests)), **_here(device)}
+    return [{"equal": len(digests) == 1, "digest": " ".join(sorted(digests))}]
 
 
-def replay(num_pairs: int, width: int, device: str, *, kl: bool) -> dict[str, Any]:
-    """Return the row of a step that was captured with some features and replayed with others."""
-    dtype = "float16" if device == "cpu" else "bfloat16"
-    first, second = (
-        make_inputs(Case(num_pairs, width, dtype, kl=kl, device=device), seed) for seed in (0, 1)
-    )
-    weights = torch.full((4 if kl else 2, num_pairs), 1 / num_pairs, device=device)
+def replay(case: Case) -> list[dict[str, Any]]:
+    """Capture a step with some features, replay it with others; return a row: bits and times."""
+    device = case.device
+    first, second = (make_inputs(case, seed) for seed in (0, 1))
+    shape = (4 if case.kl else 2, case.num_pairs)
+    weights = torch.full(shape, 1 / case.num_pairs, device=device)
 
     def step() -> list[Tensor]:
         found = weighted_contrastive(*first.leaves, weights, **first.reference, backend="triton")
@@ -131,8 +132,7 @@ def replay(num_pairs: int, width: int, device: str, *, kl: bool) -> dict[str, An
         name: float(np.median([clock(call, device) for _ in range(20 if device == "cuda" else 1)]))
         for name, call in (("eager_ms", step), ("replay_ms", run_again))
     }
-    row = {"check": "graphs", "call": f"weighted, {dtype}, {'KL' if kl else 'InfoNCE'}"}
-    return {**row, "n": num_pairs, "width": width, "equal": equal, **times, **_here(device)}
+    return [{"equal": equal, **times}]
 
 
 def capture(
@@ -153,9 +153,23 @@ def capture(
     return outputs, graph.replay
 
 
-def _here(device: str) -> dict[str, str]:
-    versions = {"torch": torch.__version__, "version": code_version()}
-    return {"gpu_name": device_name(device), **versions}
+def measurements(
+    mode: str, device: str, times: int | None
+) -> Iterator[tuple[dict[str, Any], Callable[[], list[dict[str, Any]]]]]:
+    """Yield what is measured, and the function that measures it."""
+    on_gpu = device == "cuda"
+    if mode == "graphs":
+        dtype = "bfloat16" if on_gpu else "float16"
+        for n, kl in product((1024, 4096, 16384) if on_gpu else (24,), (False, True)):
+            case = Case(n, 768 if on_gpu else 16, dtype, kl=kl, device=device)
+            name = f"weighted, {dtype}, {'KL' if kl else 'InfoNCE'}"
+            thing = {"check": mode, "call": name, "n": n, "width": case.width}
+            yield thing, partial(replay, case)
+        return
+    times = times or (20 if on_gpu else 2)
+    for call in calls(5000 if on_gpu else 40, 512 if on_gpu else 20, has_bf16=on_gpu):
+        thing = {"check": mode, "call": call.name, "n": call.num_pairs, "width": call.width}
+        yield thing | {"times": times}, partial(repeat, call, device, times)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -163,6 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("mode", choices=("small", "repeats", "graphs"))
     parser.add_argument("--times", type=int, help="repeats of a call; default: 20, on a CPU 2")
     parser.add_argument("--output", type=Path, default=RESULTS / "gpu_checks.csv")
+    parser.add_argument("--fresh", action="store_true", help="measure everything again")
     args = parser.parse_args(argv)
     on_gpu = torch.cuda.is_available()
     device = "cuda" if on_gpu else "cpu"
@@ -173,24 +188,18 @@ def main(argv: list[str] | None = None) -> int:
             if not finite:
                 return 1
         return 0
-    rows: list[dict[str, Any]] = []
-    if args.mode == "graphs":
-        for num_pairs, kl in product((1024, 4096, 16384) if on_gpu else (24,), (False, True)):
-            rows.append(replay(num_pairs, 768 if on_gpu else 16, device, kl=kl))
-            print(rows[-1], flush=True)
-        return _write(args.output, args.mode, rows)
-    times = args.times or (20 if on_gpu else 2)
-    for call in calls(5000 if on_gpu else 40, 512 if on_gpu else 20, has_bf16=on_gpu):
-        rows.append(repeat(call, device, times))
-        print(f"{call.name}: {'equal' if rows[-1]['equal'] else 'DIFFERENT'}", flush=True)
-    return _write(args.output, args.mode, rows)
-
-
-def _write(path: Path, mode: str, rows: list[dict[str, Any]]) -> int:
-    """Replace the rows of a mode; return the exit code."""
-    others = [row for row in read_csv(path) if row["check"] != mode]
-    write_csv(path, [*others, *rows])
-    return 0 if all(row["equal"] for row in rows) else 1
+    if args.fresh:
+        forget_rows(args.output, args.mode)
+    is_good = True
+    for thing, measure in measurements(args.mode, device, args.times):
+        (row,) = measure_once(args.output, thing, device, measure)
+        is_equal = str(row["equal"]) == "True"
+        print(f"{row['call']}, N={row['n']}: {'equal' if is_equal else 'DIFFERENT'}", flush=True)
+        if row.get("eager_ms"):
+            eager, replayed = (float(row[name]) for name in ("eager_ms", "replay_ms"))
+            print(f"  {eager:.3f} ms, replayed {replayed:.3f} ms", flush=True)
+        is_good &= is_equal
+    return int(not is_good)
 
 
 if __name__ == "__main__":

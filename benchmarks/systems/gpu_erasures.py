@@ -7,8 +7,8 @@
 and compares peak memory and the time of a step with what `fasterase.plan` says. "ranks" runs the
 same steps plainly, over NCCL and with DeepSpeed at each stage, all on one rank, and compares the
 last loss: these paths must work before there are several GPUs. Each run becomes a row of
-benchmarks/results/gpu_erasures.csv at once, and is not repeated for the same version and GPU.
-Without a GPU the models are small, and NCCL is gloo.
+benchmarks/results/gpu_erasures.csv at once, and is not repeated for the same version and GPU,
+unless it failed or --fresh is given. Without a GPU the models are small, and NCCL is gloo.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ import torch.distributed as dist
 import fasterase
 from benchmarks.command import exit_with, new_parser
 from benchmarks.processes import MeasurementError, call_in_process
-from benchmarks.result_files import RESULTS, code_version, device_name, read_csv, write_csv
+from benchmarks.result_files import RESULTS, forget_rows, measure_once
 from benchmarks.systems.plan_memory import random_pairs
 from fasterase.models.load import load_architecture
 from fasterase.planner.count import PeakMemory, with_random_weights
@@ -112,36 +113,40 @@ def planned(case: Case) -> dict[str, float]:
     return {"planned_mb": plan.setup.peak_bytes / 1e6, "planned_ms": 1e3 * pairs / speed}
 
 
+def measure(case: Case, mode: str, expected: float | None) -> list[dict[str, Any]]:
+    """Return the row of a run; where it failed, or ends far from the expected loss, with why."""
+    started = time.monotonic()
+    row: dict[str, Any] = {}
+    try:
+        row = call_in_process(run, case, seconds=_LIMIT_SECONDS, preload=["fasterase.api"])
+        row |= planned(case) if mode == "plan" else {}
+        if expected is not None and not abs(row["loss"] - expected) <= _TOLERANCE * abs(expected):
+            row["why"] = f"its last loss, {row['loss']:.4g}, is not the plain run's, {expected:.4g}"
+    except MeasurementError as error:
+        row["why"] = str(error)
+    return [{**row, "seconds": time.monotonic() - started}]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = new_parser(__doc__, prog="python -m benchmarks.systems.gpu_erasures")
     parser.add_argument("mode", choices=("plan", "ranks"))
     parser.add_argument("--output", type=Path, default=RESULTS / "gpu_erasures.csv")
+    parser.add_argument("--fresh", action="store_true", help="run everything again")
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    here = {"gpu_name": device_name(device), "torch": torch.__version__, "version": code_version()}
-    rows: list[dict[str, Any]] = list(read_csv(args.output))
+    if args.fresh:
+        forget_rows(args.output, args.mode)
     expected: float | None = None
     is_good = True
     for case in cases(args.mode, device):
-        named = {name: str(value) for name, value in case._asdict().items()}
-        row: dict[str, Any] = {"check": args.mode, **named, **here}
-        known = [each for each in rows if all(each.get(k) == v for k, v in row.items())]
-        if not known:
-            started = time.monotonic()
-            try:
-                row |= call_in_process(run, case, seconds=_LIMIT_SECONDS, preload=["fasterase.api"])
-                row |= planned(case) if args.mode == "plan" else {}
-            except MeasurementError as error:
-                row["why"] = str(error)
-            row["seconds"] = time.monotonic() - started
-            rows.append(row)
-            write_csv(args.output, rows, decimals=4)
-            known = [row]
-        print(known[0], flush=True)
-        loss = float(known[0].get("loss") or "nan")
-        expected = loss if expected is None else expected
-        is_far = args.mode == "ranks" and not abs(loss - expected) <= _TOLERANCE * abs(expected)
-        is_good &= not known[0].get("why") and not is_far
+        thing = {"check": args.mode, **case._asdict()}
+        (row,) = measure_once(
+            args.output, thing, device, partial(measure, case, args.mode, expected)
+        )
+        print(row, flush=True)
+        if args.mode == "ranks" and expected is None:
+            expected = float(row.get("loss") or "nan")
+        is_good &= not row.get("why")
     return int(not is_good)
 
 

@@ -5,15 +5,17 @@
 
 "warm" makes a call of each kind in 16 processes at a time, which fills Triton's cache on disk.
 "kernels" profiles steps of weighted losses: of every kernel, cuBLAS's included, its share of the
-GPU's time, and beside them the time that the host takes to launch a step. It writes
-benchmarks/results/gpu_kernels.csv. Without a GPU, under TRITON_INTERPRET=1, sizes are small and
-the rows are torch's operators on the CPU.
+GPU's time, and beside them the time that the host takes to launch a step. It writes each step to
+benchmarks/results/gpu_checks.csv as soon as it is profiled, and leaves out those that this version
+has profiled on this GPU; --fresh profiles them again. Without a GPU, under TRITON_INTERPRET=1,
+sizes are small and the rows are torch's operators on the CPU.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from torch import Tensor
 from benchmarks.command import exit_with, new_parser
 from benchmarks.loss.case import Case, make_inputs
 from benchmarks.processes import call_all, describe_error
-from benchmarks.result_files import RESULTS, code_version, device_name, write_csv
+from benchmarks.result_files import RESULTS, forget_rows, measure_once
 from benchmarks.systems.gpu_checks import Call, calls
 from fasterase.ops.contrastive import weighted_contrastive
 
@@ -39,10 +41,10 @@ def warm_calls(device: str) -> Iterator[Call]:
         return
     for num_pairs, width in ((5000, 512), (130, 80)):
         yield from calls(num_pairs, width, has_bf16=True)
+    # All sizes and the usual widths share the kernels of one.
     kinds = [(torch.bfloat16, "auto"), (torch.float32, "fp16")]
-    options = product(kinds, (512, 768, 1280), (4096, 4099), (False, True), (False, True))
-    for (dtype, products), width, n, kl, weighted in options:
-        yield Call("", n, width, dtype, products, kl, (n,), False, weighted)
+    for (dtype, products), kl, weighted in product(kinds, (False, True), (False, True)):
+        yield Call("", 4096, 768, dtype, products, kl, (4096,), False, weighted)
 
 
 def compile_call(call: Call, device: str) -> str:
@@ -87,21 +89,20 @@ def profile_step(case: Case, steps: int) -> list[dict[str, Any]]:
     name = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     spent = {each.key: (getattr(each, name), each.count) for each in profile.key_averages()}
     total = sum(micros for micros, _ in spent.values())
-    here = {"n": case.num_pairs, "width": case.width, "kl": case.kl, "dtype": case.dtype}
     rows = [
         {"kernel": key, "us": micros / steps, "launches": count / steps, "share": micros / total}
         for key, (micros, count) in sorted(spent.items(), key=lambda each: -each[1][0])
         if micros
     ]
     rows.append({"kernel": "host, to launch a step", "us": host * 1e6})
-    versions = {"torch": torch.__version__, "version": code_version()}
-    return [{**here, **row, "gpu_name": device_name(case.device), **versions} for row in rows]
+    return rows
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = new_parser(__doc__, prog="python -m benchmarks.systems.gpu_kernels")
     parser.add_argument("mode", choices=("warm", "kernels"))
-    parser.add_argument("--output", type=Path, default=RESULTS / "gpu_kernels.csv")
+    parser.add_argument("--output", type=Path, default=RESULTS / "gpu_checks.csv")
+    parser.add_argument("--fresh", action="store_true", help="profile everything again")
     args = parser.parse_args(argv)
     on_gpu = torch.cuda.is_available()
     device = "cuda" if on_gpu else "cpu"
@@ -111,13 +112,15 @@ def main(argv: list[str] | None = None) -> int:
         wrong = {said for said in found.values() if said != "compiled"}
         print("\n".join(sorted(wrong)) or f"{len(found)} calls compiled")
         return int(bool(wrong))
-    rows: list[dict[str, Any]] = []
+    if args.fresh:
+        forget_rows(args.output, args.mode)
     sizes = (1024, 4096, 8192, 32768) if on_gpu else (24,)
     for n, width, kl in product(sizes, (512, 768, 1280) if on_gpu else (16,), (False, True)):
         case = Case(n, width, "bfloat16" if on_gpu else "float16", kl=kl, device=device)
-        rows += profile_step(case, _STEPS if on_gpu else 1)
-        write_csv(args.output, rows, decimals=4)
-        print(f"N={n} D={width} {'KL' if kl else 'InfoNCE'}: {rows[-1]['us']:.0f} us of the host")
+        thing = {"check": args.mode, "n": n, "width": width, "kl": kl, "dtype": case.dtype}
+        profile = partial(profile_step, case, _STEPS if on_gpu else 1)
+        host = float(measure_once(args.output, thing, device, profile)[-1]["us"])
+        print(f"N={n} D={width} {'KL' if kl else 'InfoNCE'}: {host:.0f} us of the host", flush=True)
     return 0
 
 

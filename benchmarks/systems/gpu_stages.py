@@ -1,15 +1,19 @@
-"""All that is to be done on a machine with a GPU, in stages of at most eight minutes.
+"""Everything that needs a GPU, in stages of at most eight minutes.
 
-    make gpu                 every stage that is not done yet: 40 minutes at most
-    make gpu STAGE=tests     one stage, done or not
-    make gpu WHEELS=folder   with the wheels of a folder; nothing needs the network
-    make gpu DRY=1           every stage at tiny sizes on a CPU, to try this out
+    make gpu                       every stage that is not done yet: 40 minutes at most
+    make gpu STAGE="tests small"   these stages; what is done is measured again
+    make gpu ARGS="--total 540"    what fits into nine minutes
+    make gpu WHEELS=folder         with the wheels of a folder; nothing needs the network
+    make gpu DRY=1                 every stage at tiny sizes on a CPU, to try this out
 
-A stage ends at its planned time, or after --seconds, and has then kept what it measured: the same
-command continues. Results, at most eight files, go to --results: among them gpu_stages.json, which
-stage is done for which version and GPU, and gpu_log.txt, what the stages said. Where a machine
-keeps nothing, put the files that came back into --results, and the next command goes on from them.
-Wheels and compiled kernels go to --work. Without git, FASTERASE_COMMIT names the commit.
+A stage ends at its planned time, or after --seconds, and has then kept each row that it measured:
+the same command continues. With --total, stages end when that time is over, and none starts in its
+last 30 seconds. A failed stage runs again when it is named, or for another version or GPU; named,
+it leaves out what passed. Results, at most eight files, go to --results: among them
+gpu_stages.json, which stage is done for which version and GPU, and gpu_log.txt, what the stages
+said. Where a machine keeps nothing, put the files that came back into --results, and the next
+command goes on from them. Wheels and compiled kernels go to --work. Without git, FASTERASE_COMMIT
+names the commit.
 
 A stage that needs a GPU, compute-sanitizer or measurements, and lacks them, says so and counts as
 skipped. The exit code is 0 if every stage is done or skipped, 1 if one failed, 75 if one is
@@ -18,7 +22,9 @@ unfinished.
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import os
 import re
 import shutil
@@ -27,22 +33,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from benchmarks.command import exit_with, new_parser
 from benchmarks.result_files import RESULTS, code_version, device_name
 from fasterase.errors import InputError
-from fasterase.files import write_text
+from fasterase.files import remove_leftovers, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "runs" / "gpu"
 UNFINISHED = 75
-# A command on a lent machine may take ten minutes, starting and copying included.
+# Where commands are limited to ten minutes, starting and copying included.
 LONGEST_SECONDS = 480
+# What is left of --total in which no stage starts: importing torch takes as long.
+_LEAST_SECONDS = 30
 
 _TESTS = (
     "tests/ops/test_contrastive_triton_gpu.py",
@@ -59,10 +68,11 @@ class Context(NamedTuple):
     results: Path
     work: Path
     is_dry: bool = False  # tiny sizes, on a CPU
-    passed: tuple[str, ...] = ()  # tests that passed before the time ran out
+    passed: tuple[str, ...] = ()  # tests that passed before the time ran out, or beside failures
+    is_fresh: bool = False  # what is measured is measured again
 
 
-Commands = Callable[[Context], "list[list[str]] | str"]
+Command = Callable[[Context], "list[str] | str"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,7 @@ class Stage:
 
     about: str  # what it does
     seconds: int  # planned, after which it is ended
-    commands: Commands  # its commands, or why it has none
+    command: Command  # its command, or why it has none
     needs_gpu: bool = True  # without one it is skipped
     is_extra: bool = False  # it runs only when it is named
 
@@ -80,71 +90,83 @@ def _python(module: str, *arguments: object) -> list[str]:
     return [sys.executable, "-m", module, *map(str, arguments)]
 
 
-def _check(mode: str, *, module: str = "gpu_checks", file: str = "") -> Commands:
-    """Return the commands of a mode of a module beside this one, which writes a result file."""
-
-    def commands(context: Context) -> list[list[str]]:
-        output = ("--output", context.results / file) if file else ()
-        return [_python(f"benchmarks.systems.{module}", mode, *output)]
-
-    return commands
+def _fresh(context: Context) -> tuple[str, ...]:
+    return ("--fresh",) if context.is_fresh else ()
 
 
-def _tests(context: Context) -> list[list[str]]:
+def _check(mode: str, *, module: str = "gpu_checks", file: str = "") -> Command:
+    """Return the command of a mode of a module beside this one, which writes a result file."""
+
+    def command(context: Context) -> list[str]:
+        output = ("--output", context.results / file, *_fresh(context)) if file else ()
+        return _python(f"benchmarks.systems.{module}", mode, *output)
+
+    return command
+
+
+def _tests(context: Context) -> list[str]:
+    # pytest-benchmark, where it is installed, warns beside xdist, and warnings are errors.
+    options = ("-v", "-rs", "-p", "no:cacheprovider", "-p", "no:benchmark")
     parallel = ("-n", "4") if find_spec("xdist") and not context.is_dry else ()
     skips = [f"--deselect={name}" for name in context.passed]
-    return [_python("pytest", "-v", "-rs", "-p", "no:cacheprovider", *parallel, *_TESTS, *skips)]
+    return _python("pytest", *options, *parallel, *_TESTS, *skips)
 
 
-def _sanitizer(tool: str) -> Commands:
-    def commands(context: Context) -> list[list[str]] | str:
+def _sanitizer(tool: str) -> Command:
+    def command(context: Context) -> list[str] | str:
         program = _python("benchmarks.systems.gpu_checks", "small")
         found = shutil.which("compute-sanitizer")
         if found is None and not context.is_dry:
             return "compute-sanitizer is not on PATH; it comes with the CUDA toolkit"
         options = [str(found), "--tool", tool, "--error-exitcode", "9"]
-        return [program if context.is_dry else [*options, *program]]
+        return program if context.is_dry else [*options, *program]
 
-    return commands
+    return command
 
 
-def _loss(*options: object, dtype: str = "bfloat16", providers: tuple[str, ...] = ()) -> Commands:
-    """Return the commands of a comparison of losses; all of them share a file."""
+def _loss(*options: object, dtype: str = "bfloat16", providers: tuple[str, ...] = ()) -> Command:
+    """Return the command of a comparison of losses; all of them share a file."""
 
-    def commands(context: Context) -> list[list[str]]:
+    def command(context: Context) -> list[str]:
         where: tuple[object, ...] = ("--device", "cuda", "--dtypes", dtype, *options)
         if context.is_dry:
             where = ("--device", "cpu", "--dtypes", "float32", *options)
             where += ("--sizes", 24, "--error-size", 24, "--widths", 16, "--seconds", 0)
             where += ("--min-samples", 1, "--max-samples", 1)
         names = providers or (*_OWN, *_PEERS)
-        output = context.results / "contrastive_cuda.csv"
-        return [_python("benchmarks.loss", *where, "--providers", *names, "--output", output)]
+        output = ("--output", context.results / "contrastive_cuda.csv", *_fresh(context))
+        return _python("benchmarks.loss", *where, "--providers", *names, *output)
 
-    return commands
+    return command
 
 
-def _speed(dtype: str, *sizes: int) -> Commands:
+def _speed(dtype: str, *sizes: int) -> Command:
     metrics = ("--metrics", "speed", "memory", "--labels", "without", "--seconds", 0.2)
     return _loss(*metrics, "--widths", 768, 512, 1280, "--sizes", *sizes, dtype=dtype)
 
 
-def _end_to_end(context: Context) -> list[list[str]]:
+def _end_to_end(context: Context) -> list[str]:
     options = ("--device", "cuda", "--output", context.results / "end_to_end.csv")
-    return [_python("benchmarks.systems.end_to_end", *options)]
+    return _python("benchmarks.systems.end_to_end", *options)
 
 
-def _cost_model(context: Context) -> list[list[str]] | str:
+def _cost_model(context: Context) -> list[str] | str:
+    from benchmarks.loss.gpu_model.__main__ import select
+
     file = context.results / "contrastive_cuda.csv"
     if context.is_dry or not file.is_file():
         return f"no measurements of a GPU: {file} comes from the stage speed"
-    return [_python("benchmarks.loss.gpu_model", "--against", file)]
+    try:
+        select(file)
+    except InputError as error:
+        return str(error)
+    return _python("benchmarks.loss.gpu_model", "--against", file)
 
 
 _ERRORS = ("--metrics", "error", "--error-size", 1024, 4096, 16384, 65536, "--widths", 768)
 _COMPILED = ("--metrics", "speed", "--labels", "without", "--sizes", 4096, 16384, "--widths", 768)
 _SIZES = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
-# In the order of their value: whatever is left undone is worth less than what was done.
+# Most valuable first.
 STAGES = {
     "warm": Stage("compile the kernels, 16 at a time", 150, _check("warm", module="gpu_kernels")),
     "tests": Stage("the tests that need a GPU", 300, _tests),
@@ -154,7 +176,7 @@ STAGES = {
     "kernels": Stage(
         "time of each kernel",
         60,
-        _check("kernels", module="gpu_kernels", file="gpu_kernels.csv"),
+        _check("kernels", module="gpu_kernels", file="gpu_checks.csv"),
     ),
     "tiles": Stage(
         "the fastest tile of each kernel",
@@ -188,8 +210,21 @@ STAGES = {
 }
 
 
-def run_stage(name: str, context: Context, *, seconds: float | None, again: bool) -> str:
-    """Run one stage, and return "done", "skipped", "unfinished" or "failed"."""
+def run_stage(
+    name: str,
+    context: Context,
+    *,
+    seconds: float | None = None,
+    left: float = math.inf,
+    again: bool = False,
+) -> str:
+    """Run one stage, and return "done", "skipped", "unfinished" or "failed".
+
+    Args:
+        seconds: its limit; None: as planned.
+        left: seconds that are left of --total.
+        again: it runs also if it is done or has failed.
+    """
     stage, notes = STAGES[name], context.results / "gpu_stages.json"
     on_gpu = has_gpu() and not context.is_dry
     print(f"== {name}: {stage.about}", flush=True)
@@ -199,30 +234,35 @@ def run_stage(name: str, context: Context, *, seconds: float | None, again: bool
     here = {"version": code_version(), "device": device_name("cuda" if on_gpu else "cpu")}
     known: dict[str, Any] = json.loads(notes.read_text("utf-8")) if notes.is_file() else {}
     earlier = known.get(name, {})
-    is_same = all(earlier.get(key) == value for key, value in here.items())
-    if is_same and earlier.get("state") == "done" and not again:
-        print("done before; name the stage to run it again")
-        return "done"
-    is_continued = is_same and earlier.get("state") == "unfinished"
-    passed = earlier.get("passed", []) if is_continued else []
-    commands = stage.commands(context._replace(passed=tuple(passed)))
-    if isinstance(commands, str):
-        print(f"skipped: {commands}")
+    if any(earlier.get(key) != value for key, value in here.items()):
+        earlier = {}
+    before = earlier.get("state")
+    if before in ("done", "failed") and not again:
+        print(f"{before} before; name the stage to run it again")
+        return str(before)
+    passed: list[str] = earlier.get("passed", [])
+    command = stage.command(context._replace(passed=tuple(passed), is_fresh=before == "done"))
+    if isinstance(command, str):
+        print(f"skipped: {command}")
         return "skipped"
-    started, state = time.monotonic(), "done"
-    limit = stage.seconds if seconds is None else seconds
-    log = context.results / "gpu_log.txt"
-    for command in commands:
-        left = limit - (time.monotonic() - started)
-        code, said = run_command(command, log, seconds=left, context=context)
-        passed += _passed_tests(said)
-        state = "unfinished" if code is None else "failed" if code else state
-        if state != "done":
-            break
+    if left < _LEAST_SECONDS:
+        print(f"not started: {max(left, 0):.0f} s are left")
+        return "unfinished"
+    limit = min(stage.seconds if seconds is None else seconds, left)
+    log, started = context.results / "gpu_log.txt", time.monotonic()
+
+    def note(state: str) -> None:
+        took = round(time.monotonic() - started, 1)
+        known[name] = {**here, "state": state, "seconds": took, "planned": stage.seconds}
+        known[name] |= {"passed": passed} if state != "done" and passed else {}
+        write_text(notes, json.dumps(known, indent=1) + "\n")
+
+    note("unfinished")  # in case this process is killed
+    code, said = run_command(command, log, seconds=limit, context=context)
+    passed += _passed_tests(said)
+    state = "unfinished" if code is None else "failed" if code else "done"
+    note(state)
     took = time.monotonic() - started
-    note = {**here, "state": state, "seconds": round(took, 1), "planned": stage.seconds}
-    known[name] = note | ({"passed": passed} if state == "unfinished" and passed else {})
-    write_text(notes, json.dumps(known, indent=1) + "\n")
     advice = {"unfinished": "; run it again to continue", "failed": f"; see {log}"}
     print(f"{state} after {took:.0f} s of {limit:g}{advice.get(state, '')}", flush=True)
     return state
@@ -239,7 +279,8 @@ def run_command(
 ) -> tuple[int | None, str]:
     """Run a command, its output on the terminal and in `log`.
 
-    Return its code, None if it was ended after so many seconds, and what it said.
+    Return its code, None if it was ended after so many seconds, and what it said. No process of its
+    group outlives this call.
     """
     said: list[bytes] = [f"\n$ {' '.join(command)}\n".encode()]
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -259,21 +300,34 @@ def run_command(
         os.set_blocking(child.stdout.fileno(), False)
         deadline = time.monotonic() + seconds
         is_late = False
-        while True:
-            code = child.poll()
-            text = child.stdout.read() or b""
-            said.append(text)
-            file.write(text)
-            file.flush()
-            sys.stdout.write(text.decode(errors="replace"))
-            sys.stdout.flush()
-            if code is not None:
-                return (None if is_late else code), b"".join(said).decode(errors="replace")
-            if time.monotonic() > deadline:
-                # Benchmarks have written all finished cells by then; children of theirs end too.
-                os.killpg(child.pid, signal.SIGKILL)
-                is_late = True
-            time.sleep(0.1)
+        try:
+            while True:
+                code = child.poll()
+                text = child.stdout.read() or b""
+                said.append(text)
+                file.write(text)
+                file.flush()
+                sys.stdout.write(text.decode(errors="replace"))
+                sys.stdout.flush()
+                if code is not None:
+                    return (None if is_late else code), b"".join(said).decode(errors="replace")
+                if time.monotonic() > deadline:
+                    # Benchmarks have written all finished cells by then.
+                    _kill_group(child)
+                    is_late = True
+                time.sleep(0.1)
+        finally:
+            _kill_group(child)
+
+
+def _kill_group(child: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+
+
+def _end(number: int, frame: object) -> NoReturn:
+    """End this process by an exception, so that its stage ends too."""
+    raise SystemExit(128 + number)
 
 
 def _environment(command: list[str], context: Context) -> dict[str, str]:
@@ -315,15 +369,24 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def main(argv: list[str] | None = None) -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__, prog="python -m benchmarks.systems.gpu_stages")
-    parser.add_argument("--stage", choices=list(STAGES), help="only this one, done or not")
+    parser.add_argument(
+        "--stage", nargs="+", choices=list(STAGES), metavar="STAGE", help="only these, done or not"
+    )
     parser.add_argument("--seconds", type=float, help="limit of a stage; default: as planned")
+    parser.add_argument("--total", type=float, help="limit of all stages together, in seconds")
     parser.add_argument("--wheels", type=Path, help="folder of wheels to install first")
     parser.add_argument("--results", type=Path, help="default: benchmarks/results; dry: in --work")
     parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on a CPU")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    started = time.monotonic()
+    args = _parser().parse_args(argv)
+    total = math.inf if args.total is None else args.total
     results = args.results or (args.work / "dry" if args.dry_run else RESULTS)
     context = Context(results.resolve(), args.work.resolve(), args.dry_run)
     if args.wheels is not None:
@@ -335,11 +398,22 @@ def main(argv: list[str] | None = None) -> int:
         f"{device_name('cuda') if on_gpu else 'no CUDA GPU'}; torch {version('torch')}; "
         f"fasterase {code_version()}; installed: {peers}"
     )
-    asked = [args.stage] if args.stage else [name for name in STAGES if not STAGES[name].is_extra]
-    states = {
-        name: run_stage(name, context, seconds=args.seconds, again=args.stage is not None)
-        for name in asked
-    }
+    asked = args.stage or [name for name in STAGES if not STAGES[name].is_extra]
+    usual = signal.signal(signal.SIGTERM, _end)
+    try:
+        states = {
+            name: run_stage(
+                name,
+                context,
+                seconds=args.seconds,
+                left=total - (time.monotonic() - started),
+                again=args.stage is not None,
+            )
+            for name in asked
+        }
+    finally:
+        signal.signal(signal.SIGTERM, usual)
+        remove_leftovers(context.results)
     print("\n" + "\n".join(f"{name:12} {state}" for name, state in states.items()))
     if "failed" in states.values():
         return 1

@@ -4,28 +4,33 @@
 
 Of one kernel at a time the tile, warps and stages vary, and the time of the whole step is taken at
 two sizes; the fastest by the product of both replaces the planned tile if it gains at least 1 %.
-Candidates are compiled by 16 processes first. What is measured is kept: an interrupted command goes
-on. Copied to fasterase/ops/contrastive/tiles.json, the table is what the plan reads, for its
-architecture and half-precision features whose width the tile's depth divides.
+One that the GPU runs only with fewer stages, or whose gradient is another, does not count.
+Candidates are compiled by 16 processes first. Measured candidates are kept; an interrupted run
+resumes; --fresh measures them again. Copied to fasterase/ops/contrastive/tiles.json, the table is
+what the plan reads, for its architecture and half-precision features whose width the tile's depth
+divides.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
+import warnings
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks.command import exit_with, new_parser
 from benchmarks.loss.case import Case
 from benchmarks.loss.measure import clock
-from benchmarks.processes import call_all, describe_error
-from benchmarks.result_files import RESULTS, code_version, device_name
+from benchmarks.processes import MeasurementError, call_all, describe_error
+from benchmarks.result_files import RESULTS, measured_on
 from benchmarks.systems.gpu_kernels import PROCESSES, make_step
 from fasterase.files import write_text
 from fasterase.ops.contrastive import triton_plan
@@ -35,6 +40,8 @@ from fasterase.ops.contrastive.triton_plan import Tile
 KERNELS = {"sums": False, "strip": False, "strip_with_reference": True}
 _SHAPES = ((64, 128), (128, 64), (128, 128), (128, 256), (256, 64), (256, 128))
 _LEAST_GAIN = 0.01
+# How far a gradient may be from the planned tile's, relative to the largest: sums in another order.
+_TOLERANCE = 0.01
 
 Candidate = tuple[str, Tile]
 
@@ -43,7 +50,7 @@ def candidates(is_dry: bool) -> list[Candidate]:
     """Return the tiles to try, the planned one of each kernel first."""
     found: list[Candidate] = []
     for kernel in KERNELS:
-        planned = triton_plan.choose_tile(kernel, True, (768, 768), architecture())
+        planned = planned_tile(kernel)
         varied = (
             Tile(*shape, 64, warps, stages)
             for shape, warps, stages in product(_SHAPES, (4, 8), (3, 4))
@@ -51,6 +58,11 @@ def candidates(is_dry: bool) -> list[Candidate]:
         tiles = [planned, *(tile for tile in varied if tile != planned)]
         found += [(kernel, tile) for tile in (tiles[:2] if is_dry else tiles)]
     return found
+
+
+def planned_tile(kernel: str) -> Tile:
+    """Return the tile that a step takes now."""
+    return triton_plan.choose_tile(kernel, True, (768, 768), architecture())
 
 
 def architecture() -> str:
@@ -79,15 +91,33 @@ def use(kernel: str, tile: Tile | None) -> None:
 _planned: dict[tuple[str, bool], Tile | None] = {}
 
 
-def measure(candidate: Candidate, cases: list[Case], times: int) -> dict[str, Any]:
+@functools.cache
+def planned_gradient(case: Case) -> Tensor:
+    """Return the gradient of the images by a step with the planned tiles."""
+    return make_step(case)()[0]
+
+
+def measure(
+    candidate: Candidate, cases: list[Case], times: int, *, is_checked: bool = True
+) -> dict[str, Any]:
     """Return what a candidate takes: milliseconds by the number of pairs, or why it cannot run."""
     kernel, tile = candidate
     row: dict[str, Any] = {"kernel": kernel, "tile": list(tile)}
-    use(kernel, tile)
+    is_planned = tile == planned_tile(kernel)
     try:
+        expected = planned_gradient(cases[0]) if is_checked else None
+        use(kernel, tile)
         for case in cases:
             step = make_step(case)
-            step()
+            with warnings.catch_warnings():
+                # A launch that does not fit warns and takes fewer stages, as planned tiles may.
+                if not is_planned:
+                    warnings.filterwarnings("error", module=r"fasterase\.ops\.contrastive")
+                found = step()[0]
+            if expected is not None and case == cases[0]:
+                off = (found - expected).abs().max() / expected.abs().max()
+                if not off <= _TOLERANCE:
+                    raise MeasurementError(f"its gradient is {off:.1%} off the planned tile's")
             spent = [clock(step, case.device) for _ in range(times)]
             row[str(case.num_pairs)] = float(np.median(spent))
     except Exception as error:  # such as too much shared memory
@@ -100,7 +130,7 @@ def measure(candidate: Candidate, cases: list[Case], times: int) -> dict[str, An
 def compile_candidate(candidate: Candidate, device: str) -> str:
     """Compile a candidate's kernels in this process, into Triton's cache on disk."""
     cases = [_case(candidate[0], n, device) for n in _sizes(device, is_small=True)]
-    return str(measure(candidate, cases, 1).get("why", "compiled"))
+    return str(measure(candidate, cases, 1, is_checked=False).get("why", "compiled"))
 
 
 def fastest(measured: list[dict[str, Any]]) -> dict[str, list[int]]:
@@ -132,11 +162,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = new_parser(__doc__, prog="python -m benchmarks.systems.gpu_tiles")
     parser.add_argument("mode", choices=("tiles",))
     parser.add_argument("--output", type=Path, default=RESULTS / "gpu_tiles.json")
+    parser.add_argument("--fresh", action="store_true", help="measure everything again")
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    here = {"gpu_name": device_name(device), "torch": torch.__version__, "version": code_version()}
+    here = measured_on(device)
     table = json.loads(args.output.read_text("utf-8")) if args.output.is_file() else {}
-    if any(table.get(name) != value for name, value in here.items()):
+    if args.fresh or any(table.get(name) != value for name, value in here.items()):
         table = {**here, "measured": []}
     measured: list[dict[str, Any]] = table["measured"]
     done = {(row["kernel"], *row["tile"]) for row in measured}

@@ -4,15 +4,19 @@
 
 The machine is taken to have Linux on x86-64, Python 3.12, and CUDA builds of torch and Triton with
 transformers, timm, pytest, hypothesis and what these need. Wheels are fetched without what they
-depend on, by pip, from the index that it is set up for; of what is a source archive there, one is
-built. With the files of the project they may take 60 MB, so bitsandbytes
-(43 MB) stays behind; --also names others that fit.
+depend on, by pip, from the index that it is set up for, in versions that pyproject.toml allows;
+DeepSpeed, which is only published as a source archive, is built into a wheel. New wheels replace
+those of other versions. With the files of the project they may take 60 MB, so bitsandbytes (43 MB)
+stays behind; --also names others that fit.
 """
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import tempfile
+from importlib.metadata import requires
 from pathlib import Path
 
 from benchmarks.command import exit_with, new_parser
@@ -35,14 +39,31 @@ _PLATFORMS = ("manylinux_2_28", "manylinux_2_24", "manylinux_2_17", "manylinux20
 
 
 def fetch(folder: Path, also: list[str]) -> None:
-    """Download the wheels that run on the machine with the GPU; build those of source archives."""
+    """Download the wheels that run on the machine with the GPU; build those of source archives.
+
+    They replace those of the same packages in the folder.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as fetched:
+        _fetch(fetched, also)
+        for wheel in Path(fetched).glob("*.whl"):
+            for other in folder.glob(f"{wheel.name.split('-')[0]}-*.whl"):
+                other.unlink()
+            wheel.replace(folder / wheel.name)
+
+
+def _fetch(folder: str, also: list[str]) -> None:
+    bounded = {re.split(r"[^\w.-]", each)[0]: each for each in requires("fasterase") or ()}
+    packages, sources = (
+        [bounded.get(name, name).split(";")[0].strip() for name in names]
+        for names in (PACKAGES, SOURCES)
+    )
     wanted = ["--only-binary=:all:", f"--python-version={PYTHON}", "--implementation=cp"]
     wanted += [f"--platform={name}_x86_64" for name in _PLATFORMS]
-    _pip("download", "--no-deps", *wanted, "--dest", str(folder), *PACKAGES, *also)
-    _pip("download", *wanted, "--dest", str(folder), *WITH_DEPENDENCIES)
+    _pip("download", "--no-deps", *wanted, "--dest", folder, *packages, *also)
+    _pip("download", *wanted, "--dest", folder, *WITH_DEPENDENCIES)
     # With the torch that is here: its setup asks for one.
-    built = ("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder))
-    _pip(*built, *SOURCES)
+    built = ("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder)
+    _pip(*built, *sources)
 
 
 def _pip(*arguments: str) -> None:

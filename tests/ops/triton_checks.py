@@ -120,7 +120,7 @@ def poisoned(rows):
 
 
 def flags(call, groups):
-    """Whether the guard fired, a group."""
+    """Return for each group whether the guard fired."""
     batch = Batch(
         *(call[k].detach() for k in ("image", "text", "scale")),
         *(call[k] for k in ("ref_image", "ref_text", "ref_scale")),

@@ -24,19 +24,28 @@ USUAL_RATIO = 1.25
 Predict = Callable[[Gpu, int, int, bool], float]
 
 
-def compare(path: Path, predict: Predict | None = None) -> list[dict[str, Any]]:
-    """Return one row per measured step of fasterase's Triton backend in half precision."""
+def select(path: Path) -> list[Row]:
+    """Return the measured steps of fasterase's Triton backend in half precision.
+
+    Raises:
+        InputError: there are none, or only those of GPUs that the model does not know.
+    """
     measured = [row for row in read_rows(path) if _is_step(row)]
     if not measured:
         raise InputError(
             f"--against: {path} has no times of fasterase-triton, forward and backward, in half "
             "precision. Give what python -m benchmarks.loss --device cuda wrote."
         )
-    predict = predict or predict_step
-    found = [_compare_row(row, predict) for row in measured if _gpu(row) is not None]
+    found = [row for row in measured if _gpu(row) is not None]
     if not found:
         names = ", ".join(sorted({row.gpu_name for row in measured}))
         raise InputError(f"--against: the model knows {' and '.join(_GPUS)}; {path} has {names}.")
+    return found
+
+
+def compare(path: Path, predict: Predict | None = None) -> list[dict[str, Any]]:
+    """Return one row per measured step, as `select` finds them, with its predicted time."""
+    found = [_compare_row(row, predict or predict_step) for row in select(path)]
     return sorted(found, key=lambda row: (row["dtype"], row["kl"], row["width"], row["n"]))
 
 

@@ -76,6 +76,17 @@ def test_providers_compute_the_same_loss_and_gradients(name, kl, labels):
     assert max(errors.values()) < 1e-5
 
 
+def test_the_truth_is_computed_once_a_case(monkeypatch):
+    made = []
+    monkeypatch.setattr(measure, "in_fp64", lambda inputs: made.append(1) or in_fp64(inputs))
+    measure.fp64_truth.cache_clear()
+    for name in ("fasterase-dense", "torch-dense", "open_clip"):
+        measure.errors_against_fp64(PROVIDERS[name], Case(20, 8, kl=True))
+    assert len(made) == 1
+    measure.errors_against_fp64(PROVIDERS["torch-dense"], Case(21, 8, kl=True))
+    assert len(made) == 2
+
+
 def test_an_error_is_seen():
     def wrong(inputs):
         return 1.01 * (inputs.scale * inputs.image @ inputs.text.T).sum()
@@ -185,6 +196,8 @@ def test_every_cell_is_a_row_and_a_failure_says_why(run):
         if row.kernel_provider == "memeff":
             assert row.y_value_50 is None
             assert "KL" in row.extra["why"] or "CUDA" in row.extra["why"]
+        elif row.kernel_provider == "fasterase-chunked" and row.kernel_operation_mode in modes[1:3]:
+            assert "its forward pass makes the gradients" in row.extra["why"]
         else:
             assert row.y_value_20 <= row.y_value_50 <= row.y_value_80
     for row in speed:
@@ -217,6 +230,43 @@ def test_a_killed_run_resumes(run):
     fresh = run("--metrics", "speed", "--fresh")
     assert len(fresh) == len(whole) + 1
     assert run.path.read_text() != text
+    kept = {row.key: row for row in run("--metrics", "speed", "--fresh", "--sizes", "24")}
+    assert all(kept[row.key] == row for row in fresh if row.x_value == 40)
+    assert any(kept[row.key] != row for row in fresh if row.x_value == 24)
+
+
+def test_rows_of_another_version_are_measured_again(run, monkeypatch):
+    arguments = ("--metrics", "error", "--teacher", "without")
+    before = run(*arguments)
+    monkeypatch.setattr(sweep, "code_version", lambda: "another")
+    after = run(*arguments)
+    assert [row.key for row in after] == [row.key for row in before]
+    assert {row.version for row in after} == {"another"}
+
+
+def test_what_failed_is_tried_again_after_all_else(run, monkeypatch):
+    arguments, provider, seen = ("--metrics", "speed", "--teacher", "without"), "open_clip", []
+
+    def build(case):
+        seen.append(case.num_pairs)
+        if len(seen) == 1:
+            raise RuntimeError("no luck")
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return works.build(case)
+
+    works = PROVIDERS[provider]
+    monkeypatch.setitem(PROVIDERS, provider, dataclasses.replace(works, build=build))
+    with pytest.raises(KeyboardInterrupt):
+        run(*arguments)
+    (failed,) = [row for row in read_rows(run.path) if row.kernel_provider == provider]
+    assert failed.extra["why"] == "RuntimeError: no luck"
+    found = [row for row in run(*arguments) if row.kernel_provider == provider]
+    assert seen[:3] == [24, 40, 40]
+    assert all(row.y_value_50 for row in found)
+    text, count = run.path.read_text(), len(seen)
+    run(*arguments)  # memeff still gives its reason
+    assert (run.path.read_text(), len(seen)) == (text, count)
 
 
 def test_too_large_a_size_is_not_tried(run, monkeypatch):
@@ -225,6 +275,10 @@ def test_too_large_a_size_is_not_tried(run, monkeypatch):
     found = {row.kernel_provider: row for row in rows}
     assert "not tried: its dense matrices" in found["open_clip"].extra["why"]
     assert found["fasterase-chunked"].y_value_50 > 0
+    rows = run("--metrics", "error", "--teacher", "without")
+    errors = {row.kernel_provider: row for row in rows if row.metric_name == "loss_error"}
+    assert "not tried: its dense matrices" in errors["open_clip"].extra["why"]
+    assert errors["fasterase-chunked"].y_value_50 is not None
 
 
 def test_pictures_and_tables_show_what_was_measured(run, capsys):

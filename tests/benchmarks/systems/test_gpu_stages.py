@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +21,7 @@ from benchmarks.loss.gpu_model import __main__ as gpu_model
 from benchmarks.loss.gpu_model.__main__ import compare, summarise
 from benchmarks.loss.rows import Row, write_rows
 from benchmarks.result_files import code_version, read_csv
-from benchmarks.systems import gpu_checks, gpu_stages, gpu_wheels
+from benchmarks.systems import gpu_checks, gpu_erasures, gpu_kernels, gpu_stages, gpu_wheels
 from benchmarks.systems.gpu_stages import LONGEST_SECONDS, STAGES, Context, Stage
 from fasterase.errors import InputError
 
@@ -31,7 +36,7 @@ def run(tmp_path, monkeypatch, capsys):
         made = {
             name: each
             if isinstance(each, Stage)
-            else Stage(name, 60, lambda _, c=each: [[sys.executable, "-c", c]], needs_gpu=False)
+            else Stage(name, 60, lambda _, c=each: [sys.executable, "-c", c], needs_gpu=False)
             for name, each in stages.items()
         }
         monkeypatch.setattr(gpu_stages, "STAGES", made)
@@ -52,13 +57,73 @@ def test_what_is_done_is_not_done_again_unless_named(run, tmp_path):
     assert "done before" in output
     run({"one": count}, "--stage", "one")
     assert (tmp_path / "count").read_text() == "xx"
+    _, output = run({"one": count, "two": "", "three": ""}, "--stage", "three", "one")
+    assert output.splitlines()[-2:] == ["three        done", "one          done"]
+    assert (tmp_path / "count").read_text() == "xxx"
 
 
-def test_a_failed_stage_does_not_stop_the_others(run):
-    code, output = run({"bad": "raise SystemExit(3)", "good": "print('fine')"})
+def test_only_a_stage_that_was_done_is_measured_again_from_the_start(run):
+    given = []
+
+    def command(context):
+        given.append(context.is_fresh)
+        return [sys.executable, "-c", f"raise SystemExit({len(given) == 1})"]
+
+    for _ in range(3):
+        run({"one": Stage("", 60, command, needs_gpu=False)}, "--stage", "one")
+    assert given == [False, False, True]
+
+
+def test_a_failed_stage_does_not_stop_the_others_and_waits_to_be_named(run, tmp_path):
+    fail = f"open({str(tmp_path / 'count')!r}, 'a').write('x'); raise SystemExit(3)"
+    stages = {"bad": fail, "good": "print('fine')"}
+    code, output = run(stages)
     assert code == 1
     assert "fine" in output
     assert output.splitlines()[-2:] == ["bad          failed", "good         done"]
+    code, output = run(stages)
+    assert code == 1
+    assert "failed before; name the stage" in output
+    assert (tmp_path / "count").read_text() == "x"
+    assert run(stages, "--stage", "bad")[0] == 1
+    assert (tmp_path / "count").read_text() == "xx"
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+def test_a_stage_ends_with_the_command_and_counts_as_unfinished(error, run, tmp_path, monkeypatch):
+    began = tmp_path / "began"
+    code = f"import os, time; open({str(began)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+
+    def sleep(seconds: float) -> None:
+        time.sleep(seconds)
+        if began.is_file() and began.read_text():
+            if error is KeyboardInterrupt:
+                raise error
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=sleep)
+    monkeypatch.setattr(gpu_stages, "time", clock)
+    leftover = tmp_path / ".gpu_checks.csv.abc.partial"
+    leftover.mkdir()
+    with pytest.raises(error):
+        run({"slow": code})
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(began.read_text()), 0)
+    notes = json.loads((tmp_path / "gpu_stages.json").read_text())
+    assert notes["slow"]["state"] == "unfinished"
+    assert not leftover.exists()
+
+
+def test_no_stage_starts_in_the_last_seconds_of_the_total(run):
+    stages = {"one": "print('here')", "two": ""}
+    code, output = run(stages, "--total", "20")
+    assert code == gpu_stages.UNFINISHED
+    assert output.count("not started: ") == 2
+    assert "here" not in output
+    code, output = run(stages, "--total", "50")
+    assert code == 0
+    assert re.search(r" s of 4\d\.", output)
+    assert run(stages, "--total", "0")[0] == 0
 
 
 def test_a_stage_ends_in_time_with_all_its_children(run, tmp_path):
@@ -76,7 +141,7 @@ def test_a_stage_ends_in_time_with_all_its_children(run, tmp_path):
     assert not (tmp_path / "late").exists()
 
 
-def test_tests_that_passed_before_the_time_ran_out_are_left_out(run, tmp_path):
+def test_tests_that_passed_before_the_time_ran_out_or_beside_others_are_left_out(run, tmp_path):
     """By pytest alone, or by a worker of xdist."""
     said = [
         "tests/ops/a.py::test_one[fp16-None] PASSED [ 10%]",
@@ -88,15 +153,19 @@ def test_tests_that_passed_before_the_time_ran_out_are_left_out(run, tmp_path):
 
     (tmp_path / "said").write_text("\n".join(said))
 
-    def commands(context):
+    def command(context):
         given.append(context.passed)
-        return [["sh", "-c", f"cat '{tmp_path / 'said'}'; exec sleep 60"]]
+        return ["sh", "-c", f"cat '{tmp_path / 'said'}'; {end}"]
 
+    end = "exec sleep 60"
+    run({"tests": Stage("", 60, command, needs_gpu=False)}, "--seconds", "1")
+    end = "exit 1"
     for _ in range(2):
-        run({"tests": Stage("", 60, commands, needs_gpu=False)}, "--seconds", "1")
+        run({"tests": Stage("", 60, command, needs_gpu=False)}, "--stage", "tests")
     names = ("tests/ops/a.py::test_one[fp16-None]", "tests/ops/a.py::test_two[a b]")
-    assert given == [(), names]
-    (command,) = STAGES["tests"].commands(Context(tmp_path, tmp_path, passed=names))
+    assert given == [(), names, 2 * names]
+    command = STAGES["tests"].command(Context(tmp_path, tmp_path, passed=names))
+    assert "no:benchmark" in command  # it warns beside xdist, and warnings are errors
     assert command[-2:] == [f"--deselect={name}" for name in names]
     assert all((ROOT / word).is_file() for word in command if word.startswith("tests/"))
 
@@ -111,17 +180,17 @@ def test_without_a_gpu_every_stage_says_what_it_lacks(run):
     assert "no CUDA GPU" in output.splitlines()[0]
 
 
-def test_the_stages_fit_the_hour(tmp_path):
-    """Commands of ten minutes, 40 minutes in all, eight files back."""
+def test_stages_fit_commands_of_ten_minutes(tmp_path):
+    """40 minutes in all; eight files back, one of which a killed command may have left."""
     assert all(stage.seconds <= LONGEST_SECONDS for stage in STAGES.values())
     usual = {name: stage for name, stage in STAGES.items() if not stage.is_extra}
     assert sum(stage.seconds for stage in usual.values()) <= 40 * 60
     files = {"gpu_stages.json", "gpu_log.txt", "contrastive_cuda_model.csv"}
     for stage in usual.values():
-        commands = stage.commands(Context(tmp_path, tmp_path / "work"))
-        for command in commands if isinstance(commands, list) else []:
+        command = stage.command(Context(tmp_path, tmp_path / "work"))
+        if isinstance(command, list):
             files |= {Path(word).name for word in command if word.startswith(f"{tmp_path}/")}
-    assert len(files) == 8, files
+    assert len(files) == 7, files
     order = ["warm", "tests", "errors", "speed", "kernels", "tiles", "graphs", "erasures", "ranks"]
     assert [name for name in usual if name in order] == order
     assert list(usual)[-2:] == ["memcheck", "racecheck"]
@@ -130,9 +199,9 @@ def test_the_stages_fit_the_hour(tmp_path):
 def test_sanitizer_stages(tmp_path, monkeypatch):
     context = Context(tmp_path, tmp_path)
     monkeypatch.setattr(gpu_stages.shutil, "which", lambda name: None)
-    assert "not on PATH" in STAGES["memcheck"].commands(context)
+    assert "not on PATH" in STAGES["memcheck"].command(context)
     monkeypatch.setattr(gpu_stages.shutil, "which", lambda name: f"/cuda/{name}")
-    ((program, *options),) = STAGES["racecheck"].commands(context)
+    program, *options = STAGES["racecheck"].command(context)
     assert program == "/cuda/compute-sanitizer"
     assert options[:4] == ["--tool", "racecheck", "--error-exitcode", "9"]
 
@@ -148,12 +217,11 @@ def test_commands_of_every_stage_are_accepted(tmp_path):
     }
     seen = set()
     for stage in STAGES.values():
-        commands = stage.commands(Context(tmp_path, tmp_path / "work"))
-        for command in commands if isinstance(commands, list) else []:
-            if command[2] in parsers:
-                args = parsers[command[2]].parse_args(command[3:])
-                assert args.output.parent == tmp_path
-                seen.add(command[2])
+        command = stage.command(Context(tmp_path, tmp_path / "work", is_fresh=True))
+        if isinstance(command, list) and command[2] in parsers:
+            args = parsers[command[2]].parse_args(command[3:])
+            assert args.output.parent == tmp_path
+            seen.add(command[2])
     assert seen == set(parsers)
 
 
@@ -175,11 +243,13 @@ def test_a_dry_run_of_every_stage(tmp_path):
     rows = read_csv(results / "contrastive_cuda.csv")
     assert {row["kernel_provider"] for row in rows} >= {"fasterase-triton", "torch-dense"}
     assert any(row["metric_name"] == "loss_error" and row["y_value_50"] for row in rows)
-    assert {row["check"] for row in read_csv(results / "gpu_checks.csv")} == {"repeats", "graphs"}
+    checks = read_csv(results / "gpu_checks.csv")
+    assert {row["check"] for row in checks} == {"repeats", "graphs", "kernels"}
+    kernels = [row["kernel"] for row in checks if row["check"] == "kernels"]
+    assert kernels[-1] == "host, to launch a step"
     erasures = read_csv(results / "gpu_erasures.csv")
     assert [row["kind"] for row in erasures] == ["plain", "plain", "nccl", "zero2"]
     assert float(erasures[0]["planned_mb"]) > 0
-    assert read_csv(results / "gpu_kernels.csv")[-1]["kernel"] == "host, to launch a step"
 
 
 def test_a_dry_run_leaves_the_committed_results_alone(tmp_path, monkeypatch):
@@ -207,7 +277,26 @@ def test_wheels_go_to_the_stages_alone(run, tmp_path, monkeypatch):
     assert str(packages) in output.splitlines()
 
 
-def test_the_load_of_a_lent_machine_has_a_limit(tmp_path, monkeypatch):
+def test_wheels_replace_other_versions_and_are_of_those_that_fasterase_takes(tmp_path, monkeypatch):
+    asked = []
+
+    def pip(*arguments: str) -> None:
+        asked.extend(arguments)
+        folder = next(Path(word) for word in arguments if word.startswith(f"{tmp_path}/"))
+        (folder / "webdataset-1.1-py3-none-any.whl").touch()
+
+    monkeypatch.setattr(gpu_wheels, "_pip", pip)
+    for name in ("webdataset-1.0-py3-none-any.whl", "mine-2-py3-none-any.whl"):
+        (tmp_path / name).touch()
+    gpu_wheels.fetch(tmp_path, [])
+    names = ["mine-2-py3-none-any.whl", "webdataset-1.1-py3-none-any.whl"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == names
+    bounds = {re.split("[<>]", word)[0]: word for word in asked if "<" in word}
+    assert set(bounds) == {"open_clip_torch", "webdataset", "deepspeed"}
+    assert {"<2", ">=0.2.86"} == set(bounds["webdataset"].removeprefix("webdataset").split(","))
+
+
+def test_wheels_and_project_have_a_size_limit(tmp_path, monkeypatch):
     (tmp_path / "small-1-py3-none-any.whl").write_bytes(b"x" * 1000)
     assert gpu_wheels.check_sizes(tmp_path, 30_000_000).startswith("1 wheel of 0.0 MB")
     monkeypatch.setattr(gpu_wheels, "LIMIT_BYTES", 30_000_500)
@@ -222,6 +311,25 @@ def test_the_commit_of_a_copy_without_git(monkeypatch):
     code_version.cache_clear()
     assert code_version().endswith(" abc1234")
     code_version.cache_clear()
+
+
+def test_new_results_do_not_make_the_version_dirty(tmp_path, monkeypatch):
+    (tmp_path / "benchmarks/results").mkdir(parents=True)
+    result, code = tmp_path / "benchmarks/results/some.csv", tmp_path / "benchmarks/some.py"
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for file in (result, code):
+        file.write_text("before")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr("benchmarks.result_files.__file__", str(code))
+    found = []
+    for file in (None, result, code):
+        if file:
+            file.write_text("after")
+        code_version.cache_clear()
+        found.append(code_version())
+    code_version.cache_clear()
+    assert found == [found[0], found[0], f"{found[0]}-dirty"]
 
 
 def row_of(kernel, tile, *times):
@@ -251,6 +359,39 @@ def test_only_a_tile_that_gains_replaces_the_planned_one(tmp_path):
     }
 
 
+def test_a_tile_that_runs_as_another_or_computes_something_else_does_not_count(monkeypatch):
+    pytest.importorskip("triton")
+    from benchmarks.systems import gpu_tiles
+
+    monkeypatch.setattr(gpu_tiles, "architecture", lambda: "sm_90")
+    planned, *tiles = [tile for kernel, tile in gpu_tiles.candidates(False) if kernel == "sums"]
+    wrong, nan, large, good = tiles[:4]
+    used = [None]
+    gradients = {wrong: 1.1, nan: torch.nan}
+
+    def step():
+        if used[-1] in (planned, large):
+            place = ("triton_launch.py", 1, "fasterase.ops.contrastive.triton_launch")
+            warnings.warn_explicit("runs slower with 2 stages.", UserWarning, *place)
+        return (torch.full((3, 2), gradients.get(used[-1], 1.0)),)
+
+    monkeypatch.setattr(gpu_tiles, "use", lambda kernel, tile: used.append(tile))
+    monkeypatch.setattr(gpu_tiles, "make_step", lambda case: step)
+    gpu_tiles.planned_gradient.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rows = {
+            tile: gpu_tiles.measure(("sums", tile), [Case(8, 4)], 1)
+            for tile in (planned, wrong, nan, large, good)
+        }
+    gpu_tiles.planned_gradient.cache_clear()
+    assert "why" not in rows[planned]
+    assert "8" in rows[good]
+    assert "10.0% off" in rows[wrong]["why"]
+    assert "nan% off" in rows[nan]["why"]
+    assert "runs slower with 2 stages" in rows[large]["why"]
+
+
 @pytest.mark.parametrize("labels", [False, True])
 def test_losses_by_tiles_are_those_of_whole_matrices(labels):
     inputs = in_fp64(make_inputs(Case(40, 12, kl=True, labels=labels)))
@@ -278,8 +419,63 @@ def test_repeats_that_differ_are_an_error(tmp_path, monkeypatch, capsys):
     arguments = ["repeats", "--output", str(tmp_path / "repeats.csv")]
     assert gpu_checks.main(arguments) == 0
     monkeypatch.setattr(gpu_checks.Call, "run", lambda self, device: [torch.rand(3)])
-    assert gpu_checks.main(arguments) == 1
+    assert gpu_checks.main(arguments) == 0  # they are known
+    assert gpu_checks.main([*arguments, "--fresh"]) == 1
     assert "DIFFERENT" in capsys.readouterr().out
+    monkeypatch.setattr(gpu_checks.Call, "run", lambda self, device: [torch.ones(3)])
+    assert gpu_checks.main(arguments) == 0  # what differed is no result to keep
+
+
+def test_rows_are_kept_one_by_one_for_their_version(tmp_path, monkeypatch):
+    path, asked = tmp_path / "checks.csv", []
+
+    def profile(case, steps):
+        asked.append(case.kl)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return [{"kernel": "a", "us": 1.0}, {"kernel": "host", "us": 2.0}]
+
+    monkeypatch.setattr(gpu_kernels, "profile_step", profile)
+    monkeypatch.setattr(gpu_kernels.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_kernels.main(["kernels", "--output", str(path)])
+    for _ in range(2):
+        gpu_kernels.main(["kernels", "--output", str(path)])
+    assert asked == [False, True, True]
+    assert [row["kl"] for row in read_csv(path)] == ["False"] * 2 + ["True"] * 2
+    monkeypatch.setattr("benchmarks.result_files.code_version", lambda: "another")
+    gpu_kernels.main(["kernels", "--output", str(path)])
+    assert asked == [False, True, True, False, True]
+    assert [row["version"] for row in read_csv(path)] == ["another"] * 4
+
+
+def test_an_erasure_that_failed_is_run_again(tmp_path, monkeypatch):
+    losses = iter([1.0, 2.0, 1.0, 1.0])
+    monkeypatch.setattr(gpu_erasures, "call_in_process", lambda *_, **__: {"loss": next(losses)})
+    monkeypatch.setattr(gpu_erasures.torch.cuda, "is_available", lambda: False)
+    arguments = ["ranks", "--output", str(tmp_path / "erasures.csv")]
+    assert gpu_erasures.main(arguments) == 1  # "nccl" ends elsewhere than "plain"
+    (far,) = [row for row in read_csv(tmp_path / "erasures.csv") if row["why"]]
+    assert (far["kind"], far["why"]) == ("nccl", "its last loss, 2, is not the plain run's, 1")
+    assert gpu_erasures.main(arguments) == 0
+    assert next(losses, None) is None
+
+
+def test_kernels_are_compiled_once_and_products_are_those_that_are_named(monkeypatch):
+    calls = list(gpu_kernels.warm_calls("cuda"))
+    assert len(calls) <= 32
+    given = []
+
+    def weighted(*_, products, **__):
+        given.append(products)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(gpu_checks, "weighted_contrastive", weighted)
+    for call in calls:
+        if call.weighted:
+            with pytest.raises(ZeroDivisionError):
+                call._replace(num_pairs=4, dtype=torch.float32).run("cpu")
+    assert set(given) == {"auto", "fp16"}
 
 
 def step(n: int, milliseconds: float | None, *, gpu="NVIDIA H100 80GB HBM3", **extra) -> Row:
@@ -321,3 +517,6 @@ def test_measurements_that_the_model_cannot_use(tmp_path, rows, message):
     write_rows(path, rows)
     with pytest.raises(InputError, match=message):
         gpu_model.main(["--against", str(path)])
+    assert isinstance(STAGES["model"].command(Context(tmp_path, tmp_path)), str)
+    write_rows(path, [*rows, step(2048, 1.0)])
+    assert "--against" in STAGES["model"].command(Context(tmp_path, tmp_path))
