@@ -80,7 +80,9 @@ def test_erase_loss(backend, negatives, labelled):
 @pytest.mark.parametrize("name", ["ClipLoss", "DistillClipLoss"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_losses_of_open_clip(backend, name, monkeypatch):
-    monkeypatch.setattr(losses, "contrastive", functools.partial(contrastive, backend=backend))
+    for function in ("contrastive", "weighted_contrastive"):
+        chosen = functools.partial(getattr(losses, function), backend=backend)
+        monkeypatch.setattr(losses, function, chosen)
     loss = getattr(fasterase, name)()
 
     def total(*call):

@@ -156,7 +156,9 @@ def test_losses_of_open_clip_under_autocast(name, multiplied, monkeypatch):
     inputs = [call[k] for k in order[: 3 if name == "ClipLoss" else 6]]
     found = []
     for backend in ("dense", "triton"):
-        monkeypatch.setattr(losses, "contrastive", functools.partial(contrastive, backend=backend))
+        for function in ("contrastive", "weighted_contrastive"):
+            chosen = functools.partial(getattr(losses, function), backend=backend)
+            monkeypatch.setattr(losses, function, chosen)
         terms = getattr(fasterase, name)()(*inputs)
         total = terms if name == "ClipLoss" else terms[0] + 3 * terms[1]
         found.append((total, torch.autograd.grad(total, inputs[:3])))
