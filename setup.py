@@ -8,6 +8,7 @@ DEFAULT" compiles only these variants, and fails if it cannot.
 
 import os
 import platform
+import shlex
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,7 +32,7 @@ def configure() -> dict[str, Any]:
         if variant not in VARIANTS:
             raise SystemExit(f"FASTERASE_WHEEL={variant}: choose from pure, {', '.join(VARIANTS)}.")
         own = [VARIANTS[variant]] if is_x86 and VARIANTS[variant] else []
-        check_compiler(os.environ.get("CXX", "c++"), [*FLAGS, *own])
+        check_compiler(shlex.split(os.environ.get("CXX", "c++")), [*FLAGS, *own])
     extensions = [
         CppExtension(
             f"fasterase.csrc.{name_variant(variant)}",

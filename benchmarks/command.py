@@ -40,6 +40,17 @@ def new_parser(description: str | None, **options: Any) -> argparse.ArgumentPars
     return argparse.ArgumentParser(description=description, formatter_class=layout, **options)
 
 
+def mode_parser(
+    description: str | None, module: str, modes: Sequence[str], file: str
+) -> argparse.ArgumentParser:
+    """Return a parser with a mode, --output, by default a `file` of the results, and --fresh."""
+    parser = new_parser(description, prog=f"python -m {module}")
+    parser.add_argument("mode", choices=modes)
+    parser.add_argument("--output", type=Path, default=RESULTS / file)
+    parser.add_argument("--fresh", action="store_true", help="measure everything again")
+    return parser
+
+
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: give a number of 1 or more.")

@@ -20,7 +20,6 @@ import hashlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,10 +27,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from benchmarks.command import exit_with, new_parser
+from benchmarks.command import exit_with, mode_parser
 from benchmarks.loss.case import Case, make_inputs
 from benchmarks.loss.measure import clock
-from benchmarks.result_files import RESULTS, forget_rows, measure_once
+from benchmarks.result_files import forget_rows, measure_once
 from fasterase.ops.contrastive import contrastive, weighted_contrastive
 
 
@@ -173,11 +172,10 @@ def measurements(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = new_parser(__doc__, prog="python -m benchmarks.systems.gpu_checks")
-    parser.add_argument("mode", choices=("small", "repeats", "graphs"))
+    parser = mode_parser(
+        __doc__, "benchmarks.systems.gpu_checks", ("small", "repeats", "graphs"), "gpu_checks.csv"
+    )
     parser.add_argument("--times", type=int, help="repeats of a call; default: 20, on a CPU 2")
-    parser.add_argument("--output", type=Path, default=RESULTS / "gpu_checks.csv")
-    parser.add_argument("--fresh", action="store_true", help="measure everything again")
     args = parser.parse_args(argv)
     on_gpu = torch.cuda.is_available()
     device = "cuda" if on_gpu else "cpu"

@@ -17,7 +17,6 @@ import os
 import time
 import warnings
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,9 +24,9 @@ import torch
 import torch.distributed as dist
 
 import fasterase
-from benchmarks.command import exit_with, new_parser
+from benchmarks.command import exit_with, mode_parser
 from benchmarks.processes import MeasurementError, call_in_process
-from benchmarks.result_files import RESULTS, forget_rows, measure_once
+from benchmarks.result_files import forget_rows, measure_once
 from benchmarks.systems.plan_memory import random_pairs
 from fasterase.models.load import load_architecture
 from fasterase.planner.count import PeakMemory, with_random_weights
@@ -128,10 +127,9 @@ def measure(case: Case, mode: str, expected: float | None) -> list[dict[str, Any
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = new_parser(__doc__, prog="python -m benchmarks.systems.gpu_erasures")
-    parser.add_argument("mode", choices=("plan", "ranks"))
-    parser.add_argument("--output", type=Path, default=RESULTS / "gpu_erasures.csv")
-    parser.add_argument("--fresh", action="store_true", help="run everything again")
+    parser = mode_parser(
+        __doc__, "benchmarks.systems.gpu_erasures", ("plan", "ranks"), "gpu_erasures.csv"
+    )
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.fresh:

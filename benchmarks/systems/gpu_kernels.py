@@ -17,16 +17,15 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.command import exit_with, new_parser
+from benchmarks.command import exit_with, mode_parser
 from benchmarks.loss.case import Case, make_inputs
 from benchmarks.processes import call_all, describe_error
-from benchmarks.result_files import RESULTS, forget_rows, measure_once
+from benchmarks.result_files import forget_rows, measure_once
 from benchmarks.systems.gpu_checks import Call, calls
 from fasterase.ops.contrastive import weighted_contrastive
 
@@ -99,10 +98,9 @@ def profile_step(case: Case, steps: int) -> list[dict[str, Any]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = new_parser(__doc__, prog="python -m benchmarks.systems.gpu_kernels")
-    parser.add_argument("mode", choices=("warm", "kernels"))
-    parser.add_argument("--output", type=Path, default=RESULTS / "gpu_checks.csv")
-    parser.add_argument("--fresh", action="store_true", help="profile everything again")
+    parser = mode_parser(
+        __doc__, "benchmarks.systems.gpu_kernels", ("warm", "kernels"), "gpu_checks.csv"
+    )
     args = parser.parse_args(argv)
     on_gpu = torch.cuda.is_available()
     device = "cuda" if on_gpu else "cpu"

@@ -19,18 +19,17 @@ import math
 import sys
 import warnings
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.command import exit_with, new_parser
+from benchmarks.command import exit_with, mode_parser
 from benchmarks.loss.case import Case
 from benchmarks.loss.measure import clock
 from benchmarks.processes import MeasurementError, call_all, describe_error
-from benchmarks.result_files import RESULTS, measured_on
+from benchmarks.result_files import measured_on
 from benchmarks.systems.gpu_kernels import PROCESSES, make_step
 from fasterase.files import write_text
 from fasterase.ops.contrastive import triton_plan
@@ -159,10 +158,7 @@ def _case(kernel: str, n: int, device: str) -> Case:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = new_parser(__doc__, prog="python -m benchmarks.systems.gpu_tiles")
-    parser.add_argument("mode", choices=("tiles",))
-    parser.add_argument("--output", type=Path, default=RESULTS / "gpu_tiles.json")
-    parser.add_argument("--fresh", action="store_true", help="measure everything again")
+    parser = mode_parser(__doc__, "benchmarks.systems.gpu_tiles", ("tiles",), "gpu_tiles.json")
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     here = measured_on(device)

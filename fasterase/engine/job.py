@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -165,21 +165,26 @@ class Draws:
             self.pool = RetainPool.choose(
                 len(retain), batch_size=config.batch_size, seed=config.seed, shards=retain.shards()
             )
-        self.sampler, self.whole_sampler = (
-            Sampler(
-                len(forget),
-                len(retain),
-                forget_batch_size=config.forget_batch_size,
-                batch_size=config.batch_size,
-                seed=config.seed,
-                forget_groups=[np.setdiff1d(rows, left_out) for rows in job.groups],
-                retain_rows=None if self.pool is None else self.pool.drawn,
-                forget_shards=forget.shards(),
-                retain_shards=retain.shards(),
-            )
-            for left_out in (self.withheld, np.empty(0, np.int64))
+        self._groups = job.groups
+        self._make_sampler = partial(
+            Sampler,
+            len(forget),
+            len(retain),
+            forget_batch_size=config.forget_batch_size,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            retain_rows=None if self.pool is None else self.pool.drawn,
+            forget_shards=forget.shards(),
+            retain_shards=retain.shards(),
         )
+        groups = [np.setdiff1d(rows, self.withheld) for rows in self._groups]
+        self.sampler = self._make_sampler(forget_groups=groups)
         self.total_steps = count_steps(config, self.sampler)
+
+    @cached_property
+    def whole_sampler(self) -> Sampler:
+        """Draws the withheld rows too."""
+        return self._make_sampler(forget_groups=self._groups)
 
     @cached_property
     def rows(self) -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import struct
 import subprocess
@@ -178,23 +179,23 @@ def build_library() -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(library.with_suffix(".lock")):
             if not library.exists():
-                check_compiler(compiler, _NATIVE_FLAGS)
+                check_compiler([compiler], _NATIVE_FLAGS)
                 _compile_library(name, sources, library)
     except OSError as error:
         raise BuildError(f"the cache {cache} cannot be written ({error})") from error
     return library
 
 
-def check_compiler(compiler: str, flags: Sequence[str]) -> None:
+def check_compiler(compiler: Sequence[str], flags: Sequence[str]) -> None:
     """Raise `BuildError` if it refuses the flags or has no OpenMP, before a minute is lost."""
     program = "#include <omp.h>\nint main() { return omp_get_max_threads(); }\n"
-    command = [*compiler.split(), *flags, "-fsyntax-only", "-x", "c++", "-"]
+    command = [*compiler, *flags, "-fsyntax-only", "-x", "c++", "-"]
     tried = subprocess.run(command, input=program, capture_output=True, text=True, check=False)
     if tried.returncode:
         said = next((line for line in tried.stderr.splitlines() if "error" in line), "no reason")
         raise BuildError(
-            f"{compiler} cannot compile them ({said.strip()}); set CXX to g++, or to a clang with "
-            f"OpenMP (Apple's clang has none)"
+            f"{shlex.join(compiler)} cannot compile them ({said.strip()}); set CXX to g++, or to a "
+            f"clang with OpenMP (Apple's has none)"
         )
 
 

@@ -20,8 +20,8 @@ from benchmarks.loss.case import Case, exact_losses, in_fp64, make_inputs, tiled
 from benchmarks.loss.gpu_model import __main__ as gpu_model
 from benchmarks.loss.gpu_model.__main__ import compare, summarise
 from benchmarks.loss.rows import Row, write_rows
-from benchmarks.result_files import code_version, read_csv
-from benchmarks.systems import gpu_checks, gpu_erasures, gpu_kernels, gpu_stages, gpu_wheels
+from benchmarks.result_files import read_csv
+from benchmarks.systems import gpu_checks, gpu_erasures, gpu_kernels, gpu_stages
 from benchmarks.systems.gpu_stages import LONGEST_SECONDS, STAGES, Context, Stage
 from fasterase.errors import InputError
 
@@ -275,61 +275,6 @@ def test_wheels_go_to_the_stages_alone(run, tmp_path, monkeypatch):
     _, output = run({"show": show}, "--wheels", str(wheels))
     assert {"--no-index", "--no-deps", "--target", str(packages)} <= set(ran[0])
     assert str(packages) in output.splitlines()
-
-
-def test_wheels_replace_other_versions_and_are_of_those_that_fasterase_takes(tmp_path, monkeypatch):
-    asked = []
-
-    def pip(*arguments: str) -> None:
-        asked.extend(arguments)
-        folder = next(Path(word) for word in arguments if word.startswith(f"{tmp_path}/"))
-        (folder / "webdataset-1.1-py3-none-any.whl").touch()
-
-    monkeypatch.setattr(gpu_wheels, "_pip", pip)
-    for name in ("webdataset-1.0-py3-none-any.whl", "mine-2-py3-none-any.whl"):
-        (tmp_path / name).touch()
-    gpu_wheels.fetch(tmp_path, [])
-    names = ["mine-2-py3-none-any.whl", "webdataset-1.1-py3-none-any.whl"]
-    assert sorted(file.name for file in tmp_path.iterdir()) == names
-    bounds = {re.split("[<>]", word)[0]: word for word in asked if "<" in word}
-    assert set(bounds) == {"open_clip_torch", "webdataset", "deepspeed"}
-    assert {"<2", ">=0.2.86"} == set(bounds["webdataset"].removeprefix("webdataset").split(","))
-
-
-def test_wheels_and_project_have_a_size_limit(tmp_path, monkeypatch):
-    (tmp_path / "small-1-py3-none-any.whl").write_bytes(b"x" * 1000)
-    assert gpu_wheels.check_sizes(tmp_path, 30_000_000).startswith("1 wheel of 0.0 MB")
-    monkeypatch.setattr(gpu_wheels, "LIMIT_BYTES", 30_000_500)
-    with pytest.raises(InputError, match=r"more than 30 MB in all. The largest: small-1"):
-        gpu_wheels.check_sizes(tmp_path, 30_000_000)
-    assert gpu_wheels.project_bytes() < 40_000_000  # the rest is for wheels
-
-
-def test_the_commit_of_a_copy_without_git(monkeypatch):
-    monkeypatch.setattr("benchmarks.result_files.shutil.which", lambda name: None)
-    monkeypatch.setenv("FASTERASE_COMMIT", "abc1234")
-    code_version.cache_clear()
-    assert code_version().endswith(" abc1234")
-    code_version.cache_clear()
-
-
-def test_new_results_do_not_make_the_version_dirty(tmp_path, monkeypatch):
-    (tmp_path / "benchmarks/results").mkdir(parents=True)
-    result, code = tmp_path / "benchmarks/results/some.csv", tmp_path / "benchmarks/some.py"
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.org"]
-    for file in (result, code):
-        file.write_text("before")
-    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
-        subprocess.run([*git, *words], check=True)
-    monkeypatch.setattr("benchmarks.result_files.__file__", str(code))
-    found = []
-    for file in (None, result, code):
-        if file:
-            file.write_text("after")
-        code_version.cache_clear()
-        found.append(code_version())
-    code_version.cache_clear()
-    assert found == [found[0], found[0], f"{found[0]}-dirty"]
 
 
 def row_of(kernel, tile, *times):
