@@ -1,12 +1,13 @@
 """Run one of the paper's protocols on a model: `python -m benchmarks.protocols cifar100 --help`.
 
-`utility` is none of the paper's: what else the field compares CLIPs by, for an erased model.
+Two are none of the paper's: `utility`, what else the field compares CLIPs by, for an erased model,
+and `salmubench`, which erases links of faces and facts.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,18 @@ from benchmarks.protocols.diffusion import MODELS, run_check
 from benchmarks.protocols.diffusion_check import CONCEPT, CONTROLS, DiffusionCheck
 from benchmarks.protocols.protocol import TABLE, Protocol, run_protocol
 from benchmarks.protocols.published import CC12M, CIFAR, FLICKR
-from benchmarks.protocols.utility import DATA, run_utility
+from benchmarks.protocols.salmubench import CLEAN, COMPROMISED, SALMUBENCH_DATA, run_salmubench
+from benchmarks.protocols.utility import DATA, IMAGENET_DATA, run_utility
 from benchmarks.protocols.utility import TABLE as UTILITY_TABLE
 from fasterase.config import UnlearnConfig
 
 # A new protocol that erases from a model is a `Protocol` and an entry here.
 PROTOCOLS: dict[str, Protocol] = {"cifar100": CIFAR, "flickr30k": FLICKR, "cc12m": CC12M}
-DIFFUSION, UTILITY = "diffusion", "utility"
+DIFFUSION, UTILITY, SALMUBENCH = "diffusion", "utility", "salmubench"
+RECIPES: dict[str, Callable[[], UnlearnConfig]] = {
+    "fasterase": UnlearnConfig,
+    "cliperase": UnlearnConfig.cliperase,
+}
 _CHECK_FIELDS = {field.name for field in fields(DiffusionCheck)}
 
 
@@ -30,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = _parse(argv)
     output = options.output or Path("runs") / options.protocol
     special = {DIFFUSION: (_run_diffusion, TABLE), UTILITY: (_run_utility, UTILITY_TABLE)}
+    special[SALMUBENCH] = _run_salmubench, TABLE
     run, table = special.get(options.protocol, (_run_protocol, TABLE))
     print(f"{run(options, output)}\nWritten to {output / table}.")
 
@@ -38,8 +45,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     described = {name: f"DATA is {each.data}." for name, each in PROTOCOLS.items()}
     described[DIFFUSION] = MODELS
     described[UTILITY] = "; ".join(f"--{name}: {data}" for name, data in DATA.items()) + "."
+    described[SALMUBENCH] = f"DATA is {SALMUBENCH_DATA}. --imagenet: {IMAGENET_DATA}."
     parser = new_parser(
-        "Repeat an experiment of CLIPErase (Yang et al., ACL 2025) with any model.",
+        "Repeat an experiment of CLIPErase (Yang et al., ACL 2025), or SALMUBench, with any model.",
         prog="python -m benchmarks.protocols",
         epilog="\n\n".join(f"{name}: {text}" for name, text in described.items()),
     )
@@ -51,6 +59,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
             _add_diffusion(command)
         elif name == UTILITY:
             _add_utility(command)
+        elif name == SALMUBENCH:
+            _add_salmubench(command)
         else:
             _add_erasing(command)
     return parser.parse_args(argv)
@@ -61,7 +71,7 @@ def _add_erasing(command: argparse.ArgumentParser) -> None:
     command.add_argument("--data", type=Path, required=True, help="folder of the data set")
     command.add_argument("--concept", help="what to erase instead of the protocol's own choice")
     command.add_argument("--cases", nargs="+", default=[], help="run only these cases")
-    command.add_argument("--recipe", choices=("fasterase", "cliperase"), default="fasterase")
+    command.add_argument("--recipe", choices=RECIPES, default="fasterase")
     command.add_argument("--config", type=Path, help="YAML file of the recipe's fields instead")
     command.add_argument("--max_pairs", type=int, default=5000, help="pairs measured of each set")
 
@@ -70,8 +80,7 @@ def _run_protocol(options: argparse.Namespace, output: Path) -> str:
     if options.config is not None:
         config = UnlearnConfig.from_yaml(options.config)
     else:
-        cliperase = options.recipe == "cliperase"
-        config = UnlearnConfig.cliperase() if cliperase else UnlearnConfig()
+        config = RECIPES[options.recipe]()
     return run_protocol(
         PROTOCOLS[options.protocol],
         options.model,
@@ -95,6 +104,32 @@ def _add_utility(command: argparse.ArgumentParser) -> None:
 def _run_utility(options: argparse.Namespace, output: Path) -> str:
     given = {name: vars(options)[name] for name in DATA if vars(options)[name] is not None}
     return run_utility(options.model, options.original, given, output, max_pairs=options.max_pairs)
+
+
+def _add_salmubench(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--data", type=Path, required=True, help="folder of the evaluation set")
+    command.add_argument("--model", default=COMPROMISED, help=f"the compromised one: {COMPROMISED}")
+    command.add_argument("--clean", default=CLEAN, help=f"the one to compare with: {CLEAN}")
+    command.add_argument("--recipe", nargs="+", choices=RECIPES, default=list(RECIPES))
+    command.add_argument("--config", type=Path, help="YAML file of another recipe's fields instead")
+    command.add_argument("--imagenet", type=Path, help="folder of ImageNet, for GenKnow")
+    command.add_argument("--max_pairs", type=int, help="pairs measured of each split: all")
+
+
+def _run_salmubench(options: argparse.Namespace, output: Path) -> str:
+    if options.config is not None:
+        configs = {options.config.name: UnlearnConfig.from_yaml(options.config)}
+    else:
+        configs = {name: RECIPES[name]() for name in options.recipe}
+    return run_salmubench(
+        options.data,
+        output,
+        model=options.model,
+        clean=options.clean,
+        configs=configs,
+        imagenet=options.imagenet,
+        max_pairs=options.max_pairs,
+    )
 
 
 def _add_diffusion(command: argparse.ArgumentParser) -> None:

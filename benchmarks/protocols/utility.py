@@ -27,7 +27,7 @@ from fasterase.pairs.open import open_pairs
 
 TABLE, NUMBERS = "utility.md", "utility.json"
 RESAMPLES = 1000
-IMAGENET = "imagenet"
+IMAGENET, TOP_1 = "imagenet", "ImageNet, zero-shot top 1"
 IMAGENET_DATA = (
     "the validation pictures in their 1,000 folders n01440764, n01443537, ... (from "
     "https://image-net.org, sorted as for torchvision.datasets.ImageFolder)"
@@ -57,7 +57,7 @@ def run_utility(
         raise InputError(f"no data set: give one or more of --{', --'.join(DATA)}.")
     check_creatable(output, argument=f"--output={str(output)!r}")
     scores = [_open(name, folder, max_pairs) for name, folder in data.items()]
-    before, after = (_score(name, scores) for name in (original, model))
+    before, after = (score_model(name, scores) for name in (original, model))
     differences = {measure: after[measure] - before[measure] for measure in before}
     rows, numbers = [], {}
     for measure, lost in differences.items():
@@ -77,7 +77,7 @@ def run_utility(
     return table
 
 
-def _score(name: str, scores: list[Score]) -> dict[str, np.ndarray]:
+def score_model(name: str, scores: list[Score]) -> dict[str, np.ndarray]:
     """Score a model; only one is in memory at a time."""
     model = load_model(name)
     with placed(model, device=best_device()):
@@ -87,12 +87,16 @@ def _score(name: str, scores: list[Score]) -> dict[str, np.ndarray]:
 
 def _open(name: str, folder: Path, max_pairs: int | None) -> Score:
     if name == IMAGENET:
-        return _imagenet(folder, max_pairs)
+        return open_imagenet(folder, max_pairs)
     return _retrieval(name, folder, KARPATHY[name], max_pairs)
 
 
-def _imagenet(folder: Path, max_pairs: int | None) -> Score:
-    """Accuracy over the 1,000 classes, by open_clip's names and OpenAI's 80 templates."""
+def open_imagenet(folder: Path, max_pairs: int | None) -> Score:
+    """Score accuracy over the 1,000 classes, by open_clip's names and OpenAI's 80 templates.
+
+    Raises:
+        InputError: `folder` does not hold the classes.
+    """
     import open_clip
 
     names = open_clip.IMAGENET_CLASSNAMES
@@ -120,7 +124,7 @@ def _imagenet(folder: Path, max_pairs: int | None) -> Score:
         features = encoder.pairs(pairs, rows, description="ImageNet")
         directions = encode_classes(encoder.texts, names, templates)
         right = score_accuracy(features.image, directions, labels[features.rows])
-        return {"ImageNet, zero-shot top 1": right}
+        return {TOP_1: right}
 
     return score
 
