@@ -50,7 +50,7 @@ RESTING = (0.3, 0.7)
 # of them or, where one tower then tells too much, those of one tower.
 MOST_EASED = {"all": 0.25, "text": 0.5, "image": 0.5}
 EASE_CHECKS = 5
-# So long a run waits for pairs that it does not train on, once the others are forgotten.
+# So long a run waits for pairs that it does not train on, if they alone are still remembered.
 WITHHELD_PATIENCE_STEPS = 10
 # The first fade and two more.
 MAX_FADES = 3
@@ -117,10 +117,10 @@ class Check(NamedTuple):
 
     @property
     def lacks_withheld_alone(self) -> bool:
-        """Whether all is low enough but the withheld pairs, for which the run goes on."""
+        """Whether all is low enough, but the withheld pairs are still remembered."""
         others = {n: trace for n, trace in self.traces.items() if n != WITHHELD}
         rest = Check({**others, **self.trained}, self.damage, self.exceeded)
-        return bool(self.trained) and rest.is_low and not self.is_safely_forgotten
+        return bool(self.trained) and rest.is_low and self.verdict == REMEMBERED
 
     @property
     def is_low(self) -> bool:
@@ -155,7 +155,7 @@ class Pacing:
         weights: sets to forget -> weight of each in the forget loss, if it is one of several
             concepts; 1 of a set that is missing.
         withheld_until: the step after which training also draws the forget pairs that were
-            withheld, since they alone were not forgotten; None: it never has.
+            withheld, since they alone were still remembered; None: it never has.
     """
 
     limit: str | None = None
@@ -230,7 +230,7 @@ class AutomaticPacing(Pacing):
     The verdict is checked every few steps. Once it holds by a margin and the loss has settled, or
     the loss has converged, or the damage is exceeded, lr decays to 0, which recovers some damage.
     If the verdict does not hold then, the run resumes, at most twice. Where the withheld pairs
-    alone are not forgotten, it soon trains on them too. The best weights seen are restored at the
+    alone are remembered, it soon trains on them too. The best weights seen are restored at the
     end: of forgotten ones those that rest within the margins, faded ones first, then those with the
     least damage; else those that exceed the verdict's thresholds least, within `max_damage`. Where
     the best lie below the margins, weights between the start's and theirs are considered too.
@@ -339,7 +339,7 @@ class AutomaticPacing(Pacing):
         return found
 
     def _release_withheld(self, found: Check) -> None:
-        """Let training draw the withheld pairs if they alone keep the run from its end."""
+        """Let training draw the withheld pairs if they alone are remembered for long."""
         now = self._now
         if now.withheld_until is not None or not found.lacks_withheld_alone:
             now.waits_since = None

@@ -292,6 +292,13 @@ class TestAutomatic:
         others = Run(at(dict.fromkeys((5, 10, 20), WITHHELD_KNOWN), KNOWN)).take()
         assert others.pacing.withheld_until is None, "not for ten steps on end"
 
+    def test_withheld_pairs_stay_withheld_where_only_a_margin_is_missing(self):
+        traces = {name: trace._replace(hit=0.1) for name, trace in SAFE.traces.items()}
+        unsafe = SAFE._replace(traces=traces, trained=SAFE.traces)
+        assert unsafe.is_low
+        assert not unsafe.is_safely_forgotten
+        assert Run(lambda step: unsafe).take().pacing.withheld_until is None
+
     def test_a_run_that_never_gets_there_fades_in_its_last_steps(self):
         run = Run(lambda step: check(1.0 - step / 2000)).take()
         assert run.step == TOTAL
