@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -293,7 +294,7 @@ class TestAutomatic:
         assert others.pacing.withheld_until is None, "not for ten steps on end"
 
     def test_withheld_pairs_stay_withheld_where_only_a_margin_is_missing(self):
-        traces = {name: trace._replace(hit=0.1) for name, trace in SAFE.traces.items()}
+        traces = {name: replace(trace, hit=0.1) for name, trace in SAFE.traces.items()}
         unsafe = SAFE._replace(traces=traces, trained=SAFE.traces)
         assert unsafe.is_low
         assert not unsafe.is_safely_forgotten
