@@ -49,7 +49,7 @@ class Metric:
 
 
 def format_value(unit: str, value: float) -> str:
-    """Format a value for tables: a `"share"` in percent, `"rank"`, `"seconds"` or `"cosine"`."""
+    """Format a value of a unit of `Finding` that is a number: a `"share"` in percent."""
     if unit == "share":
         return f"{100 * value:.1f}"
     if unit == "cosine":
