@@ -355,9 +355,9 @@ def evaluate(
             "swap" looks for it with the original's image tower and the model's text tower, and the
             reverse; "probe" tries to tell its images from others by their features alone;
             "quantise" judges the model again with 8- and 4-bit weights; "relearn" fine-tunes
-            copies of it on a few forget pairs and looks for all others; "prompt" searches
-            for words that find its images; "membership" tells the pairs to forget from
-            `non_members` by their similarity.
+            copies of it on a few forget pairs and looks for all others, with made-up words as a
+            control; "prompt" searches for words that find its images; "membership" tells the pairs
+            to forget from `non_members` by their similarity.
         non_members: pairs of the same source that no model here was trained on.
         max_pairs: maximum number of pairs measured per set, drawn with `seed`; None measures all.
         seed: seed of the draw and of the bootstrap.
