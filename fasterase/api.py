@@ -321,14 +321,17 @@ def evaluate(
     """Measure how well a model still knows the pairs to forget, and all others.
 
     On every set: zero-shot accuracy (where classes are known), image->text and text->image
-    recall@1/5/10, concept hit@1/5 (an image's first captions hold any caption of the forget set),
-    median rank of the true caption and mean matched cosine; each with a 95 % interval over pairs
-    (Wilson's for shares, else from 1,000 bootstrap resamples) and its chance level. On sets to
-    forget also the residues behind the verdict (see `fasterase.evaluation.verdict`).
+    recall@1/5/10, image->image recall@1, concept hit@1/5 (an image's first captions hold any
+    caption of the forget set), median rank of the true caption and mean matched cosine; each with
+    a 95 % interval over pairs (Wilson's for shares, else from 1,000 bootstrap resamples) and its
+    chance level. On sets to forget also the residues behind the verdict (see
+    `fasterase.evaluation.verdict`).
 
     image->text ranks among the distinct first captions of all sets together, so that numbers
     compare across sets; any caption of the pair that is among them counts as right. text->image of
     a set ranks among its own images and the retain set's; any image with that caption is right.
+    image->image ranks the other ones of these; right are those of the image's class, or else with
+    its first caption, and images without any such other do not count.
     text->old image, if there is an `original`, ranks among its features of the same images: what an
     image index finds that is not rebuilt after erasing.
     Ties count as a random order would break them.
@@ -352,9 +355,9 @@ def evaluate(
             "swap" looks for it with the original's image tower and the model's text tower, and the
             reverse; "probe" tries to tell its images from others by their features alone;
             "quantise" judges the model again with 8- and 4-bit weights; "relearn" fine-tunes
-            copies of it on a few forget pairs and looks for all others; "prompt" searches
-            for words that find its images; "membership" tells the pairs to forget from
-            `non_members` by their similarity.
+            copies of it on a few forget pairs and looks for all others, with made-up words as a
+            control; "prompt" searches for words that find its images; "membership" tells the pairs
+            to forget from `non_members` by their similarity.
         non_members: pairs of the same source that no model here was trained on.
         max_pairs: maximum number of pairs measured per set, drawn with `seed`; None measures all.
         seed: seed of the draw and of the bootstrap.

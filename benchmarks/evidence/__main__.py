@@ -3,13 +3,13 @@
     python -m benchmarks.evidence [--processes 2] [--seeds 3] [--methods TITLE ...]
     python -m benchmarks.evidence --settings benchmarks/results/evidence_settings.csv
 
-Every method (trained.py, closed_form.py) is given the demo's model and pairs. Its settings are
-tried on the validation concepts with one seed; the one of least damage, hit@1 beyond chance plus
-recall lost, erases the test concepts. Methods with nothing to choose and the best of the others, by
-that damage, are finalists: they have several seeds, and the costly attacks. Methods and checkpoints
-are never chosen by the sets that are reported. Each cell is kept in --work as soon as it is
-measured, so an interrupted command resumes. Writes evidence_settings.csv (what was chosen, for
---settings), evidence.csv (the summary), evidence_models.csv (every model) and evidence.md (the
+Every method (trained.py, salient.py, closed_form.py) is given the demo's model and pairs. Its
+settings are tried on the validation concepts with one seed; the one of least damage, hit@1 beyond
+chance plus recall lost, erases the test concepts. Methods with nothing to choose and the best of
+the others, by that damage, are finalists: they have several seeds, and the costly attacks. Methods
+and checkpoints are never chosen by the sets that are reported. Each cell is kept in --work as soon
+as it is measured, so an interrupted command resumes. Writes evidence_settings.csv (what was chosen,
+for --settings), evidence.csv (the summary), evidence_models.csv (every model) and evidence.md (the
 table) to --output.
 """
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence import closed_form, trained, varied
+from benchmarks.evidence import closed_form, salient, trained, varied
 from benchmarks.evidence.task import Method, Setting, Task
 from benchmarks.processes import call_all
 from fasterase.demo import emoji
@@ -25,7 +25,7 @@ from fasterase.models.load import load_model
 from fasterase.report.evaluation import Evaluation
 
 METHODS: dict[str, Method] = {
-    method.title: method for method in (*trained.METHODS, *closed_form.METHODS)
+    method.title: method for method in (*trained.METHODS, *salient.METHODS, *closed_form.METHODS)
 }
 VARIANTS: dict[str, Method] = {method.title: method for method in varied.METHODS}
 # Models that no method made, measured in the same way.

@@ -13,6 +13,7 @@ from fasterase.encode import PairEncoder, PairFeatures
 from fasterase.errors import InputError
 from fasterase.evaluation.hurt import choose_things, encode_things
 from fasterase.evaluation.metrics import (
+    IMAGE_TO_IMAGE,
     METRICS,
     OLD_INDEX,
     bootstrap_intervals,
@@ -24,7 +25,9 @@ from fasterase.evaluation.scores import (
     SetScores,
     all_captions,
     check_finite,
+    image_labels,
     retrieval_scores,
+    search_images,
     text_to_image,
 )
 from fasterase.evaluation.verdict import Judge, Trace, summarise
@@ -215,7 +218,13 @@ class Evaluator:
         for name, found in sets.items():
             check_finite(found.image, found.ids, model)
             scores[name] = retrieval_scores(found, pool, concept, _distractors(sets, name))
-        classes = self._add_accuracy(encoder, features, scores)
+        labels = label_pairs(self.class_names or [], self.sources, features)
+        classes = self._add_accuracy(encoder, features, scores, labels)
+        shown = image_labels({name: features[name] for name in self.sources}, labels)
+        for name, (counted, nearest, by_chance) in search_images(features, shown).items():
+            values = np.full(len(counted), np.nan)
+            values[counted] = nearest.hit(1)
+            scores[name].add(IMAGE_TO_IMAGE, values, float(by_chance.hit(1).mean()))
         traces = self.judge.judge(features, None if original is None else original.judged)
         for name, trace in traces.items():
             for key, (values, chance) in trace.metrics_at(features[name].rows).items():
@@ -237,15 +246,13 @@ class Evaluator:
         encoder: PairEncoder,
         features: Mapping[str, PairFeatures],
         scores: Mapping[str, SetScores],
+        labels: Mapping[str, np.ndarray],
     ) -> dict[str, list[str | None]]:
         """Add the zero-shot accuracy of the sets of which some pair has a known class.
 
-        Return set -> the class of each of its pairs.
+        Return set -> the class of each of its pairs, of which `labels` gives the number.
         """
-        names = self.class_names
-        if names is None:
-            return {}
-        labels = label_pairs(names, self.sources, features)
+        names = self.class_names or []
         known = {name: those for name, those in labels.items() if (those >= 0).any()}
         if known:
             classes = encode_classes(encoder.texts, names, self.templates)

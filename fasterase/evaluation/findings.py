@@ -29,11 +29,13 @@ class Finding:
     key: str  # name in dictionaries and JSON, such as `"forget/original_images/contest_hit@1"`
     group: str  # heading that the finding stands under in tables
     title: str  # its name there
-    # `"share"` (0 to 1, printed in percent), `"cosine"`, `"rank"`, `"seconds"`, `"verdict"` or
-    # `"text"`
+    # `"share"` (0 to 1, printed in percent), `"cosine"`, `"rank"`, `"pairs"`, `"seconds"`,
+    # `"verdict"` or `"text"`
     unit: str
     wanted: str  # wanted direction; empty if it only informs
-    value: float | str  # of the model; words if the unit is `"verdict"` or `"text"`
+    # of the model; words if the unit is `"verdict"` or `"text"`, or if it is `"pairs"` and there
+    # were too few
+    value: float | str
     low: float | None = None  # 95 % interval of `value`; None for what is no share
     high: float | None = None
     chance: float | None = None  # value of a random order; None if there is no such level

@@ -14,6 +14,8 @@ CONCEPT_DEPTHS = (1, 5)
 # Recall of the model's captions among the original's image features: of an image index that was
 # not rebuilt. Of the original itself it is its text->image recall.
 OLD_INDEX = "text_to_original_image_recall@1"
+# Recall of images among images of the same thing: what the image tower alone keeps together.
+IMAGE_TO_IMAGE = "image_to_image_recall@1"
 # Share of images that a tower wins beside the original's other one.
 TOWER_HITS = {"image": "image_tower_hit@1", "text": "text_tower_hit@1"}
 # Places of the verdict's contest that are reported beside the first: means hide pairs close to it.
@@ -47,7 +49,7 @@ class Metric:
 
 
 def format_value(unit: str, value: float) -> str:
-    """Format a value for tables: a `"share"` in percent, `"rank"`, `"seconds"` or `"cosine"`."""
+    """Format a value of a unit of `Finding` that is a number: a `"share"` in percent."""
     if unit == "share":
         return f"{100 * value:.1f}"
     if unit == "cosine":
@@ -64,6 +66,7 @@ METRICS: tuple[Metric, ...] = (
     *(_share(f"image_to_text_recall@{k}", f"image->text R@{k}") for k in RECALL_DEPTHS),
     *(_share(f"text_to_image_recall@{k}", f"text->image R@{k}") for k in RECALL_DEPTHS),
     _share(OLD_INDEX, "text->old image R@1"),
+    _share(IMAGE_TO_IMAGE, "image->image R@1"),
     *(_share(f"concept_hit@{k}", f"concept hit@{k}", keep="↓") for k in CONCEPT_DEPTHS),
     Metric("median_rank", "median caption rank", "rank", "median", "↑ chance", "↓"),
     Metric("matched_cosine", "mean matched cosine", "cosine", "mean", "↓ chance", "↑"),

@@ -47,21 +47,54 @@ def placebo_captions(captions: Sequence[str], kept: Collection[str], seed: int) 
     are such, its rarest one goes.
     """
     numbers = generator(seed, Stream.PLACEBO)
-    known = {word for caption in kept for word in words_of(caption.lower())}
-    frequency = english_frequencies()
-
-    def made_up() -> str:
-        return "".join(numbers.choice(_SYLLABLES, int(numbers.integers(2, 4))))
+    known = _known_words(kept)
 
     def renamed(caption: str) -> str:
-        words = words_of(caption.lower())
-        own = {w for w in words if w not in known and frequency.get(w, 0.0) < _TEMPLATE}
-        if not own and words:
-            own = {min(words, key=lambda word: frequency.get(word, 0.0))}
-        return replace_words(caption, {word: made_up() for word in sorted(own)})
+        own = sorted(_own_words(caption, known))
+        return replace_words(caption, {word: _made_up(numbers) for word in own})
 
     order = numbers.permutation(len(captions)).tolist()
     return [renamed(captions[order[number % len(order)]]) for number in range(PLACEBOS)]
+
+
+def nonsense_captions(
+    captions: Collection[str], kept: Collection[str], seed: int
+) -> dict[str, str] | None:
+    """Return caption -> itself with made-up words in place of those that `placebo_captions` takes.
+
+    A word has the same made-up one everywhere, which is no word of English or of `kept`: equal
+    captions stay equal, and what two captions share they still share. None for captions without
+    words, or in a script whose words have no spaces.
+    """
+    if not all(map(words_of, captions)) or any(map(UNSPACED.search, captions)):
+        return None
+    numbers = generator(seed, Stream.PLACEBO, 2)
+    known = _known_words(kept)
+    taken = known | _known_words(captions) | english_frequencies().keys()
+    names: dict[str, str] = {}
+    for word in sorted(set().union(*(_own_words(caption, known) for caption in captions))):
+        name = _made_up(numbers)
+        while name in taken:
+            name += _made_up(numbers)
+        names[word] = name
+        taken.add(name)
+    return {caption: replace_words(caption, names) for caption in captions}
+
+
+def _known_words(captions: Collection[str]) -> set[str]:
+    return {word for caption in captions for word in words_of(caption.lower())}
+
+
+def _own_words(caption: str, known: Collection[str]) -> set[str]:
+    """Return the words of a caption that are neither `known` nor common, or else its rarest."""
+    frequency = english_frequencies()
+    words = words_of(caption.lower())
+    own = {w for w in words if w not in known and frequency.get(w, 0.0) < _TEMPLATE}
+    return own or set(sorted(words, key=lambda word: frequency.get(word, 0.0))[:1])
+
+
+def _made_up(numbers: np.random.Generator) -> str:
+    return "".join(numbers.choice(_SYLLABLES, int(numbers.integers(2, 4))))
 
 
 def encode_placebos(

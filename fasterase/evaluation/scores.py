@@ -3,6 +3,7 @@
 Candidate pools:
 - image->text: the distinct first captions of all sets together, so that sets compare.
 - text->image for a set: its own images and the retain set's as distractors.
+- image->image for a set: the same, without the image itself.
 
 Ties count as a random order would break them: a collapsed model, to which all candidates are alike,
 scores exactly chance, neither 0 nor 100 %.
@@ -10,7 +11,7 @@ scores exactly chance, neither 0 nor 100 %.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
@@ -180,6 +181,60 @@ def text_to_image(
     return found, chance_position(len(image), counts[pairs])
 
 
+def image_labels(
+    sets: Mapping[str, PairFeatures], classes: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Return set -> [n] number of each pair's class, or else of its first caption.
+
+    `classes` gives set -> [n] class numbers, -1 for none; sets may be missing.
+    """
+    start = 1 + max((int(those.max(initial=-1)) for those in classes.values()), default=-1)
+    captions: dict[str, int] = {}
+    found = {}
+    for name, pairs in sets.items():
+        firsts = [captions.setdefault(each, start + len(captions)) for each in pairs.first_captions]
+        known = classes.get(name, np.full(len(firsts), -1))
+        found[name] = np.where(known >= 0, known, np.array(firsts, dtype=np.int64))
+    return found
+
+
+class ImageSearch(NamedTuple):
+    """Where the images of a set find another one of the same label."""
+
+    counted: np.ndarray  # [n] bool, which of them have one to find
+    found: Position  # of those
+    by_chance: Position
+
+
+def search_images(
+    sets: Mapping[str, PairFeatures], labels: Mapping[str, np.ndarray]
+) -> dict[str, ImageSearch]:
+    """Return set -> where its images find others of their label (`image_labels`), nearest first.
+
+    Candidates are the other images of the set and those of the retain set. Sets without two images
+    of a label are left out. Memory as `similarity_chunks`.
+    """
+    searched = {}
+    for name in labels:
+        names = [name] if name == "retain" or "retain" not in labels else [name, "retain"]
+        gallery = torch.cat([sets[each].image for each in names])
+        shown = torch.from_numpy(np.concatenate([labels[each] for each in names]))
+        counts, parts = [], []
+        for rows, similarity in similarity_chunks(sets[name].image, gallery):
+            right = shown[rows, None] == shown
+            itself = torch.arange(rows.start, rows.stop)
+            right[itself - rows.start, itself] = False
+            similarity[itself - rows.start, itself] = -torch.inf
+            counts.append(right.sum(1).numpy())
+            has_other = right.any(1)
+            parts.append(find_position(similarity[has_other], right[has_other]))
+        count = np.concatenate(counts)
+        if count.any():
+            by_chance = chance_position(len(gallery) - 1, count[count > 0])
+            searched[name] = ImageSearch(count > 0, join_positions(parts), by_chance)
+    return searched
+
+
 class Position(NamedTuple):
     """The best right candidate of each query among all candidates."""
 
@@ -210,16 +265,14 @@ def search_candidates(
     queries: Tensor,  # [n, D]
     candidates: Tensor,  # [m, D]
     right: Sequence[list[int]],  # [n] candidates that are right, one or more for each query
-    *,
-    without: Sequence[int] | None = None,  # [n] a candidate that does not count: the query itself
 ) -> Position:
     """Return where each query finds its best right candidate; memory as `similarity_chunks`."""
-    parts = []
-    for rows, similarity in similarity_chunks(queries, candidates):
-        if without is not None:
-            similarity[torch.arange(len(similarity)), list(without[rows])] = -torch.inf
-        parts.append(find_position(similarity, _column_mask(right[rows], len(candidates))))
-    return join_positions(parts)
+    return join_positions(
+        [
+            find_position(similarity, _column_mask(right[rows], len(candidates)))
+            for rows, similarity in similarity_chunks(queries, candidates)
+        ]
+    )
 
 
 def find_position(similarity: Tensor, right: Tensor) -> Position:

@@ -20,7 +20,9 @@ from fasterase.evaluation.scores import (
     captions_of,
     chance_position,
     distinct_firsts,
+    image_labels,
     search_candidates,
+    search_images,
     share_below,
 )
 from fasterase.evaluation.zero_shot import encode_classes, label_pairs
@@ -70,6 +72,13 @@ def zero_shot(target: Target) -> Examined:
     return Examined(findings)
 
 
+def labels_of(target: Target) -> dict[str, np.ndarray]:
+    """Return set -> [n] number of each pair's class, or else of its first caption."""
+    sources = target.evaluator.sources
+    classes = label_pairs(target.evaluator.class_names or [], sources, target.features)
+    return image_labels({name: target.features[name] for name in sources}, classes)
+
+
 def probe(target: Target, fit: Fit, *, task: str, title: str) -> Examined:
     """Fit a classifier on half of the images of each label, and score the others; then swap.
 
@@ -80,7 +89,7 @@ def probe(target: Target, fit: Fit, *, task: str, title: str) -> Examined:
     Raises:
         InputError: fewer than two labels have two images.
     """
-    labels = image_labels(target)
+    labels = labels_of(target)
     joined = np.concatenate([*labels.values()])
     images = torch.cat([target.features[name].image for name in labels]).double().numpy()
     # The images of a label fall into the folds in turn.
@@ -135,23 +144,6 @@ linear_probe = partial(probe, fit=fit_linear, task="linear_probe", title="linear
 prototypes = partial(probe, fit=fit_prototypes, task="prototypes", title="prototype accuracy, %")
 
 
-def image_labels(target: Target) -> Mapping[str, np.ndarray]:
-    """Return set -> [n] number of each pair's class, or else of its first caption."""
-    evaluator = target.evaluator
-    names = evaluator.class_names or []
-    classes = label_pairs(names, evaluator.sources, target.features) if names else {}
-    captions: dict[str, int] = {}
-    found = {}
-    for name in evaluator.sources:
-        firsts = [
-            captions.setdefault(caption, len(names) + len(captions))
-            for caption in target.features[name].first_captions
-        ]
-        known = classes.get(name, np.full(len(firsts), -1))
-        found[name] = np.where(known >= 0, known, firsts)
-    return found
-
-
 def retrieval(target: Target) -> Examined:
     """Return recall@1/5/10 of each set by itself, image->text and text->image.
 
@@ -204,29 +196,12 @@ def image_retrieval(target: Target) -> Examined:
     Raises:
         InputError: no image has another one of its class or caption.
     """
-    labels = image_labels(target)
     findings: list[Finding] = []
-    for name in labels:
-        own, label = target.features[name].image, labels[name]
-        gallery, gallery_label = own, label
-        if name != "retain":
-            gallery = torch.cat([own, target.features["retain"].image])
-            gallery_label = np.concatenate([label, labels["retain"]])
-        columns: defaultdict[int, list[int]] = defaultdict(list)
-        for column, each in enumerate(gallery_label.tolist()):
-            columns[each].append(column)
-        right = [[c for c in columns[each] if c != row] for row, each in enumerate(label.tolist())]
-        queries = [row for row, those in enumerate(right) if those]
-        if not queries:
-            continue
-        wanted = [right[row] for row in queries]
-        findings += target.hits(
-            name,
-            search_candidates(own[queries], gallery, wanted, without=queries),
-            _chances(wanted, len(gallery) - 1, RECALL_DEPTHS[:2]),
-            key="recall",
-            title="image->image R@{}, %",
-        )
+    searched = search_images(target.features, labels_of(target))
+    for name, (_, found, by_chance) in searched.items():
+        chances = {k: float(by_chance.hit(k).mean()) for k in RECALL_DEPTHS[:2]}
+        title = "image->image R@{}, %"
+        findings += target.hits(name, found, chances, key="recall", title=title)
     if not findings:
         raise InputError(
             "tasks: 'image_retrieval' needs images with another one of their class or caption, and "

@@ -25,7 +25,12 @@ def label_pairs(
     sources: Mapping[str, PairTable],
     features: Mapping[str, PairFeatures],
 ) -> dict[str, np.ndarray]:
-    """Return set -> [n] class number of each pair that has features; -1 if it has no class."""
+    """Return set -> [n] class number of each pair that has features; -1 if it has no class.
+
+    Nothing without classes.
+    """
+    if not class_names:
+        return {}
     label = labeller(class_names)
     return {
         name: np.array(

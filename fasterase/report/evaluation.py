@@ -24,7 +24,7 @@ from fasterase.evaluation.hurt import (
     hurt_groups,
     worst_first,
 )
-from fasterase.evaluation.metrics import METRICS, OLD_INDEX, TOWER_HITS
+from fasterase.evaluation.metrics import IMAGE_TO_IMAGE, METRICS, OLD_INDEX, TOWER_HITS
 from fasterase.evaluation.verdict import decide, decide_each
 from fasterase.files import check_creatable, check_writable, parse_path, to_json, write_text
 from fasterase.numerals import counted
@@ -400,6 +400,8 @@ def _notes(evaluation: Evaluation) -> list[str]:
         f"{LEGEND}\nimage->text ranks among {counted(candidates, 'caption')}, "
         "text->image among the set's images and the\nretain set's."
     )
+    if any(IMAGE_TO_IMAGE in values for values in evaluation.scores.values()):
+        legend += " image->image ranks these too; right is the same class, or else caption."
     if any(OLD_INDEX in values for values in evaluation.scores.values()):
         legend += (
             "\ntext->old image ranks the original's features of the images, an index not rebuilt."

@@ -21,13 +21,13 @@ class Few(Drawings):
         super().__init__(drawings._source, drawings._rows[:count], drawings._wording)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def sets() -> DemoSets:
     whole = build_sets("animal-marine", original=str(emoji.BASE_MODEL), seed=0)
     return replace(whole, forget=Few(whole.forget, 12), retain=Few(whole.retain, 60))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def original() -> DualEncoder:
     return load_model(str(emoji.BASE_MODEL))
 

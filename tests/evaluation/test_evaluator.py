@@ -87,6 +87,11 @@ def brute_force(model: LookupModel) -> dict[str, dict[str, float]]:
                 values[f"image_to_text_recall@{k}"] = bool(set(captions) & set(order[:k]))
                 right = [captions[0] in others for _, others in images[:k]]
                 values[f"text_to_image_recall@{k}"] = any(right)
+            same = [n for n, others in candidates if others[0] == captions[0] and n != i]
+            if same:
+                others = (n for n, _ in candidates if n != i)
+                nearest = max(others, key=lambda n, i=i: image[i] @ image[n])
+                values["image_to_image_recall@1"] = nearest in same
             for k in (1, 5):
                 values[f"concept_hit@{k}"] = bool(concept & set(order[:k]))
             if name in FORGET_SETS:
@@ -150,6 +155,22 @@ def test_every_number_equals_the_loops(
             assert measured.mean_residue(name) == pytest.approx(np.mean(residues), abs=1e-6)
     assert measured.residue == measured.mean_residue("forget")
     assert measured.mean_residue("holdout") is None
+
+
+def test_images_of_one_caption_are_each_other_s_right_answers() -> None:
+    """Of the forget set four show a cat; its other captions no two images of it have."""
+    found = evaluate(lookup_model(0))
+    assert found.chance["forget"]["image_to_image_recall@1"] == pytest.approx(3 / 26)
+    assert "image->image R@1, %" in found.table()
+    assert "image->image ranks these too" in found.table()
+    texts = [f"own {i}" for i in range(4)]
+    numbers = itertools.count()
+    alone = {
+        name: open_pairs([(picture(next(numbers)), text) for text in those], name=name)
+        for name, those in {"forget": texts[:2], "retain": texts[2:]}.items()
+    }
+    found = evaluate(LookupModel(torch.eye(4), torch.eye(4), texts, "fake"), alone)
+    assert "image->image" not in found.table()
 
 
 def test_a_set_is_to_be_forgotten_only_if_it_is_said_to_be() -> None:

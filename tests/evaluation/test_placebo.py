@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from fasterase.encode import PairFeatures
-from fasterase.evaluation.placebo import Band, encode_placebos, find_band, placebo_captions
+from fasterase.evaluation import placebo
+from fasterase.evaluation.placebo import (
+    Band,
+    encode_placebos,
+    find_band,
+    nonsense_captions,
+    placebo_captions,
+)
 from fasterase.evaluation.verdict import (
     FORGOTTEN,
     OVER_ERASED,
@@ -19,6 +26,7 @@ from fasterase.evaluation.verdict import (
     Trace,
     decide_each,
 )
+from fasterase.vocabulary import english_frequencies
 
 
 def unit(*rows):
@@ -54,6 +62,31 @@ def test_whole_words_are_replaced_whatever_their_case():
         first, *_, last = caption.split()
         assert (first, last) == ("Photo", "Lynxhouse")
         assert "Lynx " not in caption
+
+
+def test_a_word_has_one_made_up_word_wherever_it_stands():
+    captions = ["a photo of Jane Miller", "jane at the lake", "A lynx", "the lake"]
+    kept = ["a mountain lake", "the house"]
+    found = nonsense_captions(captions, kept, seed=0)
+    jane, miller = found["a photo of Jane Miller"].removeprefix("a photo of ").split()
+    assert found["jane at the lake"] != f"{jane} at the lake", "a rarest known word goes everywhere"
+    assert found["jane at the lake"].startswith(f"{jane} at the ")
+    assert found["the lake"] == found["jane at the lake"].removeprefix(f"{jane} at ")
+    made_up = {jane, miller, found["A lynx"].removeprefix("A "), found["the lake"].split()[1]}
+    assert len(made_up) == 4
+    assert not made_up & english_frequencies().keys()
+    assert found == nonsense_captions(
+        [*reversed(captions)], ["a mountain lake", "the house"], seed=0
+    )
+    assert nonsense_captions(["a lynx", "3"], [], seed=0) is None
+    assert nonsense_captions(["a lynx", "リンゴ"], [], seed=0) is None
+
+
+def test_made_up_words_never_run_out(monkeypatch):
+    monkeypatch.setattr(placebo, "_SYLLABLES", ["zo"])
+    found = nonsense_captions([f"lynx{'y' * n}" for n in range(9)], ["zozo"], seed=0)
+    assert len(set(found.values())) == 9
+    assert "zozo" not in found.values()
 
 
 def people_among_landscapes(numbers):

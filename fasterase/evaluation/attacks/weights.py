@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +29,8 @@ from fasterase.evaluation.findings import (
     recall_finding,
     share_finding,
 )
+from fasterase.evaluation.placebo import nonsense_captions
+from fasterase.evaluation.scores import distinct_firsts
 from fasterase.evaluation.verdict import PairTraces, decide, summarise
 from fasterase.models.dual_encoder import DualEncoder, separate_copy
 from fasterase.models.preprocessing import Tokens
@@ -36,6 +39,7 @@ from fasterase.ops.contrastive import contrastive
 from fasterase.pairs.batches import sweep
 from fasterase.pairs.prepare import hash_captions
 from fasterase.seeds import Stream, generator
+from fasterase.vocabulary import UNREADABLE
 
 BITS = (8, 4)  # of the rounded weights
 # Attention has either one matrix for queries, keys and values, or three.
@@ -49,6 +53,9 @@ POOL = 32  # retain pairs that the attacker has; at most half of them
 STEPS = 20
 RATES = (1e-5, 1e-4)  # the one counts that brings more back with the most pairs
 BETAS = (0.9, 0.98)
+CONTROL = "made_up"  # in keys: of the curve with made-up words
+
+Names = Mapping[str, str]  # caption -> the same with made-up words
 
 RELEARNED, KEPT = "forget pairs relearned", "retain image->text R@1, %"  # labels of axes
 
@@ -129,7 +136,16 @@ class Lesson(NamedTuple):
 
     pixels: Tensor  # [n, 3, H, W]
     tokens: Tokens  # [n, L]
-    labels: Tensor  # [n] int64, equal for equal captions; on the CPU
+    captions: list[str]  # [n] their identities
+
+    def first(self, count: int) -> Lesson:
+        tokens = self.tokens.index(slice(count))
+        return Lesson(self.pixels[:count], tokens, self.captions[:count])
+
+    def renamed(self, names: Names, model: DualEncoder) -> Lesson:
+        captions = [names[caption] for caption in self.captions]
+        tokens = model.tokenize(captions).to(self.pixels.device)
+        return Lesson(self.pixels, tokens, captions)
 
 
 class Outcome(NamedTuple):
@@ -153,10 +169,21 @@ def relearn(target: Target) -> Examined:
     whole curve is the one of `RATES` that brings more back with the largest k. Residue and hit@1
     are those of the verdict, on forget pairs and among unrelated pairs that no copy learned from.
     The area is that under the curve from the smallest to the largest k, over log k, as a share: a
-    constant curve has its own height as area.
+    constant curve has its own height as area. `pairs_to_half` is the k at which hit@1 is half of
+    what the original has on these pairs (half of all pairs without an original).
+
+    The control, `made_up`, is the same with made-up words in place of the concept's
+    (`nonsense_captions`), in the lessons and in what is measured, and with a learning rate of its
+    own: the same pictures, and the same words shared by the same pairs, which no model has ever
+    read. A concept that needs as many pairs as nonsense has left nothing that its words could call
+    up; one that needs fewer has. The comparison is about the link from words to pictures alone:
+    an image tower that still keeps the concept's pictures together teaches both sooner, and made-up
+    words take more tokens, which may slow them down. It needs captions in words, and a tokenizer
+    that reads any; else there is no control.
 
     Costs `STEPS` steps and one pass over the judged pairs for each k, and once more for the other
-    learning rate, and memory for an fp32 copy of the model with gradients and Adam's states.
+    learning rate, all of it twice with the control, and memory for an fp32 copy of the model with
+    gradients and Adam's states.
 
     Raises:
         InputError: fewer than two pairs to forget or unrelated ones.
@@ -166,26 +193,38 @@ def relearn(target: Target) -> Examined:
     lessons, left = _divide(rows, seed=evaluator.seed)
     shots = [k for k in SHOTS if k <= len(lessons["forget"])]
     forget, retain = (_load(target, name, lessons[name]) for name in ("forget", "retain"))
-    judge, features = evaluator.judge, target.features
-    before = {name: features[name].at(those) for name, those in left.items()}
-    outcomes = [Outcome(judge.judge(before), before["retain"])]
+    control = _nonsense(target)
     last = shots[-1]
-    pairs = sum(k + len(retain.labels) for k in [*shots, *[last] * (len(RATES) - 1)]) * STEPS
+    pairs = sum(k + len(retain.captions) for k in [*shots, *[last] * (len(RATES) - 1)]) * STEPS
 
-    def relearned(k: int, rate: float) -> Outcome:
-        lesson = Lesson(forget.pixels[:k], forget.tokens.index(slice(k)), forget.labels[:k])
+    def relearned(k: int, rate: float, names: Names | None) -> Outcome:
+        lesson = forget.first(k)
+        if names is not None:
+            lesson = lesson.renamed(names, target.encoder.model)
         encoder = target.encoder.of(fine_tuned(target.encoder.model, lesson, retain, rate))
         student = replace(target, encoder=encoder)
-        after = student.encode(left, "relearned")
-        bar.update(STEPS * (k + len(retain.labels)))
-        return Outcome(judge.judge(after), after["retain"])
+        bar.update(STEPS * (k + len(retain.captions)))
+        return _measure(student, student.encode(left, "relearned"), names)
 
-    with target.encoder.progress("relearning", pairs) as bar:
-        tried = {rate: relearned(last, rate) for rate in RATES}
-        best = max(RATES, key=lambda rate: tried[rate].recovered)
-        outcomes += [relearned(k, best) for k in shots[:-1]]
-        outcomes.append(tried[best])
-    return _describe(target, [0, *shots], outcomes)
+    curves = {"": None} if control is None else {"": None, CONTROL: control}
+    outcomes = {}
+    with target.encoder.progress("relearning", pairs * len(curves)) as bar:
+        for curve, names in curves.items():
+            tried = {rate: relearned(last, rate, names) for rate in RATES}
+            best = max(RATES, key=lambda rate: tried[rate].recovered)
+            outcomes[curve] = [
+                _measure(target, _at(target.features, left), names),
+                *(relearned(k, best, names) for k in shots[:-1]),
+                tried[best],
+            ]
+    goals = dict.fromkeys(outcomes[""][0].traces, 0.5)
+    if target.original is not None:
+        known = evaluator.judge.judge(_at(target.original, left))
+        goals = {name: float(traces.hit.mean()) / 2 for name, traces in known.items()}
+    shots = [0, *shots]
+    found = [_describe(target, shots, those, goals, curve) for curve, those in outcomes.items()]
+    found.append(_describe_damage(shots, outcomes[""]))
+    return Examined(*(list(chain.from_iterable(parts)) for parts in zip(*found, strict=True)))
 
 
 def fine_tuned(model: DualEncoder, forget: Lesson, retain: Lesson, rate: float) -> DualEncoder:
@@ -201,8 +240,9 @@ def fine_tuned(model: DualEncoder, forget: Lesson, retain: Lesson, rate: float) 
         for weight in weights:
             weight.requires_grad_(True)
         optimizer = torch.optim.Adam(weights, lr=rate, betas=BETAS)
-        labels = torch.cat([forget.labels, retain.labels])
-        count = len(forget.labels)
+        keys = [*forget.captions, *retain.captions]
+        labels = torch.from_numpy(hash_captions(keys).astype(np.int64))
+        count = len(forget.captions)
         for _ in range(STEPS):
             image = torch.cat([student.encode_image(part.pixels) for part in (forget, retain)])
             text = torch.cat([student.encode_text(part.tokens) for part in (forget, retain)])
@@ -235,54 +275,119 @@ def _load(target: Target, name: str, rows: np.ndarray) -> Lesson:
     keys = [key for _, key in batch.captions]
     place = {key: i for i, key in enumerate(batch.new_keys)}
     device = target.encoder.model.device
-    return Lesson(
-        batch.pixels.to(device),
-        batch.tokens.index([place[key] for key in keys]).to(device),
-        torch.from_numpy(hash_captions(keys).astype(np.int64)),
-    )
+    tokens = batch.tokens.index([place[key] for key in keys])
+    return Lesson(batch.pixels.to(device), tokens.to(device), keys)
+
+
+def _nonsense(target: Target) -> Names | None:
+    """Return what the control says in place of the captions; None if it cannot say anything."""
+    judged = target.judged()
+    kept = judged.pop("retain").first_captions
+    captions = {caption for pairs in judged.values() for caption in pairs.first_captions}
+    names = nonsense_captions(captions, kept, target.evaluator.seed)
+    if names is None or target.encoder.model.text_tokenizer is None:
+        return None
+    try:
+        target.encoder.model.tokenize([*names.values()])
+    except UNREADABLE:  # a tokenizer that knows the words of its own data alone
+        return None
+    return names
+
+
+def _at(
+    features: Mapping[str, PairFeatures], rows: Mapping[str, np.ndarray]
+) -> dict[str, PairFeatures]:
+    return {name: features[name].at(those) for name, those in rows.items()}
+
+
+def _measure(
+    target: Target, features: dict[str, PairFeatures], names: Names | None = None
+) -> Outcome:
+    """Judge `features` of the target's model, with `names` in place of the captions to forget."""
+    for name, pairs in features.items():
+        if names is not None and name != "retain":
+            rows, own = distinct_firsts(pairs)
+            captions = [names[pairs.captions[row]] for row in rows]
+            text, pair_text = target.encoder.texts(captions), [[place] for place in own]
+            features[name] = replace(pairs, text=text, captions=captions, pair_text=pair_text)
+    return Outcome(target.evaluator.judge.judge(features), features["retain"])
 
 
 def _describe(
     target: Target,
     shots: list[int],  # from 0
     outcomes: list[Outcome],  # of each of `shots`
+    goals: Mapping[str, float],  # set -> the hit@1 to come back to
+    curve: str,  # empty, or `CONTROL`
 ) -> Examined:
     pairs = [counted(k, "pair") for k in shots]
-    keys = [f"{k}_shots" for k in shots]
-    recalls = [
-        recall_finding(
-            outcome.retain,
-            key=f"retain/{key}",
-            group="retain, after relearning",
-            title=f"retain image->text R@1, {count}, %",
-        )
-        for outcome, key, count in zip(outcomes, keys, pairs, strict=True)
-    ]
+    points = [*(f"{k}_shots" for k in shots), "area"]
+    what = "made-up words" if curve else ""
     findings, series = [], []
-    recall = [100 * float(each.value) for each in recalls]
     ticks, places = [str(k) for k in shots], [float(place) for place in range(len(shots))]
     for name in outcomes[0].traces:
         traces = [outcome.traces[name] for outcome in outcomes]
+        group = f"{name}, after relearning {what}".rstrip()
+        prefix = f"{name}/{curve}/" if curve else f"{name}/"
+        needed = pairs_needed(shots, [float(trace.hit.mean()) for trace in traces], goals[name])
+        title = f"pairs until hit@1 is {100 * goals[name]:.0f} %"
+        wanted = "" if curve else "↑"
+        findings.append(Finding(f"{prefix}pairs_to_half", group, title, "pairs", wanted, needed))
         for key, figure, wanted, chance, values in (
             ("residue", "residue", "↓ chance", 0.5, [trace.residue for trace in traces]),
             ("contest_hit@1", "hit@1", "↓", traces[0].chance, [trace.hit for trace in traces]),
         ):
             area = np.average(values[1:], axis=0, weights=area_weights(shots[1:]))
             labels = [*pairs, "area under the curve"]
-            for point, label, those in zip([*keys, "area"], labels, [*values, area], strict=True):
+            for point, label, those in zip(points, labels, [*values, area], strict=True):
                 # Single hits are few trials, often all alike.
                 few = figure == "hit@1" and point != "area"
                 make = share_finding if few else target.resampled
-                place, group = f"{name}/{point}/{key}", f"{name}, after relearning"
-                findings.append(make(those, place, group, f"{figure}, {label}, %", wanted, chance))
-            curve = [100 * float(those.mean()) for those in values]
-            of_others = f"{figure} of the others, %"
-            panel = f"{name}: {figure}"
-            series.append(Series(panel, RELEARNED, of_others, places, curve, ticks=ticks))
-        # The last curve, hit@1, again: on the plane of damage against relearning.
-        plane = f"{name}: damage against relearning"
-        series.append(Series(plane, KEPT, of_others, recall, curve, point_labels=ticks))
-    return Examined([*findings, *recalls], series)
+                place, aim = f"{prefix}{point}/{key}", "" if curve else wanted
+                findings.append(make(those, place, group, f"{figure}, {label}, %", aim, chance))
+            of_others = [100 * float(those.mean()) for those in values]
+            panel = ", ".join(filter(None, [f"{name}: {figure}", what]))
+            y_label = f"{figure} of the others, %"
+            series.append(Series(panel, RELEARNED, y_label, places, of_others, ticks=ticks))
+    return Examined(findings, series)
+
+
+def _describe_damage(shots: list[int], outcomes: list[Outcome]) -> Examined:
+    """Return the recall that is left of retain pairs, and its plane with hit@1."""
+    recalls = [
+        recall_finding(
+            outcome.retain,
+            key=f"retain/{k}_shots",
+            group="retain, after relearning",
+            title=f"retain image->text R@1, {counted(k, 'pair')}, %",
+        )
+        for outcome, k in zip(outcomes, shots, strict=True)
+    ]
+    recall, ticks = [100 * float(each.value) for each in recalls], [str(k) for k in shots]
+    series = []
+    for name in outcomes[0].traces:
+        hits = [100 * float(outcome.traces[name].hit.mean()) for outcome in outcomes]
+        panel, y_label = f"{name}: damage against relearning", "hit@1 of the others, %"
+        series.append(Series(panel, KEPT, y_label, recall, hits, point_labels=ticks))
+    return Examined(recalls, series)
+
+
+def pairs_needed(shots: Sequence[int], hits: Sequence[float], goal: float) -> float | str:
+    """Return the number of pairs at which `hits` first reach `goal`; words if they never do.
+
+    Args:
+        shots: numbers of pairs, 0 and 1 first; between two of the others hits are linear in its
+            logarithm, and between 0 and 1 it counts as 1.
+        hits: hit@1 after each.
+        goal: the hit@1 wanted.
+    """
+    reached = next((place for place, hit in enumerate(hits) if hit >= goal), None)
+    if reached is None:
+        return f"more than {shots[-1]}"
+    if reached < 2:
+        return float(shots[reached])
+    share = (goal - hits[reached - 1]) / (hits[reached] - hits[reached - 1])
+    return float(shots[reached - 1] * (shots[reached] / shots[reached - 1]) ** share)
 
 
 def area_weights(shots: list[int]) -> np.ndarray:

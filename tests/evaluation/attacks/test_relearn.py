@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +22,34 @@ from fasterase.report.evaluation import Evaluation
 from fasterase.seeds import Stream, generator
 from tests.evaluation.lookup_model import LookupModel, attack, picture
 from tests.tiny_concepts import FORGOTTEN, KEPT, concept_pairs, knowing_model
-from tests.tiny_model import TinyModel, same_weights
+from tests.tiny_model import VOCABULARY, TinyModel, same_weights
 
 FORGET = concept_pairs((FORGOTTEN,), 20, seed=5)
 RETAIN = concept_pairs(KEPT, 20, seed=6)
+WORDS = [f"q{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(VOCABULARY)]
 
 
 @pytest.fixture(autouse=True)
 def fast_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RATES": (1e-4, 3e-3), "SHOTS": (1, 4), "POOL": 30}.items():
         monkeypatch.setattr(weights, name, value)
+
+
+def in_words(pairs: list) -> list:
+    """The pairs with a word for each token."""
+    return [(pixels, " ".join(WORDS[i] for i in ids)) for pixels, ids in pairs]
+
+
+def read_words(texts: Sequence[str]) -> Tokens:
+    """Token ids of `WORDS`; 0, which no caption has, for all others."""
+    numbers = {word: i for i, word in enumerate(WORDS)}
+    return Tokens(torch.tensor([[numbers.get(word, 0) for word in t.split()] for t in texts]))
+
+
+def speaking(model: TinyModel) -> TinyModel:
+    model = copy.deepcopy(model)
+    model.text_tokenizer = read_words  # type: ignore[assignment]
+    return model
 
 
 def by_hand(model: TinyModel, forget: list, retain: list, rate: float) -> TinyModel:
@@ -84,6 +103,53 @@ def test_figures_are_those_of_a_model_that_was_fine_tuned_by_hand() -> None:
     assert curve[0] < curve[2]
     assert figures["forget/area/contest_hit@1"].value == pytest.approx(np.mean(curve[1:]))
     assert "unseen/4_shots/residue" in figures
+    assert figures["forget/pairs_to_half"].title == "pairs until hit@1 is 50 %"
+    assert not any("made_up" in key for key in figures), "captions are no words"
+
+
+def test_the_control_teaches_the_same_pictures_other_words() -> None:
+    """By hand: the two words that only the concept has are read as a third one throughout."""
+    model = hiding_model()
+    worded = [speaking(each) for each in (model, knowing_model())]
+    pairs = in_words(FORGET), in_words(RETAIN)
+    unseen = {"forget_sets": {"unseen": in_words(FORGET[:5])}}
+    found = attack("relearn", worded[0], *pairs, original=worded[1], **unseen)
+    figures = found.attacks["relearn"]
+    learned = generator(0, Stream.RELEARN, 0).permutation(20)[:10]
+    pool = generator(0, Stream.RELEARN, 1).permutation(140)[:30]
+    nonsense = [(pixels, ids.where(ids > 2, 0)) for pixels, ids in FORGET]
+    left = [nonsense[i] for i in range(20) if i not in learned[:4]]
+    kept = [RETAIN[i] for i in range(140) if i not in pool]
+    tried = []
+    for rate in (1e-4, 3e-3):
+        lesson = [nonsense[i] for i in learned[:4]], [RETAIN[i] for i in pool]
+        student = by_hand(model, *lesson, rate)
+        scores = fasterase.evaluate(student, left, kept, max_pairs=None, progress=False).to_dict()
+        tried.append((scores["forget"]["contest_hit@1"], residue(scores["forget"])))
+    keys = [f"forget/made_up/4_shots/{x}" for x in ("contest_hit@1", "residue")]
+    assert [figures[key].value for key in keys] == pytest.approx(max(tried), abs=1e-4)
+    assert figures["forget/made_up/0_shots/residue"].original < 0.7
+    assert figures["forget/0_shots/residue"].original > 0.95
+    assert figures["forget/pairs_to_half"].original == 0
+    assert figures["forget/made_up/pairs_to_half"].value > 0
+    assert "unseen/made_up/area/residue" in figures
+    assert "forget, after relearning made-up words" in found.table()
+
+
+def test_pairs_needed_are_found_on_the_logarithm() -> None:
+    shots = [0, 1, 4, 16]
+    assert weights.pairs_needed(shots, [0.1, 0.2, 0.4, 0.6], 0.5) == pytest.approx(8)
+    assert weights.pairs_needed(shots, [0.1, 0.7, 0.4, 0.6], 0.5) == 1
+    assert weights.pairs_needed(shots, [0.5, 0.7, 0.4, 0.6], 0.5) == 0
+    assert weights.pairs_needed(shots, [0.1, 0.2, 0.3, 0.4], 0.5) == "more than 16"
+
+
+def test_the_goal_is_half_of_what_the_original_has() -> None:
+    partly = by_hand(knowing_model(KEPT), FORGET[:2], RETAIN[:30], 1e-3)
+    found = attack("relearn", hiding_model(), FORGET, RETAIN, original=partly).attacks["relearn"]
+    before = found["forget/0_shots/contest_hit@1"].original
+    assert 0.1 < before < 1
+    assert found["forget/pairs_to_half"].title == f"pairs until hit@1 is {50 * before:.0f} %"
 
 
 def residue(scores: dict[str, float]) -> float:
