@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch.utils.data import ConcatDataset, Dataset
 
 import fasterase
 from benchmarks.command import comparison_parser, exit_with
@@ -113,7 +114,7 @@ def erase(model: Any, personas: Sequence[Persona], way: Way, *, seed: int) -> di
     source = open_teams(emoji.TRAIN_TEAMS)
     metas = [source.meta(row) for row in range(len(source))]
     usual = {meta["concept"] for meta in metas if meta["member"]} - faces
-    retain = [
+    retain: list[Dataset[dict[str, Any]]] = [
         drawings(kept, KINDS),
         Drawings.of(source, usual, emoji.captions),
         *([drawings(gone, ["name"])] if way.keeps_names else []),
@@ -123,7 +124,7 @@ def erase(model: Any, personas: Sequence[Persona], way: Way, *, seed: int) -> di
         result = fasterase.unlearn(
             model.module,
             drawings(gone, SENSITIVE, named=way.named),
-            [pair for part in retain for pair in part],
+            ConcatDataset(retain),
             config=recipe_config(way.recipe, small_model=True, seed=seed, progress=False),
             tokenizer=model.text_tokenizer,
             preprocess=model.image_transform,

@@ -9,12 +9,13 @@ is linked with shows in captions without.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
+from torch.utils.data import ConcatDataset
 
 from fasterase.demo import emoji
 from fasterase.demo.sets import Drawings, open_teams
@@ -122,11 +123,12 @@ def _made_up(random: np.random.Generator) -> Iterator[str]:
 
 def drawings(
     personas: Sequence[Persona], kinds: Collection[Kind], *, named: bool = True
-) -> Drawings:
-    """Return the training teams' drawings of personas with the captions of some of their facts."""
+) -> ConcatDataset[dict[str, Any]]:
+    """Return the training teams' drawings of personas, once for each kind, with its captions."""
     of_face = {persona.face: persona for persona in personas}
-    return Drawings.of(
-        open_teams(emoji.TRAIN_TEAMS),
-        of_face.keys(),
-        lambda record: of_face[record["concept"]].captions(kinds, named=named),
-    )
+    source = open_teams(emoji.TRAIN_TEAMS)
+
+    def wording(kind: Kind) -> Callable[[emoji.EmojiInfo], list[str]]:
+        return lambda record: of_face[record["concept"]].captions([kind], named=named)
+
+    return ConcatDataset([Drawings.of(source, of_face.keys(), wording(kind)) for kind in kinds])

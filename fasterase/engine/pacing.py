@@ -133,9 +133,12 @@ class Check(NamedTuple):
 
     @property
     def is_safely_forgotten(self) -> bool:
-        """Whether all traces are below the verdict's thresholds by a margin."""
+        """Whether all traces are below the verdict's thresholds, those trained on by a margin."""
+        trained = {**self.traces, **self.trained}.values()
         return self.is_low and all(
-            trace.hit <= max(MARGIN_HIT, 1.5 * trace.chance) for trace in self._ranked
+            trace.hit <= max(MARGIN_HIT, 1.5 * trace.chance)
+            for trace in trained
+            if not trace.by_hits
         )
 
 
