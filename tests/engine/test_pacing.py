@@ -295,10 +295,12 @@ class TestAutomatic:
 
     def test_withheld_pairs_stay_withheld_where_only_a_margin_is_missing(self):
         traces = {name: replace(trace, hit=0.1) for name, trace in SAFE.traces.items()}
-        unsafe = SAFE._replace(traces=traces, trained=SAFE.traces)
+        unsafe = SAFE._replace(traces=traces, trained=traces)
         assert unsafe.is_low
         assert not unsafe.is_safely_forgotten
         assert Run(lambda step: unsafe).take().pacing.withheld_until is None
+        spared = unsafe._replace(trained=SAFE.traces)
+        assert spared.is_safely_forgotten, "the margin is that of what training draws"
 
     def test_a_run_that_never_gets_there_fades_in_its_last_steps(self):
         run = Run(lambda step: check(1.0 - step / 2000)).take()
