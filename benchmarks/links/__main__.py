@@ -51,20 +51,20 @@ class Way:
     """A way to ask for the links to be forgotten."""
 
     title: str
-    recipe: str = "fasterase"
-    named: bool = True  # forget captions have the personas' names, as the model learnt them, or not
+    named: bool = False  # some forget captions have the personas' names, as the model learnt them
     keeps_names: bool = False  # the names of these faces are in the retain set
+    recipe: str = "fasterase"
+    tune: str = "all"
 
 
 WAYS = {
     way.title: way
     for way in (
         Way("default"),
-        Way("default, facts alone", named=False),
+        Way("default, names in forget captions", named=True),
         Way("default, names kept", keeps_names=True),
-        Way("default, facts alone, names kept", named=False, keeps_names=True),
+        Way("default, text tower", tune="text"),
         Way("paper's recipe", recipe="cliperase"),
-        Way("paper's recipe, facts alone", recipe="cliperase", named=False),
     )
 }
 TRAINED, UNSEEN = "trained drawings", "unseen drawings"
@@ -125,7 +125,9 @@ def erase(model: Any, personas: Sequence[Persona], way: Way, *, seed: int) -> di
             model.module,
             drawings(gone, SENSITIVE, named=way.named),
             ConcatDataset(retain),
-            config=recipe_config(way.recipe, small_model=True, seed=seed, progress=False),
+            config=recipe_config(
+                way.recipe, small_model=True, seed=seed, tune=way.tune, progress=False
+            ),
             tokenizer=model.text_tokenizer,
             preprocess=model.image_transform,
         )
