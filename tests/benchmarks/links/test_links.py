@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.links import __main__ as links
-from benchmarks.links import models
+from benchmarks.links import erasing, models
 from benchmarks.links.measure import Features, Known
 from benchmarks.links.personas import KINDS, SENSITIVE, drawings, make_personas
 from fasterase.demo import emoji
@@ -130,7 +130,7 @@ def test_the_command_writes_a_row_per_model_and_figure(tmp_path, monkeypatch, ca
         "holdout_identity",
         "same number",
         "retain",
-        links.USUAL,
+        erasing.USUAL,
     }
     assert all(0 <= row["hit@1"] <= 1 for row in rows)
     compromised = load_model(f"local-dir:{tmp_path / 'work' / 'compromised_seed0'}")
