@@ -8,9 +8,10 @@ settings are tried on the validation concepts with one seed; the one of least da
 chance plus recall lost, erases the test concepts. Methods with nothing to choose and the best of
 the others, by that damage, are finalists: they have several seeds, and the costly attacks. Methods
 and checkpoints are never chosen by the sets that are reported. Each cell is kept in --work as soon
-as it is measured, so an interrupted command resumes. Writes evidence_settings.csv (what was chosen,
-for --settings), evidence.csv (the summary), evidence_models.csv (every model) and evidence.md (the
-table) to --output.
+as it is measured, so an interrupted command resumes; --merge leaves the models of all methods but
+--methods as they are in --output. Writes evidence_settings.csv (what was chosen, for --settings),
+evidence.csv (the summary), evidence_models.csv (every model) and evidence.md (the table) to
+--output.
 """
 
 from __future__ import annotations
@@ -28,15 +29,13 @@ from benchmarks.evidence.cells import (
     ORIGINAL,
     RETRAINED,
     Cell,
-    Measured,
     as_text,
     check_methods,
     run_cells,
 )
+from benchmarks.evidence.rows import flatten, read_models
 from benchmarks.evidence.table import (
     ATTACKED,
-    HIT,
-    RECALL,
     as_table,
     by_place,
     choose,
@@ -49,7 +48,7 @@ from benchmarks.result_files import read_csv, write_csv
 from fasterase.errors import InputError
 from fasterase.files import write_text
 
-SETTINGS = "evidence_settings.csv"
+SETTINGS, MODELS = "evidence_settings.csv", "evidence_models.csv"
 Chosen = dict[str, tuple[str, float]]  # title -> (setting, damage on the validation concepts)
 
 
@@ -60,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--methods", nargs="+", default=list(METHODS), metavar="TITLE")
     add("--validation", nargs="+", default=VALIDATION, choices=VALIDATION)
     add("--settings", type=Path, metavar="FILE", help="of an earlier run, in place of validation")
+    add("--merge", action="store_true", help="keep what --output has of other methods")
     add("--attacks", nargs="*", default=[], choices=attacks_of(ATTACKED))
     add_retrained(parser)
     options = parser.parse_args(argv)
@@ -77,18 +77,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     in_final = finalists(methods, chosen, options.finalists)
     print(f"Finalists: {', '.join(in_final)}", flush=True)
-    tested = [
-        *other_cells(options.subgroups, options.seeds, attacks, retrained),
-        *method_cells(methods, chosen, in_final, options.subgroups, options.seeds, attacks),
-    ]
+    tested = method_cells(methods, chosen, in_final, options.subgroups, options.seeds, attacks)
+    kept = read_models(options.output / MODELS) if options.merge else []
+    if not kept:
+        tested += other_cells(options.subgroups, options.seeds, attacks, retrained)
     found = run_cells(tested, options.work, options.processes)
+    found += [each for each in kept if each.method not in options.methods]
     order = [ORIGINAL, RETRAINED, *METHODS]
     found.sort(key=lambda each: (order.index(each.method), each.subgroup, each.seed))
     rows = summarise(found, by_place(found))
     tuned = f"Tuned on {tuned_on}:\n\n{describe_choice(chosen)}\n"
     text = f"{as_table(rows)}\n{tuned}"
     write_csv(options.output / "evidence.csv", rows)
-    write_csv(options.output / "evidence_models.csv", [flatten(each) for each in found])
+    write_csv(options.output / MODELS, [flatten(each) for each in found])
     write_text(options.output / "evidence.md", text)
     print(text)
 
@@ -184,19 +185,6 @@ def final_setting(chosen: Chosen, title: str) -> str:
     if "steps" in setting:
         setting["steps"] = [setting["steps"]]
     return as_text(setting)
-
-
-def flatten(each: Measured) -> dict[str, Any]:
-    """Return a row of evidence_models.csv."""
-    columns = ("method", "setting", "subgroup", "seed", "seconds")
-    row: dict[str, Any] = {name: getattr(each, name) for name in columns}
-    for name, scores in each.scores.items():
-        row |= {f"{name} {metric}": scores[metric] for metric in (HIT, RECALL) if metric in scores}
-    for name, verdict in each.verdicts.items():
-        row |= {f"{name} verdict": verdict, f"{name} residue": each.residues.get(name)}
-    for attack, figures in each.attacks.items():
-        row |= {f"{attack} {key}": value for key, value in figures.items()}
-    return row
 
 
 if __name__ == "__main__":

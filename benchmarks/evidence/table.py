@@ -10,11 +10,12 @@ import numpy as np
 
 from benchmarks.evidence.attacks import PROBED, RELEARNED, SWAPPED
 from benchmarks.evidence.cells import ORIGINAL, Measured
-from benchmarks.recipes.runs import FORGET_SETS, KEEP_SETS, interval
+from benchmarks.recipes.runs import FORGET_SETS, KEEP_SETS
 from benchmarks.result_files import count_words, markdown_table
 
 HIT, RECALL = "concept_hit@1", "image_to_text_recall@1"
 ATTACKED = (*SWAPPED, *PROBED, *RELEARNED)
+RESAMPLES = 10_000
 Originals = Mapping[tuple[str, int], Measured]  # (subgroup, seed) -> the original there
 
 
@@ -58,28 +59,37 @@ def summarise(found: Sequence[Measured], originals: Originals) -> list[dict[str,
     rows = []
     for method in dict.fromkeys(each.method for each in found):
         those = [each for each in found if each.method == method]
+        concepts = np.array([each.subgroup for each in those])
         row: dict[str, Any] = {"method": method, "setting": those[0].setting}
-        row |= {"concepts": len({each.subgroup for each in those}), "models": len(those)}
+        row |= {"concepts": len(set(concepts)), "models": len(those)}
         for name in FORGET_SETS:
-            row |= _spread(f"{name} hit@1", [each.scores[name][HIT] for each in those])
-            row |= _spread(f"{name} residue", [each.residues[name] for each in those])
+            hits = [each.scores[name][HIT] for each in those]
+            row |= _spread(f"{name} hit@1", hits, concepts)
+            row |= _spread(f"{name} residue", [each.residues[name] for each in those], concepts)
             row[f"{name} verdicts"] = count_words(each.verdicts[name] for each in those)
         moved = [changes(each, originals[each.subgroup, each.seed]) for each in those]
         for name in KEEP_SETS:
-            row |= _spread(f"{name} change", [change[name] for change in moved])
+            row |= _spread(f"{name} change", [change[name] for change in moved], concepts)
         for figure in ATTACKED:
-            values = [each.attacks.get(figure.attack, {}).get(figure.key) for each in those]
-            known = [value for value in values if isinstance(value, float)]
+            attacks = [each.attacks.get(figure.attack, {}).get(figure.key) for each in those]
+            known = {place: v for place, v in enumerate(attacks) if isinstance(v, float)}
             if known:
-                row |= _spread(figure.title, known)
+                row |= _spread(figure.title, [*known.values()], concepts[[*known]])
         row["seconds"] = float(np.median([each.seconds for each in those]))
         rows.append(row)
     return rows
 
 
-def _spread(column: str, values: Sequence[float]) -> dict[str, float]:
-    """Return the mean and its interval, bootstrapped over concepts and seeds."""
-    low, high = interval(np.array(values))
+def _spread(column: str, values: Sequence[float], concepts: np.ndarray) -> dict[str, float]:
+    """Return the mean and its 95 % interval, bootstrapped over the concepts.
+
+    Models of one concept are alike: another seed is no further concept.
+    """
+    known, place = np.unique(concepts, return_inverse=True)
+    sums, counts = np.bincount(place, weights=np.array(values)), np.bincount(place)
+    drawn = np.random.default_rng(0).integers(len(known), size=(RESAMPLES, len(known)))
+    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    low, high = np.quantile(means, [0.025, 0.975]).tolist()
     return {column: float(np.mean(values)), f"{column} low": low, f"{column} high": high}
 
 

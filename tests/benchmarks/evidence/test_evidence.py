@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -11,8 +12,9 @@ from torch.nn.functional import normalize
 from benchmarks.evidence import closed_form, trained
 from benchmarks.evidence.__main__ import final_setting, finalists, read_settings, settings_table
 from benchmarks.evidence.cells import METHODS, ORIGINAL, Measured, as_text
-from benchmarks.evidence.table import ATTACKED, as_table, by_place, choose, summarise
-from benchmarks.result_files import RESULTS, write_csv
+from benchmarks.evidence.rows import flatten, read_models
+from benchmarks.evidence.table import ATTACKED, _spread, as_table, by_place, choose, summarise
+from benchmarks.result_files import RESULTS, read_csv, write_csv
 from fasterase.errors import InputError
 
 
@@ -122,3 +124,30 @@ def test_figures_of_attacks_are_named_as_the_attacks_name_them():
         known = {(row["attack"], row["figure"]) for row in csv.DictReader(file)}
     shown = {(attack, figure) for attack, figure, _ in ATTACKED}
     assert shown <= known
+
+
+def test_the_committed_table_is_that_of_the_committed_models():
+    """So methods that are not run again can be taken from there."""
+    found = read_models(RESULTS / "evidence_models.csv")
+    rows = {row["method"]: row for row in summarise(found, by_place(found))}
+    committed = read_csv(RESULTS / "evidence.csv")
+    assert {row["method"] for row in committed} == rows.keys()
+    for row in committed:
+        again = rows[row["method"]]
+        for column in ("forget residue", "holdout change", "retain change", "relearned hit@1"):
+            if row[column]:
+                assert again[column] == pytest.approx(float(row[column]), abs=1e-6)
+        assert again["forget verdicts"] == row["forget verdicts"]
+    own = next(each for each in found if each.method == "fasterase")
+    place = (own.method, own.subgroup, str(own.seed))
+    rows = read_csv(RESULTS / "evidence_models.csv")
+    row = next(each for each in rows if (each["method"], each["subgroup"], each["seed"]) == place)
+    for column, value in flatten(own).items():
+        assert row[column] == str(value)
+
+
+def test_seeds_of_one_concept_make_no_interval_narrower():
+    few, many = ([*range(8)], [place for place in range(8) for _ in range(3)])
+    one, three = (_spread("x", those, np.array(those)) for those in (few, many))
+    assert (one["x low"], one["x high"]) == (three["x low"], three["x high"])
+    assert one["x low"] < 2.5 < 4.5 < one["x high"]
