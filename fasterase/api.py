@@ -176,7 +176,7 @@ def unlearn(
                 found = open_sets(forget, retain, holdout, sets, forget_sets, keys)
                 check_retain(found.tables["retain"], config)
                 check_concepts(found.concepts, config)
-                removed = clean_retain(found, parent_record)
+                removed = clean_retain(found, parent_record, links=config.erases_link)
             device = resolve_device(config.device, default=home)
             # Refuses a wrong `tune`, before minutes of measuring.
             weights = _keep_original(encoder, config)

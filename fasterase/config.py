@@ -71,6 +71,12 @@ class UnlearnConfig:
     > Objective
 
     Args:
+        erase: `"concept"`: what the forget pairs show, in both towers. `"link"`: only what their
+            captions say of these pictures, such as the telephone number of a face. The pictures
+            stay what they are: the text tower alone is trained (`tune="all"` becomes `"text"`), so
+            who has the original's text tower still finds the link, and the verdict does not count
+            that; retain pairs with the same pictures and other captions are kept; words lose their
+            meaning only where they are named; no forget pair is withheld.
         forget_weight: weight of the forgetting loss (paper: 3).
         retain_weight: weight of the retention loss, CLIP's symmetric InfoNCE (paper: 1).
         consistency_weight: weight of the KL divergence to the similarity distributions of the
@@ -187,6 +193,7 @@ class UnlearnConfig:
     """
 
     # objective
+    erase: Literal["concept", "link"] = "concept"
     forget_weight: float = 3.0
     retain_weight: float = 1.0
     consistency_weight: float = 3.0
@@ -254,6 +261,10 @@ class UnlearnConfig:
         tune = re.fullmatch(r"all|image|text|projections|(last|lora):[1-9]\d*", self.tune)
         known = "be 'all', 'image', 'text', 'projections', 'last:N' or 'lora:N' with N >= 1"
         self._check("tune", tune, known)
+        if self.erases_link:
+            if self.tune == "all":
+                object.__setattr__(self, "tune", "text")
+            self._check("tune", self.tune == "text", "be 'text' or 'all' with erase='link'")
         if not isinstance(self.forget_words, bool):
             named = self.forget_words and all(
                 re.search(r"[^\W\d_]", each) for each in self.forget_words
@@ -309,6 +320,11 @@ class UnlearnConfig:
     def runs_until_forgotten(self) -> bool:
         """Whether the run ends by itself: `epochs="auto"`, and no `max_steps`."""
         return self.epochs == "auto" and self.max_steps is None
+
+    @property
+    def erases_link(self) -> bool:
+        """Whether the pictures to forget stay what they are."""
+        return self.erase == "link"
 
     @property
     def used_cross_weight(self) -> float:

@@ -24,15 +24,22 @@ from fasterase.pairs.table import PairTable
 _SIZE = 10
 
 
-def remember(pairs: PairTable) -> dict[str, Any]:
-    """Return salted digests of the images and of the first captions of pairs, ready for JSON."""
+def remember(pairs: PairTable, *, links: bool = False) -> dict[str, Any]:
+    """Return salted digests of the images and of the first captions of pairs, ready for JSON.
+
+    Of `links` alone the pictures are not remembered: they may be kept with other captions.
+    """
     salt = secrets.token_hex(16)
-    return {"salt": salt, **_digests(pairs, salt)}
+    found = {"salt": salt, **_digests(pairs, salt)}
+    if links:
+        found.pop("images", None)
+    return found
 
 
 def is_same(pairs: PairTable, erased: Mapping[str, Any]) -> bool:
     """Tell whether pairs are those that were erased, wherever they were read from."""
-    return {"salt": erased["salt"], **_digests(pairs, erased["salt"])} == erased
+    found = {"salt": erased["salt"], **_digests(pairs, erased["salt"])}
+    return {key: found.get(key) for key in erased} == erased
 
 
 def _digests(pairs: PairTable, salt: str) -> dict[str, list[str]]:

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypedDict
 class Overrides(TypedDict, total=False):
     """What `fasterase.unlearn` and `fasterase.plan` take as `**overrides`; see `UnlearnConfig`."""
 
+    erase: Literal["concept", "link"]
     forget_weight: float
     retain_weight: float
     consistency_weight: float

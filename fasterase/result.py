@@ -231,7 +231,9 @@ class UnlearnResult:
         if "retain" in data:
             data["retain"]["content"] = content_digest(self.sets["retain"])
         return {
-            "erased": remember(forget) if forget and self.config.remember_erased else None,
+            "erased": remember(forget, links=self.config.erases_link)
+            if forget and self.config.remember_erased
+            else None,
             "data": data,
             "found": None if forget is None else forget.found,
         }

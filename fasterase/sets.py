@@ -78,16 +78,20 @@ def _names_concepts(forget: Any, image_key: str | None) -> bool:
     return not any(key == image_key or key in IMAGE_KEYS for key in forget)
 
 
-def clean_retain(sets: OpenedSets, record: Mapping[str, Any] | None) -> list[str]:
+def clean_retain(
+    sets: OpenedSets, record: Mapping[str, Any] | None, *, links: bool = False
+) -> list[str]:
     """Take out of retain, in place, what is to be forgotten, and return the ids of these pairs.
 
-    What was erased before by the model's `record` is taken out too, and becomes further sets.
+    That is every pair with a picture of the forget set; of `links` alone, if it has one of the
+    captions too. What was erased before by the model's `record` is taken out as well, and becomes
+    further sets.
 
     Raises:
         InputError: nothing would be left of it.
     """
     opened = sets.tables
-    opened["retain"], removed = remove_overlap(opened["retain"], opened["forget"])
+    opened["retain"], removed = remove_overlap(opened["retain"], opened["forget"], links=links)
     if removed:
         shown = ", ".join(removed[:5]) + (", ..." if len(removed) > 5 else "")
         warnings.warn(

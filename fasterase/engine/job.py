@@ -102,6 +102,11 @@ class Job:
             np.arange(len(self.forget))
         ]
 
+    @property
+    def judged_towers(self) -> tuple[str, ...]:
+        """The towers that are to give nothing away beside the original's other one."""
+        return ("text",) if self.config.erases_link else ("image", "text")
+
     @cached_property
     def precision(self) -> str:
         """The towers' compute dtype."""
@@ -159,9 +164,11 @@ class Draws:
         self.pool: RetainPool | None = None
         self.withheld = np.empty(0, np.int64)
         if config.runs_until_forgotten:
-            self.withheld = np.concatenate(
-                [rows[choose_withheld(forget.select(rows), config.seed)] for rows in job.groups]
-            )
+            # Nothing of a link shows in another one that the run has not seen.
+            if not config.erases_link:
+                self.withheld = np.concatenate(
+                    [rows[choose_withheld(forget.select(rows), config.seed)] for rows in job.groups]
+                )
             self.pool = RetainPool.choose(
                 len(retain), batch_size=config.batch_size, seed=config.seed, shards=retain.shards()
             )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fasterase.engine.history import StepRecord
 from fasterase.engine.rates import Rate
+from fasterase.evaluation.placebo import MARGIN_RESIDUE
 from fasterase.evaluation.verdict import (
     FORGOTTEN,
     OVER_ERASED,
@@ -36,9 +37,8 @@ CHECKED_LOSS = 0.6
 SETTLED_LOSS = 0.35
 # ... or once the loss has not fallen by a tenth in so many steps.
 PATIENCE_STEPS, NOTICED_FALL = 60, 0.9
-# lr fades once the residue is at most this and images are won hardly more often than by chance:
-# fading and unseen pictures need a margin below the verdict's own thresholds.
-MARGIN_RESIDUE = 0.65
+# lr fades once the residue is at most `MARGIN_RESIDUE` and images are won hardly more often than by
+# chance: fading and unseen pictures need a margin below the verdict's own thresholds.
 MARGIN_HIT = 0.05
 FADE_STEPS = 20
 # A fade ends early below this residue, before it leads to "over-erased".
@@ -84,7 +84,7 @@ class Check(NamedTuple):
 
     @property
     def _residues(self) -> list[float]:
-        return [each for t in self._ranked for each in (t.image_to_text, t.text_to_image)]
+        return [each for t in self._ranked for each in t.lowered]
 
     @property
     def _ranked(self) -> list[Trace]:

@@ -150,12 +150,15 @@ class Run:
                 preferred={"forget": undrawn},
                 seed=config.seed,
                 quick=config.evaluation == "quick",
+                towers=job.judged_towers,
             )
             self._judge = self._evaluator.judge
         else:
             rows = sampled_rows(len(job.forget), JUDGED_PAIRS, seed=config.seed, preferred=undrawn)
             names = ("forget", *job.forget_sets)
-            self._judge = Judge(job.sets, names, seed=config.seed, rows={"forget": rows})
+            self._judge = Judge(
+                job.sets, names, seed=config.seed, rows={"forget": rows}, towers=job.judged_towers
+            )
         if not self._judge.rows and (self._draws.pool is not None or config.stop_when_forgotten):
             raise InputError(
                 "retain: every caption is also a caption of the forget set, so there is nothing to "
@@ -271,7 +274,7 @@ class Run:
             trained=self._trained,
             seed=config.seed,
             named=_named_words(job),
-            named_alone=config.forget_words is not True,
+            named_alone=config.forget_words is not True or config.erases_link,
         )
         if words is not None:
             say(words.describe())

@@ -148,6 +148,7 @@ class Evaluator:
         class_names: Sequence[str] | None = None,
         templates: Sequence[str] | None = None,
         quick: bool = False,
+        towers: Collection[str] = ("image", "text"),
     ) -> None:
         max_pairs = parse_value("max_pairs", max_pairs, int | None)
         if max_pairs is not None and max_pairs < 1:
@@ -171,7 +172,7 @@ class Evaluator:
         # Of the whole forget set, sampled or not: other sets may have its captions too.
         self._concept = all_captions(sources["forget"])
         rows = {name: self.rows(name) for name in self.sources}
-        self.judge = Judge(sources, self.forget_sets, seed=seed, rows=rows)
+        self.judge = Judge(sources, self.forget_sets, seed=seed, rows=rows, towers=towers)
         self.things = choose_things(self._concept, QUICK_THINGS if quick else None)
 
     def rows(self, name: str) -> np.ndarray:

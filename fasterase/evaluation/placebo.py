@@ -26,6 +26,11 @@ from fasterase.vocabulary import (
 )
 
 PLACEBOS = 64
+# The largest residue at which a run ends: a margin below the verdict's own limit.
+MARGIN_RESIDUE = 0.65
+# Residues of made-up names, .5 to .7 for most concepts, above which they show that the captions'
+# kind alone brings them near the pictures: those of persons beside landscapes, of numbers in use.
+HIGH_RESIDUE = 0.7
 # Means of as many placebos as a set has captions, drawn to find where 95 % of them lie.
 _DRAWS = 1000
 # Words so frequent in English (Zipf) that they are part of a template: "photo", "small".
@@ -38,6 +43,17 @@ class Band(NamedTuple):
 
     image_to_text: tuple[float, float]
     text_to_image: tuple[float, float]
+
+    @property
+    def lifts(self) -> tuple[float, float]:
+        """How far a margin is to be above `MARGIN_RESIDUE`: 0 where made-up names are below it."""
+        to_text, to_image = (max((low + 3 * high) / 4 - MARGIN_RESIDUE, 0.0) for low, high in self)
+        return (to_text, to_image) if self.is_high else (0.0, 0.0)
+
+    @property
+    def is_high(self) -> bool:
+        """Whether made-up names rank so high that less would be a loud absence of the concept."""
+        return min(sum(ends) / 2 for ends in self) > HIGH_RESIDUE
 
 
 def placebo_captions(captions: Sequence[str], kept: Collection[str], seed: int) -> list[str]:

@@ -83,6 +83,7 @@ class Trace:
             low end of its interval; empty if there was no original to compare with.
         by_hits: whether `hit` alone decides, whatever the number of images.
         band: residues that made-up names have; what lies between them is no trace.
+        lifts: how much higher limits of residues are, by direction, without a band.
     """
 
     image_to_text: float
@@ -95,11 +96,17 @@ class Trace:
     towers: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     by_hits: bool = False
     band: Band | None = None
+    lifts: tuple[float, float] = (0.0, 0.0)
 
     @property
     def residue(self) -> float:
         """Mean of both directions."""
         return (self.image_to_text + self.text_to_image) / 2
+
+    @property
+    def lowered(self) -> tuple[float, float]:
+        """The residues of both directions as far as made-up names do not explain them."""
+        return self.image_to_text - self.lifts[0], self.text_to_image - self.lifts[1]
 
     @property
     def is_remembered(self) -> bool:
@@ -118,9 +125,10 @@ class Trace:
         return [name for name, (_, low) in towers.items() if low > TOWER_HIT]
 
     def strictly(self, *, keep: Collection[str]) -> Trace:
-        """Return the trace without its band, and with the shares of some towers alone."""
+        """Return the trace with lifts for its band, and with the shares of some towers alone."""
         towers = {name: found for name, found in self.towers.items() if name in keep}
-        return replace(self, towers=towers, band=None)
+        lifts = self.lifts if self.band is None else self.band.lifts
+        return replace(self, towers=towers, band=None, lifts=lifts)
 
     @property
     def is_over_erased(self) -> bool:
@@ -131,7 +139,8 @@ class Trace:
         if self.band is not None and self.pairs < LEAST_RANKED:
             return False
         sign = 1 if end else -1
-        ends = [limit, limit] if self.band is None else [found[end] for found in self.band]
+        lifted = [limit + lift * end for lift in self.lifts]
+        ends = lifted if self.band is None else [found[end] for found in self.band]
         residues = self.image_to_text, self.text_to_image
         return any(
             sign * residue > max(sign * limit, sign * end)
@@ -265,6 +274,7 @@ class Judge:
         forget_sets: names of the sets to forget.
         seed: of the choice of pairs.
         rows: set -> rows (sorted) to choose from; all rows of a set that is missing here.
+        towers: those that are judged beside the original's other one.
 
     Attributes:
         rows: set -> rows (sorted) that are judged; empty, and no verdict, without unrelated pairs.
@@ -278,8 +288,9 @@ class Judge:
         *,
         seed: int,
         rows: Mapping[str, np.ndarray] | None = None,
+        towers: Collection[str] = ("image", "text"),
     ) -> None:
-        self._seed = seed
+        self._seed, self._towers = seed, towers
         concept = set().union(*(all_captions(sources[name]) for name in forget_sets))
 
         def is_unrelated(row: int) -> bool:
@@ -329,6 +340,8 @@ class Judge:
         found = self._compare(judged)
         hits: dict[str, dict[str, np.ndarray]] = {name: {} for name in found}
         for tower, images, texts in (("image", judged, before), ("text", before, judged)):
+            if tower not in self._towers:
+                continue
             mixed = {name: replace(texts[name], image=images[name].image) for name in judged}
             for name, traces in self._compare(mixed).items():
                 hits[name][tower] = traces.hit

@@ -19,8 +19,12 @@ from fasterase.pairs.table import PairTable
 MOST_READ = 20_000
 
 
-def remove_overlap(retain: PairTable, forget: PairTable) -> tuple[PairTable, list[str]]:
+def remove_overlap(
+    retain: PairTable, forget: PairTable, *, links: bool = False
+) -> tuple[PairTable, list[str]]:
     """Remove from `retain` the pairs with an image of `forget`, whatever their captions.
+
+    With `links` only those that have a caption of `forget` too.
 
     Two sets of the same shards are compared by row, and no image is read. Other image files and tar
     entries are compared by size, then by location, then by content, so only files of equal size in
@@ -47,6 +51,11 @@ def remove_overlap(retain: PairTable, forget: PairTable) -> tuple[PairTable, lis
             shared[_find_same_pixels(retain, forget)] = True
         else:
             shared[_find_same_files(retain, sizes, forget, known_sizes)] = True
+    if links and shared.any():
+        rows = np.flatnonzero(shared)
+        hashes, places = retain.select(rows).caption_hashes()
+        told = np.isin(hashes, forget.caption_hashes()[0])
+        shared[np.setdiff1d(rows, rows[places[told]])] = False
     if not shared.any():
         return retain, []
     if shared.all():
