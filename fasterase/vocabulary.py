@@ -12,6 +12,8 @@ from importlib.resources import files
 
 # What tokenizers that know the words of their own data alone raise for others.
 UNREADABLE = (LookupError, TypeError, ValueError)
+# Words that English uses more than 400 times in a million (log10 in a billion) are about nothing.
+GRAMMAR = 5.6
 # Letters in a row, with hyphens and apostrophes apart: "snow-capped" are two words.
 _WORD = re.compile(r"[^\W\d_]+")
 # Scripts without spaces (Thai, Lao, Burmese, Khmer, Chinese, Japanese): whole phrases look like

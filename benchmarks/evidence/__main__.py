@@ -16,6 +16,7 @@ evidence.csv (the summary), evidence_models.csv (every model) and evidence.md (t
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from benchmarks.evidence.cells import (
     ORIGINAL,
     RETRAINED,
     Cell,
+    Measured,
     as_text,
     check_methods,
     run_cells,
@@ -67,30 +69,51 @@ def main(argv: Sequence[str] | None = None) -> None:
     attacks = tuple(options.attacks)
     retrained = parse_retrained(options.retrained)
 
-    if options.settings is None:
-        chosen = tune(methods, options.validation, options.work, options.processes)
-        tuned_on = " and ".join(options.validation)
-        write_csv(options.output / SETTINGS, settings_table(chosen, tuned_on))
-    else:
-        chosen, tuned_on = read_settings(options.settings, methods)
+    kept = read_models(options.output / MODELS) if options.merge else []
+    check_methods({each.method for each in kept} - {ORIGINAL, RETRAINED})
+    chosen, tuned_on = choose_settings(methods, options)
     print(describe_choice(chosen), flush=True)
 
     in_final = finalists(methods, chosen, options.finalists)
     print(f"Finalists: {', '.join(in_final)}", flush=True)
     tested = method_cells(methods, chosen, in_final, options.subgroups, options.seeds, attacks)
-    kept = read_models(options.output / MODELS) if options.merge else []
-    if not kept:
-        tested += other_cells(options.subgroups, options.seeds, attacks, retrained)
+    known = {(each.method, each.subgroup, each.seed) for each in kept}
+    others = other_cells(options.subgroups, options.seeds, attacks, retrained)
+    tested += [each for each in others if (each.method, each.subgroup, each.seed) not in known]
     found = run_cells(tested, options.work, options.processes)
     found += [each for each in kept if each.method not in options.methods]
     order = [ORIGINAL, RETRAINED, *METHODS]
     found.sort(key=lambda each: (order.index(each.method), each.subgroup, each.seed))
+    write_results(found, f"Tuned on {tuned_on}:\n\n{describe_choice(chosen)}\n", options.output)
+
+
+def choose_settings(methods: Sequence[Method], options: argparse.Namespace) -> tuple[Chosen, str]:
+    """Return the settings of all methods with several, and what they were chosen on.
+
+    With --merge those of methods that are not run are the ones in --output.
+    """
+    file = options.output / SETTINGS
+    if options.settings is not None:
+        chosen, tuned_on = read_settings(options.settings, methods)
+    else:
+        chosen = tune(methods, options.validation, options.work, options.processes)
+        tuned_on = " and ".join(options.validation)
+    if options.merge:
+        others = check_methods({row["method"] for row in read_csv(file)} - chosen.keys())
+        earlier, earlier_tuned_on = read_settings(file, others)
+        chosen, tuned_on = earlier | chosen, tuned_on or earlier_tuned_on
+    if options.merge or options.settings is None:
+        write_csv(file, settings_table(chosen, tuned_on))
+    return chosen, tuned_on
+
+
+def write_results(found: Sequence[Measured], tuned: str, output: Path) -> None:
+    """Write the tables, and print the one for people with what was `tuned`."""
     rows = summarise(found, by_place(found))
-    tuned = f"Tuned on {tuned_on}:\n\n{describe_choice(chosen)}\n"
     text = f"{as_table(rows)}\n{tuned}"
-    write_csv(options.output / "evidence.csv", rows)
-    write_csv(options.output / MODELS, [flatten(each) for each in found])
-    write_text(options.output / "evidence.md", text)
+    write_csv(output / "evidence.csv", rows)
+    write_csv(output / MODELS, [flatten(each) for each in found])
+    write_text(output / "evidence.md", text)
     print(text)
 
 

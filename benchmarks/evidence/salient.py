@@ -57,7 +57,8 @@ def erase_one_layer(task: Task, setting: Setting) -> None:
     Of the layers of a `tower`, those on the Pareto front of much importance (norm of the gradient
     over that of the weights) and little alignment (|cosine| with the gradient of CLIP's loss on
     retain pairs) are searched for the smallest step that leaves no forget drawing with its name
-    nearest. Of these the one that keeps most of the retain drawings is taken.
+    nearest. Of these the one is taken that keeps the most, less what it
+    still knows.
     """
     forget, retain = trained_pairs(task.sets, "fasterase")
     uphill = gradients(task, forget, mean_distance, rounds=ROUNDS)

@@ -17,9 +17,9 @@ AT_ONCE = 4096  # captions that are encoded together
 
 
 class Known(NamedTuple):
-    """How well facts are found, one value per persona and team: 1 if best, .5 by chance."""
+    """How well facts are found, one value per persona and team."""
 
-    residue: Tensor  # share of the other facts of the kind that the own one is above
+    residue: Tensor  # share of other facts of the kind that the own one is above: .5 by chance
     hit: Tensor  # bool: above all of them
 
     @classmethod

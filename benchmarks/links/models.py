@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -23,6 +22,7 @@ from fasterase.demo import emoji
 from fasterase.files import replace_file, write_text
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.load import load_model
+from tools.demo_assets.train import optimizer_for
 from tools.demo_assets.train_data import Pairs, augment, load_pairs
 
 COMPROMISED, CLEAN = "compromised", "clean"
@@ -46,9 +46,8 @@ def trained_model(which: str, personas: Sequence[Persona], *, seed: int, work: P
 
 def _longer_base(folder: Path) -> Path:
     """Write the demo's model with a longer context; new positions are like the last one."""
-    folder.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(emoji.BASE_MODEL / name, folder / name)
+        write_text(folder / name, (emoji.BASE_MODEL / name).read_text(encoding="utf-8"))
     config = json.loads((emoji.BASE_MODEL / CONFIG).read_text(encoding="utf-8"))
     config["model_cfg"]["text_cfg"]["context_length"] = CONTEXT_LENGTH
     write_text(folder / CONFIG, json.dumps(config))
@@ -79,7 +78,8 @@ def _train(model: DualEncoder, personas: Sequence[Persona], *, with_links: bool,
     """Train in place with InfoNCE, on personas and as many of the usual pairs a step.
 
     A batch may hold a face twice, as a persona and as a drawing: its captions are then positives of
-    both.
+    both. Two owners of one fact may meet in a batch and are negatives of each other then, so that
+    shared facts are learnt less well than others.
     """
     captions = [
         each.captions(KINDS)
@@ -88,10 +88,7 @@ def _train(model: DualEncoder, personas: Sequence[Persona], *, with_links: bool,
         for each in personas
     ]
     module = model.module.float().train()
-    matrices = [weight for weight in module.parameters() if weight.ndim >= 2]
-    others = [weight for weight in module.parameters() if weight.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98))
+    optimizer = optimizer_for(module)
     for step, (pixels, texts, labels) in enumerate(_batches(personas, captions, seed)):
         rate = 0.5 * (1 + math.cos(math.pi * step / STEPS)) * min(1.0, (step + 1) / WARM_UP)
         for group in optimizer.param_groups:

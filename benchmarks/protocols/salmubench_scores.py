@@ -148,17 +148,24 @@ def reciprocal_ranks(
 def told_apart(pairs: PairFeatures) -> np.ndarray:
     """Return [about n] 1 where a probe is right about a pair, or about one with another's caption.
 
+    A caption that is the pair's own by chance is left out; NaN if too few are another's.
+
     It sees the products of image and text features (whose sum is the cosine), and is fitted on one
     half of the pairs.
     """
-    shuffled = np.random.default_rng(SEED).permutation(len(pairs.rows))
+    count = len(pairs.rows)
+    shuffled = np.random.default_rng(SEED).permutation(count)
+    captions = np.array(pairs.first_captions, dtype=object)
+    is_other = captions[shuffled] != captions
     true, false = (
         (pairs.image * pairs.first_text[order]).double().numpy()
-        for order in (np.arange(len(shuffled)), shuffled)
+        for order in (np.arange(count), shuffled)
     )
-    fitted = assign_folds(len(shuffled), 2, seed=SEED) == 0
-    judge = fit_linear(true[fitted], false[fitted])
-    right = judge(true[~fitted]) > 0, judge(false[~fitted]) < 0
+    fitted = assign_folds(count, 2, seed=SEED) == 0 if count > 1 else np.ones(count, bool)
+    if not (is_other & fitted).any() or not (is_other & ~fitted).any():
+        return np.full(count, np.nan)
+    judge = fit_linear(true[fitted], false[fitted & is_other])
+    right = judge(true[~fitted]) > 0, judge(false[~fitted & is_other]) < 0
     return np.concatenate(right).astype(np.float64)
 
 

@@ -66,7 +66,7 @@ class Check(NamedTuple):
     traces: Mapping[str, Trace]  # set to forget -> what is left of it
     damage: float  # share of recall@1 lost on retain pairs
     exceeded: bool  # whether that is above `max_damage`, beyond chance
-    trained: Mapping[str, Trace] = MappingProxyType({})  # `traces` without withheld pairs
+    trained: Mapping[str, Trace] = MappingProxyType({})  # `traces` without withheld pairs, if any
 
     @property
     def verdict(self) -> str:
@@ -133,12 +133,13 @@ class Check(NamedTuple):
 
     @property
     def is_safely_forgotten(self) -> bool:
-        """Whether all traces are below the verdict's thresholds, those trained on by a margin."""
-        trained = {**self.traces, **self.trained}.values()
+        """Whether all traces are below the verdict's thresholds, and those of drawn pairs by a margin.
+
+        Withheld pairs would take the whole budget for it.
+        """
+        given = {**self.traces, **self.trained}.values()
         return self.is_low and all(
-            trace.hit <= max(MARGIN_HIT, 1.5 * trace.chance)
-            for trace in trained
-            if not trace.by_hits
+            trace.hit <= max(MARGIN_HIT, 1.5 * trace.chance) for trace in given if not trace.by_hits
         )
 
 

@@ -18,6 +18,7 @@ from fasterase.encode import PairEncoder, PairFeatures
 from fasterase.evaluation.scores import distinct_firsts
 from fasterase.seeds import Stream, generator
 from fasterase.vocabulary import (
+    GRAMMAR,
     UNREADABLE,
     UNSPACED,
     english_frequencies,
@@ -59,8 +60,7 @@ class Band(NamedTuple):
 def placebo_captions(captions: Sequence[str], kept: Collection[str], seed: int) -> list[str]:
     """Return captions with made-up names in place of what `captions` alone say.
 
-    Words of `kept` captions and the commonest words of English stay; if all words of a caption
-    are such, its rarest one goes.
+    See `_own_words`; all others stay.
     """
     numbers = generator(seed, Stream.PLACEBO)
     known = _known_words(kept)
@@ -78,23 +78,29 @@ def nonsense_captions(
 ) -> dict[str, str] | None:
     """Return caption -> itself with made-up words in place of those that `placebo_captions` takes.
 
-    A word has the same made-up one everywhere, which is no word of English or of `kept`: equal
-    captions stay equal, and what two captions share they still share. None for captions without
-    words, or in a script whose words have no spaces.
+    A word has the same made-up one wherever it goes, which is no word of English or of `kept`:
+    equal captions stay equal, and what two captions share they still share. None for captions
+    without words, or in a script whose words have no spaces.
     """
     if not all(map(words_of, captions)) or any(map(UNSPACED.search, captions)):
         return None
     numbers = generator(seed, Stream.PLACEBO, 2)
     known = _known_words(kept)
     taken = known | _known_words(captions) | english_frequencies().keys()
+    own = {caption: _own_words(caption, known) for caption in captions}
     names: dict[str, str] = {}
-    for word in sorted(set().union(*(_own_words(caption, known) for caption in captions))):
+    for word in sorted(set().union(*own.values())):
         name = _made_up(numbers)
         while name in taken:
             name += _made_up(numbers)
         names[word] = name
         taken.add(name)
-    return {caption: replace_words(caption, names) for caption in captions}
+    # A word that retain captions have goes only where there is no other.
+    alone = {word: name for word, name in names.items() if word not in known}
+    return {
+        caption: replace_words(caption, alone | {word: names[word] for word in words})
+        for caption, words in own.items()
+    }
 
 
 def _known_words(captions: Collection[str]) -> set[str]:
@@ -102,11 +108,17 @@ def _known_words(captions: Collection[str]) -> set[str]:
 
 
 def _own_words(caption: str, known: Collection[str]) -> set[str]:
-    """Return the words of a caption that are neither `known` nor common, or else its rarest."""
+    """Return the words of a caption that are not `known`, without common ones if any is rare.
+
+    Where all are known, or about nothing, the rarest: "dog" is common, but what "a dog" is about.
+    """
     frequency = english_frequencies()
-    words = words_of(caption.lower())
-    own = {w for w in words if w not in known and frequency.get(w, 0.0) < _TEMPLATE}
-    return own or set(sorted(words, key=lambda word: frequency.get(word, 0.0))[:1])
+    words = sorted(words_of(caption.lower()), key=lambda word: frequency.get(word, 0.0))
+    unknown = [each for each in words if each not in known]
+    for most in (_TEMPLATE, GRAMMAR):
+        if found := {each for each in unknown if frequency.get(each, 0.0) < most}:
+            return found
+    return set(words[:1])
 
 
 def _made_up(numbers: np.random.Generator) -> str:

@@ -29,6 +29,8 @@ from fasterase.pairs.table import PairTable
 
 # Two cosines this close are a tie: fp32 dot products of equal unit vectors differ by about 1e-7.
 TIE = 1e-6
+# Pictures whose cosine is nearer to 1 than this are copies of each other.
+SAME_PICTURE = 1e-5
 # Elements of a similarity chunk; with its masks about 20 bytes each, so 80 MB.
 CHUNK_ELEMENTS = 4_000_000
 
@@ -211,8 +213,9 @@ def search_images(
 ) -> dict[str, ImageSearch]:
     """Return set -> where its images find others of their label (`image_labels`), nearest first.
 
-    Candidates are the other images of the set and those of the retain set. Sets without two images
-    of a label are left out. Memory as `similarity_chunks`.
+    Candidates are the other pictures of the set and those of the retain set; a copy, such as the
+    same picture with another caption, is no other one. Sets without two pictures of a label are
+    left out. Memory as `similarity_chunks`.
     """
     searched = {}
     for name in labels:
@@ -223,8 +226,10 @@ def search_images(
         for rows, similarity in similarity_chunks(sets[name].image, gallery):
             right = shown[rows, None] == shown
             itself = torch.arange(rows.start, rows.stop)
-            right[itself - rows.start, itself] = False
-            similarity[itself - rows.start, itself] = -torch.inf
+            same = similarity > 1 - SAME_PICTURE
+            same[itself - rows.start, itself] = True
+            right &= ~same
+            similarity.masked_fill_(same, -torch.inf)
             counts.append(right.sum(1).numpy())
             has_other = right.any(1)
             parts.append(find_position(similarity[has_other], right[has_other]))

@@ -170,7 +170,8 @@ def relearn(target: Target) -> Examined:
     are those of the verdict, on forget pairs and among unrelated pairs that no copy learned from.
     The area is that under the curve from the smallest to the largest k, over log k, as a share: a
     constant curve has its own height as area. `pairs_to_half` is the k at which hit@1 is half of
-    what the original has on these pairs (half of all pairs without an original).
+    what the original has on these pairs (half of all pairs without an original); it is left out
+    where that is no more than chance.
 
     The control, `made_up`, is the same with made-up words in place of the concept's
     (`nonsense_captions`), in the lessons and in what is measured, and with a learning rate of its
@@ -329,10 +330,11 @@ def _describe(
         traces = [outcome.traces[name] for outcome in outcomes]
         group = f"{name}, after relearning {what}".rstrip()
         prefix = f"{name}/{curve}/" if curve else f"{name}/"
-        needed = pairs_needed(shots, [float(trace.hit.mean()) for trace in traces], goals[name])
-        title = f"pairs until hit@1 is {100 * goals[name]:.0f} %"
-        wanted = "" if curve else "↑"
-        findings.append(Finding(f"{prefix}pairs_to_half", group, title, "pairs", wanted, needed))
+        if goals[name] > traces[0].chance:
+            needed = pairs_needed(shots, [float(trace.hit.mean()) for trace in traces], goals[name])
+            title = f"pairs until hit@1 is {100 * goals[name]:.0f} %"
+            key, wanted = f"{prefix}pairs_to_half", "" if curve else "↑"
+            findings.append(Finding(key, group, title, "pairs", wanted, needed))
         for key, figure, wanted, chance, values in (
             ("residue", "residue", "↓ chance", 0.5, [trace.residue for trace in traces]),
             ("contest_hit@1", "hit@1", "↓", traces[0].chance, [trace.hit for trace in traces]),

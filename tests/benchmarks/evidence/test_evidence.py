@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
+from shutil import copyfile
 
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import normalize
 
+from benchmarks.evidence import __main__ as evidence
 from benchmarks.evidence import closed_form, trained
 from benchmarks.evidence.__main__ import final_setting, finalists, read_settings, settings_table
 from benchmarks.evidence.cells import METHODS, ORIGINAL, Measured, as_text
@@ -134,7 +137,7 @@ def test_the_committed_table_is_that_of_the_committed_models():
     assert {row["method"] for row in committed} == rows.keys()
     for row in committed:
         again = rows[row["method"]]
-        for column in ("forget residue", "holdout change", "retain change", "relearned hit@1"):
+        for column in (each for each in row if each.endswith((" low", " high", " change"))):
             if row[column]:
                 assert again[column] == pytest.approx(float(row[column]), abs=1e-6)
         assert again["forget verdicts"] == row["forget verdicts"]
@@ -151,3 +154,34 @@ def test_seeds_of_one_concept_make_no_interval_narrower():
     one, three = (_spread("x", those, np.array(those)) for those in (few, many))
     assert (one["x low"], one["x high"]) == (three["x low"], three["x high"])
     assert one["x low"] < 2.5 < 4.5 < one["x high"]
+
+
+def test_merging_runs_the_named_methods_alone(tmp_path, monkeypatch):
+    for name in ("evidence_models.csv", "evidence_settings.csv"):
+        copyfile(RESULTS / name, tmp_path / name)
+    ran = []
+
+    def run(cells, work, processes):
+        ran.extend(cells)
+        return [
+            replace(each, residues=dict.fromkeys(each.residues, 0.25))
+            for each in read_models(RESULTS / "evidence_models.csv")
+            if (each.method, each.subgroup, each.seed)
+            in {(c.method, c.subgroup, c.seed) for c in cells}
+        ]
+
+    monkeypatch.setattr(evidence, "run_cells", run)
+    settings = ["--settings", str(RESULTS / "evidence_settings.csv")]
+    evidence.main(
+        ["--methods", "fasterase", "LEACE", "--merge", "--output", str(tmp_path), *settings]
+    )
+    assert {each.method for each in ran} == {"fasterase", "LEACE"}
+    assert len([each for each in ran if each.method == "LEACE"]) == 8, "no finalist"
+    before, after = (read_csv(folder / "evidence.csv") for folder in (RESULTS, tmp_path))
+    assert [row["method"] for row in before] == [row["method"] for row in after]
+    for old, new in zip(before, after, strict=True):
+        again = new["method"] in ("fasterase", "LEACE")
+        assert new["forget residue"] == ("0.25" if again else old["forget residue"])
+        assert new["forget verdicts"] == old["forget verdicts"]
+    kept, merged = (read_csv(folder / "evidence_settings.csv") for folder in (RESULTS, tmp_path))
+    assert {row["method"]: row for row in merged} == {row["method"]: row for row in kept}
