@@ -193,7 +193,6 @@ class UnlearnConfig:
     """
 
     # objective
-    erase: Literal["concept", "link"] = "concept"
     forget_weight: float = 3.0
     retain_weight: float = 1.0
     consistency_weight: float = 3.0
@@ -248,6 +247,8 @@ class UnlearnConfig:
     remember_erased: bool = _tagged(True, FREE)
     report_to: Literal["tensorboard", "wandb"] | None = _tagged(None, FREE, BOOKKEEPING)
     rank_timeout: float = _tagged(60.0, FREE, BOOKKEEPING)
+    # last, since the others may have been given by position
+    erase: Literal["concept", "link"] = "concept"
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))

@@ -246,6 +246,11 @@ class RunFacts:
         if judged < FEW_IMAGES:
             few = counted(judged, "picture is", "pictures are")
             yield f"{few} few: one more or less may change the verdict."
+        if self.settings.get("erase") == "link":
+            yield (
+                "The link between pictures and captions was to go, not the pictures: the image "
+                "tower is the original's, and whoever has the original's text tower finds it."
+            )
         attacks = {} if self.evaluation is None else self.evaluation.attacks
         yield (
             f"These attacks were tried: {', '.join(attacks)}. Others may bring back more."

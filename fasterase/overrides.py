@@ -9,7 +9,6 @@ from typing import Any, Literal, TypedDict
 class Overrides(TypedDict, total=False):
     """What `fasterase.unlearn` and `fasterase.plan` take as `**overrides`; see `UnlearnConfig`."""
 
-    erase: Literal["concept", "link"]
     forget_weight: float
     retain_weight: float
     consistency_weight: float
@@ -56,3 +55,4 @@ class Overrides(TypedDict, total=False):
     remember_erased: bool
     report_to: Literal["tensorboard", "wandb"] | None
     rank_timeout: float
+    erase: Literal["concept", "link"]

@@ -34,7 +34,7 @@ DEFAULTS = (
     "activation_checkpointing=False prefix_cache=None backend='auto' device=None "
     "deepspeed=None seed=0 num_workers=0 progress=True reference_cache=None output_dir=None "
     "save_every=None resume='auto' evaluation='quick' max_skipped=0.01 remember_erased=True "
-    "report_to=None rank_timeout=60.0"
+    "report_to=None rank_timeout=60.0 erase='concept'"
 )
 
 

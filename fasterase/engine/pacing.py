@@ -133,7 +133,7 @@ class Check(NamedTuple):
 
     @property
     def is_safely_forgotten(self) -> bool:
-        """Whether all traces are below the verdict's thresholds, and those of drawn pairs by a margin.
+        """Whether all traces are below the thresholds, and those of drawn pairs by a margin.
 
         Withheld pairs would take the whole budget for it.
         """
