@@ -25,7 +25,7 @@ from fasterase.pairs.joined import JoinedTable
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.table import PairTable
 
-SCORES, TABLE = "salmubench.json", "table.md"
+SCORES, TABLE, SETTINGS = "salmubench.json", "table.md", "settings.json"
 COMPROMISED, CLEAN = (
     f"hf-hub:cvc-mmu/clip-vit-b-16-salmu-{name}" for name in ("compromised", "clean")
 )
@@ -80,7 +80,8 @@ def run_salmubench(
         max_pairs: pairs measured of each split; None: all. All are erased.
 
     Raises:
-        InputError: a folder does not hold its data, or in another form.
+        InputError: a folder does not hold its data, or in another form; or `output` holds figures
+            of other models, or of another number of pairs.
     """
     import_extra("sklearn", "eval", "ACS of SALMUBench")
     check_creatable(output, argument=f"--output={str(output)!r}")
@@ -88,6 +89,7 @@ def run_salmubench(
     scores = [open_scores(splits, personas, max_pairs)]
     if imagenet is not None:
         scores.append(open_imagenet(imagenet, max_pairs))
+    _check_same(output / SETTINGS, {"model": model, "clean": clean, "max_pairs": max_pairs})
     found: dict[str, dict[str, float | None]] = {}
     for method in ("compromised", "clean", *configs):
         folder = output / method
@@ -103,6 +105,18 @@ def run_salmubench(
     table = format_table(found)
     write_text(output / TABLE, table)
     return table
+
+
+def _check_same(file: Path, settings: Mapping[str, Any]) -> None:
+    """Keep what is measured in a folder; refuse to mix it with anything else."""
+    if file.is_file():
+        known = json.loads(file.read_text(encoding="utf-8"))
+        if known != settings:
+            raise InputError(
+                f"--output={str(file.parent)!r} holds figures with {known}, and {dict(settings)} "
+                "were asked for now. Choose another --output."
+            )
+    write_text(file, to_json(settings, indent=1) + "\n")
 
 
 def read_benchmark(folder: Path) -> tuple[dict[str, PairTable], Personas]:

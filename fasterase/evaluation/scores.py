@@ -92,7 +92,9 @@ class SetScores:
     """Per-pair values of one set, by the key of the metric."""
 
     ids: list[str]  # [n] of the pairs
-    values: dict[str, np.ndarray]  # [n]; NaN for pairs without a value (no known class)
+    values: dict[
+        str, np.ndarray
+    ]  # [n]; NaN for pairs without a value, such as those of no known class
     # Of a random order of the candidates; for the cosine the mean over unmatched candidates.
     chance: dict[str, float]
 

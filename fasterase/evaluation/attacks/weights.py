@@ -38,6 +38,7 @@ from fasterase.numerals import counted
 from fasterase.ops.contrastive import contrastive
 from fasterase.pairs.batches import sweep
 from fasterase.pairs.prepare import hash_captions
+from fasterase.progress import Progress
 from fasterase.seeds import Stream, generator
 from fasterase.vocabulary import UNREADABLE
 
@@ -194,30 +195,11 @@ def relearn(target: Target) -> Examined:
     lessons, left = _divide(rows, seed=evaluator.seed)
     shots = [k for k in SHOTS if k <= len(lessons["forget"])]
     forget, retain = (_load(target, name, lessons[name]) for name in ("forget", "retain"))
+    course = _Course(target, forget, retain, left, shots)
     control = _nonsense(target)
-    last = shots[-1]
-    pairs = sum(k + len(retain.captions) for k in [*shots, *[last] * (len(RATES) - 1)]) * STEPS
-
-    def relearned(k: int, rate: float, names: Names | None) -> Outcome:
-        lesson = forget.first(k)
-        if names is not None:
-            lesson = lesson.renamed(names, target.encoder.model)
-        encoder = target.encoder.of(fine_tuned(target.encoder.model, lesson, retain, rate))
-        student = replace(target, encoder=encoder)
-        bar.update(STEPS * (k + len(retain.captions)))
-        return _measure(student, student.encode(left, "relearned"), names)
-
     curves = {"": None} if control is None else {"": None, CONTROL: control}
-    outcomes = {}
-    with target.encoder.progress("relearning", pairs * len(curves)) as bar:
-        for curve, names in curves.items():
-            tried = {rate: relearned(last, rate, names) for rate in RATES}
-            best = max(RATES, key=lambda rate: tried[rate].recovered)
-            outcomes[curve] = [
-                _measure(target, _at(target.features, left), names),
-                *(relearned(k, best, names) for k in shots[:-1]),
-                tried[best],
-            ]
+    with target.encoder.progress("relearning", course.pairs * len(curves)) as bar:
+        outcomes = {curve: course.outcomes(names, bar) for curve, names in curves.items()}
     goals = dict.fromkeys(outcomes[""][0].traces, 0.5)
     if target.original is not None:
         known = evaluator.judge.judge(_at(target.original, left))
@@ -226,6 +208,42 @@ def relearn(target: Target) -> Examined:
     found = [_describe(target, shots, those, goals, curve) for curve, those in outcomes.items()]
     found.append(_describe_damage(shots, outcomes[""]))
     return Examined(*(list(chain.from_iterable(parts)) for parts in zip(*found, strict=True)))
+
+
+class _Course(NamedTuple):
+    """What the copies learn, and what is left to measure."""
+
+    target: Target
+    forget: Lesson
+    retain: Lesson
+    left: Mapping[str, np.ndarray]
+    shots: list[int]  # numbers of forget pairs, from 1
+
+    @property
+    def pairs(self) -> int:
+        """How many go through a model for one curve."""
+        tried = [*self.shots, *self.shots[-1:] * (len(RATES) - 1)]
+        return sum(k + len(self.retain.captions) for k in tried) * STEPS
+
+    def outcomes(self, names: Names | None, bar: Progress) -> list[Outcome]:
+        """Return what is known before, and after each of `shots`, of captions called `names`."""
+        last = self.shots[-1]
+        tried = {rate: self._relearned(last, rate, names, bar) for rate in RATES}
+        best = max(RATES, key=lambda rate: tried[rate].recovered)
+        return [
+            _measure(self.target, _at(self.target.features, self.left), names),
+            *(self._relearned(k, best, names, bar) for k in self.shots[:-1]),
+            tried[best],
+        ]
+
+    def _relearned(self, k: int, rate: float, names: Names | None, bar: Progress) -> Outcome:
+        encoder, lesson = self.target.encoder, self.forget.first(k)
+        if names is not None:
+            lesson = lesson.renamed(names, encoder.model)
+        student = fine_tuned(encoder.model, lesson, self.retain, rate)
+        target = replace(self.target, encoder=encoder.of(student))
+        bar.update(STEPS * (k + len(self.retain.captions)))
+        return _measure(target, target.encode(self.left, "relearned"), names)
 
 
 def fine_tuned(model: DualEncoder, forget: Lesson, retain: Lesson, rate: float) -> DualEncoder:
