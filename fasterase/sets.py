@@ -96,7 +96,8 @@ def clean_retain(
         shown = ", ".join(removed[:5]) + (", ..." if len(removed) > 5 else "")
         warnings.warn(
             f"{counted(len(removed), 'retain pair is', 'retain pairs are')} also in the forget set "
-            f"and left out of retain, since training on them would undo the erasure: {shown}",
+            f"and left out of retain, since training on them would undo the erasure: {shown}"
+            + ("" if links else ". With erase='link' those with other captions stay."),
             stacklevel=3,
         )
     opened["retain"], earlier = drop_erased(opened["retain"], erasures(record) if record else [])
