@@ -26,7 +26,7 @@ const auto& step_operator() {
           .typed<std::tuple<Tensor, Tensor, Tensor, Tensor>(
               const Tensor&, const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&,
               const MaybeTensor&, const MaybeTensor&, Sizes, bool, bool, bool, bool,
-              const MaybeTensor&, int64_t, c10::SymInt)>();
+              const MaybeTensor&, int64_t, c10::SymInt, bool)>();
   return found;
 }
 
@@ -48,18 +48,19 @@ void refuse_second_derivative(variable_list& gradients) {
 
 class Weighted : public torch::autograd::Function<Weighted> {
  public:
-  static constexpr size_t num_arguments = 11;
+  static constexpr size_t num_arguments = 12;
 
   static variable_list forward(AutogradContext* ctx, const Tensor& image, const Tensor& text,
                                const Tensor& scale, const Tensor& weights,
                                const MaybeTensor& ref_image, const MaybeTensor& ref_text,
                                const MaybeTensor& ref_scale, at::IntArrayRef groups,
-                               const MaybeTensor& labels, int64_t tile, int64_t kept) {
+                               const MaybeTensor& labels, int64_t tile, int64_t kept,
+                               bool bf16) {
     PlainTensors guard;
     const auto [losses, d_image, d_text, d_scale] = step_operator().call(
         weights, image, text, scale, ref_image, ref_text, ref_scale,
         c10::fromIntArrayRefSlow(groups), image.requires_grad(), text.requires_grad(),
-        scale.requires_grad(), /*rounded=*/false, labels, tile, kept);
+        scale.requires_grad(), /*rounded=*/false, labels, tile, kept, bf16);
     ctx->save_for_backward({d_image, d_text, d_scale});
     ctx->saved_data["dtypes"] =
         std::vector<int64_t>{int64_t(image.scalar_type()), int64_t(text.scalar_type()),
@@ -100,9 +101,9 @@ std::tuple<Tensor, Tensor> compute_weighted(const Tensor& weights, const Tensor&
                                             const MaybeTensor& ref_text,
                                             const MaybeTensor& ref_scale, at::IntArrayRef groups,
                                             const MaybeTensor& labels, int64_t tile,
-                                            int64_t kept) {
+                                            int64_t kept, bool bf16) {
   variable_list found = Weighted::apply(image, text, scale, weights, ref_image, ref_text,
-                                        ref_scale, groups, labels, tile, kept);
+                                        ref_scale, groups, labels, tile, kept, bf16);
   return {found[0], found[1]};
 }
 

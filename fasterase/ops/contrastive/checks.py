@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fasterase.errors import InputError
+from fasterase.ops.contrastive import cpu
 
 PRODUCTS = ("auto", "fp32", "fp16", "bf16")
 HALF_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -155,6 +156,9 @@ def resolve_products(
     """How a call multiplies `features`: "fp16", "bf16", "tf32", "fp32" or "fp64"."""
     if any(each.dtype == torch.float64 for each in features[:2]):
         return "fp64"
+    if backend == "cpu":
+        is_bf16 = products == "auto" and all(each.dtype == torch.bfloat16 for each in features)
+        return "bf16" if (is_bf16 or products == "bf16") and cpu.multiplies_bf16() else "fp32"
     if backend != "triton" and not (backend == "chunked" and features[0].is_cuda):
         return "tf32" if features[0].is_cuda and allows_tf32() else "fp32"
     if products in HALF_DTYPES:
