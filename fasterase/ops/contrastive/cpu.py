@@ -20,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
+from operator import mul
 from pathlib import Path
 
 import torch
@@ -55,7 +56,7 @@ def _choose_options(
     is_bf16 = products == "bf16"
     if not is_differentiable:
         return _TILE, 0, is_bf16
-    logits = batch.matrices * sum(n * n for n in groups)
+    logits = batch.matrices * sum(map(mul, groups, groups))
     kept = min(_KEPT_BYTES // batch.scale.itemsize, logits)
     return _TILE, kept if kept >= _LEAST_SHARE * logits else 0, is_bf16
 
