@@ -84,9 +84,15 @@ class Weighted : public torch::autograd::Function<Weighted> {
       const bool is_mapped = keys.has(c10::DispatchKey::FuncTorchBatched) ||
                              keys.has(c10::DispatchKey::Batched);
       const bool is_last = !is_mapped && !torch::autograd::get_current_graph_task_keep_graph();
+      // Of a plain `backward()`; read where there is certainly a value.
+      const bool is_one = is_last && upstream.scalar_type() == at::kFloat && upstream.is_cpu() &&
+                          upstream.has_storage() && !keys.has(c10::DispatchKey::Python) &&
+                          *upstream.const_data_ptr<float>() == 1;
       for (size_t k = 0; k < made.size(); ++k) {
         if (!ctx->needs_input_grad(k)) continue;
-        const Tensor scaled = is_last ? made[k].mul_(upstream) : made[k] * upstream;
+        const Tensor scaled = is_one    ? made[k]
+                              : is_last ? made[k].mul_(upstream)
+                                        : made[k] * upstream;
         gradients[k] = scaled.to(at::ScalarType(dtypes[k]));
       }
     }
