@@ -1,6 +1,8 @@
 // Gradients of one group: the coefficient matrix G by tiles, and its products with the features.
 #pragma once
 
+#include <optional>
+
 #include "forward.h"
 
 namespace fasterase {
@@ -89,6 +91,42 @@ struct Coefficients {
   }
 };
 
+// The products of tiles of G and features, G rounded to bf16 as well.
+class Bf16Products {
+ public:
+  template <typename T>
+  Bf16Products(const Group<T>& group, const Gradients<T>& gradients)
+      : scratch(pad(group.parts.largest()), 2, 0) {
+    const auto pack = [&](const Tensor& side) {
+      return RightFactors(round_rows(side), group.parts, /*is_turned=*/false);
+    };
+    if (gradients.text.defined()) image = pack(group.matrices[0].image);
+    if (gradients.image.defined()) text = pack(group.matrices[0].text);
+  }
+
+  void add(const float* g, const Tile<float>& tile, bool adds, Gradients<float>& to) const {
+    Bf16 *rounded = scratch.tile(0), *turned = scratch.tile(1);
+    round_tile(g, tile.rows.size, tile.cols.size, rounded, turned);
+    if (to.image.defined()) {
+      add(rounded, text[tile.col_part], tile.rows, tile.cols.size, adds, to.image);
+    }
+    if (to.text.defined()) {
+      add(turned, image[tile.row_part], tile.cols, tile.rows.size, adds, to.text);
+    }
+  }
+
+ private:
+  RightFactors image, text;
+  Scratch<Bf16> scratch;  // a tile of G, and the same turned
+
+  static void add(const Bf16* left, const Bf16* right, Span rows, int64_t depth, bool adds,
+                  Tensor& to) {
+    const int64_t width = to.size(1);
+    multiply_bf16(left, pad(depth), right, rows.size, depth, width, 1.f, adds,
+                  to.mutable_data_ptr<float>() + rows.begin * width, width);
+  }
+};
+
 // Sets the gradients to the products of G, without its diagonal, and the features.
 template <typename T>
 void multiply_tiles(const Group<T>& group, const Coefficients<T>& coefficients,
@@ -97,6 +135,8 @@ void multiply_tiles(const Group<T>& group, const Coefficients<T>& coefficients,
   const Labels<T>& labels = group.labels;
   const Logits<T>& logits = group.matrices[0];
   const Scratch<T> scratch(group.parts.largest(), 2, 0);
+  std::optional<Bf16Products> in_bf16;
+  if (group.is_bf16) in_bf16.emplace(group, gradients);
   group.for_each_tile(scratch, [&](const Tile<T>& tile) {
     const int64_t width = tile.cols.size, first_col = tile.cols.begin;
     T* g = scratch.tile(0);  // where S is not kept, G overwrites it row by row
@@ -115,9 +155,12 @@ void multiply_tiles(const Group<T>& group, const Coefficients<T>& coefficients,
         subtract_weighed_exps(original, factors[2][row], factors[3].data() + first_col, g, width);
       });
     }
-    const Tensor product = view(scratch.tile(0), tile.rows.size, width);
     // The diagonal's tiles come first, and initialise the gradients.
     const int beta = tile.rows.begin == tile.cols.begin ? 0 : 1;
+    if constexpr (std::is_same_v<T, float>) {
+      if (in_bf16) return in_bf16->add(scratch.tile(0), tile, beta, gradients);
+    }
+    const Tensor product = view(scratch.tile(0), tile.rows.size, width);
     if (gradients.image.defined()) {
       Tensor out = gradients.image.narrow(0, tile.rows.begin, tile.rows.size);
       at::addmm_out(out, out, product, logits.text_rows(tile.cols), beta);

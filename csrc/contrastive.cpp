@@ -93,9 +93,11 @@ MaybeTensor make_keys(const MaybeTensor& labels) {
 // A group of the rows `rows`, with its first `used` matrices; `kept` is how many may be kept.
 template <typename T>
 Group<T> make_group(const std::vector<Features<T>>& features, const Tensor& statistics,
-                    const MaybeTensor& keys, Span rows, Parts parts, int64_t used, int64_t kept) {
+                    const MaybeTensor& keys, Span rows, Parts parts, int64_t used, int64_t kept,
+                    bool is_bf16) {
   Group<T> group{};
   group.parts = parts;
+  group.is_bf16 = is_bf16;
   if (keys) group.labels = Labels<T>(keys->const_data_ptr<int64_t>() + rows.begin, rows.size);
   group.kept_matrices = kept;
   for (int64_t k = 0; k < used; ++k) {
@@ -110,7 +112,8 @@ template <typename T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const std::vector<Features<T>>& features,
                                                    at::IntArrayRef groups,
                                                    const MaybeTensor& keys, int64_t tile,
-                                                   int64_t room, const MaybeTensor& weights = {}) {
+                                                   int64_t room, bool is_bf16,
+                                                   const MaybeTensor& weights = {}) {
   const auto type = c10::CppTypeToScalarType<T>::value;
   const int64_t total = features[0].image.size(0), matrices = features.size();
   const int64_t width = features[0].image.size(1);
@@ -128,9 +131,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const std::vector<Features<T>
     const int64_t used = 1 + has_kl;
     if (used < matrices) losses.narrow(0, 2, 2).narrow(1, begin, n).zero_();
     Group<T> group = make_group(features, statistics, keys, {begin, n},
-                                Parts::choose(n, width, tile), used, used);
+                                Parts::choose(n, width, tile), used, used, is_bf16);
     group.kept = kept_next;
     group.kept_parts = n < 2 ? 0 : count_fitting_parts(group.parts, used, room);
+    group.round_features();
     const int64_t filled = count_kept(group.parts, used, group.kept_parts);
     kept_next += filled;
     room -= filled;
@@ -151,7 +155,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& upstream,
                                             const std::vector<Features<T>>& features,
                                             const Tensor& statistics, const Tensor& kept,
                                             const Tensor& plan, at::IntArrayRef groups,
-                                            const MaybeTensor& keys, Wanted wanted, bool rounded) {
+                                            const MaybeTensor& keys, Wanted wanted, bool rounded,
+                                            bool is_bf16) {
   const auto type = c10::CppTypeToScalarType<T>::value;
   const int64_t matrices = features.size();
   const Tensor weights = upstream.to(type).contiguous();
@@ -173,13 +178,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& upstream,
     const bool has_kl = matrices > 1 && group_weights.has_loss(1);
     const bool is_used = has_kl || group_weights.has_loss(0);
     Group<T> group = make_group(features, statistics, keys, {begin, n}, Parts{n, planned[0]},
-                                is_used ? 1 + has_kl : 0, planned[2]);
+                                is_used ? 1 + has_kl : 0, planned[2], is_bf16);
     for (Softmax<T>& softmax : group.softmaxes) {
       softmax.is_shared = has_one_shift(softmax.shift, n);
     }
     group.kept = const_cast<T*>(kept_next);
     group.kept_parts = planned[1];
     group.is_filled = true;
+    group.round_features();
     kept_next += count_kept(group.parts, group.kept_matrices, group.kept_parts);
     Gradients<T> gradients{makes_image ? d_image.narrow(0, begin, n) : Tensor(),
                            wanted.text ? d_text.narrow(0, begin, n) : Tensor()};
@@ -202,12 +208,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& upstream,
 std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_cpu(
     const Tensor& image, const Tensor& text, const Tensor& scale, const MaybeTensor& ref_image,
     const MaybeTensor& ref_text, const MaybeTensor& ref_scale, at::IntArrayRef groups,
-    const MaybeTensor& labels, int64_t tile, int64_t kept) {
+    const MaybeTensor& labels, int64_t tile, int64_t kept, bool bf16) {
   PlainTensors guard;
   return AT_DISPATCH_FLOATING_TYPES(scale.scalar_type(), "contrastive_cpu", [&] {
     return forward(
         collect_features<scalar_t>(image, text, scale, ref_image, ref_text, ref_scale), groups,
-        make_keys(labels), tile, kept);
+        make_keys(labels), tile, kept, bf16);
   });
 }
 
@@ -216,13 +222,13 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_cpu_backward(
     const MaybeTensor& ref_image, const MaybeTensor& ref_text, const MaybeTensor& ref_scale,
     const Tensor& statistics, const Tensor& kept, const Tensor& plan, at::IntArrayRef groups,
     bool wants_image, bool wants_text, bool wants_scale, bool rounded, const MaybeTensor& labels,
-    int64_t, int64_t) {
+    int64_t, int64_t, bool bf16) {
   PlainTensors guard;
   return AT_DISPATCH_FLOATING_TYPES(scale.scalar_type(), "contrastive_cpu_backward", [&] {
     return backward(
         upstream, collect_features<scalar_t>(image, text, scale, ref_image, ref_text, ref_scale),
         statistics, kept, plan, groups, make_keys(labels),
-        Wanted{wants_image, wants_text, wants_scale}, rounded);
+        Wanted{wants_image, wants_text, wants_scale}, rounded, bf16);
   });
 }
 
@@ -230,7 +236,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_cpu_step(
     const Tensor& weights, const Tensor& image, const Tensor& text, const Tensor& scale,
     const MaybeTensor& ref_image, const MaybeTensor& ref_text, const MaybeTensor& ref_scale,
     at::IntArrayRef groups, bool wants_image, bool wants_text, bool wants_scale, bool rounded,
-    const MaybeTensor& labels, int64_t tile, int64_t kept) {
+    const MaybeTensor& labels, int64_t tile, int64_t kept, bool bf16) {
   PlainTensors guard;
   return AT_DISPATCH_FLOATING_TYPES(scale.scalar_type(), "contrastive_cpu_step", [&] {
     const auto features =
@@ -238,16 +244,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_cpu_step(
     const Tensor upstream = weights.to(scale.scalar_type()).contiguous();
     const MaybeTensor keys = make_keys(labels);
     const auto [losses, statistics, logits, plan] =
-        forward(features, groups, keys, tile, kept, upstream);
+        forward(features, groups, keys, tile, kept, bf16, upstream);
     const auto [d_image, d_text, d_scale] =
         backward(upstream, features, statistics, logits, plan, groups, keys,
-                 Wanted{wants_image, wants_text, wants_scale}, rounded);
+                 Wanted{wants_image, wants_text, wants_scale}, rounded, bf16);
     return std::make_tuple(losses, d_image, d_text, d_scale);
   });
 }
 
 }  // namespace
 }  // namespace fasterase
+
+TORCH_LIBRARY_FRAGMENT(fasterase, m) { m.def("has_amx() -> bool", fasterase::has_amx); }
 
 TORCH_LIBRARY_IMPL(fasterase, CPU, m) {
   m.impl("contrastive_cpu", fasterase::contrastive_cpu);

@@ -6,9 +6,11 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
+#include <type_traits>
 #include <vector>
 
 #include "labels.h"
+#include "products.h"
 #include "rows.h"
 
 namespace fasterase {
@@ -71,6 +73,7 @@ struct Parts {
     for (int64_t step = 0; step < count; ++step) {
       at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
         PlainTensors guard;
+        ReleaseTiles release;
         for (int64_t r = begin; r < end; ++r) visit(r, (r + step) % count);
       });
     }
@@ -86,14 +89,75 @@ struct Softmax {
   bool is_shared;          // one shift everywhere, so one exp is enough for both directions
 };
 
-// S = scale * image @ text.T of one group, in T.
+template <typename T>
+inline Tensor view(T* data, int64_t rows, int64_t cols) {
+  return at::from_blob(data, {rows, cols}, c10::CppTypeToScalarType<T>::value);
+}
+
+// Rows rounded to bf16, padded as left factors are read.
+inline Tensor round_rows(const Tensor& side) {
+  const int64_t n = side.size(0), width = side.size(1);
+  Tensor rounded = at::zeros({n + kBlock - 1, pad(width)}, at::kBFloat16);
+  rounded.narrow(0, 0, n).narrow(1, 0, width).copy_(side);
+  return rounded;
+}
+
+// Right factors made of rounded rows, one for each part: [D, rows of the part] if they are turned,
+// else [rows of the part, D].
+struct RightFactors {
+  Tensor packed;
+
+  RightFactors() = default;
+  RightFactors(const Tensor& rounded, const Parts& parts, bool is_turned)
+      : packed(at::empty({parts.count, pad(parts.largest()) * rounded.size(1)}, at::kBFloat16)) {
+    const int64_t width = rounded.size(1);
+    at::parallel_for(0, parts.count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        const Span rows = parts[k];
+        const Bf16* data = rounded.const_data_ptr<Bf16>() + rows.begin * width;
+        Bf16* to = packed.mutable_data_ptr<Bf16>() + k * packed.stride(0);
+        if (is_turned) pack(data, 1, width, width, rows.size, to);
+        else pack(data, width, 1, rows.size, width, to);
+      }
+    });
+  }
+
+  const Bf16* operator[](int64_t part) const {
+    return packed.const_data_ptr<Bf16>() + part * packed.stride(0);
+  }
+};
+
+// S = scale * image @ text.T of one group, in T, or from features rounded to bf16.
 template <typename T>
 struct Logits {
   Tensor image, text;  // [n, D]
   T scale;
+  Tensor rounded_image;  // undefined unless products are in bf16
+  RightFactors turned_text;
 
   Tensor image_rows(Span rows) const { return rows_of(image, rows); }
   Tensor text_rows(Span cols) const { return rows_of(text, cols); }
+
+  void round(const Parts& parts) {
+    rounded_image = round_rows(image);
+    turned_text = RightFactors(round_rows(text), parts, /*is_turned=*/true);
+  }
+
+  // A tile of S.
+  void multiply(const Parts& parts, int64_t r, int64_t c, T* s) const {
+    const Span rows = parts[r], cols = parts[c];
+    if constexpr (std::is_same_v<T, float>) {
+      if (rounded_image.defined()) {
+        const int64_t width = rounded_image.size(1);
+        const Bf16* left = rounded_image.const_data_ptr<Bf16>() + rows.begin * width;
+        multiply_bf16(left, width, turned_text[c], rows.size, width, cols.size, scale,
+                      /*adds=*/false, s, cols.size);
+        return;
+      }
+    }
+    Tensor out = view(s, rows.size, cols.size);
+    at::addmm_out(out, out, image_rows(rows), text_rows(cols).t(), 0, scale);
+  }
 
  private:
   static Tensor rows_of(const Tensor& side, Span rows) {
@@ -101,14 +165,10 @@ struct Logits {
   }
 };
 
-template <typename T>
-inline Tensor view(T* data, int64_t rows, int64_t cols) {
-  return at::from_blob(data, {rows, cols}, c10::CppTypeToScalarType<T>::value);
-}
-
 // One tile of the group's matrices, `logits[1]` of the original's where there is a reference.
 template <typename T>
 struct Tile {
+  int64_t row_part, col_part;
   Span rows, cols;
   const T* logits[2];
 };
@@ -147,6 +207,13 @@ struct Group {
   int64_t kept_parts;
   int64_t kept_matrices;  // for each tile, how many matrices are kept, one after another
   bool is_filled;         // whether the kept logits have been computed
+  bool is_bf16;           // whether features are multiplied in bf16
+
+  // Where logits are still to be computed, and in bf16.
+  void round_features() {
+    if (!is_bf16 || parts.n < 2 || (is_filled && kept_parts == parts.count)) return;
+    for (Logits<T>& logits : matrices) logits.round(parts);
+  }
 
   int64_t rows() const { return parts.n; }
   bool has_ref() const { return matrices.size() > 1; }
@@ -157,7 +224,7 @@ struct Group {
     parts.for_each_tile([&](int64_t r, int64_t c) {
       const T* s = compute_tile(0, r, c, scratch.tile(0));
       const T* s0 = has_ref() ? compute_tile(1, r, c, scratch.tile(1)) : nullptr;
-      visit(Tile<T>{parts[r], parts[c], {s, s0}});
+      visit(Tile<T>{r, c, parts[r], parts[c], {s, s0}});
     });
   }
 
@@ -187,9 +254,7 @@ struct Group {
                          k * rows.size * cols.size
                    : scratch;
     if (is_kept && is_filled) return s;
-    const Logits<T>& logits = matrices[k];
-    Tensor out = view(s, rows.size, cols.size);
-    at::addmm_out(out, out, logits.image_rows(rows), logits.text_rows(cols).t(), 0, logits.scale);
+    matrices[k].multiply(parts, r, c, s);
     if (r == c) {
       for (int64_t i = 0; i < rows.size; ++i) s[i * cols.size + i] = nothing;
     }

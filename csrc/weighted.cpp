@@ -26,7 +26,7 @@ const auto& step_operator() {
           .typed<std::tuple<Tensor, Tensor, Tensor, Tensor>(
               const Tensor&, const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&,
               const MaybeTensor&, const MaybeTensor&, Sizes, bool, bool, bool, bool,
-              const MaybeTensor&, int64_t, c10::SymInt)>();
+              const MaybeTensor&, int64_t, c10::SymInt, bool)>();
   return found;
 }
 
@@ -48,18 +48,19 @@ void refuse_second_derivative(variable_list& gradients) {
 
 class Weighted : public torch::autograd::Function<Weighted> {
  public:
-  static constexpr size_t num_arguments = 11;
+  static constexpr size_t num_arguments = 12;
 
   static variable_list forward(AutogradContext* ctx, const Tensor& image, const Tensor& text,
                                const Tensor& scale, const Tensor& weights,
                                const MaybeTensor& ref_image, const MaybeTensor& ref_text,
                                const MaybeTensor& ref_scale, at::IntArrayRef groups,
-                               const MaybeTensor& labels, int64_t tile, int64_t kept) {
+                               const MaybeTensor& labels, int64_t tile, int64_t kept,
+                               bool bf16) {
     PlainTensors guard;
     const auto [losses, d_image, d_text, d_scale] = step_operator().call(
         weights, image, text, scale, ref_image, ref_text, ref_scale,
         c10::fromIntArrayRefSlow(groups), image.requires_grad(), text.requires_grad(),
-        scale.requires_grad(), /*rounded=*/false, labels, tile, kept);
+        scale.requires_grad(), /*rounded=*/false, labels, tile, kept, bf16);
     ctx->save_for_backward({d_image, d_text, d_scale});
     ctx->saved_data["dtypes"] =
         std::vector<int64_t>{int64_t(image.scalar_type()), int64_t(text.scalar_type()),
@@ -83,9 +84,15 @@ class Weighted : public torch::autograd::Function<Weighted> {
       const bool is_mapped = keys.has(c10::DispatchKey::FuncTorchBatched) ||
                              keys.has(c10::DispatchKey::Batched);
       const bool is_last = !is_mapped && !torch::autograd::get_current_graph_task_keep_graph();
+      // Of a plain `backward()`; read where there is certainly a value.
+      const bool is_one = is_last && upstream.scalar_type() == at::kFloat && upstream.is_cpu() &&
+                          upstream.has_storage() && !keys.has(c10::DispatchKey::Python) &&
+                          *upstream.const_data_ptr<float>() == 1;
       for (size_t k = 0; k < made.size(); ++k) {
         if (!ctx->needs_input_grad(k)) continue;
-        const Tensor scaled = is_last ? made[k].mul_(upstream) : made[k] * upstream;
+        const Tensor scaled = is_one    ? made[k]
+                              : is_last ? made[k].mul_(upstream)
+                                        : made[k] * upstream;
         gradients[k] = scaled.to(at::ScalarType(dtypes[k]));
       }
     }
@@ -100,9 +107,9 @@ std::tuple<Tensor, Tensor> compute_weighted(const Tensor& weights, const Tensor&
                                             const MaybeTensor& ref_text,
                                             const MaybeTensor& ref_scale, at::IntArrayRef groups,
                                             const MaybeTensor& labels, int64_t tile,
-                                            int64_t kept) {
+                                            int64_t kept, bool bf16) {
   variable_list found = Weighted::apply(image, text, scale, weights, ref_image, ref_text,
-                                        ref_scale, groups, labels, tile, kept);
+                                        ref_scale, groups, labels, tile, kept, bf16);
   return {found[0], found[1]};
 }
 

@@ -55,23 +55,26 @@ class Provider:
         return self.dense_matrices[case.kl] * case.matrix_bytes
 
 
-def _fasterase(backend: str, case: Case) -> Loss:
+def _fasterase(backend: str, case: Case, products: str = "auto") -> Loss:
     """The weighted total, as a step of `unlearn` computes it: gradients come with the loss."""
     from fasterase.errors import InputError
     from fasterase.ops.contrastive import explain_backend, weighted_contrastive
 
     try:
         sample = torch.ones(1, 1, device=case.device, dtype=case.torch_dtype)
-        explain_backend(sample, sample, 1.0, backend=backend)
+        choice = explain_backend(sample, sample, 1.0, backend=backend, products=products)
     except InputError as error:
         raise UnavailableError(str(error)) from error
+    if products not in ("auto", choice.products):
+        raise UnavailableError(f"this CPU has no AMX: it would multiply in {choice.products}")
 
     dtype = torch.float64 if case.dtype == "float64" else torch.float32
     shape = 4 if case.kl else 2, case.num_pairs
     weights = torch.full(shape, 0.5 / case.num_pairs, dtype=dtype, device=case.device)
 
     def loss(inputs: Inputs) -> Tensor:
-        return weighted_contrastive(**inputs._asdict(), weights=weights, backend=backend).total
+        call = {**inputs._asdict(), "weights": weights, "backend": backend, "products": products}
+        return weighted_contrastive(**call).total
 
     return loss
 
@@ -228,6 +231,12 @@ _ALL = (
     Provider(
         "fasterase-cpu",
         partial(_fasterase, "cpu"),
+        keeps_logits=True,
+        makes_gradients_early=True,
+    ),
+    Provider(
+        "fasterase-cpu-bf16",
+        partial(_fasterase, "cpu", products="bf16"),
         keeps_logits=True,
         makes_gradients_early=True,
     ),

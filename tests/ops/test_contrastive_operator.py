@@ -11,10 +11,10 @@ from tests.ops.calls import features, weighted_mean
 # On CPU tensors; test_contrastive_triton*.py have the GPU's backend.
 BACKENDS = tuple(name for name in available_backends() if name not in ("dense", "triton"))
 # Further arguments of each operator. cpu: labels, in tiles of 8, some of the 2 x 15 x 15 + 2 x 25 x
-# 25 logits kept; no labels, tiles of 512, none kept.
+# 25 logits kept; no labels, tiles of 512, none kept, products in bf16.
 OPTIONS = {
     "chunked": [("fp32",), ("bf16",)],
-    "cpu": [(torch.arange(40) // 2, 8, 700), (None, 512, 0)],
+    "cpu": [(torch.arange(40) // 2, 8, 700, False), (None, 512, 0, True)],
 }
 
 
@@ -48,7 +48,7 @@ def test_a_step_that_knows_its_weights_computes_only_the_kls_that_have_one(group
     step = torch.ops.fasterase.contrastive_cpu_step.default
     batch = [x.detach() for x in features()]
     weights = torch.randn(4, 40)
-    options = labels, 8, kept
+    options = labels, 8, kept, False
     for unused in (0, groups[0]):
         weights[2:, :unused] = 0
         losses, *found = forward(*batch, groups, *options)

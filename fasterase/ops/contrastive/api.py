@@ -104,13 +104,15 @@ def contrastive(
             CPU, whatever image's device: labels that are all distinct then cost nothing.
         groups: row counts, zeros allowed, that split the batch into independent square problems.
         backend: "auto" or one of `available_backends()`; a named one never falls back.
-        products: of `"triton"`, and on a GPU of `"chunked"`; the others multiply in fp32. "fp16"
-            and "bf16" round the features first, current and reference alike, "fp32" multiplies them
-            exactly. "auto" follows torch: inside `torch.autocast("cuda", dtype)` that dtype, else
-            half-precision features as they are, if all have one dtype, and fp32 products in TF32 if
-            `torch.set_float32_matmul_precision` allows it. The diagonal of S, all sums and the
-            gradients are fp32. Rounding to fp16 needs no unit rows: a power of two brings the
-            longest row of image, and likewise of text, to a length between 1 and 2 first.
+        products: of `"triton"`, and on a GPU of `"chunked"`; `"cpu"` multiplies in bf16 for "bf16",
+            and under "auto" where all features are bf16, if the CPU has AMX; all else is in fp32.
+            "fp16" and "bf16" round the features first, current and reference alike, "fp32"
+            multiplies them exactly. On a GPU "auto" follows torch: inside
+            `torch.autocast("cuda", dtype)` that dtype, else half-precision features as they are, if
+            all have one dtype, and fp32 products in TF32 if `torch.set_float32_matmul_precision`
+            allows it. The diagonal of S, all sums and the gradients are fp32. Rounding to fp16
+            needs no unit rows: a power of two brings the longest row of image, and likewise of
+            text, to a length between 1 and 2 first.
 
     Returns:
         `Contrastive(ce_row, ce_col, kl_row, kl_col)`, each [N], fp32 (fp64 for fp64 features). The
@@ -185,10 +187,11 @@ def _sum_weighted_losses(
     products: str,
 ) -> Weighted:
     wants = batch.requires_grad()
-    options, kinds = _choose_options(operator, batch, groups, labels, products)
-    if any(wants) and operator.weighted is not None and not torch.compiler.is_compiling():
+    is_wanted = True in wants
+    options, kinds = _choose_options(operator, batch, groups, labels, products, is_wanted)
+    if is_wanted and operator.weighted is not None and not torch.compiler.is_compiling():
         total, losses = operator.weighted(weights, *batch, groups, *options)
-    elif any(wants):
+    elif is_wanted:
         total, losses = _GradientsInForward.apply(
             *batch, operator, groups, options, kinds, wants, weights
         )
@@ -201,10 +204,15 @@ def _sum_weighted_losses(
 
 
 def _choose_options(
-    operator: Operator, batch: Batch, groups: Groups, labels: Tensor | None, products: str
+    operator: Operator,
+    batch: Batch,
+    groups: Groups,
+    labels: Tensor | None,
+    products: str,
+    is_differentiable: bool,
 ) -> tuple[tuple[Any, ...], Tensor | None]:
     """(options of the call, `Kinds` of labels that the operator does not take itself)."""
-    options = operator.options(batch, groups, any(batch.requires_grad()), products)
+    options = operator.options(batch, groups, is_differentiable, products)
     if operator.takes_labels:
         return (None if labels is None else labels.to(batch.image.device), *options), None
     return options, find_kinds(labels, groups, batch.image.device)
@@ -325,27 +333,32 @@ def _prepare(
     """Check all arguments but the backend; the batch, and the sizes of the groups with rows."""
     check_pairs(given.image, given.text)
     check_scale(given.scale, "scale")
-    missing = [name for name, value in given._asdict().items() if value is None]
-    if 0 < len(missing) < 3:
+    absent = (given.ref_image is None, given.ref_text is None, given.ref_scale is None)
+    if any(absent) and not all(absent):
+        missing = [name for name, value in given._asdict().items() if value is None]
         raise InputError(
             f"ref_image, ref_text and ref_scale go together; {' and '.join(missing)} missing. "
             f"Pass all three, or none."
         )
     image, dtype = given.image, compute_dtype(given.image, given.text)
-    if not missing:
+    ref_scale = None
+    if not any(absent):
         check_reference(image, given.ref_image, given.ref_text)
         check_scale(given.ref_scale, "ref_scale")
-        given = given._replace(ref_scale=scale_tensor(given.ref_scale, image, dtype).detach())
+        ref_scale = scale_tensor(given.ref_scale, image, dtype).detach()
     if labels is not None:
-        check_labels(labels, len(image))
-    sizes = check_groups(groups, len(image))
-    return given._replace(scale=scale_tensor(given.scale, image, dtype)), sizes
+        check_labels(labels, image.shape[0])
+    sizes = check_groups(groups, image.shape[0])
+    scale = scale_tensor(given.scale, image, dtype)
+    return Batch(image, given.text, scale, given.ref_image, given.ref_text, ref_scale), sizes
 
 
 def _choose(backend: str, products: str, batch: Batch) -> BackendChoice:
     check_products(products)
     name, reason = choose_backend(backend, (batch.image, batch.text))
-    features = [side for side in batch if side is not None and side.dim() == 2]
+    features = [batch.image, batch.text]
+    if batch.ref_image is not None and batch.ref_text is not None:
+        features += [batch.ref_image, batch.ref_text]
     return BackendChoice(name, reason, resolve_products(products, name, features))
 
 
@@ -357,7 +370,8 @@ def _compute(
     backend = load_backend(choice.name)
     if not isinstance(backend, Operator):
         return backend(*batch, groups, labels)
-    options, kinds = _choose_options(backend, batch, groups, labels, choice.products)
+    wants = any(batch.requires_grad())
+    options, kinds = _choose_options(backend, batch, groups, labels, choice.products, wants)
     losses = unpack_losses(backend.differentiable(*batch, groups, *options))
     if kinds is None:
         return losses

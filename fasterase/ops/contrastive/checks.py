@@ -1,7 +1,7 @@
 """What the operator and the objectives above it accept, and how features are multiplied.
 
-`triton`, and `chunked` on a GPU, have a choice of products; all else multiplies in the dtype of the
-computation.
+`triton`, and `chunked` on a GPU, have a choice of products, `cpu` with AMX that of fp32 and bf16.
+All else multiplies in the dtype of the computation.
 Features of half precision are multiplied as they are: the sum of their exact products is taken in
 fp32. Others may be rounded to fp16 or bf16 first, all or none: the KL of two equal models stays 0.
 """
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fasterase.errors import InputError
+from fasterase.ops.contrastive import cpu
 
 PRODUCTS = ("auto", "fp32", "fp16", "bf16")
 HALF_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -112,7 +113,7 @@ def check_groups(groups: Any, rows: int) -> tuple[int, ...]:
 def check_weights(weights: Any, image: Tensor, has_reference: bool) -> None:
     """[4, N] constants, one a loss and pair; [2, N] where there are no KLs."""
     names = ("ce_row", "ce_col", "kl_row", "kl_col")[: 4 if has_reference else 2]
-    shape = (len(names), len(image))
+    shape = (len(names), image.shape[0])
     is_tensor = isinstance(weights, Tensor)
     if not is_tensor or weights.shape != shape or weights.device != image.device:
         raise InputError(
@@ -153,8 +154,12 @@ def resolve_products(
     features: Sequence[Tensor],  # image, text and, if there is a reference, its two
 ) -> str:
     """How a call multiplies `features`: "fp16", "bf16", "tf32", "fp32" or "fp64"."""
-    if any(each.dtype == torch.float64 for each in features[:2]):
+    if compute_dtype(features[0], features[1]) == torch.float64:
         return "fp64"
+    if backend == "cpu":
+        halves = [each for each in features if each.dtype == torch.bfloat16]
+        is_bf16 = products == "bf16" or (products == "auto" and len(halves) == len(features))
+        return "bf16" if is_bf16 and cpu.multiplies_bf16() else "fp32"
     if backend != "triton" and not (backend == "chunked" and features[0].is_cuda):
         return "tf32" if features[0].is_cuda and allows_tf32() else "fp32"
     if products in HALF_DTYPES:

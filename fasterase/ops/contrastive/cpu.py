@@ -20,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
+from operator import mul
 from pathlib import Path
 
 import torch
@@ -50,25 +51,26 @@ VARIANTS = {"AVX512": "-march=x86-64-v4", "AVX2": "-march=x86-64-v3", "DEFAULT":
 
 def _choose_options(
     batch: Batch, groups: Groups, is_differentiable: bool, products: str
-) -> tuple[int, int]:
-    """(tile, kept): the edge of a tile, and how many logits the forward pass keeps."""
+) -> tuple[int, int, bool]:
+    """(edge of a tile, how many logits the forward pass keeps, whether products are in bf16)."""
+    is_bf16 = products == "bf16"
     if not is_differentiable:
-        return _TILE, 0
-    logits = batch.matrices * sum(n * n for n in groups)
+        return _TILE, 0, is_bf16
+    logits = batch.matrices * sum(map(mul, groups, groups))
     kept = min(_KEPT_BYTES // batch.scale.itemsize, logits)
-    return _TILE, kept if kept >= _LEAST_SHARE * logits else 0
+    return _TILE, kept if kept >= _LEAST_SHARE * logits else 0, is_bf16
 
 
 contrastive_cpu = register(
     "contrastive_cpu",
     {
-        "logits": lambda batch, groups, labels, tile, kept: batch.scale.new_empty(kept),
+        "logits": lambda batch, groups, labels, tile, kept, bf16: batch.scale.new_empty(kept),
         "plan": lambda batch, groups, *options: batch.scale.new_empty(
             len(groups), 3, dtype=torch.long
         ),
     },
     in_cpp=True,  # a step leaves out the reference of groups whose KLs have no weight
-    options_schema="int tile, SymInt kept",
+    options_schema="int tile, SymInt kept, bool bf16",
     options=_choose_options,
 )
 
@@ -85,6 +87,14 @@ def load_kernels() -> str | None:
 # torch.compile calls it while tracing and takes its answer for a constant. This is what
 # torch.compiler.assume_constant_result does, which would import all of dynamo here.
 load_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def multiplies_bf16() -> bool:
+    """Whether this CPU has AMX, and torch its kernels for it; after `load_kernels`."""
+    return bool(torch.ops.fasterase.has_amx())
+
+
+multiplies_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

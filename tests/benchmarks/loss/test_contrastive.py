@@ -15,6 +15,7 @@ from benchmarks.loss.providers import PROVIDERS, UnavailableError
 from benchmarks.loss.report import explain_share, fastest, markdown_tables
 from benchmarks.loss.rows import Row, read_rows, write_rows
 from benchmarks.result_files import RESULTS
+from fasterase.ops.contrastive import available_backends, cpu
 from tests import oracle
 
 NO_COMPILER = ["fasterase-cpu", "fasterase-chunked", "fasterase-dense", "torch-dense", "open_clip"]
@@ -74,6 +75,17 @@ def test_providers_compute_the_same_loss_and_gradients(name, kl, labels):
         pytest.skip(str(why))
     assert set(errors) == set(sweep.ERRORS)
     assert max(errors.values()) < 1e-5
+
+
+@pytest.mark.skipif("cpu" not in available_backends(), reason="no C++ kernels")
+def test_bf16_products_are_measured_only_where_there_is_amx(monkeypatch):
+    provider, case = PROVIDERS["fasterase-cpu-bf16"], Case(65, 24, scale=14.3)
+    monkeypatch.setattr(cpu, "multiplies_bf16", lambda: False)
+    with pytest.raises(UnavailableError, match="no AMX"):
+        provider.build(case)
+    monkeypatch.setattr(cpu, "multiplies_bf16", lambda: True)
+    errors = measure.errors_against_fp64(provider, case)
+    assert 1e-5 < errors["image_grad_error"] < 2e-2
 
 
 def test_the_truth_is_computed_once_a_case(monkeypatch):
