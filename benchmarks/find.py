@@ -12,7 +12,6 @@ and seeds, and over seeds.
 
 from __future__ import annotations
 
-import csv
 import re
 import warnings
 from collections import defaultdict
@@ -79,17 +78,16 @@ class Corpus:
         names = self.names(subgroup)
         hidden = name_expression(names)
         path = self._folder / f"{subgroup}-{seed}.csv"
-        with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["filepath", "title"])
-            for row, record in enumerate(self.records):
-                words = [record["concept"], *record["keywords"]]
-                if row in nameless:
-                    words = [word for word in words if not hidden.search(word)]
-                text = ", ".join(dict.fromkeys(words[:2])) or "something"
-                if row in passing:
-                    text += f" beside {random.choice(names)}"
-                writer.writerow([self._file(record), f"a picture of {text}"])
+        table = []
+        for row, record in enumerate(self.records):
+            words = [record["concept"], *record["keywords"]]
+            if row in nameless:
+                words = [word for word in words if not hidden.search(word)]
+            text = ", ".join(dict.fromkeys(words[:2])) or "something"
+            if row in passing:
+                text += f" beside {random.choice(names)}"
+            table.append({"filepath": self._file(record), "title": f"a picture of {text}"})
+        write_csv(path, table)
         return path
 
 

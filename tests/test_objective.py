@@ -315,9 +315,3 @@ def test_wrong_arguments_are_named(changes, message):
     call = tensors(oracle.clip_like(6, 4, 10.0)) | {"n_forget": 2} | changes
     with pytest.raises(InputError, match=message):
         erase_loss(**call)
-
-
-@pytest.mark.parametrize("name", sorted({"cpu", "triton"} - set(BACKENDS)))
-def test_a_backend_that_is_not_built_in_says_so(name):
-    with pytest.raises(InputError, match="not available in this installation"):
-        erase_loss(**tensors(oracle.clip_like(6, 4, 10.0)), n_forget=2, backend=name)

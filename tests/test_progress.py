@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import re
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -123,15 +121,6 @@ def test_it_iterates_over_items(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Stream(False))
     assert list(Progress("reading", items=iter("abc"), unit="item", delay=2)) == list("abc")
     assert sys.stderr.getvalue() == ""
-
-
-def test_the_package_makes_its_bars_and_lines_in_one_place():
-    users = {
-        path.name
-        for path in Path(fasterase.progress.__file__).parent.rglob("*.py")
-        if re.search(r"tqdm(\(|\.write)", path.read_text(encoding="utf-8"))
-    }
-    assert users == {"progress.py"}
 
 
 @pytest.mark.filterwarnings("ignore:verdict")

@@ -184,15 +184,6 @@ def test_a_given_lr_is_kept_until_the_run_fades():
     assert np.all(np.diff(lrs[start - 1 :]) < 0)
 
 
-@pytest.mark.filterwarnings("ignore:verdict")
-def test_the_automatic_floor_depends_on_model_and_pairs_only():
-    floors = {
-        run(knowing_model(), max_steps=1, **options).floor
-        for options in ({}, {"seed": 4}, {"batch_size": 20, "forget_batch_size": 24})
-    }
-    assert len(floors) == 1
-
-
 def test_without_unrelated_captions_numbers_are_asked_for():
     """Nothing tells then when the concept is forgotten."""
     caption = FORGET[0][1]

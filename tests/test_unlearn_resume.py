@@ -12,7 +12,7 @@ import torch
 from fasterase.errors import ResumeError
 from tests.marks import SHORT_RUN
 from tests.tiny_concepts import AUTOMATIC
-from tests.tiny_model import TinyModel, erase, pairs, same_weights, unchanged
+from tests.tiny_model import Noisy, TinyModel, erase, pairs, same_weights, unchanged
 from tests.tiny_run import CONFIG, in_process
 
 EVERYTHING = {"train_mode": True, "train_logit_scale": True, "negatives": "joint"}
@@ -250,20 +250,11 @@ class TestResume:
 
     @pytest.mark.filterwarnings("ignore:.retain. is not checked for images")
     def test_random_data_is_repeated_too(self, tmp_path):
-        class Noisy(torch.utils.data.Dataset):
-            def __init__(self, seed):
-                self.items = pairs(10, seed=seed)
-
-            def __len__(self):
-                return 10
-
-            def __getitem__(self, index):
-                pixels, ids = self.items[index]
-                return pixels + 0.1 * torch.randn_like(pixels), ids.roll(int(torch.randint(5, ())))
+        sets = {"forget": Noisy(pairs(10, seed=1)), "retain": Noisy(pairs(10, seed=2))}
 
         def noisy(folder, tower, **options):
             with pytest.warns(UserWarning, match="runs beside the trained one in every step"):
-                return go(folder, tower=tower, forget=Noisy(1), retain=Noisy(2), **options)
+                return go(folder, tower=tower, **sets, **options)
 
         whole, again = TinyModel(), TinyModel()
         expected = noisy(tmp_path / "whole", whole)

@@ -5,28 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 from PIL import Image
-from torch.utils.data import Dataset
 
 from fasterase.cli import main
 from fasterase.errors import InputError
 from fasterase.models.load import load_model
 from fasterase.pairs.open import open_pairs
 from tests.small_models import open_clip_vit, simple_tokenizer
-from tests.tiny_model import FORGET, TinyModel, erase, pairs, same_weights
-
-
-class Augmented(Dataset):
-    def __init__(self, items):
-        self.items = items
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        pixels, ids = self.items[index]
-        return pixels + 0.1 * torch.randn_like(pixels), ids
+from tests.tiny_model import FORGET, Noisy, TinyModel, erase, pairs, same_weights
 
 
 @pytest.mark.filterwarnings("ignore:.*returns a different item on a second read")
@@ -34,9 +20,9 @@ class Augmented(Dataset):
     "options",
     [
         {"evaluation": "quick"},
-        {"retain": Augmented([])},
+        {"retain": Noisy([])},
         {"retain": open_pairs(FORGET, name="all").select([], name="retain")},
-        {"forget": Augmented(FORGET)},
+        {"forget": Noisy(FORGET)},
         {"evaluation": "full", "sets": {"near": pairs(5, seed=3)}},
         {"cross_weight": 0.0},
         {"forget_loss": "contrastive", "negatives": "joint"},

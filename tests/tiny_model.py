@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 import fasterase
 from fasterase.models.dual_encoder import DualEncoder, Tokens, TowerParts
@@ -89,6 +90,20 @@ def pairs(count: int, *, seed: int) -> list[tuple[Tensor, Tensor]]:
     """Pairs of pixels [3, SIZE, SIZE] and token ids [LENGTH]."""
     pixels, tokens = batch(count, seed=seed)
     return list(zip(pixels, tokens.ids, strict=True))
+
+
+class Noisy(Dataset):
+    """Pairs whose pixels and token ids differ on every read."""
+
+    def __init__(self, items: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        pixels, ids = self.items[index]
+        return pixels + 0.1 * torch.randn_like(pixels), ids.roll(int(torch.randint(5, ())))
 
 
 def same_weights(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

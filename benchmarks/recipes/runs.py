@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ BASELINE = "fasterase"
 OPTIMIZERS = {f"fasterase, {name}": {"optimizer": name} for name in ("adamw8bit", "lion8bit")}
 # The default where less than all is trained, which `benchmarks.recipes.tune` compares with it.
 TUNES = {f"fasterase, {tune}": {"tune": tune} for tune in ("lora:8", "last:1")}
+# Those that choose rate and steps themselves.
+DECIDING: dict[str, dict[str, Any]] = {**AUTOMATIC, **OPTIMIZERS, **TUNES}
 RETAIN_ONLY = {"forget_weight": 0.0, "consistency_weight": 0.0, "anchor_weight": 0.0}
 UNTUNED = "cliperase, untuned"
 
@@ -83,9 +85,8 @@ class Run:
         """Return the run's recipe for the small model."""
         base = "cliperase" if self.is_papers else "fasterase"
         own: dict[str, Any] = {}
-        automatic = {**AUTOMATIC, **OPTIMIZERS, **TUNES}
-        if self.recipe in automatic:
-            own = automatic[self.recipe]
+        if self.recipe in DECIDING:
+            own = DECIDING[self.recipe]
         else:
             own = {"lr": self.lr, "max_steps": max(self.steps)}
             if self.recipe == "retain only":
@@ -217,10 +218,10 @@ def default_runs(recipes: Iterable[str], subgroups: Iterable[str], seeds: int) -
     ]
 
 
-def tabulate(outcome: Outcome, label: str, label_of: Callable[[str], str]) -> list[dict[str, Any]]:
+def tabulate(outcome: Outcome, varied: str, default: str) -> list[dict[str, Any]]:
     """Return a row per run: its verdict, what is left of the concept, and the damage.
 
-    The first column is `label`, with `label_of` the recipe.
+    The first column is the setting that varies, `default` in the default recipe.
     """
     rows: dict[tuple[str, str, int], dict[str, Any]] = {}
     for value in outcome.values:
@@ -235,7 +236,7 @@ def tabulate(outcome: Outcome, label: str, label_of: Callable[[str], str]) -> li
             found[f"{ending.set} verdict"] = ending.verdict
             found[f"{ending.set} residue"] = ending.residue
     return [
-        {label: label_of(recipe), "subgroup": subgroup, "seed": seed, **row}
+        {varied: DECIDING[recipe].get(varied, default), "subgroup": subgroup, "seed": seed, **row}
         for (recipe, subgroup, seed), row in sorted(rows.items())
     ]
 

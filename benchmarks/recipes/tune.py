@@ -15,18 +15,13 @@ from benchmarks.result_files import write_csv
 from fasterase.files import check_writable
 
 
-def tune_of(recipe: str) -> str:
-    """Return what a recipe trains."""
-    return TUNES[recipe]["tune"] if recipe in TUNES else "all"
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = comparison_parser(__doc__, work="runs/tune", seeds=1, subgroups=["food-fruit"])
     options = parser.parse_args(arguments)
     check_writable(options.work, argument="--work")
     runs = default_runs(TUNES, options.subgroups, options.seeds)
     outcome = execute_all(runs, options.work, options.processes, retrained={})
-    rows = tabulate(outcome, "tune", tune_of)
+    rows = tabulate(outcome, "tune", "all")
     write_csv(options.output / "tune.csv", rows)
     for row in rows:
         shown = {key: f"{v:.3f}" if isinstance(v, float) else v for key, v in row.items()}

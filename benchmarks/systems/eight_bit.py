@@ -31,11 +31,6 @@ from fasterase.files import check_writable, write_text
 COLUMNS = ("steps", "forget residue", "forget-unseen residue", *MEASURED)
 
 
-def optimizer_of(recipe: str) -> str:
-    """Return the optimiser of a recipe."""
-    return OPTIMIZERS[recipe]["optimizer"] if recipe in OPTIMIZERS else "adamw"
-
-
 def compare(rows: list[dict[str, Any]]) -> str:
     """Format the paired differences to AdamW, and the distance between seeds, as text."""
     by_optimizer: dict[str, dict[tuple[str, int], dict[str, Any]]] = {}
@@ -80,14 +75,14 @@ def seed_distance(baseline: dict[tuple[str, int], dict[str, Any]], column: str) 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = comparison_parser(__doc__, work="runs/eight_bit", seeds=2, subgroups=TEST)
-    known = [optimizer_of(recipe) for recipe in OPTIMIZERS]
+    known = [each["optimizer"] for each in OPTIMIZERS.values()]
     parser.add_argument("--optimizers", nargs="+", default=known, choices=known)
     options = parser.parse_args(arguments)
     check_writable(options.work, argument="--work")
-    recipes = [name for name in OPTIMIZERS if optimizer_of(name) in options.optimizers]
+    recipes = [name for name, each in OPTIMIZERS.items() if each["optimizer"] in options.optimizers]
     runs = default_runs(recipes, options.subgroups, options.seeds)
     outcome = execute_all(runs, options.work, options.processes, retrained={})
-    rows = tabulate(outcome, "optimizer", optimizer_of)
+    rows = tabulate(outcome, "optimizer", "adamw")
     text = compare(rows)
     write_csv(options.output / "eight_bit.csv", rows)
     write_text(options.output / "eight_bit.txt", text)

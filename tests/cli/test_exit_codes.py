@@ -65,8 +65,6 @@ def test_wrong_input_is_one_line_and_exit_code_2(flags, named, unlearn, capsys):
     [
         ("learning_rat: 3\n", "`learning_rat`"),
         ("max_step: 3\n", "max_steps"),
-        ("lr: [a\n", "config"),
-        ("- lr\n", "mapping"),
         ("lr: fast\n", "lr='fast'"),
         ("output_dir: 3\n", "output_dir=3"),
         ("floor: nil\n", "null in YAML"),

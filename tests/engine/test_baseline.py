@@ -44,12 +44,16 @@ def named(captions: list[str], directions: list[int]) -> PairFeatures:
 FORGET = named(["apple", "Granny Smith"], [0, 1])
 
 
-def warning(retain: PairFeatures, *further: PairFeatures) -> str:
-    """What is said of retain captions that name what `FORGET` or further sets hold."""
+def said_by(warn, *given) -> str:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        baseline._warn_of_naming_captions([FORGET, *further], retain)
+        warn(*given)
     return "".join(str(each.message) for each in caught)
+
+
+def warning(retain: PairFeatures, *further: PairFeatures) -> str:
+    """What is said of retain captions that name what `FORGET` or further sets hold."""
+    return said_by(baseline._warn_of_naming_captions, [FORGET, *further], retain)
 
 
 @pytest.mark.parametrize(
@@ -89,10 +93,7 @@ class Ids:
 
 
 def warning_of_pictures(forget: PairFeatures, retain: PairFeatures) -> str:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        baseline._warn_of_pictures(forget, retain, Ids())
-    return "".join(str(each.message) for each in caught)
+    return said_by(baseline._warn_of_pictures, forget, retain, Ids())
 
 
 def test_kept_pictures_of_the_concept_are_named_whatever_their_captions_say():

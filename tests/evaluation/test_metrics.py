@@ -31,20 +31,6 @@ def test_equals_resampling_in_a_loop(n: int, level: float, monkeypatch: pytest.M
         assert found["some"] == pytest.approx(brute_force(some, np.nanmean, 300, 5, level))
 
 
-def test_contains_the_value_and_shrinks_with_the_number_of_pairs() -> None:
-    rng = np.random.default_rng(0)
-    widths = []
-    for n in (50, 5000):
-        values = (rng.random(n) < 0.3).astype(float)
-        low, high = bootstrap_intervals({"hit": values}, resamples=1000, seed=0)["hit"]
-        assert low < values.mean() < high
-        # Normal approximation of the binomial.
-        half = 1.96 * np.sqrt(values.mean() * (1 - values.mean()) / n)
-        assert high - low == pytest.approx(2 * half, rel=0.15)
-        widths.append(high - low)
-    assert widths[1] < widths[0] / 5
-
-
 @pytest.mark.parametrize(
     ("share", "count", "low", "high"),
     [  # from R: prop.test(share * count, count, correct = FALSE)

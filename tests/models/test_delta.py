@@ -13,11 +13,10 @@ from safetensors.torch import load_file, save_file
 import fasterase
 from fasterase.models.delta import keep_original, save_delta
 from fasterase.models.load import load_model
-from tests import small_models
-from tests.tiny_model import TinyModel, pairs, same_weights
+from tests import small_models, tiny_model
+from tests.tiny_model import TinyModel, same_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:the delta takes")
-STEPS = {"lr": 1e-2, "batch_size": 8, "forget_batch_size": 4, "progress": False, "max_steps": 3}
 
 
 def weights(module):
@@ -28,9 +27,7 @@ def erase(model, folder, **options):
     """A short run whose delta is in `folder`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        result = fasterase.unlearn(
-            model, pairs(6, seed=1), pairs(20, seed=2), evaluation=None, **STEPS, **options
-        )
+        result = tiny_model.erase(model, lr=1e-2, **options)
     result.save(folder, delta=True)
     return result
 

@@ -145,15 +145,6 @@ def test_frozen_copy_shares_nothing(kind):
     assert not before.requires_grad
 
 
-def test_tokens_move_and_index():
-    tokens = Tokens(torch.arange(6).reshape(3, 2), torch.ones(3, 2, dtype=torch.int64))
-    picked = tokens.index(torch.tensor([2, 0])).to("cpu")
-    assert picked.ids.tolist() == [[4, 5], [0, 1]]
-    assert picked.mask is not None
-    assert picked.mask.shape == (2, 2)
-    assert Tokens(tokens.ids).index(slice(1, 3)).mask is None
-
-
 def test_hf_mask_reaches_the_model():
     model = build_model("hf_siglip")
     tokens = model.tokenize(["a cat"])

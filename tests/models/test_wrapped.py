@@ -126,11 +126,6 @@ def test_inference_mode_weights_say_how_to_load_them():
     assert not torch.equal(result.model.text_projection.weight, model.text_projection.weight)
 
 
-def test_an_unknown_wrapper_is_named():
-    with pytest.raises(InputError, match=r"model: AveragedModel wraps a CLIPModel; pass the model"):
-        load_model(torch.optim.swa_utils.AveragedModel(small_models.hf_clip()))
-
-
 # What the caller froze (`requires_grad=False`) is never trained, whatever `tune` says.
 def changed_by(module, run):
     """Names of the weights and buffers that `run` changes; no requires_grad may."""

@@ -238,15 +238,6 @@ def test_labels_that_change_between_the_passes_change_no_gradient(backend):
         assert torch.equal(gradient(is_changed=True), expected)
 
 
-def test_other_backends_refuse_a_second_derivative():
-    image, text, scale = features()
-    labels = torch.arange(12) // 2
-    loss = contrastive(image, text, scale, labels=labels, backend="chunked").ce_row.sum()
-    (first,) = torch.autograd.grad(loss, text, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
-
-
 def test_the_same_bits_with_any_number_of_threads():
     inputs, labels = features(3000, 70, torch.float32), torch.arange(3000) % 7
     before, found = torch.get_num_threads(), []

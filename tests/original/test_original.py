@@ -6,23 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-import fasterase
 from fasterase.encode import PairFeatures
 from fasterase.errors import InputError
 from fasterase.evaluation.placebo import PLACEBOS
+from fasterase.models.preprocessing import Tokens
 from fasterase.original.features import floor_rows, unmatched_cosine
 from fasterase.pairs.open import open_pairs
 from tests.marks import SHORT_RUN
-from tests.tiny_model import TinyModel, pairs, same_weights, unchanged
+from tests.tiny_model import FORGET, TinyModel, erase, pairs, same_weights, unchanged
 
-STEPS = {
-    "lr": 1e-3,
-    "batch_size": 8,
-    "forget_batch_size": 4,
-    "max_steps": 3,
-    "progress": False,
-    "evaluation": None,
-}
 pytestmark = SHORT_RUN
 
 
@@ -52,14 +44,13 @@ class Watched(TinyModel):
         return len(self.images["before"]), len(self.texts["before"])
 
 
-FORGET, RETAIN = pairs(6, seed=1), pairs(40, seed=2)
+RETAIN = pairs(40, seed=2)
 
 
 def swept(folder, *, forget=FORGET, retain=RETAIN, tower=None, **config):
     """The tower after a run, with what it has encoded."""
     tower = tower or Watched()
-    settings = {**STEPS, "reference_cache": folder, "forget_augment": False, **config}
-    fasterase.unlearn(tower, forget, retain, **settings)
+    erase(tower, forget, retain, **{"reference_cache": folder, "forget_augment": False, **config})
     return tower
 
 
@@ -129,14 +120,14 @@ def test_views_of_one_source_share_its_features(tmp_path):
 def test_all_captions_of_a_pair_are_there_and_equal_ones_encoded_once(tmp_path):
     def tokenizer(texts):
         rows = [[1 + sum(map(ord, text)) % 40, len(text), 3, 4, 5] for text in texts]
-        return fasterase.models.dual_encoder.Tokens(torch.tensor(rows))
+        return Tokens(torch.tensor(rows))
 
     tower = Watched()
     tower.text_tokenizer = tokenizer
     images = [image for image, _ in pairs(20, seed=2)]
     retain = [(image, ["one", "two words", f"number {i % 2}"]) for i, image in enumerate(images)]
     forget = [(image, "gone") for image, _ in pairs(6, seed=1)]
-    fasterase.unlearn(tower, forget, retain, reference_cache=tmp_path, **STEPS)
+    erase(tower, forget, retain, reference_cache=tmp_path)
     assert tower.swept == (26, 1 + 4 + PLACEBOS), "and made-up names, once"
     assert len(tower.texts["after"]) == 1 + 1, "the first captions, to judge"
 
@@ -162,30 +153,29 @@ def test_random_items_get_a_live_reference_that_is_right():
             ids = torch.cat([ids[:4], torch.randint(1, 50, (1,))]) if self.noise else ids
             return pixels + self.noise * torch.randn_like(pixels), ids
 
-    config = {**STEPS, "forget_augment": False, "max_steps": 1}
+    config = {"forget_augment": False, "max_steps": 1}
     with pytest.warns(UserWarning, match="beside the trained one in every step"):
-        result = fasterase.unlearn(TinyModel(), FORGET, Flipping(0.5), **config)
+        result = erase(retain=Flipping(0.5), **config)
     # At the first step the model is the original: nothing has moved yet if both saw the same view.
     assert result.history[0].anchor < 1e-9
     assert result.history[0].consistency < 1e-6
-    still = fasterase.unlearn(TinyModel(), FORGET, Flipping(0.0), **config)
+    still = erase(retain=Flipping(0.0), **config)
     assert still.history[0].anchor < 1e-9
 
 
 def test_the_floor_is_between_unrelated_pairs():
     tower, retain = TinyModel(), pairs(12, seed=2)
-    result = fasterase.unlearn(TinyModel(), FORGET, retain, **STEPS)
+    result = erase(retain=retain)
     with torch.no_grad():
         image, text = [], []
         for items in (FORGET, retain):
             pixels, ids = map(torch.stack, zip(*items, strict=True))
             image.append(tower.encode_image(pixels).numpy())
-            text.append(tower.encode_text(fasterase.models.dual_encoder.Tokens(ids)).numpy())
+            text.append(tower.encode_text(Tokens(ids)).numpy())
     expected = np.mean([image[0] @ text[1].T, (image[1] @ text[0].T).T])
     assert result.floor == pytest.approx(expected, abs=1e-6)
-    plain = {**STEPS, "forget_batch_size": 6, "forget_augment": False, "floor": 0.02}
-    plain |= {"forget_words": False, "cross_weight": 0.0}
-    given = fasterase.unlearn(TinyModel(), FORGET, retain, **plain)
+    plain = {"forget_batch_size": 6, "forget_augment": False, "floor": 0.02}
+    given = erase(retain=retain, **plain, forget_words=False, cross_weight=0.0)
     assert given.floor == result.floor, "the original's, whatever the loss is given"
     cosines = (image[0] * text[0]).sum(1)
     assert given.history[0].forget == pytest.approx(np.maximum(cosines - 0.02, 0).mean(), abs=1e-6)
@@ -196,11 +186,8 @@ def test_the_floor_is_between_unrelated_pairs():
 )
 def test_the_floor_depends_on_model_and_pairs_only(tmp_path, changed):
     retain = pairs(1100, seed=2)
-    config = {**STEPS, "max_steps": 1, "reference_cache": tmp_path}
-    first, other = (
-        fasterase.unlearn(TinyModel(), FORGET, retain, **{**config, **change}).floor
-        for change in ({}, changed)
-    )
+    config = {"retain": retain, "max_steps": 1, "reference_cache": tmp_path}
+    first, other = (erase(**{**config, **change}).floor for change in ({}, changed))
     assert other == first
 
 

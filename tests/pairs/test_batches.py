@@ -243,13 +243,6 @@ def test_sweep_reads_each_row_once_with_the_captions_wanted(workers):
             assert torch.equal(pixels, source[int(row)].image)
 
 
-def test_sweep_takes_all_captions():
-    source = pairs("retain", 3, texts=[["a", "b"], "c", ["b", "d", "e"]])
-    batches = list(sweep(source, range(3), PREPARE, captions="all", batch_size=8))
-    assert [key for batch in batches for _, key in batch.captions] == list("abcbde")
-    assert [key for batch in batches for key in batch.new_keys] == list("abcde")
-
-
 @pytest.mark.parametrize(
     ("cores", "ranks", "workers"), [(1, 1, 0), (2, 1, 1), (16, 8, 1), (16, 32, 0), (96, 1, 16)]
 )

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from fasterase.errors import InputError
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.skips import BrokenPair
-from tests.pairs.reading import captions, encoded, picture, read_all, shade
+from tests.pairs.reading import encoded, picture, read_all, shade
 
 
 def floats(n: int) -> list[torch.Tensor]:
@@ -132,6 +132,8 @@ def test_keys_name_columns_of_dicts_and_of_batches():
     assert pairs.meta(1) == {"source": "s"}
     batch = {"img": STACKED, "label_text": ["a", "b", "c", "d"]}
     assert open_pairs([batch], name="x", image_key="img", text_key="label_text")[3].text == "d"
+    with pytest.raises(InputError, match=r"`forget`: `text_key`: no column 'x'.*'image', 'text'"):
+        open_pairs(DICTS, name="forget", text_key="x")
 
 
 def test_numpy_images_are_pictures_in_colour_or_grey():
@@ -253,11 +255,6 @@ def test_wrong_inputs_are_named(source, message):
         open_pairs(source, name="forget")
 
 
-def test_a_named_key_that_is_not_there_lists_the_columns():
-    with pytest.raises(InputError, match=r"`forget`: `text_key`: no column 'x'.*'image', 'text'"):
-        open_pairs(DICTS, name="forget", text_key="x")
-
-
 def test_items_are_read_once_for_all_manifests():
     read = []
     pairs = open_pairs(Pairs(lambda i: (read.append(i), TEXT_TUPLES[i])[1], 3), name="x")
@@ -316,10 +313,6 @@ class TestHuggingFace:
             lambda rows: {"image": rows["image"], "text": [t.upper() for t in rows["text"]]}
         )
         assert open_pairs(source, name="x").texts(1) == ["B"]
-
-    def test_streams_are_spooled(self):
-        source = self.dataset(text=["a", "b", "c"]).to_iterable_dataset()
-        assert captions(open_pairs(source, name="x")) == [["a"], ["b"], ["c"]]
 
     def test_wrong_columns_and_missing_split(self):
         source = self.dataset(label=[0, 1, 2])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from benchmarks.recipes import __main__ as recipes
@@ -67,10 +66,6 @@ def test_summary_is_the_macro_mean_over_subgroups_with_its_interval():
     assert row["subgroups"] == 3
     text = recipes.table(list(rows.values()))
     assert len(text.splitlines()) == 1 + len(rows)
-
-
-def test_interval_of_equal_values_is_a_point():
-    assert recipes.interval(np.full(8, 0.25)) == (0.25, 0.25)
 
 
 def test_runs_differ_in_name_and_use_their_settings():
