@@ -34,7 +34,7 @@ class Report(Command):
     output: str | None = None
 
     def run(self, **fields: Any) -> None:
-        from fasterase.runs import MARKDOWN, PAGE, read_run, write_markdown, write_page
+        from fasterase.page import MARKDOWN, PAGE, read_run, write_markdown, write_page
 
         found = [read_run(folder) for folder in self.runs]
         default = Path(self.runs[0]) / PAGE if len(found) == 1 else Path("comparison.html")
