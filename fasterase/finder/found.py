@@ -23,7 +23,7 @@ from fasterase.finder.decisions import Decision
 from fasterase.pairs.images import to_rgb
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.skips import BrokenPair
-from fasterase.pairs.split import read_decisions, write_parts
+from fasterase.pairs.split import read_decisions, write_split
 from fasterase.pairs.table import PairTable
 from fasterase.progress import Progress
 from fasterase.report.pictures import as_picture, make_thumbnail, spread
@@ -220,7 +220,7 @@ class Found:
             name: getattr(self, name)
             for name in ("forget", "retain", "unseen", "neighbours", "unsure")
         }
-        write_parts(sets, target)
+        write_split(folder=target, **sets)
         self.review(target / PAGE)
         with replace_file(target / ROWS) as temporary:
             np.savez(temporary, codes=self.codes, scores=self.scores, named=self.named)
