@@ -179,7 +179,8 @@ def unlearn(
                 removed = clean_retain(found, parent_record, links=config.erases_link)
             device = resolve_device(config.device, default=home)
             # Refuses a wrong `tune`, before minutes of measuring.
-            weights = _keep_original(encoder, config)
+            scale, buffers = config.train_logit_scale, config.train_mode
+            weights = keep_original(encoder, config.tune, logit_scale=scale, buffers=buffers)
             total = sum(map(len, found.tables.values()))
             job = Job(
                 model=encoder,
@@ -226,11 +227,6 @@ def _load(model: Model, given: dict[str, Any], *, copy: bool) -> tuple[DualEncod
         if isinstance(model, str | os.PathLike):
             return encoder, launched_device() or best_device()
         return separate_copy(encoder) if copy else encoder, encoder.device
-
-
-def _keep_original(encoder: DualEncoder, config: UnlearnConfig) -> dict[str, torch.Tensor]:
-    scale, buffers = config.train_logit_scale, config.train_mode
-    return keep_original(encoder, config.tune, logit_scale=scale, buffers=buffers)
 
 
 def _run(job: Job, device: torch.device, **known: Any) -> UnlearnResult:

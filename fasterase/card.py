@@ -1,24 +1,28 @@
-"""The model card of an erased model, as the Hugging Face hub reads it."""
+"""The model card of an erased model, as the Hugging Face hub reads it, and the upload of both."""
 
 from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from fasterase.config import UnlearnConfig, describe_recipe
+from fasterase.errors import InputError
 from fasterase.evaluation.metrics import METRICS
 from fasterase.evaluation.verdict import WITHHELD
 from fasterase.facts import RunFacts
 from fasterase.files import MARKER
-from fasterase.models.hub import TAGS, TASK, loading_code
+from fasterase.models.dual_encoder import DualEncoder, loading_code
 from fasterase.numerals import counted
 from fasterase.provenance import FILE, erasures
 from fasterase.report.templating import render
 
 CARD = "README.md"
+TASK = "zero-shot-image-classification"
+TAGS = ("fasterase", "machine-unlearning", "clip")
 # Names of sets that say nothing of what they hold.
 _PLAIN = ("forget", "retain", "holdout", WITHHELD)
 # What the metadata tells of sets to forget, and of the others.
@@ -153,3 +157,60 @@ def _results(run: RunFacts, names: Mapping[str, str]) -> Iterator[Any]:
                     metric_name=titles[key],
                     metric_value=round(scores[key], 4),
                 )
+
+
+def push_model(
+    model: DualEncoder,
+    run: RunFacts,
+    name: str,
+    *,
+    private: bool,
+    commit_message: str,
+    token: str | None,
+) -> str:
+    """Upload the model with its card, and return the URL; see `UnlearnResult.push_to_hub`."""
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise InputError(
+            f"name: {name!r} is not the name of a repository ({error}). Give 'organisation/name', "
+            "or 'name' for one of your own."
+        ) from error
+    api = huggingface_hub.HfApi(token=token)
+    repository = _find_or_create(api, name, private=private)
+    with tempfile.TemporaryDirectory() as folder:
+        saved = Path(folder) / "model"
+        model.save(saved)
+        text = model_card(run, saved, read_base(model.name), repository)
+        (saved / CARD).write_text(text, encoding="utf-8")
+        api.upload_folder(repo_id=repository, folder_path=str(saved), commit_message=commit_message)
+    return f"{huggingface_hub.constants.ENDPOINT}/{repository}"
+
+
+def _find_or_create(api: Any, name: str, *, private: bool) -> str:
+    """Return the full name of the repository."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return str(getattr(api.create_repo(name, private=private), "repo_id", name))
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status == 401:
+            raise InputError(
+                "token: the hub does not accept it, or there is none. Log in with `hf auth login`, "
+                "set HF_TOKEN, or pass token=."
+            ) from error
+        # 409: it exists. 403: a token for this repository alone may not create any.
+        if status not in (403, 409):
+            raise
+    found = api.repo_info(name)
+    if private and not found.private:
+        raise InputError(
+            f"private=True, but {name} exists and is public. Give another name, or make it private "
+            "on the hub first."
+        )
+    return found.id

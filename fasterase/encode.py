@@ -21,7 +21,7 @@ from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.forward import Halfway, TowerForward, resolve_precision
 from fasterase.models.preprocessing import Tokens
 from fasterase.pairs.batches import Captions, Prefixes, sweep
-from fasterase.pairs.prepare import Preparer
+from fasterase.pairs.prepare import Preparer, stack_tokens
 from fasterase.pairs.skips import Skip, SkipLedger
 from fasterase.pairs.table import PairTable
 from fasterase.parallel.engine import Engine
@@ -288,7 +288,7 @@ class PairEncoder:
             # After an error too: the other ranks are waiting; but they leave after a signal.
             while self._in_lockstep and self._passes < passes and not current_stop().is_raised:
                 self._encode_images(self.prepare.stack([]))
-                self._encode_tokens(self.prepare.no_tokens())
+                self._encode_tokens(stack_tokens([], self.prepare.context_length))
 
     def _encode_images(self, pixels: Tensor | Halfway) -> Tensor:
         """[n, D] on the CPU of n images, as pixels [n, 3, H, W] or halfway; n may be 0."""

@@ -26,7 +26,6 @@ from fasterase.evaluation.verdict import (
 )
 from fasterase.numerals import counted
 from fasterase.provenance import erasures
-from fasterase.report.curves import Chart, history_charts, series_charts
 from fasterase.report.evaluation import (
     Evaluation,
     columns_of,
@@ -34,6 +33,7 @@ from fasterase.report.evaluation import (
     sections_of,
 )
 from fasterase.report.pictures import SheetRow, make_thumbnail
+from fasterase.report.plots import Chart, history_charts, series_charts
 from fasterase.report.tables import html_table
 from fasterase.report.templating import jpeg_uri
 

@@ -1,21 +1,93 @@
-"""The page of a run: one HTML file without script or request, for people who were not there."""
+"""The page of a run, made from its folder: for people who were not there.
+
+It is one HTML file without script or request; the same stands in a file of Markdown.
+"""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
 
 from fasterase.config import UnlearnConfig, describe_recipe, field_names, format_yaml
+from fasterase.engine.history import read_history
+from fasterase.errors import InputError
 from fasterase.evaluation.verdict import EARLIER, WITHHELD
 from fasterase.facts import Judged, Kept, RunFacts
+from fasterase.files import parse_path, to_json, write_text
 from fasterase.objective import EraseLoss
-from fasterase.report.curves import HEIGHT, WIDTH
-from fasterase.report.evaluation import LEGEND
+from fasterase.provenance import read_record
+from fasterase.report.evaluation import LEGEND, Evaluation
+from fasterase.report.plots import HEIGHT, WIDTH
 from fasterase.report.templating import percent, render
 from fasterase.statement import state
 
+PAGE, MARKDOWN = "report.html", "report.md"
+# Pictures beside the Markdown, and their titles.
+DRAWN = {
+    "losses.png": "Losses over the steps",
+    "pictures.png": "Closest captions before and after",
+}
+# What of a run no other file holds: pictures, the figures behind the verdict.
+REST = "report.json"
 _NAMED_SKIPS = 100  # in Markdown
+
+
+def read_run(folder: str | PathLike[str]) -> RunFacts:
+    """Read what a run left in its `output_dir`: its newest evaluation, too.
+
+    Raises:
+        InputError: it is no folder of a finished run, or one of its files is damaged.
+    """
+    folder = parse_path(folder, argument="folder").expanduser()
+    record = read_record(folder / "model")
+    if record is None:
+        raise InputError(
+            f"{str(folder)!r} is no folder of a finished run: there is no model/provenance.json. "
+            "Give the output_dir of one."
+        )
+    evaluation, rest = folder / "evaluation.json", folder / REST
+    return RunFacts(
+        name=folder.resolve().name,
+        record={**dict.fromkeys(("concept", "request", "found")), "words": [], **record},
+        history=read_history(folder / "history.jsonl"),
+        evaluation=Evaluation.from_json(evaluation) if evaluation.is_file() else None,
+        has_folder=True,
+        **(_read_rest(rest) if rest.is_file() else {}),
+    )
+
+
+def _read_rest(file: Path) -> dict[str, Any]:
+    try:
+        return RunFacts.parse_rest(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{file} is damaged ({error!r}). Remove it: the page is then without pictures."
+        ) from error
+
+
+def write_rest(run: RunFacts, folder: Path) -> Path:
+    """Write what `read_run` finds in no other file."""
+    return write_text(folder / REST, to_json(run.rest()) + "\n")
+
+
+def write_markdown(run: RunFacts, path: Path, drawn: Collection[str] | None = None) -> Path:
+    """Write a run in Markdown, and return its path.
+
+    It shows those of the pictures `DRAWN` that were `drawn`; None: those in the run's own folder.
+    """
+    if drawn is None:
+        drawn = [file for file in DRAWN if (path.parent / file).is_file()]
+    return write_text(path, render_markdown(run, {file: DRAWN[file] for file in drawn}))
+
+
+def write_page(runs: Sequence[RunFacts], path: Path) -> Path:
+    """Write the page of a run, or of several side by side, and return its path."""
+    return write_text(path, render_page(runs))
 
 
 def render_markdown(run: RunFacts, drawn: Mapping[str, str]) -> str:

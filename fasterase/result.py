@@ -14,24 +14,30 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fasterase.card import CARD, model_card, read_base
+from fasterase.card import CARD, model_card, push_model, read_base
 from fasterase.config import UnlearnConfig
 from fasterase.encode import PairEncoder
 from fasterase.engine.history import StepRecord
 from fasterase.engine.model_state import best_device, placed, resolve_device
 from fasterase.engine.words import Word
-from fasterase.erased import content_digest, remember
 from fasterase.errors import MissingExtraError
 from fasterase.evaluation.verdict import FORGOTTEN, NEVER_KNOWN, Trace
 from fasterase.facts import Picture, RunFacts
 from fasterase.files import check_writable, parse_path, write_text
 from fasterase.models.delta import fingerprint_weights, restored_original, save_delta
 from fasterase.models.dual_encoder import DualEncoder
-from fasterase.models.hub import push_model
 from fasterase.models.lora import LoraAdapter
+from fasterase.page import MARKDOWN, PAGE, write_markdown, write_page, write_rest
 from fasterase.pairs.skips import Skip
 from fasterase.pairs.table import PairTable
-from fasterase.provenance import FORMAT, library_versions, read_record, write_record
+from fasterase.provenance import (
+    FORMAT,
+    content_digest,
+    library_versions,
+    read_record,
+    remember,
+    write_record,
+)
 from fasterase.report.evaluation import Evaluation
 from fasterase.report.pictures import (
     TEXT_WIDTH,
@@ -42,7 +48,6 @@ from fasterase.report.pictures import (
 )
 from fasterase.report.plots import plot_history
 from fasterase.report.templating import render
-from fasterase.runs import MARKDOWN, PAGE, write_markdown, write_page, write_rest
 
 MOST_SETS = 6  # further ones of which pictures are shown
 # Captions of more characters than a name are given more pixels.
@@ -262,11 +267,10 @@ class UnlearnResult:
             InputError: `name` is not a repository's name; the hub refuses the token; the repository
                 is public and `private` was asked for. Other errors of the hub are passed on.
         """
-        run, base = self._facts(), read_base(self.encoder.name)
         return push_model(
             self.encoder,
+            self._facts(),
             name,
-            card=lambda folder, repository: model_card(run, folder, base, repository),
             private=private,
             commit_message=commit_message,
             token=token,

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from fasterase.erased import drop_erased
 from fasterase.errors import InputError
 from fasterase.numerals import counted
 from fasterase.pairs.items import IMAGE_KEYS
@@ -14,7 +13,7 @@ from fasterase.pairs.joined import JoinedTable
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.overlap import remove_overlap
 from fasterase.pairs.table import PairTable
-from fasterase.provenance import erasures
+from fasterase.provenance import drop_erased, erasures
 
 
 class OpenedSets(NamedTuple):

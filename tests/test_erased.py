@@ -11,11 +11,10 @@ from PIL import Image
 
 import fasterase
 from fasterase.cli import main
-from fasterase.erased import drop_erased, is_same, remember
 from fasterase.errors import InputError
 from fasterase.evaluation.verdict import EARLIER, NEVER_KNOWN, REMEMBERED, Trace, decide_each
 from fasterase.pairs.open import open_pairs
-from fasterase.provenance import read_record
+from fasterase.provenance import drop_erased, is_same, read_record, remember
 from tests import small_models
 
 STEP = {"lr": 1e-5, "max_steps": 1, "evaluation": None, "progress": False}

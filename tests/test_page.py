@@ -16,10 +16,9 @@ from fasterase.evaluation.findings import Finding, Series
 from fasterase.evaluation.hurt import Hurt, Remaining
 from fasterase.evaluation.verdict import Trace
 from fasterase.facts import Picture, RunFacts
-from fasterase.page import render_markdown, render_page
+from fasterase.page import render_markdown, render_page, write_page
 from fasterase.report.evaluation import Evaluation
 from fasterase.report.pictures import SheetRow
-from fasterase.runs import write_page
 from fasterase.statement import state
 
 HOSTILE = (

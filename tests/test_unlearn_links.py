@@ -10,11 +10,11 @@ import torch
 from fasterase.config import UnlearnConfig
 from fasterase.engine import job as job_module
 from fasterase.engine import run as run_module
-from fasterase.erased import drop_erased, is_same, remember
 from fasterase.errors import InputError
 from fasterase.evaluation.placebo import MARGIN_RESIDUE, Band
 from fasterase.evaluation.verdict import Trace
 from fasterase.pairs.open import open_pairs
+from fasterase.provenance import drop_erased, is_same, remember
 from tests.tiny_concepts import AUTOMATIC, FORGET, RETAIN, knowing_model
 from tests.tiny_model import LENGTH, erase
 

@@ -23,12 +23,7 @@ from fasterase.errors import InputError
 from fasterase.files import write_text
 from fasterase.models.load import load_model
 from fasterase.numerals import counted
-from fasterase.pairs.open import open_pairs
-from fasterase.progress import launched_rank
-from fasterase.report.evaluation import Evaluation
-from fasterase.report.pictures import CaptionRanking, picture_sheet, spread
-from fasterase.report.plots import plot_history, require_matplotlib
-from fasterase.runs import (
+from fasterase.page import (
     MARKDOWN,
     PAGE,
     REST,
@@ -37,6 +32,11 @@ from fasterase.runs import (
     write_page,
     write_rest,
 )
+from fasterase.pairs.open import open_pairs
+from fasterase.progress import launched_rank
+from fasterase.report.evaluation import Evaluation
+from fasterase.report.pictures import CaptionRanking, picture_sheet, spread
+from fasterase.report.plots import plot_history, require_matplotlib
 
 # What the summary calls each recipe.
 RECIPES = {"fasterase": "fasterase", "cliperase": "paper's recipe"}

@@ -11,6 +11,7 @@ import torch
 
 from fasterase.evaluation.scores import TIE, similarity_chunks
 from fasterase.original.features import OriginalFeatures
+from fasterase.pairs.sampler import spread_indices
 from fasterase.pairs.table import PairTable
 from fasterase.seeds import Stream, generator
 
@@ -110,8 +111,7 @@ def find_copies(
     farness = np.where(decided == Decision.RETAIN, -scores, -np.inf)
     chosen = np.sort(np.argpartition(farness, min(COMPARED, len(rows) - 1))[:COMPARED])
     image = original.pairs(source, rows[chosen]).image
-    some = rows[np.linspace(0, len(rows) - 1, min(len(rows), MEDIAN_OF)).astype(int)]
-    every = original.pairs(source, some).image
+    every = original.pairs(source, rows[spread_indices(len(rows), MEDIAN_OF)]).image
     least = 1 - COPY * (1 - float((every @ every.T).median())) - TIE
     # The first of those that a picture is a copy of: itself, or an earlier one.
     copies = ((chunk > least).byte() for _, chunk in similarity_chunks(image, image))

@@ -46,6 +46,7 @@ from fasterase.numerals import counted
 from fasterase.original.features import OriginalFeatures, cache_folder, feature_key
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.processes import count_workers
+from fasterase.pairs.read_files import IMAGE_ENDINGS
 from fasterase.pairs.skips import SkipLedger
 from fasterase.pairs.table import PairTable
 from fasterase.parallel.ranks import Ranks, join_ranks, launched_device
@@ -54,7 +55,6 @@ from fasterase.progress import say, speaking
 # Captions to keep that hold the meaning of a word which the concept's name shares.
 ENOUGH_CAPTIONS = 20
 LISTED = 10  # words in a warning
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def find(
@@ -264,7 +264,7 @@ def _open_examples(images: Any, caption: str) -> PairTable:
     if _is_path(images):
         folder = Path(images).expanduser()
         files = sorted(folder.iterdir()) if folder.is_dir() else [folder]
-        images = [file for file in files if file.suffix.lower() in _PICTURES]
+        images = [file for file in files if file.suffix.lower() in IMAGE_ENDINGS]
     elif isinstance(images, Image.Image):
         images = [images]
     pairs = [(os.path.abspath(each) if _is_path(each) else each, caption) for each in images]

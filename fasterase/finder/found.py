@@ -1,24 +1,33 @@
-"""`Found`: the sets that `fasterase.find` made of a corpus, to look at, correct, keep and use."""
+"""`Found`: the sets that `fasterase.find` made of a corpus, to look at, correct, keep and use.
+
+The review page is one HTML file with pictures, captions and scores, which asks no server.
+"""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from fasterase.errors import InputError
 from fasterase.files import check_writable, parse_path, replace_file, write_text
 from fasterase.finder.decisions import Decision
-from fasterase.finder.page import PageRow, example_pairs, write_page
+from fasterase.pairs.images import to_rgb
 from fasterase.pairs.open import open_pairs
-from fasterase.pairs.split import read_decisions, write_parts
+from fasterase.pairs.skips import BrokenPair
+from fasterase.pairs.split import read_decisions, write_split
 from fasterase.pairs.table import PairTable
-from fasterase.report.pictures import spread
-from fasterase.report.templating import render
+from fasterase.progress import Progress
+from fasterase.report.pictures import as_picture, make_thumbnail, spread
+from fasterase.report.templating import jpeg_uri, render
 
 FACTS, ROWS, DECIDED = "found.json", "found.npz", "decisions.csv"
 PAGE = "review.html"
@@ -31,6 +40,13 @@ _MEANT = {
 EXAMPLES = 6  # of each set in a notebook
 # Pairs of each decision on a page. The file saved from it also holds the other ids, but of retain.
 SHOWN = {"forget": 2000, "unsure": 2000, "retain": 300}
+THUMBNAIL = 112  # pixels
+CAPTION = 300  # characters
+_TITLES = {
+    "unsure": "Unsure: in neither set",
+    "forget": "Forget",
+    "retain": "Retain: the nearest pairs that are kept",
+}
 
 
 class Found:
@@ -204,7 +220,7 @@ class Found:
             name: getattr(self, name)
             for name in ("forget", "retain", "unseen", "neighbours", "unsure")
         }
-        write_parts(sets, target)
+        write_split(folder=target, **sets)
         self.review(target / PAGE)
         with replace_file(target / ROWS) as temporary:
             np.savez(temporary, codes=self.codes, scores=self.scores, named=self.named)
@@ -246,3 +262,80 @@ class Found:
             )
         found = cls(source, codes, scores, named, facts, corpus["opened"])
         return found.apply(target / DECIDED) if (target / DECIDED).is_file() else found
+
+
+class PageRow(NamedTuple):
+    """A pair on the page."""
+
+    row: int  # of the source
+    is_named: bool  # whether a caption names the concept
+    place: int  # of the picture by nearness to the concept, from 1
+
+
+def write_page(
+    path: Path,
+    concept: str,
+    source: PairTable,
+    rows: Mapping[str, Sequence[PageRow]],
+    rest: Mapping[str, Sequence[str]],
+    *,
+    pictures: int,
+) -> Path:
+    """Write the page atomically, and return its path.
+
+    Args:
+        rows: decision -> pairs to show, in order.
+        rest: decision -> ids of further pairs, which are saved but not shown.
+        pictures: how many have a place.
+    """
+    every = [(name, row) for name in _TITLES for row in rows[name]]
+    pairs: dict[str, list[dict[str, Any]]] = {name: [] for name in _TITLES}
+    for name, row in Progress("review page", items=every, unit="pair", delay=2):
+        pairs[name].append(_shown_pair(source, row))
+    script = render("review.js")
+    text = render(
+        "review.html",
+        concept=concept,
+        titles=_TITLES,
+        pairs=pairs,
+        pictures=pictures,
+        more={name: len(rest.get(name, ())) for name in _TITLES},
+        rest={name: list(filter(_is_text, ids)) for name, ids in rest.items()},
+        script=script,
+        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+    return write_text(path, text)
+
+
+def _shown_pair(source: PairTable, shown: PageRow) -> dict[str, Any]:
+    id = source.id(shown.row)
+    found = {"id": id, "is_text": _is_text(id), "caption": _caption(source, shown.row)}
+    try:
+        image = to_rgb(as_picture(source[shown.row].image), id=id)
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        found["image"] = jpeg_uri(image)
+    except BrokenPair as error:
+        found |= {"image": None, "reason": error.reason}
+    return {**found, **shown._asdict()}
+
+
+def example_pairs(source: PairTable, rows: Sequence[int]) -> list[dict[str, Any]]:
+    """Return those of the pairs that can be read, for `notebook.html`."""
+    found = []
+    for row in rows:
+        with suppress(BrokenPair):
+            image = jpeg_uri(make_thumbnail(as_picture(source[row].image)))
+            texts = {"image": image, "caption": _caption(source, row), "before": (), "after": ()}
+            found.append({**texts, "is_wrong": False})
+    return found
+
+
+def _caption(source: PairTable, row: int) -> str:
+    captions = source.texts(row)
+    text = " / ".join(captions) if not isinstance(captions, Tensor) else "token ids"
+    return text[:CAPTION] + ("..." if len(text) > CAPTION else "")
+
+
+def _is_text(id: str) -> bool:
+    """Whether a file can hold the id: names of files may be no text."""
+    return id.encode("utf-8", "replace").decode() == id

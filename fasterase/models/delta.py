@@ -24,8 +24,7 @@ from torch import Tensor, nn
 
 from fasterase.errors import InputError
 from fasterase.files import parse_path, replace_model_folder
-from fasterase.models.dual_encoder import DualEncoder, frozen_copy
-from fasterase.models.hub import loading_code
+from fasterase.models.dual_encoder import DualEncoder, frozen_copy, loading_code
 from fasterase.models.load import DELTA_FILE, load_model
 from fasterase.models.lora import LoraAdapter, low_rank_product
 from fasterase.models.wrapped import PEFT_PREFIX, PEFT_WEIGHTS, write_adapter

@@ -12,6 +12,7 @@ from __future__ import annotations
 import abc
 import copy
 import hashlib
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,8 +25,8 @@ from torch import Tensor, nn
 
 from fasterase.errors import InputError
 from fasterase.files import replace_model_folder
-from fasterase.models.hub import loading_code
 from fasterase.models.lora import adapted_weights
+from fasterase.models.openclip_config import CONFIG_FILE
 from fasterase.models.preprocessing import Companions, ImageTransform, Tokens, describe_transform
 from fasterase.models.wrapped import check_trainable, has_adapters, save_adapters, unwrap
 from fasterase.numerals import counted
@@ -239,6 +240,40 @@ class DualEncoder(abc.ABC):
                 "preprocessed."
             )
         return self.image_transform
+
+
+def loading_code(folder: Path, library: str, name: str, *, on_hub: bool = False) -> str:
+    """Return the part of a README that says how `library` loads the model in `folder`.
+
+    `name` is that of the final folder, or of the repository `on_hub`.
+    """
+    if library == "peft":
+        lines = [
+            "from peft import PeftModel\n",
+            f'model = PeftModel.from_pretrained(original_model, "{name}")',
+        ]
+    elif library == "transformers":
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = config["architectures"][0]
+        lines = ["import transformers\n", f'model = transformers.{kind}.from_pretrained("{name}")']
+    elif (folder / CONFIG_FILE).is_file():
+        source = f"hf-hub:{name}" if on_hub else f"local-dir:{name}"
+        lines = [
+            "import open_clip\n",
+            f'model, _, preprocess = open_clip.create_model_and_transforms("{source}")',
+            f'tokenizer = open_clip.get_tokenizer("{source}")',
+        ]
+    else:
+        weights = next((path.name for path in sorted(folder.glob("*.safetensors"))), "")
+        file = f'hf_hub_download("{name}", "{weights}")' if on_hub else f'"{name}/{weights}"'
+        lines = [
+            *(["from huggingface_hub import hf_hub_download"] if on_hub else []),
+            "from safetensors.torch import load_file\n",
+            "# Build the model as it was built before; open_clip has no name for its architecture.",
+            "# logit_scale and logit_bias are stored 0-d: reshape them where the module has [1].",
+            f"model.load_state_dict(load_file({file}))",
+        ]
+    return "\n".join(["## Load it\n", "```python", *lines, "```\n"])
 
 
 Part = nn.Module | nn.Parameter

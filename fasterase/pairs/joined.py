@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from fasterase.pairs.items import Record
-from fasterase.pairs.table import PairTable, Part
-
-T = TypeVar("T")
+from fasterase.pairs.table import PairTable
 
 
 class JoinedTable(PairTable):
@@ -51,11 +49,6 @@ class JoinedTable(PairTable):
     def meta(self, index: int) -> dict[str, Any]:
         table, row = self._find(index)
         return table.meta(row)
-
-    def _every(
-        self, of_part: Callable[[Part], Iterator[T]], of_row: Callable[[int], T]
-    ) -> Iterator[T]:
-        return map(of_row, range(len(self)))
 
     @cached_property
     def _digest(self) -> str:

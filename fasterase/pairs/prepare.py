@@ -118,10 +118,6 @@ class Preparer:
             images = [self.image_transform.normalise(image) for image in images]
         return torch.stack(list(images))
 
-    def no_tokens(self) -> Tokens:
-        """Return the tokens of no text, [0, L]."""
-        return stack_tokens([], self.context_length)
-
     def black_level(self) -> Tensor | None:
         """Return what preprocessing makes of a black picture, [3]; None if it is not known."""
         if self.image_transform is None:

@@ -1,22 +1,44 @@
-"""Processes that read and load pairs: how many there are, a pool of them, and their results."""
+"""Processes that read and load pairs: how many there are, and what is done when one dies."""
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
+import pickle
+import queue
+import random
+import shutil
 import sys
+import threading
+import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import islice
+from multiprocessing.connection import Connection, wait
+from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
+from multiprocessing.reduction import ForkingPickler
+from multiprocessing.util import Finalize
 from typing import Any, Literal
 
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from fasterase.errors import FaseraseError
 from fasterase.option_values import parse_value
-from fasterase.pairs.workers import count_that_fit, load_in_workers
 from fasterase.parallel.ranks import ALONE, Ranks
 from fasterase.signals import current_stop, end_with_parent, in_child
 
 # More are of no use: two or three cores feed the largest towers of a GPU.
 MOST_PROCESSES = 16
+# Requests that each worker is given ahead.
+AHEAD = 2
+# Seconds without a result after which a worker counts as stalled. A remote shard may take minutes.
+STALL_SECONDS = 300.0
+SHARED_MEMORY = "/dev/shm"
 
 
 def num_cpus() -> int:
@@ -91,3 +113,238 @@ def load_parallel(
     for item in load_in_workers(load, requests, workers) if workers else map(load, requests):
         yield item
         stop.check()
+
+
+class _WorkerError(Exception):
+    """A worker died or stalled."""
+
+    def __init__(self, said: str, *, died: bool) -> None:
+        super().__init__(said)
+        self.died = died
+
+
+class _Worker:
+    """A process that answers requests one after the other."""
+
+    def __init__(self, number: int, load: Callable[[Any], Any] | None) -> None:
+        self.pipe, there = multiprocessing.Pipe()
+        parent = 0 if multiprocessing.get_start_method() == "forkserver" else os.getpid()
+        self.process = multiprocessing.Process(
+            target=_work, args=(there, load, number, parent), daemon=True
+        )
+        self.process.start()
+        there.close()
+
+    def send(self, message: Any) -> None:
+        # A worker that has died is noticed when its result is asked for.
+        with suppress(OSError):
+            self.pipe.send_bytes(pickle.dumps(message))
+
+    def receive(self) -> Any:
+        """Return the next result.
+
+        Raises:
+            _WorkerError: there will be none.
+        """
+        ready = wait([self.pipe, self.process.sentinel], STALL_SECONDS)
+        if not ready:
+            raise _WorkerError(f"gave nothing for {STALL_SECONDS:g} s", died=False)
+        try:
+            if self.pipe in ready:
+                return pickle.loads(self.pipe.recv_bytes())
+        except (EOFError, OSError, RuntimeError):
+            pass
+        self.process.join(1.0)  # of one that has just died, the code is not there at once
+        code = self.process.exitcode
+        raise _WorkerError(
+            "could not hand over its result" if code is None else f"died (exit code {code})",
+            died=True,
+        )
+
+
+class _Crew:
+    """Some workers, for one loop at a time.
+
+    Forked ones begin with what is in memory. Others import everything anew, which takes seconds: in
+    a run, they are kept for the next loop.
+    """
+
+    def __init__(self, count: int, load: Callable[[Any], Any]) -> None:
+        stop = current_stop()
+        self.is_kept = stop.is_run and multiprocessing.get_start_method() != "fork"
+        self.workers: list[_Worker] = []
+        # Also at the end of the interpreter, which would wait for them.
+        self.end = Finalize(self, _end, args=[self.workers], exitpriority=100)
+        stop.at_end.callback(self.end)
+        for number in range(count):
+            self.workers.append(_Worker(number, None if self.is_kept else load))
+
+    @classmethod
+    def take(cls, count: int, load: Callable[[Any], Any]) -> _Crew:
+        """Return idle workers, or new ones, that load with `load`."""
+        idle = current_stop().idle
+        found = [crew for crew in idle if len(crew.workers) == count]
+        crew = found[0] if found else cls(count, load)
+        if found:
+            idle.remove(crew)
+        if crew.is_kept:
+            data = pickle.dumps(load)
+            for worker in crew.workers:
+                worker.send(data)
+        return crew
+
+    def leave(self, *, is_idle: bool) -> None:
+        """Keep workers that have nothing left to do; end others."""
+        if is_idle and self.is_kept:
+            current_stop().idle.append(self)
+        else:
+            self.end()
+
+
+def _end(workers: list[_Worker]) -> None:
+    """End workers at once: they hold nothing that would be lost."""
+    for worker in workers:
+        worker.process.kill()
+    for worker in workers:
+        worker.process.join(1.0)
+        worker.pipe.close()
+
+
+def load_in_workers(
+    load: Callable[[Any], Any], requests: Iterable[Any], count: int
+) -> Iterator[Any]:
+    """Yield `load(request)` for each request, in order, from `count` workers.
+
+    Where a worker dies or stalls, fewer of them do the same work again; where the last one stalls,
+    this process does. A warning says so.
+
+    Raises:
+        FaseraseError: the last worker died where one had died before; its exit code is named.
+    """
+    todo, waiting = iter(requests), deque[Any]()  # asked for, not yet yielded
+    fatal: Any = None  # what the last worker that died was loading
+    while count:
+        crew, is_idle = _Crew.take(count, load), False
+        try:
+            yield from _through(crew, todo, waiting)
+            is_idle = True
+            return
+        except _WorkerError as error:
+            if error.died and count == 1 and waiting[0] is fatal:
+                raise FaseraseError(
+                    f"the process that loads pairs {error} twice on the same ones. It may lack "
+                    "memory, or a library crash on them: num_workers=0 loads them in the main "
+                    "process, and shows where."
+                ) from None
+            count = max(count // 2, int(error.died))
+            fatal = waiting[0] if error.died else None
+            warnings.warn(
+                f"num_workers: a process that loads pairs {error}; going on with "
+                f"{count or 'the main process alone'}. The pairs are the same.",
+                stacklevel=2,
+            )
+        finally:
+            crew.leave(is_idle=is_idle)
+    yield from map(load, [*waiting])
+    yield from map(load, todo)
+
+
+def _through(crew: _Crew, todo: Iterator[Any], waiting: deque[Any]) -> Iterator[Any]:
+    """Yield results in order; `waiting` holds the requests that have none yet."""
+
+    def requests() -> Iterator[Any]:
+        yield from list(waiting)
+        for request in todo:
+            waiting.append(request)
+            yield request
+
+    left, asked = requests(), deque[_Worker]()
+
+    def ask(worker: _Worker) -> None:
+        for request in islice(left, 1):
+            worker.send(("load", request))
+            asked.append(worker)
+
+    for worker in crew.workers * AHEAD:
+        ask(worker)
+    while asked:
+        worker = asked.popleft()
+        result = worker.receive()
+        waiting.popleft()
+        ask(worker)
+        if isinstance(result, BaseException):
+            raise result
+        yield result
+
+
+def count_that_fit(count: int, item_bytes: int, *, on_this_host: int = 1) -> int:
+    """Return how many workers the shared memory has room for, at most `count`; warn of fewer.
+
+    Args:
+        count: how many are asked for.
+        item_bytes: size of one result. Each worker has `AHEAD` of them ready, and one is in use.
+        on_this_host: processes that share the memory in the same way.
+    """
+    if not count:
+        return 0
+    if multiprocessing.current_process().daemon:
+        warnings.warn(
+            f"num_workers={count}: this is a daemon process, which may start no others, so it "
+            "loads the pairs itself.",
+            stacklevel=2,
+        )
+        return 0
+    if not os.path.isdir(SHARED_MEMORY) or not item_bytes:
+        return count
+    free = shutil.disk_usage(SHARED_MEMORY).free if os.access(SHARED_MEMORY, os.W_OK) else 0
+    fit = (free / on_this_host / item_bytes - 1) / AHEAD
+    if fit >= count:
+        return count
+    fewer = max(0, math.floor(fit))
+    needed = (AHEAD * count + 1) * item_bytes * on_this_host
+    warnings.warn(
+        f"num_workers={count}: {SHARED_MEMORY} has {tqdm.format_sizeof(free, 'B')} free, and "
+        f"{AHEAD * count + 1} batches need {tqdm.format_sizeof(needed, 'B')}; going on with "
+        f"{fewer}. Make it larger (docker run --shm-size=8g), or choose a smaller "
+        "micro_batch_size.",
+        stacklevel=2,
+    )
+    return fewer
+
+
+def _work(pipe: Connection, load: Any, number: int, parent: int) -> None:
+    """Answer requests, in a process of its own, until the parent is gone."""
+    in_child()
+    end_with_parent(parent)
+    torch.set_num_threads(1)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(number)
+    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    # Requests are taken at once: a parent that waits to send one would not read results.
+    threading.Thread(target=_take_in, args=(pipe, inbox), daemon=True).start()
+    while True:
+        message = inbox.get()
+        if isinstance(message, bytes):
+            load = pickle.loads(message)
+        else:
+            pipe.send_bytes(_answer(load, message[1]))
+
+
+def _take_in(pipe: Connection, inbox: queue.SimpleQueue[Any]) -> None:
+    try:
+        while True:
+            inbox.put(pickle.loads(pipe.recv_bytes()))
+    except (EOFError, OSError):
+        os._exit(0)  # the parent has gone
+
+
+def _answer(load: Callable[[Any], Any], request: Any) -> bytes:
+    """Return the pickled result, or the error that came of it."""
+    try:
+        result: Any = load(request)
+    except Exception as error:
+        result = ExceptionWithTraceback(error, error.__traceback__)
+    try:
+        return bytes(ForkingPickler.dumps(result))  # tensors go into shared memory
+    except (OSError, RuntimeError):  # it is full
+        return pickle.dumps(result)

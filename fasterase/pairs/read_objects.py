@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -40,10 +40,8 @@ from fasterase.pairs.items import (
 )
 from fasterase.pairs.sampler import spread_indices
 from fasterase.pairs.skips import BrokenPair
-from fasterase.pairs.table import PairTable, Part, pack
+from fasterase.pairs.table import PairTable, pack
 from fasterase.progress import Progress
-
-T = TypeVar("T")
 
 # Items read twice to see whether a dataset is deterministic. One would miss a flip of probability
 # 1/2 half of the time; eight miss it once in 256.
@@ -330,11 +328,6 @@ class ItemTable(PairTable):
 
     def meta(self, index: int) -> dict[str, Any]:
         return (self._parse(index) if self._columns is None else self._parse_columns(index)).meta
-
-    def _every(
-        self, of_part: Callable[[Part], Iterator[T]], of_row: Callable[[int], T]
-    ) -> Iterator[T]:
-        return map(of_row, range(len(self)))
 
     def _is_deterministic(self) -> bool:
         """Read a few items twice and compare; raise `InputError` if none can be read."""

@@ -6,7 +6,7 @@ import csv
 import io
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from itertools import accumulate, chain
 from pathlib import Path
@@ -278,27 +278,20 @@ class SplitFiles(NamedTuple):
     tables: bool
 
 
-def write_split(forget: PairTable, retain: PairTable, folder: Path) -> SplitFiles:
-    """Write two parts of one source to `folder`; see `write_parts`."""
-    files, tables = write_parts({"forget": forget, "retain": retain}, folder)
-    return SplitFiles(files["forget"], files["retain"], tables)
-
-
-def write_parts(parts: Mapping[str, PairTable], folder: Path) -> tuple[dict[str, Path], bool]:
-    """Write parts of one source, "forget", "retain" and others, as tables or as lists of ids.
+def write_split(
+    forget: PairTable, retain: PairTable, folder: Path, **others: PairTable
+) -> SplitFiles:
+    """Write parts of one source to `folder`, as tables or as lists of ids.
 
     Image files are listed in tables with their absolute paths, captions and other columns (but
     those with usual names of images and captions): CSV, or JSONL where a pair has several captions.
     Of other images, the files hold the ids, for `fasterase.split(source, forget=path)`.
 
-    Returns:
-        The file of each part, and whether they are tables.
-
     Raises:
         InputError: a pair of forget and one of retain have the same id, so that ids do not tell
             them apart.
     """
-    forget, retain = parts["forget"], parts["retain"]
+    parts = {"forget": forget, "retain": retain, **others}
     tables = isinstance(forget.images, ImageFiles)
     if tables:
         several = any(len(texts) > 1 for part in parts.values() for texts in part.every_text())
@@ -325,7 +318,7 @@ def write_parts(parts: Mapping[str, PairTable], folder: Path) -> tuple[dict[str,
             else:
                 lines = map(to_json, _rows(part)) if tables else part.every_id()
                 file.writelines(f"{line}\n" for line in lines)
-    return files, tables
+    return SplitFiles(files["forget"], files["retain"], tables)
 
 
 def _rows(part: PairTable) -> Iterator[dict[str, Any]]:

@@ -354,10 +354,14 @@ class PairTable(Sequence[Record]):
     def _every(
         self, of_part: Callable[[Part], Iterator[T]], of_row: Callable[[int], T]
     ) -> Iterator[T]:
-        """Yield the value of each row; few, or reordered ones, are looked up one by one."""
-        if self.indices is not None and (
+        """Yield the value of each row; few, or reordered ones, are looked up one by one.
+
+        So are all where there are no parts, as of decoded images.
+        """
+        is_scattered = self.indices is not None and (
             8 * len(self.indices) < self._count or (np.diff(self.indices) <= 0).any()
-        ):
+        )
+        if self.images is None or is_scattered:
             return map(of_row, range(len(self)))
         values = chain.from_iterable(map(of_part, self.parts.every))
         if self.indices is None:

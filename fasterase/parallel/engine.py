@@ -59,15 +59,12 @@ class Engine(Protocol):
         self, pixels: Tensor | Halfway | None = None, tokens: Tokens | Halfway | None = None
     ) -> Features:
         """Encode as `TowerForward` does."""
-        ...
 
     def upstream(self) -> Tensor:
         """Return [] what the loss is multiplied by before the backward pass."""
-        ...
 
     def one_reduction(self) -> AbstractContextManager[None]:
         """Hold the backward passes of a step; afterwards the ranks' gradients are averaged once."""
-        ...
 
     def step(self, lr: float, *, max_grad_norm: float, loss: Sequence[Tensor]) -> Step:
         """Clip, update and clear the gradients; leave the step out if a number is not finite.
@@ -75,24 +72,18 @@ class Engine(Protocol):
         The terms of the `loss` are read from the device here, together with the norm: the host
         waits once, when the whole step but its update is queued.
         """
-        ...
 
     def weights(self) -> dict[str, Tensor]:
         """Return a copy on the CPU of all that training changes; empty on other ranks than 0."""
-        ...
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Put back what `weights` returned, on all ranks; no step follows."""
-        ...
 
     def state(self) -> TrainingState:
         """Return what a checkpoint keeps."""
-        ...
 
     def restore(self, state: TrainingState) -> None:
         """Continue from a state whose tensors are complete, those of all ranks."""
-        ...
 
     def export(self) -> None:
         """Put the trained weights into the caller's model, where they are not there already."""
-        ...

@@ -2,12 +2,14 @@
 
 The towers run on tensors without storage, and a dispatch mode counts the FLOPs of
 all operators, by the formulas of `torch.utils.flop_counter`, and the bytes of all live storages.
+How fast a process decodes pictures for them is measured.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import io
 import math
 import re
 import time
@@ -19,7 +21,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -35,6 +39,7 @@ from fasterase.models.forward import SplitTower, TowerForward
 from fasterase.models.preprocessing import Tokens
 from fasterase.numerals import counted
 from fasterase.pairs.batches import KEPT_BYTES
+from fasterase.pairs.images import decode_image, to_rgb
 
 Parallel = Literal["plain", "zero1", "zero2", "zero3"]
 
@@ -51,6 +56,9 @@ _DENSE_MATRICES = 10
 # A measured micro-batch has activations that are large beside what the allocator keeps for itself.
 _MEASURED_BYTES = 256e6
 _FEWEST_PAIRS, _MOST_PAIRS = 4, 64
+# Of the JPEGs that are decoded for the measurement, as photographs of web corpora have it.
+PHOTO = (640, 480)
+_DECODING_SECONDS = 0.5
 
 _aten = torch.ops.aten
 # The registry of torch 2.13 lacks the attention of CPUs, which stands for that of any device here.
@@ -424,3 +432,31 @@ def proc_bytes(file: str, field: str) -> int:
     if found is None:
         raise LookupError(f"/proc/{file} has no line {field}")
     return int(found[1]) * 1024
+
+
+def measure_decoding(model: DualEncoder) -> float:
+    """Return how many JPEGs a process decodes and prepares for `model` in a second of one core.
+
+    Takes about a second.
+    """
+    random = np.random.default_rng(0)
+    coarse = Image.fromarray(random.integers(0, 256, (60, 80, 3), np.uint8))
+    smooth = np.asarray(coarse.resize(PHOTO, Image.Resampling.BICUBIC), np.float32)
+    grain = random.normal(0, 8, smooth.shape)
+    photo = Image.fromarray(np.clip(smooth + grain, 0, 255).astype(np.uint8))
+    file = io.BytesIO()
+    photo.save(file, "JPEG", quality=90)
+    transform, (height, width) = model.image_transform, model.image_size
+    done, started = -1, 0.0
+    # The first one is not counted: libraries load what they need. CPU time, since others may be
+    # using the machine.
+    while done < 1 or time.process_time() - started < _DECODING_SECONDS:
+        picture = to_rgb(decode_image(file.getvalue(), id="photo"), id="photo")
+        if transform is None:
+            np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
+        else:
+            transform.pixels(picture)
+        done += 1
+        if not done:
+            started = time.process_time()
+    return done / (time.process_time() - started)

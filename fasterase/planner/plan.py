@@ -21,17 +21,18 @@ from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.load import load_architecture
 from fasterase.models.lora import parse_rank
 from fasterase.overrides import Overrides
-from fasterase.pairs.processes import count_workers
+from fasterase.pairs.processes import MOST_PROCESSES, count_workers
 from fasterase.pairs.sampler import Sampler
 from fasterase.planner.count import (
     FP32,
+    PHOTO,
     Parallel,
     ParameterCounts,
     StepMemory,
     Tracer,
+    measure_decoding,
     measure_micro_batch,
 )
-from fasterase.planner.loading import Feeding, measure_decoding
 from fasterase.planner.table import explain, plan_table, write_command
 from fasterase.progress import Progress
 
@@ -106,6 +107,57 @@ def choose_setup(setups: Sequence[Setup], gpus: int, gpu_memory: float) -> Setup
     fastest = [each for each in setups if each.cost <= 1.01 * least]
     roomy = [each for each in fastest if each.peak_bytes <= _COMFORTABLE * gpu_memory * 1e9]
     return (roomy or fastest)[0]
+
+
+@dataclass(frozen=True)
+class Feeding:
+    """How a GPU gets its pairs."""
+
+    images_per_second: float  # that a process decodes
+    pairs_per_second: float  # that a GPU trains on; NaN if that is not known
+    asked: int  # processes per GPU that load, as the settings have it; 0: the training one
+    is_measured: bool  # on this machine, or told
+
+    @property
+    def needed(self) -> int:
+        """Processes with which loading keeps up."""
+        if math.isnan(self.pairs_per_second):
+            return 1
+        return max(1, math.ceil(self.pairs_per_second / self.images_per_second))
+
+    @property
+    def workers(self) -> int:
+        """Processes per GPU to load with: those asked for, or as many as are needed and of use."""
+        return self.asked or min(self.needed, MOST_PROCESSES)
+
+    def hours(self, pairs: int, gpu_hours: float, gpus: int, *, workers: int) -> float:
+        """Return the wall clock of a job of so many pairs and GPU-hours.
+
+        Workers load while the GPU computes; without one (0), the two take turns.
+        """
+        loading = pairs / (self.images_per_second * max(1, workers) * gpus) / 3600
+        return max(loading, gpu_hours / gpus) if workers else loading + gpu_hours / gpus
+
+    def describe(self) -> str:
+        """Say which of the two binds, and what to do about it."""
+        measured = "measured on a core here" if self.is_measured else "as given"
+        size = f"{PHOTO[0]} x {PHOTO[1]} JPEGs, " if self.is_measured else ""
+        rate = f"{self.images_per_second:,.0f} images/s per worker ({size}{measured})"
+        if math.isnan(self.pairs_per_second):
+            return f"Loading: {rate}."
+        train = f"a GPU trains on {self.pairs_per_second:,.0f} pairs/s"
+        if self.workers >= self.needed:
+            enough = f"--num_workers {self.needed} is enough."
+            return f"Compute binds: {train}, and loading gives {rate}. {enough}"
+        missing = 1 - self.workers * self.images_per_second / self.pairs_per_second
+        if self.needed <= MOST_PROCESSES:
+            advice = f"Give --num_workers {self.needed}, and as many cores"
+        else:
+            advice = f"{self.needed} on as many cores would keep up, or smaller pictures"
+        return (
+            f"Loading binds: {rate}, and {train}, which waits {missing:.0%} of the time with "
+            f"{self.workers}. {advice}."
+        )
 
 
 class Plan:

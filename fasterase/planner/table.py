@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from fasterase.config import UnlearnConfig
 from fasterase.numerals import counted
-from fasterase.planner.loading import describe_hours
 
 if TYPE_CHECKING:
     from fasterase.planner.plan import Plan, Setup
@@ -200,3 +199,12 @@ def _wall_clock(plan: Plan) -> list[str]:
         )
         lines.append(f"  {name:<36}{fed:<16}{alone}")
     return lines
+
+
+def describe_hours(hours: float) -> str:
+    """Return `42 s`, `31.5 min` or `4.2 h`."""
+    if math.isnan(hours):
+        return "unknown"
+    if hours < 1 / 60:
+        return f"{3600 * hours:.0f} s"
+    return f"{60 * hours:.1f} min" if hours < 2 else f"{hours:,.1f} h"

@@ -18,6 +18,7 @@ from torch import Tensor
 from fasterase.encode import PairEncoder
 from fasterase.errors import InputError
 from fasterase.files import replace_file
+from fasterase.pairs.sampler import spread_indices
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.table import PairTable
 from fasterase.report.lettering import Pen
@@ -179,8 +180,7 @@ def neighbours_among(
 
 def spread(items: Sequence[int], count: int) -> list[int]:
     """Choose at most `count` items, spread evenly."""
-    places = np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)
-    return [items[i] for i in places]
+    return [items[i] for i in spread_indices(len(items), count)]
 
 
 def _first_caption(source: PairTable, row: int) -> str | None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import csv
-import html
 import json
 import re
 import time
 
 import pytest
 import torch
+from markupsafe import escape
 
 import fasterase
 from fasterase.finder.decisions import Decision
-from fasterase.finder.page import PageRow, write_page
+from fasterase.finder.found import PageRow, write_page
 from fasterase.pairs.open import open_pairs
 from tests.finder.conftest import HOSTILE, NAMES
 from tests.test_page import Outline
@@ -29,7 +29,7 @@ def test_a_page_holds_its_pictures_and_what_strangers_wrote_as_text(found, tmp_p
     assert shown == counts["forget"] + counts["unseen"] + counts["unsure"] + counts["retain"]
     assert page.count('loading="lazy"') == page.count('src="data:image/jpeg') == shown
     assert HOSTILE not in page
-    assert html.escape(HOSTILE) in page
+    assert escape(HOSTILE) in page
     assert not re.search(r"(src|href)=.?https?:|url\(|@import", page)
     assert "default-src 'none'" in page
     unsure = page.partition('id="unsure"')[2].partition("</section>")[0]
@@ -61,7 +61,7 @@ def test_hostile_ids_and_hidden_ones(tmp_path):
     page = path.read_text(encoding="utf-8")
     assert page.count("</script>") == 2, "those of the page itself"
     assert "<title>Review: &lt;i&gt;" in page
-    assert page.count('data-id="&lt;/script&gt;&amp;&quot;&#x27;[') == 2
+    assert page.count('data-id="&lt;/script&gt;&amp;&#34;&#39;[') == 2
     assert page.count("data:image/jpeg") == 2
     hidden = page.partition('id="rest">')[2].partition("</script>")[0]
     assert json.loads(hidden) == {"forget": ["</script><b>"]}, "what no file can hold is left out"

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fasterase.errors import FaseraseError, InputError
-from fasterase.pairs import workers
+from fasterase.pairs import processes as workers
 from fasterase.pairs.processes import load_parallel, process_pool
 from fasterase.parallel.ranks import is_running
 from fasterase.signals import handling_signals

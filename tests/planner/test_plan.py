@@ -21,8 +21,8 @@ from fasterase.cli.parser import parse
 from fasterase.errors import InputError
 from fasterase.models.load import load_architecture
 from fasterase.planner.count import measure_micro_batch
-from fasterase.planner.loading import Feeding, describe_hours
-from fasterase.planner.plan import _largest
+from fasterase.planner.plan import Feeding, _largest
+from fasterase.planner.table import describe_hours
 from tests import small_models
 
 plan_module = sys.modules["fasterase.planner.plan"]  # the function has its name

@@ -1,43 +1,3 @@
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {{digest}}">
-<meta name="viewport" content="width=device-width">
-<title>Review: {{concept}}</title>
-<style>
-html { scroll-padding-top: 5.5rem; } /* not behind the header */
-body { font: 15px/1.4 system-ui, sans-serif; margin: 0 auto; max-width: 60rem; padding: 0 1rem 4rem; color: #202020; }
-header { position: sticky; top: 0; background: #fff; border-bottom: 1px solid #d0d0d0; padding: .6rem 0; z-index: 1; }
-h1 { font-size: 1.2rem; margin: 0 0 .3rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-h2 { font-size: 1.05rem; margin: 1.6rem 0 .4rem; }
-header p { margin: 0; color: #606060; }
-header a { margin-right: .8rem; }
-kbd { border: 1px solid #b0b0b0; border-radius: 3px; padding: 0 .3em; background: #f6f6f6; }
-button { font: inherit; padding: .15rem .7rem; border: 1px solid #a0a0a0; border-radius: 4px; background: #f6f6f6; cursor: pointer; }
-#save { float: right; background: #1a7f37; border-color: #1a7f37; color: #fff; }
-article { display: grid; grid-template-columns: 7.5rem 1fr auto; gap: .8rem; align-items: center; padding: .4rem; border-bottom: 1px solid #eaeaea; min-height: 7rem; box-sizing: border-box; content-visibility: auto; contain-intrinsic-size: auto 7.6rem; }
-article:focus { outline: 2px solid #0969da; background: #f3f8fe; }
-article.moved { border-left: 4px solid #bf8700; }
-article img, article i { max-width: 112px; max-height: 112px; justify-self: center; }
-article p { margin: 0 0 .3rem; overflow-wrap: anywhere; }
-article small { display: block; color: #707070; overflow-wrap: anywhere; }
-article nav { display: flex; gap: .3rem; }
-#forget button[value=forget], #unsure button[value=unsure], #retain button[value=retain] { background: #202020; color: #fff; }
-</style>
-</head>
-<body>
-<header>
-<button id="save">Save decisions.csv</button>
-<h1>{{concept}}</h1>
-<p><a href="#unsure">unsure</a><a href="#forget">forget</a><a href="#retain">retain</a>
-<kbd>f</kbd> forget, <kbd>u</kbd> unsure, <kbd>r</kbd> retain; <kbd>↓</kbd> <kbd>↑</kbd> or <kbd>j</kbd> <kbd>k</kbd> next and previous; <kbd>s</kbd> save.</p>
-</header>
-<main>
-{{sections}}
-</main>
-<script type="application/json" id="rest">{{rest}}</script>
-<script>
 "use strict";
 const names = ["forget", "unsure", "retain"];
 const rest = JSON.parse(document.getElementById("rest").textContent);
@@ -120,6 +80,3 @@ document.addEventListener("keydown", (event) => {
 document.getElementById("save").addEventListener("click", save);
 window.addEventListener("beforeunload", (event) => isSaved || event.preventDefault());
 count();
-</script>
-</body>
-</html>
