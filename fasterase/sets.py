@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 from fasterase.errors import InputError
 from fasterase.numerals import counted
 from fasterase.pairs.items import IMAGE_KEYS
-from fasterase.pairs.joined import JoinedTable
-from fasterase.pairs.open import open_pairs
+from fasterase.pairs.open import JoinedTable, open_pairs
 from fasterase.pairs.overlap import remove_overlap
 from fasterase.pairs.table import PairTable
 from fasterase.provenance import drop_erased, erasures

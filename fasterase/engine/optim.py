@@ -14,10 +14,8 @@ from fasterase.engine.job import Job
 from fasterase.errors import InputError, import_extra
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.forward import TowerForward
-from fasterase.parallel.engine import Engine
-from fasterase.parallel.local import LocalEngine
-from fasterase.parallel.zero import ZeroEngine
-from fasterase.parallel.zero_config import complete, read_deepspeed, zero_stage
+from fasterase.parallel.engine import Engine, LocalEngine
+from fasterase.parallel.zero import ZeroEngine, complete, read_deepspeed, zero_stage
 
 # Option values -> bitsandbytes classes.
 EIGHT_BIT = {

@@ -1,15 +1,23 @@
-"""Open any form of image-text pairs as a `PairTable`."""
+"""Open any form of image-text pairs as a `PairTable`, and several of them as one."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+from bisect import bisect_right
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fasterase.errors import InputError
+from fasterase.pairs.items import Record
 from fasterase.pairs.read_files import is_frame, open_file, open_folder, open_frame
 from fasterase.pairs.read_objects import open_objects
 from fasterase.pairs.read_tars import TAR_ENDINGS, expand_pattern, is_tar_pattern, open_tars
@@ -124,3 +132,66 @@ def _find_tars(source: Any, name: str) -> list[str] | None:
     if os.path.isfile(path):
         return [str(path)] if path.name.lower().endswith(TAR_ENDINGS) else None
     return expand_pattern(text, name=name) if is_tar_pattern(text) else None
+
+
+class JoinedTable(PairTable):
+    """The rows of `tables` in order; every pair keeps the id it has there."""
+
+    def __init__(self, name: str, tables: Sequence[PairTable]) -> None:
+        self.name = name
+        self._tables = list(tables)
+        self._starts = [0, *accumulate(map(len, tables))]
+        self._count = self._starts[-1]
+        self.stable = all(table.stable for table in tables)
+        self.in_memory = all(table.in_memory for table in tables)
+        classes = dict.fromkeys(name for table in tables for name in table.classes or ())
+        self.classes = list(classes) or None
+
+    def _find(self, index: int) -> tuple[PairTable, int]:
+        row = self._row(index)
+        number = bisect_right(self._starts, row) - 1
+        return self._tables[number], row - self._starts[number]
+
+    def _record(self, index: int) -> Record:
+        table, row = self._find(index)
+        return table[row]
+
+    def id(self, index: int) -> str:
+        table, row = self._find(index)
+        return table.id(row)
+
+    def texts(self, index: int) -> list[str] | Tensor:
+        table, row = self._find(index)
+        return table.texts(row)
+
+    def meta(self, index: int) -> dict[str, Any]:
+        table, row = self._find(index)
+        return table.meta(row)
+
+    @cached_property
+    def _digest(self) -> str:
+        digests = "".join(table.digest() for table in self._tables)
+        return hashlib.blake2b(digests.encode(), digest_size=16).hexdigest()
+
+    def shards(self) -> np.ndarray | None:
+        found, before = [], 0
+        for table in self._tables:
+            shards = table.shards()
+            if shards is None:
+                return None
+            found.append(shards + before)
+            before += int(shards.max()) + 1
+        return np.concatenate(found)[self._rows]
+
+    def encoded_sizes(self) -> np.ndarray | None:
+        found = [table.encoded_sizes() for table in self._tables]
+        sizes = [each for each in found if each is not None]
+        return np.concatenate(sizes)[self._rows] if len(sizes) == len(found) else None
+
+    def encoded_image(self, index: int) -> bytes:
+        table, row = self._find(index)
+        return table.encoded_image(row)
+
+    def encoded_location(self, index: int) -> str:
+        table, row = self._find(index)
+        return table.encoded_location(row)

@@ -1,16 +1,23 @@
-"""What the training loop needs of whatever holds the weights, on one process or many."""
+"""What holds the weights for the training loop: what it needs of that, and the plain engine."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fasterase.models.forward import Features, Halfway
+from fasterase.models.forward import Features, Halfway, TowerForward
 from fasterase.models.preprocessing import Tokens
+from fasterase.parallel.ranks import ALONE, Ranks
+from fasterase.transfers import read_numbers
+
+# Gradients that travel together: enough to fill a network, few enough to copy (256 MB of fp32).
+_BUCKET_NUMBERS = 1 << 26
 
 
 class TrainingState(NamedTuple):
@@ -87,3 +94,174 @@ class Engine(Protocol):
 
     def export(self) -> None:
         """Put the trained weights into the caller's model, where they are not there already."""
+
+
+class LocalEngine:
+    """No sharding, plain PyTorch: the caller's own module, its optimiser and the loss scaling.
+
+    Several ranks average their gradients once a step. (The hooks of DistributedDataParallel would
+    reduce in every backward pass of a micro-batch.)
+
+    Args:
+        forward: the towers, on their device.
+        parameters: the trained parameters by name, in the module's order.
+        optimizer: optimises those.
+        moves_buffers: whether forward passes change buffers (BatchNorm statistics).
+        ranks: who takes part.
+    """
+
+    in_lockstep = False
+
+    def __init__(
+        self,
+        forward: TowerForward,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        *,
+        moves_buffers: bool,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.module = forward.module
+        self._forward = forward
+        self._parameters = dict(parameters)
+        self.device = next(iter(self._parameters.values())).device
+        self._optimizer = optimizer
+        # bf16 has fp32's range.
+        is_scaled = forward.precision == "fp16"
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=is_scaled)
+        self._moves_buffers = moves_buffers
+        self._ranks = ranks
+
+    def __call__(
+        self, pixels: Tensor | Halfway | None = None, tokens: Tokens | Halfway | None = None
+    ) -> Features:
+        return self._forward(pixels, tokens)
+
+    def upstream(self) -> Tensor:
+        return self._scaler.scale(torch.ones((), device=self.device))
+
+    @contextlib.contextmanager
+    def one_reduction(self) -> Iterator[None]:
+        self._optimizer.zero_grad(set_to_none=True)
+        yield
+        bucket: list[Tensor] = []
+        numbers = 0
+        for gradient in (each.grad for each in self._parameters.values() if each.grad is not None):
+            if bucket and numbers + gradient.numel() > _BUCKET_NUMBERS:
+                self._ranks.average(bucket)
+                bucket, numbers = [], 0
+            bucket.append(gradient)
+            numbers += gradient.numel()
+        if bucket:
+            self._ranks.average(bucket)
+
+    def step(self, lr: float, *, max_grad_norm: float, loss: Sequence[Tensor]) -> Step:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        parameters = list(self._parameters.values())
+        has_gradients = any(each.grad is not None for each in parameters)
+        norm = torch.zeros((), device=self.device)
+        if has_gradients:
+            self._scaler.unscale_(self._optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        # One rank speaks for all: the same sums may round differently on another processor.
+        *terms, grad_norm = self._ranks.broadcast(read_numbers([*loss, norm]))
+        is_finite = all(map(math.isfinite, terms))
+        applied = is_finite and math.isfinite(grad_norm)
+        if applied:
+            self._scaler.step(self._optimizer)
+        if self._scaler.is_enabled() and has_gradients:
+            # Only gradients that overflow tell of a scale that is too large.
+            self._scaler.update(None if is_finite else self._scaler.get_scale())
+        self._optimizer.zero_grad(set_to_none=True)
+        return Step(terms, grad_norm, applied)
+
+    def weights(self) -> dict[str, Tensor]:
+        if not self._ranks.is_first:
+            return {}
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._trained()}
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, tensor in self._trained():
+                if self._ranks.is_first:
+                    tensor.copy_(weights[name])
+                self._ranks.broadcast_tensor(tensor)
+
+    def state(self) -> TrainingState:
+        tensors = dict(self._trained())
+        numbers: dict[str, dict[str, float]] = {}
+        for name, parameter in self._parameters.items():
+            for key, value in self._optimizer.state[parameter].items():
+                if is_number(value):
+                    numbers.setdefault(name, {})[key] = as_json(value)
+                else:
+                    tensors[f"{key} of {name}"] = value
+        mine = {
+            name: tensor
+            for place, (name, tensor) in enumerate(tensors.items())
+            if place % self._ranks.world_size == self._ranks.rank
+        }
+        scalars = {"optimizer": numbers, "scaler": self._scaler.state_dict()}
+        return TrainingState(_unshared(mine), scalars)
+
+    def restore(self, state: TrainingState) -> None:
+        with torch.no_grad():
+            for name, tensor in self._trained():
+                tensor.copy_(state.tensors[name])
+        if "scaler" in state.scalars:  # not in those of ZeRO
+            self._scaler.load_state_dict(state.scalars["scaler"])
+        numbers = state.scalars["optimizer"]
+        by_parameter: dict[str, dict[str, Any]] = {
+            name: {key: _from_json(value) for key, value in numbers.get(name, {}).items()}
+            for name in self._parameters
+        }
+        for full_name in state.tensors:
+            key, separator, name = full_name.partition(" of ")
+            if separator:
+                by_parameter[name][key] = state.tensors[full_name].to(self.device)
+        for name, values in by_parameter.items():
+            if values:
+                self._optimizer.state[self._parameters[name]] = values
+
+    def export(self) -> None:
+        pass
+
+    def _trained(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors that training changes: trained parameters, and buffers if they move."""
+        yield from self._parameters.items()
+        if self._moves_buffers:
+            for name, buffer in self.module.named_buffers():
+                yield f"buffer:{name}", buffer
+
+
+def is_number(value: Any) -> bool:
+    """Whether a state of an optimiser is one number, such as its steps, and not one a weight."""
+    return not isinstance(value, Tensor) or value.ndim == 0
+
+
+def as_json(value: Any) -> Any:
+    """Return the number of a state: a float if PyTorch keeps it in a tensor, else as it is."""
+    return float(value) if isinstance(value, Tensor) else value
+
+
+def _from_json(value: Any) -> Any:
+    # PyTorch counts steps on the CPU, whatever the device of the weights.
+    return torch.tensor(value) if isinstance(value, float) else value
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors with storage of their own, as files of safetensors need it.
+
+    bitsandbytes keeps one table of quantised values for all parameters.
+    """
+    seen: set[int] = set()
+    own: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        plain = tensor.detach().contiguous()
+        storage = plain.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != plain.nbytes:
+            plain = plain.clone()
+        seen.add(storage.data_ptr())
+        own[name] = plain
+    return own

@@ -14,7 +14,7 @@ from fasterase import transfers
 from fasterase.engine.loop import Trainer
 from fasterase.models.preprocessing import Tokens
 from fasterase.pairs.batches import StepBatch
-from fasterase.parallel import local
+from fasterase.parallel import engine as local
 from tests.marks import SHORT_RUN
 from tests.tiny_model import TinyModel, batch, erase, micro_batches, watch
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fasterase.pairs import table as tables
 from fasterase.pairs.images import ImagesInMemory
-from fasterase.pairs.joined import JoinedTable
+from fasterase.pairs.open import JoinedTable
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.table import PairTable, Part, Parts, make_batch, pack
 

@@ -27,7 +27,7 @@ import fasterase
 from fasterase.engine import optim
 from fasterase.errors import ResumeError
 from fasterase.models.forward import Features
-from fasterase.parallel.local import LocalEngine
+from fasterase.parallel.engine import LocalEngine
 from fasterase.progress import launched_rank
 from tests import tiny_concepts
 from tests.small_models import CONTEXT_LENGTH, IMAGE_SIZE, open_clip_vit

@@ -8,7 +8,7 @@ import pytest
 
 from fasterase.config import UnlearnConfig
 from fasterase.errors import InputError
-from fasterase.parallel.zero_config import complete, read_deepspeed, zero_stage
+from fasterase.parallel.zero import complete, read_deepspeed, zero_stage
 
 RUN = UnlearnConfig(batch_size=12, forget_batch_size=4, lr=1e-4, max_steps=3)
 
