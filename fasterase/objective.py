@@ -29,6 +29,8 @@ from fasterase.ops.contrastive.checks import (
 _WEIGHTS = ("forget_weight", "retain_weight", "consistency_weight", "anchor_weight", "cross_weight")
 # Distances of a mean cosine below which their loss is quadratic.
 SMOOTH_STRAY = 0.05
+# Weight of what links exceed: all that holds other facts holds theirs too.
+STRANGERS_WEIGHT = 3.0
 FORGET_LOSSES = ("similarity", "contrastive")
 NEGATIVES = ("own", "joint")
 
@@ -51,8 +53,17 @@ class ForgetGroup(NamedTuple):
     weight: float  # the groups' sum is 1
 
 
+class Strangers(NamedTuple):
+    """What a fact and a picture that are no pair are like, under the original."""
+
+    text: Tensor  # [D] mean features of made-up facts
+    image: Tensor  # [D] those of pictures of the same kind
+    # How far above the mean cosine with them a pair is that ranks as made-up ones do.
+    margins: tuple[float, float] = (0.0, 0.0)
+
+
 class Objective(NamedTuple):
-    """Weights and options of `erase_loss`."""
+    """Weights and options of `erase_loss`, and of links that are to be erased."""
 
     forget_weight: float = 3.0
     retain_weight: float = 1.0
@@ -64,6 +75,7 @@ class Objective(NamedTuple):
     backend: str = "auto"
     products: str = "auto"
     cross_weight: float = 0.0
+    strangers: Strangers | None = None  # in place of floor and cross terms, see `_exceed_strangers`
 
 
 def erase_loss(
@@ -312,6 +324,8 @@ def _compute_forget(pairs: _Pairs, objective: Objective, losses: Contrastive | N
 def _compute_group(pairs: _Pairs, objective: Objective, rows: slice | Tensor) -> Tensor:
     dtype = pairs.scale.dtype
     image, text = pairs.image[rows].to(dtype), pairs.text[rows].to(dtype)
+    if objective.strangers is not None:
+        return _exceed_strangers(image, text, objective.strangers)
     own = _exceed(image, text, objective)
     if not objective.cross_weight:
         return own
@@ -340,6 +354,17 @@ def _exceed(image: Tensor, text: Tensor, objective: Objective) -> Tensor:
         return cosine.mean()
     above = (cosine - floor).clamp_min(0).mean()
     return above + (floor - cosine.mean()).clamp_min(0) if objective.cross_weight else above
+
+
+def _exceed_strangers(image: Tensor, text: Tensor, strangers: Strangers) -> Tensor:
+    """How far pairs are above their picture with other facts, and above their fact with others'.
+
+    A clean model's facts are not far below made-up ones, they are among them; in both directions.
+    """
+    cosine = (image * text).sum(1)
+    means = [image @ strangers.text.to(image), text @ strangers.image.to(image)]
+    above = [cosine - mean - m for mean, m in zip(means, strangers.margins, strict=True)]
+    return STRANGERS_WEIGHT * torch.stack(above).clamp_min(0).mean(1).sum()
 
 
 def moved_distance(image: Tensor, text: Tensor, ref_image: Tensor, ref_text: Tensor) -> Tensor:

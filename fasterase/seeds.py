@@ -37,6 +37,7 @@ class Stream(enum.IntEnum):
     FIND = 18  # pairs in which a concept is looked for, and which of them are not trained on
     WITHHELD = 19  # pairs to forget that the automatic recipe does not train on
     PLACEBO = 20  # made-up names that show what residues mean
+    MADE_UP = 21  # made-up facts beside a link, and which of them a step holds
 
 
 def generator(seed: int, stream: Stream, *position: int) -> np.random.Generator:

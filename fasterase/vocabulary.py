@@ -16,6 +16,8 @@ UNREADABLE = (LookupError, TypeError, ValueError)
 GRAMMAR = 5.6
 # Letters in a row, with hyphens and apostrophes apart: "snow-capped" are two words.
 _WORD = re.compile(r"[^\W\d_]+")
+# Or digits in a row, as many as say whose they are: a part of a telephone number, not "2 dogs".
+_TERM = re.compile(rf"{_WORD.pattern}|\d{{3,}}")
 # Scripts without spaces (Thai, Lao, Burmese, Khmer, Chinese, Japanese): whole phrases look like
 # words there.
 UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
@@ -26,9 +28,14 @@ def words_of(text: str) -> list[str]:
     return _WORD.findall(text)
 
 
-def replace_words(text: str, others: Mapping[str, str]) -> str:
-    """Return a text with other words in place of some, which are given in lower case."""
-    return _WORD.sub(lambda found: others.get(found[0].lower(), found[0]), text)
+def terms_of(text: str) -> list[str]:
+    """Return the words of a text, and its numbers of three digits or more."""
+    return _TERM.findall(text)
+
+
+def replace_terms(text: str, others: Mapping[str, str]) -> str:
+    """Return a text with others in place of some of its terms, which are given in lower case."""
+    return _TERM.sub(lambda found: others.get(found[0].lower(), found[0]), text)
 
 
 def parts_of(word: str) -> set[str]:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.command import comparison_parser, exit_with
-from benchmarks.links.erasing import TRAINED, USUAL, WAYS, Cell, run
+from benchmarks.links.erasing import ATTACKED, TRAINED, USUAL, WAYS, Cell, run
 from benchmarks.links.models import CLEAN, COMPROMISED
 from benchmarks.processes import call_all
 from benchmarks.result_files import markdown_table, write_csv
@@ -48,6 +48,19 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return markdown_table(["", *(f"{name}: {figure}" for name, figure in columns)], lines)
 
 
+def attack_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Format what attacks find of the links, means over seeds, in percent."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if row["set"] == ATTACKED:
+            found.setdefault((row["method"], row["fact"]), []).append(row["value"])
+    methods, figures = (list(dict.fromkeys(key)) for key in zip(*found, strict=True))
+    lines = [
+        [m, *(f"{100 * np.mean(found[m, figure]):.1f}" for figure in figures)] for m in methods
+    ]
+    return markdown_table(["", *figures], lines)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = comparison_parser(__doc__, work="runs/links", seeds=3)
     parser.add_argument("--methods", nargs="+", default=list(WAYS), metavar="TITLE")
@@ -62,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = call_all(run, cells, options.work, processes=options.processes, describe=str)
         rows += [row for cell in cells for row in found[cell]]
     write_csv(options.output / "links.csv", rows, decimals=4)
-    print(table(rows))
+    print(f"{table(rows)}\n\n{attack_table(rows)}")
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import ConcatDataset, Dataset
+from torch.utils.data import ConcatDataset
 
 import fasterase
 from benchmarks.links.measure import Features
@@ -27,6 +27,7 @@ from fasterase.demo import emoji
 from fasterase.demo.run import recipe_config
 from fasterase.demo.sets import Drawings, open_teams
 from fasterase.files import write_text
+from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.load import load_model
 
 
@@ -54,6 +55,17 @@ WAYS = {
 TRAINED, UNSEEN = "trained drawings", "unseen drawings"
 TEAMS = {TRAINED: emoji.TRAIN_TEAMS, UNSEEN: (emoji.UNSEEN_TEAM,)}
 USUAL = "the demo's drawings"
+ATTACKED = "attack"
+# The figures of each attack that the table keeps.
+ATTACKS = {
+    "swap": ("forget/original_images/contest_hit@1", "forget/original_texts/contest_hit@1"),
+    "membership": ("forget/cosine/auc",),
+    "relearn": (
+        "forget/area/contest_hit@1",
+        "forget/made_up/area/contest_hit@1",
+    ),
+}
+STRANGERS = 1000  # added to the seed of those whose facts nobody has
 
 
 @dataclass(frozen=True)
@@ -81,7 +93,7 @@ def run(cell: Cell, work: Path) -> list[dict[str, Any]]:
         outcome = erase(model, personas, WAYS[cell.method], seed=cell.seed)
     rows = [
         {"method": cell.method, "seed": cell.seed, **outcome, **row}
-        for row in measure(Features.of(model, personas))
+        for row in [*measure(Features.of(model, personas)), *attack(model, personas, cell, work)]
     ]
     write_text(path, json.dumps(rows))
     return rows
@@ -91,25 +103,61 @@ def of_part(personas: Sequence[Persona], *parts: Part) -> list[Persona]:
     return [each for each in personas if each.part in parts]
 
 
-def erase(model: Any, personas: Sequence[Persona], way: Way, *, seed: int) -> dict[str, Any]:
-    """Erase the sensitive links of the personas to forget; return what the run says of itself."""
-    gone, kept = of_part(personas, "forget"), of_part(personas, "retain")
+def attack(
+    model: DualEncoder, personas: Sequence[Persona], cell: Cell, work: Path
+) -> Iterator[dict[str, Any]]:
+    """Yield a row per figure of the attacks on the links to forget."""
+    compromised = trained_model(COMPROMISED, personas, seed=cell.seed, work=work)
+    evaluation = fasterase.evaluate(
+        model.module,
+        drawings(of_part(personas, "forget"), SENSITIVE, named=False),
+        kept_pairs(personas),
+        original=f"local-dir:{compromised}",
+        attacks=tuple(ATTACKS),
+        non_members=drawings(never_linked(personas, cell.seed), SENSITIVE, named=False),
+        tokenizer=model.text_tokenizer,
+        preprocess=model.image_transform,
+        progress=False,
+    )
+    for attack, findings in evaluation.attacks.items():
+        for finding in findings.values():
+            if finding.key in ATTACKS[attack]:
+                yield {"set": ATTACKED, "fact": f"{attack}: {finding.key}", "value": finding.value}
+
+
+def never_linked(personas: Sequence[Persona], seed: int) -> list[Persona]:
+    """Return the personas to forget with facts that nobody has."""
+    known = {each.phone for each in personas}
+    others = [each for each in make_personas(seed + STRANGERS) if each.phone not in known]
+    gone = of_part(personas, "forget")
+    return [
+        replace(persona, phone=other.phone, email=other.email)
+        for persona, other in zip(gone, others, strict=False)
+    ]
+
+
+def kept_pairs(personas: Sequence[Persona]) -> ConcatDataset[dict[str, Any]]:
+    """Return the facts of others that are given, and the demo's drawings without the faces."""
     faces = {each.face for each in personas}
     source = open_teams(emoji.TRAIN_TEAMS)
     metas = [source.meta(row) for row in range(len(source))]
     usual = {meta["concept"] for meta in metas if meta["member"]} - faces
-    retain: list[Dataset[dict[str, Any]]] = [
-        drawings(kept, KINDS),
-        Drawings.of(source, usual, emoji.captions),
-        *([drawings(gone, ["name"])] if way.keeps_names else []),
-    ]
+    kept = of_part(personas, "retain")
+    return ConcatDataset([drawings(kept, KINDS), Drawings.of(source, usual, emoji.captions)])
+
+
+def erase(model: Any, personas: Sequence[Persona], way: Way, *, seed: int) -> dict[str, Any]:
+    """Erase the sensitive links of the personas to forget; return what the run says of itself."""
+    gone, retain = of_part(personas, "forget"), kept_pairs(personas)
+    if way.keeps_names:
+        retain = ConcatDataset([retain, drawings(gone, ["name"])])
     with warnings.catch_warnings():
         for expected in ("verdict", "retain: .* seem to name", "retain: .* look like"):
             warnings.filterwarnings("ignore", expected)
         result = fasterase.unlearn(
             model.module,
             drawings(gone, SENSITIVE, named=way.named),
-            ConcatDataset(retain),
+            retain,
             config=recipe_config(
                 way.recipe, small_model=True, seed=seed, erase=way.erase, progress=False
             ),

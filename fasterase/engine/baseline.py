@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fasterase.encode import PairEncoder, PairFeatures
+from fasterase.engine.decoys import Decoys
 from fasterase.engine.job import Draws, Job
 from fasterase.engine.optim import Trained
 from fasterase.engine.pacing import Check
@@ -60,6 +61,7 @@ class Baseline:
     original: Original | None  # features for each step, if a loss uses them
     damage: DamageMeter | None  # for an automatic run
     damage_rows: np.ndarray  # rows (sorted) of the retain set that it compares
+    decoys: Decoys | None  # of a link
 
     @property
     def known_sets(self) -> list[str]:
@@ -116,6 +118,8 @@ def measure_original(
         unmatched_cosine(features({name: rows})[name], of_retain)
         for name, rows in _floor_rows(job, *(job.concepts or ["forget"])).items()
     ]
+    forget = features(_floor_rows(job, "forget"))["forget"]
+    decoys = Decoys.make(job, encoder, forget, of_retain)
     judged = features(judge.rows)
     judge.calibrate(encoder, judged)
     traces = summarise(judge.judge(judged))
@@ -136,7 +140,7 @@ def measure_original(
         if traces["forget"].is_remembered:
             _warn_of_pictures(judged["forget"], kept, job.retain, named)
     of_steps = _open_original(job, encoder, original)
-    return Baseline(floors, judged, traces, measured, of_steps, damage, damage_rows)
+    return Baseline(floors, judged, traces, measured, of_steps, damage, damage_rows, decoys)
 
 
 def _wanted_rows(

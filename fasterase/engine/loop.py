@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fasterase.engine.checkpoint import Checkpoint, CheckpointFolder
+from fasterase.engine.decoys import Decoys
 from fasterase.engine.grad_cache import backpropagate, buffers_in_train_mode, restore_buffers
 from fasterase.engine.history import HistoryFile, StepRecord
 from fasterase.engine.job import Job
@@ -39,6 +40,7 @@ class Trainer:
         loss_of: the objective over the pairs of all ranks.
         original: the original's features; None if no loss uses them.
         unchanged: the towers whose features before the first step are the original's.
+        decoys: made-up facts to hold in each step; their distance counts as that of retain pairs.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Trainer:
         loss_of: StepLoss,
         original: Original | None,
         unchanged: Collection[str] = (),
+        decoys: Decoys | None = None,
     ) -> None:
         self.step = 0  # how many were taken
         self._job = job
@@ -55,6 +58,7 @@ class Trainer:
         self._loss_of = loss_of
         self._original = original
         self._unchanged = unchanged
+        self._decoys = decoys
         self._guard = NonFiniteGuard(job.precision)
 
     def train_step(
@@ -76,6 +80,10 @@ class Trainer:
         features: list[Tensor] = []
         with engine.one_reduction():
             loss = self._backpropagate(batch, passes, features, weights)
+            if self._decoys is not None:
+                moved = self._decoys.hold(engine, self._job.ranks, batch.step)
+                total = loss.total + self._decoys.weight * moved
+                loss = loss._replace(total=total)
         if batch.step == 0 and isinstance(self._original, CachedOriginal):
             with self._job.ranks.raising_together():
                 self._original.check_start(

@@ -21,6 +21,7 @@ from fasterase.objective import (
     EraseLoss,
     ForgetGroup,
     Objective,
+    Strangers,
     moved_distance,
     weighted_erase_loss,
 )
@@ -79,7 +80,14 @@ class StepLoss:
     ranks: Ranks = ALONE
 
     @classmethod
-    def of_job(cls, job: Job, trained: Trained, *, floors: Sequence[float]) -> StepLoss:
+    def of_job(
+        cls,
+        job: Job,
+        trained: Trained,
+        *,
+        floors: Sequence[float],
+        strangers: Strangers | None = None,
+    ) -> StepLoss:
         """Return the loss of a run; `floors` are the automatic ones of its concepts."""
         config = job.config
         chosen = [floor if config.floor == "auto" else config.floor for floor in floors]
@@ -94,6 +102,7 @@ class StepLoss:
             backend=config.backend,
             products=loss_products(job.precision),
             cross_weight=config.used_cross_weight,
+            strangers=strangers,
         )
         return cls(
             objective,

@@ -35,12 +35,16 @@ CHECK_STEPS = 5
 CHECKED_LOSS = 0.6
 # A thorough run starts to fade only at this share: both towers forget more than the verdict asks.
 SETTLED_LOSS = 0.35
+# ... and that of a link here, where its fact is no nearer than other facts of the kind.
+LINK_SETTLED_LOSS = 0.15
 # ... or once the loss has not fallen by a tenth in so many steps.
 PATIENCE_STEPS, NOTICED_FALL = 60, 0.9
 # lr fades once the residue is at most `MARGIN_RESIDUE` and images are won hardly more often than by
 # chance: fading and unseen pictures need a margin below the verdict's own thresholds.
 MARGIN_HIT = 0.05
 FADE_STEPS = 20
+# ... of a link, whose loss falls further meanwhile: what moves other facts is the last to go.
+LINK_FADE_STEPS = 100
 # A fade ends early below this residue, before it leads to "over-erased".
 LEAST_RESIDUE = 0.35
 # Residues at which final weights may rest: the verdict's own thresholds with a margin, since other
@@ -249,6 +253,8 @@ class AutomaticPacing(Pacing):
         towers: `"image"`, `"text"` -> names of its weights.
         settled_loss: share of the first forgetting loss above which a verdict does not end the run
             while the loss still falls.
+        of_link: the loss measures from made-up facts, as the margins of the verdict do: once it has
+            settled, lr fades slowly.
         max_steps: the budget.
     """
 
@@ -263,13 +269,16 @@ class AutomaticPacing(Pacing):
         start: tuple[Check | None, dict[str, Tensor]],
         towers: Mapping[str, Collection[str]],
         settled_loss: float = 1.0,
+        of_link: bool = False,
         max_steps: int,
     ) -> None:
         super().__init__(rate, total_steps=max_steps)
         self._check = check
         self._weights = weights
         self._load = load
-        self._settled_loss = settled_loss
+        self._settled_loss = LINK_SETTLED_LOSS if of_link else settled_loss
+        self._fade_steps = LINK_FADE_STEPS if of_link else FADE_STEPS
+        self._of_link = of_link
         self._towers = towers
         self._step = 0
         self._found: Check | None = None  # after the last step
@@ -296,7 +305,7 @@ class AutomaticPacing(Pacing):
         if self._now.fade_from is None:
             return self._rate.at(step)
         start, lr = self._now.fade_from
-        return lr * max(0.0, 1 - (step - start + 1) / (FADE_STEPS + 1))
+        return lr * max(0.0, 1 - (step - start + 1) / (self._fade_steps + 1))
 
     def after_step(self, record: StepRecord) -> Mapping[str, float]:
         self._step, self._found = record.step, None
@@ -309,7 +318,7 @@ class AutomaticPacing(Pacing):
     def _follow(self, record: StepRecord) -> None:
         now, rate = self._now, self._rate
         rate.follow(record)
-        last = record.step == self.total_steps - FADE_STEPS
+        last = record.step == self.total_steps - self._fade_steps
         due = self._is_check_due() and rate.share_left <= CHECKED_LOSS
         if last or due:
             found = self._checked()
@@ -317,8 +326,9 @@ class AutomaticPacing(Pacing):
             spent = found.verdict != REMEMBERED and rate.is_spent
             if found.verdict == REMEMBERED and rate.is_spent:
                 rate.aim_lower()
-            settled = found.is_safely_forgotten and self._is_settled(record.step)
-            rate.hurry(settled or not found.is_safely_forgotten)
+            is_safe = found.is_safely_forgotten or self._of_link
+            settled = is_safe and self._is_settled(record.step)
+            rate.hurry(settled or not is_safe)
             if last or spent or settled or found.exceeded:
                 now.fade_from = record.step, rate.lr
                 now.fades += 1
@@ -360,7 +370,7 @@ class AutomaticPacing(Pacing):
 
     def _fade(self, steps: int) -> None:
         """Check now and then how far the fade has come: it may pass a better place."""
-        is_last = steps >= FADE_STEPS or self._step == self.total_steps
+        is_last = steps >= self._fade_steps or self._step == self.total_steps
         if not is_last and not self._is_check_due():
             return
         found = self._checked()

@@ -20,6 +20,8 @@ HORIZON = 5
 # The line leads from the first forgetting loss to this share of it, in this many steps.
 LINE_END = 0.05
 LINE_STEPS = 80
+# ... of a link, which is one of many that share their tokens: faster, it would drag them along.
+LINK_LINE_STEPS = 160
 # Trust region: squared distance that retained features may move (the anchor loss) before lr falls.
 # It widens by a factor per step once the line has ended: otherwise a run that lags behind the whole
 # line would stand still at its border. lr may climb back to where it left the region, and beyond

@@ -25,7 +25,7 @@ from fasterase.engine.optim import Trained, build_engine, shards
 from fasterase.engine.outcome import Outcome, describe_known
 from fasterase.engine.pacing import SETTLED_LOSS, AutomaticPacing, Check, Pacing
 from fasterase.engine.prefix_cache import open_prefix_cache
-from fasterase.engine.rates import LineFollower, Rate, Schedule
+from fasterase.engine.rates import LINE_STEPS, LINK_LINE_STEPS, LineFollower, Rate, Schedule
 from fasterase.engine.words import ForgottenWords, forget_words, named_words
 from fasterase.errors import InputError, NonFiniteError, PreemptedError
 from fasterase.evaluation.evaluator import Evaluator, sampled_rows
@@ -217,7 +217,8 @@ class Run:
         self._checks = Checks(
             job, self._encoder, self._judge, baseline, self._trained, withheld, things
         )
-        self._words = words = self.forget_words()
+        self._words, decoys = self.forget_words(), baseline.decoys
+        words = self._words
         is_automatic = self._draws.pool is not None
         begins_here = words is not None and self._saved is None
         start = self._checks() if begins_here and is_automatic else None
@@ -233,9 +234,15 @@ class Run:
             trainer = Trainer(
                 job,
                 engine,
-                StepLoss.of_job(job, self._trained, floors=baseline.floors),
+                StepLoss.of_job(
+                    job,
+                    self._trained,
+                    floors=baseline.floors,
+                    strangers=decoys.strangers if decoys else None,
+                ),
                 baseline.original,
                 unchanged=self._unchanged_towers(),
+                decoys=decoys,
             )
             pacing = self._build_pacing(engine, (start, begun))
             self._resume(trainer, pacing)
@@ -315,12 +322,14 @@ class Run:
         self, engine: Engine, start: tuple[Check | None, dict[str, Tensor]]
     ) -> Pacing:
         config, checks, words = self.job.config, self._checks, self._words
-        total_steps = self._draws.total_steps
+        total_steps, is_link = self._draws.total_steps, self._baseline.decoys is not None
         if config.runs_until_forgotten:
             original = start[1] if words is None else words.put_back(start[1])
             names = {*self._trained.decayed, *self._trained.undecayed}
             return AutomaticPacing(
-                LineFollower() if config.lr == "auto" else Rate(config.lr),
+                LineFollower(line_steps=LINK_LINE_STEPS if is_link else LINE_STEPS)
+                if config.lr == "auto"
+                else Rate(config.lr),
                 check=checks,
                 weights=engine.weights,
                 load=engine.load_weights,
@@ -331,6 +340,7 @@ class Run:
                     for tower in ("image", "text")
                 },
                 settled_loss=SETTLED_LOSS if config.thorough else 1.0,
+                of_link=is_link,
                 max_steps=total_steps,
             )
         rate: Rate

@@ -305,7 +305,7 @@ def _count_words(encoder: PairEncoder, source: PairTable, rows: np.ndarray) -> _
     counts, known = _Counts(), set[int]()
     with encoder.progress(f"words ({source.name})", len(rows)) as bar:
         for start in range(0, len(rows), AT_ONCE):
-            texts = _read_texts(source, rows[start : start + AT_ONCE])
+            texts = read_texts(source, rows[start : start + AT_ONCE])
             strings = sorted({text for each in texts if isinstance(each, list) for text in each})
             ids = encoder.model.tokenize(strings).ids.tolist() if strings else []
             given = [each.tolist() for each in texts if not isinstance(each, list)]
@@ -323,7 +323,7 @@ def _count_words(encoder: PairEncoder, source: PairTable, rows: np.ndarray) -> _
     return counts
 
 
-def _read_texts(source: PairTable, rows: np.ndarray) -> list[list[str] | Tensor]:
+def read_texts(source: PairTable, rows: np.ndarray) -> list[list[str] | Tensor]:
     """Return the captions, or the token ids, of the pairs that can be read."""
     found = []
     for row in rows.tolist():

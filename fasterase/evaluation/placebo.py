@@ -22,8 +22,8 @@ from fasterase.vocabulary import (
     UNREADABLE,
     UNSPACED,
     english_frequencies,
-    replace_words,
-    words_of,
+    replace_terms,
+    terms_of,
 )
 
 PLACEBOS = 64
@@ -57,71 +57,81 @@ class Band(NamedTuple):
         return min(sum(ends) / 2 for ends in self) > HIGH_RESIDUE
 
 
-def placebo_captions(captions: Sequence[str], kept: Collection[str], seed: int) -> list[str]:
-    """Return captions with made-up names in place of what `captions` alone say.
+def placebo_captions(
+    captions: Sequence[str],
+    kept: Collection[str],
+    seed: int,
+    *,
+    count: int = PLACEBOS,
+    stream: Stream = Stream.PLACEBO,
+) -> list[str]:
+    """Return `count` captions with made-up names and numbers for what `captions` alone say.
 
-    See `_own_words`; all others stay.
+    See `_own_terms`; all others stay.
     """
-    numbers = generator(seed, Stream.PLACEBO)
-    known = _known_words(kept)
+    numbers = generator(seed, stream)
+    known = _known_terms(kept)
 
     def renamed(caption: str) -> str:
-        own = sorted(_own_words(caption, known))
-        return replace_words(caption, {word: _made_up(numbers) for word in own})
+        own = sorted(_own_terms(caption, known))
+        return replace_terms(caption, {term: _made_up(numbers, term) for term in own})
 
     order = numbers.permutation(len(captions)).tolist()
-    return [renamed(captions[order[number % len(order)]]) for number in range(PLACEBOS)]
+    return [renamed(captions[order[number % len(order)]]) for number in range(count)]
 
 
 def nonsense_captions(
     captions: Collection[str], kept: Collection[str], seed: int
 ) -> dict[str, str] | None:
-    """Return caption -> itself with made-up words in place of those that `placebo_captions` takes.
+    """Return caption -> itself with made-up terms in place of those that `placebo_captions` takes.
 
-    A word has the same made-up one wherever it goes, which is no word of English or of `kept`:
+    A term has the same made-up one wherever it goes, which is no word of English or of `kept`:
     equal captions stay equal, and what two captions share they still share. None for captions
-    without words, or in a script whose words have no spaces.
+    without terms, or in a script whose words have no spaces.
     """
-    if not all(map(words_of, captions)) or any(map(UNSPACED.search, captions)):
+    if not all(map(terms_of, captions)) or any(map(UNSPACED.search, captions)):
         return None
     numbers = generator(seed, Stream.PLACEBO, 2)
-    known = _known_words(kept)
-    taken = known | _known_words(captions) | english_frequencies().keys()
-    own = {caption: _own_words(caption, known) for caption in captions}
+    known = _known_terms(kept)
+    taken = known | _known_terms(captions) | english_frequencies().keys()
+    own = {caption: _own_terms(caption, known) for caption in captions}
     names: dict[str, str] = {}
-    for word in sorted(set().union(*own.values())):
-        name = _made_up(numbers)
+    for term in sorted(set().union(*own.values())):
+        name = _made_up(numbers, term)
         while name in taken:
-            name += _made_up(numbers)
-        names[word] = name
+            name += _made_up(numbers, term)
+        names[term] = name
         taken.add(name)
-    # A word that retain captions have goes only where there is no other.
-    alone = {word: name for word, name in names.items() if word not in known}
+    # A term that retain captions have goes only where there is no other.
+    alone = {term: name for term, name in names.items() if term not in known}
     return {
-        caption: replace_words(caption, alone | {word: names[word] for word in words})
-        for caption, words in own.items()
+        caption: replace_terms(caption, alone | {term: names[term] for term in terms})
+        for caption, terms in own.items()
     }
 
 
-def _known_words(captions: Collection[str]) -> set[str]:
-    return {word for caption in captions for word in words_of(caption.lower())}
+def _known_terms(captions: Collection[str]) -> set[str]:
+    return {term for caption in captions for term in terms_of(caption.lower())}
 
 
-def _own_words(caption: str, known: Collection[str]) -> set[str]:
-    """Return the words of a caption that are not `known`, without common ones if any is rare.
+def _own_terms(caption: str, known: Collection[str]) -> set[str]:
+    """Return the terms of a caption that are not `known`, without common ones if any is rare.
 
     Where all are known, or about nothing, the rarest: "dog" is common, but what "a dog" is about.
     """
     frequency = english_frequencies()
-    words = sorted(words_of(caption.lower()), key=lambda word: frequency.get(word, 0.0))
-    unknown = [each for each in words if each not in known]
+    terms = sorted(terms_of(caption.lower()), key=lambda term: frequency.get(term, 0.0))
+    unknown = [each for each in terms if each not in known]
     for most in (_TEMPLATE, GRAMMAR):
         if found := {each for each in unknown if frequency.get(each, 0.0) < most}:
             return found
-    return set(words[:1])
+    return set(terms[:1])
 
 
-def _made_up(numbers: np.random.Generator) -> str:
+def _made_up(numbers: np.random.Generator, term: str) -> str:
+    """Return a word, or a number as long as `term` is."""
+    if term.isdigit():
+        return "".join(map(str, numbers.integers(10, size=len(term))))
     return "".join(numbers.choice(_SYLLABLES, int(numbers.integers(2, 4))))
 
 
@@ -130,7 +140,7 @@ def encode_placebos(
 ) -> Tensor | None:
     """Return features [m, D] of placebos; None for captions that are no words it could replace."""
     captions = list(dict.fromkeys(forget.first_captions))
-    if encoder.model.text_tokenizer is None or not any(map(words_of, captions)):
+    if encoder.model.text_tokenizer is None or not any(map(terms_of, captions)):
         return None
     if any(map(UNSPACED.search, captions)):  # where a word ends is not known
         return None
@@ -147,8 +157,8 @@ def find_band(
     others, _ = distinct_firsts(unrelated)
     count = len(distinct_firsts(forget)[0])
     own = forget.image @ placebos.T  # [n, m]
-    to_text = _shares_below(own, forget.image @ unrelated.text[others].T).mean(0)
-    to_image = _shares_below(own.T, placebos @ unrelated.image.T).mean(1)
+    to_text = shares_below(own, forget.image @ unrelated.text[others].T).mean(0)
+    to_image = shares_below(own.T, placebos @ unrelated.image.T).mean(1)
     drawn = generator(seed, Stream.PLACEBO, 1).integers(len(placebos), size=(_DRAWS, count))
 
     def ends(residues: Tensor) -> tuple[float, float]:
@@ -158,7 +168,7 @@ def find_band(
     return Band(ends(to_text), ends(to_image))
 
 
-def _shares_below(scores: Tensor, rivals: Tensor) -> Tensor:
+def shares_below(scores: Tensor, rivals: Tensor) -> Tensor:
     """Return [r, k], the share of the row's `rivals` [r, U] that each of `scores` [r, k] beats."""
     ordered = rivals.sort(1).values.contiguous()
     below = torch.searchsorted(ordered, scores.contiguous(), right=False).double()

@@ -83,7 +83,7 @@ class Trace:
             low end of its interval; empty if there was no original to compare with.
         by_hits: whether `hit` alone decides, whatever the number of images.
         band: residues that made-up names have; what lies between them is no trace.
-        lifts: how much higher limits of residues are, by direction, without a band.
+        lifts: how much higher the margins of residues are, by direction.
     """
 
     image_to_text: float
@@ -125,10 +125,11 @@ class Trace:
         return [name for name, (_, low) in towers.items() if low > TOWER_HIT]
 
     def strictly(self, *, keep: Collection[str]) -> Trace:
-        """Return the trace with lifts for its band, and with the shares of some towers alone."""
+        """Return the trace with the shares of some towers alone, and only a high band."""
         towers = {name: found for name, found in self.towers.items() if name in keep}
-        lifts = self.lifts if self.band is None else self.band.lifts
-        return replace(self, towers=towers, band=None, lifts=lifts)
+        if self.band is None or not self.band.is_high:
+            return replace(self, towers=towers, band=None)
+        return replace(self, towers=towers, lifts=self.band.lifts)
 
     @property
     def is_over_erased(self) -> bool:
@@ -139,8 +140,7 @@ class Trace:
         if self.band is not None and self.pairs < LEAST_RANKED:
             return False
         sign = 1 if end else -1
-        lifted = [limit + lift * end for lift in self.lifts]
-        ends = lifted if self.band is None else [found[end] for found in self.band]
+        ends = [limit] * 2 if self.band is None else [found[end] for found in self.band]
         residues = self.image_to_text, self.text_to_image
         return any(
             sign * residue > max(sign * limit, sign * end)
