@@ -16,7 +16,7 @@ pytest.importorskip("deepspeed")
 
 CASES = {
     "quick": ["sgd-plain", "adam-cached", "sgd-zero1", "nan"],
-    "slow": ["sgd-concepts", "sgd-zero3", "nan-zero3", "automatic"],
+    "slow": ["sgd-concepts", "sgd-link", "sgd-link-zero3", "sgd-zero3", "nan-zero3", "automatic"],
     "whole": [
         "sgd-cached",
         *(f"{name}-zero{z}" for name in ("sgd-plain", "adam", "automatic") for z in (1, 2, 3)),
