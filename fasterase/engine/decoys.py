@@ -76,7 +76,7 @@ class Decoys:
             job.model.tokenize(captions),
             text,
             Strangers(to_device(centre, device), to_device(pictures, device), margins),
-            2 * config.anchor_weight,
+            config.anchor_weight,
             config.seed,
         )
 
