@@ -63,7 +63,7 @@ class Strangers(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """Weights and options of `erase_loss`, and of links that are to be erased."""
+    """Weights and options of `erase_loss`."""
 
     forget_weight: float = 3.0
     retain_weight: float = 1.0
@@ -75,7 +75,6 @@ class Objective(NamedTuple):
     backend: str = "auto"
     products: str = "auto"
     cross_weight: float = 0.0
-    strangers: Strangers | None = None  # in place of floor and cross terms, see `_exceed_strangers`
 
 
 def erase_loss(
@@ -177,14 +176,18 @@ def weighted_erase_loss(
     n_forget: int,
     labels: Tensor | None = None,  # [N]
     groups: Sequence[ForgetGroup] = (),
+    strangers: Strangers | None = None,
 ) -> EraseLoss:
     """`erase_loss` for a training step: only the total is differentiable, once.
 
     The gradients of the similarity matrices are made together with the losses, by
     `weighted_contrastive`; the backward pass multiplies them by the upstream gradient. With
-    `groups`, which need the loss "similarity", `forget` is their weighted sum.
+    `groups`, which need the loss "similarity", `forget` is their weighted sum. With `strangers`,
+    which need it too, pairs are links: `_exceed_strangers` replaces floor and cross terms.
     """
-    given = _Pairs(image, text, scale, ref_image, ref_text, ref_scale, labels, n_forget, groups)
+    given = _Pairs(
+        image, text, scale, ref_image, ref_text, ref_scale, labels, n_forget, groups, strangers
+    )
     pairs = _check(given, objective)
     total, terms = _compute_terms(pairs, objective, is_weighted=True)
     if objective.forget_loss == "similarity":
@@ -206,6 +209,7 @@ class _Pairs(NamedTuple):
     labels: Tensor | None  # [N]
     n_forget: int
     groups: Sequence[ForgetGroup] = ()
+    strangers: Strangers | None = None
     zero: Any = None  # [] a term without rows, once checked
 
     @property
@@ -324,8 +328,8 @@ def _compute_forget(pairs: _Pairs, objective: Objective, losses: Contrastive | N
 def _compute_group(pairs: _Pairs, objective: Objective, rows: slice | Tensor) -> Tensor:
     dtype = pairs.scale.dtype
     image, text = pairs.image[rows].to(dtype), pairs.text[rows].to(dtype)
-    if objective.strangers is not None:
-        return _exceed_strangers(image, text, objective.strangers)
+    if pairs.strangers is not None:
+        return _exceed_strangers(image, text, pairs.strangers)
     own = _exceed(image, text, objective)
     if not objective.cross_weight:
         return own

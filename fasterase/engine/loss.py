@@ -64,6 +64,7 @@ class StepLoss:
 
     Attributes:
         floors: of several concepts, for each; empty for one, whose floor the objective has.
+        strangers: of links, where they are to end in place of a floor.
         max_scale: a trained scale is clamped to it inside the loss. Clamping the weight would be
             lost in optimisers that have master weights of their own.
         measures_distance: report the anchor term, the distance that retained features have moved,
@@ -75,6 +76,7 @@ class StepLoss:
     text_trained: bool
     scale_trained: bool
     floors: Sequence[float | None] = ()
+    strangers: Strangers | None = None
     max_scale: float = MAX_SCALE
     measures_distance: bool = False
     ranks: Ranks = ALONE
@@ -102,7 +104,6 @@ class StepLoss:
             backend=config.backend,
             products=loss_products(job.precision),
             cross_weight=config.used_cross_weight,
-            strangers=strangers,
         )
         return cls(
             objective,
@@ -110,6 +111,7 @@ class StepLoss:
             text_trained=trained.text,
             scale_trained=trained.scale,
             floors=chosen if job.concepts else (),
+            strangers=strangers,
             max_scale=max(MAX_SCALE, float(job.model.scale().detach())),
             measures_distance=config.lr == "auto" and not config.anchor_weight,
             ranks=job.ranks,
@@ -208,6 +210,7 @@ class StepLoss:
                 n_forget=n_forget,
                 labels=labels,
                 groups=self._groups(concepts, n_forget, image.device),
+                strangers=self.strangers,
             )
         detached = EraseLoss(*(term.detach() for term in loss))
         ref_image, ref_text, _ = original

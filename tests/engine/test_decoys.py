@@ -151,8 +151,10 @@ def test_links_are_above_their_picture_with_other_facts_and_their_fact_with_othe
 
     image, text = unit(9), unit(9).requires_grad_()
     strangers = Strangers(unit(4).mean(0), unit(4).mean(0))
-    objective = Objective(retain_weight=0.0, consistency_weight=0.0, strangers=strangers)
-    loss = weighted_erase_loss(image, text, 10.0, None, None, None, objective, n_forget=9)
+    objective = Objective(retain_weight=0.0, consistency_weight=0.0)
+    loss = weighted_erase_loss(
+        image, text, 10.0, None, None, None, objective, n_forget=9, strangers=strangers
+    )
     cosine = (image * text).sum(1)
     one = (cosine - image @ strangers.text).clamp_min(0).mean()
     other = (cosine - text @ strangers.image).clamp_min(0).mean()

@@ -109,7 +109,7 @@ def launches(
     ref = None if ref_width is None else torch.zeros(n, ref_width, dtype=dtype)
     scale = torch.ones(())
     batch = Batch(image, image, scale, ref, ref, None if ref is None else scale)
-    products = products or resolve_products("auto", "triton", (image,))
+    products = products or resolve_products("auto", "triton", (image, image))
     with on_gpu(architecture), recorded(case) as found:
         losses, *saved = triton_backend.forward(batch, (n,), products)
         wanted = Wanted(image=True, text=True, scale=True, rounded=False)
