@@ -114,6 +114,7 @@ def attack(
         kept_pairs(personas),
         original=f"local-dir:{compromised}",
         attacks=tuple(ATTACKS),
+        max_pairs=1000,
         non_members=drawings(never_linked(personas, cell.seed), SENSITIVE, named=False),
         tokenizer=model.text_tokenizer,
         preprocess=model.image_transform,
