@@ -76,7 +76,9 @@ class UnlearnConfig:
             stay what they are: the text tower alone is trained (`tune="all"` becomes `"text"`), so
             who has the original's text tower still finds the link, and the verdict does not count
             that; retain pairs with the same pictures and other captions are kept; words lose their
-            meaning only where they are named; no forget pair is withheld.
+            meaning only where they are named; no forget pair is withheld. With the loss
+            `"similarity"` and the floor `"auto"`, made-up facts in the captions' wordings take the
+            place of floor and cross terms, and are held like retain pairs.
         forget_weight: weight of the forgetting loss (paper: 3).
         retain_weight: weight of the retention loss, CLIP's symmetric InfoNCE (paper: 1).
         consistency_weight: weight of the KL divergence to the similarity distributions of the

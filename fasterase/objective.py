@@ -45,14 +45,6 @@ class EraseLoss(NamedTuple):
     anchor: Tensor
 
 
-class ForgetGroup(NamedTuple):
-    """One of several concepts among the forget rows of a batch."""
-
-    rows: Tensor  # [m] int64
-    floor: float | None
-    weight: float  # the groups' sum is 1
-
-
 class Strangers(NamedTuple):
     """What a fact and a picture that are no pair are like, under the original."""
 
@@ -60,6 +52,15 @@ class Strangers(NamedTuple):
     image: Tensor  # [D] those of pictures of the same kind
     # How far above the mean cosine with them a pair is that ranks as made-up ones do.
     margins: tuple[float, float] = (0.0, 0.0)
+
+
+class ForgetGroup(NamedTuple):
+    """One of several concepts among the forget rows of a batch."""
+
+    rows: Tensor  # [m] int64
+    floor: float | None
+    weight: float  # the groups' sum is 1
+    strangers: Strangers | None = None  # of links, in place of the floor
 
 
 class Objective(NamedTuple):
@@ -318,18 +319,21 @@ def _compute_forget(pairs: _Pairs, objective: Objective, losses: Contrastive | N
     if not pairs.n_forget:
         return pairs.zero
     if not pairs.groups:
-        return _compute_group(pairs, objective, pairs.forget_rows)
+        return _compute_group(pairs, objective, pairs.forget_rows, pairs.strangers)
     total = pairs.zero
-    for rows, floor, weight in pairs.groups:
-        total = total + weight * _compute_group(pairs, objective._replace(floor=floor), rows)
+    for rows, floor, weight, strangers in pairs.groups:
+        of_group = objective._replace(floor=floor)
+        total = total + weight * _compute_group(pairs, of_group, rows, strangers)
     return total
 
 
-def _compute_group(pairs: _Pairs, objective: Objective, rows: slice | Tensor) -> Tensor:
+def _compute_group(
+    pairs: _Pairs, objective: Objective, rows: slice | Tensor, strangers: Strangers | None
+) -> Tensor:
     dtype = pairs.scale.dtype
     image, text = pairs.image[rows].to(dtype), pairs.text[rows].to(dtype)
-    if pairs.strangers is not None:
-        return _exceed_strangers(image, text, pairs.strangers)
+    if strangers is not None:
+        return _exceed_strangers(image, text, strangers)
     own = _exceed(image, text, objective)
     if not objective.cross_weight:
         return own

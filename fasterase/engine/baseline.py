@@ -118,8 +118,10 @@ def measure_original(
         unmatched_cosine(features({name: rows})[name], of_retain)
         for name, rows in _floor_rows(job, *(job.concepts or ["forget"])).items()
     ]
-    forget = features(_floor_rows(job, "forget"))["forget"]
-    decoys = Decoys.make(job, encoder, forget, of_retain)
+    decoys = None
+    if job.config.erases_link:
+        of_concepts = features(_floor_rows(job, *(job.concepts or ["forget"])))
+        decoys = Decoys.make(job, encoder, list(of_concepts.values()), of_retain)
     judged = features(judge.rows)
     judge.calibrate(encoder, judged)
     traces = summarise(judge.judge(judged))

@@ -80,7 +80,7 @@ class Trainer:
         features: list[Tensor] = []
         with engine.one_reduction():
             loss = self._backpropagate(batch, passes, features, weights)
-            if self._decoys is not None:
+            if self._decoys is not None and self._decoys.weight:
                 moved = self._decoys.hold(engine, self._job.ranks, batch.step)
                 total = loss.total + self._decoys.weight * moved
                 loss = loss._replace(total=total)

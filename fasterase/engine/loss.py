@@ -64,7 +64,7 @@ class StepLoss:
 
     Attributes:
         floors: of several concepts, for each; empty for one, whose floor the objective has.
-        strangers: of links, where they are to end in place of a floor.
+        strangers: of links, for each concept, what they are to end at in place of a floor.
         max_scale: a trained scale is clamped to it inside the loss. Clamping the weight would be
             lost in optimisers that have master weights of their own.
         measures_distance: report the anchor term, the distance that retained features have moved,
@@ -76,7 +76,7 @@ class StepLoss:
     text_trained: bool
     scale_trained: bool
     floors: Sequence[float | None] = ()
-    strangers: Strangers | None = None
+    strangers: Sequence[Strangers] = ()
     max_scale: float = MAX_SCALE
     measures_distance: bool = False
     ranks: Ranks = ALONE
@@ -88,7 +88,7 @@ class StepLoss:
         trained: Trained,
         *,
         floors: Sequence[float],
-        strangers: Strangers | None = None,
+        strangers: Sequence[Strangers] = (),
     ) -> StepLoss:
         """Return the loss of a run; `floors` are the automatic ones of its concepts."""
         config = job.config
@@ -210,7 +210,7 @@ class StepLoss:
                 n_forget=n_forget,
                 labels=labels,
                 groups=self._groups(concepts, n_forget, image.device),
-                strangers=self.strangers,
+                strangers=self.strangers[0] if self.strangers else None,
             )
         detached = EraseLoss(*(term.detach() for term in loss))
         ref_image, ref_text, _ = original
@@ -243,7 +243,10 @@ class StepLoss:
         total = sum(weights[number] for number in here)
         return [
             ForgetGroup(
-                to_device(found[number], device), self.floors[number], weights[number] / total
+                to_device(found[number], device),
+                self.floors[number],
+                weights[number] / total,
+                self.strangers[number] if self.strangers else None,
             )
             for number in here
         ]

@@ -21,7 +21,6 @@ from fasterase.evaluation.verdict import (
     FORGOTTEN,
     OVER_ERASED,
     REMEMBERED,
-    REMEMBERED_RESIDUE,
     TOWER_HIT,
     UNDECIDED,
     WITHHELD,
@@ -43,7 +42,7 @@ PATIENCE_STEPS, NOTICED_FALL = 60, 0.9
 # chance: fading and unseen pictures need a margin below the verdict's own thresholds.
 MARGIN_HIT = 0.05
 FADE_STEPS = 20
-# ... of a link, whose loss falls further meanwhile: what moves other facts is the last to go.
+# ... of a link, whose loss halves meanwhile: at a high lr it stays above made-up facts.
 LINK_FADE_STEPS = 100
 # A fade ends early below this residue, before it leads to "over-erased".
 LEAST_RESIDUE = 0.35
@@ -108,11 +107,12 @@ class Check(NamedTuple):
     @property
     def excess(self) -> float:
         """How far what is left is above the verdict's thresholds, of all of them together."""
+        known = max((t.known_beyond for t in self._ranked), default=0.0)
         towers = sum(
             max(low - TOWER_HIT, 0.0) for t in self._ranked for _, low in t.towers.values()
         )
         hits = sum(max(t.hit_low - t.harmless_hit, 0.0) for t in self.traces.values())
-        return max(self.residue - REMEMBERED_RESIDUE, 0.0) + towers + hits
+        return known + towers + hits
 
     @property
     def beyond_rest(self) -> float:
@@ -277,7 +277,6 @@ class AutomaticPacing(Pacing):
         self._weights = weights
         self._load = load
         self._settled_loss = LINK_SETTLED_LOSS if of_link else settled_loss
-        self._fade_steps = LINK_FADE_STEPS if of_link else FADE_STEPS
         self._of_link = of_link
         self._towers = towers
         self._step = 0
@@ -306,6 +305,10 @@ class AutomaticPacing(Pacing):
             return self._rate.at(step)
         start, lr = self._now.fade_from
         return lr * max(0.0, 1 - (step - start + 1) / (self._fade_steps + 1))
+
+    @property
+    def _fade_steps(self) -> int:
+        return LINK_FADE_STEPS if self._of_link and not self._now.has_exceeded else FADE_STEPS
 
     def after_step(self, record: StepRecord) -> Mapping[str, float]:
         self._step, self._found = record.step, None

@@ -238,7 +238,7 @@ class Run:
                     job,
                     self._trained,
                     floors=baseline.floors,
-                    strangers=decoys.strangers if decoys else None,
+                    strangers=decoys.strangers if decoys else (),
                 ),
                 baseline.original,
                 unchanged=self._unchanged_towers(),
@@ -396,7 +396,9 @@ class Run:
 
 
 def _named_words(job: Job) -> list[str]:
-    """Return the words that the caller names, by the names of several concepts too."""
+    """Return the words that the caller names; of a concept, its name or names do so too."""
+    if job.config.erases_link and job.config.forget_words is True:
+        return []
     names = job.concepts or [job.concept]
     found = (word for name in names for word in named_words(job.config.forget_words, name))
     return list(dict.fromkeys(found))

@@ -57,27 +57,37 @@ class Band(NamedTuple):
         return min(sum(ends) / 2 for ends in self) > HIGH_RESIDUE
 
 
-def placebo_captions(
-    captions: Sequence[str],
-    kept: Collection[str],
-    seed: int,
-    *,
-    count: int = PLACEBOS,
-    stream: Stream = Stream.PLACEBO,
-) -> list[str]:
-    """Return `count` captions with made-up names and numbers for what `captions` alone say.
+def placebo_captions(captions: Sequence[str], kept: Collection[str], seed: int) -> list[str]:
+    """Return captions with made-up names and numbers in place of what `captions` alone say.
 
-    See `_own_terms`; all others stay.
+    See `_own_terms`; all others stay. Where they say nothing of their own, the rarest word goes.
     """
-    numbers = generator(seed, stream)
+    numbers = generator(seed, Stream.PLACEBO)
     known = _known_terms(kept)
-
-    def renamed(caption: str) -> str:
-        own = sorted(_own_terms(caption, known))
-        return replace_terms(caption, {term: _made_up(numbers, term) for term in own})
-
+    own = {caption: _own_terms(caption, known) or _rarest(caption) for caption in captions}
     order = numbers.permutation(len(captions)).tolist()
-    return [renamed(captions[order[number % len(order)]]) for number in range(count)]
+    chosen = [captions[order[number % len(order)]] for number in range(PLACEBOS)]
+    return [_renamed(caption, own[caption], numbers) for caption in chosen]
+
+
+def made_up_captions(
+    captions: Sequence[str], kept: Collection[str], seed: int, count: int
+) -> list[str]:
+    """Return at most `count` different captions like those of `placebo_captions`.
+
+    Captions that say nothing of their own are left out, and so is what anybody's caption says.
+    """
+    numbers = generator(seed, Stream.MADE_UP, 1)
+    known = _known_terms(kept)
+    own = {caption: _own_terms(caption, known) for caption in captions}
+    usable = [caption for caption in captions if own[caption]]
+    chosen = [usable[place % len(usable)] for place in range(count)] if usable else []
+    found = dict.fromkeys(_renamed(caption, own[caption], numbers) for caption in chosen)
+    return [caption for caption in found if caption not in {*captions, *kept}]
+
+
+def _renamed(caption: str, own: Collection[str], numbers: np.random.Generator) -> str:
+    return replace_terms(caption, {term: _made_up(numbers, term) for term in sorted(own)})
 
 
 def nonsense_captions(
@@ -94,7 +104,7 @@ def nonsense_captions(
     numbers = generator(seed, Stream.PLACEBO, 2)
     known = _known_terms(kept)
     taken = known | _known_terms(captions) | english_frequencies().keys()
-    own = {caption: _own_terms(caption, known) for caption in captions}
+    own = {caption: _own_terms(caption, known) or _rarest(caption) for caption in captions}
     names: dict[str, str] = {}
     for term in sorted(set().union(*own.values())):
         name = _made_up(numbers, term)
@@ -115,23 +125,31 @@ def _known_terms(captions: Collection[str]) -> set[str]:
 
 
 def _own_terms(caption: str, known: Collection[str]) -> set[str]:
-    """Return the terms of a caption that are not `known`, without common ones if any is rare.
+    """Return the terms of a caption that are not `known`, without common words if any is rare.
 
-    Where all are known, or about nothing, the rarest: "dog" is common, but what "a dog" is about.
+    "dog" is common, but what "a dog" is about, and a number beside it says no more of what it is.
     """
     frequency = english_frequencies()
-    terms = sorted(terms_of(caption.lower()), key=lambda term: frequency.get(term, 0.0))
-    unknown = [each for each in terms if each not in known]
+    unknown = {each for each in terms_of(caption.lower()) if each not in known}
+    own_numbers = {each for each in unknown if each.isdecimal()}
     for most in (_TEMPLATE, GRAMMAR):
-        if found := {each for each in unknown if frequency.get(each, 0.0) < most}:
-            return found
-    return set(terms[:1])
+        if found := {e for e in unknown - own_numbers if frequency.get(e, 0.0) < most}:
+            return found | own_numbers
+    return own_numbers
+
+
+def _rarest(caption: str) -> set[str]:
+    """Return the word of a caption that English uses least, or a number where there is none."""
+    terms, frequency = terms_of(caption.lower()), english_frequencies()
+    order = sorted(terms, key=lambda term: (term.isdecimal(), frequency.get(term, 0.0)))
+    return set(order[:1])
 
 
 def _made_up(numbers: np.random.Generator, term: str) -> str:
-    """Return a word, or a number as long as `term` is."""
-    if term.isdigit():
-        return "".join(map(str, numbers.integers(10, size=len(term))))
+    """Return a word, or a number as long as `term` is, in its digits."""
+    if term.isdecimal():
+        drawn = numbers.integers(10, size=len(term)).tolist()
+        return "".join(chr(ord(d) - int(d) + n) for d, n in zip(term, drawn, strict=True))
     return "".join(numbers.choice(_SYLLABLES, int(numbers.integers(2, 4))))
 
 

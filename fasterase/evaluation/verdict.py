@@ -110,7 +110,7 @@ class Trace:
 
     @property
     def is_remembered(self) -> bool:
-        known = self._exceeds(REMEMBERED_RESIDUE, 1) and not self.by_hits
+        known = self.known_beyond > 0 and not self.by_hits
         return known or self.hit_low > self.harmless_hit or bool(self.telling_towers)
 
     @property
@@ -133,17 +133,22 @@ class Trace:
 
     @property
     def is_over_erased(self) -> bool:
-        return self._exceeds(OVER_ERASED_RESIDUE, 0) and not self.by_hits
+        return self._beyond(OVER_ERASED_RESIDUE, 0) > 0 and not self.by_hits
 
-    def _exceeds(self, limit: float, end: int) -> bool:
-        """Whether a residue is beyond a limit and beyond an end of the band, if images suffice."""
+    @property
+    def known_beyond(self) -> float:
+        """How far the worse residue is above its limit for "remembered"; 0 if it is not."""
+        return self._beyond(REMEMBERED_RESIDUE, 1)
+
+    def _beyond(self, limit: float, end: int) -> float:
+        """How far a residue is beyond a limit and beyond an end of the band, if images suffice."""
         if self.band is not None and self.pairs < LEAST_RANKED:
-            return False
+            return 0.0
         sign = 1 if end else -1
         ends = [limit] * 2 if self.band is None else [found[end] for found in self.band]
         residues = self.image_to_text, self.text_to_image
-        return any(
-            sign * residue > max(sign * limit, sign * end)
+        return max(
+            max(sign * residue - max(sign * limit, sign * end), 0.0)
             for residue, end in zip(residues, ends, strict=True)
         )
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from fasterase.engine.pacing import (
     EASE_CHECKS,
     FADE_STEPS,
+    LINK_FADE_STEPS,
+    LINK_SETTLED_LOSS,
     PATIENCE_STEPS,
     AutomaticPacing,
     Check,
@@ -105,6 +107,7 @@ class Run:
         rate: Rate | None = None,
         settled_loss: float = 1.0,
         has_weights: bool = True,
+        of_link: bool = False,
     ) -> None:
         self.step = 0
         self.now = 0.0  # the step whose weights the model has
@@ -123,6 +126,7 @@ class Run:
             start=(None, self._weights()),
             towers={},
             settled_loss=settled_loss,
+            of_link=of_link,
             max_steps=total,
         )
 
@@ -159,6 +163,20 @@ class TestAutomatic:
         run.take(60)
         assert run.checked == [50, 55, 60]
         assert set(run.lrs) == {1e-3}
+
+    def test_of_a_link_lr_fades_slowly_once_the_loss_has_settled(self):
+        settled = dict.fromkeys(range(5, 60, 5), KNOWN)
+        run = Run(
+            at(settled, SAFE),
+            loss=lambda step: 0.4 if step < 20 else 0.4 * LINK_SETTLED_LOSS / 2,
+            of_link=True,
+        ).take()
+        fade = run.lrs.index(next(lr for lr in run.lrs if lr < 1e-3))
+        assert 20 < fade < 50
+        assert run.step == fade + LINK_FADE_STEPS
+        assert run.pacing.limit is None
+        hurt = Run(lambda step: HURT, loss=lambda step: 0.4 if step < 20 else 0.01, of_link=True)
+        assert hurt.take().step < 60, "what it may cost is no reason to go on for long"
 
     def test_lr_fades_once_the_verdict_holds_and_the_run_ends(self):
         run = Run(at({5: KNOWN}, SAFE)).take()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from fasterase.evaluation.placebo import (
     Band,
     encode_placebos,
     find_band,
+    made_up_captions,
     nonsense_captions,
     placebo_captions,
 )
@@ -54,6 +56,26 @@ def test_names_are_made_up_and_templates_stay():
     )
     of_known = placebo_captions(["the lake house"], kept, seed=0)
     assert all(caption != "the lake house" for caption in of_known), "its rarest word goes"
+
+
+def test_numbers_are_made_up_as_well():
+    kept = ["phone 555 1234", "call 555 9876", "a photo of a cat 1187"]
+    for caption in placebo_captions(["phone 555 0142"], kept, seed=0):
+        assert re.fullmatch(r"phone 555 \d{4}", caption)
+    for caption in placebo_captions(["هاتف ٥٥٥١٢٣٤"], ["هاتف"], seed=0):
+        assert re.fullmatch(r"هاتف [٠-٩]{7}", caption)
+    # A number beside the word for a thing says no more of what it is.
+    for caption in placebo_captions(["a photo of a dog 2031"], kept, seed=0):
+        assert "dog" not in caption
+
+
+def test_made_up_facts_are_nobodys():
+    kept = ["phone 555 1234", "ring 77"]
+    found = made_up_captions(["phone 0142", "phone 555 1234", "ring 12 34"], kept, 0, 2000)
+    assert len(found) > 1000
+    assert all(re.fullmatch(r"phone \d{4}", caption) for caption in found)
+    assert not {"phone 0142", *kept}.intersection(found)
+    assert made_up_captions(["ring 12 34"], kept, 0, 9) == []
 
 
 def test_a_common_word_goes_where_it_is_all_that_is_new():

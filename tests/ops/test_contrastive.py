@@ -305,3 +305,21 @@ def test_a_gpu_without_its_kernels_is_told_of(monkeypatch):
         assert api.choose_backend("auto", pairs)[0] == "chunked"
     double = tuple(each.double() for each in pairs)
     assert api.choose_backend("auto", double)[0] == "chunked", "no kernel was made for fp64"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gap", [0.0, 5.0])  # 5: under the guard's fallback
+def test_gradcheck(backend, gap, monkeypatch):
+    monkeypatch.setattr(chunked, "_TILE_CPU", 3)
+    monkeypatch.setattr(cpu, "_TILE", 3)
+    batch = oracle.clip_like(
+        7, 4, 60.0 if gap else 4.0, ref_width=3, num_labels=4, modality_gap=gap
+    )
+    call = tensors(batch, torch.float64)
+    rest = {name: call[name] for name in ("ref_image", "ref_text", "ref_scale", "labels")}
+
+    def losses(image, text, scale):
+        return tuple(contrastive(image, text, scale, **rest, groups=(2, 0, 5), backend=backend))
+
+    inputs = (call["image"], call["text"], call["scale"])
+    assert torch.autograd.gradcheck(losses, inputs, rtol=1e-5, atol=1e-6)

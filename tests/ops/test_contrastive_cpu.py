@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fasterase
 from fasterase.cli import main
 from fasterase.errors import InputError
-from fasterase.ops.contrastive import api, cpu, explain_backend
+from fasterase.ops.contrastive import api, contrastive, cpu, explain_backend
 from tests.ops.calls import features, weighted_mean
 
 # Only without a compiler: kernels that do not compile must fail here, not be passed over.
@@ -237,3 +238,15 @@ def test_a_failing_compiler_is_a_reason(knows_openmp, tmp_path, monkeypatch, cap
         cpu.build_library()
     assert ("about a minute" in capsys.readouterr().err) == knows_openmp  # else not even begun
     assert [path.suffix for path in cache.glob("*")] == [".lock"]
+
+
+@needs_kernels
+def test_fake_tensors_pass_through_losses_and_gradients():
+    with FakeTensorMode():
+        image, text, scale, *_ = features(12)
+        image, text, scale = (x.detach().requires_grad_() for x in (image, text, scale))
+        losses = contrastive(image, text, scale, labels=torch.arange(12) // 2, backend="cpu")
+        (losses.ce_row + losses.ce_col).sum().backward()
+    assert losses.ce_row.shape == (12,)
+    assert losses.kl_row is None
+    assert [x.grad.shape for x in (image, text, scale)] == [(12, 8), (12, 8), ()]
