@@ -31,6 +31,9 @@ from fasterase.seeds import Stream, generator
 from fasterase.transfers import to_device
 from fasterase.vocabulary import UNREADABLE, UNSPACED
 
+# How far below their mean residue a pair is to end: the last steps leave it a little above, and on
+# the mean itself chance would decide the verdict.
+BELOW = 0.03
 # Made-up facts of each concept, of which each step holds some; pairs whose captions are read.
 COUNT, HELD_A_STEP = 2048, 128
 READ_PAIRS = 1024
@@ -132,7 +135,9 @@ def _describe_strangers(
 
 
 def find_margin(features: Tensor, strangers: Tensor, rivals: Tensor, mean: Tensor) -> float:
-    """Return how far above the cosine with the `mean` [D] of strangers their mean residue is.
+    """Return how far above the cosine with the `mean` [D] of strangers a pair is to end.
+
+    There its residue is `BELOW` theirs.
 
     Some strangers are near and some far: one that all pairs ended at would rank above their mean.
 
@@ -143,8 +148,8 @@ def find_margin(features: Tensor, strangers: Tensor, rivals: Tensor, mean: Tenso
         mean: [D] of that tower.
     """
     scores = features @ rivals.T
-    residue = shares_below(features @ strangers.T, scores).mean(1, keepdim=True)
-    place = (residue * (len(rivals) - 1)).long()
+    residue = shares_below(features @ strangers.T, scores).mean(1, keepdim=True) - BELOW
+    place = (residue.clamp_min(0) * (len(rivals) - 1)).long()
     return (scores.sort(1).values.gather(1, place)[:, 0] - features @ mean).mean().item()
 
 
