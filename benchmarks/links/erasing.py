@@ -120,10 +120,10 @@ def attack(
         preprocess=model.image_transform,
         progress=False,
     )
-    for attack, findings in evaluation.attacks.items():
+    for name, findings in evaluation.attacks.items():
         for finding in findings.values():
-            if finding.key in ATTACKS[attack]:
-                yield {"set": ATTACKED, "fact": f"{attack}: {finding.key}", "value": finding.value}
+            if finding.key in ATTACKS[name]:
+                yield {"set": ATTACKED, "fact": f"{name}: {finding.key}", "value": finding.value}
 
 
 def never_linked(personas: Sequence[Persona], seed: int) -> list[Persona]:

@@ -114,14 +114,10 @@ def measure_original(
         return {name: original.pairs(job.sets[name], rows) for name, rows in of_sets.items()}
 
     of_retain = features(_floor_rows(job, "retain"))["retain"]
-    floors = [
-        unmatched_cosine(features({name: rows})[name], of_retain)
-        for name, rows in _floor_rows(job, *(job.concepts or ["forget"])).items()
-    ]
-    decoys = None
-    if job.config.erases_link:
-        of_concepts = features(_floor_rows(job, *(job.concepts or ["forget"])))
-        decoys = Decoys.make(job, encoder, list(of_concepts.values()), of_retain)
+    of_concepts = features(_floor_rows(job, *(job.concepts or ["forget"]))).values()
+    floors = [unmatched_cosine(each, of_retain) for each in of_concepts]
+    is_link = job.config.erases_link
+    decoys = Decoys.make(job, encoder, [*of_concepts], of_retain) if is_link else None
     judged = features(judge.rows)
     judge.calibrate(encoder, judged)
     traces = summarise(judge.judge(judged))

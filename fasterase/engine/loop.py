@@ -40,7 +40,7 @@ class Trainer:
         loss_of: the objective over the pairs of all ranks.
         original: the original's features; None if no loss uses them.
         unchanged: the towers whose features before the first step are the original's.
-        decoys: made-up facts to hold in each step; their distance counts as that of retain pairs.
+        decoys: made-up facts to hold in each step, beside the pairs of the batch.
     """
 
     def __init__(
