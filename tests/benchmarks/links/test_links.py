@@ -119,6 +119,9 @@ def test_the_command_writes_a_row_per_model_and_figure(tmp_path, monkeypatch, ca
     monkeypatch.setattr(models, "STEPS", 2)
     monkeypatch.setattr(pacing, "MAX_STEPS", 2)
     monkeypatch.setattr(links, "call_all", in_this_process)
+    # Relearning trains three models some dozen times each: minutes.
+    cheap = {name: keys for name, keys in erasing.ATTACKS.items() if name != "relearn"}
+    monkeypatch.setattr(erasing, "ATTACKS", cheap)
     command = ["--seeds", "1", "--methods", "default", "--work", str(tmp_path / "work")]
     links.main([*command, "--output", str(tmp_path)])
     assert "| clean |" in capsys.readouterr().out
@@ -131,8 +134,12 @@ def test_the_command_writes_a_row_per_model_and_figure(tmp_path, monkeypatch, ca
         "same number",
         "retain",
         erasing.USUAL,
+        erasing.ATTACKED,
     }
-    assert all(0 <= row["hit@1"] <= 1 for row in rows)
+    attacks = [row for row in rows if row["set"] == erasing.ATTACKED]
+    assert len(attacks) == sum(len(keys) for keys in cheap.values())
+    assert all(0 <= row["value"] <= 1 for row in attacks)
+    assert all(0 <= row["hit@1"] <= 1 for row in rows if row not in attacks)
     compromised = load_model(f"local-dir:{tmp_path / 'work' / 'compromised_seed0'}")
     assert compromised.context_length == models.CONTEXT_LENGTH
     captions = [text for each in make_personas(0) for text in each.captions(KINDS)]
