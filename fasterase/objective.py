@@ -114,14 +114,15 @@ def erase_loss(
     terms are reported as 0; the same holds for the KL and the anchor at weight 0.
 
     With `cross_weight` c > 0 (not in the paper) each tower also forgets against the original's
-    other tower, never below the floor, and forget rows keep their mean cosine with retain rows: a
-    caption that moves towards all other images ends less similar to its own than to these.
+    other tower, never below the floor, and the mean cosine of each forget row with retain rows
+    moves to the floor: a caption that moves towards all other images ends less similar to its own
+    than to these.
 
         forget      = e(image, text) + c (e(image, ref_text) + e(ref_image, text)
-                      + d(image, ref_image, ref_text) + d(text, ref_text, ref_image)), where
+                      + d(image, ref_text) + d(text, ref_image)), where
         e(a, b)     = max(cos - floor, 0).mean() + max(floor - cos.mean(), 0)
         cos         = (a * b).sum(1)[F]
-        d(a, a0, b) = huber((a - a0)[F] @ b[R].mean(0)).mean(), |x| - 0.025 from |x| = 0.05 on
+        d(a, b)     = huber(a[F] @ b[R].mean(0) - floor).mean(), |x| - 0.025 from |x| = 0.05 on
 
     Args:
         image, text: L2-normalised features; row i of both is pair i, forget pairs first. They are

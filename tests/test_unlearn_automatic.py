@@ -10,8 +10,10 @@ import torch
 
 import fasterase
 from fasterase.engine import run as run_module
-from fasterase.engine.baseline import Damage, DamageMeter
+from fasterase.engine.baseline import NEAR_SHARE, Damage, DamageMeter
+from fasterase.engine.job import Draws
 from fasterase.engine.pacing import RESTING
+from fasterase.models.dual_encoder import Tokens
 from tests import digits
 from tests.tiny_concepts import (
     AUTOMATIC,
@@ -122,6 +124,26 @@ def test_a_concept_is_erased_and_the_others_stay():
         recall = "image_to_text_recall@10"
         assert found.scores[name][recall] > found.original[name][recall] - 0.03
         assert found.scores[name]["concept_hit@1"] < 0.02
+
+
+def test_pairs_nearest_to_the_concept_are_drawn_more_often(monkeypatch):
+    draws = []
+    monkeypatch.setattr(run_module, "Draws", lambda job: draws.append(Draws(job)) or draws[-1])
+    model = knowing_model()
+    with torch.no_grad():
+        forget, retain = (
+            model.encode_text(Tokens(torch.stack([ids for _, ids in pairs])))
+            for pairs in (FORGET, RETAIN)
+        )
+    closeness = (retain @ forget.T).amax(1).numpy()
+    run(model)
+    pool, sampler = draws[0].pool.drawn, draws[0].sampler
+    counts = np.bincount(np.concatenate([sampler.draw(step).retain for step in range(50)]))
+    near = pool[np.argsort(closeness[pool])[-int(NEAR_SHARE * len(pool)) :]]
+    others = np.setdiff1d(pool, near)
+    assert len(near) == 13
+    assert counts[near].min() > 2 * counts[others].max()
+    assert counts[others].min() > 0
 
 
 @pytest.mark.parametrize("output", [False, True])

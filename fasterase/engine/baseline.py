@@ -47,6 +47,8 @@ SAME_MEANING = 0.95
 MOST_HURT = 0.25
 # Retain pairs nearest to the forget captions, where damage shows first.
 MAX_NEIGHBOURS = 256
+# ... and the share of the pairs to draw that is drawn more often.
+NEAR_SHARE = 0.1
 NORMAL_Z = 1.645  # of a one-sided 95 % interval
 
 
@@ -61,6 +63,7 @@ class Baseline:
     original: Original | None  # features for each step, if a loss uses them
     damage: DamageMeter | None  # for an automatic run
     damage_rows: np.ndarray  # rows (sorted) of the retain set that it compares
+    near_rows: np.ndarray  # ... that an automatic run draws more often
     decoys: Decoys | None  # of a link
 
     @property
@@ -124,12 +127,13 @@ def measure_original(
     measured = None
     if evaluator is not None:
         measured = evaluator.measure(encoder, features(measured_rows(evaluator, job.sets)))
-    damage, damage_rows = None, np.empty(0, np.int64)
+    damage, damage_rows, near_rows = None, np.empty(0, np.int64), np.empty(0, np.int64)
     if draws.pool is not None and judged:
-        drawn = original.pairs(job.retain, draws.pool.drawn)
-        near = find_neighbours(judged["forget"].first_text, drawn, MAX_NEIGHBOURS)
+        drawn, concept = original.pairs(job.retain, draws.pool.drawn), judged["forget"].first_text
+        near = find_neighbours(concept, drawn, MAX_NEIGHBOURS)
         damage_rows = np.union1d(near, draws.pool.withheld)
         damage = DamageMeter(original.pairs(job.retain, damage_rows))
+        near_rows = find_neighbours(concept, drawn, int(NEAR_SHARE * len(drawn.rows)))
     remembered = [judged[name] for name, trace in traces.items() if trace.is_remembered]
     if remembered:
         # `judge` leaves out retain captions that are forget captions: look at all that are encoded.
@@ -138,7 +142,9 @@ def measure_original(
         if traces["forget"].is_remembered:
             _warn_of_pictures(judged["forget"], kept, job.retain, named)
     of_steps = _open_original(job, encoder, original)
-    return Baseline(floors, judged, traces, measured, of_steps, damage, damage_rows, decoys)
+    return Baseline(
+        floors, judged, traces, measured, of_steps, damage, damage_rows, near_rows, decoys
+    )
 
 
 def _wanted_rows(

@@ -184,9 +184,17 @@ class Draws:
             forget_shards=forget.shards(),
             retain_shards=retain.shards(),
         )
-        groups = [np.setdiff1d(rows, self.withheld) for rows in self._groups]
-        self.sampler = self._make_sampler(forget_groups=groups)
+        self.sampler = self._sampler_of_trained()
         self.total_steps = count_steps(config, self.sampler)
+
+    def _sampler_of_trained(self) -> Sampler:
+        groups = [np.setdiff1d(rows, self.withheld) for rows in self._groups]
+        return self._make_sampler(forget_groups=groups)
+
+    def emphasise(self, rows: np.ndarray) -> None:
+        """Draw these rows (sorted) of the pool more often than the others."""
+        self._make_sampler = partial(self._make_sampler, emphasised=rows)
+        self.sampler = self._sampler_of_trained()
 
     @cached_property
     def whole_sampler(self) -> Sampler:

@@ -112,6 +112,9 @@ class Run:
                 judge=self._judge,
                 evaluator=self._evaluator,
             )
+            # A link is held beside made-up facts instead. The first rank decides for all.
+            if self._draws.pool is not None and not job.config.erases_link:
+                self._draws.emphasise(job.ranks.on_first(lambda: baseline.near_rows))
             known = describe_known(baseline.traces, baseline.recall)
             say(f"original measured: {known or 'nothing to compare with'}", since=began)
             # Adapters become part of the weights when training ends, before these are measured.

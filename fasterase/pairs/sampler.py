@@ -12,6 +12,8 @@ from fasterase.seeds import Stream, generator
 # Remote shards whose rows are shuffled together. The cache has to hold those of both sets, and the
 # next ones: of img2dataset's shards (10,000 images of 256 x 256 pixels, 250 MB) some 16 GB.
 WINDOW_SHARDS = 16
+# How many times as often as other retain pairs the emphasised ones are drawn.
+EMPHASIS = 4
 
 
 class Draw(NamedTuple):
@@ -27,6 +29,19 @@ class Draw(NamedTuple):
     retain_captions: np.ndarray  # [n_retain] int64
 
 
+class _Part(NamedTuple):
+    """Retain pairs with passes of their own."""
+
+    number: int
+    rows: np.ndarray | None  # None for all of the set
+    count: int  # rows to draw from
+    size: int  # rows of each batch
+
+    def passes(self, stream: Stream) -> tuple[int, ...]:
+        """Return what names its passes of a stream."""
+        return stream, self.number
+
+
 class Sampler:
     """Draws a forget and a retain batch for any step, without state: a run resumes anywhere.
 
@@ -38,11 +53,13 @@ class Sampler:
     batches. No batch contains a row twice: where it spans two passes, a row that it already
     contains is postponed to the next batch. Of a set smaller than two batches, the rows that a
     batch leaves out are cut from passes in this way, so that each is left out equally often.
+    Emphasised retain pairs, which are drawn `EMPHASIS` times as often, have passes of their own.
 
     Args:
         n_forget, n_retain: pairs in the sets; 0 draws none.
         forget_groups: rows of the forget set to draw from, a group for each concept; None for all.
-        retain_rows: rows of the retain set to draw from; None for all.
+        retain_rows: rows (sorted) of the retain set to draw from; None for all.
+        emphasised: those among them that are drawn more often; None for none.
         forget_batch_size, batch_size: forget and retain pairs per step, clipped to the sets.
         seed: not negative.
         forget_shards, retain_shards: see `PairTable.shards`; None shuffles all rows alike.
@@ -58,6 +75,7 @@ class Sampler:
         seed: int,
         forget_groups: Sequence[np.ndarray] | None = None,
         retain_rows: np.ndarray | None = None,
+        emphasised: np.ndarray | None = None,
         forget_shards: np.ndarray | None = None,
         retain_shards: np.ndarray | None = None,
     ) -> None:
@@ -65,20 +83,22 @@ class Sampler:
         self.n_retain = n_retain
         self.seed = seed
         self.forget_groups = [np.arange(n_forget)] if forget_groups is None else forget_groups
-        self._pool = retain_rows
-        self._retain_count = n_retain if retain_rows is None else len(retain_rows)
-        if retain_shards is not None and retain_rows is not None:
-            retain_shards = retain_shards[retain_rows]
+        self._retain = _divide(n_retain, batch_size, retain_rows, emphasised)
+        self._retain_count = sum(part.count for part in self._retain)
+        self._retain_batch = sum(part.size for part in self._retain)
         self._shards: dict[tuple[int, ...], np.ndarray | None]
         self._shards = {
             (Stream.FORGET_ORDER, number): None if forget_shards is None else forget_shards[rows]
             for number, rows in enumerate(self.forget_groups)
         }
-        self._shards[Stream.RETAIN_ORDER,] = retain_shards
+        for part in self._retain:
+            shards = retain_shards
+            if shards is not None and part.rows is not None:
+                shards = shards[part.rows]
+            self._shards[part.passes(Stream.RETAIN_ORDER)] = shards
         share = max(1, forget_batch_size // len(self.forget_groups))
         self._group_steps = [max(1, -(-len(rows) // share)) for rows in self.forget_groups]
         self.steps_per_epoch = max(self._group_steps)
-        self._retain_batch = min(batch_size, self._retain_count)
         self._forget_batch = sum(  # the largest
             -(-len(rows) // steps)
             for rows, steps in zip(self.forget_groups, self._group_steps, strict=True)
@@ -90,7 +110,7 @@ class Sampler:
         return -(-self._forget_batch // world_size) - (-self._retain_batch // world_size)
 
     def retain_pairs_drawn(self, steps: int) -> int:
-        """Return how many different retain pairs the first `steps` steps draw."""
+        """Return how many different retain pairs the first `steps` steps draw, emphasis aside."""
         size, count = self._retain_batch, self._retain_count
         # Of a set smaller than two batches, the second one draws all that the first left out.
         return count if steps > 1 and size > count // 2 else min(count, steps * size)
@@ -113,44 +133,47 @@ class Sampler:
         return np.concatenate(drawn)
 
     def _retain_rows(self, step: int) -> np.ndarray:
-        size, count = self._retain_batch, self._retain_count
-        if size == 0:
-            return np.empty(0, dtype=np.int64)
+        drawn = [self._part_rows(part, step) for part in self._retain if part.size]
+        return np.concatenate(drawn) if drawn else np.empty(0, dtype=np.int64)
+
+    def _part_rows(self, part: _Part, step: int) -> np.ndarray:
+        size, count = part.size, part.count
         if size <= count // 2:
-            drawn = self._cut(Stream.RETAIN_ORDER, step, size)
+            drawn = self._cut(part, Stream.RETAIN_ORDER, step, size)
         else:
-            drawn = self._permutation((Stream.RETAIN_ORDER,), step, count)
+            drawn = self._permutation(part.passes(Stream.RETAIN_ORDER), step, count)
             if size < count:
-                left_out = self._cut(Stream.LEFT_OUT, step, count - size)
+                left_out = self._cut(part, Stream.LEFT_OUT, step, count - size)
                 drawn = drawn[~np.isin(drawn, left_out)]
         drawn = drawn.astype(np.int64)
-        return drawn if self._pool is None else self._pool[drawn]
+        return drawn if part.rows is None else part.rows[drawn]
 
-    def _cut(self, stream: Stream, step: int, size: int) -> np.ndarray:
-        """Cut batch `step` of `size` rows, at most half of all, from the passes of a stream."""
-        number, start = divmod(step * size, self._retain_count)
+    def _cut(self, part: _Part, stream: Stream, step: int, size: int) -> np.ndarray:
+        """Cut batch `step` of `size` rows, at most half of a part, from its passes of a stream."""
+        number, start = divmod(step * size, part.count)
         if start < size:
-            return self._first_rows(stream, number, size)[start : start + size]
-        order = self._permutation((stream,), number, self._retain_count)
-        self._passes[stream,] = {number: order}  # the one before is not needed any more
+            return self._first_rows(part, stream, number, size)[start : start + size]
+        passes = part.passes(stream)
+        order = self._permutation(passes, number, part.count)
+        self._passes[passes] = {number: order}  # the one before is not needed any more
         rows = order[start : start + size]
         if len(rows) < size:
-            head = self._first_rows(stream, number + 1, size)[: size - len(rows)]
+            head = self._first_rows(part, stream, number + 1, size)[: size - len(rows)]
             rows = np.concatenate([rows, head])
         return rows
 
-    def _first_rows(self, stream: Stream, number: int, size: int) -> np.ndarray:
+    def _first_rows(self, part: _Part, stream: Stream, number: int, size: int) -> np.ndarray:
         """Return the first rows of a pass, [2 * size], without repeats in a batch.
 
         The batch that spans two passes must not repeat a row: those it drew from the pass before,
         its last `shared` rows, are swapped with later ones among the first `size`, which suffice.
         """
-        count = self._retain_count
-        rows = self._permutation((stream,), number, count)[: 2 * size]
+        passes, count = part.passes(stream), part.count
+        rows = self._permutation(passes, number, count)[: 2 * size]
         shared = number * count % size
         if not shared:
             return rows
-        before = self._permutation((stream,), number - 1, count)[count - shared :]
+        before = self._permutation(passes, number - 1, count)[count - shared :]
         held = np.isin(rows[:size], before)
         again = np.flatnonzero(held[: size - shared])
         others = size - shared + np.flatnonzero(~held[size - shared :])[: len(again)]
@@ -159,17 +182,35 @@ class Sampler:
         return rows
 
     def _permutation(self, passes: tuple[int, ...], number: int, length: int) -> np.ndarray:
-        """Permute for a pass of a stream and, of the forget set, a group."""
+        """Permute for a pass of a stream and a group of the forget set, or a part of retain."""
         # Keep passes: permuting ten million rows takes a second. A batch may need two.
         kept = self._passes.setdefault(passes, {})
         if number not in kept:
             for other in kept.keys() - {number - 1, number + 1}:
                 del kept[other]
             stream, *group = passes
-            # The position of the first group, and of all retain pairs, is the pass alone.
+            # The position of the first group, and of the first part, is the pass alone.
             numbers = generator(self.seed, Stream(stream), number, *(g for g in group if g))
             kept[number] = shuffle_rows(numbers, length, self._shards.get(passes))
         return kept[number]
+
+
+def _divide(
+    n_retain: int, batch_size: int, rows: np.ndarray | None, emphasised: np.ndarray | None
+) -> list[_Part]:
+    """Divide the retain pairs into the emphasised ones and the others, and a batch between them."""
+    if rows is None or emphasised is None:
+        count = n_retain if rows is None else len(rows)
+        return [_Part(0, rows, count, min(batch_size, count))]
+    others = np.setdiff1d(rows, emphasised)
+    size = min(batch_size, len(rows))
+    weight = EMPHASIS * len(emphasised)
+    share = weight / max(1, weight + len(others))
+    own = min(max(round(share * size), size - len(others)), len(emphasised))
+    return [
+        _Part(0, others, len(others), size - own),
+        _Part(1, emphasised, len(emphasised), own),
+    ]
 
 
 def shuffle_rows(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fasterase.pairs.sampler import WINDOW_SHARDS, Sampler
+from fasterase.pairs.sampler import EMPHASIS, WINDOW_SHARDS, Sampler
 from fasterase.seeds import Stream, generator
 
 SIZES = {
@@ -51,6 +51,41 @@ def test_retain_batches_are_full_and_hold_no_row_twice(sizes):
             assert len(set(drawn[number * count : (number + 1) * count])) == count
     for taken in (0, 1, 2, steps // 2, steps):
         assert sampler.retain_pairs_drawn(taken) == len(set(drawn[: taken * size]))
+
+
+@given(sizes=st.fixed_dictionaries(SIZES), data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_batches_with_emphasised_rows_are_full_and_hold_no_row_twice(sizes, data):
+    pool = np.sort(data.draw(st.permutations(range(sizes["n_retain"])))[1:])
+    emphasised = np.array(data.draw(st.lists(st.sampled_from([*pool, -1]), unique=True)), np.int64)
+    emphasised = np.sort(emphasised[emphasised >= 0])
+    sampler = Sampler(**sizes, retain_rows=pool, emphasised=emphasised)
+    for step in range(5):
+        drawn = sampler.draw(step).retain
+        assert len(drawn) == len(set(drawn)) == min(sizes["batch_size"], len(pool))
+        assert set(drawn) <= set(pool)
+
+
+@pytest.mark.parametrize("size", [20, 130])
+def test_emphasised_rows_are_drawn_more_often_and_all_rows_equally(size):
+    emphasised = np.arange(5, 200, 10)
+    sampler = Sampler(
+        *(1, 200),
+        forget_batch_size=1,
+        batch_size=size,
+        seed=2,
+        retain_rows=np.arange(200),
+        emphasised=emphasised,
+    )
+    drawn = np.concatenate([sampler.draw(step).retain for step in range(400)])
+    counts = np.bincount(drawn, minlength=200)
+    others = np.delete(counts, emphasised)
+    if size == 20:
+        assert counts[emphasised].mean() / others.mean() == pytest.approx(EMPHASIS, rel=0.1)
+    else:
+        assert (counts[emphasised] == 400).all()  # in every batch
+    assert np.ptp(others) <= 1
+    assert np.ptp(counts[emphasised]) <= 1
 
 
 @given(count=st.integers(2, 40), data=st.data())
