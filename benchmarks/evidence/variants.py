@@ -1,11 +1,11 @@
 """Would another recipe be better? Variants of the default, on the validation concepts.
 
-    python -m benchmarks.evidence.variants [--processes 2] [--seeds 3]
+    python -m benchmarks.evidence.variants [--processes 2] [--seeds 3] [--concepts SUBGROUP ...]
 
 The variants (varied.py) are ideas for less damage, for deeper forgetting, or for a
 concept that relearning does not bring back so soon. Those that looked best have several seeds, the
-others one. They erase the concepts on which recipes are tuned, never those that the other tables
-report. Each run is kept in --work as soon as it is measured, so an interrupted command resumes.
+others one. They erase subgroups with many near neighbours, never those that the other tables report;
+`--titles` chooses among them. Each run is kept in --work as soon as it is measured, so an interrupted command resumes.
 Writes variants.csv to --output, a row per variant, and prints the table.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.command import VALIDATION, comparison_parser, exit_with
+from benchmarks.command import CROWDED, VALIDATION, comparison_parser, exit_with
 from benchmarks.evidence.attacks import attacks_of
 from benchmarks.evidence.cells import ORIGINAL, VARIANTS, Cell, as_text, run_cells
 from benchmarks.evidence.table import ATTACKED, as_table, by_place, summarise
@@ -22,14 +22,17 @@ from benchmarks.result_files import write_csv
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = comparison_parser(__doc__, work="runs/variants", seeds=3)
+    known = sorted({*CROWDED, *VALIDATION})
+    parser.add_argument("--concepts", nargs="+", default=CROWDED, choices=known, metavar="SUBGROUP")
+    parser.add_argument("--titles", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     options = parser.parse_args(argv)
     seeds = range(options.seeds)
-    cells = [Cell(ORIGINAL, "{}", place, seed) for place in VALIDATION for seed in seeds]
+    cells = [Cell(ORIGINAL, "{}", place, seed) for place in options.concepts for seed in seeds]
     cells += [
-        Cell(title, as_text(each.settings[0]), place, seed, attacks_of(ATTACKED))
-        for title, each in VARIANTS.items()
-        for place in VALIDATION
-        for seed in seeds[: each.most_seeds]
+        Cell(title, as_text(VARIANTS[title].settings[0]), place, seed, attacks_of(ATTACKED))
+        for title in options.titles
+        for place in options.concepts
+        for seed in seeds[: VARIANTS[title].most_seeds]
     ]
     found = run_cells(cells, options.work, options.processes)
     order = [ORIGINAL, *VARIANTS]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import ConcatDataset
 
 from benchmarks.evidence.closed_form import encode_captions, encode_images, encode_texts
 from benchmarks.evidence.task import Method, Setting, Task, plain_config, train
@@ -17,6 +18,7 @@ from benchmarks.evidence.trained import OFF, erase_by_default
 from fasterase.demo import emoji
 from fasterase.demo.run import recipe_config
 from fasterase.demo.sets import Drawings, open_teams
+from fasterase.engine import baseline
 from fasterase.models.dual_encoder import DualEncoder
 
 
@@ -30,13 +32,10 @@ def erase_to_a_higher_floor(task: Task, setting: Setting) -> None:
     erase_by_default(task, {"floor": floor})
 
 
-def erase_with_neighbours_drawn_more(task: Task, setting: Setting) -> None:
-    """Give the `share` of retain pairs with captions nearest to forgotten ones `copies` times."""
-    forget = encode_captions(task.model, task.sets.forget)
-    closeness = (encode_captions(task.model, task.sets.retain) @ forget.T).amax(1)
-    nearest = closeness.topk(int(setting["share"] * len(closeness))).indices.tolist()
-    copies = [Subset(task.sets.retain, nearest)] * (setting["copies"] - 1)
-    _erase_beside(task, ConcatDataset([task.sets.retain, *copies]))
+def erase_with_all_drawn_alike(task: Task, setting: Setting) -> None:
+    """Draw no retain pairs more often than others."""
+    with patch.object(baseline, "NEAR_SHARE", 0.0):
+        erase_by_default(task, {})
 
 
 def erase_beside_unlabelled_pictures(task: Task, setting: Setting) -> None:
@@ -162,12 +161,11 @@ def _tried(title: str, erase: Callable[[Task, Setting], None], **setting: Any) -
     return Method(title, "", erase, [setting], most_seeds=1)
 
 
-NEIGHBOURS = [{"share": 0.1, "copies": 4}]
 METHODS = (
     Method("the default", "", erase_by_default, [{}]),
     Method("thorough", "", erase_by_default, [{"thorough": True}]),
     Method("a higher floor", "", erase_to_a_higher_floor, [{"deviations": 0.3}]),
-    Method("neighbours drawn more often", "", erase_with_neighbours_drawn_more, NEIGHBOURS),
+    Method("all pairs drawn alike", "", erase_with_all_drawn_alike, [{}]),
     _tried("pictures without captions", erase_beside_unlabelled_pictures),
     _tried("captions without pictures", erase_beside_unlabelled_captions),
     _tried("all wordings of what is kept", erase_beside_all_wordings),
