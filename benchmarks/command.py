@@ -18,9 +18,9 @@ TEST = (
     *("food-fruit", "animal-bird", "food-sweet", "drink"),
     *("transport-air", "musical-instrument", "plant-flower", "sport"),
 )
-# Where variants of the recipe are compared, since damage shows there: of each group, the subgroup of
-# ten or more concepts with the most near neighbours (mean number of other names within a cosine of
-# .6 under the original) that is not tested on.
+# Where variants of the recipe are compared, since damage shows there: of each group, the subgroup
+# of ten or more concepts with the most near neighbours (mean number of other names within a cosine
+# of .6 under the original) that is not tested on.
 CROWDED = ("face-smiling", "plant-other", "food-asian", "place-other", "event", "book-paper")
 
 

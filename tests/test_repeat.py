@@ -96,6 +96,7 @@ def test_what_a_file_cannot_hold_is_to_be_given_anew(
     arguments, named, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setitem(vars(fasterase), "unlearn", unlearn := FakeApi())
+    monkeypatch.chdir(tmp_path)
     file = tmp_path / "config.yaml"
     text, _ = described(**arguments)
     file.write_text(text)

@@ -1,12 +1,13 @@
-"""Would another recipe be better? Variants of the default, on the validation concepts.
+"""Would another recipe be better? Variants of the default, where damage shows.
 
     python -m benchmarks.evidence.variants [--processes 2] [--seeds 3] [--concepts SUBGROUP ...]
 
 The variants (varied.py) are ideas for less damage, for deeper forgetting, or for a
 concept that relearning does not bring back so soon. Those that looked best have several seeds, the
-others one. They erase subgroups with many near neighbours, never those that the other tables report;
-`--titles` chooses among them. Each run is kept in --work as soon as it is measured, so an interrupted command resumes.
-Writes variants.csv to --output, a row per variant, and prints the table.
+others one; `--titles` chooses among them. They erase subgroups with many near neighbours, never
+those that the other tables report. Each run is kept in --work as soon as it is measured, so an
+interrupted command resumes. Writes variants.csv to --output, a row per variant, and prints the
+table.
 """
 
 from __future__ import annotations
