@@ -111,8 +111,8 @@ class UnlearnConfig:
     Args:
         epochs: `"auto"` trains until the verdict is "forgotten", within `max_damage` and 400 steps
             (or one pass over the forget set, if that is more); a number is passes over the forget
-            set. The retain set is cycled, with "auto" the tenth nearest to forget captions four
-            times as often as the rest.
+            set. The retain set is cycled, with "auto" the tenth nearest to forget captions up to
+            four times as often as the rest.
         max_steps: number of optimiser steps; replaces `epochs`.
         max_damage: share of recall@1 that retain pairs withheld from training, and the forget set's
             neighbours, may lose with `epochs="auto"` (0.03 is 3 points); `None` for any. It counts

@@ -1,7 +1,8 @@
 """The streams of random numbers of a run, in one table so that no two ever coincide.
 
 Every draw depends only on the run's seed, its stream and its position (step, row, ...). A resumed
-run, or one with another number of workers, therefore repeats it. The bootstrap
+run, or one with another number of workers, therefore repeats it. (Which retain pairs an automatic
+run draws more often rests on the original's features; checkpoints keep them.) The bootstrap
 (`evaluation/metrics.py`) and the demo's split (`demo/sets.py`) have generators of their own.
 """
 
@@ -17,7 +18,7 @@ class Stream(enum.IntEnum):
     """One entry per use of random numbers; the values are part of what a seed means."""
 
     FORGET_ORDER = 0  # permutation of the forget set, per pass
-    RETAIN_ORDER = 1  # permutation of the retain set, per pass
+    RETAIN_ORDER = 1  # permutation of the retain set, per pass and part
     CAPTIONS = 2  # which caption of a pair, per step
     AUGMENTATION = 3  # view of a forget image, per step and position in the batch
     DATASET = 4  # global generators while a dataset with its own randomness is read, per item
@@ -28,7 +29,7 @@ class Stream(enum.IntEnum):
     RETAIN_POOL = 9  # retain pairs of the automatic recipe, and those withheld to measure damage
     EXAMPLES = 10  # captions and pictures of the picture sheet
     PROBE = 11  # folds of the probing attack
-    LEFT_OUT = 12  # retain rows left out of batches larger than half the set, per pass
+    LEFT_OUT = 12  # retain rows left out of batches larger than half the set, per pass and part
     PROMPT = 13  # images, words and replacements of the search for prompts
     LORA = 14  # low-rank adapters as they begin
     LATENTS = 15  # pictures of the diffusion check, per prompt and picture

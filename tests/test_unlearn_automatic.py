@@ -9,12 +9,14 @@ import pytest
 import torch
 
 import fasterase
+from fasterase.engine import baseline
 from fasterase.engine import run as run_module
 from fasterase.engine.baseline import NEAR_SHARE, Damage, DamageMeter
 from fasterase.engine.job import Draws
 from fasterase.engine.pacing import RESTING
 from fasterase.models.dual_encoder import Tokens
 from tests import digits
+from tests.marks import SHORT_RUN
 from tests.tiny_concepts import (
     AUTOMATIC,
     CONCEPTS,
@@ -126,9 +128,15 @@ def test_a_concept_is_erased_and_the_others_stay():
         assert found.scores[name]["concept_hit@1"] < 0.02
 
 
-def test_pairs_nearest_to_the_concept_are_drawn_more_often(monkeypatch):
-    draws = []
-    monkeypatch.setattr(run_module, "Draws", lambda job: draws.append(Draws(job)) or draws[-1])
+@pytest.fixture
+def draws(monkeypatch):
+    """What the steps of each run may draw."""
+    found = []
+    monkeypatch.setattr(run_module, "Draws", lambda job: found.append(Draws(job)) or found[-1])
+    return found
+
+
+def test_pairs_nearest_to_the_concept_are_drawn_more_often(draws):
     model = knowing_model()
     with torch.no_grad():
         forget, retain = (
@@ -144,6 +152,25 @@ def test_pairs_nearest_to_the_concept_are_drawn_more_often(monkeypatch):
     assert len(near) == 13
     assert counts[near].min() > 2 * counts[others].max()
     assert counts[others].min() > 0
+
+
+@SHORT_RUN
+def test_a_resumed_run_draws_the_same_pairs_more_often(draws, tmp_path, monkeypatch):
+    """Features that are encoded anew may round differently, and others be the nearest."""
+    run(knowing_model(), output_dir=tmp_path, callback=lambda record: record.step == 2)
+    monkeypatch.setattr(baseline, "find_neighbours", lambda *_, **__: np.arange(3))
+    run(knowing_model(), output_dir=tmp_path, callback=lambda record: record.step == 4)
+    first, resumed = (each.emphasised for each in draws)
+    assert first == resumed
+    assert len(first) == 13
+
+
+@SHORT_RUN
+@pytest.mark.parametrize("kind", ["numbers of steps", "link"])
+def test_other_runs_draw_all_pairs_alike(kind, draws):
+    options = {"erase": "link"} if kind == "link" else {"max_steps": 1, "lr": 1e-3}
+    run(knowing_model(), **options, callback=lambda record: True)
+    assert draws[0].emphasised == []
 
 
 @pytest.mark.parametrize("output", [False, True])

@@ -47,7 +47,7 @@ SAME_MEANING = 0.95
 MOST_HURT = 0.25
 # Retain pairs nearest to the forget captions, where damage shows first.
 MAX_NEIGHBOURS = 256
-# ... and the share of the pairs to draw that is drawn more often.
+# Share of the retain pairs, the nearest to the forget captions, that is drawn more often.
 NEAR_SHARE = 0.1
 NORMAL_Z = 1.645  # of a one-sided 95 % interval
 
@@ -63,7 +63,7 @@ class Baseline:
     original: Original | None  # features for each step, if a loss uses them
     damage: DamageMeter | None  # for an automatic run
     damage_rows: np.ndarray  # rows (sorted) of the retain set that it compares
-    near_rows: np.ndarray  # ... that an automatic run draws more often
+    near_rows: np.ndarray  # rows (sorted) of it that an automatic run draws more often
     decoys: Decoys | None  # of a link
 
     @property
@@ -133,7 +133,9 @@ def measure_original(
         near = find_neighbours(concept, drawn, MAX_NEIGHBOURS)
         damage_rows = np.union1d(near, draws.pool.withheld)
         damage = DamageMeter(original.pairs(job.retain, damage_rows))
-        near_rows = find_neighbours(concept, drawn, int(NEAR_SHARE * len(drawn.rows)))
+        # What means the same as a forget caption would bring the concept back.
+        count = int(NEAR_SHARE * len(drawn.rows))
+        near_rows = find_neighbours(concept, drawn, count, most=SAME_MEANING)
     remembered = [judged[name] for name, trace in traces.items() if trace.is_remembered]
     if remembered:
         # `judge` leaves out retain captions that are forget captions: look at all that are encoded.
@@ -344,10 +346,21 @@ class DamageMeter:
         return find_position(similarity, self._alike[own]).hit(1)
 
 
-def find_neighbours(forget_text: Tensor, retain: PairFeatures, count: int) -> np.ndarray:
-    """Return `count` rows (sorted) of pairs whose captions are nearest to `forget_text` [m, D]."""
-    nearest = closeness(forget_text, retain.first_text)
-    order = nearest.argsort(descending=True, stable=True)[:count]
+def find_neighbours(
+    forget_text: Tensor, retain: PairFeatures, count: int, *, most: float = math.inf
+) -> np.ndarray:
+    """Return `count` rows (sorted) of pairs whose captions are nearest to `forget_text` [m, D].
+
+    Those that are nearer than the cosine `most` are left out. Equal captions are equally near.
+    """
+    first: dict[str, int] = {}
+    for row, caption in enumerate(retain.first_captions):
+        first.setdefault(caption, row)
+    number = {caption: i for i, caption in enumerate(first)}
+    own = torch.tensor([number[caption] for caption in retain.first_captions], dtype=torch.long)
+    nearest = closeness(forget_text, retain.first_text[list(first.values())])[own]
+    order = nearest.argsort(descending=True, stable=True)
+    order = order[nearest[order] <= most][:count]
     return np.sort(retain.rows[order.numpy()])
 
 

@@ -7,7 +7,7 @@ import logging
 import shutil
 import zlib
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ class Checkpoint:
     pacing: dict[str, Any]
     best: dict[str, Tensor]  # weights, where the pacing holds them
     seconds: float  # of the run so far
+    # Retain rows that steps draw more often: made again, their features may round differently.
+    emphasised: Sequence[int] = ()
 
 
 class CheckpointFolder:
@@ -110,6 +112,7 @@ class CheckpointFolder:
             "non_finite": checkpoint.non_finite,
             "pacing": checkpoint.pacing,
             "seconds": checkpoint.seconds,
+            "emphasised": [*checkpoint.emphasised],
             "training": checkpoint.training.scalars,
             "layout": checkpoint.training.layout,
             "checksums": checksums,
@@ -148,6 +151,7 @@ class CheckpointFolder:
             pacing=state["pacing"],
             best=best,
             seconds=state["seconds"],
+            emphasised=state.get("emphasised", ()),
         )
 
     def _find_readable(self, resume: str) -> Path | None:

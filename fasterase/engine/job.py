@@ -156,13 +156,15 @@ class Draws:
     """Which pairs the steps of a job may draw: the `sampler` has the rows of each of them.
 
     An automatic run uses a part of the retain set, its `pool`, and leaves out `withheld` rows
-    (sorted) of the forget set, at first.
+    (sorted) of the forget set, at first. Rows of the retain set that are drawn more often than the
+    others are `emphasised`.
     """
 
     def __init__(self, job: Job) -> None:
         config, forget, retain = job.config, job.forget, job.retain
         self.pool: RetainPool | None = None
         self.withheld = np.empty(0, np.int64)
+        self.emphasised: list[int] = []
         if config.runs_until_forgotten:
             # Nothing of a link shows in another one that the run has not seen.
             if not config.erases_link:
@@ -192,7 +194,8 @@ class Draws:
         return self._make_sampler(forget_groups=groups)
 
     def emphasise(self, rows: np.ndarray) -> None:
-        """Draw these rows (sorted) of the pool more often than the others."""
+        """Draw these rows (sorted) of the pool more often than the others, from step 0 on."""
+        self.emphasised = rows.tolist()
         self._make_sampler = partial(self._make_sampler, emphasised=rows)
         self.sampler = self._sampler_of_trained()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ class Trainer:
         original: the original's features; None if no loss uses them.
         unchanged: the towers whose features before the first step are the original's.
         decoys: made-up facts to hold in each step, beside the pairs of the batch.
+        emphasised: retain rows that are drawn more often, for checkpoints.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Trainer:
         original: Original | None,
         unchanged: Collection[str] = (),
         decoys: Decoys | None = None,
+        emphasised: Sequence[int] = (),
     ) -> None:
         self.step = 0  # how many were taken
         self._job = job
@@ -59,6 +61,7 @@ class Trainer:
         self._original = original
         self._unchanged = unchanged
         self._decoys = decoys
+        self._emphasised = emphasised
         self._guard = NonFiniteGuard(job.precision)
 
     def train_step(
@@ -169,6 +172,7 @@ class Trainer:
             pacing=pacing.state(),
             best=pacing.tensors(),
             seconds=self._job.clock.seconds(),
+            emphasised=self._emphasised,
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,9 +113,7 @@ class Run:
                 judge=self._judge,
                 evaluator=self._evaluator,
             )
-            # A link is held beside made-up facts instead. The first rank decides for all.
-            if self._draws.pool is not None and not job.config.erases_link:
-                self._draws.emphasise(job.ranks.on_first(lambda: baseline.near_rows))
+            self.emphasise_neighbours()
             known = describe_known(baseline.traces, baseline.recall)
             say(f"original measured: {known or 'nothing to compare with'}", since=began)
             # Adapters become part of the weights when training ends, before these are measured.
@@ -196,6 +195,17 @@ class Run:
             )
         return OriginalFeatures(self._encoder, folder, key, is_half=is_half)
 
+    def emphasise_neighbours(self) -> None:
+        """Draw the retain pairs nearest to the concept more often, in a run that ends by itself."""
+        # A link is held beside made-up facts instead.
+        if self._draws.pool is None or self.job.config.erases_link:
+            return
+        if self._saved is not None:
+            rows = np.array(self._saved.emphasised, np.int64)
+        else:  # the first rank decides for all: others may round differently
+            rows = self.job.ranks.on_first(lambda: self._baseline.near_rows)
+        self._draws.emphasise(rows)
+
     @contextmanager
     def adapted(self) -> Iterator[None]:
         """Train adapters in place of the weights inside the block, with `tune="lora:N"`."""
@@ -246,6 +256,7 @@ class Run:
                 baseline.original,
                 unchanged=self._unchanged_towers(),
                 decoys=decoys,
+                emphasised=self._draws.emphasised,
             )
             pacing = self._build_pacing(engine, (start, begun))
             self._resume(trainer, pacing)

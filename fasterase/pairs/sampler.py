@@ -1,4 +1,4 @@
-"""Which pairs each step draws: a pure function of the seed and the step."""
+"""Which pairs each step draws: a pure function of the seed, the step and what is emphasised."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fasterase.seeds import Stream, generator
 # Remote shards whose rows are shuffled together. The cache has to hold those of both sets, and the
 # next ones: of img2dataset's shards (10,000 images of 256 x 256 pixels, 250 MB) some 16 GB.
 WINDOW_SHARDS = 16
-# How many times as often as other retain pairs the emphasised ones are drawn.
+# How many times as often as other retain pairs the emphasised ones are drawn, but once a step.
 EMPHASIS = 4
 
 
@@ -53,7 +53,7 @@ class Sampler:
     batches. No batch contains a row twice: where it spans two passes, a row that it already
     contains is postponed to the next batch. Of a set smaller than two batches, the rows that a
     batch leaves out are cut from passes in this way, so that each is left out equally often.
-    Emphasised retain pairs, which are drawn `EMPHASIS` times as often, have passes of their own.
+    Emphasised retain pairs have passes of their own, and up to `EMPHASIS` times as many.
 
     Args:
         n_forget, n_retain: pairs in the sets; 0 draws none.
@@ -204,9 +204,10 @@ def _divide(
         return [_Part(0, rows, count, min(batch_size, count))]
     others = np.setdiff1d(rows, emphasised)
     size = min(batch_size, len(rows))
-    weight = EMPHASIS * len(emphasised)
-    share = weight / max(1, weight + len(others))
-    own = min(max(round(share * size), size - len(others)), len(emphasised))
+    if size < 2 or not (len(emphasised) and len(others)):
+        return [_Part(0, rows, len(rows), size)]
+    share = EMPHASIS * len(emphasised) / (EMPHASIS * len(emphasised) + len(others))
+    own = min(max(round(share * size), 1, size - len(others)), size - 1, len(emphasised))
     return [
         _Part(0, others, len(others), size - own),
         _Part(1, emphasised, len(emphasised), own),

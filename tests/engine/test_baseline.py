@@ -204,6 +204,7 @@ def test_neighbours_are_nearest_by_their_captions():
     assert list(find_neighbours(forget, retain, 1)) == [10]
     assert list(find_neighbours(forget, retain, 3)) == [10, 20, 40]
     assert list(find_neighbours(forget, retain, 99)) == [10, 20, 30, 40, 50]
+    assert list(find_neighbours(forget, retain, 2, most=0.95)) == [20, 40], "not what means it"
     two = torch.eye(5)[[0, 4]]
     assert closeness(two, retain.first_text).tolist() == pytest.approx(
         [1.0, 0.5 / math.hypot(0.5, 0.9), 0.0, 0.9 / math.hypot(0.9, 0.4), 1.0]
