@@ -48,9 +48,22 @@ class SetFeatures(NamedTuple):
 
     @classmethod
     def of(cls, source: PairTable, features: PairFeatures) -> SetFeatures:
+        """Read the names of a set's features.
+
+        Raises:
+            InputError: a pair has another first caption than when it was encoded.
+        """
         rows = features.rows.tolist()
         captions = [captions_of(source, row) for row in rows]
-        return cls(features.image, captions, [source.id(row) for row in rows])
+        ids = [source.id(row) for row in rows]
+        for name, now, before in zip(ids, captions, features.first_captions, strict=True):
+            if now[0] != before:
+                raise InputError(
+                    f"{name}: its caption was {before!r}, and is {now[0]!r} on a second read. "
+                    "Return all captions of a pair as a list, always the same one: training draws "
+                    "one of them each time."
+                )
+        return cls(features.image, captions, ids)
 
 
 def distinct_firsts(pairs: PairFeatures) -> tuple[list[int], list[int]]:

@@ -382,3 +382,20 @@ def test_measuring_leaves_the_module_as_it_was() -> None:
 def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Evaluator(sources(), **options)
+
+
+def test_a_caption_that_differs_on_each_read_is_named():
+    class Changing:
+        """A dataset that draws one of its captions itself."""
+
+        reads = itertools.count()
+
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, row):
+            return picture(7 + row), ("dog", "thing 0", "thing 1")[next(self.reads) % 3]
+
+    opened = {**sources(), "retain": open_pairs(Changing(), name="retain")}
+    with pytest.raises(InputError, match=r"retain\[0\]: its caption was '.*' on a second read"):
+        evaluate(lookup_model(0), opened)
