@@ -128,6 +128,11 @@ class Check(NamedTuple):
         return bool(self.trained) and rest.is_low and self.verdict == REMEMBERED
 
     @property
+    def is_indecisive(self) -> bool:
+        """Whether too many images are still won to be sure, of a set that has enough of them."""
+        return any(trace.could_decide for trace in self.traces.values())
+
+    @property
     def is_low(self) -> bool:
         """Whether the traces are below the verdict's thresholds, residues by a margin.
 
@@ -238,7 +243,8 @@ class AutomaticPacing(Pacing):
 
     The verdict is checked every few steps. Once it holds by a margin and the loss has settled, or
     the loss has converged, or the damage is exceeded, lr decays to 0, which recovers some damage.
-    If the verdict does not hold then, the run resumes, at most twice. Where the withheld pairs
+    If the verdict does not hold then, or images enough to be sure leave it open, the run resumes,
+    at most twice. Where the withheld pairs
     alone are remembered, it soon trains on them too. The best weights seen are restored at the
     end: of forgotten ones those that rest within the margins, faded ones first, then those with the
     least damage; else those that exceed the verdict's thresholds least, within `max_damage`. Where
@@ -381,7 +387,8 @@ class AutomaticPacing(Pacing):
         self._consider(found, faded=is_last)
         if not is_last:
             return
-        is_settled = found.verdict != REMEMBERED or found.exceeded
+        is_forgotten = found.verdict != REMEMBERED and not found.is_indecisive
+        is_settled = is_forgotten or found.exceeded
         if is_settled or self._now.fades == MAX_FADES or self._step == self.total_steps:
             self._finish()
         else:
@@ -469,5 +476,5 @@ def _rank(found: Check, *, faded: bool) -> list[float]:
     elif found.verdict == OVER_ERASED:
         order = [found.damage]
     else:
-        order = [found.beyond_rest, int(not faded), found.damage]
+        order = [int(found.is_indecisive), found.beyond_rest, int(not faded), found.damage]
     return [int(found.exceeded), RANKS[found.verdict], *order]

@@ -157,6 +157,12 @@ class Trace:
         """Whether the images are enough to exclude that many of them are still found."""
         return self.hit_high < DECISIVE_HIT or self.by_hits
 
+    @property
+    def could_decide(self) -> bool:
+        """Whether it is not decisive although the images would be enough, if fewer were won."""
+        enough = wilson_interval(0.0, self.pairs)[1] < DECISIVE_HIT
+        return enough and not self.is_decisive
+
     def _describe_band(self) -> str:
         """Say what made-up names have, where that decides."""
         bare = replace(self, band=None)

@@ -78,16 +78,19 @@ def check(
     least: float | None = None,
     most: float = 0.1,
     towers: Sequence[float] = (),
+    images: int = 50,
 ) -> Check:
     """Of a hit rate that may be as high as `most`, and of an image and a text tower's alone."""
     least = residue if least is None else least
     alone = {name: (hit, hit) for name, hit in zip(("image", "text"), towers, strict=False)}
     return Check(
-        {"forget": Trace(residue, least, 0.0, 0.0, most, 0.05, 50, alone)}, damage, exceeded
+        {"forget": Trace(residue, least, 0.0, 0.0, most, 0.05, images, alone)}, damage, exceeded
     )
 
 
 KNOWN, SAFE = check(1.0, towers=(1.0, 1.0)), check(0.5)
+# Of eleven images none may be won, and it stays open all the same.
+FEW = check(0.5, most=0.3, images=11)
 # All is forgotten but what was withheld.
 WITHHELD_KNOWN = KNOWN._replace(trained=SAFE.traces)
 HURT = check(0.8, damage=0.09, exceeded=True)
@@ -248,6 +251,13 @@ class TestAutomatic:
         assert run.loaded == [5], "forgotten, if only before fading"
         assert run.pacing.limit is None
 
+    def test_it_resumes_where_enough_images_leave_it_open(self):
+        end = 5 + FADE_STEPS
+        run = Run(at({end: check(0.5, most=0.3)}, SAFE)).take()
+        assert run.step == 5 + end + FADE_STEPS
+        assert run.loaded == [run.step]
+        assert Run(at({end: FEW}, SAFE)).take().step == end
+
     @pytest.mark.parametrize(
         ("script", "end", "kept", "limit"),
         [
@@ -282,9 +292,9 @@ class TestAutomatic:
             ),
             # Over-erased before remembered.
             (dict.fromkeys(range(6, 25), KNOWN) | {5: check(0.2), 25: check(0.2, damage=0.01)}, 5),
-            # Too few images before over-erased, and after "forgotten".
-            (dict.fromkeys(range(6, 25), KNOWN) | {5: check(0.2), 25: check(0.5, most=0.3)}, 25),
-            ({5: check(0.5, damage=0.01), 25: check(0.5, most=0.3)}, 5),
+            # Too few images to tell before over-erased, and after "forgotten".
+            (dict.fromkeys(range(6, 25), KNOWN) | {5: check(0.2), 25: FEW}, 25),
+            ({5: check(0.5, damage=0.01), 25: FEW}, 5),
         ],
     )
     def test_the_best_weights_are_restored(self, checks, best):
