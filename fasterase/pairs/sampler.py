@@ -34,7 +34,7 @@ class _Part(NamedTuple):
 
     number: int
     rows: np.ndarray | None  # None for all of the set
-    count: int  # rows to draw from
+    length: int  # rows to draw from
     size: int  # rows of each batch
 
     def passes(self, stream: Stream) -> tuple[int, ...]:
@@ -84,7 +84,7 @@ class Sampler:
         self.seed = seed
         self.forget_groups = [np.arange(n_forget)] if forget_groups is None else forget_groups
         self._retain = _divide(n_retain, batch_size, retain_rows, emphasised)
-        self._retain_count = sum(part.count for part in self._retain)
+        self._retain_count = sum(part.length for part in self._retain)
         self._retain_batch = sum(part.size for part in self._retain)
         self._shards: dict[tuple[int, ...], np.ndarray | None]
         self._shards = {
@@ -137,7 +137,7 @@ class Sampler:
         return np.concatenate(drawn) if drawn else np.empty(0, dtype=np.int64)
 
     def _part_rows(self, part: _Part, step: int) -> np.ndarray:
-        size, count = part.size, part.count
+        size, count = part.size, part.length
         if size <= count // 2:
             drawn = self._cut(part, Stream.RETAIN_ORDER, step, size)
         else:
@@ -150,11 +150,11 @@ class Sampler:
 
     def _cut(self, part: _Part, stream: Stream, step: int, size: int) -> np.ndarray:
         """Cut batch `step` of `size` rows, at most half of a part, from its passes of a stream."""
-        number, start = divmod(step * size, part.count)
+        number, start = divmod(step * size, part.length)
         if start < size:
             return self._first_rows(part, stream, number, size)[start : start + size]
         passes = part.passes(stream)
-        order = self._permutation(passes, number, part.count)
+        order = self._permutation(passes, number, part.length)
         self._passes[passes] = {number: order}  # the one before is not needed any more
         rows = order[start : start + size]
         if len(rows) < size:
@@ -168,7 +168,7 @@ class Sampler:
         The batch that spans two passes must not repeat a row: those it drew from the pass before,
         its last `shared` rows, are swapped with later ones among the first `size`, which suffice.
         """
-        passes, count = part.passes(stream), part.count
+        passes, count = part.passes(stream), part.length
         rows = self._permutation(passes, number, count)[: 2 * size]
         shared = number * count % size
         if not shared:
