@@ -244,11 +244,11 @@ class AutomaticPacing(Pacing):
     The verdict is checked every few steps. Once it holds by a margin and the loss has settled, or
     the loss has converged, or the damage is exceeded, lr decays to 0, which recovers some damage.
     If the verdict does not hold then, or images enough to be sure leave it open, the run resumes,
-    at most twice. Where the withheld pairs
-    alone are remembered, it soon trains on them too. The best weights seen are restored at the
-    end: of forgotten ones those that rest within the margins, faded ones first, then those with the
-    least damage; else those that exceed the verdict's thresholds least, within `max_damage`. Where
-    the best lie below the margins, weights between the start's and theirs are considered too.
+    at most twice. Where the withheld pairs alone are remembered, it soon trains on them too. The
+    best weights seen are restored at the end: of forgotten ones those that rest within the margins,
+    faded ones first, then those with the least damage; else those that exceed the verdict's
+    thresholds least, within `max_damage`. Where the best lie below the margins, weights between the
+    start's and theirs are considered too.
 
     Args:
         rate: the learning rate while forgetting.

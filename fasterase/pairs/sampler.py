@@ -12,7 +12,7 @@ from fasterase.seeds import Stream, generator
 # Remote shards whose rows are shuffled together. The cache has to hold those of both sets, and the
 # next ones: of img2dataset's shards (10,000 images of 256 x 256 pixels, 250 MB) some 16 GB.
 WINDOW_SHARDS = 16
-# How many times as often as other retain pairs the emphasised ones are drawn, but once a step.
+# How many times as often as others emphasised retain pairs are drawn, each at most once a step.
 EMPHASIS = 4
 
 
