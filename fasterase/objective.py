@@ -59,6 +59,7 @@ class ForgetGroup(NamedTuple):
 
     rows: Tensor  # [m] int64
     floor: float | None
+    floor_margin: float
     weight: float  # the groups' sum is 1
     strangers: Strangers | None = None  # of links, in place of the floor
 
@@ -76,6 +77,7 @@ class Objective(NamedTuple):
     backend: str = "auto"
     products: str = "auto"
     cross_weight: float = 0.0
+    floor_margin: float = 0.0
 
 
 def erase_loss(
@@ -98,6 +100,7 @@ def erase_loss(
     backend: str = "auto",
     products: str = "auto",
     cross_weight: float = 0.0,
+    floor_margin: float = 0.0,
 ) -> EraseLoss:
     """CLIPErase (Yang et al., ACL 2025): `3 L_F + 1 L_R + 3 L_C`, by default as in the paper.
 
@@ -120,7 +123,8 @@ def erase_loss(
 
         forget      = e(image, text) + c (e(image, ref_text) + e(ref_image, text)
                       + d(image, ref_text) + d(text, ref_image)), where
-        e(a, b)     = max(cos - floor, 0).mean() + max(floor - cos.mean(), 0)
+        e(a, b)     = max(cos - rest, 0).mean() + max(rest - cos.mean(), 0)
+        rest        = floor + floor_margin
         cos         = (a * b).sum(1)[F]
         d(a, b)     = huber(a[F] @ b[R].mean(0) - floor).mean(), |x| - 0.025 from |x| = 0.05 on
 
@@ -134,13 +138,15 @@ def erase_loss(
         forget_loss: "similarity", or "contrastive": minus the symmetric InfoNCE of the forget rows.
             If the whole forget set has one caption, it needs `negatives="joint"` to have an effect.
         floor: with "similarity", the cosine below which a forget pair is left alone:
-            mean of `max(cos - floor, 0)`.
+            mean of `max(cos - floor - floor_margin, 0)`.
         labels: any integers; pairs with the same label are each other's positives. Best on the
             CPU, as in `fasterase.contrastive`.
         negatives: "own": forget and retain are two similarity matrices. "joint": one over all rows,
             each loss the mean over its own rows.
         backend, products: as in `fasterase.contrastive`.
         cross_weight: see above; acts with "similarity". Without a floor, e is the mean cosine.
+        floor_margin: how far above the floor pairs are left alone: to models that never learnt
+            them they are a little more similar than unrelated pairs.
 
     Returns:
         `EraseLoss(total, forget, retain, consistency, anchor)`, fp32 (fp64 for fp64 features),
@@ -151,7 +157,15 @@ def erase_loss(
     """
     weights = forget_weight, retain_weight, consistency_weight
     objective = Objective(
-        *weights, forget_loss, floor, anchor_weight, negatives, backend, products, cross_weight
+        *weights,
+        forget_loss,
+        floor,
+        anchor_weight,
+        negatives,
+        backend,
+        products,
+        cross_weight,
+        floor_margin,
     )
     given = _Pairs(image, text, scale, ref_image, ref_text, ref_scale, labels, n_forget)
     pairs = _check(given, objective)
@@ -322,8 +336,8 @@ def _compute_forget(pairs: _Pairs, objective: Objective, losses: Contrastive | N
     if not pairs.groups:
         return _compute_group(pairs, objective, pairs.forget_rows, pairs.strangers)
     total = pairs.zero
-    for rows, floor, weight, strangers in pairs.groups:
-        of_group = objective._replace(floor=floor)
+    for rows, floor, margin, weight, strangers in pairs.groups:
+        of_group = objective._replace(floor=floor, floor_margin=margin)
         total = total + weight * _compute_group(pairs, of_group, rows, strangers)
     return total
 
@@ -357,12 +371,13 @@ def _stray(features: Tensor, others: Tensor, floor: float) -> Tensor:
 
 
 def _exceed(image: Tensor, text: Tensor, objective: Objective) -> Tensor:
-    """How far cosines are above the floor; with cross terms, also how far their mean is below."""
-    cosine, floor = (image * text).sum(1), objective.floor
-    if floor is None:
+    """How far cosines are above their rest; with cross terms, also how far their mean is below."""
+    cosine = (image * text).sum(1)
+    if objective.floor is None:
         return cosine.mean()
-    above = (cosine - floor).clamp_min(0).mean()
-    return above + (floor - cosine.mean()).clamp_min(0) if objective.cross_weight else above
+    rest = objective.floor + objective.floor_margin
+    above = (cosine - rest).clamp_min(0).mean()
+    return above + (rest - cosine.mean()).clamp_min(0) if objective.cross_weight else above
 
 
 def _exceed_strangers(image: Tensor, text: Tensor, strangers: Strangers) -> Tensor:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fasterase.config import UnlearnConfig
 from fasterase.engine.job import Job
 from fasterase.engine.optim import Trained
 from fasterase.objective import (
@@ -25,11 +26,16 @@ from fasterase.objective import (
     moved_distance,
     weighted_erase_loss,
 )
+from fasterase.original.features import Unmatched
 from fasterase.parallel.ranks import ALONE, Ranks
 from fasterase.transfers import to_device
 
 # CLIP's own ceiling of the scale (Radford et al., 2021, section 2.5).
 MAX_SCALE = 100.0
+# Pairs of an automatic run rest so many standard deviations of unrelated cosines above their mean,
+# since those that a model never saw are above it: in benchmarks/evidence six of ten unrelated
+# captions are less similar, to retrained models.
+REST = 0.2
 # The original's image features [n, D0], text features [n, D0] and scale []; Nones if not used.
 OfOriginal = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -40,6 +46,15 @@ def loss_products(precision: str) -> str:
     fp16 for bf16 towers too: of unit rows it keeps eight times bf16's precision at the same speed.
     """
     return "fp32" if precision == "fp32" else "fp16"
+
+
+def _choose_floor(config: UnlearnConfig, unmatched: Unmatched) -> tuple[float | None, float]:
+    """Return the floor and its margin."""
+    if config.floor != "auto":
+        return config.floor, 0.0
+    is_fixed = not config.runs_until_forgotten
+    margin = 0.0 if is_fixed or not config.used_cross_weight else REST * unmatched.deviation
+    return unmatched.mean, margin
 
 
 class FeatureGradients(NamedTuple):
@@ -63,7 +78,8 @@ class StepLoss:
     loss is the one that a single process would compute.
 
     Attributes:
-        floors: of several concepts, for each; empty for one, whose floor the objective has.
+        floors: of several concepts, for each, with its margin; empty for one, whose floor and
+            margin the objective has.
         strangers: of links, for each concept, what they are to end at in place of a floor.
         max_scale: a trained scale is clamped to it inside the loss. Clamping the weight would be
             lost in optimisers that have master weights of their own.
@@ -75,7 +91,7 @@ class StepLoss:
     image_trained: bool  # whether its gradient is needed
     text_trained: bool
     scale_trained: bool
-    floors: Sequence[float | None] = ()
+    floors: Sequence[tuple[float | None, float]] = ()
     strangers: Sequence[Strangers] = ()
     max_scale: float = MAX_SCALE
     measures_distance: bool = False
@@ -87,30 +103,32 @@ class StepLoss:
         job: Job,
         trained: Trained,
         *,
-        floors: Sequence[float],
+        unmatched: Sequence[Unmatched],
         strangers: Sequence[Strangers] = (),
     ) -> StepLoss:
-        """Return the loss of a run; `floors` are the automatic ones of its concepts."""
+        """Return the loss of a run; `unmatched` has the automatic floors of its concepts."""
         config = job.config
-        chosen = [floor if config.floor == "auto" else config.floor for floor in floors]
+        floors = [_choose_floor(config, each) for each in unmatched]
+        floor, margin = floors[0] if config.forget_loss == "similarity" else (None, 0.0)
         objective = Objective(
             forget_weight=config.forget_weight,
             retain_weight=config.retain_weight,
             consistency_weight=config.consistency_weight,
             forget_loss=config.forget_loss,
-            floor=chosen[0] if config.forget_loss == "similarity" else None,
+            floor=floor,
             anchor_weight=config.anchor_weight,
             negatives=config.negatives,
             backend=config.backend,
             products=loss_products(job.precision),
             cross_weight=config.used_cross_weight,
+            floor_margin=margin,
         )
         return cls(
             objective,
             image_trained=trained.image,
             text_trained=trained.text,
             scale_trained=trained.scale,
-            floors=chosen if job.concepts else (),
+            floors=floors if job.concepts else (),
             strangers=strangers,
             max_scale=max(MAX_SCALE, float(job.model.scale().detach())),
             measures_distance=config.lr == "auto" and not config.anchor_weight,
@@ -244,7 +262,7 @@ class StepLoss:
         return [
             ForgetGroup(
                 to_device(found[number], device),
-                self.floors[number],
+                *self.floors[number],
                 weights[number] / total,
                 self.strangers[number] if self.strangers else None,
             )

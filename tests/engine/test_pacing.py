@@ -381,8 +381,13 @@ class TestAutomatic:
             return check(0.5, towers=(1.0 - step / 50, 0.0))
 
         run = Run(script).take()
-        assert run.step == 25 + FADE_STEPS, "1 - 25 / 50 is a half"
+        assert run.step == 45 + FADE_STEPS, "1 - 45 / 50 is a tenth; at a half the verdict holds"
         assert run.loaded == [run.step]
+        waited = Run(lambda step: check(0.5, towers=(0.3, 0.0))).take()
+        assert waited.step == 35 + PATIENCE_STEPS + FADE_STEPS, "its loss falls no further"
+        assert waited.pacing.limit is None
+        few = replace(check(0.5, towers=(0.3, 0.0)).traces["forget"], by_hits=True)
+        assert Run(lambda step: Check({"forget": few}, 0.0, False)).take().step == 5 + FADE_STEPS
         stuck = Run(lambda step: check(1.0 - step / 1000, towers=(0.9, 0.9 - step / 1000))).take()
         assert (stuck.step, stuck.pacing.limit) == (TOTAL, "steps")
         assert stuck.loaded == [TOTAL], "where pairs and one tower have forgotten the most"
