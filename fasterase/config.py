@@ -90,7 +90,8 @@ class UnlearnConfig:
             `"contrastive"` is gradient ascent on their InfoNCE.
         floor: cosine below which a forget pair is no longer pushed. `"auto"` takes the original's
             mean cosine between forget images and retain captions, and between retain images and
-            forget captions, or 0 without retain pairs; `None` is the paper.
+            forget captions, or 0 without retain pairs; an automatic run with cross terms leaves
+            pairs alone from a fifth of their standard deviation above it. `None` is the paper.
         cross_weight: weight, within the forgetting loss, of the cosines of forget images with the
             original's features of their captions, and the reverse: both towers forget, neither
             below the floor, and their mean cosines with retained features move to it. With
@@ -109,7 +110,8 @@ class UnlearnConfig:
     > Steps
 
     Args:
-        epochs: `"auto"` trains until the verdict is "forgotten", within `max_damage` and 400 steps
+        epochs: `"auto"` trains until the verdict is "forgotten" and neither tower, beside the
+            original's other one, finds more than a few images, within `max_damage` and 400 steps
             (or one pass over the forget set, if that is more); a number is passes over the forget
             set. The retain set is cycled, with "auto" the tenth nearest to forget captions up to
             four times as often as the rest.
@@ -124,8 +126,8 @@ class UnlearnConfig:
             compute the gradient of the full batch in the memory of one micro-batch. `None`: encode
             the whole batch at once. In eval mode a caption that repeats is encoded once a step.
         thorough: with `epochs="auto"` and cross terms, a run that could end goes on until the
-            forgetting loss has settled (`fasterase.engine.pacing`): both towers forget more than
-            the verdict asks, at more steps and damage to neighbours.
+            forgetting loss has settled (`fasterase.engine.pacing`): both towers forget more, at
+            more steps and damage to neighbours.
         stop_when_forgotten: check the verdict once per epoch, and stop once it is no longer
             "remembered". For a number of `epochs`; automatic ones stop anyway.
 

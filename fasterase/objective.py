@@ -26,7 +26,10 @@ from fasterase.ops.contrastive.checks import (
     scale_tensor,
 )
 
-_WEIGHTS = ("forget_weight", "retain_weight", "consistency_weight", "anchor_weight", "cross_weight")
+_AMOUNTS = (
+    *("forget_weight", "retain_weight", "consistency_weight", "anchor_weight", "cross_weight"),
+    "floor_margin",
+)
 # Distances of a mean cosine below which their loss is quadratic.
 SMOOTH_STRAY = 0.05
 # Weight of what links exceed: all that holds other facts holds theirs too.
@@ -418,10 +421,10 @@ def _check(pairs: _Pairs, objective: Objective) -> _Pairs:
 
 
 def _check_options(objective: Objective) -> None:
-    for name in _WEIGHTS:
-        weight = getattr(objective, name)
-        if not _is_number(weight) or weight < 0:
-            raise InputError(f"{name} must be a number of at least 0; got {weight!r}.")
+    for name in _AMOUNTS:
+        amount = getattr(objective, name)
+        if not _is_number(amount) or amount < 0:
+            raise InputError(f"{name} must be a number of at least 0; got {amount!r}.")
     for name, known in (("forget_loss", FORGET_LOSSES), ("negatives", NEGATIVES)):
         value = getattr(objective, name)
         if value not in known:
@@ -438,6 +441,11 @@ def _check_options(objective: Objective) -> None:
                 f"floor is a cosine and goes with forget_loss='similarity'; "
                 f"got floor={floor} with forget_loss={objective.forget_loss!r}. Pass floor=None."
             )
+    elif objective.floor_margin:
+        raise InputError(
+            f"floor_margin={objective.floor_margin} is counted from a floor, but floor=None. Pass "
+            "floor, a cosine, or floor_margin=0."
+        )
     choose_backend(objective.backend)
     check_products(objective.products)
 
