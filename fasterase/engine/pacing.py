@@ -254,8 +254,8 @@ class _Progress:
 class AutomaticPacing(Pacing):
     """Runs until the verdict holds, within a budget of steps and damage.
 
-    The verdict is checked every few steps. Once it holds by a margin and the loss has settled (it is
-    low and neither tower tells by itself, or it falls no further), or the loss has converged, or
+    The verdict is checked every few steps. Once it holds by a margin and the loss has settled (it
+    is low and neither tower tells by itself, or it falls no further), or the loss has converged, or
     the damage is exceeded, lr decays to 0, which recovers some damage.
     If the verdict does not hold then, or images enough to be sure leave it open, the run resumes,
     at most twice. Where the withheld pairs alone are remembered, it soon trains on them too. The
