@@ -90,8 +90,9 @@ class UnlearnConfig:
             `"contrastive"` is gradient ascent on their InfoNCE.
         floor: cosine below which a forget pair is no longer pushed. `"auto"` takes the original's
             mean cosine between forget images and retain captions, and between retain images and
-            forget captions, or 0 without retain pairs; an automatic run with cross terms leaves
-            pairs alone from a fifth of their standard deviation above it. `None` is the paper.
+            forget captions, or 0 without retain pairs; runs with cross terms that end by themselves
+            leave pairs alone from a fifth of a standard deviation of these cosines above it. `None`
+            is the paper.
         cross_weight: weight, within the forgetting loss, of the cosines of forget images with the
             original's features of their captions, and the reverse: both towers forget, neither
             below the floor, and their mean cosines with retained features move to it. With
@@ -111,10 +112,10 @@ class UnlearnConfig:
 
     Args:
         epochs: `"auto"` trains until the verdict is "forgotten" and neither tower, beside the
-            original's other one, finds more than a few images, within `max_damage` and 400 steps
-            (or one pass over the forget set, if that is more); a number is passes over the forget
-            set. The retain set is cycled, with "auto" the tenth nearest to forget captions up to
-            four times as often as the rest.
+            original's other one, finds more than a tenth of the images or the loss falls no
+            further, within `max_damage` and 400 steps (or one pass over the forget set, if that is
+            more); a number is passes over the forget set. The retain set is cycled, with "auto" the
+            tenth nearest to forget captions up to four times as often as the rest.
         max_steps: number of optimiser steps; replaces `epochs`.
         max_damage: share of recall@1 that retain pairs withheld from training, and the forget set's
             neighbours, may lose with `epochs="auto"` (0.03 is 3 points); `None` for any. It counts

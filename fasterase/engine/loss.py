@@ -32,10 +32,9 @@ from fasterase.transfers import to_device
 
 # CLIP's own ceiling of the scale (Radford et al., 2021, section 2.5).
 MAX_SCALE = 100.0
-# Pairs of an automatic run rest so many standard deviations of unrelated cosines above their mean,
-# since those that a model never saw are above it: in benchmarks/evidence six of ten unrelated
-# captions are less similar, to retrained models.
-REST = 0.2
+# Pairs of an automatic run rest so many standard deviations of unrelated cosines above their mean:
+# in benchmarks/evidence retrained models rank their captions above six in ten unrelated ones.
+REST_DEVIATIONS = 0.2
 # The original's image features [n, D0], text features [n, D0] and scale []; Nones if not used.
 OfOriginal = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -48,13 +47,12 @@ def loss_products(precision: str) -> str:
     return "fp32" if precision == "fp32" else "fp16"
 
 
-def _choose_floor(config: UnlearnConfig, unmatched: Unmatched) -> tuple[float | None, float]:
+def choose_floor(config: UnlearnConfig, unmatched: Unmatched) -> tuple[float | None, float]:
     """Return the floor and its margin."""
     if config.floor != "auto":
         return config.floor, 0.0
-    is_fixed = not config.runs_until_forgotten
-    margin = 0.0 if is_fixed or not config.used_cross_weight else REST * unmatched.deviation
-    return unmatched.mean, margin
+    has_margin = config.runs_until_forgotten and config.used_cross_weight > 0
+    return unmatched.mean, REST_DEVIATIONS * unmatched.deviation if has_margin else 0.0
 
 
 class FeatureGradients(NamedTuple):
@@ -108,7 +106,7 @@ class StepLoss:
     ) -> StepLoss:
         """Return the loss of a run; `unmatched` has the automatic floors of its concepts."""
         config = job.config
-        floors = [_choose_floor(config, each) for each in unmatched]
+        floors = [choose_floor(config, each) for each in unmatched]
         floor, margin = floors[0] if config.forget_loss == "similarity" else (None, 0.0)
         objective = Objective(
             forget_weight=config.forget_weight,

@@ -19,6 +19,7 @@ from fasterase.engine.rates import Rate
 from fasterase.evaluation.placebo import MARGIN_RESIDUE
 from fasterase.evaluation.verdict import (
     FORGOTTEN,
+    LEAST_RANKED,
     OVER_ERASED,
     REMEMBERED,
     TOWER_HIT,
@@ -41,8 +42,8 @@ PATIENCE_STEPS, NOTICED_FALL = 60, 0.9
 # lr fades once the residue is at most `MARGIN_RESIDUE` and images are won hardly more often than by
 # chance: fading and unseen pictures need a margin below the verdict's own thresholds.
 MARGIN_HIT = 0.05
-# ... and neither tower, beside the original's other one, wins more of the images drawn than this.
-# Of retrained models the image tower wins 9 % (benchmarks/evidence), the text tower 6 %.
+# ... and neither tower, beside the original's other one, wins more of a set's images than this. In
+# the mean of retrained models the image tower wins 9 % (benchmarks/evidence), the text tower 6 %.
 TOLD_HIT = 0.1
 FADE_STEPS = 20
 # ... of a link, of which more goes meanwhile: in benchmarks/links residues fell from .85 to .79,
@@ -81,13 +82,8 @@ class Check(NamedTuple):
 
     def findings(self) -> dict[str, float]:
         """Return what the history keeps of it."""
-        if not self._residues:
-            return {"damage": self.damage}
-        return {
-            "residue": self.residue,
-            "least_residue": self.least_residue,
-            "damage": self.damage,
-        }
+        residues = {"residue": self.residue, "least_residue": self.least_residue}
+        return {**(residues if self._residues else {}), "damage": self.damage}
 
     @property
     def _residues(self) -> list[float]:
@@ -156,12 +152,15 @@ class Check(NamedTuple):
         )
 
     @property
-    def is_untold(self) -> bool:
-        """Whether neither tower gives away more of the drawn pairs than a retrained model's."""
+    def towers_are_silent(self) -> bool:
+        """Whether neither tower gives away much of a set beside the original's other one.
+
+        Withheld pairs do not count, nor do sets of so few images that one or two would decide.
+        """
         return all(
             hit <= max(TOLD_HIT, 1.5 * trace.chance)
             for trace in {**self.traces, **self.trained}.values()
-            if not trace.by_hits
+            if not trace.by_hits and trace.pairs >= LEAST_RANKED
             for hit, _ in trace.towers.values()
         )
 
@@ -255,7 +254,7 @@ class AutomaticPacing(Pacing):
     """Runs until the verdict holds, within a budget of steps and damage.
 
     The verdict is checked every few steps. Once it holds by a margin and the loss has settled (it
-    is low and neither tower tells by itself, or it falls no further), or the loss has converged, or
+    is low and the towers are silent, or it falls no further), or the loss has converged, or
     the damage is exceeded, lr decays to 0, which recovers some damage.
     If the verdict does not hold then, or images enough to be sure leave it open, the run resumes,
     at most twice. Where the withheld pairs alone are remembered, it soon trains on them too. The
@@ -274,6 +273,7 @@ class AutomaticPacing(Pacing):
         towers: `"image"`, `"text"` -> names of its weights.
         settled_loss: share of the first forgetting loss above which a verdict does not end the run
             while the loss still falls.
+        silences_towers: whether the loss has cross terms, so that waiting for silent towers helps.
         of_link: the loss measures from made-up facts, as the margins of the verdict do: once it has
             settled, lr fades slowly.
         max_steps: the budget.
@@ -290,6 +290,7 @@ class AutomaticPacing(Pacing):
         start: tuple[Check | None, dict[str, Tensor]],
         towers: Mapping[str, Collection[str]],
         settled_loss: float = 1.0,
+        silences_towers: bool = False,
         of_link: bool = False,
         max_steps: int,
     ) -> None:
@@ -298,6 +299,7 @@ class AutomaticPacing(Pacing):
         self._weights = weights
         self._load = load
         self._settled_loss = LINK_SETTLED_LOSS if of_link else settled_loss
+        self._silences_towers = silences_towers
         self._of_link = of_link
         self._towers = towers
         self._step = 0
@@ -351,7 +353,7 @@ class AutomaticPacing(Pacing):
             if found.verdict == REMEMBERED and rate.is_spent:
                 rate.aim_lower()
             is_safe = found.is_safely_forgotten or self._of_link
-            settled = is_safe and self._is_settled(record.step, found.is_untold or self._of_link)
+            settled = is_safe and self._is_settled(found)
             rate.hurry(settled or not is_safe)
             if last or spent or settled or found.exceeded:
                 now.fade_from = record.step, rate.lr
@@ -386,12 +388,14 @@ class AutomaticPacing(Pacing):
         elif self._step - now.waits_since >= WITHHELD_PATIENCE_STEPS:
             now.withheld_until = self._step
 
-    def _is_settled(self, step: int, is_untold: bool) -> bool:
+    def _is_settled(self, found: Check) -> bool:
         share, lowest = self._rate.share_left, self._now.lowest
         if lowest is None or share < NOTICED_FALL * lowest[1]:
-            lowest = self._now.lowest = step, share
-        is_low = is_untold and share <= self._settled_loss
-        return is_low or step - lowest[0] >= PATIENCE_STEPS
+            lowest = self._now.lowest = self._step, share
+        if self._step - lowest[0] >= PATIENCE_STEPS:
+            return True
+        waits_for_towers = self._silences_towers and not found.towers_are_silent
+        return share <= self._settled_loss and not waits_for_towers
 
     def _fade(self, steps: int) -> None:
         """Check now and then how far the fade has come: it may pass a better place."""

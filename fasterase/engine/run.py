@@ -354,6 +354,7 @@ class Run:
                     for tower in ("image", "text")
                 },
                 settled_loss=SETTLED_LOSS if config.thorough else 1.0,
+                silences_towers=config.used_cross_weight > 0 and not is_link,
                 of_link=is_link,
                 max_steps=total_steps,
             )

@@ -110,6 +110,7 @@ class Run:
         rate: Rate | None = None,
         settled_loss: float = 1.0,
         has_weights: bool = True,
+        silences_towers: bool = False,
         of_link: bool = False,
     ) -> None:
         self.step = 0
@@ -129,6 +130,7 @@ class Run:
             start=(None, self._weights()),
             towers={},
             settled_loss=settled_loss,
+            silences_towers=silences_towers,
             of_link=of_link,
             max_steps=total,
         )
@@ -381,16 +383,34 @@ class TestAutomatic:
             return check(0.5, towers=(1.0 - step / 50, 0.0))
 
         run = Run(script).take()
-        assert run.step == 45 + FADE_STEPS, "1 - 45 / 50 is a tenth; at a half the verdict holds"
+        assert run.step == 25 + FADE_STEPS, "1 - 25 / 50 is a half"
         assert run.loaded == [run.step]
-        waited = Run(lambda step: check(0.5, towers=(0.3, 0.0))).take()
-        assert waited.step == 35 + PATIENCE_STEPS + FADE_STEPS, "its loss falls no further"
-        assert waited.pacing.limit is None
-        few = replace(check(0.5, towers=(0.3, 0.0)).traces["forget"], by_hits=True)
-        assert Run(lambda step: Check({"forget": few}, 0.0, False)).take().step == 5 + FADE_STEPS
         stuck = Run(lambda step: check(1.0 - step / 1000, towers=(0.9, 0.9 - step / 1000))).take()
         assert (stuck.step, stuck.pacing.limit) == (TOTAL, "steps")
         assert stuck.loaded == [TOTAL], "where pairs and one tower have forgotten the most"
+
+    def test_a_loss_that_silences_towers_goes_on_until_they_are_silent(self):
+        def taken(tower: Callable[[float], float], silences_towers: bool = True, **of_check) -> int:
+            def script(step: float) -> Check:
+                return check(0.5, towers=(tower(step), 0.0), **of_check)
+
+            run = Run(script, silences_towers=silences_towers).take()
+            assert run.pacing.limit is None
+            return run.step - FADE_STEPS
+
+        assert taken(lambda step: (40 - step) / 100) == 30
+        assert taken(lambda step: (40 - step) / 100, silences_towers=False) == 5
+        assert taken(lambda step: 0.3) == 35 + PATIENCE_STEPS, "its loss falls no further"
+        assert taken(lambda step: 0.3, images=11) == 5, "three of eleven images are no share"
+
+    def test_what_training_draws_has_to_be_silent_not_what_is_withheld(self):
+        loud, silent = (check(0.5, towers=(hit, 0.0)) for hit in (0.2, 0.1))
+        assert silent.towers_are_silent
+        assert not loud.towers_are_silent
+        assert loud._replace(trained=silent.traces).towers_are_silent
+        assert not silent._replace(trained=loud.traces).towers_are_silent
+        few = {"withheld": replace(loud.traces["forget"], by_hits=True)}
+        assert silent._replace(traces={**silent.traces, **few}).towers_are_silent
 
 
 class TestEasing:
