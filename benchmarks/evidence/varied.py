@@ -18,7 +18,7 @@ from benchmarks.evidence.trained import OFF, erase_by_default
 from fasterase.demo import emoji
 from fasterase.demo.run import recipe_config
 from fasterase.demo.sets import Drawings, open_teams
-from fasterase.engine import baseline, loss, pacing
+from fasterase.engine import baseline, loss
 from fasterase.models.dual_encoder import DualEncoder
 
 
@@ -171,7 +171,6 @@ METHODS = (
     Method("a higher floor", "", erase_to_a_higher_floor, [{"deviations": 0.3}]),
     Method("all pairs drawn alike", "", erase_without("NEAR_SHARE", baseline, 0.0), [{}]),
     _tried("pairs rest at the floor", erase_without("REST_DEVIATIONS", loss, 0.0)),
-    _tried("towers may tell", erase_without("TOLD_HIT", pacing, 1.0)),
     _tried("pictures without captions", erase_beside_unlabelled_pictures),
     _tried("captions without pictures", erase_beside_unlabelled_captions),
     _tried("all wordings of what is kept", erase_beside_all_wordings),

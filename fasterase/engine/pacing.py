@@ -33,17 +33,16 @@ from fasterase.evaluation.verdict import (
 # There are fewer where a residue, at its pace, would soon pass a margin.
 CHECK_STEPS = 5
 CHECKED_LOSS = 0.6
-# A thorough run starts to fade only at this share: both towers forget more than the verdict asks.
-SETTLED_LOSS = 0.35
-# ... and that of a link here, where its fact is no nearer than other facts of the kind.
+# A run on a link starts to fade only at this share: its fact is no nearer than others of the kind.
 LINK_SETTLED_LOSS = 0.15
-# ... or once the loss has not fallen by a tenth in so many steps.
+# What a run waits for beside the verdict, it waits for until the loss has not fallen by a tenth in
+# so many steps.
 PATIENCE_STEPS, NOTICED_FALL = 60, 0.9
 # lr fades once the residue is at most `MARGIN_RESIDUE` and images are won hardly more often than by
 # chance: fading and unseen pictures need a margin below the verdict's own thresholds.
 MARGIN_HIT = 0.05
-# ... and neither tower, beside the original's other one, wins more of a set's images than this. In
-# the mean of retrained models the image tower wins 9 % (benchmarks/evidence), the text tower 6 %.
+# ... and in a thorough run neither tower, beside the original's other one, wins more of a set's
+# images than this. In the mean of retrained models (benchmarks/evidence) the image tower wins 9 %.
 TOLD_HIT = 0.1
 FADE_STEPS = 20
 # ... of a link, of which more goes meanwhile: in benchmarks/links residues fell from .85 to .79,
@@ -271,11 +270,9 @@ class AutomaticPacing(Pacing):
         original: the original's check and weights, the first candidate for the best weights.
         start: those that training starts from; no check of the original's, or in a resumed run.
         towers: `"image"`, `"text"` -> names of its weights.
-        settled_loss: share of the first forgetting loss above which a verdict does not end the run
-            while the loss still falls.
-        silences_towers: whether the loss has cross terms, so that waiting for silent towers helps.
-        of_link: the loss measures from made-up facts, as the margins of the verdict do: once it has
-            settled, lr fades slowly.
+        is_thorough: a verdict does not end the run while a tower tells and the loss still falls.
+        of_link: the loss measures from made-up facts, as the margins of the verdict do: it settles
+            first, and then lr fades slowly.
         max_steps: the budget.
     """
 
@@ -289,8 +286,7 @@ class AutomaticPacing(Pacing):
         original: tuple[Check, dict[str, Tensor]],
         start: tuple[Check | None, dict[str, Tensor]],
         towers: Mapping[str, Collection[str]],
-        settled_loss: float = 1.0,
-        silences_towers: bool = False,
+        is_thorough: bool = False,
         of_link: bool = False,
         max_steps: int,
     ) -> None:
@@ -298,8 +294,8 @@ class AutomaticPacing(Pacing):
         self._check = check
         self._weights = weights
         self._load = load
-        self._settled_loss = LINK_SETTLED_LOSS if of_link else settled_loss
-        self._silences_towers = silences_towers
+        self._settled_loss = LINK_SETTLED_LOSS if of_link else 1.0
+        self._is_thorough = is_thorough
         self._of_link = of_link
         self._towers = towers
         self._step = 0
@@ -394,7 +390,7 @@ class AutomaticPacing(Pacing):
             lowest = self._now.lowest = self._step, share
         if self._step - lowest[0] >= PATIENCE_STEPS:
             return True
-        waits_for_towers = self._silences_towers and not found.towers_are_silent
+        waits_for_towers = self._is_thorough and not found.towers_are_silent
         return share <= self._settled_loss and not waits_for_towers
 
     def _fade(self, steps: int) -> None:

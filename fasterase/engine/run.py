@@ -24,7 +24,7 @@ from fasterase.engine.loss import StepLoss, loss_products
 from fasterase.engine.model_state import training
 from fasterase.engine.optim import Trained, build_engine, shards
 from fasterase.engine.outcome import Outcome, describe_known
-from fasterase.engine.pacing import SETTLED_LOSS, AutomaticPacing, Check, Pacing
+from fasterase.engine.pacing import AutomaticPacing, Check, Pacing
 from fasterase.engine.prefix_cache import open_prefix_cache
 from fasterase.engine.rates import LINE_STEPS, LINK_LINE_STEPS, LineFollower, Rate, Schedule
 from fasterase.engine.words import ForgottenWords, forget_words, named_words
@@ -353,8 +353,7 @@ class Run:
                     tower: names & {name for name, _ in self.job.model.selected(tower)}
                     for tower in ("image", "text")
                 },
-                settled_loss=SETTLED_LOSS if config.thorough else 1.0,
-                silences_towers=config.used_cross_weight > 0 and not is_link,
+                is_thorough=config.thorough,
                 of_link=is_link,
                 max_steps=total_steps,
             )

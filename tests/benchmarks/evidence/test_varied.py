@@ -11,7 +11,7 @@ from benchmarks.evidence import trained, varied
 from benchmarks.evidence.cells import METHODS, VARIANTS
 from fasterase.demo import emoji
 from fasterase.demo.sets import Drawings
-from fasterase.engine import baseline, loss, pacing
+from fasterase.engine import baseline, loss
 
 
 class Team(list):
@@ -65,7 +65,6 @@ def test_the_floor_lies_between_unrelated_and_matched_cosines(measured, runs):
     [
         ("all pairs drawn alike", baseline, "NEAR_SHARE", 0.0),
         ("pairs rest at the floor", loss, "REST_DEVIATIONS", 0.0),
-        ("towers may tell", pacing, "TOLD_HIT", 1.0),
     ],
 )
 def test_a_constant_is_another_in_its_variant_alone(
