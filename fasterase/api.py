@@ -89,9 +89,8 @@ def unlearn(
     Minimises `forget_weight L_F + retain_weight L_R + consistency_weight L_C + anchor_weight L_A`
     (Yang et al., CLIPErase, ACL 2025, and our floor, cross terms and anchor: see `erase_loss`)
     over both towers, and changes the weights in place. By default the run ends once the concept is
-    forgotten (`result.verdict`) and neither tower alone gives much of it away, within a budget of
-    steps and of damage to everything else; a model that does not know the pairs is left as it is.
-    Any verdict but "forgotten" warns.
+    forgotten (`result.verdict`), within a budget of steps and of damage to everything else; a model
+    that does not know the pairs is left as it is. Any verdict but "forgotten" warns.
 
     In several processes (torchrun, the deepspeed launcher, or a process group that exists already)
     every one makes the same call. They divide each batch among themselves, and all get the same

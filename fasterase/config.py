@@ -111,11 +111,10 @@ class UnlearnConfig:
     > Steps
 
     Args:
-        epochs: `"auto"` trains until the verdict is "forgotten" and neither tower, beside the
-            original's other one, finds more than a tenth of the images or the loss falls no
-            further, within `max_damage` and 400 steps (or one pass over the forget set, if that is
-            more); a number is passes over the forget set. The retain set is cycled, with "auto" the
-            tenth nearest to forget captions up to four times as often as the rest.
+        epochs: `"auto"` trains until the verdict is "forgotten", within `max_damage` and 400 steps
+            (or one pass over the forget set, if that is more); a number is passes over the forget
+            set. The retain set is cycled, with "auto" the tenth nearest to forget captions up to
+            four times as often as the rest.
         max_steps: number of optimiser steps; replaces `epochs`.
         max_damage: share of recall@1 that retain pairs withheld from training, and the forget set's
             neighbours, may lose with `epochs="auto"` (0.03 is 3 points); `None` for any. It counts
@@ -126,9 +125,9 @@ class UnlearnConfig:
         micro_batch_size: pairs encoded at a time. If smaller than the batch, GradCache's two passes
             compute the gradient of the full batch in the memory of one micro-batch. `None`: encode
             the whole batch at once. In eval mode a caption that repeats is encoded once a step.
-        thorough: with `epochs="auto"` and cross terms, a run that could end goes on until the
-            forgetting loss has settled (`fasterase.engine.pacing`): both towers forget more, at
-            more steps and damage to neighbours.
+        thorough: with `epochs="auto"` and cross terms, a run that could end goes on until neither
+            tower, beside the original's other one, finds more than a tenth of a set's images, or
+            the loss falls no further: at more steps and damage to neighbours.
         stop_when_forgotten: check the verdict once per epoch, and stop once it is no longer
             "remembered". For a number of `epochs`; automatic ones stop anyway.
 

@@ -252,12 +252,12 @@ class _Progress:
 class AutomaticPacing(Pacing):
     """Runs until the verdict holds, within a budget of steps and damage.
 
-    The verdict is checked every few steps. Once it holds by a margin and the loss has settled (it
-    is low and the towers are silent, or it falls no further), or the loss has converged, or
-    the damage is exceeded, lr decays to 0, which recovers some damage.
-    If the verdict does not hold then, or images enough to be sure leave it open, the run resumes,
-    at most twice. Where the withheld pairs alone are remembered, it soon trains on them too. The
-    best weights seen are restored at the end: of forgotten ones those that rest within the margins,
+    The verdict is checked every few steps. Once it holds by a margin, or the loss has converged, or
+    the damage is exceeded, lr decays to 0, which recovers some damage. A thorough run waits for
+    silent towers before that, one on a link for a low loss, while the loss still falls. If the
+    verdict does not hold then, or images enough to be sure leave it open, the run resumes, at most
+    twice. Where the withheld pairs alone are remembered, it soon trains on them too. The best
+    weights seen are restored at the end: of forgotten ones those that rest within the margins,
     faded ones first, then those with the least damage; else those that exceed the verdict's
     thresholds least, within `max_damage`. Where the best lie below the margins, weights between the
     start's and theirs are considered too.

@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,6 @@ from fasterase.evaluation.verdict import Trace
 from tests.engine.test_rates import record
 
 TOTAL = 400
-STUCK_STEPS = 15 + PATIENCE_STEPS + FADE_STEPS
 
 
 class TestNumbers:
@@ -108,9 +108,8 @@ class Run:
         loss: Callable[[int], float] = lambda step: 0.8 if step < 3 else 0.1,
         total: int = TOTAL,
         rate: Rate | None = None,
-        settled_loss: float = 1.0,
         has_weights: bool = True,
-        silences_towers: bool = False,
+        is_thorough: bool = False,
         of_link: bool = False,
     ) -> None:
         self.step = 0
@@ -129,8 +128,7 @@ class Run:
             original=(KNOWN, self._weights()),
             start=(None, self._weights()),
             towers={},
-            settled_loss=settled_loss,
-            silences_towers=silences_towers,
+            is_thorough=is_thorough,
             of_link=of_link,
             max_steps=total,
         )
@@ -196,33 +194,19 @@ class TestAutomatic:
         assert (run.pacing.is_done, run.pacing.limit) == (True, None)
         assert run.pacing.tensors() == {}
 
-    @pytest.mark.parametrize(
-        ("loss", "least", "most"),
-        [
-            # Smoothed, it is below a fifth of its first value from step 14 on.
-            (lambda step: 0.8 if step < 3 else 0.1, 15 + FADE_STEPS, 15 + FADE_STEPS),
-            # It no longer falls: that is not waited for.
-            (lambda step: 0.8 if step < 3 else 0.3, STUCK_STEPS, STUCK_STEPS),
-            (lambda step: 0.8 * 0.995**step, 301, 369),
-        ],
-    )
-    def test_the_verdict_waits_for_a_settled_loss(self, loss, least, most):
-        run = Run(lambda step: SAFE, loss=loss, settled_loss=0.2).take()
-        assert least <= run.step <= most
-        assert run.loaded == [run.step]
-
-    def test_a_run_that_waits_for_its_loss_does_not_hurry(self):
-        """The trust region does not widen: what is forgotten is worth no more damage."""
+    def test_a_run_that_waits_for_its_towers_does_not_hurry(self):
+        """The trust region does not widen: what they tell is worth no more damage."""
 
         def lr(script: Callable[[int], Check]) -> float:
             rate = LineFollower()
-            run = Run(script, rate=rate, settled_loss=0.2)
+            run = Run(script, rate=rate, is_thorough=True)
             while run.step < 3 * LINE_STEPS:
                 run.step += 1
                 run.pacing.after_step(record(run.step, 0.8 if run.step < 3 else 0.4, 0.02))
             return rate.lr
 
-        assert lr(lambda step: SAFE) == pytest.approx(LEAST_SHARE * FIRST_LR)
+        told = check(0.5, towers=(0.3, 0.0))
+        assert lr(lambda step: told) == pytest.approx(LEAST_SHARE * FIRST_LR)
         assert lr(lambda step: KNOWN) > 5 * FIRST_LR
 
     def test_forgotten_without_a_margin_is_not_enough(self):
@@ -389,18 +373,21 @@ class TestAutomatic:
         assert (stuck.step, stuck.pacing.limit) == (TOTAL, "steps")
         assert stuck.loaded == [TOTAL], "where pairs and one tower have forgotten the most"
 
-    def test_a_loss_that_silences_towers_goes_on_until_they_are_silent(self):
-        def taken(tower: Callable[[float], float], silences_towers: bool = True, **of_check) -> int:
+    def test_a_thorough_run_goes_on_until_the_towers_are_silent(self):
+        def taken(tower: Callable[[float], float], *, images: int = 50, **options: Any) -> int:
             def script(step: float) -> Check:
-                return check(0.5, towers=(tower(step), 0.0), **of_check)
+                return check(0.5, towers=(tower(step), 0.0), images=images)
 
-            run = Run(script, silences_towers=silences_towers).take()
+            run = Run(script, **{"is_thorough": True, **options}).take()
             assert run.pacing.limit is None
+            assert run.loaded == [run.step]
             return run.step - FADE_STEPS
 
         assert taken(lambda step: (40 - step) / 100) == 30
-        assert taken(lambda step: (40 - step) / 100, silences_towers=False) == 5
+        assert taken(lambda step: (40 - step) / 100, is_thorough=False) == 5
         assert taken(lambda step: 0.3) == 35 + PATIENCE_STEPS, "its loss falls no further"
+        falling = {"loss": lambda step: 0.8 * 0.99**step}
+        assert taken(lambda step: 0.3, **falling) == 305, "its loss is at the line's end"
         assert taken(lambda step: 0.3, images=11) == 5, "three of eleven images are no share"
 
     def test_what_training_draws_has_to_be_silent_not_what_is_withheld(self):
