@@ -448,7 +448,7 @@ class AutomaticPacing(Pacing):
     def _consider(self, found: Check, *, faded: bool) -> None:
         """Take a copy of the weights if they are better than the best so far."""
         self._now.has_exceeded |= found.exceeded
-        rank = _rank(found, faded=faded)
+        rank = _rank(found, faded=faded, is_thorough=self._is_thorough)
         if rank < self._now.best_rank:
             self._now.best_rank, self._best = rank, self._weights()
             self._now.best_least = found.least_residue
@@ -484,12 +484,14 @@ RANKS = {
 }
 
 
-def _rank(found: Check, *, faded: bool) -> list[float]:
+def _rank(found: Check, *, faded: bool, is_thorough: bool = False) -> list[float]:
     """Return what orders candidates for the best weights, the smallest first."""
     if found.verdict == REMEMBERED:
         order = [found.excess, found.beyond_rest, found.damage]
     elif found.verdict == OVER_ERASED:
         order = [found.damage]
     else:
-        order = [int(found.is_indecisive), found.beyond_rest, int(not faded), found.damage]
+        tells = is_thorough and not found.towers_are_silent
+        rest = found.beyond_rest, int(not faded), found.damage
+        order = [int(found.is_indecisive), int(tells), *rest]
     return [int(found.exceeded), RANKS[found.verdict], *order]

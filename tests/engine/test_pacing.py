@@ -390,6 +390,14 @@ class TestAutomatic:
         assert taken(lambda step: 0.3, **falling) == 305, "its loss is at the line's end"
         assert taken(lambda step: 0.3, images=11) == 5, "three of eleven images are no share"
 
+    def test_the_best_weights_of_a_thorough_run_are_silent(self):
+        """Whatever else is better about earlier ones, whose towers told."""
+
+        def script(step: float) -> Check:
+            return check(0.29, towers=(0.0, 0.0)) if step >= 30 else check(0.5, towers=(0.3, 0.0))
+
+        assert Run(script, is_thorough=True).take().loaded[-1] == 30 + FADE_STEPS
+
     def test_what_training_draws_has_to_be_silent_not_what_is_withheld(self):
         loud, silent = (check(0.5, towers=(hit, 0.0)) for hit in (0.2, 0.1))
         assert silent.towers_are_silent
