@@ -90,9 +90,7 @@ class UnlearnConfig:
             `"contrastive"` is gradient ascent on their InfoNCE.
         floor: cosine below which a forget pair is no longer pushed. `"auto"` takes the original's
             mean cosine between forget images and retain captions, and between retain images and
-            forget captions, or 0 without retain pairs; runs with cross terms that end by themselves
-            leave pairs alone from a fifth of a standard deviation of these cosines above it. `None`
-            is the paper.
+            forget captions, or 0 without retain pairs; `None` is the paper.
         cross_weight: weight, within the forgetting loss, of the cosines of forget images with the
             original's features of their captions, and the reverse: both towers forget, neither
             below the floor, and their mean cosines with retained features move to it. With

@@ -26,10 +26,7 @@ from fasterase.ops.contrastive.checks import (
     scale_tensor,
 )
 
-_AMOUNTS = (
-    *("forget_weight", "retain_weight", "consistency_weight", "anchor_weight", "cross_weight"),
-    "floor_margin",
-)
+_WEIGHTS = ("forget_weight", "retain_weight", "consistency_weight", "anchor_weight", "cross_weight")
 # Distances of a mean cosine below which their loss is quadratic.
 SMOOTH_STRAY = 0.05
 # Weight of what links exceed: all that holds other facts holds theirs too.
@@ -62,7 +59,6 @@ class ForgetGroup(NamedTuple):
 
     rows: Tensor  # [m] int64
     floor: float | None
-    floor_margin: float
     weight: float  # the groups' sum is 1
     strangers: Strangers | None = None  # of links, in place of the floor
 
@@ -80,7 +76,6 @@ class Objective(NamedTuple):
     backend: str = "auto"
     products: str = "auto"
     cross_weight: float = 0.0
-    floor_margin: float = 0.0
 
 
 def erase_loss(
@@ -103,7 +98,6 @@ def erase_loss(
     backend: str = "auto",
     products: str = "auto",
     cross_weight: float = 0.0,
-    floor_margin: float = 0.0,
 ) -> EraseLoss:
     """CLIPErase (Yang et al., ACL 2025): `3 L_F + 1 L_R + 3 L_C`, by default as in the paper.
 
@@ -126,8 +120,7 @@ def erase_loss(
 
         forget      = e(image, text) + c (e(image, ref_text) + e(ref_image, text)
                       + d(image, ref_text) + d(text, ref_image)), where
-        e(a, b)     = max(cos - rest, 0).mean() + max(rest - cos.mean(), 0)
-        rest        = floor + floor_margin
+        e(a, b)     = max(cos - floor, 0).mean() + max(floor - cos.mean(), 0)
         cos         = (a * b).sum(1)[F]
         d(a, b)     = huber(a[F] @ b[R].mean(0) - floor).mean(), |x| - 0.025 from |x| = 0.05 on
 
@@ -141,15 +134,13 @@ def erase_loss(
         forget_loss: "similarity", or "contrastive": minus the symmetric InfoNCE of the forget rows.
             If the whole forget set has one caption, it needs `negatives="joint"` to have an effect.
         floor: with "similarity", the cosine below which a forget pair is left alone:
-            mean of `max(cos - floor - floor_margin, 0)`.
+            mean of `max(cos - floor, 0)`.
         labels: any integers; pairs with the same label are each other's positives. Best on the
             CPU, as in `fasterase.contrastive`.
         negatives: "own": forget and retain are two similarity matrices. "joint": one over all rows,
             each loss the mean over its own rows.
         backend, products: as in `fasterase.contrastive`.
         cross_weight: see above; acts with "similarity". Without a floor, e is the mean cosine.
-        floor_margin: how far above the floor pairs are left alone: to models that never learnt
-            them they are a little more similar than unrelated pairs.
 
     Returns:
         `EraseLoss(total, forget, retain, consistency, anchor)`, fp32 (fp64 for fp64 features),
@@ -160,15 +151,7 @@ def erase_loss(
     """
     weights = forget_weight, retain_weight, consistency_weight
     objective = Objective(
-        *weights,
-        forget_loss,
-        floor,
-        anchor_weight,
-        negatives,
-        backend,
-        products,
-        cross_weight,
-        floor_margin,
+        *weights, forget_loss, floor, anchor_weight, negatives, backend, products, cross_weight
     )
     given = _Pairs(image, text, scale, ref_image, ref_text, ref_scale, labels, n_forget)
     pairs = _check(given, objective)
@@ -339,8 +322,8 @@ def _compute_forget(pairs: _Pairs, objective: Objective, losses: Contrastive | N
     if not pairs.groups:
         return _compute_group(pairs, objective, pairs.forget_rows, pairs.strangers)
     total = pairs.zero
-    for rows, floor, margin, weight, strangers in pairs.groups:
-        of_group = objective._replace(floor=floor, floor_margin=margin)
+    for rows, floor, weight, strangers in pairs.groups:
+        of_group = objective._replace(floor=floor)
         total = total + weight * _compute_group(pairs, of_group, rows, strangers)
     return total
 
@@ -374,13 +357,12 @@ def _stray(features: Tensor, others: Tensor, floor: float) -> Tensor:
 
 
 def _exceed(image: Tensor, text: Tensor, objective: Objective) -> Tensor:
-    """How far cosines are above their rest; with cross terms, also how far their mean is below."""
-    cosine = (image * text).sum(1)
-    if objective.floor is None:
+    """How far cosines are above the floor; with cross terms, also how far their mean is below."""
+    cosine, floor = (image * text).sum(1), objective.floor
+    if floor is None:
         return cosine.mean()
-    rest = objective.floor + objective.floor_margin
-    above = (cosine - rest).clamp_min(0).mean()
-    return above + (rest - cosine.mean()).clamp_min(0) if objective.cross_weight else above
+    above = (cosine - floor).clamp_min(0).mean()
+    return above + (floor - cosine.mean()).clamp_min(0) if objective.cross_weight else above
 
 
 def _exceed_strangers(image: Tensor, text: Tensor, strangers: Strangers) -> Tensor:
@@ -421,10 +403,10 @@ def _check(pairs: _Pairs, objective: Objective) -> _Pairs:
 
 
 def _check_options(objective: Objective) -> None:
-    for name in _AMOUNTS:
-        amount = getattr(objective, name)
-        if not _is_number(amount) or amount < 0:
-            raise InputError(f"{name} must be a number of at least 0; got {amount!r}.")
+    for name in _WEIGHTS:
+        weight = getattr(objective, name)
+        if not _is_number(weight) or weight < 0:
+            raise InputError(f"{name} must be a number of at least 0; got {weight!r}.")
     for name, known in (("forget_loss", FORGET_LOSSES), ("negatives", NEGATIVES)):
         value = getattr(objective, name)
         if value not in known:
@@ -441,11 +423,6 @@ def _check_options(objective: Objective) -> None:
                 f"floor is a cosine and goes with forget_loss='similarity'; "
                 f"got floor={floor} with forget_loss={objective.forget_loss!r}. Pass floor=None."
             )
-    elif objective.floor_margin:
-        raise InputError(
-            f"floor_margin={objective.floor_margin} is counted from a floor, but floor=None. Pass "
-            "floor, a cosine, or floor_margin=0."
-        )
     choose_backend(objective.backend)
     check_products(objective.products)
 

@@ -115,7 +115,6 @@ def erase_loss(
     anchor_weight: float = 0.0,
     negatives: str = "own",
     cross_weight: float = 0.0,
-    floor_margin: float = 0.0,
 ) -> tuple[dict[str, float], Gradient]:
     """The terms whose weight is not 0 (others 0) with their total, and the total's gradient."""
     batch = batch.leaves()
@@ -139,11 +138,11 @@ def erase_loss(
             (cross_weight, forget.ref_image, forget.text),
         ):
             if weight:
-                cosines, rest = (image * text).sum(1), (floor or 0.0) + floor_margin
-                above = cosines if floor is None else (cosines - rest).relu()
+                cosines = (image * text).sum(1)
+                above = cosines if floor is None else (cosines - floor).relu()
                 values["forget"] = values["forget"] + weight * above.mean()
                 if cross_weight and floor is not None:
-                    values["forget"] = values["forget"] + weight * (rest - cosines.mean()).relu()
+                    values["forget"] = values["forget"] + weight * (floor - cosines.mean()).relu()
         if cross_weight and floor is not None and len(retain.image):
             for now, others in ((forget.image, retain.ref_text), (forget.text, retain.ref_image)):
                 strays = now @ others.mean(0) - floor

@@ -159,19 +159,19 @@ def test_the_forget_loss_weighs_concepts_each_above_its_own_floor():
     ]
     scale, objective = torch.tensor(10.0), Objective(anchor_weight=1.0, cross_weight=1.0)
     rows = [torch.tensor([0, 2]), torch.tensor([1, 3, 4])]
-    groups = [ForgetGroup(rows[0], 0.1, 0.0, 0.25), ForgetGroup(rows[1], -0.2, 0.1, 0.75)]
+    groups = [ForgetGroup(rows[0], 0.1, 0.25), ForgetGroup(rows[1], -0.2, 0.75)]
     kept = slice(5, 9)
 
-    def alone(rows, floor, margin):
+    def alone(rows, floor):
         chosen = [torch.cat([each[rows], each[kept]]) for each in features]
-        options = {**objective._asdict(), "floor": floor, "floor_margin": margin}
+        options = {**objective._asdict(), "floor": floor}
         found = erase_loss(*chosen[:2], scale, *chosen[2:], scale, n_forget=len(rows), **options)
         return found.forget
 
     found = weighted_erase_loss(
         *features[:2], scale, *features[2:], scale, objective, n_forget=5, groups=groups
     )
-    expected = 0.25 * alone(rows[0], 0.1, 0.0) + 0.75 * alone(rows[1], -0.2, 0.1)
+    expected = 0.25 * alone(rows[0], 0.1) + 0.75 * alone(rows[1], -0.2)
     assert found.forget == pytest.approx(float(expected), rel=1e-5)
 
 

@@ -30,9 +30,8 @@ from fasterase.original.features import (
     LiveOriginal,
     Original,
     OriginalFeatures,
-    Unmatched,
     floor_rows,
-    unmatched_cosines,
+    unmatched_cosine,
 )
 from fasterase.pairs.table import PairTable
 
@@ -57,7 +56,7 @@ NORMAL_Z = 1.645  # of a one-sided 95 % interval
 class Baseline:
     """The original's measurements and features that a run uses."""
 
-    unmatched: list[Unmatched]  # cosines of unrelated pairs of each concept
+    floors: list[float]  # mean cosine of unrelated pairs of each concept, the automatic floors
     judged: dict[str, PairFeatures]  # set -> features of the pairs that the verdict judges
     traces: dict[str, Trace]  # set to forget -> what it knows of it, by the verdict's measure
     measured: Measurement | None  # by the evaluator
@@ -119,7 +118,7 @@ def measure_original(
 
     of_retain = features(_floor_rows(job, "retain"))["retain"]
     of_concepts = features(_floor_rows(job, *(job.concepts or ["forget"]))).values()
-    unmatched = [unmatched_cosines(each, of_retain) for each in of_concepts]
+    floors = [unmatched_cosine(each, of_retain) for each in of_concepts]
     is_link = job.config.erases_link
     decoys = Decoys.make(job, encoder, [*of_concepts], of_retain) if is_link else None
     judged = features(judge.rows)
@@ -146,7 +145,7 @@ def measure_original(
             _warn_of_pictures(judged["forget"], kept, job.retain, named)
     of_steps = _open_original(job, encoder, original)
     return Baseline(
-        unmatched, judged, traces, measured, of_steps, damage, damage_rows, near_rows, decoys
+        floors, judged, traces, measured, of_steps, damage, damage_rows, near_rows, decoys
     )
 
 

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasterase.config import UnlearnConfig
 from fasterase.engine.job import Job
 from fasterase.engine.optim import Trained
 from fasterase.objective import (
@@ -26,15 +25,11 @@ from fasterase.objective import (
     moved_distance,
     weighted_erase_loss,
 )
-from fasterase.original.features import Unmatched
 from fasterase.parallel.ranks import ALONE, Ranks
 from fasterase.transfers import to_device
 
 # CLIP's own ceiling of the scale (Radford et al., 2021, section 2.5).
 MAX_SCALE = 100.0
-# Pairs of an automatic run rest so many standard deviations of unrelated cosines above their mean:
-# in benchmarks/evidence retrained models rank their captions above six in ten unrelated ones.
-REST_DEVIATIONS = 0.2
 # The original's image features [n, D0], text features [n, D0] and scale []; Nones if not used.
 OfOriginal = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -45,14 +40,6 @@ def loss_products(precision: str) -> str:
     fp16 for bf16 towers too: of unit rows it keeps eight times bf16's precision at the same speed.
     """
     return "fp32" if precision == "fp32" else "fp16"
-
-
-def choose_floor(config: UnlearnConfig, unmatched: Unmatched) -> tuple[float | None, float]:
-    """Return the floor and its margin."""
-    if config.floor != "auto":
-        return config.floor, 0.0
-    has_margin = config.runs_until_forgotten and config.used_cross_weight > 0
-    return unmatched.mean, REST_DEVIATIONS * unmatched.deviation if has_margin else 0.0
 
 
 class FeatureGradients(NamedTuple):
@@ -76,8 +63,7 @@ class StepLoss:
     loss is the one that a single process would compute.
 
     Attributes:
-        floors: of several concepts, for each, with its margin; empty for one, whose floor and
-            margin the objective has.
+        floors: of several concepts, for each; empty for one, whose floor the objective has.
         strangers: of links, for each concept, what they are to end at in place of a floor.
         max_scale: a trained scale is clamped to it inside the loss. Clamping the weight would be
             lost in optimisers that have master weights of their own.
@@ -89,7 +75,7 @@ class StepLoss:
     image_trained: bool  # whether its gradient is needed
     text_trained: bool
     scale_trained: bool
-    floors: Sequence[tuple[float | None, float]] = ()
+    floors: Sequence[float | None] = ()
     strangers: Sequence[Strangers] = ()
     max_scale: float = MAX_SCALE
     measures_distance: bool = False
@@ -101,32 +87,30 @@ class StepLoss:
         job: Job,
         trained: Trained,
         *,
-        unmatched: Sequence[Unmatched],
+        floors: Sequence[float],
         strangers: Sequence[Strangers] = (),
     ) -> StepLoss:
-        """Return the loss of a run; `unmatched` has the automatic floors of its concepts."""
+        """Return the loss of a run; `floors` are the automatic ones of its concepts."""
         config = job.config
-        floors = [choose_floor(config, each) for each in unmatched]
-        floor, margin = floors[0] if config.forget_loss == "similarity" else (None, 0.0)
+        chosen = [floor if config.floor == "auto" else config.floor for floor in floors]
         objective = Objective(
             forget_weight=config.forget_weight,
             retain_weight=config.retain_weight,
             consistency_weight=config.consistency_weight,
             forget_loss=config.forget_loss,
-            floor=floor,
+            floor=chosen[0] if config.forget_loss == "similarity" else None,
             anchor_weight=config.anchor_weight,
             negatives=config.negatives,
             backend=config.backend,
             products=loss_products(job.precision),
             cross_weight=config.used_cross_weight,
-            floor_margin=margin,
         )
         return cls(
             objective,
             image_trained=trained.image,
             text_trained=trained.text,
             scale_trained=trained.scale,
-            floors=floors if job.concepts else (),
+            floors=chosen if job.concepts else (),
             strangers=strangers,
             max_scale=max(MAX_SCALE, float(job.model.scale().detach())),
             measures_distance=config.lr == "auto" and not config.anchor_weight,
@@ -260,7 +244,7 @@ class StepLoss:
         return [
             ForgetGroup(
                 to_device(found[number], device),
-                *self.floors[number],
+                self.floors[number],
                 weights[number] / total,
                 self.strangers[number] if self.strangers else None,
             )

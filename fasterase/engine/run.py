@@ -250,7 +250,7 @@ class Run:
                 StepLoss.of_job(
                     job,
                     self._trained,
-                    unmatched=baseline.unmatched,
+                    floors=baseline.floors,
                     strangers=decoys.strangers if decoys else (),
                 ),
                 baseline.original,
@@ -322,7 +322,7 @@ class Run:
         is_taken = self._words is not None and self._words.are_taken(self.job.model)
         return Outcome(
             history,
-            fmean(each.mean for each in baseline.unmatched),
+            fmean(baseline.floors),
             verdict,
             traces,
             evaluation,

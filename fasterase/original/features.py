@@ -9,7 +9,6 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -356,15 +355,8 @@ def floor_rows(count: int) -> np.ndarray:
     return np.sort(generator(0, Stream.FLOOR).choice(count, size=FLOOR_PAIRS, replace=False))
 
 
-class Unmatched(NamedTuple):
-    """Cosines of images and captions that are no pairs."""
-
-    mean: float  # the automatic floor
-    deviation: float
-
-
-def unmatched_cosines(forget: PairFeatures, retain: PairFeatures) -> Unmatched:
-    """Measure the cosines of forget images with retain captions, and the reverse.
+def unmatched_cosine(forget: PairFeatures, retain: PairFeatures) -> float:
+    """Return the mean cosine of forget images with retain captions and the reverse: the floor.
 
     Never taken inside the forget set, whose pairs may all share one caption. Pairs with equal
     captions are left out; 0 if no two captions of the sets differ.
@@ -380,8 +372,6 @@ def unmatched_cosines(forget: PairFeatures, retain: PairFeatures) -> Unmatched:
             )
     captions = [np.array(pairs.first_captions, dtype=object) for pairs in (forget, retain)]
     differ = torch.from_numpy(captions[0][:, None] != captions[1][None, :])
-    sides = (forget.image @ retain.first_text.T, forget.first_text @ retain.image.T)
-    cosines = torch.stack([side[differ] for side in sides]).double()
-    if not cosines.numel():
-        return Unmatched(0.0, 0.0)
-    return Unmatched(float(cosines.mean()), float(cosines.std(correction=0)))
+    cosines = forget.image @ retain.first_text.T + forget.first_text @ retain.image.T
+    count = 2 * int(differ.sum())
+    return float(cosines[differ].double().sum()) / count if count else 0.0
