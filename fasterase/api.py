@@ -208,15 +208,10 @@ def unlearn(
                 )
                 with ranks.raising_together():
                     if output is not None and ranks.is_first:
-                        _write(result, output)
+                        began = time.monotonic()
+                        result.write_output(output)
+                        say("model and report written", since=began, least=WRITING_SECONDS)
             return result
-
-
-def _write(result: UnlearnResult, output: Path) -> None:
-    """Write what a finished run leaves in its folder."""
-    began = time.monotonic()
-    result.write_output(output)
-    say("model and report written", since=began, least=WRITING_SECONDS)
 
 
 def _load(model: Model, given: dict[str, Any], *, copy: bool) -> tuple[DualEncoder, torch.device]:

@@ -136,7 +136,13 @@ class PairEncoder:
         self.model = model
         self.precision = resolve_precision(precision, model.device)
         self.ledger = ledger or SkipLedger(0, max_skipped=1.0)
-        self.prepare = Preparer.for_model(model)
+        self.prepare = Preparer(
+            model.image_transform,
+            model.text_tokenizer,
+            model.image_size,
+            model.context_length,
+            model.vocab_size,
+        )
         # An engine trains on it, while the caller's model may wait elsewhere.
         self._device = model.device
         self.ranks = ranks

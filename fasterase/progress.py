@@ -146,7 +146,7 @@ class Progress:
         if _outermost is not None or not self._shown:
             return self
         _outermost = self
-        if _has_widgets() or sys.stderr.isatty():
+        if live_tqdm is not tqdm_asyncio or sys.stderr.isatty():
             self._bar = live_tqdm(
                 total=self._total,
                 desc=self._description,
@@ -203,10 +203,6 @@ class WaitingShare:
 
 def _may_speak() -> bool:
     return not _is_quiet.get() and launched_rank() == 0
-
-
-def _has_widgets() -> bool:
-    return live_tqdm is not tqdm_asyncio
 
 
 def _stream() -> TextIO:

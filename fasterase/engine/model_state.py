@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from fasterase.engine.grad_cache import buffers_in_train_mode, restore_buffers
 from fasterase.errors import InputError
 from fasterase.models.dual_encoder import DualEncoder
+from fasterase.models.forward import replaced_forward
 
 log = logging.getLogger(__name__)
 
@@ -112,17 +113,10 @@ def checkpointed_activations(model: DualEncoder) -> Iterator[None]:
                 "micro_batch_size needs less memory too"
             )
         blocks += parts.blocks
-    own = [block.__dict__.get("forward") for block in blocks]
-    for block in blocks:
-        block.forward = _CheckpointedForward(block)
-    try:
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(replaced_forward(block, _CheckpointedForward(block)))
         yield
-    finally:
-        for block, forward in zip(blocks, own, strict=True):
-            if forward is None:
-                del block.forward
-            else:
-                block.forward = forward
 
 
 class _CheckpointedForward:

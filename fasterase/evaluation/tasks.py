@@ -158,13 +158,10 @@ def retrieval(target: Target) -> Examined:
         captions, place, text = encode_captions(target.encoder, source, features)
         for key, right, found in rank_captions(features.image, captions, place, text):
             candidates = len(place) if key == "image_to_text" else len(captions)
-            findings += target.hits(
-                name,
-                found,
-                _chances(right, candidates, [k for k in RECALL_DEPTHS if k < candidates]),
-                key=key,
-                title=f"{DIRECTIONS[key]} R@{{}}, %",
-            )
+            chance = chance_position(candidates, np.array([len(those) for those in right]))
+            chances = {k: float(chance.hit(k).mean()) for k in RECALL_DEPTHS if k < candidates}
+            title = f"{DIRECTIONS[key]} R@{{}}, %"
+            findings += target.hits(name, found, chances, key=key, title=title)
     if not findings:
         raise InputError("tasks: 'retrieval' needs a set of two pairs or more.")
     return Examined(findings)
@@ -224,14 +221,6 @@ def encode_captions(
         text = torch.cat([text, encoder.texts(fresh)])
     place = {caption: i for i, caption in enumerate(distinct)}
     return captions, place, text[[known[caption] for caption in distinct]]
-
-
-def _chances(
-    right: Sequence[list[int]], candidates: int, depths: Sequence[int]
-) -> dict[int, float]:
-    """Return depth -> recall in a random order of the candidates, over queries `right` [n]."""
-    position = chance_position(candidates, np.array([len(those) for those in right]))
-    return {k: float(position.hit(k).mean()) for k in depths}
 
 
 def paraphrases(target: Target) -> Examined:

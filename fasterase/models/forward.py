@@ -197,7 +197,7 @@ class SplitTower:
         output = (hidden,) if self._is_tuple else hidden
         with ExitStack() as stack:
             for block in self._frozen:
-                stack.enter_context(_forward(block, lambda *_, **__: output))
+                stack.enter_context(replaced_forward(block, lambda *_, **__: output))
             if halfway.tokens is not None:
                 return self._model.encode_text(halfway.tokens)
             # Of one picture, so that what comes before the blocks costs next to nothing.
@@ -232,7 +232,7 @@ class _ReachedError(Exception):
 
 
 @contextmanager
-def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Run `forward` in place of the module's own inside the block."""
     own = module.__dict__.get("forward")  # such as that of activation checkpointing
     module.forward = forward

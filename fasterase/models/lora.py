@@ -47,9 +47,7 @@ class LoraAdapter:
     def product(self, weight: str) -> Tensor:
         """Return B A, what the adapter adds to a weight."""
         layer = self.factors[weight]
-        return low_rank_product(
-            self.state[f"{layer}.lora_A.weight"], self.state[f"{layer}.lora_B.weight"]
-        )
+        return low_rank_product(*(self.state[f"{layer}.lora_{each}.weight"] for each in "AB"))
 
 
 def parse_rank(tune: str) -> int | None:

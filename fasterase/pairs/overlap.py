@@ -92,7 +92,7 @@ def _find_same_files(
             f"{len(candidates)} of them with an equal caption too are compared with it",
             stacklevel=2,
         )
-    same = _with_same(_location, retain, candidates, forget, known)
+    same = _with_same(lambda s, row: s.encoded_location(row), retain, candidates, forget, known)
     # Only what may be a copy in another place has to be read.
     others = np.setdiff1d(candidates, same)
     known = known[np.isin(known_sizes[known], sizes[others])]
@@ -142,10 +142,6 @@ def image_digest(source: PairTable, row: int) -> bytes:
     """
     of_pixels = source.encoded_sizes() is None
     return (_digest_pixels if of_pixels else _digest_bytes)(source, row)
-
-
-def _location(source: PairTable, row: int) -> str:
-    return source.encoded_location(row)
 
 
 def _digest_bytes(source: PairTable, row: int) -> bytes:

@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 
 from fasterase.errors import InputError
-from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.preprocessing import ImageTransform, Tokens
 from fasterase.numerals import counted
 from fasterase.pairs.images import to_rgb
@@ -60,17 +59,6 @@ class Preparer:
     context_length: int
     vocab_size: int
     _known_tokens: dict[str, Tokens] = field(default_factory=dict, init=False, repr=False)
-
-    @classmethod
-    def for_model(cls, model: DualEncoder) -> Preparer:
-        """Return the preparer of a model's inputs."""
-        return cls(
-            model.image_transform,
-            model.text_tokenizer,
-            model.image_size,
-            model.context_length,
-            model.vocab_size,
-        )
 
     @property
     def image_bytes(self) -> int:

@@ -95,17 +95,6 @@ class Operator:
     # has a step and its autograd.
     weighted: Callable[..., tuple[Tensor, Tensor]] | None = None
 
-    def differentiate(
-        self,
-        upstream: Tensor,
-        tensors: tuple[Any, ...],
-        groups: Groups,
-        wanted: Wanted,
-        options: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Call `backward` with the batch, and what forward returned after the losses."""
-        return self.backward(upstream, *tensors, groups, *wanted, *options)
-
     def take_step(
         self, weights: Tensor, batch: Batch, groups: Groups, wanted: Wanted, options: Any
     ) -> tuple[Tensor, ...]:
@@ -113,7 +102,7 @@ class Operator:
         if self.step is not None:
             return self.step(weights, *batch, groups, *wanted, *options)
         losses, *saved = self.forward(*batch, groups, *options)
-        return losses, *self.differentiate(weights, (*batch, *saved), groups, wanted, options)
+        return losses, *self.backward(weights, *batch, *saved, groups, *wanted, *options)
 
 
 def unpack_losses(losses: Tensor) -> Contrastive:
@@ -297,7 +286,7 @@ def _make_backward(operator: Operator) -> Callable[..., tuple[Tensor | None, ...
         for place, labels in zip(ctx.labels, ctx.saved_tensors[:count], strict=True):
             options[place] = labels
         saved = ctx.saved_tensors[count:]
-        made = operator.differentiate(upstream, saved, ctx.groups, wanted, options)
+        made = operator.backward(upstream, *saved, ctx.groups, *wanted, *options)
         gradients = (g if is_wanted else None for g, is_wanted in zip(made, wants, strict=False))
         return (*gradients, *(None,) * (len(wants) - 3))
 
