@@ -208,10 +208,15 @@ def unlearn(
                 )
                 with ranks.raising_together():
                     if output is not None and ranks.is_first:
-                        began = time.monotonic()
-                        result.write_output(output)
-                        say("model and report written", since=began, least=WRITING_SECONDS)
+                        _write(result, output)
             return result
+
+
+def _write(result: UnlearnResult, output: Path) -> None:
+    """Write what a finished run leaves in its folder."""
+    began = time.monotonic()
+    result.write_output(output)
+    say("model and report written", since=began, least=WRITING_SECONDS)
 
 
 def _load(model: Model, given: dict[str, Any], *, copy: bool) -> tuple[DualEncoder, torch.device]:
