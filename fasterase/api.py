@@ -147,7 +147,7 @@ def unlearn(
         PreemptedError: SIGTERM or SIGUSR1 arrived, in whatever the run was doing; a training step
             was finished and, with an `output_dir`, saved. The same call continues. A second signal
             does not wait for the step.
-        LostRankError: another process of the run ended, or fell silent.
+        fasterase.errors.LostRankError: another process of the run ended, or fell silent.
         KeyboardInterrupt: Ctrl-C; likewise. The message says how to go on.
     """
     arguments = dict(locals())
@@ -388,8 +388,6 @@ def evaluate(
     _check_references(references)
     check_model_name(model_name, [model, original, *references.values()])
     workers = count_workers(num_workers)
-    if workers < 0:
-        raise InputError(f"num_workers={num_workers} must be 0 or more, or 'auto'.")
     evaluator = Evaluator(
         sources,
         forget_sets=to_forget,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -257,6 +258,8 @@ class UnlearnConfig:
         hints = get_type_hints(type(self))
         for field in dataclasses.fields(self):
             value = parse_value(field.name, getattr(self, field.name), hints[field.name])
+            if PATH in field.metadata and isinstance(value, str):
+                value = os.path.expanduser(value)
             object.__setattr__(self, field.name, value)
         for names, holds, must in _RANGES:
             for name in names:

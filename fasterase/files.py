@@ -101,9 +101,10 @@ def replace_model_folder(folder: str | os.PathLike[str], *, library: str) -> Ite
 
 def check_replaceable(target: Path, *, argument: str = "folder") -> None:
     """Raise `InputError`, which names `argument`, if a model in `target` would replace files."""
-    if target.exists() and not target.is_dir():
+    exists = os.path.exists(target)
+    if exists and not target.is_dir():
         raise InputError(f"{argument}: {target} is a file; name a folder to save the model in")
-    if target.exists() and any(target.iterdir()) and not (target / MARKER).is_file():
+    if exists and any(target.iterdir()) and not (target / MARKER).is_file():
         raise InputError(
             f"{argument}: {target} holds files that fasterase did not write, and saving would "
             "replace them; name a new or empty folder"
@@ -139,9 +140,13 @@ def append_whole(file: FileIO, data: bytes, *, path: Path) -> None:
 
 
 def parse_path(value: object, *, argument: str) -> Path:
-    """Return a path given as a str or `os.PathLike`; `InputError` names `argument` for others."""
+    """Return a path given as a str or `os.PathLike`, without a `~` in front.
+
+    Raises:
+        InputError: it is something else; names `argument`.
+    """
     try:
-        return Path(value)  # type: ignore[arg-type]
+        return Path(os.path.expanduser(value))  # type: ignore[call-overload]
     except TypeError as error:
         raise InputError(
             f"{argument}: expected a path, found {type(value).__name__}. Give it as a str or Path."
@@ -164,8 +169,9 @@ def check_writable(folder: Path, *, argument: str) -> None:
 def check_creatable(folder: Path, *, argument: str) -> None:
     """Raise `InputError` if `folder` could not be created and written to, without creating it."""
     folder = folder.absolute()
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
-    if not nearest.is_dir():
+    # Not the path's own methods, which raise where they may not look.
+    nearest = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    if not os.path.isdir(nearest):
         raise InputError(
             f"{argument}: {nearest} is not a folder, and {folder} cannot be created. Give another "
             "path."

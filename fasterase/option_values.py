@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from os import PathLike
@@ -34,7 +35,7 @@ def parse_text(name: str, text: str, hint: Any) -> Any:
     """Parse the text of a flag as the first of its readings that has the type `hint`.
 
     Besides the text itself these are no value, YAML (for numbers, booleans and dicts) and a comma-
-    separated list.
+    separated list. No value is False where it cannot be None.
 
     Raises:
         InputError: none has; the message starts with `name`.
@@ -45,9 +46,10 @@ def parse_text(name: str, text: str, hint: Any) -> Any:
         in_yaml = yaml.safe_load(text)
     except Exception:  # not YAML; PyYAML also raises ValueError, KeyError, OverflowError ...
         in_yaml = text
-    readings = [text, in_yaml, text.strip("()[] ").split(",")]
+    in_brackets = re.fullmatch(r"\s*[(\[](.*)[)\]]\s*", text, re.DOTALL)
+    readings = [text, in_yaml, (in_brackets[1] if in_brackets else text).split(",")]
     if text.lower() in ("none", "null"):
-        readings.insert(0, None)
+        readings[:0] = None, False
     # Before the text, which a flag that also takes a path would accept.
     elif isinstance(in_yaml, dict):
         readings.insert(0, in_yaml)

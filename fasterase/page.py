@@ -43,7 +43,7 @@ def read_run(folder: str | PathLike[str]) -> RunFacts:
     Raises:
         InputError: it is no folder of a finished run, or one of its files is damaged.
     """
-    folder = parse_path(folder, argument="folder").expanduser()
+    folder = parse_path(folder, argument="folder")
     record = read_record(folder / "model")
     if record is None:
         raise InputError(

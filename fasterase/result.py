@@ -65,9 +65,9 @@ class UnlearnResult:
             looked `residue`, `least_residue` and `damage`; as keys and as attributes.
         evaluation: measurements before and after; `None` if the config asked for none.
         verdict: `"forgotten"`, `"remembered"`, `"over-erased"` (less similar than unrelated pairs),
-            `"undecided"` (too few images to tell) or `"never known"` (by the original), the worst
-            over the forget set and all `forget_sets`; see `fasterase.evaluation.verdict`. None
-            without a retain caption that is no forget caption.
+            `"undecided"` (too few images to tell, or too many of them still found) or `"never
+            known"` (by the original), the worst over the forget set and all `forget_sets`; see
+            `fasterase.evaluation.verdict`. None without a retain caption that is no forget caption.
         traces: set to forget -> the figures behind its verdict.
         config: the configuration of the run.
         skipped: pairs that could not be read, as `(id, reason)`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 
@@ -237,6 +238,12 @@ def test_yaml_is_read_back_as_it_was_written(tmp_path):
     file.write_text(format_yaml(values), encoding="utf-8")
     assert read_yaml(file) == values
     assert list(read_yaml(file)) == list(values)
+
+
+def test_a_home_folder_is_found():
+    config = UnlearnConfig(output_dir="~/runs", reference_cache="~nobody knows/x")
+    assert config.output_dir == os.path.expanduser("~/runs") != "~/runs"
+    assert config.reference_cache == "~nobody knows/x"
 
 
 def test_containers_and_paths_are_converted():

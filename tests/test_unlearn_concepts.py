@@ -27,6 +27,9 @@ from tests.tiny_model import erase, same_weights
 STEP = Trainer.train_step
 FEW, MANY = concept_pairs([0], 12, seed=1), concept_pairs([1], 24, seed=1)
 OTHERS = concept_pairs(KEPT[1:], 20, seed=2)
+# As `find` gives it.
+NONE_FOUND = open_pairs(FEW, name="forget").select([])
+NONE_FOUND.found = {"counts": {}}
 run = partial(erase, forget={"few": FEW, "many": MANY}, retain=OTHERS, **AUTOMATIC)
 
 
@@ -183,6 +186,7 @@ def test_the_forget_loss_weighs_concepts_each_above_its_own_floor():
         ({"a": FEW}, {"sets": {"a": MANY}}, "sets: 'a' is also a set of another argument"),
         ({"a": FEW}, {"negatives": "joint"}, "several concepts .a. need forget_loss='similarity'"),
         ({"empty one": []}, {}, "`empty one`"),
+        ({"a": NONE_FOUND}, {}, "`forget` is empty"),
     ],
 )
 def test_a_mapping_that_cannot_be_used_is_refused(forget, options, says):

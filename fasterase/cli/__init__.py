@@ -1,4 +1,4 @@
-"""The command line: `fasterase unlearn | evaluate | plan | split | demo | compile`."""
+"""The command line: `fasterase unlearn | evaluate | plan | ...`."""
 
 from __future__ import annotations
 

@@ -150,16 +150,20 @@ class Find(Command):
         words = ["--model", model, "--found", folder]
         if self.reference_cache is not None:
             words += ["--reference_cache", self.reference_cache]
+        if self.model_name is not None:
+            words += ["--model_name", self.model_name]
         page = Path(folder) / "review.html"
         print(f"{found!r}\nLook at {page}, and save decisions.csv beside it.")
         print(f"Next: fasterase unlearn {shlex.join(words)} --output_dir RUN")
 
     def _check_concept(self, folder: Path, argument: str) -> None:
         """Refuse a folder of another search, whose decisions.csv would be taken for this one's."""
+        from fasterase.finder.find import parse_wordings  # imports torch
+
         file = folder / "found.json"
         if file.is_file():
             other = json.loads(file.read_text(encoding="utf-8"))["concept"]
-            if other != self.concept:
+            if other != parse_wordings("concept", self.concept):
                 raise InputError(
                     f"{argument} holds what was found of {', '.join(other)}. Give another folder."
                 )

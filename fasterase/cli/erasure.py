@@ -262,7 +262,8 @@ class Evaluate(Erasure):
           --forget forget.csv --retain retain.csv --sets neighbours=near.csv \
           --forget_sets unseen=unseen.csv --output report.md
 
-    Exit codes: 0 done, 2 wrong input, 4 the verdict is "remembered", 1 anything else.
+    Exit codes: 0 done, 2 wrong input, 4 the verdict is "remembered", 75 SIGTERM or SIGUSR1, 130
+    Ctrl-C, 1 anything else.
     """
 
     needs = ("model", "forget", "retain")

@@ -79,7 +79,7 @@ def _run(argv: Sequence[str], status: _Status) -> str | None:
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         parsed = parse(argv)
-        if parsed.command in SHARED:
+        if parsed.command in SHARED and not parsed.values.get("print_config"):
             status.begin(parsed.values.get("output_dir"))
         from fasterase.parallel.ranks import join_ranks  # imports torch
 

@@ -236,7 +236,9 @@ def _parse(flag: Flag, value: Any) -> Any:
         return parse_named(flag.name, value)
     if _may_be_named(flag) and value is not None:
         only = value[0] if isinstance(value, list) and len(value) == 1 else value
-        is_one = isinstance(only, str) and ("=" not in only or Path(only).exists())
+        # The = of a URL, of a command or of a folder such as date=2024 ends no name.
+        is_named = isinstance(only, str) and re.match(r"[^=:/]+=", only)
+        is_one = isinstance(only, str) and (not is_named or Path(only).exists())
         return only if is_one else parse_named(flag.name, value)
     if isinstance(flag.default, list):
         value = parse_value(flag.name, value, list[str] | str)

@@ -93,11 +93,17 @@ def _next_step(outcome: Outcome, config: UnlearnConfig) -> str:
             "images."
         )
     if outcome.verdict == UNDECIDED:
-        possible = max(t.hit_high for t in outcome.traces.values() if not t.is_decisive)
+        open_sets = [trace for trace in outcome.traces.values() if not trace.is_decisive]
+        possible = f"{100 * max(trace.hit_high for trace in open_sets):.0f} %"
+        if all(trace.could_decide for trace in open_sets):
+            return (
+                f"Some images are still found, so that up to {possible} of such images may be. "
+                "Give more pictures of the concept to forget."
+            )
         return (
             "No trace was found, but too few images, or retain captions, were there to tell: up to "
-            f"{100 * possible:.0f} % of such images may still be found. Give at least 12 pictures "
-            "of every set to forget, and 20 different retain captions."
+            f"{possible} of such images may still be found. Give at least 12 pictures of every set "
+            "to forget, and 20 different retain captions."
         )
     telling = {tower for trace in outcome.traces.values() for tower in trace.telling_towers}
     if telling and telling == {FROZEN_TOWER.get(config.tune)}:

@@ -47,7 +47,7 @@ HARMLESS_HIT = 0.10
 # "forgotten" needs an upper end of the hit rate's interval below this: twelve images without a hit.
 DECISIVE_HIT = 0.25
 # A tower that wins so many images beside the original's other one gives the concept away. Models
-# retrained without a concept win 9 to 42 %.
+# retrained without a concept win up to 42 %.
 TOWER_HIT = 0.5
 # The set of those pairs to forget that the run was not trained on. They are few: the ranks of a
 # handful of captions vary widely where nothing is known of them, and one picture decides a tower.

@@ -43,6 +43,7 @@ from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.forward import resolve_precision
 from fasterase.models.load import load_model
 from fasterase.numerals import counted
+from fasterase.option_values import parse_value
 from fasterase.original.features import OriginalFeatures, cache_folder, feature_key
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.processes import count_workers
@@ -115,12 +116,11 @@ def find(
     Raises:
         InputError: an argument is unusable, or no pair can be read.
     """
-    wordings = _wordings("concept", concept)
-    others = [] if not_about is None else _wordings("not_about", not_about)
+    wordings = parse_wordings("concept", concept)
+    others = [] if not_about is None else parse_wordings("not_about", not_about)
     if not wordings:
         raise InputError("concept is empty. Say in words what to find, such as 'octopus'.")
-    if max_pairs is not None and max_pairs < 1:
-        raise InputError(f"max_pairs={max_pairs} must be 1 or more, or None.")
+    _check_options(max_pairs, seed, precision, num_workers)
     keys: dict[str, Any] = {"image_key": image_key, "text_key": text_key}
     with speaking(progress), join_ranks() as ranks, torch.inference_mode(False):
         with ranks.raising_together():
@@ -248,7 +248,19 @@ def _warn(found: Found, wordings: Sequence[str]) -> None:
         warnings.warn(f"find {', '.join(wordings)}: {'. '.join(lacks)}.", stacklevel=3)
 
 
-def _wordings(argument: str, given: str | Iterable[str]) -> list[str]:
+def _check_options(
+    max_pairs: int | None, seed: int, precision: str, num_workers: int | Literal["auto"]
+) -> None:
+    parse_value("max_pairs", max_pairs, int | None)
+    if max_pairs is not None and max_pairs < 1:
+        raise InputError(f"max_pairs={max_pairs} must be 1 or more, or None.")
+    if parse_value("seed", seed, int) < 0:
+        raise InputError(f"seed={seed} must be 0 or more.")
+    parse_value("precision", precision, Literal["auto", "fp32", "bf16", "fp16"])
+    count_workers(num_workers)
+
+
+def parse_wordings(argument: str, given: str | Iterable[str]) -> list[str]:
     """Return distinct wordings; `InputError` names the argument if one is no text."""
     every = [given] if isinstance(given, str) else list(given)
     for each in every:
@@ -265,6 +277,10 @@ def _open_examples(images: Any, caption: str) -> PairTable:
         folder = Path(images).expanduser()
         files = sorted(folder.iterdir()) if folder.is_dir() else [folder]
         images = [file for file in files if file.suffix.lower() in IMAGE_ENDINGS]
+        if not images:
+            raise InputError(
+                f"images: {folder} is no image, nor a folder of some ({', '.join(IMAGE_ENDINGS)})."
+            )
     elif isinstance(images, Image.Image):
         images = [images]
     pairs = [(os.path.abspath(each) if _is_path(each) else each, caption) for each in images]

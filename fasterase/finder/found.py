@@ -193,7 +193,7 @@ class Found:
             InputError: the file is no file of decisions, or has an id that no pair has.
         """
         file = parse_path(path, argument="path")
-        decided = read_decisions(self.source, file)
+        decided = read_decisions(self.source, file, argument="path")
         if decided is None:
             raise InputError(
                 f"path: {file} holds no decisions: the first line must be `id,decision`. Save it "

@@ -142,7 +142,7 @@ def apply_delta(
     """
     if isinstance(sign, bool) or sign not in (1, -1):
         raise InputError(f"sign={sign!r} is neither 1 (put the delta on) nor -1 (take it off).")
-    delta = _read(parse_path(folder, argument="folder").expanduser())
+    delta = _read(parse_path(folder, argument="folder"))
     encoder = load_model(model)
     tensors = _tensors(encoder.module)
     for name in delta.dtypes:

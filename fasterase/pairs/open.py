@@ -83,7 +83,7 @@ def _open(source: Any, name: str, image_key: str | None, text_key: str | None) -
             kind = f"{type(source).__module__.partition('.')[0]} {type(source).__name__}"
             raise InputError(f"`{name}` is a {kind}; pass its .to_pandas(), a pandas DataFrame")
         return open_objects(source, name, image_key, text_key)
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_dir():
         return open_folder(path, name=name)
     if os.path.isfile(path):
@@ -126,7 +126,7 @@ def _find_tars(source: Any, name: str) -> list[str] | None:
         return None
     if not (text := os.fspath(source)):
         raise InputError(f"`{name}` is an empty path")
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     if path.is_dir():
         return sorted(str(each) for each in path.glob("*.tar") if each.is_file()) or None
     if os.path.isfile(path):
@@ -138,6 +138,8 @@ class JoinedTable(PairTable):
     """The rows of `tables` in order; every pair keeps the id it has there."""
 
     def __init__(self, name: str, tables: Sequence[PairTable]) -> None:
+        if not tables:
+            raise InputError(f"`{name}` is empty: none of its sets has a pair.")
         self.name = name
         self._tables = list(tables)
         self._starts = [0, *accumulate(map(len, tables))]

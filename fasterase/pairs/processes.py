@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from fasterase.errors import FaseraseError
+from fasterase.errors import FaseraseError, InputError
 from fasterase.option_values import parse_value
 from fasterase.parallel.ranks import ALONE, Ranks
 from fasterase.signals import current_stop, end_with_parent, in_child
@@ -53,10 +53,12 @@ def count_workers(num_workers: int | Literal["auto"], ranks: Ranks = ALONE) -> i
     of each share to the rank itself; at most `MOST_PROCESSES`.
 
     Raises:
-        InputError: `num_workers` is neither a whole number nor "auto".
+        InputError: `num_workers` is neither a whole number of at least 0 nor "auto".
     """
     num_workers = parse_value("num_workers", num_workers, int | Literal["auto"])
     if num_workers != "auto":
+        if num_workers < 0:
+            raise InputError(f"num_workers={num_workers} must be 0 or more, or 'auto'.")
         return num_workers
     return max(0, min(num_cpus() // ranks.on_this_host - 1, MOST_PROCESSES))
 
@@ -343,7 +345,12 @@ def _answer(load: Callable[[Any], Any], request: Any) -> bytes:
     try:
         result: Any = load(request)
     except Exception as error:
-        result = ExceptionWithTraceback(error, error.__traceback__)
+        try:
+            pickle.loads(pickle.dumps(error))
+            told = error
+        except Exception:  # a class of the caller's that cannot be handed over
+            told = FaseraseError(f"{type(error).__name__}: {error}")
+        result = ExceptionWithTraceback(told, error.__traceback__)
     try:
         return bytes(ForkingPickler.dumps(result))  # tensors go into shared memory
     except (OSError, RuntimeError):  # it is full

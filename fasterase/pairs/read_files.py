@@ -33,7 +33,7 @@ PARQUET_ENDINGS = (".parquet", ".pq")
 _IMAGE_COLUMNS = tuple(key for key in IMAGE_KEYS if key != "pixel_values")
 _TEXT_COLUMNS = tuple(key for key in TEXT_KEYS if key != "input_ids")
 # Of a cell: captions and metadata of web pages are long.
-_CELL_LIMIT = 1 << 30
+csv.field_size_limit(max(csv.field_size_limit(), 1 << 30))
 # The columns of images and captions that the caller names, None for the usual ones.
 _Keys = tuple[str | None, str | None]
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -228,7 +228,6 @@ def _read_cells(file: TextIO, separator: str) -> Iterator[tuple[int, list[str]]]
         for line in file:  # noqa: UP028 (the last one is needed below)
             yield line
 
-    csv.field_size_limit(max(csv.field_size_limit(), _CELL_LIMIT))
     reader = csv.reader(lines(), delimiter=separator, strict=True)
     while True:
         first = reader.line_num + 2

@@ -159,7 +159,8 @@ def open_list(
     kinds = {type(pair.image) for pair in readable}
     is_coded = any(isinstance(pair.text, Tensor) for pair in readable)
     if kinds not in ({str}, {bytes}) or is_coded:
-        return ItemTable(name, pairs, classes=classes, in_memory=str not in kinds, root=root)
+        in_memory = str not in kinds
+        return ItemTable(name, pairs, classes=classes, in_memory=in_memory, root=root, label=label)
     # Told apart without decoding the images.
     images: Images = ImageFiles(root)
     if kinds == {bytes}:
@@ -266,8 +267,9 @@ class ItemTable(PairTable):
         classes: list[str] | None = None,
         in_memory: bool = False,
         root: str | os.PathLike[str] = "",
+        label: str | None = None,
     ) -> None:
-        self.name = self._label = name
+        self.name, self._label = name, label or name
         self.classes = classes
         self.in_memory = in_memory
         self._items = items

@@ -71,7 +71,7 @@ def expand_pattern(pattern: str, *, name: str) -> list[str]:
     from webdataset.shardlists import expand_urls
 
     try:
-        urls = [url.removeprefix("file:") for url in expand_urls(pattern)]
+        urls = [os.path.expanduser(url.removeprefix("file:")) for url in expand_urls(pattern)]
     # ValueError from braceexpand, KeyError for an environment variable that is not set.
     except (ValueError, KeyError) as error:
         raise InputError(f"`{name}`: bad shard pattern {pattern!r}: {error}") from error

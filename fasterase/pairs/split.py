@@ -6,7 +6,7 @@ import csv
 import io
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import accumulate, chain
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor
 from fasterase.errors import InputError
 from fasterase.files import replace_file, to_json
 from fasterase.pairs.images import ImageFiles
-from fasterase.pairs.items import IMAGE_KEYS, TEXT_KEYS, normalize_class_name
+from fasterase.pairs.items import IMAGE_KEYS, TEXT_KEYS, BrokenPair, normalize_class_name
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.processes import count_processes, process_pool
 from fasterase.pairs.table import PairTable, Part
@@ -26,6 +26,8 @@ from fasterase.progress import Progress
 
 # What a person decides about a pair; see `read_decisions`.
 DECISIONS = ("forget", "retain", "unsure")
+# How lists of ids hold names of files that are no text.
+_NO_TEXT = "surrogateescape"
 
 
 def split(
@@ -55,9 +57,9 @@ def split(
               of the pair's captions, ignoring case (`"apple"` also matches "pineapple";
               `r"\\bapple\\b"` does not).
             - a compiled pattern: the same, with its own flags.
-            - a `Path`: a file with one id per line. It selects the pairs with that id, or with an
-              id that ends in `/` and that id. Or the decisions that a page of `Found.review` saves
-              (see `read_decisions`): what is "unsure" there is in neither set.
+            - a `Path`: a file with one id per line. It selects the pairs with that id, or, if none
+              has it, those whose id ends in `/` and that id. Or the decisions that a page of
+              `Found.review` saves (see `read_decisions`): what is "unsure" there is in neither set.
             - an array of int64: caption hashes, as `fasterase.pairs.prepare.hash_captions` returns
               them. It selects the pairs with one of these captions, unfolded.
             - a callable that gets the record (`.image`, `.text`, `.id`, `.mask`, `.meta`) and
@@ -90,15 +92,19 @@ def split(
     return pairs.where(matches, name="forget"), pairs.where(kept, name="retain")
 
 
-def read_decisions(pairs: PairTable, path: Path) -> dict[str, np.ndarray] | None:
+def read_decisions(
+    pairs: PairTable, path: Path, *, argument: str = "forget"
+) -> dict[str, np.ndarray] | None:
     """Return decision -> which pairs it is about, [n] bool; None if `path` is a list of ids.
 
-    The file is a CSV with the columns id and decision: "forget", "retain" or "unsure".
+    The file is a CSV with the columns id and decision: "forget", "retain" or "unsure". Where
+    several pairs have an id and decisions differ, it is to be forgotten, or else unsure.
 
     Raises:
-        InputError: it cannot be read, or holds another decision, or an id that no pair has.
+        InputError: it cannot be read, or holds another decision, or an id that no pair has; names
+            `argument`.
     """
-    text = _read_ids(path)
+    text = _read_ids(path, argument)
     rows = list(csv.reader(io.StringIO(text, newline="")))
     if not rows or rows[0] != ["id", "decision"]:
         return None
@@ -106,21 +112,24 @@ def read_decisions(pairs: PairTable, path: Path) -> dict[str, np.ndarray] | None
     for number, row in enumerate(rows[1:], start=2):
         if len(row) != 2 or row[1] not in ids:
             raise InputError(
-                f"`forget`: row {number} of {path} must be an id and one of "
+                f"`{argument}`: row {number} of {path} must be an id and one of "
                 f"{', '.join(DECISIONS)}; found {row}"
             )
         ids[row[1]].add(row[0])
-    return {
-        name: _match_ids(pairs, wanted, path) if wanted else np.zeros(len(pairs), bool)
+    decided = {
+        name: _match_ids(pairs, wanted, path, argument) if wanted else np.zeros(len(pairs), bool)
         for name, wanted in ids.items()
     }
+    decided["unsure"] &= ~decided["forget"]
+    decided["retain"] &= ~(decided["forget"] | decided["unsure"])
+    return decided
 
 
 def _select(pairs: PairTable, forget: Any) -> np.ndarray:
     """Return which pairs the rule `forget` selects, [n] bool."""
     if isinstance(forget, os.PathLike) or (isinstance(forget, str) and os.path.isfile(forget)):
-        lines = _read_ids(Path(forget)).splitlines()
-        return _match_ids(pairs, {line.strip() for line in lines} - {""}, Path(forget))
+        lines = _read_ids(Path(forget), "forget").splitlines()
+        return _match_ids(pairs, {line.strip() for line in lines} - {""}, Path(forget), "forget")
     if isinstance(forget, str) and _fold(forget) in map(_fold, pairs.classes or ()):
         return _match_classes(pairs, [forget])
     if isinstance(forget, str | re.Pattern):
@@ -129,13 +138,20 @@ def _select(pairs: PairTable, forget: Any) -> np.ndarray:
         return _match_hashes(pairs, forget)
     if callable(forget):
         records = (_LazyRecord(pairs, index) for index in range(len(pairs)))
-        return _mark(pairs, (bool(forget(record)) for record in records))
+        return _mark(pairs, (_holds(forget, record) for record in records))
     if isinstance(forget, Sequence) and forget and all(isinstance(name, str) for name in forget):
         return _match_classes(pairs, forget)
     raise InputError(
         f"`forget` must be class names, a regular expression, a callable on the record, a file of "
         f"ids or an array of caption hashes; found {forget!r}"
     )
+
+
+def _holds(rule: Callable[[Any], Any], record: _LazyRecord) -> bool:
+    try:
+        return bool(rule(record))
+    except BrokenPair:  # reported on loading
+        return False
 
 
 def _mark(pairs: PairTable, matches: Iterable[bool]) -> np.ndarray:
@@ -227,21 +243,24 @@ def _match_hashes(pairs: PairTable, wanted: np.ndarray) -> np.ndarray:
     return chosen
 
 
-def _read_ids(path: Path) -> str:
+def _read_ids(path: Path, argument: str) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"`forget`: the file of ids {path} cannot be read: {error}") from error
+        return path.read_bytes().decode("utf-8-sig", _NO_TEXT)
+    except OSError as error:
+        raise InputError(f"`{argument}`: the file of ids {path} cannot be read: {error}") from error
 
 
-def _match_ids(pairs: PairTable, wanted: set[str], path: Path) -> np.ndarray:
-    # Of an id a/b/c: c, b/c, a/b/c.
-    ends = (accumulate(id.split("/")[::-1], "{1}/{0}".format) for id in pairs.every_id())
-    chosen, missing = _match_names(pairs, ends, wanted)
+def _match_ids(pairs: PairTable, wanted: set[str], path: Path, argument: str) -> np.ndarray:
+    chosen, missing = _match_names(pairs, ([id] for id in pairs.every_id()), wanted)
+    if missing:
+        # Of an id a/b/c: c, b/c, a/b/c.
+        ends = (accumulate(id.split("/")[::-1], "{1}/{0}".format) for id in pairs.every_id())
+        by_end, missing = _match_names(pairs, ends, missing)
+        chosen |= by_end
     if missing:
         raise InputError(
-            f"`forget`: {len(missing)} of the {len(wanted)} ids in {path} name no pair, such as "
-            f"{min(missing)!r}; the first pair's id is {pairs.id(0)!r}"
+            f"`{argument}`: {len(missing)} of the {len(wanted)} ids in {path} name no pair, such "
+            f"as {min(missing)!r}; the first pair's id is {pairs.id(0)!r}"
         )
     return chosen
 
@@ -284,7 +303,8 @@ def write_split(
     """Write parts of one source to `folder`, as tables or as lists of ids.
 
     Image files are listed in tables with their absolute paths, captions and other columns (but
-    those with usual names of images and captions): CSV, or JSONL where a pair has several captions.
+    those with usual names of images and captions): CSV, or JSONL where a pair has several captions
+    or something is no text, as names of files may be.
     Of other images, the files hold the ids, for `fasterase.split(source, forget=path)`.
 
     Raises:
@@ -295,19 +315,29 @@ def write_split(
     tables = isinstance(forget.images, ImageFiles)
     if tables:
         several = any(len(texts) > 1 for part in parts.values() for texts in part.every_text())
-        ending = ".jsonl" if several else ".csv"
+        try:
+            files = _write_parts(parts, folder, ".jsonl" if several else ".csv")
+        except UnicodeEncodeError:  # JSON escapes what is no text
+            for name in parts:
+                (folder / f"{name}.csv").unlink(missing_ok=True)
+            files = _write_parts(parts, folder, ".jsonl")
     else:
-        ending = ".txt"
         if shared := set(forget.every_id()).intersection(retain.every_id()):
             raise InputError(
                 f"the id {min(shared)!r} belongs to pairs in both parts, so that a list of ids "
                 f"cannot hold the split. Rename the shards, whose names and keys are the ids."
             )
+        files = _write_parts(parts, folder, ".txt")
+    return SplitFiles(files["forget"], files["retain"], tables)
+
+
+def _write_parts(parts: Mapping[str, PairTable], folder: Path, ending: str) -> dict[str, Path]:
     files = {name: folder / f"{name}{ending}" for name in parts}
+    errors = "strict" if ending == ".csv" else _NO_TEXT
     for name, part in parts.items():
         with (
             replace_file(files[name]) as temporary,
-            open(temporary, "w", encoding="utf-8", newline="") as file,
+            open(temporary, "w", encoding="utf-8", errors=errors, newline="") as file,
         ):
             if ending == ".csv":
                 rows = list(_rows(part))
@@ -316,9 +346,9 @@ def write_split(
                 writer.writeheader()
                 writer.writerows(rows)
             else:
-                lines = map(to_json, _rows(part)) if tables else part.every_id()
+                lines = part.every_id() if ending == ".txt" else map(to_json, _rows(part))
                 file.writelines(f"{line}\n" for line in lines)
-    return SplitFiles(files["forget"], files["retain"], tables)
+    return files
 
 
 def _rows(part: PairTable) -> Iterator[dict[str, Any]]:

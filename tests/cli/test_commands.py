@@ -49,6 +49,13 @@ def test_yaml_and_flags_win_in_this_order(unlearn, tmp_path):
 @pytest.mark.parametrize("recipe", ["fasterase", "cliperase"])
 def test_print_config_gives_a_file_that_repeats_the_run(recipe, unlearn, tmp_path, capsys):
     flags = [*REQUIRED, "--recipe", recipe, "--seed", "5"]
+    status = tmp_path / "run" / "status.json"
+    status.parent.mkdir()
+    status.write_text("of an earlier run")
+    folder = ["--output_dir", str(status.parent)]
+    assert main(["unlearn", *flags, *folder, "--print_config"]) == 0
+    assert status.read_text() == "of an earlier run"
+    capsys.readouterr()
     assert main(["unlearn", *flags, "--print_config"]) == 0
     assert not unlearn.calls
     printed = capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from fasterase.errors import InputError
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.prepare import caption_key, hash_captions
 from fasterase.pairs.skips import BrokenPair
-from fasterase.pairs.split import write_split
+from fasterase.pairs.split import read_decisions, write_split
 from tests.pairs.reading import encoded, samples
 
 TEXTS = ["a red apple", "pineapple", "APPLE", ["a pear", "an apple-like pear"], "sea lion"]
@@ -83,6 +84,10 @@ def test_callables_see_the_record_and_decode_only_if_they_look(items, classes):
     assert chosen(classes, lambda record: record.meta["class"] == "apple") == [0, 1]
 
 
+def test_a_rule_that_cannot_read_a_pair_leaves_it_in_retain(items):
+    assert chosen([*items, (items[0][0], "")], lambda record: "lion" in record.text) == [4]
+
+
 def test_files_of_ids(classes, tmp_path):
     ids = tmp_path / "ids.txt"
     ids.write_text("apple/0.png\n\n sea_lion/1.png \n")
@@ -95,6 +100,10 @@ def test_files_of_ids(classes, tmp_path):
         split(classes, forget=ids)
     with pytest.raises(InputError, match="cannot be read"):
         split(classes, forget=tmp_path / "none.txt")
+    (classes / "apple" / "sea_lion").mkdir()
+    (classes / "apple" / "sea_lion" / "0.png").write_bytes(encoded(1))
+    ids.write_text("sea_lion/0.png\n")
+    assert split(classes, forget=ids)[0].id(0) == "sea_lion/0.png"  # no id that ends so
 
 
 @pytest.mark.parametrize(
@@ -256,6 +265,24 @@ def test_alternative_captions_need_json_lines(pictures, tmp_path):
     assert stored == [str(pictures / "0.png"), ["a", "b"], {"score": 1.5}]
 
 
+def test_what_is_no_text_needs_json_lines(pictures, tmp_path):
+    odd = pictures / os.fsdecode(b"caf\xe9.png")
+    odd.write_bytes(encoded(7))
+    rows = [
+        {"image": odd.name, "text": "apple"},
+        {"image": "0.png", "text": "pear", "alt": "\ud83d"},
+    ]
+    (pictures / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files = write_split(*split(pictures / "t.jsonl", forget="apple"), tmp_path / "sets")
+    assert (files.forget.name, files.retain.name) == ("forget.jsonl", "retain.jsonl")
+    assert sorted(file.name for file in files.forget.parent.iterdir()) == [
+        "forget.jsonl",
+        "retain.jsonl",
+    ]
+    assert [(id, texts) for id, texts, *_ in read(files.forget)] == [(str(odd), ["apple"])]
+    assert read(files.retain)[0][2] == {"alt": "\ud83d"}
+
+
 def test_tars_give_lists_of_ids(make_tar, tmp_path):
     shard = make_tar("a.tar", samples({0: "pear", 1: "apple", 2: "apple"}))
     forget, retain = split(shard, forget="apple")
@@ -274,6 +301,11 @@ def test_decisions_leave_what_is_unsure_out_of_both_sets(table, tmp_path):
     forget, retain = split(table, forget=str(file), image_key="filepath")
     assert forget.indices.tolist() == [0]
     assert retain.indices.tolist() == [*range(2, len(forget.base))]
+    # Of two decisions on one id, as of a picture with several captions, the stronger one counts.
+    file.write_text(f"id,decision\n{ids[0]},retain\n{ids[0]},unsure\n{ids[0]},forget\n")
+    pairs = open_pairs(table, name="x", image_key="filepath")
+    decided = read_decisions(pairs, file)
+    assert [decided[name].sum() for name in ("forget", "unsure", "retain")] == [1, 0, 0]
     file.write_text("id,decision\n")
     with pytest.raises(InputError, match="matches no pair"):
         split(table, forget=file, image_key="filepath")

@@ -116,6 +116,21 @@ def test_errors_of_a_dataset_come_with_their_traceback():
     assert "in triple" in str(caught.value.__cause__)
 
 
+class TwoPartError(Exception):
+    """Cannot be unpickled: its arguments are not those of `__init__`."""
+
+    def __init__(self, what, why):
+        super().__init__(f"{what}: {why}")
+
+
+def test_an_error_that_cannot_be_handed_over_is_told():
+    def fail():
+        raise TwoPartError("page 3", "torn")
+
+    with pytest.raises(FaseraseError, match="TwoPartError: page 3: torn"):
+        loaded(partial(triple, harm=fail))
+
+
 def in_daemon(results):
     with pytest.warns(UserWarning, match="num_workers=2: this is a daemon process"):
         results.put(loaded(triple))
