@@ -6,7 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -56,7 +56,7 @@ from fasterase.progress import say, speaking
 from fasterase.provenance import audit, read_record
 from fasterase.report.evaluation import Evaluation, compare
 from fasterase.result import UnlearnResult
-from fasterase.sets import clean_retain, open_sets
+from fasterase.sets import clean_retain, drop_overlap, open_sets
 from fasterase.signals import handling_signals
 
 NO_SETS: Mapping[str, Any] = MappingProxyType({})
@@ -383,6 +383,10 @@ def evaluate(
         strangers = None
         if non_members is not None:
             strangers = open_pairs(non_members, name="non_members", **keys)
+    record = read_record(model)
+    with suppress(InputError):  # one set alone may be given as both
+        # As the run that made the model did.
+        drop_overlap(sources, links=(record or {}).get("config", {}).get("erase") == "link")
     if not len(sources["retain"]):
         raise InputError("`retain` is empty; a verdict needs pairs to keep, to compare with.")
     _check_references(references)
@@ -401,7 +405,6 @@ def evaluate(
 
     models: dict[str, Model] = {} if original is None else {"original": original}
     models |= {"model": model, **references}
-    record = read_record(model)
     given = {"tokenizer": tokenizer, "preprocess": preprocess, "model_name": model_name}
     encoding = {"ledger": ledger, "num_workers": workers, "progress": progress}
     with (
@@ -409,6 +412,8 @@ def evaluate(
         explaining_interrupts(lambda: "Nothing was measured; make the same call again."),
         usual_defaults(),
         without_autocast(),
+        torch.inference_mode(False),
+        torch.no_grad(),
         speaking(progress),
     ):
         began = time.monotonic()

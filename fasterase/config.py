@@ -183,7 +183,8 @@ class UnlearnConfig:
         resume: `"auto"` resumes from the last checkpoint in `output_dir` if there is one,
             `"never"` starts from scratch, `"must"` fails without a checkpoint.
         evaluation: measure before and after erasing: `"quick"` (at most 1,000 pairs per set, 200
-            bootstrap resamples), `"full"` (at most 5,000 pairs, 1,000 resamples) or `None`.
+            bootstrap resamples), `"full"` (at most 5,000 pairs, 1,000 resamples) or `None`. It also
+            chooses the pairs that judge `epochs="auto"`, which does not resume with another one.
         max_skipped: share of unreadable pairs above which the run stops (0.01 is 1 %). A single one
             never stops it, unless this is 0.
         remember_erased: keep salted digests of the pairs to forget in the record beside the saved

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from fasterase.errors import InputError
+from fasterase.evaluation.verdict import EARLIER, WITHHELD
 from fasterase.numerals import counted
 from fasterase.pairs.items import IMAGE_KEYS
 from fasterase.pairs.open import JoinedTable, open_pairs
@@ -45,12 +46,7 @@ def open_sets(
         if not isinstance(named, Mapping | None):
             raise InputError(f"{argument} must map names to pairs, found {type(named).__name__}.")
         for name, source in (named or {}).items():
-            if not isinstance(name, str) or not name.strip():
-                raise InputError(f"{argument}: {name!r} is not a name.")
-            own = name in ("forget", "retain", "holdout")
-            if own or name in given:
-                what = "an argument of its own" if own else "also a set of another argument"
-                raise InputError(f"{argument}: {name!r} is {what}. Choose another name.")
+            _check_name(argument, name, taken=given)
             # `find` has warned already where it found nothing to judge by.
             if not (isinstance(source, PairTable) and source.found and not len(source)):
                 given[name] = source
@@ -67,6 +63,22 @@ def open_sets(
         opened |= {name: joined.select(here, name=name) for name, here in rows.items()}
     further = [name for name in (*concepts, *(forget_sets or {})) if name in opened]
     return OpenedSets(opened, further, rows)
+
+
+def _check_name(argument: str, name: Any, *, taken: Collection[str]) -> None:
+    if not isinstance(name, str) or not name.strip():
+        raise InputError(f"{argument}: {name!r} is not a name.")
+    what = None
+    if name in ("forget", "retain", "holdout"):
+        what = "an argument of its own"
+    elif name == WITHHELD:
+        what = "the name of the pairs to forget that an automatic run does not train on"
+    elif name.startswith(EARLIER):
+        what = "how sets are named that an earlier run erased"
+    elif name in taken:
+        what = "also a set of another argument"
+    if what is not None:
+        raise InputError(f"{argument}: {name!r} is {what}. Choose another name.")
 
 
 def _names_concepts(forget: Any, image_key: str | None) -> bool:
@@ -89,16 +101,22 @@ def clean_retain(
         InputError: nothing would be left of it.
     """
     opened = sets.tables
+    removed = drop_overlap(opened, links=links)
+    opened["retain"], earlier = drop_erased(opened["retain"], erasures(record) if record else [])
+    opened |= earlier
+    sets.to_forget.extend(earlier)
+    return removed
+
+
+def drop_overlap(opened: dict[str, PairTable], *, links: bool) -> list[str]:
+    """Take pictures of the forget set out of retain, in place; see `clean_retain`."""
     opened["retain"], removed = remove_overlap(opened["retain"], opened["forget"], links=links)
     if removed:
         shown = ", ".join(removed[:5]) + (", ..." if len(removed) > 5 else "")
         warnings.warn(
             f"{counted(len(removed), 'retain pair is', 'retain pairs are')} also in the forget set "
-            f"and left out of retain, since training on them would undo the erasure: {shown}"
+            f"and left out of retain, since they are to be forgotten: {shown}"
             + ("" if links else ". With erase='link' those with other captions stay."),
-            stacklevel=3,
+            stacklevel=4,
         )
-    opened["retain"], earlier = drop_erased(opened["retain"], erasures(record) if record else [])
-    opened |= earlier
-    sets.to_forget.extend(earlier)
     return removed

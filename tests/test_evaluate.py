@@ -14,6 +14,7 @@ from fasterase.engine.model_state import placed
 from fasterase.errors import InputError
 from tests import small_models
 from tests.evaluation.lookup_model import LookupModel, picture
+from tests.tiny_concepts import FORGOTTEN, KEPT, concept_pairs, knowing_model
 from tests.tiny_model import unchanged
 
 TEXTS = ["cat", "dog", "hen", "owl", "a photo of a cat.", "a photo of a dog."]
@@ -61,6 +62,22 @@ def test_all_sets_and_models_are_measured() -> None:
     assert found.to_dict()["holdout"]["image_to_text_recall@1"] == 1
     assert found.to_dict()["forget"]["zero_shot_accuracy"] == 1
     assert found.original["retain"]["matched_cosine"] < 1
+
+
+def test_pictures_to_forget_are_not_among_those_to_keep() -> None:
+    with pytest.warns(UserWarning, match="1 retain pair is also in the forget set and left out"):
+        found = fasterase.evaluate(lookup_model(), FORGET, [*RETAIN, (picture(0), "owl")])
+    assert found.pairs == {"forget": 1, "retain": 2}
+    # One set alone may be measured as both.
+    assert fasterase.evaluate(lookup_model(), RETAIN, RETAIN).verdict is None
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_attacks_that_train_do_so_in_any_mode_of_the_caller(mode: Any) -> None:
+    forget, retain = concept_pairs([FORGOTTEN], 4, seed=1), concept_pairs(KEPT, 4, seed=2)
+    with mode():
+        found = fasterase.evaluate(knowing_model(), forget, retain, attacks=["relearn"])
+    assert found.attacks["relearn"]
 
 
 def test_a_model_of_a_library_is_measured_and_left_as_it_was() -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 
 import fasterase
 from fasterase.engine import loss
+from fasterase.engine.model_state import borrowed
 from fasterase.models import Tokens, load_model
 from fasterase.pairs.images import read_image_file
 from tests import small_models
@@ -143,6 +144,16 @@ def test_trains_also_where_the_caller_has_gradients_off(wrapper):
         erase(wrapped, evaluation="quick")
         assert not torch.is_grad_enabled()
     assert same_weights(plain.weights(), wrapped.weights())
+
+
+def test_half_precision_comes_back_from_another_device_in_buffers_too():
+    model = TinyModel(batch_norm=True)
+    model.module.to(torch.bfloat16)
+    # To torch another device than "cpu": modules get other buffers.
+    with borrowed(model, device=torch.device("cpu", 0)):
+        assert model.module.image[2].running_mean.dtype == torch.float32
+    floats = [each for each in model.module.state_dict().values() if each.is_floating_point()]
+    assert {each.dtype for each in floats} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -98,8 +98,6 @@ def test_what_is_withheld_is_not_trained_on_and_is_judged(erased):
     assert len(np.unique(np.concatenate(drawn))) == 36 - 4
     assert result.traces["withheld"].pairs == 4
     assert result.withheld_until is None, "they are forgotten with the others"
-    with pytest.raises(InputError, match="'withheld' names the pairs to forget that an automatic"):
-        run(sets={"withheld": FEW})
 
 
 @pytest.mark.slow
@@ -183,6 +181,8 @@ def test_the_forget_loss_weighs_concepts_each_above_its_own_floor():
     [
         ({"a": FEW, "": MANY}, {}, "forget: '' is not a name"),
         ({"retain": FEW}, {}, "forget: 'retain' is an argument of its own"),
+        ({"a": FEW}, {"forget_sets": {"withheld": FEW}}, "'withheld' is the name of the pairs to"),
+        ({"a": FEW}, {"sets": {"erased before: b": FEW}}, "how sets are named that an earlier run"),
         ({"a": FEW}, {"sets": {"a": MANY}}, "sets: 'a' is also a set of another argument"),
         ({"a": FEW}, {"negatives": "joint"}, "several concepts .a. need forget_loss='similarity'"),
         ({"empty one": []}, {}, "`empty one`"),

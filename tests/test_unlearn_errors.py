@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import fasterase
+from fasterase.engine import run
 from fasterase.errors import FaseraseError, InputError, MissingExtraError
 from tests.marks import SHORT_RUN
 from tests.small_models import hf_clip, open_clip_vit
@@ -96,6 +97,13 @@ def test_several_processes_that_cannot_meet(monkeypatch):
     refused("WORLD_SIZE=2, but RANK, MASTER_ADDR, MASTER_PORT is not set")
     monkeypatch.setenv("WORLD_SIZE", "1")
     erase(max_steps=1)
+
+
+def test_a_contradiction_of_deepspeed_is_told_before_the_original_is_measured(monkeypatch):
+    pytest.importorskip("deepspeed")
+    monkeypatch.setattr(run, "measure_original", None)
+    clipped = {"zero_optimization": {"stage": 1}, "gradient_clipping": 5.0}
+    refused("gradient_clipping", deepspeed=clipped, concept="octopus")
 
 
 def test_files(tmp_path):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
+import warnings
 import zlib
 
 import pytest
 import torch
 
+import fasterase
 from fasterase.errors import ResumeError
 from tests.marks import SHORT_RUN
-from tests.tiny_concepts import AUTOMATIC
+from tests.tiny_concepts import AUTOMATIC, FORGET, RETAIN, knowing_model
 from tests.tiny_model import Noisy, TinyModel, erase, pairs, same_weights, unchanged
 from tests.tiny_run import CONFIG, in_process
 
@@ -64,6 +66,16 @@ def test_killed_at_every_kind_of_moment_with_everything_on(tmp_path):
         in_process(folder, die_at=moment, **options)
     assert same_weights(in_process(folder, **options, num_workers=2), expected)
     assert steps(folder) == STEPS
+
+
+def test_what_judges_a_run_that_ends_by_itself_does_not_change_on_resume(tmp_path):
+    config = {**AUTOMATIC, "output_dir": str(tmp_path)}
+    stopped = {"callback": lambda record: record.step == 2, "evaluation": None}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "verdict: ")
+        fasterase.unlearn(knowing_model(), FORGET, RETAIN, **config, **stopped)
+    with pytest.raises(ResumeError, match="what judges a run that ends by itself was None"):
+        fasterase.unlearn(knowing_model(), FORGET, RETAIN, **config, evaluation="quick")
 
 
 @pytest.mark.slow

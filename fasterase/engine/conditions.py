@@ -151,9 +151,8 @@ def check_steps_left(config: UnlearnConfig, total_steps: int, *, taken: int) -> 
         asked = f"epochs={config.epochs} ({counted(total_steps, 'step')})"
     raise ResumeError(
         f"{asked}: the run in output_dir={config.output_dir!r} has taken "
-        f"{counted(taken, 'step')} already. "
-        f"Give {taken} or more to continue it, choose another output_dir, or start afresh with "
-        "resume='never'."
+        f"{counted(taken, 'step')} already. Give {taken} or more steps (max_steps) to continue it, "
+        "choose another output_dir, or start afresh with resume='never'."
     )
 
 

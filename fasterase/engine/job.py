@@ -14,7 +14,6 @@ import numpy as np
 from fasterase.config import UnlearnConfig
 from fasterase.engine.history import Callback
 from fasterase.engine.pacing import MAX_STEPS
-from fasterase.errors import InputError
 from fasterase.evaluation.verdict import WITHHELD
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.forward import resolve_precision
@@ -74,18 +73,9 @@ class Job:
         return self.sets["retain"]
 
     def judging_withheld(self, rows: np.ndarray) -> Job:
-        """Return the job with these rows of the forget set as a further set to forget.
-
-        Raises:
-            InputError: there is a set of that name.
-        """
+        """Return the job with these rows of the forget set, if any, as a further set to forget."""
         if not len(rows):
             return self
-        if WITHHELD in self.sets:
-            raise InputError(
-                f"sets, forget_sets: {WITHHELD!r} names the pairs to forget that an automatic run "
-                "does not train on. Choose another name."
-            )
         sets = {**self.sets, WITHHELD: self.forget.select(rows, name=WITHHELD)}
         return replace(self, sets=sets, forget_sets=[*self.forget_sets, WITHHELD])
 

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fasterase.engine.grad_cache import buffers_in_train_mode, restore_buffers
@@ -38,15 +38,21 @@ def borrowed(
     """
     module, home = model.module, model.device
     modes = [(part, part.training) for part in module.modules()]
-    # 8 bits are quantised values, which mean nothing without their scales.
-    half = [
-        (tensor, tensor.dtype)
-        for tensor in (*module.parameters(), *module.buffers())
-        if tensor.is_floating_point() and tensor.dtype.itemsize == 2
+    half = [(tensor, tensor.dtype) for tensor in module.parameters() if _is_half(tensor)]
+    # Another device gives a module other buffers.
+    half_buffers = [
+        (part, name, buffer.dtype)
+        for part in module.modules()
+        for name, buffer in part.named_buffers(recurse=False)
+        if _is_half(buffer)
     ]
 
+    def every_half() -> Iterator[tuple[Tensor, torch.dtype]]:
+        yield from half
+        yield from ((getattr(part, name), dtype) for part, name, dtype in half_buffers)
+
     def round_weights() -> None:
-        for tensor, dtype in half:
+        for tensor, dtype in every_half():
             tensor.data = tensor.data.to(dtype).float()
 
     try:
@@ -58,11 +64,16 @@ def borrowed(
             yield round_weights
     finally:
         module.to(home)
-        for tensor, dtype in half:
+        for tensor, dtype in every_half():
             tensor.data = tensor.data.to(dtype)
         module.zero_grad(set_to_none=True)
         for part, mode in modes:
             part.training = mode
+
+
+def _is_half(tensor: Tensor) -> bool:
+    # 8 bits are quantised values, which mean nothing without their scales.
+    return tensor.is_floating_point() and tensor.dtype.itemsize == 2
 
 
 @contextmanager

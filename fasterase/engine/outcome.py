@@ -120,8 +120,9 @@ def _next_step(outcome: Outcome, config: UnlearnConfig) -> str:
     elif outcome.limit == "damage":
         remedy = (
             f"Forgetting it costs kept pairs more than max_damage={config.max_damage:g} of their "
-            "recall@1, so the weights with the least residue within it were kept. Allow more "
-            "(max_damage=None allows any), or give more retain pairs close to the concept."
+            "recall@1, or a quarter of everyday words most of their neighbours, so the weights "
+            "with the least residue within that were kept. Allow more (max_damage=None allows "
+            "any), or give more retain pairs close to the concept."
         )
     elif config.runs_until_forgotten:
         most = ", the most that an automatic run takes" if outcome.limit == "steps" else ""

@@ -415,7 +415,8 @@ class AutomaticPacing(Pacing):
         self._load(self._best)
         self.is_done = True
         if self._is_remembered:
-            self.limit = "damage" if self._now.has_exceeded else "steps"
+            out_of_steps = "steps" if self._step == self.total_steps else None
+            self.limit = "damage" if self._now.has_exceeded else out_of_steps
 
     @property
     def _is_remembered(self) -> bool:

@@ -17,6 +17,7 @@ from fasterase.encode import PairEncoder
 from fasterase.engine.baseline import Checks, measure_original, measured_rows
 from fasterase.engine.checkpoint import Checkpoint, CheckpointFolder
 from fasterase.engine.conditions import check_same, check_steps_left, check_train_mode
+from fasterase.engine.decoys import Decoys
 from fasterase.engine.history import StepRecord
 from fasterase.engine.job import Draws, Job
 from fasterase.engine.loop import Trainer, run_steps
@@ -39,6 +40,7 @@ from fasterase.original.features import OriginalFeatures, cache_folder, feature_
 from fasterase.pairs.batches import StepBatch, step_batches
 from fasterase.pairs.processes import count_workers
 from fasterase.parallel.engine import Engine
+from fasterase.parallel.zero import complete
 from fasterase.progress import say
 from fasterase.repeat import describe_run
 from fasterase.report.evaluation import compare, describe_hurt
@@ -65,6 +67,8 @@ class Run:
                 "out deepspeed (of adapters, gradients and optimizer states are small), or choose "
                 "another tune."
             )
+        if shards(config):  # told before the original is measured
+            complete(config, precision=job.precision, world_size=job.ranks.world_size)
         most = self._draws.sampler.retain_pairs_drawn(self._draws.total_steps)
         say(
             f"erasing from {model.name}: {counted(len(job.forget), 'pair')} to forget, "
@@ -132,6 +136,9 @@ class Run:
             **config.to_dict(),
             # The pool of retain pairs depends on it.
             "whether the run ends by itself": config.runs_until_forgotten,
+            "what judges a run that ends by itself": config.evaluation
+            if config.runs_until_forgotten
+            else None,
             "words to forget": _named_words(job),
             **self._identity,
         }
@@ -238,41 +245,48 @@ class Run:
         working = separate_copy(job.model) if shards(config) else job.model
         parameters = self._trained.parameters(working.module).values()
         devices = [working.device] if working.device.type == "cuda" else []
-        with (
-            torch.random.fork_rng(devices=devices),
-            training(working.module, parameters, train_mode=config.train_mode),
-        ):
-            engine = build_engine(job, self._trained, working)
-            begun = engine.weights() if is_automatic else {}
-            trainer = Trainer(
-                job,
-                engine,
-                StepLoss.of_job(
-                    job,
-                    self._trained,
-                    floors=baseline.floors,
-                    strangers=decoys.strangers if decoys else (),
-                ),
-                baseline.original,
-                unchanged=self._unchanged_towers(),
-                decoys=decoys,
-                emphasised=self._draws.emphasised,
-            )
-            pacing = self._build_pacing(engine, (start, begun))
-            self._resume(trainer, pacing)
-            with self._encoder.through(engine), _exporting(engine):
-                batches = self._batches(trainer, pacing)
-                began = time.monotonic()
-                try:
+        trainer: Trainer | None = None
+        try:
+            with (
+                torch.random.fork_rng(devices=devices),
+                training(working.module, parameters, train_mode=config.train_mode),
+            ):
+                engine = build_engine(job, self._trained, working)
+                begun = engine.weights() if is_automatic else {}
+                trainer = self._build_trainer(engine, decoys)
+                pacing = self._build_pacing(engine, (start, begun))
+                self._resume(trainer, pacing)
+                with self._encoder.through(engine), _exporting(engine):
+                    batches = self._batches(trainer, pacing)
+                    began = time.monotonic()
                     history = run_steps(job, trainer, batches, pacing, self._checkpoints)
-                except InputError:
-                    if words is not None and not trainer.step:
-                        words.give_back(job.model)
-                    raise
-                if history:
-                    loss = history[-1].total
-                    say(f"trained: {counted(len(history), 'step')}, loss {loss:.3f}", since=began)
+                    if history:
+                        loss = history[-1].total
+                        say(
+                            f"trained: {counted(len(history), 'step')}, loss {loss:.3f}",
+                            since=began,
+                        )
+        except InputError:
+            if words is not None and (trainer is None or not trainer.step):
+                words.give_back(job.model)
+            raise
         return history, pacing
+
+    def _build_trainer(self, engine: Engine, decoys: Decoys | None) -> Trainer:
+        baseline = self._baseline
+        strangers = decoys.strangers if decoys else ()
+        loss_of = StepLoss.of_job(
+            self.job, self._trained, floors=baseline.floors, strangers=strangers
+        )
+        return Trainer(
+            self.job,
+            engine,
+            loss_of,
+            baseline.original,
+            unchanged=self._unchanged_towers(),
+            decoys=decoys,
+            emphasised=self._draws.emphasised,
+        )
 
     def _unchanged_towers(self) -> list[str]:
         """Return the towers whose features begin as the original's: not with Dropout, or words."""
@@ -411,7 +425,8 @@ class Run:
 
 def _named_words(job: Job) -> list[str]:
     """Return the words that the caller names; of a concept, its name or names do so too."""
-    if job.config.erases_link and job.config.forget_words is True:
+    wanted = job.config.forget_words
+    if wanted is False or (job.config.erases_link and wanted is True):
         return []
     names = job.concepts or [job.concept]
     found = (word for name in names for word in named_words(job.config.forget_words, name))

@@ -13,7 +13,7 @@ from fasterase.encode import PairEncoder, PairFeatures
 from fasterase.errors import InputError
 from fasterase.evaluation.evaluator import Evaluator
 from fasterase.evaluation.metrics import METRICS, bootstrap_intervals, format_value, wilson_interval
-from fasterase.evaluation.scores import Position, distinct_firsts, find_position
+from fasterase.evaluation.scores import Position, distinct_firsts, find_position, first_copies
 from fasterase.evaluation.verdict import PairTraces
 
 NON_MEMBERS = ""  # no set has this name
@@ -123,13 +123,15 @@ class Target:
         return {name: self.features[name].at(r) for name, r in self.evaluator.judge.rows.items()}
 
     def two_of_each(self, attack: str) -> dict[str, PairFeatures]:
-        """Return `judged`; `InputError` for fewer than two pairs to forget or unrelated ones."""
+        """Return `judged`; `InputError` for fewer than two images to forget or unrelated ones."""
         judged = self.judged()
-        forget, retain = (len(judged[name].rows) for name in ("forget", "retain"))
+        images = (judged[name].image for name in ("forget", "retain"))
+        forget, retain = (len(np.unique(first_copies(those))) for those in images)
         if min(forget, retain) < 2:
             raise InputError(
-                f"attacks: {attack!r} needs two pairs or more of each kind, found {forget} to "
-                f"forget and {retain} unrelated. Give more pairs, or leave {attack!r} out."
+                f"attacks: {attack!r} needs two different images or more of each kind, found "
+                f"{forget} to forget and {retain} unrelated. Give more pairs, or leave {attack!r} "
+                "out."
             )
         return judged
 

@@ -326,6 +326,23 @@ def similarity_chunks(queries: Tensor, candidates: Tensor) -> Iterator[tuple[sli
         yield rows, queries[rows] @ candidates.T
 
 
+def are_copies(images: Tensor, others: Tensor) -> np.ndarray:
+    """Return [n] bool, whether an image is a copy of one of the others."""
+    chunks = similarity_chunks(images, others)
+    found = [(similarity > 1 - SAME_PICTURE).any(1).numpy() for _, similarity in chunks]
+    return np.concatenate([np.zeros(0, bool), *found])
+
+
+def first_copies(images: Tensor) -> np.ndarray:
+    """Return [n] int64, the first row whose image is the same as that of each row."""
+    first = np.arange(len(images))
+    for rows, similarity in similarity_chunks(images, images):
+        same = similarity > 1 - SAME_PICTURE
+        earliest = same.view(torch.uint8).argmax(1).numpy()
+        first[rows] = np.minimum(first[rows], np.where(same.any(1).numpy(), earliest, first[rows]))
+    return first
+
+
 def share_below(scores: Tensor, others: Tensor) -> np.ndarray:
     """Return [n], the share of `others` [m] or [n, m] below each of `scores` [n]; ties count half.
 

@@ -20,6 +20,7 @@ from fasterase.evaluation.scores import (
     captions_of,
     chance_position,
     distinct_firsts,
+    first_copies,
     image_labels,
     search_candidates,
     search_images,
@@ -83,25 +84,30 @@ def probe(target: Target, fit: Fit, *, task: str, title: str) -> Examined:
     """Fit a classifier on half of the images of each label, and score the others; then swap.
 
     A label is the pair's class, or else its first caption. All sets are fitted together: labels
-    with two images or more, of whatever set, take part. No text and no tower is involved, so that
-    this tells what the image features themselves keep apart.
+    with images in both halves, of whatever set, take part; copies of an image are in one half. No
+    text and no tower is involved, so that this tells what the image features themselves keep apart.
 
     Raises:
         InputError: fewer than two labels have two images.
     """
     labels = labels_of(target)
     joined = np.concatenate([*labels.values()])
-    images = torch.cat([target.features[name].image for name in labels]).double().numpy()
-    # The images of a label fall into the folds in turn.
+    features = torch.cat([target.features[name].image for name in labels])
+    images = features.double().numpy()
+    # The images of a label fall into the folds in turn, copies into that of the first one.
     turns: defaultdict[int, count[int]] = defaultdict(count)
-    fold = np.array([next(turns[label]) % FOLDS for label in joined.tolist()])
-    counts = np.bincount(joined)
-    taking_part = counts[joined] >= FOLDS
-    classes = int((counts >= FOLDS).sum())
+    fold = np.zeros(len(joined), np.int64)
+    for place, (label, first) in enumerate(zip(joined, first_copies(features), strict=True)):
+        fold[place] = fold[first] if first < place else next(turns[label]) % FOLDS
+    found = np.zeros((joined.max() + 1, FOLDS), bool)
+    found[joined, fold] = True
+    in_all = np.logical_and.reduce(found, axis=1)
+    taking_part, classes = in_all[joined], int(in_all.sum())
     if classes < 2:
         raise InputError(
-            f"tasks: {task!r} needs two classes with two images or more, found {classes}. Give "
-            f"class_names= or sets with several images per caption, or leave {task!r} out."
+            f"tasks: {task!r} needs two classes with two different images or more, found "
+            f"{classes}. Give class_names= or sets with several images per caption, or leave "
+            f"{task!r} out."
         )
     right = np.full(len(joined), np.nan)
     for held_out in range(FOLDS):

@@ -66,7 +66,7 @@ def encode_classes(
     encode: Callable[[list[str]], Tensor], class_names: Sequence[str], templates: Sequence[str]
 ) -> Tensor:
     """Return [C, D], the unit mean of each class's prompts; `encode` maps texts to unit rows."""
-    prompts = [template.format(name) for name in class_names for template in templates]
+    prompts = [template.replace("{}", name) for name in class_names for template in templates]
     rows = encode(prompts).view(len(class_names), len(templates), -1)
     return normalize(rows.mean(dim=1), dim=-1)
 

@@ -6,6 +6,7 @@ them, or by the largest value of all; an error on one is raised on all.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import pickle
@@ -279,7 +280,9 @@ def join_ranks(*, alone_too: bool = False) -> Iterator[Ranks]:
     lasts as long as the block.
 
     Args:
-        alone_too: make a group of one without a launcher, for libraries that need one.
+        alone_too: make a group of one without a launcher, for DeepSpeed. With it a group lasts as
+            long as the process, where the launcher's environment does: DeepSpeed keeps groups of
+            its own in it, also for the next run.
 
     Raises:
         InputError: the environment names several processes, but not how to reach them.
@@ -289,6 +292,8 @@ def join_ranks(*, alone_too: bool = False) -> Iterator[Ranks]:
         with _naming_lost(_joined[-1]):
             yield _joined[-1]
         return
+    if _kept and (not dist.is_initialized() or dist.get_world_size() != launched):
+        _leave_group()
     if dist.is_available() and dist.is_initialized():
         with _linked(dist.get_world_size()) as ranks:
             yield ranks
@@ -317,12 +322,23 @@ def join_ranks(*, alone_too: bool = False) -> Iterator[Ranks]:
         with _linked(launched) as ranks:
             yield ranks
     finally:
-        if not _abandoned:
-            dist.destroy_process_group()
+        if alone_too:
+            _kept.append(atexit.register(_leave_group))
+        else:
+            _leave_group()
+
+
+def _leave_group() -> None:
+    _kept.clear()
+    atexit.unregister(_leave_group)
+    if not _abandoned and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 # Those that left an exchange: to destroy its group would wait for a rank that may never come.
 _abandoned: list[LinkedRanks] = []
+# Whether a group of ours is there between runs.
+_kept: list[Any] = []
 # The ranks of the run that this process is in.
 _joined: list[LinkedRanks] = []
 

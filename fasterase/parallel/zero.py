@@ -150,6 +150,10 @@ class ZeroEngine:
                         parameter.copy_(weights[name].reshape(parameter.shape))
                     if self._stage < 3:
                         self._ranks.broadcast_tensor(parameter.data)
+                with self._whole(parameter):
+                    loaded = parameter.detach().float().clone()
+                # Also the fp32 shard of it, which checkpoints hold.
+                self._set_own(parameter, loaded)
 
     def state(self) -> TrainingState:
         tensors: dict[str, Tensor] = {}

@@ -20,6 +20,7 @@ from fasterase.errors import InputError
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.load import load_architecture
 from fasterase.models.lora import parse_rank
+from fasterase.option_values import parse_value
 from fasterase.overrides import Overrides
 from fasterase.pairs.processes import MOST_PROCESSES, count_workers
 from fasterase.pairs.sampler import Sampler
@@ -424,6 +425,8 @@ def plan(
             for this run.
     """
     config = (config or UnlearnConfig()).replace(**overrides)
+    for name, count in (("pairs", pairs), ("forget", forget), ("gpus", gpus)):
+        parse_value(name, count, int | None if name == "forget" else int)
     forget = max(1, pairs // 100) if forget is None else forget
     for name, value in (
         ("pairs", pairs), ("forget", forget), ("gpus", gpus), ("gpu_memory", gpu_memory),

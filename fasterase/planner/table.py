@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -108,7 +109,7 @@ def write_command(
     elif gpus > 1:
         launcher = f"torchrun --nproc_per_node {gpus} -m "
     words = [
-        f"{launcher}fasterase unlearn --model {name} --forget FORGET --retain RETAIN "
+        f"{launcher}fasterase unlearn --model {shlex.quote(name)} --forget FORGET --retain RETAIN "
         "--output_dir RUN"
     ]
     chosen = config.to_dict() | {
@@ -119,8 +120,9 @@ def write_command(
     }
     defaults = UnlearnConfig().to_dict()
     for field, value in chosen.items():
-        if value != defaults[field]:
-            words.append(f"--{field} {','.join(map(str, value)) if field == 'betas' else value}")
+        if value != defaults[field] and field not in ("output_dir", "deepspeed"):
+            text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            words.append(f"--{field} {shlex.quote(text)}")
     if setup.parallel != "plain":
         words.append(f"--deepspeed {setup.parallel}.json")
     return " ".join(words)

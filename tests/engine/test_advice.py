@@ -47,6 +47,9 @@ def test_a_tower_that_stays_is_named_and_few_images_are_counted():
     said = advise(Outcome([], 0.0, "undecided", {"forget": few}, None, None), UnlearnConfig())
     assert "up to 28 % of such images may still be found. Give at least 12 pictures" in said
     assert "show little" not in said
+    won = Trace(0.5, 0.5, 0.12, 0.04, 0.29, 0.05, 26)
+    said = advise(Outcome([], 0.0, "undecided", {"forget": won}, None, None), UnlearnConfig())
+    assert "Some images are still found, so that up to 29 % of such images may be" in said
 
 
 def test_what_was_erased_before_is_not_the_model_at_fault():

@@ -99,6 +99,13 @@ def test_probes_are_those_of_scikit_learn() -> None:
         assert found["forget/accuracy"].value < 0.6 < found["retain/accuracy"].value
 
 
+@pytest.mark.parametrize("task", ["linear_probe", "prototypes"])
+def test_a_probe_learns_nothing_from_copies_of_what_it_judges(task: str) -> None:
+    found = run(model(noise=1000.0), task, sets={"again": RETAIN})
+    for name in ("retain", "again"):
+        assert found[f"{name}/accuracy"].value < 0.5, "pictures that show nothing, chance 0.2"
+
+
 def test_image_retrieval_is_that_of_nearest_neighbours() -> None:
     noisy = model(noise=0.9)
     image, _ = features(noisy)
@@ -155,7 +162,10 @@ def test_what_tasks_need_is_named() -> None:
     alone = [(picture(i), CAPTIONS[i][0]) for i in range(len(PAIRS))]
     for task, message in (
         ("zero_shot", "'zero_shot' needs classes"),
-        ("linear_probe", "'linear_probe' needs two classes with two images or more, found 0"),
+        (
+            "linear_probe",
+            "'linear_probe' needs two classes with two different images or more, found 0",
+        ),
         ("image_retrieval", "'image_retrieval' needs images with another one of their class"),
         ("paraphrases", "'paraphrases' measures the second and further captions"),
     ):

@@ -65,6 +65,10 @@ def test_names_and_templates_are_checked() -> None:
     for names in ("dog", ["dog"], ["dog", 3], []):
         with pytest.raises(InputError, match="class_names"):
             check_class_names(names)  # type: ignore[arg-type]
+    prompts: list[str] = []
+    encode = lambda texts: (prompts.extend(texts), torch.eye(len(texts)))[1]  # noqa: E731
+    encode_classes(encode, ["dog"], check_templates(["a {} in {place}"]))
+    assert prompts == ["a dog in {place}"]
     for templates in ([], ["a photo"], ["{} and {}"], [3]):
         with pytest.raises(InputError, match="templates"):
             check_templates(templates)  # type: ignore[arg-type]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -107,3 +109,33 @@ def test_quantised_states_of_another_layout_are_refused(saved, tmp_path):
     found = resumed(saved, tmp_path, "resume8-zero1", ranks=1)
     assert "shards of ZeRO stage 1, number of ranks 2" in found["error"]
     assert "resume='never'" in found["error"]
+
+
+AGAIN = """
+import sys
+import warnings
+from unittest.mock import patch
+
+import torch
+
+import fasterase
+from fasterase.engine.pacing import AutomaticPacing
+from tests.tiny_concepts import AUTOMATIC, FORGET, RETAIN, knowing_model
+
+warnings.simplefilter("ignore")
+options = {**AUTOMATIC, "deepspeed": f"zero{sys.argv[2]}", "output_dir": sys.argv[1]}
+# The best weights are those of the start, not those of the last step.
+with patch.object(AutomaticPacing, "_consider", lambda self, found, faded: None):
+    found = [fasterase.unlearn(knowing_model(), FORGET, RETAIN, **options) for _ in range(2)]
+one, two = (result.encoder.module.state_dict() for result in found)
+assert [len(result.history) for result in found] == [len(found[0].history)] * 2
+assert all(torch.equal(one[name], two[name]) for name in one)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["1", "3"])
+def test_a_finished_run_made_again_in_the_same_process_has_the_same_weights(tmp_path, stage):
+    command = [sys.executable, "-c", AGAIN, str(tmp_path / "run"), stage]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr

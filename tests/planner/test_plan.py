@@ -132,12 +132,21 @@ def test_a_micro_batch_measured_here_is_what_was_counted():
         ("ViT-B-33", {}, "ViT-B-32"),
         (small_models.open_clip_vit(layers=1), {"gpu_memory": 0.01}, "Give more gpus or gpu_me"),
         ("ViT-B-32", {"gpus": 0}, "gpus=0"),
+        ("ViT-B-32", {"forget": 1.5}, "forget=1.5"),
         (3, {}, "int is not a model"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(model, options, says):
     with pytest.raises(InputError, match=says):
         fasterase.plan(model, 1000, **options)
+
+
+def test_a_command_can_be_pasted():
+    options = {"forget_words": ["guide dog", "cat"], "output_dir": "my runs", "device": "cpu"}
+    command = fasterase.plan("ViT-B-32", 1000, **options).command
+    flags = shlex.split(command)
+    assert flags[flags.index("--forget_words") + 1] == "guide dog,cat"
+    assert flags.count("--output_dir") == 1
 
 
 def test_a_configuration_out_of_reach_says_what_is_needed(monkeypatch):

@@ -18,6 +18,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fasterase.encode import PairFeatures
 from fasterase.errors import InputError
@@ -31,7 +32,7 @@ from fasterase.evaluation.findings import (
     UnsuitableModelError,
     share_finding,
 )
-from fasterase.evaluation.scores import share_below
+from fasterase.evaluation.scores import first_copies, share_below
 from fasterase.seeds import Stream, generator
 
 FOLDS = 5
@@ -78,17 +79,18 @@ def probe(target: Target) -> Examined:
 
     Both are fitted on four fifths of the judged `forget` images and of the unrelated retain images,
     and score the last fifth, five times over. The further sets to forget are never fitted: their
-    images are scored by the five fits in turn, against the same unrelated images. Costs five small
-    fits of scikit-learn on features that were computed anyway; no model runs.
+    images are scored by the five fits in turn, against the same unrelated images. No fit scores a
+    copy of an image that it has seen. Costs five small fits of scikit-learn on features that were
+    computed anyway; no model runs.
 
     Raises:
-        InputError: fewer than two pairs to forget or unrelated ones.
+        InputError: fewer than two images to forget or unrelated ones.
     """
-    evaluator = target.evaluator
     judged = target.two_of_each("probe")
-    images = {name: those.image.double().numpy() for name, those in judged.items()}
-    folds = min(FOLDS, len(images["forget"]), len(images["retain"]))
-    fold_of = {n: assign_folds(len(x), folds, seed=evaluator.seed) for n, x in images.items()}
+    features = {name: those.image for name, those in judged.items()}
+    fold_of = fold_images(features, seed=target.evaluator.seed)
+    folds = 1 + int(fold_of["forget"].max())
+    images = {name: those.double().numpy() for name, those in features.items()}
     unrelated, forget = images.pop("retain"), images["forget"]
     findings: list[Finding] = []
     for key, title, fit in (
@@ -117,6 +119,25 @@ def probe(target: Target) -> Examined:
 def assign_folds(count: int, folds: int, *, seed: int) -> np.ndarray:
     """Return [count] the fold of each row, in sizes that differ by one at most."""
     return generator(seed, Stream.PROBE).permutation(count) % folds
+
+
+def fold_images(images: Mapping[str, Tensor], *, seed: int) -> dict[str, np.ndarray]:
+    """Return set -> [n] the fold of each image, of `FOLDS` or as many as have images of each kind.
+
+    Their sizes differ by one image at most, copies not counted: these share a fold, in all sets to
+    forget.
+    """
+    first = {name: first_copies(those) for name, those in images.items()}
+    folds = min(FOLDS, *(len(np.unique(first[name])) for name in ("forget", "retain")))
+    fold_of = {}
+    for name, those in images.items():
+        pictures, place = np.unique(first[name], return_inverse=True)
+        fold_of[name] = assign_folds(len(pictures), folds, seed=seed)[place]
+        if name not in ("forget", "retain"):
+            known = first_copies(torch.cat([images["forget"], those]))[len(images["forget"]) :]
+            is_known = known < len(images["forget"])
+            fold_of[name][is_known] = fold_of["forget"][known[is_known]]
+    return fold_of
 
 
 def fit_linear(forget: np.ndarray, others: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:

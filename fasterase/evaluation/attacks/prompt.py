@@ -23,7 +23,7 @@ from fasterase.evaluation.findings import (
     Target,
     UnsuitableModelError,
 )
-from fasterase.evaluation.scores import share_below
+from fasterase.evaluation.scores import first_copies, share_below
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.numerals import counted
 from fasterase.pairs.skips import BrokenPair
@@ -170,7 +170,8 @@ def random_tokens(model: DualEncoder, numbers: np.random.Generator, *, count: in
 
 
 def _halves(pairs: PairFeatures, seed: int) -> tuple[Tensor, Tensor]:
-    """Return image features [n, D] that the search sees, and the others."""
-    order = generator(seed, Stream.PROMPT, 2).permutation(len(pairs.rows))
-    first, second = np.array_split(order, 2)
-    return pairs.image[torch.from_numpy(first)], pairs.image[torch.from_numpy(second)]
+    """Return image features [n, D] that the search sees, and the others: no copies of them."""
+    first = first_copies(pairs.image)
+    pictures = generator(seed, Stream.PROMPT, 2).permutation(np.unique(first))
+    is_seen = np.isin(first, np.array_split(pictures, 2)[0])
+    return pairs.image[torch.from_numpy(is_seen)], pairs.image[torch.from_numpy(~is_seen)]

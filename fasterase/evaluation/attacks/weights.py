@@ -30,7 +30,7 @@ from fasterase.evaluation.findings import (
     share_finding,
 )
 from fasterase.evaluation.placebo import nonsense_captions
-from fasterase.evaluation.scores import distinct_firsts
+from fasterase.evaluation.scores import are_copies, distinct_firsts, first_copies
 from fasterase.evaluation.verdict import PairTraces, decide, summarise
 from fasterase.models.dual_encoder import DualEncoder, separate_copy
 from fasterase.models.preprocessing import Tokens
@@ -168,7 +168,8 @@ def relearn(target: Target) -> Examined:
     Each copy takes `STEPS` steps of Adam on every weight, with InfoNCE over the k pairs and a fixed
     pool of retain pairs; both weigh the same, so that one pair counts. The learning rate of the
     whole curve is the one of `RATES` that brings more back with the largest k. Residue and hit@1
-    are those of the verdict, on forget pairs and among unrelated pairs that no copy learned from.
+    are those of the verdict, on forget pairs and among unrelated pairs whose images no copy learned
+    from.
     The area is that under the curve from the smallest to the largest k, over log k, as a share: a
     constant curve has its own height as area. `pairs_to_half` is the k at which hit@1 is half of
     what the original has on these pairs (half of all pairs without an original); it is left out
@@ -188,11 +189,10 @@ def relearn(target: Target) -> Examined:
     gradients and Adam's states.
 
     Raises:
-        InputError: fewer than two pairs to forget or unrelated ones.
+        InputError: fewer than two images to forget or unrelated ones.
     """
     evaluator = target.evaluator
-    rows = {name: pairs.rows for name, pairs in target.two_of_each("relearn").items()}
-    lessons, left = _divide(rows, seed=evaluator.seed)
+    lessons, left = _divide(target.two_of_each("relearn"), seed=evaluator.seed)
     shots = [k for k in SHOTS if k <= len(lessons["forget"])]
     forget, retain = (_load(target, name, lessons[name]) for name in ("forget", "retain"))
     course = _Course(target, forget, retain, left, shots)
@@ -275,15 +275,24 @@ def fine_tuned(model: DualEncoder, forget: Lesson, retain: Lesson, rate: float) 
 
 
 def _divide(
-    rows: Mapping[str, np.ndarray], *, seed: int
+    judged: Mapping[str, PairFeatures], *, seed: int
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Return the rows to learn from, in order, and the sorted rows to measure, of each set."""
-    lessons, left = {}, dict(rows)
+    """Return the rows to learn from, in order, and the sorted rows to measure, of each set.
+
+    No image is in both, nor a copy of it.
+    """
+    lessons, seen = {}, []
     for place, (name, most) in enumerate((("forget", max(SHOTS)), ("retain", POOL))):
-        count = min(most, len(rows[name]) // 2)
-        order = generator(seed, Stream.RELEARN, place).permutation(rows[name])
-        lessons[name], left[name] = order[:count], np.sort(order[count:])
-    return lessons, left
+        pictures = np.unique(first_copies(judged[name].image))
+        count = min(most, len(pictures) // 2)
+        chosen = generator(seed, Stream.RELEARN, place).permutation(pictures)[:count]
+        lessons[name] = judged[name].rows[chosen]
+        seen.append(judged[name].image[torch.from_numpy(chosen)])
+    left = {
+        name: pairs.rows[~are_copies(pairs.image, torch.cat(seen))]
+        for name, pairs in judged.items()
+    }
+    return lessons, {name: rows for name, rows in left.items() if len(rows)}
 
 
 def _load(target: Target, name: str, rows: np.ndarray) -> Lesson:

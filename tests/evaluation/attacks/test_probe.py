@@ -68,13 +68,23 @@ def test_figures_equal_those_of_scikit_learn() -> None:
         assert figures[f"{key}/found"].chance == pytest.approx(2 / 33)
 
 
+def test_copies_of_what_is_judged_are_not_learnt_from() -> None:
+    noise = torch.randn(len(PAIRS) + UNSEEN, 64, generator=torch.Generator().manual_seed(0))
+    model = LookupModel(noise, torch.randn(len(CAPTIONS), 64), CAPTIONS, "fake")
+    forget, retain = PAIRS[:FORGET], PAIRS[FORGET:]
+    sets = {"again": forget, "unseen": OTHERS}
+    found = attack("probe", model, [*forget, *forget], retain, forget_sets=sets).attacks["probe"]
+    for name in ("forget", "again", "unseen"):
+        assert found[f"{name}/linear_probe/auc"].value < 0.7, "features of noise"
+
+
 def test_what_probes_need_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     model = LookupModel(torch.eye(3), torch.eye(3), ["cat", "dog", "hen"], "fake")
     one, two = [(picture(0), "cat")], [(picture(1), "dog"), (picture(2), "hen")]
     with pytest.raises(InputError, match=r"'probe' needs two .* found 1 to forget and 2 unr"):
         attack("probe", model, one, two)
     with pytest.raises(InputError, match="attacks: every caption of `retain` is also one to forg"):
-        attack("probe", model, two, two)
+        attack("probe", model, one, [(picture(2), "cat"), (picture(1), "cat")])
     imported = importlib.import_module
 
     def without_sklearn(name: str) -> object:
