@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import importlib.metadata
 import importlib.resources
 import importlib.util
 import io
@@ -195,7 +196,11 @@ def test_shell_blocks(workplace, page):
         elif words[:2] == ["python", "-m"]:
             assert importlib.util.find_spec(words[2]) is not None, words
         else:
-            assert words == ["pip", "install", "."], words
+            installed = re.fullmatch(r"\.(?:\[(\w+)\])?", words[2])
+            assert words[:2] == ["pip", "install"]
+            assert installed is not None, words
+            extras = importlib.metadata.metadata("fasterase").get_all("Provides-Extra")
+            assert installed[1] in (None, *extras), words
 
 
 def run(arguments: list[str]) -> None:
