@@ -38,8 +38,11 @@ help:
 	@echo
 	@sed -n 's/^#   //p' Makefile
 
-demo: EXTRAS := demo
-demo: installed
+# By a call of its own, since several targets of one call may need different extras.
+install = @$(MAKE) --no-print-directory installed EXTRAS=$(1)
+DEVELOPING := hf,eval,demo,dev
+demo:
+	$(call install,demo)
 	$(BIN)/python -m fasterase demo $(ARGS)
 
 # A file at a time on each core; tests are too small to gain from a second thread.
@@ -50,14 +53,15 @@ test: style
 	@$(MAKE) --no-print-directory -j2 types quick
 
 quick:
+	$(call install,$(DEVELOPING))
 	$(PYTEST) -m 'not slow and not scale'
 
 test-all: test
 	$(PYTEST) -m 'slow and not scale'
 
 SCALE_LOG = benchmarks/results/scale.txt
-test-scale: EXTRAS := hf,eval,demo,dev
-test-scale: installed
+test-scale:
+	$(call install,$(DEVELOPING))
 	@$(BIN)/python -m benchmarks.systems.scale_versions > $(SCALE_LOG)
 	@set -e; failed=$$(mktemp); \
 	for tests in tests/parallel tests/original/test_cache.py; do \
@@ -65,25 +69,27 @@ test-scale: installed
 	  || echo failed > $$failed; done | tee -a $(SCALE_LOG); \
 	! [ -s $$failed ]
 
-lint: style types
+lint: style
+	@$(MAKE) --no-print-directory types
 
-style: EXTRAS := hf,eval,demo,dev
-style: installed
+style:
+	$(call install,$(DEVELOPING))
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/lint-imports --no-logo
 
 types:
+	$(call install,$(DEVELOPING))
 	$(BIN)/python -m mypy
 
-format: EXTRAS := hf,eval,demo,dev
-format: installed
+format:
+	$(call install,$(DEVELOPING))
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
 # Strictly: a broken link or a page that the navigation lacks is an error.
-docs: EXTRAS := docs
-docs: installed
+docs:
+	$(call install,docs)
 	$(BIN)/python -m mkdocs build --strict $(ARGS)
 
 # In .venv if there is one, else with PYTHON: it installs nothing by itself and needs no network.
@@ -92,8 +98,8 @@ gpu:
 	  $(if $(STAGE),--stage $(STAGE)) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(DRY),--dry-run) \
 	  $(if $(RESULTS),--results $(RESULTS)) $(if $(WORK),--work $(WORK)) $(ARGS)
 
-gpu-wheels: EXTRAS := hf,eval,demo,dev
-gpu-wheels: installed
+gpu-wheels:
+	$(call install,$(DEVELOPING))
 	$(BIN)/python -m benchmarks.systems.gpu_wheels $(or $(WHEELS),wheels) $(ARGS)
 
 clean:

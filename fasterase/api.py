@@ -6,7 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -51,9 +51,10 @@ from fasterase.overrides import Overrides
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.processes import count_workers
 from fasterase.pairs.skips import SkipLedger
+from fasterase.pairs.table import PairTable
 from fasterase.parallel.ranks import Ranks, join_ranks, launched_device
 from fasterase.progress import say, speaking
-from fasterase.provenance import audit, read_record
+from fasterase.provenance import audit, drop_erased, erasures, read_record
 from fasterase.report.evaluation import Evaluation, compare
 from fasterase.result import UnlearnResult
 from fasterase.sets import clean_retain, drop_overlap, open_sets
@@ -272,6 +273,8 @@ def _run(job: Job, device: torch.device, **known: Any) -> UnlearnResult:
         withheld_until=outcome.withheld_until,
         sets=job.sets,
         concept=job.concept,
+        concepts=list(job.concepts),
+        verdicts=outcome.verdicts,
         request=job.request,
         **known,
     )
@@ -368,7 +371,9 @@ def evaluate(
         progress: say how far it is.
 
     Pairs that cannot be read are left out for all models, and named in a warning. A model given by
-    the folder that `result.save` wrote is compared with its record, in `evaluation.audit`.
+    the folder that `result.save` wrote is compared with its record, in `evaluation.audit`, and
+    measured as the run did: `retain` goes without pictures to forget (of a link: with a caption to
+    forget) and without pairs that were erased before, which become sets to forget.
 
     Raises:
         InputError: an argument is unusable; the message names it.
@@ -384,9 +389,8 @@ def evaluate(
         if non_members is not None:
             strangers = open_pairs(non_members, name="non_members", **keys)
     record = read_record(model)
-    with suppress(InputError):  # one set alone may be given as both
-        # As the run that made the model did.
-        drop_overlap(sources, links=(record or {}).get("config", {}).get("erase") == "link")
+    if record is not None:
+        to_forget = [*to_forget, *_drop_as_recorded(sources, record)]
     if not len(sources["retain"]):
         raise InputError("`retain` is empty; a verdict needs pairs to keep, to compare with.")
     _check_references(references)
@@ -432,6 +436,17 @@ def evaluate(
     if record is None:
         return evaluation
     return audit(evaluation, record, fingerprint=fingerprint, sets=sources)
+
+
+def _drop_as_recorded(sources: dict[str, PairTable], record: Mapping[str, Any]) -> list[str]:
+    """Leave out of retain, in place, what the run of a record did; return the sets of it.
+
+    Those are the pictures to forget, which are in `forget`, and what was erased before.
+    """
+    drop_overlap(sources, links=record["config"].get("erase") == "link", stacklevel=4)
+    sources["retain"], earlier = drop_erased(sources["retain"], erasures(record)[:-1])
+    sources |= earlier
+    return list(earlier)
 
 
 def _measure_models(

@@ -46,7 +46,10 @@ def read_base(name: str) -> dict[str, Any]:
         repository, card = None, folder / CARD if any(folder.glob("*.safetensors")) else None
     else:
         repository = _repository(name)
-        known = repository and huggingface_hub.try_to_load_from_cache(repository, CARD)
+        try:
+            known = repository and huggingface_hub.try_to_load_from_cache(repository, CARD)
+        except ValueError:  # it cannot be the name of one
+            repository = known = None
         card = Path(known) if isinstance(known, str) else None
     found: dict[str, Any] = {}
     if card is not None and card.is_file():
@@ -122,7 +125,7 @@ def _public_names(run: RunFacts) -> dict[str, str]:
     sets = dict.fromkeys([*run.record["data"], *run.traces])
     if run.evaluation is not None:
         sets |= dict.fromkeys(run.evaluation.scores)
-    if run.record["concept"] is not None:
+    if run.stated_concept is not None:
         return {name: name for name in sets}
     others = [name for name in sets if name not in _PLAIN]
     return {name: name for name in sets} | {
@@ -132,7 +135,7 @@ def _public_names(run: RunFacts) -> dict[str, str]:
 
 def _describe_recipe(run: RunFacts) -> str:
     settings = dict(run.settings)
-    if run.record["concept"] is None and isinstance(settings["forget_words"], list | tuple):
+    if isinstance(settings["forget_words"], list | tuple):
         settings["forget_words"] = True  # the words themselves would tell
     return describe_recipe(UnlearnConfig(**settings))
 

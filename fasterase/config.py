@@ -437,7 +437,7 @@ def read_yaml(path: str | PathLike[str]) -> dict[str, Any]:
     """
     import yaml
 
-    file = Path(path)
+    file = Path(os.path.expanduser(path))
     if not file.is_file():
         raise InputError(f"config: no file {file}. Give the path of a YAML file.")
     try:

@@ -50,6 +50,10 @@ _VERDICTS = {
 }
 
 
+# Of the same, where the pictures would be enough if fewer were found.
+_SOME_FOUND = "The model still finds too many pictures to be sure that it has forgotten {}."
+
+
 class Picture(NamedTuple):
     """A picture of the gallery, ready for JSON."""
 
@@ -178,6 +182,12 @@ class RunFacts:
         return self.record.get("concept") or self.called
 
     @property
+    def stated_concept(self) -> str | None:
+        """What the caller says was erased; the names of several concepts do not say it."""
+        concept: str | None = self.record.get("concept")
+        return None if concept == ", ".join(self.record.get("concepts", ())) else concept
+
+    @property
     def verdict(self) -> str | None:
         """Of the newest measurement."""
         if self.evaluation is not None and self.evaluation.verdict is not None:
@@ -187,7 +197,18 @@ class RunFacts:
 
     @property
     def headline(self) -> str:
-        return _VERDICTS[self.verdict].format(self.concept)
+        return self._tell(self.concept)
+
+    @property
+    def public_headline(self) -> str:
+        """The same, without names that were not stated."""
+        return self._tell(self.stated_concept or self.called)
+
+    def _tell(self, concept: str) -> str:
+        still_open = [trace for trace in self.traces.values() if not trace.is_decisive]
+        some_found = still_open and all(trace.could_decide for trace in still_open)
+        is_open = self.verdict == UNDECIDED
+        return (_SOME_FOUND if is_open and some_found else _VERDICTS[self.verdict]).format(concept)
 
     @cached_property
     def judged(self) -> list[Judged]:
@@ -218,11 +239,11 @@ class RunFacts:
                 {tower: scores[key] for tower, key in TOWER_HITS.items() if key in scores},
             )
         trace = self.traces[name]
-        of_run = self.record["outcome"]["verdict"]
-        alone = len(self.traces) == 1 or of_run == NEVER_KNOWN
+        outcome = self.record["outcome"]
+        verdicts = outcome.get("verdicts") or decide_each(self.traces)
         return Judged(
             name,
-            of_run if alone else decide_each(self.traces)[name],
+            outcome["verdict"] if len(self.traces) == 1 else verdicts.get(name),
             trace.pairs,
             trace.hit,
             trace.hit_low,
@@ -243,7 +264,7 @@ class RunFacts:
             "most. Other pictures, wordings and languages were not tried"
             + ("." if len(self.judged) < 2 else ", beyond the sets listed here.")
         )
-        if judged < FEW_IMAGES:
+        if 0 < judged < FEW_IMAGES:
             few = counted(judged, "picture is", "pictures are")
             yield f"{few} few: one more or less may change the verdict."
         if self.settings.get("erase") == "link":
@@ -262,12 +283,18 @@ class RunFacts:
             "It is no proof that no trace is left in the weights, and it deletes no data: the "
             "pictures, and every copy of the original model, are what they were."
         )
-        yield (
-            "Damage was looked for in the sets to keep and in everyday words alone. What is in "
-            "neither may have changed unseen."
-            if self.evaluation is not None and self.evaluation.original is not None
-            else "Damage was not measured."
-        )
+        if self.evaluation is None or self.evaluation.original is None:
+            yield "Damage was not measured."
+        elif self.evaluation.outside:
+            yield (
+                "Damage was looked for in the sets to keep and in everyday words alone. What is in "
+                "neither may have changed unseen."
+            )
+        else:
+            yield (
+                "Damage was looked for in the sets to keep alone. What is in none of them may have "
+                "changed unseen."
+            )
 
     @cached_property
     def kept(self) -> list[Kept]:

@@ -74,11 +74,13 @@ def replace_folder(
         if sync:
             _flush_folder(new)
         # A folder that is not empty cannot be renamed over.
-        replaced = path.exists() and path.rename(stage / f"{path.name}.replaced")
+        replaced = stage / f"{path.name}.replaced"
         try:
+            if path.exists():
+                path.rename(replaced)
             new.rename(path)
-        except OSError:
-            if replaced:
+        except BaseException:  # of a signal, too
+            if replaced.exists() and not path.exists():
                 replaced.rename(path)
             raise
         if sync:

@@ -31,6 +31,21 @@ def parse_value(name: str, value: Any, hint: Any) -> Any:
     raise InputError(f"{name}={value!r} is not usable: expected {describe_type(hint)}{null}.")
 
 
+def parse_count(name: str, value: Any, *, least: int) -> int:
+    """Return a whole number, of whatever type.
+
+    Raises:
+        InputError: it is none, or below `least`; names `name`.
+    """
+    try:
+        is_whole = not isinstance(value, bool | str) and int(value) == value
+    except (TypeError, ValueError, OverflowError):
+        is_whole = False
+    if not is_whole or value < least:
+        raise InputError(f"{name}={value!r} must be a whole number of at least {least}.")
+    return int(value)
+
+
 def parse_text(name: str, text: str, hint: Any) -> Any:
     """Parse the text of a flag as the first of its readings that has the type `hint`.
 
@@ -66,12 +81,15 @@ def parse_named(name: str, entries: Any) -> dict[str, str]:
         InputError: an entry has another form, or a name is given twice.
     """
     entries = parse_value(name, entries, list[str] | dict[str, str] | str)
-    if isinstance(entries, dict):
-        entries = [f"{key}={where}" for key, where in entries.items()]
     named: dict[str, str] = {}
-    for entry in [entries] if isinstance(entries, str) else entries:
-        key, _, where = entry.partition("=")
+    listed = [entries] if isinstance(entries, str) else entries
+    if isinstance(listed, list):
+        pairs = [each.partition("=")[::2] for each in listed]
+    else:
+        pairs = [(str(key), str(where)) for key, where in listed.items()]
+    for key, where in pairs:
         if not (key and where):
+            entry = f"{key}={where}" if where or not key else key
             raise InputError(f"--{name} {entry}: expected NAME=WHERE, such as neighbours=near.csv.")
         if key in named:
             raise InputError(f"--{name}: the name {key} is given twice.")

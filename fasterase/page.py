@@ -168,6 +168,8 @@ def _tell_share(share: float, low: float, high: float, chance: float) -> str:
 
 def _tell_hurt(run: RunFacts) -> dict[str, str]:
     """Return what was hurt most -> how much; the first row counts all."""
-    hurt = [] if run.evaluation is None else run.evaluation.hurt
+    if run.evaluation is None or run.evaluation.original is None:
+        return {"in all": "not measured"}
+    hurt = run.evaluation.hurt
     shown = {each.name: f"{percent(each.before)} → {percent(each.after)}" for each in hurt[:10]}
     return {"in all": f"{len(hurt):,}", **shown}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import cached_property
 from itertools import islice
@@ -81,6 +81,8 @@ class UnlearnResult:
         parent_record: the record of the erasure before, if the model was loaded from a folder that
             had one; see `fasterase.provenance`.
         concept: what the caller named the forget set; None: not stated.
+        concepts: names of several concepts, if the forget set was a mapping.
+        verdicts: set to forget -> verdict on it.
         request: the request that is honoured, as the caller names it; None: not stated.
         withheld_until: the step after which an automatic run also drew the pairs that it had
             withheld for judging (the set `withheld`), since they alone were not forgotten, or None.
@@ -104,6 +106,8 @@ class UnlearnResult:
     adapter: LoraAdapter | None = None
     parent_record: Mapping[str, Any] | None = None
     concept: str | None = None
+    concepts: Sequence[str] = ()
+    verdicts: Mapping[str, str] = field(default_factory=dict)
     request: str | None = None
     words: Sequence[Word] = ()
     withheld_until: int | None = None
@@ -204,11 +208,13 @@ class UnlearnResult:
         return {
             "format": FORMAT,
             "concept": self.concept,
+            "concepts": list(self.concepts),
             "request": self.request,
             "erased_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "fingerprint": fingerprint_weights(self.encoder.module),
             "outcome": {
                 "verdict": self.verdict,
+                "verdicts": dict(self.verdicts),
                 "residue": {name: trace.residue for name, trace in self.traces.items()},
                 "steps": len(self.history),
                 "withheld_until": self.withheld_until,

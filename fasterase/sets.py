@@ -66,7 +66,7 @@ def open_sets(
 
 
 def _check_name(argument: str, name: Any, *, taken: Collection[str]) -> None:
-    if not isinstance(name, str) or not name.strip():
+    if not isinstance(name, str) or not name.strip() or len(name.splitlines()) > 1:
         raise InputError(f"{argument}: {name!r} is not a name.")
     what = None
     if name in ("forget", "retain", "holdout"):
@@ -101,14 +101,14 @@ def clean_retain(
         InputError: nothing would be left of it.
     """
     opened = sets.tables
-    removed = drop_overlap(opened, links=links)
+    removed = drop_overlap(opened, links=links, stacklevel=4)
     opened["retain"], earlier = drop_erased(opened["retain"], erasures(record) if record else [])
     opened |= earlier
     sets.to_forget.extend(earlier)
     return removed
 
 
-def drop_overlap(opened: dict[str, PairTable], *, links: bool) -> list[str]:
+def drop_overlap(opened: dict[str, PairTable], *, links: bool, stacklevel: int) -> list[str]:
     """Take pictures of the forget set out of retain, in place; see `clean_retain`."""
     opened["retain"], removed = remove_overlap(opened["retain"], opened["forget"], links=links)
     if removed:
@@ -117,6 +117,6 @@ def drop_overlap(opened: dict[str, PairTable], *, links: bool) -> list[str]:
             f"{counted(len(removed), 'retain pair is', 'retain pairs are')} also in the forget set "
             f"and left out of retain, since they are to be forgotten: {shown}"
             + ("" if links else ". With erase='link' those with other captions stay."),
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
     return removed

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from fasterase.evaluation.findings import Finding
+from fasterase.evaluation.verdict import WITHHELD
 from fasterase.facts import LISTED, Judged, Kept, RunFacts
 from fasterase.numerals import counted
 from fasterase.report.templating import percent
@@ -45,8 +46,11 @@ def _scope(run: RunFacts) -> Iterator[str]:
     to_forget = {"forget", *run.traces}
     if run.evaluation is not None:
         to_forget |= set(run.evaluation.forget_sets)
+    drawn = {"forget", "retain", *run.record.get("concepts", ())}
+    if run.record["outcome"].get("withheld_until") is not None:
+        drawn.add(WITHHELD)
     for name, each in run.record["data"].items():
-        use = "training draws from it" if name in ("forget", "retain") else "measured only"
+        use = "training draws from it" if name in drawn else "measured only"
         aim = "to forget" if name in to_forget else "to keep"
         yield f"{name}: {counted(each['pairs'], 'pair')}, {aim}, {use}; digest {each['digest']}"
 
@@ -106,7 +110,8 @@ def _damage(run: RunFacts) -> Iterator[str]:
         yield run.outside
     if run.evaluation is not None and run.evaluation.original is not None:
         names = counted(len(run.evaluation.hurt), "name", "names")
-        yield f"{names} of captions, classes and everyday words lost something."
+        kinds = "captions, classes and everyday words" if run.evaluation.outside else "captions"
+        yield f"{names} of {kinds} lost something."
     elif not run.kept:
         yield "Not measured."
 

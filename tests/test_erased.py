@@ -52,6 +52,11 @@ def test_pairs_that_were_erased_before_are_left_out_of_retain_and_judged(table, 
     assert second.evaluation.pairs[f"{EARLIER}: warm"] == 2
     report = second.report(tmp_path / "report.md").read_text()
     assert f"{EARLIER}: warm" in report
+    both = second.save(tmp_path / "both")
+    with pytest.warns(UserWarning, match=r"left out of retain.*2 'erased before: warm'"):
+        measured = fasterase.evaluate(str(both), *again, progress=False)
+    assert measured.pairs == second.evaluation.pairs
+    assert not any("NOT among" in line or "other pairs" in line for line in measured.audit)
 
     with pytest.raises(InputError, match="all 2 pairs were erased from this model before"):
         erase(saved, again[0], sets[0])
@@ -76,6 +81,25 @@ def test_the_audit_knows_pairs_whatever_they_are_read_from(table, tmp_path, monk
     others = fasterase.split(table, forget="red|blue")
     audit = fasterase.evaluate(str(saved), *others, progress=False).audit
     assert audit[2].endswith("its pairs are NOT among the sets measured here")
+
+
+@pytest.mark.filterwarnings("ignore:verdict", "ignore:retain.* seem to name")
+def test_a_saved_model_is_measured_without_the_retain_pairs_that_its_run_left_out(table, tmp_path):
+    forget, _ = fasterase.split(table, forget="red|pink")
+    retain = tmp_path / "retain.csv"
+    header, *rows = table.read_text().splitlines()
+    retain.write_text("\n".join([header, *rows[2:], "0.png,a thing"]) + "\n")
+    given = forget, str(retain)
+    model, tokenizer = small_models.open_clip_vit(), small_models.simple_tokenizer()
+    with pytest.warns(UserWarning, match="1 retain pair is also in the forget set and left out"):
+        result = erase(model, *given, evaluation="quick", tokenizer=tokenizer)
+    saved = str(result.save(tmp_path / "saved"))
+    with pytest.warns(UserWarning, match="1 retain pair is also in the forget set and left out"):
+        found = fasterase.evaluate(saved, *given, progress=False)
+    assert found.pairs == result.evaluation.pairs == {"forget": 2, "retain": 4}
+    assert not any("other pairs" in line for line in found.audit)
+    # A model without a record is measured on what is given.
+    assert fasterase.evaluate(result.model, *given, progress=False).pairs["retain"] == 5
 
 
 def test_digests_tell_nothing_without_the_pairs(table):

@@ -230,16 +230,21 @@ def _read_config(file: str, flags: Mapping[str, Flag]) -> dict[str, Any]:
     return values
 
 
+def _is_place(text: str) -> bool:
+    """Tell a path or pattern from NAME=WHERE: it may have a = itself, as in date=2024/0.tar."""
+    if "=" not in text or "://" in text or text.startswith("pipe:"):
+        return True
+    folder = Path(text).expanduser().parent
+    return Path(text).expanduser().exists() or ("=" in str(folder) and folder.is_dir())
+
+
 def _parse(flag: Flag, value: Any) -> Any:
     """Parse what YAML gives, or a command line for flags that take several values."""
     if isinstance(flag.default, dict):
         return parse_named(flag.name, value)
     if _may_be_named(flag) and value is not None:
         only = value[0] if isinstance(value, list) and len(value) == 1 else value
-        # The = of a URL, of a command or of a folder such as date=2024 ends no name.
-        is_named = isinstance(only, str) and re.match(r"[^=:/]+=", only)
-        is_one = isinstance(only, str) and (not is_named or Path(only).exists())
-        return only if is_one else parse_named(flag.name, value)
+        return only if isinstance(only, str) and _is_place(only) else parse_named(flag.name, value)
     if isinstance(flag.default, list):
         value = parse_value(flag.name, value, list[str] | str)
         return [value] if isinstance(value, str) else value

@@ -19,7 +19,7 @@ from fasterase.config import UnlearnConfig
 from fasterase.demo import emoji
 from fasterase.demo.sets import DemoSets, Drawings, build_sets
 from fasterase.encode import PairEncoder
-from fasterase.errors import InputError
+from fasterase.errors import InputError, import_extra
 from fasterase.files import write_text
 from fasterase.models.load import load_model
 from fasterase.numerals import counted
@@ -36,7 +36,7 @@ from fasterase.pairs.open import open_pairs
 from fasterase.progress import launched_rank
 from fasterase.report.evaluation import Evaluation
 from fasterase.report.pictures import CaptionRanking, picture_sheet, spread
-from fasterase.report.plots import plot_history, require_matplotlib
+from fasterase.report.plots import plot_history
 
 # What the summary calls each recipe.
 RECIPES = {"fasterase": "fasterase", "cliperase": "paper's recipe"}
@@ -114,9 +114,10 @@ def run_demo(
 
     Raises:
         InputError: an argument is not usable.
-        MissingExtraError: matplotlib is not installed (extra `eval`).
+        MissingExtraError: matplotlib or transformers is not installed (extra `demo`).
     """
-    require_matplotlib()  # now, not after minutes of erasing
+    for module in ("matplotlib.figure", "transformers"):  # now, not after minutes of erasing
+        import_extra(module, "demo,eval", "The demo")
     original = str(emoji.BASE_MODEL) if model is None else model
     folder = Path(output_dir or "runs/demo-" + re.sub(r"[^\w-]+", "_", forget))
     configs = {
@@ -154,7 +155,7 @@ def run_demo(
         plot_history(results[recipe].history, folder / "losses.png")
     draw_sheet(sets, original, folder / "model", folder / "pictures.png")
     if (folder / REST).is_file():
-        called = forget.rpartition("-")[2] if re.fullmatch(r"[a-z-]+", forget) else forget
+        called = "fruit" if forget == emoji.DEFAULT_FORGET else emoji.class_name(forget)
         run = replace(read_run(folder), called=called)
         write_rest(run, folder)
         write_page([run], folder / PAGE)

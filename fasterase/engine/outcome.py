@@ -40,6 +40,7 @@ class Outcome:
     withheld_until: int | None = None  # see `Pacing`
     adapter: LoraAdapter | None = None  # what tune="lora:N" has added to the weights
     words: list[Word] = field(default_factory=list)  # whose embeddings were overwritten
+    verdicts: Mapping[str, str] = field(default_factory=dict)  # set to forget -> verdict
 
     def figures(self) -> dict[str, float]:
         """Return `set/name` -> value of what is left of each set, and of the evaluation."""

@@ -31,7 +31,7 @@ from fasterase.engine.rates import LINE_STEPS, LINK_LINE_STEPS, LineFollower, Ra
 from fasterase.engine.words import ForgottenWords, forget_words, named_words
 from fasterase.errors import InputError, NonFiniteError, PreemptedError
 from fasterase.evaluation.evaluator import Evaluator, sampled_rows
-from fasterase.evaluation.verdict import JUDGED_PAIRS, Judge, decide, summarise
+from fasterase.evaluation.verdict import JUDGED_PAIRS, Judge, decide, decide_each, summarise
 from fasterase.files import write_text
 from fasterase.models.dual_encoder import separate_copy
 from fasterase.models.lora import LoraAdapter, adapting, parse_rank
@@ -344,6 +344,7 @@ class Run:
             pacing.withheld_until,
             self._adapter,
             self._words.words if self._words is not None and is_taken else [],
+            decide_each(traces, baseline.traces),
         )
 
     def _build_pacing(

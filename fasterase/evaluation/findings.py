@@ -125,13 +125,15 @@ class Target:
     def two_of_each(self, attack: str) -> dict[str, PairFeatures]:
         """Return `judged`; `InputError` for fewer than two images to forget or unrelated ones."""
         judged = self.judged()
-        images = (judged[name].image for name in ("forget", "retain"))
+        images = [judged[name].image for name in ("forget", "retain")]
         forget, retain = (len(np.unique(first_copies(those))) for those in images)
         if min(forget, retain) < 2:
-            raise InputError(
-                f"attacks: {attack!r} needs two different images or more of each kind, found "
-                f"{forget} to forget and {retain} unrelated. Give more pairs, or leave {attack!r} "
-                "out."
+            # A model may see no difference between many: another one's figures are kept.
+            kind = InputError if min(map(len, images)) < 2 else UnsuitableModelError
+            raise kind(
+                f"attacks: {attack!r} needs two images or more of each kind that are different to "
+                f"the model, found {forget} to forget and {retain} unrelated. Give more pairs, or "
+                f"leave {attack!r} out."
             )
         return judged
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain, count
+from itertools import chain
 
 import numpy as np
 import torch
@@ -94,14 +93,13 @@ def probe(target: Target, fit: Fit, *, task: str, title: str) -> Examined:
     joined = np.concatenate([*labels.values()])
     features = torch.cat([target.features[name].image for name in labels])
     images = features.double().numpy()
-    # The images of a label fall into the folds in turn, copies into that of the first one.
-    turns: defaultdict[int, count[int]] = defaultdict(count)
+    # An image falls into the fold that has fewest of its label, a copy into that of the first one.
+    sizes = np.zeros((joined.max() + 1, FOLDS), np.int64)
     fold = np.zeros(len(joined), np.int64)
     for place, (label, first) in enumerate(zip(joined, first_copies(features), strict=True)):
-        fold[place] = fold[first] if first < place else next(turns[label]) % FOLDS
-    found = np.zeros((joined.max() + 1, FOLDS), bool)
-    found[joined, fold] = True
-    in_all = np.logical_and.reduce(found, axis=1)
+        fold[place] = fold[first] if first < place else sizes[label].argmin()
+        sizes[label, fold[place]] += 1
+    in_all = np.logical_and.reduce(sizes > 0, axis=1)
     taking_part, classes = in_all[joined], int(in_all.sum())
     if classes < 2:
         raise InputError(

@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fasterase.errors import InputError
 from fasterase.models.dual_encoder import DualEncoder, Tokens, TowerParts
+from fasterase.option_values import parse_value
 from fasterase.transfers import to_device
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -82,9 +83,14 @@ class TowerForward(nn.Module):
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """Resolve `"auto"`: bf16 on CUDA devices that have it, else fp16; fp32 on other devices."""
+    """Resolve `"auto"`: bf16 on CUDA devices that have it, else fp16; fp32 on other devices.
+
+    Raises:
+        InputError: `precision` is unknown.
+    """
     if precision != "auto":
-        return precision
+        known = Literal["fp32", "bf16", "fp16", "auto"]
+        return str(parse_value("precision", precision, known))
     if device.type != "cuda":
         return "fp32"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"

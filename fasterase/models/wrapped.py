@@ -214,7 +214,7 @@ def _name_base(base: str | None, home: Path) -> str | None:
     Where that would lead through the root, and so tell all of it, only the name is given.
     """
     if base is None or not os.path.isdir(base):
-        return base
+        return os.path.basename(base) if base and os.path.isabs(base) else base
     base, here = os.path.realpath(base), os.path.realpath(home)
     shared = os.path.commonpath([base, here])
     return os.path.basename(base) if shared == os.sep else os.path.relpath(base, here)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -313,7 +314,7 @@ def cache_folder(
 ) -> Iterator[Path]:
     """Yield where all ranks keep features: `reference_cache`, in `output_dir`, or temporary."""
     if reference_cache is not None:
-        yield Path(reference_cache)
+        yield Path(os.path.expanduser(reference_cache))
     elif output_dir is not None:
         yield output_dir / "reference"
     else:

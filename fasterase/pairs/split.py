@@ -70,10 +70,8 @@ def split(
             pairs match.
     """
     pairs = open_pairs(source, name="source", image_key=image_key, text_key=text_key)
-    is_file = isinstance(forget, os.PathLike) or (
-        isinstance(forget, str) and os.path.isfile(forget)
-    )
-    decided = read_decisions(pairs, Path(forget)) if is_file else None  # type: ignore[arg-type]
+    file = _find_file(forget)
+    decided = None if file is None else read_decisions(pairs, file)
     matches = _select(pairs, forget) if decided is None else decided["forget"]
     if matches.all() or not matches.any():
         share, empty = ("every", "retain") if matches.any() else ("no", "forget")
@@ -125,11 +123,19 @@ def read_decisions(
     return decided
 
 
+def _find_file(forget: Any) -> Path | None:
+    """Return the file that the rule `forget` is, if it is one."""
+    if not isinstance(forget, str | os.PathLike):
+        return None
+    path = Path(os.path.expanduser(forget))
+    return path if isinstance(forget, os.PathLike) or path.is_file() else None
+
+
 def _select(pairs: PairTable, forget: Any) -> np.ndarray:
     """Return which pairs the rule `forget` selects, [n] bool."""
-    if isinstance(forget, os.PathLike) or (isinstance(forget, str) and os.path.isfile(forget)):
-        lines = _read_ids(Path(forget), "forget").splitlines()
-        return _match_ids(pairs, {line.strip() for line in lines} - {""}, Path(forget), "forget")
+    if (file := _find_file(forget)) is not None:
+        lines = _read_ids(file, "forget").splitlines()
+        return _match_ids(pairs, {line.strip() for line in lines} - {""}, file, "forget")
     if isinstance(forget, str) and _fold(forget) in map(_fold, pairs.classes or ()):
         return _match_classes(pairs, [forget])
     if isinstance(forget, str | re.Pattern):

@@ -292,7 +292,7 @@ def join_ranks(*, alone_too: bool = False) -> Iterator[Ranks]:
         with _naming_lost(_joined[-1]):
             yield _joined[-1]
         return
-    if _kept and (not dist.is_initialized() or dist.get_world_size() != launched):
+    if _kept and dist.is_initialized() and dist.get_world_size() != launched:
         _leave_group()
     if dist.is_available() and dist.is_initialized():
         with _linked(dist.get_world_size()) as ranks:
@@ -323,21 +323,23 @@ def join_ranks(*, alone_too: bool = False) -> Iterator[Ranks]:
             yield ranks
     finally:
         if alone_too:
-            _kept.append(atexit.register(_leave_group))
+            _kept[:] = [dist.group.WORLD]
+            atexit.register(_leave_group)
         else:
             _leave_group()
 
 
 def _leave_group() -> None:
+    """Destroy the group that we have made, and no other's."""
+    is_ours = dist.is_initialized() and _kept[-1:] in ([], [dist.group.WORLD])
     _kept.clear()
-    atexit.unregister(_leave_group)
-    if not _abandoned and dist.is_initialized():
+    if is_ours and not _abandoned:
         dist.destroy_process_group()
 
 
 # Those that left an exchange: to destroy its group would wait for a rank that may never come.
 _abandoned: list[LinkedRanks] = []
-# Whether a group of ours is there between runs.
+# The group of ours that is there between runs.
 _kept: list[Any] = []
 # The ranks of the run that this process is in.
 _joined: list[LinkedRanks] = []

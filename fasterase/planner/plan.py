@@ -20,7 +20,7 @@ from fasterase.errors import InputError
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.load import load_architecture
 from fasterase.models.lora import parse_rank
-from fasterase.option_values import parse_value
+from fasterase.option_values import parse_count
 from fasterase.overrides import Overrides
 from fasterase.pairs.processes import MOST_PROCESSES, count_workers
 from fasterase.pairs.sampler import Sampler
@@ -425,12 +425,12 @@ def plan(
             for this run.
     """
     config = (config or UnlearnConfig()).replace(**overrides)
-    for name, count in (("pairs", pairs), ("forget", forget), ("gpus", gpus)):
-        parse_value(name, count, int | None if name == "forget" else int)
-    forget = max(1, pairs // 100) if forget is None else forget
+    pairs, gpus = parse_count("pairs", pairs, least=1), parse_count("gpus", gpus, least=1)
+    forget = max(1, pairs // 100) if forget is None else parse_count("forget", forget, least=1)
     for name, value in (
-        ("pairs", pairs), ("forget", forget), ("gpus", gpus), ("gpu_memory", gpu_memory),
-        ("efficiency", efficiency), ("tflops", 1 if tflops is None else tflops),
+        ("gpu_memory", gpu_memory),
+        ("efficiency", efficiency),
+        ("tflops", 1 if tflops is None else tflops),
         ("images_per_second", 1 if images_per_second is None else images_per_second),
     ):  # fmt: skip
         if not value > 0:

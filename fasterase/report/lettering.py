@@ -14,8 +14,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import math
 import re
 import unicodedata
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -175,12 +177,17 @@ class Pen:
 
     def shorten(self, text: str, width: int, size: int) -> str:
         """Shorten `text` with dots to at most `width` pixels, on one line."""
-        text = spell(" ".join(text.split()), self._faces)
-        if self.length(text, size) <= width:
+        line = " ".join(text.split())
+        # Nearly all characters are a pixel wide or more, and the length of long lines takes long.
+        text = spell(line[:width], self._faces)
+        if len(line) <= width and self.length(text, size) <= width:
             return text
-        while text and self.length(text + "...", size) > width:
-            text = text[:-1]
-        return text.rstrip() + "..."
+        fitting = bisect_right(
+            range(1, len(text) + 1),
+            width,
+            key=lambda count: math.ceil(self.length(text[:count] + "...", size)),
+        )
+        return text[:fitting].rstrip() + "..."
 
     def _pieces(self, text: str, size: int) -> Iterator[tuple[ImageFont.FreeTypeFont, str]]:
         """Yield parts of a line, each with a font that has all of it."""

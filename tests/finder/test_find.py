@@ -122,7 +122,7 @@ def test_unreadable_pairs_are_in_no_set(corpus, tmp_path):
         ({"concept": []}, "concept is empty"),
         ({"not_about": [3]}, "not_about: expected words"),
         ({"max_pairs": 0}, "max_pairs=0"),
-        ({"max_pairs": 1e5}, "max_pairs=100000.0"),
+        ({"max_pairs": 1.5}, "max_pairs=1.5"),
         ({"seed": -1}, "seed=-1"),
         ({"precision": "fp8"}, "precision='fp8'"),
         ({"num_workers": -1}, "num_workers=-1"),

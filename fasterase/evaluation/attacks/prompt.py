@@ -23,7 +23,7 @@ from fasterase.evaluation.findings import (
     Target,
     UnsuitableModelError,
 )
-from fasterase.evaluation.scores import first_copies, share_below
+from fasterase.evaluation.scores import are_copies, first_copies, share_below
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.numerals import counted
 from fasterase.pairs.skips import BrokenPair
@@ -44,7 +44,7 @@ def prompt(target: Target) -> Examined:
     prompts, and puts it in the place of one of the prompt's words. Prompts are compared by
     `(mean cosine with images to forget - that with unrelated ones) / deviation of the latter`. The
     best prompt, and for comparison the best caption of the data, are then asked for the images
-    that the search did not see; those of further sets to forget are all unseen. Costs at most
+    that the search did not see, nor copies of them, of all sets to forget. Costs at most
     `WORDS + 2 ROUNDS BEAM PIECES` texts through the text tower, 3,072 of them, and no image.
 
     Raises:
@@ -64,7 +64,8 @@ def prompt(target: Target) -> Examined:
     search.note()
     natural = search.best()[0]
     search.run(words_to_try(target))
-    unseen = {name: those.image for name, those in judged.items()}
+    seen, _ = halves["forget"]
+    unseen = {name: those.image[~are_copies(those.image, seen)] for name, those in judged.items()}
     unseen |= {name: others for name, (_, others) in halves.items()}
     unrelated = unseen.pop("retain")
     findings: list[Finding] = []
@@ -76,6 +77,8 @@ def prompt(target: Target) -> Examined:
         findings.append(Finding(f"{key}/text", title, "text", "text", "", text))
         others = (unrelated @ feature).double()
         for name, images in unseen.items():
+            if not len(images):
+                continue
             findings += target.separation(
                 share_below((images @ feature).double(), others),
                 key=f"{name}/{key}",

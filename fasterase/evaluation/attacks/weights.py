@@ -279,20 +279,28 @@ def _divide(
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Return the rows to learn from, in order, and the sorted rows to measure, of each set.
 
-    No image is in both, nor a copy of it.
+    No image is in both, nor a copy of it, but where pictures to forget are also to be kept: then
+    those are no lessons of retain.
     """
-    lessons, seen = {}, []
+    lessons, seen = {}, {}
     for place, (name, most) in enumerate((("forget", max(SHOTS)), ("retain", POOL))):
         pictures = np.unique(first_copies(judged[name].image))
         count = min(most, len(pictures) // 2)
-        chosen = generator(seed, Stream.RELEARN, place).permutation(pictures)[:count]
+        pictures = generator(seed, Stream.RELEARN, place).permutation(pictures)
+        if name == "retain":
+            images = judged[name].image[torch.from_numpy(pictures)]
+            pictures = pictures[~are_copies(images, judged["forget"].image)]
+        chosen = pictures[:count]
         lessons[name] = judged[name].rows[chosen]
-        seen.append(judged[name].image[torch.from_numpy(chosen)])
-    left = {
-        name: pairs.rows[~are_copies(pairs.image, torch.cat(seen))]
-        for name, pairs in judged.items()
-    }
-    return lessons, {name: rows for name, rows in left.items() if len(rows)}
+        seen[name] = judged[name].image[torch.from_numpy(chosen)]
+    left = {}
+    for name, pairs in judged.items():
+        rows = pairs.rows[
+            ~are_copies(pairs.image, seen["retain" if name == "retain" else "forget"])
+        ]
+        if len(rows):
+            left[name] = rows
+    return lessons, left
 
 
 def _load(target: Target, name: str, rows: np.ndarray) -> Lesson:
