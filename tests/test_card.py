@@ -84,7 +84,32 @@ def test_a_card_need_not_tell_what_was_removed_nor_where(base, unnamed, tmp_path
     assert "Granny Smith" in text
     assert str(tmp_path) not in text
     assert "unmistakable" not in text
+    assert "crabapple" not in text.partition("## Limits")[0], "not the words that were taken either"
     assert named.concept == "ap|ples"
+
+
+def test_names_of_several_concepts_are_not_stated_for_the_public(base, tmp_path):
+    pictures = [Image.new("RGB", (40, 30), (200, i, 9)) for i in range(4)]
+    forget = {"alice": [(pictures[0], "one")], "bob": [(pictures[1], "two")]}
+    retain = [(picture, "kept") for picture in pictures[2:]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = fasterase.unlearn(str(base), forget, retain, max_steps=1, progress=False)
+    card = (result.save(tmp_path / "model") / "README.md").read_text(encoding="utf-8")
+    assert "What was erased: not stated." in card
+    assert "alice" not in card
+    record = (result.report(tmp_path / "report.md")).read_text(encoding="utf-8")
+    assert "alice: 1 pair, to forget, training draws from it" in record
+    assert set(result.verdicts) == set(result.traces)
+
+
+def test_a_folder_of_transformers_is_a_folder_by_either_name(tmp_path):
+    folder = tmp_path / "secret" / "clip"
+    small_models.hf_clip().save_pretrained(folder)
+    for name in (str(folder), f"hf:{folder}"):
+        encoder = load_model(name)
+        assert (encoder.name, encoder.public_name) == (str(folder), "clip")
+    assert read_base("hf:./no/such/folder") == {}
 
 
 def test_without_a_card_the_model_and_its_record_remain(unnamed, tmp_path):

@@ -101,6 +101,18 @@ def test_a_folder_that_cannot_be_put_in_place_gives_the_old_one_back(
     assert names_in(target) == ["old"]
     assert names_in(tmp_path) == ["step-1"]
 
+    def interrupt(self: Path, to: Path) -> Path:
+        if self == target:
+            monkeypatch.setattr(Path, "rename", rename)
+            rename(self, to)
+            raise KeyboardInterrupt
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", interrupt)
+    with pytest.raises(KeyboardInterrupt), replace_folder(target) as new:
+        (new / "new").touch()
+    assert names_in(target) == ["old"]
+
 
 def test_sync_flushes_files_before_and_folders_after_they_take_their_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

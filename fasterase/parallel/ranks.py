@@ -293,7 +293,7 @@ def join_ranks(*, alone_too: bool = False) -> Iterator[Ranks]:
             yield _joined[-1]
         return
     if _kept and dist.is_initialized() and dist.get_world_size() != launched:
-        _leave_group()
+        _leave(_kept.pop())
     if dist.is_available() and dist.is_initialized():
         with _linked(dist.get_world_size()) as ranks:
             yield ranks
@@ -318,22 +318,21 @@ def join_ranks(*, alone_too: bool = False) -> Iterator[Ranks]:
         if device is not None:
             torch.cuda.set_device(device)  # what "cuda" without a number means
         dist.init_process_group(backend)
+    group = dist.group.WORLD
     try:
         with _linked(launched) as ranks:
             yield ranks
     finally:
         if alone_too:
-            _kept[:] = [dist.group.WORLD]
-            atexit.register(_leave_group)
+            _kept[:] = [group]
+            atexit.register(_leave, group)
         else:
-            _leave_group()
+            _leave(group)
 
 
-def _leave_group() -> None:
-    """Destroy the group that we have made, and no other's."""
-    is_ours = dist.is_initialized() and _kept[-1:] in ([], [dist.group.WORLD])
-    _kept.clear()
-    if is_ours and not _abandoned:
+def _leave(group: dist.ProcessGroup | None) -> None:
+    """Destroy a group that we have made, unless it was destroyed and another one has its place."""
+    if dist.is_initialized() and dist.group.WORLD is group and not _abandoned:
         dist.destroy_process_group()
 
 

@@ -99,6 +99,18 @@ def test_probes_are_those_of_scikit_learn() -> None:
         assert found["forget/accuracy"].value < 0.6 < found["retain/accuracy"].value
 
 
+def test_a_copy_in_another_set_leaves_a_class_its_two_halves() -> None:
+    forget, other = (
+        [(picture(0), "cat"), (picture(1), "cat")],
+        [(picture(0), "d"), (picture(2), "d")],
+    )
+    texts, noise = ["cat", "d", "hen"], torch.randn(8, 4)
+    of = LookupModel(noise, torch.randn(3, 4), texts, "fake")
+    options = {"sets": {"other": other}, "tasks": ["prototypes"], "progress": False}
+    found = fasterase.evaluate(of, forget, [(picture(3), "hen")], **options)
+    assert found.tasks["prototypes"]["other/accuracy"].chance == 0.5
+
+
 @pytest.mark.parametrize("task", ["linear_probe", "prototypes"])
 def test_a_probe_learns_nothing_from_copies_of_what_it_judges(task: str) -> None:
     found = run(model(noise=1000.0), task, sets={"again": RETAIN})

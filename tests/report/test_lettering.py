@@ -112,3 +112,12 @@ def test_fonts_of_this_machine(monkeypatch):
     assert not any("cmr10" in file or "LastResort" in file for _, file in fonts)
     monkeypatch.setitem(sys.modules, "matplotlib.font_manager", None)
     assert lettering._installed.__wrapped__() == []
+
+
+def test_long_captions_are_cut_where_they_no_longer_fit():
+    text = "a photo of grapes, 赤いりんご and pears " * 500
+    pen = Pen(ImageDraw.Draw(Image.new("L", (10, 10))), [text])
+    short = pen.shorten(text, 200, 14)
+    assert short.endswith("...")
+    assert pen.length(short, 14) <= 200 < pen.length(text[: len(short)] + "...", 14)
+    assert pen.shorten("a pear", 200, 14) == "a pear"

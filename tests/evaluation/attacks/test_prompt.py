@@ -87,6 +87,10 @@ def test_hidden_words_are_found_and_asked_for_images_that_the_search_did_not_see
         assert found[f"forget/{key}/found"].value == pytest.approx(hit)
     assert found["forget/prompt/auc"].value > 0.95 > found["forget/caption/auc"].value
     assert found["forget/prompt/found"].low < found["forget/prompt/found"].value
+    again = figures(hiding, forget_sets={"again": PAIRS})
+    assert again["again/prompt/auc"].value == again["forget/prompt/auc"].value, (
+        "the same unseen half"
+    )
 
 
 def test_the_search_finds_the_best_of_all_short_prompts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 import fasterase
+from fasterase.encode import PairEncoder
 from fasterase.errors import InputError
 from fasterase.evaluation.attacks import weights
 from fasterase.models.dual_encoder import Tokens
+from fasterase.pairs.open import open_pairs
+from fasterase.pairs.skips import SkipLedger
 from fasterase.report.evaluation import Evaluation
 from fasterase.seeds import Stream, generator
 from tests.evaluation.lookup_model import LookupModel, attack, picture
@@ -191,6 +194,22 @@ def test_area_is_over_the_logarithm_of_the_number_of_pairs() -> None:
         expected
     )
     assert weights.area_weights([1]).tolist() == [1]
+
+
+def test_no_picture_is_a_lesson_and_measured_also_where_it_is_to_be_kept_too() -> None:
+    pairs = [*FORGET[:2], *RETAIN[:20]]
+    encoder = PairEncoder(TinyModel(), precision="fp32", ledger=SkipLedger(22, max_skipped=0))
+    judged = {
+        name: encoder.pairs(open_pairs(those, name=name), np.arange(len(those)), description=name)
+        for name, those in (("forget", FORGET[:2]), ("retain", pairs), ("again", FORGET[:1]))
+    }
+    for seed in range(10):
+        lessons, left = weights._divide(judged, seed=seed)
+        (learnt,) = lessons["forget"]
+        assert left["forget"].tolist() == [1 - learnt]
+        assert len(lessons["retain"]) == 11
+        assert min(lessons["retain"]) > 1, "those to forget teach nothing that is kept"
+        assert ("again" in left) == (learnt != 0)
 
 
 def test_too_few_pairs_are_named() -> None:
