@@ -74,10 +74,11 @@ class Weighted : public torch::autograd::Function<Weighted> {
     variable_list gradients(num_arguments);
     const Tensor& upstream = upstreams[0];
     if (!upstream.defined()) return gradients;  // nobody uses the total
+    // Before the guards: a checkpoint may compute them again here, with a graph.
+    const variable_list made = ctx->get_saved_variables();
     {
       const at::AutoGradMode no_graph(false);
       PlainTensors guard;
-      const variable_list made = ctx->get_saved_variables();
       const std::vector<int64_t> dtypes = ctx->saved_data["dtypes"].toIntVector();
       // In place where nothing else will read them; vmap's tensors cannot be written into others.
       const auto keys = upstream.key_set();

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fasterase.errors import InputError
 from fasterase.ops.contrastive import contrastive, weighted_contrastive
-from fasterase.ops.contrastive.checks import check_pairs
+from fasterase.ops.contrastive.checks import check_pairs, check_scale, compute_dtype
 
 _Groups = tuple[int, ...] | None
 
@@ -100,7 +100,7 @@ class ClipLoss(nn.Module):
             self._gather(own, with_grad=self.gather_with_grad),
             *(self._gather(each, with_grad=False) for each in teacher),
         ]
-        if self.world_size == 1 or not self.local_loss:
+        if self.world_size == 1 or not self.local_loss or not len(own.image):
             return _square_losses(*every)
         # A rank's own images [n, D] with the texts of all ranks [W n, D], and the reverse.
         models = list(zip((own, *teacher), every, strict=True))
@@ -165,7 +165,10 @@ class DistillClipLoss(ClipLoss):
     ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
         """(contrastive, distillation) means, the latter over rows and columns alike."""
         pairs = _Pairs(image_features, text_features, _scale(logit_scale))
+        names = ("dist_image_features", "dist_text_features")
+        check_pairs(dist_image_features, dist_text_features, names)
         dist_scale = _scale(dist_logit_scale)
+        check_scale(dist_scale, "dist_logit_scale")
         if isinstance(dist_scale, Tensor):
             dist_scale = dist_scale.detach()
         teacher = _Pairs(dist_image_features.detach(), dist_text_features.detach(), dist_scale)
@@ -192,12 +195,17 @@ def _square_losses(pairs: _Pairs, *teacher: _Pairs) -> tuple[Tensor, ...]:
     """The means of InfoNCE and of the cross-entropy to the teacher, over all rows and columns."""
     if not teacher:
         check_pairs(pairs.image, pairs.text)
-        n, dtype = len(pairs.image), torch.promote_types(pairs.image.dtype, torch.float32)
+        n, dtype = len(pairs.image), compute_dtype(pairs.image, pairs.text)
         weights = pairs.image.new_full((2, n), 0.5 / max(n, 1), dtype=dtype)
         return (weighted_contrastive(*pairs, weights).total,)
     ce_row, ce_col, *kl = _losses(pairs, *teacher)
     row, col = _entropies(teacher[0])
-    return ((ce_row + ce_col) / 2).mean(), ((kl[0] + row + kl[1] + col) / 2).mean()
+    return _mean((ce_row + ce_col) / 2), _mean((kl[0] + row + kl[1] + col) / 2)
+
+
+def _mean(losses: Tensor) -> Tensor:
+    """[] the mean of [n] losses, 0 of none."""
+    return losses.mean() if len(losses) else losses.sum()
 
 
 def _block_losses(rank: int, side: _Pairs, *teacher: _Pairs) -> tuple[Tensor, ...]:

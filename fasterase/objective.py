@@ -331,6 +331,13 @@ def _compute_forget(pairs: _Pairs, objective: Objective, losses: Contrastive | N
 def _compute_group(
     pairs: _Pairs, objective: Objective, rows: slice | Tensor, strangers: Strangers | None
 ) -> Tensor:
+    with torch.autocast(pairs.image.device.type, enabled=False):
+        return _compute_exact_group(pairs, objective, rows, strangers)
+
+
+def _compute_exact_group(
+    pairs: _Pairs, objective: Objective, rows: slice | Tensor, strangers: Strangers | None
+) -> Tensor:
     dtype = pairs.scale.dtype
     image, text = pairs.image[rows].to(dtype), pairs.text[rows].to(dtype)
     if strangers is not None:

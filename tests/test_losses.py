@@ -142,6 +142,16 @@ def test_wrong_features_and_no_pairs():
     image = torch.ones(0, 3, requires_grad=True)
     loss_of(image, torch.ones(0, 3), 10.0).backward()
     assert image.grad.shape == (0, 3)
+    none, distil = torch.ones(0, 3), fasterase.DistillClipLoss()
+    assert [float(loss) for loss in distil(none, none, 10.0, none, none, 1.0)] == [0.0, 0.0]
+    rows = torch.eye(3)
+    for teacher, named in (
+        ((rows[:2], rows, 1.0), "dist_image_features"),
+        ((rows.numpy(), rows, 1.0), "dist_image_features"),
+        ((rows, rows, -1.0), "dist_logit_scale"),
+    ):
+        with pytest.raises(InputError, match=named):
+            distil(rows, rows, 1.0, *teacher)
 
 
 def test_without_a_process_group():

@@ -21,6 +21,7 @@ from fasterase.engine.loss import FeatureGradients
 from fasterase.models.forward import Features, Halfway
 from fasterase.models.preprocessing import Tokens
 from fasterase.objective import EraseLoss
+from fasterase.ops.contrastive.labels import sum_rows
 from fasterase.pairs.batches import MicroBatch
 from fasterase.parallel.engine import Engine
 from fasterase.transfers import to_device
@@ -153,9 +154,7 @@ class _Texts:
         """Add up the gradients of a caption's pairs."""
         if self._of_pairs is None or gradients.text is None:
             return gradients
-        summed = gradients.text.new_zeros(self._count, gradients.text.shape[1])
-        summed.index_add_(0, self._of_pairs, gradients.text)
-        return gradients._replace(text=summed)
+        return gradients._replace(text=sum_rows(gradients.text, self._of_pairs, self._count))
 
 
 def _prepare(part: MicroBatch, fresh: Sequence[int], seed: int) -> _Part:

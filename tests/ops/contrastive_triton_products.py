@@ -105,6 +105,15 @@ def test_an_engine_s_step_with_fp16_products(moved, multiplied):
         assert norm_error(found, value.numpy()) < 5e-3
 
 
+def test_an_original_may_share_a_tower_with_the_model():
+    image, text, _, ref_text = unit_features(40, 32, moved=0.3)
+    call = {"scale": 20.0, "ref_scale": 20.0, "backend": "triton", "products": "fp16"}
+    same = contrastive(image, text, ref_image=image, ref_text=ref_text, **call)
+    copied = contrastive(image, text, ref_image=image.clone(), ref_text=ref_text, **call)
+    for found, expected in zip(same, copied, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_launches_of_a_step(monkeypatch):
     """Where G fits one strip 10 for each set in use, forward and backward, beside two GEMMs."""
     launched = []

@@ -12,8 +12,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
-from fasterase.ops.contrastive import api, available_backends, chunked, contrastive, cpu
+from fasterase.ops.contrastive import (
+    api,
+    available_backends,
+    chunked,
+    contrastive,
+    cpu,
+    weighted_contrastive,
+)
 from tests import oracle
 from tests.ops import criterion_checks
 from tests.ops.calls import INPUTS, relative_error, rounded, run, tensors
@@ -269,6 +277,26 @@ def test_second_backward_over_a_retained_graph(backend):
     inputs = [call["image"], call["text"], call["scale"]]
     first = torch.autograd.grad(total, inputs, retain_graph=True)
     assert all(map(torch.equal, first, torch.autograd.grad(total, inputs)))
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_checkpoint_computes_the_same_gradients_again(backend, labelled):
+    call = tensors(
+        rounded(oracle.clip_like(60, 16, 14.3, num_labels=20 if labelled else None)), WIDE
+    )
+    image = call.pop("image").detach().requires_grad_()
+
+    def losses(rows):
+        found = contrastive(rows.sin(), backend=backend, **call)
+        weighted = weighted_contrastive(rows.cos(), weights=weights, backend=backend, **call)
+        return sum(loss.sum() for loss in found) + weighted.total
+
+    weights = torch.linspace(0.1, 1.0, 240, dtype=WIDE).view(4, 60)
+    (expected,) = torch.autograd.grad(losses(image), image)
+    again = checkpoint(losses, image, use_reentrant=False)
+    (found,) = torch.autograd.grad(again, image)
+    assert torch.equal(found, expected)
 
 
 def test_floats_and_other_dtypes_of_scale():

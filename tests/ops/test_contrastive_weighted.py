@@ -92,6 +92,31 @@ def test_large_weights_of_half_precision_do_not_overflow_between_the_passes(back
 
 
 @pytest.mark.parametrize("backend", TILED)
+def test_derivatives_in_forward_mode_are_refused(backend):
+    """They would be 0, silently."""
+    image, weights = torch.eye(3), torch.ones(2, 3)
+
+    def total(rows):
+        return weighted_contrastive(rows, torch.eye(3), 2.0, weights, backend=backend).total
+
+    with pytest.raises(RuntimeError):
+        torch.func.jvp(total, (image,), (image,))
+
+
+@pytest.mark.parametrize("backend", TILED)
+def test_a_grad_scaler_s_factor_reaches_gradients_of_repeated_labels_too(backend):
+    call, weights = batch(torch.float16, labels=12)
+    weights = weights.float() * 1e-7
+    total = weighted_contrastive(weights=weights, backend=backend, **call).total
+    found = torch.autograd.grad(total * 2.0**16, call["image"])[0]
+    exact = {k: v.detach().double() if v.is_floating_point() else v for k, v in call.items()}
+    exact["image"].requires_grad_()
+    total = plain(weights.double() * 2.0**16, **exact, backend="dense")[0]
+    expected = torch.autograd.grad(total, exact["image"])[0]
+    assert (found - expected).norm() < 2e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("backend", TILED)
 def test_only_gradients_live_between_the_passes(backend):
     call, weights = batch(wanted=("image", "scale"))
     watched = [weakref.ref(call[name]) for name in ("ref_image", "ref_text", "text")]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fasterase.errors import InputError
 from fasterase.ops.contrastive import cpu
@@ -91,7 +92,8 @@ def contrastive(
         kl_col = (S0.softmax(0) * (S0.log_softmax(0) - S.log_softmax(0))).sum(0)
 
     Peak memory O(N D) (`"dense"`: O(n^2)). Differentiable once (`"dense"`: any number of times) in
-    image, text and scale, for arbitrary upstream gradients. NaN features give NaN losses.
+    image, text and scale, for arbitrary upstream gradients: `backward()` of a gradient raises, and
+    `torch.autograd.grad` of one finds no way to the features. NaN features give NaN losses.
 
     Args:
         image, text: features; row i of both is pair i. fp16, bf16, fp32 or fp64. Rows are used as
@@ -189,9 +191,14 @@ def _sum_weighted_losses(
     wants = batch.requires_grad()
     is_wanted = True in wants
     options, kinds = _choose_options(operator, batch, groups, labels, products, is_wanted)
-    if is_wanted and operator.weighted is not None and not torch.compiler.is_compiling():
-        total, losses = operator.weighted(weights, *batch, groups, *options)
-    elif is_wanted:
+    # The operators have no derivatives in forward mode: the function below says so.
+    in_forward_mode = forward_ad._current_level >= 0
+    native = operator.weighted
+    if torch.compiler.is_compiling() or in_forward_mode:
+        native = None
+    if is_wanted and native is not None:
+        total, losses = native(weights, *batch, groups, *options)
+    elif is_wanted or in_forward_mode:
         total, losses = _GradientsInForward.apply(
             *batch, operator, groups, options, kinds, wants, weights
         )
@@ -293,8 +300,12 @@ def explain_backend(
 ) -> BackendChoice:
     """The backend that the same call of `contrastive` uses; raises what that would raise."""
     given = Batch(image, text, scale, ref_image, ref_text, ref_scale)  # type: ignore[arg-type]
-    batch, _ = _prepare(given, labels, groups)
-    return _choose(backend, products, batch)
+    batch, sizes = _prepare(given, labels, groups)
+    choice = _choose(backend, products, batch)
+    run = load_backend(choice.name)
+    if sizes and isinstance(run, Operator):
+        run.options(batch, sizes, True in batch.requires_grad(), choice.products)
+    return choice
 
 
 def available_backends() -> tuple[str, ...]:

@@ -191,15 +191,21 @@ def refuse_tf32() -> Iterator[None]:
     if not allows_tf32():
         yield
         return
-    matmul = torch.backends.cuda.matmul
+    backends: Any = torch.backends
+    matmul = backends.cuda.matmul
+    on_cpu = getattr(backends.mkldnn, "matmul", None)
+    of_cpu = getattr(on_cpu, "fp32_precision", None)
     try:
         before = torch.get_float32_matmul_precision()
         restore = partial(torch.set_float32_matmul_precision, before)
         torch.set_float32_matmul_precision("highest")
     except RuntimeError:  # set through `fp32_precision`, which must not be mixed with these
-        restore = partial(setattr, matmul, "fp32_precision", "tf32")
+        is_inherited = backends.fp32_precision == "tf32"
+        restore = partial(setattr, matmul, "fp32_precision", "none" if is_inherited else "tf32")
         matmul.fp32_precision = "ieee"
     try:
         yield
     finally:
         restore()
+        if on_cpu is not None and of_cpu is not None:
+            on_cpu.fp32_precision = of_cpu

@@ -119,8 +119,8 @@ def _make_empty_gradients(
     upstream: Tensor, image: Tensor, text: Tensor, kinds: Tensor, *wants: bool
 ) -> tuple[Tensor, Tensor]:
     return (
-        image.new_empty(image.shape if wants[0] else (0,)),
-        text.new_empty(text.shape if wants[1] else (0,)),
+        upstream.new_empty(image.shape if wants[0] else (0,)),
+        upstream.new_empty(text.shape if wants[1] else (0,)),
     )
 
 
@@ -141,15 +141,15 @@ def _iterate_blocks(
 
 def _subtract_means(rows: Tensor, kinds: Kinds) -> Tensor:
     """The gaps: each row minus the mean of its kind."""
-    sums_of_pieces = _sum_rows(rows, kinds.piece_of_row)
-    sums = _sum_rows(sums_of_pieces, kinds.of_piece).index_select(0, kinds.of_row)
+    sums_of_pieces = sum_rows(rows, kinds.piece_of_row, len(rows))
+    sums = sum_rows(sums_of_pieces, kinds.of_piece, len(rows)).index_select(0, kinds.of_row)
     share = kinds.rows_of_kind.to(rows.dtype).reciprocal().unsqueeze(1)
     return torch.addcmul(rows, sums, share, value=-1, out=sums)
 
 
-def _sum_rows(rows: Tensor, target: Tensor) -> Tensor:
-    """The sum of the rows of each target, added up in a fixed order."""
-    sums = torch.zeros_like(rows)
+def sum_rows(rows: Tensor, target: Tensor, count: int) -> Tensor:
+    """[count, D], the sum of the rows [n, D] of each target, added up in a fixed order."""
+    sums = rows.new_zeros(count, rows.shape[1])
     # index_put_ sorts on CUDA, where index_add_ is atomic; on the CPU, index_add_ is the one that
     # runs in order.
     if rows.is_cuda:
@@ -166,7 +166,12 @@ def _differentiate(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     image, text, kinds = ctx.saved_tensors
     wants = ctx.needs_input_grad[:2]
     d_image, d_text = _label_terms_backward(upstream, image, text, kinds, *wants)
-    return d_image if wants[0] else None, d_text if wants[1] else None, None, None
+    return (
+        d_image.to(image.dtype) if wants[0] else None,
+        d_text.to(text.dtype) if wants[1] else None,
+        None,
+        None,
+    )
 
 
 # Separate operators, because a compiler would replace ordered additions by atomic ones.

@@ -283,9 +283,10 @@ def _make_backward(operator: Operator) -> Callable[..., tuple[Tensor | None, ...
         wants = ctx.needs_input_grad
         wanted = Wanted._make((*wants[:3], True))
         options, count = list(ctx.options), len(ctx.labels)
-        for place, labels in zip(ctx.labels, ctx.saved_tensors[:count], strict=True):
+        held = ctx.saved_tensors  # once: a checkpoint that computes them again does so only once
+        for place, labels in zip(ctx.labels, held[:count], strict=True):
             options[place] = labels
-        saved = ctx.saved_tensors[count:]
+        saved = held[count:]
         made = operator.backward(upstream, *saved, ctx.groups, *wanted, *options)
         gradients = (g if is_wanted else None for g, is_wanted in zip(made, wants, strict=False))
         return (*gradients, *(None,) * (len(wants) - 3))

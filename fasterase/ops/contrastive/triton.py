@@ -310,10 +310,13 @@ def _join(parts: Sequence[tuple[Tensor | None, ...]], dims: tuple[int | None, ..
 
 def _multiply(left: Tensor, right: Tensor, out: Tensor, *, beta: int) -> None:
     """out = beta * out + left @ right, with out in fp32: never rounded between strips."""
-    if left.dtype == torch.float32 or not left.is_cuda:
+    if left.dtype == torch.float32 or not left.is_cuda or torch.version.hip is not None:
         out.addmm_(left.float(), right.float(), beta=beta)
     elif beta:
-        torch.addmm(out, left, right, out_dtype=torch.float32, out=out)
+        try:
+            torch.addmm(out, left, right, out_dtype=torch.float32, out=out)
+        except RuntimeError:  # torch before 2.10 adds to matrices of the factors' dtype alone
+            out.add_(torch.mm(left, right, out_dtype=torch.float32))
     else:
         torch.mm(left, right, out_dtype=torch.float32, out=out)
 

@@ -125,7 +125,7 @@ class Features(NamedTuple):
             is_rounded = products in HALF_DTYPES
             made = [
                 side.new_empty(side.shape, dtype=dtype) if is_rounded else side.to(dtype)
-                for side in (given[:2] if ref_image is image else given)
+                for side in (given[:2] if ref_image is image and ref_text is text else given)
             ]
             image, text, ref_image, ref_text = made[0], made[1], made[-2], made[-1]
         strides = image.stride(0), text.stride(0), ref_image.stride(0), ref_text.stride(0)
