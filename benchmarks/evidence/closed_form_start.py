@@ -3,7 +3,7 @@
     python -m benchmarks.evidence.closed_form_start [--subgroups food-fruit drink] [--seed 0]
 
 A concept is erased from the demo's model, from four starts: none; the default, which takes the
-meaning from words that only the forget set uses; and the null-space projection of the concept's
+meaning from words that only the concept needs; and the null-space projection of the concept's
 text features (after arXiv 2512.14137) with two settings. The projection is folded into both towers
 after the first step, so that floor, reference and damage are those of the original. A start is
 worth its place if the run needs fewer steps at equal damage. Writes closed_form_start.csv, a row
@@ -24,7 +24,7 @@ from benchmarks.evidence.task import Task, train
 from benchmarks.recipes.runs import KEEP_SETS
 from benchmarks.result_files import RESULTS, read_csv, write_csv
 from fasterase.demo import emoji
-from fasterase.demo.run import evaluate_sets, recipe_config
+from fasterase.demo.run import evaluate_sets, recipe_config, trained_pairs
 from fasterase.demo.sets import build_sets
 from fasterase.models.load import load_model
 
@@ -49,11 +49,12 @@ def measure(subgroup: str, start: str, seed: int) -> dict[str, Any]:
         if setting is not None:
             project_texts_out(Task(model, sets, seed, measure=lambda _: None), setting)
 
+    forget, retain = trained_pairs(sets, "fasterase")
     steps = train(
         Task(model, sets, seed, measure=project),
         recipe_config("fasterase", small_model=True, forget_words=start == WORDS),
-        forget=sets.forget,
-        retain=sets.retain,
+        forget=forget,
+        retain=retain,
         measured_at=[1],
     )
     evaluation = evaluate_sets(model, sets, original=base, progress=False)
