@@ -443,7 +443,7 @@ def _drop_as_recorded(sources: dict[str, PairTable], record: Mapping[str, Any]) 
 
     Those are the pictures to forget, which are in `forget`, and what was erased before.
     """
-    drop_overlap(sources, links=record["config"].get("erase") == "link", stacklevel=4)
+    drop_overlap(sources, links=record.get("config", {}).get("erase") == "link", stacklevel=4)
     sources["retain"], earlier = drop_erased(sources["retain"], erasures(record)[:-1])
     sources |= earlier
     return list(earlier)
