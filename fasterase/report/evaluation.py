@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from os import PathLike
@@ -30,7 +30,7 @@ from fasterase.files import check_creatable, check_writable, parse_path, to_json
 from fasterase.numerals import counted
 from fasterase.report.plots import plot_findings, plot_series
 from fasterase.report.tables import Section, html_table, markdown_table, text_table
-from fasterase.report.templating import render
+from fasterase.report.templating import inline, render
 
 LEGEND = (
     "Sets to forget: ↓ should fall to chance or below; ↓ chance and ↑ chance should reach chance\n"
@@ -159,7 +159,7 @@ class Evaluation:
         """Return the same table in Markdown, with a heading."""
         table = markdown_table(columns_of(self, [*self.references]), sections_of(self))
         title = f"# Evaluation of {self.settings['model']}"
-        return "\n\n".join([title, table, *_notes(self)]) + "\n"
+        return "\n\n".join([title, table, *_notes(self, written=inline)]) + "\n"
 
     def _repr_html_(self) -> str:
         """Show the verdict, what was hurt, and the table in a notebook."""
@@ -382,15 +382,18 @@ def _row(evaluation: Evaluation, finding: Finding) -> list[str]:
     ]
 
 
-def _notes(evaluation: Evaluation) -> list[str]:
-    """Return the verdicts, what the audit found, and how to read the table."""
+def _notes(evaluation: Evaluation, written: Callable[[str], str] = str) -> list[str]:
+    """Return the verdicts, what the audit found, and how to read the table.
+
+    `written` is how names are written, which may hold anything.
+    """
     notes = [_describe_verdicts(evaluation)]
     if evaluation.remaining:
-        listed = [each.describe() for each in evaluation.remaining[:LISTED]]
+        listed = [written(each.describe()) for each in evaluation.remaining[:LISTED]]
         more = len(evaluation.remaining) - len(listed)
         notes.append(f"Still found: {', '.join(listed)}{f' and {more:,} more' if more else ''}.")
     if evaluation.hurt:
-        notes.append(describe_hurt(evaluation, count=LISTED))
+        notes.append(written(describe_hurt(evaluation, count=LISTED)))
     if evaluation.outside:
         notes.append(describe_outside(evaluation.outside))
     if evaluation.audit:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import NamedTuple
 
-from fasterase.report.templating import render
+from fasterase.report.templating import inline, render
 
 WORDS = 2  # leading columns, aligned left; the others are numbers, aligned right
 
@@ -46,9 +46,9 @@ def markdown_table(columns: Sequence[str], sections: Sequence[Section]) -> str:
     blocks = []
     for section in sections:
         rows = [list(columns), rule, *section.rows]
-        escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+        escaped = [[cell.replace("|", "\\|").replace("<", "\\<") for cell in row] for row in rows]
         table = "\n".join(f"| {' | '.join(row)} |" for row in escaped)
-        blocks.append(f"## {section.title}\n\n{table}")
+        blocks.append(f"## {inline(section.title)}\n\n{table}")
     return "\n\n".join(blocks)
 
 

@@ -40,7 +40,7 @@ def _environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "inline": _inline, "counted": counted}
+    environment.filters |= {"percent": percent, "inline": inline, "counted": counted}
     return environment
 
 
@@ -58,6 +58,6 @@ def percent(share: float | None) -> str:
     return f"{text} %"
 
 
-def _inline(text: str) -> str:
+def inline(text: str) -> str:
     """Return text as one line of Markdown, without a meaning of its own there."""
     return re.sub(r"([\\`*_\[\]<>|#~&])", r"\\\1", " ".join(text.split()))
