@@ -6,7 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -439,11 +439,9 @@ def evaluate(
 
 
 def _drop_as_recorded(sources: dict[str, PairTable], record: Mapping[str, Any]) -> list[str]:
-    """Leave out of retain, in place, what the run of a record did; return the sets of it.
-
-    Those are the pictures to forget, which are in `forget`, and what was erased before.
-    """
-    drop_overlap(sources, links=record.get("config", {}).get("erase") == "link", stacklevel=4)
+    """Leave out of retain, in place, what the run of a record did; return the sets of it."""
+    with suppress(InputError):  # one set alone may be given as both
+        drop_overlap(sources, links=record.get("config", {}).get("erase") == "link", stacklevel=4)
     sources["retain"], earlier = drop_erased(sources["retain"], erasures(record)[:-1])
     sources |= earlier
     return list(earlier)

@@ -125,7 +125,7 @@ def _public_names(run: RunFacts) -> dict[str, str]:
     sets = dict.fromkeys([*run.record["data"], *run.traces])
     if run.evaluation is not None:
         sets |= dict.fromkeys(run.evaluation.scores)
-    if run.stated_concept is not None:
+    if run.record["concept"] is not None:
         return {name: name for name in sets}
     others = [name for name in sets if name not in _PLAIN]
     return {name: name for name in sets} | {

@@ -182,12 +182,6 @@ class RunFacts:
         return self.record.get("concept") or self.called
 
     @property
-    def stated_concept(self) -> str | None:
-        """What the caller says was erased; the names of several concepts do not say it."""
-        concept: str | None = self.record.get("concept")
-        return None if concept == ", ".join(self.record.get("concepts", ())) else concept
-
-    @property
     def verdict(self) -> str | None:
         """Of the newest measurement."""
         if self.evaluation is not None and self.evaluation.verdict is not None:
@@ -197,18 +191,11 @@ class RunFacts:
 
     @property
     def headline(self) -> str:
-        return self._tell(self.concept)
-
-    @property
-    def public_headline(self) -> str:
-        """The same, without names that were not stated."""
-        return self._tell(self.stated_concept or self.called)
-
-    def _tell(self, concept: str) -> str:
         still_open = [trace for trace in self.traces.values() if not trace.is_decisive]
         some_found = still_open and all(trace.could_decide for trace in still_open)
         is_open = self.verdict == UNDECIDED
-        return (_SOME_FOUND if is_open and some_found else _VERDICTS[self.verdict]).format(concept)
+        sentence = _SOME_FOUND if is_open and some_found else _VERDICTS[self.verdict]
+        return sentence.format(self.concept)
 
     @cached_property
     def judged(self) -> list[Judged]:
@@ -240,7 +227,11 @@ class RunFacts:
             )
         trace = self.traces[name]
         outcome = self.record["outcome"]
-        verdicts = outcome.get("verdicts") or decide_each(self.traces)
+        verdicts = outcome.get("verdicts")
+        if verdicts is None:  # of an earlier version
+            never_known = dict.fromkeys(self.traces, NEVER_KNOWN)
+            is_known = outcome["verdict"] != NEVER_KNOWN
+            verdicts = decide_each(self.traces) if is_known else never_known
         return Judged(
             name,
             outcome["verdict"] if len(self.traces) == 1 else verdicts.get(name),

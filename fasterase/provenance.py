@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -48,8 +49,9 @@ def read_record(model: object) -> dict[str, Any] | None:
     """
     if not isinstance(model, str | os.PathLike):
         return None
-    file = Path(model).expanduser() / FILE
-    if not file.is_file():
+    folder = re.sub("^(local-dir:|hf:)", "", os.fspath(model))
+    file = Path(os.path.expanduser(folder)) / FILE
+    if not os.path.isfile(file):
         return None
     try:
         record = json.loads(file.read_text(encoding="utf-8"))

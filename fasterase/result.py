@@ -139,7 +139,7 @@ class UnlearnResult:
         """Show verdict, pictures before and after, damage and table in a notebook."""
         facts = self._summary()
         record = {"concept": self.concept, "outcome": {"verdict": self.verdict}}
-        run = RunFacts(name="", record=record)
+        run = RunFacts(name="", record=record, traces=self.traces)
         try:
             (rows, erased), _ = self._shown
             run = replace(run, pictures=[Picture.of(row, erased) for row in rows])
@@ -174,8 +174,8 @@ class UnlearnResult:
         library versions, the `request` if one was stated, digests of the data, how
         `fasterase.find` came to it, if it did, and the model before with its own record, if it had
         one. `README.md` is a model card that the Hugging Face hub reads. It names what was erased
-        only if `concept` was stated, no caption and no word. Neither names a folder of this
-        machine.
+        only if `concept` was stated or several concepts have names, no caption and no word.
+        Neither names a folder of this machine.
         `fasterase.evaluate` of the folder compares the model with its record.
 
         Args:

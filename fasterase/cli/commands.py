@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,7 +138,6 @@ class Find(Command):
         flags = dict(vars(self))
         model, data, folder = (flags.pop(name) for name in ("model", "data", "output_dir"))
         where = f"--output_dir={folder!r}"
-        folder = os.path.expanduser(folder)
         check_creatable(Path(folder), argument=where)
         self._check_concept(Path(folder), where)
         flags["images"] = self.images[0] if len(self.images) == 1 else self.images or None

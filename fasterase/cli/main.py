@@ -113,7 +113,7 @@ class _Status:
     def begin(self, output_dir: str | None) -> None:
         """Remove what an earlier run has left in the folder, and write there from now on."""
         if output_dir is not None and _rank() == 0:
-            self._file = Path(os.path.expanduser(output_dir)) / STATUS_FILE
+            self._file = Path(output_dir) / STATUS_FILE
             with contextlib.suppress(OSError):
                 self._file.unlink(missing_ok=True)
 

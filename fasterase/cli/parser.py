@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, get_args, get_type_hints
 
 import fasterase
@@ -20,6 +20,9 @@ from fasterase.option_values import (
     parse_value,
     suggest_names,
 )
+
+# Flags of paths that a home folder may begin.
+_PATHS = ("output_dir", "reference_cache", "output", "plots", "class_names", "found", "forget_ids")
 
 
 class Parsed(NamedTuple):
@@ -83,6 +86,8 @@ def parse(argv: Sequence[str]) -> Parsed:
             values[name] = parse_text(name, found, flags[name].hint)
         else:  # the words of a flag that takes several; of `print_config`, which no YAML has, True
             values[name] = _parse(flags[name], found) if name in flags else found
+    at_home = {n: values[n] for n in _PATHS if isinstance(values.get(n), str)}
+    values |= {name: os.path.expanduser(path) for name, path in at_home.items()}
     return Parsed(command, values)
 
 
@@ -232,10 +237,14 @@ def _read_config(file: str, flags: Mapping[str, Flag]) -> dict[str, Any]:
 
 def _is_place(text: str) -> bool:
     """Tell a path or pattern from NAME=WHERE: it may have a = itself, as in date=2024/0.tar."""
-    if "=" not in text or "://" in text or text.startswith("pipe:"):
+    path = os.path.expanduser(text)
+    name, equals, where = path.partition("=")
+    if not equals or "://" in name or name.startswith("pipe:") or os.path.exists(path):
         return True
-    folder = Path(text).expanduser().parent
-    return Path(text).expanduser().exists() or ("=" in str(folder) and folder.is_dir())
+    if "/" in name:
+        return not os.path.exists(os.path.expanduser(where))
+    folder = os.path.dirname(path)
+    return "=" in folder and os.path.isdir(folder)
 
 
 def _parse(flag: Flag, value: Any) -> Any:

@@ -6,6 +6,7 @@ image-text pairs; they say nothing about photographs.
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -119,7 +120,9 @@ def run_demo(
     for module in ("matplotlib.figure", "transformers"):  # now, not after minutes of erasing
         import_extra(module, "demo,eval", "The demo")
     original = str(emoji.BASE_MODEL) if model is None else model
-    folder = Path(output_dir or "runs/demo-" + re.sub(r"[^\w-]+", "_", forget))
+    folder = Path(
+        os.path.expanduser(output_dir or "") or "runs/demo-" + re.sub(r"[^\w-]+", "_", forget)
+    )
     configs = {
         name: recipe_config(name, small_model=model is None, **fields)
         for name in dict.fromkeys((recipe, *RECIPES))

@@ -43,7 +43,7 @@ from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.forward import resolve_precision
 from fasterase.models.load import load_model
 from fasterase.numerals import counted
-from fasterase.option_values import parse_count
+from fasterase.option_values import parse_count, parse_value
 from fasterase.original.features import OriginalFeatures, cache_folder, feature_key
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.processes import count_workers
@@ -120,9 +120,7 @@ def find(
     others = [] if not_about is None else parse_wordings("not_about", not_about)
     if not wordings:
         raise InputError("concept is empty. Say in words what to find, such as 'octopus'.")
-    if max_pairs is not None:
-        max_pairs = parse_count("max_pairs", max_pairs, least=1)
-    seed = parse_count("seed", seed, least=0)
+    max_pairs, seed = _check_options(max_pairs, seed, precision, num_workers)
     keys: dict[str, Any] = {"image_key": image_key, "text_key": text_key}
     with speaking(progress), join_ranks() as ranks, torch.inference_mode(False):
         with ranks.raising_together():
@@ -248,6 +246,16 @@ def _warn(found: Found, wordings: Sequence[str]) -> None:
         )
     if lacks:
         warnings.warn(f"find {', '.join(wordings)}: {'. '.join(lacks)}.", stacklevel=3)
+
+
+def _check_options(
+    max_pairs: int | None, seed: int, precision: str, num_workers: int | Literal["auto"]
+) -> tuple[int | None, int]:
+    """Check them before anything is read; return those that are numbers as ints."""
+    parse_value("precision", precision, Literal["auto", "fp32", "bf16", "fp16"])
+    count_workers(num_workers)
+    most = None if max_pairs is None else parse_count("max_pairs", max_pairs, least=1)
+    return most, parse_count("seed", seed, least=0)
 
 
 def parse_wordings(argument: str, given: str | Iterable[str]) -> list[str]:

@@ -181,7 +181,7 @@ def _load(
         return openclip.from_source(name, given, name=name, empty=empty)
     if name.startswith("hf:"):
         source = name.removeprefix("hf:")
-        is_here = Path(source).expanduser().is_dir()
+        is_here = os.path.isdir(os.path.expanduser(source))
         name = source = os.path.expanduser(source) if is_here else source
         name = name if is_here else f"hf:{source}"
         return huggingface.from_source(source, given, name=name, online=not is_here, empty=empty)

@@ -127,8 +127,8 @@ def _find_file(forget: Any) -> Path | None:
     """Return the file that the rule `forget` is, if it is one."""
     if not isinstance(forget, str | os.PathLike):
         return None
-    path = Path(os.path.expanduser(forget))
-    return path if isinstance(forget, os.PathLike) or path.is_file() else None
+    path = os.path.expanduser(forget)
+    return Path(path) if isinstance(forget, os.PathLike) or os.path.isfile(path) else None
 
 
 def _select(pairs: PairTable, forget: Any) -> np.ndarray:

@@ -74,18 +74,24 @@ def test_several_concepts_have_names(by, unlearn, tmp_path):
     assert unlearn.calls[0][0][1] == {"octopus": "a.csv", "bus": "b.csv"}
 
 
-def test_one_source_with_an_equals_sign_is_a_file_where_there_is_one(unlearn, tmp_path, capsys):
+def test_one_source_with_an_equals_sign_is_a_file_where_there_is_one(
+    unlearn, tmp_path, monkeypatch, capsys
+):
     file = tmp_path / "a=b.csv"
     rest = [*OTHERS, "--retain", "r.csv"]
     assert main(["unlearn", *rest, "--forget", "one=a.csv"]) == 0
     file.touch()
     assert main(["unlearn", *rest, "--forget", str(file)]) == 0
     (tmp_path / "date=2024").mkdir()
-    others = ["https://h/a.tar?sig=abc", "pipe:cat a.tar #x=1"]
-    others.append(f"{tmp_path}/date=2024/{{000..009}}.tar")
+    monkeypatch.chdir(tmp_path)
+    others = ["https://h/a.tar?sig=abc", "pipe:cat a.tar #x=1", "data/date=2024/{000..009}.tar"]
+    others += ["date=2024/{000..009}.tar", "data/part=1-{000..009}.tar"]
     for other in others:
         assert main(["unlearn", *rest, "--forget", other]) == 0
     assert [call[0][1] for call in unlearn.calls] == [{"one": "a.csv"}, str(file), *others]
+    for named in ("alice=https://h/a.tar", "artist:monet=a.csv", "date=2023/0.tar"):
+        assert main(["unlearn", *rest, "--forget", named]) == 0
+        assert unlearn.calls[-1][0][1] == dict([named.split("=", 1)])
     assert main(["unlearn", *rest, "--forget", "a.csv", "b.csv"]) == 2
     assert "--forget a.csv: expected NAME=WHERE" in capsys.readouterr().err
 

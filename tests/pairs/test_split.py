@@ -57,6 +57,9 @@ def test_expressions_search_captions_without_case(items):
     assert chosen(items, r"\bapple\b") == [0, 2, 3]
     assert chosen(items, "^sea") == [4]
     assert chosen(items, re.compile("APPLE")) == [2]
+    assert chosen(items, "|".join(["lion", *(f"word{n}" for n in range(60))])) == [4], (
+        "no file name"
+    )
 
 
 def test_lists_are_whole_captions_where_there_are_no_classes(items):

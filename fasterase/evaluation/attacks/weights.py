@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fasterase.encode import PairFeatures
+from fasterase.errors import InputError
 from fasterase.evaluation.findings import (
     Examined,
     Finding,
@@ -279,28 +280,36 @@ def _divide(
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Return the rows to learn from, in order, and the sorted rows to measure, of each set.
 
-    No image is in both, nor a copy of it, but where pictures to forget are also to be kept: then
-    those are no lessons of retain.
+    No image is in both, nor a copy of it: where pictures to forget are to be kept too, retain
+    teaches none of those that are measured.
+
+    Raises:
+        InputError: nothing would be left to learn from, or to measure.
     """
-    lessons, seen = {}, {}
+    lessons: dict[str, np.ndarray] = {}
+    seen: list[Tensor] = []
     for place, (name, most) in enumerate((("forget", max(SHOTS)), ("retain", POOL))):
-        pictures = np.unique(first_copies(judged[name].image))
+        images = judged[name].image
+        pictures = np.unique(first_copies(images))
         count = min(most, len(pictures) // 2)
         pictures = generator(seed, Stream.RELEARN, place).permutation(pictures)
         if name == "retain":
-            images = judged[name].image[torch.from_numpy(pictures)]
-            pictures = pictures[~are_copies(images, judged["forget"].image)]
-        chosen = pictures[:count]
-        lessons[name] = judged[name].rows[chosen]
-        seen[name] = judged[name].image[torch.from_numpy(chosen)]
-    left = {}
-    for name, pairs in judged.items():
-        rows = pairs.rows[
-            ~are_copies(pairs.image, seen["retain" if name == "retain" else "forget"])
-        ]
-        if len(rows):
-            left[name] = rows
-    return lessons, left
+            forget = judged["forget"].image
+            measured = forget[torch.from_numpy(~are_copies(forget, seen[0]))]
+            pictures = pictures[~are_copies(images[torch.from_numpy(pictures)], measured)]
+        lessons[name] = judged[name].rows[pictures[:count]]
+        seen.append(images[torch.from_numpy(pictures[:count])])
+    left = {
+        name: pairs.rows[~are_copies(pairs.image, torch.cat(seen))]
+        for name, pairs in judged.items()
+    }
+    for name, rows in lessons.items():
+        if not (len(rows) and len(left[name])):
+            raise InputError(
+                f"attacks: 'relearn' finds too few pictures in {name!r} that are not in the other "
+                "set too. Give more pairs to keep, or leave 'relearn' out."
+            )
+    return lessons, {name: rows for name, rows in left.items() if len(rows)}
 
 
 def _load(target: Target, name: str, rows: np.ndarray) -> Lesson:

@@ -208,8 +208,15 @@ def test_no_picture_is_a_lesson_and_measured_also_where_it_is_to_be_kept_too() -
         (learnt,) = lessons["forget"]
         assert left["forget"].tolist() == [1 - learnt]
         assert len(lessons["retain"]) == 11
-        assert min(lessons["retain"]) > 1, "those to forget teach nothing that is kept"
+        assert 1 - learnt not in lessons["retain"], "it is measured"
+        assert not set(left["retain"]) & {learnt, *lessons["retain"]}
         assert ("again" in left) == (learnt != 0)
+    judged["retain"] = encoder.pairs(
+        open_pairs(FORGET[:2], name="retain"), np.arange(2), description="retain"
+    )
+    lessons, left = weights._divide(judged, seed=0)
+    assert lessons["forget"].tolist() == lessons["retain"].tolist(), "all are to be kept too"
+    assert left["forget"].tolist() == left["retain"].tolist() == [1 - lessons["forget"][0]]
 
 
 def test_too_few_pairs_are_named() -> None:
