@@ -43,17 +43,17 @@ def python(code: str, *, cwd: Path | None = None, path: Path | str = ROOT) -> st
 
 
 def test_all_public_names_are_light():
-    # CPU time, so that other work on the machine does not count.
+    # CPU time, beside that of torch: other work on the machine counts in neither or in both.
     found = python(
         "import sys, time, torch\n"
-        "start = time.process_time()\n"
+        "of_torch = time.process_time()\n"
         "import fasterase\n"
         "names = [getattr(fasterase, name) for name in fasterase.__all__]\n"
-        "spent = time.process_time() - start\n"
-        f"print(spent, *[name for name in {HEAVY} if name in sys.modules])"
+        "share = (time.process_time() - of_torch) / of_torch\n"
+        f"print(share, *[name for name in {HEAVY} if name in sys.modules])"
     ).split()
     assert found[1:] == []
-    assert float(found[0]) < 1.0
+    assert float(found[0]) < 0.6
 
 
 def test_import_alone_needs_no_torch():
