@@ -11,6 +11,7 @@ import contextlib
 import os
 import pickle
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -280,9 +281,9 @@ def join_ranks(*, alone_too: bool = False) -> Iterator[Ranks]:
     lasts as long as the block.
 
     Args:
-        alone_too: make a group of one without a launcher, for DeepSpeed. With it a group lasts as
-            long as the process, where the launcher's environment does: DeepSpeed keeps groups of
-            its own in it, also for the next run.
+        alone_too: make a group of one without a launcher, for DeepSpeed. One that DeepSpeed has
+            used lasts as long as the process, where the launcher's environment does: it keeps
+            groups of its own in it, also for the next run.
 
     Raises:
         InputError: the environment names several processes, but not how to reach them.
@@ -323,11 +324,17 @@ def join_ranks(*, alone_too: bool = False) -> Iterator[Ranks]:
         with _linked(launched) as ranks:
             yield ranks
     finally:
-        if alone_too:
+        if alone_too and _serves_deepspeed():
             _kept[:] = [group]
             atexit.register(_leave, group)
         else:
             _leave(group)
+
+
+def _serves_deepspeed() -> bool:
+    """Whether DeepSpeed has begun to use the process group."""
+    deepspeed = sys.modules.get("deepspeed")
+    return deepspeed is not None and deepspeed.comm.is_initialized()
 
 
 def _leave(group: dist.ProcessGroup | None) -> None:

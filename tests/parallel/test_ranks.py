@@ -10,7 +10,8 @@ from fasterase.parallel.ranks import ALONE, join_ranks
 
 
 @pytest.fixture(autouse=True)
-def no_group():
+def no_group(monkeypatch):
+    monkeypatch.setattr(ranks, "_serves_deepspeed", lambda: True)
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -32,6 +33,13 @@ def test_a_group_for_deepspeed_lasts_until_another_number_of_processes_is_launch
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(Exception, match="WORLD_SIZE=2, but RANK"), join_ranks():
         pass
+    assert not dist.is_initialized()
+
+
+def test_a_group_that_deepspeed_has_not_used_is_left(monkeypatch):
+    monkeypatch.setattr(ranks, "_serves_deepspeed", lambda: False)
+    with join_ranks(alone_too=True):
+        assert dist.is_initialized()
     assert not dist.is_initialized()
 
 
