@@ -388,9 +388,9 @@ def evaluate(
         strangers = None
         if non_members is not None:
             strangers = open_pairs(non_members, name="non_members", **keys)
-    record = read_record(model)
-    if record is not None:
-        to_forget = [*to_forget, *_drop_as_recorded(sources, record)]
+        record = read_record(model)
+        if record is not None:
+            to_forget = [*to_forget, *_drop_as_recorded(sources, record)]
     if not len(sources["retain"]):
         raise InputError("`retain` is empty; a verdict needs pairs to keep, to compare with.")
     _check_references(references)

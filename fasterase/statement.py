@@ -110,7 +110,11 @@ def _damage(run: RunFacts) -> Iterator[str]:
         yield run.outside
     if run.evaluation is not None and run.evaluation.original is not None:
         names = counted(len(run.evaluation.hurt), "name", "names")
-        kinds = "captions, classes and everyday words" if run.evaluation.outside else "captions"
+        kinds = (
+            "captions, classes and everyday words"
+            if run.evaluation.outside
+            else "captions and classes"
+        )
         yield f"{names} of {kinds} lost something."
     elif not run.kept:
         yield "Not measured."
