@@ -103,8 +103,8 @@ class UnlearnConfig:
             with neutral ones: what was known of them is gone, not hidden. True takes the word that
             `concept` names (of several, the rare ones) and, with 1,000 or more different retain
             captions, rare words that forget captions often have and these never; a list takes its
-            words. Tokens that other words or retain captions use stay. Needs `tune="all"` or
-            `"text"`; other runs go without. False is the paper.
+            words. Tokens that other words or retain captions use stay. Needs `tune="all"`, `"text"`
+            or `"lora:N"`; other runs go without. False is the paper.
         negatives: `"own"` uses one similarity matrix per set; `"joint"` uses one over both sets.
 
     > Steps

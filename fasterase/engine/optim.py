@@ -40,6 +40,7 @@ class Trained:
         quantisable: those whose optimiser state may have 8 bits: the large weights of linear maps
             and convolutions. All others keep 32 bits.
         image, text, scale: whether each tower and the scale are trained.
+        overwritten: not trained, but changed before the first step; a run keeps it with the others.
     """
 
     decayed: tuple[str, ...]
@@ -48,6 +49,7 @@ class Trained:
     image: bool
     text: bool
     scale: bool
+    overwritten: str | None = None
 
     @classmethod
     def choose(cls, model: DualEncoder, tune: str, *, logit_scale: bool) -> Trained:
@@ -187,8 +189,14 @@ def build_engine(job: Job, trained: Trained, working: DualEncoder) -> Engine:
         weight_decay=config.weight_decay,
     )
     if working is job.model:
+        named = working.module.named_parameters()
         return LocalEngine(
-            forward, parameters, optimizer, moves_buffers=config.train_mode, ranks=job.ranks
+            forward,
+            parameters,
+            optimizer,
+            overwritten={name: each for name, each in named if name == trained.overwritten},
+            moves_buffers=config.train_mode,
+            ranks=job.ranks,
         )
     completed = complete(config, precision=job.precision, world_size=job.ranks.world_size)
     return ZeroEngine(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -60,6 +61,7 @@ class Run:
         self.job = job = job.judging_withheld(self._draws.withheld)
         self._round_weights = round_weights
         self._trained = Trained.choose(model, config.tune, logit_scale=config.train_logit_scale)
+        self._word_table = model.word_table(config.tune)  # before a run freezes anything
         self._lora_rank = parse_rank(config.tune)
         if self._lora_rank is not None and shards(config):
             raise InputError(
@@ -239,6 +241,8 @@ class Run:
         )
         self._words, decoys = self.forget_words(), baseline.decoys
         words = self._words
+        if words is not None and self._lora_rank is not None:
+            self._trained = replace(self._trained, overwritten=words.table)
         is_automatic = self._draws.pool is not None
         begins_here = words is not None and self._saved is None
         start = self._checks() if begins_here and is_automatic else None
@@ -306,7 +310,7 @@ class Run:
             job.forget,
             job.retain,
             drawn=self._draws.rows[1],
-            trained=self._trained,
+            table=self._word_table,
             seed=config.seed,
             named=_named_words(job),
             named_alone=config.forget_words is not True or config.erases_link,
@@ -333,7 +337,12 @@ class Run:
         known = "; ".join(filter(None, [describe_known(traces, recall), hurt.removesuffix(".")]))
         say(f"erased model measured: {verdict or 'no verdict'}; {known}", since=began)
         # Not where the original's weights were the best.
-        is_taken = self._words is not None and self._words.are_taken(self.job.model)
+        taken = self._words
+        if taken is not None and not taken.are_taken(self.job.model):
+            taken = None
+        if taken is not None and self._adapter is not None:
+            vectors = taken.tokens, taken.vectors(self.job.model)
+            self._adapter.embeddings = {taken.table.removesuffix(".weight"): vectors}
         return Outcome(
             history,
             fmean(baseline.floors),
@@ -343,7 +352,7 @@ class Run:
             pacing.limit,
             pacing.withheld_until,
             self._adapter,
-            self._words.words if self._words is not None and is_taken else [],
+            [] if taken is None else taken.words,
             decide_each(traces, baseline.traces),
         )
 

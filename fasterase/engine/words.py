@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from fasterase.encode import PairEncoder
-from fasterase.engine.optim import Trained
 from fasterase.errors import InputError
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.numerals import counted
@@ -83,8 +82,12 @@ class ForgottenWords:
 
     def are_taken(self, model: DualEncoder) -> bool:
         """Whether a model has other vectors for them than the original."""
+        return not torch.equal(self.vectors(model), self.before)
+
+    def vectors(self, model: DualEncoder) -> Tensor:
+        """Return [tokens, width] what a model has for them, on the CPU."""
         table = dict(model.module.named_parameters())[self.table]
-        return not torch.equal(table[self.tokens].detach().to(self.before), self.before)
+        return table[self.tokens].detach().to(self.before)
 
     def describe(self) -> str:
         """Name the words, and the common ones that training may change."""
@@ -137,7 +140,7 @@ def forget_words(
     retain: PairTable,
     *,
     drawn: np.ndarray,
-    trained: Trained,
+    table: tuple[str, nn.Parameter] | None,
     seed: int,
     named: Collection[str] = (),
     named_alone: bool = False,
@@ -147,15 +150,15 @@ def forget_words(
     Its own are those that it uses often and the retain set, of many captions, never (`CONTRAST`),
     and that are not common in English. Of either only the tokens are taken that no retain caption,
     no other word of a forget caption and no English word that is not much rarer has; their vectors
-    become the mean of all plus noise (`SPREAD`). Nothing changes if the table of vectors is not
-    trained or not known, or if there are no retain captions, which say what is kept. The model
-    changes on every rank alike; the first one reads.
+    become the mean of all plus noise (`SPREAD`). Nothing changes without a table of vectors, or if
+    there are no retain captions, which say what is kept. The model changes on every rank alike; the
+    first one reads.
 
     Args:
         encoder: of the model, which changes in place.
         forget, retain: of each, the captions of at most `READ_PAIRS` pairs are read.
         drawn: rows of retain that are read in any case: those that the run draws.
-        trained: what may change.
+        table: the name and the parameter of the model's vectors, see `DualEncoder.word_table`.
         seed: of the noise, and of the pairs that are read.
         named: words, in lower case.
         named_alone: leave all others.
@@ -163,11 +166,9 @@ def forget_words(
     Raises:
         InputError: with `named_alone`, no forget caption has one of the words.
     """
-    table = _find_table(encoder.model)
-    may_change = trained.parameters(encoder.model.module)
-    name = next((name for name, each in may_change.items() if each is table), None)
-    if table is None or name is None or not len(retain):
+    if table is None or not len(retain):
         return None
+    name, vectors = table
 
     def find() -> tuple[list[int], list[Word], list[Word], list[str]]:
         some = [
@@ -191,23 +192,11 @@ def forget_words(
     if not (tokens or at_risk or shared):
         return None
     random = torch.Generator().manual_seed(torch_seed(seed, Stream.WORDS))
-    noise = torch.randn(len(tokens), table.shape[1], generator=random).to(table)
+    noise = torch.randn(len(tokens), vectors.shape[1], generator=random).to(vectors)
     with torch.no_grad():
-        before = table[tokens].cpu()
-        table[tokens] = table.mean(0) + SPREAD * table.std() * noise
+        before = vectors[tokens].cpu()
+        vectors[tokens] = vectors.mean(0) + SPREAD * vectors.std() * noise
     return ForgottenWords(name, tokens, before, words, at_risk, shared)
-
-
-def _find_table(model: DualEncoder) -> Tensor | None:
-    """Return the vectors of all tokens, [vocab_size, width]."""
-    tables = {
-        part.weight
-        for parts in model.text_parts().everything
-        if isinstance(parts, nn.Module)
-        for part in parts.modules()
-        if isinstance(part, nn.Embedding) and part.num_embeddings == model.vocab_size
-    }
-    return tables.pop() if len(tables) == 1 else None
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """What an erasure changed in a model, as a file that can be put on and taken off again.
 
 `delta.safetensors` holds, for every tensor that changed, `xor/<name>`: the bits of the original XOR
-those of the erased tensor, as integers of the same width. XOR with either gives the other.
+those of the erased tensor, as integers of the same width. XOR with either gives the other. Where
+few numbers changed, `at/<name>` holds their positions, and `xor/<name>` only theirs.
 
 After `tune="lora:N"` the differences of the adapted weights are products of two thin matrices.
 These are not stored twice: the folder is peft's own, and the metadata name each weight's layer.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -29,7 +31,7 @@ from fasterase.models.load import DELTA_FILE, load_model
 from fasterase.models.lora import LoraAdapter, low_rank_product
 from fasterase.models.wrapped import PEFT_PREFIX, PEFT_WEIGHTS, write_adapter
 
-_FORMAT = "fasterase-delta-3"
+_FORMAT = "fasterase-delta-4"
 # Bytes of a number -> the integers that hold its bits.
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -42,6 +44,8 @@ def keep_original(
     `buffers` are statistics of BatchNorm.
     """
     changing: dict[str, Tensor] = dict(model.trainable(tune))
+    if table := model.word_table(tune):
+        changing |= dict([table])
     if logit_scale:
         parameters = model.module.named_parameters()
         changing |= {name: each for name, each in parameters if each is model.logit_scale}
@@ -79,18 +83,23 @@ def save_delta(
     factors = {} if adapter is None else adapter.factors
     stored: dict[str, Tensor] = {}
     dtypes: dict[str, str] = {}
+    shapes: dict[str, list[int]] = {}
     for name, before in original.items():
         after = now[name].detach().cpu()
-        if adapter is not None and name in factors:
-            found = _add(after, adapter.product(name), -1)
-            wrong = (_bits(found) ^ _bits(before)).flatten()
-            stored[f"at/{name}"] = at = wrong.nonzero()[:, 0]
-            stored[f"xor/{name}"] = wrong[at]
-        elif (difference := _bits(before) ^ _bits(after)).any():
-            stored[f"xor/{name}"] = difference
-        else:
+        has_product = name in factors
+        start = after
+        if adapter is not None and has_product:
+            start = _add(after, adapter.product(name), -1)
+        differ = _bits(start) ^ _bits(before)
+        at = differ.flatten().nonzero()[:, 0]
+        if not (has_product or len(at)):
             continue
+        # Of a table of words often few rows have changed.
+        if has_product or len(at) * (at.itemsize + differ.itemsize) < differ.nbytes:
+            stored[f"at/{name}"], differ = at, differ.flatten()[at]
+        stored[f"xor/{name}"] = differ
         dtypes[name] = str(after.dtype).removeprefix("torch.")
+        shapes[name] = list(after.shape)
     taken, whole = (sum(each.nbytes for each in tensors.values()) for tensors in (stored, now))
     if adapter is None and taken > whole / 2:
         warnings.warn(
@@ -104,13 +113,14 @@ def save_delta(
         "original": fingerprint_weights(model.module, original),
         "erased": fingerprint_weights(model.module),
         "dtypes": json.dumps(dtypes),
+        "shapes": json.dumps(shapes),
         "factors": json.dumps(factors),
     }
     with replace_model_folder(folder, library="fasterase.apply_delta") as new:
         save_file(stored, new / DELTA_FILE, metadata=metadata)
         readme = _README.format(name=model.public_name)
         if adapter is not None:
-            write_adapter(adapter.config, adapter.state, model.module, new, home=Path(folder))
+            write_adapter(*adapter.as_peft(), model.module, new, home=Path(folder))
             readme += "\n" + loading_code(new, "peft", "this folder")
         (new / "README.md").write_text(readme, encoding="utf-8")
     return Path(folder)
@@ -146,12 +156,12 @@ def apply_delta(
     encoder = load_model(model)
     tensors = _tensors(encoder.module)
     for name in delta.dtypes:
-        wanted = delta.products.get(name, delta.stored[f"xor/{name}"])
-        if name not in tensors or tensors[name].numel() != wanted.numel():
+        wanted = delta.shapes[name]
+        if name not in tensors or tensors[name].numel() != math.prod(wanted):
             found = f"is {list(tensors[name].shape)}" if name in tensors else "is missing"
             raise InputError(
                 f"model: {encoder.name} has another architecture than {delta.model}, for "
-                f"which {delta.file} was made: its `{name}` is {list(wanted.shape)}, the model's "
+                f"which {delta.file} was made: its `{name}` is {wanted}, the model's "
                 f"{found}. Give the model that was erased."
             )
     _check_weights(encoder, delta, sign)
@@ -182,18 +192,19 @@ class _Delta:
     model: str  # name of the erased model
     fingerprints: dict[int, str]  # sign -> of the weights that it starts from
     dtypes: dict[str, torch.dtype]  # of all tensors that changed
+    shapes: dict[str, list[int]]
     products: dict[str, Tensor]  # what an adapter adds to a weight
     stored: dict[str, Tensor]
 
     def moved(self, name: str, start: Tensor, sign: int) -> Tensor:
         """Return the erased tensor of the original (`sign=1`), or the other way round."""
-        dtype = self.dtypes[name]
-        if name not in self.products:
-            bits = _bits(start.to(dtype)) ^ self.stored[f"xor/{name}"].reshape(start.shape)
-            return bits.view(dtype)
-        moved = _add(start.to(dtype), self.products[name], sign)
-        if sign == -1:
-            _bits(moved).view(-1)[self.stored[f"at/{name}"]] ^= self.stored[f"xor/{name}"]
+        moved = start.to(self.dtypes[name], copy=True).contiguous()
+        if name in self.products:
+            moved = _add(moved, self.products[name], sign)
+            if sign == 1:
+                return moved
+        at: Tensor | slice = self.stored.get(f"at/{name}", slice(None))
+        _bits(moved).view(-1)[at] ^= self.stored[f"xor/{name}"].flatten()
         return moved
 
 
@@ -259,7 +270,10 @@ def _read(folder: Path) -> _Delta:
             for name, layer in factors.items()
         }
         fingerprints = {1: metadata["original"], -1: metadata["erased"]}
-        return _Delta(file, metadata["model"], fingerprints, dtypes, products, stored)
+        shapes = {
+            name: [int(each) for each in json.loads(metadata["shapes"])[name]] for name in dtypes
+        }
+        return _Delta(file, metadata["model"], fingerprints, dtypes, shapes, products, stored)
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"folder: {folder} is damaged ({error!r}). Save it again.") from error
 

@@ -221,6 +221,23 @@ class DualEncoder(abc.ABC):
             )
         return free
 
+    def word_table(self, tune: str) -> tuple[str, nn.Parameter] | None:
+        """Return name and parameter of the vectors of all tokens, [vocab_size, width].
+
+        None where they are not known or frozen, or not among what `tune` names. `"lora:N"` puts no
+        adapter on them, but vectors of words may be replaced.
+        """
+        tables = {
+            part.weight
+            for parts in self.text_parts().everything
+            if isinstance(parts, nn.Module)
+            for part in parts.modules()
+            if isinstance(part, nn.Embedding) and part.num_embeddings == self.vocab_size
+        }
+        chosen = self.selected("text" if tune.startswith("lora:") else tune)
+        found = [each for each in chosen if each[1] in tables and each[1].requires_grad]
+        return found[0] if len(tables) == len(found) == 1 else None
+
     def fingerprint(self) -> str:
         """Return a SHA-256 of all that features depend on: weights, preprocessing and tokenizer."""
         digest = hashlib.sha256()

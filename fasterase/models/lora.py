@@ -13,6 +13,7 @@ modules and parameters again, with W + B A in them, and the adapter is kept besi
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -38,11 +39,25 @@ class LoraAdapter:
         state: name -> matrix as peft writes it, without its prefix, on the CPU. Those of a layer
             are `<layer>.lora_A.weight` [rank, inputs] and `<layer>.lora_B.weight` [outputs, rank].
         factors: name of each adapted weight -> its layer.
+        embeddings: embedding -> tokens whose vectors the run has replaced, and the new ones [n, D].
     """
 
     config: Any
     state: dict[str, Tensor] = field(default_factory=dict)
     factors: dict[str, str] = field(default_factory=dict)
+    embeddings: dict[str, tuple[list[int], Tensor]] = field(default_factory=dict)
+
+    def as_peft(self) -> tuple[Any, dict[str, Tensor]]:
+        """Return config and state with the replaced vectors, which peft puts in by token."""
+        if not self.embeddings:
+            return self.config, self.state
+        config = copy.copy(self.config)
+        config.trainable_token_indices = {name: ids for name, (ids, _) in self.embeddings.items()}
+        vectors = {
+            f"{name}.token_adapter.trainable_tokens_delta": each
+            for name, (_, each) in self.embeddings.items()
+        }
+        return config, self.state | vectors
 
     def product(self, weight: str) -> Tensor:
         """Return B A, what the adapter adds to a weight."""

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -106,6 +107,7 @@ class LocalEngine:
         forward: the towers, on their device.
         parameters: the trained parameters by name, in the module's order.
         optimizer: optimises those.
+        overwritten: parameters that training leaves as they are, but that belong to its weights.
         moves_buffers: whether forward passes change buffers (BatchNorm statistics).
         ranks: who takes part.
     """
@@ -118,6 +120,7 @@ class LocalEngine:
         parameters: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
         *,
+        overwritten: Mapping[str, nn.Parameter] = MappingProxyType({}),
         moves_buffers: bool,
         ranks: Ranks = ALONE,
     ) -> None:
@@ -129,6 +132,7 @@ class LocalEngine:
         # bf16 has fp32's range.
         is_scaled = forward.precision == "fp16"
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=is_scaled)
+        self._overwritten = overwritten
         self._moves_buffers = moves_buffers
         self._ranks = ranks
 
@@ -228,8 +232,9 @@ class LocalEngine:
         pass
 
     def _trained(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors that training changes: trained parameters, and buffers if they move."""
+        """Yield the weights of a run: what it trains or has overwritten, and buffers that move."""
         yield from self._parameters.items()
+        yield from self._overwritten.items()
         if self._moves_buffers:
             for name, buffer in self.module.named_buffers():
                 yield f"buffer:{name}", buffer

@@ -10,7 +10,6 @@ import fasterase
 from fasterase.encode import PairEncoder
 from fasterase.engine import words
 from fasterase.engine.baseline import Baseline
-from fasterase.engine.optim import Trained
 from fasterase.engine.words import Word, forget_words, named_words
 from fasterase.models.load import load_model
 from fasterase.pairs.open import open_pairs
@@ -56,11 +55,11 @@ def run(model, *, forget=FORGET, retain=RETAIN, retain_rows=None, drawn=(), tune
     forget, retain = as_source(forget, "forget"), as_source(retain, "retain")
     if retain_rows is not None:
         retain = retain.select(retain_rows)
-    trained = Trained.choose(model, tune, logit_scale=False)
+    table = model.word_table(tune)
     drawn = np.array(drawn, dtype=np.int64)
     encoder = PairEncoder(model)
     options = {"seed": 0, **options}
-    return forget_words(encoder, forget, retain, drawn=drawn, trained=trained, **options)
+    return forget_words(encoder, forget, retain, drawn=drawn, table=table, **options)
 
 
 def taken(**options):
@@ -103,7 +102,11 @@ def test_nothing_changes_that_is_not_trained_or_has_nothing_to_be_kept():
     assert run(model, retain_rows=[]) is None
     assert run(model, forget=["a dog"]) is None
     assert all(torch.equal(w, before[n]) for n, w in model.module.named_parameters())
+    model.module.token_embedding.requires_grad_(False)
+    assert run(model, tune="text") is None
+    model.module.token_embedding.requires_grad_(True)
     assert run(model, tune="text") is not None
+    assert run(make_model(), tune="lora:2") is not None
 
 
 def test_a_sample_of_the_retain_set_is_read_and_what_the_run_draws(monkeypatch):
@@ -228,11 +231,10 @@ def test_token_ids_are_no_words():
         for which, name in (([FORGOTTEN], "forget"), (KEPT, "retain"))
     )
     model = knowing_model()
-    trained = Trained.choose(model, "all", logit_scale=False)
+    table = model.word_table("all")
+    assert table is not None
     drawn = np.arange(3)
-    assert not forget_words(
-        PairEncoder(model), forget, retain, drawn=drawn, trained=trained, seed=0
-    )
+    assert not forget_words(PairEncoder(model), forget, retain, drawn=drawn, table=table, seed=0)
 
 
 def erase(forget, retain, **options):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import json
 import sys
 
 import peft
@@ -12,11 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import fasterase
+from fasterase.engine import pacing
+from fasterase.engine.baseline import Baseline
 from fasterase.errors import InputError, MissingExtraError
+from fasterase.evaluation.verdict import REMEMBERED
 from fasterase.models.load import load_model
 from tests import small_models
 from tests.marks import SHORT_RUN
-from tests.models.conftest import erase, features
+from tests.models.conftest import STEPS, erase, features
 from tests.tiny_model import same_weights
 
 pytestmark = [
@@ -78,6 +83,66 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
     assert not same_weights(stopped.state_dict(), whole.state_dict())
     erase_by_lora(parts, output_dir=folder, resume="must", **settings)
     assert same_weights(parts.state_dict(), whole.state_dict())
+
+
+PICTURE = torch.zeros(3, small_models.IMAGE_SIZE, small_models.IMAGE_SIZE)
+APPLES = [(PICTURE, "an apple"), (PICTURE + 0.5, "a zebra and an apple")]
+DOGS = [(PICTURE + number, f"a dog of {number}") for number in range(2, 20)]
+
+
+def take_words(model, **options):
+    words = {"tune": "lora:2", "forget_words": ["apple"], **options}
+    tokenizer = small_models.simple_tokenizer()
+    return fasterase.unlearn(model, APPLES, DOGS, tokenizer=tokenizer, **{**STEPS, **words})
+
+
+@pytest.mark.filterwarnings("ignore:verdict")
+def test_words_are_taken_although_their_vectors_have_no_adapter(tmp_path, monkeypatch):
+    monkeypatch.setattr(Baseline, "is_never_known", False)
+    model = small_models.open_clip_vit()
+    original = copy.deepcopy(model)
+    result = take_words(model)
+    assert [each.word for each in result.words] == ["apple"]
+    changed = (model.token_embedding.weight != original.token_embedding.weight).any(1)
+    ids = changed.nonzero().flatten().tolist()
+    apple = small_models.simple_tokenizer()(["apple"])[0].tolist()
+    assert ids
+    assert set(ids) <= set(apple)
+
+    result.save(tmp_path, delta=True)
+    size = (tmp_path / "delta.safetensors").stat().st_size
+    assert size < model.token_embedding.weight.nbytes / 4
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["trainable_token_indices"] == {"token_embedding": ids}
+    by_peft = peft.PeftModel.from_pretrained(copy.deepcopy(original), str(tmp_path)).eval()
+    texts = small_models.simple_tokenizer()([pair[1] for pair in APPLES + DOGS])
+    with torch.no_grad():
+        wanted, before = (each.encode_text(texts) for each in (model, original))
+        assert torch.allclose(by_peft.encode_text(texts), wanted, atol=1e-5)
+    assert not torch.allclose(before, wanted, atol=1e-3)
+
+    erased = copy.deepcopy(model.state_dict())
+    fasterase.apply_delta(model, tmp_path, -1)
+    assert same_weights(model.state_dict(), original.state_dict())
+    fasterase.apply_delta(model, tmp_path)
+    assert same_weights(model.state_dict(), erased)
+
+
+@pytest.mark.filterwarnings("ignore:verdict")
+def test_a_run_that_ends_at_the_original_gives_the_words_back(tmp_path, monkeypatch):
+    """Also when a finished run is continued: the checkpoint has them."""
+    monkeypatch.setattr(Baseline, "is_never_known", False)
+    monkeypatch.setattr("fasterase.engine.job.MAX_STEPS", 2)
+    ranks = itertools.count()
+    worse = pacing.RANKS[REMEMBERED]
+    monkeypatch.setattr(pacing, "_rank", lambda *_, **__: [next(ranks), worse])  # the first is best
+    settings = {"lr": "auto", "max_steps": None, "output_dir": str(tmp_path)}
+    for resume in ("auto", "must"):
+        model = small_models.open_clip_vit()
+        original = copy.deepcopy(model.state_dict())
+        result = take_words(model, resume=resume, **settings)
+        assert not result.words
+        assert same_weights(model.state_dict(), original)
 
 
 @pytest.mark.parametrize("harm", ["none", "beyond the weight"])
