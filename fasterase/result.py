@@ -182,7 +182,7 @@ class UnlearnResult:
             folder: the folder to write.
             delta: write only what changed, for `fasterase.apply_delta`. After `tune="lora:N"` this
                 is an adapter that peft loads too (docs/runs.md); else no library loads it. After
-                `tune="all"` it is as large as the model, which a warning says.
+                `tune="all"` it is nearly as large as the model, which a warning says.
             card: write the model card.
 
         Raises:

@@ -240,9 +240,9 @@ class Run:
             job, self._encoder, self._judge, baseline, self._trained, withheld, things
         )
         self._words, decoys = self.forget_words(), baseline.decoys
+        if self._lora_rank is not None:
+            self.keep_words()
         words = self._words
-        if words is not None and self._lora_rank is not None:
-            self._trained = replace(self._trained, overwritten=words.table)
         is_automatic = self._draws.pool is not None
         begins_here = words is not None and self._saved is None
         start = self._checks() if begins_here and is_automatic else None
@@ -319,6 +319,23 @@ class Run:
             say(words.describe())
         return words
 
+    def keep_words(self) -> None:
+        """Keep the table of words, which adapters leave alone, with the weights of the run.
+
+        A checkpoint decides: further steps may draw captions that change which words are taken.
+        """
+        words = self._words
+        if self._word_table is None:
+            return
+        name, _ = self._word_table
+        taken = words is not None and bool(words.tokens)
+        if self._saved is not None and name not in self._saved.training.tensors:
+            if words is not None:
+                words.give_back(self.job.model)
+            self._words = None
+        elif self._saved is not None or taken:
+            self._trained = replace(self._trained, overwritten=name)
+
     def measure_erased(self, history: list[StepRecord], pacing: Pacing) -> Outcome:
         """Judge and measure the erased model beside the original."""
         baseline, evaluator, sets = self._baseline, self._evaluator, self.job.sets
@@ -340,9 +357,6 @@ class Run:
         taken = self._words
         if taken is not None and not taken.are_taken(self.job.model):
             taken = None
-        if taken is not None and self._adapter is not None:
-            vectors = taken.tokens, taken.vectors(self.job.model)
-            self._adapter.embeddings = {taken.table.removesuffix(".weight"): vectors}
         return Outcome(
             history,
             fmean(baseline.floors),

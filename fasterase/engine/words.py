@@ -82,12 +82,8 @@ class ForgottenWords:
 
     def are_taken(self, model: DualEncoder) -> bool:
         """Whether a model has other vectors for them than the original."""
-        return not torch.equal(self.vectors(model), self.before)
-
-    def vectors(self, model: DualEncoder) -> Tensor:
-        """Return [tokens, width] what a model has for them, on the CPU."""
         table = dict(model.module.named_parameters())[self.table]
-        return table[self.tokens].detach().to(self.before)
+        return not torch.equal(table[self.tokens].detach().to(self.before), self.before)
 
     def describe(self) -> str:
         """Name the words, and the common ones that training may change."""
@@ -114,7 +110,7 @@ class ForgottenWords:
 
     def put_back(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return weights by name in which the tokens have their own vectors; none of none."""
-        if not weights:
+        if not (weights and self.tokens):
             return weights
         table = weights[self.table].clone()
         table[self.tokens] = self.before

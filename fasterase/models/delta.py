@@ -84,6 +84,7 @@ def save_delta(
     stored: dict[str, Tensor] = {}
     dtypes: dict[str, str] = {}
     shapes: dict[str, list[int]] = {}
+    words: dict[str, tuple[Tensor, Tensor]] = {}
     for name, before in original.items():
         after = now[name].detach().cpu()
         has_product = name in factors
@@ -98,6 +99,10 @@ def save_delta(
         if has_product or len(at) * (at.itemsize + differ.itemsize) < differ.nbytes:
             stored[f"at/{name}"], differ = at, differ.flatten()[at]
         stored[f"xor/{name}"] = differ
+        # A table without an adapter is one of words, of which some were overwritten.
+        if adapter is not None and not has_product and after.ndim == 2:
+            rows = (before != after).any(1).nonzero()[:, 0]
+            words[name] = rows, after[rows]
         dtypes[name] = str(after.dtype).removeprefix("torch.")
         shapes[name] = list(after.shape)
     taken, whole = (sum(each.nbytes for each in tensors.values()) for tensors in (stored, now))
@@ -120,7 +125,7 @@ def save_delta(
         save_file(stored, new / DELTA_FILE, metadata=metadata)
         readme = _README.format(name=model.public_name)
         if adapter is not None:
-            write_adapter(*adapter.as_peft(), model.module, new, home=Path(folder))
+            write_adapter(*adapter.as_peft(words), model.module, new, home=Path(folder))
             readme += "\n" + loading_code(new, "peft", "this folder")
         (new / "README.md").write_text(readme, encoding="utf-8")
     return Path(folder)
@@ -270,9 +275,8 @@ def _read(folder: Path) -> _Delta:
             for name, layer in factors.items()
         }
         fingerprints = {1: metadata["original"], -1: metadata["erased"]}
-        shapes = {
-            name: [int(each) for each in json.loads(metadata["shapes"])[name]] for name in dtypes
-        }
+        known = json.loads(metadata["shapes"])
+        shapes = {name: [int(each) for each in known[name]] for name in dtypes}
         return _Delta(file, metadata["model"], fingerprints, dtypes, shapes, products, stored)
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"folder: {folder} is damaged ({error!r}). Save it again.") from error

@@ -39,23 +39,25 @@ class LoraAdapter:
         state: name -> matrix as peft writes it, without its prefix, on the CPU. Those of a layer
             are `<layer>.lora_A.weight` [rank, inputs] and `<layer>.lora_B.weight` [outputs, rank].
         factors: name of each adapted weight -> its layer.
-        embeddings: embedding -> tokens whose vectors the run has replaced, and the new ones [n, D].
     """
 
     config: Any
     state: dict[str, Tensor] = field(default_factory=dict)
     factors: dict[str, str] = field(default_factory=dict)
-    embeddings: dict[str, tuple[list[int], Tensor]] = field(default_factory=dict)
 
-    def as_peft(self) -> tuple[Any, dict[str, Tensor]]:
-        """Return config and state with the replaced vectors, which peft puts in by token."""
-        if not self.embeddings:
+    def as_peft(self, words: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[Any, dict[str, Tensor]]:
+        """Return config and state with `words`, which peft puts in by token.
+
+        They are: name of a table of vectors -> ids [n] of tokens, and their new vectors [n, D].
+        """
+        if not words:
             return self.config, self.state
+        layers = {name.removesuffix(".weight"): each for name, each in words.items()}
         config = copy.copy(self.config)
-        config.trainable_token_indices = {name: ids for name, (ids, _) in self.embeddings.items()}
+        config.trainable_token_indices = {name: ids.tolist() for name, (ids, _) in layers.items()}
         vectors = {
             f"{name}.token_adapter.trainable_tokens_delta": each
-            for name, (_, each) in self.embeddings.items()
+            for name, (_, each) in layers.items()
         }
         return config, self.state | vectors
 

@@ -84,7 +84,9 @@ def _original_attribute(part: nn.Module) -> str | None:
 
     if isinstance(part, BaseTunerLayer):
         return "base_layer"
-    return "original_module" if isinstance(part, AuxiliaryTrainingWrapper) else None
+    if not isinstance(part, AuxiliaryTrainingWrapper):
+        return None
+    return "token_adapter" if hasattr(part, "token_adapter") else "original_module"
 
 
 def _plain_name(name: str, inner: dict[str, str]) -> str | None:

@@ -14,11 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import fasterase
-from fasterase.engine import pacing
+from fasterase.engine import pacing, run
 from fasterase.engine.baseline import Baseline
 from fasterase.errors import InputError, MissingExtraError
 from fasterase.evaluation.verdict import REMEMBERED
 from fasterase.models.load import load_model
+from fasterase.models.wrapped import plain_state
 from tests import small_models
 from tests.marks import SHORT_RUN
 from tests.models.conftest import STEPS, erase, features
@@ -115,6 +116,7 @@ def test_words_are_taken_although_their_vectors_have_no_adapter(tmp_path, monkey
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["trainable_token_indices"] == {"token_embedding": ids}
     by_peft = peft.PeftModel.from_pretrained(copy.deepcopy(original), str(tmp_path)).eval()
+    assert plain_state(by_peft.get_base_model()).keys() == original.state_dict().keys()
     texts = small_models.simple_tokenizer()([pair[1] for pair in APPLES + DOGS])
     with torch.no_grad():
         wanted, before = (each.encode_text(texts) for each in (model, original))
@@ -143,6 +145,27 @@ def test_a_run_that_ends_at_the_original_gives_the_words_back(tmp_path, monkeypa
         result = take_words(model, resume=resume, **settings)
         assert not result.words
         assert same_weights(model.state_dict(), original)
+
+
+@pytest.mark.filterwarnings("ignore:verdict")
+@pytest.mark.parametrize("found", [[True, False], [False, True]])
+def test_a_resumed_run_keeps_the_words_of_its_checkpoint(tmp_path, monkeypatch, found):
+    """Further steps may draw captions that change which words are taken."""
+    monkeypatch.setattr(Baseline, "is_never_known", False)
+    read = run.forget_words
+    finds = iter([found[0], *found])
+    monkeypatch.setattr(run, "forget_words", lambda *a, **k: read(*a, **k) if next(finds) else None)
+    whole, stopped, parts = (small_models.open_clip_vit() for _ in range(3))
+    settings = {"max_steps": 4, "save_every": 1}
+    take_words(whole, **settings)
+    settings["output_dir"] = str(tmp_path)
+    take_words(stopped, callback=lambda record: record["step"] == 2, **settings)
+    result = take_words(parts, resume="must", **settings)
+    assert same_weights(parts.state_dict(), whole.state_dict())
+    assert not result.words
+    result.save(tmp_path / "delta", delta=True)
+    config = json.loads((tmp_path / "delta" / "adapter_config.json").read_text())
+    assert bool(config["trainable_token_indices"]) == found[0]
 
 
 @pytest.mark.parametrize("harm", ["none", "beyond the weight"])
