@@ -91,7 +91,8 @@ class UnlearnConfig:
             `"contrastive"` is gradient ascent on their InfoNCE.
         floor: cosine below which a forget pair is no longer pushed. `"auto"` takes the original's
             mean cosine between forget images and retain captions, and between retain images and
-            forget captions, or 0 without retain pairs; `None` is the paper.
+            forget captions, or 0 without retain pairs; pairs then rest 0.15 standard deviations of
+            these above it. `None` is the paper.
         cross_weight: weight, within the forgetting loss, of the cosines of forget images with the
             original's features of their captions, and the reverse: both towers forget, neither
             below the floor, and their mean cosines with retained features move to it. With
@@ -113,7 +114,7 @@ class UnlearnConfig:
         epochs: `"auto"` trains until the verdict is "forgotten", within `max_damage` and 400 steps
             (or one pass over the forget set, if that is more); a number is passes over the forget
             set. The retain set is cycled, with "auto" the tenth nearest to forget captions up to
-            four times as often as the rest.
+            eight times as often as the rest.
         max_steps: number of optimiser steps; replaces `epochs`.
         max_damage: share of recall@1 that retain pairs withheld from training, and the forget set's
             neighbours, may lose with `epochs="auto"` (0.03 is 3 points); `None` for any. It counts
@@ -124,9 +125,9 @@ class UnlearnConfig:
         micro_batch_size: pairs encoded at a time. If smaller than the batch, GradCache's two passes
             compute the gradient of the full batch in the memory of one micro-batch. `None`: encode
             the whole batch at once. In eval mode a caption that repeats is encoded once a step.
-        thorough: with `epochs="auto"` and cross terms, a run that could end goes on until neither
-            tower, beside the original's other one, finds more than a tenth of a set's images, or
-            the loss falls no further: at more steps and damage to neighbours.
+        thorough: with `epochs="auto"` and cross terms, a run that could end waits twice as long
+            for towers that, beside the original's other one, find more than a tenth of a set's
+            images: at more steps and damage to neighbours.
         stop_when_forgotten: check the verdict once per epoch, and stop once it is no longer
             "remembered". For a number of `epochs`; automatic ones stop anyway.
 

@@ -26,7 +26,10 @@ from fasterase.ops.contrastive.checks import (
     scale_tensor,
 )
 
-_WEIGHTS = ("forget_weight", "retain_weight", "consistency_weight", "anchor_weight", "cross_weight")
+_NOT_NEGATIVE = (
+    *("forget_weight", "retain_weight", "consistency_weight", "anchor_weight", "cross_weight"),
+    "floor_margin",
+)
 # Distances of a mean cosine below which their loss is quadratic.
 SMOOTH_STRAY = 0.05
 # Weight of what links exceed: all that holds other facts holds theirs too.
@@ -60,6 +63,7 @@ class ForgetGroup(NamedTuple):
     rows: Tensor  # [m] int64
     floor: float | None
     weight: float  # the groups' sum is 1
+    floor_margin: float = 0.0
     strangers: Strangers | None = None  # of links, in place of the floor
 
 
@@ -76,6 +80,7 @@ class Objective(NamedTuple):
     backend: str = "auto"
     products: str = "auto"
     cross_weight: float = 0.0
+    floor_margin: float = 0.0
 
 
 def erase_loss(
@@ -98,12 +103,13 @@ def erase_loss(
     backend: str = "auto",
     products: str = "auto",
     cross_weight: float = 0.0,
+    floor_margin: float = 0.0,
 ) -> EraseLoss:
     """CLIPErase (Yang et al., ACL 2025): `3 L_F + 1 L_R + 3 L_C`, by default as in the paper.
 
     With F the first `n_forget` rows, R the others, and `ce`, `kl` from `fasterase.contrastive`:
 
-        forget      = (image * text).sum(1)[F].mean()               L_F; above `floor` if given
+        forget      = (image * text).sum(1)[F].mean()               L_F; see `floor`
         retain      = ((ce_row + ce_col) / 2)[R].mean()             L_R, CLIP's InfoNCE
         consistency = (kl_row + kl_col)[R].mean()                   L_C, KL(original || current)
         anchor      = (|image - ref_image|^2 + |text - ref_text|^2)[R].mean()     not in the paper
@@ -120,7 +126,7 @@ def erase_loss(
 
         forget      = e(image, text) + c (e(image, ref_text) + e(ref_image, text)
                       + d(image, ref_text) + d(text, ref_image)), where
-        e(a, b)     = max(cos - floor, 0).mean() + max(floor - cos.mean(), 0)
+        e(a, b)     = max(cos - floor - floor_margin, 0).mean() + max(floor - cos.mean(), 0)
         cos         = (a * b).sum(1)[F]
         d(a, b)     = huber(a[F] @ b[R].mean(0) - floor).mean(), |x| - 0.025 from |x| = 0.05 on
 
@@ -134,13 +140,14 @@ def erase_loss(
         forget_loss: "similarity", or "contrastive": minus the symmetric InfoNCE of the forget rows.
             If the whole forget set has one caption, it needs `negatives="joint"` to have an effect.
         floor: with "similarity", the cosine below which a forget pair is left alone:
-            mean of `max(cos - floor, 0)`.
+            mean of `max(cos - floor - floor_margin, 0)`.
         labels: any integers; pairs with the same label are each other's positives. Best on the
             CPU, as in `fasterase.contrastive`.
         negatives: "own": forget and retain are two similarity matrices. "joint": one over all rows,
             each loss the mean over its own rows.
         backend, products: as in `fasterase.contrastive`.
         cross_weight: see above; acts with "similarity". Without a floor, e is the mean cosine.
+        floor_margin: how far above the floor a pair is left alone already.
 
     Returns:
         `EraseLoss(total, forget, retain, consistency, anchor)`, fp32 (fp64 for fp64 features),
@@ -151,7 +158,15 @@ def erase_loss(
     """
     weights = forget_weight, retain_weight, consistency_weight
     objective = Objective(
-        *weights, forget_loss, floor, anchor_weight, negatives, backend, products, cross_weight
+        *weights,
+        forget_loss,
+        floor,
+        anchor_weight,
+        negatives,
+        backend,
+        products,
+        cross_weight,
+        floor_margin,
     )
     given = _Pairs(image, text, scale, ref_image, ref_text, ref_scale, labels, n_forget)
     pairs = _check(given, objective)
@@ -322,9 +337,9 @@ def _compute_forget(pairs: _Pairs, objective: Objective, losses: Contrastive | N
     if not pairs.groups:
         return _compute_group(pairs, objective, pairs.forget_rows, pairs.strangers)
     total = pairs.zero
-    for rows, floor, weight, strangers in pairs.groups:
-        of_group = objective._replace(floor=floor)
-        total = total + weight * _compute_group(pairs, of_group, rows, strangers)
+    for group in pairs.groups:
+        own = objective._replace(floor=group.floor, floor_margin=group.floor_margin)
+        total = total + group.weight * _compute_group(pairs, own, group.rows, group.strangers)
     return total
 
 
@@ -364,11 +379,11 @@ def _stray(features: Tensor, others: Tensor, floor: float) -> Tensor:
 
 
 def _exceed(image: Tensor, text: Tensor, objective: Objective) -> Tensor:
-    """How far cosines are above the floor; with cross terms, also how far their mean is below."""
+    """How far cosines are above where they may rest, and their mean below it with cross terms."""
     cosine, floor = (image * text).sum(1), objective.floor
     if floor is None:
         return cosine.mean()
-    above = (cosine - floor).clamp_min(0).mean()
+    above = (cosine - floor - objective.floor_margin).clamp_min(0).mean()
     return above + (floor - cosine.mean()).clamp_min(0) if objective.cross_weight else above
 
 
@@ -410,7 +425,7 @@ def _check(pairs: _Pairs, objective: Objective) -> _Pairs:
 
 
 def _check_options(objective: Objective) -> None:
-    for name in _WEIGHTS:
+    for name in _NOT_NEGATIVE:
         weight = getattr(objective, name)
         if not _is_number(weight) or weight < 0:
             raise InputError(f"{name} must be a number of at least 0; got {weight!r}.")

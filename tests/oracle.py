@@ -115,6 +115,7 @@ def erase_loss(
     anchor_weight: float = 0.0,
     negatives: str = "own",
     cross_weight: float = 0.0,
+    floor_margin: float = 0.0,
 ) -> tuple[dict[str, float], Gradient]:
     """The terms whose weight is not 0 (others 0) with their total, and the total's gradient."""
     batch = batch.leaves()
@@ -139,7 +140,7 @@ def erase_loss(
         ):
             if weight:
                 cosines = (image * text).sum(1)
-                above = cosines if floor is None else (cosines - floor).relu()
+                above = cosines if floor is None else (cosines - floor - floor_margin).relu()
                 values["forget"] = values["forget"] + weight * above.mean()
                 if cross_weight and floor is not None:
                     values["forget"] = values["forget"] + weight * (floor - cosines.mean()).relu()

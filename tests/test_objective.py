@@ -40,6 +40,10 @@ CASES = [
     ((60, 16), 16, 14.3, 20, {"n_forget": 20, "retain_weight": 0.0, "negatives": "joint"}),
     # The mean cosine is above the floor, below it, and without one.
     ((60, 16), 16, 14.3, 20, {"n_forget": 20, "floor": 0.1, "cross_weight": 0.7}),
+    (
+        *((60, 16), 16, 14.3, 20),
+        {"n_forget": 20, "floor": 0.7, "cross_weight": 0.7, "floor_margin": 0.1},
+    ),
     ((60, 16), 16, 14.3, 20, {"n_forget": 20, "floor": 0.85, "cross_weight": 0.7}),
     ((60, 16), 16, 14.3, 20, {"n_forget": 20, "cross_weight": 1.0}),
 ]
@@ -280,6 +284,7 @@ WRONG = [
     ({"negatives": "all"}, "negatives must be one of 'own', 'joint'; got 'all'"),
     ({"floor": "auto"}, "floor must be None or a number.*unlearn"),
     ({"floor": float("nan")}, "floor must be None or a number"),
+    ({"floor_margin": -0.1}, "floor_margin must be a number of at least 0"),
     ({"floor": 0.1, "forget_loss": "contrastive"}, "floor is a cosine and goes with"),
     ({"backend": "cuda"}, "backend must be one of"),
     ({"backend": "cuda", "retain_weight": 0, "consistency_weight": 0}, "backend must be one of"),

@@ -30,8 +30,9 @@ from fasterase.original.features import (
     LiveOriginal,
     Original,
     OriginalFeatures,
+    Unmatched,
     floor_rows,
-    unmatched_cosine,
+    unmatched_cosines,
 )
 from fasterase.pairs.table import PairTable
 
@@ -56,7 +57,7 @@ NORMAL_Z = 1.645  # of a one-sided 95 % interval
 class Baseline:
     """The original's measurements and features that a run uses."""
 
-    floors: list[float]  # mean cosine of unrelated pairs of each concept, the automatic floors
+    floors: list[Unmatched]  # cosines of unrelated pairs, of each concept
     judged: dict[str, PairFeatures]  # set -> features of the pairs that the verdict judges
     traces: dict[str, Trace]  # set to forget -> what it knows of it, by the verdict's measure
     measured: Measurement | None  # by the evaluator
@@ -118,7 +119,7 @@ def measure_original(
 
     of_retain = features(_floor_rows(job, "retain"))["retain"]
     of_concepts = features(_floor_rows(job, *(job.concepts or ["forget"]))).values()
-    floors = [unmatched_cosine(each, of_retain) for each in of_concepts]
+    floors = [unmatched_cosines(each, of_retain) for each in of_concepts]
     is_link = job.config.erases_link
     decoys = Decoys.make(job, encoder, [*of_concepts], of_retain) if is_link else None
     judged = features(judge.rows)

@@ -25,11 +25,15 @@ from fasterase.objective import (
     moved_distance,
     weighted_erase_loss,
 )
+from fasterase.original.features import Unmatched
 from fasterase.parallel.ranks import ALONE, Ranks
 from fasterase.transfers import to_device
 
 # CLIP's own ceiling of the scale (Radford et al., 2021, section 2.5).
 MAX_SCALE = 100.0
+# How far above the floor a pair rests, in standard deviations of unrelated cosines. To retrained
+# models a concept they never saw is a little nearer than what is unrelated, for it is like others.
+FLOOR_MARGIN = 0.15
 # The original's image features [n, D0], text features [n, D0] and scale []; Nones if not used.
 OfOriginal = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -63,7 +67,8 @@ class StepLoss:
     loss is the one that a single process would compute.
 
     Attributes:
-        floors: of several concepts, for each; empty for one, whose floor the objective has.
+        floors: of several concepts, floor and margin of each; empty for one, whose floor the
+            objective has.
         strangers: of links, for each concept, what they are to end at in place of a floor.
         max_scale: a trained scale is clamped to it inside the loss. Clamping the weight would be
             lost in optimisers that have master weights of their own.
@@ -75,7 +80,7 @@ class StepLoss:
     image_trained: bool  # whether its gradient is needed
     text_trained: bool
     scale_trained: bool
-    floors: Sequence[float | None] = ()
+    floors: Sequence[tuple[float | None, float]] = ()
     strangers: Sequence[Strangers] = ()
     max_scale: float = MAX_SCALE
     measures_distance: bool = False
@@ -87,23 +92,29 @@ class StepLoss:
         job: Job,
         trained: Trained,
         *,
-        floors: Sequence[float],
+        floors: Sequence[Unmatched],
         strangers: Sequence[Strangers] = (),
     ) -> StepLoss:
-        """Return the loss of a run; `floors` are the automatic ones of its concepts."""
+        """Return the loss of a run; automatic floors rest on the `floors` of its concepts."""
         config = job.config
-        chosen = [floor if config.floor == "auto" else config.floor for floor in floors]
+        chosen: list[tuple[float | None, float]] = [
+            (each.mean, FLOOR_MARGIN * each.deviation)
+            if config.floor == "auto"
+            else (config.floor, 0.0)
+            for each in floors
+        ]
         objective = Objective(
             forget_weight=config.forget_weight,
             retain_weight=config.retain_weight,
             consistency_weight=config.consistency_weight,
             forget_loss=config.forget_loss,
-            floor=chosen[0] if config.forget_loss == "similarity" else None,
+            floor=chosen[0][0] if config.forget_loss == "similarity" else None,
             anchor_weight=config.anchor_weight,
             negatives=config.negatives,
             backend=config.backend,
             products=loss_products(job.precision),
             cross_weight=config.used_cross_weight,
+            floor_margin=chosen[0][1],
         )
         return cls(
             objective,
@@ -244,8 +255,9 @@ class StepLoss:
         return [
             ForgetGroup(
                 to_device(found[number], device),
-                self.floors[number],
+                self.floors[number][0],
                 weights[number] / total,
+                self.floors[number][1],
                 self.strangers[number] if self.strangers else None,
             )
             for number in here

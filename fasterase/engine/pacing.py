@@ -35,23 +35,22 @@ CHECK_STEPS = 5
 CHECKED_LOSS = 0.6
 # A run on a link starts to fade only at this share: its fact is no nearer than others of the kind.
 LINK_SETTLED_LOSS = 0.15
-# What a run waits for beside the verdict, it waits for until the loss has not fallen by a tenth in
-# so many steps.
-PATIENCE_STEPS, NOTICED_FALL = 60, 0.9
+# A run waits for more than the verdict until that has not fallen by a tenth in so many steps.
+PATIENCE_STEPS, LONG_PATIENCE_STEPS, NOTICED_FALL = 30, 60, 0.9
 # lr fades once the residue is at most `MARGIN_RESIDUE` and images are won hardly more often than by
 # chance: fading and unseen pictures need a margin below the verdict's own thresholds.
 MARGIN_HIT = 0.05
-# ... and in a thorough run neither tower, beside the original's other one, wins more of a set's
-# images than this. In the mean of retrained models (benchmarks/evidence) the image tower wins 9 %.
-TOLD_HIT = 0.1
+# ... and neither tower, beside the original's other one, wins more of a set's images than this; in
+# the mean of retrained models (benchmarks/evidence) the image tower wins 9 %. A fade may bring some
+# back, and is better all the same.
+TOLD_HIT, TOLD_AGAIN = 0.1, 0.05
 FADE_STEPS = 20
-# ... of a link, of which more goes meanwhile: in benchmarks/links residues fell from .85 to .79,
-# where made-up facts are. In 20 steps they stayed.
+# ... of a link, of which more goes meanwhile: in benchmarks/links residues fell from .85 to .79.
 LINK_FADE_STEPS = 100
 # A fade ends early below this residue, before it leads to "over-erased".
 LEAST_RESIDUE = 0.35
-# Residues at which final weights may rest: the verdict's own thresholds with a margin, since other
-# pairs and other processors round a model that ends at a threshold to either side of it.
+# Residues at which final weights may rest: the verdict's thresholds with a margin, for other pairs
+# and other processors.
 RESTING = (0.3, 0.7)
 # Weights below them are moved back towards the start by at most this share, found by halving: all
 # of them or, where one tower then tells too much, those of one tower.
@@ -151,13 +150,13 @@ class Check(NamedTuple):
         )
 
     @property
-    def towers_are_silent(self) -> bool:
-        """Whether neither tower gives away much of a set beside the original's other one.
+    def told(self) -> float:
+        """How much more the towers give away than they may, beside the original's other one.
 
         Withheld pairs do not count, nor do sets of so few images that one or two would decide.
         """
-        return all(
-            hit <= max(TOLD_HIT, 1.5 * trace.chance)
+        return sum(
+            max(hit - max(TOLD_HIT, 1.5 * trace.chance), 0.0)
             for trace in {**self.traces, **self.trained}.values()
             if not trace.by_hits and trace.pairs >= LEAST_RANKED
             for hit, _ in trace.towers.values()
@@ -239,7 +238,7 @@ class _Progress:
     last: tuple[int, float, float]  # step of the last check, its largest and smallest residue
     best_rank: list[float]  # of the best weights, see `_rank`
     best_least: float  # their smallest residue
-    lowest: tuple[int, float] | None = None  # last noticeable fall of the loss: step, share left
+    lowest: tuple[int, float] | None = None  # what is waited for fell last: step, what is left
     next_check: int = 0  # a step, if no check is due before
     fade_from: tuple[int, float] | None = None  # first step of a fade, and its learning rate
     fades: int = 0  # how many have begun
@@ -253,12 +252,12 @@ class AutomaticPacing(Pacing):
     """Runs until the verdict holds, within a budget of steps and damage.
 
     The verdict is checked every few steps. Once it holds by a margin, or the loss has converged, or
-    the damage is exceeded, lr decays to 0, which recovers some damage. A thorough run waits for
-    silent towers before that, one on a link for a low loss, while the loss still falls. If the
-    verdict does not hold then, or images enough to be sure leave it open, the run resumes, at most
-    twice. Where the withheld pairs alone are remembered, it soon trains on them too. The best
-    weights seen are restored at the end: of forgotten ones those that rest within the margins,
-    faded ones first, then those with the least damage; else those that exceed the verdict's
+    the damage is exceeded, lr decays to 0, which recovers some damage. Before that a run waits for
+    silent towers, and one on a link for a low loss, while these still fall. If the verdict does not
+    hold then, or images enough to be sure leave it open, the run resumes, at most twice. Where the
+    withheld pairs alone are remembered, it soon trains on them too. The best weights seen are
+    restored at the end: of forgotten ones those that rest within the margins, with silent towers
+    and faded ones first, then those with the least damage; else those that exceed the verdict's
     thresholds least, within `max_damage`. Where the best lie below the margins, weights between the
     start's and theirs are considered too.
 
@@ -270,7 +269,7 @@ class AutomaticPacing(Pacing):
         original: the original's check and weights, the first candidate for the best weights.
         start: those that training starts from; no check of the original's, or in a resumed run.
         towers: `"image"`, `"text"` -> names of its weights.
-        is_thorough: a verdict does not end the run while a tower tells and the loss still falls.
+        patience: for how many steps what is waited for may not fall; 0: no tower is waited for.
         of_link: the loss measures from made-up facts, as the margins of the verdict do: it settles
             first, and then lr fades slowly.
         max_steps: the budget.
@@ -286,7 +285,7 @@ class AutomaticPacing(Pacing):
         original: tuple[Check, dict[str, Tensor]],
         start: tuple[Check | None, dict[str, Tensor]],
         towers: Mapping[str, Collection[str]],
-        is_thorough: bool = False,
+        patience: int = PATIENCE_STEPS,
         of_link: bool = False,
         max_steps: int,
     ) -> None:
@@ -294,8 +293,7 @@ class AutomaticPacing(Pacing):
         self._check = check
         self._weights = weights
         self._load = load
-        self._settled_loss = LINK_SETTLED_LOSS if of_link else 1.0
-        self._is_thorough = is_thorough
+        self._patience = patience
         self._of_link = of_link
         self._towers = towers
         self._step = 0
@@ -385,13 +383,17 @@ class AutomaticPacing(Pacing):
             now.withheld_until = self._step
 
     def _is_settled(self, found: Check) -> bool:
-        share, lowest = self._rate.share_left, self._now.lowest
-        if lowest is None or share < NOTICED_FALL * lowest[1]:
-            lowest = self._now.lowest = self._step, share
-        if self._step - lowest[0] >= PATIENCE_STEPS:
-            return True
-        waits_for_towers = self._is_thorough and not found.towers_are_silent
-        return share <= self._settled_loss and not waits_for_towers
+        """Whether nothing more is to be waited for."""
+        if self._of_link:
+            left, enough = self._rate.share_left, LINK_SETTLED_LOSS
+        else:
+            left, enough = found.told, 0.0
+            if found.least_residue <= LEAST_RESIDUE:  # waiting would lead to "over-erased"
+                return True
+        lowest = self._now.lowest
+        if lowest is None or left < NOTICED_FALL * lowest[1]:
+            lowest = self._now.lowest = self._step, left
+        return left <= enough or self._step - lowest[0] >= self._patience
 
     def _fade(self, steps: int) -> None:
         """Check now and then how far the fade has come: it may pass a better place."""
@@ -449,7 +451,7 @@ class AutomaticPacing(Pacing):
     def _consider(self, found: Check, *, faded: bool) -> None:
         """Take a copy of the weights if they are better than the best so far."""
         self._now.has_exceeded |= found.exceeded
-        rank = _rank(found, faded=faded, is_thorough=self._is_thorough)
+        rank = _rank(found, faded=faded, waits=self._patience > 0)
         if rank < self._now.best_rank:
             self._now.best_rank, self._best = rank, self._weights()
             self._now.best_least = found.least_residue
@@ -470,7 +472,7 @@ class AutomaticPacing(Pacing):
 
 
 def _slowness(trace: Trace) -> float:
-    """Return the weight of a concept among several: the more is left of it, the higher."""
+    """Return the weight of a concept among several, higher if more is left of it."""
     most = max(trace.image_to_text, trace.text_to_image)
     return 1 + SLOW_WEIGHT * max(0.0, most - MARGIN_RESIDUE) / (1 - MARGIN_RESIDUE)
 
@@ -485,14 +487,14 @@ RANKS = {
 }
 
 
-def _rank(found: Check, *, faded: bool, is_thorough: bool = False) -> list[float]:
+def _rank(found: Check, *, faded: bool, waits: bool = True) -> list[float]:
     """Return what orders candidates for the best weights, the smallest first."""
     if found.verdict == REMEMBERED:
         order = [found.excess, found.beyond_rest, found.damage]
     elif found.verdict == OVER_ERASED:
         order = [found.damage]
     else:
-        tells = is_thorough and not found.towers_are_silent
-        rest = found.beyond_rest, int(not faded), found.damage
-        order = [int(found.is_indecisive), int(tells), *rest]
+        tells = int(waits and found.told > TOLD_AGAIN)
+        rest = found.beyond_rest, tells, int(not faded), found.damage
+        order = [int(found.is_indecisive), *rest]
     return [int(found.exceeded), RANKS[found.verdict], *order]

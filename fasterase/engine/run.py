@@ -26,7 +26,13 @@ from fasterase.engine.loss import StepLoss, loss_products
 from fasterase.engine.model_state import training
 from fasterase.engine.optim import Trained, build_engine, shards
 from fasterase.engine.outcome import Outcome, describe_known
-from fasterase.engine.pacing import AutomaticPacing, Check, Pacing
+from fasterase.engine.pacing import (
+    LONG_PATIENCE_STEPS,
+    PATIENCE_STEPS,
+    AutomaticPacing,
+    Check,
+    Pacing,
+)
 from fasterase.engine.prefix_cache import open_prefix_cache
 from fasterase.engine.rates import LINE_STEPS, LINK_LINE_STEPS, LineFollower, Rate, Schedule
 from fasterase.engine.words import ForgottenWords, forget_words, named_words
@@ -359,7 +365,7 @@ class Run:
             taken = None
         return Outcome(
             history,
-            fmean(baseline.floors),
+            fmean(floor.mean for floor in baseline.floors),
             verdict,
             traces,
             evaluation,
@@ -391,7 +397,7 @@ class Run:
                     tower: names & {name for name, _ in self.job.model.selected(tower)}
                     for tower in ("image", "text")
                 },
-                is_thorough=config.thorough,
+                patience=self._patience(),
                 of_link=is_link,
                 max_steps=total_steps,
             )
@@ -411,6 +417,13 @@ class Run:
             is_forgotten=checks.is_forgotten if config.stop_when_forgotten else None,
             check_steps=self._draws.sampler.steps_per_epoch,
         )
+
+    def _patience(self) -> int:
+        """Return for how many steps a run waits for what does not fall."""
+        if self.job.config.thorough or self._baseline.decoys is not None:
+            return LONG_PATIENCE_STEPS
+        # Nothing pushes a tower beside the original's other one without cross terms.
+        return PATIENCE_STEPS if self.job.config.used_cross_weight else 0
 
     def _resume(self, trainer: Trainer, pacing: Pacing) -> None:
         """Continue from the checkpoint, or clear the folder of those of an earlier run."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -356,11 +358,18 @@ def floor_rows(count: int) -> np.ndarray:
     return np.sort(generator(0, Stream.FLOOR).choice(count, size=FLOOR_PAIRS, replace=False))
 
 
-def unmatched_cosine(forget: PairFeatures, retain: PairFeatures) -> float:
-    """Return the mean cosine of forget images with retain captions and the reverse: the floor.
+class Unmatched(NamedTuple):
+    """Cosines of images and captions that are no pairs: the floor, and how far they spread."""
+
+    mean: float
+    deviation: float
+
+
+def unmatched_cosines(forget: PairFeatures, retain: PairFeatures) -> Unmatched:
+    """Return what cosines forget images have with retain captions, and the reverse.
 
     Never taken inside the forget set, whose pairs may all share one caption. Pairs with equal
-    captions are left out; 0 if no two captions of the sets differ.
+    captions are left out; zeros if no two captions of the sets differ.
 
     Raises:
         InputError: the model's features are not finite, so no run can start from them.
@@ -373,6 +382,12 @@ def unmatched_cosine(forget: PairFeatures, retain: PairFeatures) -> float:
             )
     captions = [np.array(pairs.first_captions, dtype=object) for pairs in (forget, retain)]
     differ = torch.from_numpy(captions[0][:, None] != captions[1][None, :])
-    cosines = forget.image @ retain.first_text.T + forget.first_text @ retain.image.T
+    total = squares = 0.0
+    for image, text in ((forget.image, retain.first_text), (forget.first_text, retain.image)):
+        cosines = (image @ text.T)[differ].double()
+        total, squares = total + float(cosines.sum()), squares + float(cosines.square().sum())
     count = 2 * int(differ.sum())
-    return float(cosines[differ].double().sum()) / count if count else 0.0
+    if not count:
+        return Unmatched(0.0, 0.0)
+    mean = total / count
+    return Unmatched(mean, math.sqrt(max(0.0, squares / count - mean**2)))

@@ -13,7 +13,7 @@ from fasterase.seeds import Stream, generator
 # next ones: of img2dataset's shards (10,000 images of 256 x 256 pixels, 250 MB) some 16 GB.
 WINDOW_SHARDS = 16
 # How many times as often as others emphasised retain pairs are drawn, each at most once a step.
-EMPHASIS = 4
+EMPHASIS = 8
 
 
 class Draw(NamedTuple):

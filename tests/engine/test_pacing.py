@@ -17,6 +17,7 @@ from fasterase.engine.pacing import (
     FADE_STEPS,
     LINK_FADE_STEPS,
     LINK_SETTLED_LOSS,
+    LONG_PATIENCE_STEPS,
     PATIENCE_STEPS,
     AutomaticPacing,
     Check,
@@ -25,7 +26,6 @@ from fasterase.engine.pacing import (
 from fasterase.engine.rates import (
     FIRST_LR,
     LEAST_SHARE,
-    LINE_STEPS,
     LineFollower,
     Rate,
     Schedule,
@@ -109,7 +109,7 @@ class Run:
         total: int = TOTAL,
         rate: Rate | None = None,
         has_weights: bool = True,
-        is_thorough: bool = False,
+        patience: int = PATIENCE_STEPS,
         of_link: bool = False,
     ) -> None:
         self.step = 0
@@ -128,7 +128,7 @@ class Run:
             original=(KNOWN, self._weights()),
             start=(None, self._weights()),
             towers={},
-            is_thorough=is_thorough,
+            patience=patience,
             of_link=of_link,
             max_steps=total,
         )
@@ -199,15 +199,17 @@ class TestAutomatic:
 
         def lr(script: Callable[[int], Check]) -> float:
             rate = LineFollower()
-            run = Run(script, rate=rate, is_thorough=True)
-            while run.step < 3 * LINE_STEPS:
+            run = Run(script, rate=rate)
+            while run.step < 200:
                 run.step += 1
                 run.pacing.after_step(record(run.step, 0.8 if run.step < 3 else 0.4, 0.02))
             return rate.lr
 
-        told = check(0.5, towers=(0.3, 0.0))
-        assert lr(lambda step: told) == pytest.approx(LEAST_SHARE * FIRST_LR)
-        assert lr(lambda step: KNOWN) > 5 * FIRST_LR
+        def telling(step: float) -> Check:
+            return check(0.5, towers=(0.15 + 0.35 * 0.985**step, 0.0))
+
+        assert lr(telling) == pytest.approx(LEAST_SHARE * FIRST_LR)
+        assert lr(lambda step: KNOWN) > 3 * FIRST_LR
 
     def test_forgotten_without_a_margin_is_not_enough(self):
         """Fading, and pictures that training has not seen, need one."""
@@ -332,8 +334,9 @@ class TestAutomatic:
             at({5: check(0.9), 10: check(0.8, damage=0.1, exceeded=True)}, check(0.79)),
             lambda step: check(1.0 - step / 2000),
             at(dict.fromkeys(range(5, 35), WITHHELD_KNOWN), SAFE),
+            lambda step: check(0.5, towers=(0.3, 0.0)),
         ],
-        ids=["forgotten", "resumes", "damage", "steps", "withheld"],
+        ids=["forgotten", "resumes", "damage", "steps", "withheld", "towers"],
     )
     def test_a_run_that_is_continued_anywhere_has_the_same_future(self, script):
         def start() -> Run:
@@ -367,45 +370,66 @@ class TestAutomatic:
             return check(0.5, towers=(1.0 - step / 50, 0.0))
 
         run = Run(script).take()
-        assert run.step == 25 + FADE_STEPS, "1 - 25 / 50 is a half"
+        assert run.step == 45 + FADE_STEPS, "1 - 45 / 50 is a tenth"
         assert run.loaded == [run.step]
         stuck = Run(lambda step: check(1.0 - step / 1000, towers=(0.9, 0.9 - step / 1000))).take()
         assert (stuck.step, stuck.pacing.limit) == (TOTAL, "steps")
         assert stuck.loaded == [TOTAL], "where pairs and one tower have forgotten the most"
 
-    def test_a_thorough_run_goes_on_until_the_towers_are_silent(self):
+    def test_a_run_goes_on_until_the_towers_are_silent_or_tell_no_less(self):
         def taken(tower: Callable[[float], float], *, images: int = 50, **options: Any) -> int:
             def script(step: float) -> Check:
                 return check(0.5, towers=(tower(step), 0.0), images=images)
 
-            run = Run(script, **{"is_thorough": True, **options}).take()
+            run = Run(script, **options).take()
             assert run.pacing.limit is None
             assert run.loaded == [run.step]
             return run.step - FADE_STEPS
 
         assert taken(lambda step: (40 - step) / 100) == 30
-        assert taken(lambda step: (40 - step) / 100, is_thorough=False) == 5
-        assert taken(lambda step: 0.3) == 35 + PATIENCE_STEPS, "its loss falls no further"
-        falling = {"loss": lambda step: 0.8 * 0.99**step}
-        assert taken(lambda step: 0.3, **falling) == 305, "its loss is at the line's end"
+        assert taken(lambda step: 0.3) == 5 + PATIENCE_STEPS
+        assert taken(lambda step: 0.3, patience=LONG_PATIENCE_STEPS) == 5 + LONG_PATIENCE_STEPS
+        slow = {"tower": lambda step: 0.5 if step < 40 else 0.1}
+        assert taken(**slow) == 5 + PATIENCE_STEPS
+        assert taken(**slow, patience=LONG_PATIENCE_STEPS) == 40
         assert taken(lambda step: 0.3, images=11) == 5, "three of eleven images are no share"
+        assert taken(lambda step: 0.3, patience=0) == 5, "nothing pushes the towers"
 
-    def test_the_best_weights_of_a_thorough_run_are_silent(self):
-        """Whatever else is better about earlier ones, whose towers told."""
-
+    def test_waiting_ends_before_it_leads_to_over_erased(self):
         def script(step: float) -> Check:
-            return check(0.29, towers=(0.0, 0.0)) if step >= 30 else check(0.5, towers=(0.3, 0.0))
+            return check(0.7 - step / 100, towers=(0.3, 0.0), damage=step / 1000)
 
-        assert Run(script, is_thorough=True).take().loaded[-1] == 30 + FADE_STEPS
+        run = Run(script).take()
+        assert run.step == 35 + FADE_STEPS
+        rests = Run(lambda step: script(min(step, 36.0))).take()
+        assert rests.loaded == [rests.step], "and the weights of the fade are the best"
+
+    def test_the_best_weights_have_silent_towers_where_they_rest_within_the_margins(self):
+        def best(residue: float) -> float:
+            def script(step: float) -> Check:
+                is_late = step >= 20
+                return check(residue if is_late else 0.5, towers=(0.0 if is_late else 0.3, 0.0))
+
+            return Run(script).take().loaded[-1]
+
+        assert best(0.4) == 20 + FADE_STEPS
+        assert best(0.29) < 20
+
+    def test_a_fade_may_bring_a_picture_back(self):
+        def script(step: float) -> Check:
+            return check(0.5, towers=(0.12 if step > 20 else 0.1, 0.0), damage=(50 - step) / 1000)
+
+        run = Run(script).take()
+        assert run.loaded == [run.step]
 
     def test_what_training_draws_has_to_be_silent_not_what_is_withheld(self):
         loud, silent = (check(0.5, towers=(hit, 0.0)) for hit in (0.2, 0.1))
-        assert silent.towers_are_silent
-        assert not loud.towers_are_silent
-        assert loud._replace(trained=silent.traces).towers_are_silent
-        assert not silent._replace(trained=loud.traces).towers_are_silent
+        assert not silent.told
+        assert loud.told == pytest.approx(0.1)
+        assert not loud._replace(trained=silent.traces).told
+        assert silent._replace(trained=loud.traces).told
         few = {"withheld": replace(loud.traces["forget"], by_hits=True)}
-        assert silent._replace(traces={**silent.traces, **few}).towers_are_silent
+        assert not silent._replace(traces={**silent.traces, **few}).told
 
 
 class TestEasing:

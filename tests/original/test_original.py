@@ -10,7 +10,7 @@ from fasterase.encode import PairFeatures
 from fasterase.errors import InputError
 from fasterase.evaluation.placebo import PLACEBOS
 from fasterase.models.preprocessing import Tokens
-from fasterase.original.features import floor_rows, unmatched_cosine
+from fasterase.original.features import Unmatched, floor_rows, unmatched_cosines
 from fasterase.pairs.open import open_pairs
 from tests.marks import SHORT_RUN
 from tests.tiny_model import FORGET, TinyModel, erase, pairs, same_weights, unchanged
@@ -208,9 +208,10 @@ def test_equal_captions_are_left_out():
             if key != other:
                 cosines.append(float(forget.image[i] @ retain.text[j]))
                 cosines.append(float(retain.image[j] @ forget.text[i]))
-    assert unmatched_cosine(forget, retain) == pytest.approx(np.mean(cosines), abs=1e-6)
+    wanted = Unmatched(np.mean(cosines), np.std(cosines))
+    assert unmatched_cosines(forget, retain) == pytest.approx(wanted, abs=1e-6)
     # Nothing to compare is zero.
-    assert unmatched_cosine(features(["a"], 1), features(["a", "a"], 2)) == 0.0
+    assert unmatched_cosines(features(["a"], 1), features(["a", "a"], 2)) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
@@ -218,7 +219,7 @@ def test_a_model_of_non_finite_features_is_refused_as_such(tower):
     forget, retain = features(["a"], 1), features(["b", "c"], 2)
     getattr(retain, tower)[1, 0] = torch.nan
     with pytest.raises(InputError, match=r"^model: its features are NaN"):
-        unmatched_cosine(forget, retain)
+        unmatched_cosines(forget, retain)
 
 
 def unnoticed(pairs):
