@@ -47,7 +47,7 @@ TOLD_HIT, TOLD_AGAIN = 0.1, 0.05
 FADE_STEPS = 20
 # ... of a link, of which more goes meanwhile: in benchmarks/links residues fell from .85 to .79.
 LINK_FADE_STEPS = 100
-# A fade ends early below this residue, before it leads to "over-erased".
+# Waiting ends below this residue, before it leads to "over-erased".
 LEAST_RESIDUE = 0.35
 # Residues at which final weights may rest: the verdict's thresholds with a margin, for other pairs
 # and other processors.
@@ -150,17 +150,16 @@ class Check(NamedTuple):
         )
 
     @property
-    def told(self) -> float:
-        """How much more the towers give away than they may, beside the original's other one.
+    def told(self) -> list[float]:
+        """How much more of each set the towers give away than they may, beside the original's.
 
         Withheld pairs do not count, nor do sets of so few images that one or two would decide.
         """
-        return sum(
-            max(hit - max(TOLD_HIT, 1.5 * trace.chance), 0.0)
-            for trace in {**self.traces, **self.trained}.values()
-            if not trace.by_hits and trace.pairs >= LEAST_RANKED
-            for hit, _ in trace.towers.values()
-        )
+        return [
+            sum(max(hit - max(TOLD_HIT, 1.5 * t.chance), 0.0) for hit, _ in t.towers.values())
+            for t in {**self.traces, **self.trained}.values()
+            if not t.by_hits and t.pairs >= LEAST_RANKED
+        ]
 
 
 class Pacing:
@@ -269,7 +268,7 @@ class AutomaticPacing(Pacing):
         original: the original's check and weights, the first candidate for the best weights.
         start: those that training starts from; no check of the original's, or in a resumed run.
         towers: `"image"`, `"text"` -> names of its weights.
-        patience: for how many steps what is waited for may not fall; 0: no tower is waited for.
+        patience: how many steps what is waited for may go without falling; 0: nothing is.
         of_link: the loss measures from made-up facts, as the margins of the verdict do: it settles
             first, and then lr fades slowly.
         max_steps: the budget.
@@ -387,7 +386,7 @@ class AutomaticPacing(Pacing):
         if self._of_link:
             left, enough = self._rate.share_left, LINK_SETTLED_LOSS
         else:
-            left, enough = found.told, 0.0
+            left, enough = sum(found.told), 0.0
             if found.least_residue <= LEAST_RESIDUE:  # waiting would lead to "over-erased"
                 return True
         lowest = self._now.lowest
@@ -451,7 +450,8 @@ class AutomaticPacing(Pacing):
     def _consider(self, found: Check, *, faded: bool) -> None:
         """Take a copy of the weights if they are better than the best so far."""
         self._now.has_exceeded |= found.exceeded
-        rank = _rank(found, faded=faded, waits=self._patience > 0)
+        waits = self._patience > 0 and not self._of_link
+        rank = _rank(found, faded=faded, waits=waits)
         if rank < self._now.best_rank:
             self._now.best_rank, self._best = rank, self._weights()
             self._now.best_least = found.least_residue
@@ -494,7 +494,7 @@ def _rank(found: Check, *, faded: bool, waits: bool = True) -> list[float]:
     elif found.verdict == OVER_ERASED:
         order = [found.damage]
     else:
-        tells = int(waits and found.told > TOLD_AGAIN)
+        tells = int(waits and max(found.told, default=0.0) > TOLD_AGAIN)
         rest = found.beyond_rest, tells, int(not faded), found.damage
         order = [int(found.is_indecisive), *rest]
     return [int(found.exceeded), RANKS[found.verdict], *order]
