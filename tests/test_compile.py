@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shutil
 
 import pytest
 import torch
@@ -11,16 +10,15 @@ import torch
 import fasterase
 from fasterase import losses
 from fasterase.ops.contrastive import contrastive
-from tests.ops.test_contrastive_cpu import COMPILER
+from tests.ops.test_contrastive_cpu import gradients, needs_kernels
 
 pytestmark = pytest.mark.slow
 
-NO_KERNELS = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no {COMPILER} here")
-BACKENDS = [pytest.param("cpu", marks=NO_KERNELS), "dense"]
+BACKENDS = [pytest.param("cpu", marks=needs_kernels), "dense"]
 # Without labels "dense" is a part of its graph with them.
 CASES = [
-    pytest.param("cpu", False, marks=NO_KERNELS),
-    pytest.param("cpu", True, marks=NO_KERNELS),
+    pytest.param("cpu", False, marks=needs_kernels),
+    pytest.param("cpu", True, marks=needs_kernels),
     ("dense", True),
 ]
 SIZES = (40, 52, 57)  # from the second on with symbolic sizes
@@ -35,18 +33,11 @@ def features(n, *, labelled):
     return image, text, torch.tensor(30.0, requires_grad=True), *sides[2:], 20.0, labels
 
 
-def gradients(function, *inputs):
-    total = function(*inputs)
-    return (total, *torch.autograd.grad(total, inputs[:3]))
-
-
 def check(function, calls):
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for call in calls:
-        for found, value in zip(
-            gradients(compiled, *call), gradients(function, *call), strict=True
-        ):
+        for found, value in zip(gradients(compiled, call), gradients(function, call), strict=True):
             torch.testing.assert_close(found, value, rtol=1e-6, atol=1e-7)
 
 
@@ -93,7 +84,7 @@ def test_losses_of_open_clip(backend, name, monkeypatch):
     check(total, [features(n, labelled=False)[:width] for n in SIZES])
 
 
-@pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no {COMPILER} here")
+@needs_kernels
 @pytest.mark.parametrize("backend", ["cpu", "dense"])
 def test_inductor(backend):
     """Of `dense` it compiles every operation anew, and once made wrong gradients of one."""
@@ -105,6 +96,6 @@ def test_inductor(backend):
     torch._dynamo.reset()
     # Its cache would return code for the instructions of another ATEN_CPU_CAPABILITY.
     step = torch.compile(total, fullgraph=True, options={"fx_graph_cache": False})
-    compiled = gradients(step, image, text, scale)
-    for found, value in zip(compiled, gradients(total, image, text, scale), strict=True):
+    compiled = gradients(step, (image, text, scale))
+    for found, value in zip(compiled, gradients(total, (image, text, scale)), strict=True):
         torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-5)

@@ -134,7 +134,7 @@ def test_unreadable_pairs_are_counted_named_and_an_error_if_all_are():
     assert [skip.id for skip in found.skipped] == ["holdout[1]"] == [s.id for s in ledger.skips]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it has been named already
-        with pytest.raises(InputError, match="none of its 1 pairs"):
+        with pytest.raises(InputError, match=r"`holdout`: none of its 1 pairs can be read.*NaN"):
             encoder.pairs(source, np.array([1]), description="")
 
 

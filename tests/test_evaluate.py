@@ -169,6 +169,7 @@ def test_a_model_that_is_missing_is_named_before_another_one_is_measured(monkeyp
         ({"max_pairs": 0}, "max_pairs=0"),
         ({"max_pairs": 2.5}, "max_pairs=2.5"),
         ({"seed": "x"}, "seed='x'"),
+        ({"seed": -1}, "seed=-1"),
         ({"num_workers": -1}, "num_workers=-1 must be 0 or more, or 'auto'"),
         ({"device": "cuda:99"}, "device='cuda:99' cannot be used here"),
         ({"class_names": ["cat"]}, "class_names has 1 distinct names"),

@@ -21,6 +21,7 @@ from fasterase.engine.history import HistoryFile, StepRecord, read_history
 from fasterase.errors import DiskFullError, FaseraseError, InputError
 from fasterase.files import check_writable, replace_file, replace_folder, write_text
 from tests.marks import SHORT_RUN
+from tests.test_files import names_in
 from tests.tiny_model import TinyModel, erase, same_weights, unchanged
 
 resource = pytest.importorskip("resource", reason="the limit exists on Unix only")
@@ -43,10 +44,6 @@ def small_files(size: int | None = None) -> Iterator[Callable[[int], None]]:
         yield limit
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def names_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def save_tensors(file: Path) -> None:

@@ -266,10 +266,7 @@ def test_the_originals_features_may_be_absent_where_unused():
 
 
 WRONG = [
-    ({"image": torch.zeros(6)}, r"image must be a torch.Tensor of features, shape \(N, D\)"),
-    ({"text": torch.zeros(5, 4)}, "same shape"),
     ({"text": None}, "text must be a torch.Tensor"),
-    ({"image": torch.zeros(6, 4).int()}, "image must be float"),
     ({"scale": torch.ones(2)}, "scale must be a 0-d"),
     ({"scale": 0}, "scale must be a positive number"),
     ({"n_forget": 7}, "n_forget must be an integer between 0 and the 6 rows.*got 7"),
@@ -286,7 +283,6 @@ WRONG = [
     ({"floor": float("nan")}, "floor must be None or a number"),
     ({"floor_margin": -0.1}, "floor_margin must be a number of at least 0"),
     ({"floor": 0.1, "forget_loss": "contrastive"}, "floor is a cosine and goes with"),
-    ({"backend": "cuda"}, "backend must be one of"),
     ({"backend": "cuda", "retain_weight": 0, "consistency_weight": 0}, "backend must be one of"),
     ({"labels": torch.zeros(6)}, "labels must be integers"),
     ({"labels": torch.zeros(4).long()}, "labels must be a tensor of 6 integers"),
@@ -302,7 +298,10 @@ WRONG = [
     ),
     ({"ref_text": None, "consistency_weight": 0}, "ref_image and ref_text go together"),
     ({"ref_image": torch.zeros(6, 4, requires_grad=True)}, "ref_image requires grad"),
-    ({"ref_image": torch.zeros(5, 4)}, "ref_image and ref_text must have the same shape"),
+    (
+        {"ref_image": torch.zeros(5, 4), "consistency_weight": 0, "anchor_weight": 1.0},
+        "ref_image and ref_text must have the same shape",
+    ),
     ({"ref_scale": "x"}, "ref_scale must be"),
     (
         {"ref_image": torch.zeros(6, 3), "ref_text": torch.zeros(6, 3), "anchor_weight": 1.0},

@@ -341,13 +341,6 @@ def test_broken_pairs_are_left_out() -> None:
     assert measured.sets["forget"].ids == ["forget[0]", "forget[2]"]
 
 
-@pytest.mark.filterwarnings("ignore:.*broken pairs? (is|are) skipped")
-def test_a_set_without_a_readable_pair_is_an_error() -> None:
-    source = open_pairs([(torch.full((3, 1, 1), torch.nan), "cat")] * 2, name="holdout")
-    with pytest.raises(InputError, match=r"`holdout`: none of its 2 pairs can be read.*NaN"):
-        encoder(0).pairs(source, np.arange(2), description="")
-
-
 def test_features_that_are_not_finite_are_an_error() -> None:
     model = lookup_model(0)
     with torch.no_grad():
@@ -368,20 +361,6 @@ def test_measuring_leaves_the_module_as_it_was() -> None:
     for name, value in model.module.state_dict().items():
         assert torch.equal(value, before[name])
     assert all(parameter.requires_grad for parameter in model.module.parameters())
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_pairs": 0}, "max_pairs=0"),
-        ({"seed": -1}, "seed=-1"),
-        ({"templates": ["a photo"]}, "templates"),
-        ({"class_names": "cat"}, "class_names"),
-    ],
-)
-def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        Evaluator(sources(), **options)
 
 
 def test_a_caption_that_differs_on_each_read_is_named():

@@ -12,7 +12,7 @@ from PIL import Image
 
 import fasterase
 from fasterase.models import Tokens, load_model
-from tests import small_models
+from tests import small_models, tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -88,14 +88,7 @@ class Malicious:
         return (self.trace.write_text, ("executed",))
 
 
-STEPS = {
-    "lr": 1e-2,
-    "max_steps": 2,
-    "batch_size": 8,
-    "forget_batch_size": 4,
-    "progress": False,
-    "evaluation": None,
-}
+STEPS = {**tiny_model.STEPS, "lr": 1e-2, "max_steps": 2}
 
 
 def vocabulary_of(module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 
 import numpy as np
 import pytest
@@ -17,10 +16,11 @@ from fasterase.ops.contrastive import contrastive, explain_backend, triton_plan
 from fasterase.ops.contrastive import triton as triton_backend
 from fasterase.ops.contrastive.triton_launch import Launcher
 from tests import oracle
+from tests.marks import SHORT_RUN
 from tests.ops import triton_checks
 from tests.ops.calls import norm_error
 from tests.ops.triton_checks import batch_on, run, small_tiles  # noqa: F401, a fixture
-from tests.tiny_model import TinyModel, pairs
+from tests.tiny_model import erase
 
 FP32, FP16 = torch.float32, torch.float16
 
@@ -137,23 +137,10 @@ def test_launches_of_a_step(monkeypatch):
             assert len(launched) == sets * expected
 
 
+@SHORT_RUN
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", FP32), ("bf16", FP16)])
 def test_unlearn_asks_for_the_products_of_its_precision(precision, dtype, multiplied):
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "verdict|retain: .* seem to name")
-        fasterase.unlearn(
-            TinyModel(),
-            pairs(6, seed=1),
-            pairs(20, seed=2),
-            lr=1e-3,
-            max_steps=1,
-            batch_size=8,
-            forget_batch_size=4,
-            evaluation=None,
-            progress=False,
-            backend="triton",
-            precision=precision,
-        )
+    erase(backend="triton", precision=precision, max_steps=1)
     assert multiplied == [{dtype}]  # one call for losses and gradients
 
 

