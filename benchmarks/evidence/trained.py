@@ -135,5 +135,4 @@ METHODS = (
     _objective("CLIPErase, FM + RM", ABLATION, FORGETTING | RETAINING),
     _objective("CLIPErase", PAPER, FORGETTING | RETAINING, consistency_weight=(3.0, 9.0)),
     Method("fasterase", "the library's default", erase_by_default, [{}]),
-    Method("fasterase, thorough", "thorough=True", erase_by_default, [{"thorough": True}], 1),
 )
