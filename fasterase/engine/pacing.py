@@ -157,8 +157,8 @@ class Check(NamedTuple):
         """
         return [
             sum(max(hit - max(TOLD_HIT, 1.5 * t.chance), 0.0) for hit, _ in t.towers.values())
-            for t in {**self.traces, **self.trained}.values()
-            if not t.by_hits and t.pairs >= LEAST_RANKED
+            for name, t in {**self.traces, **self.trained}.items()
+            if name != WITHHELD and not t.by_hits and t.pairs >= LEAST_RANKED
         ]
 
 

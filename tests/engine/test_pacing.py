@@ -428,7 +428,10 @@ class TestAutomatic:
         assert loud.told == [pytest.approx(0.1)]
         assert loud._replace(trained=silent.traces).told == [0]
         assert silent._replace(trained=loud.traces).told == loud.told
-        few = {"withheld": replace(loud.traces["forget"], by_hits=True)}
+        assert silent._replace(
+            traces={**silent.traces, "withheld": loud.traces["forget"]}
+        ).told == [0]
+        few = {"few": replace(loud.traces["forget"], by_hits=True)}
         assert silent._replace(traces={**silent.traces, **few}).told == [0]
 
 
