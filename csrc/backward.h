@@ -156,45 +156,41 @@ void multiply_tiles(const Group<T>& group, const Coefficients<T>& coefficients,
       });
     }
     // The diagonal's tiles come first, and initialise the gradients.
-    const int beta = tile.rows.begin == tile.cols.begin ? 0 : 1;
+    const T beta = tile.rows.begin == tile.cols.begin ? 0 : 1;
     if constexpr (std::is_same_v<T, float>) {
       if (in_bf16) return in_bf16->add(scratch.tile(0), tile, beta, gradients);
     }
-    const Tensor product = view(scratch.tile(0), tile.rows.size, width);
+    const Factor<T> product{scratch.tile(0), tile.rows.size, width, width};
+    const auto add = [&](const Factor<T>& left, const Rows<T>& right, int64_t begin, Tensor& to) {
+      T* out = to.template mutable_data_ptr<T>() + begin * right.width();
+      multiply(left, right.factor(), T(1), beta, out, right.width());
+    };
     if (gradients.image.defined()) {
-      Tensor out = gradients.image.narrow(0, tile.rows.begin, tile.rows.size);
-      at::addmm_out(out, out, product, logits.text_rows(tile.cols), beta);
+      add(product, logits.text_rows(tile.cols), tile.rows.begin, gradients.image);
     }
     if (gradients.text.defined()) {
-      Tensor out = gradients.text.narrow(0, tile.cols.begin, tile.cols.size);
-      at::addmm_out(out, out, product.t(), logits.image_rows(tile.rows), beta);
+      add(product.turn(), logits.image_rows(tile.rows), tile.cols.begin, gradients.text);
     }
   });
 }
 
-// Adds G's diagonal times `other`, stores <side, gradient> in `inner` [n] unless it is null, and
+// Adds G's diagonal times `other` to some rows, stores <side, gradient> in `inner` [n] unless it is null, and
 // multiplies by `factor`.
 template <typename T>
-void finish_gradient(const Tensor& gradient, const Tensor& side, const Tensor& other,
-                     const Parts& parts, const T* diagonal, T factor, T* inner) {
-  const auto type = c10::CppTypeToScalarType<T>::value;
-  parts.for_each_part([&](Span rows) {
-    const Tensor side_rows = side.narrow(0, rows.begin, rows.size).to(type);
-    const Tensor other_rows = other.narrow(0, rows.begin, rows.size).to(type);
-    const int64_t width = side.size(1);
-    for (int64_t i = 0; i < rows.size; ++i) {
-      const int64_t row = rows.begin + i;
-      T* d = gradient.mutable_data_ptr<T>() + row * width;
-      const T* x = side_rows.template const_data_ptr<T>() + i * side_rows.stride(0);
-      const T* y = other_rows.template const_data_ptr<T>() + i * other_rows.stride(0);
-      const T weight = diagonal[row];
+void finish_gradient(const Tensor& gradient, const Rows<T>& side, const Rows<T>& other, Span rows,
+                     const T* diagonal, T factor, T* inner) {
+  const int64_t width = side.width();
+  for (int64_t i = 0; i < rows.size; ++i) {
+    const int64_t row = rows.begin + i;
+    T* d = gradient.mutable_data_ptr<T>() + row * width;
+    const T *x = side[i], *y = other[i];
+    const T weight = diagonal[row];
 #pragma omp simd
-      for (int64_t j = 0; j < width; ++j) d[j] += weight * y[j];
-      if (inner) inner[row] = dot_row(x, d, width);
+    for (int64_t j = 0; j < width; ++j) d[j] += weight * y[j];
+    if (inner) inner[row] = dot_row(x, d, width);
 #pragma omp simd
-      for (int64_t j = 0; j < width; ++j) d[j] *= factor;
-    }
-  });
+    for (int64_t j = 0; j < width; ++j) d[j] *= factor;
+  }
 }
 
 // Fills the gradients of the weighted losses and returns the one in scale, computed from the text's
@@ -212,14 +208,17 @@ double compute_gradients(const Group<T>& group, const Weights<T>& weights, Gradi
   }
   std::vector<T> inner(group.rows(), T(0));
   const T factor = logits.scale * weights.largest;
-  if (gradients.image.defined()) {
-    finish_gradient(gradients.image, logits.image, logits.text, group.parts, diagonal, factor,
-                    from_text ? nullptr : inner.data());
-  }
-  if (gradients.text.defined()) {
-    finish_gradient(gradients.text, logits.text, logits.image, group.parts, diagonal, factor,
-                    from_text ? inner.data() : nullptr);
-  }
+  group.parts.for_each_part([&](Span rows) {
+    const Rows<T> image = logits.image_rows(rows), text = logits.text_rows(rows);
+    if (gradients.image.defined()) {
+      finish_gradient(gradients.image, image, text, rows, diagonal, factor,
+                      from_text ? nullptr : inner.data());
+    }
+    if (gradients.text.defined()) {
+      finish_gradient(gradients.text, text, image, rows, diagonal, factor,
+                      from_text ? inner.data() : nullptr);
+    }
+  });
   double sum = 0;
   for (T value : inner) sum += value;
   return sum * weights.largest;

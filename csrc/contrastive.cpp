@@ -13,8 +13,12 @@ namespace {
 
 using MaybeTensor = std::optional<Tensor>;
 
-// Rows of unit stride, as the tiles read them.
-Tensor make_readable(const Tensor& x) { return x.stride(1) == 1 ? x : x.contiguous(); }
+// Rows of unit stride that do not overlap, as BLAS reads them.
+Tensor make_readable(const Tensor& x) {
+  const bool is_readable = x.stride(1) == 1 && x.stride(0) >= x.size(1) &&
+                           x.stride(0) <= std::numeric_limits<int>::max();
+  return is_readable ? x : x.contiguous();
+}
 
 template <typename T>
 T read_scale(const Tensor& scale) {

@@ -18,12 +18,11 @@ Diagonal<T> compute_diagonal(const Logits<T>& logits, const Parts& parts) {
   Diagonal<T> diagonal{std::vector<T>(n), 0};
   std::vector<T> squares[2] = {std::vector<T>(n), std::vector<T>(n)};
   parts.for_each_part([&](Span rows) {
-    const Tensor image = logits.image_rows(rows), text = logits.text_rows(rows);
-    const int64_t width = image.size(1);
+    const Rows<T> image = logits.image_rows(rows), text = logits.text_rows(rows);
+    const int64_t width = image.width();
     for (int64_t i = 0; i < rows.size; ++i) {
       const int64_t row = rows.begin + i;
-      const T* x = image.template const_data_ptr<T>() + i * image.stride(0);
-      const T* y = text.template const_data_ptr<T>() + i * text.stride(0);
+      const T *x = image[i], *y = text[i];
       diagonal.logits[row] = logits.scale * dot_row(x, y, width);
       squares[0][row] = dot_row(x, x, width);
       squares[1][row] = dot_row(y, y, width);

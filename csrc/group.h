@@ -89,10 +89,27 @@ struct Softmax {
   bool is_shared;          // one shift everywhere, so one exp is enough for both directions
 };
 
+// Some rows of features, converted to T where they are of another type.
 template <typename T>
-inline Tensor view(T* data, int64_t rows, int64_t cols) {
-  return at::from_blob(data, {rows, cols}, c10::CppTypeToScalarType<T>::value);
-}
+class Rows {
+ public:
+  Rows(const Tensor& side, Span rows) : size_(rows.size), width_(side.size(1)) {
+    constexpr auto type = c10::CppTypeToScalarType<T>::value;
+    if (side.scalar_type() != type) converted_ = side.narrow(0, rows.begin, size_).to(type);
+    const Tensor& read = converted_.defined() ? converted_ : side;
+    stride_ = read.stride(0);
+    data_ = read.const_data_ptr<T>() + (converted_.defined() ? 0 : rows.begin * stride_);
+  }
+
+  const T* operator[](int64_t i) const { return data_ + i * stride_; }
+  int64_t width() const { return width_; }
+  Factor<T> factor() const { return {data_, size_, width_, stride_}; }
+
+ private:
+  int64_t size_, width_, stride_;
+  Tensor converted_;
+  const T* data_;
+};
 
 // Rows rounded to bf16, padded as left factors are read.
 inline Tensor round_rows(const Tensor& side) {
@@ -135,8 +152,8 @@ struct Logits {
   Tensor rounded_image;  // undefined unless products are in bf16
   RightFactors turned_text;
 
-  Tensor image_rows(Span rows) const { return rows_of(image, rows); }
-  Tensor text_rows(Span cols) const { return rows_of(text, cols); }
+  Rows<T> image_rows(Span rows) const { return {image, rows}; }
+  Rows<T> text_rows(Span cols) const { return {text, cols}; }
 
   void round(const Parts& parts) {
     rounded_image = round_rows(image);
@@ -155,13 +172,8 @@ struct Logits {
         return;
       }
     }
-    Tensor out = view(s, rows.size, cols.size);
-    at::addmm_out(out, out, image_rows(rows), text_rows(cols).t(), 0, scale);
-  }
-
- private:
-  static Tensor rows_of(const Tensor& side, Span rows) {
-    return side.narrow(0, rows.begin, rows.size).to(c10::CppTypeToScalarType<T>::value);
+    const Rows<T> left = image_rows(rows), right = text_rows(cols);
+    fasterase::multiply(left.factor(), right.factor().turn(), scale, T(0), s, cols.size);
   }
 };
 

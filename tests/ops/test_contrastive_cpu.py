@@ -86,6 +86,16 @@ def test_rows_may_lie_apart():
 
 
 @needs_kernels
+def test_rows_may_overlap():
+    _, text, *rest = features(70, 8)
+    windows = torch.randn(77).unfold(0, 8, 1)
+    for overlapping in (windows, windows[:1].expand(70, 8)):
+        expected = gradients(loss, (overlapping.clone().requires_grad_(), text, *rest))
+        found = gradients(loss, (overlapping.detach().requires_grad_(), text, *rest))
+        assert all(map(torch.equal, found, expected))
+
+
+@needs_kernels
 def test_small_numbers_survive_the_library():
     """-ffast-math in a shared library would flush them to zero for the whole process."""
     assert (torch.tensor([1e-40]) * torch.tensor([1.0])).item() > 0
