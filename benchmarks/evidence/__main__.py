@@ -45,12 +45,14 @@ from benchmarks.evidence.table import (
     summarise,
 )
 from benchmarks.evidence.task import Method
-from benchmarks.recipes.runs import add_retrained, parse_retrained
 from benchmarks.result_files import read_csv, write_csv
+from fasterase.demo import emoji
 from fasterase.errors import InputError
 from fasterase.files import write_text
+from fasterase.option_values import parse_named
 
 SETTINGS, MODELS = "evidence_settings.csv", "evidence_models.csv"
+RETRAINED_HELP = "further models trained without a subgroup (tools.demo_assets.train)"
 Chosen = dict[str, tuple[str, float]]  # title -> (setting, damage on the validation concepts)
 
 
@@ -63,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--settings", type=Path, metavar="FILE", help="of an earlier run, in place of validation")
     add("--merge", action="store_true", help="keep what --output has of other methods")
     add("--attacks", nargs="*", default=[], choices=attacks_of(ATTACKED))
-    add_retrained(parser)
+    add("--retrained", nargs="*", default=[], metavar="SUBGROUP=FOLDER", help=RETRAINED_HELP)
     options = parser.parse_args(argv)
     methods = check_methods(options.methods)
     attacks = tuple(options.attacks)
@@ -85,6 +87,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     order = [ORIGINAL, RETRAINED, *METHODS]
     found.sort(key=lambda each: (order.index(each.method), each.subgroup, each.seed))
     write_results(found, f"Tuned on {tuned_on}:\n\n{describe_choice(chosen)}\n", options.output)
+
+
+def parse_retrained(entries: list[str]) -> dict[str, str]:
+    """Read the SUBGROUP=FOLDER entries of --retrained, and add the packaged model."""
+    given = parse_named("retrained", entries)
+    for subgroup, folder in given.items():
+        if subgroup not in TEST:
+            raise InputError(f"--retrained {subgroup}: expected one of {', '.join(TEST)}.")
+        if not Path(folder).is_dir():
+            raise InputError(f"--retrained {subgroup}: there is no folder {folder}.")
+    return {emoji.DEFAULT_FORGET: str(emoji.RETRAINED_MODEL), **given}
 
 
 def choose_settings(methods: Sequence[Method], options: argparse.Namespace) -> tuple[Chosen, str]:

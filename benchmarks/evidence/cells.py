@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence import closed_form, salient, trained, varied
+from benchmarks.evidence import closed_form, salient, trained
 from benchmarks.evidence.task import Method, Setting, Task
 from benchmarks.processes import call_all
 from fasterase.demo import emoji
@@ -27,7 +27,6 @@ from fasterase.report.evaluation import Evaluation
 METHODS: dict[str, Method] = {
     method.title: method for method in (*trained.METHODS, *salient.METHODS, *closed_form.METHODS)
 }
-VARIANTS: dict[str, Method] = {method.title: method for method in varied.METHODS}
 # Models that no method made, measured in the same way.
 ORIGINAL, RETRAINED = "original", "retrained"
 # Attacks that train. The original undergoes them in cells of its own, not beside every model.
@@ -38,7 +37,7 @@ COSTLY = ("relearn",)
 class Measured:
     """A model after an erasure."""
 
-    method: str  # title of the method or variant, or `ORIGINAL` or `RETRAINED`
+    method: str  # title of the method, or `ORIGINAL` or `RETRAINED`
     setting: str  # as JSON, with the `steps` at which this model was measured
     subgroup: str  # what was erased
     seed: int  # of the run
@@ -111,7 +110,7 @@ def run_cell(cell: Cell, work: Path) -> list[Measured]:
     if cell.method in (ORIGINAL, RETRAINED):
         measure(0)
     else:
-        (METHODS | VARIANTS)[cell.method].erase(Task(model, sets, cell.seed, measure), setting)
+        METHODS[cell.method].erase(Task(model, sets, cell.seed, measure), setting)
     write_text(path, json.dumps([asdict(each) for each in found]))
     return found
 

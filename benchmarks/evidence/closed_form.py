@@ -56,12 +56,8 @@ def encode_captions(model: DualEncoder, drawings: Drawings) -> Tensor:
     """Return text features of every caption of every drawing, [captions, D], in fp64."""
     texts = [drawings[index]["text"] for index in range(len(drawings))]
     captions = [[text] if isinstance(text, str) else text for text in texts]
-    return encode_texts(model, [*chain.from_iterable(captions)])
-
-
-def encode_texts(model: DualEncoder, captions: list[str]) -> Tensor:
-    """Return text features, [captions, D], in fp64."""
-    return _encode(captions, lambda part: model.encode_text(model.tokenize(part)))
+    flat = [*chain.from_iterable(captions)]
+    return _encode(flat, lambda part: model.encode_text(model.tokenize(part)))
 
 
 def encode_images(model: DualEncoder, drawings: Drawings) -> Tensor:

@@ -22,8 +22,8 @@ import numpy as np
 from benchmarks.command import comparison_parser, exit_with
 from benchmarks.evidence.attacks import MEMBERSHIP, RELEARNED, SWAPPED, attacks_of, non_members
 from benchmarks.evidence.sequential import HIT, RECALL, erase
+from benchmarks.evidence.task import KEEP_SETS
 from benchmarks.processes import call_all
-from benchmarks.recipes.runs import KEEP_SETS
 from benchmarks.result_files import count_words, markdown_table, write_csv
 from fasterase.demo import emoji
 from fasterase.demo.run import evaluate_sets

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.evidence.attacks import attacks_of
 from benchmarks.evidence.cells import Measured
 from benchmarks.evidence.table import ATTACKED, HIT, RECALL
-from benchmarks.recipes.runs import FORGET_SETS, KEEP_SETS
+from benchmarks.evidence.task import FORGET_SETS, KEEP_SETS
 from benchmarks.result_files import read_csv
 
 VERDICT, RESIDUE = " verdict", " residue"

@@ -27,8 +27,8 @@ import torch
 
 import fasterase
 from benchmarks.command import comparison_parser, exit_with
+from benchmarks.evidence.task import KEEP_SETS
 from benchmarks.processes import call_all
-from benchmarks.recipes.runs import KEEP_SETS
 from benchmarks.result_files import markdown_table, write_csv
 from fasterase.demo import emoji
 from fasterase.demo.run import recipe_config

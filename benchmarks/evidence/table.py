@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.evidence.attacks import PROBED, RELEARNED, SWAPPED
 from benchmarks.evidence.cells import ORIGINAL, Measured
-from benchmarks.recipes.runs import FORGET_SETS, KEEP_SETS
+from benchmarks.evidence.task import FORGET_SETS, KEEP_SETS
 from benchmarks.result_files import count_words, markdown_table
 
 HIT, RECALL = "concept_hit@1", "image_to_text_recall@1"

@@ -14,6 +14,9 @@ from fasterase.demo.sets import DemoSets
 from fasterase.models.dual_encoder import DualEncoder
 
 Setting = Mapping[str, Any]
+# The sets of the demo, by what a method should do to them.
+FORGET_SETS = ("forget", "forget-unseen")
+KEEP_SETS = ("retain", "neighbour", "holdout")
 
 
 @dataclass(frozen=True)

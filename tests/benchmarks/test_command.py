@@ -37,7 +37,6 @@ def test_every_command_reports_its_errors_in_the_same_place():
     [
         ("evidence.attacks --erased demo", "--erased demo: expected NAME=WHERE"),
         ("evidence.digits --work FILE", "--work: FILE cannot be created"),
-        ("systems.eight_bit --work FILE", "--work: FILE cannot be created"),
         pytest.param(
             "systems.end_to_end --concept nonsense --output new.csv",
             "'nonsense' chooses no concept",
@@ -48,11 +47,10 @@ def test_every_command_reports_its_errors_in_the_same_place():
         ("evidence --retrained drink", "--retrained drink: expected NAME=WHERE"),
         ("loss.gpu_model --against none.csv", "--against: none.csv has no times"),
         ("systems.gpu_stages --wheels none", "no *.whl in none"),
-        ("recipes --retrained fish=none", "--retrained fish: expected one of food-fruit"),
-        ("recipes --retrained drink=none", "--retrained drink: there is no folder none"),
+        ("evidence --retrained fish=none", "--retrained fish: expected one of food-fruit"),
+        ("evidence --retrained drink=none", "--retrained drink: there is no folder none"),
         ("robustness --concepts nonsense", "'nonsense' chooses no concept"),
         ("evidence.references --references none", "--references: no folder none/without-CONCEPT"),
-        ("recipes.tune --work FILE", "--work: FILE cannot be created"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(words, said, tmp_path, monkeypatch, capsys):

@@ -1,1 +1,0 @@
-"""Erasing recipes against each other, on concepts that none of them was tuned on."""
