@@ -156,14 +156,14 @@ void multiply_tiles(const Group<T>& group, const Coefficients<T>& coefficients,
       });
     }
     // The diagonal's tiles come first, and initialise the gradients.
-    const T beta = tile.rows.begin == tile.cols.begin ? 0 : 1;
+    const bool adds = tile.rows.begin != tile.cols.begin;
     if constexpr (std::is_same_v<T, float>) {
-      if (in_bf16) return in_bf16->add(scratch.tile(0), tile, beta, gradients);
+      if (in_bf16) return in_bf16->add(scratch.tile(0), tile, adds, gradients);
     }
     const Factor<T> product{scratch.tile(0), tile.rows.size, width, width};
     const auto add = [&](const Factor<T>& left, const Rows<T>& right, int64_t begin, Tensor& to) {
       T* out = to.template mutable_data_ptr<T>() + begin * right.width();
-      multiply(left, right.factor(), T(1), beta, out, right.width());
+      multiply(left, right.factor(), T(1), adds, out, right.width());
     };
     if (gradients.image.defined()) {
       add(product, logits.text_rows(tile.cols), tile.rows.begin, gradients.image);
@@ -174,8 +174,8 @@ void multiply_tiles(const Group<T>& group, const Coefficients<T>& coefficients,
   });
 }
 
-// Adds G's diagonal times `other` to some rows, stores <side, gradient> in `inner` [n] unless it is null, and
-// multiplies by `factor`.
+// Adds G's diagonal times `other` to some rows, stores <side, gradient> in `inner` [n] unless it is
+// null, and multiplies by `factor`.
 template <typename T>
 void finish_gradient(const Tensor& gradient, const Rows<T>& side, const Rows<T>& other, Span rows,
                      const T* diagonal, T factor, T* inner) {

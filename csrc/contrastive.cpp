@@ -2,6 +2,8 @@
 // here follow it. Registers fasterase::contrastive_cpu and its backward, whose schemas are in
 // fasterase/ops/contrastive/operator.py.
 
+#include <limits>
+
 #include <torch/library.h>
 
 #include "backward.h"
@@ -13,7 +15,7 @@ namespace {
 
 using MaybeTensor = std::optional<Tensor>;
 
-// Rows of unit stride that do not overlap, as BLAS reads them.
+// Rows of unit stride that do not overlap, no further apart than BLAS can read.
 Tensor make_readable(const Tensor& x) {
   const bool is_readable = x.stride(1) == 1 && x.stride(0) >= x.size(1) &&
                            x.stride(0) <= std::numeric_limits<int>::max();

@@ -79,6 +79,7 @@ void sum_tiles(Group<T>& group, const std::vector<T>& diagonal, LossSums<T>& sum
     sums.cross[way].assign(group.rows(), T(0));
     sums.gaps[way].assign(labels.repeat() ? group.rows() : 0, T(0));
   }
+  if (group.rows() < 2) return;
   const Scratch<T> scratch(group.parts.largest(), 2, 4);
   group.for_each_tile(scratch, [&](const Tile<T>& tile) {
     const int64_t width = tile.cols.size, first_col = tile.cols.begin;

@@ -173,7 +173,8 @@ struct Logits {
       }
     }
     const Rows<T> left = image_rows(rows), right = text_rows(cols);
-    fasterase::multiply(left.factor(), right.factor().turn(), scale, T(0), s, cols.size);
+    fasterase::multiply(left.factor(), right.factor().turn(), scale, /*adds=*/false, s,
+                        cols.size);
   }
 };
 

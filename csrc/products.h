@@ -1,8 +1,8 @@
-// Products of tiles: by torch's BLAS, and of bf16 matrices with fp32 sums by torch's kernels for AMX,
-// the matrix units of Intel's Xeons.
+// Products of tiles: by BLAS, and of bf16 matrices with fp32 sums by torch's kernels for AMX, the
+// matrix units of Intel's Xeons.
 //
-// torch compiles a kernel of the latter for each shape and keeps it: here all factors are padded to
-// multiples of `kBlock`, so that only the depth makes a difference.
+// torch compiles a kernel for each shape of bf16 products and keeps it: here all their factors are
+// padded to multiples of `kBlock`, so that only the depth makes a difference.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -35,6 +35,9 @@ struct Factor {
 
   Factor turn() const { return {data, cols, rows, stride, !is_turned}; }
 
+  // Of no columns too, BLAS wants a stride of 1 or more.
+  int blas_stride() const { return std::max({stride, is_turned ? rows : cols, int64_t(1)}); }
+
   at::Tensor view() const {
     return at::from_blob(const_cast<T*>(data), {rows, cols},
                          is_turned ? at::IntArrayRef{1, stride} : at::IntArrayRef{stride, 1},
@@ -42,28 +45,33 @@ struct Factor {
   }
 };
 
-// out = factor * left @ right + beta * out, whose rows are `stride` apart.
+// out = scale * left @ right, or adds that; rows of out are `out_stride` apart.
 //
 // Not by tensors: of tiles with 64 rows, making those takes a tenth of the time of the products.
+// Processors other than x86-64 may have something better than BLAS, which torch knows.
 template <typename T>
-inline void multiply(const Factor<T>& left, const Factor<T>& right, T factor, T beta, T* out,
-                     int64_t stride) {
+inline void multiply(const Factor<T>& left, const Factor<T>& right, T scale, bool adds, T* out,
+                     int64_t out_stride) {
+  const Factor<T> to{out, left.rows, right.cols, out_stride};
+  const T beta = adds ? 1 : 0;
+#ifdef __x86_64__
   const auto gemm = [] {
     if constexpr (std::is_same_v<T, float>) return sgemm_;
     else return dgemm_;
   }();
-  if (gemm == nullptr) {
-    at::Tensor to = Factor<T>{out, left.rows, right.cols, stride}.view();
-    at::addmm_out(to, to, left.view(), right.view(), beta, factor);
+  if (gemm != nullptr) {
+    // BLAS reads columns first: it computes out.T = right.T @ left.T.
+    const auto mode = [](const Factor<T>& side) { return side.is_turned ? 'T' : 'N'; };
+    const char modes[] = {mode(right), mode(left)};
+    const int rows = left.rows, cols = right.cols, depth = left.cols;
+    const int strides[] = {right.blas_stride(), left.blas_stride(), to.blas_stride()};
+    gemm(&modes[0], &modes[1], &cols, &rows, &depth, &scale, right.data, &strides[0], left.data,
+         &strides[1], &beta, out, &strides[2]);
     return;
   }
-  // BLAS reads columns first, so that all matrices are turned, and change places.
-  const auto mode = [](const Factor<T>& side) { return side.is_turned ? 'T' : 'N'; };
-  const char first = mode(right), second = mode(left);
-  const int rows = left.rows, cols = right.cols, depth = left.cols, out_stride = stride,
-            left_stride = left.stride, right_stride = right.stride;
-  gemm(&first, &second, &cols, &rows, &depth, &factor, right.data, &right_stride, left.data,
-       &left_stride, &beta, out, &out_stride);
+#endif
+  at::Tensor tensor = to.view();
+  at::addmm_out(tensor, tensor, left.view(), right.view(), beta, scale);
 }
 
 using Bf16 = at::BFloat16;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import shutil
 import subprocess
@@ -87,12 +88,28 @@ def test_rows_may_lie_apart():
 
 @needs_kernels
 def test_rows_may_overlap():
-    _, text, *rest = features(70, 8)
+    image, text, *rest = features(70, 8)
     windows = torch.randn(77).unfold(0, 8, 1)
-    for overlapping in (windows, windows[:1].expand(70, 8)):
-        expected = gradients(loss, (overlapping.clone().requires_grad_(), text, *rest))
-        found = gradients(loss, (overlapping.detach().requires_grad_(), text, *rest))
-        assert all(map(torch.equal, found, expected))
+    for overlapping in (windows, windows[:1].expand(70, 8), windows.half()):
+        for sides in ((overlapping, text), (image, overlapping)):
+            found = gradients(loss, (*(each.detach().requires_grad_() for each in sides), *rest))
+            copies = (each.detach().clone().requires_grad_() for each in sides)
+            assert all(map(torch.equal, found, gradients(loss, (*copies, *rest))))
+
+
+@needs_kernels
+@pytest.mark.parametrize(("n", "width"), [(1, 8), (4, 0)])
+def test_blas_is_given_no_stride_that_it_refuses(n, width, capfd):
+    """It would say so, and compute nothing."""
+    image, text, *_ = features(n, width)
+    image, text = (
+        x.detach().as_strided((n, width), (1, n)).requires_grad_() for x in (image, text)
+    )
+    losses = contrastive(image, text, torch.tensor(3.0, requires_grad=True), backend="cpu")
+    (losses.ce_row + losses.ce_col).sum().backward()
+    assert losses.ce_row.tolist() == pytest.approx([math.log(n)] * n)
+    assert image.grad.shape == (n, width)
+    assert not any(capfd.readouterr())
 
 
 @needs_kernels
