@@ -8,7 +8,7 @@ and compares peak memory and the time of a step with what `fasterase.plan` says.
 same steps plainly, over NCCL and with DeepSpeed at each stage, all on one rank, and compares the
 last loss: these paths must work before there are several GPUs. Each run becomes a row of
 benchmarks/results/gpu_erasures.csv at once, and is not repeated for the same version and GPU,
-unless it failed or --fresh is given. Without a GPU the models are small, and NCCL is gloo.
+unless it failed or --fresh is given. Without a GPU the model is the demo's, and NCCL is gloo.
 """
 
 from __future__ import annotations
@@ -28,9 +28,12 @@ from benchmarks.command import exit_with, mode_parser
 from benchmarks.processes import MeasurementError, call_in_process
 from benchmarks.result_files import forget_rows, measure_once
 from benchmarks.systems.plan_memory import random_pairs
+from fasterase.demo import emoji
 from fasterase.models.load import load_architecture
 from fasterase.planner.count import PeakMemory, with_random_weights
 
+# Without a GPU.
+_SMALL = str(emoji.BASE_MODEL)
 _LIMIT_SECONDS = 300
 # How far the last losses of two engines may be apart, relative: sums of half precision in another
 # order, over all steps.
@@ -59,11 +62,11 @@ def cases(mode: str, device: str) -> list[Case]:
     """Return the runs of a mode."""
     if mode == "plan":
         if device == "cpu":
-            return [Case("ViT-S-32-alt", 5, 2, 3, device=device)]
+            return [Case(_SMALL, 5, 2, 3, device=device)]
         sizes = [("ViT-B-32", 512, 128, None), ("ViT-B-32", 2048, 256, 512)]
         sizes += [("ViT-L-14", 64, 16, None), ("ViT-L-14", 512, 64, 64)]
         return [Case(model, n, m, 8, micro) for model, n, m, micro in sizes]
-    model, retain, forget = ("ViT-B-32", 64, 16) if device == "cuda" else ("ViT-S-32-alt", 5, 2)
+    model, retain, forget = ("ViT-B-32", 64, 16) if device == "cuda" else (_SMALL, 5, 2)
     stages = ("zero1", "zero2", "zero3") if device == "cuda" else ("zero2",)
     kinds = ("plain", "nccl", *stages)
     return [Case(model, retain, forget, 3, None, kind, device) for kind in kinds]
