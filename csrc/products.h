@@ -35,7 +35,7 @@ struct Factor {
 
   Factor turn() const { return {data, cols, rows, stride, !is_turned}; }
 
-  // Of no columns too, BLAS wants a stride of 1 or more.
+  // Even where there are no columns, BLAS wants a stride of at least 1.
   int blas_stride() const { return std::max({stride, is_turned ? rows : cols, int64_t(1)}); }
 
   at::Tensor view() const {

@@ -6,12 +6,12 @@
 Every method (trained.py, salient.py, closed_form.py) is given the demo's model and pairs. Its
 settings are tried on the validation concepts with one seed; the one of least damage, hit@1 beyond
 chance plus recall lost, erases the test concepts. Methods with nothing to choose and the best of
-the others, by that damage, are finalists: they have several seeds, and the costly attacks. Methods
-and checkpoints are never chosen by the sets that are reported. Each cell is kept in --work as soon
-as it is measured, so an interrupted command resumes; --merge leaves the models of all methods but
---methods as they are in --output. Writes evidence_settings.csv (what was chosen, for --settings),
-evidence.csv (the summary), evidence_models.csv (every model) and evidence.md (the table) to
---output.
+the others, by that damage, are finalists: they have several seeds, unless their method has one, and
+the costly attacks. Methods and checkpoints are never chosen by the sets that are reported. Each
+cell is kept in --work as soon as it is measured, so an interrupted command resumes; --merge leaves
+the models of all methods but --methods as they are in --output. Writes evidence_settings.csv (what
+was chosen, for --settings), evidence.csv (the summary), evidence_models.csv (every model) and
+evidence.md (the table) to --output.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from benchmarks.evidence.task import Method
 from benchmarks.result_files import read_csv, write_csv
 from fasterase.demo import emoji
 from fasterase.errors import InputError
-from fasterase.files import write_text
+from fasterase.files import check_writable, write_text
 from fasterase.option_values import parse_named
 
 SETTINGS, MODELS = "evidence_settings.csv", "evidence_models.csv"
@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--attacks", nargs="*", default=[], choices=attacks_of(ATTACKED))
     add("--retrained", nargs="*", default=[], metavar="SUBGROUP=FOLDER", help=RETRAINED_HELP)
     options = parser.parse_args(argv)
+    check_writable(options.work, argument="--work")
     methods = check_methods(options.methods)
     attacks = tuple(options.attacks)
     retrained = parse_retrained(options.retrained)
@@ -112,7 +113,8 @@ def choose_settings(methods: Sequence[Method], options: argparse.Namespace) -> t
         chosen = tune(methods, options.validation, options.work, options.processes)
         tuned_on = " and ".join(options.validation)
     if options.merge:
-        others = check_methods({row["method"] for row in read_csv(file)} - chosen.keys())
+        earlier_titles = [row["method"] for row in read_csv(file)]
+        others = check_methods([title for title in earlier_titles if title not in chosen])
         earlier, earlier_tuned_on = read_settings(file, others)
         chosen, tuned_on = earlier | chosen, tuned_on or earlier_tuned_on
     if options.merge or options.settings is None:

@@ -97,6 +97,7 @@ def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Format the summary as Markdown, in percent; the wanted direction stands in each heading."""
     headings = {
         "method": "method",
+        "concepts": "concepts",
         "models": "models",
         "forget hit@1": "forget hit@1 ↓",
         "forget residue": "residue → 50",
@@ -118,7 +119,7 @@ def _cell(row: Mapping[str, Any], column: str) -> str:
         return "-"
     if isinstance(value, str):
         return value
-    if column in ("models", "seconds"):
+    if column in ("concepts", "models", "seconds"):
         return f"{value:.0f}"
     sign = "+" if column.endswith("change") else ""
     spread = f"{100 * row[f'{column} low']:.0f} to {100 * row[f'{column} high']:.0f}"

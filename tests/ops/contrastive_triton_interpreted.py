@@ -95,7 +95,7 @@ def test_rectangles_of_several_blocks_and_backwards_of_several_strips(monkeypatc
 
 @pytest.mark.usefixtures("two_slots")
 def test_opposite_cones_fire_the_guard():
-    check_guard("cpu", FP32, 160, (20, 140))
+    check_guard("cpu", FP16, 160, (20, 140))
 
 
 def test_the_guard_is_a_group_s_own():

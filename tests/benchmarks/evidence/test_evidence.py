@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import replace
+from dataclasses import asdict, replace
 from shutil import copyfile
 
 import numpy as np
@@ -11,12 +11,21 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from benchmarks.command import TEST, VALIDATION
 from benchmarks.evidence import __main__ as evidence
 from benchmarks.evidence import closed_form, trained
 from benchmarks.evidence.__main__ import final_setting, finalists, read_settings, settings_table
 from benchmarks.evidence.cells import METHODS, ORIGINAL, Measured, as_text
 from benchmarks.evidence.rows import flatten, read_models
-from benchmarks.evidence.table import ATTACKED, _spread, as_table, by_place, choose, summarise
+from benchmarks.evidence.table import (
+    ATTACKED,
+    _spread,
+    as_table,
+    by_place,
+    choose,
+    damage,
+    summarise,
+)
 from benchmarks.result_files import RESULTS, read_csv, write_csv
 from fasterase.errors import InputError
 
@@ -89,6 +98,27 @@ def test_the_setting_of_least_damage_on_average_is_chosen():
     assert before["retain change"] == 0
     assert row["holdout change"] == pytest.approx(-0.2)
     assert "-20.0 (-30 to -10)" in as_table([row])
+
+
+def test_what_is_below_chance_or_above_the_original_earns_nothing():
+    original = measured(ORIGINAL, {}, hit=1.0, recall=0.8)
+    assert damage(measured("a", {}, hit=0.0, recall=0.9), original) == 0
+    assert damage(measured("a", {}, hit=0.12, recall=0.7), original) == pytest.approx(0.2 + 0.3)
+
+
+def test_methods_are_tuned_on_other_concepts_than_those_reported():
+    assert not set(VALIDATION) & set(TEST)
+    assert len(set(TEST)) >= 8
+
+
+def test_variants_of_the_default_differ_from_it_as_they_say(task, monkeypatch):
+    configs = []
+    monkeypatch.setattr(trained, "train", lambda task, config, **_: configs.append(config) or 1)
+    for setting in ({}, *trained.VARIED.values()):
+        trained.erase_by_default(replace(task, measure=lambda steps: None), setting)
+    plain, *varied = map(asdict, configs)
+    changed = [{k: v for k, v in each.items() if v != plain[k]} for each in varied]
+    assert changed == [*trained.VARIED.values()]
 
 
 def test_a_chosen_number_of_steps_is_the_only_one_measured():

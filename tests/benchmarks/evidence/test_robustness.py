@@ -73,6 +73,8 @@ def test_every_seed_is_a_row_and_what_is_not_forgotten_a_fault(monkeypatch: Any)
     monkeypatch.setattr(digits, "OPTIONS", digits.OPTIONS | {"max_steps": 4})
     rows = list(robustness.erase(CASE, 2))
     assert [each["seed"] for each in rows] == [0, 1]
-    assert len(faults(rows)) == 2
-    assert all(each["kept"] > -0.02 for each in rows)
+    assert [line.partition(",")[0] for line in faults(rows)] == [
+        f"vit_0_own_1 seed {seed}: remembered" for seed in (0, 1)
+    ]
+    assert all(abs(each["kept"]) < 0.1 for each in rows)
     assert rows[0]["forget text_to_image"] != rows[1]["forget text_to_image"]
