@@ -48,7 +48,7 @@ from benchmarks.evidence.task import Method
 from benchmarks.result_files import read_csv, write_csv
 from fasterase.demo import emoji
 from fasterase.errors import InputError
-from fasterase.files import check_writable, write_text
+from fasterase.files import write_text
 from fasterase.option_values import parse_named
 
 SETTINGS, MODELS = "evidence_settings.csv", "evidence_models.csv"
@@ -67,7 +67,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--attacks", nargs="*", default=[], choices=attacks_of(ATTACKED))
     add("--retrained", nargs="*", default=[], metavar="SUBGROUP=FOLDER", help=RETRAINED_HELP)
     options = parser.parse_args(argv)
-    check_writable(options.work, argument="--work")
     methods = check_methods(options.methods)
     attacks = tuple(options.attacks)
     retrained = parse_retrained(options.retrained)
