@@ -50,7 +50,6 @@ def test_every_command_reports_its_errors_in_the_same_place():
         ("evidence --retrained fish=none", "--retrained fish: expected one of food-fruit"),
         ("evidence --retrained drink=none", "--retrained drink: there is no folder none"),
         ("robustness --concepts nonsense", "'nonsense' chooses no concept"),
-        ("evidence.references --references none", "--references: no folder none/without-CONCEPT"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(words, said, tmp_path, monkeypatch, capsys):
