@@ -94,12 +94,9 @@ class Decoys:
         most = -(-count // ranks.world_size)
         rows = np.append(own, np.repeat(drawn[:1], most - len(own)))
         counts = torch.arange(most, device=engine.device) < len(own)
-        moved = torch.cat(
-            [
-                self._hold(engine, rows[part], counts[part], ranks.world_size / count)
-                for part in _slices(most, self.micro_batch_size)
-            ]
-        )
+        size, share = self.micro_batch_size, ranks.world_size / count
+        places = [slice(start, start + size) for start in range(0, most, size)]
+        moved = torch.cat([self._hold(engine, rows[p], counts[p], share) for p in places])
         parts = ranks.gather_rows((moved * counts)[:, None], [most] * ranks.world_size)
         return torch.cat(parts).sum() / count
 
@@ -114,10 +111,6 @@ class Decoys:
             loss = self.weight * share * (moved * counts).sum()
             torch.autograd.backward(engine.upstream() * loss)
         return moved.detach()
-
-
-def _slices(count: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _describe_strangers(

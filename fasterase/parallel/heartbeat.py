@@ -30,18 +30,12 @@ _LEAVE_SECONDS = 2.0
 
 
 class Heartbeat:
-    """A thread that tells this rank who has fallen silent, and passes signals on.
-
-    Attributes:
-        limit: seconds without a sign of life that are allowed.
-        silent: ranks that gave none for longer.
-        stopping: rank -> signal that it received.
-    """
+    """A thread that tells this rank who has fallen silent, and passes signals on."""
 
     def __init__(self, rank: int, sockets: dict[int, socket.socket], stop: StopRequest) -> None:
         self.limit = LIMIT_SECONDS
-        self.silent: set[int] = set()
-        self.stopping: dict[int, int] = {}
+        self.silent: set[int] = set()  # ranks that gave no sign of life for longer
+        self.stopping: dict[int, int] = {}  # rank -> signal that it received
         self.on_silence: Callable[[], None] = lambda: None
         self._rank, self._stop = rank, stop
         self._peers = sockets
@@ -124,15 +118,10 @@ class Heartbeat:
 
 def connect(
     rank: int,
-    hosts: list[str],
-    exchange: Callable[[Any], list[Any]],
+    hosts: list[str],  # of the ranks
+    exchange: Callable[[Any], list[Any]],  # gathers an object of each rank
 ) -> dict[int, socket.socket] | None:
-    """Connect the first rank with all others; None, on all, if that cannot be done.
-
-    Args:
-        hosts: names of the ranks' machines.
-        exchange: gathers an object of each rank.
-    """
+    """Connect the first rank with all others; None, on all, if that cannot be done."""
     is_local = len(set(hosts)) == 1
     found: dict[int, socket.socket] = {}
     server, offer = None, None

@@ -30,9 +30,8 @@ from fasterase.errors import InputError, MissingExtraError, ResumeError, import_
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.forward import Features, Halfway, TowerForward
 from fasterase.models.preprocessing import Tokens
-from fasterase.parallel.engine import Step, TrainingState, as_json, is_number
+from fasterase.parallel.engine import Engine, Step, TrainingState, as_json, is_number
 from fasterase.parallel.ranks import Ranks
-from fasterase.transfers import read_numbers
 
 # It leaves out steps whose norm is not finite in fp32 too, and has `coalesce_grad_reduction`.
 LEAST_VERSION = (0, 19, 8)
@@ -65,39 +64,28 @@ def require_deepspeed() -> Any:
     return deepspeed
 
 
-class ZeroEngine:
+class ZeroEngine(Engine):
     """A DeepSpeed engine around a copy of the model, whose weights go back to it at the end.
 
     DeepSpeed rearranges the parameters of what it wraps, so the caller's module is left alone; on a
     GPU it waits in the memory of the host.
-
-    Args:
-        forward: the towers of the copy, on their device, with `requires_grad` as trained.
-        parameters: the trained parameters by name, in the module's order.
-        optimizer: optimises those.
-        config: DeepSpeed's, complete.
-        model: the caller's.
-        ranks: who takes part.
     """
 
     def __init__(
         self,
-        forward: TowerForward,
+        forward: TowerForward,  # of the copy
         parameters: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
         *,
-        config: Mapping[str, Any],
-        model: DualEncoder,
+        config: Mapping[str, Any],  # DeepSpeed's, complete
+        model: DualEncoder,  # the caller's
         ranks: Ranks,
     ) -> None:
+        super().__init__(forward, parameters, optimizer, ranks=ranks)
         self._deepspeed = require_deepspeed()
-        self.module = forward.module
         self._stage = zero_stage(config)
         self.in_lockstep = self._stage == 3
         self._model = model
-        self._ranks = ranks
-        self._parameters = dict(parameters)
-        self.device = next(iter(self._parameters.values())).device
         self._shapes = {name: each.shape for name, each in self._parameters.items()}
         for each in forward.parameters():
             if each.ndim == 0:  # logit_scale in most libraries; DeepSpeed cannot send it
@@ -115,21 +103,17 @@ class ZeroEngine:
     ) -> Features:
         return Features(*self._engine(pixels, tokens))
 
-    def upstream(self) -> Tensor:
-        return torch.ones((), device=self.device)
-
     @contextlib.contextmanager
     def one_reduction(self) -> Iterator[None]:
         with self._engine.coalesce_grad_reduction():
             yield
 
     def step(self, lr: float, *, max_grad_norm: float, loss: Sequence[Tensor]) -> Step:
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        self._set_lr(lr)
         # It leaves out a step whose gradients are not finite, and these are if the loss is.
         self._engine.step()
         norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self.device)
-        *terms, grad_norm = self._ranks.broadcast(read_numbers([*loss, norm]))
+        terms, grad_norm = self._read(loss, norm)
         is_finite = all(map(math.isfinite, (*terms, grad_norm)))
         return Step(terms, grad_norm, is_finite and self._engine.was_step_applied())
 
@@ -301,11 +285,7 @@ def _resharded_keys(states: Sequence[Mapping[str, Any]]) -> list[str] | None:
 
 
 def read_deepspeed(given: str | Mapping[str, Any]) -> dict[str, Any]:
-    """Return the configuration as a dict, from a file, the name of one that ships, or a dict.
-
-    Args:
-        given: the path of a JSON file; `"zero1"`, `"zero2"`, `"zero3"` or `"zero3_offload"` (with
-            or without `.json`); or the configuration itself.
+    """Return the configuration: a dict itself, or read from a file or one that ships (`"zero1"`).
 
     Raises:
         InputError: there is no such file, or it is not a JSON object with a known ZeRO stage.
