@@ -39,12 +39,7 @@ _ROW_BYTES = 20
 class PrefixCache(Prefixes):
     """Begins batches halfway through the towers, for the tuned blocks to finish.
 
-    Args:
-        folder: of a model and precision. The cache is beside it, one for each `tune`.
-        job: the run, whose model is in eval mode.
-
-    Raises:
-        InputError: see `SplitTower`.
+    The `folder` is that of a model and precision; the cache is beside it, one for each `tune`.
     """
 
     def __init__(self, folder: Path, job: Job) -> None:
@@ -161,10 +156,8 @@ def row_bytes(width: int, precision: str) -> int:
 def training_bytes(row_bytes: Mapping[str, int], *, forget: int, retain: int, views: int) -> int:
     """Return what the pairs that training draws take on disk at most, with a caption of each.
 
-    Args:
-        row_bytes: tower -> `row_bytes` of its outputs.
-        forget, retain: how many pairs.
-        views: of each forget image, beside the image itself.
+    `row_bytes` is that of each tower's outputs; there are as many `views` of each forget image,
+    beside the image itself.
     """
     images = forget * (1 + views) + retain
     return images * row_bytes["image"] + (forget + retain) * row_bytes["text"]
@@ -189,11 +182,8 @@ def open_prefix_cache(
 ) -> PrefixCache:
     """Return the cache of a run, and say how large it may grow.
 
-    Args:
-        folder, job: see `PrefixCache`.
-        drawn: rows of the retain set that the steps may draw.
-        measured: rows of sets that are encoded before and after, and in checks; stored as far as
-            there is room, the first ones first.
+    It holds all that the steps may draw, `drawn` of the retain set, and of the `measured` sets as
+    many, the first ones first, as there is room for.
 
     Raises:
         InputError: nothing is frozen; there are several processes; another read gives another view

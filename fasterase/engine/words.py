@@ -9,8 +9,9 @@ takes to hide the association, from where one pair brings it back.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -131,15 +132,15 @@ def named_words(wanted: bool | Sequence[str], concept: str | None) -> list[str]:
 
 
 def forget_words(
-    encoder: PairEncoder,
+    encoder: PairEncoder,  # of the model, which changes in place
     forget: PairTable,
     retain: PairTable,
     *,
-    drawn: np.ndarray,
-    table: tuple[str, nn.Parameter] | None,
-    seed: int,
-    named: Collection[str] = (),
-    named_alone: bool = False,
+    drawn: np.ndarray,  # rows of retain that the run draws, which are read in any case
+    table: tuple[str, nn.Parameter] | None,  # see `DualEncoder.word_table`
+    seed: int,  # of the noise, and of the pairs that are read: at most `READ_PAIRS` of a set
+    named: Collection[str] = (),  # words, in lower case
+    named_alone: bool = False,  # leave all others
 ) -> ForgottenWords | None:
     """Overwrite the embeddings of the words that the caller names, and of the forget set's own.
 
@@ -149,15 +150,6 @@ def forget_words(
     become the mean of all plus noise (`SPREAD`). Nothing changes without a table of vectors, or if
     there are no retain captions, which say what is kept. The model changes on every rank alike; the
     first one reads.
-
-    Args:
-        encoder: of the model, which changes in place.
-        forget, retain: of each, the captions of at most `READ_PAIRS` pairs are read.
-        drawn: rows of retain that are read in any case: those that the run draws.
-        table: the name and the parameter of the model's vectors, see `DualEncoder.word_table`.
-        seed: of the noise, and of the pairs that are read.
-        named: words, in lower case.
-        named_alone: leave all others.
 
     Raises:
         InputError: with `named_alone`, no forget caption has one of the words.
@@ -175,9 +167,10 @@ def forget_words(
         used = _count_words(encoder, forget, some[0])
         if named_alone:
             _check_used(named, used)
-        own = set() if named_alone else set(_own_words(used, kept))
-        tokens = _tokens_of_alone(encoder.model, own.union(named), used, kept)
-        risky = [word for word in _risky_words(used, kept) if word not in tokens]
+        own, risky = _lone_words(used, kept)
+        wanted = set(named) if named_alone else own.union(named)
+        tokens = _tokens_of_alone(encoder.model, wanted, used, kept)
+        risky = risky.difference(tokens)
         words, at_risk = (used.most_frequent(each, kept.of_word) for each in (tokens, risky))
         shared = set(named).intersection(used.of_word).difference(tokens)
         return sorted(set().union(*tokens.values())), words, at_risk, sorted(shared)
@@ -218,23 +211,21 @@ def _check_used(named: Collection[str], used: _Counts) -> None:
             )
 
 
-def _own_words(used: _Counts, kept: _Counts) -> Iterator[str]:
-    """Yield the words that only forget captions have, and that no other subject explains."""
-    if kept.captions < ENOUGH_CAPTIONS:
-        return
-    least = used.pairs * max(LEAST_SHARE, CONTRAST * 3 / kept.captions)
+def _lone_words(used: _Counts, kept: _Counts) -> tuple[set[str], set[str]]:
+    """Return words that only forget captions have: the concept's own, and common ones."""
+    own, common = set[str](), set[str]()
+    least, least_own = LEAST_SHARE * used.pairs, math.inf
+    if kept.captions >= ENOUGH_CAPTIONS:
+        least_own = used.pairs * (CONTRAST * 3 / kept.captions)
     for word, count in used.of_word.items():
-        is_rare = english_frequencies().get(word, 0.0) < COMMON
-        if count >= least and is_rare and word not in kept.of_word and not UNSPACED.search(word):
-            yield word
-
-
-def _risky_words(used: _Counts, kept: _Counts) -> Iterator[str]:
-    """Yield the common words that only forget captions have, in a share of them."""
-    for word, count in used.of_word.items():
-        is_common = COMMON <= english_frequencies().get(word, 0.0) < GRAMMAR
-        if is_common and word not in kept.of_word and count >= LEAST_SHARE * used.pairs:
-            yield word
+        frequency = english_frequencies().get(word, 0.0)
+        if word in kept.of_word or count < least or frequency >= GRAMMAR:
+            continue
+        if frequency >= COMMON:
+            common.add(word)
+        elif count >= least_own and not UNSPACED.search(word):
+            own.add(word)
+    return own, common
 
 
 def _tokens_of_alone(
