@@ -112,7 +112,7 @@ class ClipLoss(nn.Module):
 
     def _gather(self, own: _Pairs, with_grad: bool) -> _Pairs:
         """Concatenate the features of all ranks, rank by rank."""
-        sides = []
+        sides: list[Tensor] = []
         for rows in (own.image.contiguous(), own.text.contiguous()):
             if with_grad:
                 from torch.distributed.nn.functional import all_gather
@@ -124,7 +124,8 @@ class ClipLoss(nn.Module):
                 if not self.local_loss:
                     parts[self.rank] = rows
             sides.append(torch.cat(parts))
-        return _Pairs(*sides, own.scale)
+        image, text = sides
+        return _Pairs(image, text, own.scale)
 
     def _check_process_group(self) -> None:
         if not (dist.is_available() and dist.is_initialized()):

@@ -323,12 +323,10 @@ def _spread_weights(pairs: _Pairs, objective: Objective, uses_forget: bool, has_
 
 def _compute_forget(pairs: _Pairs, objective: Objective) -> Tensor:
     """The loss "similarity": of all forget rows, or the weighted sum of the groups' losses."""
-    if not pairs.groups:
-        rows = slice(0, pairs.n_forget)
-        whole = ForgetGroup(rows, objective.floor, floor_margin=objective.floor_margin)
-        return _compute_group(pairs, whole, objective.cross_weight)
+    rows = slice(0, pairs.n_forget)
+    whole = ForgetGroup(rows, objective.floor, floor_margin=objective.floor_margin)
     total = pairs.zero
-    for group in pairs.groups:
+    for group in pairs.groups or (whole,):
         total = total + group.weight * _compute_group(pairs, group, objective.cross_weight)
     return total
 

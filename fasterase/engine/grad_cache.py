@@ -114,7 +114,8 @@ def backpropagate(
         pairs = zip(again, of_part, strict=True)
         given = [(x, upstream) for x, upstream in pairs if x is not None and upstream is not None]
         if given:
-            torch.autograd.backward(*zip(*given, strict=True))
+            outputs, upstreams = zip(*given, strict=True)
+            torch.autograd.backward(outputs, upstreams)
     return loss
 
 

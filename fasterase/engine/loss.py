@@ -226,7 +226,8 @@ class StepLoss:
         ref_image, ref_text = pairs.ref_image, pairs.ref_text
         with torch.enable_grad():
             loss = weighted_erase_loss(
-                *leaves[:2],
+                leaves[0],
+                leaves[1],
                 clamped,
                 ref_image,
                 ref_text,

@@ -60,18 +60,15 @@ class Trained:
             named = model.module.named_parameters()
             chosen |= {name: each for name, each in named if each is model.logit_scale}
         decayed = [n for n, p in chosen.items() if p.ndim >= 2 and not n.endswith("logit_scale")]
-        towers = {
-            tower: any(name in chosen for name, _ in model.selected(tower))
-            for tower in ("image", "text")
-        }
         return cls(
             decayed=tuple(decayed),
             undecayed=tuple(name for name in chosen if name not in decayed),
             quantisable=frozenset(
                 name for name in decayed if _is_quantisable(model.module, name, chosen[name])
             ),
+            image=any(name in chosen for name, _ in model.selected("image")),
+            text=any(name in chosen for name, _ in model.selected("text")),
             scale=logit_scale,
-            **towers,
         )
 
     @property
