@@ -96,10 +96,10 @@ class ClipLoss(nn.Module):
         """The means of InfoNCE and, with a teacher, of the cross-entropy to it."""
         if self.world_size > 1:
             self._check_process_group()
-        every = [
-            self._gather(own, with_grad=self.gather_with_grad),
-            *(self._gather(each, with_grad=False) for each in teacher),
-        ]
+            with_grad = self.gather_with_grad
+            every = [self._gather(own, with_grad), *(self._gather(x, False) for x in teacher)]
+        else:
+            every = [own, *teacher]
         if self.world_size == 1 or not self.local_loss or not len(own.image):
             return _square_losses(*every)
         # A rank's own images [n, D] with the texts of all ranks [W n, D], and the reverse.
@@ -110,24 +110,22 @@ class ClipLoss(nn.Module):
         )
         return tuple(torch.stack(sides).mean() for sides in zip(*found, strict=True))
 
-    def _gather(self, own: _Pairs, *, with_grad: bool) -> _Pairs:
+    def _gather(self, own: _Pairs, with_grad: bool) -> _Pairs:
         """Concatenate the features of all ranks, rank by rank."""
-        if self.world_size == 1:
-            return own
-        image = self._gather_rows(own.image.contiguous(), with_grad)
-        text = self._gather_rows(own.text.contiguous(), with_grad)
+        sides: list[Tensor] = []
+        for rows in (own.image.contiguous(), own.text.contiguous()):
+            if with_grad:
+                from torch.distributed.nn.functional import all_gather
+
+                parts = list(all_gather(rows))
+            else:
+                parts = [torch.empty_like(rows) for _ in range(self.world_size)]
+                dist.all_gather(parts, rows.detach())
+                if not self.local_loss:
+                    parts[self.rank] = rows
+            sides.append(torch.cat(parts))
+        image, text = sides
         return _Pairs(image, text, own.scale)
-
-    def _gather_rows(self, own: Tensor, with_grad: bool) -> Tensor:
-        if with_grad:
-            from torch.distributed.nn.functional import all_gather
-
-            return torch.cat(all_gather(own))
-        parts = [torch.empty_like(own) for _ in range(self.world_size)]
-        dist.all_gather(parts, own.detach())
-        if not self.local_loss:
-            parts[self.rank] = own
-        return torch.cat(parts)
 
     def _check_process_group(self) -> None:
         if not (dist.is_available() and dist.is_initialized()):

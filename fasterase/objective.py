@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -58,13 +59,13 @@ class Strangers(NamedTuple):
 
 
 class ForgetGroup(NamedTuple):
-    """One of several concepts among the forget rows of a batch."""
+    """Some forget rows of a batch, such as those of a concept, and what they are to end at."""
 
-    rows: Tensor  # [m] int64
-    floor: float | None
-    weight: float  # the groups' sum is 1
+    rows: Tensor | slice = slice(0)  # [m] int64
+    floor: float | None = None
+    weight: float = 1.0  # the groups' sum is 1
     floor_margin: float = 0.0
-    strangers: Strangers | None = None  # of links, in place of the floor
+    strangers: Strangers | None = None  # of links, in place of floor and cross terms
 
 
 class Objective(NamedTuple):
@@ -156,9 +157,10 @@ def erase_loss(
     Raises:
         InputError: an argument is not as described.
     """
-    weights = forget_weight, retain_weight, consistency_weight
     objective = Objective(
-        *weights,
+        forget_weight,
+        retain_weight,
+        consistency_weight,
         forget_loss,
         floor,
         anchor_weight,
@@ -193,18 +195,14 @@ def weighted_erase_loss(
     n_forget: int,
     labels: Tensor | None = None,  # [N]
     groups: Sequence[ForgetGroup] = (),
-    strangers: Strangers | None = None,
 ) -> EraseLoss:
     """`erase_loss` for a training step: only the total is differentiable, once.
 
     The gradients of the similarity matrices are made together with the losses, by
     `weighted_contrastive`; the backward pass multiplies them by the upstream gradient. With
-    `groups`, which need the loss "similarity", `forget` is their weighted sum. With `strangers`,
-    which need it too, pairs are links: `_exceed_strangers` replaces floor and cross terms.
+    `groups`, which need the loss "similarity", `forget` is their weighted sum.
     """
-    given = _Pairs(
-        image, text, scale, ref_image, ref_text, ref_scale, labels, n_forget, groups, strangers
-    )
+    given = _Pairs(image, text, scale, ref_image, ref_text, ref_scale, labels, n_forget, groups)
     pairs = _check(given, objective)
     total, terms = _compute_terms(pairs, objective, is_weighted=True)
     if objective.forget_loss == "similarity":
@@ -226,16 +224,7 @@ class _Pairs(NamedTuple):
     labels: Tensor | None  # [N]
     n_forget: int
     groups: Sequence[ForgetGroup] = ()
-    strangers: Strangers | None = None
     zero: Any = None  # [] a term without rows, once checked
-
-    @property
-    def forget_rows(self) -> slice:
-        return slice(0, self.n_forget)
-
-    @property
-    def retain_rows(self) -> slice:
-        return slice(self.n_forget, len(self.image))
 
     def originals(self) -> tuple[Tensor, Tensor]:
         """The original's features, which the checks have found."""
@@ -252,16 +241,19 @@ def _compute_terms(
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
     """The differentiable weighted total of the similarity matrices, or 0, and the four terms."""
     of_forget, of_retain, total = _compute_matrices(pairs, objective, is_weighted)
-    forget = _compute_forget(pairs, objective, of_forget)
-    retain = consistency = anchor = pairs.zero
+    forget = retain = consistency = anchor = pairs.zero
+    if objective.forget_loss == "similarity" and pairs.n_forget:
+        forget = _compute_forget(pairs, objective)
+    elif of_forget is not None:
+        forget = pairs.mean(-(of_forget.ce_row + of_forget.ce_col) / 2)
     if of_retain is not None:
         retain = pairs.mean((of_retain.ce_row + of_retain.ce_col) / 2)
         if of_retain.kl_row is not None and of_retain.kl_col is not None:
             consistency = pairs.mean(of_retain.kl_row + of_retain.kl_col)
-    rows, dtype = pairs.retain_rows, pairs.scale.dtype
-    if objective.anchor_weight and rows.start < rows.stop:
+    if objective.anchor_weight and pairs.n_forget < len(pairs.image):
         features = (pairs.image, pairs.text, *pairs.originals())
-        anchor = moved_distance(*(each[rows].to(dtype) for each in features))
+        retained = (each[pairs.n_forget :].to(pairs.scale.dtype) for each in features)
+        anchor = moved_distance(*retained)
     return total, (forget, retain, consistency, anchor)
 
 
@@ -270,7 +262,7 @@ def _compute_matrices(
 ) -> tuple[Contrastive | None, Contrastive | None, Tensor]:
     """Compute the similarity matrices that a weight uses, one or one per set, in one call.
 
-    Return the losses of the forget and of the retain rows, None where no weight uses them, and
+    Return the losses of the forget and of the retain rows, None where there is no matrix, and
     their weighted total, 0 unless `is_weighted`.
 
     Two in one call have the KL for both sets or for neither. That of the forget rows is not used;
@@ -278,19 +270,20 @@ def _compute_matrices(
     """
     uses_forget = objective.forget_loss == "contrastive" and objective.forget_weight != 0
     uses_retain = objective.retain_weight != 0 or objective.consistency_weight != 0
-    groups = None
     if not (uses_forget or uses_retain):
         return None, None, pairs.zero
-    if objective.negatives == "joint" or (uses_forget and uses_retain):
-        rows = slice(0, len(pairs.image))
-        if objective.negatives == "own":
-            groups = pairs.n_forget, len(pairs.image) - pairs.n_forget
-    else:
-        rows = pairs.forget_rows if uses_forget else pairs.retain_rows
-
-    has_kl = objective.consistency_weight != 0 and rows.stop > pairs.n_forget
-    call = _select_rows(pairs, rows, has_kl)
-    call |= {"groups": groups, "backend": objective.backend, "products": objective.products}
+    n, n_forget = len(pairs.image), pairs.n_forget
+    is_joint = objective.negatives == "joint"
+    rows = slice(
+        0 if uses_forget or is_joint else n_forget, n if uses_retain or is_joint else n_forget
+    )
+    is_double = uses_forget and uses_retain and not is_joint
+    has_kl = objective.consistency_weight != 0 and rows.stop > n_forget
+    call = _select_rows(pairs, rows, has_kl) | {
+        "groups": (n_forget, n - n_forget) if is_double else None,
+        "backend": objective.backend,
+        "products": objective.products,
+    }
     total = pairs.zero
     if is_weighted:
         spread = _spread_weights(pairs, objective, uses_forget, has_kl)
@@ -298,13 +291,12 @@ def _compute_matrices(
         total = total + weighted
     else:
         losses = contrastive(**call)
-    if rows == slice(0, len(pairs.image)):
-        forget, retain = (
-            Contrastive._make(None if loss is None else loss[part] for loss in losses)
-            for part in (pairs.forget_rows, pairs.retain_rows)
-        )
-        return forget, retain, total
-    return (losses, None, total) if uses_forget else (None, losses, total)
+    border = n_forget - rows.start
+    forget, retain = (
+        Contrastive._make(None if loss is None else loss[part] for loss in losses)
+        for part in (slice(0, border), slice(border, None))
+    )
+    return forget, retain, total
 
 
 def _select_rows(pairs: _Pairs, rows: slice, has_kl: bool) -> dict[str, Any]:
@@ -323,49 +315,38 @@ def _spread_weights(pairs: _Pairs, objective: Objective, uses_forget: bool, has_
     n_forget, n_retain = pairs.n_forget, len(pairs.image) - pairs.n_forget
     spread = pairs.scale.new_zeros(4 if has_kl else 2, len(pairs.image))
     if uses_forget:
-        spread[:2, pairs.forget_rows] = -objective.forget_weight / (2 * max(n_forget, 1))
-    spread[:2, pairs.retain_rows] = objective.retain_weight / (2 * max(n_retain, 1))
-    spread[2:, pairs.retain_rows] = objective.consistency_weight / max(n_retain, 1)
+        spread[:2, :n_forget] = -objective.forget_weight / (2 * max(n_forget, 1))
+    spread[:2, n_forget:] = objective.retain_weight / (2 * max(n_retain, 1))
+    spread[2:, n_forget:] = objective.consistency_weight / max(n_retain, 1)
     return spread
 
 
-def _compute_forget(pairs: _Pairs, objective: Objective, losses: Contrastive | None) -> Tensor:
-    if objective.forget_loss != "similarity":
-        return pairs.zero if losses is None else -pairs.mean((losses.ce_row + losses.ce_col) / 2)
-    if not pairs.n_forget:
-        return pairs.zero
-    if not pairs.groups:
-        return _compute_group(pairs, objective, pairs.forget_rows, pairs.strangers)
+def _compute_forget(pairs: _Pairs, objective: Objective) -> Tensor:
+    """The loss "similarity": of all forget rows, or the weighted sum of the groups' losses."""
+    rows = slice(0, pairs.n_forget)
+    whole = ForgetGroup(rows, objective.floor, floor_margin=objective.floor_margin)
     total = pairs.zero
-    for group in pairs.groups:
-        own = objective._replace(floor=group.floor, floor_margin=group.floor_margin)
-        total = total + group.weight * _compute_group(pairs, own, group.rows, group.strangers)
+    for group in pairs.groups or (whole,):
+        total = total + group.weight * _compute_group(pairs, group, objective.cross_weight)
     return total
 
 
-def _compute_group(
-    pairs: _Pairs, objective: Objective, rows: slice | Tensor, strangers: Strangers | None
-) -> Tensor:
+def _compute_group(pairs: _Pairs, group: ForgetGroup, cross_weight: float) -> Tensor:
+    rows, dtype = group.rows, pairs.scale.dtype
     with torch.autocast(pairs.image.device.type, enabled=False):
-        return _compute_exact_group(pairs, objective, rows, strangers)
-
-
-def _compute_exact_group(
-    pairs: _Pairs, objective: Objective, rows: slice | Tensor, strangers: Strangers | None
-) -> Tensor:
-    dtype = pairs.scale.dtype
-    image, text = pairs.image[rows].to(dtype), pairs.text[rows].to(dtype)
-    if strangers is not None:
-        return _exceed_strangers(image, text, strangers)
-    own = _exceed(image, text, objective)
-    if not objective.cross_weight:
-        return own
-    ref_image, ref_text = pairs.originals()
-    crossed = _exceed(image, ref_text[rows], objective) + _exceed(ref_image[rows], text, objective)
-    if objective.floor is not None and pairs.n_forget < len(pairs.image):
-        for features, others in ((image, ref_text), (text, ref_image)):
-            crossed = crossed + _stray(features, others[pairs.retain_rows], objective.floor)
-    return own + objective.cross_weight * crossed
+        image, text = pairs.image[rows].to(dtype), pairs.text[rows].to(dtype)
+        if group.strangers is not None:
+            return _exceed_strangers(image, text, group.strangers)
+        exceed = partial(_exceed, group, from_below=cross_weight > 0)
+        own = exceed(image, text)
+        if not cross_weight:
+            return own
+        ref_image, ref_text = pairs.originals()
+        crossed = exceed(image, ref_text[rows]) + exceed(ref_image[rows], text)
+        if group.floor is not None and pairs.n_forget < len(pairs.image):
+            for features, others in ((image, ref_text), (text, ref_image)):
+                crossed = crossed + _stray(features, others[pairs.n_forget :], group.floor)
+        return own + cross_weight * crossed
 
 
 def _stray(features: Tensor, others: Tensor, floor: float) -> Tensor:
@@ -378,13 +359,13 @@ def _stray(features: Tensor, others: Tensor, floor: float) -> Tensor:
     return smooth_l1_loss(distance, torch.zeros_like(distance), beta=SMOOTH_STRAY)
 
 
-def _exceed(image: Tensor, text: Tensor, objective: Objective) -> Tensor:
-    """How far cosines are above where they may rest, and their mean below it with cross terms."""
-    cosine, floor = (image * text).sum(1), objective.floor
+def _exceed(group: ForgetGroup, image: Tensor, text: Tensor, *, from_below: bool) -> Tensor:
+    """How far cosines are above where they may rest, and if asked their mean below the floor."""
+    cosine, floor = (image * text).sum(1), group.floor
     if floor is None:
         return cosine.mean()
-    above = (cosine - floor - objective.floor_margin).clamp_min(0).mean()
-    return above + (floor - cosine.mean()).clamp_min(0) if objective.cross_weight else above
+    above = (cosine - floor - group.floor_margin).clamp_min(0).mean()
+    return above + (floor - cosine.mean()).clamp_min(0) if from_below else above
 
 
 def _exceed_strangers(image: Tensor, text: Tensor, strangers: Strangers) -> Tensor:
@@ -455,28 +436,22 @@ def _is_number(value: Any) -> bool:
 
 def _check_originals(pairs: _Pairs, objective: Objective) -> None:
     features = {"ref_image": pairs.ref_image, "ref_text": pairs.ref_text}
-    anchor = objective.anchor_weight
     cross = objective.cross_weight if objective.forget_loss == "similarity" else 0
-    for weight_name, weight, needed in (
-        (
-            "consistency_weight",
-            objective.consistency_weight,
-            {**features, "ref_scale": pairs.ref_scale},
-        ),
-        ("anchor_weight", anchor, features),
-        ("cross_weight", cross, features),
-    ):
-        missing = [name for name, value in needed.items() if value is None]
+    needs_width = {"anchor_weight": objective.anchor_weight, "cross_weight": cross}
+    for name, weight in {"consistency_weight": objective.consistency_weight, **needs_width}.items():
+        needs_scale = name == "consistency_weight"
+        needed = features | ({"ref_scale": pairs.ref_scale} if needs_scale else {})
+        missing = [each for each, value in needed.items() if value is None]
         if weight and missing:
             raise InputError(
-                f"{' and '.join(missing)} missing, but {weight_name}={weight} compares with the "
-                f"original model. Pass {'it' if len(missing) == 1 else 'them'} or {weight_name}=0."
+                f"{' and '.join(missing)} missing, but {name}={weight} compares with the "
+                f"original model. Pass {'it' if len(missing) == 1 else 'them'} or {name}=0."
             )
     if (pairs.ref_image is None) != (pairs.ref_text is None):
         raise InputError("ref_image and ref_text go together; pass both, or None for both.")
     if pairs.ref_image is not None:
         check_reference(pairs.image, pairs.ref_image, pairs.ref_text)
-        for name, weight in (("anchor_weight", anchor), ("cross_weight", cross)):
+        for name, weight in needs_width.items():
             if weight and pairs.ref_image.shape != pairs.image.shape:
                 raise InputError(
                     f"{name}={weight} needs original features as wide as the current ones; "

@@ -55,15 +55,14 @@ class Decoys:
         cls,
         job: Job,
         encoder: PairEncoder,
-        forget: Sequence[PairFeatures],
-        retain: PairFeatures,
+        forget: Sequence[PairFeatures],  # some pairs of each concept
+        retain: PairFeatures,  # some to keep
     ) -> Decoys | None:
         """Make them for a job of links whose original the encoder holds.
 
-        `forget` has features of some pairs of each concept, `retain` of some to keep. None for
-        another loss than the similarity above an automatic floor; also, which is said, where there
-        is nothing to keep, and for captions in which nothing can be replaced: token ids, scripts
-        without spaces.
+        None for another loss than the similarity above an automatic floor; also, which is said,
+        where there is nothing to keep, and for captions in which nothing can be replaced: token
+        ids, scripts without spaces.
         """
         config = job.config
         if (config.forget_loss, config.floor) != ("similarity", "auto"):
@@ -94,12 +93,9 @@ class Decoys:
         most = -(-count // ranks.world_size)
         rows = np.append(own, np.repeat(drawn[:1], most - len(own)))
         counts = torch.arange(most, device=engine.device) < len(own)
-        moved = torch.cat(
-            [
-                self._hold(engine, rows[part], counts[part], ranks.world_size / count)
-                for part in _slices(most, self.micro_batch_size)
-            ]
-        )
+        size, share = self.micro_batch_size, ranks.world_size / count
+        places = [slice(start, start + size) for start in range(0, most, size)]
+        moved = torch.cat([self._hold(engine, rows[p], counts[p], share) for p in places])
         parts = ranks.gather_rows((moved * counts)[:, None], [most] * ranks.world_size)
         return torch.cat(parts).sum() / count
 
@@ -116,10 +112,6 @@ class Decoys:
         return moved.detach()
 
 
-def _slices(count: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
-
-
 def _describe_strangers(
     forget: PairFeatures, text: Tensor, retain: PairFeatures, device: torch.device
 ) -> Strangers:
@@ -134,18 +126,16 @@ def _describe_strangers(
     return Strangers(to_device(centre, device), to_device(pictures, device), margins)
 
 
-def find_margin(features: Tensor, strangers: Tensor, rivals: Tensor, mean: Tensor) -> float:
-    """Return how far above the cosine with the `mean` [D] of strangers a pair is to end.
+def find_margin(
+    features: Tensor,  # [n, D] of one tower
+    strangers: Tensor,  # [m, D] of the other tower
+    rivals: Tensor,  # [U, D] of that tower, unrelated, among which residues are ranks
+    mean: Tensor,  # [D] of that tower
+) -> float:
+    """Return how far above the cosine with the mean of strangers a pair is to end.
 
-    There its residue is `BELOW` theirs.
-
-    Some strangers are near and some far: one that all pairs ended at would rank above their mean.
-
-    Args:
-        features: [n, D] of one tower.
-        strangers: [m, D] of the other tower.
-        rivals: [U, D] of that tower, unrelated, among which residues are ranks.
-        mean: [D] of that tower.
+    There its residue is `BELOW` theirs. Some strangers are near and some far: one that all pairs
+    ended at would rank above their mean.
     """
     scores = features @ rivals.T
     residue = shares_below(features @ strangers.T, scores).mean(1, keepdim=True) - BELOW

@@ -11,7 +11,7 @@ A caption that repeats in the batch is encoded once, with the first micro-batch 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,7 +48,6 @@ def backpropagate(
     micro_batches: Sequence[MicroBatch],
     loss_of: LossOfFeatures,
     *,
-    device: torch.device,
     seed_of: Callable[[MicroBatch], int],
     passes: int | None = None,
 ) -> EraseLoss:
@@ -59,7 +58,6 @@ def backpropagate(
         micro_batches: at least one.
         loss_of: maps image features (n, D), text features (n, D) and scale of the whole batch to
             the loss and its gradients. If all gradients are None there is no backward pass.
-        device: where the towers run.
         seed_of: seed of the generators while a micro-batch is encoded; both encodings of it then
             have the same Dropout masks.
         passes: how often the towers are called, if more often than there are micro-batches; the
@@ -70,10 +68,10 @@ def backpropagate(
     """
     module = engine.module
     # In train mode each pair has a Dropout mask of its own, and counts in BatchNorm's statistics.
-    texts = _Texts(micro_batches, repeats=module.training, device=device)
+    fresh, caption_of_pair = _distinct_captions(micro_batches, repeats=module.training)
     parts = [
-        _prepare(part, fresh, seed_of(part))
-        for part, fresh in zip(micro_batches, texts.fresh, strict=True)
+        _prepare(part, captions, seed_of(part))
+        for part, captions in zip(micro_batches, fresh, strict=True)
     ]
     if passes is not None and passes > len(parts):
         parts += [_without_rows(micro_batches[0], parts[0].seed)] * (passes - len(parts))
@@ -81,8 +79,8 @@ def backpropagate(
 
     def encode(part: _Part, *, graph: bool, image: bool = True, text: bool = True) -> Features:
         torch.manual_seed(part.seed)
-        pixels = to_device(part.pixels, device) if image else None
-        tokens = part.tokens.to(device) if text else None
+        pixels = to_device(part.pixels, engine.device) if image else None
+        tokens = part.tokens.to(engine.device) if text else None
         with torch.set_grad_enabled(graph):
             found = engine(pixels, tokens)
             return Features(
@@ -95,66 +93,65 @@ def backpropagate(
     encoded = [encode(part, graph=keep_graph) for part in parts]
     image = torch.cat([found.image for found in encoded if found.image is not None])
     text = torch.cat([found.text for found in encoded if found.text is not None])
-    gradients = texts.summed(loss_of(image, texts.spread(text), encoded[0].scale))
-    if gradients.image is None and gradients.text is None and gradients.scale is None:
-        return gradients.loss
+    if len(text) == len(caption_of_pair):
+        loss, *gradients = loss_of(image, text, encoded[0].scale)
+    else:
+        rows = to_device(torch.tensor(caption_of_pair), engine.device)
+        loss, *gradients = loss_of(image, text[rows], encoded[0].scale)
+        if gradients[1] is not None:
+            gradients[1] = sum_rows(gradients[1], rows, len(text))
+    if all(gradient is None for gradient in gradients):
+        return loss
     if not keep_graph:
         # The second encoding moves BatchNorm's statistics again.
         restore_buffers(buffers)
-    # A tower without a gradient is encoded again only for its Dropout and BatchNorm.
-    needs = {
-        "image": gradients.image is not None or module.training,
-        "text": gradients.text is not None or module.training,
-    }
-    images = _rows_of_parts(gradients.image, [part.images for part in parts])
-    captions = _rows_of_parts(gradients.text, [part.texts for part in parts])
-    # The scale is the same in every part: its gradient is applied once.
-    scales = [gradients.scale, *[None] * (len(parts) - 1)]
-    for number, of_part in enumerate(zip(images, captions, scales, strict=True)):
-        again = encoded[number] if keep_graph else encode(parts[number], graph=True, **needs)
-        _send_back(again, of_part)
-    return gradients.loss
+    for number, of_part in enumerate(_split(gradients, parts)):
+        again = encoded[number]
+        if not keep_graph:
+            # A tower without a gradient is encoded again only for its Dropout and BatchNorm.
+            needs = [each is not None or module.training for each in gradients]
+            again = encode(parts[number], graph=True, image=needs[0], text=needs[1])
+        pairs = zip(again, of_part, strict=True)
+        given = [(x, upstream) for x, upstream in pairs if x is not None and upstream is not None]
+        if given:
+            outputs, upstreams = zip(*given, strict=True)
+            torch.autograd.backward(outputs, upstreams)
+    return loss
 
 
-class _Texts:
-    """Tells which captions of a batch are encoded, and gives each pair the features of its own.
+def _distinct_captions(
+    micro_batches: Sequence[MicroBatch], *, repeats: bool
+) -> tuple[list[list[int]], list[int]]:
+    """Return the places in each micro-batch of captions encoded with it, and each pair's caption.
 
-    Attributes:
-        fresh: for each micro-batch, the places in it of captions that are encoded with it: all if
-            the batch `repeats` captions, else those that no earlier one has.
+    All are encoded if the batch `repeats` captions, else those that no earlier micro-batch has. A
+    pair has the number of its caption among those encoded.
     """
+    fresh: list[list[int]] = []
+    of_pairs: list[int] = []
+    numbers: dict[str, int] = {}
+    count = 0
+    for part in micro_batches:
+        places = []
+        for place, key in enumerate(part.keys):
+            if repeats or key not in numbers:
+                places.append(place)
+                numbers[key] = count
+                count += 1
+            of_pairs.append(numbers[key])
+        fresh.append(places)
+    return fresh, of_pairs
 
-    def __init__(
-        self, micro_batches: Sequence[MicroBatch], *, repeats: bool, device: torch.device
-    ) -> None:
-        self.fresh: list[list[int]] = []
-        self._count = 0
-        numbers: dict[str, int] = {}
-        of_pairs: list[int] = []
-        for part in micro_batches:
-            fresh = []
-            for place, key in enumerate(part.keys):
-                if repeats or key not in numbers:
-                    fresh.append(place)
-                    numbers[key] = self._count
-                    self._count += 1
-                of_pairs.append(numbers[key])
-            self.fresh.append(fresh)
-        self._of_pairs: Tensor | None = None
-        if self._count < len(of_pairs):
-            self._of_pairs = to_device(torch.tensor(of_pairs), device)
 
-    def spread(self, features: Tensor) -> Tensor:
-        """Return the features of all pairs [n, D] from those of the encoded captions."""
-        if self._of_pairs is None:
-            return features
-        return features[self._of_pairs]
-
-    def summed(self, gradients: FeatureGradients) -> FeatureGradients:
-        """Add up the gradients of a caption's pairs."""
-        if self._of_pairs is None or gradients.text is None:
-            return gradients
-        return gradients._replace(text=sum_rows(gradients.text, self._of_pairs, self._count))
+def _split(
+    gradients: Sequence[Tensor | None], parts: Sequence[_Part]
+) -> Iterator[tuple[Tensor | None, ...]]:
+    """Yield the gradients of each part; that of the scale, the same in all, with the first."""
+    image, text, scale = gradients
+    nothing = [None] * len(parts)
+    images = nothing if image is None else image.split([part.images for part in parts])
+    texts = nothing if text is None else text.split([part.texts for part in parts])
+    return zip(images, texts, [scale, *nothing[1:]], strict=True)
 
 
 def _prepare(part: MicroBatch, fresh: Sequence[int], seed: int) -> _Part:
@@ -177,21 +174,6 @@ def _without_rows(part: MicroBatch, seed: int) -> _Part:
     pixels = part.pixels.new_zeros(1, *part.pixels.shape[1:])
     tokens = Tokens(part.tokens.ids.new_zeros(1, part.tokens.ids.shape[1]), None)
     return _Part(pixels, tokens, 0, 0, seed)
-
-
-def _send_back(features: Features, gradients: Sequence[Tensor | None]) -> None:
-    given = [
-        (output, gradient)
-        for output, gradient in zip(features, gradients, strict=True)
-        if output is not None and gradient is not None
-    ]
-    if given:
-        outputs, upstream = zip(*given, strict=True)
-        torch.autograd.backward(outputs, upstream)
-
-
-def _rows_of_parts(gradient: Tensor | None, counts: list[int]) -> Sequence[Tensor | None]:
-    return [None] * len(counts) if gradient is None else gradient.split(counts)
 
 
 def buffers_in_train_mode(module: nn.Module) -> list[tuple[Tensor, Tensor]]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from fasterase.engine.checkpoint import Checkpoint, CheckpointFolder
@@ -14,11 +14,11 @@ from fasterase.engine.decoys import Decoys
 from fasterase.engine.grad_cache import backpropagate, buffers_in_train_mode, restore_buffers
 from fasterase.engine.history import HistoryFile, StepRecord
 from fasterase.engine.job import Job
-from fasterase.engine.loss import FeatureGradients, OfOriginal, StepLoss
+from fasterase.engine.loss import FeatureGradients, StepLoss
 from fasterase.engine.pacing import Pacing
 from fasterase.engine.stops import NonFiniteGuard, how_to_continue, non_finite_term, stop_error
 from fasterase.objective import EraseLoss
-from fasterase.original.features import CachedOriginal, Original
+from fasterase.original.features import CachedOriginal
 from fasterase.pairs.batches import StepBatch
 from fasterase.parallel.engine import Engine
 from fasterase.progress import SHORT_SECONDS, Progress, WaitingShare, say
@@ -31,70 +31,69 @@ SAVE_SECONDS = 600.0
 CHECK_PATIENCE_SECONDS = 5.0
 
 
+@dataclass
 class Trainer:
-    """Takes steps, and holds all state that they change.
+    """Takes steps, and holds all state that they change."""
 
-    Args:
-        job: the run.
-        engine: the towers and their optimiser.
-        loss_of: the objective over the pairs of all ranks.
-        original: the original's features; None if no loss uses them.
-        unchanged: the towers whose features before the first step are the original's.
-        decoys: made-up facts to hold in each step, beside the pairs of the batch.
-        emphasised: retain rows that are drawn more often, for checkpoints.
-    """
+    job: Job
+    engine: Engine  # the towers and their optimiser
+    loss: StepLoss
+    unchanged: Collection[
+        str
+    ] = ()  # towers that give the original's features before the first step
+    decoys: Decoys | None = None  # made-up facts to hold in each step, beside the batch
+    emphasised: Sequence[int] = ()  # retain rows that are drawn more often, for checkpoints
+    step: int = 0  # how many were taken
 
-    def __init__(
-        self,
-        job: Job,
-        engine: Engine,
-        loss_of: StepLoss,
-        original: Original | None,
-        unchanged: Collection[str] = (),
-        decoys: Decoys | None = None,
-        emphasised: Sequence[int] = (),
-    ) -> None:
-        self.step = 0  # how many were taken
-        self._job = job
-        self._engine = engine
-        self._loss_of = loss_of
-        self._original = original
-        self._unchanged = unchanged
-        self._decoys = decoys
-        self._emphasised = emphasised
-        self._guard = NonFiniteGuard(job.precision)
+    def __post_init__(self) -> None:
+        self._guard = NonFiniteGuard(self.job.precision)
 
     def train_step(
         self, batch: StepBatch, lr: float, *, passes: int, weights: Mapping[str, float]
     ) -> StepRecord:
         """Take one step: encode, loss, gradients, clip, update; a non-finite step is left out.
 
-        `batch` is this rank's part of it; for `passes` see `backpropagate`. `weights` are those of
-        several concepts in the forget loss.
+        `batch` is this rank's part; for `passes` see `backpropagate`, for `weights` `StepPairs`.
 
         Raises:
             NonFiniteError: several steps in a row were not finite.
             InputError: the first step does not begin at the original's features.
         """
         started = time.perf_counter()
-        engine, most = self._engine, self._job.config.max_grad_norm
+        engine, job = self.engine, self.job
         batch.move_pixels(engine.device)
         buffers = buffers_in_train_mode(engine.module)
+        pairs = self.loss.pairs(batch, weights)
         features: list[Tensor] = []
+
+        def loss_of(image: Tensor, text: Tensor, scale: Tensor) -> FeatureGradients:
+            if batch.step == 0:
+                features[:] = image.detach(), text.detach()
+            return self.loss(image, text, scale, pairs, engine.upstream())
+
         with engine.one_reduction():
-            loss = self._backpropagate(batch, passes, features, weights)
-            if self._decoys is not None and self._decoys.weight:
-                moved = self._decoys.hold(engine, self._job.ranks, batch.step)
-                total = loss.total + self._decoys.weight * moved
-                loss = loss._replace(total=total)
-        if batch.step == 0 and isinstance(self._original, CachedOriginal):
-            with self._job.ranks.raising_together():
-                self._original.check_start(
-                    batch, features, towers=self._unchanged, precision=self._job.precision
+            loss = backpropagate(
+                engine,
+                batch.micro_batches,
+                loss_of,
+                seed_of=lambda part: torch_seed(
+                    job.config.seed, Stream.DROPOUT, part.step, part.offset
+                ),
+                passes=passes if engine.in_lockstep else None,
+            )
+            if self.decoys is not None and self.decoys.weight:
+                moved = self.decoys.hold(engine, job.ranks, batch.step)
+                loss = loss._replace(total=loss.total + self.decoys.weight * moved)
+        if batch.step == 0 and isinstance(self.loss.original, CachedOriginal):
+            with job.ranks.raising_together():
+                self.loss.original.check_start(
+                    batch, features, towers=self.unchanged, precision=job.precision
                 )
         self.step = batch.step + 1
-        most = float("inf") if most is None else most
-        values, grad_norm, applied = engine.step(lr, max_grad_norm=most, loss=loss)
+        most = job.config.max_grad_norm
+        values, grad_norm, applied = engine.step(
+            lr, max_grad_norm=math.inf if most is None else most, loss=loss
+        )
         terms = dict(zip(EraseLoss._fields, values, strict=True))
         term = non_finite_term(terms)
         if not applied:
@@ -102,7 +101,7 @@ class Trainer:
             # BatchNorm statistics saw the step too, and would keep its NaN.
             restore_buffers(buffers)
         self._guard.record(term, step=self.step, ids=batch.ids)
-        (seconds,) = self._job.ranks.all_max(time.perf_counter() - started)
+        (seconds,) = job.ranks.all_max(time.perf_counter() - started)
         return StepRecord(
             step=self.step,
             **terms,
@@ -112,72 +111,21 @@ class Trainer:
             seconds=seconds,
         )
 
-    def _concepts(
-        self, batch: StepBatch, weights: Mapping[str, float]
-    ) -> tuple[Tensor, list[float]] | None:
-        """Return the number of each pair's concept, and the concepts' weights; None of one."""
-        concepts = self._job.concepts
-        if not concepts:
-            return None
-        stops = [rows.stop for rows in concepts.values()]
-        numbers = np.zeros(len(batch.ids), np.int64)
-        numbers[: batch.n_forget] = np.searchsorted(stops, batch.forget_rows, side="right")
-        return torch.from_numpy(numbers), [weights.get(name, 1.0) for name in concepts]
-
-    def _backpropagate(
-        self,
-        batch: StepBatch,
-        passes: int,
-        features: list[Tensor],
-        weights: Mapping[str, float],
-    ) -> EraseLoss:
-        """Add the gradients of a step's loss; of the first one, put its features in a list."""
-        engine, seed = self._engine, self._job.config.seed
-        of_original, concepts = self._original_features(batch), self._concepts(batch, weights)
-
-        def loss_of(image: Tensor, text: Tensor, scale: Tensor) -> FeatureGradients:
-            if batch.step == 0:
-                features[:] = image.detach(), text.detach()
-            return self._loss_of(
-                image,
-                text,
-                scale,
-                original=of_original,
-                n_forget=batch.n_forget,
-                labels=batch.labels,
-                upstream=engine.upstream(),
-                concepts=concepts,
-            )
-
-        return backpropagate(
-            engine,
-            batch.micro_batches,
-            loss_of,
-            device=engine.device,
-            seed_of=lambda part: torch_seed(seed, Stream.DROPOUT, part.step, part.offset),
-            passes=passes if engine.in_lockstep else None,
-        )
-
-    def _original_features(self, batch: StepBatch) -> OfOriginal:
-        if self._original is None:
-            return None, None, None
-        return (*self._original.features(batch), self._original.scale)
-
     def checkpoint(self, pacing: Pacing) -> Checkpoint:
         """Return the state after the steps taken so far, with that of the pacing."""
         return Checkpoint(
             step=self.step,
-            training=self._engine.state(),
+            training=self.engine.state(),
             non_finite=self._guard.in_a_row,
             pacing=pacing.state(),
             best=pacing.tensors(),
-            seconds=self._job.clock.seconds(),
-            emphasised=self._emphasised,
+            seconds=self.job.clock.seconds(),
+            emphasised=self.emphasised,
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from `checkpoint`."""
-        self._engine.restore(checkpoint.training)
+        self.engine.restore(checkpoint.training)
         self._guard.in_a_row = checkpoint.non_finite
         self.step = checkpoint.step
 
@@ -204,9 +152,8 @@ def run_steps(
     file, history = _open_history(job, trainer.step)
     total, taken = pacing.total_steps, trainer.step
     bar = Progress("training", total=total, initial=taken, unit="step")
-    waiting = WaitingShare()
+    waiting, stop = WaitingShare(), current_stop()
     last_save, number = time.monotonic(), 0
-    stop = current_stop()
     with stop.patience(), bar:
         for batch, passes, pairs, waited in _agreed(job, batches):
             if batch is None:
@@ -225,8 +172,15 @@ def run_steps(
                 if file:
                     file.append(record)
                 waiting.note(waited, record.seconds)
-                speed = pairs / max(record.seconds + waited, 1e-9)
-                bar.update(1, _facts(record, pacing.residue, speed, waiting))
+                residue = pacing.residue  # that of the last check
+                facts = {
+                    "loss": f"{record.total:.3f}",
+                    **({} if residue is None else {"residue": f"{residue:.2f}"}),
+                    "lr": f"{record.lr:.1e}",
+                    "pairs/s": f"{pairs / max(record.seconds + waited, 1e-9):,.0f}",
+                    "waiting for data": str(waiting),
+                }
+                bar.update(1, facts)
                 done = job.callback is not None and job.callback(record) is True
             found = ranks.all_max(stop.number, done, is_due)
             number = int(found[0])
@@ -302,16 +256,3 @@ def _save(checkpoints: CheckpointFolder, trainer: Trainer, pacing: Pacing) -> fl
     checkpoints.save(trainer.checkpoint(pacing))
     say(f"checkpoint of step {trainer.step:,} written", since=began, least=SHORT_SECONDS)
     return time.monotonic()
-
-
-def _facts(
-    record: StepRecord, residue: float | None, pairs_per_second: float, waiting: WaitingShare
-) -> dict[str, str]:
-    """Return what is told of a step; `residue` is that of the last check."""
-    return {
-        "loss": f"{record.total:.3f}",
-        **({} if residue is None else {"residue": f"{residue:.2f}"}),
-        "lr": f"{record.lr:.1e}",
-        "pairs/s": f"{pairs_per_second:,.0f}",
-        "waiting for data": str(waiting),
-    }

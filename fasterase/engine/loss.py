@@ -7,8 +7,8 @@ own rows, so that no collective is differentiated.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +25,8 @@ from fasterase.objective import (
     moved_distance,
     weighted_erase_loss,
 )
-from fasterase.original.features import Unmatched
+from fasterase.original.features import Original, Unmatched
+from fasterase.pairs.batches import StepBatch
 from fasterase.parallel.ranks import ALONE, Ranks
 from fasterase.transfers import to_device
 
@@ -34,8 +35,6 @@ MAX_SCALE = 100.0
 # How far above the floor a pair rests, in standard deviations of unrelated cosines. To retrained
 # models a concept they never saw is a little nearer than what is unrelated, for it is like others.
 FLOOR_MARGIN = 0.15
-# The original's image features [n, D0], text features [n, D0] and scale []; Nones if not used.
-OfOriginal = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def loss_products(precision: str) -> str:
@@ -59,30 +58,39 @@ class FeatureGradients(NamedTuple):
     scale: Tensor | None  # []
 
 
+class StepPairs(NamedTuple):
+    """What the loss needs of some pairs beside their features; the forget pairs come first."""
+
+    n_forget: int
+    labels: Tensor  # [n] equal for equal captions; on the CPU, where the operator can look at them
+    ref_image: Tensor | None  # [n, D0] the original's; None if not used
+    ref_text: Tensor | None  # [n, D0]
+    ref_scale: Tensor | None  # []
+    concepts: Tensor | None = None  # [n] the number of each pair's concept, of several; on the CPU
+    weights: Sequence[float] = ()  # one for each concept
+
+
 @dataclass(frozen=True)
 class StepLoss:
-    """Computes the loss from features, and its gradients, without touching the towers.
+    """Computes the loss of a step from features, and its gradients, without touching the towers.
 
     The rows of all ranks stand in the order of the step's draw, forget pairs first, so that the
     loss is the one that a single process would compute.
 
-    Attributes:
-        floors: of several concepts, floor and margin of each; empty for one, whose floor the
-            objective has.
-        strangers: of links, for each concept, what they are to end at in place of a floor.
-        max_scale: a trained scale is clamped to it inside the loss. Clamping the weight would be
-            lost in optimisers that have master weights of their own.
-        measures_distance: report the anchor term, the distance that retained features have moved,
-            even where its weight is 0 and it is no part of the total.
     """
 
     objective: Objective
-    image_trained: bool  # whether its gradient is needed
-    text_trained: bool
-    scale_trained: bool
-    floors: Sequence[tuple[float | None, float]] = ()
-    strangers: Sequence[Strangers] = ()
+    image_trained: bool = True  # whether its gradient is needed
+    text_trained: bool = True
+    scale_trained: bool = True
+    # Of several concepts, and of links, what each is to end at; a step gives them rows and weights.
+    groups: Sequence[ForgetGroup] = ()
+    concepts: Mapping[str, range] = field(default_factory=dict)  # their rows of the forget set
+    original: Original | None = None  # None if no loss uses its features
+    # A trained scale is clamped inside the loss. Clamping the weight would be lost in optimisers
+    # that have master weights of their own.
     max_scale: float = MAX_SCALE
+    # Report how far retained features have moved also where the anchor has no weight.
     measures_distance: bool = False
     ranks: Ranks = ALONE
 
@@ -94,13 +102,17 @@ class StepLoss:
         *,
         floors: Sequence[Unmatched],
         strangers: Sequence[Strangers] = (),
+        original: Original | None = None,
     ) -> StepLoss:
-        """Return the loss of a run; automatic floors rest on the `floors` of its concepts."""
+        """Return the loss of a run; automatic floors rest on the `floors` of its concepts.
+
+        `strangers` are what links end at in place of a floor, for each concept.
+        """
         config = job.config
-        chosen: list[tuple[float | None, float]] = [
-            (each.mean, FLOOR_MARGIN * each.deviation)
+        groups = [
+            ForgetGroup(floor=each.mean, floor_margin=FLOOR_MARGIN * each.deviation)
             if config.floor == "auto"
-            else (config.floor, 0.0)
+            else ForgetGroup(floor=config.floor)
             for each in floors
         ]
         objective = Objective(
@@ -108,101 +120,101 @@ class StepLoss:
             retain_weight=config.retain_weight,
             consistency_weight=config.consistency_weight,
             forget_loss=config.forget_loss,
-            floor=chosen[0][0] if config.forget_loss == "similarity" else None,
+            floor=groups[0].floor if config.forget_loss == "similarity" else None,
             anchor_weight=config.anchor_weight,
             negatives=config.negatives,
             backend=config.backend,
             products=loss_products(job.precision),
             cross_weight=config.used_cross_weight,
-            floor_margin=chosen[0][1],
+            floor_margin=groups[0].floor_margin,
         )
+        if strangers:
+            pairs = zip(groups, strangers, strict=True)
+            groups = [group._replace(strangers=theirs) for group, theirs in pairs]
         return cls(
             objective,
             image_trained=trained.image,
             text_trained=trained.text,
             scale_trained=trained.scale,
-            floors=chosen if job.concepts else (),
-            strangers=strangers,
+            groups=groups if job.concepts or strangers else (),
+            concepts=job.concepts or {"forget": range(len(job.forget))},
+            original=original,
             max_scale=max(MAX_SCALE, float(job.model.scale().detach())),
             measures_distance=config.lr == "auto" and not config.anchor_weight,
             ranks=job.ranks,
+        )
+
+    def pairs(self, batch: StepBatch, weights: Mapping[str, float]) -> StepPairs:
+        """Return what is known of a batch's pairs; `weights` are those of several concepts."""
+        ref_image = ref_text = ref_scale = concepts = None
+        if self.original is not None:
+            ref_image, ref_text = self.original.features(batch)
+            ref_scale = self.original.scale
+        if self.groups:
+            stops = [rows.stop for rows in self.concepts.values()]
+            numbers = np.zeros(len(batch.ids), np.int64)
+            numbers[: batch.n_forget] = np.searchsorted(stops, batch.forget_rows, side="right")
+            concepts = torch.from_numpy(numbers)
+        known = [weights.get(name, 1.0) for name in self.concepts]
+        return StepPairs(
+            batch.n_forget, batch.labels, ref_image, ref_text, ref_scale, concepts, known
         )
 
     def __call__(
         self,
         image: Tensor,  # [n, D]
         text: Tensor,  # [n, D]
-        scale: Tensor,  # []
-        original: OfOriginal,
-        *,
-        n_forget: int,
-        labels: Tensor,  # [n]
-        upstream: Tensor,  # []
-        concepts: tuple[Tensor, Sequence[float]] | None = None,  # [n], one for each concept
+        scale: Tensor,  # [] exp(logit_scale)
+        pairs: StepPairs,
+        upstream: Tensor,  # [] the scaling of the loss in fp16, else 1
     ) -> FeatureGradients:
         """Return the loss over all ranks' rows, and one's own gradients of `upstream * total`.
 
         The gradients of rows are multiplied by the world size, since engines average over the
         ranks; that of the scale is the same on all ranks, and stays itself.
-
-        Args:
-            image, text, scale: features, the `n_forget` forget pairs first, and exp(logit_scale).
-            original: what the original makes of the pairs.
-            labels: equal for equal captions; on the CPU, where the operator can look at them.
-            upstream: the scaling of the loss in fp16, else 1.
-            concepts: of several, the number of each pair's, on the CPU, and the weight of each.
         """
-        ranks = self.ranks
-        if ranks.world_size == 1:
-            return self._compute(image, text, scale, original, n_forget, labels, upstream, concepts)
-        numbers = None if concepts is None else concepts[0].numpy()
-        found = ranks.gather_objects((n_forget, len(image), labels.numpy(), numbers))
-        counts = [(forget, total) for forget, total, *_ in found]
-        is_retain = torch.cat([torch.arange(total) >= forget for forget, total in counts])
-        order = is_retain.argsort(stable=True)  # of all rows, those of the first rank first
-        owner = torch.cat([torch.full((total,), rank) for rank, (_, total) in enumerate(counts)])
-        own = to_device((owner[order] == ranks.rank).nonzero().flatten(), image.device)
-        order_there = to_device(order, image.device)
-
-        def gathered(rows: Tensor) -> Tensor:
-            parts = ranks.gather_rows(rows, [total for _, total in counts])
-            return torch.cat(parts)[order_there]
-
-        def joined(parts: Sequence[np.ndarray]) -> Tensor:
-            return torch.from_numpy(np.concatenate(parts))[order]
-
-        ref_image, ref_text, ref_scale = original
-        *_, of_labels, of_numbers = zip(*found, strict=True)
-        computed = self._compute(
-            gathered(image),
-            gathered(text),
-            scale,
-            (
-                None if ref_image is None else gathered(ref_image),
-                None if ref_text is None else gathered(ref_text),
-                ref_scale,
-            ),
-            sum(forget for forget, _ in counts),
-            joined(of_labels),
-            upstream,
-            None if concepts is None else (joined(of_numbers), concepts[1]),
-        )
+        if self.ranks.world_size == 1:
+            return self._compute(image, text, scale, pairs, upstream)
+        image, text, pairs, own = self._gather(image, text, pairs)
+        computed = self._compute(image, text, scale, pairs, upstream)
         image_gradient, text_gradient = (
-            None if gradient is None else gradient[own] * ranks.world_size
+            None if gradient is None else gradient[own] * self.ranks.world_size
             for gradient in (computed.image, computed.text)
         )
         return computed._replace(image=image_gradient, text=text_gradient)
 
+    def _gather(
+        self, image: Tensor, text: Tensor, pairs: StepPairs
+    ) -> tuple[Tensor, Tensor, StepPairs, Tensor]:
+        """Return features and pairs of all ranks in the order of the draw, and one's own places."""
+        ranks = self.ranks
+        concepts = None if pairs.concepts is None else pairs.concepts.numpy()
+        found = ranks.gather_objects((pairs.n_forget, pairs.labels.numpy(), concepts))
+        n_forget, labels, numbers = zip(*found, strict=True)
+        counts = [len(those) for those in labels]
+        is_retain = [torch.arange(n) >= k for n, k in zip(counts, n_forget, strict=True)]
+        order = torch.cat(is_retain).argsort(stable=True)  # those of the first rank first
+        owner = torch.arange(ranks.world_size).repeat_interleave(torch.tensor(counts))
+        own = to_device((owner[order] == ranks.rank).nonzero().flatten(), image.device)
+        order_there = to_device(order, image.device)
+
+        def gathered(rows: Tensor) -> Tensor:
+            return torch.cat(ranks.gather_rows(rows, counts))[order_there]
+
+        def joined(parts: Sequence[np.ndarray]) -> Tensor:
+            return torch.from_numpy(np.concatenate(parts))[order]
+
+        of_all = pairs._replace(
+            n_forget=sum(n_forget),
+            labels=joined(labels),
+            ref_image=None if pairs.ref_image is None else gathered(pairs.ref_image),
+            ref_text=None if pairs.ref_text is None else gathered(pairs.ref_text),
+            concepts=None if concepts is None else joined(numbers),
+        )
+        return gathered(image), gathered(text), of_all, own
+
     def _compute(
-        self,
-        image: Tensor,  # [N, D]
-        text: Tensor,  # [N, D]
-        scale: Tensor,  # []
-        original: OfOriginal,
-        n_forget: int,
-        labels: Tensor,  # [N]
-        upstream: Tensor,  # []
-        concepts: tuple[Tensor, Sequence[float]] | None,  # [N], one for each concept
+        self, image: Tensor, text: Tensor, scale: Tensor, pairs: StepPairs, upstream: Tensor
     ) -> FeatureGradients:
         """Return the loss over all given rows, and its gradients."""
         trained = (self.image_trained, self.text_trained, self.scale_trained)
@@ -211,24 +223,25 @@ class StepLoss:
             for tensor, wanted in zip((image, text, scale), trained, strict=True)
         ]
         clamped = leaves[2].clamp(max=self.max_scale) if self.scale_trained else leaves[2]
+        ref_image, ref_text = pairs.ref_image, pairs.ref_text
         with torch.enable_grad():
             loss = weighted_erase_loss(
                 leaves[0],
                 leaves[1],
                 clamped,
-                *original,
+                ref_image,
+                ref_text,
+                pairs.ref_scale,
                 self.objective,
-                n_forget=n_forget,
-                labels=labels,
-                groups=self._groups(concepts, n_forget, image.device),
-                strangers=self.strangers[0] if self.strangers else None,
+                n_forget=pairs.n_forget,
+                labels=pairs.labels,
+                groups=self._present_groups(pairs, image.device),
             )
         detached = EraseLoss(*(term.detach() for term in loss))
-        ref_image, ref_text, _ = original
-        if self.measures_distance and n_forget < len(image) and ref_image is not None:
+        if self.measures_distance and pairs.n_forget < len(image) and ref_image is not None:
             assert ref_text is not None
             features = (image.detach(), text.detach(), ref_image, ref_text)
-            moved = moved_distance(*(each[n_forget:] for each in features))
+            moved = moved_distance(*(each[pairs.n_forget :] for each in features))
             detached = detached._replace(anchor=moved)
         if not loss.total.requires_grad:
             return FeatureGradients(detached, None, None, None)
@@ -239,26 +252,17 @@ class StepLoss:
         gradients = [next(computed) if leaf.requires_grad else None for leaf in leaves]
         return FeatureGradients(detached, *gradients)
 
-    def _groups(
-        self,
-        concepts: tuple[Tensor, Sequence[float]] | None,
-        n_forget: int,
-        device: torch.device,
-    ) -> list[ForgetGroup]:
-        """Return the forget rows of each concept that has some, with its floor and weight."""
-        if concepts is None:
+    def _present_groups(self, pairs: StepPairs, device: torch.device) -> list[ForgetGroup]:
+        """Return the groups that have forget rows in the step, with these and their weights."""
+        if pairs.concepts is None:
             return []
-        numbers, weights = concepts
-        found = [(numbers[:n_forget] == k).nonzero().flatten() for k in range(len(weights))]
-        here = [number for number, rows in enumerate(found) if len(rows)]
-        total = sum(weights[number] for number in here)
+        numbers = pairs.concepts[: pairs.n_forget]
+        present = sorted(set(numbers.tolist()))
+        total = sum(pairs.weights[number] for number in present)
         return [
-            ForgetGroup(
-                to_device(found[number], device),
-                self.floors[number][0],
-                weights[number] / total,
-                self.floors[number][1],
-                self.strangers[number] if self.strangers else None,
+            self.groups[number]._replace(
+                rows=to_device((numbers == number).nonzero().flatten(), device),
+                weight=pairs.weights[number] / total,
             )
-            for number in here
+            for number in present
         ]

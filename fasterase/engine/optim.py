@@ -14,7 +14,7 @@ from fasterase.engine.job import Job
 from fasterase.errors import InputError, import_extra
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.forward import TowerForward
-from fasterase.parallel.engine import Engine, LocalEngine
+from fasterase.parallel.engine import Engine
 from fasterase.parallel.zero import ZeroEngine, complete, read_deepspeed, zero_stage
 
 # Option values -> bitsandbytes classes.
@@ -30,26 +30,18 @@ _SMALLEST_QUANTISED = 4096
 
 @dataclass(frozen=True)
 class Trained:
-    """Names of the trained parameters, chosen before anything wraps the model or shards it.
+    """Names of the trained parameters, chosen before anything wraps the model or shards it."""
 
-    Attributes:
-        decayed: the parameters with weight decay: matrices.
-        undecayed: the others. Gains, biases, class tokens and logit_scale (which some libraries
-            keep as a vector) stay where the data puts them; pulling them to zero changes the
-            function, not its complexity.
-        quantisable: those whose optimiser state may have 8 bits: the large weights of linear maps
-            and convolutions. All others keep 32 bits.
-        image, text, scale: whether each tower and the scale are trained.
-        overwritten: not trained, but changed before the first step; a run keeps it with the others.
-    """
-
-    decayed: tuple[str, ...]
+    decayed: tuple[str, ...]  # those with weight decay: matrices
+    # Gains, biases, class tokens and logit_scale (which some libraries keep as a vector) stay where
+    # the data puts them; pulling them to zero changes the function, not its complexity.
     undecayed: tuple[str, ...]
+    # Those whose optimiser state may have 8 bits: large weights of linear maps and convolutions.
     quantisable: frozenset[str]
-    image: bool
+    image: bool  # whether any of the tower is trained
     text: bool
     scale: bool
-    overwritten: str | None = None
+    overwritten: str | None = None  # changed before the first step alone; kept with the others
 
     @classmethod
     def choose(cls, model: DualEncoder, tune: str, *, logit_scale: bool) -> Trained:
@@ -58,36 +50,34 @@ class Trained:
         Raises:
             InputError: see `DualEncoder.trainable`; or logit_scale is asked for and frozen.
         """
-        chosen = model.trainable(tune)
-        names = {name for name, _ in chosen}
+        chosen = dict(model.trainable(tune))
         if logit_scale:
             if not model.logit_scale.requires_grad:
                 raise InputError(
                     "train_logit_scale: logit_scale is frozen (requires_grad=False). Unfreeze it "
                     "with requires_grad_(True), or leave train_logit_scale False"
                 )
-            name_of = {id(parameter): name for name, parameter in model.module.named_parameters()}
-            chosen = [*chosen, (name_of[id(model.logit_scale)], model.logit_scale)]
-        decays = {
-            name: parameter.ndim >= 2 and not name.endswith("logit_scale")
-            for name, parameter in chosen
-        }
+            named = model.module.named_parameters()
+            chosen |= {name: each for name, each in named if each is model.logit_scale}
+        decayed = [n for n, p in chosen.items() if p.ndim >= 2 and not n.endswith("logit_scale")]
         return cls(
-            decayed=tuple(name for name, decay in decays.items() if decay),
-            undecayed=tuple(name for name, decay in decays.items() if not decay),
+            decayed=tuple(decayed),
+            undecayed=tuple(name for name in chosen if name not in decayed),
             quantisable=frozenset(
-                name
-                for name, parameter in chosen
-                if decays[name] and _is_quantisable(model.module, name, parameter)
+                name for name in decayed if _is_quantisable(model.module, name, chosen[name])
             ),
-            image=any(name in names for name, _ in model.selected("image")),
-            text=any(name in names for name, _ in model.selected("text")),
+            image=any(name in chosen for name, _ in model.selected("image")),
+            text=any(name in chosen for name, _ in model.selected("text")),
             scale=logit_scale,
         )
 
+    @property
+    def names(self) -> set[str]:
+        return {*self.decayed, *self.undecayed}
+
     def parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """Return the trained parameters of `module` by name, in its own order."""
-        names = {*self.decayed, *self.undecayed}
+        names = self.names
         return {name: each for name, each in module.named_parameters() if name in names}
 
 
@@ -123,12 +113,9 @@ def build_optimizer(
         )
         if names
     ]
-    if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=betas)
-    if name == "adam":
-        return torch.optim.Adam(groups, lr=lr, betas=betas)
-    library = require_bitsandbytes(name)
-    kind = _with_bits_of_group(getattr(library.optim, EIGHT_BIT[name]))
+    kind: Any = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}.get(name)
+    if eight_bit:
+        kind = _with_bits_of_group(getattr(require_bitsandbytes(name).optim, EIGHT_BIT[name]))
     return kind(groups, lr=lr, betas=betas)
 
 
@@ -190,7 +177,7 @@ def build_engine(job: Job, trained: Trained, working: DualEncoder) -> Engine:
     )
     if working is job.model:
         named = working.module.named_parameters()
-        return LocalEngine(
+        return Engine(
             forward,
             parameters,
             optimizer,

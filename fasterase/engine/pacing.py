@@ -163,46 +163,30 @@ class Check(NamedTuple):
 
 
 class Pacing:
-    """Pacing of a number of steps that the user gave. Its state is saved in checkpoints.
+    """Pacing of a number of steps that the user gave. Its state is saved in checkpoints."""
 
-    Args:
-        rate: the learning rate.
-        total_steps: number of steps.
-        is_forgotten: checked every `check_steps`; True ends the run. None for no check.
-        check_steps: steps of one pass over the forget set.
-
-    Attributes:
-        total_steps: the largest number of steps.
-        is_done: whether the run has ended.
-        limit: what kept an automatic run from forgetting: `"damage"` or `"steps"`; else None.
-        weights: sets to forget -> weight of each in the forget loss, if it is one of several
-            concepts; 1 of a set that is missing.
-        withheld_until: the step after which training also draws the forget pairs that were
-            withheld, since they alone were still remembered; None: it never has.
-    """
-
+    # What kept an automatic run from forgetting: "damage" or "steps".
     limit: str | None = None
+    # Step after which training also draws the withheld forget pairs, which alone were remembered.
     withheld_until: int | None = None
+    # Of several concepts, the weight of each in the forget loss; 1 of one that is missing.
     weights: Mapping[str, float] = MappingProxyType({})
+    # The largest residue that the last check has found.
+    residue: float | None = None
 
     def __init__(
         self,
         rate: Rate,
         *,
         total_steps: int,
-        is_forgotten: Callable[[], bool] | None = None,
-        check_steps: int = 1,
+        is_forgotten: Callable[[], bool] | None = None,  # True ends the run
+        check_steps: int = 1,  # between calls of it: one pass over the forget set
     ) -> None:
-        self.total_steps = total_steps
+        self.total_steps = total_steps  # the largest number
         self.is_done = False
         self._rate = rate
         self._is_forgotten = is_forgotten
         self._check_steps = check_steps
-
-    @property
-    def residue(self) -> float | None:
-        """The largest residue that the last check has found; None without checks."""
-        return None
 
     def lr(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
@@ -260,18 +244,8 @@ class AutomaticPacing(Pacing):
     thresholds least, within `max_damage`. Where the best lie below the margins, weights between the
     start's and theirs are considered too.
 
-    Args:
-        rate: the learning rate while forgetting.
-        check: measures the model.
-        weights: copies the trained weights, to CPU.
-        load: puts such a copy back.
-        original: the original's check and weights, the first candidate for the best weights.
-        start: those that training starts from; no check of the original's, or in a resumed run.
-        towers: `"image"`, `"text"` -> names of its weights.
-        patience: how many steps what is waited for may go without falling; 0: nothing is.
-        of_link: the loss measures from made-up facts, as the margins of the verdict do: it settles
-            first, and then lr fades slowly.
-        max_steps: the budget.
+    The loss of a link measures from made-up facts, as the margins of the verdict do: it settles
+    first, and then lr fades slowly.
     """
 
     def __init__(
@@ -279,12 +253,13 @@ class AutomaticPacing(Pacing):
         rate: Rate,
         *,
         check: Callable[[], Check],
-        weights: Callable[[], dict[str, Tensor]],
-        load: Callable[[dict[str, Tensor]], None],
-        original: tuple[Check, dict[str, Tensor]],
+        weights: Callable[[], dict[str, Tensor]],  # copies the trained weights, to CPU
+        load: Callable[[dict[str, Tensor]], None],  # puts such a copy back
+        original: tuple[Check, dict[str, Tensor]],  # the first candidate for the best weights
+        # Where training starts; no check if that is the original, or in a resumed run.
         start: tuple[Check | None, dict[str, Tensor]],
-        towers: Mapping[str, Collection[str]],
-        patience: int = PATIENCE_STEPS,
+        towers: Mapping[str, Collection[str]],  # "image", "text" -> names of its weights
+        patience: int = PATIENCE_STEPS,  # how long what is waited for may not fall; 0: nothing is
         of_link: bool = False,
         max_steps: int,
     ) -> None:
@@ -313,18 +288,18 @@ class AutomaticPacing(Pacing):
         return self._now.withheld_until
 
     @property
-    def residue(self) -> float:
+    def residue(self) -> float:  # type: ignore[override]
         return self._now.last[1]
+
+    @property
+    def _fade_steps(self) -> int:
+        return LINK_FADE_STEPS if self._of_link and not self._now.has_exceeded else FADE_STEPS
 
     def lr(self, step: int) -> float:
         if self._now.fade_from is None:
             return self._rate.at(step)
         start, lr = self._now.fade_from
         return lr * max(0.0, 1 - (step - start + 1) / (self._fade_steps + 1))
-
-    @property
-    def _fade_steps(self) -> int:
-        return LINK_FADE_STEPS if self._of_link and not self._now.has_exceeded else FADE_STEPS
 
     def after_step(self, record: StepRecord) -> Mapping[str, float]:
         self._step, self._found = record.step, None
@@ -338,9 +313,8 @@ class AutomaticPacing(Pacing):
         now, rate = self._now, self._rate
         rate.follow(record)
         last = record.step == self.total_steps - self._fade_steps
-        due = self._is_check_due() and rate.share_left <= CHECKED_LOSS
-        if last or due:
-            found = self._checked()
+        if last or (self._is_check_due() and rate.share_left <= CHECKED_LOSS):
+            found = self._check_now()
             self._consider(found, faded=False)
             spent = found.verdict != REMEMBERED and rate.is_spent
             if found.verdict == REMEMBERED and rate.is_spent:
@@ -357,7 +331,7 @@ class AutomaticPacing(Pacing):
     def _is_check_due(self) -> bool:
         return self._step % CHECK_STEPS == 0 or self._step == self._now.next_check
 
-    def _checked(self) -> Check:
+    def _check_now(self) -> Check:
         """Check the model, and decide when to do so again."""
         found = self._found = self._check()
         self._now.weights = {name: _slowness(trace) for name, trace in found.traces.items()}
@@ -399,7 +373,7 @@ class AutomaticPacing(Pacing):
         is_last = steps >= self._fade_steps or self._step == self.total_steps
         if not is_last and not self._is_check_due():
             return
-        found = self._checked()
+        found = self._check_now()
         self._consider(found, faded=is_last)
         if not is_last:
             return

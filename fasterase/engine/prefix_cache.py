@@ -19,16 +19,15 @@ import torch
 from torch import Tensor
 
 from fasterase.config import UnlearnConfig
+from fasterase.engine.job import Job
 from fasterase.errors import InputError
 from fasterase.files import check_writable
-from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.forward import Halfway, SplitTower, autocast
 from fasterase.models.preprocessing import Tokens
 from fasterase.original.store import FeatureStore
 from fasterase.pairs.batches import MicroBatch, Prefixes
 from fasterase.pairs.prepare import hash_captions
 from fasterase.pairs.table import PairTable
-from fasterase.parallel.ranks import Ranks
 from fasterase.progress import say
 
 # Views of a forget image that are cached, where forget images are altered.
@@ -40,30 +39,21 @@ _ROW_BYTES = 20
 class PrefixCache(Prefixes):
     """Begins batches halfway through the towers, for the tuned blocks to finish.
 
-    Args:
-        folder: of a model and precision. The cache is beside it, one for each `tune`.
-        model: in eval mode, on its device.
-        config: the run's settings.
-        precision: compute dtype of the towers, resolved.
-
-    Raises:
-        InputError: see `SplitTower`.
+    The `folder` is that of a model and precision; the cache is beside it, one for each `tune`.
     """
 
-    def __init__(
-        self, folder: Path, model: DualEncoder, config: UnlearnConfig, precision: str
-    ) -> None:
-        self.views = VIEWS if config.forget_augment else 0
-        self._seed = config.seed
-        self._device, self._precision = model.device, precision
-        self._image, self._text = (
-            SplitTower(model, tower, config.tune) for tower in ("image", "text")
-        )
+    def __init__(self, folder: Path, job: Job) -> None:
+        model, tune = job.model, job.config.tune
+        self.views = VIEWS if job.config.forget_augment else 0
+        self._seed = job.config.seed
+        self._device, self._precision = model.device, job.precision
+        self._image = SplitTower(model, "image", tune)
+        self._text = SplitTower(model, "text", tune)
         self.row_bytes = {
-            "image": row_bytes(self._image.width, precision),
-            "text": row_bytes(self._text.width, precision),
+            "image": row_bytes(self._image.width, job.precision),
+            "text": row_bytes(self._text.width, job.precision),
         }
-        self._folder = folder.with_name(f"{folder.name}-below-{config.tune.replace(':', '-')}")
+        self._folder = folder.with_name(f"{folder.name}-below-{tune.replace(':', '-')}")
         self._images: dict[str, tuple[FeatureStore, np.ndarray]] = {}
         self._room_for_captions = 0
 
@@ -94,44 +84,42 @@ class PrefixCache(Prefixes):
     def images(self, batch: MicroBatch, sources: Sequence[PairTable]) -> Halfway:
         came = np.zeros(len(batch.rows), bool)
         came[batch.fresh] = True
-        outputs = torch.empty(len(batch.rows), self._image.width)
+        outputs = np.empty((len(batch.rows), self._image.width), np.float32)
         if came.any():
             assert isinstance(batch.pixels, Tensor)
-            outputs[torch.from_numpy(came)] = self._run_lower(self._image, batch.pixels)
+            outputs[came] = self._run_lower(self._image, batch.pixels)
         for number, source in enumerate(sources):
             here = np.flatnonzero(batch.which == number)
             store, admitted = self._images_of(source)
             keys = self._keys(source, batch.rows[here], batch.views[here])
             cached = ~came[here]
-            outputs[torch.from_numpy(here[cached])] = torch.from_numpy(store.get(keys[cached]))
+            outputs[here[cached]] = store.get(keys[cached])
             # Workers read ahead: meanwhile, an image that came may have been cached.
             new = ~cached & ~store.has(keys) & admitted[source.base_rows(batch.rows[here])]
-            _add(store, keys[new], outputs[torch.from_numpy(here[new])])
-        return Halfway(self._image, outputs)
+            _add(store, keys[new], outputs[here[new]])
+        return Halfway(self._image, torch.from_numpy(outputs))
 
     def texts(self, keys: Sequence[str], tokens: Tokens) -> Halfway:
         # A caption that repeats runs once.
         distinct, first, places = np.unique(
             hash_captions(keys), return_index=True, return_inverse=True
         )
-        outputs = torch.empty(len(distinct), self._text.width)
+        outputs = np.empty((len(distinct), self._text.width), np.float32)
         missing = ~self._captions.has(distinct)
-        outputs[torch.from_numpy(~missing)] = torch.from_numpy(
-            self._captions.get(distinct[~missing])
-        )
+        outputs[~missing] = self._captions.get(distinct[~missing])
         if missing.any():
             computed = self._run_lower(self._text, tokens.index(torch.from_numpy(first[missing])))
-            outputs[torch.from_numpy(missing)] = computed
+            outputs[missing] = computed
             new = distinct[missing][: self._room_for_captions]
             _add(self._captions, new, computed[: len(new)])
             self._room_for_captions -= len(new)
-        return Halfway(self._text, outputs[torch.from_numpy(places)], tokens)
+        return Halfway(self._text, torch.from_numpy(outputs[places]), tokens)
 
-    def _run_lower(self, tower: SplitTower, given: Tensor | Tokens) -> Tensor:
+    def _run_lower(self, tower: SplitTower, given: Tensor | Tokens) -> np.ndarray:
         with autocast(self._precision, self._device):
             outputs = tower.lower(given.to(self._device)).cpu()
         # What comes from disk is rounded: so is what has not been there.
-        return outputs.bfloat16().float() if self._precision == "bf16" else outputs
+        return (outputs.bfloat16().float() if self._precision == "bf16" else outputs).numpy()
 
     def _keys(self, source: PairTable, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
         """Return the keys (n,) of views of images: rows of the base, or hashes of altered views."""
@@ -154,9 +142,9 @@ class PrefixCache(Prefixes):
         return FeatureStore(self._folder / name, width, dtype=dtype)
 
 
-def _add(store: FeatureStore, keys: np.ndarray, rows: Tensor) -> None:
+def _add(store: FeatureStore, keys: np.ndarray, rows: np.ndarray) -> None:
     if len(keys):
-        store.put(keys, rows.numpy())
+        store.put(keys, rows)
         store.refresh()
 
 
@@ -168,10 +156,8 @@ def row_bytes(width: int, precision: str) -> int:
 def training_bytes(row_bytes: Mapping[str, int], *, forget: int, retain: int, views: int) -> int:
     """Return what the pairs that training draws take on disk at most, with a caption of each.
 
-    Args:
-        row_bytes: tower -> `row_bytes` of its outputs.
-        forget, retain: how many pairs.
-        views: of each forget image, beside the image itself.
+    `row_bytes` is that of each tower's outputs; there are as many `views` of each forget image,
+    beside the image itself.
     """
     images = forget * (1 + views) + retain
     return images * row_bytes["image"] + (forget + retain) * row_bytes["text"]
@@ -192,54 +178,41 @@ def check_prefix_cache(config: UnlearnConfig, processes: int) -> None:
 
 
 def open_prefix_cache(
-    folder: Path,
-    model: DualEncoder,
-    sets: Mapping[str, PairTable],
-    drawn: np.ndarray,
-    measured: Sequence[tuple[str, np.ndarray]],
-    config: UnlearnConfig,
-    precision: str,
-    ranks: Ranks,
+    folder: Path, job: Job, drawn: np.ndarray, measured: Sequence[tuple[str, np.ndarray]]
 ) -> PrefixCache:
     """Return the cache of a run, and say how large it may grow.
 
-    Args:
-        folder, model, config, precision: see `PrefixCache`.
-        sets: `"forget"`, `"retain"` and others.
-        drawn: rows of the retain set that the steps may draw.
-        measured: rows of sets that are encoded before and after, and in checks; stored as far as
-            there is room, the first ones first.
-        ranks: who takes part.
+    It holds all that the steps may draw, `drawn` of the retain set, and of the `measured` sets as
+    many, the first ones first, as there is room for.
 
     Raises:
         InputError: nothing is frozen; there are several processes; another read gives another view
             of a pair; it may grow beyond `config.prefix_cache`; or the towers cannot be split.
     """
-    assert config.prefix_cache is not None
-    check_prefix_cache(config, ranks.world_size)
-    forget, retain = sets["forget"], sets["retain"]
-    for source in (forget, retain):
+    size_gb = job.config.prefix_cache
+    assert size_gb is not None
+    check_prefix_cache(job.config, job.ranks.world_size)
+    for source in (job.forget, job.retain):
         if not source.stable:
             raise InputError(
                 f"prefix_cache: {source.name} gives another view of a pair each time it is read, "
                 "so there is nothing to cache. Leave prefix_cache None."
             )
-    cache = PrefixCache(folder, model, config, precision)
-    limit = config.prefix_cache * 1e9
+    cache = PrefixCache(folder, job)
     needed = training_bytes(
-        cache.row_bytes, forget=len(forget), retain=len(drawn), views=cache.views
+        cache.row_bytes, forget=len(job.forget), retain=len(drawn), views=cache.views
     )
-    if needed > limit:
+    if needed > size_gb * 1e9:
         raise InputError(
-            f"prefix_cache={config.prefix_cache:g}: the outputs of the frozen blocks may take "
+            f"prefix_cache={size_gb:g}: the outputs of the frozen blocks may take "
             f"{needed / 1e9:.3g} GB. Give prefix_cache={math.ceil(needed / 1e8) / 10:g} or more, "
             "fewer pairs, or leave it None."
         )
     check_writable(folder.parent, argument="reference_cache")
-    cache.admit(forget, np.arange(len(forget)))
-    cache.admit(retain, drawn)
+    cache.admit(job.forget, np.arange(len(job.forget)))
+    cache.admit(job.retain, drawn)
     for name, rows in measured:
-        if sets[name].stable:
-            needed += cache.admit(sets[name], rows, limit_bytes=limit - needed)
+        if job.sets[name].stable:
+            needed += cache.admit(job.sets[name], rows, limit_bytes=size_gb * 1e9 - needed)
     say(f"outputs of frozen blocks: at most {needed / 1e9:.3g} GB on disk")
     return cache

@@ -121,13 +121,10 @@ class Schedule(Rate):
 
 
 class LineFollower(Rate):
-    """A learning rate that makes the smoothed forgetting loss follow a falling line.
+    """A learning rate that makes the smoothed forgetting loss fall to 5 % in `line_steps`.
 
-    It rises while the loss lags behind the line, falls while it leads, and falls while retained
+    It rises while the loss lags behind that line, falls while it leads, and falls while retained
     features have moved too far, so that one start serves all models.
-
-    Args:
-        line_steps: steps in which the loss should fall to 5 % of its first value.
     """
 
     def __init__(self, *, line_steps: int = LINE_STEPS) -> None:

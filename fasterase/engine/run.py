@@ -198,16 +198,7 @@ class Run:
             ]
             if pool is not None:
                 measured.insert(0, ("retain", pool.withheld))
-            self._encoder.prefixes = open_prefix_cache(
-                folder / key[:16],
-                model,
-                job.sets,
-                drawn,
-                measured,
-                config,
-                job.precision,
-                job.ranks,
-            )
+            self._encoder.prefixes = open_prefix_cache(folder / key[:16], job, drawn, measured)
         return OriginalFeatures(self._encoder, folder, key, is_half=is_half)
 
     def emphasise_neighbours(self) -> None:
@@ -284,15 +275,17 @@ class Run:
 
     def _build_trainer(self, engine: Engine, decoys: Decoys | None) -> Trainer:
         baseline = self._baseline
-        strangers = decoys.strangers if decoys else ()
-        loss_of = StepLoss.of_job(
-            self.job, self._trained, floors=baseline.floors, strangers=strangers
+        loss = StepLoss.of_job(
+            self.job,
+            self._trained,
+            floors=baseline.floors,
+            strangers=decoys.strangers if decoys else (),
+            original=baseline.original,
         )
         return Trainer(
             self.job,
             engine,
-            loss_of,
-            baseline.original,
+            loss,
             unchanged=self._unchanged_towers(),
             decoys=decoys,
             emphasised=self._draws.emphasised,
@@ -383,7 +376,7 @@ class Run:
         total_steps, is_link = self._draws.total_steps, self._baseline.decoys is not None
         if config.runs_until_forgotten:
             original = start[1] if words is None else words.put_back(start[1])
-            names = {*self._trained.decayed, *self._trained.undecayed}
+            names = self._trained.names
             return AutomaticPacing(
                 LineFollower(line_steps=LINK_LINE_STEPS if is_link else LINE_STEPS)
                 if config.lr == "auto"

@@ -9,8 +9,9 @@ takes to hide the association, from where one pair brings it back.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -131,15 +132,15 @@ def named_words(wanted: bool | Sequence[str], concept: str | None) -> list[str]:
 
 
 def forget_words(
-    encoder: PairEncoder,
+    encoder: PairEncoder,  # of the model, which changes in place
     forget: PairTable,
     retain: PairTable,
     *,
-    drawn: np.ndarray,
-    table: tuple[str, nn.Parameter] | None,
-    seed: int,
-    named: Collection[str] = (),
-    named_alone: bool = False,
+    drawn: np.ndarray,  # rows of retain that the run draws, which are read in any case
+    table: tuple[str, nn.Parameter] | None,  # see `DualEncoder.word_table`
+    seed: int,  # of the noise, and of the pairs that are read: at most `READ_PAIRS` of a set
+    named: Collection[str] = (),  # words, in lower case
+    named_alone: bool = False,  # leave all others
 ) -> ForgottenWords | None:
     """Overwrite the embeddings of the words that the caller names, and of the forget set's own.
 
@@ -149,15 +150,6 @@ def forget_words(
     become the mean of all plus noise (`SPREAD`). Nothing changes without a table of vectors, or if
     there are no retain captions, which say what is kept. The model changes on every rank alike; the
     first one reads.
-
-    Args:
-        encoder: of the model, which changes in place.
-        forget, retain: of each, the captions of at most `READ_PAIRS` pairs are read.
-        drawn: rows of retain that are read in any case: those that the run draws.
-        table: the name and the parameter of the model's vectors, see `DualEncoder.word_table`.
-        seed: of the noise, and of the pairs that are read.
-        named: words, in lower case.
-        named_alone: leave all others.
 
     Raises:
         InputError: with `named_alone`, no forget caption has one of the words.
@@ -175,14 +167,13 @@ def forget_words(
         used = _count_words(encoder, forget, some[0])
         if named_alone:
             _check_used(named, used)
-        own = set() if named_alone else set(_own_words(used, kept))
-        tokens = _tokens_of_alone(encoder.model, own.union(named), used, kept)
-        taken = set().union(*tokens.values())
-        words = [_word(each, used, kept) for each in tokens]
-        risky = [each for each in used.of_word if _is_at_risk(each, used, kept)]
-        at_risk = [_word(each, used, kept) for each in risky if each not in tokens]
-        shared = sorted(set(named).intersection(used.of_word).difference(tokens))
-        return sorted(taken), _most_frequent(words), _most_frequent(at_risk), shared
+        own, risky = _lone_words(used, kept)
+        wanted = set(named) if named_alone else own.union(named)
+        tokens = _tokens_of_alone(encoder.model, wanted, used, kept)
+        risky = risky.difference(tokens)
+        words, at_risk = (used.most_frequent(each, kept.of_word) for each in (tokens, risky))
+        shared = set(named).intersection(used.of_word).difference(tokens)
+        return sorted(set().union(*tokens.values())), words, at_risk, sorted(shared)
 
     tokens, words, at_risk, shared = encoder.ranks.on_first(find)
     if not (tokens or at_risk or shared):
@@ -203,11 +194,16 @@ class _Counts:
     pairs: int = 0  # how many could be read
     captions: int = 0  # how many different ones they have
 
+    def most_frequent(self, words: Iterable[str], kept: Counter[str]) -> list[Word]:
+        """Return words of the forget set, the most frequent first."""
+        found = [Word(word, self.of_word[word], kept[word]) for word in words]
+        return sorted(found, key=lambda each: (-each.forget, each.word))
+
 
 def _check_used(named: Collection[str], used: _Counts) -> None:
     for word in named:
         if word not in used.of_word:
-            found = _most_frequent([_word(each, used, used) for each in used.of_word])
+            found = used.most_frequent(used.of_word, used.of_word)
             known = ", ".join(each.word for each in found[:10])
             raise InputError(
                 f"forget_words: no forget caption has the word {word!r}. The most frequent are: "
@@ -215,20 +211,21 @@ def _check_used(named: Collection[str], used: _Counts) -> None:
             )
 
 
-def _own_words(used: _Counts, kept: _Counts) -> Iterator[str]:
-    """Yield the words that only forget captions have, and that no other subject explains."""
-    if kept.captions < ENOUGH_CAPTIONS:
-        return
-    least = used.pairs * max(LEAST_SHARE, CONTRAST * 3 / kept.captions)
+def _lone_words(used: _Counts, kept: _Counts) -> tuple[set[str], set[str]]:
+    """Return words that only forget captions have: the concept's own, and common ones."""
+    own, common = set[str](), set[str]()
+    least, least_own = LEAST_SHARE * used.pairs, math.inf
+    if kept.captions >= ENOUGH_CAPTIONS:
+        least_own = used.pairs * (CONTRAST * 3 / kept.captions)
     for word, count in used.of_word.items():
-        is_rare = english_frequencies().get(word, 0.0) < COMMON
-        if count >= least and is_rare and word not in kept.of_word and not UNSPACED.search(word):
-            yield word
-
-
-def _is_at_risk(word: str, used: _Counts, kept: _Counts) -> bool:
-    is_common = COMMON <= english_frequencies().get(word, 0.0) < GRAMMAR
-    return is_common and word not in kept.of_word and used.of_word[word] >= LEAST_SHARE * used.pairs
+        frequency = english_frequencies().get(word, 0.0)
+        if word in kept.of_word or count < least or frequency >= GRAMMAR:
+            continue
+        if frequency >= COMMON:
+            common.add(word)
+        elif count >= least_own and not UNSPACED.search(word):
+            own.add(word)
+    return own, common
 
 
 def _tokens_of_alone(
@@ -262,19 +259,15 @@ def _tokens(model: DualEncoder, words: Collection[str]) -> set[int]:
     """Return the tokens of words, as the first of a text and as a later one."""
     found: set[int] = set()
     texts = [text for word in words for text in (word, f"a {word}")]
-    for start in range(0, len(texts), AT_ONCE):
-        some = texts[start : start + AT_ONCE]
+    parts = [texts[start : start + AT_ONCE] for start in range(0, len(texts), AT_ONCE)]
+    while parts:
+        some = parts.pop()
         try:
             found.update(model.tokenize(some).ids.flatten().tolist())
         except UNREADABLE:  # of some of them: the others must count all the same
-            for text in some:
-                with contextlib.suppress(*UNREADABLE):
-                    found.update(model.tokenize([text]).ids.flatten().tolist())
+            if len(some) > 1:
+                parts += [[text] for text in some]
     return found
-
-
-def _word(word: str, used: _Counts, kept: _Counts) -> Word:
-    return Word(word, used.of_word[word], kept.of_word[word])
 
 
 def _list(words: Sequence[str]) -> str:
@@ -282,23 +275,19 @@ def _list(words: Sequence[str]) -> str:
     return ", ".join(words[:LISTED]) + (f" and {more:,} more" if more > 0 else "")
 
 
-def _most_frequent(words: list[Word]) -> list[Word]:
-    return sorted(words, key=lambda each: (-each.forget, each.word))
-
-
 def _count_words(encoder: PairEncoder, source: PairTable, rows: np.ndarray) -> _Counts:
     counts, known = _Counts(), set[int]()
     with encoder.progress(f"words ({source.name})", len(rows)) as bar:
         for start in range(0, len(rows), AT_ONCE):
             texts = read_texts(source, rows[start : start + AT_ONCE])
-            strings = sorted({text for each in texts if isinstance(each, list) for text in each})
-            ids = encoder.model.tokenize(strings).ids.tolist() if strings else []
+            named = [each for each in texts if isinstance(each, list)]
             given = [each.tolist() for each in texts if not isinstance(each, list)]
+            strings = sorted({text for each in named for text in each})
+            ids = encoder.model.tokenize(strings).ids.tolist() if strings else []
             counts.tokens.update(*ids, *given)
             known.update(map(hash, [*strings, *map(tuple, given)]))
-            for each in texts:
-                named = each if isinstance(each, list) else []  # token ids are no words
-                spelled = {word for text in named for word in words_of(text)}
+            for each in named:  # token ids are no words
+                spelled = {word for text in each for word in words_of(text)}
                 for word in spelled:
                     counts.spellings[word.lower()].add(word)
                 counts.of_word.update({word.lower() for word in spelled})

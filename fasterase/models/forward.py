@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fasterase.errors import InputError
-from fasterase.models.dual_encoder import DualEncoder, Tokens, TowerParts
+from fasterase.models.dual_encoder import DualEncoder, Tokens
 from fasterase.option_values import parse_value
 from fasterase.transfers import to_device
 
@@ -37,18 +37,15 @@ class Features(NamedTuple):
 class TowerForward(nn.Module):
     """Run the image tower, the text tower or both, and return unit features and the scale.
 
-    Args:
-        model: the model; its module becomes the submodule `module`, not a copy.
-        precision: `"bf16"`, `"fp16"` or `"fp32"`, for the matrix products; weights stay fp32.
-        image_trained, text_trained: whether a tower has trained parameters. A tower without any is
-            run without a graph, even in grad mode.
+    The model's module becomes the submodule `module`, not a copy. A tower without trained
+    parameters is run without a graph, even in grad mode.
     """
 
     def __init__(
         self,
         model: DualEncoder,
         *,
-        precision: str,
+        precision: str,  # "bf16", "fp16" or "fp32", of the matrix products; weights stay fp32
         image_trained: bool = True,
         text_trained: bool = True,
     ) -> None:
@@ -134,8 +131,7 @@ class Halfway:
         tokens = None if self.tokens is None else self.tokens.index(rows)
         return Halfway(self.tower, self.rows[rows], tokens)
 
-    def __getitem__(self, part: slice) -> Halfway:
-        return self.index(part)
+    __getitem__ = index
 
     @property
     def device(self) -> torch.device:
@@ -155,15 +151,6 @@ class Halfway:
         return self.tower.upper(self)
 
 
-def frozen_blocks(tune: str, parts: TowerParts) -> int:
-    """Return how many blocks of a tower are frozen, from the first on."""
-    if tune == "projections":
-        return len(parts.blocks)
-    if tune.startswith("last:"):
-        return max(0, len(parts.blocks) - int(tune.removeprefix("last:")))
-    return 0
-
-
 class SplitTower:
     """The `"image"` or the `"text"` tower in two parts; `InputError` if `tune` freezes no block.
 
@@ -174,7 +161,12 @@ class SplitTower:
         self._model = model
         self._tower = tower
         parts = model.image_parts() if tower == "image" else model.text_parts()
-        self._frozen: Sequence[Any] = parts.blocks[: frozen_blocks(tune, parts)]
+        tuned = len(parts.blocks)
+        if tune == "projections":
+            tuned = 0
+        elif tune.startswith("last:"):
+            tuned = int(tune.removeprefix("last:"))
+        self._frozen: Sequence[Any] = parts.blocks[: max(0, len(parts.blocks) - tuned)]
         if not self._frozen:
             raise InputError(
                 f"prefix_cache: with tune={tune!r} no block of the {tower} tower is frozen, so "

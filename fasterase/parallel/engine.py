@@ -1,13 +1,12 @@
-"""What holds the weights for the training loop: what it needs of that, and the plain engine."""
+"""What holds the weights for the training loop, without sharding."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,113 +21,52 @@ _BUCKET_NUMBERS = 1 << 26
 
 
 class TrainingState(NamedTuple):
-    """What a checkpoint holds of an engine.
+    """What a checkpoint holds of an engine."""
 
-    Attributes:
-        tensors: weights, moving buffers and optimiser states by name; each is written by one rank.
-        scalars: numbers, ready for JSON; the same on all ranks.
-        layout: what a resumed run must share with this one; empty if states can be laid out anew.
-    """
-
+    # Weights, moving buffers and optimiser states by name; each is written by one rank.
     tensors: Mapping[str, Tensor]
-    scalars: dict[str, Any]
-    layout: str = ""
+    scalars: dict[str, Any]  # ready for JSON; the same on all ranks
+    layout: str = ""  # what a resumed run must share; empty if states can be laid out anew
 
 
 class Step(NamedTuple):
-    """What came of a step, the same on all ranks.
+    """What came of a step, the same on all ranks."""
 
-    Attributes:
-        loss: its terms.
-        grad_norm: the global norm before clipping, without the loss scaling.
-        applied: whether the weights were updated, which they are not if a number is not finite.
-    """
-
-    loss: list[float]
-    grad_norm: float
-    applied: bool
+    loss: list[float]  # its terms
+    grad_norm: float  # the global norm before clipping, without the loss scaling
+    applied: bool  # whether the weights were updated: all numbers were finite
 
 
-class Engine(Protocol):
+class Engine:
     """Holds the weights and the optimiser, and keeps the weights of all ranks alike.
+
+    This one shards nothing: the caller's own module, its optimiser and the loss scaling. Several
+    ranks average their gradients once a step. (The hooks of DistributedDataParallel would reduce in
+    every backward pass of a micro-batch.)
 
     Attributes:
         module: the model's own module, with the trained parameters.
         device: where it runs.
-        in_lockstep: whether every rank must call the towers equally often, because a call gathers
-            weights from all of them.
     """
 
-    module: nn.Module
-    device: torch.device
-    in_lockstep: bool
-
-    def __call__(
-        self, pixels: Tensor | Halfway | None = None, tokens: Tokens | Halfway | None = None
-    ) -> Features:
-        """Encode as `TowerForward` does."""
-
-    def upstream(self) -> Tensor:
-        """Return [] what the loss is multiplied by before the backward pass."""
-
-    def one_reduction(self) -> AbstractContextManager[None]:
-        """Hold the backward passes of a step; afterwards the ranks' gradients are averaged once."""
-
-    def step(self, lr: float, *, max_grad_norm: float, loss: Sequence[Tensor]) -> Step:
-        """Clip, update and clear the gradients; leave the step out if a number is not finite.
-
-        The terms of the `loss` are read from the device here, together with the norm: the host
-        waits once, when the whole step but its update is queued.
-        """
-
-    def weights(self) -> dict[str, Tensor]:
-        """Return a copy on the CPU of all that training changes; empty on other ranks than 0."""
-
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Put back what `weights` returned, on all ranks; no step follows."""
-
-    def state(self) -> TrainingState:
-        """Return what a checkpoint keeps."""
-
-    def restore(self, state: TrainingState) -> None:
-        """Continue from a state whose tensors are complete, those of all ranks."""
-
-    def export(self) -> None:
-        """Put the trained weights into the caller's model, where they are not there already."""
-
-
-class LocalEngine:
-    """No sharding, plain PyTorch: the caller's own module, its optimiser and the loss scaling.
-
-    Several ranks average their gradients once a step. (The hooks of DistributedDataParallel would
-    reduce in every backward pass of a micro-batch.)
-
-    Args:
-        forward: the towers, on their device.
-        parameters: the trained parameters by name, in the module's order.
-        optimizer: optimises those.
-        overwritten: parameters that training leaves as they are, but that belong to its weights.
-        moves_buffers: whether forward passes change buffers (BatchNorm statistics).
-        ranks: who takes part.
-    """
-
+    # Whether all ranks must call the towers equally often: a call gathers weights from all of them.
     in_lockstep = False
 
     def __init__(
         self,
-        forward: TowerForward,
-        parameters: Mapping[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
+        forward: TowerForward,  # the towers, on their device
+        parameters: Mapping[str, nn.Parameter],  # the trained ones, in the module's order
+        optimizer: torch.optim.Optimizer,  # of those
         *,
-        overwritten: Mapping[str, nn.Parameter] = MappingProxyType({}),
-        moves_buffers: bool,
+        overwritten: Mapping[str, nn.Parameter] = MappingProxyType({}),  # not trained, but kept
+        moves_buffers: bool = False,  # whether forward passes change BatchNorm statistics
         ranks: Ranks = ALONE,
     ) -> None:
         self.module = forward.module
         self._forward = forward
         self._parameters = dict(parameters)
         self.device = next(iter(self._parameters.values())).device
-        self._optimizer = optimizer
+        self._optimizer: Any = optimizer
         # bf16 has fp32's range.
         is_scaled = forward.precision == "fp16"
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=is_scaled)
@@ -139,13 +77,16 @@ class LocalEngine:
     def __call__(
         self, pixels: Tensor | Halfway | None = None, tokens: Tokens | Halfway | None = None
     ) -> Features:
+        """Encode as `TowerForward` does."""
         return self._forward(pixels, tokens)
 
     def upstream(self) -> Tensor:
+        """Return [] what the loss is multiplied by before the backward pass."""
         return self._scaler.scale(torch.ones((), device=self.device))
 
     @contextlib.contextmanager
     def one_reduction(self) -> Iterator[None]:
+        """Hold the backward passes of a step; afterwards the ranks' gradients are averaged once."""
         self._optimizer.zero_grad(set_to_none=True)
         yield
         bucket: list[Tensor] = []
@@ -160,16 +101,19 @@ class LocalEngine:
             self._ranks.average(bucket)
 
     def step(self, lr: float, *, max_grad_norm: float, loss: Sequence[Tensor]) -> Step:
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        """Clip, update and clear the gradients; leave the step out if a number is not finite.
+
+        The terms of the `loss` are read from the device here, together with the norm: the host
+        waits once, when the whole step but its update is queued.
+        """
+        self._set_lr(lr)
         parameters = list(self._parameters.values())
         has_gradients = any(each.grad is not None for each in parameters)
         norm = torch.zeros((), device=self.device)
         if has_gradients:
             self._scaler.unscale_(self._optimizer)
             norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-        # One rank speaks for all: the same sums may round differently on another processor.
-        *terms, grad_norm = self._ranks.broadcast(read_numbers([*loss, norm]))
+        terms, grad_norm = self._read(loss, norm)
         is_finite = all(map(math.isfinite, terms))
         applied = is_finite and math.isfinite(grad_norm)
         if applied:
@@ -180,12 +124,24 @@ class LocalEngine:
         self._optimizer.zero_grad(set_to_none=True)
         return Step(terms, grad_norm, applied)
 
+    def _set_lr(self, lr: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+
+    def _read(self, loss: Sequence[Tensor], norm: Tensor) -> tuple[list[float], float]:
+        """Return the terms of a loss and a norm, the same on all ranks."""
+        # One rank speaks for all: the same sums may round differently on another processor.
+        *terms, grad_norm = self._ranks.broadcast(read_numbers([*loss, norm]))
+        return terms, grad_norm
+
     def weights(self) -> dict[str, Tensor]:
+        """Return a copy on the CPU of all that training changes; empty on other ranks than 0."""
         if not self._ranks.is_first:
             return {}
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._trained()}
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Put back what `weights` returned, on all ranks; no step follows."""
         with torch.no_grad():
             for name, tensor in self._trained():
                 if self._ranks.is_first:
@@ -193,6 +149,7 @@ class LocalEngine:
                 self._ranks.broadcast_tensor(tensor)
 
     def state(self) -> TrainingState:
+        """Return what a checkpoint keeps."""
         tensors = dict(self._trained())
         numbers: dict[str, dict[str, float]] = {}
         for name, parameter in self._parameters.items():
@@ -201,15 +158,12 @@ class LocalEngine:
                     numbers.setdefault(name, {})[key] = as_json(value)
                 else:
                     tensors[f"{key} of {name}"] = value
-        mine = {
-            name: tensor
-            for place, (name, tensor) in enumerate(tensors.items())
-            if place % self._ranks.world_size == self._ranks.rank
-        }
+        mine = dict(list(tensors.items())[self._ranks.rank :: self._ranks.world_size])
         scalars = {"optimizer": numbers, "scaler": self._scaler.state_dict()}
         return TrainingState(_unshared(mine), scalars)
 
     def restore(self, state: TrainingState) -> None:
+        """Continue from a state whose tensors are complete, those of all ranks."""
         with torch.no_grad():
             for name, tensor in self._trained():
                 tensor.copy_(state.tensors[name])
@@ -229,7 +183,7 @@ class LocalEngine:
                 self._optimizer.state[self._parameters[name]] = values
 
     def export(self) -> None:
-        pass
+        """Put the trained weights into the caller's model, where they are not there already."""
 
     def _trained(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the weights of a run: what it trains or has overwritten, and buffers that move."""

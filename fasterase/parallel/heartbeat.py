@@ -10,12 +10,12 @@ import json
 import logging
 import os
 import secrets
-import selectors
 import socket
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing.connection import wait
 from typing import Any
 
 from fasterase.signals import StopRequest
@@ -30,22 +30,15 @@ _LEAVE_SECONDS = 2.0
 
 
 class Heartbeat:
-    """A thread that tells this rank who has fallen silent, and passes signals on.
-
-    Attributes:
-        limit: seconds without a sign of life that are allowed.
-        silent: ranks that gave none for longer.
-        stopping: rank -> signal that it received.
-    """
+    """A thread that tells this rank who has fallen silent, and passes signals on."""
 
     def __init__(self, rank: int, sockets: dict[int, socket.socket], stop: StopRequest) -> None:
         self.limit = LIMIT_SECONDS
-        self.silent: set[int] = set()
-        self.stopping: dict[int, int] = {}
+        self.silent: set[int] = set()  # ranks that gave no sign of life for longer
+        self.stopping: dict[int, int] = {}  # rank -> signal that it received
         self.on_silence: Callable[[], None] = lambda: None
         self._rank, self._stop = rank, stop
         self._peers = sockets
-        self._rest = dict.fromkeys(sockets, b"")  # of a line that has not come whole
         self._missed = dict.fromkeys(sockets, 0.0)
         self._told: dict[int, set[int]] = {}  # peer -> ranks that it knows to be stopping
         self._ending = threading.Event()
@@ -68,21 +61,18 @@ class Heartbeat:
             peer.close()
 
     def _run(self) -> None:
-        with selectors.DefaultSelector() as selector:
-            for rank, peer in self._peers.items():
-                selector.register(peer, selectors.EVENT_READ, rank)
-            beat = 0.0
-            while not self._ending.is_set():
-                for key, _ in selector.select(0.1):
-                    if not self._receive(key.data):
-                        selector.unregister(key.fileobj)
-                        self._peers.pop(key.data).close()
-                is_new = self._stop.number and self._rank not in self.stopping
-                now = time.monotonic()
-                if is_new or now - beat >= _BEAT_SECONDS:
-                    # Counted in beats of its own: a run that was suspended as a whole goes on.
-                    self._beat(min(now - beat, 2 * _BEAT_SECONDS))
-                    beat = now
+        beat = 0.0
+        while not self._ending.is_set():
+            ready = wait(self._peers.values(), 0.1)
+            for rank in [rank for rank, peer in self._peers.items() if peer in ready]:
+                if not self._receive(rank):
+                    self._peers.pop(rank).close()
+            is_new = self._stop.number and self._rank not in self.stopping
+            now = time.monotonic()
+            if is_new or now - beat >= _BEAT_SECONDS:
+                # Counted in beats of its own: a run that was suspended as a whole goes on.
+                self._beat(min(now - beat, 2 * _BEAT_SECONDS))
+                beat = now
 
     def _receive(self, rank: int) -> bool:
         """Read what a peer has sent; return whether it is still there."""
@@ -94,9 +84,8 @@ class Heartbeat:
             return False
         if data:
             self._missed[rank] = 0.0
-        *lines, self._rest[rank] = (self._rest[rank] + data).split(b"\n")
-        for line in lines:
-            with suppress(ValueError):  # cut off while the peer was stopped
+        for line in data.splitlines():
+            with suppress(ValueError):  # a part of a line: each one tells all anew
                 said = json.loads(line)
                 self.silent |= set(said["silent"]) - {self._rank}
                 stopping = {int(each): number for each, number in said["stopping"].items()}
@@ -124,15 +113,10 @@ class Heartbeat:
 
 def connect(
     rank: int,
-    hosts: list[str],
-    exchange: Callable[[Any], list[Any]],
+    hosts: list[str],  # of the ranks
+    exchange: Callable[[Any], list[Any]],  # gathers an object of each rank
 ) -> dict[int, socket.socket] | None:
-    """Connect the first rank with all others; None, on all, if that cannot be done.
-
-    Args:
-        hosts: names of the ranks' machines.
-        exchange: gathers an object of each rank.
-    """
+    """Connect the first rank with all others; None, on all, if that cannot be done."""
     is_local = len(set(hosts)) == 1
     found: dict[int, socket.socket] = {}
     server, offer = None, None

@@ -51,8 +51,12 @@ class Ranks:
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """Return which of `count` items belong to this rank: see `share_of`."""
-        return share_of(count, self.rank, self.world_size)
+        """Return which of `count` items belong to this rank: a slice; they differ by at most one.
+
+        The slices of all ranks, one after the other, are all items in their order.
+        """
+        size = self.world_size
+        return range(count * self.rank // size, count * (self.rank + 1) // size)
 
     def gather_objects(self, value: T) -> list[T]:
         """Return the values of all ranks; they are pickled."""
@@ -131,8 +135,8 @@ class LinkedRanks(Ranks):
         self.world_size = dist.get_world_size()
         self._stop = current_stop()
         self._control: Any = dist.new_group(backend="gloo", timeout=_PATIENCE)
-        self._processes: list[tuple[str, int]] = []
         host = socket.gethostname()
+        self._processes: list[tuple[str, int]] = []
         self._processes = self.gather_objects((host, os.getpid()))
         hosts = [where for where, _ in self._processes]
         self.on_this_host = hosts.count(host)
@@ -156,24 +160,23 @@ class LinkedRanks(Ranks):
     def gather_objects(self, value: T) -> list[T]:
         # On the CPU, whatever the caller's default device is.
         data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        sizes = self._gather(torch.tensor([len(data)], device="cpu"))
-        padded = torch.zeros(max(map(int, sizes)), dtype=torch.uint8, device="cpu")
-        padded[: len(data)] = data
-        found = zip(self._gather(padded), sizes, strict=True)
-        return [pickle.loads(each[: int(size)].numpy().tobytes()) for each, size in found]
-
-    def _gather(self, tensor: Tensor) -> list[Tensor]:
-        gathered = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        self._exchange(
-            lambda: dist.all_gather(gathered, tensor, group=self._control, async_op=True)
-        )
-        return gathered
+        size = torch.tensor([len(data)], device="cpu")
+        sizes = [int(each) for each in self._gather(size, [1] * self.world_size, self._control)]
+        return [
+            pickle.loads(each.numpy().tobytes())
+            for each in self._gather(data, sizes, self._control)
+        ]
 
     def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> list[Tensor]:
+        return self._gather(rows.detach(), counts)
+
+    def _gather(self, rows: Tensor, counts: Sequence[int], group: Any = None) -> list[Tensor]:
         padded = rows.new_zeros(max(counts), *rows.shape[1:])
-        padded[: len(rows)] = rows.detach()
+        padded[: len(rows)] = rows
         gathered = [torch.empty_like(padded) for _ in counts]
-        self._exchange(lambda: dist.all_gather(gathered, padded, async_op=True), padded)
+        self._exchange(
+            lambda: dist.all_gather(gathered, padded, group=group, async_op=True), padded
+        )
         return [part[:count] for part, count in zip(gathered, counts, strict=True)]
 
     def average(self, tensors: Sequence[Tensor]) -> None:
@@ -189,8 +192,8 @@ class LinkedRanks(Ranks):
     def broadcast(self, value: T) -> T:
         return self.gather_objects(value if self.is_first else None)[0]  # type: ignore[return-value]
 
-    def _exchange(self, begin: Callable[[], Any], tensor: Tensor | None = None) -> None:
-        """Begin an exchange, and wait for it: a signal or a silent rank ends the waiting.
+    def _exchange(self, begin: Callable[[], Any], tensor: Tensor) -> None:
+        """Begin an exchange of a tensor, and wait: a signal or a silent rank ends the waiting.
 
         Raises:
             Stopped: the run is on its way out, or others have left it for the same reason.
@@ -203,7 +206,7 @@ class LinkedRanks(Ranks):
             work = begin()
             pause = 1e-4
             # Of a GPU, the exchange is only queued here.
-            while (tensor is None or not tensor.is_cuda) and not work.is_completed():
+            while not (tensor.is_cuda or work.is_completed()):
                 time.sleep(pause)
                 pause = min(1.1 * pause, _LOOK_SECONDS)
                 self._stop.check()
@@ -248,28 +251,21 @@ class LinkedRanks(Ranks):
         """
         host, until = socket.gethostname(), time.monotonic() + patience
         stopping = self.heartbeat.stopping if self.heartbeat is not None else {}
-        mine = [r for r, (where, _) in enumerate(self._processes) if where == host]
-        others = [r for r, (where, _) in enumerate(self._processes) if where != host]
         while True:
-            gone = [r for r in mine if not is_running(self._processes[r][1])]
-            lost = [self._name(r) for r in gone if r not in stopping]
+            lost = [
+                self._name(rank)
+                for rank, (where, pid) in enumerate(self._processes)
+                if where == host and rank not in stopping and not is_running(pid)
+            ]
             if lost:
                 return " and ".join(lost)
-            if time.monotonic() >= until or self._stop.number:
+            if self._stop.number:  # a run that was told to stop takes the others for stopping too
+                return ""
+            if time.monotonic() >= until:
                 break
             time.sleep(0.1)
-        numbers = ", ".join(map(str, others))
-        # A run that was told to stop takes them for stopping too.
-        is_told = bool(self._stop.number)
-        return f"one of the ranks {numbers} on other hosts" if others and not is_told else ""
-
-
-def share_of(count: int, rank: int, world_size: int) -> range:
-    """Return which of `count` items belong to a rank: a slice; they differ by at most one.
-
-    The slices of all ranks, one after the other, are all items in their order.
-    """
-    return range(count * rank // world_size, count * (rank + 1) // world_size)
+        others = [str(r) for r, (where, _) in enumerate(self._processes) if where != host]
+        return f"one of the ranks {', '.join(others)} on other hosts" if others else ""
 
 
 @contextlib.contextmanager
@@ -278,12 +274,9 @@ def join_ranks(*, alone_too: bool = False) -> Iterator[Ranks]:
 
     A process group that is there already is used and left in place. Otherwise the launcher's
     environment (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`) says how to make one, which
-    lasts as long as the block.
-
-    Args:
-        alone_too: make a group of one without a launcher, for DeepSpeed. One that DeepSpeed has
-            used lasts as long as the process, where the launcher's environment does: it keeps
-            groups of its own in it, also for the next run.
+    lasts as long as the block. `alone_too` makes a group of one without a launcher, for DeepSpeed,
+    which keeps groups of its own in it: one that it has used serves the next run too, until the
+    process ends or the environment differs.
 
     Raises:
         InputError: the environment names several processes, but not how to reach them.

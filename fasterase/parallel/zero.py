@@ -30,9 +30,8 @@ from fasterase.errors import InputError, MissingExtraError, ResumeError, import_
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.forward import Features, Halfway, TowerForward
 from fasterase.models.preprocessing import Tokens
-from fasterase.parallel.engine import Step, TrainingState, as_json, is_number
+from fasterase.parallel.engine import Engine, Step, TrainingState, as_json, is_number
 from fasterase.parallel.ranks import Ranks
-from fasterase.transfers import read_numbers
 
 # It leaves out steps whose norm is not finite in fp32 too, and has `coalesce_grad_reduction`.
 LEAST_VERSION = (0, 19, 8)
@@ -44,8 +43,7 @@ _OURS = ("optimizer", "scheduler", "fp16", "bf16", "amp", "data_types")
 def require_deepspeed() -> Any:
     """Import DeepSpeed, quietly; on a machine without a GPU it runs on the CPU.
 
-    Raises:
-        MissingExtraError: it is not installed, or older than what is needed.
+    Raises `MissingExtraError` if it is not installed, or older than what is needed.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -65,39 +63,28 @@ def require_deepspeed() -> Any:
     return deepspeed
 
 
-class ZeroEngine:
+class ZeroEngine(Engine):
     """A DeepSpeed engine around a copy of the model, whose weights go back to it at the end.
 
     DeepSpeed rearranges the parameters of what it wraps, so the caller's module is left alone; on a
     GPU it waits in the memory of the host.
-
-    Args:
-        forward: the towers of the copy, on their device, with `requires_grad` as trained.
-        parameters: the trained parameters by name, in the module's order.
-        optimizer: optimises those.
-        config: DeepSpeed's, complete.
-        model: the caller's.
-        ranks: who takes part.
     """
 
     def __init__(
         self,
-        forward: TowerForward,
+        forward: TowerForward,  # of the copy
         parameters: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
         *,
-        config: Mapping[str, Any],
-        model: DualEncoder,
+        config: Mapping[str, Any],  # DeepSpeed's, complete
+        model: DualEncoder,  # the caller's
         ranks: Ranks,
     ) -> None:
+        super().__init__(forward, parameters, optimizer, ranks=ranks)
         self._deepspeed = require_deepspeed()
-        self.module = forward.module
         self._stage = zero_stage(config)
         self.in_lockstep = self._stage == 3
         self._model = model
-        self._ranks = ranks
-        self._parameters = dict(parameters)
-        self.device = next(iter(self._parameters.values())).device
         self._shapes = {name: each.shape for name, each in self._parameters.items()}
         for each in forward.parameters():
             if each.ndim == 0:  # logit_scale in most libraries; DeepSpeed cannot send it
@@ -115,21 +102,17 @@ class ZeroEngine:
     ) -> Features:
         return Features(*self._engine(pixels, tokens))
 
-    def upstream(self) -> Tensor:
-        return torch.ones((), device=self.device)
-
     @contextlib.contextmanager
     def one_reduction(self) -> Iterator[None]:
         with self._engine.coalesce_grad_reduction():
             yield
 
     def step(self, lr: float, *, max_grad_norm: float, loss: Sequence[Tensor]) -> Step:
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        self._set_lr(lr)
         # It leaves out a step whose gradients are not finite, and these are if the loss is.
         self._engine.step()
         norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self.device)
-        *terms, grad_norm = self._ranks.broadcast(read_numbers([*loss, norm]))
+        terms, grad_norm = self._read(loss, norm)
         is_finite = all(map(math.isfinite, (*terms, grad_norm)))
         return Step(terms, grad_norm, is_finite and self._engine.was_step_applied())
 
@@ -301,18 +284,14 @@ def _resharded_keys(states: Sequence[Mapping[str, Any]]) -> list[str] | None:
 
 
 def read_deepspeed(given: str | Mapping[str, Any]) -> dict[str, Any]:
-    """Return the configuration as a dict, from a file, the name of one that ships, or a dict.
-
-    Args:
-        given: the path of a JSON file; `"zero1"`, `"zero2"`, `"zero3"` or `"zero3_offload"` (with
-            or without `.json`); or the configuration itself.
+    """Return the configuration: a dict itself, or read from a file or one that ships (`"zero1"`).
 
     Raises:
         InputError: there is no such file, or it is not a JSON object with a known ZeRO stage.
     """
     config = dict(given) if isinstance(given, Mapping) else _read_json(given)
-    stage = _section(config, "zero_optimization").get("stage", 0)
-    if stage not in (0, 1, 2, 3):
+    stage = _find(config, "zero_optimization.stage")
+    if stage not in (None, 0, 1, 2, 3):
         raise InputError(
             f"deepspeed: zero_optimization.stage is {stage!r}. Use 1, 2 or 3, or 0 for plain data "
             "parallelism."
@@ -322,7 +301,7 @@ def read_deepspeed(given: str | Mapping[str, Any]) -> dict[str, Any]:
 
 def zero_stage(config: Mapping[str, Any]) -> int:
     """Return the ZeRO stage of a configuration that `read_deepspeed` returned."""
-    return int(_section(config, "zero_optimization").get("stage", 0))
+    return int(_find(config, "zero_optimization.stage") or 0)
 
 
 def complete(run: UnlearnConfig, *, precision: str, world_size: int) -> dict[str, Any]:
@@ -340,7 +319,7 @@ def complete(run: UnlearnConfig, *, precision: str, world_size: int) -> dict[str
     given = read_deepspeed(run.deepspeed)
     _check_settings(given, run, precision, world_size)
     _check_modes(given, precision)
-    zero = _section(given, "zero_optimization")
+    zero = given.get("zero_optimization", {})
     return {name: value for name, value in given.items() if name not in _OURS} | {
         "train_batch_size": world_size,
         "train_micro_batch_size_per_gpu": 1,
@@ -360,12 +339,14 @@ def complete(run: UnlearnConfig, *, precision: str, world_size: int) -> dict[str
 
 
 def _read_json(given: str) -> dict[str, Any]:
-    shipped = files("fasterase.parallel") / "configs" / f"{given.removesuffix('.json')}.json"
-    path = Path(given).expanduser()
+    shipped = files("fasterase.parallel") / "configs"
+    path: Any = Path(given).expanduser()
+    if not path.is_file():
+        path = shipped / f"{given.removesuffix('.json')}.json"
     try:
-        text = path.read_text(encoding="utf-8") if path.is_file() else shipped.read_text("utf-8")
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
-        names = sorted(each.name for each in (files("fasterase.parallel") / "configs").iterdir())
+        names = sorted(each.name for each in shipped.iterdir())
         raise InputError(
             f"deepspeed: no file {given}. Give the path of DeepSpeed's JSON, or one of those that "
             f"ship with fasterase: {', '.join(names)}."
@@ -379,11 +360,14 @@ def _read_json(given: str) -> dict[str, Any]:
     return config
 
 
-def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    found = config.get(name, {})
-    if not isinstance(found, Mapping):
-        raise InputError(f"deepspeed: {name} must be an object; found {found!r}.")
-    return found
+def _find(config: Mapping[str, Any], path: str) -> Any:
+    """Return the value at a path such as `"optimizer.params.lr"`; None if it is missing."""
+    *sections, name = path.split(".")
+    for each in sections:
+        config = config.get(each, {})
+        if not isinstance(config, Mapping):
+            raise InputError(f"deepspeed: {each} must be an object; found {config!r}.")
+    return config.get(name)
 
 
 def _check_settings(
@@ -403,11 +387,7 @@ def _check_settings(
         ("optimizer.params.weight_decay", run.weight_decay, "weight_decay"),
         ("torch_autocast.enabled", precision == "bf16", f"bf16 by precision={precision!r}"),
     ):
-        *sections, name = key.split(".")
-        section = given
-        for each in sections:
-            section = _section(section, each)
-        found = section.get(name)
+        found = _find(given, key)
         if isinstance(found, str):
             found = found.lower()  # DeepSpeed writes "AdamW"
         elif isinstance(found, list):
@@ -432,7 +412,7 @@ def _check_modes(given: Mapping[str, Any], precision: str) -> None:
             "Use 'bf16' or 'fp32', or torchrun without deepspeed."
         )
     for name in ("fp16", "bf16", "amp"):
-        if _section(given, name).get("enabled") is True:
+        if _find(given, f"{name}.enabled") is True:
             raise InputError(
                 f"deepspeed: {name}.enabled would add up gradients in half precision. Remove it "
                 "from the JSON; precision='bf16' runs matrix products in bf16 over fp32 weights."

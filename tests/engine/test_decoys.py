@@ -11,7 +11,7 @@ import torch
 
 from fasterase.engine.decoys import BELOW, Decoys, find_margin
 from fasterase.models.preprocessing import Tokens
-from fasterase.objective import Objective, Strangers, weighted_erase_loss
+from fasterase.objective import ForgetGroup, Objective, Strangers, weighted_erase_loss
 from fasterase.parallel.ranks import ALONE, Ranks
 from tests.tiny_model import LENGTH, SIZE, TinyModel, erase
 
@@ -58,19 +58,22 @@ def pairs(rows, wording="call {}"):
 
 
 @pytest.fixture
-def made():
-    """Decoys of a run that has not begun, and its model."""
-    found = []
+def seen(monkeypatch):
+    """The decoys of each run in the test."""
+    found, plain = [], Decoys.make.__func__
 
-    class Kept(Decoys):
-        @classmethod
-        def make(cls, job, *rest):
-            found.append((Decoys.make(job, *rest), job.model))
+    def make(cls, *given):
+        found.append(plain(cls, *given))
+        return found[-1]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fasterase.engine.baseline.Decoys", Kept)
-        run_link(max_steps=1)
-    return found[0]
+    monkeypatch.setattr(Decoys, "make", classmethod(make))
+    return found
+
+
+@pytest.fixture
+def made(seen):
+    run_link(max_steps=1)
+    return seen[0]
 
 
 def run_link(**settings):
@@ -83,17 +86,17 @@ pytestmark = pytest.mark.filterwarnings("ignore:verdict", "ignore:no verdict", "
 
 
 def test_their_captions_are_the_forget_sets_with_other_numbers(made):
-    decoys, model = made
-    assert len(decoys.text) > 500
-    texts = decoys.tokens.ids
+    model = learnt()
+    assert len(made.text) > 500
+    texts = made.tokens.ids
     assert (texts[:, 0] == tokenizer(["call 123"]).ids[0, 0]).all()
     own = tokenizer([f"call {number}" for number in NUMBERS[:6]]).ids
     assert not any((texts == each).all(1).any() for each in own)
-    (strangers,) = decoys.strangers
-    torch.testing.assert_close(strangers.text, decoys.text.mean(0))
-    images = model.encode_image(IMAGES[:6]) @ decoys.text.mean(0)
+    (strangers,) = made.strangers
+    torch.testing.assert_close(strangers.text, made.text.mean(0))
+    images = model.encode_image(IMAGES[:6]) @ made.text.mean(0)
     others = model.encode_image(IMAGES[6:24])
-    kind = others[others @ decoys.text.mean(0) >= images.median()]
+    kind = others[others @ made.text.mean(0) >= images.median()]
     expected = torch.cat([model.encode_image(IMAGES[:6]), kind]).mean(0)
     torch.testing.assert_close(strangers.image, expected)
 
@@ -121,8 +124,7 @@ class One(Ranks):
 
 
 def test_held_ones_pull_back_by_how_far_they_have_moved(made):
-    decoys, _ = made
-    model = learnt()
+    decoys, model = made, learnt()
     weight = model.module.text_projection.weight
     assert decoys.hold(engine_of(model), ALONE, 3) < 1e-10
     weight.grad = None
@@ -154,8 +156,9 @@ def test_links_are_above_their_picture_with_other_facts_and_their_fact_with_othe
     image, text = unit(9), unit(9).requires_grad_()
     strangers = Strangers(unit(4).mean(0), unit(4).mean(0))
     objective = Objective(retain_weight=0.0, consistency_weight=0.0)
+    groups = [ForgetGroup(slice(0, 9), strangers=strangers)]
     loss = weighted_erase_loss(
-        image, text, 10.0, None, None, None, objective, n_forget=9, strangers=strangers
+        image, text, 10.0, None, None, None, objective, n_forget=9, groups=groups
     )
     cosine = (image * text).sum(1)
     one = (cosine - image @ strangers.text).clamp_min(0).mean()
@@ -209,38 +212,20 @@ def test_a_pair_at_the_margin_has_nearly_the_mean_residue_of_strangers():
         ("番号 {}", {}),
     ],
 )
-def test_there_are_none_where_they_would_say_nothing(wording, settings, monkeypatch):
+def test_there_are_none_where_they_would_say_nothing(wording, settings, seen):
     """Another floor or loss, and captions without spaces; the first case has some."""
-    found = []
-    plain = Decoys.make.__func__
-
-    def make(cls, *given):
-        found.append(plain(cls, *given))
-        return found[0]
-
-    monkeypatch.setattr(Decoys, "make", classmethod(make))
     texts = [wording.format(number) for number in NUMBERS]
     sets = ([(IMAGES[row], texts[row]) for row in rows] for rows in (range(6), range(6, 24)))
     model = learnt()
     settings = {"max_steps": 1, "max_damage": 0.5, **settings}
     erase(model, *sets, erase="link", **settings)
-    assert (found[0] is None) == (wording != "{}")
+    assert (seen[0] is None) == (wording != "{}")
 
 
-def test_each_concept_has_its_own_and_nothing_to_keep_has_none():
-    model = learnt()
-    seen = []
-
-    def make(cls, *given):
-        seen.append(plain(cls, *given))
-        return seen[-1]
-
-    plain = Decoys.make.__func__
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Decoys, "make", classmethod(make))
-        forget = {"calls": pairs(range(3)), "rings": pairs(range(3, 6), "a ring {}")}
-        result = erase(model, forget, pairs(range(6, 24)), erase="link", max_steps=2)
-        erase(learnt(), pairs(range(6)), [], erase="link", max_steps=1)
+def test_each_concept_has_its_own_and_nothing_to_keep_has_none(seen):
+    forget = {"calls": pairs(range(3)), "rings": pairs(range(3, 6), "a ring {}")}
+    result = erase(learnt(), forget, pairs(range(6, 24)), erase="link", max_steps=2)
+    erase(learnt(), pairs(range(6)), [], erase="link", max_steps=1)
     assert len(seen[0].strangers) == 2
     assert not torch.equal(seen[0].strangers[0].text, seen[0].strangers[1].text)
     assert result.history[-1]["forget"] > 0
@@ -248,14 +233,12 @@ def test_each_concept_has_its_own_and_nothing_to_keep_has_none():
 
 
 def test_parts_of_any_size_have_the_gradient_of_the_whole(made):
-    decoys, _ = made
-    model, weight = learnt(), None
+    weight = (model := learnt()).module.text_projection.weight
     with torch.no_grad():
-        model.module.text_projection.weight += 0.1
+        weight += 0.1
     found = []
     for size in (128, 50):
-        weight = model.module.text_projection.weight
         weight.grad = None
-        replace(decoys, micro_batch_size=size).hold(engine_of(model), ALONE, 0)
+        replace(made, micro_batch_size=size).hold(engine_of(model), ALONE, 0)
         found.append(weight.grad)
     torch.testing.assert_close(*found)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fasterase.engine.grad_cache import backpropagate
-from fasterase.engine.loss import StepLoss
+from fasterase.engine.loss import StepLoss, StepPairs
 from fasterase.models.dual_encoder import DualEncoder
 from fasterase.models.forward import TowerForward
 from fasterase.models.load import load_model
@@ -66,19 +66,15 @@ def backpropagated(
     plain, tokens = batch_for(model)
     model.module.zero_grad(set_to_none=True)
     trained = {f"{side}_trained": sides.get(side, True) for side in ("image", "text")}
-    loss = partial(
-        StepLoss(Objective(**OPTIONS), **trained, scale_trained=True),
-        original=original(model),
-        n_forget=N_FORGET,
-        labels=torch.arange(N),
-        upstream=upstream,
-    )
+    step_loss = StepLoss(Objective(**OPTIONS), **trained)
+    known = StepPairs(N_FORGET, torch.arange(N), *original(model))
+    towers = TowerForward(model, precision="fp32", **trained)
+    towers.device = torch.device("cpu")
     pixels, tokens = (plain if pixels is None else pixels), tokens.index(list(captions))
     found = backpropagate(
-        TowerForward(model, precision="fp32", **trained),
+        towers,
         micro_batches(pixels, tokens, size, n_forget=N_FORGET, keys=keys),
-        loss,
-        device=torch.device("cpu"),
+        partial(step_loss, pairs=known, upstream=upstream),
         seed_of=lambda part: 1000 + part.offset,
     )
     return found, gradients(model)

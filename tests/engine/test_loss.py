@@ -18,8 +18,8 @@ FLOORS = [Unmatched(0.1, 0.2), Unmatched(-0.1, 0.4)]
 def loss_of(concepts=(), **settings):
     model = SimpleNamespace(scale=lambda: torch.tensor(14.3))
     config = UnlearnConfig(**settings)
-    job = SimpleNamespace(config=config, model=model, precision="fp32", concepts=concepts)
-    job.ranks = ALONE
+    job = SimpleNamespace(config=config, model=model, precision="fp32", ranks=ALONE)
+    job.concepts, job.forget = dict.fromkeys(concepts, range(2)), range(4)
     trained = SimpleNamespace(image=True, text=True, scale=False)
     return StepLoss.of_job(job, trained, floors=FLOORS[: len(concepts) or 1])
 
@@ -28,7 +28,8 @@ def test_pairs_rest_a_share_of_the_spread_above_a_measured_floor():
     objective = loss_of().objective
     assert (objective.floor, objective.floor_margin) == pytest.approx((0.1, 0.2 * FLOOR_MARGIN))
     several = loss_of(["octopus", "santa"])
-    assert several.floors == [(0.1, 0.2 * FLOOR_MARGIN), (-0.1, 0.4 * FLOOR_MARGIN)]
+    floors = [(0.1, 0.2 * FLOOR_MARGIN), (-0.1, 0.4 * FLOOR_MARGIN)]
+    assert [(each.floor, each.floor_margin) for each in several.groups] == floors
 
 
 @pytest.mark.parametrize("floor", [0.3, None])
@@ -36,4 +37,5 @@ def test_on_a_floor_that_the_caller_gives_they_rest(floor):
     steps = {"lr": 1e-5, "max_steps": 1, "floor": floor}
     objective = loss_of(**steps).objective
     assert (objective.floor, objective.floor_margin) == (floor, 0.0)
-    assert loss_of(["octopus", "santa"], **steps).floors == [(floor, 0.0)] * 2
+    groups = loss_of(["octopus", "santa"], **steps).groups
+    assert [(each.floor, each.floor_margin) for each in groups] == [(floor, 0.0)] * 2

@@ -112,7 +112,7 @@ def test_a_loss_that_is_not_finite_says_nothing_of_the_scale_of_fp16(monkeypatch
 
     def train_step(trainer, *args, **options):
         record = take(trainer, *args, **options)
-        scales.append((record.applied, trainer._engine._scaler.get_scale()))
+        scales.append((record.applied, trainer.engine._scaler.get_scale()))
         return record
 
     monkeypatch.setattr(Trainer, "train_step", train_step)
@@ -140,7 +140,7 @@ def backpropagate(engine, parts, loss_of, **options):
 
 def train_step(trainer, *args, **options):
     record = take(trainer, *args, **options)
-    seen.append(torch.cat([each.flatten() for each in trainer._engine.weights().values()]))
+    seen.append(torch.cat([each.flatten() for each in trainer.engine.weights().values()]))
     return record
 
 loop.backpropagate, loop.Trainer.train_step = backpropagate, train_step

@@ -13,22 +13,15 @@ from tests.models.conftest import batch_for, build_model
 CPU = torch.device("cpu")
 
 
-def test_features_and_scale_equal_the_model_s(model):
+def test_features_and_scale_equal_the_model_s_and_absent_inputs_give_none(model):
     pixels, tokens = batch_for(model)
-    image, text, scale = TowerForward(model, precision="fp32")(pixels, tokens)
-    assert torch.equal(image, model.encode_image(pixels))
-    assert torch.equal(text, model.encode_text(tokens))
-    assert torch.equal(scale, model.scale())
-
-
-def test_absent_inputs_give_no_features():
-    model = build_model("hf_clip")
-    pixels, tokens = batch_for(model)
+    expected = model.encode_image(pixels), model.encode_text(tokens), model.scale()
     forward = TowerForward(model, precision="fp32")
+    assert all(map(torch.equal, forward(pixels, tokens), expected))
     assert forward(pixels).text is None
-    assert torch.equal(forward(pixels).image, model.encode_image(pixels))
+    assert torch.equal(forward(pixels).image, expected[0])
     assert forward(tokens=tokens).image is None
-    assert torch.equal(forward(tokens=tokens).text, model.encode_text(tokens))
+    assert torch.equal(forward(tokens=tokens).text, expected[1])
     assert forward()[:2] == (None, None)
 
 

@@ -10,7 +10,7 @@ import torch
 
 import fasterase
 from fasterase import losses
-from fasterase.engine.loss import StepLoss, loss_products
+from fasterase.engine.loss import StepLoss, StepPairs, loss_products
 from fasterase.objective import Objective, weighted_erase_loss
 from fasterase.ops.contrastive import contrastive, explain_backend, triton_plan
 from fasterase.ops.contrastive import triton as triton_backend
@@ -71,18 +71,10 @@ def step(features, backend, dtype, products):
         backend=backend,
         products=products,
     )
-    step_loss = StepLoss(objective, image_trained=True, text_trained=True, scale_trained=True)
     image, text, ref_image, ref_text = (side.to(dtype) for side in features)
     scale = torch.tensor(100.0, dtype=dtype)
-    found = step_loss(
-        image,
-        text,
-        scale,
-        (ref_image, ref_text, scale),
-        n_forget=16,
-        labels=torch.arange(len(image)) // 2,
-        upstream=torch.ones((), dtype=dtype),
-    )
+    pairs = StepPairs(16, torch.arange(len(image)) // 2, ref_image, ref_text, scale)
+    found = StepLoss(objective)(image, text, scale, pairs, torch.ones((), dtype=dtype))
     return found.loss, (found.image, found.text, found.scale)
 
 

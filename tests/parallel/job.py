@@ -27,7 +27,7 @@ import fasterase
 from fasterase.engine import optim
 from fasterase.errors import ResumeError
 from fasterase.models.forward import Features
-from fasterase.parallel.engine import LocalEngine
+from fasterase.parallel.engine import Engine
 from fasterase.progress import launched_rank
 from tests import tiny_concepts
 from tests.small_models import CONTEXT_LENGTH, IMAGE_SIZE, open_clip_vit
@@ -161,13 +161,13 @@ def run_case(name: str, folder: Path = Path()) -> dict[str, Any]:
 def _in_fp64(model: nn.Module) -> Iterator[None]:
     """Make a model of fp64, whose features no training step rounds to fp32."""
     model.double().visual.register_forward_pre_hook(lambda _, inputs: inputs[0].double())
-    encode = LocalEngine.__call__
+    encode = Engine.__call__
 
     def unrounded(*given: Any) -> Features:
         with patch.object(torch.Tensor, "float", torch.Tensor.double):
             return encode(*given)
 
-    with patch.object(LocalEngine, "__call__", unrounded):
+    with patch.object(Engine, "__call__", unrounded):
         yield
 
 

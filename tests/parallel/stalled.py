@@ -24,7 +24,7 @@ PLACES = {
     "encoding": ("fasterase.original.store.FeatureStore.put", 2),
     "loading": ("fasterase.pairs.batches._Reader.__call__", 1),
     "loading a step": ("fasterase.pairs.batches._Reader._read", 40),
-    "a step": ("fasterase.engine.loop.Trainer._original_features", 4),
+    "a step": ("fasterase.engine.loss.StepLoss.pairs", 4),
     "a library": ("fasterase.original.store.FeatureStore.put", 2),
     "measuring": ("fasterase.evaluation.evaluator.Evaluator.measure", 1),
     "saving": ("fasterase.result.UnlearnResult.save", 1),
