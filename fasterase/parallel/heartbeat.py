@@ -85,7 +85,7 @@ class Heartbeat:
         if data:
             self._missed[rank] = 0.0
         for line in data.splitlines():
-            with suppress(ValueError):  # a part of a line: each one tells all anew
+            with suppress(ValueError, TypeError, KeyError):  # a part: each line tells all anew
                 said = json.loads(line)
                 self.silent |= set(said["silent"]) - {self._rank}
                 stopping = {int(each): number for each, number in said["stopping"].items()}
