@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fasterase.errors import InputError
@@ -13,7 +13,7 @@ from fasterase.pairs.items import IMAGE_KEYS
 from fasterase.pairs.open import JoinedTable, open_pairs
 from fasterase.pairs.overlap import remove_overlap
 from fasterase.pairs.table import PairTable
-from fasterase.provenance import drop_erased, erasures
+from fasterase.provenance import drop_erased
 
 
 class OpenedSets(NamedTuple):
@@ -89,34 +89,35 @@ def _names_concepts(forget: Any, image_key: str | None) -> bool:
 
 
 def clean_retain(
-    sets: OpenedSets, record: Mapping[str, Any] | None, *, links: bool = False
+    sets: OpenedSets,
+    erased: Sequence[Mapping[str, Any]],
+    *,
+    links: bool = False,
+    may_vanish: bool = False,
 ) -> list[str]:
     """Take out of retain, in place, what is to be forgotten, and return the ids of these pairs.
 
     That is every pair with a picture of the forget set; of `links` alone, if it has one of the
-    captions too. What was erased before by the model's `record` is taken out as well, and becomes
-    further sets.
+    captions too. What was `erased` before is taken out as well, and becomes further sets.
 
     Raises:
-        InputError: nothing would be left of it.
+        InputError: nothing would be left of it; if it `may_vanish`, all pictures are left in it.
     """
-    opened = sets.tables
-    removed = drop_overlap(opened, links=links, stacklevel=4)
-    opened["retain"], earlier = drop_erased(opened["retain"], erasures(record) if record else [])
-    opened |= earlier
-    sets.to_forget.extend(earlier)
-    return removed
-
-
-def drop_overlap(opened: dict[str, PairTable], *, links: bool, stacklevel: int) -> list[str]:
-    """Take pictures of the forget set out of retain, in place; see `clean_retain`."""
-    opened["retain"], removed = remove_overlap(opened["retain"], opened["forget"], links=links)
+    opened, removed = sets.tables, []
+    try:
+        opened["retain"], removed = remove_overlap(opened["retain"], opened["forget"], links=links)
+    except InputError:
+        if not may_vanish:
+            raise
     if removed:
         shown = ", ".join(removed[:5]) + (", ..." if len(removed) > 5 else "")
         warnings.warn(
             f"{counted(len(removed), 'retain pair is', 'retain pairs are')} also in the forget set "
             f"and left out of retain, since they are to be forgotten: {shown}"
             + ("" if links else ". With erase='link' those with other captions stay."),
-            stacklevel=stacklevel,
+            stacklevel=3,
         )
+    opened["retain"], earlier = drop_erased(opened["retain"], erased)
+    opened |= earlier
+    sets.to_forget.extend(earlier)
     return removed
