@@ -320,11 +320,8 @@ def evaluate(
 
     Args:
         model: the model to measure, or a name or folder of one; see `fasterase.unlearn`.
-        forget: pairs to forget, in any form that `fasterase.unlearn` takes.
-        retain: pairs to keep.
-        sets: name -> further pairs that should be kept.
-        forget_sets: name -> further pairs that should be forgotten as well.
-        holdout: pairs in neither set, reported as "holdout".
+        forget, retain, sets, forget_sets, holdout, image_key, text_key: the pairs, as
+            `fasterase.unlearn` takes them.
         original: the model before erasing, measured on the same pairs beside `model`.
         references: name -> further models for comparison (retrained, fine-tuned on retain).
         class_names: classes of the zero-shot accuracy, kept ones too. None: the classes that the
@@ -346,7 +343,6 @@ def evaluate(
         tokenizer, preprocess: used for every model here; see `fasterase.unlearn`.
         model_name: open_clip's name for the architecture of every instance and checkpoint file
             here; see `fasterase.unlearn`. Models given by name or folder say it themselves.
-        image_key, text_key: columns of tables, keys of dicts and fields of tar samples.
         device: where to measure, such as `"cuda:0"`; a model passed in is moved back afterwards.
             None: where the model is, or the best available device for one given by name.
         num_workers: processes that load and decode pairs; see `UnlearnConfig`.

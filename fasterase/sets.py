@@ -68,15 +68,13 @@ def open_sets(
 def _check_name(argument: str, name: Any, *, taken: Collection[str]) -> None:
     if not isinstance(name, str) or not name.strip() or len(name.splitlines()) > 1:
         raise InputError(f"{argument}: {name!r} is not a name.")
-    what = None
-    if name in ("forget", "retain", "holdout"):
-        what = "an argument of its own"
-    elif name == WITHHELD:
-        what = "the name of the pairs to forget that an automatic run does not train on"
-    elif name.startswith(EARLIER):
+    what = {
+        **dict.fromkeys(taken, "also a set of another argument"),
+        **dict.fromkeys(("forget", "retain", "holdout"), "an argument of its own"),
+        WITHHELD: "the name of the pairs to forget that an automatic run does not train on",
+    }.get(name)
+    if name.startswith(EARLIER):
         what = "how sets are named that an earlier run erased"
-    elif name in taken:
-        what = "also a set of another argument"
     if what is not None:
         raise InputError(f"{argument}: {name!r} is {what}. Choose another name.")
 
@@ -103,7 +101,8 @@ def clean_retain(
     Raises:
         InputError: nothing would be left of it; if it `may_vanish`, all pictures are left in it.
     """
-    opened, removed = sets.tables, []
+    opened = sets.tables
+    removed: list[str] = []
     try:
         opened["retain"], removed = remove_overlap(opened["retain"], opened["forget"], links=links)
     except InputError:

@@ -77,8 +77,8 @@ class Find(Command):
         concept: what to find, in words, or several wordings and synonyms.
         images: example images: files, or one folder.
         not_about: wordings of what else the words may mean.
-        picture_alone: also forget pairs whose caption does not name the concept, but whose picture
-            is as near as those of captions that do.
+        picture_alone: also forget pairs of other captions, but with a picture as near as those of
+            captions that name the concept.
 
     > Model and pairs
 
@@ -162,8 +162,8 @@ class Report(Command):
 
     Args:
         runs: the output folders of finished runs; they may stand first, without this flag.
-        output: the page to write. `none`: `report.html`, and `report.md`, in the folder of a single
-            run, and `comparison.html` here for several.
+        output: the page to write. `none`: report.html and report.md in the folder of a single run,
+            comparison.html here for several.
 
     Examples:
       fasterase report runs/one
@@ -233,10 +233,10 @@ class Compile(Command):
     Examples:
       fasterase compile
 
-    The library is cached in TORCH_EXTENSIONS_DIR, or else ~/.cache/torch_extensions, under a name
-    that depends on compiler flags, torch version and CPU type. Run this once per type of node if
-    nodes share a home folder. Needs a C++ compiler: c++ on PATH, or the one named by CXX. A wheel
-    with libraries for the installed torch needs neither.
+    The library is cached in TORCH_EXTENSIONS_DIR, or else ~/.cache/torch_extensions, by compiler
+    flags, torch version and CPU type: run this once per type of node that shares a home folder.
+    Needs a C++ compiler, c++ on PATH or the one named by CXX, unless the wheel has libraries for
+    the installed torch.
     """
 
     def run(self, **fields: Any) -> None:

@@ -1,4 +1,4 @@
-"""The commands that erase, measure and split; what every command is.
+"""What a command is, and those that erase, measure and split.
 
 The fields of a class are its flags; its docstring is the help of both.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import fasterase
-from fasterase.config import EVALUATE, Recipe, UnlearnConfig, field_names
+from fasterase.config import BASIC, EVALUATE, Recipe, UnlearnConfig, field_names
 from fasterase.errors import InputError
 from fasterase.files import check_creatable
 from fasterase.progress import speaking
@@ -47,6 +47,12 @@ class Command(ABC):
         return (cls.__doc__ or "").partition("\n")[0]
 
     @classmethod
+    def shows(cls, flag: str) -> bool:
+        """Whether `--help` shows a flag, or only `--help-all`."""
+        is_basic = flag not in cls.config_fields or flag in field_names(BASIC)
+        return not cls.hidden or (is_basic and flag not in cls.hidden)
+
+    @classmethod
     def check(cls, values: Mapping[str, Any]) -> None:
         """Raise `InputError` if the flags given cannot go together, or some are missing."""
         missing = [f"--{name}" for name in cls.needs if values.get(name) is None]
@@ -77,10 +83,10 @@ class _Sets(Command):
             `title`), a folder of `x.jpg` + `x.txt` or of classes, or tars (`{000..099}.tar`). For
             several concepts NAME=WHERE of each (in YAML also a mapping).
         retain: pairs to keep, in any of the same forms.
-        holdout: pairs in neither set, only measured, in any of the same forms.
+        holdout: pairs in neither set, only measured.
         sets: further pairs that should be kept, only measured (in YAML also a mapping).
-        forget_sets: further pairs that should be forgotten as well, such as pictures that were not
-            trained on, only measured. The verdict is the worst over all.
+        forget_sets: further pairs that should be forgotten as well, such as unseen pictures, only
+            measured. The verdict is the worst over all.
     """
 
     model: str | None = None
@@ -102,8 +108,7 @@ class _Source(Command):
         data: pairs in any form that `fasterase unlearn --forget` takes, split into those to forget
             and those to keep by exactly one of the next three flags.
         forget_expression: regular expression that is found in a caption, such as `\bapples?\b`.
-        forget_ids: file with the ids of the pairs to forget, one per line, or the decisions.csv
-            that the review page of `fasterase find` saves.
+        forget_ids: file of ids, one per line, or the decisions.csv of `fasterase find`'s page.
         forget_classes: classes or whole captions to forget, separated by commas.
 
     > Columns
@@ -184,14 +189,13 @@ class Erasure(_Source, _Sets):
             are given, `unseen` of forget_sets and `neighbours` of sets.
     """
 
-    hidden = ("model_name", "holdout", "forget_ids", "forget_classes", "image_key", "text_key")
+    hidden: ClassVar[tuple[str, ...]] = (
+        *("model_name", "holdout", "forget_ids", "forget_classes", "image_key", "text_key"),
+    )
     found: str | None = None
 
     def call(self, function: Any, *, without: tuple[str, ...], shown: bool, **others: Any) -> Any:
-        """Call a function of the library with all flags but those named, and with `others`.
-
-        `shown`: say how far it is.
-        """
+        """Call a function of the library with the flags, but `without` some, and with `others`."""
         without = ("model", "found", "data", *SETS, *RULES, *without)
         flags = {name: value for name, value in vars(self).items() if name not in without}
         sets: Any = self.forget, self.retain
@@ -221,8 +225,7 @@ class Unlearn(Erasure):
         recipe: defaults that flags and YAML override: `fasterase`, or `cliperase`, the paper's.
         concept: what is forgotten, in words, such as "octopus": `forget_words` takes its meaning,
             and the report, the model card and the provenance name it.
-        request: the removal request that is honoured, such as REQ-17, for the report's record and
-            the provenance.
+        request: the removal request that is honoured, such as REQ-17, for report and provenance.
 
     Examples:
       fasterase unlearn --model ViT-B-32/laion2b_s34b_b79k --forget forget.csv \
@@ -233,14 +236,13 @@ class Unlearn(Erasure):
       fasterase unlearn --config erase.yaml --lr 3e-6 --floor none
       fasterase unlearn --recipe cliperase --print_config > erase.yaml
 
-    The erased model is written to D/model, the losses of every step to D/history.jsonl, and the
-    measurement to D/evaluation.json. Run the same command again after an interruption to resume
-    from the last checkpoint. `-` and `_` in flags are the same, `none` and `null` mean no value,
-    and a flag overrides the same key in the YAML file.
+    The output folder D gets the erased model (D/model), the losses of every step (D/history.jsonl),
+    the measurement (D/evaluation.json) and the exit code (D/status.json). Run the same command
+    again after an interruption to resume from the last checkpoint. `-` and `_` in flags are the
+    same, `none` and `null` mean no value, and a flag overrides the same key in the YAML file.
 
     Exit codes: 0 done, 2 wrong input, 3 losses stayed non-finite, 4 done but the verdict is
-    "remembered", 75 preempted (run again), 130 Ctrl-C (run again), 1 anything else. The code is
-    also in D/status.json.
+    "remembered", 75 preempted (run again), 130 Ctrl-C (run again), 1 anything else.
     """
 
     needs = ("model", "forget", "retain", "output_dir")

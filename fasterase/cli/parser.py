@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, NoReturn, get_args, get_type_hints
 
 import fasterase
 from fasterase.cli.commands import COMMANDS
-from fasterase.config import BASIC, UnlearnConfig, field_names, read_yaml
+from fasterase.config import UnlearnConfig, read_yaml
 from fasterase.errors import InputError
 from fasterase.option_values import (
     describe_type,
@@ -40,7 +40,6 @@ class Flag(NamedTuple):
     default: Any
     group: str
     help: str
-    is_basic: bool  # shown by `--help`, not only by `--help-all`
 
     @property
     def may_be_named(self) -> bool:
@@ -99,17 +98,15 @@ def parse(argv: Sequence[str]) -> Parsed:
 def flags_of(command: str) -> list[Flag]:
     """List the flags of a command in the order of its help."""
     cls = COMMANDS[command]
-    basic, fields = field_names(BASIC), cls.config_fields
-    own = [flag._replace(is_basic=flag.name not in cls.hidden) for flag in _flags_from(cls)]
-    others = [flag for flag in _flags_from(UnlearnConfig) if flag.name in fields]
-    return own + [flag._replace(is_basic=not cls.hidden or flag.name in basic) for flag in others]
+    settings = [flag for flag in _flags_from(UnlearnConfig) if flag.name in cls.config_fields]
+    return [*_flags_from(cls), *settings]
 
 
 def _flags_from(cls: type) -> list[Flag]:
     hints, documented = get_type_hints(cls), _read_docstring(cls)
     # Without docstrings (python -OO) flags work all the same.
     return [
-        Flag(name, hints[name], default, *documented.get(name, ("Settings", "")), is_basic=True)
+        Flag(name, hints[name], default, *documented.get(name, ("Settings", "")))
         for name, default in vars(cls()).items()
     ]
 
@@ -204,14 +201,15 @@ def command_parser(
         if flag.group not in groups:
             groups[flag.group] = parser.add_argument_group(flag.group)
         options = _argparse_options(flag)
-        if not (everything or flag.is_basic):
+        if not (everything or cls.shows(flag.name)):
             options["help"] = argparse.SUPPRESS
         groups[flag.group].add_argument(f"--{flag.name}", **options)
     return parser
 
 
 def _argparse_options(flag: Flag) -> dict[str, Any]:
-    metavar = {list: "NAME", dict: "NAME=WHERE"}.get(type(flag.default), "VALUE")
+    metavars: dict[type, str] = {list: "NAME", dict: "NAME=WHERE"}
+    metavar = metavars.get(type(flag.default), "VALUE")
     # argparse formats help texts with %.
     options = {"metavar": metavar, "help": flag.help.replace("%", "%%")}
     if metavar != "VALUE" or flag.may_be_named:

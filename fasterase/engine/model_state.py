@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fasterase.engine.grad_cache import buffers_in_train_mode, restore_buffers
@@ -33,21 +33,19 @@ def borrowed(
     """
     module, home = model.module, model.device
     modes = [(part, part.training) for part in module.modules()]
-    half = [(tensor, tensor.dtype) for tensor in module.parameters() if _is_half(tensor)]
     # By name: another device gives a module other buffers.
-    half_buffers = [
-        (part, name, buffer.dtype)
+    half = [
+        (part, name, tensor.dtype)
         for part in module.modules()
-        for name, buffer in part.named_buffers(recurse=False)
-        if _is_half(buffer)
+        for own in (part.named_parameters(recurse=False), part.named_buffers(recurse=False))
+        for name, tensor in own
+        # 8 bits are quantised values, which mean nothing without their scales.
+        if tensor.is_floating_point() and tensor.dtype.itemsize == 2
     ]
 
-    def every_half() -> Iterator[tuple[Tensor, torch.dtype]]:
-        yield from half
-        yield from ((getattr(part, name), dtype) for part, name, dtype in half_buffers)
-
     def round_weights() -> None:
-        for tensor, dtype in every_half():
+        for part, name, dtype in half:
+            tensor = getattr(part, name)
             tensor.data = tensor.data.to(dtype).float()
 
     try:
@@ -58,16 +56,12 @@ def borrowed(
             yield round_weights
     finally:
         module.to(home)
-        for tensor, dtype in every_half():
+        for part, name, dtype in half:
+            tensor = getattr(part, name)
             tensor.data = tensor.data.to(dtype)
         module.zero_grad(set_to_none=True)
         for part, mode in modes:
             part.training = mode
-
-
-def _is_half(tensor: Tensor) -> bool:
-    # 8 bits are quantised values, which mean nothing without their scales.
-    return tensor.is_floating_point() and tensor.dtype.itemsize == 2
 
 
 @contextmanager
