@@ -102,15 +102,13 @@ def unlearn(
             `result.save` wrote, or an open_clip checkpoint file. Parameters that do not require a
             gradient are never trained; of a `PeftModel` only the adapters are. For SigLIP the
             softmax objective acts on its similarities; logit_bias is left alone.
-        forget: pairs whose association is erased. A map-style dataset, a DataLoader (its dataset is
-            taken), an iterable of `(image, text)` pairs, `{"image", "text"}` or
-            `{"pixel_values", "input_ids"}` dicts or batches of these; a CSV/TSV/JSONL path; a
-            class-per-folder directory; a folder of `x.jpg` + `x.txt`; a WebDataset pattern; what
-            `fasterase.split` returned; further forms are in docs/inputs.md. An image that is a
-            float tensor (3, H, W) counts as preprocessed; a text is a str, a list of str of which
-            one is drawn each time, or token ids. Of several concepts a mapping, name -> pairs: each
-            has a floor, an equal part of every batch, a verdict and a row of its own, weighs more
-            the slower it goes, and the run ends when each is forgotten.
+        forget: pairs whose association is erased, in any form of docs/inputs.md: a map-style
+            dataset, a DataLoader (its dataset is taken), an iterable of `(image, text)` pairs, of
+            dicts or of batches; a table, a folder, tars; what `fasterase.split` returned. An image
+            that is a float tensor (3, H, W) counts as preprocessed; a text is a str, a list of str
+            of which one is drawn each time, or token ids. Of several concepts a mapping, name ->
+            pairs: each has a floor, an equal part of every batch, a verdict and a row of its own,
+            weighs more the slower it goes, and the run ends when each is forgotten.
         retain: pairs to keep. Pairs that are also in `forget` are left out, with a warning. An
             empty set needs numbers for lr and epochs (or max_steps), and gives no verdict.
         config: settings; `overrides` are fields of it by name.
