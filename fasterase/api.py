@@ -6,7 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -20,10 +20,9 @@ from fasterase.config import UnlearnConfig
 from fasterase.encode import PairEncoder
 from fasterase.engine.conditions import (
     check_arguments,
-    check_concepts,
     check_environment,
     check_output_folder,
-    check_retain,
+    check_sets,
     lock_run,
 )
 from fasterase.engine.history import StepRecord, tracking
@@ -51,13 +50,12 @@ from fasterase.overrides import Overrides
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.processes import count_workers
 from fasterase.pairs.skips import SkipLedger
-from fasterase.pairs.table import PairTable
 from fasterase.parallel.ranks import Ranks, join_ranks, launched_device
 from fasterase.progress import say, speaking
-from fasterase.provenance import audit, drop_erased, erasures, read_record
+from fasterase.provenance import audit, erasures, read_record
 from fasterase.report.evaluation import Evaluation, compare
 from fasterase.result import UnlearnResult
-from fasterase.sets import clean_retain, drop_overlap, open_sets
+from fasterase.sets import clean_retain, open_sets
 from fasterase.signals import handling_signals
 
 NO_SETS: Mapping[str, Any] = MappingProxyType({})
@@ -104,16 +102,13 @@ def unlearn(
             `result.save` wrote, or an open_clip checkpoint file. Parameters that do not require a
             gradient are never trained; of a `PeftModel` only the adapters are. For SigLIP the
             softmax objective acts on its similarities; logit_bias is left alone.
-        forget: pairs whose association is erased. A map-style dataset, a DataLoader (its dataset is
-            taken), an iterable of `(image, text)` pairs, `{"image", "text"}` or
-            `{"pixel_values", "input_ids"}` dicts or batches of these; a CSV/TSV/JSONL path; a
-            class-per-folder directory; a folder of `x.jpg` + `x.txt`; a WebDataset pattern; what
-            `fasterase.split` returned. An image that is a float tensor (3, H, W) counts as
-            preprocessed; a text is a str, a list of str of which one is drawn each time, or token
-            ids. docs/inputs.md lists further forms: DataFrames, Parquet, datasets of class numbers.
-            Of several concepts a mapping, name -> pairs: each has a floor, an equal part of every
-            batch, a verdict and a row of its own, weighs more the slower it goes, and the run ends
-            when each is forgotten.
+        forget: pairs whose association is erased, in any form of docs/inputs.md: a map-style
+            dataset, a DataLoader (its dataset is taken), an iterable of `(image, text)` pairs, of
+            dicts or of batches; a table, a folder, tars; what `fasterase.split` returned. An image
+            that is a float tensor (3, H, W) counts as preprocessed; a text is a str, a list of str
+            of which one is drawn each time, or token ids. Of several concepts a mapping, name ->
+            pairs: each has a floor, an equal part of every batch, a verdict and a row of its own,
+            weighs more the slower it goes, and the run ends when each is forgotten.
         retain: pairs to keep. Pairs that are also in `forget` are left out, with a warning. An
             empty set needs numbers for lr and epochs (or max_steps), and gives no verdict.
         config: settings; `overrides` are fields of it by name.
@@ -121,11 +116,11 @@ def unlearn(
             gives both. They stay with the result: `unlearn(result.model, ...)` finds them.
         model_name: open_clip's name for the architecture of an instance (for its tokenizer and
             `save`) or of a checkpoint file.
-        holdout: pairs in neither set, for the evaluation only.
-        sets: name -> further pairs that should be kept (similar things, another data set); they
-            are only measured.
+        holdout: pairs in neither set, only measured.
+        sets: name -> further pairs that should be kept (similar things, another data set), only
+            measured.
         forget_sets: name -> further pairs that should be forgotten as well (unseen pictures, other
-            wordings); they are only measured, and the verdict is the worst over all of them.
+            wordings), only measured; the verdict is the worst over all of them.
         concept: what is forgotten, in words, such as "octopus": `forget_words` takes its meaning,
             and the report, the model card and the provenance name it. None: the names of a mapping.
         request: the removal request that is honoured, such as "REQ-17", for the report's record and
@@ -145,9 +140,8 @@ def unlearn(
             for, or an unreadable one; or `resume="must"` and there is none.
         DiskFullError: there was no room for a file; the last checkpoint is kept.
         NonFiniteError: the loss stayed non-finite; the model holds the last good weights.
-        PreemptedError: SIGTERM or SIGUSR1 arrived, in whatever the run was doing; a training step
-            was finished and, with an `output_dir`, saved. The same call continues. A second signal
-            does not wait for the step.
+        PreemptedError: SIGTERM or SIGUSR1 arrived; a training step was finished and, with an
+            `output_dir`, saved. The same call continues. A second signal does not wait for it.
         fasterase.errors.LostRankError: another process of the run ended, or fell silent.
         KeyboardInterrupt: Ctrl-C; likewise. The message says how to go on.
     """
@@ -175,9 +169,9 @@ def unlearn(
             with ranks.raising_together():
                 encoder, home = _load(model, given, copy=copy)
                 found = open_sets(forget, retain, holdout, sets, forget_sets, keys)
-                check_retain(found.tables["retain"], config)
-                check_concepts(found.concepts, config)
-                removed = clean_retain(found, parent_record, links=config.erases_link)
+                check_sets(found.tables["retain"], found.concepts, config)
+                earlier = erasures(parent_record) if parent_record else []
+                removed = clean_retain(found, earlier, links=config.erases_link)
             device = resolve_device(config.device, default=home)
             # Refuses a wrong `tune`, before minutes of measuring.
             scale, buffers = config.train_logit_scale, config.train_mode
@@ -209,15 +203,10 @@ def unlearn(
                 )
                 with ranks.raising_together():
                     if output is not None and ranks.is_first:
-                        _write(result, output)
+                        began = time.monotonic()
+                        result.write_output(output)
+                        say("model and report written", since=began, least=WRITING_SECONDS)
             return result
-
-
-def _write(result: UnlearnResult, output: Path) -> None:
-    """Write what a finished run leaves in its folder."""
-    began = time.monotonic()
-    result.write_output(output)
-    say("model and report written", since=began, least=WRITING_SECONDS)
 
 
 def _load(model: Model, given: dict[str, Any], *, copy: bool) -> tuple[DualEncoder, torch.device]:
@@ -257,25 +246,18 @@ def _run(job: Job, device: torch.device, **known: Any) -> UnlearnResult:
     if advice is not None:
         warnings.warn(advice, stacklevel=3)
     remember(encoder.module, encoder.companions)
+    found = {name: value for name, value in vars(outcome).items() if name != "limit"}
     return UnlearnResult(
         model=encoder.given,
-        history=outcome.history,
-        evaluation=outcome.evaluation,
-        verdict=outcome.verdict,
-        traces=outcome.traces,
+        encoder=encoder,
         config=config,
         skipped=job.ledger.skips,
-        floor=outcome.floor,
         seconds=job.clock.seconds(),
-        encoder=encoder,
-        adapter=outcome.adapter,
-        words=outcome.words,
-        withheld_until=outcome.withheld_until,
         sets=job.sets,
         concept=job.concept,
         concepts=list(job.concepts),
-        verdicts=outcome.verdicts,
         request=job.request,
+        **found,
         **known,
     )
 
@@ -330,18 +312,14 @@ def evaluate(
     compare across sets; any caption of the pair that is among them counts as right. text->image of
     a set ranks among its own images and the retain set's; any image with that caption is right.
     image->image ranks the other ones of these; right are those of the image's class, or else with
-    its first caption, and images without any such other do not count.
-    text->old image, if there is an `original`, ranks among its features of the same images: what an
-    image index finds that is not rebuilt after erasing.
-    Ties count as a random order would break them.
+    its first caption, and images without any such other do not count. text->old image, if there is
+    an `original`, ranks among its features of the same images: what an image index finds that is
+    not rebuilt after erasing. Ties count as a random order would break them.
 
     Args:
         model: the model to measure, or a name or folder of one; see `fasterase.unlearn`.
-        forget: pairs to forget, in any form that `fasterase.unlearn` takes.
-        retain: pairs to keep.
-        sets: name -> further pairs that should be kept.
-        forget_sets: name -> further pairs that should be forgotten as well.
-        holdout: pairs in neither set, reported as "holdout".
+        forget, retain, sets, forget_sets, holdout, image_key, text_key: the pairs, as
+            `fasterase.unlearn` takes them.
         original: the model before erasing, measured on the same pairs beside `model`.
         references: name -> further models for comparison (retrained, fine-tuned on retain).
         class_names: classes of the zero-shot accuracy, kept ones too. None: the classes that the
@@ -360,11 +338,9 @@ def evaluate(
         non_members: pairs of the same source that no model here was trained on.
         max_pairs: maximum number of pairs measured per set, drawn with `seed`; None measures all.
         seed: seed of the draw and of the bootstrap.
-        tokenizer: reads string captions; used for every model here; see `fasterase.unlearn`.
-        preprocess: turns images into tensors; used for every model here.
+        tokenizer, preprocess: used for every model here; see `fasterase.unlearn`.
         model_name: open_clip's name for the architecture of every instance and checkpoint file
             here; see `fasterase.unlearn`. Models given by name or folder say it themselves.
-        image_key, text_key: columns of tables, keys of dicts and fields of tar samples.
         device: where to measure, such as `"cuda:0"`; a model passed in is moved back afterwards.
             None: where the model is, or the best available device for one given by name.
         num_workers: processes that load and decode pairs; see `UnlearnConfig`.
@@ -384,13 +360,15 @@ def evaluate(
     attacks = check_attacks(attacks, original=original is not None, non_members=has_strangers)
     keys: dict[str, Any] = {"image_key": image_key, "text_key": text_key}
     with speaking(progress):
-        sources, to_forget, _ = open_sets(forget, retain, holdout, sets, forget_sets, keys)
+        opened = open_sets(forget, retain, holdout, sets, forget_sets, keys)
         strangers = None
         if non_members is not None:
             strangers = open_pairs(non_members, name="non_members", **keys)
         record = read_record(model)
         if record is not None:
-            to_forget = [*to_forget, *_drop_as_recorded(sources, record)]
+            links = record.get("config", {}).get("erase") == "link"
+            clean_retain(opened, erasures(record)[:-1], links=links, may_vanish=True)
+    sources = opened.tables
     if not len(sources["retain"]):
         raise InputError("`retain` is empty; a verdict needs pairs to keep, to compare with.")
     _check_references(references)
@@ -398,7 +376,7 @@ def evaluate(
     workers = count_workers(num_workers)
     evaluator = Evaluator(
         sources,
-        forget_sets=to_forget,
+        forget_sets=opened.to_forget,
         max_pairs=max_pairs,
         seed=seed,
         class_names=class_names,
@@ -436,15 +414,6 @@ def evaluate(
     if record is None:
         return evaluation
     return audit(evaluation, record, fingerprint=fingerprint, sets=sources)
-
-
-def _drop_as_recorded(sources: dict[str, PairTable], record: Mapping[str, Any]) -> list[str]:
-    """Leave out of retain, in place, what the run of a record did; return the sets of it."""
-    with suppress(InputError):  # one set alone may be given as both
-        drop_overlap(sources, links=record.get("config", {}).get("erase") == "link", stacklevel=4)
-    sources["retain"], earlier = drop_erased(sources["retain"], erasures(record)[:-1])
-    sources |= earlier
-    return list(earlier)
 
 
 def _measure_models(

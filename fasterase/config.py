@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, NamedTuple, get_type_hints
 
 from typing_extensions import Unpack
 
 from fasterase.errors import InputError
-from fasterase.option_values import parse_value, suggest_names
+from fasterase.option_values import parse_value, special_values, suggest_names
 from fasterase.overrides import Overrides
 
 Recipe = Literal["fasterase", "cliperase"]
@@ -22,9 +22,8 @@ Recipe = Literal["fasterase", "cliperase"]
 # What a YAML file for `fasterase unlearn --config` may hold besides fields: `unlearn`'s arguments.
 COMMAND_KEYS = (
     *("model", "model_name", "forget", "retain", "holdout", "sets", "forget_sets", "concept"),
-    "request",
-    *("data", "forget_expression", "forget_ids", "forget_classes", "image_key", "text_key"),
-    *("recipe", "found"),
+    *("request", "data", "forget_expression", "forget_ids", "forget_classes"),
+    *("image_key", "text_key", "recipe", "found"),
 )
 
 # What is true of a field, in its metadata.
@@ -33,34 +32,43 @@ COMMAND_KEYS = (
 FREE = "free"
 # It is no part of the recipe: where a run keeps its files, how processes share it, what it shows.
 BOOKKEEPING = "bookkeeping"
-# `fasterase plan` and `fasterase demo` take it as a flag.
-PLAN, DEMO = "plan", "demo"
+# These commands take it as a flag, beside `fasterase unlearn`.
+PLAN, DEMO, EVALUATE, FIND = "plan", "demo", "evaluate", "find"
+# `--help` shows it where it does not show every flag.
+BASIC = "basic"
 # It names a file or a folder, so that a `Path` will do.
 PATH = "path"
 
 
-# Fields, what holds of a value that is neither None nor "auto", and how to say so.
-_RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], object], str], ...] = (
-    (("forget_weight", "retain_weight"), lambda x: x >= 0, "be 0 or more"),
-    (("consistency_weight", "anchor_weight"), lambda x: x >= 0, "be 0 or more"),
-    (("weight_decay", "warmup_steps", "seed"), lambda x: x >= 0, "be 0 or more"),
-    (("cross_weight", "num_workers"), lambda x: x >= 0, "be 0 or more, or 'auto'"),
-    (("batch_size", "forget_batch_size"), lambda x: x >= 1, "be 1 or more"),
-    (("max_steps", "micro_batch_size", "save_every"), lambda x: x >= 1, "be 1 or more, or None"),
-    (("epochs",), lambda x: x >= 1, "be 1 or more, or 'auto'"),
-    (("lr",), lambda x: x > 0, "be above 0, or 'auto'"),
-    (("rank_timeout",), lambda x: x > 0, "be above 0"),
-    (("max_grad_norm", "prefix_cache"), lambda x: x > 0, "be above 0, or None"),
-    (("max_damage",), lambda x: 0 <= x <= 1, "be in [0, 1], or None"),
-    (("max_skipped",), lambda x: 0 <= x <= 1, "be in [0, 1]"),
-    (("betas",), lambda betas: all(0 <= x < 1 for x in betas), "be in [0, 1)"),
-    (("floor",), lambda x: -1 <= x <= 1, "be a cosine in [-1, 1], 'auto' or None"),
+class Limit(NamedTuple):
+    """What holds of a field's numbers, words and lists, and how to say so."""
+
+    holds: Callable[[Any], object]
+    must: str
+
+
+def _are_words(value: bool | list[str]) -> bool:
+    if isinstance(value, bool):
+        return True
+    return bool(value) and all(re.search(r"[^\W\d_]", each) for each in value)
+
+
+NOT_NEGATIVE = Limit(lambda x: x >= 0, "be 0 or more")
+POSITIVE = Limit(lambda x: x > 0, "be above 0")
+COUNT = Limit(lambda x: x >= 1, "be 1 or more")
+SHARE = Limit(lambda x: 0 <= x <= 1, "be in [0, 1]")
+COSINE = Limit(lambda x: -1 <= x <= 1, "be a cosine in [-1, 1]")
+DECAYS = Limit(lambda betas: all(0 <= x < 1 for x in betas), "be in [0, 1)")
+WORDS = Limit(_are_words, "be True, False or a list of words")
+TUNE = Limit(
+    re.compile(r"all|image|text|projections|(last|lora):[1-9]\d*").fullmatch,
+    "be 'all', 'image', 'text', 'projections', 'last:N' or 'lora:N' with N >= 1",
 )
 
 
-def _tagged(default: Any, *tags: str) -> Any:
-    """Return a field with a default, of which `tags` are true."""
-    return dataclasses.field(default=default, metadata=dict.fromkeys(tags, True))
+def _field(default: Any, *tags: str, **facts: Any) -> Any:
+    """Return a field of which `tags` are true; `facts` are its `limit` and the `paper`'s value."""
+    return dataclasses.field(default=default, metadata={**dict.fromkeys(tags, True), **facts})
 
 
 @dataclass(frozen=True)
@@ -73,13 +81,12 @@ class UnlearnConfig:
 
     Args:
         erase: `"concept"`: what the forget pairs show, in both towers. `"link"`: only what their
-            captions say of these pictures, such as the telephone number of a face. The pictures
-            stay what they are: the text tower alone is trained (`tune="all"` becomes `"text"`), so
-            who has the original's text tower still finds the link, and the verdict does not count
-            that; retain pairs with the same pictures and other captions are kept; words lose their
-            meaning only where they are named; no forget pair is withheld. With the loss
-            `"similarity"` and the floor `"auto"`, made-up facts in the captions' wordings take the
-            place of floor and cross terms, and are held like retain pairs.
+            captions say of these pictures, such as the telephone number of a face. The text tower
+            alone is trained (`tune="all"` becomes `"text"`), so who has the original's text tower
+            still finds the link, and the verdict does not count that; retain pairs with the same
+            pictures and other captions are kept; only words that are named lose their meaning; no
+            forget pair is withheld. With the loss `"similarity"` and the floor `"auto"`, made-up
+            facts in the captions' wordings, held like retain pairs, replace floor and cross terms.
         forget_weight: weight of the forgetting loss (paper: 3).
         retain_weight: weight of the retention loss, CLIP's symmetric InfoNCE (paper: 1).
         consistency_weight: weight of the KL divergence to the similarity distributions of the
@@ -93,10 +100,9 @@ class UnlearnConfig:
             mean cosine between forget images and retain captions, and between retain images and
             forget captions, or 0 without retain pairs; pairs then rest 0.15 standard deviations of
             these above it. `None` is the paper.
-        cross_weight: weight, within the forgetting loss, of the cosines of forget images with the
-            original's features of their captions, and the reverse: both towers forget, neither
-            below the floor, and their mean cosines with retained features move to it. With
-            `"similarity"`. `"auto"` is 1, and 0 with `tune="image"`, whose text tower is the
+        cross_weight: weight, within the `"similarity"` loss, of the cosines of forget images with
+            the original's features of their captions, and the reverse: both towers forget, neither
+            below the floor. `"auto"` is 1, and 0 with `tune="image"`, whose text tower is the
             original's. 0 is the paper; a tower may then tell, beside the original's other one.
         forget_augment: apply random affine transforms and tints to forget images, so that the
             association is erased for unseen pictures too. False is the paper.
@@ -125,11 +131,11 @@ class UnlearnConfig:
         micro_batch_size: pairs encoded at a time. If smaller than the batch, GradCache's two passes
             compute the gradient of the full batch in the memory of one micro-batch. `None`: encode
             the whole batch at once. In eval mode a caption that repeats is encoded once a step.
-        thorough: with `epochs="auto"` and cross terms, a run that could end waits twice as long
-            for towers that, beside the original's other one, find more than a tenth of a set's
-            images: at more steps and damage to neighbours.
-        stop_when_forgotten: check the verdict once per epoch, and stop once it is no longer
-            "remembered". For a number of `epochs`; automatic ones stop anyway.
+        thorough: with `epochs="auto"` and cross terms, wait twice as long for towers that, beside
+            the original's other one, find more than a tenth of a set's images: at more steps and
+            damage to neighbours.
+        stop_when_forgotten: with a number of `epochs`, check the verdict once per epoch, and stop
+            once it is no longer "remembered".
 
     > Optimiser
 
@@ -154,7 +160,6 @@ class UnlearnConfig:
             the blocks, added to the weights at the end; extra `peft`).
         train_logit_scale: train logit_scale too; the loss clamps it at max(100, its initial value).
         train_mode: put the towers in train mode (BatchNorm statistics move, Dropout is active).
-            False keeps them in eval mode.
         precision: compute dtype of the towers: `"auto"` (bf16 on CUDA devices that support it, fp16
             on other CUDA devices, fp32 elsewhere), `"fp32"`, `"bf16"`, `"fp16"`. Weights stay fp32.
         activation_checkpointing: keep only the input of each block of both towers for the backward
@@ -166,7 +171,7 @@ class UnlearnConfig:
             device for a model given by name.
         deepspeed: ZeRO by DeepSpeed: a JSON file, one of those that ship (`"zero1"`, `"zero2"`,
             `"zero3"`, `"zero3_offload"`), or a dict. What it leaves out or sets to `"auto"` comes
-            from these settings; see docs/processes.md. None: plain data parallelism if a launcher
+            from these settings; see docs/processes.md. `None`: plain data parallelism if a launcher
             starts several processes.
 
     > Run
@@ -191,7 +196,7 @@ class UnlearnConfig:
         remember_erased: keep salted digests of the pairs to forget in the record beside the saved
             model: later erasures leave such pairs out of their retain sets, and judge them again.
         report_to: log each step, the settings and the evaluation to `"tensorboard"` or `"wandb"`
-            (extras of these names), in `output_dir` or else in `runs/`. `None` logs to neither.
+            (extras of these names), in `output_dir` or else in `runs/`.
         rank_timeout: seconds after which a rank without a sign of life ends the run of all.
 
     Raises:
@@ -199,86 +204,81 @@ class UnlearnConfig:
     """
 
     # objective
-    forget_weight: float = 3.0
-    retain_weight: float = 1.0
-    consistency_weight: float = 3.0
-    anchor_weight: float = 30.0
+    forget_weight: float = _field(3.0, limit=NOT_NEGATIVE)
+    retain_weight: float = _field(1.0, limit=NOT_NEGATIVE)
+    consistency_weight: float = _field(3.0, limit=NOT_NEGATIVE)
+    anchor_weight: float = _field(30.0, limit=NOT_NEGATIVE, paper=0.0)
     forget_loss: Literal["similarity", "contrastive"] = "similarity"
-    floor: float | Literal["auto"] | None = "auto"
-    cross_weight: float | Literal["auto"] = "auto"
-    forget_augment: bool = True
-    forget_words: bool | list[str] = True
-    negatives: Literal["own", "joint"] = _tagged("own", PLAN)
+    floor: float | Literal["auto"] | None = _field("auto", limit=COSINE, paper=None)
+    cross_weight: float | Literal["auto"] = _field("auto", limit=NOT_NEGATIVE, paper=0.0)
+    forget_augment: bool = _field(True, paper=False)
+    forget_words: bool | list[str] = _field(True, limit=WORDS, paper=False)  # noqa: RUF009
+    negatives: Literal["own", "joint"] = _field("own", PLAN)
     # steps
-    epochs: int | Literal["auto"] = _tagged("auto", FREE, PLAN)
-    max_steps: int | None = _tagged(None, FREE, PLAN, DEMO)
-    max_damage: float | None = 0.03
-    batch_size: int = _tagged(256, PLAN)
-    forget_batch_size: int = _tagged(64, PLAN)
-    micro_batch_size: int | None = _tagged(None, FREE, PLAN)
+    epochs: int | Literal["auto"] = _field("auto", FREE, PLAN, limit=COUNT, paper=20)
+    max_steps: int | None = _field(None, FREE, PLAN, DEMO, BASIC, limit=COUNT)
+    max_damage: float | None = _field(0.03, BASIC, limit=SHARE)
+    batch_size: int = _field(256, PLAN, BASIC, limit=COUNT, paper=16)
+    forget_batch_size: int = _field(64, PLAN, limit=COUNT, paper=16)
+    micro_batch_size: int | None = _field(None, FREE, PLAN, BASIC, limit=COUNT)
     thorough: bool = False
-    stop_when_forgotten: bool = _tagged(False, FREE)
+    stop_when_forgotten: bool = _field(False, FREE)
     # optimiser
-    lr: float | Literal["auto"] = _tagged("auto", PLAN, DEMO)
-    optimizer: Literal["adamw", "adam", "adamw8bit", "paged_adamw8bit", "lion8bit"] = _tagged(
-        "adamw", PLAN, DEMO
+    lr: float | Literal["auto"] = _field("auto", PLAN, DEMO, BASIC, limit=POSITIVE, paper=1e-6)
+    optimizer: Literal["adamw", "adam", "adamw8bit", "paged_adamw8bit", "lion8bit"] = _field(
+        "adamw", PLAN, DEMO, paper="adam"
     )
-    betas: tuple[float, float] = (0.9, 0.98)
-    weight_decay: float = 0.0
-    warmup_steps: int = 0
+    betas: tuple[float, float] = _field((0.9, 0.98), limit=DECAYS)
+    weight_decay: float = _field(0.0, limit=NOT_NEGATIVE)
+    warmup_steps: int = _field(0, limit=NOT_NEGATIVE)
     schedule: Literal["constant", "cosine"] = "constant"
-    max_grad_norm: float | None = 1.0
+    max_grad_norm: float | None = _field(1.0, limit=POSITIVE, paper=None)
     # model
-    tune: str = _tagged("all", PLAN)
-    train_logit_scale: bool = _tagged(False, PLAN)
+    tune: str = _field("all", PLAN, BASIC, limit=TUNE)
+    train_logit_scale: bool = _field(False, PLAN)
     train_mode: bool = False
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = _tagged("auto", PLAN)
-    activation_checkpointing: bool = _tagged(False, FREE, PLAN)
-    prefix_cache: float | None = None
-    backend: Literal["auto", "dense", "chunked", "cpu", "triton"] = _tagged("auto", PLAN)
-    device: str | None = _tagged(None, FREE, PLAN)
-    deepspeed: str | dict[str, Any] | None = _tagged(  # noqa: RUF009
-        None, FREE, BOOKKEEPING, DEMO, PATH
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = _field("auto", PLAN, FIND, BASIC)
+    activation_checkpointing: bool = _field(False, FREE, PLAN)
+    prefix_cache: float | None = _field(None, limit=POSITIVE)
+    backend: Literal["auto", "dense", "chunked", "cpu", "triton"] = _field("auto", PLAN)
+    device: str | None = _field(None, FREE, PLAN, EVALUATE, FIND, BASIC)
+    deepspeed: str | dict[str, Any] | None = _field(  # noqa: RUF009
+        None, FREE, BOOKKEEPING, DEMO, BASIC, PATH
     )
     # run
-    seed: int = _tagged(0, DEMO)
-    num_workers: int | Literal["auto"] = _tagged(0, FREE, BOOKKEEPING, PLAN, DEMO)
-    progress: bool = _tagged(True, FREE, BOOKKEEPING, PLAN, DEMO)
-    reference_cache: str | None = _tagged(None, FREE, BOOKKEEPING, PATH)
-    output_dir: str | None = _tagged(None, FREE, BOOKKEEPING, PATH)
-    save_every: int | None = _tagged(None, FREE, BOOKKEEPING)
-    resume: Literal["auto", "never", "must"] = _tagged("auto", FREE, BOOKKEEPING)
-    evaluation: Literal["quick", "full"] | None = _tagged("quick", FREE)
-    max_skipped: float = _tagged(0.01, FREE)
-    remember_erased: bool = _tagged(True, FREE)
-    report_to: Literal["tensorboard", "wandb"] | None = _tagged(None, FREE, BOOKKEEPING)
-    rank_timeout: float = _tagged(60.0, FREE, BOOKKEEPING)
+    seed: int = _field(0, DEMO, BASIC, limit=NOT_NEGATIVE)
+    num_workers: int | Literal["auto"] = _field(
+        0, FREE, BOOKKEEPING, PLAN, DEMO, EVALUATE, FIND, BASIC, limit=NOT_NEGATIVE
+    )
+    progress: bool = _field(True, FREE, BOOKKEEPING, PLAN, DEMO, EVALUATE, FIND)
+    reference_cache: str | None = _field(None, FREE, BOOKKEEPING, FIND, PATH)
+    output_dir: str | None = _field(None, FREE, BOOKKEEPING, BASIC, PATH)
+    save_every: int | None = _field(None, FREE, BOOKKEEPING, limit=COUNT)
+    resume: Literal["auto", "never", "must"] = _field("auto", FREE, BOOKKEEPING, BASIC)
+    evaluation: Literal["quick", "full"] | None = _field("quick", FREE, BASIC)
+    max_skipped: float = _field(0.01, FREE, limit=SHARE)
+    remember_erased: bool = _field(True, FREE)
+    report_to: Literal["tensorboard", "wandb"] | None = _field(None, FREE, BOOKKEEPING)
+    rank_timeout: float = _field(60.0, FREE, BOOKKEEPING, limit=POSITIVE)
     # last, since the others may have been given by position
     erase: Literal["concept", "link"] = "concept"
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            value = parse_value(field.name, getattr(self, field.name), hints[field.name])
+            name, limit = field.name, field.metadata.get("limit")
+            value = parse_value(name, getattr(self, name), hints[name])
             if PATH in field.metadata and isinstance(value, str):
                 value = os.path.expanduser(value)
-            object.__setattr__(self, field.name, value)
-        for names, holds, must in _RANGES:
-            for name in names:
-                value = getattr(self, name)
-                self._check(name, value in (None, "auto") or holds(value), must)
-        tune = re.fullmatch(r"all|image|text|projections|(last|lora):[1-9]\d*", self.tune)
-        known = "be 'all', 'image', 'text', 'projections', 'last:N' or 'lora:N' with N >= 1"
-        self._check("tune", tune, known)
+            object.__setattr__(self, name, value)
+            special = special_values(hints[name])
+            if limit is not None and value not in special:
+                must = ", or ".join([limit.must, *map(repr, special)])
+                self._check(name, limit.holds(value), must)
         if self.erases_link:
             if self.tune == "all":
                 object.__setattr__(self, "tune", "text")
             self._check("tune", self.tune == "text", "be 'text' or 'all' with erase='link'")
-        if not isinstance(self.forget_words, bool):
-            named = self.forget_words and all(
-                re.search(r"[^\W\d_]", each) for each in self.forget_words
-            )
-            self._check("forget_words", named, "be True, False or a list of words")
         if not (self.forget_weight or self.retain_weight or self.consistency_weight):
             raise InputError(
                 "forget_weight, retain_weight and consistency_weight are all 0: nothing to train. "
@@ -289,6 +289,11 @@ class UnlearnConfig:
                 f"floor={self.floor} acts on cosines, but forget_loss='contrastive' has none. "
                 "Use floor='auto' or None, or forget_loss='similarity'."
             )
+        if self.thorough:
+            self._check("thorough", self.runs_until_forgotten, "be False with numbers of steps")
+            is_crossed = self.used_cross_weight > 0 and self.tune not in ("image", "text")
+            needed = "be False where one tower is frozen or cross_weight is 0 (see cross_weight)"
+            self._check("thorough", is_crossed, needed)
         self._check_automatic()
 
     def _check(self, name: str, holds: object, must: str) -> None:
@@ -296,34 +301,27 @@ class UnlearnConfig:
             raise InputError(f"{name}={getattr(self, name)!r} must {must}.")
 
     def _check_automatic(self) -> None:
-        """Refuse options that the automatic recipe cannot be combined with, or that need it."""
-        if self.thorough:
-            self._check("thorough", self.runs_until_forgotten, "be False with numbers of steps")
-            is_crossed = self.used_cross_weight > 0 and self.tune not in ("image", "text")
-            needed = "be False where one tower is frozen or cross_weight is 0 (see cross_weight)"
-            self._check("thorough", is_crossed, needed)
+        """Refuse options that the automatic recipe cannot be combined with."""
         chosen = [f"lr={self.lr!r}"] if self.lr == "auto" else []
-        if self.runs_until_forgotten:
-            chosen.append(f"epochs={self.epochs!r}")
+        chosen += [f"epochs={self.epochs!r}"] if self.runs_until_forgotten else []
         if not chosen:
             return
         automatic, numbers = " and ".join(chosen), "numbers for lr and epochs (or max_steps)"
-        for name, endless, instead in (
-            ("forget_loss", "contrastive", "similarity"),
-            ("floor", None, "auto"),
-        ):
+        for name, endless in (("forget_loss", "contrastive"), ("floor", None)):
             if getattr(self, name) == endless:
+                usual = getattr(type(self), name)
                 raise InputError(
                     f"{name}={endless!r} has no end that {automatic} could aim at. Give {numbers}, "
-                    f"or use {name}={instead!r}."
+                    f"or use {name}={usual!r}."
                 )
         if not self.forget_weight:
             raise InputError(
                 f"forget_weight=0 with {automatic}: nothing is forgotten. Give {numbers}."
             )
-        for name, default in (("schedule", "constant"), ("warmup_steps", 0)):
-            must = f"be {default!r} with {automatic}; or give {numbers}"
-            self._check(name, getattr(self, name) == default, must)
+        for name in ("schedule", "warmup_steps"):
+            usual = getattr(type(self), name)
+            must = f"be {usual!r} with {automatic}; or give {numbers}"
+            self._check(name, getattr(self, name) == usual, must)
 
     @property
     def runs_until_forgotten(self) -> bool:
@@ -353,19 +351,8 @@ class UnlearnConfig:
         Flickr30K), batch 16, 20 epochs; no floor, no anchor, no augmentation and no clipping.
         Anything the descriptions do not mention keeps the default of `UnlearnConfig`.
         """
-        paper: dict[str, Any] = {
-            "floor": None,
-            "anchor_weight": 0.0,
-            "cross_weight": 0.0,
-            "forget_augment": False,
-            "forget_words": False,
-            "epochs": 20,
-            "lr": 1e-6,
-            "optimizer": "adam",
-            "batch_size": 16,
-            "forget_batch_size": 16,
-            "max_grad_norm": None,
-        }
+        fields = dataclasses.fields(cls)
+        paper = {f.name: f.metadata["paper"] for f in fields if "paper" in f.metadata}
         return cls(**_check_names({**paper, **overrides}))
 
     @classmethod
@@ -413,18 +400,15 @@ def field_names(tag: str | None = None) -> tuple[str, ...]:
 
 def describe_recipe(config: UnlearnConfig) -> str:
     """Return the name of the closest recipe and the fields in which `config` differs from it."""
-    recipes = {
-        "fasterase defaults": UnlearnConfig(),
-        "cliperase (the paper's)": UnlearnConfig.cliperase(),
-    }
-    fields = config.recipe()
-    changes = {
-        recipe: [name for name in fields if getattr(config, name) != getattr(base, name)]
-        for recipe, base in recipes.items()
-    }
-    closest = min(changes, key=lambda recipe: len(changes[recipe]))
-    changed = ", ".join(f"{name}={getattr(config, name)!r}" for name in changes[closest])
-    return f"{closest}; {changed}" if changed else closest
+    changes = {}
+    for name, base in (
+        ("fasterase defaults", UnlearnConfig()),
+        ("cliperase (the paper's)", UnlearnConfig.cliperase()),
+    ):
+        values = {each: getattr(config, each) for each in config.recipe()}
+        changes[name] = [f"{n}={v!r}" for n, v in values.items() if v != getattr(base, n)]
+    closest = min(changes, key=lambda name: len(changes[name]))
+    return "; ".join(filter(None, [closest, ", ".join(changes[closest])]))
 
 
 def read_yaml(path: str | PathLike[str]) -> dict[str, Any]:

@@ -32,11 +32,7 @@ def parse_value(name: str, value: Any, hint: Any) -> Any:
 
 
 def parse_count(name: str, value: Any, *, least: int) -> int:
-    """Return a whole number, of whatever type.
-
-    Raises:
-        InputError: it is none, or below `least`; names `name`.
-    """
+    """Return a whole number of whatever type, or raise `InputError` if it is below `least`."""
     try:
         is_whole = not isinstance(value, bool | str) and int(value) == value
     except (TypeError, ValueError, OverflowError):
@@ -82,11 +78,11 @@ def parse_named(name: str, entries: Any) -> dict[str, str]:
     """
     entries = parse_value(name, entries, list[str] | dict[str, str] | str)
     named: dict[str, str] = {}
-    listed = [entries] if isinstance(entries, str) else entries
-    if isinstance(listed, list):
-        pairs = [each.partition("=")[::2] for each in listed]
+    if isinstance(entries, dict):
+        pairs = [(str(key), str(where)) for key, where in entries.items()]
     else:
-        pairs = [(str(key), str(where)) for key, where in listed.items()]
+        listed = [entries] if isinstance(entries, str) else entries
+        pairs = [each.partition("=")[::2] for each in listed]
     for key, where in pairs:
         if not (key and where):
             entry = f"{key}={where}" if where or not key else key
@@ -112,6 +108,12 @@ def describe_type(hint: Any) -> str:
         else:
             described.append(words.get(kind) or f"a {container.__name__}")
     return " or ".join(described)
+
+
+def special_values(hint: Any) -> list[str | None]:
+    """Return the words, and None, that a type hint allows beside its types."""
+    kinds = [None if kind is type(None) else kind for kind in _kinds(hint)]
+    return [kind for kind in kinds if kind is None or isinstance(kind, str)]
 
 
 def suggest_names(name: object, known: Iterable[str], *, otherwise: str) -> str:

@@ -42,12 +42,10 @@ def speaking(wanted: bool) -> Iterator[None]:
 
 
 def say(message: str, *, since: float | None = None, least: float = 0.0) -> None:
-    """Write a line, usually what a phase that is over has found.
+    """Write a line, usually what a phase has found that began at `since` (`time.monotonic`).
 
-    Args:
-        message: one line; what no terminal should be sent, as captions may hold it, is left out.
-        since: when the phase began (`time.monotonic`), to tell how long it took.
-        least: say nothing of a phase of fewer seconds.
+    Of a phase of fewer seconds than `least` nothing is said. Captions in the message may hold what
+    no terminal should be sent: that is left out.
     """
     global _spoken
     now = time.monotonic()
@@ -80,13 +78,11 @@ class Progress:
     the first.
 
     Args:
-        description: what is going on.
         total: how many things there are; None if that is not known.
         items: what to iterate over; None if the caller calls `update`.
         unit: what is counted, such as "pair".
         initial: how many were done before.
         delay: seconds before a bar is shown.
-        shown: False shows nothing.
     """
 
     def __init__(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fasterase.errors import InputError
@@ -13,7 +13,7 @@ from fasterase.pairs.items import IMAGE_KEYS
 from fasterase.pairs.open import JoinedTable, open_pairs
 from fasterase.pairs.overlap import remove_overlap
 from fasterase.pairs.table import PairTable
-from fasterase.provenance import drop_erased, erasures
+from fasterase.provenance import drop_erased
 
 
 class OpenedSets(NamedTuple):
@@ -68,15 +68,13 @@ def open_sets(
 def _check_name(argument: str, name: Any, *, taken: Collection[str]) -> None:
     if not isinstance(name, str) or not name.strip() or len(name.splitlines()) > 1:
         raise InputError(f"{argument}: {name!r} is not a name.")
-    what = None
-    if name in ("forget", "retain", "holdout"):
-        what = "an argument of its own"
-    elif name == WITHHELD:
-        what = "the name of the pairs to forget that an automatic run does not train on"
-    elif name.startswith(EARLIER):
+    what = {
+        **dict.fromkeys(taken, "also a set of another argument"),
+        **dict.fromkeys(("forget", "retain", "holdout"), "an argument of its own"),
+        WITHHELD: "the name of the pairs to forget that an automatic run does not train on",
+    }.get(name)
+    if name.startswith(EARLIER):
         what = "how sets are named that an earlier run erased"
-    elif name in taken:
-        what = "also a set of another argument"
     if what is not None:
         raise InputError(f"{argument}: {name!r} is {what}. Choose another name.")
 
@@ -89,34 +87,36 @@ def _names_concepts(forget: Any, image_key: str | None) -> bool:
 
 
 def clean_retain(
-    sets: OpenedSets, record: Mapping[str, Any] | None, *, links: bool = False
+    sets: OpenedSets,
+    erased: Sequence[Mapping[str, Any]],
+    *,
+    links: bool = False,
+    may_vanish: bool = False,
 ) -> list[str]:
     """Take out of retain, in place, what is to be forgotten, and return the ids of these pairs.
 
     That is every pair with a picture of the forget set; of `links` alone, if it has one of the
-    captions too. What was erased before by the model's `record` is taken out as well, and becomes
-    further sets.
+    captions too. What was `erased` before is taken out as well, and becomes further sets.
 
     Raises:
-        InputError: nothing would be left of it.
+        InputError: nothing would be left of it; if it `may_vanish`, all pictures are left in it.
     """
     opened = sets.tables
-    removed = drop_overlap(opened, links=links, stacklevel=4)
-    opened["retain"], earlier = drop_erased(opened["retain"], erasures(record) if record else [])
-    opened |= earlier
-    sets.to_forget.extend(earlier)
-    return removed
-
-
-def drop_overlap(opened: dict[str, PairTable], *, links: bool, stacklevel: int) -> list[str]:
-    """Take pictures of the forget set out of retain, in place; see `clean_retain`."""
-    opened["retain"], removed = remove_overlap(opened["retain"], opened["forget"], links=links)
+    removed: list[str] = []
+    try:
+        opened["retain"], removed = remove_overlap(opened["retain"], opened["forget"], links=links)
+    except InputError:
+        if not may_vanish:
+            raise
     if removed:
         shown = ", ".join(removed[:5]) + (", ..." if len(removed) > 5 else "")
         warnings.warn(
             f"{counted(len(removed), 'retain pair is', 'retain pairs are')} also in the forget set "
             f"and left out of retain, since they are to be forgotten: {shown}"
             + ("" if links else ". With erase='link' those with other captions stay."),
-            stacklevel=stacklevel,
+            stacklevel=3,
         )
+    opened["retain"], earlier = drop_erased(opened["retain"], erased)
+    opened |= earlier
+    sets.to_forget.extend(earlier)
     return removed

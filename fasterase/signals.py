@@ -61,25 +61,16 @@ def signal_name(number: int) -> str:
 
 
 class StopRequest:
-    """Whether a signal has asked this thread's run to end, and when it may.
+    """Whether a signal has asked this thread's run to end, and when it may."""
 
-    Attributes:
-        number: of the signal, the first one; 0 for none so far.
-        is_raised: whether it was raised: the run is on its way out, and exchanges nothing more.
-        is_run: whether there is a run.
-        at_end: what is closed when it ends.
-        idle: worker processes that it keeps for later.
-        last_words: called with the exit code before the process is ended in mid-air.
-    """
-
-    is_run = False
+    is_run = False  # whether there is a run
 
     def __init__(self, last_words: Callable[[int], None] | None = None) -> None:
-        self.number = 0
-        self.is_raised = False
-        self.at_end = ExitStack()
-        self.idle: list[Any] = []
-        self.last_words = last_words
+        self.number = 0  # of the first signal, if one came
+        self.is_raised = False  # then the run is on its way out, and exchanges nothing more
+        self.at_end = ExitStack()  # what is closed when the run ends
+        self.idle: list[Any] = []  # worker processes that it keeps for later
+        self.last_words = last_words  # called with the exit code before a process is ended by force
         self._error: Exception | None = None
         self._since = self._first = self._heard = 0.0
         self._patience = self._changed = 0.0
@@ -259,9 +250,6 @@ def handling_signals(last_words: Callable[[int], None] | None = None) -> Iterato
     Schedulers announce the end of a job by SIGTERM, or by SIGUSR1 where they are told to. A second
     signal raises at once whatever the run does, and ends the process a second later. Outside the
     main thread, where Python allows no handlers, signals keep their usual effect.
-
-    Args:
-        last_words: called with the exit code before a process is ended that cannot end by itself.
     """
     outer = getattr(_of_thread, "stop", None)
     if outer is not None:
@@ -293,10 +281,7 @@ def in_child() -> None:
 
 
 def end_with_parent(parent: int) -> None:
-    """Have the system kill this process as soon as its parent `parent` has died, on Linux.
-
-    0: the parent is not the process whose work it does, but a server that made it.
-    """
+    """Have Linux kill this process once its parent has died; 0: that is a server that made it."""
     if sys.platform != "linux" or not parent:
         return
     import ctypes

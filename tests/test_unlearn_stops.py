@@ -103,21 +103,68 @@ def test_a_nan_step_does_not_reach_batch_norm_statistics(micro_batch_size):
     assert statistics.running_var.isfinite().all()
 
 
-def test_sigterm_stops_after_the_step_with_a_checkpoint(tmp_path):
-    def terminate(record):
-        if record.step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+@pytest.fixture
+def _ctrl_c_is_heard():
+    """A shell has what it starts in the background ignore it."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
 
-    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with pytest.raises(PreemptedError, match=r"SIGTERM after step 2\. A checkpoint is in"):
-        run(callback=terminate, output_dir=tmp_path)
-    assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
-    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step-000000002"]
+
+SIGNALS = {
+    "SIGTERM": (PreemptedError, "SIGTERM"),
+    "SIGUSR1": (PreemptedError, "SIGUSR1"),
+    "SIGINT": (KeyboardInterrupt, "Ctrl-C"),
+}
+
+
+def continues_as_if_nothing_had_happened(folder):
     again, whole = TinyModel(), TinyModel()
-    result = run(again, output_dir=tmp_path)
+    result = run(again, output_dir=folder)
     run(whole)
     assert [record.step for record in result.history] == [1, 2, 3, 4, 5]
     assert same_weights(again.weights(), whole.weights())
+
+
+@pytest.mark.parametrize("saving", [False, True])
+@pytest.mark.parametrize("name", SIGNALS)
+@pytest.mark.usefixtures("_ctrl_c_is_heard")
+def test_a_signal_finishes_the_step_and_saves_it(tmp_path, name, saving):
+    tower, seen = TinyModel(), []
+
+    def send(record):
+        seen.append(tower.weights())
+        if record.step == 2:
+            os.kill(os.getpid(), getattr(signal, name))
+
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    error, called = SIGNALS[name]
+    said = "A checkpoint is in .*checkpoints; make the same call" if saving else "Nothing was saved"
+    with pytest.raises(error, match=rf"^stopped by {called} after step 2\. {said}"):
+        run(tower, callback=send, output_dir=tmp_path if saving else None)
+    assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+    assert same_weights(tower.weights(), seen[1])
+    assert all(parameter.requires_grad for parameter in tower.module.parameters())
+    saved = [folder.name for folder in tmp_path.glob("checkpoints/*")]
+    assert saved == (["step-000000002"] if saving else [])
+    if saving:
+        continues_as_if_nothing_had_happened(tmp_path)
+
+
+@pytest.mark.parametrize("saving", [False, True])
+@pytest.mark.parametrize("name", SIGNALS)
+@pytest.mark.usefixtures("_ctrl_c_is_heard")
+def test_a_signal_in_the_sweep_leaves_the_model_as_it_was(tmp_path, name, saving):
+    """No reader of files or pairs takes it for damage."""
+    tower = TinyModel()
+    watch(tower, "text", lambda *_: os.kill(os.getpid(), getattr(signal, name)))
+    error, called = SIGNALS[name]
+    said = "No step was saved yet; make the same call" if saving else "Nothing was saved"
+    raises = pytest.raises(error, match=rf"^stopped by {called}\. {said}")
+    with unchanged(tower.module), raises:
+        run(tower, output_dir=tmp_path if saving else None)
+    if saving:
+        continues_as_if_nothing_had_happened(tmp_path)
 
 
 def test_sigterm_to_all_processes_of_the_run(tmp_path):
@@ -130,43 +177,6 @@ def test_sigterm_in_the_last_step_is_not_lost_without_output_dir_either():
     said = "after step 1. Nothing was saved; give an output_dir"
     with pytest.raises(PreemptedError, match=said):
         run(callback=lambda _: os.kill(os.getpid(), signal.SIGTERM), max_steps=1)
-
-
-@pytest.mark.parametrize("saving", [False, True])
-def test_ctrl_c_finishes_the_step(tmp_path, saving):
-    tower = TinyModel()
-    seen = []
-
-    def interrupt(record):
-        seen.append(tower.weights())
-        if record.step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    said = "A checkpoint is in .*checkpoints; make the same call" if saving else "Nothing was saved"
-    with pytest.raises(KeyboardInterrupt, match=rf"^stopped by Ctrl-C after step 2\. {said}"):
-        run(tower, callback=interrupt, output_dir=tmp_path if saving else None)
-    assert same_weights(tower.weights(), seen[1])
-    assert all(parameter.requires_grad for parameter in tower.module.parameters())
-    assert (tmp_path / "checkpoints" / "step-000000002").is_dir() == saving
-
-
-@pytest.fixture
-def _ctrl_c_is_heard():
-    """A shell has what it starts in the background ignore it."""
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, previous)
-
-
-@pytest.mark.parametrize("saving", [False, True])
-@pytest.mark.usefixtures("_ctrl_c_is_heard")
-def test_ctrl_c_in_the_sweep_leaves_the_model_as_it_was(tmp_path, saving):
-    tower = TinyModel()
-    watch(tower, "text", lambda *_: os.kill(os.getpid(), signal.SIGINT))
-    said = "No step was saved yet; make the same call" if saving else "Nothing was saved"
-    raises = pytest.raises(KeyboardInterrupt, match=rf"^stopped by Ctrl-C\. {said}")
-    with unchanged(tower.module), raises:
-        run(tower, output_dir=tmp_path if saving else None)
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_step():
@@ -182,20 +192,6 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step():
     with pytest.raises(KeyboardInterrupt):
         run(tower, callback=history.append)
     assert not history
-
-
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_sigterm_in_the_sweep_leaves_the_model_as_it_was(tmp_path, name):
-    """No reader of files or pairs takes it for damage."""
-    tower = TinyModel()
-    watch(tower, "text", lambda *_: os.kill(os.getpid(), getattr(signal, name)))
-    said = rf"^stopped by {name}\. No step was saved yet; make the same call"
-    with unchanged(tower.module), pytest.raises(PreemptedError, match=said):
-        run(tower, output_dir=tmp_path)
-    again, whole = TinyModel(), TinyModel()
-    run(again, output_dir=tmp_path)
-    run(whole)
-    assert same_weights(again.weights(), whole.weights())
 
 
 def test_a_check_of_the_verdict_is_cut_short_after_a_moment(tmp_path, monkeypatch):

@@ -25,7 +25,16 @@ from mkdocs.structure.pages import Page
 import fasterase
 from fasterase.cli.commands import COMMANDS
 from fasterase.cli.parser import command_parser, flags_of, general_parser
-from fasterase.config import BOOKKEEPING, DEMO, FREE, PLAN, UnlearnConfig, field_names
+from fasterase.config import (
+    BOOKKEEPING,
+    DEMO,
+    EVALUATE,
+    FIND,
+    FREE,
+    PLAN,
+    UnlearnConfig,
+    field_names,
+)
 from fasterase.option_values import describe_type
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,8 +78,7 @@ API = {
 TAGS = {
     FREE: "a resumed run may change it",
     BOOKKEEPING: "no part of the recipe",
-    PLAN: "also of `fasterase plan`",
-    DEMO: "also of `fasterase demo`",
+    **{tag: f"also of `fasterase {tag}`" for tag in (PLAN, DEMO, EVALUATE, FIND)},
 }
 
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import fasterase
-from fasterase.cli.erasure import SETS, Command, Erasure, Evaluate, Split, Unlearn, check_sets
-from fasterase.config import DEMO, PLAN, Recipe, UnlearnConfig, field_names, format_yaml
+from fasterase.cli.erasure import Command, Evaluate, Split, Unlearn, spell_flags
+from fasterase.config import DEMO, FIND, PLAN, Recipe, UnlearnConfig, field_names, format_yaml
 from fasterase.errors import InputError, import_extra
 from fasterase.files import check_creatable
+from fasterase.option_values import special_values
 from fasterase.progress import launched_rank
-from fasterase.repeat import check_repeatable
 
 
 @dataclass(frozen=True)
@@ -52,10 +51,7 @@ class Plan(Command):
 
     needs = ("model", "pairs")
     config_fields = field_names(PLAN)
-    basics = (
-        *("model", "pairs", "forget", "gpus", "gpu_memory", "num_workers", "measure", "find"),
-        *("max_steps", "batch_size", "tune", "precision", "device"),
-    )
+    hidden = ("tflops", "efficiency", "images_per_second")
     model: str | None = None
     pairs: int | None = None
     forget: int | None = None
@@ -81,8 +77,8 @@ class Find(Command):
         concept: what to find, in words, or several wordings and synonyms.
         images: example images: files, or one folder.
         not_about: wordings of what else the words may mean.
-        picture_alone: also forget pairs whose caption does not name the concept, but whose picture
-            is as near as those of captions that do.
+        picture_alone: also forget pairs of other captions, but with a picture as near as those of
+            captions that name the concept.
 
     > Model and pairs
 
@@ -98,12 +94,8 @@ class Find(Command):
     > Output
 
     Args:
-        output_dir: folder of the sets, of `review.html` and of the features of all pairs.
-        reference_cache: another folder of the features, for `fasterase unlearn` too.
-        precision: compute dtype of the towers, as for `fasterase unlearn`.
-        device: where to run, such as `cuda:0`. `none`: the best available device.
-        num_workers: processes that load and decode pairs, or `auto`.
-        progress: say how far it is.
+        output_dir: folder of the sets, of `review.html` and, without a reference_cache, of the
+            features of all pairs.
 
     Examples:
       fasterase find --model ViT-B-32/laion2b_s34b_b79k --data pairs.csv --concept octopus \
@@ -116,6 +108,7 @@ class Find(Command):
     """
 
     needs = ("model", "data", "concept", "output_dir")
+    config_fields = field_names(FIND)
     concept: list[str] = field(default_factory=list)
     images: list[str] = field(default_factory=list)
     not_about: list[str] = field(default_factory=list)
@@ -128,11 +121,6 @@ class Find(Command):
     max_pairs: int | None = None
     seed: int = 0
     output_dir: str | None = None
-    reference_cache: str | None = None
-    precision: str = "auto"
-    device: str | None = None
-    num_workers: int | Literal["auto"] = 0
-    progress: bool = True
 
     def run(self, **fields: Any) -> None:
         flags = dict(vars(self))
@@ -142,19 +130,16 @@ class Find(Command):
         self._check_concept(Path(folder), where)
         flags["images"] = self.images[0] if len(self.images) == 1 else self.images or None
         flags["not_about"] = self.not_about or None
-        flags["reference_cache"] = self.reference_cache or Path(folder) / "reference"
-        found = fasterase.find(model, data, flags.pop("concept"), **flags)
-        if launched_rank() != 0:
-            return
-        found.save(folder)
-        words = ["--model", model, "--found", folder]
-        if self.reference_cache is not None:
-            words += ["--reference_cache", self.reference_cache]
-        if self.model_name is not None:
-            words += ["--model_name", self.model_name]
-        page = Path(folder) / "review.html"
-        print(f"{found!r}\nLook at {page}, and save decisions.csv beside it.")
-        print(f"Next: fasterase unlearn {shlex.join(words)} --output_dir RUN")
+        cache = fields.pop("reference_cache", None)
+        flags["reference_cache"] = cache or Path(folder) / "reference"
+        found = fasterase.find(model, data, flags.pop("concept"), **flags, **fields)
+        if launched_rank() == 0:
+            found.save(folder)
+            page = Path(folder) / "review.html"
+            print(f"{found!r}\nLook at {page}, and save decisions.csv beside it.")
+            again = {"model": model, "found": folder, "reference_cache": cache}
+            again["model_name"] = self.model_name
+            print(f"Next: fasterase unlearn {spell_flags(again)} --output_dir RUN")
 
     def _check_concept(self, folder: Path, argument: str) -> None:
         """Refuse a folder of another search, whose decisions.csv would be taken for this one's."""
@@ -177,8 +162,8 @@ class Report(Command):
 
     Args:
         runs: the output folders of finished runs; they may stand first, without this flag.
-        output: the page to write. `none`: `report.html`, and `report.md`, in the folder of a single
-            run, and `comparison.html` here for several.
+        output: the page to write. `none`: report.html and report.md in the folder of a single run,
+            comparison.html here for several.
 
     Examples:
       fasterase report runs/one
@@ -248,10 +233,10 @@ class Compile(Command):
     Examples:
       fasterase compile
 
-    The library is cached in TORCH_EXTENSIONS_DIR, or else ~/.cache/torch_extensions, under a name
-    that depends on compiler flags, torch version and CPU type. Run this once per type of node if
-    nodes share a home folder. Needs a C++ compiler: c++ on PATH, or the one named by CXX. A wheel
-    with libraries for the installed torch needs neither.
+    The library is cached in TORCH_EXTENSIONS_DIR, or else ~/.cache/torch_extensions, by compiler
+    flags, torch version and CPU type: run this once per type of node that shares a home folder.
+    Needs a C++ compiler, c++ on PATH or the one named by CXX, unless the wheel has libraries for
+    the installed torch.
     """
 
     def run(self, **fields: Any) -> None:
@@ -298,59 +283,31 @@ class Completion(Command):
                 flag = flags.get(action.option_strings[-1])
                 if action.nargs == 0 or (flag is not None and isinstance(flag.default, bool)):
                     continue
-                action.choices = _words(flag and flag.hint) or None
+                words = special_values(flag.hint) if flag is not None else []
+                action.choices = [word for word in words if word is not None] or None
                 if action.choices is None:
                     action.complete = shtab.FILE  # type: ignore[attr-defined]
             commands.add_parser(name, help=cls.purpose(), parents=[parser], add_help=False)
         print(shtab.complete(whole, self.shell))
 
 
-def _words(hint: Any) -> list[str]:
-    """List the words of a `Literal` in a type hint."""
-    if isinstance(hint, str):
-        return [hint]
-    return [word for part in get_args(hint) for word in _words(part)]
-
-
 COMMANDS: dict[str, type[Command]] = {
-    "unlearn": Unlearn,
-    "evaluate": Evaluate,
-    "plan": Plan,
-    "split": Split,
-    "find": Find,
-    "report": Report,
-    "demo": Demo,
-    "compile": Compile,
-    "completion": Completion,
+    cls.__name__.lower(): cls
+    for cls in (Unlearn, Evaluate, Plan, Split, Find, Report, Demo, Compile, Completion)
 }
 
 
 def run_command(command: str, values: dict[str, Any]) -> str | None:
-    """Run a command; return the verdict, if it comes to one.
-
-    Args:
-        command: a key of `COMMANDS`.
-        values: the values of the flags that were given, by name.
+    """Run a command with the values of the flags given; return the verdict, if it comes to one.
 
     Raises:
         InputError: a required flag is missing, or a value cannot be used.
     """
     cls = COMMANDS[command]
-    own = {each.name for each in dataclasses.fields(cls)} & set(values)
-    flags = cls(**{name: values[name] for name in own})
-    fields = {name: value for name, value in values.items() if name not in own}
+    own = {each.name: values[each.name] for each in dataclasses.fields(cls) if each.name in values}
+    flags, fields = cls(**own), {name: values[name] for name in values if name not in own}
     if fields.pop("print_config", False) and isinstance(flags, Unlearn):
-        given = {name: values[name] for name in values if name in own}
-        print(format_yaml({**given, **flags.config(fields).to_dict()}), end="")
+        print(format_yaml({**own, **flags.config(fields).to_dict()}), end="")
         return None
-    if issubclass(cls, Erasure | Split):
-        check_repeatable(values)
-        check_sets(values)
-    split = SETS if values.get("data") or values.get("found") else ()
-    missing = [f"--{name}" for name in cls.needs if name not in split and values.get(name) is None]
-    if missing:
-        raise InputError(
-            f"{command} needs {', '.join(missing)}. Give each as a flag, or without the dashes as "
-            f"a key of the YAML file of --config; `fasterase {command} --help` explains them."
-        )
+    cls.check(values)
     return flags.run(**fields)

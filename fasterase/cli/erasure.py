@@ -1,4 +1,4 @@
-"""The commands that erase, measure and split; what every command is.
+"""What a command is, and those that erase, measure and split.
 
 The fields of a class are its flags; its docstring is the help of both.
 """
@@ -11,17 +11,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import fasterase
-from fasterase.config import Recipe, UnlearnConfig, field_names
+from fasterase.config import BASIC, EVALUATE, Recipe, UnlearnConfig, field_names
 from fasterase.errors import InputError
 from fasterase.files import check_creatable
 from fasterase.progress import speaking
+from fasterase.repeat import check_repeatable
 
 SETS = ("forget", "retain")
 RULES = ("forget_expression", "forget_ids", "forget_classes")  # which split `data` into these
-GIVEN = ("forget", "retain", "data", *RULES)  # none of which stands beside `found`
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,37 @@ class Command(ABC):
         needs: flags without which it does not run.
         config_fields: fields of `UnlearnConfig` that are flags too; `run` gets those given.
         positional: the flag whose values may stand first, without it.
-        basics: the flags that `--help` shows; all others need `--help-all`. Empty: it shows all.
+        hidden: flags of its own that only `--help-all` shows, with all settings but the basic ones.
+            Without any, `--help` shows every flag.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
     config_fields: ClassVar[tuple[str, ...]] = ()
     positional: ClassVar[str | None] = None
-    basics: ClassVar[tuple[str, ...]] = ()
+    hidden: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def purpose(cls) -> str:
         """Return the first line of its help."""
         return (cls.__doc__ or "").partition("\n")[0]
+
+    @classmethod
+    def shows(cls, flag: str) -> bool:
+        """Whether `--help` shows a flag, or only `--help-all`."""
+        is_basic = flag not in cls.config_fields or flag in field_names(BASIC)
+        return not cls.hidden or (is_basic and flag not in cls.hidden)
+
+    @classmethod
+    def check(cls, values: Mapping[str, Any]) -> None:
+        """Raise `InputError` if the flags given cannot go together, or some are missing."""
+        missing = [f"--{name}" for name in cls.needs if values.get(name) is None]
+        if missing:
+            command = cls.__name__.lower()
+            raise InputError(
+                f"{command} needs {', '.join(missing)}. Give each as a flag, or without the "
+                "dashes as a key of the YAML file of --config; "
+                f"`fasterase {command} --help` explains them."
+            )
 
     @abstractmethod
     def run(self, **fields: Any) -> str | None:
@@ -64,10 +83,10 @@ class _Sets(Command):
             `title`), a folder of `x.jpg` + `x.txt` or of classes, or tars (`{000..099}.tar`). For
             several concepts NAME=WHERE of each (in YAML also a mapping).
         retain: pairs to keep, in any of the same forms.
-        holdout: pairs in neither set, only measured, in any of the same forms.
+        holdout: pairs in neither set, only measured.
         sets: further pairs that should be kept, only measured (in YAML also a mapping).
-        forget_sets: further pairs that should be forgotten as well, such as pictures that were not
-            trained on, only measured. The verdict is the worst over all.
+        forget_sets: further pairs that should be forgotten as well, such as unseen pictures, only
+            measured. The verdict is the worst over all.
     """
 
     model: str | None = None
@@ -89,8 +108,7 @@ class _Source(Command):
         data: pairs in any form that `fasterase unlearn --forget` takes, split into those to forget
             and those to keep by exactly one of the next three flags.
         forget_expression: regular expression that is found in a caption, such as `\bapples?\b`.
-        forget_ids: file with the ids of the pairs to forget, one per line, or the decisions.csv
-            that the review page of `fasterase find` saves.
+        forget_ids: file of ids, one per line, or the decisions.csv of `fasterase find`'s page.
         forget_classes: classes or whole captions to forget, separated by commas.
 
     > Columns
@@ -106,6 +124,34 @@ class _Source(Command):
     forget_classes: list[str] | None = None
     image_key: str | None = None
     text_key: str | None = None
+
+    @classmethod
+    def check(cls, values: Mapping[str, Any]) -> None:
+        """Check also that they name two sets, or one source and a rule that splits it, or `found`.
+
+        A file that repeats a run may lack what no file holds.
+        """
+        check_repeatable(values)
+        given = [name for name in (*RULES, *SETS) if values.get(name) is not None]
+        rules, flags = [name for name in given if name in RULES], [f"--{name}" for name in given]
+        data, found = values.get("data"), values.get("found")
+        if found is not None and (given or data is not None):
+            beside = " and ".join(flags if data is None else [*flags, "--data"])
+            raise InputError(
+                f"--found names the sets by itself; found {beside} beside it. Leave out one or the "
+                "other."
+            )
+        if data is None and rules:
+            raise InputError(f"--{rules[0]} splits the pairs of --data, which is missing: give it.")
+        if data is not None and (len(rules) != 1 or rules != given):
+            raise InputError(
+                f"--data needs one of {', '.join(f'--{name}' for name in RULES)}, which says what "
+                "to forget, and neither --forget nor --retain; found "
+                f"{' and '.join(flags) or 'none'}."
+            )
+        if data or found:  # which give both sets
+            values = {**values, **dict.fromkeys(SETS, data or found)}
+        super().check(values)
 
     def split(self) -> tuple[Any, Any]:
         """Split the pairs of `data`; return those to forget and those to keep.
@@ -143,27 +189,28 @@ class Erasure(_Source, _Sets):
             are given, `unseen` of forget_sets and `neighbours` of sets.
     """
 
+    hidden: ClassVar[tuple[str, ...]] = (
+        *("model_name", "holdout", "forget_ids", "forget_classes", "image_key", "text_key"),
+    )
     found: str | None = None
 
-    def call(self, function: Any, *, without: tuple[str, ...], **others: Any) -> Any:
-        """Call a function of the library with all flags but those named, and with `others`."""
-        without = ("model", "found", *GIVEN, *without)
+    def call(self, function: Any, *, without: tuple[str, ...], shown: bool, **others: Any) -> Any:
+        """Call a function of the library with the flags, but `without` some, and with `others`."""
+        without = ("model", "found", "data", *SETS, *RULES, *without)
         flags = {name: value for name, value in vars(self).items() if name not in without}
-        shown = vars(others.get("config", self)).get("progress", True)
         sets: Any = self.forget, self.retain
-        if self.found is not None:
-            with speaking(shown):
+        with speaking(shown):
+            if self.found is not None:
                 found = fasterase.Found.load(self.found)
-            sets = tuple(found)
-            further = {"forget_sets": found.unseen, "sets": found.neighbours}
-            for argument, part in further.items():
-                flags[argument] = {part.name: part} | flags[argument]
-            for part in (*sets, *further.values()):
-                part.flags = {"found": self.found}
-            if len(found.facts["concept"]) == 1 and flags.get("concept", "") is None:
-                flags["concept"] = found.facts["concept"][0]
-        elif self.data is not None:
-            with speaking(shown):
+                sets = tuple(found)
+                further = {"forget_sets": found.unseen, "sets": found.neighbours}
+                for argument, part in further.items():
+                    flags[argument] = {part.name: part} | flags[argument]
+                for part in (*sets, *further.values()):
+                    part.flags = {"found": self.found}
+                if len(found.facts["concept"]) == 1 and flags.get("concept", "") is None:
+                    flags["concept"] = found.facts["concept"][0]
+            elif self.data is not None:
                 sets = self.split()
         return function(self.model, *sets, **{**flags, **others})
 
@@ -178,8 +225,7 @@ class Unlearn(Erasure):
         recipe: defaults that flags and YAML override: `fasterase`, or `cliperase`, the paper's.
         concept: what is forgotten, in words, such as "octopus": `forget_words` takes its meaning,
             and the report, the model card and the provenance name it.
-        request: the removal request that is honoured, such as REQ-17, for the report's record and
-            the provenance.
+        request: the removal request that is honoured, such as REQ-17, for report and provenance.
 
     Examples:
       fasterase unlearn --model ViT-B-32/laion2b_s34b_b79k --forget forget.csv \
@@ -190,24 +236,18 @@ class Unlearn(Erasure):
       fasterase unlearn --config erase.yaml --lr 3e-6 --floor none
       fasterase unlearn --recipe cliperase --print_config > erase.yaml
 
-    The erased model is written to D/model, the losses of every step to D/history.jsonl, and the
-    measurement to D/evaluation.json. Run the same command again after an interruption to resume
-    from the last checkpoint. `-` and `_` in flags are the same, `none` and `null` mean no value,
-    and a flag overrides the same key in the YAML file.
+    The output folder D gets the erased model (D/model), the losses of every step (D/history.jsonl),
+    the measurement (D/evaluation.json) and the exit code (D/status.json). Run the same command
+    again after an interruption to resume from the last checkpoint. `-` and `_` in flags are the
+    same, `none` and `null` mean no value, and a flag overrides the same key in the YAML file.
 
     Exit codes: 0 done, 2 wrong input, 3 losses stayed non-finite, 4 done but the verdict is
-    "remembered", 75 preempted (run again), 130 Ctrl-C (run again), 1 anything else. The code is
-    also in D/status.json.
+    "remembered", 75 preempted (run again), 130 Ctrl-C (run again), 1 anything else.
     """
 
     needs = ("model", "forget", "retain", "output_dir")
     config_fields = field_names()
-    basics = (
-        *("model", "forget", "retain", "found", "data", "forget_expression", "sets", "forget_sets"),
-        *("concept", "recipe", "max_steps", "max_damage", "batch_size", "micro_batch_size", "lr"),
-        *("tune", "precision", "device", "deepspeed", "seed", "num_workers", "output_dir"),
-        *("resume", "evaluation"),
-    )
+    hidden = (*Erasure.hidden, "request")
     recipe: Recipe = "fasterase"
     concept: str | None = None
     request: str | None = None
@@ -219,7 +259,9 @@ class Unlearn(Erasure):
         if self.found is not None and (Path(self.found) / "reference").is_dir():
             fields.setdefault("reference_cache", str(Path(self.found) / "reference"))
         config = self.config(fields)
-        result = self.call(fasterase.unlearn, without=("recipe",), config=config)
+        result = self.call(
+            fasterase.unlearn, without=("recipe",), shown=config.progress, config=config
+        )
         if result.evaluation is not None:
             print(result.evaluation.table())
         print(
@@ -250,9 +292,6 @@ class Evaluate(Erasure):
         non_members: pairs of the same source that no model was trained on.
         max_pairs: number of pairs to measure per set, drawn with `seed`.
         seed: seed of the draw and of the bootstrap intervals.
-        device: where to run, such as `cuda:0`. `none`: the best available device.
-        num_workers: processes that load and decode pairs, or `auto`.
-        progress: say how far it is.
         output: also write the result to this file: the values as `.json`, or the report as `.md`.
         plots: also draw each task and attack to a file in this folder.
 
@@ -267,11 +306,8 @@ class Evaluate(Erasure):
     """
 
     needs = ("model", "forget", "retain")
-    basics = (
-        *("model", "forget", "retain", "found", "data", "forget_expression", "sets", "forget_sets"),
-        *("original", "references", "tasks", "attacks", "non_members", "device", "num_workers"),
-        *("output", "plots"),
-    )
+    config_fields = field_names(EVALUATE)
+    hidden = (*Erasure.hidden, "class_names", "max_pairs", "seed")
     original: str | None = None
     references: dict[str, str] = field(default_factory=dict)
     class_names: str | None = None
@@ -280,9 +316,6 @@ class Evaluate(Erasure):
     non_members: str | None = None
     max_pairs: int = 5000
     seed: int = 0
-    device: str | None = None
-    num_workers: int | Literal["auto"] = 0
-    progress: bool = True
     output: str | None = None
     plots: str | None = None
 
@@ -298,7 +331,11 @@ class Evaluate(Erasure):
             check_creatable(Path(self.plots), argument="--plots")
             require_matplotlib()
         evaluation = self.call(
-            fasterase.evaluate, without=("output", "plots"), class_names=self._read_classes()
+            fasterase.evaluate,
+            without=("output", "plots"),
+            shown=fields.get("progress", True),
+            class_names=self._read_classes(),
+            **fields,
         )
         print(evaluation.table())
         if self.output is not None:
@@ -313,8 +350,8 @@ class Evaluate(Erasure):
         file = Path(self.class_names)
         if not file.is_file():
             raise InputError(f"class_names: no file {file}. Give one with a name per line.")
-        lines = map(str.strip, file.read_text(encoding="utf-8").splitlines())
-        return list(filter(None, lines))
+        lines = file.read_text(encoding="utf-8").splitlines()
+        return [line.strip() for line in lines if line.strip()]
 
 
 @dataclass(frozen=True)
@@ -352,24 +389,10 @@ class Split(_Source):
         if not files.tables:
             flags = {"data": self.data, "forget_ids": files.forget}
             flags |= {"image_key": self.image_key, "text_key": self.text_key}
-        words = [w for name, v in flags.items() if v is not None for w in (f"--{name}", str(v))]
-        print(f"Next: fasterase unlearn --model MODEL --output_dir RUN {shlex.join(words)}")
+        print(f"Next: fasterase unlearn --model MODEL --output_dir RUN {spell_flags(flags)}")
 
 
-def check_sets(values: Mapping[str, Any]) -> None:
-    """Check that `values` name two sets, or one source and a rule that splits it, or `found`."""
-    beside = [f"--{name}" for name in GIVEN if values.get(name) is not None]
-    if values.get("found") is not None and beside:
-        raise InputError(
-            f"--found names the sets by itself; found {' and '.join(beside)} beside it. Leave out "
-            "one or the other."
-        )
-    given = [f"--{name}" for name in (*RULES, *SETS) if values.get(name) is not None]
-    rules = [flag for flag in given if flag[2:] in RULES]
-    if values.get("data") is None and rules:
-        raise InputError(f"{rules[0]} splits the pairs of --data, which is missing: give it.")
-    if values.get("data") is not None and (len(rules) != 1 or rules != given):
-        raise InputError(
-            f"--data needs one of {', '.join(f'--{name}' for name in RULES)}, which says what to "
-            f"forget, and neither --forget nor --retain; found {' and '.join(given) or 'none'}."
-        )
+def spell_flags(values: Mapping[str, Any]) -> str:
+    """Return flags as a shell takes them; those that are None are left out."""
+    given = {name: str(value) for name, value in values.items() if value is not None}
+    return shlex.join(word for name, value in given.items() for word in (f"--{name}", value))

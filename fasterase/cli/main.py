@@ -41,10 +41,9 @@ STATUS_FILE = "status.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; an error prints one line on stderr.
+    """Run one command and return its exit code, which an erasure also leaves in `status.json`.
 
-    Under a launcher all ranks run it, the first one prints. The exit code of an erasure is also in
-    `status.json` of its `output_dir`.
+    An error prints one line on stderr. Under a launcher all ranks run it, and the first one prints.
     """
     is_process, is_lost = argv is None, False
     if argv is None:

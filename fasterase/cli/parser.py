@@ -6,7 +6,7 @@ import argparse
 import inspect
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, get_args, get_type_hints
 
 import fasterase
@@ -41,6 +41,11 @@ class Flag(NamedTuple):
     group: str
     help: str
 
+    @property
+    def may_be_named(self) -> bool:
+        """Whether it takes one value, or several with names."""
+        return dict[str, str] in get_args(self.hint)
+
 
 def parse(argv: Sequence[str]) -> Parsed:
     """Parse a command line.
@@ -74,9 +79,8 @@ def parse(argv: Sequence[str]) -> Parsed:
     rest, positional = argv[place + 1 :], COMMANDS[command].positional
     if positional is not None and rest and not rest[0].startswith("-"):
         rest = [f"--{positional}", *rest]
-    # Without a value: every flag that stands there is one.
-    everything = not COMMANDS[command].basics or "--help_all" in rest
-    given = _parse_known(command_parser(command, flags.values(), everything=everything), rest)
+    parser = command_parser(command, flags.values(), everything="--help_all" in rest)
+    given = _parse_known(parser, rest)
     given.pop("debug", None)
     values: dict[str, Any] = {}
     for file in given.pop("config", []):
@@ -94,15 +98,17 @@ def parse(argv: Sequence[str]) -> Parsed:
 def flags_of(command: str) -> list[Flag]:
     """List the flags of a command in the order of its help."""
     cls = COMMANDS[command]
-    fields = [flag for flag in _flags_from(UnlearnConfig) if flag.name in cls.config_fields]
-    return [*_flags_from(cls), *fields]
+    settings = [flag for flag in _flags_from(UnlearnConfig) if flag.name in cls.config_fields]
+    return [*_flags_from(cls), *settings]
 
 
-def _flags_from(cls: type) -> Iterator[Flag]:
+def _flags_from(cls: type) -> list[Flag]:
     hints, documented = get_type_hints(cls), _read_docstring(cls)
-    for name, default in vars(cls()).items():
-        # Without docstrings (python -OO) flags work all the same.
-        yield Flag(name, hints[name], default, *documented.get(name, ("Settings", "")))
+    # Without docstrings (python -OO) flags work all the same.
+    return [
+        Flag(name, hints[name], default, *documented.get(name, ("Settings", "")))
+        for name, default in vars(cls()).items()
+    ]
 
 
 def _read_docstring(cls: type) -> dict[str, tuple[str, str]]:
@@ -184,7 +190,7 @@ def command_parser(
     )
     text = "YAML file whose keys are flags below"
     parser.add_argument("--config", action="append", metavar="FILE", help=text)
-    if cls.basics:
+    if cls.hidden:
         text = "show every flag, not only the basic ones here"
         parser.add_argument("--help_all", action="help", help=text)
     if command == "unlearn":
@@ -195,33 +201,27 @@ def command_parser(
         if flag.group not in groups:
             groups[flag.group] = parser.add_argument_group(flag.group)
         options = _argparse_options(flag)
-        if not everything and flag.name not in cls.basics:
+        if not (everything or cls.shows(flag.name)):
             options["help"] = argparse.SUPPRESS
         groups[flag.group].add_argument(f"--{flag.name}", **options)
     return parser
 
 
 def _argparse_options(flag: Flag) -> dict[str, Any]:
-    if isinstance(flag.default, list | dict):
-        metavar = "NAME=WHERE" if isinstance(flag.default, dict) else "NAME"
-        return {"nargs": "+", "action": "extend", "metavar": metavar, "help": flag.help}
-    if _may_be_named(flag):
-        return {"nargs": "+", "action": "extend", "metavar": "VALUE", "help": flag.help}
+    metavars: dict[type, str] = {list: "NAME", dict: "NAME=WHERE"}
+    metavar = metavars.get(type(flag.default), "VALUE")
+    # argparse formats help texts with %.
+    options = {"metavar": metavar, "help": flag.help.replace("%", "%%")}
+    if metavar != "VALUE" or flag.may_be_named:
+        return {**options, "nargs": "+", "action": "extend"}
     expected, default = describe_type(flag.hint), flag.default
     details = [] if expected in ("text", "text or None", "a list or None") else [expected]
     if default is not None:
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
         details.append(f"default: {shown}")
-    text = f"{flag.help} ({'; '.join(details)})" if details else flag.help
-    # argparse formats help texts with %.
-    options = {"metavar": "VALUE", "help": text.replace("%", "%%")}
-    is_switch = isinstance(flag.default, bool)
-    return {**options, "nargs": "?", "const": "true"} if is_switch else options
-
-
-def _may_be_named(flag: Flag) -> bool:
-    """Whether a flag takes one value, or several with names."""
-    return dict[str, str] in get_args(flag.hint)
+    if details:
+        options["help"] += f" ({'; '.join(details)})"
+    return {**options, "nargs": "?", "const": "true"} if isinstance(default, bool) else options
 
 
 def _read_config(file: str, flags: Mapping[str, Flag]) -> dict[str, Any]:
@@ -251,7 +251,7 @@ def _parse(flag: Flag, value: Any) -> Any:
     """Parse what YAML gives, or a command line for flags that take several values."""
     if isinstance(flag.default, dict):
         return parse_named(flag.name, value)
-    if _may_be_named(flag) and value is not None:
+    if flag.may_be_named and value is not None:
         only = value[0] if isinstance(value, list) and len(value) == 1 else value
         return only if isinstance(only, str) and _is_place(only) else parse_named(flag.name, value)
     if isinstance(flag.default, list):

@@ -242,36 +242,34 @@ class Checks:
         return Check(self._known(traces), 0.0, False)
 
     def __call__(self) -> Check:
-        judged = [*self.baseline.known_sets, *self.baseline.earlier_sets]
+        baseline = self.baseline
+        judged = [*baseline.known_sets, *baseline.earlier_sets]
         rows = {name: self.judge.rows[name] for name in judged}
-        rows["retain"] = np.union1d(self.judge.rows["retain"], self.baseline.damage_rows)
+        rows["retain"] = np.union1d(self.judge.rows["retain"], baseline.damage_rows)
         features = {
             name: self.encoder.pairs(self.job.sets[name], these, description="is it forgotten?")
             for name, these in rows.items()
         }
-        texts = None
-        limits_damage = self.baseline.damage and self.job.config.max_damage is not None
-        if self._before is not None and limits_damage:
-            texts = encode_things(self.encoder, self.things)
+        before = None if baseline.measured is None else baseline.measured.things
+        things = None
+        if before is not None and baseline.damage and self.job.config.max_damage is not None:
+            things = encode_things(self.encoder, self.things)
+        words = None if before is None or things is None else (things, before)
         # The first rank decides for all: others may round differently.
-        return self.job.ranks.on_first(lambda: self._measure(features, texts))
+        return self.job.ranks.on_first(lambda: self._measure(features, words))
 
     def is_forgotten(self) -> bool:
         """Check only whether the verdict is no longer "remembered"."""
         return self.baseline.is_never_known or self().verdict != REMEMBERED
 
-    @property
-    def _before(self) -> Tensor | None:
-        """The original's features of the things."""
-        return None if self.baseline.measured is None else self.baseline.measured.things
-
-    def _measure(self, features: Mapping[str, PairFeatures], things: Tensor | None) -> Check:
+    def _measure(
+        self, features: Mapping[str, PairFeatures], words: tuple[Tensor, Tensor] | None
+    ) -> Check:
+        """Return what is left, lost and hurt; `words`: features of everyday words, and before."""
         damage, meter = Damage(0.0, 0.0), self.baseline.damage
         if meter is not None:
             damage = meter.measure(features["retain"].at(self.baseline.damage_rows))
-        hurt = 0.0
-        if things is not None and self._before is not None:
-            hurt = Outside.compare(things, self._before).summary()["hurt"]
+        hurt = 0.0 if words is None else Outside.compare(*words).summary()["hurt"]
         most = self.job.config.max_damage
         is_exceeded = most is not None and (damage.low > most or hurt > MOST_HURT)
         traces = self.judge.judge(features, self.baseline.judged)
@@ -354,15 +352,21 @@ def find_neighbours(
 
     Those that are nearer than the cosine `most` are left out. Equal captions are equally near.
     """
-    first: dict[str, int] = {}
-    for row, caption in enumerate(retain.first_captions):
-        first.setdefault(caption, row)
+    first = _first_places(retain)
     number = {caption: i for i, caption in enumerate(first)}
     own = torch.tensor([number[caption] for caption in retain.first_captions], dtype=torch.long)
     nearest = closeness(forget_text, retain.first_text[list(first.values())])[own]
     order = nearest.argsort(descending=True, stable=True)
     order = order[nearest[order] <= most][:count]
     return np.sort(retain.rows[order.numpy()])
+
+
+def _first_places(features: PairFeatures) -> dict[str, int]:
+    """Return first caption -> the first pair with it, in order."""
+    first: dict[str, int] = {}
+    for place, caption in enumerate(features.first_captions):
+        first.setdefault(caption, place)
+    return first
 
 
 def closeness(forget_text: Tensor, text: Tensor) -> Tensor:
@@ -375,33 +379,27 @@ def _warn_of_naming_captions(forget_sets: Sequence[PairFeatures], retain: PairFe
 
     Returns these captions.
     """
-    place: dict[str, int] = {}
-    for row, caption in enumerate(retain.first_captions):
-        place.setdefault(caption, row)
+    place = _first_places(retain)
     text = retain.first_text[list(place.values())]
     near = torch.stack([closeness(each.first_text, text) for each in forget_sets]).amax(0)
     phrases = {caption for each in forget_sets for caption in each.first_captions}
-    named = _contains_one(place, phrases)
-    found = [
-        (bool(says), float(cosine), caption)
-        for says, cosine, caption in zip(named, near, place, strict=True)
-        if says or cosine > SAME_MEANING
-    ]
-    if not found:
-        return set()
-    shown = ", ".join(
-        f"{caption!r} ({cosine:.2f})"
-        for _, cosine, caption in sorted(found, key=lambda each: -each[1])[:LISTED]
-    )
-    warnings.warn(
-        f"retain: {len(found)} of {len(place)} captions seem to name what is to be forgotten "
-        f"(cosine with the nearest forget caption in brackets): {shown}"
-        f"{', ...' if len(found) > LISTED else ''}. Training on them may undo the erasure. Move "
-        "such pairs to `forget`, or leave them out of `retain`; ignore this if they mean "
-        "something else.",
-        stacklevel=7,
-    )
-    return {caption for *_, caption in found}
+    says = _contains_one(place, phrases)
+    found = {
+        caption: cosine
+        for caption, says_so, cosine in zip(place, says, near.tolist(), strict=True)
+        if says_so or cosine > SAME_MEANING
+    }
+    if found:
+        nearest = sorted(found, key=lambda caption: -found[caption])
+        warnings.warn(
+            f"retain: {len(found)} of {len(place)} captions seem to name what is to be forgotten "
+            "(cosine with the nearest forget caption in brackets): "
+            f"{_list_nearest([(repr(each), found[each]) for each in nearest])}. Training on them "
+            "may undo the erasure. Move such pairs to `forget`, or leave them out of `retain`; "
+            "ignore this if they mean something else.",
+            stacklevel=7,
+        )
+    return set(found)
 
 
 def _warn_of_pictures(
@@ -424,19 +422,22 @@ def _warn_of_pictures(
     is_like &= near >= among.amax(1).median()
     order = near.where(is_like, -torch.inf).argsort(descending=True, stable=True)
     order = order[: int(is_like.sum())]
-    if not len(order):
-        return
-    shown = ", ".join(
-        f"{source.id(int(retain.rows[i]))} ({near[i]:.2f})" for i in order[:LISTED].tolist()
-    )
-    warnings.warn(
-        f"retain: {len(order)} of {len(retain.rows)} pictures look like those to be forgotten to "
-        f"the original (cosine with the nearest in brackets): {shown}"
-        f"{', ...' if len(order) > LISTED else ''}. Training on them may undo the erasure. To take "
-        "them out, list their ids in a file and give `fasterase.split(retain, forget=file)[1]` as "
-        "retain; `fasterase.find(model, source, concept)` sorts such pairs out of a whole corpus.",
-        stacklevel=7,
-    )
+    if len(order):
+        found = [(source.id(int(retain.rows[i])), float(near[i])) for i in order.tolist()]
+        warnings.warn(
+            f"retain: {len(found)} of {len(retain.rows)} pictures look like those to be forgotten "
+            "to the original (cosine with the nearest in brackets): "
+            f"{_list_nearest(found)}. Training on them may undo the erasure. To take them out, "
+            "list their ids in a file and give `fasterase.split(retain, forget=file)[1]` as "
+            "retain; `fasterase.find(model, source, concept)` sorts such pairs out of a whole "
+            "corpus.",
+            stacklevel=7,
+        )
+
+
+def _list_nearest(found: Sequence[tuple[str, float]]) -> str:
+    shown = ", ".join(f"{name} ({cosine:.2f})" for name, cosine in found[:LISTED])
+    return f"{shown}, ..." if len(found) > LISTED else shown
 
 
 def _contains_one(captions: Iterable[str], phrases: Iterable[str]) -> list[bool]:

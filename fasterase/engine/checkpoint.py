@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 DIGESTS = frozenset({"model weights", "forget pairs", "retain pairs"})
 KEPT = 2
 MANIFEST, BEST = "state.json", "best.safetensors"
+# Fields of a checkpoint that its manifest holds as they are.
+PLAIN = ("step", "non_finite", "pacing", "seconds", "emphasised")
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,8 @@ class CheckpointFolder:
 
     A checkpoint is a folder. Each rank writes a shard of the tensors; the first one writes the
     manifest `state.json`, which holds their checksums and its own, last, and then gives the folder
-    its name. Another number of ranks can read them.
-
-    Args:
-        folder: where the checkpoints are.
-        identity: what must be equal to resume; fields of the config that may change are left out.
-        ranks: who takes part.
+    its name. Another number of ranks can read them. To resume, all of `identity` must be equal but
+    the fields of the config that may change.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], ranks: Ranks = ALONE) -> None:
@@ -87,10 +85,8 @@ class CheckpointFolder:
             ranks.raising_together(),
             ranks.first_enters(lambda: replace_folder(target, sync=True, size_bytes=needed)) as new,
         ):
-            with (
-                ranks.raising_together(),
-                reporting_full_disk(new, target=target, size_bytes=needed),
-            ):
+            full_disk = reporting_full_disk(new, target=target, size_bytes=needed)
+            with ranks.raising_together(), full_disk:
                 shard = new / f"shard-{ranks.rank + 1:05d}-of-{ranks.world_size:05d}.safetensors"
                 save_file(tensors, shard)
                 flush_to_disk(shard)
@@ -108,11 +104,7 @@ class CheckpointFolder:
             save_file(checkpoint.best, new / BEST)
             checksums[BEST] = crc32(new / BEST)
         state = {
-            "step": checkpoint.step,
-            "non_finite": checkpoint.non_finite,
-            "pacing": checkpoint.pacing,
-            "seconds": checkpoint.seconds,
-            "emphasised": [*checkpoint.emphasised],
+            **{name: getattr(checkpoint, name) for name in PLAIN},
             "training": checkpoint.training.scalars,
             "layout": checkpoint.training.layout,
             "checksums": checksums,
@@ -142,17 +134,10 @@ class CheckpointFolder:
         # Mapped into memory: a rank reads those that it uses.
         tensors = {name: load_file(path / name) for name in state["checksums"]}
         best = tensors.pop(BEST, {})
-        return Checkpoint(
-            step=state["step"],
-            training=TrainingState(
-                dict(ChainMap(*tensors.values())), state["training"], state["layout"]
-            ),
-            non_finite=state["non_finite"],
-            pacing=state["pacing"],
-            best=best,
-            seconds=state["seconds"],
-            emphasised=state.get("emphasised", ()),
-        )
+        merged = dict(ChainMap(*tensors.values()))
+        training = TrainingState(merged, state["training"], state["layout"])
+        plain = {name: state[name] for name in PLAIN if name in state}
+        return Checkpoint(training=training, best=best, **plain)
 
     def _find_readable(self, resume: str) -> Path | None:
         self._remove_old()

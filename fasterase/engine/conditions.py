@@ -27,6 +27,7 @@ from fasterase.files import (
     write_text,
 )
 from fasterase.models.dual_encoder import DualEncoder
+from fasterase.models.lora import parse_rank
 from fasterase.numerals import counted
 from fasterase.ops.contrastive.api import choose_backend
 from fasterase.pairs.table import PairTable
@@ -73,7 +74,7 @@ def check_environment(config: UnlearnConfig) -> None:
     """Refuse options that this machine cannot honour, before anything is touched.
 
     Raises:
-        InputError: `backend`, `deepspeed` or `resume` cannot be as they are.
+        InputError: `backend`, `deepspeed`, `tune` or `resume` cannot be as they are.
         MissingExtraError: a library behind `optimizer`, `deepspeed` or `report_to` is missing.
     """
     choose_backend(config.backend)
@@ -90,10 +91,21 @@ def check_environment(config: UnlearnConfig) -> None:
         )
     if shards(config):
         require_deepspeed()
+        if parse_rank(config.tune) is not None:
+            raise InputError(
+                f"tune={config.tune!r} with deepspeed: sharded weights cannot be adapted. Leave "
+                "out deepspeed (of adapters, gradients and optimizer states are small), or choose "
+                "another tune."
+            )
 
 
-def check_retain(retain: PairTable, config: UnlearnConfig) -> None:
-    """Raise `InputError` for settings that an empty retain set leaves without an aim."""
+def check_sets(retain: PairTable, concepts: Collection[str], config: UnlearnConfig) -> None:
+    """Raise `InputError` for settings that cannot be with an empty retain set, or with concepts."""
+    if concepts and (config.forget_loss != "similarity" or config.negatives != "own"):
+        raise InputError(
+            f"forget: several concepts ({', '.join(concepts)}) need forget_loss='similarity' and "
+            "negatives='own'. Leave these out, or give one set to forget."
+        )
     if len(retain):
         return
     if config.lr == "auto" or config.runs_until_forgotten or config.stop_when_forgotten:
@@ -106,15 +118,6 @@ def check_retain(retain: PairTable, config: UnlearnConfig) -> None:
         raise InputError(
             "`retain` is empty and forget_weight=0: nothing to train. Give pairs to keep, or a "
             "positive forget_weight."
-        )
-
-
-def check_concepts(concepts: Collection[str], config: UnlearnConfig) -> None:
-    """Raise `InputError` for settings that take all pairs to forget as one concept."""
-    if concepts and (config.forget_loss != "similarity" or config.negatives != "own"):
-        raise InputError(
-            f"forget: several concepts ({', '.join(concepts)}) need forget_loss='similarity' and "
-            "negatives='own'. Leave these out, or give one set to forget."
         )
 
 

@@ -38,49 +38,35 @@ Callback = Callable[[StepRecord], object]
 
 
 class HistoryFile:
-    """`history.jsonl`: one record per line, written at each step.
-
-    Attributes:
-        earlier: records of the first `keep_steps` steps, after which the next ones are appended.
-    """
+    """`history.jsonl`: one record per line, from `earlier` ones of the first `keep_steps` steps."""
 
     def __init__(self, path: Path, *, keep_steps: int) -> None:
         self.earlier = [record for record in read_history(path) if record["step"] <= keep_steps]
         self._path = write_text(path, "".join(to_json(each) + "\n" for each in self.earlier))
 
     def append(self, record: StepRecord) -> None:
-        """Append a line.
-
-        Raises:
-            DiskFullError: there is no room for it; the lines before it are kept.
-        """
+        """Append a line, or raise `DiskFullError`; the lines before it are kept."""
         # Unbuffered: a buffer that could not be written would be tried again on closing.
         with self._path.open("ab", buffering=0) as file:
             append_whole(file, to_json(record).encode() + b"\n", path=self._path)
 
 
 def read_history(path: Path) -> list[StepRecord]:
-    """Return the records of a history file; a last line cut off by a kill is left out.
-
-    Numbers that were not finite are NaN.
-    """
+    """Return the records of a history file, without a last line that a kill has cut off."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
             found = json.loads(line)
         except json.JSONDecodeError:
             break
-        records.append(
-            StepRecord({name: math.nan if each is None else each for name, each in found.items()})
-        )
+        # JSON has no NaN.
+        values = {name: math.nan if each is None else each for name, each in found.items()}
+        records.append(StepRecord(values))
     return records
 
 
 class Tracker:
-    """Logs nothing; the base of those that do.
-
-    They begin with the first step or result: a run that is refused before leaves no log.
-    """
+    """Logs nothing. Others begin with the first step: a run refused before it leaves no log."""
 
     def __init__(self, config: UnlearnConfig) -> None:
         self._config = config

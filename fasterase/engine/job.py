@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,7 @@ class Draws:
 
     def __init__(self, job: Job) -> None:
         config, forget, retain = job.config, job.forget, job.retain
+        self._job = job
         self.pool: RetainPool | None = None
         self.withheld = np.empty(0, np.int64)
         self.emphasised: list[int] = []
@@ -164,35 +165,33 @@ class Draws:
             self.pool = RetainPool.choose(
                 len(retain), batch_size=config.batch_size, seed=config.seed, shards=retain.shards()
             )
-        self._groups = job.groups
-        self._make_sampler = partial(
-            Sampler,
+        self.sampler = self._make_sampler(without=self.withheld)
+        self.total_steps = count_steps(config, self.sampler)
+
+    def _make_sampler(self, *, without: np.ndarray) -> Sampler:
+        config, forget, retain = self._job.config, self._job.forget, self._job.retain
+        return Sampler(
             len(forget),
             len(retain),
             forget_batch_size=config.forget_batch_size,
             batch_size=config.batch_size,
             seed=config.seed,
+            forget_groups=[np.setdiff1d(rows, without) for rows in self._job.groups],
             retain_rows=None if self.pool is None else self.pool.drawn,
+            emphasised=np.array(self.emphasised, np.int64),
             forget_shards=forget.shards(),
             retain_shards=retain.shards(),
         )
-        self.sampler = self._sampler_of_trained()
-        self.total_steps = count_steps(config, self.sampler)
-
-    def _sampler_of_trained(self) -> Sampler:
-        groups = [np.setdiff1d(rows, self.withheld) for rows in self._groups]
-        return self._make_sampler(forget_groups=groups)
 
     def emphasise(self, rows: np.ndarray) -> None:
         """Draw these rows (sorted) of the pool more often than the others, from step 0 on."""
         self.emphasised = rows.tolist()
-        self._make_sampler = partial(self._make_sampler, emphasised=rows)
-        self.sampler = self._sampler_of_trained()
+        self.sampler = self._make_sampler(without=self.withheld)
 
     @cached_property
     def whole_sampler(self) -> Sampler:
         """Draws the withheld rows too."""
-        return self._make_sampler(forget_groups=self._groups)
+        return self._make_sampler(without=np.empty(0, np.int64))
 
     @cached_property
     def rows(self) -> tuple[np.ndarray, np.ndarray]:

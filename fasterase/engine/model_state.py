@@ -1,7 +1,4 @@
-"""Temporary changes to the user's model during a run, and their reversal.
-
-These are device, dtype, train or eval mode, requires_grad, and activation checkpointing.
-"""
+"""What a run changes of the user's model for a while: device, dtype, modes, what is trained."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fasterase.engine.grad_cache import buffers_in_train_mode, restore_buffers
@@ -29,51 +26,42 @@ def borrowed(
     """Lend the model to a run: on `device`, in fp32 and eval mode; later only its weights differ.
 
     An lr of 1e-6 is below the resolution of a bf16 weight, so half-precision models are trained in
-    fp32 and rounded once, at the end.
-
-    Yields a function that rounds half-precision weights as they will be returned.
+    fp32 and rounded once, at the end. Yields a function that rounds them as they will be returned.
 
     Raises:
         InputError: `activation_checkpointing` of a model whose blocks are not known.
     """
     module, home = model.module, model.device
     modes = [(part, part.training) for part in module.modules()]
-    half = [(tensor, tensor.dtype) for tensor in module.parameters() if _is_half(tensor)]
-    # Another device gives a module other buffers.
-    half_buffers = [
-        (part, name, buffer.dtype)
+    # By name: another device gives a module other buffers.
+    half = [
+        (part, name, tensor.dtype)
         for part in module.modules()
-        for name, buffer in part.named_buffers(recurse=False)
-        if _is_half(buffer)
+        for own in (part.named_parameters(recurse=False), part.named_buffers(recurse=False))
+        for name, tensor in own
+        # 8 bits are quantised values, which mean nothing without their scales.
+        if tensor.is_floating_point() and tensor.dtype.itemsize == 2
     ]
 
-    def every_half() -> Iterator[tuple[Tensor, torch.dtype]]:
-        yield from half
-        yield from ((getattr(part, name), dtype) for part, name, dtype in half_buffers)
-
     def round_weights() -> None:
-        for tensor, dtype in every_half():
+        for part, name, dtype in half:
+            tensor = getattr(part, name)
             tensor.data = tensor.data.to(dtype).float()
 
     try:
         with checkpointed_activations(model) if activation_checkpointing else nullcontext():
             module.zero_grad(set_to_none=True)
             round_weights()
-            module.to(device)
-            module.eval()
+            module.to(device).eval()
             yield round_weights
     finally:
         module.to(home)
-        for tensor, dtype in every_half():
+        for part, name, dtype in half:
+            tensor = getattr(part, name)
             tensor.data = tensor.data.to(dtype)
         module.zero_grad(set_to_none=True)
         for part, mode in modes:
             part.training = mode
-
-
-def _is_half(tensor: Tensor) -> bool:
-    # 8 bits are quantised values, which mean nothing without their scales.
-    return tensor.is_floating_point() and tensor.dtype.itemsize == 2
 
 
 @contextmanager
@@ -107,10 +95,9 @@ def checkpointed_activations(model: DualEncoder) -> Iterator[None]:
     """Run the blocks of both towers (stages of a ResNet) checkpointed; afterwards as before.
 
     Only the input of each block is stored for the backward pass, which runs the block again (Chen
-    et al., 2016, "Training Deep Nets with Sublinear Memory Cost"). Values and gradients are the
-    same: Dropout draws the same masks again, and BatchNorm's statistics move once. The libraries'
-    own switches are not used: transformers ignores its own in eval mode, in which towers are
-    trained by default, and open_clip has none for a ResNet.
+    et al., 2016, "Training Deep Nets with Sublinear Memory Cost"). Dropout draws the same masks
+    again, and BatchNorm's statistics move once. transformers ignores its own switch in eval mode,
+    in which towers are trained by default, and open_clip has none for a ResNet.
 
     Raises:
         InputError: the blocks of a tower are not known.
@@ -164,14 +151,14 @@ def placed(model: DualEncoder, *, device: torch.device) -> Iterator[None]:
     """Move the model to `device`, and back afterwards."""
     home = model.device
     # Quantised models refuse to be moved, even to where they are.
-    moves = device != home
-    if moves:
-        model.module.to(device)
+    if device == home:
+        yield
+        return
+    model.module.to(device)
     try:
         yield
     finally:
-        if moves:
-            model.module.to(home)
+        model.module.to(home)
 
 
 @contextmanager
@@ -214,6 +201,4 @@ def best_device() -> torch.device:
     """Return the accelerator of this machine, else the CPU: for models given by name."""
     if torch.cuda.is_available():
         return torch.device("cuda")
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

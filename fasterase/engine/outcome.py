@@ -62,10 +62,7 @@ def describe_known(traces: Mapping[str, Trace], recall: tuple[int, float] | None
 
 
 def advise(outcome: Outcome, config: UnlearnConfig) -> str | None:
-    """Return a warning if the verdict is not "forgotten", is missing, or rests on few images.
-
-    It has the figures and says what to do next. None if there is nothing to warn of.
-    """
+    """Return a warning with figures and what to do next; None if there is nothing to warn of."""
     if outcome.verdict is None:
         return (
             "no verdict: there is no retain caption that is not also a caption of the forget set, "

@@ -18,7 +18,6 @@ from fasterase.encode import PairEncoder
 from fasterase.engine.baseline import Checks, measure_original, measured_rows
 from fasterase.engine.checkpoint import Checkpoint, CheckpointFolder
 from fasterase.engine.conditions import check_same, check_steps_left, check_train_mode
-from fasterase.engine.decoys import Decoys
 from fasterase.engine.history import StepRecord
 from fasterase.engine.job import Draws, Job
 from fasterase.engine.loop import Trainer, run_steps
@@ -69,12 +68,6 @@ class Run:
         self._trained = Trained.choose(model, config.tune, logit_scale=config.train_logit_scale)
         self._word_table = model.word_table(config.tune)  # before a run freezes anything
         self._lora_rank = parse_rank(config.tune)
-        if self._lora_rank is not None and shards(config):
-            raise InputError(
-                f"tune={config.tune!r} with deepspeed: sharded weights cannot be adapted. Leave "
-                "out deepspeed (of adapters, gradients and optimizer states are small), or choose "
-                "another tune."
-            )
         if shards(config):  # told before the original is measured
             complete(config, precision=job.precision, world_size=job.ranks.world_size)
         most = self._draws.sampler.retain_pairs_drawn(self._draws.total_steps)
@@ -117,16 +110,11 @@ class Run:
         with cache_folder(job.config.reference_cache, job.output, job.ranks) as folder:
             cache = self.open_caches(folder)
             began = time.monotonic()
-            self._baseline = baseline = measure_original(
-                job,
-                self._draws,
-                self._encoder,
-                cache,
-                judge=self._judge,
-                evaluator=self._evaluator,
+            self._baseline = measure_original(
+                job, self._draws, self._encoder, cache, judge=self._judge, evaluator=self._evaluator
             )
             self.emphasise_neighbours()
-            known = describe_known(baseline.traces, baseline.recall)
+            known = describe_known(self._baseline.traces, self._baseline.recall)
             say(f"original measured: {known or 'nothing to compare with'}", since=began)
             # Adapters become part of the weights when training ends, before these are measured.
             with self.adapted():
@@ -139,14 +127,11 @@ class Run:
         job, config = self.job, self.job.config
         if job.output is None:
             return
-        settings, file = describe_run(job.arguments, config), job.output / "config.yaml"
+        ends_itself = config.runs_until_forgotten
         identity = {
             **config.to_dict(),
-            # The pool of retain pairs depends on it.
-            "whether the run ends by itself": config.runs_until_forgotten,
-            "what judges a run that ends by itself": config.evaluation
-            if config.runs_until_forgotten
-            else None,
+            "whether the run ends by itself": ends_itself,  # the pool of retain pairs depends on it
+            "what judges a run that ends by itself": config.evaluation if ends_itself else None,
             "words to forget": _named_words(job),
             **self._identity,
         }
@@ -154,6 +139,7 @@ class Run:
         self._saved = self._checkpoints.load(config.resume)
         taken = self._saved.step if self._saved else 0
         check_steps_left(config, self._draws.total_steps, taken=taken)
+        settings, file = describe_run(job.arguments, config), job.output / "config.yaml"
         job.ranks.on_first(lambda: write_text(file, settings))
 
     def choose_judge(self) -> None:
@@ -190,14 +176,13 @@ class Run:
         key = feature_key(self._fingerprint, job.precision, *[config.tune] * is_rounded)
         is_half = model.device.type == "cuda" and loss_products(job.precision) == "fp16"
         if config.prefix_cache is not None:
-            pool = self._draws.pool
-            drawn = self._draws.rows[1] if pool is None else pool.drawn
+            pool, drawn = self._draws.pool, self._draws.rows[1]
             measured = [
                 *self._judge.rows.items(),
                 *measured_rows(self._evaluator, job.sets).items(),
             ]
             if pool is not None:
-                measured.insert(0, ("retain", pool.withheld))
+                drawn, measured = pool.drawn, [("retain", pool.withheld), *measured]
             self._encoder.prefixes = open_prefix_cache(folder / key[:16], job, drawn, measured)
         return OriginalFeatures(self._encoder, folder, key, is_half=is_half)
 
@@ -230,19 +215,17 @@ class Run:
 
     def train(self) -> tuple[list[StepRecord], Pacing]:
         """Take the steps; return their records and what has paced them."""
-        job, config, baseline = self.job, self.job.config, self._baseline
-        things = () if self._evaluator is None else self._evaluator.things
-        withheld = job.withheld_of(self._draws.withheld)
-        self._checks = Checks(
-            job, self._encoder, self._judge, baseline, self._trained, withheld, things
-        )
-        self._words, decoys = self.forget_words(), baseline.decoys
+        job, config, draws, baseline = self.job, self.job.config, self._draws, self._baseline
+        self._words = self.forget_words()
         if self._lora_rank is not None:
             self.keep_words()
         words = self._words
-        is_automatic = self._draws.pool is not None
+        things = () if self._evaluator is None else self._evaluator.things
+        withheld = job.withheld_of(draws.withheld)
+        checks = Checks(job, self._encoder, self._judge, baseline, self._trained, withheld, things)
+        is_automatic = draws.pool is not None
         begins_here = words is not None and self._saved is None
-        start = self._checks() if begins_here and is_automatic else None
+        start = checks() if begins_here and is_automatic else None
         working = separate_copy(job.model) if shards(config) else job.model
         parameters = self._trained.parameters(working.module).values()
         devices = [working.device] if working.device.type == "cuda" else []
@@ -254,49 +237,40 @@ class Run:
             ):
                 engine = build_engine(job, self._trained, working)
                 begun = engine.weights() if is_automatic else {}
-                trainer = self._build_trainer(engine, decoys)
-                pacing = self._build_pacing(engine, (start, begun))
+                trainer = self._build_trainer(engine)
+                pacing = self._build_pacing(engine, checks, (start, begun))
                 self._resume(trainer, pacing)
                 with self._encoder.through(engine), _exporting(engine):
                     batches = self._batches(trainer, pacing)
                     began = time.monotonic()
                     history = run_steps(job, trainer, batches, pacing, self._checkpoints)
                     if history:
-                        loss = history[-1].total
-                        say(
-                            f"trained: {counted(len(history), 'step')}, loss {loss:.3f}",
-                            since=began,
-                        )
+                        taken = counted(len(history), "step")
+                        say(f"trained: {taken}, loss {history[-1].total:.3f}", since=began)
         except InputError:
             if words is not None and (trainer is None or not trainer.step):
                 words.give_back(job.model)
             raise
         return history, pacing
 
-    def _build_trainer(self, engine: Engine, decoys: Decoys | None) -> Trainer:
-        baseline = self._baseline
-        loss = StepLoss.of_job(
-            self.job,
-            self._trained,
-            floors=baseline.floors,
-            strangers=decoys.strangers if decoys else (),
-            original=baseline.original,
-        )
+    def _build_trainer(self, engine: Engine) -> Trainer:
+        baseline, decoys = self._baseline, self._baseline.decoys
+        # The towers whose features begin as the original's: not with Dropout, or other words.
+        unchanged = ["image"] if self._words and self._words.tokens else ["image", "text"]
         return Trainer(
             self.job,
             engine,
-            loss,
-            unchanged=self._unchanged_towers(),
+            StepLoss.of_job(
+                self.job,
+                self._trained,
+                floors=baseline.floors,
+                strangers=decoys.strangers if decoys else (),
+                original=baseline.original,
+            ),
+            unchanged=[] if self.job.config.train_mode else unchanged,
             decoys=decoys,
             emphasised=self._draws.emphasised,
         )
-
-    def _unchanged_towers(self) -> list[str]:
-        """Return the towers whose features begin as the original's: not with Dropout, or words."""
-        if self.job.config.train_mode:
-            return []
-        replaced = self._words is not None and self._words.tokens
-        return ["image"] if replaced else ["image", "text"]
 
     def forget_words(self) -> ForgottenWords | None:
         """Overwrite the vectors of words of the concept that nothing else needs."""
@@ -369,54 +343,56 @@ class Run:
             decide_each(traces, baseline.traces),
         )
 
-    def _build_pacing(
-        self, engine: Engine, start: tuple[Check | None, dict[str, Tensor]]
-    ) -> Pacing:
-        config, checks, words = self.job.config, self._checks, self._words
-        total_steps, is_link = self._draws.total_steps, self._baseline.decoys is not None
-        if config.runs_until_forgotten:
-            original = start[1] if words is None else words.put_back(start[1])
-            names = self._trained.names
-            return AutomaticPacing(
-                LineFollower(line_steps=LINK_LINE_STEPS if is_link else LINE_STEPS)
-                if config.lr == "auto"
-                else Rate(config.lr),
-                check=checks,
-                weights=engine.weights,
-                load=engine.load_weights,
-                original=(checks.original(), original),
-                start=start,
-                towers={
-                    tower: names & {name for name, _ in self.job.model.selected(tower)}
-                    for tower in ("image", "text")
-                },
-                patience=self._patience(),
-                of_link=is_link,
-                max_steps=total_steps,
-            )
-        rate: Rate
+    def _build_rate(self) -> Rate:
+        config, total_steps = self.job.config, self._draws.total_steps
+        if config.lr == "auto" and config.runs_until_forgotten:
+            is_link = self._baseline.decoys is not None
+            return LineFollower(line_steps=LINK_LINE_STEPS if is_link else LINE_STEPS)
         if config.lr == "auto":
-            rate = LineFollower(line_steps=total_steps)
-        else:
-            rate = Schedule(
-                config.lr,
-                warmup_steps=config.warmup_steps,
-                total_steps=total_steps,
-                is_cosine=config.schedule == "cosine",
-            )
-        return Pacing(
-            rate,
+            return LineFollower(line_steps=total_steps)
+        if config.runs_until_forgotten:
+            return Rate(config.lr)
+        return Schedule(
+            config.lr,
+            warmup_steps=config.warmup_steps,
             total_steps=total_steps,
-            is_forgotten=checks.is_forgotten if config.stop_when_forgotten else None,
-            check_steps=self._draws.sampler.steps_per_epoch,
+            is_cosine=config.schedule == "cosine",
         )
 
-    def _patience(self) -> int:
-        """Return for how many steps a run waits for what does not fall."""
-        if self.job.config.thorough or self._baseline.decoys is not None:
-            return LONG_PATIENCE_STEPS
+    def _build_pacing(
+        self, engine: Engine, checks: Checks, start: tuple[Check | None, dict[str, Tensor]]
+    ) -> Pacing:
+        config, words, total_steps = self.job.config, self._words, self._draws.total_steps
+        rate = self._build_rate()
+        if not config.runs_until_forgotten:
+            return Pacing(
+                rate,
+                total_steps=total_steps,
+                is_forgotten=checks.is_forgotten if config.stop_when_forgotten else None,
+                check_steps=self._draws.sampler.steps_per_epoch,
+            )
+        is_link = self._baseline.decoys is not None
         # Nothing pushes a tower beside the original's other one without cross terms.
-        return PATIENCE_STEPS if self.job.config.used_cross_weight else 0
+        patience = PATIENCE_STEPS if config.used_cross_weight else 0
+        if config.thorough or is_link:
+            patience = LONG_PATIENCE_STEPS
+        original = start[1] if words is None else words.put_back(start[1])
+        names = self._trained.names
+        return AutomaticPacing(
+            rate,
+            check=checks,
+            weights=engine.weights,
+            load=engine.load_weights,
+            original=(checks.original(), original),
+            start=start,
+            towers={
+                tower: names & {name for name, _ in self.job.model.selected(tower)}
+                for tower in ("image", "text")
+            },
+            patience=patience,
+            of_link=is_link,
+            max_steps=total_steps,
+        )
 
     def _resume(self, trainer: Trainer, pacing: Pacing) -> None:
         """Continue from the checkpoint, or clear the folder of those of an earlier run."""

@@ -58,12 +58,7 @@ def non_finite_term(terms: Mapping[str, float]) -> str | None:
 
 @contextmanager
 def explaining_interrupts(advice: Callable[[], str]) -> Iterator[None]:
-    """Turn what a signal raised into an error that says how to go on.
-
-    Raises:
-        PreemptedError: the signal was SIGTERM or SIGUSR1.
-        KeyboardInterrupt: Ctrl-C.
-    """
+    """Turn what a signal raised into the error of `stop_error`, which says how to go on."""
     try:
         yield
     except KeyboardInterrupt as error:
@@ -73,7 +68,7 @@ def explaining_interrupts(advice: Callable[[], str]) -> Iterator[None]:
 
 
 def stop_error(number: int, said: str) -> BaseException:
-    """Return the error that ends a run because of a signal."""
+    """Return the error of a run that a signal ends: PreemptedError; of Ctrl-C KeyboardInterrupt."""
     kind = KeyboardInterrupt if number == signal.SIGINT else PreemptedError
     return kind(f"stopped by {signal_name(number)}{said}")
 
