@@ -44,41 +44,26 @@ KEPT_BYTES = 2**30
 
 @dataclass
 class MicroBatch:
-    """Some readable pairs, ready for the towers: part of a step, or rows of a sweep.
+    """Some readable pairs, ready for the towers: part of a step, or rows of a sweep."""
 
-    Attributes:
-        which: [n] the number of each pair's source; in a step, 0 for forget pairs, which come
-            first.
-        rows: [n] int64, in that source.
-        ids: [n].
-        views: [n] int64, 0 for the image itself, -1 for a view made for this step alone, else the
-            number of a view that `Prefixes` caches.
-        captions: (row, caption key) of every caption read, in order; in a step one for each pair.
-        pixels: [k, 3, H, W] uint8, or float32 (normalised) where the transform does not split; with
-            `Prefixes`, what frozen blocks output for the n images.
-        fresh: [k] int64, which of the n images were read: all unless `Prefixes` has others.
-        tokens: ids [m, L] of the captions, in a sweep of `new_keys` alone; with `Prefixes`, what
-            frozen blocks output for them.
-        skipped: pairs that are broken.
-        step: counted from 0.
-        offset: position of its first pair in the draw of the step for all ranks, counting broken
-            pairs.
-        new_keys: identities of captions; of a sweep, those that no earlier batch had.
-    """
-
-    which: np.ndarray
-    rows: np.ndarray
-    ids: list[str]
+    which: np.ndarray  # [n] number of each pair's source; in a step 0 is forget, which comes first
+    rows: np.ndarray  # [n] int64, in that source
+    ids: list[str]  # [n]
+    # [n] int64, 0 for the image itself, -1 for a view made for this step alone, else the number of
+    # a view that `Prefixes` caches
     views: np.ndarray
-    captions: list[tuple[int, str]]
+    captions: list[tuple[int, str]]  # (row, caption key) of all read, in order; in a step [n]
+    # [k, 3, H, W] uint8, or float32 (normalised) where the transform does not split; with
+    # `Prefixes`, what frozen blocks output for the n images
     pixels: Tensor | Halfway
-    fresh: np.ndarray
-    tokens: Tokens | Halfway
-    skipped: list[Skip]
-    step: int = 0
-    offset: int = 0
+    fresh: np.ndarray  # [k] int64, which of the n images were read: all but those of `Prefixes`
+    tokens: Tokens | Halfway  # [m, L] of `new_keys`, or what frozen blocks output for them
+    skipped: list[Skip]  # pairs that are broken
+    step: int = 0  # counted from 0
+    offset: int = 0  # place of its first pair in the whole step's draw, broken pairs included
 
     def __post_init__(self) -> None:
+        # [m] captions; a sweep leaves out those that an earlier batch had.
         self.new_keys = self.keys
 
     @property
@@ -142,13 +127,9 @@ class StepBatch:
 
 
 class Prefixes(Protocol):
-    """Outputs of the frozen lower blocks of both towers, cached.
+    """Outputs of the frozen lower blocks of both towers, cached."""
 
-    Attributes:
-        views: of an image that is altered at random, how many are made and cached.
-    """
-
-    views: int
+    views: int  # of an image that is altered at random, how many are made and cached
 
     def has_images(self, source: PairTable, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
         """Return for which images (n,) an output is cached, (n,) bool; see `MicroBatch.views`."""
@@ -257,26 +238,20 @@ def sweep(
 
 @dataclass
 class _Request:
-    """Pairs to read.
-
-    Attributes:
-        which, rows, step, offset, views: see `MicroBatch`.
-        captions: [n] numbers of the captions wanted, see `Draw`; None for all.
-        seeds: [n] the seed and position that make up what is random of each pair: its view, and
-            the reading of a source that is not stable.
-        wanted: [n] bool, whose images are read.
-    """
+    """Pairs to read; see `MicroBatch`."""
 
     which: np.ndarray
     rows: np.ndarray
-    captions: np.ndarray | None
+    captions: np.ndarray | None  # [n] numbers of the captions wanted, see `Draw`; None for all
+    # [n] seed and position of what is random of each pair: its view, and the reading of a source
+    # that is not stable
     seeds: list[tuple[int, ...]]
     step: int = 0
     offset: int = 0
 
     def __post_init__(self) -> None:
         self.views = np.zeros(len(self.rows), np.int64)
-        self.wanted = np.ones(len(self.rows), bool)
+        self.wanted = np.ones(len(self.rows), bool)  # whose images are read
 
 
 def _choose_views(request: _Request, forget: PairTable, count: int) -> None:
@@ -307,10 +282,11 @@ def _read_all(
 
     def without_cached() -> Iterator[_Request]:
         for request in requests:
-            for number, source in enumerate(reader.sources if prefixes is not None else ()):
-                here = request.which == number
-                rows, views = request.rows[here], request.views[here]
-                request.wanted[here] = ~prefixes.has_images(source, rows, views)
+            if prefixes is not None:
+                for number, source in enumerate(reader.sources):
+                    here = request.which == number
+                    rows, views = request.rows[here], request.views[here]
+                    request.wanted[here] = ~prefixes.has_images(source, rows, views)
             yield request
 
     seen: set[str] = set()

@@ -46,7 +46,7 @@ class Sampler:
         n_forget, n_retain: pairs in the sets; 0 draws none.
         forget_groups: rows of the forget set to draw from, a group for each concept; None for all.
         retain_rows: rows (sorted) of the retain set to draw from; None for all.
-        emphasised: those among them that are drawn more often; None for none.
+        emphasised: those of them that are drawn more often; None for none.
         forget_batch_size, batch_size: forget and retain pairs per step, clipped to the sets.
         seed: not negative.
         forget_shards, retain_shards: see `PairTable.shards`; None shuffles all rows alike.
