@@ -314,6 +314,7 @@ class PairEncoder:
 
 
 def _zeros_like_one(given: Tensor | Tokens | Halfway) -> Tensor | Tokens:
+    """Return one row of zeros in the form of `given`, which is empty."""
     assert not isinstance(given, Halfway), "a prefix cache works in one process"
     if isinstance(given, Tokens):
         return Tokens(given.ids.new_zeros(1, given.ids.shape[1]))

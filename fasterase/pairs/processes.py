@@ -182,7 +182,7 @@ def _load_in_workers(load: Callable[[Any], Any], todo: Iterator[Any], count: int
 
 def _through(workers: list[_Worker], todo: Iterator[Any], waiting: deque[Any]) -> Iterator[Any]:
     """Yield results in order; `waiting` holds the requests that have none yet."""
-    asked = deque[_Worker]()  # those that answer the first of them
+    asked = deque[_Worker]()  # who answers the first, second, ... of these; the rest wait
 
     def ask(worker: _Worker) -> None:
         if len(asked) == len(waiting):
