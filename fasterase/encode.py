@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,14 +36,14 @@ TEXTS_PER_IMAGE = 4
 
 
 class EncodedBatch(NamedTuple):
-    """Some pairs of a source with their features on the CPU, fp32, unit rows."""
+    """The readable ones of some pairs, with features on the CPU, fp32, unit rows."""
 
     rows: np.ndarray  # [n] int64, rows of the source
     image: Tensor  # [n, D]
     captions: list[tuple[int, str]]  # (row, key) of each caption of these rows, in order
     text_keys: list[str]  # [m] those encoded: neither in an earlier batch nor known to the caller
     text: Tensor  # [m, D]
-    skipped: list[Skip]  # pairs that cannot be read; they are in none of the above
+    skipped: list[Skip]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class PairFeatures:
     text: Tensor  # [m, D], one row per distinct caption
     captions: list[str]  # [m] identities of those captions
     pair_text: list[list[int]]  # [n] rows in `text` of each pair's captions, the first one first
-    skipped: list[Skip]  # pairs that cannot be read; they are in none of the above
+    skipped: list[Skip]  # further pairs, which cannot be read
 
     @property
     def first_text(self) -> Tensor:
@@ -92,27 +92,20 @@ class PairFeatures:
     def at(self, rows: np.ndarray) -> PairFeatures:
         """Return the features of those of `rows` (sorted) that could be read."""
         kept = np.flatnonzero(np.isin(self.rows, rows))
-        return PairFeatures(
-            self.rows[kept],
-            self.image[kept],
-            self.text,
-            self.captions,
-            [self.pair_text[i] for i in kept],
-            self.skipped,
-        )
+        pair_text = [self.pair_text[i] for i in kept]
+        return replace(self, rows=self.rows[kept], image=self.image[kept], pair_text=pair_text)
 
 
 class PairEncoder:
     """Reads pairs and encodes them with one model, without gradients and in eval mode.
 
     Args:
-        model: the model, on its device.
+        model: on its device.
         precision: compute dtype of the towers, as in `UnlearnConfig`.
         ledger: counts unreadable pairs; None accepts any number of them.
         batch_size: images loaded and encoded at a time; None: 64 on a CPU, 256 on a GPU. Of a batch
             that does not fit in the device's memory the halves are encoded one after the other.
         num_workers: processes that load and decode pairs.
-        progress: whether to show progress.
         ranks: who takes part: `pairs` divides the work among them.
 
     Attributes:
@@ -185,14 +178,10 @@ class PairEncoder:
         bar: Progress,
         is_known: Callable[[list[str]], np.ndarray] | None = None,
     ) -> Iterator[EncodedBatch]:
-        """Encode rows in the given order, each image and each distinct caption once.
+        """Encode distinct rows in the given order, each image and each distinct caption once.
 
-        Args:
-            source: the pairs.
-            rows: [n] distinct rows.
-            captions: whether to read all captions of a pair, or the first one.
-            bar: advanced by the pairs read.
-            is_known: which of some caption keys need no encoding; None encodes all.
+        `captions` are all of each pair, or the first one; those that `is_known` names need no
+        encoding. `bar` is advanced by the pairs read.
 
         Raises:
             InputError: too many pairs cannot be read.
@@ -216,10 +205,10 @@ class PairEncoder:
                 keys, tokens = [keys[i] for i in fresh], tokens.index(fresh)
             yield EncodedBatch(
                 batch.rows,
-                self._encode_images(batch.pixels),
+                self._encode("image", batch.pixels),
                 batch.captions,
                 keys,
-                self._encode_tokens(tokens),
+                self._encode("text", tokens),
                 batch.skipped,
             )
             read = len(batch.rows) + len(batch.skipped)
@@ -238,8 +227,7 @@ class PairEncoder:
         Raises:
             InputError: too many pairs cannot be read, or none.
         """
-        images: list[Tensor] = []
-        texts: list[Tensor] = []
+        images, texts = ([torch.empty(0, self.model.embed_dim)] for _ in range(2))
         place: dict[str, int] = {}
         pair_text: dict[int, list[int]] = {}
         skipped: list[Skip] = []
@@ -255,11 +243,10 @@ class PairEncoder:
                 for row, key in batch.captions:
                     pair_text.setdefault(row, []).append(place[key])
                 skipped += batch.skipped
-        nothing = torch.empty(0, self.model.embed_dim)
         mine = PairFeatures(
             np.fromiter(pair_text, dtype=np.int64),
-            torch.cat([nothing, *images]),
-            torch.cat([nothing, *texts]),
+            torch.cat(images),
+            torch.cat(texts),
             list(place),
             list(pair_text.values()),
             skipped,
@@ -278,11 +265,8 @@ class PairEncoder:
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Encode texts that belong to no pair, such as class prompts; [len(texts), D]."""
         step = TEXTS_PER_IMAGE * self.batch_size
-        parts = [
-            self._encode_tokens(self.model.tokenize(texts[start : start + step]))
-            for start in range(0, len(texts), step)
-        ]
-        return torch.cat(parts)
+        parts = [texts[start : start + step] for start in range(0, len(texts), step)]
+        return torch.cat([self._encode("text", self.model.tokenize(part)) for part in parts])
 
     @contextmanager
     def _passing(self, passes: int) -> Iterator[None]:
@@ -293,62 +277,48 @@ class PairEncoder:
         finally:
             # After an error too: the other ranks are waiting; but they leave after a signal.
             while self._in_lockstep and self._passes < passes and not current_stop().is_raised:
-                self._encode_images(self.prepare.stack([]))
-                self._encode_tokens(stack_tokens([], self.prepare.context_length))
+                self._encode("image", self.prepare.stack([]))
+                self._encode("text", stack_tokens([], self.prepare.context_length))
 
-    def _encode_images(self, pixels: Tensor | Halfway) -> Tensor:
-        """[n, D] on the CPU of n images, as pixels [n, 3, H, W] or halfway; n may be 0."""
-        count = len(pixels)
-        if not count:
-            if not self._in_lockstep or isinstance(pixels, Halfway):
-                return torch.empty(0, self.model.embed_dim)
-            pixels = pixels.new_zeros(1, *pixels.shape[1:])
+    def _encode(self, tower: str, given: Tensor | Tokens | Halfway) -> Tensor:
+        """Encode pixels [n, 3, H, W] or token ids [n, L], or either halfway; n may be 0.
 
-        def encode(part: slice) -> Tensor:
-            image = self._towers(to_device(pixels[part], self._device)).image
-            assert image is not None
-            return image.cpu()
-
-        return self._in_parts(len(pixels), encode)[:count]
-
-    def _encode_tokens(self, tokens: Tokens | Halfway) -> Tensor:
-        """[m, D] on the CPU of m texts, as token ids [m, L] or halfway; m may be 0."""
-        self._passes += 1
-        count = len(tokens if isinstance(tokens, Halfway) else tokens.ids)
-        if not count and self._in_lockstep and isinstance(tokens, Tokens):
-            tokens = Tokens(tokens.ids.new_zeros(1, tokens.ids.shape[1]))
-
-        def encode(part: slice) -> Tensor:
-            text = self._towers(None, tokens.index(part).to(self._device)).text
-            assert text is not None
-            return text.cpu()
-
-        most = max(count, 1) if self._in_lockstep else count
-        return self._in_parts(most, encode, weight=TEXTS_PER_IMAGE)[:count]
-
-    def _in_parts(
-        self, count: int, encode: Callable[[slice], Tensor], *, weight: int = 1
-    ) -> Tensor:
-        """Encode `count` rows, [count, D], as many at a time as fit in the device's memory.
-
-        Args:
-            count: 0 or more.
-            encode: rows -> their features.
-            weight: how many rows take the memory of an image.
+        As many at a time as fit in the device's memory. Returns [n, D] on the CPU.
         """
+        is_image = tower == "image"
+        if not is_image:
+            self._passes += 1
+        wanted = count = len(given.ids if isinstance(given, Tokens) else given)
+        if not count and self._in_lockstep:  # the other ranks wait for this one's pass
+            count, given = 1, _zeros_like_one(given)
+        per_image = 1 if is_image else TEXTS_PER_IMAGE
         while True:
-            size = weight * self._fits
             parts = [torch.empty(0, self.model.embed_dim)]
+            size = per_image * self._fits
             try:
                 with measuring(self._towers.module):
                     for start in range(0, count, size):
-                        parts.append(encode(slice(start, min(start + size, count))))
-                return torch.cat(parts)
+                        rows = slice(start, start + size)
+                        part = given[rows] if isinstance(given, Tensor) else given.index(rows)
+                        moved: Any = to_device(part, self._device)
+                        towers = self._towers(moved) if is_image else self._towers(None, moved)
+                        found = towers.image if is_image else towers.text
+                        assert found is not None
+                        parts.append(found.cpu())
+                return torch.cat(parts)[:wanted]
             except torch.OutOfMemoryError:
                 # In lockstep, the other ranks would wait for more passes than they make.
                 if self._fits == 1 or self._in_lockstep:
                     raise
-                self._fits = -(-min(self._fits, -(-count // weight)) // 2)
+                self._fits = -(-min(self._fits, -(-count // per_image)) // 2)
+
+
+def _zeros_like_one(given: Tensor | Tokens | Halfway) -> Tensor | Tokens:
+    """Return one row of zeros in the form of `given`, which is empty."""
+    assert not isinstance(given, Halfway), "a prefix cache works in one process"
+    if isinstance(given, Tokens):
+        return Tokens(given.ids.new_zeros(1, given.ids.shape[1]))
+    return given.new_zeros(1, *given.shape[1:])
 
 
 def check_readable(
@@ -366,12 +336,12 @@ def check_readable(
 @contextmanager
 def measuring(module: nn.Module) -> Iterator[None]:
     """Disable gradients and switch to eval mode; afterwards each part gets its own mode back."""
-    modes = [(part, part.training) for part in module.modules() if part.training]
-    if modes:
+    training = [part for part in module.modules() if part.training]
+    if training:
         module.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for part, training in modes:
-            part.training = training
+        for part in training:
+            part.training = True

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from io import FileIO
 from pathlib import Path
 
@@ -37,10 +37,9 @@ def replace_file(
     suffix see the right one. Missing parent folders are created. After an error `path` is unchanged
     and nothing is left behind; after a kill see `remove_leftovers`.
 
-    Args:
-        sync: flush the content to disk before the rename, and the folder with its name after it,
-            so that a power cut can neither leave a truncated file under that name nor take it back.
-        size_bytes: what will be written, if known, for the message of `DiskFullError`.
+    `sync` flushes the content to disk before the rename, and the folder with its name after it, so
+    that a power cut can neither leave a truncated file under that name nor take it back.
+    `size_bytes` is what will be written, if known, for the message of `DiskFullError`.
 
     Raises:
         InputError: the folder cannot be made or written to.
@@ -53,7 +52,7 @@ def replace_file(
             flush_to_disk(temporary)
         os.replace(temporary, path)
         if sync:
-            _flush_folder(path.parent)
+            flush_to_disk(path.parent)
 
 
 @contextmanager
@@ -65,14 +64,12 @@ def replace_folder(
         new = stage / path.name
         new.mkdir()
         yield new
-        for file in new.rglob("*"):
+        for file in [*new.rglob("*"), new]:
             if file.is_file():
                 # safetensors lets the owner alone read its files, whatever the umask allows.
                 file.chmod(file.stat().st_mode | (new.stat().st_mode & 0o666))
             if sync:
-                (flush_to_disk if file.is_file() else _flush_folder)(file)
-        if sync:
-            _flush_folder(new)
+                flush_to_disk(file)
         # A folder that is not empty cannot be renamed over.
         replaced = stage / f"{path.name}.replaced"
         try:
@@ -84,16 +81,12 @@ def replace_folder(
                 replaced.rename(path)
             raise
         if sync:
-            _flush_folder(path.parent)
+            flush_to_disk(path.parent)
 
 
 @contextmanager
 def replace_model_folder(folder: str | os.PathLike[str], *, library: str) -> Iterator[Path]:
-    """`replace_folder` for a model that `library` loads: refuse foreign folders, mark the new one.
-
-    Raises:
-        InputError: `folder` is a file, or holds anything but a model saved by fasterase.
-    """
+    """`replace_folder` for a model that `library` loads; see `check_replaceable`."""
     target = Path(folder).expanduser().absolute()
     check_replaceable(target)
     with replace_folder(target, sync=True) as new:
@@ -142,11 +135,7 @@ def append_whole(file: FileIO, data: bytes, *, path: Path) -> None:
 
 
 def parse_path(value: object, *, argument: str) -> Path:
-    """Return a path given as a str or `os.PathLike`, without a `~` in front.
-
-    Raises:
-        InputError: it is something else; names `argument`.
-    """
+    """Return a str or `os.PathLike` as a path without `~`; `InputError` for anything else."""
     try:
         return Path(os.path.expanduser(value))  # type: ignore[call-overload]
     except TypeError as error:
@@ -264,16 +253,13 @@ def _full_disk_error(
     )
 
 
-def flush_to_disk(file: Path) -> None:
-    """Wait until the content of `file` is on disk, so that a power cut cannot lose it."""
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
+def flush_to_disk(path: Path) -> None:
+    """Wait until what a file holds, or the names in a folder, cannot be lost by a power cut.
 
-
-def _flush_folder(folder: Path) -> None:
-    """Wait until the names in `folder` are on disk; not every system can."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
+    Not every system can wait for names.
+    """
+    with suppress(OSError) if path.is_dir() else nullcontext():
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from os import PathLike, fspath
 from typing import Any
 
@@ -11,6 +11,8 @@ from fasterase.errors import InputError, hide_secrets
 
 # In the place of an argument that a file cannot hold.
 OBJECT = "(an object in Python)"
+# What `hide_secrets` leaves of them in a URL.
+_HIDDEN = ("://***@", "?***", "=***")
 # Arguments of `unlearn` that are no flags.
 _NO_FLAGS = ("tokenizer", "preprocess", "callback")
 
@@ -21,21 +23,20 @@ def describe_run(arguments: Mapping[str, Any], config: UnlearnConfig) -> str:
     A set that was made from other arguments names them in its `flags`, and these are written in its
     place. Passwords and signatures of URLs are left out.
     """
+    given = {name: value for name, value in arguments.items() if value is not None}
     values: dict[str, Any] = {}
     for name in COMMAND_KEYS:
-        if arguments.get(name) is not None:
-            _add(values, name, arguments[name])
+        if name in given:
+            _add(values, name, given[name])
+    hidden = {name: _hide(value) for name, value in values.items()}
     notes = [
         "Repeats the run: `fasterase unlearn --config` of this file, with another --output_dir, "
         "from the folder that it was started in."
     ]
-    lost = [name for name, value in values.items() if OBJECT in _leaves(value)]
-    if lost:
+    if lost := [name for name, value in values.items() if _has_one(value, [OBJECT])]:
         notes.append(f"Objects in Python, to be given anew: {', '.join(lost)}.")
-    others = [name for name in _NO_FLAGS if arguments.get(name) is not None]
-    if others:
+    if others := [name for name in _NO_FLAGS if name in given]:
         notes.append(f"Given in Python alone, where no flag stands for it: {', '.join(others)}.")
-    hidden = {name: _hide(value) for name, value in values.items()}
     if hidden != values:
         notes.append("`***` stands for passwords and signatures of URLs, to be given anew.")
     heading = "".join(f"# {note}\n" for note in notes)
@@ -44,11 +45,8 @@ def describe_run(arguments: Mapping[str, Any], config: UnlearnConfig) -> str:
 
 def check_repeatable(values: Mapping[str, Any]) -> None:
     """Raise `InputError` for values of `config.yaml` that are to be given anew."""
-    for is_lost, what in (
-        (lambda text: text == OBJECT, "an object in Python"),
-        (_has_hidden, "a URL with a secret"),
-    ):
-        lost = [f"--{n}" for n, value in values.items() if any(map(is_lost, _leaves(value)))]
+    for marks, what in (((OBJECT,), "an object in Python"), (_HIDDEN, "a URL with a secret")):
+        lost = [f"--{name}" for name, value in values.items() if _has_one(value, marks)]
         if lost:
             raise InputError(
                 f"config: the run that wrote the file was given {what} for {', '.join(lost)}, "
@@ -58,34 +56,26 @@ def check_repeatable(values: Mapping[str, Any]) -> None:
 
 def _add(values: dict[str, Any], name: str, value: Any) -> None:
     """Put an argument into `values` as text, or the flags that it was made from."""
-    made = getattr(value, "flags", None)
     if isinstance(value, str | PathLike):
         values[name] = str.__str__(fspath(value))
+    elif isinstance(made := getattr(value, "flags", None), Mapping):
+        values |= made
     elif isinstance(value, Mapping) and name in ("forget", "sets", "forget_sets"):
         named: dict[str, Any] = {}
         for key, each in value.items():
-            made = getattr(each, "flags", None)
-            if isinstance(made, Mapping):
+            if isinstance(made := getattr(each, "flags", None), Mapping):
                 values |= made
             else:
                 _add(named, str.__str__(key) if isinstance(key, str) else key, each)
         if named:
             values[name] = named
-    elif isinstance(made, Mapping):
-        values |= made
     else:
         values[name] = OBJECT
 
 
-def _has_hidden(text: str) -> bool:
-    """Whether `hide_secrets` has left something out of a URL."""
-    return any(mark in text for mark in ("://***@", "?***", "=***"))
-
-
-def _leaves(value: Any) -> list[str]:
-    if isinstance(value, Mapping):
-        return [leaf for each in value.values() for leaf in _leaves(each)]
-    return [value] if isinstance(value, str) else []
+def _has_one(value: Any, marks: Iterable[str]) -> bool:
+    """Whether a text, or one of several by name, has one of the marks."""
+    return any(mark in str(value) for mark in marks)
 
 
 def _hide(value: Any) -> Any:

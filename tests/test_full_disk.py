@@ -137,7 +137,7 @@ def test_the_cache_on_a_full_disk(tmp_path):
     raises = pytest.raises(DiskFullError, match=r"\.safetensors cannot be written")
     with unchanged(tower.module), small_files(100), raises:
         erase(tower, reference_cache=tmp_path / "cache")
-    assert not list((tmp_path / "cache").rglob("*.npy"))
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
     assert not list((tmp_path / "cache").rglob(".*"))
 
 

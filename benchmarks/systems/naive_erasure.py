@@ -51,7 +51,7 @@ def erase_naively(
     for draw in draws:
         pairs = [forget[int(row)] for row in draw.forget]
         pairs += [retain[int(row)] for row in draw.retain]
-        numbers = [*draw.forget_captions, *draw.retain_captions]
+        numbers = draw.captions
         captions = [_caption(pair, int(k)) for pair, k in zip(pairs, numbers, strict=True)]
         images = torch.stack([preprocess(pair["image"]) for pair in pairs]).to(device)
         tokens = tokenizer(captions).to(device)

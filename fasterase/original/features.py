@@ -58,9 +58,6 @@ class OriginalFeatures:
         model_key: identifies the model: weights, preprocessing and compute dtype.
         is_half: store fp16 in a cache of its own, for a loss that multiplies in fp16 anyway. Of
             unit rows it keeps 11 bits.
-
-    Attributes:
-        folder: the part of the cache that has this model's features.
     """
 
     def __init__(
@@ -69,6 +66,7 @@ class OriginalFeatures:
         self.width = encoder.model.embed_dim
         self._encoder, self._ranks = encoder, encoder.ranks
         self._root = folder
+        # The part of the cache that has this model's features.
         self.folder = folder / (model_key[:16] + ("-fp16" if is_half else ""))
         self._dtype = "fp16" if is_half else "fp32"
         self._images: dict[str, FeatureStore] = {}
@@ -123,7 +121,13 @@ class OriginalFeatures:
         lost = captions[~self._captions.has(captions[:, 1])]
         # Of a caption that several images have lost, the first of them is encoded again.
         present &= ~np.isin(keys, lost[np.unique(lost[:, 1], return_index=True)[1], 0])
-        parts = [encoder.own_rows(part) for part in _resume_blocks(rows, present)]
+        # First the missing rows of blocks that are partly there, then those of the others: all
+        # thereby keep their batches, wherever an earlier sweep was interrupted.
+        block = np.arange(len(rows)) // BLOCK
+        touched = np.isin(block, block[present])
+        parts = [
+            encoder.own_rows(rows[some]) for some in (touched & ~present, ~touched) if some.any()
+        ]
         known = int(present.sum())
         before = len(images)
         total = known + sum(map(len, parts))
@@ -211,11 +215,9 @@ class OriginalFeatures:
 class CachedOriginal:
     """The original's features of a step's batch, read from the cache that has its rows.
 
-    Args:
-        scale: 0-d, exp(logit_scale) of the original.
-        with_forget: also return features of forget rows, which `negatives="joint"` and
-            `cross_weight` use; else they are zeros. A cached row belongs to the plain image, not to
-            its augmented view: the original's answer to a picture is the target for every view.
+    `scale` is its exp(logit_scale), 0-d. `with_forget` returns features of forget rows too, which
+    `negatives="joint"` and `cross_weight` use; else they are zeros. A cached row belongs to the
+    plain image: the original's answer to a picture is the target for every augmented view.
     """
 
     def __init__(
@@ -227,10 +229,7 @@ class CachedOriginal:
         scale: Tensor,
         with_forget: bool,
     ) -> None:
-        sources = (forget, retain) if with_forget else (retain,)
-        # Looked up once, since it takes the digest of the whole set.
-        self._stores = [(source, cache.images(source)) for source in reversed(sources)]
-        self._cache = cache
+        self._cache, self._sources = cache, (retain, forget) if with_forget else (retain,)
         self.scale = scale
 
     def features(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
@@ -238,9 +237,9 @@ class CachedOriginal:
         n, keys = batch.n_forget, batch.keys
         places = [(batch.retain_rows, slice(n, None)), (batch.forget_rows, slice(0, n))]
         image, text = np.zeros((2, len(keys), self._cache.width), np.float32)
-        for (source, images), (rows, where) in zip(self._stores, places, strict=False):
+        for source, (rows, where) in zip(self._sources, places, strict=False):
             try:
-                image[where] = images.get(source.base_rows(rows))
+                image[where] = self._cache.images(source).get(source.base_rows(rows))
                 text[where] = self._cache.texts(keys[where])
             except KeyError as error:
                 raise FaseraseError(
@@ -256,11 +255,8 @@ class CachedOriginal:
     ) -> None:
         """Check that a run begins at the features it compares with, so that its KL begins at 0.
 
-        Args:
-            batch: of the first step.
-            now: the model's image and text features (n, D) before any update.
-            towers: those that are still the original's: of `"image"` and `"text"`.
-            precision: of the towers, `"fp32"`, `"bf16"` or `"fp16"`.
+        `now` are the model's image and text features (n, D) of the first batch before any update.
+        `towers` (of `"image"` and `"text"`) are still the original's.
 
         Raises:
             InputError: they differ by more than rounding for a retain pair.
@@ -297,13 +293,13 @@ class LiveOriginal:
     @torch.no_grad()
     def features(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
         """Return unit features (n, D0), (n, D0) fp32 of the batch's images and captions."""
-        images, texts = [], []
-        for part in batch.micro_batches:
-            pixels, tokens = (to_device(each, self._device) for each in (part.pixels, part.tokens))
-            found = self._forward(pixels, tokens)
-            images.append(found.image)
-            texts.append(found.text)
-        return torch.cat(images), torch.cat(texts)
+        found = [
+            self._forward(
+                to_device(part.pixels, self._device), to_device(part.tokens, self._device)
+            )
+            for part in batch.micro_batches
+        ]
+        return torch.cat([each.image for each in found]), torch.cat([each.text for each in found])
 
 
 # What a step takes the original's features from.
@@ -332,18 +328,6 @@ def _temporary_folder() -> TemporaryDirectory[str]:
             f"reference_cache: no temporary folder can be written to ({error.strerror}). Give a "
             "folder that can, an output_dir, or set TMPDIR."
         ) from error
-
-
-def _resume_blocks(rows: np.ndarray, present: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield the missing rows: first those of partly present blocks, then untouched blocks.
-
-    These thereby keep their batches, wherever an earlier sweep was interrupted.
-    """
-    block = np.arange(len(rows)) // BLOCK
-    touched = np.isin(block, np.unique(block[present]))
-    for chosen in (touched & ~present, ~touched):
-        if chosen.any():
-            yield rows[chosen]
 
 
 def feature_key(*encoding: str) -> str:

@@ -78,15 +78,15 @@ class FeatureStore:
         if not found.all():
             raise KeyError(int(keys[~found][0]))
         features = torch.empty(len(keys), self.width, dtype=self._dtype)
-        for name, here, rows in self._places(keys):
-            read = self._blocks[name].read(rows)
+        for block, here, rows in self._places(keys):
+            read = block.read(rows)
             if read is None:
-                self._warn(name)
-                self.remove([name])
+                _warn(block.path)
+                self.remove([block.path.name])
                 raise FaseraseError(
-                    f"Reference cache: {self.folder / name} was damaged on disk and is removed. "
-                    "Run again: its features alone are computed again, and a run with an "
-                    "`output_dir` resumes from its last checkpoint."
+                    f"Reference cache: {block.path} was damaged on disk and is removed. Run again: "
+                    "its features alone are computed again, and a run with an `output_dir` resumes "
+                    "from its last checkpoint."
                 )
             features[torch.from_numpy(here)] = read
         return features.float().numpy()
@@ -94,18 +94,18 @@ class FeatureStore:
     def captions(self, keys: np.ndarray) -> np.ndarray:
         """Return [m, 2], a key and a caption, what came with `keys`, which the store has."""
         parts = [NO_CAPTIONS]
-        for name, here, _ in self._places(keys):
-            if (tensors := self._blocks[name].tensors) is not None:
+        for block, here, _ in self._places(keys):
+            if (tensors := block.tensors) is not None:
                 captions = tensors["captions"].numpy()
                 parts.append(captions[np.isin(captions[:, 0], keys[here])])
         return np.concatenate(parts)
 
     def damaged_blocks(self, keys: np.ndarray) -> list[str]:
         """Return the blocks, with a warning, in which features of `keys` are damaged."""
-        places = self._places(keys)
-        damaged = [name for name, _, rows in places if self._blocks[name].read(rows) is None]
-        self._warn(*damaged)
-        return damaged
+        damaged = [block.path for block, _, rows in self._places(keys) if block.read(rows) is None]
+        for path in damaged:
+            _warn(path)
+        return [path.name for path in damaged]
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove blocks, which another process may have removed already."""
@@ -146,21 +146,20 @@ class FeatureStore:
             if (block := _open_block(path, (self._dtype, self.width))) is not None:
                 self._blocks[path.name] = block
             else:
-                self._warn(path.name)
+                _warn(path)
                 path.unlink(missing_ok=True)
-        if len(self._blocks) > len(self._names):
+        if len(self._blocks) > len(self._sorted):
             self._index()
 
     def _index(self) -> None:
         """Sort the keys of all blocks."""
         # By name, so that all processes read one of several rows of a key. One order of all keys
         # finds both the block and the row inside it.
-        self._names = sorted(self._blocks)
-        blocks = [self._blocks[name] for name in self._names]
-        self._starts = np.cumsum([0, *(len(block.keys) for block in blocks)])
-        self._keys = np.concatenate([np.empty(0, np.int64), *(block.keys for block in blocks)])
+        self._sorted = [self._blocks[name] for name in sorted(self._blocks)]
+        self._starts = np.cumsum([0, *(len(block.keys) for block in self._sorted)])
+        self._keys = np.concatenate([np.empty(0, np.int64), *(b.keys for b in self._sorted)])
         self._order = np.argsort(self._keys, kind="stable")
-        for block, start in zip(blocks, self._starts, strict=False):
+        for block, start in zip(self._sorted, self._starts, strict=False):
             block.keys = self._keys[start : start + len(block.keys)]  # so that memory has one copy
 
     def _find(self, keys: np.ndarray) -> np.ndarray:
@@ -168,8 +167,8 @@ class FeatureStore:
         at = np.searchsorted(self._keys, keys, sorter=self._order)
         return self._order[np.minimum(at, len(self._order) - 1)]
 
-    def _places(self, keys: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        """Yield, for each block, which of `keys` it has (positions) and in which of its rows."""
+    def _places(self, keys: np.ndarray) -> Iterator[tuple[_Block, np.ndarray, np.ndarray]]:
+        """Yield each block that has some of `keys`, which (positions), and in which of its rows."""
         if not len(keys):
             return
         rows = self._find(keys)
@@ -177,15 +176,15 @@ class FeatureStore:
         order = np.argsort(block_of, kind="stable")
         numbers, first = np.unique(block_of[order], return_index=True)
         for number, here in zip(numbers.tolist(), np.split(order, first[1:]), strict=True):
-            yield self._names[number], here, rows[here] - self._starts[number]
+            yield self._sorted[number], here, rows[here] - self._starts[number]
 
-    def _warn(self, *names: str) -> None:
-        for name in names:
-            log.warning(
-                "Reference cache: %s is damaged or was not written by fasterase; its features are "
-                "computed again.",
-                self.folder / name,
-            )
+
+def _warn(path: Path) -> None:
+    log.warning(
+        "Reference cache: %s is damaged or was not written by fasterase; its features are "
+        "computed again.",
+        path,
+    )
 
 
 class _Block:
@@ -193,7 +192,7 @@ class _Block:
 
     def __init__(self, path: Path, keys: np.ndarray, rest: str) -> None:
         self.keys = keys
-        self._path = path
+        self.path = path
         self._rest = rest
 
     @cached_property
@@ -201,7 +200,7 @@ class _Block:
         """Captions, sums and features; None if one of the former is damaged or the file is gone."""
         try:
             # As torch's tensors they stay mapped once the file is closed.
-            with safe_open(self._path, "pt") as file:
+            with safe_open(self.path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in ("captions", "sums", "features")}
         except (FileNotFoundError, SafetensorError):
             return None

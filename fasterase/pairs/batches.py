@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import Literal, Protocol
 
 import numpy as np
@@ -43,39 +44,27 @@ KEPT_BYTES = 2**30
 
 @dataclass
 class MicroBatch:
-    """Some pairs, ready for the towers: part of a step, or rows of a sweep. No broken ones.
+    """Some readable pairs, ready for the towers: part of a step, or rows of a sweep."""
 
-    Attributes:
-        which: [n] the number of each pair's source.
-        rows: [n] int64, in that source.
-        ids: [n].
-        views: [n] int64, 0 for the image itself, -1 for a view made for this step alone, else the
-            number of a view that `Prefixes` caches.
-        captions: (row, caption key) of every caption read, in order; in a step one for each pair.
-        pixels: [k, 3, H, W] uint8, or float32 (normalised) where the transform does not split; with
-            `Prefixes`, what frozen blocks output for the n images.
-        fresh: [k] int64, which of the n images were read: all unless `Prefixes` has others.
-        tokens: ids [m, L] of the captions, in a sweep of `new_keys` alone; with `Prefixes`, what
-            frozen blocks output for them.
-        skipped: pairs that are broken.
-        step: counted from 0. Forget pairs of a step come first.
-        offset: position of its first pair in the draw of the step for all ranks, counting broken
-            pairs.
-        new_keys: of a sweep, the keys that no earlier batch had.
-    """
-
-    which: np.ndarray
-    rows: np.ndarray
-    ids: list[str]
+    which: np.ndarray  # [n] number of each pair's source; in a step 0 is forget, which comes first
+    rows: np.ndarray  # [n] int64, in that source
+    ids: list[str]  # [n]
+    # [n] int64, 0 for the image itself, -1 for a view made for this step alone, else the number of
+    # a view that `Prefixes` caches
     views: np.ndarray
-    captions: list[tuple[int, str]]
+    captions: list[tuple[int, str]]  # (row, caption key) of all read, in order; in a step [n]
+    # [k, 3, H, W] uint8, or float32 (normalised) where the transform does not split; with
+    # `Prefixes`, what frozen blocks output for the n images
     pixels: Tensor | Halfway
-    fresh: np.ndarray
-    tokens: Tokens | Halfway
-    skipped: list[Skip]
-    step: int = 0
-    offset: int = 0
-    new_keys: list[str] = field(default_factory=list)
+    fresh: np.ndarray  # [k] int64, which of the n images were read: all but those of `Prefixes`
+    tokens: Tokens | Halfway  # [m, L] of `new_keys`, or what frozen blocks output for them
+    skipped: list[Skip]  # pairs that are broken
+    step: int = 0  # counted from 0
+    offset: int = 0  # place of its first pair in the whole step's draw, broken pairs included
+
+    def __post_init__(self) -> None:
+        # [m] captions; a sweep leaves out those that an earlier batch had.
+        self.new_keys = self.keys
 
     @property
     def n_forget(self) -> int:
@@ -89,7 +78,7 @@ class MicroBatch:
 
 @dataclass
 class StepBatch:
-    """A rank's pairs of one step, without the broken ones (`skipped`). Forget pairs come first.
+    """A rank's readable pairs of one step; forget pairs come first.
 
     There is at least one micro-batch; none is empty unless the rank has no readable pair.
     """
@@ -106,10 +95,29 @@ class StepBatch:
     def ids(self) -> list[str]:
         return [id for part in self.micro_batches for id in part.ids]
 
+    @property
+    def keys(self) -> list[str]:
+        """[n] identities of the captions."""
+        return [key for part in self.micro_batches for key in part.keys]
+
     @cached_property
     def labels(self) -> Tensor:
         """[n] int64, equal for equal captions, whatever step or process they are drawn in."""
         return torch.from_numpy(hash_captions(self.keys).astype(np.int64))
+
+    @property
+    def forget_rows(self) -> np.ndarray:
+        """Rows of the forget pairs in their source."""
+        return self._rows[: self.n_forget]
+
+    @property
+    def retain_rows(self) -> np.ndarray:
+        """Rows of the retain pairs in their source."""
+        return self._rows[self.n_forget :]
+
+    @property
+    def _rows(self) -> np.ndarray:
+        return np.concatenate([part.rows for part in self.micro_batches])
 
     def move_pixels(self, device: torch.device) -> None:
         """Copy the pixels to an accelerator, once for all passes, if they are not too many."""
@@ -117,30 +125,11 @@ class StepBatch:
             for part in self.micro_batches:
                 part.pixels = to_device(part.pixels, device)
 
-    @property
-    def keys(self) -> list[str]:
-        """[n] identities of the captions."""
-        return [key for part in self.micro_batches for key in part.keys]
-
-    @property
-    def forget_rows(self) -> np.ndarray:
-        """Rows of the forget pairs in their source."""
-        return np.concatenate([part.rows for part in self.micro_batches])[: self.n_forget]
-
-    @property
-    def retain_rows(self) -> np.ndarray:
-        """Rows of the retain pairs in their source."""
-        return np.concatenate([part.rows for part in self.micro_batches])[self.n_forget :]
-
 
 class Prefixes(Protocol):
-    """Outputs of the frozen lower blocks of both towers, cached.
+    """Outputs of the frozen lower blocks of both towers, cached."""
 
-    Attributes:
-        views: of an image that is altered at random, how many are made and cached.
-    """
-
-    views: int
+    views: int  # of an image that is altered at random, how many are made and cached
 
     def has_images(self, source: PairTable, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
         """Return for which images (n,) an output is cached, (n,) bool; see `MicroBatch.views`."""
@@ -169,10 +158,10 @@ def step_batches(
     """Yield this rank's part of the batches of steps `first_step` to `last_step - 1`.
 
     It is a slice of the step's forget pairs and one of its retain pairs. The pairs and their
-    augmentation do not depend on the number of workers or ranks nor on the micro-batch size: they
-    are seeded by (seed, step, position in the step). If a source is not stable, the generators of
-    Python, NumPy and PyTorch are seeded in the same way while one of its items is read, so that its
-    own augmentation repeats too. Workers load one micro-batch at a time.
+    augmentation are seeded by (seed, step, position in the step), whatever the number of workers or
+    ranks and the micro-batch size. While an item of a source that is not stable is read, the
+    generators of Python, NumPy and PyTorch are seeded alike, so that its own augmentation repeats.
+    Workers load one micro-batch at a time.
 
     With `prefixes` (of stable sources), each forget image has as many views as it says, seeded by
     its row, and each step draws one.
@@ -190,7 +179,6 @@ def step_batches(
             draw = sampler.draw(step)
             n_forget = len(draw.forget)
             rows = np.concatenate([draw.forget, draw.retain])
-            captions = np.concatenate([draw.forget_captions, draw.retain_captions])
             own = np.array(
                 [*ranks.share(n_forget), *(n_forget + k for k in ranks.share(len(draw.retain)))],
                 np.int64,
@@ -200,7 +188,7 @@ def step_batches(
                 request = _Request(
                     (places >= n_forget).astype(np.int64),
                     rows[places],
-                    captions[places],
+                    draw.captions[places],
                     [(sampler.seed, step, place) for place in places.tolist()],
                     step,
                     int(places[0]) if len(places) else len(rows),
@@ -211,19 +199,11 @@ def step_batches(
 
     black = prepare.black_level() if augment_forget else None
     reader = _Reader((forget, retain), prepare, black)
-    loaded: list[MicroBatch] = []
-    room = {"item_bytes": size * prepare.image_bytes, "on_this_host": ranks.on_this_host}
-    for part in _read_all(reader, requests(), prefixes, num_workers, **room):
-        if prefixes is not None and part.ids:
-            assert isinstance(part.tokens, Tokens)
-            part.pixels = prefixes.images(part, (forget, retain))
-            part.tokens = prefixes.texts(part.keys, part.tokens)
-        loaded.append(part)
-        if len(loaded) == parts:
-            skipped = [skip for each in loaded for skip in each.skipped]
-            readable = [each for each in loaded if each.ids] or loaded[:1]
-            yield StepBatch(part.step, readable, skipped)
-            loaded = []
+    read = _read_all(reader, requests(), prefixes, num_workers, size, ranks.on_this_host)
+    while loaded := list(islice(read, parts)):
+        skipped = [skip for part in loaded for skip in part.skipped]
+        readable = [part for part in loaded if part.ids] or loaded[:1]
+        yield StepBatch(loaded[0].step, readable, skipped)
 
 
 def sweep(
@@ -250,49 +230,28 @@ def sweep(
             seeds: list[tuple[int, ...]] = [(0, row) for row in part.tolist()]
             yield _Request(zeros, part, None if captions == "all" else zeros, seeds)
 
-    seen: set[str] = set()
-    reader = _Reader((source,), prepare)
-    largest = min(batch_size, len(rows)) * prepare.image_bytes
-    room = {"item_bytes": largest, "on_this_host": on_this_host}
-    for batch in _read_all(reader, requests(), prefixes, num_workers, **room):
-        places: dict[str, int] = {}  # of captions that no earlier batch had
-        for place, key in enumerate(batch.keys):
-            if key not in seen:
-                seen.add(key)
-                places[key] = place
-        batch.new_keys = list(places)
-        batch.tokens = tokens = batch.tokens.index(list(places.values()))
-        if prefixes is not None:
-            assert isinstance(tokens, Tokens)
-            batch.pixels = prefixes.images(batch, (source,))
-            batch.tokens = prefixes.texts(batch.new_keys, tokens)
-        yield batch
+    reader, largest = _Reader((source,), prepare), min(batch_size, len(rows))
+    return _read_all(
+        reader, requests(), prefixes, num_workers, largest, on_this_host, distinct_captions=True
+    )
 
 
 @dataclass
 class _Request:
-    """Pairs to read.
-
-    Attributes:
-        which: [n] the number of each pair's source.
-        rows: [n] int64, in that source.
-        captions: [n] numbers of the captions wanted, see `Draw`; None for all.
-        seeds: [n] the seed and position that make up what is random of each pair: its view, and
-            the reading of a source that is not stable.
-        step, offset, views: see `MicroBatch`.
-        wanted: [n] bool, whose images are read.
-    """
+    """Pairs to read; see `MicroBatch`."""
 
     which: np.ndarray
     rows: np.ndarray
-    captions: np.ndarray | None
+    captions: np.ndarray | None  # [n] numbers of the captions wanted, see `Draw`; None for all
+    # [n] seed and position of what is random of each pair: its view, and the reading of a source
+    # that is not stable
     seeds: list[tuple[int, ...]]
     step: int = 0
     offset: int = 0
 
     def __post_init__(self) -> None:
         self.views = np.zeros(len(self.rows), np.int64)
-        self.wanted = np.ones(len(self.rows), bool)
+        self.wanted = np.ones(len(self.rows), bool)  # whose images are read
 
 
 def _choose_views(request: _Request, forget: PairTable, count: int) -> None:
@@ -314,9 +273,12 @@ def _read_all(
     requests: Iterable[_Request],
     prefixes: Prefixes | None,
     num_workers: int,
-    **room: int,
+    largest: int,  # pairs of a request
+    on_this_host: int,
+    *,
+    distinct_captions: bool = False,  # give tokens of captions that no earlier batch had
 ) -> Iterator[MicroBatch]:
-    """Yield what is read for each request; for the rest see `load_parallel`."""
+    """Yield what is read for each request, and begun by `prefixes` if given."""
 
     def without_cached() -> Iterator[_Request]:
         for request in requests:
@@ -327,7 +289,22 @@ def _read_all(
                     request.wanted[here] = ~prefixes.has_images(source, rows, views)
             yield request
 
-    return load_parallel(reader, without_cached(), num_workers, **room)
+    seen: set[str] = set()
+    item_bytes = largest * reader.prepare.image_bytes
+    for batch in load_parallel(
+        reader, without_cached(), num_workers, item_bytes=item_bytes, on_this_host=on_this_host
+    ):
+        if distinct_captions:
+            places: dict[str, int] = {}
+            for place, key in enumerate(batch.keys):
+                if key not in seen:
+                    seen.add(key)
+                    places[key] = place
+            batch.new_keys, batch.tokens = [*places], batch.tokens.index([*places.values()])
+        if prefixes is not None and batch.ids:
+            batch.pixels = prefixes.images(batch, reader.sources)
+            batch.tokens = prefixes.texts(batch.new_keys, batch.tokens)
+        yield batch
 
 
 @dataclass(frozen=True)
@@ -346,14 +323,15 @@ class _Reader:
         skipped: list[Skip] = []
         for place, row in enumerate(request.rows.tolist()):
             try:
-                id, image, captions = self._read(request, place)
+                record, image = self._read(request, place, row)
+                captions = self._captions(request, place, record)
             except BrokenPair as broken:
                 skipped.append(Skip(broken.id, broken.reason))
                 continue
             if image is not None:
                 pixels[len(places)] = image
             places.append(place)
-            ids.append(id)
+            ids.append(record.id)
             texts += [(row, text) for text in captions]
         return MicroBatch(
             request.which[places],
@@ -369,28 +347,29 @@ class _Reader:
             request.offset,
         )
 
-    def _read(self, request: _Request, place: int) -> tuple[str, Tensor | None, list[PreparedText]]:
-        """Return a pair's id, pixels if wanted, and captions; raise `BrokenPair`."""
-        source, row = self.sources[request.which[place]], int(request.rows[place])
-        seed, *position = request.seeds[place]
-        image = None
-        if request.wanted[place]:
-            # A source that is random itself repeats, whatever the number of workers.
-            with nullcontext() if source.stable else _seeded(seed, *position):
-                record = source[row]
-            image = self.prepare.image(record)
-            if request.views[place]:
-                numbers = generator(seed, Stream.AUGMENTATION, *position)
-                image = augment(image, numbers, black=self.black)
-        else:
+    def _read(self, request: _Request, place: int, row: int) -> tuple[Record, Tensor | None]:
+        """Return a pair, and its pixels if wanted; raise `BrokenPair`."""
+        source = self.sources[request.which[place]]
+        if not request.wanted[place]:
             texts = source.texts(row)
             # Only the whole record has the mask of token ids.
             is_text = isinstance(texts, list)
-            record = Record(None, texts, source.id(row)) if is_text else source[row]
+            return (Record(None, texts, source.id(row)) if is_text else source[row]), None
+        seed, *position = request.seeds[place]
+        # A source that is random itself repeats, whatever the number of workers.
+        with nullcontext() if source.stable else _seeded(seed, *position):
+            record = source[row]
+        image = self.prepare.image(record)
+        if request.views[place]:
+            numbers = generator(seed, Stream.AUGMENTATION, *position)
+            image = augment(image, numbers, black=self.black)
+        return record, image
+
+    def _captions(self, request: _Request, place: int, record: Record) -> list[PreparedText]:
         if request.captions is not None:
-            return record.id, image, [self.prepare.text(record, int(request.captions[place]))]
+            return [self.prepare.text(record, int(request.captions[place]))]
         count = len(record.text) if isinstance(record.text, list) else 1
-        return record.id, image, [self.prepare.text(record, number) for number in range(count)]
+        return [self.prepare.text(record, number) for number in range(count)]
 
 
 @contextmanager

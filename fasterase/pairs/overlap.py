@@ -40,17 +40,8 @@ def remove_overlap(
     """
     if not len(retain):
         return retain, []
-    if _share_index(retain, forget):
-        known = np.zeros(len(forget.base), bool)
-        known[forget.base_rows(np.arange(len(forget)))] = True
-        shared = known[retain.base_rows(np.arange(len(retain)))]
-    else:
-        shared = np.zeros(len(retain), bool)
-        sizes, known_sizes = retain.encoded_sizes(), forget.encoded_sizes()
-        if sizes is None or known_sizes is None:
-            shared[_find_same_pixels(retain, forget)] = True
-        else:
-            shared[_find_same_files(retain, sizes, forget, known_sizes)] = True
+    shared = np.zeros(len(retain), bool)
+    shared[_find_same(retain, forget)] = True
     if links and shared.any():
         rows = np.flatnonzero(shared)
         hashes, places = retain.select(rows).caption_hashes()
@@ -64,6 +55,17 @@ def remove_overlap(
             f"that the model should keep"
         )
     return retain.where(~shared), [retain.id(row) for row in np.flatnonzero(shared).tolist()]
+
+
+def _find_same(retain: PairTable, forget: PairTable) -> np.ndarray:
+    """Return the rows of `retain` with an image of `forget`."""
+    if _share_index(retain, forget):
+        rows, known = (each.base_rows(np.arange(len(each))) for each in (retain, forget))
+        return np.flatnonzero(np.isin(rows, known))
+    sizes, known_sizes = retain.encoded_sizes(), forget.encoded_sizes()
+    if sizes is None or known_sizes is None:
+        return _find_same_pixels(retain, forget)
+    return _find_same_files(retain, sizes, forget, known_sizes)
 
 
 def _share_index(retain: PairTable, forget: PairTable) -> bool:

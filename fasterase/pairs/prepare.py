@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fasterase.errors import InputError
 from fasterase.models.preprocessing import ImageTransform, Tokens
@@ -43,21 +44,13 @@ class PreparedText(NamedTuple):
 
 @dataclass
 class Preparer:
-    """Turns records into pixels and tokens. Picklable if its two callables are; holds no weights.
+    """Turns records into pixels and tokens. Picklable if its callables are; holds no weights."""
 
-    Args:
-        image_transform: turns PIL images into pixels; None if images must be float tensors.
-        text_tokenizer: list of str -> `Tokens`; None if texts must be token ids.
-        image_size: (H, W) pixels that the image tower takes.
-        context_length: the largest number of tokens that the text tower takes.
-        vocab_size: token ids are below it.
-    """
-
-    image_transform: ImageTransform | None
-    text_tokenizer: Callable[[Sequence[str]], Tokens] | None
-    image_size: tuple[int, int]
-    context_length: int
-    vocab_size: int
+    image_transform: ImageTransform | None  # None if images must be float tensors
+    text_tokenizer: Callable[[Sequence[str]], Tokens] | None  # None if texts must be token ids
+    image_size: tuple[int, int]  # (H, W) pixels that the image tower takes
+    context_length: int  # the largest number of tokens that the text tower takes
+    vocab_size: int  # token ids are below it
     _known_tokens: dict[str, Tokens] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -120,21 +113,10 @@ class Preparer:
             InputError: a str without a tokenizer, too many token ids, or ids outside the
                 vocabulary.
         """
-        text = record.text
-        if isinstance(text, Tensor):
-            if len(text) > self.context_length:
-                raise InputError(
-                    f"{record.id}: {counted(len(text), 'token id')}, but the model takes at most "
-                    f"{self.context_length}"
-                )
-            low, high = (int(text.min()), int(text.max())) if len(text) else (0, 0)
-            if low < 0 or high >= self.vocab_size:
-                raise InputError(
-                    f"{record.id}: token ids from {low} to {high}, but the model's vocabulary has "
-                    f"{self.vocab_size}; they come from another tokenizer"
-                )
-            return PreparedText(Tokens(text, record.mask), caption_key(text))
-        captions = [text] if isinstance(text, str) else text
+        if isinstance(record.text, Tensor):
+            self._check_ids(record.text, record.id)
+            return PreparedText(Tokens(record.text, record.mask), caption_key(record.text))
+        captions = [record.text] if isinstance(record.text, str) else record.text
         chosen = captions[caption % len(captions)]
         if self.text_tokenizer is None:
             raise InputError(
@@ -143,11 +125,23 @@ class Preparer:
             )
         tokens = self._known_tokens.get(chosen)
         if tokens is None:
-            found = self.text_tokenizer([chosen])
-            tokens = Tokens(found.ids[0], None if found.mask is None else found.mask[0])
+            tokens = self.text_tokenizer([chosen]).index(0)
             if len(self._known_tokens) < KNOWN_CAPTIONS:
                 self._known_tokens[chosen] = tokens
         return PreparedText(tokens, caption_key(chosen))
+
+    def _check_ids(self, ids: Tensor, id: str) -> None:
+        if len(ids) > self.context_length:
+            raise InputError(
+                f"{id}: {counted(len(ids), 'token id')}, but the model takes at most "
+                f"{self.context_length}"
+            )
+        low, high = (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
+        if low < 0 or high >= self.vocab_size:
+            raise InputError(
+                f"{id}: token ids from {low} to {high}, but the model's vocabulary has "
+                f"{self.vocab_size}; they come from another tokenizer"
+            )
 
 
 def caption_key(text: str | Tensor) -> str:
@@ -166,10 +160,8 @@ def hash_captions(keys: Iterable[str]) -> np.ndarray:
     They label the pairs of a batch and name the rows of the feature cache. Among 12 million
     captions the chance of any collision is 4e-6.
     """
-    digests = (
-        hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        for key in keys
-    )
+    data = (key.encode("utf-8", "surrogatepass") for key in keys)
+    digests = (hashlib.blake2b(each, digest_size=8).digest() for each in data)
     return np.frombuffer(b"".join(digests), dtype="<i8")
 
 
@@ -178,15 +170,13 @@ def stack_tokens(rows: Sequence[Tokens], context_length: int) -> Tokens:
 
     If only some rows have a mask, the others' is ones over their own length.
     """
-    length = max((len(row.ids) for row in rows), default=context_length)
-    masked = any(row.mask is not None for row in rows)
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    mask = torch.zeros_like(ids) if masked else None
-    for i, row in enumerate(rows):
-        ids[i, : len(row.ids)] = row.ids
-        if mask is not None:
-            mask[i, : len(row.ids)] = 1 if row.mask is None else row.mask
-    return Tokens(ids, mask)
+    if not rows:
+        return Tokens(torch.zeros(0, context_length, dtype=torch.long))
+    ids = pad_sequence([row.ids.long() for row in rows], batch_first=True)
+    if all(row.mask is None for row in rows):
+        return Tokens(ids)
+    masks = [torch.ones_like(row.ids) if row.mask is None else row.mask for row in rows]
+    return Tokens(ids, pad_sequence([mask.long() for mask in masks], batch_first=True))
 
 
 def augment(

@@ -47,13 +47,10 @@ def num_cpus() -> int:
 
 
 def count_workers(num_workers: int | Literal["auto"], ranks: Ranks = ALONE) -> int:
-    """Return how many processes of a rank load pairs.
+    """Return how many processes of a rank load pairs; `InputError` for a number below 0.
 
     `"auto"` shares the cores that this process may use among the ranks of its host, and leaves one
     of each share to the rank itself; at most `MOST_PROCESSES`.
-
-    Raises:
-        InputError: `num_workers` is neither a whole number of at least 0 nor "auto".
     """
     num_workers = parse_value("num_workers", num_workers, int | Literal["auto"])
     if num_workers != "auto":
@@ -104,188 +101,30 @@ def load_parallel(
 ) -> Iterator[Any]:
     """Yield `load(request)` for each request, in order; a signal ends the run between two of them.
 
+    Where a worker dies or stalls, fewer of them do the same work again; where the last one stalls,
+    this process does. A warning says so.
+
     Args:
         load: picklable if there are workers and the system cannot fork; what it raises is raised.
         requests: made as they are asked for, a few ahead of the results if there are workers.
         num_workers: processes that load; 0: this one.
         item_bytes, on_this_host: see `count_that_fit`.
-    """
-    workers = count_that_fit(num_workers, item_bytes, on_this_host=on_this_host)
-    stop = current_stop()
-    for item in load_in_workers(load, requests, workers) if workers else map(load, requests):
-        yield item
-        stop.check()
-
-
-class _WorkerError(Exception):
-    """A worker died or stalled."""
-
-    def __init__(self, said: str, *, died: bool) -> None:
-        super().__init__(said)
-        self.died = died
-
-
-class _Worker:
-    """A process that answers requests one after the other."""
-
-    def __init__(self, number: int, load: Callable[[Any], Any] | None) -> None:
-        self.pipe, there = multiprocessing.Pipe()
-        parent = 0 if multiprocessing.get_start_method() == "forkserver" else os.getpid()
-        self.process = multiprocessing.Process(
-            target=_work, args=(there, load, number, parent), daemon=True
-        )
-        self.process.start()
-        there.close()
-
-    def send(self, message: Any) -> None:
-        # A worker that has died is noticed when its result is asked for.
-        with suppress(OSError):
-            self.pipe.send_bytes(pickle.dumps(message))
-
-    def receive(self) -> Any:
-        """Return the next result.
-
-        Raises:
-            _WorkerError: there will be none.
-        """
-        ready = wait([self.pipe, self.process.sentinel], STALL_SECONDS)
-        if not ready:
-            raise _WorkerError(f"gave nothing for {STALL_SECONDS:g} s", died=False)
-        try:
-            if self.pipe in ready:
-                return pickle.loads(self.pipe.recv_bytes())
-        except (EOFError, OSError, RuntimeError):
-            pass
-        self.process.join(1.0)  # of one that has just died, the code is not there at once
-        code = self.process.exitcode
-        raise _WorkerError(
-            "could not hand over its result" if code is None else f"died (exit code {code})",
-            died=True,
-        )
-
-
-class _Crew:
-    """Some workers, for one loop at a time.
-
-    Forked ones begin with what is in memory. Others import everything anew, which takes seconds: in
-    a run, they are kept for the next loop.
-    """
-
-    def __init__(self, count: int, load: Callable[[Any], Any]) -> None:
-        stop = current_stop()
-        self.is_kept = stop.is_run and multiprocessing.get_start_method() != "fork"
-        self.workers: list[_Worker] = []
-        # Also at the end of the interpreter, which would wait for them.
-        self.end = Finalize(self, _end, args=[self.workers], exitpriority=100)
-        stop.at_end.callback(self.end)
-        for number in range(count):
-            self.workers.append(_Worker(number, None if self.is_kept else load))
-
-    @classmethod
-    def take(cls, count: int, load: Callable[[Any], Any]) -> _Crew:
-        """Return idle workers, or new ones, that load with `load`."""
-        idle = current_stop().idle
-        found = [crew for crew in idle if len(crew.workers) == count]
-        crew = found[0] if found else cls(count, load)
-        if found:
-            idle.remove(crew)
-        if crew.is_kept:
-            data = pickle.dumps(load)
-            for worker in crew.workers:
-                worker.send(data)
-        return crew
-
-    def leave(self, *, is_idle: bool) -> None:
-        """Keep workers that have nothing left to do; end others."""
-        if is_idle and self.is_kept:
-            current_stop().idle.append(self)
-        else:
-            self.end()
-
-
-def _end(workers: list[_Worker]) -> None:
-    """End workers at once: they hold nothing that would be lost."""
-    for worker in workers:
-        worker.process.kill()
-    for worker in workers:
-        worker.process.join(1.0)
-        worker.pipe.close()
-
-
-def load_in_workers(
-    load: Callable[[Any], Any], requests: Iterable[Any], count: int
-) -> Iterator[Any]:
-    """Yield `load(request)` for each request, in order, from `count` workers.
-
-    Where a worker dies or stalls, fewer of them do the same work again; where the last one stalls,
-    this process does. A warning says so.
 
     Raises:
         FaseraseError: the last worker died where one had died before; its exit code is named.
     """
-    todo, waiting = iter(requests), deque[Any]()  # asked for, not yet yielded
-    fatal: Any = None  # what the last worker that died was loading
-    while count:
-        crew, is_idle = _Crew.take(count, load), False
-        try:
-            yield from _through(crew, todo, waiting)
-            is_idle = True
-            return
-        except _WorkerError as error:
-            if error.died and count == 1 and waiting[0] is fatal:
-                raise FaseraseError(
-                    f"the process that loads pairs {error} twice on the same ones. It may lack "
-                    "memory, or a library crash on them: num_workers=0 loads them in the main "
-                    "process, and shows where."
-                ) from None
-            count = max(count // 2, int(error.died))
-            fatal = waiting[0] if error.died else None
-            warnings.warn(
-                f"num_workers: a process that loads pairs {error}; going on with "
-                f"{count or 'the main process alone'}. The pairs are the same.",
-                stacklevel=2,
-            )
-        finally:
-            crew.leave(is_idle=is_idle)
-    yield from map(load, [*waiting])
-    yield from map(load, todo)
-
-
-def _through(crew: _Crew, todo: Iterator[Any], waiting: deque[Any]) -> Iterator[Any]:
-    """Yield results in order; `waiting` holds the requests that have none yet."""
-
-    def requests() -> Iterator[Any]:
-        yield from list(waiting)
-        for request in todo:
-            waiting.append(request)
-            yield request
-
-    left, asked = requests(), deque[_Worker]()
-
-    def ask(worker: _Worker) -> None:
-        for request in islice(left, 1):
-            worker.send(("load", request))
-            asked.append(worker)
-
-    for worker in crew.workers * AHEAD:
-        ask(worker)
-    while asked:
-        worker = asked.popleft()
-        result = worker.receive()
-        waiting.popleft()
-        ask(worker)
-        if isinstance(result, BaseException):
-            raise result
-        yield result
+    workers = count_that_fit(num_workers, item_bytes, on_this_host=on_this_host)
+    stop = current_stop()
+    for item in _load_in_workers(load, iter(requests), workers):
+        yield item
+        stop.check()
 
 
 def count_that_fit(count: int, item_bytes: int, *, on_this_host: int = 1) -> int:
     """Return how many workers the shared memory has room for, at most `count`; warn of fewer.
 
-    Args:
-        count: how many are asked for.
-        item_bytes: size of one result. Each worker has `AHEAD` of them ready, and one is in use.
-        on_this_host: processes that share the memory in the same way.
+    A result takes `item_bytes`. Each worker has `AHEAD` of them ready, and one is in use.
+    `on_this_host` processes share the memory in the same way.
     """
     if not count:
         return 0
@@ -314,10 +153,142 @@ def count_that_fit(count: int, item_bytes: int, *, on_this_host: int = 1) -> int
     return fewer
 
 
+def _load_in_workers(load: Callable[[Any], Any], todo: Iterator[Any], count: int) -> Iterator[Any]:
+    """Yield `load(request)` for each request, in order, from `count` workers, or fewer."""
+    waiting = deque[Any]()  # asked for, not yet yielded
+    fatal: Any = None  # what the last worker that died was loading
+    while count:
+        try:
+            with _crew(count, load) as workers:
+                yield from _through(workers, todo, waiting)
+            return
+        except _WorkerError as error:
+            if error.died and count == 1 and waiting[0] is fatal:
+                raise FaseraseError(
+                    f"the process that loads pairs {error} twice on the same ones. It may lack "
+                    "memory, or a library crash on them: num_workers=0 loads them in the main "
+                    "process, and shows where."
+                ) from None
+            count = max(count // 2, int(error.died))
+            fatal = waiting[0] if error.died else None
+            warnings.warn(
+                f"num_workers: a process that loads pairs {error}; going on with "
+                f"{count or 'the main process alone'}. The pairs are the same.",
+                stacklevel=2,
+            )
+    yield from map(load, [*waiting])
+    yield from map(load, todo)
+
+
+def _through(workers: list[_Worker], todo: Iterator[Any], waiting: deque[Any]) -> Iterator[Any]:
+    """Yield results in order; `waiting` holds the requests that have none yet."""
+    asked = deque[_Worker]()  # who answers the first, second, ... of these; the rest wait
+
+    def ask(worker: _Worker) -> None:
+        if len(asked) == len(waiting):
+            waiting.extend(islice(todo, 1))
+        if len(asked) < len(waiting):
+            worker.send(("load", waiting[len(asked)]))
+            asked.append(worker)
+
+    for worker in workers * AHEAD:
+        ask(worker)
+    while asked:
+        worker = asked.popleft()
+        result = worker.receive()
+        waiting.popleft()
+        ask(worker)
+        if isinstance(result, BaseException):
+            raise result
+        yield result
+
+
+class _WorkerError(Exception):
+    """A worker died or stalled."""
+
+    def __init__(self, said: str, *, died: bool) -> None:
+        super().__init__(said)
+        self.died = died
+
+
+class _Worker:
+    """A process that answers requests one after the other."""
+
+    def __init__(self, number: int, load: Callable[[Any], Any] | None) -> None:
+        self.pipe, there = multiprocessing.Pipe()
+        parent = 0 if multiprocessing.get_start_method() == "forkserver" else os.getpid()
+        self.process = multiprocessing.Process(
+            target=_work, args=(there, load, number, parent), daemon=True
+        )
+        self.process.start()
+        there.close()
+
+    def send(self, message: Any) -> None:
+        # A worker that has died is noticed when its result is asked for.
+        with suppress(OSError):
+            self.pipe.send_bytes(pickle.dumps(message))
+
+    def receive(self) -> Any:
+        """Return the next result; raise `_WorkerError` if there will be none."""
+        ready = wait([self.pipe, self.process.sentinel], STALL_SECONDS)
+        if not ready:
+            raise _WorkerError(f"gave nothing for {STALL_SECONDS:g} s", died=False)
+        with suppress(EOFError, OSError, RuntimeError):
+            if self.pipe in ready:
+                return pickle.loads(self.pipe.recv_bytes())
+        self.process.join(1.0)  # of one that has just died, the code is not there at once
+        code = self.process.exitcode
+        said = "could not hand over its result" if code is None else f"died (exit code {code})"
+        raise _WorkerError(said, died=True)
+
+
+@contextmanager
+def _crew(count: int, load: Callable[[Any], Any]) -> Iterator[list[_Worker]]:
+    """Yield workers for one loop, and end them.
+
+    Forked ones begin with what is in memory. Others import everything anew, which takes seconds: in
+    a run, those that have nothing left to do are kept for the next loop.
+    """
+    stop = current_stop()
+    is_kept = stop.is_run and multiprocessing.get_start_method() != "fork"
+    found = [crew for crew in stop.idle if len(crew[0]) == count]
+    if found:
+        stop.idle.remove(found[0])
+        workers, end = found[0]
+    else:
+        workers = []
+        # Also at the end of the interpreter, which would wait for them.
+        end = Finalize(None, _end, args=[workers], exitpriority=100)
+        stop.at_end.callback(end)
+    try:
+        while len(workers) < count:
+            workers.append(_Worker(len(workers), None if is_kept else load))
+        if is_kept:
+            data = pickle.dumps(load)
+            for worker in workers:
+                worker.send(data)
+        yield workers
+    except BaseException:
+        end()
+        raise
+    if is_kept:
+        stop.idle.append((workers, end))
+    else:
+        end()
+
+
+def _end(workers: list[_Worker]) -> None:
+    """End workers at once: they hold nothing that would be lost."""
+    for worker in workers:
+        worker.process.kill()
+    for worker in workers:
+        worker.process.join(1.0)
+        worker.pipe.close()
+
+
 def _work(pipe: Connection, load: Any, number: int, parent: int) -> None:
     """Answer requests, in a process of its own, until the parent is gone."""
-    in_child()
-    end_with_parent(parent)
+    _begin(parent)
     torch.set_num_threads(1)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(number)

@@ -18,9 +18,10 @@ from torch import Tensor
 from fasterase.errors import InputError
 from fasterase.files import replace_file, to_json
 from fasterase.pairs.images import ImageFiles
-from fasterase.pairs.items import IMAGE_KEYS, TEXT_KEYS, BrokenPair, normalize_class_name
+from fasterase.pairs.items import IMAGE_KEYS, TEXT_KEYS, Record, normalize_class_name
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.processes import count_processes, process_pool
+from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.table import PairTable, Part
 from fasterase.progress import Progress
 
@@ -57,11 +58,11 @@ def split(
               of the pair's captions, ignoring case (`"apple"` also matches "pineapple";
               `r"\\bapple\\b"` does not).
             - a compiled pattern: the same, with its own flags.
-            - a `Path`: a file with one id per line. It selects the pairs with that id, or, if none
-              has it, those whose id ends in `/` and that id. Or the decisions that a page of
-              `Found.review` saves (see `read_decisions`): what is "unsure" there is in neither set.
-            - an array of int64: caption hashes, as `fasterase.pairs.prepare.hash_captions` returns
-              them. It selects the pairs with one of these captions, unfolded.
+            - a `Path`: a file with one id per line, or, where no pair has it, with the end of ids
+              after a `/`. Or the decisions that a page of `Found.review` saves (see
+              `read_decisions`): what is "unsure" there is in neither set.
+            - an array of int64: caption hashes (`fasterase.pairs.prepare.hash_captions`). It
+              selects the pairs with one of these captions, unfolded.
             - a callable that gets the record (`.image`, `.text`, `.id`, `.mask`, `.meta`) and
               returns true for pairs to forget. The image is decoded only if it is accessed.
 
@@ -70,9 +71,14 @@ def split(
             pairs match.
     """
     pairs = open_pairs(source, name="source", image_key=image_key, text_key=text_key)
-    file = _find_file(forget)
-    decided = None if file is None else read_decisions(pairs, file)
-    matches = _select(pairs, forget) if decided is None else decided["forget"]
+    unsure = np.zeros(len(pairs), bool)
+    if (file := _find_file(forget)) is None:
+        matches = _select(pairs, forget)
+    elif (decided := read_decisions(pairs, file)) is None:
+        ids = {line.strip() for line in _read_ids(file, "forget").splitlines()} - {""}
+        matches = _match_ids(pairs, ids, file, "forget")
+    else:
+        matches, unsure = decided["forget"], decided["unsure"]
     if matches.all() or not matches.any():
         share, empty = ("every", "retain") if matches.any() else ("no", "forget")
         no_file = isinstance(forget, str) and not matches.any()
@@ -86,8 +92,7 @@ def split(
             f"`forget`={rule!r} matches {share} pair of {len(pairs)}, so the {empty} set would be "
             f"empty{hint}"
         )
-    kept = ~matches if decided is None else ~(matches | decided["unsure"])
-    return pairs.where(matches, name="forget"), pairs.where(kept, name="retain")
+    return pairs.where(matches, name="forget"), pairs.where(~(matches | unsure), name="retain")
 
 
 def read_decisions(
@@ -114,10 +119,7 @@ def read_decisions(
                 f"{', '.join(DECISIONS)}; found {row}"
             )
         ids[row[1]].add(row[0])
-    decided = {
-        name: _match_ids(pairs, wanted, path, argument) if wanted else np.zeros(len(pairs), bool)
-        for name, wanted in ids.items()
-    }
+    decided = {name: _match_ids(pairs, wanted, path, argument) for name, wanted in ids.items()}
     decided["unsure"] &= ~decided["forget"]
     decided["retain"] &= ~(decided["forget"] | decided["unsure"])
     return decided
@@ -131,11 +133,15 @@ def _find_file(forget: Any) -> Path | None:
     return Path(path) if isinstance(forget, os.PathLike) or os.path.isfile(path) else None
 
 
+def _read_ids(path: Path, argument: str) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig", _NO_TEXT)
+    except OSError as error:
+        raise InputError(f"`{argument}`: the file of ids {path} cannot be read: {error}") from error
+
+
 def _select(pairs: PairTable, forget: Any) -> np.ndarray:
-    """Return which pairs the rule `forget` selects, [n] bool."""
-    if (file := _find_file(forget)) is not None:
-        lines = _read_ids(file, "forget").splitlines()
-        return _match_ids(pairs, {line.strip() for line in lines} - {""}, file, "forget")
+    """Return which pairs a rule that is no file selects, [n] bool."""
     if isinstance(forget, str) and _fold(forget) in map(_fold, pairs.classes or ()):
         return _match_classes(pairs, [forget])
     if isinstance(forget, str | re.Pattern):
@@ -143,21 +149,13 @@ def _select(pairs: PairTable, forget: Any) -> np.ndarray:
     if isinstance(forget, np.ndarray) and forget.dtype == np.int64 and forget.ndim == 1:
         return _match_hashes(pairs, forget)
     if callable(forget):
-        records = (_LazyRecord(pairs, index) for index in range(len(pairs)))
-        return _mark(pairs, (_holds(forget, record) for record in records))
+        return _match_records(pairs, forget)
     if isinstance(forget, Sequence) and forget and all(isinstance(name, str) for name in forget):
         return _match_classes(pairs, forget)
     raise InputError(
         f"`forget` must be class names, a regular expression, a callable on the record, a file of "
         f"ids or an array of caption hashes; found {forget!r}"
     )
-
-
-def _holds(rule: Callable[[Any], Any], record: _LazyRecord) -> bool:
-    try:
-        return bool(rule(record))
-    except BrokenPair:  # reported on loading
-        return False
 
 
 def _mark(pairs: PairTable, matches: Iterable[bool]) -> np.ndarray:
@@ -167,33 +165,8 @@ def _mark(pairs: PairTable, matches: Iterable[bool]) -> np.ndarray:
     return np.fromiter(bar, dtype=bool, count=total)
 
 
-def _match_names(
-    pairs: PairTable, every: Iterable[Iterable[str]], wanted: set[str]
-) -> tuple[np.ndarray, set[str]]:
-    """Return which pairs have a name that is wanted, [n] bool, and the names that none has."""
-    missing = set(wanted)
-
-    def matches(names: Iterable[str]) -> bool:
-        matched = wanted.intersection(names)
-        missing.difference_update(matched)
-        return bool(matched)
-
-    return _mark(pairs, map(matches, every)), missing
-
-
 def _fold(name: str) -> str:
     return normalize_class_name(name).casefold()
-
-
-def _every_captions(pairs: PairTable) -> Iterator[list[str]]:
-    """Yield the captions of each pair; none if it is broken, which is reported on loading."""
-    for index, texts in enumerate(pairs.every_text()):
-        if isinstance(texts, Tensor):
-            raise InputError(
-                f"`forget`: the captions of {pairs.id(index)} are token ids, which names and "
-                f"expressions cannot match; give a callable or a file of ids"
-            )
-        yield texts
 
 
 def _match_classes(pairs: PairTable, names: Sequence[str]) -> np.ndarray:
@@ -213,6 +186,31 @@ def _match_classes(pairs: PairTable, names: Sequence[str]) -> np.ndarray:
             "Names are compared with whole captions; give a regular expression to search in them"
         )
     return chosen
+
+
+def _match_names(
+    pairs: PairTable, every: Iterable[Iterable[str]], wanted: set[str]
+) -> tuple[np.ndarray, set[str]]:
+    """Return which pairs have a name that is wanted, [n] bool, and the names that none has."""
+    missing = set(wanted)
+
+    def matches(names: Iterable[str]) -> bool:
+        matched = wanted.intersection(names)
+        missing.difference_update(matched)
+        return bool(matched)
+
+    return _mark(pairs, map(matches, every)), missing
+
+
+def _every_captions(pairs: PairTable) -> Iterator[list[str]]:
+    """Yield the captions of each pair; none if it is broken, which is reported on loading."""
+    for index, texts in enumerate(pairs.every_text()):
+        if isinstance(texts, Tensor):
+            raise InputError(
+                f"`forget`: the captions of {pairs.id(index)} are token ids, which names and "
+                f"expressions cannot match; give a callable or a file of ids"
+            )
+        yield texts
 
 
 def _match_captions(pairs: PairTable, expression: str | re.Pattern[str]) -> np.ndarray:
@@ -249,14 +247,9 @@ def _match_hashes(pairs: PairTable, wanted: np.ndarray) -> np.ndarray:
     return chosen
 
 
-def _read_ids(path: Path, argument: str) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig", _NO_TEXT)
-    except OSError as error:
-        raise InputError(f"`{argument}`: the file of ids {path} cannot be read: {error}") from error
-
-
 def _match_ids(pairs: PairTable, wanted: set[str], path: Path, argument: str) -> np.ndarray:
+    if not wanted:
+        return np.zeros(len(pairs), bool)
     chosen, missing = _match_names(pairs, ([id] for id in pairs.every_id()), wanted)
     if missing:
         # Of an id a/b/c: c, b/c, a/b/c.
@@ -269,6 +262,16 @@ def _match_ids(pairs: PairTable, wanted: set[str], path: Path, argument: str) ->
             f"as {min(missing)!r}; the first pair's id is {pairs.id(0)!r}"
         )
     return chosen
+
+
+def _match_records(pairs: PairTable, rule: Callable[[Any], Any]) -> np.ndarray:
+    def holds(row: int) -> bool:
+        try:
+            return bool(rule(_LazyRecord(pairs, row)))
+        except BrokenPair:  # reported on loading
+            return False
+
+    return _mark(pairs, map(holds, range(len(pairs))))
 
 
 class _LazyRecord:
@@ -287,12 +290,12 @@ class _LazyRecord:
         texts = self._pairs.texts(self._index)
         return texts[0] if isinstance(texts, list) and len(texts) == 1 else texts
 
-    def __getattr__(self, name: str) -> Any:
-        if name not in ("image", "mask"):
-            raise AttributeError(f"a record has no {name!r}")
-        record = self._pairs[self._index]
-        self.image, self.mask = record.image, record.mask
-        return getattr(record, name)
+    @cached_property
+    def _record(self) -> Record:
+        return self._pairs[self._index]
+
+    def __getattr__(self, name: str) -> Any:  # image and mask
+        return getattr(self._record, name)
 
 
 class SplitFiles(NamedTuple):
@@ -319,30 +322,29 @@ def write_split(
     """
     parts = {"forget": forget, "retain": retain, **others}
     tables = isinstance(forget.images, ImageFiles)
-    if tables:
-        several = any(len(texts) > 1 for part in parts.values() for texts in part.every_text())
-        try:
-            files = _write_parts(parts, folder, ".jsonl" if several else ".csv")
-        except UnicodeEncodeError:  # JSON escapes what is no text
-            for name in parts:
-                (folder / f"{name}.csv").unlink(missing_ok=True)
-            files = _write_parts(parts, folder, ".jsonl")
-    else:
-        if shared := set(forget.every_id()).intersection(retain.every_id()):
-            raise InputError(
-                f"the id {min(shared)!r} belongs to pairs in both parts, so that a list of ids "
-                f"cannot hold the split. Rename the shards, whose names and keys are the ids."
-            )
-        files = _write_parts(parts, folder, ".txt")
-    return SplitFiles(files["forget"], files["retain"], tables)
+    if not tables and (shared := set(forget.every_id()).intersection(retain.every_id())):
+        raise InputError(
+            f"the id {min(shared)!r} belongs to pairs in both parts, so that a list of ids "
+            f"cannot hold the split. Rename the shards, whose names and keys are the ids."
+        )
+    ending = ".csv" if tables else ".txt"
+    if tables and any(len(texts) > 1 for part in parts.values() for texts in part.every_text()):
+        ending = ".jsonl"
+    try:
+        _write_parts(parts, folder, ending)
+    except UnicodeEncodeError:  # JSON escapes what is no text
+        for name in parts:
+            (folder / f"{name}.csv").unlink(missing_ok=True)
+        ending = ".jsonl"
+        _write_parts(parts, folder, ending)
+    return SplitFiles(folder / f"forget{ending}", folder / f"retain{ending}", tables)
 
 
-def _write_parts(parts: Mapping[str, PairTable], folder: Path, ending: str) -> dict[str, Path]:
-    files = {name: folder / f"{name}{ending}" for name in parts}
+def _write_parts(parts: Mapping[str, PairTable], folder: Path, ending: str) -> None:
     errors = "strict" if ending == ".csv" else _NO_TEXT
     for name, part in parts.items():
         with (
-            replace_file(files[name]) as temporary,
+            replace_file(folder / f"{name}{ending}") as temporary,
             open(temporary, "w", encoding="utf-8", errors=errors, newline="") as file,
         ):
             if ending == ".csv":
@@ -354,7 +356,6 @@ def _write_parts(parts: Mapping[str, PairTable], folder: Path, ending: str) -> d
             else:
                 lines = part.every_id() if ending == ".txt" else map(to_json, _rows(part))
                 file.writelines(f"{line}\n" for line in lines)
-    return files
 
 
 def _rows(part: PairTable) -> Iterator[dict[str, Any]]:

@@ -14,7 +14,7 @@ from fasterase.models.preprocessing import Tokens
 from fasterase.original.features import Unmatched, floor_rows, unmatched_cosines
 from fasterase.pairs.open import open_pairs
 from tests.marks import SHORT_RUN
-from tests.tiny_model import FORGET, Noisy, TinyModel, erase, pairs, same_weights, unchanged
+from tests.tiny_model import FORGET, Noisy, TinyModel, erase, pairs, same_weights, unchanged, watch
 
 pytestmark = SHORT_RUN
 
@@ -25,14 +25,8 @@ class Watched(TinyModel):
     def __init__(self, **options) -> None:
         super().__init__(**options)
         self.images, self.texts = ({"before": [], "steps": [], "after": []} for _ in range(2))
-
-    def encode_image(self, pixels):
-        self._note(self.images, pixels)
-        return super().encode_image(pixels)
-
-    def encode_text(self, tokens):
-        self._note(self.texts, tokens.ids)
-        return super().encode_text(tokens)
+        watch(self, "image", lambda pixels, _: self._note(self.images, pixels))
+        watch(self, "text", lambda tokens, _: self._note(self.texts, tokens.ids))
 
     def _note(self, seen, rows):
         moment = "after" if seen["steps"] else "before"

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from fasterase.pairs.images import ImageFiles
+from fasterase.pairs.read_tars import TarImages
 from tests.pairs.reading import encoded, samples
 
 
@@ -51,3 +53,22 @@ def shards(make_tar: Callable[..., str]) -> Path:
         metas = [{"group": f"g{n}", "alt": [f"x{n}", f"y{n}"]} for n in some]
         path = make_tar(f"s-{shard}.tar", samples(some, metas=metas, key="key"))
     return Path(path).parent
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
+    """The row and id of each encoded image that this process reads from then on."""
+    found = []
+
+    def note(kind: type) -> None:
+        read = kind.read
+
+        def noted(self: object, row: int, id: str) -> bytes:
+            found.append((row, id))
+            return read(self, row, id)
+
+        monkeypatch.setattr(kind, "read", noted)
+
+    note(ImageFiles)
+    note(TarImages)
+    return found

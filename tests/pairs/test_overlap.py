@@ -12,10 +12,8 @@ from torch.utils.data import Dataset
 from fasterase import split
 from fasterase.errors import InputError
 from fasterase.pairs import overlap
-from fasterase.pairs.images import ImageFiles
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.overlap import remove_overlap
-from fasterase.pairs.read_tars import TarImages
 from tests.pairs.reading import encoded, picture, samples
 
 
@@ -49,7 +47,7 @@ def test_tars_and_files_are_compared(pictures, make_tar, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["table", "list"])
-def test_files_of_other_sizes_and_in_the_same_place_are_not_read(pictures, monkeypatch, form):
+def test_files_of_other_sizes_and_in_the_same_place_are_not_read(pictures, reads, form):
     def pairs_of(*numbers):
         if form == "list":
             return [(str(pictures / f"{n}.png"), "a") for n in numbers]
@@ -57,22 +55,15 @@ def test_files_of_other_sizes_and_in_the_same_place_are_not_read(pictures, monke
         table.write_text("image,text\n" + "".join(f"{n}.png,a\n" for n in numbers))
         return table
 
-    read = []
-    plain = ImageFiles.read
-    monkeypatch.setattr(
-        ImageFiles,
-        "read",
-        lambda self, row, id: read.append(Path(id).name) or plain(self, row, id),
-    )
     (pictures / "1.png").write_bytes((pictures / "1.png").read_bytes() + b"\0")
     (pictures / "4.png").write_bytes((pictures / "1.png").read_bytes() + b"\0")
     _, removed = remaining(pairs_of(0, 1, 2), pairs_of(4, 1))
     assert [Path(id).name for id in removed] == ["1.png"]
-    assert read == []
+    assert reads == []
     shutil.copy(pictures / "4.png", pictures / "5.png")
     _, removed = remaining(pairs_of(0, 1, 5), pairs_of(4, 1))
     assert [Path(id).name for id in removed] == ["1.png", "5.png"]
-    assert sorted(read) == ["4.png", "5.png"]
+    assert sorted(Path(id).name for _, id in reads) == ["4.png", "5.png"]
 
 
 def test_tensors_and_pictures_by_content():
@@ -122,20 +113,6 @@ def shard(make_tar):
     for number, shade in enumerate((0, 1, 2, 3, 4, 2)):
         entries |= {f"k{number}.png": encoded(shade), f"k{number}.txt": "abc"[number % 3]}
     return make_tar("s.tar", entries)
-
-
-@pytest.fixture
-def reads(monkeypatch):
-    """The rows whose encoded images are read from tars."""
-    rows = []
-    read = TarImages.read
-
-    def note(self, row, id):
-        rows.append(row)
-        return read(self, row, id)
-
-    monkeypatch.setattr(TarImages, "read", note)
-    return rows
 
 
 def test_sets_over_one_index_are_compared_by_row_without_reading_an_image(shard, reads):

@@ -9,7 +9,6 @@ from PIL import Image
 
 from fasterase.models.forward import Halfway
 from fasterase.pairs.batches import step_batches, sweep
-from fasterase.pairs.images import ImageFiles
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.prepare import augment
 from fasterase.pairs.sampler import Sampler
@@ -60,17 +59,6 @@ def sources(tmp_path):
     return tuple(open_pairs(tmp_path / "t.jsonl", name=name) for name in ("forget", "retain"))
 
 
-@pytest.fixture
-def opened(monkeypatch):
-    """Lists the images that this process has opened."""
-    rows = []
-    read = ImageFiles.read
-    monkeypatch.setattr(
-        ImageFiles, "read", lambda self, row, id: (rows.append(row), read(self, row, id))[1]
-    )
-    return rows
-
-
 def steps(sources, prefixes=None, *, size=None, workers=0, augmented=False, last=8):
     sampler = Sampler(13, 13, forget_batch_size=4, batch_size=6, seed=3)
     options = {"first_step": 0, "last_step": last, "augment_forget": augmented}
@@ -80,10 +68,10 @@ def steps(sources, prefixes=None, *, size=None, workers=0, augmented=False, last
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("size", [None, 4])
-def test_steps_have_the_same_pairs(sources, opened, size, workers):
+def test_steps_have_the_same_pairs(sources, reads, size, workers):
     prefixes = Pixels()
     whole = list(steps(sources, size=size))
-    opened.clear()
+    reads.clear()
     begun = list(steps(sources, prefixes, size=size, workers=workers))
     for plain, halfway in zip(whole, begun, strict=True):
         assert halfway.ids == plain.ids
@@ -98,7 +86,7 @@ def test_steps_have_the_same_pairs(sources, opened, size, workers):
         assert 24 <= prefixes.read < sum(len(batch.ids) for batch in whole)
     else:
         assert prefixes.read == 24
-        assert sorted(row for row in opened if row != 5) == sorted([*range(5), *range(6, 13)] * 2)
+        assert sorted(row for row, _ in reads if row != 5) == sorted([*range(5), *range(6, 13)] * 2)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -120,12 +108,12 @@ def test_views_are_drawn_from_a_few(sources, workers):
 
 
 @pytest.mark.parametrize("captions", ["all", "first"])
-def test_a_sweep_has_the_same_pairs(sources, opened, captions):
+def test_a_sweep_has_the_same_pairs(sources, reads, captions):
     source, prefixes = sources[0], Pixels()
     rows = np.array([2, 5, 0, 12, 7, 8])
     plain = list(sweep(source, rows, PREPARE, captions=captions, batch_size=4))
     for expected in (rows.tolist(), [5]):  # the second time, the broken image alone
-        opened.clear()
+        reads.clear()
         begun = sweep(source, rows, PREPARE, captions=captions, batch_size=4, prefixes=prefixes)
         for one, other in zip(plain, begun, strict=True):
             assert np.array_equal(other.rows, one.rows)
@@ -135,7 +123,7 @@ def test_a_sweep_has_the_same_pairs(sources, opened, captions):
             assert other.skipped == one.skipped
             assert torch.equal(other.tokens.rows, one.tokens.ids)
             assert torch.equal(other.pixels.rows, one.pixels)
-        assert opened == expected
+        assert [row for row, _ in reads] == expected
 
 
 def test_masks_of_token_ids_are_known():

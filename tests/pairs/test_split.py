@@ -21,7 +21,7 @@ from fasterase.pairs.open import open_pairs
 from fasterase.pairs.prepare import caption_key, hash_captions
 from fasterase.pairs.skips import BrokenPair
 from fasterase.pairs.split import read_decisions, write_split
-from tests.pairs.reading import encoded, samples
+from tests.pairs.reading import contents, encoded, samples
 
 TEXTS = ["a red apple", "pineapple", "APPLE", ["a pear", "an apple-like pear"], "sea lion"]
 
@@ -237,20 +237,15 @@ def table(pictures):
     return pictures / "t.csv"
 
 
-def read(path):
-    pairs = open_pairs(path, name="x")
-    return [(pairs.id(i), pairs.texts(i), pairs.meta(i), pairs[i].image) for i in range(len(pairs))]
-
-
 def test_tables_give_the_pairs_back(table, tmp_path):
     forget, retain = split(table, forget="apple", image_key="filepath")
     files = write_split(forget, retain, tmp_path / "sets")
     assert files == (tmp_path / "sets/forget.csv", tmp_path / "sets/retain.csv", True)
-    found = read(files.forget)
+    found = contents(files.forget)
     assert [texts for _, texts, *_ in found] == [["an apple"], ['a "red" apple, cut']]
     assert [id for id, *_ in found] == [str(table.parent / f"{n}.png") for n in (0, 1)]
     assert found[1][2] == {"source": "s1"}
-    assert found[1][3].getpixel((0, 0))[0] == 1
+    assert found[1][3] == encoded(1)
     kept = open_pairs(files.retain, name="retain")
     assert kept.texts(0) == ["a pear\nin two lines"]
     assert kept.texts(1) == ["größe"]
@@ -264,7 +259,7 @@ def test_alternative_captions_need_json_lines(pictures, tmp_path):
     (pictures / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
     files = write_split(*split(pictures / "t.jsonl", forget="c"), tmp_path)
     assert (files.forget.name, files.retain.name) == ("forget.jsonl", "retain.jsonl")
-    ((*stored, _),) = read(files.retain)
+    ((*stored, _),) = contents(files.retain)
     assert stored == [str(pictures / "0.png"), ["a", "b"], {"score": 1.5}]
 
 
@@ -282,8 +277,8 @@ def test_what_is_no_text_needs_json_lines(pictures, tmp_path):
         "forget.jsonl",
         "retain.jsonl",
     ]
-    assert [(id, texts) for id, texts, *_ in read(files.forget)] == [(str(odd), ["apple"])]
-    assert read(files.retain)[0][2] == {"alt": "\ud83d"}
+    assert [(id, texts) for id, texts, *_ in contents(files.forget)] == [(str(odd), ["apple"])]
+    assert contents(files.retain)[0][2] == {"alt": "\ud83d"}
 
 
 def test_tars_give_lists_of_ids(make_tar, tmp_path):

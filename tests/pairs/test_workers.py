@@ -153,11 +153,11 @@ def pids_of_children(kind, pipe):
             pipe.send(list(pool._processes))
             found[0].result()
     else:
-        crew = workers._Crew(2, time.sleep)
-        for worker in crew.workers:
-            worker.send(("load", 600))
-        pipe.send([worker.process.pid for worker in crew.workers])
-        time.sleep(600)
+        with workers._crew(2, time.sleep) as crew:
+            for worker in crew:
+                worker.send(("load", 600))
+            pipe.send([worker.process.pid for worker in crew])
+            time.sleep(600)
 
 
 @pytest.mark.parametrize("kind", ["index", "loader"])
