@@ -74,7 +74,7 @@ def open_pairs(
 def _open(source: Any, name: str, image_key: str | None, text_key: str | None) -> PairTable:
     if (view := _find_view(source)) is not None:
         return view
-    if (tars := _find_tars(source, name)) is not None:
+    if (tars := _find_tars(source)) is not None:
         return open_tars(tars, name=name, image_key=image_key, text_key=text_key)
     if is_frame(source):
         return open_frame(source, name=name, image_key=image_key, text_key=text_key)
@@ -105,7 +105,7 @@ def _find_view(source: Any) -> PairTable | None:
     return source if isinstance(source, PairTable) else None
 
 
-def _find_tars(source: Any, name: str) -> list[str] | None:
+def _find_tars(source: Any) -> list[str] | None:
     """Return the shards that `source` names: a pattern, a tar, a folder of tars, or a list of them.
 
     Raises:
@@ -121,17 +121,17 @@ def _find_tars(source: Any, name: str) -> list[str] | None:
                 f"a list of paths must name tars; found {other!r}. Give a table or folder as one "
                 f"path, and pairs as (image, text)."
             )
-        return [shard for pattern in patterns for shard in expand_pattern(pattern, name=name)]
+        return [shard for pattern in patterns for shard in expand_pattern(pattern)]
     if not isinstance(source, str | os.PathLike):
         return None
     if not (text := os.fspath(source)):
-        raise InputError(f"`{name}` is an empty path")
+        raise InputError("the path is empty")
     path = Path(os.path.expanduser(text))
     if path.is_dir():
         return sorted(str(each) for each in path.glob("*.tar") if each.is_file()) or None
     if os.path.isfile(path):
         return [str(path)] if path.name.lower().endswith(TAR_ENDINGS) else None
-    return expand_pattern(text, name=name) if is_tar_pattern(text) else None
+    return expand_pattern(text) if is_tar_pattern(text) else None
 
 
 class JoinedTable(PairTable):

@@ -221,7 +221,7 @@ def test_headers_are_read_as_tarfile_reads_them(tmp_path, form):
         expected = [(m.name, m.offset_data, m.size, m.isfile()) for m in tar]
     with path.open("rb") as file:
         reader = ShardReader(file)
-        found = [(e.name, e.offset_data, e.size, e.isfile()) for e in reader.entries()]
+        found = [(e.name, e.data_offset, e.size, e.is_file) for e in reader.entries()]
         assert reader.damage == []
     assert found == expected
 
