@@ -1,10 +1,8 @@
 """WebDataset shards: tars are indexed and read by offset, compressed ones and pipes from memory.
 
-The index of a small set is made whenever it is opened. That of a larger one is kept, an Arrow file
-for each shard, in the hidden folder `.fasterase` beside the shards, or in the user's cache folder
-if that cannot be written. Only a shard whose size or time of change differs from what its index
-says, or whose index is damaged, is indexed again. The index of remote shards is always kept, in the
-user's cache folder, and recognised by the shard's size and version.
+The index of remote shards and of large sets is kept, an Arrow file for each shard, in the folder
+`.fasterase` beside the shards or in the user's cache folder. Only a shard whose size or version
+(time of change, ETag) is not what its index says, or whose index is damaged, is indexed again.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from filelock import FileLock
 from fasterase.errors import FaseraseError, InputError, hide_secrets
 from fasterase.numerals import counted
 from fasterase.pairs.images import Images
-from fasterase.pairs.items import Record, parse_meta
+from fasterase.pairs.items import USUAL, Keys, Record, parse_meta
 from fasterase.pairs.processes import count_processes, process_pool
 from fasterase.pairs.remote import (
     BYTES_VARIABLE,
@@ -88,9 +86,7 @@ def expand_pattern(pattern: str) -> list[str]:
     return shards
 
 
-def open_tars(
-    places: list[str], *, name: str, image_key: str | None = None, text_key: str | None = None
-) -> TarTable:
+def open_tars(places: list[str], name: str, keys: Keys = USUAL) -> TarTable:
     """Open the pairs of tar shards, in order; the ids are `shard.tar/key`.
 
     Images are the entries `jpg;png;jpeg;webp` (or `image_key`: endings joined by `;`). Captions are
@@ -107,9 +103,9 @@ def open_tars(
     """
     shards = _load_sequential(describe_shards(places, name=name), name)
     entries = Entries(
-        tuple((image_key or IMAGE_ENTRIES).lower().split(";")),
-        tuple((text_key or TEXT_ENTRIES).lower().split(";")),
-        text_key or "",
+        tuple((keys.image or IMAGE_ENTRIES).lower().split(";")),
+        tuple((keys.text or TEXT_ENTRIES).lower().split(";")),
+        keys.text or "",
     )
     parts = _index_shards(shards, name, entries)
     broken = add_lost(name, shards, parts)
@@ -156,7 +152,7 @@ class TarImages(Images):
         number, at = self._parts.find(row)
         shard = self.shards[number]
         if shard.data is not None:  # a pipe may give something else each time
-            return f"bytes {hashlib.blake2b(self.read(row, id)).hexdigest()}"
+            return super().location(row, id)
         place = _resolve(shard.place) if shard.cache is None else identity(shard.place)
         return f"{place}::{self._parts.every[number].value('offset', at)}"
 
@@ -315,10 +311,8 @@ def _check_entries(parts: Sequence[Part], entries: Entries) -> None:
 
 
 def _make_index(shard: Shard, entries: Entries) -> Part:
-    """Index a shard and write its index, unless another process does so now.
-
-    Rows that cannot be written, since a disk is full or read-only, stay in memory.
-    """
+    """Index a shard and write its index, unless another process does; what cannot be written, since
+    a disk is full or read-only, stays in memory."""
     path, part = index_paths(shard.place, entries)[0], None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

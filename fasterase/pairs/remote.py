@@ -80,23 +80,14 @@ class _MissingError(RemoteError):
 
 
 class Shard(NamedTuple):
-    """One version of a tar.
+    """One version of a tar."""
 
-    Attributes:
-        place: its absolute path, URL or pipe.
-        size: its bytes; 0 of a pipe.
-        version: its time of change or ETag; empty if a server tells neither.
-        data: what it holds, decompressed, if it allows no random access.
-        damage: where its compressed data is damaged.
-        cache: where what is at the URL is copied to; None of others.
-    """
-
-    place: str
-    size: int
-    version: str
-    data: bytes | None = None
-    damage: tuple[tuple[int, int, str], ...] = ()
-    cache: ShardCache | None = None
+    place: str  # its absolute path, URL or pipe
+    size: int  # bytes; 0 of a pipe
+    version: str  # its time of change or ETag; empty if a server tells neither
+    data: bytes | None = None  # what it holds, decompressed, if it allows no random access
+    damage: tuple[tuple[int, int, str], ...] = ()  # where its compressed data is damaged
+    cache: ShardCache | None = None  # where what is at the URL is copied to; None of others
 
     def open(self) -> IO[bytes]:
         """Open the file, or the local copy of what is at the URL."""
@@ -303,11 +294,9 @@ def _open_filesystem(protocol: str, process: int) -> Any:
 
 
 class ShardCache:
-    """A folder of whole shards, of which the least recently used are dropped first.
-
-    All processes of this machine share it. `max_bytes` bounds what it holds, unfinished downloads
-    included: while a shard is fetched, the name of its file tells what it will take.
-    """
+    """A folder of whole shards that all processes of this machine share; the least recently used
+    are dropped first. `max_bytes` bounds what it holds, unfinished downloads included: while a
+    shard is fetched, the name of its file tells what it will take."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self.folder = folder

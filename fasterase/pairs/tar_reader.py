@@ -332,10 +332,9 @@ def add_lost(name: str, shards: Sequence[Shard], parts: list[Part]) -> dict[int,
 def _count_lost(place: str, part: Part, usual: int) -> int:
     """Return how many samples a damaged shard has lost beyond those found.
 
-    That is what its index tells: `successes` of img2dataset's `00000_stats.json`, or the first line
-    of DALI's `00000.idx`. Without an index it is an estimate from below: what is missing to the
-    `usual` number of an undamaged shard (0 if there is none), or what the unreadable bytes would
-    have held, but at least one if no sample found is torn.
+    Its index tells: `successes` of img2dataset's `00000_stats.json`, or the first line of DALI's
+    `00000.idx`. Without one it is at least what is missing to the `usual` number of an undamaged
+    shard (0 if there is none), what the unreadable bytes would have held, and one if none is torn.
     """
     stem = place.removesuffix(".tar")
     # Either may be missing, or of another kind.
