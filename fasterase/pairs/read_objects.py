@@ -299,7 +299,7 @@ class ItemTable(PairTable):
         return Record(image, record.text, record.id, record.mask, record.meta)
 
     def texts(self, index: int) -> list[str] | Tensor:
-        text = self._seen.get(self._row(index)) if self.stable else None
+        text: Any = self._seen.get(self._row(index)) if self.stable else None
         if text is None:
             text = parse_text(self._without_image(index).text, id=self.id(index))
         return [text] if isinstance(text, str) else text

@@ -117,8 +117,7 @@ class TarImages(Images):
     """The entries of tars, by the index of each shard, and that of lost samples: `parts`."""
 
     def __init__(self, shards: list[Shard], parts: list[Part], entries: Entries) -> None:
-        self.shards = shards
-        self.entries = entries
+        self.shards, self.entries = shards, entries
         self._parts = Parts(parts)
 
     def sizes(self, ids: Iterable[str]) -> np.ndarray:
@@ -140,29 +139,19 @@ class TarImages(Images):
             with shard.open() as file:
                 file.seek(self._parts.value(f"{kind}offset", row))
                 data = file.read(size)
-        except RemoteError as error:
-            raise BrokenPair(id, str(error)) from error
-        except OSError as error:
-            raise BrokenPair(id, f"{shard.place} cannot be read: {error}") from error
+        except (RemoteError, OSError) as error:
+            named = f"{shard.place} cannot be read: " if isinstance(error, OSError) else ""
+            raise BrokenPair(id, f"{named}{error}") from error
         if len(data) < size:
             raise BrokenPair(id, f"{shard.place} was cut off after it was opened")
         return data
 
     def location(self, row: int, id: str) -> str:
-        number, at = self._parts.find(row)
-        shard = self.shards[number]
+        shard = self.shards[self._parts.find(row)[0]]
         if shard.data is not None:  # a pipe may give something else each time
             return super().location(row, id)
         place = _resolve(shard.place) if shard.cache is None else identity(shard.place)
-        return f"{place}::{self._parts.every[number].value('offset', at)}"
-
-    def shard_numbers(self) -> np.ndarray | None:
-        """Return the shard of each row, [n] int32; None if all are local."""
-        if not any(shard.cache for shard in self.shards):
-            return None
-        numbers = np.repeat(np.arange(len(self._parts.every)), np.diff(self._parts.starts))
-        # Lost samples, which are not read, are of one of them.
-        return np.minimum(numbers, len(self.shards) - 1).astype(np.int32)
+        return f"{place}::{self._parts.value('offset', row)}"
 
 
 class TarTable(PairTable):
@@ -200,12 +189,15 @@ class TarTable(PairTable):
         return hashlib.blake2b(parts, digest_size=16).hexdigest()
 
     def shards(self) -> np.ndarray | None:
-        numbers = self.images.shard_numbers()
-        return None if numbers is None else numbers[self._rows]
+        if not any(shard.cache for shard in self.images.shards):
+            return None
+        numbers = np.repeat(np.arange(len(self.parts.every)), np.diff(self.parts.starts))
+        # Lost samples, which are not read, are of one of them.
+        numbers = np.minimum(numbers, len(self.images.shards) - 1).astype(np.int32)
+        return numbers[self._rows]
 
 
-# Resolving a path asks the file system about each of its folders.
-_resolve = functools.cache(os.path.realpath)
+_resolve = functools.cache(os.path.realpath)  # asks the file system about each folder of a path
 
 
 def _check_cache(name: str, shards: set[Shard]) -> None:

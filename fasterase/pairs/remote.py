@@ -1,9 +1,8 @@
 """Shards: local files, and remote ones read through a local cache of limited size.
 
-A shard is fetched whole by one process of a machine while the others wait for it; a download that
-was cut off resumes. The name of a copy is a hash of URL, size and version, so that a shard which
-changes on its server is another file, and one whose URL is signed anew is the same. Messages show
-neither passwords nor signatures (`errors.hide_secrets`).
+One process of a machine fetches a shard whole while the others wait; a download that was cut off
+resumes. A copy is named by a hash of URL, size and version: a shard that changes on its server is
+another file, and one whose URL is signed anew the same.
 """
 
 from __future__ import annotations

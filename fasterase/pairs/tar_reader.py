@@ -123,7 +123,7 @@ class ShardReader:
         # Damaged extended headers raise errors of many kinds, after reading on.
         except (tarfile.HeaderError, ValueError, KeyError, IndexError):
             return None
-        end = self._tar.offset  # type: ignore[attr-defined]
+        end = self._tar.offset
         if end <= offset:  # a negative size
             return None
         return Entry(header.name, header.isfile(), offset, header.offset_data, header.size, end)

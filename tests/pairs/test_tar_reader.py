@@ -228,12 +228,13 @@ def test_headers_are_read_as_tarfile_reads_them(tmp_path, form):
 
 def test_neighbours_of_one_key_are_two_samples(tmp_path):
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
-        for name in ("a.png", "a.txt", "a.png", "a.txt", "b.png", "b.png", "b.txt"):
+        names = ["a.png", "a.txt", "a.png", "a.txt", "b.png", "b.png", "b.txt"]
+        for number, name in enumerate(names):
             info = tarfile.TarInfo(name)
-            info.size = 3
-            tar.addfile(info, io.BytesIO(f"{len(tar.getmembers())}  ".encode()))
+            info.size = 1
+            tar.addfile(info, io.BytesIO(str(number).encode()))
     pairs = open_pairs(str(tmp_path / "s.tar"), name="x")
-    read = [(pairs.id(row)[-1], pairs.encoded_image(row)[:1]) for row in range(4)]
+    read = [(pairs.id(row)[-1], pairs.encoded_image(row)) for row in range(4)]
     assert read == [("a", b"0"), ("a", b"2"), ("b", b"4"), ("b", b"5")]
     assert list(pairs.every_text()) == [["1"], ["3"], [], ["6"]]
 
