@@ -118,13 +118,18 @@ class Part:
         """The columns by name; asking the batch takes longer than asking a column for a row."""
         return dict(zip(self.batch.schema.names, self.batch.columns, strict=True))
 
+    def column(self, name: str) -> pa.Array:
+        """Return a column for a single pass; a file is not kept mapped afterwards."""
+        part = self if self.path is None else Part(None, self.facts, self.path)
+        return part.batch.column(name)
+
     def every_id(self) -> Iterator[str]:
         """Yield the ids in order."""
-        return (id.decode(*_ENCODING) for id in self.columns["id"].to_pylist())
+        return (id.decode(*_ENCODING) for id in self.column("id").to_pylist())
 
     def every_captions(self) -> Iterator[list[str]]:
         """Yield the captions of each row in order."""
-        captions = self.columns["captions"]  # its own `to_pylist` takes thrice the time
+        captions = self.column("captions")  # its own `to_pylist` takes thrice the time
         texts = captions.flatten().to_pylist()
         return (texts[start:end] for start, end in pairwise(captions.offsets.to_pylist()))
 
@@ -177,7 +182,7 @@ class Parts:
 
     def column(self, name: str) -> np.ndarray:
         """Return a column of numbers, [n] int64."""
-        return np.concatenate([part.columns[name].to_numpy() for part in self.every])
+        return np.concatenate([part.column(name).to_numpy() for part in self.every])
 
 
 def make_batch(
@@ -363,13 +368,8 @@ class PairTable(Sequence[Record]):
         They take 16 bytes a caption; as strings, those of millions of pairs take gigabytes.
         """
         counts: list[int] = []
-        bar = Progress(
-            f"comparing captions of {self.name}",
-            items=self.every_text(),
-            total=len(self),
-            unit="pair",
-            delay=2,
-        )
+        doing, every = f"comparing captions of {self.name}", self.every_text()
+        bar = Progress(doing, items=every, total=len(self), unit="pair", delay=2)
 
         def keys() -> Iterator[str]:
             for texts in bar:
