@@ -10,9 +10,9 @@ from fasterase.errors import InputError
 from fasterase.evaluation.verdict import EARLIER, WITHHELD
 from fasterase.numerals import counted
 from fasterase.pairs.items import IMAGE_KEYS
-from fasterase.pairs.open import JoinedTable, open_pairs
+from fasterase.pairs.open import open_pairs
 from fasterase.pairs.overlap import remove_overlap
-from fasterase.pairs.table import PairTable
+from fasterase.pairs.table import JoinedTable, PairTable
 from fasterase.provenance import drop_erased
 
 

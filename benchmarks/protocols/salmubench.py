@@ -21,8 +21,8 @@ from benchmarks.result_files import markdown_table
 from fasterase.config import UnlearnConfig
 from fasterase.errors import InputError, import_extra
 from fasterase.files import check_creatable, to_json, write_text
-from fasterase.pairs.open import JoinedTable, open_pairs
-from fasterase.pairs.table import PairTable
+from fasterase.pairs.open import open_pairs
+from fasterase.pairs.table import JoinedTable, PairTable
 
 SCORES, TABLE, SETTINGS = "salmubench.json", "table.md", "settings.json"
 COMPROMISED, CLEAN = (

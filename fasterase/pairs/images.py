@@ -7,9 +7,10 @@ import io
 import os
 import stat
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import IO, Protocol
+from typing import IO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -22,17 +23,21 @@ END_BYTES = 1 << 12
 _MOST_BYTES = 1 << 30
 
 
-class Images(Protocol):
+class Images(ABC):
     """The encoded images of a table, by row; ids are for messages, and of files their paths."""
 
+    @abstractmethod
     def sizes(self, ids: Iterable[str]) -> np.ndarray:
         """Return the bytes of each image, [n] int64; -1 if it is missing."""
 
+    @abstractmethod
     def read(self, row: int, id: str) -> bytes:
         """Return the bytes of an image; raise `BrokenPair` if it cannot be read."""
 
     def location(self, row: int, id: str) -> str:
-        """Return what identifies these bytes among all images."""
+        """Return what identifies these bytes among all images, as their content does."""
+        # Files in different folders may have one name, and ids are not unique then.
+        return f"bytes {hashlib.blake2b(self.read(row, id)).hexdigest()}"
 
     def ends(self, row: int, id: str) -> bytes:
         """Return the first and the last bytes of an image; raise `BrokenPair` as `read`."""
@@ -47,7 +52,6 @@ class ImageFiles(Images):
         self.root = os.path.abspath(root)
 
     def path(self, id: str) -> str:
-        """Return the path of the image with this id."""
         return os.path.join(self.root, id)
 
     def sizes(self, ids: Iterable[str]) -> np.ndarray:
@@ -82,10 +86,6 @@ class ImagesInMemory(Images):
             raise BrokenPair(id, "no image")
         return image
 
-    def location(self, row: int, id: str) -> str:
-        # Files in different folders may have one name, and ids are not unique then.
-        return f"bytes {hashlib.blake2b(self.read(row, id)).hexdigest()}"
-
 
 def read_image_file(path: str, *, id: str) -> bytes:
     """Read the bytes of an image file; raise `BrokenPair` if it cannot be read."""
@@ -97,7 +97,7 @@ def read_image_file(path: str, *, id: str) -> bytes:
 
 
 def read_regular_file(path: str | os.PathLike[str]) -> bytes:
-    """Return what a file holds; OSError for one without an end, such as a pipe or a device."""
+    """Return what a file holds; OSError for a pipe, a device or a file larger than any image."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > _MOST_BYTES:
@@ -129,21 +129,21 @@ def _file_size(path: str) -> int:
 
 
 def decode_image(data: bytes, *, id: str) -> Image.Image:
-    """Decode the bytes of a JPEG, PNG, WebP, ... completely; raise `BrokenPair` on failure.
+    """Decode the bytes of a JPEG, PNG, WebP, ... completely.
 
-    Truncated files count as broken, since a half-grey picture must not be trained on. So do
-    decompression bombs, from the size at which PIL only warns.
+    BrokenPair: damage; a truncated file, since a half-grey picture must not be trained on; a
+    decompression bomb, from the size at which PIL only warns.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data))
             image.load()
-    except UnidentifiedImageError as error:
-        raise BrokenPair(id, "image cannot be decoded: unknown image format") from error
     # PIL's plugins raise OSError, SyntaxError, ValueError, struct.error, ... on damaged input.
     except Exception as error:
-        raise BrokenPair(id, f"image cannot be decoded: {error}") from error
+        is_unknown = isinstance(error, UnidentifiedImageError)
+        reason = "unknown image format" if is_unknown else error
+        raise BrokenPair(id, f"image cannot be decoded: {reason}") from error
     return image
 
 

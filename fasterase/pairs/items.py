@@ -23,6 +23,40 @@ IMAGE_KEYS = (
 TEXT_KEYS = ("text", "caption", "input_ids", "title", "texts", "captions")
 
 
+class Keys(NamedTuple):
+    """The columns (keys, endings) of images and captions that the user names, or None."""
+
+    image: str | None = None
+    text: str | None = None
+
+    def choose(
+        self,
+        found: list[str],
+        usual_images: tuple[str, ...] = IMAGE_KEYS,
+        usual_texts: tuple[str, ...] = TEXT_KEYS,
+    ) -> tuple[str, str]:
+        """Return the columns to read: those the user named, or the first usual names found."""
+        return (
+            _choose_key(found, self.image, usual_images, "image_key"),
+            _choose_key(found, self.text, usual_texts, "text_key"),
+        )
+
+
+USUAL = Keys()
+
+
+def _choose_key(found: list[str], given: str | None, usual: tuple[str, ...], option: str) -> str:
+    if given is not None and given not in found:
+        raise InputError(f"`{option}`: no column {given!r}; the columns found are {found}")
+    key = given or next((key for key in usual if key in found), None)
+    if key is None:
+        raise InputError(
+            f"no column named {', '.join(usual)}; the columns found are {found}. "
+            f"Name the right one with `{option}`."
+        )
+    return key
+
+
 class Record(tuple[Any, Any]):
     """A decoded pair: a tuple `(image, text)` that also knows where it comes from.
 
@@ -62,19 +96,6 @@ class Record(tuple[Any, Any]):
         return f"Record(image={self.image!r}, text={self.text!r}, id={self.id!r})"
 
 
-def choose_key(found: list[str], given: str | None, usual: tuple[str, ...], option: str) -> str:
-    """Choose the column to read: the one the user named, or the first usual name found."""
-    if given is not None and given not in found:
-        raise InputError(f"`{option}`: no column {given!r}; the columns found are {found}")
-    key = given or next((key for key in usual if key in found), None)
-    if key is None:
-        raise InputError(
-            f"no column named {', '.join(usual)}; the columns found are {found}. "
-            f"Name the right one with `{option}`."
-        )
-    return key
-
-
 def select_plain(item: Mapping[str, Any], *, without: tuple[str | None, ...]) -> dict[str, Any]:
     """Return the entries that are plain values, for `Record.meta`."""
     return {
@@ -106,7 +127,7 @@ class Columns(NamedTuple):
 
 
 def normalize_class_name(name: str) -> str:
-    """Turn the name of a class or of its folder into a caption: underscores become spaces."""
+    """Return the name of a class or of its folder as a caption, with spaces for underscores."""
     return " ".join(name.replace("_", " ").split())
 
 
@@ -119,17 +140,10 @@ def class_number(value: Any) -> int | None:
     return int(value)
 
 
-def parse_item(
-    item: Any,
-    image_key: str | None,
-    text_key: str | None,
-    *,
-    id: str,
-    classes: Sequence[str] | None = None,
-) -> Record:
-    """Check an item in any form; a leading dimension of 1 on its tensors is dropped.
+def parse_item(item: Any, keys: Keys, *, id: str, classes: Sequence[str] | None = None) -> Record:
+    """Check an item in any form, and drop a leading dimension of 1 of its tensors; do not decode.
 
-    The image is not decoded. If there are `classes`, the text is the number of one.
+    If there are `classes`, the text is the number of one.
 
     Raises:
         InputError: the item's form is wrong (wrong keys, a batch, a class number as text, ...).
@@ -137,7 +151,7 @@ def parse_item(
     """
     if isinstance(item, Record):
         return Record(item.image, item.text, id, item.mask, item.meta)
-    columns = _find_columns(item, image_key, text_key).with_class_name(classes)
+    columns = _find_columns(item, keys).with_class_name(classes)
     text, mask = parse_text(columns.text, id=id), columns.mask
     if mask is not None:
         mask = torch.as_tensor(mask).reshape(-1).long()
@@ -149,22 +163,18 @@ def parse_item(
     return Record(_parse_image(columns.image, id=id), text, id, mask, columns.meta)
 
 
-def _find_columns(item: Any, image_key: str | None, text_key: str | None) -> Columns:
+def _find_columns(item: Any, keys: Keys) -> Columns:
     if isinstance(item, Columns):
         return item
     if isinstance(item, Mapping):
-        keys = [str(key) for key in item]
-        image = choose_key(keys, image_key, IMAGE_KEYS, "image_key")
-        text = choose_key(keys, text_key, TEXT_KEYS, "text_key")
+        image, text = keys.choose([str(key) for key in item])
         mask = item.get("attention_mask") if text == "input_ids" else None
         return Columns(item[image], item[text], mask, select_plain(item, without=(image, text)))
     if isinstance(item, tuple | list) and len(item) == 2:
         return Columns(*item)
-    is_list = isinstance(item, tuple | list)
-    what = f"{type(item).__name__} of {len(item)}" if is_list else _describe(item)
     raise InputError(
         f"a pair must be (image, text), {{'image', 'text'}} or {{'pixel_values', 'input_ids'}}; "
-        f"found {what}"
+        f"found {_describe(item)}"
     )
 
 
@@ -259,7 +269,7 @@ def _is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float | np.floating) and bool(np.isnan(value)))
 
 
-def unbatch(item: Any, image_key: str | None, text_key: str | None) -> list[Any] | None:
+def unbatch(item: Any, keys: Keys) -> list[Any] | None:
     """Split a batch into items; None for one item. A tensor batch of one counts as an item.
 
     Raises:
@@ -267,15 +277,14 @@ def unbatch(item: Any, image_key: str | None, text_key: str | None) -> list[Any]
     """
     if isinstance(item, list) and item and all(map(_is_plain_pair, item)):
         return item
-    images, texts, masks, _ = _find_columns(item, image_key, text_key)
+    images, texts, masks, _ = _find_columns(item, keys)
     if isinstance(images, Tensor | np.ndarray):
         if images.ndim != 4 or images.shape[0] == 1:
             return None
     elif not isinstance(images, tuple | list):
         return None
+    masks = [None] * len(images) if masks is None else masks
     for column, values in (("texts", texts), ("attention masks", masks)):
-        if values is None and column != "texts":
-            continue
         if not isinstance(values, tuple | list | Tensor | np.ndarray):
             raise InputError(
                 f"a batch of {len(images)} images needs as many {column}; found "
@@ -286,7 +295,6 @@ def unbatch(item: Any, image_key: str | None, text_key: str | None) -> list[Any]
                 f"a batch holds {len(images)} images and {len(values)} {column}; the numbers must "
                 "agree"
             )
-    masks = [None] * len(images) if masks is None else masks
     return [Columns(*columns) for columns in zip(images, texts, masks, strict=True)]
 
 
@@ -306,6 +314,8 @@ def _describe(value: Any) -> str:
         return f"a tensor {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
     if isinstance(value, np.ndarray):
         return f"an array {list(value.shape)} of {value.dtype}"
+    if isinstance(value, tuple | list):
+        return f"{type(value).__name__} of {len(value)}"
     return f"{value!r}" if isinstance(value, int | float) else type(value).__name__
 
 

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from bisect import bisect_right
-from collections.abc import Sequence
-from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fasterase.errors import InputError
-from fasterase.pairs.items import Record
+from fasterase.pairs.items import Keys
 from fasterase.pairs.read_files import is_frame, open_file, open_folder, open_frame
 from fasterase.pairs.read_objects import open_objects
 from fasterase.pairs.read_tars import TAR_ENDINGS, expand_pattern, is_tar_pattern, open_tars
@@ -55,42 +48,43 @@ def open_pairs(
             with `name` and says what was found.
     """
     try:
-        opened = _open(source, name, image_key, text_key)
+        opened = _open(source, name, Keys(image_key, text_key))
     except InputError as error:
         if f"`{name}`" in str(error):
             raise
         raise type(error)(f"`{name}`: {error}") from error
+    place = os.fspath(source) if isinstance(source, str | os.PathLike) else None
     if len(opened) == 0 and not may_be_empty:
-        place = f" ({os.fspath(source)})" if isinstance(source, str | os.PathLike) else ""
-        raise InputError(f"`{name}` is empty{place}; it needs at least one image-text pair")
+        named = "" if place is None else f" ({place})"
+        raise InputError(f"`{name}` is empty{named}; it needs at least one image-text pair")
     if opened is not source and opened.origin is None:
         kind = type(source).__name__
         opened.origin = f"{'an' if kind[0] in 'AEIOU' else 'a'} {kind}"
-        if isinstance(source, str | os.PathLike):
-            opened.origin = shard_name(os.fspath(source).rstrip("/")) or os.fspath(source)
+        if place is not None:
+            opened.origin = shard_name(place.rstrip("/")) or place
     return opened
 
 
-def _open(source: Any, name: str, image_key: str | None, text_key: str | None) -> PairTable:
+def _open(source: Any, name: str, keys: Keys) -> PairTable:
     if (view := _find_view(source)) is not None:
         return view
-    if (tars := _find_tars(source, name)) is not None:
-        return open_tars(tars, name=name, image_key=image_key, text_key=text_key)
+    if (tars := _find_tars(source)) is not None:
+        return open_tars(tars, name, keys)
     if is_frame(source):
-        return open_frame(source, name=name, image_key=image_key, text_key=text_key)
+        return open_frame(source, name, keys)
     if not isinstance(source, str | os.PathLike):
         if hasattr(source, "to_pandas") and not hasattr(source, "select_columns"):
             kind = f"{type(source).__module__.partition('.')[0]} {type(source).__name__}"
             raise InputError(f"`{name}` is a {kind}; pass its .to_pandas(), a pandas DataFrame")
-        return open_objects(source, name, image_key, text_key)
+        return open_objects(source, name, keys)
     path = Path(os.path.expanduser(source))
     if path.is_dir():
-        return open_folder(path, name=name)
+        return open_folder(path, name)
     if os.path.isfile(path):
-        return open_file(path, name=name, image_key=image_key, text_key=text_key)
+        return open_file(path, name, keys)
     raise InputError(
-        f"`{name}`: no file or folder {os.fspath(source)!r}. A path must be a CSV, TSV, JSONL, "
-        f"JSON or Parquet table, a folder of images or shards, or a shard pattern such as "
+        f"no file or folder {os.fspath(source)!r}. A path must be a CSV, TSV, JSONL, JSON or "
+        f"Parquet table, a folder of images or shards, or a shard pattern such as "
         f"'shards/{{000..099}}.tar'."
     )
 
@@ -105,7 +99,7 @@ def _find_view(source: Any) -> PairTable | None:
     return source if isinstance(source, PairTable) else None
 
 
-def _find_tars(source: Any, name: str) -> list[str] | None:
+def _find_tars(source: Any) -> list[str] | None:
     """Return the shards that `source` names: a pattern, a tar, a folder of tars, or a list of them.
 
     Raises:
@@ -121,79 +115,14 @@ def _find_tars(source: Any, name: str) -> list[str] | None:
                 f"a list of paths must name tars; found {other!r}. Give a table or folder as one "
                 f"path, and pairs as (image, text)."
             )
-        return [shard for pattern in patterns for shard in expand_pattern(pattern, name=name)]
+        return [shard for pattern in patterns for shard in expand_pattern(pattern)]
     if not isinstance(source, str | os.PathLike):
         return None
     if not (text := os.fspath(source)):
-        raise InputError(f"`{name}` is an empty path")
+        raise InputError("the path is empty")
     path = Path(os.path.expanduser(text))
     if path.is_dir():
         return sorted(str(each) for each in path.glob("*.tar") if each.is_file()) or None
     if os.path.isfile(path):
         return [str(path)] if path.name.lower().endswith(TAR_ENDINGS) else None
-    return expand_pattern(text, name=name) if is_tar_pattern(text) else None
-
-
-class JoinedTable(PairTable):
-    """The rows of `tables` in order; every pair keeps the id it has there."""
-
-    def __init__(self, name: str, tables: Sequence[PairTable]) -> None:
-        if not tables:
-            raise InputError(f"`{name}` is empty: none of its sets has a pair.")
-        self.name = name
-        self._tables = list(tables)
-        self._starts = [0, *accumulate(map(len, tables))]
-        self._count = self._starts[-1]
-        self.stable = all(table.stable for table in tables)
-        self.in_memory = all(table.in_memory for table in tables)
-        classes = dict.fromkeys(name for table in tables for name in table.classes or ())
-        self.classes = list(classes) or None
-
-    def _find(self, index: int) -> tuple[PairTable, int]:
-        row = self._row(index)
-        number = bisect_right(self._starts, row) - 1
-        return self._tables[number], row - self._starts[number]
-
-    def _record(self, index: int) -> Record:
-        table, row = self._find(index)
-        return table[row]
-
-    def id(self, index: int) -> str:
-        table, row = self._find(index)
-        return table.id(row)
-
-    def texts(self, index: int) -> list[str] | Tensor:
-        table, row = self._find(index)
-        return table.texts(row)
-
-    def meta(self, index: int) -> dict[str, Any]:
-        table, row = self._find(index)
-        return table.meta(row)
-
-    @cached_property
-    def _digest(self) -> str:
-        digests = "".join(table.digest() for table in self._tables)
-        return hashlib.blake2b(digests.encode(), digest_size=16).hexdigest()
-
-    def shards(self) -> np.ndarray | None:
-        found, before = [], 0
-        for table in self._tables:
-            shards = table.shards()
-            if shards is None:
-                return None
-            found.append(shards + before)
-            before += int(shards.max()) + 1
-        return np.concatenate(found)[self._rows]
-
-    def encoded_sizes(self) -> np.ndarray | None:
-        found = [table.encoded_sizes() for table in self._tables]
-        sizes = [each for each in found if each is not None]
-        return np.concatenate(sizes)[self._rows] if len(sizes) == len(found) else None
-
-    def encoded_image(self, index: int) -> bytes:
-        table, row = self._find(index)
-        return table.encoded_image(row)
-
-    def encoded_location(self, index: int) -> str:
-        table, row = self._find(index)
-        return table.encoded_location(row)
+    return expand_pattern(text) if is_tar_pattern(text) else None

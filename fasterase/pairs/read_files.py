@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,8 +17,9 @@ from fasterase.pairs.images import ImageFiles, read_regular_file
 from fasterase.pairs.items import (
     IMAGE_KEYS,
     TEXT_KEYS,
+    USUAL,
     Columns,
-    choose_key,
+    Keys,
     normalize_class_name,
     select_plain,
 )
@@ -34,14 +35,10 @@ _IMAGE_COLUMNS = tuple(key for key in IMAGE_KEYS if key != "pixel_values")
 _TEXT_COLUMNS = tuple(key for key in TEXT_KEYS if key != "input_ids")
 # Of a cell: captions and metadata of web pages are long.
 csv.field_size_limit(max(csv.field_size_limit(), 1 << 30))
-# The columns of images and captions that the caller names, None for the usual ones.
-_Keys = tuple[str | None, str | None]
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
-def open_file(
-    path: Path, *, name: str, image_key: str | None = None, text_key: str | None = None
-) -> PairTable:
+def open_file(path: Path, name: str, keys: Keys = USUAL) -> PairTable:
     """Read a file of columns; relative image paths are resolved against its folder.
 
     A `.jsonl` file has one JSON object per line, a `.json` file the same or one array of objects;
@@ -55,22 +52,21 @@ def open_file(
             them twice; a row has more or fewer cells than the header, or an unclosed quote (names
             the line).
     """
-    ending, keys = path.suffix.lower(), (image_key, text_key)
+    ending = path.suffix.lower()
     try:
         if ending in PARQUET_ENDINGS:
             return _open_columns(*_read_parquet(path), keys, name, path.name, path.parent)
         is_json = ending in JSON_ENDINGS
         rows = _read_json(path) if is_json else _read_separated(path, keys)
-        parts = pack(_find_pairs(rows, keys, path.name))
+        return PairTable(name, pack(_find_pairs(rows, keys, path.name)), ImageFiles(path.parent))
     except UnicodeDecodeError as error:
-        raise InputError(f"`{name}`: {path} is not a UTF-8 text file: {error.reason}") from error
+        raise InputError(f"{path} is not a UTF-8 text file: {error.reason}") from error
     except InputError as error:
-        raise InputError(f"`{name}`: {path}: {error}") from error
+        raise InputError(f"{path}: {error}") from error
     except OSError as error:
-        raise InputError(f"`{name}`: {path} cannot be read: {error.strerror or error}") from error
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     except RecursionError as error:
-        raise InputError(f"`{name}`: {path}: a row of JSON is nested too deeply") from error
-    return PairTable(name, parts, ImageFiles(path.parent))
+        raise InputError(f"{path}: a row of JSON is nested too deeply") from error
 
 
 def is_frame(source: Any) -> bool:
@@ -81,9 +77,7 @@ def is_frame(source: Any) -> bool:
     )
 
 
-def open_frame(
-    frame: Any, *, name: str, image_key: str | None = None, text_key: str | None = None
-) -> PairTable:
+def open_frame(frame: Any, name: str, keys: Keys) -> PairTable:
     """Open a DataFrame; relative image paths are resolved against the working folder.
 
     Raises:
@@ -93,14 +87,10 @@ def open_frame(
     # pandas marks missing text by NaN, NA or NaT.
     cells = [each.astype(object).where(each.notna(), None).tolist() for each in columns]
     names = [str(label) for label in frame.columns]
-    return _open_columns(names, cells, (image_key, text_key), name, name, Path.cwd())
+    return _open_columns(names, cells, keys, name, name, Path.cwd())
 
 
-def _choose_columns(
-    found: list[str],
-    keys: _Keys,
-    usual: tuple[tuple[str, ...], tuple[str, ...]] = (IMAGE_KEYS, TEXT_KEYS),
-) -> tuple[str, str]:
+def _check_distinct(found: list[str]) -> None:
     # Those without a name may be several: programs write them where a line ends in separators.
     repeated = next((name for name in found if name and found.count(name) > 1), None)
     if repeated is not None:
@@ -108,19 +98,15 @@ def _choose_columns(
             f"{found.count(repeated)} columns are named {repeated!r}; the columns found are "
             f"{found}. Rename or remove all but one of them."
         )
-    return (
-        choose_key(found, keys[0], usual[0], "image_key"),
-        choose_key(found, keys[1], usual[1], "text_key"),
-    )
 
 
 def _find_pairs(
-    rows: Iterator[dict[str, Any]], keys: _Keys, label: str
+    rows: Iterator[dict[str, Any]], keys: Keys, label: str
 ) -> Iterator[tuple[str, list[str], dict[str, Any]]]:
     columns = None
     for number, row in enumerate(rows, 1):
         # The first row decides; JSON objects after it may lack keys.
-        columns = columns or _choose_columns(list(row), keys, (_IMAGE_COLUMNS, _TEXT_COLUMNS))
+        columns = columns or keys.choose(list(row), _IMAGE_COLUMNS, _TEXT_COLUMNS)
         image, text = (row.pop(column, None) for column in columns)
         named = isinstance(image, str) and image
         texts = text if isinstance(text, list) else [text]
@@ -139,10 +125,11 @@ def _read_parquet(path: Path) -> tuple[list[str], list[list[Any]]]:
 
 
 def _open_columns(
-    names: list[str], cells: list[list[Any]], keys: _Keys, name: str, label: str, root: Path
+    names: list[str], cells: list[list[Any]], keys: Keys, name: str, label: str, root: Path
 ) -> PairTable:
     """Open columns of equal length, by their names; for `label` and `root` see `open_list`."""
-    image_key, text_key = _choose_columns(names, keys)
+    _check_distinct(names)
+    image_key, text_key = keys.choose(names)
 
     def items() -> Iterator[Columns]:
         for values in zip(*cells, strict=True):
@@ -162,16 +149,15 @@ def _read_json(path: Path) -> Iterator[dict[str, Any]]:
     with open(path, encoding="utf-8-sig") as file:
         first = next((line.lstrip()[0] for line in file if line.strip()), "")
         file.seek(0)
-        is_array = first == "[" and path.suffix.lower() == ".json"
-        rows: Iterable[tuple[int, Any]]
-        if is_array:
-            rows = enumerate(_parse_json(file.read()), 1)
+        rows: Iterator[tuple[str, Any]]
+        if first == "[" and path.suffix.lower() == ".json":
+            entries = enumerate(_parse_json(file.read()), 1)
+            rows = ((f"entry {number} of the array", entry) for number, entry in entries)
         else:
-            lines = ((number, line.strip()) for number, line in enumerate(file, 1))
-            rows = ((number, _parse_json(line, number)) for number, line in lines if line)
-        for number, row in rows:
+            lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+            rows = ((f"line {number}", _parse_json(line, number)) for number, line in lines)
+        for where, row in rows:
             if not isinstance(row, dict):
-                where = f"entry {number} of the array" if is_array else f"line {number}"
                 raise InputError(f"{where} must hold one JSON object; found a {type(row).__name__}")
             yield row
 
@@ -188,12 +174,12 @@ def _parse_json(text: str, line: int = 1) -> Any:
         ) from error
 
 
-def _read_separated(path: Path, keys: _Keys) -> Iterator[dict[str, Any]]:
+def _read_separated(path: Path, keys: Keys) -> Iterator[dict[str, Any]]:
     with open(path, encoding="utf-8-sig", newline="") as file:
         header = file.readline()
         if not header.strip():
             raise InputError("the file has no header line")
-        separator = detect_separator(header, *keys)
+        separator = detect_separator(header, keys)
         names = _split_header(header, separator)
         file_name = next(
             (each for each in names if each and os.path.isfile(path.parent / each)), None
@@ -203,7 +189,8 @@ def _read_separated(path: Path, keys: _Keys) -> Iterator[dict[str, Any]]:
                 f"the first line is a pair, not a header ({file_name!r} is a file). Put the names "
                 f"of the columns there, such as: {separator.join(('filepath', 'title'))!r}"
             )
-        _choose_columns(names, keys)
+        _check_distinct(names)
+        keys.choose(names)  # an unsuited header is an error without rows too
         for number, cells in _read_cells(file, separator):
             if len(cells) == len(names):
                 yield dict(zip(names, cells, strict=True))
@@ -248,14 +235,14 @@ def _read_cells(file: TextIO, separator: str) -> Iterator[tuple[int, list[str]]]
             raise InputError(f"line {first}: {error}{hint * is_quote}") from error
 
 
-def detect_separator(header: str, image_key: str | None, text_key: str | None) -> str:
+def detect_separator(header: str, keys: Keys) -> str:
     """Return the separator that gives the header the wanted columns, or else most columns."""
-    image_names = _IMAGE_COLUMNS if image_key is None else (image_key,)
-    text_names = _TEXT_COLUMNS if text_key is None else (text_key,)
+    images = _IMAGE_COLUMNS if keys.image is None else (keys.image,)
+    texts = _TEXT_COLUMNS if keys.text is None else (keys.text,)
 
     def score(separator: str) -> tuple[int, int]:
         names = set(_split_header(header, separator))
-        return sum(not names.isdisjoint(each) for each in (image_names, text_names)), len(names)
+        return sum(not names.isdisjoint(each) for each in (images, texts)), len(names)
 
     return max(SEPARATORS, key=score)
 
@@ -264,7 +251,7 @@ def _split_header(header: str, separator: str) -> list[str]:
     return [name.strip() for name in next(csv.reader([header], delimiter=separator))]
 
 
-def open_folder(folder: Path, *, name: str) -> PairTable:
+def open_folder(folder: Path, name: str) -> PairTable:
     """Read a folder of images.
 
     If any image, at any depth, has a `.txt` file with the same stem beside it, the captions come
@@ -284,20 +271,18 @@ def open_folder(folder: Path, *, name: str) -> PairTable:
         elif ending == ".txt":
             captioned.add(stem)
     if not images:
-        raise InputError(
-            f"`{name}`: folder {folder} holds neither images ({', '.join(IMAGE_ENDINGS)}) nor .tar "
-            f"shards"
-        )
+        endings = ", ".join(IMAGE_ENDINGS)
+        raise InputError(f"folder {folder} holds neither images ({endings}) nor .tar shards")
     stems = [os.path.splitext(image)[0] for image in images]
     if not captioned.isdisjoint(stems):
-        captions = (_read_caption(folder, stem) if stem in captioned else [] for stem in stems)
+        captions = (_read_caption(folder / f"{stem}.txt") for stem in stems)
         rows = ((image, texts, None) for image, texts in zip(images, captions, strict=True))
         return PairTable(name, pack(rows), ImageFiles(folder))
     loose = next((image for image in images if os.sep not in image), None)
     if loose is not None:
         raise InputError(
-            f"`{name}`: {folder} holds images with neither a .txt caption beside them nor a class "
-            f"folder around them, such as {loose}"
+            f"{folder} holds images with neither a .txt caption beside them nor a class folder "
+            f"around them, such as {loose}"
         )
     classes = [normalize_class_name(image.split(os.sep, 1)[0]) for image in images]
     pairs = zip(images, classes, strict=True)
@@ -325,9 +310,9 @@ def _walk(folder: Path) -> Iterator[str]:
                 yield file if relative == "." else os.path.join(relative, file)
 
 
-def _read_caption(folder: Path, stem: str) -> list[str]:
+def _read_caption(path: Path) -> list[str]:
     try:
-        return [read_regular_file(folder / f"{stem}.txt").decode("utf-8-sig")]
-    # Like an unreadable image, an unreadable caption makes a broken pair.
+        return [read_regular_file(path).decode("utf-8-sig")]
+    # As without a caption, the pair is broken.
     except (OSError, UnicodeDecodeError):
         return []

@@ -26,11 +26,11 @@ from fasterase.pairs.images import (
     to_rgb,
 )
 from fasterase.pairs.items import (
-    IMAGE_KEYS,
     TEXT_KEYS,
+    USUAL,
     Columns,
+    Keys,
     Record,
-    choose_key,
     class_number,
     normalize_class_name,
     parse_item,
@@ -55,61 +55,54 @@ _MANIFEST_ITEMS_IN_MEMORY = 4096
 _TARGETS = ("targets", "labels", "_labels")
 
 
-def open_objects(source: Any, name: str, image_key: str | None, text_key: str | None) -> PairTable:
+def open_objects(source: Any, name: str, keys: Keys) -> PairTable:
     """Open a Python object of any accepted kind; raise `InputError` for others.
 
-    A `DataLoader` is unwrapped to its dataset. Iterables without random access, and batches, are
-    read to the end once and kept in memory, so this never returns for an endless iterable.
+    Iterables without random access, and batches, are read to the end once and kept in memory.
     """
     if isinstance(source, DataLoader):
         try:
-            return open_objects(source.dataset, name, image_key, text_key)
+            return open_objects(source.dataset, name, keys)
         except InputError as error:
             raise InputError(
                 f"{error} (A DataLoader is unwrapped to its dataset; if its collate_fn makes the "
                 f"pairs, pass iter(loader) instead.)"
             ) from error
-    random_access = hasattr(source, "__getitem__") and hasattr(source, "__len__")
-    if _is_one_batch(source, name):
-        return open_list([source], name, image_key, text_key)
-    if random_access and hasattr(source, "select_columns"):
-        return _open_hugging_face(source, name, image_key, text_key)
-    if isinstance(source, IterableDataset) or not random_access:
-        return _open_stream(source, name, image_key, text_key)
+    is_indexed = hasattr(source, "__getitem__") and hasattr(source, "__len__")
+    if _is_one_batch(source):
+        return open_list([source], name, keys)
+    if is_indexed and hasattr(source, "select_columns"):
+        return _open_hugging_face(source, name, keys)
     if isinstance(source, list | tuple):
-        return open_list(source, name, image_key, text_key)
-    if text_key is None and (found := _find_classes(source)) is not None:
+        return open_list(source, name, keys)
+    if isinstance(source, IterableDataset) or not is_indexed:
+        if not isinstance(source, Iterable):
+            raise InputError(
+                f"`{name}` must be a dataset, a data loader, an iterable of pairs, or a path; "
+                f"found {type(source).__name__}"
+            )
+        columns = getattr(source, "column_names", None) or []
+        keys, classes = _choose_label(source, columns, keys)
+        return open_list(_read_all(source, name), name, keys, classes)
+    if keys.text is None and (found := _find_classes(source)) is not None:
         classes, targets = found
         return ItemTable(name, source, columns=targets, classes=classes)
     first = _first_readable(source)[1]
-    if first is not None and unbatch(first, image_key, text_key) is not None:
-        batches = _read_all((source[i] for i in range(len(source))), name)
-        return open_list(batches, name, image_key, text_key)
-    in_memory = isinstance(source, TensorDataset)
-    return ItemTable(name, source, image_key, text_key, in_memory=in_memory)
+    if first is not None and unbatch(first, keys) is not None:
+        return open_list(_read_all((source[i] for i in range(len(source))), name), name, keys)
+    return ItemTable(name, source, keys, in_memory=isinstance(source, TensorDataset))
 
 
-def _is_one_batch(source: Any, name: str) -> bool:
+def _is_one_batch(source: Any) -> bool:
     if isinstance(source, Mapping):
         if source and all(hasattr(value, "select_columns") for value in source.values()):
             raise InputError(
-                f"`{name}` is a Hugging Face DatasetDict; choose one of its splits: "
+                f"it is a Hugging Face DatasetDict; choose one of its splits: "
                 f"{[str(key) for key in source]}"
             )
         return True
     is_pair = isinstance(source, tuple) and len(source) == 2
     return is_pair and isinstance(source[0], Tensor | np.ndarray) and source[0].ndim == 4
-
-
-def _open_stream(source: Any, name: str, image_key: str | None, text_key: str | None) -> PairTable:
-    if not isinstance(source, Iterable):
-        raise InputError(
-            f"`{name}` must be a dataset, a data loader, an iterable of pairs, or a path; "
-            f"found {type(source).__name__}"
-        )
-    columns = getattr(source, "column_names", None) or []
-    text_key, classes = _choose_label(source, columns, text_key)
-    return open_list(_read_all(source, name), name, image_key, text_key, classes)
 
 
 def _read_all(items: Iterable[Any], name: str) -> list[Any]:
@@ -130,8 +123,7 @@ def _first_readable(dataset: Any) -> tuple[int, Any]:
 def open_list(
     items: Iterable[Any],
     name: str,
-    image_key: str | None = None,
-    text_key: str | None = None,
+    keys: Keys = USUAL,
     classes: list[str] | None = None,
     *,
     label: str | None = None,
@@ -147,11 +139,11 @@ def open_list(
     """
     pairs: list[Record | BrokenPair] = []
     for item in items:
-        batch = unbatch(item, image_key, text_key)
+        batch = unbatch(item, keys)
         for part in [item] if batch is None else batch:
             id = f"{label or name}[{len(pairs)}]"
             try:
-                pairs.append(parse_item(part, image_key, text_key, id=id, classes=classes))
+                pairs.append(parse_item(part, keys, id=id, classes=classes))
             # Kept in the list, so that it is reported when it is drawn.
             except BrokenPair as error:
                 pairs.append(error)
@@ -166,58 +158,47 @@ def open_list(
     if kinds == {bytes}:
         images = ImagesInMemory([getattr(pair, "image", None) for pair in pairs])
     broken = {row: pair.reason for row, pair in enumerate(pairs) if isinstance(pair, BrokenPair)}
-    parts = pack(map(_row_of, pairs))
-    return PairTable(name, parts, images, classes=classes, broken=broken)
+    return PairTable(name, pack(map(_to_row, pairs)), images, classes=classes, broken=broken)
 
 
-def _row_of(pair: Record | BrokenPair) -> tuple[str, list[str], dict[str, Any] | None]:
+def _to_row(pair: Record | BrokenPair) -> tuple[str, list[str], dict[str, Any] | None]:
     if isinstance(pair, BrokenPair):
         return pair.id, [], None
     captions = [pair.text] if isinstance(pair.text, str) else pair.text
     return pair.image if isinstance(pair.image, str) else pair.id, captions, pair.meta
 
 
-def _open_hugging_face(
-    source: Any, name: str, image_key: str | None, text_key: str | None
-) -> ItemTable:
+def _open_hugging_face(source: Any, name: str, keys: Keys) -> ItemTable:
     """Open a `datasets.Dataset`; captions and other columns are read without decoding images."""
     # A transform set by the user may need the image column for its outputs.
     changes = source.format["type"] == "custom"
     found = list((_first_readable(source)[1] or ()) if changes else source.column_names)
-    text_key, classes = _choose_label(source, found, text_key)
+    keys, classes = _choose_label(source, found, keys)
     columns = None
     if not changes:
-        image_key = choose_key(found, image_key, IMAGE_KEYS, "image_key")
-        text_key = choose_key(found, text_key, TEXT_KEYS, "text_key")
-        columns = source.select_columns([column for column in found if column != image_key])
-    return ItemTable(name, source, image_key, text_key, columns, classes=classes)
+        keys = Keys(*keys.choose(found))
+        columns = source.select_columns([column for column in found if column != keys.image])
+    return ItemTable(name, source, keys, columns, classes=classes)
 
 
-def _choose_label(
-    dataset: Any, found: Sequence[str], text_key: str | None
-) -> tuple[str | None, list[str] | None]:
-    """Choose a column of a Hugging Face dataset, and the names of its classes if it has numbers.
-
-    A column of numbers (`ClassLabel`) is chosen if it is named, or the only one and there are no
-    captions.
-    """
+def _choose_label(dataset: Any, found: Sequence[str], keys: Keys) -> tuple[Keys, list[str] | None]:
+    """Choose the text column of a Hugging Face dataset: of class numbers (`ClassLabel`) if it is
+    named, or the only one and there are no captions. Then also return the names of its classes."""
     labels = {
         column: [normalize_class_name(name) for name in feature.names]
         for column, feature in (getattr(dataset, "features", None) or {}).items()
         if type(feature).__name__ == "ClassLabel"
     }
-    if text_key is None and not any(key in found for key in TEXT_KEYS):
+    if keys.text is None and not any(key in found for key in TEXT_KEYS):
         usable = [column for column in labels if column in found]
-        text_key = usable[0] if len(usable) == 1 else None
-    return text_key, None if text_key is None else labels.get(text_key)
+        keys = keys._replace(text=usable[0] if len(usable) == 1 else None)
+    return keys, None if keys.text is None else labels.get(keys.text)
 
 
 def _find_classes(dataset: Any) -> tuple[list[str], list[Any] | None] | None:
-    """Return the classes of a dataset with `.classes` whose items are `(image, class number)`.
-
-    Such are torchvision's `ImageFolder`, `DatasetFolder`, `CIFAR10`, ..., and `Subset`s of them.
-    Beside the names come the numbers of all items, if these are known without reading images.
-    """
+    """Return the classes of a dataset with `.classes` whose items are `(image, class number)`, such
+    as torchvision's, or of `Subset`s of it; and the numbers of all items, if these are known
+    without reading images."""
     whole, rows = dataset, np.arange(len(dataset))
     while isinstance(whole, Subset):
         rows = np.asarray(whole.indices)[rows]
@@ -246,22 +227,18 @@ def _find_classes(dataset: Any) -> tuple[list[str], list[Any] | None] | None:
 
 
 class ItemTable(PairTable):
-    """The items of a map-style dataset, or a list of `Record` and `BrokenPair`.
+    """The items of a map-style dataset, or a list of `Record` and `BrokenPair`; see `open_list`.
 
     Args:
         columns: the items without their images, or their class numbers alone, if these can be read
             so.
-        classes: names of the classes, if the texts are class numbers.
-        in_memory: whether the images are held in memory.
-        root: the folder of relative paths.
     """
 
     def __init__(
         self,
         name: str,
         items: Any,
-        image_key: str | None = None,
-        text_key: str | None = None,
+        keys: Keys = USUAL,
         columns: Any = None,
         *,
         classes: list[str] | None = None,
@@ -275,7 +252,7 @@ class ItemTable(PairTable):
         self._items = items
         self._count = len(items)
         self._columns = columns
-        self._keys = image_key, text_key
+        self._keys = keys
         self._root = os.path.abspath(root)
         self._seen: dict[int, str | list[str]] = {}
         self.stable = isinstance(items, list) or self._is_deterministic()
@@ -294,16 +271,18 @@ class ItemTable(PairTable):
             raise BrokenPair(self.id(index), f"{type(error).__name__}: {error}") from error
         if isinstance(item, BrokenPair):
             raise item
-        record = parse_item(item, *self._keys, id=self.id(index), classes=self.classes)
+        record = parse_item(item, self._keys, id=self.id(index), classes=self.classes)
         # Captions that could not be read again without the image.
         is_whole = self._columns is None and not isinstance(self._items, list)
         if is_whole and len(self._seen) < _REMEMBERED and not isinstance(record.text, Tensor):
             self._seen[row] = record.text
         return record
 
-    def _parse_columns(self, index: int) -> Columns:
-        """Return text and metadata without reading the image."""
-        found, text_key = self._columns[self._row(index)], self._keys[1]
+    def _without_image(self, index: int) -> Record | Columns:
+        """Return at least text and metadata, if possible without reading the image."""
+        if self._columns is None:
+            return self._parse(index)
+        found, text_key = self._columns[self._row(index)], self._keys.text
         columns = Columns(None, found)
         if isinstance(found, Mapping):
             meta = select_plain(found, without=(text_key,))
@@ -320,16 +299,13 @@ class ItemTable(PairTable):
         return Record(image, record.text, record.id, record.mask, record.meta)
 
     def texts(self, index: int) -> list[str] | Tensor:
-        if self._columns is not None:
-            text = parse_text(self._parse_columns(index).text, id=self.id(index))
-        elif self.stable and self._row(index) in self._seen:
-            text = self._seen[self._row(index)]
-        else:
-            text = self._parse(index).text
+        text: Any = self._seen.get(self._row(index)) if self.stable else None
+        if text is None:
+            text = parse_text(self._without_image(index).text, id=self.id(index))
         return [text] if isinstance(text, str) else text
 
     def meta(self, index: int) -> dict[str, Any]:
-        return (self._parse(index) if self._columns is None else self._parse_columns(index)).meta
+        return self._without_image(index).meta
 
     def _is_deterministic(self) -> bool:
         """Read a few items twice and compare; raise `InputError` if none can be read."""
@@ -348,10 +324,8 @@ class ItemTable(PairTable):
 
     @cached_property
     def _digest(self) -> str:
-        """Of the length, the captions, and the shape and some pixel values of a few items.
-
-        Captions are those of all items if reading them decodes no images, else of the same few.
-        """
+        """Of the length, the shape and some pixel values of a few items, and their captions: those
+        of all items if reading them decodes no images."""
         digest = hashlib.blake2b(f"{self._count}".encode(), digest_size=16)
         most = _MANIFEST_ITEMS_IN_MEMORY if self.in_memory else _MANIFEST_ITEMS
         sampled = set(spread_indices(self._count, most))

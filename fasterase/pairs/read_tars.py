@@ -1,10 +1,8 @@
 """WebDataset shards: tars are indexed and read by offset, compressed ones and pipes from memory.
 
-The index of a small set is made whenever it is opened. That of a larger one is kept, an Arrow file
-for each shard, in the hidden folder `.fasterase` beside the shards, or in the user's cache folder
-if that cannot be written. Only a shard whose size or time of change differs from what its index
-says, or whose index is damaged, is indexed again. The index of remote shards is always kept, in the
-user's cache folder, and recognised by the shard's size and version.
+The index of remote shards and of large sets is kept, an Arrow file for each shard, in the folder
+`.fasterase` beside the shards or in the user's cache folder. Only a shard whose size or version
+(time of change, ETag) is not what its index says, or whose index is damaged, is indexed again.
 """
 
 from __future__ import annotations
@@ -29,12 +27,13 @@ from filelock import FileLock
 from fasterase.errors import FaseraseError, InputError, hide_secrets
 from fasterase.numerals import counted
 from fasterase.pairs.images import Images
-from fasterase.pairs.items import Record, parse_meta
+from fasterase.pairs.items import USUAL, Keys, Record, parse_meta
 from fasterase.pairs.processes import count_processes, process_pool
 from fasterase.pairs.remote import (
     BYTES_VARIABLE,
     RemoteError,
     Shard,
+    cache_folder,
     describe_shards,
     identity,
     shard_name,
@@ -62,7 +61,7 @@ def is_tar_pattern(source: str) -> bool:
     return bool(_URL.match(source)) or "::" in source or ".tar" in source
 
 
-def expand_pattern(pattern: str, *, name: str) -> list[str]:
+def expand_pattern(pattern: str) -> list[str]:
     """List the shards of a pattern, by webdataset's rules (`::`, braces) and shell wildcards.
 
     Raises:
@@ -74,33 +73,25 @@ def expand_pattern(pattern: str, *, name: str) -> list[str]:
         urls = [os.path.expanduser(url.removeprefix("file:")) for url in expand_urls(pattern)]
     # ValueError from braceexpand, KeyError for an environment variable that is not set.
     except (ValueError, KeyError) as error:
-        raise InputError(f"`{name}`: bad shard pattern {pattern!r}: {error}") from error
+        raise InputError(f"bad shard pattern {pattern!r}: {error}") from error
     shards: list[str] = []
     for url in urls:
         shards += (sorted(glob.glob(url)) if any(c in url for c in "*?[") else ()) or [url]
     missing = [shard for shard in shards if not _URL.match(shard) and not os.path.isfile(shard)]
     if missing:
         raise InputError(
-            f"`{name}`: {len(missing)} of {len(shards)} shards of {pattern!r} are missing, such as "
+            f"{len(missing)} of {len(shards)} shards of {pattern!r} are missing, such as "
             f"{missing[0]!r}"
         )
     return shards
 
 
-def open_tars(
-    places: list[str], *, name: str, image_key: str | None = None, text_key: str | None = None
-) -> TarTable:
+def open_tars(places: list[str], name: str, keys: Keys = USUAL) -> TarTable:
     """Open the pairs of tar shards, in order; the ids are `shard.tar/key`.
 
     Images are the entries `jpg;png;jpeg;webp` (or `image_key`: endings joined by `;`). Captions are
     the entry `txt` (or `text_key`: endings, or a field of the `json` entry, which may be a list).
     The `json` entry becomes the pair's `meta`.
-
-    Uncompressed tars are indexed in one pass over their headers and read by offset; those at a URL
-    through a local cache of limited size (`remote`). Compressed tars and pipes allow no random
-    access: they are read once from start to end, and kept in memory.
-    A sample of img2dataset that its json entry calls failed, or whose image has another size than
-    it says, is a broken pair.
 
     Of a damaged or truncated shard, every sample that can be read is read, and a warning names it.
     The others are broken pairs: `shard.tar/lost sample 1`, ... where their keys are lost too.
@@ -112,13 +103,13 @@ def open_tars(
     """
     shards = _load_sequential(describe_shards(places, name=name), name)
     entries = Entries(
-        tuple((image_key or IMAGE_ENTRIES).lower().split(";")),
-        tuple((text_key or TEXT_ENTRIES).lower().split(";")),
-        text_key or "",
+        tuple((keys.image or IMAGE_ENTRIES).lower().split(";")),
+        tuple((keys.text or TEXT_ENTRIES).lower().split(";")),
+        keys.text or "",
     )
     parts = _index_shards(shards, name, entries)
     broken = add_lost(name, shards, parts)
-    _check_cache(name, {shard for shard in shards if shard.cache is not None})
+    _check_cache(name, set(shards))
     return TarTable(name, parts, TarImages(shards, parts, entries), broken=broken)
 
 
@@ -126,8 +117,7 @@ class TarImages(Images):
     """The entries of tars, by the index of each shard, and that of lost samples: `parts`."""
 
     def __init__(self, shards: list[Shard], parts: list[Part], entries: Entries) -> None:
-        self.shards = shards
-        self.entries = entries
+        self.shards, self.entries = shards, entries
         self._parts = Parts(parts)
 
     def sizes(self, ids: Iterable[str]) -> np.ndarray:
@@ -149,29 +139,19 @@ class TarImages(Images):
             with shard.open() as file:
                 file.seek(self._parts.value(f"{kind}offset", row))
                 data = file.read(size)
-        except RemoteError as error:
-            raise BrokenPair(id, str(error)) from error
-        except OSError as error:
-            raise BrokenPair(id, f"{shard.place} cannot be read: {error}") from error
+        except (RemoteError, OSError) as error:
+            named = f"{shard.place} cannot be read: " if isinstance(error, OSError) else ""
+            raise BrokenPair(id, f"{named}{error}") from error
         if len(data) < size:
             raise BrokenPair(id, f"{shard.place} was cut off after it was opened")
         return data
 
     def location(self, row: int, id: str) -> str:
-        number, at = self._parts.find(row)
-        shard = self.shards[number]
+        shard = self.shards[self._parts.find(row)[0]]
         if shard.data is not None:  # a pipe may give something else each time
-            return f"bytes {hashlib.blake2b(self.read(row, id)).hexdigest()}"
+            return super().location(row, id)
         place = _resolve(shard.place) if shard.cache is None else identity(shard.place)
-        return f"{place}::{self._parts.every[number].value('offset', at)}"
-
-    def shard_numbers(self) -> np.ndarray | None:
-        """Return the shard of each row, [n] int32; None if all are local."""
-        if not any(shard.cache for shard in self.shards):
-            return None
-        numbers = np.repeat(np.arange(len(self._parts.every)), np.diff(self._parts.starts))
-        # Lost samples, which are not read, are of one of them.
-        return np.minimum(numbers, len(self.shards) - 1).astype(np.int32)
+        return f"{place}::{self._parts.value('offset', row)}"
 
 
 class TarTable(PairTable):
@@ -209,19 +189,23 @@ class TarTable(PairTable):
         return hashlib.blake2b(parts, digest_size=16).hexdigest()
 
     def shards(self) -> np.ndarray | None:
-        numbers = self.images.shard_numbers()
-        return None if numbers is None else numbers[self._rows]
+        if not any(shard.cache for shard in self.images.shards):
+            return None
+        numbers = np.repeat(np.arange(len(self.parts.every)), np.diff(self.parts.starts))
+        # Lost samples, which are not read, are of one of them.
+        numbers = np.minimum(numbers, len(self.images.shards) - 1).astype(np.int32)
+        return numbers[self._rows]
 
 
-# Resolving a path asks the file system about each of its folders.
-_resolve = functools.cache(os.path.realpath)
+_resolve = functools.cache(os.path.realpath)  # asks the file system about each folder of a path
 
 
 def _check_cache(name: str, shards: set[Shard]) -> None:
     """Warn if training would fetch the same remote shards again and again."""
+    sizes = [shard.size for shard in shards if shard.cache is not None]
+    held = min((shard.cache.max_bytes for shard in shards if shard.cache is not None), default=0)
     # Workers read the next window ahead while others still read this one.
-    needed = min(len(shards), 2 * WINDOW_SHARDS) * max((shard.size for shard in shards), default=0)
-    held = min((shard.cache.max_bytes for shard in shards if shard.cache), default=0)
+    needed = min(len(sizes), 2 * WINDOW_SHARDS) * max(sizes, default=0)
     if held < needed:
         warnings.warn(
             f"`{name}`: the cache of remote shards holds {held} bytes. Training shuffles "
@@ -238,20 +222,6 @@ def _load_sequential(shards: list[Shard], name: str) -> list[Shard]:
         is_compressed = shard_name(shard.place).lower().endswith(_COMPRESSED)
         return is_compressed or not (shard.cache or os.path.isfile(shard.place))
 
-    def load(shard: Shard) -> Shard:
-        from webdataset.gopen import gopen
-
-        try:
-            stream = gopen(shard.place) if shard.cache is None else shard.open()
-            data, damage = read_whole(stream, shard.place)
-        except RemoteError as error:
-            raise InputError(f"`{name}`: {error}") from error
-        # Pipes raise errors of their own, which show the whole command.
-        except Exception as error:
-            cause = error if hide_secrets(shard.place) == shard.place else None
-            raise InputError(f"`{name}`: shard {shard.place} cannot be read: {error}") from cause
-        return shard._replace(data=data, damage=damage, cache=None)
-
     sequential = list(dict.fromkeys(filter(is_sequential, shards)))
     if not sequential:
         return shards
@@ -261,8 +231,23 @@ def _load_sequential(shards: list[Shard], name: str) -> list[Shard]:
         stacklevel=3,
     )
     bar = Progress(f"reading {name}", items=sequential, unit="shard", delay=2)
-    loaded = {shard: load(shard) for shard in bar}
+    loaded = {shard: _load(shard) for shard in bar}
     return [loaded.get(shard, shard) for shard in shards]
+
+
+def _load(shard: Shard) -> Shard:
+    from webdataset.gopen import gopen
+
+    try:
+        stream = gopen(shard.place) if shard.cache is None else shard.open()
+        data, damage = read_whole(stream, shard.place)
+    except RemoteError:
+        raise
+    # Pipes raise errors of their own, which show the whole command.
+    except Exception as error:
+        cause = error if hide_secrets(shard.place) == shard.place else None
+        raise InputError(f"shard {shard.place} cannot be read: {error}") from cause
+    return shard._replace(data=data, damage=damage, cache=None)
 
 
 def _index_shards(shards: Sequence[Shard], name: str, entries: Entries) -> list[Part]:
@@ -278,11 +263,8 @@ def _index_shards(shards: Sequence[Shard], name: str, entries: Entries) -> list[
     is_large = sum(shard.size for shard in distinct) >= KEPT_BYTES
     kept = is_large or any(shard.cache is not None for shard in distinct)
     kept = kept and all(shard.data is None for shard in distinct)
-    found: dict[Shard, Part] = {}
-    for shard in distinct if kept else ():
-        for path in index_paths(shard.place, entries):
-            if shard not in found and (part := _open(path, shard)) is not None:
-                found[shard] = part
+    opened = {shard: _open(shard, entries) if kept else None for shard in distinct}
+    found = {shard: part for shard, part in opened.items() if part is not None}
     missing = [shard for shard in distinct if shard not in found]
     workers = count_processes(len(missing)) if kept else 1
     if workers > 1:
@@ -290,45 +272,45 @@ def _index_shards(shards: Sequence[Shard], name: str, entries: Entries) -> list[
         random.Random(os.getpid()).shuffle(missing)
     read = functools.partial(_make_index if kept else _read_shard, entries=entries)
     bar = Progress(f"indexing {name}", total=len(missing), unit="shard", delay=2)
-    try:
-        with bar, process_pool(workers) if workers > 1 else nullcontext() as pool:
-            made = map(read, missing) if pool is None else pool.map(read, missing)
-            for shard, part in zip(missing, made, strict=True):
-                found[shard] = part
-                bar.update()
-    except InputError as error:
-        raise InputError(f"`{name}`: {error}") from error
+    with bar, process_pool(workers) if workers > 1 else nullcontext() as pool:
+        made = map(read, missing) if pool is None else pool.map(read, missing)
+        for shard, part in zip(missing, made, strict=True):
+            found[shard] = part
+            bar.update()
     pairs = counted(sum(map(len, found.values())), "pair")
     said = f"{pairs} in {counted(len(found), 'shard')}"
     say(f"{name} indexed: {said}", since=bar.began, least=SHORT_SECONDS)
     parts = [found[shard] for shard in shards]
+    _check_entries(parts, entries)
+    return parts
+
+
+def _check_entries(parts: Sequence[Part], entries: Entries) -> None:
+    """Raise `InputError` if there are no samples, no images or no captions."""
     facts = [part.facts for part in parts]
     endings = ", ".join(sorted({ending for each in facts for ending in each["endings"]})) or "none"
     if not any(map(len, parts)):
-        raise InputError(f"`{name}`: the shards hold no samples; entries found: {endings}")
+        raise InputError(f"the shards hold no samples; entries found: {endings}")
     for fact, what, wanted, hint in (
         ("images", "images", entries.image, "`image_key`"),
         ("captioned", "captions", entries.text, "`text_key`, which also takes a field of the json"),
     ):
         if not any(each[fact] for each in facts):
             raise InputError(
-                f"`{name}`: no {what} under {';'.join(wanted)}; entries found: {endings}. Name the "
-                f"right ending with {hint}."
+                f"no {what} under {';'.join(wanted)}; entries found: {endings}. Name the right "
+                f"ending with {hint}."
             )
-    return parts
 
 
 def _make_index(shard: Shard, entries: Entries) -> Part:
-    """Index a shard and write its index, unless another process does so now.
-
-    Rows that cannot be written, since a disk is full or read-only, stay in memory.
-    """
+    """Index a shard and write its index, unless another process does; what cannot be written, since
+    a disk is full or read-only, stays in memory."""
     path, part = index_paths(shard.place, entries)[0], None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock") as lock:
             try:
-                if (part := _open(path, shard)) is None:
+                if (part := _open(shard, entries)) is None:
                     part = _read_shard(shard, entries)
                     part = part.save(path)
             finally:
@@ -346,24 +328,24 @@ def _read_shard(shard: Shard, entries: Entries) -> Part:
     try:
         with shard.open() as file:
             return read_rows(shard, file, entries)
-    except RemoteError as error:
-        raise InputError(str(error)) from error
     except (tarfile.TarError, OSError) as error:
         raise InputError(f"shard {shard.place} cannot be read: {error}") from error
 
 
-def _open(path: Path, shard: Shard) -> Part | None:
-    try:
-        part = Part.open(str(path))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        log.warning("Shard index: %s is damaged (%s) and is made again.", path, error)
-        return None
-    if (part.facts["size_bytes"], part.facts.get("version")) != shard[1:3]:
+def _open(shard: Shard, entries: Entries) -> Part | None:
+    """Open the index of a shard, if there is one and it is still right."""
+    for path in index_paths(shard.place, entries):
+        try:
+            part = Part.open(str(path))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            log.warning("Shard index: %s is damaged (%s) and is made again.", path, error)
+            continue
+        if (part.facts["size_bytes"], part.facts.get("version")) == shard[1:3]:
+            return part
         log.info("Shard index: %s has changed and is indexed again.", hide_secrets(shard.place))
-        return None
-    return part
+    return None
 
 
 def index_paths(place: str, entries: Entries) -> list[Path]:
@@ -377,8 +359,7 @@ def index_paths(place: str, entries: Entries) -> list[Path]:
     parent = Path(place).parent
     whole = parent.resolve() if is_local else identity(place)
     folder = hashlib.blake2b(os.fsencode(whole), digest_size=8).hexdigest()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    cached = cache / "fasterase" / "shards" / folder / file
+    cached = cache_folder() / "shards" / folder / file
     if not is_local:
         return [cached]
     beside = parent / _FOLDER / file

@@ -1,9 +1,8 @@
 """Shards: local files, and remote ones read through a local cache of limited size.
 
-A shard is fetched whole by one process of a machine while the others wait for it; a download that
-was cut off resumes. The name of a copy is a hash of URL, size and version, so that a shard which
-changes on its server is another file, and one whose URL is signed anew is the same. Messages show
-neither passwords nor signatures (`errors.hide_secrets`).
+One process of a machine fetches a shard whole while the others wait; a download that was cut off
+resumes. A copy is named by a hash of URL, size and version: a shard that changes on its server is
+another file, and one whose URL is signed anew the same.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from filelock import FileLock, Timeout
 
-from fasterase.errors import FaseraseError, InputError, hide_secrets, import_extra
+from fasterase.errors import InputError, hide_secrets, import_extra
 from fasterase.files import flush_to_disk, reporting_full_disk
 
 log = logging.getLogger(__name__)
@@ -71,7 +70,7 @@ _POLL_SECONDS = 0.05
 _KEY_BYTES = 12  # of a hash that begins the name of a copy
 
 
-class RemoteError(FaseraseError, OSError):
+class RemoteError(InputError):
     """A remote shard cannot be read now; the message names it and says what to do."""
 
 
@@ -79,28 +78,15 @@ class _MissingError(RemoteError):
     """It does not exist."""
 
 
-class _ChangedError(RemoteError):
-    """It is no longer what it was."""
-
-
 class Shard(NamedTuple):
-    """One version of a tar.
+    """One version of a tar."""
 
-    Attributes:
-        place: its absolute path, URL or pipe.
-        size: its bytes; 0 of a pipe.
-        version: its time of change or ETag; empty if a server tells neither.
-        data: what it holds, decompressed, if it allows no random access.
-        damage: where its compressed data is damaged.
-        cache: where what is at the URL is copied to; None of others.
-    """
-
-    place: str
-    size: int
-    version: str
-    data: bytes | None = None
-    damage: tuple[tuple[int, int, str], ...] = ()
-    cache: ShardCache | None = None
+    place: str  # its absolute path, URL or pipe
+    size: int  # bytes; 0 of a pipe
+    version: str  # its time of change or ETag; empty if a server tells neither
+    data: bytes | None = None  # what it holds, decompressed, if it allows no random access
+    damage: tuple[tuple[int, int, str], ...] = ()  # where its compressed data is damaged
+    cache: ShardCache | None = None  # where what is at the URL is copied to; None of others
 
     def open(self) -> IO[bytes]:
         """Open the file, or the local copy of what is at the URL."""
@@ -115,6 +101,12 @@ def is_remote(place: str) -> bool:
     """Tell whether a path is a URL of a known protocol."""
     protocol, separator, _ = place.partition("://")
     return bool(separator) and protocol in _PROTOCOLS
+
+
+def cache_folder() -> Path:
+    """Return the user's cache folder of fasterase."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return cache / "fasterase"
 
 
 def shard_name(place: str) -> str:
@@ -148,7 +140,9 @@ def describe_shards(places: Sequence[str], *, name: str) -> list[Shard]:
         InputError: remote shards are missing or cannot be reached; counts them and names one.
     """
     urls = list(dict.fromkeys(filter(is_remote, places)))
-    cache = ShardCache.of_environment() if urls else None
+    if not urls:
+        return [describe_shard(place) for place in places]
+    cache = ShardCache.of_environment()
     for url in urls:
         _filesystem(url)  # here, so that all threads share one, and a missing package is one error
     with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
@@ -158,12 +152,12 @@ def describe_shards(places: Sequence[str], *, name: str) -> list[Shard]:
     if failed:
         is_missing = all(isinstance(error, _MissingError) for error in failed)
         raise InputError(
-            f"`{name}`: {len(failed)} of {len(urls)} shards "
+            f"{len(failed)} of {len(urls)} shards "
             f"{'are missing' if is_missing else 'cannot be opened'}, such as: {failed[0]}"
         ) from failed[0]
     found = {url: answer.result()._replace(cache=cache) for url, answer in asked.items()}
     unversioned = [url for url, shard in found.items() if not shard.version]
-    if unversioned and cache is not None:
+    if unversioned:
         warnings.warn(
             f"`{name}`: the server of {len(unversioned)} shards, such as "
             f"{hide_secrets(unversioned[0])}, tells neither an ETag nor a date of change. A shard "
@@ -180,24 +174,23 @@ def describe_shard(place: str) -> Shard:
     Raises:
         RemoteError: nothing is at the URL, or it cannot be reached, or its size is unknown.
     """
-    if not is_remote(place):
-        if not os.path.isfile(place):
-            return Shard(place, 0, "")
-        status = os.stat(place)
-        return Shard(os.path.abspath(place), status.st_size, str(status.st_mtime_ns))
-    info = _request(place, "info")
-    if not isinstance(info.get("size"), int):
-        raise RemoteError(
-            f"shard {place}: its server does not tell its size, by which a truncated download is "
-            f"recognised. Copy the shards to local files, or to another server."
-        )
-    versions = (info[key] for key in _VERSIONS if info.get(key))
-    return Shard(place, info["size"], str(next(versions, "")))
+    if is_remote(place):
+        info = _request(place, "info")
+        if not isinstance(info.get("size"), int):
+            raise RemoteError(
+                f"shard {place}: its server does not tell its size, by which a truncated download "
+                f"is recognised. Copy the shards to local files, or to another server."
+            )
+        versions = (info[key] for key in _VERSIONS if info.get(key))
+        return Shard(place, info["size"], str(next(versions, "")))
+    if not os.path.isfile(place):
+        return Shard(place, 0, "")
+    status = os.stat(place)
+    return Shard(os.path.abspath(place), status.st_size, str(status.st_mtime_ns))
 
 
 def _download(shard: Shard, path: Path) -> None:
     """Append to the file at `path` what it lacks of the shard; remove it if that has changed."""
-    _check_unchanged(shard)
 
     def check(data: bytes) -> bytes:
         if len(data) == shard.size:  # the server knows no ranges
@@ -206,22 +199,21 @@ def _download(shard: Shard, path: Path) -> None:
             raise OSError(f"it is truncated: {len(data)} of {end - start} bytes came")
         return data
 
+    _check_unchanged(shard, path)
     with path.open("ab") as file:
         while (start := file.tell()) < shard.size:
             end = min(start + CHUNK_BYTES, shard.size)
             file.write(_request(shard.place, "cat_file", check, start=start, end=end))
-    try:
-        _check_unchanged(shard)
-    except _ChangedError:
-        path.unlink()  # a mixture of both
-        raise
+    _check_unchanged(shard, path)
     flush_to_disk(path)
 
 
-def _check_unchanged(shard: Shard) -> None:
+def _check_unchanged(shard: Shard, path: Path) -> None:
+    """Remove what has been fetched to `path`, and raise, if it is of another version by now."""
     now = describe_shard(shard.place)
     if now[:3] != shard[:3]:
-        raise _ChangedError(
+        path.unlink()
+        raise RemoteError(
             f"shard {shard.place} has changed since it was opened (it had {shard.size} bytes, "
             f"version {shard.version!r}; now {now.size} bytes, version {now.version!r}). Leave "
             f"shards alone while they are read, and start again."
@@ -237,33 +229,32 @@ def _request(
         RemoteError: it failed each time, or what it asks for is missing.
     """
     filesystem = _filesystem(url)
-    for attempt in range(1, TRIES + 1):
-        try:
-            if not filesystem.async_impl:  # Hugging Face's, which has time limits of its own
-                return check(getattr(filesystem, method)(url, **options))
-            from fsspec.asyn import sync
+    call = getattr(filesystem, method)
+    if filesystem.async_impl:  # but Hugging Face's, which has time limits of its own
+        from fsspec.asyn import sync
 
-            call = getattr(filesystem, f"_{method}")
-            return check(sync(filesystem.loop, call, url, timeout=PATIENCE_SECONDS, **options))
+        asynchronous = getattr(filesystem, f"_{method}")
+        call = functools.partial(sync, filesystem.loop, asynchronous, timeout=PATIENCE_SECONDS)
+    for attempt in range(TRIES):
+        try:
+            return check(call(url, **options))
         # Each file system raises errors of its own: aiohttp's, botocore's, httpx's, ...
         except Exception as error:
             reason = _explain(url, error)
             # Tracebacks show the cause, whose message has the whole URL.
             cause = error if hide_secrets(url) == url else None
-            if reason is None:
-                raise _MissingError(
-                    f"shard {url} is missing (not found on its server). Correct the pattern, or "
-                    f"put the shard there."
-                ) from cause
-            if attempt == TRIES:
-                raise RemoteError(
-                    f"shard {url} cannot be read: {reason}, at the last of {TRIES} tries. Check "
-                    f"the network, the server and your access to it; or copy the shards to local "
-                    f"files."
-                ) from cause
+        if reason is None:
+            raise _MissingError(
+                f"shard {url} is missing (not found on its server). Correct the pattern, or put "
+                f"the shard there."
+            ) from cause
+        if attempt < TRIES - 1:
             log.warning("Shard %s", hide_secrets(f"{url}: {reason}; trying again."))
-        time.sleep(PAUSE_SECONDS * 2 ** (attempt - 1))
-    raise AssertionError
+            time.sleep(PAUSE_SECONDS * 2**attempt)
+    raise RemoteError(
+        f"shard {url} cannot be read: {reason}, at the last of {TRIES} tries. Check the network, "
+        f"the server and your access to it; or copy the shards to local files."
+    ) from cause
 
 
 def _explain(url: str, error: BaseException) -> str | None:
@@ -302,11 +293,9 @@ def _open_filesystem(protocol: str, process: int) -> Any:
 
 
 class ShardCache:
-    """A folder of whole shards, of which the least recently used are dropped first.
-
-    All processes of this machine share it. `max_bytes` bounds what it holds, unfinished downloads
-    included: while a shard is fetched, the name of its file tells what it will take.
-    """
+    """A folder of whole shards that all processes of this machine share; the least recently used
+    are dropped first. `max_bytes` bounds what it holds, unfinished downloads included: while a
+    shard is fetched, the name of its file tells what it will take."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self.folder = folder
@@ -321,8 +310,7 @@ class ShardCache:
         Raises:
             InputError: the bound is no number of bytes.
         """
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fasterase" / "remote"
-        folder = Path(os.environ.get(FOLDER_VARIABLE) or cache).expanduser()
+        folder = Path(os.environ.get(FOLDER_VARIABLE) or cache_folder() / "remote").expanduser()
         bound = os.environ.get(BYTES_VARIABLE) or str(DEFAULT_BYTES)
         if not bound.isdecimal():
             raise InputError(

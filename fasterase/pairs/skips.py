@@ -36,13 +36,12 @@ class Skip(NamedTuple):
 
 
 class SkipLedger:
-    """Counts skipped pairs over distinct ids, those that this rank has read.
+    """Counts the skipped pairs among the distinct ones that this rank has read.
 
     Args:
         total: pairs in all sets together.
-        max_skipped: accepted share of skipped pairs, 0 to 1. It is taken of the distinct pairs seen
-            so far, but of at least `min(total, 1000)`. A single one is accepted at any share above
-            0: in a small set it would always be too many.
+        max_skipped: accepted share of the distinct pairs seen so far, or of `min(total, 1000)` if
+            these are fewer. A single one is accepted at any share above 0.
     """
 
     def __init__(self, total: int, *, max_skipped: float = 0.01) -> None:
@@ -62,11 +61,8 @@ class SkipLedger:
         return list((self._skips | self._elsewhere).values())
 
     def add(self, seen: Iterable[str], skipped: Iterable[Skip]) -> None:
-        """Count the pairs that were read (`seen`, ids) and those that were left out.
-
-        Raises:
-            InputError: more than `max_skipped` of the pairs are broken; names them.
-        """
+        """Count the pairs that were read (`seen`, ids) and those that were left out; raise
+        `InputError`, which names them, if more than `max_skipped` are broken."""
         skipped = list(skipped)
         ids = [*seen, *(skip.id for skip in skipped)]
         self._waiting.append(np.fromiter(map(hash, ids), np.int64, len(ids)))

@@ -1,7 +1,5 @@
-"""`PairTable`: image-text pairs as rows, whatever they were read from, and views of them.
-
-The rows are Arrow record batches, in memory or in memory-mapped files (`Part`).
-"""
+"""`PairTable`: image-text pairs as rows, whatever they were read from; views of them, and several
+tables as one. The rows are Arrow record batches, in memory or in memory-mapped files (`Part`)."""
 
 from __future__ import annotations
 
@@ -78,11 +76,9 @@ class Part:
     @classmethod
     def open(cls, path: str) -> Part:
         """Open a file, which is read once; OSError: there is none; ValueError: damage."""
-        with pa.memory_map(path) as file:
-            reader = ipc.open_file(file)
-            facts = _read_facts(reader)
-            if facts.get("checksum") != _checksum(reader.get_batch(0), facts):
-                raise ValueError("its checksum is another one")
+        batch, facts = _map_file(path)
+        if facts.get("checksum") != _checksum(batch, facts):
+            raise ValueError("its checksum is another one")
         return cls(None, facts, path)
 
     def save(self, path: Path) -> Part:
@@ -99,18 +95,13 @@ class Part:
 
     @cached_property
     def batch(self) -> pa.RecordBatch:
-        """The rows; of a file, they stay mapped."""
-        return self._map()
-
-    def _map(self) -> pa.RecordBatch:
-        """Raise `InputError` if another process has indexed another shard of this name since."""
+        """The rows; `InputError` if another process has replaced the file by another index."""
+        assert self.path is not None
         try:
-            # Closed at once: a set has more parts than a process may hold files open.
-            with pa.memory_map(self.path) as file:
-                reader = ipc.open_file(file)
-                if _read_facts(reader) == self.facts:
-                    return reader.get_batch(0)
-                reason = "other facts"
+            batch, facts = _map_file(self.path)
+            if facts == self.facts:
+                return batch
+            reason = "other facts"
         except (OSError, ValueError) as error:
             reason = str(error)
         raise InputError(
@@ -123,17 +114,14 @@ class Part:
         return self.batch.num_rows if self.path is None else self.facts["rows"]
 
     @cached_property
-    def _columns(self) -> dict[str, pa.Array]:
-        # Asking the batch for a column takes longer than asking a column for a row.
+    def columns(self) -> dict[str, pa.Array]:
+        """The columns by name; asking the batch takes longer than asking a column for a row."""
         return dict(zip(self.batch.schema.names, self.batch.columns, strict=True))
-
-    def value(self, name: str, row: int) -> Any:
-        """Return a value of a column; ids are bytes."""
-        return self._columns[name][row].as_py()
 
     def column(self, name: str) -> pa.Array:
         """Return a column for a single pass; a file is not kept mapped afterwards."""
-        return (self.batch if self.path is None else self._map()).column(name)
+        part = self if self.path is None else Part(None, self.facts, self.path)
+        return part.batch.column(name)
 
     def every_id(self) -> Iterator[str]:
         """Yield the ids in order."""
@@ -151,14 +139,19 @@ class Part:
             return self.facts["digest"]
         digest = hashlib.blake2b(digest_size=16)
         for name in ("id", "captions", "size"):
-            if name in self.batch.schema.names:
-                for buffer in filter(None, self.batch.column(name).buffers()):
+            if name in self.columns:
+                for buffer in filter(None, self.columns[name].buffers()):
                     digest.update(buffer)
         return digest.hexdigest()
 
 
-def _read_facts(reader: ipc.RecordBatchFileReader) -> dict[str, Any]:
-    return json.loads((reader.schema.metadata or {}).get(b"facts", b""))
+def _map_file(path: str) -> tuple[pa.RecordBatch, dict[str, Any]]:
+    """Return the rows of a file and their facts."""
+    # Closed at once: a set has more parts than a process may hold files open.
+    with pa.memory_map(path) as file:
+        reader = ipc.open_file(file)
+        facts = json.loads((reader.schema.metadata or {}).get(b"facts", b""))
+        return reader.get_batch(0), facts
 
 
 def _checksum(batch: pa.RecordBatch, facts: dict[str, Any]) -> int:
@@ -183,9 +176,9 @@ class Parts:
         return number, row - self.starts[number]
 
     def value(self, name: str, row: int) -> Any:
-        """Return a value of a column."""
+        """Return a value of a column; ids are bytes."""
         number, at = self.find(row)
-        return self.every[number].value(name, at)
+        return self.every[number].columns[name][at].as_py()
 
     def column(self, name: str) -> np.ndarray:
         """Return a column of numbers, [n] int64."""
@@ -286,7 +279,7 @@ class PairTable(Sequence[Record]):
         view = copy.copy(self)
         view._base = self.base
         view.indices = self.base_rows(np.asarray(rows, dtype=np.int64))
-        view.name = self.name if name is None else name
+        view.name = name or self.name
         return view
 
     def where(self, mask: np.ndarray, *, name: str | None = None) -> PairTable:
@@ -342,14 +335,13 @@ class PairTable(Sequence[Record]):
 
     def every_text(self) -> Iterator[list[str] | Tensor]:
         """Yield what `texts` returns for all pairs in order; an empty list for a broken pair."""
+        return self._every(Part.every_captions, self._texts_or_none)
 
-        def texts_or_none(index: int) -> list[str] | Tensor:
-            try:
-                return self.texts(index)
-            except BrokenPair:
-                return []
-
-        return self._every(Part.every_captions, texts_or_none)
+    def _texts_or_none(self, index: int) -> list[str] | Tensor:
+        try:
+            return self.texts(index)
+        except BrokenPair:
+            return []
 
     def _every(
         self, of_part: Callable[[Part], Iterator[T]], of_row: Callable[[int], T]
@@ -375,10 +367,9 @@ class PairTable(Sequence[Record]):
 
         They take 16 bytes a caption; as strings, those of millions of pairs take gigabytes.
         """
-        description = f"comparing captions of {self.name}"
-        every, total = self.every_text(), len(self)
-        bar = Progress(description, items=every, total=total, unit="pair", delay=2)
         counts: list[int] = []
+        doing, every = f"comparing captions of {self.name}", self.every_text()
+        bar = Progress(doing, items=every, total=len(self), unit="pair", delay=2)
 
         def keys() -> Iterator[str]:
             for texts in bar:
@@ -386,8 +377,7 @@ class PairTable(Sequence[Record]):
                 counts.append(len(texts))
                 yield from map(caption_key, texts)
 
-        hashes = hash_captions(keys())
-        return hashes, np.repeat(np.arange(len(self)), counts)
+        return hash_captions(keys()), np.repeat(np.arange(len(self)), counts)
 
     @cached_property
     def _digest(self) -> str:
@@ -448,3 +438,61 @@ class PairTable(Sequence[Record]):
     def _rows(self) -> np.ndarray | slice:
         """What picks the rows of this view from a column of `base`."""
         return slice(None) if self.indices is None else self.indices
+
+
+def _of_its_table(name: str) -> Any:
+    """Return the method `name` of the table that a row is from."""
+
+    def method(self: JoinedTable, index: int) -> Any:
+        table, row = self._find(index)
+        return getattr(table, name)(row)
+
+    return method
+
+
+class JoinedTable(PairTable):
+    """The rows of `tables` in order; every pair keeps the id it has there."""
+
+    def __init__(self, name: str, tables: Sequence[PairTable]) -> None:
+        if not tables:
+            raise InputError(f"`{name}` is empty: none of its sets has a pair.")
+        self.name = name
+        self._tables = list(tables)
+        self._starts = [0, *accumulate(map(len, tables))]
+        self._count = self._starts[-1]
+        self.stable = all(table.stable for table in tables)
+        self.in_memory = all(table.in_memory for table in tables)
+        classes = dict.fromkeys(name for table in tables for name in table.classes or ())
+        self.classes = list(classes) or None
+
+    def _find(self, index: int) -> tuple[PairTable, int]:
+        row = self._row(index)
+        number = bisect_right(self._starts, row) - 1
+        return self._tables[number], row - self._starts[number]
+
+    id = _of_its_table("id")
+    texts = _of_its_table("texts")
+    meta = _of_its_table("meta")
+    encoded_image = _of_its_table("encoded_image")
+    encoded_location = _of_its_table("encoded_location")
+    _record = _of_its_table("_record")
+
+    @cached_property
+    def _digest(self) -> str:
+        digests = "".join(table.digest() for table in self._tables)
+        return hashlib.blake2b(digests.encode(), digest_size=16).hexdigest()
+
+    def shards(self) -> np.ndarray | None:
+        found, before = [], 0
+        for table in self._tables:
+            shards = table.shards()
+            if shards is None:
+                return None
+            found.append(shards + before)
+            before += int(shards.max()) + 1
+        return np.concatenate(found)[self._rows]
+
+    def encoded_sizes(self) -> np.ndarray | None:
+        found = [table.encoded_sizes() for table in self._tables]
+        sizes = [each for each in found if each is not None]
+        return np.concatenate(sizes)[self._rows] if len(sizes) == len(found) else None

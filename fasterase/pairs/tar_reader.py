@@ -15,9 +15,7 @@ import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import groupby
-from operator import itemgetter
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -50,53 +48,15 @@ class Damage(NamedTuple):
         return start <= self.offset + self.size and self.offset < end + _BLOCK
 
 
-class _Header(tarfile.TarInfo):
-    """The header of an entry. That of a usual file is read here, in a tenth of tarfile's time."""
+class Entry(NamedTuple):
+    """An entry of a tar: its name, and where its header, its content and the next entry begin."""
 
-    @classmethod
-    def fromtarfile(cls, tar: Any) -> _Header:
-        start = tar.fileobj.tell()
-        block = first = tar.fileobj.read(_BLOCK)
-        offset = start + _BLOCK
-        # webdataset's writer puts an extended header before each file, for fractions of seconds.
-        if len(block) == _BLOCK and block[156] == _PAX:
-            size = _plain_size(block)
-            if size is not None:
-                padded = -(-size // _BLOCK) * _BLOCK
-                data = tar.fileobj.read(padded + _BLOCK)
-                if not _TELLING_PAX.search(data, 0, size):
-                    block, offset = data[padded:], offset + padded + _BLOCK
-        size = _plain_size(block) if len(block) == _BLOCK else None
-        name = block[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape")
-        if size is not None and block[156] in _FILES and not block[345] and name[-1:] != "/":
-            header = cls(name)
-            header.size, header.offset, header.offset_data = size, start, offset
-            tar.offset = offset + -(-size // _BLOCK) * _BLOCK
-            return header
-        tar.fileobj.seek(start)
-        if len(first) < _BLOCK or not first.strip(b"\0"):
-            return super().fromtarfile(tar)  # raises what `TarFile.next` takes for an end
-        try:
-            return super().fromtarfile(tar)
-        # Damaged extended headers raise errors of many kinds, after reading on.
-        except (tarfile.HeaderError, ValueError, KeyError, IndexError) as error:
-            tar.fileobj.seek(start + _BLOCK)
-            raise tarfile.InvalidHeaderError("damaged") from error  # type: ignore[attr-defined]
-
-
-def _plain_size(block: bytes) -> int | None:
-    """Return the size in a header of 512 bytes; None if it or the checksum has a rare form."""
-    if block[257:262] != b"ustar":
-        return None
-    try:
-        size = int(block[124:136].partition(b"\0")[0], 8)
-        checksum = int(block[148:156].partition(b"\0")[0], 8)
-    except ValueError:
-        return None
-    # Adler-32's low half is 1 + the sum of the bytes, modulo 65,521; summing them takes 20 times
-    # as long. The checksum counts its own field as eight spaces.
-    total = (zlib.adler32(block) & 0xFFFF) - 1 - sum(block[148:156]) + 8 * 32
-    return size if size >= 0 and (total - checksum) % 65521 == 0 else None
+    name: str
+    is_file: bool
+    offset: int
+    data_offset: int
+    size: int
+    end: int
 
 
 class ShardReader:
@@ -110,23 +70,24 @@ class ShardReader:
         self.readable = 0
         self.size = file.seek(0, os.SEEK_END)
         self._file = file
+        self._tar = tarfile.TarFile(fileobj=file, mode="w")  # to write, since it reads nothing then
 
-    def entries(self) -> Iterator[tarfile.TarInfo]:
-        """Yield the headers of all entries; note the stretches between that are none.
+    def entries(self) -> Iterator[Entry]:
+        """Yield all entries; note the stretches between that are none.
 
         tarfile.TarError: the file is empty, or holds no entry at all and is not an empty tar.
         """
         if self.size < _BLOCK:
             raise tarfile.ReadError("it is not a tar" if self.size else "it is empty")
-        self._file.seek(0)
-        # Without `ignore_zeros`, a damaged header and a hole of zeros would end the archive.
-        tar = tarfile.TarFile(fileobj=self._file, tarinfo=_Header, ignore_zeros=True)
-        end = 0
-        while end < self.size and (entry := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]
-            self._note_gap(end, entry.offset)
-            end = tar.offset
-            self.readable += end - entry.offset
+        end = place = 0
+        while place + _BLOCK <= self.size:
+            entry = self._read_plain_header(place) or self._read_header(place)
+            if entry is None:
+                place += _BLOCK
+                continue
+            self._note_gap(end, place)
+            end = place = entry.end
+            self.readable += entry.end - entry.offset
             yield entry
         if end > self.size:
             self.damage.append(Damage(self.size, 0, "it ends inside an entry"))
@@ -136,6 +97,36 @@ class ShardReader:
             self._note_gap(end, self.size - self.size % _BLOCK)
         if self.damage and not self.readable:
             raise tarfile.ReadError("it is not a tar")
+
+    def _read_plain_header(self, offset: int) -> Entry | None:
+        """Return a usual file, in a tenth of tarfile's time; None for anything else."""
+        self._file.seek(offset)
+        block, data_offset = self._file.read(_BLOCK), offset + _BLOCK
+        size = _plain_size(block)
+        # webdataset's writer puts an extended header before each file, for fractions of seconds.
+        if size is not None and block[156] == _PAX:
+            records = self._file.read(size + -size % _BLOCK)
+            if _TELLING_PAX.search(records, 0, size):
+                return None
+            block, data_offset = self._file.read(_BLOCK), data_offset + len(records) + _BLOCK
+            size = _plain_size(block)
+        name = block[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape")
+        if size is None or block[156] not in _FILES or block[345] or name.endswith("/"):
+            return None
+        return Entry(name, True, offset, data_offset, size, data_offset + size + -size % _BLOCK)
+
+    def _read_header(self, offset: int) -> Entry | None:
+        """Return an entry of any kind; None where no header is."""
+        self._file.seek(offset)
+        try:
+            header = tarfile.TarInfo.fromtarfile(self._tar)
+        # Damaged extended headers raise errors of many kinds, after reading on.
+        except (tarfile.HeaderError, ValueError, KeyError, IndexError):
+            return None
+        end = self._tar.offset
+        if end <= offset:  # a negative size
+            return None
+        return Entry(header.name, header.isfile(), offset, header.offset_data, header.size, end)
 
     def _note_gap(self, start: int, end: int) -> None:
         if start == end:
@@ -147,30 +138,41 @@ class ShardReader:
         elif end - start > _MOST_PADDING:
             self.damage.append(Damage(start, end - start, "a hole of zeros"))
 
-    def samples(self) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    def samples(self) -> Iterator[tuple[str, dict[str, Entry]]]:
         """Yield the stem of each sample, consecutive entries of one stem, and these by ending.
 
         An ending that comes again begins another sample.
         """
-        files = ((split_entry(entry.name), entry) for entry in self.entries() if entry.isfile())
-        named = ((*parts, entry) for parts, entry in files if parts is not None)
-        for stem, group in groupby(named, itemgetter(0)):
-            sample: dict[str, tarfile.TarInfo] = {}
-            for _, ending, entry in group:
-                if ending in sample:
-                    yield stem, sample
-                    sample = {}
-                sample[ending] = entry
-            yield stem, sample
+        last, sample = "", dict[str, Entry]()
+        for entry in self.entries():
+            if not entry.is_file or (parts := split_entry(entry.name)) is None:
+                continue
+            stem, ending = parts
+            if sample and (stem != last or ending in sample):
+                yield last, sample
+                sample = {}
+            last, sample[ending] = stem, entry
+        if sample:
+            yield last, sample
 
-    def read(self, entry: tarfile.TarInfo) -> bytes:
-        """Return the bytes of an entry."""
-        self._file.seek(entry.offset_data)
+    def read(self, entry: Entry) -> bytes:
+        self._file.seek(entry.data_offset)
         return self._file.read(entry.size)
 
-    def read_ends(self, entry: tarfile.TarInfo) -> bytes:
-        """Return the first and the last bytes of an entry."""
-        return read_ends(self._file, entry.offset_data, entry.size)
+
+def _plain_size(block: bytes) -> int | None:
+    """Return the size in a header of 512 bytes; None if it or the checksum has a rare form."""
+    if len(block) < _BLOCK or block[257:262] != b"ustar":
+        return None
+    try:
+        size = int(block[124:136].partition(b"\0")[0], 8)
+        checksum = int(block[148:156].partition(b"\0")[0], 8)
+    except ValueError:
+        return None
+    # Adler-32's low half is 1 + the sum of the bytes, modulo 65,521; summing them takes 20 times
+    # as long. The checksum counts its own field as eight spaces.
+    total = (zlib.adler32(block) & 0xFFFF) - 1 - sum(block[148:156]) + 8 * 32
+    return size if size >= 0 and (total - checksum) % 65521 == 0 else None
 
 
 def split_entry(path: str) -> tuple[str, str] | None:
@@ -191,25 +193,22 @@ def read_whole(stream: IO[bytes], place: str) -> tuple[bytes, tuple[Damage, ...]
     `stream`, a file or a pipe of webdataset, gets closed; pipes raise errors of their own.
     """
     with stream:
-        is_file = isinstance(stream, io.BufferedReader)
-        raw = stream if is_file else io.BytesIO(stream.read())
-        start = raw.read(6)
-        raw.seek(0)
-        if start.startswith(_ZSTD):
-            raise OSError(f"zstd is not supported here; give 'pipe:zstd -dc {place}'")
-        decompress = next((each for magic, each in _DECOMPRESSORS if start.startswith(magic)), None)
-        if decompress is None:
-            return raw.read(), ()
-        plain = io.BytesIO()
-        try:
-            # In single blocks, so that all of them before the damage are kept.
-            with decompress(raw) as packed:
-                while block := packed.read(_BLOCK):
-                    plain.write(block)
-        except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-            reason = f"its compressed data is damaged: {error}"
-            return plain.getvalue(), (Damage(plain.tell(), 0, reason),)
-        return plain.getvalue(), ()
+        data = stream.read()
+    if data.startswith(_ZSTD):
+        raise OSError(f"zstd is not supported here; give 'pipe:zstd -dc {place}'")
+    decompress = next((each for magic, each in _DECOMPRESSORS if data.startswith(magic)), None)
+    if decompress is None:
+        return data, ()
+    plain = io.BytesIO()
+    try:
+        # In single blocks, so that all of them before the damage are kept.
+        with decompress(io.BytesIO(data)) as packed:
+            while block := packed.read(_BLOCK):
+                plain.write(block)
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        reason = f"its compressed data is damaged: {error}"
+        return plain.getvalue(), (Damage(plain.tell(), 0, reason),)
+    return plain.getvalue(), ()
 
 
 class Entries(NamedTuple):
@@ -257,19 +256,19 @@ def read_rows(shard: Shard, file: IO[bytes], entries: Entries) -> Part:
         if sample.keys().isdisjoint((*entries.image, *entries.text)):
             continue
         *_, (ending, last) = sample.items()
-        span = next(iter(sample.values())).offset, last.offset_data + last.size
+        span = next(iter(sample.values())).offset, last.data_offset + last.size
         if span[1] > reader.size:
             cut = f"the shard ends inside its {ending}"
             del sample[ending]
         image = next((sample[ending] for ending in entries.image if ending in sample), None)
         if image is not None:
             # Before the captions, which usually follow it and are read with its end.
-            content = zlib.crc32(reader.read_ends(image), content)
+            content = zlib.crc32(read_ends(file, image.data_offset, image.size), content)
         texts = {ending: reader.read(sample[ending]) for ending in wanted & sample.keys()}
         ids.append(f"{name}/{stem}")
         captions.append([] if cut else entries.read_captions(texts))
         for entry in (image, sample.get("json")):
-            extents += (-1, -1) if entry is None else (entry.offset_data, entry.size)
+            extents += (-1, -1) if entry is None else (entry.data_offset, entry.size)
         if image is None or not captions[-1]:
             incomplete.append(span)
     part = make_part(ids, captions, extents)
@@ -333,10 +332,9 @@ def add_lost(name: str, shards: Sequence[Shard], parts: list[Part]) -> dict[int,
 def _count_lost(place: str, part: Part, usual: int) -> int:
     """Return how many samples a damaged shard has lost beyond those found.
 
-    That is what its index tells: `successes` of img2dataset's `00000_stats.json`, or the first line
-    of DALI's `00000.idx`. Without an index it is an estimate from below: what is missing to the
-    `usual` number of an undamaged shard (0 if there is none), or what the unreadable bytes would
-    have held, but at least one if no sample found is torn.
+    Its index tells: `successes` of img2dataset's `00000_stats.json`, or the first line of DALI's
+    `00000.idx`. Without one it is at least what is missing to the `usual` number of an undamaged
+    shard (0 if there is none), what the unreadable bytes would have held, and one if none is torn.
     """
     stem = place.removesuffix(".tar")
     # Either may be missing, or of another kind.

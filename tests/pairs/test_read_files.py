@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from fasterase.errors import InputError
+from fasterase.pairs.items import Keys
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.overlap import remove_overlap
 from fasterase.pairs.read_files import SEPARATORS, detect_separator, open_file
@@ -35,8 +36,20 @@ SETTINGS = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 def table(folder: Path, content: str, name: str = "pairs.csv") -> Path:
     path = folder / name
-    path.write_text(content, encoding="utf-8")
+    path.write_text(content, encoding="utf-8", errors="surrogateescape")
     return path
+
+
+def write_parquet(path, **columns):
+    parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+def write_folder(folder, files):
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @pytest.mark.parametrize("separator", SEPARATORS)
@@ -75,11 +88,25 @@ def test_text_holds_no_token_ids_or_pixels(pictures, ending):
     assert set(pairs.meta(0)) == {"pixel_values", "input_ids"}
 
 
-def test_long_cells_are_read(pictures):
-    text = "word " * 40_000
-    pairs = open_pairs(table(pictures, f"filepath,title,page\n0.png,zero,{text}\n"), name="x")
-    assert captions(pairs) == [["zero"]]
-    assert pairs.meta(0)["page"] == text
+@pytest.mark.parametrize(
+    ("content", "texts", "meta"),
+    [
+        (f"filepath,title,page\n0.png,a,{'word ' * 40_000}\n", ["a"], {"page": "word " * 40_000}),
+        # Spreadsheets write columns without a name where they are empty.
+        ("filepath,title,,\n0.png,zero,,\n", ["zero"], {"": ""}),
+        # Quotes that lose nothing.
+        (
+            'filepath\ttitle\n0.png\ta "b" c\n1.png\t"d" e\n2.png\t"f\n""g"""\n',
+            ['a "b" c', "d e", 'f\n"g"'],
+            {},
+        ),
+    ],
+    ids=["long cell", "no name", "quotes"],
+)
+def test_unusual_tables_are_read(pictures, content, texts, meta):
+    pairs = open_pairs(table(pictures, content), name="x")
+    assert captions(pairs) == [[text] for text in texts]
+    assert pairs.meta(0) == meta
 
 
 @pytest.mark.parametrize("mark", ["", "\ufeff", "\n \n"])
@@ -105,6 +132,7 @@ def test_json_with_alternatives_and_meta(pictures, name, mark):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("t.csv", "\udcff\udcfe\0\1", "not a UTF-8 text file"),
         ("t.csv", "", "no header line"),
         ("t.csv", "filepath,title\n", r"`x` is empty \(.*t.csv\)"),
         ("t.jsonl", "{oops}\n", "line 1 is not valid JSON"),
@@ -141,23 +169,6 @@ def test_damaged_tables(pictures, name, content, message):
     with pytest.raises(InputError, match=message) as caught:
         open_pairs(table(pictures, content, name), name="x")
     assert "`x`" in str(caught.value)
-
-
-def test_columns_without_a_name_may_repeat(pictures):
-    """Spreadsheets write them for empty columns."""
-    path = table(pictures, "filepath,title,,\n0.png,zero,,\n")
-    assert open_pairs(path, name="x")[0].text == "zero"
-
-
-def test_binary_file_is_refused(tmp_path):
-    (tmp_path / "t.csv").write_bytes(b"\xff\xfe\x00\x01")
-    with pytest.raises(InputError, match="not a UTF-8 text file"):
-        open_pairs(tmp_path / "t.csv", name="x")
-
-
-def test_quotes_that_lose_nothing_are_read(pictures):
-    path = table(pictures, 'filepath\ttitle\n0.png\ta "b" c\n1.png\t"d" e\n2.png\t"f\n""g"""\n')
-    assert captions(open_pairs(path, name="x")) == [['a "b" c'], ["d e"], ['f\n"g"']]
 
 
 def test_blank_cells_and_missing_images_are_broken_pairs(pictures):
@@ -237,40 +248,36 @@ def test_no_text_file_makes_it_crash(tmp_path, content):
 
 
 def test_the_header_with_the_wanted_columns_wins():
-    assert detect_separator("image, text\n", None, None) == ","
-    assert detect_separator("filepath;title;a,b,c,d,e\n", None, None) == ";"
-    assert detect_separator("one|two\n", "one", "two") == "|"
-
-
-def write_parquet(path, **columns):
-    parquet.write_table(pyarrow.table(columns), path)
-    return path
+    assert detect_separator("image, text\n", Keys()) == ","
+    assert detect_separator("filepath;title;a,b,c,d,e\n", Keys()) == ";"
+    assert detect_separator("one|two\n", Keys("one", "two")) == "|"
 
 
 def test_frame_of_paths(pictures, monkeypatch):
     monkeypatch.chdir(pictures)
-    frame = pandas.DataFrame(
-        {
-            "filepath": ["0.png", str(pictures / "1.png"), "gone.png"],
-            "title": ["zero", "one", "x"],
-            "score": [1, 2, 3],
-        }
-    )
+    paths = ["0.png", str(pictures / "1.png"), "gone.png"]
+    columns = {"filepath": paths, "title": ["zero", "one", "x"], "score": [1, 2, 3]}
+    frame = pandas.DataFrame(columns)
     pairs = open_pairs(frame[frame.score < 3].iloc[::-1], name="forget")
     monkeypatch.chdir("/")
     assert captions(pairs) == [["one"], ["zero"]]
     assert (shade(pairs, 0), shade(pairs, 1)) == (1, 0)
-    assert pairs.id(1) == "0.png"
-    assert pairs.meta(1) == {"score": 1}
-    assert pairs.encoded_sizes().tolist() == [
-        (pictures / name).stat().st_size for name in ("1.png", "0.png")
-    ]
+    assert (pairs.id(1), pairs.meta(1)) == ("0.png", {"score": 1})
+    sizes = [os.path.getsize(pictures / name) for name in ("1.png", "0.png")]
+    assert pairs.encoded_sizes().tolist() == sizes
 
 
-def test_missing_cells_are_broken_pairs(pictures):
+@pytest.mark.parametrize("form", ["frame", "parquet"])
+def test_missing_cells_are_broken_pairs(pictures, form):
     images = [str(pictures / "0.png"), None, str(pictures / "1.png")]
-    pairs = open_pairs(pandas.DataFrame({"image": images, "text": ["a", "b", None]}), name="x")
-    assert read_all(pairs) == ({images[0]: "a"}, {"x[1]": "no image", "x[2]": "no caption"})
+    texts = [["a"], ["b"], None]
+    source, label = pandas.DataFrame({"image": images, "text": texts}), "x"
+    if form == "parquet":
+        label = "t.parquet"
+        source = write_parquet(pictures / label, image=images, text=texts)
+    pairs = open_pairs(source, name="x")
+    broken = {f"{label}[1]": "no image", f"{label}[2]": "no caption"}
+    assert read_all(pairs) == ({images[0]: "a"}, broken)
 
 
 def test_frame_of_pictures_arrays_and_token_ids():
@@ -307,17 +314,10 @@ def test_empty_frames_and_other_tables_say_what_to_pass():
 
 
 def test_parquet_of_paths(pictures):
-    file = write_parquet(
-        pictures / "t.parquet",
-        filepath=["0.png", None, str(pictures / "2.png")],
-        title=[["zero", "0"], ["one"], None],
-        score=[1.5, None, 3],
-    )
-    pairs = open_pairs(str(file), name="forget")
-    good, broken = read_all(pairs)
-    assert good == {"0.png": ["zero", "0"]}
+    columns = {"filepath": ["0.png"], "title": [["zero", "0"]], "score": [1.5], "none": [None]}
+    pairs = open_pairs(str(write_parquet(pictures / "t.parquet", **columns)), name="forget")
+    assert read_all(pairs) == ({"0.png": ["zero", "0"]}, {})
     assert pairs.meta(0) == {"score": 1.5}
-    assert list(broken) == ["t.parquet[1]", "t.parquet[2]"]
 
 
 @pytest.mark.parametrize("wrap", [lambda data: data, lambda data: {"bytes": data, "path": "x.png"}])
@@ -351,13 +351,6 @@ def test_damaged_parquet_and_wrong_columns(tmp_path):
         open_pairs(tmp_path / "t.parquet", name="x")
     with pytest.raises(InputError, match=r"`x`: .*u\.parquet: no column named .*\['url', 'text'\]"):
         open_pairs(write_parquet(tmp_path / "u.parquet", url=["a"], text=["b"]), name="x")
-
-
-def write_folder(folder, files):
-    for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def test_class_folders_caption_by_name(tmp_path):
@@ -445,23 +438,36 @@ def test_folders_without_a_meaning_are_refused(tmp_path):
         open_pairs(tmp_path, name="forget")
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "not an image", "bomb"])
-def test_damaged_images_are_broken_pairs(tmp_path, monkeypatch, damage):
-    data = encoded(1)
-    contents = {"truncated": data[: len(data) // 2], "empty": b"", "not an image": b"hello"}
-    reason = "exceeds limit" if damage == "bomb" else "image cannot be decoded"
-    if damage == "bomb":
-        monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 40)
-    write_folder(tmp_path, {"cat/x.png": contents.get(damage, data)})
-    with pytest.raises(BrokenPair, match=reason) as caught:
+@pytest.mark.parametrize(
+    ("data", "limit", "reason"),
+    [
+        (encoded(1)[:40], 1000, "image cannot be decoded: "),
+        (b"", 1000, "image cannot be decoded: unknown image format"),
+        (b"hello", 1000, "image cannot be decoded: unknown image format"),
+        (encoded(1), 40, "exceeds limit"),
+    ],
+    ids=["truncated", "empty", "not an image", "bomb"],
+)
+def test_damaged_images_are_broken_pairs(tmp_path, monkeypatch, data, limit, reason):
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", limit)
+    write_folder(tmp_path, {"cat/x.png": data})
+    with pytest.raises(BrokenPair, match=rf"^cat/x\.png: .*{reason}"):
         open_pairs(tmp_path, name="forget")[0]
-    assert caught.value.id == "cat/x.png"
 
 
-@pytest.mark.parametrize("path", ["nowhere.csv", "no/such/folder", ""])
-def test_missing_paths_are_named(path):
-    with pytest.raises(InputError, match="`forget`"):
-        open_pairs(path, name="forget")
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nowhere.csv", "no file or folder 'nowhere.csv'"),
+        ("no/such/folder", "no file or folder 'no/such/folder'"),
+        ("", "the path is empty"),
+        (["a.tar", "b.csv"], r"a list of paths must name tars; found 'b\.csv'"),
+        (["x.jpg", "a caption"], r"pairs as \(image, text\)"),
+    ],
+)
+def test_wrong_paths_say_what_to_give(source, message):
+    with pytest.raises(InputError, match=f"`forget`: .*{message}"):
+        open_pairs(source, name="forget")
 
 
 @pytest.mark.parametrize("kind", [list, tuple])
@@ -473,10 +479,3 @@ def test_a_list_of_tars(make_tar, kind):
     assert len(open_pairs(kind([pattern, shards[2]]), name="retain")) == 3
     with pytest.raises(InputError, match=r"`retain`.*missing, such as .*9\.tar"):
         open_pairs(kind([shards[0], shards[1].replace("1.tar", "9.tar")]), name="retain")
-
-
-def test_a_list_of_other_paths_says_what_to_give():
-    with pytest.raises(InputError, match=r"`x`: a list of paths must name tars; found 'b\.csv'"):
-        open_pairs(["a.tar", "b.csv"], name="x")
-    with pytest.raises(InputError, match=r"pairs as \(image, text\)"):
-        open_pairs(["x.jpg", "a caption"], name="x")

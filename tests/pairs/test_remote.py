@@ -26,57 +26,31 @@ from tests.pairs.reading import contents, encoded
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves a folder, with ranges, and with the faults that are asked for.
-
-    Attributes:
-        reads: (file name, first byte) of each request for content.
-        slow: seconds that each such request takes, by file name.
-        cut: bytes that are sent of each chunk, by file name, before the connection ends.
-        cuts: how many more requests are cut.
-        ranges: whether ranges are known.
-        versions: whether ETags are told.
-        password: what may read, in base64; empty for everyone.
-    """
+    """Serves a folder, with ranges, and with the faults that are asked for."""
 
     daemon_threads = True
+    ranges = True  # are known
+    versions = True  # ETags are told
+    password = ""  # what may read, in base64; empty for everyone
+    cuts = 10**9  # how many more requests are cut
 
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.folder, self.ranges, self.cuts = folder, True, 10**9
-        self.versions, self.password = True, ""
-        self.reads, self.slow, self.cut = [], {}, {}
-        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.folder, self.url = folder, f"http://127.0.0.1:{self.server_port}"
+        self.reads = []  # (file name, first byte) of each request for content
+        self.slow = {}  # seconds that each such request takes, by file name
+        self.cut = {}  # bytes that are sent of each chunk, by file name, before the connection ends
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_HEAD(self):
-        self.answer(with_content=False)
+        self.answer()
 
     def do_GET(self):
-        self.answer(with_content=True)
-
-    def answer(self, *, with_content):
-        server, name = self.server, self.path.strip("/").partition("?")[0]
-        path = Path(server.folder, name)
-        if not path.is_file():
-            self.send_error(404)
+        name, data, start = self.answer() or ("", b"", 0)
+        if not name:
             return
-        data, start = path.read_bytes(), 0
-        etag = f'"{path.stat().st_mtime_ns}"'
-        if server.password and server.password not in self.headers.get("Authorization", ""):
-            self.send_error(403)
-            return
-        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        self.send_response(206 if asked and server.ranges else 200)
-        if asked and server.ranges:
-            start = int(asked[1])
-            data = data[start : int(asked[2]) + 1]
-        self.send_header("Content-Length", str(len(data)))
-        if server.versions:
-            self.send_header("ETag", etag)
-        self.end_headers()
-        if not with_content:
-            return
+        server = self.server
         server.reads.append((name, start))
         time.sleep(server.slow.get(name, 0))
         if name in server.cut and server.cuts > 0:
@@ -84,6 +58,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             data = data[: server.cut[name]]
         self.wfile.write(data)
+
+    def answer(self):
+        """Send the headers; return what is to follow."""
+        server, name = self.server, self.path.strip("/").partition("?")[0]
+        path, start = Path(server.folder, name), 0
+        if not path.is_file() or server.password not in self.headers.get("Authorization", ""):
+            return self.send_error(403 if path.is_file() else 404)
+        data = path.read_bytes()
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if asked and server.ranges:
+            start = int(asked[1])
+            data = data[start : int(asked[2]) + 1]
+        self.send_response(206 if asked and server.ranges else 200)
+        self.send_header("Content-Length", str(len(data)))
+        if server.versions:
+            self.send_header("ETag", f'"{path.stat().st_mtime_ns}"')
+        self.end_headers()
+        return name, data, start
 
     def log_message(self, *_):
         pass
@@ -107,11 +99,18 @@ def shards(shards):
     return sorted(map(str, shards.glob("*.tar")))
 
 
+@pytest.fixture
 def held(tmp_path):
-    return sorted(p.name for p in (tmp_path / "cache/fasterase/remote").glob("*-*"))
+    """Lists the copies of shards in the cache, or those of one."""
+    return lambda name="": sorted((tmp_path / "cache/fasterase/remote").glob(f"*-*{name}"))
 
 
-def test_the_same_pairs_as_local_ones_and_read_once(server, shards, tmp_path):
+def drop(copies):
+    for copy in copies:
+        copy.unlink()
+
+
+def test_the_same_pairs_as_local_ones_and_read_once(server, shards, held):
     pattern = f"{server.url}/s-{{0..3}}.tar"
     assert contents(pattern) == contents(shards)
     assert sorted(server.reads) == [(f"s-{n}.tar", 0) for n in range(4)]
@@ -121,21 +120,19 @@ def test_the_same_pairs_as_local_ones_and_read_once(server, shards, tmp_path):
     assert again[7].text == "n 7"
     assert server.reads == []
     # Nor are they read to open them when their copies are gone.
-    for name in held(tmp_path):
-        (tmp_path / "cache/fasterase/remote" / name).unlink()
+    drop(held())
     assert open_pairs(pattern, name="retain").texts(3) == ["n 3"]
     assert server.reads == []
 
 
-def test_a_changed_shard_is_read_anew(server, shards, make_tar):
+def test_a_changed_shard_is_read_anew(server, shards, make_tar, held):
     url = f"{server.url}/s-0.tar"
     before = open_pairs(url, name="x")
     assert before[0].text == "n 0"
     make_tar("s-0.tar", {"new.png": encoded(9), "new.txt": "another"})
     assert [id for id, *_ in contents(url)] == ["s-0.tar/new"]
     assert before[0].text == "n 0"  # its copy is still there
-    for copy in before.images.shards[0].cache.folder.glob("*-s-0.tar"):
-        copy.unlink()
+    drop(held())
     with pytest.raises(BrokenPair, match="has changed since it was opened"):
         before[0]
 
@@ -185,7 +182,7 @@ def test_a_cut_download_goes_on_where_it_stopped(server, shards, monkeypatch):
     assert server.reads[0] == ("s-2.tar", 5000)
 
 
-def test_a_shard_replaced_while_it_is_fetched_is_not_kept(server, shards, monkeypatch):
+def test_a_shard_replaced_while_it_is_fetched_is_not_kept(server, shards, monkeypatch, held):
     monkeypatch.setattr(remote, "CHUNK_BYTES", 1000)
     request = remote._request
 
@@ -200,27 +197,26 @@ def test_a_shard_replaced_while_it_is_fetched_is_not_kept(server, shards, monkey
     with pytest.raises(InputError, match=r"s-1.tar has changed since it was opened"):
         open_pairs(f"{server.url}/s-1.tar", name="x")
     monkeypatch.setattr(remote, "_request", request)
-    assert held(Path(server.folder)) == []
+    assert held() == []
     assert [caption for _, (caption,), *_ in contents(f"{server.url}/s-1.tar")] == ["n 4", "n 5"]
 
 
-def test_a_copy_that_was_cut_off_is_fetched_again(server, shards):
+def test_a_copy_that_was_cut_off_is_fetched_again(server, shards, held):
     url = f"{server.url}/s-1.tar"
     whole = contents(url)
-    (copy,) = ShardCache.of_environment().folder.glob("*-s-1.tar")
-    os.truncate(copy, 1000)
+    os.truncate(*held(), 1000)
     assert contents(url) == whole
 
 
 SIGNED = "X-Amz-Credential=key&X-Amz-Signature={}&versionId={}"
 
 
-def test_a_url_signed_anew_finds_the_same_copy_and_index(server, shards):
-    for signature, reads in (("one", 1), ("two", 1)):
+def test_a_url_signed_anew_finds_the_same_copy_and_index(server, shards, held):
+    for signature in ("one", "two"):
         url = f"{server.url}/s-1.tar?{SIGNED.format(signature, 1)}"
         assert len(contents(url)) == 2
-        assert len(server.reads) == reads
-    assert "one" not in "".join(held(Path(server.folder)))
+        assert len(server.reads) == 1
+    assert "one" not in str(held())
     with_password = url.replace("://", "://me:secret@")
     assert remote.identity(url) == remote.identity(with_password)
     assert remote.identity(url) != remote.identity(url.replace("versionId=1", "versionId=2"))
@@ -259,16 +255,12 @@ def test_passwords_and_signatures_are_shown_nowhere(server, shards, caplog, monk
     assert not [text for text in [*shown, caplog.text] if "SECRET" in text]
 
 
-def test_a_server_that_tells_no_version_is_told_of(server, shards):
-    server.versions = False
-    with pytest.warns(UserWarning, match=r"`x`: the server of 1 shards, .*s-1.tar, tells neither"):
-        open_pairs(f"{server.url}/s-1.tar", name="x")
-
-
-def test_a_server_without_ranges(server, shards, monkeypatch):
+def test_a_server_without_ranges_and_versions(server, shards, monkeypatch):
     monkeypatch.setattr(remote, "CHUNK_BYTES", 1000)
-    server.ranges = False
-    assert contents(f"{server.url}/s-1.tar") == contents(shards[1])
+    server.ranges = server.versions = False
+    told = r"`retain`: the server of 1 shards, .*s-1.tar, tells neither"
+    with pytest.warns(UserWarning, match=told):
+        assert contents(f"{server.url}/s-1.tar") == contents(shards[1])
     assert len(server.reads) == 1
 
 
@@ -280,37 +272,34 @@ def test_compressed_shards(server, make_tar):
 
 
 def test_a_shard_lost_during_a_run_breaks_its_pairs_and_is_not_waited_for_again(
-    server, shards, monkeypatch
+    server, shards, monkeypatch, held
 ):
     pairs = open_pairs(f"{server.url}/s-{{0..1}}.tar", name="x")
-    for copy in pairs.images.shards[0].cache.folder.glob("*-s-1.tar"):
-        copy.unlink()
-    os.unlink(shards[1])
-    for row in (2, 3):
+    drop([*held("s-1.tar"), Path(shards[1])])
+    for row in (2, 3, 2):
         with pytest.raises(BrokenPair, match=r"s-1.tar is missing"):
             pairs[row]
-    monkeypatch.setattr(remote, "describe_shard", lambda url: pytest.fail("asked again"))
-    with pytest.raises(BrokenPair, match=r"s-1.tar is missing"):
-        pairs[2]
+        monkeypatch.setattr(remote, "describe_shard", lambda url: pytest.fail("asked again"))
     assert pairs[1].text == "n 1"
 
 
+@pytest.fixture
+def bound(shards, monkeypatch):
+    """Bytes that the cache may hold: two shards and a bit."""
+    bytes_of_two = sum(map(os.path.getsize, shards[:2])) + 1000
+    monkeypatch.setenv(remote.BYTES_VARIABLE, str(bytes_of_two))
+    return bytes_of_two
+
+
 @pytest.mark.filterwarnings("ignore:.*Training shuffles")
-def test_the_cache_keeps_its_bound_and_drops_the_least_recently_used(
-    server, shards, monkeypatch, tmp_path
-):
-    bound = sum(map(os.path.getsize, shards[:2])) + 1000
-    monkeypatch.setenv(remote.BYTES_VARIABLE, str(bound))
+def test_the_cache_keeps_its_bound_and_drops_the_least_recently_used(server, shards, bound, held):
     pairs = open_pairs(f"{server.url}/s-{{0..3}}.tar", name="x")
-    folder = pairs.images.shards[0].cache.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "somebody-else's.partial").touch()
+    (pairs.images.shards[0].cache.folder / "somebody-else's.partial").touch()
     for row in (0, 2, 0, 4, 0):
         assert pairs[row].text == f"n {row}"
         time.sleep(0.01)
-        sizes = [p.stat().st_size for p in pairs.images.shards[0].cache.folder.glob("*-*")]
-        assert sum(sizes) <= bound
-    assert [name.split("-", 1)[1] for name in held(tmp_path)].count("s-0.tar") == 1
+        assert sum(path.stat().st_size for path in held()) <= bound
+    assert len(held("s-0.tar")) == 1
     server.reads.clear()
     assert pairs[1].text == "n 1"
     assert server.reads == []
@@ -333,13 +322,10 @@ def read_at_random(pairs, seed, results):
 
 
 @pytest.mark.filterwarnings("ignore:.*Training shuffles")
-def test_several_processes_share_the_cache(server, shards, monkeypatch):
-    bound = sum(map(os.path.getsize, shards[:2])) + 1000
-    monkeypatch.setenv(remote.BYTES_VARIABLE, str(bound))
+def test_several_processes_share_the_cache(server, shards, bound, held):
     # As workers of a loader: forked by a process that has used the network.
     pairs = open_pairs(f"{server.url}/s-{{0..3}}.tar", name="x")
-    for copy in pairs.images.shards[0].cache.folder.glob("*-*"):
-        copy.unlink()
+    drop(held())
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
     started = [

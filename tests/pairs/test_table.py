@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from fasterase.pairs import table as tables
 from fasterase.pairs.images import ImagesInMemory
-from fasterase.pairs.open import JoinedTable
 from fasterase.pairs.skips import BrokenPair
-from fasterase.pairs.table import PairTable, Part, Parts, make_batch, pack
+from fasterase.pairs.table import JoinedTable, PairTable, Part, Parts, make_batch, pack
 
 ROWS = st.lists(st.tuples(st.text(st.characters()), st.lists(st.text(st.characters()))), min_size=1)
 
