@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 import fasterase
 from fasterase.models.dual_encoder import DualEncoder, TowerParts
 from fasterase.models.preprocessing import ImageTransform, Tokens
+from fasterase.pairs.open import open_pairs
+from fasterase.pairs.table import PairTable
 from fasterase.report.evaluation import Evaluation
 
 
@@ -70,3 +73,12 @@ def attack(name: str, model: DualEncoder, forget: Any, retain: Any, **options: A
 def picture(number: int) -> Tensor:
     """[3, 1, 1] pixels that stand for image `number`."""
     return torch.full((3, 1, 1), float(number))
+
+
+def open_sets(captions: Mapping[str, Sequence[Any]]) -> dict[str, PairTable]:
+    """Sets of pairs with these captions; their pictures are numbered on through all sets."""
+    numbers = itertools.count()
+    return {
+        name: open_pairs([(picture(next(numbers)), each) for each in those], name=name)
+        for name, those in captions.items()
+    }

@@ -18,7 +18,7 @@ from fasterase.evaluation.evaluator import Evaluator, sampled_rows
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.table import PairTable
 from fasterase.report.evaluation import Evaluation, compare
-from tests.evaluation.lookup_model import LookupModel, picture
+from tests.evaluation.lookup_model import LookupModel, open_sets, picture
 
 WIDTH = 6
 # Set -> the captions of each pair. "cat" and "dog" have many images; some pairs have several
@@ -35,11 +35,7 @@ IMAGES = sum(map(len, CAPTIONS.values()))
 
 
 def sources() -> dict[str, PairTable]:
-    numbers = itertools.count()
-    return {
-        name: open_pairs([(picture(next(numbers)), each) for each in pairs], name=name)
-        for name, pairs in CAPTIONS.items()
-    }
+    return open_sets(CAPTIONS)
 
 
 def lookup_model(seed: int, *, name: str = "fake", texts: list[str] = TEXTS) -> LookupModel:
@@ -164,11 +160,7 @@ def test_images_of_one_caption_are_each_other_s_right_answers() -> None:
     assert "image->image R@1, %" in found.table()
     assert "image->image ranks these too" in found.table()
     texts = [f"own {i}" for i in range(4)]
-    numbers = itertools.count()
-    alone = {
-        name: open_pairs([(picture(next(numbers)), text) for text in those], name=name)
-        for name, those in {"forget": texts[:2], "retain": texts[2:]}.items()
-    }
+    alone = open_sets({"forget": texts[:2], "retain": texts[2:]})
     found = evaluate(LookupModel(torch.eye(4), torch.eye(4), texts, "fake"), alone)
     assert "image->image" not in found.table()
 
@@ -280,13 +272,9 @@ def test_quick_takes_fewer_pairs_and_resamples() -> None:
 def test_token_ids_need_no_tokenizer_and_name_captions_alike() -> None:
     model = lookup_model(0)
     expected = evaluate(model).to_dict()
-    numbers = itertools.count()
-    as_ids = {
-        name: open_pairs(
-            [(picture(next(numbers)), torch.tensor([TEXTS.index(c[0])])) for c in pairs], name=name
-        )
-        for name, pairs in CAPTIONS.items()
-    }
+    as_ids = open_sets(
+        {n: [torch.tensor([TEXTS.index(c[0])]) for c in pairs] for n, pairs in CAPTIONS.items()}
+    )
     model.text_tokenizer = None
     found = evaluate(model, as_ids).to_dict()
     # Only first captions are there: what stands on the others may differ.
