@@ -206,8 +206,8 @@ class Evaluator:
         labels = label_pairs(self.class_names, self.sources, features)
         self._add_accuracy(encoder, features, scores, labels)
         shown = image_labels({name: features[name] for name in self.sources}, labels)
-        for name, (counted, search) in search_images(features, shown).items():
-            values, chance = search.at(1)
+        for name, (counted, position) in search_images(features, shown).items():
+            values, chance = position.at(1)
             scores[name].add(IMAGE_TO_IMAGE, spread_values(values, counted), chance)
         traces = self.judge.judge(features, None if original is None else original.judged)
         for name, trace in traces.items():
@@ -225,8 +225,8 @@ class Evaluator:
             old = original.features  # of the same pairs
             if pool.text.shape[1] == old["forget"].image.shape[1]:
                 for name, each in old.items():
-                    search = text_to_image(each, pool, _distractors(old, name))
-                    scores[name].add(OLD_INDEX, *search.at(1))
+                    position = text_to_image(each, pool, _distractors(old, name))
+                    scores[name].add(OLD_INDEX, *position.at(1))
         return measured
 
     def _add_accuracy(

@@ -183,7 +183,7 @@ class Target:
     ) -> list[Finding]:
         """Return how often the first k candidates hold a right one, for several k.
 
-        `found` maps k to the hit of each query [n] and the chance level (`Search.at`); `title` has
+        `found` maps k to the hits of queries [n] and the chance level (`Position.at`); `title` has
         `{}` for k, and `key` gets `"@k"`.
         """
         return [

@@ -58,12 +58,10 @@ class Band(NamedTuple):
 
 
 def placebo_captions(captions: Sequence[str], kept: Collection[str], seed: int) -> list[str]:
-    """Return captions with made-up names and numbers in place of their `_own_terms`.
-
-    Where a caption has none, its rarest word goes.
-    """
+    """Return captions with made-up terms in place of their `_own_terms`, or else of the rarest."""
     numbers = generator(seed, Stream.PLACEBO)
-    own = _terms_to_go(captions, kept)
+    known = _known_terms(kept)
+    own = {caption: _own_terms(caption, known) or _rarest(caption) for caption in captions}
     order = numbers.permutation(len(captions)).tolist()
     chosen = [captions[order[number % len(order)]] for number in range(PLACEBOS)]
     return [_renamed(caption, own[caption], numbers) for caption in chosen]
@@ -72,7 +70,7 @@ def placebo_captions(captions: Sequence[str], kept: Collection[str], seed: int) 
 def made_up_captions(
     captions: Sequence[str], kept: Collection[str], seed: int, count: int
 ) -> list[str]:
-    """Return at most `count` different captions with made-up terms, which nobody's caption is.
+    """Return at most `count` different captions with made-up terms, none of them anybody's.
 
     Captions that have no `_own_terms` are left out.
     """
@@ -103,7 +101,7 @@ def nonsense_captions(
     numbers = generator(seed, Stream.PLACEBO, 2)
     known = _known_terms(kept)
     taken = known | _known_terms(captions) | english_frequencies().keys()
-    own = _terms_to_go(captions, kept)
+    own = {caption: _own_terms(caption, known) or _rarest(caption) for caption in captions}
     names: dict[str, str] = {}
     for term in sorted(set().union(*own.values())):
         name = _made_up(numbers, term)
@@ -123,21 +121,6 @@ def _known_terms(captions: Collection[str]) -> set[str]:
     return {term for caption in captions for term in terms_of(caption.lower())}
 
 
-def _terms_to_go(captions: Collection[str], kept: Collection[str]) -> dict[str, set[str]]:
-    """Return caption -> the terms to replace: its own, or else the word that English uses least.
-
-    Numbers go only where there is no word.
-    """
-    known, frequency = _known_terms(kept), english_frequencies()
-
-    def rarest(caption: str) -> set[str]:
-        terms = terms_of(caption.lower())
-        terms.sort(key=lambda term: (term.isdecimal(), frequency.get(term, 0.0)))
-        return set(terms[:1])
-
-    return {caption: _own_terms(caption, known) or rarest(caption) for caption in captions}
-
-
 def _own_terms(caption: str, known: Collection[str]) -> set[str]:
     """Return the terms of a caption that are not `known`, without common words if any is rare.
 
@@ -150,6 +133,13 @@ def _own_terms(caption: str, known: Collection[str]) -> set[str]:
         if found := {e for e in unknown - own_numbers if frequency.get(e, 0.0) < most}:
             return found | own_numbers
     return own_numbers
+
+
+def _rarest(caption: str) -> set[str]:
+    """Return the word of a caption that English uses least, or a number where there is none."""
+    terms, frequency = terms_of(caption.lower()), english_frequencies()
+    order = sorted(terms, key=lambda term: (term.isdecimal(), frequency.get(term, 0.0)))
+    return set(order[:1])
 
 
 def _made_up(numbers: np.random.Generator, term: str) -> str:

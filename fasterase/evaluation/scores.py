@@ -107,9 +107,9 @@ class SetScores:
     def add(self, key: str, values: np.ndarray, chance: float) -> None:
         self.values[key], self.chance[key] = values, chance
 
-    def add_hits(self, key: str, depths: Sequence[int], search: Search) -> None:
+    def add_hits(self, key: str, depths: Sequence[int], found: Position) -> None:
         for k in depths:
-            self.add(f"{key}@{k}", *search.at(k))
+            self.add(f"{key}@{k}", *found.at(k))
 
 
 class CaptionPool(NamedTuple):
@@ -138,25 +138,21 @@ def retrieval_scores(
     size = len(pool.row)
     own = [[pool.row[c] for c in texts if c in pool.row] for texts in features.captions]
     first = torch.tensor([pool.row[texts[0]] for texts in features.captions])
-    own_count = np.array([len(rows) for rows in own])
     parts = []
     for rows, similarity in similarity_chunks(features.image, pool.text):
         right = _column_mask(own[rows], size)
         is_first = torch.zeros_like(right).scatter_(1, first[rows, None], True)
-        positions = (find_position(similarity, each) for each in (right, is_first, concept[None]))
+        found = [find_position(similarity, each) for each in (right, is_first, concept[None])]
         matched = similarity[is_first].double().numpy()
         wrong = similarity.masked_fill(right, 0).sum(dim=1).double().numpy()
-        parts.append((*positions, matched, wrong / np.maximum(size - own_count[rows], 1)))
+        parts.append((*found, matched, wrong / np.maximum(size - found[0].answers, 1)))
     of_own, of_first, of_concept, cosines, unmatched = zip(*parts, strict=True)
 
     scores = SetScores(features.ids, {}, {})
-    search = Search.among(size, own_count, join_positions(of_own))
-    scores.add_hits("image_to_text_recall", RECALL_DEPTHS, search)
-    search = text_to_image(features, pool, distractors)
-    scores.add_hits("text_to_image_recall", RECALL_DEPTHS, search)
-    concept_count = np.full(len(own), int(concept.sum()))
-    search = Search.among(size, concept_count, join_positions(of_concept))
-    scores.add_hits("concept_hit", CONCEPT_DEPTHS, search)
+    scores.add_hits("image_to_text_recall", RECALL_DEPTHS, join_positions(of_own))
+    found_images = text_to_image(features, pool, distractors)
+    scores.add_hits("text_to_image_recall", RECALL_DEPTHS, found_images)
+    scores.add_hits("concept_hit", CONCEPT_DEPTHS, join_positions(of_concept))
     scores.add("median_rank", join_positions(of_first).rank(), (size + 1) / 2)
     expected = float(np.concatenate(unmatched).mean())
     scores.add("matched_cosine", np.concatenate(cosines), expected)
@@ -165,7 +161,7 @@ def retrieval_scores(
 
 def text_to_image(
     features: SetFeatures, pool: CaptionPool, distractors: SetFeatures | None
-) -> Search:
+) -> Position:
     """Return where each pair's first caption finds its image, [n]."""
     sets = [features] if distractors is None else [features, distractors]
     image = torch.cat([each.image for each in sets])
@@ -173,14 +169,12 @@ def text_to_image(
     for row, captions in enumerate(chain.from_iterable(each.captions for each in sets)):
         for caption in filter(images_of.__contains__, captions):
             images_of[caption].append(row)
-    right = list(images_of.values())
-    by_caption = search_candidates(pool.text[[pool.row[c] for c in images_of]], image, right)
+    text = pool.text[[pool.row[caption] for caption in images_of]]
+    by_caption = search_candidates(text, image, list(images_of.values()))
     # Every pair queries with its first caption: a caption counts as often as it has pairs.
     place = {caption: i for i, caption in enumerate(images_of)}
     pairs = [place[captions[0]] for captions in features.captions]
-    counts = np.array([len(rows) for rows in right])
-    found = Position(*(field[pairs] for field in by_caption))
-    return Search.among(len(image), counts[pairs], found)
+    return Position(*(field[pairs] for field in by_caption))
 
 
 def image_labels(
@@ -199,7 +193,7 @@ def image_labels(
 
 def search_images(
     sets: Mapping[str, PairFeatures], labels: Mapping[str, np.ndarray]
-) -> dict[str, tuple[np.ndarray, Search]]:
+) -> dict[str, tuple[np.ndarray, Position]]:
     """Return set -> which images [n] have another one of their label (`image_labels`), and where.
 
     Candidates are the other pictures of the set and those of the retain set; a copy, such as the
@@ -211,7 +205,7 @@ def search_images(
         names = [name] if name == "retain" or "retain" not in labels else [name, "retain"]
         gallery = torch.cat([sets[each].image for each in names])
         shown = torch.from_numpy(np.concatenate([labels[each] for each in names]))
-        counts, parts = [], []
+        queries, parts = [], []
         for rows, similarity in similarity_chunks(sets[name].image, gallery):
             right = shown[rows, None] == shown
             itself = torch.arange(rows.start, rows.stop)
@@ -219,13 +213,13 @@ def search_images(
             same[itself - rows.start, itself] = True
             right &= ~same
             similarity.masked_fill_(same, -torch.inf)
-            counts.append(right.sum(1).numpy())
             has_other = right.any(1)
+            queries.append(has_other.numpy())
             parts.append(find_position(similarity[has_other], right[has_other]))
-        count = np.concatenate(counts)
-        if count.any():
-            search = Search.among(len(gallery) - 1, count[count > 0], join_positions(parts))
-            searched[name] = count > 0, search
+        found = join_positions(parts)
+        if len(found.above):
+            others = found.candidates - 1  # without the image itself
+            searched[name] = np.concatenate(queries), found._replace(candidates=others)
     return searched
 
 
@@ -235,6 +229,8 @@ class Position(NamedTuple):
     above: np.ndarray  # [n] candidates ranked before it, all of them wrong
     tied: np.ndarray  # [n] candidates that tie with it, itself included
     right: np.ndarray  # [n] right ones among the tied
+    answers: np.ndarray  # [n] right ones among all
+    candidates: np.ndarray  # [n] all
 
     def hit(self, k: int) -> np.ndarray:
         """Return [n], the probability that a right candidate is among the first `k`.
@@ -250,26 +246,19 @@ class Position(NamedTuple):
             miss = np.where(drawn, miss * wrong_left / left, miss)
         return 1.0 - miss
 
+    def at(self, k: int) -> tuple[np.ndarray, float]:
+        """Return `hit(k)`, [n], and its mean in a random order."""
+        return self.hit(k), chance_hit(k, self.candidates, self.answers)
+
     def rank(self) -> np.ndarray:
         """Return [n], the rank from 1, averaged over the tied places."""
         return 1.0 + self.above + (self.tied - 1) / 2
 
 
-class Search(NamedTuple):
-    """Where queries find their best right candidate, and where a random order has it."""
-
-    found: Position
-    by_chance: Position
-
-    @classmethod
-    def among(cls, candidates: int, right: np.ndarray, found: Position) -> Search:
-        """Return it for queries for each of which `right` [n] of the candidates are right."""
-        tied = np.full(len(right), candidates)
-        return cls(found, Position(np.zeros(len(right)), tied, right))
-
-    def at(self, k: int) -> tuple[np.ndarray, float]:
-        """Return how often a right one is among the first `k`, [n], and how often by chance."""
-        return self.found.hit(k), float(self.by_chance.hit(k).mean())
+def chance_hit(k: int, candidates: np.ndarray, right: np.ndarray) -> float:
+    """Return the mean `hit(k)` of queries [n] in a random order, in which all candidates tie."""
+    in_random_order = Position(np.zeros(len(right)), candidates, right, right, candidates)
+    return float(in_random_order.hit(k).mean())
 
 
 def search_candidates(
@@ -294,7 +283,10 @@ def find_position(similarity: Tensor, right: Tensor) -> Position:
     best = similarity.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
     above = similarity > best + TIE
     tied = (similarity >= best - TIE) & ~above
-    return Position(count(above), count(tied), count(tied & right))
+    rows = len(similarity)
+    answers = np.broadcast_to(count(right), rows)
+    candidates = np.full(rows, similarity.shape[1])
+    return Position(count(above), count(tied), count(tied & right), answers, candidates)
 
 
 def join_positions(parts: Iterable[Position]) -> Position:

@@ -18,7 +18,6 @@ from fasterase.evaluation.findings import Examined, Finding, Target
 from fasterase.evaluation.metrics import DIRECTIONS, RECALL_DEPTHS
 from fasterase.evaluation.scores import (
     Position,
-    Search,
     captions_of,
     distinct_firsts,
     first_copies,
@@ -158,10 +157,8 @@ def retrieval(target: Target) -> Examined:
     for name in target.evaluator.sources:
         features, source = target.features[name], target.evaluator.sources[name]
         captions, place, text = encode_captions(target.encoder, source, features)
-        for key, right, found in rank_captions(features.image, captions, place, text):
-            candidates = len(place) if key == "image_to_text" else len(captions)
-            search = Search.among(candidates, np.array([len(those) for those in right]), found)
-            hits = {k: search.at(k) for k in RECALL_DEPTHS if k < candidates}
+        for key, _, found in rank_captions(features.image, captions, place, text):
+            hits = {k: found.at(k) for k in RECALL_DEPTHS if k < found.candidates[0]}
             findings += target.hits(name, hits, key=key, title=f"{DIRECTIONS[key]} R@{{}}, %")
     if not findings:
         raise InputError("tasks: 'retrieval' needs a set of two pairs or more.")
@@ -191,8 +188,8 @@ def image_retrieval(target: Target) -> Examined:
         InputError: no image has another one of its class or caption.
     """
     findings: list[Finding] = []
-    for name, (_, search) in search_images(target.features, labels_of(target)).items():
-        hits = {k: search.at(k) for k in RECALL_DEPTHS[:2]}
+    for name, (_, found) in search_images(target.features, labels_of(target)).items():
+        hits = {k: found.at(k) for k in RECALL_DEPTHS[:2]}
         findings += target.hits(name, hits, key="recall", title="image->image R@{}, %")
     if not findings:
         raise InputError(

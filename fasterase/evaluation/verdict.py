@@ -27,9 +27,9 @@ from fasterase.evaluation.metrics import (
 from fasterase.evaluation.placebo import Band, encode_placebos, find_band
 from fasterase.evaluation.scores import (
     Position,
-    Search,
     all_captions,
     captions_of,
+    chance_hit,
     distinct_firsts,
     find_position,
     share_below,
@@ -395,9 +395,9 @@ def compare_pairs(forget: PairFeatures, unrelated: PairFeatures, *, seed: int) -
     values = {f"{key}_residue": share_below(matched, those) for key, those in rivals.items()}
     chance = {**dict.fromkeys(values, 0.5), CONTEST_HIT: size / total}
     values[CONTEST_HIT] = hits.hit(1)
-    near, near_chance = Search.among(total, np.array([size]), hits).at(NEAR)
+    near_chance = chance_hit(NEAR, np.array([total]), np.array([size]))
     if near_chance < 1:  # with fewer rivals it says nothing
-        values[CONTEST_NEAR], chance[CONTEST_NEAR] = near, near_chance
+        values[CONTEST_NEAR], chance[CONTEST_NEAR] = hits.hit(NEAR), near_chance
     return PairTraces(forget.rows, values, chance)
 
 

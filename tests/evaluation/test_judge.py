@@ -15,12 +15,12 @@ from fasterase.encode import PairEncoder, PairFeatures
 from fasterase.engine.job import undrawn_rows
 from fasterase.evaluation import verdict
 from fasterase.evaluation.evaluator import Evaluator, sampled_rows
-from fasterase.evaluation.verdict import Judge, PairTraces, decide
+from fasterase.evaluation.verdict import Judge, PairTraces, compare_pairs, decide
 from fasterase.pairs.open import open_pairs
 from fasterase.pairs.sampler import Sampler
 from fasterase.pairs.table import PairTable
 from fasterase.report.evaluation import compare
-from tests.evaluation.lookup_model import LookupModel, open_sets, picture
+from tests.evaluation.lookup_model import LookupModel, open_sets, pair_features, picture
 
 Captions = Sequence[str | list[str]]
 
@@ -30,15 +30,12 @@ def judge(
     image: Tensor,  # [n, D] in the order of the sets
     text: Tensor,  # [m, D]
     texts: list[str],
-    *,
-    forget_sets: Sequence[str] = ("forget",),
-    seed: int = 0,
-) -> dict[str, PairTraces]:
-    judge = Judge(sets, forget_sets, seed=seed)
+) -> PairTraces:
+    judge = Judge(sets, ["forget"], seed=0)
     encoder = PairEncoder(LookupModel(image, text, texts, "lookup"))
     return judge.judge(
         {name: encoder.pairs(sets[name], rows, description="") for name, rows in judge.rows.items()}
-    )
+    )["forget"]
 
 
 def words(name: str, count: int) -> list[str]:
@@ -57,7 +54,7 @@ def test_residues_equal_slow_loops(seed: int) -> None:
     image[:, 2] += 2
     text = torch.randint(-1, 2, (len(texts), 3), generator=numbers).float()
     text[:, 0] += 2
-    found = judge(open_sets({"forget": forget, "retain": retain}), image, text, texts)["forget"]
+    found = judge(open_sets({"forget": forget, "retain": retain}), image, text, texts)
 
     unit_image = normalize(image.double(), dim=1)
     unit_text = normalize(text.double(), dim=1)
@@ -97,11 +94,11 @@ def test_one_caption_for_the_whole_set() -> None:
     )
     text = torch.cat([torch.eye(3)[:1], torch.eye(3)[[1, 2]].repeat(20, 1)])
     sets = open_sets({"forget": forget, "retain": retain})
-    known = judge(sets, image, text, texts)["forget"].summary()
+    known = judge(sets, image, text, texts).summary()
     assert (known.image_to_text, known.text_to_image, known.hit, known.pairs) == (1, 1, 1, 25)
     assert known.is_remembered
     text[0] = torch.tensor([-1.0, 0, 0])
-    absent = judge(sets, image, text, texts)["forget"].summary()
+    absent = judge(sets, image, text, texts).summary()
     assert (absent.image_to_text, absent.text_to_image, absent.hit) == (0, 0, 0)
     assert decide({"forget": absent}) == "over-erased"
 
@@ -109,15 +106,14 @@ def test_one_caption_for_the_whole_set() -> None:
 def contest(concept: Tensor, rivals: int, *, seed: int = 0) -> PairTraces:
     """Figures where image i has cosine `concept[i, j]` with caption j of n, and 0.5 with rivals."""
     n = len(concept)
-    forget, retain = words("cat", n), words("dog", rivals)
     # An image has one axis per caption of the concept, and one for all rivals.
     image = torch.cat([torch.cat([concept, torch.full((n, 1), 0.5)], 1), torch.eye(n + 1)[:rivals]])
     # A last axis gives all images the same length.
     squares = image.square().sum(1, keepdim=True)
     image = torch.cat([image, (squares.max() - squares).sqrt()], 1)
-    text = torch.cat([torch.eye(n + 2)[:n], torch.eye(n + 2)[n : n + 1].repeat(rivals, 1)])
-    sets = open_sets({"forget": forget, "retain": retain})
-    return judge(sets, image, text, forget + retain, seed=seed)["forget"]
+    axes = torch.eye(n + 2)
+    unrelated = pair_features(image[n:], axes[[n] * rivals])
+    return compare_pairs(pair_features(image[:n], axes[:n]), unrelated, seed=seed)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -142,12 +138,10 @@ def test_chance_is_what_random_features_score(captions: int, unrelated: int) -> 
     hits, chances = [], set()
     for seed in range(8):
         numbers = torch.Generator().manual_seed(seed)
-        forget, retain = words("cat", captions), words("dog", unrelated)
-        pairs = forget * (200 // captions)
         vectors = torch.randn(200 + 2 * unrelated + captions, 12, generator=numbers)
-        image, text = vectors[: 200 + unrelated], vectors[200 + unrelated :]
-        sets = open_sets({"forget": pairs, "retain": retain})
-        found = judge(sets, image, text, forget + retain, seed=seed)["forget"]
+        image, rivals, text, rival_texts = vectors.split([200, unrelated, captions, unrelated])
+        sets = pair_features(image, text), pair_features(rivals, rival_texts)
+        found = compare_pairs(*sets, seed=seed)
         hits.append(found.hit.mean())
         chances.add(found.chance["contest_hit@1"])
     (chance,) = chances
@@ -216,7 +210,7 @@ def test_unreadable_pairs_are_not_judged() -> None:
     sets = open_sets({"forget": ["cat"] * 3, "retain": words("dog", 20)})
     sets["forget"] = open_pairs(forget, name="forget")
     image, text = torch.eye(23), torch.eye(23)[:21]
-    found = judge(sets, image, text, ["cat", *words("dog", 20)])["forget"]
+    found = judge(sets, image, text, ["cat", *words("dog", 20)])
     assert list(found.rows) == [0, 2]
     assert found.summary().pairs == 2
 
