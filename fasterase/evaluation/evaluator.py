@@ -39,7 +39,7 @@ from fasterase.evaluation.zero_shot import (
     label_pairs,
     score_accuracy,
 )
-from fasterase.option_values import parse_value
+from fasterase.option_values import parse_count
 from fasterase.pairs.table import PairTable
 from fasterase.seeds import Stream, generator
 
@@ -135,18 +135,15 @@ class Evaluator:
         quick: bool = False,
         towers: Collection[str] = ("image", "text"),
     ) -> None:
-        max_pairs = parse_value("max_pairs", max_pairs, int | None)
-        if max_pairs is not None and max_pairs < 1:
-            raise InputError(f"max_pairs={max_pairs!r} must be 1 or more, or None for all pairs.")
-        if parse_value("seed", seed, int) < 0:
-            raise InputError(f"seed={seed!r} must be 0 or more.")
+        if max_pairs is not None:
+            max_pairs = parse_count("max_pairs", max_pairs, least=1)
         if quick:
             max_pairs = min(max_pairs or QUICK_PAIRS, QUICK_PAIRS)
         self.forget_sets = ("forget", *(name for name in sources if name in forget_sets))
         names = dict.fromkeys((*self.forget_sets, *sources))
         self.sources = {name: sources[name] for name in names if len(sources[name])}
         self.max_pairs = max_pairs
-        self.seed = seed
+        self.seed = seed = parse_count("seed", seed, least=0)
         self.templates = check_templates(templates)
         asked_for = check_class_names(class_names)
         self.class_names = carried_classes(sources) if asked_for is None else asked_for
